@@ -1,0 +1,4 @@
+//! EDM2 diffusion models, trained and sampled without a deep-learning framework.
+
+pub mod backend;
+pub mod model;
