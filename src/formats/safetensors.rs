@@ -1,0 +1,447 @@
+//! Safetensors files: tensors by name, memory-mapped for reading, replaced atomically
+//! when written.
+//!
+//! Layout: 8 bytes with the header's length (little-endian), the header as JSON
+//! `{"__metadata__": {string: string}, name: {"dtype", "shape", "data_offsets": [begin, end]}}`,
+//! then the tensors' bytes, little-endian, row-major, without holes.
+//!
+//! Opening costs the header only; nothing in it is believed before it has been checked
+//! against the file's length, so a truncated or hostile file is an error, never a panic
+//! or an allocation as large as the file claims to be.
+//! Writing sorts tensors by the size of their elements (then as given) and metadata by
+//! key: the same content always makes the same bytes, and every tensor is aligned.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value, json};
+
+pub use safetensors::Dtype;
+
+use super::write_atomically;
+
+/// Longest header that is read, as in the reference implementation.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// What can be wrong with a safetensors file, or with a request to it.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum SafeError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{}: not a whole safetensors file: {what}", path.display())]
+    Malformed { path: PathBuf, what: String },
+    #[error("{}: tensor {name}: {what}", path.display())]
+    Tensor {
+        path: PathBuf,
+        name: String,
+        what: String,
+    },
+    #[error("{}: tensor {name} is missing{}", path.display(), nearest(hint))]
+    Missing {
+        path: PathBuf,
+        name: String,
+        hint: Option<String>,
+    },
+    #[error("{}: tensor {name}: found {found}, expected {expected}", path.display())]
+    Unexpected {
+        path: PathBuf,
+        name: String,
+        found: String,
+        expected: String,
+    },
+}
+
+fn nearest(hint: &Option<String>) -> String {
+    hint.as_ref()
+        .map(|name| format!(" (the file has {name})"))
+        .unwrap_or_default()
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, SafeError>;
+
+/// One tensor to write: name, element type, shape, and its bytes, little-endian and
+/// row-major.
+pub type TensorOut<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Info {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+/// An open, checked, memory-mapped safetensors file.
+///
+/// The file must not be truncated while it is open; files written by [`write()`] are
+/// replaced, never changed in place.
+pub struct SafeFile {
+    path: PathBuf,
+    map: Mmap,
+    data_start: usize,
+    metadata: HashMap<String, String>,
+    tensors: BTreeMap<String, Info>,
+}
+
+impl fmt::Debug for SafeFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "SafeFile({}, {} tensors)",
+            self.path.display(),
+            self.tensors.len()
+        )
+    }
+}
+
+impl SafeFile {
+    /// Maps `path` and checks its header: lengths, JSON, element types, and that the
+    /// tensors cover the rest of the file without holes or overlaps.
+    ///
+    /// # Errors
+    /// [`SafeError::Io`], [`SafeError::Malformed`], [`SafeError::Tensor`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let io_error = |source| SafeError::Io {
+            path: path.clone(),
+            source,
+        };
+        let malformed = |what: String| SafeError::Malformed {
+            path: path.clone(),
+            what,
+        };
+        let file = File::open(&path).map_err(io_error)?;
+        let about = file.metadata().map_err(io_error)?;
+        if !about.is_file() {
+            return Err(malformed("it is not a regular file".into()));
+        }
+        let length = about.len();
+        if length < 8 {
+            return Err(malformed(format!(
+                "{length} bytes, expected a header of 8 at least"
+            )));
+        }
+        // SAFETY: read-only mapping; that nobody truncates the file meanwhile is the
+        // documented condition of this type (all of this crate's writers rename).
+        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        let (prefix, rest) = map
+            .split_first_chunk::<8>()
+            .ok_or_else(|| malformed("it shrank while it was opened".into()))?;
+        let header_length = u64::from_le_bytes(*prefix);
+        if header_length > MAX_HEADER || header_length > rest.len() as u64 {
+            return Err(malformed(format!(
+                "it claims a header of {header_length} bytes, but only {} bytes follow",
+                rest.len()
+            )));
+        }
+        let (header, data) = rest.split_at(header_length as usize);
+        let Entries(entries) = serde_json::from_slice(header)
+            .map_err(|error| malformed(format!("its header: {error}")))?;
+
+        let mut metadata = HashMap::new();
+        let mut tensors = BTreeMap::new();
+        for (name, value) in entries {
+            if name == "__metadata__" {
+                metadata = serde_json::from_value(value)
+                    .map_err(|error| malformed(format!("its __metadata__: {error}")))?;
+                continue;
+            }
+            let wrong = |what: String| SafeError::Tensor {
+                path: path.clone(),
+                name: name.clone(),
+                what,
+            };
+            let info: Info =
+                serde_json::from_value(value).map_err(|error| wrong(error.to_string()))?;
+            let (begin, end) = info.data_offsets;
+            let bytes = byte_length(info.dtype, &info.shape).ok_or_else(|| {
+                wrong(format!(
+                    "impossible shape {:?} of {}",
+                    info.shape, info.dtype
+                ))
+            })?;
+            if begin > end || end > data.len() {
+                return Err(wrong(format!(
+                    "bytes {begin}..{end} do not lie in the file's {} bytes of data (truncated?)",
+                    data.len()
+                )));
+            }
+            if end - begin != bytes {
+                return Err(wrong(format!(
+                    "{} bytes, expected {bytes} for {} {:?}",
+                    end - begin,
+                    info.dtype,
+                    info.shape
+                )));
+            }
+            tensors.insert(name, info);
+        }
+
+        let mut by_place: Vec<_> = tensors.iter().collect();
+        by_place.sort_by_key(|(_, info)| info.data_offsets);
+        let mut end = 0;
+        for (name, info) in by_place {
+            if info.data_offsets.0 != end {
+                return Err(SafeError::Tensor {
+                    path,
+                    name: name.clone(),
+                    what: format!("begins at byte {}, expected {end}", info.data_offsets.0),
+                });
+            }
+            end = info.data_offsets.1;
+        }
+        if end != data.len() {
+            return Err(malformed(format!(
+                "its tensors end at byte {end}, its data at byte {}",
+                data.len()
+            )));
+        }
+        let data_start = 8 + header_length as usize;
+        Ok(Self {
+            path,
+            map,
+            data_start,
+            metadata,
+            tensors,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The strings of the header's `__metadata__`; empty if it has none.
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        &self.metadata
+    }
+
+    /// Names of all tensors, in alphabetical order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn info(&self, name: &str) -> Result<&Info> {
+        self.tensors.get(name).ok_or_else(|| {
+            let hint = self
+                .tensors
+                .keys()
+                .map(|known| (strsim::jaro_winkler(known, name), known))
+                .filter(|(score, _)| *score > 0.8)
+                .max_by(|a, b| a.0.total_cmp(&b.0))
+                .map(|(_, known)| known.clone());
+            SafeError::Missing {
+                path: self.path.clone(),
+                name: name.into(),
+                hint,
+            }
+        })
+    }
+
+    /// Shape of a tensor; empty for a scalar.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`].
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.info(name)?.shape)
+    }
+
+    /// Element type of a tensor.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`].
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.info(name)?.dtype)
+    }
+
+    /// Bytes of a tensor as they lie in the file: little-endian, row-major, of any
+    /// alignment.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`].
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let (begin, end) = self.info(name)?.data_offsets;
+        Ok(&self.map[self.data_start + begin..self.data_start + end])
+    }
+
+    /// A tensor of F16, BF16, F32 or F64 as f32, row-major.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`]; [`SafeError::Unexpected`] for other element types.
+    pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name)?;
+        Ok(match self.dtype(name)? {
+            Dtype::F16 => elements(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => elements(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F32 => elements(bytes, f32::from_le_bytes),
+            Dtype::F64 => elements(bytes, |b| f64::from_le_bytes(b) as f32),
+            other => return Err(self.unexpected(name, other, "F16, BF16, F32 or F64")),
+        })
+    }
+
+    /// A tensor of F16, BF16, F32 or F64 as f64, row-major.
+    ///
+    /// # Errors
+    /// As [`SafeFile::f32`].
+    pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
+        let bytes = self.bytes(name)?;
+        Ok(match self.dtype(name)? {
+            Dtype::F16 => elements(bytes, |b| f16::from_le_bytes(b).to_f64()),
+            Dtype::BF16 => elements(bytes, |b| bf16::from_le_bytes(b).to_f64()),
+            Dtype::F32 => elements(bytes, |b| f64::from(f32::from_le_bytes(b))),
+            Dtype::F64 => elements(bytes, f64::from_le_bytes),
+            other => return Err(self.unexpected(name, other, "F16, BF16, F32 or F64")),
+        })
+    }
+
+    /// A tensor of I64, I32 or U8 as i64, row-major.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`]; [`SafeError::Unexpected`] for other element types.
+    pub fn i64(&self, name: &str) -> Result<Vec<i64>> {
+        let bytes = self.bytes(name)?;
+        Ok(match self.dtype(name)? {
+            Dtype::I64 => elements(bytes, i64::from_le_bytes),
+            Dtype::I32 => elements(bytes, |b| i64::from(i32::from_le_bytes(b))),
+            Dtype::U8 => bytes.iter().map(|&b| i64::from(b)).collect(),
+            other => return Err(self.unexpected(name, other, "I64, I32 or U8")),
+        })
+    }
+
+    /// The error for a tensor that is not what the caller needs.
+    pub fn unexpected(
+        &self,
+        name: &str,
+        found: impl fmt::Display,
+        expected: impl fmt::Display,
+    ) -> SafeError {
+        SafeError::Unexpected {
+            path: self.path.clone(),
+            name: name.into(),
+            found: found.to_string(),
+            expected: expected.to_string(),
+        }
+    }
+}
+
+fn elements<const N: usize, T>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes
+        .as_chunks::<N>()
+        .0
+        .iter()
+        .map(|&chunk| convert(chunk))
+        .collect()
+}
+
+/// Bytes of a tensor; `None` if that overflows or ends within a byte.
+fn byte_length(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    let bits = shape
+        .iter()
+        .try_fold(1usize, |product, &side| product.checked_mul(side))?
+        .checked_mul(dtype.bitsize())?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+/// The header's entries in file order; a repeated key is an error, where a plain map
+/// would keep the last one and let two readers disagree on the file's content.
+struct Entries(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Entries;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Entries, A::Error> {
+                let mut entries: Vec<(String, Value)> = Vec::new();
+                let mut seen = std::collections::HashSet::new();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if !seen.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("{name} occurs twice")));
+                    }
+                    entries.push((name, value));
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+/// Writes a safetensors file atomically (see [`write_atomically`]). The same tensors and
+/// metadata always make the same bytes.
+///
+/// # Errors
+/// [`SafeError::Unexpected`] if the bytes do not fit the shape, [`SafeError::Malformed`]
+/// if a name occurs twice, [`SafeError::Io`] if writing fails; then `path` keeps its old
+/// content.
+pub fn write(
+    path: impl AsRef<Path>,
+    tensors: &[TensorOut],
+    metadata: &HashMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let mut sorted: Vec<_> = tensors.iter().collect();
+    sorted.sort_by_key(|(_, dtype, ..)| std::cmp::Reverse(dtype.bitsize()));
+
+    let mut header = Map::new();
+    let by_key: BTreeMap<_, _> = metadata.iter().collect();
+    header.insert("__metadata__".into(), json!(by_key));
+    let mut end = 0;
+    for (name, dtype, shape, bytes) in &sorted {
+        if byte_length(*dtype, shape) != Some(bytes.len()) {
+            return Err(SafeError::Unexpected {
+                path: path.into(),
+                name: (*name).into(),
+                found: format!("{} bytes", bytes.len()),
+                expected: format!("the size of {dtype} {shape:?}"),
+            });
+        }
+        let begin = end;
+        end += bytes.len();
+        let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]});
+        if header.insert((*name).into(), info).is_some() {
+            return Err(SafeError::Malformed {
+                path: path.into(),
+                what: format!("two tensors named {name}"),
+            });
+        }
+    }
+    let mut header = Value::Object(header).to_string();
+    // Spaces up to a multiple of 8, so that the data begins aligned.
+    header.extend(std::iter::repeat_n(
+        ' ',
+        header.len().next_multiple_of(8) - header.len(),
+    ));
+
+    write_atomically(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(header.as_bytes())?;
+        sorted
+            .iter()
+            .try_for_each(|(.., bytes)| out.write_all(bytes))
+    })
+    .map_err(|source| SafeError::Io {
+        path: path.into(),
+        source,
+    })
+}
