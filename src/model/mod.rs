@@ -1,1 +1,10 @@
-//! x
+//! The network: configuration, parameters, U-Net, preconditioning and loss.
+
+pub mod config;
+pub mod params;
+pub mod precond;
+pub mod unet;
+
+pub use config::{Config, ConfigError};
+pub use params::{Kind, ParamId, ParamSpec, ParamTable};
+pub use precond::Precond;

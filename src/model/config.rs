@@ -1,0 +1,327 @@
+//! The architecture of an EDM2 U-Net, under the official option names, and its presets.
+//!
+//! Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+//! Models" (EDM2), appendix A, table 6 and figure 21.
+
+use serde::{Deserialize, Serialize};
+
+/// Architecture of one network. Serialised as JSON in the metadata of every model file.
+///
+/// Fields that the official snapshots leave at their defaults may be absent in the JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Nominal side length of the images; names the levels (`64x64`, `32x32`, ...) and is
+    /// what `attn_resolutions` refers to. Actual heights and widths may differ.
+    pub img_resolution: usize,
+    /// Channels of the images or latents.
+    pub img_channels: usize,
+    /// Width of the condition vector; 0 = unconditional.
+    pub label_dim: usize,
+    /// Base width of the network.
+    pub model_channels: usize,
+    /// Width of each level, in units of `model_channels`.
+    #[serde(default = "default_channel_mult")]
+    pub channel_mult: Vec<usize>,
+    /// Width of the Fourier features, in units of `model_channels`; default: that of the first level.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel_mult_noise: Option<usize>,
+    /// Width of the embedding, in units of `model_channels`; default: that of the widest level.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel_mult_emb: Option<usize>,
+    /// Residual blocks of each level in the encoder; the decoder has one more.
+    #[serde(default = "default_num_blocks")]
+    pub num_blocks: usize,
+    /// Nominal resolutions of the levels whose blocks have self-attention.
+    #[serde(default = "default_attn_resolutions")]
+    pub attn_resolutions: Vec<usize>,
+    /// Width of an attention head.
+    #[serde(default = "default_channels_per_head")]
+    pub channels_per_head: usize,
+    /// Weight of the label against the noise embedding in their `mp_sum`.
+    #[serde(default = "default_half")]
+    pub label_balance: f64,
+    /// Weight of the skip connection in `mp_cat`.
+    #[serde(default = "default_half")]
+    pub concat_balance: f64,
+    /// Weight of the residual branch in `mp_sum`.
+    #[serde(default = "default_balance")]
+    pub res_balance: f64,
+    /// Weight of the attention branch in `mp_sum`.
+    #[serde(default = "default_balance")]
+    pub attn_balance: f64,
+    /// Activations are clipped to +- this at the end of each block.
+    #[serde(default = "default_clip_act")]
+    pub clip_act: f64,
+    /// Standard deviation of the data.
+    #[serde(default = "default_half")]
+    pub sigma_data: f64,
+    /// Fourier features of the learned uncertainty, `logvar`.
+    #[serde(default = "default_logvar_channels")]
+    pub logvar_channels: usize,
+}
+
+fn default_channel_mult() -> Vec<usize> {
+    vec![1, 2, 3, 4]
+}
+fn default_num_blocks() -> usize {
+    3
+}
+fn default_attn_resolutions() -> Vec<usize> {
+    vec![16, 8]
+}
+fn default_channels_per_head() -> usize {
+    64
+}
+fn default_half() -> f64 {
+    0.5
+}
+fn default_balance() -> f64 {
+    0.3
+}
+fn default_clip_act() -> f64 {
+    256.0
+}
+fn default_logvar_channels() -> usize {
+    128
+}
+
+/// Why a [`Config`] does not describe a network.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A field is out of range.
+    #[error("{field} = {found}, expected {expected}")]
+    Field {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: String,
+    },
+    /// The image size does not suit the levels.
+    #[error(
+        "an image of {width}x{height} (width x height), expected both to be multiples of {multiple} for {levels} levels"
+    )]
+    Size {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// What both must be multiples of.
+        multiple: usize,
+        /// Levels of the network.
+        levels: usize,
+    },
+    /// No preset has this name.
+    #[error("preset '{0}' is unknown, expected one of {1}")]
+    Preset(String, String),
+}
+
+impl Config {
+    /// EDM2's defaults at a given size and width.
+    fn edm2(img_resolution: usize, img_channels: usize, label_dim: usize, width: usize) -> Self {
+        Self {
+            img_resolution,
+            img_channels,
+            label_dim,
+            model_channels: width,
+            channel_mult: default_channel_mult(),
+            channel_mult_noise: None,
+            channel_mult_emb: None,
+            num_blocks: default_num_blocks(),
+            attn_resolutions: default_attn_resolutions(),
+            channels_per_head: default_channels_per_head(),
+            label_balance: default_half(),
+            concat_balance: default_half(),
+            res_balance: default_balance(),
+            attn_balance: default_balance(),
+            clip_act: default_clip_act(),
+            sigma_data: default_half(),
+            logvar_channels: default_logvar_channels(),
+        }
+    }
+
+    /// Width of each level in channels.
+    pub fn level_channels(&self) -> Vec<usize> {
+        self.channel_mult.iter().map(|m| m * self.model_channels).collect()
+    }
+
+    /// Width of the Fourier features of the noise level.
+    pub fn noise_channels(&self) -> usize {
+        match self.channel_mult_noise {
+            Some(m) => m * self.model_channels,
+            None => self.level_channels()[0],
+        }
+    }
+
+    /// Width of the embedding.
+    pub fn emb_channels(&self) -> usize {
+        match self.channel_mult_emb {
+            Some(m) => m * self.model_channels,
+            None => self.level_channels().into_iter().max().unwrap_or(0),
+        }
+    }
+
+    /// Checks every field, so that a config from a file can be trusted afterwards.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let range = |field, value: usize, low: usize, high: usize| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            Err(ConfigError::Field { field, found: value.to_string(), expected: format!("{low} to {high}") })
+        };
+        range("img_resolution", self.img_resolution, 1, 1 << 16)?;
+        range("img_channels", self.img_channels, 1, 64)?;
+        range("label_dim", self.label_dim, 0, 1 << 20)?;
+        range("model_channels", self.model_channels, 8, 4096)?;
+        range("number of levels (channel_mult)", self.channel_mult.len(), 1, 8)?;
+        range("num_blocks", self.num_blocks, 1, 64)?;
+        range("channels_per_head", self.channels_per_head, 1, 512)?;
+        range("logvar_channels", self.logvar_channels, 1, 4096)?;
+        for &m in self.channel_mult.iter().chain(&self.channel_mult_noise).chain(&self.channel_mult_emb) {
+            range("channel_mult", m, 1, 64)?;
+        }
+        let divisor = 1 << (self.channel_mult.len() - 1);
+        if !self.img_resolution.is_multiple_of(divisor) {
+            return Err(ConfigError::Field {
+                field: "img_resolution",
+                found: self.img_resolution.to_string(),
+                expected: format!("a multiple of {divisor} for {} levels", self.channel_mult.len()),
+            });
+        }
+        for (level, channels) in self.level_channels().into_iter().enumerate() {
+            let last = level + 1 == self.channel_mult.len();
+            let attends = last || self.attn_resolutions.contains(&(self.img_resolution >> level));
+            if attends && !channels.is_multiple_of(self.channels_per_head) {
+                return Err(ConfigError::Field {
+                    field: "channels_per_head",
+                    found: self.channels_per_head.to_string(),
+                    expected: format!("a divisor of the {channels} channels of level {level}, which has attention"),
+                });
+            }
+        }
+        let unit = |field, value: f64| {
+            if value > 0.0 && value < 1.0 {
+                return Ok(());
+            }
+            Err(ConfigError::Field { field, found: value.to_string(), expected: "a number between 0 and 1".into() })
+        };
+        unit("label_balance", self.label_balance)?;
+        unit("concat_balance", self.concat_balance)?;
+        unit("res_balance", self.res_balance)?;
+        unit("attn_balance", self.attn_balance)?;
+        for (field, value) in [("clip_act", self.clip_act), ("sigma_data", self.sigma_data)] {
+            if !(value > 0.0 && value.is_finite()) {
+                let expected = "a positive number".into();
+                return Err(ConfigError::Field { field, found: value.to_string(), expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that every level halves `height` x `width` (pixels of the image or latent) exactly.
+    pub fn check_size(&self, height: usize, width: usize) -> Result<(), ConfigError> {
+        let levels = self.channel_mult.len();
+        let multiple = 1 << (levels - 1);
+        let fits = |n: usize| n > 0 && n.is_multiple_of(multiple);
+        if fits(height) && fits(width) {
+            return Ok(());
+        }
+        Err(ConfigError::Size { width, height, multiple, levels })
+    }
+}
+
+/// A named configuration with the training settings of the EDM2 paper (table 6).
+#[derive(Clone, Debug)]
+pub struct Preset {
+    /// Name as in the official code.
+    pub name: &'static str,
+    /// The network.
+    pub config: Config,
+    /// Height and width of the image or latent that it was made for.
+    pub size: [usize; 2],
+    /// Images per optimizer step.
+    pub batch: usize,
+    /// Reference learning rate.
+    pub lr: f64,
+    /// `edm2` schedule: the learning rate falls as 1/sqrt after this many batches.
+    pub decay: f64,
+    /// Mean of ln(sigma).
+    pub p_mean: f64,
+    /// Standard deviation of ln(sigma).
+    pub p_std: f64,
+}
+
+/// Every preset: EDM2's of ImageNet-512 (latents) and ImageNet-64 (RGB), and `1girl-xs`,
+/// EDM2-XS with a 1024-wide condition on 512x704 images (64x88 latents).
+///
+/// EDM2 trains M and larger with dropout 0.1, which this project does not have.
+pub fn presets() -> Vec<Preset> {
+    let img512 = [
+        ("edm2-img512-xxs", 64, 0.0170),
+        ("edm2-img512-xs", 128, 0.0120),
+        ("edm2-img512-s", 192, 0.0100),
+        ("edm2-img512-m", 256, 0.0090),
+        ("edm2-img512-l", 320, 0.0080),
+        ("edm2-img512-xl", 384, 0.0070),
+        ("edm2-img512-xxl", 448, 0.0065),
+    ];
+    let img64 = [
+        ("edm2-img64-s", 192, 0.0100),
+        ("edm2-img64-m", 256, 0.0090),
+        ("edm2-img64-l", 320, 0.0080),
+        ("edm2-img64-xl", 384, 0.0070),
+    ];
+    let mut all = Vec::new();
+    for (name, width, lr) in img512 {
+        let config = Config::edm2(64, 4, 1000, width);
+        let size = [64, 64];
+        all.push(Preset { name, config, size, batch: 2048, lr, decay: 70000.0, p_mean: -0.4, p_std: 1.0 });
+    }
+    for (name, width, lr) in img64 {
+        let config = Config::edm2(64, 3, 1000, width);
+        let size = [64, 64];
+        all.push(Preset { name, config, size, batch: 2048, lr, decay: 35000.0, p_mean: -0.8, p_std: 1.6 });
+    }
+    all.push(Preset {
+        name: "1girl-xs",
+        config: Config::edm2(64, 4, 1024, 128),
+        size: [88, 64],
+        batch: 2000,
+        lr: 0.0120,
+        decay: 0.0,
+        p_mean: -0.4,
+        p_std: 1.0,
+    });
+    all
+}
+
+/// The preset of this name.
+pub fn preset(name: &str) -> Result<Preset, ConfigError> {
+    let all = presets();
+    let names = all.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");
+    all.into_iter().find(|p| p.name == name).ok_or(ConfigError::Preset(name.into(), names))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_valid() {
+        for p in presets() {
+            p.config.validate().unwrap();
+            p.config.check_size(p.size[0], p.size[1]).unwrap();
+        }
+    }
+
+    #[test]
+    fn config_survives_json_and_refuses_unknown_fields() {
+        let c = preset("1girl-xs").unwrap().config;
+        let json = serde_json::to_string(&c).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), c);
+        let bad = json.replacen("\"img_resolution\"", "\"resolution\"", 1);
+        assert!(serde_json::from_str::<Config>(&bad).is_err());
+    }
+}

@@ -1,0 +1,121 @@
+//! The table of parameters: names and shapes as in the official `state_dict`.
+//!
+//! A network is built by pushing its parameters into a table; a backend allocates what the
+//! table lists and refers to it by [`ParamId`]. Files are read and written through the table too,
+//! so a name stands in exactly one place.
+
+/// Index of a parameter in its [`ParamTable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub usize);
+
+/// What a parameter is, which decides how it is normalised and stepped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Weight of a magnitude-preserving layer: one normalised row of `cin * taps` values for
+    /// each of `cout` output channels. `taps` is 9 (3x3), 1 (1x1 or linear).
+    Weight {
+        /// Output channels.
+        cout: usize,
+        /// Input channels.
+        cin: usize,
+        /// Kernel elements.
+        taps: usize,
+    },
+    /// A learned scalar that starts at zero.
+    Gain,
+    /// Frequencies of Fourier features, N(0, (2 pi)^2); not trained.
+    Freqs,
+    /// Phases of Fourier features, uniform in [0, 2 pi); not trained.
+    Phases,
+}
+
+/// One parameter.
+#[derive(Clone, Debug)]
+pub struct ParamSpec {
+    /// Official name, e.g. `unet.enc.64x64_block0.conv_res0.weight`.
+    pub name: String,
+    /// Shape in PyTorch's order: [O,I,kh,kw], [O,I], [C] or [].
+    pub shape: Vec<usize>,
+    /// What it is.
+    pub kind: Kind,
+}
+
+impl ParamSpec {
+    /// Number of values.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether the optimizer changes it.
+    pub fn trained(&self) -> bool {
+        matches!(self.kind, Kind::Weight { .. } | Kind::Gain)
+    }
+}
+
+/// Every parameter of a network, in the order of the official `state_dict`.
+#[derive(Clone, Debug, Default)]
+pub struct ParamTable {
+    specs: Vec<ParamSpec>,
+}
+
+impl ParamTable {
+    /// A 3x3 (`kernel` 3) or 1x1 (`kernel` 1) convolution.
+    pub fn conv(&mut self, name: String, cin: usize, cout: usize, kernel: usize) -> ParamId {
+        let kind = Kind::Weight { cout, cin, taps: kernel * kernel };
+        self.push(format!("{name}.weight"), vec![cout, cin, kernel, kernel], kind)
+    }
+
+    /// A linear layer.
+    pub fn linear(&mut self, name: String, cin: usize, cout: usize) -> ParamId {
+        self.push(format!("{name}.weight"), vec![cout, cin], Kind::Weight { cout, cin, taps: 1 })
+    }
+
+    /// A learned scalar.
+    pub fn gain(&mut self, name: String) -> ParamId {
+        self.push(name, vec![], Kind::Gain)
+    }
+
+    /// The two buffers of Fourier features.
+    pub fn fourier(&mut self, name: String, channels: usize) -> (ParamId, ParamId) {
+        let freqs = self.push(format!("{name}.freqs"), vec![channels], Kind::Freqs);
+        let phases = self.push(format!("{name}.phases"), vec![channels], Kind::Phases);
+        (freqs, phases)
+    }
+
+    fn push(&mut self, name: String, shape: Vec<usize>, kind: Kind) -> ParamId {
+        self.specs.push(ParamSpec { name, shape, kind });
+        ParamId(self.specs.len() - 1)
+    }
+
+    /// Parameters with their ids, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &ParamSpec)> {
+        self.specs.iter().enumerate().map(|(i, s)| (ParamId(i), s))
+    }
+
+    /// The parameter of this official name.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.specs.iter().position(|s| s.name == name).map(ParamId)
+    }
+
+    /// Number of parameters (tensors).
+    pub fn len(&self) -> usize {
+        self.specs.len()
+    }
+
+    /// Whether the table lists nothing.
+    pub fn is_empty(&self) -> bool {
+        self.specs.is_empty()
+    }
+
+    /// Number of trained values, as papers count parameters.
+    pub fn trained_values(&self) -> usize {
+        self.specs.iter().filter(|s| s.trained()).map(ParamSpec::numel).sum()
+    }
+}
+
+impl std::ops::Index<ParamId> for ParamTable {
+    type Output = ParamSpec;
+    fn index(&self, id: ParamId) -> &ParamSpec {
+        &self.specs[id.0]
+    }
+}

@@ -1,0 +1,141 @@
+//! Preconditioning (EDM, Karras et al. 2022, table 1), the learned uncertainty and the training loss
+//! (EDM2, section 2.1 and eq. 14-15) around the [`UNet`].
+
+use super::config::{Config, ConfigError};
+use super::params::{ParamId, ParamTable};
+use super::unet::{UNet, UNetTape};
+use crate::backend::{Backend, Embed, Embedding, Logvar, LossInput};
+
+/// The denoiser D(x; sigma, labels) of a [`Config`].
+#[derive(Clone, Debug)]
+pub struct Precond {
+    /// Its architecture.
+    pub config: Config,
+    unet: UNet,
+    embed: Embed,
+    logvar: Logvar,
+    out_gain: ParamId,
+}
+
+/// Inputs and results of a forward pass for training, kept for [`Precond::backward`].
+pub struct TrainPass<T> {
+    /// Loss of each image, summed over its elements, [n, 1, 1, 1].
+    pub per_image: T,
+    /// logvar [n, 1, 1, 1].
+    pub logvar: T,
+    /// Output of the U-Net before `out_gain`.
+    pub raw: T,
+    grad_raw: T,
+    grad_logvar: T,
+    logvar_features: T,
+    embedding: Embedding<T>,
+    labels: Option<T>,
+    tape: UNetTape<T>,
+}
+
+impl Precond {
+    /// The network of a valid config, and the table of its parameters.
+    pub fn new(config: &Config) -> Result<(Self, ParamTable), ConfigError> {
+        config.validate()?;
+        let mut table = ParamTable::default();
+        let out_gain = table.gain("unet.out_gain".into());
+        let (freqs, phases) = table.fourier("unet.emb_fourier".into(), config.noise_channels());
+        let noise = table.linear("unet.emb_noise".into(), config.noise_channels(), config.emb_channels());
+        let label = (config.label_dim > 0)
+            .then(|| table.linear("unet.emb_label".into(), config.label_dim, config.emb_channels()));
+        let embed = Embed { freqs, phases, noise, label, label_balance: config.label_balance };
+        let unet = UNet::new(&mut table, "unet.", config);
+        let (freqs, phases) = table.fourier("logvar_fourier".into(), config.logvar_channels);
+        let weight = table.linear("logvar_linear".into(), config.logvar_channels, 1);
+        let logvar = Logvar { freqs, phases, weight };
+        Ok((Self { config: config.clone(), unet, embed, logvar, out_gain }, table))
+    }
+
+    /// The gain of the output convolution.
+    pub fn out_gain(&self) -> ParamId {
+        self.out_gain
+    }
+
+    /// Multiply-adds of one forward pass for an image of `height` x `width`.
+    pub fn macs(&self, table: &ParamTable, height: usize, width: usize) -> u64 {
+        let embed = table[self.embed.noise].numel() + self.embed.label.map_or(0, |id| table[id].numel());
+        self.unet.macs(table, height, width) + embed as u64
+    }
+
+    /// D(x; sigma, labels) for noisy images `x` [n, h, w, c], noise levels `sigma` [n, 1, 1, 1] and labels
+    /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction).
+    pub fn denoise<B: Backend>(
+        &self,
+        b: &mut B,
+        x: &B::Tensor,
+        sigma: &B::Tensor,
+        labels: Option<&B::Tensor>,
+    ) -> B::Tensor {
+        self.denoise_probed(b, x, sigma, labels, &mut |_, _| {}).0
+    }
+
+    /// As [`Precond::denoise`]; also returns the U-Net's output before `out_gain` and the embedding, and
+    /// shows `probe` the output of every module.
+    pub fn denoise_probed<B: Backend>(
+        &self,
+        b: &mut B,
+        x: &B::Tensor,
+        sigma: &B::Tensor,
+        labels: Option<&B::Tensor>,
+        probe: &mut dyn FnMut(&str, &B::Tensor),
+    ) -> (B::Tensor, B::Tensor, Embedding<B::Tensor>) {
+        let input = b.precond_input(x, sigma, self.config.sigma_data);
+        let e = b.embed(&self.embed, sigma, labels);
+        let raw = self.unet.forward(b, &input, &e.emb, None, probe);
+        let d = b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data);
+        (d, raw, e)
+    }
+
+    /// logvar(sigma), [n, 1, 1, 1], with the Fourier features that feed it.
+    pub fn logvar<B: Backend>(&self, b: &mut B, sigma: &B::Tensor) -> (B::Tensor, B::Tensor) {
+        b.logvar(&self.logvar, sigma)
+    }
+
+    /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise.
+    pub fn train_forward<B: Backend>(
+        &self,
+        b: &mut B,
+        clean: &B::Tensor,
+        noisy: &B::Tensor,
+        sigma: &B::Tensor,
+        labels: Option<&B::Tensor>,
+    ) -> TrainPass<B::Tensor> {
+        let input = b.precond_input(noisy, sigma, self.config.sigma_data);
+        let embedding = b.embed(&self.embed, sigma, labels);
+        let mut tape = None;
+        let raw = self.unet.forward(b, &input, &embedding.emb, Some(&mut tape), &mut |_, _| {});
+        let (logvar_features, logvar) = b.logvar(&self.logvar, sigma);
+        let loss = b.loss(LossInput {
+            clean,
+            noisy,
+            raw: &raw,
+            sigma,
+            logvar: &logvar,
+            out_gain: self.out_gain,
+            sigma_data: self.config.sigma_data,
+        });
+        TrainPass {
+            per_image: loss.per_image,
+            logvar,
+            raw,
+            grad_raw: loss.grad_raw,
+            grad_logvar: loss.grad_logvar,
+            logvar_features,
+            embedding,
+            labels: labels.cloned(),
+            tape: tape.expect("a training pass fills its tape"),
+        }
+    }
+
+    /// Backward pass: accumulates the gradients of all parameters.
+    pub fn backward<B: Backend>(&self, b: &mut B, pass: TrainPass<B::Tensor>) {
+        b.logvar_backward(&self.logvar, &pass.logvar_features, &pass.grad_logvar);
+        let grad_emb = self.unet.backward(b, pass.tape, &pass.embedding.emb, &pass.grad_raw);
+        b.embed_backward(&self.embed, &pass.embedding, pass.labels.as_ref(), &grad_emb);
+    }
+}
