@@ -1,5 +1,6 @@
 //! EDM2 diffusion models, trained and sampled without a deep-learning framework.
 
 pub mod backend;
+pub mod formats;
 pub mod model;
 pub mod rng;

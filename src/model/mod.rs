@@ -1,10 +1,12 @@
 //! The network: configuration, parameters, U-Net, preconditioning and loss.
 
 pub mod config;
+pub mod file;
 pub mod params;
 pub mod precond;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
+pub use file::{Encoder, Model, ModelError, ModelMeta, Precision};
 pub use params::{Kind, ParamId, ParamSpec, ParamTable};
 pub use precond::Precond;

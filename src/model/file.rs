@@ -1,0 +1,317 @@
+//! Model files: the parameters of a network in one safetensors file, under their official names.
+//!
+//! Metadata: `config` is the [`Config`] as JSON; `edm2k` is [`ModelMeta`] as JSON, so that sampling
+//! needs nothing but the file. A file without `edm2k` (made by other programs) is taken to be of square
+//! images of `img_resolution`, latents if they have four channels.
+//! Weights are stored as the optimizer left them, not normalised, in f16 or f32.
+
+use std::collections::HashMap;
+use std::f32::consts::TAU;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use super::config::{Config, ConfigError};
+use super::params::{Kind, ParamTable};
+use super::precond::Precond;
+use crate::backend::{Backend, BackendError, Slot};
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::rng::{Purpose, Stream};
+
+/// What the network's images are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encoder {
+    /// Pixels as x / 127.5 - 1.
+    Rgb,
+    /// Latents of the Stable Diffusion autoencoder.
+    SdVae,
+}
+
+/// Element type that weights are saved in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Half precision, for models to be used or shared.
+    F16,
+    /// As they are in training.
+    F32,
+}
+
+/// What a model file says beside its config; the `edm2k` entry of the metadata.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelMeta {
+    /// Height of the images or latents that the network was trained on.
+    pub height: usize,
+    /// Their width.
+    pub width: usize,
+    /// What they are.
+    pub encoder: Encoder,
+    /// Tags of the condition's channels, in order; empty if conditions are not made of tags.
+    #[serde(default)]
+    pub vocabulary: Vec<String>,
+    /// Images seen in training.
+    #[serde(default)]
+    pub images_seen: u64,
+    /// Relative standard deviation of the moving average that the weights are, if they are one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema_std: Option<f64>,
+    /// Seed of the training run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Where the training images are from.
+    #[serde(default)]
+    pub source: String,
+    /// Licence of the training images.
+    #[serde(default)]
+    pub licence: String,
+}
+
+impl ModelMeta {
+    /// What is assumed of a network about which only its config is known.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            height: config.img_resolution,
+            width: config.img_resolution,
+            encoder: if config.img_channels == 4 { Encoder::SdVae } else { Encoder::Rgb },
+            vocabulary: Vec::new(),
+            images_seen: 0,
+            ema_std: None,
+            seed: None,
+            source: String::new(),
+            licence: String::new(),
+        }
+    }
+}
+
+/// What can be wrong with a model file.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// Not a safetensors file, or a tensor is missing or has another shape or element type.
+    #[error(transparent)]
+    File(#[from] SafeError),
+    /// An entry of the metadata is missing or malformed.
+    #[error("{}: metadata \"{key}\": {what}", path.display())]
+    Metadata {
+        /// The file.
+        path: PathBuf,
+        /// The entry.
+        key: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The config does not describe a network, or not one for the image size.
+    #[error("{}: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
+    /// A tensor that the network of the config does not have.
+    #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
+    Unknown {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
+    #[error("{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers", path.display())]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Index of the value in the tensor.
+        at: usize,
+        /// The value.
+        value: f32,
+        /// Element type of the file.
+        dtype: Dtype,
+    },
+}
+
+/// A network with its parameters on the host.
+pub struct Model {
+    /// What the file says beside the config.
+    pub meta: ModelMeta,
+    /// The network.
+    pub net: Precond,
+    /// Names and shapes of its parameters.
+    pub table: ParamTable,
+    /// Values of each parameter, by [`super::ParamId`], in PyTorch's order.
+    pub weights: Vec<Vec<f32>>,
+}
+
+/// A parameter that [`Model::adapt`] could not take over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reinitialised {
+    /// Its name.
+    pub name: String,
+    /// Its shape in the model that was given, if it has it.
+    pub found: Option<Vec<usize>>,
+    /// Its shape in the new network.
+    pub expected: Vec<usize>,
+}
+
+impl Model {
+    /// Reads and checks a model file.
+    ///
+    /// # Errors
+    /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        let path = path.as_ref();
+        let file = SafeFile::open(path)?;
+        let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
+        let config = file
+            .metadata()
+            .get("config")
+            .ok_or_else(|| metadata("config", "it is missing, so this is not a model file".into()))?;
+        let config: Config = serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?;
+        let config_error = |source| ModelError::Config { path: path.into(), source };
+        let (net, table) = Precond::new(&config).map_err(config_error)?;
+        let meta = match file.metadata().get("edm2k") {
+            None => ModelMeta::of(&config),
+            Some(text) => serde_json::from_str(text).map_err(|e| metadata("edm2k", e.to_string()))?,
+        };
+        config.check_size(meta.height, meta.width).map_err(config_error)?;
+        let tags = meta.vocabulary.len();
+        if tags > 0 && tags != config.label_dim {
+            let what = format!("{tags} tags in the vocabulary, expected label_dim = {}", config.label_dim);
+            return Err(metadata("edm2k", what));
+        }
+
+        if let Some(name) = file.names().find(|name| table.find(name).is_none()) {
+            return Err(ModelError::Unknown { path: path.into(), name: name.into() });
+        }
+        let mut weights = Vec::with_capacity(table.len());
+        for (_, spec) in table.iter() {
+            let shape = file.shape(&spec.name)?;
+            if shape != spec.shape {
+                let (found, expected) = (format!("shape {shape:?}"), format!("{:?}", spec.shape));
+                return Err(file.unexpected(&spec.name, found, expected).into());
+            }
+            let values = file.f32(&spec.name)?;
+            check_finite(path, &spec.name, &values, file.dtype(&spec.name)?)?;
+            weights.push(values);
+        }
+        Ok(Self { meta, net, table, weights })
+    }
+
+    /// A network with fresh parameters: weights N(0, 1), gains 0, Fourier frequencies 2 pi N(0, 1) and
+    /// phases 2 pi U(0, 1). A parameter's values depend on the seed and its place in the table only.
+    ///
+    /// # Errors
+    /// If the config is not valid.
+    pub fn init(config: &Config, seed: u64) -> Result<Self, ConfigError> {
+        let (net, table) = Precond::new(config)?;
+        let weights = table
+            .iter()
+            .map(|(id, spec)| {
+                let stream = Stream { seed, purpose: Purpose::Init, step: id.0 as u32, image: 0 };
+                let mut values = vec![0.0; spec.numel()];
+                match spec.kind {
+                    Kind::Gain => {}
+                    Kind::Weight { .. } => stream.normals(&mut values),
+                    Kind::Freqs => {
+                        stream.normals(&mut values);
+                        values.iter_mut().for_each(|x| *x *= TAU);
+                    }
+                    Kind::Phases => {
+                        for (channel, x) in values.iter_mut().enumerate() {
+                            *x = TAU * Stream { image: channel as u64, ..stream }.uniform();
+                        }
+                    }
+                }
+                values
+            })
+            .collect();
+        Ok(Self { meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) }, net, table, weights })
+    }
+
+    /// The network of another config with this one's parameters, for fine-tuning; those that it lacks or
+    /// has in another shape are fresh, and listed.
+    ///
+    /// # Errors
+    /// If the config is not valid.
+    pub fn adapt(mut self, config: &Config, seed: u64) -> Result<(Self, Vec<Reinitialised>), ConfigError> {
+        let mut new = Self::init(config, seed)?;
+        let mut fresh = Vec::new();
+        for ((_, spec), values) in new.table.iter().zip(&mut new.weights) {
+            let old = self.table.find(&spec.name);
+            match old {
+                Some(id) if self.table[id].shape == spec.shape => *values = std::mem::take(&mut self.weights[id.0]),
+                _ => fresh.push(Reinitialised {
+                    name: spec.name.clone(),
+                    found: old.map(|id| self.table[id].shape.clone()),
+                    expected: spec.shape.clone(),
+                }),
+            }
+        }
+        Ok((new, fresh))
+    }
+
+    /// Copies the parameters into a slot of a backend that was made for this table.
+    ///
+    /// # Errors
+    /// Whatever the backend reports.
+    pub fn upload<B: Backend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
+        self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.write_param(slot, id, values))
+    }
+}
+
+/// Writes a model file, atomically. `weights` are by [`super::ParamId`].
+///
+/// # Errors
+/// [`ModelError::NotFinite`] for a weight that the element type cannot hold, [`ModelError::File`] if
+/// writing fails; then `path` keeps its old content.
+pub fn save(
+    path: impl AsRef<Path>,
+    config: &Config,
+    meta: &ModelMeta,
+    table: &ParamTable,
+    weights: &[Vec<f32>],
+    precision: Precision,
+) -> Result<(), ModelError> {
+    let path = path.as_ref();
+    let mut bytes: Vec<Vec<u8>> = Vec::with_capacity(table.len());
+    for ((_, spec), values) in table.iter().zip(weights) {
+        bytes.push(match precision {
+            Precision::F16 => {
+                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+                let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+                check_finite(path, &spec.name, &rounded, Dtype::F16)?;
+                halves.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+            Precision::F32 => {
+                check_finite(path, &spec.name, values, Dtype::F32)?;
+                values.iter().flat_map(|x| x.to_le_bytes()).collect()
+            }
+        });
+    }
+    let dtype = match precision {
+        Precision::F16 => Dtype::F16,
+        Precision::F32 => Dtype::F32,
+    };
+    let tensors: Vec<safetensors::TensorOut> = table
+        .iter()
+        .zip(&bytes)
+        .map(|((_, spec), bytes)| (spec.name.as_str(), dtype, spec.shape.as_slice(), bytes.as_slice()))
+        .collect();
+    let json = |key, value: serde_json::Result<String>| {
+        value.map_err(|e| ModelError::Metadata { path: path.into(), key, what: e.to_string() })
+    };
+    let metadata = HashMap::from([
+        ("config".to_owned(), json("config", serde_json::to_string(config))?),
+        ("edm2k".to_owned(), json("edm2k", serde_json::to_string(meta))?),
+    ]);
+    Ok(safetensors::write(path, &tensors, &metadata)?)
+}
+
+fn check_finite(path: &Path, name: &str, values: &[f32], dtype: Dtype) -> Result<(), ModelError> {
+    match values.iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(ModelError::NotFinite { path: path.into(), name: name.into(), at, value: values[at], dtype }),
+    }
+}
