@@ -4,3 +4,4 @@ pub mod backend;
 pub mod formats;
 pub mod model;
 pub mod rng;
+pub mod sample;

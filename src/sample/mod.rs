@@ -1,0 +1,340 @@
+//! From noise to images: seeds and conditions in, denoised images out.
+//!
+//! An image is a function of (network, condition, seed, [`SamplerConfig`]) alone. Its noise is the
+//! stream (seed, [`Purpose::SampleNoise`]) in the order of the tensor, `[height, width, channels]`; the
+//! noise that churn adds in step i is the stream (seed, [`Purpose::Churn`], step i). So neither the
+//! batch that an image is in nor the device changes what it starts from.
+//!
+//! Guidance (EDM2, eq. 4 of Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself",
+//! 2024): D = ref + g (D_cond - ref). The reference is the same network without a condition
+//! (classifier-free guidance) or another network, with the same condition if it takes one
+//! (autoguidance). Within [`SamplerConfig::guidance_interval`] only (Kynkaanniemi et al., "Applying
+//! Guidance in a Limited Interval", 2024); elsewhere, and at g = 1, the reference costs nothing.
+//!
+//! Cost: one forward pass for each noise level (`heun`: two), twice that where there is guidance.
+
+mod solvers;
+
+use serde::Serialize;
+
+use crate::backend::{Backend, BackendError, Shape};
+use crate::model::{ConfigError, Precond};
+use crate::rng::{Purpose, Stream};
+
+pub use solvers::{Denoise, Guided, Step, solve};
+
+/// How the differential equation is solved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+pub enum Solver {
+    /// DPM-Solver++(2M): second order, one evaluation a step.
+    #[serde(rename = "dpmpp_2m")]
+    #[value(name = "dpmpp_2m")]
+    Dpmpp2m,
+    /// EDM's: second order, two evaluations a step, optional churn.
+    #[serde(rename = "heun")]
+    Heun,
+    /// EDM's without the correction: first order, one evaluation a step, optional churn.
+    #[serde(rename = "euler")]
+    Euler,
+}
+
+/// Noise that is added back in each step (EDM, algorithm 2).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Churn {
+    /// S_churn: overall amount; 0 makes sampling deterministic.
+    pub s_churn: f64,
+    /// S_min: noise level below which none is added.
+    pub s_min: f64,
+    /// S_max: noise level above which none is added.
+    #[serde(skip_serializing_if = "is_infinite")]
+    pub s_max: f64,
+    /// S_noise: standard deviation of the added noise.
+    pub s_noise: f64,
+}
+
+impl Churn {
+    /// No churn, with the official defaults of the other values.
+    pub const NONE: Self = Self { s_churn: 0.0, s_min: 0.0, s_max: f64::INFINITY, s_noise: 1.0 };
+}
+
+fn is_infinite(x: &f64) -> bool {
+    x.is_infinite()
+}
+
+fn is_none(churn: &Churn) -> bool {
+    churn.s_churn == 0.0
+}
+
+/// Everything that an image depends on besides network, condition and seed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SamplerConfig {
+    /// The solver.
+    pub solver: Solver,
+    /// Noise levels before the final 0.
+    pub steps: usize,
+    /// Lowest of them.
+    pub sigma_min: f64,
+    /// Highest of them.
+    pub sigma_max: f64,
+    /// How much they crowd at the low end (EDM, eq. 5).
+    pub rho: f64,
+    /// g: 1 = none.
+    pub guidance: f64,
+    /// Noise levels (low, high] at which to guide; `None` = all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_interval: Option<(f64, f64)>,
+    /// Of `heun` and `euler`.
+    #[serde(skip_serializing_if = "is_none")]
+    pub churn: Churn,
+}
+
+impl Default for SamplerConfig {
+    /// 16 steps of `dpmpp_2m` with guidance 5.
+    fn default() -> Self {
+        Self {
+            solver: Solver::Dpmpp2m,
+            steps: 16,
+            sigma_min: 0.002,
+            sigma_max: 80.0,
+            rho: 7.0,
+            guidance: 5.0,
+            guidance_interval: None,
+            churn: Churn::NONE,
+        }
+    }
+}
+
+impl SamplerConfig {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// [`SampleError::Setting`] naming the first that makes no sense.
+    pub fn validate(&self) -> Result<(), SampleError> {
+        let check = |ok: bool, name, found: String, expected| match ok {
+            true => Ok(()),
+            false => Err(SampleError::Setting { name, found, expected }),
+        };
+        let number = |ok: bool, name, value: f64, expected| check(ok, name, value.to_string(), expected);
+        check((1..=10_000).contains(&self.steps), "steps", self.steps.to_string(), "1 to 10000")?;
+        number(self.sigma_min > 0.0, "sigma_min", self.sigma_min, "a number above 0")?;
+        let sigma_max = self.sigma_max;
+        number(sigma_max > self.sigma_min && sigma_max <= 1e6, "sigma_max", sigma_max, "sigma_min to 1000000")?;
+        number((0.1..=100.0).contains(&self.rho), "rho", self.rho, "0.1 to 100")?;
+        number(self.guidance.is_finite(), "guidance", self.guidance, "a finite number")?;
+        if let Some((low, high)) = self.guidance_interval {
+            check(0.0 <= low && low < high, "guidance interval", format!("{low},{high}"), "0 <= low < high")?;
+        }
+        let Churn { s_churn, s_min, s_max, s_noise } = self.churn;
+        number(s_churn >= 0.0 && s_churn.is_finite(), "S_churn", s_churn, "a number from 0")?;
+        number(s_min >= 0.0, "S_min", s_min, "a number from 0")?;
+        number(s_max >= s_min, "S_max", s_max, "a number from S_min")?;
+        number(s_noise >= 0.0 && s_noise.is_finite(), "S_noise", s_noise, "a number from 0")?;
+        if self.solver == Solver::Dpmpp2m {
+            number(s_churn == 0.0, "S_churn", s_churn, "0 with dpmpp_2m, which adds no noise (heun and euler do)")?;
+        }
+        Ok(())
+    }
+
+    /// The noise levels, descending, and the final 0 (EDM, eq. 5): `steps` + 1 numbers. Those of
+    /// `heun` and `euler` are computed in f32, as the official sampler does.
+    pub fn sigmas(&self) -> Vec<f64> {
+        let (high, low) = (self.sigma_max.powf(1.0 / self.rho), self.sigma_min.powf(1.0 / self.rho));
+        let last = self.steps.saturating_sub(1).max(1);
+        let mut sigmas: Vec<f64> = (0..self.steps)
+            .map(|i| match self.solver {
+                Solver::Dpmpp2m => (high + i as f64 / last as f64 * (low - high)).powf(self.rho),
+                Solver::Heun | Solver::Euler => {
+                    let root = high as f32 + i as f32 / last as f32 * (low - high) as f32;
+                    f64::from(f64::from(root).powf(self.rho) as f32)
+                }
+            })
+            .collect();
+        sigmas.push(0.0);
+        sigmas
+    }
+
+    /// Whether there is guidance at a noise level.
+    pub fn guides(&self, sigma: f64) -> bool {
+        self.guidance != 1.0 && self.guidance_interval.is_none_or(|(low, high)| low < sigma && sigma <= high)
+    }
+}
+
+/// Why no images could be sampled.
+#[derive(Debug, thiserror::Error)]
+pub enum SampleError {
+    /// A setting makes no sense.
+    #[error("{name} = {found}, expected {expected}")]
+    Setting {
+        /// Which.
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        expected: &'static str,
+    },
+    /// The image size does not suit the network.
+    #[error(transparent)]
+    Size(#[from] ConfigError),
+    /// The conditions do not fit the network or the seeds.
+    #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
+    Conditions {
+        /// Values given.
+        found: usize,
+        /// Number of seeds.
+        images: usize,
+        /// Condition width of the network.
+        width: usize,
+    },
+    /// The guiding network does not go with the network.
+    #[error("the guiding network has {what} {found}, expected {expected}")]
+    GuidingNetwork {
+        /// What differs.
+        what: &'static str,
+        /// Its value.
+        found: usize,
+        /// That of the network.
+        expected: usize,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The network made something that is no number.
+    #[error("seed {seed}: {count} of the image's values are not finite (are the model's weights?)")]
+    NotFinite {
+        /// Seed of the image.
+        seed: u64,
+        /// How many values.
+        count: usize,
+    },
+}
+
+/// A network on its device, and optionally another one that guides it.
+pub struct Sampler<'a, B: Backend> {
+    /// Device that holds the network, prepared for evaluation.
+    pub backend: &'a mut B,
+    /// The network.
+    pub net: &'a Precond,
+    /// Autoguidance: device and network of the reference. `None`: the network without a condition.
+    pub gnet: Option<(&'a mut B, &'a Precond)>,
+}
+
+impl<B: Backend> Sampler<'_, B> {
+    /// Samples one batch: an image of `size` = [height, width] for each seed. `labels` are the conditions,
+    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step. Returns
+    /// [seeds, height, width, channels] in model space.
+    ///
+    /// # Errors
+    /// [`SampleError`]; settings and shapes are checked before anything is computed.
+    pub fn run(
+        &mut self,
+        labels: &[f32],
+        seeds: &[u64],
+        size: [usize; 2],
+        config: &SamplerConfig,
+        observe: &mut dyn FnMut(&mut B, Step<B::Tensor>) -> Result<(), BackendError>,
+    ) -> Result<Vec<f32>, SampleError> {
+        let shape = self.check(labels, seeds, size, config)?;
+        let noise = draw(self.backend, shape, seeds, Purpose::SampleNoise, 0);
+        let upload =
+            |b: &mut B| (!labels.is_empty()).then(|| b.upload([seeds.len(), 1, 1, labels.len() / seeds.len()], labels));
+        let labels = upload(self.backend);
+        let gnet = self.gnet.as_mut().map(|(b, net)| {
+            let labels = if net.config.label_dim > 0 { upload(b) } else { None };
+            (&mut **b, *net, labels)
+        });
+        let mut network = Network { net: self.net, labels, gnet, config, shape, seeds, observe };
+        let x = solve(self.backend, &mut network, config, &noise)?;
+        let images = self.backend.download(&x)?;
+        for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(seeds) {
+            let count = image.iter().filter(|x| !x.is_finite()).count();
+            if count > 0 {
+                return Err(SampleError::NotFinite { seed, count });
+            }
+        }
+        Ok(images)
+    }
+
+    fn check(
+        &self,
+        labels: &[f32],
+        seeds: &[u64],
+        [height, width]: [usize; 2],
+        config: &SamplerConfig,
+    ) -> Result<Shape, SampleError> {
+        let ours = &self.net.config;
+        config.validate()?;
+        ours.check_size(height, width)?;
+        if !labels.is_empty() && labels.len() != seeds.len() * ours.label_dim {
+            let (found, images, width) = (labels.len(), seeds.len(), ours.label_dim);
+            return Err(SampleError::Conditions { found, images, width });
+        }
+        if let Some((_, gnet)) = &self.gnet {
+            let theirs = &gnet.config;
+            theirs.check_size(height, width)?;
+            let differs = |what, found, expected| Err(SampleError::GuidingNetwork { what, found, expected });
+            if theirs.img_channels != ours.img_channels {
+                return differs("image channels", theirs.img_channels, ours.img_channels);
+            }
+            if theirs.label_dim != ours.label_dim && theirs.label_dim != 0 {
+                return differs("condition width", theirs.label_dim, ours.label_dim);
+            }
+        }
+        Ok([seeds.len(), height, width, ours.img_channels])
+    }
+}
+
+/// Unit normal noise [n, h, w, c]: each image from its own stream, in the order of the tensor.
+fn draw<B: Backend>(b: &mut B, shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> B::Tensor {
+    let mut values = vec![0.0; shape.iter().product()];
+    for (image, &seed) in values.chunks_mut(shape[1..].iter().product()).zip(seeds) {
+        Stream { seed, purpose, step, image: 0 }.normals(image);
+    }
+    b.upload(shape, &values)
+}
+
+/// The guided network as the solvers see it.
+struct Network<'a, B: Backend> {
+    net: &'a Precond,
+    labels: Option<B::Tensor>,
+    gnet: Option<(&'a mut B, &'a Precond, Option<B::Tensor>)>,
+    config: &'a SamplerConfig,
+    shape: Shape,
+    seeds: &'a [u64],
+    #[allow(clippy::type_complexity)]
+    observe: &'a mut dyn FnMut(&mut B, Step<B::Tensor>) -> Result<(), BackendError>,
+}
+
+impl<B: Backend> Denoise<B> for Network<'_, B> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+        let n = self.shape[0];
+        let levels = vec![sigma as f32; n];
+        let sigmas = b.upload([n, 1, 1, 1], &levels);
+        let d = self.net.denoise(b, x, &sigmas, self.labels.as_ref());
+        if !self.config.guides(sigma) {
+            return Ok(Guided::plain(d));
+        }
+        let reference = match &mut self.gnet {
+            // The two networks may live on different devices, so what passes between them goes
+            // through the host: a few kilobytes against a whole forward pass.
+            Some((other, gnet, labels)) => {
+                let x = b.download(x)?;
+                let x = other.upload(self.shape, &x);
+                let sigmas = other.upload([n, 1, 1, 1], &levels);
+                let d = gnet.denoise(*other, &x, &sigmas, labels.as_ref());
+                let d = other.download(&d)?;
+                b.upload(self.shape, &d)
+            }
+            None if self.labels.is_none() => return Ok(Guided::plain(d)),
+            None => self.net.denoise(b, x, &sigmas, None),
+        };
+        Ok(Guided::new(d, reference, self.config.guidance))
+    }
+
+    fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor {
+        draw(b, self.shape, self.seeds, Purpose::Churn, step as u32)
+    }
+
+    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), BackendError> {
+        (self.observe)(b, step)
+    }
+}
