@@ -126,7 +126,7 @@ fn sin_cos_turns(turn: u32) -> (f32, f32) {
     let quarter = (turn + (1 << 21)) >> 22;
     let rest = (turn as i32 - (quarter << 22) as i32) as f32 * (std::f32::consts::TAU / 16_777_216.0);
     let z = rest * rest;
-    let sin = rest + rest * (z * (((z * 2.755_731_9e-6 - 1.984_127e-4) * z + 8.333_333_6e-3) * z - 0.166_666_67));
+    let sin = rest + rest * (z * (((z * 2.755_731_9e-6 - 1.984_127e-4) * z + 8.333_334e-3) * z - 0.166_666_67));
     let cos = 1.0 + z * (((z * 2.480_158_7e-5 - 1.388_888_9e-3) * z + 4.166_666_8e-2) * z - 0.5);
     match quarter & 3 {
         0 => (sin, cos),

@@ -1,0 +1,143 @@
+//! Self-attention over the pixels of an image, with pixel-normalised q, k and v (EDM2, appendix B.5).
+//!
+//! For each image and head: S = q k^T / sqrt(c) over T = h w tokens, y = softmax(S) v. Cost: 2 T^2 c
+//! multiply-adds forward, 5 T^2 c backward (the scores are computed again rather than kept).
+
+use super::real::{Mat, NORM_EPS, Real, Threads, matmul, simd};
+use super::tensor::{Pool, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// q, k or v of one head, normalised: `x / (eps + rms)`, [tokens, c].
+struct Normed<T> {
+    values: Vec<T>,
+    /// Root mean square of each token before the normalisation.
+    rms: Vec<T>,
+}
+
+/// Reads part `part` (0 q, 1 k, 2 v) of one head from channel `(head * c + i) * 3 + part`.
+fn gather<T: Real>(qkv: &[T], width: usize, head: usize, c: usize, part: usize) -> Normed<T> {
+    let tokens = qkv.len() / width;
+    let mut values = Vec::with_capacity(tokens * c);
+    let mut rms = Vec::with_capacity(tokens);
+    for token in qkv.chunks_exact(width) {
+        let head = &token[head * c * 3..][..c * 3];
+        values.extend(head.chunks_exact(3).map(|x| x[part]));
+        let last = values.len() - c;
+        let row = &mut values[last..];
+        let mean_square = row.iter().map(|&x| x * x).fold(T::zero(), |a, b| a + b) / T::of(c as f64);
+        let r = mean_square.sqrt();
+        row.iter_mut().for_each(|x| *x /= T::of(NORM_EPS) + r);
+        rms.push(r);
+    }
+    Normed { values, rms }
+}
+
+impl<T: Real> Normed<T> {
+    /// Turns the gradient of the normalised values into that of the original ones, in place.
+    fn backward(&self, grad: &mut [T], c: usize) {
+        for ((g, y), &r) in grad.chunks_exact_mut(c).zip(self.values.chunks_exact(c)).zip(&self.rms) {
+            normalize_backward(g, y, r, T::of(c as f64));
+        }
+    }
+}
+
+/// Gradient of y = x / (eps + r), r = rms(x) over `count` values: given y, r and dL/dy, makes dL/dx of it.
+#[inline(always)]
+pub fn normalize_backward<T: Real>(grad: &mut [T], y: &[T], r: T, count: T) {
+    let d = T::of(NORM_EPS) + r;
+    let dot = grad.iter().zip(y).map(|(&g, &y)| g * y).fold(T::zero(), |a, b| a + b);
+    // dL/dx = g/d - x (g.x) / (count r d^2), and x = y d. At r = 0 the second term vanishes with x.
+    let along = if r > T::zero() { dot / (count * r) } else { T::zero() };
+    grad.iter_mut().zip(y).for_each(|(g, &y)| *g = *g / d - y * along);
+}
+
+/// softmax(q k^T / sqrt(c)), [tokens, tokens].
+fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
+    let tokens = q.rms.len();
+    let mut s = vec![T::zero(); tokens * tokens];
+    let scale = T::of(1.0 / (c as f64).sqrt());
+    matmul((tokens, tokens, c), &mut s, false, Mat::new(&q.values, c), Mat::new(&k.values, c).t(), scale, Threads::One);
+    for row in s.chunks_exact_mut(tokens) {
+        let max = row.iter().fold(T::neg_infinity(), |a, &b| a.max(b));
+        row.iter_mut().for_each(|x| *x = (*x - max).exp_simd());
+        let sum = row.iter().fold(T::zero(), |a, &b| a + b);
+        let inverse = T::one() / sum;
+        row.iter_mut().for_each(|x| *x *= inverse);
+    }
+    s
+}
+
+/// Runs `f(image's qkv, head, result)` for each image and head, then interleaves the heads' results
+/// [tokens, `per_head`] to [tokens, heads * `per_head`].
+fn for_heads<T: Real>(
+    pool: &Arc<Pool<T>>,
+    qkv: &Tensor<T>,
+    heads: usize,
+    per_head: usize,
+    f: impl Fn(usize, usize, &mut [T]) + Sync,
+) -> Tensor<T> {
+    let [n, h, w, _] = qkv.shape();
+    let tokens = h * w;
+    let mut apart = Tensor::uninit(pool, [n, heads, tokens, per_head]);
+    apart
+        .values_mut()
+        .par_chunks_mut(tokens * per_head)
+        .enumerate()
+        .for_each(|(i, out)| simd(|| f(i / heads, i % heads, out)));
+    let mut out = Tensor::uninit(pool, [n, h, w, heads * per_head]);
+    super::real::for_rows(out.values_mut(), heads * per_head, |i, row| {
+        let (image, token) = (i / tokens, i % tokens);
+        for (head, dst) in row.chunks_exact_mut(per_head).enumerate() {
+            dst.copy_from_slice(&apart.values()[((image * heads + head) * tokens + token) * per_head..][..per_head]);
+        }
+    });
+    out
+}
+
+/// See [`crate::backend::Backend::attention`].
+pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
+    let [_, h, w, width] = qkv.shape();
+    let (tokens, c) = (h * w, width / heads / 3);
+    for_heads(pool, qkv, heads, c, |image, head, out| {
+        let x = &qkv.values()[image * tokens * width..][..tokens * width];
+        let [q, k, v] = [0, 1, 2].map(|part| gather(x, width, head, c, part));
+        let p = probabilities(&q, &k, c);
+        let (p, v) = (Mat::new(&p, tokens), Mat::new(&v.values, c));
+        matmul((tokens, c, tokens), out, false, p, v, T::one(), Threads::One);
+    })
+}
+
+/// See [`crate::backend::Backend::attention_backward`].
+pub fn backward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, grad: &Tensor<T>) -> Tensor<T> {
+    let [_, h, w, width] = qkv.shape();
+    let (tokens, c) = (h * w, width / heads / 3);
+    let scale = T::of(1.0 / (c as f64).sqrt());
+    for_heads(pool, qkv, heads, c * 3, |image, head, out| {
+        let x = &qkv.values()[image * tokens * width..][..tokens * width];
+        let [q, k, v] = [0, 1, 2].map(|part| gather(x, width, head, c, part));
+        let p = probabilities(&q, &k, c);
+        let gy = Mat::new(&grad.values()[image * tokens * heads * c + head * c..], heads * c);
+        let product = |m, n, k, a, b, beta| {
+            let mut out = vec![T::zero(); m * n];
+            matmul((m, n, k), &mut out, false, a, b, beta, Threads::One);
+            out
+        };
+        let (probs, one) = (Mat::new(&p[..], tokens), T::one());
+        let mut gv = product(tokens, c, tokens, probs.t(), gy, one);
+        let mut gs = product(tokens, tokens, c, gy, Mat::new(&v.values, c).t(), one);
+        for (gs, p) in gs.chunks_exact_mut(tokens).zip(p.chunks_exact(tokens)) {
+            let mean = gs.iter().zip(p).map(|(&g, &p)| g * p).fold(T::zero(), |a, b| a + b);
+            gs.iter_mut().zip(p).for_each(|(g, &p)| *g = (*g - mean) * p);
+        }
+        let scores = Mat::new(&gs[..], tokens);
+        let mut gq = product(tokens, c, tokens, scores, Mat::new(&k.values, c), scale);
+        let mut gk = product(tokens, c, tokens, scores.t(), Mat::new(&q.values, c), scale);
+        q.backward(&mut gq, c);
+        k.backward(&mut gk, c);
+        v.backward(&mut gv, c);
+        for (i, out) in out.chunks_exact_mut(3).enumerate() {
+            out.copy_from_slice(&[gq[i], gk[i], gv[i]]);
+        }
+    })
+}

@@ -1,0 +1,704 @@
+//! The CPU backend: plain Rust in f32 (or f64), the reference of every kernel, and the engine of
+//! machines without a GPU.
+//!
+//! Each operation is the plain composition of the paper's formulas; what makes it fast is in
+//! `conv` (implicit matrix products), `real` (SIMD, threads) and `tensor` (memory that is reused).
+
+mod attention;
+mod conv;
+mod real;
+mod tensor;
+mod weights;
+
+use super::*;
+use conv::Rows;
+use rayon::prelude::*;
+use real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, mp_silu_grad};
+use std::sync::Arc;
+use tensor::Pool;
+use weights::Param;
+
+pub use real::Real;
+pub use tensor::Tensor;
+
+/// Executes the network on the CPU, on all threads of rayon's pool.
+pub struct Cpu<T: Real = f32> {
+    table: ParamTable,
+    params: Vec<Param<T>>,
+    pool: Arc<Pool<T>>,
+}
+
+impl<T: Real> Cpu<T> {
+    /// Holds the effective weights only.
+    pub fn for_sampling(table: &ParamTable) -> Self {
+        Self::new(table, None)
+    }
+
+    /// Holds gradients, Adam's moments and `emas` moving averages too.
+    pub fn for_training(table: &ParamTable, emas: usize) -> Self {
+        Self::new(table, Some(emas))
+    }
+
+    fn new(table: &ParamTable, training: Option<usize>) -> Self {
+        let params = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
+        Self { table: table.clone(), params, pool: Arc::default() }
+    }
+
+    /// A tensor of given values, in full precision.
+    pub fn tensor(&self, shape: Shape, values: &[T]) -> Tensor<T> {
+        let mut t = self.uninit(shape);
+        t.values_mut().copy_from_slice(values);
+        t
+    }
+
+    /// Sets a slot of a parameter in full precision, values in PyTorch's order.
+    pub fn set_param(&mut self, slot: Slot, id: ParamId, values: &[T]) -> Result<(), BackendError> {
+        self.params[id.0].write(slot, values)
+    }
+
+    /// Reads a slot of a parameter in full precision, in PyTorch's order.
+    pub fn param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<T>, BackendError> {
+        self.params[id.0].read(slot)
+    }
+
+    fn uninit(&self, shape: Shape) -> Tensor<T> {
+        Tensor::uninit(&self.pool, shape)
+    }
+
+    /// A scalar parameter.
+    fn gain(&self, id: ParamId) -> T {
+        self.params[id.0].effective()[0]
+    }
+
+    fn add_to_gain(&mut self, id: ParamId, value: T) {
+        let (grad, accumulate) = self.params[id.0].grad_mut();
+        grad[0] = if accumulate { grad[0] + value } else { value };
+    }
+
+    /// x [n, cin] times the effective weight of a linear layer: [n, cout].
+    fn linear(&self, id: ParamId, x: &Tensor<T>, scale: f64) -> Tensor<T> {
+        let param = &self.params[id.0];
+        let (cout, cin, _) = param.dims();
+        let n = x.shape()[0];
+        let mut y = self.uninit([n, 1, 1, cout]);
+        let (a, b) = (Mat::new(x.values(), cin), Mat::new(param.effective(), cout));
+        matmul((n, cout, cin), y.values_mut(), false, a, b, T::of(scale), Threads::All);
+        y
+    }
+
+    /// Accumulates `scale` * x^T grad; `grad` has `stride` values from row to row.
+    fn linear_wgrad(&mut self, id: ParamId, x: &Tensor<T>, grad: &[T], stride: usize, scale: f64) {
+        let (cout, cin, _) = self.params[id.0].dims();
+        let (out, accumulate) = self.params[id.0].grad_mut();
+        let (a, b) = (Mat::new(x.values(), cin).t(), Mat::new(grad, stride));
+        matmul((cin, cout, x.shape()[0]), out, accumulate, a, b, T::of(scale), Threads::All);
+    }
+
+    /// Fourier features sqrt(2) cos(x f + p) of ln(sigma)/4 (EDM2 eq. 75).
+    fn fourier(&self, freqs: ParamId, phases: ParamId, sigma: &Tensor<T>) -> Tensor<T> {
+        let (freqs, phases) = (self.params[freqs.0].effective(), self.params[phases.0].effective());
+        let mut out = self.uninit([sigma.shape()[0], 1, 1, freqs.len()]);
+        for_rows(out.values_mut(), freqs.len(), |i, row| {
+            let c_noise = sigma.values()[i].ln() / T::of(4.0);
+            for ((y, &f), &p) in row.iter_mut().zip(freqs).zip(phases) {
+                *y = (c_noise * f + p).cos() * T::of(std::f64::consts::SQRT_2);
+            }
+        });
+        out
+    }
+
+    /// Runs a convolution; `done(row, y, out)` as in [`conv::conv`], `out` of shape `out_shape`.
+    fn convolve(&self, id: ParamId, x: Operand<Tensor<T>>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
+        let param = &self.params[id.0];
+        let (cout, _, taps) = param.dims();
+        let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
+        let rows = Rows { shape: operand_shape(&x), read: &read };
+        conv::conv(&self.pool, rows, param.effective(), taps, cout, out, done);
+    }
+
+    /// Gradient of a convolution's input; `done(row, g, out)` gets w * cin values a row.
+    fn convolve_back(&self, id: ParamId, grad: &Tensor<T>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
+        let param = &self.params[id.0];
+        let (cout, cin, taps) = param.dims();
+        let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
+        let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
+        let rows = Rows { shape: grad.shape(), read: &read };
+        conv::conv(&self.pool, rows, weight.values(), taps, cin, out, done);
+    }
+}
+
+fn copy_row<T: Real>(x: &Tensor<T>, row: usize, dst: &mut [T]) {
+    dst.copy_from_slice(&x.values()[row * dst.len()..][..dst.len()]);
+}
+
+fn operand_shape<T: Real>(x: &Operand<Tensor<T>>) -> Shape {
+    let [n, h, w, c] = x.x.shape();
+    [n, h, w, c + x.skip.map_or(0, |(skip, _)| skip.shape()[3])]
+}
+
+/// The parts of an operand with the channels that each takes in the concatenation.
+fn parts<'a, T: Real>(x: &Operand<'a, Tensor<T>>) -> impl Iterator<Item = (&'a Tensor<T>, T, usize)> {
+    let first = (x.x, T::of(x.x_scale), 0);
+    let second = x.skip.map(|(skip, scale)| (skip, T::of(scale), x.x.shape()[3]));
+    std::iter::once(first).chain(second)
+}
+
+/// Image row `row` of the concatenated, scaled, activated operand.
+#[inline(always)]
+fn read_operand<T: Real>(x: &Operand<Tensor<T>>, row: usize, dst: &mut [T]) {
+    let [_, _, w, c] = operand_shape(x);
+    if x.skip.is_none() && x.x_scale == 1.0 {
+        copy_row(x.x, row, dst);
+    } else {
+        for (part, scale, offset) in parts(x) {
+            let channels = part.shape()[3];
+            let from = part.values()[row * w * channels..].chunks_exact(channels);
+            for (dst, from) in dst.chunks_exact_mut(c).zip(from) {
+                dst[offset..offset + channels].iter_mut().zip(from).for_each(|(d, &x)| *d = x * scale);
+            }
+        }
+    }
+    if x.silu {
+        dst.iter_mut().for_each(|d| *d = mp_silu(*d));
+    }
+}
+
+/// 2x2 average of two image rows of `c` channels into one.
+#[inline(always)]
+fn average<T: Real>(upper: &[T], lower: &[T], c: usize, dst: &mut [T]) {
+    let rows = upper.chunks_exact(2 * c).zip(lower.chunks_exact(2 * c));
+    for (dst, (u, l)) in dst.chunks_exact_mut(c).zip(rows) {
+        for i in 0..c {
+            dst[i] = (u[i] + u[i + c] + l[i] + l[i + c]) * T::of(0.25);
+        }
+    }
+}
+
+/// x / (eps + rms(x)); returns the rms.
+#[inline(always)]
+fn normalize<T: Real>(x: &mut [T]) -> T {
+    let mean_square = x.iter().map(|&x| x * x).fold(T::zero(), |a, b| a + b) / T::of(x.len() as f64);
+    let r = mean_square.sqrt();
+    let factor = T::one() / (T::of(NORM_EPS) + r);
+    x.iter_mut().for_each(|x| *x *= factor);
+    r
+}
+
+/// One row of the input of a pixel norm: row `row` of x, or the average of rows 2 `row` and 2 `row` + 1.
+#[inline(always)]
+fn read_normed<T: Real>(x: &Tensor<T>, down: bool, row: usize, dst: &mut [T]) {
+    if down {
+        let [_, _, w, c] = x.shape();
+        let two = &x.values()[2 * row * w * c..][..2 * w * c];
+        average(&two[..w * c], &two[w * c..], c, dst);
+    } else {
+        copy_row(x, row, dst);
+    }
+}
+
+fn halved([n, h, w, c]: Shape, down: bool) -> Shape {
+    if down { [n, h / 2, w / 2, c] } else { [n, h, w, c] }
+}
+
+impl<T: Real> Backend for Cpu<T> {
+    type Tensor = Tensor<T>;
+
+    fn shape(&self, t: &Tensor<T>) -> Shape {
+        t.shape()
+    }
+
+    fn upload(&mut self, shape: Shape, values: &[f32]) -> Tensor<T> {
+        let mut t = self.uninit(shape);
+        assert_eq!(t.values().len(), values.len(), "values of a tensor of shape {shape:?}");
+        t.values_mut().iter_mut().zip(values).for_each(|(t, &v)| *t = T::of(f64::from(v)));
+        t
+    }
+
+    fn download(&mut self, t: &Tensor<T>) -> Result<Vec<f32>, BackendError> {
+        Ok(t.values().iter().map(|v| v.wide() as f32).collect())
+    }
+
+    fn table(&self) -> &ParamTable {
+        &self.table
+    }
+
+    fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
+        let values: Vec<T> = values.iter().map(|&v| T::of(f64::from(v))).collect();
+        self.set_param(slot, id, &values)
+    }
+
+    fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError> {
+        Ok(self.param(slot, id)?.into_iter().map(|v| v.wide() as f32).collect())
+    }
+
+    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+        self.params.iter_mut().try_for_each(|p| p.prepare(source, how))
+    }
+
+    fn precond_input(&mut self, x: &Tensor<T>, sigma: &Tensor<T>, sigma_data: f64) -> Tensor<T> {
+        let [n, h, w, c] = x.shape();
+        let mut out = self.uninit([n, h, w, c + 1]);
+        for_rows(out.values_mut(), w * (c + 1), |row, out| {
+            let s = sigma.values()[row / h];
+            let c_in = T::one() / (T::of(sigma_data * sigma_data) + s * s).sqrt();
+            let x = x.values()[row * w * c..].chunks_exact(c);
+            for (out, x) in out.chunks_exact_mut(c + 1).zip(x) {
+                out.iter_mut().zip(x).for_each(|(o, &x)| *o = x * c_in);
+                out[c] = T::one();
+            }
+        });
+        out
+    }
+
+    fn precond_output(
+        &mut self,
+        x: &Tensor<T>,
+        raw: &Tensor<T>,
+        sigma: &Tensor<T>,
+        out_gain: ParamId,
+        sigma_data: f64,
+    ) -> Tensor<T> {
+        let [_, h, w, c] = x.shape();
+        let gain = self.gain(out_gain);
+        let mut out = self.uninit(x.shape());
+        for_rows(out.values_mut(), w * c, |row, out| {
+            let (c_skip, c_out) = output_scales(sigma.values()[row / h], sigma_data);
+            let x = &x.values()[row * w * c..];
+            let raw = &raw.values()[row * w * c..];
+            for ((out, &x), &raw) in out.iter_mut().zip(x).zip(raw) {
+                *out = c_skip * x + c_out * (gain * raw);
+            }
+        });
+        out
+    }
+
+    fn embed(&mut self, p: &Embed, sigma: &Tensor<T>, labels: Option<&Tensor<T>>) -> Embedding<Tensor<T>> {
+        let features = self.fourier(p.freqs, p.phases, sigma);
+        let mut pre = self.linear(p.noise, &features, 1.0);
+        if let Some(label) = p.label {
+            let (wa, wb) = crate::model::unet::mp_sum_weights(p.label_balance);
+            let values = pre.values_mut();
+            values.iter_mut().for_each(|x| *x *= T::of(wa));
+            if let Some(labels) = labels {
+                let y = self.linear(label, labels, wb * (labels.shape()[3] as f64).sqrt());
+                values.iter_mut().zip(y.values()).for_each(|(x, &y)| *x += y);
+            }
+        }
+        let mut emb = pre.clone();
+        for_rows(emb.values_mut(), pre.shape()[3], |_, row| row.iter_mut().for_each(|x| *x = mp_silu(*x)));
+        Embedding { features, pre, emb }
+    }
+
+    fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Tensor<T>) -> Tensor<T> {
+        let n = emb.shape()[0];
+        let width: usize = layers.iter().map(|l| l.channels).sum();
+        let mut out = self.uninit([n, 1, 1, width]);
+        for layer in layers {
+            let y = self.linear(layer.weight, emb, 1.0);
+            let gain = self.gain(layer.gain);
+            for (out, y) in out.values_mut().chunks_exact_mut(width).zip(y.values().chunks_exact(layer.channels)) {
+                let out = &mut out[layer.offset..][..layer.channels];
+                out.iter_mut().zip(y).for_each(|(o, &y)| *o = y * gain + T::one());
+            }
+        }
+        out
+    }
+
+    fn logvar(&mut self, p: &Logvar, sigma: &Tensor<T>) -> (Tensor<T>, Tensor<T>) {
+        let features = self.fourier(p.freqs, p.phases, sigma);
+        let logvar = self.linear(p.weight, &features, 1.0);
+        (features, logvar)
+    }
+
+    fn pixel_norm(&mut self, x: &Tensor<T>, down: bool) -> Tensor<T> {
+        let shape = halved(x.shape(), down);
+        let c = shape[3];
+        let mut out = self.uninit(shape);
+        for_rows(out.values_mut(), shape[2] * c, |row, out| {
+            read_normed(x, down, row, out);
+            out.chunks_exact_mut(c).for_each(|pixel| {
+                normalize(pixel);
+            });
+        });
+        out
+    }
+
+    fn upsample(&mut self, x: &Tensor<T>) -> Tensor<T> {
+        let [n, h, w, c] = x.shape();
+        let mut out = self.uninit([n, h * 2, w * 2, c]);
+        for_rows(out.values_mut(), 2 * w * c, |row, out| {
+            let from = x.values()[row / 2 * w * c..].chunks_exact(c);
+            for (two, from) in out.chunks_exact_mut(2 * c).zip(from) {
+                two[..c].copy_from_slice(from);
+                two[c..].copy_from_slice(from);
+            }
+        });
+        out
+    }
+
+    fn conv(&mut self, w: ParamId, x: Operand<Tensor<T>>) -> Tensor<T> {
+        let [n, height, width, _] = x.x.shape();
+        let mut out = self.uninit([n, height, width, self.params[w.0].dims().0]);
+        self.convolve(w, x, out.values_mut(), |_, y, out| out.copy_from_slice(y));
+        out
+    }
+
+    fn conv_scale_silu(
+        &mut self,
+        w: ParamId,
+        x: Operand<Tensor<T>>,
+        scale: Scale<Tensor<T>>,
+        keep: bool,
+    ) -> (Tensor<T>, Option<Tensor<T>>) {
+        let [n, height, width, _] = x.x.shape();
+        let cout = self.params[w.0].dims().0;
+        let mut act = self.uninit([n, height, width, cout]);
+        let pre = keep.then(|| self.conv(w, x));
+        let activate = |row: usize, y: &[T], out: &mut [T]| {
+            let scale = scale_row(&scale, row / height, cout);
+            for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
+                for i in 0..cout {
+                    out[i] = mp_silu(y[i] * scale[i]);
+                }
+            }
+        };
+        match &pre {
+            Some(pre) => for_rows(act.values_mut(), width * cout, |row, out| {
+                activate(row, &pre.values()[row * out.len()..][..out.len()], out);
+            }),
+            None => self.convolve(w, x, act.values_mut(), activate),
+        }
+        (act, pre)
+    }
+
+    fn conv_mp_sum(
+        &mut self,
+        w: ParamId,
+        x: Operand<Tensor<T>>,
+        residual: &Tensor<T>,
+        t: f64,
+        clip: Option<f64>,
+    ) -> Tensor<T> {
+        let (wa, wb) = crate::model::unet::mp_sum_weights(t);
+        let (wa, wb) = (T::of(wa), T::of(wb));
+        let limit = clip.map_or(T::infinity(), T::of);
+        let mut out = self.uninit(residual.shape());
+        self.convolve(w, x, out.values_mut(), |row, y, out| {
+            let residual = &residual.values()[row * out.len()..];
+            for ((out, &y), &r) in out.iter_mut().zip(y).zip(residual) {
+                let sum = wa * r + wb * y;
+                // Written so that NaN passes through, as in PyTorch.
+                *out = if sum > limit {
+                    limit
+                } else if sum < -limit {
+                    -limit
+                } else {
+                    sum
+                };
+            }
+        });
+        out
+    }
+
+    fn attention(&mut self, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
+        attention::forward(&self.pool, qkv, heads)
+    }
+
+    fn loss(&mut self, i: LossInput<Tensor<T>>) -> Loss<Tensor<T>> {
+        let [n, h, w, c] = i.clean.shape();
+        let gain = self.gain(i.out_gain);
+        let mut per_image = self.uninit([n, 1, 1, 1]);
+        let mut grad_logvar = self.uninit([n, 1, 1, 1]);
+        let mut grad_raw = self.uninit(i.clean.shape());
+        let size = h * w * c;
+        let data = i.sigma_data;
+        let sums: Vec<[f64; 3]> = grad_raw
+            .values_mut()
+            .par_chunks_mut(size)
+            .enumerate()
+            .map(|(n, grad)| {
+                let sigma = i.sigma.values()[n];
+                let logvar = i.logvar.values()[n];
+                let (c_skip, c_out) = output_scales(sigma, data);
+                let s = sigma * T::of(data);
+                let weight = (sigma * sigma + T::of(data * data)) / (s * s) / logvar.exp();
+                let [clean, noisy, raw] = [i.clean, i.noisy, i.raw].map(|t| &t.values()[n * size..][..size]);
+                // Sums over the image, in f64: of the loss, its derivative by logvar, and by out_gain.
+                let (mut loss, mut dlogvar, mut dgain) = (0.0, 0.0, 0.0);
+                for j in 0..size {
+                    let error = c_skip * noisy[j] + c_out * (gain * raw[j]) - clean[j];
+                    let term = weight * error * error;
+                    let dout = T::of(2.0) * weight * error * c_out;
+                    loss += (term + logvar).wide();
+                    dlogvar += (T::one() - term).wide();
+                    dgain += (dout * raw[j]).wide();
+                    grad[j] = dout * gain;
+                }
+                [loss, dlogvar, dgain]
+            })
+            .collect();
+        for (n, [loss, dlogvar, _]) in sums.iter().enumerate() {
+            per_image.values_mut()[n] = T::of(*loss);
+            grad_logvar.values_mut()[n] = T::of(*dlogvar);
+        }
+        self.add_to_gain(i.out_gain, T::of(sums.iter().map(|s| s[2]).sum()));
+        Loss { per_image, grad_raw, grad_logvar }
+    }
+
+    fn logvar_backward(&mut self, p: &Logvar, features: &Tensor<T>, grad: &Tensor<T>) {
+        self.linear_wgrad(p.weight, features, grad.values(), 1, 1.0);
+    }
+
+    fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor<T>>, grad: &Tensor<T>, gain: f64) {
+        let taps = self.params[w.0].dims().2;
+        let read_x = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
+        let read_grad = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
+        let rows = Rows { shape: operand_shape(&x), read: &read_x };
+        let grads = Rows { shape: grad.shape(), read: &read_grad };
+        let (out, accumulate) = self.params[w.0].grad_mut();
+        conv::wgrad(&self.pool, rows, grads, taps, T::of(gain), out, accumulate);
+    }
+
+    fn conv_dgrad(
+        &mut self,
+        w: ParamId,
+        grad: &Tensor<T>,
+        gain: f64,
+        x: Operand<Tensor<T>>,
+        acc: Option<(OperandGrad<Tensor<T>>, f64)>,
+    ) -> OperandGrad<Tensor<T>> {
+        let [n, height, width, c] = operand_shape(&x);
+        let (gain, silu) = (T::of(gain), x.silu);
+        // One row of one part: through the operand's scale and mp_silu, plus what is accumulated.
+        let mix = |out: &mut [T], g: &[T], x: &[T], scale: T, acc: Option<T>| {
+            for ((out, &g), &x) in out.iter_mut().zip(g).zip(x) {
+                let slope = if silu { mp_silu_grad(x * scale) } else { T::one() };
+                let g = g * gain * scale * slope;
+                *out = acc.map_or(g, |acc| *out * acc + g);
+            }
+        };
+        let (acc, acc_scale) = match acc {
+            Some((acc, scale)) => (Some(acc), Some(T::of(scale))),
+            None => (None, None),
+        };
+        if x.skip.is_none() {
+            let (part, scale) = (x.x, T::of(x.x_scale));
+            let mut out = acc.map_or_else(|| self.uninit(part.shape()), |acc| acc.x);
+            self.convolve_back(w, grad, out.values_mut(), |row, g, out| {
+                mix(out, g, &part.values()[row * out.len()..][..out.len()], scale, acc_scale);
+            });
+            return OperandGrad { x: out, skip: None };
+        }
+        let mut whole = self.uninit([n, height, width, c]);
+        self.convolve_back(w, grad, whole.values_mut(), |_, g, out| out.copy_from_slice(g));
+        let mut acc = acc.map_or([None, None], |acc| [Some(acc.x), acc.skip]).into_iter();
+        let mut grads = parts(&x).map(|(part, scale, offset)| {
+            let channels = part.shape()[3];
+            let mut out = acc.next().flatten().unwrap_or_else(|| self.uninit(part.shape()));
+            for_rows(out.values_mut(), width * channels, |row, out| {
+                let pixels = whole.values()[row * width * c..].chunks_exact(c);
+                let inputs = part.values()[row * width * channels..].chunks_exact(channels);
+                for ((out, g), x) in out.chunks_exact_mut(channels).zip(pixels).zip(inputs) {
+                    mix(out, &g[offset..offset + channels], x, scale, acc_scale);
+                }
+            });
+            out
+        });
+        let x = grads.next().expect("an operand has a first part");
+        OperandGrad { x, skip: grads.next() }
+    }
+
+    fn conv_dgrad_scale_silu(
+        &mut self,
+        w: ParamId,
+        grad: &Tensor<T>,
+        gain: f64,
+        pre: &Tensor<T>,
+        scale: Scale<Tensor<T>>,
+        grad_scales: &mut Tensor<T>,
+    ) -> Tensor<T> {
+        let [n, height, width, c] = pre.shape();
+        let gain = T::of(gain);
+        // With u = pre * scale: first dL/du, then its products with scale (for pre) and pre (for scale).
+        let mut out = self.uninit(pre.shape());
+        self.convolve_back(w, grad, out.values_mut(), |row, g, out| {
+            let scale = scale_row(&scale, row / height, c);
+            let pre = pre.values()[row * width * c..].chunks_exact(c);
+            for ((out, g), pre) in out.chunks_exact_mut(c).zip(g.chunks_exact(c)).zip(pre) {
+                for i in 0..c {
+                    out[i] = g[i] * gain * mp_silu_grad(pre[i] * scale[i]);
+                }
+            }
+        });
+        let mut row_sums = self.uninit([n, height, 1, c]);
+        for_rows(row_sums.values_mut(), c, |row, sums| {
+            sums.fill(T::zero());
+            let gu = out.values()[row * width * c..][..width * c].chunks_exact(c);
+            for (gu, pre) in gu.zip(pre.values()[row * width * c..].chunks_exact(c)) {
+                for i in 0..c {
+                    sums[i] += gu[i] * pre[i];
+                }
+            }
+        });
+        let all = grad_scales.shape()[3];
+        let images = grad_scales.values_mut().chunks_exact_mut(all);
+        for (image, rows) in images.zip(row_sums.values().chunks_exact(height * c)) {
+            for sums in rows.chunks_exact(c) {
+                image[scale.offset..].iter_mut().zip(sums).for_each(|(g, &s)| *g += s);
+            }
+        }
+        for_rows(out.values_mut(), width * c, |row, out| {
+            let scale = scale_row(&scale, row / height, c);
+            for out in out.chunks_exact_mut(c) {
+                out.iter_mut().zip(scale).for_each(|(g, &s)| *g *= s);
+            }
+        });
+        out
+    }
+
+    fn clip_backward(&mut self, mut grad: Tensor<T>, out: &Tensor<T>, clip: f64) -> Tensor<T> {
+        let limit = T::of(clip);
+        let row = out.shape()[2] * out.shape()[3];
+        for_rows(grad.values_mut(), row, |i, grad| {
+            for (g, &y) in grad.iter_mut().zip(&out.values()[i * row..]) {
+                *g = if y.abs() < limit { *g } else { T::zero() };
+            }
+        });
+        grad
+    }
+
+    fn pixel_norm_backward(
+        &mut self,
+        x: &Tensor<T>,
+        grad: &Tensor<T>,
+        down: bool,
+        acc: Option<Tensor<T>>,
+    ) -> Tensor<T> {
+        let [_, _, w, c] = x.shape();
+        let (rows, small) = if down { (2, w / 2) } else { (1, w) };
+        let fresh = acc.is_none();
+        let mut out = acc.unwrap_or_else(|| self.uninit(x.shape()));
+        let share = T::of(if down { 0.25 } else { 1.0 });
+        for_rows(out.values_mut(), rows * w * c, |row, out| {
+            let mut y = vec![T::zero(); small * c];
+            read_normed(x, down, row, &mut y);
+            let mut g = grad.values()[row * small * c..][..small * c].to_vec();
+            for (g, y) in g.chunks_exact_mut(c).zip(y.chunks_exact_mut(c)) {
+                let r = normalize(y);
+                attention::normalize_backward(g, y, r, T::of(c as f64));
+            }
+            for (i, out) in out.chunks_exact_mut(c).enumerate() {
+                let column = i % w * small / w;
+                let g = &g[column * c..][..c];
+                for (out, &g) in out.iter_mut().zip(g) {
+                    *out = if fresh { g * share } else { *out + g * share };
+                }
+            }
+        });
+        out
+    }
+
+    fn upsample_backward(&mut self, grad: &Tensor<T>) -> Tensor<T> {
+        let [n, h, w, c] = grad.shape();
+        let mut out = self.uninit([n, h / 2, w / 2, c]);
+        for_rows(out.values_mut(), w / 2 * c, |row, out| {
+            let two = &grad.values()[2 * row * w * c..][..2 * w * c];
+            average(&two[..w * c], &two[w * c..], c, out);
+            out.iter_mut().for_each(|g| *g *= T::of(4.0));
+        });
+        out
+    }
+
+    fn attention_backward(&mut self, qkv: &Tensor<T>, heads: usize, grad: &Tensor<T>) -> Tensor<T> {
+        attention::backward(&self.pool, qkv, heads, grad)
+    }
+
+    fn zero_scales_grad(&mut self, scales: &Tensor<T>) -> Tensor<T> {
+        let mut zeros = self.uninit(scales.shape());
+        zeros.values_mut().fill(T::zero());
+        zeros
+    }
+
+    fn emb_scales_backward(&mut self, layers: &[EmbLayer], emb: &Tensor<T>, grad_scales: &Tensor<T>) -> Tensor<T> {
+        let [n, _, _, width] = emb.shape();
+        let stride = grad_scales.shape()[3];
+        let mut grad_emb = self.uninit(emb.shape());
+        for (i, layer) in layers.iter().enumerate() {
+            let grad = &grad_scales.values()[layer.offset..];
+            let gain = self.gain(layer.gain);
+            // scale = gain * (W emb) + 1
+            let y = self.linear(layer.weight, emb, 1.0);
+            let rows = grad.chunks(stride).zip(y.values().chunks_exact(layer.channels));
+            let dgain = rows.flat_map(|(g, y)| g.iter().zip(y)).map(|(&g, &y)| g * y).fold(T::zero(), |a, b| a + b);
+            self.add_to_gain(layer.gain, dgain);
+            self.linear_wgrad(layer.weight, emb, grad, stride, gain.wide());
+            let weight = Mat::new(self.params[layer.weight.0].effective(), layer.channels).t();
+            let shape = (n, width, layer.channels);
+            matmul(shape, grad_emb.values_mut(), i > 0, Mat::new(grad, stride), weight, gain, Threads::All);
+        }
+        grad_emb
+    }
+
+    fn embed_backward(
+        &mut self,
+        p: &Embed,
+        e: &Embedding<Tensor<T>>,
+        labels: Option<&Tensor<T>>,
+        grad_emb: &Tensor<T>,
+    ) {
+        let width = e.pre.shape()[3];
+        let mut grad = grad_emb.clone();
+        for_rows(grad.values_mut(), width, |row, grad| {
+            let pre = &e.pre.values()[row * width..];
+            grad.iter_mut().zip(pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
+        });
+        let (wa, wb) = match p.label {
+            Some(_) => crate::model::unet::mp_sum_weights(p.label_balance),
+            None => (1.0, 0.0),
+        };
+        self.linear_wgrad(p.noise, &e.features, grad.values(), width, wa);
+        if let (Some(label), Some(labels)) = (p.label, labels) {
+            let scale = wb * (labels.shape()[3] as f64).sqrt();
+            self.linear_wgrad(label, labels, grad.values(), width, scale);
+        }
+    }
+
+    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+        let mut total = StepStats::default();
+        for param in &mut self.params {
+            let stats = param.step(step)?;
+            total.grad_norm += stats.grad_norm;
+            total.nonfinite += stats.nonfinite;
+        }
+        total.grad_norm = total.grad_norm.sqrt();
+        Ok(total)
+    }
+
+    fn linear_combination(&mut self, terms: &[(&Tensor<T>, f64)]) -> Tensor<T> {
+        let shape = terms[0].0.shape();
+        let row = shape[2] * shape[3];
+        let mut out = self.uninit(shape);
+        for_rows(out.values_mut(), row, |i, out| {
+            for (k, (t, factor)) in terms.iter().enumerate() {
+                let factor = T::of(*factor);
+                let t = &t.values()[i * row..];
+                for (o, &t) in out.iter_mut().zip(t) {
+                    *o = if k == 0 { t * factor } else { *o + t * factor };
+                }
+            }
+        });
+        out
+    }
+}
+
+/// c_skip and c_out (EDM table 1).
+fn output_scales<T: Real>(sigma: T, sigma_data: f64) -> (T, T) {
+    let data = T::of(sigma_data);
+    let total = sigma * sigma + data * data;
+    (data * data / total, sigma * data / total.sqrt())
+}
+
+/// The scales of one block for one image.
+fn scale_row<'a, T: Real>(scale: &Scale<'a, Tensor<T>>, image: usize, channels: usize) -> &'a [T] {
+    &scale.all.values()[image * scale.all.shape()[3] + scale.offset..][..channels]
+}

@@ -1,0 +1,186 @@
+//! The two number types of the CPU backend, and how its loops use the machine: SIMD, threads, and
+//! matrix products (the `gemm` crate).
+
+use rayon::prelude::*;
+
+/// f32, the working precision, or f64, in which finite differences prove the gradients.
+pub trait Real: num_traits::Float + num_traits::NumAssign + std::fmt::Debug + Default + Send + Sync + 'static {
+    /// Rounds a scalar to this type.
+    fn of(x: f64) -> Self;
+    /// Widens to f64.
+    fn wide(self) -> f64;
+    /// e^x, written so that loops over it become SIMD code.
+    fn exp_simd(self) -> Self;
+}
+
+impl Real for f64 {
+    fn of(x: f64) -> Self {
+        x
+    }
+    fn wide(self) -> f64 {
+        self
+    }
+    fn exp_simd(self) -> Self {
+        self.exp()
+    }
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
+    /// To 2 ulp between -87 and 88, constant beyond. x = n ln 2 + r, |r| <= ln(2)/2, Taylor in r.
+    #[inline(always)]
+    fn exp_simd(self) -> Self {
+        let x = if self < -87.0 { -87.0 } else { self };
+        let x = if x > 88.0 { 88.0 } else { x };
+        const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
+        let shifted = x * std::f32::consts::LOG2_E + ROUND;
+        let n = shifted - ROUND;
+        let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+        let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
+        let p = (((p * r + 1.0 / 120.0) * r + 1.0 / 24.0) * r + 1.0 / 6.0) * r + 0.5;
+        let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+        ((p * r) * r + r + 1.0) * power
+    }
+}
+
+/// Runs a loop with the widest SIMD instructions that the machine has.
+#[inline(always)]
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Below this many values, starting a second thread costs more than it saves.
+const SERIAL: usize = 1 << 14;
+
+/// Calls `f(i, row)` for each row of `len` values of `out`, on all threads, in SIMD code.
+pub fn for_rows<T: Real>(out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    if out.len() <= SERIAL {
+        simd(|| out.chunks_mut(len).enumerate().for_each(|(i, row)| f(i, row)));
+        return;
+    }
+    let rows = (SERIAL / 2 / len).max(1);
+    out.par_chunks_mut(rows * len).enumerate().for_each(|(i, chunk)| {
+        simd(|| chunk.chunks_mut(len).enumerate().for_each(|(j, row)| f(i * rows + j, row)));
+    });
+}
+
+/// A matrix in memory: `data[row * rows + column * cols]`.
+#[derive(Clone, Copy)]
+pub struct Mat<'a, T> {
+    /// Its values; may reach beyond the matrix.
+    pub data: &'a [T],
+    /// Distance between rows.
+    pub rows: usize,
+    /// Distance between columns.
+    pub cols: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// Row-major with `rows` values from row to row.
+    pub fn new(data: &'a [T], rows: usize) -> Self {
+        Self { data, rows, cols: 1 }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Self { data: self.data, rows: self.cols, cols: self.rows }
+    }
+}
+
+/// Which threads a matrix product may use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// The calling one.
+    One,
+    /// All of the pool.
+    All,
+}
+
+/// dst (row-major, m x n) = `beta` * a (m x k) b (k x n), added to what is there if `accumulate`.
+#[allow(clippy::too_many_arguments)]
+pub fn matmul<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [T],
+    accumulate: bool,
+    a: Mat<T>,
+    b: Mat<T>,
+    beta: T,
+    threads: Threads,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let last = |x: &Mat<T>, rows: usize, cols: usize| (rows - 1) * x.rows + (cols - 1) * x.cols;
+    assert!(k > 0 && m * n <= dst.len());
+    assert!(last(&a, m, k) < a.data.len() && last(&b, k, n) < b.data.len());
+    let parallelism = match threads {
+        Threads::One => gemm::Parallelism::None,
+        Threads::All => gemm::Parallelism::Rayon(0),
+    };
+    // SAFETY: the assertions above bound every index that the product reads or writes.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            n as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.cols as isize,
+            a.rows as isize,
+            b.data.as_ptr(),
+            b.cols as isize,
+            b.rows as isize,
+            T::one(),
+            beta,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// SiLU divided by the magnitude of its output for unit normal input (eq. 81).
+#[inline(always)]
+pub fn mp_silu<T: Real>(x: T) -> T {
+    x / ((T::one() + (-x).exp_simd()) * T::of(0.596))
+}
+
+/// Derivative of [`mp_silu`].
+#[inline(always)]
+pub fn mp_silu_grad<T: Real>(x: T) -> T {
+    let s = T::one() / (T::one() + (-x).exp_simd());
+    s * (T::one() + x * (T::one() - s)) / T::of(0.596)
+}
+
+/// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
+pub const NORM_EPS: f64 = 1e-4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let mut worst = (0.0, 0.0);
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let want = f64::from(x).exp();
+            let err = (f64::from(x.exp_simd()) - want).abs() / want;
+            if err > worst.0 {
+                worst = (err, x);
+            }
+        }
+        assert!(worst.0 < 2.0 * f64::from(f32::EPSILON), "relative error {} at {}", worst.0, worst.1);
+    }
+}

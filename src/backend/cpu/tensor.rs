@@ -1,0 +1,61 @@
+//! Tensors of the CPU backend: a shape and shared values, whose memory returns to a pool.
+
+use super::real::Real;
+use crate::backend::Shape;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+/// Freed buffers by length. Reuse matters: fresh pages cost more than the arithmetic on them.
+#[derive(Default)]
+pub struct Pool<T>(Mutex<HashMap<usize, Vec<Vec<T>>>>);
+
+struct Buffer<T: Real> {
+    values: Vec<T>,
+    pool: Arc<Pool<T>>,
+}
+
+impl<T: Real> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        if let Ok(mut free) = self.pool.0.lock() {
+            free.entry(values.len()).or_default().push(values);
+        }
+    }
+}
+
+/// Values in NHWC order. Clones share the memory.
+#[derive(Clone)]
+pub struct Tensor<T: Real> {
+    shape: Shape,
+    buffer: Arc<Buffer<T>>,
+}
+
+impl<T: Real> Tensor<T> {
+    /// A tensor whose values are arbitrary: whoever asks for it writes all of them.
+    pub fn uninit(pool: &Arc<Pool<T>>, shape: Shape) -> Self {
+        let len = shape.iter().product();
+        let free = pool.0.lock().ok().and_then(|mut free| free.get_mut(&len).and_then(Vec::pop));
+        let values = free.unwrap_or_else(|| vec![T::zero(); len]);
+        Self { shape, buffer: Arc::new(Buffer { values, pool: pool.clone() }) }
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Its values.
+    pub fn values(&self) -> &[T] {
+        &self.buffer.values
+    }
+
+    /// Its values, to be changed; copies them first if another tensor shares them.
+    pub fn values_mut(&mut self) -> &mut [T] {
+        if Arc::get_mut(&mut self.buffer).is_none() {
+            let mut copy = Self::uninit(&self.buffer.pool, self.shape);
+            copy.values_mut().copy_from_slice(self.values());
+            *self = copy;
+        }
+        &mut Arc::get_mut(&mut self.buffer).expect("the only owner").values
+    }
+}

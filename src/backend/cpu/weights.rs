@@ -1,0 +1,323 @@
+//! Parameters with their optimizer state: weight normalisation, Adam, moving averages.
+//!
+//! A weight is held as a matrix [taps * cin][cout] (PyTorch: [cout][cin][taps]), which is how products
+//! read it, so an output row of the paper is a column here and every loop runs over contiguous
+//! values with one coefficient for each column.
+//!
+//! Normalisation (EDM2 eq. 47, 66): normalize(w) = w / (1e-4 + rms(w)), the effective weight is
+//! normalize(w) / sqrt(fan_in). Forced normalisation replaces the stored weight by normalize(w)
+//! before each micro-batch; it only scales a column, so any number of rounds is one factor.
+//!
+//! Cost of a step: reads weight, gradient, both moments and each average, writes all but the
+//! gradient, and the effective weight: about 4 * (9 + 2 averages) bytes a value.
+
+use super::real::{NORM_EPS, Real, for_rows, simd};
+use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
+use crate::model::params::{Kind, ParamSpec};
+use rayon::prelude::*;
+
+/// State that only training needs.
+struct Training<T> {
+    grad: Vec<T>,
+    /// The gradient is of a finished step: the next one overwrites it.
+    stale: bool,
+    m: Vec<T>,
+    v: Vec<T>,
+    emas: Vec<Vec<T>>,
+}
+
+/// One parameter.
+pub struct Param<T> {
+    spec: ParamSpec,
+    /// Stored values. Empty where nothing but the effective weight is needed (sampling).
+    weight: Vec<T>,
+    /// Values that the network computes with; equal to the stored ones for gains and buffers.
+    effective: Vec<T>,
+    /// Whether `effective` holds stored values that wait for their normalisation (sampling).
+    raw: bool,
+    training: Option<Training<T>>,
+}
+
+/// Rows of the matrix that are summed before their sum is added to others; fixed, so that the bits do
+/// not depend on the number of threads.
+const SUM_ROWS: usize = 32;
+
+/// Sum over rows of f(row index) for each column, in a fixed order.
+fn column_sums<T: Real, const N: usize>(
+    rows: usize,
+    cols: usize,
+    f: impl Fn(usize, &mut [Vec<T>; N]) + Sync,
+) -> [Vec<T>; N] {
+    let zero = || std::array::from_fn(|_| vec![T::zero(); cols]);
+    let partial: Vec<[Vec<T>; N]> = (0..rows.div_ceil(SUM_ROWS))
+        .into_par_iter()
+        .map(|part| {
+            let mut sums = zero();
+            simd(|| (part * SUM_ROWS..rows.min((part + 1) * SUM_ROWS)).for_each(|row| f(row, &mut sums)));
+            sums
+        })
+        .collect();
+    let mut total: [Vec<T>; N] = zero();
+    for part in partial {
+        for (total, part) in total.iter_mut().zip(&part) {
+            total.iter_mut().zip(part).for_each(|(t, &p)| *t += p);
+        }
+    }
+    total
+}
+
+/// Root mean square of each column.
+fn column_rms<T: Real>(w: &[T], cols: usize) -> Vec<T> {
+    let rows = w.len() / cols;
+    let [sums] = column_sums(rows, cols, |row, [sum]| {
+        sum.iter_mut().zip(&w[row * cols..]).for_each(|(s, &w)| *s += w * w);
+    });
+    sums.into_iter().map(|s: T| (s / T::of(rows as f64)).sqrt()).collect()
+}
+
+/// Factor of a column of this rms after `rounds` normalisations, and its rms then.
+fn normalized<T: Real>(mut rms: T, rounds: usize) -> (T, T) {
+    let mut factor = T::one();
+    for _ in 0..rounds {
+        let f = T::one() / (T::of(NORM_EPS) + rms);
+        factor *= f;
+        rms *= f;
+    }
+    (factor, rms)
+}
+
+impl<T: Real> Param<T> {
+    /// Zeros; with room for gradients, moments and `emas` averages if it is to be trained.
+    pub fn new(spec: &ParamSpec, training: Option<usize>) -> Self {
+        let zeros = || vec![T::zero(); spec.numel()];
+        let is_weight = matches!(spec.kind, Kind::Weight { .. });
+        let training = training.map(|emas| {
+            let room = |wanted: bool| if wanted { zeros() } else { Vec::new() };
+            Training {
+                grad: room(spec.trained()),
+                stale: true,
+                m: room(spec.trained()),
+                v: room(spec.trained()),
+                emas: (0..emas).map(|_| zeros()).collect(),
+            }
+        });
+        let weight = if training.is_some() { zeros() } else { Vec::new() };
+        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, training }
+    }
+
+    /// Values that the network computes with: weights as [taps][cin][cout].
+    pub fn effective(&self) -> &[T] {
+        &self.effective
+    }
+
+    /// cout, cin and taps of a weight; a plain vector is 1 x len.
+    pub fn dims(&self) -> (usize, usize, usize) {
+        match self.spec.kind {
+            Kind::Weight { cout, cin, taps } => (cout, cin, taps),
+            _ => (self.spec.numel(), 1, 1),
+        }
+    }
+
+    /// Where the gradient is added up, and whether there already is one to add to.
+    pub fn grad_mut(&mut self) -> (&mut [T], bool) {
+        let training = self.training.as_mut().expect("gradients are computed by a training backend");
+        (&mut training.grad, !std::mem::replace(&mut training.stale, false))
+    }
+
+    fn slot(&mut self, slot: Slot) -> Result<&mut Vec<T>, BackendError> {
+        let missing = BackendError::NotTraining(slot);
+        match (slot, &mut self.training) {
+            (Slot::Weight, None) if self.raw => Ok(&mut self.effective),
+            (Slot::Weight, Some(_)) => Ok(&mut self.weight),
+            (Slot::Grad, Some(t)) => Ok(&mut t.grad),
+            (Slot::AdamM, Some(t)) => Ok(&mut t.m),
+            (Slot::AdamV, Some(t)) => Ok(&mut t.v),
+            (Slot::Ema(i), Some(t)) => t.emas.get_mut(i).ok_or(missing),
+            _ => Err(missing),
+        }
+    }
+
+    /// Sets a slot from values in PyTorch's order.
+    pub fn write(&mut self, slot: Slot, values: &[T]) -> Result<(), BackendError> {
+        let expected = self.spec.numel();
+        if values.len() != expected {
+            return Err(BackendError::ParamSize { name: self.spec.name.clone(), found: values.len(), expected });
+        }
+        self.raw |= slot == Slot::Weight && matches!(self.spec.kind, Kind::Weight { .. });
+        let (cout, cin, taps) = self.dims();
+        let to = self.slot(slot)?;
+        for_rows(to, cout, |row, to| {
+            let (tap, ci) = (row / cin, row % cin);
+            to.iter_mut().enumerate().for_each(|(co, x)| *x = values[(co * cin + ci) * taps + tap]);
+        });
+        if !matches!(self.spec.kind, Kind::Weight { .. }) && slot == Slot::Weight {
+            self.effective.copy_from_slice(values);
+        }
+        Ok(())
+    }
+
+    /// Reads a slot in PyTorch's order.
+    pub fn read(&mut self, slot: Slot) -> Result<Vec<T>, BackendError> {
+        let (cout, cin, taps) = self.dims();
+        let numel = self.spec.numel();
+        if !self.spec.trained() && matches!(slot, Slot::Grad | Slot::AdamM | Slot::AdamV) {
+            return Ok(vec![T::zero(); numel]);
+        }
+        let from = self.slot(slot)?;
+        let mut values = vec![T::zero(); numel];
+        for_rows(&mut values, cin * taps, |co, to| {
+            to.iter_mut().enumerate().for_each(|(i, x)| *x = from[(i % taps * cin + i / taps) * cout + co]);
+        });
+        Ok(values)
+    }
+
+    /// See [`crate::backend::Backend::prepare`].
+    pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+        let is_weight = matches!(self.spec.kind, Kind::Weight { .. });
+        let Some(training) = &self.training else {
+            if source != Slot::Weight {
+                return Err(BackendError::NotTraining(source));
+            }
+            if std::mem::take(&mut self.raw) && is_weight {
+                let cols = self.dims().0;
+                let factors = effective_factors(&self.effective, cols, how);
+                for_rows(&mut self.effective, cols, |_, row| {
+                    row.iter_mut().zip(&factors).for_each(|(x, &f)| *x *= f);
+                });
+            }
+            return Ok(());
+        };
+        let from = match source {
+            Slot::Weight => &self.weight,
+            Slot::Ema(i) => training.emas.get(i).ok_or(BackendError::NotTraining(source))?,
+            other => return Err(BackendError::NotTraining(other)),
+        };
+        if is_weight {
+            let Kind::Weight { cout, .. } = self.spec.kind else { unreachable!("checked above") };
+            scale_columns(&mut self.effective, from, &effective_factors(from, cout, how));
+        } else {
+            self.effective.copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    /// See [`crate::backend::Backend::optimizer_step`]; returns the squared norm of the gradient.
+    pub fn step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+        let Some(training) = &mut self.training else { return Err(BackendError::NotTraining(Slot::Grad)) };
+        if !self.spec.trained() {
+            return Ok(StepStats::default());
+        }
+        let Training { grad, stale, m, v, emas } = training;
+        if std::mem::replace(stale, true) {
+            grad.fill(T::zero());
+        }
+        let (cols, is_weight) = match self.spec.kind {
+            Kind::Weight { cout, .. } => (cout, true),
+            _ => (1, false),
+        };
+        let rows = grad.len() / cols;
+
+        // Sanitise; then for each column the factor of its forced normalisation, and the projection:
+        // u = x / (eps + r) / sqrt(K), x the forced weight: dL/dx = a g - b x.
+        let bad = std::sync::atomic::AtomicU64::new(0);
+        let scale = T::of(step.grad_scale);
+        for_rows(grad, cols, |_, row| {
+            let mut count = 0;
+            for g in row.iter_mut() {
+                *g *= scale;
+                if !g.is_finite() {
+                    *g = T::zero();
+                    count += 1;
+                }
+            }
+            if count > 0 {
+                bad.fetch_add(count, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        let mut forced = vec![T::one(); cols];
+        let mut a = vec![T::one(); cols];
+        let mut b = vec![T::zero(); cols];
+        if is_weight {
+            let (w, g) = (&self.weight, &*grad);
+            let [squares, dots]: [Vec<T>; 2] = column_sums(rows, cols, |row, [squares, dots]| {
+                let (w, g) = (&w[row * cols..][..cols], &g[row * cols..][..cols]);
+                for i in 0..cols {
+                    squares[i] += w[i] * w[i];
+                    dots[i] += w[i] * g[i];
+                }
+            });
+            let count = T::of(rows as f64);
+            for i in 0..cols {
+                let (factor, r) = normalized((squares[i] / count).sqrt(), step.rounds);
+                let d = T::of(NORM_EPS) + r;
+                forced[i] = factor;
+                a[i] = T::one() / (d * count.sqrt());
+                b[i] = if r > T::zero() { a[i] * factor * dots[i] / (count * r * d) } else { T::zero() };
+            }
+        }
+
+        // Adam (PyTorch's form) and the moving averages.
+        let (beta1, beta2) = (T::of(step.betas.0), T::of(step.betas.1));
+        let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
+        let rate = T::of(step.lr / power(step.betas.0));
+        let root = T::of(1.0 / power(step.betas.1).sqrt());
+        let eps = T::of(step.eps);
+        let one = T::one();
+        let chunk = (SUM_ROWS * cols).max(1);
+        let norms: Vec<f64> = self
+            .weight
+            .par_chunks_mut(chunk)
+            .zip(grad.par_chunks_mut(chunk))
+            .zip(m.par_chunks_mut(chunk))
+            .zip(v.par_chunks_mut(chunk))
+            .map(|(((w, g), m), v)| {
+                simd(|| {
+                    let mut norm = T::zero();
+                    let rows = w.chunks_exact_mut(cols).zip(g.chunks_exact_mut(cols));
+                    for ((w, g), (m, v)) in rows.zip(m.chunks_exact_mut(cols).zip(v.chunks_exact_mut(cols))) {
+                        for i in 0..cols {
+                            let x = w[i] * forced[i];
+                            let grad = a[i] * g[i] - b[i] * x;
+                            norm += grad * grad;
+                            m[i] = m[i] + (grad - m[i]) * (one - beta1);
+                            v[i] = v[i] * beta2 + grad * grad * (one - beta2);
+                            w[i] = x - rate * m[i] / (v[i].sqrt() * root + eps);
+                            g[i] = grad;
+                        }
+                    }
+                    norm.wide()
+                })
+            })
+            .collect();
+        for (ema, &beta) in emas.iter_mut().zip(step.ema_betas) {
+            let (weight, rest) = (&self.weight, T::of(1.0 - beta));
+            for_rows(ema, cols, |row, ema| {
+                let w = &weight[row * cols..][..cols];
+                ema.iter_mut().zip(w).for_each(|(e, &w)| *e += (w - *e) * rest);
+            });
+        }
+        self.prepare(Slot::Weight, Normalization::Train { rounds: step.rounds })?;
+        Ok(StepStats { grad_norm: norms.iter().sum(), nonfinite: bad.into_inner() })
+    }
+}
+
+/// Factor of each column from stored to effective weight.
+fn effective_factors<T: Real>(w: &[T], cols: usize, how: Normalization) -> Vec<T> {
+    let rounds = match how {
+        Normalization::Eval => 1,
+        Normalization::Train { rounds } => rounds + 1,
+    };
+    let root = T::of(((w.len() / cols) as f64).sqrt());
+    column_rms(w, cols).into_iter().map(|r| normalized(r, rounds).0 / root).collect()
+}
+
+/// to = from, each column times its factor.
+fn scale_columns<T: Real>(to: &mut [T], from: &[T], factors: &[T]) {
+    let cols = factors.len();
+    for_rows(to, cols, |row, to| {
+        let from = &from[row * cols..][..cols];
+        for i in 0..cols {
+            to[i] = from[i] * factors[i];
+        }
+    });
+}
