@@ -1,6 +1,8 @@
 //! EDM2 diffusion models, trained and sampled without a deep-learning framework.
 
 pub mod backend;
+pub mod condition;
+pub mod data;
 pub mod formats;
 pub mod model;
 pub mod rng;

@@ -34,8 +34,8 @@ const MAX_HEADER: u64 = 100_000_000;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum SafeError {
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
     #[error("{}: tensor {name}: {what}", path.display())]
@@ -111,9 +111,9 @@ impl SafeFile {
     /// [`SafeError::Io`], [`SafeError::Malformed`], [`SafeError::Tensor`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let io_error = |source| SafeError::Io {
+        let io_error = |cause| SafeError::Io {
             path: path.clone(),
-            source,
+            cause,
         };
         let malformed = |what: String| SafeError::Malformed {
             path: path.clone(),
@@ -440,8 +440,8 @@ pub fn write(
             .iter()
             .try_for_each(|(.., bytes)| out.write_all(bytes))
     })
-    .map_err(|source| SafeError::Io {
+    .map_err(|cause| SafeError::Io {
         path: path.into(),
-        source,
+        cause,
     })
 }

@@ -1,0 +1,272 @@
+//! The tag vocabulary: a fixed, ordered list of tags, and the conditions made of it.
+//!
+//! A set of k tags becomes the D-wide vector with 1/sqrt(k) at each tag and 0 elsewhere:
+//! a multi-hot vector of norm 1. EDM2 feeds `emb_label` with `sqrt(D) * one_hot`, so that
+//! the embedding has unit variance; at norm 1 that stays true for any number of tags, and
+//! an image with many tags does not drown the noise embedding. One tag alone gives exactly
+//! EDM2's class label. No tag gives zeros, which is what EDM2 calls unconditional.
+//!
+//! On disk: a JSON list of `{"tag", "count"}`, most frequent first; the place in the list
+//! is the index in the vector.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::formats::write_atomically;
+
+/// One entry of a vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tag {
+    /// The tag as it is written; no comma, no space at its ends.
+    pub tag: String,
+    /// How many of the training images carry it.
+    pub count: u64,
+}
+
+/// What can be wrong with a vocabulary or with tags looked up in it.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum VocabularyError {
+    #[error("unknown tag \"{tag}\"{}", suggest(nearest))]
+    Unknown { tag: String, nearest: Vec<String> },
+    #[error("tag {index} of the vocabulary: {what}")]
+    Entry { index: usize, what: String },
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: not a vocabulary, expected a list of {{\"tag\", \"count\"}}: {cause}", path.display())]
+    Json {
+        path: PathBuf,
+        cause: serde_json::Error,
+    },
+    #[error("{}: {cause}", path.display())]
+    File {
+        path: PathBuf,
+        cause: Box<VocabularyError>,
+    },
+}
+
+fn suggest(nearest: &[String]) -> String {
+    if nearest.is_empty() {
+        return String::new();
+    }
+    let quoted: Vec<_> = nearest.iter().map(|tag| format!("\"{tag}\"")).collect();
+    format!(", did you mean {}?", quoted.join(" or "))
+}
+
+/// Whether a text can be a tag: not empty, no space at its ends, no comma (commas separate
+/// tags on the command line), no control character. The error says which.
+pub fn check_tag(tag: &str) -> Result<(), String> {
+    match tag {
+        "" => Err("it is empty".into()),
+        _ if tag.trim() != tag => Err(format!("\"{tag}\" has a space at its end")),
+        _ if tag.contains(',') => Err(format!("\"{tag}\" contains a comma")),
+        _ if tag.contains(char::is_control) => Err(format!("{tag:?} has a control character")),
+        _ => Ok(()),
+    }
+}
+
+/// An ordered list of distinct tags.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Vocabulary {
+    tags: Vec<Tag>,
+    index: HashMap<String, u32>,
+}
+
+impl Vocabulary {
+    /// A vocabulary of these tags in this order.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Entry`] for an unusable or repeated tag.
+    pub fn new(tags: Vec<Tag>) -> Result<Self, VocabularyError> {
+        let mut index = HashMap::with_capacity(tags.len());
+        for (place, Tag { tag, .. }) in tags.iter().enumerate() {
+            let wrong = |what| VocabularyError::Entry { index: place, what };
+            check_tag(tag).map_err(wrong)?;
+            let number = u32::try_from(place).map_err(|_| wrong("too many tags".into()))?;
+            if let Some(first) = index.insert(tag.clone(), number) {
+                return Err(wrong(format!("\"{tag}\" is already tag {first}")));
+            }
+        }
+        Ok(Self { tags, index })
+    }
+
+    /// The `size` most frequent tags of a collection of tag sets (fewer if it has fewer),
+    /// most frequent first, ties in alphabetical order. A set counts a tag once.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Entry`] for an unusable tag among them.
+    pub fn most_frequent<'a, S>(
+        sets: impl IntoIterator<Item = S>,
+        size: usize,
+    ) -> Result<Self, VocabularyError>
+    where
+        S: IntoIterator<Item = &'a str>,
+    {
+        let mut counts: HashMap<&str, (u64, usize)> = HashMap::new();
+        for (number, set) in sets.into_iter().enumerate() {
+            for tag in set {
+                let (count, last) = counts.entry(tag).or_insert((0, usize::MAX));
+                if *last != number {
+                    (*count, *last) = (*count + 1, number);
+                }
+            }
+        }
+        let mut tags: Vec<_> = counts
+            .into_iter()
+            .map(|(tag, (count, _))| Tag {
+                tag: tag.into(),
+                count,
+            })
+            .collect();
+        tags.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.tag.cmp(&b.tag)));
+        tags.truncate(size);
+        Self::new(tags)
+    }
+
+    /// Number of tags: the width of the condition.
+    pub fn len(&self) -> usize {
+        self.tags.len()
+    }
+
+    /// Whether there is no tag at all.
+    pub fn is_empty(&self) -> bool {
+        self.tags.is_empty()
+    }
+
+    /// All tags in order.
+    pub fn tags(&self) -> &[Tag] {
+        &self.tags
+    }
+
+    /// The tag at an index; `None` beyond the end.
+    pub fn tag(&self, index: u32) -> Option<&str> {
+        self.tags.get(index as usize).map(|tag| tag.tag.as_str())
+    }
+
+    /// The index of a tag; `None` if it is not in the vocabulary.
+    pub fn get(&self, tag: &str) -> Option<u32> {
+        self.index.get(tag).copied()
+    }
+
+    /// The index of a tag.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Unknown`] with the nearest known tags.
+    pub fn index(&self, tag: &str) -> Result<u32, VocabularyError> {
+        self.get(tag).ok_or_else(|| VocabularyError::Unknown {
+            tag: tag.into(),
+            nearest: self.nearest(tag, 3),
+        })
+    }
+
+    /// Known tags like this text: equal but for case, one beginning with the other, or few
+    /// edits apart; best first, at most `most`.
+    pub fn nearest(&self, text: &str, most: usize) -> Vec<String> {
+        let text = text.to_lowercase();
+        let mut scored: Vec<_> = self
+            .tags
+            .iter()
+            .filter_map(|Tag { tag, count }| {
+                let known = tag.to_lowercase();
+                let score = strsim::jaro_winkler(&known, &text)
+                    .max(strsim::normalized_damerau_levenshtein(&known, &text));
+                (score > 0.8).then_some((score, count, tag))
+            })
+            .collect();
+        scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(a.1)).then(a.2.cmp(b.2)));
+        scored
+            .into_iter()
+            .take(most)
+            .map(|(.., tag)| tag.clone())
+            .collect()
+    }
+
+    /// The indices of tags given as one text, separated by commas: sorted, each once.
+    /// Spaces around tags and empty parts are ignored.
+    ///
+    /// ```
+    /// use edm2k::condition::vocabulary::Vocabulary;
+    /// let vocabulary = Vocabulary::most_frequent([["heart", "red"], ["heart", "blue"]], 9)?;
+    /// assert_eq!(vocabulary.parse("red, heart")?, [0, 2]);
+    /// assert_eq!(
+    ///     vocabulary.parse("blu, heart").unwrap_err().to_string(),
+    ///     "unknown tag \"blu\", did you mean \"blue\"?"
+    /// );
+    /// # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`VocabularyError::Unknown`] for the first unknown tag.
+    pub fn parse(&self, text: &str) -> Result<Vec<u32>, VocabularyError> {
+        let mut indices = text
+            .split(',')
+            .map(str::trim)
+            .filter(|tag| !tag.is_empty())
+            .map(|tag| self.index(tag))
+            .collect::<Result<Vec<_>, _>>()?;
+        indices.sort_unstable();
+        indices.dedup();
+        Ok(indices)
+    }
+
+    /// The condition of a set of tags: 1/sqrt(k) at each of the k distinct indices, 0
+    /// elsewhere; `[D]`, norm 1, or zeros for no tags.
+    ///
+    /// # Panics
+    /// If an index is not below [`Vocabulary::len`].
+    pub fn multi_hot(&self, indices: &[u32]) -> Vec<f32> {
+        let mut condition = vec![0.0; self.len()];
+        for &index in indices {
+            condition[index as usize] = 1.0;
+        }
+        let k: f32 = condition.iter().sum();
+        if k > 0.0 {
+            condition.iter_mut().for_each(|x| *x /= k.sqrt());
+        }
+        condition
+    }
+
+    /// Reads a vocabulary file.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Io`], [`VocabularyError::Json`]; [`VocabularyError::File`] with
+    /// what [`Vocabulary::new`] says.
+    pub fn load(path: &Path) -> Result<Self, VocabularyError> {
+        let bytes = fs::read(path).map_err(|cause| VocabularyError::Io {
+            path: path.into(),
+            cause,
+        })?;
+        let tags = serde_json::from_slice(&bytes).map_err(|cause| VocabularyError::Json {
+            path: path.into(),
+            cause,
+        })?;
+        Self::new(tags).map_err(|cause| VocabularyError::File {
+            path: path.into(),
+            cause: Box::new(cause),
+        })
+    }
+
+    /// Writes a vocabulary file, atomically, one tag a line.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Io`].
+    pub fn save(&self, path: &Path) -> Result<(), VocabularyError> {
+        write_atomically(path, |out| {
+            out.write_all(b"[")?;
+            for (place, tag) in self.tags.iter().enumerate() {
+                out.write_all(if place == 0 { b"\n" } else { b",\n" })?;
+                serde_json::to_writer(&mut *out, tag)?;
+            }
+            out.write_all(b"\n]\n")
+        })
+        .map_err(|cause| VocabularyError::Io {
+            path: path.into(),
+            cause,
+        })
+    }
+}

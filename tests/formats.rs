@@ -1,0 +1,245 @@
+//! Claims about the file formats: what is written is read back, and nothing that a disk,
+//! a broken download or an attacker can do to a file makes a reader panic.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+fn metadata() -> HashMap<String, String> {
+    HashMap::from([
+        ("config".into(), r#"{"a": "1"}"#.into()),
+        ("b".into(), "ü".into()),
+    ])
+}
+
+fn sample(path: &Path) {
+    let halves: Vec<u8> = [0.5f32, -2.0, 65504.0]
+        .iter()
+        .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+        .collect();
+    let brains: Vec<u8> = [1.0f32, 1e30]
+        .iter()
+        .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
+        .collect();
+    safetensors::write(
+        path,
+        &[
+            ("bytes", Dtype::U8, &[5], &[1, 2, 3, 4, 255]),
+            ("half", Dtype::F16, &[3, 1], &halves),
+            ("brain", Dtype::BF16, &[2], &brains),
+            ("single", Dtype::F32, &[], &1.25f32.to_le_bytes()),
+            ("double", Dtype::F64, &[1], &(-0.125f64).to_le_bytes()),
+            ("ids", Dtype::I64, &[1], &(-7i64).to_le_bytes()),
+            ("nothing", Dtype::F32, &[0, 4], &[]),
+        ],
+        &metadata(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn what_is_written_is_read_back_in_every_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    sample(&path);
+    let file = SafeFile::open(&path).unwrap();
+    assert_eq!(file.metadata(), &metadata());
+    assert_eq!(file.f32("half").unwrap(), [0.5, -2.0, 65504.0]);
+    assert_eq!(file.shape("half").unwrap(), [3, 1]);
+    assert_eq!(
+        file.f32("brain").unwrap(),
+        [1.0, bf16::from_f32(1e30).to_f32()]
+    );
+    assert_eq!(file.f32("single").unwrap(), [1.25]);
+    assert!(file.shape("single").unwrap().is_empty());
+    assert_eq!(file.f64("double").unwrap(), [-0.125]);
+    assert_eq!(file.i64("ids").unwrap(), [-7]);
+    assert_eq!(file.i64("bytes").unwrap(), [1, 2, 3, 4, 255]);
+    assert!(file.f32("nothing").unwrap().is_empty());
+    assert_eq!(file.dtype("brain").unwrap(), Dtype::BF16);
+    assert_eq!(
+        file.names().collect::<Vec<_>>(),
+        [
+            "brain", "bytes", "double", "half", "ids", "nothing", "single"
+        ]
+    );
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "a temporary file was left"
+    );
+}
+
+#[test]
+fn the_same_content_makes_the_same_bytes_and_the_reference_reader_accepts_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    sample(&a);
+    sample(&b);
+    let bytes = fs::read(&a).unwrap();
+    assert_eq!(bytes, fs::read(&b).unwrap());
+    let reference = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(
+        reference.tensor("single").unwrap().data(),
+        1.25f32.to_le_bytes()
+    );
+}
+
+#[test]
+fn errors_name_the_file_the_tensor_and_what_was_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    sample(&path);
+    let file = SafeFile::open(&path).unwrap();
+    let text = file.f32("halv").unwrap_err().to_string();
+    assert!(
+        text.ends_with("a.safetensors: tensor halv is missing (the file has half)"),
+        "{text}"
+    );
+    let text = file.f32("ids").unwrap_err().to_string();
+    assert!(
+        text.contains("tensor ids: found I64, expected F16, BF16, F32 or F64"),
+        "{text}"
+    );
+
+    let text = SafeFile::open(dir.path().join("none"))
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("none: No such file"), "{text}");
+    let text = SafeFile::open(dir.path()).unwrap_err().to_string();
+    assert!(text.contains("not a regular file"), "{text}");
+
+    let wrong = safetensors::write(&path, &[("x", Dtype::F32, &[3], &[0; 8])], &HashMap::new());
+    let text = wrong.unwrap_err().to_string();
+    assert!(
+        text.contains("tensor x: found 8 bytes, expected the size of F32 [3]"),
+        "{text}"
+    );
+    assert!(
+        SafeFile::open(&path).is_ok(),
+        "a failed write must leave the old file"
+    );
+}
+
+#[test]
+fn hostile_headers_are_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("hostile");
+    let x = |shape: &str, offsets: &str| {
+        format!(r#""x":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}"#)
+    };
+    let y = r#""y":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}"#;
+    let huge = format!("[{0},{0}]", usize::MAX / 2);
+    let cases = [
+        (
+            format!("{{{}}}", x("[2]", "[0,16]")),
+            "tensor x: 16 bytes, expected 8",
+        ),
+        (
+            format!("{{{}}}", x(&huge, "[0,16]")),
+            "tensor x: impossible shape",
+        ),
+        (format!("{{{}}}", x("[400]", "[0,1600]")), "truncated?"),
+        (format!("{{{}}}", x("[2]", "[16,8]")), "16..8"),
+        (
+            format!("{{{}}}", x("[2]", "[8,16]")),
+            "begins at byte 8, expected 0",
+        ),
+        (
+            format!("{{{}}}", x("[2]", "[0,8]")),
+            "tensors end at byte 8",
+        ),
+        (
+            format!("{{{}}}", x("[-4]", "[0,16]")),
+            "tensor x: invalid value",
+        ),
+        (
+            format!("{{{},{}}}", x("[2]", "[0,8]"), x("[2]", "[8,16]")),
+            "x occurs twice",
+        ),
+        (
+            format!("{{{},{y}}}", x("[4]", "[0,16]")),
+            "tensor y: begins at byte 4, expected 16",
+        ),
+        (
+            r#"{"x":{"dtype":"F33","shape":[4],"data_offsets":[0,16]}}"#.into(),
+            "x: unknown variant",
+        ),
+        (r#"{"__metadata__":{"a":1}}"#.into(), "__metadata__"),
+        ("[".repeat(100_000), "its header"),
+        ("{\"x\":".repeat(1000), "its header"),
+    ];
+    for (header, expected) in cases {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend([0; 16]);
+        fs::write(&path, bytes).unwrap();
+        let text = SafeFile::open(&path).unwrap_err().to_string();
+        assert!(
+            text.contains(expected),
+            "{}: {text}",
+            &header[..header.len().min(80)]
+        );
+    }
+    fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
+    assert!(
+        SafeFile::open(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("only 0 bytes follow")
+    );
+}
+
+/// Opens and reads everything; the result does not matter, only that there is one.
+fn read_all(path: &Path) {
+    let Ok(file) = SafeFile::open(path) else {
+        return;
+    };
+    for name in file.names() {
+        let _ = (file.f32(name), file.f64(name), file.i64(name));
+        assert!(file.bytes(name).is_ok());
+    }
+}
+
+proptest! {
+    #[test]
+    fn damaged_files_never_panic(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        sample(&path);
+        let mut bytes = fs::read(&path).unwrap();
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+            fs::write(&path, &bytes).unwrap();
+            prop_assert!(SafeFile::open(&path).is_err(), "a truncated file was accepted");
+        } else {
+            for (place, byte) in damage {
+                let place = place.index(bytes.len());
+                bytes[place] = byte;
+            }
+            fs::write(&path, &bytes).unwrap();
+            read_all(&path);
+        }
+    }
+
+    #[test]
+    fn any_tensor_survives_the_round_trip(values in prop::collection::vec(any::<f32>(), 0..40)) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        safetensors::write(&path, &[("x", Dtype::F32, &[values.len()], &bytes)], &HashMap::new())
+            .unwrap();
+        let read = SafeFile::open(&path).unwrap().f32("x").unwrap();
+        prop_assert_eq!(values.len(), read.len());
+        for (a, b) in values.iter().zip(&read) {
+            prop_assert_eq!(a.to_bits(), b.to_bits());
+        }
+    }
+}
