@@ -6,7 +6,7 @@
 
 mod attention;
 mod conv;
-mod real;
+pub(crate) mod real;
 mod tensor;
 mod weights;
 
@@ -81,8 +81,12 @@ impl<T: Real> Cpu<T> {
         let (cout, cin, _) = param.dims();
         let n = x.shape()[0];
         let mut y = self.uninit([n, 1, 1, cout]);
-        let (a, b) = (Mat::new(x.values(), cin), Mat::new(param.effective(), cout));
-        matmul((n, cout, cin), y.values_mut(), false, a, b, T::of(scale), Threads::All);
+        // Image by image: a product of one row takes another path in `gemm` than one of many, and an image
+        // must not depend on its batch.
+        let weight = Mat::new(param.effective(), cout);
+        y.values_mut().par_chunks_mut(cout).zip(x.values().par_chunks(cin)).for_each(|(y, x)| {
+            matmul((1, cout, cin), y, false, Mat::new(x, cin), weight, T::of(scale), Threads::One);
+        });
         y
     }
 

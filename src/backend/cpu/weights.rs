@@ -126,8 +126,9 @@ impl<T: Real> Param<T> {
 
     fn slot(&mut self, slot: Slot) -> Result<&mut Vec<T>, BackendError> {
         let missing = BackendError::NotTraining(slot);
+        let is_weight = matches!(self.spec.kind, Kind::Weight { .. });
         match (slot, &mut self.training) {
-            (Slot::Weight, None) if self.raw => Ok(&mut self.effective),
+            (Slot::Weight, None) if self.raw || !is_weight => Ok(&mut self.effective),
             (Slot::Weight, Some(_)) => Ok(&mut self.weight),
             (Slot::Grad, Some(t)) => Ok(&mut t.grad),
             (Slot::AdamM, Some(t)) => Ok(&mut t.m),

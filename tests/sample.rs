@@ -1,0 +1,356 @@
+//! Sampling: the solvers against the official trajectories, and what an image may depend on.
+
+use std::path::Path;
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::{Backend, BackendError, Normalization, Shape, Slot};
+use edm2k::formats::safetensors::SafeFile;
+use edm2k::model::file::Model;
+use edm2k::model::{Config, ParamTable};
+use edm2k::rng::{Purpose, Stream};
+use edm2k::sample::{Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
+
+type T = <Cpu<f32> as Backend>::Tensor;
+
+fn golden(name: &str) -> SafeFile {
+    SafeFile::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)).unwrap()
+}
+
+/// [k, n, c, h, w] in the file as k tensors [n, h, w, c].
+fn nhwc(file: &SafeFile, name: &str) -> (Shape, Vec<Vec<f32>>) {
+    let shape = file.shape(name).unwrap();
+    let &[n, c, h, w] = &shape[shape.len() - 4..] else { panic!("{name}: {shape:?}") };
+    let values = file.f32(name).unwrap();
+    let one = |values: &[f32]| {
+        let mut out = Vec::with_capacity(values.len());
+        for image in values.chunks(c * h * w) {
+            out.extend((0..h * w * c).map(|i| image[i % c * h * w + i / c]));
+        }
+        out
+    };
+    ([n, h, w, c], values.chunks(n * c * h * w).map(one).collect())
+}
+
+/// ||got - want|| / ||want|| <= bound.
+fn assert_close(what: &str, got: &[f32], want: &[f32], bound: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(g - w)).sum();
+    let error = (difference / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt();
+    let worst = (0..got.len()).max_by(|&a, &b| (got[a] - want[a]).abs().total_cmp(&(got[b] - want[b]).abs())).unwrap();
+    assert!(
+        error <= bound,
+        "{what}: relative error {error:.1e}, bound {bound:.0e}; worst at {worst}: {}, expected {}",
+        got[worst],
+        want[worst]
+    );
+}
+
+/// Answers with the recorded outputs of the official network, and checks what it is asked.
+struct Replay {
+    shape: Shape,
+    d_cond: Vec<Vec<f32>>,
+    d_uncond: Option<Vec<Vec<f32>>>,
+    guidance: f64,
+    /// Expected noise level and input of each evaluation.
+    inputs: Vec<(f64, Vec<f32>)>,
+    calls: usize,
+}
+
+/// Solvers do a handful of f32 operations a step; a wrong formula is off by 1e-2 and more.
+const BOUND: f64 = 1e-5;
+
+impl Denoise<Cpu<f32>> for Replay {
+    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, BackendError> {
+        let i = self.calls;
+        self.calls += 1;
+        let (level, input) = &self.inputs[i];
+        assert!((sigma - level).abs() <= 1e-6 * level, "evaluation {i} at sigma {sigma}, expected {level}");
+        assert_close(&format!("input of evaluation {i}"), &b.download(x)?, input, BOUND);
+        let d = b.upload(self.shape, &self.d_cond[i]);
+        Ok(match &self.d_uncond {
+            None => Guided::plain(d),
+            Some(d_uncond) => {
+                let reference = b.upload(self.shape, &d_uncond[i]);
+                Guided::new(d, reference, self.guidance)
+            }
+        })
+    }
+    fn noise(&mut self, _: &mut Cpu<f32>, step: usize) -> T {
+        panic!("no churn was asked for, but noise for step {step} was")
+    }
+    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn heun_follows_the_official_trajectory() {
+    let file = golden("samplers.safetensors");
+    for (case, guidance) in [("heun_g1", 1.0), ("heun_g2", 2.0)] {
+        let config = SamplerConfig { solver: Solver::Heun, steps: 8, guidance, ..SamplerConfig::default() };
+        let levels = file.f64(&format!("{case}.t_steps")).unwrap();
+        for (got, want) in config.sigmas().iter().zip(&levels) {
+            assert!((got - want).abs() <= 1.2e-7 * want, "sigma {got}, expected {want}"); // one f32 ulp
+        }
+        let (shape, x) = nhwc(&file, &format!("{case}.x"));
+        let x_euler = nhwc(&file, &format!("{case}.x_euler")).1;
+        let mut inputs = Vec::new();
+        for i in 0..8 {
+            inputs.push((levels[i], x[i].clone()));
+            inputs.extend(x_euler.get(i).map(|x| (levels[i + 1], x.clone())));
+        }
+        let d_cond = nhwc(&file, &format!("{case}.D_cond")).1;
+        let d_uncond = (guidance != 1.0).then(|| nhwc(&file, &format!("{case}.D_uncond")).1);
+        let mut replay = Replay { shape, d_cond, d_uncond, guidance, inputs, calls: 0 };
+        let last = run(&mut replay, &config, &file);
+        assert_eq!(replay.calls, 15);
+        assert_close(case, &last, &x[8], BOUND);
+    }
+}
+
+#[test]
+fn dpmpp_2m_follows_the_official_trajectory() {
+    let file = golden("samplers.safetensors");
+    let config = SamplerConfig::default();
+    let levels = file.f64("dpmpp2m_g5.sigmas").unwrap();
+    for (got, want) in config.sigmas().iter().zip(&levels) {
+        assert!((got - want).abs() <= 1e-13 * want, "sigma {got}, expected {want}");
+    }
+    let (shape, x) = nhwc(&file, "dpmpp2m_g5.x");
+    let inputs = levels.iter().copied().zip(x.iter().cloned()).take(16).collect();
+    let (d_cond, d_uncond) = (nhwc(&file, "dpmpp2m_g5.D_cond").1, nhwc(&file, "dpmpp2m_g5.D_uncond").1);
+    let mut replay = Replay { shape, d_cond, d_uncond: Some(d_uncond), guidance: 5.0, inputs, calls: 0 };
+    let last = run(&mut replay, &config, &file);
+    assert_eq!(replay.calls, 16);
+    assert_close("dpmpp2m_g5", &last, &x[16], BOUND);
+}
+
+fn run(replay: &mut Replay, config: &SamplerConfig, file: &SafeFile) -> Vec<f32> {
+    let mut b = Cpu::<f32>::for_sampling(&ParamTable::default());
+    let (shape, noise) = nhwc(file, "noise");
+    let noise = b.upload(shape, &noise[0]);
+    let x = solve(&mut b, replay, config, &noise).unwrap();
+    b.download(&x).unwrap()
+}
+
+/// Data drawn from N(0, s^2) has the exact denoiser x s^2 / (s^2 + sigma^2), and every path of the flow is
+/// known: x(sigma) = x(sigma_max) sqrt((s^2 + sigma^2) / (s^2 + sigma_max^2)).
+struct Gaussian {
+    variance: f64,
+    calls: usize,
+}
+
+impl Denoise<Cpu<f32>> for Gaussian {
+    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, BackendError> {
+        self.calls += 1;
+        let factor = self.variance / (self.variance + sigma * sigma);
+        Ok(Guided::plain(b.linear_combination(&[(x, factor)])))
+    }
+    fn noise(&mut self, b: &mut Cpu<f32>, step: usize) -> T {
+        unit_noise(b, Purpose::Churn, step as u32)
+    }
+    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+fn unit_noise(b: &mut Cpu<f32>, purpose: Purpose, step: u32) -> T {
+    let mut values = vec![0.0; 1 << 14];
+    Stream { seed: 5, purpose, step, image: 0 }.normals(&mut values);
+    b.upload([1, 64, 64, 4], &values)
+}
+
+#[test]
+fn solvers_converge_at_their_order_to_the_exact_path() {
+    let mut b = Cpu::<f32>::for_sampling(&ParamTable::default());
+    let noise = unit_noise(&mut b, Purpose::SampleNoise, 0);
+    let start = b.download(&noise).unwrap();
+    let variance: f64 = 0.25;
+    let mut error = |solver, steps| {
+        let config = SamplerConfig { solver, steps, ..SamplerConfig::default() };
+        let x = solve(&mut b, &mut Gaussian { variance, calls: 0 }, &config, &noise).unwrap();
+        let exact = 80.0 * (variance / (variance + 6400.0)).sqrt();
+        f64::from(b.download(&x).unwrap()[0] / start[0]) / exact - 1.0
+    };
+    for (solver, order) in [(Solver::Euler, 1.0), (Solver::Heun, 2.0), (Solver::Dpmpp2m, 2.0)] {
+        let (coarse, fine) = (error(solver, 32).abs(), error(solver, 64).abs());
+        let observed = (coarse / fine).log2();
+        assert!((observed - order).abs() < 0.35, "{solver:?}: errors {coarse:.1e}, {fine:.1e}: order {observed:.2}");
+    }
+}
+
+#[test]
+fn churn_keeps_the_distribution_and_counts_its_interval() {
+    let mut b = Cpu::<f32>::for_sampling(&ParamTable::default());
+    let noise = unit_noise(&mut b, Purpose::SampleNoise, 0);
+    let plain = SamplerConfig { solver: Solver::Heun, steps: 64, ..SamplerConfig::default() };
+    let mut sample = |churn| {
+        let x = solve(
+            &mut b,
+            &mut Gaussian { variance: 0.25, calls: 0 },
+            &SamplerConfig { churn, ..plain.clone() },
+            &noise,
+        );
+        b.download(&x.unwrap()).unwrap()
+    };
+    let still = sample(Churn::NONE);
+    let churned = sample(Churn { s_churn: 20.0, ..Churn::NONE });
+    let variance = churned.iter().map(|&x| f64::from(x * x)).sum::<f64>() / churned.len() as f64;
+    // 16384 values: standard error of the variance sqrt(2/16384) = 1.1 %, five of them.
+    assert!((variance / 0.25 - 1.0).abs() < 0.055, "variance {variance}, expected 0.25");
+    assert!(still != churned);
+    let outside = Churn { s_churn: 20.0, s_min: 100.0, s_max: 200.0, s_noise: 1.0 };
+    assert!(still == sample(outside), "churn above sigma_max does nothing");
+}
+
+/// A network with random gains too, so that every part of it matters.
+fn tiny() -> (Model, Cpu<f32>) {
+    let config: Config = serde_json::from_str(
+        r#"{"img_resolution": 16, "img_channels": 3, "label_dim": 5, "model_channels": 16,
+            "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 16}"#,
+    )
+    .unwrap();
+    let mut model = Model::init(&config, 3).unwrap();
+    for ((id, spec), values) in model.table.iter().zip(&mut model.weights) {
+        if spec.shape.is_empty() {
+            values[0] = 0.5 + 0.1 * (id.0 % 5) as f32;
+        }
+    }
+    let backend = load(&model);
+    (model, backend)
+}
+
+fn load(model: &Model) -> Cpu<f32> {
+    let mut b = Cpu::for_sampling(&model.table);
+    model.upload(&mut b, Slot::Weight).unwrap();
+    b.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    b
+}
+
+fn images(model: &Model, b: &mut Cpu<f32>, labels: &[f32], seeds: &[u64], config: &SamplerConfig) -> Vec<f32> {
+    Sampler { backend: b, net: &model.net, gnet: None }
+        .run(labels, seeds, [12, 20], config, &mut |_, _| Ok(()))
+        .unwrap()
+}
+
+const SHORT: SamplerConfig = SamplerConfig {
+    solver: Solver::Dpmpp2m,
+    steps: 3,
+    sigma_min: 0.002,
+    sigma_max: 80.0,
+    rho: 7.0,
+    guidance: 2.5,
+    guidance_interval: None,
+    churn: Churn::NONE,
+};
+
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    let (model, mut b) = tiny();
+    let seeds = [7, 0, u64::MAX, 12, 3];
+    let labels: Vec<f32> = (0..25).map(|i| (i * i % 7) as f32 / 7.0).collect();
+    let churned = SamplerConfig { solver: Solver::Heun, churn: Churn { s_churn: 1.0, ..Churn::NONE }, ..SHORT };
+    for config in [SHORT, churned] {
+        let all = images(&model, &mut b, &labels, &seeds, &config);
+        let one = all.len() / seeds.len();
+        assert!(all[..one] != all[one..2 * one]);
+        for size in [1, 2, 3] {
+            let parts = seeds.chunks(size).zip(labels.chunks(5 * size));
+            let parts: Vec<f32> = parts.flat_map(|(s, l)| images(&model, &mut b, l, s, &config)).collect();
+            let differing = parts.iter().zip(&all).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+            assert_eq!(differing, 0, "values that differ in batches of {size} from those of a batch of 5");
+        }
+    }
+}
+
+#[test]
+fn guidance_one_is_no_guidance_and_the_interval_bounds_it() {
+    let (model, mut b) = tiny();
+    let labels = [0.0, 1.0, 0.0, 0.0, 0.0];
+    let with = |guidance, guidance_interval| SamplerConfig { guidance, guidance_interval, ..SHORT };
+    let plain = images(&model, &mut b, &labels, &[4], &with(1.0, None));
+    let guided = images(&model, &mut b, &labels, &[4], &with(2.5, None));
+    assert!(plain != guided);
+    assert!(plain == images(&model, &mut b, &labels, &[4], &with(2.5, Some((100.0, 200.0)))));
+    assert!(guided == images(&model, &mut b, &labels, &[4], &with(2.5, Some((0.0, 80.0)))), "the upper end counts");
+    let part = images(&model, &mut b, &labels, &[4], &with(2.5, Some((80.0f64.next_down() / 2.0, 79.0))));
+    assert!(plain == part, "the interval holds none of the levels 80, 7.1..., 0.002");
+    let unconditional = images(&model, &mut b, &[], &[4], &with(1.0, None));
+    assert!(unconditional == images(&model, &mut b, &[], &[4], &with(2.5, None)), "nothing to guide away from");
+    assert_close("guidance 0", &images(&model, &mut b, &labels, &[4], &with(0.0, None)), &unconditional, 1e-5);
+}
+
+#[test]
+fn another_network_guides() {
+    let (model, mut b) = tiny();
+    let mut again = load(&model);
+    let labels = [0.0, 0.0, 1.0, 1.0, 0.0];
+    let config = SamplerConfig { guidance: 3.0, ..SHORT };
+    let mut guided_by = |gnet: &Model, other: &mut Cpu<f32>| {
+        Sampler { backend: &mut b, net: &model.net, gnet: Some((other, &gnet.net)) }.run(
+            &labels,
+            &[9],
+            [12, 20],
+            &config,
+            &mut |_, _| Ok(()),
+        )
+    };
+    let by_itself = guided_by(&model, &mut again).unwrap();
+    let unconditional = Model::init(&Config { label_dim: 0, ..model.net.config.clone() }, 8).unwrap();
+    let by_other = guided_by(&unconditional, &mut load(&unconditional)).unwrap();
+    let wide = Model::init(&Config { label_dim: 6, ..model.net.config.clone() }, 8).unwrap();
+    let error = guided_by(&wide, &mut load(&wide)).unwrap_err();
+    assert_eq!(error.to_string(), "the guiding network has condition width 6, expected 5");
+    // D + 2 (D - D): three times and minus twice the same, which f32 rounds
+    let plain = images(&model, &mut b, &labels, &[9], &SamplerConfig { guidance: 1.0, ..SHORT });
+    assert_close("a network that guides itself", &by_itself, &plain, 1e-5);
+    assert!(by_other != by_itself);
+}
+
+#[test]
+fn settings_and_shapes_are_checked_before_anything_runs() {
+    let (model, mut b) = tiny();
+    let mut message = |labels: &[f32], size, config: SamplerConfig| -> String {
+        let error = Sampler { backend: &mut b, net: &model.net, gnet: None }.run(
+            labels,
+            &[1, 2],
+            size,
+            &config,
+            &mut |_, _| panic!("it ran"),
+        );
+        error.unwrap_err().to_string()
+    };
+    let config = SHORT;
+    assert!(message(&[], [12, 21], config.clone()).contains("21x12"));
+    assert!(message(&[0.0; 9], [12, 20], config.clone()).contains("9 values, expected 2 images times the network's 5"));
+    let cases = [
+        ("steps = 0", SamplerConfig { steps: 0, ..SHORT }),
+        ("sigma_max = NaN", SamplerConfig { sigma_max: f64::NAN, ..SHORT }),
+        ("sigma_min = -1", SamplerConfig { sigma_min: -1.0, ..SHORT }),
+        ("guidance = inf", SamplerConfig { guidance: f64::INFINITY, ..SHORT }),
+        ("guidance interval = 3,1", SamplerConfig { guidance_interval: Some((3.0, 1.0)), ..SHORT }),
+        (
+            "S_churn = 5, expected 0 with dpmpp_2m",
+            SamplerConfig { churn: Churn { s_churn: 5.0, ..Churn::NONE }, ..SHORT },
+        ),
+    ];
+    for (expected, config) in cases {
+        let got = message(&[], [12, 20], config);
+        assert!(got.starts_with(expected), "{got}");
+    }
+    let one_step = images(&model, &mut b, &[], &[1], &SamplerConfig { steps: 1, ..SHORT });
+    assert!(one_step.iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn a_network_that_makes_nan_is_an_error_that_names_the_seed() {
+    let (mut model, _) = tiny();
+    let id = model.table.find("unet.out_gain").unwrap();
+    model.weights[id.0][0] = f32::NAN;
+    let mut b = load(&model);
+    let error = Sampler { backend: &mut b, net: &model.net, gnet: None }
+        .run(&[], &[31], [8, 8], &SHORT, &mut |_, _| Ok(()))
+        .unwrap_err();
+    assert!(matches!(error, SampleError::NotFinite { seed: 31, count: 192 }), "{error}");
+}
