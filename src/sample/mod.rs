@@ -208,6 +208,9 @@ pub enum SampleError {
     },
 }
 
+/// Sees each step of a batch, and may download what it wants of it.
+pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), BackendError> + 'a;
+
 /// A network on its device, and optionally another one that guides it.
 pub struct Sampler<'a, B: Backend> {
     /// Device that holds the network, prepared for evaluation.
@@ -231,7 +234,7 @@ impl<B: Backend> Sampler<'_, B> {
         seeds: &[u64],
         size: [usize; 2],
         config: &SamplerConfig,
-        observe: &mut dyn FnMut(&mut B, Step<B::Tensor>) -> Result<(), BackendError>,
+        observe: &mut Observe<B>,
     ) -> Result<Vec<f32>, SampleError> {
         let shape = self.check(labels, seeds, size, config)?;
         let noise = draw(self.backend, shape, seeds, Purpose::SampleNoise, 0);
@@ -300,8 +303,7 @@ struct Network<'a, B: Backend> {
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],
-    #[allow(clippy::type_complexity)]
-    observe: &'a mut dyn FnMut(&mut B, Step<B::Tensor>) -> Result<(), BackendError>,
+    observe: &'a mut Observe<'a, B>,
 }
 
 impl<B: Backend> Denoise<B> for Network<'_, B> {
