@@ -101,12 +101,12 @@ pub enum ModelError {
         what: String,
     },
     /// The config does not describe a network, or not one for the image size.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Config {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        source: ConfigError,
+        cause: ConfigError,
     },
     /// A tensor that the network of the config does not have.
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
@@ -169,7 +169,7 @@ impl Model {
             .get("config")
             .ok_or_else(|| metadata("config", "it is missing, so this is not a model file".into()))?;
         let config: Config = serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?;
-        let config_error = |source| ModelError::Config { path: path.into(), source };
+        let config_error = |cause| ModelError::Config { path: path.into(), cause };
         let (net, table) = Precond::new(&config).map_err(config_error)?;
         let meta = match file.metadata().get("edm2k") {
             None => ModelMeta::of(&config),

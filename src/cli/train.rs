@@ -1,0 +1,347 @@
+//! `edm2k train`: train, fine-tune, resume.
+
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, bail, ensure};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
+use edm2k::model::config::{Preset, preset};
+use edm2k::model::{Config, Encoder, Model, ModelMeta};
+use edm2k::train::{DataIdentity, Event, Outcome, Plan, Schedule, Settings, checkpoint, ema, memory, train};
+
+/// Train a network, or go on with a run.
+#[derive(clap::Args)]
+#[command(after_help = "\
+The same command again goes on from the newest whole checkpoint in --outdir.
+Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
+
+Examples:
+  edm2k train --data data/emoji --outdir runs/emoji --config emoji.json \\
+      --duration 1M --batch 128 --lr 0.01 --cond-dropout 0.1
+  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs --duration 11M --schedule linear
+  edm2k train --data data/mine --outdir runs/fine --init edm2-img512-xs.safetensors \\
+      --duration 500k --lr 0.002
+  edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
+pub struct TrainArgs {
+    /// Dataset made by `edm2k prepare`
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Directory of the run: checkpoints, snapshots, statistics
+    #[arg(long, value_name = "DIR")]
+    outdir: PathBuf,
+    /// Network and training settings by name, such as edm2-img512-xs
+    #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "init"])]
+    preset: Option<String>,
+    /// Network as a JSON file; img_channels, label_dim and img_resolution default to the dataset's
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Start from the weights of a model file; its network is the default
+    #[arg(long, value_name = "FILE")]
+    init: Option<PathBuf>,
+    /// Images to train on
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    duration: u64,
+    /// Images per optimizer step [default: the preset's, or 128]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    batch: Option<u64>,
+    /// Images at a time; less needs less memory [default: what fits into 1 GiB of activations]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    batch_gpu: Option<u64>,
+    /// Reference learning rate [default: the preset's, or 0.01]
+    #[arg(long, value_name = "RATE")]
+    lr: Option<f64>,
+    /// Learning rate: EDM2's inverse square root, or linear to zero at the end
+    #[arg(long, value_enum, default_value_t = Schedule::Edm2)]
+    schedule: Schedule,
+    /// edm2: batches after which the rate falls, 0 = never [default: the preset's, or 70000]
+    #[arg(long, value_name = "BATCHES")]
+    decay: Option<f64>,
+    /// Images over which the rate rises, 0 = none [default: 10M, or a tenth of the duration if less]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    rampup: Option<u64>,
+    /// Mean of ln(sigma) [default: the preset's, or -0.4]
+    #[arg(long, value_name = "MEAN", allow_negative_numbers = true)]
+    p_mean: Option<f64>,
+    /// Standard deviation of ln(sigma) [default: the preset's, or 1]
+    #[arg(long, value_name = "STD")]
+    p_std: Option<f64>,
+    /// Relative standard deviations of the moving averages of the weights
+    #[arg(long, value_name = "STD,...", value_delimiter = ',', default_value = "0.05,0.10")]
+    ema: Vec<f64>,
+    /// Share of the images shown without their condition
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    cond_dropout: f64,
+    /// Images after which --cond-dropout begins
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images, default_value = "0")]
+    cond_dropout_from: u64,
+    /// Mirror half of the images that the dataset allows it for
+    #[arg(long)]
+    flip: bool,
+    /// Seed of initial weights, order, noise
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Interval of statistics, 0 = never [default: 500 in the whole run]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    status: Option<u64>,
+    /// Interval of the validation loss, 0 = never [default: 100 in the whole run]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    validate: Option<u64>,
+    /// Interval of snapshots: a model file for each average, 0 = never [default: 10 in the whole run]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    snapshot: Option<u64>,
+    /// Interval of checkpoints, 0 = only at the end [default: 50 in the whole run]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    checkpoint: Option<u64>,
+    /// Checkpoints to keep; snapshots are all kept
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    keep: usize,
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
+    /// Print the resolved configuration and the memory need as JSON, and do nothing
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Device {
+    /// The best that there is
+    Auto,
+    /// This machine's processor
+    Cpu,
+}
+
+/// A number of images: digits, perhaps with a decimal point, and a unit.
+fn parse_images(text: &str) -> Result<u64, String> {
+    let units =
+        [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("k", 1000), ("M", 1_000_000), ("G", 1_000_000_000)];
+    let (digits, unit) =
+        units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit))).unwrap_or((text, 1u64));
+    let wrong = || format!("'{text}' is not a number of images such as 50000, 400k, 1.5M or 8Mi");
+    if let Ok(whole) = digits.parse::<u64>() {
+        return whole.checked_mul(unit).ok_or_else(wrong);
+    }
+    let value = digits.parse::<f64>().map_err(|_| wrong())? * unit as f64;
+    if value >= 0.0 && value.fract() == 0.0 && value < 9e15 { Ok(value as u64) } else { Err(wrong()) }
+}
+
+/// What the arguments and the dataset come to.
+struct Resolved {
+    settings: Settings,
+    plan: Plan,
+    model: Model,
+    notes: Vec<String>,
+}
+
+/// Trains, showing progress on stderr.
+pub fn run(args: TrainArgs) -> anyhow::Result<()> {
+    let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
+    let validation = match Dataset::open(&args.data, Split::Validation) {
+        Err(DatasetError::NoShards { .. }) => None,
+        other => Some(other.context("cannot open the dataset")?),
+    };
+    if let Some(v) = &validation {
+        let same = (v.shape(), v.condition_dim()) == (data.shape(), data.condition_dim());
+        ensure!(same, "{}: the validation images differ in size from the training images", args.data.display());
+    }
+    let Resolved { settings, plan, model, notes } = resolve(&args, &data)?;
+    let (Device::Auto | Device::Cpu) = args.device;
+    if args.dry_run {
+        println!("{}", describe(&settings, &plan, &model)?);
+        return Ok(());
+    }
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        let _ = writeln!(std::io::stderr(), "\nfinishing this step, then saving; once more to quit at once");
+    })
+    .context("cannot watch for Ctrl-C")?;
+
+    let terminal = std::io::stderr().is_terminal();
+    let bar = ProgressBar::new(settings.duration)
+        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {eta} left, {msg}")?);
+    // A reader that went away is no reason to lose the run.
+    let line = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
+    let say = |text: &str| if terminal { bar.println(text) } else { line(text) };
+    notes.iter().for_each(|note| say(note));
+    let mut seen = None;
+    let mut show = |event: Event| match event {
+        Event::Note(text) => say(&text),
+        Event::Step(nimg) => {
+            if seen.is_none() {
+                // What was done before the restart says nothing about the time that is left.
+                bar.set_position(nimg);
+                bar.reset_eta();
+            }
+            seen = Some(nimg);
+            bar.set_position(nimg);
+        }
+        Event::Status(s) => {
+            let left = (settings.duration.saturating_sub(s.nimg)) as f64 / s.images_per_s.max(1e-9);
+            let text = format!(
+                "loss {:.4}, lr {:.2e}, gradient {:.3}, {:.1} images/s",
+                s.loss, s.lr, s.grad_norm, s.images_per_s
+            );
+            if terminal {
+                bar.set_message(text);
+            } else {
+                let left = indicatif::HumanDuration(std::time::Duration::from_secs_f64(left.min(1e9)));
+                line(&format!("{} of {} images, {text}, {left} left", s.nimg, settings.duration));
+            }
+        }
+    };
+    let mut backend = Cpu::<f32>::for_training(&model.table, settings.ema.len());
+    let outcome = train(&mut backend, model, &settings, &plan, &data, validation.as_ref(), &stop, &mut show);
+    bar.finish_and_clear();
+    match outcome.context("training stopped")? {
+        Outcome::Finished => Ok(()),
+        Outcome::Stopped => {
+            eprintln!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
+            std::process::exit(130);
+        }
+    }
+}
+
+/// The network that the arguments ask for, fitted to the dataset.
+fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Option<&Model>) -> anyhow::Result<Config> {
+    let [height, width, channels] = data.shape();
+    let dim = data.condition_dim();
+    let config = match (&args.config, preset, init) {
+        (Some(path), ..) => read_config(path, data).with_context(|| path.display().to_string())?,
+        (None, Some(preset), _) => Config { img_channels: channels, label_dim: dim, ..preset.config.clone() },
+        (None, None, Some(model)) => Config { img_channels: channels, label_dim: dim, ..model.net.config.clone() },
+        (None, None, None) => bail!("give a network: --preset, --config or --init"),
+    };
+    config.validate()?;
+    config.check_size(height, width).with_context(|| format!("the dataset {}", args.data.display()))?;
+    Ok(config)
+}
+
+/// A config file; what it leaves open is taken from the dataset.
+fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
+    let [height, width, channels] = data.shape();
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let fields = json.as_object_mut().context("expected a JSON object")?;
+    fields.entry("img_resolution").or_insert(json!(height.min(width)));
+    fields.entry("img_channels").or_insert(json!(channels));
+    fields.entry("label_dim").or_insert(json!(data.condition_dim()));
+    let config: Config = serde_json::from_value(json)?;
+    let (found, dim) = (config.img_channels, data.condition_dim());
+    ensure!(found == channels, "img_channels = {found}, but the dataset's images have {channels}");
+    let found = config.label_dim;
+    ensure!(found == dim || found == 0, "label_dim = {found}, but the dataset's conditions have {dim}");
+    Ok(config)
+}
+
+fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
+    let mut notes = Vec::new();
+    let preset = args.preset.as_deref().map(preset).transpose()?;
+    let init = args.init.as_ref().map(Model::load).transpose().context("cannot start from --init")?;
+    let config = network(args, data, preset.as_ref(), init.as_ref())?;
+    let [height, width, _] = data.shape();
+    let mut model = match init {
+        None => Model::init(&config, args.seed)?,
+        Some(old) => {
+            let (model, fresh) = old.adapt(&config, args.seed)?;
+            ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
+            for p in fresh {
+                let found = p.found.map_or("missing".to_owned(), |shape| format!("{shape:?}"));
+                notes.push(format!("{} starts afresh: {found} in --init, {:?} here", p.name, p.expected));
+            }
+            model
+        }
+    };
+    let header = data.header();
+    let tags = data.vocabulary().tags();
+    model.meta = ModelMeta {
+        height,
+        width,
+        encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
+        vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
+        images_seen: 0,
+        ema_std: None,
+        seed: Some(args.seed),
+        source: header.source.clone(),
+        licence: header.licence.clone(),
+    };
+
+    let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
+    let settings = Settings {
+        data: DataIdentity::of(data),
+        init: args.init.clone(),
+        seed: args.seed,
+        duration: args.duration,
+        batch: args.batch.unwrap_or(preset.as_ref().map_or(128, |p| p.batch as u64)),
+        lr: args.lr.unwrap_or(of(|p| p.lr, 0.01)),
+        schedule: args.schedule,
+        decay: args.decay.unwrap_or(of(|p| p.decay, 70000.0)),
+        rampup: args.rampup.unwrap_or(10_000_000.min(args.duration / 10)),
+        p_mean: args.p_mean.unwrap_or(of(|p| p.p_mean, -0.4)),
+        p_std: args.p_std.unwrap_or(of(|p| p.p_std, 1.0)),
+        ema: args.ema.clone(),
+        cond_dropout: args.cond_dropout,
+        cond_dropout_from: args.cond_dropout_from,
+        flip: args.flip,
+        config,
+    };
+    let positive = |name, x: f64| {
+        ensure!(x > 0.0 && x.is_finite(), "--{name} is {x}, expected a positive number");
+        Ok(())
+    };
+    positive("duration", settings.duration as f64)?;
+    positive("batch", settings.batch as f64)?;
+    positive("lr", settings.lr)?;
+    positive("p-std", settings.p_std)?;
+    ensure!(settings.p_mean.is_finite(), "--p-mean is {}, expected a number", settings.p_mean);
+    ensure!(settings.decay >= 0.0, "--decay is {}, expected 0 or more", settings.decay);
+    let p = settings.cond_dropout;
+    ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {p}, expected 0 to 1");
+    for &std in &settings.ema {
+        ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
+    }
+    let batch_gpu = match args.batch_gpu {
+        Some(n) => n.min(settings.batch),
+        None => memory::default_batch_gpu(&settings.config, height, width, settings.batch),
+    };
+    positive("batch-gpu", batch_gpu as f64)?;
+    let every = |given: Option<u64>, times: u64| given.unwrap_or((args.duration / times).max(1));
+    let plan = Plan {
+        outdir: args.outdir.clone(),
+        batch_gpu,
+        status: every(args.status, 500),
+        validate: every(args.validate, 100),
+        snapshot: every(args.snapshot, 10),
+        checkpoint: every(args.checkpoint, 50),
+        keep: args.keep,
+    };
+    Ok(Resolved { settings, plan, model, notes })
+}
+
+/// The resolved configuration as JSON.
+fn describe(settings: &Settings, plan: &Plan, model: &Model) -> anyhow::Result<String> {
+    let [height, width, _] = settings.data.shape;
+    let profiles = settings.ema.len();
+    let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
+    let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
+    Ok(serde_json::to_string_pretty(&json!({
+        "settings": settings,
+        "plan": plan,
+        "parameters": model.table.trained_values(),
+        "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
+        "memory_bytes": memory,
+        "resumes_from": newest,
+    }))?)
+}

@@ -1,0 +1,30 @@
+//! Power-function moving averages of the weights (EDM2, section 3.1 and appendix C).
+//!
+//! The average at time t weighs the past as tau^gamma; its width is given as the relative standard
+//! deviation sigma_rel of that profile, which gamma follows from (eq. 123):
+//! sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+/// Widest profile: gamma = 0, a plain average over all of training.
+pub const MAX_STD: f64 = 0.288_675_134_594_812_9; // 1 / sqrt(12)
+
+/// Exponent gamma of the profile with relative standard deviation `std`, in (0, [`MAX_STD`]]: the
+/// largest real root of g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2).
+pub fn std_to_exp(std: f64) -> f64 {
+    let k = 1.0 / (std * std);
+    // Newton's method from a point right of the root, where the cubic is convex and rising: monotonic.
+    let mut g = k.sqrt();
+    loop {
+        let f = ((g + 7.0) * g + (16.0 - k)) * g + (12.0 - k);
+        let slope = (3.0 * g + 14.0) * g + (16.0 - k);
+        let next = g - f / slope;
+        if next >= g || next.is_nan() {
+            return g;
+        }
+        g = next;
+    }
+}
+
+/// Decay of the average in the step of `delta` images that ends at `t` images; 0 in the first step.
+pub fn power_function_beta(std: f64, t: u64, delta: u64) -> f64 {
+    (1.0 - delta as f64 / t as f64).powf(std_to_exp(std) + 1.0)
+}

@@ -1,0 +1,54 @@
+//! How much memory training needs, by estimate: what is held for every parameter, and what the backward
+//! pass needs of the forward pass. Temporary buffers of single operations come on top.
+
+use serde::Serialize;
+
+use crate::model::{Config, ParamTable};
+
+/// Bytes by purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Weights, effective weights, gradients, Adam's two moments, moving averages; f32.
+    pub parameters: u64,
+    /// Kept activations of a micro-batch; f32.
+    pub activations: u64,
+}
+
+/// Estimate for micro-batches of `batch_gpu` images of `height` x `width`.
+pub fn estimate(
+    config: &Config,
+    table: &ParamTable,
+    height: usize,
+    width: usize,
+    batch_gpu: u64,
+    profiles: usize,
+) -> Memory {
+    let values: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
+    let parameters = 4 * values as u64 * (5 + profiles as u64);
+    Memory { parameters, activations: 4 * batch_gpu * kept_values(config, height, width) }
+}
+
+/// Values that the backward pass keeps of one image. A block keeps its residual branch before and after
+/// mp_silu and its result, in the encoder also the normalised input; attention adds q, k, v and two more.
+fn kept_values(config: &Config, height: usize, width: usize) -> u64 {
+    let levels = config.level_channels();
+    let mut total = height * width * (2 * config.img_channels + levels[0]);
+    for (level, &c) in levels.iter().enumerate() {
+        let pixels = (height * width) >> (2 * level);
+        let attends = config.attn_resolutions.contains(&(config.img_resolution >> level));
+        let attention = if attends { 5 } else { 0 };
+        total += pixels * c * config.num_blocks * (4 + attention);
+        total += pixels * c * (config.num_blocks + 1) * (3 + attention);
+        let deeper = levels.get(level + 1).map_or(2 * 3 * c + 5 * c, |&below| 4 * below);
+        let above = if level > 0 { 4 * levels[level - 1] + c } else { 0 };
+        total += pixels * (deeper + above);
+    }
+    total as u64
+}
+
+/// Default size of a micro-batch: a power of two whose activations fit into 1 GiB. It depends on the
+/// network and the batch only, so that the same command computes the same bits on every machine.
+pub fn default_batch_gpu(config: &Config, height: usize, width: usize, batch: u64) -> u64 {
+    let fits = (1 << 30) / (4 * kept_values(config, height, width)).max(1);
+    if batch <= fits { batch } else { 1 << fits.max(1).ilog2() }
+}

@@ -1,0 +1,555 @@
+//! Training as in EDM2: loss with learned uncertainty, Adam, forced weight normalisation, power-function
+//! moving averages; statistics, validation, snapshots and checkpoints on intervals.
+//!
+//! A step over images t .. t + batch of the run: micro-batches ([`batch`]) go forward and backward, their
+//! gradients add up, then one pass over the parameters ([`Backend::optimizer_step`]) with the learning rate at
+//! t and the moving averages at t + batch. What a step does depends on the parameters, the moments and t
+//! alone, all of which a checkpoint holds to the bit; so a run that was stopped ends where one that was not
+//! does.
+//!
+//! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
+//! averaging needs them), `stats.jsonl`, `loss.svg`.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub mod batch;
+pub mod checkpoint;
+pub mod ema;
+pub mod memory;
+pub mod schedule;
+pub mod stats;
+
+pub use checkpoint::{CheckpointError, State};
+pub use schedule::{LearningRate, Schedule};
+pub use stats::{Status, Sums, Validation};
+
+use crate::backend::{Backend, BackendError, Normalization, Slot, Step};
+use crate::data::dataset::Dataset;
+use crate::model::file::save;
+use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
+use crate::rng::{Purpose, Stream};
+use batch::Batches;
+use checkpoint::Checkpoint;
+use stats::StatsFile;
+
+/// Everything that decides what a run computes; a run may only be resumed with the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The network.
+    pub config: Config,
+    /// The training images.
+    pub data: DataIdentity,
+    /// Weights that the run starts from, if not fresh ones.
+    pub init: Option<PathBuf>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Images to train on; the last step may go past it. Matters to the `linear` schedule only.
+    pub duration: u64,
+    /// Images per optimizer step.
+    pub batch: u64,
+    /// Reference learning rate.
+    pub lr: f64,
+    /// Shape of the learning rate.
+    pub schedule: Schedule,
+    /// Batches after which `edm2`'s learning rate falls; 0 = never.
+    pub decay: f64,
+    /// Images over which the learning rate rises; 0 = none.
+    pub rampup: u64,
+    /// Mean of ln(sigma).
+    pub p_mean: f64,
+    /// Standard deviation of ln(sigma).
+    pub p_std: f64,
+    /// Relative standard deviations of the moving averages.
+    pub ema: Vec<f64>,
+    /// Share of the images that are shown without their condition.
+    pub cond_dropout: f64,
+    /// Images after which that begins.
+    pub cond_dropout_from: u64,
+    /// Whether half of the images that allow it are mirrored.
+    pub flip: bool,
+}
+
+/// Adam's decay rates of the two moments.
+const BETAS: (f64, f64) = (0.9, 0.99);
+/// Adam's eps.
+const EPS: f64 = 1e-8;
+
+/// What tells one training split from another, wherever it lies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataIdentity {
+    /// Number of images.
+    pub images: usize,
+    /// Height, width, channels.
+    pub shape: [usize; 3],
+    /// Width of the conditions.
+    pub condition_dim: usize,
+    /// CRC-32 of the ids in order.
+    pub ids: u32,
+}
+
+impl DataIdentity {
+    /// The identity of a split.
+    pub fn of(data: &Dataset) -> Self {
+        let mut hasher = crc32fast::Hasher::new();
+        (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes()));
+        let ids = hasher.finalize();
+        Self { images: data.len(), shape: data.shape(), condition_dim: data.condition_dim(), ids }
+    }
+}
+
+/// What a run does beside training: intervals are in images, 0 = never.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Where everything goes.
+    pub outdir: PathBuf,
+    /// Images per micro-batch; changes results by rounding only.
+    pub batch_gpu: u64,
+    /// Interval of statistics.
+    pub status: u64,
+    /// Interval of the validation loss.
+    pub validate: u64,
+    /// Interval of snapshots.
+    pub snapshot: u64,
+    /// Interval of checkpoints.
+    pub checkpoint: u64,
+    /// Checkpoints to keep.
+    pub keep: usize,
+}
+
+/// Why training could not begin or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A file or directory of the run.
+    #[error("{}: {cause}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        cause: io::Error,
+    },
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A snapshot, or the weights to start from.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The run that is to be resumed had other settings.
+    #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
+    Settings {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Each option with its value then and now.
+        differences: String,
+    },
+    /// Two runs may not share a directory.
+    #[error("{}: another run is writing here", path.display())]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// What a run tells while it goes.
+pub enum Event<'a> {
+    /// A step is done; images seen.
+    Step(u64),
+    /// A status interval is over.
+    Status(&'a Status),
+    /// Something else worth a line.
+    Note(String),
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All images have been seen.
+    Finished,
+    /// It was told to stop and has saved a checkpoint.
+    Stopped,
+}
+
+impl Settings {
+    /// The learning rate over time.
+    pub fn learning_rate(&self) -> LearningRate {
+        LearningRate {
+            schedule: self.schedule,
+            reference: self.lr,
+            decay: self.decay,
+            rampup: self.rampup as f64,
+            batch: self.batch as f64,
+            duration: self.duration as f64,
+        }
+    }
+
+    /// The options that keep a run of `self` from being gone on with under `other`, with both values.
+    fn differences(&self, other: &Self) -> String {
+        let mut other = other.clone();
+        if self.schedule != Schedule::Linear {
+            other.duration = self.duration;
+        }
+        let fields = |s: &Self| match serde_json::to_value(s) {
+            Ok(Value::Object(fields)) => fields,
+            _ => Default::default(),
+        };
+        let now = fields(&other);
+        let lines = fields(self).into_iter().filter(|(key, then)| now.get(key) != Some(then));
+        let line = |(key, then): (String, Value)| {
+            let (then, now) = match (&then, &now[&key]) {
+                (Value::Object(then), Value::Object(now)) => {
+                    let differs = |a: &serde_json::Map<String, Value>, b: &serde_json::Map<String, Value>| {
+                        let fields = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
+                        Value::Object(fields.map(|(k, v)| (k.clone(), v.clone())).collect())
+                    };
+                    (differs(then, now), differs(now, then))
+                }
+                (then, now) => (then.clone(), now.clone()),
+            };
+            format!("{key} was {then}, now {now}")
+        };
+        lines.map(line).collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole
+/// checkpoint in `plan.outdir`, and from `model` if there is none.
+///
+/// `backend` was made for the model's table and as many moving averages as `settings.ema` has.
+///
+/// # Errors
+/// See [`TrainError`]. Whatever was saved before stays.
+pub fn train<B: Backend>(
+    backend: &mut B,
+    model: Model,
+    settings: &Settings,
+    plan: &Plan,
+    data: &Dataset,
+    validation: Option<&Dataset>,
+    stop: &AtomicBool,
+    event: &mut dyn FnMut(Event),
+) -> Result<Outcome, TrainError> {
+    let dir = plan.outdir.as_path();
+    let io_error = |path: &Path| {
+        let path = path.to_path_buf();
+        move |cause| TrainError::Io { path, cause }
+    };
+    fs::create_dir_all(dir).map_err(io_error(dir))?;
+    let lock = File::open(dir).map_err(io_error(dir))?;
+    match lock.try_lock() {
+        Err(TryLockError::WouldBlock) => return Err(TrainError::Busy { path: dir.into() }),
+        // A file system without locks does not keep anyone from training on it.
+        Err(TryLockError::Error(_)) | Ok(()) => {}
+    }
+    remove_unfinished(dir).map_err(io_error(dir))?;
+
+    let state = match newest(backend, settings, dir, event)? {
+        Some(state) => state,
+        None => {
+            model.upload(backend, Slot::Weight)?;
+            (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
+            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings: settings.clone() }
+        }
+    };
+    let stats_path = dir.join("stats.jsonl");
+    let stats = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
+    let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
+    let mut run = Run {
+        backend,
+        net: model.net,
+        meta: model.meta,
+        settings,
+        plan,
+        batches: Batches::new(data, settings),
+        data,
+        validation,
+        before: state.seconds,
+        state,
+        started: Instant::now(),
+        last_status: Instant::now(),
+        images_since_start: 0,
+        stats,
+        rounds,
+    };
+    run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
+    run.go(stop, event)
+}
+
+/// Removes what a killed process left half written.
+fn remove_unfinished(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let ours = ["checkpoint-", "snapshot-", "stats.jsonl", "loss.svg"].iter().any(|start| name.starts_with(start));
+        if ours && name.ends_with(".tmp") {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Loads the newest whole checkpoint; damaged ones are set aside and named.
+fn newest<B: Backend>(
+    backend: &mut B,
+    settings: &Settings,
+    dir: &Path,
+    event: &mut dyn FnMut(Event),
+) -> Result<Option<State>, TrainError> {
+    let paths = checkpoint::list(dir).map_err(|cause| TrainError::Io { path: dir.into(), cause })?;
+    let any = !paths.is_empty();
+    for path in paths {
+        let loaded = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
+            let differences = checkpoint.state.settings.differences(settings);
+            if !differences.is_empty() {
+                return Err(TrainError::Settings { path: path.clone(), differences });
+            }
+            checkpoint.load(backend)?;
+            Ok(checkpoint.state)
+        });
+        match loaded {
+            Ok(state) => {
+                event(Event::Note(format!("resuming from {}", path.display())));
+                return Ok(Some(State { settings: settings.clone(), ..state }));
+            }
+            Err(TrainError::Checkpoint(error @ CheckpointError::Damaged { .. })) => {
+                let mut aside = path.clone().into_os_string();
+                aside.push(".damaged");
+                fs::rename(&path, &aside).map_err(|cause| TrainError::Io { path: path.clone(), cause })?;
+                event(Event::Note(format!("{error}; set aside as {}", Path::new(&aside).display())));
+            }
+            Err(other) => return Err(other),
+        }
+    }
+    if any {
+        event(Event::Note(format!("no whole checkpoint is left in {}: starting anew", dir.display())));
+    }
+    Ok(None)
+}
+
+struct Run<'a, B: Backend> {
+    backend: &'a mut B,
+    net: Precond,
+    meta: ModelMeta,
+    settings: &'a Settings,
+    plan: &'a Plan,
+    batches: Batches<'a>,
+    data: &'a Dataset,
+    validation: Option<&'a Dataset>,
+    state: State,
+    before: f64,
+    started: Instant,
+    last_status: Instant,
+    images_since_start: u64,
+    stats: StatsFile,
+    rounds: usize,
+}
+
+impl<B: Backend> Run<'_, B> {
+    fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
+        if self.state.nimg >= self.settings.duration {
+            event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
+            return Ok(Outcome::Finished);
+        }
+        loop {
+            let lr = self.step()?;
+            let done = self.state.nimg >= self.settings.duration;
+            let stopped = !done && stop.load(Ordering::Relaxed);
+            let (nimg, batch) = (self.state.nimg, self.settings.batch);
+            let due = |interval: u64| interval > 0 && (done || nimg / interval > (nimg - batch) / interval);
+            event(Event::Step(nimg));
+            // The checkpoint comes last: what it promises to have been done has been.
+            if due(self.plan.status) {
+                self.status(lr, event)?;
+            }
+            if due(self.plan.validate) {
+                self.validate(event)?;
+            }
+            if due(self.plan.snapshot) {
+                self.snapshot(event)?;
+            }
+            if due(self.plan.checkpoint) || done || stopped {
+                self.checkpoint(event)?;
+            }
+            if done || stopped {
+                return Ok(if done { Outcome::Finished } else { Outcome::Stopped });
+            }
+        }
+    }
+
+    /// One optimizer step; returns its learning rate.
+    fn step(&mut self) -> Result<f64, TrainError> {
+        let s = self.settings;
+        let [h, w, c] = self.data.shape();
+        let lr = s.learning_rate().at(self.state.nimg);
+        let mut loss = 0.0;
+        let end = self.state.nimg + s.batch;
+        let mut first = self.state.nimg;
+        while first < end {
+            let n = self.plan.batch_gpu.min(end - first);
+            let batch = self.batches.get(first, n as usize);
+            first += n;
+            let b = &mut *self.backend;
+            let clean = b.upload([batch.n, h, w, c], &batch.clean);
+            let noisy = b.upload([batch.n, h, w, c], &batch.noisy);
+            let sigma = b.upload([batch.n, 1, 1, 1], &batch.sigma);
+            let labels = batch.labels.map(|l| b.upload([batch.n, 1, 1, s.config.label_dim], &l));
+            let pass = self.net.train_forward(b, &clean, &noisy, &sigma, labels.as_ref());
+            let per_image = pass.per_image.clone();
+            self.net.backward(b, pass);
+            loss += b.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+        }
+        let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
+        let stats = self.backend.optimizer_step(&Step {
+            lr,
+            betas: BETAS,
+            eps: EPS,
+            step: self.state.step + 1,
+            grad_scale: 1.0 / s.batch as f64,
+            rounds: self.rounds,
+            ema_betas: &betas,
+        })?;
+        self.state.nimg = end;
+        self.state.step += 1;
+        self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
+        self.images_since_start += s.batch;
+        let sums = &mut self.state.sums;
+        sums.images += s.batch;
+        sums.steps += 1;
+        sums.loss += loss / (h * w * c) as f64;
+        sums.grad_norm += stats.grad_norm;
+        sums.nonfinite += stats.nonfinite;
+        Ok(lr)
+    }
+
+    fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
+        let path = self.plan.outdir.join("stats.jsonl");
+        self.stats.write(line).map_err(|cause| TrainError::Io { path, cause })
+    }
+
+    fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        let sums = std::mem::take(&mut self.state.sums);
+        let recent = sums.images.min(self.images_since_start);
+        let status = Status {
+            nimg: self.state.nimg,
+            step: self.state.step,
+            loss: sums.loss / sums.images as f64,
+            lr,
+            grad_norm: sums.grad_norm / sums.steps as f64,
+            nonfinite: sums.nonfinite,
+            images_per_s: recent as f64 / self.last_status.elapsed().as_secs_f64(),
+            seconds: self.state.seconds,
+            peak_mib: stats::peak_mib(),
+        };
+        self.write_stats(&status)?;
+        event(Event::Status(&status));
+        self.last_status = Instant::now();
+        Ok(())
+    }
+
+    /// Loss on the validation split, with the same noise every time and in every run.
+    fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        let Some(data) = self.validation else { return Ok(()) };
+        let begun = Instant::now();
+        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
+        let loss = validation_loss(self.backend, &self.net, self.settings, data, self.plan.batch_gpu as usize)?;
+        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
+        event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
+        self.last_status += begun.elapsed();
+        Ok(())
+    }
+
+    /// A model file for each moving average.
+    fn snapshot(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        for (i, &std) in self.settings.ema.iter().enumerate() {
+            let table = self.backend.table().clone();
+            let weights = (0..table.len())
+                .map(|id| self.backend.read_param(Slot::Ema(i), ParamId(id)))
+                .collect::<Result<Vec<_>, _>>()?;
+            let meta = ModelMeta { images_seen: self.state.nimg, ema_std: Some(std), ..self.meta.clone() };
+            let path = self.plan.outdir.join(format!("snapshot-{:09}-{std:.3}.safetensors", self.state.nimg));
+            save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16)?;
+            event(Event::Note(format!("wrote {}", path.display())));
+        }
+        Ok(())
+    }
+
+    /// Writes a checkpoint, then removes the oldest ones beyond those to keep, and draws the losses.
+    fn checkpoint(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        let dir = &self.plan.outdir;
+        let path = checkpoint::path(dir, self.state.nimg);
+        let meta = ModelMeta { images_seen: self.state.nimg, ..self.meta.clone() };
+        checkpoint::save(&path, self.backend, &meta, &self.state)?;
+        event(Event::Note(format!("wrote {}", path.display())));
+        let io_error = |cause| TrainError::Io { path: dir.clone(), cause };
+        for old in checkpoint::list(dir).map_err(io_error)?.into_iter().skip(self.plan.keep.max(1)) {
+            fs::remove_file(&old).map_err(|cause| TrainError::Io { path: old, cause })?;
+        }
+        self.stats.draw().map_err(|cause| TrainError::Io { path: dir.join("loss.svg"), cause })
+    }
+}
+
+/// Most images of the validation split that are looked at.
+const VALIDATION_IMAGES: usize = 1024;
+/// Noise levels for each.
+const VALIDATION_DRAWS: usize = 4;
+
+/// Mean loss per element (as in training) of the prepared weights on the first images of a split, each
+/// at a few noise levels; noise and levels depend on the image's place only.
+///
+/// # Errors
+/// Whatever the backend reports.
+pub fn validation_loss<B: Backend>(
+    b: &mut B,
+    net: &Precond,
+    settings: &Settings,
+    data: &Dataset,
+    batch: usize,
+) -> Result<f64, BackendError> {
+    let [h, w, c] = data.shape();
+    let (numel, dim) = (h * w * c, settings.config.label_dim);
+    let sd2 = net.config.sigma_data.powi(2);
+    let total = data.len().min(VALIDATION_IMAGES) * VALIDATION_DRAWS;
+    let mut sum = 0.0;
+    for first in (0..total).step_by(batch) {
+        let n = batch.min(total - first);
+        let mut clean = vec![0.0; n * numel];
+        let mut noisy = vec![0.0; n * numel];
+        let mut labels = vec![0.0; n * dim];
+        let mut sigma = vec![0.0; n];
+        for j in 0..n {
+            let k = first + j;
+            let image = &mut clean[j * numel..][..numel];
+            data.image(k / VALIDATION_DRAWS, image);
+            if dim > 0 {
+                data.condition(k / VALIDATION_DRAWS, &mut labels[j * dim..][..dim]);
+            }
+            let stream = |purpose| Stream::new(0, purpose, k as u64);
+            sigma[j] = batch::noise_level(settings, stream(Purpose::TrainSigma));
+            let noisy = &mut noisy[j * numel..][..numel];
+            stream(Purpose::TrainNoise).normals(noisy);
+            noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + sigma[j] * *x);
+        }
+        let x = b.upload([n, h, w, c], &noisy);
+        let levels = b.upload([n, 1, 1, 1], &sigma);
+        let labels = (dim > 0).then(|| b.upload([n, 1, 1, dim], &labels));
+        let denoised = net.denoise(b, &x, &levels, labels.as_ref());
+        let logvar = net.logvar(b, &levels).1;
+        let (denoised, logvar) = (b.download(&denoised)?, b.download(&logvar)?);
+        for j in 0..n {
+            let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
+            let error = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
+            let (s2, logvar) = (f64::from(sigma[j]).powi(2), f64::from(logvar[j]));
+            sum += (s2 + sd2) / (s2 * sd2) / logvar.exp() * error + logvar;
+        }
+    }
+    Ok(sum / total as f64)
+}
