@@ -10,21 +10,12 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 fn metadata() -> HashMap<String, String> {
-    HashMap::from([
-        ("config".into(), r#"{"a": "1"}"#.into()),
-        ("b".into(), "ü".into()),
-    ])
+    HashMap::from([("config".into(), r#"{"a": "1"}"#.into()), ("b".into(), "ü".into())])
 }
 
 fn sample(path: &Path) {
-    let halves: Vec<u8> = [0.5f32, -2.0, 65504.0]
-        .iter()
-        .flat_map(|&x| f16::from_f32(x).to_le_bytes())
-        .collect();
-    let brains: Vec<u8> = [1.0f32, 1e30]
-        .iter()
-        .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
-        .collect();
+    let halves: Vec<u8> = [0.5f32, -2.0, 65504.0].iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+    let brains: Vec<u8> = [1.0f32, 1e30].iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
     safetensors::write(
         path,
         &[
@@ -50,10 +41,7 @@ fn what_is_written_is_read_back_in_every_type() {
     assert_eq!(file.metadata(), &metadata());
     assert_eq!(file.f32("half").unwrap(), [0.5, -2.0, 65504.0]);
     assert_eq!(file.shape("half").unwrap(), [3, 1]);
-    assert_eq!(
-        file.f32("brain").unwrap(),
-        [1.0, bf16::from_f32(1e30).to_f32()]
-    );
+    assert_eq!(file.f32("brain").unwrap(), [1.0, bf16::from_f32(1e30).to_f32()]);
     assert_eq!(file.f32("single").unwrap(), [1.25]);
     assert!(file.shape("single").unwrap().is_empty());
     assert_eq!(file.f64("double").unwrap(), [-0.125]);
@@ -61,17 +49,8 @@ fn what_is_written_is_read_back_in_every_type() {
     assert_eq!(file.i64("bytes").unwrap(), [1, 2, 3, 4, 255]);
     assert!(file.f32("nothing").unwrap().is_empty());
     assert_eq!(file.dtype("brain").unwrap(), Dtype::BF16);
-    assert_eq!(
-        file.names().collect::<Vec<_>>(),
-        [
-            "brain", "bytes", "double", "half", "ids", "nothing", "single"
-        ]
-    );
-    assert_eq!(
-        fs::read_dir(dir.path()).unwrap().count(),
-        1,
-        "a temporary file was left"
-    );
+    assert_eq!(file.names().collect::<Vec<_>>(), ["brain", "bytes", "double", "half", "ids", "nothing", "single"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file was left");
 }
 
 #[test]
@@ -83,10 +62,7 @@ fn the_same_content_makes_the_same_bytes_and_the_reference_reader_accepts_them()
     let bytes = fs::read(&a).unwrap();
     assert_eq!(bytes, fs::read(&b).unwrap());
     let reference = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(
-        reference.tensor("single").unwrap().data(),
-        1.25f32.to_le_bytes()
-    );
+    assert_eq!(reference.tensor("single").unwrap().data(), 1.25f32.to_le_bytes());
 }
 
 #[test]
@@ -96,79 +72,39 @@ fn errors_name_the_file_the_tensor_and_what_was_found() {
     sample(&path);
     let file = SafeFile::open(&path).unwrap();
     let text = file.f32("halv").unwrap_err().to_string();
-    assert!(
-        text.ends_with("a.safetensors: tensor halv is missing (the file has half)"),
-        "{text}"
-    );
+    assert!(text.ends_with("a.safetensors: tensor halv is missing (the file has half)"), "{text}");
     let text = file.f32("ids").unwrap_err().to_string();
-    assert!(
-        text.contains("tensor ids: found I64, expected F16, BF16, F32 or F64"),
-        "{text}"
-    );
+    assert!(text.contains("tensor ids: found I64, expected F16, BF16, F32 or F64"), "{text}");
 
-    let text = SafeFile::open(dir.path().join("none"))
-        .unwrap_err()
-        .to_string();
+    let text = SafeFile::open(dir.path().join("none")).unwrap_err().to_string();
     assert!(text.contains("none: No such file"), "{text}");
     let text = SafeFile::open(dir.path()).unwrap_err().to_string();
     assert!(text.contains("not a regular file"), "{text}");
 
     let wrong = safetensors::write(&path, &[("x", Dtype::F32, &[3], &[0; 8])], &HashMap::new());
     let text = wrong.unwrap_err().to_string();
-    assert!(
-        text.contains("tensor x: found 8 bytes, expected the size of F32 [3]"),
-        "{text}"
-    );
-    assert!(
-        SafeFile::open(&path).is_ok(),
-        "a failed write must leave the old file"
-    );
+    assert!(text.contains("tensor x: found 8 bytes, expected the size of F32 [3]"), "{text}");
+    assert!(SafeFile::open(&path).is_ok(), "a failed write must leave the old file");
 }
 
 #[test]
 fn hostile_headers_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("hostile");
-    let x = |shape: &str, offsets: &str| {
-        format!(r#""x":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}"#)
-    };
+    let x = |shape: &str, offsets: &str| format!(r#""x":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}"#);
     let y = r#""y":{"dtype":"U8","shape":[8],"data_offsets":[4,12]}"#;
     let huge = format!("[{0},{0}]", usize::MAX / 2);
     let cases = [
-        (
-            format!("{{{}}}", x("[2]", "[0,16]")),
-            "tensor x: 16 bytes, expected 8",
-        ),
-        (
-            format!("{{{}}}", x(&huge, "[0,16]")),
-            "tensor x: impossible shape",
-        ),
+        (format!("{{{}}}", x("[2]", "[0,16]")), "tensor x: 16 bytes, expected 8"),
+        (format!("{{{}}}", x(&huge, "[0,16]")), "tensor x: impossible shape"),
         (format!("{{{}}}", x("[400]", "[0,1600]")), "truncated?"),
         (format!("{{{}}}", x("[2]", "[16,8]")), "16..8"),
-        (
-            format!("{{{}}}", x("[2]", "[8,16]")),
-            "begins at byte 8, expected 0",
-        ),
-        (
-            format!("{{{}}}", x("[2]", "[0,8]")),
-            "tensors end at byte 8",
-        ),
-        (
-            format!("{{{}}}", x("[-4]", "[0,16]")),
-            "tensor x: invalid value",
-        ),
-        (
-            format!("{{{},{}}}", x("[2]", "[0,8]"), x("[2]", "[8,16]")),
-            "x occurs twice",
-        ),
-        (
-            format!("{{{},{y}}}", x("[4]", "[0,16]")),
-            "tensor y: begins at byte 4, expected 16",
-        ),
-        (
-            r#"{"x":{"dtype":"F33","shape":[4],"data_offsets":[0,16]}}"#.into(),
-            "x: unknown variant",
-        ),
+        (format!("{{{}}}", x("[2]", "[8,16]")), "begins at byte 8, expected 0"),
+        (format!("{{{}}}", x("[2]", "[0,8]")), "tensors end at byte 8"),
+        (format!("{{{}}}", x("[-4]", "[0,16]")), "tensor x: invalid value"),
+        (format!("{{{},{}}}", x("[2]", "[0,8]"), x("[2]", "[8,16]")), "x occurs twice"),
+        (format!("{{{},{y}}}", x("[4]", "[0,16]")), "tensor y: begins at byte 4, expected 16"),
+        (r#"{"x":{"dtype":"F33","shape":[4],"data_offsets":[0,16]}}"#.into(), "x: unknown variant"),
         (r#"{"__metadata__":{"a":1}}"#.into(), "__metadata__"),
         ("[".repeat(100_000), "its header"),
         ("{\"x\":".repeat(1000), "its header"),
@@ -179,19 +115,10 @@ fn hostile_headers_are_errors() {
         bytes.extend([0; 16]);
         fs::write(&path, bytes).unwrap();
         let text = SafeFile::open(&path).unwrap_err().to_string();
-        assert!(
-            text.contains(expected),
-            "{}: {text}",
-            &header[..header.len().min(80)]
-        );
+        assert!(text.contains(expected), "{}: {text}", &header[..header.len().min(80)]);
     }
     fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
-    assert!(
-        SafeFile::open(&path)
-            .unwrap_err()
-            .to_string()
-            .contains("only 0 bytes follow")
-    );
+    assert!(SafeFile::open(&path).unwrap_err().to_string().contains("only 0 bytes follow"));
 }
 
 /// Opens and reads everything; the result does not matter, only that there is one.

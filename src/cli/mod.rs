@@ -1,3 +1,21 @@
-//! The command line: one file per subcommand.
+//! The command line: one file per subcommand, and what they share.
 
+pub mod bench;
 pub mod prepare;
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Device {
+    /// The best that there is
+    Auto,
+    /// This machine's processor
+    Cpu,
+}
+
+/// Parses a size given as width x height, e.g. `64x88`; returns [height, width].
+pub fn parse_size(text: &str) -> Result<[usize; 2], String> {
+    let wrong = || format!("'{text}' is not a size, expected WIDTHxHEIGHT, e.g. 512x704");
+    let (width, height) = text.split_once(['x', 'X']).ok_or_else(wrong)?;
+    let number = |n: &str| n.parse().ok().filter(|n| (1..=1 << 16).contains(n)).ok_or_else(wrong);
+    Ok([number(height)?, number(width)?])
+}

@@ -58,16 +58,12 @@ pub struct PrepareArgs {
 }
 
 fn parse_size(text: &str) -> Result<[u32; 2], String> {
-    let sides = text
-        .split_once('x')
-        .and_then(|(w, h)| Some([w.parse().ok()?, h.parse().ok()?]));
+    let sides = text.split_once('x').and_then(|(w, h)| Some([w.parse().ok()?, h.parse().ok()?]));
     sides.ok_or_else(|| "expected width x height, such as 512x704".into())
 }
 
 fn parse_colour(text: &str) -> Result<[u8; 3], String> {
-    let digits = text
-        .strip_prefix('#')
-        .filter(|d| d.len() == 6 && d.is_ascii());
+    let digits = text.strip_prefix('#').filter(|d| d.len() == 6 && d.is_ascii());
     let byte = |digits: &str, at: usize| u8::from_str_radix(&digits[at..at + 2], 16).ok();
     digits
         .and_then(|d| Some([byte(d, 0)?, byte(d, 2)?, byte(d, 4)?]))
@@ -89,16 +85,11 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         source: args.source,
         licence: args.licence,
     };
-    let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
-        "{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left",
-    )?);
+    let bar = ProgressBar::no_length()
+        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left")?);
     let terminal = std::io::stderr().is_terminal();
     let say = |text: String| {
-        if terminal {
-            bar.println(text)
-        } else {
-            eprintln!("{text}")
-        }
+        if terminal { bar.println(text) } else { eprintln!("{text}") }
     };
     let summary = prepare(&settings, &|event| match event {
         Event::Start(records) => bar.set_length(records as u64),
@@ -133,11 +124,6 @@ fn print(settings: &Settings, summary: &Summary) {
     }
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
-        println!(
-            "  {:10} {:>8} tags, the rarest on {} images",
-            "vocabulary",
-            tags.len(),
-            rarest.count
-        );
+        println!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
     }
 }

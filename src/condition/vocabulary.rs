@@ -39,15 +39,9 @@ pub enum VocabularyError {
     #[error("{}: {cause}", path.display())]
     Io { path: PathBuf, cause: io::Error },
     #[error("{}: not a vocabulary, expected a list of {{\"tag\", \"count\"}}: {cause}", path.display())]
-    Json {
-        path: PathBuf,
-        cause: serde_json::Error,
-    },
+    Json { path: PathBuf, cause: serde_json::Error },
     #[error("{}: {cause}", path.display())]
-    File {
-        path: PathBuf,
-        cause: Box<VocabularyError>,
-    },
+    File { path: PathBuf, cause: Box<VocabularyError> },
 }
 
 fn suggest(nearest: &[String]) -> String {
@@ -100,10 +94,7 @@ impl Vocabulary {
     ///
     /// # Errors
     /// [`VocabularyError::Entry`] for an unusable tag among them.
-    pub fn most_frequent<'a, S>(
-        sets: impl IntoIterator<Item = S>,
-        size: usize,
-    ) -> Result<Self, VocabularyError>
+    pub fn most_frequent<'a, S>(sets: impl IntoIterator<Item = S>, size: usize) -> Result<Self, VocabularyError>
     where
         S: IntoIterator<Item = &'a str>,
     {
@@ -116,13 +107,7 @@ impl Vocabulary {
                 }
             }
         }
-        let mut tags: Vec<_> = counts
-            .into_iter()
-            .map(|(tag, (count, _))| Tag {
-                tag: tag.into(),
-                count,
-            })
-            .collect();
+        let mut tags: Vec<_> = counts.into_iter().map(|(tag, (count, _))| Tag { tag: tag.into(), count }).collect();
         tags.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.tag.cmp(&b.tag)));
         tags.truncate(size);
         Self::new(tags)
@@ -158,10 +143,7 @@ impl Vocabulary {
     /// # Errors
     /// [`VocabularyError::Unknown`] with the nearest known tags.
     pub fn index(&self, tag: &str) -> Result<u32, VocabularyError> {
-        self.get(tag).ok_or_else(|| VocabularyError::Unknown {
-            tag: tag.into(),
-            nearest: self.nearest(tag, 3),
-        })
+        self.get(tag).ok_or_else(|| VocabularyError::Unknown { tag: tag.into(), nearest: self.nearest(tag, 3) })
     }
 
     /// Known tags like this text: equal but for case, one beginning with the other, or few
@@ -173,17 +155,13 @@ impl Vocabulary {
             .iter()
             .filter_map(|Tag { tag, count }| {
                 let known = tag.to_lowercase();
-                let score = strsim::jaro_winkler(&known, &text)
-                    .max(strsim::normalized_damerau_levenshtein(&known, &text));
+                let score =
+                    strsim::jaro_winkler(&known, &text).max(strsim::normalized_damerau_levenshtein(&known, &text));
                 (score > 0.8).then_some((score, count, tag))
             })
             .collect();
         scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(a.1)).then(a.2.cmp(b.2)));
-        scored
-            .into_iter()
-            .take(most)
-            .map(|(.., tag)| tag.clone())
-            .collect()
+        scored.into_iter().take(most).map(|(.., tag)| tag.clone()).collect()
     }
 
     /// The indices of tags given as one text, separated by commas: sorted, each once.
@@ -237,18 +215,10 @@ impl Vocabulary {
     /// [`VocabularyError::Io`], [`VocabularyError::Json`]; [`VocabularyError::File`] with
     /// what [`Vocabulary::new`] says.
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
-        let bytes = fs::read(path).map_err(|cause| VocabularyError::Io {
-            path: path.into(),
-            cause,
-        })?;
-        let tags = serde_json::from_slice(&bytes).map_err(|cause| VocabularyError::Json {
-            path: path.into(),
-            cause,
-        })?;
-        Self::new(tags).map_err(|cause| VocabularyError::File {
-            path: path.into(),
-            cause: Box::new(cause),
-        })
+        let bytes = fs::read(path).map_err(|cause| VocabularyError::Io { path: path.into(), cause })?;
+        let tags =
+            serde_json::from_slice(&bytes).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
+        Self::new(tags).map_err(|cause| VocabularyError::File { path: path.into(), cause: Box::new(cause) })
     }
 
     /// Writes a vocabulary file, atomically, one tag a line.
@@ -264,9 +234,6 @@ impl Vocabulary {
             }
             out.write_all(b"\n]\n")
         })
-        .map_err(|cause| VocabularyError::Io {
-            path: path.into(),
-            cause,
-        })
+        .map_err(|cause| VocabularyError::Io { path: path.into(), cause })
     }
 }

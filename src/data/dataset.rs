@@ -122,22 +122,11 @@ pub enum DatasetError {
     #[error("{}: no {split} shards (expected {})", dir.display(), split.shard_name(0))]
     NoShards { dir: PathBuf, split: Split },
     #[error("{}: shard {name} is missing ({found} of {expected} are there)", dir.display())]
-    MissingShard {
-        dir: PathBuf,
-        name: String,
-        found: usize,
-        expected: usize,
-    },
+    MissingShard { dir: PathBuf, name: String, found: usize, expected: usize },
     #[error("{}: the {split} split has no images", dir.display())]
     Empty { dir: PathBuf, split: Split },
     #[error("{}: {what} is {found}, but {expected} in {}", path.display(), first.display())]
-    Differs {
-        path: PathBuf,
-        first: PathBuf,
-        what: &'static str,
-        found: String,
-        expected: String,
-    },
+    Differs { path: PathBuf, first: PathBuf, what: &'static str, found: String, expected: String },
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
 }
@@ -160,13 +149,7 @@ pub struct Dataset {
 
 impl fmt::Debug for Dataset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Dataset({} of {:?}, {:?})",
-            self.len(),
-            self.shape(),
-            self.header.kind
-        )
+        write!(f, "Dataset({} of {:?}, {:?})", self.len(), self.shape(), self.header.kind)
     }
 }
 
@@ -195,10 +178,7 @@ impl Dataset {
             let header = read_header(&file)?;
             let shard = check_shard(&file, &header, vocabulary.len())?;
             let dataset = dataset.get_or_insert_with(|| Dataset {
-                header: Header {
-                    count: 0,
-                    ..header.clone()
-                },
+                header: Header { count: 0, ..header.clone() },
                 shards: Vec::new(),
                 vocabulary: vocabulary.clone(),
                 ids: Vec::new(),
@@ -211,24 +191,16 @@ impl Dataset {
                 return Err(DatasetError::RepeatedId { path, id });
             }
             let base = dataset.tag_indices.len();
-            dataset
-                .tag_offsets
-                .extend(shard.tag_offsets.iter().skip(1).map(|end| base + end));
+            dataset.tag_offsets.extend(shard.tag_offsets.iter().skip(1).map(|end| base + end));
             dataset.tag_indices.extend(shard.tag_indices);
-            dataset.shards.push(Shard {
-                file,
-                first: dataset.ids.len(),
-            });
+            dataset.shards.push(Shard { file, first: dataset.ids.len() });
             dataset.ids.extend(shard.ids);
             dataset.flips.extend(shard.flips);
             dataset.header.count += header.count;
         }
         match dataset {
             Some(dataset) if dataset.len() > 0 => Ok(dataset),
-            _ => Err(DatasetError::Empty {
-                dir: dir.into(),
-                split,
-            }),
+            _ => Err(DatasetError::Empty { dir: dir.into(), split }),
         }
     }
 
@@ -238,23 +210,11 @@ impl Dataset {
         };
         let ours = &self.header;
         let pairs = [
-            (
-                "kind",
-                format!("{:?}", header.kind),
-                format!("{:?}", ours.kind),
-            ),
+            ("kind", format!("{:?}", header.kind), format!("{:?}", ours.kind)),
             ("height", header.height.to_string(), ours.height.to_string()),
             ("width", header.width.to_string(), ours.width.to_string()),
-            (
-                "channels",
-                header.channels.to_string(),
-                ours.channels.to_string(),
-            ),
-            (
-                "condition_dim",
-                header.condition_dim.to_string(),
-                ours.condition_dim.to_string(),
-            ),
+            ("channels", header.channels.to_string(), ours.channels.to_string()),
+            ("condition_dim", header.condition_dim.to_string(), ours.condition_dim.to_string()),
             ("shards", header.shards.to_string(), ours.shards.to_string()),
         ];
         for (what, found, expected) in pairs {
@@ -325,11 +285,7 @@ impl Dataset {
         let shard = &self.shards[self.shards.partition_point(|shard| shard.first <= i) - 1];
         let at = (i - shard.first) * bytes;
         // Name and size were checked when the shard was opened.
-        shard
-            .file
-            .bytes(tensor)
-            .map(|data| &data[at..at + bytes])
-            .unwrap_or_default()
+        shard.file.bytes(tensor).map(|data| &data[at..at + bytes]).unwrap_or_default()
     }
 
     /// Writes image `i` in model space, `[H, W, C]`: pixels as x / 127.5 - 1, which is
@@ -366,11 +322,7 @@ impl Dataset {
     /// # Panics
     /// If `out` is not D long.
     pub fn condition(&self, i: usize, out: &mut [f32]) {
-        assert_eq!(
-            out.len(),
-            self.condition_dim(),
-            "length of the condition's buffer"
-        );
+        assert_eq!(out.len(), self.condition_dim(), "length of the condition's buffer");
         let row = self.row(i, "conditions", 2 * out.len());
         for (x, &bytes) in out.iter_mut().zip(row.as_chunks::<2>().0) {
             *x = f16::from_le_bytes(bytes).to_f32();
@@ -381,10 +333,7 @@ impl Dataset {
 /// How many shards of a split there are and should be: as the highest number present
 /// says, or the first shard's header if that is more.
 fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError> {
-    let io_error = |cause| DatasetError::Io {
-        path: dir.into(),
-        cause,
-    };
+    let io_error = |cause| DatasetError::Io { path: dir.into(), cause };
     let prefix = format!("{split}-");
     let (mut found, mut expected) = (0, 0);
     for entry in fs::read_dir(dir).map_err(io_error)? {
@@ -400,10 +349,7 @@ fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError>
         }
     }
     if expected == 0 {
-        return Err(DatasetError::NoShards {
-            dir: dir.into(),
-            split,
-        });
+        return Err(DatasetError::NoShards { dir: dir.into(), split });
     }
     let first = dir.join(split.shard_name(0));
     if first.exists() {
@@ -413,14 +359,8 @@ fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError>
 }
 
 fn read_header(file: &SafeFile) -> Result<Header, DatasetError> {
-    let wrong = |what: String| DatasetError::Header {
-        path: file.path().into(),
-        what,
-    };
-    let text = file
-        .metadata()
-        .get(HEADER_KEY)
-        .ok_or_else(|| wrong("it is missing".into()))?;
+    let wrong = |what: String| DatasetError::Header { path: file.path().into(), what };
+    let text = file.metadata().get(HEADER_KEY).ok_or_else(|| wrong("it is missing".into()))?;
     let header: Header = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
     for (what, size) in [
         ("height", header.height),
@@ -430,10 +370,7 @@ fn read_header(file: &SafeFile) -> Result<Header, DatasetError> {
         ("shards", header.shards),
     ] {
         if size == 0 || size > 1 << 20 {
-            return Err(wrong(format!(
-                "{what} is {size}, expected 1 to {}",
-                1 << 20
-            )));
+            return Err(wrong(format!("{what} is {size}, expected 1 to {}", 1 << 20)));
         }
     }
     Ok(header)
@@ -457,11 +394,7 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
         Err(file.unexpected(name, format!("{} {:?}", found.0, found.1), expected))
     };
     let (pixels, dtype) = header.kind.tensor();
-    is(
-        pixels,
-        dtype,
-        &[n, header.channels, header.height, header.width],
-    )?;
+    is(pixels, dtype, &[n, header.channels, header.height, header.width])?;
     is("conditions", Dtype::F16, &[n, header.condition_dim])?;
     is("ids", Dtype::I64, &[n])?;
     is("tag_offsets", Dtype::I64, &[n.saturating_add(1)])?;
@@ -473,9 +406,7 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
         .position_any(|row| row.as_chunks::<2>().0.iter().any(|b| b[1] & 0x7c == 0x7c));
     if let Some(row) = bad {
         let found = format!("a NaN or infinity in row {row}");
-        return Err(file
-            .unexpected("conditions", found, "finite numbers")
-            .into());
+        return Err(file.unexpected("conditions", found, "finite numbers").into());
     }
 
     let places = file.i64("tag_indices")?;
@@ -496,11 +427,7 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
     let ordered = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
     let ends = (offsets.first(), offsets.last());
     if !ordered || ends != (Some(&0), Some(&(tag_indices.len() as i64))) {
-        let found = if ordered {
-            format!("ends {ends:?}")
-        } else {
-            "a decrease".into()
-        };
+        let found = if ordered { format!("ends {ends:?}") } else { "a decrease".into() };
         let expected = format!("offsets rising from 0 to {}", tag_indices.len());
         return Err(file.unexpected("tag_offsets", found, expected).into());
     }

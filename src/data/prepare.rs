@@ -24,12 +24,11 @@ use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use fast_image_resize::images::Image;
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use half::f16;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader};
 use rayon::prelude::*;
+use resize::px::RGB;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -79,43 +78,24 @@ pub enum PrepareError {
     #[error("{}: {cause}", path.display())]
     Io { path: PathBuf, cause: io::Error },
     #[error("{} line {line}: {what}", path.display())]
-    Line {
-        path: PathBuf,
-        line: usize,
-        what: String,
-    },
+    Line { path: PathBuf, line: usize, what: String },
     #[error("{}: no records", path.display())]
     NoRecords { path: PathBuf },
     #[error("{what} is {found}, expected {expected}")]
-    Setting {
-        what: &'static str,
-        found: String,
-        expected: &'static str,
-    },
+    Setting { what: &'static str, found: String, expected: &'static str },
     #[error(
         "{}: made before with {what} {found}, now {now}; remove the dataset or choose another \
          directory", path.display()
     )]
-    OtherSettings {
-        path: PathBuf,
-        what: String,
-        found: String,
-        now: String,
-    },
+    OtherSettings { path: PathBuf, what: String, found: String, now: String },
     #[error("{}: a shard of another dataset; remove it or choose another directory", path.display())]
     Stray { path: PathBuf },
     #[error(transparent)]
     Shard(#[from] SafeError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
-    #[error(
-        "none of the {records} images could be kept ({unreadable} unreadable, {cropped} of too different a shape)"
-    )]
-    NothingKept {
-        records: usize,
-        unreadable: usize,
-        cropped: usize,
-    },
+    #[error("none of the {records} images could be kept ({unreadable} unreadable, {cropped} of too different a shape)")]
+    NothingKept { records: usize, unreadable: usize, cropped: usize },
 }
 
 /// What happens meanwhile, for a progress display; reported from any thread.
@@ -196,10 +176,7 @@ struct Dropped {
 /// # Errors
 /// Unusable settings or metadata, an output directory that holds another dataset or cannot
 /// be written. An unreadable image is no error: it is reported, counted and left out.
-pub fn prepare(
-    settings: &Settings,
-    report: &(dyn Fn(Event) + Sync),
-) -> Result<Summary, PrepareError> {
+pub fn prepare(settings: &Settings, report: &(dyn Fn(Event) + Sync)) -> Result<Summary, PrepareError> {
     check_settings(settings)?;
     let records = read_records(settings)?;
     let split_of = |record: &Record| match record.id.rem_euclid(settings.validation_modulus) {
@@ -207,13 +184,9 @@ pub fn prepare(
         1 => Split::Test,
         _ => Split::Train,
     };
-    let training = records
-        .iter()
-        .filter(|record| split_of(record) == Split::Train);
-    let vocabulary = Vocabulary::most_frequent(
-        training.map(|record| record.tags.iter().map(String::as_str)),
-        settings.vocabulary,
-    )?;
+    let training = records.iter().filter(|record| split_of(record) == Split::Train);
+    let vocabulary =
+        Vocabulary::most_frequent(training.map(|record| record.tags.iter().map(String::as_str)), settings.vocabulary)?;
     if vocabulary.is_empty() {
         return Err(PrepareError::Setting {
             what: "the number of distinct tags on training images",
@@ -222,27 +195,16 @@ pub fn prepare(
         });
     }
     let fingerprint = fingerprint(settings, &records)?;
-    fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io {
-        path: settings.out.clone(),
-        cause,
-    })?;
+    fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
     let mut jobs = Vec::new();
     for split in Split::ALL {
-        let members: Vec<_> = records
-            .iter()
-            .filter(|record| split_of(record) == split)
-            .collect();
+        let members: Vec<_> = records.iter().filter(|record| split_of(record) == split).collect();
         let shards = members.len().div_ceil(settings.shard_size);
         for number in 0..shards {
             let end = members.len().min((number + 1) * settings.shard_size);
             let members = members[number * settings.shard_size..end].to_vec();
-            jobs.push(Job {
-                split,
-                name: split.shard_name(number),
-                shards,
-                members,
-            });
+            jobs.push(Job { split, name: split.shard_name(number), shards, members });
         }
     }
     refuse_strays(&settings.out, &jobs)?;
@@ -270,17 +232,10 @@ pub fn prepare(
         let made = read_counts(&file)?;
         for dropped in &made.dropped {
             if dropped.drop == Drop::Unreadable {
-                report(Event::Unreadable {
-                    file: &dropped.file,
-                    why: &dropped.why,
-                });
+                report(Event::Unreadable { file: &dropped.file, why: &dropped.why });
             }
         }
-        report(Event::Shard {
-            name: &job.name,
-            images: made.counts.kept,
-            kept,
-        });
+        report(Event::Shard { name: &job.name, images: made.counts.kept, kept });
         let sum = counts.entry(job.split.to_string()).or_default();
         sum.kept += made.counts.kept;
         sum.enlarged += made.counts.enlarged;
@@ -288,12 +243,7 @@ pub fn prepare(
         sum.unreadable += made.counts.unreadable;
         sum.cropped += made.counts.cropped;
     }
-    let splits = Split::ALL.map(|split| {
-        (
-            split,
-            counts.get(&split.to_string()).copied().unwrap_or_default(),
-        )
-    });
+    let splits = Split::ALL.map(|split| (split, counts.get(&split.to_string()).copied().unwrap_or_default()));
     let sum = |what: fn(&Counts) -> usize| splits.iter().map(|(_, counts)| what(counts)).sum();
     let kept: usize = sum(|counts| counts.kept);
     if kept == 0 {
@@ -307,45 +257,23 @@ pub fn prepare(
 }
 
 fn check_settings(settings: &Settings) -> Result<(), PrepareError> {
-    let wrong = |what, found: String, expected| {
-        Err(PrepareError::Setting {
-            what,
-            found,
-            expected,
-        })
-    };
+    let wrong = |what, found: String, expected| Err(PrepareError::Setting { what, found, expected });
     let [width, height] = settings.size;
     if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
-        return wrong(
-            "the size",
-            format!("{width}x{height}"),
-            "sides of 1 to 16384",
-        );
+        return wrong("the size", format!("{width}x{height}"), "sides of 1 to 16384");
     }
     if !(0.0..1.0).contains(&settings.max_crop) {
-        return wrong(
-            "the largest crop",
-            settings.max_crop.to_string(),
-            "a share from 0 below 1",
-        );
+        return wrong("the largest crop", settings.max_crop.to_string(), "a share from 0 below 1");
     }
     if settings.validation_modulus < 3 {
         let found = settings.validation_modulus.to_string();
-        return wrong(
-            "the validation modulus",
-            found,
-            "at least 3, or nothing is left to train on",
-        );
+        return wrong("the validation modulus", found, "at least 3, or nothing is left to train on");
     }
     if settings.shard_size == 0 {
         return wrong("the shard size", "0".into(), "at least 1");
     }
     if !(1..=1 << 20).contains(&settings.vocabulary) {
-        return wrong(
-            "the vocabulary",
-            settings.vocabulary.to_string(),
-            "1 to 1048576 tags",
-        );
+        return wrong("the vocabulary", settings.vocabulary.to_string(), "1 to 1048576 tags");
     }
     Ok(())
 }
@@ -353,21 +281,11 @@ fn check_settings(settings: &Settings) -> Result<(), PrepareError> {
 /// The records in order of their ids.
 fn read_records(settings: &Settings) -> Result<Vec<Record>, PrepareError> {
     let path = &settings.metadata;
-    let io_error = |cause| PrepareError::Io {
-        path: path.clone(),
-        cause,
-    };
+    let io_error = |cause| PrepareError::Io { path: path.clone(), cause };
     let mut records = Vec::new();
     let mut ids = HashSet::new();
-    for (number, text) in BufReader::new(File::open(path).map_err(io_error)?)
-        .lines()
-        .enumerate()
-    {
-        let wrong = |what| PrepareError::Line {
-            path: path.clone(),
-            line: number + 1,
-            what,
-        };
+    for (number, text) in BufReader::new(File::open(path).map_err(io_error)?).lines().enumerate() {
+        let wrong = |what| PrepareError::Line { path: path.clone(), line: number + 1, what };
         let text = text.map_err(|error| match error.kind() {
             io::ErrorKind::InvalidData => wrong("not UTF-8".into()),
             _ => io_error(error),
@@ -375,11 +293,8 @@ fn read_records(settings: &Settings) -> Result<Vec<Record>, PrepareError> {
         if text.trim().is_empty() {
             continue;
         }
-        let mut record: Record = serde_json::from_str(&text).map_err(|error| {
-            wrong(format!(
-                "{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" (optional)}}"
-            ))
-        })?;
+        let mut record: Record = serde_json::from_str(&text)
+            .map_err(|error| wrong(format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" (optional)}}")))?;
         for tag in &record.tags {
             check_tag(tag).map_err(|what| wrong(format!("tag {what}")))?;
         }
@@ -431,18 +346,13 @@ fn fingerprint(settings: &Settings, records: &[Record]) -> Result<Value, Prepare
 }
 
 fn refuse_strays(out: &Path, jobs: &[Job]) -> Result<(), PrepareError> {
-    let io_error = |cause| PrepareError::Io {
-        path: out.into(),
-        cause,
-    };
+    let io_error = |cause| PrepareError::Io { path: out.into(), cause };
     let ours: HashSet<_> = jobs.iter().map(|job| job.name.as_str()).collect();
     for entry in fs::read_dir(out).map_err(io_error)? {
         let entry = entry.map_err(io_error)?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        let of_split = Split::ALL
-            .iter()
-            .any(|split| name.starts_with(&format!("{split}-")));
+        let of_split = Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")));
         if of_split && name.ends_with(".safetensors") && !ours.contains(name) {
             return Err(PrepareError::Stray { path: entry.path() });
         }
@@ -455,10 +365,7 @@ fn existing_shard(path: &Path, fingerprint: &Value) -> Result<Option<SafeFile>, 
     let Ok(file) = SafeFile::open(path) else {
         return Ok(None);
     };
-    let before = file
-        .metadata()
-        .get(SETTINGS_KEY)
-        .and_then(|text| serde_json::from_str(text).ok());
+    let before = file.metadata().get(SETTINGS_KEY).and_then(|text| serde_json::from_str(text).ok());
     let (Some(Value::Object(before)), Value::Object(now)) = (before, fingerprint) else {
         return Err(PrepareError::Stray { path: path.into() });
     };
@@ -487,27 +394,13 @@ struct Made {
 
 /// The counts of a shard, from what it holds.
 fn read_counts(file: &SafeFile) -> Result<Made, SafeError> {
-    let malformed = |what: String| SafeError::Malformed {
-        path: file.path().into(),
-        what,
-    };
-    let text = |key: &str| {
-        file.metadata()
-            .get(key)
-            .ok_or_else(|| malformed(format!("its metadata lacks {key}")))
-    };
+    let malformed = |what: String| SafeError::Malformed { path: file.path().into(), what };
+    let text = |key: &str| file.metadata().get(key).ok_or_else(|| malformed(format!("its metadata lacks {key}")));
     let dropped: Vec<Dropped> =
         serde_json::from_str(text(DROPPED_KEY)?).map_err(|error| malformed(error.to_string()))?;
-    let enlarged: usize = text("enlarged")?
-        .parse()
-        .map_err(|_| malformed("enlarged is no number".into()))?;
+    let enlarged: usize = text("enlarged")?.parse().map_err(|_| malformed("enlarged is no number".into()))?;
     let offsets = file.i64("tag_offsets")?;
-    let count = |drop| {
-        dropped
-            .iter()
-            .filter(|dropped| dropped.drop == drop)
-            .count()
-    };
+    let count = |drop| dropped.iter().filter(|dropped| dropped.drop == drop).count();
     let counts = Counts {
         kept: file.i64("ids")?.len(),
         enlarged,
@@ -536,9 +429,9 @@ fn make_shard(
     let fitted: Vec<_> = job
         .members
         .par_iter()
-        .map_init(Resizer::new, |resizer, record| {
-            let fitted = decode(&settings.images.join(&record.file), settings.background)
-                .and_then(|image| fit(image, settings, resizer));
+        .map(|record| {
+            let fitted =
+                decode(&settings.images.join(&record.file), settings.background).and_then(|image| fit(image, settings));
             report(Event::Done(1));
             fitted
         })
@@ -554,12 +447,7 @@ fn make_shard(
         let fitted = match fitted {
             Ok(fitted) => fitted,
             Err((drop, why)) => {
-                dropped.push(Dropped {
-                    id: record.id,
-                    file: record.file.clone(),
-                    drop,
-                    why,
-                });
+                dropped.push(Dropped { id: record.id, file: record.file.clone(), drop, why });
                 continue;
             }
         };
@@ -567,11 +455,7 @@ fn make_shard(
         for c in 0..3 {
             images.extend(fitted.rgb.iter().skip(c).step_by(3));
         }
-        let mut tags: Vec<u32> = record
-            .tags
-            .iter()
-            .filter_map(|tag| vocabulary.get(tag))
-            .collect();
+        let mut tags: Vec<u32> = record.tags.iter().filter_map(|tag| vocabulary.get(tag)).collect();
         tags.sort_unstable();
         for x in vocabulary.multi_hot(&tags) {
             conditions.extend(f16::from_f32(x).to_le_bytes());
@@ -600,23 +484,13 @@ fn make_shard(
         (DROPPED_KEY, json!(dropped).to_string()),
         ("enlarged", enlarged.to_string()),
     ];
-    let little = |values: &[i64]| {
-        values
-            .iter()
-            .flat_map(|x| x.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
+    let little = |values: &[i64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let indices: Vec<u8> = tag_indices.iter().flat_map(|x| x.to_le_bytes()).collect();
     safetensors::write(
         path,
         &[
             ("images", Dtype::U8, &[n, 3, height, width], &images),
-            (
-                "conditions",
-                Dtype::F16,
-                &[n, width_of_condition],
-                &conditions,
-            ),
+            ("conditions", Dtype::F16, &[n, width_of_condition], &conditions),
             ("ids", Dtype::I64, &[n], &little(&ids)),
             ("tag_offsets", Dtype::I64, &[n + 1], &little(&tag_offsets)),
             ("tag_indices", Dtype::I32, &[tag_indices.len()], &indices),
@@ -644,9 +518,7 @@ fn decode(path: &Path, background: [u8; 3]) -> Result<Opaque, (Drop, String)> {
         let mut decoder = reader.into_decoder()?;
         let (width, height) = decoder.dimensions();
         if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Ok(Err(format!(
-                "{width}x{height} is more than {MAX_PIXELS} pixels"
-            )));
+            return Ok(Err(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
         }
         // A damaged tag is no reason to lose the picture.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
@@ -654,9 +526,7 @@ fn decode(path: &Path, background: [u8; 3]) -> Result<Opaque, (Drop, String)> {
         image.apply_orientation(orientation);
         Ok(Ok(image))
     };
-    let image = load()
-        .map_err(|error| unreadable(error.to_string()))?
-        .map_err(unreadable)?;
+    let image = load().map_err(|error| unreadable(error.to_string()))?.map_err(unreadable)?;
     let (width, height) = (image.width(), image.height());
     let rgb = if image.color().has_alpha() {
         let over = |x: u8, behind: u8, alpha: u32| {
@@ -668,11 +538,7 @@ fn decode(path: &Path, background: [u8; 3]) -> Result<Opaque, (Drop, String)> {
                 let [r, g, b, alpha] = pixel.0;
                 let alpha = u32::from(alpha);
                 let [behind_r, behind_g, behind_b] = background;
-                [
-                    over(r, behind_r, alpha),
-                    over(g, behind_g, alpha),
-                    over(b, behind_b, alpha),
-                ]
+                [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
             })
             .collect()
     } else {
@@ -681,17 +547,16 @@ fn decode(path: &Path, background: [u8; 3]) -> Result<Opaque, (Drop, String)> {
     Ok(Opaque { width, height, rgb })
 }
 
+/// A pixel in linear light.
+type RGB16 = RGB<u16>;
+
 struct Fitted {
     rgb: Vec<u8>, // [H, W, 3] sRGB
     enlarged: bool,
 }
 
 /// Crops about the centre to the target's shape, and resizes.
-fn fit(
-    image: Opaque,
-    settings: &Settings,
-    resizer: &mut Resizer,
-) -> Result<Fitted, (Drop, String)> {
+fn fit(image: Opaque, settings: &Settings) -> Result<Fitted, (Drop, String)> {
     let [width, height] = settings.size;
     let (from_width, from_height) = (f64::from(image.width), f64::from(image.height));
     let scale = (from_width / f64::from(width)).min(from_height / f64::from(height));
@@ -699,48 +564,29 @@ fn fit(
     let lost = 1.0 - (crop_width * crop_height) / (from_width * from_height);
     // The tolerance keeps rounding from dropping an image that needs no crop.
     if lost > settings.max_crop + 1e-9 {
-        let why = format!(
-            "{}x{} loses {:.1} % by cropping to {width}x{height}",
-            image.width,
-            image.height,
-            100.0 * lost
-        );
+        let why =
+            format!("{}x{} loses {:.1} % by cropping to {width}x{height}", image.width, image.height, 100.0 * lost);
         return Err((Drop::Cropped, why));
     }
     let enlarged = image.width < width || image.height < height;
     if (image.width, image.height) == (width, height) {
-        return Ok(Fitted {
-            rgb: image.rgb,
-            enlarged,
-        });
+        return Ok(Fitted { rgb: image.rgb, enlarged });
     }
-    let failed = |error: String| (Drop::Unreadable, format!("cannot be resized: {error}"));
-    let linear: Vec<u8> = image
-        .rgb
-        .iter()
-        .flat_map(|&x| TO_LINEAR[usize::from(x)].to_ne_bytes())
-        .collect();
-    let source = Image::from_vec_u8(image.width, image.height, linear, PixelType::U16x3)
-        .map_err(|error| failed(error.to_string()))?;
-    let mut target = Image::new(width, height, PixelType::U16x3);
-    let options = ResizeOptions::new()
-        .resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3))
-        .crop(
-            (from_width - crop_width) / 2.0,
-            (from_height - crop_height) / 2.0,
-            crop_width.min(from_width),
-            crop_height.min(from_height),
-        );
-    resizer
-        .resize(&source, &mut target, &options)
-        .map_err(|error| failed(error.to_string()))?;
-    let rgb = target
-        .buffer()
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .map(|&x| TO_SRGB[usize::from(u16::from_ne_bytes(x))])
-        .collect();
+    let failed = |error: resize::Error| (Drop::Unreadable, format!("cannot be resized: {error}"));
+    let linear: Vec<RGB16> =
+        image.rgb.as_chunks::<3>().0.iter().map(|rgb| rgb.map(|x| TO_LINEAR[usize::from(x)]).into()).collect();
+    // Whole pixels: the crop is centred to half a pixel.
+    let crop = |side: f64, from: u32| (side.round() as usize).clamp(1, from as usize);
+    let (crop_width, crop_height) = (crop(crop_width, image.width), crop(crop_height, image.height));
+    let left = (image.width as usize - crop_width) / 2;
+    let top = (image.height as usize - crop_height) / 2;
+    let source = &linear[top * image.width as usize + left..];
+    let (width, height) = (width as usize, height as usize);
+    let mut target = vec![RGB16::new(0, 0, 0); width * height];
+    resize::new(crop_width, crop_height, width, height, resize::Pixel::RGB16, resize::Type::Lanczos3)
+        .and_then(|mut resizer| resizer.resize_stride(source, image.width as usize, &mut target))
+        .map_err(failed)?;
+    let rgb = target.iter().flat_map(|x| [x.r, x.g, x.b].map(|x| TO_SRGB[usize::from(x)])).collect();
     Ok(Fitted { rgb, enlarged })
 }
 
@@ -748,11 +594,7 @@ fn fit(
 static TO_LINEAR: LazyLock<[u16; 256]> = LazyLock::new(|| {
     std::array::from_fn(|x| {
         let x = x as f64 / 255.0;
-        let linear = if x <= 0.04045 {
-            x / 12.92
-        } else {
-            ((x + 0.055) / 1.055).powf(2.4)
-        };
+        let linear = if x <= 0.04045 { x / 12.92 } else { ((x + 0.055) / 1.055).powf(2.4) };
         (linear * 65535.0).round() as u16
     })
 });
@@ -762,11 +604,7 @@ static TO_SRGB: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..=65535u16)
         .map(|x| {
             let x = f64::from(x) / 65535.0;
-            let srgb = if x <= 0.003_130_8 {
-                12.92 * x
-            } else {
-                1.055 * x.powf(1.0 / 2.4) - 0.055
-            };
+            let srgb = if x <= 0.003_130_8 { 12.92 * x } else { 1.055 * x.powf(1.0 / 2.4) - 0.055 };
             (srgb * 255.0).round() as u8
         })
         .collect()

@@ -13,10 +13,7 @@ pub mod safetensors;
 /// # Errors
 /// Whatever creating, filling, syncing or renaming reports; the temporary file is
 /// removed and `path` is untouched.
-pub fn write_atomically(
-    path: &Path,
-    fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
-) -> io::Result<()> {
+pub fn write_atomically(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
     let mut name = path
         .file_name()
         .map(|name| name.to_owned())

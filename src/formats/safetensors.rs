@@ -39,30 +39,15 @@ pub enum SafeError {
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
     #[error("{}: tensor {name}: {what}", path.display())]
-    Tensor {
-        path: PathBuf,
-        name: String,
-        what: String,
-    },
+    Tensor { path: PathBuf, name: String, what: String },
     #[error("{}: tensor {name} is missing{}", path.display(), nearest(hint))]
-    Missing {
-        path: PathBuf,
-        name: String,
-        hint: Option<String>,
-    },
+    Missing { path: PathBuf, name: String, hint: Option<String> },
     #[error("{}: tensor {name}: found {found}, expected {expected}", path.display())]
-    Unexpected {
-        path: PathBuf,
-        name: String,
-        found: String,
-        expected: String,
-    },
+    Unexpected { path: PathBuf, name: String, found: String, expected: String },
 }
 
 fn nearest(hint: &Option<String>) -> String {
-    hint.as_ref()
-        .map(|name| format!(" (the file has {name})"))
-        .unwrap_or_default()
+    hint.as_ref().map(|name| format!(" (the file has {name})")).unwrap_or_default()
 }
 
 /// Result of this module.
@@ -94,12 +79,7 @@ pub struct SafeFile {
 
 impl fmt::Debug for SafeFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "SafeFile({}, {} tensors)",
-            self.path.display(),
-            self.tensors.len()
-        )
+        write!(f, "SafeFile({}, {} tensors)", self.path.display(), self.tensors.len())
     }
 }
 
@@ -111,14 +91,8 @@ impl SafeFile {
     /// [`SafeError::Io`], [`SafeError::Malformed`], [`SafeError::Tensor`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let io_error = |cause| SafeError::Io {
-            path: path.clone(),
-            cause,
-        };
-        let malformed = |what: String| SafeError::Malformed {
-            path: path.clone(),
-            what,
-        };
+        let io_error = |cause| SafeError::Io { path: path.clone(), cause };
+        let malformed = |what: String| SafeError::Malformed { path: path.clone(), what };
         let file = File::open(&path).map_err(io_error)?;
         let about = file.metadata().map_err(io_error)?;
         if !about.is_file() {
@@ -126,16 +100,13 @@ impl SafeFile {
         }
         let length = about.len();
         if length < 8 {
-            return Err(malformed(format!(
-                "{length} bytes, expected a header of 8 at least"
-            )));
+            return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
         // SAFETY: read-only mapping; that nobody truncates the file meanwhile is the
         // documented condition of this type (all of this crate's writers rename).
         let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
-        let (prefix, rest) = map
-            .split_first_chunk::<8>()
-            .ok_or_else(|| malformed("it shrank while it was opened".into()))?;
+        let (prefix, rest) =
+            map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
         let header_length = u64::from_le_bytes(*prefix);
         if header_length > MAX_HEADER || header_length > rest.len() as u64 {
             return Err(malformed(format!(
@@ -144,31 +115,22 @@ impl SafeFile {
             )));
         }
         let (header, data) = rest.split_at(header_length as usize);
-        let Entries(entries) = serde_json::from_slice(header)
-            .map_err(|error| malformed(format!("its header: {error}")))?;
+        let Entries(entries) =
+            serde_json::from_slice(header).map_err(|error| malformed(format!("its header: {error}")))?;
 
         let mut metadata = HashMap::new();
         let mut tensors = BTreeMap::new();
         for (name, value) in entries {
             if name == "__metadata__" {
-                metadata = serde_json::from_value(value)
-                    .map_err(|error| malformed(format!("its __metadata__: {error}")))?;
+                metadata =
+                    serde_json::from_value(value).map_err(|error| malformed(format!("its __metadata__: {error}")))?;
                 continue;
             }
-            let wrong = |what: String| SafeError::Tensor {
-                path: path.clone(),
-                name: name.clone(),
-                what,
-            };
-            let info: Info =
-                serde_json::from_value(value).map_err(|error| wrong(error.to_string()))?;
+            let wrong = |what: String| SafeError::Tensor { path: path.clone(), name: name.clone(), what };
+            let info: Info = serde_json::from_value(value).map_err(|error| wrong(error.to_string()))?;
             let (begin, end) = info.data_offsets;
-            let bytes = byte_length(info.dtype, &info.shape).ok_or_else(|| {
-                wrong(format!(
-                    "impossible shape {:?} of {}",
-                    info.shape, info.dtype
-                ))
-            })?;
+            let bytes = byte_length(info.dtype, &info.shape)
+                .ok_or_else(|| wrong(format!("impossible shape {:?} of {}", info.shape, info.dtype)))?;
             if begin > end || end > data.len() {
                 return Err(wrong(format!(
                     "bytes {begin}..{end} do not lie in the file's {} bytes of data (truncated?)",
@@ -200,19 +162,10 @@ impl SafeFile {
             end = info.data_offsets.1;
         }
         if end != data.len() {
-            return Err(malformed(format!(
-                "its tensors end at byte {end}, its data at byte {}",
-                data.len()
-            )));
+            return Err(malformed(format!("its tensors end at byte {end}, its data at byte {}", data.len())));
         }
         let data_start = 8 + header_length as usize;
-        Ok(Self {
-            path,
-            map,
-            data_start,
-            metadata,
-            tensors,
-        })
+        Ok(Self { path, map, data_start, metadata, tensors })
     }
 
     /// Where the file is.
@@ -244,11 +197,7 @@ impl SafeFile {
                 .filter(|(score, _)| *score > 0.8)
                 .max_by(|a, b| a.0.total_cmp(&b.0))
                 .map(|(_, known)| known.clone());
-            SafeError::Missing {
-                path: self.path.clone(),
-                name: name.into(),
-                hint,
-            }
+            SafeError::Missing { path: self.path.clone(), name: name.into(), hint }
         })
     }
 
@@ -323,12 +272,7 @@ impl SafeFile {
     }
 
     /// The error for a tensor that is not what the caller needs.
-    pub fn unexpected(
-        &self,
-        name: &str,
-        found: impl fmt::Display,
-        expected: impl fmt::Display,
-    ) -> SafeError {
+    pub fn unexpected(&self, name: &str, found: impl fmt::Display, expected: impl fmt::Display) -> SafeError {
         SafeError::Unexpected {
             path: self.path.clone(),
             name: name.into(),
@@ -339,20 +283,13 @@ impl SafeFile {
 }
 
 fn elements<const N: usize, T>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes
-        .as_chunks::<N>()
-        .0
-        .iter()
-        .map(|&chunk| convert(chunk))
-        .collect()
+    bytes.as_chunks::<N>().0.iter().map(|&chunk| convert(chunk)).collect()
 }
 
 /// Bytes of a tensor; `None` if that overflows or ends within a byte.
 fn byte_length(dtype: Dtype, shape: &[usize]) -> Option<usize> {
-    let bits = shape
-        .iter()
-        .try_fold(1usize, |product, &side| product.checked_mul(side))?
-        .checked_mul(dtype.bitsize())?;
+    let bits =
+        shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side))?.checked_mul(dtype.bitsize())?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
@@ -368,10 +305,7 @@ impl<'de> Deserialize<'de> for Entries {
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of tensors")
             }
-            fn visit_map<A: MapAccess<'de>>(
-                self,
-                mut map: A,
-            ) -> std::result::Result<Entries, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
                 let mut entries: Vec<(String, Value)> = Vec::new();
                 let mut seen = std::collections::HashSet::new();
                 while let Some((name, value)) = map.next_entry::<String, Value>()? {
@@ -394,11 +328,7 @@ impl<'de> Deserialize<'de> for Entries {
 /// [`SafeError::Unexpected`] if the bytes do not fit the shape, [`SafeError::Malformed`]
 /// if a name occurs twice, [`SafeError::Io`] if writing fails; then `path` keeps its old
 /// content.
-pub fn write(
-    path: impl AsRef<Path>,
-    tensors: &[TensorOut],
-    metadata: &HashMap<String, String>,
-) -> Result<()> {
+pub fn write(path: impl AsRef<Path>, tensors: &[TensorOut], metadata: &HashMap<String, String>) -> Result<()> {
     let path = path.as_ref();
     let mut sorted: Vec<_> = tensors.iter().collect();
     sorted.sort_by_key(|(_, dtype, ..)| std::cmp::Reverse(dtype.bitsize()));
@@ -420,28 +350,17 @@ pub fn write(
         end += bytes.len();
         let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]});
         if header.insert((*name).into(), info).is_some() {
-            return Err(SafeError::Malformed {
-                path: path.into(),
-                what: format!("two tensors named {name}"),
-            });
+            return Err(SafeError::Malformed { path: path.into(), what: format!("two tensors named {name}") });
         }
     }
     let mut header = Value::Object(header).to_string();
     // Spaces up to a multiple of 8, so that the data begins aligned.
-    header.extend(std::iter::repeat_n(
-        ' ',
-        header.len().next_multiple_of(8) - header.len(),
-    ));
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
 
     write_atomically(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(header.as_bytes())?;
-        sorted
-            .iter()
-            .try_for_each(|(.., bytes)| out.write_all(bytes))
+        sorted.iter().try_for_each(|(.., bytes)| out.write_all(bytes))
     })
-    .map_err(|cause| SafeError::Io {
-        path: path.into(),
-        cause,
-    })
+    .map_err(|cause| SafeError::Io { path: path.into(), cause })
 }

@@ -176,8 +176,7 @@ impl Checkpoint {
             return Err(CheckpointError::Damaged { path: path.into(), what: "checksum of the metadata".into() });
         }
         let train = file.metadata().get("train").map_or("", String::as_str);
-        let state =
-            serde_json::from_str(train).map_err(|cause| CheckpointError::State { path: path.into(), cause })?;
+        let state = serde_json::from_str(train).map_err(|cause| CheckpointError::State { path: path.into(), cause })?;
         Ok(Self { state, file, checksums })
     }
 
