@@ -18,12 +18,14 @@ struct Cli {
 enum Command {
     Bench(cli::bench::BenchArgs),
     Prepare(cli::prepare::PrepareArgs),
+    Train(cli::train::TrainArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => cli::bench::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
+        Command::Train(args) => cli::train::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod prepare;
+pub mod train;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
