@@ -8,3 +8,4 @@ pub mod model;
 pub mod rng;
 pub mod sample;
 pub mod train;
+pub mod verify;

@@ -17,15 +17,19 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(cli::bench::BenchArgs),
+    Info(cli::info::InfoArgs),
     Prepare(cli::prepare::PrepareArgs),
     Train(cli::train::TrainArgs),
+    Verify(cli::verify::VerifyArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => cli::bench::run(args),
+        Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
         Command::Train(args) => cli::train::run(args),
+        Command::Verify(args) => cli::verify::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

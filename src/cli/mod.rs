@@ -1,8 +1,10 @@
 //! The command line: one file per subcommand, and what they share.
 
 pub mod bench;
+pub mod info;
 pub mod prepare;
 pub mod train;
+pub mod verify;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -23,6 +23,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod ema;
 pub mod memory;
+pub mod posthoc;
 pub mod schedule;
 pub mod stats;
 

@@ -1,0 +1,220 @@
+//! `edm2k info`: what a model, a dataset or this machine is.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split};
+use edm2k::formats::safetensors::SafeFile;
+use edm2k::model::config::preset;
+use edm2k::model::{Config, Model, ModelMeta, Precond};
+
+/// Show what a model, a dataset or this machine is.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Without arguments: the devices of this machine.
+
+Examples:
+  edm2k info demo/emoji.safetensors
+  edm2k info --preset 1girl-xs
+  edm2k info --preset edm2-img512-s --size 64x88
+  edm2k info path/of/dataset")]
+pub struct InfoArgs {
+    /// Model file, dataset directory, or shard of a dataset
+    #[arg(value_name = "FILE|DIR", conflicts_with = "preset")]
+    path: Option<PathBuf>,
+    /// A named configuration instead of a file
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Image or latent that the multiply-adds are counted for [default: what the model was made for]
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
+    size: Option<[usize; 2]>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// A network's size and cost.
+#[derive(Serialize)]
+struct Network<'a> {
+    kind: &'static str,
+    config: &'a Config,
+    /// Trained values.
+    parameters: usize,
+    height: usize,
+    width: usize,
+    /// Multiply-adds of one forward pass of one image at that size.
+    multiply_adds: u64,
+    #[serde(flatten)]
+    meta: Option<&'a ModelMeta>,
+}
+
+impl<'a> Network<'a> {
+    fn new(config: &'a Config, meta: Option<&'a ModelMeta>, [height, width]: [usize; 2]) -> anyhow::Result<Self> {
+        config.check_size(height, width)?;
+        let (net, table) = Precond::new(config)?;
+        let multiply_adds = net.macs(&table, height, width);
+        Ok(Self { kind: "model", config, parameters: table.trained_values(), height, width, multiply_adds, meta })
+    }
+
+    fn print(&self) -> anyhow::Result<()> {
+        let giga = self.multiply_adds as f64 / 1e9;
+        println!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
+        println!(
+            "image          {} x {} (width x height), {} channels",
+            self.width, self.height, self.config.img_channels
+        );
+        println!("forward pass   {} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
+        println!("               {} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
+        match self.config.label_dim {
+            0 => println!("condition      none"),
+            width => println!("condition      {width} values"),
+        }
+        if let Some(meta) = self.meta {
+            println!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
+            println!("trained on     {} images", meta.images_seen);
+            if let Some(std) = meta.ema_std {
+                println!("weights        moving average of relative width {std}");
+            }
+            if !meta.vocabulary.is_empty() {
+                println!("vocabulary     {} tags: {}", meta.vocabulary.len(), head(&meta.vocabulary));
+            }
+            for (name, text) in [("source", &meta.source), ("licence", &meta.licence)] {
+                if !text.is_empty() {
+                    println!("{name:15}{text}");
+                }
+            }
+        }
+        println!("config");
+        if let serde_json::Value::Object(fields) = serde_json::to_value(self.config)? {
+            fields.iter().for_each(|(name, value)| println!("  {name:20} {value}"));
+        }
+        Ok(())
+    }
+}
+
+/// Three significant digits at least.
+fn digits(x: f64) -> String {
+    format!(
+        "{x:.*}",
+        if x >= 100.0 {
+            0
+        } else if x >= 10.0 {
+            1
+        } else {
+            3
+        }
+    )
+}
+
+/// The first few tags.
+fn head(tags: &[impl AsRef<str>]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<&str> = tags.iter().take(SHOWN).map(AsRef::as_ref).collect();
+    shown.join(", ") + if tags.len() > SHOWN { ", ..." } else { "" }
+}
+
+/// A split of a dataset, or one shard.
+#[derive(Serialize)]
+struct Part {
+    name: String,
+    images: usize,
+    header: Header,
+}
+
+#[derive(Serialize)]
+struct DatasetInfo {
+    kind: &'static str,
+    parts: Vec<Part>,
+    vocabulary: Vec<String>,
+}
+
+impl DatasetInfo {
+    /// Opens every split that the directory has.
+    fn open(dir: &Path) -> anyhow::Result<Self> {
+        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![] };
+        let mut nothing = None;
+        for split in Split::ALL {
+            match Dataset::open(dir, split) {
+                Ok(data) => {
+                    info.vocabulary = data.vocabulary().tags().iter().map(|tag| tag.tag.clone()).collect();
+                    let header = data.header().clone();
+                    info.parts.push(Part { name: split.to_string(), images: data.len(), header });
+                }
+                Err(e @ (DatasetError::NoShards { .. } | DatasetError::Empty { .. })) => nothing = nothing.or(Some(e)),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        match nothing {
+            Some(e) if info.parts.is_empty() => Err(e.into()),
+            _ => Ok(info),
+        }
+    }
+
+    fn print(&self) {
+        for Part { name, images, .. } in &self.parts {
+            println!("{name:15}{images} images");
+        }
+        if let Some(Part { header, .. }) = self.parts.first() {
+            let Header { kind, height, width, channels, condition_dim, source, licence, .. } = header;
+            let kind = serde_json::json!(kind);
+            println!(
+                "{:15}{width} x {height} (width x height), {channels} channels",
+                kind.as_str().unwrap_or_default()
+            );
+            println!("condition      {condition_dim} values");
+            for (name, text) in [("source", source), ("licence", licence)] {
+                if !text.is_empty() {
+                    println!("{name:15}{text}");
+                }
+            }
+        }
+        if !self.vocabulary.is_empty() {
+            println!("vocabulary     {} tags: {}", self.vocabulary.len(), head(&self.vocabulary));
+        }
+    }
+}
+
+/// Prints to stdout.
+pub fn run(args: InfoArgs) -> anyhow::Result<()> {
+    let print_json = |value: serde_json::Value| println!("{value}");
+    if let Some(name) = &args.preset {
+        let preset = preset(name)?;
+        let network = Network::new(&preset.config, None, args.size.unwrap_or(preset.size))?;
+        return if args.json { Ok(print_json(serde_json::to_value(&network)?)) } else { network.print() };
+    }
+    let Some(path) = &args.path else {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        match args.json {
+            true => print_json(serde_json::json!({ "kind": "devices", "cpu": { "threads": threads } })),
+            false => println!("cpu            {threads} threads"),
+        }
+        return Ok(());
+    };
+    let what = || format!("cannot read {}", path.display());
+    if path.is_dir() {
+        let info = DatasetInfo::open(path).with_context(what)?;
+        match args.json {
+            true => print_json(serde_json::to_value(&info)?),
+            false => info.print(),
+        }
+        return Ok(());
+    }
+    let shard = SafeFile::open(path).with_context(what)?.metadata().get(HEADER_KEY).cloned();
+    if let Some(header) = shard {
+        let header: Header = serde_json::from_str(&header).with_context(what)?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let part = Part { name, images: header.count, header };
+        let info = DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![] };
+        match args.json {
+            true => print_json(serde_json::to_value(&info)?),
+            false => info.print(),
+        }
+        return Ok(());
+    }
+    let model = Model::load(path)?;
+    let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
+    let network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    if args.json { Ok(print_json(serde_json::to_value(&network)?)) } else { network.print() }
+}

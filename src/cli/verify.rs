@@ -1,0 +1,56 @@
+//! `edm2k verify`: replays a directory of golden numbers.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
+
+/// Compare a device with numbers of the official implementation.
+#[derive(clap::Args)]
+#[command(after_help = "\
+A line for each check: ok or FAIL, name, relative error, bound, and the worst element
+  [index] what the device gave, what the directory says.
+What the directory lacks is skipped by name. The exit code is 1 if any check fails.
+
+Example:
+  edm2k verify tests/golden")]
+pub struct VerifyArgs {
+    /// Directory of golden files (see tests/golden/README.md)
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+    /// Where to compute
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = super::Device::Auto)]
+    device: super::Device,
+    /// One JSON object a line instead of text; the last one holds the totals
+    #[arg(long)]
+    json: bool,
+}
+
+/// Replays the directory; results go to stdout.
+pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
+    let mut print = |outcome: &Outcome| match args.json {
+        true => println!("{}", serde_json::json!(outcome)),
+        false => println!("{outcome}"),
+    };
+    let summary = match args.device {
+        super::Device::Auto | super::Device::Cpu => {
+            let device: Device<Cpu> =
+                Device { sampling: &Cpu::for_sampling, training: &Cpu::for_training, bounds: Bounds::F32 };
+            verify(&args.dir, &device, &mut print)
+        }
+    };
+    let summary = summary.context("cannot replay the directory")?;
+    let Summary { ok, failed, skipped } = summary;
+    match args.json {
+        true => {
+            println!("{}", serde_json::json!({ "kind": "summary", "ok": ok, "failed": failed, "skipped": skipped }))
+        }
+        false => println!("{ok} ok, {failed} failed, {skipped} skipped"),
+    }
+    match failed {
+        0 => Ok(()),
+        _ => bail!("{failed} of {} checks failed", ok + failed),
+    }
+}

@@ -1,0 +1,548 @@
+//! Replays numbers of the official implementation on a device and measures how far off it is.
+//!
+//! A directory holds safetensors and JSON files in the layout that `tests/golden/README.md` describes:
+//! inputs, parameters and results of single operations, blocks, whole networks, training steps, samplers and
+//! schedules. Each result becomes one [`Check`]: the relative error |got - expected| / |expected| (L2 norm
+//! over the tensor) against a bound. Network, sizes and settings come from the files; what a directory lacks
+//! is skipped by name.
+//!
+//! # Bounds
+//! `tolerances.json` says how far the official float32 run is from the same computation in float64. A bound is
+//! [`FACTOR`] times that: as much rounding again as the reference has itself, at another order of summation.
+//! A tensor of few values is one draw of that rounding, not its size, so for fewer than [`FEW`] values the worst
+//! tensor of the same quantity counts. Operations that were computed in float64 have no such entry; the floor of
+//! [`Bounds`] is theirs. No bound exceeds the contract of the quantity.
+
+mod network;
+mod ops;
+mod sampling;
+mod tables;
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
+use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::model::{Config, ConfigError, ParamId, ParamTable};
+
+/// How much more than the reference's own float32 rounding is allowed.
+pub const FACTOR: f64 = 10.0;
+
+/// A tensor of fewer values says too little about the size of its rounding error.
+pub const FEW: usize = 64;
+
+/// Smallest and largest bound for one quantity: what rounding alone can do at least, and the contract.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bound where the reference is exact (computed in float64).
+    pub floor: f64,
+    /// Bound that nothing exceeds.
+    pub contract: f64,
+}
+
+/// What a device's arithmetic allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Results of operations and networks.
+    pub forward: Limits,
+    /// Gradients.
+    pub gradient: Limits,
+    /// Losses, weights, moments and averages of training steps.
+    pub training: Limits,
+    /// Sampler trajectories, given the denoiser.
+    pub sampler: Limits,
+}
+
+impl Bounds {
+    /// Devices that compute in float32. The rounding of a sum of k products grows as sqrt(k) eps / 2, and
+    /// k reaches 2304 here: 24 eps, of which blocked summation leaves less than 16. A gradient passes about four
+    /// such sums.
+    pub const F32: Self = {
+        let eps = f32::EPSILON as f64;
+        Self {
+            forward: Limits { floor: 16.0 * eps, contract: 1e-5 },
+            gradient: Limits { floor: 64.0 * eps, contract: 1e-4 },
+            training: Limits { floor: 16.0 * eps, contract: 1e-4 },
+            sampler: Limits { floor: 16.0 * eps, contract: 1e-5 },
+        }
+    };
+}
+
+/// A kind of device: how to make a backend for a table of parameters, and how exact it is.
+pub struct Device<'a, B> {
+    /// For one network (no gradients).
+    pub sampling: &'a dyn Fn(&ParamTable) -> B,
+    /// With gradients, moments and this many moving averages.
+    pub training: &'a dyn Fn(&ParamTable, usize) -> B,
+    /// Its bounds.
+    pub bounds: Bounds,
+}
+
+/// The element of a tensor that is furthest off.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Worst {
+    /// Its index, in PyTorch's order.
+    pub index: Vec<usize>,
+    /// What the device gave.
+    pub got: f64,
+    /// What the directory says.
+    pub expected: f64,
+}
+
+/// One comparison.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Check {
+    /// File (without ending) and tensor.
+    pub name: String,
+    /// |got - expected| / |expected|; absolute where everything expected is 0; infinite where something is no
+    /// number.
+    pub error: f64,
+    /// Largest error that is ok.
+    pub bound: f64,
+    /// Whether it is.
+    pub ok: bool,
+    /// Where it is worst.
+    pub worst: Option<Worst>,
+}
+
+/// What became of one thing that a directory may hold.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Outcome {
+    /// It was compared.
+    Check(Check),
+    /// It was not.
+    Skip {
+        /// File, case or tensor.
+        name: String,
+        /// Why.
+        why: String,
+    },
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        let check = match self {
+            Self::Check(check) => check,
+            Self::Skip { name, why } => return write!(out, "skip {name}: {why}"),
+        };
+        let verdict = if check.ok { "ok  " } else { "FAIL" };
+        write!(out, "{verdict} {:<64} error {:<8.1e} bound {:<8.1e}", check.name, check.error, check.bound)?;
+        match &check.worst {
+            Some(worst) => {
+                write!(out, " worst {:?} {:e}, expected {:e}", worst.index, worst.got as f32, worst.expected as f32)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Totals of a replay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Checks within their bounds.
+    pub ok: usize,
+    /// Checks beyond them.
+    pub failed: usize,
+    /// Things skipped.
+    pub skipped: usize,
+}
+
+/// Why a directory could not be replayed at all.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It cannot be listed, or holds nothing that is known.
+    #[error("{}: {what}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A tensor file is damaged, or a tensor has another type than its use needs.
+    #[error(transparent)]
+    File(#[from] SafeError),
+    /// A JSON file or an entry of a file's metadata.
+    #[error("{}: {what}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and what is wrong.
+        what: String,
+    },
+    /// A config that describes no network.
+    #[error("{}: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+type Result<T, E = VerifyError> = std::result::Result<T, E>;
+
+/// Replays a directory on a device; `report` sees each outcome as it comes.
+///
+/// # Errors
+/// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
+pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut(&Outcome)) -> Result<Summary> {
+    let entries = std::fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let entries = entries.map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
+    let mut names: Vec<String> = entries.iter().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let mut s = Session { dir, device, report, summary: Summary::default(), tolerances: Value::Null };
+    if names.iter().any(|name| name == "tolerances.json") {
+        s.tolerances = s.json("tolerances.json")?;
+    } else {
+        s.skip("tolerances.json", "absent: the bounds are the floors of the device's precision");
+    }
+
+    type Replay<'a, B> = fn(&mut Session<'a, B>) -> Result<()>;
+    let replays: [(&[&str], Replay<B>); 9] = [
+        (&["ops.safetensors"], ops::operations),
+        (&["ops_blocks.safetensors"], ops::blocks),
+        (&["tiny_model.safetensors", "tiny_forward.safetensors"], network::forward),
+        (&["tiny_model.safetensors", "tiny_grads.safetensors"], network::gradients),
+        (&["tiny_train.json", "tiny_train_init.safetensors"], network::training),
+        (&["tiny_train.json", "tiny_train_init.safetensors", "tiny_train_accum.safetensors"], network::accumulation),
+        (&["tiny_model.safetensors", "samplers.safetensors"], sampling::samplers),
+        (&["precond.json"], tables::precond),
+        (&["lr_schedule.json"], tables::learning_rates),
+    ];
+    let mut known = 0;
+    for (needs, replay) in replays {
+        match needs.iter().find(|need| !names.iter().any(|name| name == *need)) {
+            Some(absent) => s.skip(needs[needs.len() - 1], format!("{absent} is absent")),
+            None => {
+                known += 1;
+                replay(&mut s)?;
+            }
+        }
+    }
+    match names.iter().any(|name| name == "phema.json") {
+        true => {
+            known += 1;
+            tables::moving_averages(&mut s)?;
+        }
+        false => s.skip("phema.json", "absent"),
+    }
+    if known == 0 {
+        let what = "no golden data in it (expected ops.safetensors, tiny_model.safetensors, ...)".into();
+        return Err(VerifyError::Directory { path: dir.into(), what });
+    }
+    for name in names {
+        let used = ["ops", "tiny_", "samplers", "precond.json", "lr_schedule.json", "phema", "tolerances.json"];
+        let about = ["README.md", "configs.json"];
+        if !used.iter().any(|prefix| name.starts_with(prefix)) && !about.contains(&name.as_str()) {
+            s.skip(&name, "nothing of this program computes it yet");
+        }
+    }
+    Ok(s.summary)
+}
+
+/// A replay under way.
+struct Session<'a, B> {
+    dir: &'a Path,
+    device: &'a Device<'a, B>,
+    report: &'a mut dyn FnMut(&Outcome),
+    summary: Summary,
+    tolerances: Value,
+}
+
+/// Which contract a quantity falls under.
+#[derive(Clone, Copy)]
+enum What {
+    Forward,
+    Gradient,
+    Training,
+    Sampler,
+}
+
+impl<B: Backend> Session<'_, B> {
+    fn skip(&mut self, name: impl Into<String>, why: impl Into<String>) {
+        self.summary.skipped += 1;
+        (self.report)(&Outcome::Skip { name: name.into(), why: why.into() });
+    }
+
+    /// Runs one case; a tensor that it needs and the file lacks skips it.
+    fn case(&mut self, name: &str, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        match run(self) {
+            Err(VerifyError::File(SafeError::Missing { name: tensor, .. })) => {
+                self.skip(name, format!("tensor {tensor} is absent"));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let path = self.dir.join(name);
+        let wrong = |what: String| VerifyError::Json { path: path.clone(), what };
+        let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
+        serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))
+    }
+
+    fn open(&self, name: &str) -> Result<Golden> {
+        let file = SafeFile::open(self.dir.join(name))?;
+        let stem = name.trim_end_matches(".safetensors").to_owned();
+        Ok(Golden { file, name: name.into(), stem, seen: RefCell::default() })
+    }
+
+    /// Bound of a tensor of `numel` values, see the module's text.
+    fn bound(&self, what: What, file: &str, tensor: &str, numel: usize) -> f64 {
+        let p = &self.device.bounds;
+        let limits = match what {
+            What::Forward => p.forward,
+            What::Gradient => p.gradient,
+            What::Training => p.training,
+            What::Sampler => p.sampler,
+        };
+        let rounding = |v: &Value| v["rel_l2"].as_f64().filter(|x| x.is_finite() && *x >= 0.0);
+        let entries = self.tolerances.get(file).and_then(Value::as_object);
+        let own = entries.and_then(|e| e.get(tensor)).and_then(rounding);
+        let kin = |name: &str| name.split('.').next() == tensor.split('.').next();
+        let few = (numel < FEW && own.is_some()).then(|| {
+            let all = entries.into_iter().flatten().filter(|(name, _)| kin(name));
+            all.filter_map(|(_, v)| rounding(v)).fold(0.0, f64::max)
+        });
+        let rounding = own.unwrap_or(0.0).max(few.unwrap_or(0.0));
+        (FACTOR * rounding).max(limits.floor).min(limits.contract)
+    }
+
+    /// Bound of Fourier features: rounding the argument of a cosine moves it by eps times the argument.
+    fn fourier_bound(&self, argument: f64) -> f64 {
+        let limits = self.device.bounds.forward;
+        (argument * limits.floor / 8.0).max(limits.floor).min(limits.contract)
+    }
+
+    /// Compares and reports. `name` is shown, `expected` has PyTorch's layout.
+    fn compare(&mut self, name: String, bound: f64, got: &[f64], expected: &Array) {
+        let check = compare(name, bound, got, expected);
+        match check.ok {
+            true => self.summary.ok += 1,
+            false => self.summary.failed += 1,
+        }
+        (self.report)(&Outcome::Check(check));
+    }
+
+    /// Compares with a tensor of a file, if the file has it; the bound is that of `what`.
+    fn check(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
+        self.check_as(f, tensor, tensor.trim_end_matches(".f64"), what, got)
+    }
+
+    /// As [`Session::check`], with the bound of another tensor.
+    fn check_as(&mut self, f: &Golden, tensor: &str, kin: &str, what: What, got: &[f64]) -> Result<()> {
+        if !f.has(tensor) {
+            self.skip(format!("{}/{tensor}", f.stem), "absent");
+            return Ok(());
+        }
+        let expected = f.array(tensor)?;
+        let bound = self.bound(what, &f.name, kin, expected.values.len());
+        self.compare(format!("{}/{tensor}", f.stem), bound, got, &expected);
+        Ok(())
+    }
+
+    /// A backend for training with the file's parameters, named `prefix` + their name in the table, in its
+    /// weights.
+    fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<B> {
+        let mut b = match averages {
+            None => (self.device.sampling)(table),
+            Some(averages) => (self.device.training)(table, averages),
+        };
+        for (id, spec) in table.iter() {
+            let array = f.shaped(&format!("{prefix}{}", spec.name), &spec.shape)?;
+            b.write_param(Slot::Weight, id, &array.f32())?;
+        }
+        Ok(b)
+    }
+}
+
+/// Relative error of `got` and its worst element.
+fn compare(name: String, bound: f64, got: &[f64], expected: &Array) -> Check {
+    if got.len() != expected.values.len() {
+        let worst = Worst { index: vec![], got: got.len() as f64, expected: expected.values.len() as f64 };
+        let name = format!("{name} (number of values)");
+        return Check { name, error: f64::INFINITY, bound, ok: false, worst: Some(worst) };
+    }
+    let (mut diff2, mut norm2, mut worst) = (0.0, 0.0, (0.0, None));
+    for (i, (&g, &e)) in got.iter().zip(&expected.values).enumerate() {
+        let diff = (g - e).abs();
+        diff2 += diff * diff;
+        norm2 += e * e;
+        if worst.1.is_none() || diff > worst.0 || diff.is_nan() && !f64::is_nan(worst.0) {
+            worst = (diff, Some(i));
+        }
+    }
+    let error = if norm2 > 0.0 { (diff2 / norm2).sqrt() } else { diff2.sqrt() };
+    let error = if error.is_nan() { f64::INFINITY } else { error };
+    let worst =
+        worst.1.map(|i| Worst { index: unravel(i, &expected.shape), got: got[i], expected: expected.values[i] });
+    Check { name, error, bound, ok: error <= bound, worst }
+}
+
+fn unravel(mut i: usize, shape: &[usize]) -> Vec<usize> {
+    let mut index = vec![0; shape.len()];
+    for (at, &side) in index.iter_mut().zip(shape).rev() {
+        *at = i % side;
+        i /= side;
+    }
+    index
+}
+
+/// An open tensor file that remembers what was read of it.
+struct Golden {
+    file: SafeFile,
+    name: String,
+    stem: String,
+    seen: RefCell<BTreeSet<String>>,
+}
+
+impl Golden {
+    fn has(&self, tensor: &str) -> bool {
+        self.file.contains(tensor)
+    }
+
+    fn array(&self, tensor: &str) -> Result<Array> {
+        let array = Array { shape: self.file.shape(tensor)?.to_vec(), values: self.file.f64(tensor)? };
+        self.seen.borrow_mut().insert(tensor.into());
+        Ok(array)
+    }
+
+    /// A tensor of a certain shape.
+    fn shaped(&self, tensor: &str, shape: &[usize]) -> Result<Array> {
+        let array = self.array(tensor)?;
+        match array.shape == shape {
+            true => Ok(array),
+            false => Err(self.file.unexpected(tensor, format!("shape {:?}", array.shape), format!("{shape:?}")).into()),
+        }
+    }
+
+    /// [N, C, H, W] or [N, C], none of them 0.
+    fn images(&self, tensor: &str) -> Result<Array> {
+        let array = self.array(tensor)?;
+        match matches!(array.shape.len(), 2 | 4) && !array.shape.contains(&0) {
+            true => Ok(array),
+            false => {
+                let expected = "[N, C, H, W] or [N, C], none 0";
+                Err(self.file.unexpected(tensor, format!("shape {:?}", array.shape), expected).into())
+            }
+        }
+    }
+
+    /// Tensors that nothing has asked for.
+    fn unseen(&self) -> Vec<String> {
+        let seen = self.seen.borrow();
+        self.file.names().filter(|name| !seen.contains(*name)).map(str::to_owned).collect()
+    }
+
+    /// Names of the cases: what stands before the first dot.
+    fn cases(&self) -> Vec<String> {
+        let cases: BTreeSet<_> = self.file.names().filter_map(|name| name.split_once('.')).map(|n| n.0).collect();
+        cases.into_iter().map(str::to_owned).collect()
+    }
+
+    fn metadata<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+        let parsed = self.file.metadata().get(key).map(|text| serde_json::from_str(text)).transpose();
+        parsed.map_err(|e| self.wrong(key, e.to_string()))
+    }
+
+    fn wrong(&self, key: &str, what: String) -> VerifyError {
+        VerifyError::Json { path: self.file.path().into(), what: format!("metadata \"{key}\": {what}") }
+    }
+
+    /// The network that the file is about.
+    fn config(&self) -> Result<Config> {
+        self.metadata("config")?.ok_or_else(|| self.wrong("config", "it is missing".into()))
+    }
+
+    fn config_error(&self, source: ConfigError) -> VerifyError {
+        VerifyError::Config { path: self.file.path().into(), source }
+    }
+}
+
+/// A tensor of a file, in PyTorch's layout.
+#[derive(Clone)]
+struct Array {
+    shape: Vec<usize>,
+    values: Vec<f64>,
+}
+
+impl Array {
+    fn new(shape: &[usize], values: Vec<f64>) -> Self {
+        Self { shape: shape.to_vec(), values }
+    }
+
+    fn f32(&self) -> Vec<f32> {
+        self.values.iter().map(|&x| x as f32).collect()
+    }
+
+    /// As an activation: [n, h, w, c] of [n, c, h, w] or [n, c].
+    fn nhwc(&self) -> Shape {
+        match *self.shape {
+            [n, c, h, w] => [n, h, w, c],
+            [n, c] => [n, 1, 1, c],
+            _ => [1, 1, 1, self.values.len()],
+        }
+    }
+
+    fn upload<B: Backend>(&self, b: &mut B) -> B::Tensor {
+        let shape = self.nhwc();
+        let [n, h, w, c] = shape;
+        let mut values = Vec::with_capacity(self.values.len());
+        for image in 0..n {
+            for pixel in 0..h * w {
+                values.extend((0..c).map(|i| self.values[(image * c + i) * h * w + pixel] as f32));
+            }
+        }
+        b.upload(shape, &values)
+    }
+
+    /// Each value times the factor of its channel, the second dimension.
+    fn scale_channels(&self, factor: impl Fn(usize) -> f64) -> Self {
+        let inner: usize = self.shape[2..].iter().product();
+        let values = self.values.iter().enumerate().map(|(i, x)| x * factor(i / inner % self.shape[1])).collect();
+        Self::new(&self.shape, values)
+    }
+
+    fn scaled(&self, factor: f64) -> Self {
+        Self::new(&self.shape, self.values.iter().map(|x| x * factor).collect())
+    }
+}
+
+/// Copies an activation to the host, in PyTorch's layout.
+fn download<B: Backend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
+    let [n, h, w, c] = b.shape(t);
+    let values = b.download(t)?;
+    let mut out = Vec::with_capacity(values.len());
+    for image in 0..n {
+        for channel in 0..c {
+            out.extend((0..h * w).map(|pixel| f64::from(values[(image * h * w + pixel) * c + channel])));
+        }
+    }
+    Ok(out)
+}
+
+fn param<B: Backend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f64>> {
+    Ok(b.read_param(slot, id)?.into_iter().map(f64::from).collect())
+}
+
+/// Forced normalisations of a step, as the forward pass saw them.
+fn normalization(rounds: usize) -> Normalization {
+    if rounds == 0 { Normalization::Eval } else { Normalization::Train { rounds } }
+}
+
+/// An optimizer step that leaves the weights as the forward pass saw them; it makes the gradients readable.
+fn still_step<B: Backend>(b: &mut B, rounds: usize, grad_scale: f64) -> Result<StepStats> {
+    let betas = (0.9, 0.99);
+    Ok(b.optimizer_step(&Step { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale, rounds, ema_betas: &[] })?)
+}

@@ -1,0 +1,490 @@
+//! Whole networks: evaluation, gradients, and training steps.
+
+use serde::Deserialize;
+
+use super::ops::{EPS, fourier_argument};
+use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
+use crate::backend::{Backend, Embed, Slot, Step};
+use crate::model::{Kind, ParamSpec, ParamTable, Precond};
+
+/// Batches are normalised once in training, unless gradients are accumulated.
+const ROUNDS: usize = 1;
+
+/// The network of a parameter file, on a backend.
+pub(super) fn network<B: Backend>(
+    s: &Session<B>,
+    parameters: &Golden,
+    averages: Option<usize>,
+) -> Result<(Precond, ParamTable, B)> {
+    let (net, table) = Precond::new(&parameters.config()?).map_err(|e| parameters.config_error(e))?;
+    let b = s.load(parameters, "", &table, averages)?;
+    Ok((net, table, b))
+}
+
+/// Images [n, c, h, w] that suit the network.
+pub(super) fn images(f: &Golden, name: &str, net: &Precond) -> Result<Array> {
+    let x = f.images(name)?;
+    let [n, h, w, _] = x.nhwc();
+    net.config.check_size(h, w).map_err(|e| f.config_error(e))?;
+    f.shaped(name, &[n, net.config.img_channels, h, w])
+}
+
+/// One value for each of `n` images, whatever the shape that it is stored in.
+pub(super) fn per_image(f: &Golden, name: &str, n: usize) -> Result<Array> {
+    let x = f.array(name)?;
+    match x.values.len() == n {
+        true => Ok(Array::new(&[n, 1, 1, 1], x.values)),
+        false => {
+            let found = format!("shape {:?}", x.shape);
+            Err(f.file.unexpected(name, found, format!("one value for each of {n} images")).into())
+        }
+    }
+}
+
+/// Labels [n, label_dim], where the file has them.
+pub(super) fn labels(f: &Golden, name: &str, n: usize, net: &Precond) -> Result<Option<Array>> {
+    if net.config.label_dim == 0 || !f.has(name) {
+        return Ok(None);
+    }
+    Ok(Some(f.shaped(name, &[n, net.config.label_dim])?))
+}
+
+pub(super) fn forward<B: Backend>(s: &mut Session<B>) -> Result<()> {
+    let parameters = s.open("tiny_model.safetensors")?;
+    let f = &s.open("tiny_forward.safetensors")?;
+    s.case("tiny_forward", |s| {
+        let (net, table, mut b) = network(s, &parameters, None)?;
+        b.prepare(Slot::Weight, normalization(0))?;
+        for set in f.cases() {
+            s.case(&format!("tiny_forward/{set}"), |s| forward_set(s, f, &set, &parameters, &net, &table, &mut b))?;
+        }
+        Ok(())
+    })?;
+    for name in f.unseen() {
+        s.skip(format!("tiny_forward/{name}"), "not computed, or its set was skipped");
+    }
+    Ok(())
+}
+
+fn forward_set<B: Backend>(
+    s: &mut Session<B>,
+    f: &Golden,
+    set: &str,
+    parameters: &Golden,
+    net: &Precond,
+    table: &ParamTable,
+    b: &mut B,
+) -> Result<()> {
+    let x = images(f, &format!("{set}.x"), net)?;
+    let n = x.shape[0];
+    let sigmas = per_image(f, &format!("{set}.sigma"), n)?;
+    let labels = labels(f, &format!("{set}.class_labels"), n, net)?;
+    let (tx, sigma) = (x.upload(b), sigmas.upload(b));
+    let labels = labels.map(|labels| labels.upload(b));
+
+    let mut activations = Vec::new();
+    let mut probe = |name: &str, t: &B::Tensor| {
+        let tensor = format!("{set}.act.{name}");
+        if f.has(&tensor) {
+            activations.push((tensor, t.clone()));
+        }
+    };
+    let (d, raw, e) = net.denoise_probed(b, &tx, &sigma, labels.as_ref(), &mut probe);
+    for (tensor, t) in activations {
+        s.check(f, &tensor, What::Forward, &download(b, &t)?)?;
+    }
+    let out_gain = parameters.shaped("unet.out_gain", &[])?.values[0];
+    let got: Vec<f64> = download(b, &raw)?.iter().map(|x| x * out_gain).collect();
+    s.check(f, &format!("{set}.F_x"), What::Forward, &got)?;
+    let has = |name: &str| f.has(&format!("{set}.{name}"));
+    if has("F_x.f64") {
+        s.check(f, &format!("{set}.F_x.f64"), What::Forward, &got)?;
+    }
+    let got = download(b, &d)?;
+    s.check(f, &format!("{set}.D_x"), What::Forward, &got)?;
+    if has("D_x.f64") {
+        s.check(f, &format!("{set}.D_x.f64"), What::Forward, &got)?;
+    }
+    let (features, logvar) = net.logvar(b, &sigma);
+    if has("logvar") {
+        s.check(f, &format!("{set}.logvar"), What::Forward, &download(b, &logvar)?)?;
+    }
+    if has("c_noise") {
+        // The c_noise that the features were computed from is not a tensor of the network; the formula is.
+        let got: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
+        s.check(f, &format!("{set}.c_noise"), What::Forward, &got)?;
+    }
+    for (name, buffers, features) in
+        [("emb_fourier", "unet.emb_fourier", &e.features), ("logvar_fourier", "logvar_fourier", &features)]
+    {
+        let tensor = format!("{set}.{name}");
+        if has(name) {
+            let c_noise: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
+            let freqs = parameters.array(&format!("{buffers}.freqs"))?.values;
+            let phases = parameters.array(&format!("{buffers}.phases"))?.values;
+            let bound = s.fourier_bound(fourier_argument(&c_noise, &freqs, &phases));
+            s.compare(format!("{}/{tensor}", f.stem), bound, &download(b, features)?, &f.array(&tensor)?);
+        }
+    }
+    let find = |name: &str| table.find(name);
+    let layers = (find("unet.emb_fourier.freqs"), find("unet.emb_fourier.phases"), find("unet.emb_noise.weight"));
+    if let (Some(freqs), Some(phases), Some(noise)) = layers {
+        // Each branch of the embedding alone: without labels, and with all the weight on them.
+        let label = find("unet.emb_label.weight");
+        for (name, label, label_balance) in [("emb_noise", None, 0.5), ("emb_label", label, 1.0)] {
+            if has(name) {
+                let branch = b.embed(&Embed { freqs, phases, noise, label, label_balance }, &sigma, labels.as_ref());
+                s.check(f, &format!("{set}.{name}"), What::Forward, &download(b, &branch.pre)?)?;
+            }
+        }
+    }
+    if has("emb") {
+        s.check(f, &format!("{set}.emb"), What::Forward, &download(b, &e.emb)?)?;
+    }
+    Ok(())
+}
+
+/// Inputs of a training pass, the tensors of a file whose names begin with `prefix`.
+struct Batch<T> {
+    clean: T,
+    noisy: T,
+    sigma: T,
+    labels: Option<T>,
+    /// [n, c, h, w] and [n], for recomputing the loss.
+    images: Array,
+    sigmas: Array,
+}
+
+impl<T> Batch<T> {
+    fn new<B: Backend<Tensor = T>>(f: &Golden, prefix: &str, net: &Precond, b: &mut B) -> Result<Self> {
+        let clean = images(f, &format!("{prefix}images"), net)?;
+        let noise = f.shaped(&format!("{prefix}noise_unit"), &clean.shape)?;
+        let n = clean.shape[0];
+        let sigmas = per_image(f, &format!("{prefix}sigma"), n)?;
+        let size = clean.values.len() / n;
+        let noisy = clean.values.iter().zip(&noise.values).enumerate();
+        let noisy = noisy.map(|(i, (x, noise))| x + sigmas.values[i / size] * noise).collect();
+        let noisy = Array::new(&clean.shape, noisy).upload(b);
+        let labels = labels(f, &format!("{prefix}labels"), n, net)?.map(|labels| labels.upload(b));
+        Ok(Self { clean: clean.upload(b), noisy, sigma: sigmas.upload(b), labels, images: clean, sigmas })
+    }
+}
+
+/// What a training pass says of its loss.
+struct Losses {
+    /// [n, c, h, w]
+    denoised: Vec<f64>,
+    /// [n]
+    logvar: Vec<f64>,
+    /// From those two, [n, c, h, w].
+    elements: Vec<f64>,
+    /// As the backend summed it, [n].
+    per_image: Vec<f64>,
+}
+
+/// Forward and backward; the gradients are left in the backend.
+fn pass<B: Backend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Result<Losses> {
+    let pass = net.train_forward(b, &batch.clean, &batch.noisy, &batch.sigma, batch.labels.as_ref());
+    let d = b.precond_output(&batch.noisy, &pass.raw, &batch.sigma, net.out_gain(), net.config.sigma_data);
+    let denoised = download(b, &d)?;
+    let logvar = download(b, &pass.logvar)?;
+    let per_image = download(b, &pass.per_image)?;
+    net.backward(b, pass);
+    let size = denoised.len() / logvar.len();
+    let data = net.config.sigma_data;
+    let element = |(i, (d, clean)): (usize, (&f64, &f64))| {
+        let (sigma, logvar) = (batch.sigmas.values[i / size], logvar[i / size]);
+        let weight = (sigma * sigma + data * data) / (sigma * data).powi(2);
+        weight / logvar.exp() * (d - clean).powi(2) + logvar
+    };
+    let elements = denoised.iter().zip(&batch.images.values).enumerate().map(element).collect();
+    Ok(Losses { denoised, logvar, elements, per_image })
+}
+
+impl Losses {
+    /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
+    fn check<B: Backend>(&self, s: &mut Session<B>, f: &Golden, suffix: &str, total: usize, what: What) -> Result<()> {
+        let elements = format!("loss_elem{suffix}");
+        s.check(f, &elements, what, &self.elements)?;
+        if !f.has(&elements) {
+            return Ok(());
+        }
+        // The sums that the backend computes itself, against those of the file's elements.
+        let expected = f.array(&elements)?;
+        let size = expected.values.len() / self.per_image.len().max(1);
+        let sums: Vec<f64> = expected.values.chunks(size.max(1)).map(|image| image.iter().sum()).collect();
+        let bound = s.bound(what, &f.name, &elements, expected.values.len());
+        let name = format!("{}/{elements} (sum of each image)", f.stem);
+        s.compare(name, bound, &self.per_image, &Array::new(&[sums.len()], sums));
+        let scalar = format!("loss_scalar{suffix}");
+        let sum: f64 = self.per_image.iter().sum();
+        if f.has(&scalar) {
+            s.check_as(f, &scalar, &elements, what, &[sum / total as f64])?;
+        }
+        for (name, got) in [
+            ("denoised", self.denoised.clone()),
+            ("logvar", self.logvar.clone()),
+            ("loss_per_sample", self.per_image.clone()),
+            ("loss_mean", vec![sum / self.elements.len() as f64]),
+        ] {
+            if f.has(name) {
+                s.check_as(f, name, if name == "denoised" { name } else { &elements }, what, &got)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The noise levels of the training distribution.
+fn check_sigma<B: Backend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
+    let normal = format!("{prefix}rnd_normal");
+    if f.has(&normal) {
+        let got: Vec<f64> = f.array(&normal)?.values.iter().map(|x| (x * std + mean).exp()).collect();
+        s.check(f, &format!("{prefix}sigma"), What::Forward, &got)?;
+    }
+    Ok(())
+}
+
+pub(super) fn gradients<B: Backend>(s: &mut Session<B>) -> Result<()> {
+    let parameters = s.open("tiny_model.safetensors")?;
+    let f = &s.open("tiny_grads.safetensors")?;
+    s.case("tiny_grads", |s| {
+        let (net, table, mut b) = network(s, &parameters, Some(0))?;
+        b.prepare(Slot::Weight, normalization(ROUNDS))?;
+        let batch = Batch::new(f, "", &net, &mut b)?;
+        check_sigma(s, f, "", -0.4, 1.0)?;
+        let losses = pass(&net, &mut b, &batch)?;
+        let n = batch.images.shape[0];
+        losses.check(s, f, "", n, What::Gradient)?;
+        still_step(&mut b, ROUNDS, 1.0 / n as f64)?;
+        for (id, spec) in table.iter().filter(|(_, spec)| spec.trained()) {
+            let got = param(&mut b, Slot::Grad, id)?;
+            let key = format!("grad.{}", spec.name);
+            let rows = format!("grad_rows.{}", spec.name);
+            if f.has(&key) {
+                s.check(f, &key, What::Gradient, &got)?;
+            } else if f.has(&rows) {
+                let len = f.array(&rows)?.values.len();
+                s.check_as(f, &rows, &key, What::Gradient, &got[..len.min(got.len())])?;
+            } else {
+                s.skip(format!("tiny_grads/{key}"), "absent");
+            }
+            let norm = format!("gradnorm.{}", spec.name);
+            if f.has(&norm) {
+                let got = got.iter().map(|x| x * x).sum::<f64>().sqrt();
+                s.check_as(f, &norm, &key, What::Gradient, &[got])?;
+            }
+        }
+        Ok(())
+    })?;
+    for name in f.unseen() {
+        s.skip(format!("tiny_grads/{name}"), "not computed");
+    }
+    Ok(())
+}
+
+/// `tiny_train.json`.
+#[derive(Deserialize)]
+struct Training {
+    adam: Adam,
+    #[serde(rename = "P_mean")]
+    p_mean: f64,
+    #[serde(rename = "P_std")]
+    p_std: f64,
+    #[serde(default)]
+    ema_stds: Vec<f64>,
+    #[serde(default)]
+    lrs: Vec<f64>,
+    steps: Vec<TrainingStep>,
+}
+
+#[derive(Deserialize)]
+struct Adam {
+    betas: (f64, f64),
+    eps: f64,
+    #[serde(default)]
+    weight_decay: f64,
+}
+
+#[derive(Deserialize)]
+struct TrainingStep {
+    lr: f64,
+    #[serde(default)]
+    ema_betas: Vec<f64>,
+    loss_scalar: Option<f64>,
+    loss_mean: Option<f64>,
+}
+
+impl Training {
+    fn read<B: Backend>(s: &Session<B>) -> Result<Self> {
+        let training: Self = s.json("tiny_train.json")?;
+        let wrong = |what: &str| VerifyError::Json { path: s.dir.join("tiny_train.json"), what: what.into() };
+        if training.adam.weight_decay != 0.0 {
+            return Err(wrong("weight_decay is not 0, but EDM2 has none"));
+        }
+        if training.steps.iter().any(|step| step.ema_betas.len() != training.ema_stds.len()) {
+            return Err(wrong("a step's ema_betas are not as many as ema_stds"));
+        }
+        Ok(training)
+    }
+
+    fn step<'a>(&'a self, lr: f64, number: usize, images: usize, rounds: usize, ema_betas: &'a [f64]) -> Step<'a> {
+        let Adam { betas, eps, .. } = self.adam;
+        Step { lr, betas, eps, step: number as u64, grad_scale: 1.0 / images as f64, rounds, ema_betas }
+    }
+}
+
+/// All steps in a row, each from what this device made of the one before.
+pub(super) fn training<B: Backend>(s: &mut Session<B>) -> Result<()> {
+    let init = s.open("tiny_train_init.safetensors")?;
+    let t = Training::read(s)?;
+    s.case("tiny_train", |s| {
+        let (net, table, mut b) = network(s, &init, Some(t.ema_stds.len()))?;
+        for (id, _) in table.iter() {
+            let values = b.read_param(Slot::Weight, id)?;
+            (0..t.ema_stds.len()).try_for_each(|ema| b.write_param(Slot::Ema(ema), id, &values))?;
+        }
+        b.prepare(Slot::Weight, normalization(ROUNDS))?;
+        for (i, step) in t.steps.iter().enumerate() {
+            let name = format!("tiny_train_step{}.safetensors", i + 1);
+            if !s.dir.join(&name).exists() {
+                s.skip(name, "absent, so the steps from here on cannot be taken");
+                break;
+            }
+            let f = &s.open(&name)?;
+            training_step(s, f, &t, step, i + 1, &net, &table, &mut b)?;
+            for name in f.unseen() {
+                s.skip(format!("{}/{name}", f.stem), "not computed");
+            }
+        }
+        Ok(())
+    })
+}
+
+#[allow(clippy::too_many_arguments)] // one training run's state, used in one place
+fn training_step<B: Backend>(
+    s: &mut Session<B>,
+    f: &Golden,
+    t: &Training,
+    step: &TrainingStep,
+    number: usize,
+    net: &Precond,
+    table: &ParamTable,
+    b: &mut B,
+) -> Result<()> {
+    let batch = Batch::new(f, "data.", net, b)?;
+    check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
+    let losses = pass(net, b, &batch)?;
+    let images = batch.images.shape[0];
+    losses.check(s, f, "", images, What::Training)?;
+    let sum: f64 = losses.per_image.iter().sum();
+    for (name, expected, got) in [
+        ("loss_scalar", step.loss_scalar, sum / images as f64),
+        ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
+    ] {
+        if let Some(expected) = expected {
+            let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
+            let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
+            s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
+        }
+    }
+    if f.file.names().any(|name| name.starts_with("wnorm.")) {
+        // The weights as the forward pass left them: a twin takes the step at learning rate 0.
+        let mut twin = (s.device.training)(table, 0);
+        for (id, _) in table.iter() {
+            let values = b.read_param(Slot::Weight, id)?;
+            twin.write_param(Slot::Weight, id, &values)?;
+        }
+        still_step(&mut twin, ROUNDS, 1.0)?;
+        for (id, spec) in table.iter() {
+            let tensor = format!("wnorm.{}", spec.name);
+            if f.has(&tensor) {
+                s.check(f, &tensor, What::Training, &param(&mut twin, Slot::Weight, id)?)?;
+            }
+        }
+    }
+    b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
+    check_state(s, f, t, table, b)
+}
+
+/// Gradients, weights, moments and averages after a step, those that the file has.
+fn check_state<B: Backend>(s: &mut Session<B>, f: &Golden, t: &Training, table: &ParamTable, b: &mut B) -> Result<()> {
+    let mut slots = vec![
+        ("grad".to_owned(), Slot::Grad, What::Gradient),
+        ("weight".to_owned(), Slot::Weight, What::Training),
+        ("adam_m".to_owned(), Slot::AdamM, What::Training),
+        ("adam_v".to_owned(), Slot::AdamV, What::Training),
+    ];
+    for (ema, std) in t.ema_stds.iter().enumerate() {
+        slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
+    }
+    for (prefix, slot, what) in slots {
+        for (id, spec) in table.iter() {
+            let tensor = format!("{prefix}.{}", spec.name);
+            if f.has(&tensor) {
+                s.check(f, &tensor, what, &param(b, slot, id)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How much a step of several micro-batches may differ by the eps of the normalisation. The reference projects
+/// the gradient of the first micro-batch at weights that were normalised once, whose rows of rms r have rms
+/// r / (r + eps) then, and those of the others at 1 - eps; a step projects their sum at the latter. The gradient
+/// is inverse to the rms: for each row the two differ by eps |1/r - 1|.
+fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
+    let Kind::Weight { cout, .. } = spec.kind else { return Ok(0.0) };
+    let w = init.shaped(&spec.name, &spec.shape)?;
+    let row = |row: &[f64]| {
+        let rms = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64).sqrt();
+        EPS * (1.0 / rms - 1.0).abs()
+    };
+    Ok(w.values.chunks(w.values.len() / cout).map(row).fold(0.0, f64::max))
+}
+
+/// One step of several micro-batches.
+pub(super) fn accumulation<B: Backend>(s: &mut Session<B>) -> Result<()> {
+    let init = s.open("tiny_train_init.safetensors")?;
+    let f = &s.open("tiny_train_accum.safetensors")?;
+    let t = Training::read(s)?;
+    let rounds = (0..).take_while(|i| f.has(&format!("data{i}.images"))).count();
+    let lr = match f.metadata("lr")? {
+        Some(lr) => lr,
+        None => t.lrs.first().copied().ok_or_else(|| f.wrong("lr", "it is missing".into()))?,
+    };
+    if rounds == 0 {
+        s.skip("tiny_train_accum", "tensor data0.images is absent");
+        return Ok(());
+    }
+    s.case("tiny_train_accum", |s| {
+        let (net, table, mut b) = network(s, &init, Some(0))?;
+        b.prepare(Slot::Weight, normalization(rounds))?;
+        let batches: Result<Vec<_>> = (0..rounds).map(|i| Batch::new(f, &format!("data{i}."), &net, &mut b)).collect();
+        let batches = batches?;
+        let total = batches.iter().map(|batch| batch.images.shape[0]).sum();
+        for (i, batch) in batches.iter().enumerate() {
+            check_sigma(s, f, &format!("data{i}."), t.p_mean, t.p_std)?;
+            pass(&net, &mut b, batch)?.check(s, f, &i.to_string(), total, What::Training)?;
+        }
+        b.optimizer_step(&t.step(lr, 1, total, rounds, &[]))?;
+        for (id, spec) in table.iter() {
+            let gradient = format!("grad.{}", spec.name);
+            if f.has(&gradient) {
+                let expected = f.shaped(&gradient, &spec.shape)?;
+                let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
+                let bound = (bound + renormalization(&init, spec)?).min(s.device.bounds.gradient.contract);
+                s.compare(format!("{}/{gradient}", f.stem), bound, &param(&mut b, Slot::Grad, id)?, &expected);
+            }
+            let weight = format!("weight.{}", spec.name);
+            if f.has(&weight) {
+                s.check(f, &weight, What::Training, &param(&mut b, Slot::Weight, id)?)?;
+            }
+        }
+        Ok(())
+    })?;
+    for name in f.unseen() {
+        s.skip(format!("tiny_train_accum/{name}"), "not computed");
+    }
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! Sampler trajectories: the solvers on recorded denoised images, and end to end with the network.
+
+use serde::Deserialize;
+
+use super::network::{images, labels, network};
+use super::{Array, Golden, Result, Session, What, download, normalization};
+use crate::backend::{Backend, BackendError, Slot};
+use crate::model::Precond;
+use crate::sample::{Churn, Denoise, Guided, SamplerConfig, Solver, Step, solve};
+
+/// Settings in the metadata, under the name of the solver.
+#[derive(Deserialize)]
+struct Settings {
+    num_steps: usize,
+    sigma_min: f64,
+    sigma_max: f64,
+    rho: f64,
+    #[serde(rename = "S_churn", default)]
+    s_churn: f64,
+}
+
+pub(super) fn samplers<B: Backend>(s: &mut Session<B>) -> Result<()> {
+    let parameters = s.open("tiny_model.safetensors")?;
+    let f = &s.open("samplers.safetensors")?;
+    s.case("samplers", |s| {
+        let (net, _, mut b) = network(s, &parameters, None)?;
+        b.prepare(Slot::Weight, normalization(0))?;
+        for case in f.cases() {
+            s.case(&format!("samplers/{case}"), |s| sampler(s, f, &case, &net, &mut b))?;
+        }
+        Ok(())
+    })?;
+    for name in f.unseen() {
+        s.skip(format!("samplers/{name}"), "not computed, or its case was skipped");
+    }
+    Ok(())
+}
+
+fn sampler<B: Backend>(s: &mut Session<B>, f: &Golden, case: &str, net: &Precond, b: &mut B) -> Result<()> {
+    let parsed = case.rsplit_once("_g").and_then(|(name, g)| Some((name, g.parse::<f64>().ok()?)));
+    let solver = match parsed {
+        Some(("heun", _)) => Solver::Heun,
+        Some(("dpmpp2m", _)) => Solver::Dpmpp2m,
+        _ => {
+            s.skip(format!("samplers/{case}"), "a solver that is not known");
+            return Ok(());
+        }
+    };
+    let (key, guidance) = parsed.unwrap_or_default();
+    let Some(settings) = f.metadata::<Settings>(key)? else {
+        s.skip(format!("samplers/{case}"), format!("metadata \"{key}\" is absent"));
+        return Ok(());
+    };
+    if settings.s_churn != 0.0 {
+        s.skip(format!("samplers/{case}"), "its churn needs the reference's random numbers");
+        return Ok(());
+    }
+    let Settings { num_steps: steps, sigma_min, sigma_max, rho, .. } = settings;
+    let config = SamplerConfig {
+        solver,
+        steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        guidance,
+        guidance_interval: None,
+        churn: Churn::NONE,
+    };
+    config.validate().map_err(|e| f.wrong(key, e.to_string()))?;
+    let levels = if solver == Solver::Heun { "t_steps" } else { "sigmas" };
+    s.check(f, &format!("{case}.{levels}"), What::Sampler, &config.sigmas())?;
+
+    let noise = images(f, "noise", net)?;
+    let start = noise.upload(b);
+    let stack = |name: &str| -> Result<Vec<Array>> {
+        let all = f.array(&format!("{case}.{name}"))?;
+        let shape = [&[all.shape.first().copied().unwrap_or(0)], &noise.shape[..]].concat();
+        let all = f.shaped(&format!("{case}.{name}"), &shape)?;
+        Ok(all.values.chunks(noise.values.len()).map(|x| Array::new(&noise.shape, x.to_vec())).collect())
+    };
+    let expected = stack("x")?;
+    // The rounding of the trajectory as a whole holds for each of its points.
+    let bound = ["x_final", "x_all"]
+        .map(|name| s.bound(What::Sampler, &f.name, &format!("{case}.{name}"), noise.values.len()))
+        .into_iter()
+        .fold(0.0, f64::max);
+
+    let conditional = stack("D_cond")?;
+    let unconditional = if guidance == 1.0 { vec![] } else { stack("D_uncond")? };
+    let calls = if solver == Solver::Heun { 2 * steps - 1 } else { steps };
+    if conditional.len() != calls || guidance != 1.0 && unconditional.len() != calls {
+        let found = format!("{} and {} evaluations", conditional.len(), unconditional.len());
+        return Err(f.file.unexpected(&format!("{case}.D_cond"), found, format!("{calls} for {steps} steps")).into());
+    }
+    let mut recorded = Recorded { conditional, unconditional, guidance, seen: vec![], guided: vec![] };
+    let x = solve(b, &mut recorded, &config, &start)?;
+    recorded.seen.push(x);
+    let (mut points, mut corrections) = (vec![], vec![]);
+    for (call, x) in recorded.seen.iter().enumerate() {
+        // Heun: the input of every second evaluation is the result of an Euler step.
+        let to = if solver == Solver::Heun && call % 2 == 1 && call < calls { &mut corrections } else { &mut points };
+        to.push(download(b, x)?);
+    }
+    compare_all(s, f, &format!("{case}.x"), bound, &points, &expected, "given D");
+    if solver == Solver::Heun && f.has(&format!("{case}.x_euler")) {
+        compare_all(s, f, &format!("{case}.x_euler"), bound, &corrections, &stack("x_euler")?, "given D");
+    }
+    if f.has(&format!("{case}.D_guided")) {
+        let guided = |d: &Guided<B::Tensor>| {
+            let d = d.tensor(b);
+            download(b, &d)
+        };
+        let guided: Result<Vec<_>> = recorded.guided.iter().map(guided).collect();
+        compare_all(s, f, &format!("{case}.D_guided"), bound, &guided?, &stack("D_guided")?, "given D");
+    }
+
+    let labels = labels(f, "labels", noise.shape[0], net)?.map(|labels| labels.upload(b));
+    let n = noise.shape[0];
+    let mut live = Live { net, labels, guidance, n };
+    let x = solve(b, &mut live, &config, &start)?;
+    let got = download(b, &x)?;
+    let bound = s.bound(What::Forward, &f.name, &format!("{case}.x_final"), got.len());
+    if let Some(last) = expected.last() {
+        s.compare(format!("{}/{case}.x[{steps}] (end to end)", f.stem), bound, &got, last);
+    }
+    if f.has(&format!("{case}.x_final.f64")) {
+        let last = f.shaped(&format!("{case}.x_final.f64"), &noise.shape)?;
+        s.compare(format!("{}/{case}.x_final.f64 (end to end)", f.stem), bound, &got, &last);
+    }
+    Ok(())
+}
+
+fn compare_all<B: Backend>(
+    s: &mut Session<B>,
+    f: &Golden,
+    name: &str,
+    bound: f64,
+    got: &[Vec<f64>],
+    expected: &[Array],
+    how: &str,
+) {
+    if got.len() != expected.len() {
+        let count = |n: usize| Array::new(&[], vec![n as f64]);
+        let name = format!("{}/{name} (number of points)", f.stem);
+        s.compare(name, 0.0, &[got.len() as f64], &count(expected.len()));
+    }
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        s.compare(format!("{}/{name}[{i}] ({how})", f.stem), bound, got, expected);
+    }
+}
+
+/// Answers with the denoised images of the file, in the order of the calls, and remembers the inputs.
+struct Recorded<T> {
+    conditional: Vec<Array>,
+    unconditional: Vec<Array>,
+    guidance: f64,
+    seen: Vec<T>,
+    guided: Vec<Guided<T>>,
+}
+
+impl<B: Backend> Denoise<B> for Recorded<B::Tensor> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, BackendError> {
+        let call = self.seen.len();
+        self.seen.push(x.clone());
+        let d = self.conditional[call].upload(b);
+        let guided = match self.unconditional.get(call) {
+            Some(reference) => Guided::new(d, reference.upload(b), self.guidance),
+            None => Guided::plain(d),
+        };
+        self.guided.push(guided.clone());
+        Ok(guided)
+    }
+
+    fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
+        unreachable!("no churn")
+    }
+
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// The network, guided by itself without labels.
+struct Live<'a, T> {
+    net: &'a Precond,
+    labels: Option<T>,
+    guidance: f64,
+    n: usize,
+}
+
+impl<B: Backend> Denoise<B> for Live<'_, B::Tensor> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+        let sigma = b.upload([self.n, 1, 1, 1], &vec![sigma as f32; self.n]);
+        let d = self.net.denoise(b, x, &sigma, self.labels.as_ref());
+        if self.guidance == 1.0 {
+            return Ok(Guided::plain(d));
+        }
+        let reference = self.net.denoise(b, x, &sigma, None);
+        Ok(Guided::new(d, reference, self.guidance))
+    }
+
+    fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
+        unreachable!("no churn")
+    }
+
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
