@@ -19,6 +19,7 @@
 //!   returns a `Result`.
 
 pub mod cpu;
+pub mod gpu;
 
 use crate::model::params::{ParamId, ParamTable};
 

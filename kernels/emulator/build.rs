@@ -1,0 +1,160 @@
+//! Compiles the kernels for the emulator, as part of the build script (feature `emulator`).
+//!
+//! Makes two shared objects in OUT_DIR from the same sources: `libemulator.so` and
+//! `libemulator_checked.so`, whose kernels are instrumented (see README.md). They are loaded at run
+//! time, so their equal symbols never meet. Objects are kept and remade by their own header lists.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::SystemTime;
+use std::{env, fs, thread};
+
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-O2",
+    "-g1", // lines for the messages
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas", // #pragma unroll
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-fno-math-errno",
+    "-ffp-contract=off",        // the source says where an fma is
+    "-fstack-clash-protection", // a large frame must meet the guard page, not jump it
+];
+const KERNEL_FLAGS: &[&str] = &["-x", "c++", "-include", "kernels/emulator/simt.h"];
+const CHECKED_KERNEL_FLAGS: &[&str] = &[
+    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero",
+    "--param=tsan-instrument-func-entry-exit=0",
+];
+
+struct Object {
+    source: PathBuf,
+    object: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Object {
+    /// Whether the object is older than a file it was made from, or was made otherwise.
+    fn is_stale(&self) -> bool {
+        let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified());
+        let Ok(made) = modified(&self.object) else { return true };
+        let newer = |path: &str| modified(Path::new(path)).map_or(true, |t: SystemTime| t > made);
+        let Ok(rule) = fs::read_to_string(self.object.with_extension("d")) else { return true };
+        let command = fs::read_to_string(self.object.with_extension("command")).unwrap_or_default();
+        command != self.arguments.join("\n") || rule.split_whitespace().skip(1).any(|word| word != "\\" && newer(word))
+    }
+
+    fn compile(&self, compiler: &str) -> Result<(), String> {
+        run(compiler, &self.arguments)?;
+        let command = self.object.with_extension("command");
+        fs::write(&command, self.arguments.join("\n")).map_err(|e| format!("{}: {e}", command.display()))
+    }
+}
+
+fn run(compiler: &str, arguments: &[String]) -> Result<(), String> {
+    let output = Command::new(compiler).args(arguments).output().map_err(|e| {
+        format!("the feature `emulator` needs a C++17 compiler: cannot run `{compiler}` (set CXX to another): {e}")
+    })?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("{compiler} {}\n{said}", arguments.join(" ")));
+    }
+    said.lines().for_each(|line| println!("cargo:warning={line}"));
+    Ok(())
+}
+
+fn sources(directory: &str, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|e| e.path());
+    let mut found: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
+    found.sort();
+    found
+}
+
+/// Builds both libraries and tells their paths to the crate as `EMULATOR_LIBRARY` and
+/// `EMULATOR_LIBRARY_CHECKED`.
+pub fn build() -> Result<(), String> {
+    for name in ["CXX", "CXXFLAGS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    if env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
+        return Err("the emulator's context switch is written for x86-64".into());
+    }
+    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let here = env::current_dir().map_err(|e| e.to_string())?;
+
+    let mut common: Vec<String> = FLAGS.iter().map(|f| f.to_string()).collect();
+    common.push(format!("-ffile-prefix-map={}=.", here.display()));
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        common.extend(["-mavx2", "-mfma", "-mf16c"].map(String::from)); // 4x on mma
+    }
+    common.extend(env::var("CXXFLAGS").unwrap_or_default().split_whitespace().map(String::from));
+
+    let mut kernels = sources("kernels", "cu");
+    kernels.extend(sources("kernels/emulator", "cu"));
+    let runtime = sources("kernels/emulator", "cpp");
+    let mut libraries = Vec::new();
+    for checked in [false, true] {
+        let mut objects = Vec::new();
+        for source in kernels.iter().chain(&runtime) {
+            let is_kernel = source.extension().is_some_and(|e| e == "cu");
+            let name = source.file_stem().unwrap_or_default().to_string_lossy();
+            let kind = if is_kernel { "cu" } else { "cpp" };
+            let object = out.join(format!("{name}.{kind}{}.o", if checked { ".checked" } else { "" }));
+            let mut arguments = common.clone();
+            if checked {
+                arguments.push("-DSIMT_CHECKED".into());
+            }
+            if is_kernel {
+                arguments.extend(KERNEL_FLAGS.iter().map(|f| f.to_string()));
+                let extra = if checked { CHECKED_KERNEL_FLAGS } else { &[] };
+                arguments.extend(extra.iter().map(|f| f.to_string()));
+            }
+            arguments.extend(["-MMD", "-MF"].map(String::from));
+            arguments.push(object.with_extension("d").display().to_string());
+            arguments.push("-c".into());
+            arguments.push(source.display().to_string());
+            arguments.push("-o".into());
+            arguments.push(object.display().to_string());
+            objects.push(Object { source: source.clone(), object, arguments });
+        }
+        libraries.push((if checked { "_checked" } else { "" }, objects));
+    }
+
+    // The largest sources first, so that no job is left alone at the end.
+    let mut stale: Vec<&Object> = libraries.iter().flat_map(|l| &l.1).filter(|o| o.is_stale()).collect();
+    stale.sort_by_key(|o| fs::metadata(&o.source).map_or(0, |m| m.len()));
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let (queue, errors) = (Mutex::new(stale), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(object) = queue.lock().ok().and_then(|mut q| q.pop()) {
+                    if let (Err(e), Ok(mut errors)) = (object.compile(&compiler), errors.lock()) {
+                        errors.push(e);
+                    }
+                }
+            });
+        }
+    });
+    let errors = errors.into_inner().unwrap_or_default();
+    if !errors.is_empty() {
+        return Err(errors.join("\n\n"));
+    }
+
+    for (suffix, objects) in &libraries {
+        let library = out.join(format!("libemulator{suffix}.so"));
+        let mut arguments: Vec<String> =
+            ["-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"].map(String::from).into();
+        arguments.push(library.display().to_string());
+        arguments.extend(objects.iter().map(|o| o.object.display().to_string()));
+        arguments.push("-ldl".into());
+        run(&compiler, &arguments)?;
+        println!("cargo:rustc-env=EMULATOR_LIBRARY{}={}", suffix.to_uppercase(), library.display());
+    }
+    Ok(())
+}

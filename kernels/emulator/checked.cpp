@@ -1,0 +1,395 @@
+// The checked build. Kernels are compiled with -fsanitize=thread and a few -fsanitize=undefined
+// checks, but linked without the sanitizers: the compiler calls a hook before every load and
+// store, and the hooks are ours. They know what no host tool knows: CUDA's threads and barriers.
+//
+// Shared memory has a cell for every byte: who wrote it last, and who has read it since, by block
+// phase (number of __syncthreads so far) and by the lane's epoch within its warp. Two accesses are
+// ordered if a __syncthreads lies between them or, in a warp, a chain of __syncwarps: each lane
+// holds a vector clock of its warp's epochs. Everything else that overlaps, with a write among
+// it, is a race. Shuffles and other collectives do not order memory, as in CUDA.
+//
+// Global memory has a cell for every four bytes, which finds races between blocks of one launch.
+#ifdef SIMT_CHECKED
+#include <link.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace simt {
+
+constexpr uint32_t kInFlight = 0xffffffffu;  // as an epoch: a cp.async that has not landed
+constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff;
+
+struct SharedCell {
+    uint32_t write_phase, write_epoch, read_phase, read_epoch;
+    uint32_t readers;  // lanes of read_warp
+    uint16_t writer, read_warp;
+};
+
+struct GlobalCell {
+    uint32_t write_tag, writer;  // tag: launch * 16 + bytes of the word, one bit each
+    uint32_t read_tag, reader;
+};
+constexpr uint32_t kAtomicBlocks = 0xffffffffu, kManyBlocks = 0xfffffffeu;
+
+struct BankAccess {
+    uintptr_t pc, address;
+    size_t bytes;
+};
+
+struct Checker {
+    std::vector<SharedCell> cells;
+    uint32_t phase = 0, first_phase = 0, epoch = 0;
+    uint32_t clocks[kMaxThreads][32] = {};  // [thread][lane]: its last epoch known to be over
+    std::vector<BankAccess> log[kMaxThreads];
+    Allocation last = {};  // that was accessed, in the launch last_serial
+    uint32_t last_serial = 0;
+};
+
+static Checker& checker() {
+    Machine& m = *machine;
+    if (!m.checker) {
+        m.checker = new Checker;
+        m.checker->cells.resize(m.end - m.statics);
+    }
+    return *m.checker;
+}
+
+// ---- order ------------------------------------------------------------------------------------
+
+static uint32_t& own_epoch(Checker& c, int thread) { return c.clocks[thread][thread & 31]; }
+
+void check_block_start() {
+    Checker& c = checker();
+    // Phases are never reused, so that cells need no clearing.
+    c.first_phase = ++c.phase;
+    c.epoch++;
+    for (int i = 0; i < machine->count; i++) own_epoch(c, i) = c.epoch, c.log[i].clear();
+}
+
+// Wavefronts of one warp-wide access beyond the least possible: a wavefront serves 128 bytes, so
+// that 8- and 16-byte accesses go by half and quarter warps.
+static int bank_conflicts(const BankAccess* const* lanes) {
+    size_t bytes = 4;
+    for (int i = 0; i < 32; i++)
+        if (lanes[i]) bytes = std::max(bytes, lanes[i]->bytes);
+    int group = bytes > 8 ? 8 : bytes > 4 ? 16 : 32, conflicts = 0;
+    for (int first = 0; first < 32; first += group) {
+        uintptr_t words[32][32];
+        int used[32] = {}, most = 1;
+        for (int i = first; i < first + group; i++) {
+            if (!lanes[i]) continue;
+            uintptr_t end = lanes[i]->address + lanes[i]->bytes;
+            for (uintptr_t w = lanes[i]->address / 4; w * 4 < end; w++) {
+                int bank = w % 32;
+                if (std::find(words[bank], words[bank] + used[bank], w) != words[bank] + used[bank]) continue;
+                if (used[bank] < 32) words[bank][used[bank]++] = w;
+                most = std::max(most, used[bank]);
+            }
+        }
+        conflicts += most - 1;
+    }
+    return conflicts;
+}
+
+// The warp's lanes have met: their accesses since the last meeting are put side by side, the n-th
+// of one lane with the n-th of the others as long as they come from the same instruction.
+static void count_conflicts(Checker& c, int warp) {
+    std::vector<BankAccess>* logs = &c.log[warp * 32];
+    uint64_t conflicts = 0;
+    for (size_t n = 0;; n++) {
+        const BankAccess* lanes[32] = {};
+        const BankAccess* first = nullptr;
+        for (int i = 0; i < 32; i++) {
+            if (n >= logs[i].size()) continue;
+            if (!first) first = &logs[i][n];
+            if (logs[i][n].pc == first->pc) lanes[i] = &logs[i][n];
+        }
+        if (!first) break;
+        conflicts += bank_conflicts(lanes);
+    }
+    for (int i = 0; i < 32; i++) logs[i].clear();
+    if (conflicts) machine->launch->conflicts += conflicts;
+}
+
+void check_block_end() {
+    for (int w = 0; w * 32 < machine->count; w++) count_conflicts(checker(), w);
+}
+
+void check_barrier() {
+    checker().phase++;
+    check_block_end();
+}
+
+void check_warp_step(uint32_t mask) {
+    if (mask == 0xffffffffu) count_conflicts(checker(), machine->self->linear / 32);
+}
+
+void check_sync(uint32_t mask) {
+    Checker& c = checker();
+    uint32_t(*clocks)[32] = &c.clocks[machine->self->linear & ~31];
+    uint32_t joined[32] = {};
+    for (uint32_t l = mask; l; l &= l - 1)
+        for (int i = 0; i < 32; i++) joined[i] = std::max(joined[i], clocks[__builtin_ctz(l)][i]);
+    c.epoch++;
+    for (uint32_t l = mask; l; l &= l - 1) {
+        int lane = __builtin_ctz(l);
+        memcpy(clocks[lane], joined, sizeof joined);
+        clocks[lane][lane] = c.epoch;
+    }
+}
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+struct Site {  // of an access: a line if a runtime function made it, else a program counter
+    const Where* where;
+    uintptr_t pc;
+};
+
+#define FAIL(thread, site, ...) \
+    do { if (site.where) fail(thread, *site.where, __VA_ARGS__); else fail_at_pc(site.pc, __VA_ARGS__); } while (0)
+
+static const char* verb(Access a) { return a == Access::read ? "read" : a == Access::write ? "write" : "atomic"; }
+
+static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    for (const auto& v : machine->variables)
+        if (a >= v.begin && a + bytes <= v.end) return;
+    uintptr_t bad = a;  // the first byte that lies in no array
+    for (const auto& v : machine->variables)
+        if (a >= v.begin && a < v.end) bad = v.end;
+    FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
+}
+
+[[noreturn]] static void race(const Thread& t, Site site, Access access, const char* other, int thread, uintptr_t a) {
+    Machine& m = *machine;
+    char who[64] = "threads of several warps";
+    if (thread >= 0)
+        snprintf(who, sizeof who, "thread (%u,%u,%u)", m.threads[thread].index.x, m.threads[thread].index.y, m.threads[thread].index.z);
+    size_t offset = a - m.variables[0].begin;
+    const char* array = "dynamic shared memory";
+    for (const auto& v : m.variables)
+        if (a >= v.begin && a < v.end) offset = a - v.begin, array = v.site ? "a shared array" : array;
+    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between", verb(access), offset, array, who, other);
+    __builtin_unreachable();
+}
+
+static void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
+    const int warp = t.linear / 32, lane = t.linear & 31;
+    const uint32_t* clock = c.clocks[t.linear];
+    if (cell.write_phase >= c.first_phase && cell.write_epoch == kInFlight)
+        FAIL(t, site, "%s of shared memory that a cp.async is still writing: no cp_async_wait by its thread", verb(access));
+    if (access != Access::write && cell.write_phase < c.first_phase)
+        FAIL(t, site, "%s of shared memory that nobody has written", verb(access));
+    if (cell.write_phase == c.phase && cell.writer != t.linear) {
+        bool ordered = cell.writer == kAtomic ? access == Access::atomic
+                                              : cell.writer / 32 == warp && clock[cell.writer & 31] >= cell.write_epoch;
+        if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
+    }
+    if (access == Access::read) {
+        uint32_t older = 0;  // readers that are not ordered before this one
+        if (cell.read_phase == c.phase) {
+            if (cell.read_warp != warp) { cell.read_warp = kManyWarps; return; }
+            if (cell.read_epoch == own_epoch(c, t.linear)) older = cell.readers;
+            else
+                for (uint32_t l = cell.readers; l; l &= l - 1)
+                    if (clock[__builtin_ctz(l)] < cell.read_epoch) older |= l & -l;
+        }
+        cell.read_phase = c.phase, cell.read_warp = warp, cell.readers = older | 1u << lane;
+        cell.read_epoch = older ? std::max(cell.read_epoch, own_epoch(c, t.linear)) : own_epoch(c, t.linear);
+        return;
+    }
+    if (cell.read_phase == c.phase) {
+        if (cell.read_warp != warp) race(t, site, access, "read", -1, a);
+        for (uint32_t l = cell.readers & ~(1u << lane); l; l &= l - 1)
+            if (clock[__builtin_ctz(l)] < cell.read_epoch) race(t, site, access, "read", warp * 32 + __builtin_ctz(l), a);
+    }
+    cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear);
+    cell.writer = access == Access::atomic ? kAtomic : t.linear;
+    cell.read_phase = 0;
+}
+
+static void shared_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    Checker& c = checker();
+    require_shared_bounds(t, a, bytes, access, site);
+    SharedCell* cells = &c.cells[a - machine->statics];
+    for (size_t i = 0; i < bytes; i++) shared_byte(c, cells[i], t, a + i, access, site);
+    // ldmatrix counts its own.
+    if (access != Access::atomic && !site.where && c.log[t.linear].size() < 4096)
+        c.log[t.linear].push_back({site.pc, a, bytes});
+}
+
+void check_copy_issued(const Thread& t, uintptr_t a, size_t bytes, Where at) {
+    Checker& c = checker();
+    shared_access(t, a, bytes, Access::write, {&at, 0});
+    if (c.log[t.linear].size() < 4096) c.log[t.linear].push_back({uintptr_t(at.file) + at.line, a, bytes});
+    for (size_t i = 0; i < bytes; i++) c.cells[a - machine->statics + i].write_epoch = kInFlight;
+}
+
+void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
+    Checker& c = checker();
+    for (size_t i = 0; i < bytes; i++) {
+        SharedCell& cell = c.cells[a - machine->statics + i];
+        cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear), cell.writer = t.linear;
+    }
+}
+
+// ---- global memory ----------------------------------------------------------------------------
+
+void* make_shadow(size_t bytes) {
+    size_t size = std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell);
+    void* shadow = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return shadow == MAP_FAILED ? nullptr : shadow;  // without it, bounds are still checked
+}
+
+void free_shadow(void* shadow, size_t bytes) {
+    if (shadow) munmap(shadow, std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell));
+}
+
+[[noreturn]] static void block_race(const Thread& t, Site site, Access access, const char* other, uint32_t block, const Allocation& in, uintptr_t a) {
+    if (block >= kManyBlocks)
+        FAIL(t, site, "race between blocks: %s of bytes %zu..+4 of an allocation, which other blocks %s in this launch",
+             verb(access), (a - in.begin) & ~size_t(3), other);
+    FAIL(t, site, "race between blocks: %s of bytes %zu..+4 of an allocation, which block %u of the grid %s in this launch",
+         verb(access), (a - in.begin) & ~size_t(3), block, other);
+    __builtin_unreachable();
+}
+
+// The emulator's own library: constants and vtables of the kernels' code.
+static bool in_image(uintptr_t a) {
+    struct Range { uintptr_t begin, end; };
+    static const Range image = [] {
+        Range range = {uintptr_t(&checker), 0};
+        dl_iterate_phdr([](dl_phdr_info* info, size_t, void* data) {
+            Range& r = *static_cast<Range*>(data);
+            uintptr_t begin = UINTPTR_MAX, end = 0;
+            for (int i = 0; i < info->dlpi_phnum; i++) {
+                const auto& p = info->dlpi_phdr[i];
+                if (p.p_type != PT_LOAD) continue;
+                begin = std::min<uintptr_t>(begin, info->dlpi_addr + p.p_vaddr);
+                end = std::max<uintptr_t>(end, info->dlpi_addr + p.p_vaddr + p.p_memsz);
+            }
+            if (r.begin < begin || r.begin >= end) return 0;
+            r = {begin, end};
+            return 1;
+        }, &range);
+        return range;
+    }();
+    return a - image.begin < image.end - image.begin;
+}
+
+static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    Machine& m = *machine;
+    Allocation& last = checker().last;
+    const Launch& launch = *m.launch;
+    if (checker().last_serial != launch.serial || a < last.begin || a + bytes > last.end) {
+        if (a - uintptr_t(&m.view) < sizeof m.view || a - uintptr_t(&view) < sizeof view) return;
+        const Allocation* found = find_allocation(a);
+        if (!found || a >= found->end || a + bytes > found->end) {
+            if (in_image(a)) return;
+            uintptr_t bad = found && a < found->end ? found->end : a;
+            FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
+        }
+        last = *found, checker().last_serial = launch.serial;
+    }
+    if (!last.shadow) return;
+    const uint32_t serial = launch.serial << 4;
+    const uint3 b = m.view.block;
+    const uint32_t block = b.x + launch.grid.x * (b.y + launch.grid.y * b.z);
+    auto* cells = static_cast<GlobalCell*>(last.shadow);
+    for (uintptr_t word = (a - last.begin) / 4; word * 4 < a - last.begin + bytes; word++) {
+        GlobalCell& cell = cells[word];
+        uint32_t mask = 0;
+        for (uintptr_t i = 0; i < 4; i++)
+            if (word * 4 + i - (a - last.begin) < bytes) mask |= 1u << i;
+        auto meets = [&](uint32_t tag) { return (tag ^ serial) < 16 && (tag & mask); };
+        auto merge = [&](uint32_t& tag, uint32_t& who, uint32_t now) {
+            bool same_launch = (tag ^ serial) < 16;
+            tag = same_launch && (who == now || now == kManyBlocks) ? tag | mask : serial | mask;
+            who = now;
+        };
+        if (meets(cell.write_tag) && cell.writer != block && (cell.writer != kAtomicBlocks || access != Access::atomic))
+            if (launch.blocks > 1) block_race(t, site, access, "wrote", cell.writer, last, a);
+        if (access == Access::read) {
+            bool other = meets(cell.read_tag) && cell.reader != block;
+            merge(cell.read_tag, cell.reader, other ? kManyBlocks : block);
+            continue;
+        }
+        if (meets(cell.read_tag) && cell.reader != block) block_race(t, site, access, "read", cell.reader, last, a);
+        merge(cell.write_tag, cell.writer, access == Access::atomic ? kAtomicBlocks : block);
+    }
+}
+
+static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    Machine& m = *machine;
+    if (a - m.base < m.statics - kPage - m.base) return;  // local memory
+    if (m.is_shared(a)) shared_access(t, a, bytes, access, site);
+    else global_access(t, a, bytes, access, site);
+}
+
+void check_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Where at) {
+    check(t, a, bytes, access, {&at, 0});
+}
+
+static inline void hook(void* address, size_t bytes, Access access, void* pc) {
+    Machine* m = machine;
+    if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc)});
+}
+
+}  // namespace simt
+
+// ---- what the compiler calls --------------------------------------------------------------------
+
+using namespace simt;
+
+#define HOOK(name, bytes, access) \
+    void name(void* p) { hook(p, bytes, Access::access, __builtin_return_address(0)); }
+
+extern "C" {
+
+HOOK(__tsan_read1, 1, read)
+HOOK(__tsan_read2, 2, read)
+HOOK(__tsan_read4, 4, read)
+HOOK(__tsan_read8, 8, read)
+HOOK(__tsan_read16, 16, read)
+HOOK(__tsan_unaligned_read2, 2, read)
+HOOK(__tsan_unaligned_read4, 4, read)
+HOOK(__tsan_unaligned_read8, 8, read)
+HOOK(__tsan_unaligned_read16, 16, read)
+HOOK(__tsan_write1, 1, write)
+HOOK(__tsan_write2, 2, write)
+HOOK(__tsan_write4, 4, write)
+HOOK(__tsan_write8, 8, write)
+HOOK(__tsan_write16, 16, write)
+HOOK(__tsan_unaligned_write2, 2, write)
+HOOK(__tsan_unaligned_write4, 4, write)
+HOOK(__tsan_unaligned_write8, 8, write)
+HOOK(__tsan_unaligned_write16, 16, write)
+void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, Access::read, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, Access::write, __builtin_return_address(0)); }
+void __tsan_vptr_update(void** p, void*) { hook(p, 8, Access::write, __builtin_return_address(0)); }
+void __tsan_vptr_read(void** p) { hook(p, 8, Access::read, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+
+// Each sanitizer record begins with the source location.
+struct UbsanRecord {
+    const char* file;
+    uint32_t line, column;
+};
+
+static void undefined(const UbsanRecord* r, const char* what) {
+    if (machine && machine->self) fail(*machine->self, {r->file, int(r->line)}, "%s", what);
+}
+
+void __ubsan_handle_type_mismatch_v1(UbsanRecord* r, void*) { undefined(r, "misaligned access: the address is not a multiple of the type's alignment"); }
+void __ubsan_handle_alignment_assumption(UbsanRecord* r, void*, void*, void*) { undefined(r, "misaligned access"); }
+void __ubsan_handle_shift_out_of_bounds(UbsanRecord* r, void*, void*) { undefined(r, "shift by a negative number or by the type's width or more"); }
+void __ubsan_handle_out_of_bounds(UbsanRecord* r, void*) { undefined(r, "index out of the array's bounds"); }
+void __ubsan_handle_float_cast_overflow(UbsanRecord* r, void*) { undefined(r, "float to integer conversion out of range"); }
+void __ubsan_handle_divrem_overflow(UbsanRecord* r, void*, void*) { undefined(r, "integer division by zero"); }
+
+}  // extern "C"
+#endif

@@ -1,0 +1,560 @@
+// Kernels that test the emulator and ptx.cuh; none of them is part of the product.
+//
+//   1. Planted bugs: NAME_bug commits one error that a check must find, and NAME_ok is the same
+//      code without it. All compute out[i] = 2 in[i], so that a bug that corrupts data shows.
+//   2. Probes of ptx.cuh, which tests/emulator.rs compares with plain loops.
+//   3. Two real kernels: a softmax, and a GEMM with mma, ldmatrix and a cp.async pipeline.
+#include "../ptx.cuh"
+
+// ---- 1. planted bugs: 4 blocks of 64 threads, n = 256 -------------------------------------------
+
+struct Plant {
+    float* out;        // [n]
+    const float* in;   // [n]
+    float* scratch;    // [n], fresh from the allocator; zeros for atomics in scratch[0]
+    int n, zero, one;  // zero and one, unknown to the compiler
+};
+
+#define PLANT(name)                                                                    \
+    extern "C" __global__ void name##_bug(Plant p) { name<true>(p); }                  \
+    KERNEL_EXPORT(name##_bug);                                                         \
+    extern "C" __global__ void name##_ok(Plant p) { name<false>(p); }                  \
+    KERNEL_EXPORT(name##_ok)
+
+#define INDICES                                                       \
+    [[maybe_unused]] const int t = threadIdx.x, lane = threadIdx.x % 32; \
+    [[maybe_unused]] const int i = blockIdx.x * blockDim.x + threadIdx.x
+
+template <bool BUG> __device__ void unwritten_shared(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    if (!BUG || t != 5) s[t] = p.in[i];
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(unwritten_shared);
+
+template <bool BUG> __device__ void unwritten_global(Plant p) {
+    INDICES;
+    if (!BUG) p.scratch[i] = p.in[i];
+    p.out[i] = 2 * p.scratch[i];
+}
+PLANT(unwritten_global);
+
+template <bool BUG> __device__ void global_overrun(Plant p) {
+    INDICES;
+    if (BUG && i == 77) p.scratch[p.n + 64] = 1;
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(global_overrun);
+
+// One element: the allocation of 1000 bytes has slack up to its guard page.
+template <bool BUG> __device__ void global_overrun_by_one(Plant p) {
+    INDICES;
+    if (i < p.n) p.out[i] = 2 * p.in[i];
+    if (BUG && i == p.n) p.out[i] = 0;
+}
+PLANT(global_overrun_by_one);
+
+template <bool BUG> __device__ void global_underrun(Plant p) {
+    INDICES;
+    float x = p.in[BUG && i == 0 ? -p.one : i];
+    p.out[i] = BUG && i == 0 ? 2 * p.in[0] + 0 * x : 2 * x;
+}
+PLANT(global_underrun);
+
+template <bool BUG> __device__ void null_pointer(Plant p) {
+    INDICES;
+    const float* in = BUG && i == 130 ? p.in - (p.in - static_cast<const float*>(nullptr)) + p.zero : p.in;
+    p.out[i] = 2 * in[i == 130 && BUG ? 3 : i];
+}
+PLANT(null_pointer);
+
+template <bool BUG> __device__ void shared_overrun(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    SHARED(float, behind, [64]);
+    s[t] = p.in[i];
+    behind[t] = 0;
+    if (BUG && t == 63) s[t + p.one] = p.in[i];
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(shared_overrun);
+
+template <bool BUG> __device__ void dynamic_shared_overrun(Plant p) {  // launched with 256 bytes
+    INDICES;
+    DYN_SMEM(float, s);
+    s[t] = p.in[i];
+    if (BUG && t == 63) s[t + p.one] = p.in[i];
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(dynamic_shared_overrun);
+
+template <bool BUG> __device__ void missing_barrier(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[t] = p.in[i ^ 32];
+    if (!BUG) __syncthreads();
+    p.out[i] = 2 * s[t ^ 32];
+}
+PLANT(missing_barrier);
+
+// The second write may overtake the other warp's first read.
+template <bool BUG> __device__ void overwritten_too_early(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[t] = p.in[i ^ 32];
+    __syncthreads();
+    float x = s[t ^ 32];
+    if (!BUG) __syncthreads();
+    s[t] = p.in[i ^ 32] + 1;
+    __syncthreads();
+    p.out[i] = x + s[t ^ 32] - 1;
+}
+PLANT(overwritten_too_early);
+
+template <bool BUG> __device__ void missing_syncwarp(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[t] = p.in[i ^ 1];
+    if (!BUG) __syncwarp();
+    p.out[i] = 2 * s[t ^ 1];
+}
+PLANT(missing_syncwarp);
+
+template <bool BUG> __device__ void block_race(Plant p) {
+    INDICES;
+    if (t == 0) {
+        if (BUG) p.scratch[0] += 1.0f;
+        else atomicAdd(&p.scratch[0], 1.0f);
+    }
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(block_race);
+
+template <bool BUG> __device__ void atomic_race(Plant p) {  // atomic and plain on one word
+    INDICES;
+    SHARED(int, count, [1]);
+    if (t == 0) count[0] = 0;
+    __syncthreads();
+    atomicAdd(&count[0], 1);
+    if (!BUG) __syncthreads();
+    p.out[i] = 2 * p.in[i] + (count[0] < 0);
+}
+PLANT(atomic_race);
+
+template <bool BUG> __device__ void missing_wait(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    cp_async<4>(smem_address(&s[t]), &p.in[i]);
+    cp_async_commit();
+    if (!BUG) cp_async_wait<0>();
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+    if (BUG) cp_async_wait<0>();
+}
+PLANT(missing_wait);
+
+template <bool BUG> __device__ void missing_commit(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    cp_async<4>(smem_address(&s[t]), &p.in[i]);
+    if (!BUG) cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(missing_commit);
+
+template <bool BUG> __device__ void copy_from_outside(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    cp_async<4>(smem_address(&s[t]), &p.in[BUG && i == 255 ? p.n : i]);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(copy_from_outside);
+
+template <bool BUG> __device__ void misaligned_copy(Plant p) {
+    INDICES;
+    SHARED(float, s, [68]);
+    if (t < 16) cp_async<16>(smem_address(&s[4 * t]) + (BUG ? 4 * p.one : 0), &p.in[blockIdx.x * 64 + 4 * t]);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    p.out[i] = 2 * s[t];
+}
+PLANT(misaligned_copy);
+
+template <bool BUG> __device__ void misaligned_ldmatrix(Plant p) {
+    INDICES;
+    DYN_SMEM(unsigned char, s);
+    for (int k = t; k < 64; k += 64) reinterpret_cast<float*>(s)[k] = 0;
+    __syncthreads();
+    uint32_t r[1];
+    ldmatrix(r, smem_address(s) + lane % 8 * 16 + (BUG && lane == 3 ? 8 * p.one : 0));
+    p.out[i] = 2 * p.in[i] + float(r[0]);
+}
+PLANT(misaligned_ldmatrix);
+
+template <bool BUG> __device__ void misaligned_vector(Plant p) {
+    INDICES;
+    const float2 pair = *reinterpret_cast<const float2*>(&p.in[(i & ~1) + (BUG ? p.one : 0)]);
+    p.out[i] = 2 * (i & 1 ? pair.y : pair.x);
+}
+PLANT(misaligned_vector);
+
+template <bool BUG> __device__ void divergent_barrier(Plant p) {
+    INDICES;
+    if (!BUG || t < 32) __syncthreads();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(divergent_barrier);
+
+template <bool BUG> __device__ void mixed_barriers(Plant p) {
+    INDICES;
+    if (!BUG || t < 32)
+        __syncthreads();
+    else
+        __syncthreads();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(mixed_barriers);
+
+template <bool BUG> __device__ void exited_thread(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i];
+    if (BUG && t == 63) return;
+    __syncthreads();
+}
+PLANT(exited_thread);
+
+template <bool BUG> __device__ void missing_lanes(Plant p) {
+    INDICES;
+    float x = 0;
+    if (!BUG || lane < 16) x = __shfl_xor_sync(0xffffffffu, p.in[i], 1);
+    __syncthreads();
+    p.out[i] = 2 * p.in[i] + 0 * x;
+}
+PLANT(missing_lanes);
+
+template <bool BUG> __device__ void mixed_collectives(Plant p) {
+    INDICES;
+    int all = 0;
+    if (!BUG || lane < 16) all = __all_sync(0xffffffffu, 1);
+    else __syncwarp();
+    p.out[i] = 2 * p.in[i] + 0 * float(all);
+}
+PLANT(mixed_collectives);
+
+template <bool BUG> __device__ void lane_not_in_mask(Plant p) {
+    INDICES;
+    p.out[i] = 2 * __shfl_sync(BUG ? 0xfffffff7u : 0xffffffffu, p.in[i], lane);
+}
+PLANT(lane_not_in_mask);
+
+template <bool BUG> __device__ void shuffle_from_absent_lane(Plant p) {
+    INDICES;
+    float x = p.in[i];
+    if (lane < 16) x = __shfl_sync(0x0000ffffu, x, BUG ? lane + 8 : lane);
+    p.out[i] = 2 * x;
+}
+PLANT(shuffle_from_absent_lane);
+
+template <bool BUG> __device__ void shift_too_far(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i] + 0 * float(1u << (BUG ? 32 * p.one : 31));
+}
+PLANT(shift_too_far);
+
+template <bool BUG> __device__ void cast_out_of_range(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i] + 0 * float(int(BUG ? 1e20f * float(p.one) : 1.5f));
+}
+PLANT(cast_out_of_range);
+
+template <bool BUG> __device__ void division_by_zero(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i] + 0 * float(p.n / (BUG ? p.zero : p.one));
+}
+PLANT(division_by_zero);
+
+template <bool BUG> __device__ void stack_overflow(Plant p) {
+    INDICES;
+    volatile float local[BUG ? 20000 : 20];  // 80 KB
+    for (int k = 0; k < (BUG ? 20000 : 20); k++) local[k] = p.in[i];
+    p.out[i] = local[3] + local[p.one];
+}
+PLANT(stack_overflow);
+
+template <bool BUG> __device__ void trap(Plant p) {
+    INDICES;
+    if (BUG && i == 100) __trap();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(trap);
+
+// A transpose through shared memory, with and without the padding against bank conflicts.
+template <bool BUG> __device__ void bank_conflicts(Plant p) {
+    INDICES;
+    SHARED(float, s, [32][BUG ? 32 : 33]);
+    if (t < 32)
+        for (int row = 0; row < 32; row++) s[row][t] = p.in[i] * float(row == t);
+    __syncthreads();
+    float sum = 0;
+    if (t < 32)
+        for (int column = 0; column < 32; column++) sum += s[t][column];
+    p.out[i] = 2 * (t < 32 ? sum : p.in[i]);
+}
+PLANT(bank_conflicts);
+
+// The same through ldmatrix: 8 rows of 128 bytes, with and without the swizzle.
+template <bool BUG> __device__ void ldmatrix_bank_conflicts(Plant p) {
+    INDICES;
+    DYN_SMEM(unsigned char, s);
+    if (t < 64) store16(s + t * 16, make_uint4(0, 0, 0, 0));
+    __syncthreads();
+    uint32_t r[1];
+    ldmatrix(r, smem_address(s) + (BUG ? lane % 8 * 128 : swizzle<128>(lane % 8, 0)));
+    p.out[i] = 2 * p.in[i] + float(r[0]);
+}
+PLANT(ldmatrix_bank_conflicts);
+
+// ---- 2. probes ----------------------------------------------------------------------------------
+
+// d[16][8] += a[16][16] * b[16][8], one warp; registers filled element by element as the PTX ISA
+// says: element e of register a[r] is A[g + 8 (r % 2)][2t + 8 (r / 2) + e], and so on.
+template <class T>
+__device__ void probe_mma(const T* a, const T* b, float* d) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    uint32_t fa[4], fb[2];
+    float fd[4];
+    for (int r = 0; r < 4; r++) {
+        const T* p = &a[(g + 8 * (r % 2)) * 16 + 2 * t + 8 * (r / 2)];
+        fa[r] = pack2<T>(to_float(p[0]), to_float(p[1]));
+    }
+    for (int r = 0; r < 2; r++) {
+        const T* p = &b[(2 * t + 8 * r) * 8 + g];
+        fb[r] = pack2<T>(to_float(p[0]), to_float(p[8]));
+    }
+    for (int i = 0; i < 4; i++) fd[i] = d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2];
+    mma<T>(fd, fa, fb);
+    for (int i = 0; i < 4; i++) d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = fd[i];
+}
+extern "C" __global__ void probe_mma_f16(const __half* a, const __half* b, float* d) { probe_mma(a, b, d); }
+KERNEL_EXPORT(probe_mma_f16);
+extern "C" __global__ void probe_mma_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) { probe_mma(a, b, d); }
+KERNEL_EXPORT(probe_mma_bf16);
+
+extern "C" __global__ void probe_mma_f16_f16(const __half* a, const __half* b, __half* d) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    uint32_t fa[4], fb[2], fd[2];
+    for (int r = 0; r < 4; r++) {
+        const __half* p = &a[(g + 8 * (r % 2)) * 16 + 2 * t + 8 * (r / 2)];
+        fa[r] = pack2<__half>(to_float(p[0]), to_float(p[1]));
+    }
+    for (int r = 0; r < 2; r++) {
+        const __half* p = &b[(2 * t + 8 * r) * 8 + g];
+        fb[r] = pack2<__half>(to_float(p[0]), to_float(p[8]));
+    }
+    uint32_t* words = reinterpret_cast<uint32_t*>(d);
+    for (int r = 0; r < 2; r++) fd[r] = words[(g + 8 * r) * 4 + t];
+    mma_f16(fd, fa, fb);
+    for (int r = 0; r < 2; r++) words[(g + 8 * r) * 4 + t] = fd[r];
+}
+KERNEL_EXPORT(probe_mma_f16_f16);
+
+// out[lane][register] of ldmatrix over m[32][8] (four 8x8 matrices, one below the other).
+template <int MATRICES, bool TRANS>
+__device__ void probe_ldmatrix(const uint16_t* m, uint32_t* out) {
+    SHARED(uint4, s, [32]);
+    s[threadIdx.x] = load16(m + threadIdx.x * 8);
+    __syncwarp();
+    uint32_t r[MATRICES];
+    ldmatrix<TRANS>(r, smem_address(&s[threadIdx.x % (8 * MATRICES)]));
+    for (int i = 0; i < MATRICES; i++) out[threadIdx.x * MATRICES + i] = r[i];
+}
+#define PROBE_LDMATRIX(name, matrices, trans)                                                               \
+    extern "C" __global__ void name(const uint16_t* m, uint32_t* out) { probe_ldmatrix<matrices, trans>(m, out); } \
+    KERNEL_EXPORT(name)
+PROBE_LDMATRIX(probe_ldmatrix_x1, 1, false);
+PROBE_LDMATRIX(probe_ldmatrix_x2, 2, false);
+PROBE_LDMATRIX(probe_ldmatrix_x4, 4, false);
+PROBE_LDMATRIX(probe_ldmatrix_x1_trans, 1, true);
+PROBE_LDMATRIX(probe_ldmatrix_x2_trans, 2, true);
+PROBE_LDMATRIX(probe_ldmatrix_x4_trans, 4, true);
+
+// Each thread copies BYTES, or zeros where its index is odd.
+template <int BYTES>
+__device__ void probe_cp_async(const unsigned char* in, unsigned char* out) {
+    SHARED(uint4, s, [32]);
+    unsigned char* bytes = reinterpret_cast<unsigned char*>(s) + threadIdx.x * BYTES;
+    cp_async<BYTES>(smem_address(bytes), in + threadIdx.x * BYTES, threadIdx.x % 2 == 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    for (int i = 0; i < BYTES; i++) out[threadIdx.x * BYTES + i] = bytes[i];
+}
+extern "C" __global__ void probe_cp_async_16(const unsigned char* in, unsigned char* out) { probe_cp_async<16>(in, out); }
+KERNEL_EXPORT(probe_cp_async_16);
+extern "C" __global__ void probe_cp_async_8(const unsigned char* in, unsigned char* out) { probe_cp_async<8>(in, out); }
+KERNEL_EXPORT(probe_cp_async_8);
+extern "C" __global__ void probe_cp_async_4(const unsigned char* in, unsigned char* out) { probe_cp_async<4>(in, out); }
+KERNEL_EXPORT(probe_cp_async_4);
+
+// One warp: out[i][lane] of warp_sum, warp_max, and the shuffles by 3 in segments of 16.
+extern "C" __global__ void probe_warp(const float* in, float* out) {
+    const int lane = threadIdx.x;
+    const float x = in[lane];
+    out[lane] = warp_sum(x);
+    out[32 + lane] = warp_max(x);
+    out[64 + lane] = __shfl_sync(0xffffffffu, x, 3, 16);
+    out[96 + lane] = __shfl_up_sync(0xffffffffu, x, 3, 16);
+    out[128 + lane] = __shfl_down_sync(0xffffffffu, x, 3, 16);
+    out[160 + lane] = __shfl_xor_sync(0xffffffffu, x, 3, 16);
+    out[192 + lane] = float(__popc(__ballot_sync(0xffffffffu, x > 0)));
+}
+KERNEL_EXPORT(probe_warp);
+
+// Conversions of the 32-bit patterns first + i, and of the 16-bit patterns i.
+extern "C" __global__ void probe_narrow(uint32_t first, uint16_t* half_bits, uint16_t* bf16_bits, int per_thread) {
+    const uint32_t begin = (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
+    for (uint32_t i = begin; i < begin + per_thread; i++) {
+        const float f = __uint_as_float(first + i);
+        half_bits[i] = __half_as_ushort(__float2half_rn(f));
+        bf16_bits[i] = __bfloat16_as_ushort(__float2bfloat16_rn(f));
+    }
+}
+KERNEL_EXPORT(probe_narrow);
+
+extern "C" __global__ void probe_widen(float* from_half, float* from_bf16) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    from_half[i] = __half2float(__ushort_as_half(uint16_t(i)));
+    from_bf16[i] = __bfloat162float(__ushort_as_bfloat16(uint16_t(i)));
+}
+KERNEL_EXPORT(probe_widen);
+
+#ifdef SIMT_EMULATOR
+// Where the emulator's conversion in integers differs from the processor's.
+extern "C" void probe_portable(uint32_t first, uint32_t* differ, int per_thread) {
+    const uint32_t begin = first + (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
+    uint32_t count = 0;
+    for (uint32_t i = begin; i < begin + per_thread; i++) {
+        const float f = __uint_as_float(i);
+        count += simt::float_to_half_portable(f) != simt::float_to_half(f);
+        if (i < 65536)
+            count += __float_as_uint(simt::half_to_float_portable(i)) != __float_as_uint(simt::half_to_float(i));
+    }
+    if (count) atomicAdd(differ, count);
+}
+KERNEL_EXPORT(probe_portable);
+#endif
+
+// pack8(unpack8(x)) and x * y + z in 16 bits, one element a thread for the latter.
+extern "C" __global__ void probe_half_math(const __half* x, const __half* y, const __half* z, __half* fma, __half* sum,
+                                           __half* product, __half* copy) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    fma[i] = __hfma(x[i], y[i], z[i]);
+    sum[i] = __hadd(x[i], y[i]);
+    product[i] = __hmul(x[i], y[i]);
+    if (i % 8 == 0) {
+        float f[8];
+        unpack8<__half>(load16(x + i), f);
+        store16(copy + i, pack8<__half>(f));
+    }
+}
+KERNEL_EXPORT(probe_half_math);
+
+// ---- 3. real kernels ----------------------------------------------------------------------------
+
+// y[row] = softmax(x[row]) over n columns; one block of 128 threads a row. Reads x three times.
+extern "C" __global__ void softmax(const __half* x, __half* y, int n) {
+    SHARED(float, partial, [2][4]);
+    x += size_t(blockIdx.x) * n, y += size_t(blockIdx.x) * n;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float most = -INFINITY, sum = 0;
+    for (int i = threadIdx.x; i < n; i += 128) most = fmaxf(most, to_float(x[i]));
+    most = warp_max(most);
+    if (lane == 0) partial[0][warp] = most;
+    __syncthreads();
+    most = fmaxf(fmaxf(partial[0][0], partial[0][1]), fmaxf(partial[0][2], partial[0][3]));
+    for (int i = threadIdx.x; i < n; i += 128) sum += __expf(to_float(x[i]) - most);
+    sum = warp_sum(sum);
+    if (lane == 0) partial[1][warp] = sum;
+    __syncthreads();
+    sum = partial[1][0] + partial[1][1] + partial[1][2] + partial[1][3];
+    for (int i = threadIdx.x; i < n; i += 128) from_float(y[i], __expf(to_float(x[i]) - most) / sum);
+}
+KERNEL_EXPORT(softmax);
+
+// C[m][n] = A[m][k] * B[n][k]^T, f32 accumulators. k a multiple of 8, any m and n.
+// 64 x 64 of C a block, four warps of 32 x 32, three stages of k = 32 in 24 KB of shared memory.
+template <class T>
+__device__ void gemm(const T* a, const T* b, T* c, int m, int n, int k) {
+    constexpr int kTile = 64, kDepth = 32, kStages = 3, kRow = kDepth * 2, kOperand = kTile * kRow;
+    DYN_SMEM(unsigned char, smem);
+    const smem_addr shared = smem_address(smem);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
+    const int steps = (k + kDepth - 1) / kDepth;
+
+    auto load = [&](int step) {
+        const smem_addr stage = shared + step % kStages * 2 * kOperand;
+        for (int i = threadIdx.x; i < kTile * 4; i += 128) {
+            const int row = i / 4, chunk = i % 4, at_k = step * kDepth + chunk * 8;
+            const bool a_valid = row0 + row < m && at_k < k, b_valid = column0 + row < n && at_k < k;
+            cp_async(stage + swizzle<kRow>(row, chunk), a_valid ? a + size_t(row0 + row) * k + at_k : a, a_valid);
+            cp_async(stage + kOperand + swizzle<kRow>(row, chunk), b_valid ? b + size_t(column0 + row) * k + at_k : b,
+                     b_valid);
+        }
+    };
+
+    float acc[2][4][4] = {};
+    for (int s = 0; s < kStages - 1; s++) {
+        if (s < steps) load(s);
+        cp_async_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // this stage is there for all, and all have left the one loaded next
+        if (step + kStages - 1 < steps) load(step + kStages - 1);
+        cp_async_commit();
+        const smem_addr stage = shared + step % kStages * 2 * kOperand;
+#pragma unroll
+        for (int kk = 0; kk < kDepth / 8; kk += 2) {
+            smem_addr a_rows[2], b_rows[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                a_rows[i] = stage + swizzle<kRow>(warp / 2 * 32 + i * 16 + lane % 16, kk + lane / 16);
+                b_rows[i] = stage + kOperand +
+                            swizzle<kRow>(warp % 2 * 32 + i * 16 + lane / 16 * 8 + lane % 8, kk + lane / 8 % 2);
+            }
+            uint32_t fa[2][4], pairs[2][4], fb[4][2];
+            ldmatrix_n(fa, a_rows);
+            ldmatrix_n(pairs, b_rows);
+#pragma unroll
+            for (int j = 0; j < 4; j++) fb[j][0] = pairs[j / 2][j % 2 * 2], fb[j][1] = pairs[j / 2][j % 2 * 2 + 1];
+            mma_tile<T>(acc, fa, fb);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int row = row0 + warp / 2 * 32 + i * 16 + lane / 4 + e / 2 * 8;
+                const int column = column0 + warp % 2 * 32 + j * 8 + lane % 4 * 2 + e % 2;
+                if (row < m && column < n) from_float(c[size_t(row) * n + column], acc[i][j][e]);
+            }
+}
+extern "C" __global__ void __launch_bounds__(128)
+gemm_f16_64x64x32_s3(const __half* a, const __half* b, __half* c, int m, int n, int k) { gemm(a, b, c, m, n, k); }
+KERNEL_EXPORT(gemm_f16_64x64x32_s3);
+extern "C" __global__ void __launch_bounds__(128)
+gemm_bf16_64x64x32_s3(const __nv_bfloat16* a, const __nv_bfloat16* b, __nv_bfloat16* c, int m, int n, int k) { gemm(a, b, c, m, n, k); }
+KERNEL_EXPORT(gemm_bf16_64x64x32_s3);

@@ -1,0 +1,704 @@
+// The runtime: fibers and their scheduler, shared memory, launches over OS threads, faults, and
+// the C ABI at the end of the file.
+//
+// Costs, one core: switch 3-5 ns, a warp's rendezvous about 0.2 us, a launch about 1 us.
+#include <dlfcn.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdarg>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <thread>
+
+#include "machine.h"
+
+namespace simt {
+
+__thread View* view;
+__thread Machine* machine;
+
+// ---- context switch ---------------------------------------------------------------------------
+
+// Saves the callee-saved registers on this stack and *save = rsp; then the same backwards. All
+// fibers share the floating-point control words.
+extern "C" void simt_switch(void** save, void* load);
+asm(R"(
+    .text
+    .local simt_switch
+    .type simt_switch, @function
+simt_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size simt_switch, .-simt_switch
+)");
+
+static void fiber();
+
+static uintptr_t stack_top(const Machine& m, int stack) {
+    // Colouring: equal depths of neighbouring stacks must not share a cache set.
+    return m.stacks + (stack + 1) * (kPage + kStack) - 64 * (stack % 32 + 1);
+}
+
+static void* fresh_stack(const Machine& m, int stack) {
+    void** sp = reinterpret_cast<void**>(stack_top(m, stack));
+    *--sp = nullptr;  // fiber() never returns
+    *--sp = reinterpret_cast<void*>(fiber);
+    return sp - 6;    // garbage in the six registers
+}
+
+// ---- scheduler --------------------------------------------------------------------------------
+
+static int choose(uint32_t set, Machine& m) {
+    switch (m.launch->order) {
+        case Order::forward: return __builtin_ctz(set);
+        case Order::reversed: return 31 - __builtin_clz(set);
+        case Order::random: break;
+    }
+    m.random ^= m.random << 13, m.random ^= m.random >> 7, m.random ^= m.random << 17;  // xorshift64
+    int by = m.random >> 59;
+    return (__builtin_ctz(set >> by | set << (-by & 31)) + by) & 31;
+}
+
+// Takes the next thread that can run; null if none can. A warp runs on for as long as one of its
+// lanes can, so that a collective's operands are still in the cache, and one warp runs far ahead.
+static Thread* pick(Machine& m) {
+    if (!m.ready_warps) return nullptr;
+    if (m.launch->order == Order::random || !m.warps[m.warp].ready) m.warp = choose(m.ready_warps, m);
+    Warp& w = m.warps[m.warp];
+    int lane = choose(w.ready, m);
+    w.ready &= ~(1u << lane);
+    if (!w.ready) m.ready_warps &= ~(1u << m.warp);
+    return &m.threads[m.warp * 32 + lane];
+}
+
+static void make_ready(Machine& m, int warp, uint32_t lanes) {
+    if (!lanes) return;
+    m.warps[warp].ready |= lanes;
+    m.ready_warps |= 1u << warp;
+    for (uint32_t l = lanes; l; l &= l - 1) m.threads[warp * 32 + __builtin_ctz(l)].state = State::ready;
+}
+
+static void become(Machine& m, Thread& t) {
+    m.self = &t;
+    m.view.thread = t.index;
+}
+
+static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads"; }
+
+[[noreturn]] static void deadlock(Machine& m) {
+    const Thread* waits = m.threads;
+    while (waits->state != State::waiting) waits++;
+    for (Thread* t = m.threads; t < m.threads + m.count; t++) {
+        bool awaited = !waits->op || (t->linear / 32 == waits->linear / 32 && waits->mask >> (t->linear & 31) & 1);
+        bool joined = t->state == State::waiting && t->op == waits->op && t->mask == waits->mask;
+        if (!awaited || joined) continue;
+        if (t->state == State::done)
+            fail(*waits, waits->at, "divergent %s: waits for thread (%u,%u,%u), which has left the kernel",
+                 name_of(waits->op), t->index.x, t->index.y, t->index.z);
+        fail(*waits, waits->at, "divergent %s: waits for thread (%u,%u,%u), which is in %s at %s:%d%s",
+             name_of(waits->op), t->index.x, t->index.y, t->index.z, name_of(t->op), t->at.file, t->at.line,
+             t->op == waits->op ? " with another mask" : "");
+    }
+    fail(*waits, waits->at, "%s: waits for a lane beyond the block's last thread", name_of(waits->op));
+}
+
+// Lets others run until someone makes this thread ready.
+static void wait(Machine& m) {
+    Thread &t = *m.self, *next = pick(m);
+    if (!next) deadlock(m);
+    if (next == &t) return;
+    if (next->state == State::fresh) {
+        next->stack = m.free_stacks.back();
+        m.free_stacks.pop_back();
+        next->sp = fresh_stack(m, next->stack);
+    }
+    become(m, *next);
+    simt_switch(&t.sp, next->sp);
+}
+
+// Runs threads from their start to their end; a thread that never waits costs no switch.
+static void fiber() {
+    Machine& m = *machine;
+    for (;;) {
+        Thread& t = *m.self;
+        t.state = State::ready;
+        m.launch->kernel->thunk(*m.launch->kernel, m.launch->params);
+        t.state = State::done;
+        if (!t.copies.empty())
+            fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
+        m.alive--;
+        Thread* next = pick(m);
+        if (!next && m.alive) deadlock(m);
+        void* ignored;
+        int stack = t.stack;
+        if (next && next->state == State::fresh) {
+            next->stack = stack;
+            become(m, *next);
+            continue;
+        }
+        m.free_stacks.push_back(stack);  // nobody takes it before the switch
+        if (next) become(m, *next);
+        simt_switch(&ignored, next ? next->sp : m.scheduler_sp);
+    }
+}
+
+void barrier(Where at) {
+    Machine& m = *machine;
+    Thread& t = *m.self;
+    t.op = nullptr, t.at = at, t.mask = 0, t.state = State::waiting;
+    if (!m.at_barrier++) m.first_at_barrier = &t;
+    const Thread& first = *m.first_at_barrier;
+    if (first.at.line != at.line || strcmp(first.at.file, at.file))
+        fail(t, at, "mixed barriers: thread (%u,%u,%u) waits in another, at %s:%d", first.index.x, first.index.y,
+             first.index.z, first.at.file, first.at.line);
+    if (m.at_barrier == m.count) {
+        m.at_barrier = 0;
+        check_barrier();
+        for (int w = 0; w * 32 < m.count; w++)
+            make_ready(m, w, m.count - w * 32 >= 32 ? ~0u : (1u << (m.count - w * 32)) - 1);
+        m.warp = choose(m.ready_warps, m);
+    }
+    wait(m);
+}
+
+void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at) {
+    Machine& m = *machine;
+    Thread& t = *m.self;
+    int warp = t.linear / 32, lane = t.linear & 31;
+    Warp& w = m.warps[warp];
+    Thread* lanes = &m.threads[warp * 32];
+    t.op = &op, t.mask = mask, t.data = data, t.at = at, t.state = State::waiting;
+    if (!(mask >> lane & 1)) fail(t, at, "%s: the calling lane %d is not in its mask 0x%08x", op.name, lane, mask);
+    w.waiting |= 1u << lane;
+    if ((w.waiting & mask) != mask) return wait(m);
+
+    void* all[32] = {};
+    for (uint32_t l = mask; l; l &= l - 1) {
+        Thread& other = lanes[__builtin_ctz(l)];
+        if (other.op != &op || other.mask != mask || other.at.line != at.line || other.at.file != at.file)
+            fail(t, at, "mixed collectives: %s with mask 0x%08x, but thread (%u,%u,%u) is in %s with mask 0x%08x at %s:%d",
+                 op.name, mask, other.index.x, other.index.y, other.index.z, op.name == name_of(other.op) ? "it" : name_of(other.op),
+                 other.mask, other.at.file, other.at.line);
+        all[__builtin_ctz(l)] = other.data;
+    }
+    w.waiting &= ~mask;
+    m.fault_where = &t.at;
+    op.run(all, mask, imm);
+    m.fault_where = nullptr;
+    check_warp_step(mask);
+    t.state = State::ready;
+    make_ready(m, warp, mask & ~(1u << lane));
+}
+
+// ---- shared memory and cp.async ---------------------------------------------------------------
+
+void* static_shared(const void* site, size_t bytes, size_t align) {
+    Machine& m = *machine;
+    for (const auto& v : m.variables)
+        if (v.site == site) return reinterpret_cast<void*>(v.begin);
+    align = std::max<size_t>(align, 16);
+    size_t begin = (m.static_used + align - 1) / align * align;
+    m.static_used = begin + bytes;
+    if (m.static_used > kSharedDefault)
+        fail_at_pc(uintptr_t(__builtin_return_address(0)), "%zu bytes of static shared memory, more than 48 KB",
+                   m.static_used);
+    if (m.static_used + m.launch->smem > kSharedMax)
+        fail_at_pc(uintptr_t(__builtin_return_address(0)), "%zu bytes of static and %u of dynamic shared memory, more than 99 KB",
+                   m.static_used, m.launch->smem);
+    if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, bytes);
+    m.variables.push_back({site, m.statics + begin, m.statics + m.static_used});
+    return reinterpret_cast<void*>(m.statics + begin);
+}
+
+void* dynamic_shared(size_t align) {
+    if (align > 128) fail_at_pc(uintptr_t(__builtin_return_address(0)), "dynamic shared memory is aligned to 128 bytes only");
+    return machine->dynamic;
+}
+
+void cp_async(void* dst, const void* src, int bytes, int copied, Where at) {
+    Machine& m = *machine;
+    Thread& t = *m.self;
+    uintptr_t d = uintptr_t(dst), s = uintptr_t(src);
+    if (!m.is_shared(d) || !m.is_shared(d + bytes - 1))
+        fail(t, at, "cp.async: the destination is not in shared memory: %s", describe_address(d).c_str());
+    if (d % bytes || s % bytes)
+        fail(t, at, "cp.async of %d bytes: the %s is not aligned to them", bytes, d % bytes ? "destination" : "source");
+    if (copied) check_access(t, s, copied, Access::read, at);
+    check_copy_issued(t, d, bytes, at);
+    m.fault_where = &at;
+    if (m.launch->poison) memset(dst, kPoison, bytes);
+    m.fault_where = nullptr;
+    t.copies.push_back({static_cast<unsigned char*>(dst), src, bytes, copied, at});
+}
+
+void cp_async_commit() {
+    Thread& t = *machine->self;
+    t.groups.push_back(t.copies.size());
+}
+
+void cp_async_wait(int groups_left, Where) {
+    Machine& m = *machine;
+    Thread& t = *m.self;
+    int landing = int(t.groups.size()) - groups_left;
+    if (landing <= 0) return;
+    size_t copies = t.groups[landing - 1];
+    for (size_t i = 0; i < copies; i++) {
+        const Copy& c = t.copies[i];
+        m.fault_where = &c.at;
+        if (c.copied == 16) {
+            memcpy(c.dst, c.src, 16);
+        } else {
+            memcpy(c.dst, c.src, c.copied);
+            memset(c.dst + c.copied, 0, c.bytes - c.copied);
+        }
+        check_copy_landed(t, uintptr_t(c.dst), c.bytes);
+    }
+    m.fault_where = nullptr;
+    t.copies.erase(t.copies.begin(), t.copies.begin() + copies);
+    t.groups.erase(t.groups.begin(), t.groups.begin() + landing);
+    for (size_t& g : t.groups) g -= copies;
+}
+
+// ---- blocks -----------------------------------------------------------------------------------
+
+Machine::Machine() {
+    size_t stack_area = (kMaxThreads + 1) * (kPage + kStack);
+    size_t static_area = kSharedDefault, dynamic_area = (kSharedMax + kPage - 1) / kPage * kPage;
+    size_t size = stack_area + kPage + static_area + kPage + dynamic_area + kPage;
+    void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    base = uintptr_t(memory);
+    stacks = base + kPage + kStack;  // the first is for faults
+    statics = base + stack_area + kPage;
+    statics_guard = statics + static_area;
+    end = statics_guard + kPage + dynamic_area;
+    dynamic_end = end;
+    auto open = [](uintptr_t at, size_t bytes) {
+        if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
+    };
+    for (int i = -1; i < kMaxThreads; i++) open(stacks + i * (kPage + kStack) + kPage, kStack);
+    for (int i = kMaxThreads - 1; i >= 0; i--) free_stacks.push_back(i);
+    open(statics, static_area);
+    open(statics_guard + kPage, dynamic_area);
+}
+
+static uint3 coordinates(uint64_t linear, dim3 size) {
+    return {unsigned(linear % size.x), unsigned(linear / size.x % size.y), unsigned(linear / size.x / size.y)};
+}
+
+void Machine::run_block(Launch& l, uint64_t linear) {
+    launch = &l;
+    view.block = coordinates(linear, l.grid);
+    view.block_dim = l.block, view.grid_dim = l.grid;
+    count = alive = l.block.x * l.block.y * l.block.z;
+    ready_warps = 0, at_barrier = 0, static_used = 0;
+    random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
+    dynamic = reinterpret_cast<unsigned char*>((dynamic_end - l.smem) & ~uintptr_t(127));
+    if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));
+    variables.clear();
+    variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
+    for (int i = 0; i < count; i++) {
+        Thread& t = threads[i];
+        t.linear = i, t.index = coordinates(i, l.block), t.state = State::fresh, t.stack = -1;
+        t.groups.clear();
+    }
+    for (int w = 0; w * 32 < count; w++) {
+        warps[w] = {count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1, 0};
+        ready_warps |= 1u << w;
+    }
+    warp = choose(ready_warps, *this);
+    machine = this, simt::view = &view;
+    check_block_start();
+    Thread* first = pick(*this);
+    first->stack = free_stacks.back();
+    free_stacks.pop_back();
+    become(*this, *first);
+    simt_switch(&scheduler_sp, fresh_stack(*this, first->stack));
+    if (!l.failed) check_block_end();
+    machine = nullptr, self = nullptr;
+    if (!l.failed) return;
+    // Fibers that were abandoned: nothing on their stacks owns anything.
+    for (int i = 0; i < count; i++) threads[i].copies.clear(), threads[i].groups.clear();
+    free_stacks.clear();
+    for (int i = kMaxThreads - 1; i >= 0; i--) free_stacks.push_back(i);
+}
+
+// ---- faults -----------------------------------------------------------------------------------
+
+// "file:line" of a program counter, outside the emulator's own headers; from binutils' addr2line,
+// which g++ needs anyhow.
+static std::string source_line(uintptr_t pc) {
+    Dl_info info;
+    if (!dladdr(reinterpret_cast<void*>(pc), &info) || !info.dli_fname) return "unknown source";
+    char buffer[1024];
+    snprintf(buffer, sizeof buffer, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
+             size_t(pc - uintptr_t(info.dli_fbase)));
+    std::string found;
+    if (FILE* pipe = popen(buffer, "r")) {
+        while (fgets(buffer, sizeof buffer, pipe)) {
+            std::string line(buffer, strcspn(buffer, " \n"));
+            while (line.compare(0, 2, "./") == 0) line.erase(0, 2);
+            if (line.find("emulator/simt.h") != line.npos || line.find("emulator/half.h") != line.npos) continue;
+            if (line[0] == '?' || line.find(":?") != line.npos) continue;
+            if (found.empty() || found.find("ptx.cuh") != found.npos) found = line;
+        }
+        pclose(pipe);
+    }
+    if (!found.empty()) return found;
+    snprintf(buffer, sizeof buffer, "%s+0x%zx", info.dli_fname, size_t(pc - uintptr_t(info.dli_fbase)));
+    return buffer;
+}
+
+[[noreturn]] static void report(const Thread& t, const std::string& where, const char* format, va_list args) {
+    Machine& m = *machine;
+    char text[512];
+    vsnprintf(text, sizeof text, format, args);
+    char head[256];
+    snprintf(head, sizeof head, "kernel %s, block (%u,%u,%u), thread (%u,%u,%u), ", m.launch->kernel->name,
+             m.view.block.x, m.view.block.y, m.view.block.z, t.index.x, t.index.y, t.index.z);
+    {
+        std::lock_guard<std::mutex> lock(m.launch->mutex);
+        if (m.launch->error.empty()) m.launch->error = head + where + ": " + text;
+    }
+    m.launch->failed = true;
+    void* ignored;
+    simt_switch(&ignored, m.scheduler_sp);
+    __builtin_unreachable();
+}
+
+void fail(const Thread& t, Where at, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    const char* file = strncmp(at.file, "./", 2) ? at.file : at.file + 2;
+    report(t, file + (":" + std::to_string(at.line)), format, args);
+}
+
+void fail_at_pc(uintptr_t pc, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    report(*machine->self, source_line(pc - 1), format, args);  // a call returns behind itself
+}
+
+void trap(const char* message, Where at) { fail(*machine->self, at, "%s", message); }
+
+static struct sigaction previous_action[NSIG];
+
+// Runs on the fault stack, after the handler has returned to it.
+[[noreturn]] static void faulted() {
+    Machine& m = *machine;
+    const Fault& f = m.fault;
+    std::string what;
+    if (f.signal == SIGFPE) what = "integer division by zero";
+    else if (f.signal == SIGILL) what = "illegal instruction";
+    else if (f.address - m.base < m.statics - kPage - m.base) what = "stack overflow: more than 64 KB of local memory";
+    else what = "illegal access: " + describe_address(f.address);
+    if (const Where* at = m.fault_where) {
+        m.fault_where = nullptr;
+        fail(*m.self, *at, "%s", what.c_str());
+    }
+    fail_at_pc(f.pc + 1, "%s", what.c_str());
+}
+
+static void on_signal(int signal, siginfo_t* info, void* context) {
+    Machine* m = machine;
+    if (!m || !m->self) {  // not ours, but perhaps the other build's
+        const struct sigaction& previous = previous_action[signal];
+        if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(signal, info, context);
+        sigaction(signal, &previous, nullptr);  // the instruction faults again, under that
+        return;
+    }
+    greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+    m->fault = {signal, uintptr_t(info->si_addr), uintptr_t(registers[REG_RIP])};
+    registers[REG_RSP] = m->stacks - 64 - 8;
+    registers[REG_RIP] = greg_t(faulted);
+}
+
+static void install_handlers() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        for (int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(s, &action, &previous_action[s]);
+    });
+    // A fiber that overflowed its stack cannot take the signal on it.
+    static thread_local std::unique_ptr<unsigned char[]> own;
+    static thread_local bool checked = false;
+    if (checked) return;
+    checked = true;
+    stack_t stack;
+    if (!sigaltstack(nullptr, &stack) && !(stack.ss_flags & SS_DISABLE)) return;
+    own.reset(new unsigned char[64 << 10]);
+    stack = {own.get(), 0, 64 << 10};
+    sigaltstack(&stack, nullptr);
+}
+
+// ---- global memory ----------------------------------------------------------------------------
+
+static std::map<uintptr_t, Allocation> allocations;
+
+const Allocation* find_allocation(uintptr_t address) {
+    auto it = allocations.upper_bound(address);
+    return it == allocations.begin() ? nullptr : &std::prev(it)->second;
+}
+
+std::string describe_address(uintptr_t a) {
+    Machine& m = *machine;
+    char text[160];
+    auto relative = [&](const char* what, uintptr_t begin, uintptr_t end) {
+        if (a >= end)
+            snprintf(text, sizeof text, "%zu bytes past the end of %s of %zu bytes", a - end, what, end - begin);
+        else
+            snprintf(text, sizeof text, "%zu bytes before %s of %zu bytes", begin - a, what, end - begin);
+        return std::string(text);
+    };
+    if (a - (m.statics - kPage) < m.end + kPage - (m.statics - kPage)) {
+        if (a >= m.statics_guard) return relative("dynamic shared memory", m.variables[0].begin, m.variables[0].end);
+        const Machine::Static* nearest = nullptr;
+        for (const auto& v : m.variables)
+            if (v.begin <= a && v.site && (!nearest || v.begin > nearest->begin)) nearest = &v;
+        if (nearest) return relative("a shared array", nearest->begin, nearest->end);
+        return "below the static shared memory";
+    }
+    if (a < kPage) return "a null pointer";
+    const Allocation* below = find_allocation(a);
+    auto above = allocations.upper_bound(a);
+    uintptr_t past = below ? a - below->end : UINTPTR_MAX, before = above == allocations.end() ? UINTPTR_MAX : above->first - a;
+    if (below && a < below->end) return "inside a live allocation";
+    if (past <= before && past < 1 << 20) return relative("an allocation", below->begin, below->end);
+    if (before < past && before < 1 << 20) return relative("an allocation", above->second.begin, above->second.end);
+    snprintf(text, sizeof text, "0x%zx, which is no memory of this device", size_t(a));
+    return text;
+}
+
+// ---- launches over OS threads -----------------------------------------------------------------
+
+static uint64_t block_at(const Launch& l, uint64_t i) {
+    switch (l.order) {
+        case Order::forward: return i;
+        case Order::reversed: return l.blocks - 1 - i;
+        case Order::random: break;
+    }
+    uint64_t step = (l.seed * 2654435761u + 12345) % l.blocks | 1;  // coprime: a permutation
+    auto gcd = [](uint64_t a, uint64_t b) { while (b) std::swap(a %= b, b); return a; };
+    while (gcd(step, l.blocks) != 1) step += 2;
+    return uint64_t(((unsigned __int128)i * step + l.seed) % l.blocks);
+}
+
+static void run_blocks(Machine& m, Launch& l) {
+    install_handlers();
+    for (uint64_t i; !l.failed && (i = l.next++) < l.blocks;) m.run_block(l, block_at(l, i));
+}
+
+// Without a name of its own the static below would be one for both builds in a process (a unique
+// symbol, even to dlopen).
+namespace {
+
+// Helpers beside the launching thread, which live as long as the process.
+class Pool {
+    std::mutex mutex;
+    std::condition_variable wake, finished;
+    Launch* launch = nullptr;
+    uint64_t generation = 0;
+    int started = 0, wanted = 0, running = 0;
+
+    void helper(int id) {
+        Machine m;
+        std::unique_lock<std::mutex> lock(mutex);
+        for (uint64_t seen = 0;;) {
+            wake.wait(lock, [&] { return generation != seen && launch && id < wanted; });
+            seen = generation;
+            Launch* l = launch;
+            running++;
+            lock.unlock();
+            run_blocks(m, *l);
+            lock.lock();
+            if (!--running) finished.notify_one();
+        }
+    }
+
+public:
+    void run(Launch& l, int threads) {
+        static Machine& own = *new Machine;
+        int helpers = int(std::min<uint64_t>(threads, l.blocks)) - 1;
+        if (helpers > 0) {
+            std::lock_guard<std::mutex> lock(mutex);
+            for (; started < helpers; started++) std::thread(&Pool::helper, this, started).detach();
+            launch = &l, wanted = helpers, generation++;
+            wake.notify_all();
+        }
+        run_blocks(own, l);
+        if (helpers > 0) {
+            std::unique_lock<std::mutex> lock(mutex);
+            launch = nullptr;  // who has not woken yet is not needed
+            finished.wait(lock, [&] { return !running; });
+        }
+    }
+};
+
+}  // namespace
+
+struct KernelState {
+    Kernel kernel;
+    size_t max_dynamic = kSharedDefault;
+};
+
+// Kernels register before main, in any order of files: hence not a plain global.
+static std::map<std::string, KernelState, std::less<>>& kernels() {
+    static auto& map = *new std::map<std::string, KernelState, std::less<>>;
+    return map;
+}
+
+void add_kernel(const Kernel& k) { kernels()[k.name].kernel = k; }
+
+static std::mutex big_lock;  // one call of the C ABI at a time
+static thread_local std::string last_error;
+static int threads = std::max(1u, std::thread::hardware_concurrency());
+static Order order = Order::forward;
+static uint64_t seed = 0;
+static bool poison = true;
+static uint64_t conflicts = 0;
+
+static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
+static int refuse(const char* format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    last_error = text;
+    return 1;
+}
+
+}  // namespace simt
+
+// ---- C ABI: 0, or an error that emu_last_error explains (per OS thread) --------------------------
+
+using namespace simt;
+
+extern "C" {
+
+const char* emu_last_error() { return last_error.c_str(); }
+
+// threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
+// order; poison: 0 or 1.
+int emu_config(const char* key, uint64_t value) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    std::string k = key;
+    if (k == "threads" && value >= 1 && value <= 1024) threads = int(value);
+    else if (k == "order" && value <= 2) order = Order(value);
+    else if (k == "seed") seed = value;
+    else if (k == "poison" && value <= 1) poison = value;
+    else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
+    return 0;
+}
+
+// The name of the i-th kernel in alphabetical order, or null.
+const char* emu_kernel_name(int i) {
+    if (i < 0 || size_t(i) >= kernels().size()) return nullptr;
+    return std::next(kernels().begin(), i)->first.c_str();
+}
+
+// Number of arguments, and their sizes as far as `cap` allows.
+int emu_kernel_info(const char* name, int* nargs, size_t* sizes, int cap) {
+    auto it = kernels().find(name);
+    if (it == kernels().end()) return refuse("no kernel named %s", name);
+    *nargs = it->second.kernel.nargs;
+    for (int i = 0; i < *nargs && i < cap; i++) sizes[i] = it->second.kernel.sizes[i];
+    return 0;
+}
+
+int emu_set_max_dyn_smem(const char* name, size_t bytes) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    auto it = kernels().find(name);
+    if (it == kernels().end()) return refuse("no kernel named %s", name);
+    if (bytes > kSharedMax) return refuse("kernel %s: %zu bytes of shared memory, at most %zu", name, bytes, kSharedMax);
+    it->second.max_dynamic = bytes;
+    return 0;
+}
+
+// Shared-memory bank conflicts (wavefronts beyond the least possible) of the last launch: in
+// ldmatrix; in the checked build in every access.
+uint64_t emu_bank_conflicts() { return conflicts; }
+
+// Aligned to 256 bytes, filled with NaN, with unmapped pages before and behind.
+void* emu_malloc(size_t bytes) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    size_t room = (bytes + 255) / 256 * 256, pages = (std::max<size_t>(room, 1) + kPage - 1) / kPage * kPage;
+    size_t size = pages + 2 * kPage;
+    void* map = room < bytes ? MAP_FAILED : mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED || mprotect(static_cast<char*>(map) + kPage, pages, PROT_READ | PROT_WRITE)) {
+        if (map != MAP_FAILED) munmap(map, size);
+        refuse("out of memory: %zu bytes", bytes);
+        return nullptr;
+    }
+    uintptr_t begin = uintptr_t(map) + kPage + pages - room;
+    if (poison) memset(reinterpret_cast<void*>(begin), kPoison, room);
+    allocations[begin] = {begin, begin + bytes, uintptr_t(map), uintptr_t(map) + size, make_shadow(bytes)};
+    return reinterpret_cast<void*>(begin);
+}
+
+int emu_free(void* p) {
+    if (!p) return 0;
+    std::lock_guard<std::mutex> lock(big_lock);
+    auto it = allocations.find(uintptr_t(p));
+    if (it == allocations.end()) return refuse("emu_free: %p was not allocated, or freed before", p);
+    const Allocation& a = it->second;
+    free_shadow(a.shadow, a.end - a.begin);
+    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
+    allocations.erase(it);
+    return 0;
+}
+
+int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+               unsigned smem, void** args) {
+    std::lock_guard<std::mutex> lock(big_lock);
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return refuse("the emulator was compiled for a processor with AVX2 and FMA");
+#endif
+    auto it = kernels().find(std::string_view(name));
+    if (it == kernels().end()) return refuse("no kernel named %s", name);
+    const Kernel& k = it->second.kernel;
+    if (!bx || !by || !bz || bx > 1024 || by > 1024 || bz > 64 || uint64_t(bx) * by * bz > kMaxThreads)
+        return refuse("kernel %s: a block of %ux%ux%u threads; at most 1024, and 1024x1024x64", name, bx, by, bz);
+    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535)
+        return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", name, gx, gy, gz);
+    if (smem > it->second.max_dynamic)
+        return refuse("kernel %s: %u bytes of dynamic shared memory, %zu allowed (emu_set_max_dyn_smem)", name, smem,
+                      it->second.max_dynamic);
+    static Launch& l = *new Launch;
+    if (k.offsets[k.nargs] > sizeof l.params)
+        return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], sizeof l.params);
+    for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
+    l.kernel = &k, l.grid = {gx, gy, gz}, l.block = {bx, by, bz}, l.smem = smem;
+    l.blocks = uint64_t(gx) * gy * gz;
+    l.order = order, l.seed = seed, l.poison = poison, l.serial++;
+    l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
+    static Pool& pool = *new Pool;
+    pool.run(l, threads);
+    conflicts = l.conflicts;
+    if (!l.failed) return 0;
+    last_error = l.error;
+    return 2;
+}
+
+}  // extern "C"

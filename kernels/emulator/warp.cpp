@@ -1,0 +1,343 @@
+// The warp-wide operations: mma, ldmatrix, shuffles, reductions, and atomics beside them.
+//
+// Each gets all 32 lanes' registers at once and works on them in place. Fragment layouts are
+// those of ptx.cuh. A product m16n8k16 is 2048 multiply-adds in 60-100 ns with AVX2.
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace simt {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+static Thread& lane_thread(int lane) { return machine->threads[(machine->self->linear & ~31) + lane]; }
+
+// 8x8 matrix of 16-bit elements, rows to columns.
+static void transpose8x8(__m128i r[8]) {
+    __m128i s[8], t[8];
+    for (int i = 0; i < 4; i++) {
+        s[2 * i] = _mm_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+    }
+    for (int h = 0; h < 2; h++)
+        for (int i = 0; i < 2; i++) {
+            t[4 * h + 2 * i] = _mm_unpacklo_epi32(s[4 * h + i], s[4 * h + 2 + i]);
+            t[4 * h + 2 * i + 1] = _mm_unpackhi_epi32(s[4 * h + i], s[4 * h + 2 + i]);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[2 * i] = _mm_unpacklo_epi64(t[i], t[4 + i]);
+        r[2 * i + 1] = _mm_unpackhi_epi64(t[i], t[4 + i]);
+    }
+}
+
+// ---- mma --------------------------------------------------------------------------------------
+
+struct MmaLane {
+    void* d;
+    const uint32_t *a, *b;
+};
+
+// Eight 16-bit values, one register of each of four lanes, to f32.
+static inline void widen(__m128i v, bool bf16, float* out) {
+#ifdef __AVX2__
+    _mm256_storeu_ps(out, bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16))
+                               : _mm256_cvtph_ps(v));
+#else
+    uint16_t h[8];
+    memcpy(h, &v, sizeof h);
+    for (int i = 0; i < 8; i++) out[i] = bf16 ? bfloat16_to_float(h[i]) : half_to_float(h[i]);
+#endif
+}
+
+// Row r of an accumulator tile lies in the lanes 4 (r % 8) ..+3, two columns each.
+static inline void load_row(void* const* d, int tile, int r, Accumulator kind, float* out) {
+    int word = r / 8;
+    void* const* lanes = d + 4 * (r % 8);
+    if (kind == Accumulator::f32) {
+        for (int c = 0; c < 4; c++) memcpy(out + 2 * c, static_cast<float*>(lanes[c]) + 4 * tile + 2 * word, 8);
+    } else {
+        uint32_t w[4];
+        for (int c = 0; c < 4; c++) w[c] = static_cast<uint32_t*>(lanes[c])[2 * tile + word];
+        widen(_mm_loadu_si128(reinterpret_cast<__m128i*>(w)), false, out);
+    }
+}
+
+static inline void store_row(void* const* d, int tile, int r, Accumulator kind, const float* in) {
+    int word = r / 8;
+    void* const* lanes = d + 4 * (r % 8);
+    for (int c = 0; c < 4; c++) {
+        if (kind == Accumulator::f32) {
+            memcpy(static_cast<float*>(lanes[c]) + 4 * tile + 2 * word, in + 2 * c, 8);
+        } else {
+            static_cast<uint32_t*>(lanes[c])[2 * tile + word] =
+                float_to_half(in[2 * c]) | uint32_t(float_to_half(in[2 * c + 1])) << 16;
+        }
+    }
+}
+
+// Four rows of COLUMNS tiles side by side: with 8 accumulators the adders stay busy.
+template <int COLUMNS>
+static inline void multiply(const float (*a)[16], const float (*b)[16][8], float (*d)[COLUMNS][8]) {
+#ifdef __AVX2__
+    __m256 sum[4][COLUMNS];
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < COLUMNS; c++) sum[r][c] = _mm256_loadu_ps(d[r][c]);
+    for (int k = 0; k < 16; k++)
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < COLUMNS; c++)
+                sum[r][c] = _mm256_fmadd_ps(_mm256_broadcast_ss(&a[r][k]), _mm256_load_ps(b[c][k]), sum[r][c]);
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < COLUMNS; c++) _mm256_storeu_ps(d[r][c], sum[r][c]);
+#else
+    for (int k = 0; k < 16; k++)
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < COLUMNS; c++)
+                for (int i = 0; i < 8; i++) d[r][c][i] += a[r][k] * b[c][k][i];
+#endif
+}
+
+template <int COLUMNS, Accumulator KIND>
+static inline void multiply_tile(const Machine& machine, void* const* d, int m, int n, int columns) {
+    for (int r0 = 0; r0 < 16; r0 += 4) {
+        float rows[4][COLUMNS][8];
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < COLUMNS; c++) load_row(d, m * columns + n + c, r0 + r, KIND, rows[r][c]);
+        multiply<COLUMNS>(machine.a_rows + m * 16 + r0, machine.b_rows + n, rows);
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < COLUMNS; c++) store_row(d, m * columns + n + c, r0 + r, KIND, rows[r][c]);
+    }
+}
+
+template <Accumulator KIND>
+static void multiply_all(void* const* d, int m, int n) {
+    for (int i = 0; i < m; i++) {
+        int j = 0;
+        for (; j + 2 <= n; j += 2) multiply_tile<2, KIND>(*machine, d, i, j, n);
+        if (j < n) multiply_tile<1, KIND>(*machine, d, i, j, n);
+    }
+}
+
+static void run_mma(void* const* lanes, uint32_t, const void* imm) {
+    const MmaShape& shape = *static_cast<const MmaShape*>(imm);
+    bool bf16 = shape.element == Element::bf16;
+    auto gather = [&](int row, auto word) {  // one word of each of the four lanes of a row
+        const MmaLane* const* l = reinterpret_cast<const MmaLane* const*>(lanes) + 4 * row;
+        return _mm_setr_epi32(word(*l[0]), word(*l[1]), word(*l[2]), word(*l[3]));
+    };
+    for (int i = 0; i < shape.m; i++)
+        for (int r = 0; r < 16; r++)
+            for (int k = 0; k < 2; k++)
+                widen(gather(r % 8, [&](const MmaLane& l) { return l.a[4 * i + 2 * k + r / 8]; }), bf16,
+                      machine->a_rows[16 * i + r] + 8 * k);
+    for (int j = 0; j < shape.n; j++)
+        for (int k = 0; k < 2; k++) {
+            __m128i columns[8];
+            for (int c = 0; c < 8; c++) columns[c] = gather(c, [&](const MmaLane& l) { return l.b[2 * j + k]; });
+            transpose8x8(columns);
+            for (int r = 0; r < 8; r++) widen(columns[r], bf16, machine->b_rows[j][8 * k + r]);
+        }
+    void* d[32];
+    for (int i = 0; i < 32; i++) d[i] = static_cast<const MmaLane*>(lanes[i])->d;
+    if (shape.accumulator == Accumulator::f32) multiply_all<Accumulator::f32>(d, shape.m, shape.n);
+    else multiply_all<Accumulator::f16>(d, shape.m, shape.n);
+}
+
+void mma(void* d, const uint32_t* a, const uint32_t* b, const MmaShape& shape, Where at) {
+    static const Op op = {"mma", run_mma};
+    if (shape.m > kMaxTiles || shape.n > kMaxTiles) trap("mma_tile: more than 16 tiles a side", at);
+    MmaLane lane = {d, a, b};
+    collective(op, kAll, &lane, &shape, at);
+}
+
+// ---- ldmatrix ---------------------------------------------------------------------------------
+
+struct LdmatrixLane {
+    uint32_t* registers;
+    const uintptr_t* rows;
+};
+struct LdmatrixShape {
+    int count, matrices;
+    bool trans;
+    Where at;
+};
+
+// Wavefronts beyond the first; the same row twice is one access.
+static int row_conflicts(const uintptr_t* addresses) {
+    int used[8] = {}, most = 1;
+    for (int r = 0; r < 8; r++)
+        if (std::find(addresses, addresses + r, addresses[r]) == addresses + r)
+            most = std::max(most, ++used[addresses[r] / 16 % 8]);
+    return most - 1;
+}
+
+static void run_ldmatrix(void* const* lanes, uint32_t, const void* imm) {
+    const LdmatrixShape& shape = *static_cast<const LdmatrixShape*>(imm);
+    Machine& m = *machine;
+    auto lane = [&](int i) { return static_cast<const LdmatrixLane*>(lanes[i]); };
+    uint64_t conflicts = 0;
+    for (int n = 0; n < shape.count; n++)
+        for (int j = 0; j < shape.matrices; j++) {
+            __m128i rows[8];
+            uintptr_t addresses[8];
+            uint32_t banks = 0;  // a row covers four of the 32
+            for (int r = 0; r < 8; r++) {
+                const uintptr_t address = addresses[r] = lane(8 * j + r)->rows[n];
+                const Thread& t = lane_thread(8 * j + r);
+                if (address % 16) fail(t, shape.at, "ldmatrix: the row's address is not a multiple of 16");
+                if (!m.is_shared(address))
+                    fail(t, shape.at, "ldmatrix: the row is not in shared memory: %s", describe_address(address).c_str());
+                check_access(t, address, 16, Access::read, shape.at);
+                rows[r] = _mm_load_si128(reinterpret_cast<const __m128i*>(address));
+                banks |= 1u << address / 16 % 8;
+            }
+            if (banks != 0xff) conflicts += row_conflicts(addresses);
+            if (shape.trans) transpose8x8(rows);
+            for (int r = 0; r < 8; r++) {
+                uint32_t words[4];
+                memcpy(words, &rows[r], 16);
+                for (int c = 0; c < 4; c++) lane(4 * r + c)->registers[n * shape.matrices + j] = words[c];
+            }
+        }
+    if (conflicts) m.launch->conflicts += conflicts;
+}
+
+void ldmatrix(uint32_t* registers, const uintptr_t* rows, int count, int matrices, bool trans, Where at) {
+    static const Op op = {"ldmatrix", run_ldmatrix};
+    LdmatrixLane lane = {registers, rows};
+    LdmatrixShape shape = {count, matrices, trans, at};
+    collective(op, kAll, &lane, &shape, at);
+}
+
+// ---- shuffles, votes, reductions, __syncwarp --------------------------------------------------
+
+struct ShuffleLane {
+    void* value;
+    int operand;
+};
+struct ShuffleShape {
+    Shuffle kind;
+    size_t size;
+    int width;
+    Where at;
+};
+
+static void run_shuffle(void* const* lanes, uint32_t mask, const void* imm) {
+    const ShuffleShape& shape = *static_cast<const ShuffleShape*>(imm);
+    uint64_t before[32];
+    for (uint32_t l = mask; l; l &= l - 1) {
+        int i = __builtin_ctz(l);
+        memcpy(&before[i], static_cast<ShuffleLane*>(lanes[i])->value, shape.size);
+    }
+    for (uint32_t l = mask; l; l &= l - 1) {
+        int i = __builtin_ctz(l), first = i & ~(shape.width - 1), last = first + shape.width - 1, from = i;
+        const ShuffleLane& lane = *static_cast<ShuffleLane*>(lanes[i]);
+        switch (shape.kind) {
+            case Shuffle::index: from = first | (lane.operand & (shape.width - 1)); break;
+            case Shuffle::up: from = i - lane.operand < first ? i : i - lane.operand; break;
+            case Shuffle::down: from = i + lane.operand > last ? i : i + lane.operand; break;
+            case Shuffle::lane_xor: from = (i ^ lane.operand) > last ? i : i ^ lane.operand; break;
+        }
+        if (!(mask >> from & 1)) fail(lane_thread(i), shape.at, "shuffle: lane %d reads lane %d, which is not in the mask 0x%08x", i, from, mask);
+        memcpy(lane.value, &before[from], shape.size);
+    }
+}
+
+void shuffle(Shuffle kind, uint32_t mask, void* value, size_t size, int operand, int width, Where at) {
+    static const Op op = {"shuffle", run_shuffle};
+    ShuffleLane lane = {value, operand};
+    ShuffleShape shape = {kind, size, width, at};
+    collective(op, mask, &lane, &shape, at);
+}
+
+struct BallotLane {
+    bool predicate;
+    uint32_t result;
+};
+
+static void run_ballot(void* const* lanes, uint32_t mask, const void*) {
+    uint32_t votes = 0;
+    for (uint32_t l = mask; l; l &= l - 1)
+        votes |= uint32_t(static_cast<BallotLane*>(lanes[__builtin_ctz(l)])->predicate) << __builtin_ctz(l);
+    for (uint32_t l = mask; l; l &= l - 1) static_cast<BallotLane*>(lanes[__builtin_ctz(l)])->result = votes;
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, Where at) {
+    static const Op op = {"vote", run_ballot};
+    BallotLane lane = {predicate, 0};
+    collective(op, mask, &lane, nullptr, at);
+    return lane.result;
+}
+
+// The butterfly of ptx.cuh in one rendezvous: the same operations in the same order.
+static void run_reduce(void* const* lanes, uint32_t, const void* imm) {
+    float v[32], w[32];
+    for (int i = 0; i < 32; i++) v[i] = *static_cast<float*>(lanes[i]);
+    for (int by = 16; by; by /= 2) {
+        for (int i = 0; i < 32; i++) w[i] = *static_cast<const bool*>(imm) ? fmaxf(v[i], v[i ^ by]) : v[i] + v[i ^ by];
+        memcpy(v, w, sizeof v);
+    }
+    for (int i = 0; i < 32; i++) *static_cast<float*>(lanes[i]) = v[i];
+}
+
+float warp_reduce(float value, bool maximum, Where at) {
+    static const Op sum = {"warp_sum", run_reduce}, max = {"warp_max", run_reduce};
+    collective(maximum ? max : sum, kAll, &value, &maximum, at);
+    return value;
+}
+
+// ---- atomics ----------------------------------------------------------------------------------
+
+template <class T>
+static void check_atomic(T* address, Where at) {
+    const Thread& t = *machine->self;
+    if (uintptr_t(address) % sizeof(T)) fail(t, at, "atomic: the address is not a multiple of %zu", sizeof(T));
+    check_access(t, uintptr_t(address), sizeof(T), Access::atomic, at);
+}
+
+// Blocks run on several OS threads, so these are atomic for the CPU too.
+template <class T>
+T atomic(Atomic op, T* address, T value, Where at) {
+    check_atomic(address, at);
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    Bits* bits = reinterpret_cast<Bits*>(address);
+    machine->fault_where = &at;
+    Bits seen = __atomic_load_n(bits, __ATOMIC_RELAXED), next;
+    do {
+        T old = bit_cast<T>(seen), result = value;
+        switch (op) {
+            case Atomic::add: result = T(old + value); break;
+            case Atomic::min: result = value < old ? value : old; break;
+            case Atomic::max: result = old < value ? value : old; break;
+            case Atomic::exchange: break;
+        }
+        next = bit_cast<Bits>(result);
+    } while (!__atomic_compare_exchange_n(bits, &seen, next, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    machine->fault_where = nullptr;
+    return bit_cast<T>(seen);
+}
+
+template <class T>
+T atomic_cas(T* address, T expected, T desired, Where at) {
+    check_atomic(address, at);
+    machine->fault_where = &at;
+    __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    machine->fault_where = nullptr;
+    return expected;
+}
+
+template float atomic(Atomic, float*, float, Where);
+template int atomic(Atomic, int*, int, Where);
+template unsigned atomic(Atomic, unsigned*, unsigned, Where);
+template unsigned long long atomic(Atomic, unsigned long long*, unsigned long long, Where);
+template int atomic_cas(int*, int, int, Where);
+template unsigned atomic_cas(unsigned*, unsigned, unsigned, Where);
+template unsigned long long atomic_cas(unsigned long long*, unsigned long long, unsigned long long, Where);
+
+}  // namespace simt
+
+void __syncwarp(uint32_t mask, simt::Where at) {
+    static const simt::Op op = {"__syncwarp", [](void* const*, uint32_t mask, const void*) { simt::check_sync(mask); }};
+    simt::collective(op, mask, nullptr, nullptr, at);
+}

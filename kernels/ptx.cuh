@@ -1,0 +1,277 @@
+// All inline PTX of the project, and beside each piece its twin for the emulator
+// (kernels/emulator/README.md). Every kernel includes this file, and no CUDA header.
+//
+// FRAGMENTS of mma.sync.m16n8k16, D[16][8] += A[16][16] * B[16][8] (PTX ISA, "Matrix Fragments
+// for mma.m16n8k16 with floating point type"). With g = lane / 4 and t = lane % 4; a register of
+// 32 bits holds two 16-bit elements, the one of lower index in the lower half:
+//
+//     a[0] = A[g    ][2t, 2t+1]     a[2] = A[g    ][2t+8, 2t+9]
+//     a[1] = A[g + 8][2t, 2t+1]     a[3] = A[g + 8][2t+8, 2t+9]
+//     b[0] = B[2t, 2t+1][g]         b[1] = B[2t+8, 2t+9][g]
+//     f32 accumulators:  d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g + 8][2t, 2t+1]
+//     f16 accumulators:  d[0] = D[g][2t, 2t+1]          d[1] = D[g + 8][2t, 2t+1]
+//
+// ldmatrix reads 8x8 matrices of 16-bit elements from shared memory. Lane 8j + r gives the address
+// of row r of matrix j (16 bytes, aligned to 16); register j receives M_j[g][2t, 2t+1], and with
+// .trans M_j[2t, 2t+1][g]. So with matrices stored as below, one x4 loads
+//
+//     A fragment from A[m][k]:            row = lane % 16,                  column = lane / 16 * 8
+//     two B fragments from B^T[n][k]:     row = lane / 16 * 8 + lane % 8,   column = lane / 8 % 2 * 8
+//     two B fragments from B[k][n] with .trans:  row = lane % 16,           column = lane / 16 * 8
+//
+// where the two B fragments, b[0] b[1] of n 0..7 and b[0] b[1] of n 8..15, are registers 0..3.
+#pragma once
+#ifndef SIMT_EMULATOR
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+// ---- shared memory and exported kernels (the emulator defines its own in simt.h) --------------
+
+#ifndef SIMT_EMULATOR
+// SHARED(float, red, [4][32]);   a static array
+#define SHARED(type, name, dims) __shared__ type name dims
+// DYN_SMEM(unsigned char, smem);   the launch's dynamic shared memory, aligned to 128 bytes
+#define DYN_SMEM(type, name)                                       \
+    extern __shared__ __align__(128) unsigned char name##_bytes[]; \
+    type* const name = reinterpret_cast<type*>(name##_bytes)
+// After `extern "C" __global__ void kernel(...) {...}`
+#define KERNEL_EXPORT(kernel) static_assert(true, "")
+#endif
+
+// An address in shared memory as ldmatrix and cp.async take it. Offsets in bytes may be added; the
+// low 7 bits are those of the offset into DYN_SMEM, so that a swizzle may be xor'ed in.
+#ifdef SIMT_EMULATOR
+using smem_addr = uintptr_t;
+inline smem_addr smem_address(const void* p) { return smem_addr(p); }
+#else
+using smem_addr = uint32_t;
+__device__ __forceinline__ smem_addr smem_address(const void* p) { return smem_addr(__cvta_generic_to_shared(p)); }
+#endif
+
+// Byte offset of the 16-byte chunk `chunk` of row `row`, in rows of ROW_BYTES (64 or a multiple of
+// 128) whose chunks are permuted so that ldmatrix and 16-byte copies of eight rows, or of one row,
+// meet no bank twice.
+template <int ROW_BYTES>
+__device__ __forceinline__ int swizzle(int row, int chunk) {
+    static_assert(ROW_BYTES == 64 || ROW_BYTES % 128 == 0, "a row is 64 bytes or a multiple of 128");
+    return row * ROW_BYTES + (ROW_BYTES == 64 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) * 16;
+}
+
+// ---- 16-bit floats: T is __half or __nv_bfloat16 ------------------------------------------------
+
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(__half& to, float x) { to = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+
+// Two elements in one register, `low` in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+    struct alignas(4) { T x, y; } pair;
+    from_float(pair.x, low), from_float(pair.y, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t bits) {
+    struct alignas(4) { T x, y; } pair;
+    memcpy(&pair, &bits, 4);
+    return make_float2(to_float(pair.x), to_float(pair.y));
+}
+
+// 16 bytes of global or shared memory, aligned to 16. The emulator uses a vector register: a
+// copy of the struct may be split in parts, which its count of bank conflicts would see.
+#ifdef SIMT_EMULATOR
+inline uint4 load16(const void* p) { return simt::bit_cast<uint4>(*static_cast<const simt::Vector16*>(p)); }
+inline void store16(void* p, uint4 v) { *static_cast<simt::Vector16*>(p) = simt::bit_cast<simt::Vector16>(v); }
+#else
+__device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
+__device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+#endif
+
+template <class T>
+__device__ __forceinline__ void unpack8(uint4 v, float (&x)[8]) {
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 f = unpack2<T>(w[i]);
+        x[2 * i] = f.x, x[2 * i + 1] = f.y;
+    }
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
+    return make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+}
+
+// ---- mma.sync.m16n8k16 --------------------------------------------------------------------------
+
+template <class T> constexpr bool is_half = false;
+template <> constexpr bool is_half<__half> = true;
+
+#ifdef SIMT_EMULATOR
+
+// The tile calls meet once for the whole tile; see the other branch for what they compute.
+template <class T, int M, int N>
+inline void mma_tile(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
+    simt::mma(d, a[0], b[0], {M, N, is_half<T> ? simt::Element::f16 : simt::Element::bf16, simt::Accumulator::f32}, at);
+}
+template <int M, int N>
+inline void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
+    simt::mma(d, a[0], b[0], {M, N, simt::Element::f16, simt::Accumulator::f16}, at);
+}
+template <class T>
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_WHERE) {
+    simt::mma(d, a, b, {1, 1, is_half<T> ? simt::Element::f16 : simt::Element::bf16, simt::Accumulator::f32}, at);
+}
+inline void mma_f16(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_WHERE) {
+    simt::mma(d, a, b, {1, 1, simt::Element::f16, simt::Accumulator::f16}, at);
+}
+
+#else
+
+// d += a * b, T = __half or __nv_bfloat16, f32 accumulators.
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (is_half<T>)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d += a * b in f16 with f16 accumulators: twice the rate on GeForce cards.
+__device__ __forceinline__ void mma_f16(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+        : "+r"(d[0]), "+r"(d[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d[i][j] += a[i] * b[j]: a warp's tile of 16 M x 8 N.
+template <class T, int M, int N>
+__device__ __forceinline__ void mma_tile(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) mma<T>(d[i][j], a[i], b[j]);
+}
+template <int M, int N>
+__device__ __forceinline__ void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j]);
+}
+
+#endif
+
+// ---- ldmatrix -----------------------------------------------------------------------------------
+
+// r[0..MATRICES] of one ldmatrix.x1, .x2 or .x4; `row` as explained above.
+#ifdef SIMT_EMULATOR
+
+template <bool TRANS = false, int MATRICES>
+inline void ldmatrix(uint32_t (&r)[MATRICES], smem_addr row, SIMT_WHERE) {
+    simt::ldmatrix(r, &row, 1, MATRICES, TRANS, at);
+}
+template <bool TRANS = false, int N, int MATRICES>
+inline void ldmatrix_n(uint32_t (&r)[N][MATRICES], const smem_addr (&rows)[N], SIMT_WHERE) {
+    simt::ldmatrix(r[0], rows, N, MATRICES, TRANS, at);
+}
+
+#else
+
+template <bool TRANS = false, int MATRICES>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[MATRICES], smem_addr row) {
+    static_assert(MATRICES == 1 || MATRICES == 2 || MATRICES == 4, "ldmatrix is x1, x2 or x4");
+    if constexpr (MATRICES == 1 && !TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(row) : "memory");
+    if constexpr (MATRICES == 1 && TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(row) : "memory");
+    if constexpr (MATRICES == 2 && !TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1]) : "r"(row) : "memory");
+    if constexpr (MATRICES == 2 && TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1]) : "r"(row) : "memory");
+    if constexpr (MATRICES == 4 && !TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+    if constexpr (MATRICES == 4 && TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+// N of them.
+template <bool TRANS = false, int N, int MATRICES>
+__device__ __forceinline__ void ldmatrix_n(uint32_t (&r)[N][MATRICES], const smem_addr (&rows)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) ldmatrix<TRANS>(r[i], rows[i]);
+}
+
+#endif
+
+// ---- cp.async -----------------------------------------------------------------------------------
+
+// Copies BYTES (16 past L1; 8 or 4) from global to shared memory, both aligned to BYTES, or fills
+// with zeros if not `valid`; `src` must be a valid address even then. The bytes are there for this
+// thread after a cp_async_wait, for others after a barrier that follows it.
+#ifdef SIMT_EMULATOR
+
+template <int BYTES = 16>
+inline void cp_async(smem_addr dst, const void* src, bool valid = true, SIMT_WHERE) {
+    simt::cp_async(reinterpret_cast<void*>(dst), src, BYTES, valid ? BYTES : 0, at);
+}
+inline void cp_async_commit() { simt::cp_async_commit(); }
+template <int GROUPS_LEFT>
+inline void cp_async_wait(SIMT_WHERE) { simt::cp_async_wait(GROUPS_LEFT, at); }
+
+#else
+
+template <int BYTES = 16>
+__device__ __forceinline__ void cp_async(smem_addr dst, const void* src, bool valid = true) {
+    static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4, "cp.async copies 16, 8 or 4 bytes");
+    size_t global = __cvta_generic_to_global(src);
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(dst), "l"(global), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
+}
+// Closes a group of the copies issued since the last commit; it may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most GROUPS_LEFT of this thread's groups are still in flight.
+template <int GROUPS_LEFT>
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(GROUPS_LEFT) : "memory"); }
+
+#endif
+
+// ---- warp reductions ----------------------------------------------------------------------------
+
+// Over all 32 lanes, the same result in each.
+#ifdef SIMT_EMULATOR
+
+inline float warp_sum(float x, SIMT_WHERE) { return simt::warp_reduce(x, false, at); }
+inline float warp_max(float x, SIMT_WHERE) { return simt::warp_reduce(x, true, at); }
+
+#else
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int by = 16; by; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int by = 16; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
+    return x;
+}
+
+#endif

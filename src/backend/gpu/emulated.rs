@@ -1,0 +1,354 @@
+//! The CUDA kernels on the CPU: a safe wrapper of the emulator in `kernels/emulator`.
+//!
+//! ```no_run
+//! use edm2k::backend::gpu::emulated::{Arg, Build, Emulator};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Emulator::new(Build::Checked)?;
+//! let (x, y) = (device.alloc(2 * 1000)?, device.alloc(2 * 1000)?);
+//! x.upload(0, &[half::f16::ONE; 1000])?;
+//! // SAFETY: one block reads and writes 1000 halves.
+//! unsafe { device.launch("softmax", [1, 1, 1], [128, 1, 1], 0, &[x.arg(), y.arg(), Arg::of(&1000i32)])? };
+//! # Ok(()) }
+//! ```
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytemuck::{NoUninit, Pod, Zeroable};
+use libloading::Library;
+
+/// Which of the two libraries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Build {
+    /// Fast; finds what shows in results or hits a guard page.
+    Normal,
+    /// Instrumented: finds races, unwritten reads and exact bounds, about 3x slower on products and
+    /// 5x on elementwise kernels.
+    Checked,
+}
+
+/// The order in which threads that could run do run; and blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// Thread 0 first, as far as it can go.
+    #[default]
+    Forward,
+    /// The last thread first.
+    Reversed,
+    /// By a seed, anew at every choice.
+    Random(u64),
+}
+
+/// Why the emulator did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EmulatorError {
+    /// The library could not be loaded.
+    #[error("cannot load the emulator: {0}")]
+    Load(#[from] libloading::Error),
+    /// A launch, allocation or setting that a device would refuse too.
+    #[error("{0}")]
+    Refused(String),
+    /// A kernel did something wrong; names kernel, block, thread and source line.
+    #[error("{0}")]
+    Fault(String),
+    /// A kernel was given other arguments than it takes.
+    #[error("kernel {kernel}: arguments of {found:?} bytes, expected {expected:?}")]
+    Arguments {
+        /// Its name.
+        kernel: String,
+        /// Sizes of the arguments given.
+        found: Vec<usize>,
+        /// Sizes of its parameters.
+        expected: Vec<usize>,
+    },
+    /// A copy beyond the end of device memory.
+    #[error("copy of {bytes} bytes at {offset}, but the memory has {size}")]
+    CopyRange {
+        /// Where it begins.
+        offset: usize,
+        /// Its length.
+        bytes: usize,
+        /// Size of the memory.
+        size: usize,
+    },
+}
+
+type Result<T> = std::result::Result<T, EmulatorError>;
+
+/// An address in device memory, as kernels take it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct DevicePtr(u64);
+
+impl DevicePtr {
+    /// The address `bytes` further.
+    pub fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
+
+/// One argument of a launch: its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg<'a>(&'a [u8]);
+
+impl<'a> Arg<'a> {
+    /// A number, a [`DevicePtr`] or a `#[repr(C)]` struct.
+    pub fn of<T: NoUninit>(value: &'a T) -> Self {
+        Self(bytemuck::bytes_of(value))
+    }
+}
+
+/// What a launch counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Wavefronts of shared-memory accesses beyond the least possible: those of ldmatrix, in the
+    /// checked build of all.
+    pub bank_conflicts: u64,
+}
+
+/// The C functions of `kernels/emulator/simt.cpp`.
+struct Api {
+    last_error: unsafe extern "C" fn() -> *const c_char,
+    config: unsafe extern "C" fn(*const c_char, u64) -> c_int,
+    kernel_name: unsafe extern "C" fn(c_int) -> *const c_char,
+    kernel_info: unsafe extern "C" fn(*const c_char, *mut c_int, *mut usize, c_int) -> c_int,
+    set_max_dyn_smem: unsafe extern "C" fn(*const c_char, usize) -> c_int,
+    bank_conflicts: unsafe extern "C" fn() -> u64,
+    malloc: unsafe extern "C" fn(usize) -> *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void) -> c_int,
+    launch: unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, u32, u32, *mut *mut c_void) -> c_int,
+    /// Settings now in force; held during launches and copies, which must not overlap.
+    settings: Mutex<Option<(Order, usize)>>,
+}
+
+impl Api {
+    fn get(build: Build) -> Result<&'static Self> {
+        static LOADED: [OnceLock<Api>; 2] = [const { OnceLock::new() }; 2];
+        static LOADING: Mutex<()> = Mutex::new(());
+        let (slot, path) = match build {
+            Build::Normal => (&LOADED[0], env!("EMULATOR_LIBRARY")),
+            Build::Checked => (&LOADED[1], env!("EMULATOR_LIBRARY_CHECKED")),
+        };
+        let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(api) = slot.get() {
+            return Ok(api);
+        }
+        // SAFETY: our own library, whose constructors only register kernels, and its own signatures.
+        let api = unsafe {
+            // Its helper threads live as long as the process, and so must it.
+            let library = Box::leak(Box::new(Library::new(path)?));
+            Self {
+                last_error: *library.get(b"emu_last_error")?,
+                config: *library.get(b"emu_config")?,
+                kernel_name: *library.get(b"emu_kernel_name")?,
+                kernel_info: *library.get(b"emu_kernel_info")?,
+                set_max_dyn_smem: *library.get(b"emu_set_max_dyn_smem")?,
+                bank_conflicts: *library.get(b"emu_bank_conflicts")?,
+                malloc: *library.get(b"emu_malloc")?,
+                free: *library.get(b"emu_free")?,
+                launch: *library.get(b"emu_launch")?,
+                settings: Mutex::new(None),
+            }
+        };
+        Ok(slot.get_or_init(|| api))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<(Order, usize)>> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn message(&self) -> String {
+        // SAFETY: a string that lives until this OS thread's next error.
+        unsafe { CStr::from_ptr((self.last_error)()) }.to_string_lossy().into_owned()
+    }
+
+    fn require(&self, code: c_int) -> Result<()> {
+        match code {
+            0 => Ok(()),
+            1 => Err(EmulatorError::Refused(self.message())),
+            _ => Err(EmulatorError::Fault(self.message())),
+        }
+    }
+}
+
+fn c_name(name: &str) -> Result<CString> {
+    CString::new(name).map_err(|_| EmulatorError::Refused(format!("no kernel named {name:?}")))
+}
+
+/// An emulated device. Devices of one [`Build`] share the library; launches take turns.
+#[derive(Clone)]
+pub struct Emulator {
+    api: &'static Api,
+    order: Order,
+    threads: usize,
+}
+
+impl Emulator {
+    /// Loads the library; forward order, one OS thread for each core.
+    pub fn new(build: Build) -> Result<Self> {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Ok(Self { api: Api::get(build)?, order: Order::Forward, threads })
+    }
+
+    /// The same device with another thread order.
+    pub fn with_order(self, order: Order) -> Self {
+        Self { order, ..self }
+    }
+
+    /// The same device with blocks spread over so many OS threads; results of kernels whose blocks
+    /// meet in atomics depend on the order of blocks unless it is 1.
+    pub fn with_threads(self, threads: usize) -> Self {
+        Self { threads: threads.clamp(1, 1024), ..self }
+    }
+
+    /// The exported kernels in alphabetical order.
+    pub fn kernels(&self) -> Vec<String> {
+        (0..)
+            // SAFETY: any index is allowed; names live as long as the library.
+            .map(|i| unsafe { (self.api.kernel_name)(i) })
+            .take_while(|name| !name.is_null())
+            .map(|name| unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// Sizes in bytes of a kernel's parameters.
+    pub fn parameters(&self, kernel: &str) -> Result<Vec<usize>> {
+        let name = c_name(kernel)?;
+        let (mut count, mut sizes) = (0, [0; 64]);
+        // SAFETY: at most 64 sizes are written.
+        self.api.require(unsafe { (self.api.kernel_info)(name.as_ptr(), &mut count, sizes.as_mut_ptr(), 64) })?;
+        Ok(sizes[..(count as usize).min(64)].to_vec())
+    }
+
+    /// Allows a kernel more than 48 KB of dynamic shared memory; up to 99 KB.
+    pub fn allow_shared(&self, kernel: &str, bytes: usize) -> Result<()> {
+        let name = c_name(kernel)?;
+        // SAFETY: a C string.
+        self.api.require(unsafe { (self.api.set_max_dyn_smem)(name.as_ptr(), bytes) })
+    }
+
+    /// Device memory, aligned to 256 bytes and filled with NaN (0xff), between guard pages.
+    pub fn alloc(&self, bytes: usize) -> Result<Memory> {
+        // SAFETY: any size is allowed.
+        let start = unsafe { (self.api.malloc)(bytes) };
+        if start.is_null() {
+            return Err(EmulatorError::Refused(self.api.message()));
+        }
+        Ok(Memory(Arc::new(Allocation { api: self.api, start: start as u64, bytes })))
+    }
+
+    /// Runs a kernel to its end on `grid` blocks of `block` threads with `shared` bytes of dynamic
+    /// shared memory. A kernel's fault is an error and leaves the device usable.
+    ///
+    /// # Safety
+    ///
+    /// Pointers among the arguments must point into live [`Memory`] of this build, and the kernel
+    /// must stay within it. The checked build refuses everything else; the normal build stops at
+    /// unmapped pages only.
+    pub unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        args: &[Arg],
+    ) -> Result<Counters> {
+        let expected = self.parameters(kernel)?;
+        if !args.iter().map(|a| a.0.len()).eq(expected.iter().copied()) {
+            let found = args.iter().map(|a| a.0.len()).collect();
+            return Err(EmulatorError::Arguments { kernel: kernel.into(), found, expected });
+        }
+        let name = c_name(kernel)?;
+        let mut pointers: Vec<*mut c_void> = args.iter().map(|a| a.0.as_ptr().cast_mut().cast()).collect();
+        let mut settings = self.api.lock();
+        if *settings != Some((self.order, self.threads)) {
+            let (order, seed) = match self.order {
+                Order::Forward => (0, 0),
+                Order::Reversed => (1, 0),
+                Order::Random(seed) => (2, seed),
+            };
+            for (key, value) in [(c"order", order), (c"seed", seed), (c"threads", self.threads as u64)] {
+                // SAFETY: C strings.
+                self.api.require(unsafe { (self.api.config)(key.as_ptr(), value) })?;
+            }
+            *settings = Some((self.order, self.threads));
+        }
+        let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
+        // SAFETY: the arguments have the sizes that the kernel reads; their meaning is the caller's.
+        unsafe {
+            self.api.require((self.api.launch)(
+                name.as_ptr(),
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                shared,
+                pointers.as_mut_ptr(),
+            ))?;
+            Ok(Counters { bank_conflicts: (self.api.bank_conflicts)() })
+        }
+    }
+}
+
+struct Allocation {
+    api: &'static Api,
+    start: u64,
+    bytes: usize,
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: allocated once, freed once; a launch in another thread holds the library's lock.
+        unsafe { (self.api.free)(self.start as *mut c_void) };
+    }
+}
+
+/// Device memory; freed when the last clone is dropped.
+#[derive(Clone)]
+pub struct Memory(Arc<Allocation>);
+
+impl Memory {
+    /// Its address.
+    pub fn ptr(&self) -> DevicePtr {
+        DevicePtr(self.0.start)
+    }
+
+    /// Its address as an argument of a launch.
+    pub fn arg(&self) -> Arg<'_> {
+        Arg::of(&self.0.start)
+    }
+
+    /// Its size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes
+    }
+
+    fn range(&self, offset: usize, bytes: usize) -> Result<*mut u8> {
+        match offset.checked_add(bytes) {
+            Some(end) if end <= self.0.bytes => Ok((self.0.start as *mut u8).wrapping_add(offset)),
+            _ => Err(EmulatorError::CopyRange { offset, bytes, size: self.0.bytes }),
+        }
+    }
+
+    /// Copies values to the device, `offset` bytes from its start.
+    pub fn upload<T: NoUninit>(&self, offset: usize, values: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let to = self.range(offset, bytes.len())?;
+        let _no_launch = self.0.api.lock();
+        // SAFETY: within the allocation; launches and other copies wait for the lock.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies values from the device, `offset` bytes from its start.
+    pub fn download<T: Pod>(&self, offset: usize, values: &mut [T]) -> Result<()> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+        let from = self.range(offset, bytes.len())?;
+        let _no_launch = self.0.api.lock();
+        // SAFETY: as in `upload`.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+}

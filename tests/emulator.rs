@@ -1,0 +1,550 @@
+//! The emulator's checks each catch a planted bug and pass its clean twin; `ptx.cuh` computes what
+//! plain loops compute; the 16-bit types have CUDA's bits; two real kernels are right.
+
+use std::sync::Once;
+use std::time::Duration;
+
+use edm2k::backend::gpu::emulated::{Arg, Build, Counters, DevicePtr, Emulator, EmulatorError, Memory, Order};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+const ORDERS: [Order; 3] = [Order::Forward, Order::Reversed, Order::Random(7)];
+const BUILDS: [Build; 2] = [Build::Normal, Build::Checked];
+
+/// Loads a device; one OS thread, so that errors and counts are the same in every run. Ends the
+/// process if the tests hang: a barrier that waits for ever must fail them.
+fn device(build: Build, order: Order) -> Emulator {
+    static WATCHDOG: Once = Once::new();
+    WATCHDOG.call_once(|| {
+        std::thread::spawn(|| {
+            std::thread::sleep(Duration::from_secs(900));
+            eprintln!("the emulator's tests hang");
+            std::process::abort();
+        });
+    });
+    Emulator::new(build).unwrap().with_order(order).with_threads(1)
+}
+
+/// xorshift64*: values that differ from each other, the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    /// Uniform in [-1, 1).
+    fn float(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+    fn halves(&mut self, n: usize) -> Vec<f16> {
+        (0..n).map(|_| f16::from_f32(self.float())).collect()
+    }
+}
+
+fn filled<T: bytemuck::NoUninit>(device: &Emulator, values: &[T]) -> Memory {
+    let memory = device.alloc(size_of_val(values)).unwrap();
+    memory.upload(0, values).unwrap();
+    memory
+}
+
+fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
+    let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
+    memory.download(0, &mut values).unwrap();
+    values
+}
+
+fn launch(
+    d: &Emulator,
+    kernel: &str,
+    grid: u32,
+    block: u32,
+    shared: u32,
+    args: &[Arg],
+) -> Result<Counters, EmulatorError> {
+    // SAFETY: the tests' kernels stay within their arguments, or are planted to be caught.
+    unsafe { d.launch(kernel, [grid, 1, 1], [block, 1, 1], shared, args) }
+}
+
+// ---- planted bugs ---------------------------------------------------------------------------------
+
+/// `struct Plant` of selftest.cu.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Plant {
+    out: DevicePtr,
+    input: DevicePtr,
+    scratch: DevicePtr,
+    n: i32,
+    zero: i32,
+    one: i32,
+    padding: i32,
+}
+
+/// How a planted bug shows.
+#[derive(Clone, Copy, Debug)]
+enum Shows {
+    /// Not at all in this build.
+    Nowhere,
+    /// As an error that contains these words.
+    Error(&'static str),
+    /// As a wrong result.
+    Result,
+    /// As bank conflicts, so many.
+    Conflicts(u64),
+}
+
+fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bool) {
+    // 250 floats end within the last 256-byte unit of their allocation.
+    let n: usize = if kernel.contains("by_one") { 250 } else { 256 };
+    let shared = match kernel {
+        k if k.contains("ldmatrix") => 1024,
+        k if k.contains("dynamic") => 256,
+        _ => 0,
+    };
+    let input: Vec<f32> = (0..n).map(|i| 1.0 + i as f32).collect();
+    let (out, x, scratch) = (d.alloc(4 * n).unwrap(), filled(d, &input), d.alloc(4 * n).unwrap());
+    if kernel.starts_with("block_race") {
+        scratch.upload(0, &[0f32]).unwrap();
+    }
+    let plant =
+        Plant { out: out.ptr(), input: x.ptr(), scratch: scratch.ptr(), n: n as i32, zero: 0, one: 1, padding: 0 };
+    let result = launch(d, kernel, 4, 64, shared, &[Arg::of(&plant)]);
+    let right = read::<f32>(&out).iter().zip(&input).all(|(y, x)| *y == 2.0 * x);
+    (result, right)
+}
+
+#[test]
+fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
+    use Shows::*;
+    #[rustfmt::skip]
+    let bugs: &[(&str, Shows, Shows)] = &[
+        // kernel                   normal build                     checked build
+        ("unwritten_shared",        Result,                          Error("read of shared memory that nobody has written")),
+        ("unwritten_global",        Result,                          Result),
+        ("global_overrun",          Error("256 bytes past the end of an allocation of 1024 bytes"), Error("write of 4 bytes, 256 bytes past the end")),
+        ("global_overrun_by_one",   Nowhere,                         Error("write of 4 bytes, 0 bytes past the end of an allocation of 1000 bytes")),
+        ("global_underrun",         Nowhere,                         Error("read of 4 bytes, 4 bytes before an allocation of 1024 bytes")),
+        ("null_pointer",            Error("a null pointer"),         Error("a null pointer")),
+        ("shared_overrun",          Nowhere,                         Error("index out of the array's bounds")),
+        ("dynamic_shared_overrun",  Error("past the end of dynamic shared memory of 256 bytes"), Error("past the end of dynamic shared memory of 256 bytes")),
+        ("missing_barrier",         Result,                          Error("shared memory")),
+        ("overwritten_too_early",   Result,                          Error("race:")),
+        ("missing_syncwarp",        Result,                          Error("shared memory")),
+        ("block_race",              Nowhere,                         Error("race between blocks: read of bytes 0..+4")),
+        ("atomic_race",             Nowhere,                         Error("race: ")),
+        ("missing_wait",            Result,                          Error("that a cp.async is still writing")),
+        ("missing_commit",          Error("left the kernel with this cp.async in flight"), Error("that a cp.async is still writing")),
+        ("copy_from_outside",       Error("0 bytes past the end of an allocation"), Error("read of 4 bytes, 0 bytes past the end of an allocation")),
+        ("misaligned_copy",         Error("cp.async of 16 bytes: the destination is not aligned"), Error("cp.async of 16 bytes: the destination is not aligned")),
+        ("misaligned_ldmatrix",     Error("not a multiple of 16"),   Error("not a multiple of 16")),
+        ("misaligned_vector",       Error("past the end"),           Error("misaligned access")),
+        ("divergent_barrier",       Error("divergent __syncthreads: waits for thread"), Error("divergent __syncthreads: waits for thread")),
+        ("mixed_barriers",          Error("mixed barriers: thread"), Error("mixed barriers: thread")),
+        ("exited_thread",           Error("waits for thread (63,0,0), which has left the kernel"), Error("waits for thread (63,0,0), which has left the kernel")),
+        ("missing_lanes",           Error("divergent shuffle: waits for thread"), Error("divergent shuffle: waits for thread")),
+        ("mixed_collectives",       Error("mixed collectives: "),    Error("mixed collectives: ")),
+        ("lane_not_in_mask",        Error("lane 3 is not in its mask 0xfffffff7"), Error("lane 3 is not in its mask 0xfffffff7")),
+        ("shuffle_from_absent_lane",Error("reads lane 16, which is not in the mask"), Error("reads lane 16, which is not in the mask")),
+        ("shift_too_far",           Nowhere,                         Error("shift by")),
+        ("cast_out_of_range",       Nowhere,                         Error("float to integer conversion out of range")),
+        ("division_by_zero",        Error("integer division by zero"), Error("integer division by zero")),
+        ("stack_overflow",          Error("stack overflow"),         Error("stack overflow")),
+        ("trap",                    Error("__trap() was called"),    Error("__trap() was called")),
+        // 4 blocks x 32 loads of a column, 31 wavefronts too many each.
+        ("bank_conflicts",          Nowhere,                         Conflicts(4 * 32 * 31)),
+        // 4 blocks x 2 warps, 8 rows in one bank group.
+        ("ldmatrix_bank_conflicts", Conflicts(4 * 2 * 7),            Conflicts(4 * 2 * 7)),
+    ];
+    let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();
+    assert_eq!(source.matches("\nPLANT(").count(), bugs.len(), "every planted bug is in the table");
+
+    for (b, build) in BUILDS.into_iter().enumerate() {
+        for order in ORDERS {
+            let d = device(build, order);
+            for (name, normal, checked) in bugs {
+                let shows = [normal, checked][b];
+                let (result, right) = run_plant(&d, &format!("{name}_bug"));
+                let context =
+                    format!("{name}_bug, {build:?}, {order:?}, expected {shows:?}: {result:?}, right: {right}");
+                match (shows, &result) {
+                    (Nowhere, Ok(_)) => {}
+                    (Result, Ok(_)) => assert!(!right, "{context}"),
+                    (Conflicts(n), Ok(c)) => assert!(right && c.bank_conflicts == *n, "{context}"),
+                    (Error(words), Err(EmulatorError::Fault(message))) => {
+                        assert!(message.contains(words), "{context}");
+                        let place = format!("kernel {name}_bug, block (");
+                        assert!(message.starts_with(&place) && message.contains(", thread ("), "{context}");
+                        assert_eq!(blamed(message), body(&source, name), "{context}");
+                    }
+                    _ => panic!("{context}"),
+                }
+                let (result, right) = run_plant(&d, &format!("{name}_ok"));
+                let conflicts = result.as_ref().map_or(1, |c| c.bank_conflicts);
+                assert!(right && conflicts == 0, "{name}_ok, {build:?}, {order:?}: {result:?}, right: {right}");
+            }
+        }
+    }
+
+    /// The kernel in selftest.cu whose line the message names.
+    fn blamed(message: &str) -> String {
+        let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();
+        let (_, at) =
+            message.split_once("kernels/emulator/selftest.cu:").unwrap_or_else(|| panic!("no line: {message}"));
+        let line: usize = at.split(':').next().unwrap().parse().unwrap();
+        let before: Vec<&str> = source.lines().take(line).collect();
+        let header = before.iter().rev().find(|l| l.starts_with("template <bool BUG>")).unwrap();
+        header.to_string()
+    }
+    /// The first line of a planted kernel.
+    fn body(source: &str, name: &str) -> String {
+        source.lines().find(|l| l.contains(&format!(" {name}(Plant p)"))).unwrap().to_string()
+    }
+}
+
+#[test]
+fn the_checked_build_refuses_host_memory() {
+    let d = device(Build::Checked, Order::Forward);
+    let (out, host) = (d.alloc(1024).unwrap(), vec![1f32; 256]);
+    let input: DevicePtr = bytemuck::cast(host.as_ptr() as u64);
+    let plant = Plant { out: out.ptr(), input, scratch: out.ptr(), n: 256, zero: 0, one: 1, padding: 0 };
+    let error = launch(&d, "trap_ok", 4, 64, 0, &[Arg::of(&plant)]).unwrap_err().to_string();
+    assert!(error.contains("which is no memory of this device"), "{error}");
+}
+
+#[test]
+fn launches_are_refused_that_a_device_would_refuse() {
+    for build in BUILDS {
+        let d = device(build, Order::Forward);
+        let x = filled(&d, &[0u8; 64]);
+        let args = [x.arg(), x.arg(), Arg::of(&8i32)];
+        let refused = |kernel, grid: [u32; 3], block: [u32; 3], shared, args: &[Arg], words: &str| {
+            // SAFETY: refused before it runs.
+            let error = unsafe { d.launch(kernel, grid, block, shared, args) }.unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        };
+        let one = [1, 1, 1];
+        refused("no_such_kernel", one, one, 0, &args, "no kernel named no_such_kernel");
+        refused("softmax", one, [1025, 1, 1], 0, &args, "1025x1x1 threads; at most 1024");
+        refused("softmax", one, [32, 33, 1], 0, &args, "32x33x1 threads");
+        refused("softmax", one, [1, 1, 65], 0, &args, "1x1x65 threads");
+        refused("softmax", one, [0, 1, 1], 0, &args, "0x1x1 threads");
+        refused("softmax", [0, 1, 1], one, 0, &args, "0x1x1 blocks");
+        refused("softmax", [1, 65536, 1], one, 0, &args, "1x65536x1 blocks");
+        refused("softmax", one, one, (48 << 10) + 1, &args, "49153 bytes of dynamic shared memory, 49152 allowed");
+        refused("softmax", one, one, 0, &args[..2], "arguments of [8, 8] bytes, expected [8, 8, 4]");
+        let error = d.allow_shared("softmax", (99 << 10) + 1).unwrap_err().to_string();
+        assert!(error.contains("at most 101376"), "{error}");
+        d.allow_shared("softmax", 99 << 10).unwrap();
+        let error = launch(&d, "softmax", 1, 128, 99 << 10, &args).unwrap_err().to_string();
+        assert!(error.contains("32 bytes of static and 101376 of dynamic shared memory, more than 99 KB"), "{error}");
+        launch(&d, "softmax", 1, 128, 64 << 10, &args).unwrap();
+        assert!(x.upload(60, &[0u8; 5]).is_err());
+        assert!(d.kernels().contains(&"softmax".to_string()));
+    }
+}
+
+#[test]
+fn blocks_on_several_os_threads_give_the_same_result() {
+    let halves = Random(1).halves(64 * 1000);
+    let results = [1, 2, 5].map(|threads| {
+        let d = device(Build::Normal, Order::Random(3)).with_threads(threads);
+        let (x, y, n) = (filled(&d, &halves), d.alloc(2 * halves.len()).unwrap(), 1000i32);
+        for _ in 0..20 {
+            launch(&d, "softmax", 64, 128, 0, &[x.arg(), y.arg(), Arg::of(&n)]).unwrap();
+        }
+        read::<u16>(&y)
+    });
+    assert!(results[0] == results[1] && results[0] == results[2]);
+}
+
+// ---- 16-bit types -----------------------------------------------------------------------------------
+
+#[test]
+fn every_half_and_bf16_widens_exactly() {
+    let d = device(Build::Normal, Order::Forward);
+    let (h, b) = (d.alloc(4 << 16).unwrap(), d.alloc(4 << 16).unwrap());
+    launch(&d, "probe_widen", 256, 256, 0, &[h.arg(), b.arg()]).unwrap();
+    for (i, (h, b)) in read::<f32>(&h).into_iter().zip(read::<f32>(&b)).enumerate() {
+        let expected = f16::from_bits(i as u16).to_f32();
+        let bits = if expected.is_nan() { 0x7fff_ffff } else { expected.to_bits() };
+        assert_eq!(h.to_bits(), bits, "half {i:#06x}");
+        assert_eq!(b.to_bits(), (i as u32) << 16, "bf16 {i:#06x}");
+    }
+}
+
+/// All 2^32 floats, against the crate `half` (for bf16: the definition), and the emulator's integer
+/// path against the processor's instruction.
+#[test]
+fn every_float_narrows_to_the_nearest_even_half_and_bf16() {
+    const CHUNK: usize = 1 << 22;
+    let d = Emulator::new(Build::Normal).unwrap();
+    let (h, b, differ) = (d.alloc(2 * CHUNK).unwrap(), d.alloc(2 * CHUNK).unwrap(), filled(&d, &[0u32]));
+    let (mut floats, mut halves) = (vec![0f32; CHUNK], vec![f16::ZERO; CHUNK]);
+    let per_thread = (CHUNK >> 14) as i32;
+    for first in (0..1u64 << 32).step_by(CHUNK).map(|f| f as u32) {
+        let args = [Arg::of(&first), h.arg(), b.arg(), Arg::of(&per_thread)];
+        launch(&d, "probe_narrow", 64, 256, 0, &args).unwrap();
+        let args = [Arg::of(&first), differ.arg(), Arg::of(&per_thread)];
+        launch(&d, "probe_portable", 64, 256, 0, &args).unwrap();
+        floats.iter_mut().enumerate().for_each(|(i, f)| *f = f32::from_bits(first + i as u32));
+        halves.convert_from_f32_slice(&floats);
+        let half = |i: usize| if floats[i].is_nan() { 0x7fff } else { halves[i].to_bits() };
+        let bf16 = |i: usize| {
+            // The bits that go, against half of their range; a tie goes to even.
+            let (kept, rest) = (floats[i].to_bits() >> 16, floats[i].to_bits() & 0xffff);
+            let up = (rest > 0x8000) | ((rest == 0x8000) & (kept & 1 == 1));
+            if floats[i].is_nan() { 0x7fff } else { (kept + u32::from(up)) as u16 }
+        };
+        let compare = |name: &str, got: Vec<u16>, expected: Vec<u16>| {
+            if let Some(i) = (0..CHUNK).find(|&i| got[i] != expected[i]) {
+                let (x, got, expected) = (floats[i], got[i], expected[i]);
+                panic!("{name} of {x:e} = {:#010x} is {got:#06x}, expected {expected:#06x}", x.to_bits());
+            }
+        };
+        compare("half", read(&h), (0..CHUNK).map(half).collect());
+        compare("bf16", read(&b), (0..CHUNK).map(bf16).collect());
+    }
+    assert_eq!(read::<u32>(&differ), [0], "integer conversions that differ from the processor's");
+}
+
+/// The value 2^-48 * x, as a half: nearest, ties to even.
+fn half_of_fixed(x: i128) -> f16 {
+    let (sign, mut magnitude) = (if x < 0 { 0x8000u16 } else { 0 }, x.unsigned_abs());
+    let exponent = (128 - magnitude.leading_zeros() as i32 - 49).max(-14); // of the leading bit
+    let drop = (exponent - 10 + 48) as u32; // bits below the half's last
+    let (rest, half) = (magnitude & ((1 << drop) - 1), 1u128 << (drop - 1));
+    magnitude >>= drop;
+    if rest > half || (rest == half && magnitude & 1 == 1) {
+        magnitude += 1;
+    }
+    // The hidden bit counts as one in the exponent, a carry out of the mantissa as well.
+    let bits = magnitude as i64 + (i64::from(exponent + 14) << 10);
+    f16::from_bits(sign | bits.min(0x7c00) as u16)
+}
+
+#[test]
+fn half_arithmetic_is_correctly_rounded() {
+    let n = 1 << 16;
+    let mut random = Random(2);
+    let mut finite = |_: usize| loop {
+        let h = f16::from_bits(random.bits() as u16);
+        if h.is_finite() {
+            return h;
+        }
+    };
+    let d = device(Build::Normal, Order::Forward);
+    for _ in 0..8 {
+        let [x, y, z]: [Vec<f16>; 3] = std::array::from_fn(|_| (0..n).map(&mut finite).collect());
+        let inputs = [&x, &y, &z].map(|v| filled(&d, v));
+        let outputs: [Memory; 4] = std::array::from_fn(|_| d.alloc(2 * n).unwrap());
+        let args: Vec<Arg> = inputs.iter().chain(&outputs).map(Memory::arg).collect();
+        launch(&d, "probe_half_math", 256, 256, 0, &args).unwrap();
+        let [fma, sum, product, copy] = outputs.map(|m| read::<f16>(&m));
+        for i in 0..n {
+            // Halves are multiples of 2^-24, their products of 2^-48, all below 2^32.
+            let fixed = |h: f16| (h.to_f64() * 2f64.powi(24)) as i128;
+            let (fx, fy, fz) = (fixed(x[i]), fixed(y[i]), fixed(z[i]));
+            let exact = [fx * fy + (fz << 24), (fx + fy) << 24, fx * fy];
+            for (name, got, exact) in
+                [("fma", fma[i], exact[0]), ("sum", sum[i], exact[1]), ("product", product[i], exact[2])]
+            {
+                assert!(
+                    got == half_of_fixed(exact),
+                    "{name} of {} {} {}: {got}, expected {}",
+                    x[i],
+                    y[i],
+                    z[i],
+                    half_of_fixed(exact)
+                );
+            }
+            assert_eq!(copy[i].to_bits(), x[i].to_bits());
+        }
+    }
+}
+
+// ---- ptx.cuh against plain loops ----------------------------------------------------------------------
+
+/// d + a b of 16 x 16 and 16 x 8, exactly enough.
+fn product16(a: &[f32], b: &[f32], d: &[f32]) -> Vec<f64> {
+    (0..128)
+        .map(|i| {
+            (0..16).map(|k| f64::from(a[i / 8 * 16 + k]) * f64::from(b[k * 8 + i % 8])).sum::<f64>() + f64::from(d[i])
+        })
+        .collect()
+}
+
+#[test]
+fn mma_is_the_product_of_its_fragments() {
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        let mut random = Random(3);
+        let mut values = |n: usize| (0..n).map(|_| random.float()).collect::<Vec<f32>>();
+        let (a, b, c) = (values(256), values(128), values(128));
+        let check = |name: &str, got: Vec<f32>, expected: Vec<f64>, bound: f64| {
+            let worst = (0..128)
+                .max_by(|&i, &j| {
+                    (f64::from(got[i]) - expected[i]).abs().total_cmp(&(f64::from(got[j]) - expected[j]).abs())
+                })
+                .unwrap();
+            let error = (f64::from(got[worst]) - expected[worst]).abs();
+            assert!(error <= bound, "{name}: element {worst} is {}, expected {}", got[worst], expected[worst]);
+        };
+        let launch_on = |kernel: &str, a: &Memory, b: &Memory, c: &Memory| {
+            launch(&d, kernel, 1, 32, 0, &[a.arg(), b.arg(), c.arg()]).unwrap();
+        };
+        let to_f32 = |v: &[f16]| v.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+
+        let [ah, bh, ch]: [Vec<f16>; 3] = [&a, &b, &c].map(|v| v.iter().map(|&x| f16::from_f32(x)).collect());
+        let out = filled(&d, &c);
+        launch_on("probe_mma_f16", &filled(&d, &ah), &filled(&d, &bh), &out);
+        // 16 additions in f32 of numbers below 17.
+        check("f16", read(&out), product16(&to_f32(&ah), &to_f32(&bh), &c), 17.0 * 16.0 * 6e-8);
+
+        let out = filled(&d, &ch);
+        launch_on("probe_mma_f16_f16", &filled(&d, &ah), &filled(&d, &bh), &out);
+        // One rounding to half of numbers below 16: half of 2^-7.
+        check("f16 accumulators", to_f32(&read(&out)), product16(&to_f32(&ah), &to_f32(&bh), &to_f32(&ch)), 0.0040);
+
+        let [ab, bb]: [Vec<bf16>; 2] = [&a, &b].map(|v| v.iter().map(|&x| bf16::from_f32(x)).collect());
+        let [aw, bw] = [&ab, &bb].map(|v| v.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+        let out = filled(&d, &c);
+        launch_on("probe_mma_bf16", &filled(&d, &ab), &filled(&d, &bb), &out);
+        check("bf16", read(&out), product16(&aw, &bw, &c), 17.0 * 16.0 * 6e-8);
+    }
+}
+
+#[test]
+fn ldmatrix_deals_out_rows_or_columns() {
+    let matrices: Vec<u16> = (0..256).map(|i| i * 37).collect();
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        let m = filled(&d, &matrices);
+        for (count, trans) in [(1, false), (2, false), (4, false), (1, true), (2, true), (4, true)] {
+            let out = d.alloc(32 * count * 4).unwrap();
+            let kernel = format!("probe_ldmatrix_x{count}{}", if trans { "_trans" } else { "" });
+            launch(&d, &kernel, 1, 32, 0, &[m.arg(), out.arg()]).unwrap();
+            for (i, word) in read::<u32>(&out).into_iter().enumerate() {
+                let (lane, matrix) = (i / count, i % count);
+                let (g, t) = (lane / 4, lane % 4);
+                let element = |e| {
+                    let (row, column) = if trans { (2 * t + e, g) } else { (g, 2 * t + e) };
+                    u32::from(matrices[matrix * 64 + row * 8 + column])
+                };
+                assert_eq!(word, element(0) | element(1) << 16, "{kernel}, lane {lane}, register {matrix}");
+            }
+        }
+    }
+}
+
+#[test]
+fn cp_async_copies_or_fills_with_zeros() {
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        for bytes in [16usize, 8, 4] {
+            let input: Vec<u8> = (0..32 * bytes).map(|i| 1 + (i % 255) as u8).collect();
+            let (x, y) = (filled(&d, &input), d.alloc(input.len()).unwrap());
+            launch(&d, &format!("probe_cp_async_{bytes}"), 1, 32, 0, &[x.arg(), y.arg()]).unwrap();
+            for (i, (&y, &x)) in read::<u8>(&y).iter().zip(&input).enumerate() {
+                assert_eq!(y, if i / bytes % 2 == 0 { x } else { 0 }, "byte {i} of {bytes}-byte copies");
+            }
+        }
+    }
+}
+
+#[test]
+fn shuffles_votes_and_reductions() {
+    let mut random = Random(4);
+    let x: Vec<f32> = (0..32).map(|_| random.float()).collect();
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        let (input, out) = (filled(&d, &x), d.alloc(7 * 32 * 4).unwrap());
+        launch(&d, "probe_warp", 1, 32, 0, &[input.arg(), out.arg()]).unwrap();
+        let y: Vec<f32> = read(&out);
+        let (sum, max) = (x.iter().sum::<f32>(), x.iter().copied().fold(f32::MIN, f32::max));
+        for lane in 0..32 {
+            let segment = lane / 16 * 16;
+            assert!((y[lane] - sum).abs() < 32.0 * 16.0 * 6e-8, "sum of 32 numbers below 1, in another order");
+            assert_eq!(y[32 + lane], max);
+            assert_eq!(y[64 + lane], x[segment + 3]);
+            assert_eq!(y[96 + lane], x[if lane - segment >= 3 { lane - 3 } else { lane }]);
+            assert_eq!(y[128 + lane], x[if lane - segment < 13 { lane + 3 } else { lane }]);
+            assert_eq!(y[160 + lane], x[lane ^ 3]);
+            assert_eq!(y[192 + lane], x.iter().filter(|&&x| x > 0.0).count() as f32);
+        }
+    }
+}
+
+// ---- real kernels -------------------------------------------------------------------------------------
+
+/// Relative error in the Euclidean norm, and the worst element.
+fn relative_error(got: &[f64], expected: &[f64]) -> (f64, String) {
+    let difference: f64 = got.iter().zip(expected).map(|(g, e)| (g - e) * (g - e)).sum();
+    let size: f64 = expected.iter().map(|e| e * e).sum();
+    let far = |&i: &usize, &j: &usize| (got[i] - expected[i]).abs().total_cmp(&(got[j] - expected[j]).abs());
+    let worst = (0..got.len()).max_by(far).unwrap_or(0);
+    let error = (difference / size).sqrt();
+    // NaN, which poison leaves behind, must not compare as small.
+    (
+        if error.is_nan() { f64::INFINITY } else { error },
+        format!("worst at {worst}: {} instead of {}", got[worst], expected[worst]),
+    )
+}
+
+#[test]
+fn softmax_is_right_on_odd_widths() {
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        for n in [1usize, 7, 128, 333] {
+            let x = Random(5).halves(3 * n);
+            let (input, out) = (filled(&d, &x), d.alloc(2 * x.len()).unwrap());
+            let counters = launch(&d, "softmax", 3, 128, 0, &[input.arg(), out.arg(), Arg::of(&(n as i32))]).unwrap();
+            let mut expected = Vec::new();
+            for row in x.chunks(n) {
+                let sum: f64 = row.iter().map(|x| x.to_f64().exp()).sum();
+                expected.extend(row.iter().map(|x| x.to_f64().exp() / sum));
+            }
+            let got: Vec<f64> = read::<f16>(&out).iter().map(|y| y.to_f64()).collect();
+            let (error, worst) = relative_error(&got, &expected);
+            assert!(error < 5e-4, "rounded to half once: {error:e}, {worst}");
+            assert_eq!(counters.bank_conflicts, 0);
+        }
+    }
+}
+
+#[test]
+fn gemm_with_mma_ldmatrix_and_cp_async_is_right_on_odd_sizes_without_bank_conflicts() {
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        for (m, n, k) in [(64usize, 64usize, 32usize), (1, 1, 8), (70, 130, 200), (65, 3, 72)] {
+            let mut random = Random(6);
+            let (a, b) = (random.halves(m * k), random.halves(n * k));
+            let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
+            let run = |kernel: &str, a: Memory, b: Memory| {
+                let c = d.alloc(2 * m * n).unwrap();
+                let sizes = [m, n, k].map(|s| s as i32);
+                let args = [a.arg(), b.arg(), c.arg(), Arg::of(&sizes[0]), Arg::of(&sizes[1]), Arg::of(&sizes[2])];
+                // SAFETY: the sizes are those of the memory.
+                let counters = unsafe { d.launch(kernel, grid, [128, 1, 1], 3 * 8192, &args) }.unwrap();
+                assert_eq!(counters.bank_conflicts, 0, "{kernel} {m}x{n}x{k}");
+                c
+            };
+            let expected = |a: &[f64], b: &[f64]| -> Vec<f64> {
+                (0..m * n).map(|i| (0..k).map(|j| a[i / n * k + j] * b[i % n * k + j]).sum()).collect()
+            };
+            let wide = |v: &[f16]| v.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+            let c = run("gemm_f16_64x64x32_s3", filled(&d, &a), filled(&d, &b));
+            let (error, worst) = relative_error(&wide(&read(&c)), &expected(&wide(&a), &wide(&b)));
+            assert!(error < 5e-4, "f16 {m}x{n}x{k} {build:?} {order:?}, rounded to half once: {error:e}, {worst}");
+
+            let narrow = |v: &[f16]| v.iter().map(|x| bf16::from_f32(x.to_f32())).collect::<Vec<_>>();
+            let (a, b) = (narrow(&a), narrow(&b));
+            let wide = |v: &[bf16]| v.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+            let c = run("gemm_bf16_64x64x32_s3", filled(&d, &a), filled(&d, &b));
+            let (error, worst) = relative_error(&wide(&read(&c)), &expected(&wide(&a), &wide(&b)));
+            assert!(error < 4e-3, "bf16 {m}x{n}x{k} {build:?} {order:?}, rounded to bf16 once: {error:e}, {worst}");
+        }
+    }
+}
