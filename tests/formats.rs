@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
+use edm2k::formats::png::{self, Picture};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -168,5 +169,78 @@ proptest! {
         for (a, b) in values.iter().zip(&read) {
             prop_assert_eq!(a.to_bits(), b.to_bits());
         }
+    }
+}
+
+// ---- PNG ----
+
+fn gradient(height: usize, width: usize) -> Vec<f32> {
+    (0..height * width * 3).map(|i| (i % 256) as f32 / 127.5 - 1.0).collect()
+}
+
+#[test]
+fn pictures_invert_model_space_exactly_and_survive_their_file_with_their_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.png");
+    let picture = Picture::from_model(7, 13, &gradient(7, 13));
+    assert!(picture.rgb().iter().enumerate().all(|(i, &x)| x == (i % 256) as u8));
+    let wild = Picture::from_model(1, 2, &[-9.0, 9.0, f32::NAN, f32::INFINITY, -1.0, 1.0]);
+    assert_eq!(wild.rgb(), [0, 255, 0, 255, 0, 255]);
+
+    let text = [("parameters", "{\"tags\": \"Kräuter, 茶\"}\nseed 3"), ("Software", "edm2k")];
+    picture.save(&path, &text).unwrap();
+    let read = image::open(&path).unwrap().into_rgb8();
+    assert_eq!((read.width(), read.height()), (13, 7));
+    assert_eq!(read.into_raw(), picture.rgb());
+    let found = png::read_text(&path).unwrap();
+    assert_eq!(found, text.map(|(keyword, text)| (keyword.to_string(), text.to_string())));
+}
+
+#[test]
+fn grids_keep_their_gutters_and_leave_missing_cells_grey() {
+    let cells: Vec<_> = (0..5u8).map(|i| Picture::new(2, 3, vec![i * 10; 18])).collect();
+    let grid = Picture::grid(&cells, 3);
+    assert_eq!((grid.width(), grid.height()), (3 * 3 + 4 * 2, 2 * 2 + 3 * 2));
+    let at = |x: usize, y: usize| grid.rgb()[(y * grid.width() + x) * 3];
+    for (number, (x, y)) in [(2, 2), (7, 2), (12, 2), (2, 6), (7, 6)].into_iter().enumerate() {
+        assert_eq!((at(x, y), at(x + 2, y + 1)), (number as u8 * 10, number as u8 * 10));
+        assert_eq!((at(x - 1, y), at(x, y - 1), at(x + 3, y), at(x, y + 2)), (0xc0, 0xc0, 0xc0, 0xc0));
+    }
+    assert_eq!(at(13, 6), 0xc0, "the sixth cell is empty");
+    assert_eq!(Picture::grid(&cells[..2], 8).width(), 2 * 3 + 3 * 2, "no more columns than pictures");
+}
+
+#[test]
+fn png_faults_are_errors_that_name_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.png");
+    fs::write(&path, b"old").unwrap();
+    let picture = Picture::from_model(2, 2, &gradient(2, 2));
+    for bad in [picture.save(&path, &[("", "x")]), Picture::new(0, 4, vec![]).save(&path, &[])] {
+        assert!(bad.unwrap_err().to_string().contains("a.png: "));
+        assert_eq!(fs::read(&path).unwrap(), b"old", "a failed write must leave the old file");
+    }
+    let text = picture.save(&dir.path().join("no/a.png"), &[]).unwrap_err().to_string();
+    assert!(text.contains("no/a.png: No such file"), "{text}");
+    let text = png::read_text(&path).unwrap_err().to_string();
+    assert!(text.contains("a.png: not a readable PNG"), "{text}");
+    assert!(png::read_text(&dir.path().join("b.png")).is_err());
+}
+
+proptest! {
+    #[test]
+    fn damaged_pngs_never_panic_the_text_reader(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.png");
+        Picture::from_model(3, 3, &gradient(3, 3)).save(&path, &[("parameters", "{}")]).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        for (place, byte) in damage {
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+        }
+        fs::write(&path, bytes).unwrap();
+        let _ = png::read_text(&path);
     }
 }

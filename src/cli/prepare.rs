@@ -32,8 +32,8 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Width and height of the dataset's images
-    #[arg(long, value_name = "WxH", value_parser = parse_size)]
-    size: [u32; 2],
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
+    size: [usize; 2],
     /// Colour behind transparent images
     #[arg(long, value_name = "#RRGGBB", default_value = "#ffffff", value_parser = parse_colour)]
     background: [u8; 3],
@@ -57,11 +57,6 @@ pub struct PrepareArgs {
     licence: String,
 }
 
-fn parse_size(text: &str) -> Result<[u32; 2], String> {
-    let sides = text.split_once('x').and_then(|(w, h)| Some([w.parse().ok()?, h.parse().ok()?]));
-    sides.ok_or_else(|| "expected width x height, such as 512x704".into())
-}
-
 fn parse_colour(text: &str) -> Result<[u8; 3], String> {
     let digits = text.strip_prefix('#').filter(|d| d.len() == 6 && d.is_ascii());
     let byte = |digits: &str, at: usize| u8::from_str_radix(&digits[at..at + 2], 16).ok();
@@ -72,11 +67,12 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
 
 /// Prepares the dataset, showing progress on stderr and the summary on stdout.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
+    let [height, width] = args.size.map(|side| side as u32); // at most 65536
     let settings = Settings {
         images: args.images,
         metadata: args.metadata,
         out: args.out,
-        size: args.size,
+        size: [width, height],
         background: args.background,
         max_crop: args.max_crop,
         vocabulary: args.vocabulary,

@@ -207,12 +207,12 @@ pub fn prepare(settings: &Settings, report: &(dyn Fn(Event) + Sync)) -> Result<S
             jobs.push(Job { split, name: split.shard_name(number), shards, members });
         }
     }
-    refuse_strays(&settings.out, &jobs)?;
     // Before anything is written: a dataset made otherwise stays as it is.
     let existing = jobs
         .iter()
         .map(|job| existing_shard(&settings.out.join(&job.name), &fingerprint))
         .collect::<Result<Vec<_>, _>>()?;
+    refuse_strays(&settings.out, &jobs)?;
     vocabulary.save(&settings.out.join(VOCABULARY_FILE))?;
 
     report(Event::Start(records.len()));

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+pub mod png;
 pub mod safetensors;
 
 /// Writes a file so that `path` holds either its old content or all of the new one,

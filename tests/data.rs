@@ -1,0 +1,801 @@
+//! Claims about datasets: what `prepare` makes of images, that it resumes, and that the
+//! reader gives back what was stored or says what is wrong.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use assert_cmd::Command;
+use edm2k::condition::vocabulary::{Tag, Vocabulary};
+use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::prepare::{self, Counts, Event, PrepareError, Settings, Summary};
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use half::f16;
+use image::{DynamicImage, GrayImage, ImageFormat, Luma, Rgb, RgbImage, Rgba, RgbaImage};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+/// A folder with images, the metadata, and settings for a 16x16 dataset.
+struct Workshop {
+    dir: TempDir,
+    lines: Vec<String>,
+}
+
+impl Workshop {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("images")).unwrap();
+        Self { dir, lines: Vec::new() }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join("images").join(name)
+    }
+
+    fn record(&mut self, id: i64, file: &str, tags: &[&str]) {
+        self.lines.push(serde_json::json!({"id": id, "file": file, "tags": tags}).to_string());
+    }
+
+    fn image(&mut self, id: i64, image: impl Into<DynamicImage>, tags: &[&str]) {
+        let name = format!("{id}.png");
+        image.into().save(self.file(&name)).unwrap();
+        self.record(id, &name, tags);
+    }
+
+    fn settings(&self) -> Settings {
+        let metadata = self.dir.path().join("metadata.jsonl");
+        fs::write(&metadata, self.lines.join("\n")).unwrap();
+        Settings {
+            images: self.dir.path().join("images"),
+            metadata,
+            out: self.dir.path().join("out"),
+            size: [16, 16],
+            background: [255; 3],
+            max_crop: 0.05,
+            vocabulary: 8,
+            validation_modulus: 10,
+            shard_size: 4,
+            source: "made up".into(),
+            licence: "CC0".into(),
+        }
+    }
+
+    fn prepare(&self) -> Summary {
+        prepare::prepare(&self.settings(), &|_| ()).unwrap()
+    }
+
+    fn open(&self, split: Split) -> Dataset {
+        Dataset::open(&self.dir.path().join("out"), split).unwrap()
+    }
+}
+
+fn solid(width: u32, height: u32, colour: [u8; 3]) -> RgbImage {
+    RgbImage::from_pixel(width, height, Rgb(colour))
+}
+
+fn counts(summary: &Summary, split: Split) -> Counts {
+    summary.splits.iter().find(|(this, _)| *this == split).unwrap().1
+}
+
+/// Pixels of the image with this id as 8-bit RGB, `[H * W][3]`.
+fn pixels(dataset: &Dataset, id: i64) -> Vec<[u8; 3]> {
+    let [height, width, channels] = dataset.shape();
+    let mut image = vec![0.0; height * width * channels];
+    dataset.image(dataset.find(id).unwrap(), &mut image);
+    image.chunks_exact(3).map(|pixel| std::array::from_fn(|c| ((pixel[c] + 1.0) * 127.5).round() as u8)).collect()
+}
+
+#[test]
+fn colours_survive_resizing_and_layouts_are_as_documented() {
+    let mut shop = Workshop::new();
+    // The left half red, the right half blue: NHWC and NCHW cannot be confused.
+    let halves = RgbImage::from_fn(40, 40, |x, _| Rgb([[250, 7, 3], [9, 30, 200]][x as usize / 20]));
+    shop.image(2, halves, &["red", "blue"]);
+    shop.image(3, solid(23, 23, [12, 34, 56]), &["blue"]);
+    shop.image(4, GrayImage::from_pixel(16, 16, Luma([77])), &["grey", "unusual"]);
+    shop.lines.push(r#"{"id": 5, "file": "4.png", "tags": [], "flip": true}"#.into());
+    let summary = shop.prepare();
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 4, untagged: 1, ..Counts::default() });
+
+    let dataset = shop.open(Split::Train);
+    assert_eq!(dataset.shape(), [16, 16, 3]);
+    let halves = pixels(&dataset, 2);
+    assert_eq!((halves[16 * 5 + 1], halves[16 * 5 + 14]), ([250, 7, 3], [9, 30, 200]));
+    assert_eq!(pixels(&dataset, 3), [[12, 34, 56]; 256]);
+    assert_eq!(pixels(&dataset, 4), [[77; 3]; 256]);
+
+    let tags = |id| {
+        let tags = dataset.tags(dataset.find(id).unwrap()).iter();
+        tags.map(|&tag| dataset.vocabulary().tag(tag).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(tags(2), ["blue", "red"]);
+    assert_eq!(tags(4), ["grey", "unusual"]);
+    assert!(tags(5).is_empty());
+    assert_eq!([2, 3, 4, 5].map(|id| dataset.flip_allowed(dataset.find(id).unwrap())), [false, false, false, true]);
+    assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Kind::Images, "CC0"));
+    for i in 0..dataset.len() {
+        let mut condition = vec![f32::NAN; dataset.condition_dim()];
+        dataset.condition(i, &mut condition);
+        let expected = dataset.vocabulary().multi_hot(dataset.tags(i));
+        for (found, expected) in condition.iter().zip(expected) {
+            // Rounding to f16: 2^-11 of the value.
+            assert!((found - expected).abs() <= expected * 4.9e-4, "{found} {expected}");
+        }
+    }
+}
+
+#[test]
+fn light_is_averaged_not_its_code() {
+    let mut shop = Workshop::new();
+    let board = RgbImage::from_fn(64, 64, |x, y| Rgb([if (x + y) % 2 == 0 { 255 } else { 0 }; 3]));
+    shop.image(2, board, &["board"]);
+    shop.prepare();
+    // Half the light of white is sRGB 188; averaging the codes would give 128. The border
+    // sees a filter cut off at the edge.
+    let pixels = pixels(&shop.open(Split::Train), 2);
+    for (place, pixel) in pixels.iter().enumerate() {
+        let (x, y) = (place % 16, place / 16);
+        if (2..14).contains(&x) && (2..14).contains(&y) {
+            assert!((186..=190).contains(&pixel[0]), "{pixel:?} at {x}, {y}");
+        }
+    }
+}
+
+#[test]
+fn transparency_leaves_no_fringe_of_hidden_colours() {
+    let mut shop = Workshop::new();
+    // A yellow disc whose transparent surroundings are black underneath, and one pixel of
+    // half transparency around it.
+    let disc = RgbaImage::from_fn(50, 50, |x, y| {
+        let distance = (f64::from(x) - 24.5).hypot(f64::from(y) - 24.5);
+        match distance {
+            d if d < 18.0 => Rgba([255, 220, 0, 255]),
+            d if d < 19.0 => Rgba([255, 220, 0, 128]),
+            _ => Rgba([0, 0, 0, 0]),
+        }
+    });
+    shop.image(2, disc, &["disc"]);
+    let mut settings = shop.settings();
+    prepare::prepare(&settings, &|_| ()).unwrap();
+    let on_white = pixels(&shop.open(Split::Train), 2);
+    for pixel in &on_white {
+        // Between yellow and white; the filter's ringing takes a little off the green.
+        assert!(pixel[0] >= 250 && pixel[1] >= 210, "a dark fringe: {pixel:?}");
+    }
+    assert_eq!((on_white[0], on_white[16 * 8 + 8]), ([255; 3], [255, 220, 0]));
+
+    settings.out = shop.dir.path().join("green");
+    settings.background = [0, 128, 0];
+    prepare::prepare(&settings, &|_| ()).unwrap();
+    let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
+    assert_eq!(pixels(&dataset, 2)[0], [0, 128, 0]);
+}
+
+#[test]
+fn at_most_the_allowed_share_is_cropped_about_the_centre() {
+    let mut shop = Workshop::new();
+    let cases = [(2, 16, 16, true), (3, 20, 19, true), (4, 19, 20, true), (5, 20, 18, false)];
+    for (id, width, height, _) in cases {
+        shop.image(id, solid(width, height, [1, 2, 3]), &["x"]);
+    }
+    // 80 x 76 keeps its middle 76 columns: the outermost two on each side are red.
+    let framed = RgbImage::from_fn(80, 76, |x, _| Rgb(if (2..78).contains(&x) { [10, 200, 10] } else { [255, 0, 0] }));
+    shop.image(6, framed, &["x"]);
+    shop.image(7, solid(9, 9, [5, 5, 5]), &["x"]);
+    let summary = shop.prepare();
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, cropped: 1, enlarged: 1, ..Counts::default() });
+    let dataset = shop.open(Split::Train);
+    for (id, .., kept) in cases {
+        assert_eq!(dataset.find(id).is_some(), kept, "image {id}");
+    }
+    assert_eq!(pixels(&dataset, 6), [[10, 200, 10]; 256]);
+}
+
+/// A PNG whose header claims 60,000 x 60,000 pixels: 10.8 GB in a few bytes.
+fn bomb() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, 60_000, 60_000);
+    encoder.set_color(png::ColorType::Rgb);
+    let mut writer = encoder.write_header().unwrap();
+    writer.write_chunk(png::chunk::IDAT, &[0x78, 0x9c, 0x03, 0x00, 0, 0, 0, 1]).unwrap();
+    drop(writer);
+    bytes
+}
+
+#[test]
+fn unreadable_images_are_listed_and_counted_not_fatal() {
+    let mut shop = Workshop::new();
+    shop.image(2, solid(16, 16, [0; 3]), &["x"]);
+    let mut whole = Vec::new();
+    let noise = RgbImage::from_fn(64, 64, |x, y| Rgb([(x * 37 + y * y) as u8, (x * y) as u8, 9]));
+    noise.write_to(&mut std::io::Cursor::new(&mut whole), ImageFormat::Png).unwrap();
+    let mut corrupt = whole.clone();
+    corrupt[60..90].fill(0xaa);
+    for (id, name, bytes) in [
+        (3, "truncated.png", &whole[..whole.len() / 2]),
+        (4, "corrupt.png", &corrupt),
+        (5, "bomb.png", &bomb()),
+        (6, "text.png", b"not an image at all"),
+        (7, "empty.png", b""),
+    ] {
+        fs::write(shop.file(name), bytes).unwrap();
+        shop.record(id, name, &["x"]);
+    }
+    shop.record(8, "absent.png", &["x"]);
+    let listed = Mutex::new(Vec::new());
+    let listen = |event: Event| {
+        if let Event::Unreadable { file, why } = event {
+            listed.lock().unwrap().push(format!("{file}: {why}"));
+        }
+    };
+    let summary = prepare::prepare(&shop.settings(), &listen).unwrap();
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, unreadable: 6, ..Counts::default() });
+    let mut first = std::mem::take(&mut *listed.lock().unwrap());
+    first.sort();
+    let names: Vec<_> = first.iter().map(|line| line.split(':').next().unwrap()).collect();
+    assert_eq!(names, ["absent.png", "bomb.png", "corrupt.png", "empty.png", "text.png", "truncated.png"]);
+    assert!(first[1].contains("60000x60000 is more than"), "{}", first[1]);
+
+    // The second time nothing is decoded, but the list is the same.
+    let again = prepare::prepare(&shop.settings(), &listen).unwrap();
+    let mut second = listed.into_inner().unwrap();
+    second.sort();
+    assert_eq!((again.splits, second), (summary.splits, first));
+}
+
+fn gallery() -> Workshop {
+    let mut shop = Workshop::new();
+    for id in 0..40 {
+        let image = RgbImage::from_fn(20 + id as u32 % 2, 20, |x, y| {
+            Rgb([(x * 9 + id as u32 * 5) as u8, (y * 11) as u8, (x * y) as u8])
+        });
+        shop.image(id * 3 - 20, image, &[["a", "b", "c"][id as usize % 3], "all"]);
+    }
+    fs::write(shop.file("broken.png"), "x").unwrap();
+    shop.record(1002, "broken.png", &["all"]);
+    shop
+}
+
+fn read_dir(dir: &Path) -> HashMap<String, Vec<u8>> {
+    fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+        .collect()
+}
+
+#[test]
+fn splits_follow_from_the_id_alone() {
+    let shop = gallery();
+    let summary = shop.prepare();
+    for split in Split::ALL {
+        let dataset = shop.open(split);
+        assert_eq!(dataset.len(), counts(&summary, split).kept);
+        for i in 0..dataset.len() {
+            let expected = match dataset.id(i).rem_euclid(10) {
+                0 => Split::Validation,
+                1 => Split::Test,
+                _ => Split::Train,
+            };
+            assert_eq!(split, expected, "id {}", dataset.id(i));
+        }
+    }
+    assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [32, 4, 4]);
+    // The vocabulary is counted on the training images, the unreadable one included: its
+    // tags are known before it is decoded.
+    assert_eq!(summary.vocabulary.tags()[0], Tag { tag: "all".into(), count: 33 });
+}
+
+#[test]
+fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let whole = read_dir(&out);
+    assert_eq!(whole.len(), 9 + 1 + 1 + 1, "{:?}", whole.keys());
+
+    fs::remove_file(out.join("train-00002.safetensors")).unwrap();
+    fs::remove_file(out.join("vocabulary.json")).unwrap();
+    let half = &whole["train-00005.safetensors"];
+    fs::write(out.join("train-00005.safetensors"), &half[..half.len() / 2]).unwrap();
+    fs::write(out.join("train-00006.safetensors.tmp"), b"left by a killed run").unwrap();
+    fs::remove_file(out.join("train-00006.safetensors")).unwrap();
+
+    let redone = Mutex::new(Vec::new());
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    one_thread.install(|| {
+        prepare::prepare(&shop.settings(), &|event| {
+            if let Event::Shard { name, kept: false, .. } = event {
+                redone.lock().unwrap().push(name.to_string());
+            }
+        })
+        .unwrap()
+    });
+    assert_eq!(redone.into_inner().unwrap(), [2, 5, 6].map(|number| format!("train-{number:05}.safetensors")));
+    assert!(read_dir(&out) == whole, "the resumed dataset differs");
+}
+
+#[test]
+fn a_dataset_made_otherwise_is_refused_and_left_alone() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let before = read_dir(&out);
+    let refused = |settings: Settings, expected: &str| {
+        let text = prepare::prepare(&settings, &|_| ()).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+        assert!(read_dir(&out) == before, "files were changed");
+    };
+    refused(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    refused(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
+    refused(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
+    let changed = shop.lines[3].replace("\"all\"", "\"other\"");
+    fs::write(shop.dir.path().join("changed.jsonl"), changed + "\n" + &shop.lines[4..].join("\n")).unwrap();
+    let metadata = shop.dir.path().join("changed.jsonl");
+    refused(Settings { metadata, ..shop.settings() }, "made before with records 41 (");
+
+    fs::write(out.join("train-00099.safetensors"), "someone else's").unwrap();
+    let text = prepare::prepare(&shop.settings(), &|_| ()).unwrap_err().to_string();
+    assert!(text.contains("train-00099.safetensors: a shard of another dataset"), "{text}");
+}
+
+#[test]
+fn unusable_settings_and_metadata_are_named() {
+    let shop = gallery();
+    let fails = |settings: Settings| prepare::prepare(&settings, &|_| ()).unwrap_err().to_string();
+    let base = || shop.settings();
+    assert!(fails(Settings { size: [0, 4], ..base() }).contains("the size is 0x4, expected sides"));
+    assert!(fails(Settings { max_crop: f64::NAN, ..base() }).contains("crop is NaN, expected"));
+    assert!(fails(Settings { validation_modulus: 2, ..base() }).contains("at least 3"));
+    assert!(fails(Settings { shard_size: 0, ..base() }).contains("shard size is 0"));
+    assert!(fails(Settings { vocabulary: 0, ..base() }).contains("vocabulary is 0"));
+    for (line, expected) in [
+        ("{\"id\": 1,", "line 2: EOF"),
+        ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: invalid type: string"),
+        ("{\"id\": 1, \"tags\": []}", "line 2: missing field `file`"),
+        ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: tag \"a,b\" contains a comma"),
+        ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),
+    ] {
+        let metadata = shop.dir.path().join("bad.jsonl");
+        fs::write(&metadata, format!("{}\n{line}\n", shop.lines[0])).unwrap();
+        let text = fails(Settings { metadata, ..base() });
+        assert!(text.contains("bad.jsonl line 2") && text.contains(expected), "{text}");
+    }
+    let empty = shop.dir.path().join("empty.jsonl");
+    fs::write(&empty, "\n\n").unwrap();
+    assert!(fails(Settings { metadata: empty, ..base() }).contains("empty.jsonl: no records"));
+
+    let mut unreadable = Workshop::new();
+    unreadable.record(2, "absent.png", &["x"]);
+    let result = prepare::prepare(&unreadable.settings(), &|_| ());
+    assert!(matches!(result, Err(PrepareError::NothingKept { records: 1, unreadable: 1, cropped: 0 })), "{result:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_size_is_fitted_or_dropped_as_the_arithmetic_says(
+        width in 1u32..60, height in 1u32..60, max_crop in 0.0f64..0.6, target in prop::array::uniform2(1u32..40),
+    ) {
+        let mut shop = Workshop::new();
+        shop.image(2, solid(width, height, [90, 180, 20]), &["x"]);
+        let settings = Settings { size: target, max_crop, ..shop.settings() };
+        let lost = {
+            let (w, h) = (f64::from(width) / f64::from(target[0]), f64::from(height) / f64::from(target[1]));
+            1.0 - w.min(h) / w.max(h)
+        };
+        prop_assume!((lost - max_crop).abs() > 1e-6);
+        match prepare::prepare(&settings, &|_| ()) {
+            Ok(_) => {
+                prop_assert!(lost < max_crop);
+                let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
+                prop_assert!(pixels(&dataset, 2).iter().all(|&pixel| pixel == [90, 180, 20]));
+            }
+            Err(PrepareError::NothingKept { cropped: 1, .. }) => prop_assert!(lost > max_crop),
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+    }
+}
+
+// ---- the reader ----
+
+/// A shard written by hand, so that each part can be wrong.
+struct Shard {
+    header: serde_json::Value,
+    tensors: Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+fn bytes<const N: usize, T>(values: &[T], convert: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(convert).collect()
+}
+
+impl Shard {
+    /// Two latents of 1 x 2 x 3 (C, H, W), conditions 2 wide, three tags.
+    fn latents(ids: [i64; 2]) -> Self {
+        let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
+        let latents: Vec<f32> = (0..12).map(|x| x as f32 - 2.5).collect();
+        Self {
+            header: serde_json::json!({
+                "kind": "latents", "height": 2, "width": 3, "channels": 1, "condition_dim": 2,
+                "count": 2, "shards": 1, "source": "", "licence": "",
+            }),
+            tensors: vec![
+                ("latents", Dtype::F16, vec![2, 1, 2, 3], bytes(&latents, half)),
+                ("conditions", Dtype::F16, vec![2, 2], bytes(&[0.6, 0.8, 1.0, 0.0], half)),
+                ("ids", Dtype::I64, vec![2], bytes(&ids, |x| x.to_le_bytes())),
+                ("tag_offsets", Dtype::I64, vec![3], bytes(&[0i64, 2, 3], |x| x.to_le_bytes())),
+                ("tag_indices", Dtype::I32, vec![3], bytes(&[0i32, 1, 0], |x| x.to_le_bytes())),
+            ],
+        }
+    }
+
+    fn set(mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> Self {
+        for tensor in &mut self.tensors {
+            if tensor.0 == name {
+                (tensor.1, tensor.2, tensor.3) = (dtype, shape.to_vec(), bytes.clone());
+            }
+        }
+        self
+    }
+
+    fn write(&self, dir: &Path, name: &str) {
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, &shape[..], &bytes[..])).collect();
+        let metadata = HashMap::from([("dataset".to_string(), self.header.to_string())]);
+        safetensors::write(dir.join(name), &tensors, &metadata).unwrap();
+    }
+}
+
+fn two_tags(dir: &Path) {
+    Vocabulary::most_frequent([["a", "b"]], 2).unwrap().save(&dir.join("vocabulary.json")).unwrap();
+}
+
+#[test]
+fn latents_are_given_as_stored_and_shards_continue_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    two_tags(dir.path());
+    let mut first = Shard::latents([7, -7]);
+    let mut second = Shard::latents([8, 9]);
+    (first.header["shards"], second.header["shards"]) = (2.into(), 2.into());
+    first.write(dir.path(), "validation-00000.safetensors");
+    second.write(dir.path(), "validation-00001.safetensors");
+    let dataset = Dataset::open(dir.path(), Split::Validation).unwrap();
+    assert_eq!((dataset.len(), dataset.header().count), (4, 4));
+    assert_eq!([0, 1, 2, 3].map(|i| dataset.id(i)), [7, -7, 8, 9]);
+    assert_eq!([0, 1, 2, 3].map(|i| dataset.tags(i).to_vec()), [vec![0, 1], vec![0], vec![0, 1], vec![0]]);
+    assert!(!dataset.flip_allowed(3), "no flips tensor means no flips");
+    let (mut image, mut condition) = ([0.0; 6], [0.0; 2]);
+    dataset.image(3, &mut image);
+    dataset.condition(3, &mut condition);
+    assert_eq!(image, [3.5, 4.5, 5.5, 6.5, 7.5, 8.5]);
+    assert_eq!(condition, [1.0, 0.0]);
+}
+
+#[test]
+fn every_fault_of_a_shard_is_an_error_that_says_what_and_where() {
+    let fault = |shard: Shard| {
+        let dir = tempfile::tempdir().unwrap();
+        two_tags(dir.path());
+        shard.write(dir.path(), "train-00000.safetensors");
+        Dataset::open(dir.path(), Split::Train).unwrap_err().to_string()
+    };
+    let good = || Shard::latents([1, 2]);
+    let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
+    let long = |x: &i64| x.to_le_bytes();
+    let int = |x: &i32| x.to_le_bytes();
+    let header = |key: &str, value: serde_json::Value| {
+        let mut shard = good();
+        shard.header[key] = value;
+        shard
+    };
+    let without = |name: &str| {
+        let mut shard = good();
+        shard.tensors.retain(|tensor| tensor.0 != name);
+        shard
+    };
+    let with = |name: &'static str, dtype, shape: &[usize], bytes: Vec<u8>| {
+        let mut shard = good();
+        shard.tensors.push((name, dtype, shape.to_vec(), bytes));
+        shard
+    };
+    let nan = bytes(&[0.0, 1.0, f32::NAN, 0.0], half);
+    let infinite = bytes(&[f32::NEG_INFINITY, 1.0, 0.0, 0.0], half);
+    let cases = [
+        (without("latents"), "tensor latents is missing"),
+        (without("tag_indices"), "tensor tag_indices is missing"),
+        (header("kind", "images".into()), "tensor images is missing"),
+        (header("kind", "sound".into()), "metadata \"dataset\": unknown variant `sound`"),
+        (header("height", 3.into()), "tensor latents: found F16 [2, 1, 2, 3], expected F16 [2, 1, 3, 3]"),
+        (header("count", 3.into()), "found F16 [2, 1, 2, 3], expected F16 [3, 1, 2, 3]"),
+        (header("count", u64::MAX.into()), "tensor latents: found"),
+        (header("width", 0.into()), "width is 0, expected 1 to"),
+        (header("width", u64::MAX.into()), "expected 1 to"),
+        (header("condition_dim", 3.into()), "tensor conditions: found F16 [2, 2], expected F16 [2, 3]"),
+        (header("shards", 2.into()), "shard train-00001.safetensors is missing (1 of 2 are there)"),
+        (good().set("conditions", Dtype::F16, &[2, 2], nan), "conditions: found a NaN or infinity in row 1"),
+        (good().set("conditions", Dtype::F16, &[2, 2], infinite), "a NaN or infinity in row 0"),
+        (good().set("conditions", Dtype::F32, &[2, 2], vec![0; 16]), "found F32 [2, 2], expected F16"),
+        (good().set("ids", Dtype::I64, &[2], bytes(&[5, 5], long)), "id 5 occurs twice"),
+        (good().set("ids", Dtype::I64, &[1, 2], bytes(&[5, 6], long)), "expected I64 [2]"),
+        (
+            good().set("tag_indices", Dtype::I32, &[3], bytes(&[0, 2, 0], int)),
+            "tag_indices: found 2 at 1, expected places in a vocabulary of 2",
+        ),
+        (good().set("tag_indices", Dtype::I32, &[3], bytes(&[0, -1, 0], int)), "found -1 at 1"),
+        (good().set("tag_offsets", Dtype::I64, &[3], bytes(&[0, 2, 4], long)), "rising from 0 to 3"),
+        (good().set("tag_offsets", Dtype::I64, &[3], bytes(&[0, 4, 3], long)), "found a decrease"),
+        (good().set("tag_offsets", Dtype::I64, &[3], bytes(&[-1, 2, 3], long)), "tag_offsets: found ends"),
+        (good().set("tag_offsets", Dtype::I64, &[2], bytes(&[0, 3], long)), "expected I64 [3]"),
+        (with("flips", Dtype::U8, &[2], vec![0, 2]), "flips: found 2 at 1, expected 0 or 1"),
+        (with("flips", Dtype::U8, &[3], vec![0; 3]), "tensor flips: found U8 [3], expected U8 [2]"),
+    ];
+    for (shard, expected) in cases {
+        let text = fault(shard);
+        assert!(text.contains(expected), "expected \"{expected}\", found \"{text}\"");
+    }
+}
+
+#[test]
+fn faults_of_the_directory_are_named_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Dataset::open(dir.path(), Split::Train).unwrap_err().to_string();
+    assert!(open().contains("vocabulary.json: No such file"), "{}", open());
+    fs::write(dir.path().join("vocabulary.json"), "{}").unwrap();
+    assert!(open().contains("vocabulary.json: not a vocabulary"), "{}", open());
+    two_tags(dir.path());
+    assert!(open().contains("no train shards (expected train-00000.safetensors)"), "{}", open());
+
+    Shard::latents([1, 2]).write(dir.path(), "train-4294967295.safetensors");
+    assert!(open().contains("train-00000.safetensors is missing (1 of 4294967296"), "{}", open());
+    fs::remove_file(dir.path().join("train-4294967295.safetensors")).unwrap();
+
+    let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
+    let mut empty = Shard::latents([1, 2])
+        .set("latents", Dtype::F16, &[0, 1, 2, 3], vec![])
+        .set("conditions", Dtype::F16, &[0, 2], vec![])
+        .set("ids", Dtype::I64, &[0], vec![])
+        .set("tag_offsets", Dtype::I64, &[1], vec![0; 8])
+        .set("tag_indices", Dtype::I32, &[0], vec![]);
+    empty.header["count"] = 0.into();
+    empty.write(dir.path(), "train-00000.safetensors");
+    assert!(open().contains("the train split has no images"), "{}", open());
+
+    let first = Shard::latents([1, 2]);
+    let mut second = Shard::latents([3, 4]).set("conditions", Dtype::F16, &[2, 1], bytes(&[0.0, 1.0], half));
+    second.header["condition_dim"] = 1.into();
+    first.write(dir.path(), "train-00000.safetensors");
+    second.write(dir.path(), "train-00001.safetensors");
+    assert!(open().contains("train-00001.safetensors: condition_dim is 1, but 2 in"), "{}", open());
+    Shard::latents([3, 1]).write(dir.path(), "train-00001.safetensors");
+    assert!(open().contains("train-00001.safetensors: id 1 occurs twice"), "{}", open());
+}
+
+/// Opens all splits and reads everything they have.
+fn read_all(dir: &Path) {
+    for split in Split::ALL {
+        let Ok(dataset) = Dataset::open(dir, split) else { continue };
+        let mut image = vec![0.0; dataset.shape().iter().product()];
+        let mut condition = vec![0.0; dataset.condition_dim()];
+        for i in 0..dataset.len() {
+            dataset.image(i, &mut image);
+            dataset.condition(i, &mut condition);
+            assert!(condition.iter().all(|x| x.is_finite()));
+            let _ = dataset.vocabulary().multi_hot(dataset.tags(i));
+            let _ = (dataset.id(i), dataset.flip_allowed(i));
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn damaged_shards_never_panic(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        in_header in any::<bool>(),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        two_tags(dir.path());
+        Shard::latents([1, 2]).write(dir.path(), "train-00000.safetensors");
+        let path = dir.path().join("train-00000.safetensors");
+        let mut content = fs::read(&path).unwrap();
+        let header = 8 + u64::from_le_bytes(content[..8].try_into().unwrap()) as usize;
+        for (place, byte) in damage {
+            let at = if in_header { place.index(header) } else { header + place.index(content.len() - header) };
+            content[at] = byte;
+        }
+        if let Some(cut) = cut {
+            content.truncate(cut.index(content.len()));
+        }
+        fs::write(&path, content).unwrap();
+        read_all(dir.path());
+    }
+
+    #[test]
+    fn damaged_vocabularies_never_panic(text in "[\\[\\]{}\":,a-c0-9tagcoun ]{0,60}") {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("vocabulary.json"), text).unwrap();
+        Shard::latents([1, 2]).write(dir.path(), "train-00000.safetensors");
+        read_all(dir.path());
+    }
+}
+
+#[test]
+fn the_committed_emoji_are_a_dataset_with_the_right_pictures() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
+    let [train, validation, test] = Split::ALL.map(|split| Dataset::open(&dir, split).unwrap());
+    assert_eq!([train.len(), validation.len(), test.len()], [159, 10, 10]);
+    assert_eq!((train.shape(), train.condition_dim()), ([32, 32, 3], 64));
+    assert!(train.header().licence.contains("Apache-2.0"));
+    read_all(&dir);
+    // Every heart called blue is more blue than red, every red one the other way round.
+    let vocabulary = train.vocabulary();
+    for (colour, channel, other) in [("red", 0, 2), ("blue", 2, 0)] {
+        let wanted = vocabulary.parse(&format!("heart, {colour}")).unwrap();
+        let mut found = 0;
+        for i in 0..train.len() {
+            if wanted.iter().all(|tag| train.tags(i).contains(tag)) {
+                let pixels = pixels(&train, train.id(i));
+                assert_eq!(pixels[0], [255; 3], "the corner is background");
+                let sum = |c: usize| pixels.iter().map(|pixel| u32::from(pixel[c])).sum::<u32>();
+                assert!(sum(channel) > sum(other), "{colour} heart, id {}", train.id(i));
+                found += 1;
+            }
+        }
+        assert!(found > 0, "no {colour} heart");
+    }
+}
+
+// ---- the vocabulary ----
+
+#[test]
+fn the_most_frequent_tags_come_first_and_ties_are_alphabetical() {
+    let sets = [vec!["b", "a", "c"], vec!["c", "b"], vec!["c", "c", "c", "d"]];
+    let vocabulary = Vocabulary::most_frequent(sets.iter().map(|set| set.iter().copied()), 3).unwrap();
+    let expected = [("c", 3), ("b", 2), ("a", 1)];
+    for (index, (tag, count)) in expected.iter().enumerate() {
+        assert_eq!(vocabulary.tags()[index], Tag { tag: (*tag).into(), count: *count });
+        assert_eq!(vocabulary.get(tag), Some(index as u32));
+    }
+    assert_eq!((vocabulary.len(), vocabulary.get("d"), vocabulary.tag(3)), (3, None, None));
+}
+
+#[test]
+fn conditions_have_unit_norm_whatever_the_number_of_tags() {
+    let tags = (0..50).map(|i| Tag { tag: format!("t{i}"), count: 1 }).collect();
+    let vocabulary = Vocabulary::new(tags).unwrap();
+    for k in [1, 2, 7, 50] {
+        let indices: Vec<u32> = (0..k).chain([0]).collect();
+        let condition = vocabulary.multi_hot(&indices);
+        let norm: f32 = condition.iter().map(|x| x * x).sum::<f32>().sqrt();
+        // A sum of at most 50 rounded squares.
+        assert!((norm - 1.0).abs() < 1e-5, "{k} tags: norm {norm}");
+        assert_eq!(condition.iter().filter(|&&x| x != 0.0).count(), k as usize);
+    }
+    assert_eq!(vocabulary.multi_hot(&[3])[3], 1.0, "one tag is a class label");
+    assert_eq!(vocabulary.multi_hot(&[]), [0.0; 50], "no tag is unconditional");
+}
+
+#[test]
+fn unknown_tags_suggest_the_nearest_known_ones() {
+    let tags = ["red heart", "red hair", "woman", "dark skin tone", "group: people & body"];
+    let vocabulary = Vocabulary::most_frequent([tags], 9).unwrap();
+    assert_eq!(vocabulary.parse(" woman,, red heart ,woman,").unwrap(), [3, 4]);
+    assert!(vocabulary.parse("").unwrap().is_empty());
+    let error = |text: &str| vocabulary.parse(text).unwrap_err().to_string();
+    assert_eq!(error("Woman"), "unknown tag \"Woman\", did you mean \"woman\"?");
+    assert!(error("red hart").contains("did you mean \"red heart\" or \"red hair\"?"));
+    assert_eq!(error("woman, zeppelin"), "unknown tag \"zeppelin\"");
+}
+
+#[test]
+fn a_vocabulary_survives_its_file_and_faults_in_the_file_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vocabulary.json");
+    let vocabulary = Vocabulary::most_frequent([["ü \"x\"", "b"], ["b", "c"]], 9).unwrap();
+    vocabulary.save(&path).unwrap();
+    assert_eq!(Vocabulary::load(&path).unwrap(), vocabulary);
+    Vocabulary::default().save(&path).unwrap();
+    assert!(Vocabulary::load(&path).unwrap().is_empty());
+    for (text, expected) in [
+        (r#"[{"tag": "a", "count": 1}, {"tag": "a", "count": 2}]"#, "tag 1 of the vocabulary: \"a\" is already tag 0"),
+        (r#"[{"tag": "a,b", "count": 1}]"#, "tag 0 of the vocabulary: \"a,b\" contains a comma"),
+        (r#"[{"tag": "", "count": 1}]"#, "it is empty"),
+        (r#"[{"tag": " a", "count": 1}]"#, "space"),
+        (r#"[{"tag": "a", "count": -1}]"#, "not a vocabulary"),
+        (r#"["a"]"#, "not a vocabulary"),
+    ] {
+        fs::write(&path, text).unwrap();
+        let found = Vocabulary::load(&path).unwrap_err().to_string();
+        assert!(found.contains("vocabulary.json: ") && found.contains(expected), "{found}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn parsing_gives_back_any_set_of_known_tags(chosen in prop::collection::btree_set(0u32..20, 0..20)) {
+        let tags = (0..20).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect();
+        let vocabulary = Vocabulary::new(tags).unwrap();
+        let text: Vec<_> = chosen.iter().rev().map(|&i| vocabulary.tag(i).unwrap()).collect();
+        prop_assert_eq!(vocabulary.parse(&text.join(", ")).unwrap(), chosen.into_iter().collect::<Vec<_>>());
+    }
+}
+
+// ---- the command ----
+
+fn edm2k(args: &[&str]) -> assert_cmd::assert::Assert {
+    Command::cargo_bin("edm2k").unwrap().args(args).assert()
+}
+
+#[test]
+fn the_command_prepares_and_prints_a_summary() {
+    let shop = gallery();
+    let settings = shop.settings();
+    let path = |path: &Path| path.to_str().unwrap().to_string();
+    let (images, metadata, out) = (path(&settings.images), path(&settings.metadata), path(&settings.out));
+    let args = [
+        "prepare",
+        "--images",
+        &images,
+        "--metadata",
+        &metadata,
+        "--out",
+        &out,
+        "--size",
+        "12x10",
+        "--max-crop",
+        "0.3",
+        "--validation-modulus",
+        "10",
+        "--shard-size",
+        "16",
+    ];
+    let done = edm2k(&args).success();
+    let text = String::from_utf8(done.get_output().stdout.clone()).unwrap();
+    assert!(text.contains("train            32 images, 1 unreadable"), "{text}");
+    assert!(text.contains("vocabulary        4 tags, the rarest on"), "{text}");
+    let text = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(text.contains("unreadable: broken.png: "), "{text}");
+    assert!(text.contains("train-00002.safetensors: 0 images"), "{text}");
+    assert_eq!(shop.open(Split::Train).shape(), [10, 12, 3]);
+    let header = SafeFile::open(settings.out.join("test-00000.safetensors")).unwrap();
+    assert!(header.metadata()["settings"].contains("\"background\":\"#ffffff\""));
+    let text = String::from_utf8(edm2k(&args).success().get_output().stderr.clone()).unwrap();
+    assert!(text.contains("train-00000.safetensors: 16 images (was there)"), "{text}");
+}
+
+#[test]
+fn the_command_fails_with_one_clear_line() {
+    let shop = gallery();
+    let settings = shop.settings();
+    let path = |path: &Path| path.to_str().unwrap().to_string();
+    let (images, metadata) = (path(&settings.images), path(&settings.metadata));
+    let taken = path(&shop.dir.path().join("taken"));
+    fs::File::create(&taken).unwrap().write_all(b"precious").unwrap();
+    let out = path(&settings.out);
+    let run = |out: &str, metadata: &str, more: &[&str]| {
+        let mut args = vec!["prepare", "--images", &images, "--metadata", metadata, "--out", out];
+        args.extend(more);
+        let failed = edm2k(&args).failure();
+        String::from_utf8(failed.get_output().stderr.clone()).unwrap()
+    };
+    let one_line = |text: String, expected: &str| {
+        assert!(text.starts_with("edm2k: error: cannot prepare the dataset: "), "{text}");
+        assert!(text.contains(expected) && text.trim_end().lines().count() == 1, "{text}");
+    };
+    one_line(run(&out, "absent.jsonl", &["--size", "8x8"]), "absent.jsonl: No such file");
+    one_line(run(&taken, &metadata, &["--size", "8x8"]), "taken: File exists");
+    one_line(run(&out, &metadata, &["--size", "8x20000"]), "the size is 8x20000, expected");
+    assert_eq!(fs::read(&taken).unwrap(), b"precious");
+    assert!(!settings.out.exists(), "nothing is made when the settings are wrong");
+    for (more, expected) in [
+        (vec!["--size", "8"], "invalid value '8' for '--size <WxH>': '8' is not a size, expected"),
+        (vec!["--size", "8x8", "--background", "#12345é"], "expected a colour such as #ffffff"),
+        (vec!["--size", "8x8", "--colour", "x"], "unexpected argument '--colour'"),
+        (vec![], "--size <WxH>"),
+    ] {
+        let text = run(&out, &metadata, &more);
+        assert!(text.contains(expected), "{text}");
+    }
+}
