@@ -231,7 +231,7 @@ inline void cp_async(smem_addr dst, const void* src, bool valid = true, SIMT_WHE
 }
 inline void cp_async_commit() { simt::cp_async_commit(); }
 template <int GROUPS_LEFT>
-inline void cp_async_wait(SIMT_WHERE) { simt::cp_async_wait(GROUPS_LEFT, at); }
+inline void cp_async_wait() { simt::cp_async_wait(GROUPS_LEFT); }
 
 #else
 

@@ -92,11 +92,14 @@ enum Shows {
     Error(&'static str),
     /// As a wrong result.
     Result,
+    /// As NaN, the poison, in the result.
+    Poison,
     /// As bank conflicts, so many.
     Conflicts(u64),
 }
 
-fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bool) {
+/// What the launch said, whether the result was right, and whether there was NaN in it.
+fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bool, bool) {
     // 250 floats end within the last 256-byte unit of their allocation.
     let n: usize = if kernel.contains("by_one") { 250 } else { 256 };
     let shared = match kernel {
@@ -112,8 +115,9 @@ fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bo
     let plant =
         Plant { out: out.ptr(), input: x.ptr(), scratch: scratch.ptr(), n: n as i32, zero: 0, one: 1, padding: 0 };
     let result = launch(d, kernel, 4, 64, shared, &[Arg::of(&plant)]);
-    let right = read::<f32>(&out).iter().zip(&input).all(|(y, x)| *y == 2.0 * x);
-    (result, right)
+    let y: Vec<f32> = read(&out);
+    let right = y.iter().zip(&input).all(|(y, x)| *y == 2.0 * x);
+    (result, right, y.iter().any(|y| y.is_nan()))
 }
 
 #[test]
@@ -122,20 +126,21 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
     #[rustfmt::skip]
     let bugs: &[(&str, Shows, Shows)] = &[
         // kernel                   normal build                     checked build
-        ("unwritten_shared",        Result,                          Error("read of shared memory that nobody has written")),
-        ("unwritten_global",        Result,                          Result),
+        ("unwritten_shared",        Poison,                          Error("read of shared memory that nobody has written")),
+        ("unwritten_global",        Poison,                          Poison),
         ("global_overrun",          Error("256 bytes past the end of an allocation of 1024 bytes"), Error("write of 4 bytes, 256 bytes past the end")),
         ("global_overrun_by_one",   Nowhere,                         Error("write of 4 bytes, 0 bytes past the end of an allocation of 1000 bytes")),
         ("global_underrun",         Nowhere,                         Error("read of 4 bytes, 4 bytes before an allocation of 1024 bytes")),
         ("null_pointer",            Error("a null pointer"),         Error("a null pointer")),
         ("shared_overrun",          Nowhere,                         Error("index out of the array's bounds")),
+        ("shared_overrun_by_pointer", Nowhere,                       Error("write of 4 bytes, 0 bytes past the end of a shared array of 256 bytes")),
         ("dynamic_shared_overrun",  Error("past the end of dynamic shared memory of 256 bytes"), Error("past the end of dynamic shared memory of 256 bytes")),
-        ("missing_barrier",         Result,                          Error("shared memory")),
+        ("missing_barrier",         Poison,                          Error("shared memory")),
         ("overwritten_too_early",   Result,                          Error("race:")),
-        ("missing_syncwarp",        Result,                          Error("shared memory")),
+        ("missing_syncwarp",        Poison,                          Error("shared memory")),
         ("block_race",              Nowhere,                         Error("race between blocks: read of bytes 0..+4")),
         ("atomic_race",             Nowhere,                         Error("race: ")),
-        ("missing_wait",            Result,                          Error("that a cp.async is still writing")),
+        ("missing_wait",            Poison,                          Error("that a cp.async is still writing")),
         ("missing_commit",          Error("left the kernel with this cp.async in flight"), Error("that a cp.async is still writing")),
         ("copy_from_outside",       Error("0 bytes past the end of an allocation"), Error("read of 4 bytes, 0 bytes past the end of an allocation")),
         ("misaligned_copy",         Error("cp.async of 16 bytes: the destination is not aligned"), Error("cp.async of 16 bytes: the destination is not aligned")),
@@ -166,12 +171,13 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
             let d = device(build, order);
             for (name, normal, checked) in bugs {
                 let shows = [normal, checked][b];
-                let (result, right) = run_plant(&d, &format!("{name}_bug"));
+                let (result, right, nan) = run_plant(&d, &format!("{name}_bug"));
                 let context =
                     format!("{name}_bug, {build:?}, {order:?}, expected {shows:?}: {result:?}, right: {right}");
                 match (shows, &result) {
                     (Nowhere, Ok(_)) => {}
                     (Result, Ok(_)) => assert!(!right, "{context}"),
+                    (Poison, Ok(_)) => assert!(nan, "{context}"),
                     (Conflicts(n), Ok(c)) => assert!(right && c.bank_conflicts == *n, "{context}"),
                     (Error(words), Err(EmulatorError::Fault(message))) => {
                         assert!(message.contains(words), "{context}");
@@ -181,7 +187,7 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
                     }
                     _ => panic!("{context}"),
                 }
-                let (result, right) = run_plant(&d, &format!("{name}_ok"));
+                let (result, right, _) = run_plant(&d, &format!("{name}_ok"));
                 let conflicts = result.as_ref().map_or(1, |c| c.bank_conflicts);
                 assert!(right && conflicts == 0, "{name}_ok, {build:?}, {order:?}: {result:?}, right: {right}");
             }

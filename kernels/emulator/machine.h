@@ -26,6 +26,7 @@ constexpr size_t kPage = 4096, kStack = 64 << 10;
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
 // What sm_86 and sm_89, the smallest targets, allow a block: 48 KB, and 99 KB by opt-in.
 constexpr size_t kSharedDefault = 48 << 10, kSharedMax = 99 << 10;
+constexpr size_t kStaticArea = 64 << 10, kStaticGap = 64;  // the latter in the checked build
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer
 
 constexpr int kMaxTiles = 16;              // of each side, in one mma_tile
@@ -88,7 +89,7 @@ struct Machine {
     Thread* self = nullptr;
     Launch* launch = nullptr;
     uintptr_t base, stacks, statics, statics_guard, dynamic_end, end;
-    size_t static_used;
+    size_t static_end, static_bytes;  // with and without gaps
     unsigned char* dynamic;
     struct Static {
         const void* site;

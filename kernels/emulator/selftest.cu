@@ -82,6 +82,19 @@ template <bool BUG> __device__ void shared_overrun(Plant p) {
 }
 PLANT(shared_overrun);
 
+// The same where the compiler cannot know the array.
+template <bool BUG> __device__ void shared_overrun_by_pointer(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    SHARED(float, behind, [64]);
+    float* unknown = p.zero ? behind : s;
+    behind[t] = 0;
+    unknown[BUG && t == 63 ? t + 1 : t] = p.in[i];
+    __syncthreads();
+    p.out[i] = 2 * (BUG && t == 63 ? p.in[i] : s[t]);
+}
+PLANT(shared_overrun_by_pointer);
+
 template <bool BUG> __device__ void dynamic_shared_overrun(Plant p) {  // launched with 256 bytes
     INDICES;
     DYN_SMEM(float, s);

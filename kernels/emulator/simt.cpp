@@ -215,16 +215,18 @@ void* static_shared(const void* site, size_t bytes, size_t align) {
     for (const auto& v : m.variables)
         if (v.site == site) return reinterpret_cast<void*>(v.begin);
     align = std::max<size_t>(align, 16);
-    size_t begin = (m.static_used + align - 1) / align * align;
-    m.static_used = begin + bytes;
-    if (m.static_used > kSharedDefault)
-        fail_at_pc(uintptr_t(__builtin_return_address(0)), "%zu bytes of static shared memory, more than 48 KB",
-                   m.static_used);
-    if (m.static_used + m.launch->smem > kSharedMax)
-        fail_at_pc(uintptr_t(__builtin_return_address(0)), "%zu bytes of static and %u of dynamic shared memory, more than 99 KB",
-                   m.static_used, m.launch->smem);
+    // The checked build leaves a gap, so that an overrun does not land in the next array.
+    size_t gap = kChecked && m.static_end ? kStaticGap : 0, begin = (m.static_end + gap + align - 1) / align * align;
+    m.static_bytes = (m.static_bytes + align - 1) / align * align + bytes;
+    uintptr_t caller = uintptr_t(__builtin_return_address(0));
+    if (m.static_bytes > kSharedDefault || begin + bytes > kStaticArea)
+        fail_at_pc(caller, "%zu bytes of static shared memory, more than 48 KB", m.static_bytes);
+    if (m.static_bytes + m.launch->smem > kSharedMax)
+        fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than 99 KB", m.static_bytes,
+                   m.launch->smem);
+    m.static_end = begin + bytes;
     if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, bytes);
-    m.variables.push_back({site, m.statics + begin, m.statics + m.static_used});
+    m.variables.push_back({site, m.statics + begin, m.statics + begin + bytes});
     return reinterpret_cast<void*>(m.statics + begin);
 }
 
@@ -254,7 +256,7 @@ void cp_async_commit() {
     t.groups.push_back(t.copies.size());
 }
 
-void cp_async_wait(int groups_left, Where) {
+void cp_async_wait(int groups_left) {
     Machine& m = *machine;
     Thread& t = *m.self;
     int landing = int(t.groups.size()) - groups_left;
@@ -281,14 +283,14 @@ void cp_async_wait(int groups_left, Where) {
 
 Machine::Machine() {
     size_t stack_area = (kMaxThreads + 1) * (kPage + kStack);
-    size_t static_area = kSharedDefault, dynamic_area = (kSharedMax + kPage - 1) / kPage * kPage;
-    size_t size = stack_area + kPage + static_area + kPage + dynamic_area + kPage;
+    size_t dynamic_area = (kSharedMax + kPage - 1) / kPage * kPage;
+    size_t size = stack_area + kPage + kStaticArea + kPage + dynamic_area + kPage;
     void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     base = uintptr_t(memory);
     stacks = base + kPage + kStack;  // the first is for faults
     statics = base + stack_area + kPage;
-    statics_guard = statics + static_area;
+    statics_guard = statics + kStaticArea;
     end = statics_guard + kPage + dynamic_area;
     dynamic_end = end;
     auto open = [](uintptr_t at, size_t bytes) {
@@ -296,7 +298,7 @@ Machine::Machine() {
     };
     for (int i = -1; i < kMaxThreads; i++) open(stacks + i * (kPage + kStack) + kPage, kStack);
     for (int i = kMaxThreads - 1; i >= 0; i--) free_stacks.push_back(i);
-    open(statics, static_area);
+    open(statics, kStaticArea);
     open(statics_guard + kPage, dynamic_area);
 }
 
@@ -309,7 +311,7 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
-    ready_warps = 0, at_barrier = 0, static_used = 0;
+    ready_warps = 0, at_barrier = 0, static_end = static_bytes = 0, fault_where = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
     dynamic = reinterpret_cast<unsigned char*>((dynamic_end - l.smem) & ~uintptr_t(127));
     if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));

@@ -85,7 +85,7 @@ void* dynamic_shared(size_t align);
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at);
 void cp_async_commit();
-void cp_async_wait(int groups_left, Where at);
+void cp_async_wait(int groups_left);
 
 enum class Element { f16, bf16 };
 enum class Accumulator { f32, f16 };
