@@ -19,7 +19,7 @@ enum Command {
     Bench(cli::bench::BenchArgs),
     Info(cli::info::InfoArgs),
     Prepare(cli::prepare::PrepareArgs),
-    Train(cli::train::TrainArgs),
+    Train(Box<cli::train::TrainArgs>),
     Verify(cli::verify::VerifyArgs),
 }
 
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::run(args),
         Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
-        Command::Train(args) => cli::train::run(args),
+        Command::Train(args) => cli::train::run(*args),
         Command::Verify(args) => cli::verify::run(args),
     };
     match result {

@@ -121,7 +121,8 @@ fn damage_is_named() {
     type Metadata = HashMap<String, String>;
     let config = tiny(5);
     let model = Model::init(&config, 3).unwrap();
-    let cases: [(&str, fn(&mut Tensors, &mut Metadata)); 8] = [
+    type Damage = fn(&mut Tensors, &mut Metadata);
+    let cases: [(&str, Damage); 8] = [
         ("\"config\": it is missing", |_, m| drop(m.remove("config"))),
         ("\"config\": unknown field `colour`", |_, m| drop(m.insert("config".into(), r#"{"colour": 1}"#.into()))),
         ("\"edm2k\": 1 tags in the vocabulary, expected label_dim = 5", |_, m| {

@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail, ensure};
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta};
-use edm2k::train::{DataIdentity, Event, Outcome, Plan, Schedule, Settings, checkpoint, ema, memory, train};
+use edm2k::train::{DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, checkpoint, ema, memory, train};
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -94,6 +94,9 @@ pub struct TrainArgs {
     /// Interval of the validation loss, 0 = never [default: 100 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     validate: Option<u64>,
+    /// Interval of sample grids, of RGB images only, 0 = never [default: 50 in the whole run]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    grid: Option<u64>,
     /// Interval of snapshots: a model file for each average, 0 = never [default: 10 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     snapshot: Option<u64>,
@@ -109,15 +112,6 @@ pub struct TrainArgs {
     /// Print the resolved configuration and the memory need as JSON, and do nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
-}
-
-/// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    /// The best that there is
-    Auto,
-    /// This machine's processor
-    Cpu,
 }
 
 /// A number of images: digits, perhaps with a decimal point, and a unit.
@@ -204,9 +198,10 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         }
     };
     let mut backend = Cpu::<f32>::for_training(&model.table, settings.ema.len());
-    let outcome = train(&mut backend, model, &settings, &plan, &data, validation.as_ref(), &stop, &mut show);
+    let splits = Splits { train: &data, validation: validation.as_ref() };
+    let outcome = train(&mut backend, model, &settings, &plan, splits, &stop, &mut show);
     bar.finish_and_clear();
-    match outcome.context("training stopped")? {
+    match outcome.context("training stopped; what was saved is whole")? {
         Outcome::Finished => Ok(()),
         Outcome::Stopped => {
             eprintln!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
@@ -323,6 +318,7 @@ fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
         batch_gpu,
         status: every(args.status, 500),
         validate: every(args.validate, 100),
+        grid: every(args.grid, 50),
         snapshot: every(args.snapshot, 10),
         checkpoint: every(args.checkpoint, 50),
         keep: args.keep,

@@ -94,7 +94,7 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
             .and_then(|digits| digits.parse::<u64>().ok());
         found.extend(number.map(|number| (number, path)));
     }
-    found.sort_by(|a, b| b.0.cmp(&a.0));
+    found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 

@@ -8,7 +8,7 @@
 //! does.
 //!
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
-//! averaging needs them), `stats.jsonl`, `loss.svg`.
+//! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -22,6 +22,7 @@ use serde_json::Value;
 pub mod batch;
 pub mod checkpoint;
 pub mod ema;
+pub mod grid;
 pub mod memory;
 pub mod posthoc;
 pub mod schedule;
@@ -32,10 +33,11 @@ pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
 use crate::backend::{Backend, BackendError, Normalization, Slot, Step};
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
 use crate::rng::{Purpose, Stream};
+use crate::sample::SampleError;
 use batch::Batches;
 use checkpoint::Checkpoint;
 use stats::StatsFile;
@@ -116,6 +118,8 @@ pub struct Plan {
     pub status: u64,
     /// Interval of the validation loss.
     pub validate: u64,
+    /// Interval of sample grids; of RGB images only.
+    pub grid: u64,
     /// Interval of snapshots.
     pub snapshot: u64,
     /// Interval of checkpoints.
@@ -141,6 +145,9 @@ pub enum TrainError {
     /// A snapshot, or the weights to start from.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A sample grid.
+    #[error(transparent)]
+    Grid(#[from] grid::GridError),
     /// The device.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -221,6 +228,15 @@ impl Settings {
     }
 }
 
+/// The images of a run.
+#[derive(Clone, Copy)]
+pub struct Splits<'a> {
+    /// To learn from.
+    pub train: &'a Dataset,
+    /// To watch the loss on, of the same shape.
+    pub validation: Option<&'a Dataset>,
+}
+
 /// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole
 /// checkpoint in `plan.outdir`, and from `model` if there is none.
 ///
@@ -233,8 +249,7 @@ pub fn train<B: Backend>(
     model: Model,
     settings: &Settings,
     plan: &Plan,
-    data: &Dataset,
-    validation: Option<&Dataset>,
+    data: Splits,
     stop: &AtomicBool,
     event: &mut dyn FnMut(Event),
 ) -> Result<Outcome, TrainError> {
@@ -269,14 +284,12 @@ pub fn train<B: Backend>(
         meta: model.meta,
         settings,
         plan,
-        batches: Batches::new(data, settings),
+        batches: Batches::new(data.train, settings),
         data,
-        validation,
         before: state.seconds,
+        last_status: (Instant::now(), state.nimg),
         state,
         started: Instant::now(),
-        last_status: Instant::now(),
-        images_since_start: 0,
         stats,
         rounds,
     };
@@ -289,7 +302,9 @@ fn remove_unfinished(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let ours = ["checkpoint-", "snapshot-", "stats.jsonl", "loss.svg"].iter().any(|start| name.starts_with(start));
+        let ours = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg"]
+            .iter()
+            .any(|start| name.starts_with(start));
         if ours && name.ends_with(".tmp") {
             fs::remove_file(path)?;
         }
@@ -342,13 +357,12 @@ struct Run<'a, B: Backend> {
     settings: &'a Settings,
     plan: &'a Plan,
     batches: Batches<'a>,
-    data: &'a Dataset,
-    validation: Option<&'a Dataset>,
+    data: Splits<'a>,
     state: State,
     before: f64,
     started: Instant,
-    last_status: Instant,
-    images_since_start: u64,
+    /// When the last status line was written, and after how many images.
+    last_status: (Instant, u64),
     stats: StatsFile,
     rounds: usize,
 }
@@ -373,6 +387,9 @@ impl<B: Backend> Run<'_, B> {
             if due(self.plan.validate) {
                 self.validate(event)?;
             }
+            if due(self.plan.grid) {
+                self.grid(event)?;
+            }
             if due(self.plan.snapshot) {
                 self.snapshot(event)?;
             }
@@ -388,7 +405,7 @@ impl<B: Backend> Run<'_, B> {
     /// One optimizer step; returns its learning rate.
     fn step(&mut self) -> Result<f64, TrainError> {
         let s = self.settings;
-        let [h, w, c] = self.data.shape();
+        let [h, w, c] = self.data.train.shape();
         let lr = s.learning_rate().at(self.state.nimg);
         let mut loss = 0.0;
         let end = self.state.nimg + s.batch;
@@ -420,13 +437,15 @@ impl<B: Backend> Run<'_, B> {
         self.state.nimg = end;
         self.state.step += 1;
         self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
-        self.images_since_start += s.batch;
         let sums = &mut self.state.sums;
-        sums.images += s.batch;
-        sums.steps += 1;
-        sums.loss += loss / (h * w * c) as f64;
-        sums.grad_norm += stats.grad_norm;
         sums.nonfinite += stats.nonfinite;
+        // One overflow would hide all other steps of the interval.
+        if loss.is_finite() && stats.grad_norm.is_finite() {
+            sums.images += s.batch;
+            sums.steps += 1;
+            sums.loss += loss / (h * w * c) as f64;
+            sums.grad_norm += stats.grad_norm;
+        }
         Ok(lr)
     }
 
@@ -437,7 +456,7 @@ impl<B: Backend> Run<'_, B> {
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let sums = std::mem::take(&mut self.state.sums);
-        let recent = sums.images.min(self.images_since_start);
+        let (since, nimg) = self.last_status;
         let status = Status {
             nimg: self.state.nimg,
             step: self.state.step,
@@ -445,26 +464,52 @@ impl<B: Backend> Run<'_, B> {
             lr,
             grad_norm: sums.grad_norm / sums.steps as f64,
             nonfinite: sums.nonfinite,
-            images_per_s: recent as f64 / self.last_status.elapsed().as_secs_f64(),
+            images_per_s: (self.state.nimg - nimg) as f64 / since.elapsed().as_secs_f64(),
             seconds: self.state.seconds,
             peak_mib: stats::peak_mib(),
         };
         self.write_stats(&status)?;
         event(Event::Status(&status));
-        self.last_status = Instant::now();
+        self.last_status = (Instant::now(), self.state.nimg);
         Ok(())
     }
 
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        let Some(data) = self.validation else { return Ok(()) };
+        let Some(data) = self.data.validation else { return Ok(()) };
         let begun = Instant::now();
         self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
         let loss = validation_loss(self.backend, &self.net, self.settings, data, self.plan.batch_gpu as usize)?;
         self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
-        self.last_status += begun.elapsed();
+        self.last_status.0 += begun.elapsed();
+        Ok(())
+    }
+
+    /// Samples of the first moving average as a picture.
+    fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        if self.data.train.header().kind != Kind::Images || self.settings.config.img_channels != 3 {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
+        let data = self.data.validation.unwrap_or(self.data.train);
+        let guided = self.settings.cond_dropout > 0.0;
+        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
+        let written = grid::write(&path, self.backend, &self.net, data, guided, self.plan.batch_gpu as usize);
+        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        match written {
+            // A network can be too young to sample from; it may grow up.
+            Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
+                event(Event::Note(format!("no sample grid: {error}")))
+            }
+            other => {
+                other?;
+                event(Event::Note(format!("wrote {}", path.display())));
+            }
+        }
+        self.last_status.0 += begun.elapsed();
         Ok(())
     }
 

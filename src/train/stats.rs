@@ -20,7 +20,7 @@ pub struct Status {
     pub nimg: u64,
     /// Optimizer steps taken.
     pub step: u64,
-    /// Mean loss per element since the last line.
+    /// Mean loss per element since the last line; null in JSON if it never was a number.
     pub loss: f64,
     /// Learning rate of the last step.
     pub lr: f64,
@@ -48,9 +48,9 @@ pub struct Validation {
 /// Sums since the last status line; part of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
-    /// Images.
+    /// Images of the steps with a finite loss and gradient.
     pub images: u64,
-    /// Steps.
+    /// Those steps.
     pub steps: u64,
     /// Loss, per element.
     pub loss: f64,
@@ -131,7 +131,13 @@ fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, Box<dy
             .x_label_area_size(40)
             .y_label_area_size(60)
             .build_cartesian_2d(0.0..end, low - margin..high + margin * 3.0)?;
-        chart.configure_mesh().x_desc("images seen").y_desc("loss").light_line_style(WHITE).draw()?;
+        chart
+            .configure_mesh()
+            .x_label_formatter(&|x| images(*x))
+            .x_desc("images seen")
+            .y_desc("loss")
+            .light_line_style(WHITE)
+            .draw()?;
         let (blue, red) = (RGBColor(31, 119, 180), RGBColor(214, 39, 40));
         for (points, name, color) in [(loss, "training", blue), (validation, "validation", red)] {
             if !points.is_empty() {
@@ -141,10 +147,24 @@ fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, Box<dy
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)));
             }
         }
-        chart.configure_series_labels().background_style(WHITE).border_style(BLACK.mix(0.3)).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .background_style(WHITE)
+            .border_style(BLACK.mix(0.3))
+            .draw()?;
         root.present()?;
     }
     Ok(svg)
+}
+
+/// A number of images as --duration takes it.
+fn images(x: f64) -> String {
+    match x {
+        x if x >= 1e6 => format!("{}M", (x / 1e4).round() / 100.0),
+        x if x >= 1e3 => format!("{}k", (x / 10.0).round() / 100.0),
+        x => format!("{}", x.round()),
+    }
 }
 
 /// Peak memory of this process in MiB, where the system tells (Linux).

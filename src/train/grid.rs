@@ -1,0 +1,72 @@
+//! The sample grid: what the network makes of a few conditions, one to a row, the image that the condition
+//! belongs to first. The same conditions and seeds each time, so that grids of a run can be leafed through.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::backend::Backend;
+use crate::data::dataset::Dataset;
+use crate::formats::png::Picture;
+use crate::model::Precond;
+use crate::sample::{SampleError, Sampler, SamplerConfig};
+
+/// Conditions.
+const ROWS: usize = 6;
+/// Samples of each.
+const SAMPLES: usize = 4;
+
+/// Why there is no grid.
+#[derive(Debug, thiserror::Error)]
+pub enum GridError {
+    /// Sampling failed.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The picture could not be written.
+    #[error(transparent)]
+    Png(#[from] crate::formats::png::PngError),
+}
+
+/// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time.
+/// Guidance needs a network that was trained without conditions too: `guided` says whether it was.
+///
+/// # Errors
+/// See [`GridError`].
+pub fn write<B: Backend>(
+    path: &Path,
+    backend: &mut B,
+    net: &Precond,
+    data: &Dataset,
+    guided: bool,
+    batch: usize,
+) -> Result<(), GridError> {
+    let [h, w, c] = data.shape();
+    let (numel, dim) = (h * w * c, net.config.label_dim);
+    let mut config = SamplerConfig::default();
+    if !guided || dim == 0 {
+        config.guidance = 1.0;
+    }
+    let rows = ROWS.min(data.len());
+    let chosen: Vec<usize> = (0..rows).map(|row| row * data.len() / rows).collect();
+    let mut samples = Vec::with_capacity(rows * SAMPLES * numel);
+    let jobs: Vec<(usize, u64)> = chosen.iter().flat_map(|&i| (0..SAMPLES as u64).map(move |seed| (i, seed))).collect();
+    for jobs in jobs.chunks(batch.max(1)) {
+        let mut labels = vec![0.0; jobs.len() * dim];
+        for (label, &(i, _)) in labels.chunks_mut(dim.max(1)).zip(jobs) {
+            data.condition(i, label);
+        }
+        let seeds: Vec<u64> = jobs.iter().map(|&(_, seed)| seed).collect();
+        let mut sampler = Sampler { backend, net, gnet: None };
+        samples.extend(sampler.run(&labels, &seeds, [h, w], &config, &mut |_, _| Ok(()))?);
+    }
+    let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
+    for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
+        let mut image = vec![0.0; numel];
+        data.image(i, &mut image);
+        pictures.push(Picture::from_model(h, w, &image));
+        pictures.extend(samples.chunks(numel).map(|image| Picture::from_model(h, w, image)));
+    }
+    let ids: Vec<i64> = chosen.iter().map(|&i| data.id(i)).collect();
+    let made_with = json!({"rows": ids, "seeds": [0, SAMPLES - 1], "sampler": config}).to_string();
+    Ok(Picture::grid(&pictures, 1 + SAMPLES).save(path, &[("edm2k", &made_with)])?)
+}

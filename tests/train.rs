@@ -1,0 +1,648 @@
+//! Training: the tables of the official code, and what must survive a kill, a full disk or bad input.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::model::{Model, Precision};
+use edm2k::rng::{Purpose, Stream};
+use edm2k::train::batch::Batches;
+use edm2k::train::{DataIdentity, LearningRate, Schedule, Settings, ema};
+use half::f16;
+use serde_json::Value;
+
+const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+    "attn_resolutions": [4], "channels_per_head": 8}"#;
+const SIZE: usize = 8;
+const DIM: usize = 6;
+
+fn golden(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+// ---- a dataset and the command line ---------------------------------------------------------
+
+/// A directory with a dataset of noise, every second image mirrorable, and a config.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        fs::create_dir(&data).unwrap();
+        let tags: Vec<_> = (0..DIM).map(|i| serde_json::json!({"tag": format!("t{i}"), "count": 1})).collect();
+        fs::write(data.join("vocabulary.json"), serde_json::to_string(&tags).unwrap()).unwrap();
+        for (split, first, n) in [(Split::Train, 0, 37), (Split::Validation, 1000, 5)] {
+            write_shard(&data.join(split.shard_name(0)), first, n);
+        }
+        fs::write(dir.path().join("config.json"), CONFIG).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn dataset(&self, split: Split) -> Dataset {
+        Dataset::open(&self.path("data"), split).unwrap()
+    }
+
+    /// `edm2k train` on the dataset into `out`; later options are added to the basic ones.
+    fn train(&self, out: &str, options: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.args(["train", "--data"]).arg(self.path("data")).arg("--outdir").arg(self.path(out));
+        if !options.contains("--init") && !options.contains("--preset") {
+            command.arg("--config").arg(self.path("config.json"));
+        }
+        command.args(options.split_whitespace());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Newest checkpoint of a run.
+    fn newest(&self, out: &str) -> PathBuf {
+        checkpoints(&self.path(out)).pop().expect("a checkpoint")
+    }
+}
+
+fn write_shard(path: &Path, first: i64, n: usize) {
+    let random = |purpose, i: usize, len: usize| {
+        let mut x = vec![0.0; len];
+        Stream::new(99, purpose, first as u64 + i as u64).normals(&mut x);
+        x
+    };
+    let (mut images, mut conditions, mut ids, mut flips) = (vec![], vec![], vec![], vec![]);
+    for i in 0..n {
+        images.extend(random(Purpose::TrainNoise, i, 3 * SIZE * SIZE).iter().map(|x| (x * 64.0 + 128.0) as u8));
+        let hot = |c: usize| f16::from_f32(if c == i % DIM { 1.0 } else { 0.0 });
+        conditions.extend((0..DIM).flat_map(|c| hot(c).to_le_bytes()));
+        ids.extend((first + i as i64).to_le_bytes());
+        flips.push((i % 2) as u8);
+    }
+    let offsets: Vec<u8> = (0..=n as i64).flat_map(|i| i.to_le_bytes()).collect();
+    let indices: Vec<u8> = (0..n).flat_map(|i| ((i % DIM) as i32).to_le_bytes()).collect();
+    let header = serde_json::json!({
+        "kind": "images", "height": SIZE, "width": SIZE, "channels": 3, "condition_dim": DIM,
+        "count": n, "shards": 1, "source": "noise", "licence": "none",
+    });
+    let tensors: [safetensors::TensorOut; 6] = [
+        ("images", Dtype::U8, &[n, 3, SIZE, SIZE], &images),
+        ("conditions", Dtype::F16, &[n, DIM], &conditions),
+        ("ids", Dtype::I64, &[n], &ids),
+        ("flips", Dtype::U8, &[n], &flips),
+        ("tag_offsets", Dtype::I64, &[n + 1], &offsets),
+        ("tag_indices", Dtype::I32, &[n], &indices),
+    ];
+    safetensors::write(path, &tensors, &[("dataset".to_owned(), header.to_string())].into()).unwrap();
+}
+
+/// Checkpoints in a directory, oldest first.
+fn checkpoints(dir: &Path) -> Vec<PathBuf> {
+    let mut found = edm2k::train::checkpoint::list(dir).unwrap_or_default();
+    found.reverse();
+    found
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Runs to the end; what it said.
+fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}\n{}", text(&output));
+    text(&output)
+}
+
+/// Runs into an error; what it said.
+fn fail(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{command:?}\n{text}");
+    assert!(!text.contains("panicked"), "{text}");
+    text
+}
+
+fn state(checkpoint: &Path) -> Value {
+    serde_json::from_str(&SafeFile::open(checkpoint).unwrap().metadata()["train"]).unwrap()
+}
+
+/// Every tensor, and every counter but the time, are the same to the bit.
+fn assert_same(a: &Path, b: &Path) {
+    let (fa, fb) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
+    assert!(fa.names().eq(fb.names()));
+    // Of the metadata's checksum the time is a part.
+    for name in fa.names().filter(|&name| name != "checksums") {
+        assert!(fa.bytes(name).unwrap() == fb.bytes(name).unwrap(), "{name} differs: {} {}", a.display(), b.display());
+    }
+    let (sa, sb) = (state(a), state(b));
+    for key in ["nimg", "step", "sums", "settings"] {
+        assert_eq!(sa[key], sb[key], "{key}");
+    }
+}
+
+fn stats(dir: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("stats.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What the statistics say, without what depends on the machine's speed.
+fn lasting(dir: &Path) -> Vec<Value> {
+    let mut lines = stats(dir);
+    for line in &mut lines {
+        for key in ["images_per_s", "seconds", "peak_mib"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+    }
+    lines
+}
+
+// ---- against the official code --------------------------------------------------------------
+
+#[test]
+fn learning_rates_are_the_official_ones() {
+    for case in golden("lr_schedule.json").as_array().unwrap() {
+        let f = |key: &str| case[key].as_f64().unwrap();
+        let schedule = LearningRate {
+            schedule: Schedule::Edm2,
+            reference: f("ref_lr"),
+            decay: f("ref_batches"),
+            rampup: f("rampup_Mimg") * 1e6,
+            batch: f("batch_size"),
+            duration: 1.0,
+        };
+        let (found, expected) = (schedule.at(case["cur_nimg"].as_u64().unwrap()), f("lr"));
+        // A few roundings in f64.
+        assert!((found - expected).abs() <= 1e-15 * expected.abs() * 4.0, "{case}: {found}");
+    }
+    let linear = LearningRate {
+        schedule: Schedule::Linear,
+        reference: 0.012,
+        decay: 0.0,
+        rampup: 0.0,
+        batch: 2000.0,
+        duration: 11e6,
+    };
+    assert_eq!((linear.at(0), linear.at(5_500_000), linear.at(11_000_000)), (0.012, 0.006, 0.0));
+}
+
+#[test]
+fn moving_averages_decay_as_the_official_ones() {
+    let table = golden("phema.json");
+    for case in table["std_to_exp"].as_array().unwrap() {
+        let (std, expected) = (case["std"].as_f64().unwrap(), case["exp"].as_f64().unwrap());
+        let found = ema::std_to_exp(std);
+        // The reference's roots are eigenvalues, good to about 1e-12.
+        assert!((found - expected).abs() <= 1e-11 * (1.0 + expected), "std {std}: {found}, expected {expected}");
+    }
+    assert!(ema::std_to_exp(ema::MAX_STD).abs() < 1e-12);
+    for case in table["power_function_beta"].as_array().unwrap() {
+        let n = |key: &str| case[key].as_u64().unwrap();
+        let found = ema::power_function_beta(case["std"].as_f64().unwrap(), n("t_next"), n("t_delta"));
+        let expected = case["beta"].as_f64().unwrap();
+        // The exponent's error, times ln(beta): up to 1e2 times larger.
+        assert!((found - expected).abs() <= 1e-10 * expected, "{case}: {found}");
+    }
+}
+
+// ---- batches --------------------------------------------------------------------------------
+
+fn settings(data: &Dataset) -> Settings {
+    let mut config: Value = serde_json::from_str(CONFIG).unwrap();
+    for (key, value) in [("img_resolution", SIZE), ("img_channels", 3), ("label_dim", DIM)] {
+        config[key] = value.into();
+    }
+    Settings {
+        config: serde_json::from_value(config).unwrap(),
+        data: DataIdentity::of(data),
+        init: None,
+        seed: 5,
+        duration: 1,
+        batch: 8,
+        lr: 0.01,
+        schedule: Schedule::Edm2,
+        decay: 0.0,
+        rampup: 0,
+        p_mean: -0.4,
+        p_std: 1.5,
+        ema: vec![0.05],
+        cond_dropout: 0.25,
+        cond_dropout_from: 1000,
+        flip: true,
+    }
+}
+
+#[test]
+fn batches_do_not_depend_on_how_they_are_cut() {
+    let place = Place::new();
+    let data = place.dataset(Split::Train);
+    let s = settings(&data);
+    // 30..50 crosses the end of an epoch of 37.
+    let whole = Batches::new(&data, &s).get(30, 20);
+    let mut cut = Batches::new(&data, &s);
+    cut.get(900, 1);
+    let parts = [cut.get(30, 3), cut.get(33, 16), cut.get(49, 1)];
+    assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
+    assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());
+    assert_eq!(whole.labels, Some(parts.iter().flat_map(|p| p.labels.clone().unwrap()).collect::<Vec<_>>()));
+}
+
+#[test]
+fn noise_dropout_and_mirroring_happen_as_often_as_asked() {
+    let place = Place::new();
+    let data = place.dataset(Split::Train);
+    let s = settings(&data);
+    let n = 37 * 100;
+    let batch = Batches::new(&data, &s).get(0, n);
+    let numel = 3 * SIZE * SIZE;
+    let originals: Vec<Vec<f32>> = (0..data.len())
+        .map(|i| {
+            let mut image = vec![0.0; numel];
+            data.image(i, &mut image);
+            image
+        })
+        .collect();
+    let (mut mirrored, mut dropped, mut noise, mut ln_sigma) = (0, 0, vec![], vec![]);
+    for k in 0..n {
+        let clean = &batch.clean[k * numel..][..numel];
+        if let Some(i) = originals.iter().position(|image| image == clean) {
+            let row = &batch.labels.as_ref().unwrap()[k * DIM..][..DIM];
+            let hot = row.iter().position(|&x| x == 1.0);
+            assert!(hot.is_none() || hot == Some(i % DIM), "the label is another image's");
+        } else {
+            mirrored += 1;
+        }
+        let zero = batch.labels.as_ref().unwrap()[k * DIM..][..DIM].iter().all(|&x| x == 0.0);
+        assert!(!zero || k >= 1000, "image {k} lost its condition too early");
+        dropped += usize::from(zero);
+        let sigma = f64::from(batch.sigma[k]);
+        ln_sigma.push(sigma.ln());
+        noise.extend(clean.iter().zip(&batch.noisy[k * numel..]).map(|(c, x)| f64::from(x - c) / sigma));
+    }
+    // Five standard deviations of each count and mean.
+    let near = |what: &str, found: f64, expected: f64, sd: f64| {
+        assert!((found - expected).abs() < 5.0 * sd, "{what}: {found}, expected {expected} +- {sd}");
+    };
+    let allowed = 18.0 * 100.0; // odd images of 37
+    near("mirrored", mirrored as f64, allowed / 2.0, (allowed / 4.0).sqrt());
+    let late = (n - 1000) as f64;
+    near("dropped", dropped as f64, late * 0.25, (late * 0.25 * 0.75).sqrt());
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let square = |x: &[f64], m: f64| x.iter().map(|x| (x - m) * (x - m)).sum::<f64>() / x.len() as f64;
+    near("mean of ln sigma", mean(&ln_sigma), -0.4, 1.5 / (n as f64).sqrt());
+    near("variance of ln sigma", square(&ln_sigma, -0.4), 2.25, 2.25 * (2.0 / n as f64).sqrt());
+    // Recovering the noise cancels up to 1 / sigma of it; the smallest sigma here is about 0.003.
+    near("variance of the noise", square(&noise, 0.0), 1.0, (2.0 / noise.len() as f64).sqrt() + 1e-3);
+}
+
+// ---- runs -----------------------------------------------------------------------------------
+
+#[test]
+fn the_loss_falls_on_real_images() {
+    let place = Place::new();
+    let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.args(["train", "--data"]).arg(emoji).arg("--outdir").arg(place.path("run"));
+    command.arg("--config").arg(place.path("config.json"));
+    let options = "--duration 512 --batch 16 --rampup 0 --lr 0.02 --status 32 --validate 128 --grid 512 --flip";
+    succeed(command.args(options.split_whitespace()));
+    let lines = stats(&place.path("run"));
+    let losses: Vec<f64> = lines.iter().filter_map(|line| line["loss"].as_f64()).collect();
+    let validation: Vec<f64> = lines.iter().filter_map(|line| line["validation_loss"].as_f64()).collect();
+    // An untrained network has a loss of about 2; the noise of 32 images is far below the fall.
+    assert!(losses[15] < 0.75 * losses[0], "{losses:?}");
+    assert!(validation[3] < 0.9 * validation[0], "{validation:?}");
+    assert!(fs::read_to_string(place.path("run/loss.svg")).unwrap().contains("</svg>"));
+    let model = Model::load(place.path("run/snapshot-000000512-0.050.safetensors")).unwrap();
+    assert_eq!((model.meta.images_seen, model.meta.vocabulary.len()), (512, 64));
+    assert!(place.path("run/grid-000000512.png").exists());
+}
+
+const SHORT: &str = "--duration 600 --batch 8 --rampup 40 --status 24 --validate 104 --snapshot 200 --checkpoint 48 \
+                     --grid 0 --cond-dropout 0.1 --flip --keep 100 --seed 3";
+
+/// Kills the process when `done` says so or it ends by itself; whether it had ended.
+fn kill_when(mut child: Child, mut done: impl FnMut() -> bool) -> bool {
+    let give_up = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "{}", text(&child.wait_with_output().unwrap()));
+            return true;
+        }
+        assert!(Instant::now() < give_up, "it does not end");
+        if done() {
+            child.kill().unwrap(); // SIGKILL
+            child.wait().unwrap();
+            return false;
+        }
+        sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_run_killed_at_random_moments_ends_as_one_that_was_not() {
+    let place = Place::new();
+    succeed(&mut place.train("whole", SHORT));
+    let mut kills = 0;
+    let mut lives = 0;
+    loop {
+        // Each life reaches the next checkpoint and dies at a random moment after it: in a step, while
+        // validating, in the middle of a file.
+        let before = checkpoints(&place.path("killed")).len();
+        let extra = Duration::from_micros(u64::from(Stream::new(1, Purpose::Order, lives).block(0)[0] % 60_000));
+        let mut reached = None;
+        lives += 1;
+        let child = place.train("killed", SHORT).spawn().unwrap();
+        let ended = kill_when(child, || {
+            if reached.is_none() && checkpoints(&place.path("killed")).len() > before {
+                reached = Some(Instant::now());
+            }
+            reached.is_some_and(|at| at.elapsed() >= extra)
+        });
+        if ended {
+            break;
+        }
+        kills += 1;
+    }
+    assert!(kills >= 3, "only {kills} kills");
+    assert_same(&place.newest("whole"), &place.newest("killed"));
+    assert_eq!(lasting(&place.path("whole")), lasting(&place.path("killed")));
+    for entry in fs::read_dir(place.path("killed")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(!name.ends_with(".tmp"), "{name} was left behind");
+        if name.starts_with("snapshot") {
+            assert_eq!(
+                fs::read(place.path("killed").join(&name)).unwrap(),
+                fs::read(place.path("whole").join(&name)).unwrap()
+            );
+        }
+    }
+}
+
+#[test]
+fn ctrl_c_saves_and_the_same_command_goes_on() {
+    let place = Place::new();
+    // No checkpoint is due before the end: the one that is found then is of the interruption.
+    let options = SHORT.replace("--checkpoint 48", "--checkpoint 0");
+    succeed(&mut place.train("whole", &options));
+    let child = place.train("stopped", &options).spawn().unwrap();
+    let begun = Instant::now();
+    while !place.path("stopped/stats.jsonl").exists()
+        || fs::metadata(place.path("stopped/stats.jsonl")).unwrap().len() == 0
+    {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no statistics appear");
+        sleep(Duration::from_millis(1));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output));
+    assert!(text(&output).contains("the same command again goes on"), "{}", text(&output));
+    let nimg = state(&place.newest("stopped"))["nimg"].as_u64().unwrap();
+    assert!(nimg < 600, "it ended before it was stopped");
+    let said = succeed(&mut place.train("stopped", &options));
+    assert!(said.contains(&format!("resuming from {}", place.path("stopped").display())), "{said}");
+    assert_same(&place.newest("whole"), &place.newest("stopped"));
+    assert_eq!(lasting(&place.path("whole")), lasting(&place.path("stopped")));
+    let said = succeed(&mut place.train("stopped", &options));
+    assert!(said.contains("nothing to do"), "{said}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_set_aside_for_an_older_one() {
+    let place = Place::new();
+    let options = "--duration 96 --batch 8 --checkpoint 32 --grid 0 --validate 0 --snapshot 0";
+    succeed(&mut place.train("whole", options));
+    let whole = fs::read(place.newest("whole")).unwrap();
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let metadata = whole.windows(8).position(|w| w == b"\\\"nimg\\\"").unwrap() + 10;
+    type Damage = Box<dyn Fn(&mut Vec<u8>)>;
+    let damages: [(&str, &str, Damage); 4] = [
+        ("a flipped bit in a tensor", "checksum of tensor", Box::new(move |b| b[header + 12345] ^= 4)),
+        ("a changed digit in the metadata", "checksum of the metadata", Box::new(move |b| b[metadata] ^= 1)),
+        ("the end is missing", "truncated?", Box::new(|b| b.truncate(b.len() - 1))),
+        ("nothing but zeros", "damaged", Box::new(|b| b.fill(0))),
+    ];
+    for (what, message, damage) in damages {
+        let mut bytes = whole.clone();
+        damage(&mut bytes);
+        let path = place.newest("whole");
+        fs::write(&path, bytes).unwrap();
+        let said = succeed(&mut place.train("whole", options));
+        let names = said.contains(&format!("{}: damaged", path.display())) && said.contains(message);
+        assert!(names && said.contains("set aside"), "{what}: {said}");
+        assert!(said.contains("checkpoint-000000064.safetensors"), "{what}: {said}");
+        let reference = place.path("reference.safetensors");
+        fs::write(&reference, &whole).unwrap();
+        assert_same(&reference, &place.newest("whole"));
+    }
+}
+
+#[test]
+fn resuming_with_other_options_says_which() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --grid 0 --validate 0 --snapshot 0";
+    succeed(&mut place.train("run", options));
+    let before = fs::read(place.newest("run")).unwrap();
+    let cases = [
+        ("--duration 16 --batch 4 --rampup 1", "batch was 8, now 4"),
+        ("--duration 16 --batch 8 --rampup 1 --seed 1", "seed was 0, now 1"),
+        ("--duration 16 --batch 8 --rampup 1 --lr 0.5 --flip", "lr was 0.01, now 0.5; flip was false, now true"),
+    ];
+    for (options, message) in cases {
+        let said = fail(&mut place.train("run", options));
+        assert!(said.contains(message) && said.contains("checkpoint-000000016"), "{said}\nexpected {message}");
+    }
+    fs::write(place.path("config.json"), CONFIG.replace("\"num_blocks\": 1", "\"num_blocks\": 2")).unwrap();
+    let said = fail(&mut place.train("run", options));
+    assert!(said.contains(r#"config was {"num_blocks":1}, now {"num_blocks":2}"#), "{said}");
+    fs::write(place.path("config.json"), CONFIG).unwrap();
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 38);
+    let said = fail(&mut place.train("run", options));
+    assert!(said.contains("data was {\"images\":37"), "{said}");
+    assert_eq!(before, fs::read(place.newest("run")).unwrap(), "the checkpoint was touched");
+    // A longer run with the same learning rate is the same run.
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37);
+    succeed(&mut place.train("run", "--duration 32 --batch 8 --rampup 1 --grid 0 --validate 0"));
+}
+
+#[test]
+fn the_size_of_micro_batches_changes_rounding_only() {
+    let place = Place::new();
+    let options = "--duration 48 --batch 8 --rampup 0 --grid 0 --validate 0 --snapshot 0";
+    for gpu in [8, 3, 1] {
+        succeed(&mut place.train(&format!("gpu{gpu}"), &format!("{options} --batch-gpu {gpu}")));
+    }
+    let read = |gpu: usize, name: &str| SafeFile::open(place.newest(&format!("gpu{gpu}"))).unwrap().f32(name).unwrap();
+    let mut worst = (0.0, String::new());
+    for name in SafeFile::open(place.newest("gpu8")).unwrap().names() {
+        let Some(parameter) = name.strip_prefix("weight.") else { continue };
+        for gpu in [3, 1] {
+            let (a, b) = (read(8, name), read(gpu, name));
+            let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+            let size = a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
+            let error = (difference / size.max(1e-30)).sqrt();
+            if error > worst.0 {
+                worst = (error, format!("{parameter} with {gpu}"));
+            }
+        }
+    }
+    println!("worst: {worst:?}");
+    // Adam turns the sign of a gradient near zero into a step of lr; a few elements flip. Any other
+    // order, noise or scale of the images would move every weight by lr a step, 1e-1 in all.
+    assert!(worst.0 < 5e-3, "{worst:?}");
+}
+
+#[test]
+fn old_checkpoints_are_removed_and_snapshots_are_not() {
+    let place = Place::new();
+    let options = "--duration 80 --batch 8 --checkpoint 16 --snapshot 40 --keep 2 --grid 0 --validate 0";
+    succeed(&mut place.train("run", options));
+    let names: Vec<_> = checkpoints(&place.path("run")).iter().map(|p| p.file_name().unwrap().to_owned()).collect();
+    assert_eq!(names, ["checkpoint-000000064.safetensors", "checkpoint-000000080.safetensors"]);
+    for nimg in [40, 80] {
+        for std in ["0.050", "0.100"] {
+            Model::load(place.path(&format!("run/snapshot-{nimg:09}-{std}.safetensors"))).unwrap();
+        }
+    }
+}
+
+#[test]
+fn fine_tuning_names_the_parameters_that_start_afresh() {
+    let place = Place::new();
+    let config = edm2k::model::Config { label_dim: 11, ..settings(&place.dataset(Split::Train)).config };
+    let old = Model::init(&config, 77).unwrap();
+    let init = place.path("init.safetensors");
+    edm2k::model::file::save(&init, &config, &old.meta, &old.table, &old.weights, Precision::F16).unwrap();
+    // The learning rate of the first step of a ramp is zero: what is saved is where it began.
+    let options = format!("--duration 8 --batch 8 --rampup 8 --grid 0 --init {}", init.display());
+    let said = succeed(&mut place.train("run", &options));
+    assert!(said.contains("unet.emb_label.weight starts afresh: [16, 11] in --init, [16, 6] here"), "{said}");
+    assert_eq!(said.matches("starts afresh").count(), 1, "{said}");
+    let file = SafeFile::open(place.newest("run")).unwrap();
+    for ((_, spec), values) in old.table.iter().zip(&old.weights) {
+        let new = file.f32(&format!("weight.{}", spec.name)).unwrap();
+        if spec.name == "unet.emb_label.weight" {
+            continue;
+        }
+        // Forced normalisation scales each row of a weight; directions stay.
+        let row = spec.numel() / spec.shape.first().copied().unwrap_or(1);
+        for (a, b) in values.chunks(row).zip(new.chunks(row)) {
+            let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum::<f64>();
+            let (aa, bb, ab) = (dot(a, a), dot(b, b), dot(a, b));
+            // f16 rounding of the file.
+            assert!(aa == 0.0 && bb == 0.0 || ab / (aa * bb).sqrt() > 1.0 - 1e-5, "{}", spec.name);
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_says_everything_and_writes_nothing() {
+    let place = Place::new();
+    let said = succeed(&mut place.train("run", "--duration 1.5k --batch 32 --batch-gpu 4 -n"));
+    let json: Value = serde_json::from_str(&said).unwrap();
+    let (_, table) = edm2k::model::Precond::new(&settings(&place.dataset(Split::Train)).config).unwrap();
+    assert_eq!(json["parameters"], table.trained_values());
+    assert_eq!(json["settings"]["duration"], 1500);
+    assert_eq!(json["plan"]["batch_gpu"], 4);
+    assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
+    assert!(!place.path("run").exists());
+    let said = succeed(&mut place.train("run", "--preset 1girl-xs --duration 11M -n"));
+    let json: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&json["settings"]["batch"], &json["settings"]["lr"]), (&2000.into(), &0.012.into()));
+}
+
+#[test]
+fn a_full_disk_costs_nothing_that_was_saved() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --checkpoint 8 --grid 0 --validate 0 --snapshot 0";
+    succeed(&mut place.train("run", options));
+    let before = fs::read(place.newest("run")).unwrap();
+    // A limit on the size of files fails a write in the middle, as a full disk does.
+    let more = options.replace("--duration 16", "--duration 64 --rampup 1");
+    let train = place.train("run", &more);
+    let arguments: Vec<_> = train.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
+    let mut limited = Command::new("bash");
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "bash", env!("CARGO_BIN_EXE_edm2k")])
+        .args(arguments);
+    let said = fail(limited.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    assert!(said.contains("checkpoint-000000024.safetensors: File too large"), "{said}");
+    assert_eq!(before, fs::read(place.newest("run")).unwrap());
+    assert!(!place.path("run/checkpoint-000000024.safetensors.tmp").exists());
+    succeed(&mut place.train("run", &more));
+}
+
+#[test]
+fn a_run_that_diverges_says_so_and_can_be_looked_at() {
+    let place = Place::new();
+    let options = "--duration 64 --batch 8 --lr 1e38 --rampup 0 --status 8 --checkpoint 8 --snapshot 40 --grid 0";
+    let said = fail(&mut place.train("run", options));
+    assert!(
+        said.contains("snapshot-000000040-0.050.safetensors: tensor") && said.contains("expected finite F16"),
+        "{said}"
+    );
+    assert!(stats(&place.path("run")).iter().any(|line| line["loss"].is_null()));
+    // The statistics of such steps do not spoil the checkpoint itself.
+    assert!(fail(&mut place.train("run", options)).contains("resuming from"));
+}
+
+#[test]
+fn two_runs_do_not_share_a_directory() {
+    let place = Place::new();
+    let mut first = place.train("run", "--duration 10M --batch 8 --grid 0 --validate 0").spawn().unwrap();
+    let begun = Instant::now();
+    while !place.path("run/stats.jsonl").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the first run does not begin");
+        sleep(Duration::from_millis(1));
+    }
+    let said = fail(&mut place.train("run", "--duration 10M --batch 8 --grid 0 --validate 0"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert!(said.contains("another run is writing here"), "{said}");
+}
+
+#[test]
+fn bad_input_is_one_clear_line() {
+    let place = Place::new();
+    fs::write(place.path("file"), "").unwrap();
+    let cases = [
+        ("run", "--duration 1x", "'1x' is not a number of images"),
+        ("run", "--duration 0", "--duration is 0"),
+        ("run", "--duration 8 --batch 0", "--batch is 0"),
+        ("run", "--duration 8 --lr NaN", "--lr is NaN"),
+        ("run", "--duration 8 --ema 0.5", "--ema is 0.5"),
+        ("run", "--duration 8 --cond-dropout 2", "--cond-dropout is 2"),
+        ("run", "--duration 8 --preset edm2", "preset 'edm2' is unknown, expected one of edm2-img512-xxs"),
+        ("run", "--duration 8 --init nowhere.safetensors", "nowhere.safetensors: No such file"),
+        ("file/run", "--duration 8", "file/run: Not a directory"),
+    ];
+    for (out, options, message) in cases {
+        let output = place.train(out, options).output().unwrap();
+        let said = text(&output);
+        assert!(!output.status.success() && said.contains(message), "{options}: {said}\nexpected {message}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+    let configs = [
+        ("{", "config.json: EOF"),
+        (r#"{"model_channels": 8, "colour": 1}"#, "unknown field `colour`"),
+        (r#"{"model_channels": 8, "label_dim": 7}"#, "label_dim = 7, but the dataset's conditions have 6"),
+        (r#"{"model_channels": 8, "img_channels": 4}"#, "img_channels = 4, but the dataset's images have 3"),
+        (
+            r#"{"model_channels": 8, "img_resolution": 64, "channel_mult": [1,1,1,1,1], "channels_per_head": 8}"#,
+            "an image of 8x8 (width x height), expected both to be multiples of 16",
+        ),
+    ];
+    for (config, message) in configs {
+        fs::write(place.path("config.json"), config).unwrap();
+        let said = fail(&mut place.train("run", "--duration 8"));
+        assert!(said.contains(message), "{said}\nexpected {message}");
+    }
+    assert!(!place.path("run").exists());
+}
