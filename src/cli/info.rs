@@ -73,7 +73,9 @@ impl<'a> Network<'a> {
         }
         if let Some(meta) = self.meta {
             println!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
-            println!("trained on     {} images", meta.images_seen);
+            if meta.images_seen > 0 {
+                println!("trained on     {} images", meta.images_seen);
+            }
             if let Some(std) = meta.ema_std {
                 println!("weights        moving average of relative width {std}");
             }

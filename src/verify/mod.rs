@@ -200,7 +200,8 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
     let entries = entries.map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
     let mut names: Vec<String> = entries.iter().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
-    let mut s = Session { dir, device, report, summary: Summary::default(), tolerances: Value::Null };
+    let mut s =
+        Session { dir, names: names.clone(), device, report, summary: Summary::default(), tolerances: Value::Null };
     if names.iter().any(|name| name == "tolerances.json") {
         s.tolerances = s.json("tolerances.json")?;
     } else {
@@ -241,9 +242,10 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
         return Err(VerifyError::Directory { path: dir.into(), what });
     }
     for name in names {
-        let used = ["ops", "tiny_", "samplers", "precond.json", "lr_schedule.json", "phema", "tolerances.json"];
-        let about = ["README.md", "configs.json"];
-        if !used.iter().any(|prefix| name.starts_with(prefix)) && !about.contains(&name.as_str()) {
+        let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()));
+        let about = ["README.md", "configs.json", "tolerances.json", "phema.json", "phema.safetensors"];
+        let numbered = name.starts_with("tiny_train_step") || name.starts_with("tiny_train_accum");
+        if !used && !numbered && !about.contains(&name.as_str()) {
             s.skip(&name, "nothing of this program computes it yet");
         }
     }
@@ -253,6 +255,8 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
 /// A replay under way.
 struct Session<'a, B> {
     dir: &'a Path,
+    /// What the directory holds, sorted.
+    names: Vec<String>,
     device: &'a Device<'a, B>,
     report: &'a mut dyn FnMut(&Outcome),
     summary: Summary,
@@ -296,6 +300,20 @@ impl<B: Backend> Session<'_, B> {
         let file = SafeFile::open(self.dir.join(name))?;
         let stem = name.trim_end_matches(".safetensors").to_owned();
         Ok(Golden { file, name: name.into(), stem, seen: RefCell::default() })
+    }
+
+    /// The network that a file is about, by its metadata or else by the entry `key` of `configs.json`.
+    fn config(&self, f: &Golden, key: &str) -> Result<Config> {
+        if let Some(config) = f.metadata("config")? {
+            return Ok(config);
+        }
+        let all: Value = match self.names.iter().any(|name| name == "configs.json") {
+            true => self.json("configs.json")?,
+            false => Value::Null,
+        };
+        let config = all.get(key).cloned().ok_or_else(|| f.wrong("config", "it is missing".into()))?;
+        serde_json::from_value(config)
+            .map_err(|e| VerifyError::Json { path: self.dir.join("configs.json"), what: format!("\"{key}\": {e}") })
     }
 
     /// Bound of a tensor of `numel` values, see the module's text.
@@ -458,11 +476,6 @@ impl Golden {
 
     fn wrong(&self, key: &str, what: String) -> VerifyError {
         VerifyError::Json { path: self.file.path().into(), what: format!("metadata \"{key}\": {what}") }
-    }
-
-    /// The network that the file is about.
-    fn config(&self) -> Result<Config> {
-        self.metadata("config")?.ok_or_else(|| self.wrong("config", "it is missing".into()))
     }
 
     fn config_error(&self, source: ConfigError) -> VerifyError {
