@@ -89,13 +89,13 @@ impl Net {
 
     /// Checks the gradient of each parameter; `loss` is evaluated with the parameter changed.
     fn check_params(&mut self, name: &str, grads: &[Vec<f64>], loss: impl Fn(&mut B) -> f64) {
-        for i in 0..self.ids.len() {
+        for (i, grad) in grads.iter().enumerate() {
             let spec = self.b.table()[self.ids[i]].clone();
             if !spec.trained() {
                 continue;
             }
             let x = self.values[i].clone();
-            check(&format!("{name}: {}", spec.name), &x, &grads[i], |x| {
+            check(&format!("{name}: {}", spec.name), &x, grad, |x| {
                 self.set(i, x);
                 loss(&mut self.b)
             });

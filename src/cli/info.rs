@@ -58,7 +58,11 @@ impl<'a> Network<'a> {
         Ok(Self { kind: "model", config, parameters: table.trained_values(), height, width, multiply_adds, meta })
     }
 
-    fn print(&self) -> anyhow::Result<()> {
+    fn show(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            println!("{}", serde_json::to_value(self)?);
+            return Ok(());
+        }
         let giga = self.multiply_adds as f64 / 1e9;
         println!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
         println!(
@@ -154,7 +158,11 @@ impl DatasetInfo {
         }
     }
 
-    fn print(&self) {
+    fn show(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            println!("{}", serde_json::to_value(self)?);
+            return Ok(());
+        }
         for Part { name, images, .. } in &self.parts {
             println!("{name:15}{images} images");
         }
@@ -175,48 +183,38 @@ impl DatasetInfo {
         if !self.vocabulary.is_empty() {
             println!("vocabulary     {} tags: {}", self.vocabulary.len(), head(&self.vocabulary));
         }
+        Ok(())
     }
 }
 
 /// Prints to stdout.
 pub fn run(args: InfoArgs) -> anyhow::Result<()> {
-    let print_json = |value: serde_json::Value| println!("{value}");
     if let Some(name) = &args.preset {
         let preset = preset(name)?;
         let network = Network::new(&preset.config, None, args.size.unwrap_or(preset.size))?;
-        return if args.json { Ok(print_json(serde_json::to_value(&network)?)) } else { network.print() };
+        return network.show(args.json);
     }
     let Some(path) = &args.path else {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         match args.json {
-            true => print_json(serde_json::json!({ "kind": "devices", "cpu": { "threads": threads } })),
+            true => println!("{}", serde_json::json!({ "kind": "devices", "cpu": { "threads": threads } })),
             false => println!("cpu            {threads} threads"),
         }
         return Ok(());
     };
     let what = || format!("cannot read {}", path.display());
     if path.is_dir() {
-        let info = DatasetInfo::open(path).with_context(what)?;
-        match args.json {
-            true => print_json(serde_json::to_value(&info)?),
-            false => info.print(),
-        }
-        return Ok(());
+        return DatasetInfo::open(path).with_context(what)?.show(args.json);
     }
     let shard = SafeFile::open(path).with_context(what)?.metadata().get(HEADER_KEY).cloned();
     if let Some(header) = shard {
         let header: Header = serde_json::from_str(&header).with_context(what)?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let part = Part { name, images: header.count, header };
-        let info = DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![] };
-        match args.json {
-            true => print_json(serde_json::to_value(&info)?),
-            false => info.print(),
-        }
-        return Ok(());
+        return DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![] }.show(args.json);
     }
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
     let network = Network::new(&model.net.config, Some(&model.meta), size)?;
-    if args.json { Ok(print_json(serde_json::to_value(&network)?)) } else { network.print() }
+    network.show(args.json)
 }
