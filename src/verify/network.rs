@@ -162,7 +162,7 @@ struct Batch<T> {
     noisy: T,
     sigma: T,
     labels: Option<T>,
-    /// [n, c, h, w] and [n], for recomputing the loss.
+    /// `[n, c, h, w]` and `[n]`, for recomputing the loss.
     images: Array,
     sigmas: Array,
 }
@@ -184,13 +184,13 @@ impl<T> Batch<T> {
 
 /// What a training pass says of its loss.
 struct Losses {
-    /// [n, c, h, w]
+    /// `[n, c, h, w]`
     denoised: Vec<f64>,
-    /// [n]
+    /// `[n]`
     logvar: Vec<f64>,
     /// From those two, [n, c, h, w].
     elements: Vec<f64>,
-    /// As the backend summed it, [n].
+    /// As the backend summed it, `[n]`.
     per_image: Vec<f64>,
 }
 
