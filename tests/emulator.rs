@@ -138,6 +138,9 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
         ("missing_barrier",         Poison,                          Error("shared memory")),
         ("overwritten_too_early",   Result,                          Error("race:")),
         ("missing_syncwarp",        Poison,                          Error("shared memory")),
+        ("write_write_race",        Nowhere,                         Error("race: write of byte ")),
+        ("one_way_race",            Nowhere,                         Error("race: ")),
+        ("one_way_race_in_warp",    Nowhere,                         Error("race: ")),
         ("block_race",              Nowhere,                         Error("race between blocks: read of bytes 0..+4")),
         ("atomic_race",             Nowhere,                         Error("race: ")),
         ("missing_wait",            Poison,                          Error("that a cp.async is still writing")),
@@ -285,33 +288,40 @@ fn every_half_and_bf16_widens_exactly() {
 /// path against the processor's instruction.
 #[test]
 fn every_float_narrows_to_the_nearest_even_half_and_bf16() {
-    const CHUNK: usize = 1 << 22;
+    const CHUNK: usize = 1 << 18; // all that belongs to it stays in the cache
+    const PER_THREAD: i32 = (CHUNK / (16 * 128)) as i32;
     let d = Emulator::new(Build::Normal).unwrap();
     let (h, b, differ) = (d.alloc(2 * CHUNK).unwrap(), d.alloc(2 * CHUNK).unwrap(), filled(&d, &[0u32]));
     let (mut floats, mut halves) = (vec![0f32; CHUNK], vec![f16::ZERO; CHUNK]);
-    let per_thread = (CHUNK >> 14) as i32;
+    let (mut got, mut expected) = (vec![0u16; CHUNK], vec![0u16; CHUNK]);
+    let compare = |name: &str, floats: &[f32], got: &[u16], expected: &[u16]| {
+        if let Some(i) = (got != expected).then(|| (0..CHUNK).find(|&i| got[i] != expected[i])).flatten() {
+            let (x, got, expected) = (floats[i], got[i], expected[i]);
+            panic!("{name} of {x:e} = {:#010x} is {got:#06x}, expected {expected:#06x}", x.to_bits());
+        }
+    };
     for first in (0..1u64 << 32).step_by(CHUNK).map(|f| f as u32) {
-        let args = [Arg::of(&first), h.arg(), b.arg(), Arg::of(&per_thread)];
-        launch(&d, "probe_narrow", 64, 256, 0, &args).unwrap();
-        let args = [Arg::of(&first), differ.arg(), Arg::of(&per_thread)];
-        launch(&d, "probe_portable", 64, 256, 0, &args).unwrap();
-        floats.iter_mut().enumerate().for_each(|(i, f)| *f = f32::from_bits(first + i as u32));
+        let args = [Arg::of(&first), h.arg(), b.arg(), Arg::of(&PER_THREAD)];
+        launch(&d, "probe_narrow", 16, 128, 0, &args).unwrap();
+        let args = [Arg::of(&first), differ.arg(), Arg::of(&PER_THREAD)];
+        launch(&d, "probe_portable", 16, 128, 0, &args).unwrap();
+
+        floats.iter_mut().zip(0u32..).for_each(|(x, i)| *x = f32::from_bits(first + i));
         halves.convert_from_f32_slice(&floats);
-        let half = |i: usize| if floats[i].is_nan() { 0x7fff } else { halves[i].to_bits() };
-        let bf16 = |i: usize| {
+        for ((e, x), h) in expected.iter_mut().zip(&floats).zip(&halves) {
+            *e = if x.is_nan() { 0x7fff } else { h.to_bits() };
+        }
+        h.download(0, &mut got).unwrap();
+        compare("half", &floats, &got, &expected);
+
+        for (e, x) in expected.iter_mut().zip(&floats) {
             // The bits that go, against half of their range; a tie goes to even.
-            let (kept, rest) = (floats[i].to_bits() >> 16, floats[i].to_bits() & 0xffff);
-            let up = (rest > 0x8000) | ((rest == 0x8000) & (kept & 1 == 1));
-            if floats[i].is_nan() { 0x7fff } else { (kept + u32::from(up)) as u16 }
-        };
-        let compare = |name: &str, got: Vec<u16>, expected: Vec<u16>| {
-            if let Some(i) = (0..CHUNK).find(|&i| got[i] != expected[i]) {
-                let (x, got, expected) = (floats[i], got[i], expected[i]);
-                panic!("{name} of {x:e} = {:#010x} is {got:#06x}, expected {expected:#06x}", x.to_bits());
-            }
-        };
-        compare("half", read(&h), (0..CHUNK).map(half).collect());
-        compare("bf16", read(&b), (0..CHUNK).map(bf16).collect());
+            let (kept, rest) = (x.to_bits() >> 16, x.to_bits() & 0xffff);
+            let up = u32::from(rest > 0x8000) | (u32::from(rest == 0x8000) & kept);
+            *e = if x.is_nan() { 0x7fff } else { (kept + up) as u16 };
+        }
+        b.download(0, &mut got).unwrap();
+        compare("bf16", &floats, &got, &expected);
     }
     assert_eq!(read::<u32>(&differ), [0], "integer conversions that differ from the processor's");
 }
@@ -369,6 +379,21 @@ fn half_arithmetic_is_correctly_rounded() {
             assert_eq!(copy[i].to_bits(), x[i].to_bits());
         }
     }
+}
+
+/// A product that lies between two bf16, and an addend that a double cannot hold beside it: the
+/// addend's sign decides.
+#[test]
+fn bf16_fma_sees_the_smallest_addend() {
+    let d = device(Build::Normal, Order::Forward);
+    let (ulp, tiny) = (2f32.powi(-7), 2f32.powi(-100));
+    let addends = [tiny, 0.0, -tiny].map(bf16::from_f32);
+    let (x, y) = (filled(&d, &[bf16::from_f32(1.0 + ulp); 3]), filled(&d, &[bf16::from_f32(1.5); 3]));
+    let (z, out) = (filled(&d, &addends), d.alloc(6).unwrap());
+    launch(&d, "probe_bf16_fma", 1, 3, 0, &[x.arg(), y.arg(), z.arg(), out.arg()]).unwrap();
+    // 1.5 + 1.5 ulp; the tie goes to the even 1.5 + 2 ulp.
+    let expected = [2.0, 2.0, 1.0].map(|n| bf16::from_f32(1.5 + n * ulp));
+    assert_eq!(read::<bf16>(&out), expected);
 }
 
 // ---- ptx.cuh against plain loops ----------------------------------------------------------------------

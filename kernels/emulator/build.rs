@@ -2,12 +2,12 @@
 //!
 //! Makes two shared objects in OUT_DIR from the same sources: `libemulator.so` and
 //! `libemulator_checked.so`, whose kernels are instrumented (see README.md). They are loaded at run
-//! time, so their equal symbols never meet. Objects are kept and remade by their own header lists.
+//! time, so their equal symbols never meet. Objects are kept until a file that they include changes.
 
-use std::path::{Path, PathBuf};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::SystemTime;
 use std::{env, fs, thread};
 
 const FLAGS: &[&str] = &[
@@ -37,20 +37,27 @@ struct Object {
 }
 
 impl Object {
-    /// Whether the object is older than a file it was made from, or was made otherwise.
+    /// Of how it is compiled and of every file of ours that went into it last time.
+    fn fingerprint(&self) -> Option<String> {
+        let rule = fs::read_to_string(self.object.with_extension("d")).ok()?;
+        let mut hasher = DefaultHasher::new();
+        (env::var_os("CXX"), &self.arguments).hash(&mut hasher);
+        for header in rule.split_whitespace().filter(|word| word.starts_with("kernels")) {
+            fs::read(header).ok()?.hash(&mut hasher);
+        }
+        Some(hasher.finish().to_string())
+    }
+
     fn is_stale(&self) -> bool {
-        let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified());
-        let Ok(made) = modified(&self.object) else { return true };
-        let newer = |path: &str| modified(Path::new(path)).map_or(true, |t: SystemTime| t > made);
-        let Ok(rule) = fs::read_to_string(self.object.with_extension("d")) else { return true };
-        let command = fs::read_to_string(self.object.with_extension("command")).unwrap_or_default();
-        command != self.arguments.join("\n") || rule.split_whitespace().skip(1).any(|word| word != "\\" && newer(word))
+        let made = fs::read_to_string(self.object.with_extension("fingerprint")).ok();
+        !self.object.exists() || made.is_none() || made != self.fingerprint()
     }
 
     fn compile(&self, compiler: &str) -> Result<(), String> {
         run(compiler, &self.arguments)?;
-        let command = self.object.with_extension("command");
-        fs::write(&command, self.arguments.join("\n")).map_err(|e| format!("{}: {e}", command.display()))
+        let fingerprint = self.object.with_extension("fingerprint");
+        fs::write(&fingerprint, self.fingerprint().unwrap_or_default())
+            .map_err(|e| format!("{}: {e}", fingerprint.display()))
     }
 }
 

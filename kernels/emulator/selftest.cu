@@ -137,6 +137,38 @@ template <bool BUG> __device__ void missing_syncwarp(Plant p) {
 }
 PLANT(missing_syncwarp);
 
+template <bool BUG> __device__ void write_write_race(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[BUG ? lane : t] = p.in[i];
+    __syncthreads();
+    p.out[i] = 2 * p.in[i] + 0 * s[lane];
+}
+PLANT(write_write_race);
+
+// Some write what others read: by the thread order the write comes first, or the read.
+template <bool BUG> __device__ void one_way_race(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[t] = p.in[i];
+    __syncthreads();
+    if (t < 32) s[t] = p.in[i];
+    if (!BUG) __syncthreads();
+    p.out[i] = 2 * p.in[i] + (t < 32 ? 0 : 0 * s[t - 32]);
+}
+PLANT(one_way_race);
+
+template <bool BUG> __device__ void one_way_race_in_warp(Plant p) {
+    INDICES;
+    SHARED(float, s, [64]);
+    s[t] = p.in[i];
+    __syncthreads();
+    if (lane < 16) s[t] = p.in[i];
+    if (!BUG) __syncwarp();
+    p.out[i] = 2 * p.in[i] + (lane < 16 ? 0 : 0 * s[t - 16]);
+}
+PLANT(one_way_race_in_warp);
+
 template <bool BUG> __device__ void block_race(Plant p) {
     INDICES;
     if (t == 0) {
@@ -481,6 +513,11 @@ extern "C" __global__ void probe_half_math(const __half* x, const __half* y, con
     }
 }
 KERNEL_EXPORT(probe_half_math);
+
+extern "C" __global__ void probe_bf16_fma(const __nv_bfloat16* x, const __nv_bfloat16* y, const __nv_bfloat16* z, __nv_bfloat16* fma) {
+    fma[threadIdx.x] = __hfma(x[threadIdx.x], y[threadIdx.x], z[threadIdx.x]);
+}
+KERNEL_EXPORT(probe_bf16_fma);
 
 // ---- 3. real kernels ----------------------------------------------------------------------------
 
