@@ -15,6 +15,8 @@
 
 mod solvers;
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 
 use crate::backend::{Backend, BackendError, Shape};
@@ -206,6 +208,40 @@ pub enum SampleError {
         /// How many values.
         count: usize,
     },
+}
+
+/// The seeds of a list such as `0-15,20`, in its order.
+///
+/// ```
+/// assert_eq!(edm2k::sample::parse_seeds("3-5, 0").unwrap(), [3, 4, 5, 0]);
+/// assert!(edm2k::sample::parse_seeds("1-3,2").unwrap_err().contains("2 occurs twice"));
+/// ```
+///
+/// # Errors
+/// What is wrong with the list: a part that is no number or range, a repeated seed, more than a million.
+pub fn parse_seeds(list: &str) -> Result<Vec<u64>, String> {
+    const MOST: usize = 1_000_000;
+    let number = |text: &str, part: &str| {
+        let seed = text.trim().parse::<u64>().ok().filter(|&seed| seed <= i64::MAX as u64);
+        seed.ok_or_else(|| format!("'{part}' is not a seed or a range of seeds such as 0-15"))
+    };
+    let mut seeds = Vec::new();
+    for part in list.split(',').map(str::trim) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first, part)?, number(last, part)?);
+        if first > last {
+            return Err(format!("'{part}' runs backwards"));
+        }
+        if last - first >= (MOST - seeds.len()) as u64 {
+            return Err(format!("'{part}' makes more than {MOST} seeds"));
+        }
+        seeds.extend(first..=last);
+    }
+    let mut seen = HashSet::new();
+    match seeds.iter().find(|&&seed| !seen.insert(seed)) {
+        Some(seed) => Err(format!("seed {seed} occurs twice")),
+        None => Ok(seeds),
+    }
 }
 
 /// Sees each step of a batch, and may download what it wants of it.

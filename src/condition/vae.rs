@@ -1,0 +1,591 @@
+//! A tiny variational autoencoder that invents conditions: three linear layers in all.
+//!
+//! With x the condition and c the tags that it is asked to have (none, or a part of those of x):
+//!
+//! ```text
+//! mean, logvar = encoder(x, c)                   [D + V] -> [2 Z]
+//! z            = mean + exp(logvar / 2) * eps    [Z]
+//! out          = output(mp_silu(hidden(z, c)))   [Z + V] -> [H] -> [D]
+//! loss         = -ln p(x | out) + beta * KL(N(mean, exp(logvar)) | N(0, 1))
+//! ```
+//!
+//! [`Kind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
+//! logits are `out`; dense features are normal variables with mean `out` and the one variance that fits
+//! the batch best. In training c is empty for half of the rows, so that one network serves both to
+//! invent freely (z alone) and to complete given tags; the encoder sees c too, so that z learns what c
+//! leaves open, and a z drawn from N(0, 1) does not contradict it.
+//!
+//! A condition is invented from z ~ N(0, 1). Tags are those that are likelier than not, so that z alone
+//! decides: drawing each tag by itself would put in tags that do not belong together.
+//!
+//! Memory: (D + V) 2Z + (Z + V) H + H D values, 0.7 M for 1,024 tags. Cost of a training row: six
+//! multiply-adds for each.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::vocabulary::{Tag, Vocabulary, VocabularyError};
+use crate::backend::cpu::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::rng::{Purpose, Stream};
+
+/// Key of the [`Header`] in the file's metadata.
+const HEADER_KEY: &str = "condition_model";
+
+/// What a condition is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Tags, as [`Vocabulary::multi_hot`] lays them out.
+    Tags,
+    /// Features of a tagger or another network, any real numbers.
+    Dense,
+}
+
+/// Sizes of the layers, and what they work on; the JSON in the file's metadata.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    /// What a condition is made of.
+    pub kind: Kind,
+    /// D: width of a condition.
+    pub width: usize,
+    /// Z: latent variables.
+    pub latent: usize,
+    /// H: width of the hidden layer.
+    pub hidden: usize,
+    /// The V tags that can be asked for. With [`Kind::Tags`], V = D.
+    pub vocabulary: Vec<Tag>,
+}
+
+/// What can be wrong with a condition model.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum VaeError {
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
+    Header { path: PathBuf, what: String },
+    #[error("{}: its vocabulary: {source}", path.display())]
+    Vocabulary { path: PathBuf, source: VocabularyError },
+    #[error("training diverged in epoch {0}: the loss is not finite")]
+    Diverged(usize),
+}
+
+/// The conditions to learn from.
+pub struct Rows {
+    /// What they are.
+    pub kind: Kind,
+    /// The tags.
+    pub vocabulary: Vocabulary,
+    /// Tags of each row, places in the vocabulary.
+    pub tags: Vec<Vec<u32>>,
+    /// [`Kind::Dense`]: the rows, [N, D]. [`Kind::Tags`]: empty, as the tags say it all.
+    pub dense: Vec<f32>,
+}
+
+impl Rows {
+    /// D.
+    pub fn width(&self) -> usize {
+        match self.kind {
+            Kind::Tags => self.vocabulary.len(),
+            Kind::Dense => self.dense.len() / self.tags.len().max(1),
+        }
+    }
+}
+
+/// How to learn.
+#[derive(Clone, Debug)]
+pub struct Training {
+    /// Z.
+    pub latent: usize,
+    /// H.
+    pub hidden: usize,
+    /// Passes over the rows.
+    pub epochs: usize,
+    /// Rows per step.
+    pub batch: usize,
+    /// Learning rate at the beginning; it falls to 0 linearly.
+    pub lr: f64,
+    /// beta: weight of the KL divergence; reached after a tenth of the training.
+    pub kl_weight: f64,
+    /// Of initial weights, order and noise.
+    pub seed: u64,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self { latent: 32, hidden: 256, epochs: 120, batch: 64, lr: 2e-3, kl_weight: 1.0, seed: 0 }
+    }
+}
+
+/// Mean over the rows of a batch, in nats.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Loss {
+    /// -ln p(x | out).
+    pub reconstruction: f64,
+    /// KL divergence of z from N(0, 1).
+    pub kl: f64,
+}
+
+/// Conditions that nobody has seen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Invented {
+    /// [count, D], ready for the network.
+    pub conditions: Vec<f32>,
+    /// [`Kind::Tags`]: the tags of each; else only those that were asked for.
+    pub tags: Vec<Vec<u32>>,
+}
+
+/// Offsets of the parameters in one vector, in the order of the file.
+struct Layout {
+    encoder: usize,
+    encoder_bias: usize,
+    hidden: usize,
+    hidden_bias: usize,
+    output: usize,
+    output_bias: usize,
+    end: usize,
+}
+
+/// The autoencoder.
+pub struct Vae<T: Real = f32> {
+    header: Header,
+    vocabulary: Vocabulary,
+    params: Vec<T>,
+    /// [`Kind::Dense`]: mean and standard deviation of each feature, [D]. Else empty.
+    mean: Vec<f32>,
+    std: Vec<f32>,
+}
+
+/// One batch in the layout of the layers.
+struct Batch<T> {
+    n: usize,
+    /// [n, D + V]: normalised conditions, then given tags.
+    input: Vec<T>,
+    /// [n, D]: what the output is measured against.
+    target: Vec<T>,
+    /// [n, Z]: unit normal noise.
+    eps: Vec<T>,
+}
+
+impl<T: Real> Vae<T> {
+    /// A network with fresh parameters: weights N(0, 1/fan_in), biases 0.
+    fn init(header: Header, vocabulary: Vocabulary, seed: u64) -> Self {
+        let mut vae = Self { header, vocabulary, params: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        let at = vae.layout();
+        let mut values = vec![0.0; at.end];
+        let (d, v, z, h) = vae.sizes();
+        for (step, (begin, end, fan_in)) in
+            [(at.encoder, at.encoder_bias, d + v), (at.hidden, at.hidden_bias, z + v), (at.output, at.output_bias, h)]
+                .into_iter()
+                .enumerate()
+        {
+            Stream { seed, purpose: Purpose::Init, step: step as u32, image: 0 }.normals(&mut values[begin..end]);
+            values[begin..end].iter_mut().for_each(|x| *x /= (fan_in as f32).sqrt());
+        }
+        vae.params = values.into_iter().map(|x| T::of(f64::from(x))).collect();
+        vae
+    }
+
+    fn sizes(&self) -> (usize, usize, usize, usize) {
+        (self.header.width, self.header.vocabulary.len(), self.header.latent, self.header.hidden)
+    }
+
+    fn layout(&self) -> Layout {
+        let (d, v, z, h) = self.sizes();
+        let encoder_bias = 2 * z * (d + v);
+        let hidden = encoder_bias + 2 * z;
+        let hidden_bias = hidden + h * (z + v);
+        let output = hidden_bias + h;
+        let output_bias = output + d * h;
+        Layout { encoder: 0, encoder_bias, hidden, hidden_bias, output, output_bias, end: output_bias + d }
+    }
+
+    /// y [n, rows] = x [n, columns] times the weight [rows, columns] at `at`, plus the bias after it.
+    fn linear(&self, at: usize, (rows, columns): (usize, usize), x: &[T]) -> Vec<T> {
+        let n = x.len() / columns;
+        let (weight, bias) = self.params[at..][..rows * (columns + 1)].split_at(rows * columns);
+        let mut y: Vec<T> = std::iter::repeat_n(bias, n).flatten().copied().collect();
+        let weight = Mat::new(weight, columns).t();
+        matmul((n, rows, columns), &mut y, true, Mat::new(x, columns), weight, T::one(), Threads::All);
+        y
+    }
+
+    /// Gradients of [`Vae::linear`]: of weight and bias into `grad`, of x as the result.
+    fn linear_backward(&self, at: usize, (rows, columns): (usize, usize), x: &[T], gy: &[T], grad: &mut [T]) -> Vec<T> {
+        let n = x.len() / columns;
+        let (weight, bias) = grad[at..][..rows * (columns + 1)].split_at_mut(rows * columns);
+        let (a, b) = (Mat::new(gy, rows).t(), Mat::new(x, columns));
+        matmul((rows, columns, n), weight, false, a, b, T::one(), Threads::All);
+        bias.fill(T::zero());
+        gy.chunks(rows).for_each(|row| bias.iter_mut().zip(row).for_each(|(b, &g)| *b += g));
+        let mut gx = vec![T::zero(); n * columns];
+        let weight = Mat::new(&self.params[at..], columns);
+        matmul((n, columns, rows), &mut gx, false, Mat::new(gy, rows), weight, T::one(), Threads::All);
+        gx
+    }
+
+    /// Input of the hidden layer: [n, Z + V].
+    fn decoder_input(&self, z: &[T], given: impl Iterator<Item = T>, n: usize) -> Vec<T> {
+        let (_, v, latent, _) = self.sizes();
+        let mut given = given;
+        let mut input = Vec::with_capacity(n * (latent + v));
+        for row in z.chunks(latent) {
+            input.extend_from_slice(row);
+            input.extend(given.by_ref().take(v));
+        }
+        input
+    }
+
+    /// Loss of a batch, and the gradient of reconstruction + kl_weight * kl.
+    fn loss(&self, batch: &Batch<T>, kl_weight: f64, grad: &mut [T]) -> Loss {
+        let (d, v, z, h) = self.sizes();
+        let at = self.layout();
+        let n = batch.n;
+        let (half, one, inv_n) = (T::of(0.5), T::one(), T::of(1.0 / n as f64));
+
+        let code = self.linear(at.encoder, (2 * z, d + v), &batch.input);
+        let mut kl = 0.0;
+        let mut latent = Vec::with_capacity(n * z);
+        for (row, eps) in code.chunks(2 * z).zip(batch.eps.chunks(z)) {
+            for ((&mean, &logvar), &e) in row[..z].iter().zip(&row[z..]).zip(eps) {
+                kl += 0.5 * (mean * mean + logvar.exp() - logvar - one).wide();
+                latent.push(mean + (half * logvar).exp() * e);
+            }
+        }
+        let given = batch.input.chunks(d + v).flat_map(|row| row[d..].iter().copied());
+        let x1 = self.decoder_input(&latent, given, n);
+        let pre = self.linear(at.hidden, (h, z + v), &x1);
+        let x2: Vec<T> = pre.iter().map(|&x| mp_silu(x)).collect();
+        let mut out = self.linear(at.output, (d, h), &x2);
+
+        // From here on `out` is its own gradient.
+        let reconstruction = match self.header.kind {
+            Kind::Tags => {
+                let sum: f64 = out
+                    .par_iter_mut()
+                    .zip(&batch.target)
+                    .map(|(l, &t)| {
+                        // ln(1 + e^l) - t l, without overflow
+                        let e = (-l.abs()).exp();
+                        let loss = l.max(T::zero()) + e.ln_1p() - t * *l;
+                        let p = if *l >= T::zero() { one / (one + e) } else { e / (one + e) };
+                        *l = (p - t) * inv_n;
+                        loss.wide()
+                    })
+                    .sum();
+                sum / n as f64
+            }
+            Kind::Dense => {
+                let pairs = out.iter().zip(&batch.target);
+                let sum: f64 = pairs.map(|(&l, &t)| ((l - t) * (l - t)).wide()).sum();
+                let variance = (sum / (n * d) as f64).max(1e-12);
+                let factor = T::of(1.0 / (variance * n as f64));
+                out.iter_mut().zip(&batch.target).for_each(|(l, &t)| *l = (*l - t) * factor);
+                0.5 * d as f64 * (variance * std::f64::consts::TAU).ln() + 0.5 * d as f64
+            }
+        };
+
+        let mut g = self.linear_backward(at.output, (d, h), &x2, &out, grad);
+        g.iter_mut().zip(&pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
+        let g = self.linear_backward(at.hidden, (h, z + v), &x1, &g, grad);
+        let beta = T::of(kl_weight) * inv_n;
+        let mut g_code = Vec::with_capacity(code.len());
+        for ((row, eps), g) in code.chunks(2 * z).zip(batch.eps.chunks(z)).zip(g.chunks(z + v)) {
+            let (mean, logvar) = row.split_at(z);
+            g_code.extend(mean.iter().zip(g).map(|(&m, &g)| g + beta * m));
+            g_code.extend(logvar.iter().zip(eps).zip(g).map(|((&l, &e), &g)| {
+                half * (g * e * (half * l).exp() + beta * (l.exp() - one))
+            }));
+        }
+        self.linear_backward(at.encoder, (2 * z, d + v), &batch.input, &g_code, grad);
+        Loss { reconstruction, kl: kl / n as f64 }
+    }
+}
+
+/// Normalised input of a tag set: sqrt(V) times the multi-hot condition, so that its mean square is 1.
+fn tag_input(tags: &[u32], width: usize, out: &mut [f32]) {
+    let value = (width as f32 / tags.len().max(1) as f32).sqrt();
+    tags.iter().for_each(|&tag| out[tag as usize] = value);
+}
+
+impl Vae<f32> {
+    /// Learns from `rows`; `progress(epoch, loss)` after each pass.
+    ///
+    /// # Errors
+    /// [`VaeError::Diverged`].
+    ///
+    /// # Panics
+    /// If there are no rows, or a tag is not in the vocabulary.
+    pub fn train(rows: &Rows, how: &Training, mut progress: impl FnMut(usize, Loss)) -> Result<Self, VaeError> {
+        let (count, width, v) = (rows.tags.len(), rows.width(), rows.vocabulary.len());
+        assert!(count > 0 && width > 0, "conditions to learn from");
+        let header = Header {
+            kind: rows.kind,
+            width,
+            latent: how.latent,
+            hidden: how.hidden,
+            vocabulary: rows.vocabulary.tags().to_vec(),
+        };
+        let mut vae = Self::init(header, rows.vocabulary.clone(), how.seed);
+        if rows.kind == Kind::Dense {
+            (vae.mean, vae.std) = moments(&rows.dense, width);
+        }
+        let batch_size = how.batch.min(count);
+        let steps = how.epochs * count.div_ceil(batch_size);
+        let mut adam = Adam::new(vae.params.len());
+        let mut grad = vec![0.0; vae.params.len()];
+        let mut step = 0;
+        for epoch in 0..how.epochs {
+            let order = shuffled(count, how.seed, epoch as u32);
+            let mut sum = Loss::default();
+            for chunk in order.chunks(batch_size) {
+                let batch = vae.batch(rows, chunk, how.seed, epoch as u32, width + v);
+                let done = step as f64 / steps as f64;
+                let loss = vae.loss(&batch, how.kl_weight * (done * 10.0).min(1.0), &mut grad);
+                if !(loss.reconstruction + loss.kl).is_finite() {
+                    return Err(VaeError::Diverged(epoch));
+                }
+                adam.step(&mut vae.params, &grad, how.lr * (1.0 - done));
+                let share = chunk.len() as f64 / count as f64;
+                sum.reconstruction += share * loss.reconstruction;
+                sum.kl += share * loss.kl;
+                step += 1;
+            }
+            progress(epoch, sum);
+        }
+        Ok(vae)
+    }
+
+    fn batch(&self, rows: &Rows, chunk: &[usize], seed: u64, epoch: u32, columns: usize) -> Batch<f32> {
+        let (d, v, z, _) = self.sizes();
+        let n = chunk.len();
+        let mut batch = Batch { n, input: vec![0.0; n * columns], target: vec![0.0; n * d], eps: vec![0.0; n * z] };
+        for (i, &row) in chunk.iter().enumerate() {
+            let stream = Stream { seed, purpose: Purpose::Condition, step: epoch + 1, image: row as u64 };
+            stream.normals(&mut batch.eps[i * z..][..z]);
+            let tags = &rows.tags[row];
+            let (input, given) = batch.input[i * columns..][..columns].split_at_mut(d);
+            let target = &mut batch.target[i * d..][..d];
+            match rows.kind {
+                Kind::Tags => {
+                    tag_input(tags, v, input);
+                    tags.iter().for_each(|&tag| target[tag as usize] = 1.0);
+                }
+                Kind::Dense => {
+                    for (c, (x, y)) in input.iter_mut().zip(target).enumerate() {
+                        *x = (rows.dense[row * d + c] - self.mean[c]) / self.std[c];
+                        *y = *x;
+                    }
+                }
+            }
+            let purpose = Purpose::Dropout;
+            tag_input(&some_of(tags, &Stream { purpose, ..stream }), v, given);
+        }
+        batch
+    }
+}
+
+/// No tag half of the time, else a random part: few mostly, all of them at times.
+fn some_of(tags: &[u32], stream: &Stream) -> Vec<u32> {
+    let word = |position: u32, bound: usize| (u64::from(stream.block(position)[0]) * bound as u64 >> 32) as usize;
+    let u = f64::from(stream.block(0)[0]) / 4_294_967_296.0;
+    if u < 0.5 || tags.is_empty() {
+        return Vec::new();
+    }
+    let count = (tags.len() as f64 * (2.0 * u - 1.0).powi(3)).ceil() as usize;
+    let mut rest = tags.to_vec();
+    (1..=count.max(1) as u32).map(|position| rest.swap_remove(word(position, rest.len()))).collect()
+}
+
+/// 0..n in the random order of an epoch.
+fn shuffled(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by_cached_key(|&i| {
+        Stream { seed, purpose: Purpose::Order, step: epoch, image: i as u64 }.block(0)
+    });
+    order
+}
+
+/// Mean and standard deviation of each of the `width` columns.
+fn moments(values: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
+    let n = (values.len() / width) as f64;
+    let (mut sum, mut squares) = (vec![0.0f64; width], vec![0.0f64; width]);
+    for row in values.chunks(width) {
+        for (c, &x) in row.iter().enumerate() {
+            sum[c] += f64::from(x);
+            squares[c] += f64::from(x) * f64::from(x);
+        }
+    }
+    let std = sum.iter().zip(&squares).map(|(s, q)| ((q - s * s / n) / n).max(1e-12).sqrt() as f32);
+    let std = std.collect();
+    (sum.iter().map(|s| (s / n) as f32).collect(), std)
+}
+
+/// Adam (0.9, 0.999).
+struct Adam {
+    m: Vec<f32>,
+    v: Vec<f32>,
+    step: i32,
+}
+
+impl Adam {
+    fn new(n: usize) -> Self {
+        Self { m: vec![0.0; n], v: vec![0.0; n], step: 0 }
+    }
+
+    fn step(&mut self, params: &mut [f32], grad: &[f32], lr: f64) {
+        self.step += 1;
+        let factor = lr * (1.0 - 0.999f64.powi(self.step)).sqrt() / (1.0 - 0.9f64.powi(self.step));
+        let factor = factor as f32;
+        for (((p, &g), m), v) in params.iter_mut().zip(grad).zip(&mut self.m).zip(&mut self.v) {
+            *m = 0.9 * *m + 0.1 * g;
+            *v = 0.999 * *v + 0.001 * g * g;
+            *p -= factor * *m / (v.sqrt() + 1e-8);
+        }
+    }
+}
+
+impl Vae<f32> {
+    /// What the model works on.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The tags that can be asked for.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// `count` conditions that have the tags `given` (none = any). The i-th depends on the seed, i and the
+    /// given tags only.
+    ///
+    /// # Panics
+    /// If a tag is not in the vocabulary.
+    pub fn invent(&self, given: &[u32], count: usize, seed: u64) -> Invented {
+        let (d, v, z, h) = self.sizes();
+        let at = self.layout();
+        let mut latent = vec![0.0; count * z];
+        for (i, row) in latent.chunks_mut(z).enumerate() {
+            Stream::new(seed, Purpose::Condition, i as u64).normals(row);
+        }
+        let mut asked = vec![0.0; v];
+        tag_input(given, v, &mut asked);
+        let input = self.decoder_input(&latent, std::iter::repeat_n(&asked, count).flatten().copied(), count);
+        let pre = self.linear(at.hidden, (h, z + v), &input);
+        let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
+        let out = self.linear(at.output, (d, h), &hidden);
+        let mut invented = Invented { conditions: Vec::with_capacity(count * d), tags: Vec::with_capacity(count) };
+        for row in out.chunks(d) {
+            match self.header.kind {
+                Kind::Tags => {
+                    let mut tags: Vec<u32> = (0..d as u32).filter(|&t| row[t as usize] > 0.0).collect();
+                    tags.extend(given);
+                    if tags.is_empty() {
+                        tags.extend((0..d as u32).max_by(|&a, &b| row[a as usize].total_cmp(&row[b as usize])));
+                    }
+                    tags.sort_unstable();
+                    tags.dedup();
+                    invented.conditions.extend(self.vocabulary.multi_hot(&tags));
+                    invented.tags.push(tags);
+                }
+                Kind::Dense => {
+                    let unnormalised = row.iter().zip(&self.std).zip(&self.mean).map(|((&x, &s), &m)| x * s + m);
+                    invented.conditions.extend(unnormalised);
+                    invented.tags.push(given.to_vec());
+                }
+            }
+        }
+        invented
+    }
+
+    /// Reads and checks a condition model.
+    ///
+    /// # Errors
+    /// [`VaeError`]: the message names the file, the tensor, what was found and what was expected.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, VaeError> {
+        let path = path.as_ref();
+        let file = SafeFile::open(path)?;
+        let wrong = |what: String| VaeError::Header { path: path.into(), what };
+        let text = file.metadata().get(HEADER_KEY);
+        let text = text.ok_or_else(|| wrong("it is missing, so this is not a condition model".into()))?;
+        let header: Header = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        let v = header.vocabulary.len();
+        for (what, size) in [("width", header.width), ("latent", header.latent), ("hidden", header.hidden)] {
+            if !(1..=1 << 16).contains(&size) {
+                return Err(wrong(format!("{what} is {size}, expected 1 to {}", 1 << 16)));
+            }
+        }
+        if v > 1 << 16 || (header.kind == Kind::Tags && v != header.width) {
+            return Err(wrong(format!("{v} tags in the vocabulary, expected {}", header.width)));
+        }
+        let vocabulary = Vocabulary::new(header.vocabulary.clone())
+            .map_err(|source| VaeError::Vocabulary { path: path.into(), source })?;
+        let kind = header.kind;
+        let mut vae = Self { header, vocabulary, params: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        for (name, shape) in vae.tensors() {
+            vae.params.extend(read_tensor(&file, name, &shape)?);
+        }
+        if kind == Kind::Dense {
+            vae.mean = read_tensor(&file, "mean", &[vae.header.width])?;
+            vae.std = read_tensor(&file, "std", &[vae.header.width])?;
+        }
+        Ok(vae)
+    }
+
+    /// Writes the model, atomically: weights in f16, everything else in the metadata.
+    ///
+    /// # Errors
+    /// [`VaeError::File`] if writing fails; then `path` keeps its old content.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), VaeError> {
+        let path = path.as_ref();
+        let half = |values: &[f32]| values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect::<Vec<u8>>();
+        let full = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let mut rest = self.params.as_slice();
+        let mut tensors = Vec::new();
+        for (name, shape) in self.tensors() {
+            let (values, after) = rest.split_at(shape.iter().product());
+            tensors.push((name, Dtype::F16, shape, half(values)));
+            rest = after;
+        }
+        if self.header.kind == Kind::Dense {
+            tensors.push(("mean", Dtype::F32, vec![self.header.width], full(&self.mean)));
+            tensors.push(("std", Dtype::F32, vec![self.header.width], full(&self.std)));
+        }
+        let out: Vec<safetensors::TensorOut> =
+            tensors.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, &shape[..], &bytes[..])).collect();
+        let header = serde_json::to_string(&self.header)
+            .map_err(|e| VaeError::Header { path: path.into(), what: e.to_string() })?;
+        Ok(safetensors::write(path, &out, &HashMap::from([(HEADER_KEY.to_owned(), header)]))?)
+    }
+
+    /// Names and shapes of the parameters, in their order in memory.
+    fn tensors(&self) -> [(&'static str, Vec<usize>); 6] {
+        let (d, v, z, h) = self.sizes();
+        [
+            ("encoder.weight", vec![2 * z, d + v]),
+            ("encoder.bias", vec![2 * z]),
+            ("hidden.weight", vec![h, z + v]),
+            ("hidden.bias", vec![h]),
+            ("output.weight", vec![d, h]),
+            ("output.bias", vec![d]),
+        ]
+    }
+}
+
+fn read_tensor(file: &SafeFile, name: &str, shape: &[usize]) -> Result<Vec<f32>, SafeError> {
+    let found = file.shape(name)?;
+    if found != shape {
+        return Err(file.unexpected(name, format!("shape {found:?}"), format!("{shape:?}")));
+    }
+    let values = file.f32(name)?;
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(at) => Err(file.unexpected(name, format!("{} at {at}", values[at]), "finite numbers")),
+        None => Ok(values),
+    }
+}

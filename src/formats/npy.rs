@@ -1,0 +1,74 @@
+//! NumPy's `.npy` files of floating-point numbers, as conditions are often kept in.
+//!
+//! Layout: `\x93NUMPY`, version (2 bytes), length of the header (2 bytes, from version 2 on 4), the header
+//! `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1024), }` in ASCII, then the values.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+
+/// What can be wrong with such a file.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum NpyError {
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: not a usable .npy file: {what}", path.display())]
+    Malformed { path: PathBuf, what: String },
+}
+
+/// Reads an array: its shape, and its values row by row.
+///
+/// # Errors
+/// [`NpyError`]; anything but little-endian floats of 2, 4 or 8 bytes in C order is one.
+pub fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>), NpyError> {
+    let bytes = fs::read(path).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
+    parse(&bytes).map_err(|what| NpyError::Malformed { path: path.into(), what })
+}
+
+fn parse(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
+    let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or("it does not begin with \\x93NUMPY")?;
+    let truncated = || "it ends within its header".to_owned();
+    let (length, rest) = match rest {
+        [1, _, a, b, rest @ ..] => (usize::from(u16::from_le_bytes([*a, *b])), rest),
+        [2 | 3, _, a, b, c, d, rest @ ..] => (u32::from_le_bytes([*a, *b, *c, *d]) as usize, rest),
+        [major, _, ..] if !(1..=3).contains(major) => return Err(format!("version {major}, expected 1 to 3")),
+        _ => return Err(truncated()),
+    };
+    let (header, data) = rest.split_at_checked(length).ok_or_else(truncated)?;
+    let header = str::from_utf8(header).map_err(|_| "its header is not text".to_owned())?;
+    let (descr, order, shape) = (field(header, "descr")?, field(header, "fortran_order")?, field(header, "shape")?);
+    if !order.starts_with("False") {
+        return Err("it is in Fortran order, expected C order".into());
+    }
+    let shape = shape.strip_prefix('(').and_then(|s| s.split_once(')')).ok_or("its shape is not a tuple")?.0;
+    let sides = shape.split(',').map(str::trim).filter(|side| !side.is_empty());
+    let shape: Vec<usize> =
+        sides.map(|side| side.parse().map_err(|_| format!("its shape has a side {side:?}"))).collect::<Result<_, _>>()?;
+    let quoted = descr.get(1..4).filter(|_| descr.starts_with(['\'', '"'])).unwrap_or(descr);
+    let size = match quoted {
+        "<f2" => 2,
+        "<f4" => 4,
+        "<f8" => 8,
+        other => return Err(format!("elements of type {other:?}, expected '<f2', '<f4' or '<f8'")),
+    };
+    let expected = shape.iter().try_fold(size, |product: usize, &side| product.checked_mul(side));
+    if expected != Some(data.len()) {
+        return Err(format!("{} bytes of values do not make the shape {shape:?}", data.len()));
+    }
+    let values = match size {
+        2 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        4 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        _ => data.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32).collect(),
+    };
+    Ok((shape, values))
+}
+
+/// What follows `'name':` in the header.
+fn field<'a>(header: &'a str, name: &str) -> Result<&'a str, String> {
+    let missing = || format!("its header has no {name}");
+    let after = ["'", "\""].iter().find_map(|quote| Some(header.split_once(&format!("{quote}{name}{quote}"))?.1));
+    Ok(after.and_then(|rest| rest.trim_start().strip_prefix(':')).ok_or_else(missing)?.trim_start())
+}
