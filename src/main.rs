@@ -19,6 +19,7 @@ enum Command {
     Bench(cli::bench::BenchArgs),
     Info(cli::info::InfoArgs),
     Prepare(cli::prepare::PrepareArgs),
+    Sample(Box<cli::sample::SampleArgs>),
     Train(Box<cli::train::TrainArgs>),
     Verify(cli::verify::VerifyArgs),
 }
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::run(args),
         Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
+        Command::Sample(args) => cli::sample::run(*args),
         Command::Train(args) => cli::train::run(*args),
         Command::Verify(args) => cli::verify::run(args),
     };

@@ -1,11 +1,18 @@
 //! Sampling: the solvers against the official trajectories, and what an image may depend on.
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use serde_json::{Value, json};
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, BackendError, Normalization, Shape, Slot};
-use edm2k::formats::safetensors::SafeFile;
-use edm2k::model::file::Model;
+use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::formats::{npy, png};
+use edm2k::model::file::{Model, Precision, save};
 use edm2k::model::{Config, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
@@ -353,4 +360,207 @@ fn a_network_that_makes_nan_is_an_error_that_names_the_seed() {
         .run(&[], &[31], [8, 8], &SHORT, &mut |_, _| Ok(()))
         .unwrap_err();
     assert!(matches!(error, SampleError::NotFinite { seed: 31, count: 192 }), "{error}");
+}
+
+// ---- the command line -----------------------------------------------------------------------
+
+/// A directory with a small model of 16x16 RGB images and five tags, and what commands write there.
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut model, _) = tiny();
+        model.meta.vocabulary = ["cat", "dog", "heart", "red", "smiling face"].map(String::from).to_vec();
+        let path = dir.path().join("m.safetensors");
+        save(path, &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `edm2k sample` with these arguments, split at spaces except in quotes of |.
+    fn sample(&self, arguments: &str) -> assert_cmd::assert::Assert {
+        let own_steps = arguments.contains("--steps");
+        let arguments = arguments.split('|').enumerate().flat_map(|(i, part)| match i % 2 {
+            0 => part.split_whitespace().map(String::from).collect(),
+            _ => vec![part.to_owned()],
+        });
+        Command::cargo_bin("edm2k")
+            .unwrap()
+            .current_dir(self.dir.path())
+            .args(["sample", "--model", "m.safetensors"])
+            .args(if own_steps { &[][..] } else { &["--steps", "2"] })
+            .args(arguments)
+            .assert()
+    }
+
+    /// The JSON in a picture's text chunk.
+    fn about(&self, name: &str) -> Value {
+        let text = png::read_text(&self.path(name)).unwrap();
+        let json = text.iter().find(|(keyword, _)| keyword == "edm2k").unwrap();
+        serde_json::from_str(&json.1).unwrap()
+    }
+
+    fn fails(&self, arguments: &str, message: &str) {
+        let output = self.sample(arguments).failure().get_output().stderr.clone();
+        let stderr = String::from_utf8(output).unwrap();
+        assert!(stderr.contains(message), "{arguments}\nsaid: {stderr}expected: {message}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
+
+#[test]
+fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
+    let bench = Bench::new();
+    let arguments = "--outdir out --seeds 3,0-2 --tags |heart, smiling face| --tags cat --per-condition 2 --size 24x16 \
+                     --guidance 2 --guidance-interval 0.01,50 --batch 3 --save-steps";
+    bench.sample(arguments).success().stdout(predicates::str::contains("4 images of 24x16"));
+    let mut files: Vec<_> =
+        fs::read_dir(bench.path("out")).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    files.sort();
+    let names = ["000000", "000001", "000002", "000003"].map(|n| [format!("{n}-steps.png"), format!("{n}.png")]);
+    let names: Vec<String> = names.into_iter().flatten().chain(["grid.png".to_owned()]).collect();
+    assert_eq!(files, names);
+
+    let about = bench.about("out/000003.png");
+    assert_eq!(about["seed"], 3);
+    assert_eq!((&about["width"], &about["height"]), (&json!(24), &json!(16)));
+    assert_eq!(about["condition"]["tags"], "heart, smiling face", "the first pair of seeds has the first tags");
+    assert_eq!(bench.about("out/000002.png")["condition"]["tags"], "cat");
+    let sampler = json!({
+        "solver": "dpmpp_2m", "steps": 2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
+        "guidance": 2.0, "guidance_interval": [0.01, 50.0],
+    });
+    assert_eq!(about["sampler"], sampler);
+    assert_eq!(bench.about("out/grid.png")["seeds"], json!([3, 0, 1, 2]));
+
+    let before = fs::read(bench.path("out/000003.png")).unwrap();
+    bench.fails(arguments, "exists; give --overwrite");
+    bench.sample(&format!("{arguments} --overwrite --batch 1")).failure(); // --batch twice
+    bench.sample(&arguments.replace("--batch 3", "--batch 1 --overwrite")).success();
+    assert!(before == fs::read(bench.path("out/000003.png")).unwrap(), "the batch size changed the file");
+}
+
+#[test]
+fn conditions_come_from_files_and_datasets() {
+    let bench = Bench::new();
+    let row = |i: usize| (0..5).map(move |j| if i == j { 1.0f32 } else { 0.0 });
+    let values: Vec<u8> = (0..3).flat_map(row).flat_map(f32::to_le_bytes).collect();
+    safetensors::write(bench.path("c.safetensors"), &[("x", Dtype::F32, &[3, 5], &values)], &HashMap::new()).unwrap();
+    fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &values))
+        .unwrap();
+    bench.sample("--outdir a --conditions c.safetensors").success();
+    bench.sample("--outdir b --conditions c.npy").success();
+    bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
+    assert_eq!(bench.about("a/000002.png")["condition"]["row"], 2);
+    let pixels = |name: &str| image::open(bench.path(name)).unwrap();
+    for image in ["000000.png", "000001.png", "000002.png"] {
+        assert!(pixels(&format!("a/{image}")) == pixels(&format!("b/{image}")));
+        assert!(pixels(&format!("a/{image}")) == pixels(&format!("t/{image}")), "one tag is the one-hot vector");
+    }
+    safetensors::write(bench.path("w.safetensors"), &[("x", Dtype::F32, &[3, 5], &values)], &HashMap::new()).unwrap();
+    let narrow = [("conditions", Dtype::F32, &[5, 3][..], &values[..])];
+    safetensors::write(bench.path("narrow.safetensors"), &narrow, &HashMap::new()).unwrap();
+    bench.fails("--outdir d --conditions narrow.safetensors", "conditions of shape [5, 3], expected [N, 5]");
+    bench.fails("--outdir d --row nowhere:5", "nowhere");
+    bench.fails("--outdir d --row nowhere", "expected DATASET:ID");
+    let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
+    bench.fails(&format!("--outdir d --row {}:-7", emoji.display()), "has the id -7");
+    let id = Dataset::open(&emoji, Split::Train).unwrap().id(0);
+    bench.fails(&format!("--outdir d --row {}:{id}", emoji.display()), "expected 5");
+    assert!(!bench.path("d").exists(), "nothing is made before the conditions are read");
+}
+
+#[test]
+fn mistakes_are_one_clear_line() {
+    let bench = Bench::new();
+    bench.fails("--outdir o --tags |smilin face|", "unknown tag \"smilin face\", did you mean \"smiling face\"?");
+    bench.fails("--outdir o --tags |,|", "has no tag");
+    bench.fails("--outdir o --seeds 5-1", "'5-1' runs backwards");
+    bench.fails("--outdir o --seeds 1,x", "'x' is not a seed");
+    bench.fails("--outdir o --seeds 0-99999999999", "more than 1000000 seeds");
+    bench.fails("--outdir o --size 17x16", "an image of 17x16");
+    bench.fails("--outdir o --steps 0", "steps = 0");
+    bench.fails("--outdir o --guidance nan", "guidance = NaN");
+    bench.fails("--outdir o --guidance-interval 5,1", "guidance interval = 5,1");
+    bench.fails("--outdir o --S-churn 3", "0 with dpmpp_2m");
+    bench.fails("--outdir o --random-conditions 3", "--condition-model");
+    bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
+    bench.fails("--outdir m.safetensors/x", "--outdir m.safetensors/x");
+    bench.fails("--outdir o --gnet missing.safetensors", "missing.safetensors");
+    assert!(!bench.path("o").exists());
+}
+
+#[test]
+fn latents_are_kept_as_they_are() {
+    let bench = Bench::new();
+    let config = Config { img_channels: 4, ..tiny().0.net.config };
+    let model = Model::init(&config, 1).unwrap();
+    let path = bench.path("m.safetensors");
+    save(path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();
+    bench
+        .sample("--outdir o --seeds 1,9 --save-steps --size 8x12")
+        .success()
+        .stdout(predicates::str::contains("cannot decode"));
+    let file = SafeFile::open(bench.path("o/latents.safetensors")).unwrap();
+    assert_eq!(file.shape("latents").unwrap(), [2, 4, 12, 8]);
+    assert_eq!(file.i64("seeds").unwrap(), [1, 9]);
+    let (latents, steps) = (file.f32("latents").unwrap(), file.f32("steps").unwrap());
+    assert_eq!(file.shape("steps").unwrap(), [2, 2, 4, 12, 8]);
+    // The last step of dpmpp_2m ends at what the network made of its noise.
+    assert_close("last step", &steps[384..768], &latents[..384], 1e-6);
+}
+
+fn npy_file(header: &str, values: &[u8]) -> Vec<u8> {
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(values);
+    bytes
+}
+
+#[test]
+fn npy_files_are_read_with_suspicion() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.npy");
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        npy::read(&path).map_err(|e| e.to_string())
+    };
+    let header = "{'descr': '<f8', 'fortran_order': False, 'shape': (2,), }          \n";
+    let good = npy_file(header, &[1.5f64.to_le_bytes(), (-2.0f64).to_le_bytes()].concat());
+    assert_eq!(read(&good).unwrap(), (vec![2], vec![1.5, -2.0]));
+    let half = npy_file(&header.replace("<f8", "<f2"), &[0, 0x3c, 0, 0xc0]);
+    assert_eq!(read(&half).unwrap(), (vec![2], vec![1.0, -2.0]));
+    for length in 0..good.len() {
+        assert!(read(&good[..length]).is_err(), "the first {length} bytes were believed");
+    }
+    for (from, to, message) in [
+        ("<f8", ">f8", "elements of type"),
+        ("<f8", "|O8", "elements of type"),
+        ("False", "True", "Fortran"),
+        ("(2,)", "(3,)", "do not make the shape"),
+        ("(2,)", "(-2,)", "a side \"-2\""),
+        ("(2,)", "(9999999999999,9999999999999)", "do not make the shape"),
+        ("(2,)", "2", "not a tuple"),
+        ("descr", "type", "no descr"),
+    ] {
+        let error = read(&npy_file(&header.replace(from, to), &[0; 16])).unwrap_err();
+        assert!(error.contains(message), "{to}: {error}");
+    }
+    let mut random = vec![0; 64];
+    for seed in 0..2000 {
+        let noise = Stream { seed, purpose: Purpose::Init, step: 0, image: 0 };
+        random.copy_from_slice(&good[..64]);
+        for position in 0..3 {
+            let [at, value, ..] = noise.block(position);
+            random[at as usize % 64] = value as u8;
+        }
+        let _ = read(&random); // must not panic
+    }
 }

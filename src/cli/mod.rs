@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod info;
 pub mod prepare;
+pub mod sample;
 pub mod train;
 pub mod verify;
 

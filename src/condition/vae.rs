@@ -36,6 +36,16 @@ use crate::rng::{Purpose, Stream};
 /// Key of the [`Header`] in the file's metadata.
 const HEADER_KEY: &str = "condition_model";
 
+/// Times that an invented condition is encoded and decoded again.
+const ROUNDS: u32 = 12;
+/// Of these, the last in which tags are no longer drawn but the likely ones taken.
+const CALM: u32 = 4;
+
+/// A uniform variate in (0, 1) for each position.
+fn chance(stream: &Stream, position: u32) -> f32 {
+    (stream.block(position)[0] >> 8) as f32 / 16_777_216.0 + 1.0 / 33_554_432.0
+}
+
 /// What a condition is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -299,9 +309,13 @@ impl<T: Real> Vae<T> {
         for ((row, eps), g) in code.chunks(2 * z).zip(batch.eps.chunks(z)).zip(g.chunks(z + v)) {
             let (mean, logvar) = row.split_at(z);
             g_code.extend(mean.iter().zip(g).map(|(&m, &g)| g + beta * m));
-            g_code.extend(logvar.iter().zip(eps).zip(g).map(|((&l, &e), &g)| {
-                half * (g * e * (half * l).exp() + beta * (l.exp() - one))
-            }));
+            g_code.extend(
+                logvar
+                    .iter()
+                    .zip(eps)
+                    .zip(g)
+                    .map(|((&l, &e), &g)| half * (g * e * (half * l).exp() + beta * (l.exp() - one))),
+            );
         }
         self.linear_backward(at.encoder, (2 * z, d + v), &batch.input, &g_code, grad);
         Loss { reconstruction, kl: kl / n as f64 }
@@ -406,9 +420,7 @@ fn some_of(tags: &[u32], stream: &Stream) -> Vec<u32> {
 /// 0..n in the random order of an epoch.
 fn shuffled(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by_cached_key(|&i| {
-        Stream { seed, purpose: Purpose::Order, step: epoch, image: i as u64 }.block(0)
-    });
+    order.sort_by_cached_key(|&i| Stream { seed, purpose: Purpose::Order, step: epoch, image: i as u64 }.block(0));
     order
 }
 
@@ -470,36 +482,58 @@ impl Vae<f32> {
     pub fn invent(&self, given: &[u32], count: usize, seed: u64) -> Invented {
         let (d, v, z, h) = self.sizes();
         let at = self.layout();
-        let mut latent = vec![0.0; count * z];
-        for (i, row) in latent.chunks_mut(z).enumerate() {
-            Stream::new(seed, Purpose::Condition, i as u64).normals(row);
-        }
+        let rounds: u32 = std::env::var("ROUNDS").map_or(ROUNDS, |r| r.parse().unwrap());
         let mut asked = vec![0.0; v];
         tag_input(given, v, &mut asked);
-        let input = self.decoder_input(&latent, std::iter::repeat_n(&asked, count).flatten().copied(), count);
-        let pre = self.linear(at.hidden, (h, z + v), &input);
-        let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
-        let out = self.linear(at.output, (d, h), &hidden);
-        let mut invented = Invented { conditions: Vec::with_capacity(count * d), tags: Vec::with_capacity(count) };
-        for row in out.chunks(d) {
-            match self.header.kind {
-                Kind::Tags => {
-                    let mut tags: Vec<u32> = (0..d as u32).filter(|&t| row[t as usize] > 0.0).collect();
-                    tags.extend(given);
-                    if tags.is_empty() {
-                        tags.extend((0..d as u32).max_by(|&a, &b| row[a as usize].total_cmp(&row[b as usize])));
+        let mut invented = Invented { conditions: Vec::new(), tags: Vec::new() };
+        // [mean, logvar] of each; first the prior's
+        let mut code = vec![0.0; count * 2 * z];
+        for round in 0..=rounds {
+            let mut latent = vec![0.0; count * z];
+            for (i, (row, code)) in latent.chunks_mut(z).zip(code.chunks(2 * z)).enumerate() {
+                Stream { seed, purpose: Purpose::Condition, step: round, image: i as u64 }.normals(row);
+                let (mean, logvar) = code.split_at(z);
+                row.iter_mut().zip(mean).zip(logvar).for_each(|((x, m), l)| *x = m + (0.5f32 * l).exp() * *x);
+            }
+            let input = self.decoder_input(&latent, std::iter::repeat_n(&asked, count).flatten().copied(), count);
+            let pre = self.linear(at.hidden, (h, z + v), &input);
+            let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
+            let out = self.linear(at.output, (d, h), &hidden);
+            let mut input = vec![0.0; count * (d + v)];
+            invented = Invented { conditions: Vec::with_capacity(count * d), tags: Vec::with_capacity(count) };
+            for (i, (out, input)) in out.chunks(d).zip(input.chunks_mut(d + v)).enumerate() {
+                let noise = Stream { seed, purpose: Purpose::Dropout, step: round, image: i as u64 };
+                let (x, c) = input.split_at_mut(d);
+                c.copy_from_slice(&asked);
+                match self.header.kind {
+                    Kind::Tags => {
+                        // Logits above that of a uniform variate: a Bernoulli sample; above 0: the mode.
+                        let calm = round + CALM > rounds;
+                        let mut tags: Vec<u32> = (0..d as u32)
+                            .filter(|&t| {
+                                let u = if calm { 0.5 } else { chance(&noise, t) };
+                                out[t as usize] > (u / (1.0 - u)).ln()
+                            })
+                            .collect();
+                        tags.extend(given);
+                        if tags.is_empty() {
+                            tags.extend((0..d as u32).max_by(|&a, &b| out[a as usize].total_cmp(&out[b as usize])));
+                        }
+                        tags.sort_unstable();
+                        tags.dedup();
+                        tag_input(&tags, v, x);
+                        invented.conditions.extend(self.vocabulary.multi_hot(&tags));
+                        invented.tags.push(tags);
                     }
-                    tags.sort_unstable();
-                    tags.dedup();
-                    invented.conditions.extend(self.vocabulary.multi_hot(&tags));
-                    invented.tags.push(tags);
-                }
-                Kind::Dense => {
-                    let unnormalised = row.iter().zip(&self.std).zip(&self.mean).map(|((&x, &s), &m)| x * s + m);
-                    invented.conditions.extend(unnormalised);
-                    invented.tags.push(given.to_vec());
+                    Kind::Dense => {
+                        x.copy_from_slice(out);
+                        let unnormalised = out.iter().zip(&self.std).zip(&self.mean).map(|((&x, &s), &m)| x * s + m);
+                        invented.conditions.extend(unnormalised);
+                        invented.tags.push(given.to_vec());
+                    }
                 }
             }
+            code = self.linear(at.encoder, (2 * z, d + v), &input);
         }
         invented
     }

@@ -192,6 +192,11 @@ impl Vocabulary {
         Ok(indices)
     }
 
+    /// The tags at these places, in words, separated by commas; places beyond the end are left out.
+    pub fn words(&self, indices: &[u32]) -> String {
+        indices.iter().filter_map(|&index| self.tag(index)).collect::<Vec<_>>().join(", ")
+    }
+
     /// The condition of a set of tags: 1/sqrt(k) at each of the k distinct indices, 0
     /// elsewhere; `[D]`, norm 1, or zeros for no tags.
     ///

@@ -45,8 +45,9 @@ fn parse(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
     }
     let shape = shape.strip_prefix('(').and_then(|s| s.split_once(')')).ok_or("its shape is not a tuple")?.0;
     let sides = shape.split(',').map(str::trim).filter(|side| !side.is_empty());
-    let shape: Vec<usize> =
-        sides.map(|side| side.parse().map_err(|_| format!("its shape has a side {side:?}"))).collect::<Result<_, _>>()?;
+    let shape: Vec<usize> = sides
+        .map(|side| side.parse().map_err(|_| format!("its shape has a side {side:?}")))
+        .collect::<Result<_, _>>()?;
     let quoted = descr.get(1..4).filter(|_| descr.starts_with(['\'', '"'])).unwrap_or(descr);
     let size = match quoted {
         "<f2" => 2,

@@ -1,0 +1,506 @@
+//! `edm2k sample`: images from conditions.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::{Backend, Normalization, Slot};
+use edm2k::condition::vae::Vae;
+use edm2k::condition::vocabulary::{Tag, Vocabulary};
+use edm2k::data::dataset::{Dataset, DatasetError, Split};
+use edm2k::formats::npy;
+use edm2k::formats::png::Picture;
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::model::{Encoder, Model};
+use edm2k::sample::{Churn, Sampler, SamplerConfig, Solver, parse_seeds};
+
+use super::Device;
+
+/// Make images.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Conditions come from --tags, --row, --conditions and --random-conditions, in this order; all may be
+given. The images take them in turn, --per-condition images each. Without any, the images are
+unconditional. Each file is named after its seed and carries all parameters in a text chunk.
+
+Examples:
+  edm2k sample --model emoji.safetensors --outdir out --tags 'cat, smiling' --seeds 0-15
+  edm2k sample --model emoji.safetensors --outdir out --tags heart --tags 'flag, star' --per-condition 8
+  edm2k sample --model emoji.safetensors --outdir grid --random-conditions 4 --per-condition 4 \\
+      --condition-model conditions.safetensors
+  edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
+      --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
+  edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234")]
+pub struct SampleArgs {
+    /// Model file
+    #[arg(long, value_name = "FILE")]
+    model: PathBuf,
+    /// Directory of the images; created if it is missing
+    #[arg(long, value_name = "DIR")]
+    outdir: PathBuf,
+    /// One image for each seed, such as 0-15,20 [default: from 0, one round of the conditions]
+    #[arg(long, value_name = "LIST", value_parser = |text: &str| parse_seeds(text).map(Seeds))]
+    seeds: Option<Seeds>,
+    /// Width and height of the images, or latents [default: what the model was trained on]
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
+    size: Option<[usize; 2]>,
+    /// Images at a time; changes speed and memory, not the images
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// What computes
+    #[arg(long, value_enum, default_value = "auto")]
+    device: Device,
+    /// Overwrite existing images
+    #[arg(long)]
+    overwrite: bool,
+    /// Also write what the network made of the noise in each step
+    #[arg(long)]
+    save_steps: bool,
+
+    /// Tags of one condition, separated by commas; repeatable
+    #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
+    tags: Vec<String>,
+    /// Let the condition model complete each of the --tags to a plausible set
+    #[arg(long, requires_all = ["tags", "condition_model"], help_heading = "Conditions")]
+    complete: bool,
+    /// Condition of the image with this id in a dataset; repeatable
+    #[arg(long, value_name = "DATASET:ID", help_heading = "Conditions")]
+    row: Vec<String>,
+    /// Conditions [N, D] as .npy, or as .safetensors with one tensor or one named "conditions"
+    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
+    conditions: Option<PathBuf>,
+    /// Conditions that the condition model invents
+    #[arg(long, value_name = "N", requires = "condition_model", help_heading = "Conditions",
+          value_parser = clap::value_parser!(u16).range(1..))]
+    random_conditions: Option<u16>,
+    /// Made by `edm2k condition train`
+    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
+    condition_model: Option<PathBuf>,
+    /// Seed of what the condition model invents
+    #[arg(long, value_name = "SEED", default_value_t = 0, help_heading = "Conditions")]
+    condition_seed: u64,
+    /// Images of each condition: a row of the grid
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Conditions",
+          value_parser = clap::value_parser!(u16).range(1..))]
+    per_condition: u16,
+
+    /// How the differential equation is solved
+    #[arg(long, value_enum, default_value = "dpmpp_2m", help_heading = "Sampler")]
+    solver: Solver,
+    /// Steps
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Sampler")]
+    steps: usize,
+    /// Strength of guidance; 1 = none
+    #[arg(long, value_name = "G", default_value_t = 5.0, help_heading = "Sampler")]
+    guidance: f64,
+    /// Guide only at noise levels above LO and up to HI
+    #[arg(long, value_name = "LO,HI", value_parser = parse_interval, help_heading = "Sampler")]
+    guidance_interval: Option<(f64, f64)>,
+    /// Network to guide away from (autoguidance) [default: the model without its condition]
+    #[arg(long, value_name = "FILE", help_heading = "Sampler")]
+    gnet: Option<PathBuf>,
+    /// Lowest noise level
+    #[arg(long, value_name = "SIGMA", default_value_t = 0.002, help_heading = "Sampler")]
+    sigma_min: f64,
+    /// Highest noise level
+    #[arg(long, value_name = "SIGMA", default_value_t = 80.0, help_heading = "Sampler")]
+    sigma_max: f64,
+    /// How much the noise levels crowd at the low end
+    #[arg(long, value_name = "RHO", default_value_t = 7.0, help_heading = "Sampler")]
+    rho: f64,
+    /// Noise added back over all steps; for heun and euler
+    #[arg(long = "S-churn", value_name = "X", default_value_t = 0.0, help_heading = "Sampler")]
+    s_churn: f64,
+    /// Noise level below which none is added
+    #[arg(long = "S-min", value_name = "SIGMA", default_value_t = 0.0, help_heading = "Sampler")]
+    s_min: f64,
+    /// Noise level above which none is added
+    #[arg(long = "S-max", value_name = "SIGMA", default_value_t = f64::INFINITY, help_heading = "Sampler")]
+    s_max: f64,
+    /// Standard deviation of the added noise
+    #[arg(long = "S-noise", value_name = "X", default_value_t = 1.0, help_heading = "Sampler")]
+    s_noise: f64,
+}
+
+/// A type of its own, as clap takes a plain vector for a repeated option.
+#[derive(Clone)]
+struct Seeds(Vec<u64>);
+
+fn parse_interval(text: &str) -> Result<(f64, f64), String> {
+    let (low, high) = text.split_once(',').ok_or("expected two noise levels, such as 0.2,5")?;
+    let number = |text: &str| text.trim().parse::<f64>().map_err(|_| format!("'{text}' is not a number"));
+    Ok((number(low)?, number(high)?))
+}
+
+/// Conditions and where each is from.
+#[derive(Default)]
+struct Conditions {
+    values: Vec<f32>,
+    origins: Vec<Value>,
+}
+
+impl Conditions {
+    fn push(&mut self, values: &[f32], origin: Value) {
+        self.values.extend_from_slice(values);
+        self.origins.push(origin);
+    }
+}
+
+/// Samples the images, showing progress on stderr and what was written on stdout.
+pub fn run(args: SampleArgs) -> anyhow::Result<()> {
+    let model = Model::load(&args.model).context("--model")?;
+    let config = sampler_config(&args);
+    config.validate()?;
+    let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
+    model.net.config.check_size(size[0], size[1])?;
+    let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
+    let conditions = gather_conditions(&args, &model)?;
+    let rows = conditions.origins.len();
+    let seeds = match &args.seeds {
+        Some(Seeds(seeds)) => seeds.clone(),
+        None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
+    };
+    let job = Job { args: &args, model: &model, config, size, conditions, seeds };
+    job.claim_outputs()?;
+    match args.device {
+        Device::Auto | Device::Cpu => {
+            let mut backend = on_cpu(&model)?;
+            let mut guide = gnet.as_ref().map(|gnet| on_cpu(gnet).map(|b| (b, &gnet.net))).transpose()?;
+            let guide = guide.as_mut().map(|(b, net)| (b, *net));
+            job.run(Sampler { backend: &mut backend, net: &model.net, gnet: guide })
+        }
+    }
+}
+
+fn sampler_config(args: &SampleArgs) -> SamplerConfig {
+    SamplerConfig {
+        solver: args.solver,
+        steps: args.steps,
+        sigma_min: args.sigma_min,
+        sigma_max: args.sigma_max,
+        rho: args.rho,
+        guidance: args.guidance,
+        guidance_interval: args.guidance_interval,
+        churn: Churn { s_churn: args.s_churn, s_min: args.s_min, s_max: args.s_max, s_noise: args.s_noise },
+    }
+}
+
+fn on_cpu(model: &Model) -> anyhow::Result<Cpu<f32>> {
+    let mut backend = Cpu::for_sampling(&model.table);
+    model.upload(&mut backend, Slot::Weight)?;
+    backend.prepare(Slot::Weight, Normalization::Eval)?;
+    Ok(backend)
+}
+
+fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditions> {
+    let width = model.net.config.label_dim;
+    let mut all = Conditions::default();
+    let asked =
+        !args.tags.is_empty() || !args.row.is_empty() || args.conditions.is_some() || args.random_conditions.is_some();
+    if asked && width == 0 {
+        bail!("{}: the model is unconditional, so it takes no condition", args.model.display());
+    }
+    let vae = args.condition_model.as_ref().filter(|_| args.complete || args.random_conditions.is_some());
+    let vae = vae.map(Vae::load).transpose().context("--condition-model")?;
+    if let (Some(vae), Some(path)) = (&vae, &args.condition_model) {
+        let found = vae.header().width;
+        ensure!(found == width, "{}: conditions are {found} wide, expected {width}", path.display());
+    }
+
+    if !args.tags.is_empty() {
+        let vocabulary = match (&vae, args.complete) {
+            (Some(vae), true) => vae.vocabulary().clone(),
+            _ => vocabulary(model, &args.model)?,
+        };
+        for text in &args.tags {
+            let tags = vocabulary.parse(text).with_context(|| format!("--tags \"{text}\""))?;
+            ensure!(!tags.is_empty(), "--tags \"{text}\" has no tag");
+            match (&vae, args.complete) {
+                (Some(vae), true) => {
+                    let invented = vae.invent(&tags, 1, args.condition_seed);
+                    let words = vocabulary.words(&invented.tags[0]);
+                    all.push(&invented.conditions, json!({"asked": vocabulary.words(&tags), "tags": words}));
+                }
+                _ => all.push(&vocabulary.multi_hot(&tags), json!({"tags": vocabulary.words(&tags)})),
+            }
+        }
+    }
+    for row in &args.row {
+        let (values, origin) = dataset_row(row).with_context(|| format!("--row {row}"))?;
+        let found = values.len();
+        ensure!(found == width, "--row {row}: the condition is {found} wide, expected {width}");
+        all.push(&values, origin);
+    }
+    if let Some(path) = &args.conditions {
+        let (shape, values) = read_conditions(path).context("--conditions")?;
+        let fits = matches!(shape[..], [d] | [_, d] if d == width) && !values.is_empty();
+        ensure!(fits, "{}: conditions of shape {shape:?}, expected [N, {width}]", path.display());
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            bail!("{}: row {} has a value that is not finite", path.display(), at / width);
+        }
+        for (row, values) in values.chunks(width).enumerate() {
+            all.push(values, json!({"file": path.display().to_string(), "row": row}));
+        }
+    }
+    if let (Some(vae), Some(count)) = (&vae, args.random_conditions) {
+        let invented = vae.invent(&[], count.into(), args.condition_seed);
+        for (index, (values, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {
+            let words = vae.vocabulary().words(tags);
+            all.push(values, json!({"invented": index, "condition_seed": args.condition_seed, "tags": words}));
+        }
+    }
+    Ok(all)
+}
+
+fn vocabulary(model: &Model, path: &Path) -> anyhow::Result<Vocabulary> {
+    let tags = &model.meta.vocabulary;
+    ensure!(!tags.is_empty(), "{}: the model has no vocabulary, so it takes no --tags", path.display());
+    let tags = tags.iter().map(|tag| Tag { tag: tag.clone(), count: 0 }).collect();
+    Vocabulary::new(tags).with_context(|| path.display().to_string())
+}
+
+/// Looks for the id in all splits, so that one need not know in which it is.
+fn dataset_row(row: &str) -> anyhow::Result<(Vec<f32>, Value)> {
+    let (dir, id) = row.rsplit_once(':').context("expected DATASET:ID")?;
+    let number: i64 = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
+    for split in Split::ALL {
+        let dataset = match Dataset::open(Path::new(dir), split) {
+            Err(DatasetError::NoShards { .. } | DatasetError::Empty { .. }) => continue,
+            opened => opened?,
+        };
+        if let Some(i) = dataset.find(number) {
+            let mut values = vec![0.0; dataset.condition_dim()];
+            dataset.condition(i, &mut values);
+            let tags = dataset.vocabulary().words(dataset.tags(i));
+            return Ok((values, json!({"dataset": dir, "id": number, "split": split.to_string(), "tags": tags})));
+        }
+    }
+    bail!("no image of {dir} has the id {number}")
+}
+
+fn read_conditions(path: &Path) -> anyhow::Result<(Vec<usize>, Vec<f32>)> {
+    if path.extension().is_some_and(|extension| extension == "npy") {
+        return Ok(npy::read(path)?);
+    }
+    let file = SafeFile::open(path)?;
+    let names: Vec<_> = file.names().collect();
+    let name = match names[..] {
+        [one] => one,
+        _ => "conditions",
+    };
+    Ok((file.shape(name)?.to_vec(), file.f32(name)?))
+}
+
+/// Everything about one call.
+struct Job<'a> {
+    args: &'a SampleArgs,
+    model: &'a Model,
+    config: SamplerConfig,
+    size: [usize; 2],
+    conditions: Conditions,
+    seeds: Vec<u64>,
+}
+
+/// Most images of a grid: above, nobody looks at it.
+const GRID: usize = 1024;
+
+impl Job<'_> {
+    /// Whether images are pixels rather than latents.
+    fn pictures(&self) -> bool {
+        self.model.meta.encoder == Encoder::Rgb && self.model.net.config.img_channels == 3
+    }
+
+    fn picture_file(&self, seed: u64) -> PathBuf {
+        self.args.outdir.join(format!("{seed:06}.png"))
+    }
+
+    fn steps_file(&self, seed: u64) -> PathBuf {
+        self.args.outdir.join(format!("{seed:06}-steps.png"))
+    }
+
+    fn grid_file(&self) -> PathBuf {
+        self.args.outdir.join("grid.png")
+    }
+
+    fn latents_file(&self) -> PathBuf {
+        self.args.outdir.join("latents.safetensors")
+    }
+
+    /// Makes the directory, and refuses to overwrite before anything is computed.
+    fn claim_outputs(&self) -> anyhow::Result<()> {
+        let dir = &self.args.outdir;
+        fs::create_dir_all(dir).with_context(|| format!("--outdir {}", dir.display()))?;
+        let probe = dir.join(".edm2k.tmp");
+        File::create(&probe).with_context(|| format!("--outdir {}: cannot write there", dir.display()))?;
+        fs::remove_file(&probe).with_context(|| probe.display().to_string())?;
+        if self.args.overwrite {
+            return Ok(());
+        }
+        let mut files = if self.pictures() { vec![self.grid_file()] } else { vec![self.latents_file()] };
+        if self.pictures() {
+            files.extend(self.seeds.iter().map(|&seed| self.picture_file(seed)));
+            if self.args.save_steps {
+                files.extend(self.seeds.iter().map(|&seed| self.steps_file(seed)));
+            }
+        }
+        match files.iter().find(|file| file.exists()) {
+            Some(file) => bail!("{} exists; give --overwrite, or another --outdir", file.display()),
+            None => Ok(()),
+        }
+    }
+
+    /// Condition of the k-th image.
+    fn condition(&self, k: usize) -> Option<usize> {
+        let rows = self.conditions.origins.len();
+        (rows > 0).then(|| k / usize::from(self.args.per_condition) % rows)
+    }
+
+    /// Parameters common to all images.
+    fn parameters(&self) -> Value {
+        let mut all = json!({
+            "model": self.args.model.display().to_string(),
+            "images_seen": self.model.meta.images_seen,
+            "width": self.size[1],
+            "height": self.size[0],
+            "sampler": self.config,
+        });
+        if let Some(gnet) = &self.args.gnet {
+            all["gnet"] = gnet.display().to_string().into();
+        }
+        if let Some(vae) = self.args.condition_model.as_ref().filter(|_| !self.conditions.origins.is_empty()) {
+            all["condition_model"] = vae.display().to_string().into();
+        }
+        all
+    }
+
+    fn run<B: Backend>(&self, mut sampler: Sampler<B>) -> anyhow::Result<()> {
+        let [height, width] = self.size;
+        let channels = self.model.net.config.img_channels;
+        let label_dim = self.model.net.config.label_dim;
+        let values = height * width * channels;
+        let batch = usize::from(self.args.batch);
+        let bar = ProgressBar::new((self.seeds.len().div_ceil(batch) * self.config.steps) as u64);
+        bar.set_style(ProgressStyle::with_template("{bar:30} {msg} {per_sec} {elapsed} (about {eta} left)")?);
+        let terminal = std::io::stderr().is_terminal();
+        let started = Instant::now();
+        let mut pictures = Vec::new();
+        let mut latents = Vec::new();
+        let mut latent_steps = Vec::new();
+        for (at, seeds) in self.seeds.chunks(batch).enumerate().map(|(i, seeds)| (i * batch, seeds)) {
+            bar.set_message(format!("{at} of {} images", self.seeds.len()));
+            let chosen = (at..at + seeds.len()).filter_map(|k| self.condition(k));
+            let labels: Vec<f32> =
+                chosen.flat_map(|row| &self.conditions.values[row * label_dim..][..label_dim]).copied().collect();
+            let mut steps: Vec<Vec<f32>> = vec![Vec::new(); seeds.len()];
+            let images = sampler.run(&labels, seeds, self.size, &self.config, &mut |b, step| {
+                bar.inc(1);
+                if self.args.save_steps {
+                    let denoised = step.denoised.tensor(b);
+                    let denoised = b.download(&denoised)?;
+                    steps.iter_mut().zip(denoised.chunks(values)).for_each(|(all, x)| all.extend_from_slice(x));
+                }
+                Ok(())
+            })?;
+            for (i, (&seed, image)) in seeds.iter().zip(images.chunks(values)).enumerate() {
+                if self.pictures() {
+                    let picture = Picture::from_model(height, width, image);
+                    self.save_picture(at + i, seed, &picture, &steps[i])?;
+                    pictures.push(picture);
+                    pictures.truncate(GRID);
+                } else {
+                    latents.extend_from_slice(image);
+                    latent_steps.append(&mut steps[i]);
+                }
+            }
+            if !terminal {
+                let done = at + seeds.len();
+                eprintln!("{done} of {} images, {:.1} s", self.seeds.len(), started.elapsed().as_secs_f64());
+            }
+        }
+        bar.finish_and_clear();
+        let seconds = started.elapsed().as_secs_f64();
+        let rate = bar.length().unwrap_or(0) as f64 / seconds;
+        let target = if self.pictures() {
+            self.save_grid(&pictures)?
+        } else {
+            println!(
+                "The images are latents of an autoencoder that this version cannot decode yet; they are kept as they are."
+            );
+            self.save_latents(&latents, &latent_steps)?
+        };
+        let count = self.seeds.len();
+        let target = target.display();
+        println!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s): {target}");
+        Ok(())
+    }
+
+    fn save_picture(&self, k: usize, seed: u64, picture: &Picture, steps: &[f32]) -> anyhow::Result<()> {
+        let mut about = self.parameters();
+        about["seed"] = seed.into();
+        about["condition"] = self.condition(k).map_or(Value::Null, |row| self.conditions.origins[row].clone());
+        let about = about.to_string();
+        let text = [("Software", SOFTWARE), ("edm2k", about.as_str())];
+        picture.save(&self.picture_file(seed), &text)?;
+        if self.args.save_steps {
+            let [height, width] = self.size;
+            let each = steps.chunks(height * width * 3).map(|x| Picture::from_model(height, width, x));
+            let each: Vec<_> = each.collect();
+            Picture::grid(&each, each.len()).save(&self.steps_file(seed), &text)?;
+        }
+        Ok(())
+    }
+
+    /// All pictures, a row for each condition if they are grouped.
+    fn save_grid(&self, pictures: &[Picture]) -> anyhow::Result<PathBuf> {
+        let columns = match self.args.per_condition {
+            1 => (pictures.len() as f64).sqrt().ceil() as usize,
+            per_condition => per_condition.into(),
+        };
+        let mut about = self.parameters();
+        about["seeds"] = json!(self.seeds[..pictures.len()]);
+        about["per_condition"] = self.args.per_condition.into();
+        about["conditions"] = json!(self.conditions.origins);
+        let about = about.to_string();
+        let file = self.grid_file();
+        Picture::grid(pictures, columns).save(&file, &[("Software", SOFTWARE), ("edm2k", about.as_str())])?;
+        Ok(file)
+    }
+
+    /// `latents` [N, C, H, W], `seeds` [N], `steps` [N, steps, C, H, W] if asked for.
+    fn save_latents(&self, latents: &[f32], steps: &[f32]) -> anyhow::Result<PathBuf> {
+        let [height, width] = self.size;
+        let channels = self.model.net.config.img_channels;
+        let planar = |values: &[f32]| -> Vec<u8> {
+            let area = height * width;
+            let image = |x: &[f32]| -> Vec<u8> {
+                (0..area * channels).flat_map(|i| x[i % area * channels + i / area].to_le_bytes()).collect()
+            };
+            values.chunks(area * channels).flat_map(image).collect()
+        };
+        let n = self.seeds.len();
+        let (latents, steps) = (planar(latents), planar(steps));
+        let seeds: Vec<u8> = self.seeds.iter().flat_map(|seed| seed.to_le_bytes()).collect();
+        let (shape, steps_shape) = ([n, channels, height, width], [n, self.config.steps, channels, height, width]);
+        let count = [n];
+        let mut tensors: Vec<safetensors::TensorOut> =
+            vec![("latents", Dtype::F32, &shape, &latents), ("seeds", Dtype::I64, &count, &seeds)];
+        if self.args.save_steps {
+            tensors.push(("steps", Dtype::F32, &steps_shape, &steps));
+        }
+        let mut about = self.parameters();
+        about["per_condition"] = self.args.per_condition.into();
+        about["conditions"] = json!(self.conditions.origins);
+        let file = self.latents_file();
+        safetensors::write(&file, &tensors, &HashMap::from([("edm2k".to_owned(), about.to_string())]))?;
+        Ok(file)
+    }
+}
+
+const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
