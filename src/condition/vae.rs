@@ -15,8 +15,12 @@
 //! invent freely (z alone) and to complete given tags; the encoder sees c too, so that z learns what c
 //! leaves open, and a z drawn from N(0, 1) does not contradict it.
 //!
-//! A condition is invented from z ~ N(0, 1). Tags are those that are likelier than not, so that z alone
-//! decides: drawing each tag by itself would put in tags that do not belong together.
+//! At beta = 1 the latents say too little and conditions come out as a mush of the commonest tags; at a
+//! beta that keeps them apart, most of N(0, 1) is empty. So a condition is not invented from N(0, 1) but
+//! from the codes of some training rows, the anchors: one that makes the given tags likely, mixed with
+//! a neighbour. What that decodes to is encoded and decoded a few times more, which moves it towards the
+//! data (Rezende et al., "Stochastic Backpropagation", 2014, section 6). Tags are those that are likelier
+//! than not: drawing each by itself would put in tags that do not belong together.
 //!
 //! Memory: (D + V) 2Z + (Z + V) H + H D values, 0.7 M for 1,024 tags. Cost of a training row: six
 //! multiply-adds for each.
@@ -37,14 +41,11 @@ use crate::rng::{Purpose, Stream};
 const HEADER_KEY: &str = "condition_model";
 
 /// Times that an invented condition is encoded and decoded again.
-const ROUNDS: u32 = 12;
-/// Of these, the last in which tags are no longer drawn but the likely ones taken.
-const CALM: u32 = 4;
-
-/// A uniform variate in (0, 1) for each position.
-fn chance(stream: &Stream, position: u32) -> f32 {
-    (stream.block(position)[0] >> 8) as f32 / 16_777_216.0 + 1.0 / 33_554_432.0
-}
+const ROUNDS: u32 = 3;
+/// Most rows whose codes are kept as anchors.
+const ANCHORS: usize = 256;
+/// Anchors near another one, any of which it may be mixed with.
+const NEAR: usize = 6;
 
 /// What a condition is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,7 +130,7 @@ pub struct Training {
 
 impl Default for Training {
     fn default() -> Self {
-        Self { latent: 32, hidden: 256, epochs: 120, batch: 64, lr: 2e-3, kl_weight: 1.0, seed: 0 }
+        Self { latent: 32, hidden: 256, epochs: 60, batch: 64, lr: 2e-3, kl_weight: 0.2, seed: 0 }
     }
 }
 
@@ -167,6 +168,8 @@ pub struct Vae<T: Real = f32> {
     header: Header,
     vocabulary: Vocabulary,
     params: Vec<T>,
+    /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
+    anchors: Vec<T>,
     /// [`Kind::Dense`]: mean and standard deviation of each feature, [D]. Else empty.
     mean: Vec<f32>,
     std: Vec<f32>,
@@ -186,7 +189,7 @@ struct Batch<T> {
 impl<T: Real> Vae<T> {
     /// A network with fresh parameters: weights N(0, 1/fan_in), biases 0.
     fn init(header: Header, vocabulary: Vocabulary, seed: u64) -> Self {
-        let mut vae = Self { header, vocabulary, params: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        let mut vae = Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
         let at = vae.layout();
         let mut values = vec![0.0; at.end];
         let (d, v, z, h) = vae.sizes();
@@ -337,7 +340,7 @@ impl Vae<f32> {
     /// # Panics
     /// If there are no rows, or a tag is not in the vocabulary.
     pub fn train(rows: &Rows, how: &Training, mut progress: impl FnMut(usize, Loss)) -> Result<Self, VaeError> {
-        let (count, width, v) = (rows.tags.len(), rows.width(), rows.vocabulary.len());
+        let (count, width) = (rows.tags.len(), rows.width());
         assert!(count > 0 && width > 0, "conditions to learn from");
         let header = Header {
             kind: rows.kind,
@@ -359,7 +362,7 @@ impl Vae<f32> {
             let order = shuffled(count, how.seed, epoch as u32);
             let mut sum = Loss::default();
             for chunk in order.chunks(batch_size) {
-                let batch = vae.batch(rows, chunk, how.seed, epoch as u32, width + v);
+                let batch = vae.batch(rows, chunk, how.seed, Some(epoch as u32));
                 let done = step as f64 / steps as f64;
                 let loss = vae.loss(&batch, how.kl_weight * (done * 10.0).min(1.0), &mut grad);
                 if !(loss.reconstruction + loss.kl).is_finite() {
@@ -373,15 +376,21 @@ impl Vae<f32> {
             }
             progress(epoch, sum);
         }
+        let some = shuffled(count, how.seed, u32::MAX);
+        let batch = vae.batch(rows, &some[..ANCHORS.min(count)], how.seed, None);
+        let (d, v, z, _) = vae.sizes();
+        vae.anchors = vae.linear(0, (2 * z, d + v), &batch.input);
         Ok(vae)
     }
 
-    fn batch(&self, rows: &Rows, chunk: &[usize], seed: u64, epoch: u32, columns: usize) -> Batch<f32> {
+    /// Some rows, with the tags and the noise that an epoch gives them; without an epoch, no tags.
+    fn batch(&self, rows: &Rows, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
         let (d, v, z, _) = self.sizes();
+        let columns = d + v;
         let n = chunk.len();
         let mut batch = Batch { n, input: vec![0.0; n * columns], target: vec![0.0; n * d], eps: vec![0.0; n * z] };
         for (i, &row) in chunk.iter().enumerate() {
-            let stream = Stream { seed, purpose: Purpose::Condition, step: epoch + 1, image: row as u64 };
+            let stream = Stream { seed, purpose: Purpose::Condition, step: epoch.unwrap_or(0), image: row as u64 };
             stream.normals(&mut batch.eps[i * z..][..z]);
             let tags = &rows.tags[row];
             let (input, given) = batch.input[i * columns..][..columns].split_at_mut(d);
@@ -398,8 +407,10 @@ impl Vae<f32> {
                     }
                 }
             }
-            let purpose = Purpose::Dropout;
-            tag_input(&some_of(tags, &Stream { purpose, ..stream }), v, given);
+            if epoch.is_some() {
+                let stream = Stream { purpose: Purpose::Dropout, ..stream };
+                tag_input(&some_of(tags, &stream), v, given);
+            }
         }
         batch
     }
@@ -480,41 +491,28 @@ impl Vae<f32> {
     /// # Panics
     /// If a tag is not in the vocabulary.
     pub fn invent(&self, given: &[u32], count: usize, seed: u64) -> Invented {
-        let (d, v, z, h) = self.sizes();
+        let (d, v, z, _) = self.sizes();
         let at = self.layout();
-        let rounds: u32 = std::env::var("ROUNDS").map_or(ROUNDS, |r| r.parse().unwrap());
         let mut asked = vec![0.0; v];
         tag_input(given, v, &mut asked);
+        let mut code = self.starts(given, count, seed);
         let mut invented = Invented { conditions: Vec::new(), tags: Vec::new() };
-        // [mean, logvar] of each; first the prior's
-        let mut code = vec![0.0; count * 2 * z];
-        for round in 0..=rounds {
+        for round in 0..=ROUNDS {
             let mut latent = vec![0.0; count * z];
             for (i, (row, code)) in latent.chunks_mut(z).zip(code.chunks(2 * z)).enumerate() {
                 Stream { seed, purpose: Purpose::Condition, step: round, image: i as u64 }.normals(row);
                 let (mean, logvar) = code.split_at(z);
                 row.iter_mut().zip(mean).zip(logvar).for_each(|((x, m), l)| *x = m + (0.5f32 * l).exp() * *x);
             }
-            let input = self.decoder_input(&latent, std::iter::repeat_n(&asked, count).flatten().copied(), count);
-            let pre = self.linear(at.hidden, (h, z + v), &input);
-            let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
-            let out = self.linear(at.output, (d, h), &hidden);
+            let out = self.decode(&latent, &asked);
             let mut input = vec![0.0; count * (d + v)];
             invented = Invented { conditions: Vec::with_capacity(count * d), tags: Vec::with_capacity(count) };
-            for (i, (out, input)) in out.chunks(d).zip(input.chunks_mut(d + v)).enumerate() {
-                let noise = Stream { seed, purpose: Purpose::Dropout, step: round, image: i as u64 };
+            for (out, input) in out.chunks(d).zip(input.chunks_mut(d + v)) {
                 let (x, c) = input.split_at_mut(d);
                 c.copy_from_slice(&asked);
                 match self.header.kind {
                     Kind::Tags => {
-                        // Logits above that of a uniform variate: a Bernoulli sample; above 0: the mode.
-                        let calm = round + CALM > rounds;
-                        let mut tags: Vec<u32> = (0..d as u32)
-                            .filter(|&t| {
-                                let u = if calm { 0.5 } else { chance(&noise, t) };
-                                out[t as usize] > (u / (1.0 - u)).ln()
-                            })
-                            .collect();
+                        let mut tags: Vec<u32> = (0..d as u32).filter(|&t| out[t as usize] > 0.0).collect();
                         tags.extend(given);
                         if tags.is_empty() {
                             tags.extend((0..d as u32).max_by(|&a, &b| out[a as usize].total_cmp(&out[b as usize])));
@@ -536,6 +534,57 @@ impl Vae<f32> {
             code = self.linear(at.encoder, (2 * z, d + v), &input);
         }
         invented
+    }
+
+    /// Output of the decoder for latents [n, Z], all with the same tags [V].
+    fn decode(&self, latent: &[f32], asked: &[f32]) -> Vec<f32> {
+        let (d, v, z, h) = self.sizes();
+        let at = self.layout();
+        let n = latent.len() / z;
+        let input = self.decoder_input(latent, std::iter::repeat_n(asked, n).flatten().copied(), n);
+        let pre = self.linear(at.hidden, (h, z + v), &input);
+        let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
+        self.linear(at.output, (d, h), &hidden)
+    }
+
+    /// Codes [count, 2 Z] to begin with: an anchor, drawn by how likely it makes the given tags, mixed with
+    /// one near it.
+    fn starts(&self, given: &[u32], count: usize, seed: u64) -> Vec<f32> {
+        let (d, v, z, _) = self.sizes();
+        let anchors: Vec<&[f32]> = self.anchors.chunks(2 * z).collect();
+        let means: Vec<f32> = anchors.iter().flat_map(|code| &code[..z]).copied().collect();
+        let out = self.decode(&means, &vec![0.0; v]);
+        // ln of the product of the tags' probabilities; features say nothing about tags
+        let score = |out: &[f32]| -> f32 {
+            match self.header.kind {
+                Kind::Tags => given.iter().map(|&t| -(-out[t as usize]).exp().ln_1p()).sum(),
+                Kind::Dense => 0.0,
+            }
+        };
+        let scores: Vec<f32> = out.chunks(d).map(score).collect();
+        let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        let cumulative: Vec<f32> = scores
+            .iter()
+            .map(|&score| {
+                sum += (score - best).exp();
+                sum
+            })
+            .collect();
+        let mut starts = Vec::with_capacity(count * 2 * z);
+        for i in 0..count {
+            let stream = Stream { seed, purpose: Purpose::Order, step: 0, image: i as u64 };
+            let [a, b, c, _] = stream.block(0).map(|word| (word >> 8) as f32 / 16_777_216.0);
+            let chosen = cumulative.partition_point(|&edge| edge <= a * sum).min(anchors.len() - 1);
+            let code = anchors[chosen];
+            let distance = |other: &[f32]| other[..z].iter().zip(code).map(|(x, y)| (x - y) * (x - y)).sum::<f32>();
+            let mut near: Vec<usize> = (0..anchors.len()).collect();
+            near.sort_by(|&x, &y| distance(anchors[x]).total_cmp(&distance(anchors[y])));
+            near.truncate(NEAR);
+            let other = anchors[near[(b * near.len() as f32) as usize]];
+            starts.extend(code.iter().zip(other).map(|(x, y)| x + 0.5 * c * (y - x)));
+        }
+        starts
     }
 
     /// Reads and checks a condition model.
@@ -561,10 +610,15 @@ impl Vae<f32> {
         let vocabulary = Vocabulary::new(header.vocabulary.clone())
             .map_err(|source| VaeError::Vocabulary { path: path.into(), source })?;
         let kind = header.kind;
-        let mut vae = Self { header, vocabulary, params: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        let mut vae = Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
         for (name, shape) in vae.tensors() {
             vae.params.extend(read_tensor(&file, name, &shape)?);
         }
+        let count = file.shape("anchors")?.first().copied().unwrap_or(0);
+        if count == 0 {
+            return Err(file.unexpected("anchors", "none", "one at least").into());
+        }
+        vae.anchors = read_tensor(&file, "anchors", &[count, 2 * vae.header.latent])?;
         if kind == Kind::Dense {
             vae.mean = read_tensor(&file, "mean", &[vae.header.width])?;
             vae.std = read_tensor(&file, "std", &[vae.header.width])?;
@@ -587,6 +641,8 @@ impl Vae<f32> {
             tensors.push((name, Dtype::F16, shape, half(values)));
             rest = after;
         }
+        let codes = 2 * self.header.latent;
+        tensors.push(("anchors", Dtype::F16, vec![self.anchors.len() / codes, codes], half(&self.anchors)));
         if self.header.kind == Kind::Dense {
             tensors.push(("mean", Dtype::F32, vec![self.header.width], full(&self.mean)));
             tensors.push(("std", Dtype::F32, vec![self.header.width], full(&self.std)));
