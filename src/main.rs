@@ -17,6 +17,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Bench(cli::bench::BenchArgs),
+    Condition(cli::condition::ConditionArgs),
     Info(cli::info::InfoArgs),
     Prepare(cli::prepare::PrepareArgs),
     Sample(Box<cli::sample::SampleArgs>),
@@ -27,6 +28,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => cli::bench::run(args),
+        Command::Condition(args) => cli::condition::run(args),
         Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
         Command::Sample(args) => cli::sample::run(*args),

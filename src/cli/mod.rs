@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and what they share.
 
 pub mod bench;
+pub mod condition;
 pub mod info;
 pub mod prepare;
 pub mod sample;

@@ -130,7 +130,7 @@ pub struct Training {
 
 impl Default for Training {
     fn default() -> Self {
-        Self { latent: 32, hidden: 256, epochs: 60, batch: 64, lr: 2e-3, kl_weight: 0.2, seed: 0 }
+        Self { latent: 32, hidden: 256, epochs: 60, batch: 64, lr: 2e-3, kl_weight: 0.1, seed: 0 }
     }
 }
 
@@ -189,7 +189,8 @@ struct Batch<T> {
 impl<T: Real> Vae<T> {
     /// A network with fresh parameters: weights N(0, 1/fan_in), biases 0.
     fn init(header: Header, vocabulary: Vocabulary, seed: u64) -> Self {
-        let mut vae = Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        let mut vae =
+            Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
         let at = vae.layout();
         let mut values = vec![0.0; at.end];
         let (d, v, z, h) = vae.sizes();
@@ -610,7 +611,8 @@ impl Vae<f32> {
         let vocabulary = Vocabulary::new(header.vocabulary.clone())
             .map_err(|source| VaeError::Vocabulary { path: path.into(), source })?;
         let kind = header.kind;
-        let mut vae = Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
+        let mut vae =
+            Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
         for (name, shape) in vae.tensors() {
             vae.params.extend(read_tensor(&file, name, &shape)?);
         }
