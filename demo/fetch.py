@@ -7,7 +7,7 @@ Two npm packages, by the ordinary client (`npm pack`, which checks their integri
   emojibase-data          17.0.0   en/data.json: names, keywords, groups, skin tones (MIT)
 
 Writes cache/emoji/*.png and cache/emoji.jsonl beside this script, one line an image:
-{"id", "file", "tags", "flip"}. Ids count the emoji in the order of their code points.
+{"id", "file", "tags", "flip", "repeats"}. Ids count the emoji in the order of their code points.
 
 Tags are chosen so that each one is something to be seen, and one word stays one thing
 wherever it occurs:
@@ -22,6 +22,9 @@ wherever it occurs:
 "flip" says that the mirrored image would have the same tags and look right. It errs on
 the side of no: text, clocks, arrows, moon phases, maps, flags, hands, notes are not
 flipped.
+
+"repeats" balances what there are many of: people come in so many skin tones and hair colours
+that everything else, but for the flags, is shown four times for each time that they are.
 """
 
 import json
@@ -126,6 +129,11 @@ def describe(emoji, variant, meta):
     return sorted({" ".join(tag.replace("’", "'").split()) for tag in tags})
 
 
+def repeats(tags):
+    """How often an epoch shows an image."""
+    return 1 if {"group: people & body", "group: flags"} & set(tags) else 4
+
+
 def flip(emoji, meta, directed):
     """`directed`: names of emoji that also exist facing the other way."""
     if "subgroup" not in emoji or emoji["label"] in directed:
@@ -164,11 +172,13 @@ def main():
         if code not in known:
             sys.exit(f"fetch.py: error: {name} has no entry in {NAMES[0]}")
         emoji, variant = known[code]
+        tags = describe(emoji, variant, meta)
         record = {
             "id": number,
             "file": name,
-            "tags": describe(emoji, variant, meta),
+            "tags": tags,
             "flip": flip(emoji, meta, directed),
+            "repeats": repeats(tags),
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     target = CACHE / "emoji.jsonl"

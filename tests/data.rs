@@ -95,7 +95,7 @@ fn colours_survive_resizing_and_layouts_are_as_documented() {
     shop.image(2, halves, &["red", "blue"]);
     shop.image(3, solid(23, 23, [12, 34, 56]), &["blue"]);
     shop.image(4, GrayImage::from_pixel(16, 16, Luma([77])), &["grey", "unusual"]);
-    shop.lines.push(r#"{"id": 5, "file": "4.png", "tags": [], "flip": true}"#.into());
+    shop.lines.push(r#"{"id": 5, "file": "4.png", "tags": [], "flip": true, "repeats": 3}"#.into());
     let summary = shop.prepare();
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 4, untagged: 1, ..Counts::default() });
 
@@ -114,6 +114,7 @@ fn colours_survive_resizing_and_layouts_are_as_documented() {
     assert_eq!(tags(4), ["grey", "unusual"]);
     assert!(tags(5).is_empty());
     assert_eq!([2, 3, 4, 5].map(|id| dataset.flip_allowed(dataset.find(id).unwrap())), [false, false, false, true]);
+    assert_eq!([2, 3, 4, 5].map(|id| dataset.repeats(dataset.find(id).unwrap())), [1, 1, 1, 3]);
     assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Kind::Images, "CC0"));
     for i in 0..dataset.len() {
         let mut condition = vec![f32::NAN; dataset.condition_dim()];
@@ -529,6 +530,7 @@ fn every_fault_of_a_shard_is_an_error_that_says_what_and_where() {
         (good().set("tag_offsets", Dtype::I64, &[3], bytes(&[-1, 2, 3], long)), "tag_offsets: found ends"),
         (good().set("tag_offsets", Dtype::I64, &[2], bytes(&[0, 3], long)), "expected I64 [3]"),
         (with("flips", Dtype::U8, &[2], vec![0, 2]), "flips: found 2 at 1, expected 0 or 1"),
+        (with("repeats", Dtype::U8, &[2], vec![1, 0]), "repeats: found 0 at 1, expected 1 to 255"),
         (with("flips", Dtype::U8, &[3], vec![0; 3]), "tensor flips: found U8 [3], expected U8 [2]"),
     ];
     for (shard, expected) in cases {

@@ -13,7 +13,8 @@ use edm2k::data::prepare::{Event, Settings, Summary, prepare};
 #[command(after_help = "\
 Each line of METADATA describes an image:
   {\"id\": 7, \"file\": \"a/b.png\", \"tags\": [\"dog\", \"red\"], \"flip\": true}
-where \"flip\" (optional) says that mirroring it leaves its meaning.
+where \"flip\" (optional) says that mirroring it leaves its meaning, and \"repeats\": 4 (optional)
+that training shall show it four times an epoch.
 
 Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704
@@ -25,7 +26,7 @@ pub struct PrepareArgs {
     /// Folder of the images
     #[arg(long, value_name = "DIR")]
     images: PathBuf,
-    /// JSON lines: id, file (relative to the folder), tags, flip
+    /// JSON lines: id, file (relative to the folder), tags, flip, repeats
     #[arg(long, value_name = "FILE")]
     metadata: PathBuf,
     /// Directory of the dataset

@@ -12,6 +12,7 @@
 //! | `tag_offsets` | I64 | [N + 1] | image i has `tag_indices[offsets[i]..offsets[i + 1]]` |
 //! | `tag_indices` | I32 | [sum] | places in the vocabulary |
 //! | `flips` | U8 | [N] | optional: 1 where mirroring leaves the meaning; default 0 |
+//! | `repeats` | U8 | [N] | optional: times that training shows the image in an epoch; default 1 |
 //!
 //! The metadata's `dataset` is a JSON [`Header`]. Everything is checked when a split is
 //! opened, except the values of pixels and latents, which are only read when asked for;
@@ -143,6 +144,7 @@ pub struct Dataset {
     vocabulary: Vocabulary,
     ids: Vec<i64>,
     flips: Vec<bool>,
+    repeats: Vec<u8>,
     tag_offsets: Vec<usize>, // [len + 1], over all shards
     tag_indices: Vec<u32>,
 }
@@ -183,6 +185,7 @@ impl Dataset {
                 vocabulary: vocabulary.clone(),
                 ids: Vec::new(),
                 flips: Vec::new(),
+                repeats: Vec::new(),
                 tag_offsets: vec![0],
                 tag_indices: Vec::new(),
             });
@@ -196,6 +199,7 @@ impl Dataset {
             dataset.shards.push(Shard { file, first: dataset.ids.len() });
             dataset.ids.extend(shard.ids);
             dataset.flips.extend(shard.flips);
+            dataset.repeats.extend(shard.repeats);
             dataset.header.count += header.count;
         }
         match dataset {
@@ -278,6 +282,11 @@ impl Dataset {
     /// Whether mirroring image `i` leaves its meaning and its tags as they are.
     pub fn flip_allowed(&self, i: usize) -> bool {
         self.flips[i]
+    }
+
+    /// How often training shows image `i` in an epoch; at least 1.
+    pub fn repeats(&self, i: usize) -> usize {
+        usize::from(self.repeats[i])
     }
 
     fn row(&self, i: usize, tensor: &str, bytes: usize) -> &[u8] {
@@ -379,6 +388,7 @@ fn read_header(file: &SafeFile) -> Result<Header, DatasetError> {
 struct Checked {
     ids: Vec<i64>,
     flips: Vec<bool>,
+    repeats: Vec<u8>,
     tag_offsets: Vec<usize>,
     tag_indices: Vec<u32>,
 }
@@ -432,20 +442,24 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
         return Err(file.unexpected("tag_offsets", found, expected).into());
     }
 
-    let flips = if file.contains("flips") {
-        is("flips", Dtype::U8, &[n])?;
-        let bytes = file.bytes("flips")?;
-        if let Some(at) = bytes.iter().position(|&b| b > 1) {
-            let found = format!("{} at {at}", bytes[at]);
-            return Err(file.unexpected("flips", found, "0 or 1").into());
+    let optional = |name: &str, default: u8, allowed: std::ops::RangeInclusive<u8>, expected: &str| {
+        if !file.contains(name) {
+            return Ok(vec![default; n]);
         }
-        bytes.iter().map(|&b| b == 1).collect()
-    } else {
-        vec![false; n]
+        is(name, Dtype::U8, &[n])?;
+        let bytes = file.bytes(name)?;
+        if let Some(at) = bytes.iter().position(|b| !allowed.contains(b)) {
+            let found = format!("{} at {at}", bytes[at]);
+            return Err(file.unexpected(name, found, expected));
+        }
+        Ok(bytes.to_vec())
     };
+    let flips = optional("flips", 0, 0..=1, "0 or 1")?;
+    let repeats = optional("repeats", 1, 1..=u8::MAX, "1 to 255")?;
     Ok(Checked {
         ids: file.i64("ids")?,
-        flips,
+        flips: flips.into_iter().map(|b| b == 1).collect(),
+        repeats,
         tag_offsets: offsets.into_iter().map(|offset| offset as usize).collect(),
         tag_indices,
     })

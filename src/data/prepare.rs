@@ -1,7 +1,8 @@
 //! From a folder of images and a JSON-lines file to the shards of a [`dataset`](super::dataset).
 //!
 //! Each line of the metadata is `{"id": 7, "file": "a/b.png", "tags": ["x", "y"]}` with an
-//! optional `"flip": true` where mirroring the image leaves its meaning. Then, per image:
+//! optional `"flip": true` where mirroring the image leaves its meaning, and an optional
+//! `"repeats": 4` where training shall show it that often in an epoch. Then, per image:
 //!
 //! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), turn as
 //!    its EXIF says;
@@ -21,6 +22,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -154,6 +156,12 @@ struct Record {
     tags: Vec<String>,
     #[serde(default)]
     flip: bool,
+    #[serde(default = "once")]
+    repeats: NonZeroU8,
+}
+
+fn once() -> NonZeroU8 {
+    NonZeroU8::MIN
 }
 
 #[derive(Serialize, Deserialize, PartialEq, Clone, Copy)]
@@ -293,8 +301,9 @@ fn read_records(settings: &Settings) -> Result<Vec<Record>, PrepareError> {
         if text.trim().is_empty() {
             continue;
         }
-        let mut record: Record = serde_json::from_str(&text)
-            .map_err(|error| wrong(format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" (optional)}}")))?;
+        let mut record: Record = serde_json::from_str(&text).map_err(|error| {
+            wrong(format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}"))
+        })?;
         for tag in &record.tags {
             check_tag(tag).map_err(|what| wrong(format!("tag {what}")))?;
         }
@@ -326,7 +335,7 @@ fn fingerprint(settings: &Settings, records: &[Record]) -> Result<Value, Prepare
         add(&record.id.to_le_bytes());
         add(record.file.as_bytes());
         record.tags.iter().for_each(|tag| add(tag.as_bytes()));
-        add(&[u8::from(record.flip)]);
+        add(&[u8::from(record.flip), record.repeats.get()]);
         let length = fs::metadata(settings.images.join(&record.file)).map_or(0, |m| m.len());
         add(&length.to_le_bytes());
     }
@@ -440,7 +449,7 @@ fn make_shard(
     let [width, height] = settings.size.map(|side| side as usize);
     let width_of_condition = vocabulary.len();
     let (mut images, mut conditions) = (Vec::new(), Vec::new()); // [N, 3, H, W], [N, D] f16
-    let (mut ids, mut flips) = (Vec::<i64>::new(), Vec::<u8>::new());
+    let (mut ids, mut flips, mut repeats) = (Vec::<i64>::new(), Vec::<u8>::new(), Vec::<u8>::new());
     let (mut tag_offsets, mut tag_indices) = (vec![0i64], Vec::<i32>::new());
     let (mut dropped, mut enlarged) = (Vec::new(), 0);
     for (record, fitted) in job.members.iter().zip(fitted) {
@@ -464,6 +473,7 @@ fn make_shard(
         tag_offsets.push(tag_indices.len() as i64);
         ids.push(record.id);
         flips.push(u8::from(record.flip));
+        repeats.push(record.repeats.get());
     }
 
     let n = ids.len();
@@ -495,6 +505,7 @@ fn make_shard(
             ("tag_offsets", Dtype::I64, &[n + 1], &little(&tag_offsets)),
             ("tag_indices", Dtype::I32, &[tag_indices.len()], &indices),
             ("flips", Dtype::U8, &[n], &flips),
+            ("repeats", Dtype::U8, &[n], &repeats),
         ],
         &metadata.map(|(key, value)| (key.to_string(), value)).into(),
     )?;

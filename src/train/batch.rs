@@ -2,7 +2,8 @@
 //!
 //! Everything random is a function of the run's seed and the image's number in the run (images seen before
 //! it), so neither the size of a micro-batch nor a restart changes anything, and there is no state to save.
-//! Each epoch is a permutation of the dataset (Fisher-Yates with numbers keyed by the epoch).
+//! Each epoch is a permutation of the dataset, images that it wants repeated counted as often (Fisher-Yates
+//! with numbers keyed by the epoch).
 
 use super::Settings;
 use crate::data::dataset::Dataset;
@@ -26,6 +27,8 @@ pub struct Batch {
 pub struct Batches<'a> {
     data: &'a Dataset,
     settings: &'a Settings,
+    /// Every image as often as an epoch shows it.
+    images: Vec<u32>,
     epoch: u64,
     order: Vec<u32>,
 }
@@ -33,17 +36,19 @@ pub struct Batches<'a> {
 impl<'a> Batches<'a> {
     /// Batches of a training split with no more than 2^32 images.
     pub fn new(data: &'a Dataset, settings: &'a Settings) -> Self {
-        Self { data, settings, epoch: 0, order: permutation(settings.seed, 0, data.len()) }
+        let images: Vec<u32> = (0..data.len()).flat_map(|i| std::iter::repeat_n(i as u32, data.repeats(i))).collect();
+        let order = permutation(settings.seed, 0, images.len());
+        Self { data, settings, images, epoch: 0, order }
     }
 
     /// Index in the dataset of image number `k` of the run.
     fn index(&mut self, k: u64) -> usize {
-        let len = self.data.len() as u64;
+        let len = self.images.len() as u64;
         if k / len != self.epoch {
             self.epoch = k / len;
-            self.order = permutation(self.settings.seed, self.epoch, self.data.len());
+            self.order = permutation(self.settings.seed, self.epoch, self.images.len());
         }
-        self.order[(k % len) as usize] as usize
+        self.images[self.order[(k % len) as usize] as usize] as usize
     }
 
     /// Images number `first` to `first + n` of the run.

@@ -93,7 +93,7 @@ pub struct DataIdentity {
     pub shape: [usize; 3],
     /// Width of the conditions.
     pub condition_dim: usize,
-    /// CRC-32 of the ids in order.
+    /// CRC-32 of the ids in order, each as often as an epoch shows it.
     pub ids: u32,
 }
 
@@ -101,7 +101,7 @@ impl DataIdentity {
     /// The identity of a split.
     pub fn of(data: &Dataset) -> Self {
         let mut hasher = crc32fast::Hasher::new();
-        (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes()));
+        (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
         let ids = hasher.finalize();
         Self { images: data.len(), shape: data.shape(), condition_dim: data.condition_dim(), ids }
     }
