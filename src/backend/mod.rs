@@ -102,9 +102,9 @@ pub struct EmbLayer {
 /// Parameters of the noise and label embedding.
 #[derive(Clone, Copy, Debug)]
 pub struct Embed {
-    /// Fourier frequencies [noise_channels]; contain the 2 pi.
+    /// Fourier frequencies `[noise_channels]`; contain the 2 pi.
     pub freqs: ParamId,
-    /// Fourier phases [noise_channels]; contain the 2 pi.
+    /// Fourier phases `[noise_channels]`; contain the 2 pi.
     pub phases: ParamId,
     /// `emb_noise` [emb_channels, noise_channels].
     pub noise: ParamId,
@@ -128,9 +128,9 @@ pub struct Embedding<T> {
 /// Parameters of the learned uncertainty `logvar(sigma)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Logvar {
-    /// Fourier frequencies [logvar_channels].
+    /// Fourier frequencies `[logvar_channels]`.
     pub freqs: ParamId,
-    /// Fourier phases [logvar_channels].
+    /// Fourier phases `[logvar_channels]`.
     pub phases: ParamId,
     /// Linear layer [1, logvar_channels].
     pub weight: ParamId,

@@ -170,7 +170,7 @@ pub struct Vae<T: Real = f32> {
     params: Vec<T>,
     /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
     anchors: Vec<T>,
-    /// [`Kind::Dense`]: mean and standard deviation of each feature, [D]. Else empty.
+    /// [`Kind::Dense`]: mean and standard deviation of each feature, `[D]`. Else empty.
     mean: Vec<f32>,
     std: Vec<f32>,
 }
@@ -537,7 +537,7 @@ impl Vae<f32> {
         invented
     }
 
-    /// Output of the decoder for latents [n, Z], all with the same tags [V].
+    /// Output of the decoder for latents `[n, Z]`, all with the same tags `[V]`.
     fn decode(&self, latent: &[f32], asked: &[f32]) -> Vec<f32> {
         let (d, v, z, h) = self.sizes();
         let at = self.layout();

@@ -8,11 +8,11 @@
 //! | `images` | U8 | [N, C, H, W] | pixels, or instead |
 //! | `latents` | F16 | [N, C, H, W] | what the model sees, encoded beforehand |
 //! | `conditions` | F16 | [N, D] | what the network is told |
-//! | `ids` | I64 | [N] | numbers given by the maker of the dataset, each once |
+//! | `ids` | I64 | `[N]` | numbers given by the maker of the dataset, each once |
 //! | `tag_offsets` | I64 | [N + 1] | image i has `tag_indices[offsets[i]..offsets[i + 1]]` |
-//! | `tag_indices` | I32 | [sum] | places in the vocabulary |
-//! | `flips` | U8 | [N] | optional: 1 where mirroring leaves the meaning; default 0 |
-//! | `repeats` | U8 | [N] | optional: times that training shows the image in an epoch; default 1 |
+//! | `tag_indices` | I32 | `[sum]` | places in the vocabulary |
+//! | `flips` | U8 | `[N]` | optional: 1 where mirroring leaves the meaning; default 0 |
+//! | `repeats` | U8 | `[N]` | optional: times that training shows the image in an epoch; default 1 |
 //!
 //! The metadata's `dataset` is a JSON [`Header`]. Everything is checked when a split is
 //! opened, except the values of pixels and latents, which are only read when asked for;

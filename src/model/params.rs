@@ -34,7 +34,7 @@ pub enum Kind {
 pub struct ParamSpec {
     /// Official name, e.g. `unet.enc.64x64_block0.conv_res0.weight`.
     pub name: String,
-    /// Shape in PyTorch's order: [O,I,kh,kw], [O,I], [C] or [].
+    /// Shape in PyTorch's order: `[O,I,kh,kw]`, `[O,I]`, `[C]` or [].
     pub shape: Vec<usize>,
     /// What it is.
     pub kind: Kind,

@@ -17,7 +17,7 @@ pub struct Batch {
     pub clean: Vec<f32>,
     /// clean + sigma * noise [n, h, w, c].
     pub noisy: Vec<f32>,
-    /// Noise levels [n].
+    /// Noise levels `[n]`.
     pub sigma: Vec<f32>,
     /// Conditions [n, label_dim], zero rows where dropped; none for an unconditional network.
     pub labels: Option<Vec<f32>>,

@@ -97,7 +97,7 @@ fn bands(rows: usize, width: usize) -> (usize, Threads) {
     if count >= 2 * rayon::current_num_threads() { (height, Threads::One) } else { (rows, Threads::All) }
 }
 
-/// Convolution of `rows` with `weight` [taps][C][cout]: calls `done(row, y, out)` for each image row, where `y`
+/// Convolution of `rows` with `weight` `[taps][C][cout]`: calls `done(row, y, out)` for each image row, where `y`
 /// holds w * cout results and `out` is that row's share of `out`.
 pub fn conv<T: Real>(
     pool: &Arc<Pool<T>>,
@@ -143,7 +143,7 @@ pub fn conv<T: Real>(
 /// Bytes of weight gradient that the partial sums of [`wgrad`] may take together.
 const PARTIAL_BYTES: usize = 16 << 20;
 
-/// Weight gradient: adds `gain` * sum over pixels of x[pixel + tap] grad[pixel] to `out` [taps][C][cout]
+/// Weight gradient: adds `gain` * sum over pixels of `x[pixel + tap]` `grad[pixel]` to `out` `[taps][C][cout]`
 /// (or overwrites it, unless `accumulate`).
 ///
 /// Bands are summed in a fixed order that depends on the shapes only, so the bits do not depend on
@@ -212,7 +212,7 @@ pub fn wgrad<T: Real>(
     });
 }
 
-/// The weight of the input gradient: taps reversed, channels exchanged, [taps][cout][cin].
+/// The weight of the input gradient: taps reversed, channels exchanged, `[taps][cout][cin]`.
 pub fn transpose<T: Real>(pool: &Arc<Pool<T>>, weight: &[T], taps: usize, cin: usize, cout: usize) -> Tensor<T> {
     const TILE: usize = 16;
     let mut out = Tensor::uninit(pool, [1, taps, cout, cin]);

@@ -1,6 +1,6 @@
 //! Parameters with their optimizer state: weight normalisation, Adam, moving averages.
 //!
-//! A weight is held as a matrix [taps * cin][cout] (PyTorch: [cout][cin][taps]), which is how products
+//! A weight is held as a matrix `[taps * cin][cout]` (PyTorch: `[cout][cin][taps]`), which is how products
 //! read it, so an output row of the paper is a column here and every loop runs over contiguous
 //! values with one coefficient for each column.
 //!
@@ -105,7 +105,7 @@ impl<T: Real> Param<T> {
         Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, training }
     }
 
-    /// Values that the network computes with: weights as [taps][cin][cout].
+    /// Values that the network computes with: weights as `[taps][cin][cout]`.
     pub fn effective(&self) -> &[T] {
         &self.effective
     }
