@@ -681,3 +681,54 @@ fn read_tensor(file: &SafeFile, name: &str, shape: &[usize]) -> Result<Vec<f32>,
         None => Ok(values),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(step: u32, n: usize) -> Vec<f64> {
+        let mut values = vec![0.0; n];
+        Stream { seed: 4, purpose: Purpose::Init, step, image: 1 }.normals(&mut values);
+        values.into_iter().map(f64::from).collect()
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let (d, z, h, n) = (7, 3, 5, 4);
+        for kind in [Kind::Tags, Kind::Dense] {
+            let v = if kind == Kind::Tags { d } else { 2 };
+            let tags = (0..v).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect::<Vec<_>>();
+            let vocabulary = Vocabulary::new(tags.clone()).unwrap();
+            let header = Header { kind, width: d, latent: z, hidden: h, vocabulary: tags };
+            let mut vae = Vae::<f64>::init(header, vocabulary, 2);
+            let biased = numbers(0, vae.params.len());
+            vae.params.iter_mut().zip(&biased).for_each(|(p, x)| *p += 0.1 * x); // no bias stays 0
+            let target = numbers(1, n * d);
+            let target = match kind {
+                Kind::Tags => target.iter().map(|&x| f64::from(x > 0.0)).collect(),
+                Kind::Dense => target,
+            };
+            let batch = Batch { n, input: numbers(2, n * (d + v)), target, eps: numbers(3, n * z) };
+            let mut grad = vec![0.0; vae.params.len()];
+            vae.loss(&batch, 0.7, &mut grad);
+            let mut scratch = grad.clone();
+            let mut worst = (0.0, 0, 0.0, 0.0);
+            for i in 0..grad.len() {
+                let mut at = |delta: f64| {
+                    let kept = vae.params[i];
+                    vae.params[i] += delta;
+                    let loss = vae.loss(&batch, 0.7, &mut scratch);
+                    vae.params[i] = kept;
+                    loss.reconstruction + 0.7 * loss.kl
+                };
+                let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+                let error = (grad[i] - numeric).abs() / (grad[i].abs() + numeric.abs() + 1e-3);
+                if error > worst.0 {
+                    worst = (error, i, grad[i], numeric);
+                }
+            }
+            // Central differences in f64 at 1e-5: rounding 1e-11, curvature 1e-10, of gradients of about 1.
+            assert!(worst.0 < 1e-6, "{kind:?}: {worst:?} (error, parameter, gradient, finite difference)");
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! The model that invents conditions: what it invents is plausible, new, and has the tags asked for.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use assert_cmd::Command;
+use edm2k::condition::vae::{Kind, Rows, Training, Vae};
+use edm2k::condition::vocabulary::Vocabulary;
+use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::safetensors::SafeFile;
+use edm2k::rng::{Purpose, Stream};
+
+/// Scenes of one place, one animal and one colour each, 3 x 4 x 5 of them less some combinations, and things
+/// that only occur in one place.
+fn scenes() -> Rows {
+    let places = [("sea", ["ship", "wave"]), ("farm", ["barn", "tractor"]), ("city", ["tower", "bus"])];
+    let animals = ["cat", "dog", "bird", "horse"];
+    let colours = ["red", "green", "blue", "black", "white"];
+    let mut sets: Vec<Vec<&str>> = Vec::new();
+    for (p, (place, things)) in places.iter().enumerate() {
+        for (a, animal) in animals.iter().enumerate() {
+            for (c, colour) in colours.iter().enumerate() {
+                let mut set = vec![*place, *animal, *colour];
+                set.extend(&things[..(a + c) % 3]);
+                // one in seven is left to be invented
+                if (p + 2 * a + 3 * c) % 7 != 0 {
+                    sets.extend(std::iter::repeat_n(set, 6));
+                }
+            }
+        }
+    }
+    let vocabulary = Vocabulary::most_frequent(sets.iter().map(|set| set.iter().copied()), 64).unwrap();
+    let tags = sets.iter().map(|set| vocabulary.parse(&set.join(",")).unwrap()).collect();
+    Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new() }
+}
+
+static SCENES: LazyLock<(Rows, Vae)> = LazyLock::new(|| {
+    let rows = scenes();
+    let how = Training { latent: 8, hidden: 64, epochs: 150, batch: 32, ..Training::default() };
+    let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
+    (rows, vae)
+});
+
+/// Share of the pairs of tags within a set that also occur together in `rows`.
+fn coherence(rows: &Rows, sets: &[Vec<u32>]) -> f64 {
+    let pairs = |set: &[u32]| -> Vec<(u32, u32)> {
+        set.iter().flat_map(|&a| set.iter().filter(move |&&b| a < b).map(move |&b| (a, b))).collect()
+    };
+    let known: HashSet<_> = rows.tags.iter().flat_map(|set| pairs(set)).collect();
+    let all: Vec<_> = sets.iter().flat_map(|set| pairs(set)).collect();
+    all.iter().filter(|pair| known.contains(pair)).count() as f64 / all.len().max(1) as f64
+}
+
+/// Sets as long as those of `rows`, each tag drawn by its frequency alone: what no model is.
+fn independent(rows: &Rows, count: usize) -> Vec<Vec<u32>> {
+    let all: Vec<u32> = rows.tags.iter().flatten().copied().collect();
+    (0..count)
+        .map(|i| {
+            let stream = Stream::new(3, Purpose::Order, i as u64);
+            let length = rows.tags[stream.block(0)[0] as usize % rows.tags.len()].len() as u32;
+            let mut set: Vec<u32> = (1..=length).map(|k| all[stream.block(k)[0] as usize % all.len()]).collect();
+            set.sort_unstable();
+            set.dedup();
+            set
+        })
+        .collect()
+}
+
+#[test]
+fn invented_tags_belong_together_and_differ_from_set_to_set() {
+    let (rows, vae) = &*SCENES;
+    let invented = vae.invent(&[], 300, 1).tags;
+    let (ours, chance) = (coherence(rows, &invented), coherence(rows, &independent(rows, 300)));
+    assert!(ours > 0.97 && ours > chance + 0.1, "pairs known: {ours:.3}, of independent tags {chance:.3}");
+    let distinct: HashSet<_> = invented.iter().collect();
+    assert!(distinct.len() > 30, "{} different sets of 300", distinct.len());
+    let known: HashSet<_> = rows.tags.iter().collect();
+    let new = distinct.iter().filter(|set| !known.contains(**set)).count();
+    assert!(new > 0, "every set is copied from the training data");
+    let mean = |sets: &[Vec<u32>]| sets.iter().map(Vec::len).sum::<usize>() as f64 / sets.len() as f64;
+    let (length, expected) = (mean(&invented), mean(&rows.tags));
+    assert!((length / expected - 1.0).abs() < 0.2, "{length:.1} tags a set, expected about {expected:.1}");
+}
+
+#[test]
+fn a_condition_has_the_tags_it_was_asked_for_and_what_goes_with_them() {
+    let (rows, vae) = &*SCENES;
+    for asked in ["cat", "sea", "sea, horse", "bus"] {
+        let given = vae.vocabulary().parse(asked).unwrap();
+        let invented = vae.invent(&given, 100, 5).tags;
+        assert!(invented.iter().all(|set| given.iter().all(|tag| set.contains(tag))), "{asked}");
+        let completed = invented.iter().filter(|set| set.len() > given.len()).count();
+        assert!(completed > 90, "{asked}: {completed} of 100 have more tags than asked for");
+        let known = coherence(rows, &invented);
+        assert!(known > 0.95, "{asked}: share of known pairs {known:.3}");
+    }
+}
+
+#[test]
+fn a_condition_depends_on_its_seed_and_number_only_and_is_scaled_as_real_ones() {
+    let (_, vae) = &*SCENES;
+    let width = vae.header().width;
+    let all = vae.invent(&[2], 9, 77);
+    assert_eq!(vae.invent(&[2], 4, 77).tags, all.tags[..4]);
+    assert_ne!(vae.invent(&[2], 9, 78).tags, all.tags);
+    for (condition, tags) in all.conditions.chunks(width).zip(&all.tags) {
+        assert_eq!(condition, vae.vocabulary().multi_hot(tags));
+    }
+}
+
+#[test]
+fn dense_conditions_keep_mean_spread_and_correlations() {
+    // Two hidden causes, six features that are multiples of them, off centre.
+    let mix = [[2.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [3.0, -1.0], [0.5, 0.0]];
+    let count = 1500;
+    let mut dense = Vec::new();
+    for i in 0..count {
+        let mut causes = [0.0; 8];
+        Stream::new(1, Purpose::Init, i).normals(&mut causes);
+        dense.extend((0..6).map(|f| 10.0 + mix[f][0] * causes[0] + mix[f][1] * causes[1] + 0.05 * causes[2 + f]));
+    }
+    let rows = Rows { kind: Kind::Dense, vocabulary: Vocabulary::default(), tags: vec![vec![]; count as usize], dense };
+    let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
+    let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
+    let invented = vae.invent(&[], 1000, 3).conditions;
+    let moments = |values: &[f32]| {
+        let n = (values.len() / 6) as f64;
+        let mean: Vec<f64> = (0..6).map(|f| values.chunks(6).map(|x| f64::from(x[f])).sum::<f64>() / n).collect();
+        let cov = |f: usize, g: usize| {
+            let sum: f64 = values.chunks(6).map(|x| (f64::from(x[f]) - mean[f]) * (f64::from(x[g]) - mean[g])).sum();
+            sum / n
+        };
+        let covs: Vec<f64> = (0..36).map(|i| cov(i / 6, i % 6)).collect();
+        (mean, covs)
+    };
+    let ((mean, cov), (mean0, cov0)) = (moments(&invented), moments(&rows.dense));
+    for f in 0..6 {
+        let sd = cov0[f * 7].sqrt();
+        assert!((mean[f] - mean0[f]).abs() < 0.3 * sd, "mean of feature {f}: {}, expected {}", mean[f], mean0[f]);
+        let ratio = (cov[f * 7] / cov0[f * 7]).sqrt();
+        assert!((0.6..1.3).contains(&ratio), "spread of feature {f}: {ratio} times that of the data");
+    }
+    let correlation = |c: &[f64], f: usize, g: usize| c[f * 6 + g] / (c[f * 7] * c[g * 7]).sqrt();
+    for (f, g) in [(0, 4), (0, 5), (2, 3), (1, 2), (3, 4)] {
+        let (got, want) = (correlation(&cov, f, g), correlation(&cov0, f, g));
+        assert!((got - want).abs() < 0.25, "correlation of features {f} and {g}: {got:.2}, expected {want:.2}");
+    }
+}
+
+#[test]
+fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
+    let (_, vae) = &*SCENES;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.safetensors");
+    vae.save(&path).unwrap();
+    let loaded = Vae::load(&path).unwrap();
+    assert_eq!(loaded.header(), vae.header());
+    let (a, b) = (loaded.invent(&[], 50, 1).tags, vae.invent(&[], 50, 1).tags);
+    let same = a.iter().zip(&b).filter(|(a, b)| a == b).count();
+    assert!(same >= 40, "{same} of 50 survive rounding to f16");
+    loaded.save(&path).unwrap();
+    assert_eq!(Vae::load(&path).unwrap().invent(&[], 50, 1), loaded.invent(&[], 50, 1));
+
+    let good = fs::read(&path).unwrap();
+    let fails = |bytes: &[u8], message: &str| {
+        fs::write(&path, bytes).unwrap();
+        let error = Vae::load(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(message) && error.contains("c.safetensors"), "{error}; expected {message}");
+    };
+    for length in (0..good.len()).step_by(997) {
+        fails(&good[..length], ""); // the reader of safetensors has its own tests of what it says
+    }
+    let text = String::from_utf8_lossy(&good[8..]).find("ship").unwrap() + 8;
+    let mut comma = good.clone();
+    comma[text] = b',';
+    fails(&comma, "contains a comma");
+    let replaced = |from: &str, to: &str| {
+        let at = good.windows(from.len()).position(|w| w == from.as_bytes()).unwrap();
+        let mut bytes = good.clone();
+        bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+        bytes
+    };
+    fails(&replaced("\\\"latent\\\":8", "\\\"latent\\\":9"), "encoder.weight");
+    fails(&replaced("\\\"latent\\\":8", "\\\"latent\\\":0"), "latent is 0, expected 1");
+    fails(&replaced("condition_model", "condition_madel"), "not a condition model");
+    let mut nan = good.clone();
+    let end = nan.len();
+    nan[end - 1] = 0x7e;
+    fails(&nan, "NaN");
+}
+
+// ---- the command line -----------------------------------------------------------------------
+
+fn edm2k(dir: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
+    Command::cargo_bin("edm2k").unwrap().current_dir(dir).arg("condition").args(arguments).assert()
+}
+
+fn stdout(done: assert_cmd::assert::Assert) -> String {
+    String::from_utf8(done.success().get_output().stdout.clone()).unwrap()
+}
+
+fn stderr(done: assert_cmd::assert::Assert) -> String {
+    String::from_utf8(done.failure().get_output().stderr.clone()).unwrap()
+}
+
+#[test]
+fn the_commands_work_together_on_real_tags() {
+    let emoji: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
+    let emoji = emoji.to_str().unwrap();
+    let data = Dataset::open(Path::new(emoji), Split::Train).unwrap();
+    let common = &data.vocabulary().tags()[0];
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+
+    let listed = stdout(edm2k(dir, &["tags", "--data", emoji, &common.tag]));
+    assert!(listed.contains(&format!("{:6}  {}\n", common.count, common.tag)), "{listed}");
+    assert!(stderr(edm2k(dir, &["tags", "--data", emoji, "qqqqqqqq"])).contains("no tag is like \"qqqqqqqq\""));
+
+    let train = ["train", "--data", emoji, "--out", "c.safetensors", "--epochs", "2"];
+    assert!(stdout(edm2k(dir, &train)).contains("tag sets"));
+    assert!(stderr(edm2k(dir, &train)).contains("c.safetensors exists; give --overwrite"));
+
+    let sample = ["sample", "--model", "c.safetensors", "--count", "3", "--data", emoji, "--tags", &common.tag];
+    let words = stdout(edm2k(dir, &[&sample[..], &["--out", "v.safetensors"]].concat()));
+    assert_eq!(words.matches("nearest (").count(), 3, "{words}");
+    assert!(words.lines().filter(|line| line.contains(&common.tag)).count() >= 3, "{words}");
+    let file = SafeFile::open(dir.join("v.safetensors")).unwrap();
+    assert_eq!(file.shape("conditions").unwrap(), [3, data.condition_dim()]);
+    for row in file.f32("conditions").unwrap().chunks(data.condition_dim()) {
+        let norm: f32 = row.iter().map(|x| x * x).sum();
+        assert!((norm - 1.0).abs() < 1e-5, "norm {norm}");
+    }
+
+    let unknown = ["sample", "--model", "c.safetensors", "--tags", &format!("{}x", common.tag)];
+    let message = stderr(edm2k(dir, &unknown));
+    assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");
+    assert!(stderr(edm2k(dir, &["train", "--data", ".", "--out", "x"])).contains("vocabulary.json"));
+    assert!(stderr(edm2k(dir, &["train", "--data", emoji, "--out", "no/x"])).contains("does not exist"));
+}
