@@ -419,7 +419,7 @@ impl Vae<f32> {
 
 /// No tag half of the time, else a random part: few mostly, all of them at times.
 fn some_of(tags: &[u32], stream: &Stream) -> Vec<u32> {
-    let word = |position: u32, bound: usize| (u64::from(stream.block(position)[0]) * bound as u64 >> 32) as usize;
+    let word = |position: u32, bound: usize| ((u64::from(stream.block(position)[0]) * bound as u64) >> 32) as usize;
     let u = f64::from(stream.block(0)[0]) / 4_294_967_296.0;
     if u < 0.5 || tags.is_empty() {
         return Vec::new();
