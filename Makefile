@@ -2,7 +2,11 @@
 
 CARGO ?= cargo
 EDM2K := target/release/edm2k
-OUT   := demo/out
+DATA  := demo/cache/emoji-32
+
+# The rows of the demo's grid; the last two sets of tags are such as no emoji has.
+DEMO_TAGS := --tags 'heart' --tags 'grinning, face' --tags 'woman, dark skin tone, red, hair' \
+	--tags 'superhero, light skin tone' --tags 'wheelchair, vampire' --tags 'couple, fairy, dark skin tone'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench verify demo-data demo-train
@@ -15,7 +19,9 @@ $(EDM2K): FORCE
 FORCE:
 
 demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/out)
-	@demo/draw.sh $(EDM2K) $(OUT)
+	@$(EDM2K) sample --model demo/emoji.safetensors --condition-model demo/conditions.safetensors \
+		$(DEMO_TAGS) --complete --random-conditions 4 --per-condition 8 --batch 16 \
+		--outdir demo/out --overwrite
 
 test: ## run every test
 	@$(CARGO) test --release --locked
@@ -34,7 +40,13 @@ verify: $(EDM2K) ## replay the numbers of the official implementation
 	@$(EDM2K) verify tests/golden
 
 demo-data: $(EDM2K) ## fetch and prepare the demo's images (needs npm)
-	@demo/prepare.sh $(EDM2K)
+	python3 demo/fetch.py
+	$(EDM2K) prepare --images demo/cache/emoji --metadata demo/cache/emoji.jsonl --out $(DATA) \
+		--size 32x32 --background '#ffffff' --vocabulary 1024 --validation-modulus 50 \
+		--source 'Noto emoji (emoji-datasource-google 16.0.0), emojibase-data 17.0.0' \
+		--licence 'images Apache-2.0, names and tags MIT'
 
-demo-train: $(EDM2K) ## train the demo's model again, or go on with it (hours on a CPU)
-	@demo/train.sh $(EDM2K)
+demo-train: demo-data ## train the demo's models again, or go on with it (hours on a CPU)
+	$(EDM2K) condition train --data $(DATA) --out demo/run/conditions.safetensors --overwrite
+	$(EDM2K) train --data $(DATA) --outdir demo/run --config demo/emoji.json --duration 1M \
+		--batch 64 --lr 0.01 --decay 1500 --rampup 10k --p-mean -0.6 --p-std 1.4 --cond-dropout 0.1
