@@ -96,6 +96,11 @@ impl<'a> Arg<'a> {
     pub fn of<T: NoUninit>(value: &'a T) -> Self {
         Self(bytemuck::bytes_of(value))
     }
+
+    /// The bytes of one argument.
+    pub fn bytes(value: &'a [u8]) -> Self {
+        Self(value)
+    }
 }
 
 /// What a launch counted.

@@ -2,3 +2,9 @@
 
 #[cfg(feature = "emulator")]
 pub mod emulated;
+#[cfg(feature = "emulator")]
+pub mod launch;
+#[cfg(feature = "emulator")]
+pub mod pixelwise;
+#[cfg(feature = "emulator")]
+pub mod weights;

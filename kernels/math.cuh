@@ -1,0 +1,63 @@
+// What several kernels share: EDM2's elementary functions, reductions, vectorised reads.
+#pragma once
+#include "ptx.cuh"
+
+// eps of every normalisation, added to the root mean square (EDM2 eq. 30 and 66).
+constexpr float NORM_EPS = 1e-4f;
+
+// SiLU divided by the magnitude of its output for unit normal input (EDM2 eq. 81).
+__device__ __forceinline__ float mp_silu(float x) { return x / ((1.0f + __expf(-x)) * 0.596f); }
+
+// Its derivative.
+__device__ __forceinline__ float mp_silu_grad(float x) {
+    float s = 1.0f / (1.0f + __expf(-x));
+    return s * (1.0f + x * (1.0f - s)) * (1.0f / 0.596f);
+}
+
+// 1 / (eps + rms) from a sum of squares of `count` values.
+__device__ __forceinline__ float norm_factor(float sum_of_squares, int count) {
+    return 1.0f / (NORM_EPS + sqrtf(sum_of_squares / float(count)));
+}
+
+// Eight values of T, 16 bytes, as floats.
+template <class T>
+__device__ __forceinline__ void read8(const void* from, size_t vector, float (&x)[8]) {
+    unpack8<T>(load16(static_cast<const uint4*>(from) + vector), x);
+}
+template <class T>
+__device__ __forceinline__ void write8(void* to, size_t vector, const float (&x)[8]) {
+    store16(static_cast<uint4*>(to) + vector, pack8<T>(x));
+}
+
+// Four floats.
+__device__ __forceinline__ void read4(const float* from, float (&x)[4]) {
+    const uint4 v = load16(from);
+    x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
+}
+__device__ __forceinline__ void write4(float* to, const float (&x)[4]) {
+    store16(to, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
+}
+
+// Sum over the `lanes` (a power of two) neighbours that a lane belongs to, the same in each; the
+// whole warp calls it.
+__device__ __forceinline__ float group_sum(float x, int lanes) {
+    for (int by = lanes / 2; by; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+    return x;
+}
+
+// Sums over the block (a multiple of 32 threads, at most 1024) of N values of each thread, the
+// same bits in every thread and every run. `scratch` is shared, N rows of 32.
+template <int N>
+__device__ __forceinline__ void block_sum(float (&x)[N], float (*scratch)[32]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
+    if (warps == 1) return;
+    __syncthreads();  // the scratch may still be read from the last sum
+    if (lane == 0)
+#pragma unroll
+        for (int i = 0; i < N; i++) scratch[i][warp] = x[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = warp_sum(lane < warps ? scratch[i][lane] : 0.0f);
+}

@@ -1,0 +1,205 @@
+//! Launches of `kernels/pixelwise.cu`: pixel norm, resampling, activation, clip, linear combinations.
+//!
+//! Shapes are `[n, height, width, channels]` with channels a multiple of 8. Optional pointers are
+//! [`null`](super::launch::null) where not there.
+
+use super::emulated::DevicePtr;
+use super::launch::{Launch, Precision, null};
+use crate::backend::Shape;
+use bytemuck::{NoUninit, Pod, Zeroable};
+
+const BLOCK: u32 = 256;
+
+/// Most terms of one linear combination.
+pub const MAX_TERMS: usize = 6;
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PixelNorm {
+    x: DevicePtr,
+    y: DevicePtr,
+    silu: DevicePtr,
+    pixels: i32,
+    width: i32,
+    vectors: i32,
+    lanes: i32,
+    down: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<PixelNorm>() == 48);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PixelNormBackward {
+    x: DevicePtr,
+    grad: DevicePtr,
+    acc: DevicePtr,
+    out: DevicePtr,
+    pixels: i32,
+    width: i32,
+    vectors: i32,
+    lanes: i32,
+    down: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<PixelNormBackward>() == 56);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Upsample {
+    from: DevicePtr,
+    y: DevicePtr,
+    silu: DevicePtr,
+    count: i32,
+    width: i32,
+    vectors: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<Upsample>() == 40);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Elementwise {
+    a: DevicePtr,
+    b: DevicePtr,
+    out: DevicePtr,
+    count: i32,
+    by: f32,
+}
+const _: () = assert!(size_of::<Elementwise>() == 32);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Combine {
+    terms: [DevicePtr; MAX_TERMS],
+    out: DevicePtr,
+    factors: [f32; MAX_TERMS],
+    count: i32,
+    padding: i32,
+    values: i64,
+}
+const _: () = assert!(size_of::<Combine>() == 96);
+
+fn vectors(channels: usize) -> usize {
+    assert!(channels > 0 && channels.is_multiple_of(8), "{channels} channels are not a multiple of 8");
+    channels / 8
+}
+
+/// 16-byte vectors of a tensor.
+fn count([n, h, w, c]: Shape) -> usize {
+    n * h * w * vectors(c)
+}
+
+/// A power of two that gives each lane at most one vector, as far as a warp reaches.
+fn lanes(vectors: usize) -> usize {
+    vectors.next_power_of_two().min(32)
+}
+
+fn over<P: NoUninit>(precision: Precision, kernels: [&'static str; 2], threads: usize, params: &P) -> Launch {
+    Launch::over(precision.pick(kernels), threads, BLOCK, params)
+}
+
+/// Pixel norm: y and, unless null, `silu` = mp_silu(y), both of shape `out`; x of twice its height and
+/// width if `down`.
+pub fn pixel_norm(p: Precision, out: Shape, down: bool, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
+    let [n, h, w, c] = out;
+    let (pixels, vectors) = (n * h * w, vectors(c));
+    let lanes = lanes(vectors);
+    let params = PixelNorm {
+        x,
+        y,
+        silu,
+        pixels: pixels as i32,
+        width: w as i32,
+        vectors: vectors as i32,
+        lanes: lanes as i32,
+        down: down.into(),
+        padding: 0,
+    };
+    over(p, ["pixel_norm_f16", "pixel_norm_bf16"], pixels * lanes, &params)
+}
+
+/// Gradient of [`pixel_norm`] with respect to x, plus `acc` unless null: `result`, of the shape of x, may
+/// be `acc`. `grad` has shape `out`.
+#[allow(clippy::too_many_arguments)]
+pub fn pixel_norm_backward(
+    p: Precision,
+    out: Shape,
+    down: bool,
+    x: DevicePtr,
+    grad: DevicePtr,
+    acc: DevicePtr,
+    result: DevicePtr,
+) -> Launch {
+    let [n, h, w, c] = out;
+    let (pixels, vectors) = (n * h * w, vectors(c));
+    let lanes = lanes(vectors);
+    let params = PixelNormBackward {
+        x,
+        grad,
+        acc,
+        out: result,
+        pixels: pixels as i32,
+        width: w as i32,
+        vectors: vectors as i32,
+        lanes: lanes as i32,
+        down: down.into(),
+        padding: 0,
+    };
+    over(p, ["pixel_norm_backward_f16", "pixel_norm_backward_bf16"], pixels * lanes, &params)
+}
+
+/// x of shape `small` upsampled by 2: y and, unless null, `silu` = mp_silu(y).
+pub fn upsample(p: Precision, small: Shape, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
+    over(p, ["upsample_f16", "upsample_bf16"], count(small), &upsampling(small, x, y, silu))
+}
+
+/// Gradient of [`upsample`] with respect to x, `out` of shape `small`.
+pub fn upsample_backward(p: Precision, small: Shape, grad: DevicePtr, out: DevicePtr) -> Launch {
+    let params = upsampling(small, grad, out, null());
+    over(p, ["upsample_backward_f16", "upsample_backward_bf16"], count(small), &params)
+}
+
+fn upsampling(small: Shape, from: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Upsample {
+    let vectors = vectors(small[3]) as i32;
+    Upsample { from, y, silu, count: count(small) as i32, width: small[2] as i32, vectors, padding: 0 }
+}
+
+/// `out` = mp_silu(scale x).
+pub fn activate(p: Precision, shape: Shape, x: DevicePtr, scale: f64, out: DevicePtr) -> Launch {
+    let params = Elementwise { a: x, b: null(), out, count: count(shape) as i32, by: scale as f32 };
+    over(p, ["activate_f16", "activate_bf16"], count(shape), &params)
+}
+
+/// `out` = grad where |clipped| < clip, else 0; `out` may be `grad`.
+pub fn clip_backward(
+    p: Precision,
+    shape: Shape,
+    grad: DevicePtr,
+    clipped: DevicePtr,
+    clip: f64,
+    out: DevicePtr,
+) -> Launch {
+    let params = Elementwise { a: clipped, b: grad, out, count: count(shape) as i32, by: clip as f32 };
+    over(p, ["clip_backward_f16", "clip_backward_bf16"], count(shape), &params)
+}
+
+/// `out` = the sum of factor times tensor, at most [`MAX_TERMS`], of activations.
+pub fn combine(p: Precision, shape: Shape, terms: &[(DevicePtr, f64)], out: DevicePtr) -> Launch {
+    let params = combination(8 * count(shape), terms, out);
+    over(p, ["combine_f16", "combine_bf16"], count(shape), &params)
+}
+
+/// `out` = the sum of factor times tensor, at most [`MAX_TERMS`], of `values` f32 numbers each.
+pub fn combine_f32(values: usize, terms: &[(DevicePtr, f64)], out: DevicePtr) -> Launch {
+    Launch::over("combine_f32", values.div_ceil(4), BLOCK, &combination(values, terms, out))
+}
+
+fn combination(values: usize, from: &[(DevicePtr, f64)], out: DevicePtr) -> Combine {
+    assert!((1..=MAX_TERMS).contains(&from.len()), "a combination of {} terms", from.len());
+    let (mut terms, mut factors) = ([null(); MAX_TERMS], [0.0; MAX_TERMS]);
+    for (i, &(term, factor)) in from.iter().enumerate() {
+        (terms[i], factors[i]) = (term, factor as f32);
+    }
+    Combine { terms, out, factors, count: from.len() as i32, padding: 0, values: values as i64 }
+}

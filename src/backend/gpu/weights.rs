@@ -1,0 +1,268 @@
+//! Launches of `kernels/weights.cu`: the optimizer step and the effective weights.
+//!
+//! Stored weights, gradients, moments and averages are f32 arenas of equal offsets, each parameter
+//! [cout][tap][cin] with cin padded by zeros so that a row is a multiple of 8 values; the effective
+//! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of plain values,
+//! whose effective copy is f32.
+
+use super::emulated::DevicePtr;
+use super::launch::{Launch, Precision, null};
+use crate::backend::{Normalization, Step};
+use bytemuck::{Pod, Zeroable};
+
+/// Most moving averages that a step can update.
+pub const MAX_EMAS: usize = 4;
+
+/// Most values of a row.
+pub const MAX_ROW: usize = 64 * 512;
+
+/// One row: an output channel of a weight, or plain values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct WeightRow {
+    /// Its first value in the f32 arenas, a multiple of 8.
+    pub first: i64,
+    /// Its first value among the effective weights (a multiple of 8) or plain values (of 4).
+    pub effective: i64,
+    /// Values, padded to a multiple of 8.
+    pub length: i32,
+    /// taps * cin without padding; 0 for plain values, which are not normalised.
+    pub fan_in: i32,
+}
+const _: () = assert!(size_of::<WeightRow>() == 24);
+
+/// The numbers of one step, for the device: they change while the launches stay.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct StepScalars {
+    grad_scale: f32,
+    rate: f32,
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    root: f32,
+    eps: f32,
+    ema_rest: [f32; MAX_EMAS],
+}
+const _: () = assert!(size_of::<StepScalars>() == 44);
+
+impl StepScalars {
+    /// Those of `step`; averages beyond [`MAX_EMAS`] are not there.
+    pub fn new(step: &Step) -> Self {
+        let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
+        let mut ema_rest = [0.0; MAX_EMAS];
+        ema_rest.iter_mut().zip(step.ema_betas).for_each(|(rest, beta)| *rest = (1.0 - beta) as f32);
+        Self {
+            grad_scale: step.grad_scale as f32,
+            rate: (step.lr / power(step.betas.0)) as f32,
+            rest1: 1.0 - step.betas.0 as f32,
+            beta2: step.betas.1 as f32,
+            rest2: 1.0 - step.betas.1 as f32,
+            root: (1.0 / power(step.betas.1).sqrt()) as f32,
+            eps: step.eps as f32,
+            ema_rest,
+        }
+    }
+}
+
+/// What [`stats`] leaves on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct StepTotals {
+    /// L2 norm of the gradient with respect to the stored weights.
+    pub grad_norm: f64,
+    /// Gradient values that were not finite and were replaced by zero.
+    pub nonfinite: u64,
+}
+
+/// What happens to the gradient in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradAfter {
+    /// Becomes zero, so that the next step's can be added to it.
+    Cleared,
+    /// Becomes the gradient with respect to the stored weight that Adam saw.
+    Kept,
+}
+
+/// Rows in the order in which they lie on the device, and the launches that they need.
+#[derive(Clone, Debug)]
+pub struct RowTable {
+    rows: Vec<WeightRow>,
+}
+
+impl RowTable {
+    /// Sorts the rows by what they ask of a block.
+    pub fn new(mut rows: Vec<WeightRow>) -> Self {
+        for row in &rows {
+            let length = row.length as usize;
+            assert!(length.is_multiple_of(8) && (8..=MAX_ROW).contains(&length), "a row of {length} values");
+        }
+        rows.sort_by_key(|r| (block(r.length), r.first));
+        Self { rows }
+    }
+
+    /// To be uploaded; its address is what the launches call `rows`.
+    pub fn rows(&self) -> &[WeightRow] {
+        &self.rows
+    }
+
+    /// (first row, rows, threads, whether a thread has up to 64 values) of each launch.
+    fn launches(&self) -> impl Iterator<Item = (usize, usize, u32, bool)> {
+        let mut first = 0;
+        self.rows.chunk_by(|a, b| block(a.length) == block(b.length)).map(move |rows| {
+            let at = first;
+            first += rows.len();
+            let (long, threads) = block(rows[0].length);
+            (at, rows.len(), threads, long)
+        })
+    }
+}
+
+/// Threads for a row of this length, of 32 values each or (true) 64.
+fn block(length: i32) -> (bool, u32) {
+    let length = length as u32;
+    let long = length > 32 * 512;
+    (long, length.div_ceil(if long { 64 } else { 32 }).next_multiple_of(32))
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct WeightStep {
+    rows: DevicePtr,
+    scalars: DevicePtr,
+    weight: DevicePtr,
+    grad: DevicePtr,
+    m: DevicePtr,
+    v: DevicePtr,
+    emas: [DevicePtr; MAX_EMAS],
+    effective: DevicePtr,
+    plain: DevicePtr,
+    stats: DevicePtr,
+    ema_count: i32,
+    rounds: i32,
+    keep_grad: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<WeightStep>() == 120);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct WeightPrepare {
+    rows: DevicePtr,
+    source: DevicePtr,
+    effective: DevicePtr,
+    plain: DevicePtr,
+    rounds: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<WeightPrepare>() == 40);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ReduceStats {
+    rows: DevicePtr,
+    totals: DevicePtr,
+    count: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<ReduceStats>() == 24);
+
+/// Where the effective weights go.
+#[derive(Clone, Copy, Debug)]
+pub struct Effective {
+    /// 16-bit effective weights.
+    pub weights: DevicePtr,
+    /// f32 gains and buffers.
+    pub plain: DevicePtr,
+}
+
+/// Device memory of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepArenas<'a> {
+    /// The trained rows, [`RowTable::rows`].
+    pub rows: DevicePtr,
+    /// One [`StepScalars`].
+    pub scalars: DevicePtr,
+    /// Stored weights.
+    pub weight: DevicePtr,
+    /// Accumulated gradients with respect to the effective weights.
+    pub grad: DevicePtr,
+    /// Adam's first moment.
+    pub m: DevicePtr,
+    /// Adam's second moment.
+    pub v: DevicePtr,
+    /// Moving averages, at most [`MAX_EMAS`].
+    pub emas: &'a [DevicePtr],
+    /// Effective weights.
+    pub effective: Effective,
+    /// Scratch, 8 bytes for each row.
+    pub stats: DevicePtr,
+    /// Receives one [`StepTotals`].
+    pub totals: DevicePtr,
+}
+
+/// One step over all rows of `table`, `rounds` as in [`Normalization::Train`]; effective weights are
+/// then those of the next step.
+pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize, after: GradAfter) -> Vec<Launch> {
+    assert!(arenas.emas.len() <= MAX_EMAS, "{} moving averages", arenas.emas.len());
+    let mut emas = [null(); MAX_EMAS];
+    emas[..arenas.emas.len()].copy_from_slice(arenas.emas);
+    let mut launches: Vec<Launch> = table
+        .launches()
+        .map(|(first, rows, threads, long)| {
+            let kernel = p.pick(if long {
+                ["weight_step_16_f16", "weight_step_16_bf16"]
+            } else {
+                ["weight_step_8_f16", "weight_step_8_bf16"]
+            });
+            let params = WeightStep {
+                rows: arenas.rows.offset(first * size_of::<WeightRow>()),
+                scalars: arenas.scalars,
+                weight: arenas.weight,
+                grad: arenas.grad,
+                m: arenas.m,
+                v: arenas.v,
+                emas,
+                effective: arenas.effective.weights,
+                plain: arenas.effective.plain,
+                stats: arenas.stats.offset(first * 8),
+                ema_count: arenas.emas.len() as i32,
+                rounds: rounds as i32,
+                keep_grad: (after == GradAfter::Kept).into(),
+                padding: 0,
+            };
+            Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
+        })
+        .collect();
+    let count = table.rows.len() as i32;
+    let params = ReduceStats { rows: arenas.stats, totals: arenas.totals, count, padding: 0 };
+    launches.push(Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params));
+    launches
+}
+
+/// Effective weights from `source`, an arena of stored weights or of an average. `rows` is the address of
+/// `table`'s rows.
+pub fn prepare(
+    p: Precision,
+    table: &RowTable,
+    rows: DevicePtr,
+    source: DevicePtr,
+    how: Normalization,
+    to: Effective,
+) -> Vec<Launch> {
+    let rounds = match how {
+        Normalization::Eval => 1,
+        Normalization::Train { rounds } => rounds as i32 + 1,
+    };
+    let launch = |(first, count, threads, long): (usize, usize, u32, bool)| {
+        let kernel = p.pick(if long {
+            ["weight_prepare_16_f16", "weight_prepare_16_bf16"]
+        } else {
+            ["weight_prepare_8_f16", "weight_prepare_8_bf16"]
+        });
+        let rows = rows.offset(first * size_of::<WeightRow>());
+        let params = WeightPrepare { rows, source, effective: to.weights, plain: to.plain, rounds, padding: 0 };
+        Launch::new(kernel, [count as u32, 1, 1], threads, 0, &params)
+    };
+    table.launches().map(launch).collect()
+}

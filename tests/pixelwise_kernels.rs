@@ -1,0 +1,513 @@
+//! The kernels between the convolutions, on the emulator, against the CPU backend on random data: in
+//! f16 and bf16, in three thread orders, in the normal and in the checked build.
+//!
+//! The twin gets the kernel's inputs, rounded to 16 bits, and computes in f32. What a kernel writes in
+//! 16 bits is rounded once: at most 2^-11 = 4.9e-4 of a value in f16, 2^-8 = 3.9e-3 in bf16; the bounds
+//! leave room for one more rounding in an accumulated input. What is f32 throughout differs by the
+//! order of sums.
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
+use edm2k::backend::gpu::launch::{Launch, Precision, Run, null};
+use edm2k::backend::gpu::weights::{Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use edm2k::backend::gpu::{pixelwise, weights};
+use edm2k::backend::{Backend, LossInput, Normalization, Operand, Shape, Slot, Step};
+use edm2k::model::params::{Kind, ParamId, ParamTable};
+use edm2k::rng::{Purpose, Stream};
+use half::{bf16, f16};
+
+/// Bound of what is f32 throughout.
+const F32: f64 = 1e-5;
+
+/// Runs a check in both precisions, three thread orders, both builds.
+fn everywhere(check: impl Fn(&Device)) {
+    for build in [Build::Normal, Build::Checked] {
+        for order in [Order::Forward, Order::Reversed, Order::Random(7)] {
+            for precision in [Precision::F16, Precision::Bf16] {
+                let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
+                check(&Device { emulator, precision, name: format!("{build:?} {order:?} {precision:?}") });
+            }
+        }
+    }
+}
+
+struct Device {
+    emulator: Emulator,
+    precision: Precision,
+    name: String,
+}
+
+impl Device {
+    fn bound(&self) -> f64 {
+        match self.precision {
+            Precision::F16 => 2e-3,
+            Precision::Bf16 => 1.6e-2,
+        }
+    }
+
+    fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
+        for launch in launches {
+            // SAFETY: each test allocates what the launch's function says; the checked build controls it.
+            unsafe { self.emulator.run(launch) }.unwrap_or_else(|e| panic!("{}: {e}", self.name));
+        }
+    }
+
+    fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
+        let memory = self.emulator.alloc(size_of_val(values)).unwrap();
+        memory.upload(0, values).unwrap();
+        memory
+    }
+
+    fn zeros(&self, bytes: usize) -> Memory {
+        self.upload(&vec![0u8; bytes])
+    }
+
+    fn empty(&self, shape: Shape) -> Memory {
+        self.emulator.alloc(2 * shape.iter().product::<usize>()).unwrap()
+    }
+
+    fn narrow(&self, values: &[f32]) -> Vec<u16> {
+        match self.precision {
+            Precision::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
+            Precision::Bf16 => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
+        }
+    }
+
+    fn widen(&self, values: &[u16]) -> Vec<f32> {
+        match self.precision {
+            Precision::F16 => values.iter().map(|&x| f16::from_bits(x).to_f32()).collect(),
+            Precision::Bf16 => values.iter().map(|&x| bf16::from_bits(x).to_f32()).collect(),
+        }
+    }
+
+    /// Random 16-bit values, on the device and as floats.
+    fn random(&self, shape: Shape, seed: u64, size: f32) -> (Memory, Vec<f32>) {
+        let bits = self.narrow(&normals(shape.iter().product(), seed, size));
+        (self.upload(&bits), self.widen(&bits))
+    }
+
+    fn read16(&self, memory: &Memory) -> Vec<f32> {
+        self.widen(&read(memory))
+    }
+
+    /// `got`, from the device, is `want` but for rounding.
+    fn same(&self, what: &str, got: &[f32], want: &[f32], bound: f64) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
+        let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
+        let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap_or(0);
+        let relative = if error == 0.0 { 0.0 } else { (error / size).sqrt() };
+        // NaN, which poison leaves behind, must not pass.
+        assert!(
+            relative <= bound,
+            "{what}, {}: relative error {relative:e}, bound {bound:e}; worst element {worst}: {} instead of {}",
+            self.name,
+            got[worst],
+            want[worst],
+        );
+    }
+
+    fn same16(&self, what: &str, got: &Memory, want: &[f32]) {
+        self.same(what, &self.read16(got), want, self.bound());
+    }
+}
+
+fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
+    let mut values = vec![0.0; n];
+    Stream::new(seed, Purpose::Init, 0).normals(&mut values);
+    values.iter_mut().for_each(|x| *x *= size);
+    values
+}
+
+fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
+    let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
+    memory.download(0, &mut values).unwrap();
+    values
+}
+
+fn silu(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|&x| (f64::from(x) / (1.0 + f64::from(-x).exp()) / 0.596) as f32).collect()
+}
+
+fn bare_cpu() -> Cpu<f32> {
+    Cpu::for_sampling(&ParamTable::default())
+}
+
+fn doubled([n, h, w, c]: Shape, double: bool) -> Shape {
+    if double { [n, 2 * h, 2 * w, c] } else { [n, h, w, c] }
+}
+
+/// One pixel; the odd sizes of the issue; more channels than a warp's 32 vectors.
+const SHAPES: [Shape; 5] = [[1, 1, 1, 8], [1, 8, 11, 136], [3, 7, 5, 8], [1, 2, 3, 520], [3, 1, 2, 128]];
+
+#[test]
+fn pixel_norm_and_its_gradient() {
+    everywhere(|d| {
+        let mut cpu = bare_cpu();
+        for (shape, down) in SHAPES.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+            let what = format!("pixel_norm {shape:?} down {down}");
+            let large = doubled(shape, down);
+            let (x, x_values) = d.random(large, 1, 3.0);
+            let twin_x = cpu.upload(large, &x_values);
+            let twin = cpu.pixel_norm(&twin_x, down);
+            let want = cpu.download(&twin).unwrap();
+            let (y, y_silu) = (d.empty(shape), d.empty(shape));
+            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), y.ptr(), y_silu.ptr())]);
+            d.same16(&what, &y, &want);
+            d.same16(&format!("mp_silu of {what}"), &y_silu, &silu(&want));
+            let alone = d.empty(shape);
+            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), alone.ptr(), null())]);
+            assert_eq!(read::<u16>(&alone), read::<u16>(&y), "{what} without mp_silu");
+
+            let (grad, g_values) = d.random(shape, 2, 1.0);
+            let (acc, acc_values) = d.random(large, 3, 1.0);
+            let (twin_g, twin_acc) = (cpu.upload(shape, &g_values), cpu.upload(large, &acc_values));
+            for accumulate in [false, true] {
+                let out = if accumulate { acc.clone() } else { d.empty(large) };
+                let from = if accumulate { acc.ptr() } else { null() };
+                let twin = cpu.pixel_norm_backward(&twin_x, &twin_g, down, accumulate.then(|| twin_acc.clone()));
+                let launch =
+                    pixelwise::pixel_norm_backward(d.precision, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
+                d.run([&launch]);
+                d.same16(&format!("gradient of {what}, acc {accumulate}"), &out, &cpu.download(&twin).unwrap());
+            }
+        }
+        // A pixel of zeros has no direction: its gradient is the plain scaling by 1 / eps, as in the twin.
+        let shape = [1, 1, 1, 8];
+        let (x, grad, out) = (d.upload(&[0u16; 8]), d.random(shape, 4, 1e-3), d.empty(shape));
+        d.run([&pixelwise::pixel_norm_backward(d.precision, shape, false, x.ptr(), grad.0.ptr(), null(), out.ptr())]);
+        let (zero, g) = (cpu.upload(shape, &[0.0; 8]), cpu.upload(shape, &grad.1));
+        let twin = cpu.pixel_norm_backward(&zero, &g, false, None);
+        d.same16("gradient at a pixel of zeros", &out, &cpu.download(&twin).unwrap());
+    });
+}
+
+#[test]
+fn upsampling_and_its_gradient() {
+    everywhere(|d| {
+        let mut cpu = bare_cpu();
+        for shape in SHAPES {
+            let large = doubled(shape, true);
+            let (x, x_values) = d.random(shape, 5, 1.0);
+            let (y, y_silu) = (d.empty(large), d.empty(large));
+            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), y.ptr(), y_silu.ptr())]);
+            let twin_x = cpu.upload(shape, &x_values);
+            let twin = cpu.upsample(&twin_x);
+            let want = cpu.download(&twin).unwrap();
+            d.same(&format!("upsample {shape:?}, a copy"), &d.read16(&y), &want, 0.0);
+            d.same16(&format!("mp_silu of upsample {shape:?}"), &y_silu, &silu(&want));
+            let alone = d.empty(large);
+            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), alone.ptr(), null())]);
+            assert_eq!(read::<u16>(&alone), read::<u16>(&y), "upsample {shape:?} without mp_silu");
+
+            let (grad, g_values) = d.random(large, 6, 1.0);
+            let out = d.empty(shape);
+            d.run([&pixelwise::upsample_backward(d.precision, shape, grad.ptr(), out.ptr())]);
+            let twin_g = cpu.upload(large, &g_values);
+            let twin = cpu.upsample_backward(&twin_g);
+            d.same16(&format!("gradient of upsample {shape:?}"), &out, &cpu.download(&twin).unwrap());
+        }
+    });
+}
+
+#[test]
+fn activation_clip_and_combinations() {
+    everywhere(|d| {
+        let mut cpu = bare_cpu();
+        for shape in SHAPES {
+            let (x, x_values) = d.random(shape, 7, 2.0);
+            let out = d.empty(shape);
+            d.run([&pixelwise::activate(d.precision, shape, x.ptr(), 0.7, out.ptr())]);
+            let scaled: Vec<f32> = x_values.iter().map(|x| x * 0.7).collect();
+            d.same16(&format!("mp_silu of scaled {shape:?}"), &out, &silu(&scaled));
+
+            // Values that reached the clip stand at it, on both sides.
+            let clipped = d.narrow(&x_values.iter().map(|x| x.clamp(-1.5, 1.5)).collect::<Vec<_>>());
+            let (grad, g_values) = d.random(shape, 8, 1.0);
+            let (twin_y, twin_g) = (cpu.upload(shape, &d.widen(&clipped)), cpu.upload(shape, &g_values));
+            let twin = cpu.clip_backward(twin_g, &twin_y, 1.5);
+            let want = cpu.download(&twin).unwrap();
+            let y = d.upload(&clipped);
+            d.run([&pixelwise::clip_backward(d.precision, shape, grad.ptr(), y.ptr(), 1.5, grad.ptr())]);
+            d.same(&format!("gradient of clip {shape:?}, in place"), &d.read16(&grad), &want, 0.0);
+
+            let terms: Vec<_> = (0..6).map(|k| (d.random(shape, 10 + k, 1.0), 1.5 - k as f64)).collect();
+            for count in [1, 2, 6] {
+                let on_device: Vec<_> = terms[..count].iter().map(|((m, _), f)| (m.ptr(), *f)).collect();
+                let on_cpu: Vec<_> = terms[..count].iter().map(|((_, v), f)| (cpu.upload(shape, v), *f)).collect();
+                let twin = cpu.linear_combination(&on_cpu.iter().map(|(t, f)| (t, *f)).collect::<Vec<_>>());
+                let want = cpu.download(&twin).unwrap();
+                d.run([&pixelwise::combine(d.precision, shape, &on_device, out.ptr())]);
+                d.same16(&format!("combination of {count} terms {shape:?}"), &out, &want);
+            }
+        }
+        // A sampler's state is f32 and of any number of values.
+        for shape in [[1, 1, 1, 1], [1, 7, 5, 3], [3, 8, 11, 4], [1, 1, 1, 6]] {
+            let values: usize = shape.iter().product();
+            let terms: Vec<_> = (0..6).map(|k| (normals(values, 20 + k, 1.0), 1.5 - k as f64)).collect();
+            let on_device: Vec<_> = terms.iter().map(|(v, f)| (d.upload(v), *f)).collect();
+            let on_cpu: Vec<_> = terms.iter().map(|(v, f)| (cpu.upload(shape, v), *f)).collect();
+            for count in [1, 3, 6] {
+                let twin = cpu.linear_combination(&on_cpu[..count].iter().map(|(t, f)| (t, *f)).collect::<Vec<_>>());
+                let out = d.upload(&vec![f32::NAN; values]);
+                let pointers: Vec<_> = on_device[..count].iter().map(|(m, f)| (m.ptr(), *f)).collect();
+                d.run([&pixelwise::combine_f32(values, &pointers, out.ptr())]);
+                let want = cpu.download(&twin).unwrap();
+                d.same(&format!("f32 combination of {count} terms {shape:?}"), &read(&out), &want, F32);
+            }
+        }
+    });
+}
+
+// ---- weights ----------------------------------------------------------------------------------------
+
+/// Where the parameters of a table lie in the arenas.
+struct Layout {
+    table: ParamTable,
+    first: Vec<usize>,
+    plain: Vec<usize>,
+    values: usize,
+    plain_values: usize,
+}
+
+impl Layout {
+    fn new(table: &ParamTable) -> Self {
+        let mut l = Self { table: table.clone(), first: vec![], plain: vec![], values: 0, plain_values: 0 };
+        for (id, _) in table.iter() {
+            let (cout, row) = l.rows_of(id);
+            l.first.push(l.values);
+            l.plain.push(l.plain_values);
+            l.values += cout * row;
+            if l.fan_in(id) == 0 {
+                l.plain_values += row;
+            }
+        }
+        l
+    }
+
+    /// Rows, and values of each with padding.
+    fn rows_of(&self, id: ParamId) -> (usize, usize) {
+        match self.table[id].kind {
+            Kind::Weight { cout, cin, taps } => (cout, taps * cin.next_multiple_of(8)),
+            _ => (1, self.table[id].numel().next_multiple_of(8)),
+        }
+    }
+
+    fn fan_in(&self, id: ParamId) -> usize {
+        match self.table[id].kind {
+            Kind::Weight { cin, taps, .. } => cin * taps,
+            _ => 0,
+        }
+    }
+
+    fn rows(&self, wanted: impl Fn(ParamId) -> bool) -> RowTable {
+        let mut rows = Vec::new();
+        for (id, _) in self.table.iter().filter(|(id, _)| wanted(*id)) {
+            let (count, length) = self.rows_of(id);
+            let fan_in = self.fan_in(id);
+            let effective = if fan_in == 0 { self.plain[id.0] } else { self.first[id.0] };
+            rows.extend((0..count).map(|r| WeightRow {
+                first: (self.first[id.0] + r * length) as i64,
+                effective: (effective + r * length) as i64,
+                length: length as i32,
+                fan_in: fan_in as i32,
+            }));
+        }
+        RowTable::new(rows)
+    }
+
+    /// Position in an arena of each value in PyTorch's order.
+    fn places(&self, id: ParamId) -> Vec<usize> {
+        let first = self.first[id.0];
+        let Kind::Weight { cout, cin, taps } = self.table[id].kind else {
+            return (first..first + self.table[id].numel()).collect();
+        };
+        let padded = cin.next_multiple_of(8);
+        let index = |i: usize| (i / taps / cin * taps + i % taps) * padded + i / taps % cin;
+        (0..cout * cin * taps).map(|i| first + index(i)).collect()
+    }
+
+    /// One slot of all parameters of the twin, as an arena.
+    fn arena(&self, cpu: &mut Cpu<f32>, slot: Slot) -> Vec<f32> {
+        let mut arena = vec![0.0; self.values];
+        for (id, _) in self.table.iter() {
+            let values = cpu.param(slot, id).unwrap();
+            self.places(id).into_iter().zip(values).for_each(|(place, x)| arena[place] = x);
+        }
+        arena
+    }
+
+    /// Effective weights of an arena of stored ones, by the formula in f64; and the plain values.
+    fn effective(&self, stored: &[f32], rounds: usize) -> (Vec<f32>, Vec<f32>) {
+        let (mut weights, mut plain) = (vec![0.0; self.values], vec![0.0; self.plain_values]);
+        for row in self.rows(|_| true).rows() {
+            let (from, to, n) = (row.first as usize, row.effective as usize, row.length as usize);
+            if row.fan_in == 0 {
+                plain[to..to + n].copy_from_slice(&stored[from..from + n]);
+                continue;
+            }
+            let mut w: Vec<f64> = stored[from..from + n].iter().map(|&x| x.into()).collect();
+            for _ in 0..rounds {
+                let rms = (w.iter().map(|x| x * x).sum::<f64>() / f64::from(row.fan_in)).sqrt();
+                w.iter_mut().for_each(|x| *x /= 1e-4 + rms);
+            }
+            let root = f64::from(row.fan_in).sqrt();
+            weights[to..to + n].iter_mut().zip(w).for_each(|(to, x)| *to = (x / root) as f32);
+        }
+        (weights, plain)
+    }
+}
+
+/// Rows of padded channels, of one and of many warps, of the kernel for long rows; gains and buffers.
+fn weights_table() -> ParamTable {
+    let mut table = ParamTable::default();
+    table.conv("in".into(), 5, 3, 3);
+    table.gain("gain".into());
+    table.linear("linear".into(), 136, 8);
+    table.fourier("fourier".into(), 12);
+    table.conv("conv".into(), 264, 2, 3);
+    table.conv("out".into(), 8, 136, 1);
+    table.linear("wide".into(), 16_400, 2);
+    table
+}
+
+#[test]
+fn three_optimizer_steps() {
+    let table = weights_table();
+    let layout = Layout::new(&table);
+    let gain = table.find("gain").unwrap();
+    everywhere(|d| {
+        let mut cpu = Cpu::<f32>::for_training(&table, 2);
+        for (id, spec) in table.iter() {
+            cpu.set_param(Slot::Weight, id, &normals(spec.numel(), 30 + id.0 as u64, 0.9)).unwrap();
+            for k in 0..2 {
+                cpu.set_param(Slot::Ema(k), id, &normals(spec.numel(), 40 + k as u64, 1.0)).unwrap();
+            }
+        }
+        let rounds = 3;
+        cpu.prepare(Slot::Weight, Normalization::Train { rounds }).unwrap();
+
+        let rows = layout.rows(|id| table[id].trained());
+        let weight = d.upload(&layout.arena(&mut cpu, Slot::Weight));
+        let emas = [0, 1].map(|k| d.upload(&layout.arena(&mut cpu, Slot::Ema(k))));
+        let [grad, m, v] = [0; 3].map(|_| d.zeros(4 * layout.values));
+        let effective = d.zeros(2 * layout.values);
+        let plain = d.zeros(4 * layout.plain_values);
+        let (row_memory, scalars) = (d.upload(rows.rows()), d.zeros(size_of::<StepScalars>()));
+        let (stats, totals) = (d.zeros(8 * rows.rows().len()), d.zeros(size_of::<StepTotals>()));
+        let ema_ptrs = [emas[0].ptr(), emas[1].ptr()];
+        let arenas = StepArenas {
+            rows: row_memory.ptr(),
+            scalars: scalars.ptr(),
+            weight: weight.ptr(),
+            grad: grad.ptr(),
+            m: m.ptr(),
+            v: v.ptr(),
+            emas: &ema_ptrs,
+            effective: Effective { weights: effective.ptr(), plain: plain.ptr() },
+            stats: stats.ptr(),
+            totals: totals.ptr(),
+        };
+
+        for number in 1..=3u64 {
+            // The twin's way to a gradient: products of random numbers. In the second step one is infinite.
+            for (id, spec) in table.iter() {
+                let Kind::Weight { cout, cin, .. } = spec.kind else { continue };
+                let seed = 50 + 10 * number + id.0 as u64;
+                let mut x = normals(9 * cin, seed, 1.0);
+                if number == 2 {
+                    x[3] = f32::INFINITY;
+                }
+                let x = cpu.upload([1, 3, 3, cin], &x);
+                let g = cpu.upload([1, 3, 3, cout], &normals(9 * cout, seed + 100, 1.0));
+                cpu.conv_wgrad(id, Operand::plain(&x), &g, 1.0);
+            }
+            let image = cpu.upload([1, 1, 2, 4], &normals(8, number, 1.0));
+            let one = cpu.upload([1, 1, 1, 1], &[1.0]);
+            cpu.loss(LossInput {
+                clean: &image,
+                noisy: &image,
+                raw: &image,
+                sigma: &one,
+                logvar: &one,
+                out_gain: gain,
+                sigma_data: 0.5,
+            });
+            let accumulated = layout.arena(&mut cpu, Slot::Grad);
+            grad.upload(0, &accumulated).unwrap();
+
+            let step = Step {
+                lr: 0.01,
+                betas: (0.9, 0.99),
+                eps: 1e-8,
+                step: number,
+                grad_scale: 0.25,
+                rounds,
+                ema_betas: &[0.95, 0.5],
+            };
+            let twin = cpu.optimizer_step(&step).unwrap();
+            scalars.upload(0, &[StepScalars::new(&step)]).unwrap();
+            let after = if number == 3 { GradAfter::Cleared } else { GradAfter::Kept };
+            d.run(&weights::step(d.precision, &rows, &arenas, rounds, after));
+
+            let stored = layout.arena(&mut cpu, Slot::Weight);
+            let slots = [(&m, Slot::AdamM), (&v, Slot::AdamV), (&emas[0], Slot::Ema(0)), (&emas[1], Slot::Ema(1))];
+            d.same(&format!("weights after step {number}"), &read(&weight), &stored, F32);
+            for (memory, slot) in slots {
+                d.same(&format!("{slot:?} after step {number}"), &read(memory), &layout.arena(&mut cpu, slot), F32);
+            }
+            if after == GradAfter::Kept {
+                let want = layout.arena(&mut cpu, Slot::Grad);
+                d.same(&format!("gradient after step {number}"), &read(&grad), &want, F32);
+            } else {
+                assert!(read::<f32>(&grad).iter().all(|&g| g == 0.0), "gradients are cleared");
+            }
+            let total = read::<StepTotals>(&totals)[0];
+            assert_eq!((total.nonfinite, total.nonfinite > 0), (twin.nonfinite, number == 2), "{}", d.name);
+            d.same("gradient norm", &[total.grad_norm as f32], &[twin.grad_norm as f32], F32);
+            let (want, want_plain) = layout.effective(&stored, rounds + 1);
+            d.same16(&format!("effective weights after step {number}"), &effective, &want);
+            let at = layout.plain[gain.0];
+            d.same("gain", &read::<f32>(&plain)[at..at + 8], &want_plain[at..at + 8], F32);
+        }
+    });
+}
+
+#[test]
+fn effective_weights_of_weights_and_averages() {
+    let table = weights_table();
+    let layout = Layout::new(&table);
+    everywhere(|d| {
+        let mut cpu = Cpu::<f32>::for_training(&table, 1);
+        for (id, spec) in table.iter() {
+            cpu.set_param(Slot::Weight, id, &normals(spec.numel(), 70 + id.0 as u64, 0.9)).unwrap();
+            cpu.set_param(Slot::Ema(0), id, &normals(spec.numel(), 80 + id.0 as u64, 0.1)).unwrap();
+        }
+        let all = layout.rows(|_| true);
+        let rows = d.upload(all.rows());
+        for (slot, how, rounds) in
+            [(Slot::Weight, Normalization::Train { rounds: 3 }, 4), (Slot::Ema(0), Normalization::Eval, 1)]
+        {
+            let stored = layout.arena(&mut cpu, slot);
+            let source = d.upload(&stored);
+            let (effective, plain) = (d.zeros(2 * layout.values), d.zeros(4 * layout.plain_values));
+            let to = Effective { weights: effective.ptr(), plain: plain.ptr() };
+            d.run(&weights::prepare(d.precision, &all, rows.ptr(), source.ptr(), how, to));
+            let (want, want_plain) = layout.effective(&stored, rounds);
+            d.same16(&format!("effective weights of {slot:?}"), &effective, &want);
+            d.same("gains and buffers", &read(&plain), &want_plain, 0.0);
+
+            // And as the twin's convolution sees them: the response to a one in each channel.
+            cpu.prepare(slot, how).unwrap();
+            let id = table.find("linear.weight").unwrap();
+            let identity: Vec<f32> = (0..136 * 136).map(|i| if i % 137 == 0 { 1.0 } else { 0.0 }).collect();
+            let x = cpu.upload([1, 1, 136, 136], &identity);
+            let y = cpu.conv(id, Operand::plain(&x));
+            let response = cpu.download(&y).unwrap();
+            let transposed: Vec<f32> = (0..8 * 136).map(|i| response[i % 136 * 8 + i / 136]).collect();
+            let first = layout.first[id.0];
+            d.same("the twin's linear layer", &d.read16(&effective)[first..first + 8 * 136], &transposed, d.bound());
+        }
+    });
+}
