@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, BackendError, Normalization, Shape, Slot};
+use edm2k::condition::vae::{Kind, Rows, Training, Vae};
+use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::formats::{npy, png};
@@ -491,6 +493,13 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --S-churn 3", "0 with dpmpp_2m");
     bench.fails("--outdir o --random-conditions 3", "--condition-model");
     bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
+    let tags = ["heart", "cat", "dog", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
+    let vocabulary = Vocabulary::new(tags.to_vec()).unwrap();
+    let rows = Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new() };
+    let how = Training { epochs: 1, ..Training::default() };
+    Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
+    let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\")";
+    bench.fails("--outdir o --random-conditions 3 --condition-model other.safetensors", message);
     bench.fails("--outdir m.safetensors/x", "--outdir m.safetensors/x");
     bench.fails("--outdir o --gnet missing.safetensors", "missing.safetensors");
     assert!(!bench.path("o").exists());

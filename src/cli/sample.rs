@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Normalization, Slot};
-use edm2k::condition::vae::Vae;
+use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
 use edm2k::formats::npy;
@@ -212,6 +212,16 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
     if let (Some(vae), Some(path)) = (&vae, &args.condition_model) {
         let found = vae.header().width;
         ensure!(found == width, "{}: conditions are {found} wide, expected {width}", path.display());
+        let (theirs, ours) = (vae.vocabulary().tags(), &model.meta.vocabulary);
+        let differs = theirs.iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
+        if let Some((theirs, ours)) = differs.filter(|_| vae.header().kind == Kind::Tags) {
+            bail!(
+                "{}: made for another vocabulary (it has \"{}\" where {} has \"{ours}\")",
+                path.display(),
+                theirs.tag,
+                args.model.display()
+            );
+        }
     }
 
     if !args.tags.is_empty() {
