@@ -90,11 +90,18 @@ impl<T: Real> Band<T> {
     }
 }
 
-/// Cuts `rows` image rows of `width` pixels into bands of equal height, and says who shares the work.
+/// Below this many pixels a band spends more on packing the weights than its thread gains.
+const MIN_BAND_PIXELS: usize = 512;
+
+/// Cuts `rows` image rows of `width` pixels into bands of about equal height, as many for each thread, and
+/// says who shares the work.
 fn bands(rows: usize, width: usize) -> (usize, Threads) {
-    let height = (BAND_PIXELS / width).max(1);
-    let count = rows.div_ceil(height);
-    if count >= 2 * rayon::current_num_threads() { (height, Threads::One) } else { (rows, Threads::All) }
+    let threads = rayon::current_num_threads();
+    if rows * width < threads * MIN_BAND_PIXELS {
+        return (rows, Threads::All);
+    }
+    let count = (rows * width).div_ceil(BAND_PIXELS).next_multiple_of(threads);
+    (rows.div_ceil(count), Threads::One)
 }
 
 /// Convolution of `rows` with `weight` `[taps][C][cout]`: calls `done(row, y, out)` for each image row, where `y`
