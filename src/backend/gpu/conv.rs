@@ -355,7 +355,7 @@ impl Fprop {
 
     /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. The inputs are what the
     /// convolution multiplies: where the operand goes through `mp_silu`, pass what is activated.
-    /// `weight` [cout][taps][ca + cb].
+    /// `weight` `[cout][taps][ca + cb]`.
     pub fn launches(
         &self,
         inputs: Inputs,
@@ -493,7 +493,7 @@ impl Dgrad {
 
     /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
     /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip).
-    /// `weight` [cout][taps][ca + cb]. The inputs' tensors are not read if [`Through::Linear`].
+    /// `weight` `[cout][taps][ca + cb]`. The inputs' tensors are not read if [`Through::Linear`].
     #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
     pub fn launches(
         &self,
@@ -600,7 +600,7 @@ impl Wgrad {
         partial_bytes(&self.choice, self.values())
     }
 
-    /// dw [cout][taps][ca + cb] f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
+    /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
     /// convolution multiplied, as in [`Fprop::launches`].
     pub fn launches(
         &self,
