@@ -1,0 +1,196 @@
+// Gradient of a convolution with respect to its input: conv_fprop with the channels' roles exchanged.
+//
+//     g[p][c] = sum over t, co of w[co][taps - 1 - t][c] * grad[neighbour t of p][co]
+//
+// read from the same weights as fprop: their rows of input channels become rows of k, which
+// ldmatrix.trans turns. The columns c < ca belong to x, the others to skip; then, with
+// s = x_scale or skip_scale,
+//
+//     gx[p][c] = g gain s + acc_factor acc                                   a linear input
+//     gx[p][c] = g gain s mp_silu'(s x[p][c]) + acc_factor acc               the input was mp_silu(s x)
+//     gx[p][c] = gu scale[image][c],  gu = g gain mp_silu'(x scale)          it was mp_silu(x scale),
+//     scale_grad[image][c] = sum over the image of gu x                      scaled by the embedding
+//
+// The last sum is deterministic: tiles do not cross images, each writes one row of `sums`, and
+// conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
+//
+// grad [n, h, w, cout], w [cout][taps][ca + cb], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
+// all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32.
+// Channels: multiples of 8.
+//
+// Operations: 2 n h w taps cin cout. Bytes: grad, w, x, acc read once, gx written once (DRAM).
+#include "conv.cuh"
+
+struct ConvDgrad {
+    const void *grad, *weight;
+    const void *x, *skip;          // the input before mp_silu; null if there was none
+    const void *acc_x, *acc_skip;  // null: nothing to add
+    const float* scale;            // null: none
+    void *gx, *gskip;
+    float *scale_grad, *sums;  // with scale
+    float* partial;            // null: one split
+    PixelTiles tiles;
+    int pixels, ca, cb, cout, taps;
+    int scale_stride, steps_per_split, splits;
+    float x_scale, skip_scale, gain, acc_factor;
+};
+static_assert(sizeof(ConvDgrad) == 160, "mirrored by DgradParams in src/backend/gpu/conv.rs");
+
+// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
+template <class T>
+__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], float (&sums)[8]) {
+    const bool second = channel >= p.ca;
+    const size_t at = second ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
+    const T* x = static_cast<const T*>(second ? p.skip : p.x);
+    const T* acc = static_cast<const T*>(second ? p.acc_skip : p.acc_x);
+    const float input_scale = second ? p.skip_scale : p.x_scale;
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] *= p.gain * input_scale;
+    if (x) {
+        float in[8];
+        unpack8<T>(load16(x + at), in);
+        if (p.scale) {
+            float s[8];
+            load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const float gu = v[e] * mp_silu_grad(in[e] * s[e]);
+                sums[e] += gu * in[e], v[e] = gu * s[e];
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] *= mp_silu_grad(in[e] * input_scale);
+        }
+    }
+    if (acc) {
+        float a[8];
+        unpack8<T>(load16(acc + at), a);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
+    }
+    store16(static_cast<T*>(second ? p.gskip : p.gx) + at, pack8<T>(v));
+}
+
+// Copies the next step of grad's pixels and the weight's rows.
+template <class T, class Tile>
+struct DgradLoad {
+    static constexpr int COLUMNS = Tile::BN / 8, STRIDE = Tile::THREADS / COLUMNS, ROWS = Tile::BK / STRIDE;
+    static_assert(Tile::BK % STRIDE == 0, "every thread copies as many rows");
+    const ConvDgrad& p;
+    PixelRows<T, Tile> pixels;
+    Walk k, rows[ROWS];
+
+    __device__ __forceinline__ DgradLoad(const ConvDgrad& p, int first_step) : p(p), pixels(p.tiles, p.taps) {
+        k.start(first_step * Tile::BK + threadIdx.x % (Tile::BK / 8) * 8, p.cout);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) rows[i].start(first_step * Tile::BK + threadIdx.x / COLUMNS + i * STRIDE, p.cout);
+    }
+    __device__ __forceinline__ void operator()(smem_addr stage) {
+        pixels.load(stage, static_cast<const T*>(p.grad), p.cout, k, p.taps, p.tiles.width);
+        k.advance(Tile::BK, p.cout);
+        const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x % COLUMNS * 8;
+        const T* weight = static_cast<const T*>(p.weight);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const bool valid = channel < cin && rows[i].tap < p.taps;
+            const T* from = weight + ((int64_t(rows[i].channel) * p.taps + (p.taps - 1 - rows[i].tap)) * cin + channel);
+            cp_async(stage + Tile::A_BYTES + swizzle<Tile::BN * 2>(threadIdx.x / COLUMNS + i * STRIDE, threadIdx.x % COLUMNS),
+                     valid ? from : weight, valid);
+            rows[i].advance(Tile::BK, p.cout);
+        }
+    }
+};
+
+template <class T, class Tile>
+__device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
+    DYN_SMEM(unsigned char, smem);
+    const int cin = p.ca + p.cb, steps = (p.taps * p.cout + Tile::BK - 1) / Tile::BK;
+    const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, steps);
+
+    typename Tile::Accumulators acc = {};
+    DgradLoad<T, Tile> load(p, first);
+    multiply<T, Tile, false, true>(acc, smem_address(smem), last - first, load, [](int) {});
+
+    const TilePixels<Tile::BM> tile(p.tiles);
+    float sums[8] = {};
+    emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
+        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
+        if (row >= tile.count || channel >= cin) return;
+        if (p.partial)
+            store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * cin + channel, v);
+        else
+            finish<T>(p, pixel, channel, v, sums);
+    });
+    if (!p.scale || p.partial) return;
+
+    // The tile's sums: over the lanes with the same channels, then over the warps of a column.
+    constexpr int CHUNKS = Tile::WN / 8;
+    float* const of_warps = reinterpret_cast<float*>(smem);  // [WARPS_M][BN]
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+#pragma unroll
+        for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
+    __syncthreads();
+    if (threadIdx.x % 32 < CHUNKS)
+        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
+    __syncthreads();
+    const int channel = blockIdx.y * Tile::BN + threadIdx.x;
+    if (threadIdx.x >= Tile::BN || channel >= cin) return;
+    float sum = 0;
+#pragma unroll
+    for (int m = 0; m < Tile::WARPS_M; m++) sum += of_warps[m * Tile::BN + threadIdx.x];
+    p.sums[size_t(blockIdx.x) * cin + channel] = sum;
+}
+
+// Tiles of 32 pixels and 64 channels, one thread for 8 channels of a pixel.
+template <class T>
+__device__ __forceinline__ void conv_dgrad_reduce(const ConvDgrad& p) {
+    SHARED(float, of_warps, [8][64]);
+    const TilePixels<32> tile(p.tiles);
+    const int cin = p.ca + p.cb, row = threadIdx.x / 8, channel = blockIdx.y * 64 + threadIdx.x % 8 * 8;
+    float sums[8] = {};
+    if (row < tile.count && channel < cin) {
+        float v[8];
+        sum_splits(p.partial, size_t(tile.first + row) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
+        finish<T>(p, tile.first + row, channel, v, sums);
+    }
+    if (!p.scale) return;
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+#pragma unroll
+        for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
+    if (threadIdx.x % 32 < 8) store8(&of_warps[threadIdx.x / 32][threadIdx.x % 8 * 8], sums);
+    __syncthreads();
+    if (threadIdx.x >= 64 || blockIdx.y * 64 + threadIdx.x >= unsigned(cin)) return;
+    float sum = 0;
+#pragma unroll
+    for (int m = 0; m < 8; m++) sum += of_warps[m][threadIdx.x];
+    p.sums[size_t(blockIdx.x) * cin + blockIdx.y * 64 + threadIdx.x] = sum;
+}
+
+// scale_grad from sums: one thread a channel, blockIdx.y the image.
+extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __grid_constant__ ConvDgrad p) {
+    const int channel = blockIdx.x * 128 + threadIdx.x;
+    if (channel >= p.ca) return;
+    float sum = 0;
+    for (int tile = 0; tile < p.tiles.tiles_per_group; tile++)
+        sum += p.sums[(size_t(blockIdx.y) * p.tiles.tiles_per_group + tile) * p.ca + channel];
+    p.scale_grad[size_t(blockIdx.y) * p.scale_stride + channel] = sum;
+}
+KERNEL_EXPORT(conv_dgrad_scale_sums);
+
+#define INSTANCE(name, T, blocks, ...)                                                          \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
+        name(const __grid_constant__ ConvDgrad p) { conv_dgrad<T, Tile<__VA_ARGS__>>(p); }      \
+    KERNEL_EXPORT(name);
+#define REDUCE(name, T)                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                           \
+        name(const __grid_constant__ ConvDgrad p) { conv_dgrad_reduce<T>(p); }                  \
+    KERNEL_EXPORT(name);
+
+INSTANCE(conv_dgrad_f16_128x128x32_s3, __half, 2, 128, 128, 32, 3, 2, 4)
+INSTANCE(conv_dgrad_f16_64x64x32_s4, __half, 3, 64, 64, 32, 4, 2, 2)
+INSTANCE(conv_dgrad_bf16_128x128x32_s3, __nv_bfloat16, 2, 128, 128, 32, 3, 2, 4)
+INSTANCE(conv_dgrad_bf16_64x64x32_s4, __nv_bfloat16, 3, 64, 64, 32, 4, 2, 2)
+REDUCE(conv_dgrad_reduce_f16, __half)
+REDUCE(conv_dgrad_reduce_bf16, __nv_bfloat16)

@@ -1,0 +1,641 @@
+//! Convolutions on the GPU: typed calls that check shapes, choose a tile and fill the parameters of
+//! the kernels in `kernels/conv_*.cu`.
+//!
+//! A call is made in two steps, as a plan needs it. [`Fprop::new`] and its sisters choose by shape and
+//! card and tell how much scratch memory they want; `launches` then turns addresses into [`Launch`]es,
+//! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
+
+use super::tiles::{self, Card, Choice, Product, Tile};
+use bytemuck::{Pod, Zeroable};
+
+/// An address in device memory; [`Address::NULL`] where a kernel's argument is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// No memory.
+    pub const NULL: Self = Self(0);
+
+    /// The address, or null.
+    fn or_null(address: Option<Self>) -> Self {
+        address.unwrap_or(Self::NULL)
+    }
+}
+
+/// The type of activations and effective weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Float16 {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Float16 {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
+/// padded to multiples of 8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvShape {
+    /// Images.
+    pub n: usize,
+    /// Height.
+    pub h: usize,
+    /// Width.
+    pub w: usize,
+    /// Channels of the first input.
+    pub ca: usize,
+    /// Channels of the second input, or 0.
+    pub cb: usize,
+    /// Output channels.
+    pub cout: usize,
+    /// 9 (3x3) or 1 (1x1).
+    pub taps: usize,
+}
+
+impl ConvShape {
+    /// Pixels of all images.
+    pub fn pixels(&self) -> usize {
+        self.n * self.h * self.w
+    }
+
+    fn cin(&self) -> usize {
+        self.ca + self.cb
+    }
+
+    fn check(&self) -> Result<(), ConvError> {
+        let wrong = |what| Err(ConvError::Shape { shape: *self, what });
+        if self.taps != 1 && self.taps != 9 {
+            return wrong("the weight has 1 or 9 taps");
+        }
+        if self.pixels() == 0 || self.ca == 0 || self.cout == 0 {
+            return wrong("an empty tensor");
+        }
+        if [self.ca, self.cb, self.cout].iter().any(|c| !c.is_multiple_of(8)) {
+            return wrong("channels must be padded to a multiple of 8");
+        }
+        // The kernels count pixels, and the values of a row of the weight, in 32 bits.
+        if self.pixels() >= 1 << 30 || self.taps * self.cin() >= 1 << 24 || self.taps * self.cout >= 1 << 24 {
+            return wrong("too large");
+        }
+        Ok(())
+    }
+}
+
+/// Why a convolution cannot be launched.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ConvError {
+    /// The shape is not one that the kernels take.
+    #[error("convolution {shape:?}: {what}")]
+    Shape {
+        /// The shape.
+        shape: ConvShape,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A required address is missing, or given where there is nothing to do with it.
+    #[error("convolution {shape:?}: {what}")]
+    Argument {
+        /// The shape.
+        shape: ConvShape,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+/// One kernel launch: plain data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// The kernel's name.
+    pub kernel: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    /// The kernel's one argument.
+    pub params: Params,
+}
+
+/// The argument of a convolution kernel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Params {
+    /// Of `conv_fprop_*`.
+    Fprop(FpropParams),
+    /// Of `conv_dgrad_*`.
+    Dgrad(DgradParams),
+    /// Of `conv_wgrad_*`.
+    Wgrad(WgradParams),
+}
+
+impl Params {
+    /// Its bytes, as the kernel takes them.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Fprop(p) => bytemuck::bytes_of(p),
+            Self::Dgrad(p) => bytemuck::bytes_of(p),
+            Self::Wgrad(p) => bytemuck::bytes_of(p),
+        }
+    }
+}
+
+/// `PixelTiles` of conv.cuh.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+struct PixelTiles {
+    height: i32,
+    width: i32,
+    group: i32,
+    tiles_per_group: i32,
+}
+
+/// `ConvFprop` of conv_fprop.cu, which explains it.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct FpropParams {
+    x: Address,
+    skip: Address,
+    weight: Address,
+    scale: Address,
+    residual: Address,
+    y: Address,
+    pre: Address,
+    act: Address,
+    partial: Address,
+    tiles: PixelTiles,
+    pixels: i32,
+    ca: i32,
+    cb: i32,
+    cout: i32,
+    taps: i32,
+    scale_stride: i32,
+    steps_per_split: i32,
+    splits: i32,
+    x_scale: f32,
+    skip_scale: f32,
+    wa: f32,
+    wb: f32,
+    clip: f32,
+    act_scale: f32,
+}
+const _: () = assert!(size_of::<FpropParams>() == 144, "mirrors ConvFprop");
+
+/// `ConvDgrad` of conv_dgrad.cu, which explains it.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct DgradParams {
+    grad: Address,
+    weight: Address,
+    x: Address,
+    skip: Address,
+    acc_x: Address,
+    acc_skip: Address,
+    scale: Address,
+    gx: Address,
+    gskip: Address,
+    scale_grad: Address,
+    sums: Address,
+    partial: Address,
+    tiles: PixelTiles,
+    pixels: i32,
+    ca: i32,
+    cb: i32,
+    cout: i32,
+    taps: i32,
+    scale_stride: i32,
+    steps_per_split: i32,
+    splits: i32,
+    x_scale: f32,
+    skip_scale: f32,
+    gain: f32,
+    acc_factor: f32,
+}
+const _: () = assert!(size_of::<DgradParams>() == 160, "mirrors ConvDgrad");
+
+/// `ConvWgrad` of conv_wgrad.cu, which explains it.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct WgradParams {
+    x: Address,
+    skip: Address,
+    grad: Address,
+    dw: Address,
+    partial: Address,
+    height: i32,
+    width: i32,
+    pixels: i32,
+    ca: i32,
+    cb: i32,
+    cout: i32,
+    taps: i32,
+    steps_per_split: i32,
+    splits: i32,
+    x_scale: f32,
+    skip_scale: f32,
+    gain: f32,
+}
+const _: () = assert!(size_of::<WgradParams>() == 88, "mirrors ConvWgrad");
+
+/// The two inputs and their factors: the scales of `mp_cat`, or 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs {
+    /// [n, h, w, ca].
+    pub x: Address,
+    /// Factor of `x`.
+    pub x_scale: f32,
+    /// [n, h, w, cb] and its factor, which must not be 0.
+    pub skip: Option<(Address, f32)>,
+}
+
+impl Inputs {
+    fn check(&self, shape: &ConvShape) -> Result<(Address, f32), ConvError> {
+        match self.skip {
+            None if shape.cb == 0 => Ok((Address::NULL, 1.0)),
+            Some((skip, scale)) if shape.cb != 0 && scale != 0.0 => Ok((skip, scale)),
+            _ => Err(ConvError::Argument {
+                shape: *shape,
+                what: "a second input needs channels and a factor other than 0",
+            }),
+        }
+    }
+}
+
+/// The embedding's scales of one block.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales {
+    /// First channel of the block in the first image, f32.
+    pub all: Address,
+    /// f32 values from one image to the next.
+    pub stride: usize,
+}
+
+/// What follows a convolution.
+#[derive(Clone, Copy, Debug)]
+pub enum Epilogue {
+    /// y = gain * conv.
+    Gain(f32),
+    /// y = mp_silu(conv * scale).
+    ScaleSilu {
+        /// The scales.
+        scale: Scales,
+        /// Where conv itself is stored too, [n, h, w, cout].
+        pre: Option<Address>,
+    },
+    /// y = wa * residual + wb * conv, within +-clip.
+    MpSum {
+        /// [n, h, w, cout].
+        residual: Address,
+        /// Weight of the residual.
+        wa: f32,
+        /// Weight of the convolution.
+        wb: f32,
+        /// Largest magnitude of the result.
+        clip: Option<f32>,
+    },
+}
+
+fn int(x: usize) -> i32 {
+    i32::try_from(x).expect("ConvShape::check bounds every count")
+}
+
+/// A launch of a product kernel's instance.
+fn main_launch(kind: &str, float: Float16, choice: &Choice, grid: [usize; 2], params: Params) -> Launch {
+    let Choice { tile, splits, .. } = choice;
+    Launch {
+        kernel: format!("conv_{kind}_{}_{}", float.name(), tile.name),
+        grid: [int(grid[0]) as u32, int(grid[1]) as u32, int(*splits) as u32],
+        threads: tile.threads,
+        shared: tile.shared,
+        params,
+    }
+}
+
+/// A launch of a second pass.
+fn pass(kernel: String, grid: [usize; 2], threads: u32, params: Params) -> Launch {
+    Launch { kernel, grid: [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, shared: 0, params }
+}
+
+/// A forward convolution (`conv`, `conv_scale_silu`, `conv_mp_sum` of [`crate::backend::Backend`]).
+#[derive(Clone, Debug)]
+pub struct Fprop {
+    shape: ConvShape,
+    float: Float16,
+    choice: Choice,
+}
+
+impl Fprop {
+    /// Chooses tile and split.
+    pub fn new(shape: ConvShape, float: Float16, card: Card) -> Result<Self, ConvError> {
+        shape.check()?;
+        let product = Product { groups: 1, rows: shape.pixels(), columns: shape.cout };
+        let choice = tiles::choose(tiles::FPROP, product, card, |tile| {
+            (shape.taps * shape.ca).div_ceil(tile.k) + (shape.taps * shape.cb).div_ceil(tile.k)
+        });
+        Ok(Self { shape, float, choice })
+    }
+
+    /// The tile and split chosen.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    /// Bytes of scratch memory.
+    pub fn scratch_bytes(&self) -> usize {
+        partial_bytes(&self.choice, self.shape.pixels() * self.shape.cout)
+    }
+
+    /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. The inputs are what the
+    /// convolution multiplies: where the operand goes through `mp_silu`, pass what is activated.
+    /// `weight` `[cout][taps][ca + cb]`.
+    pub fn launches(
+        &self,
+        inputs: Inputs,
+        weight: Address,
+        epilogue: Epilogue,
+        y: Address,
+        act: Option<(Address, f32)>,
+        scratch: Address,
+    ) -> Result<Vec<Launch>, ConvError> {
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (skip, skip_scale) = inputs.check(shape)?;
+        let (mut scale, mut pre, mut residual) = (Scales { all: Address::NULL, stride: 0 }, None, Address::NULL);
+        let (mut wa, mut wb, mut clip) = (0.0, 1.0, None);
+        match epilogue {
+            Epilogue::Gain(gain) => wb = gain,
+            Epilogue::ScaleSilu { scale: given, pre: wanted } => (scale, pre) = (given, wanted),
+            Epilogue::MpSum { residual: from, wa: a, wb: b, clip: limit } => {
+                (residual, wa, wb, clip) = (from, a, b, limit);
+            }
+        }
+        let tiles_m = shape.pixels().div_ceil(tile.m);
+        let params = Params::Fprop(FpropParams {
+            x: inputs.x,
+            skip,
+            weight,
+            scale: scale.all,
+            residual,
+            y,
+            pre: Address::or_null(pre),
+            act: act.map_or(Address::NULL, |a| a.0),
+            partial: if splits > 1 { scratch } else { Address::NULL },
+            tiles: PixelTiles {
+                height: int(shape.h),
+                width: int(shape.w),
+                group: int(shape.pixels()),
+                tiles_per_group: int(tiles_m),
+            },
+            pixels: int(shape.pixels()),
+            ca: int(shape.ca),
+            cb: int(shape.cb),
+            cout: int(shape.cout),
+            taps: int(shape.taps),
+            scale_stride: int(scale.stride),
+            steps_per_split: int(steps_per_split),
+            splits: int(splits),
+            x_scale: inputs.x_scale,
+            skip_scale,
+            wa,
+            wb,
+            clip: clip.unwrap_or(f32::INFINITY),
+            act_scale: act.map_or(1.0, |a| a.1),
+        });
+        let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
+        let mut launches = vec![main_launch("fprop", self.float, &self.choice, grid, params)];
+        if splits > 1 {
+            let blocks = (shape.pixels() * shape.cout / 8).div_ceil(256);
+            launches.push(pass(format!("conv_fprop_reduce_{}", self.float.name()), [blocks, 1], 256, params));
+        }
+        Ok(launches)
+    }
+}
+
+/// f32 sums of all splits, if there are several.
+fn partial_bytes(choice: &Choice, values: usize) -> usize {
+    if choice.splits > 1 { choice.splits * values * 4 } else { 0 }
+}
+
+/// How the gradient of a convolution's input goes on.
+#[derive(Clone, Copy, Debug)]
+pub enum Through {
+    /// The input was linear: nothing but its factors.
+    Linear,
+    /// It was `mp_silu` of the inputs times their factors; these are before it.
+    Silu,
+    /// It was `mp_silu(x * scale)`; x is before it. The gradient of the scales is written too, with
+    /// the same stride.
+    ScaleSilu {
+        /// The scales.
+        scale: Scales,
+        /// Where their gradient goes: first channel of the block in the first image, f32.
+        scale_grad: Address,
+    },
+}
+
+/// Gradient of a convolution's input (`conv_dgrad`, `conv_dgrad_scale_silu`).
+#[derive(Clone, Debug)]
+pub struct Dgrad {
+    shape: ConvShape,
+    float: Float16,
+    choice: Choice,
+    scaled: bool,
+}
+
+/// Pixels of a tile of `conv_dgrad_reduce_*`.
+const REDUCE_PIXELS: usize = 32;
+
+impl Dgrad {
+    /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
+    pub fn new(shape: ConvShape, scaled: bool, float: Float16, card: Card) -> Result<Self, ConvError> {
+        shape.check()?;
+        if scaled && shape.cb != 0 {
+            return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
+        }
+        let groups = if scaled { shape.n } else { 1 };
+        let product = Product { groups, rows: shape.pixels() / groups, columns: shape.cin() };
+        let choice = tiles::choose(tiles::DGRAD, product, card, |tile| (shape.taps * shape.cout).div_ceil(tile.k));
+        Ok(Self { shape, float, choice, scaled })
+    }
+
+    /// The tile and split chosen.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    fn groups(&self) -> usize {
+        if self.scaled { self.shape.n } else { 1 }
+    }
+
+    /// Tiles of so many pixels in a group.
+    fn tiles_per_group(&self, pixels: usize) -> usize {
+        (self.shape.pixels() / self.groups()).div_ceil(pixels)
+    }
+
+    /// Pixels of the tiles whose sums are written.
+    fn summed_pixels(&self) -> usize {
+        if self.choice.splits > 1 { REDUCE_PIXELS } else { self.choice.tile.m }
+    }
+
+    /// Bytes of scratch memory: partial sums, then the tiles' sums for the gradient of the scales.
+    pub fn scratch_bytes(&self) -> usize {
+        let tiles = self.groups() * self.tiles_per_group(self.summed_pixels());
+        let sums = if self.scaled { tiles * self.shape.ca * 4 } else { 0 };
+        partial_bytes(&self.choice, self.shape.pixels() * self.shape.cin()) + sums
+    }
+
+    /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
+    /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip).
+    /// `weight` `[cout][taps][ca + cb]`. The inputs' tensors are not read if [`Through::Linear`].
+    #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
+    pub fn launches(
+        &self,
+        grad: Address,
+        weight: Address,
+        gain: f32,
+        inputs: Inputs,
+        through: Through,
+        acc: Option<([Address; 2], f32)>,
+        (gx, gskip): (Address, Address),
+        scratch: Address,
+    ) -> Result<Vec<Launch>, ConvError> {
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (skip, skip_scale) = inputs.check(shape)?;
+        let (scale, scale_grad) = match through {
+            Through::ScaleSilu { scale, scale_grad } => (Some(scale), scale_grad),
+            _ => (None, Address::NULL),
+        };
+        if scale.is_some() != self.scaled {
+            return Err(ConvError::Argument {
+                shape: *shape,
+                what: "planned with scales and called without, or the reverse",
+            });
+        }
+        let linear = matches!(through, Through::Linear);
+        let tiles_m = self.tiles_per_group(tile.m);
+        let partial = partial_bytes(&self.choice, shape.pixels() * shape.cin());
+        let mut params = DgradParams {
+            grad,
+            weight,
+            x: if linear { Address::NULL } else { inputs.x },
+            skip: if linear { Address::NULL } else { skip },
+            acc_x: acc.map_or(Address::NULL, |a| a.0[0]),
+            acc_skip: acc.map_or(Address::NULL, |a| a.0[1]),
+            scale: scale.map_or(Address::NULL, |s| s.all),
+            gx,
+            gskip,
+            scale_grad,
+            sums: if self.scaled { Address(scratch.0 + partial as u64) } else { Address::NULL },
+            partial: if splits > 1 { scratch } else { Address::NULL },
+            tiles: PixelTiles {
+                height: int(shape.h),
+                width: int(shape.w),
+                group: int(shape.pixels() / self.groups()),
+                tiles_per_group: int(tiles_m),
+            },
+            pixels: int(shape.pixels()),
+            ca: int(shape.ca),
+            cb: int(shape.cb),
+            cout: int(shape.cout),
+            taps: int(shape.taps),
+            scale_stride: int(scale.map_or(0, |s| s.stride)),
+            steps_per_split: int(steps_per_split),
+            splits: int(splits),
+            x_scale: inputs.x_scale,
+            skip_scale,
+            gain,
+            acc_factor: acc.map_or(0.0, |a| a.1),
+        };
+        let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
+        let mut launches = vec![main_launch("dgrad", self.float, &self.choice, grid, Params::Dgrad(params))];
+        params.tiles.tiles_per_group = int(self.tiles_per_group(self.summed_pixels()));
+        if splits > 1 {
+            let grid = [self.groups() * self.tiles_per_group(REDUCE_PIXELS), shape.cin().div_ceil(64)];
+            let kernel = format!("conv_dgrad_reduce_{}", self.float.name());
+            launches.push(pass(kernel, grid, 256, Params::Dgrad(params)));
+        }
+        if self.scaled {
+            let grid = [shape.ca.div_ceil(128), shape.n];
+            launches.push(pass("conv_dgrad_scale_sums".into(), grid, 128, Params::Dgrad(params)));
+        }
+        Ok(launches)
+    }
+}
+
+/// Gradient of a convolution's weight (`conv_wgrad`).
+#[derive(Clone, Debug)]
+pub struct Wgrad {
+    shape: ConvShape,
+    float: Float16,
+    choice: Choice,
+}
+
+impl Wgrad {
+    /// Chooses tile and split.
+    pub fn new(shape: ConvShape, float: Float16, card: Card) -> Result<Self, ConvError> {
+        shape.check()?;
+        let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin() };
+        let steps = |tile: &Tile| shape.pixels().div_ceil(tile.k);
+        Ok(Self { shape, float, choice: tiles::choose(tiles::WGRAD, product, card, steps) })
+    }
+
+    /// The tile and split chosen.
+    pub fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    fn values(&self) -> usize {
+        self.shape.cout * self.shape.taps * self.shape.cin()
+    }
+
+    /// Bytes of scratch memory.
+    pub fn scratch_bytes(&self) -> usize {
+        partial_bytes(&self.choice, self.values())
+    }
+
+    /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
+    /// convolution multiplied, as in [`Fprop::launches`].
+    pub fn launches(
+        &self,
+        inputs: Inputs,
+        grad: Address,
+        gain: f32,
+        dw: Address,
+        scratch: Address,
+    ) -> Result<Vec<Launch>, ConvError> {
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (skip, skip_scale) = inputs.check(shape)?;
+        let params = Params::Wgrad(WgradParams {
+            x: inputs.x,
+            skip,
+            grad,
+            dw,
+            partial: if splits > 1 { scratch } else { Address::NULL },
+            height: int(shape.h),
+            width: int(shape.w),
+            pixels: int(shape.pixels()),
+            ca: int(shape.ca),
+            cb: int(shape.cb),
+            cout: int(shape.cout),
+            taps: int(shape.taps),
+            steps_per_split: int(steps_per_split),
+            splits: int(splits),
+            x_scale: inputs.x_scale,
+            skip_scale,
+            gain,
+        });
+        let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
+        let mut launches = vec![main_launch("wgrad", self.float, &self.choice, grid, params)];
+        if splits > 1 {
+            launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, params));
+        }
+        Ok(launches)
+    }
+}

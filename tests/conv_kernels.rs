@@ -1,0 +1,478 @@
+//! The convolution kernels compute what their CPU twins compute, on random data, at sizes of the model
+//! in miniature and odd ones, in f16 and bf16; in every thread order and under all of the
+//! emulator's checks; and no ldmatrix of theirs meets a bank twice.
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::conv::{
+    Address, ConvError, ConvShape, Dgrad, Epilogue, Float16, Fprop, Inputs, Launch, Params, Scales, Through, Wgrad,
+};
+use edm2k::backend::gpu::emulated::{Arg, Build, Emulator, Memory, Order};
+use edm2k::backend::gpu::tiles::{self, Card};
+use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
+use edm2k::model::params::{ParamId, ParamTable};
+use edm2k::model::unet::mp_sum_weights;
+use half::{bf16, f16};
+
+/// xorshift64*: values that differ from each other, the same in every run.
+struct Random(u64);
+
+impl Random {
+    /// Uniform, of unit variance.
+    fn float(&mut self) -> f32 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let bits = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d);
+        ((bits >> 40) as f32 / (1 << 23) as f32 - 1.0) * 3f32.sqrt()
+    }
+}
+
+/// A device, a 16-bit type, and what is common to all comparisons.
+struct Bench {
+    device: Emulator,
+    build: Build,
+    float: Float16,
+    card: Card,
+    random: Random,
+}
+
+/// A tensor [.., channels]: its values, exact in 16 bits, and the device's copy, whose channels are
+/// padded with zeros to a multiple of 8.
+struct Both {
+    values: Vec<f32>,
+    memory: Memory,
+}
+
+impl Both {
+    fn at(&self) -> Address {
+        bytemuck::cast(self.memory.ptr())
+    }
+}
+
+fn at(memory: &Memory) -> Address {
+    bytemuck::cast(memory.ptr())
+}
+
+fn padded(channels: usize) -> usize {
+    channels.next_multiple_of(8)
+}
+
+impl Bench {
+    fn new(build: Build, order: Order, float: Float16, card: Card) -> Self {
+        let device = Emulator::new(build).unwrap().with_order(order).with_threads(1);
+        Self { device, build, float, card, random: Random(0x9e37_79b9_7f4a_7c15) }
+    }
+
+    /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the
+    /// rounding of the result (2^-11, 2^-8 at most) and the order of f32 sums.
+    fn bound(&self) -> f64 {
+        match self.float {
+            Float16::F16 => 2e-3,
+            Float16::Bf16 => 1.6e-2,
+        }
+    }
+
+    fn to_bits(&self, x: f32) -> u16 {
+        match self.float {
+            Float16::F16 => f16::from_f32(x).to_bits(),
+            Float16::Bf16 => bf16::from_f32(x).to_bits(),
+        }
+    }
+
+    fn of_bits(&self, x: u16) -> f32 {
+        match self.float {
+            Float16::F16 => f16::from_bits(x).to_f32(),
+            Float16::Bf16 => bf16::from_bits(x).to_f32(),
+        }
+    }
+
+    /// Random values of this magnitude.
+    fn random(&mut self, count: usize, channels: usize, magnitude: f32) -> Both {
+        let values: Vec<f32> = (0..count).map(|_| self.random.float() * magnitude).collect();
+        self.upload(&values, channels)
+    }
+
+    fn upload(&mut self, values: &[f32], channels: usize) -> Both {
+        let bits: Vec<u16> = values.iter().map(|&x| self.to_bits(x)).collect();
+        let values = bits.iter().map(|&x| self.of_bits(x)).collect();
+        let mut wide = Vec::new();
+        for pixel in bits.chunks_exact(channels) {
+            wide.extend_from_slice(pixel);
+            wide.resize(wide.len().next_multiple_of(8), 0);
+        }
+        let memory = self.device.alloc(wide.len() * 2).unwrap();
+        memory.upload(0, &wide).unwrap();
+        Both { values, memory }
+    }
+
+    fn floats(&mut self, values: &[f32]) -> Memory {
+        let memory = self.device.alloc(values.len() * 4).unwrap();
+        memory.upload(0, values).unwrap();
+        memory
+    }
+
+    fn room(&self, bytes: usize) -> Memory {
+        self.device.alloc(bytes.max(16)).unwrap()
+    }
+
+    fn run(&self, launches: Result<Vec<Launch>, ConvError>) {
+        for launch in launches.unwrap() {
+            let arg = match &launch.params {
+                Params::Fprop(p) => Arg::of(p),
+                Params::Dgrad(p) => Arg::of(p),
+                Params::Wgrad(p) => Arg::of(p),
+            };
+            // SAFETY: every address is of memory as large as the call's documentation says.
+            let counters = unsafe {
+                self.device.launch(&launch.kernel, launch.grid, [launch.threads, 1, 1], launch.shared, &[arg])
+            };
+            let conflicts = counters.unwrap().bank_conflicts;
+            // The checked build counts also plain accesses, outside of the main loop.
+            assert!(self.build == Build::Checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
+        }
+    }
+
+    /// Compares 16-bit values in device memory with f32 ones; the padding must be zero.
+    fn compare(&self, what: &str, memory: &Memory, expected: &[f32], channels: usize) {
+        let mut bits = vec![0u16; expected.len() / channels * padded(channels)];
+        memory.download(0, &mut bits).unwrap();
+        let mut found = Vec::new();
+        for pixel in bits.chunks_exact(padded(channels)) {
+            found.extend(pixel[..channels].iter().map(|&x| self.of_bits(x)));
+            assert!(pixel[channels..].iter().all(|&x| self.of_bits(x) == 0.0), "{what}: padding is not zero");
+        }
+        self.compare_floats(what, &found, expected);
+    }
+
+    fn compare_floats(&self, what: &str, found: &[f32], expected: &[f32]) {
+        let error = |(x, y): (&f32, &f32)| f64::from(x - y);
+        let pairs = || found.iter().zip(expected).map(error);
+        let norm = expected.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let relative = pairs().map(|e| e * e).sum::<f64>().sqrt() / norm;
+        let (worst, _) = pairs().enumerate().fold((0, 0.0), |w, (i, e)| if e.abs() > w.1 { (i, e.abs()) } else { w });
+        assert!(
+            found.len() == expected.len() && relative < self.bound(),
+            "{what}, {:?}: relative error {relative:.2e} of {:.1e}; worst at {worst}: {} for {}",
+            self.float,
+            self.bound(),
+            found[worst],
+            expected[worst],
+        );
+    }
+}
+
+/// A convolution of the test: real channels, not padded.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    n: usize,
+    h: usize,
+    w: usize,
+    ca: usize,
+    cb: usize,
+    cout: usize,
+    taps: usize,
+}
+
+const fn case(n: usize, h: usize, w: usize, ca: usize, cb: usize, cout: usize, taps: usize) -> Case {
+    Case { n, h, w, ca, cb, cout, taps }
+}
+
+/// The factors of mp_cat, where there are two inputs.
+const CAT: (f64, f64) = (0.75, 1.375);
+
+impl Case {
+    fn shape(&self) -> ConvShape {
+        let Case { n, h, w, ca, cb, cout, taps } = *self;
+        ConvShape { n, h, w, ca: padded(ca), cb: padded(cb), cout: padded(cout), taps }
+    }
+    fn pixels(&self) -> usize {
+        self.n * self.h * self.w
+    }
+    fn cin(&self) -> usize {
+        self.ca + self.cb
+    }
+    fn tensor(&self, channels: usize) -> [usize; 4] {
+        [self.n, self.h, self.w, channels]
+    }
+    fn scales(&self) -> (f64, f64) {
+        if self.cb == 0 { (1.0, 1.0) } else { CAT }
+    }
+    fn inputs(&self, x: &Both, skip: &Both) -> Inputs {
+        let (a, b) = self.scales();
+        Inputs { x: x.at(), x_scale: a as f32, skip: (self.cb != 0).then(|| (skip.at(), b as f32)) }
+    }
+}
+
+/// The CPU with one convolution, and its weight [cout][taps][cin], padded, on the device.
+fn with_weight(bench: &mut Bench, case: Case) -> (Cpu<f32>, ParamId, Memory) {
+    let Case { cout, taps, .. } = case;
+    let cin = case.cin();
+    let mut table = ParamTable::default();
+    let id = table.conv("conv".into(), cin, cout, if taps == 9 { 3 } else { 1 });
+    let weight = bench.random(cout * taps * cin, 1, 1.0 / ((cin * taps) as f32).sqrt()).values;
+    let mut torch = vec![0.0; weight.len()];
+    let mut wide = vec![0u16; padded(cout) * taps * (padded(case.ca) + padded(case.cb))];
+    for (i, &value) in weight.iter().enumerate() {
+        let (co, tap, c) = (i / (taps * cin), i / cin % taps, i % cin);
+        torch[(co * cin + c) * taps + tap] = value;
+        let c = if c < case.ca { c } else { c - case.ca + padded(case.ca) };
+        wide[(co * taps + tap) * (padded(case.ca) + padded(case.cb)) + c] = bench.to_bits(value);
+    }
+    // Without `prepare` what is written is what the convolution multiplies.
+    let mut cpu = Cpu::for_sampling(&table);
+    cpu.write_param(Slot::Weight, id, &torch).unwrap();
+    let memory = bench.device.alloc(wide.len() * 2).unwrap();
+    memory.upload(0, &wide).unwrap();
+    (cpu, id, memory)
+}
+
+fn mp_silu(x: f32) -> f32 {
+    x / ((1.0 + (-x).exp()) * 0.596)
+}
+
+/// Every epilogue against `conv`, `conv_scale_silu` and `conv_mp_sum`.
+fn check_fprop(bench: &mut Bench, case: Case) {
+    let (mut cpu, id, weight) = with_weight(bench, case);
+    let (pixels, cout) = (case.pixels(), case.cout);
+    let (a, b) = case.scales();
+    let x = bench.random(pixels * case.ca, case.ca, 1.0);
+    let skip = bench.random(pixels * case.cb.max(1), case.cb.max(1), 1.0);
+    let residual = bench.random(pixels * cout, cout, 1.0);
+    let fprop = Fprop::new(case.shape(), bench.float, bench.card).unwrap();
+    let (y, extra) = (bench.room(pixels * padded(cout) * 2), bench.room(pixels * padded(cout) * 2));
+    let scratch = bench.room(fprop.scratch_bytes());
+
+    let x_cpu = cpu.upload(case.tensor(case.ca), &x.values);
+    let skip_cpu = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
+    let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
+    let inputs = case.inputs(&x, &skip);
+    let go = |bench: &Bench, epilogue, act| {
+        bench.run(fprop.launches(inputs, at(&weight), epilogue, at(&y), act, at(&scratch)));
+    };
+
+    // Nothing after it; and mp_silu of a multiple of it beside.
+    go(bench, Epilogue::Gain(1.0), Some((at(&extra), 0.875)));
+    let expected = cpu.conv(id, operand);
+    bench.compare(&format!("conv {case:?}"), &y, expected.values(), cout);
+    let activated: Vec<f32> = expected.values().iter().map(|&y| mp_silu(0.875 * y)).collect();
+    bench.compare(&format!("activated conv {case:?}"), &extra, &activated, cout);
+
+    // Scaled by the channels of one block of many, activated, with what comes before.
+    let stride = padded(cout) + 24;
+    let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
+    let on_device = bench.floats(&scales);
+    let scale = Scales { all: Address(at(&on_device).0 + 16 * 4), stride };
+    go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
+    let all = cpu.upload([case.n, 1, 1, stride], &scales);
+    let (expected, pre) = cpu.conv_scale_silu(id, operand, Scale { all: &all, offset: 16 }, true);
+    bench.compare(&format!("conv_scale_silu {case:?}"), &y, expected.values(), cout);
+    bench.compare(&format!("its input {case:?}"), &extra, pre.unwrap().values(), cout);
+
+    // mp_sum, clipped where it matters.
+    let (wa, wb) = mp_sum_weights(0.3);
+    let (wa, wb) = (wa as f32, wb as f32);
+    go(bench, Epilogue::MpSum { residual: residual.at(), wa, wb, clip: Some(1.5) }, None);
+    let residual_cpu = cpu.upload(case.tensor(cout), &residual.values);
+    let expected = cpu.conv_mp_sum(id, operand, &residual_cpu, 0.3, Some(1.5));
+    bench.compare(&format!("conv_mp_sum {case:?}"), &y, expected.values(), cout);
+}
+
+/// `conv_dgrad` with and without mp_silu and accumulation, and `conv_dgrad_scale_silu`.
+fn check_dgrad(bench: &mut Bench, case: Case) {
+    let (mut cpu, id, weight) = with_weight(bench, case);
+    let (pixels, ca, cb) = (case.pixels(), case.ca, case.cb);
+    let (a, b) = case.scales();
+    let x = bench.random(pixels * ca, ca, 1.0);
+    let skip = bench.random(pixels * cb.max(1), cb.max(1), 1.0);
+    let accs = [bench.random(pixels * ca, ca, 1.0), bench.random(pixels * cb.max(1), cb.max(1), 1.0)];
+    let grad = bench.random(pixels * case.cout, case.cout, 1.0);
+    let (gx, gskip) = (bench.room(pixels * padded(ca) * 2), bench.room(pixels * padded(cb) * 2));
+    let grad_cpu = cpu.upload(case.tensor(case.cout), &grad.values);
+    let x_cpu = cpu.upload(case.tensor(ca), &x.values);
+    let skip_cpu = (cb != 0).then(|| cpu.upload(case.tensor(cb), &skip.values));
+    let inputs = case.inputs(&x, &skip);
+
+    let dgrad = Dgrad::new(case.shape(), false, bench.float, bench.card).unwrap();
+    let scratch = bench.room(dgrad.scratch_bytes());
+    for (silu, accumulate) in [(false, false), (true, true)] {
+        let through = if silu { Through::Silu } else { Through::Linear };
+        let acc = accumulate.then(|| ([accs[0].at(), accs[1].at()], 0.625));
+        bench.run(dgrad.launches(
+            grad.at(),
+            at(&weight),
+            0.8,
+            inputs,
+            through,
+            acc,
+            (at(&gx), at(&gskip)),
+            at(&scratch),
+        ));
+        let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu };
+        let acc = accumulate.then(|| {
+            let skip = (cb != 0).then(|| cpu.upload(case.tensor(cb), &accs[1].values));
+            (OperandGrad { x: cpu.upload(case.tensor(ca), &accs[0].values), skip }, 0.625)
+        });
+        let expected = cpu.conv_dgrad(id, &grad_cpu, f64::from(0.8f32), operand, acc);
+        bench.compare(&format!("conv_dgrad, silu {silu}, {case:?}"), &gx, expected.x.values(), ca);
+        if let Some(expected) = expected.skip {
+            bench.compare(&format!("conv_dgrad of skip, silu {silu}, {case:?}"), &gskip, expected.values(), cb);
+        }
+    }
+    if cb != 0 {
+        return;
+    }
+
+    let dgrad = Dgrad::new(case.shape(), true, bench.float, bench.card).unwrap();
+    let scratch = bench.room(dgrad.scratch_bytes());
+    let stride = padded(ca) + 24;
+    let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
+    let (on_device, grads) = (bench.floats(&scales), bench.floats(&vec![0.0; scales.len()]));
+    let scale = Scales { all: Address(at(&on_device).0 + 16 * 4), stride };
+    let through = Through::ScaleSilu { scale, scale_grad: Address(at(&grads).0 + 16 * 4) };
+    bench.run(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
+    let all = cpu.upload([case.n, 1, 1, stride], &scales);
+    let mut grads_cpu = cpu.zero_scales_grad(&all);
+    let scale = Scale { all: &all, offset: 16 };
+    let expected = cpu.conv_dgrad_scale_silu(id, &grad_cpu, f64::from(0.8f32), &x_cpu, scale, &mut grads_cpu);
+    bench.compare(&format!("conv_dgrad_scale_silu {case:?}"), &gx, expected.values(), ca);
+    let mut found = vec![0.0f32; scales.len()];
+    grads.download(0, &mut found).unwrap();
+    bench.compare_floats(&format!("gradient of the scales {case:?}"), &found, grads_cpu.values());
+}
+
+/// `conv_wgrad`, twice: the second call adds to the first.
+fn check_wgrad(bench: &mut Bench, case: Case) {
+    let Case { cout, taps, ca, .. } = case;
+    let (cin, wide) = (case.cin(), padded(case.ca) + padded(case.cb));
+    let mut table = ParamTable::default();
+    let id = table.conv("conv".into(), cin, cout, if taps == 9 { 3 } else { 1 });
+    let mut cpu: Cpu<f32> = Cpu::for_training(&table, 0);
+    let (a, b) = case.scales();
+    let wgrad = Wgrad::new(case.shape(), bench.float, bench.card).unwrap();
+    let dw = bench.floats(&vec![0.0; padded(cout) * taps * wide]);
+    let scratch = bench.room(wgrad.scratch_bytes());
+    for gain in [0.8, -1.5f32] {
+        let x = bench.random(case.pixels() * ca, ca, 1.0);
+        let skip = bench.random(case.pixels() * case.cb.max(1), case.cb.max(1), 1.0);
+        let grad = bench.random(case.pixels() * cout, cout, 1.0);
+        bench.run(wgrad.launches(case.inputs(&x, &skip), grad.at(), gain, at(&dw), at(&scratch)));
+        let x_cpu = cpu.upload(case.tensor(ca), &x.values);
+        let skip_cpu = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
+        let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
+        let grad_cpu = cpu.upload(case.tensor(cout), &grad.values);
+        cpu.conv_wgrad(id, operand, &grad_cpu, f64::from(gain));
+    }
+    let mut found = vec![0.0f32; padded(cout) * taps * wide];
+    dw.download(0, &mut found).unwrap();
+    let torch = cpu.read_param(Slot::Grad, id).unwrap();
+    let (mut found_real, mut expected) = (Vec::new(), Vec::new());
+    for (i, &value) in torch.iter().enumerate() {
+        let (co, c, tap) = (i / (cin * taps), i / taps % cin, i % taps);
+        let c = if c < ca { c } else { c - ca + padded(ca) };
+        found_real.push(found[(co * taps + tap) * wide + c]);
+        expected.push(value);
+    }
+    bench.compare_floats(&format!("conv_wgrad {case:?}"), &found_real, &expected);
+}
+
+/// Odd ones, and the model's in miniature: small maps, two inputs, 5 channels in, 4 out.
+const CASES: &[Case] = &[
+    case(1, 1, 1, 8, 0, 8, 9),
+    case(3, 1, 1, 136, 0, 8, 1),
+    case(3, 7, 5, 24, 16, 40, 9),
+    case(1, 7, 5, 136, 8, 72, 1),
+    case(3, 8, 11, 136, 0, 136, 9),
+    case(1, 11, 8, 64, 64, 64, 9),
+    case(1, 1, 40, 16, 0, 24, 9),
+    case(2, 22, 16, 5, 0, 64, 9),
+    case(2, 22, 16, 64, 0, 4, 9),
+];
+
+/// Few multiprocessors: large tiles, whole sums. Many: small tiles, split sums.
+const CARDS: [Card; 2] = [Card { sms: 1 }, Card { sms: 128 }];
+
+fn for_all(check: fn(&mut Bench, Case)) {
+    for float in [Float16::F16, Float16::Bf16] {
+        for card in CARDS {
+            let mut bench = Bench::new(Build::Normal, Order::Forward, float, card);
+            CASES.iter().for_each(|&case| check(&mut bench, case));
+        }
+    }
+}
+
+#[test]
+fn forward_is_the_twins() {
+    for_all(check_fprop);
+}
+
+#[test]
+fn input_gradient_is_the_twins() {
+    for_all(check_dgrad);
+}
+
+#[test]
+fn weight_gradient_is_the_twins() {
+    for_all(check_wgrad);
+}
+
+#[test]
+fn any_thread_order_and_all_checks_pass() {
+    for build in [Build::Normal, Build::Checked] {
+        for order in [Order::Forward, Order::Reversed, Order::Random(11)] {
+            for card in CARDS {
+                let mut bench = Bench::new(build, order, Float16::F16, card);
+                for case in [case(1, 3, 5, 24, 16, 24, 9), case(3, 1, 3, 136, 0, 8, 1)] {
+                    check_fprop(&mut bench, case);
+                    check_dgrad(&mut bench, case);
+                    check_wgrad(&mut bench, case);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_instance_exists_and_is_chosen_for_some_shape() {
+    let device = Emulator::new(Build::Normal).unwrap();
+    let exported = device.kernels();
+    let mut chosen = std::collections::BTreeSet::new();
+    for card in CARDS {
+        for case in CASES.iter().chain(&[case(1, 64, 64, 128, 0, 128, 9)]) {
+            for float in [Float16::F16, Float16::Bf16] {
+                let (shape, name) = (case.shape(), format!("{float:?}").to_lowercase());
+                let tile = Fprop::new(shape, float, card).unwrap().choice().tile.name;
+                chosen.insert(format!("conv_fprop_{name}_{tile}"));
+                let tile = Dgrad::new(shape, false, float, card).unwrap().choice().tile.name;
+                chosen.insert(format!("conv_dgrad_{name}_{tile}"));
+                let tile = Wgrad::new(shape, float, card).unwrap().choice().tile.name;
+                chosen.insert(format!("conv_wgrad_{name}_{tile}"));
+            }
+        }
+    }
+    let instances = exported.iter().filter(|name| name.starts_with("conv_") && name.contains("x32_"));
+    assert_eq!(chosen.iter().collect::<Vec<_>>(), instances.collect::<Vec<_>>());
+    for tile in [tiles::FPROP, tiles::DGRAD, tiles::WGRAD].concat() {
+        let stages: usize = tile.name.rsplit_once("_s").unwrap().1.parse().unwrap();
+        assert_eq!(tile.shared as usize, stages * (tile.m + tile.n) * tile.k * 2, "{}", tile.name);
+    }
+}
+
+#[test]
+fn what_the_kernels_cannot_do_is_refused() {
+    let good = ConvShape { n: 1, h: 8, w: 8, ca: 8, cb: 0, cout: 8, taps: 9 };
+    let card = CARDS[0];
+    for bad in [
+        ConvShape { ca: 5, ..good },
+        ConvShape { cout: 0, ..good },
+        ConvShape { taps: 4, ..good },
+        ConvShape { n: 1 << 30, ..good },
+    ] {
+        let error = Fprop::new(bad, Float16::F16, card).unwrap_err();
+        assert!(matches!(error, ConvError::Shape { shape, .. } if shape == bad), "{error}");
+    }
+    let two = Fprop::new(ConvShape { cb: 8, ..good }, Float16::F16, card).unwrap();
+    let inputs = Inputs { x: Address::NULL, x_scale: 1.0, skip: None };
+    let none = Address::NULL;
+    let error = two.launches(inputs, none, Epilogue::Gain(1.0), none, None, none).unwrap_err();
+    assert!(matches!(error, ConvError::Argument { .. }), "{error}");
+}
