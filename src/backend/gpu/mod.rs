@@ -1,6 +1,8 @@
 //! The CUDA engine: the kernels in `kernels/`, run by a device or by the emulator.
 
 #[cfg(feature = "emulator")]
+pub mod attention;
+#[cfg(feature = "emulator")]
 pub mod conv;
 #[cfg(feature = "emulator")]
 pub mod emulated;
