@@ -61,3 +61,9 @@ __device__ __forceinline__ void block_sum(float (&x)[N], float (*scratch)[32]) {
 #pragma unroll
     for (int i = 0; i < N; i++) x[i] = warp_sum(lane < warps ? scratch[i][lane] : 0.0f);
 }
+
+// Fourier feature sqrt(2) cos(c_noise freq + phase) (EDM2 eq. 75). In half turns, whose reduction is
+// exact and needs no local memory.
+__device__ __forceinline__ float fourier_feature(float c_noise, float freq, float phase) {
+    return 1.41421356f * cospif((c_noise * freq + phase) * 0.318309886f);
+}

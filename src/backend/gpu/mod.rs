@@ -7,4 +7,6 @@ pub mod launch;
 #[cfg(feature = "emulator")]
 pub mod pixelwise;
 #[cfg(feature = "emulator")]
+pub mod precond;
+#[cfg(feature = "emulator")]
 pub mod weights;
