@@ -9,9 +9,10 @@
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{Launch, Precision, Run, null};
+use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
-use edm2k::backend::gpu::{pixelwise, weights};
-use edm2k::backend::{Backend, LossInput, Normalization, Operand, Shape, Slot, Step};
+use edm2k::backend::gpu::{pixelwise, precond, weights};
+use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
 use edm2k::model::params::{Kind, ParamId, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
@@ -510,4 +511,183 @@ fn effective_weights_of_weights_and_averages() {
             d.same("the twin's linear layer", &d.read16(&effective)[first..first + 8 * 136], &transposed, d.bound());
         }
     });
+}
+
+// ---- noise, preconditioning, loss ---------------------------------------------------------------------
+
+#[test]
+fn noise_has_the_bits_of_the_cpu() {
+    everywhere(|d| {
+        for (images, values) in [(1, 1), (3, 7 * 5 * 3), (3, 8 * 11 * 4), (2, 2049)] {
+            let stream = |i: usize| Stream {
+                seed: 0x1234_5678_9abc_def0 + i as u64,
+                purpose: Purpose::Churn,
+                step: 0xab_cdef,
+                image: (1 << 40) + 17 * i as u64,
+            };
+            let streams: Vec<NoiseStream> = (0..images).map(|i| stream(i).into()).collect();
+            let sigmas: Vec<f32> = (0..images).map(|i| 0.3 + 7.7 * i as f32).collect();
+            let clean = normals(images * values, 90, 0.5);
+            let mut noise = vec![0.0; images * values];
+            noise.chunks_mut(values).enumerate().for_each(|(i, x)| stream(i).normals(x));
+            let noisy: Vec<f32> = (0..images * values).map(|i| clean[i] + sigmas[i / values] * noise[i]).collect();
+
+            let [streams, sigma, clean] = [d.upload(&streams), d.upload(&sigmas), d.upload(&clean)];
+            for (clean, sigma, want) in [(clean.ptr(), sigma.ptr(), noisy), (null(), null(), noise)] {
+                let out = d.upload(&vec![f32::NAN; images * values]);
+                let (purpose, step) = (Purpose::Churn, 0xab_cdef);
+                let launch = precond::add_noise(images, values, purpose, step, streams.ptr(), clean, sigma, out.ptr());
+                d.run([&launch]);
+                let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&read(&out)), bits(&want), "{images} images of {values}, {}", d.name);
+            }
+        }
+    });
+}
+
+/// Values with `c` channels as the U-Net writes them: padded to a multiple of 8, here with numbers that
+/// must not matter.
+fn padded(values: &[f32], c: usize) -> Vec<f32> {
+    let width = c.next_multiple_of(8);
+    let fill = |pixel: &[f32]| pixel.iter().copied().chain(vec![9.0; width - c]).collect::<Vec<_>>();
+    values.chunks(c).flat_map(fill).collect()
+}
+
+fn without_padding(values: &[f32], c: usize) -> Vec<f32> {
+    values.chunks(c.next_multiple_of(8)).flat_map(|pixel| pixel[..c].to_vec()).collect()
+}
+
+#[test]
+fn preconditioning_and_loss() {
+    let mut table = ParamTable::default();
+    let gain_id = table.gain("out_gain".into());
+    everywhere(|d| {
+        for shape in [[1, 1, 1, 4], [3, 7, 5, 3], [2, 8, 11, 4], [1, 17, 16, 4], [1, 2, 3, 9]] {
+            let [n, h, w, c] = shape;
+            let values = n * h * w * c;
+            let mut cpu = Cpu::<f32>::for_training(&table, 0);
+            cpu.set_param(Slot::Weight, gain_id, &[0.8]).unwrap();
+            cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+            let sigmas: Vec<f32> = (0..n).map(|i| 0.2 + 1.7 * i as f32).collect();
+            let logvars: Vec<f32> = (0..n).map(|i| 0.4 - 0.5 * i as f32).collect();
+            let (clean, noisy) = (normals(values, 91, 0.5), normals(values, 92, 1.0));
+            let raw16 = d.narrow(&padded(&normals(values, 93, 1.0), c));
+            let raw = without_padding(&d.widen(&raw16), c);
+
+            let [x, sigma, logvar] = [d.upload(&noisy), d.upload(&sigmas), d.upload(&logvars)];
+            let twin_x = cpu.upload(shape, &noisy);
+            let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
+            let out = d.empty([n, h, w, (c + 1).next_multiple_of(8)]);
+            d.run([&precond::precond_input(d.precision, shape, x.ptr(), sigma.ptr(), 0.5, out.ptr())]);
+            let twin = cpu.precond_input(&twin_x, &twin_sigma, 0.5);
+            let want = cpu.download(&twin).unwrap();
+            let got = d.read16(&out);
+            d.same(&format!("precond_input {shape:?}"), &without_padding(&got, c + 1), &want, d.bound());
+            let padding =
+                |v: &[f32], c: usize| v.chunks(c.next_multiple_of(8)).all(|p| p[c..].iter().all(|&x| x == 0.0));
+            assert!(padding(&got, c + 1), "the padding of precond_input is zero");
+
+            let (raw_memory, gain) = (d.upload(&raw16), d.upload(&[0.8f32]));
+            let twin_raw = cpu.upload(shape, &raw);
+            let out = d.upload(&vec![f32::NAN; values]);
+            d.run([&precond::precond_output(
+                d.precision,
+                shape,
+                x.ptr(),
+                raw_memory.ptr(),
+                sigma.ptr(),
+                gain.ptr(),
+                0.5,
+                out.ptr(),
+            )]);
+            let twin = cpu.precond_output(&twin_x, &twin_raw, &twin_sigma, gain_id, 0.5);
+            d.same(&format!("precond_output {shape:?}"), &read(&out), &cpu.download(&twin).unwrap(), F32);
+
+            let (twin_clean, twin_logvar) = (cpu.upload(shape, &clean), cpu.upload([n, 1, 1, 1], &logvars));
+            let twin = cpu.loss(LossInput {
+                clean: &twin_clean,
+                noisy: &twin_x,
+                raw: &twin_raw,
+                sigma: &twin_sigma,
+                logvar: &twin_logvar,
+                out_gain: gain_id,
+                sigma_data: 0.5,
+            });
+            let grad_raw = d.empty([n, h, w, c.next_multiple_of(8)]);
+            let [per_image, grad_logvar] = [0; 2].map(|_| d.zeros(4 * n));
+            let (clean, grad_gain) = (d.upload(&clean), d.upload(&[100.0f32]));
+            let partial = d.emulator.alloc(precond::loss_scratch(shape)).unwrap();
+            let arenas = precond::LossArenas {
+                clean: clean.ptr(),
+                noisy: x.ptr(),
+                raw: raw_memory.ptr(),
+                sigma: sigma.ptr(),
+                logvar: logvar.ptr(),
+                gain: gain.ptr(),
+                grad_raw: grad_raw.ptr(),
+                partial: partial.ptr(),
+                per_image: per_image.ptr(),
+                grad_logvar: grad_logvar.ptr(),
+                grad_gain: grad_gain.ptr(),
+            };
+            d.run(&precond::loss(d.precision, shape, &arenas, 0.5));
+            d.same(&format!("loss {shape:?}"), &read(&per_image), &cpu.download(&twin.per_image).unwrap(), F32);
+            let want = cpu.download(&twin.grad_logvar).unwrap();
+            d.same(&format!("gradient of logvar {shape:?}"), &read(&grad_logvar), &want, F32);
+            let got = d.read16(&grad_raw);
+            let want = cpu.download(&twin.grad_raw).unwrap();
+            d.same(&format!("gradient of raw {shape:?}"), &without_padding(&got, c), &want, d.bound());
+            assert!(padding(&got, c), "the padding of the gradient is zero");
+            // Added to what was there.
+            let want = 100.0 + cpu.param(Slot::Grad, gain_id).unwrap()[0];
+            d.same(&format!("gradient of the gain {shape:?}"), &read(&grad_gain), &[want], F32);
+        }
+    });
+}
+
+#[test]
+fn logvar_and_its_gradient() {
+    let mut table = ParamTable::default();
+    let (freqs, phases) = table.fourier("fourier".into(), 136);
+    let weight = table.linear("linear".into(), 136, 1);
+    let layer = Logvar { freqs, phases, weight };
+    everywhere(|d| {
+        let mut cpu = Cpu::<f32>::for_training(&table, 0);
+        let frequencies: Vec<f32> = normals(136, 94, std::f32::consts::TAU);
+        let offsets: Vec<f32> = (0..136).map(|i| std::f32::consts::TAU * i as f32 / 136.0).collect();
+        let stored = normals(136, 95, 1.0);
+        for (id, values) in [(freqs, &frequencies), (phases, &offsets), (weight, &stored)] {
+            cpu.set_param(Slot::Weight, id, values).unwrap();
+        }
+        cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+        let rms = (stored.iter().map(|x| x * x).sum::<f32>() / 136.0).sqrt();
+        let effective: Vec<f32> = stored.iter().map(|x| x / (1e-4 + rms) / 136f32.sqrt()).collect();
+        let [f, p, w] = [d.upload(&frequencies), d.upload(&offsets), d.upload(&d.narrow(&effective))];
+        let params = precond::LogvarParams { freqs: f.ptr(), phases: p.ptr(), weight: w.ptr(), channels: 136 };
+        for n in [1, 3, 40] {
+            let sigmas: Vec<f32> = (0..n).map(|i| 0.002 * 1.3f32.powi(i as i32)).collect();
+            let sigma = d.upload(&sigmas);
+            let (features, logvar) = (d.zeros(4 * 136 * n), d.zeros(4 * n));
+            d.run([&precond::logvar(d.precision, n, &params, sigma.ptr(), features.ptr(), logvar.ptr())]);
+            let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
+            let (twin_features, twin_logvar) = cpu.logvar(&layer, &twin_sigma);
+            d.same("Fourier features", &read(&features), &cpu.download(&twin_features).unwrap(), F32);
+            // The weight is rounded to 16 bits.
+            d.same("logvar", &read(&logvar), &cpu.download(&twin_logvar).unwrap(), d.bound());
+
+            let grads = normals(n, 96, 1.0);
+            let start = accumulated(&mut cpu, weight);
+            let (grad, out) = (d.upload(&grads), d.upload(&start));
+            let (features, grad) = (features.ptr(), grad.ptr());
+            d.run([&precond::logvar_backward(n, 136, features, grad, out.ptr())]);
+            let twin_grad = cpu.upload([n, 1, 1, 1], &grads);
+            cpu.logvar_backward(&layer, &twin_features, &twin_grad);
+            d.same("gradient of the logvar layer", &read(&out), &accumulated(&mut cpu, weight), F32);
+        }
+    });
+}
+
+/// What the twin has accumulated so far.
+fn accumulated(cpu: &mut Cpu<f32>, id: ParamId) -> Vec<f32> {
+    cpu.param(Slot::Grad, id).unwrap()
 }

@@ -11,6 +11,8 @@ pub mod launch;
 #[cfg(feature = "emulator")]
 pub mod pixelwise;
 #[cfg(feature = "emulator")]
+pub mod precond;
+#[cfg(feature = "emulator")]
 pub mod tiles;
 #[cfg(feature = "emulator")]
 pub mod weights;

@@ -1,0 +1,296 @@
+//! Launches of `kernels/precond.cu`: noise, preconditioning, the loss and its gradients, logvar.
+//!
+//! Images are f32 `[n, height, width, channels]`; what the U-Net reads and writes is 16 bits, with the
+//! channels padded to a multiple of 8.
+
+use super::emulated::DevicePtr;
+use super::launch::{Launch, Precision};
+use crate::backend::Shape;
+use crate::rng::{Purpose, Stream};
+use bytemuck::{Pod, Zeroable};
+
+const BLOCK: u32 = 256;
+
+/// Seed and image of one image's noise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct NoiseStream {
+    /// See [`Stream::seed`].
+    pub seed: u64,
+    /// See [`Stream::image`].
+    pub image: u64,
+}
+
+impl From<Stream> for NoiseStream {
+    fn from(s: Stream) -> Self {
+        Self { seed: s.seed, image: s.image }
+    }
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Noise {
+    clean: DevicePtr,
+    sigma: DevicePtr,
+    streams: DevicePtr,
+    noisy: DevicePtr,
+    images: i32,
+    values: i32,
+    tag: u32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<Noise>() == 48);
+
+/// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`]
+/// for each of the `streams` ([`NoiseStream`]s). With `clean` and `sigma` null the noise itself.
+#[allow(clippy::too_many_arguments)]
+pub fn add_noise(
+    images: usize,
+    values: usize,
+    purpose: Purpose,
+    step: u32,
+    streams: DevicePtr,
+    clean: DevicePtr,
+    sigma: DevicePtr,
+    noisy: DevicePtr,
+) -> Launch {
+    let tag = ((purpose as u32) << 24) | (step & 0xff_ffff);
+    let (n, each) = (images as i32, values as i32);
+    let params = Noise { clean, sigma, streams, noisy, images: n, values: each, tag, padding: 0 };
+    Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PrecondInput {
+    x: DevicePtr,
+    sigma: DevicePtr,
+    out: DevicePtr,
+    pixels: i32,
+    per_image: i32,
+    channels: i32,
+    vectors: i32,
+    sigma_data: f32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<PrecondInput>() == 48);
+
+/// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x.
+pub fn precond_input(
+    p: Precision,
+    shape: Shape,
+    x: DevicePtr,
+    sigma: DevicePtr,
+    sigma_data: f64,
+    out: DevicePtr,
+) -> Launch {
+    let [n, h, w, c] = shape;
+    let vectors = (c + 1).div_ceil(8);
+    let params = PrecondInput {
+        x,
+        sigma,
+        out,
+        pixels: (n * h * w) as i32,
+        per_image: (h * w) as i32,
+        channels: c as i32,
+        vectors: vectors as i32,
+        sigma_data: sigma_data as f32,
+        padding: 0,
+    };
+    Launch::over(p.pick(["precond_input_f16", "precond_input_bf16"]), n * h * w * vectors, BLOCK, &params)
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PrecondOutput {
+    x: DevicePtr,
+    raw: DevicePtr,
+    sigma: DevicePtr,
+    gain: DevicePtr,
+    out: DevicePtr,
+    pixels: i32,
+    per_image: i32,
+    channels: i32,
+    vectors: i32,
+    sigma_data: f32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<PrecondOutput>() == 64);
+
+/// `out` = D(x; sigma), f32, from the U-Net's `raw` output (channels padded to a multiple of 8) and the
+/// f32 scalar `gain`. `shape` is that of x.
+#[allow(clippy::too_many_arguments)]
+pub fn precond_output(
+    p: Precision,
+    shape: Shape,
+    x: DevicePtr,
+    raw: DevicePtr,
+    sigma: DevicePtr,
+    gain: DevicePtr,
+    sigma_data: f64,
+    out: DevicePtr,
+) -> Launch {
+    let [n, h, w, c] = shape;
+    let params = PrecondOutput {
+        x,
+        raw,
+        sigma,
+        gain,
+        out,
+        pixels: (n * h * w) as i32,
+        per_image: (h * w) as i32,
+        channels: c as i32,
+        vectors: c.div_ceil(8) as i32,
+        sigma_data: sigma_data as f32,
+        padding: 0,
+    };
+    Launch::over(p.pick(["precond_output_f16", "precond_output_bf16"]), n * h * w, BLOCK, &params)
+}
+
+/// Device memory of the loss of images [n, h, w, c].
+#[derive(Clone, Copy, Debug)]
+pub struct LossArenas {
+    /// Clean images, f32.
+    pub clean: DevicePtr,
+    /// clean + sigma * noise, f32.
+    pub noisy: DevicePtr,
+    /// Output of the U-Net, 16 bits, channels padded to a multiple of 8.
+    pub raw: DevicePtr,
+    /// Noise levels [n], f32.
+    pub sigma: DevicePtr,
+    /// Learned log variance [n], f32.
+    pub logvar: DevicePtr,
+    /// Effective gain of the output, an f32 scalar.
+    pub gain: DevicePtr,
+    /// Receives the gradient of `raw`.
+    pub grad_raw: DevicePtr,
+    /// Scratch of [`loss_scratch`] bytes.
+    pub partial: DevicePtr,
+    /// Receives the loss of each image [n], f32.
+    pub per_image: DevicePtr,
+    /// Receives the gradient of `logvar` [n], f32.
+    pub grad_logvar: DevicePtr,
+    /// The gradient of `gain` is added to this f32 scalar.
+    pub grad_gain: DevicePtr,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LossParams {
+    clean: DevicePtr,
+    noisy: DevicePtr,
+    raw: DevicePtr,
+    sigma: DevicePtr,
+    logvar: DevicePtr,
+    gain: DevicePtr,
+    grad_raw: DevicePtr,
+    partial: DevicePtr,
+    per_image: DevicePtr,
+    grad_logvar: DevicePtr,
+    grad_gain: DevicePtr,
+    images: i32,
+    pixels: i32,
+    channels: i32,
+    vectors: i32,
+    chunks: i32,
+    sigma_data: f32,
+}
+const _: () = assert!(size_of::<LossParams>() == 112);
+
+/// Bytes of [`LossArenas::partial`].
+pub fn loss_scratch([n, h, w, _]: Shape) -> usize {
+    n * (h * w).div_ceil(BLOCK as usize) * 8
+}
+
+/// EDM2's loss and the gradients that start the backward pass.
+pub fn loss(p: Precision, shape: Shape, a: &LossArenas, sigma_data: f64) -> [Launch; 2] {
+    let [n, h, w, c] = shape;
+    let chunks = (h * w).div_ceil(BLOCK as usize);
+    let params = LossParams {
+        clean: a.clean,
+        noisy: a.noisy,
+        raw: a.raw,
+        sigma: a.sigma,
+        logvar: a.logvar,
+        gain: a.gain,
+        grad_raw: a.grad_raw,
+        partial: a.partial,
+        per_image: a.per_image,
+        grad_logvar: a.grad_logvar,
+        grad_gain: a.grad_gain,
+        images: n as i32,
+        pixels: (h * w) as i32,
+        channels: c as i32,
+        vectors: c.div_ceil(8) as i32,
+        chunks: chunks as i32,
+        sigma_data: sigma_data as f32,
+    };
+    [
+        Launch::new(p.pick(["loss_f16", "loss_bf16"]), [(n * chunks) as u32, 1, 1], BLOCK, 0, &params),
+        Launch::new("loss_reduce", [1, 1, 1], BLOCK, 0, &params),
+    ]
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Logvar {
+    sigma: DevicePtr,
+    freqs: DevicePtr,
+    phases: DevicePtr,
+    weight: DevicePtr,
+    features: DevicePtr,
+    logvar: DevicePtr,
+    channels: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<Logvar>() == 56);
+
+/// Parameters of the logvar layer on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct LogvarParams {
+    /// Frequencies [channels], f32.
+    pub freqs: DevicePtr,
+    /// Phases [channels], f32.
+    pub phases: DevicePtr,
+    /// Effective weight [1, channels], 16 bits.
+    pub weight: DevicePtr,
+    /// Number of features.
+    pub channels: usize,
+}
+
+/// `features` [n, channels] and `logvar` [n], f32, of the noise levels [n].
+pub fn logvar(
+    p: Precision,
+    n: usize,
+    layer: &LogvarParams,
+    sigma: DevicePtr,
+    features: DevicePtr,
+    logvar: DevicePtr,
+) -> Launch {
+    let LogvarParams { freqs, phases, weight, channels } = *layer;
+    let params = Logvar { sigma, freqs, phases, weight, features, logvar, channels: channels as i32, padding: 0 };
+    Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n as u32, 1, 1], 32, 0, &params)
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct LogvarBackward {
+    features: DevicePtr,
+    grad: DevicePtr,
+    grad_weight: DevicePtr,
+    images: i32,
+    channels: i32,
+}
+const _: () = assert!(size_of::<LogvarBackward>() == 32);
+
+/// Adds the gradient of the logvar layer's weight to `grad_weight` [channels], f32, from that of logvar [n].
+pub fn logvar_backward(
+    n: usize,
+    channels: usize,
+    features: DevicePtr,
+    grad: DevicePtr,
+    grad_weight: DevicePtr,
+) -> Launch {
+    let params = LogvarBackward { features, grad, grad_weight, images: n as i32, channels: channels as i32 };
+    Launch::over("logvar_backward", channels, BLOCK, &params)
+}
