@@ -4,9 +4,16 @@ CARGO ?= cargo
 EDM2K := target/release/edm2k
 DATA  := demo/cache/emoji-32
 
-# The rows of the demo's grid; the last two sets of tags are such as no emoji has.
-DEMO_TAGS := --tags 'heart' --tags 'grinning, face' --tags 'woman, dark skin tone, red, hair' \
-	--tags 'superhero, light skin tone' --tags 'wheelchair, vampire' --tags 'couple, fairy, dark skin tone'
+# The rows of the demo's grid; no emoji has the last two sets of tags.
+PEOPLE := group: people & body
+DEMO_TAGS := \
+	--tags 'green, heart, subgroup: heart, group: smileys & emotion' \
+	--tags 'grinning, face, happy, group: smileys & emotion, subgroup: face smiling' \
+	--tags 'woman, dark skin tone, red, hair, subgroup: person, $(PEOPLE)' \
+	--tags 'superhero, man, light skin tone, subgroup: person fantasy, $(PEOPLE)' \
+	--tags 'heart, couple, kiss, medium skin tone, $(PEOPLE)' \
+	--tags 'vampire, woman, red, hair, dark skin tone, $(PEOPLE)' \
+	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench verify demo-data demo-train
@@ -20,7 +27,7 @@ FORCE:
 
 demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/out)
 	@$(EDM2K) sample --model demo/emoji.safetensors --condition-model demo/conditions.safetensors \
-		$(DEMO_TAGS) --complete --random-conditions 4 --per-condition 8 --batch 16 \
+		$(DEMO_TAGS) --random-conditions 5 --per-condition 8 --batch 16 \
 		--outdir demo/out --overwrite
 
 test: ## run every test
