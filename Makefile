@@ -16,7 +16,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench verify demo-data demo-train
+.PHONY: help demo test test-kernels lint bench verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/
 
 test: ## run every test
 	@$(CARGO) test --release --locked
+
+test-kernels: ## run the CUDA kernels' tests on the emulator (needs a C++17 compiler, x86-64 Linux)
+	@$(CARGO) test --release --locked --features emulator \
+		--test conv_kernels --test attention_kernels --test pixelwise_kernels
 
 lint: ## formatting, clippy, documentation; warnings are errors
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 \
