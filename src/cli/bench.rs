@@ -9,6 +9,7 @@ use edm2k::backend::{Backend, Normalization, Slot, Step};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{ParamTable, Precond};
 use edm2k::rng::{Purpose, Stream};
+use edm2k::train::stats::peak_mib;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,7 +49,7 @@ struct Row {
     median_s: f64,
     fastest_s: f64,
     gmac_per_s: f64,
-    peak_mib: Option<u64>,
+    peak_mib: Option<f64>,
 }
 
 /// Runs the subcommand.
@@ -82,10 +83,9 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         times.sort_by(f64::total_cmp);
         let median_s = times[times.len() / 2];
-        let row =
-            Row { what, median_s, fastest_s: times[0], gmac_per_s: macs / median_s * 1e-9, peak_mib: peak_memory() };
+        let row = Row { what, median_s, fastest_s: times[0], gmac_per_s: macs / median_s * 1e-9, peak_mib: peak_mib() };
         if !args.json {
-            let peak = row.peak_mib.map_or("unknown".into(), |m| format!("{m} MiB"));
+            let peak = row.peak_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
             println!(
                 "{:<24} {:8.3} s (fastest {:.3}) {:8.1} GMAC/s   peak {peak}",
                 row.what, row.median_s, row.fastest_s, row.gmac_per_s
@@ -138,11 +138,4 @@ fn randomise(b: &mut Cpu, table: &ParamTable) -> Result<()> {
         b.write_param(Slot::Weight, id, &values)?;
     }
     Ok(())
-}
-
-/// Peak resident memory of this process so far, in MiB, where the system tells.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
 }

@@ -39,15 +39,18 @@ struct Band<T: Real> {
     channels: usize,
     /// Pixels from one row to the next.
     pitch: usize,
-    /// Position of image row `first + i` in the product's result, in rows of the band.
+    /// Rows of an image.
     height: usize,
+    /// Rows of zeros above each image: one, or none for a 1x1 convolution.
+    gap: usize,
+    /// First image row that the band gives results for.
     first: usize,
 }
 
 impl<T: Real> Band<T> {
-    /// Zero rows between images count too: row y of image n is padded row n*(h+1) + y + 1.
+    /// Image row `row` among the rows of the batch with the zero rows between images.
     fn padded_row(&self, row: usize) -> usize {
-        row / self.height * (self.height + 1) + row % self.height + 1
+        row + (row / self.height + 1) * self.gap
     }
 
     /// First result row of the product that belongs to image row `row`.
@@ -64,10 +67,10 @@ impl<T: Real> Band<T> {
                     (rows.read)(first + i, dst);
                 }
             });
-            return Self { data, channels: c, pitch: w, height: usize::MAX, first };
+            return Self { data, channels: c, pitch: w, height: h, gap: 0, first };
         }
         let pitch = w + 1;
-        let mut band = Self { data: Tensor::uninit(pool, [0; 4]), channels: c, pitch, height: h, first };
+        let mut band = Self { data: Tensor::uninit(pool, [0; 4]), channels: c, pitch, height: h, gap: 1, first };
         let top = band.padded_row(first) - 1;
         let padded = band.padded_row(first + count - 1) + 2 - top;
         let mut data = Tensor::uninit(pool, [1, 1, padded * pitch + 1, c]);
@@ -126,21 +129,17 @@ pub fn conv<T: Real>(
         let first = i * height;
         let count = height.min(total - first);
         let band = Band::new(pool, &rows, taps, first, count);
-        let m = if taps == 1 { count * w } else { band.result(first + count - 1) + w };
+        let m = band.result(first + count - 1) + w;
         let mut y = Tensor::uninit(pool, [1, 1, m, cout]);
-        if taps == 1 {
-            let (a, b) = (Mat::new(band.data.values(), c), Mat::new(weight, cout));
-            matmul((m, cout, c), y.values_mut(), false, a, b, T::one(), threads);
-        } else {
-            for dy in 0..3 {
-                let a = Mat::new(&band.data.values()[dy * band.pitch * c..], c);
-                let b = Mat::new(&weight[dy * 3 * c * cout..], cout);
-                matmul((m, cout, 3 * c), y.values_mut(), dy > 0, a, b, T::one(), threads);
-            }
+        let (side, k) = (taps.isqrt(), c * taps.isqrt());
+        for dy in 0..side {
+            let a = Mat::new(&band.data.values()[dy * band.pitch * c..], c);
+            let b = Mat::new(&weight[dy * k * cout..], cout);
+            matmul((m, cout, k), y.values_mut(), dy > 0, a, b, T::one(), threads);
         }
         simd(|| {
             for (j, out) in out.chunks_exact_mut(per_row).enumerate() {
-                let start = if taps == 1 { j * w } else { band.result(first + j) };
+                let start = band.result(first + j);
                 done(first + j, &y.values()[start * cout..][..w * cout], out);
             }
         });
@@ -179,11 +178,11 @@ pub fn wgrad<T: Real>(
             let count = height.min(end - first);
             let x = Band::new(pool, &rows, taps, first, count);
             let g = Band::new(pool, &grad, taps, first, count);
-            let m = if taps == 1 { count * w } else { x.result(first + count - 1) + w };
+            let m = x.result(first + count - 1) + w;
             for dy in 0..taps.isqrt() {
                 // Result row m is pixel m of the band; its gradient is one row and one pixel further
                 // in, where the zero pixels between the rows cancel what the product computes there.
-                let skip = if taps == 1 { 0 } else { (x.pitch + 1) * cout };
+                let skip = x.gap * (x.pitch + 1) * cout;
                 let k = c * taps.isqrt();
                 let a = Mat::new(&x.data.values()[dy * x.pitch * x.channels..], c).t();
                 let b = Mat::new(&g.data.values()[skip..], cout);
