@@ -3,10 +3,9 @@
 //! emulator's checks; and no ldmatrix of theirs meets a bank twice.
 
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::conv::{
-    Address, ConvError, ConvShape, Dgrad, Epilogue, Float16, Fprop, Inputs, Launch, Params, Scales, Through, Wgrad,
-};
-use edm2k::backend::gpu::emulated::{Arg, Build, Emulator, Memory, Order};
+use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
+use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
+use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::tiles::{self, Card};
 use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
 use edm2k::model::params::{ParamId, ParamTable};
@@ -31,7 +30,7 @@ impl Random {
 struct Bench {
     device: Emulator,
     build: Build,
-    float: Float16,
+    precision: Precision,
     card: Card,
     random: Random,
 }
@@ -44,13 +43,13 @@ struct Both {
 }
 
 impl Both {
-    fn at(&self) -> Address {
-        bytemuck::cast(self.memory.ptr())
+    fn at(&self) -> DevicePtr {
+        self.memory.ptr()
     }
 }
 
-fn at(memory: &Memory) -> Address {
-    bytemuck::cast(memory.ptr())
+fn at(memory: &Memory) -> DevicePtr {
+    memory.ptr()
 }
 
 fn padded(channels: usize) -> usize {
@@ -58,31 +57,31 @@ fn padded(channels: usize) -> usize {
 }
 
 impl Bench {
-    fn new(build: Build, order: Order, float: Float16, card: Card) -> Self {
+    fn new(build: Build, order: Order, precision: Precision, card: Card) -> Self {
         let device = Emulator::new(build).unwrap().with_order(order).with_threads(1);
-        Self { device, build, float, card, random: Random(0x9e37_79b9_7f4a_7c15) }
+        Self { device, build, precision, card, random: Random(0x9e37_79b9_7f4a_7c15) }
     }
 
     /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the
     /// rounding of the result (2^-11, 2^-8 at most) and the order of f32 sums.
     fn bound(&self) -> f64 {
-        match self.float {
-            Float16::F16 => 2e-3,
-            Float16::Bf16 => 1.6e-2,
+        match self.precision {
+            Precision::F16 => 2e-3,
+            Precision::Bf16 => 1.6e-2,
         }
     }
 
     fn to_bits(&self, x: f32) -> u16 {
-        match self.float {
-            Float16::F16 => f16::from_f32(x).to_bits(),
-            Float16::Bf16 => bf16::from_f32(x).to_bits(),
+        match self.precision {
+            Precision::F16 => f16::from_f32(x).to_bits(),
+            Precision::Bf16 => bf16::from_f32(x).to_bits(),
         }
     }
 
     fn of_bits(&self, x: u16) -> f32 {
-        match self.float {
-            Float16::F16 => f16::from_bits(x).to_f32(),
-            Float16::Bf16 => bf16::from_bits(x).to_f32(),
+        match self.precision {
+            Precision::F16 => f16::from_bits(x).to_f32(),
+            Precision::Bf16 => bf16::from_bits(x).to_f32(),
         }
     }
 
@@ -117,15 +116,8 @@ impl Bench {
 
     fn run(&self, launches: Result<Vec<Launch>, ConvError>) {
         for launch in launches.unwrap() {
-            let arg = match &launch.params {
-                Params::Fprop(p) => Arg::of(p),
-                Params::Dgrad(p) => Arg::of(p),
-                Params::Wgrad(p) => Arg::of(p),
-            };
             // SAFETY: every address is of memory as large as the call's documentation says.
-            let counters = unsafe {
-                self.device.launch(&launch.kernel, launch.grid, [launch.threads, 1, 1], launch.shared, &[arg])
-            };
+            let counters = unsafe { self.device.run(&launch) };
             let conflicts = counters.unwrap().bank_conflicts;
             // The checked build counts also plain accesses, outside of the main loop.
             assert!(self.build == Build::Checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
@@ -153,7 +145,7 @@ impl Bench {
         assert!(
             found.len() == expected.len() && relative < self.bound(),
             "{what}, {:?}: relative error {relative:.2e} of {:.1e}; worst at {worst}: {} for {}",
-            self.float,
+            self.precision,
             self.bound(),
             found[worst],
             expected[worst],
@@ -238,7 +230,7 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let x = bench.random(pixels * case.ca, case.ca, 1.0);
     let skip = bench.random(pixels * case.cb.max(1), case.cb.max(1), 1.0);
     let residual = bench.random(pixels * cout, cout, 1.0);
-    let fprop = Fprop::new(case.shape(), bench.float, bench.card).unwrap();
+    let fprop = Fprop::new(case.shape(), bench.precision, bench.card).unwrap();
     let (y, extra) = (bench.room(pixels * padded(cout) * 2), bench.room(pixels * padded(cout) * 2));
     let scratch = bench.room(fprop.scratch_bytes());
 
@@ -260,8 +252,8 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     // Scaled by the channels of one block of many, activated, with what comes before.
     let stride = padded(cout) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let on_device = bench.floats(&scales);
-    let scale = Scales { all: Address(at(&on_device).0 + 16 * 4), stride };
+    let on_device = bench.precisions(&scales);
+    let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let (expected, pre) = cpu.conv_scale_silu(id, operand, Scale { all: &all, offset: 16 }, true);
@@ -292,7 +284,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let skip_cpu = (cb != 0).then(|| cpu.upload(case.tensor(cb), &skip.values));
     let inputs = case.inputs(&x, &skip);
 
-    let dgrad = Dgrad::new(case.shape(), false, bench.float, bench.card).unwrap();
+    let dgrad = Dgrad::new(case.shape(), false, bench.precision, bench.card).unwrap();
     let scratch = bench.room(dgrad.scratch_bytes());
     for (silu, accumulate) in [(false, false), (true, true)] {
         let through = if silu { Through::Silu } else { Through::Linear };
@@ -322,13 +314,13 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
         return;
     }
 
-    let dgrad = Dgrad::new(case.shape(), true, bench.float, bench.card).unwrap();
+    let dgrad = Dgrad::new(case.shape(), true, bench.precision, bench.card).unwrap();
     let scratch = bench.room(dgrad.scratch_bytes());
     let stride = padded(ca) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let (on_device, grads) = (bench.floats(&scales), bench.floats(&vec![0.0; scales.len()]));
-    let scale = Scales { all: Address(at(&on_device).0 + 16 * 4), stride };
-    let through = Through::ScaleSilu { scale, scale_grad: Address(at(&grads).0 + 16 * 4) };
+    let (on_device, grads) = (bench.precisions(&scales), bench.floats(&vec![0.0; scales.len()]));
+    let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
+    let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
     bench.run(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let mut grads_cpu = cpu.zero_scales_grad(&all);
@@ -348,8 +340,8 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
     let id = table.conv("conv".into(), cin, cout, if taps == 9 { 3 } else { 1 });
     let mut cpu: Cpu<f32> = Cpu::for_training(&table, 0);
     let (a, b) = case.scales();
-    let wgrad = Wgrad::new(case.shape(), bench.float, bench.card).unwrap();
-    let dw = bench.floats(&vec![0.0; padded(cout) * taps * wide]);
+    let wgrad = Wgrad::new(case.shape(), bench.precision, bench.card).unwrap();
+    let dw = bench.precisions(&vec![0.0; padded(cout) * taps * wide]);
     let scratch = bench.room(wgrad.scratch_bytes());
     for gain in [0.8, -1.5f32] {
         let x = bench.random(case.pixels() * ca, ca, 1.0);
@@ -392,7 +384,7 @@ const CASES: &[Case] = &[
 const CARDS: [Card; 2] = [Card { sms: 1 }, Card { sms: 128 }];
 
 fn for_all(check: fn(&mut Bench, Case)) {
-    for float in [Float16::F16, Float16::Bf16] {
+    for float in [Precision::F16, Precision::Bf16] {
         for card in CARDS {
             let mut bench = Bench::new(Build::Normal, Order::Forward, float, card);
             CASES.iter().for_each(|&case| check(&mut bench, case));
@@ -420,7 +412,7 @@ fn any_thread_order_and_all_checks_pass() {
     for build in [Build::Normal, Build::Checked] {
         for order in [Order::Forward, Order::Reversed, Order::Random(11)] {
             for card in CARDS {
-                let mut bench = Bench::new(build, order, Float16::F16, card);
+                let mut bench = Bench::new(build, order, Precision::F16, card);
                 for case in [case(1, 3, 5, 24, 16, 24, 9), case(3, 1, 3, 136, 0, 8, 1)] {
                     check_fprop(&mut bench, case);
                     check_dgrad(&mut bench, case);
@@ -438,7 +430,7 @@ fn every_instance_exists_and_is_chosen_for_some_shape() {
     let mut chosen = std::collections::BTreeSet::new();
     for card in CARDS {
         for case in CASES.iter().chain(&[case(1, 64, 64, 128, 0, 128, 9)]) {
-            for float in [Float16::F16, Float16::Bf16] {
+            for float in [Precision::F16, Precision::Bf16] {
                 let (shape, name) = (case.shape(), format!("{float:?}").to_lowercase());
                 let tile = Fprop::new(shape, float, card).unwrap().choice().tile.name;
                 chosen.insert(format!("conv_fprop_{name}_{tile}"));
@@ -467,12 +459,12 @@ fn what_the_kernels_cannot_do_is_refused() {
         ConvShape { taps: 4, ..good },
         ConvShape { n: 1 << 30, ..good },
     ] {
-        let error = Fprop::new(bad, Float16::F16, card).unwrap_err();
+        let error = Fprop::new(bad, Precision::F16, card).unwrap_err();
         assert!(matches!(error, ConvError::Shape { shape, .. } if shape == bad), "{error}");
     }
-    let two = Fprop::new(ConvShape { cb: 8, ..good }, Float16::F16, card).unwrap();
-    let inputs = Inputs { x: Address::NULL, x_scale: 1.0, skip: None };
-    let none = Address::NULL;
+    let two = Fprop::new(ConvShape { cb: 8, ..good }, Precision::F16, card).unwrap();
+    let inputs = Inputs { x: DevicePtr::NULL, x_scale: 1.0, skip: None };
+    let none = DevicePtr::NULL;
     let error = two.launches(inputs, none, Epilogue::Gain(1.0), none, None, none).unwrap_err();
     assert!(matches!(error, ConvError::Argument { .. }), "{error}");
 }

@@ -4,7 +4,8 @@
 use std::sync::Once;
 use std::time::Duration;
 
-use edm2k::backend::gpu::emulated::{Arg, Build, Counters, DevicePtr, Emulator, EmulatorError, Memory, Order};
+use edm2k::backend::gpu::emulated::{Arg, Build, Counters, Emulator, EmulatorError, Memory, Order};
+use edm2k::backend::gpu::launch::DevicePtr;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 

@@ -8,7 +8,7 @@
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
-use edm2k::backend::gpu::launch::{Launch, Precision, Run, null};
+use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
@@ -158,7 +158,7 @@ fn pixel_norm_and_its_gradient() {
             d.same16(&what, &y, &want);
             d.same16(&format!("mp_silu of {what}"), &y_silu, &silu(&want));
             let alone = d.empty(shape);
-            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), alone.ptr(), null())]);
+            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), alone.ptr(), DevicePtr::NULL)]);
             assert_eq!(read::<u16>(&alone), read::<u16>(&y), "{what} without mp_silu");
 
             let (grad, g_values) = d.random(shape, 2, 1.0);
@@ -166,7 +166,7 @@ fn pixel_norm_and_its_gradient() {
             let (twin_g, twin_acc) = (cpu.upload(shape, &g_values), cpu.upload(large, &acc_values));
             for accumulate in [false, true] {
                 let out = if accumulate { acc.clone() } else { d.empty(large) };
-                let from = if accumulate { acc.ptr() } else { null() };
+                let from = if accumulate { acc.ptr() } else { DevicePtr::NULL };
                 let twin = cpu.pixel_norm_backward(&twin_x, &twin_g, down, accumulate.then(|| twin_acc.clone()));
                 let launch =
                     pixelwise::pixel_norm_backward(d.precision, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
@@ -177,7 +177,15 @@ fn pixel_norm_and_its_gradient() {
         // A pixel of zeros has no direction: its gradient is the plain scaling by 1 / eps, as in the twin.
         let shape = [1, 1, 1, 8];
         let (x, grad, out) = (d.upload(&[0u16; 8]), d.random(shape, 4, 1e-3), d.empty(shape));
-        d.run([&pixelwise::pixel_norm_backward(d.precision, shape, false, x.ptr(), grad.0.ptr(), null(), out.ptr())]);
+        d.run([&pixelwise::pixel_norm_backward(
+            d.precision,
+            shape,
+            false,
+            x.ptr(),
+            grad.0.ptr(),
+            DevicePtr::NULL,
+            out.ptr(),
+        )]);
         let (zero, g) = (cpu.upload(shape, &[0.0; 8]), cpu.upload(shape, &grad.1));
         let twin = cpu.pixel_norm_backward(&zero, &g, false, None);
         d.same16("gradient at a pixel of zeros", &out, &cpu.download(&twin).unwrap());
@@ -199,7 +207,7 @@ fn upsampling_and_its_gradient() {
             d.same(&format!("upsample {shape:?}, a copy"), &d.read16(&y), &want, 0.0);
             d.same16(&format!("mp_silu of upsample {shape:?}"), &y_silu, &silu(&want));
             let alone = d.empty(large);
-            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), alone.ptr(), null())]);
+            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), alone.ptr(), DevicePtr::NULL)]);
             assert_eq!(read::<u16>(&alone), read::<u16>(&y), "upsample {shape:?} without mp_silu");
 
             let (grad, g_values) = d.random(large, 6, 1.0);
@@ -533,7 +541,7 @@ fn noise_has_the_bits_of_the_cpu() {
             let noisy: Vec<f32> = (0..images * values).map(|i| clean[i] + sigmas[i / values] * noise[i]).collect();
 
             let [streams, sigma, clean] = [d.upload(&streams), d.upload(&sigmas), d.upload(&clean)];
-            for (clean, sigma, want) in [(clean.ptr(), sigma.ptr(), noisy), (null(), null(), noise)] {
+            for (clean, sigma, want) in [(clean.ptr(), sigma.ptr(), noisy), (DevicePtr::NULL, DevicePtr::NULL, noise)] {
                 let out = d.upload(&vec![f32::NAN; images * values]);
                 let (purpose, step) = (Purpose::Churn, 0xab_cdef);
                 let launch = precond::add_noise(images, values, purpose, step, streams.ptr(), clean, sigma, out.ptr());

@@ -2,8 +2,7 @@
 //!
 //! Channels of `qkv` are in the kernels' order: all of q, then k, then v, each by head (see [`row_of`]).
 
-use super::emulated::DevicePtr;
-use super::launch::{Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision};
 use bytemuck::{Pod, Zeroable};
 
 /// `struct AttentionParams` of the kernels.
@@ -95,7 +94,7 @@ impl Attention {
 
     /// Writes `out` [images, tokens, heads * head_size] from `qkv` [images, tokens, 3 * heads * head_size].
     pub fn forward(&self, qkv: DevicePtr, out: DevicePtr) -> Launch {
-        self.launch(FORWARD, 1, 4, 0, self.params(qkv, DevicePtr::zeroed(), out, DevicePtr::zeroed()))
+        self.launch(FORWARD, 1, 4, 0, self.params(qkv, DevicePtr::NULL, out, DevicePtr::NULL))
     }
 
     /// Writes `grad_qkv`, of the shape of `qkv`, from `grad` of the shape of the result; `scratch` has

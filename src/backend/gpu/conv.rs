@@ -5,41 +5,9 @@
 //! card and tell how much scratch memory they want; `launches` then turns addresses into [`Launch`]es,
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
+use super::launch::{DevicePtr, Launch, Precision};
 use super::tiles::{self, Card, Choice, Product, Tile};
-use bytemuck::{Pod, Zeroable};
-
-/// An address in device memory; [`Address::NULL`] where a kernel's argument is absent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-#[repr(transparent)]
-pub struct Address(pub u64);
-
-impl Address {
-    /// No memory.
-    pub const NULL: Self = Self(0);
-
-    /// The address, or null.
-    fn or_null(address: Option<Self>) -> Self {
-        address.unwrap_or(Self::NULL)
-    }
-}
-
-/// The type of activations and effective weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Float16 {
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl Float16 {
-    fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
+use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
 /// padded to multiples of 8.
@@ -111,43 +79,6 @@ pub enum ConvError {
     },
 }
 
-/// One kernel launch: plain data.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Launch {
-    /// The kernel's name.
-    pub kernel: String,
-    /// Blocks.
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Bytes of dynamic shared memory.
-    pub shared: u32,
-    /// The kernel's one argument.
-    pub params: Params,
-}
-
-/// The argument of a convolution kernel.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Params {
-    /// Of `conv_fprop_*`.
-    Fprop(FpropParams),
-    /// Of `conv_dgrad_*`.
-    Dgrad(DgradParams),
-    /// Of `conv_wgrad_*`.
-    Wgrad(WgradParams),
-}
-
-impl Params {
-    /// Its bytes, as the kernel takes them.
-    pub fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Fprop(p) => bytemuck::bytes_of(p),
-            Self::Dgrad(p) => bytemuck::bytes_of(p),
-            Self::Wgrad(p) => bytemuck::bytes_of(p),
-        }
-    }
-}
-
 /// `PixelTiles` of conv.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
@@ -161,16 +92,16 @@ struct PixelTiles {
 /// `ConvFprop` of conv_fprop.cu, which explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub struct FpropParams {
-    x: Address,
-    skip: Address,
-    weight: Address,
-    scale: Address,
-    residual: Address,
-    y: Address,
-    pre: Address,
-    act: Address,
-    partial: Address,
+struct FpropParams {
+    x: DevicePtr,
+    skip: DevicePtr,
+    weight: DevicePtr,
+    scale: DevicePtr,
+    residual: DevicePtr,
+    y: DevicePtr,
+    pre: DevicePtr,
+    act: DevicePtr,
+    partial: DevicePtr,
     tiles: PixelTiles,
     pixels: i32,
     ca: i32,
@@ -192,19 +123,19 @@ const _: () = assert!(size_of::<FpropParams>() == 144, "mirrors ConvFprop");
 /// `ConvDgrad` of conv_dgrad.cu, which explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub struct DgradParams {
-    grad: Address,
-    weight: Address,
-    x: Address,
-    skip: Address,
-    acc_x: Address,
-    acc_skip: Address,
-    scale: Address,
-    gx: Address,
-    gskip: Address,
-    scale_grad: Address,
-    sums: Address,
-    partial: Address,
+struct DgradParams {
+    grad: DevicePtr,
+    weight: DevicePtr,
+    x: DevicePtr,
+    skip: DevicePtr,
+    acc_x: DevicePtr,
+    acc_skip: DevicePtr,
+    scale: DevicePtr,
+    gx: DevicePtr,
+    gskip: DevicePtr,
+    scale_grad: DevicePtr,
+    sums: DevicePtr,
+    partial: DevicePtr,
     tiles: PixelTiles,
     pixels: i32,
     ca: i32,
@@ -224,12 +155,12 @@ const _: () = assert!(size_of::<DgradParams>() == 160, "mirrors ConvDgrad");
 /// `ConvWgrad` of conv_wgrad.cu, which explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub struct WgradParams {
-    x: Address,
-    skip: Address,
-    grad: Address,
-    dw: Address,
-    partial: Address,
+struct WgradParams {
+    x: DevicePtr,
+    skip: DevicePtr,
+    grad: DevicePtr,
+    dw: DevicePtr,
+    partial: DevicePtr,
     height: i32,
     width: i32,
     pixels: i32,
@@ -249,17 +180,17 @@ const _: () = assert!(size_of::<WgradParams>() == 88, "mirrors ConvWgrad");
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {
     /// [n, h, w, ca].
-    pub x: Address,
+    pub x: DevicePtr,
     /// Factor of `x`.
     pub x_scale: f32,
     /// [n, h, w, cb] and its factor, which must not be 0.
-    pub skip: Option<(Address, f32)>,
+    pub skip: Option<(DevicePtr, f32)>,
 }
 
 impl Inputs {
-    fn check(&self, shape: &ConvShape) -> Result<(Address, f32), ConvError> {
+    fn check(&self, shape: &ConvShape) -> Result<(DevicePtr, f32), ConvError> {
         match self.skip {
-            None if shape.cb == 0 => Ok((Address::NULL, 1.0)),
+            None if shape.cb == 0 => Ok((DevicePtr::NULL, 1.0)),
             Some((skip, scale)) if shape.cb != 0 && scale != 0.0 => Ok((skip, scale)),
             _ => Err(ConvError::Argument {
                 shape: *shape,
@@ -273,7 +204,7 @@ impl Inputs {
 #[derive(Clone, Copy, Debug)]
 pub struct Scales {
     /// First channel of the block in the first image, f32.
-    pub all: Address,
+    pub all: DevicePtr,
     /// f32 values from one image to the next.
     pub stride: usize,
 }
@@ -288,12 +219,12 @@ pub enum Epilogue {
         /// The scales.
         scale: Scales,
         /// Where conv itself is stored too, [n, h, w, cout].
-        pre: Option<Address>,
+        pre: Option<DevicePtr>,
     },
     /// y = wa * residual + wb * conv, within +-clip.
     MpSum {
         /// [n, h, w, cout].
-        residual: Address,
+        residual: DevicePtr,
         /// Weight of the residual.
         wa: f32,
         /// Weight of the convolution.
@@ -308,39 +239,35 @@ fn int(x: usize) -> i32 {
 }
 
 /// A launch of a product kernel's instance.
-fn main_launch(kind: &str, float: Float16, choice: &Choice, grid: [usize; 2], params: Params) -> Launch {
+fn main_launch(kind: &str, precision: Precision, choice: &Choice, grid: [usize; 2], params: &impl NoUninit) -> Launch {
     let Choice { tile, splits, .. } = choice;
-    Launch {
-        kernel: format!("conv_{kind}_{}_{}", float.name(), tile.name),
-        grid: [int(grid[0]) as u32, int(grid[1]) as u32, int(*splits) as u32],
-        threads: tile.threads,
-        shared: tile.shared,
-        params,
-    }
+    let kernel = format!("conv_{kind}_{}_{}", precision.name(), tile.name);
+    let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(*splits) as u32];
+    Launch::new(kernel, grid, tile.threads, tile.shared, params)
 }
 
 /// A launch of a second pass.
-fn pass(kernel: String, grid: [usize; 2], threads: u32, params: Params) -> Launch {
-    Launch { kernel, grid: [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, shared: 0, params }
+fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) -> Launch {
+    Launch::new(kernel, [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, 0, params)
 }
 
 /// A forward convolution (`conv`, `conv_scale_silu`, `conv_mp_sum` of [`crate::backend::Backend`]).
 #[derive(Clone, Debug)]
 pub struct Fprop {
     shape: ConvShape,
-    float: Float16,
+    precision: Precision,
     choice: Choice,
 }
 
 impl Fprop {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, float: Float16, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, precision: Precision, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         let product = Product { groups: 1, rows: shape.pixels(), columns: shape.cout };
         let choice = tiles::choose(tiles::FPROP, product, card, |tile| {
             (shape.taps * shape.ca).div_ceil(tile.k) + (shape.taps * shape.cb).div_ceil(tile.k)
         });
-        Ok(Self { shape, float, choice })
+        Ok(Self { shape, precision, choice })
     }
 
     /// The tile and split chosen.
@@ -359,15 +286,15 @@ impl Fprop {
     pub fn launches(
         &self,
         inputs: Inputs,
-        weight: Address,
+        weight: DevicePtr,
         epilogue: Epilogue,
-        y: Address,
-        act: Option<(Address, f32)>,
-        scratch: Address,
+        y: DevicePtr,
+        act: Option<(DevicePtr, f32)>,
+        scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
-        let (mut scale, mut pre, mut residual) = (Scales { all: Address::NULL, stride: 0 }, None, Address::NULL);
+        let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
         let (mut wa, mut wb, mut clip) = (0.0, 1.0, None);
         match epilogue {
             Epilogue::Gain(gain) => wb = gain,
@@ -377,16 +304,16 @@ impl Fprop {
             }
         }
         let tiles_m = shape.pixels().div_ceil(tile.m);
-        let params = Params::Fprop(FpropParams {
+        let params = FpropParams {
             x: inputs.x,
             skip,
             weight,
             scale: scale.all,
             residual,
             y,
-            pre: Address::or_null(pre),
-            act: act.map_or(Address::NULL, |a| a.0),
-            partial: if splits > 1 { scratch } else { Address::NULL },
+            pre: pre.unwrap_or(DevicePtr::NULL),
+            act: act.map_or(DevicePtr::NULL, |a| a.0),
+            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -407,12 +334,12 @@ impl Fprop {
             wb,
             clip: clip.unwrap_or(f32::INFINITY),
             act_scale: act.map_or(1.0, |a| a.1),
-        });
+        };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
-        let mut launches = vec![main_launch("fprop", self.float, &self.choice, grid, params)];
+        let mut launches = vec![main_launch("fprop", self.precision, &self.choice, grid, &params)];
         if splits > 1 {
             let blocks = (shape.pixels() * shape.cout / 8).div_ceil(256);
-            launches.push(pass(format!("conv_fprop_reduce_{}", self.float.name()), [blocks, 1], 256, params));
+            launches.push(pass(format!("conv_fprop_reduce_{}", self.precision.name()), [blocks, 1], 256, &params));
         }
         Ok(launches)
     }
@@ -436,7 +363,7 @@ pub enum Through {
         /// The scales.
         scale: Scales,
         /// Where their gradient goes: first channel of the block in the first image, f32.
-        scale_grad: Address,
+        scale_grad: DevicePtr,
     },
 }
 
@@ -444,7 +371,7 @@ pub enum Through {
 #[derive(Clone, Debug)]
 pub struct Dgrad {
     shape: ConvShape,
-    float: Float16,
+    precision: Precision,
     choice: Choice,
     scaled: bool,
 }
@@ -454,7 +381,7 @@ const REDUCE_PIXELS: usize = 32;
 
 impl Dgrad {
     /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
-    pub fn new(shape: ConvShape, scaled: bool, float: Float16, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, scaled: bool, precision: Precision, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
             return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
@@ -462,7 +389,7 @@ impl Dgrad {
         let groups = if scaled { shape.n } else { 1 };
         let product = Product { groups, rows: shape.pixels() / groups, columns: shape.cin() };
         let choice = tiles::choose(tiles::DGRAD, product, card, |tile| (shape.taps * shape.cout).div_ceil(tile.k));
-        Ok(Self { shape, float, choice, scaled })
+        Ok(Self { shape, precision, choice, scaled })
     }
 
     /// The tile and split chosen.
@@ -497,20 +424,20 @@ impl Dgrad {
     #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
     pub fn launches(
         &self,
-        grad: Address,
-        weight: Address,
+        grad: DevicePtr,
+        weight: DevicePtr,
         gain: f32,
         inputs: Inputs,
         through: Through,
-        acc: Option<([Address; 2], f32)>,
-        (gx, gskip): (Address, Address),
-        scratch: Address,
+        acc: Option<([DevicePtr; 2], f32)>,
+        (gx, gskip): (DevicePtr, DevicePtr),
+        scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let (scale, scale_grad) = match through {
             Through::ScaleSilu { scale, scale_grad } => (Some(scale), scale_grad),
-            _ => (None, Address::NULL),
+            _ => (None, DevicePtr::NULL),
         };
         if scale.is_some() != self.scaled {
             return Err(ConvError::Argument {
@@ -524,16 +451,16 @@ impl Dgrad {
         let mut params = DgradParams {
             grad,
             weight,
-            x: if linear { Address::NULL } else { inputs.x },
-            skip: if linear { Address::NULL } else { skip },
-            acc_x: acc.map_or(Address::NULL, |a| a.0[0]),
-            acc_skip: acc.map_or(Address::NULL, |a| a.0[1]),
-            scale: scale.map_or(Address::NULL, |s| s.all),
+            x: if linear { DevicePtr::NULL } else { inputs.x },
+            skip: if linear { DevicePtr::NULL } else { skip },
+            acc_x: acc.map_or(DevicePtr::NULL, |a| a.0[0]),
+            acc_skip: acc.map_or(DevicePtr::NULL, |a| a.0[1]),
+            scale: scale.map_or(DevicePtr::NULL, |s| s.all),
             gx,
             gskip,
             scale_grad,
-            sums: if self.scaled { Address(scratch.0 + partial as u64) } else { Address::NULL },
-            partial: if splits > 1 { scratch } else { Address::NULL },
+            sums: if self.scaled { scratch.offset(partial) } else { DevicePtr::NULL },
+            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -554,16 +481,16 @@ impl Dgrad {
             acc_factor: acc.map_or(0.0, |a| a.1),
         };
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
-        let mut launches = vec![main_launch("dgrad", self.float, &self.choice, grid, Params::Dgrad(params))];
+        let mut launches = vec![main_launch("dgrad", self.precision, &self.choice, grid, &params)];
         params.tiles.tiles_per_group = int(self.tiles_per_group(self.summed_pixels()));
         if splits > 1 {
             let grid = [self.groups() * self.tiles_per_group(REDUCE_PIXELS), shape.cin().div_ceil(64)];
-            let kernel = format!("conv_dgrad_reduce_{}", self.float.name());
-            launches.push(pass(kernel, grid, 256, Params::Dgrad(params)));
+            let kernel = format!("conv_dgrad_reduce_{}", self.precision.name());
+            launches.push(pass(kernel, grid, 256, &params));
         }
         if self.scaled {
             let grid = [shape.ca.div_ceil(128), shape.n];
-            launches.push(pass("conv_dgrad_scale_sums".into(), grid, 128, Params::Dgrad(params)));
+            launches.push(pass("conv_dgrad_scale_sums".into(), grid, 128, &params));
         }
         Ok(launches)
     }
@@ -573,17 +500,17 @@ impl Dgrad {
 #[derive(Clone, Debug)]
 pub struct Wgrad {
     shape: ConvShape,
-    float: Float16,
+    precision: Precision,
     choice: Choice,
 }
 
 impl Wgrad {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, float: Float16, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, precision: Precision, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin() };
         let steps = |tile: &Tile| shape.pixels().div_ceil(tile.k);
-        Ok(Self { shape, float, choice: tiles::choose(tiles::WGRAD, product, card, steps) })
+        Ok(Self { shape, precision, choice: tiles::choose(tiles::WGRAD, product, card, steps) })
     }
 
     /// The tile and split chosen.
@@ -605,19 +532,19 @@ impl Wgrad {
     pub fn launches(
         &self,
         inputs: Inputs,
-        grad: Address,
+        grad: DevicePtr,
         gain: f32,
-        dw: Address,
-        scratch: Address,
+        dw: DevicePtr,
+        scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
-        let params = Params::Wgrad(WgradParams {
+        let params = WgradParams {
             x: inputs.x,
             skip,
             grad,
             dw,
-            partial: if splits > 1 { scratch } else { Address::NULL },
+            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
             height: int(shape.h),
             width: int(shape.w),
             pixels: int(shape.pixels()),
@@ -630,11 +557,11 @@ impl Wgrad {
             x_scale: inputs.x_scale,
             skip_scale,
             gain,
-        });
+        };
         let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
-        let mut launches = vec![main_launch("wgrad", self.float, &self.choice, grid, params)];
+        let mut launches = vec![main_launch("wgrad", self.precision, &self.choice, grid, &params)];
         if splits > 1 {
-            launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, params));
+            launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, &params));
         }
         Ok(launches)
     }

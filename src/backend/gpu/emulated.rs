@@ -14,8 +14,10 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use bytemuck::{NoUninit, Pod, Zeroable};
+use bytemuck::{NoUninit, Pod};
 use libloading::Library;
+
+use super::launch::{DevicePtr, Launch};
 
 /// Which of the two libraries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,18 +76,6 @@ pub enum EmulatorError {
 }
 
 type Result<T> = std::result::Result<T, EmulatorError>;
-
-/// An address in device memory, as kernels take it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(transparent)]
-pub struct DevicePtr(u64);
-
-impl DevicePtr {
-    /// The address `bytes` further.
-    pub fn offset(self, bytes: usize) -> Self {
-        Self(self.0 + bytes as u64)
-    }
-}
 
 /// One argument of a launch: its bytes.
 #[derive(Clone, Copy, Debug)]
@@ -294,6 +284,20 @@ impl Emulator {
             ))?;
             Ok(Counters { bank_conflicts: (self.api.bank_conflicts)() })
         }
+    }
+}
+
+impl Emulator {
+    /// Runs a launch that a typed function made.
+    ///
+    /// # Safety
+    /// As [`Emulator::launch`].
+    pub unsafe fn run(&self, l: &Launch) -> Result<Counters> {
+        if l.shared > 48 << 10 {
+            self.allow_shared(&l.kernel, l.shared as usize)?;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(l.params())]) }
     }
 }
 

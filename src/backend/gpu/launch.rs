@@ -1,8 +1,24 @@
 //! Kernel launches as values: what the typed functions beside this file make, a plan records, and a
 //! device runs. A kernel takes one argument, the params struct of its family.
 
-use super::emulated::{Arg, DevicePtr, Emulator, EmulatorError};
-use bytemuck::{NoUninit, Zeroable};
+use std::borrow::Cow;
+
+use bytemuck::{NoUninit, Pod, Zeroable};
+
+/// An address in device memory, as kernels take it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct DevicePtr(pub u64);
+
+impl DevicePtr {
+    /// What kernels take for "not there".
+    pub const NULL: Self = Self(0);
+
+    /// The address `bytes` further.
+    pub fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+}
 
 /// The 16-bit type of activations and effective weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +34,18 @@ impl Precision {
     pub fn pick(self, kernels: [&'static str; 2]) -> &'static str {
         kernels[self as usize]
     }
-}
 
-/// The address that kernels take for "not there".
-pub fn null() -> DevicePtr {
-    DevicePtr::zeroed()
+    /// As it stands in the names of kernels.
+    pub fn name(self) -> &'static str {
+        self.pick(["f16", "bf16"])
+    }
 }
 
 /// One launch, complete.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Launch {
     /// Name of the kernel.
-    pub kernel: &'static str,
+    pub kernel: Cow<'static, str>,
     /// Blocks.
     pub grid: [u32; 3],
     /// Threads of a block.
@@ -41,8 +57,14 @@ pub struct Launch {
 
 impl Launch {
     /// A launch whose kernel takes `params`.
-    pub fn new<P: NoUninit>(kernel: &'static str, grid: [u32; 3], block: u32, shared: u32, params: &P) -> Self {
-        Self { kernel, grid, block, shared, params: bytemuck::bytes_of(params).into() }
+    pub fn new<P: NoUninit>(
+        kernel: impl Into<Cow<'static, str>>,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        params: &P,
+    ) -> Self {
+        Self { kernel: kernel.into(), grid, block, shared, params: bytemuck::bytes_of(params).into() }
     }
 
     /// One thread for each of `items`, in blocks of `block`.
@@ -53,30 +75,5 @@ impl Launch {
     /// The bytes of the params struct.
     pub fn params(&self) -> &[u8] {
         &self.params
-    }
-}
-
-/// Something that runs launches in order.
-pub trait Run {
-    /// Why it could not.
-    type Error;
-    /// Runs one launch.
-    ///
-    /// # Safety
-    ///
-    /// The pointers in the launch's params point to live memory of this device, as large as the
-    /// function that made the launch says.
-    unsafe fn run(&self, launch: &Launch) -> Result<(), Self::Error>;
-}
-
-impl Run for Emulator {
-    type Error = EmulatorError;
-
-    unsafe fn run(&self, l: &Launch) -> Result<(), EmulatorError> {
-        if l.shared > 48 << 10 {
-            self.allow_shared(l.kernel, l.shared as usize)?;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.launch(l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&l.params)]) }.map(|_| ())
     }
 }

@@ -1,10 +1,9 @@
 //! Launches of `kernels/pixelwise.cu`: pixel norm, resampling, activation, clip, linear combinations.
 //!
 //! Shapes are `[n, height, width, channels]` with channels a multiple of 8. Optional pointers are
-//! [`null`](super::launch::null) where not there.
+//! [`DevicePtr::NULL`] where not there.
 
-use super::emulated::DevicePtr;
-use super::launch::{Launch, Precision, null};
+use super::launch::{DevicePtr, Launch, Precision};
 use crate::backend::Shape;
 use bytemuck::{NoUninit, Pod, Zeroable};
 
@@ -156,7 +155,7 @@ pub fn upsample(p: Precision, small: Shape, x: DevicePtr, y: DevicePtr, silu: De
 
 /// Gradient of [`upsample`] with respect to x, `out` of shape `small`.
 pub fn upsample_backward(p: Precision, small: Shape, grad: DevicePtr, out: DevicePtr) -> Launch {
-    let params = upsampling(small, grad, out, null());
+    let params = upsampling(small, grad, out, DevicePtr::NULL);
     over(p, ["upsample_backward_f16", "upsample_backward_bf16"], count(small), &params)
 }
 
@@ -167,7 +166,7 @@ fn upsampling(small: Shape, from: DevicePtr, y: DevicePtr, silu: DevicePtr) -> U
 
 /// `out` = mp_silu(scale x).
 pub fn activate(p: Precision, shape: Shape, x: DevicePtr, scale: f64, out: DevicePtr) -> Launch {
-    let params = Elementwise { a: x, b: null(), out, count: count(shape) as i32, by: scale as f32 };
+    let params = Elementwise { a: x, b: DevicePtr::NULL, out, count: count(shape) as i32, by: scale as f32 };
     over(p, ["activate_f16", "activate_bf16"], count(shape), &params)
 }
 
@@ -197,7 +196,7 @@ pub fn combine_f32(values: usize, terms: &[(DevicePtr, f64)], out: DevicePtr) ->
 
 fn combination(values: usize, from: &[(DevicePtr, f64)], out: DevicePtr) -> Combine {
     assert!((1..=MAX_TERMS).contains(&from.len()), "a combination of {} terms", from.len());
-    let (mut terms, mut factors) = ([null(); MAX_TERMS], [0.0; MAX_TERMS]);
+    let (mut terms, mut factors) = ([DevicePtr::NULL; MAX_TERMS], [0.0; MAX_TERMS]);
     for (i, &(term, factor)) in from.iter().enumerate() {
         (terms[i], factors[i]) = (term, factor as f32);
     }

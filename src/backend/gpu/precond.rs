@@ -3,8 +3,7 @@
 //! Images are f32 `[n, height, width, channels]`; what the U-Net reads and writes is 16 bits, with the
 //! channels padded to a multiple of 8.
 
-use super::emulated::DevicePtr;
-use super::launch::{Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision};
 use crate::backend::Shape;
 use crate::rng::{Purpose, Stream};
 use bytemuck::{Pod, Zeroable};

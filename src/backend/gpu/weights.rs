@@ -5,8 +5,7 @@
 //! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of plain values,
 //! whose effective copy is f32.
 
-use super::emulated::DevicePtr;
-use super::launch::{Launch, Precision, null};
+use super::launch::{DevicePtr, Launch, Precision};
 use crate::backend::{Normalization, Step};
 use bytemuck::{Pod, Zeroable};
 
@@ -205,7 +204,7 @@ pub struct StepArenas<'a> {
 /// then those of the next step.
 pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize, after: GradAfter) -> Vec<Launch> {
     assert!(arenas.emas.len() <= MAX_EMAS, "{} moving averages", arenas.emas.len());
-    let mut emas = [null(); MAX_EMAS];
+    let mut emas = [DevicePtr::NULL; MAX_EMAS];
     emas[..arenas.emas.len()].copy_from_slice(arenas.emas);
     let mut launches: Vec<Launch> = table
         .launches()

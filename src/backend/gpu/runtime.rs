@@ -1,0 +1,302 @@
+//! What runs the kernels: a device with memory, behind one small interface.
+//!
+//! Three things implement it: [`Emulated`] (feature `emulator`), a CUDA device (feature `cuda`), and
+//! [`Imagined`], which computes nothing and says how much memory a plan would need. Commands run in the
+//! order in which they were given.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+#[cfg(feature = "emulator")]
+use super::emulated::Emulator;
+use super::launch::{DevicePtr, Launch};
+use super::tiles::Card;
+
+/// Why a device did not do what was asked.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum DeviceError {
+    /// Device memory does not suffice.
+    #[error(
+        "out of device memory: {asked} MiB asked for {purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
+        asked = asked.div_ceil(1 << 20), free = free >> 20, total = total >> 20
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        asked: u64,
+        /// For what.
+        purpose: &'static str,
+        /// Bytes that were free.
+        free: u64,
+        /// Bytes that the device has.
+        total: u64,
+        /// Which option to lower.
+        advice: &'static str,
+    },
+    /// There is no device to use, or it is not one for which this program was built.
+    #[error("{0}")]
+    Unavailable(String),
+    /// A kernel did something wrong, or the device was lost.
+    #[error("{device}: {what}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// What it reported.
+        what: String,
+    },
+}
+
+/// One thing that a device does. Pointers are to live memory of that device, as large as whoever made the
+/// command says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Runs a kernel.
+    Launch(Launch),
+    /// Writes zeros.
+    Zero {
+        /// The first byte.
+        at: DevicePtr,
+        /// How many.
+        bytes: usize,
+    },
+    /// Copies within device memory.
+    Copy {
+        /// The first byte to read.
+        from: DevicePtr,
+        /// The first byte to write.
+        to: DevicePtr,
+        /// How many; the ranges do not overlap.
+        bytes: usize,
+    },
+}
+
+impl From<Launch> for Command {
+    fn from(launch: Launch) -> Self {
+        Self::Launch(launch)
+    }
+}
+
+/// A range of device memory, aligned to 256 bytes; freed when dropped, once all commands given before are done.
+pub trait Memory {
+    /// Its address.
+    fn ptr(&self) -> DevicePtr;
+    /// Its size.
+    fn bytes(&self) -> usize;
+    /// Copies to the device, `offset` bytes from the start, after the commands given before. `values` may be
+    /// changed as soon as this returns.
+    fn write(&self, offset: usize, values: &[u8]) -> Result<(), DeviceError>;
+    /// Waits for the commands given before and copies from the device, `offset` bytes from the start.
+    fn read(&self, offset: usize, values: &mut [u8]) -> Result<(), DeviceError>;
+}
+
+/// Commands made ready to run again and again.
+pub trait Graph {
+    /// Runs them once, after the commands given before.
+    fn run(&self) -> Result<(), DeviceError>;
+}
+
+/// A device.
+pub trait Runtime {
+    /// What tiles are chosen for.
+    fn card(&self) -> Card;
+    /// Its name, for people.
+    fn name(&self) -> String;
+    /// Memory of any content (0 bytes are allowed).
+    fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError>;
+    /// Runs one command now.
+    ///
+    /// # Safety
+    /// The command's pointers are valid, see [`Command`].
+    unsafe fn run(&self, command: &Command) -> Result<(), DeviceError>;
+    /// Makes commands ready; nothing runs yet. Kernels are looked up here, once.
+    ///
+    /// # Safety
+    /// The commands' pointers are valid as long as the graph is run, see [`Command`].
+    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError>;
+}
+
+/// Which option to lower when memory does not suffice.
+const ADVICE: &str = "lower --batch-gpu (train) or --batch (sample)";
+
+/// A device that is not there: it gives out addresses and computes nothing.
+pub struct Imagined {
+    card: Card,
+    next: Cell<u64>,
+}
+
+impl Imagined {
+    /// With the properties of a card.
+    pub fn new(card: Card) -> Self {
+        Self { card, next: Cell::new(1 << 40) }
+    }
+}
+
+struct Nowhere(DevicePtr, usize);
+
+impl Memory for Nowhere {
+    fn ptr(&self) -> DevicePtr {
+        self.0
+    }
+
+    fn bytes(&self) -> usize {
+        self.1
+    }
+
+    fn write(&self, _: usize, _: &[u8]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn read(&self, _: usize, values: &mut [u8]) -> Result<(), DeviceError> {
+        values.fill(0);
+        Ok(())
+    }
+}
+
+struct Nothing;
+
+impl Graph for Nothing {
+    fn run(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+impl Runtime for Imagined {
+    fn card(&self) -> Card {
+        self.card
+    }
+
+    fn name(&self) -> String {
+        "an imagined device".into()
+    }
+
+    fn allocate(&self, bytes: usize, _: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {
+        let at = self.next.get();
+        self.next.set(at + bytes.next_multiple_of(256) as u64);
+        Ok(Rc::new(Nowhere(DevicePtr(at), bytes)))
+    }
+
+    unsafe fn run(&self, _: &Command) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    unsafe fn record(&self, _: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+        Ok(Box::new(Nothing))
+    }
+}
+
+/// The emulator as a device.
+#[cfg(feature = "emulator")]
+#[derive(Clone)]
+pub struct Emulated {
+    emulator: Emulator,
+    limit: u64,
+    used: Rc<Cell<u64>>,
+}
+
+#[cfg(feature = "emulator")]
+mod emulated {
+    use super::*;
+    use crate::backend::gpu::emulated::{EmulatorError, Memory as Allocation};
+
+    fn failed(e: EmulatorError) -> DeviceError {
+        DeviceError::Failed { device: "emulator".into(), what: e.to_string() }
+    }
+
+    impl Emulated {
+        /// A device of `limit` bytes.
+        pub fn new(emulator: Emulator, limit: u64) -> Self {
+            Self { emulator, limit, used: Rc::default() }
+        }
+
+        /// # Safety
+        /// See [`Command`].
+        unsafe fn launch(&self, command: &Command) -> Result<(), EmulatorError> {
+            match command {
+                // SAFETY: the caller's promise.
+                Command::Launch(l) => unsafe { self.emulator.run(l) }.map(|_| ()),
+                Command::Zero { at, bytes } => {
+                    // SAFETY: the caller's promise; device memory is host memory here.
+                    unsafe { std::ptr::write_bytes(at.0 as *mut u8, 0, *bytes) };
+                    Ok(())
+                }
+                Command::Copy { from, to, bytes } => {
+                    // SAFETY: the caller's promise.
+                    unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, to.0 as *mut u8, *bytes) };
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    struct Room {
+        allocation: Allocation,
+        used: Rc<Cell<u64>>,
+    }
+
+    impl Drop for Room {
+        fn drop(&mut self) {
+            self.used.set(self.used.get() - self.allocation.bytes() as u64);
+        }
+    }
+
+    impl Memory for Room {
+        fn ptr(&self) -> DevicePtr {
+            self.allocation.ptr()
+        }
+
+        fn bytes(&self) -> usize {
+            self.allocation.bytes()
+        }
+
+        fn write(&self, offset: usize, values: &[u8]) -> Result<(), DeviceError> {
+            self.allocation.upload(offset, values).map_err(failed)
+        }
+
+        fn read(&self, offset: usize, values: &mut [u8]) -> Result<(), DeviceError> {
+            self.allocation.download(offset, values).map_err(failed)
+        }
+    }
+
+    struct Recorded {
+        device: Emulated,
+        commands: Vec<Command>,
+    }
+
+    impl Graph for Recorded {
+        fn run(&self) -> Result<(), DeviceError> {
+            // SAFETY: promised to `record`.
+            self.commands.iter().try_for_each(|c| unsafe { self.device.launch(c) }).map_err(failed)
+        }
+    }
+
+    impl Runtime for Emulated {
+        fn card(&self) -> Card {
+            Card { sms: 4 }
+        }
+
+        fn name(&self) -> String {
+            "the emulator".into()
+        }
+
+        fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {
+            let (used, asked) = (self.used.get(), bytes as u64);
+            if used + asked > self.limit {
+                let (device, free, total) = (self.name(), self.limit - used, self.limit);
+                return Err(DeviceError::OutOfMemory { device, asked, purpose, free, total, advice: ADVICE });
+            }
+            let allocation = self.emulator.alloc(bytes).map_err(failed)?;
+            self.used.set(used + asked);
+            Ok(Rc::new(Room { allocation, used: self.used.clone() }))
+        }
+
+        unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {
+            // SAFETY: the caller's promise.
+            unsafe { self.launch(command) }.map_err(failed)
+        }
+
+        unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+            Ok(Box::new(Recorded { device: self.clone(), commands }))
+        }
+    }
+}
