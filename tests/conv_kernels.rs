@@ -252,7 +252,7 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     // Scaled by the channels of one block of many, activated, with what comes before.
     let stride = padded(cout) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let on_device = bench.precisions(&scales);
+    let on_device = bench.floats(&scales);
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
@@ -318,7 +318,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let scratch = bench.room(dgrad.scratch_bytes());
     let stride = padded(ca) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let (on_device, grads) = (bench.precisions(&scales), bench.floats(&vec![0.0; scales.len()]));
+    let (on_device, grads) = (bench.floats(&scales), bench.floats(&vec![0.0; scales.len()]));
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
     bench.run(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
@@ -341,7 +341,7 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
     let mut cpu: Cpu<f32> = Cpu::for_training(&table, 0);
     let (a, b) = case.scales();
     let wgrad = Wgrad::new(case.shape(), bench.precision, bench.card).unwrap();
-    let dw = bench.precisions(&vec![0.0; padded(cout) * taps * wide]);
+    let dw = bench.floats(&vec![0.0; padded(cout) * taps * wide]);
     let scratch = bench.room(wgrad.scratch_bytes());
     for gain in [0.8, -1.5f32] {
         let x = bench.random(case.pixels() * ca, ca, 1.0);
