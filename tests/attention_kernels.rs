@@ -84,11 +84,11 @@ impl Device {
     /// Runs a launch, which must be free of bank conflicts.
     fn run(&self, launch: &Launch) {
         if launch.shared > 48 << 10 {
-            self.emulator.allow_shared(launch.kernel, launch.shared as usize).unwrap();
+            self.emulator.allow_shared(&launch.kernel, launch.shared as usize).unwrap();
         }
         let (block, args) = ([launch.block, 1, 1], [Arg::bytes(launch.params())]);
         // SAFETY: `check` allocates what the kernels take; the checked build controls it.
-        let counters = unsafe { self.emulator.launch(launch.kernel, launch.grid, block, launch.shared, &args) }
+        let counters = unsafe { self.emulator.launch(&launch.kernel, launch.grid, block, launch.shared, &args) }
             .unwrap_or_else(|e| panic!("{}: {e}", self.name));
         assert_eq!(counters.bank_conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
     }

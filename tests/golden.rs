@@ -14,8 +14,11 @@ use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 use serde_json::json;
 
 fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
-    let device: Device<Cpu> =
-        Device { sampling: &Cpu::for_sampling, training: &Cpu::for_training, bounds: Bounds::F32 };
+    let device: Device<Cpu> = Device {
+        sampling: &|table| Ok(Cpu::for_sampling(table)),
+        training: &|table, averages| Ok(Cpu::for_training(table, averages)),
+        bounds: Bounds::F32,
+    };
     let mut outcomes = Vec::new();
     let summary = verify(dir, &device, &mut |outcome| outcomes.push(outcome.clone())).unwrap();
     (summary, outcomes)

@@ -238,9 +238,7 @@ fn load(model: &Model) -> Cpu<f32> {
 }
 
 fn images(model: &Model, b: &mut Cpu<f32>, labels: &[f32], seeds: &[u64], config: &SamplerConfig) -> Vec<f32> {
-    Sampler { backend: b, net: &model.net, gnet: None }
-        .run(labels, seeds, [12, 20], config, &mut |_, _| Ok(()))
-        .unwrap()
+    Sampler { backend: b, net: &model.net, gnet: None }.run(labels, seeds, [12, 20], config, None).unwrap()
 }
 
 const SHORT: SamplerConfig = SamplerConfig {
@@ -302,7 +300,7 @@ fn another_network_guides() {
             &[9],
             [12, 20],
             &config,
-            &mut |_, _| Ok(()),
+            None,
         )
     };
     let by_itself = guided_by(&model, &mut again).unwrap();
@@ -326,7 +324,7 @@ fn settings_and_shapes_are_checked_before_anything_runs() {
             &[1, 2],
             size,
             &config,
-            &mut |_, _| panic!("it ran"),
+            Some(&mut |_, _| panic!("it ran")),
         );
         error.unwrap_err().to_string()
     };
@@ -358,9 +356,8 @@ fn a_network_that_makes_nan_is_an_error_that_names_the_seed() {
     let id = model.table.find("unet.out_gain").unwrap();
     model.weights[id.0][0] = f32::NAN;
     let mut b = load(&model);
-    let error = Sampler { backend: &mut b, net: &model.net, gnet: None }
-        .run(&[], &[31], [8, 8], &SHORT, &mut |_, _| Ok(()))
-        .unwrap_err();
+    let error =
+        Sampler { backend: &mut b, net: &model.net, gnet: None }.run(&[], &[31], [8, 8], &SHORT, None).unwrap_err();
     assert!(matches!(error, SampleError::NotFinite { seed: 31, count: 192 }), "{error}");
 }
 

@@ -237,6 +237,9 @@ pub enum BackendError {
     /// The backend was created without training state (gradients, moments, averages).
     #[error("{0:?} is not held: the network was loaded for sampling only")]
     NotTraining(Slot),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] gpu::runtime::DeviceError),
 }
 
 /// Executes the network's operations on one device. See the module's text for conventions.
@@ -252,6 +255,22 @@ pub trait Backend {
     fn upload(&mut self, shape: Shape, values: &[f32]) -> Self::Tensor;
     /// Waits for the device and copies a tensor to the host.
     fn download(&mut self, t: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
+
+    /// Runs `body` on `inputs` (shape and values, as for [`Backend::upload`]) and returns what it returns.
+    ///
+    /// A device may record what `body` asks for when it first meets `key` with inputs of these shapes, and replay
+    /// that from then on. So what `body` does depends on nothing else, and it downloads nothing; it may be called
+    /// several times. The results are overwritten by the next run with this key.
+    fn planned(
+        &mut self,
+        key: &str,
+        inputs: &[(Shape, &[f32])],
+        body: &mut dyn FnMut(&mut Self, &[Self::Tensor]) -> Vec<Self::Tensor>,
+    ) -> Result<Vec<Self::Tensor>, BackendError> {
+        let _ = key;
+        let inputs: Vec<_> = inputs.iter().map(|(shape, values)| self.upload(*shape, values)).collect();
+        Ok(body(self, &inputs))
+    }
 
     /// The parameters that this backend holds.
     fn table(&self) -> &ParamTable;

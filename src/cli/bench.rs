@@ -34,9 +34,8 @@ pub struct BenchArgs {
     /// Runs of each measurement.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
-    /// Device to measure.
-    #[arg(long, default_value = "auto", value_enum)]
-    device: super::Device,
+    #[command(flatten)]
+    device: super::DeviceArgs,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -58,7 +57,6 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let [height, width] = args.size.unwrap_or(size);
     config.check_size(height, width)?;
     let threads = rayon::current_num_threads();
-    let (super::Device::Auto | super::Device::Cpu) = args.device;
     if !args.json {
         println!("{name} at {width}x{height} on the CPU, {threads} threads, f32");
     }

@@ -8,13 +8,91 @@ pub mod sample;
 pub mod train;
 pub mod verify;
 
-/// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+use std::rc::Rc;
+use std::str::FromStr;
+
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
+
+/// What computes, as `--device` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
-    /// The best that there is
+    /// The first GPU if there is one, else the processor.
     Auto,
-    /// This machine's processor
+    /// This machine's processor.
     Cpu,
+    /// A CUDA device by number.
+    Cuda(usize),
+    /// The CUDA kernels on the processor, checked.
+    Emulated,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is not a device, expected auto, cpu, cuda, cuda:N or emulated");
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => {
+                let number = text.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+                number.map(Self::Cuda).ok_or_else(wrong)
+            }
+        }
+    }
+}
+
+/// Where a network computes.
+#[derive(clap::Args)]
+pub struct DeviceArgs {
+    /// What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, emulated (slow; checks the kernels)
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
+    /// 16-bit type of activations and weights on a GPU; the CPU computes in f32
+    #[arg(long, value_enum, default_value_t = Precision::F16)]
+    pub precision: Precision,
+}
+
+/// An open device.
+pub enum Engine {
+    /// This machine's processor.
+    Cpu,
+    /// What runs kernels.
+    Gpu(Rc<dyn Runtime>),
+}
+
+impl DeviceArgs {
+    /// Opens the device; with `auto`, says on stderr which GPU was taken.
+    ///
+    /// # Errors
+    /// The device is not there, or this program was built without what it needs.
+    pub fn open(&self) -> Result<Engine, DeviceError> {
+        match self.device {
+            Device::Cpu | Device::Auto => Ok(Engine::Cpu),
+            Device::Cuda(_) => {
+                let why = "this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu";
+                Err(DeviceError::Unavailable(why.into()))
+            }
+            Device::Emulated => emulated(),
+        }
+    }
+}
+
+#[cfg(feature = "emulator")]
+fn emulated() -> Result<Engine, DeviceError> {
+    use edm2k::backend::gpu::emulated::{Build, Emulator};
+    use edm2k::backend::gpu::runtime::Emulated;
+    let emulator = Emulator::new(Build::Normal).map_err(|e| DeviceError::Unavailable(e.to_string()))?;
+    Ok(Engine::Gpu(Rc::new(Emulated::new(emulator, u64::MAX))))
+}
+
+#[cfg(not(feature = "emulator"))]
+fn emulated() -> Result<Engine, DeviceError> {
+    let why = "this edm2k was built without the emulator (cargo feature `emulator`)";
+    Err(DeviceError::Unavailable(why.into()))
 }
 
 /// Parses a size given as width x height, e.g. `64x88`; returns [height, width].

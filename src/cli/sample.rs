@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
@@ -18,10 +19,10 @@ use edm2k::data::dataset::{Dataset, DatasetError, Split};
 use edm2k::formats::npy;
 use edm2k::formats::png::Picture;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::{Encoder, Model};
-use edm2k::sample::{Churn, Sampler, SamplerConfig, Solver, parse_seeds};
+use edm2k::model::{Encoder, Model, ParamTable};
+use edm2k::sample::{Churn, Observe, Sampler, SamplerConfig, Solver, Step, parse_seeds};
 
-use super::Device;
+use super::{DeviceArgs, Engine};
 
 /// Make images.
 #[derive(clap::Args)]
@@ -54,9 +55,8 @@ pub struct SampleArgs {
     /// Images at a time; changes speed and memory, not the images
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
     batch: u16,
-    /// What computes
-    #[arg(long, value_enum, default_value = "auto")]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Overwrite existing images
     #[arg(long)]
     overwrite: bool,
@@ -169,13 +169,10 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     };
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     job.claim_outputs()?;
-    match args.device {
-        Device::Auto | Device::Cpu => {
-            let mut backend = on_cpu(&model)?;
-            let mut guide = gnet.as_ref().map(|gnet| on_cpu(gnet).map(|b| (b, &gnet.net))).transpose()?;
-            let guide = guide.as_mut().map(|(b, net)| (b, *net));
-            job.run(Sampler { backend: &mut backend, net: &model.net, gnet: guide })
-        }
+    match args.device.open()? {
+        Engine::Cpu => job.run(gnet.as_ref(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
+        Engine::Gpu(runtime) => job
+            .run(gnet.as_ref(), false, &|table| Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)),
     }
 }
 
@@ -192,8 +189,8 @@ fn sampler_config(args: &SampleArgs) -> SamplerConfig {
     }
 }
 
-fn on_cpu(model: &Model) -> anyhow::Result<Cpu<f32>> {
-    let mut backend = Cpu::for_sampling(&model.table);
+fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> anyhow::Result<B>) -> anyhow::Result<B> {
+    let mut backend = new(&model.table)?;
     model.upload(&mut backend, Slot::Weight)?;
     backend.prepare(Slot::Weight, Normalization::Eval)?;
     Ok(backend)
@@ -390,7 +387,19 @@ impl Job<'_> {
         all
     }
 
-    fn run<B: Backend>(&self, mut sampler: Sampler<B>) -> anyhow::Result<()> {
+    /// Samples on the backends that `new` makes. `steps_show`: whether a step takes so long that people want to see
+    /// it; a device that runs all steps as one plan cannot show them.
+    fn run<B: Backend>(
+        &self,
+        gnet: Option<&Model>,
+        steps_show: bool,
+        new: &dyn Fn(&ParamTable) -> anyhow::Result<B>,
+    ) -> anyhow::Result<()> {
+        let mut backend = loaded(self.model, new)?;
+        let mut guide = gnet.map(|gnet| loaded(gnet, new).map(|b| (b, &gnet.net))).transpose()?;
+        let gnet = guide.as_mut().map(|(b, net)| (b, *net));
+        let mut sampler = Sampler { backend: &mut backend, net: &self.model.net, gnet };
+        let observed = steps_show || self.args.save_steps;
         let [height, width] = self.size;
         let channels = self.model.net.config.img_channels;
         let label_dim = self.model.net.config.label_dim;
@@ -409,7 +418,7 @@ impl Job<'_> {
             let labels: Vec<f32> =
                 chosen.flat_map(|row| &self.conditions.values[row * label_dim..][..label_dim]).copied().collect();
             let mut steps: Vec<Vec<f32>> = vec![Vec::new(); seeds.len()];
-            let images = sampler.run(&labels, seeds, self.size, &self.config, &mut |b, step| {
+            let mut observe = |b: &mut B, step: Step<B::Tensor>| {
                 bar.inc(1);
                 if self.args.save_steps {
                     let denoised = step.denoised.tensor(b);
@@ -417,7 +426,12 @@ impl Job<'_> {
                     steps.iter_mut().zip(denoised.chunks(values)).for_each(|(all, x)| all.extend_from_slice(x));
                 }
                 Ok(())
-            })?;
+            };
+            let observe: Option<&mut Observe<B>> = if observed { Some(&mut observe) } else { None };
+            let images = sampler.run(&labels, seeds, self.size, &self.config, observe)?;
+            if !observed {
+                bar.inc(self.config.steps as u64);
+            }
             for (i, (&seed, image)) in seeds.iter().zip(images.chunks(values)).enumerate() {
                 if self.pictures() {
                     let picture = Picture::from_model(height, width, image);

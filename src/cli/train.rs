@@ -10,8 +10,9 @@ use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::Device;
+use super::{DeviceArgs, Engine};
 use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::engine::Gpu;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta};
@@ -106,9 +107,8 @@ pub struct TrainArgs {
     /// Checkpoints to keep; snapshots are all kept
     #[arg(long, value_name = "N", default_value_t = 3)]
     keep: usize,
-    /// What computes
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    device: Device,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print the resolved configuration and the memory need as JSON, and do nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
@@ -148,12 +148,12 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         ensure!(same, "{}: the validation images differ in size from the training images", args.data.display());
     }
     let Resolved { settings, plan, model, notes } = resolve(&args, &data)?;
-    let (Device::Auto | Device::Cpu) = args.device;
     if args.dry_run {
         println!("{}", describe(&settings, &plan, &model)?);
         return Ok(());
     }
 
+    let engine = args.device.open()?;
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     ctrlc::set_handler(move || {
@@ -197,9 +197,18 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             }
         }
     };
-    let mut backend = Cpu::<f32>::for_training(&model.table, settings.ema.len());
     let splits = Splits { train: &data, validation: validation.as_ref() };
-    let outcome = train(&mut backend, model, &settings, &plan, splits, &stop, &mut show);
+    let (profiles, table) = (settings.ema.len(), model.table.clone());
+    let outcome = match engine {
+        Engine::Cpu => {
+            let mut backend = Cpu::<f32>::for_training(&table, profiles);
+            train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
+        }
+        Engine::Gpu(runtime) => {
+            let mut backend = Gpu::for_training(runtime, args.device.precision, &table, profiles)?;
+            train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
+        }
+    };
     bar.finish_and_clear();
     match outcome.context("training stopped; what was saved is whole")? {
         Outcome::Finished => Ok(()),

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 
+use super::Engine;
 use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::engine::Gpu;
 use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 
 /// Compare a device with numbers of the official implementation.
@@ -20,9 +22,8 @@ pub struct VerifyArgs {
     /// Directory of golden files (see tests/golden/README.md)
     #[arg(value_name = "DIR")]
     dir: PathBuf,
-    /// Where to compute
-    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = super::Device::Auto)]
-    device: super::Device,
+    #[command(flatten)]
+    device: super::DeviceArgs,
     /// One JSON object a line instead of text; the last one holds the totals
     #[arg(long)]
     json: bool,
@@ -34,10 +35,22 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         true => println!("{}", serde_json::json!(outcome)),
         false => println!("{outcome}"),
     };
-    let summary = match args.device {
-        super::Device::Auto | super::Device::Cpu => {
-            let device: Device<Cpu> =
-                Device { sampling: &Cpu::for_sampling, training: &Cpu::for_training, bounds: Bounds::F32 };
+    let precision = args.device.precision;
+    let summary = match args.device.open()? {
+        Engine::Cpu => {
+            let device: Device<Cpu> = Device {
+                sampling: &|table| Ok(Cpu::for_sampling(table)),
+                training: &|table, averages| Ok(Cpu::for_training(table, averages)),
+                bounds: Bounds::F32,
+            };
+            verify(&args.dir, &device, &mut print)
+        }
+        Engine::Gpu(runtime) => {
+            let device = Device {
+                sampling: &|table| Gpu::for_sampling(runtime.clone(), precision, table),
+                training: &|table, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
+                bounds: Bounds::of(precision),
+            };
             verify(&args.dir, &device, &mut print)
         }
     };

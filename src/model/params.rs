@@ -38,6 +38,9 @@ pub struct ParamSpec {
     pub shape: Vec<usize>,
     /// What it is.
     pub kind: Kind,
+    /// Attention heads of a layer whose output channel `(head * c + i) * 3 + {q, k, v}` is the official
+    /// order; 0 for every other parameter.
+    pub heads: usize,
 }
 
 impl ParamSpec {
@@ -65,6 +68,13 @@ impl ParamTable {
         self.push(format!("{name}.weight"), vec![cout, cin, kernel, kernel], kind)
     }
 
+    /// The 1x1 convolution that makes q, k and v of so many heads.
+    pub fn qkv(&mut self, name: String, channels: usize, heads: usize) -> ParamId {
+        let id = self.conv(name, channels, 3 * channels, 1);
+        self.specs[id.0].heads = heads;
+        id
+    }
+
     /// A linear layer.
     pub fn linear(&mut self, name: String, cin: usize, cout: usize) -> ParamId {
         self.push(format!("{name}.weight"), vec![cout, cin], Kind::Weight { cout, cin, taps: 1 })
@@ -83,7 +93,7 @@ impl ParamTable {
     }
 
     fn push(&mut self, name: String, shape: Vec<usize>, kind: Kind) -> ParamId {
-        self.specs.push(ParamSpec { name, shape, kind });
+        self.specs.push(ParamSpec { name, shape, kind, heads: 0 });
         ParamId(self.specs.len() - 1)
     }
 

@@ -112,7 +112,7 @@ impl Block {
         let conv_res1 = table.conv(format!("{prefix}conv_res1"), cfg.cout, cfg.cout, 3);
         let conv_skip = (cfg.cin != cfg.cout).then(|| table.conv(format!("{prefix}conv_skip"), cfg.cin, cfg.cout, 1));
         let attn = (cfg.heads > 0).then(|| {
-            let qkv = table.conv(format!("{prefix}attn_qkv"), cfg.cout, cfg.cout * 3, 1);
+            let qkv = table.qkv(format!("{prefix}attn_qkv"), cfg.cout, cfg.heads);
             (qkv, table.conv(format!("{prefix}attn_proj"), cfg.cout, cfg.cout, 1))
         });
         let emb = EmbLayer { weight: emb_linear, gain, offset: *emb_offset, channels: cfg.cout };

@@ -259,8 +259,9 @@ pub struct Sampler<'a, B: Backend> {
 
 impl<B: Backend> Sampler<'_, B> {
     /// Samples one batch: an image of `size` = [height, width] for each seed. `labels` are the conditions,
-    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step. Returns
-    /// [seeds, height, width, channels] in model space.
+    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step; without it, and without
+    /// another network or churn, the whole batch is one plan of the device. Returns [seeds, height, width, channels]
+    /// in model space.
     ///
     /// # Errors
     /// [`SampleError`]; settings and shapes are checked before anything is computed.
@@ -270,20 +271,46 @@ impl<B: Backend> Sampler<'_, B> {
         seeds: &[u64],
         size: [usize; 2],
         config: &SamplerConfig,
-        observe: &mut Observe<B>,
+        observe: Option<&mut Observe<B>>,
     ) -> Result<Vec<f32>, SampleError> {
         let shape = self.check(labels, seeds, size, config)?;
-        let noise = draw(self.backend, shape, seeds, Purpose::SampleNoise, 0);
-        let upload =
-            |b: &mut B| (!labels.is_empty()).then(|| b.upload([seeds.len(), 1, 1, labels.len() / seeds.len()], labels));
-        let labels = upload(self.backend);
-        let gnet = self.gnet.as_mut().map(|(b, net)| {
-            let labels = if net.config.label_dim > 0 { upload(b) } else { None };
-            (&mut **b, *net, labels)
-        });
-        let mut network = Network { net: self.net, labels, gnet, config, shape, seeds, observe };
-        let x = solve(self.backend, &mut network, config, &noise)?;
-        let images = self.backend.download(&x)?;
+        let labels_shape = [seeds.len(), 1, 1, labels.len() / seeds.len()];
+        let noise = draw(shape, seeds, Purpose::SampleNoise, 0);
+        let net = self.net;
+        let images = match &mut self.gnet {
+            None if observe.is_none() && config.churn.s_churn == 0.0 => {
+                let mut inputs = vec![(shape, &noise[..])];
+                if !labels.is_empty() {
+                    inputs.push((labels_shape, labels));
+                }
+                let mut failed = None;
+                let key = format!("sample {config:?}");
+                let made = self.backend.planned(&key, &inputs, &mut |b, inputs| {
+                    let labels = inputs.get(1).cloned();
+                    let mut network = Network { net, labels, gnet: None, config, shape, seeds, observe: None };
+                    match solve(b, &mut network, config, &inputs[0]) {
+                        Ok(x) => vec![x],
+                        Err(e) => {
+                            failed = Some(e);
+                            vec![]
+                        }
+                    }
+                })?;
+                if let Some(e) = failed {
+                    return Err(e.into());
+                }
+                self.backend.download(&made[0])?
+            }
+            gnet => {
+                let noise = self.backend.upload(shape, &noise);
+                let labels = (!labels.is_empty()).then(|| (labels_shape, labels));
+                let gnet = gnet.as_mut().map(|(b, net)| (&mut **b, *net, labels.filter(|_| net.config.label_dim > 0)));
+                let labels = labels.map(|(shape, labels)| self.backend.upload(shape, labels));
+                let mut network = Network { net, labels, gnet, config, shape, seeds, observe };
+                let x = solve(self.backend, &mut network, config, &noise)?;
+                self.backend.download(&x)?
+            }
+        };
         for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(seeds) {
             let count = image.iter().filter(|x| !x.is_finite()).count();
             if count > 0 {
@@ -323,26 +350,27 @@ impl<B: Backend> Sampler<'_, B> {
 }
 
 /// Unit normal noise [n, h, w, c]: each image from its own stream, in the order of the tensor.
-fn draw<B: Backend>(b: &mut B, shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> B::Tensor {
+fn draw(shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> Vec<f32> {
     let mut values = vec![0.0; shape.iter().product()];
     for (image, &seed) in values.chunks_mut(shape[1..].iter().product()).zip(seeds) {
         Stream { seed, purpose, step, image: 0 }.normals(image);
     }
-    b.upload(shape, &values)
+    values
 }
 
 /// The guided network as the solvers see it.
-struct Network<'a, B: Backend> {
+struct Network<'a, 'o, B: Backend> {
     net: &'a Precond,
     labels: Option<B::Tensor>,
-    gnet: Option<(&'a mut B, &'a Precond, Option<B::Tensor>)>,
+    /// Another network, with its labels on the host.
+    gnet: Option<(&'a mut B, &'a Precond, Option<(Shape, &'a [f32])>)>,
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],
-    observe: &'a mut Observe<'a, B>,
+    observe: Option<&'a mut Observe<'o, B>>,
 }
 
-impl<B: Backend> Denoise<B> for Network<'_, B> {
+impl<B: Backend> Denoise<B> for Network<'_, '_, B> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
         let n = self.shape[0];
         let levels = vec![sigma as f32; n];
@@ -356,10 +384,12 @@ impl<B: Backend> Denoise<B> for Network<'_, B> {
             // through the host: a few kilobytes against a whole forward pass.
             Some((other, gnet, labels)) => {
                 let x = b.download(x)?;
-                let x = other.upload(self.shape, &x);
-                let sigmas = other.upload([n, 1, 1, 1], &levels);
-                let d = gnet.denoise(*other, &x, &sigmas, labels.as_ref());
-                let d = other.download(&d)?;
+                let mut inputs = vec![(self.shape, &x[..]), ([n, 1, 1, 1], &levels[..])];
+                inputs.extend(*labels);
+                let d = other.planned("denoise", &inputs, &mut |b, inputs| {
+                    vec![gnet.denoise(b, &inputs[0], &inputs[1], inputs.get(2))]
+                })?;
+                let d = other.download(&d[0])?;
                 b.upload(self.shape, &d)
             }
             None if self.labels.is_none() => return Ok(Guided::plain(d)),
@@ -369,10 +399,10 @@ impl<B: Backend> Denoise<B> for Network<'_, B> {
     }
 
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor {
-        draw(b, self.shape, self.seeds, Purpose::Churn, step as u32)
+        b.upload(self.shape, &draw(self.shape, self.seeds, Purpose::Churn, step as u32))
     }
 
     fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), BackendError> {
-        (self.observe)(b, step)
+        self.observe.as_mut().map_or(Ok(()), |observe| observe(b, step))
     }
 }

@@ -57,7 +57,7 @@ pub fn write<B: Backend>(
         }
         let seeds: Vec<u64> = jobs.iter().map(|&(_, seed)| seed).collect();
         let mut sampler = Sampler { backend, net, gnet: None };
-        samples.extend(sampler.run(&labels, &seeds, [h, w], &config, &mut |_, _| Ok(()))?);
+        samples.extend(sampler.run(&labels, &seeds, [h, w], &config, None)?);
     }
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {

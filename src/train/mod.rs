@@ -414,15 +414,19 @@ impl<B: Backend> Run<'_, B> {
             let n = self.plan.batch_gpu.min(end - first);
             let batch = self.batches.get(first, n as usize);
             first += n;
+            let (net, dim) = (&self.net, s.config.label_dim);
+            let images = [batch.n, h, w, c];
+            let mut inputs =
+                vec![(images, &batch.clean[..]), (images, &batch.noisy[..]), ([batch.n, 1, 1, 1], &batch.sigma[..])];
+            inputs.extend(batch.labels.as_ref().map(|labels| ([batch.n, 1, 1, dim], &labels[..])));
             let b = &mut *self.backend;
-            let clean = b.upload([batch.n, h, w, c], &batch.clean);
-            let noisy = b.upload([batch.n, h, w, c], &batch.noisy);
-            let sigma = b.upload([batch.n, 1, 1, 1], &batch.sigma);
-            let labels = batch.labels.map(|l| b.upload([batch.n, 1, 1, s.config.label_dim], &l));
-            let pass = self.net.train_forward(b, &clean, &noisy, &sigma, labels.as_ref());
-            let per_image = pass.per_image.clone();
-            self.net.backward(b, pass);
-            loss += b.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+            let per_image = b.planned("train", &inputs, &mut |b, inputs| {
+                let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
+                let per_image = pass.per_image.clone();
+                net.backward(b, pass);
+                vec![per_image]
+            })?;
+            loss += b.download(&per_image[0])?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -584,12 +588,15 @@ pub fn validation_loss<B: Backend>(
             stream(Purpose::TrainNoise).normals(noisy);
             noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + sigma[j] * *x);
         }
-        let x = b.upload([n, h, w, c], &noisy);
-        let levels = b.upload([n, 1, 1, 1], &sigma);
-        let labels = (dim > 0).then(|| b.upload([n, 1, 1, dim], &labels));
-        let denoised = net.denoise(b, &x, &levels, labels.as_ref());
-        let logvar = net.logvar(b, &levels).1;
-        let (denoised, logvar) = (b.download(&denoised)?, b.download(&logvar)?);
+        let mut inputs = vec![([n, h, w, c], &noisy[..]), ([n, 1, 1, 1], &sigma[..])];
+        if dim > 0 {
+            inputs.push(([n, 1, 1, dim], &labels));
+        }
+        let made = b.planned("validation", &inputs, &mut |b, inputs| {
+            let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
+            vec![denoised, net.logvar(b, &inputs[1]).1]
+        })?;
+        let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
         for j in 0..n {
             let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
             let error = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;

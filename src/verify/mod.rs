@@ -27,6 +27,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::backend::gpu::launch::Precision;
+use crate::backend::gpu::runtime::DeviceError;
 use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::model::{Config, ConfigError, ParamId, ParamTable};
@@ -36,6 +38,9 @@ pub const FACTOR: f64 = 10.0;
 
 /// A tensor of fewer values says too little about the size of its rounding error.
 pub const FEW: usize = 64;
+
+/// The file of single operations.
+const OPERATIONS: &str = "ops.safetensors";
 
 /// Smallest and largest bound for one quantity: what rounding alone can do at least, and the contract.
 #[derive(Clone, Copy, Debug)]
@@ -49,9 +54,13 @@ pub struct Limits {
 /// What a device's arithmetic allows.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Results of operations and networks.
+    /// Results of single operations.
+    pub operation: Limits,
+    /// Gradients of single operations.
+    pub operation_gradient: Limits,
+    /// Results of blocks and networks.
     pub forward: Limits,
-    /// Gradients.
+    /// Gradients of blocks and networks.
     pub gradient: Limits,
     /// Losses, weights, moments and averages of training steps.
     pub training: Limits,
@@ -66,20 +75,42 @@ impl Bounds {
     pub const F32: Self = {
         let eps = f32::EPSILON as f64;
         Self {
+            operation: Limits { floor: 16.0 * eps, contract: 1e-5 },
+            operation_gradient: Limits { floor: 64.0 * eps, contract: 1e-4 },
             forward: Limits { floor: 16.0 * eps, contract: 1e-5 },
             gradient: Limits { floor: 64.0 * eps, contract: 1e-4 },
             training: Limits { floor: 16.0 * eps, contract: 1e-4 },
             sampler: Limits { floor: 16.0 * eps, contract: 1e-5 },
         }
     };
+
+    /// Devices that round activations and effective weights to 16 bits and sum in f32. f16 has 11 significant
+    /// bits: the rounding of inputs, weights and result, each 2^-11 / sqrt(3) on average, makes an operation's
+    /// 2e-3 at most; the errors of a network's operations add up as independent ones do. bf16 has 8. A sampler's
+    /// images are as close as 40 dB of peak signal to noise asks.
+    pub fn of(precision: Precision) -> Self {
+        let scale = match precision {
+            Precision::F16 => 1.0,
+            Precision::Bf16 => 8.0,
+        };
+        let limits = |bound: f64| Limits { floor: bound * scale, contract: bound * scale };
+        Self {
+            operation: limits(2e-3),
+            operation_gradient: limits(2e-3),
+            forward: limits(5e-3),
+            gradient: limits(2e-2),
+            training: limits(2e-2),
+            sampler: limits(1e-2),
+        }
+    }
 }
 
 /// A kind of device: how to make a backend for a table of parameters, and how exact it is.
 pub struct Device<'a, B> {
     /// For one network (no gradients).
-    pub sampling: &'a dyn Fn(&ParamTable) -> B,
+    pub sampling: &'a dyn Fn(&ParamTable) -> Result<B, DeviceError>,
     /// With gradients, moments and this many moving averages.
-    pub training: &'a dyn Fn(&ParamTable, usize) -> B,
+    pub training: &'a dyn Fn(&ParamTable, usize) -> Result<B, DeviceError>,
     /// Its bounds.
     pub bounds: Bounds,
 }
@@ -187,6 +218,9 @@ pub enum VerifyError {
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The device has no room for a network.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
@@ -210,7 +244,7 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
 
     type Replay<'a, B> = fn(&mut Session<'a, B>) -> Result<()>;
     let replays: [(&[&str], Replay<B>); 9] = [
-        (&["ops.safetensors"], ops::operations),
+        (&[OPERATIONS], ops::operations),
         (&["ops_blocks.safetensors"], ops::blocks),
         (&["tiny_model.safetensors", "tiny_forward.safetensors"], network::forward),
         (&["tiny_model.safetensors", "tiny_grads.safetensors"], network::gradients),
@@ -320,6 +354,8 @@ impl<B: Backend> Session<'_, B> {
     fn bound(&self, what: What, file: &str, tensor: &str, numel: usize) -> f64 {
         let p = &self.device.bounds;
         let limits = match what {
+            What::Forward if file == OPERATIONS => p.operation,
+            What::Gradient if file == OPERATIONS => p.operation_gradient,
             What::Forward => p.forward,
             What::Gradient => p.gradient,
             What::Training => p.training,
@@ -374,8 +410,8 @@ impl<B: Backend> Session<'_, B> {
     /// weights.
     fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<B> {
         let mut b = match averages {
-            None => (self.device.sampling)(table),
-            Some(averages) => (self.device.training)(table, averages),
+            None => (self.device.sampling)(table)?,
+            Some(averages) => (self.device.training)(table, averages)?,
         };
         for (id, spec) in table.iter() {
             let array = f.shaped(&format!("{prefix}{}", spec.name), &spec.shape)?;

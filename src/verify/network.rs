@@ -412,7 +412,7 @@ fn training_step<B: Backend>(
     }
     if f.file.names().any(|name| name.starts_with("wnorm.")) {
         // The weights as the forward pass left them: a twin takes the step at learning rate 0.
-        let mut twin = (s.device.training)(table, 0);
+        let mut twin = (s.device.training)(table, 0)?;
         for (id, _) in table.iter() {
             let values = b.read_param(Slot::Weight, id)?;
             twin.write_param(Slot::Weight, id, &values)?;

@@ -17,11 +17,11 @@ use crate::model::{ParamId, ParamTable};
 /// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
 pub(super) const EPS: f64 = 1e-4;
 
-/// Rows this large make eps vanish in f32.
-const LARGE: f64 = 1e8;
+/// Rows this large make eps vanish in f32; f16 can hold it.
+const LARGE: f64 = 32768.0;
 
 pub(super) fn operations<B: Backend>(s: &mut Session<B>) -> Result<()> {
-    let f = &s.open("ops.safetensors")?;
+    let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
     for prefix in [
         "mp_silu",
@@ -84,7 +84,7 @@ fn balance(case: &str) -> Option<f64> {
 fn with_weight<B: Backend>(s: &Session<B>, w: &Array, rounds: usize) -> Result<(B, ParamId)> {
     let mut table = ParamTable::default();
     let id = push(&mut table, "layer", &w.shape);
-    let mut b = (s.device.training)(&table, 0);
+    let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, id, &w.f32())?;
     b.prepare(Slot::Weight, normalization(rounds))?;
     Ok((b, id))
@@ -236,7 +236,7 @@ fn fourier<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let mut table = ParamTable::default();
     let (tf, tp) = table.fourier("fourier".into(), freqs.values.len());
     let weight = table.linear("linear".into(), freqs.values.len(), 1);
-    let mut b = (s.device.sampling)(&table);
+    let mut b = (s.device.sampling)(&table)?;
     b.write_param(Slot::Weight, tf, &freqs.f32())?;
     b.write_param(Slot::Weight, tp, &phases.f32())?;
     b.write_param(Slot::Weight, weight, &vec![1.0; freqs.values.len()])?;
@@ -260,7 +260,7 @@ pub(super) fn fourier_argument(c_noise: &[f64], freqs: &[f64], phases: &[f64]) -
 
 fn pixel_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
-    let mut b = (s.device.training)(&ParamTable::default(), 0);
+    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.pixel_norm(&tx, false);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
@@ -269,30 +269,46 @@ fn pixel_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()>
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)
 }
 
-/// Far below eps, pixel norm is x / eps.
+/// Large values in further channels make the norm of every pixel the same, so that pixel norm divides by a known
+/// number and its gradient does too.
 fn resample_down<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
-    const TINY: f64 = 1e-12;
+    const FURTHER: usize = 8;
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
     if x.shape.len() != 4 || h % 2 + w % 2 != 0 {
         let found = format!("shape {:?}", x.shape);
         return Err(f.file.unexpected(&format!("{c}.x"), found, "[N, C, H, W] with even H and W").into());
     }
-    let mut b = (s.device.training)(&ParamTable::default(), 0);
-    let tx = x.scaled(TINY).upload(&mut b);
+    // Channels [0, channels) of each image, then the further ones.
+    let widened = |x: &Array, fill: f64| {
+        let [n, channels, h, w] = [x.shape[0], x.shape[1], x.shape[2], x.shape[3]];
+        let image = channels * h * w;
+        let further = vec![fill; FURTHER * h * w];
+        let values = x.values.chunks(image).flat_map(|image| image.iter().chain(&further).copied()).collect();
+        Array::new(&[n, channels + FURTHER, h, w], values)
+    };
+    let narrowed = |values: Vec<f64>, pixels: usize, scale: f64| -> Vec<f64> {
+        let images = values.chunks((channels + FURTHER) * pixels);
+        images.flat_map(|image| image[..channels * pixels].iter().map(|v| v * scale)).collect()
+    };
+    let norm = EPS + LARGE * (FURTHER as f64 / (channels + FURTHER) as f64).sqrt();
+    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
+    // The results are as small as 1 / norm; f16 is precise down to 2^-14.
+    let tx = widened(&x.scaled(16.0), LARGE).upload(&mut b);
     let y = b.pixel_norm(&tx, true);
-    let y: Vec<f64> = download(&mut b, &y)?.iter().map(|y| y * EPS / TINY).collect();
+    let y = narrowed(download(&mut b, &y)?, h * w / 4, norm / 16.0);
     s.check(f, &format!("{c}.y"), What::Forward, &y)?;
-    let gy = f.shaped(&format!("{c}.gy"), &[n, channels, h / 2, w / 2])?.upload(&mut b);
+    let gy = f.shaped(&format!("{c}.gy"), &[n, channels, h / 2, w / 2])?;
+    let gy = widened(&gy.scaled(4096.0), 0.0).upload(&mut b);
     let gx = b.pixel_norm_backward(&tx, &gy, true, None);
-    let gx: Vec<f64> = download(&mut b, &gx)?.iter().map(|g| g * EPS).collect();
+    let gx = narrowed(download(&mut b, &gx)?, h * w, norm / 4096.0);
     s.check(f, &format!("{c}.g_x"), What::Gradient, &gx)
 }
 
 fn resample_up<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
-    let mut b = (s.device.training)(&ParamTable::default(), 0);
+    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.upsample(&tx);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
@@ -381,7 +397,7 @@ fn with_emb_layer<B: Backend>(s: &Session<B>, w: &Array, gain: f64, rounds: usiz
     let mut table = ParamTable::default();
     let gain_id = table.gain("emb_gain".into());
     let weight = table.linear("emb_linear".into(), w.shape[1], w.shape[0]);
-    let mut b = (s.device.training)(&table, 0);
+    let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, weight, &w.f32())?;
     b.prepare(Slot::Weight, normalization(rounds))?;
@@ -457,7 +473,7 @@ fn mp_conv<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let mut table = ParamTable::default();
     let gain_id = table.gain("gain".into());
     let id = push(&mut table, "layer", &w.shape);
-    let mut b = (s.device.training)(&table, 0);
+    let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, id, &w.f32())?;
     b.prepare(Slot::Weight, normalization(rounds(c)))?;
@@ -519,7 +535,7 @@ fn attn_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> 
     let y = f.shaped(&format!("{c}.y"), &x.shape)?;
     let at =
         |array: &Array, [a, b, c, d, e]: [usize; 5]| array.values[(((a * heads + b) * ch + c) * 3 + d) * tokens + e];
-    let mut b = (s.device.sampling)(&ParamTable::default());
+    let mut b = (s.device.sampling)(&ParamTable::default())?;
     let qkv = pack_qkv([n, heads, ch, tokens], |index| at(&x, index));
     let qkv = b.upload([n, 1, tokens, heads * ch * 3], &qkv);
     let out = b.attention(&qkv, heads);
@@ -573,7 +589,7 @@ fn attn<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let mut table = ParamTable::default();
     let qkv_id = push(&mut table, "attn_qkv", &w_qkv.shape);
     let proj_id = push(&mut table, "attn_proj", &w_proj.shape);
-    let mut b = (s.device.training)(&table, 0);
+    let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, qkv_id, &w_qkv.f32())?;
     b.write_param(Slot::Weight, proj_id, &w_proj.f32())?;
     b.prepare(Slot::Weight, normalization(0))?;

@@ -33,7 +33,7 @@ pub(super) fn precond<B: Backend>(s: &mut Session<B>) -> Result<()> {
     let gain = table.gain("out_gain".into());
     let (freqs, phases) = table.fourier("fourier".into(), 1);
     let weight = table.linear("linear".into(), 1, 1);
-    let mut b = (s.device.training)(&table, 0);
+    let mut b = (s.device.training)(&table, 0)?;
     for (id, value) in [(gain, 1.0), (freqs, FREQ), (phases, phase), (weight, 1.0)] {
         b.write_param(Slot::Weight, id, &[value])?;
     }

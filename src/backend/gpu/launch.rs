@@ -21,11 +21,11 @@ impl DevicePtr {
 }
 
 /// The 16-bit type of activations and effective weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Precision {
-    /// IEEE half, 11 significant bits, up to 65504.
+    /// IEEE half: 11 significant bits, up to 65504
     F16,
-    /// bfloat16, 8 significant bits, the range of f32.
+    /// bfloat16: 8 significant bits, the range of f32
     Bf16,
 }
 

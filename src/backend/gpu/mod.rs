@@ -2,11 +2,15 @@
 
 pub mod attention;
 pub mod conv;
+pub mod embedding;
 #[cfg(feature = "emulator")]
 pub mod emulated;
+pub mod engine;
 pub mod launch;
+pub mod params;
 pub mod pixelwise;
 pub mod precond;
 pub mod runtime;
+pub mod tensor;
 pub mod tiles;
 pub mod weights;

@@ -1,0 +1,335 @@
+//! Parameters in device memory: where each lies in the arenas of weights, gradients, moments and averages,
+//! and the way between PyTorch's order and the kernels'.
+//!
+//! A weight is stored as rows [cout][tap][cin], cin padded with zeros to a multiple of 8, so that rows are
+//! what is normalised and what the convolutions read; after the last row there is room up to a multiple of 8
+//! rows, which stays zero. Rows of a qkv layer are in the order of [`attention::row_of`].
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::attention;
+use super::launch::{DevicePtr, Precision};
+use super::runtime::{Command, DeviceError, Graph, Memory, Runtime};
+use super::tensor::padded;
+use super::weights::{self, Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
+use crate::model::params::{Kind, ParamId, ParamSpec, ParamTable};
+
+/// Where one parameter lies.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Its first value in the f32 arenas and, for weights, among the effective ones.
+    first: usize,
+    /// Its first value among the plain ones, for gains and buffers.
+    plain: usize,
+    rows: usize,
+    taps: usize,
+    cin: usize,
+    heads: usize,
+    weight: bool,
+}
+
+impl Place {
+    /// Values from one row to the next.
+    fn stride(&self) -> usize {
+        if self.weight { self.taps * padded(self.cin) } else { padded(self.cin) }
+    }
+
+    /// For each value in PyTorch's order, its place.
+    fn map(&self, mut each: impl FnMut(usize, usize)) {
+        let Self { rows, taps, cin, heads, .. } = *self;
+        for row in 0..rows {
+            let to = if heads > 0 { attention::row_of(row, heads, rows / 3 / heads) } else { row };
+            for i in 0..cin {
+                for tap in 0..taps {
+                    each((row * cin + i) * taps + tap, to * self.stride() + tap * padded(cin) + i);
+                }
+            }
+        }
+    }
+}
+
+/// What only training needs.
+struct Training {
+    grad: Rc<dyn Memory>,
+    m: Rc<dyn Memory>,
+    v: Rc<dyn Memory>,
+    emas: Vec<Rc<dyn Memory>>,
+    rows: RowTable,
+    rows_memory: Rc<dyn Memory>,
+    scalars: Rc<dyn Memory>,
+    stats: Rc<dyn Memory>,
+    totals: Rc<dyn Memory>,
+    /// The step by its number of rounds.
+    graphs: HashMap<usize, Box<dyn Graph>>,
+    /// Whether the gradients are those of a finished step.
+    stale: bool,
+}
+
+/// Every parameter of a network, and its training state.
+pub struct Params {
+    table: ParamTable,
+    places: Vec<Place>,
+    precision: Precision,
+    /// Values of each f32 arena.
+    values: usize,
+    weight: Rc<dyn Memory>,
+    effective: Rc<dyn Memory>,
+    plain: Rc<dyn Memory>,
+    all_rows: RowTable,
+    all_rows_memory: Rc<dyn Memory>,
+    training: Option<Training>,
+}
+
+const PURPOSE: &str = "parameters";
+
+fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
+    match spec.kind {
+        Kind::Weight { cout, cin, taps } => {
+            Place { first, plain, rows: cout, taps, cin, heads: spec.heads, weight: true }
+        }
+        _ => Place { first, plain, rows: 1, taps: 1, cin: spec.numel(), heads: 0, weight: false },
+    }
+}
+
+fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> {
+    let (length, fan_in) = (p.stride(), if p.weight { p.taps * p.cin } else { 0 });
+    let effective = if p.weight { p.first } else { p.plain };
+    (0..p.rows).map(move |row| WeightRow {
+        first: (p.first + row * length) as i64,
+        effective: (effective + row * length) as i64,
+        length: length as i32,
+        fan_in: fan_in as i32,
+    })
+}
+
+fn filled(runtime: &dyn Runtime, bytes: usize) -> Result<Rc<dyn Memory>, DeviceError> {
+    let memory = runtime.allocate(bytes, PURPOSE)?;
+    // SAFETY: the whole of the memory just allocated.
+    unsafe { runtime.run(&Command::Zero { at: memory.ptr(), bytes })? };
+    Ok(memory)
+}
+
+fn uploaded(runtime: &dyn Runtime, rows: &RowTable) -> Result<Rc<dyn Memory>, DeviceError> {
+    let bytes: &[u8] = bytemuck::cast_slice(rows.rows());
+    let memory = runtime.allocate(bytes.len(), PURPOSE)?;
+    memory.write(0, bytes)?;
+    Ok(memory)
+}
+
+impl Params {
+    /// Room for every parameter, all zero; with gradients, moments and `emas` averages if given.
+    pub fn new(
+        runtime: &dyn Runtime,
+        precision: Precision,
+        table: &ParamTable,
+        emas: Option<usize>,
+    ) -> Result<Self, DeviceError> {
+        let (mut values, mut plain) = (0, 0);
+        let mut places = Vec::new();
+        for (_, spec) in table.iter() {
+            let p = place(spec, values, plain);
+            if p.stride() > weights::MAX_ROW {
+                let (name, found, most) = (&spec.name, p.stride(), weights::MAX_ROW);
+                return Err(DeviceError::Unavailable(format!("{name}: rows of {found} values, at most {most}")));
+            }
+            values += padded(p.rows) * p.stride();
+            plain += if p.weight { 0 } else { p.stride() };
+            places.push(p);
+        }
+        let all_rows = RowTable::new(places.iter().flat_map(rows_of).collect());
+        let training = match emas {
+            None => None,
+            Some(emas) => {
+                let trained = table.iter().zip(&places).filter(|((_, spec), _)| spec.trained());
+                let rows = RowTable::new(trained.flat_map(|(_, p)| rows_of(p)).collect());
+                let arena = || filled(runtime, values * 4);
+                Some(Training {
+                    grad: arena()?,
+                    m: arena()?,
+                    v: arena()?,
+                    emas: (0..emas).map(|_| arena()).collect::<Result<_, _>>()?,
+                    rows_memory: uploaded(runtime, &rows)?,
+                    scalars: runtime.allocate(size_of::<StepScalars>(), PURPOSE)?,
+                    stats: runtime.allocate(8 * rows.rows().len(), PURPOSE)?,
+                    totals: runtime.allocate(size_of::<StepTotals>(), PURPOSE)?,
+                    rows,
+                    graphs: HashMap::new(),
+                    stale: false,
+                })
+            }
+        };
+        Ok(Self {
+            table: table.clone(),
+            precision,
+            values,
+            weight: filled(runtime, values * 4)?,
+            effective: filled(runtime, values * 2)?,
+            plain: filled(runtime, plain * 4)?,
+            all_rows_memory: uploaded(runtime, &all_rows)?,
+            all_rows,
+            training,
+            places,
+        })
+    }
+
+    /// The table.
+    pub fn table(&self) -> &ParamTable {
+        &self.table
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        let arenas = 1 + self.training.as_ref().map_or(0, |t| 3 + t.emas.len());
+        self.values * (4 * arenas + 2)
+    }
+
+    /// [rows, channels of a row, taps] of a weight, without padding.
+    pub fn dims(&self, id: ParamId) -> [usize; 3] {
+        let p = &self.places[id.0];
+        [p.rows, p.cin, p.taps]
+    }
+
+    /// Heads of a qkv layer, else 0.
+    pub fn heads(&self, id: ParamId) -> usize {
+        self.places[id.0].heads
+    }
+
+    /// A weight's effective values, 16 bits.
+    pub fn effective(&self, id: ParamId) -> DevicePtr {
+        self.effective.ptr().offset(self.first(id) * 2)
+    }
+
+    /// Bytes of a weight's effective values.
+    pub fn effective_bytes(&self, id: ParamId) -> usize {
+        self.places[id.0].rows * self.places[id.0].stride() * 2
+    }
+
+    /// A gain's or buffer's values, f32.
+    pub fn plain(&self, id: ParamId) -> DevicePtr {
+        self.plain.ptr().offset(self.first_plain(id) * 4)
+    }
+
+    /// Where the gradient of the effective values is accumulated, f32.
+    ///
+    /// # Panics
+    /// If the network was loaded for sampling only.
+    pub fn grad(&self, id: ParamId) -> DevicePtr {
+        self.all_grads().offset(self.first(id) * 4)
+    }
+
+    /// The arenas of effective values.
+    pub fn all_effective(&self) -> Effective {
+        Effective { weights: self.effective.ptr(), plain: self.plain.ptr() }
+    }
+
+    /// The arena of gradients, in which a parameter begins at [`Params::first`].
+    ///
+    /// # Panics
+    /// As [`Params::grad`].
+    pub fn all_grads(&self) -> DevicePtr {
+        self.training.as_ref().expect("gradients of a network that was loaded for training").grad.ptr()
+    }
+
+    /// A parameter's first value in the f32 arenas; a weight's among the effective ones too.
+    pub fn first(&self, id: ParamId) -> usize {
+        self.places[id.0].first
+    }
+
+    /// A gain's or buffer's first value among the plain ones.
+    pub fn first_plain(&self, id: ParamId) -> usize {
+        self.places[id.0].plain
+    }
+
+    fn arena(&self, slot: Slot) -> Result<&Rc<dyn Memory>, BackendError> {
+        let training = self.training.as_ref();
+        let memory = match slot {
+            Slot::Weight => Some(&self.weight),
+            Slot::Grad => training.map(|t| &t.grad),
+            Slot::AdamM => training.map(|t| &t.m),
+            Slot::AdamV => training.map(|t| &t.v),
+            Slot::Ema(i) => training.and_then(|t| t.emas.get(i)),
+        };
+        memory.ok_or(BackendError::NotTraining(slot))
+    }
+
+    /// See [`crate::backend::Backend::write_param`].
+    pub fn write(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
+        let spec = &self.table[id];
+        if values.len() != spec.numel() {
+            let (found, expected) = (values.len(), spec.numel());
+            return Err(BackendError::ParamSize { name: spec.name.clone(), found, expected });
+        }
+        let p = &self.places[id.0];
+        let mut stored = vec![0.0f32; p.rows * p.stride()];
+        p.map(|from, to| stored[to] = values[from]);
+        Ok(self.arena(slot)?.write(p.first * 4, bytemuck::cast_slice(&stored))?)
+    }
+
+    /// See [`crate::backend::Backend::read_param`].
+    pub fn read(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError> {
+        let p = &self.places[id.0];
+        let mut stored = vec![0.0f32; p.rows * p.stride()];
+        self.arena(slot)?.read(p.first * 4, bytemuck::cast_slice_mut(&mut stored))?;
+        let mut values = vec![0.0; self.table[id].numel()];
+        p.map(|to, from| values[to] = stored[from]);
+        Ok(values)
+    }
+
+    /// See [`crate::backend::Backend::prepare`].
+    pub fn prepare(&mut self, runtime: &dyn Runtime, slot: Slot, how: Normalization) -> Result<(), BackendError> {
+        let source = self.arena(slot)?.ptr();
+        let to = self.all_effective();
+        let rows = self.all_rows_memory.ptr();
+        for launch in weights::prepare(self.precision, &self.all_rows, rows, source, how, to) {
+            // SAFETY: the arenas have the rows of the table.
+            unsafe { runtime.run(&launch.into())? };
+        }
+        Ok(())
+    }
+
+    /// Clears the gradients if they are those of a finished step: to be called before anything adds to them.
+    pub fn begin_accumulation(&mut self, runtime: &dyn Runtime) -> Result<(), DeviceError> {
+        match &mut self.training {
+            Some(t) if t.stale => {
+                t.stale = false;
+                // SAFETY: the whole arena.
+                unsafe { runtime.run(&Command::Zero { at: t.grad.ptr(), bytes: self.values * 4 }) }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// See [`crate::backend::Backend::optimizer_step`].
+    pub fn step(&mut self, runtime: &dyn Runtime, step: &Step) -> Result<StepStats, BackendError> {
+        self.begin_accumulation(runtime)?;
+        let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
+        t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
+        if !t.graphs.contains_key(&step.rounds) {
+            let emas: Vec<DevicePtr> = t.emas.iter().map(|e| e.ptr()).collect();
+            let arenas = StepArenas {
+                rows: t.rows_memory.ptr(),
+                scalars: t.scalars.ptr(),
+                weight: self.weight.ptr(),
+                grad: t.grad.ptr(),
+                m: t.m.ptr(),
+                v: t.v.ptr(),
+                emas: &emas,
+                effective: Effective { weights: self.effective.ptr(), plain: self.plain.ptr() },
+                stats: t.stats.ptr(),
+                totals: t.totals.ptr(),
+            };
+            let launches = weights::step(self.precision, &t.rows, &arenas, step.rounds, GradAfter::Kept);
+            // SAFETY: the arenas have the rows of the table and live as long as the graph.
+            let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect())? };
+            t.graphs.insert(step.rounds, graph);
+        }
+        t.graphs[&step.rounds].run()?;
+        t.stale = true;
+        let mut totals = [0u8; size_of::<StepTotals>()];
+        t.totals.read(0, &mut totals)?;
+        let totals: StepTotals = bytemuck::pod_read_unaligned(&totals);
+        Ok(StepStats { grad_norm: totals.grad_norm, nonfinite: totals.nonfinite })
+    }
+}
