@@ -759,7 +759,16 @@ fn block<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: BlockConfig, 
     let scales = b.emb_scales(&layers, &temb);
     let mut tape = Vec::new();
     let y = block.forward(&mut b, &tx, None, &scales, Some(&mut tape));
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    let got = download(&mut b, &y)?;
+    s.check(f, &format!("{c}.y"), What::Forward, &got)?;
+    let clipped = |y: &f64| y.abs() >= cfg.clip_act;
+    let expected = f.array(&format!("{c}.y"))?;
+    let flipped = got.iter().zip(&expected.values).filter(|(g, e)| clipped(g) != clipped(e)).count();
+    if flipped > 0 {
+        let why = format!("{flipped} values are so near the clip that rounding decides whether they have a gradient");
+        s.skip(format!("ops_blocks/{c} (gradients)"), why);
+        return Ok(());
+    }
 
     let [_, h, w, cout] = b.shape(&y);
     let gy = f.shaped(&format!("{c}.gy"), &[n, cout, h, w])?.upload(&mut b);

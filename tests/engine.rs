@@ -1,0 +1,247 @@
+//! The whole engine on the emulator: the official implementation's numbers, training and sampling against the
+//! CPU, plans, resuming, and too little memory.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::emulated::{Build, Emulator};
+use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::runtime::{Emulated, Runtime};
+use edm2k::backend::{Backend, Normalization, Shape, Slot};
+use edm2k::data::dataset::{Dataset, Split};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, ParamTable};
+use edm2k::sample::{Sampler, SamplerConfig};
+use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
+use edm2k::verify::{Bounds, Device, Outcome, verify};
+
+fn runtime(limit: u64) -> Rc<dyn Runtime> {
+    Rc::new(Emulated::new(Emulator::new(Build::Normal).unwrap(), limit))
+}
+
+fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
+    let runtime = runtime(u64::MAX);
+    let device = Device {
+        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), precision, table),
+        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
+        bounds: Bounds::of(precision),
+    };
+    let mut failed = Vec::new();
+    let summary = verify(dir, &device, &mut |outcome| {
+        if matches!(outcome, Outcome::Check(check) if !check.ok) {
+            failed.push(outcome.to_string());
+        }
+    });
+    assert!(failed.is_empty(), "{precision:?}:\n{}", failed.join("\n"));
+    let ok = summary.unwrap().ok;
+    assert!(ok >= at_least, "only {ok} checks");
+}
+
+#[test]
+fn f16_reproduces_the_official_numbers() {
+    assert_verified(Path::new("tests/golden"), Precision::F16, 1000);
+}
+
+/// Operations, blocks and gradients: the rest differs from f16 by nothing but the type.
+#[test]
+fn bf16_reproduces_the_official_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [
+        "configs.json",
+        "ops.safetensors",
+        "ops_blocks.safetensors",
+        "tiny_model.safetensors",
+        "tiny_grads.safetensors",
+    ] {
+        std::fs::copy(Path::new("tests/golden").join(name), dir.path().join(name)).unwrap();
+    }
+    assert_verified(dir.path(), Precision::Bf16, 150);
+}
+
+// ---- training -----------------------------------------------------------------------------------
+
+/// A small network for the demo's images.
+fn config(data: &Dataset) -> Config {
+    let json = serde_json::json!({
+        "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 16,
+        "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "channels_per_head": 16,
+    });
+    serde_json::from_value(json).unwrap()
+}
+
+fn emoji() -> Dataset {
+    Dataset::open(Path::new("tests/data/emoji"), Split::Train).unwrap()
+}
+
+fn settings(data: &Dataset, batch: u64, duration: u64) -> Settings {
+    Settings {
+        config: config(data),
+        data: DataIdentity::of(data),
+        init: None,
+        seed: 3,
+        duration,
+        batch,
+        lr: 0.01,
+        schedule: Schedule::Edm2,
+        decay: 0.0,
+        rampup: 4 * batch,
+        p_mean: -0.4,
+        p_std: 1.0,
+        ema: vec![0.05, 0.1],
+        cond_dropout: 0.1,
+        cond_dropout_from: 0,
+        flip: false,
+    }
+}
+
+/// Trains; what each step reported.
+fn run<B: Backend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gpu: u64) -> Vec<Status> {
+    let data = emoji();
+    let mut model = Model::init(&settings.config, settings.seed).unwrap();
+    model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
+    let plan =
+        Plan { outdir: outdir.into(), batch_gpu, status: 1, validate: 0, grid: 0, snapshot: 0, checkpoint: 0, keep: 1 };
+    let mut seen = Vec::new();
+    let splits = Splits { train: &data, validation: None };
+    let mut event = |event: Event| {
+        if let Event::Status(status) = event {
+            seen.push(status.clone());
+        }
+    };
+    train::train(backend, model, settings, &plan, splits, &AtomicBool::new(false), &mut event).unwrap();
+    seen
+}
+
+fn gpu(settings: &Settings) -> Gpu {
+    let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
+    Gpu::for_training(runtime(u64::MAX), Precision::F16, &table, settings.ema.len()).unwrap()
+}
+
+#[test]
+fn fifty_steps_lose_as_on_the_cpu() {
+    let (data, batch) = (emoji(), 8);
+    let settings = settings(&data, batch, 50 * batch);
+    let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
+    let dir = tempfile::tempdir().unwrap();
+    let mut cpu = Cpu::<f32>::for_training(&table, 2);
+    let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
+    let found = run(&mut gpu(&settings), &dir.path().join("gpu"), &settings, batch);
+    assert_eq!((found.len(), expected.len()), (50, 50));
+    assert!(expected[49].loss < 0.7 * expected[0].loss, "nothing was learned: {:?}", expected[49]);
+    for (found, expected) in found.chunks(10).zip(expected.chunks(10)) {
+        let mean = |steps: &[Status]| steps.iter().map(|s| s.loss).sum::<f64>() / steps.len() as f64;
+        let (found_loss, expected_loss) = (mean(found), mean(expected));
+        let off = (found_loss / expected_loss - 1.0).abs();
+        assert!(off < 0.01, "{found_loss} instead of {expected_loss} up to step {}", expected[9].step);
+        assert!(found.iter().all(|s| s.nonfinite == 0));
+    }
+}
+
+#[test]
+fn a_resumed_run_ends_in_the_same_bits() {
+    let data = emoji();
+    let dir = tempfile::tempdir().unwrap();
+    // Five images in micro-batches of two: plans for two sizes.
+    let (half, whole) = (settings(&data, 5, 15), settings(&data, 5, 30));
+    run(&mut gpu(&half), &dir.path().join("resumed"), &half, 2);
+    run(&mut gpu(&whole), &dir.path().join("resumed"), &whole, 2);
+    run(&mut gpu(&whole), &dir.path().join("straight"), &whole, 2);
+    let weights = |run: &str| {
+        let path = train::checkpoint::path(&dir.path().join(run), 30);
+        let file = edm2k::formats::safetensors::SafeFile::open(path).unwrap();
+        let names: Vec<String> = file.names().filter(|&name| name != "checksums").map(str::to_owned).collect();
+        assert!(names.len() > 100, "{names:?}");
+        names.into_iter().map(|name| (file.f32(&name).unwrap(), name)).collect::<Vec<_>>()
+    };
+    for ((resumed, name), (straight, _)) in weights("resumed").into_iter().zip(weights("straight")) {
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&resumed), bits(&straight), "{name}");
+    }
+}
+
+// ---- sampling and plans --------------------------------------------------------------------------
+
+fn loaded<B: Backend>(mut backend: B, model: &Model) -> B {
+    model.upload(&mut backend, Slot::Weight).unwrap();
+    backend.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    backend
+}
+
+fn demo() -> Model {
+    Model::load(Path::new("demo/emoji.safetensors")).unwrap()
+}
+
+#[test]
+fn a_sampled_image_is_the_cpu_s() {
+    let model = demo();
+    let config = SamplerConfig { steps: 8, ..SamplerConfig::default() };
+    let mut labels = vec![0.0; model.net.config.label_dim];
+    labels[..3].fill(1.0);
+    let size = [model.meta.height, model.meta.width];
+    let mut cpu = loaded(Cpu::<f32>::for_sampling(&model.table), &model);
+    let expected = Sampler { backend: &mut cpu, net: &model.net, gnet: None };
+    let expected = { expected }.run(&labels, &[7], size, &config, None).unwrap();
+    let device = Gpu::for_sampling(runtime(u64::MAX), Precision::F16, &model.table).unwrap();
+    let mut device = loaded(device, &model);
+    let found =
+        Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&labels, &[7], size, &config, None).unwrap();
+    let error = found.iter().zip(&expected).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>() / found.len() as f64;
+    // Pixels span -1 to 1.
+    let psnr = 10.0 * (4.0 / error).log10();
+    assert!(psnr >= 40.0, "{psnr:.1} dB");
+    let (_, cost) = device.costs().next().unwrap();
+    assert!(cost.launches > 8 * 2 * 50, "{cost:?}");
+}
+
+#[test]
+fn a_replayed_plan_computes_what_its_operations_do_at_once() {
+    let model = demo();
+    let device = Gpu::for_sampling(runtime(u64::MAX), Precision::F16, &model.table).unwrap();
+    let mut device = loaded(device, &model);
+    let (c, dim) = (model.net.config.img_channels, model.net.config.label_dim);
+    // Another batch in between makes the workspace grow and the first plan anew.
+    let mut runs = Vec::new();
+    for (n, seed) in [(1, 1u64), (3, 2), (1, 3), (3, 4), (1, 1)] {
+        let shape: Shape = [n, 16, 8, c];
+        let mut x = vec![0.0; n * 16 * 8 * c];
+        edm2k::rng::Stream::new(seed, edm2k::rng::Purpose::SampleNoise, 0).normals(&mut x);
+        let sigma: Vec<f32> = (0..n).map(|i| 0.3 + i as f32).collect();
+        let labels = vec![0.02; n * dim];
+        let inputs = [(shape, &x[..]), ([n, 1, 1, 1], &sigma[..]), ([n, 1, 1, dim], &labels[..])];
+        let made = device
+            .planned("denoise", &inputs, &mut |b, t| vec![model.net.denoise(b, &t[0], &t[1], Some(&t[2]))])
+            .unwrap();
+        let found = device.download(&made[0]).unwrap();
+        let t = inputs.map(|(shape, values)| device.upload(shape, values));
+        let expected = model.net.denoise(&mut device, &t[0], &t[1], Some(&t[2]));
+        let expected = device.download(&expected).unwrap();
+        // In a plan the activation is of what a kernel computed, else of that rounded to 16 bits.
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let error = norm(&mut found.iter().zip(&expected).map(|(x, y)| x - y)) / norm(&mut expected.iter().copied());
+        assert!(error < 2e-3, "batch {n}, seed {seed}: {error:e}");
+        runs.push((n, seed, found));
+    }
+    assert_eq!(runs[0], runs[4], "the same inputs, after other batches");
+}
+
+#[test]
+fn too_little_memory_is_an_error_that_says_what_to_lower() {
+    let model = demo();
+    let params = 8 << 20;
+    let error = Gpu::for_sampling(runtime(params), Precision::F16, &model.table).err().unwrap().to_string();
+    assert!(error.contains("out of device memory") && error.contains("parameters"), "{error}");
+
+    let device = Gpu::for_sampling(runtime(24 << 20), Precision::F16, &model.table).unwrap();
+    let mut device = loaded(device, &model);
+    let mut sample = |images: u64| {
+        let seeds: Vec<u64> = (0..images).collect();
+        let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
+        sampler.run(&[], &seeds, [32, 32], &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
+    };
+    let error = sample(64).unwrap_err().to_string();
+    assert!(error.contains("activations") && error.contains("--batch"), "{error}");
+    // The device is still of use.
+    assert!(sample(1).is_ok());
+}
