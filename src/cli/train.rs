@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,6 +14,9 @@ use serde_json::{Value, json};
 use super::{DeviceArgs, Engine};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::runtime::Imagined;
+use edm2k::backend::gpu::tiles::Card;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta};
@@ -149,7 +153,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     }
     let Resolved { settings, plan, model, notes } = resolve(&args, &data)?;
     if args.dry_run {
-        println!("{}", describe(&settings, &plan, &model)?);
+        println!("{}", describe(&settings, &plan, &model, args.device.precision)?);
         return Ok(());
     }
 
@@ -336,10 +340,11 @@ fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
 }
 
 /// The resolved configuration as JSON.
-fn describe(settings: &Settings, plan: &Plan, model: &Model) -> anyhow::Result<String> {
+fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> anyhow::Result<String> {
     let [height, width, _] = settings.data.shape;
     let profiles = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
+    let gpu = plan_on_gpu(settings, plan, model, precision)?;
     let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
@@ -347,6 +352,25 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model) -> anyhow::Result<S
         "parameters": model.table.trained_values(),
         "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
         "memory_bytes": memory,
+        "on_a_gpu": gpu,
         "resumes_from": newest,
     }))?)
+}
+
+/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
+/// GeForce RTX 4090) would get; none is needed for it.
+fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> anyhow::Result<Value> {
+    let card = Card { sms: 128 };
+    let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), precision, &model.table, settings.ema.len())?;
+    let [height, width, _] = settings.data.shape;
+    let n = plan.batch_gpu as usize;
+    let cost = edm2k::train::plan_micro_batch(&mut gpu, &model.net, [n, height, width])?;
+    let total = gpu.param_bytes() + cost.workspace;
+    Ok(json!({
+        "parameters_bytes": gpu.param_bytes(),
+        "activations_bytes": cost.workspace,
+        "total_bytes": total,
+        "launches": cost.launches,
+        "bytes_moved": cost.bytes,
+    }))
 }

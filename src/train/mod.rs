@@ -32,7 +32,8 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
-use crate::backend::{Backend, BackendError, Normalization, Slot, Step};
+use crate::backend::gpu::engine::{Cost, Gpu};
+use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step};
 use crate::data::dataset::{Dataset, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
@@ -414,19 +415,14 @@ impl<B: Backend> Run<'_, B> {
             let n = self.plan.batch_gpu.min(end - first);
             let batch = self.batches.get(first, n as usize);
             first += n;
-            let (net, dim) = (&self.net, s.config.label_dim);
             let images = [batch.n, h, w, c];
             let mut inputs =
                 vec![(images, &batch.clean[..]), (images, &batch.noisy[..]), ([batch.n, 1, 1, 1], &batch.sigma[..])];
-            inputs.extend(batch.labels.as_ref().map(|labels| ([batch.n, 1, 1, dim], &labels[..])));
+            let labels = [batch.n, 1, 1, s.config.label_dim];
+            inputs.extend(batch.labels.as_ref().map(|values| (labels, &values[..])));
             let b = &mut *self.backend;
-            let per_image = b.planned("train", &inputs, &mut |b, inputs| {
-                let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
-                let per_image = pass.per_image.clone();
-                net.backward(b, pass);
-                vec![per_image]
-            })?;
-            loss += b.download(&per_image[0])?.iter().map(|&x| f64::from(x)).sum::<f64>();
+            let per_image = micro_batch(b, &self.net, &inputs)?;
+            loss += b.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -545,6 +541,36 @@ impl<B: Backend> Run<'_, B> {
         }
         self.stats.draw().map_err(|cause| TrainError::Io { path: dir.join("loss.svg"), cause })
     }
+}
+
+/// Forward and backward of clean images, noisy ones, noise levels and (unless unconditional) labels; the loss of
+/// each image. The gradients add up in the backend.
+fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[(Shape, &[f32])]) -> Result<B::Tensor, BackendError> {
+    let mut made = b.planned("train", inputs, &mut |b, inputs| {
+        let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
+        let per_image = pass.per_image.clone();
+        net.backward(b, pass);
+        vec![per_image]
+    })?;
+    Ok(made.swap_remove(0))
+}
+
+/// What a micro-batch of [n, height, width] images costs on a GPU.
+///
+/// # Errors
+/// The device does not have the memory.
+pub fn plan_micro_batch(gpu: &mut Gpu, net: &Precond, [n, h, w]: [usize; 3]) -> Result<Cost, BackendError> {
+    let zeros = |each: usize| vec![0.0; n * each];
+    let (c, dim) = (net.config.img_channels, net.config.label_dim);
+    let (images, sigma, labels) = (zeros(h * w * c), vec![1.0; n], zeros(dim));
+    let shape = [n, h, w, c];
+    let mut inputs = vec![(shape, &images[..]), (shape, &images[..]), ([n, 1, 1, 1], &sigma[..])];
+    if dim > 0 {
+        inputs.push(([n, 1, 1, dim], &labels[..]));
+    }
+    micro_batch(gpu, net, &inputs)?;
+    let mut costs = gpu.costs();
+    Ok(costs.find(|(key, _)| key.starts_with("train ")).map(|(_, cost)| cost).unwrap_or_default())
 }
 
 /// Most images of the validation split that are looked at.

@@ -1,0 +1,39 @@
+//! What the engine's plans cost, found out without a GPU.
+
+use std::rc::Rc;
+
+use edm2k::backend::gpu::engine::{Cost, Gpu};
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::runtime::Imagined;
+use edm2k::backend::gpu::tiles::Card;
+use edm2k::model::Precond;
+use edm2k::model::config::preset;
+use edm2k::train::plan_micro_batch;
+
+fn seed_network(batch: usize) -> (usize, Cost) {
+    let preset = preset("1girl-xs").unwrap();
+    let (net, table) = Precond::new(&preset.config).unwrap();
+    let runtime = Rc::new(Imagined::new(Card { sms: 128 }));
+    let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
+    let cost = plan_micro_batch(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
+    (gpu.param_bytes(), cost)
+}
+
+/// EDM2-XS at 64x88, 40 images at a time, two moving averages: a GeForce card of 16 GB trains it.
+#[test]
+fn training_the_seed_s_network_fits_16_gb() {
+    let (parameters, cost) = seed_network(40);
+    println!("parameters {parameters}, {cost:?}");
+    let total = (parameters + cost.workspace) as f64;
+    assert!(total < 15e9, "{total} bytes, {cost:?}");
+    // And it is a whole plan: half the parameters' bytes move several times, the activations more often.
+    assert!(cost.launches > 500 && cost.bytes > 10_000_000_000, "{cost:?}");
+}
+
+#[test]
+fn activations_grow_with_the_batch_and_parameters_do_not() {
+    let ((one, a), (two, b)) = (seed_network(1), seed_network(4));
+    println!("{a:?}\n{b:?}");
+    assert_eq!(one, two);
+    assert!((2 * a.workspace..5 * a.workspace).contains(&b.workspace), "{a:?}, {b:?}");
+}
