@@ -269,6 +269,9 @@ fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
         }
     };
     let header = data.header();
+    if header.kind == Kind::Latents && args.grid != Some(0) {
+        notes.push("no sample grids: the images are latents".to_owned());
+    }
     let tags = data.vocabulary().tags();
     model.meta = ModelMeta {
         height,
