@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod condition;
+pub mod ema;
 pub mod info;
 pub mod prepare;
 pub mod sample;

@@ -115,7 +115,7 @@ pub struct TrainArgs {
 }
 
 /// A number of images: digits, perhaps with a decimal point, and a unit.
-fn parse_images(text: &str) -> Result<u64, String> {
+pub(super) fn parse_images(text: &str) -> Result<u64, String> {
     let units =
         [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("k", 1000), ("M", 1_000_000), ("G", 1_000_000_000)];
     let (digits, unit) =

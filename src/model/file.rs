@@ -13,7 +13,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
-use super::params::{Kind, ParamTable};
+use super::params::{Kind, ParamId, ParamTable};
 use super::precond::Precond;
 use crate::backend::{Backend, BackendError, Slot};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -164,12 +164,23 @@ pub struct Reinitialised {
     pub expected: Vec<usize>,
 }
 
-impl Model {
-    /// Reads and checks a model file.
+/// An open model file: all but the values is known to be right.
+pub struct ModelFile {
+    /// What the file says beside the config.
+    pub meta: ModelMeta,
+    /// The network.
+    pub net: Precond,
+    /// Names and shapes of its parameters.
+    pub table: ParamTable,
+    file: SafeFile,
+}
+
+impl ModelFile {
+    /// Opens a model file and checks its metadata and the shapes of its tensors.
     ///
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
-    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let file = SafeFile::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
@@ -194,17 +205,42 @@ impl Model {
         if let Some(name) = file.names().find(|name| table.find(name).is_none()) {
             return Err(ModelError::Unknown { path: path.into(), name: name.into() });
         }
-        let mut weights = Vec::with_capacity(table.len());
         for (_, spec) in table.iter() {
             let shape = file.shape(&spec.name)?;
             if shape != spec.shape {
                 let (found, expected) = (format!("shape {shape:?}"), format!("{:?}", spec.shape));
                 return Err(file.unexpected(&spec.name, found, expected).into());
             }
-            let values = file.f32(&spec.name)?;
-            check_finite(path, &spec.name, &values, file.dtype(&spec.name)?)?;
-            weights.push(values);
         }
+        Ok(Self { meta, net, table, file })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Reads the values of a parameter, in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`], [`ModelError::File`].
+    pub fn values(&self, id: ParamId) -> Result<Vec<f32>, ModelError> {
+        let name = &self.table[id].name;
+        let values = self.file.f32(name)?;
+        check_finite(self.path(), name, &values, self.file.dtype(name)?)?;
+        Ok(values)
+    }
+}
+
+impl Model {
+    /// Reads and checks a model file.
+    ///
+    /// # Errors
+    /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        let file = ModelFile::open(path)?;
+        let weights = file.table.iter().map(|(id, _)| file.values(id)).collect::<Result<_, _>>()?;
+        let ModelFile { meta, net, table, .. } = file;
         Ok(Self { meta, net, table, weights })
     }
 
