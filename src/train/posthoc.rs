@@ -95,7 +95,7 @@ pub enum PosthocError {
     Differs { path: PathBuf, first: PathBuf, differences: String },
     #[error("{} and {} are the same average (std {std} at {at} images)", path.display(), first.display())]
     Same { path: PathBuf, first: PathBuf, std: f64, at: u64 },
-    #[error("{found} snapshots up to {at} images, expected 2 or more")]
+    #[error("snapshots up to {at} images: {found}, expected 2 or more")]
     TooFew { found: usize, at: u64 },
     #[error("no snapshot at {at} images; the nearest is at {nearest}")]
     Time { at: u64, nearest: u64 },
