@@ -5,6 +5,9 @@
 //! normalised q, k and v, the probabilities and the result: each at most 2^-11 = 4.9e-4 of a value in
 //! f16, 2^-8 = 3.9e-3 in bf16, which is the fourfold of what their mean square is.
 
+mod common;
+
+use common::assert_same;
 use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
@@ -93,23 +96,8 @@ impl Device {
         assert_eq!(counters.bank_conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
     }
 
-    /// `got` is `want` but for rounding.
     fn same(&self, what: &str, got: &[f32], want: &[f32]) {
-        assert_eq!(got.len(), want.len(), "{what}");
-        let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
-        let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
-        let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap_or(0);
-        let (relative, bound) = ((error / size).sqrt(), self.bound());
-        println!("{what}, {}: {relative:.2e}", self.name);
-        // NaN, which poison leaves behind, must not pass.
-        assert!(
-            relative <= bound,
-            "{what}, {}: relative error {relative:e}, bound {bound:e}; worst element {worst}: {} instead of {}",
-            self.name,
-            got[worst],
-            want[worst],
-        );
+        assert_same(&format!("{what}, {}", self.name), got, want, self.bound());
     }
 
     fn check(&self, s: &Shape) {

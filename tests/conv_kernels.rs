@@ -2,6 +2,9 @@
 //! in miniature and odd ones, in f16 and bf16; in every thread order and under all of the
 //! emulator's checks; and no ldmatrix of theirs meets a bank twice.
 
+mod common;
+
+use common::assert_same;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
@@ -137,19 +140,7 @@ impl Bench {
     }
 
     fn compare_floats(&self, what: &str, found: &[f32], expected: &[f32]) {
-        let error = |(x, y): (&f32, &f32)| f64::from(x - y);
-        let pairs = || found.iter().zip(expected).map(error);
-        let norm = expected.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-        let relative = pairs().map(|e| e * e).sum::<f64>().sqrt() / norm;
-        let (worst, _) = pairs().enumerate().fold((0, 0.0), |w, (i, e)| if e.abs() > w.1 { (i, e.abs()) } else { w });
-        assert!(
-            found.len() == expected.len() && relative < self.bound(),
-            "{what}, {:?}: relative error {relative:.2e} of {:.1e}; worst at {worst}: {} for {}",
-            self.precision,
-            self.bound(),
-            found[worst],
-            expected[worst],
-        );
+        assert_same(&format!("{what}, {:?}", self.precision), found, expected, self.bound());
     }
 }
 

@@ -55,6 +55,36 @@ fn what_is_written_is_read_back_in_every_type() {
 }
 
 #[test]
+fn a_file_written_tensor_by_tensor_appears_when_it_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    let tensors: [(&str, Dtype, &[usize]); 2] = [("b", Dtype::F32, &[1]), ("a", Dtype::U8, &[3])];
+    let begin = || safetensors::Writer::create(&path, &tensors, &metadata()).unwrap();
+    let mut writer = begin();
+    writer.write(&1.5f32.to_le_bytes()).unwrap();
+    assert!(!path.exists());
+    writer.write(&[7, 8, 9]).unwrap();
+    writer.finish().unwrap();
+    let file = SafeFile::open(&path).unwrap();
+    assert_eq!((file.f32("b").unwrap(), file.i64("a").unwrap()), (vec![1.5], vec![7, 8, 9]));
+    assert_eq!(file.metadata(), &metadata());
+
+    let before = fs::read(&path).unwrap();
+    let missing = begin().finish().unwrap_err();
+    assert!(missing.to_string().ends_with("tensor b was not written"), "{missing}");
+    let wrong = begin().write(&[0; 3]).unwrap_err();
+    assert!(wrong.to_string().ends_with("tensor b: found 3 bytes, expected the size of F32 [1]"), "{wrong}");
+    let mut writer = begin();
+    writer.write(&[0; 4]).unwrap();
+    writer.write(&[0; 3]).unwrap();
+    let surplus = writer.write(&[]).unwrap_err();
+    assert!(surplus.to_string().ends_with("more tensors than announced"), "{surplus}");
+    drop(writer);
+    assert_eq!(fs::read(&path).unwrap(), before);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file was left");
+}
+
+#[test]
 fn the_same_content_makes_the_same_bytes_and_the_reference_reader_accepts_them() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));

@@ -6,6 +6,9 @@
 //! leave room for one more rounding in an accumulated input. What is f32 throughout differs by the
 //! order of sums.
 
+mod common;
+
+use common::assert_same;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
@@ -91,22 +94,8 @@ impl Device {
         self.widen(&read(memory))
     }
 
-    /// `got`, from the device, is `want` but for rounding.
     fn same(&self, what: &str, got: &[f32], want: &[f32], bound: f64) {
-        assert_eq!(got.len(), want.len(), "{what}");
-        let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
-        let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
-        let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap_or(0);
-        let relative = if error == 0.0 { 0.0 } else { (error / size).sqrt() };
-        // NaN, which poison leaves behind, must not pass.
-        assert!(
-            relative <= bound,
-            "{what}, {}: relative error {relative:e}, bound {bound:e}; worst element {worst}: {} instead of {}",
-            self.name,
-            got[worst],
-            want[worst],
-        );
+        assert_same(&format!("{what}, {}", self.name), got, want, bound);
     }
 
     fn same16(&self, what: &str, got: &Memory, want: &[f32]) {

@@ -40,7 +40,7 @@ impl Place {
         let tags: Vec<_> = (0..DIM).map(|i| serde_json::json!({"tag": format!("t{i}"), "count": 1})).collect();
         fs::write(data.join("vocabulary.json"), serde_json::to_string(&tags).unwrap()).unwrap();
         for (split, first, n) in [(Split::Train, 0, 37), (Split::Validation, 1000, 5)] {
-            write_shard(&data.join(split.shard_name(0)), first, n);
+            write_shard(&data.join(split.shard_name(0)), first, n, false);
         }
         fs::write(dir.path().join("config.json"), CONFIG).unwrap();
         Self { dir }
@@ -72,15 +72,20 @@ impl Place {
     }
 }
 
-fn write_shard(path: &Path, first: i64, n: usize) {
+fn write_shard(path: &Path, first: i64, n: usize, latents: bool) {
     let random = |purpose, i: usize, len: usize| {
         let mut x = vec![0.0; len];
         Stream::new(99, purpose, first as u64 + i as u64).normals(&mut x);
         x
     };
+    let channels = if latents { 4 } else { 3 };
     let (mut images, mut conditions, mut ids, mut flips) = (vec![], vec![], vec![], vec![]);
     for i in 0..n {
-        images.extend(random(Purpose::TrainNoise, i, 3 * SIZE * SIZE).iter().map(|x| (x * 64.0 + 128.0) as u8));
+        let noise = random(Purpose::TrainNoise, i, channels * SIZE * SIZE);
+        match latents {
+            true => images.extend(noise.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes())),
+            false => images.extend(noise.iter().map(|x| (x * 64.0 + 128.0) as u8)),
+        }
         let hot = |c: usize| f16::from_f32(if c == i % DIM { 1.0 } else { 0.0 });
         conditions.extend((0..DIM).flat_map(|c| hot(c).to_le_bytes()));
         ids.extend((first + i as i64).to_le_bytes());
@@ -88,12 +93,13 @@ fn write_shard(path: &Path, first: i64, n: usize) {
     }
     let offsets: Vec<u8> = (0..=n as i64).flat_map(|i| i.to_le_bytes()).collect();
     let indices: Vec<u8> = (0..n).flat_map(|i| ((i % DIM) as i32).to_le_bytes()).collect();
+    let (kind, dtype) = if latents { ("latents", Dtype::F16) } else { ("images", Dtype::U8) };
     let header = serde_json::json!({
-        "kind": "images", "height": SIZE, "width": SIZE, "channels": 3, "condition_dim": DIM,
+        "kind": kind, "height": SIZE, "width": SIZE, "channels": channels, "condition_dim": DIM,
         "count": n, "shards": 1, "source": "noise", "licence": "none",
     });
     let tensors: [safetensors::TensorOut; 6] = [
-        ("images", Dtype::U8, &[n, 3, SIZE, SIZE], &images),
+        (kind, dtype, &[n, channels, SIZE, SIZE], &images),
         ("conditions", Dtype::F16, &[n, DIM], &conditions),
         ("ids", Dtype::I64, &[n], &ids),
         ("flips", Dtype::U8, &[n], &flips),
@@ -463,12 +469,12 @@ fn resuming_with_other_options_says_which() {
     let said = fail(&mut place.train("run", options));
     assert!(said.contains(r#"config was {"num_blocks":1}, now {"num_blocks":2}"#), "{said}");
     fs::write(place.path("config.json"), CONFIG).unwrap();
-    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 38);
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 38, false);
     let said = fail(&mut place.train("run", options));
     assert!(said.contains("data was {\"images\":37"), "{said}");
     assert_eq!(before, fs::read(place.newest("run")).unwrap(), "the checkpoint was touched");
     // A longer run with the same learning rate is the same run.
-    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37);
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37, false);
     succeed(&mut place.train("run", "--duration 32 --batch 8 --rampup 1 --grid 0 --validate 0"));
 }
 
@@ -511,6 +517,17 @@ fn old_checkpoints_are_removed_and_snapshots_are_not() {
             Model::load(place.path(&format!("run/snapshot-{nimg:09}-{std}.safetensors"))).unwrap();
         }
     }
+}
+
+#[test]
+fn that_latents_have_no_sample_grids_is_said_once() {
+    let place = Place::new();
+    fs::remove_file(place.path("data").join(Split::Validation.shard_name(0))).unwrap();
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 9, true);
+    let options = "--duration 16 --batch 8 --snapshot 0";
+    let note = "no sample grids: the images are latents";
+    assert_eq!(succeed(&mut place.train("run", options)).matches(note).count(), 1);
+    assert!(!succeed(&mut place.train("quiet", &format!("{options} --grid 0"))).contains(note));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 pub mod bench;
 pub mod condition;
+pub mod ema;
+pub mod eval;
 pub mod info;
 pub mod prepare;
 pub mod sample;

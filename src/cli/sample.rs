@@ -189,7 +189,7 @@ fn sampler_config(args: &SampleArgs) -> SamplerConfig {
     }
 }
 
-fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> anyhow::Result<B>) -> anyhow::Result<B> {
+pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> anyhow::Result<B>) -> anyhow::Result<B> {
     let mut backend = new(&model.table)?;
     model.upload(&mut backend, Slot::Weight)?;
     backend.prepare(Slot::Weight, Normalization::Eval)?;

@@ -119,7 +119,7 @@ pub struct TrainArgs {
 }
 
 /// A number of images: digits, perhaps with a decimal point, and a unit.
-fn parse_images(text: &str) -> Result<u64, String> {
+pub(super) fn parse_images(text: &str) -> Result<u64, String> {
     let units =
         [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("k", 1000), ("M", 1_000_000), ("G", 1_000_000_000)];
     let (digits, unit) =
@@ -273,6 +273,9 @@ fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
         }
     };
     let header = data.header();
+    if header.kind == Kind::Latents && args.grid != Some(0) {
+        notes.push("no sample grids: the images are latents".to_owned());
+    }
     let tags = data.vocabulary().tags();
     model.meta = ModelMeta {
         height,

@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 
 pub use safetensors::Dtype;
 
-use super::write_atomically;
+use super::AtomicFile;
 
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
@@ -321,7 +321,7 @@ impl<'de> Deserialize<'de> for Entries {
     }
 }
 
-/// Writes a safetensors file atomically (see [`write_atomically`]). The same tensors and
+/// Writes a safetensors file atomically (see [`AtomicFile`]). The same tensors and
 /// metadata always make the same bytes.
 ///
 /// # Errors
@@ -329,38 +329,93 @@ impl<'de> Deserialize<'de> for Entries {
 /// if a name occurs twice, [`SafeError::Io`] if writing fails; then `path` keeps its old
 /// content.
 pub fn write(path: impl AsRef<Path>, tensors: &[TensorOut], metadata: &HashMap<String, String>) -> Result<()> {
-    let path = path.as_ref();
-    let mut sorted: Vec<_> = tensors.iter().collect();
+    let mut sorted = tensors.to_vec();
     sorted.sort_by_key(|(_, dtype, ..)| std::cmp::Reverse(dtype.bitsize()));
+    let infos: Vec<_> = sorted.iter().map(|&(name, dtype, shape, _)| (name, dtype, shape)).collect();
+    let mut writer = Writer::create(path, &infos, metadata)?;
+    sorted.iter().try_for_each(|(.., bytes)| writer.write(bytes))?;
+    writer.finish()
+}
 
-    let mut header = Map::new();
-    let by_key: BTreeMap<_, _> = metadata.iter().collect();
-    header.insert("__metadata__".into(), json!(by_key));
-    let mut end = 0;
-    for (name, dtype, shape, bytes) in &sorted {
-        if byte_length(*dtype, shape) != Some(bytes.len()) {
-            return Err(SafeError::Unexpected {
+/// Writes a safetensors file tensor by tensor, in the order announced, so that memory need not hold them all.
+/// The file is there once [`finish`](Self::finish) has returned.
+pub struct Writer {
+    path: PathBuf,
+    file: AtomicFile,
+    /// What is still to come, the next one last: name, what it is, bytes.
+    expected: Vec<(String, String, usize)>,
+}
+
+impl Writer {
+    /// Writes the header of a file with these tensors: name, element type, shape.
+    ///
+    /// # Errors
+    /// [`SafeError::Tensor`] for a shape that no memory could hold, [`SafeError::Malformed`] if a name occurs
+    /// twice, [`SafeError::Io`].
+    pub fn create(
+        path: impl AsRef<Path>,
+        tensors: &[(&str, Dtype, &[usize])],
+        metadata: &HashMap<String, String>,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let mut header = Map::new();
+        let by_key: BTreeMap<_, _> = metadata.iter().collect();
+        header.insert("__metadata__".into(), json!(by_key));
+        let mut end = 0;
+        let mut expected = Vec::with_capacity(tensors.len());
+        for &(name, dtype, shape) in tensors {
+            let what = format!("{dtype} {shape:?}");
+            let bytes = byte_length(dtype, shape).ok_or_else(|| SafeError::Tensor {
                 path: path.into(),
-                name: (*name).into(),
-                found: format!("{} bytes", bytes.len()),
-                expected: format!("the size of {dtype} {shape:?}"),
-            });
+                name: name.into(),
+                what: format!("impossible shape: {what}"),
+            })?;
+            let begin = end;
+            end += bytes;
+            let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]});
+            if header.insert(name.into(), info).is_some() {
+                return Err(SafeError::Malformed { path: path.into(), what: format!("two tensors named {name}") });
+            }
+            expected.push((name.to_owned(), what, bytes));
         }
-        let begin = end;
-        end += bytes.len();
-        let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]});
-        if header.insert((*name).into(), info).is_some() {
-            return Err(SafeError::Malformed { path: path.into(), what: format!("two tensors named {name}") });
-        }
-    }
-    let mut header = Value::Object(header).to_string();
-    // Spaces up to a multiple of 8, so that the data begins aligned.
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+        expected.reverse();
+        let mut header = Value::Object(header).to_string();
+        // Spaces up to a multiple of 8, so that the data begins aligned.
+        header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
 
-    write_atomically(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(header.as_bytes())?;
-        sorted.iter().try_for_each(|(.., bytes)| out.write_all(bytes))
-    })
-    .map_err(|cause| SafeError::Io { path: path.into(), cause })
+        let io_error = |cause| SafeError::Io { path: path.into(), cause };
+        let mut file = AtomicFile::create(path).map_err(io_error)?;
+        file.writer().write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
+        file.writer().write_all(header.as_bytes()).map_err(io_error)?;
+        Ok(Self { path: path.into(), file, expected })
+    }
+
+    /// Writes the next tensor's bytes, little-endian and row-major.
+    ///
+    /// # Errors
+    /// [`SafeError::Unexpected`] if they do not fit its shape, [`SafeError::Malformed`] if no tensor is left,
+    /// [`SafeError::Io`].
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let path = self.path.clone();
+        let Some((name, what, length)) = self.expected.pop() else {
+            return Err(SafeError::Malformed { path, what: "more tensors than announced".into() });
+        };
+        if bytes.len() != length {
+            let (found, expected) = (format!("{} bytes", bytes.len()), format!("the size of {what}"));
+            return Err(SafeError::Unexpected { path, name, found, expected });
+        }
+        self.file.writer().write_all(bytes).map_err(|cause| SafeError::Io { path, cause })
+    }
+
+    /// Puts the file in its place.
+    ///
+    /// # Errors
+    /// [`SafeError::Malformed`] if a tensor is missing, [`SafeError::Io`]; then the path keeps its old content.
+    pub fn finish(self) -> Result<()> {
+        let Self { path, file, expected } = self;
+        if let Some((name, ..)) = expected.last() {
+            return Err(SafeError::Malformed { path, what: format!("tensor {name} was not written") });
+        }
+        file.commit().map_err(|cause| SafeError::Io { path, cause })
+    }
 }

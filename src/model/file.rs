@@ -13,7 +13,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
-use super::params::{Kind, ParamTable};
+use super::params::{Kind, ParamId, ParamTable};
 use super::precond::Precond;
 use crate::backend::{Backend, BackendError, Slot};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -36,6 +36,15 @@ pub enum Precision {
     F16,
     /// As they are in training.
     F32,
+}
+
+impl Precision {
+    fn dtype(self) -> Dtype {
+        match self {
+            Precision::F16 => Dtype::F16,
+            Precision::F32 => Dtype::F32,
+        }
+    }
 }
 
 /// What a model file says beside its config; the `edm2k` entry of the metadata.
@@ -155,12 +164,23 @@ pub struct Reinitialised {
     pub expected: Vec<usize>,
 }
 
-impl Model {
-    /// Reads and checks a model file.
+/// An open model file: all but the values is known to be right.
+pub struct ModelFile {
+    /// What the file says beside the config.
+    pub meta: ModelMeta,
+    /// The network.
+    pub net: Precond,
+    /// Names and shapes of its parameters.
+    pub table: ParamTable,
+    file: SafeFile,
+}
+
+impl ModelFile {
+    /// Opens a model file and checks its metadata and the shapes of its tensors.
     ///
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
-    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let file = SafeFile::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
@@ -185,17 +205,42 @@ impl Model {
         if let Some(name) = file.names().find(|name| table.find(name).is_none()) {
             return Err(ModelError::Unknown { path: path.into(), name: name.into() });
         }
-        let mut weights = Vec::with_capacity(table.len());
         for (_, spec) in table.iter() {
             let shape = file.shape(&spec.name)?;
             if shape != spec.shape {
                 let (found, expected) = (format!("shape {shape:?}"), format!("{:?}", spec.shape));
                 return Err(file.unexpected(&spec.name, found, expected).into());
             }
-            let values = file.f32(&spec.name)?;
-            check_finite(path, &spec.name, &values, file.dtype(&spec.name)?)?;
-            weights.push(values);
         }
+        Ok(Self { meta, net, table, file })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Reads the values of a parameter, in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`], [`ModelError::File`].
+    pub fn values(&self, id: ParamId) -> Result<Vec<f32>, ModelError> {
+        let name = &self.table[id].name;
+        let values = self.file.f32(name)?;
+        check_finite(self.path(), name, &values, self.file.dtype(name)?)?;
+        Ok(values)
+    }
+}
+
+impl Model {
+    /// Reads and checks a model file.
+    ///
+    /// # Errors
+    /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        let file = ModelFile::open(path)?;
+        let weights = file.table.iter().map(|(id, _)| file.values(id)).collect::<Result<_, _>>()?;
+        let ModelFile { meta, net, table, .. } = file;
         Ok(Self { meta, net, table, weights })
     }
 
@@ -274,39 +319,75 @@ pub fn save(
     weights: &[Vec<f32>],
     precision: Precision,
 ) -> Result<(), ModelError> {
-    let path = path.as_ref();
-    let mut bytes: Vec<Vec<u8>> = Vec::with_capacity(table.len());
-    for ((_, spec), values) in table.iter().zip(weights) {
-        bytes.push(match precision {
+    let mut writer = ModelWriter::create(path, config, meta, table, precision)?;
+    weights.iter().try_for_each(|values| writer.write(values))?;
+    writer.finish()
+}
+
+/// Writes a model file parameter by parameter, in the order of the table, so that memory need not hold them all.
+/// The file is there once [`finish`](Self::finish) has returned.
+pub struct ModelWriter<'a> {
+    path: PathBuf,
+    file: safetensors::Writer,
+    names: Box<dyn Iterator<Item = &'a str> + 'a>,
+    precision: Precision,
+}
+
+impl<'a> ModelWriter<'a> {
+    /// Begins a file of the network of `config`, whose parameters `table` lists.
+    ///
+    /// # Errors
+    /// [`ModelError::File`].
+    pub fn create(
+        path: impl AsRef<Path>,
+        config: &Config,
+        meta: &ModelMeta,
+        table: &'a ParamTable,
+        precision: Precision,
+    ) -> Result<Self, ModelError> {
+        let path = path.as_ref().to_path_buf();
+        let json = |key, value: serde_json::Result<String>| {
+            value.map_err(|e| ModelError::Metadata { path: path.clone(), key, what: e.to_string() })
+        };
+        let metadata = HashMap::from([
+            ("config".to_owned(), json("config", serde_json::to_string(config))?),
+            ("edm2k".to_owned(), json("edm2k", serde_json::to_string(meta))?),
+        ]);
+        let dtype = precision.dtype();
+        let tensors: Vec<_> =
+            table.iter().map(|(_, spec)| (spec.name.as_str(), dtype, spec.shape.as_slice())).collect();
+        let file = safetensors::Writer::create(&path, &tensors, &metadata)?;
+        Ok(Self { path, file, names: Box::new(table.iter().map(|(_, spec)| spec.name.as_str())), precision })
+    }
+
+    /// Writes the values of the next parameter, in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`] for one that the element type cannot hold, [`ModelError::File`].
+    pub fn write(&mut self, values: &[f32]) -> Result<(), ModelError> {
+        let name = self.names.next().unwrap_or_default();
+        let bytes: Vec<u8> = match self.precision {
             Precision::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
                 let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
-                check_finite(path, &spec.name, &rounded, Dtype::F16)?;
+                check_finite(&self.path, name, &rounded, Dtype::F16)?;
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
             Precision::F32 => {
-                check_finite(path, &spec.name, values, Dtype::F32)?;
+                check_finite(&self.path, name, values, Dtype::F32)?;
                 values.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
-        });
+        };
+        Ok(self.file.write(&bytes)?)
     }
-    let dtype = match precision {
-        Precision::F16 => Dtype::F16,
-        Precision::F32 => Dtype::F32,
-    };
-    let tensors: Vec<safetensors::TensorOut> = table
-        .iter()
-        .zip(&bytes)
-        .map(|((_, spec), bytes)| (spec.name.as_str(), dtype, spec.shape.as_slice(), bytes.as_slice()))
-        .collect();
-    let json = |key, value: serde_json::Result<String>| {
-        value.map_err(|e| ModelError::Metadata { path: path.into(), key, what: e.to_string() })
-    };
-    let metadata = HashMap::from([
-        ("config".to_owned(), json("config", serde_json::to_string(config))?),
-        ("edm2k".to_owned(), json("edm2k", serde_json::to_string(meta))?),
-    ]);
-    Ok(safetensors::write(path, &tensors, &metadata)?)
+
+    /// Puts the file in its place.
+    ///
+    /// # Errors
+    /// [`ModelError::File`]; then the path keeps its old content.
+    pub fn finish(self) -> Result<(), ModelError> {
+        Ok(self.file.finish()?)
+    }
 }
 
 fn check_finite(path: &Path, name: &str, values: &[f32], dtype: Dtype) -> Result<(), ModelError> {

@@ -7,6 +7,6 @@ pub mod precond;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
-pub use file::{Encoder, Model, ModelError, ModelMeta, Precision};
+pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Precision};
 pub use params::{Kind, ParamId, ParamSpec, ParamTable};
 pub use precond::Precond;

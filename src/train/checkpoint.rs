@@ -5,17 +5,16 @@
 //! file and `train` (the JSON of [`State`]), and last `checksums`: the CRC-32 of each tensor before it and of
 //! the metadata. Written parameter by parameter, so that it costs no second copy of the state in memory.
 
+use std::collections::HashMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
 
 use super::{Settings, Sums};
 use crate::backend::{Backend, BackendError, Slot};
-use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::write_atomically;
+use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
 use crate::model::{ModelMeta, ParamId};
 
 /// What a checkpoint says beside the tensors.
@@ -101,56 +100,47 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
 /// Writes a checkpoint, atomically.
 ///
 /// # Errors
-/// [`CheckpointError::Io`]; then there is no file at `path`, or the old one.
+/// [`CheckpointError::Io`], [`CheckpointError::Backend`]; then there is no file at `path`, or the old one.
 pub fn save<B: Backend>(path: &Path, backend: &mut B, meta: &ModelMeta, state: &State) -> Result<(), CheckpointError> {
-    let io_error = |cause| CheckpointError::Io { path: path.into(), cause };
     let slots = slots(state.settings.ema.len());
     let table = backend.table().clone();
-    let text = |value: serde_json::Result<String>| value.map_err(|e| io_error(e.into()));
-    let metadata = json!({
-        "config": text(serde_json::to_string(&state.settings.config))?,
-        "edm2k": text(serde_json::to_string(meta))?,
-        "train": text(serde_json::to_string(state))?,
-    });
-    let mut header = Map::new();
-    header.insert("__metadata__".into(), metadata.clone());
-    let mut end = 0;
-    for (_, prefix) in &slots {
-        for (_, spec) in table.iter() {
-            let begin = end;
-            end += 4 * spec.numel();
-            let info = json!({"dtype": "F32", "shape": spec.shape, "data_offsets": [begin, end]});
-            header.insert(format!("{prefix}.{}", spec.name), info);
+    let text = |key: &str, value: serde_json::Result<String>| match value {
+        Ok(text) => Ok((key.to_owned(), text)),
+        Err(cause) => Err(CheckpointError::Io { path: path.into(), cause: cause.into() }),
+    };
+    let metadata = HashMap::from([
+        text("config", serde_json::to_string(&state.settings.config))?,
+        text("edm2k", serde_json::to_string(meta))?,
+        text("train", serde_json::to_string(state))?,
+    ]);
+    let specs = || slots.iter().flat_map(|(_, prefix)| table.iter().map(move |(_, spec)| (prefix, spec)));
+    let names: Vec<String> = specs().map(|(prefix, spec)| format!("{prefix}.{}", spec.name)).collect();
+    let shapes = specs().map(|(_, spec)| spec.shape.as_slice());
+    let mut tensors: Vec<_> =
+        names.iter().zip(shapes).map(|(name, shape)| (name.as_str(), Dtype::F32, shape)).collect();
+    let count = [tensors.len() + 1];
+    tensors.push((CHECKSUMS, Dtype::I64, &count));
+
+    let failed = |error| damage(path, error);
+    let mut out = Writer::create(path, &tensors, &metadata).map_err(failed)?;
+    let mut checksums = Vec::with_capacity(8 * count[0]);
+    for (slot, _) in &slots {
+        for id in (0..table.len()).map(ParamId) {
+            let values = backend.read_param(*slot, id)?;
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            checksums.extend(i64::from(crc32fast::hash(&bytes)).to_le_bytes());
+            out.write(&bytes).map_err(failed)?;
         }
     }
-    let count = slots.len() * table.len() + 1;
-    let info = json!({"dtype": "I64", "shape": [count], "data_offsets": [end, end + 8 * count]});
-    header.insert(CHECKSUMS.into(), info);
-    let mut header = Value::Object(header).to_string();
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-
-    write_atomically(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(header.as_bytes())?;
-        let mut checksums = Vec::with_capacity(count);
-        for (slot, _) in &slots {
-            for id in (0..table.len()).map(ParamId) {
-                let values = backend.read_param(*slot, id).map_err(io::Error::other)?;
-                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-                checksums.push(crc32fast::hash(&bytes));
-                out.write_all(&bytes)?;
-            }
-        }
-        checksums.push(metadata_checksum(|key| metadata[key].as_str()));
-        checksums.iter().try_for_each(|&sum| out.write_all(&i64::from(sum).to_le_bytes()))
-    })
-    .map_err(io_error)
+    checksums.extend(i64::from(metadata_checksum(&metadata)).to_le_bytes());
+    out.write(&checksums).map_err(failed)?;
+    out.finish().map_err(failed)
 }
 
-fn metadata_checksum<'a>(get: impl Fn(&str) -> Option<&'a str>) -> u32 {
+fn metadata_checksum(metadata: &HashMap<String, String>) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     for key in ["config", "edm2k", "train"] {
-        hasher.update(get(key).unwrap_or_default().as_bytes());
+        hasher.update(metadata.get(key).map_or("", String::as_str).as_bytes());
     }
     hasher.finalize()
 }
@@ -171,8 +161,7 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = SafeFile::open(path).map_err(|error| damage(path, error))?;
         let checksums = file.i64(CHECKSUMS).map_err(|error| damage(path, error))?;
-        let sum = metadata_checksum(|key| file.metadata().get(key).map(String::as_str));
-        if checksums.last() != Some(&i64::from(sum)) {
+        if checksums.last() != Some(&i64::from(metadata_checksum(file.metadata()))) {
             return Err(CheckpointError::Damaged { path: path.into(), what: "checksum of the metadata".into() });
         }
         let train = file.metadata().get("train").map_or("", String::as_str);

@@ -27,6 +27,7 @@ pub mod memory;
 pub mod posthoc;
 pub mod schedule;
 pub mod stats;
+pub mod validation;
 
 pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
@@ -37,7 +38,6 @@ use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step};
 use crate::data::dataset::{Dataset, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
-use crate::rng::{Purpose, Stream};
 use crate::sample::SampleError;
 use batch::Batches;
 use checkpoint::Checkpoint;
@@ -479,7 +479,7 @@ impl<B: Backend> Run<'_, B> {
         let Some(data) = self.data.validation else { return Ok(()) };
         let begun = Instant::now();
         self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let loss = validation_loss(self.backend, &self.net, self.settings, data, self.plan.batch_gpu as usize)?;
+        let loss = validation::loss(self.backend, &self.net, self.settings, data, self.plan.batch_gpu as usize)?;
         self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
@@ -571,64 +571,4 @@ pub fn plan_micro_batch(gpu: &mut Gpu, net: &Precond, [n, h, w]: [usize; 3]) -> 
     micro_batch(gpu, net, &inputs)?;
     let mut costs = gpu.costs();
     Ok(costs.find(|(key, _)| key.starts_with("train ")).map(|(_, cost)| cost).unwrap_or_default())
-}
-
-/// Most images of the validation split that are looked at.
-const VALIDATION_IMAGES: usize = 1024;
-/// Noise levels for each.
-const VALIDATION_DRAWS: usize = 4;
-
-/// Mean loss per element (as in training) of the prepared weights on the first images of a split, each
-/// at a few noise levels; noise and levels depend on the image's place only.
-///
-/// # Errors
-/// Whatever the backend reports.
-pub fn validation_loss<B: Backend>(
-    b: &mut B,
-    net: &Precond,
-    settings: &Settings,
-    data: &Dataset,
-    batch: usize,
-) -> Result<f64, BackendError> {
-    let [h, w, c] = data.shape();
-    let (numel, dim) = (h * w * c, settings.config.label_dim);
-    let sd2 = net.config.sigma_data.powi(2);
-    let total = data.len().min(VALIDATION_IMAGES) * VALIDATION_DRAWS;
-    let mut sum = 0.0;
-    for first in (0..total).step_by(batch) {
-        let n = batch.min(total - first);
-        let mut clean = vec![0.0; n * numel];
-        let mut noisy = vec![0.0; n * numel];
-        let mut labels = vec![0.0; n * dim];
-        let mut sigma = vec![0.0; n];
-        for j in 0..n {
-            let k = first + j;
-            let image = &mut clean[j * numel..][..numel];
-            data.image(k / VALIDATION_DRAWS, image);
-            if dim > 0 {
-                data.condition(k / VALIDATION_DRAWS, &mut labels[j * dim..][..dim]);
-            }
-            let stream = |purpose| Stream::new(0, purpose, k as u64);
-            sigma[j] = batch::noise_level(settings, stream(Purpose::TrainSigma));
-            let noisy = &mut noisy[j * numel..][..numel];
-            stream(Purpose::TrainNoise).normals(noisy);
-            noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + sigma[j] * *x);
-        }
-        let mut inputs = vec![([n, h, w, c], &noisy[..]), ([n, 1, 1, 1], &sigma[..])];
-        if dim > 0 {
-            inputs.push(([n, 1, 1, dim], &labels));
-        }
-        let made = b.planned("validation", &inputs, &mut |b, inputs| {
-            let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
-            vec![denoised, net.logvar(b, &inputs[1]).1]
-        })?;
-        let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
-        for j in 0..n {
-            let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
-            let error = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
-            let (s2, logvar) = (f64::from(sigma[j]).powi(2), f64::from(logvar[j]));
-            sum += (s2 + sd2) / (s2 * sd2) / logvar.exp() * error + logvar;
-        }
-    }
-    Ok(sum / total as f64)
 }

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
@@ -114,14 +115,31 @@ fn parse(line: &str) -> Option<(u64, Value)> {
     Some((value.get("nimg")?.as_u64()?, value))
 }
 
-fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
+fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, PlotError> {
     let points = || loss.iter().chain(validation);
     let end = points().map(|p| p.0).fold(1.0, f64::max);
     // The first tenth falls steeply and would flatten the rest; it may leave the picture at the top.
     let late = points().filter(|p| p.0 >= end * 0.1);
     let (low, high) = late.fold((f64::MAX, f64::MIN), |(low, high), p| (low.min(p.1), high.max(p.1)));
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
-    let margin = (high - low).max(1e-3) * 0.1;
+    let series = [("training", loss), ("validation", validation)];
+    plot(("images seen", 0.0..end, &images), ("loss", low..high), &series)
+}
+
+/// Why a picture could not be drawn.
+pub type PlotError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Draws curves as SVG: the horizontal axis with its name, range, and how its numbers are written; the vertical
+/// one with the range of the points; up to two named curves.
+///
+/// # Errors
+/// Whatever drawing reports.
+pub fn plot(
+    (x_name, x_range, x_label): (&str, Range<f64>, &dyn Fn(f64) -> String),
+    (y_name, y_range): (&str, Range<f64>),
+    series: &[(&str, &[(f64, f64)])],
+) -> Result<String, PlotError> {
+    let margin = (y_range.end - y_range.start).max(1e-3) * 0.1;
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (800, 450)).into_drawing_area();
@@ -130,16 +148,16 @@ fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, Box<dy
             .margin(15)
             .x_label_area_size(40)
             .y_label_area_size(60)
-            .build_cartesian_2d(0.0..end, low - margin..high + margin * 3.0)?;
+            .build_cartesian_2d(x_range, y_range.start - margin..y_range.end + margin * 3.0)?;
         chart
             .configure_mesh()
-            .x_label_formatter(&|x| images(*x))
-            .x_desc("images seen")
-            .y_desc("loss")
+            .x_label_formatter(&|x| x_label(*x))
+            .x_desc(x_name)
+            .y_desc(y_name)
             .light_line_style(WHITE)
             .draw()?;
-        let (blue, red) = (RGBColor(31, 119, 180), RGBColor(214, 39, 40));
-        for (points, name, color) in [(loss, "training", blue), (validation, "validation", red)] {
+        let colors = [RGBColor(31, 119, 180), RGBColor(214, 39, 40)];
+        for (&(name, points), color) in series.iter().zip(colors) {
             if !points.is_empty() {
                 chart
                     .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?

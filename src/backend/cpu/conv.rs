@@ -32,7 +32,8 @@ pub struct Rows<'a, T> {
     pub read: &'a (dyn Fn(usize, &mut [T]) + Sync),
 }
 
-/// The rows `first..first + count` of a batch, copied with the zero pixels and rows around them.
+/// The rows `first..first + count` of a batch, copied with the zero pixels and rows around them, and a zero pixel
+/// after all of them.
 struct Band<T: Real> {
     data: Tensor<T>,
     /// Values from one pixel to the next: the channels.
@@ -61,9 +62,11 @@ impl<T: Real> Band<T> {
     fn new(pool: &Arc<Pool<T>>, rows: &Rows<T>, taps: usize, first: usize, count: usize) -> Self {
         let [_, h, w, c] = rows.shape;
         if taps == 1 {
-            let mut data = Tensor::uninit(pool, [1, count, w, c]);
+            let mut data = Tensor::uninit(pool, [1, 1, count * w + 1, c]);
             simd(|| {
-                for (i, dst) in data.values_mut().chunks_exact_mut(w * c).enumerate() {
+                let (lines, corner) = data.values_mut().split_at_mut(count * w * c);
+                corner.fill(T::zero());
+                for (i, dst) in lines.chunks_exact_mut(w * c).enumerate() {
                     (rows.read)(first + i, dst);
                 }
             });
@@ -73,7 +76,7 @@ impl<T: Real> Band<T> {
         let mut band = Self { data: Tensor::uninit(pool, [0; 4]), channels: c, pitch, height: h, gap: 1, first };
         let top = band.padded_row(first) - 1;
         let padded = band.padded_row(first + count - 1) + 2 - top;
-        let mut data = Tensor::uninit(pool, [1, 1, padded * pitch + 1, c]);
+        let mut data = Tensor::uninit(pool, [1, 1, padded * pitch + 2, c]);
         simd(|| {
             let (lines, corner) = data.values_mut().split_at_mut(padded * pitch * c);
             corner.fill(T::zero());
@@ -107,6 +110,10 @@ fn bands(rows: usize, width: usize) -> (usize, Threads) {
     (rows.div_ceil(count), Threads::One)
 }
 
+/// Longest sum that `gemm` never cuts into parts. Where it cuts longer ones depends on the size of the product,
+/// so on the batch, which the bits of an image must not.
+const MAX_SUM: usize = 512;
+
 /// Convolution of `rows` with `weight` `[taps][C][cout]`: calls `done(row, y, out)` for each image row, where `y`
 /// holds w * cout results and `out` is that row's share of `out`.
 pub fn conv<T: Real>(
@@ -129,13 +136,15 @@ pub fn conv<T: Real>(
         let first = i * height;
         let count = height.min(total - first);
         let band = Band::new(pool, &rows, taps, first, count);
-        let m = band.result(first + count - 1) + w;
+        // One row alone would be a product of a vector, which sums in another order.
+        let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [1, 1, m, cout]);
         let (side, k) = (taps.isqrt(), c * taps.isqrt());
-        for dy in 0..side {
-            let a = Mat::new(&band.data.values()[dy * band.pitch * c..], c);
-            let b = Mat::new(&weight[dy * k * cout..], cout);
-            matmul((m, cout, k), y.values_mut(), dy > 0, a, b, T::one(), threads);
+        let block = k.div_ceil(k.div_ceil(MAX_SUM));
+        for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
+            let a = Mat::new(&band.data.values()[dy * band.pitch * c + k0..], c);
+            let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
+            matmul((m, cout, block.min(k - k0)), y.values_mut(), dy + k0 > 0, a, b, T::one(), threads);
         }
         simd(|| {
             for (j, out) in out.chunks_exact_mut(per_row).enumerate() {
@@ -231,4 +240,37 @@ pub fn transpose<T: Real>(pool: &Arc<Pool<T>>, weight: &[T], taps: usize, cin: u
         }
     });
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::{Purpose, Stream};
+
+    #[test]
+    fn an_image_does_not_depend_on_its_batch() {
+        let noise = |len, image| {
+            let mut values = vec![0f32; len];
+            Stream::new(1, Purpose::Init, image).normals(&mut values);
+            values
+        };
+        let pool = Arc::default();
+        for [h, w] in [[1, 1], [2, 1], [4, 4], [8, 8], [40, 24]] {
+            for (c, cout, taps) in [(128, 64, 9), (256, 64, 9), (600, 16, 9), (600, 64, 1), (130, 130, 9), (5, 3, 9)] {
+                let weight = noise(taps * c * cout, 99);
+                let run = |first: usize, n: usize| {
+                    let rows =
+                        |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
+                    let rows = Rows { shape: [n, h, w, c], read: &rows };
+                    let mut out = vec![0.0; n * h * w * cout];
+                    conv(&pool, rows, &weight, taps, cout, &mut out, |_, y, out| out.copy_from_slice(y));
+                    out
+                };
+                let together: Vec<u32> = run(0, 5).iter().map(|x| x.to_bits()).collect();
+                let alone: Vec<u32> = (0..5).flat_map(|i| run(i, 1)).map(f32::to_bits).collect();
+                let differing = together.iter().zip(&alone).filter(|(a, b)| a != b).count();
+                assert_eq!(differing, 0, "values of {} at {h}x{w}, {c} to {cout} channels, {taps} taps", alone.len());
+            }
+        }
+    }
 }

@@ -1,0 +1,93 @@
+//! `edm2k ema`: moving averages of any width, made of the snapshots of a run after it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use edm2k::model::ModelFile;
+use edm2k::train::ema::MAX_STD;
+use edm2k::train::posthoc::Reconstruction;
+
+use super::train::parse_images;
+
+/// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
+#[derive(clap::Args)]
+#[command(after_help = "\
+Snapshots of two widths at ten times or more are enough for widths from 0.02 to 0.25. How well the average
+that was asked for is met is printed with each file: 0 % is exactly, 10 % is fair.
+
+Examples:
+  edm2k ema runs/mine --std 0.05,0.10,0.15 --out averages
+  edm2k ema runs/mine/snapshot-*.safetensors --std 0.08 --at 200k --out averages")]
+pub struct EmaArgs {
+    /// Snapshots, or directories of runs: all snapshots in them
+    #[arg(value_name = "RUN|FILE", required = true)]
+    snapshots: Vec<PathBuf>,
+    /// Widths: relative standard deviations of the averages
+    #[arg(long, value_name = "STD,...", value_delimiter = ',', required = true)]
+    std: Vec<f64>,
+    /// Directory of the model files; created if it is missing
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Images seen when the averages end; there must be a snapshot then [default: the last]
+    #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
+    at: Option<u64>,
+    /// Overwrite existing files
+    #[arg(long)]
+    overwrite: bool,
+}
+
+/// Writes the files, showing progress on stderr and what was written on stdout.
+pub fn run(args: EmaArgs) -> anyhow::Result<()> {
+    for (k, &std) in args.std.iter().enumerate() {
+        ensure!(std > 0.0 && std <= MAX_STD, "--std is {std}, expected above 0 and at most {MAX_STD:.4}");
+        ensure!(!args.std[..k].contains(&std), "--std {std} is given twice");
+    }
+    let mut snapshots = Vec::new();
+    for path in &args.snapshots {
+        match path.is_dir() {
+            true => snapshots.extend(list(path)?),
+            false => snapshots.push(path.clone()),
+        }
+    }
+    let snapshots = snapshots.iter().map(ModelFile::open).collect::<Result<Vec<_>, _>>()?;
+    let job = Reconstruction::new(snapshots, &args.std, args.at)?;
+    let paths: Vec<PathBuf> = args.std.iter().map(|&std| args.out.join(file_name(job.at(), std))).collect();
+    fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
+    if let Some(path) = paths.iter().find(|path| !args.overwrite && path.exists()) {
+        bail!("{} exists; give --overwrite, or another --out", path.display());
+    }
+
+    let bar = ProgressBar::new(job.values())
+        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} values, {per_sec}, {eta} left")?);
+    job.write(&paths, &mut |values| bar.inc(values))?;
+    bar.finish_and_clear();
+    for ((path, std), missed) in paths.iter().zip(&args.std).zip(job.mismatch()) {
+        let (at, from, missed) = (job.at(), job.snapshots(), 100.0 * missed);
+        println!("{}: std {std} at {at} images, from {from} snapshots, {missed:.1} % off", path.display());
+    }
+    Ok(())
+}
+
+/// The snapshots in the directory of a run, in order.
+fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
+    let mut found: Vec<PathBuf> =
+        entries.with_context(|| dir.display().to_string())?.iter().map(|e| e.path()).collect();
+    found.retain(|path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("snapshot-") && name.ends_with(".safetensors")
+    });
+    ensure!(!found.is_empty(), "{}: no snapshot-*.safetensors in it", dir.display());
+    found.sort();
+    Ok(found)
+}
+
+/// As snapshots are called, with as many decimals as tell the widths apart.
+fn file_name(at: u64, std: f64) -> String {
+    let short = format!("{std:.3}");
+    let std = if short.parse() == Ok(std) { short } else { std.to_string() };
+    format!("ema-{at:09}-{std}.safetensors")
+}

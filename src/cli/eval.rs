@@ -1,0 +1,144 @@
+//! `edm2k eval`: how well a model denoises, by noise level.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::engine::Gpu;
+use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::formats::write_atomically;
+use edm2k::model::{Encoder, Model};
+use edm2k::train::stats::plot;
+use edm2k::train::validation::{Loss, SIGMAS, loss_by_level};
+
+use super::sample::loaded;
+use super::{DeviceArgs, Engine};
+
+/// Measure the loss of a model by noise level.
+#[derive(clap::Args)]
+#[command(after_help = "\
+The error is that of the denoised image, relative to what is achieved by knowing the mean and the size of the
+data only. The loss is what training minimises: error / exp(logvar) + logvar, with the network's own
+expectation logvar of ln(error). Noise is the same in every call, so models can be compared.
+
+Examples:
+  edm2k eval --model demo/emoji.safetensors --data demo/cache/emoji-32
+  edm2k eval --model averages/ema-000200000-0.080.safetensors --data data/mine --split test \\
+      --plot loss.svg")]
+pub struct EvalArgs {
+    /// Model file
+    #[arg(long, value_name = "FILE")]
+    model: PathBuf,
+    /// Dataset made by `edm2k prepare`
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Which of its images
+    #[arg(long, value_enum, default_value_t = Split::Validation)]
+    split: Split,
+    /// Most images to look at: the first ones
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    images: u32,
+    /// Images at a time; changes speed and memory only
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Draw the curves, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Prints the table to stdout, showing progress on stderr.
+pub fn run(args: EvalArgs) -> anyhow::Result<()> {
+    let model = Model::load(&args.model).context("--model")?;
+    let data = Dataset::open(&args.data, args.split).context("--data")?;
+    check_match(&args, &model, &data)?;
+    let images = data.len().min(args.images as usize);
+
+    let bar = ProgressBar::new((images * SIGMAS.len()) as u64).with_style(ProgressStyle::with_template(
+        "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
+    )?);
+    let (net, batch, mut progress) = (&model.net, args.batch.into(), |n| bar.inc(n));
+    let levels = match args.device.open()? {
+        Engine::Cpu => {
+            let mut backend = loaded(&model, &|table| Ok(Cpu::<f32>::for_sampling(table)))?;
+            loss_by_level(&mut backend, net, &data, images, batch, &mut progress)?
+        }
+        Engine::Gpu(runtime) => {
+            let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?);
+            loss_by_level(&mut loaded(&model, &new)?, net, &data, images, batch, &mut progress)?
+        }
+    };
+    bar.finish_and_clear();
+
+    if args.json {
+        let level = |(sigma, level): (&f64, &Loss)| {
+            let Loss { loss, error, logvar } = level;
+            json!({"sigma": sigma, "loss": loss, "error": error, "logvar": logvar})
+        };
+        let levels: Vec<_> = SIGMAS.iter().zip(&levels).map(level).collect();
+        let (model, data, split) = (args.model.display().to_string(), args.data.display().to_string(), args.split);
+        let all = json!({"model": model, "data": data, "split": split.to_string(), "images": images, "levels": levels});
+        println!("{all}");
+    } else {
+        println!("{images} images of the {} split", args.split);
+        println!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
+        for (sigma, Loss { loss, error, logvar }) in SIGMAS.iter().zip(&levels) {
+            println!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
+        }
+    }
+    if let Some(path) = &args.plot {
+        let svg = draw(&levels).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+        write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Whether the model is one of such images and conditions.
+fn check_match(args: &EvalArgs, model: &Model, data: &Dataset) -> anyhow::Result<()> {
+    let (config, dir) = (&model.net.config, args.data.display());
+    let [height, width, channels] = data.shape();
+    let of = match model.meta.encoder {
+        Encoder::Rgb => Kind::Images,
+        Encoder::SdVae => Kind::Latents,
+    };
+    let kind = data.header().kind;
+    let word = |kind| if kind == Kind::Images { "pixels" } else { "latents" };
+    ensure!(kind == of, "{dir}: the images are {}, the model's are {}", word(kind), word(of));
+    let expected = config.img_channels;
+    ensure!(channels == expected, "{dir}: the images have {channels} channels, the model's {expected}");
+    config.check_size(height, width).with_context(|| dir.to_string())?;
+    let (found, expected) = (data.condition_dim(), config.label_dim);
+    ensure!(
+        expected == 0 || found == expected,
+        "{dir}: the conditions are {found} wide, expected the model's {expected}"
+    );
+    let ours = &model.meta.vocabulary;
+    let differs = data.vocabulary().tags().iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
+    if let Some((theirs, ours)) = differs {
+        let model = args.model.display();
+        bail!("{dir}: made with another vocabulary (it has \"{}\" where {model} has \"{ours}\")", theirs.tag);
+    }
+    Ok(())
+}
+
+/// Loss and error over the noise level, which is drawn logarithmically.
+fn draw(levels: &[Loss]) -> Result<String, edm2k::train::stats::PlotError> {
+    let curve = |value: fn(&Loss) -> f64| -> Vec<(f64, f64)> {
+        let points = SIGMAS.iter().zip(levels).map(|(sigma, level)| (sigma.log10(), value(level)));
+        points.filter(|point| point.1.is_finite()).collect()
+    };
+    let (loss, error) = (curve(|level| level.loss), curve(|level| level.error));
+    let values = || loss.iter().chain(&error).map(|point| point.1);
+    let range = values().fold(0.0, f64::min)..values().fold(1.0, f64::max);
+    let label = |x: f64| format!("{}", (10f64.powf(x) * 1e4).round() / 1e4);
+    let ends = (SIGMAS[0].log10(), SIGMAS[SIGMAS.len() - 1].log10());
+    plot(("noise level sigma", ends.0..ends.1, &label), ("loss", range), &[("loss", &loss), ("error", &error)])
+}

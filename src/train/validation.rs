@@ -1,0 +1,124 @@
+//! The loss on images that are not learnt from: at random noise levels while training, and level by level.
+//!
+//! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
+//! the same noisy images. Cost: a forward pass for each image and level.
+
+use super::{Settings, batch};
+use crate::backend::{Backend, BackendError};
+use crate::data::dataset::Dataset;
+use crate::model::Precond;
+use crate::rng::{Purpose, Stream};
+
+/// Most images of the validation split that are looked at while training.
+const IMAGES: usize = 1024;
+/// Noise levels for each of them.
+const DRAWS: usize = 4;
+
+/// Noise levels of `edm2k eval`, from where nothing is hidden to where everything is.
+pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 80.0];
+
+/// Means over images and their elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Loss {
+    /// What training minimises: `error` / exp(`logvar`) + `logvar` (EDM2, eq. 14).
+    pub loss: f64,
+    /// Squared error of the denoised image, times (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: 1 for a network
+    /// that knows nothing but the mean and the size of the data.
+    pub error: f64,
+    /// ln(`error`) as the network expects it.
+    pub logvar: f64,
+}
+
+/// Mean loss of the prepared weights on the first images of a split, each at a few noise levels, drawn as in
+/// training.
+///
+/// # Errors
+/// Whatever the backend reports.
+pub fn loss<B: Backend>(
+    b: &mut B,
+    net: &Precond,
+    settings: &Settings,
+    data: &Dataset,
+    batch: usize,
+) -> Result<f64, BackendError> {
+    let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
+    let images = data.len().min(IMAGES);
+    let losses = losses(b, net, data, images, DRAWS, sigma, batch, &mut |_| {})?;
+    Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
+}
+
+/// Losses of the prepared weights on the first `images` of a split at each of [`SIGMAS`]; `progress` is told how
+/// many more images have been denoised.
+///
+/// # Errors
+/// Whatever the backend reports.
+pub fn loss_by_level<B: Backend>(
+    b: &mut B,
+    net: &Precond,
+    data: &Dataset,
+    images: usize,
+    batch: usize,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<Loss>, BackendError> {
+    losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress)
+}
+
+/// Shows each image `draws` times; time number j of image i with noise k = i * `draws` + j of level `sigma(k)`.
+/// Means over the images for each j.
+#[allow(clippy::too_many_arguments)]
+fn losses<B: Backend>(
+    b: &mut B,
+    net: &Precond,
+    data: &Dataset,
+    images: usize,
+    draws: usize,
+    sigma: impl Fn(u64) -> f32,
+    batch: usize,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<Loss>, BackendError> {
+    let [h, w, c] = data.shape();
+    let (numel, dim) = (h * w * c, net.config.label_dim);
+    let sd2 = net.config.sigma_data.powi(2);
+    let total = images * draws;
+    let mut sums = vec![Loss::default(); draws];
+    for first in (0..total).step_by(batch) {
+        let n = batch.min(total - first);
+        let mut clean = vec![0.0; n * numel];
+        let mut noisy = vec![0.0; n * numel];
+        let mut labels = vec![0.0; n * dim];
+        let levels: Vec<f32> = (first..first + n).map(|k| sigma(k as u64)).collect();
+        for j in 0..n {
+            let k = first + j;
+            let image = &mut clean[j * numel..][..numel];
+            data.image(k / draws, image);
+            if dim > 0 {
+                data.condition(k / draws, &mut labels[j * dim..][..dim]);
+            }
+            let noisy = &mut noisy[j * numel..][..numel];
+            Stream::new(0, Purpose::TrainNoise, k as u64).normals(noisy);
+            noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + levels[j] * *x);
+        }
+        let mut inputs = vec![([n, h, w, c], &noisy[..]), ([n, 1, 1, 1], &levels[..])];
+        if dim > 0 {
+            inputs.push(([n, 1, 1, dim], &labels));
+        }
+        let made = b.planned("validation", &inputs, &mut |b, inputs| {
+            let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
+            vec![denoised, net.logvar(b, &inputs[1]).1]
+        })?;
+        let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
+        for j in 0..n {
+            let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
+            let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
+            let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
+            let error = (s2 + sd2) / (s2 * sd2) * square;
+            let sum = &mut sums[(first + j) % draws];
+            sum.loss += error / logvar.exp() + logvar;
+            sum.error += error;
+            sum.logvar += logvar;
+        }
+        progress(n as u64);
+    }
+    let mean = |sum: f64| sum / images as f64;
+    Ok(sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect())
+}
