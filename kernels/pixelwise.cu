@@ -7,6 +7,7 @@
 //     clip_backward         gy where |y| < clip, else 0
 //     activate              mp_silu(scale x), for skip connections
 //     combine               sum of factor times tensor: solver steps, guidance (f32), gradients (16 bits)
+//     narrow, widen         f32 [pixels, c] to 16 bits with c padded by zeros to a multiple of 8, and back
 //
 // Layout: NHWC, channels a multiple of 8, so that every access is 16 bytes. Arithmetic is f32. Forward
 // operations write both y and mp_silu(y), the input of the residual branch, where `silu` is not null.
@@ -16,6 +17,7 @@
 // Bytes a value, 16 bits, b = a value of the larger image (all operations are bound by these):
 //     pixel_norm 2 + 2 (+ 2 with silu); down: 2 b + 1/2 b (+ 1/2 b); backward 2 + 2 + 2 (+ 2 with acc)
 //     upsample 1/2 b + 2 b (+ 2 b); backward 2 b + 1/2 b; clip 6; activate 4; combine of k terms 2 (k + 1), f32 4 (k + 1)
+//     narrow, widen 6; where c is not a multiple of 4, their f32 is read and written value by value
 #include "math.cuh"
 
 struct PixelNorm {
@@ -277,6 +279,59 @@ extern "C" __global__ void combine_f32(Combine p) {
 }
 KERNEL_EXPORT(combine_f32);
 
+struct Cast {
+    const void* from;  // narrow: f32 [pixels, channels]; widen: 16 bits [pixels, 8 vectors]
+    void* to;          // the other
+    int count;         // vectors, pixels * vectors
+    int vectors;       // channels / 8, rounded up
+    int channels;
+    int padding;
+};
+
+template <class T>
+__device__ __forceinline__ void narrow(const Cast& p) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.count) return;
+    const int first = i % p.vectors * 8;
+    const float* from = static_cast<const float*>(p.from) + size_t(i / p.vectors) * p.channels;
+    float x[8] = {};
+    if (p.channels % 4 == 0) {
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            float four[4] = {};
+            if (first + half < p.channels) read4(from + first + half, four);
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[half + j] = four[j];
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (first + j < p.channels) x[j] = from[first + j];
+    }
+    write8<T>(p.to, i, x);
+}
+
+template <class T>
+__device__ __forceinline__ void widen(const Cast& p) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.count) return;
+    const int first = i % p.vectors * 8;
+    float* to = static_cast<float*>(p.to) + size_t(i / p.vectors) * p.channels;
+    float x[8];
+    read8<T>(p.from, i, x);
+    if (p.channels % 4 == 0) {
+#pragma unroll
+        for (int half = 0; half < 8; half += 4) {
+            const float four[4] = {x[half], x[half + 1], x[half + 2], x[half + 3]};
+            if (first + half < p.channels) write4(to + first + half, four);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (first + j < p.channels) to[first + j] = x[j];
+    }
+}
+
 #define KERNEL(name, Params)                                                              \
     extern "C" __global__ void name##_f16(Params p) { name<__half>(p); }                   \
     KERNEL_EXPORT(name##_f16);                                                            \
@@ -289,3 +344,5 @@ KERNEL(upsample_backward, Upsample);
 KERNEL(activate, Elementwise);
 KERNEL(clip_backward, Elementwise);
 KERNEL(combine, Combine);
+KERNEL(narrow, Cast);
+KERNEL(widen, Cast);

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod conv;
+pub mod embedding;
 #[cfg(feature = "emulator")]
 pub mod emulated;
 pub mod launch;

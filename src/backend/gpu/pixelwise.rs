@@ -1,7 +1,7 @@
-//! Launches of `kernels/pixelwise.cu`: pixel norm, resampling, activation, clip, linear combinations.
+//! Launches of `kernels/pixelwise.cu`: pixel norm, resampling, activation, clip, linear combinations, casts.
 //!
-//! Shapes are `[n, height, width, channels]` with channels a multiple of 8. Optional pointers are
-//! [`DevicePtr::NULL`] where not there.
+//! Shapes are `[n, height, width, channels]` with channels a multiple of 8; casts take any number. Optional
+//! pointers are [`DevicePtr::NULL`] where not there.
 
 use super::launch::{DevicePtr, Launch, Precision};
 use crate::backend::Shape;
@@ -78,6 +78,18 @@ struct Combine {
     values: i64,
 }
 const _: () = assert!(size_of::<Combine>() == 96);
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Cast {
+    from: DevicePtr,
+    to: DevicePtr,
+    count: i32,
+    vectors: i32,
+    channels: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<Cast>() == 32);
 
 fn vectors(channels: usize) -> usize {
     assert!(channels > 0 && channels.is_multiple_of(8), "{channels} channels are not a multiple of 8");
@@ -201,4 +213,27 @@ fn combination(values: usize, from: &[(DevicePtr, f64)], out: DevicePtr) -> Comb
         (terms[i], factors[i]) = (term, factor as f32);
     }
     Combine { terms, out, factors, count: from.len() as i32, padding: 0, values: values as i64 }
+}
+
+/// `to`, 16 bits [pixels, channels padded by zeros to a multiple of 8], = `from`, f32 [pixels, channels].
+pub fn narrow(p: Precision, pixels: usize, channels: usize, from: DevicePtr, to: DevicePtr) -> Launch {
+    cast(p, ["narrow_f16", "narrow_bf16"], pixels, channels, from, to)
+}
+
+/// `to`, f32 [pixels, channels], = `from`, 16 bits with channels padded to a multiple of 8.
+pub fn widen(p: Precision, pixels: usize, channels: usize, from: DevicePtr, to: DevicePtr) -> Launch {
+    cast(p, ["widen_f16", "widen_bf16"], pixels, channels, from, to)
+}
+
+fn cast(
+    p: Precision,
+    kernels: [&'static str; 2],
+    pixels: usize,
+    channels: usize,
+    from: DevicePtr,
+    to: DevicePtr,
+) -> Launch {
+    let (vectors, channels) = (channels.div_ceil(8), channels as i32);
+    let params = Cast { from, to, count: (pixels * vectors) as i32, vectors: vectors as i32, channels, padding: 0 };
+    over(p, kernels, pixels * vectors, &params)
 }
