@@ -35,7 +35,7 @@ test: ## run every test
 
 test-kernels: ## run the CUDA kernels' tests on the emulator (needs a C++17 compiler, x86-64 Linux)
 	@$(CARGO) test --release --locked --features emulator \
-		--test conv_kernels --test attention_kernels --test pixelwise_kernels
+		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels
 
 lint: ## formatting, clippy, documentation; warnings are errors
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 \

@@ -258,6 +258,27 @@ fn activation_clip_and_combinations() {
     });
 }
 
+#[test]
+fn casts_from_and_to_f32() {
+    everywhere(|d| {
+        for (pixels, c) in [(1, 1), (35, 3), (88, 4), (7, 5), (3, 8), (300, 12), (9, 20), (2, 27)] {
+            let what = format!("{pixels} pixels of {c} channels, {}", d.name);
+            let values = normals(pixels * c, 9, 1.0);
+            let (from, to) = (d.upload(&values), d.empty([1, 1, pixels, c.next_multiple_of(8)]));
+            d.run([&pixelwise::narrow(d.precision, pixels, c, from.ptr(), to.ptr())]);
+            let width = c.next_multiple_of(8);
+            let want: Vec<u16> = values.chunks(c).flat_map(|p| [d.narrow(p), vec![0; width - c]].concat()).collect();
+            assert_eq!(read::<u16>(&to), want, "narrow {what}");
+
+            // What stands in the padding must not matter.
+            let wide = d.upload(&d.narrow(&padded(&values, c)));
+            let back = d.upload(&vec![f32::NAN; pixels * c]);
+            d.run([&pixelwise::widen(d.precision, pixels, c, wide.ptr(), back.ptr())]);
+            assert_eq!(read::<f32>(&back), d.widen(&d.narrow(&values)), "widen {what}");
+        }
+    });
+}
+
 // ---- weights ----------------------------------------------------------------------------------------
 
 /// Where the parameters of a table lie in the arenas.
