@@ -18,6 +18,8 @@ struct Cli {
 enum Command {
     Bench(cli::bench::BenchArgs),
     Condition(cli::condition::ConditionArgs),
+    Export(cli::export::ExportArgs),
+    Import(cli::import::ImportArgs),
     Info(cli::info::InfoArgs),
     Prepare(cli::prepare::PrepareArgs),
     Sample(Box<cli::sample::SampleArgs>),
@@ -29,6 +31,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Bench(args) => cli::bench::run(args),
         Command::Condition(args) => cli::condition::run(args),
+        Command::Export(args) => cli::export::run(args),
+        Command::Import(args) => cli::import::run(args),
         Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(args),
         Command::Sample(args) => cli::sample::run(*args),

@@ -2,11 +2,17 @@
 
 pub mod bench;
 pub mod condition;
+pub mod export;
+pub mod import;
 pub mod info;
 pub mod prepare;
 pub mod sample;
 pub mod train;
 pub mod verify;
+
+use std::path::Path;
+
+use anyhow::ensure;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -15,6 +21,15 @@ pub enum Device {
     Auto,
     /// This machine's processor
     Cpu,
+}
+
+/// Refuses to write to a file that exists, or into a directory that does not, before the work, not after it.
+pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<()> {
+    ensure!(overwrite || !path.exists(), "{} exists; give --overwrite, or another name", path.display());
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        ensure!(parent.is_dir(), "{}: the directory does not exist", parent.display());
+    }
+    Ok(())
 }
 
 /// Parses a size given as width x height, e.g. `64x88`; returns [height, width].

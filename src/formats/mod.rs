@@ -5,8 +5,10 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 pub mod npy;
+pub mod pickle;
 pub mod png;
 pub mod safetensors;
+pub mod torch;
 
 /// Writes a file so that `path` holds either its old content or all of the new one,
 /// whenever the process or the machine dies: `fill` writes to `path` + `.tmp`, which is
