@@ -47,11 +47,11 @@ impl<'a> Tensor<'a> {
             Some(&[tensor, _, _]) => tensor,
             _ => id,
         };
-        let (storage, offset, shape, strides) =
-            match pickle.call_of(tensor, &[("torch._utils", "_rebuild_tensor_v2")]) {
-                Some(&[storage, offset, shape, strides, _, _]) => (storage, offset, shape, strides),
-                _ => return Err(pickle.unexpected(id, "a tensor")),
-            };
+        let (storage, offset, shape, strides) = match pickle.call_of(tensor, &[("torch._utils", "_rebuild_tensor_v2")])
+        {
+            Some(&[storage, offset, shape, strides, _, _]) => (storage, offset, shape, strides),
+            _ => return Err(pickle.unexpected(id, "a tensor")),
+        };
         let expected = "a whole number that is not negative";
         let number = |id: Id| match pickle[id] {
             Value::Int(n) => usize::try_from(n).map_err(|_| pickle.unexpected(id, expected)),
@@ -87,9 +87,10 @@ impl<'a> Tensor<'a> {
     fn fits(&self) -> bool {
         let values = self.storage.len() / size(self.dtype);
         let Some(numel) = self.shape.iter().try_fold(1usize, |n, &side| n.checked_mul(side)) else { return false };
-        let last = self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&side, &stride)| {
-            at.checked_add(side.saturating_sub(1).checked_mul(stride)?)
-        });
+        let last =
+            self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&side, &stride)| {
+                at.checked_add(side.saturating_sub(1).checked_mul(stride)?)
+            });
         self.shape.len() == self.strides.len()
             && numel <= values
             && (numel == 0 || last.is_some_and(|last| last < values))
@@ -242,9 +243,7 @@ fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
             _ => Err(error(format!("entry {} of a zip is damaged: its CRC differs", quoted(wanted)))),
         }
     };
-    let need = |wanted: &str| {
-        find(wanted)?.ok_or_else(|| error(format!("a zip without an entry {}", quoted(wanted))))
-    };
+    let need = |wanted: &str| find(wanted)?.ok_or_else(|| error(format!("a zip without an entry {}", quoted(wanted))));
     if let Some((order, at)) = find("byteorder")?
         && order != b"little"
     {
