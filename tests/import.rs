@@ -130,7 +130,7 @@ impl Ops {
         for op in storages {
             let numel_at = |i: &usize| {
                 let (head, rest) = op[*i..].split_at(2);
-                head == b"a." && u64::from_le_bytes(*rest[..8].as_array().unwrap()) as usize * 2 == rest.len() - 8
+                head == b"a." && u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize * 2 == rest.len() - 8
             };
             let at = (0..op.len() - 10).find(numel_at).expect("f16 in the older format") + 10;
             *op = bytes_op(&zip("HalfStorage", (op.len() - at) / 2, &op[at..], b"little"));
@@ -142,11 +142,11 @@ impl Ops {
 const NOISE: &str = "unet.emb_noise.weight";
 
 fn bytes_op(bytes: &[u8]) -> Vec<u8> {
-    [&[b'B'], &(bytes.len() as u32).to_le_bytes()[..], bytes].concat()
+    [b"B", &(bytes.len() as u32).to_le_bytes()[..], bytes].concat()
 }
 
 fn int_op(n: usize) -> Vec<u8> {
-    [&[b'J'], &(n as u32).to_le_bytes()[..]].concat()
+    [b"J", &(n as u32).to_le_bytes()[..]].concat()
 }
 
 fn text_op(text: &str) -> Vec<u8> {
@@ -155,7 +155,7 @@ fn text_op(text: &str) -> Vec<u8> {
 
 /// The persistent id of a storage, up to its end, as protocol 2 writes it.
 fn description(kind: &str, key: &str, numel: usize) -> Vec<u8> {
-    let words = |word: &str| [&[b'X'], &(word.len() as u32).to_le_bytes()[..], word.as_bytes()].concat();
+    let words = |word: &str| [b"X", &(word.len() as u32).to_le_bytes()[..], word.as_bytes()].concat();
     let global = format!("ctorch\n{kind}\n");
     let numel = int_op(numel);
     [b"(", &words("storage")[..], global.as_bytes(), &words(key), &words("cpu"), &numel, b"tQ."].concat()
@@ -452,7 +452,7 @@ fn recall(ops: &Ops, text: &str) -> Vec<u8> {
     let number = ops.0[..ops.text(text)].iter().filter(|op| op[0] == 0x94).count();
     match u8::try_from(number) {
         Ok(n) => vec![b'h', n],
-        Err(_) => [&[b'j'], &(number as u32).to_le_bytes()[..]].concat(),
+        Err(_) => [b"j", &(number as u32).to_le_bytes()[..]].concat(),
     }
 }
 
@@ -609,7 +609,7 @@ fn what_python_writes_is_read_in_every_protocol() {
 fn assert_harmless(name: &str, bytes: &[u8]) -> String {
     let (result, peak, time) = measured(|| parse(bytes).map(|_| ()));
     let message = result.expect_err(name);
-    assert!(peak < 200 << 20, "{name}: {peak} bytes");
+    assert!(peak < 150 << 20, "{name}: {peak} bytes");
     // A debugging build on a busy machine; quadratic work on a million opcodes would take hours.
     assert!(time < Duration::from_secs(10), "{name}: {time:?}");
     assert!(message.len() < 600 && !message.contains('\n'), "{name}: {message}");
@@ -787,7 +787,7 @@ fn damage(ops: &Ops, dice: &mut Dice) -> Vec<u8> {
 #[test]
 fn damaged_pickles_are_refused_or_read_but_never_a_panic() {
     let number = |name| std::env::var(name).ok().map(|n| n.parse::<u64>().expect(name));
-    let (count, first) = (number("EDM2K_FUZZ").unwrap_or(4000), number("EDM2K_FUZZ_SEED").unwrap_or(0));
+    let (count, first) = (number("EDM2K_FUZZ").unwrap_or(10_000), number("EDM2K_FUZZ_SEED").unwrap_or(0));
     let golden = Ops::golden();
     let zipped = golden.zipped();
     let (mut refused, mut worst_memory, mut worst_time) = (0, 0, Duration::ZERO);

@@ -13,8 +13,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Index;
 
-/// Most opcodes that are read. EDM2's largest network has about 40,000; at this many, what is
-/// kept takes less than 150 MB.
+/// Most opcodes that are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
+/// than 150 MB.
 pub const MAX_OPCODES: usize = 1 << 20;
 
 /// Why bytes are not a pickle, or not one of what they should be.

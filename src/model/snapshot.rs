@@ -41,7 +41,7 @@ const MAX_MODULES: usize = 1 << 14;
 /// Longest name of a module or tensor.
 const MAX_NAME: usize = 200;
 
-/// Most entries of dictionaries that are looked at, over all look-ups; EDM2's largest network takes about 100,000.
+/// Most entries of dictionaries that are looked at, over all look-ups; EDM2's networks take about 40,000.
 const MAX_LOOKED_AT: usize = 1 << 24;
 
 /// Options of the official network that this project does without.
