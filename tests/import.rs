@@ -477,9 +477,11 @@ fn nothing_that_a_pickle_names_is_run() {
     };
     // Where it is needed: a weight, an option, a module, and the network itself.
     let (weight, parameter) = (ops.storage(3), ops.text("_rebuild_parameter"));
+    let tensor = ops.text("_rebuild_tensor_v2");
     for (changed, message) in [
         (ops.clone().with(weight, &call), "ema.unet.emb_noise.weight"),
         (ops.clone().with(parameter - 2, &text_op("os")).with(parameter, &text_op("system")), "ema.unet.out_gain"),
+        (ops.clone().with(tensor - 1, &text_op("os")).with(tensor, &text_op("system")), "ema.unet.out_gain"),
         (ops.clone().with_value("num_heads", &call), "ema.unet.enc.32x32_block0.num_heads"),
         (ops.clone().with_value("label_balance", &call), "ema.unet.label_balance"),
         (before("emb_noise", &call), "ema.unet.emb_noise"),
@@ -658,6 +660,10 @@ fn hostile_pickles_take_neither_memory_nor_time_nor_the_stack() {
         ("half an item", begun(b"}(Nu."), "a key without a value"),
         ("no UTF-8", begun(b"\x8c\x01\xff."), "text that is not UTF-8"),
         ("no name", begun(b"NN\x93."), "a global whose module or name is no text"),
+        ("keywords", begun(b"cos\nsystem\n)}\x92."), "found a call of os.system (which is not run), expected a dict"),
+        ("set", begun(b"\x8f(K\x01\x90."), "found a set, expected a dictionary"),
+        ("frozen set", begun(b"(K\x01\x91."), "found a set, expected a dictionary"),
+        ("byte array", begun(b"\x96\x02\0\0\0\0\0\0\0ab."), "found 2 bytes, expected a dictionary"),
         ("old opcode", begun(b"I1\n."), "opcode 0x49 is not one of those that are read"),
         ("extension", begun(b"\x82\x01."), "opcode 0x82"),
         ("outside", begun(b"\x97."), "opcode 0x97"),

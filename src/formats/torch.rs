@@ -50,7 +50,7 @@ impl<'a> Tensor<'a> {
         let (storage, offset, shape, strides) = match pickle.call_of(tensor, &[("torch._utils", "_rebuild_tensor_v2")])
         {
             Some(&[storage, offset, shape, strides, _, _]) => (storage, offset, shape, strides),
-            _ => return Err(pickle.unexpected(id, "a tensor")),
+            _ => return Err(pickle.unexpected(tensor, "a tensor")),
         };
         let expected = "a whole number that is not negative";
         let number = |id: Id| match pickle[id] {
