@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
@@ -117,15 +117,6 @@ fn tags(args: &TagsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Refuses before the work, not after it.
-fn claim(path: &Path, overwrite: bool) -> anyhow::Result<()> {
-    ensure!(overwrite || !path.exists(), "{} exists; give --overwrite, or another name", path.display());
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        ensure!(parent.is_dir(), "{}: the directory does not exist", parent.display());
-    }
-    Ok(())
-}
-
 /// The conditions of a dataset: tags if each is the multi-hot vector of its image's tags.
 fn rows(data: &Dataset) -> Rows {
     let width = data.condition_dim();
@@ -144,7 +135,7 @@ fn rows(data: &Dataset) -> Rows {
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
-    claim(&args.out, args.overwrite)?;
+    super::claim(&args.out, args.overwrite)?;
     let data = Dataset::open(&args.data, Split::Train)?;
     let rows = rows(&data);
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
@@ -173,7 +164,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     if let Some(out) = &args.out {
-        claim(out, args.overwrite)?;
+        super::claim(out, args.overwrite)?;
     }
     let vae = Vae::load(&args.model).context("--model")?;
     let vocabulary = vae.vocabulary();

@@ -4,14 +4,19 @@ pub mod bench;
 pub mod condition;
 pub mod ema;
 pub mod eval;
+pub mod export;
+pub mod import;
 pub mod info;
 pub mod prepare;
 pub mod sample;
 pub mod train;
 pub mod verify;
 
+use std::path::Path;
 use std::rc::Rc;
 use std::str::FromStr;
+
+use anyhow::ensure;
 
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
@@ -95,6 +100,15 @@ fn emulated() -> Result<Engine, DeviceError> {
 fn emulated() -> Result<Engine, DeviceError> {
     let why = "this edm2k was built without the emulator (cargo feature `emulator`)";
     Err(DeviceError::Unavailable(why.into()))
+}
+
+/// Refuses to write to a file that exists, or into a directory that does not, before the work, not after it.
+pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<()> {
+    ensure!(overwrite || !path.exists(), "{} exists; give --overwrite, or another name", path.display());
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        ensure!(parent.is_dir(), "{}: the directory does not exist", parent.display());
+    }
+    Ok(())
 }
 
 /// Parses a size given as width x height, e.g. `64x88`; returns [height, width].

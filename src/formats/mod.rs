@@ -5,8 +5,10 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 pub mod npy;
+pub mod pickle;
 pub mod png;
 pub mod safetensors;
+pub mod torch;
 
 /// A file that is being written: its path holds either its old content or all of the new one, whenever the
 /// process or the machine dies. What is written goes to the path + `.tmp`, which [`commit`](Self::commit) syncs

@@ -1,0 +1,544 @@
+//! Python pickles of protocols 2 to 5, read as data: nothing that they name is imported, nothing that they call
+//! is run.
+//!
+//! A pickle is a program for a stack machine: `\x80` version, opcodes of one byte with their arguments, `.`.
+//! Here each opcode that makes something appends a [`Value`] to one list, and values refer to each other by
+//! their place in it. A call (of whatever) is only recorded: the callee's name, its arguments, and the state and
+//! items that are given to it later. Cycles and any depth of nesting are therefore harmless, to read and to drop.
+//!
+//! Cost: text and bytes are slices of the input. An opcode makes one value, one stack entry or one memo entry, and
+//! there are at most [`MAX_OPCODES`]; time is linear in the input.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Index;
+
+/// Most opcodes that are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
+/// than 150 MB.
+pub const MAX_OPCODES: usize = 1 << 20;
+
+/// Why bytes are not a pickle, or not one of what they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("byte {offset}: {what}")]
+pub struct PickleError {
+    /// Where.
+    pub offset: usize,
+    /// What was found there, and what was expected.
+    pub what: String,
+}
+
+type Result<T, E = PickleError> = std::result::Result<T, E>;
+
+/// Place of a value in its [`Pickle`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Id(u32);
+
+/// What a pickle makes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value<'a> {
+    /// `None`.
+    None,
+    /// `True` or `False`.
+    Bool(bool),
+    /// An integer that fits 64 bits.
+    Int(i64),
+    /// A longer one: little-endian, two's complement.
+    Long(&'a [u8]),
+    /// A floating-point number.
+    Float(f64),
+    /// A `str`.
+    Text(&'a str),
+    /// A `bytes` or `bytearray`.
+    Bytes {
+        /// Where they begin, counted as in [`PickleError::offset`].
+        offset: usize,
+        /// They.
+        bytes: &'a [u8],
+    },
+    /// A `list`.
+    List(Vec<Id>),
+    /// A `tuple`.
+    Tuple(Vec<Id>),
+    /// A `dict`: keys and values as they were set; of a key that occurs twice, Python keeps the last value.
+    Dict(Vec<(Id, Id)>),
+    /// A `set` or `frozenset`; its members are not kept.
+    Set,
+    /// The name of a class or function.
+    Global {
+        /// Module that it is looked up in.
+        module: &'a str,
+        /// Its name there.
+        name: &'a str,
+    },
+    /// What a call would return. List items appended to it are not kept.
+    Call {
+        /// What would be called.
+        callee: Id,
+        /// With what.
+        args: Id,
+        /// State that it would be given by `__setstate__`.
+        state: Option<Id>,
+        /// Items that it would be given as if it were a dictionary.
+        items: Vec<(Id, Id)>,
+    },
+    /// An object that is kept outside of the pickle, under this name.
+    Persistent(Id),
+}
+
+/// A pickle, read.
+#[derive(Clone, Debug)]
+pub struct Pickle<'a> {
+    values: Vec<(usize, Value<'a>)>,
+    root: Id,
+    end: usize,
+}
+
+impl<'a> Pickle<'a> {
+    /// Reads the pickle at the start of `input`; `base` is added to the offsets in errors.
+    ///
+    /// # Errors
+    /// If it is damaged, of another protocol, or longer than [`MAX_OPCODES`].
+    pub fn parse(input: &'a [u8], base: usize) -> Result<Self> {
+        let reader = Reader {
+            input,
+            base,
+            at: 0,
+            opcode: 0,
+            values: Vec::new(),
+            stack: Vec::new(),
+            marks: Vec::new(),
+            memo: HashMap::new(),
+        };
+        reader.run()
+    }
+
+    /// The value that it makes.
+    pub fn root(&self) -> Id {
+        self.root
+    }
+
+    /// Bytes of the input that it takes.
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
+    /// An error about a value.
+    pub fn error(&self, id: Id, what: String) -> PickleError {
+        PickleError { offset: self.values[id.0 as usize].0, what }
+    }
+
+    /// The error for a value that is not what the caller needs.
+    pub fn unexpected(&self, id: Id, expected: impl fmt::Display) -> PickleError {
+        self.error(id, format!("found {}, expected {expected}", self.describe(id)))
+    }
+
+    /// Module and name of a global; `None` for anything else.
+    pub fn global(&self, id: Id) -> Option<(&'a str, &'a str)> {
+        match self[id] {
+            Value::Global { module, name } => Some((module, name)),
+            _ => None,
+        }
+    }
+
+    /// The arguments of a call of a global whose module and name are one of these; `None` for anything else.
+    pub fn call_of(&self, id: Id, globals: &[(&str, &str)]) -> Option<&[Id]> {
+        let Value::Call { callee, args, .. } = &self[id] else { return None };
+        let Value::Tuple(args) = &self[*args] else { return None };
+        globals.contains(&self.global(*callee)?).then_some(args)
+    }
+
+    fn describe(&self, id: Id) -> String {
+        match &self[id] {
+            Value::None => "None".into(),
+            Value::Bool(value) => if *value { "True" } else { "False" }.into(),
+            Value::Int(value) => format!("the number {value}"),
+            Value::Long(bytes) => format!("a number of {} bytes", bytes.len()),
+            Value::Float(value) => format!("the number {value:?}"),
+            Value::Text(text) => format!("the text {}", quoted(text)),
+            Value::Bytes { bytes, .. } => format!("{} bytes", bytes.len()),
+            Value::List(items) => format!("a list of {}", items.len()),
+            Value::Tuple(items) => format!("a tuple of {}", items.len()),
+            Value::Dict(items) => format!("a dictionary of {}", items.len()),
+            Value::Set => "a set".into(),
+            Value::Global { module, name } => format!("the name {}.{}", plain(module), plain(name)),
+            Value::Call { callee, .. } => match self.global(*callee) {
+                Some((module, name)) => format!("a call of {}.{} (which is not run)", plain(module), plain(name)),
+                None => "a call of something that has no name".into(),
+            },
+            Value::Persistent(_) => "a reference to another file".into(),
+        }
+    }
+}
+
+impl<'a> Index<Id> for Pickle<'a> {
+    type Output = Value<'a>;
+    fn index(&self, id: Id) -> &Value<'a> {
+        &self.values[id.0 as usize].1
+    }
+}
+
+/// The start of a text, without what could spoil a terminal.
+fn plain(text: &str) -> String {
+    const SHOWN: usize = 60;
+    let shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    shown + if text.chars().nth(SHOWN).is_some() { "..." } else { "" }
+}
+
+/// The same in quotes, as messages show what a pickle says.
+pub fn quoted(text: &str) -> String {
+    format!("'{}'", plain(text))
+}
+
+/// The stack machine.
+struct Reader<'a> {
+    input: &'a [u8],
+    base: usize,
+    /// Next byte.
+    at: usize,
+    /// The opcode being executed.
+    opcode: usize,
+    values: Vec<(usize, Value<'a>)>,
+    stack: Vec<Id>,
+    /// Heights of the stack where a mark is.
+    marks: Vec<usize>,
+    memo: HashMap<u32, Id>,
+}
+
+impl<'a> Reader<'a> {
+    fn run(mut self) -> Result<Pickle<'a>> {
+        match self.input {
+            [0x80, 2..=5, ..] => self.at = 2,
+            [0x80, version, ..] => return Err(self.error(format!("protocol {version}, expected 2 to 5"))),
+            [first, ..] => {
+                return Err(self.error(format!("it begins with 0x{first:02x}, expected a pickle (0x80)")));
+            }
+            [] => return Err(self.error("it is empty, expected a pickle".into())),
+        }
+        for _ in 0..MAX_OPCODES {
+            self.opcode = self.at;
+            match self.byte()? {
+                b'.' => {
+                    let root = self.pop()?;
+                    return Ok(Pickle { values: self.values, root, end: self.at });
+                }
+                opcode => self.step(opcode)?,
+            }
+        }
+        Err(self.error(format!("more than {MAX_OPCODES} opcodes")))
+    }
+
+    fn step(&mut self, opcode: u8) -> Result<()> {
+        match opcode {
+            // Values.
+            b'N' => self.push(Value::None),
+            0x88 => self.push(Value::Bool(true)),
+            0x89 => self.push(Value::Bool(false)),
+            b'K' => {
+                let value = self.byte()?;
+                self.push(Value::Int(value.into()));
+            }
+            b'M' => {
+                let value = u16::from_le_bytes(self.array()?);
+                self.push(Value::Int(value.into()));
+            }
+            b'J' => {
+                let value = i32::from_le_bytes(self.array()?);
+                self.push(Value::Int(value.into()));
+            }
+            0x8a => {
+                let length = self.byte()?.into();
+                self.long(length)?;
+            }
+            0x8b => {
+                let length = self.length32()?;
+                self.long(length)?;
+            }
+            b'G' => {
+                let value = f64::from_be_bytes(self.array()?);
+                self.push(Value::Float(value));
+            }
+            0x8c => {
+                let length = self.byte()?.into();
+                self.text(length)?;
+            }
+            b'X' => {
+                let length = self.length32()?;
+                self.text(length)?;
+            }
+            0x8d => {
+                let length = self.length64()?;
+                self.text(length)?;
+            }
+            b'C' => {
+                let length = self.byte()?.into();
+                self.bytes(length)?;
+            }
+            b'B' => {
+                let length = self.length32()?;
+                self.bytes(length)?;
+            }
+            0x8e | 0x96 => {
+                let length = self.length64()?;
+                self.bytes(length)?;
+            }
+            // Containers.
+            b')' => self.push(Value::Tuple(Vec::new())),
+            b']' => self.push(Value::List(Vec::new())),
+            b'}' => self.push(Value::Dict(Vec::new())),
+            0x8f => self.push(Value::Set),
+            0x85..=0x87 => {
+                let mut items = Vec::with_capacity(3);
+                for _ in 0x85..=opcode {
+                    items.push(self.pop()?);
+                }
+                items.reverse();
+                self.push(Value::Tuple(items));
+            }
+            b't' => {
+                let items = self.pop_mark()?;
+                self.push(Value::Tuple(items));
+            }
+            b'a' => {
+                let item = self.pop()?;
+                self.append(&[item])?;
+            }
+            b'e' => {
+                let items = self.pop_mark()?;
+                self.append(&items)?;
+            }
+            b's' => {
+                let value = self.pop()?;
+                let key = self.pop()?;
+                self.set(&[key, value])?;
+            }
+            b'u' => {
+                let items = self.pop_mark()?;
+                self.set(&items)?;
+            }
+            0x90 => {
+                self.pop_mark()?;
+                let to = self.top()?;
+                if !matches!(self.value(to), Value::Set | Value::Call { .. }) {
+                    return Err(self.error("members for something that is no set".into()));
+                }
+            }
+            0x91 => {
+                self.pop_mark()?;
+                self.push(Value::Set);
+            }
+            // Names and calls, which are only recorded.
+            b'c' => {
+                let module = self.line()?;
+                let name = self.line()?;
+                self.push(Value::Global { module, name });
+            }
+            0x93 => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                match (self.value(module), self.value(name)) {
+                    (&Value::Text(module), &Value::Text(name)) => self.push(Value::Global { module, name }),
+                    _ => return Err(self.error("a global whose module or name is no text".into())),
+                }
+            }
+            b'R' | 0x81 => {
+                let (args, callee) = (self.pop()?, self.pop()?);
+                self.push(Value::Call { callee, args, state: None, items: Vec::new() });
+            }
+            0x92 => {
+                let (keywords, args, callee) = (self.pop()?, self.pop()?, self.pop()?);
+                // Not the arguments themselves, so that keywords are never overlooked.
+                self.push(Value::Tuple(vec![args, keywords]));
+                let args = self.pop()?;
+                self.push(Value::Call { callee, args, state: None, items: Vec::new() });
+            }
+            b'b' => {
+                let given = self.pop()?;
+                let to = self.top()?;
+                match &mut self.values[to.0 as usize].1 {
+                    Value::Call { state, .. } => *state = Some(given),
+                    _ => return Err(self.error("state for something that takes none".into())),
+                }
+            }
+            b'Q' => {
+                let name = self.pop()?;
+                self.push(Value::Persistent(name));
+            }
+            // The stack and the memo.
+            b'(' => self.marks.push(self.stack.len()),
+            b'0' => match self.marks.last() {
+                Some(&mark) if mark == self.stack.len() => drop(self.marks.pop()),
+                _ => drop(self.pop()?),
+            },
+            b'1' => drop(self.pop_mark()?),
+            b'2' => {
+                let top = self.top()?;
+                self.stack.push(top);
+            }
+            b'h' => {
+                let key = self.byte()?.into();
+                self.get(key)?;
+            }
+            b'j' => {
+                let key = u32::from_le_bytes(self.array()?);
+                self.get(key)?;
+            }
+            b'q' => {
+                let key = self.byte()?.into();
+                self.put(key)?;
+            }
+            b'r' => {
+                let key = u32::from_le_bytes(self.array()?);
+                self.put(key)?;
+            }
+            0x94 => self.put(self.memo.len() as u32)?,
+            // A frame says how much to read ahead, which matters to streams only.
+            0x95 => {
+                let length = self.length64()?;
+                let left = self.input.len() - self.at;
+                if length > left {
+                    return Err(self.error(format!("a frame of {length} bytes, but only {left} are left")));
+                }
+            }
+            _ => return Err(self.error(format!("opcode 0x{opcode:02x} is not one of those that are read"))),
+        }
+        Ok(())
+    }
+
+    fn error(&self, what: String) -> PickleError {
+        PickleError { offset: self.base + self.opcode, what }
+    }
+
+    fn take(&mut self, length: usize) -> Result<&'a [u8]> {
+        let rest = &self.input[self.at..];
+        let Some(bytes) = rest.get(..length) else {
+            return Err(self.error(format!("{length} bytes needed, but the file ends after {}", rest.len())));
+        };
+        self.at += length;
+        Ok(bytes)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N)?);
+        Ok(array)
+    }
+
+    fn byte(&mut self) -> Result<u8> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    fn length32(&mut self) -> Result<usize> {
+        Ok(u32::from_le_bytes(self.array()?) as usize)
+    }
+
+    fn length64(&mut self) -> Result<usize> {
+        let length = u64::from_le_bytes(self.array()?);
+        usize::try_from(length).map_err(|_| self.error(format!("a length of {length} bytes")))
+    }
+
+    fn str(&self, bytes: &'a [u8]) -> Result<&'a str> {
+        str::from_utf8(bytes).map_err(|_| self.error("text that is not UTF-8".into()))
+    }
+
+    /// Up to the end of the line, as the text arguments of old opcodes are.
+    fn line(&mut self) -> Result<&'a str> {
+        let rest = &self.input[self.at..];
+        let length = rest.iter().position(|&b| b == b'\n').ok_or_else(|| self.error("a line without end".into()))?;
+        self.at += length + 1;
+        self.str(&rest[..length])
+    }
+
+    fn push(&mut self, value: Value<'a>) {
+        let id = Id(self.values.len() as u32);
+        self.values.push((self.base + self.opcode, value));
+        self.stack.push(id);
+    }
+
+    fn long(&mut self, length: usize) -> Result<()> {
+        let bytes = self.take(length)?;
+        let value = match bytes.last() {
+            None => Value::Int(0),
+            Some(top) if length <= 8 => {
+                let mut extended = if top & 0x80 == 0 { [0; 8] } else { [0xff; 8] };
+                extended[..length].copy_from_slice(bytes);
+                Value::Int(i64::from_le_bytes(extended))
+            }
+            Some(_) => Value::Long(bytes),
+        };
+        self.push(value);
+        Ok(())
+    }
+
+    fn text(&mut self, length: usize) -> Result<()> {
+        let bytes = self.take(length)?;
+        let text = self.str(bytes)?;
+        self.push(Value::Text(text));
+        Ok(())
+    }
+
+    fn bytes(&mut self, length: usize) -> Result<()> {
+        let offset = self.base + self.at;
+        let bytes = self.take(length)?;
+        self.push(Value::Bytes { offset, bytes });
+        Ok(())
+    }
+
+    fn value(&self, id: Id) -> &Value<'a> {
+        &self.values[id.0 as usize].1
+    }
+
+    /// The top of the stack above the last mark.
+    fn top(&self) -> Result<Id> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        match self.stack.last() {
+            Some(&id) if self.stack.len() > floor => Ok(id),
+            _ => Err(self.error("it takes more from the stack than there is".into())),
+        }
+    }
+
+    fn pop(&mut self) -> Result<Id> {
+        let id = self.top()?;
+        self.stack.pop();
+        Ok(id)
+    }
+
+    /// Everything above the last mark, which goes too.
+    fn pop_mark(&mut self) -> Result<Vec<Id>> {
+        let mark = self.marks.pop().ok_or_else(|| self.error("there is no mark on the stack".into()))?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    fn append(&mut self, new: &[Id]) -> Result<()> {
+        let to = self.top()?;
+        match &mut self.values[to.0 as usize].1 {
+            Value::List(items) => items.extend_from_slice(new),
+            Value::Call { .. } => {}
+            _ => return Err(self.error("items for something that is no list".into())),
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, new: &[Id]) -> Result<()> {
+        let to = self.top()?;
+        let (pairs, odd) = new.as_chunks::<2>();
+        match &mut self.values[to.0 as usize].1 {
+            Value::Dict(items) | Value::Call { items, .. } if odd.is_empty() => {
+                items.extend(pairs.iter().map(|&[key, value]| (key, value)));
+                Ok(())
+            }
+            Value::Dict(_) | Value::Call { .. } => Err(self.error("a key without a value".into())),
+            _ => Err(self.error("keys for something that is no dictionary".into())),
+        }
+    }
+
+    fn get(&mut self, key: u32) -> Result<()> {
+        let id = self.memo.get(&key).copied().ok_or_else(|| self.error(format!("nothing is remembered as {key}")))?;
+        self.stack.push(id);
+        Ok(())
+    }
+
+    fn put(&mut self, key: u32) -> Result<()> {
+        let top = self.top()?;
+        self.memo.insert(key, top);
+        Ok(())
+    }
+}

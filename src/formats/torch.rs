@@ -1,0 +1,259 @@
+//! Tensors as PyTorch pickles them.
+//!
+//! A tensor is a call of `_rebuild_tensor_v2(storage, offset, size, stride, ...)`, a parameter one of
+//! `_rebuild_parameter(tensor, ...)`, and a storage `_load_from_bytes(bytes)`, where the bytes are what `torch.save`
+//! writes: either five pickles (a magic number, the version 1001, the sizes of the machine's types, the storage's
+//! description, the list of its key), then the number of elements (8 bytes) and the elements; or a zip of stored
+//! entries, `NAME/data.pkl` with the description and `NAME/data/KEY` with the elements.
+//! The description is a persistent id: `('storage', torch.HalfStorage, key, 'cpu', number of elements)`.
+//!
+//! Elements stay where they are in the input until they are asked for.
+
+use std::collections::HashMap;
+
+use half::{bf16, f16};
+use rawzip::{CompressionMethod, ZipArchive};
+
+use super::pickle::{Id, Pickle, PickleError, Value, quoted};
+use super::safetensors::Dtype;
+
+/// First pickle of the older format: 0x1950a86a20f9469cfc6c.
+const MAGIC: Value = Value::Long(&[0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19]);
+
+type Result<T, E = PickleError> = std::result::Result<T, E>;
+
+/// Storages read so far, by where they begin, so that one that several tensors share is read once.
+pub type Storages<'a> = HashMap<usize, (Dtype, &'a [u8])>;
+
+/// A tensor: a view of a storage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor<'a> {
+    /// Type of its elements: F16, BF16 or F32.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    strides: Vec<usize>,
+    offset: usize,
+    storage: &'a [u8],
+}
+
+impl<'a> Tensor<'a> {
+    /// The tensor or parameter that a value of a pickle is.
+    ///
+    /// # Errors
+    /// If it is none, or reaches beyond its storage, or has more elements than that.
+    pub fn read(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
+        let tensor = match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
+            Some(&[tensor, _, _]) => tensor,
+            _ => id,
+        };
+        let (storage, offset, shape, strides) = match pickle.call_of(tensor, &[("torch._utils", "_rebuild_tensor_v2")])
+        {
+            Some(&[storage, offset, shape, strides, _, _]) => (storage, offset, shape, strides),
+            _ => return Err(pickle.unexpected(tensor, "a tensor")),
+        };
+        let expected = "a whole number that is not negative";
+        let number = |id: Id| match pickle[id] {
+            Value::Int(n) => usize::try_from(n).map_err(|_| pickle.unexpected(id, expected)),
+            _ => Err(pickle.unexpected(id, expected)),
+        };
+        let sides = |id: Id| match &pickle[id] {
+            Value::Tuple(sides) if sides.len() <= 8 => sides.iter().map(|&side| number(side)).collect::<Result<_>>(),
+            _ => Err(pickle.unexpected(id, "a tuple of 8 at most")),
+        };
+        let (offset, shape, strides): (_, Vec<_>, Vec<_>) = (number(offset)?, sides(shape)?, sides(strides)?);
+        let (dtype, storage) = match pickle.call_of(storage, &[("torch.storage", "_load_from_bytes")]) {
+            Some(&[bytes]) => match pickle[bytes] {
+                Value::Bytes { offset, bytes } => match storages.get(&offset) {
+                    Some(&known) => known,
+                    None => *storages.entry(offset).insert_entry(read_storage(bytes, offset)?).get(),
+                },
+                _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
+            },
+            _ => return Err(pickle.unexpected(storage, "a storage")),
+        };
+        let tensor = Self { dtype, shape, strides, offset, storage };
+        if tensor.fits() {
+            return Ok(tensor);
+        }
+        let Tensor { shape, strides, offset, .. } = &tensor;
+        let values = storage.len() / size(dtype);
+        let view = format!("shape {shape:?}, strides {strides:?}, offset {offset}");
+        Err(pickle.error(id, format!("a tensor that is not within the {values} elements of its storage: {view}")))
+    }
+
+    /// Whether it lies within its storage, and has no more elements than that, so that what it takes is
+    /// bounded by the input.
+    fn fits(&self) -> bool {
+        let values = self.storage.len() / size(self.dtype);
+        let Some(numel) = self.shape.iter().try_fold(1usize, |n, &side| n.checked_mul(side)) else { return false };
+        let last =
+            self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&side, &stride)| {
+                at.checked_add(side.saturating_sub(1).checked_mul(stride)?)
+            });
+        self.shape.len() == self.strides.len()
+            && numel <= values
+            && (numel == 0 || last.is_some_and(|last| last < values))
+    }
+
+    /// Its elements, row by row.
+    pub fn values(&self) -> Vec<f32> {
+        match self.dtype {
+            Dtype::F16 => self.gather(|b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => self.gather(|b| bf16::from_le_bytes(b).to_f32()),
+            _ => self.gather(f32::from_le_bytes),
+        }
+    }
+
+    fn gather<const N: usize>(&self, convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        let elements = self.storage.as_chunks::<N>().0;
+        let mut index = vec![0; self.shape.len()];
+        let mut place = self.offset;
+        let next = |_| {
+            let value = convert(elements[place]);
+            for (at, (&side, &stride)) in index.iter_mut().zip(self.shape.iter().zip(&self.strides)).rev() {
+                // The stride of a side of 1 means nothing, and may be anything.
+                (*at, place) = (*at + 1, place.wrapping_add(stride));
+                if *at < side {
+                    break;
+                }
+                (*at, place) = (0, place.wrapping_sub(side.wrapping_mul(stride)));
+            }
+            value
+        };
+        (0..self.shape.iter().product()).map(next).collect()
+    }
+}
+
+/// Bytes of an element.
+fn size(dtype: Dtype) -> usize {
+    dtype.bitsize() / 8
+}
+
+/// What a storage says of itself.
+struct Description<'a> {
+    dtype: Dtype,
+    key: &'a str,
+    numel: usize,
+}
+
+impl<'a> Description<'a> {
+    fn read(pickle: &Pickle<'a>) -> Result<Self> {
+        let expected = "('storage', type, key, place, number of elements)";
+        let wrong = || pickle.unexpected(pickle.root(), format!("the persistent id {expected}"));
+        let Value::Persistent(id) = pickle[pickle.root()] else { return Err(wrong()) };
+        let Value::Tuple(parts) = &pickle[id] else { return Err(wrong()) };
+        let (kind, key, numel) = match **parts {
+            [tag, kind, key, _, numel] if pickle[tag] == Value::Text("storage") => (kind, key, numel),
+            [tag, kind, key, _, numel, view]
+                if pickle[tag] == Value::Text("storage") && pickle[view] == Value::None =>
+            {
+                (kind, key, numel)
+            }
+            _ => return Err(pickle.unexpected(id, expected)),
+        };
+        let dtype = match pickle.global(kind) {
+            Some(("torch", "HalfStorage")) => Dtype::F16,
+            Some(("torch", "BFloat16Storage")) => Dtype::BF16,
+            Some(("torch", "FloatStorage")) => Dtype::F32,
+            _ => return Err(pickle.unexpected(kind, "torch.HalfStorage, BFloat16Storage or FloatStorage")),
+        };
+        let Value::Text(key) = pickle[key] else { return Err(pickle.unexpected(key, "a key")) };
+        let Value::Int(numel) = pickle[numel] else { return Err(pickle.unexpected(numel, "a number of elements")) };
+        let numel = usize::try_from(numel).map_err(|_| pickle.unexpected(id, "a number of elements"))?;
+        Ok(Self { dtype, key, numel })
+    }
+
+    /// Checks that these are the storage's elements, and all of them.
+    fn check(&self, data: &[u8], offset: usize) -> Result<()> {
+        if self.numel.checked_mul(size(self.dtype)) == Some(data.len()) {
+            return Ok(());
+        }
+        let what = format!("{} bytes of data for {} elements of {}", data.len(), self.numel, self.dtype);
+        Err(PickleError { offset, what })
+    }
+}
+
+/// Element type and elements of what `torch.save` made of a storage; `base` is where that is in the file.
+fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+    if bytes.starts_with(b"PK") {
+        return read_zip(bytes, base);
+    }
+    let mut at = 0;
+    let mut next = || {
+        let pickle = Pickle::parse(&bytes[at..], base + at)?;
+        at += pickle.end();
+        Ok(pickle)
+    };
+    let (magic, version, machine, storage, keys) = (next()?, next()?, next()?, next()?, next()?);
+    for (pickle, value, expected) in [
+        (&magic, MAGIC, "the number that begins a PyTorch file"),
+        (&version, Value::Int(1001), "version 1001 of PyTorch's files"),
+    ] {
+        if pickle[pickle.root()] != value {
+            return Err(pickle.unexpected(pickle.root(), expected));
+        }
+    }
+    let Value::Dict(facts) = &machine[machine.root()] else {
+        return Err(machine.unexpected(machine.root(), "a dictionary of the machine's types"));
+    };
+    for &(fact, value) in facts {
+        if machine[fact] == Value::Text("little_endian") && machine[value] != Value::Bool(true) {
+            return Err(machine.unexpected(value, "True for little_endian"));
+        }
+    }
+    let about = Description::read(&storage)?;
+    match &keys[keys.root()] {
+        Value::List(list) if matches!(**list, [key] if keys[key] == Value::Text(about.key)) => {}
+        _ => return Err(keys.unexpected(keys.root(), format!("a list of the key {}", quoted(about.key)))),
+    }
+    let error = |what| PickleError { offset: base + at, what };
+    let (numel, data) =
+        bytes[at..].split_first_chunk::<8>().ok_or_else(|| error("the storage ends before its elements".into()))?;
+    if usize::try_from(u64::from_le_bytes(*numel)) != Ok(about.numel) {
+        return Err(error(format!("{} elements, expected {}", u64::from_le_bytes(*numel), about.numel)));
+    }
+    about.check(data, base + at + 8)?;
+    Ok((about.dtype, data))
+}
+
+fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+    let error = |what: String| PickleError { offset: base, what };
+    let damaged = |e: rawzip::Error| error(format!("a damaged zip: {e}"));
+    let archive = ZipArchive::from_slice(bytes).map_err(damaged)?;
+    // Name (within the archive's one folder) of each entry; PyTorch writes about six.
+    let mut entries = Vec::new();
+    let mut list = archive.entries();
+    while let Some(entry) = list.next_entry().map_err(damaged)? {
+        if entries.len() == 16 {
+            return Err(error("a zip of more than 16 entries, expected that of one storage".into()));
+        }
+        let path = entry.file_path();
+        let name = String::from_utf8_lossy(path.as_ref());
+        entries.push((name.split_once('/').map_or("", |(_, name)| name).to_owned(), entry));
+    }
+    let find = |wanted: &str| {
+        let Some((_, entry)) = entries.iter().find(|(name, _)| name == wanted) else { return Ok(None) };
+        if entry.compression_method() != CompressionMethod::STORE {
+            return Err(error(format!("entry {} of a zip is compressed, expected it as it is", quoted(wanted))));
+        }
+        let (from, to) = archive.get_entry(entry.wayfinder()).map_err(damaged)?.compressed_data_range();
+        match bytes.get(from as usize..to as usize) {
+            Some(data) if crc32fast::hash(data) == entry.crc32() => Ok(Some((data, from as usize))),
+            _ => Err(error(format!("entry {} of a zip is damaged: its CRC differs", quoted(wanted)))),
+        }
+    };
+    let need = |wanted: &str| find(wanted)?.ok_or_else(|| error(format!("a zip without an entry {}", quoted(wanted))));
+    if let Some((order, at)) = find("byteorder")?
+        && order != b"little"
+    {
+        let what = format!("byte order {}, expected 'little'", quoted(&String::from_utf8_lossy(order)));
+        return Err(PickleError { offset: base + at, what });
+    }
+    let (description, at) = need("data.pkl")?;
+    let pickle = Pickle::parse(description, base + at)?;
+    let about = Description::read(&pickle)?;
+    let (data, at) = need(&format!("data/{}", about.key))?;
+    about.check(data, base + at)?;
+    Ok((about.dtype, data))
+}
