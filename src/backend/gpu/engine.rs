@@ -22,12 +22,40 @@ use crate::backend::*;
 use crate::model::unet::mp_sum_weights;
 use half::{bf16, f16};
 
+/// One operation of a plan: what it is, and what it takes at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Work {
+    /// Its name.
+    pub name: &'static str,
+    /// Shape of its result.
+    pub shape: Shape,
+    /// Products that are summed for each value of the result; 0 where the operation is none of matrices.
+    pub sums: usize,
+    /// Bytes of the tensors and weights that it reads and writes, each once.
+    pub bytes: usize,
+}
+
+impl Work {
+    fn new(name: &'static str, shape: Shape, bytes: usize) -> Self {
+        Self { name, shape, sums: 0, bytes }
+    }
+
+    fn sums(self, sums: usize) -> Self {
+        Self { sums, ..self }
+    }
+
+    /// Multiply-adds.
+    pub fn macs(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.sums
+    }
+}
+
 /// What a plan costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Cost {
     /// Kernel launches.
     pub launches: usize,
-    /// Bytes that the operations read and write, each tensor and weight counted once an operation.
+    /// Sum of [`Work::bytes`].
     pub bytes: usize,
     /// Bytes of the workspace.
     pub workspace: usize,
@@ -36,8 +64,7 @@ pub struct Cost {
 /// Operations under way to becoming a plan.
 struct Recording {
     workspace: Rc<Workspace>,
-    commands: Vec<Command>,
-    cost: Cost,
+    operations: Vec<(Work, Vec<Command>)>,
     /// Tensors made so far.
     numbers: usize,
     /// The factors of the activations that were asked for, by the tensor's number.
@@ -54,6 +81,7 @@ struct Plan {
     outputs: Vec<Tensor>,
     _constants: Vec<Tensor>,
     graph: Box<dyn Graph>,
+    operations: Vec<(Work, Vec<Command>)>,
     cost: Cost,
     accumulates: bool,
 }
@@ -141,26 +169,22 @@ impl Gpu {
         self.fail(DeviceError::Unavailable(format!("the network does not fit the kernels: {error}")));
     }
 
-    /// Runs or records commands that read and write so many bytes.
-    fn go<C: Into<Command>>(&mut self, commands: impl IntoIterator<Item = C>, bytes: usize) {
-        for command in commands {
-            let command = command.into();
-            match &mut self.recording {
-                Some(r) => {
-                    r.cost.launches += usize::from(matches!(command, Command::Launch(_)));
-                    r.commands.push(command);
-                }
-                None if self.failed.is_some() => {}
-                None => {
+    /// Runs or records the commands of one operation.
+    fn go<C: Into<Command>>(&mut self, work: Work, commands: impl IntoIterator<Item = C>) {
+        let commands: Vec<Command> = commands.into_iter().map(C::into).collect();
+        match &mut self.recording {
+            Some(r) => r.operations.push((work, commands)),
+            None => {
+                for command in &commands {
+                    if self.failed.is_some() {
+                        return;
+                    }
                     // SAFETY: the operations below pass buffers of the sizes that the launches' makers ask for.
-                    if let Err(e) = unsafe { self.runtime.run(&command) } {
+                    if let Err(e) = unsafe { self.runtime.run(command) } {
                         self.fail(e);
                     }
                 }
             }
-        }
-        if let Some(r) = &mut self.recording {
-            r.cost.bytes += bytes;
         }
     }
 
@@ -209,7 +233,8 @@ impl Gpu {
             return made;
         }
         let out = self.plain(x.shape(), Format::Half);
-        self.go([pixelwise::activate(self.precision, x.shape(), x.ptr(), scale, out.ptr())], x.bytes() + out.bytes());
+        let work = Work::new("mp_silu", x.shape(), x.bytes() + out.bytes());
+        self.go(work, [pixelwise::activate(self.precision, x.shape(), x.ptr(), scale, out.ptr())]);
         x.set_active(scale, out.clone());
         if let (Some(r), Some(number)) = (&mut self.recording, x.number()) {
             r.asked.insert(number, scale);
@@ -234,7 +259,8 @@ impl Gpu {
             Format::F32 => {
                 let out = self.plain(x.shape(), Format::Half);
                 let [n, h, w, c] = x.shape();
-                self.go([pixelwise::narrow(self.precision, n * h * w, c, x.ptr(), out.ptr())], x.bytes() + out.bytes());
+                let work = Work::new("narrow", x.shape(), x.bytes() + out.bytes());
+                self.go(work, [pixelwise::narrow(self.precision, n * h * w, c, x.ptr(), out.ptr())]);
                 out
             }
             Format::Qkv { .. } => self.reordered(x, 0),
@@ -249,7 +275,8 @@ impl Gpu {
         let half = self.half(x);
         let out = self.plain(x.shape(), Format::F32);
         let [n, h, w, c] = x.shape();
-        self.go([pixelwise::widen(self.precision, n * h * w, c, half.ptr(), out.ptr())], x.bytes() + out.bytes());
+        let work = Work::new("widen", x.shape(), x.bytes() + out.bytes());
+        self.go(work, [pixelwise::widen(self.precision, n * h * w, c, half.ptr(), out.ptr())]);
         out
     }
 
@@ -341,7 +368,9 @@ impl Gpu {
             Ok(launches) => {
                 let read: usize = held.iter().map(Tensor::bytes).sum();
                 let made = y.bytes() + active.as_ref().map_or(0, |(t, _)| t.bytes());
-                self.go(launches, read + made + also + self.params.effective_bytes(w));
+                let bytes = read + made + also + self.params.effective_bytes(w);
+                let name = if shape.taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
+                self.go(Work::new(name, y.shape(), bytes).sums(shape.taps * self.params.dims(w)[1]), launches);
             }
         }
         if let Some((t, factor)) = active {
@@ -426,8 +455,7 @@ impl Gpu {
     ) -> Result<(Recording, Vec<Tensor>), DeviceError> {
         self.recording = Some(Recording {
             workspace: Workspace::new(base),
-            commands: Vec::new(),
-            cost: Cost::default(),
+            operations: Vec::new(),
             numbers: 0,
             asked: HashMap::new(),
             known,
@@ -467,16 +495,64 @@ impl Gpu {
         let mut outputs = Vec::new();
         for t in made {
             let out = own(self, t.shape(), t.format())?;
-            recording.commands.push(Command::Copy { from: t.ptr(), to: out.ptr(), bytes: t.bytes() });
+            let copy = Command::Copy { from: t.ptr(), to: out.ptr(), bytes: t.bytes() };
+            recording.operations.push((Work::new("result", t.shape(), 2 * t.bytes()), vec![copy]));
             outputs.push(out);
         }
-        recording.cost.workspace = bytes;
+        let Recording { operations, accumulates, constants, .. } = recording;
+        let commands: Vec<Command> = operations.iter().flat_map(|(_, commands)| commands).cloned().collect();
+        let cost = Cost {
+            launches: commands.iter().filter(|c| matches!(c, Command::Launch(_))).count(),
+            bytes: operations.iter().map(|(work, _)| work.bytes).sum(),
+            workspace: bytes,
+        };
         // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
         // workspace, the parameters or memory that the plan keeps.
-        let graph = unsafe { self.runtime.record(recording.commands)? };
-        let Recording { cost, accumulates, constants, .. } = recording;
-        Ok(Plan { inputs, outputs, _constants: constants, graph, cost, accumulates })
+        let graph = unsafe { self.runtime.record(commands)? };
+        Ok(Plan { inputs, outputs, _constants: constants, graph, operations, cost, accumulates })
     }
+
+    /// Times the plans whose keys begin with `key`: the whole, and each kind of operation by itself, as often as
+    /// asked, each time with a cold cache. For every kind of operation how many there are, and the seconds of one.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn time(&mut self, key: &str, repeats: usize) -> Result<Timing, DeviceError> {
+        let runtime = self.runtime.clone();
+        let flushed = self.own(FLUSH_BYTES, "flushing the cache");
+        let flush = Command::Zero { at: flushed.ptr(), bytes: FLUSH_BYTES };
+        // SAFETY: the whole of that memory.
+        let flush = unsafe { runtime.record(vec![flush])? };
+        let Some(plan) = self.plans.iter().find(|(k, _)| k.starts_with(key)).map(|(_, plan)| plan) else {
+            return Ok(Timing::default());
+        };
+        let mut kinds: Vec<(Work, usize, &Vec<Command>)> = Vec::new();
+        for (work, commands) in &plan.operations {
+            match kinds.iter_mut().find(|(known, ..)| known == work) {
+                Some((_, count, _)) => *count += 1,
+                None => kinds.push((*work, 1, commands)),
+            }
+        }
+        let mut timing = Timing { whole: runtime.time(&*plan.graph, &*flush, repeats)?, kinds: Vec::new() };
+        for (work, count, commands) in kinds {
+            // SAFETY: as when the plan was recorded.
+            let graph = unsafe { runtime.record(commands.clone())? };
+            timing.kinds.push((work, count, runtime.time(&*graph, &*flush, repeats)?));
+        }
+        Ok(timing)
+    }
+}
+
+/// More than the second-level cache of any card.
+const FLUSH_BYTES: usize = 256 << 20;
+
+/// Measured seconds of a plan, one number for each repeat.
+#[derive(Clone, Debug, Default)]
+pub struct Timing {
+    /// Of the whole plan.
+    pub whole: Vec<f64>,
+    /// Each kind of operation, how many of it there are, and the seconds of one.
+    pub kinds: Vec<(Work, usize, Vec<f64>)>,
 }
 
 /// One pixel's q, k and v from the kernels' order to the official one.
@@ -582,7 +658,7 @@ impl Backend for Gpu {
         let (x, [n, h, w, c]) = (self.float(x), x.shape());
         let out = self.plain([n, h, w, c + 1], Format::Half);
         let launch = precond::precond_input(self.precision, x.shape(), x.ptr(), sigma.ptr(), sigma_data, out.ptr());
-        self.go([launch], x.bytes() + out.bytes());
+        self.go(Work::new("precond_input", out.shape(), x.bytes() + out.bytes()), [launch]);
         out
     }
 
@@ -599,7 +675,7 @@ impl Backend for Gpu {
         let gain = self.params.plain(out_gain);
         let (p, shape) = (self.precision, x.shape());
         let launch = precond::precond_output(p, shape, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
-        self.go([launch], x.bytes() + raw.bytes() + out.bytes());
+        self.go(Work::new("precond_output", out.shape(), x.bytes() + raw.bytes() + out.bytes()), [launch]);
         out
     }
 
@@ -612,7 +688,8 @@ impl Backend for Gpu {
         let to = Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
         let labels = labels.map_or(DevicePtr::NULL, Tensor::ptr);
         let bytes = self.params.effective_bytes(p.noise) + p.label.map_or(0, |w| self.params.effective_bytes(w));
-        self.go([embedding::embed(self.precision, n, &layers, sigma.ptr(), labels, &to)], bytes);
+        let launch = embedding::embed(self.precision, n, &layers, sigma.ptr(), labels, &to);
+        self.go(Work::new("embed", emb.shape(), bytes), [launch]);
         Embedding { features, pre, emb }
     }
 
@@ -623,7 +700,7 @@ impl Backend for Gpu {
         let effective = self.params.all_effective();
         let launch = embedding::emb_scales(self.precision, n, &table, tiles, effective, emb.ptr(), out.ptr());
         let bytes: usize = layers.iter().map(|layer| self.params.effective_bytes(layer.weight)).sum();
-        self.go([launch], bytes + out.bytes());
+        self.go(Work::new("emb_scales", out.shape(), bytes + out.bytes()).sums(emb.shape()[3]), [launch]);
         out
     }
 
@@ -638,7 +715,7 @@ impl Backend for Gpu {
             channels,
         };
         let launch = precond::logvar(self.precision, n, &layer, sigma.ptr(), features.ptr(), logvar.ptr());
-        self.go([launch], features.bytes());
+        self.go(Work::new("logvar", logvar.shape(), features.bytes()), [launch]);
         (features, logvar)
     }
 
@@ -649,7 +726,9 @@ impl Backend for Gpu {
         let fused = active.filter(|(_, factor)| *factor == 1.0).map(|(t, _)| t);
         let silu = fused.as_ref().map_or(DevicePtr::NULL, Tensor::ptr);
         let bytes = x.bytes() + y.bytes() + fused.as_ref().map_or(0, Tensor::bytes);
-        self.go([pixelwise::pixel_norm(self.precision, shape, down, x.ptr(), y.ptr(), silu)], bytes);
+        let name = if down { "pixel_norm_down" } else { "pixel_norm" };
+        let launch = pixelwise::pixel_norm(self.precision, shape, down, x.ptr(), y.ptr(), silu);
+        self.go(Work::new(name, shape, bytes), [launch]);
         if let Some(active) = fused {
             y.set_active(1.0, active);
         }
@@ -662,7 +741,8 @@ impl Backend for Gpu {
         let fused = active.filter(|(_, factor)| *factor == 1.0).map(|(t, _)| t);
         let silu = fused.as_ref().map_or(DevicePtr::NULL, Tensor::ptr);
         let bytes = x.bytes() + y.bytes() + fused.as_ref().map_or(0, Tensor::bytes);
-        self.go([pixelwise::upsample(self.precision, x.shape(), x.ptr(), y.ptr(), silu)], bytes);
+        let launch = pixelwise::upsample(self.precision, x.shape(), x.ptr(), y.ptr(), silu);
+        self.go(Work::new("upsample", y.shape(), bytes), [launch]);
         if let Some(active) = fused {
             y.set_active(1.0, active);
         }
@@ -714,7 +794,10 @@ impl Backend for Gpu {
         let qkv = self.reordered(qkv, heads);
         let out = self.plain([n, h, w, c / 3], Format::Half);
         match Attention::new(n, h * w, heads, c / 3 / heads, self.precision) {
-            Ok(attention) => self.go([attention.forward(qkv.ptr(), out.ptr())], qkv.bytes() + out.bytes()),
+            Ok(attention) => {
+                let work = Work::new("attention", out.shape(), qkv.bytes() + out.bytes()).sums(2 * h * w);
+                self.go(work, [attention.forward(qkv.ptr(), out.ptr())]);
+            }
             Err(e) => self.unsupported(e),
         }
         out
@@ -743,7 +826,7 @@ impl Backend for Gpu {
             grad_gain: self.params.grad(i.out_gain),
         };
         let bytes = clean.bytes() + noisy.bytes() + raw.bytes() + grad_raw.bytes();
-        self.go(precond::loss(self.precision, shape, &arenas, i.sigma_data), bytes);
+        self.go(Work::new("loss", shape, bytes), precond::loss(self.precision, shape, &arenas, i.sigma_data));
         Loss { per_image, grad_raw, grad_logvar }
     }
 
@@ -751,7 +834,8 @@ impl Backend for Gpu {
         self.accumulating();
         let [n, _, _, channels] = features.shape();
         let to = self.params.grad(p.weight);
-        self.go([precond::logvar_backward(n, channels, features.ptr(), grad.ptr(), to)], features.bytes());
+        let launch = precond::logvar_backward(n, channels, features.ptr(), grad.ptr(), to);
+        self.go(Work::new("logvar_backward", features.shape(), features.bytes()), [launch]);
     }
 
     fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor>, grad: &Tensor, gain: f64) {
@@ -768,7 +852,10 @@ impl Backend for Gpu {
             Err(e) => self.unsupported(e),
             Ok(launches) => {
                 let read: usize = held.iter().map(Tensor::bytes).sum();
-                self.go(launches, read + grad.bytes() + 4 * self.params.effective_bytes(w));
+                let bytes = read + grad.bytes() + 4 * self.params.effective_bytes(w);
+                let [rows, cin, taps] = self.params.dims(w);
+                let name = if taps == 9 { "conv3x3_wgrad" } else { "conv1x1_wgrad" };
+                self.go(Work::new(name, [1, rows, taps, cin], bytes).sums(shape.pixels()), launches);
             }
         }
     }
@@ -822,7 +909,11 @@ impl Backend for Gpu {
             Ok(launches) => {
                 let made = gx.bytes() + gskip.as_ref().map_or(0, Tensor::bytes);
                 let read = grad.bytes() + if x.silu { made } else { 0 } + bytes_acc;
-                self.go(launches, read + made + self.params.effective_bytes(w));
+                let bytes = read + made + self.params.effective_bytes(w);
+                let [rows, cin, taps] = self.params.dims(w);
+                let name = if taps == 9 { "conv3x3_dgrad" } else { "conv1x1_dgrad" };
+                let [n, h, width, _] = gx.shape();
+                self.go(Work::new(name, [n, h, width, cin], bytes).sums(taps * rows), launches);
             }
         }
         drop(held);
@@ -858,7 +949,10 @@ impl Backend for Gpu {
             Err(e) => self.unsupported(e),
             Ok(launches) => {
                 let bytes = grad.bytes() + pre.bytes() + gx.bytes() + self.params.effective_bytes(w);
-                self.go(launches, bytes);
+                self.go(
+                    Work::new("conv3x3_dgrad_scale_silu", gx.shape(), bytes).sums(shape.taps * shape.cout),
+                    launches,
+                );
             }
         }
         gx
@@ -871,7 +965,8 @@ impl Backend for Gpu {
         let (from, bytes) = (half.ptr(), 2 * half.bytes() + y.bytes());
         let held = (!half.is_unique()).then(|| half.clone());
         let to = if held.is_none() { half } else { self.plain(half.shape(), Format::Half) };
-        self.go([pixelwise::clip_backward(self.precision, to.shape(), from, y.ptr(), clip, to.ptr())], bytes);
+        let launch = pixelwise::clip_backward(self.precision, to.shape(), from, y.ptr(), clip, to.ptr());
+        self.go(Work::new("clip_backward", to.shape(), bytes), [launch]);
         drop(held);
         to
     }
@@ -887,7 +982,9 @@ impl Backend for Gpu {
             _ => self.plain(x.shape(), Format::Half),
         };
         let (p, shape) = (self.precision, grad.shape());
-        self.go([pixelwise::pixel_norm_backward(p, shape, down, x.ptr(), grad.ptr(), from, out.ptr())], bytes);
+        let name = if down { "pixel_norm_down_backward" } else { "pixel_norm_backward" };
+        let launch = pixelwise::pixel_norm_backward(p, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
+        self.go(Work::new(name, out.shape(), bytes), [launch]);
         drop(held);
         out
     }
@@ -896,7 +993,7 @@ impl Backend for Gpu {
         let (grad, [n, h, w, c]) = (self.half(grad), grad.shape());
         let out = self.plain([n, h / 2, w / 2, c], Format::Half);
         let launch = pixelwise::upsample_backward(self.precision, out.shape(), grad.ptr(), out.ptr());
-        self.go([launch], grad.bytes() + out.bytes());
+        self.go(Work::new("upsample_backward", out.shape(), grad.bytes() + out.bytes()), [launch]);
         out
     }
 
@@ -908,7 +1005,8 @@ impl Backend for Gpu {
             Ok(attention) => {
                 let scratch = self.scratch(attention.scratch_bytes());
                 let launches = attention.backward(ordered.ptr(), grad.ptr(), out.ptr(), scratch.ptr());
-                self.go(launches, ordered.bytes() + grad.bytes() + out.bytes());
+                let bytes = ordered.bytes() + grad.bytes() + out.bytes();
+                self.go(Work::new("attention_backward", grad.shape(), bytes).sums(7 * h * w), launches);
             }
             Err(e) => self.unsupported(e),
         }
@@ -917,7 +1015,8 @@ impl Backend for Gpu {
 
     fn zero_scales_grad(&mut self, scales: &Tensor) -> Tensor {
         let zeros = self.plain(scales.shape(), Format::F32);
-        self.go([Command::Zero { at: zeros.ptr(), bytes: zeros.bytes() }], zeros.bytes());
+        let work = Work::new("zero", zeros.shape(), zeros.bytes());
+        self.go(work, [Command::Zero { at: zeros.ptr(), bytes: zeros.bytes() }]);
         zeros
     }
 
@@ -937,7 +1036,8 @@ impl Backend for Gpu {
         let effective = self.params.all_effective();
         // Effective weights once, their gradients read and written.
         let bytes: usize = layers.iter().map(|layer| 5 * self.params.effective_bytes(layer.weight)).sum();
-        self.go(embedding::emb_scales_backward(self.precision, n, &table, tiles, effective, &grads), bytes);
+        let launches = embedding::emb_scales_backward(self.precision, n, &table, tiles, effective, &grads);
+        self.go(Work::new("emb_scales_backward", grad_scales.shape(), bytes).sums(2 * emb.shape()[3]), launches);
         grad_emb
     }
 
@@ -951,7 +1051,7 @@ impl Backend for Gpu {
         let labels = if p.label.is_some() { at(labels) } else { DevicePtr::NULL };
         let launch = embedding::embed_backward(n, &layers, &e, labels, grad_emb.ptr(), noise, label);
         let bytes = 4 * (self.params.effective_bytes(p.noise) + p.label.map_or(0, |w| self.params.effective_bytes(w)));
-        self.go([launch], bytes);
+        self.go(Work::new("embed_backward", grad_emb.shape(), bytes), [launch]);
     }
 
     fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
@@ -971,7 +1071,7 @@ impl Backend for Gpu {
             true => pixelwise::combine_f32(shape.iter().product(), &from, out.ptr()),
             false => pixelwise::combine(self.precision, shape, &from, out.ptr()),
         };
-        self.go([launch], (terms.len() + 1) * out.bytes());
+        self.go(Work::new("linear_combination", shape, (terms.len() + 1) * out.bytes()), [launch]);
         out
     }
 }

@@ -114,6 +114,8 @@ pub trait Runtime {
     /// # Safety
     /// The commands' pointers are valid as long as the graph is run, see [`Command`].
     unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError>;
+    /// Seconds that `work` takes, measured `repeats` times, each time after `before`, which is not counted.
+    fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError>;
 }
 
 /// Which option to lower when memory does not suffice.
@@ -182,6 +184,10 @@ impl Runtime for Imagined {
 
     unsafe fn record(&self, _: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
         Ok(Box::new(Nothing))
+    }
+
+    fn time(&self, _: &dyn Graph, _: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError> {
+        Ok(vec![0.0; repeats])
     }
 }
 
@@ -297,6 +303,17 @@ mod emulated {
 
         unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
             Ok(Box::new(Recorded { device: self.clone(), commands }))
+        }
+
+        fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError> {
+            let mut seconds = Vec::new();
+            for _ in 0..repeats {
+                before.run()?;
+                let begun = std::time::Instant::now();
+                work.run()?;
+                seconds.push(begun.elapsed().as_secs_f64());
+            }
+            Ok(seconds)
         }
     }
 }
