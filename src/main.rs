@@ -30,7 +30,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    // A reader that went away ends what it was reading, but not a training run.
+    if !matches!(command, Command::Train(_)) {
+        sigpipe::reset();
+    }
+    let result = match command {
         Command::Bench(args) => cli::bench::run(args),
         Command::Condition(args) => cli::condition::run(args),
         Command::Ema(args) => cli::ema::run(args),

@@ -242,8 +242,14 @@ pub enum BackendError {
     Device(#[from] gpu::runtime::DeviceError),
 }
 
+/// Shape and values of an input, NHWC.
+pub type Input<'a> = (Shape, &'a [f32]);
+
+/// What [`Backend::planned`] runs: from inputs on the device to results on it.
+pub type Body<'a, B> = dyn FnMut(&mut B, &[<B as Backend>::Tensor]) -> Vec<<B as Backend>::Tensor> + 'a;
+
 /// Executes the network's operations on one device. See the module's text for conventions.
-pub trait Backend {
+pub trait Backend: Sized {
     /// Handle of a tensor on the device.
     type Tensor: Clone;
 
@@ -264,8 +270,8 @@ pub trait Backend {
     fn planned(
         &mut self,
         key: &str,
-        inputs: &[(Shape, &[f32])],
-        body: &mut dyn FnMut(&mut Self, &[Self::Tensor]) -> Vec<Self::Tensor>,
+        inputs: &[Input],
+        body: &mut Body<Self>,
     ) -> Result<Vec<Self::Tensor>, BackendError> {
         let _ = key;
         let inputs: Vec<_> = inputs.iter().map(|(shape, values)| self.upload(*shape, values)).collect();

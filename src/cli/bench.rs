@@ -1,25 +1,33 @@
 //! `edm2k bench`: how fast a device runs a network, and in how much memory.
 
+use std::rc::Rc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::{Backend, Normalization, Slot, Step};
+use edm2k::backend::gpu::engine::{Gpu, Work};
+use edm2k::backend::gpu::limits::{self, Limits};
+use edm2k::backend::gpu::runtime::Runtime;
+use edm2k::backend::{Backend, Normalization, Shape, Slot, Step};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{ParamTable, Precond};
 use edm2k::rng::{Purpose, Stream};
+use edm2k::train::micro_batch;
 use edm2k::train::stats::peak_mib;
+
+use super::Engine;
 
 const EXAMPLES: &str = "\
 Examples:
   edm2k bench                                    EDM2-XS on 512x704 images (64x88 latents)
   edm2k bench --preset edm2-img512-s --size 64x64 --repeats 9
-  edm2k bench --json > bench.json
+  edm2k bench --device cuda --kernels --json > bench.json
 
 Times are medians of repeated runs after one that warms up. Multiply-adds are what EDM2 calls
-\"Gflops\". Peak memory is that of the whole process up to the end of the measurement, weights
-included; a training step includes Adam's moments but no moving averages.";
+\"Gflops\". On the CPU, peak memory is that of the whole process up to the end of the measurement,
+weights included. A training step includes Adam's moments but no moving averages; on a GPU it is two
+micro-batches. The limits of a card, an mma.sync loop and a copy of memory, are measured in the same run.";
 
 /// Measure forward passes and training steps of a network.
 #[derive(Args)]
@@ -34,6 +42,12 @@ pub struct BenchArgs {
     /// Runs of each measurement.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
+    /// On a GPU: images at a time in training.
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_gpu: u32,
+    /// On a GPU: every kernel too, each time with a cold cache, against the card's limits.
+    #[arg(long)]
+    kernels: bool,
     #[command(flatten)]
     device: super::DeviceArgs,
     /// Print one JSON object instead of a table.
@@ -48,92 +62,261 @@ struct Row {
     median_s: f64,
     fastest_s: f64,
     gmac_per_s: f64,
-    peak_mib: Option<f64>,
+    images_per_s: f64,
+    /// Of the process, or of the device's arenas.
+    memory_mib: Option<f64>,
+}
+
+/// One kind of operation of a plan.
+#[derive(serde::Serialize)]
+struct KernelRow {
+    plan: &'static str,
+    name: &'static str,
+    /// Of the result.
+    shape: Shape,
+    /// How many the plan has.
+    count: usize,
+    median_s: f64,
+    tflop_per_s: f64,
+    gbyte_per_s: f64,
+    /// Share of whichever limit of the card is nearer.
+    of_limit: f64,
+}
+
+/// A measurement under way.
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    net: Precond,
+    table: ParamTable,
+    size: [usize; 2],
+    rows: Vec<Row>,
+    kernels: Vec<KernelRow>,
+    limits: Option<Limits>,
 }
 
 /// Runs the subcommand.
 pub fn run(args: BenchArgs) -> Result<()> {
     let Preset { config, size, name, .. } = preset(&args.preset)?;
-    let [height, width] = args.size.unwrap_or(size);
-    config.check_size(height, width)?;
-    let threads = rayon::current_num_threads();
+    let size = args.size.unwrap_or(size);
+    config.check_size(size[0], size[1])?;
+    let engine = args.device.open()?;
+    let device = match &engine {
+        Engine::Cpu => format!("the CPU, {} threads, f32", rayon::current_num_threads()),
+        Engine::Gpu(runtime) => format!("{}, {}", runtime.name(), args.device.precision.name()),
+    };
     if !args.json {
-        println!("{name} at {width}x{height} on the CPU, {threads} threads, f32");
+        println!("{name} at {}x{} on {device}", size[1], size[0]);
     }
     let (net, table) = Precond::new(&config)?;
-    let macs = net.macs(&table, height, width) as f64;
-    let input = |b: &mut Cpu, n: usize| {
-        let mut values = vec![0.0; n * height * width * config.img_channels];
-        Stream::new(0, Purpose::SampleNoise, 0).normals(&mut values);
-        let x = b.upload([n, height, width, config.img_channels], &values);
-        let sigma = b.upload([n, 1, 1, 1], &vec![1.0; n]);
-        let labels = b.upload([n, 1, 1, config.label_dim], &vec![0.03; n * config.label_dim]);
-        (x, sigma, (config.label_dim > 0).then_some(labels))
-    };
-    let mut rows = Vec::new();
-    let mut measure = |what: String, macs: f64, run: &mut dyn FnMut() -> Result<()>| -> Result<()> {
-        run()?;
-        let mut times = Vec::new();
-        for _ in 0..args.repeats {
-            let start = Instant::now();
-            run()?;
-            times.push(start.elapsed().as_secs_f64());
+    let macs = net.macs(&table, size[0], size[1]);
+    let mut bench = Bench { args: &args, net, table, size, rows: vec![], kernels: vec![], limits: None };
+    match engine {
+        Engine::Cpu => {
+            ensure!(!args.kernels, "--kernels measures a GPU's kernels; give --device cuda");
+            bench.cpu()?;
         }
-        times.sort_by(f64::total_cmp);
-        let median_s = times[times.len() / 2];
-        let row = Row { what, median_s, fastest_s: times[0], gmac_per_s: macs / median_s * 1e-9, peak_mib: peak_mib() };
-        if !args.json {
-            let peak = row.peak_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
-            println!(
-                "{:<24} {:8.3} s (fastest {:.3}) {:8.1} GMAC/s   peak {peak}",
-                row.what, row.median_s, row.fastest_s, row.gmac_per_s
-            );
-        }
-        rows.push(row);
-        Ok(())
-    };
-
-    let mut b = Cpu::<f32>::for_sampling(&table);
-    randomise(&mut b, &table)?;
-    b.prepare(Slot::Weight, Normalization::Eval)?;
-    for n in [1, 2] {
-        let (x, sigma, labels) = input(&mut b, n);
-        measure(format!("forward, batch {n}"), macs * n as f64, &mut || {
-            net.denoise(&mut b, &x, &sigma, labels.as_ref());
-            Ok(())
-        })?;
+        Engine::Gpu(runtime) => bench.gpu(runtime)?,
     }
-    drop(b);
-
-    let mut b = Cpu::<f32>::for_training(&table, 0);
-    randomise(&mut b, &table)?;
-    b.prepare(Slot::Weight, Normalization::Train { rounds: 1 })?;
-    let (x, sigma, labels) = input(&mut b, 1);
-    let mut step = 0;
-    measure("training step, batch 1".into(), macs * 3.0, &mut || {
-        step += 1;
-        let pass = net.train_forward(&mut b, &x, &x, &sigma, labels.as_ref());
-        net.backward(&mut b, pass);
-        let betas = (0.9, 0.99);
-        b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale: 1.0, rounds: 1, ema_betas: &[] })?;
-        Ok(())
-    })?;
     if args.json {
         let report = serde_json::json!({
-            "preset": name, "height": height, "width": width, "device": "cpu", "threads": threads,
-            "forward_gmac": macs * 1e-9, "rows": rows,
+            "preset": name, "height": size[0], "width": size[1], "device": device, "forward_gmac": macs as f64 * 1e-9,
+            "rows": bench.rows, "limits": bench.limits, "kernels": bench.kernels,
         });
         println!("{}", serde_json::to_string_pretty(&report).context("printing the report")?);
     }
     Ok(())
 }
 
-/// Random parameters, one at a time: the peak is to be that of the network, not of its making.
-fn randomise(b: &mut Cpu, table: &ParamTable) -> Result<()> {
-    for (id, spec) in table.iter() {
-        let mut values = vec![0.0; spec.numel()];
-        Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
-        b.write_param(Slot::Weight, id, &values)?;
+/// The middle one.
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
+
+impl Bench<'_> {
+    fn cpu(&mut self) -> Result<()> {
+        let mut b = Cpu::<f32>::for_sampling(&self.table);
+        self.load(&mut b, Normalization::Eval)?;
+        for n in [1, 2] {
+            self.forward(&mut b, n, &|_| peak_mib())?;
+        }
+        drop(b);
+        let mut b = Cpu::<f32>::for_training(&self.table, 0);
+        self.training(&mut b, 1, 1, &|_| peak_mib())
     }
-    Ok(())
+
+    fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {
+        let (precision, repeats) = (self.args.device.precision, self.args.repeats as usize);
+        let limits = limits::measure(&*runtime, precision, repeats)?;
+        if !self.args.json {
+            let (tflops, bandwidth) = (limits.macs_per_s * 2e-12, limits.bytes_per_s * 1e-9);
+            println!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
+        }
+        self.limits = Some(limits);
+        let memory = |b: &Gpu| {
+            let workspace = b.costs().map(|(_, cost)| cost.workspace).max().unwrap_or(0);
+            Some((b.param_bytes() + workspace) as f64 / f64::from(1 << 20))
+        };
+        let mut b = Gpu::for_sampling(runtime.clone(), precision, &self.table)?;
+        self.load(&mut b, Normalization::Eval)?;
+        for n in [1, 2, 8] {
+            self.forward(&mut b, n, &memory)?;
+            if self.args.kernels && n == 1 {
+                self.time_kernels(&mut b, "forward, batch 1", "forward")?;
+            }
+        }
+        drop(b);
+        let mut b = Gpu::for_training(runtime, precision, &self.table, 0)?;
+        self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
+        if self.args.kernels {
+            self.time_kernels(&mut b, "training", "train")?;
+        }
+        Ok(())
+    }
+
+    /// Random parameters, one at a time: the peak is to be that of the network, not of its making.
+    fn load<B: Backend>(&self, b: &mut B, how: Normalization) -> Result<()> {
+        for (id, spec) in self.table.iter() {
+            let mut values = vec![0.0; spec.numel()];
+            Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
+            b.write_param(Slot::Weight, id, &values)?;
+        }
+        Ok(b.prepare(Slot::Weight, how)?)
+    }
+
+    fn measure(
+        &mut self,
+        what: String,
+        [macs, images]: [f64; 2],
+        run: &mut dyn FnMut() -> Result<()>,
+        memory: impl FnOnce() -> Option<f64>,
+    ) -> Result<()> {
+        run()?;
+        let mut times = Vec::new();
+        for _ in 0..self.args.repeats {
+            let start = Instant::now();
+            run()?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        let fastest_s = times.iter().copied().fold(f64::INFINITY, f64::min);
+        let median_s = median(times);
+        let (gmac_per_s, images_per_s) = (macs / median_s * 1e-9, images / median_s);
+        let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib: memory() };
+        if !self.args.json {
+            let memory = row.memory_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
+            println!(
+                "{:<24} {:9.4} s (fastest {:.4}) {:9.1} GMAC/s {:9.2} images/s   memory {memory}",
+                row.what, row.median_s, row.fastest_s, row.gmac_per_s, row.images_per_s
+            );
+        }
+        self.rows.push(row);
+        Ok(())
+    }
+
+    /// Images, noise levels and labels.
+    fn inputs(&self, n: usize) -> [(Shape, Vec<f32>); 3] {
+        let ([h, w], config) = (self.size, &self.net.config);
+        let mut x = vec![0.0; n * h * w * config.img_channels];
+        Stream::new(0, Purpose::SampleNoise, 0).normals(&mut x);
+        let dim = config.label_dim;
+        [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n]), ([n, 1, 1, dim], vec![0.03; n * dim])]
+    }
+
+    fn forward<B: Backend>(&mut self, b: &mut B, n: usize, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
+        let inputs = self.inputs(n);
+        let given = if self.net.config.label_dim > 0 { 3 } else { 2 };
+        let inputs: Vec<(Shape, &[f32])> = inputs[..given].iter().map(|(shape, x)| (*shape, &x[..])).collect();
+        let macs = self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * n as f64;
+        let net = self.net.clone();
+        let mut run = || {
+            let body = &mut |b: &mut B, t: &[B::Tensor]| vec![net.denoise(b, &t[0], &t[1], t.get(2))];
+            let made = b.planned("forward", &inputs, body)?;
+            b.download(&made[0])?;
+            Ok(())
+        };
+        self.measure(format!("forward, batch {n}"), [macs, n as f64], &mut run, || None)?;
+        if let Some(row) = self.rows.last_mut() {
+            row.memory_mib = memory(b);
+        }
+        Ok(())
+    }
+
+    /// A step of `rounds` micro-batches of `n` images.
+    fn training<B: Backend>(
+        &mut self,
+        b: &mut B,
+        n: usize,
+        rounds: usize,
+        memory: &dyn Fn(&B) -> Option<f64>,
+    ) -> Result<()> {
+        self.load(b, Normalization::Train { rounds })?;
+        let [(images, x), (levels, sigma), (dims, labels)] = self.inputs(n);
+        let mut inputs = vec![(images, &x[..]), (images, &x[..]), (levels, &sigma[..])];
+        if self.net.config.label_dim > 0 {
+            inputs.push((dims, &labels[..]));
+        }
+        let total = (n * rounds) as f64;
+        let macs = 3.0 * self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * total;
+        let net = self.net.clone();
+        let mut step = 0;
+        let mut run = || {
+            step += 1;
+            for _ in 0..rounds {
+                let loss = micro_batch(b, &net, &inputs)?;
+                b.download(&loss)?;
+            }
+            let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
+            b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;
+            Ok(())
+        };
+        self.measure(format!("training step, batch {}", n * rounds), [macs, total], &mut run, || None)?;
+        if let Some(row) = self.rows.last_mut() {
+            row.memory_mib = memory(b);
+        }
+        Ok(())
+    }
+
+    /// Each kind of operation of the plan `key` against the card's limits, the dearest first.
+    fn time_kernels(&mut self, b: &mut Gpu, plan: &'static str, key: &str) -> Result<()> {
+        let Some(limits) = self.limits else { return Ok(()) };
+        let timing = b.time(key, self.args.repeats as usize)?;
+        let whole = median(timing.whole);
+        let row = |(work, count, seconds): (Work, usize, Vec<f64>)| {
+            let median_s = median(seconds);
+            let (macs, bytes) = (work.macs() as f64, work.bytes as f64);
+            let floor = (macs / limits.macs_per_s).max(bytes / limits.bytes_per_s);
+            KernelRow {
+                plan,
+                name: work.name,
+                shape: work.shape,
+                count,
+                median_s,
+                tflop_per_s: 2e-12 * macs / median_s,
+                gbyte_per_s: 1e-9 * bytes / median_s,
+                of_limit: floor / median_s,
+            }
+        };
+        let mut kernels: Vec<KernelRow> = timing.kinds.into_iter().map(row).collect();
+        kernels.sort_by(|a, b| (b.median_s * b.count as f64).total_cmp(&(a.median_s * a.count as f64)));
+        if !self.args.json {
+            let apart: f64 = kernels.iter().map(|k| k.median_s * k.count as f64).sum();
+            println!("\n{plan}: {whole:.5} s with a cold cache; its operations one by one {apart:.5} s");
+            println!("  {:<26} {:<22} count   microseconds  TFLOP/s   GB/s  of the limit", "operation", "result");
+            for k in &kernels {
+                println!(
+                    "  {:<26} {:<22} {:5} {:14.1} {:8.1} {:6.0} {:8.1} %",
+                    k.name,
+                    format!("{:?}", k.shape),
+                    k.count,
+                    k.median_s * 1e6,
+                    k.tflop_per_s,
+                    k.gbyte_per_s,
+                    k.of_limit * 100.0
+                );
+            }
+            println!();
+        }
+        self.kernels.append(&mut kernels);
+        Ok(())
+    }
 }

@@ -19,7 +19,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
-use crate::backend::{Backend, BackendError, Shape};
+use crate::backend::{Backend, BackendError, Input, Shape};
 use crate::model::{ConfigError, Precond};
 use crate::rng::{Purpose, Stream};
 
@@ -303,7 +303,7 @@ impl<B: Backend> Sampler<'_, B> {
             }
             gnet => {
                 let noise = self.backend.upload(shape, &noise);
-                let labels = (!labels.is_empty()).then(|| (labels_shape, labels));
+                let labels = (!labels.is_empty()).then_some((labels_shape, labels));
                 let gnet = gnet.as_mut().map(|(b, net)| (&mut **b, *net, labels.filter(|_| net.config.label_dim > 0)));
                 let labels = labels.map(|(shape, labels)| self.backend.upload(shape, labels));
                 let mut network = Network { net, labels, gnet, config, shape, seeds, observe };
@@ -363,7 +363,7 @@ struct Network<'a, 'o, B: Backend> {
     net: &'a Precond,
     labels: Option<B::Tensor>,
     /// Another network, with its labels on the host.
-    gnet: Option<(&'a mut B, &'a Precond, Option<(Shape, &'a [f32])>)>,
+    gnet: Option<(&'a mut B, &'a Precond, Option<Input<'a>>)>,
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],

@@ -34,7 +34,7 @@ pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
 use crate::backend::gpu::engine::{Cost, Gpu};
-use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step};
+use crate::backend::{Backend, BackendError, Input, Normalization, Slot, Step};
 use crate::data::dataset::{Dataset, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
@@ -545,7 +545,10 @@ impl<B: Backend> Run<'_, B> {
 
 /// Forward and backward of clean images, noisy ones, noise levels and (unless unconditional) labels; the loss of
 /// each image. The gradients add up in the backend.
-fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[(Shape, &[f32])]) -> Result<B::Tensor, BackendError> {
+///
+/// # Errors
+/// The device's.
+pub fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[Input]) -> Result<B::Tensor, BackendError> {
     let mut made = b.planned("train", inputs, &mut |b, inputs| {
         let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
         let per_image = pass.per_image.clone();

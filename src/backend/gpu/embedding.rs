@@ -24,9 +24,9 @@ const EMBED_ROWS: usize = 8;
 /// The embedding's parameters on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedLayers {
-    /// Frequencies [noise_channels], f32.
+    /// Frequencies `[noise_channels]`, f32.
     pub freqs: DevicePtr,
-    /// Phases [noise_channels], f32.
+    /// Phases `[noise_channels]`, f32.
     pub phases: DevicePtr,
     /// Effective weight [emb_channels, noise_channels].
     pub noise: DevicePtr,
@@ -79,7 +79,7 @@ struct EmbedParams {
 }
 const _: () = assert!(size_of::<EmbedParams>() == 96);
 
-/// Writes `to` from the noise levels `sigma` [n] and `labels` [n, channels]; labels
+/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [n, channels]; labels
 /// [`DevicePtr::NULL`] = zeros.
 pub fn embed(
     p: Precision,

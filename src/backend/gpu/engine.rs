@@ -86,6 +86,9 @@ struct Plan {
     accumulates: bool,
 }
 
+/// A table on both sides.
+type ScaleTables = (Rc<ScaleTable>, Rc<dyn Memory>);
+
 /// Executes the network on a [`Runtime`].
 pub struct Gpu {
     runtime: Rc<dyn Runtime>,
@@ -95,8 +98,8 @@ pub struct Gpu {
     recording: Option<Recording>,
     plans: HashMap<String, Plan>,
     workspace: Option<Rc<dyn Memory>>,
-    /// Tables of `emb_linear` layers by their weights, on both sides.
-    scale_tables: HashMap<Vec<ParamId>, (Rc<ScaleTable>, Rc<dyn Memory>)>,
+    /// Tables of `emb_linear` layers by their weights.
+    scale_tables: HashMap<Vec<ParamId>, ScaleTables>,
     /// The first error since the last call that could return one.
     failed: Option<DeviceError>,
 }
@@ -451,7 +454,7 @@ impl Gpu {
         base: DevicePtr,
         known: HashMap<usize, f64>,
         inputs: &[Tensor],
-        body: &mut dyn FnMut(&mut Self, &[Tensor]) -> Vec<Tensor>,
+        body: &mut Body<Self>,
     ) -> Result<(Recording, Vec<Tensor>), DeviceError> {
         self.recording = Some(Recording {
             workspace: Workspace::new(base),
@@ -467,11 +470,7 @@ impl Gpu {
         self.failed.take().map_or(Ok((recording, outputs)), Err)
     }
 
-    fn record(
-        &mut self,
-        inputs: &[(Shape, &[f32])],
-        body: &mut dyn FnMut(&mut Self, &[Tensor]) -> Vec<Tensor>,
-    ) -> Result<Plan, DeviceError> {
+    fn record(&mut self, inputs: &[Input], body: &mut Body<Self>) -> Result<Plan, DeviceError> {
         let own = |gpu: &Self, shape: Shape, format| -> Result<Tensor, DeviceError> {
             let memory = gpu.runtime.allocate(bytes_of(shape, format), "inputs and results")?;
             Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
@@ -614,12 +613,7 @@ impl Backend for Gpu {
         Ok(values)
     }
 
-    fn planned(
-        &mut self,
-        key: &str,
-        inputs: &[(Shape, &[f32])],
-        body: &mut dyn FnMut(&mut Self, &[Tensor]) -> Vec<Tensor>,
-    ) -> Result<Vec<Tensor>, BackendError> {
+    fn planned(&mut self, key: &str, inputs: &[Input], body: &mut Body<Self>) -> Result<Vec<Tensor>, BackendError> {
         let shapes: Vec<Shape> = inputs.iter().map(|(shape, _)| *shape).collect();
         let key = format!("{key} {shapes:?}");
         if !self.plans.contains_key(&key) {

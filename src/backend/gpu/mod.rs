@@ -7,6 +7,7 @@ pub mod embedding;
 pub mod emulated;
 pub mod engine;
 pub mod launch;
+pub mod limits;
 pub mod params;
 pub mod pixelwise;
 pub mod precond;

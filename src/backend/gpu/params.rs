@@ -1,7 +1,7 @@
 //! Parameters in device memory: where each lies in the arenas of weights, gradients, moments and averages,
 //! and the way between PyTorch's order and the kernels'.
 //!
-//! A weight is stored as rows [cout][tap][cin], cin padded with zeros to a multiple of 8, so that rows are
+//! A weight is stored as rows `[cout][tap][cin]`, cin padded with zeros to a multiple of 8, so that rows are
 //! what is normalised and what the convolutions read; after the last row there is room up to a multiple of 8
 //! rows, which stays zero. Rows of a qkv layer are in the order of [`attention::row_of`].
 

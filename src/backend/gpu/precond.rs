@@ -155,9 +155,9 @@ pub struct LossArenas {
     pub noisy: DevicePtr,
     /// Output of the U-Net, 16 bits, channels padded to a multiple of 8.
     pub raw: DevicePtr,
-    /// Noise levels [n], f32.
+    /// Noise levels `[n]`, f32.
     pub sigma: DevicePtr,
-    /// Learned log variance [n], f32.
+    /// Learned log variance `[n]`, f32.
     pub logvar: DevicePtr,
     /// Effective gain of the output, an f32 scalar.
     pub gain: DevicePtr,
@@ -165,9 +165,9 @@ pub struct LossArenas {
     pub grad_raw: DevicePtr,
     /// Scratch of [`loss_scratch`] bytes.
     pub partial: DevicePtr,
-    /// Receives the loss of each image [n], f32.
+    /// Receives the loss of each image `[n]`, f32.
     pub per_image: DevicePtr,
-    /// Receives the gradient of `logvar` [n], f32.
+    /// Receives the gradient of `logvar` `[n]`, f32.
     pub grad_logvar: DevicePtr,
     /// The gradient of `gain` is added to this f32 scalar.
     pub grad_gain: DevicePtr,
@@ -247,9 +247,9 @@ const _: () = assert!(size_of::<Logvar>() == 56);
 /// Parameters of the logvar layer on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct LogvarParams {
-    /// Frequencies [channels], f32.
+    /// Frequencies `[channels]`, f32.
     pub freqs: DevicePtr,
-    /// Phases [channels], f32.
+    /// Phases `[channels]`, f32.
     pub phases: DevicePtr,
     /// Effective weight [1, channels], 16 bits.
     pub weight: DevicePtr,
@@ -257,7 +257,7 @@ pub struct LogvarParams {
     pub channels: usize,
 }
 
-/// `features` [n, channels] and `logvar` [n], f32, of the noise levels [n].
+/// `features` [n, channels] and `logvar` `[n]`, f32, of the noise levels `[n]`.
 pub fn logvar(
     p: Precision,
     n: usize,
@@ -282,7 +282,7 @@ struct LogvarBackward {
 }
 const _: () = assert!(size_of::<LogvarBackward>() == 32);
 
-/// Adds the gradient of the logvar layer's weight to `grad_weight` [channels], f32, from that of logvar [n].
+/// Adds the gradient of the logvar layer's weight to `grad_weight` `[channels]`, f32, from that of logvar `[n]`.
 pub fn logvar_backward(
     n: usize,
     channels: usize,

@@ -1,7 +1,7 @@
 //! Launches of `kernels/weights.cu`: the optimizer step and the effective weights.
 //!
 //! Stored weights, gradients, moments and averages are f32 arenas of equal offsets, each parameter
-//! [cout][tap][cin] with cin padded by zeros so that a row is a multiple of 8 values; the effective
+//! `[cout][tap][cin]` with cin padded by zeros so that a row is a multiple of 8 values; the effective
 //! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of plain values,
 //! whose effective copy is f32.
 
