@@ -13,7 +13,7 @@
 //! `X = Class` is a call of `torch_utils.persistence._reconstruct_persistent_obj` with the class's name and a state
 //! `{_parameters, _buffers, _modules, _init_args, _init_kwargs, attributes ...}`; that the file also holds the
 //! program text of its classes is of no interest here. Names and shapes of the tensors are those of the
-//! [`ParamTable`](super::ParamTable).
+//! [`ParamTable`].
 //!
 //! Nothing in the file is run, and what it does not need is not looked at (see [`crate::formats::pickle`]). Memory is
 //! bounded by the file: twice its size for the weights of a file in f16, which become f32.

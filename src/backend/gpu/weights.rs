@@ -64,7 +64,7 @@ impl StepScalars {
     }
 }
 
-/// What [`stats`] leaves on the device.
+/// What `weight_stats` leaves on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct StepTotals {
