@@ -122,9 +122,8 @@ pub fn build() -> Result<(), String> {
                     arguments.push(format!("--threads={threads}"));
                     arguments.push("-o".into());
                     arguments.extend([&partial, &job.source].map(|path| path.display().to_string()));
-                    let moved = |_| {
-                        fs::rename(&partial, &job.fatbin).map_err(|e| format!("{}: {e}", job.fatbin.display()))
-                    };
+                    let moved =
+                        |_| fs::rename(&partial, &job.fatbin).map_err(|e| format!("{}: {e}", job.fatbin.display()));
                     if let (Err(e), Ok(mut errors)) = (output(&nvcc, &arguments).and_then(moved), errors.lock()) {
                         errors.push(e);
                     }

@@ -238,7 +238,8 @@ impl Device {
             None => {
                 let name = CString::new(&*launch.kernel).ok();
                 // SAFETY: live modules.
-                let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
+                let find =
+                    |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
                 let found = self.modules.iter().find_map(find);
                 let function = found.ok_or_else(|| failed(format!("there is no kernel {}", launch.kernel)))?;
                 let kernel = self.require(self.prepare(function, launch.shared > 0))?;
@@ -294,7 +295,8 @@ impl Device {
                     result::launch_kernel(kernel.function, (x, y, z), block, launch.shared, self.commands, &mut params)
                 };
                 launched.map_err(|e| {
-                    let shape = format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
+                    let shape =
+                        format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
                     let what = format!("launch of {}, {shape}: {}", launch.kernel, describe(e));
                     DeviceError::Failed { device: self.info.label(), what }
                 })

@@ -117,6 +117,7 @@ pub trait Runtime {
 }
 
 /// Which option to lower when memory does not suffice.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(super) const ADVICE: &str = "lower --batch-gpu (train) or --batch (sample)";
 
 /// A device that is not there: it gives out addresses and computes nothing.
