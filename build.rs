@@ -1,13 +1,21 @@
-//! Compiles the kernels: for the emulator, with the feature of that name.
+//! Compiles the kernels: with nvcc (feature `cuda`), and for the emulator (feature `emulator`).
 
+#[cfg(feature = "cuda")]
+#[path = "kernels/build.rs"]
+mod cuda;
 #[cfg(feature = "emulator")]
 #[path = "kernels/emulator/build.rs"]
 mod emulator;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    #[cfg(feature = "emulator")]
-    if let Err(message) = emulator::build() {
+    let results: &[Result<(), String>] = &[
+        #[cfg(feature = "cuda")]
+        cuda::build(),
+        #[cfg(feature = "emulator")]
+        emulator::build(),
+    ];
+    for message in results.iter().filter_map(|result| result.as_ref().err()) {
         eprintln!("{message}");
         std::process::exit(1);
     }

@@ -485,24 +485,25 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
 
 // ---- instances ----------------------------------------------------------------------------------
 
-#define KERNEL(operation, type, T, C)                                                                    \
-    extern "C" __global__ void __launch_bounds__(kThreads) attention_##operation##_##type##_c##C(AttentionParams p) { \
-        attention_##operation<T, C>(p);                                                                  \
-    }                                                                                                    \
+// `blocks` of a multiprocessor share its registers (64 K). The compiler left to itself spills in grad_kv
+// of 32 channels.
+#define KERNEL(operation, type, T, C, blocks)                                                        \
+    extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                   \
+        attention_##operation##_##type##_c##C(AttentionParams p) { attention_##operation<T, C>(p); } \
     KERNEL_EXPORT(attention_##operation##_##type##_c##C)
-#define KERNELS(operation, C)                \
-    KERNEL(operation, f16, __half, C);       \
-    KERNEL(operation, bf16, __nv_bfloat16, C)
+#define KERNELS(operation, C, blocks)                \
+    KERNEL(operation, f16, __half, C, blocks);       \
+    KERNEL(operation, bf16, __nv_bfloat16, C, blocks)
 
-KERNELS(forward, 16);
-KERNELS(forward, 32);
-KERNELS(forward, 64);
-KERNELS(forward, 128);
-KERNELS(grad_q, 16);
-KERNELS(grad_q, 32);
-KERNELS(grad_q, 64);
-KERNELS(grad_q, 128);
-KERNELS(grad_kv, 16);
-KERNELS(grad_kv, 32);
-KERNELS(grad_kv, 64);
-KERNELS(grad_kv, 128);
+KERNELS(forward, 16, 8);
+KERNELS(forward, 32, 6);
+KERNELS(forward, 64, 4);
+KERNELS(forward, 128, 3);
+KERNELS(grad_q, 16, 6);
+KERNELS(grad_q, 32, 5);
+KERNELS(grad_q, 64, 4);
+KERNELS(grad_q, 128, 2);
+KERNELS(grad_kv, 16, 6);
+KERNELS(grad_kv, 32, 4);
+KERNELS(grad_kv, 64, 3);
+KERNELS(grad_kv, 128, 2);

@@ -1,17 +1,18 @@
-//! Attention and its gradient, on the emulator, against the CPU backend on random data: f16 and bf16,
+//! Attention and its gradient, on the emulator and a GPU, against the CPU backend on random data: f16 and bf16,
 //! every head size, odd and even numbers of tokens, three thread orders, both builds.
 //!
 //! The twin gets the kernel's inputs, rounded to 16 bits, and computes in f32. The kernels round the
 //! normalised q, k and v, the probabilities and the result: each at most 2^-11 = 4.9e-4 of a value in
 //! f16, 2^-8 = 3.9e-3 in bf16, which is the fourfold of what their mean square is.
 
+#![cfg(any(feature = "emulator", feature = "cuda"))]
+
 mod common;
 
-use common::assert_same;
+use common::{Kernels, Memory, assert_same};
 use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
-use edm2k::backend::gpu::emulated::{Arg, Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{Launch, Precision};
 use edm2k::model::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
@@ -32,15 +33,15 @@ const fn shape(images: usize, height: usize, width: usize, heads: usize, c: usiz
 }
 
 struct Device {
-    emulator: Emulator,
+    kernels: Kernels,
     precision: Precision,
     name: String,
 }
 
 impl Device {
-    fn new(build: Build, order: Order, precision: Precision) -> Self {
-        let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
-        Self { emulator, precision, name: format!("{build:?} {order:?} {precision:?}") }
+    fn new(kernels: Kernels, precision: Precision) -> Self {
+        let name = format!("{} {precision:?}", kernels.name);
+        Self { kernels, precision, name }
     }
 
     fn bound(&self) -> f64 {
@@ -73,27 +74,22 @@ impl Device {
 
     fn upload(&self, values: &[f32]) -> Memory {
         let bits: Vec<u16> = values.iter().map(|&x| self.narrow(x)).collect();
-        let memory = self.emulator.alloc(2 * bits.len()).unwrap();
-        memory.upload(0, &bits).unwrap();
+        let memory = self.kernels.alloc(2 * bits.len());
+        memory.upload(0, &bits);
         memory
     }
 
     fn download(&self, memory: &Memory) -> Vec<f32> {
         let mut bits = vec![0u16; memory.bytes() / 2];
-        memory.download(0, &mut bits).unwrap();
+        memory.download(0, &mut bits);
         bits.into_iter().map(|x| self.widen(x)).collect()
     }
 
     /// Runs a launch, which must be free of bank conflicts.
     fn run(&self, launch: &Launch) {
-        if launch.shared > 48 << 10 {
-            self.emulator.allow_shared(&launch.kernel, launch.shared as usize).unwrap();
-        }
-        let (block, args) = ([launch.block, 1, 1], [Arg::bytes(launch.params())]);
         // SAFETY: `check` allocates what the kernels take; the checked build controls it.
-        let counters = unsafe { self.emulator.launch(&launch.kernel, launch.grid, block, launch.shared, &args) }
-            .unwrap_or_else(|e| panic!("{}: {e}", self.name));
-        assert_eq!(counters.bank_conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
+        let conflicts = unsafe { self.kernels.run(launch) };
+        assert_eq!(conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
     }
 
     fn same(&self, what: &str, got: &[f32], want: &[f32]) {
@@ -126,9 +122,9 @@ impl Device {
 
         let attention = Attention::new(s.images, tokens, s.heads, s.c, self.precision).unwrap();
         let (x, g) = (self.upload(&to_kernel(&qkv)), self.upload(&grad));
-        let out = self.emulator.alloc(2 * grad.len()).unwrap();
-        let grad_qkv = self.emulator.alloc(2 * qkv.len()).unwrap();
-        let scratch = self.emulator.alloc(attention.scratch_bytes()).unwrap();
+        let out = self.kernels.alloc(2 * grad.len());
+        let grad_qkv = self.kernels.alloc(2 * qkv.len());
+        let scratch = self.kernels.alloc(attention.scratch_bytes());
         self.run(&attention.forward(x.ptr(), out.ptr()));
         for launch in attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()) {
             self.run(&launch);
@@ -161,47 +157,49 @@ fn every_head_size_and_any_number_of_tokens() {
         shape(1, 16, 22, 1, 64),
         shape(1, 7, 11, 2, 128),
     ];
-    for precision in PRECISIONS {
-        let device = Device::new(Build::Normal, Order::Forward, precision);
+    for (kernels, precision) in common::plain().into_iter().flat_map(|k| PRECISIONS.map(|p| (k.clone(), p))) {
+        let device = Device::new(kernels, precision);
         shapes.iter().for_each(|s| device.check(s));
     }
 }
 
 #[test]
 fn any_thread_order() {
-    for order in [Order::Reversed, Order::Random(7)] {
+    for kernels in common::every_order().into_iter().filter(|k| !k.checked) {
         for (precision, c) in PRECISIONS.into_iter().flat_map(|p| [(p, 16), (p, 32), (p, 64), (p, 128)]) {
-            Device::new(Build::Normal, order, precision).check(&shape(1, 7, 11, 1, c));
+            Device::new(kernels.clone(), precision).check(&shape(1, 7, 11, 1, c));
         }
     }
 }
 
 #[test]
 fn no_races_no_unwritten_reads_nothing_out_of_bounds() {
-    for (order, precision) in
-        [(Order::Forward, Precision::F16), (Order::Reversed, Precision::Bf16), (Order::Random(3), Precision::F16)]
-    {
+    let precisions = [Precision::F16, Precision::Bf16, Precision::F16];
+    for (kernels, precision) in common::every_order().into_iter().filter(|k| k.checked).zip(precisions) {
+        let device = Device::new(kernels, precision);
         for c in [16, 32, 64, 128] {
-            Device::new(Build::Checked, order, precision).check(&shape(1, 5, 7, 1, c));
+            device.check(&shape(1, 5, 7, 1, c));
         }
+        // Two blocks, and two heads.
+        device.check(&shape(2, 7, 11, 2, 16));
     }
-    // Two blocks, and two heads.
-    Device::new(Build::Checked, Order::Forward, Precision::F16).check(&shape(2, 7, 11, 2, 16));
 }
 
 #[test]
 fn the_same_bits_in_every_run() {
-    let device = Device::new(Build::Normal, Order::Forward, Precision::F16);
-    let attention = Attention::new(1, 77, 1, 32, Precision::F16).unwrap();
-    let (x, g) = (device.upload(&device.random(77 * 96, 1)), device.upload(&device.random(77 * 32, 2)));
-    let scratch = device.emulator.alloc(attention.scratch_bytes()).unwrap();
-    let run = |emulator: Emulator| {
-        let device = Device { emulator, precision: Precision::F16, name: "several OS threads".into() };
-        let grad_qkv = device.emulator.alloc(2 * 77 * 96).unwrap();
-        attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()).iter().for_each(|l| device.run(l));
-        device.download(&grad_qkv)
-    };
-    assert_eq!(run(device.emulator.clone()), run(device.emulator.clone().with_threads(3).with_order(Order::Random(5))));
+    for kernels in common::plain() {
+        let device = Device::new(kernels, Precision::F16);
+        let attention = Attention::new(1, 77, 1, 32, Precision::F16).unwrap();
+        let (x, g) = (device.upload(&device.random(77 * 96, 1)), device.upload(&device.random(77 * 32, 2)));
+        let scratch = device.kernels.alloc(attention.scratch_bytes());
+        let run = |kernels: Kernels| {
+            let device = Device::new(kernels, Precision::F16);
+            let grad_qkv = device.kernels.alloc(2 * 77 * 96);
+            attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()).iter().for_each(|l| device.run(l));
+            device.download(&grad_qkv)
+        };
+        assert_eq!(run(device.kernels.clone()), run(device.kernels.otherwise()));
+    }
 }
 
 #[test]

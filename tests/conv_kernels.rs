@@ -1,15 +1,15 @@
 //! The convolution kernels compute what their CPU twins compute, on random data, at sizes of the model
-//! in miniature and odd ones, in f16 and bf16; in every thread order and under all of the
-//! emulator's checks; and no ldmatrix of theirs meets a bank twice.
+//! in miniature and odd ones, in f16 and bf16, on the emulator in every thread order and under all of its
+//! checks, and on a GPU; and no ldmatrix of theirs meets a bank twice.
+#![cfg(any(feature = "emulator", feature = "cuda"))]
 
 mod common;
 
-use common::assert_same;
+use common::{Kernels, Memory, assert_same};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
-use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
-use edm2k::backend::gpu::tiles::{self, Card};
+use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
 use edm2k::model::params::{ParamId, ParamTable};
 use edm2k::model::unet::mp_sum_weights;
@@ -31,8 +31,7 @@ impl Random {
 
 /// A device, a 16-bit type, and what is common to all comparisons.
 struct Bench {
-    device: Emulator,
-    build: Build,
+    device: Kernels,
     precision: Precision,
     card: Card,
     random: Random,
@@ -60,9 +59,8 @@ fn padded(channels: usize) -> usize {
 }
 
 impl Bench {
-    fn new(build: Build, order: Order, precision: Precision, card: Card) -> Self {
-        let device = Emulator::new(build).unwrap().with_order(order).with_threads(1);
-        Self { device, build, precision, card, random: Random(0x9e37_79b9_7f4a_7c15) }
+    fn new(device: Kernels, precision: Precision, card: Card) -> Self {
+        Self { device, precision, card, random: Random(0x9e37_79b9_7f4a_7c15) }
     }
 
     /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the
@@ -102,35 +100,34 @@ impl Bench {
             wide.extend_from_slice(pixel);
             wide.resize(wide.len().next_multiple_of(8), 0);
         }
-        let memory = self.device.alloc(wide.len() * 2).unwrap();
-        memory.upload(0, &wide).unwrap();
+        let memory = self.device.alloc(wide.len() * 2);
+        memory.upload(0, &wide);
         Both { values, memory }
     }
 
     fn floats(&mut self, values: &[f32]) -> Memory {
-        let memory = self.device.alloc(values.len() * 4).unwrap();
-        memory.upload(0, values).unwrap();
+        let memory = self.device.alloc(values.len() * 4);
+        memory.upload(0, values);
         memory
     }
 
     fn room(&self, bytes: usize) -> Memory {
-        self.device.alloc(bytes.max(16)).unwrap()
+        self.device.alloc(bytes.max(16))
     }
 
     fn run(&self, launches: Result<Vec<Launch>, ConvError>) {
         for launch in launches.unwrap() {
             // SAFETY: every address is of memory as large as the call's documentation says.
-            let counters = unsafe { self.device.run(&launch) };
-            let conflicts = counters.unwrap().bank_conflicts;
+            let conflicts = unsafe { self.device.run(&launch) };
             // The checked build counts also plain accesses, outside of the main loop.
-            assert!(self.build == Build::Checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
+            assert!(self.device.checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
         }
     }
 
     /// Compares 16-bit values in device memory with f32 ones; the padding must be zero.
     fn compare(&self, what: &str, memory: &Memory, expected: &[f32], channels: usize) {
         let mut bits = vec![0u16; expected.len() / channels * padded(channels)];
-        memory.download(0, &mut bits).unwrap();
+        memory.download(0, &mut bits);
         let mut found = Vec::new();
         for pixel in bits.chunks_exact(padded(channels)) {
             found.extend(pixel[..channels].iter().map(|&x| self.of_bits(x)));
@@ -204,8 +201,8 @@ fn with_weight(bench: &mut Bench, case: Case) -> (Cpu<f32>, ParamId, Memory) {
     // Without `prepare` what is written is what the convolution multiplies.
     let mut cpu = Cpu::for_sampling(&table);
     cpu.write_param(Slot::Weight, id, &torch).unwrap();
-    let memory = bench.device.alloc(wide.len() * 2).unwrap();
-    memory.upload(0, &wide).unwrap();
+    let memory = bench.device.alloc(wide.len() * 2);
+    memory.upload(0, &wide);
     (cpu, id, memory)
 }
 
@@ -319,7 +316,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let expected = cpu.conv_dgrad_scale_silu(id, &grad_cpu, f64::from(0.8f32), &x_cpu, scale, &mut grads_cpu);
     bench.compare(&format!("conv_dgrad_scale_silu {case:?}"), &gx, expected.values(), ca);
     let mut found = vec![0.0f32; scales.len()];
-    grads.download(0, &mut found).unwrap();
+    grads.download(0, &mut found);
     bench.compare_floats(&format!("gradient of the scales {case:?}"), &found, grads_cpu.values());
 }
 
@@ -346,7 +343,7 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
         cpu.conv_wgrad(id, operand, &grad_cpu, f64::from(gain));
     }
     let mut found = vec![0.0f32; padded(cout) * taps * wide];
-    dw.download(0, &mut found).unwrap();
+    dw.download(0, &mut found);
     let torch = cpu.read_param(Slot::Grad, id).unwrap();
     let (mut found_real, mut expected) = (Vec::new(), Vec::new());
     for (i, &value) in torch.iter().enumerate() {
@@ -375,10 +372,12 @@ const CASES: &[Case] = &[
 const CARDS: [Card; 2] = [Card { sms: 1 }, Card { sms: 128 }];
 
 fn for_all(check: fn(&mut Bench, Case)) {
-    for float in [Precision::F16, Precision::Bf16] {
-        for card in CARDS {
-            let mut bench = Bench::new(Build::Normal, Order::Forward, float, card);
-            CASES.iter().for_each(|&case| check(&mut bench, case));
+    for device in common::plain() {
+        for float in [Precision::F16, Precision::Bf16] {
+            for card in CARDS {
+                let mut bench = Bench::new(device.clone(), float, card);
+                CASES.iter().for_each(|&case| check(&mut bench, case));
+            }
         }
     }
 }
@@ -400,24 +399,24 @@ fn weight_gradient_is_the_twins() {
 
 #[test]
 fn any_thread_order_and_all_checks_pass() {
-    for build in [Build::Normal, Build::Checked] {
-        for order in [Order::Forward, Order::Reversed, Order::Random(11)] {
-            for card in CARDS {
-                let mut bench = Bench::new(build, order, Precision::F16, card);
-                for case in [case(1, 3, 5, 24, 16, 24, 9), case(3, 1, 3, 136, 0, 8, 1)] {
-                    check_fprop(&mut bench, case);
-                    check_dgrad(&mut bench, case);
-                    check_wgrad(&mut bench, case);
-                }
+    for device in common::every_order() {
+        for card in CARDS {
+            let mut bench = Bench::new(device.clone(), Precision::F16, card);
+            for case in [case(1, 3, 5, 24, 16, 24, 9), case(3, 1, 3, 136, 0, 8, 1)] {
+                check_fprop(&mut bench, case);
+                check_dgrad(&mut bench, case);
+                check_wgrad(&mut bench, case);
             }
         }
     }
 }
 
+#[cfg(feature = "emulator")]
 #[test]
 fn every_instance_exists_and_is_chosen_for_some_shape() {
-    let device = Emulator::new(Build::Normal).unwrap();
-    let exported = device.kernels();
+    use edm2k::backend::gpu::emulated::{Build, Emulator};
+    use edm2k::backend::gpu::tiles;
+    let exported = Emulator::new(Build::Normal).unwrap().kernels();
     let mut chosen = std::collections::BTreeSet::new();
     for card in CARDS {
         for case in CASES.iter().chain(&[case(1, 64, 64, 128, 0, 128, 9)]) {

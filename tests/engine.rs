@@ -1,15 +1,17 @@
-//! The whole engine on the emulator: the official implementation's numbers, training and sampling against the
+//! The whole engine, on a GPU if there is one, else on the emulator: the official implementation's numbers, training and sampling against the
 //! CPU, plans, resuming, and too little memory.
+#![cfg(any(feature = "emulator", feature = "cuda"))]
+
+mod common;
 
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::emulated::{Build, Emulator};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
-use edm2k::backend::gpu::runtime::{Emulated, Runtime};
+use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Backend, Normalization, Shape, Slot};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, ParamTable};
@@ -17,12 +19,8 @@ use edm2k::sample::{Sampler, SamplerConfig};
 use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
-fn runtime(limit: u64) -> Rc<dyn Runtime> {
-    Rc::new(Emulated::new(Emulator::new(Build::Normal).unwrap(), limit))
-}
-
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
-    let runtime = runtime(u64::MAX);
+    let Some(runtime) = common::runtime() else { return };
     let device = Device {
         sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), precision, table),
         training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
@@ -114,20 +112,21 @@ fn run<B: Backend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gp
     seen
 }
 
-fn gpu(settings: &Settings) -> Gpu {
+fn gpu(runtime: &Rc<dyn Runtime>, settings: &Settings) -> Gpu {
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
-    Gpu::for_training(runtime(u64::MAX), Precision::F16, &table, settings.ema.len()).unwrap()
+    Gpu::for_training(runtime.clone(), Precision::F16, &table, settings.ema.len()).unwrap()
 }
 
 #[test]
 fn fifty_steps_lose_as_on_the_cpu() {
+    let Some(runtime) = common::runtime() else { return };
     let (data, batch) = (emoji(), 8);
     let settings = settings(&data, batch, 50 * batch);
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
     let mut cpu = Cpu::<f32>::for_training(&table, 2);
     let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
-    let found = run(&mut gpu(&settings), &dir.path().join("gpu"), &settings, batch);
+    let found = run(&mut gpu(&runtime, &settings), &dir.path().join("gpu"), &settings, batch);
     assert_eq!((found.len(), expected.len()), (50, 50));
     assert!(expected[49].loss < 0.7 * expected[0].loss, "nothing was learned: {:?}", expected[49]);
     for (found, expected) in found.chunks(10).zip(expected.chunks(10)) {
@@ -141,13 +140,14 @@ fn fifty_steps_lose_as_on_the_cpu() {
 
 #[test]
 fn a_resumed_run_ends_in_the_same_bits() {
+    let Some(runtime) = common::runtime() else { return };
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
     // Five images in micro-batches of two: plans for two sizes.
     let (half, whole) = (settings(&data, 5, 15), settings(&data, 5, 30));
-    run(&mut gpu(&half), &dir.path().join("resumed"), &half, 2);
-    run(&mut gpu(&whole), &dir.path().join("resumed"), &whole, 2);
-    run(&mut gpu(&whole), &dir.path().join("straight"), &whole, 2);
+    run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
+    run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
+    run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
     let weights = |run: &str| {
         let path = train::checkpoint::path(&dir.path().join(run), 30);
         let file = edm2k::formats::safetensors::SafeFile::open(path).unwrap();
@@ -175,6 +175,7 @@ fn demo() -> Model {
 
 #[test]
 fn a_sampled_image_is_the_cpu_s() {
+    let Some(runtime) = common::runtime() else { return };
     let model = demo();
     let config = SamplerConfig { steps: 8, ..SamplerConfig::default() };
     let mut labels = vec![0.0; model.net.config.label_dim];
@@ -183,7 +184,7 @@ fn a_sampled_image_is_the_cpu_s() {
     let mut cpu = loaded(Cpu::<f32>::for_sampling(&model.table), &model);
     let expected = Sampler { backend: &mut cpu, net: &model.net, gnet: None };
     let expected = { expected }.run(&labels, &[7], size, &config, None).unwrap();
-    let device = Gpu::for_sampling(runtime(u64::MAX), Precision::F16, &model.table).unwrap();
+    let device = Gpu::for_sampling(runtime, Precision::F16, &model.table).unwrap();
     let mut device = loaded(device, &model);
     let found =
         Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&labels, &[7], size, &config, None).unwrap();
@@ -197,8 +198,9 @@ fn a_sampled_image_is_the_cpu_s() {
 
 #[test]
 fn a_replayed_plan_computes_what_its_operations_do_at_once() {
+    let Some(runtime) = common::runtime() else { return };
     let model = demo();
-    let device = Gpu::for_sampling(runtime(u64::MAX), Precision::F16, &model.table).unwrap();
+    let device = Gpu::for_sampling(runtime, Precision::F16, &model.table).unwrap();
     let mut device = loaded(device, &model);
     let (c, dim) = (model.net.config.img_channels, model.net.config.label_dim);
     // Another batch in between makes the workspace grow and the first plan anew.
@@ -226,8 +228,12 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
     assert_eq!(runs[0], runs[4], "the same inputs, after other batches");
 }
 
+#[cfg(feature = "emulator")]
 #[test]
 fn too_little_memory_is_an_error_that_says_what_to_lower() {
+    use edm2k::backend::gpu::emulated::{Build, Emulator};
+    use edm2k::backend::gpu::runtime::Emulated;
+    let runtime = |limit| Rc::new(Emulated::new(Emulator::new(Build::Normal).unwrap(), limit));
     let model = demo();
     let params = 8 << 20;
     let error = Gpu::for_sampling(runtime(params), Precision::F16, &model.table).err().unwrap().to_string();

@@ -1,16 +1,16 @@
-//! The kernels between the convolutions, on the emulator, against the CPU backend on random data: in
+//! The kernels between the convolutions, on the emulator and a GPU, against the CPU backend on random data: in
 //! f16 and bf16, in three thread orders, in the normal and in the checked build.
 //!
 //! The twin gets the kernel's inputs, rounded to 16 bits, and computes in f32. What a kernel writes in
 //! 16 bits is rounded once: at most 2^-11 = 4.9e-4 of a value in f16, 2^-8 = 3.9e-3 in bf16; the bounds
 //! leave room for one more rounding in an accumulated input. What is f32 throughout differs by the
 //! order of sums.
+#![cfg(any(feature = "emulator", feature = "cuda"))]
 
 mod common;
 
-use common::assert_same;
+use common::{Kernels, Memory, assert_same};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
@@ -23,20 +23,18 @@ use half::{bf16, f16};
 /// Bound of what is f32 throughout.
 const F32: f64 = 1e-5;
 
-/// Runs a check in both precisions, three thread orders, both builds.
+/// Runs a check in both precisions: on the emulator in three thread orders and both builds, and on a GPU.
 fn everywhere(check: impl Fn(&Device)) {
-    for build in [Build::Normal, Build::Checked] {
-        for order in [Order::Forward, Order::Reversed, Order::Random(7)] {
-            for precision in [Precision::F16, Precision::Bf16] {
-                let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
-                check(&Device { emulator, precision, name: format!("{build:?} {order:?} {precision:?}") });
-            }
+    for kernels in common::everywhere() {
+        for precision in [Precision::F16, Precision::Bf16] {
+            let name = format!("{} {precision:?}", kernels.name);
+            check(&Device { kernels: kernels.clone(), precision, name });
         }
     }
 }
 
 struct Device {
-    emulator: Emulator,
+    kernels: Kernels,
     precision: Precision,
     name: String,
 }
@@ -52,13 +50,13 @@ impl Device {
     fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
         for launch in launches {
             // SAFETY: each test allocates what the launch's function says; the checked build controls it.
-            unsafe { self.emulator.run(launch) }.unwrap_or_else(|e| panic!("{}: {e}", self.name));
+            unsafe { self.kernels.run(launch) };
         }
     }
 
     fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.emulator.alloc(size_of_val(values)).unwrap();
-        memory.upload(0, values).unwrap();
+        let memory = self.kernels.alloc(size_of_val(values));
+        memory.upload(0, values);
         memory
     }
 
@@ -67,7 +65,7 @@ impl Device {
     }
 
     fn empty(&self, shape: Shape) -> Memory {
-        self.emulator.alloc(2 * shape.iter().product::<usize>()).unwrap()
+        self.kernels.alloc(2 * shape.iter().product::<usize>())
     }
 
     fn narrow(&self, values: &[f32]) -> Vec<u16> {
@@ -112,7 +110,7 @@ fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
 
 fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
     let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
-    memory.download(0, &mut values).unwrap();
+    memory.download(0, &mut values);
     values
 }
 
@@ -454,7 +452,7 @@ fn three_optimizer_steps() {
                 sigma_data: 0.5,
             });
             let accumulated = layout.arena(&mut cpu, Slot::Grad);
-            grad.upload(0, &accumulated).unwrap();
+            grad.upload(0, &accumulated);
 
             let step = Step {
                 lr: 0.01,
@@ -466,7 +464,7 @@ fn three_optimizer_steps() {
                 ema_betas: &[0.95, 0.5],
             };
             let twin = cpu.optimizer_step(&step).unwrap();
-            scalars.upload(0, &[StepScalars::new(&step)]).unwrap();
+            scalars.upload(0, &[StepScalars::new(&step)]);
             let after = if number == 3 { GradAfter::Cleared } else { GradAfter::Kept };
             d.run(&weights::step(d.precision, &rows, &arenas, rounds, after));
 
@@ -634,7 +632,7 @@ fn preconditioning_and_loss() {
             let grad_raw = d.empty([n, h, w, c.next_multiple_of(8)]);
             let [per_image, grad_logvar] = [0; 2].map(|_| d.zeros(4 * n));
             let (clean, grad_gain) = (d.upload(&clean), d.upload(&[100.0f32]));
-            let partial = d.emulator.alloc(precond::loss_scratch(shape)).unwrap();
+            let partial = d.kernels.alloc(precond::loss_scratch(shape));
             let arenas = precond::LossArenas {
                 clean: clean.ptr(),
                 noisy: x.ptr(),

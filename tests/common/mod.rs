@@ -1,4 +1,181 @@
-//! What the tests of the kernels share.
+//! What kernels are tested on: the emulator (feature `emulator`), and a GPU where there is one (feature `cuda`).
+#![allow(dead_code)] // each test takes a part
+
+use std::rc::Rc;
+
+#[cfg(feature = "cuda")]
+use edm2k::backend::gpu::cuda::Cuda;
+#[cfg(feature = "emulator")]
+use edm2k::backend::gpu::emulated::{self, Build, Emulator, Order};
+use edm2k::backend::gpu::launch::{DevicePtr, Launch};
+use edm2k::backend::gpu::runtime::{self, Runtime};
+
+/// The first GPU, or none and the reason printed. EDM2K_NO_GPU=1 leaves it alone.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<Cuda> {
+    if std::env::var_os("EDM2K_NO_GPU").is_some() {
+        eprintln!("skipped on a GPU: EDM2K_NO_GPU is set");
+        return None;
+    }
+    Cuda::new(0).inspect_err(|why| eprintln!("skipped on a GPU: {why}")).ok()
+}
+
+/// A GPU if there is one, else the emulator; none if this build has neither.
+pub fn runtime() -> Option<Rc<dyn Runtime>> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = gpu() {
+        return Some(Rc::new(gpu));
+    }
+    #[cfg(feature = "emulator")]
+    return Some(Rc::new(runtime::Emulated::new(Emulator::new(Build::Normal).unwrap(), u64::MAX)));
+    #[cfg(not(feature = "emulator"))]
+    None
+}
+
+/// What runs single kernels.
+#[derive(Clone)]
+pub struct Kernels {
+    /// For messages.
+    pub name: String,
+    /// Whether everything is checked, and bank conflicts of plain accesses are counted too.
+    pub checked: bool,
+    device: Device,
+}
+
+#[derive(Clone)]
+enum Device {
+    #[cfg(feature = "emulator")]
+    Emulated(Emulator),
+    #[cfg(feature = "cuda")]
+    Gpu(Cuda),
+}
+
+/// Device memory.
+#[derive(Clone)]
+pub enum Memory {
+    #[cfg(feature = "emulator")]
+    Emulated(emulated::Memory),
+    #[cfg(feature = "cuda")]
+    Gpu(Rc<dyn runtime::Memory>),
+}
+
+/// The emulator in both builds and three thread orders, on one OS thread.
+pub fn every_order() -> Vec<Kernels> {
+    #[allow(unused_mut)]
+    let mut all = Vec::new();
+    #[cfg(feature = "emulator")]
+    for build in [Build::Normal, Build::Checked] {
+        for order in [Order::Forward, Order::Reversed, Order::Random(7)] {
+            let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
+            let (name, checked) = (format!("{build:?} {order:?}"), build == Build::Checked);
+            all.push(Kernels { name, checked, device: Device::Emulated(emulator) });
+        }
+    }
+    all
+}
+
+fn on_gpu() -> Option<Kernels> {
+    #[cfg(feature = "cuda")]
+    return gpu().map(|gpu| Kernels { name: gpu.name(), checked: false, device: Device::Gpu(gpu) });
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
+/// The emulator as it runs by default, and a GPU.
+pub fn plain() -> Vec<Kernels> {
+    every_order().into_iter().take(1).chain(on_gpu()).collect()
+}
+
+/// All of them.
+pub fn everywhere() -> Vec<Kernels> {
+    every_order().into_iter().chain(on_gpu()).collect()
+}
+
+impl Kernels {
+    /// The same device, where it can running blocks in another order.
+    pub fn otherwise(&self) -> Self {
+        let device = match &self.device {
+            #[cfg(feature = "emulator")]
+            Device::Emulated(e) => Device::Emulated(e.clone().with_threads(3).with_order(Order::Random(5))),
+            #[cfg(feature = "cuda")]
+            Device::Gpu(gpu) => Device::Gpu(gpu.clone()),
+        };
+        Self { name: self.name.clone() + ", otherwise", device, ..*self }
+    }
+
+    /// Memory of NaNs.
+    pub fn alloc(&self, bytes: usize) -> Memory {
+        match &self.device {
+            #[cfg(feature = "emulator")]
+            Device::Emulated(emulator) => Memory::Emulated(emulator.alloc(bytes).unwrap()),
+            #[cfg(feature = "cuda")]
+            Device::Gpu(gpu) => {
+                let memory = Memory::Gpu(gpu.allocate(bytes, "a test").unwrap());
+                memory.upload(0, &vec![0xffu8; bytes]);
+                memory
+            }
+        }
+    }
+
+    /// Runs a launch; how many bank conflicts were counted.
+    ///
+    /// # Safety
+    /// The launch's pointers are to memory of this device, as large as its function says.
+    pub unsafe fn run(&self, launch: &Launch) -> u64 {
+        match &self.device {
+            #[cfg(feature = "emulator")]
+            // SAFETY: the caller's promise.
+            Device::Emulated(emulator) => match unsafe { emulator.run(launch) } {
+                Ok(counters) => counters.bank_conflicts,
+                Err(e) => panic!("{}: {e}", self.name),
+            },
+            #[cfg(feature = "cuda")]
+            Device::Gpu(gpu) => {
+                // SAFETY: the caller's promise.
+                unsafe { gpu.run(&runtime::Command::Launch(launch.clone())) }.unwrap();
+                0
+            }
+        }
+    }
+}
+
+impl Memory {
+    pub fn ptr(&self) -> DevicePtr {
+        match self {
+            #[cfg(feature = "emulator")]
+            Self::Emulated(memory) => memory.ptr(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(memory) => memory.ptr(),
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            #[cfg(feature = "emulator")]
+            Self::Emulated(memory) => memory.bytes(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(memory) => memory.bytes(),
+        }
+    }
+
+    pub fn upload<T: bytemuck::NoUninit>(&self, offset: usize, values: &[T]) {
+        match self {
+            #[cfg(feature = "emulator")]
+            Self::Emulated(memory) => memory.upload(offset, values).unwrap(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(memory) => memory.write(offset, bytemuck::cast_slice(values)).unwrap(),
+        }
+    }
+
+    pub fn download<T: bytemuck::Pod>(&self, offset: usize, values: &mut [T]) {
+        match self {
+            #[cfg(feature = "emulator")]
+            Self::Emulated(memory) => memory.download(offset, values).unwrap(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(memory) => memory.read(offset, bytemuck::cast_slice_mut(values)).unwrap(),
+        }
+    }
+}
 
 /// `got`, from a device, is `want` but for rounding: ||got - want|| <= bound ||want||.
 pub fn assert_same(what: &str, got: &[f32], want: &[f32], bound: f64) {

@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod conv;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod embedding;
 #[cfg(feature = "emulator")]
 pub mod emulated;

@@ -1,6 +1,6 @@
 //! What runs the kernels: a device with memory, behind one small interface.
 //!
-//! Three things implement it: [`Emulated`] (feature `emulator`), a CUDA device (feature `cuda`), and
+//! Three things implement it: [`Emulated`] (feature `emulator`), `Cuda` (feature `cuda`), and
 //! [`Imagined`], which computes nothing and says how much memory a plan would need. Commands run in the
 //! order in which they were given.
 
@@ -119,7 +119,8 @@ pub trait Runtime {
 }
 
 /// Which option to lower when memory does not suffice.
-const ADVICE: &str = "lower --batch-gpu (train) or --batch (sample)";
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(super) const ADVICE: &str = "lower --batch-gpu (train) or --batch (sample)";
 
 /// A device that is not there: it gives out addresses and computes nothing.
 pub struct Imagined {

@@ -1,0 +1,150 @@
+//! Compiles the kernels with nvcc, as part of the build script (feature `cuda`).
+//!
+//! Makes one fatbin of each file: machine code of every architecture, and the PTX of the lowest, which the
+//! driver compiles for cards that came later. Fatbins lie in the target directory under a hash of all that
+//! went into them, so that debug, release and every set of features share them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{env, fs, thread};
+
+/// The architectures unless EDM2K_CUDA_ARCHS names others, e.g. `89,90`.
+const ARCHS: &str = "80,86,89,90,120";
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-O3",
+    "-lineinfo", // compute-sanitizer names source lines
+    "-fatbin",
+    "--compress-mode=size", // a tenth
+    "-Werror=all-warnings",
+    "-Xptxas=-warn-spills,-Werror",
+];
+
+struct Job {
+    source: PathBuf,
+    fatbin: PathBuf,
+}
+
+/// Where nvcc is: NVCC, CUDA_HOME or CUDA_PATH, PATH, or the wheels of scripts/install-nvcc.
+fn find_nvcc() -> Result<PathBuf, String> {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return Ok(nvcc.into());
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let mut places: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("bin/nvcc")).collect();
+    places.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|dir| dir.join("nvcc")));
+    for python in fs::read_dir("target/nvcc/lib").into_iter().flatten().flatten() {
+        places.push(python.path().join("site-packages/nvidia/cu13/bin/nvcc"));
+    }
+    places.into_iter().find(|place| place.is_file()).ok_or_else(|| {
+        "the feature `cuda` needs NVIDIA's compiler, and none was found (NVCC, CUDA_HOME, CUDA_PATH, PATH, \
+         target/nvcc): run scripts/install-nvcc, or build with --no-default-features for the CPU alone"
+            .into()
+    })
+}
+
+fn output(nvcc: &Path, arguments: &[String]) -> Result<String, String> {
+    let output = Command::new(nvcc).args(arguments).output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+    let [out, err] = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+    let command = || format!("{} {}", nvcc.display(), arguments.join(" "));
+    if output.status.success() { Ok(out) } else { Err(format!("{}\n{out}{err}", command())) }
+}
+
+/// Adds a file and those that it includes with quotes.
+fn add_file(path: PathBuf, files: &mut BTreeMap<PathBuf, String>) -> Result<(), String> {
+    if files.contains_key(&path) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let included = |line: &str| Some(line.trim().strip_prefix("#include \"")?.split('"').next()?.to_owned());
+    let headers: Vec<_> = text.lines().filter_map(included).map(|name| path.with_file_name(name)).collect();
+    files.insert(path, text);
+    headers.into_iter().try_for_each(|header| add_file(header, files))
+}
+
+/// Architectures as numbers, in order.
+fn architectures() -> Result<BTreeSet<u32>, String> {
+    let list = env::var("EDM2K_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
+    let number = |word: &str| word.trim().parse().ok().filter(|&arch: &u32| arch >= 80);
+    let wrong = || format!("EDM2K_CUDA_ARCHS is '{list}', expected numbers from 80 on, e.g. {ARCHS}");
+    list.split(',').map(number).collect::<Option<_>>().ok_or_else(wrong)
+}
+
+/// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler.
+pub fn build() -> Result<(), String> {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    let archs = architectures()?;
+    let nvcc = find_nvcc()?;
+    let said = output(&nvcc, &["--version".into()])?;
+    let version = said.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
+
+    let mut flags: Vec<String> = FLAGS.iter().map(|flag| flag.to_string()).collect();
+    for (i, arch) in archs.iter().enumerate() {
+        let code = if i == 0 { format!("[sm_{arch},compute_{arch}]") } else { format!("sm_{arch}") };
+        flags.push(format!("-gencode=arch=compute_{arch},code={code}"));
+    }
+
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("fatbins");
+    fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
+    let mut jobs = Vec::new();
+    let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
+    for source in entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "cu")) {
+        let mut files = BTreeMap::new();
+        add_file(source.clone(), &mut files)?;
+        let mut hasher = DefaultHasher::new();
+        (version, env::var_os("NVCC_CCBIN"), &flags, files).hash(&mut hasher);
+        let name = source.file_stem().unwrap_or_default().to_string_lossy();
+        let fatbin = kept.join(format!("{name}-{:016x}", hasher.finish()));
+        jobs.push(Job { source, fatbin });
+    }
+    jobs.sort_by(|a, b| a.source.cmp(&b.source));
+
+    // The largest sources first, so that none is left alone at the end.
+    let mut stale: Vec<&Job> = jobs.iter().filter(|job| !job.fatbin.exists()).collect();
+    stale.sort_by_key(|job| fs::metadata(&job.source).map_or(0, |m| m.len()));
+    let processes: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let threads = processes.checked_div(stale.len()).unwrap_or(1).max(1);
+    let (queue, errors) = (Mutex::new(stale), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..processes {
+            scope.spawn(|| {
+                while let Some(job) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
+                    let partial = out.join(job.source.with_extension("partial").file_name().unwrap_or_default());
+                    let mut arguments = flags.clone();
+                    arguments.push(format!("--threads={threads}"));
+                    arguments.push("-o".into());
+                    arguments.extend([&partial, &job.source].map(|path| path.display().to_string()));
+                    let moved =
+                        |_| fs::rename(&partial, &job.fatbin).map_err(|e| format!("{}: {e}", job.fatbin.display()));
+                    if let (Err(e), Ok(mut errors)) = (output(&nvcc, &arguments).and_then(moved), errors.lock()) {
+                        errors.push(e);
+                    }
+                }
+            });
+        }
+    });
+    let errors = errors.into_inner().unwrap_or_default();
+    if !errors.is_empty() {
+        return Err(errors.join("\n\n"));
+    }
+
+    for job in &jobs {
+        println!("cargo:rerun-if-changed={}", job.fatbin.display()); // gone: made again
+    }
+    let list = |items: Vec<String>| items.join(", ");
+    let archs = list(archs.iter().map(u32::to_string).collect());
+    let fatbins = list(jobs.iter().map(|job| format!("fatbin!({:?})", job.fatbin)).collect());
+    let code = format!(
+        "const COMPILER: &str = {version:?};\nconst ARCHS: &[u32] = &[{archs}];\n\
+         static FATBINS: &[&Fatbin<[u8]>] = &[{fatbins}];\n"
+    );
+    fs::write(out.join("fatbins.rs"), code).map_err(|e| format!("{}: {e}", out.display()))
+}

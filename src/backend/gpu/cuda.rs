@@ -1,0 +1,673 @@
+//! An NVIDIA GPU, through the driver's interface alone: libcuda is loaded when a device is asked for, and
+//! a machine without it is told so.
+//!
+//! Two streams. Commands and graphs run on the first, in order. What [`Memory::write`] brings takes two
+//! steps, so that the transfer overlaps with the commands given before and yet happens after them:
+//!
+//! ```text
+//! caller's buffer --host--> pinned ring --upload stream--> ring on the device --command stream--> its place
+//! ```
+//!
+//! The caller's buffer is free after the first step; the host waits for the device only when the ring is
+//! full. Everything is on one thread; a device used by another thread in between is bound again.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CString, c_int, c_void};
+use std::rc::Rc;
+
+use cudarc::driver::{DriverError, result, sys};
+
+use super::launch::{DevicePtr, Launch};
+use super::runtime::{ADVICE, Command, DeviceError, Graph, Memory, Runtime};
+use super::tiles::Card;
+
+use sys::CUdevice_attribute as Attribute;
+use sys::CUfunction_attribute as FunctionAttribute;
+
+/// Aligned as the driver wants its input.
+#[repr(C, align(16))]
+struct Fatbin<B: ?Sized>(B);
+
+macro_rules! fatbin {
+    ($path:literal) => {
+        &Fatbin(*include_bytes!($path))
+    };
+}
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// The first driver version with all functions called here, as the driver counts: CUDA 12.4.
+const OLDEST_DRIVER: i32 = 12040;
+/// Bytes of the ring of uploads. A write is cut into pieces of a quarter at most.
+const RING: usize = 32 << 20;
+/// Bytes of the pinned memory that reads pass through.
+const DOWNLOAD: usize = 8 << 20;
+/// Allocations start at multiples of this.
+const ALIGNMENT: usize = 256;
+/// Dropped memory of up to this many bytes is kept for the next that asks for as many.
+const KEPT: usize = 16 << 20;
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CardInfo {
+    /// N of `cuda:N`.
+    pub ordinal: usize,
+    /// Its maker's name for it.
+    pub name: String,
+    /// Compute capability, (9, 0) for sm_90.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub sms: usize,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes of the L2 cache.
+    pub l2: usize,
+    /// Most bytes of shared memory of a block.
+    pub shared: u32,
+    /// Highest clock of the multiprocessors, in kHz; 0 if the driver does not tell.
+    pub clock: u32,
+    /// Bytes per second of the memory at its highest clock; 0 if the driver does not tell.
+    pub bandwidth: f64,
+}
+
+impl CardInfo {
+    /// For people: name and ordinal.
+    fn label(&self) -> String {
+        format!("{} (cuda:{})", self.name, self.ordinal)
+    }
+
+    /// Whether this program has code for the card, whose `archs` are 80 for sm_80 and so on.
+    fn check(&self, archs: &[u32]) -> Result<(), DeviceError> {
+        let (major, minor) = self.capability;
+        let unavailable = |what| Err(DeviceError::Unavailable(format!("{}: {what}", self.label())));
+        if major < 8 {
+            return unavailable(format!("compute capability {major}.{minor}, needs 8.0 or newer (RTX 30, A100)"));
+        }
+        let lowest = archs.iter().min().copied().unwrap_or(u32::MAX);
+        if major * 10 + minor < lowest {
+            let what = format!("compute capability {major}.{minor}, this edm2k was compiled for {lowest} and newer");
+            return unavailable(what + " (EDM2K_CUDA_ARCHS)");
+        }
+        Ok(())
+    }
+}
+
+/// Text of a driver's error: its name and meaning.
+fn describe(error: DriverError) -> String {
+    let text = |s: Result<&std::ffi::CStr, DriverError>| s.ok().map(|s| s.to_string_lossy().into_owned());
+    match (text(error.error_name()), text(error.error_string())) {
+        (Some(name), Some(meaning)) => format!("{name}, {meaning}"),
+        _ => format!("driver error {}", error.0 as u32),
+    }
+}
+
+/// Loads the driver, once.
+fn start_driver() -> Result<(), DeviceError> {
+    let unavailable = |what: String| Err(DeviceError::Unavailable(what));
+    // SAFETY: opens the library as any of cudarc's functions would, which panic where it is missing.
+    if !unsafe { sys::is_culib_present() } {
+        return unavailable("no NVIDIA driver found (libcuda.so.1)".into());
+    }
+    match result::init() {
+        Ok(()) => {}
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return unavailable("no NVIDIA GPU found".into()),
+        Err(e) => return unavailable(format!("the NVIDIA driver does not start: {}", describe(e))),
+    }
+    let mut version: c_int = 0;
+    // SAFETY: writes one integer.
+    let told = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+    if told.is_err() || version < OLDEST_DRIVER {
+        let [found, needed] = [version, OLDEST_DRIVER].map(|v| format!("{}.{}", v / 1000, v % 1000 / 10));
+        return unavailable(format!("the NVIDIA driver is for CUDA {found}, needs {needed} or newer"));
+    }
+    Ok(())
+}
+
+fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
+    let device = result::device::get(ordinal as c_int)?;
+    // SAFETY: `device` is one.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map(|value| value.max(0) as u32);
+    let memory_clock = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0);
+    let bus = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0);
+    let info = CardInfo {
+        ordinal,
+        name: result::device::get_name(device)?,
+        capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        // SAFETY: `device` is one.
+        memory: unsafe { result::device::total_mem(device)? } as u64,
+        l2: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        clock: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).unwrap_or(0),
+        // Two transfers a clock.
+        bandwidth: 2e3 * f64::from(memory_clock) * f64::from(bus / 8),
+    };
+    Ok((device, info))
+}
+
+/// The GPUs of this machine, in the driver's order, of any age.
+///
+/// # Errors
+/// There is no driver, or it does not start, or it finds none: `Unavailable`.
+pub fn devices() -> Result<Vec<CardInfo>, DeviceError> {
+    start_driver()?;
+    let count = result::device::get_count();
+    let list = count.and_then(|n| (0..n as usize).map(|i| Ok(card_info(i)?.1)).collect::<Result<Vec<_>, _>>());
+    list.map_err(|e| DeviceError::Unavailable(format!("the NVIDIA driver lists no devices: {}", describe(e))))
+}
+
+/// A kernel ready to be launched.
+#[derive(Clone, Copy)]
+struct Kernel {
+    function: sys::CUfunction,
+    /// Bytes of its params struct.
+    params: usize,
+}
+
+/// A range of the ring in use, until its event.
+struct InFlight {
+    first: usize,
+    end: usize,
+    left: sys::CUevent,
+}
+
+/// The way of data to the device.
+struct Ring {
+    pinned: *mut u8,
+    device: sys::CUdeviceptr,
+    /// Where the next piece goes.
+    next: usize,
+    in_flight: VecDeque<InFlight>,
+    /// Events to be used again.
+    events: Vec<sys::CUevent>,
+}
+
+/// What all clones of a [`Cuda`], its memory and its graphs share. Dropped last, so everything it holds is
+/// unused by then.
+struct Device {
+    info: CardInfo,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    commands: sys::CUstream,
+    uploads: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    kernels: RefCell<HashMap<String, Kernel>>,
+    /// For messages: the device tells of a fault later.
+    last_kernel: RefCell<String>,
+    ring: RefCell<Ring>,
+    /// Pinned.
+    download: *mut u8,
+    /// Dropped memory by its size. All commands are on one stream: whatever its next owner does with it comes after
+    /// what its last one did.
+    kept: RefCell<HashMap<usize, Vec<sys::CUdeviceptr>>>,
+}
+
+impl Device {
+    fn failed(&self, error: DriverError) -> DeviceError {
+        let last = self.last_kernel.borrow();
+        let after = if last.is_empty() { String::new() } else { format!("; the last kernel launched was {last}") };
+        DeviceError::Failed { device: self.info.label(), what: describe(error) + &after }
+    }
+
+    fn require<T>(&self, done: Result<T, DriverError>) -> Result<T, DeviceError> {
+        done.map_err(|e| self.failed(e))
+    }
+
+    /// Makes the device the one of this thread.
+    fn bind(&self) -> Result<(), DeviceError> {
+        // SAFETY: the context lives as long as `self`.
+        self.require(unsafe { result::ctx::set_current(self.context) })
+    }
+
+    /// Waits for all commands.
+    fn wait(&self) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: a live stream.
+        self.require(unsafe { result::stream::synchronize(self.commands) })
+    }
+
+    /// The kernel of a launch, looked up once.
+    fn kernel(&self, launch: &Launch) -> Result<Kernel, DeviceError> {
+        let failed = |what| DeviceError::Failed { device: self.info.label(), what };
+        let known = self.kernels.borrow().get(&*launch.kernel).copied();
+        let kernel = match known {
+            Some(kernel) => kernel,
+            None => {
+                let name = CString::new(&*launch.kernel).ok();
+                // SAFETY: live modules.
+                let find =
+                    |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
+                let found = self.modules.iter().find_map(find);
+                let function = found.ok_or_else(|| failed(format!("there is no kernel {}", launch.kernel)))?;
+                let kernel = self.require(self.prepare(function, launch.shared > 0))?;
+                self.kernels.borrow_mut().insert(launch.kernel.to_string(), kernel);
+                kernel
+            }
+        };
+        let given = launch.params().len();
+        if kernel.params != given {
+            let what = format!("kernel {} takes {} bytes of parameters, given {given}", launch.kernel, kernel.params);
+            return Err(failed(what));
+        }
+        Ok(kernel)
+    }
+
+    /// Loads a kernel's code, which must not happen during a capture, and lets it use all shared memory.
+    fn prepare(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<Kernel, DriverError> {
+        let (mut at, mut params) = (0, 0);
+        // SAFETY: a live function, attributes that exist; each writes or reads one integer.
+        unsafe {
+            sys::cuFuncGetParamInfo(function, 0, &mut at, &mut params).result()?;
+            let fixed = FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            let fixed = result::function::get_function_attribute(function, fixed)?;
+            let most = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            result::function::set_function_attribute(function, most, self.info.shared as c_int - fixed)?;
+            if dynamic_shared {
+                // The L1 cache gets the rest; the tile table counts on all that there is.
+                let share = FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                result::function::set_function_attribute(function, share, 100)?;
+            }
+        }
+        Ok(Kernel { function, params })
+    }
+
+    /// Gives a command to the first stream.
+    ///
+    /// # Safety
+    /// See [`Command`]; and the device is bound.
+    unsafe fn give(&self, command: &Command) -> Result<(), DeviceError> {
+        match command {
+            Command::Launch(launch) => {
+                let kernel = self.kernel(launch)?;
+                let mut last = self.last_kernel.borrow_mut();
+                last.clear();
+                last.push_str(&launch.kernel);
+                drop(last);
+                let [x, y, z] = launch.grid;
+                let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
+                // SAFETY: the parameters have the size that the kernel reads, during the call; what they
+                // point to is the caller's promise.
+                let launched = unsafe {
+                    let block = (launch.block, 1, 1);
+                    result::launch_kernel(kernel.function, (x, y, z), block, launch.shared, self.commands, &mut params)
+                };
+                launched.map_err(|e| {
+                    let shape =
+                        format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
+                    let what = format!("launch of {}, {shape}: {}", launch.kernel, describe(e));
+                    DeviceError::Failed { device: self.info.label(), what }
+                })
+            }
+            Command::Zero { bytes: 0, .. } | Command::Copy { bytes: 0, .. } => Ok(()),
+            // SAFETY: the caller's promise.
+            Command::Zero { at, bytes } => {
+                self.require(unsafe { result::memset_d8_async(at.0, 0, *bytes, self.commands) })
+            }
+            // SAFETY: the caller's promise.
+            Command::Copy { from, to, bytes } => {
+                self.require(unsafe { result::memcpy_dtod_async(to.0, from.0, *bytes, self.commands) })
+            }
+        }
+    }
+
+    /// Brings at most a quarter of the ring to device memory.
+    ///
+    /// # Safety
+    /// There are as many bytes of live memory at `to`; and the device is bound.
+    unsafe fn bring(&self, to: sys::CUdeviceptr, values: &[u8]) -> Result<(), DeviceError> {
+        let mut ring = self.ring.borrow_mut();
+        let length = values.len().next_multiple_of(ALIGNMENT);
+        let first = if ring.next + length > RING { 0 } else { ring.next };
+        let end = first + length;
+        while ring.in_flight.iter().any(|piece| piece.first < end && first < piece.end) {
+            let oldest = ring.in_flight.pop_front().expect("one of them overlaps");
+            // SAFETY: an event of ours that was recorded.
+            let left = unsafe { result::event::synchronize(oldest.left) };
+            ring.events.push(oldest.left);
+            self.require(left)?;
+        }
+        ring.next = end;
+        let mut event = || match ring.events.pop() {
+            Some(event) => Ok(event),
+            None => result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING),
+        };
+        let (arrived, left) = (self.require(event())?, self.require(event())?);
+        let place = ring.device + first as u64;
+        // SAFETY: the range of the ring is within it and nobody's; both streams and events are live; the
+        // destination is the caller's promise.
+        let done = unsafe {
+            let pinned = std::slice::from_raw_parts_mut(ring.pinned.add(first), values.len());
+            pinned.copy_from_slice(values);
+            result::memcpy_htod_async(place, pinned, self.uploads)
+                .and_then(|()| result::event::record(arrived, self.uploads))
+                .and_then(|()| {
+                    let plainly = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+                    result::stream::wait_event(self.commands, arrived, plainly)
+                })
+                .and_then(|()| result::memcpy_dtod_async(to, place, values.len(), self.commands))
+                .and_then(|()| result::event::record(left, self.commands))
+        };
+        // The wait has been given: the event may be recorded anew.
+        ring.events.push(arrived);
+        ring.in_flight.push_back(InFlight { first, end, left });
+        self.require(done)
+    }
+
+    /// Frees what is kept; the commands given before must be done.
+    fn free_kept(&self) {
+        for at in self.kept.borrow_mut().drain().flat_map(|(_, places)| places) {
+            // SAFETY: allocated by us, and owned by none.
+            let _ = unsafe { result::free_sync(at) };
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // Errors were reported by what caused them; a lost device refuses everything here.
+        let _ = self.wait();
+        self.free_kept();
+        let ring = self.ring.get_mut();
+        // SAFETY: all made by us, destroyed once, and idle. What was never made is null.
+        unsafe {
+            for event in ring.events.drain(..).chain(ring.in_flight.drain(..).map(|piece| piece.left)) {
+                let _ = result::event::destroy(event);
+            }
+            if ring.device != 0 {
+                let _ = result::free_sync(ring.device);
+            }
+            for pinned in [ring.pinned, self.download] {
+                if !pinned.is_null() {
+                    let _ = result::free_host(pinned.cast());
+                }
+            }
+            for module in self.modules.drain(..) {
+                let _ = result::module::unload(module);
+            }
+            for stream in [self.commands, self.uploads] {
+                if !stream.is_null() {
+                    let _ = result::stream::destroy(stream);
+                }
+            }
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// A GPU. Clones are the same one.
+#[derive(Clone)]
+pub struct Cuda(Rc<Device>);
+
+impl Cuda {
+    /// Opens the device that the driver counts as `ordinal`.
+    ///
+    /// # Errors
+    /// `Unavailable`: no driver, no such device, too old a card, or none that this program has code for.
+    /// `OutOfMemory`, `Failed`: as the device says.
+    pub fn new(ordinal: usize) -> Result<Self, DeviceError> {
+        let cards = devices()?;
+        let Some(info) = cards.get(ordinal) else {
+            let there = cards.len().saturating_sub(1);
+            let what = format!("there is no device cuda:{ordinal}; the last one is cuda:{there}");
+            return Err(DeviceError::Unavailable(what));
+        };
+        info.check(ARCHS)?;
+        let unavailable = |e| DeviceError::Unavailable(format!("{}: {}", info.label(), describe(e)));
+        let (device, info) = card_info(ordinal).map_err(unavailable)?;
+        // SAFETY: `device` is one; released when `Device` is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(unavailable)?;
+        // From here on what is made belongs to `Device`, whose drop takes it back.
+        let mut made = Device {
+            info,
+            device,
+            context,
+            commands: std::ptr::null_mut(),
+            uploads: std::ptr::null_mut(),
+            modules: Vec::new(),
+            kernels: RefCell::default(),
+            last_kernel: RefCell::default(),
+            ring: RefCell::new(Ring {
+                pinned: std::ptr::null_mut(),
+                device: 0,
+                next: 0,
+                in_flight: VecDeque::new(),
+                events: Vec::new(),
+            }),
+            download: std::ptr::null_mut(),
+            kept: RefCell::default(),
+        };
+        made.bind()?;
+        let stream = || result::stream::create(result::stream::StreamKind::NonBlocking);
+        made.commands = made.require(stream())?;
+        made.uploads = made.require(stream())?;
+        for fatbin in FATBINS {
+            // SAFETY: a fatbin, aligned, that lives as long as the program.
+            let module = unsafe { result::module::load_data(fatbin.0.as_ptr().cast()) };
+            made.modules.push(module.map_err(|e| made.no_code(e))?);
+        }
+        let place = made.allocate(RING, "the uploads' ring")?;
+        // SAFETY: pinned memory of any content.
+        let pinned = |bytes| unsafe { result::malloc_host(bytes, 0) };
+        made.ring.get_mut().device = place;
+        made.ring.get_mut().pinned = made.require(pinned(RING))?.cast();
+        made.download = made.require(pinned(DOWNLOAD))?.cast();
+        Ok(Self(Rc::new(made)))
+    }
+
+    /// What it is.
+    pub fn info(&self) -> &CardInfo {
+        &self.0.info
+    }
+}
+
+impl Device {
+    /// Why a fatbin was refused.
+    fn no_code(&self, error: DriverError) -> DeviceError {
+        let archs: Vec<_> = ARCHS.iter().map(|arch| format!("sm_{arch}")).collect();
+        let (major, minor) = self.info.capability;
+        DeviceError::Unavailable(format!(
+            "{}, sm_{major}{minor}: the driver refuses the kernels, which CUDA {COMPILER} compiled for {} and newer: {}",
+            self.info.label(),
+            archs.join(", "),
+            describe(error)
+        ))
+    }
+
+    /// Device memory of at least 1 byte.
+    fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<sys::CUdeviceptr, DeviceError> {
+        self.bind()?;
+        if let Some(at) = self.kept.borrow_mut().get_mut(&bytes).and_then(Vec::pop) {
+            return Ok(at);
+        }
+        // SAFETY: memory of any content.
+        let ask = || unsafe { result::malloc_sync(bytes) };
+        let full = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        let mut got = ask();
+        if got == Err(full) {
+            self.wait()?;
+            self.free_kept();
+            got = ask();
+        }
+        if got != Err(full) {
+            return self.require(got);
+        }
+        let (free, total) = self.require(result::mem_get_info())?;
+        let (asked, free, total) = (bytes as u64, free as u64, total as u64);
+        Err(DeviceError::OutOfMemory { device: self.info.label(), asked, purpose, free, total, advice: ADVICE })
+    }
+}
+
+struct Allocation {
+    device: Rc<Device>,
+    at: sys::CUdeviceptr,
+    bytes: usize,
+    /// What was allocated.
+    room: usize,
+}
+
+impl Allocation {
+    fn range(&self, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr, DeviceError> {
+        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
+            let what = format!("copy of {bytes} bytes at {offset}, but the memory has {}", self.bytes);
+            return Err(DeviceError::Failed { device: self.device.info.label(), what });
+        }
+        Ok(self.at + offset as u64)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if self.room <= KEPT {
+            self.device.kept.borrow_mut().entry(self.room).or_default().push(self.at);
+        } else {
+            // A lost device has been reported by what lost it.
+            let _ = self.device.wait();
+            // SAFETY: allocated by us, freed once; the commands given before are done.
+            let _ = unsafe { result::free_sync(self.at) };
+        }
+    }
+}
+
+impl Memory for Allocation {
+    fn ptr(&self) -> DevicePtr {
+        DevicePtr(self.at)
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn write(&self, offset: usize, values: &[u8]) -> Result<(), DeviceError> {
+        let mut to = self.range(offset, values.len())?;
+        self.device.bind()?;
+        for piece in values.chunks(RING / 4) {
+            // SAFETY: within this allocation.
+            unsafe { self.device.bring(to, piece)? };
+            to += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn read(&self, offset: usize, values: &mut [u8]) -> Result<(), DeviceError> {
+        let mut from = self.range(offset, values.len())?;
+        self.device.wait()?;
+        for piece in values.chunks_mut(DOWNLOAD) {
+            // SAFETY: within this allocation and within the pinned memory, which nothing else uses until the
+            // wait is over.
+            let (pinned, copied) = unsafe {
+                let pinned = std::slice::from_raw_parts_mut(self.device.download, piece.len());
+                let copied = result::memcpy_dtoh_async(pinned, from, self.device.commands);
+                (pinned, copied)
+            };
+            self.device.require(copied)?;
+            self.device.wait()?;
+            piece.copy_from_slice(pinned);
+            from += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+struct Recorded {
+    device: Rc<Device>,
+    graph: sys::CUgraphExec,
+    last_kernel: String,
+}
+
+impl Graph for Recorded {
+    fn run(&self) -> Result<(), DeviceError> {
+        self.device.bind()?;
+        self.device.last_kernel.borrow_mut().clone_from(&self.last_kernel);
+        // SAFETY: a live graph, whose pointers were promised to `record`.
+        self.device.require(unsafe { result::graph::launch(self.graph, self.device.commands) })
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        let _ = self.device.wait();
+        // SAFETY: made by us, destroyed once, and not running.
+        let _ = unsafe { result::graph::exec_destroy(self.graph) };
+    }
+}
+
+impl Runtime for Cuda {
+    fn card(&self) -> Card {
+        Card { sms: self.0.info.sms }
+    }
+
+    fn name(&self) -> String {
+        self.0.info.label()
+    }
+
+    fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {
+        let room = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let at = self.0.allocate(room, purpose)?;
+        Ok(Rc::new(Allocation { device: self.0.clone(), at, bytes, room }))
+    }
+
+    unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {
+        self.0.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.0.give(command) }
+    }
+
+    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+        let device = &self.0;
+        device.bind()?;
+        let launches = || commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
+        // All that may load code or allocate comes before the capture.
+        launches().try_for_each(|launch| device.kernel(launch).map(|_| ()))?;
+        let before = device.last_kernel.borrow().clone();
+        // SAFETY: live streams and graphs, each destroyed once; the commands are the caller's promise. A failed
+        // capture is ended too, or the stream could not be used again.
+        let graph = unsafe {
+            let here = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            device.require(result::stream::begin_capture(device.commands, here))?;
+            let given = commands.iter().try_for_each(|command| device.give(command));
+            let captured = result::stream::end_capture(device.commands);
+            device.last_kernel.replace(before);
+            if let (Err(e), captured) = (given, &captured) {
+                if let Ok(graph) = captured {
+                    let _ = result::graph::destroy(*graph);
+                }
+                return Err(e);
+            }
+            let captured = device.require(captured)?;
+            let ready = result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(captured);
+            device.require(ready)?
+        };
+        let last_kernel = launches().last().map(|launch| launch.kernel.to_string()).unwrap_or_default();
+        let recorded = Recorded { device: device.clone(), graph, last_kernel };
+        // SAFETY: a live graph and stream.
+        device.require(unsafe { result::graph::upload(graph, device.commands) })?;
+        Ok(Box::new(recorded))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(capability: (u32, u32)) -> CardInfo {
+        let (ordinal, name) = (1, "NVIDIA Test 1".into());
+        CardInfo { ordinal, name, capability, sms: 1, memory: 0, l2: 0, shared: 0, clock: 0, bandwidth: 0.0 }
+    }
+
+    #[test]
+    fn cards_without_code_are_named_with_what_they_are_and_what_is_needed() {
+        let message = |capability, archs| card(capability).check(archs).unwrap_err().to_string();
+        let too_old = "NVIDIA Test 1 (cuda:1): compute capability 7.5, needs 8.0 or newer (RTX 30, A100)";
+        assert_eq!(message((7, 5), &[80, 89]), too_old);
+        let no_code = "NVIDIA Test 1 (cuda:1): compute capability 8.6, this edm2k was compiled for 89 and newer \
+                       (EDM2K_CUDA_ARCHS)";
+        assert_eq!(message((8, 6), &[89, 90]), no_code);
+        for capability in [(8, 9), (9, 0), (10, 3), (12, 0)] {
+            assert_eq!(card(capability).check(&[89, 120]), Ok(()));
+        }
+    }
+}

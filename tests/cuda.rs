@@ -1,0 +1,196 @@
+//! A CUDA device as a runtime: order, graphs, memory, faults; and what is said where there is none.
+//!
+//! The tests need a GPU and say so where there is none. What is said without a driver is tested where there is
+//! no driver.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::process::Command as Process;
+
+use edm2k::backend::gpu::cuda::{Cuda, devices};
+use edm2k::backend::gpu::launch::{DevicePtr, Launch};
+use edm2k::backend::gpu::pixelwise;
+use edm2k::backend::gpu::runtime::{Command, DeviceError, Memory, Runtime};
+
+/// Uniform, other in every place.
+fn noise(n: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 56) as u8
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn read(memory: &dyn Memory) -> Vec<u8> {
+    let mut found = vec![0; memory.bytes()];
+    memory.read(0, &mut found).unwrap();
+    found
+}
+
+fn floats(memory: &dyn Memory) -> Vec<f32> {
+    bytemuck::pod_collect_to_vec(&read(memory))
+}
+
+fn message<T>(result: Result<T, DeviceError>) -> String {
+    result.err().expect("an error").to_string()
+}
+
+#[test]
+fn without_a_gpu_one_line_says_what_is_missing() {
+    match devices() {
+        Ok(cards) => {
+            let error = message(Cuda::new(cards.len()));
+            let last = cards.len() - 1;
+            assert_eq!(error, format!("there is no device cuda:{}; the last one is cuda:{last}", cards.len()));
+            assert!(
+                cards.iter().all(|card| card.sms > 0 && card.memory > 1 << 30 && card.shared >= 99 << 10),
+                "{cards:?}"
+            );
+        }
+        Err(error) => {
+            assert!(matches!(error, DeviceError::Unavailable(_)), "{error:?}");
+            assert!(error.to_string().contains("NVIDIA") && !error.to_string().contains('\n'), "{error}");
+            assert_eq!(Cuda::new(0).err(), Some(error));
+        }
+    }
+}
+
+#[test]
+fn memory_keeps_what_was_written_at_any_offset_and_size() {
+    let Some(gpu) = common::gpu() else { return };
+    // Far larger than the ring of uploads, and odd.
+    let content = noise((150 << 20) + 7, 3);
+    let memory = gpu.allocate(content.len(), "a test").unwrap();
+    memory.write(0, &content).unwrap();
+    assert!(read(&*memory) == content);
+    for (offset, length) in [(0, 1), (5, 3), (255, 257), (1 << 20, 9 << 20), (content.len() - 1, 1), (17, 0)] {
+        let piece = noise(length, offset as u64);
+        memory.write(offset, &piece).unwrap();
+        let mut found = vec![0; length];
+        memory.read(offset, &mut found).unwrap();
+        assert!(found == piece, "{length} bytes at {offset}");
+    }
+    assert!(message(memory.write(content.len(), &[0])).contains("copy of 1 bytes at"));
+    assert_eq!(gpu.allocate(0, "nothing").unwrap().bytes(), 0);
+    let small: Vec<_> = (1..40).map(|n| gpu.allocate(n * 100, "a test").unwrap()).collect();
+    assert!(small.iter().all(|m| m.ptr().0 % 256 == 0));
+}
+
+#[test]
+fn writes_commands_and_reads_happen_in_the_order_given() {
+    let Some(gpu) = common::gpu() else { return };
+    let n = 1 << 20;
+    let [a, sum] = [0; 2].map(|_| gpu.allocate(4 * n, "a test").unwrap());
+    // SAFETY: here and below, the sizes are those of the memory.
+    unsafe { gpu.run(&Command::Zero { at: sum.ptr(), bytes: 4 * n }).unwrap() };
+    let mut values = vec![0f32; n];
+    for turn in 1..=40 {
+        // One buffer, changed as soon as it was written, while the sum of the last turn may be under way.
+        values.fill(turn as f32);
+        a.write(0, bytemuck::cast_slice(&values)).unwrap();
+        let add = pixelwise::combine_f32(n, &[(sum.ptr(), 1.0), (a.ptr(), 1.0)], sum.ptr());
+        unsafe { gpu.run(&add.into()).unwrap() };
+    }
+    assert!(floats(&*sum).iter().all(|&x| x == 820.0));
+    unsafe { gpu.run(&Command::Copy { from: a.ptr(), to: sum.ptr(), bytes: 4 * n }).unwrap() };
+    assert!(floats(&*sum).iter().all(|&x| x == 40.0));
+}
+
+#[test]
+fn a_graph_runs_as_often_as_it_is_told_and_not_before() {
+    let Some(gpu) = common::gpu() else { return };
+    let n = 1000;
+    let [a, sum, copy] = [0; 3].map(|_| gpu.allocate(4 * n, "a test").unwrap());
+    sum.write(0, bytemuck::cast_slice(&vec![7f32; n])).unwrap();
+    let add = pixelwise::combine_f32(n, &[(sum.ptr(), 1.0), (a.ptr(), 2.0)], sum.ptr());
+    let commands = vec![
+        Command::Launch(add),
+        Command::Copy { from: sum.ptr(), to: copy.ptr(), bytes: 4 * n },
+        Command::Zero { at: a.ptr(), bytes: 4 * n },
+    ];
+    let graph = unsafe { gpu.record(commands).unwrap() };
+    assert!(floats(&*sum).iter().all(|&x| x == 7.0));
+    for turn in 1..=3 {
+        a.write(0, bytemuck::cast_slice(&vec![1f32; n])).unwrap();
+        graph.run().unwrap();
+        assert!(floats(&*copy).iter().all(|&x| x == 7.0 + 2.0 * turn as f32));
+        assert!(floats(&*a).iter().all(|&x| x == 0.0));
+    }
+    // A graph of nothing is one too.
+    unsafe { gpu.record(Vec::new()).unwrap() }.run().unwrap();
+}
+
+#[test]
+fn dropped_memory_is_given_out_again_only_after_what_was_done_with_it() {
+    let Some(gpu) = common::gpu() else { return };
+    let n = 1 << 20;
+    let result = gpu.allocate(4 * n, "a test").unwrap();
+    for turn in 0..20 {
+        let a = gpu.allocate(4 * n, "a test").unwrap();
+        a.write(0, bytemuck::cast_slice(&vec![turn as f32; n])).unwrap();
+        let copy = pixelwise::combine_f32(n, &[(a.ptr(), 1.0)], result.ptr());
+        unsafe { gpu.run(&copy.into()).unwrap() };
+        drop(a);
+        let b = gpu.allocate(4 * n, "a test").unwrap();
+        b.write(0, &vec![0xff; 4 * n]).unwrap();
+        assert!(floats(&*result).iter().all(|&x| x == turn as f32), "turn {turn}");
+    }
+}
+
+#[test]
+fn too_much_memory_is_an_error_with_numbers_and_the_device_goes_on() {
+    let Some(gpu) = common::gpu() else { return };
+    let all = gpu.info().memory;
+    let error = gpu.allocate(2 * all as usize, "activations").err().unwrap();
+    let DeviceError::OutOfMemory { asked, purpose, free, total, .. } = error else { panic!("{error}") };
+    assert_eq!((asked, purpose), (2 * all, "activations"));
+    assert!(free <= total && total <= all && total > all / 2, "{free} of {total}, {all}");
+    let memory = gpu.allocate(100, "a test").unwrap();
+    memory.write(0, &[9; 100]).unwrap();
+    assert_eq!(read(&*memory), [9; 100]);
+}
+
+#[test]
+fn launches_that_cannot_be_are_named() {
+    let Some(gpu) = common::gpu() else { return };
+    let memory = gpu.allocate(4096, "a test").unwrap();
+    let good = pixelwise::combine_f32(8, &[(memory.ptr(), 1.0)], memory.ptr());
+    let unknown = Launch::new("no_such_kernel", [1, 1, 1], 32, 0, &0u64);
+    assert!(message(unsafe { gpu.run(&unknown.into()) }).contains("there is no kernel no_such_kernel"));
+    let other = Launch::new("combine_f32", [1, 1, 1], 32, 0, &0u64);
+    let error = message(unsafe { gpu.run(&other.into()) });
+    assert!(error.contains("combine_f32 takes 96 bytes of parameters, given 8"), "{error}");
+    let mut large = good.clone();
+    large.block = 2048;
+    let error = message(unsafe { gpu.run(&large.clone().into()) });
+    assert!(error.contains("launch of combine_f32") && error.contains("2048 threads"), "{error}");
+    // A capture that fails leaves the stream usable.
+    let error = message(unsafe { gpu.record(vec![good.clone().into(), large.into(), good.clone().into()]) });
+    assert!(error.contains("launch of combine_f32"), "{error}");
+    unsafe { gpu.run(&good.into()).unwrap() };
+    read(&*memory);
+}
+
+/// In a process of its own: a fault ends the device for the process.
+#[test]
+fn a_fault_names_the_device_the_error_and_the_last_kernel() {
+    let Some(gpu) = common::gpu() else { return };
+    if std::env::var_os("EDM2K_TEST_FAULT").is_none() {
+        let name = "a_fault_names_the_device_the_error_and_the_last_kernel";
+        let mut child = Process::new(std::env::current_exe().unwrap());
+        let out = child.args([name, "--exact", "--nocapture"]).env("EDM2K_TEST_FAULT", "1").output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        return;
+    }
+    let memory = gpu.allocate(4096, "a test").unwrap();
+    let wild = pixelwise::combine_f32(8, &[(DevicePtr(1 << 20), 1.0)], memory.ptr());
+    unsafe { gpu.run(&wild.into()).unwrap() };
+    let error = memory.read(0, &mut [0; 4]).unwrap_err();
+    let DeviceError::Failed { device, what } = &error else { panic!("{error}") };
+    assert_eq!(*device, gpu.name());
+    assert!(what.starts_with("CUDA_ERROR_ILLEGAL_ADDRESS") && what.ends_with("combine_f32"), "{what}");
+    // Every later call says so as well, and nothing hangs or panics.
+    assert!(memory.write(0, &[1]).is_err() && gpu.allocate(1 << 20, "a test").is_err());
+}
