@@ -78,26 +78,38 @@ impl DeviceArgs {
     /// The device is not there, or this program was built without what it needs.
     pub fn open(&self) -> Result<Engine, DeviceError> {
         match self.device {
-            Device::Cpu | Device::Auto => Ok(Engine::Cpu),
-            Device::Cuda(_) => {
-                let why = "this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu";
-                Err(DeviceError::Unavailable(why.into()))
-            }
-            Device::Emulated => emulated(),
+            Device::Cpu => Ok(Engine::Cpu),
+            Device::Auto => Ok(cuda(0).map_or(Engine::Cpu, |gpu| {
+                eprintln!("computing on {}", gpu.name());
+                Engine::Gpu(gpu)
+            })),
+            Device::Cuda(ordinal) => cuda(ordinal).map(Engine::Gpu),
+            Device::Emulated => emulated().map(Engine::Gpu),
         }
     }
 }
 
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
+    Ok(Rc::new(edm2k::backend::gpu::cuda::Cuda::new(ordinal)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
+    let why = "this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu";
+    Err(DeviceError::Unavailable(why.into()))
+}
+
 #[cfg(feature = "emulator")]
-fn emulated() -> Result<Engine, DeviceError> {
+fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
     use edm2k::backend::gpu::emulated::{Build, Emulator};
     use edm2k::backend::gpu::runtime::Emulated;
     let emulator = Emulator::new(Build::Normal).map_err(|e| DeviceError::Unavailable(e.to_string()))?;
-    Ok(Engine::Gpu(Rc::new(Emulated::new(emulator, u64::MAX))))
+    Ok(Rc::new(Emulated::new(emulator, u64::MAX)))
 }
 
 #[cfg(not(feature = "emulator"))]
-fn emulated() -> Result<Engine, DeviceError> {
+fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
     let why = "this edm2k was built without the emulator (cargo feature `emulator`)";
     Err(DeviceError::Unavailable(why.into()))
 }
