@@ -46,7 +46,7 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
 # shellcheck disable=SC2086  # words
 {
     part cuda 60 bin/cuda $test
-    for kernels in pixelwise attention conv; do
+    for kernels in pixelwise embedding attention conv; do
         part "$kernels" 60 "bin/${kernels}_kernels" $test
     done
     part verify-f16 60 bin/edm2k verify tests/golden --device cuda
@@ -57,7 +57,7 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
     if [ -n "$sanitizer" ]; then
         for tool in memcheck racecheck initcheck synccheck; do
-            for kernels in pixelwise attention conv; do
+            for kernels in pixelwise embedding attention conv; do
                 part "$tool-$kernels" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 5 \
                     "bin/${kernels}_kernels" $test
             done
