@@ -1,6 +1,15 @@
 # `make` lists what there is to do. Each target does its own set-up; Rust and Python are all it needs.
 
 CARGO ?= cargo
+
+# The architectures of this machine's GPUs, e.g. 89; empty where there is none.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd,)
+# CUDA code only where there is a driver to run it.
+DRIVER := $(GPUS)$(shell ldconfig -p 2>/dev/null | grep -o 'libcuda\.so\.1' | head -n 1)
+FEATURES := $(if $(DRIVER),,--no-default-features)
+# Tests and lint compile the kernels for one architecture; the compiler's report covers all.
+TESTED := --features emulator
+TEST_ARCHS := EDM2K_CUDA_ARCHS=$(or $(EDM2K_CUDA_ARCHS),$(GPUS),80)
 EDM2K := target/release/edm2k
 DATA  := demo/cache/emoji-32
 
@@ -16,13 +25,16 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels lint bench verify demo-data demo-train
+.PHONY: help nvcc demo test test-kernels lint bench bundle verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(EDM2K): FORCE
-	@$(CARGO) build --release --locked --bin edm2k
+nvcc: ## install NVIDIA's compiler for this checkout, unless there is one (300 MB, from PyPI)
+	@[ -n "$$NVCC$$CUDA_HOME$$CUDA_PATH" ] || command -v nvcc >/dev/null || scripts/install-nvcc >/dev/null
+
+$(EDM2K): FORCE $(if $(DRIVER),nvcc)
+	@$(CARGO) build --release --locked --bin edm2k $(FEATURES)
 FORCE:
 
 demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/out)
@@ -30,19 +42,24 @@ demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/
 		$(DEMO_TAGS) --random-conditions 5 --per-condition 8 --batch 16 \
 		--outdir demo/out --overwrite
 
-test: ## run every test
-	@$(CARGO) test --release --locked
+test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU if there is one
+	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED)
 
-test-kernels: ## run the CUDA kernels' tests on the emulator (needs a C++17 compiler, x86-64 Linux)
-	@$(CARGO) test --release --locked --features emulator \
-		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels
+test-kernels: nvcc ## run the CUDA kernels' tests
+	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
+		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels \
+		--test engine --test cuda --test ptxas
 
-lint: ## formatting, clippy, documentation; warnings are errors
+lint: nvcc ## formatting, clippy, documentation; warnings are errors
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 \
 		|| rustup component add rustfmt clippy
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --release --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --release --no-deps --document-private-items
+	$(TEST_ARCHS) $(CARGO) clippy --locked --release --all-targets $(TESTED) -- -D warnings
+	$(CARGO) clippy --locked --release --all-targets --no-default-features -- -D warnings
+	$(TEST_ARCHS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --release --no-deps --document-private-items $(TESTED)
+
+bundle: nvcc ## all that checks and measures on a GPU machine without Rust, in target/bundle (60 MiB at most)
+	@CARGO="$(CARGO)" scripts/bundle
 
 bench: $(EDM2K) ## speed and memory of EDM2-XS on this machine
 	@$(EDM2K) bench

@@ -1,7 +1,7 @@
 //! A CUDA device as a runtime: order, graphs, memory, faults; and what is said where there is none.
 //!
-//! The tests need a GPU and say so where there is none. What is said without a driver is tested where there is
-//! no driver.
+//! The tests need a GPU and say so where there is none. With the feature `emulator` they run too with a driver
+//! whose device is the emulator (`driver.cpp`).
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -119,7 +119,10 @@ fn a_graph_runs_as_often_as_it_is_told_and_not_before() {
         assert!(floats(&*a).iter().all(|&x| x == 0.0));
     }
     // A graph of nothing is one too.
-    unsafe { gpu.record(Vec::new()).unwrap() }.run().unwrap();
+    let nothing = unsafe { gpu.record(Vec::new()).unwrap() };
+    nothing.run().unwrap();
+    let seconds = gpu.time(&*graph, &*nothing, 5).unwrap();
+    assert!(seconds.len() == 5 && seconds.iter().all(|&s| s > 0.0 && s < 1.0), "{seconds:?}");
 }
 
 #[test]
@@ -193,4 +196,43 @@ fn a_fault_names_the_device_the_error_and_the_last_kernel() {
     assert!(what.starts_with("CUDA_ERROR_ILLEGAL_ADDRESS") && what.ends_with("combine_f32"), "{what}");
     // Every later call says so as well, and nothing hangs or panics.
     assert!(memory.write(0, &[1]).is_err() && gpu.allocate(1 << 20, "a test").is_err());
+}
+
+/// This file's tests with a driver of our own; what they print, and whether they passed.
+#[cfg(feature = "emulator")]
+fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let library = dir.path().join("libcuda.so.1");
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver.cpp");
+    let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", source, "-ldl", "-o"];
+    let made = Process::new(compiler).args(flags).arg(&library).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let mut child = Process::new(std::env::current_exe().unwrap());
+    child.args(tests).args(["--nocapture", "--skip", "emulators_driver"]).envs(variables.iter().copied());
+    child.env("LD_LIBRARY_PATH", dir.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
+    let out = child.env_remove("EDM2K_NO_GPU").output().unwrap();
+    (String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned(), out.status.success())
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn all_of_it_with_the_emulators_driver() {
+    for early in [&[][..], &[("DRIVER_EARLY", "1")]] {
+        let (said, passed) = with_driver(&[], early);
+        assert!(passed && !said.contains("skipped") && said.contains("8 passed"), "{said}");
+    }
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn old_drivers_and_cards_are_refused_by_the_emulators_driver_too() {
+    let test = ["memory_keeps_what_was_written_at_any_offset_and_size"];
+    for (variable, why) in [
+        ("DRIVER_OLD", "the NVIDIA driver is for CUDA 11.4, needs 12.4 or newer"),
+        ("DRIVER_OLD_CARD", "Emulated Card (cuda:0): compute capability 7.0, needs 8.0 or newer (RTX 30, A100)"),
+    ] {
+        let (said, passed) = with_driver(&test, &[(variable, "1")]);
+        assert!(passed && said.contains(&format!("skipped on a GPU: {why}")), "{said}");
+    }
 }

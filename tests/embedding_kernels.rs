@@ -1,12 +1,15 @@
-//! The embedding, the scales of all blocks and their gradients, on the emulator, against the CPU backend
+//! The embedding, the scales of all blocks and their gradients, on the emulator and a GPU, against the CPU backend
 //! on random data: in f16 and bf16, in three thread orders, in the normal and in the checked build.
 //!
 //! Everything is f32 but the effective weights, and those of the tests are numbers that 16 bits hold, so
 //! that the twin has the same: what differs is the order of sums.
+#![cfg(any(feature = "emulator", feature = "cuda"))]
 
+mod common;
+
+use common::{Kernels, Memory};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
-use edm2k::backend::gpu::emulated::{Build, Emulator, Memory, Order};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::weights::Effective;
 use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, Normalization, Slot};
@@ -17,20 +20,18 @@ use half::{bf16, f16};
 /// Sums of up to 1000 values in f32.
 const BOUND: f64 = 1e-5;
 
-/// Runs a check in both precisions, three thread orders, both builds.
+/// Runs a check in both precisions: on the emulator in three thread orders and both builds, and on a GPU.
 fn everywhere(check: impl Fn(&Device)) {
-    for build in [Build::Normal, Build::Checked] {
-        for order in [Order::Forward, Order::Reversed, Order::Random(7)] {
-            for precision in [Precision::F16, Precision::Bf16] {
-                let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
-                check(&Device { emulator, precision, name: format!("{build:?} {order:?} {precision:?}") });
-            }
+    for kernels in common::everywhere() {
+        for precision in [Precision::F16, Precision::Bf16] {
+            let name = format!("{} {precision:?}", kernels.name);
+            check(&Device { kernels: kernels.clone(), precision, name });
         }
     }
 }
 
 struct Device {
-    emulator: Emulator,
+    kernels: Kernels,
     precision: Precision,
     name: String,
 }
@@ -39,20 +40,20 @@ impl Device {
     fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
         for launch in launches {
             // SAFETY: each test allocates what the launch's function says; the checked build controls it.
-            let counters = unsafe { self.emulator.run(launch) }.unwrap_or_else(|e| panic!("{}: {e}", self.name));
-            assert_eq!(counters.bank_conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
+            let conflicts = unsafe { self.kernels.run(launch) };
+            assert_eq!(conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
         }
     }
 
     fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.emulator.alloc(size_of_val(values)).unwrap();
-        memory.upload(0, values).unwrap();
+        let memory = self.kernels.alloc(size_of_val(values));
+        memory.upload(0, values);
         memory
     }
 
     /// Room for f32 values, which are NaN.
     fn empty(&self, values: usize) -> Memory {
-        self.emulator.alloc(4 * values).unwrap()
+        self.kernels.alloc(4 * values)
     }
 
     /// The nearest 16-bit value: its bits, and itself.
@@ -110,7 +111,7 @@ fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
 
 fn read(memory: &Memory) -> Vec<f32> {
     let mut values = vec![0.0; memory.bytes() / 4];
-    memory.download(0, &mut values).unwrap();
+    memory.download(0, &mut values);
     values
 }
 
@@ -327,7 +328,7 @@ fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
     // The gradients, twice added to what was there.
     let backward = || {
         let (arena, grad_emb) = (d.upload(&start), d.empty(n * emb));
-        let scratch = d.emulator.alloc(scales.scratch(n)).unwrap();
+        let scratch = d.kernels.alloc(scales.scratch(n));
         let memory = ScaleGrads {
             emb: emb_memory.ptr(),
             scales: grad.ptr(),

@@ -647,6 +647,45 @@ impl Runtime for Cuda {
         device.require(unsafe { result::graph::upload(graph, device.commands) })?;
         Ok(Box::new(recorded))
     }
+
+    fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError> {
+        let device = &self.0;
+        device.bind()?;
+        let mut events = Timers(Vec::new());
+        // All is given before anything is waited for: the device does not wait for the host in between.
+        for _ in 0..repeats {
+            before.run()?;
+            device.require(events.record(device.commands))?;
+            work.run()?;
+            device.require(events.record(device.commands))?;
+        }
+        device.wait()?;
+        // SAFETY: recorded, and the stream is idle.
+        let seconds = |pair: &[sys::CUevent]| unsafe { result::event::elapsed(pair[0], pair[1]) }.map(f64::from);
+        let milliseconds: Result<Vec<f64>, _> = events.0.chunks(2).map(seconds).collect();
+        Ok(device.require(milliseconds)?.into_iter().map(|x| x * 1e-3).collect())
+    }
+}
+
+/// Events that know the time.
+struct Timers(Vec<sys::CUevent>);
+
+impl Timers {
+    fn record(&mut self, stream: sys::CUstream) -> Result<(), DriverError> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+        self.0.push(event);
+        // SAFETY: a live event and stream.
+        unsafe { result::event::record(event, stream) }
+    }
+}
+
+impl Drop for Timers {
+    fn drop(&mut self) {
+        for event in self.0.drain(..) {
+            // SAFETY: made by us, destroyed once.
+            let _ = unsafe { result::event::destroy(event) };
+        }
+    }
 }
 
 #[cfg(test)]
