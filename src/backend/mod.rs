@@ -266,7 +266,7 @@ pub trait Backend: Sized {
     ///
     /// A device may record what `body` asks for when it first meets `key` with inputs of these shapes, and replay
     /// that from then on. So what `body` does depends on nothing else, and it downloads nothing; it may be called
-    /// several times. The results are overwritten by the next run with this key.
+    /// several times.
     fn planned(
         &mut self,
         key: &str,

@@ -14,6 +14,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -39,7 +40,7 @@ use crate::data::dataset::{Dataset, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
 use crate::sample::SampleError;
-use batch::Batches;
+use batch::{Batch, Batches};
 use checkpoint::Checkpoint;
 use stats::StatsFile;
 
@@ -279,23 +280,37 @@ pub fn train<B: Backend>(
     let stats_path = dir.join("stats.jsonl");
     let stats = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
     let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
-    let mut run = Run {
-        backend,
-        net: model.net,
-        meta: model.meta,
-        settings,
-        plan,
-        batches: Batches::new(data.train, settings),
-        data,
-        before: state.seconds,
-        last_status: (Instant::now(), state.nimg),
-        state,
-        started: Instant::now(),
-        stats,
-        rounds,
-    };
-    run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
-    run.go(stop, event)
+    // A thread makes batches ahead, so that the device does not wait for its data.
+    let (sender, batches) = sync_channel(2);
+    let (mut source, nimg) = (Batches::new(data.train, settings), state.nimg);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut micro_batches = (nimg..).step_by(settings.batch as usize).flat_map(|first| {
+                let end = first + settings.batch;
+                let firsts = (first..end).step_by(plan.batch_gpu as usize);
+                firsts.map(move |first| (first, plan.batch_gpu.min(end - first) as usize))
+            });
+            // It ends when nobody waits for batches any more.
+            micro_batches.find(|&(first, n)| sender.send(source.get(first, n)).is_err());
+        });
+        let mut run = Run {
+            backend,
+            net: model.net,
+            meta: model.meta,
+            settings,
+            plan,
+            batches,
+            data,
+            before: state.seconds,
+            last_status: (Instant::now(), state.nimg),
+            state,
+            started: Instant::now(),
+            stats,
+            rounds,
+        };
+        run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
+        run.go(stop, event)
+    })
 }
 
 /// Removes what a killed process left half written.
@@ -357,7 +372,7 @@ struct Run<'a, B: Backend> {
     meta: ModelMeta,
     settings: &'a Settings,
     plan: &'a Plan,
-    batches: Batches<'a>,
+    batches: Receiver<Batch>,
     data: Splits<'a>,
     state: State,
     before: f64,
@@ -408,21 +423,16 @@ impl<B: Backend> Run<'_, B> {
         let s = self.settings;
         let [h, w, c] = self.data.train.shape();
         let lr = s.learning_rate().at(self.state.nimg);
-        let mut loss = 0.0;
         let end = self.state.nimg + s.batch;
-        let mut first = self.state.nimg;
-        while first < end {
-            let n = self.plan.batch_gpu.min(end - first);
-            let batch = self.batches.get(first, n as usize);
-            first += n;
+        let mut losses = Vec::new();
+        for _ in 0..self.rounds {
+            let batch = self.batches.recv().expect("batches are made as long as they are asked for");
             let images = [batch.n, h, w, c];
             let mut inputs =
                 vec![(images, &batch.clean[..]), (images, &batch.noisy[..]), ([batch.n, 1, 1, 1], &batch.sigma[..])];
             let labels = [batch.n, 1, 1, s.config.label_dim];
             inputs.extend(batch.labels.as_ref().map(|values| (labels, &values[..])));
-            let b = &mut *self.backend;
-            let per_image = micro_batch(b, &self.net, &inputs)?;
-            loss += b.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+            losses.push(micro_batch(self.backend, &self.net, &inputs)?);
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -434,6 +444,11 @@ impl<B: Backend> Run<'_, B> {
             rounds: self.rounds,
             ema_betas: &betas,
         })?;
+        // Only now: a device computes on while the host gets the next micro-batch ready.
+        let mut loss = 0.0;
+        for per_image in losses {
+            loss += self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+        }
         self.state.nimg = end;
         self.state.step += 1;
         self.state.seconds = self.before + self.started.elapsed().as_secs_f64();

@@ -78,7 +78,8 @@ struct Recording {
 
 struct Plan {
     inputs: Vec<Tensor>,
-    outputs: Vec<Tensor>,
+    /// Where the results lie in the workspace, until its next use.
+    outputs: Vec<(DevicePtr, Shape, Format)>,
     _constants: Vec<Tensor>,
     graph: Box<dyn Graph>,
     operations: Vec<(Work, Vec<Command>)>,
@@ -471,11 +472,11 @@ impl Gpu {
     }
 
     fn record(&mut self, inputs: &[Input], body: &mut Body<Self>) -> Result<Plan, DeviceError> {
-        let own = |gpu: &Self, shape: Shape, format| -> Result<Tensor, DeviceError> {
-            let memory = gpu.runtime.allocate(bytes_of(shape, format), "inputs and results")?;
-            Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
+        let own = |(shape, _): &Input| -> Result<Tensor, DeviceError> {
+            let memory = self.runtime.allocate(bytes_of(*shape, Format::F32), "inputs")?;
+            Ok(Tensor::new(*shape, Format::F32, None, Buffer::Own(memory)))
         };
-        let inputs = inputs.iter().map(|(shape, _)| own(self, *shape, Format::F32)).collect::<Result<Vec<_>, _>>()?;
+        let inputs = inputs.iter().map(own).collect::<Result<Vec<_>, _>>()?;
         // Any address will do until the size is known.
         let nowhere = DevicePtr(1 << 40);
         let (first, _) = self.trace(nowhere, HashMap::new(), &inputs, body)?;
@@ -489,15 +490,8 @@ impl Gpu {
             self.workspace = Some(self.runtime.allocate(bytes, "activations")?);
         }
         let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
-        let (mut recording, made) = self.trace(base, known, &inputs, body)?;
-        // What is returned outlives the workspace's next use.
-        let mut outputs = Vec::new();
-        for t in made {
-            let out = own(self, t.shape(), t.format())?;
-            let copy = Command::Copy { from: t.ptr(), to: out.ptr(), bytes: t.bytes() };
-            recording.operations.push((Work::new("result", t.shape(), 2 * t.bytes()), vec![copy]));
-            outputs.push(out);
-        }
+        let (recording, made) = self.trace(base, known, &inputs, body)?;
+        let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
         let Recording { operations, accumulates, constants, .. } = recording;
         let commands: Vec<Command> = operations.iter().flat_map(|(_, commands)| commands).cloned().collect();
         let cost = Cost {
@@ -629,7 +623,14 @@ impl Backend for Gpu {
             self.params.begin_accumulation(&*self.runtime)?;
         }
         plan.graph.run()?;
-        Ok(plan.outputs.clone())
+        let result = |&(from, shape, format): &(DevicePtr, Shape, Format)| {
+            let bytes = bytes_of(shape, format);
+            let memory = self.runtime.allocate(bytes, "results")?;
+            // SAFETY: the plan's workspace holds as many bytes there.
+            unsafe { self.runtime.run(&Command::Copy { from, to: memory.ptr(), bytes })? };
+            Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
+        };
+        plan.outputs.iter().map(result).collect()
     }
 
     fn table(&self) -> &ParamTable {
