@@ -52,7 +52,7 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
     part verify-f16 60 bin/edm2k verify tests/golden --device cuda
     part verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
     part engine 150 bin/engine $test
-    part bench 120 bin/edm2k bench --device cuda
+    part bench 120 bin/edm2k bench --device cuda --kernels
 
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
     if [ -n "$sanitizer" ]; then
@@ -74,6 +74,6 @@ echo "==== edm2k $(cat commit 2>/dev/null), $(date -u +%FT%TZ), $SECONDS s"
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1
 cat "$summary"
 echo "---- bench"
-tail -n 20 "$logs/bench.txt" 2>/dev/null | cut -c 1-160
+tail -n 60 "$logs/bench.txt" 2>/dev/null | cut -c 1-160
 [ "$failed" -eq 0 ] && echo "==== all ok" || echo "==== NOT all ok; the logs are in $logs"
 exit "$failed"
