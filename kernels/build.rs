@@ -136,15 +136,19 @@ pub fn build() -> Result<(), String> {
         return Err(errors.join("\n\n"));
     }
 
+    let mut fatbins = Vec::new();
     for job in &jobs {
-        println!("cargo:rerun-if-changed={}", job.fatbin.display()); // gone: made again
+        let name = job.source.with_extension("fatbin");
+        let copy = out.join(name.file_name().unwrap_or_default());
+        fs::copy(&job.fatbin, &copy).map_err(|e| format!("{}: {e}", copy.display()))?;
+        fatbins.push(format!("fatbin!({copy:?})"));
     }
-    let list = |items: Vec<String>| items.join(", ");
-    let archs = list(archs.iter().map(u32::to_string).collect());
-    let fatbins = list(jobs.iter().map(|job| format!("fatbin!({:?})", job.fatbin)).collect());
+    let archs: Vec<_> = archs.iter().map(u32::to_string).collect();
     let code = format!(
-        "const COMPILER: &str = {version:?};\nconst ARCHS: &[u32] = &[{archs}];\n\
-         static FATBINS: &[&Fatbin<[u8]>] = &[{fatbins}];\n"
+        "const COMPILER: &str = {version:?};\nconst ARCHS: &[u32] = &[{}];\n\
+         static FATBINS: &[&Fatbin<[u8]>] = &[{}];\n",
+        archs.join(", "),
+        fatbins.join(", ")
     );
     fs::write(out.join("fatbins.rs"), code).map_err(|e| format!("{}: {e}", out.display()))
 }
