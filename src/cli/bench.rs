@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Normalization, Slot, Step};
+use edm2k::codec::{Decoder, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{ParamTable, Precond};
 use edm2k::rng::{Purpose, Stream};
@@ -118,6 +119,18 @@ pub fn run(args: BenchArgs) -> Result<()> {
         b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale: 1.0, rounds: 1, ema_betas: &[] })?;
         Ok(())
     })?;
+    drop((b, x, sigma, labels));
+
+    if config.img_channels == LATENTS {
+        let mut b = Cpu::<f32>::for_codec();
+        let (decoder, macs) = Decoder::random(&mut b, height, width)?;
+        let mut latent = vec![0.0; height * width * LATENTS];
+        Stream::new(0, Purpose::SampleNoise, 0).normals(&mut latent);
+        measure("SD-VAE decode, one image".into(), macs as f64, &mut || {
+            decoder.decode(&mut b, [height, width], &latent)?;
+            Ok(())
+        })?;
+    }
     if args.json {
         let report = serde_json::json!({
             "preset": name, "height": height, "width": width, "device": "cpu", "threads": threads,
