@@ -1,6 +1,7 @@
 //! EDM2 diffusion models, trained and sampled without a deep-learning framework.
 
 pub mod backend;
+pub mod codec;
 pub mod condition;
 pub mod data;
 pub mod formats;

@@ -20,7 +20,8 @@ fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
         bounds: Bounds::F32,
     };
     let mut outcomes = Vec::new();
-    let summary = verify(dir, &device, &mut |outcome| outcomes.push(outcome.clone())).unwrap();
+    let summary =
+        verify(dir, &device, Some(&Cpu::<f32>::for_codec), &mut |outcome| outcomes.push(outcome.clone())).unwrap();
     (summary, outcomes)
 }
 

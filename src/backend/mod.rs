@@ -18,6 +18,7 @@
 //! * Operations do not fail by themselves; a device's error comes out of the next call that
 //!   returns a `Result`.
 
+pub mod codec;
 pub mod cpu;
 pub mod gpu;
 

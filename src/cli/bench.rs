@@ -10,6 +10,7 @@ use edm2k::backend::gpu::engine::{Gpu, Work};
 use edm2k::backend::gpu::limits::{self, Limits};
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Backend, Normalization, Shape, Slot, Step};
+use edm2k::codec::{Decoder, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{ParamTable, Precond};
 use edm2k::rng::{Purpose, Stream};
@@ -142,7 +143,21 @@ impl Bench<'_> {
         }
         drop(b);
         let mut b = Cpu::<f32>::for_training(&self.table, 0);
-        self.training(&mut b, 1, 1, &|_| peak_mib())
+        self.training(&mut b, 1, 1, &|_| peak_mib())?;
+        drop(b);
+        if self.net.config.img_channels != LATENTS {
+            return Ok(());
+        }
+        let mut b = Cpu::<f32>::for_codec();
+        let (decoder, macs) = Decoder::random(&mut b, self.size[0], self.size[1])?;
+        let size = self.size;
+        let mut latent = vec![0.0; size[0] * size[1] * LATENTS];
+        Stream::new(0, Purpose::SampleNoise, 0).normals(&mut latent);
+        let mut run = || {
+            decoder.decode(&mut b, size, &latent)?;
+            Ok(())
+        };
+        self.measure("SD-VAE decode, one image".into(), [macs as f64, 1.0], &mut run, peak_mib)
     }
 
     fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {

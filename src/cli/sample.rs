@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::{Backend, Normalization, Slot};
+use edm2k::codec::{CodecFile, LATENTS};
 use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
@@ -38,7 +39,8 @@ Examples:
       --condition-model conditions.safetensors
   edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
       --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
-  edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234")]
+  edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234
+  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3")]
 pub struct SampleArgs {
     /// Model file
     #[arg(long, value_name = "FILE")]
@@ -52,6 +54,9 @@ pub struct SampleArgs {
     /// Width and height of the images, or latents [default: what the model was trained on]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
+    /// Autoencoder that makes pictures of latents: an SD-VAE, or a TAESD for quick previews
+    #[arg(long, value_name = "FILE")]
+    vae: Option<PathBuf>,
     /// Images at a time; changes speed and memory, not the images
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
     batch: u16,
@@ -167,12 +172,14 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         Some(Seeds(seeds)) => seeds.clone(),
         None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
     };
+    let mut decode = decoder(&args, &model, size)?;
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
-    job.claim_outputs()?;
+    job.claim_outputs(decode.is_some())?;
     match args.device.open()? {
-        Engine::Cpu => job.run(gnet.as_ref(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
-        Engine::Gpu(runtime) => job
-            .run(gnet.as_ref(), false, &|table| Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)),
+        Engine::Cpu => job.run(gnet.as_ref(), decode.as_mut(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
+        Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
+            Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
+        }),
     }
 }
 
@@ -194,6 +201,23 @@ pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> any
     model.upload(&mut backend, Slot::Weight)?;
     backend.prepare(Slot::Weight, Normalization::Eval)?;
     Ok(backend)
+}
+
+/// Makes a picture of what the network made.
+type Decode = Box<dyn FnMut(&[f32]) -> anyhow::Result<Picture>>;
+
+/// How pictures are made; none for latents without an autoencoder, which runs on the CPU whatever the device.
+fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result<Option<Decode>> {
+    let latents = model.meta.encoder == Encoder::SdVae && model.net.config.img_channels == LATENTS;
+    let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
+    let Some(path) = &args.vae else {
+        let plain: Decode = Box::new(move |image| Ok(Picture::from_model(size[0], size[1], image)));
+        return Ok(pixels.then_some(plain));
+    };
+    ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
+    let mut cpu = Cpu::<f32>::for_codec();
+    let decoder = CodecFile::open(path).and_then(|file| file.decoder(&mut cpu)).context("--vae")?;
+    Ok(Some(Box::new(move |latent| Ok(decoder.decode(&mut cpu, size, latent)?))))
 }
 
 fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditions> {
@@ -319,11 +343,6 @@ struct Job<'a> {
 const GRID: usize = 1024;
 
 impl Job<'_> {
-    /// Whether images are pixels rather than latents.
-    fn pictures(&self) -> bool {
-        self.model.meta.encoder == Encoder::Rgb && self.model.net.config.img_channels == 3
-    }
-
     fn picture_file(&self, seed: u64) -> PathBuf {
         self.args.outdir.join(format!("{seed:06}.png"))
     }
@@ -341,7 +360,7 @@ impl Job<'_> {
     }
 
     /// Makes the directory, and refuses to overwrite before anything is computed.
-    fn claim_outputs(&self) -> anyhow::Result<()> {
+    fn claim_outputs(&self, pictures: bool) -> anyhow::Result<()> {
         let dir = &self.args.outdir;
         fs::create_dir_all(dir).with_context(|| format!("--outdir {}", dir.display()))?;
         let probe = dir.join(".edm2k.tmp");
@@ -350,8 +369,8 @@ impl Job<'_> {
         if self.args.overwrite {
             return Ok(());
         }
-        let mut files = if self.pictures() { vec![self.grid_file()] } else { vec![self.latents_file()] };
-        if self.pictures() {
+        let mut files = if pictures { vec![self.grid_file()] } else { vec![self.latents_file()] };
+        if pictures {
             files.extend(self.seeds.iter().map(|&seed| self.picture_file(seed)));
             if self.args.save_steps {
                 files.extend(self.seeds.iter().map(|&seed| self.steps_file(seed)));
@@ -381,17 +400,21 @@ impl Job<'_> {
         if let Some(gnet) = &self.args.gnet {
             all["gnet"] = gnet.display().to_string().into();
         }
+        if let Some(vae) = &self.args.vae {
+            all["vae"] = vae.display().to_string().into();
+        }
         if let Some(vae) = self.args.condition_model.as_ref().filter(|_| !self.conditions.origins.is_empty()) {
             all["condition_model"] = vae.display().to_string().into();
         }
         all
     }
 
-    /// Samples on the backends that `new` makes. `steps_show`: whether a step takes so long that people want to see
+    /// Samples on the backends that `new` makes; makes pictures by `decode`, or keeps the latents. `steps_show`: whether a step takes so long that people want to see
     /// it; a device that runs all steps as one plan cannot show them.
     fn run<B: Backend>(
         &self,
         gnet: Option<&Model>,
+        mut decode: Option<&mut Decode>,
         steps_show: bool,
         new: &dyn Fn(&ParamTable) -> anyhow::Result<B>,
     ) -> anyhow::Result<()> {
@@ -433,9 +456,10 @@ impl Job<'_> {
                 bar.inc(self.config.steps as u64);
             }
             for (i, (&seed, image)) in seeds.iter().zip(images.chunks(values)).enumerate() {
-                if self.pictures() {
-                    let picture = Picture::from_model(height, width, image);
-                    self.save_picture(at + i, seed, &picture, &steps[i])?;
+                if let Some(decode) = &mut decode {
+                    let picture = decode(image)?;
+                    let steps: anyhow::Result<Vec<_>> = steps[i].chunks(values).map(decode).collect();
+                    self.save_picture(at + i, seed, &picture, &steps?)?;
                     pictures.push(picture);
                     pictures.truncate(GRID);
                 } else {
@@ -451,21 +475,22 @@ impl Job<'_> {
         bar.finish_and_clear();
         let seconds = started.elapsed().as_secs_f64();
         let rate = bar.length().unwrap_or(0) as f64 / seconds;
-        let target = if self.pictures() {
+        let target = if decode.is_some() {
             self.save_grid(&pictures)?
         } else {
             println!(
-                "The images are latents of an autoencoder that this version cannot decode yet; they are kept as they are."
+                "The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them."
             );
             self.save_latents(&latents, &latent_steps)?
         };
+        let [height, width] = pictures.first().map_or(self.size, |picture| [picture.height(), picture.width()]);
         let count = self.seeds.len();
         let target = target.display();
         println!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s): {target}");
         Ok(())
     }
 
-    fn save_picture(&self, k: usize, seed: u64, picture: &Picture, steps: &[f32]) -> anyhow::Result<()> {
+    fn save_picture(&self, k: usize, seed: u64, picture: &Picture, steps: &[Picture]) -> anyhow::Result<()> {
         let mut about = self.parameters();
         about["seed"] = seed.into();
         about["condition"] = self.condition(k).map_or(Value::Null, |row| self.conditions.origins[row].clone());
@@ -473,10 +498,7 @@ impl Job<'_> {
         let text = [("Software", SOFTWARE), ("edm2k", about.as_str())];
         picture.save(&self.picture_file(seed), &text)?;
         if self.args.save_steps {
-            let [height, width] = self.size;
-            let each = steps.chunks(height * width * 3).map(|x| Picture::from_model(height, width, x));
-            let each: Vec<_> = each.collect();
-            Picture::grid(&each, each.len()).save(&self.steps_file(seed), &text)?;
+            Picture::grid(steps, steps.len()).save(&self.steps_file(seed), &text)?;
         }
         Ok(())
     }

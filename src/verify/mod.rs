@@ -11,8 +11,10 @@
 //! [`FACTOR`] times that: as much rounding again as the reference has itself, at another order of summation.
 //! A tensor of few values is one draw of that rounding, not its size, so for fewer than [`FEW`] values the worst
 //! tensor of the same quantity counts. Operations that were computed in float64 have no such entry; the floor of
-//! [`Bounds`] is theirs. No bound exceeds the contract of the quantity.
+//! [`Bounds`] is theirs, times sqrt(n) for an autoencoder of n convolutions. No bound exceeds the contract of the
+//! quantity.
 
+mod codec;
 mod network;
 mod ops;
 mod sampling;
@@ -27,9 +29,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::backend::codec::CodecBackend;
 use crate::backend::gpu::launch::Precision;
 use crate::backend::gpu::runtime::DeviceError;
 use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
+use crate::codec::CodecError;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::model::{Config, ConfigError, ParamId, ParamTable};
 
@@ -215,6 +219,9 @@ pub enum VerifyError {
         /// What is wrong with it.
         source: ConfigError,
     },
+    /// An autoencoder's file.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -225,11 +232,17 @@ pub enum VerifyError {
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
-/// Replays a directory on a device; `report` sees each outcome as it comes.
+/// Replays a directory on a device; `report` sees each outcome as it comes. `codec` makes what runs the
+/// autoencoders, if the device can.
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
-pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut(&Outcome)) -> Result<Summary> {
+pub fn verify<B: Backend, C: CodecBackend>(
+    dir: &Path,
+    device: &Device<B>,
+    codec: Option<&dyn Fn() -> C>,
+    report: &mut dyn FnMut(&Outcome),
+) -> Result<Summary> {
     let entries = std::fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
     let entries = entries.map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
     let mut names: Vec<String> = entries.iter().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
@@ -264,6 +277,20 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
             }
         }
     }
+    type ReplayCodec<'a, B, C> = fn(&mut Session<'a, B>, &mut C) -> Result<()>;
+    let codecs: [(&str, ReplayCodec<B, C>); 2] = [("vae", codec::sd_vae), ("taesd", codec::taesd)];
+    for (stem, replay) in codecs {
+        let file = format!("{stem}.safetensors");
+        let needs = [format!("{stem}_model.safetensors"), file.clone()];
+        match (needs.iter().find(|need| !names.contains(need)), codec) {
+            (Some(absent), _) => s.skip(file, format!("{absent} is absent")),
+            (None, None) => s.skip(file, "this device runs no autoencoders"),
+            (None, Some(codec)) => {
+                known += 1;
+                replay(&mut s, &mut codec())?;
+            }
+        }
+    }
     match names.iter().any(|name| name == "phema.json") {
         true => {
             known += 1;
@@ -276,7 +303,10 @@ pub fn verify<B: Backend>(dir: &Path, device: &Device<B>, report: &mut dyn FnMut
         return Err(VerifyError::Directory { path: dir.into(), what });
     }
     for name in names {
-        let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()));
+        let of_codec =
+            |stem: &&str| name == format!("{stem}.safetensors") || name == format!("{stem}_model.safetensors");
+        let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()))
+            || codecs.iter().any(|(stem, _)| of_codec(stem));
         let about = ["README.md", "configs.json", "tolerances.json", "phema.json", "phema.safetensors"];
         let numbered = name.starts_with("tiny_train_step") || name.starts_with("tiny_train_accum");
         // Read by the tests of the import, which computes nothing.
@@ -546,16 +576,20 @@ impl Array {
         }
     }
 
-    fn upload<B: Backend>(&self, b: &mut B) -> B::Tensor {
-        let shape = self.nhwc();
-        let [n, h, w, c] = shape;
+    /// Its values in the order of [`Array::nhwc`].
+    fn nhwc_values(&self) -> Vec<f32> {
+        let [n, h, w, c] = self.nhwc();
         let mut values = Vec::with_capacity(self.values.len());
         for image in 0..n {
             for pixel in 0..h * w {
                 values.extend((0..c).map(|i| self.values[(image * c + i) * h * w + pixel] as f32));
             }
         }
-        b.upload(shape, &values)
+        values
+    }
+
+    fn upload<B: Backend>(&self, b: &mut B) -> B::Tensor {
+        b.upload(self.nhwc(), &self.nhwc_values())
     }
 
     /// Each value times the factor of its channel, the second dimension.
@@ -572,15 +606,18 @@ impl Array {
 
 /// Copies an activation to the host, in PyTorch's layout.
 fn download<B: Backend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
-    let [n, h, w, c] = b.shape(t);
-    let values = b.download(t)?;
+    Ok(planar(&b.download(t)?, b.shape(t)))
+}
+
+/// NHWC values of this shape in PyTorch's layout.
+fn planar(values: &[f32], [n, h, w, c]: Shape) -> Vec<f64> {
     let mut out = Vec::with_capacity(values.len());
     for image in 0..n {
         for channel in 0..c {
             out.extend((0..h * w).map(|pixel| f64::from(values[(image * h * w + pixel) * c + channel])));
         }
     }
-    Ok(out)
+    out
 }
 
 fn param<B: Backend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f64>> {

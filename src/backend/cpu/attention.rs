@@ -58,14 +58,18 @@ fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
     let mut s = vec![T::zero(); tokens * tokens];
     let scale = T::of(1.0 / (c as f64).sqrt());
     matmul((tokens, tokens, c), &mut s, false, Mat::new(&q.values, c), Mat::new(&k.values, c).t(), scale, Threads::One);
-    for row in s.chunks_exact_mut(tokens) {
-        let max = row.iter().fold(T::neg_infinity(), |a, &b| a.max(b));
-        row.iter_mut().for_each(|x| *x = (*x - max).exp_simd());
-        let sum = row.iter().fold(T::zero(), |a, &b| a + b);
-        let inverse = T::one() / sum;
-        row.iter_mut().for_each(|x| *x *= inverse);
-    }
+    s.chunks_exact_mut(tokens).for_each(softmax);
     s
+}
+
+/// Makes probabilities of scores.
+#[inline(always)]
+pub fn softmax<T: Real>(row: &mut [T]) {
+    let max = row.iter().fold(T::neg_infinity(), |a, &b| a.max(b));
+    row.iter_mut().for_each(|x| *x = (*x - max).exp_simd());
+    let sum = row.iter().fold(T::zero(), |a, &b| a + b);
+    let inverse = T::one() / sum;
+    row.iter_mut().for_each(|x| *x *= inverse);
 }
 
 /// Runs `f(image's qkv, head, result)` for each image and head, then interleaves the heads' results

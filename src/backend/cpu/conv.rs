@@ -4,17 +4,22 @@
 //! convolution is three matrix products, one for each row of taps, whose left matrix has rows of
 //! 3 C values that overlap: nothing is copied but the input itself, once, into rows that are
 //! separated by a zero pixel (right edge of one row and left edge of the next) and images that are
-//! separated by a zero row. Concatenation, scaling and mp_silu happen during that copy.
+//! separated by a zero row. Concatenation, scaling and activations happen during that copy.
 //!
 //! ```text
 //! y[m, :] = sum over dy of  x[m + dy*(w+1) .. + 3, :]  (3C values)  times  W[dy]  (3C x Cout)
 //! ```
 //!
-//! Cost: 9 C Cout multiply-adds a pixel (1x1: C Cout), 1 in w+1 of them wasted on the zero pixel. The
-//! work is cut into bands of image rows, so that a band's input stays in cache; few-pixel layers
-//! are one band and the product itself is spread over the threads.
+//! With stride 2 the rows of the left matrix begin two pixels apart, and even and odd image rows are
+//! copied apart, so that the rows that one tap needs follow each other. A 3x3 kernel on an image that
+//! was enlarged by two (nearest neighbour) sees 2x2 pixels of the original, each through the sum of the
+//! taps that fall on it: four products with 2x2 kernels, one for each place in the enlarged pixel.
+//!
+//! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), 1 in w+1 of them wasted on the
+//! zero pixel. The work is cut into bands of image rows, so that a band's input stays in cache; few-pixel
+//! layers are one band and the product itself is spread over the threads.
 
-use super::real::{Mat, Real, Threads, matmul, simd};
+use super::real::{Mat, Real, Threads, matmul, matmul_strided, simd};
 use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
 use rayon::prelude::*;
@@ -32,65 +37,122 @@ pub struct Rows<'a, T> {
     pub read: &'a (dyn Fn(usize, &mut [T]) + Sync),
 }
 
-/// The rows `first..first + count` of a batch, copied with the zero pixels and rows around them, and a zero pixel
-/// after all of them.
+/// Which pixels a result sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Taps in each direction.
+    side: usize,
+    /// Pixels from one result to the next in each direction; height and width are multiples of it.
+    stride: usize,
+    /// Results in each direction for one pixel, each with a kernel of its own.
+    scale: usize,
+    /// Pixels that the first tap of an image's first result lies above and left of the image.
+    before: usize,
+    /// Zero pixels between two rows, and zero rows between two images.
+    gap: usize,
+}
+
+impl Window {
+    /// 1x1.
+    pub const POINT: Self = Self { side: 1, stride: 1, scale: 1, before: 0, gap: 0 };
+    /// 3x3, zeros around the image.
+    pub const SAME: Self = Self { side: 3, stride: 1, scale: 1, before: 1, gap: 1 };
+    /// 3x3 for every second pixel in every second row, zeros right and below.
+    pub const DOWN: Self = Self { side: 3, stride: 2, scale: 1, before: 0, gap: 2 };
+    /// 3x3 for every second pixel in every second row, zeros left and above.
+    pub const HALVE: Self = Self { side: 3, stride: 2, scale: 1, before: 1, gap: 2 };
+    /// 3x3 on the image enlarged by two: the kernels of [`enlarging`].
+    pub const DOUBLE: Self = Self { side: 2, stride: 1, scale: 2, before: 1, gap: 1 };
+
+    /// The window of a kernel of 9 or 1 taps without stride.
+    pub fn of_taps(taps: usize) -> Self {
+        if taps == 1 { Self::POINT } else { Self::SAME }
+    }
+
+    /// Shape of the result: `cout` channels for an input of `shape`.
+    pub fn result(self, [n, h, w, _]: Shape, cout: usize) -> Shape {
+        [n, h / self.stride * self.scale, w / self.stride * self.scale, cout]
+    }
+}
+
+/// A kernel, its results, and where it is applied.
+#[derive(Clone, Copy)]
+pub struct Filter<'a, T> {
+    /// `[scale * scale][side * side][C][cout]`.
+    pub weight: &'a [T],
+    /// Output channels.
+    pub cout: usize,
+    /// Which pixels it sees.
+    pub window: Window,
+}
+
+/// The rows that results `first..first + count` see, with the zero pixels and rows around them, and zero pixels for
+/// one more result after all of them.
+///
+/// Rows of results are counted over the whole batch; those of [`Window::DOUBLE`] by the pixel that they enlarge.
 struct Band<T: Real> {
     data: Tensor<T>,
+    window: Window,
     /// Values from one pixel to the next: the channels.
     channels: usize,
     /// Pixels from one row to the next.
     pitch: usize,
     /// Rows of an image.
     height: usize,
-    /// Rows of zeros above each image: one, or none for a 1x1 convolution.
-    gap: usize,
-    /// First image row that the band gives results for.
+    /// First row of results that the band is for.
     first: usize,
+    /// Pixels before the odd rows, where the stride parts them from the even ones.
+    odd: usize,
 }
 
 impl<T: Real> Band<T> {
-    /// Image row `row` among the rows of the batch with the zero rows between images.
-    fn padded_row(&self, row: usize) -> usize {
-        row + (row / self.height + 1) * self.gap
+    /// The row of the first tap of results row `row`, among the rows of the batch with the zeros between images.
+    fn top(&self, row: usize) -> usize {
+        let Window { stride, gap, .. } = self.window;
+        let rows = self.height / stride;
+        row / rows * (self.height + gap) + row % rows * stride
     }
 
-    /// First result row of the product that belongs to image row `row`.
+    /// First row of the product that belongs to results row `row`.
     fn result(&self, row: usize) -> usize {
-        (self.padded_row(row) - self.padded_row(self.first)) * self.pitch
+        (self.top(row) - self.top(self.first)) / self.window.stride * (self.pitch / self.window.stride)
     }
 
-    fn new(pool: &Arc<Pool<T>>, rows: &Rows<T>, taps: usize, first: usize, count: usize) -> Self {
-        let [_, h, w, c] = rows.shape;
-        if taps == 1 {
-            let mut data = Tensor::uninit(pool, [1, 1, count * w + 1, c]);
-            simd(|| {
-                let (lines, corner) = data.values_mut().split_at_mut(count * w * c);
-                corner.fill(T::zero());
-                for (i, dst) in lines.chunks_exact_mut(w * c).enumerate() {
-                    (rows.read)(first + i, dst);
+    /// Pixel at which the band's row `line` begins.
+    fn line(&self, line: usize) -> usize {
+        let stride = self.window.stride;
+        line % stride * self.odd + line / stride * self.pitch
+    }
+
+    fn new(pool: &Arc<Pool<T>>, rows: &Rows<T>, window: Window, first: usize, count: usize) -> Self {
+        let [n, height, w, channels] = rows.shape;
+        let Window { side, stride, scale, before, gap } = window;
+        let (data, pitch) = (Tensor::uninit(pool, [0; 4]), w + gap);
+        let mut band = Self { data, window, channels, pitch, height, first, odd: 0 };
+        let top = band.top(first);
+        let lines = band.top(first + count - 1) + side + scale - 1 - top;
+        band.odd = lines.div_ceil(stride) * pitch;
+        let mut data = Tensor::uninit(pool, [1, 1, lines * pitch + gap + stride, channels]);
+        simd(
+            #[inline(always)]
+            || {
+                let values = data.values_mut();
+                values[lines * pitch * channels..].fill(T::zero());
+                for i in 0..lines {
+                    let line = &mut values[band.line(i) * channels..][..pitch * channels];
+                    let (image, y) = ((top + i) / (height + gap), (top + i) % (height + gap));
+                    if image < n && (before..before + height).contains(&y) {
+                        let (left, rest) = line.split_at_mut(before * channels);
+                        let (dst, right) = rest.split_at_mut(w * channels);
+                        left.fill(T::zero());
+                        (rows.read)(image * height + y - before, dst);
+                        right.fill(T::zero());
+                    } else {
+                        line.fill(T::zero());
+                    }
                 }
-            });
-            return Self { data, channels: c, pitch: w, height: h, gap: 0, first };
-        }
-        let pitch = w + 1;
-        let mut band = Self { data: Tensor::uninit(pool, [0; 4]), channels: c, pitch, height: h, gap: 1, first };
-        let top = band.padded_row(first) - 1;
-        let padded = band.padded_row(first + count - 1) + 2 - top;
-        let mut data = Tensor::uninit(pool, [1, 1, padded * pitch + 2, c]);
-        simd(|| {
-            let (lines, corner) = data.values_mut().split_at_mut(padded * pitch * c);
-            corner.fill(T::zero());
-            for (i, line) in lines.chunks_exact_mut(pitch * c).enumerate() {
-                let (edge, dst) = line.split_at_mut(c);
-                edge.fill(T::zero());
-                let (image, y) = ((top + i) / (h + 1), (top + i) % (h + 1));
-                if y == 0 || image * h + y > rows.shape[0] * h {
-                    dst.fill(T::zero());
-                } else {
-                    (rows.read)(image * h + y - 1, dst);
-                }
-            }
-        });
+            },
+        );
         band.data = data;
         band
     }
@@ -114,45 +176,70 @@ fn bands(rows: usize, width: usize) -> (usize, Threads) {
 /// so on the batch, which the bits of an image must not.
 const MAX_SUM: usize = 512;
 
-/// Convolution of `rows` with `weight` `[taps][C][cout]`: calls `done(row, y, out)` for each image row, where `y`
-/// holds w * cout results and `out` is that row's share of `out`.
+/// Convolution of `rows`: calls `done(row, y, out)` for each row of results, where `y` holds its
+/// width * cout values and `out` is that row's share of `out`.
 pub fn conv<T: Real>(
     pool: &Arc<Pool<T>>,
     rows: Rows<T>,
-    weight: &[T],
-    taps: usize,
-    cout: usize,
+    filter: Filter<T>,
     out: &mut [T],
     done: impl Fn(usize, &[T], &mut [T]) + Sync,
 ) {
+    let Filter { weight, cout, window } = filter;
+    let Window { side, stride, scale, .. } = window;
     let [n, h, w, c] = rows.shape;
-    let total = n * h;
+    let (total, w) = (n * h / stride, w / stride);
     if total * w == 0 {
         return;
     }
     let (height, threads) = bands(total, w);
-    let per_row = out.len() / total;
+    let (per_row, k) = (out.len() / total, c * side);
+    let block = k.div_ceil(k.div_ceil(MAX_SUM));
     out.par_chunks_mut(height * per_row).enumerate().for_each(|(i, out)| {
         let first = i * height;
         let count = height.min(total - first);
-        let band = Band::new(pool, &rows, taps, first, count);
+        let band = Band::new(pool, &rows, window, first, count);
         // One row alone would be a product of a vector, which sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
-        let mut y = Tensor::uninit(pool, [1, 1, m, cout]);
-        let (side, k) = (taps.isqrt(), c * taps.isqrt());
-        let block = k.div_ceil(k.div_ceil(MAX_SUM));
-        for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
-            let a = Mat::new(&band.data.values()[dy * band.pitch * c + k0..], c);
-            let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
-            matmul((m, cout, block.min(k - k0)), y.values_mut(), dy + k0 > 0, a, b, T::one(), threads);
-        }
-        simd(|| {
-            for (j, out) in out.chunks_exact_mut(per_row).enumerate() {
-                let start = band.result(first + j);
-                done(first + j, &y.values()[start * cout..][..w * cout], out);
+        let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
+        for (phase, weight) in weight.chunks_exact(side * k * cout).enumerate() {
+            let (py, px) = (phase / scale, phase % scale);
+            let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
+            for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
+                let a = &band.data.values()[(band.line(py + dy) + px) * c + k0..];
+                let a = Mat { rows: stride * c, ..Mat::new(a, c) };
+                let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
+                let shape = (m, cout, block.min(k - k0));
+                matmul_strided(shape, y, scale * cout, dy + k0 > 0, a, b, T::one(), threads);
             }
-        });
+        }
+        simd(
+            #[inline(always)]
+            || {
+                for (j, out) in out.chunks_exact_mut(per_row / scale).enumerate() {
+                    let (row, py) = (first + j / scale, j % scale);
+                    let start = (py * m + band.result(row)) * scale;
+                    done(row * scale + py, &y.values()[start * cout..][..w * scale * cout], out);
+                }
+            },
+        );
     });
+}
+
+/// The four 2x2 kernels `[py][px]` by which the 3x3 `weight` `[9][C][cout]` sees the pixels of an image that is
+/// enlarged by two: those of the results in the upper left, upper right, lower left, lower right.
+pub fn enlarging<T: Real>(weight: &[T]) -> Vec<T> {
+    let tap = weight.len() / 9;
+    let mut out = vec![T::zero(); 16 * tap];
+    for (i, from) in weight.chunks_exact(tap).enumerate() {
+        for phase in 0..4 {
+            // In half p of an enlarged pixel, tap t falls on pixel (t + 1 - p) div 2 of the window.
+            let place = |t: usize, p: usize| (t + 1 - p) / 2;
+            let at = phase * 4 + place(i / 3, phase / 2) * 2 + place(i % 3, phase % 2);
+            out[at * tap..][..tap].iter_mut().zip(from).for_each(|(o, &w)| *o += w);
+        }
+    }
+    out
 }
 
 /// Bytes of weight gradient that the partial sums of [`wgrad`] may take together.
@@ -174,7 +261,7 @@ pub fn wgrad<T: Real>(
 ) {
     let [n, h, w, c] = rows.shape;
     let cout = grad.shape[3];
-    let total = n * h;
+    let (total, window) = (n * h, Window::of_taps(taps));
     let height = (BAND_PIXELS / w).max(1);
     let parts = (total.div_ceil(height)).min(PARTIAL_BYTES / size_of_val(out).max(1)).clamp(1, 16);
 
@@ -185,14 +272,14 @@ pub fn wgrad<T: Real>(
         let mut first = part * per_part;
         while first < end {
             let count = height.min(end - first);
-            let x = Band::new(pool, &rows, taps, first, count);
-            let g = Band::new(pool, &grad, taps, first, count);
+            let x = Band::new(pool, &rows, window, first, count);
+            let g = Band::new(pool, &grad, window, first, count);
             let m = x.result(first + count - 1) + w;
-            for dy in 0..taps.isqrt() {
+            for dy in 0..window.side {
                 // Result row m is pixel m of the band; its gradient is one row and one pixel further
                 // in, where the zero pixels between the rows cancel what the product computes there.
-                let skip = x.gap * (x.pitch + 1) * cout;
-                let k = c * taps.isqrt();
+                let skip = window.before * (x.pitch + 1) * cout;
+                let k = c * window.side;
                 let a = Mat::new(&x.data.values()[dy * x.pitch * x.channels..], c).t();
                 let b = Mat::new(&g.data.values()[skip..], cout);
                 let out = &mut out[dy * k * cout..][..k * cout];
@@ -263,7 +350,8 @@ mod tests {
                         |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
                     let rows = Rows { shape: [n, h, w, c], read: &rows };
                     let mut out = vec![0.0; n * h * w * cout];
-                    conv(&pool, rows, &weight, taps, cout, &mut out, |_, y, out| out.copy_from_slice(y));
+                    let filter = Filter { weight: &weight, cout, window: Window::of_taps(taps) };
+                    conv(&pool, rows, filter, &mut out, |_, y, out| out.copy_from_slice(y));
                     out
                 };
                 let together: Vec<u32> = run(0, 5).iter().map(|x| x.to_bits()).collect();

@@ -5,13 +5,14 @@
 //! `conv` (implicit matrix products), `real` (SIMD, threads) and `tensor` (memory that is reused).
 
 mod attention;
+mod codec;
 mod conv;
 pub(crate) mod real;
 mod tensor;
 mod weights;
 
 use super::*;
-use conv::Rows;
+use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
 use real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, mp_silu_grad};
 use std::sync::Arc;
@@ -117,7 +118,8 @@ impl<T: Real> Cpu<T> {
         let (cout, _, taps) = param.dims();
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let rows = Rows { shape: operand_shape(&x), read: &read };
-        conv::conv(&self.pool, rows, param.effective(), taps, cout, out, done);
+        let filter = Filter { weight: param.effective(), cout, window: Window::of_taps(taps) };
+        conv::conv(&self.pool, rows, filter, out, done);
     }
 
     /// Gradient of a convolution's input; `done(row, g, out)` gets w * cin values a row.
@@ -127,7 +129,8 @@ impl<T: Real> Cpu<T> {
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
         let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
         let rows = Rows { shape: grad.shape(), read: &read };
-        conv::conv(&self.pool, rows, weight.values(), taps, cin, out, done);
+        let filter = Filter { weight: weight.values(), cout: cin, window: Window::of_taps(taps) };
+        conv::conv(&self.pool, rows, filter, out, done);
     }
 }
 

@@ -114,11 +114,26 @@ pub fn matmul<T: Real>(
     beta: T,
     threads: Threads,
 ) {
+    matmul_strided((m, n, k), dst, n, accumulate, a, b, beta, threads);
+}
+
+/// As [`matmul`], with `dst_rows` values from one row of dst to the next.
+#[allow(clippy::too_many_arguments)]
+pub fn matmul_strided<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [T],
+    dst_rows: usize,
+    accumulate: bool,
+    a: Mat<T>,
+    b: Mat<T>,
+    beta: T,
+    threads: Threads,
+) {
     if m == 0 || n == 0 {
         return;
     }
     let last = |x: &Mat<T>, rows: usize, cols: usize| (rows - 1) * x.rows + (cols - 1) * x.cols;
-    assert!(k > 0 && m * n <= dst.len());
+    assert!(k > 0 && n <= dst_rows && (m - 1) * dst_rows + n <= dst.len());
     assert!(last(&a, m, k) < a.data.len() && last(&b, k, n) < b.data.len());
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
@@ -132,7 +147,7 @@ pub fn matmul<T: Real>(
             k,
             dst.as_mut_ptr(),
             1,
-            n as isize,
+            dst_rows as isize,
             accumulate,
             a.data.as_ptr(),
             a.cols as isize,

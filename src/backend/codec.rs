@@ -1,0 +1,93 @@
+//! The operations that the codecs ([`crate::codec`]) are written in, one kernel each.
+//!
+//! Their networks are ordinary ones: convolutions with biases, group norms, SiLU or ReLU. So their
+//! weights are used as stored; a device holds them in whatever layout its convolution reads.
+
+use super::Backend;
+
+/// Where a convolution reads, and how large its result is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// 1x1.
+    Point,
+    /// 3x3, zeros around the image.
+    Same,
+    /// 3x3 on the image enlarged by two (nearest neighbour), zeros around that: twice the size.
+    Double,
+    /// 3x3 with stride 2, zeros right and below only: half the size, which must be even.
+    Down,
+    /// 3x3 with stride 2, zeros around: half the size, which must be even.
+    Halve,
+}
+
+impl Reach {
+    /// Taps of the kernel in each direction.
+    pub fn side(self) -> usize {
+        if self == Self::Point { 1 } else { 3 }
+    }
+}
+
+/// What happens to the input of a convolution as it is read. Zeros around the image stay zeros.
+pub enum Before<'a, T> {
+    /// Nothing.
+    Nothing,
+    /// x * scale + shift, with scale and shift of each image and channel: [n, 1, 2, c].
+    Affine(&'a T),
+    /// silu(x * scale + shift).
+    AffineSilu(&'a T),
+    /// 3 tanh(x / 3).
+    SoftClip,
+}
+
+impl<T> Clone for Before<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Before<'_, T> {}
+
+/// What happens to the result of a convolution and its bias: residual + y, then max(0, y).
+pub struct After<T> {
+    /// To be added; may be overwritten with the result.
+    pub residual: Option<T>,
+    /// Whether negative values become zero.
+    pub relu: bool,
+}
+
+impl<T> After<T> {
+    /// Nothing.
+    pub const NOTHING: Self = Self { residual: None, relu: false };
+    /// max(0, y).
+    pub const RELU: Self = Self { residual: None, relu: true };
+
+    /// residual + y.
+    pub fn add(residual: T) -> Self {
+        Self { residual: Some(residual), relu: false }
+    }
+}
+
+/// A device that runs codecs.
+pub trait CodecBackend: Backend {
+    /// A kernel with its bias on the device.
+    type Conv;
+
+    /// Takes a kernel [cout, cin, side, side] and a bias `[cout]` (none = zeros), both in PyTorch's order.
+    fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Self::Conv;
+    /// A convolution of x [n, h, w, cin].
+    fn convolve(
+        &mut self,
+        conv: &Self::Conv,
+        x: &Self::Tensor,
+        before: Before<Self::Tensor>,
+        after: After<Self::Tensor>,
+    ) -> Self::Tensor;
+    /// Group norm as the scale and shift of each image and channel, [n, 1, 2, c]: the mean over the image and
+    /// the group's channels becomes 0, the variance (plus eps) 1, then times weight plus bias: `affine` [1, 1, 2, c].
+    fn group_norm(&mut self, x: &Self::Tensor, affine: &Self::Tensor, groups: usize, eps: f64) -> Self::Tensor;
+    /// Self-attention over the pixels with one head: softmax(q k / sqrt(c)) v, [n, h, w, c]. `qkv` is [n, h, w, 3 c]:
+    /// q, k, v one after the other. The scores of all pixels with all others are never held at once.
+    fn self_attention(&mut self, qkv: &Self::Tensor) -> Self::Tensor;
+    /// Gives memory that no tensor holds back to the system: for when sizes change for good.
+    fn trim(&mut self);
+}

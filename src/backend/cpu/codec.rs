@@ -1,0 +1,175 @@
+//! The codecs' operations on the CPU.
+
+use super::attention::softmax;
+use super::conv::{self, Filter, Rows, Window};
+use super::real::{Mat, Real, Threads, for_rows, matmul, simd};
+use super::tensor::Tensor;
+use super::{Cpu, copy_row};
+use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::model::ParamTable;
+use rayon::prelude::*;
+
+/// A kernel as [`conv::conv`] reads it.
+pub struct Conv<T> {
+    window: Window,
+    weight: Vec<T>,
+    bias: Vec<T>,
+}
+
+impl<T: Real> Cpu<T> {
+    /// For codecs only: no parameters.
+    pub fn for_codec() -> Self {
+        Self::for_sampling(&ParamTable::default())
+    }
+}
+
+/// Queries of [`CodecBackend::self_attention`] whose scores are held at once, on each thread.
+const QUERIES: usize = 256;
+
+/// Image row `row` of x, through `before`.
+#[inline(always)]
+fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, dst: &mut [T]) {
+    let [_, h, _, c] = x.shape();
+    copy_row(x, row, dst);
+    let (affine, silu) = match before {
+        Before::Nothing => return,
+        Before::SoftClip => {
+            let three = T::of(3.0);
+            return dst.iter_mut().for_each(|x| *x = (*x / three).tanh() * three);
+        }
+        Before::Affine(affine) => (affine, false),
+        Before::AffineSilu(affine) => (affine, true),
+    };
+    let (scale, shift) = affine.values()[row / h * 2 * c..][..2 * c].split_at(c);
+    for pixel in dst.chunks_exact_mut(c) {
+        for ((x, &scale), &shift) in pixel.iter_mut().zip(scale).zip(shift) {
+            let y = *x * scale + shift;
+            *x = if silu { y / (T::one() + (-y).exp_simd()) } else { y };
+        }
+    }
+}
+
+impl<T: Real> CodecBackend for Cpu<T> {
+    type Conv = Conv<T>;
+
+    fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv<T> {
+        let taps = reach.side() * reach.side();
+        let cout = weight.len() / (cin * taps);
+        let mut turned = vec![T::zero(); weight.len()];
+        for_rows(&mut turned, cout, |row, to| {
+            let (tap, ci) = (row / cin, row % cin);
+            to.iter_mut().enumerate().for_each(|(co, x)| *x = T::of(weight[(co * cin + ci) * taps + tap].into()));
+        });
+        let window = match reach {
+            Reach::Point => Window::POINT,
+            Reach::Same => Window::SAME,
+            Reach::Double => Window::DOUBLE,
+            Reach::Down => Window::DOWN,
+            Reach::Halve => Window::HALVE,
+        };
+        let weight = if reach == Reach::Double { conv::enlarging(&turned) } else { turned };
+        let bias = bias.map_or(vec![T::zero(); cout], |bias| bias.iter().map(|&x| T::of(x.into())).collect());
+        Conv { window, weight, bias }
+    }
+
+    fn convolve(
+        &mut self,
+        conv: &Conv<T>,
+        x: &Tensor<T>,
+        before: Before<Tensor<T>>,
+        after: After<Tensor<T>>,
+    ) -> Tensor<T> {
+        let Conv { window, weight, bias } = conv;
+        let cout = bias.len();
+        let shape = window.result(x.shape(), cout);
+        let add = after.residual.is_some();
+        let mut out = after.residual.unwrap_or_else(|| self.uninit(shape));
+        assert_eq!(out.shape(), shape, "shape of a residual");
+        let read = |row: usize, dst: &mut [T]| {
+            simd(
+                #[inline(always)]
+                || read(x, before, row, dst),
+            )
+        };
+        let rows = Rows { shape: x.shape(), read: &read };
+        let filter = Filter { weight, cout, window: *window };
+        conv::conv(&self.pool, rows, filter, out.values_mut(), |_, y, out| {
+            for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
+                for ((out, &y), &bias) in out.iter_mut().zip(y).zip(bias) {
+                    *out = if add { *out + (y + bias) } else { y + bias };
+                }
+            }
+            if after.relu {
+                // Written so that NaN passes through.
+                out.iter_mut().for_each(|x| *x = if *x < T::zero() { T::zero() } else { *x });
+            }
+        });
+        out
+    }
+
+    fn group_norm(&mut self, x: &Tensor<T>, affine: &Tensor<T>, groups: usize, eps: f64) -> Tensor<T> {
+        let [n, h, w, c] = x.shape();
+        // Mean and sum of squared deviations of each row and channel: the squares of large means, which would
+        // cancel, never arise.
+        let mut rows = self.uninit([n, h, 2, c]);
+        for_rows(rows.values_mut(), 2 * c, |row, out| {
+            let (mean, deviation) = out.split_at_mut(c);
+            let pixels = || x.values()[row * w * c..][..w * c].chunks_exact(c);
+            mean.fill(T::zero());
+            pixels().for_each(|pixel| mean.iter_mut().zip(pixel).for_each(|(m, &x)| *m += x));
+            mean.iter_mut().for_each(|m| *m /= T::of(w as f64));
+            deviation.fill(T::zero());
+            for pixel in pixels() {
+                for ((d, &m), &x) in deviation.iter_mut().zip(&*mean).zip(pixel) {
+                    *d += (x - m) * (x - m);
+                }
+            }
+        });
+        let mut out = self.uninit([n, 1, 2, c]);
+        let (weight, bias) = affine.values().split_at(c);
+        for (image, out) in rows.values().chunks_exact(h * 2 * c).zip(out.values_mut().chunks_exact_mut(2 * c)) {
+            let (scales, shifts) = out.split_at_mut(c);
+            for group in 0..groups {
+                let channels = group * c / groups..(group + 1) * c / groups;
+                let each = || image.chunks_exact(2 * c).flat_map(|row| channels.clone().map(|i| (row[i], row[c + i])));
+                let count = (h * channels.len()) as f64;
+                let mean = each().map(|(m, _)| m.wide()).sum::<f64>() / count;
+                let squares = each().map(|(m, d)| d.wide() / w as f64 + (m.wide() - mean).powi(2)).sum::<f64>();
+                let inverse = 1.0 / (squares / count + eps).sqrt();
+                for i in channels.clone() {
+                    let scale = weight[i].wide() * inverse;
+                    scales[i] = T::of(scale);
+                    shifts[i] = T::of(bias[i].wide() - mean * scale);
+                }
+            }
+        }
+        out
+    }
+
+    fn self_attention(&mut self, qkv: &Tensor<T>) -> Tensor<T> {
+        let [n, h, w, width] = qkv.shape();
+        let (tokens, c) = (h * w, width / 3);
+        let mut out = self.uninit([n, h, w, c]);
+        let scale = T::of(1.0 / (c as f64).sqrt());
+        let images = qkv.values().chunks_exact(tokens * width);
+        for (qkv, out) in images.zip(out.values_mut().chunks_exact_mut(tokens * c)) {
+            let [k, v] = [1, 2].map(|part| Mat::new(&qkv[part * c..], width));
+            out.par_chunks_mut(QUERIES * c).enumerate().for_each(|(i, out)| {
+                let m = out.len() / c;
+                let mut scores = Tensor::uninit(&self.pool, [1, 1, m, tokens]);
+                let q = Mat::new(&qkv[i * QUERIES * width..], width);
+                matmul((m, tokens, c), scores.values_mut(), false, q, k.t(), scale, Threads::One);
+                simd(
+                    #[inline(always)]
+                    || scores.values_mut().chunks_exact_mut(tokens).for_each(softmax),
+                );
+                matmul((m, c, tokens), out, false, Mat::new(scores.values(), tokens), v, T::one(), Threads::One);
+            });
+        }
+        out
+    }
+
+    fn trim(&mut self) {
+        self.pool.clear();
+    }
+}

@@ -1,0 +1,220 @@
+//! The table of an autoencoder's layers: names and shapes in its file, checked before anything is
+//! loaded; networks refer to them by id.
+
+use std::ops::Range;
+
+use super::CodecError;
+use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::formats::safetensors::SafeFile;
+
+/// GroupNorm's groups, of every SD-VAE.
+pub const GROUPS: usize = 32;
+/// GroupNorm's eps, of every SD-VAE.
+const EPS: f64 = 1e-6;
+
+/// A convolution of a [`Layers`] table.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvId(usize);
+
+/// A group norm of a [`Layers`] table.
+#[derive(Clone, Copy, Debug)]
+pub struct NormId(usize);
+
+/// A convolution.
+pub struct ConvSpec {
+    /// Names without `.weight` and `.bias`; several are computed as one, their channels one after the other.
+    names: Vec<String>,
+    cin: usize,
+    /// Output channels of each name.
+    cout: usize,
+    bias: bool,
+    reach: Reach,
+}
+
+/// A group norm.
+pub struct NormSpec {
+    name: String,
+    channels: usize,
+}
+
+/// The layers of an encoder or a decoder.
+#[derive(Default)]
+pub struct Layers {
+    convs: Vec<ConvSpec>,
+    norms: Vec<NormSpec>,
+}
+
+impl Layers {
+    /// A convolution with bias.
+    pub fn conv(&mut self, name: impl Into<String>, cin: usize, cout: usize, reach: Reach) -> ConvId {
+        self.push(ConvSpec { names: vec![name.into()], cin, cout, bias: true, reach })
+    }
+
+    /// A convolution without bias.
+    pub fn unbiased(&mut self, name: impl Into<String>, cin: usize, cout: usize, reach: Reach) -> ConvId {
+        self.push(ConvSpec { names: vec![name.into()], cin, cout, bias: false, reach })
+    }
+
+    /// Linear layers of the same input, as one 1x1 convolution.
+    pub fn linear(&mut self, names: Vec<String>, cin: usize, cout: usize) -> ConvId {
+        self.push(ConvSpec { names, cin, cout, bias: true, reach: Reach::Point })
+    }
+
+    /// A group norm.
+    pub fn norm(&mut self, name: impl Into<String>, channels: usize) -> NormId {
+        self.norms.push(NormSpec { name: name.into(), channels });
+        NormId(self.norms.len() - 1)
+    }
+
+    fn push(&mut self, spec: ConvSpec) -> ConvId {
+        self.convs.push(spec);
+        ConvId(self.convs.len() - 1)
+    }
+
+    /// Number of convolutions.
+    pub fn len(&self) -> usize {
+        self.convs.len()
+    }
+
+    /// Names and shapes of all tensors. Linear layers are 1x1 convolutions here.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut all = Vec::new();
+        for spec in &self.convs {
+            let side = spec.reach.side();
+            for name in &spec.names {
+                all.push((format!("{name}.weight"), vec![spec.cout, spec.cin, side, side]));
+                if spec.bias {
+                    all.push((format!("{name}.bias"), vec![spec.cout]));
+                }
+            }
+        }
+        for NormSpec { name, channels } in &self.norms {
+            all.extend(["weight", "bias"].map(|part| (format!("{name}.{part}"), vec![*channels])));
+        }
+        all
+    }
+
+    /// Multiply-adds for each pixel of the result of a convolution.
+    pub fn macs(&self, ConvId(id): ConvId) -> u64 {
+        let ConvSpec { names, cin, cout, reach, .. } = &self.convs[id];
+        let taps = match reach {
+            Reach::Point => 1,
+            Reach::Double => 4,
+            Reach::Same | Reach::Down | Reach::Halve => 9,
+        };
+        (names.len() * cin * cout * taps) as u64
+    }
+
+    /// Output channels of a convolution.
+    pub fn cout(&self, ConvId(id): ConvId) -> usize {
+        self.convs[id].cout * self.convs[id].names.len()
+    }
+
+    /// Takes all weights to a device; `get` gives the values of a tensor.
+    pub fn load<B: CodecBackend>(
+        &self,
+        b: &mut B,
+        get: &mut dyn FnMut(&str) -> Result<Vec<f32>, CodecError>,
+    ) -> Result<Weights<B>, CodecError> {
+        let mut join = |names: &[String], part: &str| -> Result<Vec<f32>, CodecError> {
+            let mut all = Vec::new();
+            for name in names {
+                all.append(&mut get(&format!("{name}.{part}"))?);
+            }
+            Ok(all)
+        };
+        let mut weights = Weights { convs: Vec::new(), norms: Vec::new() };
+        for spec in &self.convs {
+            let weight = join(&spec.names, "weight")?;
+            let bias = if spec.bias { Some(join(&spec.names, "bias")?) } else { None };
+            weights.convs.push(b.load_conv(spec.reach, spec.cin, &weight, bias.as_deref()));
+        }
+        for NormSpec { name, channels } in &self.norms {
+            let name = std::slice::from_ref(name);
+            let affine = [join(name, "weight")?, join(name, "bias")?].concat();
+            weights.norms.push(b.upload([1, 1, 2, *channels], &affine));
+        }
+        Ok(weights)
+    }
+
+    /// Takes all weights from a file that [`check`] has passed.
+    pub fn load_file<B: CodecBackend>(&self, b: &mut B, file: &SafeFile) -> Result<Weights<B>, CodecError> {
+        self.load(b, &mut |name| {
+            let values = file.f32(name)?;
+            match values.iter().position(|x| !x.is_finite()) {
+                None => Ok(values),
+                Some(at) => Err(file.unexpected(name, format!("{} at {at}", values[at]), "finite numbers").into()),
+            }
+        })
+    }
+}
+
+/// Checks that a file holds the tensors of these tables and no others; `network` says in an error what the
+/// file is taken for.
+pub fn check(file: &SafeFile, tables: &[&Layers], network: &str) -> Result<(), CodecError> {
+    let mut known = std::collections::HashSet::new();
+    for (name, expected) in tables.iter().flat_map(|table| table.tensors()) {
+        let found = file.shape(&name)?;
+        // A linear layer may be stored as such.
+        let linear = expected.ends_with(&[1, 1]) && found == &expected[..2];
+        if found != expected && !linear {
+            return Err(file.unexpected(&name, format!("shape {found:?}"), format!("{expected:?}")).into());
+        }
+        known.insert(name);
+    }
+    match file.names().find(|name| !known.contains(*name)) {
+        None => Ok(()),
+        Some(name) => {
+            Err(CodecError::Extra { path: file.path().into(), name: name.into(), network: network.to_owned() })
+        }
+    }
+}
+
+/// The weights of a [`Layers`] table on a device.
+pub struct Weights<B: CodecBackend> {
+    convs: Vec<B::Conv>,
+    norms: Vec<B::Tensor>,
+}
+
+impl<B: CodecBackend> Weights<B> {
+    /// A convolution of x.
+    pub fn conv(
+        &self,
+        b: &mut B,
+        ConvId(id): ConvId,
+        x: &B::Tensor,
+        before: Before<B::Tensor>,
+        after: After<B::Tensor>,
+    ) -> B::Tensor {
+        b.convolve(&self.convs[id], x, before, after)
+    }
+
+    /// A convolution of x as it is, with nothing after it.
+    pub fn plain(&self, b: &mut B, id: ConvId, x: &B::Tensor) -> B::Tensor {
+        self.conv(b, id, x, Before::Nothing, After::NOTHING)
+    }
+
+    /// Scale and shift of a group norm of x.
+    pub fn norm(&self, b: &mut B, NormId(id): NormId, x: &B::Tensor) -> B::Tensor {
+        b.group_norm(x, &self.norms[id], GROUPS, EPS)
+    }
+
+    /// A convolution of silu(group norm of x).
+    pub fn norm_silu_conv(
+        &self,
+        b: &mut B,
+        norm: NormId,
+        conv: ConvId,
+        x: &B::Tensor,
+        after: After<B::Tensor>,
+    ) -> B::Tensor {
+        let affine = self.norm(b, norm, x);
+        self.conv(b, conv, x, Before::AffineSilu(&affine), after)
+    }
+}
+
+/// How many numbered names `{before}{i}{after}` a file has, from 0 without a hole.
+pub fn count(file: &SafeFile, before: &str, after: &str) -> usize {
+    let numbers: Range<usize> = 0..file.names().count();
+    numbers.take_while(|i| file.contains(&format!("{before}{i}{after}"))).count()
+}

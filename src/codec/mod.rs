@@ -1,0 +1,372 @@
+//! Pixels to latents and back: the SD-VAE, and TAESD for quick previews, from their safetensors files, with
+//! EDM2's conventions.
+//!
+//! EDM2 (`StabilityVAEEncoder`) differs from Stable Diffusion in what it feeds the autoencoder and how it scales:
+//!
+//! ```text
+//! v       = pixel / 255                                  in [0, 1], not [-1, 1]
+//! raw     = mean + std * noise                           std = exp(logvar / 2), logvar within [-30, 20]
+//! latent  = (raw - RAW_MEAN) * FINAL_STD / RAW_STD       per channel: what the network sees
+//! pixel   = trunc(255 * clamp(decode(raw), 0, 1))
+//! ```
+//!
+//! TAESD takes images for which the SD-VAE would be fed 2 t - 1, and latents times 0.18215: so t = (v + 1) / 2 and
+//! raw = latents / 0.18215 make it stand in for the SD-VAE. It has no std: its latents are certain.
+//!
+//! Everything about a file is checked when it is opened; [`CodecFile::encoder`] and [`CodecFile::decoder`] read the
+//! half that is needed. Images pass one at a time: activations, not weights, are what needs memory.
+
+mod layers;
+mod sd_vae;
+mod taesd;
+
+use std::path::{Path, PathBuf};
+
+use crate::backend::BackendError;
+use crate::backend::codec::CodecBackend;
+use crate::formats::png::Picture;
+use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::rng::{Purpose, Stream};
+use layers::{Layers, Weights, check};
+
+pub use sd_vae::LATENTS;
+
+/// Mean of the SD-VAE's latents, per channel (EDM2).
+pub const RAW_MEAN: [f32; LATENTS] = [5.81, 3.25, 0.12, -2.15];
+/// Their standard deviation (EDM2).
+pub const RAW_STD: [f32; LATENTS] = [4.17, 4.62, 3.71, 3.28];
+/// Standard deviation of the latents that the network sees (EDM2's sigma_data).
+pub const FINAL_STD: f32 = 0.5;
+/// What Stable Diffusion, and so TAESD, multiplies the SD-VAE's latents by; EDM2 does not.
+pub const TAESD_SCALE: f32 = 0.18215;
+
+/// What can go wrong with a codec.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum CodecError {
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error(
+        "{}: neither an SD-VAE nor a TAESD (expected a tensor decoder.conv_in.weight or decoder.layers.0.weight)",
+        path.display()
+    )]
+    Unknown { path: PathBuf },
+    #[error("{}: tensor {name} is not part of {network}, which the file is by its other tensors", path.display())]
+    Extra { path: PathBuf, name: String, network: String },
+    #[error("{}: this TAESD file holds the {found} only, expected one with the {expected}", path.display())]
+    Half { path: PathBuf, found: &'static str, expected: &'static str },
+    #[error("an image of {width}x{height}, expected multiples of {factor}")]
+    Size { height: usize, width: usize, factor: usize },
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+type Result<T, E = CodecError> = std::result::Result<T, E>;
+
+/// A file of an autoencoder, open and checked.
+#[derive(Debug)]
+pub struct CodecFile {
+    file: SafeFile,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    SdVae(sd_vae::Config),
+    /// Channels, and prefixes of what there is; the number of the decoder's first layer.
+    Taesd {
+        channels: usize,
+        encoder: Option<&'static str>,
+        decoder: Option<(&'static str, usize)>,
+    },
+}
+
+impl CodecFile {
+    /// Opens a file and checks that it has all tensors of its network, in the right shapes, and no others.
+    /// It is an SD-VAE under the names of `diffusers`, or a TAESD under those or those of its author (an encoder or a
+    /// decoder alone); the tensors tell.
+    ///
+    /// # Errors
+    /// See [`CodecError`]; the message names the file and the tensor.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let file = SafeFile::open(path)?;
+        let has = |name: &str| file.contains(name);
+        let kind = if has("decoder.conv_in.weight") || has("encoder.conv_in.weight") {
+            let config = sd_vae::Config::of(&file)?;
+            let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
+            check(&file, &tables.each_ref(), &config.describe())?;
+            Kind::SdVae(config)
+        } else {
+            let (encoder, decoder) = if has("decoder.layers.0.weight") || has("encoder.layers.0.weight") {
+                (Some("encoder.layers."), Some(("decoder.layers.", 0)))
+            } else if has("0.weight") {
+                (Some(""), None)
+            } else if has("1.weight") {
+                (None, Some(("", 1)))
+            } else {
+                return Err(CodecError::Unknown { path: file.path().into() });
+            };
+            // Both halves have the same width.
+            let first = match (encoder, decoder) {
+                (None, Some((prefix, first))) => format!("{prefix}{first}.weight"),
+                (encoder, _) => format!("{}0.weight", encoder.unwrap_or_default()),
+            };
+            let channels = file.shape(&first)?.first().copied().unwrap_or(0);
+            if channels == 0 {
+                let found = format!("shape {:?}", file.shape(&first)?);
+                return Err(file.unexpected(&first, found, "[channels, _, 3, 3]").into());
+            }
+            let tables: Vec<Layers> = [
+                encoder.map(|prefix| taesd::Encoder::new(prefix, channels).1),
+                decoder.map(|(prefix, first)| taesd::Decoder::new(prefix, first, channels).1),
+            ]
+            .into_iter()
+            .flatten()
+            .collect();
+            check(&file, &tables.iter().collect::<Vec<_>>(), &format!("a TAESD of {channels} channels"))?;
+            Kind::Taesd { channels, encoder, decoder }
+        };
+        Ok(Self { file, kind })
+    }
+
+    /// Pixels of the image for one of the latent, in each direction.
+    pub fn factor(&self) -> usize {
+        match &self.kind {
+            Kind::SdVae(config) => config.factor(),
+            Kind::Taesd { .. } => taesd::FACTOR,
+        }
+    }
+
+    /// Loads the half that makes latents.
+    ///
+    /// # Errors
+    /// [`CodecError::Half`] if the file lacks it, [`CodecError::File`] if a weight is no finite number.
+    pub fn encoder<B: CodecBackend>(&self, b: &mut B) -> Result<Encoder<B>> {
+        let (net, table) = match &self.kind {
+            Kind::SdVae(config) => {
+                let (net, table) = sd_vae::Encoder::new(config);
+                (EncoderNet::SdVae(net), table)
+            }
+            Kind::Taesd { channels, encoder: Some(prefix), .. } => {
+                let (net, table) = taesd::Encoder::new(prefix, *channels);
+                (EncoderNet::Taesd(net), table)
+            }
+            Kind::Taesd { encoder: None, .. } => return Err(self.half("decoder", "encoder")),
+        };
+        Ok(Encoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
+    }
+
+    /// Loads the half that makes images.
+    ///
+    /// # Errors
+    /// As [`CodecFile::encoder`].
+    pub fn decoder<B: CodecBackend>(&self, b: &mut B) -> Result<Decoder<B>> {
+        let (net, table) = match &self.kind {
+            Kind::SdVae(config) => {
+                let (net, table) = sd_vae::Decoder::new(config);
+                (DecoderNet::SdVae(net), table)
+            }
+            Kind::Taesd { channels, decoder: Some((prefix, first)), .. } => {
+                let (net, table) = taesd::Decoder::new(prefix, *first, *channels);
+                (DecoderNet::Taesd(net), table)
+            }
+            Kind::Taesd { decoder: None, .. } => return Err(self.half("encoder", "decoder")),
+        };
+        Ok(Decoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
+    }
+
+    fn half(&self, found: &'static str, expected: &'static str) -> CodecError {
+        CodecError::Half { path: self.file.path().into(), found, expected }
+    }
+}
+
+enum EncoderNet {
+    SdVae(sd_vae::Encoder),
+    Taesd(taesd::Encoder),
+}
+
+enum DecoderNet {
+    SdVae(sd_vae::Decoder),
+    Taesd(taesd::Decoder),
+}
+
+/// The distribution of an image's latents before EDM2's scaling, [h, w, 4] each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    /// Mean.
+    pub mean: Vec<f32>,
+    /// Logarithm of the variance, within [-30, 20]; minus infinity where there is none (TAESD).
+    pub logvar: Vec<f32>,
+}
+
+impl Moments {
+    /// Standard deviation.
+    pub fn std(&self) -> Vec<f32> {
+        self.logvar.iter().map(|x| (0.5 * x).exp()).collect()
+    }
+}
+
+/// Pixels to latents, on a device.
+pub struct Encoder<B: CodecBackend> {
+    net: EncoderNet,
+    weights: Weights<B>,
+    factor: usize,
+    depth: usize,
+}
+
+impl<B: CodecBackend> Encoder<B> {
+    /// Latents of a picture, before EDM2's scaling.
+    ///
+    /// # Errors
+    /// [`CodecError::Size`], or the device's error.
+    pub fn encode(&self, b: &mut B, picture: &Picture) -> Result<Moments> {
+        let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x) / 255.0).collect();
+        Ok(self.moments(b, [picture.height(), picture.width()], &values)?.0)
+    }
+
+    /// Latents of an image [h, w, 3] with values in [0, 1]; and, of an SD-VAE, what its `quant_conv` is given,
+    /// [h, w, 8].
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`].
+    ///
+    /// # Panics
+    /// If the values are not h * w * 3.
+    pub fn moments(&self, b: &mut B, [height, width]: [usize; 2], values: &[f32]) -> Result<(Moments, Vec<f32>)> {
+        let factor = self.factor;
+        let fits = |side: usize| side > 0 && side.is_multiple_of(factor);
+        if !fits(height) || !fits(width) {
+            return Err(CodecError::Size { height, width, factor });
+        }
+        let x = b.upload([1, height, width, 3], values);
+        match &self.net {
+            EncoderNet::SdVae(net) => {
+                let (out, moments) = net.forward(b, &self.weights, &x);
+                let (mean, logvar) = halves(&b.download(&moments)?);
+                let logvar = logvar.into_iter().map(|x| x.clamp(-30.0, 20.0)).collect();
+                Ok((Moments { mean, logvar }, b.download(&out)?))
+            }
+            EncoderNet::Taesd(net) => {
+                let latents = net.forward(b, &self.weights, &x);
+                let mean: Vec<f32> = b.download(&latents)?.iter().map(|x| x / TAESD_SCALE).collect();
+                Ok((Moments { logvar: vec![f32::NEG_INFINITY; mean.len()], mean }, Vec::new()))
+            }
+        }
+    }
+
+    /// Convolutions of the network.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+}
+
+/// The first and the last four of each eight values.
+fn halves(values: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let pixels = values.chunks_exact(2 * LATENTS).map(|pixel| pixel.split_at(LATENTS));
+    let (first, last): (Vec<_>, Vec<_>) = pixels.unzip();
+    (first.concat(), last.concat())
+}
+
+/// Latents to pixels, on a device.
+pub struct Decoder<B: CodecBackend> {
+    net: DecoderNet,
+    weights: Weights<B>,
+    factor: usize,
+    depth: usize,
+}
+
+impl<B: CodecBackend> Decoder<B> {
+    /// An SD-VAE of the published size with random weights, for measurements, and the multiply-adds of decoding a
+    /// latent of `height` x `width`.
+    ///
+    /// # Errors
+    /// None but the device's.
+    pub fn random(b: &mut B, height: usize, width: usize) -> Result<(Self, u64)> {
+        let config = sd_vae::Config::published();
+        let (net, table) = sd_vae::Decoder::new(&config);
+        let shapes: std::collections::HashMap<_, _> = table.tensors().into_iter().collect();
+        let weights = table.load(b, &mut |name| {
+            let shape = &shapes[name];
+            let mut values = vec![0.0; shape.iter().product()];
+            Stream::new(0, Purpose::Init, values.len() as u64).normals(&mut values);
+            let fan_in = shape[1..].iter().product::<usize>() as f32;
+            values.iter_mut().for_each(|x| *x /= fan_in.sqrt());
+            Ok(values)
+        })?;
+        let macs = net.macs(&table, (height * width) as u64);
+        let (factor, depth) = (config.factor(), table.len());
+        Ok((Self { net: DecoderNet::SdVae(net), weights, factor, depth }, macs))
+    }
+
+    /// The picture of a latent [h, w, 4] as EDM2's networks see and make it; it is `factor` times as high and wide.
+    ///
+    /// # Errors
+    /// The device's.
+    ///
+    /// # Panics
+    /// If the values are not h * w * 4.
+    pub fn decode(&self, b: &mut B, [height, width]: [usize; 2], latent: &[f32]) -> Result<Picture> {
+        let mut raw = latent.to_vec();
+        for pixel in raw.chunks_exact_mut(LATENTS) {
+            for (c, x) in pixel.iter_mut().enumerate() {
+                let (scale, shift) = scale_and_shift(c);
+                *x = (*x - shift) / scale;
+            }
+        }
+        let values = self.image(b, [height, width], &raw)?;
+        // The cast truncates, and makes 0 of a NaN.
+        let rgb = values.iter().map(|x| (x.clamp(0.0, 1.0) * 255.0) as u8).collect();
+        Ok(Picture::new(height * self.factor, width * self.factor, rgb))
+    }
+
+    /// The image of a latent [h, w, 4] without EDM2's scaling: [factor h, factor w, 3], in [0, 1], about.
+    ///
+    /// # Errors
+    /// The device's.
+    ///
+    /// # Panics
+    /// As [`Decoder::decode`].
+    pub fn image(&self, b: &mut B, [height, width]: [usize; 2], raw: &[f32]) -> Result<Vec<f32>> {
+        let shape = [1, height, width, LATENTS];
+        match &self.net {
+            DecoderNet::SdVae(net) => {
+                let z = b.upload(shape, raw);
+                let image = net.forward(b, &self.weights, &z);
+                Ok(b.download(&image)?)
+            }
+            DecoderNet::Taesd(net) => {
+                let scaled: Vec<f32> = raw.iter().map(|x| x * TAESD_SCALE).collect();
+                let z = b.upload(shape, &scaled);
+                let image = net.forward(b, &self.weights, &z);
+                Ok(b.download(&image)?.iter().map(|x| 2.0 * x - 1.0).collect())
+            }
+        }
+    }
+
+    /// Convolutions of the network.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+}
+
+/// By which EDM2 scales and then shifts a channel of raw latents, rounded as it does.
+fn scale_and_shift(channel: usize) -> (f32, f32) {
+    let scale = FINAL_STD / RAW_STD[channel];
+    (scale, -RAW_MEAN[channel] * scale)
+}
+
+/// The latent that EDM2's networks see, drawn from the distribution of a picture's: mean, std and normal noise
+/// [h, w, 4].
+///
+/// # Panics
+/// If they differ in length.
+pub fn draw(mean: &[f32], std: &[f32], noise: &[f32]) -> Vec<f32> {
+    assert!(mean.len() == std.len() && mean.len() == noise.len(), "mean, std and noise of one latent");
+    let drawn = mean.iter().zip(std).zip(noise).enumerate();
+    drawn
+        .map(|(i, ((mean, std), noise))| {
+            let (scale, shift) = scale_and_shift(i % LATENTS);
+            (mean + std * noise) * scale + shift
+        })
+        .collect()
+}
