@@ -53,7 +53,7 @@ struct WeightStep {
     const WeightRow* rows;       // [blocks]
     const StepScalars* scalars;
     float* weight;
-    float* grad;
+    float* grad;                 // afterwards the g that Adam saw
     float* m;
     float* v;
     float* emas[MAX_EMAS];
@@ -62,8 +62,6 @@ struct WeightStep {
     RowStats* stats;             // [blocks]
     int ema_count;
     int rounds;
-    int keep_grad;               // afterwards `grad` is the g of Adam, else 0, ready to be added to
-    int padding;
 };
 
 struct WeightPrepare {
@@ -168,7 +166,7 @@ __device__ __forceinline__ void weight_step(const WeightStep& p) {
             after[0] += grad * grad;
             after[1] += good ? 0.0f : 1.0f;
             after[2] += w[v][j] * w[v][j];
-            g[j] = p.keep_grad ? grad : 0.0f;
+            g[j] = grad;
         }
         write4(p.weight + at, w[v]);
         write4(p.grad + at, g);

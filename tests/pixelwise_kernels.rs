@@ -13,7 +13,7 @@ use common::{Kernels, Memory, assert_same};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::precond::NoiseStream;
-use edm2k::backend::gpu::weights::{Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
 use edm2k::model::params::{Kind, ParamId, ParamTable};
@@ -465,8 +465,7 @@ fn three_optimizer_steps() {
             };
             let twin = cpu.optimizer_step(&step).unwrap();
             scalars.upload(0, &[StepScalars::new(&step)]);
-            let after = if number == 3 { GradAfter::Cleared } else { GradAfter::Kept };
-            d.run(&weights::step(d.precision, &rows, &arenas, rounds, after));
+            d.run(&weights::step(d.precision, &rows, &arenas, rounds));
 
             let stored = layout.arena(&mut cpu, Slot::Weight);
             let slots = [(&m, Slot::AdamM), (&v, Slot::AdamV), (&emas[0], Slot::Ema(0)), (&emas[1], Slot::Ema(1))];
@@ -474,12 +473,8 @@ fn three_optimizer_steps() {
             for (memory, slot) in slots {
                 d.same(&format!("{slot:?} after step {number}"), &read(memory), &layout.arena(&mut cpu, slot), F32);
             }
-            if after == GradAfter::Kept {
-                let want = layout.arena(&mut cpu, Slot::Grad);
-                d.same(&format!("gradient after step {number}"), &read(&grad), &want, F32);
-            } else {
-                assert!(read::<f32>(&grad).iter().all(|&g| g == 0.0), "gradients are cleared");
-            }
+            let want = layout.arena(&mut cpu, Slot::Grad);
+            d.same(&format!("gradient after step {number}"), &read(&grad), &want, F32);
             let total = read::<StepTotals>(&totals)[0];
             assert_eq!((total.nonfinite, total.nonfinite > 0), (twin.nonfinite, number == 2), "{}", d.name);
             d.same("gradient norm", &[total.grad_norm as f32], &[twin.grad_norm as f32], F32);

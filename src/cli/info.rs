@@ -1,14 +1,22 @@
 //! `edm2k info`: what a model, a dataset or this machine is.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::Context;
 use serde::Serialize;
 
+use edm2k::backend::Backend;
+#[cfg(feature = "cuda")]
+use edm2k::backend::gpu::cuda::{self, CardInfo};
+use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::runtime::{DeviceError, Imagined};
+use edm2k::backend::gpu::tiles::Card;
 use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
-use edm2k::model::{Config, Model, ModelMeta, Precond};
+use edm2k::model::{Config, Model, ModelMeta, ParamTable, Precond};
 
 /// Show what a model, a dataset or this machine is.
 #[derive(clap::Args)]
@@ -46,8 +54,42 @@ struct Network<'a> {
     width: usize,
     /// Multiply-adds of one forward pass of one image at that size.
     multiply_adds: u64,
+    on_a_gpu: GpuCost,
     #[serde(flatten)]
     meta: Option<&'a ModelMeta>,
+}
+
+/// What a forward pass of one image takes of a GPU (as the plan for an RTX 4090's 128 multiprocessors has it; none is
+/// needed for it).
+#[derive(Serialize)]
+struct GpuCost {
+    launches: usize,
+    /// Read and written by all operations.
+    bytes: usize,
+    /// At least: every effective weight once, the image in and out.
+    least_bytes: usize,
+    /// Device memory.
+    memory_bytes: usize,
+}
+
+impl GpuCost {
+    fn new(net: &Precond, table: &ParamTable, [h, w]: [usize; 2]) -> anyhow::Result<Self> {
+        let mut gpu = Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128 })), Precision::F16, table)?;
+        let dim = net.config.label_dim;
+        let (image, label) = (vec![0.0; h * w * net.config.img_channels], vec![0.0; dim]);
+        let mut inputs = vec![([1, h, w, net.config.img_channels], &image[..]), ([1; 4], &[1.0][..])];
+        if dim > 0 {
+            inputs.push(([1, 1, 1, dim], &label[..]));
+        }
+        gpu.planned("forward", &inputs, &mut |b, t| vec![net.denoise(b, &t[0], &t[1], t.get(2))])?;
+        let cost = gpu.costs().next().map(|(_, cost)| cost).unwrap_or_default();
+        Ok(Self {
+            launches: cost.launches,
+            bytes: cost.bytes,
+            least_bytes: 2 * table.trained_values() + 8 * image.len(),
+            memory_bytes: gpu.param_bytes() + cost.workspace,
+        })
+    }
 }
 
 impl<'a> Network<'a> {
@@ -55,7 +97,8 @@ impl<'a> Network<'a> {
         config.check_size(height, width)?;
         let (net, table) = Precond::new(config)?;
         let multiply_adds = net.macs(&table, height, width);
-        Ok(Self { kind: "model", config, parameters: table.trained_values(), height, width, multiply_adds, meta })
+        let (parameters, on_a_gpu) = (table.trained_values(), GpuCost::new(&net, &table, [height, width])?);
+        Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta })
     }
 
     fn show(&self, json: bool) -> anyhow::Result<()> {
@@ -71,6 +114,14 @@ impl<'a> Network<'a> {
         );
         println!("forward pass   {} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
         println!("               {} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
+        let GpuCost { launches, bytes, least_bytes, memory_bytes } = self.on_a_gpu;
+        let mega = |bytes: usize| bytes as f64 / 1e6;
+        println!(
+            "on a GPU       {launches} launches, {:.0} MB read and written (at least {:.0} MB), {:.0} MB of memory",
+            mega(bytes),
+            mega(least_bytes),
+            mega(memory_bytes)
+        );
         match self.config.label_dim {
             0 => println!("condition      none"),
             width => println!("condition      {width} values"),
@@ -187,6 +238,22 @@ impl DatasetInfo {
     }
 }
 
+/// The GPUs in words, or why there are none.
+#[cfg(feature = "cuda")]
+fn gpus() -> Result<Vec<String>, DeviceError> {
+    let in_words = |card: &CardInfo| {
+        let ((major, minor), gib) = (card.capability, card.memory as f64 / f64::from(1 << 30));
+        format!("{}, sm_{major}{minor}, {} multiprocessors, {gib:.1} GiB", card.name, card.sms)
+    };
+    Ok(cuda::devices()?.iter().map(in_words).collect())
+}
+
+/// See the other one.
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> Result<Vec<String>, DeviceError> {
+    Err(DeviceError::Unavailable("this edm2k was built without CUDA (cargo feature `cuda`)".into()))
+}
+
 /// Prints to stdout.
 pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     if let Some(name) = &args.preset {
@@ -196,9 +263,16 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     }
     let Some(path) = &args.path else {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        match args.json {
-            true => println!("{}", serde_json::json!({ "kind": "devices", "cpu": { "threads": threads } })),
-            false => println!("cpu            {threads} threads"),
+        let gpus = gpus();
+        if args.json {
+            let gpus = gpus.unwrap_or_default();
+            println!("{}", serde_json::json!({ "kind": "devices", "cpu": { "threads": threads }, "cuda": gpus }));
+            return Ok(());
+        }
+        println!("cpu            {threads} threads");
+        match gpus {
+            Ok(gpus) => gpus.iter().enumerate().for_each(|(i, name)| println!("{:15}{name}", format!("cuda:{i}"))),
+            Err(why) => println!("cuda           {why}"),
         }
         return Ok(());
     };

@@ -12,7 +12,7 @@ use super::attention;
 use super::launch::{DevicePtr, Precision};
 use super::runtime::{Command, DeviceError, Graph, Memory, Runtime};
 use super::tensor::padded;
-use super::weights::{self, Effective, GradAfter, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
 use crate::model::params::{Kind, ParamId, ParamSpec, ParamTable};
 
@@ -320,7 +320,7 @@ impl Params {
                 stats: t.stats.ptr(),
                 totals: t.totals.ptr(),
             };
-            let launches = weights::step(self.precision, &t.rows, &arenas, step.rounds, GradAfter::Kept);
+            let launches = weights::step(self.precision, &t.rows, &arenas, step.rounds);
             // SAFETY: the arenas have the rows of the table and live as long as the graph.
             let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect())? };
             t.graphs.insert(step.rounds, graph);

@@ -74,15 +74,6 @@ pub struct StepTotals {
     pub nonfinite: u64,
 }
 
-/// What happens to the gradient in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GradAfter {
-    /// Becomes zero, so that the next step's can be added to it.
-    Cleared,
-    /// Becomes the gradient with respect to the stored weight that Adam saw.
-    Kept,
-}
-
 /// Rows in the order in which they lie on the device, and the launches that they need.
 #[derive(Clone, Debug)]
 pub struct RowTable {
@@ -139,10 +130,8 @@ struct WeightStep {
     stats: DevicePtr,
     ema_count: i32,
     rounds: i32,
-    keep_grad: i32,
-    padding: i32,
 }
-const _: () = assert!(size_of::<WeightStep>() == 120);
+const _: () = assert!(size_of::<WeightStep>() == 112);
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -202,7 +191,7 @@ pub struct StepArenas<'a> {
 
 /// One step over all rows of `table`, `rounds` as in [`Normalization::Train`]; effective weights are
 /// then those of the next step.
-pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize, after: GradAfter) -> Vec<Launch> {
+pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize) -> Vec<Launch> {
     assert!(arenas.emas.len() <= MAX_EMAS, "{} moving averages", arenas.emas.len());
     let mut emas = [DevicePtr::NULL; MAX_EMAS];
     emas[..arenas.emas.len()].copy_from_slice(arenas.emas);
@@ -227,8 +216,6 @@ pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize, 
                 stats: arenas.stats.offset(first * 8),
                 ema_count: arenas.emas.len() as i32,
                 rounds: rounds as i32,
-                keep_grad: (after == GradAfter::Kept).into(),
-                padding: 0,
             };
             Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
         })
