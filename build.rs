@@ -15,7 +15,7 @@ fn main() {
         #[cfg(feature = "emulator")]
         emulator::build(),
     ];
-    for message in results.iter().filter_map(|result| result.as_ref().err()) {
+    if let Some(Err(message)) = results.iter().find(|result| result.is_err()) {
         eprintln!("{message}");
         std::process::exit(1);
     }

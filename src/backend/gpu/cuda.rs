@@ -641,7 +641,7 @@ impl Runtime for Cuda {
             let _ = result::graph::destroy(captured);
             device.require(ready)?
         };
-        let last_kernel = launches().last().map(|launch| launch.kernel.to_string()).unwrap_or_default();
+        let last_kernel = launches().next_back().map(|launch| launch.kernel.to_string()).unwrap_or_default();
         let recorded = Recorded { device: device.clone(), graph, last_kernel };
         // SAFETY: a live graph and stream.
         device.require(unsafe { result::graph::upload(graph, device.commands) })?;
