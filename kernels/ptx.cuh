@@ -30,8 +30,8 @@
 // ---- shared memory and exported kernels (the emulator defines its own in simt.h) --------------
 
 #ifndef SIMT_EMULATOR
-// SHARED(float, red, [4][32]);   a static array
-#define SHARED(type, name, dims) __shared__ type name dims
+// SHARED(float, red, [4][32]);   a static array, aligned to 16 bytes
+#define SHARED(type, name, dims) __shared__ __align__(16) type name dims
 // DYN_SMEM(unsigned char, smem);   the launch's dynamic shared memory, aligned to 128 bytes
 #define DYN_SMEM(type, name)                                       \
     extern __shared__ __align__(128) unsigned char name##_bytes[]; \

@@ -79,6 +79,7 @@ __device__ __forceinline__ float normalized(float& rms, int rounds) {
     if (rms == 0.0f) return factor;  // zeros stay zeros, whereas the factor could overflow
     for (int i = 0; i < rounds; i++) {
         const float f = 1.0f / (NORM_EPS + rms);
+        if (f == 1.0f) break;  // so are all that follow
         factor *= f, rms *= f;
     }
     return factor;

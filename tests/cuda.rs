@@ -50,7 +50,7 @@ fn without_a_gpu_one_line_says_what_is_missing() {
             );
         }
         Err(error) => {
-            assert!(matches!(error, DeviceError::Unavailable(_)), "{error:?}");
+            assert!(matches!(error, DeviceError::Absent(_) | DeviceError::Unavailable(_)), "{error:?}");
             assert!(error.to_string().contains("NVIDIA") && !error.to_string().contains('\n'), "{error}");
             assert_eq!(Cuda::new(0).err(), Some(error));
         }

@@ -37,3 +37,33 @@ fn activations_grow_with_the_batch_and_parameters_do_not() {
     assert_eq!(one, two);
     assert!((2 * a.workspace..5 * a.workspace).contains(&b.workspace), "{a:?}, {b:?}");
 }
+
+/// Networks that the CPU takes and the kernels do not: a line that says why, no panic.
+#[test]
+fn what_the_kernels_cannot_do_is_said() {
+    let refused = |json: serde_json::Value, emas: usize| {
+        let config = serde_json::from_value(json).unwrap();
+        let (net, table) = Precond::new(&config).unwrap();
+        let runtime = Rc::new(Imagined::new(Card { sms: 128 }));
+        match Gpu::for_training(runtime, Precision::F16, &table, emas) {
+            Err(why) => why.to_string(),
+            Ok(mut gpu) => plan_micro_batch(&mut gpu, &net, [1, 8, 8]).unwrap_err().to_string(),
+        }
+    };
+    let network = |channels: usize, head: usize, dim: usize| {
+        serde_json::json!({
+            "img_resolution": 8, "img_channels": 3, "label_dim": dim, "model_channels": channels,
+            "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": head,
+        })
+    };
+    for (config, emas, words) in [
+        (network(20, 20, 0), 1, "pixel norm of 20 channels"),
+        (network(48, 24, 0), 1, "heads of 24 channels"),
+        (network(1792, 64, 0), 1, "1792 noise channels"),
+        (network(16, 16, 40_000), 1, "rows of 40000 values"),
+        (network(16, 16, 0), 5, "5 moving averages"),
+    ] {
+        let found = refused(config, emas);
+        assert!(found.contains(words), "{found}, expected {words}");
+    }
+}

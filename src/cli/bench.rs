@@ -276,12 +276,10 @@ impl Bench<'_> {
         let mut step = 0;
         let mut run = || {
             step += 1;
-            for _ in 0..rounds {
-                let loss = micro_batch(b, &net, &inputs)?;
-                b.download(&loss)?;
-            }
+            let losses = (0..rounds).map(|_| micro_batch(b, &net, &inputs)).collect::<Result<Vec<_>, _>>()?;
             let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
             b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;
+            losses.iter().try_for_each(|loss| b.download(loss).map(|_| ()))?;
             Ok(())
         };
         self.measure(format!("training step, batch {}", n * rounds), [macs, total], &mut run, || None)?;

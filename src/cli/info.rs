@@ -6,13 +6,13 @@ use std::rc::Rc;
 use anyhow::Context;
 use serde::Serialize;
 
-use edm2k::backend::Backend;
 #[cfg(feature = "cuda")]
 use edm2k::backend::gpu::cuda::{self, CardInfo};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::{DeviceError, Imagined};
 use edm2k::backend::gpu::tiles::Card;
+use edm2k::backend::{Backend, BackendError};
 use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
@@ -54,7 +54,7 @@ struct Network<'a> {
     width: usize,
     /// Multiply-adds of one forward pass of one image at that size.
     multiply_adds: u64,
-    on_a_gpu: GpuCost,
+    on_a_gpu: Result<GpuCost, String>,
     #[serde(flatten)]
     meta: Option<&'a ModelMeta>,
 }
@@ -73,7 +73,7 @@ struct GpuCost {
 }
 
 impl GpuCost {
-    fn new(net: &Precond, table: &ParamTable, [h, w]: [usize; 2]) -> anyhow::Result<Self> {
+    fn new(net: &Precond, table: &ParamTable, [h, w]: [usize; 2]) -> Result<Self, BackendError> {
         let mut gpu = Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128 })), Precision::F16, table)?;
         let dim = net.config.label_dim;
         let (image, label) = (vec![0.0; h * w * net.config.img_channels], vec![0.0; dim]);
@@ -97,7 +97,8 @@ impl<'a> Network<'a> {
         config.check_size(height, width)?;
         let (net, table) = Precond::new(config)?;
         let multiply_adds = net.macs(&table, height, width);
-        let (parameters, on_a_gpu) = (table.trained_values(), GpuCost::new(&net, &table, [height, width])?);
+        let (parameters, on_a_gpu) = (table.trained_values(), GpuCost::new(&net, &table, [height, width]));
+        let on_a_gpu = on_a_gpu.map_err(|why| why.to_string());
         Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta })
     }
 
@@ -114,14 +115,16 @@ impl<'a> Network<'a> {
         );
         println!("forward pass   {} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
         println!("               {} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
-        let GpuCost { launches, bytes, least_bytes, memory_bytes } = self.on_a_gpu;
         let mega = |bytes: usize| bytes as f64 / 1e6;
-        println!(
-            "on a GPU       {launches} launches, {:.0} MB read and written (at least {:.0} MB), {:.0} MB of memory",
-            mega(bytes),
-            mega(least_bytes),
-            mega(memory_bytes)
-        );
+        match &self.on_a_gpu {
+            Ok(GpuCost { launches, bytes, least_bytes, memory_bytes }) => println!(
+                "on a GPU       {launches} launches, {:.0} MB read and written (at least {:.0} MB), {:.0} MB of memory",
+                mega(*bytes),
+                mega(*least_bytes),
+                mega(*memory_bytes)
+            ),
+            Err(why) => println!("on a GPU       {why}"),
+        }
         match self.config.label_dim {
             0 => println!("condition      none"),
             width => println!("condition      {width} values"),

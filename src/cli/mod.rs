@@ -79,10 +79,17 @@ impl DeviceArgs {
     pub fn open(&self) -> Result<Engine, DeviceError> {
         match self.device {
             Device::Cpu => Ok(Engine::Cpu),
-            Device::Auto => Ok(cuda(0).map_or(Engine::Cpu, |gpu| {
-                eprintln!("computing on {}", gpu.name());
-                Engine::Gpu(gpu)
-            })),
+            Device::Auto => match cuda(0) {
+                Ok(gpu) => {
+                    eprintln!("computing on {}", gpu.name());
+                    Ok(Engine::Gpu(gpu))
+                }
+                Err(DeviceError::Absent(_)) => Ok(Engine::Cpu),
+                Err(why) => {
+                    eprintln!("computing on the CPU: {why}");
+                    Ok(Engine::Cpu)
+                }
+            },
             Device::Cuda(ordinal) => cuda(ordinal).map(Engine::Gpu),
             Device::Emulated => emulated().map(Engine::Gpu),
         }
@@ -96,8 +103,7 @@ fn cuda(ordinal: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
-    let why = "this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu";
-    Err(DeviceError::Unavailable(why.into()))
+    Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
 }
 
 #[cfg(feature = "emulator")]
@@ -110,8 +116,7 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(not(feature = "emulator"))]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
-    let why = "this edm2k was built without the emulator (cargo feature `emulator`)";
-    Err(DeviceError::Unavailable(why.into()))
+    Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
 }
 
 /// Refuses to write to a file that exists, or into a directory that does not, before the work, not after it.

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::{DeviceArgs, Engine};
+use edm2k::backend::BackendError;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
@@ -57,7 +58,8 @@ pub struct TrainArgs {
     /// Images per optimizer step [default: the preset's, or 128]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
-    /// Images at a time; less needs less memory [default: what fits into 1 GiB of activations]
+    /// Images at a time; less needs less memory [default: what fits into 1 GiB of
+    /// activations, on a GPU 4 GiB]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
@@ -151,13 +153,14 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         let same = (v.shape(), v.condition_dim()) == (data.shape(), data.condition_dim());
         ensure!(same, "{}: the validation images differ in size from the training images", args.data.display());
     }
-    let Resolved { settings, plan, model, notes } = resolve(&args, &data)?;
+    let engine = args.device.open()?;
+    let on_gpu = matches!(engine, Engine::Gpu(_));
+    let Resolved { settings, plan, model, notes } = resolve(&args, &data, on_gpu)?;
     if args.dry_run {
         println!("{}", describe(&settings, &plan, &model, args.device.precision)?);
         return Ok(());
     }
 
-    let engine = args.device.open()?;
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     ctrlc::set_handler(move || {
@@ -254,7 +257,7 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
+fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Resolved> {
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
     let init = args.init.as_ref().map(Model::load).transpose().context("cannot start from --init")?;
@@ -325,7 +328,7 @@ fn resolve(args: &TrainArgs, data: &Dataset) -> anyhow::Result<Resolved> {
     }
     let batch_gpu = match args.batch_gpu {
         Some(n) => n.min(settings.batch),
-        None => memory::default_batch_gpu(&settings.config, height, width, settings.batch),
+        None => memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
     };
     positive("batch-gpu", batch_gpu as f64)?;
     let every = |given: Option<u64>, times: u64| given.unwrap_or((args.duration / times).max(1));
@@ -347,7 +350,7 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precisio
     let [height, width, _] = settings.data.shape;
     let profiles = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
-    let gpu = plan_on_gpu(settings, plan, model, precision)?;
+    let gpu = plan_on_gpu(settings, plan, model, precision).unwrap_or_else(|why| json!(why.to_string()));
     let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
@@ -362,7 +365,7 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precisio
 
 /// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
 /// GeForce RTX 4090) would get; none is needed for it.
-fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> anyhow::Result<Value> {
+fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> Result<Value, BackendError> {
     let card = Card { sms: 128 };
     let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), precision, &model.table, settings.ema.len())?;
     let [height, width, _] = settings.data.shape;

@@ -46,9 +46,10 @@ fn kept_values(config: &Config, height: usize, width: usize) -> u64 {
     total as u64
 }
 
-/// Default size of a micro-batch: a power of two whose activations fit into 1 GiB. It depends on the
-/// network and the batch only, so that the same command computes the same bits on every machine.
-pub fn default_batch_gpu(config: &Config, height: usize, width: usize, batch: u64) -> u64 {
-    let fits = (1 << 30) / (4 * kept_values(config, height, width)).max(1);
+/// Default size of a micro-batch: a power of two whose activations fit into 1 GiB in f32, or on a GPU into 4 GiB
+/// in 16 bits. It depends on no more of the machine, so that the same command computes the same bits on another.
+pub fn default_batch_gpu(config: &Config, height: usize, width: usize, batch: u64, on_gpu: bool) -> u64 {
+    let values = if on_gpu { (4 << 30) / 2 } else { (1 << 30) / 4 };
+    let fits = values / kept_values(config, height, width).max(1);
     if batch <= fits { batch } else { 1 << fits.max(1).ilog2() }
 }

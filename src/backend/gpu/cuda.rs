@@ -19,7 +19,7 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{DevicePtr, Launch};
-use super::runtime::{ADVICE, Command, DeviceError, Graph, Memory, Runtime};
+use super::runtime::{Command, DeviceError, Graph, Memory, Runtime, advice};
 use super::tiles::Card;
 
 use sys::CUdevice_attribute as Attribute;
@@ -42,10 +42,9 @@ const OLDEST_DRIVER: i32 = 12040;
 const RING: usize = 32 << 20;
 /// Bytes of the pinned memory that reads pass through.
 const DOWNLOAD: usize = 8 << 20;
+const OUT_OF_MEMORY: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
 /// Allocations start at multiples of this.
 const ALIGNMENT: usize = 256;
-/// Dropped memory of up to this many bytes is kept for the next that asks for as many.
-const KEPT: usize = 16 << 20;
 
 /// What a device is.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,14 +59,8 @@ pub struct CardInfo {
     pub sms: usize,
     /// Bytes of memory.
     pub memory: u64,
-    /// Bytes of the L2 cache.
-    pub l2: usize,
     /// Most bytes of shared memory of a block.
     pub shared: u32,
-    /// Highest clock of the multiprocessors, in kHz; 0 if the driver does not tell.
-    pub clock: u32,
-    /// Bytes per second of the memory at its highest clock; 0 if the driver does not tell.
-    pub bandwidth: f64,
 }
 
 impl CardInfo {
@@ -106,11 +99,13 @@ fn start_driver() -> Result<(), DeviceError> {
     let unavailable = |what: String| Err(DeviceError::Unavailable(what));
     // SAFETY: opens the library as any of cudarc's functions would, which panic where it is missing.
     if !unsafe { sys::is_culib_present() } {
-        return unavailable("no NVIDIA driver found (libcuda.so.1)".into());
+        return Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into()));
     }
     match result::init() {
         Ok(()) => {}
-        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return unavailable("no NVIDIA GPU found".into()),
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => {
+            return Err(DeviceError::Absent("no NVIDIA GPU found".into()));
+        }
         Err(e) => return unavailable(format!("the NVIDIA driver does not start: {}", describe(e))),
     }
     let mut version: c_int = 0;
@@ -127,8 +122,6 @@ fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
     let device = result::device::get(ordinal as c_int)?;
     // SAFETY: `device` is one.
     let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map(|value| value.max(0) as u32);
-    let memory_clock = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0);
-    let bus = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0);
     let info = CardInfo {
         ordinal,
         name: result::device::get_name(device)?,
@@ -139,11 +132,7 @@ fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
         sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         // SAFETY: `device` is one.
         memory: unsafe { result::device::total_mem(device)? } as u64,
-        l2: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        clock: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).unwrap_or(0),
-        // Two transfers a clock.
-        bandwidth: 2e3 * f64::from(memory_clock) * f64::from(bus / 8),
     };
     Ok((device, info))
 }
@@ -484,19 +473,25 @@ impl Device {
         }
         // SAFETY: memory of any content.
         let ask = || unsafe { result::malloc_sync(bytes) };
-        let full = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
         let mut got = ask();
-        if got == Err(full) {
+        if got == Err(OUT_OF_MEMORY) {
             self.wait()?;
             self.free_kept();
             got = ask();
         }
-        if got != Err(full) {
+        if got != Err(OUT_OF_MEMORY) {
             return self.require(got);
         }
         let (free, total) = self.require(result::mem_get_info())?;
         let (asked, free, total) = (bytes as u64, free as u64, total as u64);
-        Err(DeviceError::OutOfMemory { device: self.info.label(), asked, purpose, free, total, advice: ADVICE })
+        Err(DeviceError::OutOfMemory {
+            device: self.info.label(),
+            asked,
+            purpose,
+            free,
+            total,
+            advice: advice(purpose),
+        })
     }
 }
 
@@ -520,14 +515,7 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        if self.room <= KEPT {
-            self.device.kept.borrow_mut().entry(self.room).or_default().push(self.at);
-        } else {
-            // A lost device has been reported by what lost it.
-            let _ = self.device.wait();
-            // SAFETY: allocated by us, freed once; the commands given before are done.
-            let _ = unsafe { result::free_sync(self.at) };
-        }
+        self.device.kept.borrow_mut().entry(self.room).or_default().push(self.at);
     }
 }
 
@@ -553,7 +541,7 @@ impl Memory for Allocation {
 
     fn read(&self, offset: usize, values: &mut [u8]) -> Result<(), DeviceError> {
         let mut from = self.range(offset, values.len())?;
-        self.device.wait()?;
+        self.device.bind()?;
         for piece in values.chunks_mut(DOWNLOAD) {
             // SAFETY: within this allocation and within the pinned memory, which nothing else uses until the
             // wait is over.
@@ -637,7 +625,14 @@ impl Runtime for Cuda {
                 return Err(e);
             }
             let captured = device.require(captured)?;
-            let ready = result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
+            let ready = || result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
+            let ready = ready().or_else(|e| match e == OUT_OF_MEMORY {
+                true => device.wait().map_or(Err(e), |()| {
+                    device.free_kept();
+                    ready()
+                }),
+                false => Err(e),
+            });
             let _ = result::graph::destroy(captured);
             device.require(ready)?
         };
@@ -694,7 +689,7 @@ mod tests {
 
     fn card(capability: (u32, u32)) -> CardInfo {
         let (ordinal, name) = (1, "NVIDIA Test 1".into());
-        CardInfo { ordinal, name, capability, sms: 1, memory: 0, l2: 0, shared: 0, clock: 0, bandwidth: 0.0 }
+        CardInfo { ordinal, name, capability, sms: 1, memory: 0, shared: 0 }
     }
 
     #[test]

@@ -16,6 +16,8 @@ const IMAGES: usize = 8;
 const TILE: usize = 32;
 /// Channels of a warp.
 const CHUNK: usize = 128;
+/// Most Fourier features: those of all images that share a read take 48 KB.
+pub const MAX_FEATURES: usize = (48 << 10) / 4 / IMAGES;
 /// Rows of a block of `embed`.
 const EMBED_ROWS: usize = 8;
 
@@ -32,7 +34,7 @@ pub struct EmbedLayers {
     pub noise: DevicePtr,
     /// That of the labels, unless unconditional.
     pub label: Option<LabelLayer>,
-    /// Fourier features, at most 1536.
+    /// Fourier features, at most [`MAX_FEATURES`].
     pub noise_channels: usize,
     /// Channels of the embedding.
     pub emb_channels: usize,
@@ -90,7 +92,7 @@ pub fn embed(
     to: &Embedding<DevicePtr>,
 ) -> Launch {
     let shared = layers.noise_channels.next_multiple_of(4) * IMAGES * 4;
-    assert!(shared <= 48 << 10, "{} noise channels", layers.noise_channels);
+    assert!(layers.noise_channels <= MAX_FEATURES, "{} noise channels", layers.noise_channels);
     let (noise_factor, label_factor) = layers.factors();
     let (label, labels, label_channels) = match layers.label {
         Some(label) => (label.weight, labels, label.channels),

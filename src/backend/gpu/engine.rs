@@ -246,6 +246,15 @@ impl Gpu {
         out
     }
 
+    /// Whether the kernels can norm pixels of so many channels.
+    fn normable(&mut self, channels: usize) -> bool {
+        let whole = channels.is_multiple_of(8);
+        if !whole {
+            self.unsupported(format!("pixel norm of {channels} channels, expected a multiple of 8"));
+        }
+        whole
+    }
+
     // ---- formats ----------------------------------------------------------------------------
 
     fn decode(&self, bits: u16) -> f32 {
@@ -443,7 +452,9 @@ impl Gpu {
             self.fail(e);
         }
         let at = memory.ptr();
-        self.scale_tables.insert(key, (table.clone(), memory));
+        if self.failed.is_none() {
+            self.scale_tables.insert(key, (table.clone(), memory));
+        }
         (table, at)
     }
 
@@ -512,7 +523,7 @@ impl Gpu {
     /// The device's.
     pub fn time(&mut self, key: &str, repeats: usize) -> Result<Timing, DeviceError> {
         let runtime = self.runtime.clone();
-        let flushed = self.own(FLUSH_BYTES, "flushing the cache");
+        let flushed = runtime.allocate(FLUSH_BYTES, "flushing the cache")?;
         let flush = Command::Zero { at: flushed.ptr(), bytes: FLUSH_BYTES };
         // SAFETY: the whole of that memory.
         let flush = unsafe { runtime.record(vec![flush])? };
@@ -677,9 +688,15 @@ impl Backend for Gpu {
     fn embed(&mut self, p: &Embed, sigma: &Tensor, labels: Option<&Tensor>) -> Embedding<Tensor> {
         let layers = self.embed_layers(p);
         let n = sigma.shape()[0];
+        if layers.noise_channels > embedding::MAX_FEATURES {
+            self.unsupported(format!("{} noise channels, at most {}", layers.noise_channels, embedding::MAX_FEATURES));
+        }
         let mut vector = |channels| self.plain([n, 1, 1, channels], Format::F32);
         let features = vector(layers.noise_channels);
         let [pre, emb] = [0; 2].map(|_| vector(layers.emb_channels));
+        if self.failed.is_some() {
+            return Embedding { features, pre, emb };
+        }
         let to = Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
         let labels = labels.map_or(DevicePtr::NULL, Tensor::ptr);
         let bytes = self.params.effective_bytes(p.noise) + p.label.map_or(0, |w| self.params.effective_bytes(w));
@@ -718,6 +735,9 @@ impl Backend for Gpu {
         let (x, [n, h, w, c]) = (self.half(x), x.shape());
         let shape = if down { [n, h / 2, w / 2, c] } else { [n, h, w, c] };
         let (y, active) = self.activation(shape, Format::Half);
+        if !self.normable(c) {
+            return y;
+        }
         let fused = active.filter(|(_, factor)| *factor == 1.0).map(|(t, _)| t);
         let silu = fused.as_ref().map_or(DevicePtr::NULL, Tensor::ptr);
         let bytes = x.bytes() + y.bytes() + fused.as_ref().map_or(0, Tensor::bytes);
@@ -976,6 +996,9 @@ impl Backend for Gpu {
             Some(acc) if held.is_none() => acc,
             _ => self.plain(x.shape(), Format::Half),
         };
+        if !self.normable(x.shape()[3]) {
+            return out;
+        }
         let (p, shape) = (self.precision, grad.shape());
         let name = if down { "pixel_norm_down_backward" } else { "pixel_norm_backward" };
         let launch = pixelwise::pixel_norm_backward(p, shape, down, x.ptr(), grad.ptr(), from, out.ptr());

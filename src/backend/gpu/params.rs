@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use super::attention;
 use super::launch::{DevicePtr, Precision};
-use super::runtime::{Command, DeviceError, Graph, Memory, Runtime};
+use super::runtime::{Command, DeviceError, Graph, Memory, PARAMETERS, Runtime};
 use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
@@ -82,8 +82,6 @@ pub struct Params {
     training: Option<Training>,
 }
 
-const PURPOSE: &str = "parameters";
-
 fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
     match spec.kind {
         Kind::Weight { cout, cin, taps } => {
@@ -105,7 +103,7 @@ fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> {
 }
 
 fn filled(runtime: &dyn Runtime, bytes: usize) -> Result<Rc<dyn Memory>, DeviceError> {
-    let memory = runtime.allocate(bytes, PURPOSE)?;
+    let memory = runtime.allocate(bytes, PARAMETERS)?;
     // SAFETY: the whole of the memory just allocated.
     unsafe { runtime.run(&Command::Zero { at: memory.ptr(), bytes })? };
     Ok(memory)
@@ -113,7 +111,7 @@ fn filled(runtime: &dyn Runtime, bytes: usize) -> Result<Rc<dyn Memory>, DeviceE
 
 fn uploaded(runtime: &dyn Runtime, rows: &RowTable) -> Result<Rc<dyn Memory>, DeviceError> {
     let bytes: &[u8] = bytemuck::cast_slice(rows.rows());
-    let memory = runtime.allocate(bytes.len(), PURPOSE)?;
+    let memory = runtime.allocate(bytes.len(), PARAMETERS)?;
     memory.write(0, bytes)?;
     Ok(memory)
 }
@@ -126,6 +124,10 @@ impl Params {
         table: &ParamTable,
         emas: Option<usize>,
     ) -> Result<Self, DeviceError> {
+        if emas.is_some_and(|emas| emas > weights::MAX_EMAS) {
+            let (found, most) = (emas.unwrap_or(0), weights::MAX_EMAS);
+            return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU (--ema)")));
+        }
         let (mut values, mut plain) = (0, 0);
         let mut places = Vec::new();
         for (_, spec) in table.iter() {
@@ -151,9 +153,9 @@ impl Params {
                     v: arena()?,
                     emas: (0..emas).map(|_| arena()).collect::<Result<_, _>>()?,
                     rows_memory: uploaded(runtime, &rows)?,
-                    scalars: runtime.allocate(size_of::<StepScalars>(), PURPOSE)?,
-                    stats: runtime.allocate(8 * rows.rows().len(), PURPOSE)?,
-                    totals: runtime.allocate(size_of::<StepTotals>(), PURPOSE)?,
+                    scalars: runtime.allocate(size_of::<StepScalars>(), PARAMETERS)?,
+                    stats: runtime.allocate(8 * rows.rows().len(), PARAMETERS)?,
+                    totals: runtime.allocate(size_of::<StepTotals>(), PARAMETERS)?,
                     rows,
                     graphs: HashMap::new(),
                     stale: false,

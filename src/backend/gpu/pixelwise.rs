@@ -91,9 +91,9 @@ struct Cast {
 }
 const _: () = assert!(size_of::<Cast>() == 32);
 
+/// 16-byte vectors of a pixel; the padding of the last stays zero in all of these operations.
 fn vectors(channels: usize) -> usize {
-    assert!(channels > 0 && channels.is_multiple_of(8), "{channels} channels are not a multiple of 8");
-    channels / 8
+    channels.div_ceil(8)
 }
 
 /// 16-byte vectors of a tensor.
@@ -114,6 +114,7 @@ fn over<P: NoUninit>(precision: Precision, kernels: [&'static str; 2], threads: 
 /// width if `down`.
 pub fn pixel_norm(p: Precision, out: Shape, down: bool, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
     let [n, h, w, c] = out;
+    assert!(c.is_multiple_of(8), "the norm of {c} channels, expected a multiple of 8");
     let (pixels, vectors) = (n * h * w, vectors(c));
     let lanes = lanes(vectors);
     let params = PixelNorm {
@@ -143,6 +144,7 @@ pub fn pixel_norm_backward(
     result: DevicePtr,
 ) -> Launch {
     let [n, h, w, c] = out;
+    assert!(c.is_multiple_of(8), "the norm of {c} channels, expected a multiple of 8");
     let (pixels, vectors) = (n * h * w, vectors(c));
     let lanes = lanes(vectors);
     let params = PixelNormBackward {

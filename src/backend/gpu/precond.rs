@@ -41,7 +41,8 @@ struct Noise {
 const _: () = assert!(size_of::<Noise>() == 48);
 
 /// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`]
-/// for each of the `streams` ([`NoiseStream`]s). With `clean` and `sigma` null the noise itself.
+/// for each of the `streams` ([`NoiseStream`]s). With `clean` and `sigma` null the noise itself. (Training draws its
+/// noise on the host, ahead of the device.)
 #[allow(clippy::too_many_arguments)]
 pub fn add_noise(
     images: usize,

@@ -34,7 +34,10 @@ pub enum DeviceError {
         /// Which option to lower.
         advice: &'static str,
     },
-    /// There is no device to use, or it is not one for which this program was built.
+    /// There is no such device.
+    #[error("{0}")]
+    Absent(String),
+    /// It is not one for which this program was built, or cannot do what is asked.
     #[error("{0}")]
     Unavailable(String),
     /// A kernel did something wrong, or the device was lost.
@@ -77,7 +80,7 @@ impl From<Launch> for Command {
     }
 }
 
-/// A range of device memory, aligned to 256 bytes; freed when dropped, once all commands given before are done.
+/// A range of device memory, aligned to 256 bytes; when dropped it is free for others, after the commands given before.
 pub trait Memory {
     /// Its address.
     fn ptr(&self) -> DevicePtr;
@@ -118,9 +121,17 @@ pub trait Runtime {
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError>;
 }
 
-/// Which option to lower when memory does not suffice.
+/// Which option to lower when memory for a purpose does not suffice.
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-pub(super) const ADVICE: &str = "lower --batch-gpu (train) or --batch (sample)";
+pub(super) fn advice(purpose: &str) -> &'static str {
+    match purpose {
+        PARAMETERS => "take a smaller network, or fewer averages (--ema)",
+        _ => "lower --batch-gpu (train) or --batch (sample)",
+    }
+}
+
+/// The purpose of memory for weights, gradients, moments and averages.
+pub(super) const PARAMETERS: &str = "parameters";
 
 /// A device that is not there: it gives out addresses and computes nothing.
 pub struct Imagined {
@@ -290,7 +301,7 @@ mod emulated {
             let (used, asked) = (self.used.get(), bytes as u64);
             if used + asked > self.limit {
                 let (device, free, total) = (self.name(), self.limit - used, self.limit);
-                return Err(DeviceError::OutOfMemory { device, asked, purpose, free, total, advice: ADVICE });
+                return Err(DeviceError::OutOfMemory { device, asked, purpose, free, total, advice: advice(purpose) });
             }
             let allocation = self.emulator.alloc(bytes).map_err(failed)?;
             self.used.set(used + asked);
