@@ -16,7 +16,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::str::FromStr;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
@@ -76,7 +76,7 @@ impl DeviceArgs {
     ///
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
-    pub fn open(&self) -> Result<Engine, DeviceError> {
+    pub fn open(&self) -> anyhow::Result<Engine> {
         match self.device {
             Device::Cpu => Ok(Engine::Cpu),
             Device::Auto => match cuda(0) {
@@ -90,8 +90,8 @@ impl DeviceArgs {
                     Ok(Engine::Cpu)
                 }
             },
-            Device::Cuda(ordinal) => cuda(ordinal).map(Engine::Gpu),
-            Device::Emulated => emulated().map(Engine::Gpu),
+            Device::Cuda(ordinal) => cuda(ordinal).map(Engine::Gpu).with_context(|| format!("--device cuda:{ordinal}")),
+            Device::Emulated => emulated().map(Engine::Gpu).context("--device emulated"),
         }
     }
 }
