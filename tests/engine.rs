@@ -1,5 +1,5 @@
-//! The whole engine, on a GPU if there is one, else on the emulator: the official implementation's numbers, training and sampling against the
-//! CPU, plans, resuming, and too little memory.
+//! The whole engine, on a GPU if there is one, else on the emulator: the official numbers, training and sampling
+//! against the CPU, plans, resuming, and too little memory.
 #![cfg(any(feature = "emulator", feature = "cuda"))]
 
 mod common;
@@ -15,7 +15,7 @@ use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Backend, Normalization, Shape, Slot};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, ParamTable};
-use edm2k::sample::{Sampler, SamplerConfig};
+use edm2k::sample::{Sampler, SamplerConfig, Step};
 use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
@@ -194,6 +194,39 @@ fn a_sampled_image_is_the_cpu_s() {
     assert!(psnr >= 40.0, "{psnr:.1} dB");
     let (_, cost) = device.costs().next().unwrap();
     assert!(cost.launches > 8 * 2 * 50, "{cost:?}");
+}
+
+#[test]
+fn step_by_step_is_what_one_plan_computes() {
+    let Some(runtime) = common::runtime() else { return };
+    let model = demo();
+    let mut labels = vec![0.0; model.net.config.label_dim];
+    labels[..3].fill(0.5);
+    let size = [model.meta.height, model.meta.width];
+    let [mut device, mut other] =
+        [(); 2].map(|()| loaded(Gpu::for_sampling(runtime.clone(), Precision::F16, &model.table).unwrap(), &model));
+
+    let config = SamplerConfig { steps: 2, ..SamplerConfig::default() };
+    let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
+    let whole = sampler.run(&labels, &[7], size, &config, None).unwrap();
+    let mut steps = 0;
+    let mut count = |_: &mut Gpu, _: Step<_>| {
+        steps += 1;
+        Ok(())
+    };
+    let observed = sampler.run(&labels, &[7], size, &config, Some(&mut count)).unwrap();
+    assert_eq!(steps, 2);
+    assert!(observed == whole);
+
+    // Guided by itself, a network goes where it goes alone.
+    let alone = SamplerConfig { guidance: 1.0, ..config.clone() };
+    let alone = sampler.run(&labels, &[7], size, &alone, None).unwrap();
+    let gnet = Some((&mut other, &model.net));
+    let mut guided = Sampler { backend: &mut device, net: &model.net, gnet };
+    let guided = guided.run(&labels, &[7], size, &config, None).unwrap();
+    // 5 d - 4 d rounds in f32, and the next evaluation rounds its input to f16.
+    let worst = alone.iter().zip(&guided).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(worst < 1e-2, "{worst}");
 }
 
 #[test]

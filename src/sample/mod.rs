@@ -259,8 +259,8 @@ pub struct Sampler<'a, B: Backend> {
 
 impl<B: Backend> Sampler<'_, B> {
     /// Samples one batch: an image of `size` = [height, width] for each seed. `labels` are the conditions,
-    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step; without it, and without
-    /// another network or churn, the whole batch is one plan of the device. Returns [seeds, height, width, channels]
+    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step. Without it, another network
+    /// and churn, the whole batch is one plan of the device; else each evaluation is. Returns [seeds, height, width, channels]
     /// in model space.
     ///
     /// # Errors
@@ -274,42 +274,33 @@ impl<B: Backend> Sampler<'_, B> {
         observe: Option<&mut Observe<B>>,
     ) -> Result<Vec<f32>, SampleError> {
         let shape = self.check(labels, seeds, size, config)?;
-        let labels_shape = [seeds.len(), 1, 1, labels.len() / seeds.len()];
         let noise = draw(shape, seeds, Purpose::SampleNoise, 0);
+        let labels = (!labels.is_empty()).then_some(([seeds.len(), 1, 1, self.net.config.label_dim], labels));
         let net = self.net;
-        let images = match &mut self.gnet {
-            None if observe.is_none() && config.churn.s_churn == 0.0 => {
-                let mut inputs = vec![(shape, &noise[..])];
-                if !labels.is_empty() {
-                    inputs.push((labels_shape, labels));
-                }
-                let mut failed = None;
-                let key = format!("sample {config:?}");
-                let made = self.backend.planned(&key, &inputs, &mut |b, inputs| {
-                    let labels = inputs.get(1).cloned();
-                    let mut network = Network { net, labels, gnet: None, config, shape, seeds, observe: None };
-                    match solve(b, &mut network, config, &inputs[0]) {
-                        Ok(x) => vec![x],
-                        Err(e) => {
-                            failed = Some(e);
-                            vec![]
-                        }
+        let images = if self.gnet.is_none() && observe.is_none() && config.churn.s_churn == 0.0 {
+            let mut inputs = vec![(shape, &noise[..])];
+            inputs.extend(labels);
+            let mut failed = None;
+            let key = format!("sample {config:?}");
+            let made = self.backend.planned(&key, &inputs, &mut |b, inputs| {
+                match solve(b, &mut Whole { net, labels: inputs.get(1), config }, config, &inputs[0]) {
+                    Ok(x) => vec![x],
+                    Err(e) => {
+                        failed = Some(e);
+                        vec![]
                     }
-                })?;
-                if let Some(e) = failed {
-                    return Err(e.into());
                 }
-                self.backend.download(&made[0])?
+            })?;
+            if let Some(e) = failed {
+                return Err(e.into());
             }
-            gnet => {
-                let noise = self.backend.upload(shape, &noise);
-                let labels = (!labels.is_empty()).then_some((labels_shape, labels));
-                let gnet = gnet.as_mut().map(|(b, net)| (&mut **b, *net, labels.filter(|_| net.config.label_dim > 0)));
-                let labels = labels.map(|(shape, labels)| self.backend.upload(shape, labels));
-                let mut network = Network { net, labels, gnet, config, shape, seeds, observe };
-                let x = solve(self.backend, &mut network, config, &noise)?;
-                self.backend.download(&x)?
-            }
+            self.backend.download(&made[0])?
+        } else {
+            let noise = self.backend.upload(shape, &noise);
+            let gnet = self.gnet.as_mut().map(|(b, net)| (&mut **b, *net));
+            let mut network = Stepwise { net, labels, gnet, config, shape, seeds, observe };
+            let x = solve(self.backend, &mut network, config, &noise)?;
+            self.backend.download(&x)?
         };
         for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(seeds) {
             let count = image.iter().filter(|x| !x.is_finite()).count();
@@ -358,42 +349,72 @@ fn draw(shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> Vec<f32> {
     values
 }
 
-/// The guided network as the solvers see it.
-struct Network<'a, 'o, B: Backend> {
+/// The guided network inside a plan of all steps.
+struct Whole<'a, B: Backend> {
     net: &'a Precond,
-    labels: Option<B::Tensor>,
-    /// Another network, with its labels on the host.
-    gnet: Option<(&'a mut B, &'a Precond, Option<Input<'a>>)>,
+    labels: Option<&'a B::Tensor>,
+    config: &'a SamplerConfig,
+}
+
+impl<B: Backend> Denoise<B> for Whole<'_, B> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+        let n = b.shape(x)[0];
+        let sigmas = b.upload([n, 1, 1, 1], &vec![sigma as f32; n]);
+        let d = self.net.denoise(b, x, &sigmas, self.labels);
+        if self.labels.is_none() || !self.config.guides(sigma) {
+            return Ok(Guided::plain(d));
+        }
+        let reference = self.net.denoise(b, x, &sigmas, None);
+        Ok(Guided::new(d, reference, self.config.guidance))
+    }
+
+    fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
+        unreachable!("churn is sampled step by step")
+    }
+
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// The guided network step by step: each evaluation is a plan, what passes between two of them goes through the
+/// host (a few kilobytes against a whole forward pass). So a reference may live on another device, a step can be
+/// looked at, and churn draws its noise.
+struct Stepwise<'a, 'o, B: Backend> {
+    net: &'a Precond,
+    labels: Option<Input<'a>>,
+    gnet: Option<(&'a mut B, &'a Precond)>,
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],
     observe: Option<&'a mut Observe<'o, B>>,
 }
 
-impl<B: Backend> Denoise<B> for Network<'_, '_, B> {
+impl<B: Backend> Denoise<B> for Stepwise<'_, '_, B> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
-        let n = self.shape[0];
-        let levels = vec![sigma as f32; n];
-        let sigmas = b.upload([n, 1, 1, 1], &levels);
-        let d = self.net.denoise(b, x, &sigmas, self.labels.as_ref());
+        let shape = self.shape;
+        let x = b.download(x)?;
+        let levels = vec![sigma as f32; shape[0]];
+        let evaluate = |b: &mut B, net: &Precond, labels: Option<Input>| {
+            let mut inputs = vec![(shape, &x[..]), ([shape[0], 1, 1, 1], &levels[..])];
+            inputs.extend(labels);
+            let made = b.planned("denoise", &inputs, &mut |b, inputs| {
+                vec![net.denoise(b, &inputs[0], &inputs[1], inputs.get(2))]
+            })?;
+            Ok::<_, BackendError>(made.into_iter().next().expect("the plan makes one tensor"))
+        };
+        let d = evaluate(b, self.net, self.labels)?;
         if !self.config.guides(sigma) {
             return Ok(Guided::plain(d));
         }
         let reference = match &mut self.gnet {
-            // The two networks may live on different devices, so what passes between them goes
-            // through the host: a few kilobytes against a whole forward pass.
-            Some((other, gnet, labels)) => {
-                let x = b.download(x)?;
-                let mut inputs = vec![(self.shape, &x[..]), ([n, 1, 1, 1], &levels[..])];
-                inputs.extend(*labels);
-                let d = other.planned("denoise", &inputs, &mut |b, inputs| {
-                    vec![gnet.denoise(b, &inputs[0], &inputs[1], inputs.get(2))]
-                })?;
-                let d = other.download(&d[0])?;
-                b.upload(self.shape, &d)
+            Some((other, gnet)) => {
+                let d = evaluate(other, gnet, self.labels.filter(|_| gnet.config.label_dim > 0))?;
+                let d = other.download(&d)?;
+                b.upload(shape, &d)
             }
             None if self.labels.is_none() => return Ok(Guided::plain(d)),
-            None => self.net.denoise(b, x, &sigmas, None),
+            None => evaluate(b, self.net, None)?,
         };
         Ok(Guided::new(d, reference, self.config.guidance))
     }
