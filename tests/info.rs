@@ -1,4 +1,4 @@
-//! `edm2k info`: what it says of models, datasets and everything else.
+//! `edm2k info`, what it says of models, datasets and everything else; and `edm2k bench`, which measures a machine.
 
 use std::fs;
 use std::path::Path;
@@ -97,4 +97,17 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
     let folder = dir.path().join("folder");
     fs::create_dir(&folder).unwrap();
     assert!(refused(&folder).contains("vocabulary.json: No such file"));
+}
+
+#[test]
+fn bench_measures_time_and_memory() {
+    let mut bench = Command::cargo_bin("edm2k").unwrap();
+    let bench = bench.args(["bench", "--device", "cpu", "--size", "8x8", "--repeats", "1"]);
+    let table = String::from_utf8(bench.assert().success().get_output().stdout.clone()).unwrap();
+    for what in ["forward, batch 1", "forward, batch 2", "SD-VAE decode, one image", "training step, batch 1"] {
+        let row = table.lines().find(|line| line.starts_with(what)).unwrap_or_else(|| panic!("{what}: {table}"));
+        assert!(row.contains(" images/s "), "{row}");
+        // Linux tells the peak of a process.
+        assert!(row.ends_with(" MiB") || !cfg!(target_os = "linux"), "{row}");
+    }
 }

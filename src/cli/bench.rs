@@ -161,7 +161,9 @@ impl Bench<'_> {
             decoder.decode(&mut b, size, &latent)?;
             Ok(())
         };
-        self.measure("SD-VAE decode, one image".into(), [macs as f64, 1.0], &mut run, peak_mib)
+        let times = self.time(&mut run)?;
+        self.row("SD-VAE decode, one image".into(), [macs as f64, 1.0], times, peak_mib());
+        Ok(())
     }
 
     fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {
@@ -203,24 +205,22 @@ impl Bench<'_> {
         Ok(b.prepare(Slot::Weight, how)?)
     }
 
-    fn measure(
-        &mut self,
-        what: String,
-        [macs, images]: [f64; 2],
-        run: &mut dyn FnMut() -> Result<()>,
-        memory: impl FnOnce() -> Option<f64>,
-    ) -> Result<()> {
+    /// Seconds of repeated runs after one that warms up.
+    fn time(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
         run()?;
-        let mut times = Vec::new();
-        for _ in 0..self.args.repeats {
+        let timed = |_| {
             let start = Instant::now();
             run()?;
-            times.push(start.elapsed().as_secs_f64());
-        }
+            Ok(start.elapsed().as_secs_f64())
+        };
+        (0..self.args.repeats).map(timed).collect()
+    }
+
+    fn row(&mut self, what: String, [macs, images]: [f64; 2], times: Vec<f64>, memory_mib: Option<f64>) {
         let fastest_s = times.iter().copied().fold(f64::INFINITY, f64::min);
         let median_s = median(times);
         let (gmac_per_s, images_per_s) = (macs / median_s * 1e-9, images / median_s);
-        let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib: memory() };
+        let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib };
         if !self.args.json {
             let memory = row.memory_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
             println!(
@@ -229,7 +229,6 @@ impl Bench<'_> {
             );
         }
         self.rows.push(row);
-        Ok(())
     }
 
     /// Images, noise levels and labels.
@@ -253,10 +252,8 @@ impl Bench<'_> {
             b.download(&made[0])?;
             Ok(())
         };
-        self.measure(format!("forward, batch {n}"), [macs, n as f64], &mut run, || None)?;
-        if let Some(row) = self.rows.last_mut() {
-            row.memory_mib = memory(b);
-        }
+        let times = self.time(&mut run)?;
+        self.row(format!("forward, batch {n}"), [macs, n as f64], times, memory(b));
         Ok(())
     }
 
@@ -286,10 +283,8 @@ impl Bench<'_> {
             losses.iter().try_for_each(|loss| b.download(loss).map(|_| ()))?;
             Ok(())
         };
-        self.measure(format!("training step, batch {}", n * rounds), [macs, total], &mut run, || None)?;
-        if let Some(row) = self.rows.last_mut() {
-            row.memory_mib = memory(b);
-        }
+        let times = self.time(&mut run)?;
+        self.row(format!("training step, batch {}", n * rounds), [macs, total], times, memory(b));
         Ok(())
     }
 
