@@ -21,7 +21,9 @@ DEMO_TAGS := \
 	--tags 'woman, dark skin tone, red, hair, subgroup: person, $(PEOPLE)' \
 	--tags 'superhero, man, light skin tone, subgroup: person fantasy, $(PEOPLE)' \
 	--tags 'heart, couple, kiss, medium skin tone, $(PEOPLE)' \
-	--tags 'vampire, woman, red, hair, dark skin tone, $(PEOPLE)' \
+	--tags 'cat, face, group: animals & nature' \
+	--tags 'red, apple, fruit, group: food & drink' \
+	--tags 'blue, apple, fruit, group: food & drink' \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
@@ -39,7 +41,7 @@ FORCE:
 
 demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/out)
 	@$(EDM2K) sample --model demo/emoji.safetensors --condition-model demo/conditions.safetensors \
-		$(DEMO_TAGS) --random-conditions 5 --per-condition 8 --batch 16 \
+		$(DEMO_TAGS) --random-conditions 4 --per-condition 8 --batch 16 \
 		--outdir demo/out --overwrite
 
 test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU if there is one
