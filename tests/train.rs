@@ -13,7 +13,7 @@ use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batches;
 use edm2k::train::{DataIdentity, LearningRate, Schedule, Settings, ema};
 use half::f16;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
     "attn_resolutions": [4], "channels_per_head": 8}"#;
@@ -37,7 +37,7 @@ impl Place {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         fs::create_dir(&data).unwrap();
-        let tags: Vec<_> = (0..DIM).map(|i| serde_json::json!({"tag": format!("t{i}"), "count": 1})).collect();
+        let tags: Vec<_> = (0..DIM).map(|i| json!({"tag": format!("t{i}"), "count": 1})).collect();
         fs::write(data.join("vocabulary.json"), serde_json::to_string(&tags).unwrap()).unwrap();
         for (split, first, n) in [(Split::Train, 0, 37), (Split::Validation, 1000, 5)] {
             write_shard(&data.join(split.shard_name(0)), first, n, false);
@@ -94,7 +94,7 @@ fn write_shard(path: &Path, first: i64, n: usize, latents: bool) {
     let offsets: Vec<u8> = (0..=n as i64).flat_map(|i| i.to_le_bytes()).collect();
     let indices: Vec<u8> = (0..n).flat_map(|i| ((i % DIM) as i32).to_le_bytes()).collect();
     let (kind, dtype) = if latents { ("latents", Dtype::F16) } else { ("images", Dtype::U8) };
-    let header = serde_json::json!({
+    let header = json!({
         "kind": kind, "height": SIZE, "width": SIZE, "channels": channels, "condition_dim": DIM,
         "count": n, "shards": 1, "source": "noise", "licence": "none",
     });
@@ -570,9 +570,14 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     assert_eq!(json["plan"]["batch_gpu"], 4);
     assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
     assert!(!place.path("run").exists());
-    let said = succeed(&mut place.train("run", "--preset 1girl-xs --duration 11M -n"));
-    let json: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!((&json["settings"]["batch"], &json["settings"]["lr"]), (&2000.into(), &0.012.into()));
+
+    let recipe = "--preset 1girl-xs --cond-dropout 0.05 --cond-dropout-from 9M -n";
+    let json: Value = serde_json::from_str(&succeed(&mut place.train("run", recipe))).unwrap();
+    let expected = json!({"batch": 2000, "lr": 0.012, "schedule": "linear", "rampup": 0, "duration": 11_000_000,
+        "cond_dropout": 0.05, "cond_dropout_from": 9_000_000, "ema": [0.05, 0.1], "p_mean": -0.4, "p_std": 1.0});
+    for (name, value) in expected.as_object().unwrap() {
+        assert_eq!(&json["settings"][name], value, "{name}");
+    }
 }
 
 #[test]

@@ -32,7 +32,8 @@ Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
 Examples:
   edm2k train --data data/emoji --outdir runs/emoji --config emoji.json \\
       --duration 1M --batch 128 --lr 0.01 --cond-dropout 0.1
-  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs --duration 11M --schedule linear
+  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs --init edm2-img512-xs.safetensors \\
+      --cond-dropout 0.05 --cond-dropout-from 9M
   edm2k train --data data/mine --outdir runs/fine --init edm2-img512-xs.safetensors \\
       --duration 500k --lr 0.002
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
@@ -52,26 +53,27 @@ pub struct TrainArgs {
     /// Start from the weights of a model file; its network is the default
     #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
-    /// Images to train on
+    /// Images to train on [default: the preset's, if it has one]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
-    duration: u64,
+    duration: Option<u64>,
     /// Images per optimizer step [default: the preset's, or 128]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
-    /// Images at a time; less needs less memory [default: what fits into 1 GiB of
+    /// Images at a time; less needs less memory [default: the preset's, or what fits into 1 GiB of
     /// activations, on a GPU 4 GiB]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
     #[arg(long, value_name = "RATE")]
     lr: Option<f64>,
-    /// Learning rate: EDM2's inverse square root, or linear to zero at the end
-    #[arg(long, value_enum, default_value_t = Schedule::Edm2)]
-    schedule: Schedule,
+    /// Learning rate: EDM2's inverse square root, or linear to zero at the end [default: the preset's, or edm2]
+    #[arg(long, value_enum)]
+    schedule: Option<Schedule>,
     /// edm2: batches after which the rate falls, 0 = never [default: the preset's, or 70000]
     #[arg(long, value_name = "BATCHES")]
     decay: Option<f64>,
-    /// Images over which the rate rises, 0 = none [default: 10M, or a tenth of the duration if less]
+    /// Images over which the rate rises, 0 = none [default: the preset's, or 10M, or a
+    /// tenth of the duration if that is less]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     rampup: Option<u64>,
     /// Mean of ln(sigma) [default: the preset's, or -0.4]
@@ -293,16 +295,19 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     };
 
     let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
+    let recipe = preset.as_ref().and_then(|preset| preset.recipe);
+    let duration =
+        args.duration.or(recipe.map(|recipe| recipe.duration)).context("give --duration, the images to train on")?;
     let settings = Settings {
         data: DataIdentity::of(data),
         init: args.init.clone(),
         seed: args.seed,
-        duration: args.duration,
+        duration,
         batch: args.batch.unwrap_or(preset.as_ref().map_or(128, |p| p.batch as u64)),
         lr: args.lr.unwrap_or(of(|p| p.lr, 0.01)),
-        schedule: args.schedule,
+        schedule: args.schedule.unwrap_or(if recipe.is_some() { Schedule::Linear } else { Schedule::Edm2 }),
         decay: args.decay.unwrap_or(of(|p| p.decay, 70000.0)),
-        rampup: args.rampup.unwrap_or(10_000_000.min(args.duration / 10)),
+        rampup: args.rampup.unwrap_or(if recipe.is_some() { 0 } else { 10_000_000.min(duration / 10) }),
         p_mean: args.p_mean.unwrap_or(of(|p| p.p_mean, -0.4)),
         p_std: args.p_std.unwrap_or(of(|p| p.p_std, 1.0)),
         ema: args.ema.clone(),
@@ -326,12 +331,12 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     for &std in &settings.ema {
         ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
     }
-    let batch_gpu = match args.batch_gpu {
+    let batch_gpu = match args.batch_gpu.or(recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu)) {
         Some(n) => n.min(settings.batch),
         None => memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
     };
     positive("batch-gpu", batch_gpu as f64)?;
-    let every = |given: Option<u64>, times: u64| given.unwrap_or((args.duration / times).max(1));
+    let every = |given: Option<u64>, times: u64| given.unwrap_or((duration / times).max(1));
     let plan = Plan {
         outdir: args.outdir.clone(),
         batch_gpu,

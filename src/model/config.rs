@@ -251,6 +251,17 @@ pub struct Preset {
     pub p_mean: f64,
     /// Standard deviation of ln(sigma).
     pub p_std: f64,
+    /// What `1girl-xs` says beyond EDM2's settings.
+    pub recipe: Option<Recipe>,
+}
+
+/// The rest of a whole recipe of fine-tuning.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// Images to train on; the learning rate falls linearly to zero over them, without a ramp-up.
+    pub duration: u64,
+    /// Images at a time.
+    pub batch_gpu: u64,
 }
 
 /// Every preset: EDM2's of ImageNet-512 (latents) and ImageNet-64 (RGB), and `1girl-xs`,
@@ -277,12 +288,12 @@ pub fn presets() -> Vec<Preset> {
     for (name, width, lr) in img512 {
         let config = Config::edm2(64, 4, 1000, width);
         let size = [64, 64];
-        all.push(Preset { name, config, size, batch: 2048, lr, decay: 70000.0, p_mean: -0.4, p_std: 1.0 });
+        all.push(Preset { name, config, size, batch: 2048, lr, decay: 70000.0, p_mean: -0.4, p_std: 1.0, recipe: None });
     }
     for (name, width, lr) in img64 {
         let config = Config::edm2(64, 3, 1000, width);
         let size = [64, 64];
-        all.push(Preset { name, config, size, batch: 2048, lr, decay: 35000.0, p_mean: -0.8, p_std: 1.6 });
+        all.push(Preset { name, config, size, batch: 2048, lr, decay: 35000.0, p_mean: -0.8, p_std: 1.6, recipe: None });
     }
     all.push(Preset {
         name: "1girl-xs",
@@ -293,6 +304,7 @@ pub fn presets() -> Vec<Preset> {
         decay: 0.0,
         p_mean: -0.4,
         p_std: 1.0,
+        recipe: Some(Recipe { duration: 11_000_000, batch_gpu: 40 }),
     });
     all
 }
