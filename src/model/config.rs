@@ -288,12 +288,32 @@ pub fn presets() -> Vec<Preset> {
     for (name, width, lr) in img512 {
         let config = Config::edm2(64, 4, 1000, width);
         let size = [64, 64];
-        all.push(Preset { name, config, size, batch: 2048, lr, decay: 70000.0, p_mean: -0.4, p_std: 1.0, recipe: None });
+        all.push(Preset {
+            name,
+            config,
+            size,
+            batch: 2048,
+            lr,
+            decay: 70000.0,
+            p_mean: -0.4,
+            p_std: 1.0,
+            recipe: None,
+        });
     }
     for (name, width, lr) in img64 {
         let config = Config::edm2(64, 3, 1000, width);
         let size = [64, 64];
-        all.push(Preset { name, config, size, batch: 2048, lr, decay: 35000.0, p_mean: -0.8, p_std: 1.6, recipe: None });
+        all.push(Preset {
+            name,
+            config,
+            size,
+            batch: 2048,
+            lr,
+            decay: 35000.0,
+            p_mean: -0.8,
+            p_std: 1.6,
+            recipe: None,
+        });
     }
     all.push(Preset {
         name: "1girl-xs",

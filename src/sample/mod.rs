@@ -282,13 +282,16 @@ impl<B: Backend> Sampler<'_, B> {
             inputs.extend(labels);
             let mut failed = None;
             let key = format!("sample {config:?}");
-            let made = self.backend.planned(&key, &inputs, &mut |b, inputs| {
-                match solve(b, &mut Whole { net, labels: inputs.get(1), config }, config, &inputs[0]) {
-                    Ok(x) => vec![x],
-                    Err(e) => {
-                        failed = Some(e);
-                        vec![]
-                    }
+            let made = self.backend.planned(&key, &inputs, &mut |b, inputs| match solve(
+                b,
+                &mut Whole { net, labels: inputs.get(1), config },
+                config,
+                &inputs[0],
+            ) {
+                Ok(x) => vec![x],
+                Err(e) => {
+                    failed = Some(e);
+                    vec![]
                 }
             })?;
             if let Some(e) = failed {
