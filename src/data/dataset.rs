@@ -29,6 +29,7 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::condition::Conditioning;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 
@@ -98,6 +99,9 @@ pub struct Header {
     pub channels: usize,
     /// Width D of the conditions.
     pub condition_dim: usize,
+    /// What they are made of.
+    #[serde(default)]
+    pub conditioning: Conditioning,
     /// Images in this shard.
     pub count: usize,
     /// How many shards the split has.
@@ -213,12 +217,14 @@ impl Dataset {
             return Ok(());
         };
         let ours = &self.header;
+        let json = |conditioning: &Conditioning| serde_json::json!(conditioning).to_string();
         let pairs = [
             ("kind", format!("{:?}", header.kind), format!("{:?}", ours.kind)),
             ("height", header.height.to_string(), ours.height.to_string()),
             ("width", header.width.to_string(), ours.width.to_string()),
             ("channels", header.channels.to_string(), ours.channels.to_string()),
             ("condition_dim", header.condition_dim.to_string(), ours.condition_dim.to_string()),
+            ("conditioning", json(&header.conditioning), json(&ours.conditioning)),
             ("shards", header.shards.to_string(), ours.shards.to_string()),
         ];
         for (what, found, expected) in pairs {

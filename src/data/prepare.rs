@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE};
+use crate::condition::Conditioning;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 
@@ -483,6 +484,7 @@ fn make_shard(
         width,
         channels: 3,
         condition_dim: width_of_condition,
+        conditioning: Conditioning::Tags,
         count: n,
         shards: job.shards,
         source: settings.source.clone(),
