@@ -10,8 +10,9 @@ use std::sync::Mutex;
 use assert_cmd::Command;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Kind, Split};
-use edm2k::data::prepare::{self, Counts, Event, PrepareError, Settings, Summary};
+use edm2k::data::prepare::{self, Counts, Drop, Drops, Event, PrepareError, Settings, Summary};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::rng::{Purpose, Stream};
 use half::f16;
 use image::{DynamicImage, GrayImage, ImageFormat, Luma, Rgb, RgbImage, Rgba, RgbaImage};
 use proptest::prelude::*;
@@ -50,6 +51,8 @@ impl Workshop {
         Settings {
             images: self.dir.path().join("images"),
             metadata,
+            danbooru: None,
+            features: None,
             out: self.dir.path().join("out"),
             size: [16, 16],
             background: [255; 3],
@@ -63,13 +66,16 @@ impl Workshop {
     }
 
     fn prepare(&self) -> Summary {
-        prepare::prepare(&self.settings(), &|_| ()).unwrap()
+        prepare::prepare(&self.settings(), None, &|_| ()).unwrap()
     }
 
     fn open(&self, split: Split) -> Dataset {
         Dataset::open(&self.dir.path().join("out"), split).unwrap()
     }
 }
+
+/// What latents are drawn with; of pixels it changes nothing.
+const NOISE: Stream = Stream { seed: 5, purpose: Purpose::Latent, step: 0, image: 77 };
 
 fn solid(width: u32, height: u32, colour: [u8; 3]) -> RgbImage {
     RgbImage::from_pixel(width, height, Rgb(colour))
@@ -79,11 +85,15 @@ fn counts(summary: &Summary, split: Split) -> Counts {
     summary.splits.iter().find(|(this, _)| *this == split).unwrap().1
 }
 
+fn drops(expected: &[(Drop, usize)]) -> Drops {
+    Drops(expected.iter().copied().collect())
+}
+
 /// Pixels of the image with this id as 8-bit RGB, `[H * W][3]`.
 fn pixels(dataset: &Dataset, id: i64) -> Vec<[u8; 3]> {
     let [height, width, channels] = dataset.shape();
     let mut image = vec![0.0; height * width * channels];
-    dataset.image(dataset.find(id).unwrap(), &mut image);
+    dataset.image(dataset.find(id).unwrap(), NOISE, &mut image);
     image.chunks_exact(3).map(|pixel| std::array::from_fn(|c| ((pixel[c] + 1.0) * 127.5).round() as u8)).collect()
 }
 
@@ -159,7 +169,7 @@ fn transparency_leaves_no_fringe_of_hidden_colours() {
     });
     shop.image(2, disc, &["disc"]);
     let mut settings = shop.settings();
-    prepare::prepare(&settings, &|_| ()).unwrap();
+    prepare::prepare(&settings, None, &|_| ()).unwrap();
     let on_white = pixels(&shop.open(Split::Train), 2);
     for pixel in &on_white {
         // Between yellow and white; the filter's ringing takes a little off the green.
@@ -169,7 +179,7 @@ fn transparency_leaves_no_fringe_of_hidden_colours() {
 
     settings.out = shop.dir.path().join("green");
     settings.background = [0, 128, 0];
-    prepare::prepare(&settings, &|_| ()).unwrap();
+    prepare::prepare(&settings, None, &|_| ()).unwrap();
     let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
     assert_eq!(pixels(&dataset, 2)[0], [0, 128, 0]);
 }
@@ -186,7 +196,8 @@ fn at_most_the_allowed_share_is_cropped_about_the_centre() {
     shop.image(6, framed, &["x"]);
     shop.image(7, solid(9, 9, [5, 5, 5]), &["x"]);
     let summary = shop.prepare();
-    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, cropped: 1, enlarged: 1, ..Counts::default() });
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, untagged: 0 });
+    assert_eq!(summary.dropped, drops(&[(Drop::Cropped, 1)]));
     let dataset = shop.open(Split::Train);
     for (id, .., kept) in cases {
         assert_eq!(dataset.find(id).is_some(), kept, "image {id}");
@@ -231,8 +242,9 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
             listed.lock().unwrap().push(format!("{file}: {why}"));
         }
     };
-    let summary = prepare::prepare(&shop.settings(), &listen).unwrap();
-    assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, unreadable: 6, ..Counts::default() });
+    let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
+    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 6)]));
     let mut first = std::mem::take(&mut *listed.lock().unwrap());
     first.sort();
     let names: Vec<_> = first.iter().map(|line| line.split(':').next().unwrap()).collect();
@@ -240,10 +252,10 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
     assert!(first[1].contains("60000x60000 is more than"), "{}", first[1]);
 
     // The second time nothing is decoded, but the list is the same.
-    let again = prepare::prepare(&shop.settings(), &listen).unwrap();
+    let again = prepare::prepare(&shop.settings(), None, &listen).unwrap();
     let mut second = listed.into_inner().unwrap();
     second.sort();
-    assert_eq!((again.splits, second), (summary.splits, first));
+    assert_eq!((again.splits, again.dropped, second), (summary.splits, summary.dropped, first));
 }
 
 fn gallery() -> Workshop {
@@ -295,7 +307,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     shop.prepare();
     let out = shop.dir.path().join("out");
     let whole = read_dir(&out);
-    assert_eq!(whole.len(), 9 + 1 + 1 + 1, "{:?}", whole.keys());
+    assert_eq!(whole.len(), 9 + 1 + 1 + 2, "{:?}", whole.keys());
 
     fs::remove_file(out.join("train-00002.safetensors")).unwrap();
     fs::remove_file(out.join("vocabulary.json")).unwrap();
@@ -307,7 +319,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     let redone = Mutex::new(Vec::new());
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     one_thread.install(|| {
-        prepare::prepare(&shop.settings(), &|event| {
+        prepare::prepare(&shop.settings(), None, &|event| {
             if let Event::Shard { name, kept: false, .. } = event {
                 redone.lock().unwrap().push(name.to_string());
             }
@@ -325,7 +337,7 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     let out = shop.dir.path().join("out");
     let before = read_dir(&out);
     let refused = |settings: Settings, expected: &str| {
-        let text = prepare::prepare(&settings, &|_| ()).unwrap_err().to_string();
+        let text = prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
         assert!(read_dir(&out) == before, "files were changed");
     };
@@ -338,14 +350,14 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     refused(Settings { metadata, ..shop.settings() }, "made before with records 41 (");
 
     fs::write(out.join("train-00099.safetensors"), "someone else's").unwrap();
-    let text = prepare::prepare(&shop.settings(), &|_| ()).unwrap_err().to_string();
+    let text = prepare::prepare(&shop.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(text.contains("train-00099.safetensors: a shard of another dataset"), "{text}");
 }
 
 #[test]
 fn unusable_settings_and_metadata_are_named() {
     let shop = gallery();
-    let fails = |settings: Settings| prepare::prepare(&settings, &|_| ()).unwrap_err().to_string();
+    let fails = |settings: Settings| prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
     let base = || shop.settings();
     assert!(fails(Settings { size: [0, 4], ..base() }).contains("the size is 0x4, expected sides"));
     assert!(fails(Settings { max_crop: f64::NAN, ..base() }).contains("crop is NaN, expected"));
@@ -370,8 +382,9 @@ fn unusable_settings_and_metadata_are_named() {
 
     let mut unreadable = Workshop::new();
     unreadable.record(2, "absent.png", &["x"]);
-    let result = prepare::prepare(&unreadable.settings(), &|_| ());
-    assert!(matches!(result, Err(PrepareError::NothingKept { records: 1, unreadable: 1, cropped: 0 })), "{result:?}");
+    let result = prepare::prepare(&unreadable.settings(), None, &|_| ());
+    let text = result.unwrap_err().to_string();
+    assert_eq!(text, "none of the 1 images could be kept (1 unreadable)");
 }
 
 proptest! {
@@ -388,13 +401,16 @@ proptest! {
             1.0 - w.min(h) / w.max(h)
         };
         prop_assume!((lost - max_crop).abs() > 1e-6);
-        match prepare::prepare(&settings, &|_| ()) {
+        match prepare::prepare(&settings, None, &|_| ()) {
             Ok(_) => {
                 prop_assert!(lost < max_crop);
                 let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
                 prop_assert!(pixels(&dataset, 2).iter().all(|&pixel| pixel == [90, 180, 20]));
             }
-            Err(PrepareError::NothingKept { cropped: 1, .. }) => prop_assert!(lost > max_crop),
+            Err(PrepareError::NothingKept { dropped, .. }) => {
+                prop_assert_eq!(dropped, drops(&[(Drop::Cropped, 1)]));
+                prop_assert!(lost > max_crop);
+            }
             Err(error) => prop_assert!(false, "{}", error),
         }
     }
@@ -416,14 +432,19 @@ impl Shard {
     /// Two latents of 1 x 2 x 3 (C, H, W), conditions 2 wide, three tags.
     fn latents(ids: [i64; 2]) -> Self {
         let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
-        let latents: Vec<f32> = (0..12).map(|x| x as f32 - 2.5).collect();
+        // Means -2.5, -1.5, ... of the first, 3.5, ... of the second; standard deviations 0 and 0.25.
+        let latents: Vec<f32> = [-2.5, 3.5]
+            .into_iter()
+            .zip([0.0, 0.25])
+            .flat_map(|(first, std)| (0..6).map(move |i| first + i as f32).chain([std; 6]))
+            .collect();
         Self {
             header: serde_json::json!({
                 "kind": "latents", "height": 2, "width": 3, "channels": 1, "condition_dim": 2,
                 "count": 2, "shards": 1, "source": "", "licence": "",
             }),
             tensors: vec![
-                ("latents", Dtype::F16, vec![2, 1, 2, 3], bytes(&latents, half)),
+                ("latents", Dtype::F16, vec![2, 2, 2, 3], bytes(&latents, half)),
                 ("conditions", Dtype::F16, vec![2, 2], bytes(&[0.6, 0.8, 1.0, 0.0], half)),
                 ("ids", Dtype::I64, vec![2], bytes(&ids, |x| x.to_le_bytes())),
                 ("tag_offsets", Dtype::I64, vec![3], bytes(&[0i64, 2, 3], |x| x.to_le_bytes())),
@@ -454,7 +475,7 @@ fn two_tags(dir: &Path) {
 }
 
 #[test]
-fn latents_are_given_as_stored_and_shards_continue_each_other() {
+fn latents_are_drawn_from_what_is_stored_and_shards_continue_each_other() {
     let dir = tempfile::tempdir().unwrap();
     two_tags(dir.path());
     let mut first = Shard::latents([7, -7]);
@@ -468,9 +489,13 @@ fn latents_are_given_as_stored_and_shards_continue_each_other() {
     assert_eq!([0, 1, 2, 3].map(|i| dataset.tags(i).to_vec()), [vec![0, 1], vec![0], vec![0, 1], vec![0]]);
     assert!(!dataset.flip_allowed(3), "no flips tensor means no flips");
     let (mut image, mut condition) = ([0.0; 6], [0.0; 2]);
-    dataset.image(3, &mut image);
+    dataset.image(2, NOISE, &mut image);
+    assert_eq!(image, [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], "no standard deviation, no noise");
+    dataset.image(3, NOISE, &mut image);
     dataset.condition(3, &mut condition);
-    assert_eq!(image, [3.5, 4.5, 5.5, 6.5, 7.5, 8.5]);
+    let mut noise = [0.0; 6];
+    NOISE.normals(&mut noise);
+    assert_eq!(image, std::array::from_fn(|i| 3.5 + i as f32 + 0.25 * noise[i]));
     assert_eq!(condition, [1.0, 0.0]);
 }
 
@@ -508,8 +533,8 @@ fn every_fault_of_a_shard_is_an_error_that_says_what_and_where() {
         (without("tag_indices"), "tensor tag_indices is missing"),
         (header("kind", "images".into()), "tensor images is missing"),
         (header("kind", "sound".into()), "metadata \"dataset\": unknown variant `sound`"),
-        (header("height", 3.into()), "tensor latents: found F16 [2, 1, 2, 3], expected F16 [2, 1, 3, 3]"),
-        (header("count", 3.into()), "found F16 [2, 1, 2, 3], expected F16 [3, 1, 2, 3]"),
+        (header("height", 3.into()), "tensor latents: found F16 [2, 2, 2, 3], expected F16 [2, 2, 3, 3]"),
+        (header("count", 3.into()), "found F16 [2, 2, 2, 3], expected F16 [3, 2, 2, 3]"),
         (header("count", u64::MAX.into()), "tensor latents: found"),
         (header("width", 0.into()), "width is 0, expected 1 to"),
         (header("width", u64::MAX.into()), "expected 1 to"),
@@ -555,7 +580,7 @@ fn faults_of_the_directory_are_named_too() {
 
     let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
     let mut empty = Shard::latents([1, 2])
-        .set("latents", Dtype::F16, &[0, 1, 2, 3], vec![])
+        .set("latents", Dtype::F16, &[0, 2, 2, 3], vec![])
         .set("conditions", Dtype::F16, &[0, 2], vec![])
         .set("ids", Dtype::I64, &[0], vec![])
         .set("tag_offsets", Dtype::I64, &[1], vec![0; 8])
@@ -581,7 +606,7 @@ fn read_all(dir: &Path) {
         let mut image = vec![0.0; dataset.shape().iter().product()];
         let mut condition = vec![0.0; dataset.condition_dim()];
         for i in 0..dataset.len() {
-            dataset.image(i, &mut image);
+            dataset.image(i, NOISE, &mut image);
             dataset.condition(i, &mut condition);
             assert!(condition.iter().all(|x| x.is_finite()));
             let _ = dataset.vocabulary().multi_hot(dataset.tags(i));
@@ -755,7 +780,8 @@ fn the_command_prepares_and_prints_a_summary() {
     ];
     let done = edm2k(&args).success();
     let text = String::from_utf8(done.get_output().stdout.clone()).unwrap();
-    assert!(text.contains("train            32 images, 1 unreadable"), "{text}");
+    assert!(text.contains("train            32 images\n"), "{text}");
+    assert!(text.contains("dropped           1 unreadable"), "{text}");
     assert!(text.contains("vocabulary        4 tags, the rarest on"), "{text}");
     let text = String::from_utf8(done.get_output().stderr.clone()).unwrap();
     assert!(text.contains("unreadable: broken.png: "), "{text}");
