@@ -32,6 +32,7 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::unit_norm;
 use super::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::backend::cpu::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -44,6 +45,8 @@ const HEADER_KEY: &str = "condition_model";
 const ROUNDS: u32 = 3;
 /// Most rows whose codes are kept as anchors.
 const ANCHORS: usize = 256;
+/// One anchor in so many is taken to have features with the given tags.
+const FITTING: usize = 16;
 /// Anchors near another one, any of which it may be mixed with.
 const NEAR: usize = 6;
 
@@ -53,7 +56,7 @@ const NEAR: usize = 6;
 pub enum Kind {
     /// Tags, as [`Vocabulary::multi_hot`] lays them out.
     Tags,
-    /// Features of a tagger or another network, any real numbers.
+    /// Features of a tagger or another network, of norm 1 ([`unit_norm`]).
     Dense,
 }
 
@@ -496,7 +499,7 @@ impl Vae<f32> {
         let at = self.layout();
         let mut asked = vec![0.0; v];
         tag_input(given, v, &mut asked);
-        let mut code = self.starts(given, count, seed);
+        let mut code = self.starts(given, &asked, count, seed);
         let mut invented = Invented { conditions: Vec::new(), tags: Vec::new() };
         for round in 0..=ROUNDS {
             let mut latent = vec![0.0; count * z];
@@ -525,9 +528,12 @@ impl Vae<f32> {
                         invented.tags.push(tags);
                     }
                     Kind::Dense => {
-                        x.copy_from_slice(out);
-                        let unnormalised = out.iter().zip(&self.std).zip(&self.mean).map(|((&x, &s), &m)| x * s + m);
-                        invented.conditions.extend(unnormalised);
+                        let moments = || self.std.iter().zip(&self.mean);
+                        let mut feature: Vec<f32> = out.iter().zip(moments()).map(|(&x, (s, m))| x * s + m).collect();
+                        // Zeros, which have no direction, would be no condition; they do not occur.
+                        let _ = unit_norm(&mut feature);
+                        x.iter_mut().zip(&feature).zip(moments()).for_each(|((x, f), (s, m))| *x = (f - m) / s);
+                        invented.conditions.extend(feature);
                         invented.tags.push(given.to_vec());
                     }
                 }
@@ -550,19 +556,27 @@ impl Vae<f32> {
 
     /// Codes [count, 2 Z] to begin with: an anchor, drawn by how likely it makes the given tags, mixed with
     /// one near it.
-    fn starts(&self, given: &[u32], count: usize, seed: u64) -> Vec<f32> {
+    fn starts(&self, given: &[u32], asked: &[f32], count: usize, seed: u64) -> Vec<f32> {
         let (d, v, z, _) = self.sizes();
         let anchors: Vec<&[f32]> = self.anchors.chunks(2 * z).collect();
         let means: Vec<f32> = anchors.iter().flat_map(|code| &code[..z]).copied().collect();
         let out = self.decode(&means, &vec![0.0; v]);
-        // ln of the product of the tags' probabilities; features say nothing about tags
-        let score = |out: &[f32]| -> f32 {
-            match self.header.kind {
-                Kind::Tags => given.iter().map(|&t| -(-out[t as usize]).exp().ln_1p()).sum(),
-                Kind::Dense => 0.0,
+        let scores: Vec<f32> = match self.header.kind {
+            // ln of the product of the tags' probabilities
+            Kind::Tags => {
+                out.chunks(d).map(|out| given.iter().map(|&t| -(-out[t as usize]).exp().ln_1p()).sum()).collect()
+            }
+            // Features do not say what tags they have. But those that have them change least when they are asked to.
+            Kind::Dense => {
+                let told = self.decode(&means, asked);
+                let change = |(a, b): (&[f32], &[f32])| a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+                let changes: Vec<f32> = out.chunks(d).zip(told.chunks(d)).map(change).collect();
+                let mut sorted = changes.clone();
+                sorted.sort_by(f32::total_cmp);
+                let most = sorted[(anchors.len() / FITTING).min(anchors.len() - 1)];
+                changes.iter().map(|&change| if change <= most { 0.0 } else { f32::NEG_INFINITY }).collect()
             }
         };
-        let scores: Vec<f32> = out.chunks(d).map(score).collect();
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;
         let cumulative: Vec<f32> = scores
