@@ -282,6 +282,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     if header.kind == Kind::Latents && args.grid != Some(0) {
         notes.push("no sample grids: the images are latents".to_owned());
     }
+    let mirrored = args.flip && header.kind == Kind::Latents;
+    ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
     // Places of features have no names.
     let tags = match header.conditioning {
         Conditioning::Tags => data.vocabulary().tags(),
