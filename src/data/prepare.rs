@@ -500,8 +500,9 @@ pub(super) fn read_lines(
         if length == MAX_LINE {
             return Err(wrong(format!("longer than {MAX_LINE} bytes, expected a record a line")));
         }
-        if !text.trim_ascii().is_empty() {
-            each(&text, end).map_err(wrong)?;
+        let text = text.trim_ascii();
+        if !text.is_empty() {
+            each(text, end).map_err(wrong)?;
         }
     }
     Ok(())
