@@ -23,11 +23,11 @@ With --images, each line of METADATA describes an image:
 where \"flip\" (optional) says that mirroring it leaves its meaning, and \"repeats\": 4 (optional)
 that training shall show it four times an epoch.
 
-With --danbooru, it is the posts.json of danbooru2023, a post a line. A tag is danbooru's with spaces
-for underscores: blue_hair is \"blue hair\" from here on.
+With --danbooru, it is the posts.json of danbooru2023, a post a line. A tag is danbooru's with
+spaces for underscores: blue_hair is \"blue hair\" from here on.
 
-The dataset's vocabulary.json has a tag a line. To rename one, change it there: images and conditions
-know tags by their places. Models take the names when they are trained.
+The dataset's vocabulary.json has a tag a line. To rename one, change it there: images and
+conditions know tags by their places. Models take the names when they are trained.
 
 Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704

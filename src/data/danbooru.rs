@@ -74,7 +74,7 @@ pub(super) fn read_records(
     let mut passed: HashMap<i64, Box<[u32]>> = HashMap::new();
     let mut unusable = HashSet::new();
     let total = fs::metadata(&settings.metadata).map_or(0, |about| about.len());
-    read_lines(&settings.metadata, &mut |line, end| {
+    read_lines(&settings.metadata, |line, end| {
         let post: Post = serde_json::from_slice(line)
             .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
         if records.read.is_multiple_of(4096) || end == total {

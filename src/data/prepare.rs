@@ -91,9 +91,12 @@ pub struct Codec<'a> {
     pub identity: String,
     /// Pixels for a latent, in each direction.
     pub factor: usize,
-    /// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
-    pub encode: &'a mut dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>,
+    /// How it does it.
+    pub encode: &'a mut Encode<'a>,
 }
+
+/// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
+pub type Encode<'a> = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError> + 'a;
 
 /// What stops the preparation.
 #[derive(Debug, thiserror::Error)]
@@ -484,7 +487,7 @@ fn check_settings(settings: &Settings, codec: Option<&Codec>) -> Result<(), Prep
 /// end in the file.
 pub(super) fn read_lines(
     path: &Path,
-    each: &mut dyn FnMut(&[u8], u64) -> Result<(), String>,
+    mut each: impl FnMut(&[u8], u64) -> Result<(), String>,
 ) -> Result<(), PrepareError> {
     let io_error = |cause| PrepareError::Io { path: path.into(), cause };
     let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io_error)?);
@@ -512,7 +515,7 @@ pub(super) fn read_lines(
 fn read_records(settings: &Settings) -> Result<Records, PrepareError> {
     let mut records = Records::default();
     let mut ids = HashSet::new();
-    read_lines(&settings.metadata, &mut |text, _| {
+    read_lines(&settings.metadata, |text, _| {
         let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
         let mut line: Line = serde_json::from_str(text).map_err(|error| {
             format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
