@@ -28,6 +28,8 @@ pub enum Purpose {
     Init = 8,
     /// Latent variables of the condition VAE.
     Condition = 9,
+    /// Which latent of an image's distribution training sees.
+    Latent = 10,
 }
 
 /// A stream of random numbers: `step` tells apart draws of one image for one purpose (below 2^24).

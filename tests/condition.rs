@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use assert_cmd::Command;
+use edm2k::condition::unit_norm;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split};
@@ -121,10 +122,15 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
         Stream::new(1, Purpose::Init, i).normals(&mut causes);
         dense.extend((0..6).map(|f| 10.0 + mix[f][0] * causes[0] + mix[f][1] * causes[1] + 0.05 * causes[2 + f]));
     }
+    assert!(dense.chunks_mut(6).all(unit_norm));
     let rows = Rows { kind: Kind::Dense, vocabulary: Vocabulary::default(), tags: vec![vec![]; count as usize], dense };
     let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let invented = vae.invent(&[], 1000, 3).conditions;
+    for row in invented.chunks(6) {
+        let norm = row.iter().map(|x| x * x).sum::<f32>();
+        assert!((norm - 1.0).abs() < 1e-6, "{norm}");
+    }
     let moments = |values: &[f32]| {
         let n = (values.len() / 6) as f64;
         let mean: Vec<f64> = (0..6).map(|f| values.chunks(6).map(|x| f64::from(x[f])).sum::<f64>() / n).collect();
@@ -147,6 +153,69 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
         let (got, want) = (correlation(&cov, f, g), correlation(&cov0, f, g));
         assert!((got - want).abs() < 0.25, "correlation of features {f} and {g}: {got:.2}, expected {want:.2}");
     }
+}
+
+/// Features as a tagger makes them: each tag adds its direction, each image something of its own.
+fn features(rows: &Rows, width: usize) -> Vec<f32> {
+    let direction = |tag: u32| {
+        let mut x = vec![0.0; width];
+        Stream::new(4, Purpose::Init, tag.into()).normals(&mut x);
+        x
+    };
+    let directions: Vec<_> = (0..rows.vocabulary.len() as u32).map(direction).collect();
+    let mut all = Vec::new();
+    for (i, tags) in rows.tags.iter().enumerate() {
+        let mut x = vec![0.0; width];
+        Stream::new(5, Purpose::Init, i as u64).normals(&mut x);
+        x.iter_mut().for_each(|x| *x *= 0.5);
+        tags.iter().for_each(|&tag| x.iter_mut().zip(&directions[tag as usize]).for_each(|(x, d)| *x += d));
+        assert!(unit_norm(&mut x));
+        all.extend(x);
+    }
+    all
+}
+
+#[test]
+fn features_invented_for_tags_are_like_those_of_images_that_have_them() {
+    let width = 48;
+    let tagged = scenes();
+    let dense = features(&tagged, width);
+    let rows = Rows { kind: Kind::Dense, dense, ..tagged };
+    let how = Training { latent: 8, hidden: 64, epochs: 80, batch: 32, ..Training::default() };
+    let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    // Mean feature of the images that have all of some tags.
+    let mean = |tags: &[u32]| {
+        let mut sum = vec![0.0f32; width];
+        for (own, x) in rows.tags.iter().zip(rows.dense.chunks(width)) {
+            if tags.iter().all(|tag| own.contains(tag)) {
+                sum.iter_mut().zip(x).for_each(|(s, x)| *s += x);
+            }
+        }
+        assert!(unit_norm(&mut sum));
+        sum
+    };
+    let groups = [vec!["cat", "dog", "bird", "horse"], vec!["sea", "farm", "city"]];
+    let (mut right, mut all) = (0, 0);
+    for group in &groups {
+        let means: Vec<_> = group.iter().map(|tag| mean(&[vae.vocabulary().get(tag).unwrap()])).collect();
+        for (k, tag) in group.iter().enumerate() {
+            let given = vae.vocabulary().parse(&format!("red, {tag}")).unwrap();
+            let invented = vae.invent(&given, 50, 9);
+            assert_eq!(invented.tags[0], given);
+            for x in invented.conditions.chunks(width) {
+                assert!((dot(x, x) - 1.0).abs() < 1e-6);
+                let nearest = (0..group.len()).max_by(|&a, &b| dot(x, &means[a]).total_cmp(&dot(x, &means[b])));
+                right += usize::from(nearest == Some(k));
+                all += 1;
+            }
+            // They differ among themselves.
+            let (first, second) = (&invented.conditions[..width], &invented.conditions[width..2 * width]);
+            assert!(dot(first, second) < 0.9999, "{tag}");
+        }
+    }
+    println!("{right} of {all}");
+    assert!(right as f64 > 0.95 * all as f64, "{right} of {all} are nearest to the images with the tag asked for");
 }
 
 #[test]

@@ -79,11 +79,16 @@ fn write_shard(path: &Path, first: i64, n: usize, latents: bool) {
         x
     };
     let channels = if latents { 4 } else { 3 };
+    let planes = if latents { 8 } else { 3 };
     let (mut images, mut conditions, mut ids, mut flips) = (vec![], vec![], vec![], vec![]);
     for i in 0..n {
         let noise = random(Purpose::TrainNoise, i, channels * SIZE * SIZE);
         match latents {
-            true => images.extend(noise.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes())),
+            true => {
+                // The standard deviations: a quarter.
+                let all = noise.iter().copied().chain(std::iter::repeat_n(0.25, noise.len()));
+                images.extend(all.flat_map(|x| f16::from_f32(x).to_le_bytes()));
+            }
             false => images.extend(noise.iter().map(|x| (x * 64.0 + 128.0) as u8)),
         }
         let hot = |c: usize| f16::from_f32(if c == i % DIM { 1.0 } else { 0.0 });
@@ -99,7 +104,7 @@ fn write_shard(path: &Path, first: i64, n: usize, latents: bool) {
         "count": n, "shards": 1, "source": "noise", "licence": "none",
     });
     let tensors: [safetensors::TensorOut; 6] = [
-        (kind, dtype, &[n, channels, SIZE, SIZE], &images),
+        (kind, dtype, &[n, planes, SIZE, SIZE], &images),
         ("conditions", Dtype::F16, &[n, DIM], &conditions),
         ("ids", Dtype::I64, &[n], &ids),
         ("flips", Dtype::U8, &[n], &flips),
@@ -248,16 +253,48 @@ fn settings(data: &Dataset) -> Settings {
 #[test]
 fn batches_do_not_depend_on_how_they_are_cut() {
     let place = Place::new();
+    for latents in [false, true] {
+        write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37, latents);
+        let data = place.dataset(Split::Train);
+        let s = settings(&data);
+        // 30..50 crosses the end of an epoch of 37.
+        let whole = Batches::new(&data, &s).get(30, 20);
+        let mut cut = Batches::new(&data, &s);
+        cut.get(900, 1);
+        let parts = [cut.get(30, 3), cut.get(33, 16), cut.get(49, 1)];
+        assert_eq!(whole.clean, parts.iter().flat_map(|p| p.clean.clone()).collect::<Vec<_>>());
+        assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
+        assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());
+        assert_eq!(whole.labels, Some(parts.iter().flat_map(|p| p.labels.clone().unwrap()).collect::<Vec<_>>()));
+    }
+}
+
+#[test]
+fn each_time_training_draws_another_latent_of_an_image() {
+    let place = Place::new();
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 1, true);
     let data = place.dataset(Split::Train);
-    let s = settings(&data);
-    // 30..50 crosses the end of an epoch of 37.
-    let whole = Batches::new(&data, &s).get(30, 20);
-    let mut cut = Batches::new(&data, &s);
-    cut.get(900, 1);
-    let parts = [cut.get(30, 3), cut.get(33, 16), cut.get(49, 1)];
-    assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
-    assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());
-    assert_eq!(whole.labels, Some(parts.iter().flat_map(|p| p.labels.clone().unwrap()).collect::<Vec<_>>()));
+    let s = Settings { flip: false, ..settings(&data) };
+    let numel = 4 * SIZE * SIZE;
+    let n = 200;
+    let drawn = Batches::new(&data, &s).get(0, n).clean;
+    let other = Batches::new(&data, &Settings { seed: 6, ..s }).get(0, 1).clean;
+    assert_ne!(other, drawn[..numel], "another seed, another latent");
+    let (mut sum, mut squares) = (0.0, 0.0);
+    let mut mean = vec![0.0; numel];
+    Stream::new(99, Purpose::TrainNoise, 0).normals(&mut mean);
+    for (at, x) in drawn.iter().enumerate() {
+        // Drawn are [H, W, C], stored [C, H, W].
+        let (place, channel) = (at % numel / 4, at % 4);
+        let away = f64::from(x - f16::from_f32(mean[channel * SIZE * SIZE + place]).to_f32());
+        sum += away;
+        squares += away * away;
+    }
+    let count = (n * numel) as f64;
+    // Five standard errors of mean and variance.
+    assert!((sum / count).abs() < 5.0 * 0.25 / count.sqrt(), "mean {}", sum / count);
+    let variance = squares / count / 0.0625;
+    assert!((variance - 1.0).abs() < 5.0 * (2.0 / count).sqrt(), "variance {variance} of that stored");
 }
 
 #[test]
@@ -271,7 +308,7 @@ fn noise_dropout_and_mirroring_happen_as_often_as_asked() {
     let originals: Vec<Vec<f32>> = (0..data.len())
         .map(|i| {
             let mut image = vec![0.0; numel];
-            data.image(i, &mut image);
+            data.image(i, Stream::new(0, Purpose::Latent, 0), &mut image);
             image
         })
         .collect();

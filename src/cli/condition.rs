@@ -9,6 +9,7 @@ use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
@@ -23,7 +24,9 @@ Examples:
   edm2k condition sample --model conditions.safetensors --count 8
   edm2k condition sample --model conditions.safetensors --tags 'cat, smiling' --count 8 \\
       --data data/emoji --out cats.safetensors
-  edm2k sample --model emoji.safetensors --conditions cats.safetensors --outdir cats")]
+  edm2k sample --model emoji.safetensors --conditions cats.safetensors --outdir cats
+
+The names of tags are those of the dataset's vocabulary.json, where they may be changed before `train`.")]
 pub struct ConditionArgs {
     #[command(subcommand)]
     command: Command,
@@ -117,27 +120,25 @@ fn tags(args: &TagsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The conditions of a dataset: tags if each is the multi-hot vector of its image's tags.
-fn rows(data: &Dataset) -> Rows {
+/// The conditions of a dataset, and the tags that go with them.
+fn rows(data: &Dataset) -> anyhow::Result<Rows> {
     let width = data.condition_dim();
     let vocabulary = data.vocabulary().clone();
     let tags: Vec<Vec<u32>> = (0..data.len()).map(|i| data.tags(i).to_vec()).collect();
+    if data.header().conditioning == Conditioning::Tags {
+        let known = vocabulary.len();
+        ensure!(known == width, "its conditions are {width} wide, expected the {known} tags of the vocabulary");
+        return Ok(Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new() });
+    }
     let mut dense = vec![0.0; data.len() * width];
     dense.chunks_mut(width).enumerate().for_each(|(i, row)| data.condition(i, row));
-    // Datasets hold conditions in f16.
-    let same = |(x, y): (&f32, &f32)| (x - y).abs() <= 1e-3;
-    let multi_hot = vocabulary.len() == width
-        && dense.chunks(width).zip(&tags).all(|(row, tags)| row.iter().zip(&vocabulary.multi_hot(tags)).all(same));
-    match multi_hot {
-        true => Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new() },
-        false => Rows { kind: Kind::Dense, vocabulary, tags, dense },
-    }
+    Ok(Rows { kind: Kind::Dense, vocabulary, tags, dense })
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
     super::claim(&args.out, args.overwrite)?;
     let data = Dataset::open(&args.data, Split::Train)?;
-    let rows = rows(&data);
+    let rows = rows(&data).with_context(|| args.data.display().to_string())?;
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
     let bar = ProgressBar::new(how.epochs as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} epochs {msg} (about {eta} left)")?);
@@ -155,7 +156,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     vae.save(&args.out)?;
     let kind = match rows.kind {
         Kind::Tags => "tag sets",
-        Kind::Dense => "dense conditions",
+        Kind::Dense => "features and their tags",
     };
     let (count, seconds) = (data.len(), started.elapsed().as_secs_f64());
     println!("learned from {count} {kind} in {seconds:.0} s: {}", args.out.display());

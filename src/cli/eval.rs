@@ -120,6 +120,8 @@ fn check_match(args: &EvalArgs, model: &Model, data: &Dataset) -> anyhow::Result
         expected == 0 || found == expected,
         "{dir}: the conditions are {found} wide, expected the model's {expected}"
     );
+    let (theirs, ours) = (&data.header().conditioning, &model.meta.conditioning);
+    ensure!(expected == 0 || theirs == ours, "{dir}: the conditions are {theirs}, the model's are {ours}");
     let ours = &model.meta.vocabulary;
     let differs = data.vocabulary().tags().iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
     if let Some((theirs, ours)) = differs {

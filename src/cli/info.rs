@@ -13,6 +13,7 @@ use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::{DeviceError, Imagined};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
+use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
@@ -131,6 +132,9 @@ impl<'a> Network<'a> {
         }
         if let Some(meta) = self.meta {
             println!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
+            if matches!(meta.conditioning, Conditioning::Features { .. }) {
+                println!("conditions are {}", meta.conditioning);
+            }
             if meta.images_seen > 0 {
                 println!("trained on     {} images", meta.images_seen);
             }
@@ -221,13 +225,14 @@ impl DatasetInfo {
             println!("{name:15}{images} images");
         }
         if let Some(Part { header, .. }) = self.parts.first() {
-            let Header { kind, height, width, channels, condition_dim, source, licence, .. } = header;
+            let Header { kind, height, width, channels, condition_dim, conditioning, source, licence, .. } = header;
             let kind = serde_json::json!(kind);
             println!(
                 "{:15}{width} x {height} (width x height), {channels} channels",
                 kind.as_str().unwrap_or_default()
             );
             println!("condition      {condition_dim} values");
+            println!("conditions are {conditioning}");
             for (name, text) in [("source", source), ("licence", licence)] {
                 if !text.is_empty() {
                     println!("{name:15}{text}");

@@ -2,46 +2,76 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Instant;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use edm2k::data::prepare::{Event, Settings, Summary, prepare};
+use edm2k::backend::cpu::Cpu;
+use edm2k::codec::CodecFile;
+use edm2k::data::danbooru::Filter;
+use edm2k::data::prepare::{Codec, Event, Settings, Summary, prepare};
+use edm2k::formats::identity;
 
-/// Make a dataset of a folder of images and a file of their tags.
+/// Make a dataset of images and their tags.
 #[derive(clap::Args)]
-#[command(after_help = "\
-Each line of METADATA describes an image:
+#[command(
+    after_help = "\
+With --images, each line of METADATA describes an image:
   {\"id\": 7, \"file\": \"a/b.png\", \"tags\": [\"dog\", \"red\"], \"flip\": true}
 where \"flip\" (optional) says that mirroring it leaves its meaning, and \"repeats\": 4 (optional)
 that training shall show it four times an epoch.
+
+With --danbooru, it is the posts.json of danbooru2023, a post a line. A tag is danbooru's with
+spaces for underscores: blue_hair is \"blue hair\" from here on.
+
+The dataset's vocabulary.json has a tag a line. To rename one, change it there: images and
+conditions know tags by their places. Models take the names when they are trained.
 
 Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
+  edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
+      --vae sd-vae-ft-mse.safetensors --features features.safetensors
 
-The same command again keeps the shards that are whole and makes the missing ones.")]
+The same command again keeps the shards that are whole and makes the missing ones.",
+    group(clap::ArgGroup::new("input").required(true))
+)]
 pub struct PrepareArgs {
     /// Folder of the images
-    #[arg(long, value_name = "DIR")]
-    images: PathBuf,
-    /// JSON lines: id, file (relative to the folder), tags, flip, repeats
+    #[arg(long, value_name = "DIR", group = "input")]
+    images: Option<PathBuf>,
+    /// Folder of danbooru2023's archives, read in place, or of files named <id>.<ext>; at any depth
+    #[arg(long, value_name = "DIR", group = "input")]
+    danbooru: Option<PathBuf>,
+    /// JSON lines: id, file (relative to the folder), tags, flip, repeats; or danbooru's posts
     #[arg(long, value_name = "FILE")]
     metadata: PathBuf,
     /// Directory of the dataset
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Width and height of the dataset's images
-    #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
-    size: [usize; 2],
+    /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size, required_unless_present = "danbooru")]
+    size: Option<[usize; 2]>,
+    /// Store latents: an SD-VAE, or a TAESD with an encoder
+    #[arg(long, value_name = "FILE")]
+    vae: Option<PathBuf>,
+    /// Conditions to take instead of tags: .safetensors with ids I64 [N] and features [N, D] of F16 or F32, or .npy
+    /// [N, D]. Each is divided by its norm; images without one are dropped
+    #[arg(long, value_name = "FILE")]
+    features: Option<PathBuf>,
+    /// Ids of the features in a .npy: .npy of whole numbers [N]
+    #[arg(long, value_name = "FILE", requires = "features")]
+    feature_ids: Option<PathBuf>,
     /// Colour behind transparent images
     #[arg(long, value_name = "#RRGGBB", default_value = "#ffffff", value_parser = parse_colour)]
     background: [u8; 3],
     /// Largest share of an image that cropping to the shape may take; others are dropped
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     max_crop: f64,
-    /// Tags in the vocabulary: the most frequent ones; the width of the condition
+    /// Tags in the vocabulary: the most frequent ones; the width of the condition, unless it is a feature
     #[arg(long, value_name = "N", default_value_t = 1024)]
     vocabulary: usize,
     /// id % N == 0 is validation, id % N == 1 is test
@@ -56,6 +86,17 @@ pub struct PrepareArgs {
     /// Licence of the images, for the header
     #[arg(long, value_name = "TEXT", default_value = "")]
     licence: String,
+
+    /// Tags that a post must have, as danbooru writes them, separated by spaces
+    #[arg(long, value_name = "TAGS", default_value = "1girl solo", requires = "danbooru", help_heading = "Danbooru")]
+    require: String,
+    /// Ratings to take: g(eneral), s(ensitive), q(uestionable), e(xplicit)
+    #[arg(long, value_name = "R,...", value_delimiter = ',', default_value = "g", requires = "danbooru",
+          value_parser = ["g", "s", "q", "e"], help_heading = "Danbooru")]
+    rating: Vec<String>,
+    /// Take images smaller than the size too
+    #[arg(long, requires = "danbooru", help_heading = "Danbooru")]
+    enlarge: bool,
 }
 
 fn parse_colour(text: &str) -> Result<[u8; 3], String> {
@@ -68,10 +109,17 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
 
 /// Prepares the dataset, showing progress on stderr and the summary on stdout.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
-    let [height, width] = args.size.map(|side| side as u32); // at most 65536
+    let danbooru = args.danbooru.is_some().then(|| Filter {
+        require: args.require.split_whitespace().map(str::to_owned).collect(),
+        ratings: args.rating,
+        enlarge: args.enlarge,
+    });
+    let [height, width] = args.size.unwrap_or([704, 512]).map(|side| side as u32); // at most 65536
     let settings = Settings {
-        images: args.images,
+        images: args.images.or(args.danbooru).unwrap_or_default(),
         metadata: args.metadata,
+        danbooru,
+        features: args.features.map(|features| (features, args.feature_ids)),
         out: args.out,
         size: [width, height],
         background: args.background,
@@ -82,21 +130,53 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         source: args.source,
         licence: args.licence,
     };
-    let bar = ProgressBar::no_length()
-        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left")?);
+    let bar = ProgressBar::no_length();
+    let looking = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} {msg}, {eta} left")?;
+    let making = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left")?;
     let terminal = std::io::stderr().is_terminal();
     let say = |text: String| {
         if terminal { bar.println(text) } else { eprintln!("{text}") }
     };
-    let summary = prepare(&settings, &|event| match event {
-        Event::Start(records) => bar.set_length(records as u64),
+    let since = Mutex::new(Instant::now());
+    let report = |event: Event| match event {
+        Event::Reading { what, done, total } => {
+            if bar.message() != what {
+                bar.set_style(looking.clone());
+                bar.set_message(what);
+                bar.reset();
+            }
+            bar.set_length(total);
+            bar.set_position(done);
+            if !terminal && done == total {
+                eprintln!("read {total} {what}");
+            }
+        }
+        Event::Start(records) => {
+            let _ = since.lock().map(|mut since| *since = Instant::now());
+            bar.set_style(making.clone());
+            bar.reset();
+            bar.set_length(records as u64);
+        }
         Event::Done(records) => bar.inc(records as u64),
         Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
         Event::Shard { name, images, kept } => {
-            let how = if kept { " (was there)" } else { "" };
-            say(format!("{name}: {images} images{how}"));
+            let begun = since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));
+            let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
+            let how = if kept { "was there".to_owned() } else { format!("{:.1} a second", images as f64 / seconds) };
+            say(format!("{name}: {images} images ({how})"));
         }
-    });
+    };
+    let summary = match &args.vae {
+        None => prepare(&settings, None, &report),
+        Some(path) => {
+            let mut cpu = Cpu::<f32>::for_codec();
+            let file = CodecFile::open(path).context("--vae")?;
+            let encoder = file.encoder(&mut cpu).context("--vae")?;
+            let identity = identity(path).with_context(|| format!("--vae {}", path.display()))?;
+            let mut encode = |picture: &_| Ok(encoder.encode(&mut cpu, picture)?.scaled());
+            prepare(&settings, Some(Codec { identity, factor: file.factor(), encode: &mut encode }), &report)
+        }
+    };
     bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
     print(&settings, &summary);
@@ -107,12 +187,9 @@ fn print(settings: &Settings, summary: &Summary) {
     println!("{}:", settings.out.display());
     for (split, counts) in summary.splits {
         let mut line = format!("  {:10} {:>8} images", split.to_string(), counts.kept);
-        for (number, what) in [
-            (counts.enlarged, "smaller than the size, enlarged"),
-            (counts.untagged, "without a known tag"),
-            (counts.cropped, "dropped for their shape"),
-            (counts.unreadable, "unreadable"),
-        ] {
+        for (number, what) in
+            [(counts.enlarged, "smaller than the size, enlarged"), (counts.untagged, "without a known tag")]
+        {
             if number > 0 {
                 line += &format!(", {number} {what}");
             }
@@ -122,5 +199,12 @@ fn print(settings: &Settings, summary: &Summary) {
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
         println!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
+    }
+    for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
+        let head = if number == 0 { "dropped" } else { "" };
+        println!("  {head:10} {count:>8} {drop}");
+    }
+    if summary.unusable_tags > 0 {
+        println!("  {:10} {:>8} tags with a comma in them or a space at an end", "left out", summary.unusable_tags);
     }
 }

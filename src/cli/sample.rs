@@ -14,6 +14,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::codec::{CodecFile, LATENTS};
+use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
@@ -69,7 +70,8 @@ pub struct SampleArgs {
     #[arg(long)]
     save_steps: bool,
 
-    /// Tags of one condition, separated by commas; repeatable
+    /// Tags of one condition, separated by commas; repeatable. If the model's conditions are features, the condition
+    /// model invents one that has them
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     tags: Vec<String>,
     /// Let the condition model complete each of the --tags to a plausible set
@@ -228,12 +230,25 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
     if asked && width == 0 {
         bail!("{}: the model is unconditional, so it takes no condition", args.model.display());
     }
-    let vae = args.condition_model.as_ref().filter(|_| args.complete || args.random_conditions.is_some());
+    let features = matches!(model.meta.conditioning, Conditioning::Features { .. });
+    // Of features nobody knows which tags they have: only the condition model does.
+    let complete = args.complete || features && !args.tags.is_empty();
+    if complete && args.condition_model.is_none() {
+        let (model, made_of) = (args.model.display(), &model.meta.conditioning);
+        bail!("{model}: its conditions are {made_of}, so --tags needs a --condition-model that has learned from them");
+    }
+    let vae = args.condition_model.as_ref().filter(|_| complete || args.random_conditions.is_some());
     let vae = vae.map(Vae::load).transpose().context("--condition-model")?;
     if let (Some(vae), Some(path)) = (&vae, &args.condition_model) {
         let found = vae.header().width;
         ensure!(found == width, "{}: conditions are {found} wide, expected {width}", path.display());
         let (theirs, ours) = (vae.vocabulary().tags(), &model.meta.vocabulary);
+        let (kind, other) = (vae.header().kind, if features { Kind::Tags } else { Kind::Dense });
+        if kind == other && (features || !ours.is_empty()) {
+            let (model, made_of) = (args.model.display(), &model.meta.conditioning);
+            let invents = if kind == Kind::Tags { "tags" } else { "features" };
+            bail!("{}: it invents {invents}, but the conditions of {model} are {made_of}", path.display());
+        }
         let differs = theirs.iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
         if let Some((theirs, ours)) = differs.filter(|_| vae.header().kind == Kind::Tags) {
             bail!(
@@ -246,14 +261,14 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
     }
 
     if !args.tags.is_empty() {
-        let vocabulary = match (&vae, args.complete) {
+        let vocabulary = match (&vae, complete) {
             (Some(vae), true) => vae.vocabulary().clone(),
             _ => vocabulary(model, &args.model)?,
         };
         for text in &args.tags {
             let tags = vocabulary.parse(text).with_context(|| format!("--tags \"{text}\""))?;
             ensure!(!tags.is_empty(), "--tags \"{text}\" has no tag");
-            match (&vae, args.complete) {
+            match (&vae, complete) {
                 (Some(vae), true) => {
                     let invented = vae.invent(&tags, 1, args.condition_seed);
                     let words = vocabulary.words(&invented.tags[0]);

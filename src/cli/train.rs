@@ -18,6 +18,7 @@ use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
+use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta};
@@ -281,12 +282,19 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     if header.kind == Kind::Latents && args.grid != Some(0) {
         notes.push("no sample grids: the images are latents".to_owned());
     }
-    let tags = data.vocabulary().tags();
+    let mirrored = args.flip && header.kind == Kind::Latents;
+    ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
+    // Places of features have no names.
+    let tags = match header.conditioning {
+        Conditioning::Tags => data.vocabulary().tags(),
+        Conditioning::Features { .. } => &[],
+    };
     model.meta = ModelMeta {
         height,
         width,
         encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
         vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
+        conditioning: header.conditioning.clone(),
         images_seen: 0,
         ema_std: None,
         seed: Some(args.seed),

@@ -200,6 +200,15 @@ pub struct Moments {
 }
 
 impl Moments {
+    /// Mean and standard deviation in the scale of EDM2's networks; a latent is mean + std * noise.
+    pub fn scaled(&self) -> [Vec<f32>; 2] {
+        let scaled = |values: &[f32], shift: bool| -> Vec<f32> {
+            let channels = (0..LATENTS).map(scale_and_shift).cycle();
+            values.iter().zip(channels).map(|(x, (a, b))| if shift { x * a + b } else { x * a }).collect()
+        };
+        [scaled(&self.mean, true), scaled(&self.std(), false)]
+    }
+
     /// Standard deviation.
     pub fn std(&self) -> Vec<f32> {
         self.logvar.iter().map(|x| (0.5 * x).exp()).collect()

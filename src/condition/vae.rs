@@ -5,13 +5,14 @@
 //! ```text
 //! mean, logvar = encoder(x, c)                   [D + V] -> [2 Z]
 //! z            = mean + exp(logvar / 2) * eps    [Z]
-//! out          = output(mp_silu(hidden(z, c)))   [Z + V] -> [H] -> [D]
+//! out          = output(mp_silu(hidden(z, c)))   [Z + V] -> [H] -> [D], of features [D + V]
 //! loss         = -ln p(x | out) + beta * KL(N(mean, exp(logvar)) | N(0, 1))
 //! ```
 //!
 //! [`Kind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
 //! logits are `out`; dense features are normal variables with mean `out` and the one variance that fits
-//! the batch best. In training c is empty for half of the rows, so that one network serves both to
+//! the batch best. Since features do not say what tags they have, their `out` is longer: V logits of the
+//! row's tags follow, and the loss counts these too, so that z knows them. In training c is empty for half of the rows, so that one network serves both to
 //! invent freely (z alone) and to complete given tags; the encoder sees c too, so that z learns what c
 //! leaves open, and a z drawn from N(0, 1) does not contradict it.
 //!
@@ -20,7 +21,8 @@
 //! from the codes of some training rows, the anchors: one that makes the given tags likely, mixed with
 //! a neighbour. What that decodes to is encoded and decoded a few times more, which moves it towards the
 //! data (Rezende et al., "Stochastic Backpropagation", 2014, section 6). Tags are those that are likelier
-//! than not: drawing each by itself would put in tags that do not belong together.
+//! than not: drawing each by itself would put in tags that do not belong together. Of features z is moved,
+//! each time before it is decoded, to where the given tags are likely.
 //!
 //! Memory: (D + V) 2Z + (Z + V) H + H D values, 0.7 M for 1,024 tags. Cost of a training row: six
 //! multiply-adds for each.
@@ -32,6 +34,7 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::unit_norm;
 use super::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::backend::cpu::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -44,6 +47,8 @@ const HEADER_KEY: &str = "condition_model";
 const ROUNDS: u32 = 3;
 /// Most rows whose codes are kept as anchors.
 const ANCHORS: usize = 256;
+/// Most steps of a latent towards the given tags.
+const APPROACH: usize = 20;
 /// Anchors near another one, any of which it may be mixed with.
 const NEAR: usize = 6;
 
@@ -53,7 +58,7 @@ const NEAR: usize = 6;
 pub enum Kind {
     /// Tags, as [`Vocabulary::multi_hot`] lays them out.
     Tags,
-    /// Features of a tagger or another network, any real numbers.
+    /// Features of a tagger or another network, of norm 1 ([`unit_norm`]).
     Dense,
 }
 
@@ -180,7 +185,7 @@ struct Batch<T> {
     n: usize,
     /// [n, D + V]: normalised conditions, then given tags.
     input: Vec<T>,
-    /// [n, D]: what the output is measured against.
+    /// [n, D], of features [n, D + V]: what the output is measured against.
     target: Vec<T>,
     /// [n, Z]: unit normal noise.
     eps: Vec<T>,
@@ -210,14 +215,23 @@ impl<T: Real> Vae<T> {
         (self.header.width, self.header.vocabulary.len(), self.header.latent, self.header.hidden)
     }
 
+    /// Width of `out`, and how many of its values are features: those before the logits of tags.
+    fn outputs(&self) -> (usize, usize) {
+        match self.header.kind {
+            Kind::Tags => (self.header.width, 0),
+            Kind::Dense => (self.header.width + self.header.vocabulary.len(), self.header.width),
+        }
+    }
+
     fn layout(&self) -> Layout {
         let (d, v, z, h) = self.sizes();
+        let (outputs, _) = self.outputs();
         let encoder_bias = 2 * z * (d + v);
         let hidden = encoder_bias + 2 * z;
         let hidden_bias = hidden + h * (z + v);
         let output = hidden_bias + h;
-        let output_bias = output + d * h;
-        Layout { encoder: 0, encoder_bias, hidden, hidden_bias, output, output_bias, end: output_bias + d }
+        let output_bias = output + outputs * h;
+        Layout { encoder: 0, encoder_bias, hidden, hidden_bias, output, output_bias, end: output_bias + outputs }
     }
 
     /// y [n, rows] = x [n, columns] times the weight [rows, columns] at `at`, plus the bias after it.
@@ -276,36 +290,37 @@ impl<T: Real> Vae<T> {
         let x1 = self.decoder_input(&latent, given, n);
         let pre = self.linear(at.hidden, (h, z + v), &x1);
         let x2: Vec<T> = pre.iter().map(|&x| mp_silu(x)).collect();
-        let mut out = self.linear(at.output, (d, h), &x2);
+        let (outputs, features) = self.outputs();
+        let mut out = self.linear(at.output, (outputs, h), &x2);
 
+        // The variance of features that fits best.
+        let rows = out.chunks(outputs).zip(batch.target.chunks(outputs));
+        let pairs = rows.flat_map(|(out, target)| out[..features].iter().zip(target));
+        let squares: f64 = pairs.map(|(&l, &t)| ((l - t) * (l - t)).wide()).sum();
+        let variance = (squares / (n * features).max(1) as f64).max(1e-12);
+        let factor = T::of(1.0 / (variance * n as f64));
         // From here on `out` is its own gradient.
-        let reconstruction = match self.header.kind {
-            Kind::Tags => {
-                let sum: f64 = out
-                    .par_iter_mut()
-                    .zip(&batch.target)
-                    .map(|(l, &t)| {
-                        // ln(1 + e^l) - t l, without overflow
-                        let e = (-l.abs()).exp();
-                        let loss = l.max(T::zero()) + e.ln_1p() - t * *l;
-                        let p = if *l >= T::zero() { one / (one + e) } else { e / (one + e) };
-                        *l = (p - t) * inv_n;
-                        loss.wide()
-                    })
-                    .sum();
-                sum / n as f64
-            }
-            Kind::Dense => {
-                let pairs = out.iter().zip(&batch.target);
-                let sum: f64 = pairs.map(|(&l, &t)| ((l - t) * (l - t)).wide()).sum();
-                let variance = (sum / (n * d) as f64).max(1e-12);
-                let factor = T::of(1.0 / (variance * n as f64));
-                out.iter_mut().zip(&batch.target).for_each(|(l, &t)| *l = (*l - t) * factor);
-                0.5 * d as f64 * (variance * std::f64::consts::TAU).ln() + 0.5 * d as f64
-            }
-        };
+        let of_tags: f64 = out
+            .par_chunks_mut(outputs)
+            .zip(batch.target.par_chunks(outputs))
+            .map(|(out, target)| {
+                let ((out, logits), (target, tags)) = (out.split_at_mut(features), target.split_at(features));
+                out.iter_mut().zip(target).for_each(|(l, &t)| *l = (*l - t) * factor);
+                let mut sum = 0.0;
+                for (l, &t) in logits.iter_mut().zip(tags) {
+                    // ln(1 + e^l) - t l, without overflow
+                    let e = (-l.abs()).exp();
+                    sum += (l.max(T::zero()) + e.ln_1p() - t * *l).wide();
+                    let p = if *l >= T::zero() { one / (one + e) } else { e / (one + e) };
+                    *l = (p - t) * inv_n;
+                }
+                sum
+            })
+            .sum();
+        let of_features = 0.5 * features as f64 * ((variance * std::f64::consts::TAU).ln() + 1.0);
+        let reconstruction = of_tags / n as f64 + of_features;
 
-        let mut g = self.linear_backward(at.output, (d, h), &x2, &out, grad);
+        let mut g = self.linear_backward(at.output, (outputs, h), &x2, &out, grad);
         g.iter_mut().zip(&pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
         let g = self.linear_backward(at.hidden, (h, z + v), &x1, &g, grad);
         let beta = T::of(kl_weight) * inv_n;
@@ -388,19 +403,19 @@ impl Vae<f32> {
     fn batch(&self, rows: &Rows, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
         let (d, v, z, _) = self.sizes();
         let columns = d + v;
+        let (outputs, features) = self.outputs();
         let n = chunk.len();
-        let mut batch = Batch { n, input: vec![0.0; n * columns], target: vec![0.0; n * d], eps: vec![0.0; n * z] };
+        let (input, target) = (vec![0.0; n * columns], vec![0.0; n * outputs]);
+        let mut batch = Batch { n, input, target, eps: vec![0.0; n * z] };
         for (i, &row) in chunk.iter().enumerate() {
             let stream = Stream { seed, purpose: Purpose::Condition, step: epoch.unwrap_or(0), image: row as u64 };
             stream.normals(&mut batch.eps[i * z..][..z]);
             let tags = &rows.tags[row];
             let (input, given) = batch.input[i * columns..][..columns].split_at_mut(d);
-            let target = &mut batch.target[i * d..][..d];
+            let (target, target_tags) = batch.target[i * outputs..][..outputs].split_at_mut(features);
+            tags.iter().for_each(|&tag| target_tags[tag as usize] = 1.0);
             match rows.kind {
-                Kind::Tags => {
-                    tag_input(tags, v, input);
-                    tags.iter().for_each(|&tag| target[tag as usize] = 1.0);
-                }
+                Kind::Tags => tag_input(tags, v, input),
                 Kind::Dense => {
                     for (c, (x, y)) in input.iter_mut().zip(target).enumerate() {
                         *x = (rows.dense[row * d + c] - self.mean[c]) / self.std[c];
@@ -505,10 +520,13 @@ impl Vae<f32> {
                 let (mean, logvar) = code.split_at(z);
                 row.iter_mut().zip(mean).zip(logvar).for_each(|((x, m), l)| *x = m + (0.5f32 * l).exp() * *x);
             }
+            if self.header.kind == Kind::Dense {
+                latent.chunks_mut(z).for_each(|z| self.approach(z, given));
+            }
             let out = self.decode(&latent, &asked);
             let mut input = vec![0.0; count * (d + v)];
             invented = Invented { conditions: Vec::with_capacity(count * d), tags: Vec::with_capacity(count) };
-            for (out, input) in out.chunks(d).zip(input.chunks_mut(d + v)) {
+            for (out, input) in out.chunks(self.outputs().0).zip(input.chunks_mut(d + v)) {
                 let (x, c) = input.split_at_mut(d);
                 c.copy_from_slice(&asked);
                 match self.header.kind {
@@ -525,9 +543,12 @@ impl Vae<f32> {
                         invented.tags.push(tags);
                     }
                     Kind::Dense => {
-                        x.copy_from_slice(out);
-                        let unnormalised = out.iter().zip(&self.std).zip(&self.mean).map(|((&x, &s), &m)| x * s + m);
-                        invented.conditions.extend(unnormalised);
+                        let moments = || self.std.iter().zip(&self.mean);
+                        let mut feature: Vec<f32> = out.iter().zip(moments()).map(|(&x, (s, m))| x * s + m).collect();
+                        // Zeros, which have no direction, would be no condition; they do not occur.
+                        let _ = unit_norm(&mut feature);
+                        x.iter_mut().zip(&feature).zip(moments()).for_each(|((x, f), (s, m))| *x = (f - m) / s);
+                        invented.conditions.extend(feature);
                         invented.tags.push(given.to_vec());
                     }
                 }
@@ -537,32 +558,59 @@ impl Vae<f32> {
         invented
     }
 
+    /// Moves a latent to where the decoder, told of no tag, makes the given ones likely: ascent of the sum of their
+    /// ln p, in steps that would bring it to 0 if it were linear.
+    fn approach(&self, latent: &mut [f32], given: &[u32]) {
+        let (_, v, z, h) = self.sizes();
+        let at = self.layout();
+        let (_, features) = self.outputs();
+        for _ in 0..APPROACH {
+            let input = [&*latent, &vec![0.0; v][..]].concat();
+            let pre = self.linear(at.hidden, (h, z + v), &input);
+            let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
+            let (mut missing, mut g_hidden) = (0.0, vec![0.0; h]);
+            for tag in given.iter().map(|&tag| features + tag as usize) {
+                let weight = &self.params[at.output + tag * h..][..h];
+                let logit: f32 = self.params[at.output_bias + tag] + dot(weight, &hidden);
+                missing += (-logit).exp().ln_1p();
+                let doubt = 1.0 / (1.0 + logit.exp());
+                g_hidden.iter_mut().zip(weight).for_each(|(g, w)| *g += doubt * w);
+            }
+            if missing < 0.1 * given.len() as f32 {
+                return;
+            }
+            g_hidden.iter_mut().zip(&pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
+            let mut gradient = vec![0.0; z];
+            for (g, row) in g_hidden.iter().zip(self.params[at.hidden..].chunks(z + v)) {
+                gradient.iter_mut().zip(row).for_each(|(sum, w)| *sum += g * w);
+            }
+            let step = missing / dot(&gradient, &gradient).max(f32::MIN_POSITIVE);
+            latent.iter_mut().zip(&gradient).for_each(|(z, g)| *z += step * g);
+        }
+    }
+
     /// Output of the decoder for latents `[n, Z]`, all with the same tags `[V]`.
     fn decode(&self, latent: &[f32], asked: &[f32]) -> Vec<f32> {
-        let (d, v, z, h) = self.sizes();
+        let (_, v, z, h) = self.sizes();
         let at = self.layout();
         let n = latent.len() / z;
         let input = self.decoder_input(latent, std::iter::repeat_n(asked, n).flatten().copied(), n);
         let pre = self.linear(at.hidden, (h, z + v), &input);
         let hidden: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
-        self.linear(at.output, (d, h), &hidden)
+        self.linear(at.output, (self.outputs().0, h), &hidden)
     }
 
     /// Codes [count, 2 Z] to begin with: an anchor, drawn by how likely it makes the given tags, mixed with
     /// one near it.
     fn starts(&self, given: &[u32], count: usize, seed: u64) -> Vec<f32> {
-        let (d, v, z, _) = self.sizes();
+        let (_, v, z, _) = self.sizes();
+        let (outputs, features) = self.outputs();
         let anchors: Vec<&[f32]> = self.anchors.chunks(2 * z).collect();
         let means: Vec<f32> = anchors.iter().flat_map(|code| &code[..z]).copied().collect();
         let out = self.decode(&means, &vec![0.0; v]);
-        // ln of the product of the tags' probabilities; features say nothing about tags
-        let score = |out: &[f32]| -> f32 {
-            match self.header.kind {
-                Kind::Tags => given.iter().map(|&t| -(-out[t as usize]).exp().ln_1p()).sum(),
-                Kind::Dense => 0.0,
-            }
-        };
-        let scores: Vec<f32> = out.chunks(d).map(score).collect();
+        // ln of the product of the tags' probabilities
+        let score = |out: &[f32]| -> f32 { given.iter().map(|&t| -(-out[features + t as usize]).exp().ln_1p()).sum() };
+        let scores: Vec<f32> = out.chunks(outputs).map(score).collect();
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;
         let cumulative: Vec<f32> = scores
@@ -659,15 +707,20 @@ impl Vae<f32> {
     /// Names and shapes of the parameters, in their order in memory.
     fn tensors(&self) -> [(&'static str, Vec<usize>); 6] {
         let (d, v, z, h) = self.sizes();
+        let (outputs, _) = self.outputs();
         [
             ("encoder.weight", vec![2 * z, d + v]),
             ("encoder.bias", vec![2 * z]),
             ("hidden.weight", vec![h, z + v]),
             ("hidden.bias", vec![h]),
-            ("output.weight", vec![d, h]),
-            ("output.bias", vec![d]),
+            ("output.weight", vec![outputs, h]),
+            ("output.bias", vec![outputs]),
         ]
     }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 fn read_tensor(file: &SafeFile, name: &str, shape: &[usize]) -> Result<Vec<f32>, SafeError> {
@@ -703,11 +756,9 @@ mod tests {
             let mut vae = Vae::<f64>::init(header, vocabulary, 2);
             let biased = numbers(0, vae.params.len());
             vae.params.iter_mut().zip(&biased).for_each(|(p, x)| *p += 0.1 * x); // no bias stays 0
-            let target = numbers(1, n * d);
-            let target = match kind {
-                Kind::Tags => target.iter().map(|&x| f64::from(x > 0.0)).collect(),
-                Kind::Dense => target,
-            };
+            let (outputs, features) = vae.outputs();
+            let of = |(i, x): (usize, f64)| if i % outputs < features { x } else { f64::from(x > 0.0) };
+            let target = numbers(1, n * outputs).into_iter().enumerate().map(of).collect();
             let batch = Batch { n, input: numbers(2, n * (d + v)), target, eps: numbers(3, n * z) };
             let mut grad = vec![0.0; vae.params.len()];
             vae.loss(&batch, 0.7, &mut grad);

@@ -6,7 +6,7 @@
 //! | name | type | shape | content |
 //! |---|---|---|---|
 //! | `images` | U8 | [N, C, H, W] | pixels, or instead |
-//! | `latents` | F16 | [N, C, H, W] | what the model sees, encoded beforehand |
+//! | `latents` | F16 | [N, 2C, H, W] | mean and standard deviation of the latents, as the model sees them |
 //! | `conditions` | F16 | [N, D] | what the network is told |
 //! | `ids` | I64 | `[N]` | numbers given by the maker of the dataset, each once |
 //! | `tag_offsets` | I64 | [N + 1] | image i has `tag_indices[offsets[i]..offsets[i + 1]]` |
@@ -29,8 +29,10 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::condition::Conditioning;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
+use crate::rng::Stream;
 
 /// Key of the [`Header`] in a shard's metadata.
 pub const HEADER_KEY: &str = "dataset";
@@ -72,15 +74,16 @@ impl fmt::Display for Split {
 pub enum Kind {
     /// U8 pixels; the model sees x / 127.5 - 1.
     Images,
-    /// F16 latents; the model sees them as stored.
+    /// F16 means and standard deviations of latents, in the model's scale; the model sees mean + std * noise.
     Latents,
 }
 
 impl Kind {
-    fn tensor(self) -> (&'static str, Dtype) {
+    /// Name and type of the tensor, and how many planes it has for each channel.
+    pub(super) fn tensor(self) -> (&'static str, Dtype, usize) {
         match self {
-            Kind::Images => ("images", Dtype::U8),
-            Kind::Latents => ("latents", Dtype::F16),
+            Kind::Images => ("images", Dtype::U8, 1),
+            Kind::Latents => ("latents", Dtype::F16, 2),
         }
     }
 }
@@ -98,6 +101,9 @@ pub struct Header {
     pub channels: usize,
     /// Width D of the conditions.
     pub condition_dim: usize,
+    /// What they are made of.
+    #[serde(default)]
+    pub conditioning: Conditioning,
     /// Images in this shard.
     pub count: usize,
     /// How many shards the split has.
@@ -213,12 +219,14 @@ impl Dataset {
             return Ok(());
         };
         let ours = &self.header;
+        let json = |conditioning: &Conditioning| serde_json::json!(conditioning).to_string();
         let pairs = [
             ("kind", format!("{:?}", header.kind), format!("{:?}", ours.kind)),
             ("height", header.height.to_string(), ours.height.to_string()),
             ("width", header.width.to_string(), ours.width.to_string()),
             ("channels", header.channels.to_string(), ours.channels.to_string()),
             ("condition_dim", header.condition_dim.to_string(), ours.condition_dim.to_string()),
+            ("conditioning", json(&header.conditioning), json(&ours.conditioning)),
             ("shards", header.shards.to_string(), ours.shards.to_string()),
         ];
         for (what, found, expected) in pairs {
@@ -298,11 +306,11 @@ impl Dataset {
     }
 
     /// Writes image `i` in model space, `[H, W, C]`: pixels as x / 127.5 - 1, which is
-    /// EDM2's `StandardRGBEncoder`; latents as stored.
+    /// EDM2's `StandardRGBEncoder`; of latents one that is drawn with the numbers of `noise`.
     ///
     /// # Panics
     /// If `out` is not H * W * C long.
-    pub fn image(&self, i: usize, out: &mut [f32]) {
+    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) {
         let [height, width, channels] = self.shape();
         let area = height * width;
         assert_eq!(out.len(), area * channels, "length of the image's buffer");
@@ -316,11 +324,13 @@ impl Dataset {
                 }
             }
             Kind::Latents => {
-                let latents = self.row(i, "latents", 2 * area * channels);
-                for (c, plane) in latents.chunks_exact(2 * area).enumerate() {
-                    for (place, &x) in plane.as_chunks::<2>().0.iter().enumerate() {
-                        out[place * channels + c] = f16::from_le_bytes(x).to_f32();
-                    }
+                let moments = self.row(i, "latents", 4 * area * channels);
+                let (mean, std) = moments.split_at(moments.len() / 2);
+                let pairs = mean.as_chunks::<2>().0.iter().zip(std.as_chunks::<2>().0);
+                noise.normals(out);
+                for (at, (&mean, &std)) in pairs.enumerate() {
+                    let x = &mut out[at % area * channels + at / area];
+                    *x = f16::from_le_bytes(mean).to_f32() + f16::from_le_bytes(std).to_f32() * *x;
                 }
             }
         }
@@ -403,8 +413,8 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
         let expected = format!("{dtype} {shape:?}");
         Err(file.unexpected(name, format!("{} {:?}", found.0, found.1), expected))
     };
-    let (pixels, dtype) = header.kind.tensor();
-    is(pixels, dtype, &[n, header.channels, header.height, header.width])?;
+    let (pixels, dtype, planes) = header.kind.tensor();
+    is(pixels, dtype, &[n, planes * header.channels, header.height, header.width])?;
     is("conditions", Dtype::F16, &[n, header.condition_dim])?;
     is("ids", Dtype::I64, &[n])?;
     is("tag_offsets", Dtype::I64, &[n.saturating_add(1)])?;

@@ -1,61 +1,73 @@
-//! From a folder of images and a JSON-lines file to the shards of a [`dataset`](super::dataset).
+//! From images and their tags to the shards of a [`dataset`](super::dataset).
 //!
-//! Each line of the metadata is `{"id": 7, "file": "a/b.png", "tags": ["x", "y"]}` with an
-//! optional `"flip": true` where mirroring the image leaves its meaning, and an optional
-//! `"repeats": 4` where training shall show it that often in an epoch. Then, per image:
-//!
-//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), turn as
-//!    its EXIF says;
-//! 2. composite transparency on the background colour, in sRGB as every viewer does, before
-//!    resizing: no fringe of hidden colours can appear;
-//! 3. crop to the target's shape, about the centre; an image that would lose more than
-//!    the given share of its area is dropped;
-//! 4. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
+//! The images are those of a folder and a JSON-lines file with a line such as
+//! `{"id": 7, "file": "a/b.png", "tags": ["x", "y"]}` for each, with an optional `"flip": true` where mirroring the
+//! image leaves its meaning, and an optional `"repeats": 4` where training shall show it that often in an epoch; or
+//! those of danbooru ([`danbooru`]). Each is decoded, cropped and resized ([`images`]); one that would lose more than
+//! the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is its
+//! tags, or its feature in a file ([`features`](super::features)) divided by its norm.
 //!
 //! Splits follow from the id alone: `id % M == 0` is validation, `== 1` test. So they stay
 //! what they are when images are added. The vocabulary is counted on the training images.
 //!
-//! Records are ordered by id and cut into shards before anything is decoded. So a shard
+//! Records are ordered and cut into shards before anything is decoded. So a shard
 //! depends on its records and the settings only: it is made again with the same bytes, in
 //! any order, by any number of threads; one that is there already is kept.
+//!
+//! What was kept and dropped is written to `summary.json` ([`Summary`]).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
 use half::f16;
-use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader};
 use rayon::prelude::*;
-use resize::px::RGB;
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
+use super::danbooru;
 use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE};
+use super::features::{FeatureError, Features};
+use super::images::{self, Place};
+use crate::codec::{CodecError, LATENTS};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
+use crate::condition::{Conditioning, unit_norm};
+use crate::formats::png::Picture;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
-
-/// Most pixels that an image may have: 64 Mi.
-pub const MAX_PIXELS: u64 = 1 << 26;
+use crate::formats::tar::TarError;
+use crate::formats::write_atomically;
 
 /// Key of the settings in a shard's metadata.
 const SETTINGS_KEY: &str = "settings";
 /// Key of the list of records that are not in a shard though they belong there.
 const DROPPED_KEY: &str = "dropped";
+/// Name of the summary's file.
+pub const SUMMARY_FILE: &str = "summary.json";
+/// Images that are decoded at a time.
+const CHUNK: usize = 64;
+/// Longest line of a JSON-lines file.
+const MAX_LINE: u64 = 1 << 24;
 
 /// What to make of what.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Folder that the metadata's file names are relative to.
+    /// Folder of the images: the metadata's file names are relative to it.
     pub images: PathBuf,
     /// The JSON-lines file.
     pub metadata: PathBuf,
+    /// The images and the metadata are danbooru's: which of its posts to take.
+    pub danbooru: Option<danbooru::Filter>,
+    /// Conditions by image id, to take instead of tags; and if it is a `.npy`, that of the ids.
+    pub features: Option<(PathBuf, Option<PathBuf>)>,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
-    /// Target width and height.
+    /// Target width and height in pixels.
     pub size: [u32; 2],
     /// sRGB colour behind transparent images.
     pub background: [u8; 3],
@@ -73,6 +85,19 @@ pub struct Settings {
     pub licence: String,
 }
 
+/// What makes latents of pictures, wherever it computes.
+pub struct Codec<'a> {
+    /// Tells one from another.
+    pub identity: String,
+    /// Pixels for a latent, in each direction.
+    pub factor: usize,
+    /// How it does it.
+    pub encode: &'a mut Encode<'a>,
+}
+
+/// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
+pub type Encode<'a> = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError> + 'a;
+
 /// What stops the preparation.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -83,8 +108,10 @@ pub enum PrepareError {
     Line { path: PathBuf, line: usize, what: String },
     #[error("{}: no records", path.display())]
     NoRecords { path: PathBuf },
+    #[error("{}: neither archives (.tar) nor images named by their ids, such as 1003.png", path.display())]
+    NoImages { path: PathBuf },
     #[error("{what} is {found}, expected {expected}")]
-    Setting { what: &'static str, found: String, expected: &'static str },
+    Setting { what: &'static str, found: String, expected: String },
     #[error(
         "{}: made before with {what} {found}, now {now}; remove the dataset or choose another \
          directory", path.display()
@@ -95,21 +122,36 @@ pub enum PrepareError {
     #[error(transparent)]
     Shard(#[from] SafeError),
     #[error(transparent)]
+    Tar(#[from] TarError),
+    #[error(transparent)]
+    Features(#[from] FeatureError),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
-    #[error("none of the {records} images could be kept ({unreadable} unreadable, {cropped} of too different a shape)")]
-    NothingKept { records: usize, unreadable: usize, cropped: usize },
+    #[error("none of the {records} images could be kept ({dropped})")]
+    NothingKept { records: usize, dropped: Drops },
 }
 
 /// What happens meanwhile, for a progress display; reported from any thread.
 #[derive(Debug, Clone, Copy)]
 pub enum Event<'a> {
+    /// So much of the input has been looked through, of so much.
+    Reading {
+        /// What it is.
+        what: &'static str,
+        /// How much has been read.
+        done: u64,
+        /// How much there is.
+        total: u64,
+    },
     /// So many records will be handled.
     Start(usize),
     /// So many records are done.
     Done(usize),
     /// An image cannot be used.
     Unreadable {
-        /// Its name in the metadata.
+        /// Its name.
         file: &'a str,
         /// Why.
         why: &'a str,
@@ -125,6 +167,70 @@ pub enum Event<'a> {
     },
 }
 
+/// Why a record is not in the dataset; the first that applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Drop {
+    /// Danbooru: it lacks a tag that it must have.
+    LacksTags,
+    /// Danbooru: a film or an animation, or something else that is no still image.
+    NotStill,
+    /// Danbooru: deleted there.
+    Deleted,
+    /// Danbooru: its artist does not want it shown.
+    Banned,
+    /// Danbooru: not of the ratings asked for.
+    OtherRating,
+    /// It would have lost more than the allowed share by cropping.
+    Cropped,
+    /// Danbooru: it would have to be enlarged.
+    Small,
+    /// Danbooru: its id was listed before.
+    Repeated,
+    /// Danbooru: no file bears its id.
+    NoFile,
+    /// No feature is known of it, or one that is zero or no number.
+    NoFeature,
+    /// It could not be decoded.
+    Unreadable,
+}
+
+impl fmt::Display for Drop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Drop::LacksTags => "without the required tags",
+            Drop::NotStill => "not a still image",
+            Drop::Deleted => "deleted",
+            Drop::Banned => "banned",
+            Drop::OtherRating => "of another rating",
+            Drop::Cropped => "of too different a shape",
+            Drop::Small => "too small",
+            Drop::Repeated => "listed before",
+            Drop::NoFile => "without a file",
+            Drop::NoFeature => "without a usable feature",
+            Drop::Unreadable => "unreadable",
+        })
+    }
+}
+
+/// How many records were dropped for each reason.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Drops(pub BTreeMap<Drop, usize>);
+
+impl Drops {
+    pub(super) fn add(&mut self, drop: Drop) {
+        *self.0.entry(drop).or_default() += 1;
+    }
+}
+
+impl fmt::Display for Drops {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts: Vec<_> = self.0.iter().map(|(drop, count)| format!("{count} {drop}")).collect();
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// Counts of one split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
@@ -132,25 +238,88 @@ pub struct Counts {
     pub kept: usize,
     /// Of these: smaller than the target, hence enlarged.
     pub enlarged: usize,
-    /// Of these: no tag in the vocabulary, hence without condition.
+    /// Of these: no tag in the vocabulary.
     pub untagged: usize,
-    /// Dropped: could not be decoded.
-    pub unreadable: usize,
-    /// Dropped: would have lost more than the allowed share by cropping.
-    pub cropped: usize,
 }
 
-/// What was made.
+/// What was made; in JSON as `summary.json` has it.
 #[derive(Debug)]
 pub struct Summary {
+    /// Lines of the metadata.
+    pub records: usize,
     /// Counts of train, validation and test, in this order.
     pub splits: [(Split, Counts); 3],
+    /// What is not in the dataset, and why.
+    pub dropped: Drops,
+    /// Danbooru: distinct tags that cannot be tags here, as commas separate them.
+    pub unusable_tags: usize,
     /// The vocabulary.
     pub vocabulary: Vocabulary,
 }
 
+impl Serialize for Summary {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let splits: BTreeMap<_, _> = self.splits.iter().map(|(split, counts)| (split.to_string(), counts)).collect();
+        let mut all = serializer.serialize_struct("Summary", 5)?;
+        all.serialize_field("records", &self.records)?;
+        all.serialize_field("splits", &splits)?;
+        all.serialize_field("dropped", &self.dropped)?;
+        all.serialize_field("unusable_tags", &self.unusable_tags)?;
+        all.serialize_field("vocabulary", &self.vocabulary.len())?;
+        all.end()
+    }
+}
+
+/// An image and what is known of it.
+pub(super) struct Record {
+    pub id: i64,
+    /// Name of its file.
+    pub file: String,
+    pub place: Place,
+    /// Numbers of its tags in [`Records::tags`], in the order of their names.
+    pub tags: Box<[u32]>,
+    pub flip: bool,
+    pub repeats: NonZeroU8,
+}
+
+/// The images to be prepared, in order.
+#[derive(Default)]
+pub(super) struct Records {
+    /// How many there were at first.
+    pub read: usize,
+    pub list: Vec<Record>,
+    pub tags: Tags,
+    pub dropped: Drops,
+    pub unusable_tags: usize,
+}
+
+/// Tags by number: a tag occurs on a million images, its text once.
+#[derive(Default)]
+pub(super) struct Tags {
+    names: Vec<String>,
+    numbers: HashMap<String, u32>,
+}
+
+impl Tags {
+    /// The number of a tag.
+    pub fn number(&mut self, tag: &str) -> u32 {
+        if let Some(&number) = self.numbers.get(tag) {
+            return number;
+        }
+        let number = self.names.len() as u32;
+        self.numbers.insert(tag.into(), number);
+        self.names.push(tag.into());
+        number
+    }
+
+    fn name(&self, number: u32) -> &str {
+        &self.names[number as usize]
+    }
+}
+
+/// A line of the metadata of a folder.
 #[derive(Deserialize)]
-struct Record {
+struct Line {
     id: i64,
     file: String,
     tags: Vec<String>,
@@ -164,13 +333,6 @@ fn once() -> NonZeroU8 {
     NonZeroU8::MIN
 }
 
-#[derive(Serialize, Deserialize, PartialEq, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum Drop {
-    Unreadable,
-    Cropped,
-}
-
 #[derive(Serialize, Deserialize)]
 struct Dropped {
     id: i64,
@@ -179,35 +341,58 @@ struct Dropped {
     why: String,
 }
 
-/// Prepares a dataset.
+/// Prepares a dataset: of pictures, or with a codec of their latents.
 ///
 /// # Errors
 /// Unusable settings or metadata, an output directory that holds another dataset or cannot
 /// be written. An unreadable image is no error: it is reported, counted and left out.
-pub fn prepare(settings: &Settings, report: &(dyn Fn(Event) + Sync)) -> Result<Summary, PrepareError> {
-    check_settings(settings)?;
-    let records = read_records(settings)?;
+pub fn prepare(
+    settings: &Settings,
+    mut codec: Option<Codec>,
+    report: &(dyn Fn(Event) + Sync),
+) -> Result<Summary, PrepareError> {
+    check_settings(settings, codec.as_ref())?;
+    let features = settings.features.as_ref().map(|(path, ids)| Features::open(path, ids.as_deref())).transpose()?;
+    let mut records = match &settings.danbooru {
+        None => read_records(settings)?,
+        Some(filter) => danbooru::read_records(settings, filter, report)?,
+    };
+    if let Some(features) = &features {
+        let Records { list, dropped, .. } = &mut records;
+        list.retain(|record| {
+            let known = features.contains(record.id);
+            if !known {
+                dropped.add(Drop::NoFeature);
+            }
+            known
+        });
+    }
+    let Records { read, list, tags, mut dropped, unusable_tags } = records;
     let split_of = |record: &Record| match record.id.rem_euclid(settings.validation_modulus) {
         0 => Split::Validation,
         1 => Split::Test,
         _ => Split::Train,
     };
-    let training = records.iter().filter(|record| split_of(record) == Split::Train);
-    let vocabulary =
-        Vocabulary::most_frequent(training.map(|record| record.tags.iter().map(String::as_str)), settings.vocabulary)?;
-    if vocabulary.is_empty() {
+    if list.is_empty() {
+        return Err(PrepareError::NothingKept { records: read, dropped });
+    }
+    let training = list.iter().filter(|record| split_of(record) == Split::Train);
+    let sets = training.map(|record| record.tags.iter().map(|&tag| tags.name(tag)));
+    let vocabulary = Vocabulary::most_frequent(sets, settings.vocabulary)?;
+    if vocabulary.is_empty() && features.is_none() {
         return Err(PrepareError::Setting {
             what: "the number of distinct tags on training images",
             found: "0".into(),
-            expected: "at least 1",
+            expected: "at least 1".into(),
         });
     }
-    let fingerprint = fingerprint(settings, &records)?;
+    let codec_identity = codec.as_ref().map(|codec| codec.identity.as_str());
+    let fingerprint = fingerprint(settings, &list, &tags, codec_identity, features.as_ref());
     fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
     let mut jobs = Vec::new();
     for split in Split::ALL {
-        let members: Vec<_> = records.iter().filter(|record| split_of(record) == split).collect();
+        let members: Vec<_> = list.iter().filter(|record| split_of(record) == split).collect();
         let shards = members.len().div_ceil(settings.shard_size);
         for number in 0..shards {
             let end = members.len().min((number + 1) * settings.shard_size);
@@ -221,10 +406,17 @@ pub fn prepare(settings: &Settings, report: &(dyn Fn(Event) + Sync)) -> Result<S
         .map(|job| existing_shard(&settings.out.join(&job.name), &fingerprint))
         .collect::<Result<Vec<_>, _>>()?;
     refuse_strays(&settings.out, &jobs)?;
-    vocabulary.save(&settings.out.join(VOCABULARY_FILE))?;
+    let vocabulary_path = settings.out.join(VOCABULARY_FILE);
+    // Beside shards it is theirs, and somebody may have renamed tags in it.
+    if !vocabulary_path.exists() || existing.iter().all(Option::is_none) {
+        vocabulary.save(&vocabulary_path)?;
+    }
 
-    report(Event::Start(records.len()));
-    let mut counts: BTreeMap<String, Counts> = BTreeMap::new();
+    report(Event::Start(list.len()));
+    let places = tags.names.iter().map(|tag| vocabulary.get(tag)).collect();
+    let maker =
+        Maker { settings, vocabulary: &vocabulary, places, features: features.as_ref(), fingerprint: &fingerprint };
+    let mut splits = Split::ALL.map(|split| (split, Counts::default()));
     for (job, existing) in jobs.iter().zip(existing) {
         let path = settings.out.join(&job.name);
         let (file, kept) = match existing {
@@ -233,42 +425,47 @@ pub fn prepare(settings: &Settings, report: &(dyn Fn(Event) + Sync)) -> Result<S
                 (file, true)
             }
             None => {
-                make_shard(settings, job, &vocabulary, &fingerprint, &path, report)?;
+                maker.make(job, codec.as_mut(), &path, report)?;
                 (SafeFile::open(&path)?, false)
             }
         };
         let made = read_counts(&file)?;
-        for dropped in &made.dropped {
-            if dropped.drop == Drop::Unreadable {
-                report(Event::Unreadable { file: &dropped.file, why: &dropped.why });
+        for Dropped { drop, file, why, .. } in &made.dropped {
+            dropped.add(*drop);
+            if *drop == Drop::Unreadable {
+                report(Event::Unreadable { file, why });
             }
         }
         report(Event::Shard { name: &job.name, images: made.counts.kept, kept });
-        let sum = counts.entry(job.split.to_string()).or_default();
+        let sum = &mut splits[job.split as usize].1;
         sum.kept += made.counts.kept;
         sum.enlarged += made.counts.enlarged;
         sum.untagged += made.counts.untagged;
-        sum.unreadable += made.counts.unreadable;
-        sum.cropped += made.counts.cropped;
     }
-    let splits = Split::ALL.map(|split| (split, counts.get(&split.to_string()).copied().unwrap_or_default()));
-    let sum = |what: fn(&Counts) -> usize| splits.iter().map(|(_, counts)| what(counts)).sum();
-    let kept: usize = sum(|counts| counts.kept);
-    if kept == 0 {
-        return Err(PrepareError::NothingKept {
-            records: records.len(),
-            unreadable: sum(|counts| counts.unreadable),
-            cropped: sum(|counts| counts.cropped),
-        });
+    if splits.iter().all(|(_, counts)| counts.kept == 0) {
+        return Err(PrepareError::NothingKept { records: read, dropped });
     }
-    Ok(Summary { splits, vocabulary })
+    let summary = Summary { records: read, splits, dropped, unusable_tags, vocabulary };
+    let path = settings.out.join(SUMMARY_FILE);
+    write_atomically(&path, |out| {
+        serde_json::to_writer_pretty(&mut *out, &summary)?;
+        out.write_all(b"\n")
+    })
+    .map_err(|cause| PrepareError::Io { path, cause })?;
+    Ok(summary)
 }
 
-fn check_settings(settings: &Settings) -> Result<(), PrepareError> {
-    let wrong = |what, found: String, expected| Err(PrepareError::Setting { what, found, expected });
+fn check_settings(settings: &Settings, codec: Option<&Codec>) -> Result<(), PrepareError> {
+    let wrong =
+        |what, found: String, expected: &str| Err(PrepareError::Setting { what, found, expected: expected.into() });
     let [width, height] = settings.size;
+    let size = format!("{width}x{height}");
     if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
-        return wrong("the size", format!("{width}x{height}"), "sides of 1 to 16384");
+        return wrong("the size", size, "sides of 1 to 16384");
+    }
+    let factor = codec.map_or(1, |codec| codec.factor as u32);
+    if !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
+        return wrong("the size", size, &format!("multiples of the {factor} pixels that the codec has for a latent"));
     }
     if !(0.0..1.0).contains(&settings.max_crop) {
         return wrong("the largest crop", settings.max_crop.to_string(), "a share from 0 below 1");
@@ -286,44 +483,74 @@ fn check_settings(settings: &Settings) -> Result<(), PrepareError> {
     Ok(())
 }
 
-/// The records in order of their ids.
-fn read_records(settings: &Settings) -> Result<Vec<Record>, PrepareError> {
-    let path = &settings.metadata;
-    let io_error = |cause| PrepareError::Io { path: path.clone(), cause };
-    let mut records = Vec::new();
+/// The lines of a JSON-lines file that are not blank, one after the other, to `each` with their number and where they
+/// end in the file.
+pub(super) fn read_lines(
+    path: &Path,
+    mut each: impl FnMut(&[u8], u64) -> Result<(), String>,
+) -> Result<(), PrepareError> {
+    let io_error = |cause| PrepareError::Io { path: path.into(), cause };
+    let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io_error)?);
+    let (mut text, mut end) = (Vec::new(), 0);
+    for line in 1.. {
+        text.clear();
+        let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut text).map_err(io_error)? as u64;
+        if length == 0 {
+            break;
+        }
+        end += length;
+        let wrong = |what| PrepareError::Line { path: path.into(), line, what };
+        if length == MAX_LINE {
+            return Err(wrong(format!("longer than {MAX_LINE} bytes, expected a record a line")));
+        }
+        let text = text.trim_ascii();
+        if !text.is_empty() {
+            each(text, end).map_err(wrong)?;
+        }
+    }
+    Ok(())
+}
+
+/// The records of a folder in order of their ids.
+fn read_records(settings: &Settings) -> Result<Records, PrepareError> {
+    let mut records = Records::default();
     let mut ids = HashSet::new();
-    for (number, text) in BufReader::new(File::open(path).map_err(io_error)?).lines().enumerate() {
-        let wrong = |what| PrepareError::Line { path: path.clone(), line: number + 1, what };
-        let text = text.map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => wrong("not UTF-8".into()),
-            _ => io_error(error),
+    read_lines(&settings.metadata, |text, _| {
+        let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
+        let mut line: Line = serde_json::from_str(text).map_err(|error| {
+            format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
         })?;
-        if text.trim().is_empty() {
-            continue;
+        for tag in &line.tags {
+            check_tag(tag).map_err(|what| format!("tag {what}"))?;
         }
-        let mut record: Record = serde_json::from_str(&text).map_err(|error| {
-            wrong(format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}"))
-        })?;
-        for tag in &record.tags {
-            check_tag(tag).map_err(|what| wrong(format!("tag {what}")))?;
+        if !ids.insert(line.id) {
+            return Err(format!("id {} occurs twice", line.id));
         }
-        if !ids.insert(record.id) {
-            return Err(wrong(format!("id {} occurs twice", record.id)));
-        }
-        record.tags.sort_unstable();
-        record.tags.dedup();
-        records.push(record);
+        line.tags.sort_unstable();
+        line.tags.dedup();
+        let tags = line.tags.iter().map(|tag| records.tags.number(tag)).collect();
+        let place = Place::File(settings.images.join(&line.file));
+        let Line { id, file, flip, repeats, .. } = line;
+        records.list.push(Record { id, file, place, tags, flip, repeats });
+        Ok(())
+    })?;
+    if records.list.is_empty() {
+        return Err(PrepareError::NoRecords { path: settings.metadata.clone() });
     }
-    if records.is_empty() {
-        return Err(PrepareError::NoRecords { path: path.clone() });
-    }
-    records.sort_unstable_by_key(|record| record.id);
+    records.read = records.list.len();
+    records.list.sort_unstable_by_key(|record| record.id);
     Ok(records)
 }
 
 /// Everything that a shard's bytes depend on. Of an image file that is its length: reading
 /// it whole would cost as much as doing the work again, and its date changes with copying.
-fn fingerprint(settings: &Settings, records: &[Record]) -> Result<Value, PrepareError> {
+fn fingerprint(
+    settings: &Settings,
+    records: &[Record],
+    tags: &Tags,
+    codec: Option<&str>,
+    features: Option<&Features>,
+) -> Value {
     // FNV-1a, 64 bits: it recognises a change, nobody attacks it.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |bytes: &[u8]| {
@@ -334,14 +561,13 @@ fn fingerprint(settings: &Settings, records: &[Record]) -> Result<Value, Prepare
     for record in records {
         add(&record.id.to_le_bytes());
         add(record.file.as_bytes());
-        record.tags.iter().for_each(|tag| add(tag.as_bytes()));
+        record.tags.iter().for_each(|&tag| add(tags.name(tag).as_bytes()));
         add(&[u8::from(record.flip), record.repeats.get()]);
-        let length = fs::metadata(settings.images.join(&record.file)).map_or(0, |m| m.len());
-        add(&length.to_le_bytes());
+        add(&record.place.length().to_le_bytes());
     }
     let [width, height] = settings.size;
     let [r, g, b] = settings.background;
-    Ok(json!({
+    let mut all = json!({
         "size": format!("{width}x{height}"),
         "background": format!("#{r:02x}{g:02x}{b:02x}"),
         "max-crop": settings.max_crop,
@@ -351,7 +577,19 @@ fn fingerprint(settings: &Settings, records: &[Record]) -> Result<Value, Prepare
         "source": settings.source,
         "licence": settings.licence,
         "records": format!("{} ({hash:016x})", records.len()),
-    }))
+    });
+    let enlarge = settings.danbooru.as_ref().map(|filter| Value::from(filter.enlarge));
+    let others = [
+        ("enlarge", enlarge),
+        ("vae", codec.map(Value::from)),
+        ("features", features.map(|features| features.identity().into())),
+    ];
+    for (key, value) in others {
+        if let Some(value) = value {
+            all[key] = value;
+        }
+    }
+    all
 }
 
 fn refuse_strays(out: &Path, jobs: &[Job]) -> Result<(), PrepareError> {
@@ -409,15 +647,8 @@ fn read_counts(file: &SafeFile) -> Result<Made, SafeError> {
         serde_json::from_str(text(DROPPED_KEY)?).map_err(|error| malformed(error.to_string()))?;
     let enlarged: usize = text("enlarged")?.parse().map_err(|_| malformed("enlarged is no number".into()))?;
     let offsets = file.i64("tag_offsets")?;
-    let count = |drop| dropped.iter().filter(|dropped| dropped.drop == drop).count();
-    let counts = Counts {
-        kept: file.i64("ids")?.len(),
-        enlarged,
-        untagged: offsets.windows(2).filter(|pair| pair[0] == pair[1]).count(),
-        unreadable: count(Drop::Unreadable),
-        cropped: count(Drop::Cropped),
-    };
-    Ok(Made { counts, dropped })
+    let untagged = offsets.windows(2).filter(|pair| pair[0] == pair[1]).count();
+    Ok(Made { counts: Counts { kept: file.i64("ids")?.len(), enlarged, untagged }, dropped })
 }
 
 struct Job<'a> {
@@ -427,196 +658,159 @@ struct Job<'a> {
     members: Vec<&'a Record>,
 }
 
-fn make_shard(
-    settings: &Settings,
-    job: &Job,
-    vocabulary: &Vocabulary,
-    fingerprint: &Value,
-    path: &Path,
-    report: &(dyn Fn(Event) + Sync),
-) -> Result<(), PrepareError> {
-    let fitted: Vec<_> = job
-        .members
-        .par_iter()
-        .map(|record| {
-            let fitted =
-                decode(&settings.images.join(&record.file), settings.background).and_then(|image| fit(image, settings));
-            report(Event::Done(1));
-            fitted
-        })
-        .collect();
+/// What all shards are made with.
+struct Maker<'a> {
+    settings: &'a Settings,
+    vocabulary: &'a Vocabulary,
+    /// Where each of [`Records::tags`] is in the vocabulary.
+    places: Vec<Option<u32>>,
+    features: Option<&'a Features>,
+    fingerprint: &'a Value,
+}
 
-    let [width, height] = settings.size.map(|side| side as usize);
-    let width_of_condition = vocabulary.len();
-    let (mut images, mut conditions) = (Vec::new(), Vec::new()); // [N, 3, H, W], [N, D] f16
-    let (mut ids, mut flips, mut repeats) = (Vec::<i64>::new(), Vec::<u8>::new(), Vec::<u8>::new());
-    let (mut tag_offsets, mut tag_indices) = (vec![0i64], Vec::<i32>::new());
-    let (mut dropped, mut enlarged) = (Vec::new(), 0);
-    for (record, fitted) in job.members.iter().zip(fitted) {
-        let fitted = match fitted {
-            Ok(fitted) => fitted,
-            Err((drop, why)) => {
-                dropped.push(Dropped { id: record.id, file: record.file.clone(), drop, why });
-                continue;
+/// Why an image is left out, and that in words.
+type Refusal = (Drop, String);
+
+impl Maker<'_> {
+    /// The image at the target's size, and whether it was smaller.
+    fn picture(&self, record: &Record) -> Result<(Picture, bool), Refusal> {
+        let Settings { size, background, max_crop, danbooru, .. } = self.settings;
+        let unreadable = |why: String| (Drop::Unreadable, why);
+        let bytes = record.place.read().map_err(unreadable)?;
+        let image = images::decode(&bytes, *background).map_err(unreadable)?;
+        let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
+        let crop = images::crop([width, height], *size);
+        if !crop.within(*max_crop) {
+            let lost = 100.0 * crop.lost;
+            let why = format!("{width}x{height} loses {lost:.1} % by cropping to {}x{}", size[0], size[1]);
+            return Err((Drop::Cropped, why));
+        }
+        if crop.enlarged && danbooru.as_ref().is_some_and(|filter| !filter.enlarge) {
+            return Err((Drop::Small, format!("{width}x{height} is smaller than {}x{}", size[0], size[1])));
+        }
+        Ok((images::fit(image, crop, *size).map_err(unreadable)?, crop.enlarged))
+    }
+
+    fn condition(&self, record: &Record, tags: &[u32]) -> Result<Vec<f32>, Refusal> {
+        let Some(features) = self.features else {
+            return Ok(self.vocabulary.multi_hot(tags));
+        };
+        let mut feature = features.get(record.id).unwrap_or_default();
+        match unit_norm(&mut feature) {
+            true => Ok(feature),
+            false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
+        }
+    }
+
+    fn make(
+        &self,
+        job: &Job,
+        mut codec: Option<&mut Codec>,
+        path: &Path,
+        report: &(dyn Fn(Event) + Sync),
+    ) -> Result<(), PrepareError> {
+        // [N, 3, H, W] u8 or [N, 2C, h, w] f16; [N, D] f16
+        let (mut images, mut conditions) = (Vec::new(), Vec::new());
+        let (mut ids, mut flips, mut repeats) = (Vec::<i64>::new(), Vec::<u8>::new(), Vec::<u8>::new());
+        let (mut tag_offsets, mut tag_indices) = (vec![0i64], Vec::<i32>::new());
+        let (mut dropped, mut enlarged) = (Vec::new(), 0);
+        thread::scope(|scope| -> Result<(), PrepareError> {
+            // The next images are decoded while a codec works on these.
+            let (sender, pictures) = sync_channel(1);
+            scope.spawn(move || {
+                let all = |chunk: &[&Record]| chunk.par_iter().map(|record| self.picture(record)).collect::<Vec<_>>();
+                job.members.chunks(CHUNK).find(|chunk| sender.send(all(chunk)).is_err());
+            });
+            for (record, picture) in job.members.iter().zip(pictures.into_iter().flatten()) {
+                let mut tags: Vec<u32> = record.tags.iter().filter_map(|&tag| self.places[tag as usize]).collect();
+                tags.sort_unstable();
+                let ready = picture.and_then(|picture| Ok((picture, self.condition(record, &tags)?)));
+                let made = match ready {
+                    Ok(((picture, was_smaller), condition)) => {
+                        let bytes = match &mut codec {
+                            None => Ok(planes(picture.rgb(), 3).collect()),
+                            Some(codec) => latents(codec, &picture)?,
+                        };
+                        bytes.map(|bytes: Vec<u8>| (bytes, was_smaller, condition))
+                    }
+                    Err(refusal) => Err(refusal),
+                };
+                report(Event::Done(1));
+                let (bytes, was_smaller, condition) = match made {
+                    Ok(made) => made,
+                    Err((drop, why)) => {
+                        dropped.push(Dropped { id: record.id, file: record.file.clone(), drop, why });
+                        continue;
+                    }
+                };
+                images.extend(bytes);
+                conditions.extend(condition.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
+                enlarged += usize::from(was_smaller);
+                tag_indices.extend(tags.iter().map(|&tag| tag as i32));
+                tag_offsets.push(tag_indices.len() as i64);
+                ids.push(record.id);
+                flips.push(u8::from(record.flip));
+                repeats.push(record.repeats.get());
             }
+            Ok(())
+        })?;
+
+        let n = ids.len();
+        let condition_dim = self.features.map_or(self.vocabulary.len(), Features::width);
+        let [width, height] = self.settings.size.map(|side| side as usize);
+        let (kind, factor, channels) = match codec {
+            None => (Kind::Images, 1, 3),
+            Some(codec) => (Kind::Latents, codec.factor, LATENTS),
         };
-        enlarged += usize::from(fitted.enlarged);
-        for c in 0..3 {
-            images.extend(fitted.rgb.iter().skip(c).step_by(3));
-        }
-        let mut tags: Vec<u32> = record.tags.iter().filter_map(|tag| vocabulary.get(tag)).collect();
-        tags.sort_unstable();
-        for x in vocabulary.multi_hot(&tags) {
-            conditions.extend(f16::from_f32(x).to_le_bytes());
-        }
-        tag_indices.extend(tags.iter().map(|&tag| tag as i32));
-        tag_offsets.push(tag_indices.len() as i64);
-        ids.push(record.id);
-        flips.push(u8::from(record.flip));
-        repeats.push(record.repeats.get());
-    }
-
-    let n = ids.len();
-    let header = Header {
-        kind: Kind::Images,
-        height,
-        width,
-        channels: 3,
-        condition_dim: width_of_condition,
-        count: n,
-        shards: job.shards,
-        source: settings.source.clone(),
-        licence: settings.licence.clone(),
-    };
-    let metadata = [
-        (HEADER_KEY, json!(header).to_string()),
-        (SETTINGS_KEY, fingerprint.to_string()),
-        (DROPPED_KEY, json!(dropped).to_string()),
-        ("enlarged", enlarged.to_string()),
-    ];
-    let little = |values: &[i64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    let indices: Vec<u8> = tag_indices.iter().flat_map(|x| x.to_le_bytes()).collect();
-    safetensors::write(
-        path,
-        &[
-            ("images", Dtype::U8, &[n, 3, height, width], &images),
-            ("conditions", Dtype::F16, &[n, width_of_condition], &conditions),
-            ("ids", Dtype::I64, &[n], &little(&ids)),
-            ("tag_offsets", Dtype::I64, &[n + 1], &little(&tag_offsets)),
-            ("tag_indices", Dtype::I32, &[tag_indices.len()], &indices),
-            ("flips", Dtype::U8, &[n], &flips),
-            ("repeats", Dtype::U8, &[n], &repeats),
-        ],
-        &metadata.map(|(key, value)| (key.to_string(), value)).into(),
-    )?;
-    Ok(())
-}
-
-/// An opaque sRGB image, `[H, W, 3]`.
-struct Opaque {
-    width: u32,
-    height: u32,
-    rgb: Vec<u8>,
-}
-
-fn decode(path: &Path, background: [u8; 3]) -> Result<Opaque, (Drop, String)> {
-    let unreadable = |why: String| (Drop::Unreadable, why);
-    let load = || -> image::ImageResult<Result<DynamicImage, String>> {
-        let mut reader = ImageReader::open(path)?.with_guessed_format()?;
-        let mut limits = image::Limits::default();
-        limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
-        reader.limits(limits);
-        let mut decoder = reader.into_decoder()?;
-        let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Ok(Err(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
-        }
-        // A damaged tag is no reason to lose the picture.
-        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let mut image = DynamicImage::from_decoder(decoder)?;
-        image.apply_orientation(orientation);
-        Ok(Ok(image))
-    };
-    let image = load().map_err(|error| unreadable(error.to_string()))?.map_err(unreadable)?;
-    let (width, height) = (image.width(), image.height());
-    let rgb = if image.color().has_alpha() {
-        let over = |x: u8, behind: u8, alpha: u32| {
-            ((u32::from(x) * alpha + u32::from(behind) * (255 - alpha) + 127) / 255) as u8
+        let header = Header {
+            kind,
+            height: height / factor,
+            width: width / factor,
+            channels,
+            condition_dim,
+            conditioning: self.features.map_or(Conditioning::Tags, |features| features.conditioning().clone()),
+            count: n,
+            shards: job.shards,
+            source: self.settings.source.clone(),
+            licence: self.settings.licence.clone(),
         };
-        let rgba = image.into_rgba8();
-        rgba.pixels()
-            .flat_map(|pixel| {
-                let [r, g, b, alpha] = pixel.0;
-                let alpha = u32::from(alpha);
-                let [behind_r, behind_g, behind_b] = background;
-                [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
-            })
-            .collect()
-    } else {
-        image.into_rgb8().into_raw()
-    };
-    Ok(Opaque { width, height, rgb })
-}
-
-/// A pixel in linear light.
-type RGB16 = RGB<u16>;
-
-struct Fitted {
-    rgb: Vec<u8>, // [H, W, 3] sRGB
-    enlarged: bool,
-}
-
-/// Crops about the centre to the target's shape, and resizes.
-fn fit(image: Opaque, settings: &Settings) -> Result<Fitted, (Drop, String)> {
-    let [width, height] = settings.size;
-    let (from_width, from_height) = (f64::from(image.width), f64::from(image.height));
-    let scale = (from_width / f64::from(width)).min(from_height / f64::from(height));
-    let (crop_width, crop_height) = (scale * f64::from(width), scale * f64::from(height));
-    let lost = 1.0 - (crop_width * crop_height) / (from_width * from_height);
-    // The tolerance keeps rounding from dropping an image that needs no crop.
-    if lost > settings.max_crop + 1e-9 {
-        let why =
-            format!("{}x{} loses {:.1} % by cropping to {width}x{height}", image.width, image.height, 100.0 * lost);
-        return Err((Drop::Cropped, why));
+        let metadata = [
+            (HEADER_KEY, json!(header).to_string()),
+            (SETTINGS_KEY, self.fingerprint.to_string()),
+            (DROPPED_KEY, json!(dropped).to_string()),
+            ("enlarged", enlarged.to_string()),
+        ];
+        let little = |values: &[i64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let indices: Vec<u8> = tag_indices.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (tensor, dtype, planes) = kind.tensor();
+        safetensors::write(
+            path,
+            &[
+                (tensor, dtype, &[n, planes * channels, header.height, header.width], &images),
+                ("conditions", Dtype::F16, &[n, condition_dim], &conditions),
+                ("ids", Dtype::I64, &[n], &little(&ids)),
+                ("tag_offsets", Dtype::I64, &[n + 1], &little(&tag_offsets)),
+                ("tag_indices", Dtype::I32, &[tag_indices.len()], &indices),
+                ("flips", Dtype::U8, &[n], &flips),
+                ("repeats", Dtype::U8, &[n], &repeats),
+            ],
+            &metadata.map(|(key, value)| (key.to_string(), value)).into(),
+        )?;
+        Ok(())
     }
-    let enlarged = image.width < width || image.height < height;
-    if (image.width, image.height) == (width, height) {
-        return Ok(Fitted { rgb: image.rgb, enlarged });
-    }
-    let failed = |error: resize::Error| (Drop::Unreadable, format!("cannot be resized: {error}"));
-    let linear: Vec<RGB16> =
-        image.rgb.as_chunks::<3>().0.iter().map(|rgb| rgb.map(|x| TO_LINEAR[usize::from(x)]).into()).collect();
-    // Whole pixels: the crop is centred to half a pixel.
-    let crop = |side: f64, from: u32| (side.round() as usize).clamp(1, from as usize);
-    let (crop_width, crop_height) = (crop(crop_width, image.width), crop(crop_height, image.height));
-    let left = (image.width as usize - crop_width) / 2;
-    let top = (image.height as usize - crop_height) / 2;
-    let source = &linear[top * image.width as usize + left..];
-    let (width, height) = (width as usize, height as usize);
-    let mut target = vec![RGB16::new(0, 0, 0); width * height];
-    resize::new(crop_width, crop_height, width, height, resize::Pixel::RGB16, resize::Type::Lanczos3)
-        .and_then(|mut resizer| resizer.resize_stride(source, image.width as usize, &mut target))
-        .map_err(failed)?;
-    let rgb = target.iter().flat_map(|x| [x.r, x.g, x.b].map(|x| TO_SRGB[usize::from(x)])).collect();
-    Ok(Fitted { rgb, enlarged })
 }
 
-/// sRGB (IEC 61966-2-1) to linear light, 0 to 65535.
-static TO_LINEAR: LazyLock<[u16; 256]> = LazyLock::new(|| {
-    std::array::from_fn(|x| {
-        let x = x as f64 / 255.0;
-        let linear = if x <= 0.04045 { x / 12.92 } else { ((x + 0.055) / 1.055).powf(2.4) };
-        (linear * 65535.0).round() as u16
+/// [H, W, C] as [C, H, W].
+fn planes<T: Copy>(values: &[T], channels: usize) -> impl Iterator<Item = T> {
+    (0..channels).flat_map(move |c| values.iter().skip(c).step_by(channels).copied())
+}
+
+/// Mean and standard deviation of a picture's latents, [2C, h, w] in f16.
+fn latents(codec: &mut Codec, picture: &Picture) -> Result<Result<Vec<u8>, Refusal>, CodecError> {
+    let moments = (codec.encode)(picture)?;
+    let halves: Vec<f16> = moments.iter().flat_map(|values| planes(values, LATENTS)).map(f16::from_f32).collect();
+    Ok(match halves.iter().all(|x| x.is_finite()) {
+        true => Ok(halves.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        false => Err((Drop::Unreadable, "the codec makes numbers of it that are not finite in f16".into())),
     })
-});
-
-/// The inverse, rounded; exact on the values of [`TO_LINEAR`].
-static TO_SRGB: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    (0..=65535u16)
-        .map(|x| {
-            let x = f64::from(x) / 65535.0;
-            let srgb = if x <= 0.003_130_8 { 12.92 * x } else { 1.055 * x.powf(1.0 / 2.4) - 0.055 };
-            (srgb * 255.0).round() as u8
-        })
-        .collect()
-});
+}

@@ -1,4 +1,4 @@
-//! NumPy's `.npy` files of floating-point numbers, as conditions are often kept in.
+//! NumPy's `.npy` files, as conditions and their ids are often kept in.
 //!
 //! Layout: `\x93NUMPY`, version (2 bytes), length of the header (2 bytes, from version 2 on 4), the header
 //! `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1024), }` in ASCII, then the values.
@@ -19,16 +19,61 @@ pub enum NpyError {
     Malformed { path: PathBuf, what: String },
 }
 
-/// Reads an array: its shape, and its values row by row.
+/// Reads an array of numbers: its shape, and its values row by row.
 ///
 /// # Errors
 /// [`NpyError`]; anything but little-endian floats of 2, 4 or 8 bytes in C order is one.
 pub fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>), NpyError> {
-    let bytes = fs::read(path).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
-    parse(&bytes).map_err(|what| NpyError::Malformed { path: path.into(), what })
+    read_as(path, "'<f2', '<f4' or '<f8'", |kind, data| {
+        Some(match kind {
+            "<f2" => elements(data, |b| f16::from_le_bytes(b).to_f32()),
+            "<f4" => elements(data, f32::from_le_bytes),
+            "<f8" => elements(data, |b| f64::from_le_bytes(b) as f32),
+            _ => return None,
+        })
+    })
 }
 
-fn parse(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
+/// Reads an array of whole numbers: its shape, and its values row by row.
+///
+/// # Errors
+/// [`NpyError`]; anything but little-endian signed integers of 4 or 8 bytes in C order is one.
+pub fn read_i64(path: &Path) -> Result<(Vec<usize>, Vec<i64>), NpyError> {
+    read_as(path, "'<i4' or '<i8'", |kind, data| {
+        Some(match kind {
+            "<i4" => elements(data, |b| i32::from_le_bytes(b).into()),
+            "<i8" => elements(data, i64::from_le_bytes),
+            _ => return None,
+        })
+    })
+}
+
+/// Whole elements, and the number of bytes left over.
+fn elements<const N: usize, T>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> (Vec<T>, usize) {
+    let (chunks, rest) = data.as_chunks::<N>();
+    (chunks.iter().map(|&b| convert(b)).collect(), rest.len())
+}
+
+fn read_as<T>(
+    path: &Path,
+    expected: &str,
+    convert: impl FnOnce(&str, &[u8]) -> Option<(Vec<T>, usize)>,
+) -> Result<(Vec<usize>, Vec<T>), NpyError> {
+    let bytes = fs::read(path).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
+    let parsed = parse(&bytes).and_then(|(kind, shape, data)| {
+        let (values, rest) =
+            convert(kind, data).ok_or_else(|| format!("elements of type {kind:?}, expected {expected}"))?;
+        let count = shape.iter().try_fold(1, |product: usize, &side| product.checked_mul(side));
+        if count != Some(values.len()) || rest > 0 {
+            return Err(format!("{} bytes of values do not make the shape {shape:?}", data.len()));
+        }
+        Ok((shape, values))
+    });
+    parsed.map_err(|what| NpyError::Malformed { path: path.into(), what })
+}
+
+/// Element type, shape, and the values' bytes.
+fn parse(bytes: &[u8]) -> Result<(&str, Vec<usize>, &[u8]), String> {
     let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or("it does not begin with \\x93NUMPY")?;
     let truncated = || "it ends within its header".to_owned();
     let (length, rest) = match rest {
@@ -48,23 +93,7 @@ fn parse(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
     let shape: Vec<usize> = sides
         .map(|side| side.parse().map_err(|_| format!("its shape has a side {side:?}")))
         .collect::<Result<_, _>>()?;
-    let quoted = descr.get(1..4).filter(|_| descr.starts_with(['\'', '"'])).unwrap_or(descr);
-    let size = match quoted {
-        "<f2" => 2,
-        "<f4" => 4,
-        "<f8" => 8,
-        other => return Err(format!("elements of type {other:?}, expected '<f2', '<f4' or '<f8'")),
-    };
-    let expected = shape.iter().try_fold(size, |product: usize, &side| product.checked_mul(side));
-    if expected != Some(data.len()) {
-        return Err(format!("{} bytes of values do not make the shape {shape:?}", data.len()));
-    }
-    let values = match size {
-        2 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-        4 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        _ => data.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32).collect(),
-    };
-    Ok((shape, values))
+    Ok((descr.get(1..4).filter(|_| descr.starts_with(['\'', '"'])).unwrap_or(descr), shape, data))
 }
 
 /// What follows `'name':` in the header.

@@ -16,6 +16,7 @@ use super::config::{Config, ConfigError};
 use super::params::{Kind, ParamId, ParamTable};
 use super::precond::Precond;
 use crate::backend::{Backend, BackendError, Slot};
+use crate::condition::Conditioning;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::rng::{Purpose, Stream};
 
@@ -59,6 +60,9 @@ pub struct ModelMeta {
     /// Tags of the condition's channels, in order; empty if conditions are not made of tags.
     #[serde(default)]
     pub vocabulary: Vec<String>,
+    /// What conditions are made of.
+    #[serde(default)]
+    pub conditioning: Conditioning,
     /// Images seen in training.
     #[serde(default)]
     pub images_seen: u64,
@@ -84,6 +88,7 @@ impl ModelMeta {
             width: config.img_resolution,
             encoder: if config.img_channels == 4 { Encoder::SdVae } else { Encoder::Rgb },
             vocabulary: Vec::new(),
+            conditioning: Conditioning::Tags,
             images_seen: 0,
             ema_std: None,
             seed: None,

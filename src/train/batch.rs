@@ -66,7 +66,7 @@ impl<'a> Batches<'a> {
             let i = self.index(k);
             let stream = |purpose| Stream::new(s.seed, purpose, k);
             let image = &mut clean[j * numel..][..numel];
-            self.data.image(i, image);
+            self.data.image(i, stream(Purpose::Latent), image);
             if s.flip && self.data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
                 mirror(image, w, c);
             }

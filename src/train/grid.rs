@@ -9,6 +9,7 @@ use crate::backend::Backend;
 use crate::data::dataset::Dataset;
 use crate::formats::png::Picture;
 use crate::model::Precond;
+use crate::rng::{Purpose, Stream};
 use crate::sample::{SampleError, Sampler, SamplerConfig};
 
 /// Conditions.
@@ -62,7 +63,7 @@ pub fn write<B: Backend>(
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
         let mut image = vec![0.0; numel];
-        data.image(i, &mut image);
+        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image);
         pictures.push(Picture::from_model(h, w, &image));
         pictures.extend(samples.chunks(numel).map(|image| Picture::from_model(h, w, image)));
     }

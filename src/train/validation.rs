@@ -90,7 +90,8 @@ fn losses<B: Backend>(
         for j in 0..n {
             let k = first + j;
             let image = &mut clean[j * numel..][..numel];
-            data.image(k / draws, image);
+            // The same latent at every level.
+            data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image);
             if dim > 0 {
                 data.condition(k / draws, &mut labels[j * dim..][..dim]);
             }

@@ -1,0 +1,201 @@
+//! Danbooru2023 as it is published: tar shards `data-0MMM.tar`, `data-1MMM.tar` (MMM = id % 1000) of `<id>.<ext>`, or
+//! a folder of such files, and the posts as JSON lines, in the form that danbooru's own interface gives them.
+//!
+//! Both are looked for in all folders below the one that is given, archives are read in place, and a file belongs to
+//! the post whose id it bears, whatever its ending: copies made smaller, as WebP, do as well. The posts, 20 GB of
+//! them, stream by; those that pass the [`Filter`] stay in memory, a few hundred bytes each.
+//!
+//! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair". What cannot be a tag here, for a
+//! comma in it or a space at its end, is left out and counted. Records are ordered by id % 1000, then id: so training
+//! shards read each archive from its beginning to its end.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::num::NonZeroU8;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+use serde::Deserialize;
+
+use super::images::{self, Place};
+use super::prepare::{Drop, Event, PrepareError, Record, Records, Settings, read_lines};
+use crate::condition::vocabulary::check_tag;
+use crate::formats::tar;
+
+/// Which posts to take.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// Tags that a post must have, as danbooru writes them.
+    pub require: Vec<String>,
+    /// Ratings to take: of `g`, `s`, `q`, `e`.
+    pub ratings: Vec<String>,
+    /// Whether to take images that are smaller than the target.
+    pub enlarge: bool,
+}
+
+/// Endings of the names of still images.
+const STILL: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+
+/// What is read of a post. Everything but id and tags may be missing or null: then the post does not pass.
+#[derive(Deserialize)]
+struct Post<'a> {
+    id: i64,
+    #[serde(borrow)]
+    tag_string: Text<'a>,
+    #[serde(borrow, default)]
+    rating: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    file_ext: Option<Text<'a>>,
+    #[serde(default)]
+    image_width: Option<u32>,
+    #[serde(default)]
+    image_height: Option<u32>,
+    #[serde(default)]
+    is_deleted: Option<bool>,
+    #[serde(default)]
+    is_banned: Option<bool>,
+}
+
+/// A string that is copied only if it has escapes.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The posts that pass and have a file, in order.
+pub(super) fn read_records(
+    settings: &Settings,
+    filter: &Filter,
+    report: &(dyn Fn(Event) + Sync),
+) -> Result<Records, PrepareError> {
+    let mut records = Records::default();
+    let mut passed: HashMap<i64, Box<[u32]>> = HashMap::new();
+    let mut unusable = HashSet::new();
+    let total = fs::metadata(&settings.metadata).map_or(0, |about| about.len());
+    read_lines(&settings.metadata, |line, end| {
+        let post: Post = serde_json::from_slice(line)
+            .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
+        if records.read.is_multiple_of(4096) || end == total {
+            report(Event::Reading { what: "bytes of posts", done: end, total });
+        }
+        records.read += 1;
+        let refusal = refuse(&post, settings, filter).or(passed.contains_key(&post.id).then_some(Drop::Repeated));
+        if let Some(drop) = refusal {
+            records.dropped.add(drop);
+            return Ok(());
+        }
+        let mut names: Vec<String> = post.tag_string.0.split_whitespace().map(|tag| tag.replace('_', " ")).collect();
+        names.sort_unstable();
+        names.dedup();
+        let (usable, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| check_tag(name).is_ok());
+        unusable.extend(others);
+        passed.insert(post.id, usable.iter().map(|name| records.tags.number(name)).collect());
+        Ok(())
+    })?;
+    if records.read == 0 {
+        return Err(PrepareError::NoRecords { path: settings.metadata.clone() });
+    }
+    records.unusable_tags = unusable.len();
+
+    let mut files = find_files(&settings.images, &passed, report)?;
+    for (id, tags) in passed {
+        match files.remove(&id) {
+            Some((file, place)) => {
+                records.list.push(Record { id, file, place, tags, flip: false, repeats: NonZeroU8::MIN });
+            }
+            None => records.dropped.add(Drop::NoFile),
+        }
+    }
+    records.list.sort_unstable_by_key(|record| (record.id.rem_euclid(1000), record.id));
+    Ok(records)
+}
+
+/// The first reason against a post. That of the tags comes first, so that all others count among the wanted.
+fn refuse(post: &Post, settings: &Settings, filter: &Filter) -> Option<Drop> {
+    let is = |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
+    let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
+    let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
+    let crop = images::crop(size, settings.size);
+    let reasons = [
+        (filter.require.iter().any(lacks), Drop::LacksTags),
+        (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),
+        (post.is_deleted == Some(true), Drop::Deleted),
+        (post.is_banned == Some(true), Drop::Banned),
+        (!is(&post.rating, &|rating| filter.ratings.iter().any(|r| r == rating)), Drop::OtherRating),
+        (!crop.within(settings.max_crop), Drop::Cropped),
+        (crop.enlarged && !filter.enlarge, Drop::Small),
+    ];
+    reasons.into_iter().find(|(applies, _)| *applies).map(|(_, drop)| drop)
+}
+
+/// The post that a file is of, if it bears the name of one.
+fn id_of(name: &str) -> Option<i64> {
+    let name = name.rsplit('/').next()?;
+    let (stem, ending) = name.split_once('.')?;
+    let digits = !stem.is_empty() && stem.bytes().all(|b| b.is_ascii_digit());
+    let still = STILL.iter().any(|still| ending.eq_ignore_ascii_case(still));
+    stem.parse().ok().filter(|_| digits && still)
+}
+
+/// Name and place of the files of the wanted posts. Of several with one id the first counts, in the order of the
+/// archives' paths and then of the files'.
+fn find_files<T: Sync>(
+    dir: &Path,
+    wanted: &HashMap<i64, T>,
+    report: &(dyn Fn(Event) + Sync),
+) -> Result<HashMap<i64, (String, Place)>, PrepareError> {
+    let mut paths = Vec::new();
+    list(dir, &mut HashSet::new(), &mut paths)?;
+    paths.sort_unstable();
+    let ends = |path: &PathBuf| path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar"));
+    let (tars, files): (Vec<_>, Vec<_>) = paths.into_iter().partition(ends);
+    if tars.is_empty() && files.is_empty() {
+        return Err(PrepareError::NoImages { path: dir.into() });
+    }
+
+    let done = AtomicU64::new(0);
+    let in_tar = |path: PathBuf| -> Result<Vec<(i64, String, Place)>, PrepareError> {
+        let tar: Arc<Path> = path.into();
+        let mut found = Vec::new();
+        tar::index(&tar, &mut |tar::Member { name, offset, size }| {
+            if let Some(id) = id_of(&name).filter(|id| wanted.contains_key(id)) {
+                let name = name.rsplit('/').next().unwrap_or_default().to_owned();
+                found.push((id, name, Place::Member { tar: tar.clone(), offset, size }));
+            }
+        })?;
+        let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+        report(Event::Reading { what: "archives", done, total: tars.len() as u64 });
+        Ok(found)
+    };
+    let in_tars: Vec<_> = tars.par_iter().cloned().map(in_tar).collect::<Result<_, _>>()?;
+    let as_files = files.into_iter().filter_map(|path| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        Some((id_of(&name).filter(|id| wanted.contains_key(id))?, name, Place::File(path)))
+    });
+    let mut found = HashMap::new();
+    for (id, name, place) in in_tars.into_iter().flatten().chain(as_files) {
+        found.entry(id).or_insert((name, place));
+    }
+    Ok(found)
+}
+
+/// Archives, and files that bear an id, in a folder and below it.
+fn list(dir: &Path, seen: &mut HashSet<PathBuf>, found: &mut Vec<PathBuf>) -> Result<(), PrepareError> {
+    let io_error = |cause| PrepareError::Io { path: dir.into(), cause };
+    // Links may lead in circles.
+    if !seen.insert(fs::canonicalize(dir).map_err(io_error)?) {
+        return Ok(());
+    }
+    for entry in fs::read_dir(dir).map_err(io_error)? {
+        let path = entry.map_err(io_error)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar")) || id_of(name).is_some() {
+            found.push(path);
+        } else if path.is_dir() {
+            list(&path, seen, found)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! Conditions that somebody computed beforehand: a feature for each image id, in a file.
+//!
+//! * `.safetensors`: tensors `ids` I64 `[N]` and `features` [N, D] of F16 or F32. Its metadata may say what made
+//!   them: `conditioning`, the JSON of a [`Conditioning`].
+//! * `.npy`: features [N, D], and their ids `[N]` in a second `.npy` of whole numbers.
+//!
+//! A safetensors file is mapped, so that only what is asked for is read; a `.npy` is read whole.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+
+use crate::condition::Conditioning;
+use crate::formats;
+use crate::formats::npy::{self, NpyError};
+use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
+
+/// Key of the [`Conditioning`] in a file's metadata.
+pub const CONDITIONING_KEY: &str = "conditioning";
+
+/// What can be wrong with such a file.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum FeatureError {
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error(transparent)]
+    Npy(#[from] NpyError),
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: metadata \"{CONDITIONING_KEY}\": {what}", path.display())]
+    Conditioning { path: PathBuf, what: String },
+    #[error("{}: features without ids; give the .npy of their ids too", path.display())]
+    NoIds { path: PathBuf },
+    #[error("{}: it has ids of its own, but {} was given too", path.display(), ids.display())]
+    TwoIds { path: PathBuf, ids: PathBuf },
+    #[error("{}: {what} of shape {found:?}, expected {expected}", path.display())]
+    Shape { path: PathBuf, what: &'static str, found: Vec<usize>, expected: String },
+    #[error("{}: id {id} occurs twice", path.display())]
+    RepeatedId { path: PathBuf, id: i64 },
+}
+
+/// Features by image id.
+#[derive(Debug)]
+pub struct Features {
+    rows: HashMap<i64, usize>,
+    width: usize,
+    values: Values,
+    conditioning: Conditioning,
+    /// Name and CRC-32 of the file, and of that of the ids.
+    identity: String,
+}
+
+#[derive(Debug)]
+enum Values {
+    Mapped(SafeFile),
+    Read(Vec<f32>),
+}
+
+impl Features {
+    /// Opens a file of features, and with a `.npy` that of their ids.
+    ///
+    /// # Errors
+    /// [`FeatureError`]: the message names the file, the tensor, what was found and what was expected.
+    pub fn open(path: &Path, ids_path: Option<&Path>) -> Result<Self, FeatureError> {
+        let shape_error = |path: &Path, what, found: &[usize], expected: String| {
+            Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
+        };
+        let anonymous = Conditioning::Features { source: String::new(), node: String::new() };
+        let identity =
+            |path: &Path| formats::identity(path).map_err(|cause| FeatureError::Io { path: path.into(), cause });
+        let mut identities = identity(path)?;
+        let (shape, ids_shape, ids, values, conditioning) = if path.extension().is_some_and(|end| end == "npy") {
+            let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
+            identities = format!("{identities}, {}", identity(ids_path)?);
+            let (shape, values) = npy::read(path)?;
+            let (ids_shape, ids) = npy::read_i64(ids_path)?;
+            (shape, ids_shape, ids, Values::Read(values), anonymous)
+        } else {
+            if let Some(ids) = ids_path {
+                return Err(FeatureError::TwoIds { path: path.into(), ids: ids.into() });
+            }
+            let file = SafeFile::open(path)?;
+            let dtype = file.dtype("features")?;
+            if !matches!(dtype, Dtype::F16 | Dtype::F32) {
+                return Err(file.unexpected("features", dtype, "F16 or F32").into());
+            }
+            let conditioning = match file.metadata().get(CONDITIONING_KEY) {
+                None => anonymous,
+                Some(text) => serde_json::from_str(text)
+                    .map_err(|e| FeatureError::Conditioning { path: path.into(), what: e.to_string() })?,
+            };
+            if conditioning == Conditioning::Tags {
+                let what = "found tags, expected features".into();
+                return Err(FeatureError::Conditioning { path: path.into(), what });
+            }
+            let (ids_shape, ids) = (file.shape("ids")?.to_vec(), file.i64("ids")?);
+            (file.shape("features")?.to_vec(), ids_shape, ids, Values::Mapped(file), conditioning)
+        };
+        let [count, width @ 1..=0x10_0000] = shape[..] else {
+            return shape_error(path, "features", &shape, "[N, D]".into());
+        };
+        if ids_shape != [count] {
+            return shape_error(ids_path.unwrap_or(path), "ids", &ids_shape, format!("[{count}], one a feature"));
+        }
+        let mut rows = HashMap::with_capacity(count);
+        for (row, id) in ids.into_iter().enumerate() {
+            if rows.insert(id, row).is_some() {
+                return Err(FeatureError::RepeatedId { path: ids_path.unwrap_or(path).into(), id });
+            }
+        }
+        Ok(Self { rows, width, values, conditioning, identity: identities })
+    }
+
+    /// Width D of the features.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// What made them.
+    pub fn conditioning(&self) -> &Conditioning {
+        &self.conditioning
+    }
+
+    /// Tells one file from another: name and checksum.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Whether an image has a feature.
+    pub fn contains(&self, id: i64) -> bool {
+        self.rows.contains_key(&id)
+    }
+
+    /// The feature of an image as it stands in the file, `[D]`.
+    pub fn get(&self, id: i64) -> Option<Vec<f32>> {
+        let row = *self.rows.get(&id)?;
+        Some(match &self.values {
+            Values::Read(values) => values[row * self.width..][..self.width].to_vec(),
+            Values::Mapped(file) => {
+                // Name and size were checked when the file was opened.
+                let bytes = file.bytes("features").unwrap_or_default();
+                let row = &bytes[row * (bytes.len() / self.rows.len())..][..bytes.len() / self.rows.len()];
+                match row.len() / self.width {
+                    2 => row.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+                    _ => row.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,191 @@
+//! From an image file's bytes to 8-bit sRGB pixels of the size that a dataset has:
+//!
+//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), turn as its EXIF says;
+//! 2. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
+//!    hidden colours can appear;
+//! 3. crop to the target's shape, about the centre;
+//! 4. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
+
+use std::fs::{self, File};
+use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader};
+use resize::px::RGB;
+
+use crate::formats::png::Picture;
+
+/// Most pixels that an image may have: 64 Mi.
+pub const MAX_PIXELS: u64 = 1 << 26;
+
+/// Longest image file: no decoder should need more than the largest image.
+const MAX_BYTES: u64 = 16 * MAX_PIXELS;
+
+/// Where an image's bytes are.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// All of a file.
+    File(PathBuf),
+    /// A part of an archive.
+    Member {
+        /// The archive.
+        tar: Arc<Path>,
+        /// Where the part begins.
+        offset: u64,
+        /// Its length.
+        size: u64,
+    },
+}
+
+impl Place {
+    /// Number of bytes; 0 for a file that is not there.
+    pub fn length(&self) -> u64 {
+        match self {
+            Self::File(path) => fs::metadata(path).map_or(0, |about| about.len()),
+            Self::Member { size, .. } => *size,
+        }
+    }
+
+    /// The bytes.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn read(&self) -> Result<Vec<u8>, String> {
+        let length = self.length();
+        if length > MAX_BYTES {
+            return Err(format!("{length} bytes, expected {MAX_BYTES} at most"));
+        }
+        let load = || match self {
+            Self::File(path) => fs::read(path),
+            Self::Member { tar, offset, size } => {
+                let mut file = File::open(tar)?;
+                file.seek(SeekFrom::Start(*offset))?;
+                let mut bytes = vec![0; *size as usize];
+                file.read_exact(&mut bytes)?;
+                Ok(bytes)
+            }
+        };
+        load().map_err(|error| error.to_string())
+    }
+}
+
+/// Decodes an image file, on a background if it is transparent.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Picture, String> {
+    let load = || -> image::ImageResult<Result<DynamicImage, String>> {
+        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+        let mut limits = image::Limits::default();
+        limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
+        reader.limits(limits);
+        let mut decoder = reader.into_decoder()?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > MAX_PIXELS {
+            return Ok(Err(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
+        }
+        // A damaged tag is no reason to lose the picture.
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let mut image = DynamicImage::from_decoder(decoder)?;
+        image.apply_orientation(orientation);
+        Ok(Ok(image))
+    };
+    let image = load().map_err(|error| error.to_string())??;
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let rgb = if image.color().has_alpha() {
+        let over = |x: u8, behind: u8, alpha: u32| {
+            ((u32::from(x) * alpha + u32::from(behind) * (255 - alpha) + 127) / 255) as u8
+        };
+        let rgba = image.into_rgba8();
+        rgba.pixels()
+            .flat_map(|pixel| {
+                let [r, g, b, alpha] = pixel.0;
+                let alpha = u32::from(alpha);
+                let [behind_r, behind_g, behind_b] = background;
+                [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
+            })
+            .collect()
+    } else {
+        image.into_rgb8().into_raw()
+    };
+    Ok(Picture::new(height, width, rgb))
+}
+
+/// A crop about the centre that has the target's shape, as large as it can be.
+#[derive(Clone, Copy, Debug)]
+pub struct Crop {
+    /// Width and height, in pixels of the image; not whole.
+    size: [f64; 2],
+    /// Share of the image's area that is cut off.
+    pub lost: f64,
+    /// Whether the image is narrower or lower than the target.
+    pub enlarged: bool,
+}
+
+/// How an image of `from` (width, height) is cropped for a target of `to`.
+pub fn crop(from: [u32; 2], to: [u32; 2]) -> Crop {
+    let [from_width, from_height] = from.map(f64::from);
+    let [width, height] = to.map(f64::from);
+    let scale = (from_width / width).min(from_height / height);
+    let size = [scale * width, scale * height];
+    let lost = 1.0 - (size[0] * size[1]) / (from_width * from_height);
+    Crop { size, lost, enlarged: from[0] < to[0] || from[1] < to[1] }
+}
+
+impl Crop {
+    /// Whether no more than this share is cut off.
+    pub fn within(&self, share: f64) -> bool {
+        // The tolerance keeps rounding from dropping an image that needs no crop.
+        self.lost <= share + 1e-9
+    }
+}
+
+/// A pixel in linear light.
+type RGB16 = RGB<u16>;
+
+/// Crops and resizes.
+///
+/// # Errors
+/// The resizer cannot do it.
+pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Picture, String> {
+    let (width, height) = (width as usize, height as usize);
+    if (image.width(), image.height()) == (width, height) {
+        return Ok(image);
+    }
+    let linear: Vec<RGB16> =
+        image.rgb().as_chunks::<3>().0.iter().map(|rgb| rgb.map(|x| TO_LINEAR[usize::from(x)]).into()).collect();
+    // Whole pixels: the crop is centred to half a pixel.
+    let whole = |side: f64, from: usize| (side.round() as usize).clamp(1, from);
+    let (crop_width, crop_height) = (whole(crop.size[0], image.width()), whole(crop.size[1], image.height()));
+    let left = (image.width() - crop_width) / 2;
+    let top = (image.height() - crop_height) / 2;
+    let source = &linear[top * image.width() + left..];
+    let mut target = vec![RGB16::new(0, 0, 0); width * height];
+    resize::new(crop_width, crop_height, width, height, resize::Pixel::RGB16, resize::Type::Lanczos3)
+        .and_then(|mut resizer| resizer.resize_stride(source, image.width(), &mut target))
+        .map_err(|error| format!("cannot be resized: {error}"))?;
+    let rgb = target.iter().flat_map(|x| [x.r, x.g, x.b].map(|x| TO_SRGB[usize::from(x)])).collect();
+    Ok(Picture::new(height, width, rgb))
+}
+
+/// sRGB (IEC 61966-2-1) to linear light, 0 to 65535.
+static TO_LINEAR: LazyLock<[u16; 256]> = LazyLock::new(|| {
+    std::array::from_fn(|x| {
+        let x = x as f64 / 255.0;
+        let linear = if x <= 0.04045 { x / 12.92 } else { ((x + 0.055) / 1.055).powf(2.4) };
+        (linear * 65535.0).round() as u16
+    })
+});
+
+/// The inverse, rounded; exact on the values of [`TO_LINEAR`].
+static TO_SRGB: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    (0..=65535u16)
+        .map(|x| {
+            let x = f64::from(x) / 65535.0;
+            let srgb = if x <= 0.003_130_8 { 12.92 * x } else { 1.055 * x.powf(1.0 / 2.4) - 0.055 };
+            (srgb * 255.0).round() as u8
+        })
+        .collect()
+});

@@ -1,0 +1,174 @@
+//! Tar archives, read in place: the headers say where each file lies, and nothing is unpacked.
+//!
+//! Layout: blocks of 512 bytes. A header has the name (100 bytes), at 124 the size (12), at 148 a checksum (8), at 156
+//! the type, at 345 what stands before the name (155, POSIX only); numbers are octal digits, or base 256 if their
+//! first bit is set. The content follows, padded to whole blocks; a block of zeros ends the archive. Long names stand
+//! in a member of their own before the file's (GNU type `L`, POSIX type `x`).
+//!
+//! Cost: one read of 512 bytes a member.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// Size of a block.
+const BLOCK: u64 = 512;
+/// Longest name, or list of POSIX attributes, that is read.
+const MAX_EXTENSION: u64 = 1 << 20;
+
+/// A file in an archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its name; not to be trusted as a path.
+    pub name: String,
+    /// Where its content begins in the archive.
+    pub offset: u64,
+    /// Length of its content; all of it lies within the archive.
+    pub size: u64,
+}
+
+/// Why an archive cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum TarError {
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: damaged at byte {at}: {what}", path.display())]
+    Damaged { path: PathBuf, at: u64, what: String },
+}
+
+/// Tells `visit` each regular file of an archive, in order.
+///
+/// # Errors
+/// [`TarError`]; members before the damage have been told.
+pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError> {
+    let io_error = |cause| TarError::Io { path: path.into(), cause };
+    let mut file = File::open(path).map_err(io_error)?;
+    walk(&mut file, visit).map_err(|fault| match fault {
+        Fault::Io(cause) => io_error(cause),
+        Fault::Damaged(at, what) => TarError::Damaged { path: path.into(), at, what },
+    })
+}
+
+/// What stops [`walk`].
+#[derive(Debug)]
+enum Fault {
+    Io(io::Error),
+    Damaged(u64, String),
+}
+
+impl From<io::Error> for Fault {
+    fn from(cause: io::Error) -> Self {
+        Self::Io(cause)
+    }
+}
+
+fn walk(archive: &mut (impl Read + Seek), visit: &mut dyn FnMut(Member)) -> Result<(), Fault> {
+    let length = archive.seek(SeekFrom::End(0))?;
+    if length == 0 {
+        return Err(Fault::Damaged(0, "it is empty".into()));
+    }
+    let mut at = 0;
+    // What an extension says of the file after it.
+    let (mut long_name, mut long_size) = (None, None);
+    while at < length {
+        let damaged = |what: String| Fault::Damaged(at, what);
+        if length - at < BLOCK {
+            return Err(damaged(format!("{} bytes, expected a header of {BLOCK}", length - at)));
+        }
+        let mut header = [0; BLOCK as usize];
+        archive.seek(SeekFrom::Start(at))?;
+        archive.read_exact(&mut header)?;
+        if header.iter().all(|&b| b == 0) {
+            return Ok(());
+        }
+        // The checksum's own bytes count as spaces.
+        let sum: u64 = header[..148].iter().chain(&header[156..]).map(|&b| u64::from(b)).sum();
+        if number(&header[148..156]) != Some(sum + 8 * u64::from(b' ')) {
+            return Err(damaged("no header (its checksum is wrong)".into()));
+        }
+        let kind = header[156];
+        let (mut name, size) = (header_name(&header), number(&header[124..136]));
+        let mut size = size.ok_or_else(|| damaged(format!("the size of member {name} is no number")))?;
+        if !matches!(kind, b'L' | b'K' | b'x' | b'g') {
+            name = long_name.take().unwrap_or(name);
+            size = long_size.take().unwrap_or(size);
+        }
+        let offset = at + BLOCK;
+        let left = length - offset;
+        if size > left {
+            return Err(damaged(format!("member {name} claims {size} bytes, but {left} are left")));
+        }
+        match kind {
+            b'L' | b'x' => {
+                if size > MAX_EXTENSION {
+                    let what =
+                        format!("a name or list of attributes of {size} bytes, expected {MAX_EXTENSION} at most");
+                    return Err(damaged(what));
+                }
+                let mut bytes = vec![0; size as usize];
+                archive.read_exact(&mut bytes)?;
+                if kind == b'L' {
+                    long_name = Some(text(&bytes));
+                } else {
+                    let attributes = attributes(&bytes).ok_or_else(|| damaged("unreadable POSIX attributes".into()))?;
+                    for (key, value) in attributes {
+                        match key {
+                            b"path" => long_name = Some(text(value)),
+                            b"size" => {
+                                let size = str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+                                long_size = Some(size.ok_or_else(|| damaged("a size that is no number".into()))?);
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+            }
+            b'0' | 0 | b'7' if !name.ends_with('/') => visit(Member { name, offset, size }),
+            b'S' => return Err(damaged(format!("member {name} is a sparse file, which is not known here"))),
+            // Folders, links, devices, long names of links, attributes of the archive.
+            _ => {}
+        }
+        // The last member's padding may be missing.
+        at = (offset + size.next_multiple_of(BLOCK)).min(length);
+    }
+    Ok(())
+}
+
+/// Octal digits between spaces and zeros, or base 256; 0 if there is nothing.
+fn number(field: &[u8]) -> Option<u64> {
+    if let [0x80, rest @ ..] = field {
+        let (high, low) = rest.split_at(rest.len().saturating_sub(8));
+        return high.iter().all(|&b| b == 0).then(|| low.iter().fold(0, |n, &b| n << 8 | u64::from(b)));
+    }
+    let text = str::from_utf8(field).ok()?.trim_matches(|c| c == ' ' || c == '\0');
+    if text.is_empty() { Some(0) } else { u64::from_str_radix(text, 8).ok().filter(|_| !text.starts_with('+')) }
+}
+
+/// Bytes up to the first zero; what is not UTF-8 is replaced.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+fn header_name(header: &[u8; BLOCK as usize]) -> String {
+    let name = text(&header[..100]);
+    let prefix = text(&header[345..500]);
+    // GNU's own format has dates where POSIX has the prefix.
+    if &header[257..263] == b"ustar\0" && !prefix.is_empty() { format!("{prefix}/{name}") } else { name }
+}
+
+/// The `LENGTH KEY=VALUE\n` of a POSIX extension, LENGTH counting all of it.
+fn attributes(mut bytes: &[u8]) -> Option<Vec<(&[u8], &[u8])>> {
+    let mut found = Vec::new();
+    while !bytes.is_empty() {
+        let space = bytes.iter().position(|&b| b == b' ')?;
+        let length: usize = str::from_utf8(&bytes[..space]).ok()?.parse().ok()?;
+        let (record, rest) = bytes.split_at_checked(length)?;
+        let pair = record.get(space + 1..)?.strip_suffix(b"\n")?;
+        let equals = pair.iter().position(|&b| b == b'=')?;
+        found.push((&pair[..equals], &pair[equals + 1..]));
+        bytes = rest;
+    }
+    Some(found)
+}
