@@ -6,6 +6,7 @@ pub mod condition;
 pub mod data;
 pub mod formats;
 pub mod model;
+pub mod onnx;
 pub mod rng;
 pub mod sample;
 pub mod train;

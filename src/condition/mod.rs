@@ -9,6 +9,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub mod tagger;
 pub mod vae;
 pub mod vocabulary;
 

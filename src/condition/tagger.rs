@@ -1,0 +1,72 @@
+//! Features of a picture from a WD tagger: what its classifier looks at.
+//!
+//! A tagger pools what it sees into one vector, 768 or 1024 wide, of which a last product makes the probabilities of
+//! tags. The vector says more than the tags: divided by its norm ([`unit_norm`](super::unit_norm)), it is the
+//! condition of a model.
+//!
+//! What the tagger is shown, as those who trained it do: the picture on white, padded by white to a square about its
+//! centre, resized to the network's side (448) by Pillow's bicubic filter, and then values 0 to 255 in the order blue,
+//! green, red, [1, H, W, 3] in f32. A network whose input is [1, 3, H, W] gets the same values in that layout.
+
+use std::path::Path;
+
+use super::Conditioning;
+use crate::data::bicubic::resize;
+use crate::formats::png::Picture;
+use crate::onnx::{Network, OnnxError, Wanted};
+
+/// A tagger, ready to look at pictures.
+pub struct Tagger {
+    network: Network,
+}
+
+impl Tagger {
+    /// Opens a tagger's ONNX file. `node` names the tensor of the features; without it, it is the classifier's input,
+    /// found by the names that the taggers of SmilingWolf have.
+    ///
+    /// # Errors
+    /// See [`OnnxError`].
+    pub fn open(path: &Path, node: Option<&str>) -> Result<Self, OnnxError> {
+        let network = Network::open(path, node.map_or(Wanted::Pooled, Wanted::Named), None)?;
+        match network.size() {
+            [height, width] if height == width => Ok(Self { network }),
+            [height, width] => {
+                let found = format!("images of {width}x{height}, which is no square");
+                Err(OnnxError::Input { path: path.into(), found })
+            }
+        }
+    }
+
+    /// The tagger's network.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// What conditions made of the features are.
+    pub fn conditioning(&self) -> Conditioning {
+        let name = self.network.path().file_name().unwrap_or_default();
+        Conditioning::Features { source: name.to_string_lossy().into(), node: self.network.node().into() }
+    }
+
+    /// The features of a picture, of which nothing has been cut off. `name` says which it is, in errors.
+    ///
+    /// # Errors
+    /// [`OnnxError::Run`], [`OnnxError::NotFinite`].
+    pub fn features(&self, picture: &Picture, name: &str) -> Result<Vec<f32>, OnnxError> {
+        let square = resize(&squared(picture), self.network.size());
+        let bgr: Vec<f32> = square.rgb().as_chunks().0.iter().flat_map(|&[r, g, b]| [b, g, r].map(f32::from)).collect();
+        self.network.features(&bgr, name)
+    }
+}
+
+/// The picture in the middle of a white square.
+fn squared(picture: &Picture) -> Picture {
+    let (height, width) = (picture.height(), picture.width());
+    let side = height.max(width);
+    let (left, top) = ((side - width) / 2, (side - height) / 2);
+    let mut rgb = vec![255; side * side * 3];
+    for (y, row) in picture.rgb().chunks_exact((3 * width).max(1)).enumerate() {
+        rgb[((top + y) * side + left) * 3..][..row.len()].copy_from_slice(row);
+    }
+    Picture::new(side, side, rgb)
+}

@@ -1,0 +1,172 @@
+//! Networks of images in ONNX files, for the features that they make: a tagger's, Inception's, DINOv2's.
+//!
+//! [tract](https://github.com/sonos/tract) runs them, on the CPU: it is Rust, so nothing has to be installed, and it
+//! makes any tensor of a graph its output. `ort` is several times faster, but needs the shared library of onnxruntime
+//! on the machine, and the tensor that taggers keep inside would have to be made an output in the file first.
+//!
+//! Of the graph only what the wanted tensor depends on is kept, for one image of a fixed size: what comes after it, and
+//! a batch that is a symbol, play no role. Images are independent, so many are best run on many threads. The weights
+//! are read whole: opening needs about three times the file's size.
+//!
+//! A file is believed as little as others. tract panics on some graphs that make no sense: such a panic is caught
+//! here, kept silent, and becomes an [`OnnxError`]; a graph with a tensor of more than [`MAX_ELEMENTS`] is refused.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[cfg(feature = "onnx")]
+mod tract;
+
+/// Most elements of a tensor inside a network: 2^28, 1 GiB in f32.
+pub const MAX_ELEMENTS: usize = 1 << 28;
+
+/// Largest height and width of a network's images.
+const MAX_SIDE: usize = 4096;
+
+/// What can go wrong with a network.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum OnnxError {
+    #[error("this edm2k was built without ONNX (cargo feature `onnx`)")]
+    NotBuilt,
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: not an ONNX file: {what}", path.display())]
+    NotOnnx { path: PathBuf, what: String },
+    #[error("{}: a damaged ONNX file: {what}", path.display())]
+    Damaged { path: PathBuf, what: String },
+    #[error("{}: no node makes a tensor {name}{}", path.display(), listed("; names near it: ", near))]
+    Missing { path: PathBuf, name: String, near: Vec<String> },
+    #[error(
+        "{}: no classifier of a WD tagger (a node predictions_dense, or a matrix product in core_model/head), so the \
+         tensor of the features must be named{}",
+        path.display(),
+        listed("; inputs of matrix products are ", candidates)
+    )]
+    NoClassifier { path: PathBuf, candidates: Vec<String> },
+    #[error("{}: {found} outputs, so the tensor of the features must be named{}", path.display(), listed("; they are ", names))]
+    Outputs { path: PathBuf, found: usize, names: Vec<String> },
+    #[error("{}: {found}, expected one input of images, f32 [N, H, W, 3] or [N, 3, H, W]", path.display())]
+    Input { path: PathBuf, found: String },
+    #[error("{}: the operator {operator} (node {node}) is not supported", path.display())]
+    Operator { path: PathBuf, operator: String, node: String },
+    #[error("{}: the tensor {name} is {found}, expected a vector for each image", path.display())]
+    NoVector { path: PathBuf, name: String, found: String },
+    #[error("{}: a tensor of {elements} elements, expected {MAX_ELEMENTS} at most", path.display())]
+    TooLarge { path: PathBuf, elements: String },
+    #[error("{}: the network cannot be run: {what}", path.display())]
+    Run { path: PathBuf, what: String },
+    #[error("{}: the features of {what} are not finite numbers", path.display())]
+    NotFinite { path: PathBuf, what: String },
+}
+
+fn listed(before: &str, names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        names => format!("{before}{}", names.join(", ")),
+    }
+}
+
+/// Which tensor has the features.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// That of this name.
+    Named(&'a str),
+    /// What the classifier of a WD tagger is given: the nodes' names tell which that is.
+    Pooled,
+    /// The only output.
+    Output,
+}
+
+/// Where the channels of a network's images are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// [N, H, W, 3]
+    Last,
+    /// [N, 3, H, W]
+    First,
+}
+
+/// A network that makes a vector of an image.
+pub struct Network {
+    path: PathBuf,
+    node: String,
+    layout: Layout,
+    size: [usize; 2],
+    width: usize,
+    plan: tract::Plan,
+}
+
+impl Network {
+    /// Opens a file and prepares to compute a tensor for images of the network's height and width; where the file
+    /// leaves these open, for images of `size` = [height, width].
+    ///
+    /// # Errors
+    /// See [`OnnxError`].
+    pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Self, OnnxError> {
+        tract::open(path, wanted, size)
+    }
+
+    /// Height and width of the images.
+    pub fn size(&self) -> [usize; 2] {
+        self.size
+    }
+
+    /// Elements of the features.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Name of the tensor that has them.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The features of an image [H, W, 3], of [`Network::size`], with values as the network wants them. `name` says
+    /// which image it is, in errors.
+    ///
+    /// # Errors
+    /// [`OnnxError::Run`]; [`OnnxError::NotFinite`].
+    ///
+    /// # Panics
+    /// If `image` has not H * W * 3 values.
+    pub fn features(&self, image: &[f32], name: &str) -> Result<Vec<f32>, OnnxError> {
+        let [height, width] = self.size;
+        assert_eq!(image.len(), height * width * 3, "values of an image of {width}x{height}");
+        let features = match self.layout {
+            Layout::Last => self.plan.run(&[1, height, width, 3], image),
+            Layout::First => {
+                let planes: Vec<f32> = (0..3).flat_map(|c| image.iter().skip(c).step_by(3).copied()).collect();
+                self.plan.run(&[1, 3, height, width], &planes)
+            }
+        };
+        let features = features.map_err(|what| OnnxError::Run { path: self.path.clone(), what })?;
+        match features.len() == self.width && features.iter().all(|x| x.is_finite()) {
+            true => Ok(features),
+            false => Err(OnnxError::NotFinite { path: self.path.clone(), what: name.into() }),
+        }
+    }
+}
+
+/// A build without tract opens no network.
+#[cfg(not(feature = "onnx"))]
+mod tract {
+    use super::{Network, OnnxError, Path, Wanted};
+
+    pub enum Plan {}
+
+    impl Plan {
+        pub fn run(&self, _: &[usize], _: &[f32]) -> Result<Vec<f32>, String> {
+            match *self {}
+        }
+    }
+
+    pub fn open(_: &Path, _: Wanted, _: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+        Err(OnnxError::NotBuilt)
+    }
+}

@@ -1,0 +1,309 @@
+//! From an ONNX file to a plan of tract's: choose the tensor, cut the graph down to what it needs, fix the shapes.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::Read;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::Path;
+use std::sync::{Arc, Once};
+
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueInfoProto, type_proto};
+use tract_onnx::prelude::*;
+use tract_onnx::tract_hir::infer::Factoid;
+use tract_onnx::tract_hir::internal::DimLike;
+
+use super::{Layout, MAX_ELEMENTS, MAX_SIDE, Network, OnnxError, Wanted};
+
+/// A graph of fixed shapes, ready to run from any thread.
+pub struct Plan(Arc<TypedRunnableModel>);
+
+impl Plan {
+    /// The output for an input of this shape, flat; what went wrong otherwise.
+    pub fn run(&self, shape: &[usize], values: &[f32]) -> Result<Vec<f32>, String> {
+        guarded(|| {
+            let input = Tensor::from_shape(shape, values)?;
+            let output = self.0.run(tvec!(input.into()))?;
+            let output = output.first().ok_or_else(|| TractError::msg("no output"))?.cast_to::<f32>()?.into_owned();
+            Ok(output.try_as_plain_ram()?.as_slice::<f32>()?.to_vec())
+        })
+    }
+}
+
+/// Opens a file: see [`Network::open`].
+pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+    let mut model = read(path)?;
+    let mut graph = model
+        .graph
+        .take()
+        .filter(|graph| !graph.node.is_empty())
+        .ok_or_else(|| OnnxError::NotOnnx { path: path.into(), what: "it has no graph".into() })?;
+    let node = choose(&graph, wanted, path)?;
+    keep_ancestors(&mut graph, &node);
+    let (layout, size) = fix_input(&mut graph, size, path)?;
+    graph.output = vec![ValueInfoProto { name: node.clone(), ..Default::default() }];
+    let framework = tract_onnx::onnx().with_ignore_value_info(true);
+    if let Some(bad) = graph.node.iter().find(|node| !framework.op_register.0.contains_key(&node.op_type)) {
+        let (operator, node) = (printable(&bad.op_type), printable(label(bad)));
+        return Err(OnnxError::Operator { path: path.into(), operator, node });
+    }
+    model.graph = Some(graph);
+    let refused = |what| OnnxError::Run { path: path.into(), what };
+
+    let folder = path.parent().and_then(Path::to_str);
+    let mut inferred = guarded(|| framework.parse(&model, folder)).map_err(refused)?;
+    drop(model); // the weights, which are tract's by now
+    if !inferred.unresolved_inputs.is_empty() {
+        let names: Vec<_> = inferred.unresolved_inputs.iter().take(5).map(|name| printable(name)).collect();
+        let names = names.join(", ");
+        return Err(OnnxError::Damaged { path: path.into(), what: format!("nothing makes the tensors {names}") });
+    }
+    let inferred = guarded(|| {
+        inferred.model.analyse(false)?;
+        Ok(inferred.model)
+    })
+    .map_err(refused)?;
+    let too_large = |elements| OnnxError::TooLarge { path: path.into(), elements };
+    let dims = |fact: &InferenceFact| fact.shape.concretize();
+    check_sizes(inferred.nodes().iter().flat_map(|node| node.outputs.iter().filter_map(|out| dims(&out.fact))))
+        .map_err(too_large)?;
+    let typed = guarded(|| inferred.into_typed()).map_err(refused)?;
+    check_sizes(typed.nodes().iter().flat_map(|node| node.outputs.iter().map(|out| out.fact.shape.to_tvec())))
+        .map_err(too_large)?;
+    let shape = typed.output_fact(0).map(|fact| fact.shape.to_tvec()).map_err(|error| refused(condensed(&error)))?;
+    let sides: Vec<usize> = shape.iter().filter_map(|side| side.to_usize().ok()).collect();
+    let width = sides.iter().product();
+    if sides.len() != shape.len() || sides.iter().filter(|&&side| side > 1).count() > 1 || width == 0 {
+        let found = format!("[{}]", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+        return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
+    }
+    let plan = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
+    Ok(Network { path: path.into(), node, layout, size, width, plan: Plan(plan) })
+}
+
+fn read(path: &Path) -> Result<ModelProto, OnnxError> {
+    let io = |cause| OnnxError::Io { path: path.into(), cause };
+    let mut first = Vec::new();
+    let file = File::open(path).map_err(io)?;
+    if !file.metadata().map_err(io)?.is_file() {
+        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is not a regular file".into() });
+    }
+    file.take(1).read_to_end(&mut first).map_err(io)?;
+    if first.is_empty() {
+        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is empty".into() });
+    }
+    guarded(|| tract_onnx::onnx().proto_model_for_path(path)).map_err(|what| match first[..] {
+        // Fields are written in order: the first is that of the version.
+        [0x08] => OnnxError::Damaged { path: path.into(), what },
+        _ => OnnxError::NotOnnx { path: path.into(), what },
+    })
+}
+
+/// The name of the tensor that is wanted, which a node makes.
+fn choose(graph: &GraphProto, wanted: Wanted, path: &Path) -> Result<String, OnnxError> {
+    let made: HashSet<&str> = graph.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
+    let missing = |name: &str| {
+        let score = |known: &&str| strsim::jaro_winkler(known, name);
+        let mut near: Vec<&str> = made.iter().copied().filter(|known| score(known) > 0.7).collect();
+        near.sort_by(|a, b| score(b).total_cmp(&score(a)).then(a.cmp(b)));
+        near.truncate(5);
+        OnnxError::Missing { path: path.into(), name: printable(name), near: near.into_iter().map(printable).collect() }
+    };
+    let name = match wanted {
+        Wanted::Named(name) => name,
+        Wanted::Output => match &graph.output[..] {
+            [one] => &one.name,
+            several => {
+                let names: Vec<_> = several.iter().map(|output| printable(&output.name)).take(5).collect();
+                return Err(OnnxError::Outputs { path: path.into(), found: several.len(), names });
+            }
+        },
+        Wanted::Pooled => pooled(graph).ok_or_else(|| OnnxError::NoClassifier {
+            path: path.into(),
+            candidates: {
+                let products = graph.node.iter().rev().filter(|node| is_product(node));
+                let inputs = products.flat_map(|node| node.input.first()).filter(|name| made.contains(name.as_str()));
+                inputs.take(5).map(|name| printable(name)).collect()
+            },
+        })?,
+    };
+    if made.contains(name) { Ok(name.into()) } else { Err(missing(name)) }
+}
+
+fn is_product(node: &NodeProto) -> bool {
+    matches!(&*node.op_type, "Gemm" | "MatMul")
+}
+
+fn label(node: &NodeProto) -> &str {
+    let output = node.output.first().map_or("", |name| name);
+    if node.name.is_empty() { output } else { &node.name }
+}
+
+/// What the classifier of a WD tagger is given. The second version's comes from Keras: it is the first node with a
+/// part `predictions_dense` in its name. The third version's comes from timm: it is the last matrix product below
+/// `core_model/head`.
+fn pooled(graph: &GraphProto) -> Option<&str> {
+    let parts = |name: &str| -> Vec<String> {
+        name.split(['/', '.']).filter(|part| !part.is_empty()).map(str::to_owned).collect()
+    };
+    let keras = |name: &str| parts(name).iter().any(|part| part == "predictions_dense");
+    let timm = |name: &str| parts(name).starts_with(&["core_model".into(), "head".into()]);
+    let weights: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+    let data = |node: &'_ NodeProto, own: &dyn Fn(&str) -> bool| {
+        node.input.iter().position(|name| !weights.contains(name.as_str()) && !own(name))
+    };
+    let v2 = graph.node.iter().filter(|node| keras(&node.name));
+    let v2 = v2.filter_map(|node| data(node, &keras).map(|at| &node.input[at])).next();
+    let v3 = || {
+        let node = graph.node.iter().rfind(|node| timm(&node.name) && is_product(node))?;
+        data(node, &|_| false).map(|at| &node.input[at])
+    };
+    v2.or_else(v3).map(String::as_str)
+}
+
+/// Names of all tensors that a node reads; what graphs inside it read may be made outside of it.
+fn inputs(node: &NodeProto) -> Vec<&str> {
+    let inner = node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs));
+    let inner = inner.flat_map(|graph| graph.node.iter().flat_map(inputs).chain(graph.output.iter().map(|o| &*o.name)));
+    node.input.iter().map(String::as_str).chain(inner).collect()
+}
+
+/// Drops all nodes, weights and inputs that play no role for a tensor.
+fn keep_ancestors(graph: &mut GraphProto, target: &str) {
+    let makers: HashMap<&str, usize> =
+        graph.node.iter().enumerate().flat_map(|(i, node)| node.output.iter().map(move |name| (&**name, i))).collect();
+    let (mut nodes, mut names) = (HashSet::new(), HashSet::new());
+    let mut open = vec![target];
+    while let Some(name) = open.pop() {
+        if names.insert(name.to_owned())
+            && let Some(&maker) = makers.get(name)
+            && nodes.insert(maker)
+        {
+            open.extend(inputs(&graph.node[maker]));
+        }
+    }
+    let mut place = 0..;
+    graph.node.retain(|_| place.next().is_some_and(|i| nodes.contains(&i)));
+    graph.initializer.retain(|tensor| names.contains(&tensor.name));
+    graph.sparse_initializer.clear(); // tract has none
+    graph.input.retain(|input| names.contains(&input.name));
+}
+
+/// Finds the input of images and fixes its shape for one image.
+fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> Result<(Layout, [usize; 2]), OnnxError> {
+    let wrong = |found: String| OnnxError::Input { path: path.into(), found };
+    // Old files list the weights among the inputs.
+    let weights: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut inputs: Vec<_> = graph.input.iter_mut().filter(|input| !weights.contains(input.name.as_str())).collect();
+    let [input] = &mut inputs[..] else {
+        let names: Vec<_> = inputs.iter().take(5).map(|input| printable(&input.name)).collect();
+        return Err(wrong(match names[..] {
+            [] => "the features depend on no input".into(),
+            _ => format!("{} inputs ({})", inputs.len(), names.join(", ")),
+        }));
+    };
+    let name = printable(&input.name);
+    let Some(type_proto::Value::TensorType(tensor)) = input.r#type.as_mut().and_then(|of| of.value.as_mut()) else {
+        return Err(wrong(format!("the input {name} has no type")));
+    };
+    let number = |dim: &Dimension| match dim.value {
+        Some(dimension::Value::DimValue(side)) => usize::try_from(side).ok().filter(|&side| side > 0),
+        _ => None,
+    };
+    let dims: Vec<Option<usize>> = tensor.shape.iter().flat_map(|shape| &shape.dim).map(number).collect();
+    let shown = || {
+        let dims: Vec<_> = dims.iter().map(|dim| dim.map_or("?".into(), |side| side.to_string())).collect();
+        format!("the input {name} is [{}]", dims.join(", "))
+    };
+    if tensor.elem_type != DataType::Float as i32 {
+        let kind = DataType::try_from(tensor.elem_type).map_or("of an unknown type", |kind| kind.as_str_name());
+        return Err(wrong(format!("the input {name} is {}", kind.to_lowercase())));
+    }
+    let (layout, sides) = match dims[..] {
+        [None | Some(1), height, width, Some(3)] => (Layout::Last, [height, width]),
+        [None | Some(1), Some(3), height, width] => (Layout::First, [height, width]),
+        _ => return Err(wrong(shown())),
+    };
+    let size = match (sides, size) {
+        ([Some(height), Some(width)], _) => [height, width],
+        ([None, None], Some(size)) => size,
+        _ => return Err(wrong(format!("{}, which leaves the size open", shown()))),
+    };
+    let [height, width] = size;
+    if height.max(width) > MAX_SIDE {
+        return Err(wrong(format!("{}, larger than {MAX_SIDE}", shown())));
+    }
+    let shape = match layout {
+        Layout::Last => [1, height, width, 3],
+        Layout::First => [1, 3, height, width],
+    };
+    let dim = |side: usize| Dimension { value: Some(dimension::Value::DimValue(side as i64)), ..Default::default() };
+    tensor.shape = Some(TensorShapeProto { dim: shape.map(dim).into() });
+    Ok((layout, size))
+}
+
+/// Fails with the number of elements of the first tensor that has too many.
+fn check_sizes(shapes: impl Iterator<Item = TVec<TDim>>) -> Result<(), String> {
+    for shape in shapes {
+        let sides = shape.iter().map(|side| side.to_usize().unwrap_or(1));
+        let elements = sides.fold(1usize, |product, side| product.saturating_mul(side));
+        if elements > MAX_ELEMENTS {
+            return Err(shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x "));
+        }
+    }
+    Ok(())
+}
+
+thread_local! {
+    /// Whether panics of this thread are expected, and so not told.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls tract. Its error, or its panic, becomes one line.
+fn guarded<T>(call: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    let before = QUIET.replace(true);
+    // What a panic leaves half done is dropped with the closure.
+    let result = panic::catch_unwind(AssertUnwindSafe(call));
+    QUIET.set(before);
+    match result {
+        Ok(result) => result.map_err(|error| condensed(&error)),
+        Err(panic) => Err(shortened(&format!("tract gave up: {}", message(&*panic)))),
+    }
+}
+
+/// A name out of a file, on one line.
+fn printable(name: &str) -> String {
+    shortened(&name.escape_debug().to_string())
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("it did not say why")
+}
+
+fn condensed(error: &TractError) -> String {
+    let causes: Vec<_> = error.chain().map(ToString::to_string).collect();
+    shortened(&causes.join(": "))
+}
+
+/// One line, not too long: tract's messages may hold whole tensors.
+fn shortened(text: &str) -> String {
+    const LONGEST: usize = 240;
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(LONGEST) {
+        None => line,
+        Some((end, _)) => format!("{} ...", &line[..end]),
+    }
+}
