@@ -5,6 +5,8 @@ pub mod codec;
 pub mod condition;
 pub mod data;
 pub mod formats;
+#[cfg(feature = "onnx")]
+pub mod frechet;
 pub mod model;
 pub mod onnx;
 pub mod rng;
