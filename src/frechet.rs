@@ -106,7 +106,8 @@ fn between(m1: &DVector<f64>, s1: DMatrix<f64>, m2: &DVector<f64>, s2: DMatrix<f
     // Rounding must not make it lopsided.
     product = (&product + product.transpose()) / 2.0;
     let root: f64 = product.symmetric_eigenvalues().iter().map(|x| x.max(0.0).sqrt()).sum();
-    ((m1 - m2).norm_squared() + traces - 2.0 * root).max(0.0)
+    let distance = (m1 - m2).norm_squared() + traces - 2.0 * root;
+    if distance < 0.0 { 0.0 } else { distance }
 }
 
 #[cfg(test)]

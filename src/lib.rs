@@ -5,7 +5,6 @@ pub mod codec;
 pub mod condition;
 pub mod data;
 pub mod formats;
-#[cfg(feature = "onnx")]
 pub mod frechet;
 pub mod model;
 pub mod onnx;

@@ -1,7 +1,7 @@
-//! `edm2k eval`: how well a model denoises, by noise level.
+//! `edm2k eval`: how well a model denoises, by noise level; with `--fid`, how far what it makes is from a dataset.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,52 +15,75 @@ use edm2k::model::{Encoder, Model};
 use edm2k::train::stats::plot;
 use edm2k::train::validation::{Loss, SIGMAS, loss_by_level};
 
+use super::fid::FidArgs;
 use super::sample::loaded;
 use super::{DeviceArgs, Engine};
 
-/// Measure the loss of a model by noise level.
+/// Measure the loss of a model by noise level, or the distance of its images from a dataset's.
 #[derive(clap::Args)]
 #[command(after_help = "\
 The error is that of the denoised image, relative to what is achieved by knowing the mean and the size of the
 data only. The loss is what training minimises: error / exp(logvar) + logvar, with the network's own
 expectation logvar of ln(error). Noise is the same in every call, so models can be compared.
 
+With --fid it is the Frechet distance between the features of images that the model makes and of the dataset's,
+each set taken for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it is DINOv2. NETWORK is given
+one image at a time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to 255; what else it wants (the range -1 to 1 of
+Inception, ImageNet's mean and deviation of DINOv2) must be part of it: put it in front when exporting. Images are
+resized to its height and width (bicubic); a network that leaves these open gets them as they are. Its only output is
+[1, D]. Image number i has seed i and the condition of the split's image i modulo their number. Latents of the
+dataset are shown as --vae decodes them. Numbers of other tools need their export, their sampler, and as many
+images: 50000 against the whole training split.
+
 Examples:
   edm2k eval --model demo/emoji.safetensors --data demo/cache/emoji-32
   edm2k eval --model averages/ema-000200000-0.080.safetensors --data data/mine --split test \\
-      --plot loss.svg")]
+      --plot loss.svg
+  edm2k eval --fid --network inception.onnx --model emoji.safetensors --data demo/cache/emoji-32 --split train \\
+      --count 5000 --guidance 1
+  edm2k eval --fid --network inception.onnx --generated out --data demo/cache/emoji-32 --split train")]
 pub struct EvalArgs {
     /// Model file
-    #[arg(long, value_name = "FILE")]
-    model: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "generated")]
+    pub(super) model: Option<PathBuf>,
     /// Dataset made by `edm2k prepare`
     #[arg(long, value_name = "DIR")]
-    data: PathBuf,
+    pub(super) data: PathBuf,
     /// Which of its images
     #[arg(long, value_enum, default_value_t = Split::Validation)]
-    split: Split,
-    /// Most images to look at: the first ones
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
-    images: u32,
+    pub(super) split: Split,
+    /// Most of its images to look at: the first ones [default: 1024; all with --fid]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) images: Option<u32>,
     /// Images at a time; changes speed and memory only
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
-    batch: u16,
+    pub(super) batch: u16,
     /// Draw the curves, as SVG
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "fid")]
     plot: Option<PathBuf>,
     /// One JSON object instead of a table
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
-    device: DeviceArgs,
+    pub(super) device: DeviceArgs,
+    #[command(flatten)]
+    pub(super) fid: FidArgs,
 }
 
 /// Prints the table to stdout, showing progress on stderr.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
-    let model = Model::load(&args.model).context("--model")?;
+    let model = args.model.as_ref().map(Model::load).transpose().context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
-    check_match(&args, &model, &data)?;
-    let images = data.len().min(args.images as usize);
+    if let (Some(model), Some(path)) = (&model, &args.model) {
+        check_match(&args.data, path, model, &data)?;
+    }
+    if args.fid.fid {
+        return super::fid::run(&args, model.as_ref(), &data);
+    }
+    let (Some(model), Some(path)) = (model, &args.model) else {
+        bail!("--model is missing");
+    };
+    let images = data.len().min(args.images.unwrap_or(1024) as usize);
 
     let bar = ProgressBar::new((images * SIGMAS.len()) as u64).with_style(ProgressStyle::with_template(
         "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
@@ -84,7 +107,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             json!({"sigma": sigma, "loss": loss, "error": error, "logvar": logvar})
         };
         let levels: Vec<_> = SIGMAS.iter().zip(&levels).map(level).collect();
-        let (model, data, split) = (args.model.display().to_string(), args.data.display().to_string(), args.split);
+        let (model, data, split) = (path.display().to_string(), args.data.display().to_string(), args.split);
         let all = json!({"model": model, "data": data, "split": split.to_string(), "images": images, "levels": levels});
         println!("{all}");
     } else {
@@ -102,8 +125,8 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
 }
 
 /// Whether the model is one of such images and conditions.
-fn check_match(args: &EvalArgs, model: &Model, data: &Dataset) -> anyhow::Result<()> {
-    let (config, dir) = (&model.net.config, args.data.display());
+fn check_match(dir: &Path, path: &Path, model: &Model, data: &Dataset) -> anyhow::Result<()> {
+    let (config, dir) = (&model.net.config, dir.display());
     let [height, width, channels] = data.shape();
     let of = match model.meta.encoder {
         Encoder::Rgb => Kind::Images,
@@ -125,7 +148,7 @@ fn check_match(args: &EvalArgs, model: &Model, data: &Dataset) -> anyhow::Result
     let ours = &model.meta.vocabulary;
     let differs = data.vocabulary().tags().iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
     if let Some((theirs, ours)) = differs {
-        let model = args.model.display();
+        let model = path.display();
         bail!("{dir}: made with another vocabulary (it has \"{}\" where {model} has \"{ours}\")", theirs.tag);
     }
     Ok(())

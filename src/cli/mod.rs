@@ -5,6 +5,7 @@ pub mod condition;
 pub mod ema;
 pub mod eval;
 pub mod export;
+pub mod fid;
 pub mod import;
 pub mod info;
 pub mod prepare;

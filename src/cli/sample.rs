@@ -6,7 +6,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -14,10 +14,12 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::codec::{CodecFile, LATENTS};
-use edm2k::condition::Conditioning;
+use edm2k::condition::tagger::Tagger;
 use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
+use edm2k::condition::{Conditioning, unit_norm};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
+use edm2k::data::images::{self, Place};
 use edm2k::formats::npy;
 use edm2k::formats::png::Picture;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
@@ -29,8 +31,8 @@ use super::{DeviceArgs, Engine};
 /// Make images.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Conditions come from --tags, --row, --conditions and --random-conditions, in this order; all may be
-given. The images take them in turn, --per-condition images each. Without any, the images are
+Conditions come from --tags, --like, --row, --conditions and --random-conditions, in this order; all may
+be given. The images take them in turn, --per-condition images each. Without any, the images are
 unconditional. Each file is named after its seed and carries all parameters in a text chunk.
 
 Examples:
@@ -41,7 +43,9 @@ Examples:
   edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
       --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
   edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234
-  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3")]
+  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3
+  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
+      --like picture.png --tagger wd-swinv2-tagger-v3/model.onnx --per-condition 4")]
 pub struct SampleArgs {
     /// Model file
     #[arg(long, value_name = "FILE")]
@@ -77,6 +81,15 @@ pub struct SampleArgs {
     /// Let the condition model complete each of the --tags to a plausible set
     #[arg(long, requires_all = ["tags", "condition_model"], help_heading = "Conditions")]
     complete: bool,
+    /// Picture whose features are the condition, if the model's conditions are a tagger's features; repeatable
+    #[arg(long, value_name = "IMAGE", requires = "tagger", help_heading = "Conditions")]
+    like: Vec<PathBuf>,
+    /// ONNX file of the tagger that made the features the model was trained on
+    #[arg(long, value_name = "FILE", requires = "like", help_heading = "Conditions")]
+    tagger: Option<PathBuf>,
+    /// Tensor of the features in it [default: what a WD tagger's classifier is given]
+    #[arg(long, value_name = "NAME", requires = "tagger", help_heading = "Conditions")]
+    tagger_node: Option<String>,
     /// Condition of the image with this id in a dataset; repeatable
     #[arg(long, value_name = "DATASET:ID", help_heading = "Conditions")]
     row: Vec<String>,
@@ -98,6 +111,16 @@ pub struct SampleArgs {
           value_parser = clap::value_parser!(u16).range(1..))]
     per_condition: u16,
 
+    /// Network to guide away from (autoguidance) [default: the model without its condition]
+    #[arg(long, value_name = "FILE", help_heading = "Sampler")]
+    gnet: Option<PathBuf>,
+    #[command(flatten)]
+    sampler: SamplerArgs,
+}
+
+/// How images come out of noise.
+#[derive(clap::Args)]
+pub struct SamplerArgs {
     /// How the differential equation is solved
     #[arg(long, value_enum, default_value = "dpmpp_2m", help_heading = "Sampler")]
     solver: Solver,
@@ -110,9 +133,6 @@ pub struct SampleArgs {
     /// Guide only at noise levels above LO and up to HI
     #[arg(long, value_name = "LO,HI", value_parser = parse_interval, help_heading = "Sampler")]
     guidance_interval: Option<(f64, f64)>,
-    /// Network to guide away from (autoguidance) [default: the model without its condition]
-    #[arg(long, value_name = "FILE", help_heading = "Sampler")]
-    gnet: Option<PathBuf>,
     /// Lowest noise level
     #[arg(long, value_name = "SIGMA", default_value_t = 0.002, help_heading = "Sampler")]
     sigma_min: f64,
@@ -134,6 +154,24 @@ pub struct SampleArgs {
     /// Standard deviation of the added noise
     #[arg(long = "S-noise", value_name = "X", default_value_t = 1.0, help_heading = "Sampler")]
     s_noise: f64,
+}
+
+impl SamplerArgs {
+    /// The settings, checked.
+    pub fn config(&self) -> anyhow::Result<SamplerConfig> {
+        let config = SamplerConfig {
+            solver: self.solver,
+            steps: self.steps,
+            sigma_min: self.sigma_min,
+            sigma_max: self.sigma_max,
+            rho: self.rho,
+            guidance: self.guidance,
+            guidance_interval: self.guidance_interval,
+            churn: Churn { s_churn: self.s_churn, s_min: self.s_min, s_max: self.s_max, s_noise: self.s_noise },
+        };
+        config.validate()?;
+        Ok(config)
+    }
 }
 
 /// A type of its own, as clap takes a plain vector for a repeated option.
@@ -163,8 +201,7 @@ impl Conditions {
 /// Samples the images, showing progress on stderr and what was written on stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     let model = Model::load(&args.model).context("--model")?;
-    let config = sampler_config(&args);
-    config.validate()?;
+    let config = args.sampler.config()?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
     model.net.config.check_size(size[0], size[1])?;
     let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
@@ -185,19 +222,6 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     }
 }
 
-fn sampler_config(args: &SampleArgs) -> SamplerConfig {
-    SamplerConfig {
-        solver: args.solver,
-        steps: args.steps,
-        sigma_min: args.sigma_min,
-        sigma_max: args.sigma_max,
-        rho: args.rho,
-        guidance: args.guidance,
-        guidance_interval: args.guidance_interval,
-        churn: Churn { s_churn: args.s_churn, s_min: args.s_min, s_max: args.s_max, s_noise: args.s_noise },
-    }
-}
-
 pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> anyhow::Result<B>) -> anyhow::Result<B> {
     let mut backend = new(&model.table)?;
     model.upload(&mut backend, Slot::Weight)?;
@@ -206,7 +230,7 @@ pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> any
 }
 
 /// Makes a picture of what the network made.
-type Decode = Box<dyn FnMut(&[f32]) -> anyhow::Result<Picture>>;
+pub(super) type Decode = Box<dyn FnMut(&[f32]) -> anyhow::Result<Picture>>;
 
 /// How pictures are made; none for latents without an autoencoder, which runs on the CPU whatever the device.
 fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result<Option<Decode>> {
@@ -217,16 +241,24 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result
         return Ok(pixels.then_some(plain));
     };
     ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
+    autoencoder(path, size).map(Some)
+}
+
+/// What makes pictures of latents of `size`.
+pub(super) fn autoencoder(path: &Path, size: [usize; 2]) -> anyhow::Result<Decode> {
     let mut cpu = Cpu::<f32>::for_codec();
     let decoder = CodecFile::open(path).and_then(|file| file.decoder(&mut cpu)).context("--vae")?;
-    Ok(Some(Box::new(move |latent| Ok(decoder.decode(&mut cpu, size, latent)?))))
+    Ok(Box::new(move |latent| Ok(decoder.decode(&mut cpu, size, latent)?)))
 }
 
 fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditions> {
     let width = model.net.config.label_dim;
     let mut all = Conditions::default();
-    let asked =
-        !args.tags.is_empty() || !args.row.is_empty() || args.conditions.is_some() || args.random_conditions.is_some();
+    let asked = !args.tags.is_empty()
+        || !args.like.is_empty()
+        || !args.row.is_empty()
+        || args.conditions.is_some()
+        || args.random_conditions.is_some();
     if asked && width == 0 {
         bail!("{}: the model is unconditional, so it takes no condition", args.model.display());
     }
@@ -278,6 +310,9 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
             }
         }
     }
+    if let Some(path) = args.tagger.as_ref().filter(|_| !args.like.is_empty()) {
+        likenesses(args, model, path, &mut all)?;
+    }
     for row in &args.row {
         let (values, origin) = dataset_row(row).with_context(|| format!("--row {row}"))?;
         let found = values.len();
@@ -303,6 +338,32 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
         }
     }
     Ok(all)
+}
+
+/// The features of the --like pictures.
+fn likenesses(args: &SampleArgs, model: &Model, tagger: &Path, all: &mut Conditions) -> anyhow::Result<()> {
+    let name = args.model.display();
+    let made_of = &model.meta.conditioning;
+    let Conditioning::Features { source, node } = made_of else {
+        bail!("{name}: its conditions are {made_of}, not features, so it takes no --like");
+    };
+    let tagger = Tagger::open(tagger, args.tagger_node.as_deref()).context("--tagger")?;
+    let path = tagger.network().path().display();
+    let (found, expected) = (tagger.network().width(), model.net.config.label_dim);
+    ensure!(found == expected, "--tagger: {path}: its features are {found} wide, expected the model's {expected}");
+    let (file, tensor) = (tagger.source(), tagger.network().node());
+    let differs = |ours: &str, theirs: &str| !ours.is_empty() && ours != theirs;
+    if differs(source, &file) || differs(node, tensor) {
+        eprintln!("warning: {name} was trained on {made_of}, but these are {}", tagger.conditioning());
+    }
+    for like in &args.like {
+        let picture = Place::File(like.clone()).read().and_then(|bytes| images::decode(&bytes, Tagger::BACKGROUND));
+        let picture = picture.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
+        let mut features = tagger.features(&picture, &like.display().to_string()).context("--tagger")?;
+        ensure!(unit_norm(&mut features), "--like {}: its features are all zero", like.display());
+        all.push(&features, json!({"like": like.display().to_string(), "tagger": path.to_string(), "node": tensor}));
+    }
+    Ok(())
 }
 
 fn vocabulary(model: &Model, path: &Path) -> anyhow::Result<Vocabulary> {

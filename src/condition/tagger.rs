@@ -21,6 +21,9 @@ pub struct Tagger {
 }
 
 impl Tagger {
+    /// What is behind a transparent picture.
+    pub const BACKGROUND: [u8; 3] = [255; 3];
+
     /// Opens a tagger's ONNX file. `node` names the tensor of the features; without it, it is the classifier's input,
     /// found by the names that the taggers of SmilingWolf have.
     ///
@@ -42,10 +45,14 @@ impl Tagger {
         &self.network
     }
 
+    /// Name of the file.
+    pub fn source(&self) -> String {
+        self.network.path().file_name().unwrap_or_default().to_string_lossy().into()
+    }
+
     /// What conditions made of the features are.
     pub fn conditioning(&self) -> Conditioning {
-        let name = self.network.path().file_name().unwrap_or_default();
-        Conditioning::Features { source: name.to_string_lossy().into(), node: self.network.node().into() }
+        Conditioning::Features { source: self.source(), node: self.network.node().into() }
     }
 
     /// The features of a picture, of which nothing has been cut off. `name` says which it is, in errors.
@@ -64,7 +71,7 @@ fn squared(picture: &Picture) -> Picture {
     let (height, width) = (picture.height(), picture.width());
     let side = height.max(width);
     let (left, top) = ((side - width) / 2, (side - height) / 2);
-    let mut rgb = vec![255; side * side * 3];
+    let mut rgb = Tagger::BACKGROUND.repeat(side * side);
     for (y, row) in picture.rgb().chunks_exact((3 * width).max(1)).enumerate() {
         rgb[((top + y) * side + left) * 3..][..row.len()].copy_from_slice(row);
     }
