@@ -60,6 +60,7 @@ impl Workshop {
             metadata,
             danbooru: None,
             features: None,
+            tagger: None,
             out: self.dir.path().join("out"),
             size: [16, 16],
             background: [255; 3],

@@ -65,6 +65,13 @@ pub struct PrepareArgs {
     /// Ids of the features in a .npy: .npy of whole numbers [N]
     #[arg(long, value_name = "FILE", requires = "features")]
     feature_ids: Option<PathBuf>,
+    /// Conditions to take instead of tags: features that this tagger makes of each image, by its ONNX file. It sees the
+    /// whole image, on white
+    #[arg(long, value_name = "FILE", conflicts_with = "features")]
+    tagger: Option<PathBuf>,
+    /// Tensor of the features in it [default: what a WD tagger's classifier is given]
+    #[arg(long, value_name = "NAME", requires = "tagger")]
+    tagger_node: Option<String>,
     /// Colour behind transparent images
     #[arg(long, value_name = "#RRGGBB", default_value = "#ffffff", value_parser = parse_colour)]
     background: [u8; 3],
@@ -120,6 +127,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         metadata: args.metadata,
         danbooru,
         features: args.features.map(|features| (features, args.feature_ids)),
+        tagger: args.tagger.map(|tagger| (tagger, args.tagger_node)),
         out: args.out,
         size: [width, height],
         background: args.background,

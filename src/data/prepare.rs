@@ -5,7 +5,8 @@
 //! image leaves its meaning, and an optional `"repeats": 4` where training shall show it that often in an epoch; or
 //! those of danbooru ([`danbooru`]). Each is decoded, cropped and resized ([`images`]); one that would lose more than
 //! the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is its
-//! tags, or its feature in a file ([`features`](super::features)) divided by its norm.
+//! tags, or a feature divided by its norm: that in a file ([`features`](super::features)), or what a tagger makes of
+//! the image before it is cropped and resized.
 //!
 //! Splits follow from the id alone: `id % M == 0` is validation, `== 1` test. So they stay
 //! what they are when images are added. The vocabulary is counted on the training images.
@@ -36,12 +37,14 @@ use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE};
 use super::features::{FeatureError, Features};
 use super::images::{self, Place};
 use crate::codec::{CodecError, LATENTS};
+use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
 use crate::condition::{Conditioning, unit_norm};
 use crate::formats::png::Picture;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
-use crate::formats::write_atomically;
+use crate::formats::{self, write_atomically};
+use crate::onnx::OnnxError;
 
 /// Key of the settings in a shard's metadata.
 const SETTINGS_KEY: &str = "settings";
@@ -65,6 +68,8 @@ pub struct Settings {
     pub danbooru: Option<danbooru::Filter>,
     /// Conditions by image id, to take instead of tags; and if it is a `.npy`, that of the ids.
     pub features: Option<(PathBuf, Option<PathBuf>)>,
+    /// The tagger whose features of the images are the conditions; and the tensor that has them.
+    pub tagger: Option<(PathBuf, Option<String>)>,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
     /// Target width and height in pixels.
@@ -125,6 +130,8 @@ pub enum PrepareError {
     Tar(#[from] TarError),
     #[error(transparent)]
     Features(#[from] FeatureError),
+    #[error(transparent)]
+    Tagger(#[from] OnnxError),
     #[error(transparent)]
     Codec(#[from] CodecError),
     #[error(transparent)]
@@ -352,12 +359,12 @@ pub fn prepare(
     report: &(dyn Fn(Event) + Sync),
 ) -> Result<Summary, PrepareError> {
     check_settings(settings, codec.as_ref())?;
-    let features = settings.features.as_ref().map(|(path, ids)| Features::open(path, ids.as_deref())).transpose()?;
+    let source = Source::open(settings)?;
     let mut records = match &settings.danbooru {
         None => read_records(settings)?,
         Some(filter) => danbooru::read_records(settings, filter, report)?,
     };
-    if let Some(features) = &features {
+    if let Source::Known(features) = &source {
         let Records { list, dropped, .. } = &mut records;
         list.retain(|record| {
             let known = features.contains(record.id);
@@ -379,7 +386,7 @@ pub fn prepare(
     let training = list.iter().filter(|record| split_of(record) == Split::Train);
     let sets = training.map(|record| record.tags.iter().map(|&tag| tags.name(tag)));
     let vocabulary = Vocabulary::most_frequent(sets, settings.vocabulary)?;
-    if vocabulary.is_empty() && features.is_none() {
+    if vocabulary.is_empty() && matches!(source, Source::Tags) {
         return Err(PrepareError::Setting {
             what: "the number of distinct tags on training images",
             found: "0".into(),
@@ -387,7 +394,7 @@ pub fn prepare(
         });
     }
     let codec_identity = codec.as_ref().map(|codec| codec.identity.as_str());
-    let fingerprint = fingerprint(settings, &list, &tags, codec_identity, features.as_ref());
+    let fingerprint = fingerprint(settings, &list, &tags, codec_identity, &source)?;
     fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
     let mut jobs = Vec::new();
@@ -414,8 +421,7 @@ pub fn prepare(
 
     report(Event::Start(list.len()));
     let places = tags.names.iter().map(|tag| vocabulary.get(tag)).collect();
-    let maker =
-        Maker { settings, vocabulary: &vocabulary, places, features: features.as_ref(), fingerprint: &fingerprint };
+    let maker = Maker { settings, vocabulary: &vocabulary, places, source: &source, fingerprint: &fingerprint };
     let mut splits = Split::ALL.map(|split| (split, Counts::default()));
     for (job, existing) in jobs.iter().zip(existing) {
         let path = settings.out.join(&job.name);
@@ -549,8 +555,8 @@ fn fingerprint(
     records: &[Record],
     tags: &Tags,
     codec: Option<&str>,
-    features: Option<&Features>,
-) -> Value {
+    source: &Source,
+) -> Result<Value, PrepareError> {
     // FNV-1a, 64 bits: it recognises a change, nobody attacks it.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |bytes: &[u8]| {
@@ -579,17 +585,23 @@ fn fingerprint(
         "records": format!("{} ({hash:016x})", records.len()),
     });
     let enlarge = settings.danbooru.as_ref().map(|filter| Value::from(filter.enlarge));
-    let others = [
-        ("enlarge", enlarge),
-        ("vae", codec.map(Value::from)),
-        ("features", features.map(|features| features.identity().into())),
-    ];
+    let (known, tagger) = match source {
+        Source::Tags => (None, None),
+        Source::Known(features) => (Some(features.identity().into()), None),
+        Source::Tagger(tagger) => {
+            let network = tagger.network();
+            let identity = formats::identity(network.path());
+            let identity = identity.map_err(|cause| PrepareError::Io { path: network.path().into(), cause })?;
+            (None, Some(format!("{identity}, {}", network.node()).into()))
+        }
+    };
+    let others = [("enlarge", enlarge), ("vae", codec.map(Value::from)), ("features", known), ("tagger", tagger)];
     for (key, value) in others {
         if let Some(value) = value {
             all[key] = value;
         }
     }
-    all
+    Ok(all)
 }
 
 fn refuse_strays(out: &Path, jobs: &[Job]) -> Result<(), PrepareError> {
@@ -659,12 +671,65 @@ struct Job<'a> {
 }
 
 /// What all shards are made with.
+/// What conditions are made of.
+enum Source {
+    Tags,
+    Known(Features),
+    Tagger(Tagger),
+}
+
+impl Source {
+    fn open(settings: &Settings) -> Result<Self, PrepareError> {
+        Ok(match (&settings.features, &settings.tagger) {
+            (Some((path, ids)), _) => Self::Known(Features::open(path, ids.as_deref())?),
+            (None, Some((path, node))) => Self::Tagger(Tagger::open(path, node.as_deref())?),
+            (None, None) => Self::Tags,
+        })
+    }
+
+    /// Width of features.
+    fn width(&self) -> Option<usize> {
+        match self {
+            Self::Tags => None,
+            Self::Known(features) => Some(features.width()),
+            Self::Tagger(tagger) => Some(tagger.network().width()),
+        }
+    }
+
+    fn conditioning(&self) -> Conditioning {
+        match self {
+            Self::Tags => Conditioning::Tags,
+            Self::Known(features) => features.conditioning().clone(),
+            Self::Tagger(tagger) => tagger.conditioning(),
+        }
+    }
+}
+
+/// An image that can be kept.
+struct Ready {
+    /// At the target's size.
+    picture: Picture,
+    /// Whether it was smaller.
+    enlarged: bool,
+    /// Places of its tags in the vocabulary, ascending.
+    tags: Vec<u32>,
+    condition: Vec<f32>,
+}
+
+/// A feature as a condition.
+fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
+    match unit_norm(&mut feature) {
+        true => Ok(feature),
+        false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
+    }
+}
+
 struct Maker<'a> {
     settings: &'a Settings,
     vocabulary: &'a Vocabulary,
     /// Where each of [`Records::tags`] is in the vocabulary.
     places: Vec<Option<u32>>,
-    features: Option<&'a Features>,
+    source: &'a Source,
     fingerprint: &'a Value,
 }
 
@@ -672,8 +737,8 @@ struct Maker<'a> {
 type Refusal = (Drop, String);
 
 impl Maker<'_> {
-    /// The image at the target's size, and whether it was smaller.
-    fn picture(&self, record: &Record) -> Result<(Picture, bool), Refusal> {
+    /// What becomes of an image.
+    fn ready(&self, record: &Record) -> Result<Ready, Refusal> {
         let Settings { size, background, max_crop, danbooru, .. } = self.settings;
         let unreadable = |why: String| (Drop::Unreadable, why);
         let bytes = record.place.read().map_err(unreadable)?;
@@ -688,18 +753,20 @@ impl Maker<'_> {
         if crop.enlarged && danbooru.as_ref().is_some_and(|filter| !filter.enlarge) {
             return Err((Drop::Small, format!("{width}x{height} is smaller than {}x{}", size[0], size[1])));
         }
-        Ok((images::fit(image, crop, *size).map_err(unreadable)?, crop.enlarged))
-    }
-
-    fn condition(&self, record: &Record, tags: &[u32]) -> Result<Vec<f32>, Refusal> {
-        let Some(features) = self.features else {
-            return Ok(self.vocabulary.multi_hot(tags));
+        let mut tags: Vec<u32> = record.tags.iter().filter_map(|&tag| self.places[tag as usize]).collect();
+        tags.sort_unstable();
+        let condition = match self.source {
+            Source::Tags => self.vocabulary.multi_hot(&tags),
+            Source::Known(features) => feature(features.get(record.id).unwrap_or_default())?,
+            Source::Tagger(tagger) => {
+                let other = (*background != Tagger::BACKGROUND).then(|| images::decode(&bytes, Tagger::BACKGROUND));
+                let other = other.transpose().map_err(unreadable)?;
+                let made = tagger.features(other.as_ref().unwrap_or(&image), &record.file);
+                feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
+            }
         };
-        let mut feature = features.get(record.id).unwrap_or_default();
-        match unit_norm(&mut feature) {
-            true => Ok(feature),
-            false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
-        }
+        let picture = images::fit(image, crop, *size).map_err(unreadable)?;
+        Ok(Ready { picture, enlarged: crop.enlarged, tags, condition })
     }
 
     fn make(
@@ -718,25 +785,22 @@ impl Maker<'_> {
             // The next images are decoded while a codec works on these.
             let (sender, pictures) = sync_channel(1);
             scope.spawn(move || {
-                let all = |chunk: &[&Record]| chunk.par_iter().map(|record| self.picture(record)).collect::<Vec<_>>();
+                let all = |chunk: &[&Record]| chunk.par_iter().map(|record| self.ready(record)).collect::<Vec<_>>();
                 job.members.chunks(CHUNK).find(|chunk| sender.send(all(chunk)).is_err());
             });
-            for (record, picture) in job.members.iter().zip(pictures.into_iter().flatten()) {
-                let mut tags: Vec<u32> = record.tags.iter().filter_map(|&tag| self.places[tag as usize]).collect();
-                tags.sort_unstable();
-                let ready = picture.and_then(|picture| Ok((picture, self.condition(record, &tags)?)));
+            for (record, ready) in job.members.iter().zip(pictures.into_iter().flatten()) {
                 let made = match ready {
-                    Ok(((picture, was_smaller), condition)) => {
+                    Ok(ready) => {
                         let bytes = match &mut codec {
-                            None => Ok(planes(picture.rgb(), 3).collect()),
-                            Some(codec) => latents(codec, &picture)?,
+                            None => Ok(planes(ready.picture.rgb(), 3).collect()),
+                            Some(codec) => latents(codec, &ready.picture)?,
                         };
-                        bytes.map(|bytes: Vec<u8>| (bytes, was_smaller, condition))
+                        bytes.map(|bytes: Vec<u8>| (bytes, ready))
                     }
                     Err(refusal) => Err(refusal),
                 };
                 report(Event::Done(1));
-                let (bytes, was_smaller, condition) = match made {
+                let (bytes, Ready { enlarged: was_smaller, tags, condition, .. }) = match made {
                     Ok(made) => made,
                     Err((drop, why)) => {
                         dropped.push(Dropped { id: record.id, file: record.file.clone(), drop, why });
@@ -756,7 +820,7 @@ impl Maker<'_> {
         })?;
 
         let n = ids.len();
-        let condition_dim = self.features.map_or(self.vocabulary.len(), Features::width);
+        let condition_dim = self.source.width().unwrap_or(self.vocabulary.len());
         let [width, height] = self.settings.size.map(|side| side as usize);
         let (kind, factor, channels) = match codec {
             None => (Kind::Images, 1, 3),
@@ -768,7 +832,7 @@ impl Maker<'_> {
             width: width / factor,
             channels,
             condition_dim,
-            conditioning: self.features.map_or(Conditioning::Tags, |features| features.conditioning().clone()),
+            conditioning: self.source.conditioning(),
             count: n,
             shards: job.shards,
             source: self.settings.source.clone(),
