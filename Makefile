@@ -4,9 +4,9 @@ CARGO ?= cargo
 
 # The architectures of this machine's GPUs, e.g. 89; empty where there is none.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd,)
-# CUDA code only where there is a driver to run it.
+# The demo needs no ONNX, and CUDA code only where there is a driver to run it.
 DRIVER := $(GPUS)$(shell ldconfig -p 2>/dev/null | grep -o 'libcuda\.so\.1' | head -n 1)
-FEATURES := $(if $(DRIVER),,--no-default-features)
+FEATURES := --no-default-features $(if $(DRIVER),--features cuda)
 # Tests and lint compile the kernels for one architecture; the compiler's report covers all.
 TESTED := --features emulator
 TEST_ARCHS := EDM2K_CUDA_ARCHS=$(or $(EDM2K_CUDA_ARCHS),$(GPUS),80)

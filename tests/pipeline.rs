@@ -1,0 +1,173 @@
+//! The whole pipeline, command by command as docs/guide.md has it, on miniatures of everything that one would
+//! download: danbooru2023 in archives with all that is wrong in it, an SD-VAE, a tagger, a snapshot of NVIDIA's.
+//! On the CPU, and on the emulator where this build has it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use edm2k::condition::Conditioning;
+use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::formats::png::read_text;
+use edm2k::model::{Encoder, Model};
+use image::ImageReader;
+use serde_json::Value;
+
+#[path = "common/autoencoder.rs"]
+mod autoencoder;
+#[path = "common/danbooru.rs"]
+mod danbooru;
+#[path = "common/onnx.rs"]
+mod onnx;
+use danbooru::{Danbooru, KEPT};
+
+/// Width of the tagger's features.
+const WIDTH: usize = 24;
+
+/// A directory, and the device that its commands run on.
+struct Place {
+    dir: tempfile::TempDir,
+    device: &'static str,
+}
+
+impl Place {
+    /// What a user of the guide has downloaded.
+    fn new(device: &'static str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path();
+        let posts = Danbooru::miniature();
+        fs::create_dir(at.join("danbooru")).unwrap();
+        posts.write_tars(&at.join("danbooru"));
+        posts.write_posts(at);
+        // Three levels: a latent for 4x4 pixels.
+        autoencoder::write(&at.join("vae.safetensors"), &autoencoder::sd_vae(&[32, 32, 32], 1));
+        fs::write(at.join("tagger.onnx"), onnx::Tagger::new(16, WIDTH).file()).unwrap();
+        danbooru::picture(5, 70, 50).save(at.join("drawing.png")).unwrap();
+        let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
+        fs::copy(snapshot, at.join("edm2.pkl")).unwrap();
+        Self { dir, device }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a command, its words separated by spaces ('_' stands for a space in a word); what it prints.
+    fn run(&self, command: &str) -> String {
+        let mut edm2k = Command::cargo_bin("edm2k").unwrap();
+        edm2k.args(command.split_whitespace().map(|word| word.replace('_', " "))).current_dir(self.dir.path());
+        let output = edm2k.assert().success().get_output().clone();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// One that has a --device.
+    fn compute(&self, command: &str) -> String {
+        self.run(&format!("{command} --device {}", self.device))
+    }
+
+    /// The files of a directory by name.
+    fn files(&self, dir: &str, ending: &str) -> Vec<(String, Vec<u8>)> {
+        let mut files: Vec<_> = fs::read_dir(self.path(dir))
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .map(|entry| (entry.file_name().into_string().unwrap(), entry.path()))
+            .filter(|(name, _)| name.ends_with(ending))
+            .map(|(name, path)| (name, fs::read(path).unwrap()))
+            .collect();
+        files.sort();
+        files
+    }
+
+    fn prepare(&self, out: &str) -> String {
+        self.run(&format!(
+            "prepare --danbooru danbooru --metadata posts.json --out {out} --size 64x88 --vae vae.safetensors \
+             --tagger tagger.onnx --vocabulary 8 --shard-size 7 --source miniature"
+        ))
+    }
+}
+
+fn pipeline(device: &'static str) {
+    let place = Place::new(device);
+
+    // The pictures.
+    let said = place.prepare("data");
+    for (split, count) in KEPT {
+        assert!(said.contains(&format!("{:10} {count:>8} images", split.to_string())), "{split}: {said}");
+        let data = Dataset::open(&place.path("data"), split).unwrap();
+        assert_eq!((data.len(), data.shape(), data.condition_dim()), (count, [22, 16, 4], WIDTH));
+        assert_eq!(data.header().kind, Kind::Latents);
+        let features = &data.header().conditioning;
+        let expected = Conditioning::Features { source: "tagger.onnx".into(), node: onnx::POOLED.into() };
+        assert_eq!(features, &expected);
+        let remainder = match split {
+            Split::Validation => 0..1,
+            Split::Test => 1..2,
+            Split::Train => 2..1000,
+        };
+        assert!((0..data.len()).all(|i| remainder.contains(&(data.id(i) % 1000))));
+    }
+    place.prepare("again");
+    assert!(place.files("data", ".safetensors") == place.files("again", ".safetensors"));
+
+    // The checkpoint, the training, and the same after the loss of half of it.
+    place.run(&format!("import edm2.pkl --condition-dim {WIDTH} --out start.safetensors"));
+    let train = "train --init start.safetensors --data data --outdir run --duration 40 --batch 2 --rampup 0 --lr 0.003 \
+                 --cond-dropout 0.5 --cond-dropout-from 20 --snapshot 4 --checkpoint 20 --validate 20 --status 2";
+    place.compute(train);
+    let snapshots = place.files("run", "0.100.safetensors");
+    assert_eq!(snapshots.len(), 10);
+    fs::remove_file(place.path("run/checkpoint-000000040.safetensors")).unwrap();
+    fs::remove_file(place.path("run").join(&snapshots[9].0)).unwrap();
+    place.compute(train);
+    assert!(place.files("run", "0.100.safetensors") == snapshots, "resuming changed the snapshots");
+    let model = Model::load(place.path("run").join(&snapshots[9].0)).unwrap();
+    assert_eq!((model.meta.encoder, model.meta.height, model.meta.width), (Encoder::SdVae, 22, 16));
+    assert_eq!((model.meta.images_seen, model.meta.source.as_str()), (40, "miniature"));
+    assert!(matches!(&model.meta.conditioning, Conditioning::Features { source, .. } if source == "tagger.onnx"));
+
+    // Another average, and how good it is.
+    place.run("ema run --std 0.08 --out averages");
+    let average = "averages/ema-000000040-0.080.safetensors";
+    let eval = place.compute(&format!("eval --model {average} --data data --split validation --plot loss.svg --json"));
+    serde_json::from_str::<Value>(&eval).unwrap();
+    assert!(fs::read_to_string(place.path("loss.svg")).unwrap().contains("<svg"));
+
+    // Conditions, and pictures from them: from tags, invented, and like a drawing.
+    place.run("condition train --data data --out conditions.safetensors --epochs 4");
+    let words = place.run("condition sample --model conditions.safetensors --tags blue_hair --count 2 --data data");
+    assert!(words.contains("blue hair"), "{words}");
+    let sample = format!("sample --model {average} --vae vae.safetensors --steps 2 --outdir");
+    let ways = [
+        ("tags", "--tags smile,_blue_hair --condition-model conditions.safetensors --seeds 0-1"),
+        ("invented", "--random-conditions 1 --per-condition 2 --condition-model conditions.safetensors"),
+        ("like", "--like drawing.png --tagger tagger.onnx --per-condition 2"),
+    ];
+    let mut conditions = Vec::new();
+    for (name, options) in ways {
+        place.compute(&format!("{sample} {name} {options}"));
+        for seed in 0..2 {
+            let path = place.path(name).join(format!("{seed:06}.png"));
+            let picture = ImageReader::open(&path).unwrap().decode().unwrap();
+            assert_eq!((picture.width(), picture.height()), (64, 88), "{name}");
+            let texts = read_text(&path).unwrap();
+            let (_, about) = texts.iter().find(|(keyword, _)| keyword == "edm2k").unwrap();
+            let about: Value = serde_json::from_str(about).unwrap();
+            conditions.push(about["condition"].to_string());
+        }
+        place.compute(&format!("{sample} {name}-again {options}"));
+        let (first, second) = (place.files(name, ".png"), place.files(&format!("{name}-again"), ".png"));
+        assert!(first == second, "{name}: the same command made another picture");
+    }
+    assert!(conditions[0].contains("blue hair") && conditions[4].contains("drawing.png"), "{conditions:?}");
+}
+
+#[test]
+fn everything_works_together_on_the_cpu() {
+    pipeline("cpu");
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn everything_works_together_on_the_emulator() {
+    pipeline("emulated");
+}
