@@ -10,6 +10,7 @@ use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::{Backend, Normalization, Slot};
@@ -172,10 +173,11 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         Some(Seeds(seeds)) => seeds.clone(),
         None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
     };
-    let mut decode = decoder(&args, &model, size)?;
+    let engine = args.device.open()?;
+    let mut decode = decoder(&args, &model, size, &engine)?;
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     job.claim_outputs(decode.is_some())?;
-    match args.device.open()? {
+    match engine {
         Engine::Cpu => job.run(gnet.as_ref(), decode.as_mut(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
             Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
@@ -206,8 +208,8 @@ pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> any
 /// Makes a picture of what the network made.
 type Decode = Box<dyn FnMut(&[f32]) -> anyhow::Result<Picture>>;
 
-/// How pictures are made; none for latents without an autoencoder, which runs on the CPU whatever the device.
-fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result<Option<Decode>> {
+/// How pictures are made; none for latents without an autoencoder.
+fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2], engine: &Engine) -> anyhow::Result<Option<Decode>> {
     let latents = model.meta.encoder == Encoder::SdVae && model.net.config.img_channels == LATENTS;
     let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
     let Some(path) = &args.vae else {
@@ -215,9 +217,17 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result
         return Ok(pixels.then_some(plain));
     };
     ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
-    let mut cpu = Cpu::<f32>::for_codec();
-    let decoder = CodecFile::open(path).and_then(|file| file.decoder(&mut cpu)).context("--vae")?;
-    Ok(Some(Box::new(move |latent| Ok(decoder.decode(&mut cpu, size, latent)?))))
+    let file = CodecFile::open(path).context("--vae")?;
+    let decode = match engine {
+        Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),
+        Engine::Gpu(runtime) => decoder_on(Gpu::for_codec(runtime.clone(), args.device.precision)?, &file, size),
+    };
+    decode.map(Some).context("--vae")
+}
+
+fn decoder_on<B: CodecBackend + 'static>(mut b: B, file: &CodecFile, size: [usize; 2]) -> anyhow::Result<Decode> {
+    let decoder = file.decoder(&mut b)?;
+    Ok(Box::new(move |latent| Ok(decoder.decode(&mut b, size, latent)?)))
 }
 
 fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditions> {
