@@ -16,10 +16,10 @@
 //
 // 2. NORMALISE: silu(x scale + shift), or without silu, or 3 tanh(x / 3), as a pass of its own before the
 //    convolution. The arithmetic, for an SD-VAE decoding to 512x704, whose norms have 0.63 G values together: the
-//    pass reads and writes them, 2.5 GB, 2.5 ms of a card with 1 TB/s. In the convolution's gather, each value
-//    would be activated 9 ceil(cout / 128) times, 9.8 G times, each two operations of the special function unit:
-//    3.9 ms of the same card (16 a clock and multiprocessor), and the copies could not be cp.async. (Both
-//    together are smallest with whole patches of the image in shared memory, activated there once; not done.)
+//    pass reads and writes them, 2.5 GB, 2.5 ms at 1 TB/s. In the convolution's gather each would be activated
+//    9 ceil(cout / 128) times, 9.8 G activations of two operations of the special function unit: 3.8 ms (128
+//    multiprocessors, 16 a clock, 2.5 GHz), and the copies could not be cp.async. (Least of all would cost whole
+//    patches of the image in shared memory, activated there; that is another main loop, not built.)
 //
 // 3. GROUP NORM's statistics, as the scale and shift of each image and channel, in two stages. `codec_sums`: mean
 //    and sum of squared deviations of a chunk of pixels, of each channel; values are taken relative to the chunk's first
@@ -40,9 +40,9 @@
 //         bias [cout], scales and weights of norms [n][2][c] f32; c is not padded there, cout is
 //         qkv [n][T][3 c], out [n][T][c]                     16-bit, c a multiple of 8
 //
-// FLOOR   of an SD-VAE's decode to 512x704: 1.5 T multiply-adds, 18 ms at 165 TFLOP/s. Bytes of the convolutions, read
-// and written once: 3.0 GB, and 3.8 GB of norms: 6.8 ms at 1 TB/s, of which the pass above is 2.5 and the
-// statistics 1.3.
+// FLOOR   of an SD-VAE's decode to 512x704, on a card of 165 TFLOP/s and 1 TB/s: 1.5 T multiply-adds, 18 ms. Bytes, read
+// and written once: 7.6 GB, 7.6 ms, of which the pass above is 2.5 and the statistics 1.3. (By the plan, which
+// has 130 launches; tests/codec_kernels.rs prints it.)
 #include "conv.cuh"
 
 // ---- 1. convolution -----------------------------------------------------------------------------

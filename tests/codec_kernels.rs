@@ -355,6 +355,32 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(norm.to_string(), "a group norm of 30 channels in 32 groups");
 }
 
+/// A decoder of the published size and a tiny latent, on the engine, within DESIGN's bounds for a network.
+#[test]
+fn a_whole_decoder() {
+    let Some(runtime) = common::runtime() else { return };
+    let size = [2, 3];
+    let mut latent = vec![0.0; 2 * 3 * 4];
+    Stream::new(5, Purpose::Init, 0).normals(&mut latent);
+    let mut cpu = Cpu::<f32>::for_codec();
+    let (decoder, _) = Decoder::random(&mut cpu, size[0], size[1]).unwrap();
+    let want = decoder.image(&mut cpu, size, &latent).unwrap();
+    drop(decoder);
+    for (precision, bound) in [(Precision::F16, 5e-3), (Precision::Bf16, 4e-2)] {
+        let mut gpu = Gpu::for_codec(runtime.clone(), precision).unwrap();
+        let (decoder, _) = Decoder::random(&mut gpu, size[0], size[1]).unwrap();
+        // Recorded, then replayed.
+        for _ in 0..2 {
+            let got = decoder.image(&mut gpu, size, &latent).unwrap();
+            assert_same(&format!("picture in {precision:?}"), &got, &want, bound);
+        }
+        // What is larger comes into another workspace.
+        let other = decoder.image(&mut gpu, [3, 3], &[latent.clone(), latent[..12].to_vec()].concat()).unwrap();
+        assert_eq!(other.len(), 3 * 3 * 64 * 3);
+        assert_same("after another plan", &decoder.image(&mut gpu, size, &latent).unwrap(), &want, bound);
+    }
+}
+
 /// What [`codecs::Decoder`] needs of a GPU for a picture of 512x704, by its plan.
 #[test]
 fn a_decode_of_512x704_fits_in_2_gb() {
@@ -364,5 +390,6 @@ fn a_decode_of_512x704_fits_in_2_gb() {
     let (_, cost) = gpu.costs().next().unwrap();
     let bytes = gpu.param_bytes() + cost.workspace;
     eprintln!("weights {} MB, {cost:?}", gpu.param_bytes() / 1_000_000);
-    assert!(bytes < 700_000_000, "{bytes} bytes");
+    // 2 GB are promised; three quarters of one are needed.
+    assert!(bytes < 750_000_000, "{bytes} bytes");
 }
