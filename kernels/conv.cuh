@@ -155,6 +155,21 @@ struct PixelRows {
     }
 };
 
+// Operand B of a forward convolution: K-major rows of weight [cout][row], 8 values of each from `at` on; zeros
+// unless `inside`. As for A, a thread has a fixed chunk of the step.
+template <class T, class Tile>
+__device__ __forceinline__ void load_weights(smem_addr stage, const T* weight, int cout, int row, int at, bool inside) {
+    constexpr int CHUNKS = Tile::BK / 8, STRIDE = Tile::THREADS / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < (Tile::BN + STRIDE - 1) / STRIDE; i++) {
+        const int n = threadIdx.x / CHUNKS + i * STRIDE, co = blockIdx.y * Tile::BN + n;
+        if (Tile::BN % STRIDE != 0 && n >= Tile::BN) break;
+        const bool valid = co < cout && inside;
+        cp_async(stage + Tile::A_BYTES + swizzle<Tile::BK * 2>(n, threadIdx.x % CHUNKS),
+                 valid ? weight + (int64_t(co) * row + at) : weight, valid);
+    }
+}
+
 // ---- the way out --------------------------------------------------------------------------------
 
 // Calls sink(row, column, v) for the tile's values, v those of columns column .. column + 8; a

@@ -74,7 +74,7 @@ struct FpropLoad {
     const T* src;
     int channels, offset, steps_left;  // of the input at hand; `offset` of its channels in the weight's rows
 
-    static constexpr int CHUNKS = Tile::BK / 8, STRIDE = Tile::THREADS / CHUNKS;
+    static constexpr int CHUNKS = Tile::BK / 8;
 
     __device__ __forceinline__ FpropLoad(const ConvFprop& p, int first_step, int steps_x) : p(p), rows(p.tiles, p.taps) {
         first_step < steps_x ? begin(false, first_step, steps_x) : begin(true, first_step - steps_x, 1 << 30);
@@ -88,15 +88,8 @@ struct FpropLoad {
         if (steps_left == 0) begin(true, 0, 1 << 30);
         rows.load(stage, src, channels, k, p.taps, p.tiles.width);
         const int cin = p.ca + p.cb;
-        const T* weight = static_cast<const T*>(p.weight);
-#pragma unroll
-        for (int i = 0; i < (Tile::BN + STRIDE - 1) / STRIDE; i++) {
-            const int row = threadIdx.x / CHUNKS + i * STRIDE, co = blockIdx.y * Tile::BN + row;
-            if (Tile::BN % STRIDE != 0 && row >= Tile::BN) break;
-            const bool valid = co < p.cout && k.tap < p.taps;
-            const T* from = weight + ((int64_t(co) * p.taps + k.tap) * cin + offset + k.channel);
-            cp_async(stage + Tile::A_BYTES + swizzle<Tile::BK * 2>(row, threadIdx.x % CHUNKS), valid ? from : weight, valid);
-        }
+        load_weights<T, Tile>(stage, static_cast<const T*>(p.weight), p.cout, p.taps * cin,
+                              k.tap * cin + offset + k.channel, k.tap < p.taps);
         k.advance(Tile::BK, channels), steps_left--;
     }
 };

@@ -45,7 +45,7 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
 # shellcheck disable=SC2086  # words
 {
     part cuda 60 bin/gpu $test cuda::
-    for kernels in pixelwise embedding attention conv; do
+    for kernels in pixelwise embedding attention conv codec; do
         part "$kernels" 60 bin/gpu $test "${kernels}_kernels::"
     done
     part verify-f16 60 bin/edm2k verify tests/golden --device cuda
@@ -58,7 +58,7 @@ nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
         # A kernel is looked for in one module after the other: refusals of the driver are no errors here.
         check="--report-api-errors no --error-exitcode 9 --print-limit 5"
         for tool in memcheck racecheck initcheck synccheck; do
-            for kernels in pixelwise embedding attention conv; do
+            for kernels in pixelwise embedding attention conv codec; do
                 part "$tool-$kernels" 40 "$sanitizer" --tool "$tool" $check bin/gpu $test "${kernels}_kernels::"
             done
         done

@@ -587,6 +587,28 @@ fn size(path: &Path) -> (u32, u32) {
     info.info().size()
 }
 
+/// On the emulator: what exceeds f16 is an error that says what to do, and bf16 holds it.
+#[cfg(feature = "emulator")]
+#[test]
+fn an_overflow_of_f16_is_reported() {
+    use edm2k::backend::gpu::emulated::{Build, Emulator};
+    use edm2k::backend::gpu::engine::Gpu;
+    use edm2k::backend::gpu::{launch, runtime::Emulated};
+    let dir = tempfile::tempdir().unwrap();
+    let mut large = sd_vae(&[32, 32], 1);
+    large.get_mut("decoder.conv_in.bias").unwrap().1.iter_mut().for_each(|x| *x += 1e5);
+    write(&dir.path().join("vae"), &large);
+    let file = CodecFile::open(dir.path().join("vae")).unwrap();
+    let decode = |precision| {
+        let runtime = Emulated::new(Emulator::new(Build::Normal).unwrap(), u64::MAX);
+        let mut gpu = Gpu::for_codec(std::rc::Rc::new(runtime), precision).unwrap();
+        file.decoder(&mut gpu).unwrap().decode(&mut gpu, [2, 2], &[0.5; 16])
+    };
+    let error = decode(launch::Precision::F16).unwrap_err().to_string();
+    assert!(error.contains("no finite numbers") && error.contains("--precision bf16"), "{error}");
+    decode(launch::Precision::Bf16).unwrap();
+}
+
 #[test]
 fn sample_decodes_latents_to_pictures() {
     let dir = tempfile::tempdir().unwrap();
@@ -616,6 +638,17 @@ fn sample_decodes_latents_to_pictures() {
     let want = decoder.decode(b, size, &latents[1]).unwrap();
     let got = image::open(at("of-vae/000001.png")).unwrap().to_rgb8();
     assert_eq!(got.as_raw(), want.rgb());
+
+    // The kernels make the same picture: within 40 dB, as for the sampler.
+    #[cfg(feature = "emulator")]
+    {
+        let options = ["--outdir", "emulated", "--vae", "vae", "--device", "emulated"];
+        sample(dir.path(), "latent", &options).success();
+        let got = image::open(at("emulated/000001.png")).unwrap().to_rgb8();
+        let squares = got.as_raw().iter().zip(want.rgb()).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2));
+        let mean = squares.sum::<f64>() / want.rgb().len() as f64;
+        assert!(mean < 255.0f64.powi(2) * 1e-4, "mean square error {mean}");
+    }
 
     let fails = |model: &str, vae: &str, what: &str| {
         let out = sample(dir.path(), model, &["--outdir", "none", "--vae", vae]).code(1);

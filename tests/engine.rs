@@ -27,7 +27,7 @@ fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
         bounds: Bounds::of(precision),
     };
     let mut failed = Vec::new();
-    let summary = verify(dir, &device, None::<&dyn Fn() -> Cpu>, &mut |outcome| {
+    let summary = verify(dir, &device, &|| Gpu::for_codec(runtime.clone(), precision), &mut |outcome| {
         if matches!(outcome, Outcome::Check(check) if !check.ok) {
             failed.push(outcome.to_string());
         }

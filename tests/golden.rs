@@ -21,7 +21,7 @@ fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
     };
     let mut outcomes = Vec::new();
     let summary =
-        verify(dir, &device, Some(&Cpu::<f32>::for_codec), &mut |outcome| outcomes.push(outcome.clone())).unwrap();
+        verify(dir, &device, &|| Ok(Cpu::<f32>::for_codec()), &mut |outcome| outcomes.push(outcome.clone())).unwrap();
     (summary, outcomes)
 }
 

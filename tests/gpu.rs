@@ -2,6 +2,8 @@
 
 #[path = "attention_kernels.rs"]
 mod attention_kernels;
+#[path = "codec_kernels.rs"]
+mod codec_kernels;
 #[path = "conv_kernels.rs"]
 mod conv_kernels;
 #[path = "cuda.rs"]

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::{Gpu, Work};
 use edm2k::backend::gpu::limits::{self, Limits};
@@ -144,25 +145,24 @@ impl Bench<'_> {
         drop(b);
         // Before the training, whose peak would hide this one's.
         if self.net.config.img_channels == LATENTS {
-            self.decoding()?;
+            self.decoding(&mut Cpu::<f32>::for_codec(), &|_| peak_mib())?;
         }
         let mut b = Cpu::<f32>::for_training(&self.table, 0);
         self.training(&mut b, 1, 1, &|_| peak_mib())
     }
 
     /// An SD-VAE of the published size, with random weights, makes an image of a latent.
-    fn decoding(&mut self) -> Result<()> {
+    fn decoding<B: CodecBackend>(&mut self, b: &mut B, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
         let size = self.size;
-        let mut b = Cpu::<f32>::for_codec();
-        let (decoder, macs) = Decoder::random(&mut b, size[0], size[1])?;
+        let (decoder, macs) = Decoder::random(b, size[0], size[1])?;
         let mut latent = vec![0.0; size[0] * size[1] * LATENTS];
         Stream::new(0, Purpose::SampleNoise, 0).normals(&mut latent);
         let mut run = || {
-            decoder.decode(&mut b, size, &latent)?;
+            decoder.decode(b, size, &latent)?;
             Ok(())
         };
         let times = self.time(&mut run)?;
-        self.row("SD-VAE decode, one image".into(), [macs as f64, 1.0], times, peak_mib());
+        self.row("SD-VAE decode, one image".into(), [macs as f64, 1.0], times, memory(b));
         Ok(())
     }
 
@@ -187,6 +187,13 @@ impl Bench<'_> {
             }
         }
         drop(b);
+        if self.net.config.img_channels == LATENTS {
+            let mut b = Gpu::for_codec(runtime.clone(), precision)?;
+            self.decoding(&mut b, &memory)?;
+            if self.args.kernels {
+                self.time_kernels(&mut b, "SD-VAE decode", "decode")?;
+            }
+        }
         let mut b = Gpu::for_training(runtime, precision, &self.table, 0)?;
         self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
         if self.args.kernels {

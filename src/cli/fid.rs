@@ -14,7 +14,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::data::bicubic::resize;
 use edm2k::data::dataset::{Dataset, Kind};
-use edm2k::data::images::{self, Place};
+use edm2k::data::images;
 use edm2k::formats::png::Picture;
 use edm2k::frechet::{Moments, distance};
 use edm2k::model::{Model, ParamTable};
@@ -65,7 +65,8 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
     ensure!(references > 1, "{}: {references} image, expected 2 at least", args.data.display());
     let files = generated.as_ref().map(|dir| pictures(dir).context("--generated")).transpose()?;
     let count = files.as_ref().map_or(args.fid.count as usize, Vec::len);
-    let mut decode = decoder(args, data)?;
+    let engine = args.device.open()?;
+    let mut decode = decoder(args, data, &engine)?;
 
     let reference = |i: usize, decode: &mut Decode| {
         let mut image = vec![0.0; data.shape().iter().product()];
@@ -107,7 +108,7 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
         (None, Some(model)) => {
             bar.set_message("sampling:");
             let job = Job { model, data, config: &config, batch: args.batch.into(), references, count };
-            match args.device.open()? {
+            match engine {
                 Engine::Cpu => {
                     job.run(&|table| Ok(Cpu::<f32>::for_sampling(table)), &mut decode, &look, &mut made)?;
                 }
@@ -146,7 +147,7 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
 }
 
 /// How what the dataset has, and the model makes, becomes a picture.
-fn decoder(args: &EvalArgs, data: &Dataset) -> anyhow::Result<Decode> {
+fn decoder(args: &EvalArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<Decode> {
     let [height, width, channels] = data.shape();
     let dir = args.data.display();
     match (data.header().kind, &args.fid.vae) {
@@ -155,7 +156,7 @@ fn decoder(args: &EvalArgs, data: &Dataset) -> anyhow::Result<Decode> {
         }
         (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
         (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width]),
+        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width], engine, args.device.precision),
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
 }
@@ -174,7 +175,7 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
-    let picture = Place::File(file.into()).read().and_then(|bytes| images::decode(&bytes, [255; 3]));
+    let picture = images::open(file, [255; 3]);
     picture.map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 

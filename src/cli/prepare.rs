@@ -8,11 +8,15 @@ use std::time::Instant;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
-use edm2k::codec::CodecFile;
+use edm2k::backend::gpu::engine::Gpu;
+use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::danbooru::Filter;
-use edm2k::data::prepare::{Codec, Event, Settings, Summary, prepare};
+use edm2k::data::prepare::{Codec, Encode, Event, Settings, Summary, prepare};
 use edm2k::formats::identity;
+
+use super::{DeviceArgs, Engine};
 
 /// Make a dataset of images and their tags.
 #[derive(clap::Args)]
@@ -72,6 +76,8 @@ pub struct PrepareArgs {
     /// Tensor of the features in it [default: what a WD tagger's classifier is given]
     #[arg(long, value_name = "NAME", requires = "tagger")]
     tagger_node: Option<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Colour behind transparent images
     #[arg(long, value_name = "#RRGGBB", default_value = "#ffffff", value_parser = parse_colour)]
     background: [u8; 3],
@@ -177,18 +183,25 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     let summary = match &args.vae {
         None => prepare(&settings, None, &report),
         Some(path) => {
-            let mut cpu = Cpu::<f32>::for_codec();
             let file = CodecFile::open(path).context("--vae")?;
-            let encoder = file.encoder(&mut cpu).context("--vae")?;
             let identity = identity(path).with_context(|| format!("--vae {}", path.display()))?;
-            let mut encode = |picture: &_| Ok(encoder.encode(&mut cpu, picture)?.scaled());
-            prepare(&settings, Some(Codec { identity, factor: file.factor(), encode: &mut encode }), &report)
+            let mut encode = match args.device.open()? {
+                Engine::Cpu => encoder_on(Cpu::<f32>::for_codec(), &file),
+                Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.precision)?, &file),
+            }
+            .context("--vae")?;
+            prepare(&settings, Some(Codec { identity, factor: file.factor(), encode: &mut *encode }), &report)
         }
     };
     bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
     print(&settings, &summary);
     Ok(())
+}
+
+fn encoder_on<B: CodecBackend + 'static>(mut b: B, file: &CodecFile) -> Result<Box<Encode<'static>>, CodecError> {
+    let encoder = file.encoder(&mut b)?;
+    Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
 }
 
 fn print(settings: &Settings, summary: &Summary) {

@@ -10,8 +10,10 @@ use anyhow::{Context, anyhow, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::codec::{CodecFile, LATENTS};
 use edm2k::condition::tagger::Tagger;
@@ -19,7 +21,7 @@ use edm2k::condition::vae::{Kind, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::condition::{Conditioning, unit_norm};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
-use edm2k::data::images::{self, Place};
+use edm2k::data::images;
 use edm2k::formats::npy;
 use edm2k::formats::png::Picture;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
@@ -93,7 +95,8 @@ pub struct SampleArgs {
     /// Condition of the image with this id in a dataset; repeatable
     #[arg(long, value_name = "DATASET:ID", help_heading = "Conditions")]
     row: Vec<String>,
-    /// Conditions [N, D] as .npy, or as .safetensors with one tensor or one named "conditions"
+    /// Conditions [N, D] as .npy, or as .safetensors with one tensor or one named "conditions" or
+    /// "features"; features are divided by their norm
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     conditions: Option<PathBuf>,
     /// Conditions that the condition model invents
@@ -211,10 +214,11 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         Some(Seeds(seeds)) => seeds.clone(),
         None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
     };
-    let mut decode = decoder(&args, &model, size)?;
+    let engine = args.device.open()?;
+    let mut decode = decoder(&args, &model, size, &engine)?;
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     job.claim_outputs(decode.is_some())?;
-    match args.device.open()? {
+    match engine {
         Engine::Cpu => job.run(gnet.as_ref(), decode.as_mut(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
             Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
@@ -232,8 +236,8 @@ pub(super) fn loaded<B: Backend>(model: &Model, new: &dyn Fn(&ParamTable) -> any
 /// Makes a picture of what the network made.
 pub(super) type Decode = Box<dyn FnMut(&[f32]) -> anyhow::Result<Picture>>;
 
-/// How pictures are made; none for latents without an autoencoder, which runs on the CPU whatever the device.
-fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result<Option<Decode>> {
+/// How pictures are made; none for latents without an autoencoder.
+fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2], engine: &Engine) -> anyhow::Result<Option<Decode>> {
     let latents = model.meta.encoder == Encoder::SdVae && model.net.config.img_channels == LATENTS;
     let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
     let Some(path) = &args.vae else {
@@ -241,14 +245,27 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2]) -> anyhow::Result
         return Ok(pixels.then_some(plain));
     };
     ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
-    autoencoder(path, size).map(Some)
+    autoencoder(path, size, engine, args.device.precision).map(Some)
 }
 
 /// What makes pictures of latents of `size`.
-pub(super) fn autoencoder(path: &Path, size: [usize; 2]) -> anyhow::Result<Decode> {
-    let mut cpu = Cpu::<f32>::for_codec();
-    let decoder = CodecFile::open(path).and_then(|file| file.decoder(&mut cpu)).context("--vae")?;
-    Ok(Box::new(move |latent| Ok(decoder.decode(&mut cpu, size, latent)?)))
+pub(super) fn autoencoder(
+    path: &Path,
+    size: [usize; 2],
+    engine: &Engine,
+    precision: Precision,
+) -> anyhow::Result<Decode> {
+    let file = CodecFile::open(path).context("--vae")?;
+    let decode = match engine {
+        Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),
+        Engine::Gpu(runtime) => decoder_on(Gpu::for_codec(runtime.clone(), precision)?, &file, size),
+    };
+    decode.context("--vae")
+}
+
+fn decoder_on<B: CodecBackend + 'static>(mut b: B, file: &CodecFile, size: [usize; 2]) -> anyhow::Result<Decode> {
+    let decoder = file.decoder(&mut b)?;
+    Ok(Box::new(move |latent| Ok(decoder.decode(&mut b, size, latent)?)))
 }
 
 fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditions> {
@@ -320,13 +337,16 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
         all.push(&values, origin);
     }
     if let Some(path) = &args.conditions {
-        let (shape, values) = read_conditions(path).context("--conditions")?;
+        let (shape, mut values) = read_conditions(path).context("--conditions")?;
         let fits = matches!(shape[..], [d] | [_, d] if d == width) && !values.is_empty();
         ensure!(fits, "{}: conditions of shape {shape:?}, expected [N, {width}]", path.display());
         if let Some(at) = values.iter().position(|x| !x.is_finite()) {
             bail!("{}: row {} has a value that is not finite", path.display(), at / width);
         }
-        for (row, values) in values.chunks(width).enumerate() {
+        for (row, values) in values.chunks_mut(width).enumerate() {
+            // As `prepare` does; what has norm 1 keeps it.
+            let scaled = !features || unit_norm(values);
+            ensure!(scaled, "{}: row {row} is zero, which is no feature", path.display());
             all.push(values, json!({"file": path.display().to_string(), "row": row}));
         }
     }
@@ -357,7 +377,7 @@ fn likenesses(args: &SampleArgs, model: &Model, tagger: &Path, all: &mut Conditi
         eprintln!("warning: {name} was trained on {made_of}, but these are {}", tagger.conditioning());
     }
     for like in &args.like {
-        let picture = Place::File(like.clone()).read().and_then(|bytes| images::decode(&bytes, Tagger::BACKGROUND));
+        let picture = images::open(like, Tagger::BACKGROUND);
         let picture = picture.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
         let mut features = tagger.features(&picture, &like.display().to_string()).context("--tagger")?;
         ensure!(unit_norm(&mut features), "--like {}: its features are all zero", like.display());
@@ -400,6 +420,7 @@ fn read_conditions(path: &Path) -> anyhow::Result<(Vec<usize>, Vec<f32>)> {
     let names: Vec<_> = file.names().collect();
     let name = match names[..] {
         [one] => one,
+        _ if file.contains("features") => "features",
         _ => "conditions",
     };
     Ok((file.shape(name)?.to_vec(), file.f32(name)?))

@@ -153,8 +153,10 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         other => Some(other.context("cannot open the dataset")?),
     };
     if let Some(v) = &validation {
-        let same = (v.shape(), v.condition_dim()) == (data.shape(), data.condition_dim());
-        ensure!(same, "{}: the validation images differ in size from the training images", args.data.display());
+        let of = |data: &Dataset| {
+            (data.shape(), data.condition_dim(), data.header().kind, data.header().conditioning.clone())
+        };
+        ensure!(of(v) == of(&data), "{}: the validation split is not of the same kind and size", args.data.display());
     }
     let engine = args.device.open()?;
     let on_gpu = matches!(engine, Engine::Gpu(_));

@@ -43,7 +43,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
                 training: &|table, averages| Ok(Cpu::for_training(table, averages)),
                 bounds: Bounds::F32,
             };
-            verify(&args.dir, &device, Some(&Cpu::<f32>::for_codec), &mut print)
+            verify(&args.dir, &device, &|| Ok(Cpu::<f32>::for_codec()), &mut print)
         }
         Engine::Gpu(runtime) => {
             let device = Device {
@@ -51,8 +51,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
                 training: &|table, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
                 bounds: Bounds::of(precision),
             };
-            // The autoencoders have no kernels.
-            verify(&args.dir, &device, None::<&dyn Fn() -> Cpu>, &mut print)
+            verify(&args.dir, &device, &|| Gpu::for_codec(runtime.clone(), precision), &mut print)
         }
     };
     let summary = summary.context("cannot replay the directory")?;

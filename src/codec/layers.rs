@@ -2,6 +2,7 @@
 //! loaded; networks refer to them by id.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::CodecError;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
@@ -123,7 +124,9 @@ impl Layers {
             }
             Ok(all)
         };
-        let mut weights = Weights { convs: Vec::new(), norms: Vec::new() };
+        static LOADED: AtomicUsize = AtomicUsize::new(0);
+        let number = LOADED.fetch_add(1, Ordering::Relaxed);
+        let mut weights = Weights { number, convs: Vec::new(), norms: Vec::new() };
         for spec in &self.convs {
             let weight = join(&spec.names, "weight")?;
             let bias = if spec.bias { Some(join(&spec.names, "bias")?) } else { None };
@@ -172,6 +175,8 @@ pub fn check(file: &SafeFile, tables: &[&Layers], network: &str) -> Result<(), C
 
 /// The weights of a [`Layers`] table on a device.
 pub struct Weights<B: CodecBackend> {
+    /// Tells plans apart.
+    pub number: usize,
     convs: Vec<B::Conv>,
     norms: Vec<B::Tensor>,
 }

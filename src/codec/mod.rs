@@ -57,6 +57,11 @@ pub enum CodecError {
     Half { path: PathBuf, found: &'static str, expected: &'static str },
     #[error("an image of {width}x{height}, expected multiples of {factor}")]
     Size { height: usize, width: usize, factor: usize },
+    #[error(
+        "the picture has values that are no finite numbers: the autoencoder exceeds the range of its numbers; on a GPU \
+         try --precision bf16, or --device cpu"
+    )]
+    Overflow,
     #[error(transparent)]
     Backend(#[from] BackendError),
 }
@@ -247,17 +252,20 @@ impl<B: CodecBackend> Encoder<B> {
         if !fits(height) || !fits(width) {
             return Err(CodecError::Size { height, width, factor });
         }
-        let x = b.upload([1, height, width, 3], values);
-        match &self.net {
-            EncoderNet::SdVae(net) => {
-                let (out, moments) = net.forward(b, &self.weights, &x);
-                let (mean, logvar) = halves(&b.download(&moments)?);
+        let body = &mut |b: &mut B, x: &[B::Tensor]| match &self.net {
+            EncoderNet::SdVae(net) => net.forward(b, &self.weights, &x[0]).into(),
+            EncoderNet::Taesd(net) => vec![net.forward(b, &self.weights, &x[0])],
+        };
+        let key = format!("encode {}", self.weights.number);
+        let made = b.planned(&key, &[([1, height, width, 3], values)], body)?;
+        match &made[..] {
+            [out, moments] => {
+                let (mean, logvar) = halves(&b.download(moments)?);
                 let logvar = logvar.into_iter().map(|x| x.clamp(-30.0, 20.0)).collect();
-                Ok((Moments { mean, logvar }, b.download(&out)?))
+                Ok((Moments { mean, logvar }, b.download(out)?))
             }
-            EncoderNet::Taesd(net) => {
-                let latents = net.forward(b, &self.weights, &x);
-                let mean: Vec<f32> = b.download(&latents)?.iter().map(|x| x / TAESD_SCALE).collect();
+            latents => {
+                let mean: Vec<f32> = b.download(&latents[0])?.iter().map(|x| x / TAESD_SCALE).collect();
                 Ok((Moments { logvar: vec![f32::NEG_INFINITY; mean.len()], mean }, Vec::new()))
             }
         }
@@ -310,7 +318,7 @@ impl<B: CodecBackend> Decoder<B> {
     /// The picture of a latent [h, w, 4] as EDM2's networks see and make it; it is `factor` times as high and wide.
     ///
     /// # Errors
-    /// The device's.
+    /// The device's, or [`CodecError::Overflow`].
     ///
     /// # Panics
     /// If the values are not h * w * 4.
@@ -323,6 +331,10 @@ impl<B: CodecBackend> Decoder<B> {
             }
         }
         let values = self.image(b, [height, width], &raw)?;
+        let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
+        if finite(&raw) && !finite(&values) {
+            return Err(CodecError::Overflow);
+        }
         // The cast truncates, and makes 0 of a NaN.
         let rgb = values.iter().map(|x| (x.clamp(0.0, 1.0) * 255.0) as u8).collect();
         Ok(Picture::new(height * self.factor, width * self.factor, rgb))
@@ -336,20 +348,25 @@ impl<B: CodecBackend> Decoder<B> {
     /// # Panics
     /// As [`Decoder::decode`].
     pub fn image(&self, b: &mut B, [height, width]: [usize; 2], raw: &[f32]) -> Result<Vec<f32>> {
-        let shape = [1, height, width, LATENTS];
-        match &self.net {
-            DecoderNet::SdVae(net) => {
-                let z = b.upload(shape, raw);
-                let image = net.forward(b, &self.weights, &z);
-                Ok(b.download(&image)?)
+        let scaled: Vec<f32>;
+        let z = match &self.net {
+            DecoderNet::SdVae(_) => raw,
+            DecoderNet::Taesd(_) => {
+                scaled = raw.iter().map(|x| x * TAESD_SCALE).collect();
+                &scaled
             }
-            DecoderNet::Taesd(net) => {
-                let scaled: Vec<f32> = raw.iter().map(|x| x * TAESD_SCALE).collect();
-                let z = b.upload(shape, &scaled);
-                let image = net.forward(b, &self.weights, &z);
-                Ok(b.download(&image)?.iter().map(|x| 2.0 * x - 1.0).collect())
-            }
+        };
+        let body = &mut |b: &mut B, z: &[B::Tensor]| match &self.net {
+            DecoderNet::SdVae(net) => vec![net.forward(b, &self.weights, &z[0])],
+            DecoderNet::Taesd(net) => vec![net.forward(b, &self.weights, &z[0])],
+        };
+        let key = format!("decode {}", self.weights.number);
+        let made = b.planned(&key, &[([1, height, width, LATENTS], z)], body)?;
+        let mut image = b.download(&made[0])?;
+        if let DecoderNet::Taesd(_) = &self.net {
+            image.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
         }
+        Ok(image)
     }
 
     /// Convolutions of the network.

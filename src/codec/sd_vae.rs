@@ -216,7 +216,7 @@ impl Encoder {
 
     /// Pixels [n, h, w, 3], height and width multiples of the factor, to the result before and after `quant_conv`:
     /// [n, h, w, 8] each, four channels of means, four of log variances.
-    pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: &B::Tensor) -> (B::Tensor, B::Tensor) {
+    pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: &B::Tensor) -> [B::Tensor; 2] {
         let mut x = w.plain(b, self.conv_in, x);
         for level in &self.levels {
             x = level.forward(b, w, x);
@@ -225,7 +225,7 @@ impl Encoder {
         let out = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, After::NOTHING);
         let moments = w.plain(b, self.quant, &out);
         b.trim();
-        (out, moments)
+        [out, moments]
     }
 }
 

@@ -559,7 +559,8 @@ impl Vae<f32> {
     }
 
     /// Moves a latent to where the decoder, told of no tag, makes the given ones likely: ascent of the sum of their
-    /// ln p, in steps that would bring it to 0 if it were linear.
+    /// ln p, in steps that would bring it to 0 if it were linear, but of length 1 at most (latents have variance 1):
+    /// tags that exclude each other have their optimum elsewhere, where the gradient vanishes.
     fn approach(&self, latent: &mut [f32], given: &[u32]) {
         let (_, v, z, h) = self.sizes();
         let at = self.layout();
@@ -572,11 +573,11 @@ impl Vae<f32> {
             for tag in given.iter().map(|&tag| features + tag as usize) {
                 let weight = &self.params[at.output + tag * h..][..h];
                 let logit: f32 = self.params[at.output_bias + tag] + dot(weight, &hidden);
-                missing += (-logit).exp().ln_1p();
+                missing += (-logit).max(0.0) + (-logit.abs()).exp().ln_1p(); // -ln p
                 let doubt = 1.0 / (1.0 + logit.exp());
                 g_hidden.iter_mut().zip(weight).for_each(|(g, w)| *g += doubt * w);
             }
-            if missing < 0.1 * given.len() as f32 {
+            if missing <= 0.1 * given.len() as f32 {
                 return;
             }
             g_hidden.iter_mut().zip(&pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
@@ -584,7 +585,8 @@ impl Vae<f32> {
             for (g, row) in g_hidden.iter().zip(self.params[at.hidden..].chunks(z + v)) {
                 gradient.iter_mut().zip(row).for_each(|(sum, w)| *sum += g * w);
             }
-            let step = missing / dot(&gradient, &gradient).max(f32::MIN_POSITIVE);
+            let square = dot(&gradient, &gradient).max(f32::MIN_POSITIVE);
+            let step = (missing / square).min(1.0 / square.sqrt());
             latent.iter_mut().zip(&gradient).for_each(|(z, g)| *z += step * g);
         }
     }

@@ -121,8 +121,8 @@ fn refuse(post: &Post, settings: &Settings, filter: &Filter) -> Option<Drop> {
     let reasons = [
         (filter.require.iter().any(lacks), Drop::LacksTags),
         (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),
-        (post.is_deleted == Some(true), Drop::Deleted),
-        (post.is_banned == Some(true), Drop::Banned),
+        (post.is_deleted != Some(false), Drop::Deleted),
+        (post.is_banned != Some(false), Drop::Banned),
         (!is(&post.rating, &|rating| filter.ratings.iter().any(|r| r == rating)), Drop::OtherRating),
         (!crop.within(settings.max_crop), Drop::Cropped),
         (crop.enlarged && !filter.enlarge, Drop::Small),

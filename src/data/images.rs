@@ -7,7 +7,7 @@
 //! 4. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
 
 use std::fs::{self, File};
-use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
@@ -48,27 +48,46 @@ impl Place {
         }
     }
 
-    /// The bytes.
+    /// The bytes; or what is wrong with the file, which is no image then.
     ///
     /// # Errors
-    /// What is wrong with the file.
-    pub fn read(&self) -> Result<Vec<u8>, String> {
+    /// The disk failed, or an archive is not there any more: nothing is known of the image.
+    pub fn read(&self) -> io::Result<Result<Vec<u8>, String>> {
         let length = self.length();
         if length > MAX_BYTES {
-            return Err(format!("{length} bytes, expected {MAX_BYTES} at most"));
+            return Ok(Err(format!("{length} bytes, expected {MAX_BYTES} at most")));
         }
-        let load = || match self {
-            Self::File(path) => fs::read(path),
+        match self {
+            Self::File(path) => match fs::read(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Err(error.to_string())),
+                read => read.map(Ok),
+            },
             Self::Member { tar, offset, size } => {
                 let mut file = File::open(tar)?;
                 file.seek(SeekFrom::Start(*offset))?;
                 let mut bytes = vec![0; *size as usize];
                 file.read_exact(&mut bytes)?;
-                Ok(bytes)
+                Ok(Ok(bytes))
             }
-        };
-        load().map_err(|error| error.to_string())
+        }
     }
+
+    /// The file that it is in.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Member { tar, .. } => tar,
+        }
+    }
+}
+
+/// The picture in a file, on a background if it is transparent.
+///
+/// # Errors
+/// The file cannot be read, or is no image.
+pub fn open(path: &Path, background: [u8; 3]) -> Result<Picture, String> {
+    let bytes = Place::File(path.into()).read().map_err(|error| error.to_string())??;
+    decode(&bytes, background)
 }
 
 /// Decodes an image file, on a background if it is transparent.

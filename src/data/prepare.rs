@@ -670,7 +670,6 @@ struct Job<'a> {
     members: Vec<&'a Record>,
 }
 
-/// What all shards are made with.
 /// What conditions are made of.
 enum Source {
     Tags,
@@ -724,6 +723,7 @@ fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
     }
 }
 
+/// What all shards are made with.
 struct Maker<'a> {
     settings: &'a Settings,
     vocabulary: &'a Vocabulary,
@@ -737,12 +737,17 @@ struct Maker<'a> {
 type Refusal = (Drop, String);
 
 impl Maker<'_> {
-    /// What becomes of an image.
-    fn ready(&self, record: &Record) -> Result<Ready, Refusal> {
+    /// What becomes of an image. A disk that fails is no property of the image: it stops everything.
+    fn ready(&self, record: &Record) -> Result<Result<Ready, Refusal>, PrepareError> {
+        let path = || record.place.path().into();
+        let bytes = record.place.read().map_err(|cause| PrepareError::Io { path: path(), cause })?;
+        Ok(bytes.map_err(|why| (Drop::Unreadable, why)).and_then(|bytes| self.made_of(record, &bytes)))
+    }
+
+    fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
         let Settings { size, background, max_crop, danbooru, .. } = self.settings;
         let unreadable = |why: String| (Drop::Unreadable, why);
-        let bytes = record.place.read().map_err(unreadable)?;
-        let image = images::decode(&bytes, *background).map_err(unreadable)?;
+        let image = images::decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
         let crop = images::crop([width, height], *size);
         if !crop.within(*max_crop) {
@@ -759,7 +764,7 @@ impl Maker<'_> {
             Source::Tags => self.vocabulary.multi_hot(&tags),
             Source::Known(features) => feature(features.get(record.id).unwrap_or_default())?,
             Source::Tagger(tagger) => {
-                let other = (*background != Tagger::BACKGROUND).then(|| images::decode(&bytes, Tagger::BACKGROUND));
+                let other = (*background != Tagger::BACKGROUND).then(|| images::decode(bytes, Tagger::BACKGROUND));
                 let other = other.transpose().map_err(unreadable)?;
                 let made = tagger.features(other.as_ref().unwrap_or(&image), &record.file);
                 feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
@@ -789,7 +794,7 @@ impl Maker<'_> {
                 job.members.chunks(CHUNK).find(|chunk| sender.send(all(chunk)).is_err());
             });
             for (record, ready) in job.members.iter().zip(pictures.into_iter().flatten()) {
-                let made = match ready {
+                let made = match ready? {
                     Ok(ready) => {
                         let bytes = match &mut codec {
                             None => Ok(planes(ready.picture.rgb(), 3).collect()),

@@ -36,7 +36,8 @@ pub use stats::{Status, Sums, Validation};
 
 use crate::backend::gpu::engine::{Cost, Gpu};
 use crate::backend::{Backend, BackendError, Input, Normalization, Slot, Step};
-use crate::data::dataset::{Dataset, Kind};
+use crate::condition::Conditioning;
+use crate::data::dataset::{Dataset, Header, Kind};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
 use crate::sample::SampleError;
@@ -97,6 +98,10 @@ pub struct DataIdentity {
     pub condition_dim: usize,
     /// CRC-32 of the ids in order, each as often as an epoch shows it.
     pub ids: u32,
+    /// Pixels or latents.
+    pub kind: Kind,
+    /// What the conditions are made of.
+    pub conditioning: Conditioning,
 }
 
 impl DataIdentity {
@@ -105,7 +110,8 @@ impl DataIdentity {
         let mut hasher = crc32fast::Hasher::new();
         (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
         let ids = hasher.finalize();
-        Self { images: data.len(), shape: data.shape(), condition_dim: data.condition_dim(), ids }
+        let Header { kind, conditioning, .. } = data.header().clone();
+        Self { images: data.len(), shape: data.shape(), condition_dim: data.condition_dim(), ids, kind, conditioning }
     }
 }
 

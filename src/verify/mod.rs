@@ -233,14 +233,14 @@ pub enum VerifyError {
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
 /// Replays a directory on a device; `report` sees each outcome as it comes. `codec` makes what runs the
-/// autoencoders, if the device can.
+/// autoencoders.
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
 pub fn verify<B: Backend, C: CodecBackend>(
     dir: &Path,
     device: &Device<B>,
-    codec: Option<&dyn Fn() -> C>,
+    codec: &dyn Fn() -> Result<C, DeviceError>,
     report: &mut dyn FnMut(&Outcome),
 ) -> Result<Summary> {
     let entries = std::fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
@@ -282,12 +282,11 @@ pub fn verify<B: Backend, C: CodecBackend>(
     for (stem, replay) in codecs {
         let file = format!("{stem}.safetensors");
         let needs = [format!("{stem}_model.safetensors"), file.clone()];
-        match (needs.iter().find(|need| !names.contains(need)), codec) {
-            (Some(absent), _) => s.skip(file, format!("{absent} is absent")),
-            (None, None) => s.skip(file, "this device runs no autoencoders"),
-            (None, Some(codec)) => {
+        match needs.iter().find(|need| !names.contains(need)) {
+            Some(absent) => s.skip(file, format!("{absent} is absent")),
+            None => {
                 known += 1;
-                replay(&mut s, &mut codec())?;
+                replay(&mut s, &mut codec()?)?;
             }
         }
     }

@@ -36,11 +36,11 @@ pub struct Work {
 }
 
 impl Work {
-    fn new(name: &'static str, shape: Shape, bytes: usize) -> Self {
+    pub(super) fn new(name: &'static str, shape: Shape, bytes: usize) -> Self {
         Self { name, shape, sums: 0, bytes }
     }
 
-    fn sums(self, sums: usize) -> Self {
+    pub(super) fn sums(self, sums: usize) -> Self {
         Self { sums, ..self }
     }
 
@@ -93,9 +93,11 @@ type ScaleTables = (Rc<ScaleTable>, Rc<dyn Memory>);
 /// Executes the network on a [`Runtime`].
 pub struct Gpu {
     runtime: Rc<dyn Runtime>,
-    precision: Precision,
-    card: Card,
+    pub(super) precision: Precision,
+    pub(super) card: Card,
     params: Params,
+    /// Bytes of the weights of codecs that were loaded.
+    pub(super) codec_bytes: usize,
     recording: Option<Recording>,
     plans: HashMap<String, Plan>,
     workspace: Option<Rc<dyn Memory>>,
@@ -144,6 +146,7 @@ impl Gpu {
             precision,
             card,
             params,
+            codec_bytes: 0,
             recording: None,
             plans: HashMap::new(),
             workspace: None,
@@ -157,24 +160,24 @@ impl Gpu {
         self.plans.iter().map(|(key, plan)| (key.as_str(), plan.cost))
     }
 
-    /// Bytes of device memory for parameters and training state.
+    /// Bytes of device memory for parameters and training state, and for the weights of codecs.
     pub fn param_bytes(&self) -> usize {
-        self.params.bytes()
+        self.params.bytes() + self.codec_bytes
     }
 
     // ---- recording and running --------------------------------------------------------------
 
-    fn fail(&mut self, error: DeviceError) {
+    pub(super) fn fail(&mut self, error: DeviceError) {
         self.failed.get_or_insert(error);
     }
 
     /// A shape that the kernels do not take.
-    fn unsupported(&mut self, error: impl std::fmt::Display) {
+    pub(super) fn unsupported(&mut self, error: impl std::fmt::Display) {
         self.fail(DeviceError::Unavailable(format!("the network does not fit the kernels: {error}")));
     }
 
     /// Runs or records the commands of one operation.
-    fn go<C: Into<Command>>(&mut self, work: Work, commands: impl IntoIterator<Item = C>) {
+    pub(super) fn go<C: Into<Command>>(&mut self, work: Work, commands: impl IntoIterator<Item = C>) {
         let commands: Vec<Command> = commands.into_iter().map(C::into).collect();
         match &mut self.recording {
             Some(r) => r.operations.push((work, commands)),
@@ -192,12 +195,19 @@ impl Gpu {
         }
     }
 
-    fn own(&mut self, bytes: usize, purpose: &'static str) -> Rc<dyn Memory> {
+    pub(super) fn own(&mut self, bytes: usize, purpose: &'static str) -> Rc<dyn Memory> {
         self.runtime.allocate(bytes, purpose).unwrap_or_else(|e| {
             self.fail(e);
             let nowhere = Imagined::new(self.card).allocate(bytes, purpose);
             nowhere.expect("an imagined device has memory")
         })
+    }
+
+    /// Keeps tensors outside of the workspace for as long as the plan that is being recorded reads them.
+    pub(super) fn keep(&mut self, tensors: &[&Tensor]) {
+        if let Some(r) = &mut self.recording {
+            r.constants.extend(tensors.iter().map(|&t| t.clone()));
+        }
     }
 
     fn buffer(&mut self, bytes: usize) -> Buffer {
@@ -208,7 +218,7 @@ impl Gpu {
     }
 
     /// A tensor of any content that nobody asks for the activation of.
-    fn plain(&mut self, shape: Shape, format: Format) -> Tensor {
+    pub(super) fn plain(&mut self, shape: Shape, format: Format) -> Tensor {
         let buffer = self.buffer(bytes_of(shape, format));
         Tensor::new(shape, format, None, buffer)
     }
@@ -227,7 +237,7 @@ impl Gpu {
     }
 
     /// Scratch memory; free for others when dropped.
-    fn scratch(&mut self, bytes: usize) -> Tensor {
+    pub(super) fn scratch(&mut self, bytes: usize) -> Tensor {
         self.plain([1, 1, 1, bytes.div_ceil(4)], Format::F32)
     }
 
@@ -266,7 +276,7 @@ impl Gpu {
 
     /// x as 16 bits, q, k and v in the official order. The network's activations are that already; images and
     /// vectors come through here where single operations are tried.
-    fn half(&mut self, x: &Tensor) -> Tensor {
+    pub(super) fn half(&mut self, x: &Tensor) -> Tensor {
         match x.format() {
             Format::Half => x.clone(),
             Format::F32 => {
@@ -589,9 +599,7 @@ impl Backend for Gpu {
             self.fail(e);
         }
         let tensor = Tensor::new(shape, Format::F32, None, Buffer::Own(memory));
-        if let Some(r) = &mut self.recording {
-            r.constants.push(tensor.clone());
-        }
+        self.keep(&[&tensor]);
         tensor
     }
 

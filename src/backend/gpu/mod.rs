@@ -1,6 +1,7 @@
 //! The CUDA engine: the kernels in `kernels/`, run by a device or by the emulator.
 
 pub mod attention;
+pub mod codec;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -1,0 +1,487 @@
+//! The codecs' operations on the GPU: launches of `kernels/codec.cu`, which explains them, and
+//! [`CodecBackend`] for [`Gpu`].
+//!
+//! Everything is 16 bits wide and summed in f32. What exceeds 65504 in f16 becomes infinite, the next group norm
+//! makes NaN of it, and [`crate::codec::Decoder::decode`] reports it; bf16 has the range of f32. The SD-VAEs of
+//! Stable Diffusion 1 and 2 are commonly run in f16; that of SDXL is known to overflow.
+
+use super::engine::{Gpu, Work};
+use super::launch::{DevicePtr, Launch, Precision};
+use super::runtime::{DeviceError, PARAMETERS, Runtime};
+use super::tensor::{Buffer, Format, Tensor, padded};
+use super::tiles::{self, Card, Product};
+use crate::backend::Shape;
+use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::model::ParamTable;
+use bytemuck::{Pod, Zeroable};
+use half::{bf16, f16};
+use std::rc::Rc;
+
+/// `CodecConv` of the kernels.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ConvParams {
+    x: DevicePtr,
+    weight: DevicePtr,
+    bias: DevicePtr,
+    residual: DevicePtr,
+    y: DevicePtr,
+    pixels: i32,
+    height: i32,
+    width: i32,
+    rows: i32,
+    columns: i32,
+    cin: i32,
+    cout: i32,
+    side: i32,
+    stride: i32,
+    before: i32,
+    phases: i32,
+    relu: i32,
+}
+const _: () = assert!(size_of::<ConvParams>() == 88, "mirrors CodecConv");
+
+/// `CodecNormalise`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct NormaliseParams {
+    x: DevicePtr,
+    affine: DevicePtr,
+    y: DevicePtr,
+    count: i32,
+    image: i32,
+    vectors: i32,
+    channels: i32,
+    before: i32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<NormaliseParams>() == 48, "mirrors CodecNormalise");
+
+/// `CodecNorm`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct NormParams {
+    x: DevicePtr,
+    affine: DevicePtr,
+    sums: DevicePtr,
+    scales: DevicePtr,
+    pixels: i32,
+    chunk: i32,
+    chunks: i32,
+    vectors: i32,
+    channels: i32,
+    groups: i32,
+    eps: f32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<NormParams>() == 64, "mirrors CodecNorm");
+
+/// `CodecAttention`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct AttentionParams {
+    qkv: DevicePtr,
+    out: DevicePtr,
+    tokens: i32,
+    channels: i32,
+    scale: f32,
+    padding: i32,
+}
+const _: () = assert!(size_of::<AttentionParams>() == 32, "mirrors CodecAttention");
+
+/// Threads of all kernels but the convolutions.
+const THREADS: u32 = 256;
+/// Vectors of a block of `codec_sums`, at most; `NORM_VECTORS`.
+const NORM_VECTORS: usize = 32;
+/// Chunks of an image's statistics, at most: several blocks for each multiprocessor of any card.
+const CHUNKS: usize = 1024;
+/// Pixels of a chunk, at least.
+const CHUNK: usize = 64;
+/// Queries of a block of the attention; `QUERIES`.
+const QUERIES: usize = 64;
+/// Keys of a step; `KEYS`.
+const KEYS: usize = 16;
+/// Bytes of the scores exchanged: QUERIES rows of `SCORE_ROW` floats; `SCORE_BYTES`.
+const SCORES: usize = QUERIES * 24 * 4;
+
+/// Why the kernels cannot do what is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// Of an image, or its channels.
+    #[error("an autoencoder's tensor of shape {0:?}: too large, or empty")]
+    Shape(Shape),
+    /// Stride 2.
+    #[error("a convolution of stride 2 of shape {0:?}, expected even height and width")]
+    Odd(Shape),
+    /// Groups do not divide the channels.
+    #[error("a group norm of {channels} channels in {groups} groups")]
+    Groups {
+        /// Channels.
+        channels: usize,
+        /// Groups.
+        groups: usize,
+    },
+    /// Width of the attention.
+    #[error("self-attention of {0} channels, expected a multiple of 8 up to 512")]
+    Width(usize),
+}
+
+fn int(x: usize) -> i32 {
+    i32::try_from(x).expect("checked against the kernels' limits")
+}
+
+/// Checks that pixels, rows and vectors can be counted in 32 bits.
+fn check(shape: Shape) -> Result<(), CodecError> {
+    let [n, h, w, c] = shape;
+    let fits = h < 1 << 15 && w < 1 << 15 && c < 1 << 16 && n < 1 << 16;
+    match shape.iter().all(|&x| x > 0) && fits && n * h * w * padded(c) / 8 < 1 << 30 {
+        true => Ok(()),
+        false => Err(CodecError::Shape(shape)),
+    }
+}
+
+/// How a [`Reach`] is computed.
+#[derive(Clone, Copy)]
+struct Window {
+    side: usize,
+    stride: usize,
+    before: usize,
+    phases: usize,
+}
+
+impl Window {
+    fn of(reach: Reach) -> Self {
+        let window = |side, stride, before, phases| Self { side, stride, before, phases };
+        match reach {
+            Reach::Point => window(1, 1, 0, 1),
+            Reach::Same => window(3, 1, 1, 1),
+            Reach::Double => window(2, 1, 1, 4),
+            Reach::Down => window(3, 2, 0, 1),
+            Reach::Halve => window(3, 2, 1, 1),
+        }
+    }
+}
+
+/// Shape of a convolution's result.
+fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
+    match reach {
+        Reach::Point | Reach::Same => [n, h, w, cout],
+        Reach::Double => [n, 2 * h, 2 * w, cout],
+        Reach::Down | Reach::Halve => [n, h / 2, w / 2, cout],
+    }
+}
+
+/// A weight [cout, cin, side, side] as the kernel reads it, [phases][cout][taps][cin] with padded channels.
+pub fn pack(reach: Reach, cin: usize, weight: &[f32]) -> Vec<f32> {
+    let Window { side, phases, .. } = Window::of(reach);
+    let given = reach.side();
+    let (taps, cout) = (side * side, weight.len() / (cin * given * given));
+    let mut packed = vec![0.0; phases * padded(cout) * taps * padded(cin)];
+    for (i, &value) in weight.iter().enumerate() {
+        let (co, ci, y, x) = (i / (cin * given * given), i / (given * given) % cin, i / given % given, i % given);
+        for phase in 0..phases {
+            // In half p of an enlarged pixel, tap t of three falls on tap (t + 1 - p) div 2 of two.
+            let place = |t: usize, p: usize| if phases == 4 { (t + 1 - p) / 2 } else { t };
+            let tap = place(y, phase / 2) * side + place(x, phase % 2);
+            packed[((phase * padded(cout) + co) * taps + tap) * padded(cin) + ci] += value;
+        }
+    }
+    packed
+}
+
+/// Values as 16 bits.
+fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
+    let bits = |&x: &f32| match precision {
+        Precision::F16 => f16::from_f32(x).to_bits(),
+        Precision::Bf16 => bf16::from_f32(x).to_bits(),
+    };
+    values.iter().map(bits).collect()
+}
+
+/// y = max(0?, residual + bias + conv of x [n, h, w, cin]); `weight` from [`pack`], `bias` f32 with padded
+/// channels; `residual` has the shape of the result and may be `y`. Zeros where x, weight and bias are padded stay.
+///
+/// # Errors
+/// A shape beyond the kernels' limits.
+#[allow(clippy::too_many_arguments, reason = "the operation has them")]
+pub fn convolve(
+    precision: Precision,
+    card: Card,
+    reach: Reach,
+    shape: Shape,
+    cout: usize,
+    x: DevicePtr,
+    (weight, bias): (DevicePtr, DevicePtr),
+    residual: Option<DevicePtr>,
+    relu: bool,
+    y: DevicePtr,
+) -> Result<Launch, CodecError> {
+    let Window { side, stride, before, phases } = Window::of(reach);
+    let [n, h, w, cin] = shape;
+    if !h.is_multiple_of(stride) || !w.is_multiple_of(stride) {
+        return Err(CodecError::Odd(shape));
+    }
+    check(shape)?;
+    check(result(reach, shape, cout))?;
+    let (rows, columns) = (h / stride, w / stride);
+    let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
+    // The sum is as long for every tile, and never split: the images are large.
+    let tile = tiles::choose(tiles::FPROP, Product { groups: phases, rows: pixels, columns: cout }, card, |_| 1).tile;
+    let params = ConvParams {
+        x,
+        weight,
+        bias,
+        residual: residual.unwrap_or(DevicePtr::NULL),
+        y,
+        pixels: int(pixels),
+        height: int(h),
+        width: int(w),
+        rows: int(rows),
+        columns: int(columns),
+        cin: int(cin),
+        cout: int(cout),
+        side: int(side),
+        stride: int(stride),
+        before: int(before),
+        phases: int(phases),
+        relu: relu.into(),
+    };
+    let kernel = format!("codec_conv_{}_{}", precision.name(), tile.name);
+    let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases].map(|x| int(x) as u32);
+    Ok(Launch::new(kernel, grid, tile.threads, tile.shared, &params))
+}
+
+/// What becomes of a convolution's input: y of x, both of `shape`; `affine` f32 [n, 1, 2, c], not padded.
+/// Nothing to launch for [`Before::Nothing`].
+///
+/// # Errors
+/// As [`convolve`].
+pub fn normalise(
+    precision: Precision,
+    shape: Shape,
+    x: DevicePtr,
+    before: Before<DevicePtr>,
+    y: DevicePtr,
+) -> Result<Option<Launch>, CodecError> {
+    check(shape)?;
+    let (before, affine) = match before {
+        Before::Nothing => return Ok(None),
+        Before::Affine(affine) => (0, *affine),
+        Before::AffineSilu(affine) => (1, *affine),
+        Before::SoftClip => (2, DevicePtr::NULL),
+    };
+    let [n, h, w, c] = shape;
+    let vectors = padded(c) / 8;
+    let image = h * w * vectors;
+    let params = NormaliseParams {
+        x,
+        affine,
+        y,
+        count: int(n * image),
+        image: int(image),
+        vectors: int(vectors),
+        channels: int(c),
+        before,
+        padding: 0,
+    };
+    let kernel = precision.pick(["codec_normalise_f16", "codec_normalise_bf16"]);
+    Ok(Some(Launch::over(kernel, n * image, THREADS, &params)))
+}
+
+/// Pixels of a chunk, and chunks of an image.
+fn chunks(pixels: usize) -> (usize, usize) {
+    let chunk = pixels.div_ceil(CHUNKS).max(CHUNK);
+    (chunk, pixels.div_ceil(chunk))
+}
+
+/// Bytes of scratch memory of [`group_norm`].
+pub fn group_norm_scratch([n, h, w, c]: Shape) -> usize {
+    n * chunks(h * w).1 * 2 * padded(c) * 4
+}
+
+/// Scale and shift f32 [n, 1, 2, c] of the group norm of x, given weight and bias f32 [1, 1, 2, c].
+///
+/// # Errors
+/// As [`convolve`], or groups that do not divide the channels.
+#[allow(clippy::too_many_arguments, reason = "the operation has them")]
+pub fn group_norm(
+    precision: Precision,
+    shape: Shape,
+    groups: usize,
+    eps: f64,
+    x: DevicePtr,
+    affine: DevicePtr,
+    scales: DevicePtr,
+    scratch: DevicePtr,
+) -> Result<[Launch; 2], CodecError> {
+    check(shape)?;
+    let [n, h, w, channels] = shape;
+    if groups == 0 || !channels.is_multiple_of(groups) {
+        return Err(CodecError::Groups { channels, groups });
+    }
+    let ((chunk, chunks), vectors) = (chunks(h * w), padded(channels) / 8);
+    let params = NormParams {
+        x,
+        affine,
+        sums: scratch,
+        scales,
+        pixels: int(h * w),
+        chunk: int(chunk),
+        chunks: int(chunks),
+        vectors: int(vectors),
+        channels: int(channels),
+        groups: int(groups),
+        eps: eps as f32,
+        padding: 0,
+    };
+    let sums = precision.pick(["codec_sums_f16", "codec_sums_bf16"]);
+    let grid = [chunks, vectors.div_ceil(NORM_VECTORS), n].map(|x| int(x) as u32);
+    Ok([
+        Launch::new(sums, grid, THREADS, 0, &params),
+        Launch::new("codec_scales_f32", [groups as u32, n as u32, 1], THREADS, 0, &params),
+    ])
+}
+
+/// out [n, h, w, c] of qkv [n, h, w, 3 c].
+///
+/// # Errors
+/// As [`convolve`], or a width without a kernel.
+pub fn self_attention(
+    precision: Precision,
+    shape: Shape,
+    qkv: DevicePtr,
+    out: DevicePtr,
+) -> Result<Launch, CodecError> {
+    let [n, h, w, c] = shape;
+    check([n, h, w, 3 * c])?;
+    let kernels = ["codec_attention_f16_c", "codec_attention_bf16_c"];
+    let width = [128, 256, 512].into_iter().find(|&width| c <= width && c.is_multiple_of(8));
+    let width = width.ok_or(CodecError::Width(c))?;
+    let scale = (std::f64::consts::LOG2_E / (c as f64).sqrt()) as f32;
+    let params = AttentionParams { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
+    let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);
+    let grid = [(h * w).div_ceil(QUERIES) as u32, n as u32, 1];
+    Ok(Launch::new(format!("{}{width}", precision.pick(kernels)), grid, THREADS, shared as u32, &params))
+}
+
+/// A kernel on the device.
+pub struct Conv {
+    reach: Reach,
+    cin: usize,
+    cout: usize,
+    /// [phases][cout][taps][cin], 16 bits.
+    weight: Tensor,
+    /// `[cout]`, padded.
+    bias: Tensor,
+}
+
+impl Gpu {
+    /// For codecs only: no parameters.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn for_codec(runtime: Rc<dyn Runtime>, precision: Precision) -> Result<Self, DeviceError> {
+        Self::for_sampling(runtime, precision, &ParamTable::default())
+    }
+
+    /// Weights of a codec.
+    fn load(&mut self, bytes: &[u8]) -> Buffer {
+        let memory = self.own(bytes.len(), PARAMETERS);
+        if let Err(e) = memory.write(0, bytes) {
+            self.fail(e);
+        }
+        self.codec_bytes += bytes.len();
+        Buffer::Own(memory)
+    }
+
+    /// The input of a convolution as it reads it.
+    fn normalised(&mut self, x: &Tensor, before: Before<Tensor>) -> Tensor {
+        let y = self.plain(x.shape(), Format::Half);
+        let (shape, from, to) = (x.shape(), x.ptr(), y.ptr());
+        let launch = match before {
+            Before::Nothing => return x.clone(),
+            Before::Affine(affine) => normalise(self.precision, shape, from, Before::Affine(&affine.ptr()), to),
+            Before::AffineSilu(affine) => normalise(self.precision, shape, from, Before::AffineSilu(&affine.ptr()), to),
+            Before::SoftClip => normalise(self.precision, shape, from, Before::SoftClip, to),
+        };
+        match launch {
+            Ok(launch) => self.go(Work::new("codec_normalise", shape, x.bytes() + y.bytes()), launch),
+            Err(e) => self.unsupported(e),
+        }
+        y
+    }
+}
+
+impl CodecBackend for Gpu {
+    type Conv = Conv;
+
+    fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv {
+        let cout = weight.len() / (cin * reach.side() * reach.side());
+        let bits = narrow(self.precision, &pack(reach, cin, weight));
+        let buffer = self.load(bytemuck::cast_slice(&bits));
+        let weight = Tensor::new([1, 1, 1, bits.len()], Format::Half, None, buffer);
+        let mut values = bias.map_or(vec![0.0; cout], <[f32]>::to_vec);
+        values.resize(padded(cout), 0.0);
+        let buffer = self.load(bytemuck::cast_slice(&values));
+        let bias = Tensor::new([1, 1, 1, values.len()], Format::F32, None, buffer);
+        Conv { reach, cin, cout, weight, bias }
+    }
+
+    fn convolve(&mut self, conv: &Conv, x: &Tensor, before: Before<Tensor>, after: After<Tensor>) -> Tensor {
+        let Conv { reach, cin, cout, weight, bias } = conv;
+        let x = self.half(x);
+        let shape = result(*reach, x.shape(), *cout);
+        assert_eq!(x.shape()[3], *cin, "channels of a convolution's input");
+        let x = self.normalised(&x, before);
+        let residual = after.residual.map(|residual| self.half(&residual));
+        assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
+        self.keep(&[weight, bias]);
+        let from = residual.as_ref().map(Tensor::ptr);
+        // Where nobody else reads the residual, the sum takes its place.
+        let (y, held) = match residual {
+            Some(residual) if residual.is_unique() => (residual, None),
+            other => (self.plain(shape, Format::Half), other),
+        };
+        let at = (weight.ptr(), bias.ptr());
+        let (precision, card) = (self.precision, self.card);
+        match convolve(precision, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr()) {
+            Ok(launch) => {
+                let bytes = x.bytes() + weight.bytes() + y.bytes() * (1 + usize::from(from.is_some()));
+                let side = Window::of(*reach).side;
+                self.go(Work::new("codec_conv", shape, bytes).sums(side * side * cin), [launch]);
+            }
+            Err(e) => self.unsupported(e),
+        }
+        drop(held);
+        y
+    }
+
+    fn group_norm(&mut self, x: &Tensor, affine: &Tensor, groups: usize, eps: f64) -> Tensor {
+        let (x, [n, _, _, c]) = (self.half(x), x.shape());
+        let scales = self.plain([n, 1, 2, c], Format::F32);
+        let scratch = self.scratch(group_norm_scratch(x.shape()));
+        self.keep(&[affine]);
+        let (from, to) = (affine.ptr(), scales.ptr());
+        match group_norm(self.precision, x.shape(), groups, eps, x.ptr(), from, to, scratch.ptr()) {
+            Ok(launches) => self.go(Work::new("codec_group_norm", x.shape(), x.bytes()), launches),
+            Err(e) => self.unsupported(e),
+        }
+        scales
+    }
+
+    fn self_attention(&mut self, qkv: &Tensor) -> Tensor {
+        let (qkv, [n, h, w, c]) = (self.half(qkv), qkv.shape());
+        let out = self.plain([n, h, w, c / 3], Format::Half);
+        match self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr()) {
+            Ok(launch) => {
+                let work = Work::new("codec_attention", out.shape(), qkv.bytes() + out.bytes());
+                self.go(work.sums(2 * h * w), [launch]);
+            }
+            Err(e) => self.unsupported(e),
+        }
+        out
+    }
+
+    /// Nothing: a plan's tensors share one place, and outside of plans memory is free with the last handle.
+    fn trim(&mut self) {}
+}
