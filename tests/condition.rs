@@ -214,8 +214,12 @@ fn features_invented_for_tags_are_like_those_of_images_that_have_them() {
             assert!(dot(first, second) < 0.9999, "{tag}");
         }
     }
-    println!("{right} of {all}");
     assert!(right as f64 > 0.95 * all as f64, "{right} of {all} are nearest to the images with the tag asked for");
+    // Tags that no image has together, which no latent makes likely, still give conditions.
+    for text in ["cat, dog", "cat, dog, bird, horse", "sea, farm, city, cat"] {
+        let invented = vae.invent(&vae.vocabulary().parse(text).unwrap(), 50, 9);
+        assert!(invented.conditions.chunks(width).all(|x| (dot(x, x) - 1.0).abs() < 1e-6), "{text}");
+    }
 }
 
 #[test]

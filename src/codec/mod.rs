@@ -380,19 +380,3 @@ fn scale_and_shift(channel: usize) -> (f32, f32) {
     let scale = FINAL_STD / RAW_STD[channel];
     (scale, -RAW_MEAN[channel] * scale)
 }
-
-/// The latent that EDM2's networks see, drawn from the distribution of a picture's: mean, std and normal noise
-/// [h, w, 4].
-///
-/// # Panics
-/// If they differ in length.
-pub fn draw(mean: &[f32], std: &[f32], noise: &[f32]) -> Vec<f32> {
-    assert!(mean.len() == std.len() && mean.len() == noise.len(), "mean, std and noise of one latent");
-    let drawn = mean.iter().zip(std).zip(noise).enumerate();
-    drawn
-        .map(|(i, ((mean, std), noise))| {
-            let (scale, shift) = scale_and_shift(i % LATENTS);
-            (mean + std * noise) * scale + shift
-        })
-        .collect()
-}

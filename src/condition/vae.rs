@@ -24,8 +24,8 @@
 //! than not: drawing each by itself would put in tags that do not belong together. Of features z is moved,
 //! each time before it is decoded, to where the given tags are likely.
 //!
-//! Memory: (D + V) 2Z + (Z + V) H + H D values, 0.7 M for 1,024 tags. Cost of a training row: six
-//! multiply-adds for each.
+//! Memory: (D + V) 2Z + (Z + V) H + H D values (of features H (D + V), as the tags' logits come on top), 0.7 M for
+//! 1,024 tags; and in training all rows, D values each. Cost of a training row: six multiply-adds for each value.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -169,7 +169,8 @@ fn find_files<T: Sync>(
         report(Event::Reading { what: "archives", done, total: tars.len() as u64 });
         Ok(found)
     };
-    let in_tars: Vec<_> = tars.par_iter().cloned().map(in_tar).collect::<Result<_, _>>()?;
+    let in_tars: Vec<_> = tars.par_iter().cloned().map(in_tar).collect();
+    let in_tars: Vec<_> = in_tars.into_iter().collect::<Result<_, _>>()?; // of several damaged ones, the first
     let as_files = files.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
         Some((id_of(&name).filter(|id| wanted.contains_key(id))?, name, Place::File(path)))

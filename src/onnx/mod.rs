@@ -21,6 +21,7 @@ mod tract;
 pub const MAX_ELEMENTS: usize = 1 << 28;
 
 /// Largest height and width of a network's images.
+#[cfg(feature = "onnx")]
 const MAX_SIDE: usize = 4096;
 
 /// What can go wrong with a network.
@@ -80,6 +81,7 @@ pub enum Wanted<'a> {
 
 /// Where the channels of a network's images are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(feature = "onnx"), expect(dead_code, reason = "a build without tract opens no network"))]
 enum Layout {
     /// [N, H, W, 3]
     Last,

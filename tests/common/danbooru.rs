@@ -94,7 +94,7 @@ impl Danbooru {
         refused(21_003, &set("file_ext", "mp4".into()));
         refused(21_007, &set("file_ext", Value::Null));
         refused(22_000, &set("is_deleted", true.into()));
-        refused(22_001, &set("is_deleted", true.into()));
+        refused(22_001, &set("is_deleted", Value::Null));
         refused(22_002, &set("is_banned", true.into()));
         refused(23_002, &set("rating", "s".into()));
         refused(23_003, &set("rating", "q".into()));
