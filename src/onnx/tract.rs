@@ -50,6 +50,11 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         let (operator, node) = (printable(&bad.op_type), printable(label(bad)));
         return Err(OnnxError::Operator { path: path.into(), operator, node });
     }
+    // tract would look for the end of such a permutation until the memory is full.
+    if let Some(bad) = graph.node.iter().find(|node| node.op_type == "Transpose" && !permutes(node)) {
+        let what = format!("node {}: its perm is no permutation", printable(label(bad)));
+        return Err(OnnxError::Damaged { path: path.into(), what });
+    }
     model.graph = Some(graph);
     let refused = |what| OnnxError::Run { path: path.into(), what };
 
@@ -162,6 +167,14 @@ fn pooled(graph: &GraphProto) -> Option<&str> {
         data(node, &|_| false).map(|at| &node.input[at])
     };
     v2.or_else(v3).map(String::as_str)
+}
+
+fn permutes(node: &NodeProto) -> bool {
+    node.attribute.iter().filter(|attribute| attribute.name == "perm").all(|attribute| {
+        let mut places = attribute.ints.clone();
+        places.sort_unstable();
+        places.into_iter().eq(0..attribute.ints.len() as i64)
+    })
 }
 
 /// Names of all tensors that a node reads; what graphs inside it read may be made outside of it.

@@ -171,7 +171,7 @@ fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
     }
 }
 
-/// A weight [cout, cin, side, side] as the kernel reads it, [phases][cout][taps][cin] with padded channels.
+/// A weight `[cout, cin, side, side]` as the kernel reads it, `[phases][cout][taps][cin]` with padded channels.
 pub fn pack(reach: Reach, cin: usize, weight: &[f32]) -> Vec<f32> {
     let Window { side, phases, .. } = Window::of(reach);
     let given = reach.side();
@@ -369,7 +369,7 @@ pub struct Conv {
     reach: Reach,
     cin: usize,
     cout: usize,
-    /// [phases][cout][taps][cin], 16 bits.
+    /// `[phases][cout][taps][cin]`, 16 bits.
     weight: Tensor,
     /// `[cout]`, padded.
     bias: Tensor,
