@@ -1,6 +1,7 @@
 //! The whole pipeline, command by command as docs/guide.md has it, on miniatures of everything that one would
 //! download: danbooru2023 in archives with all that is wrong in it, an SD-VAE, a tagger, a snapshot of NVIDIA's.
 //! On the CPU, and on the emulator where this build has it.
+#![cfg(feature = "onnx")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
