@@ -410,7 +410,7 @@ impl Bench {
         let gain = model.table.find("unet.out_gain").unwrap();
         model.weights[gain.0][0] = 1.0;
         model.meta.conditioning = conditioning;
-        save(&self.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+        save(self.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
     }
 }
 
@@ -442,7 +442,7 @@ fn sample_like_takes_a_pictures_features_as_the_condition() {
     bench.model("model", 6, 8, features_of("tagger.onnx", POOLED));
     let conditions: Vec<u8> = pictures.iter().flat_map(|p| expected(&small, p)).flat_map(f32::to_le_bytes).collect();
     let tensors: [safetensors::TensorOut; 1] = [("conditions", Dtype::F32, &[2, 6], &conditions)];
-    safetensors::write(&bench.path("c.safetensors"), &tensors, &Default::default()).unwrap();
+    safetensors::write(bench.path("c.safetensors"), &tensors, &Default::default()).unwrap();
 
     let options = "sample --model model --seeds 0-3 --steps 4 --guidance 2 --device cpu";
     let like = "--tagger tagger.onnx --like a.png --like b.png";
