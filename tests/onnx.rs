@@ -387,11 +387,12 @@ impl Bench {
         Command::cargo_bin("edm2k").unwrap().args(line.split_whitespace()).current_dir(self.dir.path()).assert()
     }
 
-    /// Standard error of a command that fails with one line.
+    /// What a command says that fails with one line, maybe after a warning.
     fn fails(&self, line: &str) -> String {
         let said = String::from_utf8(self.run(line).code(1).get_output().stderr.clone()).unwrap();
-        assert!(said.starts_with("edm2k: error: ") && said.lines().count() == 1, "{line}: {said}");
-        said
+        let errors: Vec<_> = said.lines().filter(|line| !line.starts_with("warning: ")).collect();
+        assert!(errors.len() == 1 && errors[0].starts_with("edm2k: error: "), "{line}: {said}");
+        errors[0].to_owned()
     }
 
     fn says(&self, line: &str) -> (String, String) {
@@ -399,7 +400,7 @@ impl Bench {
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
     }
 
-    /// A small network with a loud output, so that conditions show.
+    /// A small network whose gains are not 0 as they are before training, so that conditions show.
     fn model(&self, name: &str, label_dim: usize, side: usize, conditioning: Conditioning) {
         let config: Config = serde_json::from_value(json!({
             "img_resolution": side, "img_channels": 3, "label_dim": label_dim, "model_channels": 8,
@@ -407,8 +408,11 @@ impl Bench {
         }))
         .unwrap();
         let mut model = Model::init(&config, 4).unwrap();
-        let gain = model.table.find("unet.out_gain").unwrap();
-        model.weights[gain.0][0] = 1.0;
+        for (id, spec) in model.table.iter() {
+            if spec.name.ends_with("gain") {
+                model.weights[id.0].fill(0.5);
+            }
+        }
         model.meta.conditioning = conditioning;
         save(self.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
     }
@@ -434,9 +438,9 @@ fn sample_like_takes_a_pictures_features_as_the_condition() {
     let bench = Bench::new();
     let small = onnx::Tagger::new(9, 6);
     fs::write(bench.path("tagger.onnx"), small.file()).unwrap();
-    let pictures = [picture(9, 9), picture(9, 9).clone()].map(|p| p.rgb().to_vec());
-    let second: Vec<u8> = pictures[1].iter().map(|x| 255 - x).collect();
-    let pictures = [picture(9, 9), Picture::new(9, 9, second)];
+    let first = picture(9, 9);
+    let second = Picture::new(9, 9, first.rgb().iter().map(|x| 255 - x).collect());
+    let pictures = [first, second];
     pictures[0].save(&bench.path("a.png"), &[]).unwrap();
     pictures[1].save(&bench.path("b.png"), &[]).unwrap();
     bench.model("model", 6, 8, features_of("tagger.onnx", POOLED));
@@ -548,7 +552,7 @@ fn prepare_tagger_shows_the_tagger_the_whole_image() {
     assert!(other.contains("the tensor conv is"), "{other}");
     fs::write(bench.path("tagger.onnx"), onnx::Tagger::new(39, 6).file()).unwrap();
     let other = bench.fails(line);
-    assert!(other.contains("made before with tagger \"tagger.onnx ("), "{other}");
+    assert!(other.contains("made before with tagger tagger.onnx ("), "{other}");
     bench.run(&format!("{line} --features x.npy")).code(2);
 }
 
@@ -682,7 +686,7 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn damage_is_an_error_or_harmless(
@@ -699,7 +703,6 @@ proptest! {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = write(&dir, "tagger.onnx", &bytes);
-        fs::write("/tmp/tagger-case.onnx", &bytes).unwrap();
         for wanted in [Wanted::Pooled, Wanted::Output] {
             match Network::open(&path, wanted, Some([4, 4])) {
                 Err(why) => prop_assert!(why.to_string().lines().count() == 1, "{}", why),
