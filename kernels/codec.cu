@@ -11,8 +11,8 @@
 //    (nearest neighbour) sees at each of the four places of an enlarged pixel 2x2 pixels of the small image: four
 //    2x2 convolutions, whose weights are sums of the nine, each its own part of the grid (`phases`; before 1 or 0
 //    by the place). The enlarged image is never there, and 4 products do the work of 9.
-//    3 or 4 channels are padded to 8: with k flat over taps and channels, 72 products instead of 27 or 36, 3 steps
-//    of 32. The 3 channels of an image come from a tile 16 wide: 16 products for 3, 0.4 % of a decode.
+//    3 or 4 channels are padded to 8: with k flat over taps and channels, 72 products instead of 27 or 36, 2 steps
+//    of 64. The 3 channels of an image come from a tile 16 wide: 16 products for 3, 0.4 % of a decode.
 //
 // 2. NORMALISE: silu(x scale + shift), or without silu, or 3 tanh(x / 3), as a pass of its own before the
 //    convolution. The arithmetic, for an SD-VAE decoding to 512x704, whose norms have 0.63 G values together: the
@@ -62,54 +62,17 @@ struct CodecConv {
 };
 static_assert(sizeof(CodecConv) == 88, "mirrored by ConvParams in src/backend/gpu/codec.rs");
 
-// Copies the next step of both operands. Of each row, the place that tap 0 reads.
-template <class T, class Tile>
-struct CodecLoad {
-    static constexpr int CHUNKS = Tile::BK / 8, STRIDE = Tile::THREADS / CHUNKS, ROWS = Tile::BM / STRIDE;
-    static constexpr int NOWHERE = -1024;  // so far outside that no tap is inside
-    const CodecConv& p;
-    const T* weight;
-    int image[ROWS], y[ROWS], x[ROWS];
-    Walk k;
-
-    __device__ __forceinline__ explicit CodecLoad(const CodecConv& p) : p(p) {
-        const int taps = p.side * p.side, phase = blockIdx.z;
-        weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
-        // The upper and left half of an enlarged pixel looks back by one, the other does not.
-        const int up = p.before - phase / 2, left = p.before - phase % 2;
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int pixel = blockIdx.x * Tile::BM + threadIdx.x / CHUNKS + i * STRIDE;
-            image[i] = pixel / (p.rows * p.columns) * p.height * p.width;
-            y[i] = pixel < p.pixels ? pixel / p.columns % p.rows * p.stride - up : NOWHERE;
-            x[i] = pixel % p.columns * p.stride - left;
-        }
-        k.start(threadIdx.x % CHUNKS * 8, p.cin);
-    }
-    __device__ __forceinline__ void operator()(smem_addr stage) {
-        const int taps = p.side * p.side, ty = k.tap / p.side, tx = k.tap - ty * p.side;
-        const T* src = static_cast<const T*>(p.x);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const int row = y[i] + ty, column = x[i] + tx;
-            const bool valid =
-                k.tap < taps && unsigned(row) < unsigned(p.height) && unsigned(column) < unsigned(p.width);
-            const T* from = src + (int64_t(image[i] + row * p.width + column) * p.cin + k.channel);
-            cp_async(stage + swizzle<Tile::BK * 2>(threadIdx.x / CHUNKS + i * STRIDE, threadIdx.x % CHUNKS),
-                     valid ? from : src, valid);
-        }
-        load_weights<T, Tile>(stage, weight, p.cout, taps * p.cin, k.tap * p.cin + k.channel, k.tap < taps);
-        k.advance(Tile::BK, p.cin);
-    }
-};
-
-template <class T, class Tile>
+template <class T, class Tile, bool FLAT>
 __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     DYN_SMEM(unsigned char, smem);
-    const int steps = (p.side * p.side * p.cin + Tile::BK - 1) / Tile::BK;
+    const int taps = p.side * p.side, phase = blockIdx.z, first = blockIdx.x * Tile::BM;
+    // The upper and left half of an enlarged pixel looks back by one, the other does not.
+    const Window window = {p.height, p.width, p.rows, p.columns, p.side, p.stride, p.before - phase / 2, p.before - phase % 2};
+    const T* weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
+    const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
+                                    window, first, min(Tile::BM, p.pixels - first)};
     typename Tile::Accumulators acc = {};
-    CodecLoad<T, Tile> load(p);
-    multiply<T, Tile, false, false>(acc, smem_address(smem), steps, load, [](int) {});
+    multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin));
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
         const int pixel = blockIdx.x * Tile::BM + row, channel = blockIdx.y * Tile::BN + column;
         if (pixel >= p.pixels || channel >= p.cout) return;
@@ -129,16 +92,18 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     });
 }
 
-#define CONV(name, T, blocks, ...)                                                              \
+#define CONV(name, T, flat, blocks, ...)                                                        \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ CodecConv p) { codec_conv<T, Tile<__VA_ARGS__>>(p); }      \
+        name(const __grid_constant__ CodecConv p) { codec_conv<T, Tile<__VA_ARGS__>, flat>(p); } \
     KERNEL_EXPORT(name);
-CONV(codec_conv_f16_128x128x32_s3, __half, 2, 128, 128, 32, 3, 2, 4)
-CONV(codec_conv_f16_64x64x32_s4, __half, 3, 64, 64, 32, 4, 2, 2)
-CONV(codec_conv_f16_128x16x32_s4, __half, 2, 128, 16, 32, 4, 4, 1)
-CONV(codec_conv_bf16_128x128x32_s3, __nv_bfloat16, 2, 128, 128, 32, 3, 2, 4)
-CONV(codec_conv_bf16_64x64x32_s4, __nv_bfloat16, 3, 64, 64, 32, 4, 2, 2)
-CONV(codec_conv_bf16_128x16x32_s4, __nv_bfloat16, 2, 128, 16, 32, 4, 4, 1)
+#define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
+    CONV(codec_conv_f16_##m##x##n, __half, false, blocks, m, n, stages, wm, wn)                 \
+    CONV(codec_conv_bf16_##m##x##n, __nv_bfloat16, false, blocks, m, n, stages, wm, wn)
+#define FLAT(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                                 \
+    CONV(codec_conv_f16_flat_##m##x##n, __half, true, blocks, m, n, stages, wm, wn)             \
+    CONV(codec_conv_bf16_flat_##m##x##n, __nv_bfloat16, true, blocks, m, n, stages, wm, wn)
+#define GRADIENT(...)
+#include "tiles.cuh"
 
 // ---- 2. normalise -------------------------------------------------------------------------------
 

@@ -1,35 +1,51 @@
-// The machine under the three convolutions: an implicit matrix product on tensor cores.
+// The machine under the convolutions: an implicit matrix product on tensor cores.
 //
-//     D[m][n] = sum over k of A[m][k] B[k][n]        A, B 16-bit (f16 or bf16), sums f32
+//     D[m][n] = sum over k of A[m][k] B[n][k]        A, B 16-bit (f16 or bf16)
 //
 //     fprop   m = pixel          n = output channel      k = (tap, input channel)
-//     dgrad   m = pixel          n = input channel       k = (tap, output channel)
+//     dgrad   m = pixel          n = input channel       k = (tap, output channel)    weights transposed and turned
 //     wgrad   m = output channel n = (tap, input ch.)    k = pixel
 //
-// Tap t of 9 is the neighbour at dy = t / 3 - 1, dx = t % 3 - 1; a 1x1 convolution has the one tap 0.
-// No matrix is ever built: each thread gathers 16-byte chunks (8 channels of one pixel) by cp.async,
-// zeros for neighbours outside the image. That k (or n) is a flat index over taps and channels
-// wastes nothing when there are 8 channels: 72 products are 3 steps of 32, not 9.
+// A tap is a neighbour: tap t of 9 lies at dy = t / 3 - 1, dx = t % 3 - 1; a 1x1 convolution has the one tap 0.
+// No matrix is ever built: each thread gathers 16-byte chunks (8 channels of one pixel) by cp.async, zeros for
+// neighbours outside the image.
 //
-// A block makes one tile of D, in steps of BK, with STAGES - 1 steps in flight. In shared memory an
-// operand lies as memory gives it: "K-major" (rows of m or n, BK values each; fprop's both) or
-// "K-rows" (BK rows of m or n values; read by ldmatrix.trans), both swizzled so that neither
-// cp.async nor ldmatrix meets a bank twice. The result passes through shared memory once more, so
-// that global memory is touched 16 bytes a thread, 8 channels of one pixel at a time.
+// THE LOOP is bound by the instructions that it issues, not by the tensor cores, unless it is lean:
 //
-// Bytes a step through shared memory: 2 BK (BM + BN), read WARPS_N and WARPS_M times; operations:
-// 2 BM BN BK.
+//   * A step is 64 channels of one tap. So all rows of a step lie at one distance from where they lay for tap 0: an
+//     address is one offset of the row plus one number of the step, and whether the neighbour is inside is one bit of a
+//     mask of the row.
+//   * 64 values are 128 bytes: the swizzle against bank conflicts is one xor, known before the loop.
+//   * Taps and channels are counted once for the block, in uniform registers.
+//
+// That needs channels in multiples of 64. Others (the 5 channels of the first convolution, small networks) take the
+// FLAT gather, where each thread counts its own taps and channels.
+//
+// SUMS are f32, or f16 in two levels: the 64 products of a step are summed in f16, which GeForce cards do at twice the
+// rate, and each step's sum is added to f32 registers (docs/performance.md: error, and why nothing overflows).
+//
+// A block makes one tile of D, with STAGES - 1 steps in flight. In shared memory an operand lies as memory gives it:
+// rows of m or n, 64 values of k each (KMajor); or rows of k, 64 values of m or n each, one block of 64 after the other
+// (KRows; read by ldmatrix.trans). The result passes through shared memory once more, so that global memory is
+// touched 16 bytes a thread, 8 channels of one pixel at a time.
+//
+// Bytes a step through shared memory: 128 (BM + BN), read WARPS_N and WARPS_M times; operations: 128 BM BN.
+// Instructions for each HMMA of the loop: counted by scripts/kernel-report, listed in docs/kernels.md.
 #pragma once
 #include "math.cuh"
 
-template <int BM_, int BN_, int BK_, int STAGES_, int WARPS_M_, int WARPS_N_>
+constexpr int BK = 64;             // summands of a step
+constexpr int ROW_BYTES = BK * 2;  // of a row in shared memory: all 32 banks
+constexpr int CHUNKS = BK / 8;     // copies of a row
+
+template <int BM_, int BN_, int STAGES_, int WARPS_M_, int WARPS_N_>
 struct Tile {
-    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
+    static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_;
     static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, THREADS = WARPS_M * WARPS_N * 32;
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // a warp's part
-    static constexpr int A_BYTES = BM * BK * 2, STAGE_BYTES = A_BYTES + BN * BK * 2;
+    static constexpr int A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
     static constexpr int OUT_ROW = WN + 8;  // floats of a row of the way out: 8 rows of float2 meet no bank twice
-    static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % 16 == 0, "a warp's part is made of 16 x 16 fragments");
+    static_assert(WM % 16 == 0 && WN % 16 == 0 && WM <= 64 && WN <= 64, "a warp's part is made of 16 x 16 fragments");
     static_assert(WARPS_M * WARPS_N * 16 * OUT_ROW * 4 <= STAGES * STAGE_BYTES, "the way out fits the pipeline's memory");
 
     using Accumulators = float[WM / 16][WN / 8][4];
@@ -39,79 +55,108 @@ struct Tile {
 
 // ---- the main loop ------------------------------------------------------------------------------
 
-// acc += A B over `steps` steps. `load(stage)` issues the copies of the next step into a stage, A
-// first, B behind it; `before(step)` runs before a step's product.
-template <class T, class Tile, bool A_K_ROWS, bool B_K_ROWS, class Load, class Before>
-__device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, smem_addr shared, int steps, Load& load,
-                                         Before&& before) {
-    constexpr int M = Tile::WM / 16, N = Tile::WN / 16;
-    constexpr int A_ROW = (A_K_ROWS ? Tile::BM : Tile::BK) * 2, B_ROW = (B_K_ROWS ? Tile::BN : Tile::BK) * 2;
-    const int lane = threadIdx.x % 32, m0 = Tile::warp_m(), n0 = Tile::warp_n();
+// Where a lane reads its rows of 16 x 16 fragments i of an operand's part from `first` on, at summand 16 k of a step; as
+// operand A, or as B, whose fragments are pairs (ptx.cuh).
+template <bool B>
+struct KMajor {
+    static constexpr bool TRANS = false;
+    int base, chunk;
+    __device__ __forceinline__ explicit KMajor(int first) {
+        const int lane = threadIdx.x % 32, row = first + (B ? lane / 16 * 8 + lane % 8 : lane % 16);
+        base = row * ROW_BYTES, chunk = ((B ? lane / 8 % 2 : lane / 16) ^ (row & 7)) * 16;
+    }
+    __device__ __forceinline__ smem_addr at(smem_addr operand, int i, int k) const {
+        return operand + (base + i * 16 * ROW_BYTES + (chunk ^ k * 32));
+    }
+};
+template <bool B>
+struct KRows {
+    static constexpr bool TRANS = true;
+    int base, chunk;
+    __device__ __forceinline__ explicit KRows(int first) {
+        const int lane = threadIdx.x % 32, row = B ? lane % 16 : lane / 16 * 8 + lane % 8;
+        base = first / 64 * BK * 128 + row * 128;
+        chunk = ((first / 8 % 8 + (B ? lane / 16 : lane / 8 % 2)) ^ (row & 7)) * 16;
+    }
+    __device__ __forceinline__ smem_addr at(smem_addr operand, int i, int k) const {
+        return operand + (base + k * 16 * 128 + (chunk ^ i * 32));
+    }
+};
+
+// acc += A B over `steps` steps. `load(stage)` issues the copies of the next step into a stage, A first, B behind it.
+template <class T, class Tile, bool F16_SUMS, class A, class B, class Load>
+__device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, smem_addr shared, int steps, Load& load) {
+    static_assert(!F16_SUMS || is_half<T>, "sums in f16 are of f16 products");
+    constexpr int M = Tile::WM / 16, N = Tile::WN / 16, END = Tile::STAGES * Tile::STAGE_BYTES;
+    const A a(Tile::warp_m());
+    const B b(Tile::warp_n());
 
     for (int s = 0; s < Tile::STAGES - 1; s++) {
         if (s < steps) load(shared + s * Tile::STAGE_BYTES);
         cp_async_commit();
     }
-    int reading = 0, writing = Tile::STAGES - 1;
+    int reading = 0, writing = END - Tile::STAGE_BYTES;
     for (int step = 0; step < steps; step++) {
         cp_async_wait<Tile::STAGES - 2>();
         __syncthreads();  // this stage is there for all, and all have left the one loaded next
-        if (step + Tile::STAGES - 1 < steps) load(shared + writing * Tile::STAGE_BYTES);
+        if (step + Tile::STAGES - 1 < steps) load(shared + writing);
         cp_async_commit();
-        before(step);
-        const smem_addr a = shared + reading * Tile::STAGE_BYTES, b = a + Tile::A_BYTES;
+        uint32_t part[M][2 * N][2];  // of this step, where sums are f16
 #pragma unroll
-        for (int k = 0; k < Tile::BK; k += 16) {
+        for (int k = 0; k < BK / 16; k++) {
             smem_addr a_rows[M], b_rows[N];
 #pragma unroll
-            for (int i = 0; i < M; i++)
-                a_rows[i] = a + (A_K_ROWS ? swizzle<A_ROW>(k + lane / 16 * 8 + lane % 8, m0 / 8 + i * 2 + lane / 8 % 2)
-                                          : swizzle<A_ROW>(m0 + i * 16 + lane % 16, k / 8 + lane / 16));
+            for (int i = 0; i < M; i++) a_rows[i] = a.at(shared + reading, i, k);
 #pragma unroll
-            for (int j = 0; j < N; j++)
-                b_rows[j] = b + (B_K_ROWS ? swizzle<B_ROW>(k + lane % 16, n0 / 8 + j * 2 + lane / 16)
-                                          : swizzle<B_ROW>(n0 + j * 16 + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+            for (int j = 0; j < N; j++) b_rows[j] = b.at(shared + reading + Tile::A_BYTES, j, k);
             uint32_t fa[M][4], pairs[N][4], fb[2 * N][2];
-            ldmatrix_n<A_K_ROWS>(fa, a_rows);
-            ldmatrix_n<B_K_ROWS>(pairs, b_rows);
+            ldmatrix_n<A::TRANS>(fa, a_rows);
+            ldmatrix_n<B::TRANS>(pairs, b_rows);
 #pragma unroll
             for (int j = 0; j < 2 * N; j++) fb[j][0] = pairs[j / 2][j % 2 * 2], fb[j][1] = pairs[j / 2][j % 2 * 2 + 1];
-            mma_tile<T>(acc, fa, fb);
+            if constexpr (F16_SUMS)
+                k == 0 ? mma_tile_f16<true>(part, fa, fb) : mma_tile_f16<false>(part, fa, fb);
+            else
+                mma_tile<T>(acc, fa, fb);
         }
-        reading = reading + 1 == Tile::STAGES ? 0 : reading + 1;
-        writing = writing + 1 == Tile::STAGES ? 0 : writing + 1;
+        if constexpr (F16_SUMS) {
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * N; j++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float2 sum = unpack2<__half>(part[i][j][half]);
+                        acc[i][j][2 * half] += sum.x, acc[i][j][2 * half + 1] += sum.y;
+                    }
+        }
+        reading = reading + Tile::STAGE_BYTES == END ? 0 : reading + Tile::STAGE_BYTES;
+        writing = writing + Tile::STAGE_BYTES == END ? 0 : writing + Tile::STAGE_BYTES;
     }
     cp_async_wait<0>();
 }
 
-// ---- gathering ----------------------------------------------------------------------------------
+// ---- gathering neighbours -----------------------------------------------------------------------
 
-// The tap and channel of a flat index that moves on by steps.
-struct Walk {
-    int tap, channel;
-    __device__ __forceinline__ void start(int k, int channels) { tap = k / channels, channel = k % channels; }
-    __device__ __forceinline__ void advance(int by, int channels) {
-        for (channel += by; channel >= channels; channel -= channels) tap++;
-    }
+// Which neighbours a pixel of the result reads: tap (ty, tx) of side x side is the pixel at
+// (stride y + ty - up, stride x + tx - left) of the same image.
+struct Window {
+    int height, width;   // of the input
+    int rows, columns;   // of the result
+    int side, stride, up, left;
+    __device__ __forceinline__ int taps() const { return side * side; }
 };
-
-// How far the neighbour at a tap lies, in pixels.
-__device__ __forceinline__ int tap_shift(int tap, int taps, int width) {
-    return taps == 1 ? 0 : (tap / 3 - 1) * width + tap % 3 - 1;
-}
-__device__ __forceinline__ bool tap_inside(int tap, int taps, int y, int x, int height, int width) {
-    if (taps == 1) return true;
-    y += tap / 3 - 1, x += tap % 3 - 1;
-    return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
+// Of a convolution that keeps the size.
+__device__ __forceinline__ Window same_window(int height, int width, int taps) {
+    const int side = taps == 9 ? 3 : 1;
+    return {height, width, height, width, side, 1, side / 2, side / 2};
 }
 
 // The pixels that a row of tiles works on: tiles do not cross groups (all pixels; or one image).
 struct PixelTiles {
-    int height, width;    // of an image
-    int group;            // pixels of a group
-    int tiles_per_group;  // tiles of BM pixels
+    int height, width;           // of an image
+    int group, tiles_per_group;  // pixels, and blocks along m
 };
-
 template <int BM>
 struct TilePixels {
     int first, count;  // valid pixels first .. first + count of a tile, count <= BM
@@ -121,53 +166,126 @@ struct TilePixels {
     }
 };
 
-// Operand A of fprop and dgrad: K-major rows of neighbours of the tile's pixels. A thread has a
-// fixed chunk of the step and every (THREADS / chunks)-th row.
-template <class T, class Tile>
-struct PixelRows {
-    static constexpr int CHUNKS = Tile::BK / 8, STRIDE = Tile::THREADS / CHUNKS, ROWS = Tile::BM / STRIDE;
-    static_assert(Tile::BM % STRIDE == 0, "every thread copies as many rows");
-    int pixel[ROWS];
-    uint32_t inside[ROWS];  // bit t: the neighbour at tap t is in the image
+// A product of neighbours by weights, both K-major.
+template <class T>
+struct ConvProduct {
+    const T *x, *skip;  // [pixels][ca], [pixels][cb]; skip is not read if cb = 0
+    const T* weight;    // [columns][taps][ca + cb]
+    int ca, cb, columns;
+    Window window;
+    int first, count;   // the tile's pixels
+    // k runs over all of x, then over all of skip, each padded to whole steps where k is flat.
+    __device__ __forceinline__ int steps(int channels) const { return (window.taps() * channels + BK - 1) / BK; }
+};
 
-    __device__ __forceinline__ PixelRows(const PixelTiles& t, int taps) {
-        const TilePixels<Tile::BM> tile(t);
+// Copies the steps of a ConvProduct one after the other. A thread has a fixed chunk of 8 channels of a step, and
+// every STRIDE-th row.
+template <class T, class Tile, bool FLAT>
+struct ConvLoad {
+    static constexpr int STRIDE = Tile::THREADS / CHUNKS, ROWS = Tile::BM / STRIDE;
+    static constexpr int COLUMNS = (Tile::BN + STRIDE - 1) / STRIDE;
+    static_assert(Tile::BM % STRIDE == 0 && STRIDE % 8 == 0, "every thread copies as many rows, all in one place of the swizzle");
+    static_assert(Tile::BN % STRIDE == 0 || Tile::BN < STRIDE, "and as many columns");
+
+    const T *src, *weight;
+    int offset[ROWS];        // of what tap 0 reads, in values
+    uint32_t inside[ROWS];   // bit t: the neighbour at tap t is in the image
+    int row_of[COLUMNS];     // the weight's rows, in values; rows beyond the last repeat it and are never stored
+    int to;                  // place in a stage
+    uint32_t tap;              // 1 << tap of the next step; of this thread's chunk where k is flat
+    int column, channel;       // the tap's, in its row of taps, and the first channel
+    int delta, k;              // how far the step lies from tap 0, and from the beginning of the weight's rows
+    int channels, between;     // of the input at hand, and those of the other one, in the weight's rows
+    int left;                  // taps, or where k is flat steps, up to the second input; 0 or less: there is none
+
+    __device__ __forceinline__ ConvLoad(const ConvProduct<T>& p, int first_step) {
+        const int chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
+        const Window& w = p.window;
+        const int steps_x = p.steps(p.ca);
+        begin(p, first_step >= steps_x, first_step >= steps_x ? first_step - steps_x : first_step);
+        if (FLAT && left > 0) left = steps_x - first_step;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int row = threadIdx.x / CHUNKS + i * STRIDE;
-            const bool valid = row < tile.count;
-            pixel[i] = valid ? tile.first + row : 0, inside[i] = 0;
-            const int x = pixel[i] % t.width, y = pixel[i] / t.width % t.height;
-            for (int tap = 0; tap < taps; tap++)
-                inside[i] |= uint32_t(valid && tap_inside(tap, taps, y, x, t.height, t.width)) << tap;
+            const bool valid = row + i * STRIDE < p.count;
+            const int pixel = p.first + (valid ? row + i * STRIDE : 0);
+            const int y = pixel / w.columns % w.rows * w.stride - w.up, x = pixel % w.columns * w.stride - w.left;
+            inside[i] = 0;
+            for (int t = 0; t < w.taps(); t++) {
+                const int ny = y + t / w.side, nx = x + t % w.side;
+                inside[i] |= uint32_t(valid && unsigned(ny) < unsigned(w.height) && unsigned(nx) < unsigned(w.width)) << t;
+            }
+            const int base = (pixel / (w.rows * w.columns) * w.height + y) * w.width + x;
+            offset[i] = base * channels + (FLAT ? 0 : chunk * 8);
+        }
+        const int row_values = w.taps() * (p.ca + p.cb);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++)
+            row_of[j] = min(int(blockIdx.y) * Tile::BN + row + j * STRIDE, p.columns - 1) * row_values + (FLAT ? 0 : chunk * 8);
+        to = row * ROW_BYTES + (chunk ^ (row & 7)) * 16;
+        weight = p.weight;
+    }
+    // Goes to a step of one of the inputs.
+    __device__ __forceinline__ void begin(const ConvProduct<T>& p, bool second, int step) {
+        src = second ? p.skip : p.x, channels = second ? p.cb : p.ca, between = second ? p.ca : p.cb;
+        const int at = step * BK + (FLAT ? threadIdx.x % CHUNKS * 8 : 0);
+        const int t = at / channels;
+        tap = 1u << t, column = t % p.window.side, channel = at % channels;
+        delta = (t / p.window.side * p.window.width + column) * channels + channel;
+        k = t * (p.ca + p.cb) + (second ? p.ca : 0) + channel;
+        left = second || p.cb == 0 ? 0 : p.window.taps() - t;
+    }
+    // Goes on with the second input, whose window keeps the size.
+    __device__ __forceinline__ void second_input(const ConvProduct<T>& p) {
+        const int first = p.first + threadIdx.x / CHUNKS - p.window.up * p.window.width - p.window.left;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+            offset[i] = (first + i * STRIDE) * p.cb + (FLAT ? 0 : threadIdx.x % CHUNKS * 8);
+        if constexpr (FLAT) {
+            begin(p, true, 0);
+        } else {
+            src = p.skip, channels = p.cb, between = p.ca;
+            tap = 1, column = delta = 0, k = p.ca;
         }
     }
-    // src [pixels][channels]; a tap beyond the last copies zeros.
-    __device__ __forceinline__ void load(smem_addr to, const T* src, int channels, Walk k, int taps, int width) const {
-        const int shift = tap_shift(k.tap, taps, width);
+    __device__ __forceinline__ void copy(const ConvProduct<T>& p, smem_addr stage) {
+        const smem_addr a = stage + to;
+        const bool there = !FLAT || tap >> p.window.taps() == 0;  // else beyond the last tap: the last step's rest
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const bool valid = k.tap < taps && (inside[i] >> k.tap & 1);
-            const T* from = src + (int64_t(pixel[i] + shift) * channels + k.channel);
-            cp_async(to + swizzle<Tile::BK * 2>(threadIdx.x / CHUNKS + i * STRIDE, threadIdx.x % CHUNKS),
-                     valid ? from : src, valid);
+            const bool valid = there && (inside[i] & tap);
+            cp_async(a + i * STRIDE * ROW_BYTES, src + (offset[i] + delta), valid);
         }
+        if (Tile::BN < STRIDE && threadIdx.x / CHUNKS >= Tile::BN) return;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++)
+            cp_async(a + Tile::A_BYTES + j * STRIDE * ROW_BYTES, weight + (row_of[j] + k), there);
+    }
+    // The channels of the next tap in a row follow on those of this one.
+    __device__ __forceinline__ void advance(const ConvProduct<T>& p) {
+        channel += BK, delta += BK, k += BK;
+        if constexpr (FLAT) {
+            if (--left == 0) return second_input(p);
+            while (channel >= channels) channel -= channels, next_tap(p);
+        } else {
+            if (channel < channels) return;
+            channel = 0, next_tap(p);
+            if (--left == 0) second_input(p);
+        }
+    }
+    __device__ __forceinline__ void next_tap(const ConvProduct<T>& p) {
+        tap <<= 1, column++, k += between;
+        if (column < p.window.side) return;
+        column = 0, delta += (p.window.width - p.window.side) * channels;
     }
 };
 
-// Operand B of a forward convolution: K-major rows of weight [cout][row], 8 values of each from `at` on; zeros
-// unless `inside`. As for A, a thread has a fixed chunk of the step.
-template <class T, class Tile>
-__device__ __forceinline__ void load_weights(smem_addr stage, const T* weight, int cout, int row, int at, bool inside) {
-    constexpr int CHUNKS = Tile::BK / 8, STRIDE = Tile::THREADS / CHUNKS;
-#pragma unroll
-    for (int i = 0; i < (Tile::BN + STRIDE - 1) / STRIDE; i++) {
-        const int n = threadIdx.x / CHUNKS + i * STRIDE, co = blockIdx.y * Tile::BN + n;
-        if (Tile::BN % STRIDE != 0 && n >= Tile::BN) break;
-        const bool valid = co < cout && inside;
-        cp_async(stage + Tile::A_BYTES + swizzle<Tile::BK * 2>(n, threadIdx.x % CHUNKS),
-                 valid ? weight + (int64_t(co) * row + at) : weight, valid);
-    }
+// acc += the product's steps first .. last.
+template <class T, class Tile, bool F16_SUMS, bool FLAT>
+__device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsigned char* smem, const ConvProduct<T>& p,
+                                         int first, int last) {
+    ConvLoad<T, Tile, FLAT> at(p, first);
+    auto load = [&](smem_addr stage) { at.copy(p, stage), at.advance(p); };
+    multiply<T, Tile, F16_SUMS, KMajor<false>, KMajor<true>>(acc, smem_address(smem), last - first, load);
 }
 
 // ---- the way out --------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 // Gradient of a convolution with respect to its input: conv_fprop with the channels' roles exchanged.
 //
-//     g[p][c] = sum over t, co of w[co][taps - 1 - t][c] * grad[neighbour t of p][co]
+//     g[p][c] = sum over t, co of turned[c][t][co] * grad[neighbour t of p][co]
+//     turned[c][t][co] = w[co][taps - 1 - t][c]
 //
-// read from the same weights as fprop: their rows of input channels become rows of k, which
-// ldmatrix.trans turns. The columns c < ca belong to x, the others to skip; then, with
-// s = x_scale or skip_scale,
+// so that it is conv_fprop on a copy of the weights, transposed and turned, which the optimizer's step writes
+// (weights.cu): 2 bytes a weight once a step, against a loop that is the same for both. The columns c < ca belong to x,
+// the others to skip; then, with s = x_scale or skip_scale (1 where the scales are in the weights),
 //
 //     gx[p][c] = g gain s + acc_factor acc                                   a linear input
 //     gx[p][c] = g gain s mp_silu'(s x[p][c]) + acc_factor acc               the input was mp_silu(s x)
@@ -14,15 +15,15 @@
 // The last sum is deterministic: tiles do not cross images, each writes one row of `sums`, and
 // conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
 //
-// grad [n, h, w, cout], w [cout][taps][ca + cb], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
+// grad [n, h, w, cout], turned [ca + cb][taps][cout], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
 // all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32.
 // Channels: multiples of 8.
 //
-// Operations: 2 n h w taps cin cout. Bytes: grad, w, x, acc read once, gx written once (DRAM).
+// Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).
 #include "conv.cuh"
 
 struct ConvDgrad {
-    const void *grad, *weight;
+    const void *grad, *turned;
     const void *x, *skip;          // the input before mp_silu; null if there was none
     const void *acc_x, *acc_skip;  // null: nothing to add
     const float* scale;            // null: none
@@ -71,47 +72,19 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channe
     store16(static_cast<T*>(second ? p.gskip : p.gx) + at, pack8<T>(v));
 }
 
-// Copies the next step of grad's pixels and the weight's rows.
-template <class T, class Tile>
-struct DgradLoad {
-    static constexpr int COLUMNS = Tile::BN / 8, STRIDE = Tile::THREADS / COLUMNS, ROWS = Tile::BK / STRIDE;
-    static_assert(Tile::BK % STRIDE == 0, "every thread copies as many rows");
-    const ConvDgrad& p;
-    PixelRows<T, Tile> pixels;
-    Walk k, rows[ROWS];
-
-    __device__ __forceinline__ DgradLoad(const ConvDgrad& p, int first_step) : p(p), pixels(p.tiles, p.taps) {
-        k.start(first_step * Tile::BK + threadIdx.x % (Tile::BK / 8) * 8, p.cout);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) rows[i].start(first_step * Tile::BK + threadIdx.x / COLUMNS + i * STRIDE, p.cout);
-    }
-    __device__ __forceinline__ void operator()(smem_addr stage) {
-        pixels.load(stage, static_cast<const T*>(p.grad), p.cout, k, p.taps, p.tiles.width);
-        k.advance(Tile::BK, p.cout);
-        const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x % COLUMNS * 8;
-        const T* weight = static_cast<const T*>(p.weight);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const bool valid = channel < cin && rows[i].tap < p.taps;
-            const T* from = weight + ((int64_t(rows[i].channel) * p.taps + (p.taps - 1 - rows[i].tap)) * cin + channel);
-            cp_async(stage + Tile::A_BYTES + swizzle<Tile::BN * 2>(threadIdx.x / COLUMNS + i * STRIDE, threadIdx.x % COLUMNS),
-                     valid ? from : weight, valid);
-            rows[i].advance(Tile::BK, p.cout);
-        }
-    }
-};
-
-template <class T, class Tile>
+template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     DYN_SMEM(unsigned char, smem);
-    const int cin = p.ca + p.cb, steps = (p.taps * p.cout + Tile::BK - 1) / Tile::BK;
-    const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, steps);
+    const int cin = p.ca + p.cb;
+    const TilePixels<Tile::BM> tile(p.tiles);
+    const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
+                                    p.cout, 0, cin, same_window(p.tiles.height, p.tiles.width, p.taps),
+                                    tile.first, tile.count};
+    const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
 
     typename Tile::Accumulators acc = {};
-    DgradLoad<T, Tile> load(p, first);
-    multiply<T, Tile, false, true>(acc, smem_address(smem), last - first, load, [](int) {});
+    multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
 
-    const TilePixels<Tile::BM> tile(p.tiles);
     float sums[8] = {};
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
         const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
@@ -179,18 +152,24 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
 }
 KERNEL_EXPORT(conv_dgrad_scale_sums);
 
-#define INSTANCE(name, T, blocks, ...)                                                          \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ ConvDgrad p) { conv_dgrad<T, Tile<__VA_ARGS__>>(p); }      \
-    KERNEL_EXPORT(name);
 #define REDUCE(name, T)                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                           \
         name(const __grid_constant__ ConvDgrad p) { conv_dgrad_reduce<T>(p); }                  \
     KERNEL_EXPORT(name);
-
-INSTANCE(conv_dgrad_f16_128x128x32_s3, __half, 2, 128, 128, 32, 3, 2, 4)
-INSTANCE(conv_dgrad_f16_64x64x32_s4, __half, 3, 64, 64, 32, 4, 2, 2)
-INSTANCE(conv_dgrad_bf16_128x128x32_s3, __nv_bfloat16, 2, 128, 128, 32, 3, 2, 4)
-INSTANCE(conv_dgrad_bf16_64x64x32_s4, __nv_bfloat16, 3, 64, 64, 32, 4, 2, 2)
 REDUCE(conv_dgrad_reduce_f16, __half)
 REDUCE(conv_dgrad_reduce_bf16, __nv_bfloat16)
+
+#define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
+        name(const __grid_constant__ ConvDgrad p) { conv_dgrad<T, Tile<__VA_ARGS__>, f16_sums, flat>(p); } \
+    KERNEL_EXPORT(name);
+#define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
+    INSTANCE(conv_dgrad_f16_##m##x##n, __half, false, false, blocks, m, n, stages, wm, wn)      \
+    INSTANCE(conv_dgrad_bf16_##m##x##n, __nv_bfloat16, false, false, blocks, m, n, stages, wm, wn) \
+    INSTANCE(conv_dgrad_f16x2_##m##x##n, __half, true, false, blocks_f16x2, m, n, stages, wm, wn)
+#define FLAT(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                                 \
+    INSTANCE(conv_dgrad_f16_flat_##m##x##n, __half, false, true, blocks, m, n, stages, wm, wn)  \
+    INSTANCE(conv_dgrad_bf16_flat_##m##x##n, __nv_bfloat16, false, true, blocks, m, n, stages, wm, wn) \
+    INSTANCE(conv_dgrad_f16x2_flat_##m##x##n, __half, true, true, blocks_f16x2, m, n, stages, wm, wn)
+#define GRADIENT(...)
+#include "tiles.cuh"

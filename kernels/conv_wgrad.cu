@@ -24,58 +24,66 @@ struct ConvWgrad {
 };
 static_assert(sizeof(ConvWgrad) == 88, "mirrored by WgradParams in src/backend/gpu/conv.rs");
 
-// Copies the next BK pixels of grad and of the input's neighbours. A thread keeps its column.
+// Copies the next BK pixels of grad and of the input's neighbours. A thread keeps its column of 8 channels, and with
+// it its tap, and takes every STRIDE-th pixel. Whether a neighbour is inside is asked of two numbers that each wrap by
+// themselves, by one minimum of unsigned numbers: the pixel's x, which must not be the edge that the tap looks over; and
+// its place in the image, counted from the first row that has such a neighbour, which must lie among those rows.
 template <class T, class Tile>
 struct WgradLoad {
-    static constexpr int COLUMNS = Tile::BN / 8, STRIDE = Tile::THREADS / COLUMNS, ROWS = Tile::BK / STRIDE;
-    static_assert(Tile::BM == Tile::BN && Tile::BK % STRIDE == 0, "every thread copies as many rows of both");
-    const ConvWgrad& p;
-    const T *grad, *in;
-    int channels;  // of the input in this column
-    int tap, shift;
-    bool grad_valid, in_valid;
-    int pixel[ROWS], x[ROWS], y[ROWS], step_x, step_y;
+    static constexpr int COLUMNS = Tile::BN / 8, STRIDE = Tile::THREADS / COLUMNS, ROWS = BK / STRIDE;
+    static_assert(Tile::BM == Tile::BN && BK % STRIDE == 0 && STRIDE % 8 == 0, "every thread copies as many rows of both");
+    const T *grad, *in;        // this thread's first pixel of the next step
+    int grad_row, in_row;      // values from one pixel to the next
+    int grad_left, left;       // pixels up to the last; none for channels beyond the last
+    unsigned x[ROWS], at[ROWS];
+    unsigned width, image, edge, inside;  // inside: pixels that have such a neighbour above or below
+    unsigned step_x, step_at;
+    int to;                    // place in a stage
 
-    __device__ __forceinline__ WgradLoad(const ConvWgrad& p, int first_step) : p(p) {
-        const int cin = p.ca + p.cb, column = threadIdx.x % COLUMNS * 8;
-        const int co = blockIdx.x * Tile::BM + column, n = blockIdx.y * Tile::BN + column, c = n % cin;
-        const bool second = c >= p.ca;
-        grad_valid = co < p.cout, in_valid = n < p.taps * cin;
-        grad = static_cast<const T*>(p.grad) + (grad_valid ? co : 0);
-        in = static_cast<const T*>(second ? p.skip : p.x) + (second ? c - p.ca : c), channels = second ? p.cb : p.ca;
-        tap = in_valid ? n / cin : 0, shift = tap_shift(tap, p.taps, p.width);
-        step_x = Tile::BK % p.width, step_y = Tile::BK / p.width % p.height;
+    __device__ __forceinline__ WgradLoad(const ConvWgrad& p, int first_step) : width(p.width), image(p.width * p.height) {
+        const int cin = p.ca + p.cb, chunk = threadIdx.x % COLUMNS, row = threadIdx.x / COLUMNS;
+        const int co = blockIdx.x * Tile::BM + chunk * 8, n = blockIdx.y * Tile::BN + chunk * 8, c = n % cin;
+        const bool second = c >= p.ca, in_valid = n < p.taps * cin;
+        const int tap = in_valid ? n / cin : 0, pixel = first_step * BK + row;
+        const int dy = p.taps == 1 ? 0 : tap / 3 - 1, dx = p.taps == 1 ? 0 : tap % 3 - 1;
+        grad_row = p.cout, in_row = second ? p.cb : p.ca;
+        grad = static_cast<const T*>(p.grad) + (int64_t(pixel) * grad_row + co);
+        in = static_cast<const T*>(second ? p.skip : p.x) +
+             (int64_t(pixel + dy * p.width + dx) * in_row + (second ? c - p.ca : c));
+        left = p.pixels - pixel, grad_left = co < p.cout ? left : 0;
+        edge = dx == 0 ? ~0u : dx < 0 ? 0 : width - 1;
+        inside = !in_valid ? 0 : dy == 0 ? image : image - width;
+        step_x = BK % width, step_at = BK % image;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            pixel[i] = first_step * Tile::BK + threadIdx.x / COLUMNS + i * STRIDE;
-            x[i] = pixel[i] % p.width, y[i] = pixel[i] / p.width % p.height;
+            x[i] = (pixel + i * STRIDE) % width;
+            at[i] = (pixel + i * STRIDE + (dy < 0 ? image - width : 0)) % image;
         }
+        to = chunk / 8 * BK * ROW_BYTES + row * ROW_BYTES + (chunk % 8 ^ (row & 7)) * 16;
     }
     __device__ __forceinline__ void operator()(smem_addr stage) {
+        const smem_addr a = stage + to;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const smem_addr to = stage + swizzle<Tile::BN * 2>(threadIdx.x / COLUMNS + i * STRIDE, threadIdx.x % COLUMNS);
-            const bool valid = pixel[i] < p.pixels;
-            const bool of_grad = valid && grad_valid;
-            const bool of_in = valid && in_valid && tap_inside(tap, p.taps, y[i], x[i], p.height, p.width);
-            cp_async(to, of_grad ? grad + int64_t(pixel[i]) * p.cout : grad, of_grad);
-            cp_async(to + Tile::A_BYTES, of_in ? in + int64_t(pixel[i] + shift) * channels : in, of_in);
-            pixel[i] += Tile::BK, x[i] += step_x, y[i] += step_y;
-            if (x[i] >= p.width) x[i] -= p.width, y[i]++;
-            if (y[i] >= p.height) y[i] -= p.height;
+            cp_async(a + i * STRIDE * ROW_BYTES, grad + i * STRIDE * grad_row, i * STRIDE < grad_left);
+            cp_async(a + Tile::A_BYTES + i * STRIDE * ROW_BYTES, in + i * STRIDE * in_row,
+                     i * STRIDE < left && x[i] != edge && at[i] < inside);
+            x[i] = min(x[i] + step_x, x[i] + step_x - width);
+            at[i] = min(at[i] + step_at, at[i] + step_at - image);
         }
+        grad += BK * grad_row, in += BK * in_row, left -= BK, grad_left -= BK;
     }
 };
 
-template <class T, class Tile>
+template <class T, class Tile, bool F16_SUMS>
 __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
     DYN_SMEM(unsigned char, smem);
-    const int steps = (p.pixels + Tile::BK - 1) / Tile::BK, first = blockIdx.z * p.steps_per_split;
+    const int steps = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
     const int last = min(first + p.steps_per_split, steps), cin = p.ca + p.cb, columns = p.taps * cin;
 
     typename Tile::Accumulators acc = {};
     WgradLoad<T, Tile> load(p, first);
-    multiply<T, Tile, true, true>(acc, smem_address(smem), last - first, load, [](int) {});
+        multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load);
 
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
         const int co = blockIdx.x * Tile::BM + row, n = blockIdx.y * Tile::BN + column;
@@ -109,12 +117,14 @@ extern "C" __global__ void __launch_bounds__(256) conv_wgrad_reduce(const __grid
 }
 KERNEL_EXPORT(conv_wgrad_reduce);
 
-#define INSTANCE(name, T, blocks, ...)                                                          \
+#define INSTANCE(name, T, f16_sums, blocks, ...)                                                \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ ConvWgrad p) { conv_wgrad<T, Tile<__VA_ARGS__>>(p); }      \
+        name(const __grid_constant__ ConvWgrad p) { conv_wgrad<T, Tile<__VA_ARGS__>, f16_sums>(p); } \
     KERNEL_EXPORT(name);
-
-INSTANCE(conv_wgrad_f16_128x128x32_s3, __half, 2, 128, 128, 32, 3, 2, 4)
-INSTANCE(conv_wgrad_f16_64x64x32_s4, __half, 3, 64, 64, 32, 4, 2, 2)
-INSTANCE(conv_wgrad_bf16_128x128x32_s3, __nv_bfloat16, 2, 128, 128, 32, 3, 2, 4)
-INSTANCE(conv_wgrad_bf16_64x64x32_s4, __nv_bfloat16, 3, 64, 64, 32, 4, 2, 2)
+#define PIXELS(...)
+#define FLAT(...)
+#define GRADIENT(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                             \
+    INSTANCE(conv_wgrad_f16_##m##x##n, __half, false, blocks, m, n, stages, wm, wn)             \
+    INSTANCE(conv_wgrad_bf16_##m##x##n, __nv_bfloat16, false, blocks, m, n, stages, wm, wn)     \
+    INSTANCE(conv_wgrad_f16x2_##m##x##n, __half, true, blocks_f16x2, m, n, stages, wm, wn)
+#include "tiles.cuh"

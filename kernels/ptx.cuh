@@ -120,8 +120,9 @@ template <class T, int M, int N>
 inline void mma_tile(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
     simt::mma(d, a[0], b[0], {M, N, is_half<T> ? simt::Element::f16 : simt::Element::bf16, simt::Accumulator::f32}, at);
 }
-template <int M, int N>
+template <bool FIRST, int M, int N>
 inline void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
+    if (FIRST) memset(d, 0, sizeof d);
     simt::mma(d, a[0], b[0], {M, N, simt::Element::f16, simt::Accumulator::f16}, at);
 }
 template <class T>
@@ -147,11 +148,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d += a * b in f16 with f16 accumulators: twice the rate on GeForce cards.
+// d = a * b + c in f16 with f16 accumulators: twice the rate on GeForce cards.
+__device__ __forceinline__ void mma_f16(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32_t (&b)[2], uint32_t c0,
+                                        uint32_t c1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
+        : "=r"(d[0]), "=r"(d[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c0), "r"(c1));
+}
 __device__ __forceinline__ void mma_f16(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
-        : "+r"(d[0]), "+r"(d[1])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    mma_f16(d, a, b, d[0], d[1]);
 }
 
 // d[i][j] += a[i] * b[j]: a warp's tile of 16 M x 8 N.
@@ -162,12 +167,13 @@ __device__ __forceinline__ void mma_tile(float (&d)[M][N][4], const uint32_t (&a
 #pragma unroll
         for (int j = 0; j < N; j++) mma<T>(d[i][j], a[i], b[j]);
 }
-template <int M, int N>
+// The same with sums in f16; where it is the FIRST product, d = a * b, and no zero is moved into a register.
+template <bool FIRST, int M, int N>
 __device__ __forceinline__ void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j]);
+        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j], FIRST ? 0u : d[i][j][0], FIRST ? 0u : d[i][j][1]);
 }
 
 #endif

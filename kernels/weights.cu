@@ -11,7 +11,10 @@
 //     v  <- v beta2 + g^2 (1 - beta2)
 //     w  <- x - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps_adam)
 //     e  <- e + (w - e)(1 - beta_e), each average
-//     effective <- normalize(normalize^rounds(w)) / sqrt(K), in 16 bits: what the convolutions read
+//     effective <- s normalize(normalize^rounds(w)) / sqrt(K), in 16 bits: what the convolutions read
+//
+// s are the scales of mp_cat, of the channels before `split` and from there, 1 elsewhere. A second kernel copies effective
+// convolution weights to turned[c][taps - 1 - t][co], what conv_dgrad reads (weight_turn: 4 bytes a weight).
 //
 // and for the statistics g . g and the number of values that were not finite, one pair a row, which a
 // second kernel adds up in a fixed order. Gains are rows that skip the normalisation and stay f32.
@@ -31,6 +34,8 @@ struct WeightRow {
     long long effective;  // its first value in `effective`; of plain values in `plain`
     int length;           // with padding, a multiple of 8
     int fan_in;           // K, without padding; 0: plain values, which are not normalised
+    int cin, split;       // of its channels, with padding, those from split on have another scale; multiples of 4
+    float scales[2];
 };
 
 // Of one step; in device memory, so that a captured graph serves every step.
@@ -103,8 +108,8 @@ __device__ __forceinline__ void write_effective(const WeightRow& row, const floa
         if (row.fan_in == 0) {
             write4(plain + row.effective + i, w[v]);
         } else {
-            uint2 packed = make_uint2(pack2<T>(w[v][0] * factor, w[v][1] * factor),
-                                      pack2<T>(w[v][2] * factor, w[v][3] * factor));
+            const float f = factor * row.scales[i % row.cin >= row.split];
+            uint2 packed = make_uint2(pack2<T>(w[v][0] * f, w[v][1] * f), pack2<T>(w[v][2] * f, w[v][3] * f));
             *reinterpret_cast<uint2*>(static_cast<T*>(effective) + row.effective + i) = packed;
         }
     }
@@ -251,3 +256,49 @@ extern "C" __global__ void __launch_bounds__(1024) weight_stats(ReduceStats p) {
     if (threadIdx.x == 0) *p.totals = {sqrt(sum.grad_norm), sum.nonfinite};
 }
 KERNEL_EXPORT(weight_stats);
+
+// ---- the copy for conv_dgrad ------------------------------------------------------------------
+
+// 64 x 64 weights of one tap.
+struct TurnTile {
+    long long from, to;      // the weight's first value among the effective and the turned ones
+    int cout, cin, taps;     // with padding
+    int tap, co, c;          // the tile's
+};
+
+struct WeightTurn {
+    const TurnTile* tiles;  // [blocks]
+    const void* effective;
+    void* turned;
+};
+
+// 256 threads; the same for both types, which are only moved.
+extern "C" __global__ void __launch_bounds__(256) weight_turn(const __grid_constant__ WeightTurn p) {
+    SHARED(uint4, rows, [64 * 8]);  // [co][8 chunks of c], swizzled
+    const TurnTile t = p.tiles[blockIdx.x];
+    const uint16_t* from = static_cast<const uint16_t*>(p.effective) + t.from;
+    uint16_t* to = static_cast<uint16_t*>(p.turned) + t.to;
+    for (int i = threadIdx.x; i < 64 * 8; i += 256) {
+        const int co = i / 8, chunk = i % 8;
+        const bool valid = t.co + co < t.cout && t.c + chunk * 8 < t.cin;
+        const uint16_t* at = from + (int64_t(t.co + co) * t.taps + t.tap) * t.cin + t.c + chunk * 8;
+        rows[co * 8 + (chunk ^ (co & 7))] = valid ? load16(at) : make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+    // Each warp turns 8 channels of 64 rows: register j holds channel lane / 4 of the rows 8 j + 2 (lane % 4) and the next.
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = t.c + warp * 8 + lane / 4;
+    const smem_addr at = smem_address(rows);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t columns[4];
+        const int co = half * 32 + lane;
+        ldmatrix<true>(columns, at + co * 128 + (warp ^ (co & 7)) * 16);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int row = t.co + half * 32 + j * 8 + lane % 4 * 2;
+            if (c < t.cin && row < t.cout)
+                *reinterpret_cast<uint32_t*>(to + (int64_t(c) * t.taps + t.taps - 1 - t.tap) * t.cout + row) = columns[j];
+        }
+    }
+}
+KERNEL_EXPORT(weight_turn);

@@ -45,7 +45,7 @@ fn padded(channels: usize) -> usize {
 
 impl Bench {
     fn new(device: Kernels, precision: Precision) -> Self {
-        Self { device, precision, card: Card { sms: 1 }, cpu: Cpu::for_codec(), seed: 0 }
+        Self { device, precision, card: Card { sms: 1, capability: 80 }, cpu: Cpu::for_codec(), seed: 0 }
     }
 
     /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the rounding of the
@@ -247,7 +247,7 @@ fn checked() -> impl Iterator<Item = Bench> {
 fn convolutions_of_every_reach() {
     for mut bench in benches(common::plain()) {
         for (reach, sms) in REACHES.into_iter().flat_map(|reach| [(reach, 1), (reach, 500)]) {
-            bench.card = Card { sms };
+            bench.card = Card { sms, capability: 80 };
             // The first and last layers' channels, odd ones, several tiles each way, several images.
             bench.convolve(reach, [1, 2, 2, 3], 8);
             bench.convolve(reach, [2, 6, 10, 4], 136);
@@ -301,9 +301,9 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
     for mut bench in checked() {
         for reach in REACHES {
             bench.convolve(reach, [2, 4, 6, 3], 9);
-            bench.card = Card { sms: 500 };
+            bench.card = Card { sms: 500, capability: 80 };
             bench.convolve(reach, [1, 6, 2, 40], 24);
-            bench.card = Card { sms: 1 };
+            bench.card = Card { sms: 1, capability: 80 };
         }
         bench.convolve(Reach::Same, [1, 6, 4, 8], 136);
         bench.normalise([2, 3, 5, 17]);
@@ -346,7 +346,7 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
     assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), CodecError::Width(520));
     let conv = |reach, shape| {
-        codec::convolve(p, Card { sms: 1 }, reach, shape, 8, null, (null, null), None, false, null).unwrap_err()
+        codec::convolve(p, Card { sms: 1, capability: 80 }, reach, shape, 8, null, (null, null), None, false, null).unwrap_err()
     };
     assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), CodecError::Odd([1, 3, 4, 8]));
     assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), CodecError::Shape([1, 40000, 8, 8]));
@@ -384,7 +384,7 @@ fn a_whole_decoder() {
 /// What [`codecs::Decoder`] needs of a GPU for a picture of 512x704, by its plan.
 #[test]
 fn a_decode_of_512x704_fits_in_2_gb() {
-    let mut gpu = Gpu::for_codec(Rc::new(Imagined::new(Card { sms: 128 })), Precision::F16).unwrap();
+    let mut gpu = Gpu::for_codec(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16).unwrap();
     let (decoder, _) = Decoder::random(&mut gpu, 88, 64).unwrap();
     decoder.image(&mut gpu, [88, 64], &vec![0.0; 88 * 64 * codecs::RAW_MEAN.len()]).unwrap();
     let (_, cost) = gpu.costs().next().unwrap();

@@ -13,7 +13,7 @@ use edm2k::train::plan_micro_batch;
 fn seed_network(batch: usize) -> (usize, Cost) {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
-    let runtime = Rc::new(Imagined::new(Card { sms: 128 }));
+    let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
     let cost = plan_micro_batch(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
     (gpu.param_bytes(), cost)
@@ -44,7 +44,7 @@ fn what_the_kernels_cannot_do_is_said() {
     let refused = |json: serde_json::Value, emas: usize| {
         let config = serde_json::from_value(json).unwrap();
         let (net, table) = Precond::new(&config).unwrap();
-        let runtime = Rc::new(Imagined::new(Card { sms: 128 }));
+        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
         match Gpu::for_training(runtime, Precision::F16, &table, emas) {
             Err(why) => why.to_string(),
             Ok(mut gpu) => plan_micro_batch(&mut gpu, &net, [1, 8, 8]).unwrap_err().to_string(),

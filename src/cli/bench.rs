@@ -167,8 +167,8 @@ impl Bench<'_> {
     }
 
     fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {
-        let (precision, repeats) = (self.args.device.precision, self.args.repeats as usize);
-        let limits = limits::measure(&*runtime, precision, repeats)?;
+        let (math, repeats) = (self.args.device.math(), self.args.repeats as usize);
+        let limits = limits::measure(&*runtime, math.precision, repeats)?;
         if !self.args.json {
             let (tflops, bandwidth) = (limits.macs_per_s * 2e-12, limits.bytes_per_s * 1e-9);
             println!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
@@ -178,7 +178,7 @@ impl Bench<'_> {
             let workspace = b.costs().map(|(_, cost)| cost.workspace).max().unwrap_or(0);
             Some((b.param_bytes() + workspace) as f64 / f64::from(1 << 20))
         };
-        let mut b = Gpu::for_sampling(runtime.clone(), precision, &self.table)?;
+        let mut b = Gpu::for_sampling(runtime.clone(), math, &self.table)?;
         self.load(&mut b, Normalization::Eval)?;
         for n in [1, 2, 8] {
             self.forward(&mut b, n, &memory)?;
@@ -188,13 +188,13 @@ impl Bench<'_> {
         }
         drop(b);
         if self.net.config.img_channels == LATENTS {
-            let mut b = Gpu::for_codec(runtime.clone(), precision)?;
+            let mut b = Gpu::for_codec(runtime.clone(), math)?;
             self.decoding(&mut b, &memory)?;
             if self.args.kernels {
                 self.time_kernels(&mut b, "SD-VAE decode", "decode")?;
             }
         }
-        let mut b = Gpu::for_training(runtime, precision, &self.table, 0)?;
+        let mut b = Gpu::for_training(runtime, math, &self.table, 0)?;
         self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
         if self.args.kernels {
             self.time_kernels(&mut b, "training", "train")?;

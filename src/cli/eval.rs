@@ -95,7 +95,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             loss_by_level(&mut backend, net, &data, images, batch, &mut progress)?
         }
         Engine::Gpu(runtime) => {
-            let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?);
+            let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.math(), table)?);
             loss_by_level(&mut loaded(&model, &new)?, net, &data, images, batch, &mut progress)?
         }
     };

@@ -113,7 +113,7 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
                     job.run(&|table| Ok(Cpu::<f32>::for_sampling(table)), &mut decode, &look, &mut made)?;
                 }
                 Engine::Gpu(runtime) => {
-                    let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?);
+                    let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.math(), table)?);
                     job.run(&new, &mut decode, &look, &mut made)?;
                 }
             }
@@ -156,7 +156,7 @@ fn decoder(args: &EvalArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<D
         }
         (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
         (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width], engine, args.device.precision),
+        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width], engine, args.device.math()),
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
 }

@@ -19,7 +19,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, ensure};
 
-use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::launch::{Accum, Math, Precision};
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
 
 /// What computes, as `--device` names it.
@@ -62,6 +62,9 @@ pub struct DeviceArgs {
     /// 16-bit type of activations and weights on a GPU; the CPU computes in f32
     #[arg(long, value_enum, default_value_t = Precision::F16)]
     pub precision: Precision,
+    /// Sums of convolutions in f16 on a GPU: f32, or f16 in two levels; default: f16x2 on GeForce cards, f32 elsewhere
+    #[arg(long, value_enum)]
+    pub accum: Option<Accum>,
 }
 
 /// An open device.
@@ -73,6 +76,11 @@ pub enum Engine {
 }
 
 impl DeviceArgs {
+    /// The numbers that a GPU computes in.
+    pub fn math(&self) -> Math {
+        Math { precision: self.precision, accum: self.accum }
+    }
+
     /// Opens the device; with `auto`, says on stderr which GPU was taken.
     ///
     /// # Errors

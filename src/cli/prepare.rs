@@ -187,7 +187,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
             let identity = identity(path).with_context(|| format!("--vae {}", path.display()))?;
             let mut encode = match args.device.open()? {
                 Engine::Cpu => encoder_on(Cpu::<f32>::for_codec(), &file),
-                Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.precision)?, &file),
+                Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.math())?, &file),
             }
             .context("--vae")?;
             prepare(&settings, Some(Codec { identity, factor: file.factor(), encode: &mut *encode }), &report)

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::codec::{CodecFile, LATENTS};
 use edm2k::condition::tagger::Tagger;
@@ -221,7 +221,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     match engine {
         Engine::Cpu => job.run(gnet.as_ref(), decode.as_mut(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
-            Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
+            Ok(Gpu::for_sampling(runtime.clone(), args.device.math(), table)?)
         }),
     }
 }
@@ -245,7 +245,7 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2], engine: &Engine) 
         return Ok(pixels.then_some(plain));
     };
     ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
-    autoencoder(path, size, engine, args.device.precision).map(Some)
+    autoencoder(path, size, engine, args.device.math()).map(Some)
 }
 
 /// What makes pictures of latents of `size`.
@@ -253,12 +253,12 @@ pub(super) fn autoencoder(
     path: &Path,
     size: [usize; 2],
     engine: &Engine,
-    precision: Precision,
+    math: Math,
 ) -> anyhow::Result<Decode> {
     let file = CodecFile::open(path).context("--vae")?;
     let decode = match engine {
         Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),
-        Engine::Gpu(runtime) => decoder_on(Gpu::for_codec(runtime.clone(), precision)?, &file, size),
+        Engine::Gpu(runtime) => decoder_on(Gpu::for_codec(runtime.clone(), math)?, &file, size),
     };
     decode.context("--vae")
 }

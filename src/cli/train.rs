@@ -15,7 +15,7 @@ use super::{DeviceArgs, Engine};
 use edm2k::backend::BackendError;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::condition::Conditioning;
@@ -162,7 +162,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let on_gpu = matches!(engine, Engine::Gpu(_));
     let Resolved { settings, plan, model, notes } = resolve(&args, &data, on_gpu)?;
     if args.dry_run {
-        println!("{}", describe(&settings, &plan, &model, args.device.precision)?);
+        println!("{}", describe(&settings, &plan, &model, args.device.math())?);
         return Ok(());
     }
 
@@ -217,7 +217,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
         }
         Engine::Gpu(runtime) => {
-            let mut backend = Gpu::for_training(runtime, args.device.precision, &table, profiles)?;
+            let mut backend = Gpu::for_training(runtime, args.device.math(), &table, profiles)?;
             train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
         }
     };
@@ -361,11 +361,11 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
 }
 
 /// The resolved configuration as JSON.
-fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> anyhow::Result<String> {
+fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyhow::Result<String> {
     let [height, width, _] = settings.data.shape;
     let profiles = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
-    let gpu = plan_on_gpu(settings, plan, model, precision).unwrap_or_else(|why| json!(why.to_string()));
+    let gpu = plan_on_gpu(settings, plan, model, math).unwrap_or_else(|why| json!(why.to_string()));
     let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
@@ -380,9 +380,9 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precisio
 
 /// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
 /// GeForce RTX 4090) would get; none is needed for it.
-fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, precision: Precision) -> Result<Value, BackendError> {
-    let card = Card { sms: 128 };
-    let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), precision, &model.table, settings.ema.len())?;
+fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> Result<Value, BackendError> {
+    let card = Card { sms: 128, capability: 89 };
+    let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;
     let [height, width, _] = settings.data.shape;
     let n = plan.batch_gpu as usize;
     let cost = edm2k::train::plan_micro_batch(&mut gpu, &model.net, [n, height, width])?;

@@ -35,7 +35,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         true => println!("{}", serde_json::json!(outcome)),
         false => println!("{outcome}"),
     };
-    let precision = args.device.precision;
+    let math = args.device.math();
     let summary = match args.device.open()? {
         Engine::Cpu => {
             let device: Device<Cpu> = Device {
@@ -47,11 +47,11 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         }
         Engine::Gpu(runtime) => {
             let device = Device {
-                sampling: &|table| Gpu::for_sampling(runtime.clone(), precision, table),
-                training: &|table, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
-                bounds: Bounds::of(precision),
+                sampling: &|table| Gpu::for_sampling(runtime.clone(), math, table),
+                training: &|table, averages| Gpu::for_training(runtime.clone(), math, table, averages),
+                bounds: Bounds::of(math.precision),
             };
-            verify(&args.dir, &device, &|| Gpu::for_codec(runtime.clone(), precision), &mut print)
+            verify(&args.dir, &device, &|| Gpu::for_codec(runtime.clone(), math), &mut print)
         }
     };
     let summary = summary.context("cannot replay the directory")?;

@@ -41,12 +41,29 @@ pub struct ParamSpec {
     /// Attention heads of a layer whose output channel `(head * c + i) * 3 + {q, k, v}` is the official
     /// order; 0 for every other parameter.
     pub heads: usize,
+    /// Of a convolution of an `mp_cat` that does not go through `mp_silu`: the scales that a device may multiply into
+    /// the effective weight once, instead of into the inputs each time.
+    pub cat: Option<Cat>,
+}
+
+/// The parts of a concatenation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cat {
+    /// Channels of the first input.
+    pub split: usize,
+    /// Scales of the first and the second input (eq. 103).
+    pub scales: (f64, f64),
 }
 
 impl ParamSpec {
     /// Number of values.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Whether it is the weight of a convolution, rather than of a linear layer.
+    pub fn is_conv(&self) -> bool {
+        self.shape.len() == 4
     }
 
     /// Whether the optimizer changes it.
@@ -66,6 +83,13 @@ impl ParamTable {
     pub fn conv(&mut self, name: String, cin: usize, cout: usize, kernel: usize) -> ParamId {
         let kind = Kind::Weight { cout, cin, taps: kernel * kernel };
         self.push(format!("{name}.weight"), vec![cout, cin, kernel, kernel], kind)
+    }
+
+    /// A convolution of an `mp_cat`.
+    pub fn conv_of_cat(&mut self, name: String, cin: usize, cout: usize, kernel: usize, cat: Cat) -> ParamId {
+        let id = self.conv(name, cin, cout, kernel);
+        self.specs[id.0].cat = Some(cat);
+        id
     }
 
     /// The 1x1 convolution that makes q, k and v of so many heads.
@@ -93,7 +117,7 @@ impl ParamTable {
     }
 
     fn push(&mut self, name: String, shape: Vec<usize>, kind: Kind) -> ParamId {
-        self.specs.push(ParamSpec { name, shape, kind, heads: 0 });
+        self.specs.push(ParamSpec { name, shape, kind, heads: 0, cat: None });
         ParamId(self.specs.len() - 1)
     }
 

@@ -5,7 +5,7 @@
 //! what it needs is kept on a tape of one entry per block.
 
 use super::config::Config;
-use super::params::{ParamId, ParamTable};
+use super::params::{Cat, ParamId, ParamTable};
 use crate::backend::{Backend, EmbLayer, Operand, OperandGrad, Scale};
 
 /// Weights of a and b in `mp_sum(a, b, t)` (eq. 88): lerp, divided by the norm of its weights.
@@ -68,6 +68,14 @@ pub struct BlockConfig {
     pub clip_act: f64,
 }
 
+impl BlockConfig {
+    /// The concatenation at the block's entry.
+    fn cat(&self) -> Option<Cat> {
+        let (a, b) = (self.cin - self.cskip, self.cskip);
+        (b > 0).then(|| Cat { split: a, scales: mp_cat_scales(a, b, self.concat_balance) })
+    }
+}
+
 /// One encoder or decoder block.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -110,7 +118,13 @@ impl Block {
         let conv_res0 = table.conv(format!("{prefix}conv_res0"), res_in, cfg.cout, 3);
         let emb_linear = table.linear(format!("{prefix}emb_linear"), cfg.cemb, cfg.cout);
         let conv_res1 = table.conv(format!("{prefix}conv_res1"), cfg.cout, cfg.cout, 3);
-        let conv_skip = (cfg.cin != cfg.cout).then(|| table.conv(format!("{prefix}conv_skip"), cfg.cin, cfg.cout, 1));
+        let conv_skip = (cfg.cin != cfg.cout).then(|| {
+            let name = format!("{prefix}conv_skip");
+            match cfg.cat() {
+                Some(cat) => table.conv_of_cat(name, cfg.cin, cfg.cout, 1, cat),
+                None => table.conv(name, cfg.cin, cfg.cout, 1),
+            }
+        });
         let attn = (cfg.heads > 0).then(|| {
             let qkv = table.qkv(format!("{prefix}attn_qkv"), cfg.cout, cfg.heads);
             (qkv, table.conv(format!("{prefix}attn_proj"), cfg.cout, cfg.cout, 1))
@@ -127,9 +141,10 @@ impl Block {
 
     /// The (concatenated) input, as convolutions read it.
     fn operand<'a, T>(&self, x: &'a T, skip: Option<&'a T>, silu: bool) -> Operand<'a, T> {
-        let Some(skip) = skip else { return Operand { x, x_scale: 1.0, skip: None, silu } };
-        let (a, b) = mp_cat_scales(self.cfg.cin - self.cfg.cskip, self.cfg.cskip, self.cfg.concat_balance);
-        Operand { x, x_scale: a, skip: Some((skip, b)), silu }
+        match (skip, self.cfg.cat()) {
+            (Some(skip), Some(Cat { scales: (a, b), .. })) => Operand { x, x_scale: a, skip: Some((skip, b)), silu },
+            _ => Operand { x, x_scale: 1.0, skip: None, silu },
+        }
     }
 
     /// Output of the block for the input `x`, the skip connection that it concatenates, and the

@@ -6,7 +6,7 @@
 //! Stable Diffusion 1 and 2 are commonly run in f16; that of SDXL is known to overflow.
 
 use super::engine::{Gpu, Work};
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision};
 use super::runtime::{DeviceError, PARAMETERS, Runtime};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Product};
@@ -225,8 +225,9 @@ pub fn convolve(
     check(result(reach, shape, cout))?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
-    // The sum is as long for every tile, and never split: the images are large.
-    let tile = tiles::choose(tiles::FPROP, Product { groups: phases, rows: pixels, columns: cout }, card, |_| 1).tile;
+    // The sum is never split: the images are large.
+    let (tiles, _) = tiles::of_inputs(side * side, [cin, 0]);
+    let tile = tiles::choose(tiles, Product { groups: phases, rows: pixels, columns: cout, steps: 1 }, card).tile;
     let params = ConvParams {
         x,
         weight,
@@ -380,8 +381,8 @@ impl Gpu {
     ///
     /// # Errors
     /// The device's.
-    pub fn for_codec(runtime: Rc<dyn Runtime>, precision: Precision) -> Result<Self, DeviceError> {
-        Self::for_sampling(runtime, precision, &ParamTable::default())
+    pub fn for_codec(runtime: Rc<dyn Runtime>, math: impl Into<Math>) -> Result<Self, DeviceError> {
+        Self::for_sampling(runtime, math, &ParamTable::default())
     }
 
     /// Weights of a codec.

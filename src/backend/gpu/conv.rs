@@ -5,8 +5,8 @@
 //! card and tell how much scratch memory they want; `launches` then turns addresses into [`Launch`]es,
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
-use super::launch::{DevicePtr, Launch, Precision};
-use super::tiles::{self, Card, Choice, Product, Tile};
+use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::tiles::{self, Card, Choice, Product};
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
@@ -50,8 +50,10 @@ impl ConvShape {
         if [self.ca, self.cb, self.cout].iter().any(|c| !c.is_multiple_of(8)) {
             return wrong("channels must be padded to a multiple of 8");
         }
-        // The kernels count pixels, and the values of a row of the weight, in 32 bits.
-        if self.pixels() >= 1 << 30 || self.taps * self.cin() >= 1 << 24 || self.taps * self.cout >= 1 << 24 {
+        // The kernels count the values of a tensor, and those of the weight, in 32 bits.
+        let widest = self.ca.max(self.cb).max(self.cout);
+        let values = [self.pixels().saturating_mul(widest), (self.taps * self.cin()).saturating_mul(self.cout)];
+        if values.iter().any(|&values| values >= 1 << 31) {
             return wrong("too large");
         }
         Ok(())
@@ -111,21 +113,19 @@ struct FpropParams {
     scale_stride: i32,
     steps_per_split: i32,
     splits: i32,
-    x_scale: f32,
-    skip_scale: f32,
     wa: f32,
     wb: f32,
     clip: f32,
     act_scale: f32,
 }
-const _: () = assert!(size_of::<FpropParams>() == 144, "mirrors ConvFprop");
+const _: () = assert!(size_of::<FpropParams>() == 136, "mirrors ConvFprop");
 
 /// `ConvDgrad` of conv_dgrad.cu, which explains it.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 struct DgradParams {
     grad: DevicePtr,
-    weight: DevicePtr,
+    turned: DevicePtr,
     x: DevicePtr,
     skip: DevicePtr,
     acc_x: DevicePtr,
@@ -176,28 +176,29 @@ struct WgradParams {
 }
 const _: () = assert!(size_of::<WgradParams>() == 88, "mirrors ConvWgrad");
 
-/// The two inputs and their factors: the scales of `mp_cat`, or 1.
+/// The two inputs and their factors, which the gradients get: the scales of `mp_cat`, or 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {
     /// [n, h, w, ca].
     pub x: DevicePtr,
     /// Factor of `x`.
     pub x_scale: f32,
-    /// [n, h, w, cb] and its factor, which must not be 0.
+    /// [n, h, w, cb] and its factor.
     pub skip: Option<(DevicePtr, f32)>,
 }
 
 impl Inputs {
     fn check(&self, shape: &ConvShape) -> Result<(DevicePtr, f32), ConvError> {
-        match self.skip {
-            None if shape.cb == 0 => Ok((DevicePtr::NULL, 1.0)),
-            Some((skip, scale)) if shape.cb != 0 && scale != 0.0 => Ok((skip, scale)),
-            _ => Err(ConvError::Argument {
-                shape: *shape,
-                what: "a second input needs channels and a factor other than 0",
-            }),
-        }
+        Ok((second(shape, self.skip.map(|s| s.0))?, self.skip.map_or(1.0, |s| s.1)))
     }
+}
+
+/// The second input, which is there if and only if it has channels.
+fn second(shape: &ConvShape, skip: Option<DevicePtr>) -> Result<DevicePtr, ConvError> {
+    if skip.is_some() != (shape.cb != 0) {
+        return Err(ConvError::Argument { shape: *shape, what: "a second input needs channels, and channels an input" });
+    }
+    Ok(skip.unwrap_or(DevicePtr::NULL))
 }
 
 /// The embedding's scales of one block.
@@ -239,9 +240,9 @@ fn int(x: usize) -> i32 {
 }
 
 /// A launch of a product kernel's instance.
-fn main_launch(kind: &str, precision: Precision, choice: &Choice, grid: [usize; 2], params: &impl NoUninit) -> Launch {
+fn main_launch(kind: &str, math: &str, choice: &Choice, grid: [usize; 2], params: &impl NoUninit) -> Launch {
     let Choice { tile, splits, .. } = choice;
-    let kernel = format!("conv_{kind}_{}_{}", precision.name(), tile.name);
+    let kernel = format!("conv_{kind}_{math}_{}", tile.name);
     let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(*splits) as u32];
     Launch::new(kernel, grid, tile.threads, tile.shared, params)
 }
@@ -256,18 +257,18 @@ fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) 
 pub struct Fprop {
     shape: ConvShape,
     precision: Precision,
+    /// As it stands in the kernel's name.
+    math: &'static str,
     choice: Choice,
 }
 
 impl Fprop {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, precision: Precision, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
-        let product = Product { groups: 1, rows: shape.pixels(), columns: shape.cout };
-        let choice = tiles::choose(tiles::FPROP, product, card, |tile| {
-            (shape.taps * shape.ca).div_ceil(tile.k) + (shape.taps * shape.cb).div_ceil(tile.k)
-        });
-        Ok(Self { shape, precision, choice })
+        let (tiles, steps) = tiles::of_inputs(shape.taps, [shape.ca, shape.cb]);
+        let product = Product { groups: 1, rows: shape.pixels(), columns: shape.cout, steps };
+        Ok(Self { shape, precision: math.precision, math: math.name(card.capability), choice: tiles::choose(tiles, product, card) })
     }
 
     /// The tile and split chosen.
@@ -280,12 +281,12 @@ impl Fprop {
         partial_bytes(&self.choice, self.shape.pixels() * self.shape.cout)
     }
 
-    /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. The inputs are what the
-    /// convolution multiplies: where the operand goes through `mp_silu`, pass what is activated.
-    /// `weight` `[cout][taps][ca + cb]`.
+    /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. x [n, h, w, ca] and skip [n, h, w, cb]
+    /// are what the convolution multiplies: where the operand goes through `mp_silu`, pass what is activated; where
+    /// it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`.
     pub fn launches(
         &self,
-        inputs: Inputs,
+        (x, skip): (DevicePtr, Option<DevicePtr>),
         weight: DevicePtr,
         epilogue: Epilogue,
         y: DevicePtr,
@@ -293,7 +294,7 @@ impl Fprop {
         scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
-        let (skip, skip_scale) = inputs.check(shape)?;
+        let skip = second(shape, skip)?;
         let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
         let (mut wa, mut wb, mut clip) = (0.0, 1.0, None);
         match epilogue {
@@ -305,7 +306,7 @@ impl Fprop {
         }
         let tiles_m = shape.pixels().div_ceil(tile.m);
         let params = FpropParams {
-            x: inputs.x,
+            x,
             skip,
             weight,
             scale: scale.all,
@@ -328,15 +329,13 @@ impl Fprop {
             scale_stride: int(scale.stride),
             steps_per_split: int(steps_per_split),
             splits: int(splits),
-            x_scale: inputs.x_scale,
-            skip_scale,
             wa,
             wb,
             clip: clip.unwrap_or(f32::INFINITY),
             act_scale: act.map_or(1.0, |a| a.1),
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
-        let mut launches = vec![main_launch("fprop", self.precision, &self.choice, grid, &params)];
+        let mut launches = vec![main_launch("fprop", self.math, &self.choice, grid, &params)];
         if splits > 1 {
             let blocks = (shape.pixels() * shape.cout / 8).div_ceil(256);
             launches.push(pass(format!("conv_fprop_reduce_{}", self.precision.name()), [blocks, 1], 256, &params));
@@ -372,6 +371,8 @@ pub enum Through {
 pub struct Dgrad {
     shape: ConvShape,
     precision: Precision,
+    /// As it stands in the kernel's name.
+    math: &'static str,
     choice: Choice,
     scaled: bool,
 }
@@ -381,15 +382,15 @@ const REDUCE_PIXELS: usize = 32;
 
 impl Dgrad {
     /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
-    pub fn new(shape: ConvShape, scaled: bool, precision: Precision, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, scaled: bool, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
             return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
         }
         let groups = if scaled { shape.n } else { 1 };
-        let product = Product { groups, rows: shape.pixels() / groups, columns: shape.cin() };
-        let choice = tiles::choose(tiles::DGRAD, product, card, |tile| (shape.taps * shape.cout).div_ceil(tile.k));
-        Ok(Self { shape, precision, choice, scaled })
+        let (tiles, steps) = tiles::of_inputs(shape.taps, [shape.cout, 0]);
+        let product = Product { groups, rows: shape.pixels() / groups, columns: shape.cin(), steps };
+        Ok(Self { shape, precision: math.precision, math: math.name(card.capability), choice: tiles::choose(tiles, product, card), scaled })
     }
 
     /// The tile and split chosen.
@@ -420,12 +421,13 @@ impl Dgrad {
 
     /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
     /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip).
-    /// `weight` `[cout][taps][ca + cb]`. The inputs' tensors are not read if [`Through::Linear`].
+    /// `turned` `[ca + cb][taps][cout]` is the weight transposed, its taps in reverse; where the scales of the inputs are in
+    /// it, those of `inputs` are 1. The inputs' tensors are not read if [`Through::Linear`].
     #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
     pub fn launches(
         &self,
         grad: DevicePtr,
-        weight: DevicePtr,
+        turned: DevicePtr,
         gain: f32,
         inputs: Inputs,
         through: Through,
@@ -450,7 +452,7 @@ impl Dgrad {
         let partial = partial_bytes(&self.choice, shape.pixels() * shape.cin());
         let mut params = DgradParams {
             grad,
-            weight,
+            turned,
             x: if linear { DevicePtr::NULL } else { inputs.x },
             skip: if linear { DevicePtr::NULL } else { skip },
             acc_x: acc.map_or(DevicePtr::NULL, |a| a.0[0]),
@@ -481,7 +483,7 @@ impl Dgrad {
             acc_factor: acc.map_or(0.0, |a| a.1),
         };
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
-        let mut launches = vec![main_launch("dgrad", self.precision, &self.choice, grid, &params)];
+        let mut launches = vec![main_launch("dgrad", self.math, &self.choice, grid, &params)];
         params.tiles.tiles_per_group = int(self.tiles_per_group(self.summed_pixels()));
         if splits > 1 {
             let grid = [self.groups() * self.tiles_per_group(REDUCE_PIXELS), shape.cin().div_ceil(64)];
@@ -500,17 +502,18 @@ impl Dgrad {
 #[derive(Clone, Debug)]
 pub struct Wgrad {
     shape: ConvShape,
-    precision: Precision,
+    /// As it stands in the kernel's name.
+    math: &'static str,
     choice: Choice,
 }
 
 impl Wgrad {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, precision: Precision, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
-        let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin() };
-        let steps = |tile: &Tile| shape.pixels().div_ceil(tile.k);
-        Ok(Self { shape, precision, choice: tiles::choose(tiles::WGRAD, product, card, steps) })
+        let steps = shape.pixels().div_ceil(tiles::STEP);
+        let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
+        Ok(Self { shape, math: math.name(card.capability), choice: tiles::choose(&tiles::GRADIENT, product, card) })
     }
 
     /// The tile and split chosen.
@@ -528,7 +531,7 @@ impl Wgrad {
     }
 
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
-    /// convolution multiplied, as in [`Fprop::launches`].
+    /// convolution multiplied, as in [`Fprop::launches`], with their factors.
     pub fn launches(
         &self,
         inputs: Inputs,
@@ -559,7 +562,7 @@ impl Wgrad {
             gain,
         };
         let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
-        let mut launches = vec![main_launch("wgrad", self.precision, &self.choice, grid, &params)];
+        let mut launches = vec![main_launch("wgrad", self.math, &self.choice, grid, &params)];
         if splits > 1 {
             launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, &params));
         }

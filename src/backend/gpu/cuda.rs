@@ -584,7 +584,8 @@ impl Drop for Recorded {
 
 impl Runtime for Cuda {
     fn card(&self) -> Card {
-        Card { sms: self.0.info.sms }
+        let CardInfo { sms, capability: (major, minor), .. } = self.0.info;
+        Card { sms, capability: major * 10 + minor }
     }
 
     fn name(&self) -> String {

@@ -12,7 +12,7 @@ use super::attention::{self, Attention};
 use super::conv::{ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 
 use super::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
-use super::launch::{DevicePtr, Precision};
+use super::launch::{DevicePtr, Math, Precision};
 use super::params::Params;
 use super::precond::{self, LogvarParams, LossArenas};
 use super::runtime::{Command, DeviceError, Graph, Imagined, Memory, Runtime};
@@ -93,6 +93,7 @@ type ScaleTables = (Rc<ScaleTable>, Rc<dyn Memory>);
 /// Executes the network on a [`Runtime`].
 pub struct Gpu {
     runtime: Rc<dyn Runtime>,
+    math: Math,
     pub(super) precision: Precision,
     pub(super) card: Card,
     params: Params,
@@ -114,10 +115,10 @@ impl Gpu {
     /// Device memory does not suffice, or the network has rows too long for the kernels.
     pub fn for_sampling(
         runtime: Rc<dyn Runtime>,
-        precision: Precision,
+        math: impl Into<Math>,
         table: &ParamTable,
     ) -> Result<Self, DeviceError> {
-        Self::new(runtime, precision, table, None)
+        Self::new(runtime, math.into(), table, None)
     }
 
     /// Holds gradients, Adam's moments and `emas` moving averages too.
@@ -126,23 +127,25 @@ impl Gpu {
     /// As [`Gpu::for_sampling`].
     pub fn for_training(
         runtime: Rc<dyn Runtime>,
-        precision: Precision,
+        math: impl Into<Math>,
         table: &ParamTable,
         emas: usize,
     ) -> Result<Self, DeviceError> {
-        Self::new(runtime, precision, table, Some(emas))
+        Self::new(runtime, math.into(), table, Some(emas))
     }
 
     fn new(
         runtime: Rc<dyn Runtime>,
-        precision: Precision,
+        math: Math,
         table: &ParamTable,
         emas: Option<usize>,
     ) -> Result<Self, DeviceError> {
+        let precision = math.precision;
         let params = Params::new(&*runtime, precision, table, emas)?;
         let card = runtime.card();
         Ok(Self {
             runtime,
+            math,
             precision,
             card,
             params,
@@ -355,6 +358,35 @@ impl Gpu {
         ConvShape { n, h, w: width, ca: padded(c), cb: padded(skip), cout: padded(rows), taps }
     }
 
+    /// The factors of an operand that neither the weight nor `mp_silu` takes in.
+    fn factors(&mut self, w: ParamId, x: &Operand<Tensor>) -> (f64, f64) {
+        let given = (x.x_scale, x.skip.map_or(1.0, |(_, scale)| scale));
+        match self.params.table()[w].cat {
+            Some(cat) if x.silu || cat.split != x.x.shape()[3] || cat.scales != given => {
+                self.unsupported("a weight with the scales of one concatenation given another");
+                given
+            }
+            Some(_) => (1.0, 1.0),
+            None => given,
+        }
+    }
+
+    /// What a forward convolution multiplies: the operand with those of its factors that are not in the weight.
+    fn multiplied(&mut self, w: ParamId, x: &Operand<Tensor>) -> (Tensor, Option<Tensor>) {
+        let factors = self.factors(w, x);
+        let mut part = |x: &Tensor, scale: f64, factor: f64, silu: bool| {
+            let half = self.half(x);
+            match silu {
+                true => self.active(&half, scale),
+                false if factor == 1.0 => half,
+                // The network's weights have their factors; only single operations that are tried come here.
+                false => self.linear_combination(&[(&half, factor)]),
+            }
+        };
+        let a = part(x.x, x.x_scale, factors.0, x.silu);
+        (a, x.skip.map(|(skip, scale)| part(skip, scale, factors.1, x.silu)))
+    }
+
     /// What a convolution reads, and the tensors that hold it.
     fn inputs(&mut self, x: &Operand<Tensor>) -> (Inputs, Vec<Tensor>) {
         let mut part = |x: &Tensor, scale: f64, silu: bool| {
@@ -379,17 +411,18 @@ impl Gpu {
         also: usize,
     ) {
         let shape = self.conv_shape(w, x);
-        let (inputs, held) = self.inputs(x);
-        let conv = match Fprop::new(shape, self.precision, self.card) {
+        let (a, skip) = self.multiplied(w, x);
+        let conv = match Fprop::new(shape, self.math, self.card) {
             Ok(conv) => conv,
             Err(e) => return self.unsupported(e),
         };
         let scratch = self.scratch(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
+        let inputs = (a.ptr(), skip.as_ref().map(Tensor::ptr));
         match conv.launches(inputs, self.params.effective(w), epilogue, y.ptr(), act, scratch.ptr()) {
             Err(e) => self.unsupported(e),
             Ok(launches) => {
-                let read: usize = held.iter().map(Tensor::bytes).sum();
+                let read = a.bytes() + skip.as_ref().map_or(0, Tensor::bytes);
                 let made = y.bytes() + active.as_ref().map_or(0, |(t, _)| t.bytes());
                 let bytes = read + made + also + self.params.effective_bytes(w);
                 let name = if shape.taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
@@ -399,6 +432,14 @@ impl Gpu {
         if let Some((t, factor)) = active {
             y.set_active(factor, t);
         }
+    }
+
+    /// A weight's transposed and turned copy.
+    fn turned(&mut self, w: ParamId) -> DevicePtr {
+        self.params.turned(&*self.runtime, w).unwrap_or_else(|e| {
+            self.fail(e);
+            DevicePtr::NULL
+        })
     }
 
     fn output_shape(&self, w: ParamId, x: &Operand<Tensor>) -> Shape {
@@ -866,7 +907,7 @@ impl Backend for Gpu {
         let shape = self.conv_shape(w, &x);
         let (inputs, held) = self.inputs(&x);
         let grad = self.as_output_of(w, grad);
-        let conv = match Wgrad::new(shape, self.precision, self.card) {
+        let conv = match Wgrad::new(shape, self.math, self.card) {
             Ok(conv) => conv,
             Err(e) => return self.unsupported(e),
         };
@@ -895,10 +936,11 @@ impl Backend for Gpu {
         let grad = self.as_output_of(w, grad);
         // The tensors before mp_silu: its slope is computed from them.
         let a = self.half(x.x);
-        let skip = x.skip.map(|(skip, scale)| (self.half(skip), scale as f32));
+        let (x_scale, skip_scale) = self.factors(w, &x);
+        let skip = x.skip.map(|(skip, _)| (self.half(skip), skip_scale as f32));
         let inputs = Inputs {
             x: a.ptr(),
-            x_scale: x.x_scale as f32,
+            x_scale: x_scale as f32,
             skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)),
         };
         let through = if x.silu { Through::Silu } else { Through::Linear };
@@ -917,7 +959,7 @@ impl Backend for Gpu {
             (acc_x.as_ref().filter(|t| !t.is_unique()).cloned(), acc_skip.as_ref().filter(|t| !t.is_unique()).cloned());
         let gx = room(self, acc_x, a.shape());
         let gskip = skip.as_ref().map(|(skip, _)| room(self, acc_skip, skip.shape()));
-        let conv = match Dgrad::new(shape, false, self.precision, self.card) {
+        let conv = match Dgrad::new(shape, false, self.math, self.card) {
             Ok(conv) => conv,
             Err(e) => {
                 self.unsupported(e);
@@ -926,8 +968,8 @@ impl Backend for Gpu {
         };
         let scratch = self.scratch(conv.scratch_bytes());
         let to = (gx.ptr(), at(&gskip));
-        let (weight, gain) = (self.params.effective(w), gain as f32);
-        match conv.launches(grad.ptr(), weight, gain, inputs, through, acc, to, scratch.ptr()) {
+        let (turned, gain) = (self.turned(w), gain as f32);
+        match conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, scratch.ptr()) {
             Err(e) => self.unsupported(e),
             Ok(launches) => {
                 let made = gx.bytes() + gskip.as_ref().map_or(0, Tensor::bytes);
@@ -956,7 +998,7 @@ impl Backend for Gpu {
         let shape = self.conv_shape(w, &operand);
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.plain(pre.shape(), Format::Half);
-        let conv = match Dgrad::new(shape, true, self.precision, self.card) {
+        let conv = match Dgrad::new(shape, true, self.math, self.card) {
             Ok(conv) => conv,
             Err(e) => {
                 self.unsupported(e);
@@ -967,8 +1009,8 @@ impl Backend for Gpu {
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
             Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
-        let (weight, to) = (self.params.effective(w), (gx.ptr(), DevicePtr::NULL));
-        match conv.launches(grad.ptr(), weight, gain as f32, inputs, through, None, to, scratch.ptr()) {
+        let (turned, to) = (self.turned(w), (gx.ptr(), DevicePtr::NULL));
+        match conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, scratch.ptr()) {
             Err(e) => self.unsupported(e),
             Ok(launches) => {
                 let bytes = grad.bytes() + pre.bytes() + gx.bytes() + self.params.effective_bytes(w);

@@ -41,6 +41,48 @@ impl Precision {
     }
 }
 
+/// In what the convolutions sum their products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+pub enum Accum {
+    /// f32
+    F32,
+    /// The 64 products of a step in f16, the steps in f32: twice the rate on GeForce cards. With bf16 it is f32
+    F16x2,
+}
+
+impl Accum {
+    /// The faster one on cards of this compute capability (86 is 8.6): tensor cores of GeForce cards run at half their
+    /// rate with f32 sums.
+    pub fn fastest(capability: u32) -> Self {
+        if matches!(capability, 86 | 89 | 120..=129) { Self::F16x2 } else { Self::F32 }
+    }
+}
+
+/// The numbers that the network is computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Math {
+    /// The type of activations and effective weights.
+    pub precision: Precision,
+    /// The type of sums in convolutions; none: the fastest on the card.
+    pub accum: Option<Accum>,
+}
+
+impl From<Precision> for Math {
+    fn from(precision: Precision) -> Self {
+        Self { precision, accum: None }
+    }
+}
+
+impl Math {
+    /// As it stands in the names of convolution kernels, for a card of this compute capability.
+    pub fn name(self, capability: u32) -> &'static str {
+        match (self.precision, self.accum.unwrap_or(Accum::fastest(capability))) {
+            (Precision::F16, Accum::F16x2) => "f16x2",
+            (precision, _) => precision.name(),
+        }
+    }
+}
+
 /// One launch, complete.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launch {

@@ -9,10 +9,10 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::attention;
-use super::launch::{DevicePtr, Precision};
+use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{Command, DeviceError, Graph, Memory, PARAMETERS, Runtime};
 use super::tensor::padded;
-use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, TurnTile, Turned, WeightRow};
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
 use crate::model::params::{Kind, ParamId, ParamSpec, ParamTable};
 
@@ -28,6 +28,9 @@ struct Place {
     cin: usize,
     heads: usize,
     weight: bool,
+    /// Where the channels have two scales: the first channel of the second, and both.
+    split: usize,
+    scales: [f32; 2],
 }
 
 impl Place {
@@ -67,6 +70,15 @@ struct Training {
     stale: bool,
 }
 
+/// Transposed and turned copies of the convolutions' effective weights, for the gradients of their inputs.
+struct TurnedWeights {
+    memory: Rc<dyn Memory>,
+    /// First value of each parameter's copy.
+    first: Vec<usize>,
+    tiles: Rc<dyn Memory>,
+    count: usize,
+}
+
 /// Every parameter of a network, and its training state.
 pub struct Params {
     table: ParamTable,
@@ -79,19 +91,26 @@ pub struct Params {
     plain: Rc<dyn Memory>,
     all_rows: RowTable,
     all_rows_memory: Rc<dyn Memory>,
+    turned: Option<TurnedWeights>,
     training: Option<Training>,
 }
 
 fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
     match spec.kind {
         Kind::Weight { cout, cin, taps } => {
-            Place { first, plain, rows: cout, taps, cin, heads: spec.heads, weight: true }
+            let split = spec.cat.map_or(cin, |cat| cat.split);
+            let scales = spec.cat.map_or([1.0; 2], |cat| [cat.scales.0 as f32, cat.scales.1 as f32]);
+            Place { first, plain, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }
         }
-        _ => Place { first, plain, rows: 1, taps: 1, cin: spec.numel(), heads: 0, weight: false },
+        _ => {
+            let cin = spec.numel();
+            Place { first, plain, rows: 1, taps: 1, cin, heads: 0, weight: false, split: cin, scales: [1.0; 2] }
+        }
     }
 }
 
-fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> {
+fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> + use<> {
+    let p = *p;
     let (length, fan_in) = (p.stride(), if p.weight { p.taps * p.cin } else { 0 });
     let effective = if p.weight { p.first } else { p.plain };
     (0..p.rows).map(move |row| WeightRow {
@@ -99,6 +118,9 @@ fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> {
         effective: (effective + row * length) as i64,
         length: length as i32,
         fan_in: fan_in as i32,
+        cin: padded(p.cin) as i32,
+        split: if p.split == p.cin { padded(p.cin) } else { p.split } as i32,
+        scales: p.scales,
     })
 }
 
@@ -109,11 +131,26 @@ fn filled(runtime: &dyn Runtime, bytes: usize) -> Result<Rc<dyn Memory>, DeviceE
     Ok(memory)
 }
 
-fn uploaded(runtime: &dyn Runtime, rows: &RowTable) -> Result<Rc<dyn Memory>, DeviceError> {
-    let bytes: &[u8] = bytemuck::cast_slice(rows.rows());
+fn uploaded<T: bytemuck::NoUninit>(runtime: &dyn Runtime, values: &[T]) -> Result<Rc<dyn Memory>, DeviceError> {
+    let bytes: &[u8] = bytemuck::cast_slice(values);
     let memory = runtime.allocate(bytes.len(), PARAMETERS)?;
     memory.write(0, bytes)?;
     Ok(memory)
+}
+
+/// Room for the copies, and what the kernel needs to know.
+fn turned_weights(runtime: &dyn Runtime, table: &ParamTable, places: &[Place]) -> Result<TurnedWeights, DeviceError> {
+    let (mut values, mut first, mut tiles) = (0, Vec::new(), Vec::<TurnTile>::new());
+    for ((_, spec), p) in table.iter().zip(places) {
+        first.push(values);
+        if spec.is_conv() {
+            let weight = Turned { from: p.first, to: values, cout: padded(p.rows), cin: padded(p.cin), taps: p.taps };
+            values += weight.cout * weight.cin * weight.taps;
+            tiles.extend(weight.tiles());
+        }
+    }
+    let memory = runtime.allocate(values * 2, PARAMETERS)?;
+    Ok(TurnedWeights { memory, first, count: tiles.len(), tiles: uploaded(runtime, &tiles)? })
 }
 
 impl Params {
@@ -152,7 +189,7 @@ impl Params {
                     m: arena()?,
                     v: arena()?,
                     emas: (0..emas).map(|_| arena()).collect::<Result<_, _>>()?,
-                    rows_memory: uploaded(runtime, &rows)?,
+                    rows_memory: uploaded(runtime, rows.rows())?,
                     scalars: runtime.allocate(size_of::<StepScalars>(), PARAMETERS)?,
                     stats: runtime.allocate(8 * rows.rows().len(), PARAMETERS)?,
                     totals: runtime.allocate(size_of::<StepTotals>(), PARAMETERS)?,
@@ -162,6 +199,7 @@ impl Params {
                 })
             }
         };
+        let turned = training.is_some().then(|| turned_weights(runtime, table, &places)).transpose()?;
         Ok(Self {
             table: table.clone(),
             precision,
@@ -169,8 +207,9 @@ impl Params {
             weight: filled(runtime, values * 4)?,
             effective: filled(runtime, values * 2)?,
             plain: filled(runtime, plain * 4)?,
-            all_rows_memory: uploaded(runtime, &all_rows)?,
+            all_rows_memory: uploaded(runtime, all_rows.rows())?,
             all_rows,
+            turned,
             training,
             places,
         })
@@ -184,7 +223,7 @@ impl Params {
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         let arenas = 1 + self.training.as_ref().map_or(0, |t| 3 + t.emas.len());
-        self.values * (4 * arenas + 2)
+        self.values * (4 * arenas + 2) + self.turned.as_ref().map_or(0, |turned| turned.memory.bytes())
     }
 
     /// [rows, channels of a row, taps] of a weight, without padding.
@@ -206,6 +245,28 @@ impl Params {
     /// Bytes of a weight's effective values.
     pub fn effective_bytes(&self, id: ParamId) -> usize {
         self.places[id.0].rows * self.places[id.0].stride() * 2
+    }
+
+    /// A convolution's effective weight as [`super::conv::Dgrad`] reads it. A network for sampling has the copies from
+    /// the first call on.
+    pub fn turned(&mut self, runtime: &dyn Runtime, id: ParamId) -> Result<DevicePtr, DeviceError> {
+        if self.turned.is_none() {
+            self.turned = Some(turned_weights(runtime, &self.table, &self.places)?);
+            self.turn(runtime)?;
+        }
+        let turned = self.turned.as_ref().expect("made above");
+        Ok(turned.memory.ptr().offset(turned.first[id.0] * 2))
+    }
+
+    /// The launch that writes the turned copies, if there are any.
+    fn turning(&self) -> Option<Launch> {
+        let TurnedWeights { memory, tiles, count, .. } = self.turned.as_ref().filter(|turned| turned.count > 0)?;
+        Some(weights::turn(tiles.ptr(), *count, self.effective.ptr(), memory.ptr()))
+    }
+
+    fn turn(&self, runtime: &dyn Runtime) -> Result<(), DeviceError> {
+        // SAFETY: the tiles are those of the places in both arenas.
+        self.turning().map_or(Ok(()), |launch| unsafe { runtime.run(&launch.into()) })
     }
 
     /// A gain's or buffer's values, f32.
@@ -288,7 +349,7 @@ impl Params {
             // SAFETY: the arenas have the rows of the table.
             unsafe { runtime.run(&launch.into())? };
         }
-        Ok(())
+        Ok(self.turn(runtime)?)
     }
 
     /// Clears the gradients if they are those of a finished step: to be called before anything adds to them.
@@ -306,6 +367,7 @@ impl Params {
     /// See [`crate::backend::Backend::optimizer_step`].
     pub fn step(&mut self, runtime: &dyn Runtime, step: &Step) -> Result<StepStats, BackendError> {
         self.begin_accumulation(runtime)?;
+        let turning = self.turning();
         let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
         t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
         if !t.graphs.contains_key(&step.rounds) {
@@ -322,7 +384,8 @@ impl Params {
                 stats: t.stats.ptr(),
                 totals: t.totals.ptr(),
             };
-            let launches = weights::step(self.precision, &t.rows, &arenas, step.rounds);
+            let mut launches = weights::step(self.precision, &t.rows, &arenas, step.rounds);
+            launches.extend(turning);
             // SAFETY: the arenas have the rows of the table and live as long as the graph.
             let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect())? };
             t.graphs.insert(step.rounds, graph);

@@ -290,7 +290,7 @@ mod emulated {
 
     impl Runtime for Emulated {
         fn card(&self) -> Card {
-            Card { sms: 4 }
+            Card { sms: 4, capability: 80 }
         }
 
         fn name(&self) -> String {

@@ -1,50 +1,68 @@
-//! The tiles of the convolution kernels as data, and which of them a shape gets.
+//! The tiles of the convolution kernels, and which of them a shape gets.
 //!
-//! Every line is one instance in `kernels/conv_*.cu`, in f16 and in bf16; `scripts/ptxas-report`
-//! checks the last two columns against the compiler's report.
+//! The list is `kernels/tiles.cuh`, from which the kernels are instantiated too.
+
+use std::sync::LazyLock;
 
 /// One instance of a product kernel: what a block computes and what it takes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Tile {
     /// The end of the kernel's name.
-    pub name: &'static str,
+    pub name: String,
     /// Rows of the result (pixels; in wgrad output channels).
     pub m: usize,
     /// Columns of the result (channels; in wgrad taps and input channels).
     pub n: usize,
-    /// Summands a step.
-    pub k: usize,
     /// Threads of a block.
     pub threads: u32,
-    /// Dynamic shared memory: stages * (m + n) * k * 2.
+    /// Dynamic shared memory.
     pub shared: u32,
-    /// Blocks that a multiprocessor with 100 KB holds; the kernel's launch bounds promise it.
-    pub blocks_per_sm: u32,
-    /// Speed of its inner loop relative to the largest tile: it reads more shared memory for an
-    /// operation. Affects only which tile is chosen.
+    /// Speed of its inner loop relative to the largest tile.
     pub speed: f64,
 }
 
-const LARGE: Tile =
-    Tile { name: "128x128x32_s3", m: 128, n: 128, k: 32, threads: 256, shared: 49152, blocks_per_sm: 2, speed: 1.0 };
-const SMALL: Tile =
-    Tile { name: "64x64x32_s4", m: 64, n: 64, k: 32, threads: 128, shared: 32768, blocks_per_sm: 3, speed: 0.7 };
-/// For the output convolution: 4 channels, padded to 8.
-const NARROW: Tile =
-    Tile { name: "128x16x32_s4", m: 128, n: 16, k: 32, threads: 128, shared: 36864, blocks_per_sm: 2, speed: 0.35 };
+/// Summands of a step; `BK` of `kernels/conv.cuh`.
+pub const STEP: usize = 64;
 
-/// Tiles of `conv_fprop_*`.
-pub const FPROP: &[Tile] = &[LARGE, SMALL, NARROW];
-/// Tiles of `conv_dgrad_*`.
-pub const DGRAD: &[Tile] = &[LARGE, SMALL];
+/// The lines of `kernels/tiles.cuh` that begin with `kind`.
+fn parse(kind: &str, prefix: &str) -> Vec<Tile> {
+    let lines = include_str!("../../../kernels/tiles.cuh").lines();
+    let calls = lines.filter_map(|line| line.strip_prefix(kind)?.trim_start().strip_prefix('(')?.strip_suffix(')'));
+    let tile = |arguments: &str| {
+        let numbers = arguments.split(',').map(|word| word.trim().parse()).collect::<Result<Vec<usize>, _>>();
+        let [m, n, stages, warps_m, warps_n, _, _, speed] = numbers.ok()?.try_into().ok()?;
+        Some(Tile {
+            name: format!("{prefix}{m}x{n}"),
+            m,
+            n,
+            threads: (32 * warps_m * warps_n) as u32,
+            shared: (stages * (m + n) * STEP * 2) as u32,
+            speed: speed as f64 / 100.0,
+        })
+    };
+    calls.map(|call| tile(call).unwrap_or_else(|| panic!("kernels/tiles.cuh: {kind}({call}): eight numbers"))).collect()
+}
+
+/// Tiles of pixels by channels, for channels in multiples of [`STEP`].
+pub static PIXELS: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("PIXELS", ""));
+/// The same for channels in multiples of 8.
+pub static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("FLAT", "flat_"));
 /// Tiles of `conv_wgrad_*`.
-pub const WGRAD: &[Tile] = &[LARGE, SMALL];
+pub static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("GRADIENT", ""));
+
+/// The tiles of pixels for input channels of so many, and the steps of the whole sum.
+pub fn of_inputs(taps: usize, channels: [usize; 2]) -> (&'static [Tile], usize) {
+    let tiles = if channels.iter().all(|c| c.is_multiple_of(STEP)) { &PIXELS } else { &FLAT };
+    (tiles, channels.iter().map(|c| (taps * c).div_ceil(STEP)).sum())
+}
 
 /// What a choice depends on besides the shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Card {
     /// Multiprocessors.
     pub sms: usize,
+    /// Compute capability: 89 is 8.9.
+    pub capability: u32,
 }
 
 /// A product of `m x n` values, in tiles that do not cross groups of rows.
@@ -56,6 +74,8 @@ pub struct Product {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
+    /// Steps of the whole sum.
+    pub steps: usize,
 }
 
 /// A tile and the number of parts of the sum.
@@ -69,18 +89,17 @@ pub struct Choice {
     pub steps_per_split: usize,
 }
 
-/// Fewest steps worth a block of their own: filling its pipeline takes two or three.
-const MIN_STEPS: usize = 8;
+/// Fewest steps worth a block of their own: filling its pipeline takes two.
+const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
 const MAX_SPLITS: usize = 32;
 /// Cost of writing and reading one f32 partial sum, in steps of one value of a tile: 8 bytes through
-/// the L2 cache against 32 multiply-adds on the tensor cores.
-const PARTIAL_COST: f64 = 6.0;
+/// the L2 cache against 64 multiply-adds on the tensor cores.
+const PARTIAL_COST: f64 = 3.0;
 
-/// The cheapest tile and split: the steps that the busiest multiprocessor works on, and the second
-/// pass. `steps(tile)` is the length of the whole sum.
-pub fn choose(tiles: &'static [Tile], product: Product, card: Card, steps: impl Fn(&Tile) -> usize) -> Choice {
-    let Product { groups, rows, columns } = product;
+/// The cheapest tile and split: the steps that the busiest multiprocessor works on, and the second pass.
+pub fn choose(tiles: &'static [Tile], product: Product, card: Card) -> Choice {
+    let Product { groups, rows, columns, steps } = product;
     let cost = |c: &Choice| {
         let blocks = groups * rows.div_ceil(c.tile.m) * columns.div_ceil(c.tile.n) * c.splits;
         let busiest = blocks.div_ceil(card.sms.max(1)) * c.steps_per_split * c.tile.m * c.tile.n;
@@ -89,7 +108,6 @@ pub fn choose(tiles: &'static [Tile], product: Product, card: Card, steps: impl 
     };
     let mut best: Option<(f64, Choice)> = None;
     for tile in tiles {
-        let steps = steps(tile);
         for wanted in 1..=MAX_SPLITS.min((steps / MIN_STEPS).max(1)) {
             let steps_per_split = steps.div_ceil(wanted);
             let choice = Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };

@@ -16,7 +16,7 @@ pub const MAX_EMAS: usize = 4;
 pub const MAX_ROW: usize = 64 * 512;
 
 /// One row: an output channel of a weight, or plain values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct WeightRow {
     /// Its first value in the f32 arenas, a multiple of 8.
@@ -27,8 +27,78 @@ pub struct WeightRow {
     pub length: i32,
     /// taps * cin without padding; 0 for plain values, which are not normalised.
     pub fan_in: i32,
+    /// Channels, padded.
+    pub cin: i32,
+    /// The first channel that has the second scale.
+    pub split: i32,
+    /// Factors of the effective weights.
+    pub scales: [f32; 2],
 }
-const _: () = assert!(size_of::<WeightRow>() == 24);
+const _: () = assert!(size_of::<WeightRow>() == 40);
+
+/// A convolution's weight that `weight_turn` copies.
+#[derive(Clone, Copy, Debug)]
+pub struct Turned {
+    /// Its first value among the effective ones.
+    pub from: usize,
+    /// Its first value among the turned ones.
+    pub to: usize,
+    /// Output channels, padded.
+    pub cout: usize,
+    /// Input channels, padded.
+    pub cin: usize,
+    /// Taps.
+    pub taps: usize,
+}
+
+/// `TurnTile` of the kernel.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct TurnTile {
+    from: i64,
+    to: i64,
+    cout: i32,
+    cin: i32,
+    taps: i32,
+    tap: i32,
+    co: i32,
+    c: i32,
+}
+const _: () = assert!(size_of::<TurnTile>() == 40);
+
+impl Turned {
+    /// What the kernel works on, one a block.
+    pub fn tiles(&self) -> impl Iterator<Item = TurnTile> {
+        let Self { from, to, cout, cin, taps } = *self;
+        let tile = move |tap, co, c| TurnTile {
+            from: from as i64,
+            to: to as i64,
+            cout: cout as i32,
+            cin: cin as i32,
+            taps: taps as i32,
+            tap: tap as i32,
+            co: co as i32,
+            c: c as i32,
+        };
+        (0..taps).flat_map(move |tap| {
+            (0..cout).step_by(64).flat_map(move |co| (0..cin).step_by(64).map(move |c| tile(tap, co, c)))
+        })
+    }
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct WeightTurn {
+    tiles: DevicePtr,
+    effective: DevicePtr,
+    turned: DevicePtr,
+}
+const _: () = assert!(size_of::<WeightTurn>() == 24);
+
+/// turned[c][taps - 1 - t][co] = effective[co][t][c], for `count` tiles, which lie at `tiles`.
+pub fn turn(tiles: DevicePtr, count: usize, effective: DevicePtr, turned: DevicePtr) -> Launch {
+    Launch::new("weight_turn", [count as u32, 1, 1], 256, 0, &WeightTurn { tiles, effective, turned })
+}
 
 /// The numbers of one step, for the device: they change while the launches stay.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
