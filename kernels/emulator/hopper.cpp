@@ -103,7 +103,8 @@ static std::string place(uintptr_t a) {
     Machine& m = *machine;
     for (const auto& v : m.variables)
         if (a >= v.begin && a < v.end)
-            return "byte " + std::to_string(a - v.begin) + (v.site ? " of a shared array" : " of dynamic shared memory");
+            return "byte " + std::to_string(a - v.begin) + " of " + std::to_string(v.end - v.begin) +
+                   (v.site ? " of a shared array" : " of dynamic shared memory");
     return describe_address(a);
 }
 
@@ -144,7 +145,7 @@ static int find_barrier(Hopper& h, const char* what, uintptr_t address, Where at
     return int(index);
 }
 
-// "phase 3 (parity 1) of the mbarrier at byte 64 of dynamic shared memory"
+// "phase 3 (parity 1) of the mbarrier at byte 64 of 128 of dynamic shared memory"
 static std::string describe(const Mbarrier& b) {
     return "phase " + std::to_string(b.phase) + " (parity " + std::to_string(b.phase & 1) + ") of the mbarrier at " + place(b.address);
 }
@@ -281,8 +282,7 @@ void bulk_load(uintptr_t to, const void* encoded, uintptr_t barrier, const Box& 
         fail(t, at, "%s: the destination is not a multiple of 1024 bytes, where the swizzle's pattern begins (of 128: %s)", what,
              to % 128 ? "neither" : "it is");
     if (!inside(m, to, bytes))
-        fail(t, at, "%s: the box of %zu bytes goes beyond shared memory: from %s, and the last byte is %s", what, bytes,
-             place(to).c_str(), place(to + bytes - 1).c_str());
+        fail(t, at, "%s: the box of %zu bytes from %s on goes beyond it", what, bytes, place(to).c_str());
     for (int i = 0; i < 2 && box.im2col; i++) {
         const int first = box.at[1 + i], end = int(map.size[1 + i]) + map.upper[i], offset = box.offset[i];
         if (first < map.lower[i] || first >= end)

@@ -18,7 +18,7 @@ struct CopyProbe {
     int at[4], offset[2];
 };
 
-extern "C" __global__ void probe_bulk_copy(const __grid_constant__ CopyProbe p) {  // 128 threads
+__device__ void bulk_copy(const CopyProbe& p) {
     DYN_SMEM(unsigned char, smem);
     SHARED(uint64_t, bar, [1]);
     const smem_addr full = smem_address(bar), tile = tiles(smem);
@@ -36,6 +36,7 @@ extern "C" __global__ void probe_bulk_copy(const __grid_constant__ CopyProbe p) 
     for (int i = threadIdx.x; i < p.rows * 8; i += 128)
         store16(p.out + i * 8, load16(bytes + swizzle<128>(i / 8, i % 8)));
 }
+extern "C" __global__ void probe_bulk_copy(const __grid_constant__ CopyProbe p) { bulk_copy(p); }  // 128 threads
 KERNEL_EXPORT_HOPPER(probe_bulk_copy);
 
 struct WgmmaProbe {
@@ -100,34 +101,37 @@ PROBE_WGMMA(256);
 // ---- 2. a pipeline, and planted bugs --------------------------------------------------------------
 
 struct Pipeline {
-    TensorMap a, b;    // A [128][k] and B [64][k], boxes of 128 and 64 rows, f16
+    TensorMap a, b;    // A [128][k] and B [64][k], boxes of 128 and 64 rows, f16 (memory_overrun: says A has 129)
     TensorMap images;  // any, for im2col
     float* c;          // [128][64] for each block
     int steps;         // k / 64
     int one;           // 1, unknown to the compiler
 };
 
-#define PLANTS(plant)                                                             \
-    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(wrong_parity)      \
-    plant(read_before_landing) plant(released_too_early) plant(one_consumer_awaited) \
-    plant(one_warp_waits) plant(read_accumulators_too_early) plant(wrote_accumulators) plant(missing_wgmma_fence) \
-    plant(missing_wgmma_wait) plant(missing_commit) plant(divergent_products) plant(tile_overrun) plant(shared_overrun) \
-    plant(stride_of_512) plant(destination_at_128) plant(destination_at_64) plant(copy_overrun) plant(wrong_map) \
-    plant(memory_overrun) plant(missing_init_fence) plant(missing_init) plant(use_before_init) plant(too_many_arrivals) \
-    plant(nobody_waits) plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
+#define PLANTS(plant)                                                                            \
+    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(wrong_parity)                     \
+    plant(read_before_landing) plant(released_too_early) plant(one_consumer_awaited)             \
+    plant(one_warp_waits) plant(read_accumulators_too_early) plant(wrote_accumulators)           \
+    plant(missing_wgmma_fence) plant(missing_wgmma_wait) plant(missing_commit)                   \
+    plant(divergent_products) plant(tile_overrun) plant(shared_overrun) plant(stride_of_512)     \
+    plant(destination_at_128) plant(destination_at_64) plant(not_rounded_up) plant(copy_overrun) \
+    plant(wrong_map) plant(memory_overrun) plant(missing_init_fence) plant(missing_init)         \
+    plant(use_before_init) plant(too_many_arrivals) plant(nobody_waits)                          \
+    plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
 enum class Planted {
 #define NAME(name) name,
     PLANTS(NAME)
 #undef NAME
 };
 
-// Two warp groups of 64 rows each and a producer warp: 288 threads.
+// Two warp groups of 64 rows each, and one whose first thread is the producer: 384 threads.
 template <Planted BUG>
 __device__ void pipeline(const Pipeline& p) {
     constexpr int kStages = 2, kA = 128 * 128, kB = 64 * 128, kStage = kA + kB, kConsumers = 256;
     auto is = [](Planted bug) { return BUG == bug; };
     DYN_SMEM(unsigned char, smem);
-    const smem_addr first = tiles(smem), full = first + kStages * kStage, empty = full + kStages * 8;
+    const smem_addr first = is(Planted::not_rounded_up) ? smem_address(smem) : tiles(smem);
+    const smem_addr full = first + kStages * kStage, empty = full + kStages * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; s++) {
@@ -140,7 +144,7 @@ __device__ void pipeline(const Pipeline& p) {
 
     if (threadIdx.x >= kConsumers) {
         registers_release<40>();
-        if (lane == 0) {
+        if (threadIdx.x == kConsumers) {
             int stage = 0, parity = 0;
             for (int step = 0; step < p.steps; step++) {
                 const smem_addr a = first + stage * kStage, b = a + kA, bar = full + stage * 8;
@@ -148,7 +152,7 @@ __device__ void pipeline(const Pipeline& p) {
                 mbarrier_expect(bar, kStage + (is(Planted::too_many_bytes) ? 128 : is(Planted::too_few_bytes) ? -128 : 0));
                 if (is(Planted::wrong_map)) tma_load_2d(a, p.images, bar, step * 64, 0);
                 else tma_load_2d(a + (is(Planted::destination_at_128) ? 128 : is(Planted::destination_at_64) ? 64 : 0), p.a, bar,
-                                 step * 64, is(Planted::memory_overrun) && step == 3 ? -1 : 0);
+                                 step * 64, is(Planted::memory_overrun) && step == 3 ? 1 : 0);
                 tma_load_2d(is(Planted::copy_overrun) && step == 1 ? first + 2 * kStage - 1024 : b, p.b, bar, step * 64, 0);
                 if (is(Planted::too_many_arrivals) && step == 2) mbarrier_arrive(bar);
                 if (++stage == kStages) stage = 0, parity ^= 1;
@@ -200,7 +204,7 @@ __device__ void pipeline(const Pipeline& p) {
     if (late) wgmma_wait<0>();
 }
 #define PIPELINE(name)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(288, 1) pipeline_##name(const __grid_constant__ Pipeline p) {           \
+    extern "C" __global__ void __launch_bounds__(384, 1) pipeline_##name(const __grid_constant__ Pipeline p) {           \
         pipeline<Planted::name>(p);                                                                                      \
     }                                                                                                                    \
     KERNEL_EXPORT_HOPPER(pipeline_##name);
