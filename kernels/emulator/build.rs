@@ -18,6 +18,7 @@ const FLAGS: &[&str] = &[
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas", // #pragma unroll
+    "-Wno-psabi",           // a note on 64-byte alignment
     "-fno-strict-aliasing",
     "-fwrapv",
     "-fno-math-errno",

@@ -3,10 +3,14 @@
 // store, and the hooks are ours. They know what no host tool knows: CUDA's threads and barriers.
 //
 // Shared memory has a cell for every byte: who wrote it last, and who has read it since, by block
-// phase (number of __syncthreads so far) and by the lane's epoch within its warp. Two accesses are
-// ordered if a __syncthreads lies between them or, in a warp, a chain of __syncwarps: each lane
-// holds a vector clock of its warp's epochs. Everything else that overlaps, with a write among
+// phase (number of __syncthreads so far) and by the thread's epoch. Two accesses are ordered if a
+// __syncthreads lies between them or a chain of __syncwarps, mbarriers and named barriers: each thread
+// holds a vector clock of the others' epochs. Everything else that overlaps, with a write among
 // it, is a race. Shuffles and other collectives do not order memory, as in CUDA.
+//
+// Bulk copies and the products of warp groups are parties of their own: a copy writes as "what arrives at
+// this mbarrier", and only a wait for it is ordered after; products read as "the products of this warp
+// group", and only a wgmma_wait is.
 //
 // Global memory has a cell for every four bytes, which finds races between blocks of one launch.
 #ifdef SIMT_CHECKED
@@ -14,19 +18,28 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <map>
 
 #include "machine.h"
 
 namespace simt {
 
 constexpr uint32_t kInFlight = 0xffffffffu;  // as an epoch: a cp.async that has not landed
-constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff;
+constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff, kMbarrier = 0xfffe;
 
 struct SharedCell {
     uint32_t write_phase, write_epoch, read_phase, read_epoch;
-    uint32_t readers;  // lanes of read_warp
+    uint32_t readers;  // lanes of read_warp; if that is kManyWarps, in a Hopper kernel, a set of Checker::sets
     uint16_t writer, read_warp;
+    uint32_t proxy;    // the writer's async fences before the write; of a bulk copy: its map
 };
+
+struct Readers {  // lanes of one warp that read at one epoch
+    uint32_t epoch, lanes;
+    uint16_t warp;
+};
+using ReadSet = std::vector<Readers>;
 
 struct GlobalCell {
     uint32_t write_tag, writer;  // tag: launch * 16 + bytes of the word, one bit each
@@ -42,7 +55,18 @@ struct BankAccess {
 struct Checker {
     std::vector<SharedCell> cells;
     uint32_t phase = 0, first_phase = 0, epoch = 0;
-    uint32_t clocks[kMaxThreads][32] = {};  // [thread][lane]: its last epoch known to be over
+    // [thread][thread or party]: its last epoch known to be over
+    uint32_t (*clocks)[kParties] = static_cast<uint32_t(*)[kParties]>(calloc(kMaxThreads, sizeof *clocks));
+    struct Barrier {
+        int maker;
+        uint32_t phase, epoch;  // when it was made
+        uint32_t arrived[kParties], over[kParties];  // clocks: of all arrivals; of those before the phase was over
+    };
+    std::vector<Barrier> barriers;
+    std::vector<uint32_t> products[kMaxGroups];  // of each warp group: epochs of its committed groups that ran
+    // Sets of readers from several warps, and which set comes of a set and a reader: in this phase.
+    std::vector<ReadSet> sets;
+    std::map<std::pair<uint32_t, std::pair<uint32_t, uint16_t>>, uint32_t> next_sets;
     std::vector<BankAccess> log[kMaxThreads];
     Allocation last = {};  // that was accessed, in the launch last_serial
     uint32_t last_serial = 0;
@@ -59,7 +83,9 @@ static Checker& checker() {
 
 // ---- order ------------------------------------------------------------------------------------
 
-static uint32_t& own_epoch(Checker& c, int thread) { return c.clocks[thread][thread & 31]; }
+static uint32_t& own_epoch(Checker& c, int thread) { return c.clocks[thread][thread]; }
+
+static void forget_readers(Checker& c) { c.sets.assign(1, {}), c.next_sets.clear(); }
 
 void check_block_start() {
     Checker& c = checker();
@@ -67,6 +93,10 @@ void check_block_start() {
     c.first_phase = ++c.phase;
     c.epoch++;
     for (int i = 0; i < machine->count; i++) own_epoch(c, i) = c.epoch, c.log[i].clear();
+    if (machine->launch->kernel->hopper) {
+        c.barriers.clear(), forget_readers(c);
+        for (auto& epochs : c.products) epochs.clear();
+    }
 }
 
 // Wavefronts of one warp-wide access beyond the least possible: a wavefront serves 128 bytes, so
@@ -119,26 +149,71 @@ void check_block_end() {
 }
 
 void check_barrier() {
-    checker().phase++;
+    Checker& c = checker();
+    c.phase++;
     check_block_end();
+    if (!machine->launch->kernel->hopper) return;
+    forget_readers(c);
+    // Phases do not order the parties: who knows of them tells the others.
+    for (int i = kArrivals; i < kParties; i++) {
+        uint32_t known = 0;
+        for (int t = 0; t < machine->count; t++) known = std::max(known, c.clocks[t][i]);
+        for (int t = 0; t < machine->count; t++) c.clocks[t][i] = known;
+    }
 }
 
 void check_warp_step(uint32_t mask) {
     if (mask == 0xffffffffu) count_conflicts(checker(), machine->self->linear / 32);
 }
 
-void check_sync(uint32_t mask) {
-    Checker& c = checker();
-    uint32_t(*clocks)[32] = &c.clocks[machine->self->linear & ~31];
-    uint32_t joined[32] = {};
-    for (uint32_t l = mask; l; l &= l - 1)
-        for (int i = 0; i < 32; i++) joined[i] = std::max(joined[i], clocks[__builtin_ctz(l)][i]);
+// All of them know from now on what one of them knew.
+static void meet(Checker& c, const int* threads, int count) {
+    // Without mbarriers nobody knows of another warp.
+    const bool hopper = machine->launch->kernel->hopper;
+    const int first = hopper ? 0 : threads[0] & ~31, end = hopper ? kParties : first + 32;
+    uint32_t known[kParties] = {};
+    for (int i = 0; i < count; i++)
+        for (int p = first; p < end; p++) known[p] = std::max(known[p], c.clocks[threads[i]][p]);
     c.epoch++;
-    for (uint32_t l = mask; l; l &= l - 1) {
-        int lane = __builtin_ctz(l);
-        memcpy(clocks[lane], joined, sizeof joined);
-        clocks[lane][lane] = c.epoch;
+    for (int i = 0; i < count; i++) {
+        memcpy(c.clocks[threads[i]] + first, known + first, (end - first) * sizeof known[0]);
+        own_epoch(c, threads[i]) = c.epoch;
     }
+}
+
+void check_sync(uint32_t mask) {
+    int threads[32], count = 0;
+    for (uint32_t l = mask; l; l &= l - 1) threads[count++] = (machine->self->linear & ~31) + __builtin_ctz(l);
+    meet(checker(), threads, count);
+}
+
+void check_meeting(const Thread* const* who, int count) {
+    int threads[kMaxThreads];
+    for (int i = 0; i < count; i++) threads[i] = who[i]->linear;
+    meet(checker(), threads, count);
+}
+
+static void join(uint32_t* to, const uint32_t* from) {
+    for (int p = 0; p < kParties; p++) to[p] = std::max(to[p], from[p]);
+}
+
+void check_release(const Thread& t, int barrier) {
+    Checker& c = checker();
+    join(c.barriers[barrier].arrived, c.clocks[t.linear]);
+    own_epoch(c, t.linear) = ++c.epoch;  // what it does next is not covered
+}
+
+void check_phase_over(int barrier) {
+    Checker::Barrier& b = checker().barriers[barrier];
+    memcpy(b.over, b.arrived, sizeof b.over);
+}
+
+void check_acquire(const Thread& t, int barrier) { join(checker().clocks[t.linear], checker().barriers[barrier].over); }
+
+void check_products_begin(int group) { checker().products[group].push_back(++checker().epoch); }
+
+void check_products_over(const Thread& t, int group, int committed) {
+    if (committed > 0) checker().clocks[t.linear][kProducts + group] = checker().products[group][committed - 1];
 }
 
 // ---- shared memory ----------------------------------------------------------------------------
@@ -165,48 +240,107 @@ static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Ac
 [[noreturn]] static void race(const Thread& t, Site site, Access access, const char* other, int thread, uintptr_t a) {
     Machine& m = *machine;
     char who[64] = "threads of several warps";
-    if (thread >= 0)
+    if (thread >= kProducts) snprintf(who, sizeof who, "a wgmma of warp group %d", thread - kProducts);
+    else if (thread >= kArrivals) snprintf(who, sizeof who, "a bulk copy");
+    else if (thread >= 0)
         snprintf(who, sizeof who, "thread (%u,%u,%u)", m.threads[thread].index.x, m.threads[thread].index.y, m.threads[thread].index.z);
     size_t offset = a - m.variables[0].begin;
     const char* array = "dynamic shared memory";
     for (const auto& v : m.variables)
         if (a >= v.begin && a < v.end) offset = a - v.begin, array = v.site ? "a shared array" : array;
-    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between", verb(access), offset, array, who, other);
+    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array, who, other,
+         thread < kArrivals ? "" : thread < kProducts ? ": no mbarrier_wait for it" : ": no wgmma_wait for it");
     __builtin_unreachable();
 }
 
-static void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
-    const int warp = t.linear / 32, lane = t.linear & 31;
-    const uint32_t* clock = c.clocks[t.linear];
-    if (cell.write_phase >= c.first_phase && cell.write_epoch == kInFlight)
-        FAIL(t, site, "%s of shared memory that a cp.async is still writing: no cp_async_wait by its thread", verb(access));
-    if (access != Access::write && cell.write_phase < c.first_phase)
-        FAIL(t, site, "%s of shared memory that nobody has written", verb(access));
-    if (cell.write_phase == c.phase && cell.writer != t.linear) {
-        bool ordered = cell.writer == kAtomic ? access == Access::atomic
-                                              : cell.writer / 32 == warp && clock[cell.writer & 31] >= cell.write_epoch;
-        if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
-    }
-    if (access == Access::read) {
-        uint32_t older = 0;  // readers that are not ordered before this one
-        if (cell.read_phase == c.phase) {
-            if (cell.read_warp != warp) { cell.read_warp = kManyWarps; return; }
-            if (cell.read_epoch == own_epoch(c, t.linear)) older = cell.readers;
-            else
-                for (uint32_t l = cell.readers; l; l &= l - 1)
-                    if (clock[__builtin_ctz(l)] < cell.read_epoch) older |= l & -l;
-        }
-        cell.read_phase = c.phase, cell.read_warp = warp, cell.readers = older | 1u << lane;
-        cell.read_epoch = older ? std::max(cell.read_epoch, own_epoch(c, t.linear)) : own_epoch(c, t.linear);
+// What a cell says before an access that would come after `clock`: not in flight, written, ordered.
+static void require_written(Checker& c, const SharedCell& cell, const Thread& t, const uint32_t* clock, uintptr_t a, Access access, Site site) {
+    const bool written = cell.write_phase >= c.first_phase;
+    if (!written) {
+        if (access != Access::write) FAIL(t, site, "%s of shared memory that nobody has written", verb(access));
         return;
     }
-    if (cell.read_phase == c.phase) {
-        if (cell.read_warp != warp) race(t, site, access, "read", -1, a);
-        for (uint32_t l = cell.readers & ~(1u << lane); l; l &= l - 1)
-            if (clock[__builtin_ctz(l)] < cell.read_epoch) race(t, site, access, "read", warp * 32 + __builtin_ctz(l), a);
+    if (cell.writer == kMbarrier) FAIL(t, site, "%s of shared memory that is an mbarrier", verb(access));
+    const bool copied = cell.writer >= kArrivals && cell.writer < kProducts;
+    if (cell.write_epoch == kInFlight) {
+        if (copied) FAIL(t, site, "%s of shared memory that a bulk copy is still writing: no mbarrier_wait for it", verb(access));
+        FAIL(t, site, "%s of shared memory that a cp.async is still writing: no cp_async_wait by its thread", verb(access));
     }
+    if (cell.write_phase != c.phase && !copied) return;
+    bool ordered = cell.writer == kAtomic ? access == Access::atomic : clock[cell.writer] >= cell.write_epoch;
+    if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
+}
+
+// The set of `set` and a reader.
+static uint32_t with_reader(Checker& c, uint32_t set, Readers r) {
+    uint32_t& known = c.next_sets[{set, {r.epoch, uint16_t(r.warp * 32 + __builtin_ctz(r.lanes))}}];
+    if (known && r.lanes == (r.lanes & -r.lanes)) return known;
+    ReadSet next = c.sets[set];
+    bool there = false;
+    for (Readers& old : next) {
+        if (old.warp != r.warp) continue;
+        there |= old.epoch == r.epoch;
+        old.lanes = old.epoch == r.epoch ? old.lanes | r.lanes : old.lanes & ~r.lanes;  // its own later read counts
+    }
+    if (!there) next.push_back(r);
+    next.erase(std::remove_if(next.begin(), next.end(), [](const Readers& old) { return !old.lanes; }), next.end());
+    c.sets.push_back(next);
+    return known = uint32_t(c.sets.size()) - 1;
+}
+
+// A thread or a party has read the cell.
+static void add_reader(Checker& c, SharedCell& cell, Readers r, const uint32_t* clock) {
+    const bool first = cell.read_phase != c.phase;
+    if (!first && cell.read_warp == r.warp && cell.read_epoch == r.epoch) {
+        cell.readers |= r.lanes;
+        return;
+    }
+    bool ordered = first;  // all others' reads are before this one
+    if (!first && cell.read_warp == r.warp) {
+        ordered = true;
+        for (uint32_t l = cell.readers; l; l &= l - 1)
+            if (clock[r.warp * 32 + __builtin_ctz(l)] < cell.read_epoch) ordered = false;
+    }
+    if (ordered) {
+        cell.read_phase = c.phase, cell.read_warp = r.warp, cell.readers = r.lanes, cell.read_epoch = r.epoch;
+        return;
+    }
+    if (!machine->launch->kernel->hopper) {
+        cell.read_warp = kManyWarps;
+        return;
+    }
+    uint32_t set = cell.readers;
+    if (cell.read_warp != kManyWarps) {
+        set = 0;
+        for (uint32_t l = cell.readers; l; l &= l - 1) set = with_reader(c, set, {cell.read_epoch, l & -l, cell.read_warp});
+    }
+    cell.read_warp = kManyWarps, cell.readers = with_reader(c, set, r);
+}
+
+static void require_read(Checker& c, const SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
+    if (cell.read_phase != c.phase) return;
+    const uint32_t* clock = c.clocks[t.linear];
+    auto check = [&](const Readers& r) {
+        for (uint32_t l = r.lanes; l; l &= l - 1) {
+            const int reader = r.warp * 32 + __builtin_ctz(l);
+            if (reader != t.linear && clock[reader] < r.epoch) race(t, site, access, "read", reader, a);
+        }
+    };
+    if (cell.read_warp != kManyWarps) return check({cell.read_epoch, cell.readers, cell.read_warp});
+    if (!machine->launch->kernel->hopper) race(t, site, access, "read", -1, a);
+    for (const Readers& r : c.sets[cell.readers]) check(r);
+}
+
+static void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
+    require_written(c, cell, t, c.clocks[t.linear], a, access, site);
+    if (access == Access::read) {
+        add_reader(c, cell, {own_epoch(c, t.linear), 1u << (t.linear & 31), uint16_t(t.linear / 32)}, c.clocks[t.linear]);
+        return;
+    }
+    require_read(c, cell, t, a, access, site);
     cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear);
     cell.writer = access == Access::atomic ? kAtomic : t.linear;
+    cell.proxy = t.async_fences;
     cell.read_phase = 0;
 }
 
@@ -232,7 +366,99 @@ void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) {
         SharedCell& cell = c.cells[a - machine->statics + i];
         cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear), cell.writer = t.linear;
+        cell.proxy = t.async_fences;
     }
+}
+
+// ---- shared memory: Hopper ----------------------------------------------------------------------
+
+void check_mbarrier_made(const Thread& t, int barrier, uintptr_t a, Where at) {
+    Checker& c = checker();
+    shared_access(t, a, 8, Access::write, {&at, 0});
+    for (int i = 0; i < 8; i++) c.cells[a - machine->statics + i].writer = kMbarrier;
+    c.barriers.resize(barrier + 1);
+    Checker::Barrier& b = c.barriers[barrier];
+    memset(&b, 0, sizeof b);
+    b.maker = t.linear, b.phase = c.phase, b.epoch = own_epoch(c, t.linear);
+}
+
+void check_mbarrier_used(const Thread& t, int barrier, Where at) {
+    Checker& c = checker();
+    const Checker::Barrier& b = c.barriers[barrier];
+    if (b.phase == c.phase && c.clocks[t.linear][b.maker] < b.epoch)
+        fail(t, at, "race: use of an mbarrier, which thread %d of the block has made with no barrier between", b.maker);
+}
+
+// What was written by threads, not by bulk copies, needs a fence before wgmma or a bulk copy meets it.
+static void require_fence(Checker& c, const SharedCell& cell, const Thread& t, Where at) {
+    if (cell.write_phase < c.first_phase || cell.writer >= kArrivals) return;
+    const Thread& writer = machine->threads[cell.writer];
+    if (writer.async_fences == cell.proxy)
+        fail(t, at, "missing proxy fence: thread (%u,%u,%u) wrote this shared memory with no fence_async_shared since", writer.index.x,
+             writer.index.y, writer.index.z);
+}
+
+// Calls change(cell, address) for each byte; equal neighbours get equal results.
+template <class F>
+static void for_cells(Checker& c, uintptr_t a, size_t bytes, SharedCell& before, SharedCell& after, F change) {
+    SharedCell* cells = &c.cells[a - machine->statics];
+    for (size_t i = 0; i < bytes; i++) {
+        if (!memcmp(&cells[i], &before, sizeof before)) {
+            cells[i] = after;
+            continue;
+        }
+        before = cells[i];
+        change(cells[i], a + i);
+        after = cells[i];
+    }
+}
+
+void check_bulk_issued(const Thread& t, int barrier, uint32_t map, uintptr_t a, size_t bytes, Where at) {
+    Checker& c = checker();
+    SharedCell before = {}, after = {};
+    before.read_phase = ~0u;  // no cell
+    for_cells(c, a, bytes, before, after, [&](SharedCell& cell, uintptr_t here) {
+        require_written(c, cell, t, c.clocks[t.linear], here, Access::write, {&at, 0});
+        require_read(c, cell, t, here, Access::write, {&at, 0});
+        require_fence(c, cell, t, at);
+        cell = {c.phase, kInFlight, 0, 0, 0, uint16_t(kArrivals + barrier), 0, map};
+    });
+}
+
+void check_bulk_landed(int barrier, uintptr_t a, size_t bytes) {
+    Checker& c = checker();
+    const uint32_t epoch = ++c.epoch;
+    for (size_t i = 0; i < bytes; i++) {
+        SharedCell& cell = c.cells[a - machine->statics + i];
+        cell.write_phase = c.phase, cell.write_epoch = epoch;
+    }
+    c.barriers[barrier].arrived[kArrivals + barrier] = epoch;
+}
+
+void check_operand(const Thread& t, int group, const uintptr_t* pieces, int count, size_t bytes, Where at) {
+    Checker& c = checker();
+    // What all threads of the group know.
+    uint32_t clock[kParties];
+    const int first = group * 128;
+    memcpy(clock, c.clocks[first], sizeof clock);
+    for (int i = 1; i < 128; i++)
+        for (int p = 0; p < kParties; p++) clock[p] = std::min(clock[p], c.clocks[first + i][p]);
+    const uint16_t party = uint16_t(kProducts + group);
+    clock[party] = c.products[group].back();  // among themselves they only read
+    uint32_t map = 0;
+    SharedCell before = {}, after = {};
+    before.read_phase = ~0u;
+    for (int i = 0; i < count; i++)
+        for_cells(c, pieces[i], bytes, before, after, [&](SharedCell& cell, uintptr_t here) {
+            require_written(c, cell, t, clock, here, Access::read, {&at, 0});
+            require_fence(c, cell, t, at);
+            const uint32_t from = cell.writer >= kArrivals ? cell.proxy : 1;
+            if (map && from != map)
+                fail(t, at, "wgmma: the descriptor reaches beyond its tile: byte %zu of dynamic shared memory comes from elsewhere than the first",
+                     size_t(here - machine->variables[0].begin));
+            map = from;
+            add_reader(c, cell, {c.products[group].back(), 1u << (party & 31), uint16_t(party / 32)}, clock);
+        });
 }
 
 // ---- global memory ----------------------------------------------------------------------------
@@ -323,7 +549,12 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
 
 static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
     Machine& m = *machine;
-    if (a - m.base < m.statics - kPage - m.base) return;  // local memory
+    if (a - m.base < m.statics - kPage - m.base) {  // local memory
+        for (const Accumulators& mine : t.accumulators)
+            if (mine.d && a - uintptr_t(mine.d) < size_t(mine.n) * 2)
+                FAIL(t, site, "%s of accumulators while wgmma adds to them: no wgmma_wait", verb(access));
+        return;
+    }
     if (m.is_shared(a)) shared_access(t, a, bytes, access, site);
     else global_access(t, a, bytes, access, site);
 }

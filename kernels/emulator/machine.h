@@ -26,6 +26,7 @@ constexpr size_t kPage = 4096, kStack = 64 << 10;
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
 // What sm_86 and sm_89, the smallest targets, allow a block: 48 KB, and 99 KB by opt-in.
 constexpr size_t kSharedDefault = 48 << 10, kSharedMax = 99 << 10;
+constexpr size_t kSharedMaxHopper = 227 << 10;
 constexpr size_t kStaticArea = 64 << 10, kStaticGap = 64;  // the latter in the checked build
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer
 
@@ -42,7 +43,7 @@ struct Launch {
     uint64_t seed;
     bool poison;
     uint32_t serial;  // which launch, in the shadow of global memory
-    unsigned char params[4096];
+    alignas(64) unsigned char params[4096];
     std::atomic<uint64_t> next{0}, conflicts{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
@@ -53,6 +54,21 @@ struct Copy {  // a cp.async that has not landed
     unsigned char* dst;
     const void* src;
     int bytes, copied;
+    Where at;
+};
+
+// Accumulators of a wgmma, one thread's: poison in their place from issue to wait.
+struct Accumulators {
+    float* d = nullptr;  // null: this slot is free
+    int n;               // columns
+    int last_group;      // that adds to them
+    float values[128];
+};
+
+struct Product {  // one wgmma of a thread
+    int accumulators;
+    uint64_t a, b;
+    WgmmaShape shape;
     Where at;
 };
 
@@ -71,6 +87,12 @@ struct Thread {
     Where at{};
     std::vector<Copy> copies;
     std::vector<size_t> groups;  // copies.size() at each commit
+    // wgmma:
+    std::vector<Accumulators> accumulators;
+    std::vector<Product> products;  // since the last commit
+    int committed = 0, needed = 0;  // groups; those that it waits for
+    bool fenced = false;
+    uint32_t async_fences = 0;
 };
 
 struct Warp {
@@ -83,6 +105,7 @@ struct Fault {
 };
 
 struct Checker;  // checked.cpp
+struct Hopper;   // hopper.cpp
 
 struct Machine {
     View view;
@@ -106,8 +129,10 @@ struct Machine {
     Thread* first_at_barrier;
     uint64_t random;
     const Where* fault_where = nullptr;  // blames this line, not the program counter
+    const Thread* fault_thread = nullptr;  // and this thread, not the running one
     Fault fault;
     Checker* checker = nullptr;
+    Hopper* hopper = nullptr;
     // The operands of an mma in f32, too large for a fiber's stack.
     alignas(32) float a_rows[kMaxTiles * 16][16];
     alignas(32) float b_rows[kMaxTiles][16][8];
@@ -119,6 +144,19 @@ struct Machine {
 };
 
 extern __thread Machine* machine __attribute__((tls_model("initial-exec")));
+
+// The scheduler (simt.cpp): a member of `set`; lanes that may run on; and letting others run until
+// someone makes this thread ready.
+int choose(uint32_t set, Machine& m);
+void make_ready(Machine& m, int warp, uint32_t lanes);
+void wait(Machine& m);
+
+// Hopper (hopper.cpp): before a block; when a thread leaves; lets one asynchronous thing happen, if any is
+// in flight; fails if a wait of Hopper's is what nothing will end.
+void hopper_block_start(Machine& m);
+void hopper_thread_end(Machine& m, const Thread& t);
+bool hopper_progress(Machine& m, bool stuck);
+void hopper_deadlock(Machine& m);
 
 // Ends the launch with an error that names kernel, block, thread and source line.
 [[noreturn]] void fail(const Thread& thread, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
@@ -134,6 +172,10 @@ std::string describe_address(uintptr_t address);
 // ---- the checked build (checked.cpp); empty functions otherwise ------------------------------
 
 enum class Access { read, write, atomic };
+// What is ordered with threads but is none: what arrives at the i-th mbarrier, and the products of the i-th
+// warp group.
+constexpr int kMaxBarriers = 64, kMaxGroups = kMaxThreads / 128;
+constexpr int kArrivals = kMaxThreads, kProducts = kArrivals + kMaxBarriers, kParties = kProducts + kMaxGroups;
 #ifdef SIMT_CHECKED
 void check_block_start();
 void check_block_end();
@@ -143,6 +185,21 @@ void check_warp_step(uint32_t mask);
 void check_access(const Thread& thread, uintptr_t address, size_t bytes, Access access, Where at);
 void check_copy_issued(const Thread& thread, uintptr_t address, size_t bytes, Where at);
 void check_copy_landed(const Thread& thread, uintptr_t address, size_t bytes);
+// Order by mbarriers: made, used by `thread`, an arrival (release), the phase is over, a wait is (acquire).
+void check_mbarrier_made(const Thread& thread, int barrier, uintptr_t address, Where at);
+void check_mbarrier_used(const Thread& thread, int barrier, Where at);
+void check_release(const Thread& thread, int barrier);
+void check_phase_over(int barrier);
+void check_acquire(const Thread& thread, int barrier);
+void check_meeting(const Thread* const* threads, int count);  // at a named barrier
+// A bulk copy begins to write a tile (`map` names its source), and has written it.
+void check_bulk_issued(const Thread& thread, int barrier, uint32_t map, uintptr_t address, size_t bytes, Where at);
+void check_bulk_landed(int barrier, uintptr_t address, size_t bytes);
+// A warp group's products begin to read; read `count` pieces of one operand; and a thread knows that those of
+// its first `committed` groups are over.
+void check_products_begin(int group);
+void check_operand(const Thread& thread, int group, const uintptr_t* pieces, int count, size_t bytes, Where at);
+void check_products_over(const Thread& thread, int group, int committed);
 void* make_shadow(size_t bytes);
 void free_shadow(void* shadow, size_t bytes);
 #else
@@ -154,6 +211,17 @@ inline void check_warp_step(uint32_t) {}
 inline void check_access(const Thread&, uintptr_t, size_t, Access, Where) {}
 inline void check_copy_issued(const Thread&, uintptr_t, size_t, Where) {}
 inline void check_copy_landed(const Thread&, uintptr_t, size_t) {}
+inline void check_mbarrier_made(const Thread&, int, uintptr_t, Where) {}
+inline void check_mbarrier_used(const Thread&, int, Where) {}
+inline void check_release(const Thread&, int) {}
+inline void check_phase_over(int) {}
+inline void check_acquire(const Thread&, int) {}
+inline void check_meeting(const Thread* const*, int) {}
+inline void check_bulk_issued(const Thread&, int, uint32_t, uintptr_t, size_t, Where) {}
+inline void check_bulk_landed(int, uintptr_t, size_t) {}
+inline void check_products_begin(int) {}
+inline void check_operand(const Thread&, int, const uintptr_t*, int, size_t, Where) {}
+inline void check_products_over(const Thread&, int, int) {}
 inline void* make_shadow(size_t) { return nullptr; }
 inline void free_shadow(void*, size_t) {}
 #endif

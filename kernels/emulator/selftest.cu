@@ -1,4 +1,5 @@
-// Kernels that test the emulator and ptx.cuh; none of them is part of the product.
+// Kernels that test the emulator and ptx.cuh; none of them is part of the product. Hopper's are in
+// selftest_hopper.cu.
 //
 //   1. Planted bugs: NAME_bug commits one error that a check must find, and NAME_ok is the same
 //      code without it. All compute out[i] = 2 in[i], so that a bug that corrupts data shows.

@@ -66,7 +66,7 @@ static void* fresh_stack(const Machine& m, int stack) {
 
 // ---- scheduler --------------------------------------------------------------------------------
 
-static int choose(uint32_t set, Machine& m) {
+int choose(uint32_t set, Machine& m) {
     switch (m.launch->order) {
         case Order::forward: return __builtin_ctz(set);
         case Order::reversed: return 31 - __builtin_clz(set);
@@ -89,7 +89,7 @@ static Thread* pick(Machine& m) {
     return &m.threads[m.warp * 32 + lane];
 }
 
-static void make_ready(Machine& m, int warp, uint32_t lanes) {
+void make_ready(Machine& m, int warp, uint32_t lanes) {
     if (!lanes) return;
     m.warps[warp].ready |= lanes;
     m.ready_warps |= 1u << warp;
@@ -104,6 +104,7 @@ static void become(Machine& m, Thread& t) {
 static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads"; }
 
 [[noreturn]] static void deadlock(Machine& m) {
+    if (m.launch->kernel->hopper) hopper_deadlock(m);
     const Thread* waits = m.threads;
     while (waits->state != State::waiting) waits++;
     for (Thread* t = m.threads; t < m.threads + m.count; t++) {
@@ -120,9 +121,17 @@ static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads
     fail(*waits, waits->at, "%s: waits for a lane beyond the block's last thread", name_of(waits->op));
 }
 
-// Lets others run until someone makes this thread ready.
-static void wait(Machine& m) {
-    Thread &t = *m.self, *next = pick(m);
+// As pick; what is asynchronous happens as late as it may: when no thread can run.
+static Thread* pick_or_progress(Machine& m) {
+    if (!m.launch->kernel->hopper) return pick(m);
+    if (m.launch->order == Order::random) hopper_progress(m, false);
+    Thread* next;
+    while (!(next = pick(m)) && hopper_progress(m, true)) {}
+    return next;
+}
+
+void wait(Machine& m) {
+    Thread &t = *m.self, *next = pick_or_progress(m);
     if (!next) deadlock(m);
     if (next == &t) return;
     if (next->state == State::fresh) {
@@ -145,7 +154,8 @@ static void fiber() {
         if (!t.copies.empty())
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
         m.alive--;
-        Thread* next = pick(m);
+        if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+        Thread* next = pick_or_progress(m);
         if (!next && m.alive) deadlock(m);
         void* ignored;
         int stack = t.stack;
@@ -210,6 +220,8 @@ void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where 
 
 // ---- shared memory and cp.async ---------------------------------------------------------------
 
+static size_t max_shared(const Kernel& k) { return k.hopper ? kSharedMaxHopper : kSharedMax; }
+
 void* static_shared(const void* site, size_t bytes, size_t align) {
     Machine& m = *machine;
     for (const auto& v : m.variables)
@@ -221,9 +233,9 @@ void* static_shared(const void* site, size_t bytes, size_t align) {
     uintptr_t caller = uintptr_t(__builtin_return_address(0));
     if (m.static_bytes > kSharedDefault || begin + bytes > kStaticArea)
         fail_at_pc(caller, "%zu bytes of static shared memory, more than 48 KB", m.static_bytes);
-    if (m.static_bytes + m.launch->smem > kSharedMax)
-        fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than 99 KB", m.static_bytes,
-                   m.launch->smem);
+    if (size_t most = max_shared(*m.launch->kernel); m.static_bytes + m.launch->smem > most)
+        fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than %zu KB", m.static_bytes,
+                   m.launch->smem, most >> 10);
     m.static_end = begin + bytes;
     if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, bytes);
     m.variables.push_back({site, m.statics + begin, m.statics + begin + bytes});
@@ -283,7 +295,7 @@ void cp_async_wait(int groups_left) {
 
 Machine::Machine() {
     size_t stack_area = (kMaxThreads + 1) * (kPage + kStack);
-    size_t dynamic_area = (kSharedMax + kPage - 1) / kPage * kPage;
+    size_t dynamic_area = (kSharedMaxHopper + kPage) / kPage * kPage;
     size_t size = stack_area + kPage + kStaticArea + kPage + dynamic_area + kPage;
     void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -311,9 +323,12 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
-    ready_warps = 0, at_barrier = 0, static_end = static_bytes = 0, fault_where = nullptr;
+    ready_warps = 0, at_barrier = 0, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
-    dynamic = reinterpret_cast<unsigned char*>((dynamic_end - l.smem) & ~uintptr_t(127));
+    uintptr_t begin = (dynamic_end - l.smem) & ~uintptr_t(127);
+    // A driver promises no more than 128: whoever needs 1024 must round up.
+    if (l.kernel->hopper && begin % 1024 == 0) begin -= 128;
+    dynamic = reinterpret_cast<unsigned char*>(begin);
     if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));
     variables.clear();
     variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
@@ -329,6 +344,7 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     warp = choose(ready_warps, *this);
     machine = this, simt::view = &view;
     check_block_start();
+    if (l.kernel->hopper) hopper_block_start(*this);
     Thread* first = pick(*this);
     first->stack = free_stacks.back();
     free_stacks.pop_back();
@@ -414,7 +430,7 @@ static struct sigaction previous_action[NSIG];
     else what = "illegal access: " + describe_address(f.address);
     if (const Where* at = m.fault_where) {
         m.fault_where = nullptr;
-        fail(*m.self, *at, "%s", what.c_str());
+        fail(m.fault_thread ? *m.fault_thread : *m.self, *at, "%s", what.c_str());
     }
     fail_at_pc(f.pc + 1, "%s", what.c_str());
 }
@@ -632,7 +648,8 @@ int emu_set_max_dyn_smem(const char* name, size_t bytes) {
     std::lock_guard<std::mutex> lock(big_lock);
     auto it = kernels().find(name);
     if (it == kernels().end()) return refuse("no kernel named %s", name);
-    if (bytes > kSharedMax) return refuse("kernel %s: %zu bytes of shared memory, at most %zu", name, bytes, kSharedMax);
+    size_t most = max_shared(it->second.kernel);
+    if (bytes > most) return refuse("kernel %s: %zu bytes of shared memory, at most %zu", name, bytes, most);
     it->second.max_dynamic = bytes;
     return 0;
 }

@@ -110,9 +110,33 @@ T atomic(Atomic op, T* address, T value, Where at);
 template <class T>
 T atomic_cas(T* address, T expected, T desired, Where at);
 
+// Hopper (hopper.cpp); ../hopper.cuh explains what each computes. Addresses are in shared memory.
+void mbarrier_init(uintptr_t barrier, uint32_t arrivals, Where at);
+void mbarrier_init_fence(Where at);
+void mbarrier_arrive(uintptr_t barrier, uint32_t bytes, Where at);
+void mbarrier_wait(uintptr_t barrier, uint32_t parity, Where at);
+void named_barrier(int id, int threads, Where at);
+void async_fence(Where at);
+struct Box {  // where a bulk copy begins: x, y, or c, w, h, n with offsets
+    bool im2col;
+    int at[4], offset[2];
+};
+void bulk_load(uintptr_t to, const void* map, uintptr_t barrier, const Box& box, Where at);
+uint64_t wgmma_descriptor(uintptr_t address, uint32_t leading, uint32_t stride, Where at);
+struct WgmmaShape {
+    int n;
+    Element element;
+    bool mn_major;
+};
+void wgmma(float* d, uint64_t a, uint64_t b, const WgmmaShape& shape, Where at);
+void wgmma_fence(Where at);
+void wgmma_commit(Where at);
+void wgmma_wait(int groups_left, Where at);
+
 // Kernels register themselves by name before main; the argument types come from the signature.
 struct Kernel {
     const char* name;
+    bool hopper;  // may use what only sm_90a has
     void (*thunk)(const Kernel&, const unsigned char* params);
     void (*function)();
     int nargs;
@@ -151,16 +175,17 @@ struct Signature {
 
 struct Register {
     template <class... A>
-    Register(const char* name, void (*function)(A...)) {
+    Register(const char* name, bool hopper, void (*function)(A...)) {
         using S = Signature<std::remove_const_t<A>...>;
-        add_kernel({name, S::thunk, reinterpret_cast<void (*)()>(function), int(sizeof...(A)), S::sizes,
+        add_kernel({name, hopper, S::thunk, reinterpret_cast<void (*)()>(function), int(sizeof...(A)), S::sizes,
                     S::offsets.at});
     }
 };
 
 }  // namespace simt
 
-#define KERNEL_EXPORT(kernel) static const simt::Register simt_register_##kernel(#kernel, kernel)
+#define KERNEL_EXPORT(kernel) static const simt::Register simt_register_##kernel(#kernel, false, kernel)
+#define KERNEL_EXPORT_HOPPER(kernel) static const simt::Register simt_register_##kernel(#kernel, true, kernel)
 
 // The address of the static names the array, also in each instance of a template.
 #define SHARED(type, name, dims)              \

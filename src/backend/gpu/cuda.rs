@@ -18,8 +18,8 @@ use std::rc::Rc;
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::launch::{DevicePtr, Launch};
-use super::runtime::{Command, DeviceError, Graph, Memory, Runtime, advice};
+use super::launch::{DevicePtr, Launch, Precision};
+use super::runtime::{Command, DeviceError, Graph, Memory, Runtime, TensorMap, TensorMapSpec, advice};
 use super::tiles::Card;
 
 use sys::CUdevice_attribute as Attribute;
@@ -596,6 +596,70 @@ impl Runtime for Cuda {
         let room = bytes.max(1).next_multiple_of(ALIGNMENT);
         let at = self.0.allocate(room, purpose)?;
         Ok(Rc::new(Allocation { device: self.0.clone(), at, bytes, room }))
+    }
+
+    fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap, DeviceError> {
+        spec.check()?;
+        if self.0.info.capability.0 < 9 {
+            let what = "there are no tensor maps before compute capability 9.0".into();
+            return Err(DeviceError::Failed { device: self.0.info.label(), what });
+        }
+        let element = |precision| match precision {
+            Precision::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Precision::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let plain = sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE;
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        let cache = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+        let zeros = sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+        let mut map = TensorMap([0; 128]);
+        let to: *mut sys::CUtensorMap = (&raw mut map).cast();
+        let each = [1u32; 4];
+        // SAFETY: the driver (12.0 or newer) writes 128 bytes, aligned to 64, and reads arrays of as many elements as
+        // the rank says; it does not touch the tensor.
+        let encoded = unsafe {
+            match *spec {
+                TensorMapSpec::Tiled { at, precision, size, stride, tile } => sys::cuTensorMapEncodeTiled(
+                    to,
+                    element(precision),
+                    2,
+                    at.0 as *mut c_void,
+                    size.map(u64::from).as_ptr(),
+                    &stride,
+                    tile.as_ptr(),
+                    each.as_ptr(),
+                    plain,
+                    swizzle,
+                    cache,
+                    zeros,
+                ),
+                TensorMapSpec::Im2col { at, precision, size, strides, lower, upper, channels, pixels } => {
+                    sys::cuTensorMapEncodeIm2col(
+                        to,
+                        element(precision),
+                        4,
+                        at.0 as *mut c_void,
+                        size.map(u64::from).as_ptr(),
+                        strides.as_ptr(),
+                        lower.as_ptr(),
+                        upper.as_ptr(),
+                        channels,
+                        pixels,
+                        each.as_ptr(),
+                        plain,
+                        swizzle,
+                        cache,
+                        zeros,
+                    )
+                }
+            }
+        };
+        let refused = |e| {
+            let what = format!("the driver refuses the tensor map {spec:?}: {}", describe(e));
+            DeviceError::Failed { device: self.0.info.label(), what }
+        };
+        encoded.result().map_err(refused)?;
+        Ok(map)
     }
 
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {

@@ -18,6 +18,7 @@ use bytemuck::{NoUninit, Pod};
 use libloading::Library;
 
 use super::launch::{DevicePtr, Launch};
+use super::runtime::{TensorMap, TensorMapSpec};
 
 /// Which of the two libraries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,7 +216,7 @@ impl Emulator {
         Ok(sizes[..(count as usize).min(64)].to_vec())
     }
 
-    /// Allows a kernel more than 48 KB of dynamic shared memory; up to 99 KB.
+    /// Allows a kernel more than 48 KB of dynamic shared memory: up to 99 KB, and 227 KB if it is one for Hopper.
     pub fn allow_shared(&self, kernel: &str, bytes: usize) -> Result<()> {
         let name = c_name(kernel)?;
         // SAFETY: a C string.
@@ -299,6 +300,39 @@ impl Emulator {
         // SAFETY: the caller's promise.
         unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(l.params())]) }
     }
+}
+
+/// `struct Map` of kernels/emulator/hopper.cpp, in place of the driver's encoding.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Map {
+    tag: u64,
+    at: u64,
+    strides: [u64; 3],
+    size: [u32; 4],
+    im2col: u32,
+    tile: [u32; 2],
+    lower: [i32; 2],
+    upper: [i32; 2],
+    padding: [u32; 11],
+}
+
+/// The map that the emulated bulk copies read; `spec` has been checked.
+pub(super) fn tensor_map(spec: &TensorMapSpec) -> TensorMap {
+    let mut map = Map { tag: 0x7061_6d20_7273_6e74, ..bytemuck::Zeroable::zeroed() };
+    match *spec {
+        TensorMapSpec::Tiled { at, size, stride, tile, .. } => {
+            map.at = at.0;
+            map.size[..2].copy_from_slice(&size);
+            map.strides[0] = stride;
+            map.tile = tile;
+        }
+        TensorMapSpec::Im2col { at, size, strides, lower, upper, channels, pixels, .. } => {
+            let (at, tile, im2col) = (at.0, [channels, pixels], 1);
+            map = Map { at, size, strides, lower, upper, tile, im2col, ..map };
+        }
+    }
+    TensorMap(bytemuck::cast(map))
 }
 
 struct Allocation {
