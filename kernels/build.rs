@@ -1,7 +1,7 @@
 //! Compiles the kernels with nvcc, as part of the build script (feature `cuda`).
 //!
 //! Makes one fatbin of each file: machine code of every architecture, and the PTX of the lowest, which the
-//! driver compiles for cards that came later. Fatbins lie in the target directory under a hash of all that
+//! driver compiles for cards that came later; of `*_hopper.cu` machine code for sm_90a alone. Fatbins lie in the target directory under a hash of all that
 //! went into them, so that debug, release and every set of features share them.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +26,7 @@ const FLAGS: &[&str] = &[
 struct Job {
     source: PathBuf,
     fatbin: PathBuf,
+    flags: Vec<String>,
 }
 
 /// Where nvcc is: NVCC, CUDA_HOME or CUDA_PATH, PATH, or the wheels of scripts/install-nvcc.
@@ -85,11 +86,14 @@ pub fn build() -> Result<(), String> {
     let version = said.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
     let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
 
-    let mut flags: Vec<String> = FLAGS.iter().map(|flag| flag.to_string()).collect();
-    for (i, arch) in archs.iter().enumerate() {
+    let common = FLAGS.iter().map(|flag| flag.to_string());
+    let every = archs.iter().enumerate().map(|(i, arch)| {
         let code = if i == 0 { format!("[sm_{arch},compute_{arch}]") } else { format!("sm_{arch}") };
-        flags.push(format!("-gencode=arch=compute_{arch},code={code}"));
-    }
+        format!("-gencode=arch=compute_{arch},code={code}")
+    });
+    let every: Vec<String> = common.clone().chain(every).collect();
+    // What only Hopper has runs on no other card, not even a later one.
+    let hopper: Vec<String> = common.chain(["-gencode=arch=compute_90a,code=sm_90a".into()]).collect();
 
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("fatbins");
@@ -97,13 +101,18 @@ pub fn build() -> Result<(), String> {
     let mut jobs = Vec::new();
     let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
     for source in entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "cu")) {
+        let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let flags = match name.ends_with("_hopper") {
+            true if !archs.contains(&90) => continue,
+            true => hopper.clone(),
+            false => every.clone(),
+        };
         let mut files = BTreeMap::new();
         add_file(source.clone(), &mut files)?;
         let mut hasher = DefaultHasher::new();
         (version, env::var_os("NVCC_CCBIN"), &flags, files).hash(&mut hasher);
-        let name = source.file_stem().unwrap_or_default().to_string_lossy();
         let fatbin = kept.join(format!("{name}-{:016x}", hasher.finish()));
-        jobs.push(Job { source, fatbin });
+        jobs.push(Job { source, fatbin, flags });
     }
     jobs.sort_by(|a, b| a.source.cmp(&b.source));
 
@@ -118,7 +127,7 @@ pub fn build() -> Result<(), String> {
             scope.spawn(|| {
                 while let Some(job) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
                     let partial = out.join(job.source.with_extension("partial").file_name().unwrap_or_default());
-                    let mut arguments = flags.clone();
+                    let mut arguments = job.flags.clone();
                     arguments.push(format!("--threads={threads}"));
                     arguments.push("-o".into());
                     arguments.extend([&partial, &job.source].map(|path| path.display().to_string()));

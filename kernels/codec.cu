@@ -103,6 +103,8 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     CONV(codec_conv_f16_flat_##m##x##n, __half, true, blocks, m, n, stages, wm, wn)             \
     CONV(codec_conv_bf16_flat_##m##x##n, __nv_bfloat16, true, blocks, m, n, stages, wm, wn)
 #define GRADIENT(...)
+#define HOPPER(...)
+#define HOPPER_GRADIENT(...)
 #include "tiles.cuh"
 
 // ---- 2. normalise -------------------------------------------------------------------------------

@@ -44,9 +44,8 @@ struct Tile {
     static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, THREADS = WARPS_M * WARPS_N * 32;
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // a warp's part
     static constexpr int A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
-    static constexpr int OUT_ROW = WN + 8;  // floats of a row of the way out: 8 rows of float2 meet no bank twice
     static_assert(WM % 16 == 0 && WN % 16 == 0 && WM <= 64 && WN <= 64, "a warp's part is made of 16 x 16 fragments");
-    static_assert(WARPS_M * WARPS_N * 16 * OUT_ROW * 4 <= STAGES * STAGE_BYTES, "the way out fits the pipeline's memory");
+    static_assert(WARPS_M * WARPS_N * 16 * (WN + 8) * 4 <= STAGES * STAGE_BYTES, "the way out fits the pipeline's memory");
 
     using Accumulators = float[WM / 16][WN / 8][4];
     static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / WARPS_N * WM; }
@@ -290,37 +289,49 @@ __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsig
 
 // ---- the way out --------------------------------------------------------------------------------
 
-// Calls sink(row, column, v) for the tile's values, v those of columns column .. column + 8; a
-// thread's column is the same in all its calls.
+// Floats of a row of the way out: 8 rows of float2 meet no bank twice.
+template <int COLUMNS>
+constexpr int OUT_ROW = COLUMNS + 8;
+
+// Calls sink(row, column, v) for the values of a warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of
+// accumulators, four for each 8 columns; v are those of columns column .. column + 8. A thread's column is the same in
+// all its calls. `out` is 16 rows of OUT_ROW floats of the warp's own.
+template <int COLUMNS, class Sink>
+__device__ __forceinline__ void emit_rows(const float (&acc)[COLUMNS / 8][4], float* out, Sink&& sink) {
+    constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, ROW = OUT_ROW<COLUMNS>;
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * ROW + j * 8 + lane % 4 * 2) =
+                make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
+    __syncwarp();
+#pragma unroll
+    for (int pass = 0; pass < 16 / ROWS; pass++) {
+        const int row = lane / CHUNKS + pass * ROWS;
+        // Half of the lanes read their upper four first: 8 lanes then meet no bank twice.
+        const int upper = CHUNKS == 8 ? chunk / 4 : row % 2;
+        const float* from = out + row * ROW + chunk * 8;
+        const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
+        const uint4 low = upper ? q : p, high = upper ? p : q;
+        float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
+                      __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
+        sink(row, chunk * 8, v);
+    }
+    __syncwarp();
+}
+
+// The same for a block's tile.
 template <class Tile, class Sink>
 __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Sink&& sink) {
-    constexpr int CHUNKS = Tile::WN / 8, ROWS = 32 / CHUNKS;
-    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
-    float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * Tile::OUT_ROW;
+    float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * OUT_ROW<Tile::WN>;
     __syncthreads();  // all have left the pipeline's last stage
 #pragma unroll
-    for (int i = 0; i < Tile::WM / 16; i++) {
-#pragma unroll
-        for (int j = 0; j < Tile::WN / 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * Tile::OUT_ROW + j * 8 + lane % 4 * 2) =
-                    make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
-        __syncwarp();
-#pragma unroll
-        for (int pass = 0; pass < 16 / ROWS; pass++) {
-            const int row = lane / CHUNKS + pass * ROWS;
-            // Half of the lanes read their upper four first: 8 lanes then meet no bank twice.
-            const int upper = CHUNKS == 8 ? chunk / 4 : row % 2;
-            const float* from = out + row * Tile::OUT_ROW + chunk * 8;
-            const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
-            const uint4 low = upper ? q : p, high = upper ? p : q;
-            float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
-                          __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
-            sink(Tile::warp_m() + i * 16 + row, Tile::warp_n() + chunk * 8, v);
-        }
-        __syncwarp();
-    }
+    for (int i = 0; i < Tile::WM / 16; i++)
+        emit_rows<Tile::WN>(acc[i], out, [&](int row, int column, float (&v)[8]) {
+            sink(Tile::warp_m() + i * 16 + row, Tile::warp_n() + column, v);
+        });
 }
 
 __device__ __forceinline__ void load8(const float* from, float (&v)[8]) {

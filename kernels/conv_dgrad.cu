@@ -20,57 +20,7 @@
 // Channels: multiples of 8.
 //
 // Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).
-#include "conv.cuh"
-
-struct ConvDgrad {
-    const void *grad, *turned;
-    const void *x, *skip;          // the input before mp_silu; null if there was none
-    const void *acc_x, *acc_skip;  // null: nothing to add
-    const float* scale;            // null: none
-    void *gx, *gskip;
-    float *scale_grad, *sums;  // with scale
-    float* partial;            // null: one split
-    PixelTiles tiles;
-    int pixels, ca, cb, cout, taps;
-    int scale_stride, steps_per_split, splits;
-    float x_scale, skip_scale, gain, acc_factor;
-};
-static_assert(sizeof(ConvDgrad) == 160, "mirrored by DgradParams in src/backend/gpu/conv.rs");
-
-// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
-template <class T>
-__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], float (&sums)[8]) {
-    const bool second = channel >= p.ca;
-    const size_t at = second ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
-    const T* x = static_cast<const T*>(second ? p.skip : p.x);
-    const T* acc = static_cast<const T*>(second ? p.acc_skip : p.acc_x);
-    const float input_scale = second ? p.skip_scale : p.x_scale;
-#pragma unroll
-    for (int e = 0; e < 8; e++) v[e] *= p.gain * input_scale;
-    if (x) {
-        float in[8];
-        unpack8<T>(load16(x + at), in);
-        if (p.scale) {
-            float s[8];
-            load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float gu = v[e] * mp_silu_grad(in[e] * s[e]);
-                sums[e] += gu * in[e], v[e] = gu * s[e];
-            }
-        } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++) v[e] *= mp_silu_grad(in[e] * input_scale);
-        }
-    }
-    if (acc) {
-        float a[8];
-        unpack8<T>(load16(acc + at), a);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
-    }
-    store16(static_cast<T*>(second ? p.gskip : p.gx) + at, pack8<T>(v));
-}
+#include "conv_finish.cuh"
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
@@ -172,4 +122,6 @@ REDUCE(conv_dgrad_reduce_bf16, __nv_bfloat16)
     INSTANCE(conv_dgrad_bf16_flat_##m##x##n, __nv_bfloat16, false, true, blocks, m, n, stages, wm, wn) \
     INSTANCE(conv_dgrad_f16x2_flat_##m##x##n, __half, true, true, blocks_f16x2, m, n, stages, wm, wn)
 #define GRADIENT(...)
+#define HOPPER(...)
+#define HOPPER_GRADIENT(...)
 #include "tiles.cuh"

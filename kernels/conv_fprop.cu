@@ -22,47 +22,7 @@
 //
 // Operations: 2 n h w taps cin cout. Bytes: x, skip, w, residual once, y (pre, act) once from DRAM; a
 // pixel comes 9 ceil(cout / BN) times from L2.
-#include "conv.cuh"
-
-struct ConvFprop {
-    const void *x, *skip, *weight;  // skip: null if cb = 0
-    const float* scale;             // null: none
-    const void* residual;           // null: none
-    void *y, *pre, *act;            // pre, act: null if not wanted
-    float* partial;                 // null: one split
-    PixelTiles tiles;
-    int pixels, ca, cb, cout, taps;
-    int scale_stride, steps_per_split, splits;
-    float wa, wb, clip, act_scale;
-};
-static_assert(sizeof(ConvFprop) == 136, "mirrored by FpropParams in src/backend/gpu/conv.rs");
-
-// What follows the product, for 8 channels of a pixel.
-template <class T>
-__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channel, float (&v)[8]) {
-    const size_t at = size_t(pixel) * p.cout + channel;
-    if (p.scale) {
-        if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
-        float s[8];
-        load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * s[e]);
-    } else {
-        float r[8] = {};
-        if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const float sum = p.wa * r[e] + p.wb * v[e];
-            v[e] = sum > p.clip ? p.clip : sum < -p.clip ? -p.clip : sum;  // NaN passes
-        }
-    }
-    store16(static_cast<T*>(p.y) + at, pack8<T>(v));
-    if (p.act) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * p.act_scale);
-        store16(static_cast<T*>(p.act) + at, pack8<T>(v));
-    }
-}
+#include "conv_finish.cuh"
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
@@ -117,4 +77,6 @@ REDUCE(conv_fprop_reduce_bf16, __nv_bfloat16)
     INSTANCE(conv_fprop_bf16_flat_##m##x##n, __nv_bfloat16, false, true, blocks, m, n, stages, wm, wn) \
     INSTANCE(conv_fprop_f16x2_flat_##m##x##n, __half, true, true, blocks_f16x2, m, n, stages, wm, wn)
 #define GRADIENT(...)
+#define HOPPER(...)
+#define HOPPER_GRADIENT(...)
 #include "tiles.cuh"

@@ -13,16 +13,7 @@
 //
 // Operations: 2 n h w taps cin cout. Bytes: grad, x, skip once from DRAM (from L2: grad
 // ceil(taps cin / BN) times, x taps ceil(cout / BM) times), dw read and written, partial written and read.
-#include "conv.cuh"
-
-struct ConvWgrad {
-    const void *x, *skip, *grad;  // skip: null if cb = 0
-    float *dw, *partial;          // partial: null if one split
-    int height, width, pixels, ca, cb, cout, taps;
-    int steps_per_split, splits;
-    float x_scale, skip_scale, gain;
-};
-static_assert(sizeof(ConvWgrad) == 88, "mirrored by WgradParams in src/backend/gpu/conv.rs");
+#include "conv_finish.cuh"
 
 // Copies the next BK pixels of grad and of the input's neighbours. A thread keeps its column of 8 channels, and with
 // it its tap, and takes every STRIDE-th pixel. Whether a neighbour is inside is asked of two numbers that each wrap by
@@ -79,28 +70,14 @@ template <class T, class Tile, bool F16_SUMS>
 __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
     DYN_SMEM(unsigned char, smem);
     const int steps = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
-    const int last = min(first + p.steps_per_split, steps), cin = p.ca + p.cb, columns = p.taps * cin;
+    const int last = min(first + p.steps_per_split, steps);
 
     typename Tile::Accumulators acc = {};
     WgradLoad<T, Tile> load(p, first);
         multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load);
 
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        const int co = blockIdx.x * Tile::BM + row, n = blockIdx.y * Tile::BN + column;
-        if (co >= p.cout || n >= columns) return;
-        const float factor = p.gain * (n % cin >= p.ca ? p.skip_scale : p.x_scale);
-        const size_t at = size_t(co) * columns + n;
-        if (p.partial) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) v[e] *= factor;
-            store8(p.partial + size_t(blockIdx.z) * p.cout * columns + at, v);
-        } else {
-            float sum[8];
-            load8(p.dw + at, sum);
-#pragma unroll
-            for (int e = 0; e < 8; e++) sum[e] += v[e] * factor;
-            store8(p.dw + at, sum);
-        }
+        finish(p, blockIdx.x * Tile::BM + row, blockIdx.y * Tile::BN + column, blockIdx.z, v);
     });
 }
 
@@ -127,4 +104,6 @@ KERNEL_EXPORT(conv_wgrad_reduce);
     INSTANCE(conv_wgrad_f16_##m##x##n, __half, false, blocks, m, n, stages, wm, wn)             \
     INSTANCE(conv_wgrad_bf16_##m##x##n, __nv_bfloat16, false, blocks, m, n, stages, wm, wn)     \
     INSTANCE(conv_wgrad_f16x2_##m##x##n, __half, true, blocks_f16x2, m, n, stages, wm, wn)
+#define HOPPER(...)
+#define HOPPER_GRADIENT(...)
 #include "tiles.cuh"

@@ -8,7 +8,7 @@ mod common;
 use common::{Kernels, Memory, assert_same};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
-use edm2k::backend::gpu::launch::{Accum, DevicePtr, Launch, Math, Precision};
+use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
 use edm2k::model::params::{ParamId, ParamTable};
@@ -383,13 +383,20 @@ const CASES: &[Case] = &[
 ];
 
 /// Few multiprocessors: large tiles, whole sums. Many: small tiles, split sums.
-const CARDS: [Card; 2] = [Card { sms: 1, capability: 80 }, Card { sms: 128, capability: 80 }];
+const CARDS: [Card; 2] = [Card { sms: 1, capability: 90 }, Card { sms: 128, capability: 90 }];
 
-const MATHS: [Math; 3] = [
-    Math { precision: Precision::F16, accum: Some(Accum::F32) },
-    Math { precision: Precision::Bf16, accum: Some(Accum::F32) },
-    Math { precision: Precision::F16, accum: Some(Accum::F16x2) },
+/// Every loop and type.
+const MATHS: [Math; 5] = [
+    math(Precision::F16, Accum::F32, ConvLoop::Mma),
+    math(Precision::Bf16, Accum::F32, ConvLoop::Mma),
+    math(Precision::F16, Accum::F16x2, ConvLoop::Mma),
+    math(Precision::F16, Accum::F32, ConvLoop::Wgmma),
+    math(Precision::Bf16, Accum::F32, ConvLoop::Wgmma),
 ];
+
+const fn math(precision: Precision, accum: Accum, conv_loop: ConvLoop) -> Math {
+    Math { precision, accum: Some(accum), conv_loop }
+}
 
 fn for_all(check: fn(&mut Bench, Case)) {
     for device in common::plain() {
@@ -420,9 +427,9 @@ fn weight_gradient_is_the_twins() {
 #[test]
 fn any_thread_order_and_all_checks_pass() {
     for device in common::every_order() {
-        for (card, math) in CARDS.into_iter().zip([MATHS[0], MATHS[2]]) {
+        for (card, math) in [(CARDS[0], MATHS[0]), (CARDS[1], MATHS[2]), (CARDS[0], MATHS[3]), (CARDS[1], MATHS[3])] {
             let mut bench = Bench::new(device.clone(), math, card);
-            for case in [case(1, 3, 5, 24, 16, 24, 9), case(2, 1, 3, 64, 64, 8, 9), case(3, 1, 3, 136, 0, 8, 1)] {
+            for case in [case(1, 3, 5, 24, 16, 24, 9), case(2, 1, 3, 64, 64, 72, 9), case(3, 1, 3, 136, 0, 8, 1)] {
                 check_fprop(&mut bench, case);
                 check_dgrad(&mut bench, case);
                 check_wgrad(&mut bench, case);
@@ -439,20 +446,20 @@ fn every_instance_exists_and_is_chosen_for_some_shape() {
     let mut chosen = std::collections::BTreeSet::new();
     let large = [case(1, 64, 64, 128, 0, 128, 9), case(1, 64, 64, 128, 0, 4, 9), case(1, 64, 64, 4, 0, 128, 9)];
     for sms in [1, 2, 8, 16, 128] {
-        let card = Card { sms, capability: 80 };
+        let card = Card { sms, capability: 90 };
         for case in CASES.iter().chain(&large) {
             for math in MATHS {
-                let (shape, name) = (case.shape(), math.name(card.capability));
-                let tile = &Fprop::new(shape, math, card).unwrap().choice().tile.name;
-                chosen.insert(format!("conv_fprop_{name}_{tile}"));
-                let tile = &Dgrad::new(shape, false, math, card).unwrap().choice().tile.name;
-                chosen.insert(format!("conv_dgrad_{name}_{tile}"));
-                let tile = &Wgrad::new(shape, math, card).unwrap().choice().tile.name;
-                chosen.insert(format!("conv_wgrad_{name}_{tile}"));
+                let shape = case.shape();
+                chosen.insert(Fprop::new(shape, math, card).unwrap().kernel());
+                chosen.insert(Dgrad::new(shape, false, math, card).unwrap().kernel());
+                chosen.insert(Wgrad::new(shape, math, card).unwrap().kernel());
             }
         }
     }
-    let product = |name: &&String| name.starts_with("conv_") && name.ends_with(|c: char| c.is_ascii_digit()) && !name.contains("reduce");
+    let product = |name: &&String| {
+        let kinds = ["conv_fprop_", "conv_dgrad_", "conv_wgrad_", "hopper_fprop_", "hopper_dgrad_", "hopper_wgrad_"];
+        kinds.iter().any(|kind| name.starts_with(kind)) && name.contains("4x") | name.contains("8x")
+    };
     let instances: Vec<_> = exported.iter().filter(product).collect();
     assert_eq!(chosen.iter().collect::<Vec<_>>(), instances);
 }

@@ -75,7 +75,8 @@ struct GpuCost {
 
 impl GpuCost {
     fn new(net: &Precond, table: &ParamTable, [h, w]: [usize; 2]) -> Result<Self, BackendError> {
-        let mut gpu = Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16, table)?;
+        let mut gpu =
+            Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16, table)?;
         let dim = net.config.label_dim;
         let (image, label) = (vec![0.0; h * w * net.config.img_channels], vec![0.0; dim]);
         let mut inputs = vec![([1, h, w, net.config.img_channels], &image[..]), ([1; 4], &[1.0][..])];

@@ -19,7 +19,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, ensure};
 
-use edm2k::backend::gpu::launch::{Accum, Math, Precision};
+use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
 
 /// What computes, as `--device` names it.
@@ -65,6 +65,9 @@ pub struct DeviceArgs {
     /// Sums of convolutions in f16 on a GPU: f32, or f16 in two levels; default: f16x2 on GeForce cards, f32 elsewhere
     #[arg(long, value_enum)]
     pub accum: Option<Accum>,
+    /// Loop of convolutions on a GPU
+    #[arg(long, value_enum, default_value_t)]
+    pub conv_loop: ConvLoop,
 }
 
 /// An open device.
@@ -78,7 +81,7 @@ pub enum Engine {
 impl DeviceArgs {
     /// The numbers that a GPU computes in.
     pub fn math(&self) -> Math {
-        Math { precision: self.precision, accum: self.accum }
+        Math { precision: self.precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
     /// Opens the device; with `auto`, says on stderr which GPU was taken.

@@ -249,12 +249,7 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2], engine: &Engine) 
 }
 
 /// What makes pictures of latents of `size`.
-pub(super) fn autoencoder(
-    path: &Path,
-    size: [usize; 2],
-    engine: &Engine,
-    math: Math,
-) -> anyhow::Result<Decode> {
+pub(super) fn autoencoder(path: &Path, size: [usize; 2], engine: &Engine, math: Math) -> anyhow::Result<Decode> {
     let file = CodecFile::open(path).context("--vae")?;
     let decode = match engine {
         Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),

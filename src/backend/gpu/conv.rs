@@ -5,8 +5,9 @@
 //! card and tell how much scratch memory they want; `launches` then turns addresses into [`Launch`]es,
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
-use super::launch::{DevicePtr, Launch, Math, Precision};
-use super::tiles::{self, Card, Choice, Product};
+use super::conv_hopper::{self, Images, Pixels, Window};
+use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
+use super::tiles::{self, Card, Choice, Product, STEP, Tile};
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
@@ -37,6 +38,11 @@ impl ConvShape {
 
     fn cin(&self) -> usize {
         self.ca + self.cb
+    }
+
+    /// A tensor of so many channels.
+    fn images(&self, at: DevicePtr, channels: usize) -> Images {
+        Images { at, n: self.n, h: self.h, w: self.w, channels }
     }
 
     fn check(&self) -> Result<(), ConvError> {
@@ -196,7 +202,10 @@ impl Inputs {
 /// The second input, which is there if and only if it has channels.
 fn second(shape: &ConvShape, skip: Option<DevicePtr>) -> Result<DevicePtr, ConvError> {
     if skip.is_some() != (shape.cb != 0) {
-        return Err(ConvError::Argument { shape: *shape, what: "a second input needs channels, and channels an input" });
+        return Err(ConvError::Argument {
+            shape: *shape,
+            what: "a second input needs channels, and channels an input",
+        });
     }
     Ok(skip.unwrap_or(DevicePtr::NULL))
 }
@@ -239,12 +248,78 @@ fn int(x: usize) -> i32 {
     i32::try_from(x).expect("ConvShape::check bounds every count")
 }
 
-/// A launch of a product kernel's instance.
-fn main_launch(kind: &str, math: &str, choice: &Choice, grid: [usize; 2], params: &impl NoUninit) -> Launch {
-    let Choice { tile, splits, .. } = choice;
-    let kernel = format!("conv_{kind}_{math}_{}", tile.name);
-    let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(*splits) as u32];
-    Launch::new(kernel, grid, tile.threads, tile.shared, params)
+/// A product's kernel: which loop, its numbers, tile and split.
+#[derive(Clone, Debug)]
+struct Kernel {
+    hopper: bool,
+    precision: Precision,
+    /// The numbers as they stand in the kernel's name.
+    math: &'static str,
+    card: Card,
+    choice: Choice,
+}
+
+impl Kernel {
+    /// For a product of neighbours whose tensors have so many channels.
+    fn of_pixels(
+        math: Math,
+        card: Card,
+        taps: usize,
+        channels: [usize; 2],
+        groups: usize,
+        product: [usize; 2],
+    ) -> Self {
+        let [rows, columns] = product;
+        let (mut tiles, steps) = tiles::of_inputs(taps, channels);
+        let hopper =
+            math.conv_loop == ConvLoop::Wgmma && channels.iter().all(|c| c.is_multiple_of(STEP)) && columns >= STEP;
+        if hopper {
+            tiles = &tiles::HOPPER;
+        }
+        Self::new(math, card, hopper, tiles, Product { groups, rows, columns, steps })
+    }
+
+    fn new(math: Math, card: Card, hopper: bool, tiles: &'static [Tile], product: Product) -> Self {
+        let choice = tiles::choose(tiles, product, card);
+        Self { hopper, precision: math.precision, math: math.name(card.capability), card, choice }
+    }
+
+    /// The name of an instance.
+    fn name(&self, kind: &str) -> String {
+        let Self { precision, math, choice, .. } = self;
+        match self.hopper {
+            true => format!("hopper_{kind}_{}_{}", precision.name(), choice.tile.name),
+            false => format!("conv_{kind}_{math}_{}", choice.tile.name),
+        }
+    }
+
+    /// What bulk copies read of a convolution or of the gradient of its input.
+    fn pixels(
+        &self,
+        shape: &ConvShape,
+        [x, skip]: [DevicePtr; 2],
+        [ca, cb]: [usize; 2],
+        weight: DevicePtr,
+        columns: usize,
+        tiles_m: usize,
+    ) -> Pixels {
+        Pixels {
+            precision: self.precision,
+            x: shape.images(x, ca),
+            skip: (cb > 0).then(|| shape.images(skip, cb)),
+            window: Window::same(shape.taps),
+            weight,
+            columns,
+            tiles_m,
+        }
+    }
+
+    /// A launch of the loop for every card.
+    fn launch(&self, kind: &str, grid: [usize; 2], params: &impl NoUninit) -> Launch {
+        let Choice { tile, splits, .. } = self.choice;
+        let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(splits) as u32];
+        Launch::new(self.name(kind), grid, tile.threads, tile.shared, params)
+    }
 }
 
 /// A launch of a second pass.
@@ -256,29 +331,25 @@ fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) 
 #[derive(Clone, Debug)]
 pub struct Fprop {
     shape: ConvShape,
-    precision: Precision,
-    /// As it stands in the kernel's name.
-    math: &'static str,
-    choice: Choice,
+    kernel: Kernel,
 }
 
 impl Fprop {
     /// Chooses tile and split.
     pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
-        let (tiles, steps) = tiles::of_inputs(shape.taps, [shape.ca, shape.cb]);
-        let product = Product { groups: 1, rows: shape.pixels(), columns: shape.cout, steps };
-        Ok(Self { shape, precision: math.precision, math: math.name(card.capability), choice: tiles::choose(tiles, product, card) })
+        let product = [shape.pixels(), shape.cout];
+        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, shape.taps, [shape.ca, shape.cb], 1, product) })
     }
 
-    /// The tile and split chosen.
-    pub fn choice(&self) -> &Choice {
-        &self.choice
+    /// The name of the instance chosen.
+    pub fn kernel(&self) -> String {
+        self.kernel.name("fprop")
     }
 
     /// Bytes of scratch memory.
     pub fn scratch_bytes(&self) -> usize {
-        partial_bytes(&self.choice, self.shape.pixels() * self.shape.cout)
+        partial_bytes(&self.kernel.choice, self.shape.pixels() * self.shape.cout)
     }
 
     /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. x [n, h, w, ca] and skip [n, h, w, cb]
@@ -293,7 +364,7 @@ impl Fprop {
         act: Option<(DevicePtr, f32)>,
         scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
-        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
         let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
         let (mut wa, mut wb, mut clip) = (0.0, 1.0, None);
@@ -335,10 +406,20 @@ impl Fprop {
             act_scale: act.map_or(1.0, |a| a.1),
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
-        let mut launches = vec![main_launch("fprop", self.math, &self.choice, grid, &params)];
+        let mut launches = vec![if self.kernel.hopper {
+            let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
+            conv_hopper::pixels(self.kernel.name("fprop"), &product, &self.kernel.choice, self.kernel.card, &params)
+        } else {
+            self.kernel.launch("fprop", grid, &params)
+        }];
         if splits > 1 {
             let blocks = (shape.pixels() * shape.cout / 8).div_ceil(256);
-            launches.push(pass(format!("conv_fprop_reduce_{}", self.precision.name()), [blocks, 1], 256, &params));
+            launches.push(pass(
+                format!("conv_fprop_reduce_{}", self.kernel.precision.name()),
+                [blocks, 1],
+                256,
+                &params,
+            ));
         }
         Ok(launches)
     }
@@ -370,10 +451,7 @@ pub enum Through {
 #[derive(Clone, Debug)]
 pub struct Dgrad {
     shape: ConvShape,
-    precision: Precision,
-    /// As it stands in the kernel's name.
-    math: &'static str,
-    choice: Choice,
+    kernel: Kernel,
     scaled: bool,
 }
 
@@ -388,14 +466,13 @@ impl Dgrad {
             return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
         }
         let groups = if scaled { shape.n } else { 1 };
-        let (tiles, steps) = tiles::of_inputs(shape.taps, [shape.cout, 0]);
-        let product = Product { groups, rows: shape.pixels() / groups, columns: shape.cin(), steps };
-        Ok(Self { shape, precision: math.precision, math: math.name(card.capability), choice: tiles::choose(tiles, product, card), scaled })
+        let product = [shape.pixels() / groups, shape.cin()];
+        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, shape.taps, [shape.cout, 0], groups, product), scaled })
     }
 
-    /// The tile and split chosen.
-    pub fn choice(&self) -> &Choice {
-        &self.choice
+    /// The name of the instance chosen.
+    pub fn kernel(&self) -> String {
+        self.kernel.name("dgrad")
     }
 
     fn groups(&self) -> usize {
@@ -409,14 +486,14 @@ impl Dgrad {
 
     /// Pixels of the tiles whose sums are written.
     fn summed_pixels(&self) -> usize {
-        if self.choice.splits > 1 { REDUCE_PIXELS } else { self.choice.tile.m }
+        if self.kernel.choice.splits > 1 { REDUCE_PIXELS } else { self.kernel.choice.tile.m }
     }
 
     /// Bytes of scratch memory: partial sums, then the tiles' sums for the gradient of the scales.
     pub fn scratch_bytes(&self) -> usize {
         let tiles = self.groups() * self.tiles_per_group(self.summed_pixels());
         let sums = if self.scaled { tiles * self.shape.ca * 4 } else { 0 };
-        partial_bytes(&self.choice, self.shape.pixels() * self.shape.cin()) + sums
+        partial_bytes(&self.kernel.choice, self.shape.pixels() * self.shape.cin()) + sums
     }
 
     /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
@@ -435,7 +512,7 @@ impl Dgrad {
         (gx, gskip): (DevicePtr, DevicePtr),
         scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
-        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let (scale, scale_grad) = match through {
             Through::ScaleSilu { scale, scale_grad } => (Some(scale), scale_grad),
@@ -449,7 +526,7 @@ impl Dgrad {
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group(tile.m);
-        let partial = partial_bytes(&self.choice, shape.pixels() * shape.cin());
+        let partial = partial_bytes(&self.kernel.choice, shape.pixels() * shape.cin());
         let mut params = DgradParams {
             grad,
             turned,
@@ -483,11 +560,17 @@ impl Dgrad {
             acc_factor: acc.map_or(0.0, |a| a.1),
         };
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
-        let mut launches = vec![main_launch("dgrad", self.math, &self.choice, grid, &params)];
+        let mut launches = vec![if self.kernel.hopper {
+            let product =
+                self.kernel.pixels(shape, [grad, DevicePtr::NULL], [shape.cout, 0], turned, shape.cin(), grid[0]);
+            conv_hopper::pixels(self.kernel.name("dgrad"), &product, &self.kernel.choice, self.kernel.card, &params)
+        } else {
+            self.kernel.launch("dgrad", grid, &params)
+        }];
         params.tiles.tiles_per_group = int(self.tiles_per_group(self.summed_pixels()));
         if splits > 1 {
             let grid = [self.groups() * self.tiles_per_group(REDUCE_PIXELS), shape.cin().div_ceil(64)];
-            let kernel = format!("conv_dgrad_reduce_{}", self.precision.name());
+            let kernel = format!("conv_dgrad_reduce_{}", self.kernel.precision.name());
             launches.push(pass(kernel, grid, 256, &params));
         }
         if self.scaled {
@@ -502,9 +585,7 @@ impl Dgrad {
 #[derive(Clone, Debug)]
 pub struct Wgrad {
     shape: ConvShape,
-    /// As it stands in the kernel's name.
-    math: &'static str,
-    choice: Choice,
+    kernel: Kernel,
 }
 
 impl Wgrad {
@@ -513,12 +594,15 @@ impl Wgrad {
         shape.check()?;
         let steps = shape.pixels().div_ceil(tiles::STEP);
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
-        Ok(Self { shape, math: math.name(card.capability), choice: tiles::choose(&tiles::GRADIENT, product, card) })
+        let whole = [shape.ca, shape.cb].iter().all(|c| c.is_multiple_of(STEP)) && shape.cout >= STEP;
+        let hopper = math.conv_loop == ConvLoop::Wgmma && whole;
+        let tiles = if hopper { &tiles::HOPPER_GRADIENT } else { &tiles::GRADIENT };
+        Ok(Self { shape, kernel: Kernel::new(math, card, hopper, tiles, product) })
     }
 
-    /// The tile and split chosen.
-    pub fn choice(&self) -> &Choice {
-        &self.choice
+    /// The name of the instance chosen.
+    pub fn kernel(&self) -> String {
+        self.kernel.name("wgrad")
     }
 
     fn values(&self) -> usize {
@@ -527,7 +611,7 @@ impl Wgrad {
 
     /// Bytes of scratch memory.
     pub fn scratch_bytes(&self) -> usize {
-        partial_bytes(&self.choice, self.values())
+        partial_bytes(&self.kernel.choice, self.values())
     }
 
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
@@ -540,7 +624,7 @@ impl Wgrad {
         dw: DevicePtr,
         scratch: DevicePtr,
     ) -> Result<Vec<Launch>, ConvError> {
-        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.choice);
+        let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let params = WgradParams {
             x: inputs.x,
@@ -562,7 +646,15 @@ impl Wgrad {
             gain,
         };
         let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
-        let mut launches = vec![main_launch("wgrad", self.math, &self.choice, grid, &params)];
+        let mut launches = vec![if self.kernel.hopper {
+            let images = |at, channels| shape.images(at, channels);
+            let skip = (shape.cb > 0).then(|| images(skip, shape.cb));
+            let tensors = (images(inputs.x, shape.ca), skip, images(grad, shape.cout));
+            let Kernel { precision, choice, .. } = &self.kernel;
+            conv_hopper::weights(self.kernel.name("wgrad"), *precision, tensors, shape.taps, choice, &params)
+        } else {
+            self.kernel.launch("wgrad", grid, &params)
+        }];
         if splits > 1 {
             launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, &params));
         }

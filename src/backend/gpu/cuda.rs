@@ -236,7 +236,7 @@ impl Device {
                 kernel
             }
         };
-        let given = launch.params().len();
+        let given = launch.params_len();
         if kernel.params != given {
             let what = format!("kernel {} takes {} bytes of parameters, given {given}", launch.kernel, kernel.params);
             return Err(failed(what));
@@ -263,6 +263,71 @@ impl Device {
         Ok(Kernel { function, params })
     }
 
+    /// See [`Runtime::tensor_map`].
+    fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap, DeviceError> {
+        spec.check()?;
+        if self.info.capability.0 < 9 {
+            let what = "there are no tensor maps before compute capability 9.0".into();
+            return Err(DeviceError::Failed { device: self.info.label(), what });
+        }
+        let element = |precision| match precision {
+            Precision::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Precision::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let plain = sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE;
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        let cache = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+        let zeros = sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+        let mut map = TensorMap([0; 128]);
+        let to: *mut sys::CUtensorMap = (&raw mut map).cast();
+        let each = [1u32; 4];
+        // SAFETY: the driver (12.0 or newer) writes 128 bytes, aligned to 64, and reads arrays of as many elements as
+        // the rank says; it does not touch the tensor.
+        let encoded = unsafe {
+            match *spec {
+                TensorMapSpec::Tiled { at, precision, size, stride, tile } => sys::cuTensorMapEncodeTiled(
+                    to,
+                    element(precision),
+                    2,
+                    at.0 as *mut c_void,
+                    size.map(u64::from).as_ptr(),
+                    &stride,
+                    tile.as_ptr(),
+                    each.as_ptr(),
+                    plain,
+                    swizzle,
+                    cache,
+                    zeros,
+                ),
+                TensorMapSpec::Im2col { at, precision, size, strides, lower, upper, channels, pixels } => {
+                    sys::cuTensorMapEncodeIm2col(
+                        to,
+                        element(precision),
+                        4,
+                        at.0 as *mut c_void,
+                        size.map(u64::from).as_ptr(),
+                        strides.as_ptr(),
+                        lower.as_ptr(),
+                        upper.as_ptr(),
+                        channels,
+                        pixels,
+                        each.as_ptr(),
+                        plain,
+                        swizzle,
+                        cache,
+                        zeros,
+                    )
+                }
+            }
+        };
+        let refused = |e| {
+            let what = format!("the driver refuses the tensor map {spec:?}: {}", describe(e));
+            DeviceError::Failed { device: self.info.label(), what }
+        };
+        encoded.result().map_err(refused)?;
+        Ok(map)
+    }
+
     /// Gives a command to the first stream.
     ///
     /// # Safety
@@ -276,7 +341,8 @@ impl Device {
                 last.push_str(&launch.kernel);
                 drop(last);
                 let [x, y, z] = launch.grid;
-                let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
+                let bytes = launch.params(|spec| self.tensor_map(spec))?;
+                let mut params = [bytes.as_ptr().cast_mut().cast::<c_void>()];
                 // SAFETY: the parameters have the size that the kernel reads, during the call; what they
                 // point to is the caller's promise.
                 let launched = unsafe {
@@ -599,67 +665,7 @@ impl Runtime for Cuda {
     }
 
     fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap, DeviceError> {
-        spec.check()?;
-        if self.0.info.capability.0 < 9 {
-            let what = "there are no tensor maps before compute capability 9.0".into();
-            return Err(DeviceError::Failed { device: self.0.info.label(), what });
-        }
-        let element = |precision| match precision {
-            Precision::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            Precision::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        };
-        let plain = sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE;
-        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
-        let cache = sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-        let zeros = sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
-        let mut map = TensorMap([0; 128]);
-        let to: *mut sys::CUtensorMap = (&raw mut map).cast();
-        let each = [1u32; 4];
-        // SAFETY: the driver (12.0 or newer) writes 128 bytes, aligned to 64, and reads arrays of as many elements as
-        // the rank says; it does not touch the tensor.
-        let encoded = unsafe {
-            match *spec {
-                TensorMapSpec::Tiled { at, precision, size, stride, tile } => sys::cuTensorMapEncodeTiled(
-                    to,
-                    element(precision),
-                    2,
-                    at.0 as *mut c_void,
-                    size.map(u64::from).as_ptr(),
-                    &stride,
-                    tile.as_ptr(),
-                    each.as_ptr(),
-                    plain,
-                    swizzle,
-                    cache,
-                    zeros,
-                ),
-                TensorMapSpec::Im2col { at, precision, size, strides, lower, upper, channels, pixels } => {
-                    sys::cuTensorMapEncodeIm2col(
-                        to,
-                        element(precision),
-                        4,
-                        at.0 as *mut c_void,
-                        size.map(u64::from).as_ptr(),
-                        strides.as_ptr(),
-                        lower.as_ptr(),
-                        upper.as_ptr(),
-                        channels,
-                        pixels,
-                        each.as_ptr(),
-                        plain,
-                        swizzle,
-                        cache,
-                        zeros,
-                    )
-                }
-            }
-        };
-        let refused = |e| {
-            let what = format!("the driver refuses the tensor map {spec:?}: {}", describe(e));
-            DeviceError::Failed { device: self.0.info.label(), what }
-        };
-        encoded.result().map_err(refused)?;
-        Ok(map)
+        self.0.tensor_map(spec)
     }
 
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {

@@ -297,8 +297,10 @@ impl Emulator {
         if l.shared > 48 << 10 {
             self.allow_shared(&l.kernel, l.shared as usize)?;
         }
+        let encode = |spec: &TensorMapSpec| spec.check().map(|()| tensor_map(spec));
+        let params = l.params(encode).map_err(|e| EmulatorError::Refused(e.to_string()))?;
         // SAFETY: the caller's promise.
-        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(l.params())]) }
+        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
     }
 }
 

@@ -12,7 +12,7 @@ use super::attention::{self, Attention};
 use super::conv::{ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 
 use super::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
-use super::launch::{DevicePtr, Math, Precision};
+use super::launch::{ConvLoop, DevicePtr, Math, Precision};
 use super::params::Params;
 use super::precond::{self, LogvarParams, LossArenas};
 use super::runtime::{Command, DeviceError, Graph, Imagined, Memory, Runtime};
@@ -134,15 +134,16 @@ impl Gpu {
         Self::new(runtime, math.into(), table, Some(emas))
     }
 
-    fn new(
-        runtime: Rc<dyn Runtime>,
-        math: Math,
-        table: &ParamTable,
-        emas: Option<usize>,
-    ) -> Result<Self, DeviceError> {
+    fn new(runtime: Rc<dyn Runtime>, math: Math, table: &ParamTable, emas: Option<usize>) -> Result<Self, DeviceError> {
         let precision = math.precision;
-        let params = Params::new(&*runtime, precision, table, emas)?;
         let card = runtime.card();
+        if math.conv_loop == ConvLoop::Wgmma && card.capability != 90 {
+            let (name, found) = (runtime.name(), card.capability);
+            let what =
+                format!("{name}: compute capability {}.{}, wgmma (--conv-loop) needs 9.0", found / 10, found % 10);
+            return Err(DeviceError::Unavailable(what));
+        }
+        let params = Params::new(&*runtime, precision, table, emas)?;
         Ok(Self {
             runtime,
             math,

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 
+use super::runtime::{DeviceError, TensorMap, TensorMapSpec};
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// An address in device memory, as kernels take it.
@@ -58,18 +59,30 @@ impl Accum {
     }
 }
 
-/// The numbers that the network is computed in.
+/// The loop that convolutions are computed by, where channels are multiples of 64.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+pub enum ConvLoop {
+    /// mma.sync, on every card
+    #[default]
+    Mma,
+    /// Bulk copies and wgmma, on Hopper (H100, H200) alone; sums in f32. Not tried on a card yet
+    Wgmma,
+}
+
+/// How the network is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Math {
     /// The type of activations and effective weights.
     pub precision: Precision,
     /// The type of sums in convolutions; none: the fastest on the card.
     pub accum: Option<Accum>,
+    /// The loop of convolutions.
+    pub conv_loop: ConvLoop,
 }
 
 impl From<Precision> for Math {
     fn from(precision: Precision) -> Self {
-        Self { precision, accum: None }
+        Self { precision, accum: None, conv_loop: ConvLoop::default() }
     }
 }
 
@@ -95,6 +108,8 @@ pub struct Launch {
     /// Bytes of dynamic shared memory.
     pub shared: u32,
     params: Box<[u8]>,
+    /// Tensor maps in the params struct: where each lies, and what it says.
+    maps: Vec<(usize, TensorMapSpec)>,
 }
 
 impl Launch {
@@ -106,7 +121,19 @@ impl Launch {
         shared: u32,
         params: &P,
     ) -> Self {
-        Self { kernel: kernel.into(), grid, block, shared, params: bytemuck::bytes_of(params).into() }
+        Self::with_maps(kernel, grid, block, shared, bytemuck::bytes_of(params).into(), vec![])
+    }
+
+    /// A launch whose params struct has tensor maps in it: at each of these offsets.
+    pub fn with_maps(
+        kernel: impl Into<Cow<'static, str>>,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        params: Vec<u8>,
+        maps: Vec<(usize, TensorMapSpec)>,
+    ) -> Self {
+        Self { kernel: kernel.into(), grid, block, shared, params: params.into(), maps }
     }
 
     /// One thread for each of `items`, in blocks of `block`.
@@ -114,8 +141,24 @@ impl Launch {
         Self::new(kernel, [items.div_ceil(block as usize) as u32, 1, 1], block, 0, params)
     }
 
-    /// The bytes of the params struct.
-    pub fn params(&self) -> &[u8] {
-        &self.params
+    /// Bytes of the params struct.
+    pub fn params_len(&self) -> usize {
+        self.params.len()
+    }
+
+    /// The bytes of the params struct, with tensor maps as `encode` makes them.
+    ///
+    /// # Errors
+    /// Those of `encode`.
+    pub fn params(
+        &self,
+        encode: impl Fn(&TensorMapSpec) -> Result<TensorMap, DeviceError>,
+    ) -> Result<Cow<'_, [u8]>, DeviceError> {
+        let mut params = Cow::Borrowed(&*self.params);
+        for (at, spec) in &self.maps {
+            let map = encode(spec)?;
+            params.to_mut()[*at..*at + size_of::<TensorMap>()].copy_from_slice(bytemuck::bytes_of(&map));
+        }
+        Ok(params)
     }
 }

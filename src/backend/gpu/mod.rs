@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod codec;
 pub mod conv;
+mod conv_hopper;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod embedding;

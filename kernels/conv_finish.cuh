@@ -1,0 +1,122 @@
+// What the three convolutions are asked for, and what follows their products: common to the loop for every card
+// (conv_fprop.cu, conv_dgrad.cu, conv_wgrad.cu, which explain it) and the one for Hopper (conv_hopper.cu).
+#pragma once
+#include "conv.cuh"
+
+// ---- conv_fprop ---------------------------------------------------------------------------------
+
+struct ConvFprop {
+    const void *x, *skip, *weight;  // skip: null if cb = 0
+    const float* scale;             // null: none
+    const void* residual;           // null: none
+    void *y, *pre, *act;            // pre, act: null if not wanted
+    float* partial;                 // null: one split
+    PixelTiles tiles;
+    int pixels, ca, cb, cout, taps;
+    int scale_stride, steps_per_split, splits;
+    float wa, wb, clip, act_scale;
+};
+static_assert(sizeof(ConvFprop) == 136, "mirrored by FpropParams in src/backend/gpu/conv.rs");
+
+// What follows the product, for 8 channels of a pixel.
+template <class T>
+__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channel, float (&v)[8]) {
+    const size_t at = size_t(pixel) * p.cout + channel;
+    if (p.scale) {
+        if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
+        float s[8];
+        load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * s[e]);
+    } else {
+        float r[8] = {};
+        if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const float sum = p.wa * r[e] + p.wb * v[e];
+            v[e] = sum > p.clip ? p.clip : sum < -p.clip ? -p.clip : sum;  // NaN passes
+        }
+    }
+    store16(static_cast<T*>(p.y) + at, pack8<T>(v));
+    if (p.act) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * p.act_scale);
+        store16(static_cast<T*>(p.act) + at, pack8<T>(v));
+    }
+}
+
+// ---- conv_dgrad ---------------------------------------------------------------------------------
+
+struct ConvDgrad {
+    const void *grad, *turned;
+    const void *x, *skip;          // the input before mp_silu; null if there was none
+    const void *acc_x, *acc_skip;  // null: nothing to add
+    const float* scale;            // null: none
+    void *gx, *gskip;
+    float *scale_grad, *sums;  // with scale
+    float* partial;            // null: one split
+    PixelTiles tiles;
+    int pixels, ca, cb, cout, taps;
+    int scale_stride, steps_per_split, splits;
+    float x_scale, skip_scale, gain, acc_factor;
+};
+static_assert(sizeof(ConvDgrad) == 160, "mirrored by DgradParams in src/backend/gpu/conv.rs");
+
+// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
+template <class T>
+__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], float (&sums)[8]) {
+    const bool second = channel >= p.ca;
+    const size_t at = second ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
+    const T* x = static_cast<const T*>(second ? p.skip : p.x);
+    const T* acc = static_cast<const T*>(second ? p.acc_skip : p.acc_x);
+    const float input_scale = second ? p.skip_scale : p.x_scale;
+#pragma unroll
+    for (int e = 0; e < 8; e++) v[e] *= p.gain * input_scale;
+    if (x) {
+        float in[8];
+        unpack8<T>(load16(x + at), in);
+        if (p.scale) {
+            float s[8];
+            load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const float gu = v[e] * mp_silu_grad(in[e] * s[e]);
+                sums[e] += gu * in[e], v[e] = gu * s[e];
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] *= mp_silu_grad(in[e] * input_scale);
+        }
+    }
+    if (acc) {
+        float a[8];
+        unpack8<T>(load16(acc + at), a);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
+    }
+    store16(static_cast<T*>(second ? p.gskip : p.gx) + at, pack8<T>(v));
+}
+
+// ---- conv_wgrad ---------------------------------------------------------------------------------
+
+struct ConvWgrad {
+    const void *x, *skip, *grad;  // skip: null if cb = 0
+    float *dw, *partial;          // partial: null if one split
+    int height, width, pixels, ca, cb, cout, taps;
+    int steps_per_split, splits;
+    float x_scale, skip_scale, gain;
+};
+static_assert(sizeof(ConvWgrad) == 88, "mirrored by WgradParams in src/backend/gpu/conv.rs");
+
+// What follows the product, for 8 weights of a row: adds them to dw, or stores them as the part of a split.
+__device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int split, float (&v)[8]) {
+    const int cin = p.ca + p.cb, columns = p.taps * cin;
+    if (co >= p.cout || n >= columns) return;
+    const float factor = p.gain * (n % cin >= p.ca ? p.skip_scale : p.x_scale);
+    const size_t at = size_t(co) * columns + n;
+    float sum[8] = {};
+    if (!p.partial) load8(p.dw + at, sum);
+#pragma unroll
+    for (int e = 0; e < 8; e++) sum[e] += v[e] * factor;
+    store8(p.partial ? p.partial + size_t(split) * p.cout * columns + at : p.dw + at, sum);
+}

@@ -1,0 +1,386 @@
+// The convolutions of conv_fprop.cu, conv_dgrad.cu, conv_wgrad.cu and codec.cu on Hopper's tensor cores (sm_90a), which
+// mma.sync reaches at two thirds of their rate: operands come by bulk tensor copies and are multiplied by wgmma from
+// shared memory. Parameters, results and what follows a product are the same; the words fprop, dgrad, wgrad too.
+//
+// PIXELS BY CHANNELS (fprop, dgrad, codec): D[pixel][channel], k = (tap, channel of the input).
+//     A  128 (or 64) pixels by 64 channels of one tap: one im2col copy walks over row and image ends by itself and fills
+//        zeros; for 1x1 a box of the matrix [pixels][channels]. Both inputs of a concatenation have a map of their own.
+//     B  rows of 64 values of the weight [channels][taps][input channels]: a box of that matrix.
+//     A block lives as long as there are tiles: tile i, i + blocks, ... One producer thread runs ahead through
+//     the steps of all of them. Two groups of 128 threads take tiles in turn: while one writes out its
+//     result, the other multiplies, so that the tensor cores see neither prologue nor epilogue. A group that came early
+//     would take the barriers of its stages, which know phases by their parity only, for those of one round before: so it
+//     waits for its turn.
+// WEIGHTS (wgrad): D[output channel][(tap, channel)], k = pixel; both operands lie as rows of k ("MN-major").
+//     A  64 pixels by 128 output channels of grad, two boxes; B 64 pixels by 128 columns, two im2col copies, each of one tap.
+//     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. One wave of blocks: pixels are split.
+//
+// A tile that is cut off by the last pixel or channel needs no care but on the way out: copies fill zeros there.
+// Channels of inputs are multiples of 64, of results multiples of 8. Accumulators are f32, 128 registers a thread at most.
+//
+// FLOOR  of a step of 64 by tile m x n: 64 m n / 2048 cycles of the tensor cores (a multiprocessor, 2048 multiply-adds a
+// cycle); its 128 (m + n) bytes arrive in shared memory and wgmma reads 128 (m + n m / 64) at 128 bytes a
+// cycle. 128 x 128: 512 cycles, 256 to fill and 384 to read. 64 x 256: 512, 320, 320. Nothing here has run on a card yet.
+#include "conv_finish.cuh"
+#include "hopper.cuh"
+
+constexpr int GROUP = 128;        // threads of a warp group
+constexpr int GROUP_WARPS = 4;
+constexpr int OUT_COLUMNS = 64;   // of a warp's way out
+constexpr int OUT_BYTES = GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS> * 4;  // of a group
+
+// Stages in shared memory and their barriers: `full` when a step's bytes are there, `empty` when all who read it are done.
+template <int STAGES, int STAGE_BYTES>
+struct Pipeline {
+    smem_addr first;
+    int stage = 0;
+    uint32_t parity = 0;
+
+    // Bytes of dynamic shared memory, with what rounding up to 1024 takes.
+    static constexpr int BYTES = 1024 + STAGES * STAGE_BYTES + STAGES * 16 + 16;
+
+    // By all threads of the block; `readers` arrivals empty a stage.
+    __device__ __forceinline__ Pipeline(smem_addr first, int readers) : first(first) {
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), 1), mbarrier_init(empty(s), readers);
+            for (int g = 0; g < 2; g++) mbarrier_init(turn(g), GROUP_WARPS);
+            fence_mbarrier_init();
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ smem_addr full(int s) const { return first + STAGES * STAGE_BYTES + s * 16; }
+    __device__ __forceinline__ smem_addr empty(int s) const { return full(s) + 8; }
+    // Of two groups that take turns: the other one's products are all under way.
+    __device__ __forceinline__ smem_addr turn(int group) const { return full(STAGES) + group * 8; }
+    __device__ __forceinline__ smem_addr at() const { return first + stage * STAGE_BYTES; }
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    // Skips steps that others read.
+    __device__ __forceinline__ void skip(int steps) {
+        const int to = stage + steps;
+        stage = to % STAGES, parity ^= to / STAGES & 1;
+    }
+    // The producer's next stage, whose copies are to arrive at the barrier returned.
+    __device__ __forceinline__ smem_addr begin() {
+        mbarrier_wait(empty(stage), parity ^ 1);
+        mbarrier_expect(full(stage), STAGE_BYTES);
+        return full(stage);
+    }
+};
+
+__device__ __forceinline__ smem_addr rounded_to_1024(const unsigned char* smem) {
+    return (smem_address(smem) + 1023) & ~smem_addr(1023);
+}
+
+// acc[i] += the group's tiles of 64 x N over `steps` steps; A tile i begins `a + i * a_tile` bytes into a stage, B at `b`.
+// MN_MAJOR: tiles of 64 columns of B follow each other at BK rows of 128 bytes. `issued` is called when all products are
+// under way.
+template <class T, int N, bool MN_MAJOR, int TILES, class Pipe, class Issued>
+__device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, int a, int a_tile, int b, int steps,
+                                        Issued&& issued) {
+    constexpr int NEXT_K = MN_MAJOR ? 16 * ROW_BYTES : 32;
+    constexpr uint32_t LEADING = MN_MAJOR ? BK * ROW_BYTES : 16, STRIDE = 8 * ROW_BYTES;
+    const int lane = threadIdx.x % 32;
+    smem_addr previous = 0;
+    for (int step = 0; step < steps; step++) {
+        mbarrier_wait(pipe.full(pipe.stage), pipe.parity);
+        wgmma_hold(acc);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < BK / 16; k++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                wgmma<T, N, MN_MAJOR>(acc[i], wgmma_descriptor(pipe.at() + a + i * a_tile + k * NEXT_K, LEADING, STRIDE),
+                                      wgmma_descriptor(pipe.at() + b + k * NEXT_K, LEADING, STRIDE));
+        wgmma_commit();
+        wgmma_hold(acc);
+        // The products of the step before are over; those of this one run on.
+        wgmma_wait<1>();
+        if (step > 0 && lane == 0) mbarrier_arrive(previous);
+        previous = pipe.empty(pipe.stage);
+        pipe.advance();
+    }
+    issued();
+    wgmma_wait<0>();
+    wgmma_hold(acc);
+    if (lane == 0) mbarrier_arrive(previous);
+}
+
+// sink(row, column, v) for the values of a group's tile of 64 x N, as emit_rows.
+template <int N, class Sink>
+__device__ __forceinline__ void emit_group(const float (&acc)[N / 2], float* out, Sink&& sink) {
+    const int warp = threadIdx.x / 32 % GROUP_WARPS;
+#pragma unroll
+    for (int c = 0; c < N / OUT_COLUMNS; c++) {
+        float part[OUT_COLUMNS / 8][4];
+#pragma unroll
+        for (int j = 0; j < OUT_COLUMNS / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) part[j][e] = acc[c * OUT_COLUMNS / 2 + j * 4 + e];
+        emit_rows<OUT_COLUMNS>(part, out + warp * 16 * OUT_ROW<OUT_COLUMNS>, [&](int row, int column, float (&v)[8]) {
+            sink(warp * 16 + row, c, column, v);
+        });
+    }
+}
+
+// ---- pixels by channels ---------------------------------------------------------------------------
+
+// What the copies read.
+struct HopperPixels {
+    TensorMap x, skip;      // im2col, or for one tap boxes of [pixels][channels], tiles of m pixels; skip: not read if cb = 0
+    TensorMap weight;       // boxes of 64 by n of [columns][taps (ca + cb)]
+    int ca, cb, taps;
+    int side;               // taps of a row
+    int up, left;           // where tap 0 lies from the pixel
+    int pixels_n;           // tiles along n
+    int tiles, steps_per_split, steps;  // all tiles with their splits; steps of the whole sum
+};
+
+// Runs through the block's tiles. `Work` says where tile t begins and takes its results:
+//     pixel(t) -> first pixel, in the order of the images;  begin(t); row(...): see emit_group; end(t)
+template <class T, int M, int N, int STAGES, class Work>
+__device__ __forceinline__ void hopper_pixels(const HopperPixels& p, const TensorMap& x, int weight_row, Work&& work) {
+    constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
+    using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
+    DYN_SMEM(unsigned char, smem);
+    Pipe pipe(rounded_to_1024(smem), GROUP_WARPS);
+    // A tile's part of the sum.
+    const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
+    auto first_step = [&](int t) { return t % splits * p.steps_per_split; };
+    auto steps_of = [&](int t) { return min(p.steps_per_split, p.steps - first_step(t)); };
+
+    const int group = threadIdx.x / GROUP;
+    if (group == 0) {
+        registers_release<40>();
+        if (threadIdx.x != 0) return;
+        for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
+            const int tile = t / splits, n = tile % p.pixels_n * N;
+            const int pixel = work.pixel(tile / p.pixels_n);
+            const int image = pixel / (work.rows * work.columns), row = pixel / work.columns % work.rows;
+            const int column = pixel % work.columns;
+            const int steps_x = p.taps * p.ca / BK;
+            int step = first_step(t);
+            bool second = step >= steps_x;
+            int channels = second ? p.cb : p.ca;
+            int tap = (second ? step - steps_x : step) * BK / channels;
+            int c = (second ? step - steps_x : step) * BK % channels;
+            for (int left = steps_of(t); left > 0; left--) {
+                const smem_addr full = pipe.begin(), stage = pipe.at();
+                const TensorMap& from = second ? p.skip : x;
+                if (p.taps == 1)
+                    tma_load_2d(stage, from, full, c, pixel);
+                else
+                    tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
+                tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, weight_row + n);
+                pipe.advance();
+                if ((c += BK) == channels) {
+                    c = 0;
+                    if (++tap == p.taps) second = true, channels = p.cb, tap = 0;
+                }
+            }
+        }
+        return;
+    }
+    registers_take<232>();
+    float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + STAGES * (A_BYTES + N * ROW_BYTES) +
+                                                STAGES * 16 + 16 + (group - 1) * OUT_BYTES);
+    int taken = 0;  // tiles of both groups
+    for (int t = blockIdx.x; t < p.tiles; t += gridDim.x, taken++) {
+        if (taken % 2 != group - 1) {
+            pipe.skip(steps_of(t));
+            continue;
+        }
+        float acc[TILES][N / 2];
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int e = 0; e < N / 2; e++) acc[i][e] = 0.0f;
+        if (taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
+        consume<T, N, false>(acc, pipe, 0, 64 * ROW_BYTES, A_BYTES, steps_of(t), [&] {
+            if (threadIdx.x % 32 == 0) mbarrier_arrive(pipe.turn(2 - group));
+        });
+        const int tile = t / splits, m = tile / p.pixels_n, n = tile % p.pixels_n * N;
+        work.begin();
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            emit_group<N>(acc[i], out, [&](int row, int part, int column, float (&v)[8]) {
+                work.row(m, i * 64 + row, n + part * OUT_COLUMNS + column, t % splits, part, v);
+            });
+        work.end(m, n, out, group);
+    }
+}
+
+// Of a way out without sums.
+struct NoSums {
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void end(int, int, float*, int) {}
+};
+
+// The first pixel of a row of tiles, and how many of its rows are pixels.
+template <int M>
+struct HopperTiles {
+    const PixelTiles& tiles;
+    int rows, columns;
+    __device__ __forceinline__ explicit HopperTiles(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
+    __device__ __forceinline__ int in_group(int m) const { return m % tiles.tiles_per_group * M; }
+    __device__ __forceinline__ int pixel(int m) const { return m / tiles.tiles_per_group * tiles.group + in_group(m); }
+    __device__ __forceinline__ int count(int m) const { return min(M, tiles.group - in_group(m)); }
+};
+
+struct HopperFprop {
+    HopperPixels pixels;
+    ConvFprop conv;
+};
+
+template <class T, int M>
+struct FpropWork : HopperTiles<M>, NoSums {
+    const ConvFprop& p;
+    __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTiles<M>(p.tiles), p(p) {}
+    __device__ __forceinline__ void row(int m, int row, int channel, int split, int, float (&v)[8]) {
+        if (row >= this->count(m) || channel >= p.cout) return;
+        const int pixel = this->pixel(m) + row;
+        if (p.partial)
+            store8(p.partial + (size_t(split) * p.pixels + pixel) * p.cout + channel, v);
+        else
+            finish<T>(p, pixel, channel, v);
+    }
+};
+
+struct HopperDgrad {
+    HopperPixels pixels;
+    ConvDgrad conv;
+};
+
+template <class T, int M, int N>
+struct DgradWork : HopperTiles<M> {
+    const ConvDgrad& p;
+    float sums[N / OUT_COLUMNS][8];  // of gu x, of this thread's channels in each part
+    __device__ __forceinline__ explicit DgradWork(const ConvDgrad& p) : HopperTiles<M>(p.tiles), p(p) {}
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int part = 0; part < N / OUT_COLUMNS; part++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) sums[part][e] = 0.0f;
+    }
+    __device__ __forceinline__ void row(int m, int row, int channel, int split, int part, float (&v)[8]) {
+        const int cin = p.ca + p.cb;
+        if (row >= this->count(m) || channel >= cin) return;
+        const int pixel = this->pixel(m) + row;
+        if (p.partial)
+            store8(p.partial + (size_t(split) * p.pixels + pixel) * cin + channel, v);
+        else
+            finish<T>(p, pixel, channel, v, sums[part]);
+    }
+    // The tile's sums: over the lanes with the same channels, then over the group's warps, in their order.
+    __device__ __forceinline__ void end(int m, int n, float* of_warps, int group) {
+        if (!p.scale || p.partial) return;
+        const int warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32, cin = p.ca + p.cb;
+#pragma unroll
+        for (int part = 0; part < N / OUT_COLUMNS; part++)
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+#pragma unroll
+                for (int by = 8; by < 32; by *= 2)
+                    sums[part][e] += __shfl_xor_sync(0xffffffffu, sums[part][e], by);
+        named_barrier(group, GROUP);  // all have left the way out
+        if (lane < 8)
+#pragma unroll
+            for (int part = 0; part < N / OUT_COLUMNS; part++)
+                store8(of_warps + warp * N + part * OUT_COLUMNS + lane * 8, sums[part]);
+        named_barrier(group, GROUP);
+        for (int column = threadIdx.x % GROUP; column < N && n + column < cin; column += GROUP) {
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < GROUP_WARPS; w++) sum += of_warps[w * N + column];
+            p.sums[size_t(m) * cin + n + column] = sum;
+        }
+        named_barrier(group, GROUP);  // before the next tile's way out
+    }
+};
+
+// ---- weights ------------------------------------------------------------------------------------------
+
+struct HopperWgrad {
+    TensorMap grad;     // boxes of 64 channels by 64 of [pixels][cout]
+    TensorMap x, skip;  // im2col, or for one tap boxes of [pixels][channels], tiles of 64 pixels
+    ConvWgrad conv;
+};
+
+// 128 output channels by 128 columns a block.
+template <class T, int STAGES>
+__device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
+    constexpr int A_BYTES = 128 * ROW_BYTES, BLOCK = BK * ROW_BYTES;  // a block: 64 channels of BK pixels
+    const ConvWgrad& p = h.conv;
+    DYN_SMEM(unsigned char, smem);
+    Pipeline<STAGES, 2 * A_BYTES> pipe(rounded_to_1024(smem), 2 * GROUP_WARPS);
+    const int all = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
+    const int steps = min(p.steps_per_split, all - first), cin = p.ca + p.cb;
+
+    const int warp = threadIdx.x / 32;
+    if (warp == 2 * GROUP_WARPS) {
+        if (threadIdx.x % 32 != 0) return;
+        for (int step = first; step < first + steps; step++) {
+            const int pixel = step * BK, image = pixel / (p.height * p.width);
+            const int row = pixel / p.width % p.height, column = pixel % p.width;
+            const smem_addr full = pipe.begin(), stage = pipe.at();
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                tma_load_2d(stage + i * BLOCK, h.grad, full, blockIdx.x * 128 + i * 64, pixel);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                // 64 columns are channels of one input at one tap; those beyond the last repeat it and are never stored.
+                const int n = min(int(blockIdx.y) * 128 + j * 64, p.taps * cin - 64), tap = n / cin, c = n % cin;
+                const bool second = c >= p.ca;
+                const TensorMap& from = second ? h.skip : h.x;
+                const smem_addr to = stage + A_BYTES + j * BLOCK;
+                if (p.taps == 1)
+                    tma_load_2d(to, from, full, second ? c - p.ca : c, pixel);
+                else
+                    tma_load_im2col(to, from, full, second ? c - p.ca : c, column - 1, row - 1, image, tap % 3, tap / 3);
+            }
+            pipe.advance();
+        }
+        return;
+    }
+    const int group = warp / GROUP_WARPS;
+    float acc[1][64];
+#pragma unroll
+    for (int e = 0; e < 64; e++) acc[0][e] = 0.0f;
+    consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
+    named_barrier(1, 2 * GROUP);  // the way out takes the place of the stages
+    float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
+    emit_group<128>(acc[0], out, [&](int row, int part, int column, float (&v)[8]) {
+        finish(p, blockIdx.x * 128 + group * 64 + row, blockIdx.y * 128 + part * OUT_COLUMNS + column, blockIdx.z, v);
+    });
+}
+
+// ---- instances ------------------------------------------------------------------------------------
+
+#define FPROP(name, T, m, n, stages)                                                                              \
+    extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperFprop p) {      \
+        hopper_pixels<T, m, n, stages>(p.pixels, p.pixels.x, 0, FpropWork<T, m>(p.conv));                         \
+    }                                                                                                             \
+    KERNEL_EXPORT_HOPPER(name);
+#define DGRAD(name, T, m, n, stages)                                                                              \
+    extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperDgrad p) {      \
+        hopper_pixels<T, m, n, stages>(p.pixels, p.pixels.x, 0, DgradWork<T, m, n>(p.conv));                      \
+    }                                                                                                             \
+    KERNEL_EXPORT_HOPPER(name);
+#define WGRAD(name, T, stages)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 2) name(const __grid_constant__ HopperWgrad p) { \
+        hopper_wgrad<T, stages>(p);                                                                               \
+    }                                                                                                             \
+    KERNEL_EXPORT_HOPPER(name);
+#define HOPPER(m, n, stages, speed)                                  \
+    FPROP(hopper_fprop_f16_##m##x##n, __half, m, n, stages)          \
+    FPROP(hopper_fprop_bf16_##m##x##n, __nv_bfloat16, m, n, stages)  \
+    DGRAD(hopper_dgrad_f16_##m##x##n, __half, m, n, stages)          \
+    DGRAD(hopper_dgrad_bf16_##m##x##n, __nv_bfloat16, m, n, stages)
+#define HOPPER_GRADIENT(m, n, stages, speed)                         \
+    WGRAD(hopper_wgrad_f16_##m##x##n, __half, stages)                \
+    WGRAD(hopper_wgrad_bf16_##m##x##n, __nv_bfloat16, stages)
+#define PIXELS(...)
+#define FLAT(...)
+#define GRADIENT(...)
+#include "tiles.cuh"

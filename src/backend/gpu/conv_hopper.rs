@@ -1,0 +1,168 @@
+//! Launches of `kernels/conv_hopper.cu`: the convolutions by bulk copies and wgmma. They take the parameters of the other
+//! loop's kernels and, before them, what the copies read; a launch tells which tensor maps that needs, and a device encodes
+//! them when the launch is recorded.
+
+use super::launch::{DevicePtr, Launch, Precision};
+use super::runtime::{TensorMap, TensorMapSpec};
+use super::tiles::{Card, Choice, STEP};
+use bytemuck::{NoUninit, Pod, Zeroable};
+
+/// `HopperPixels` of the kernels.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PixelParams {
+    x: TensorMap,
+    skip: TensorMap,
+    weight: TensorMap,
+    ca: i32,
+    cb: i32,
+    taps: i32,
+    side: i32,
+    up: i32,
+    left: i32,
+    pixels_n: i32,
+    tiles: i32,
+    steps_per_split: i32,
+    steps: i32,
+    padding: [i32; 6],
+}
+const _: () = assert!(size_of::<PixelParams>() == 448, "mirrors HopperPixels");
+
+/// Which neighbours a pixel reads; `Window` of conv.cuh, of stride 1 and with a result as large as the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Window {
+    /// Taps of a row, and rows of taps.
+    pub side: usize,
+    /// How far above the pixel tap 0 lies,
+    pub up: usize,
+    /// and how far to the left.
+    pub left: usize,
+}
+
+impl Window {
+    /// Of a convolution of 9 taps, or 1.
+    pub fn same(taps: usize) -> Self {
+        let side = if taps == 9 { 3 } else { 1 };
+        Self { side, up: side / 2, left: side / 2 }
+    }
+}
+
+/// Images [n, h, w, channels] at an address.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Images {
+    pub at: DevicePtr,
+    pub n: usize,
+    pub h: usize,
+    pub w: usize,
+    pub channels: usize,
+}
+
+/// A product of pixels by channels.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pixels {
+    pub precision: Precision,
+    pub x: Images,
+    pub skip: Option<Images>,
+    pub window: Window,
+    /// `[columns][taps][ca + cb]`.
+    pub weight: DevicePtr,
+    pub columns: usize,
+    /// Rows of tiles.
+    pub tiles_m: usize,
+}
+
+/// How copies find `pixels` neighbours of 64 channels.
+fn images(precision: Precision, x: &Images, window: Window, pixels: usize) -> TensorMapSpec {
+    let Images { at, n, h, w, channels } = *x;
+    let row = 2 * channels as u64;
+    if window.side == 1 {
+        let (size, tile) = ([channels as u32, (n * h * w) as u32], [STEP as u32, pixels as u32]);
+        return TensorMapSpec::Tiled { at, precision, size, stride: row, tile };
+    }
+    let corner = [-(window.left as i32), -(window.up as i32)];
+    TensorMapSpec::Im2col {
+        at,
+        precision,
+        size: [channels, w, h, n].map(|size| size as u32),
+        strides: [row, row * w as u64, row * (w * h) as u64],
+        lower: corner,
+        // As many pixels as the image has.
+        upper: corner,
+        channels: STEP as u32,
+        pixels: pixels as u32,
+    }
+}
+
+/// The bytes of two structs, one behind the other as C lays them out where both are aligned to 64.
+fn behind<A: NoUninit, P: NoUninit>(copies: &A, conv: &P) -> Vec<u8> {
+    let mut bytes = [bytemuck::bytes_of(copies), bytemuck::bytes_of(conv)].concat();
+    bytes.resize(bytes.len().next_multiple_of(64), 0);
+    bytes
+}
+
+/// A launch of a kernel of pixels by channels; `conv` is the other loop's params struct.
+pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, card: Card, conv: &P) -> Launch {
+    let Choice { tile, splits, steps_per_split } = *choice;
+    let taps = p.window.side * p.window.side;
+    let (ca, cb) = (p.x.channels, p.skip.map_or(0, |skip| skip.channels));
+    let tiles_n = p.columns.div_ceil(tile.n);
+    let tiles = p.tiles_m * tiles_n * splits;
+    let [ca_, cb_, taps_, side, up, left, pixels_n, tiles_, per_split, steps] = [
+        ca,
+        cb,
+        taps,
+        p.window.side,
+        p.window.up,
+        p.window.left,
+        tiles_n,
+        tiles,
+        steps_per_split,
+        taps * (ca + cb) / STEP,
+    ]
+    .map(|x| i32::try_from(x).expect("bounded by the shape's check"));
+    let params = PixelParams {
+        ca: ca_,
+        cb: cb_,
+        taps: taps_,
+        side,
+        up,
+        left,
+        pixels_n,
+        tiles: tiles_,
+        steps_per_split: per_split,
+        steps,
+        ..Zeroable::zeroed()
+    };
+    let row = taps * (ca + cb);
+    let weight = TensorMapSpec::Tiled {
+        at: p.weight,
+        precision: p.precision,
+        size: [row as u32, p.columns as u32],
+        stride: 2 * row as u64,
+        tile: [STEP as u32, tile.n as u32],
+    };
+    let mut maps = vec![(0, images(p.precision, &p.x, p.window, tile.m)), (256, weight)];
+    maps.extend(p.skip.map(|skip| (128, images(p.precision, &skip, p.window, tile.m))));
+    let grid = [tiles.min(card.sms.max(1)) as u32, 1, 1];
+    Launch::with_maps(kernel, grid, tile.threads, tile.shared, behind(&params, conv), maps)
+}
+
+/// A launch of the gradient of a weight, from pixels of `x`, `skip` and `grad`.
+pub(super) fn weights<P: NoUninit>(
+    kernel: String,
+    precision: Precision,
+    (x, skip, grad): (Images, Option<Images>, Images),
+    taps: usize,
+    choice: &Choice,
+    conv: &P,
+) -> Launch {
+    let Choice { tile, splits, .. } = *choice;
+    let window = Window::same(taps);
+    let mut maps =
+        vec![(0, images(precision, &grad, Window::same(1), STEP)), (128, images(precision, &x, window, STEP))];
+    maps.extend(skip.map(|skip| (256, images(precision, &skip, window, STEP))));
+    let columns = taps * (x.channels + skip.map_or(0, |skip| skip.channels));
+    let grid = [grad.channels.div_ceil(tile.m), columns.div_ceil(tile.n), splits].map(|blocks| blocks as u32);
+    let params = behind(&[TensorMap::zeroed(); 3], conv);
+    Launch::with_maps(kernel, grid, tile.threads, tile.shared, params, maps)
+}
