@@ -186,7 +186,7 @@ __device__ void pipeline(const Pipeline& p) {
         if (is(Planted::released_too_early) && lane == 0) mbarrier_arrive(empty + stage * 8);
         if (!is(Planted::missing_commit) || step + 1 < p.steps) wgmma_commit();
         wgmma_hold(acc);
-        if (is(Planted::wrote_accumulators) && step == 3) acc[5] *= 2;
+        if (is(Planted::wrote_accumulators) && step == 3) acc[5] = float(p.one);
         wgmma_wait<1>();
         if (!is(Planted::released_too_early) && step && lane == 0) mbarrier_arrive(empty + previous * 8);
         previous = stage;

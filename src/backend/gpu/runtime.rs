@@ -149,7 +149,8 @@ impl TensorMapSpec {
         if let Self::Im2col { size, lower, upper, .. } = self {
             for i in 0..2 {
                 let last = i64::from(size[1 + i]) - 1 + i64::from(upper[i]);
-                if [lower[i], upper[i]].iter().any(|corner| !(-128..128).contains(corner)) || last < i64::from(lower[i]) {
+                if [lower[i], upper[i]].iter().any(|corner| !(-128..128).contains(corner)) || last < i64::from(lower[i])
+                {
                     return wrong("the bounding box is empty, or a corner is not in -128..128".into());
                 }
             }
