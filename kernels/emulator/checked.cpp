@@ -63,6 +63,7 @@ struct Checker {
         uint32_t arrived[kParties], over[kParties];  // clocks: of all arrivals; of those before the phase was over
     };
     std::vector<Barrier> barriers;
+    uint32_t group_clock[kParties];                // of the group whose products run
     std::vector<uint32_t> products[kMaxGroups];  // of each warp group: epochs of its committed groups that ran
     // Sets of readers from several warps, and which set comes of a set and a reader: in this phase.
     std::vector<ReadSet> sets;
@@ -210,7 +211,16 @@ void check_phase_over(int barrier) {
 
 void check_acquire(const Thread& t, int barrier) { join(checker().clocks[t.linear], checker().barriers[barrier].over); }
 
-void check_products_begin(int group) { checker().products[group].push_back(++checker().epoch); }
+void check_products_begin(int group) {
+    Checker& c = checker();
+    c.products[group].push_back(++c.epoch);
+    // What all threads of the group know.
+    const int first = group * 128;
+    memcpy(c.group_clock, c.clocks[first], sizeof c.group_clock);
+    for (int i = 1; i < 128; i++)
+        for (int p = 0; p < kParties; p++) c.group_clock[p] = std::min(c.group_clock[p], c.clocks[first + i][p]);
+    c.group_clock[kProducts + group] = c.epoch;  // among themselves they only read
+}
 
 void check_products_over(const Thread& t, int group, int committed) {
     if (committed > 0) checker().clocks[t.linear][kProducts + group] = checker().products[group][committed - 1];
@@ -437,14 +447,8 @@ void check_bulk_landed(int barrier, uintptr_t a, size_t bytes) {
 
 void check_operand(const Thread& t, int group, const uintptr_t* pieces, int count, size_t bytes, Where at) {
     Checker& c = checker();
-    // What all threads of the group know.
-    uint32_t clock[kParties];
-    const int first = group * 128;
-    memcpy(clock, c.clocks[first], sizeof clock);
-    for (int i = 1; i < 128; i++)
-        for (int p = 0; p < kParties; p++) clock[p] = std::min(clock[p], c.clocks[first + i][p]);
+    const uint32_t* clock = c.group_clock;
     const uint16_t party = uint16_t(kProducts + group);
-    clock[party] = c.products[group].back();  // among themselves they only read
     uint32_t map = 0;
     SharedCell before = {}, after = {};
     before.read_phase = ~0u;

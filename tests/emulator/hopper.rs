@@ -1,5 +1,5 @@
 //! Hopper in the emulator: bulk copies and wgmma compute what plain loops compute, the planted bugs of
-//! selftest_hopper.cu are caught and their clean twins pass, and a convolution with a producer warp is right.
+//! selftest_hopper.cu are caught and their clean twins pass, and convolutions with a producer warp are right.
 
 use super::*;
 use edm2k::backend::gpu::launch::Precision;
@@ -287,6 +287,7 @@ fn each_bug_of_a_pipeline_is_caught_and_the_pipeline_without_passes() {
         // kernel                      normal build                                checked build
         ("too_many_bytes",             Error("lacks 0 of 1 arrivals and 128 of 24704 bytes"), Error("lacks 0 of 1 arrivals and 128 of 24704 bytes")),
         ("too_few_bytes",              Error("more bytes than the 24448 that were expected"), Error("more bytes than the 24448 that were expected")),
+        ("one_copy_expected",          Error(" were expected"),                    Error(" were expected")),
         ("wrong_parity",               Somehow,                                    Error("read of shared memory that ")),
         ("read_before_landing",        Somehow,                                    Error("shared memory")),
         ("released_too_early",         Somehow,                                    Error("shared memory")),
@@ -410,7 +411,7 @@ fn only_kernels_for_hopper_have_its_instructions_and_227_kb() {
     }
 }
 
-// ---- a real kernel --------------------------------------------------------------------------------------
+// ---- real kernels ---------------------------------------------------------------------------------------
 
 /// `struct Conv` of selftest_hopper.cu.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -477,6 +478,60 @@ fn a_convolution_with_a_producer_warp_is_right_on_odd_images() {
                 let bound = [5e-4, 4e-3][precision as usize];
                 assert!(error < bound, "{kernel} {n}x{h}x{w}, rounded once: {error:e}, {worst}");
             }
+        }
+    }
+}
+
+/// `struct Wgrad` of selftest_hopper.cu.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Wgrad {
+    g: TensorMap,
+    x: [TensorMap; 2],
+    dw: DevicePtr,
+    sizes: [i32; 6],
+    padding: [i32; 8],
+}
+
+/// Persistent blocks, MN-major operands, operands from two tensors, and a stage that ordinary stores use in between.
+#[test]
+fn a_weight_gradient_of_two_inputs_by_persistent_blocks_is_right() {
+    for (build, order) in BUILDS.into_iter().flat_map(|b| ORDERS.map(|o| (b, o))) {
+        let d = device(build, order);
+        for ([n, h, w], cin, cout) in
+            [([3usize, 7usize, 5usize], [64usize, 128usize], 64usize), ([1, 8, 11], [128, 64], 192)]
+        {
+            let (pixels, mut random) = (n * h * w, Random(12));
+            let x = cin.map(|c| random.halves(pixels * c));
+            let g = random.halves(pixels * cout);
+            let (xm, gm) = ([0, 1].map(|i| filled(&d, &x[i])), filled(&d, &g));
+            let columns = 9 * (cin[0] + cin[1]);
+            let dw = d.alloc(4 * cout * columns).unwrap();
+            let params = Wgrad {
+                g: map(&d, matrix(&gm, Precision::F16, cout, pixels, 64)),
+                x: [0, 1].map(|i| map(&d, images(&xm[i], [cin[i], w, h, n], -1, -1, 64))),
+                dw: dw.ptr(),
+                sizes: [h, w, cin[0], cin[1], cout, pixels].map(|s| s as i32),
+                padding: [0; 8],
+            };
+            let shared = 1024 + 3 * 32768 + 6 * 8;
+            launch_hopper(&d, "hopper_wgrad3x3_f16_128x128_s3", [5, 1, 1], 384, shared, &params).unwrap();
+            let (x, g) = (x.map(|x| wide(&x)), wide(&g));
+            let mut expected = vec![0f64; cout * columns];
+            for (i, dw) in expected.iter_mut().enumerate() {
+                let (co, tap, c) = (i / columns, i % columns / (cin[0] + cin[1]), i % (cin[0] + cin[1]));
+                let (which, c) = if c < cin[0] { (0, c) } else { (1, c - cin[0]) };
+                for pixel in 0..pixels {
+                    let (px, py) = (pixel % w + tap % 3, pixel / w % h + tap / 3);
+                    if (1..=w).contains(&px) && (1..=h).contains(&py) {
+                        let from = (pixel / (w * h) * h + py - 1) * w + px - 1;
+                        *dw += g[pixel * cout + co] * x[which][from * cin[which] + c];
+                    }
+                }
+            }
+            let got: Vec<f64> = read::<f32>(&dw).into_iter().map(f64::from).collect();
+            let (error, worst) = relative_error(&got, &expected);
+            assert!(error < 1e-6, "{n}x{h}x{w} {cin:?} to {cout}, {build:?}, {order:?}: {error:e}, {worst}");
         }
     }
 }
