@@ -108,16 +108,16 @@ struct Pipeline {
     int one;           // 1, unknown to the compiler
 };
 
-#define PLANTS(plant)                                                                            \
-    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(one_copy_expected) plant(wrong_parity)                     \
-    plant(read_before_landing) plant(released_too_early) plant(one_consumer_awaited)             \
-    plant(one_warp_waits) plant(read_accumulators_too_early) plant(wrote_accumulators)           \
-    plant(missing_wgmma_fence) plant(missing_wgmma_wait) plant(missing_commit)                   \
-    plant(divergent_products) plant(tile_overrun) plant(shared_overrun) plant(stride_of_512)     \
-    plant(destination_at_128) plant(destination_at_64) plant(not_rounded_up) plant(copy_overrun) \
-    plant(wrong_map) plant(memory_overrun) plant(missing_init_fence) plant(missing_init)         \
-    plant(use_before_init) plant(too_many_arrivals) plant(nobody_waits)                          \
-    plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
+#define PLANTS(plant)                                                                             \
+    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(one_copy_expected)                 \
+    plant(wrong_parity) plant(read_before_landing) plant(released_too_early)                      \
+    plant(one_consumer_awaited) plant(one_warp_waits) plant(read_accumulators_too_early)          \
+    plant(wrote_accumulators) plant(missing_wgmma_fence) plant(missing_wgmma_wait)                \
+    plant(missing_commit) plant(divergent_products) plant(tile_overrun) plant(shared_overrun)     \
+    plant(stride_of_512) plant(tile_at_128) plant(destination_at_128) plant(destination_at_64)    \
+    plant(not_rounded_up) plant(copy_overrun) plant(wrong_map) plant(memory_overrun)              \
+    plant(missing_init_fence) plant(missing_init) plant(use_before_init) plant(too_many_arrivals) \
+    plant(nobody_waits) plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
 enum class Planted {
 #define NAME(name) name,
     PLANTS(NAME)
@@ -180,6 +180,7 @@ __device__ void pipeline(const Pipeline& p) {
         if (!is(Planted::missing_wgmma_fence)) wgmma_fence();
         smem_addr a = first + stage * kStage + group * 64 * 128, b = first + stage * kStage + kA;
         if (is(Planted::tile_overrun) && step == 1) a += 32 * 128 * p.one;
+        if (is(Planted::tile_at_128)) a += 128 * p.one;
         if (is(Planted::shared_overrun) && step == 1) b += (kB - 1024) * p.one;
 #pragma unroll
         for (int k = 0; k < 4; k++)

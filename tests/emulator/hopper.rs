@@ -302,6 +302,7 @@ fn each_bug_of_a_pipeline_is_caught_and_the_pipeline_without_passes() {
         ("tile_overrun",               Somehow,                                    Error("the descriptor reaches beyond its tile: byte ")),
         ("shared_overrun",             Error("the descriptor of B reaches beyond shared memory"), Error("the descriptor of B reaches beyond shared memory")),
         ("stride_of_512",              Error("a stride of 512 bytes, expected multiples of 1024"), Error("a stride of 512 bytes, expected multiples of 1024")),
+        ("tile_at_128",                Error("A begins at byte "),                 Error("A begins at byte ")),
         ("destination_at_128",         Error("not a multiple of 1024 bytes, where the swizzle's pattern begins (of 128: it is)"), Error("(of 128: it is)")),
         ("destination_at_64",          Error("not a multiple of 1024 bytes, where the swizzle's pattern begins (of 128: neither)"), Error("(of 128: neither)")),
         ("not_rounded_up",             Error("not a multiple of 1024 bytes"),      Error("not a multiple of 1024 bytes")),
