@@ -1,5 +1,9 @@
 //! The emulator's checks each catch a planted bug and pass its clean twin; `ptx.cuh` computes what
-//! plain loops compute; the 16-bit types have CUDA's bits; two real kernels are right.
+//! plain loops compute; the 16-bit types have CUDA's bits; two real kernels are right. What Hopper adds is in
+//! emulator/hopper.rs.
+
+#[path = "emulator/hopper.rs"]
+mod hopper;
 
 use std::sync::Once;
 use std::time::Duration;

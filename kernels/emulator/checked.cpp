@@ -28,11 +28,18 @@ namespace simt {
 constexpr uint32_t kInFlight = 0xffffffffu;  // as an epoch: a cp.async that has not landed
 constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff, kMbarrier = 0xfffe;
 
-struct SharedCell {
+struct alignas(32) SharedCell {
     uint32_t write_phase, write_epoch, read_phase, read_epoch;
     uint32_t readers;  // lanes of read_warp; if that is kManyWarps, in a Hopper kernel, a set of Checker::sets
     uint16_t writer, read_warp;
     uint32_t proxy;    // the writer's async fences before the write; of a bulk copy: its map
+    uint32_t padding;
+
+    bool operator==(const SharedCell& other) const {
+        uint64_t a[4], b[4];
+        memcpy(a, this, 32), memcpy(b, &other, 32);
+        return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
+    }
 };
 
 struct Readers {  // lanes of one warp that read at one epoch
@@ -55,6 +62,7 @@ struct BankAccess {
 struct Checker {
     std::vector<SharedCell> cells;
     uint32_t phase = 0, first_phase = 0, epoch = 0;
+    uint32_t epochs[kMaxThreads] = {};  // now: clocks[i][i], side by side for the cache
     // [thread][thread or party]: its last epoch known to be over
     uint32_t (*clocks)[kParties] = static_cast<uint32_t(*)[kParties]>(calloc(kMaxThreads, sizeof *clocks));
     struct Barrier {
@@ -63,6 +71,7 @@ struct Checker {
         uint32_t arrived[kParties], over[kParties];  // clocks: of all arrivals; of those before the phase was over
     };
     std::vector<Barrier> barriers;
+    uint32_t group_clock[kParties];                // of the group whose products run
     std::vector<uint32_t> products[kMaxGroups];  // of each warp group: epochs of its committed groups that ran
     // Sets of readers from several warps, and which set comes of a set and a reader: in this phase.
     std::vector<ReadSet> sets;
@@ -83,7 +92,7 @@ static Checker& checker() {
 
 // ---- order ------------------------------------------------------------------------------------
 
-static uint32_t& own_epoch(Checker& c, int thread) { return c.clocks[thread][thread]; }
+static void set_epoch(Checker& c, int thread, uint32_t epoch) { c.epochs[thread] = c.clocks[thread][thread] = epoch; }
 
 static void forget_readers(Checker& c) { c.sets.assign(1, {}), c.next_sets.clear(); }
 
@@ -92,7 +101,7 @@ void check_block_start() {
     // Phases are never reused, so that cells need no clearing.
     c.first_phase = ++c.phase;
     c.epoch++;
-    for (int i = 0; i < machine->count; i++) own_epoch(c, i) = c.epoch, c.log[i].clear();
+    for (int i = 0; i < machine->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
     if (machine->launch->kernel->hopper) {
         c.barriers.clear(), forget_readers(c);
         for (auto& epochs : c.products) epochs.clear();
@@ -177,7 +186,7 @@ static void meet(Checker& c, const int* threads, int count) {
     c.epoch++;
     for (int i = 0; i < count; i++) {
         memcpy(c.clocks[threads[i]] + first, known + first, (end - first) * sizeof known[0]);
-        own_epoch(c, threads[i]) = c.epoch;
+        set_epoch(c, threads[i], c.epoch);
     }
 }
 
@@ -200,7 +209,7 @@ static void join(uint32_t* to, const uint32_t* from) {
 void check_release(const Thread& t, int barrier) {
     Checker& c = checker();
     join(c.barriers[barrier].arrived, c.clocks[t.linear]);
-    own_epoch(c, t.linear) = ++c.epoch;  // what it does next is not covered
+    set_epoch(c, t.linear, ++c.epoch);  // what it does next is not covered
 }
 
 void check_phase_over(int barrier) {
@@ -210,7 +219,16 @@ void check_phase_over(int barrier) {
 
 void check_acquire(const Thread& t, int barrier) { join(checker().clocks[t.linear], checker().barriers[barrier].over); }
 
-void check_products_begin(int group) { checker().products[group].push_back(++checker().epoch); }
+void check_products_begin(int group) {
+    Checker& c = checker();
+    c.products[group].push_back(++c.epoch);
+    // What all threads of the group know.
+    const int first = group * 128;
+    memcpy(c.group_clock, c.clocks[first], sizeof c.group_clock);
+    for (int i = 1; i < 128; i++)
+        for (int p = 0; p < kParties; p++) c.group_clock[p] = std::min(c.group_clock[p], c.clocks[first + i][p]);
+    c.group_clock[kProducts + group] = c.epoch;  // among themselves they only read
+}
 
 void check_products_over(const Thread& t, int group, int committed) {
     if (committed > 0) checker().clocks[t.linear][kProducts + group] = checker().products[group][committed - 1];
@@ -253,8 +271,9 @@ static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Ac
     __builtin_unreachable();
 }
 
-// What a cell says before an access that would come after `clock`: not in flight, written, ordered.
-static void require_written(Checker& c, const SharedCell& cell, const Thread& t, const uint32_t* clock, uintptr_t a, Access access, Site site) {
+// What a cell says before an access by `self` (or by none) that would come after `clock`: not in flight, written,
+// ordered.
+static inline void require_written(Checker& c, const SharedCell& cell, const Thread& t, int self, const uint32_t* clock, uintptr_t a, Access access, Site site) {
     const bool written = cell.write_phase >= c.first_phase;
     if (!written) {
         if (access != Access::write) FAIL(t, site, "%s of shared memory that nobody has written", verb(access));
@@ -266,7 +285,7 @@ static void require_written(Checker& c, const SharedCell& cell, const Thread& t,
         if (copied) FAIL(t, site, "%s of shared memory that a bulk copy is still writing: no mbarrier_wait for it", verb(access));
         FAIL(t, site, "%s of shared memory that a cp.async is still writing: no cp_async_wait by its thread", verb(access));
     }
-    if (cell.write_phase != c.phase && !copied) return;
+    if ((cell.write_phase != c.phase && !copied) || cell.writer == self) return;
     bool ordered = cell.writer == kAtomic ? access == Access::atomic : clock[cell.writer] >= cell.write_epoch;
     if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
 }
@@ -289,7 +308,7 @@ static uint32_t with_reader(Checker& c, uint32_t set, Readers r) {
 }
 
 // A thread or a party has read the cell.
-static void add_reader(Checker& c, SharedCell& cell, Readers r, const uint32_t* clock) {
+static inline void add_reader(Checker& c, SharedCell& cell, Readers r, const uint32_t* clock) {
     const bool first = cell.read_phase != c.phase;
     if (!first && cell.read_warp == r.warp && cell.read_epoch == r.epoch) {
         cell.readers |= r.lanes;
@@ -317,7 +336,7 @@ static void add_reader(Checker& c, SharedCell& cell, Readers r, const uint32_t* 
     cell.read_warp = kManyWarps, cell.readers = with_reader(c, set, r);
 }
 
-static void require_read(Checker& c, const SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
+static inline void require_read(Checker& c, const SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
     if (cell.read_phase != c.phase) return;
     const uint32_t* clock = c.clocks[t.linear];
     auto check = [&](const Readers& r) {
@@ -331,14 +350,34 @@ static void require_read(Checker& c, const SharedCell& cell, const Thread& t, ui
     for (const Readers& r : c.sets[cell.readers]) check(r);
 }
 
-static void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
-    require_written(c, cell, t, c.clocks[t.linear], a, access, site);
+// Calls change(cell, address) for each byte; equal neighbours get equal results.
+struct Neighbours {
+    SharedCell before = {}, after = {};
+    bool any = false;
+
+    template <class F>
+    inline void each(Checker& c, uintptr_t a, size_t bytes, F change) {
+        SharedCell* cells = &c.cells[a - machine->statics];
+        for (size_t i = 0; i < bytes; i++) {
+            if (any && cells[i] == before) {
+                cells[i] = after;
+                continue;
+            }
+            before = cells[i], any = true;
+            change(cells[i], a + i);
+            after = cells[i];
+        }
+    }
+};
+
+static inline void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
+    require_written(c, cell, t, t.linear, c.clocks[t.linear], a, access, site);
     if (access == Access::read) {
-        add_reader(c, cell, {own_epoch(c, t.linear), 1u << (t.linear & 31), uint16_t(t.linear / 32)}, c.clocks[t.linear]);
+        add_reader(c, cell, {c.epochs[t.linear], 1u << (t.linear & 31), uint16_t(t.linear / 32)}, c.clocks[t.linear]);
         return;
     }
     require_read(c, cell, t, a, access, site);
-    cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear);
+    cell.write_phase = c.phase, cell.write_epoch = c.epochs[t.linear];
     cell.writer = access == Access::atomic ? kAtomic : t.linear;
     cell.proxy = t.async_fences;
     cell.read_phase = 0;
@@ -347,8 +386,8 @@ static void shared_byte(Checker& c, SharedCell& cell, const Thread& t, uintptr_t
 static void shared_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
     Checker& c = checker();
     require_shared_bounds(t, a, bytes, access, site);
-    SharedCell* cells = &c.cells[a - machine->statics];
-    for (size_t i = 0; i < bytes; i++) shared_byte(c, cells[i], t, a + i, access, site);
+    Neighbours neighbours;
+    neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) { shared_byte(c, cell, t, here, access, site); });
     // ldmatrix counts its own.
     if (access != Access::atomic && !site.where && c.log[t.linear].size() < 4096)
         c.log[t.linear].push_back({site.pc, a, bytes});
@@ -363,11 +402,11 @@ void check_copy_issued(const Thread& t, uintptr_t a, size_t bytes, Where at) {
 
 void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
     Checker& c = checker();
-    for (size_t i = 0; i < bytes; i++) {
-        SharedCell& cell = c.cells[a - machine->statics + i];
-        cell.write_phase = c.phase, cell.write_epoch = own_epoch(c, t.linear), cell.writer = t.linear;
+    Neighbours neighbours;
+    neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t) {
+        cell.write_phase = c.phase, cell.write_epoch = c.epochs[t.linear], cell.writer = t.linear;
         cell.proxy = t.async_fences;
-    }
+    });
 }
 
 // ---- shared memory: Hopper ----------------------------------------------------------------------
@@ -379,7 +418,7 @@ void check_mbarrier_made(const Thread& t, int barrier, uintptr_t a, Where at) {
     c.barriers.resize(barrier + 1);
     Checker::Barrier& b = c.barriers[barrier];
     memset(&b, 0, sizeof b);
-    b.maker = t.linear, b.phase = c.phase, b.epoch = own_epoch(c, t.linear);
+    b.maker = t.linear, b.phase = c.phase, b.epoch = c.epochs[t.linear];
 }
 
 void check_mbarrier_used(const Thread& t, int barrier, Where at) {
@@ -398,30 +437,14 @@ static void require_fence(Checker& c, const SharedCell& cell, const Thread& t, W
              writer.index.y, writer.index.z);
 }
 
-// Calls change(cell, address) for each byte; equal neighbours get equal results.
-template <class F>
-static void for_cells(Checker& c, uintptr_t a, size_t bytes, SharedCell& before, SharedCell& after, F change) {
-    SharedCell* cells = &c.cells[a - machine->statics];
-    for (size_t i = 0; i < bytes; i++) {
-        if (!memcmp(&cells[i], &before, sizeof before)) {
-            cells[i] = after;
-            continue;
-        }
-        before = cells[i];
-        change(cells[i], a + i);
-        after = cells[i];
-    }
-}
-
 void check_bulk_issued(const Thread& t, int barrier, uint32_t map, uintptr_t a, size_t bytes, Where at) {
     Checker& c = checker();
-    SharedCell before = {}, after = {};
-    before.read_phase = ~0u;  // no cell
-    for_cells(c, a, bytes, before, after, [&](SharedCell& cell, uintptr_t here) {
-        require_written(c, cell, t, c.clocks[t.linear], here, Access::write, {&at, 0});
+    Neighbours neighbours;
+    neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) {
+        require_written(c, cell, t, t.linear, c.clocks[t.linear], here, Access::write, {&at, 0});
         require_read(c, cell, t, here, Access::write, {&at, 0});
         require_fence(c, cell, t, at);
-        cell = {c.phase, kInFlight, 0, 0, 0, uint16_t(kArrivals + barrier), 0, map};
+        cell = {c.phase, kInFlight, 0, 0, 0, uint16_t(kArrivals + barrier), 0, map, 0};
     });
 }
 
@@ -437,20 +460,13 @@ void check_bulk_landed(int barrier, uintptr_t a, size_t bytes) {
 
 void check_operand(const Thread& t, int group, const uintptr_t* pieces, int count, size_t bytes, Where at) {
     Checker& c = checker();
-    // What all threads of the group know.
-    uint32_t clock[kParties];
-    const int first = group * 128;
-    memcpy(clock, c.clocks[first], sizeof clock);
-    for (int i = 1; i < 128; i++)
-        for (int p = 0; p < kParties; p++) clock[p] = std::min(clock[p], c.clocks[first + i][p]);
+    const uint32_t* clock = c.group_clock;
     const uint16_t party = uint16_t(kProducts + group);
-    clock[party] = c.products[group].back();  // among themselves they only read
     uint32_t map = 0;
-    SharedCell before = {}, after = {};
-    before.read_phase = ~0u;
+    Neighbours neighbours;
     for (int i = 0; i < count; i++)
-        for_cells(c, pieces[i], bytes, before, after, [&](SharedCell& cell, uintptr_t here) {
-            require_written(c, cell, t, clock, here, Access::read, {&at, 0});
+        neighbours.each(c, pieces[i], bytes, [&](SharedCell& cell, uintptr_t here) {
+            require_written(c, cell, t, -1, clock, here, Access::read, {&at, 0});
             require_fence(c, cell, t, at);
             const uint32_t from = cell.writer >= kArrivals ? cell.proxy : 1;
             if (map && from != map)

@@ -450,16 +450,22 @@ public:
                  size_t(stride));
         uintptr_t pieces[512];
         int count = 0;
-        if (mn_major)
+        auto require = [&] {
+            for (int i = 0; i < count; i++)
+                if (!inside(m, pieces[i], 16))
+                    fail(t, at, "wgmma: the descriptor of %s reaches beyond shared memory: %s", name, describe_address(pieces[i]).c_str());
+            check_operand(t, group, pieces, count, 16, at);
+            count = 0;
+        };
+        for (int r = 0; r < columns && !mn_major; r++)
+            for (int j = 0; j < 2; j++) pieces[count++] = chunk(r, j);
+        // Blocks of 64 columns may come from different tensors.
+        for (int block = 0; block < columns / 8 && mn_major; block += 8) {
             for (int k = 0; k < 16; k++)
-                for (int j = 0; j < columns / 8; j++) pieces[count++] = chunk(k, j);
-        else
-            for (int r = 0; r < columns; r++)
-                for (int j = 0; j < 2; j++) pieces[count++] = chunk(r, j);
-        for (int i = 0; i < count; i++)
-            if (!inside(m, pieces[i], 16))
-                fail(t, at, "wgmma: the descriptor of %s reaches beyond shared memory: %s", name, describe_address(pieces[i]).c_str());
-        check_operand(t, group, pieces, count, 16, at);
+                for (int j = block; j < std::min(block + 8, columns / 8); j++) pieces[count++] = chunk(k, j);
+            require();
+        }
+        if (!mn_major) require();
     }
 };
 

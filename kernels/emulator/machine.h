@@ -195,7 +195,7 @@ void check_meeting(const Thread* const* threads, int count);  // at a named barr
 // A bulk copy begins to write a tile (`map` names its source), and has written it.
 void check_bulk_issued(const Thread& thread, int barrier, uint32_t map, uintptr_t address, size_t bytes, Where at);
 void check_bulk_landed(int barrier, uintptr_t address, size_t bytes);
-// A warp group's products begin to read; read `count` pieces of one operand; and a thread knows that those of
+// A warp group's products begin to read; read `count` pieces of one tile; and a thread knows that those of
 // its first `committed` groups are over.
 void check_products_begin(int group);
 void check_operand(const Thread& thread, int group, const uintptr_t* pieces, int count, size_t bytes, Where at);

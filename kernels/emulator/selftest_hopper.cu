@@ -3,7 +3,7 @@
 //   1. Probes, which tests/emulator_hopper.rs compares with plain loops: bulk copies, wgmma.
 //   2. A pipeline of a producer warp and two warp groups that computes C = A B^T. PLANTS are its errors, each of
 //      which a check must find; pipeline_ok is the same code without any. More plants behind it.
-//   3. A real kernel: the 3x3 convolution of a batch of images, in the manner of 2.
+//   3. Real kernels in the manner of 2: the 3x3 convolution of a batch of images, and its weights' gradient.
 #include "../hopper.cuh"
 
 // Dynamic shared memory from its first multiple of 1024 on.
@@ -108,16 +108,16 @@ struct Pipeline {
     int one;           // 1, unknown to the compiler
 };
 
-#define PLANTS(plant)                                                                            \
-    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(wrong_parity)                     \
-    plant(read_before_landing) plant(released_too_early) plant(one_consumer_awaited)             \
-    plant(one_warp_waits) plant(read_accumulators_too_early) plant(wrote_accumulators)           \
-    plant(missing_wgmma_fence) plant(missing_wgmma_wait) plant(missing_commit)                   \
-    plant(divergent_products) plant(tile_overrun) plant(shared_overrun) plant(stride_of_512)     \
-    plant(destination_at_128) plant(destination_at_64) plant(not_rounded_up) plant(copy_overrun) \
-    plant(wrong_map) plant(memory_overrun) plant(missing_init_fence) plant(missing_init)         \
-    plant(use_before_init) plant(too_many_arrivals) plant(nobody_waits)                          \
-    plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
+#define PLANTS(plant)                                                                             \
+    plant(ok) plant(too_many_bytes) plant(too_few_bytes) plant(one_copy_expected)                 \
+    plant(wrong_parity) plant(read_before_landing) plant(released_too_early)                      \
+    plant(one_consumer_awaited) plant(one_warp_waits) plant(read_accumulators_too_early)          \
+    plant(wrote_accumulators) plant(missing_wgmma_fence) plant(missing_wgmma_wait)                \
+    plant(missing_commit) plant(divergent_products) plant(tile_overrun) plant(shared_overrun)     \
+    plant(stride_of_512) plant(tile_at_128) plant(destination_at_128) plant(destination_at_64)    \
+    plant(not_rounded_up) plant(copy_overrun) plant(wrong_map) plant(memory_overrun)              \
+    plant(missing_init_fence) plant(missing_init) plant(use_before_init) plant(too_many_arrivals) \
+    plant(nobody_waits) plant(plain_access_to_mbarrier) plant(named_barrier_lacks_warp)
 enum class Planted {
 #define NAME(name) name,
     PLANTS(NAME)
@@ -149,7 +149,10 @@ __device__ void pipeline(const Pipeline& p) {
             for (int step = 0; step < p.steps; step++) {
                 const smem_addr a = first + stage * kStage, b = a + kA, bar = full + stage * 8;
                 mbarrier_wait(empty + stage * 8, parity ^ 1);
-                mbarrier_expect(bar, kStage + (is(Planted::too_many_bytes) ? 128 : is(Planted::too_few_bytes) ? -128 : 0));
+                mbarrier_expect(bar, is(Planted::too_many_bytes)    ? kStage + 128
+                                     : is(Planted::too_few_bytes)   ? kStage - 128
+                                     : is(Planted::one_copy_expected) ? kA
+                                                                      : kStage);
                 if (is(Planted::wrong_map)) tma_load_2d(a, p.images, bar, step * 64, 0);
                 else tma_load_2d(a + (is(Planted::destination_at_128) ? 128 : is(Planted::destination_at_64) ? 64 : 0), p.a, bar,
                                  step * 64, is(Planted::memory_overrun) && step == 3 ? 1 : 0);
@@ -177,6 +180,7 @@ __device__ void pipeline(const Pipeline& p) {
         if (!is(Planted::missing_wgmma_fence)) wgmma_fence();
         smem_addr a = first + stage * kStage + group * 64 * 128, b = first + stage * kStage + kA;
         if (is(Planted::tile_overrun) && step == 1) a += 32 * 128 * p.one;
+        if (is(Planted::tile_at_128)) a += 128 * p.one;
         if (is(Planted::shared_overrun) && step == 1) b += (kB - 1024) * p.one;
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -186,7 +190,7 @@ __device__ void pipeline(const Pipeline& p) {
         if (is(Planted::released_too_early) && lane == 0) mbarrier_arrive(empty + stage * 8);
         if (!is(Planted::missing_commit) || step + 1 < p.steps) wgmma_commit();
         wgmma_hold(acc);
-        if (is(Planted::wrote_accumulators) && step == 3) acc[5] *= 2;
+        if (is(Planted::wrote_accumulators) && step == 3) acc[5] = float(p.one);
         wgmma_wait<1>();
         if (!is(Planted::released_too_early) && step && lane == 0) mbarrier_arrive(empty + previous * 8);
         previous = stage;
@@ -251,7 +255,7 @@ extern "C" void hopper_on_ampere(int) { fence_async_shared(); }
 KERNEL_EXPORT(hopper_on_ampere);
 #endif
 
-// ---- 3. a real kernel -----------------------------------------------------------------------------
+// ---- 3. real kernels -----------------------------------------------------------------------------
 
 struct Conv {
     TensorMap x;  // [n][h][w][cin] by im2col, corners -1 and -1, 128 pixels
@@ -328,3 +332,100 @@ extern "C" __global__ void __launch_bounds__(288, 1) hopper_conv3x3_bf16_128x192
     conv3x3<__nv_bfloat16, 192, 3>(p, reinterpret_cast<__nv_bfloat16*>(p.y));
 }
 KERNEL_EXPORT_HOPPER(hopper_conv3x3_bf16_128x192_s3);
+
+struct Wgrad {
+    TensorMap g;            // [pixels][cout], boxes of 64 pixels
+    TensorMap x[2];         // [n][h][w][cin[i]] by im2col, corners -1 and -1, 64 pixels: the two inputs side by side
+    float* dw;              // [cout][9 (cin[0] + cin[1])]
+    int height, width, cin[2], cout, pixels;
+};
+
+// dw[co][tap][c] = sum over pixels of g[p][co] x[p + tap][c]; both operands MN-major, k = pixels. 128 by 128 a
+// block, all counts of channels multiples of 64. Persistent: a block goes on to the next tile while its last
+// products are stored through shared memory, which its producer must not overtake.
+__device__ void wgrad3x3(const Wgrad& p) {
+    constexpr int S = 3, kBlock = 64 * 128, kStage = 4 * kBlock;
+    DYN_SMEM(unsigned char, smem);
+    const smem_addr first = tiles(smem), full = first + S * kStage, empty = full + S * 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int cin = p.cin[0] + p.cin[1], columns = 9 * cin, steps = (p.pixels + 63) / 64;
+    const int across = (columns + 127) / 128, all = (p.cout + 127) / 128 * across;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < S; s++) mbarrier_init(full + s * 8, 1), mbarrier_init(empty + s * 8, 2);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    if (warp >= 8) {
+        registers_release<40>();
+        int stage = 0, parity = 1;
+        for (int tile = blockIdx.x; tile < all && threadIdx.x == 256; tile += gridDim.x)
+            for (int step = 0; step < steps; step++) {
+                const int pixel = step * 64, row = pixel / p.width;
+                const smem_addr a = first + stage * kStage, b = a + 2 * kBlock, bar = full + stage * 8;
+                mbarrier_wait(empty + stage * 8, parity);
+                mbarrier_expect(bar, kStage);
+                for (int i = 0; i < 2; i++) tma_load_2d(a + i * kBlock, p.g, bar, tile / across * 128 + i * 64, pixel);
+                for (int i = 0; i < 2; i++) {
+                    const int column = min(tile % across * 128 + i * 64, columns - 64), tap = column / cin, c = column % cin;
+                    const int which = c >= p.cin[0];
+                    tma_load_im2col(b + i * kBlock, p.x[which], bar, which ? c - p.cin[0] : c, pixel % p.width - 1,
+                                    row % p.height - 1, row / p.height, tap % 3, tap / 3);
+                }
+                if (++stage == S) stage = 0, parity ^= 1;
+            }
+        return;
+    }
+
+    registers_take<232>();
+    const int group = warp / 4;
+    int stage = 0, parity = 0;
+    for (int tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        float acc[64] = {};
+        for (int step = 0; step < steps; step++) {
+            mbarrier_wait(full + stage * 8, parity);
+            wgmma_hold(acc);
+            wgmma_fence();
+            const smem_addr a = first + stage * kStage + group * kBlock, b = first + stage * kStage + 2 * kBlock;
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                wgmma<__half, 128, true>(acc, wgmma_descriptor(a + k * 2048, kBlock, 1024), wgmma_descriptor(b + k * 2048, kBlock, 1024));
+            wgmma_commit();
+            wgmma_hold(acc);
+            if (step) {
+                wgmma_wait<1>();
+                if (threadIdx.x % 128 == 0) mbarrier_arrive(empty + (stage + S - 1) % S * 8);
+            }
+            if (++stage == S) stage = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+        wgmma_hold(acc);
+        // The stage of the last step, which is free but for this group's half: rows of 128 floats go through it.
+        const int last = (stage + S - 1) % S;
+        unsigned char* bytes = smem + (first - smem_address(smem)) + last * kStage + group * 2 * kBlock;
+        named_barrier(1, 256);  // both groups have left it
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float* rows = reinterpret_cast<float*>(bytes) + (warp % 4 * 8 + lane / 4) * 128;
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) rows[j * 8 + lane % 4 * 2 + e] = acc[j * 4 + half * 2 + e];
+            __syncwarp();
+            for (int i = 0; i < 8; i++) {
+                const int co = tile / across * 128 + warp * 16 + half * 8 + i;
+                const float* row = reinterpret_cast<float*>(bytes) + (warp % 4 * 8 + i) * 128;
+                for (int j = lane; j < 128; j += 32) {
+                    const int column = tile % across * 128 + j;
+                    if (co < p.cout && column < columns) p.dw[size_t(co) * columns + column] = row[j];
+                }
+            }
+            __syncwarp();
+        }
+        fence_async_shared();
+        named_barrier(2 + group, 128);
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(empty + last * 8);
+    }
+}
+extern "C" __global__ void __launch_bounds__(384, 1) hopper_wgrad3x3_f16_128x128_s3(const __grid_constant__ Wgrad p) { wgrad3x3(p); }
+KERNEL_EXPORT_HOPPER(hopper_wgrad3x3_f16_128x128_s3);
