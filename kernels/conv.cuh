@@ -202,7 +202,7 @@ struct ConvLoad {
         const Window& w = p.window;
         const int steps_x = p.steps(p.ca);
         begin(p, first_step >= steps_x, first_step >= steps_x ? first_step - steps_x : first_step);
-        if (FLAT && left > 0) left = steps_x - first_step;
+        if (FLAT) left = first_step >= steps_x || p.cb == 0 ? 0 : steps_x - first_step;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const bool valid = row + i * STRIDE < p.count;
