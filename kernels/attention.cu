@@ -77,7 +77,7 @@ __device__ __forceinline__ void for_rows(int thread, F&& f) {
     constexpr int kLanes = C / 16, kPass = THREADS / kLanes;
     const int first = thread / kLanes;
     const int turn = C == 64 ? first % 2 * 4 : C == 32 ? first / 2 % 2 * 2 : 0;
-#pragma unroll 2
+#pragma unroll(C == 128 ? 1 : 4)
     for (int pass = 0; pass < (ROWS + kPass - 1) / kPass; pass++) {
         const int row = first + pass * kPass;
         if (ROWS % kPass == 0 || row < ROWS) f(row, thread % kLanes ^ turn);
@@ -274,11 +274,11 @@ __device__ __forceinline__ void write_rows(const Accumulator<C, M>& acc, unsigne
 template <int C>
 constexpr float kShift = C == 128 ? 1.0f : 0.0f;
 
-// acc += exp(q k^T) v and sum += exp(q k^T) for the keys of `tile` and the values behind it.
+// acc += exp(q k^T) v and sum += exp(q k^T) for 16 keys, of which `first` is the first.
 template <class T, int C, int M>
 __device__ __forceinline__ void attend(Accumulator<C, M>& acc, float (&sum)[M][2], const Fragments<C, M>& q,
                                        smem_addr keys, smem_addr values, int first, const Block<T, C>& b) {
-    constexpr int N = Head<C>::kStep / 8;
+    constexpr int N = 2;
     float s[M][N][4];
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -331,7 +331,7 @@ __device__ void attention_forward(const AttentionParams& p) {
         if (tile + 1 < tiles) fetch_tile(tile + 1);
         const int first = tile * H::kKeys, end = idle ? 0 : min(H::kKeys, b.tokens - first);
 #pragma unroll
-        for (int key = 0; key < H::kKeys; key += H::kStep) {
+        for (int key = 0; key < H::kKeys; key += 16) {
             if (key >= end) break;
             const smem_addr keys = smem_address(stage) + key * H::kRow;
             attend<T, C, M>(acc, sum, a, keys, keys + kTile, first + key, b);
@@ -393,7 +393,12 @@ __device__ void attention_forward_split(const AttentionParams& p) {
         normalise<H::kStep, 32, T, C>(slot, 1.0f, lane);
         normalise<H::kStep, 32, T, C>(slot + kHalf, 1.0f, lane);
         __syncwarp();
-        attend<T, C, M>(acc, sum, a, smem_address(slot), smem_address(slot) + kHalf, first, b);
+#pragma unroll
+        for (int key = 0; key < H::kStep; key += 16) {
+            if (first + key >= b.tokens) break;
+            const smem_addr keys = smem_address(slot) + key * H::kRow;
+            attend<T, C, M>(acc, sum, a, keys, keys + kHalf, first + key, b);
+        }
         __syncwarp();
         fetch_slot(first + kSplitWarps * H::kStep);
     }
@@ -591,7 +596,7 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
         __syncthreads();
         if (tile + 1 < tiles) fetch_tile(tile + 1);
         const int end = idle ? 0 : min(kQueries, b.tokens - tile * kQueries);
-#pragma unroll
+#pragma unroll(C == 128 ? 1 : kQueries)
         for (int query = 0; query < kQueries; query += N * 8) {
             if (query >= end) break;
             const smem_addr queries = smem_address(stage) + query * H::kRow;
