@@ -23,12 +23,12 @@ struct Head {
     static constexpr int kM = C == 128 ? 1 : 2;        // forward: a warp's rows in units of 16; registers
     static constexpr int kStep = C == 128 ? 16 : 32;   // columns of scores that a warp holds; registers
     static constexpr int kKeys = C == 128 ? 48 : 96;   // keys of a streamed tile
-    static constexpr int kQueries = C == 16 ? 96 : 48;  // of a streamed tile of grad_kv; whole warps copy it
     static constexpr int kStage = 2 * kKeys * kRow;    // bytes of k and v of a tile
     // q is normalised with this gain, so that q^ k^ is the exponent of 2.
     __device__ static float query_gain() { return kLog2e / sqrtf(float(C)); }
 };
 
+constexpr int kQueries = 48;     // of a streamed tile of grad_kv
 constexpr int kResident = 4;     // streamed tiles that grad_q keeps, if there are no more
 constexpr int kSplitWarps = 11;  // of forward_split: 352 keys at once
 
@@ -264,7 +264,8 @@ __device__ __forceinline__ void write_rows(const Accumulator<C, M>& acc, unsigne
 #pragma unroll
     for (int i = b.lane; i < 16 * M * C / 8; i += 32) {
         const int row = i / (C / 8), chunk = i % (C / 8);
-        if (first + row < b.tokens) store16(x + size_t(first + row) * stride + chunk * 8, load16(tile + at<C>(row, chunk)));
+        const uint4 v = load16(tile + at<C>(row, chunk));
+        if (first + row < b.tokens) store16(x + size_t(first + row) * stride + chunk * 8, v);
     }
 }
 
@@ -551,8 +552,7 @@ __device__ void attention_grad_q(const AttentionParams& p) {
 template <class T, int C>
 __device__ void attention_grad_kv(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int N = 2, kThreads = 192, kRows = 96, kQueries = H::kQueries;
-    constexpr int kTile = kQueries * H::kRow, kStage = 2 * kTile + kQueries * 8;
+    constexpr int N = 2, kThreads = 192, kRows = 96, kTile = kQueries * H::kRow, kStage = 2 * kTile + kQueries * 8;
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;

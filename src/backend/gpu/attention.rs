@@ -43,8 +43,9 @@ const GRAD_KV: Names = names!("grad_kv");
 const SPLIT_WARPS: usize = 11;
 /// Tiles that `grad_q` keeps; `kResident`.
 const RESIDENT: usize = 4;
-/// Rows of a block of `grad_kv`.
+/// Rows of a block, and of a streamed tile, of `grad_kv`; `kQueries`.
 const KV_ROWS: usize = 96;
+const KV_STREAM: usize = 48;
 /// With fewer blocks than this the forward pass splits the keys among warps: a multiprocessor for each.
 const FEW_BLOCKS: usize = 128;
 
@@ -123,8 +124,7 @@ impl Attention {
         let (names, warps) = if few { (GRAD_Q_6, 6) } else { (GRAD_Q, 12) };
         let rows = warps * 16;
         let shared = self.stages(RESIDENT, 2 * rows * self.row());
-        let queries = if self.head_size == 16 { 96 } else { 48 };
-        let stage = 2 * queries * self.row() + queries * 8;
+        let stage = 2 * KV_STREAM * self.row() + KV_STREAM * 8;
         [
             self.launch(names, warps, rows, shared, params),
             self.launch(GRAD_KV, 6, KV_ROWS, stage + stage.max(2 * KV_ROWS * self.row()), params),
