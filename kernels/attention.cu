@@ -7,7 +7,8 @@
 // Since |q^|, |k^| <= sqrt(C), scores are bounded by sqrt(C): exp(score) is within e^+-8 for C = 64 and
 // needs no running maximum. exp(score) itself is a normal fp16 number (C = 128: half of it), and its
 // sum over any number of tokens that fits memory is far from f32's limits. So a block passes over the
-// keys once, divides by the sum at its end, and never rescales what it has.
+// keys once, divides by the sum at its end, and never rescales what it has; and what warps make of
+// different keys is simply added.
 //
 // The gradient, with dP = dout v^T, D[i] = sum_j P[i][j] dP[i][j], dS = P (dP - D):
 //
@@ -17,11 +18,12 @@
 // from the forward pass. `grad_q` finds the sums of exp and D in a first pass over the keys and dq in
 // a second one, and leaves the sums for `grad_kv`, which passes over the queries. No atomics: the
 // same bits in every run. P and dS enter the products times 64: small probabilities (1/352) and small
-// gradients stay normal numbers, and |64 dS| <= 128 C rms(dout) stays finite.
+// gradients stay normal numbers, and |64 dS| <= 128 C rms(dout) stays finite. log2(64 / sum) and -D are
+// what the accumulators of the scores and of dP begin with, so that P = 2^s and dS = P dP.
 //
 // LAYOUT  qkv, its gradient   [images, tokens, 3, heads, C]   16-bit, all of q, then k, then v
 //         out, its gradient   [images, tokens, heads, C]      16-bit
-//         sums                [images, heads, tokens] of {64 / sum_j exp(score), D}, f32, 8 bytes
+//         sums                [images, heads, tokens] of {log2(64 / sum_j exp(score)), -D}, f32, 8 bytes
 // The official order of qkv's channels is (head * C + i) * 3 + {q,k,v}; whoever loads the weight of the
 // conv before permutes its rows, so that a token's q is C consecutive elements, copied by cp.async.
 //
@@ -29,11 +31,24 @@
 //     forward  2 N T^2 C multiply-adds; reads 6 N T C bytes, writes 2 N T C (the floor)
 //     grad_q   5 N T^2 C; reads 8 N T C, writes 2 N T C + 8 N T       (floor of the gradient: reads
 //     grad_kv  4 N T^2 C; reads 8 N T C + 8 N T, writes 4 N T C        8 N T C, writes 6 N T C)
-// Keys or queries are read again by every block of 64 rows, from L2: at T = 352 six times 90 KB a head.
+// What a block does not own is read again by every block, from L2, and normalised again: this is why
+// blocks are large.
 //
-// A block of 4 warps owns 64 rows of one head, a warp 16 of them; tiles of 32 rows of the other side
-// stream through two stages of shared memory. Whoever copied a chunk normalises it in place.
-// Scores stay in registers: the accumulators of one product are the A fragments of the next.
+// Scores stay in registers: the accumulators of one product are the A fragments of the next. Whoever
+// copied a row normalises it in place. C = 64 in f16, counted in the machine code of sm_90, without the mask
+// of columns behind the last token, which whole tiles skip; a tile is what lies between two barriers:
+//
+//                 a warp's   a block's  instructions an HMMA          ldmatrix   registers   blocks of a
+//                 rows       rows       products alone   whole tile   an HMMA                multiprocessor
+//     forward_6   32         192        3.0              4.9          1/4        167         2
+//     grad_q      16         192        3.6, then 3.2    5.6, 3.3     1/2        168         1 (12 warps)
+//     grad_kv     16         96         2.8              4.5          1/2        167         2
+//
+// An H100 takes 5.9 cycles an HMMA and processing unit, and 4 an ldmatrix.x4 and multiprocessor. So forward is
+// bound by tensor cores and instructions about alike; the gradient by reading fragments from shared memory: 8 cycles
+// an HMMA of each unit, 74 % of the rate of mma.sync at best. A GeForce card takes 32 cycles an HMMA with
+// f32 sums, and is bound by them. Projection, never timed, H100, 40 images of 16x22 with 6 heads: forward 25 to
+// 30 us (tensor cores 12, copies 18), gradient 95 to 115 us (shared memory 80, tensor cores 54, copies 31).
 #include "math.cuh"
 
 struct AttentionParams {
@@ -46,133 +61,169 @@ struct AttentionParams {
 };
 static_assert(sizeof(AttentionParams) == 40, "mirrored in src/backend/gpu/attention.rs");
 
-// Grid: [tokens / kRows rounded up, heads, images].
-constexpr int kThreads = 128;
-constexpr int kRows = 64;    // of a block
-constexpr int kStream = 32;  // rows of a streamed tile
+// Grid: [tokens / rows of a block rounded up, heads, images].
 constexpr float kLog2e = 1.44269504f;
 constexpr float kGain = 64.0f;  // of P and dS
 
 template <int C>
 struct Head {
-    static constexpr int kOwn = kRows * C * 2, kTile = kStream * C * 2;  // bytes
-    static constexpr int kStep = C == 128 ? 16 : kStream;  // rows that a warp takes at a time: registers
-    static constexpr int kWide = C < 64 ? C / 8 : 8;       // columns of 8 in one tile of products
+    static constexpr int kRow = C * 2;                 // bytes
+    static constexpr int kWide = C < 64 ? C / 8 : 8;   // columns of 8 in one tile of products
+    static constexpr int kHalves = C / 8 / kWide;      // such tiles
+    static constexpr int kM = C == 128 ? 1 : 2;        // forward: a warp's rows in units of 16; registers
+    static constexpr int kStep = C == 128 ? 16 : 32;   // columns of scores that a warp holds; registers
+    static constexpr int kKeys = C == 128 ? 48 : 96;   // keys of a streamed tile
+    static constexpr int kStage = 2 * kKeys * kRow;    // bytes of k and v of a tile
     // q is normalised with this gain, so that q^ k^ is the exponent of 2.
     __device__ static float query_gain() { return kLog2e / sqrtf(float(C)); }
 };
 
-// 16 rows x C columns of a warp, in f32.
-template <int C>
-using Accumulator = float[C / 8 / Head<C>::kWide][1][Head<C>::kWide][4];
+constexpr int kQueries = 48;     // of a streamed tile of grad_kv
+constexpr int kResident = 4;     // streamed tiles that grad_q keeps, if there are no more
+constexpr int kSplitWarps = 11;  // of forward_split: 352 keys at once
 
-// Byte offset of a 16-byte chunk in a tile of rows of C elements, free of bank conflicts.
+// 16 M rows x C columns of a warp, in f32.
+template <int C, int M>
+using Accumulator = float[Head<C>::kHalves][M][Head<C>::kWide][4];
+// The same rows, normalised, as A fragments. What lane holds row g, columns 2t, 2t + 1 of an
+// accumulator holds these of the fragment.
+template <int C, int M>
+using Fragments = uint32_t[C / 16][M][4];
+
+// Byte offset of a 16-byte chunk in a tile of rows of C elements, free of bank conflicts. Rows that
+// differ by a multiple of 16 are permuted alike, and chunks differ by xor: at(16 i + row, 2 k + chunk)
+// is at(row, chunk) ^ 32 k, plus 16 i rows.
 template <int C>
 __device__ __forceinline__ int at(int row, int chunk) {
     if constexpr (C == 16) return row * 32 + (chunk ^ (row >> 2 & 1)) * 16;
     else return swizzle<C * 2>(row, chunk);
 }
 
-// One head of one image.
+// One head of one image, and where a thread stands.
 template <class T, int C>
 struct Block {
     int tokens, width, out_width;  // elements from one token to the next in qkv, in out
-    int row0;                      // first token of this block
-    int warp_row, lane;            // first row of this warp within the block
+    int warp, lane;
     size_t qkv, out;               // offsets of the first token's q and out
     size_t sums;
+    int rows, columns;             // this lane's offsets for ldmatrix, in tiles read by rows and by columns
 
     __device__ explicit Block(const AttentionParams& p) {
         tokens = p.tokens, width = 3 * p.heads * C, out_width = p.heads * C;
-        row0 = blockIdx.x * kRows, warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         qkv = size_t(blockIdx.z) * tokens * width + blockIdx.y * C;
         out = size_t(blockIdx.z) * tokens * out_width + blockIdx.y * C;
         sums = (size_t(blockIdx.z) * p.heads + blockIdx.y) * tokens;
+        rows = at<C>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        columns = at<C>(lane % 16, lane / 16);
     }
-    __device__ bool warp_is_idle() const { return row0 + warp_row >= tokens; }
-    __device__ int tiles() const { return (tokens + kStream - 1) / kStream; }
 };
 
-// Copies ROWS tokens from `first` on into a tile; behind the last token come zeros.
-template <int ROWS, class T, int C>
-__device__ __forceinline__ void fetch(smem_addr tile, const T* x, int stride, int first, int tokens) {
-#pragma unroll
-    for (int i = threadIdx.x; i < ROWS * C / 8; i += kThreads) {
-        const int row = i / (C / 8), chunk = i % (C / 8);
-        const bool valid = first + row < tokens;
-        cp_async(tile + at<C>(row, chunk), x + (valid ? size_t(first + row) * stride + chunk * 8 : 0), valid);
+// Calls f(row, chunk) for each row of a tile that `thread` of THREADS moves: it moves the chunks `chunk`
+// and `chunk ^ C / 16` of it. C / 16 neighbours move one row; which half they begin with depends on the
+// row so that eight lanes meet no bank twice.
+template <int ROWS, int THREADS, int C, class F>
+__device__ __forceinline__ void for_rows(int thread, F&& f) {
+    constexpr int kLanes = C / 16, kPass = THREADS / kLanes;
+    const int first = thread / kLanes;
+    const int turn = C == 64 ? first % 2 * 4 : C == 32 ? first / 2 % 2 * 2 : 0;
+#pragma unroll(C == 128 ? 1 : 4)
+    for (int pass = 0; pass < (ROWS + kPass - 1) / kPass; pass++) {
+        const int row = first + pass * kPass;
+        if (ROWS % kPass == 0 || row < ROWS) f(row, thread % kLanes ^ turn);
     }
+}
+
+// Copies ROWS tokens from `first` on into a tile; behind the last token come zeros.
+template <int ROWS, int THREADS, class T, int C>
+__device__ __forceinline__ void fetch(smem_addr tile, const T* x, int stride, int first, int tokens, int thread) {
+    for_rows<ROWS, THREADS, C>(thread, [&](int row, int chunk) {
+        // In bytes, so that an address is one multiplication.
+        const int64_t from = int64_t(min(first + row, tokens - 1)) * (stride * 2);
+        const bool valid = first + row < tokens;
+        const char* bytes = reinterpret_cast<const char*>(x);
+        cp_async(tile + at<C>(row, chunk), bytes + chunk * 16 + from, valid);
+        cp_async(tile + at<C>(row, chunk ^ C / 16), bytes + (chunk ^ C / 16) * 16 + from, valid);
+    });
 }
 
 // Normalises the rows of a tile, times `gain`, each thread what it has fetched. `rms`, if given,
 // receives each row's.
-template <int ROWS, class T, int C>
-__device__ __forceinline__ void normalise(unsigned char* tile, float gain, float* rms = nullptr) {
+template <int ROWS, int THREADS, class T, int C>
+__device__ __forceinline__ void normalise(unsigned char* tile, float gain, int thread, float* rms = nullptr) {
+    for_rows<ROWS, THREADS, C>(thread, [&](int row, int chunk) {
+        unsigned char* const places[2] = {tile + at<C>(row, chunk), tile + at<C>(row, chunk ^ C / 16)};
+        float x[2][8], sum = 0.0f;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * C / 8; i += kThreads) {
-        const int row = i / (C / 8), chunk = i % (C / 8);
-        unsigned char* place = tile + at<C>(row, chunk);
-        float x[8], sum = 0.0f;
-        unpack8<T>(load16(place), x);
+        for (int i = 0; i < 2; i++) {
+            unpack8<T>(load16(places[i]), x[i]);
 #pragma unroll
-        for (int e = 0; e < 8; e++) sum = fmaf(x[e], x[e], sum);
+            for (int e = 0; e < 8; e++) sum = fmaf(x[i][e], x[i][e], sum);
+        }
 #pragma unroll
-        for (int by = 1; by < C / 8; by *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
-        const float r = sqrtf(sum * (1.0f / C)), factor = gain / (NORM_EPS + r);
+        for (int by = 1; by < C / 16; by *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+        const float r = sqrt_fast(sum * (1.0f / C)), factor = gain * reciprocal_fast(NORM_EPS + r);
 #pragma unroll
-        for (int e = 0; e < 8; e++) x[e] *= factor;
-        store16(place, pack8<T>(x));
-        if (rms && chunk == 0) rms[row] = r;
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) x[i][e] *= factor;
+            store16(places[i], pack8<T>(x[i]));
+        }
+        if (rms) {
+            if (thread % (C / 16) == 0) rms[row] = r;
+            __syncwarp();  // the lanes go on together
+        }
+    });
+}
+
+// The A fragments of 16 M rows of a tile, from `tile` on.
+template <class T, int C, int M>
+__device__ __forceinline__ void load_a(Fragments<C, M>& a, smem_addr tile, const Block<T, C>& b) {
+#pragma unroll
+    for (int k = 0; k < C / 16; k++) {
+        smem_addr rows[M];
+#pragma unroll
+        for (int m = 0; m < M; m++) rows[m] = tile + (b.columns ^ k * 32) + m * 16 * Head<C>::kRow;
+        ldmatrix_n(a[k], rows);
     }
 }
 
-// The A fragments of 16 rows of a tile.
-template <int C>
-__device__ __forceinline__ void load_a(uint32_t (&a)[C / 16][4], smem_addr tile, int row, int lane) {
-    smem_addr rows[C / 16];
-#pragma unroll
-    for (int k = 0; k < C / 16; k++) rows[k] = tile + at<C>(row + lane % 16, k * 2 + lane / 16);
-    ldmatrix_n(a, rows);
-}
-
-// s[16][8 N] = a b^T, b the 8 N rows of a tile from `row` on.
-template <class T, int C, int N>
-__device__ __forceinline__ void times_rows(float (&s)[1][N][4], const uint32_t (&a)[C / 16][4], smem_addr tile,
-                                           int row, int lane) {
-#pragma unroll
-    for (int j = 0; j < N; j++) s[0][j][0] = s[0][j][1] = s[0][j][2] = s[0][j][3] = 0.0f;
+// s[16 M][8 N] += a b^T, b the 8 N rows from `tile` on.
+template <class T, int C, int M, int N>
+__device__ __forceinline__ void times_rows(float (&s)[M][N][4], const Fragments<C, M>& a, smem_addr tile,
+                                           const Block<T, C>& block) {
 #pragma unroll
     for (int k = 0; k < C / 16; k++) {
         smem_addr rows[N / 2];
         uint32_t pairs[N / 2][4], b[N][2];
 #pragma unroll
-        for (int j = 0; j < N / 2; j++)
-            rows[j] = tile + at<C>(row + j * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2);
+        for (int j = 0; j < N / 2; j++) rows[j] = tile + (block.rows ^ k * 32) + j * 16 * Head<C>::kRow;
         ldmatrix_n(pairs, rows);
 #pragma unroll
         for (int j = 0; j < N; j++) b[j][0] = pairs[j / 2][j % 2 * 2], b[j][1] = pairs[j / 2][j % 2 * 2 + 1];
-        const uint32_t one[1][4] = {{a[k][0], a[k][1], a[k][2], a[k][3]}};
-        mma_tile<T>(s, one, b);
+        mma_tile<T>(s, a[k], b);
     }
 }
 
-// acc[16][C] += p b, b the 8 N rows of a tile from `row` on; p are accumulators, rounded to 16 bits.
-template <class T, int C, int N>
-__device__ __forceinline__ void times_columns(Accumulator<C>& acc, const float (&p)[1][N][4], smem_addr tile, int row,
-                                              int lane) {
+// acc[16 M][C] += p b, b the 8 N rows from `tile` on; p are accumulators, rounded to 16 bits.
+template <class T, int C, int M, int N>
+__device__ __forceinline__ void times_columns(Accumulator<C, M>& acc, const float (&p)[M][N][4], smem_addr tile,
+                                              const Block<T, C>& block) {
     constexpr int kWide = Head<C>::kWide;
 #pragma unroll
     for (int k = 0; k < N / 2; k++) {
-        const float *low = p[0][2 * k], *high = p[0][2 * k + 1];
-        const uint32_t a[1][4] = {{pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
-                                   pack2<T>(high[2], high[3])}};
+        uint32_t a[M][4];
 #pragma unroll
-        for (int h = 0; h < C / 8 / kWide; h++) {
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[m][i] = pack2<T>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+        for (int h = 0; h < Head<C>::kHalves; h++) {
             smem_addr rows[kWide / 2];
             uint32_t pairs[kWide / 2][4], b[kWide][2];
 #pragma unroll
             for (int j = 0; j < kWide / 2; j++)
-                rows[j] = tile + at<C>(row + k * 16 + lane % 16, h * kWide + j * 2 + lane / 16);
+                rows[j] = tile + (block.columns ^ (h * kWide / 2 + j) * 32) + k * 16 * Head<C>::kRow;
             ldmatrix_n<true>(pairs, rows);
 #pragma unroll
             for (int j = 0; j < kWide; j++) b[j][0] = pairs[j / 2][j % 2 * 2], b[j][1] = pairs[j / 2][j % 2 * 2 + 1];
@@ -181,17 +232,35 @@ __device__ __forceinline__ void times_columns(Accumulator<C>& acc, const float (
     }
 }
 
-// s = 2^(s - shift), and 0 in columns behind the last token; `first` is the token of column 0.
-template <int N>
-__device__ __forceinline__ void exponentiate(float (&s)[1][N][4], float shift, int first, int tokens, int lane) {
-    const bool whole = first + N * 8 <= tokens;
+// Sets every score of rows g to value[m][0], of rows g + 8 to value[m][1].
+template <int M, int N>
+__device__ __forceinline__ void fill_rows(float (&s)[M][N][4], const float (&value)[M][2]) {
 #pragma unroll
-    for (int j = 0; j < N; j++)
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const bool inside = whole || first + j * 8 + lane % 4 * 2 + e % 2 < tokens;
-            s[0][j][e] = inside ? exp2f(s[0][j][e] - shift) : 0.0f;
-        }
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][j][e] = value[m][e / 2];
+}
+
+// s = 2^s, and 0 in columns behind the last token; `first` is the token of column 0.
+template <int M, int N>
+__device__ __forceinline__ void exponentiate(float (&s)[M][N][4], int first, int tokens, int lane) {
+    if (first + N * 8 > tokens) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int j = 0; j < N; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (first + j * 8 + lane % 4 * 2 + e % 2 >= tokens) s[m][j][e] = -1e30f;
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][j][e] = exp2_fast(s[m][j][e]);
 }
 
 // Over the four lanes that share a row.
@@ -201,309 +270,440 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // acc holds the gradient of normalised rows over `gain`; makes of it the gradient of the rows before.
-// The tile holds the normalised rows times `tile_gain`.
+// `y` are the normalised rows times `y_gain`.
 template <class T, int C>
-__device__ __forceinline__ void norm_backward(Accumulator<C>& acc, float gain, const unsigned char* tile,
-                                              float tile_gain, const float* rms, int warp_row, int lane) {
+__device__ __forceinline__ void norm_backward(Accumulator<C, 1>& acc, float gain, const Fragments<C, 1>& y,
+                                              float y_gain, const float* rms, int lane) {
     constexpr int kWide = Head<C>::kWide;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = warp_row + half * 8 + lane / 4;
-        auto y = [&](int j) {
-            return unpack2<T>(*reinterpret_cast<const uint32_t*>(tile + at<C>(row, j) + lane % 4 * 4));
-        };
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < C / 8; j++) {
-            const float2 pair = y(j);
+            const float2 pair = unpack2<T>(y[j / 2][0][j % 2 * 2 + half]);
             const float* g = acc[j / kWide][0][j % kWide] + half * 2;
             dot = fmaf(g[0], pair.x, fmaf(g[1], pair.y, dot));
         }
         dot = row_sum(dot);
-        const float r = rms[row], across = gain / (NORM_EPS + r);
+        const float r = rms[half * 8 + lane / 4], across = gain / (NORM_EPS + r);
         // Where r = 0 the row is 0, and so is its part of the gradient.
-        const float along = r > 0.0f ? dot * gain / (tile_gain * tile_gain * C * r) : 0.0f;
+        const float along = r > 0.0f ? dot * gain / (y_gain * y_gain * C * r) : 0.0f;
 #pragma unroll
         for (int j = 0; j < C / 8; j++) {
-            const float2 pair = y(j);
+            const float2 pair = unpack2<T>(y[j / 2][0][j % 2 * 2 + half]);
             float* g = acc[j / kWide][0][j % kWide] + half * 2;
             g[0] = g[0] * across - pair.x * along, g[1] = g[1] * across - pair.y * along;
         }
     }
 }
 
-// Writes a warp's 16 rows to memory through its own rows of a tile, 16 bytes a lane. `x` is token 0.
-template <class T, int C>
-__device__ __forceinline__ void write_rows(const Accumulator<C>& acc, unsigned char* tile, T* x, int stride,
-                                           const Block<T, C>& b) {
+// Writes a warp's 16 M rows, tokens from `first` on, to memory through a tile of its own, 16 bytes a lane.
+// `x` is token 0.
+template <class T, int C, int M>
+__device__ __forceinline__ void write_rows(const Accumulator<C, M>& acc, unsigned char* tile, T* x, int stride,
+                                           int first, const Block<T, C>& b) {
     constexpr int kWide = Head<C>::kWide;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int j = 0; j < C / 8; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float* v = acc[j / kWide][m][j % kWide] + half * 2;
+                unsigned char* place = tile + at<C>(m * 16 + half * 8 + b.lane / 4, j) + b.lane % 4 * 4;
+                *reinterpret_cast<uint32_t*>(place) = pack2<T>(v[0], v[1]);
+            }
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < C / 8; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float* v = acc[j / kWide][0][j % kWide] + half * 2;
-            unsigned char* place = tile + at<C>(b.warp_row + half * 8 + b.lane / 4, j) + b.lane % 4 * 4;
-            *reinterpret_cast<uint32_t*>(place) = pack2<T>(v[0], v[1]);
-        }
-    __syncwarp();
-#pragma unroll
-    for (int i = b.lane; i < 16 * C / 8; i += 32) {
-        const int row = b.warp_row + i / (C / 8), chunk = i % (C / 8), token = b.row0 + row;
-        if (token < b.tokens) store16(x + size_t(token) * stride + chunk * 8, load16(tile + at<C>(row, chunk)));
+    for (int i = b.lane; i < 16 * M * C / 8; i += 32) {
+        const int row = i / (C / 8), chunk = i % (C / 8);
+        const uint4 v = load16(tile + at<C>(row, chunk));
+        if (first + row < b.tokens) store16(x + size_t(first + row) * stride + chunk * 8, v);
     }
 }
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// Shared memory: q [64][C], then two stages of k [32][C], v [32][C].
-template <class T, int C>
+// exp(sqrt(128)) is above fp16's 65504: half of it is not.
+template <int C>
+constexpr float kShift = C == 128 ? 1.0f : 0.0f;
+
+// acc += exp(q k^T) v and sum += exp(q k^T) for 16 keys, of which `first` is the first.
+template <class T, int C, int M>
+__device__ __forceinline__ void attend(Accumulator<C, M>& acc, float (&sum)[M][2], const Fragments<C, M>& q,
+                                       smem_addr keys, smem_addr values, int first, const Block<T, C>& b) {
+    constexpr int N = 2;
+    float s[M][N][4];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int j = 0; j < N; j++) s[m][j][0] = s[m][j][1] = s[m][j][2] = s[m][j][3] = -kShift<C>;
+    times_rows<T, C>(s, q, keys, b);
+    exponentiate(s, first, b.tokens, b.lane);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int j = 0; j < N; j++) sum[m][0] += s[m][j][0] + s[m][j][1], sum[m][1] += s[m][j][2] + s[m][j][3];
+    times_columns<T, C>(acc, s, values, b);
+}
+
+// A block owns WARPS * 16 M queries; all keys pass through two stages of shared memory, k then v; the queries
+// begin where the second stage is, and leave it for registers before its first tile comes.
+template <class T, int C, int WARPS>
 __device__ void attention_forward(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int N = H::kStep / 8;
-    constexpr float kShift = C == 128 ? 1.0f : 0.0f;  // exp(sqrt(128)) is above fp16's 65504
+    constexpr int M = H::kM, kThreads = WARPS * 32, kRows = WARPS * 16 * M, kTile = H::kStage / 2;
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
-    const int lane = b.lane;
+    const int row0 = blockIdx.x * kRows, own = b.warp * 16 * M, tiles = (b.tokens + H::kKeys - 1) / H::kKeys;
 
     auto fetch_tile = [&](int tile) {
-        const smem_addr stage = smem_address(smem) + H::kOwn + tile % 2 * 2 * H::kTile;
-        fetch<kStream, T, C>(stage, q + b.out_width, b.width, tile * kStream, b.tokens);
-        fetch<kStream, T, C>(stage + H::kTile, q + 2 * b.out_width, b.width, tile * kStream, b.tokens);
+        const smem_addr stage = smem_address(smem) + tile % 2 * H::kStage;
+        fetch<H::kKeys, kThreads, T, C>(stage, q + b.out_width, b.width, tile * H::kKeys, b.tokens, threadIdx.x);
+        fetch<H::kKeys, kThreads, T, C>(stage + kTile, q + 2 * b.out_width, b.width, tile * H::kKeys, b.tokens, threadIdx.x);
         cp_async_commit();
     };
-    fetch<kRows, T, C>(smem_address(smem), q, b.width, b.row0, b.tokens);
+    fetch<kRows, kThreads, T, C>(smem_address(smem) + H::kStage, q, b.width, row0, b.tokens, threadIdx.x);
     cp_async_commit();
     fetch_tile(0);
     cp_async_wait<1>();
-    normalise<kRows, T, C>(smem, H::query_gain());
+    normalise<kRows, kThreads, T, C>(smem + H::kStage, H::query_gain(), threadIdx.x);
     __syncthreads();
-    uint32_t a[C / 16][4];
-    load_a<C>(a, smem_address(smem), b.warp_row, lane);
+    Fragments<C, M> a;
+    load_a<T, C, M>(a, smem_address(smem) + H::kStage + own * H::kRow, b);
 
-    Accumulator<C> acc = {};
-    float sum[2] = {};
-    for (int tile = 0; tile < b.tiles(); tile++) {
-        unsigned char* stage = smem + H::kOwn + tile % 2 * 2 * H::kTile;
-        const smem_addr keys = smem_address(stage);
+    Accumulator<C, M> acc = {};
+    float sum[M][2] = {};
+    const bool idle = row0 + own >= b.tokens;
+    for (int tile = 0; tile < tiles; tile++) {
+        unsigned char* const stage = smem + tile % 2 * H::kStage;
         cp_async_wait<0>();
-        normalise<kStream, T, C>(stage, 1.0f);
-        normalise<kStream, T, C>(stage + H::kTile, 1.0f);
+        normalise<H::kKeys, kThreads, T, C>(stage, 1.0f, threadIdx.x);
+        normalise<H::kKeys, kThreads, T, C>(stage + kTile, 1.0f, threadIdx.x);
         __syncthreads();  // this stage is there for all, and all have left the one loaded next
-        if (tile + 1 < b.tiles()) fetch_tile(tile + 1);
-        if (b.warp_is_idle()) continue;
+        if (tile + 1 < tiles) fetch_tile(tile + 1);
+        const int first = tile * H::kKeys, end = idle ? 0 : min(H::kKeys, b.tokens - first);
 #pragma unroll
-        for (int row = 0; row < kStream; row += H::kStep) {
-            const int first = tile * kStream + row;
-            if (first >= b.tokens) break;
-            float s[1][N][4];
-            times_rows<T, C>(s, a, keys, row, lane);
-            exponentiate(s, kShift, first, b.tokens, lane);
-#pragma unroll
-            for (int j = 0; j < N; j++) sum[0] += s[0][j][0] + s[0][j][1], sum[1] += s[0][j][2] + s[0][j][3];
-            times_columns<T, C>(acc, s, keys + H::kTile, row, lane);
+        for (int key = 0; key < H::kKeys; key += 16) {
+            if (key >= end) break;
+            const smem_addr keys = smem_address(stage) + key * H::kRow;
+            attend<T, C, M>(acc, sum, a, keys, keys + kTile, first + key, b);
         }
     }
-    if (b.warp_is_idle()) return;
+    __syncthreads();  // the way out leads through the stages
+    if (idle) return;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float inverse = 1.0f / row_sum(sum[half]);
+    for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int j = 0; j < C / 8; j++)
+        for (int half = 0; half < 2; half++) {
+            const float inverse = 1.0f / row_sum(sum[m][half]);
 #pragma unroll
-            for (int e = 0; e < 2; e++) acc[j / H::kWide][0][j % H::kWide][half * 2 + e] *= inverse;
+            for (int j = 0; j < C / 8; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) acc[j / H::kWide][m][j % H::kWide][half * 2 + e] *= inverse;
+        }
+    write_rows<T, C, M>(acc, smem + own * H::kRow, static_cast<T*>(p.out) + b.out, b.out_width, row0 + own, b);
+}
+
+// For few images: a block owns 16 M queries, and each of its warps takes other keys, kStep at a time, into a
+// slot of its own. No score has a maximum, so the warps' products and sums are simply added. Shared memory:
+// a slot of k, v for each warp, which later holds its product; q; the sums [warp][query].
+template <class T, int C>
+__device__ void attention_forward_split(const AttentionParams& p) {
+    using H = Head<C>;
+    constexpr int M = H::kM, kThreads = kSplitWarps * 32, kRows = 16 * M, kHalf = H::kStep * H::kRow, kSlot = 2 * kHalf;
+    static_assert(kSlot == kRows * C * 4, "a product in f32 fits where the keys and values were");
+    DYN_SMEM(unsigned char, smem);
+    const Block<T, C> b(p);
+    const T* q = static_cast<const T*>(p.qkv) + b.qkv;
+    unsigned char* const slot = smem + b.warp * kSlot;
+    unsigned char* const queries = smem + kSplitWarps * kSlot;
+    float* const sums = reinterpret_cast<float*>(queries + kRows * H::kRow);
+    const int row0 = blockIdx.x * kRows, lane = b.lane;
+
+    auto fetch_slot = [&](int first) {
+        const smem_addr keys = smem_address(slot);
+        if (first < b.tokens) {
+            fetch<H::kStep, 32, T, C>(keys, q + b.out_width, b.width, first, b.tokens, lane);
+            fetch<H::kStep, 32, T, C>(keys + kHalf, q + 2 * b.out_width, b.width, first, b.tokens, lane);
+        }
+        cp_async_commit();
+    };
+    fetch<kRows, kThreads, T, C>(smem_address(queries), q, b.width, row0, b.tokens, threadIdx.x);
+    cp_async_commit();
+    fetch_slot(b.warp * H::kStep);
+    cp_async_wait<1>();
+    normalise<kRows, kThreads, T, C>(queries, H::query_gain(), threadIdx.x);
+    __syncthreads();
+    Fragments<C, M> a;
+    load_a<T, C, M>(a, smem_address(queries), b);
+
+    Accumulator<C, M> acc = {};
+    float sum[M][2] = {};
+#pragma unroll 1
+    for (int first = b.warp * H::kStep; first < b.tokens; first += kSplitWarps * H::kStep) {
+        cp_async_wait<0>();
+        normalise<H::kStep, 32, T, C>(slot, 1.0f, lane);
+        normalise<H::kStep, 32, T, C>(slot + kHalf, 1.0f, lane);
+        __syncwarp();
+#pragma unroll
+        for (int key = 0; key < H::kStep; key += 16) {
+            if (first + key >= b.tokens) break;
+            const smem_addr keys = smem_address(slot) + key * H::kRow;
+            attend<T, C, M>(acc, sum, a, keys, keys + kHalf, first + key, b);
+        }
+        __syncwarp();
+        fetch_slot(first + kSplitWarps * H::kStep);
     }
-    write_rows<T, C>(acc, smem, static_cast<T*>(p.out) + b.out, b.out_width, b);
+    auto place = [&](int warp, int tile) { return smem + warp * kSlot + tile * 512 + lane * 16; };
+#pragma unroll
+    for (int h = 0; h < H::kHalves; h++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int j = 0; j < H::kWide; j++) {
+                const float* v = acc[h][m][j];
+                store16(place(b.warp, (h * M + m) * H::kWide + j), make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
+            }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float all = row_sum(sum[m][half]);
+            if (lane % 4 == 0) sums[b.warp * kRows + m * 16 + half * 8 + lane / 4] = all;
+        }
+    __syncthreads();
+    // Each warp adds up some 16 x 8 tiles of the product.
+    const int warps = min(kSplitWarps, (b.tokens + H::kStep - 1) / H::kStep);
+    for (int tile = b.warp; tile < M * C / 8; tile += kSplitWarps) {
+        const int j = tile % H::kWide, m = tile / H::kWide % M, h = tile / H::kWide / M;
+        float v[4] = {}, total[2] = {};
+        for (int warp = 0; warp < warps; warp++) {
+            const uint4 part = load16(place(warp, tile));
+            v[0] += __uint_as_float(part.x), v[1] += __uint_as_float(part.y);
+            v[2] += __uint_as_float(part.z), v[3] += __uint_as_float(part.w);
+#pragma unroll
+            for (int half = 0; half < 2; half++) total[half] += sums[warp * kRows + m * 16 + half * 8 + lane / 4];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = row0 + m * 16 + half * 8 + lane / 4;
+            if (token >= b.tokens) continue;
+            const float inverse = 1.0f / total[half];
+            T* out = static_cast<T*>(p.out) + b.out + size_t(token) * b.out_width + (h * H::kWide + j) * 8 + lane % 4 * 2;
+            *reinterpret_cast<uint32_t*>(out) = pack2<T>(v[half * 2] * inverse, v[half * 2 + 1] * inverse);
+        }
+    }
 }
 
 // ---- gradient -----------------------------------------------------------------------------------
 
-// dq, and the sums. Shared memory: q [64][C], dout [64][C], two stages of k [32][C], v [32][C], rms of
-// q [64].
-template <class T, int C>
+// dq, and the sums. A block owns WARPS * 16 queries. Shared memory: min(tiles, 4) stages of k, v; q and dout
+// of the block begin where the second is; then rms of q. Where all tiles fit the second pass finds them.
+template <class T, int C, int WARPS>
 __device__ void attention_grad_q(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int N = H::kStep / 8;
+    constexpr int N = H::kStep / 8, kThreads = WARPS * 32, kRows = WARPS * 16, kTile = H::kStage / 2;
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
-    float* const rms = reinterpret_cast<float*>(smem + 2 * H::kOwn + 4 * H::kTile);
-    const int lane = b.lane, tiles = b.tiles();
+    const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + H::kKeys - 1) / H::kKeys;
+    const int lane = b.lane, fetches = tiles <= kResident ? tiles : 2 * tiles;
+    unsigned char* const queries = smem + H::kStage;
+    SHARED(float, rms, [kRows]);
 
-    auto fetch_tile = [&](int turn) {  // all tiles, twice
-        const smem_addr stage = smem_address(smem) + 2 * H::kOwn + turn % 2 * 2 * H::kTile;
-        const int first = turn % tiles * kStream;
-        fetch<kStream, T, C>(stage, q + b.out_width, b.width, first, b.tokens);
-        fetch<kStream, T, C>(stage + H::kTile, q + 2 * b.out_width, b.width, first, b.tokens);
+    // The tile of a turn (all tiles, twice), after which the next one is on its way.
+    auto fetch_tile = [&](int turn) {
+        const smem_addr stage = smem_address(smem) + turn % kResident * H::kStage;
+        const int first = (turn < tiles ? turn : turn - tiles) * H::kKeys;
+        fetch<H::kKeys, kThreads, T, C>(stage, q + b.out_width, b.width, first, b.tokens, threadIdx.x);
+        fetch<H::kKeys, kThreads, T, C>(stage + kTile, q + 2 * b.out_width, b.width, first, b.tokens, threadIdx.x);
         cp_async_commit();
     };
-    fetch<kRows, T, C>(smem_address(smem), q, b.width, b.row0, b.tokens);
-    fetch<kRows, T, C>(smem_address(smem) + H::kOwn, grad, b.out_width, b.row0, b.tokens);
+    auto arrive = [&](int turn) {
+        unsigned char* const stage = smem + turn % kResident * H::kStage;
+        cp_async_wait<0>();
+        normalise<H::kKeys, kThreads, T, C>(stage, 1.0f, threadIdx.x);
+        normalise<H::kKeys, kThreads, T, C>(stage + kTile, 1.0f, threadIdx.x);
+        __syncthreads();
+        if (turn + 1 < fetches) fetch_tile(turn + 1);
+        return smem_address(stage);
+    };
+    fetch<kRows, kThreads, T, C>(smem_address(queries), q, b.width, row0, b.tokens, threadIdx.x);
+    fetch<kRows, kThreads, T, C>(smem_address(queries) + kRows * H::kRow, grad, b.out_width, row0, b.tokens, threadIdx.x);
     cp_async_commit();
     fetch_tile(0);
     cp_async_wait<1>();
-    normalise<kRows, T, C>(smem, H::query_gain(), rms);
+    normalise<kRows, kThreads, T, C>(queries, H::query_gain(), threadIdx.x, rms);
     __syncthreads();
-    uint32_t a[C / 16][4], g[C / 16][4];
-    load_a<C>(a, smem_address(smem), b.warp_row, lane);
-    load_a<C>(g, smem_address(smem) + H::kOwn, b.warp_row, lane);
+    Fragments<C, 1> a, g;
+    load_a<T, C, 1>(a, smem_address(queries) + own * H::kRow, b);
+    load_a<T, C, 1>(g, smem_address(queries) + (kRows + own) * H::kRow, b);
 
-    Accumulator<C> acc = {};
+    const bool idle = row0 + own >= b.tokens;
     float sum[2] = {}, mean[2] = {};  // of exp(score); of dP, weighted with it
-    for (int turn = 0; turn < 2 * tiles; turn++) {
-        unsigned char* stage = smem + 2 * H::kOwn + turn % 2 * 2 * H::kTile;
-        const smem_addr keys = smem_address(stage);
-        cp_async_wait<0>();
-        normalise<kStream, T, C>(stage, 1.0f);
-        normalise<kStream, T, C>(stage + H::kTile, 1.0f);
-        __syncthreads();
-        if (turn + 1 < 2 * tiles) fetch_tile(turn + 1);
-        if (b.warp_is_idle()) continue;
-        if (turn == tiles) {
+    for (int turn = 0; turn < tiles; turn++) {
+        const smem_addr stage = arrive(turn);
+        const int first = turn * H::kKeys, end = idle ? 0 : min(H::kKeys, b.tokens - first);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float inverse = 1.0f / row_sum(sum[half]);
-                sum[half] = kGain * inverse, mean[half] = row_sum(mean[half]) * inverse;
-                const int token = b.row0 + b.warp_row + half * 8 + lane / 4;
-                if (lane % 4 == 0 && token < b.tokens) p.sums[b.sums + token] = make_float2(sum[half], mean[half]);
-            }
-        }
+        for (int key = 0; key < H::kKeys; key += H::kStep) {
+            if (key >= end) break;
+            const smem_addr keys = stage + key * H::kRow;
+            float s[1][N][4] = {}, dp[1][N][4] = {};
+            times_rows<T, C>(s, a, keys, b);
+            times_rows<T, C>(dp, g, keys + kTile, b);
+            exponentiate(s, first + key, b.tokens, lane);
 #pragma unroll
-        for (int row = 0; row < kStream; row += H::kStep) {
-            const int first = turn % tiles * kStream + row;
-            if (first >= b.tokens) break;
-            float s[1][N][4], dp[1][N][4];
-            times_rows<T, C>(s, a, keys, row, lane);
-            exponentiate(s, 0.0f, first, b.tokens, lane);
-            times_rows<T, C>(dp, g, keys + H::kTile, row, lane);
-            if (turn < tiles) {
+            for (int j = 0; j < N; j++)
 #pragma unroll
-                for (int j = 0; j < N; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        sum[e / 2] += s[0][j][e];
-                        mean[e / 2] = fmaf(s[0][j][e], dp[0][j][e], mean[e / 2]);
-                    }
-            } else {
-#pragma unroll
-                for (int j = 0; j < N; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) s[0][j][e] *= sum[e / 2] * (dp[0][j][e] - mean[e / 2]);
-                times_columns<T, C>(acc, s, keys, row, lane);
-            }
+                for (int e = 0; e < 4; e++) {
+                    sum[e / 2] += s[0][j][e];
+                    mean[e / 2] = fmaf(s[0][j][e], dp[0][j][e], mean[e / 2]);
+                }
         }
     }
-    if (b.warp_is_idle()) return;
-    norm_backward<T, C>(acc, 1.0f / (kGain * sqrtf(float(C))), smem, H::query_gain(), rms, b.warp_row, lane);
-    write_rows<T, C>(acc, smem, static_cast<T*>(p.out) + b.qkv, b.width, b);
+
+    float start[1][2], offset[1][2];  // log2(64 / sum); -D
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float all = row_sum(sum[half]);
+        start[0][half] = log2f(kGain / all), offset[0][half] = -row_sum(mean[half]) / all;
+        const int token = row0 + own + half * 8 + lane / 4;
+        if (lane % 4 == 0 && token < b.tokens) p.sums[b.sums + token] = make_float2(start[0][half], offset[0][half]);
+    }
+    Accumulator<C, 1> acc = {};
+    for (int turn = tiles; turn < 2 * tiles; turn++) {
+        const int first = (turn - tiles) * H::kKeys, end = idle ? 0 : min(H::kKeys, b.tokens - first);
+        const smem_addr stage = turn < fetches ? arrive(turn) : smem_address(smem) + (turn - tiles) * H::kStage;
+#pragma unroll
+        for (int key = 0; key < H::kKeys; key += H::kStep) {
+            if (key >= end) break;
+            const smem_addr keys = stage + key * H::kRow;
+            float s[1][N][4], dp[1][N][4];
+            fill_rows(s, start);
+            fill_rows(dp, offset);
+            times_rows<T, C>(s, a, keys, b);
+            times_rows<T, C>(dp, g, keys + kTile, b);
+            exponentiate(s, first + key, b.tokens, lane);
+#pragma unroll
+            for (int j = 0; j < N; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[0][j][e] *= dp[0][j][e];
+            times_columns<T, C>(acc, s, keys, b);
+        }
+    }
+    __syncthreads();
+    if (idle) return;
+    norm_backward<T, C>(acc, 1.0f / (kGain * sqrtf(float(C))), a, H::query_gain(), rms + own, lane);
+    write_rows<T, C, 1>(acc, smem + own * H::kRow, static_cast<T*>(p.out) + b.qkv, b.width, row0 + own, b);
 }
 
-// dk and dv: the block's rows are keys. Shared memory: k [64][C], v [64][C], two stages of q [32][C],
-// dout [32][C], sums [32] of 8 bytes; then rms of k [64], of v [64].
+// dk and dv. A block owns 96 keys. Shared memory: two stages of q [48][C], dout [48][C], {log2(64 / sum)}
+// [48], {-D} [48]; k and v of the block begin where the second is.
 template <class T, int C>
 __device__ void attention_grad_kv(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int N = H::kStep / 8, kStage = 2 * H::kTile + kStream * 8;
+    constexpr int N = 2, kThreads = 192, kRows = 96, kTile = kQueries * H::kRow, kStage = 2 * kTile + kQueries * 8;
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
-    const smem_addr own = smem_address(smem);
-    float* const rms = reinterpret_cast<float*>(smem + 2 * H::kOwn + 2 * kStage);
+    const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + kQueries - 1) / kQueries;
     const int lane = b.lane;
+    unsigned char* const keys = smem + kStage;
+    SHARED(float, rms, [2][kRows]);
 
     auto fetch_tile = [&](int tile) {
-        const smem_addr stage = own + 2 * H::kOwn + tile % 2 * kStage;
-        const int first = tile * kStream;
-        fetch<kStream, T, C>(stage, q, b.width, first, b.tokens);
-        fetch<kStream, T, C>(stage + H::kTile, grad, b.out_width, first, b.tokens);
-        if (threadIdx.x < kStream) {
-            const int token = first + threadIdx.x;
-            // Behind the last token the sums are 0, and so are P and dS.
-            const bool valid = token < b.tokens;
-            cp_async<8>(stage + 2 * H::kTile + threadIdx.x * 8, p.sums + b.sums + (valid ? token : 0), valid);
+        const smem_addr stage = smem_address(smem) + tile % 2 * kStage;
+        const int first = tile * kQueries;
+        fetch<kQueries, kThreads, T, C>(stage, q, b.width, first, b.tokens, threadIdx.x);
+        fetch<kQueries, kThreads, T, C>(stage + kTile, grad, b.out_width, first, b.tokens, threadIdx.x);
+        if (threadIdx.x < 2 * kQueries) {
+            const int which = threadIdx.x / kQueries, row = threadIdx.x % kQueries;
+            // Behind the last token all is 0, so that P = 1 times 0.
+            const float2* from = p.sums + b.sums + min(first + row, b.tokens - 1);
+            cp_async<4>(stage + 2 * kTile + threadIdx.x * 4, reinterpret_cast<const float*>(from) + which, first + row < b.tokens);
         }
         cp_async_commit();
     };
-    fetch<kRows, T, C>(own, q + b.out_width, b.width, b.row0, b.tokens);
-    fetch<kRows, T, C>(own + H::kOwn, q + 2 * b.out_width, b.width, b.row0, b.tokens);
+    fetch<kRows, kThreads, T, C>(smem_address(keys), q + b.out_width, b.width, row0, b.tokens, threadIdx.x);
+    fetch<kRows, kThreads, T, C>(smem_address(keys) + kRows * H::kRow, q + 2 * b.out_width, b.width, row0, b.tokens, threadIdx.x);
     cp_async_commit();
     fetch_tile(0);
     cp_async_wait<1>();
-    normalise<kRows, T, C>(smem, 1.0f, rms);
-    normalise<kRows, T, C>(smem + H::kOwn, 1.0f, rms + kRows);
+    normalise<kRows, kThreads, T, C>(keys, 1.0f, threadIdx.x, rms[0]);
+    normalise<kRows, kThreads, T, C>(keys + kRows * H::kRow, 1.0f, threadIdx.x, rms[1]);
     __syncthreads();
-    // Two accumulators of 128 columns leave no registers for these: there they are loaded each time.
-    constexpr bool kKeep = C < 128;
-    uint32_t k[C / 16][4], v[C / 16][4];
-    if constexpr (kKeep) {
-        load_a<C>(k, own, b.warp_row, lane);
-        load_a<C>(v, own + H::kOwn, b.warp_row, lane);
-    }
+    Fragments<C, 1> k, v;
+    load_a<T, C, 1>(k, smem_address(keys) + own * H::kRow, b);
+    load_a<T, C, 1>(v, smem_address(keys) + (kRows + own) * H::kRow, b);
 
-    Accumulator<C> dk = {}, dv = {};
-    for (int tile = 0; tile < b.tiles(); tile++) {
-        unsigned char* stage = smem + 2 * H::kOwn + tile % 2 * kStage;
-        const smem_addr queries = smem_address(stage);
+    Accumulator<C, 1> dk = {}, dv = {};
+    const bool idle = row0 + own >= b.tokens;
+    for (int tile = 0; tile < tiles; tile++) {
+        unsigned char* const stage = smem + tile % 2 * kStage;
         cp_async_wait<0>();
-        normalise<kStream, T, C>(stage, H::query_gain());
+        normalise<kQueries, kThreads, T, C>(stage, H::query_gain(), threadIdx.x);
         __syncthreads();
-        if (tile + 1 < b.tiles()) fetch_tile(tile + 1);
-        if (b.warp_is_idle()) continue;
-#pragma unroll
-        for (int row = 0; row < kStream; row += H::kStep) {
-            if (tile * kStream + row >= b.tokens) break;
+        if (tile + 1 < tiles) fetch_tile(tile + 1);
+        const int end = idle ? 0 : min(kQueries, b.tokens - tile * kQueries);
+#pragma unroll(C == 128 ? 1 : kQueries)
+        for (int query = 0; query < kQueries; query += N * 8) {
+            if (query >= end) break;
+            const smem_addr queries = smem_address(stage) + query * H::kRow;
+            const float* sums = reinterpret_cast<const float*>(stage + 2 * kTile) + query + lane % 4 * 2;
             float s[1][N][4], dp[1][N][4];
-            if constexpr (!kKeep) load_a<C>(k, own, b.warp_row, lane);
-            times_rows<T, C>(s, k, queries, row, lane);
-            if constexpr (!kKeep) load_a<C>(v, own + H::kOwn, b.warp_row, lane);
-            times_rows<T, C>(dp, v, queries + H::kTile, row, lane);
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                const uint4 two = load16(stage + 2 * H::kTile + (row + j * 8 + lane % 4 * 2) * 8);
-                const float sum[2] = {__uint_as_float(two.x), __uint_as_float(two.z)};
-                const float mean[2] = {__uint_as_float(two.y), __uint_as_float(two.w)};
+                const float2 start = *reinterpret_cast<const float2*>(sums + j * 8);
+                const float2 offset = *reinterpret_cast<const float2*>(sums + kQueries + j * 8);
+                s[0][j][0] = s[0][j][2] = start.x, s[0][j][1] = s[0][j][3] = start.y;
+                dp[0][j][0] = dp[0][j][2] = offset.x, dp[0][j][1] = dp[0][j][3] = offset.y;
+            }
+            times_rows<T, C>(s, k, queries, b);
+            times_rows<T, C>(dp, v, queries + kTile, b);
+#pragma unroll
+            for (int j = 0; j < N; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[0][j][e] = exp2f(s[0][j][e]) * sum[e % 2];
-                    dp[0][j][e] = s[0][j][e] * (dp[0][j][e] - mean[e % 2]);
+                    s[0][j][e] = exp2_fast(s[0][j][e]);
+                    dp[0][j][e] *= s[0][j][e];
                 }
-            }
-            times_columns<T, C>(dv, s, queries + H::kTile, row, lane);
-            times_columns<T, C>(dk, dp, queries, row, lane);
+            times_columns<T, C>(dv, s, queries + kTile, b);
+            times_columns<T, C>(dk, dp, queries, b);
         }
     }
-    if (b.warp_is_idle()) return;
+    __syncthreads();
+    if (idle) return;
     T* const out = static_cast<T*>(p.out) + b.qkv;
-    norm_backward<T, C>(dk, 1.0f / (kGain * kLog2e), smem, 1.0f, rms, b.warp_row, lane);
-    norm_backward<T, C>(dv, 1.0f / kGain, smem + H::kOwn, 1.0f, rms + kRows, b.warp_row, lane);
-    write_rows<T, C>(dk, smem, out + b.out_width, b.width, b);
-    write_rows<T, C>(dv, smem + H::kOwn, out + 2 * b.out_width, b.width, b);
+    unsigned char* const way = smem + own * 2 * H::kRow;
+    norm_backward<T, C>(dk, 1.0f / (kGain * kLog2e), k, 1.0f, rms[0] + own, lane);
+    norm_backward<T, C>(dv, 1.0f / kGain, v, 1.0f, rms[1] + own, lane);
+    write_rows<T, C, 1>(dk, way, out + b.out_width, b.width, row0 + own, b);
+    write_rows<T, C, 1>(dv, way + 16 * H::kRow, out + 2 * b.out_width, b.width, row0 + own, b);
 }
 
 // ---- instances ----------------------------------------------------------------------------------
 
-// `blocks` of a multiprocessor share its registers (64 K). The compiler left to itself spills in grad_kv
-// of 32 channels.
-#define KERNEL(operation, type, T, C, blocks)                                                        \
-    extern "C" __global__ void __launch_bounds__(kThreads, blocks)                                   \
-        attention_##operation##_##type##_c##C(AttentionParams p) { attention_##operation<T, C>(p); } \
-    KERNEL_EXPORT(attention_##operation##_##type##_c##C)
-#define KERNELS(operation, C, blocks)                \
-    KERNEL(operation, f16, __half, C, blocks);       \
-    KERNEL(operation, bf16, __nv_bfloat16, C, blocks)
+// `blocks` of a multiprocessor share its registers (64 K).
+#define KERNEL(name, call, threads, blocks)                                                                        \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) attention_##name(AttentionParams p) { call(p); } \
+    KERNEL_EXPORT(attention_##name)
+#define KERNELS(type, T, C)                                                                           \
+    KERNEL(forward_3_##type##_c##C, (attention_forward<T, C, 3>), 96, 3);                             \
+    KERNEL(forward_6_##type##_c##C, (attention_forward<T, C, 6>), 192, 2);                            \
+    KERNEL(forward_split_##type##_c##C, (attention_forward_split<T, C>), kSplitWarps * 32, 1);        \
+    KERNEL(grad_q_6_##type##_c##C, (attention_grad_q<T, C, 6>), 192, C == 128 ? 1 : 2);               \
+    KERNEL(grad_q_##type##_c##C, (attention_grad_q<T, C, C == 128 ? 6 : 12>), C == 128 ? 192 : 384, 1); \
+    KERNEL(grad_kv_##type##_c##C, (attention_grad_kv<T, C>), 192, C == 128 ? 1 : 2)
 
-KERNELS(forward, 16, 8);
-KERNELS(forward, 32, 6);
-KERNELS(forward, 64, 4);
-KERNELS(forward, 128, 3);
-KERNELS(grad_q, 16, 6);
-KERNELS(grad_q, 32, 5);
-KERNELS(grad_q, 64, 4);
-KERNELS(grad_q, 128, 2);
-KERNELS(grad_kv, 16, 6);
-KERNELS(grad_kv, 32, 4);
-KERNELS(grad_kv, 64, 3);
-KERNELS(grad_kv, 128, 2);
+KERNELS(f16, __half, 16);
+KERNELS(f16, __half, 32);
+KERNELS(f16, __half, 64);
+KERNELS(f16, __half, 128);
+KERNELS(bf16, __nv_bfloat16, 16);
+KERNELS(bf16, __nv_bfloat16, 32);
+KERNELS(bf16, __nv_bfloat16, 64);
+KERNELS(bf16, __nv_bfloat16, 128);

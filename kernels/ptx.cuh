@@ -259,6 +259,35 @@ __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_gr
 
 #endif
 
+// ---- approximate functions ----------------------------------------------------------------------
+
+// One instruction each, at most 2 units in the last place off; denormals are zeros.
+#ifdef SIMT_EMULATOR
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float sqrt_fast(float x) { return sqrtf(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+#else
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#endif
+
 // ---- warp reductions ----------------------------------------------------------------------------
 
 // Over all 32 lanes, the same result in each.

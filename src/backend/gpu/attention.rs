@@ -18,14 +18,11 @@ struct Params {
 }
 const _: () = assert!(size_of::<Params>() == 40);
 
-const THREADS: u32 = 128;
-/// Rows of a block; `kRows`.
-const ROWS: usize = 64;
-/// Rows of a streamed tile; `kStream`.
-const STREAM: usize = 32;
-
 /// Sizes for which there are kernels.
 const HEAD_SIZES: [usize; 4] = [16, 32, 64, 128];
+
+/// A kernel in both precisions and for each head size.
+type Names = [[&'static str; 2]; 4];
 
 macro_rules! names {
     ($operation:literal) => {
@@ -35,9 +32,22 @@ macro_rules! names {
         [concat!("attention_", $operation, "_f16_c", $c), concat!("attention_", $operation, "_bf16_c", $c)]
     };
 }
-const FORWARD: [[&str; 2]; 4] = names!("forward");
-const GRAD_Q: [[&str; 2]; 4] = names!("grad_q");
-const GRAD_KV: [[&str; 2]; 4] = names!("grad_kv");
+const FORWARD_3: Names = names!("forward_3");
+const FORWARD_6: Names = names!("forward_6");
+const FORWARD_SPLIT: Names = names!("forward_split");
+const GRAD_Q_6: Names = names!("grad_q_6");
+const GRAD_Q: Names = names!("grad_q");
+const GRAD_KV: Names = names!("grad_kv");
+
+/// Warps of a block of `forward_split`; `kSplitWarps`.
+const SPLIT_WARPS: usize = 11;
+/// Tiles that `grad_q` keeps; `kResident`.
+const RESIDENT: usize = 4;
+/// Rows of a block, and of a streamed tile, of `grad_kv`; `kQueries`.
+const KV_ROWS: usize = 96;
+const KV_STREAM: usize = 48;
+/// With fewer blocks than this the forward pass splits the keys among warps: a multiprocessor for each.
+const FEW_BLOCKS: usize = 128;
 
 /// A shape that the kernels do not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -94,34 +104,54 @@ impl Attention {
 
     /// Writes `out` [images, tokens, heads * head_size] from `qkv` [images, tokens, 3 * heads * head_size].
     pub fn forward(&self, qkv: DevicePtr, out: DevicePtr) -> Launch {
-        self.launch(FORWARD, 1, 4, 0, self.params(qkv, DevicePtr::NULL, out, DevicePtr::NULL))
+        let params = self.params(qkv, DevicePtr::NULL, out, DevicePtr::NULL);
+        let warp_rows = if self.head_size == 128 { 16 } else { 32 };
+        if self.images * self.heads * self.tokens.div_ceil(6 * warp_rows) < FEW_BLOCKS {
+            let slots = SPLIT_WARPS * warp_rows * self.head_size * 4;
+            let shared = slots + warp_rows * self.row() + SPLIT_WARPS * warp_rows * 4;
+            return self.launch(FORWARD_SPLIT, SPLIT_WARPS, warp_rows, shared, params);
+        }
+        let (names, warps) = if self.tokens <= 3 * warp_rows { (FORWARD_3, 3) } else { (FORWARD_6, 6) };
+        let rows = warps * warp_rows;
+        self.launch(names, warps, rows, self.stages(2, rows * self.row()), params)
     }
 
     /// Writes `grad_qkv`, of the shape of `qkv`, from `grad` of the shape of the result; `scratch` has
     /// [`Attention::scratch_bytes`]. The launches run in this order.
     pub fn backward(&self, qkv: DevicePtr, grad: DevicePtr, grad_qkv: DevicePtr, scratch: DevicePtr) -> [Launch; 2] {
         let params = self.params(qkv, grad, grad_qkv, scratch);
-        [self.launch(GRAD_Q, 2, 4, ROWS * 4, params), self.launch(GRAD_KV, 2, 4, 2 * STREAM * 8 + 2 * ROWS * 4, params)]
+        let few = self.tokens <= 96 || self.head_size == 128;
+        let (names, warps) = if few { (GRAD_Q_6, 6) } else { (GRAD_Q, 12) };
+        let rows = warps * 16;
+        let shared = self.stages(RESIDENT, 2 * rows * self.row());
+        let stage = 2 * KV_STREAM * self.row() + KV_STREAM * 8;
+        [
+            self.launch(names, warps, rows, shared, params),
+            self.launch(GRAD_KV, 6, KV_ROWS, stage + stage.max(2 * KV_ROWS * self.row()), params),
+        ]
     }
 
     fn params(&self, qkv: DevicePtr, grad_out: DevicePtr, out: DevicePtr, sums: DevicePtr) -> Params {
         Params { qkv, grad_out, out, sums, tokens: self.tokens as i32, heads: self.heads as i32 }
     }
 
-    /// A launch with shared memory for `own` tiles of a block's rows, `streamed` of the other side, and
-    /// `extra` bytes.
-    fn launch(
-        &self,
-        names: [[&'static str; 2]; 4],
-        own: usize,
-        streamed: usize,
-        extra: usize,
-        params: Params,
-    ) -> Launch {
+    /// Bytes of a token's q.
+    fn row(&self) -> usize {
+        2 * self.head_size
+    }
+
+    /// Shared memory for at most `most` tiles of keys and values, and for `own` bytes behind the first of them.
+    fn stages(&self, most: usize, own: usize) -> usize {
+        let keys = if self.head_size == 128 { 48 } else { 96 };
+        let stage = 2 * keys * self.row();
+        stage + own.max((self.tokens.div_ceil(keys).min(most) - 1) * stage)
+    }
+
+    /// A launch of blocks of `rows` tokens.
+    fn launch(&self, names: Names, warps: usize, rows: usize, shared: usize, params: Params) -> Launch {
         let kernel = self.precision.pick(names[self.head_size.ilog2() as usize - 4]);
-        let shared = (own * ROWS + streamed * STREAM) * self.head_size * 2 + extra;
-        let grid = [self.tokens.div_ceil(ROWS) as u32, self.heads as u32, self.images as u32];
-        Launch::new(kernel, grid, THREADS, shared as u32, &params)
+        let grid = [self.tokens.div_ceil(rows) as u32, self.heads as u32, self.images as u32];
+        Launch::new(kernel, grid, warps as u32 * 32, shared as u32, &params)
     }
 }
 
