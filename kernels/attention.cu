@@ -340,6 +340,14 @@ __device__ __forceinline__ void attend(Accumulator<C, M>& acc, float (&sum)[M][2
         for (int j = 0; j < N; j++) s[m][j][0] = s[m][j][1] = s[m][j][2] = s[m][j][3] = -kShift<C>;
     times_rows<T, C>(s, q, keys, b);
     exponentiate(s, first, b.tokens, b.lane);
+    // The smallest, 6e-6, have 7 bits in fp16: where a row has no others, the sum must be of what is multiplied.
+    if constexpr (C == 128 && is_half<T>)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int j = 0; j < N; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][j][e] = __half2float(__float2half_rn(s[m][j][e]));
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
