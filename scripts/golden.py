@@ -243,7 +243,7 @@ def read(path):
 def write(directory, name, tensors, config, **metadata):
     tensors = {key: value.to("cpu", torch.float32 if value.is_floating_point() else None).contiguous().clone()
                for key, value in tensors.items()}
-    if name == MODEL:
+    if name in (MODEL, INIT):
         tensors = {key: value.half() for key, value in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     save_file(tensors, directory / name, metadata={"config": json.dumps(config), **metadata})
@@ -370,7 +370,10 @@ def deviations(directory, draws):
                 entry[key] = float(f"{error:.3e}") if key != "rel_l2" or key not in entry else entry[key]
     device = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "a CPU"
     tolerances["official"] = {"draws": draws, "made": f"PyTorch {torch.__version__.split('+')[0]} on {device}"}
-    path.write_text(json.dumps(tolerances, indent=1) + "\n")
+    # A line for each tensor.
+    files = (f'"{file}": {{\n' + ",\n".join(f' "{name}": {json.dumps(entry)}' for name, entry in of_file.items()) + "\n}"
+             for file, of_file in tolerances.items())
+    path.write_text("{\n" + ",\n".join(files) + "\n}\n")
 
 
 def main():

@@ -48,7 +48,7 @@ fn f16_reproduces_the_official_numbers() {
 #[test]
 fn both_precisions_reproduce_the_official_numbers_of_an_odd_network() {
     for precision in [Precision::F16, Precision::Bf16] {
-        assert_verified(Path::new("tests/golden_odd"), precision, 400);
+        assert_verified(Path::new("tests/golden_odd"), precision, 300);
     }
 }
 
@@ -73,14 +73,14 @@ fn bf16_reproduces_the_official_numbers() {
     assert_verified(dir.path(), Precision::Bf16, 400);
 }
 
-/// A skip connection of 28 channels beside 64: the kernels want multiples of 8.
+/// Skip connections of 12 channels: the kernels want multiples of 8.
 #[test]
 fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
     let Some(runtime) = common::runtime() else { return };
     let dir = tempfile::tempdir().unwrap();
     let config: Config = serde_json::from_value(serde_json::json!({
-        "img_resolution": 32, "img_channels": 4, "label_dim": 0, "model_channels": 4, "channel_mult": [7, 16],
-        "num_blocks": 1, "attn_resolutions": [16], "channels_per_head": 64,
+        "img_resolution": 32, "img_channels": 4, "label_dim": 0, "model_channels": 12, "channel_mult": [1, 2],
+        "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 24,
     }))
     .unwrap();
     let (_, table) = Precond::new(&config).unwrap();

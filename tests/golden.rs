@@ -56,7 +56,7 @@ fn the_cpu_reproduces_the_official_numbers() {
 /// Three levels, RGB, no labels, odd balances, heads of 8 channels: `scripts/golden.py --config` of the README's settings.
 #[test]
 fn the_cpu_reproduces_the_official_numbers_of_an_odd_network() {
-    assert_all_ok(Path::new("tests/golden_odd"), 400);
+    assert_all_ok(Path::new("tests/golden_odd"), 300);
 }
 
 /// A complete directory, or another one, is named in the environment.
@@ -350,7 +350,7 @@ fn sixteen_bits_are_bounded_by_what_the_official_code_loses() {
     };
     fails(Precision::F16, &[sum]);
     maker.tolerate(large, json!({"rel_l2": 5e-6, "f16": 2e-3, "bf16": 1e-2}));
-    fails(Precision::F16, &[large, sum]);
+    fails(Precision::F16, &[sum, large]);
     maker.tolerate(sum, json!({"rel_l2": 5e-6, "f16": 1e-2, "bf16": 2e-3}));
     fails(Precision::F16, &[large]);
     maker.tolerate(large, json!({"rel_l2": 5e-6, "f16": 4e-3}));
