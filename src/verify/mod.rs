@@ -12,7 +12,7 @@
 //! A tensor of few values is one draw of that rounding, not its size, so for fewer than [`FEW`] values the worst
 //! tensor of the same quantity counts. Operations that were computed in float64 have no such entry; the floor of
 //! [`Bounds`] is theirs, times sqrt(n) for an autoencoder of n convolutions. No bound exceeds the contract of the
-//! quantity.
+//! quantity, but that of a tensor of few values of which the reference itself loses more: a sum with cancellation.
 //!
 //! For a device of 16 bits an entry may also have `f16` and `bf16`: how far the official code's own run at that precision
 //! is from its float32, the root mean square of several draws of the rounding (`scripts/golden.py` writes them). Then
@@ -429,8 +429,8 @@ impl<B: Backend> Session<'_, B> {
             let all = entries.into_iter().flatten().filter(|(name, _)| kin(name));
             all.filter_map(|(_, v)| rounding(v)).fold(0.0, f64::max)
         });
-        let rounding = own.unwrap_or(0.0).max(few.unwrap_or(0.0));
-        (FACTOR * rounding).max(limits.floor).min(limits.contract)
+        let bound = (FACTOR * own.unwrap_or(0.0).max(few.unwrap_or(0.0))).max(limits.floor).min(limits.contract);
+        if numel < FEW { bound.max(FACTOR * own.unwrap_or(0.0)) } else { bound }
     }
 
     /// What the official code loses of a tensor at the device's precision, if the directory says so.
