@@ -95,12 +95,12 @@ peers() {
         say "no tool" "peers: $(echo "$why" | tail -n 1)"
         return
     fi
-    run cudnn 60 python3 benches/peers/cudnn_convs.py
+    run cudnn 75 python3 benches/peers/cudnn_convs.py --limit 60
     if [ -z "${EDM2_CHECKOUT:-}" ]; then
         say "no tool" "pytorch: EDM2_CHECKOUT does not name a checkout of https://github.com/NVlabs/edm2"
         return
     fi
-    run pytorch 240 python3 benches/peers/pytorch_edm2.py --edm2 "$EDM2_CHECKOUT" --limit 60
+    run pytorch 165 python3 benches/peers/pytorch_edm2.py --edm2 "$EDM2_CHECKOUT" --limit 60 --total 155
 }
 
 sanitize() {
