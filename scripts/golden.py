@@ -357,7 +357,8 @@ def deviations(directory, draws):
                             continue
                         if name.startswith(("weight.", "ema", "wnorm.")) and precision != "f64":
                             continue
-                        expected, got = expected.double(), got.double().cpu()[: len(expected)] if expected.ndim else got.double().cpu()
+                        expected, got = expected.double(), got.double().cpu()
+                        got = got[: len(expected)] if expected.ndim else got
                         norm = (got if precision == "f64" else expected).norm()
                         error = (got - expected).norm() / norm
                         squares.setdefault((file, name), []).append(error.item() ** 2)

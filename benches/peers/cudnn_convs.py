@@ -5,8 +5,9 @@
 
 The 3x3 and 1x1 convolutions of EDM2-XS at 64x88 latents: at batch 40 forward and both gradients, at batch 1 and 2
 forward. fp16, channels_last, the algorithm that cuDNN finds fastest. Each time is the median of runs with a cold
-cache: before each, memory larger than the card's L2 is written. The dearest shapes come first. What edm2k's kernels do beside
-the product (mp_silu, mp_sum, clip, the halves of a concatenation) is not in these times. On a CPU, f32: to try the script."""
+cache: before each, memory larger than the card's L2 is written. The dearest shapes come first. What edm2k's kernels
+do beside the product (mp_silu, mp_sum, clip, the halves of a concatenation) is not in these times. On a CPU, f32: to
+try the script."""
 
 import argparse
 import json
@@ -117,14 +118,16 @@ def main():
         work = 2.0 * n * h * w * cin * cout * side * side
         times = {name: seconds(runs[name]) for name in directions}
         return {"batch": n, "height": h, "width": w, "cin": cin, "cout": cout, "kernel": side, "count": count,
-                **{f"{name}_s": t for name, t in times.items()}, **{f"{name}_tflop_per_s": work / t * 1e-12 for name, t in times.items()}}
+                **{f"{name}_s": t for name, t in times.items()},
+                **{f"{name}_tflop_per_s": work / t * 1e-12 for name, t in times.items()}}
 
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     cudnn = torch.backends.cudnn.version() if on_gpu else None
     rows, left_out = [], 0
     if not options.json:
         print(f"PyTorch {torch.__version__}, cuDNN {cudnn}, {name}, {options.size}")
-        print(f"{'':4} batch {'result':>10} {'channels':>12} count  " + "".join(f"{d + ' us':>10} TFLOP/s" for d in ("fprop", "dgrad", "wgrad")))
+        columns = "".join(f"{d + ' us':>10} TFLOP/s" for d in ("fprop", "dgrad", "wgrad"))
+        print(f"{'':4} batch {'result':>10} {'channels':>12} count  {columns}")
     found = convolutions(options.channels, width, height)
     dearest = sorted(found, key=lambda s: -found[s] * s[0] * s[1] * s[2] * s[3] * s[4] ** 2)
     for n, directions in ((options.batch, ("fprop", "dgrad", "wgrad")), (1, ("fprop",)), (2, ("fprop",))):
@@ -148,7 +151,9 @@ def main():
         print(json.dumps({"torch": torch.__version__, "cudnn": cudnn, "device": name, "width": width,
                           "height": height, "rows": rows, "matmul_tflop_per_s": product, "left_out": left_out}, indent=2))
     else:
-        print(f"product of {side} x {side}: {product:.1f} TFLOP/s" + (f"; {left_out} shapes left out, no time" if left_out else ""))
+        print(f"product of {side} x {side}: {product:.1f} TFLOP/s")
+        if left_out:
+            print(f"{left_out} shapes left out: no time")
 
 
 main()

@@ -140,12 +140,12 @@ class Mode:
             fan_in = w[0].numel()
             w = w / (1e-4 + w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)) / fan_in**0.5) / fan_in**0.5
             if w.ndim == 2:  # the embedding, which the official code computes in f32
-                return lambda x, gain=1: x @ (w if gain is one else w * gain).t()
+                return lambda x, gain=1: x @ (w if isinstance(gain, int) else w * gain).t()
             w = w.to(torch.float16 if self.on_gpu else torch.float32, memory_format=torch.channels_last)
             pad = w.shape[-1] // 2
-            return lambda x, gain=1: torch.nn.functional.conv2d(x, w if gain is one else w * gain, padding=pad)
+            conv = torch.nn.functional.conv2d
+            return lambda x, gain=1: conv(x, w if isinstance(gain, int) else w * gain, padding=pad)
 
-        one = 1
         x, sigma, labels = self.inputs(1)
         plain = net(x, sigma, labels)
         for module in net.modules():
@@ -297,6 +297,8 @@ def main():
         mode = Mode(options)
         mode.run(options.child)
         return
+    # Ended from outside, it ends its child too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("pytorch_edm2.py: ended"))
     deadline = time.monotonic() + options.total
     result, rows = {}, []
 
