@@ -9,8 +9,8 @@ A directory of the layout that tests/golden/README.md describes: a network with 
 normalised, evaluations of it (tiny_forward), a training pass (tiny_grads), training steps and the first of them in
 two micro-batches (tiny_train_*). All of that is the official code's float32.
 
-Beside each number, in tolerances.json, stands what rounding does to the official code on the same draw: `rel_l2`, how far
-its float32 run is from the same in float64, and `f16` and `bf16`, how far its 16-bit runs are from float32, as
+Beside each number, in tolerances.json, stands what rounding does to the official code on the same draw: `rel_l2`, how
+far its float32 run is from the same in float64, and `f16` and `bf16`, how far its 16-bit runs are from float32, as
 |difference| / |float32| in the L2 norm. One run is one draw of the rounding, which says little of a sum with
 cancellation. So the 16-bit runs are repeated (`official.draws`) with an input that is rounded up or down at random
 instead of to the nearest, which makes all that follow another draw, and the root mean square is stored. The official
@@ -41,7 +41,7 @@ def parse():
     parser.add_argument("--edm2", required=True, type=pathlib.Path, help="checkout of the official code")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", choices=["1girl-xs", *(f"edm2-img512-{size}" for size in WIDTHS)])
-    what.add_argument("--config", type=pathlib.Path, help="JSON file of a network's settings, under their official names")
+    what.add_argument("--config", type=pathlib.Path, help="JSON file of a network's settings, by their official names")
     what.add_argument("--again", type=pathlib.Path, metavar="DIRECTORY", help="add deviations to this directory")
     parser.add_argument("--out", type=pathlib.Path, help="directory to make; it must not exist")
     parser.add_argument("--size", help="width x height of the images or latents (default: the preset's, or square)")
