@@ -25,7 +25,6 @@ network is small, on a CPU."""
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import pathlib
