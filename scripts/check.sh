@@ -1,79 +1,155 @@
 #!/usr/bin/env bash
-# Checks and measures edm2k on this machine's first GPU, and prints a summary last. At most 10 minutes.
+# Checks and measures edm2k on this machine's first GPU, and prints a summary last. 10 minutes at most.
 #
-#   ./check.sh [DIRECTORY]     where the logs go; default: logs beside this script
+#   ./check.sh [-o DIRECTORY] [PART]...     default: all parts; logs go to DIRECTORY, default: logs beside this script
 #
-# The exit code is 0 only if every part that could run is ok.
+#   tests      the kernels, the engine and the official numbers, side by side        150 s at most
+#   bench      edm2k's speed, every kernel against the card's limits                  90 s at most
+#   peers      the official PyTorch code and cuDNN on the same work                  240 s at most
+#   sanitize   the tests under compute-sanitizer, the convolutions' and attention's   240 s at most
+#              first: what is left of the time goes to the others
+#
+# Whatever is timed runs alone. peers needs Python with PyTorch, and EDM2_CHECKOUT=DIRECTORY, a checkout of
+# https://github.com/NVlabs/edm2; what is missing is named and is no failure. The exit code is 0 only if every part
+# that could run is ok.
 set -u
-cd "$(dirname "$0")" || exit 2
-logs=${1:-logs}
-mkdir -p "$logs"
-deadline=590
-summary="$logs/summary.txt"
-failed=0
-: > "$summary"
+here=$(cd "$(dirname "$0")" && pwd) || exit 2
+logs=$here/logs
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$here/$(basename "$0")"; }
+while getopts ho: option; do
+    case $option in
+        h) usage && exit ;;
+        o) mkdir -p "$OPTARG" && logs=$(cd "$OPTARG" && pwd) || exit 2 ;;
+        *) usage >&2 && exit 2 ;;
+    esac
+done
+shift $((OPTIND - 1))
+parts=("$@")
+[ $# -gt 0 ] || parts=(tests bench peers sanitize)
+for name in "${parts[@]}"; do
+    case $name in
+        tests | bench | peers | sanitize) ;;
+        *) echo "check.sh: there is no part '$name' (tests, bench, peers, sanitize)" >&2 && exit 2 ;;
+    esac
+done
 
-# part NAME SECONDS COMMAND...: runs it for so long at most, into a log of its own.
-part() {
+cd "$here" || exit 2
+mkdir -p "$logs"
+summary="$logs/summary.txt"
+: > "$summary"
+deadline=0
+
+say() { printf '%-8s %s\n' "$1" "$2" | cut -c 1-200 | tee -a "$summary"; }
+
+# run NAME SECONDS COMMAND...: for so long at most and not beyond the part's deadline, into a log of its own.
+run() {
     local name=$1 most=$2 begun=$SECONDS code verdict last
     shift 2
     local left=$((deadline - SECONDS))
-    if [ "$left" -lt 5 ]; then
-        echo "not run  $name: no time left" >> "$summary"
-        return
-    fi
+    [ "$left" -ge 5 ] || { say "not run" "$name: no time left" && return; }
     [ "$left" -ge "$most" ] || most=$left
     timeout -k 3 "$most" "$@" > "$logs/$name.txt" 2>&1
     code=$?
     last=$(grep -v '^[[:space:]]*$' "$logs/$name.txt" | tail -n 1)
     if grep -q 'skipped on a GPU' "$logs/$name.txt"; then
-        verdict=SKIPPED last=$(grep -m 1 -o 'skipped on a GPU.*' "$logs/$name.txt") failed=1
+        verdict=SKIPPED last=$(grep -m 1 -o 'skipped on a GPU.*' "$logs/$name.txt")
     elif [ "$code" -eq 0 ] && ! grep -q ' 0 passed' "$logs/$name.txt"; then
         verdict=ok
     elif grep -q 'Device not supported' "$logs/$name.txt"; then
         verdict="no tool" last="the tool does not support this device"
     elif [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-        verdict=TIMEOUT failed=1
+        verdict=TIMEOUT
     else
-        verdict="FAIL $code" failed=1
+        verdict="FAIL $code"
     fi
-    printf '%-8s %s, %d s: %s\n' "$verdict" "$name" $((SECONDS - begun)) "$last" | cut -c 1-200 | tee -a "$summary"
+    say "$verdict" "$name, $((SECONDS - begun)) s: $last"
 }
 
-test="--test-threads=1 --nocapture"
-nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
-# shellcheck disable=SC2086  # words
-{
-    part cuda 60 bin/gpu $test cuda::
-    for kernels in pixelwise embedding attention conv codec; do
-        part "$kernels" 60 bin/gpu $test "${kernels}_kernels::"
-    done
-    part verify-f16 60 bin/edm2k verify tests/golden --device cuda
-    part verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
-    part engine 150 bin/gpu $test engine::
-    part bench 120 bin/edm2k bench --device cuda --kernels
+# gpu NAME SECONDS THREADS FILTER: from the program of tests.
+gpu() {
+    local name=$1 most=$2 threads=$3
+    shift 3
+    run "$name" "$most" bin/gpu --test-threads="$threads" --nocapture "$@"
+}
 
+tests() {
+    # Each line is one after the other, the lines side by side: none waits long for the longest, the engine.
+    gpu engine 145 1 engine:: &
+    gpu conv 90 2 conv_kernels:: &
+    { gpu attention 60 2 attention_kernels::; gpu codec 60 2 codec_kernels::; } &
+    { gpu cuda 60 1 cuda::; gpu pixelwise 60 2 pixelwise_kernels::; gpu embedding 60 2 embedding_kernels::; } &
+    {
+        run verify-f16 60 bin/edm2k verify tests/golden --device cuda
+        run verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
+    } &
+    wait
+}
+
+bench() {
+    run bench 90 bin/edm2k bench --device cuda --kernels
+}
+
+peers() {
+    local why
+    if ! why=$(python3 -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no GPU"' 2>&1); then
+        say "no tool" "peers: $(echo "$why" | tail -n 1)"
+        return
+    fi
+    run cudnn 75 python3 benches/peers/cudnn_convs.py --limit 60
+    if [ -z "${EDM2_CHECKOUT:-}" ]; then
+        say "no tool" "pytorch: EDM2_CHECKOUT does not name a checkout of https://github.com/NVlabs/edm2"
+        return
+    fi
+    run pytorch 165 python3 benches/peers/pytorch_edm2.py --edm2 "$EDM2_CHECKOUT" --limit 60 --total 155
+}
+
+sanitize() {
+    local sanitizer tool kernels
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
-    if [ -n "$sanitizer" ]; then
-        # A kernel is looked for in one module after the other: refusals of the driver are no errors here.
-        check="--report-api-errors no --error-exitcode 9 --print-limit 5"
-        for tool in memcheck racecheck initcheck synccheck; do
-            for kernels in pixelwise embedding attention conv codec; do
-                part "$tool-$kernels" 40 "$sanitizer" --tool "$tool" $check bin/gpu $test "${kernels}_kernels::"
-            done
-        done
-        part memcheck-graph 60 "$sanitizer" --tool memcheck $check \
-            bin/gpu $test a_replayed_plan_computes_what_its_operations_do_at_once
-    else
-        echo "no tool  compute-sanitizer is not installed" >> "$summary"
+    if [ -z "$sanitizer" ]; then
+        say "no tool" "sanitize: compute-sanitizer is not installed"
+        return
     fi
+    # A kernel is looked for in one module after the other: refusals of the driver are no errors here.
+    local check=(--report-api-errors no --error-exitcode 9 --print-limit 5 bin/gpu --test-threads=1 --nocapture)
+    for kernels in conv attention pixelwise embedding codec; do
+        for tool in memcheck racecheck initcheck synccheck; do
+            run "$tool-$kernels" 40 "$sanitizer" --tool "$tool" "${check[@]}" "${kernels}_kernels::"
+        done
+    done
+    run memcheck-graph 60 "$sanitizer" --tool memcheck "${check[@]}" \
+        a_replayed_plan_computes_what_its_operations_do_at_once
 }
+
+nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
+bin/gpu --nocapture cuda::a_graph_runs_as_often > "$logs/gpu.txt" 2>&1
+if why=$(grep -m 1 -o 'skipped on a GPU.*' "$logs/gpu.txt"); then
+    say "FAIL" "there is no GPU to check: ${why#skipped on a GPU: }"
+    exit 1
+fi
+for name in "${parts[@]}"; do
+    case $name in
+        tests) most=150 ;;
+        bench) most=90 ;;
+        *) most=240 ;;
+    esac
+    begun=$SECONDS
+    deadline=$((SECONDS + most < 590 ? SECONDS + most : 590))
+    "$name"
+    echo "-------- $name: $((SECONDS - begun)) s" | tee -a "$summary"
+done
 
 echo
 echo "==== edm2k $(cat commit 2>/dev/null), $(date -u +%FT%TZ), $SECONDS s"
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total,clocks.max.sm --format=csv,noheader 2>&1 | head -n 1
+for name in bench cudnn pytorch; do
+    [[ " ${parts[*]} " == *" $name "* || $name != bench && " ${parts[*]} " == *" peers "* ]] || continue
+    [ -s "$logs/$name.txt" ] && echo "---- $name" && grep -v '^[[:space:]]*$' "$logs/$name.txt" | tail -n 60 | cut -c 1-160
+done
+echo "---- summary"
 cat "$summary"
-echo "---- bench"
-tail -n 60 "$logs/bench.txt" 2>/dev/null | cut -c 1-160
-[ "$failed" -eq 0 ] && echo "==== all ok" || echo "==== NOT all ok; the logs are in $logs"
-exit "$failed"
+if grep -qE '^(SKIPPED|TIMEOUT|FAIL)' "$summary"; then
+    echo "==== NOT all ok; the logs are in $logs"
+    exit 1
+fi
+echo "==== all ok"

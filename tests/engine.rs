@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
@@ -14,7 +15,8 @@ use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Backend, Normalization, Shape, Slot};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, Encoder, Model, ModelMeta, ParamTable};
+use edm2k::formats::safetensors::{self, Dtype, TensorOut};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, ParamTable, Precond};
 use edm2k::sample::{Sampler, SamplerConfig, Step};
 use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
@@ -42,7 +44,16 @@ fn f16_reproduces_the_official_numbers() {
     assert_verified(Path::new("tests/golden"), Precision::F16, 1000);
 }
 
-/// Operations, blocks and gradients: the rest differs from f16 by nothing but the type.
+/// A network that nobody tuned a bound to. Its sums with cancellation are bounded by what the official code loses of them.
+#[test]
+fn both_precisions_reproduce_the_official_numbers_of_an_odd_network() {
+    for precision in [Precision::F16, Precision::Bf16] {
+        assert_verified(Path::new("tests/golden_odd"), precision, 300);
+    }
+}
+
+/// Operations, blocks, gradients and a step: the rest differs from f16 by nothing but the type. In the step there is a
+/// sum of which the official code loses 15 %.
 #[test]
 fn bf16_reproduces_the_official_numbers() {
     let dir = tempfile::tempdir().unwrap();
@@ -52,10 +63,57 @@ fn bf16_reproduces_the_official_numbers() {
         "ops_blocks.safetensors",
         "tiny_model.safetensors",
         "tiny_grads.safetensors",
+        "tiny_train.json",
+        "tiny_train_init.safetensors",
+        "tiny_train_step1.safetensors",
+        "tolerances.json",
     ] {
         std::fs::copy(Path::new("tests/golden").join(name), dir.path().join(name)).unwrap();
     }
-    assert_verified(dir.path(), Precision::Bf16, 150);
+    assert_verified(dir.path(), Precision::Bf16, 400);
+}
+
+/// Skip connections of 12 channels: the kernels want multiples of 8.
+#[test]
+fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
+    let Some(runtime) = common::runtime() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let config: Config = serde_json::from_value(serde_json::json!({
+        "img_resolution": 32, "img_channels": 4, "label_dim": 0, "model_channels": 12, "channel_mult": [1, 2],
+        "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 24,
+    }))
+    .unwrap();
+    let (_, table) = Precond::new(&config).unwrap();
+    let zeros = |shape: &[usize]| vec![0u8; 4 * shape.iter().product::<usize>()];
+    let write = |name: &str, tensors: &[(String, Vec<usize>)]| {
+        let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, shape)| zeros(shape)).collect();
+        let out: Vec<TensorOut> =
+            tensors.iter().zip(&bytes).map(|((name, shape), b)| (&name[..], Dtype::F32, &shape[..], &b[..])).collect();
+        let metadata = HashMap::from([("config".to_owned(), serde_json::to_string(&config).unwrap())]);
+        safetensors::write(dir.path().join(name), &out, &metadata).unwrap();
+    };
+    let parameters: Vec<_> = table.iter().map(|(_, spec)| (spec.name.clone(), spec.shape.clone())).collect();
+    write("tiny_model.safetensors", &parameters);
+    let images = vec![1, 4, 16, 16];
+    let inputs = [("a.x", images.clone()), ("a.sigma", vec![1]), ("a.D_x", images.clone()), ("a.F_x", images)];
+    write("tiny_forward.safetensors", &inputs.map(|(name, shape)| (name.to_owned(), shape)));
+    for name in ["ops.safetensors", "precond.json"] {
+        std::fs::copy(Path::new("tests/golden").join(name), dir.path().join(name)).unwrap();
+    }
+    let device = Device {
+        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), Precision::F16, table),
+        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), Precision::F16, table, averages),
+        bounds: Bounds::of(Precision::F16),
+    };
+    let mut skipped = Vec::new();
+    let summary = verify(dir.path(), &device, &|| Gpu::for_codec(runtime.clone(), Precision::F16), &mut |outcome| {
+        if let Outcome::Skip { name, why } = outcome {
+            skipped.push(format!("{name}: {why}"));
+        }
+    });
+    let summary = summary.unwrap();
+    assert!(summary.ok > 100 && summary.failed == 0, "{summary:?}");
+    assert!(skipped.iter().any(|line| line.contains("the network does not fit the kernels")), "{skipped:?}");
 }
 
 // ---- training -----------------------------------------------------------------------------------

@@ -7,157 +7,215 @@
 
 The same work as `edm2k bench`: EDM2-XS conditioned on 1024 values, 64x88 latents; forward passes of batch 1, 2
 and 8; a training step of two micro-batches of 40 images with forced weight normalisation and Adam. fp16,
-channels_last; eagerly, through torch.compile, and (forward passes) as a CUDA graph. Times are medians of
-repeated runs after three that warm up; a mode that fails is reported and left out. On a CPU: f32, batch 1 and 2,
-training at batch 1, eagerly, and forward passes also with weights that are normalised once instead of each time
-("prepared"), which is what edm2k does. Where diffusers is installed, one decode of the latent by an SD-VAE of the
-published size too. Peak memory is the allocator's on a GPU, of the process up to then on a CPU."""
+channels_last. Modes:
+
+    eager                forward passes as published; then the same as a CUDA graph
+    prepared             with weights that are normalised once instead of each time, which is what edm2k does
+    compile              through torch.compile; then as a CUDA graph
+    compile-prepared     both
+    decode               one decode of the latent by an SD-VAE of the published size, where diffusers is installed
+    train                a training step as published
+    train-blocks         with each block through torch.compile, one by one
+    train-compile        with the whole network through it
+
+On a CPU: f32, batch 1 and 2, training at batch 1, no graphs, and by default nothing compiled. Times are medians of
+repeated runs after three that warm up. Each mode is a process of its own, and each measurement, compilation
+included, has a time limit; what fails or does not finish is reported and left out. Peak memory is the allocator's on
+a GPU, of the process up to then on a CPU."""
 
 import argparse
 import json
+import os
+import queue
 import resource
+import signal
 import statistics
+import subprocess
 import sys
+import threading
 import time
+
+# In order of what one wants to know first.
+MODES = ["eager", "train", "compile-prepared", "train-blocks", "decode", "prepared", "compile", "train-compile"]
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edm2", required=True, help="checkout of the official code")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default: cuda)")
+    parser.add_argument("--only", help=f"modes, comma-separated, of {', '.join(MODES)}")
     parser.add_argument("--size", default="64x88", help="width x height of the latent")
     parser.add_argument("--channels", type=int, default=128, help="model_channels; EDM2-XS has 128")
     parser.add_argument("--batch-gpu", type=int, default=40, help="images at a time in training")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=120, help="seconds for each measurement (default: 120)")
+    parser.add_argument("--total", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return parser.parse_args()
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    on_gpu = options.device != "cpu"
+    options.modes = options.only.split(",") if options.only else \
+        [mode for mode in MODES if on_gpu or mode in ("eager", "prepared", "decode", "train")]
+    unknown = set(options.modes) - set(MODES)
+    if unknown:
+        parser.error(f"there is no mode {', '.join(sorted(unknown))}")
+    return options
 
 
-def main():
-    options = parse()
-    sys.path.insert(0, options.edm2)
-    import torch
+# ---- the process of one mode: says {"begin": what} and {"row": ...} in lines of JSON --------------------------------
 
-    try:
-        from training.networks_edm2 import Precond
-    except ImportError as e:
-        sys.exit(f"pytorch_edm2.py: {options.edm2}: not a checkout of the official code ({e})")
+def tell(**message):
+    print(json.dumps(message), flush=True)
 
-    device = torch.device(options.device)
-    on_gpu = device.type == "cuda"
-    width, height = map(int, options.size.split("x"))
-    torch.manual_seed(0)
-    # What the official training script sets.
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    def network():
-        net = Precond(img_resolution=64, img_channels=4, label_dim=1024, use_fp16=on_gpu, sigma_data=0.5,
-                      model_channels=options.channels)
-        return net.to(device).to(memory_format=torch.channels_last)
+class Mode:
+    def __init__(self, options):
+        sys.path.insert(0, options.edm2)
+        try:
+            import torch
+            from training.networks_edm2 import Precond
+        except ImportError as e:
+            tell(fatal=f"{e}; needed are PyTorch and, in {options.edm2}, a checkout of the official code")
+            sys.exit(1)
+        self.torch, self.precond, self.options = torch, Precond, options
+        self.device = torch.device(options.device)
+        self.on_gpu = self.device.type == "cuda"
+        self.width, self.height = map(int, options.size.split("x"))
+        torch.manual_seed(0)
+        # What the official training script sets.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        # Each batch size and each block is compiled for itself.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        for limit in ("cache_size_limit", "recompile_limit"):
+            if hasattr(torch._dynamo.config, limit):
+                setattr(torch._dynamo.config, limit, 256)
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
+        tell(torch=torch.__version__, device=name)
 
-    def inputs(n):
-        x = torch.randn(n, 4, height, width, device=device).to(memory_format=torch.channels_last)
+    def network(self):
+        net = self.precond(img_resolution=64, img_channels=4, label_dim=1024, use_fp16=self.on_gpu, sigma_data=0.5,
+                           model_channels=self.options.channels)
+        return net.to(self.device).to(memory_format=self.torch.channels_last)
+
+    def inputs(self, n):
+        torch, device = self.torch, self.device
+        x = torch.randn(n, 4, self.height, self.width, device=device).to(memory_format=torch.channels_last)
         return x, torch.ones(n, 1, 1, 1, device=device), torch.full((n, 1024), 0.03, device=device)
 
-    def wait():
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    def wait(self):
+        if self.on_gpu:
+            self.torch.cuda.synchronize(self.device)
 
-    rows = []
-
-    def measure(what, images, run):
+    def measure(self, what, images, run):
+        tell(begin=what)
         try:
             for _ in range(3):
                 run()
-            wait()
+            self.wait()
+            tell(warm=what)
             times = []
-            for _ in range(options.repeats):
+            for _ in range(self.options.repeats):
                 begun = time.perf_counter()
                 run()
-                wait()
+                self.wait()
                 times.append(time.perf_counter() - begun)
         except Exception as e:  # noqa: BLE001  a mode that does not work on this machine is a result too
-            rows.append({"what": what, "failed": f"{type(e).__name__}: {e}".splitlines()[0]})
-            print(f"{what:<44} failed: {rows[-1]['failed'][:100]}", file=sys.stderr)
+            tell(row={"what": what, "failed": f"{type(e).__name__}: {e}".splitlines()[0]})
             return
         median = statistics.median(times)
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else \
+        peak = self.torch.cuda.max_memory_allocated(self.device) / 2**20 if self.on_gpu else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        rows.append({"what": what, "median_s": median, "fastest_s": min(times), "images_per_s": images / median,
-                     "peak_mib": peak})
-        if not options.json:
-            print(f"{what:<44} {median:9.5f} s  {images / median:9.2f} images/s  peak {peak:.0f} MiB", flush=True)
+        tell(row={"what": what, "median_s": median, "fastest_s": min(times), "images_per_s": images / median,
+                  "peak_mib": peak})
 
-    def prepared(net):
+    def prepared(self, net):
+        """The network with weights normalised once, in the type that they are used in."""
+        torch = self.torch
+
         def layer(module):
             w = module.weight.detach().float()
             fan_in = w[0].numel()
             w = w / (1e-4 + w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)) / fan_in**0.5) / fan_in**0.5
-            if w.ndim == 2:
-                return lambda x, gain=1: x @ (w * gain).t()
-            w = w.to(memory_format=torch.channels_last)
-            return lambda x, gain=1: torch.nn.functional.conv2d(x, w * gain, padding=w.shape[-1] // 2)
+            if w.ndim == 2:  # the embedding, which the official code computes in f32
+                return lambda x, gain=1: x @ (w if isinstance(gain, int) else w * gain).t()
+            w = w.to(torch.float16 if self.on_gpu else torch.float32, memory_format=torch.channels_last)
+            pad = w.shape[-1] // 2
+            conv = torch.nn.functional.conv2d
+            return lambda x, gain=1: conv(x, w if isinstance(gain, int) else w * gain, padding=pad)
 
+        x, sigma, labels = self.inputs(1)
+        plain = net(x, sigma, labels)
         for module in net.modules():
             if type(module).__name__ == "MPConv":
                 module.forward = layer(module)
+        error = ((net(x, sigma, labels) - plain).norm() / plain.norm()).item()
+        if not error < (1e-2 if self.on_gpu else 1e-5):
+            raise ValueError(f"prepared weights change the result by {error}")
         return net
 
-    modes = ["eager", "compile"] if on_gpu else ["eager"]
-    for mode in modes if on_gpu else ["eager", "prepared"]:
-        net = network().eval().requires_grad_(False)
-        if mode == "prepared":
-            x, sigma, labels = inputs(1)
-            plain = net(x, sigma, labels)
-            error = (prepared(net)(x, sigma, labels) - plain).norm() / plain.norm()
-            assert error < 1e-5, f"prepared weights change the result by {error}"
-        forward = torch.compile(net) if mode == "compile" else net
-        for n in (1, 2, 8) if on_gpu else (1, 2):
-            x, sigma, labels = inputs(n)
-            with torch.inference_mode():
-                measure(f"forward, batch {n}, {mode}", n, lambda: forward(x, sigma, labels))
-        for n in (1, 2, 8) if on_gpu else ():
-            x, sigma, labels = inputs(n)
-            try:
-                with torch.no_grad():
-                    side = torch.cuda.Stream(device)
+    def forward(self, mode):
+        torch = self.torch
+        with torch.no_grad():
+            net = self.network().eval().requires_grad_(False)
+            # At zero, as they are before training, most weights would have no part in the result.
+            for name, p in net.named_parameters():
+                if name.endswith("gain"):
+                    p.fill_(0.5)
+            if "prepared" in mode:
+                net = self.prepared(net)
+            forward = torch.compile(net) if "compile" in mode else net
+            for n in (1, 2, 8) if self.on_gpu else (1, 2):
+                x, sigma, labels = self.inputs(n)
+                self.measure(f"forward, batch {n}, {mode}", n, lambda: forward(x, sigma, labels))
+                if not self.on_gpu:
+                    continue
+                try:
+                    side = torch.cuda.Stream(self.device)
+                    side.wait_stream(torch.cuda.current_stream(self.device))
                     with torch.cuda.stream(side):
                         for _ in range(3):
                             forward(x, sigma, labels)
-                    torch.cuda.current_stream(device).wait_stream(side)
+                    torch.cuda.current_stream(self.device).wait_stream(side)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         forward(x, sigma, labels)
-                measure(f"forward, batch {n}, {mode}, CUDA graph", n, graph.replay)
-            except Exception as e:  # noqa: BLE001
-                print(f"forward, batch {n}, {mode}, CUDA graph: no capture ({str(e).splitlines()[0][:80]})", file=sys.stderr)
-        del net, forward
+                except Exception as e:  # noqa: BLE001
+                    failed = f"no capture ({str(e).splitlines()[0][:80]})"
+                    tell(row={"what": f"forward, batch {n}, {mode}, CUDA graph", "failed": failed})
+                    continue
+                self.measure(f"forward, batch {n}, {mode}, CUDA graph", n, graph.replay)
 
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        print("SD-VAE decode: diffusers is not installed", file=sys.stderr)
-    else:
+    def decode(self):
+        torch, what = self.torch, "SD-VAE decode, one image, eager"
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            tell(row={"what": what, "failed": "diffusers is not installed"})
+            return
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-        kind = torch.float16 if on_gpu else torch.float32
-        vae = vae.eval().requires_grad_(False).to(device, kind, memory_format=torch.channels_last)
-        latent = inputs(1)[0].to(kind)
-        with torch.inference_mode():
-            measure("SD-VAE decode, one image, eager", 1, lambda: vae.decode(latent).sample)
-        del vae
+        kind = torch.float16 if self.on_gpu else torch.float32
+        vae = vae.eval().requires_grad_(False).to(self.device, kind, memory_format=torch.channels_last)
+        latent = self.inputs(1)[0].to(kind)
+        with torch.no_grad():
+            self.measure(what, 1, lambda: vae.decode(latent).sample)
 
-    for mode in modes:
-        net = network().train().requires_grad_(True)
-        forward = torch.compile(net) if mode == "compile" else net
+    def train(self, mode):
+        torch = self.torch
+        net = self.network().train().requires_grad_(True)
+        forward = net
+        if mode == "train-compile":
+            forward = torch.compile(net)
+        elif mode == "train-blocks":
+            for name, block in [*net.unet.enc.items(), *net.unet.dec.items()]:
+                if "conv" not in name:
+                    block.compile()
         adam = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
-        n, rounds = (options.batch_gpu, 2) if on_gpu else (1, 1)
-        x, sigma, labels = inputs(n)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
+        n, rounds = (self.options.batch_gpu, 2) if self.on_gpu else (1, 1)
+        x, sigma, labels = self.inputs(n)
 
         # EDM2's loss (eq. 14 and 15) at one noise level.
         def step():
@@ -172,12 +230,106 @@ def main():
                     torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
             adam.step()
 
-        measure(f"training step, batch {n * rounds}, {mode}", n * rounds, step)
-        del net, forward, adam
+        self.measure(f"training step, batch {n * rounds}, {mode}", n * rounds, step)
 
+    def run(self, mode):
+        if mode == "decode":
+            self.decode()
+        elif mode.startswith("train"):
+            self.train(mode)
+        else:
+            self.forward(mode)
+
+
+# ---- all modes ----------------------------------------------------------------------------------------------------
+
+def messages(process):
+    """What the process says, and None at its end."""
+    said = queue.Queue()
+
+    def read():
+        for line in process.stdout:
+            try:
+                said.put(json.loads(line))
+            except ValueError:
+                print(line.rstrip(), file=sys.stderr)
+        said.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return said
+
+
+def run_mode(mode, options, deadline, report):
+    """Passes on what the process of a mode says; ends it when a measurement takes too long."""
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--child", mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    said, what, warm = messages(process), f"{mode}: start", True
+    end = time.monotonic() + options.limit
+    try:
+        while True:
+            left = min(end, deadline) - time.monotonic()
+            try:
+                message = said.get(timeout=max(left, 0))
+            except queue.Empty:
+                seconds = options.limit + min(0, deadline - end)
+                doing = "" if warm or "compile" not in mode and mode != "train-blocks" else " compiling"
+                report({"row": {"what": what, "failed": f"did not finish{doing} in {seconds:.0f} s"}})
+                return
+            if message is None:
+                if process.wait() != 0:
+                    report({"row": {"what": what, "failed": f"the process ended with {process.returncode}"}})
+                return
+            if "begin" in message:
+                what, warm, end = message["begin"], False, time.monotonic() + options.limit
+            elif "warm" in message:
+                warm = True
+            else:
+                report(message)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def main():
+    options = parse()
+    if options.child:
+        mode = Mode(options)
+        mode.run(options.child)
+        return
+    # Ended from outside, it ends its child too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("pytorch_edm2.py: ended"))
+    deadline = time.monotonic() + options.total
+    result, rows = {}, []
+
+    def report(message):
+        if "fatal" in message:
+            sys.exit(f"pytorch_edm2.py: {message['fatal']}")
+        if "row" not in message:
+            if not result and not options.json:
+                print(f"PyTorch {message['torch']}, {message['device']}, {options.size}")
+            result.update(message)
+            return
+        row = message["row"]
+        rows.append(row)
+        if options.json:
+            return
+        if "failed" in row:
+            print(f"{row['what']:<48} {row['failed'][:110]}", flush=True)
+        else:
+            print(f"{row['what']:<48} {row['median_s']:9.5f} s (fastest {row['fastest_s']:.5f}) "
+                  f"{row['images_per_s']:9.2f} images/s  peak {row['peak_mib']:.0f} MiB", flush=True)
+
+    for mode in options.modes:
+        if time.monotonic() >= deadline:
+            report({"row": {"what": mode, "failed": "not run: no time left"}})
+        else:
+            run_mode(mode, options, deadline, report)
     if options.json:
-        name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-        print(json.dumps({"torch": torch.__version__, "device": name, "width": width, "height": height, "rows": rows}, indent=2))
+        width, height = map(int, options.size.split("x"))
+        print(json.dumps({**result, "width": width, "height": height, "rows": rows}, indent=2))
+    if all("failed" in row for row in rows):
+        sys.exit("pytorch_edm2.py: nothing was measured")
 
 
 main()

@@ -14,7 +14,8 @@ use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 #[command(after_help = "\
 A line for each check: ok or FAIL, name, relative error, bound, and the worst element
   [index] what the device gave, what the directory says.
-What the directory lacks is skipped by name. The exit code is 1 if any check fails.
+What the directory lacks is skipped by name, and a network that the kernels do not take. The exit code is 1
+if any check fails or none was made. scripts/golden.py makes directories of other networks.
 
 Example:
   edm2k verify tests/golden")]
@@ -63,6 +64,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         false => println!("{ok} ok, {failed} failed, {skipped} skipped"),
     }
     match failed {
+        0 if ok == 0 => bail!("nothing was compared"),
         0 => Ok(()),
         _ => bail!("{failed} of {} checks failed", ok + failed),
     }
