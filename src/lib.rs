@@ -4,6 +4,7 @@ pub mod backend;
 pub mod codec;
 pub mod condition;
 pub mod data;
+pub mod fingerprint;
 pub mod formats;
 pub mod frechet;
 pub mod model;

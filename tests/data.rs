@@ -204,7 +204,7 @@ fn at_most_the_allowed_share_is_cropped_about_the_centre() {
     shop.image(6, framed, &["x"]);
     shop.image(7, solid(9, 9, [5, 5, 5]), &["x"]);
     let summary = shop.prepare();
-    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, untagged: 0 });
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Cropped, 1)]));
     let dataset = shop.open(Split::Train);
     for (id, .., kept) in cases {
@@ -457,7 +457,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         let stored = shard.f32("latents").unwrap();
         for (i, stored) in stored.chunks(8 * area).enumerate() {
             let file = fs::read(shop.file(&format!("{}.png", i + 2))).unwrap();
-            let picture = images::decode(&file, [255; 3]).unwrap();
+            let picture = images::decode(&file, [255; 3]).unwrap().picture;
             let moments = encoder.encode(&mut cpu, &picture).unwrap();
             for at in 0..4 * area {
                 let (c, place) = (at / area, at % area);
@@ -583,7 +583,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
         let data = Dataset::open(&out, Split::Train).unwrap();
         assert_eq!(data.condition_dim(), 5);
         let source = if name == "features.npy" { ("", "") } else { ("tagger.onnx", "pooled") };
-        let conditioning = Conditioning::Features { source: source.0.into(), node: source.1.into() };
+        let conditioning = Conditioning::Features { source: source.0.into(), node: source.1.into(), fingerprint: None };
         assert_eq!(data.header().conditioning, conditioning, "{name}");
         assert!(data.vocabulary().get("all").is_some() && !data.tags(0).is_empty(), "tags are kept beside");
         for i in 0..data.len() {

@@ -492,7 +492,8 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
     let tags = ["heart", "cat", "dog", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
     let vocabulary = Vocabulary::new(tags.to_vec()).unwrap();
-    let rows = Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new() };
+    let rows =
+        Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new(), conditioning: None };
     let how = Training { epochs: 1, ..Training::default() };
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
     let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\")";

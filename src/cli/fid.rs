@@ -156,7 +156,10 @@ fn decoder(args: &EvalArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<D
         }
         (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
         (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width], engine, args.device.precision),
+        (Kind::Latents, Some(vae)) => {
+            let of = (dir.to_string(), data.header().autoencoder.as_ref());
+            autoencoder(vae, of, [height, width], engine, args.device.precision)
+        }
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
 }
@@ -175,8 +178,8 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
-    let picture = images::open(file, [255; 3]);
-    picture.map_err(|why| anyhow!("--generated {}: {why}", file.display()))
+    let image = images::open(file, [255; 3]);
+    image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 
 /// The network, and who watches.

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use super::Conditioning;
 use crate::data::bicubic::resize;
+use crate::fingerprint;
 use crate::formats::png::Picture;
 use crate::onnx::{Network, OnnxError, Wanted};
 
@@ -47,12 +48,16 @@ impl Tagger {
 
     /// Name of the file.
     pub fn source(&self) -> String {
-        self.network.path().file_name().unwrap_or_default().to_string_lossy().into()
+        fingerprint::name(self.network.path())
     }
 
     /// What conditions made of the features are.
     pub fn conditioning(&self) -> Conditioning {
-        Conditioning::Features { source: self.source(), node: self.network.node().into() }
+        Conditioning::Features {
+            source: self.source(),
+            node: self.network.node().into(),
+            fingerprint: Some(self.network.fingerprint()),
+        }
     }
 
     /// The features of a picture, of which nothing has been cut off. `name` says which it is, in errors.

@@ -14,6 +14,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::fingerprint::Fingerprint;
+
 #[cfg(feature = "onnx")]
 mod tract;
 
@@ -96,6 +98,7 @@ pub struct Network {
     layout: Layout,
     size: [usize; 2],
     width: usize,
+    fingerprint: Fingerprint,
     plan: tract::Plan,
 }
 
@@ -122,6 +125,11 @@ impl Network {
     /// Name of the tensor that has them.
     pub fn node(&self) -> &str {
         &self.node
+    }
+
+    /// Of the file, and of those beside it that have weights of it.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// Where the file is.

@@ -2,9 +2,8 @@
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::io::Read;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io::{self, Read};
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::{Arc, Once};
@@ -15,6 +14,9 @@ use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueI
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
+
+use crate::fingerprint::{Fingerprint, Hasher};
+use crate::formats::input;
 
 use super::{Layout, MAX_ELEMENTS, MAX_SIDE, Network, OnnxError, Wanted};
 
@@ -41,6 +43,7 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         .take()
         .filter(|graph| !graph.node.is_empty())
         .ok_or_else(|| OnnxError::NotOnnx { path: path.into(), what: "it has no graph".into() })?;
+    let fingerprint = fingerprint(path, &graph)?;
     let node = choose(&graph, wanted, path)?;
     keep_ancestors(&mut graph, &node);
     let (layout, size) = fix_input(&mut graph, size, path)?;
@@ -86,25 +89,42 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
     }
     let plan = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
-    Ok(Network { path: path.into(), node, layout, size, width, plan: Plan(plan) })
+    Ok(Network { path: path.into(), node, layout, size, width, fingerprint, plan: Plan(plan) })
 }
 
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {
-    let io = |cause| OnnxError::Io { path: path.into(), cause };
+    let io = |cause: io::Error| match cause.kind() {
+        io::ErrorKind::InvalidInput => OnnxError::NotOnnx { path: path.into(), what: cause.to_string() },
+        _ => OnnxError::Io { path: path.into(), cause },
+    };
     let mut first = Vec::new();
-    let file = File::open(path).map_err(io)?;
-    if !file.metadata().map_err(io)?.is_file() {
-        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is not a regular file".into() });
-    }
-    file.take(1).read_to_end(&mut first).map_err(io)?;
-    if first.is_empty() {
-        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is empty".into() });
+    input::open(path).map_err(io)?.take(input::HEAD as u64).read_to_end(&mut first).map_err(io)?;
+    if let Some(kind) = input::kind(&first).filter(|kind| !kind.contains("ONNX")) {
+        return Err(OnnxError::NotOnnx { path: path.into(), what: format!("it is {kind}") });
     }
     guarded(|| tract_onnx::onnx().proto_model_for_path(path)).map_err(|what| match first[..] {
         // Fields are written in order: the first is that of the version.
-        [0x08] => OnnxError::Damaged { path: path.into(), what },
+        [0x08, ..] => OnnxError::Damaged { path: path.into(), what },
         _ => OnnxError::NotOnnx { path: path.into(), what },
     })
+}
+
+/// Of the file and, in the order of their names, of those beside it that hold weights.
+fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError> {
+    let own = Fingerprint::of_file(path).map_err(|cause| OnnxError::Io { path: path.into(), cause })?;
+    let places = graph.initializer.iter().flat_map(|tensor| &tensor.external_data);
+    let others: BTreeSet<&str> = places.filter(|entry| entry.key == "location").map(|entry| &*entry.value).collect();
+    if others.is_empty() {
+        return Ok(own);
+    }
+    let mut hasher = Hasher::default();
+    hasher.add(format!("{own:?}").as_bytes());
+    for other in others {
+        let path = path.with_file_name(other);
+        let of = Fingerprint::of_file(&path).map_err(|cause| OnnxError::Io { path, cause })?;
+        hasher.add(format!("{of:?}").as_bytes());
+    }
+    Ok(hasher.finish())
 }
 
 /// The name of the tensor that is wanted, which a node makes.
