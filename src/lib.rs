@@ -7,6 +7,7 @@ pub mod data;
 pub mod fingerprint;
 pub mod formats;
 pub mod frechet;
+pub mod memory;
 pub mod model;
 pub mod onnx;
 pub mod rng;

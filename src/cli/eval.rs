@@ -89,7 +89,10 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
         "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
     )?);
     let (net, batch, mut progress) = (&model.net, args.batch.into(), |n| bar.inc(n));
-    let levels = match args.device.open()? {
+    let engine = args.device.open()?;
+    let [height, width, _] = data.shape();
+    super::check_forward(&engine, &net.config, [height, width], images.min(batch))?;
+    let levels = match engine {
         Engine::Cpu => {
             let mut backend = loaded(&model, &|table| Ok(Cpu::<f32>::for_sampling(table)))?;
             loss_by_level(&mut backend, net, &data, images, batch, &mut progress)?

@@ -66,6 +66,10 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
     let files = generated.as_ref().map(|dir| pictures(dir).context("--generated")).transpose()?;
     let count = files.as_ref().map_or(args.fid.count as usize, Vec::len);
     let engine = args.device.open()?;
+    let [height, width, _] = data.shape();
+    if let Some(model) = model {
+        super::check_forward(&engine, &model.net.config, [height, width], count.min(args.batch.into()))?;
+    }
     let mut decode = decoder(args, data, &engine)?;
 
     let reference = |i: usize, decode: &mut Decode| {

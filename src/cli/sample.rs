@@ -216,6 +216,8 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
     };
     let engine = args.device.open()?;
+    let batch = seeds.len().min(args.batch.into());
+    super::check_forward(&engine, &model.net.config, size, batch)?;
     let mut decode = decoder(&args, &model, size, &engine)?;
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     job.claim_outputs(decode.is_some())?;
@@ -259,6 +261,8 @@ pub(super) fn autoencoder(
     precision: Precision,
 ) -> anyhow::Result<Decode> {
     let file = CodecFile::open(path).context("--vae")?;
+    let needed = file.decoder_bytes(size);
+    edm2k::memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed).context("--vae")?;
     if let Some(warning) = file.check_latents(&of.0, of.1).context("--vae")? {
         eprintln!("warning: --vae {warning}");
     }

@@ -22,7 +22,7 @@ use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::fingerprint::Identity;
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::{Config, Encoder, Model, ModelMeta};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::{
     DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, checkpoint, ema, memory, train,
@@ -266,6 +266,23 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     Ok(config)
 }
 
+/// Refuses what this machine has no room for, before any of it is made.
+fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool) -> anyhow::Result<()> {
+    let [height, width, channels] = data.shape();
+    let (_, table) = Precond::new(config)?;
+    // A GPU computes, but images, weights and checkpoints pass through here.
+    let batch_gpu = args.batch_gpu.unwrap_or(1).min(args.batch.unwrap_or(u64::MAX));
+    let all = memory::estimate(config, &table, height, width, batch_gpu, args.ema.len());
+    let host = 4 * table.iter().map(|(_, spec)| spec.numel() as u128).sum::<u128>()
+        + 12 * u128::from(batch_gpu) * (height * width * channels) as u128;
+    let needed = if on_gpu || args.dry_run { host } else { u128::from(all.parameters) + u128::from(all.activations) };
+    edm2k::memory::check(format!("training with micro-batches of {batch_gpu}"), needed)?;
+    let most = 1 << 60;
+    ensure!(args.batch.is_none_or(|n| n <= most), "--batch is more than {most}");
+    ensure!(args.duration.is_none_or(|n| n <= most), "--duration is more than {most}");
+    Ok(())
+}
+
 /// The model to start from, and what a run notes of it. A run that has begun needs the network alone, which its
 /// checkpoints know: then the file may be gone.
 fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
@@ -301,6 +318,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
     let [height, width, _] = data.shape();
+    check_memory(args, &config, data, on_gpu)?;
     let mut model = match init {
         None => Model::init(&config, args.seed)?,
         Some(old) => {

@@ -230,6 +230,16 @@ impl CodecFile {
         Ok(Decoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
     }
 
+    /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
+    pub fn decoder_bytes(&self, [height, width]: [usize; 2]) -> u128 {
+        let channels = match &self.kind {
+            Kind::SdVae(config) => config.channels[0],
+            Kind::Taesd { channels, .. } => *channels,
+        };
+        let pixels = (height * self.factor()) as u128 * (width * self.factor()) as u128;
+        2 * 4 * pixels * channels as u128
+    }
+
     /// Its kind.
     pub fn network(&self) -> Network {
         match self.kind {

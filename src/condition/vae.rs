@@ -89,8 +89,8 @@ pub enum VaeError {
     File(#[from] SafeError),
     #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
     Header { path: PathBuf, what: String },
-    #[error("{}: its vocabulary: {source}", path.display())]
-    Vocabulary { path: PathBuf, source: VocabularyError },
+    #[error("{}: its vocabulary: {cause}", path.display())]
+    Vocabulary { path: PathBuf, cause: VocabularyError },
     #[error("training diverged in epoch {0}: the loss is not finite")]
     Diverged(usize),
 }
@@ -681,7 +681,7 @@ impl Vae<f32> {
             return Err(wrong(format!("{v} tags in the vocabulary, expected {}", header.width)));
         }
         let vocabulary = Vocabulary::new(header.vocabulary.clone())
-            .map_err(|source| VaeError::Vocabulary { path: path.into(), source })?;
+            .map_err(|cause| VaeError::Vocabulary { path: path.into(), cause })?;
         let kind = header.kind;
         let mut vae =
             Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };

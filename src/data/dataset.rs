@@ -159,7 +159,11 @@ impl Checksums {
     /// Those that a shard has; none if it is of an older version.
     fn read(file: &SafeFile) -> Result<Option<Self>, SafeError> {
         let malformed = |what: String| SafeError::Malformed { path: file.path().into(), what };
-        let Some(text) = file.metadata().get(CHECKSUMS_KEY) else { return Ok(None) };
+        // Every version that noted the vocabulary noted them too.
+        let newer = file.metadata().get(HEADER_KEY).is_some_and(|header| header.contains("\"vocabulary\":"));
+        let Some(text) = file.metadata().get(CHECKSUMS_KEY) else {
+            return if newer { Err(malformed(format!("its {CHECKSUMS_KEY} are missing"))) } else { Ok(None) };
+        };
         let sums: Self = serde_json::from_str(text).map_err(|e| malformed(format!("its {CHECKSUMS_KEY}: {e}")))?;
         if Self::of_metadata(file.metadata()) != sums.metadata {
             return Err(malformed("the checksum of its metadata is wrong".into()));

@@ -41,11 +41,12 @@ use crate::codec::{Autoencoder, CodecError, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
 use crate::condition::{Conditioning, unit_norm};
-use crate::fingerprint::Fingerprint;
+use crate::fingerprint::{Fingerprint, Identity};
 use crate::formats::png::Picture;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
 use crate::formats::{input, write_atomically};
+use crate::memory::{self, TooLarge};
 use crate::onnx::OnnxError;
 
 /// Key of the settings in a shard's metadata.
@@ -135,6 +136,8 @@ pub enum PrepareError {
         path.display()
     )]
     DamagedVocabulary { path: PathBuf, what: String },
+    #[error("{0}; a smaller --shard-size needs less")]
+    Memory(#[from] TooLarge),
     #[error(transparent)]
     Shard(#[from] SafeError),
     #[error(transparent)]
@@ -434,6 +437,15 @@ pub fn prepare(
             expected: "at least 1".into(),
         });
     }
+    let [width, height] = settings.size.map(u128::from);
+    let factor = codec.as_ref().map_or(1, |codec| codec.factor as u128);
+    let bytes = match &codec {
+        None => 3 * width * height,
+        Some(_) => 4 * LATENTS as u128 * (width / factor) * (height / factor),
+    };
+    let (images, ahead) = (list.len().min(settings.shard_size), list.len().min(CHUNK));
+    let needed = images as u128 * bytes + ahead as u128 * 3 * width * height;
+    memory::check(format!("making shards of {images} images of {width}x{height}"), needed)?;
     let made_with = made_with(settings, &list, &tags, codec.as_ref(), &source);
     fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
@@ -729,7 +741,10 @@ fn check_settings_of(file: &SafeFile, made_with: &Value) -> Result<(), PrepareEr
     };
     let show = |settings: &Map<String, Value>, key: &String| match settings.get(key) {
         Some(Value::String(text)) => text.clone(),
-        Some(other) => other.to_string(),
+        Some(other) => match serde_json::from_value::<Identity>(other.clone()) {
+            Ok(file) => file.to_string(),
+            Err(_) => other.to_string(),
+        },
         None => "none".into(),
     };
     for key in now.keys().chain(before.keys()) {

@@ -384,3 +384,56 @@ impl Reader<'_> {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::check;
+
+    const WHOLE: [(&str, &[u8]); 5] = [
+        ("baseline", include_bytes!("../../tests/data/jpeg/baseline.jpg")),
+        ("progressive", include_bytes!("../../tests/data/jpeg/progressive.jpg")),
+        ("restarts", include_bytes!("../../tests/data/jpeg/restarts.jpg")),
+        ("grey", include_bytes!("../../tests/data/jpeg/grey.jpg")),
+        ("cmyk", include_bytes!("../../tests/data/jpeg/cmyk.jpg")),
+    ];
+
+    #[test]
+    fn whole_files_pass_with_and_without_their_end_marker() {
+        for (name, bytes) in WHOLE {
+            assert_eq!(check(bytes), Ok(()), "{name}");
+            assert_eq!(check(&bytes[..bytes.len() - 2]), Ok(()), "{name} without its end marker");
+            assert_eq!(check(&[bytes, b"\xff\xd8 another one follows"].concat()), Ok(()), "{name}");
+        }
+    }
+
+    #[test]
+    fn no_truncation_passes() {
+        for (name, bytes) in WHOLE {
+            for end in 2..bytes.len() - 2 {
+                // The last byte may hold nothing but padding.
+                let left = bytes.len() - 2 - end;
+                let cut = check(&bytes[..end]);
+                assert!(cut.is_err() || left < 2, "{name} without its last {left} bytes passes");
+                // Somebody may have put an end marker behind what was left.
+                let scan = bytes.windows(2).position(|b| b == [0xff, 0xda]).unwrap_or(0);
+                if name == "baseline" && end > scan + 14 {
+                    let mended = check(&[&bytes[..end], b"\xff\xd9"].concat());
+                    assert!(mended.is_err() || left < 2, "{name}: {left} bytes less and an end marker pass");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_in_the_place_of_the_end_do_not_pass() {
+        for (name, bytes) in WHOLE {
+            for part in [4, 2] {
+                let mut holey = bytes.to_vec();
+                let from = bytes.len() - bytes.len() / part;
+                holey[from..].fill(0);
+                holey.resize(4 * bytes.len(), 0);
+                assert!(check(&holey).is_err(), "{name} with zeros from byte {from}");
+            }
+        }
+    }
+}

@@ -10,7 +10,7 @@ use std::sync::{Arc, Once};
 
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
-use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueInfoProto, type_proto};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, type_proto};
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
@@ -18,7 +18,7 @@ use tract_onnx::tract_hir::internal::DimLike;
 use crate::fingerprint::{Fingerprint, Hasher};
 use crate::formats::input;
 
-use super::{Layout, MAX_ELEMENTS, MAX_SIDE, Network, OnnxError, Wanted};
+use super::{Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Wanted};
 
 /// A graph of fixed shapes, ready to run from any thread.
 pub struct Plan(Arc<TypedRunnableModel>);
@@ -58,6 +58,10 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         let what = format!("node {}: its perm is no permutation", printable(label(bad)));
         return Err(OnnxError::Damaged { path: path.into(), what });
     }
+    if graph.node.len() > MAX_NODES {
+        return Err(OnnxError::TooLong { path: path.into(), nodes: graph.node.len() });
+    }
+    check_numbers(&graph).map_err(|what| OnnxError::Damaged { path: path.into(), what })?;
     model.graph = Some(graph);
     let refused = |what| OnnxError::Run { path: path.into(), what };
 
@@ -276,6 +280,55 @@ fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> R
     let dim = |side: usize| Dimension { value: Some(dimension::Value::DimValue(side as i64)), ..Default::default() };
     tensor.shape = Some(TensorShapeProto { dim: shape.map(dim).into() });
     Ok((layout, size))
+}
+
+/// Operators that make a tensor whose size is a value of theirs, and the first input that says it.
+const SIZED: [(&str, usize); 9] = [
+    ("ConstantOfShape", 0),
+    ("Expand", 1),
+    ("OneHot", 1),
+    ("Pad", 1),
+    ("Range", 0),
+    ("Reshape", 1),
+    ("Resize", 1),
+    ("Tile", 1),
+    ("Upsample", 1),
+];
+
+/// Fails for a window, a border or a shape that no image of [`MAX_SIDE`] has: tract allocates what they say before it
+/// knows better.
+fn check_numbers(graph: &GraphProto) -> Result<(), String> {
+    let numbers = |tensor: &TensorProto| -> Vec<i64> {
+        let raw = tensor.raw_data.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes));
+        let small = tensor.data_type == DataType::Int64 as i32 && tensor.raw_data.len() <= 1024;
+        if small { tensor.int64_data.iter().copied().take(128).chain(raw).collect() } else { Vec::new() }
+    };
+    let mut known: HashMap<&str, Vec<i64>> = HashMap::new();
+    known.extend(graph.initializer.iter().map(|tensor| (&*tensor.name, numbers(tensor))));
+    for node in graph.node.iter().filter(|node| node.op_type == "Constant") {
+        let values = node.attribute.iter().find_map(|attribute| attribute.t.as_ref());
+        known.extend(node.output.first().zip(values).map(|(name, tensor)| (&**name, numbers(tensor))));
+    }
+    for node in &graph.node {
+        let wrong = |what: &str, values: &[i64]| {
+            let shown = &values[..values.len().min(8)];
+            Err(format!("node {}: {what} {shown:?}, larger than any image", printable(label(node))))
+        };
+        let spatial = ["kernel_shape", "strides", "dilations", "pads", "output_padding", "output_shape"];
+        for attribute in node.attribute.iter().filter(|attribute| spatial.contains(&&*attribute.name)) {
+            if attribute.ints.iter().any(|&n| n.unsigned_abs() > MAX_SIDE as u64) {
+                return wrong(&attribute.name, &attribute.ints);
+            }
+        }
+        let Some(&(_, first)) = SIZED.iter().find(|(operator, _)| *operator == node.op_type) else { continue };
+        for values in node.input.iter().skip(first).filter_map(|name| known.get(&**name)) {
+            let elements = values.iter().fold(1u64, |product, &n| product.saturating_mul(n.unsigned_abs().max(1)));
+            if elements > MAX_ELEMENTS as u64 {
+                return wrong(&node.op_type, values);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Fails with the number of elements of the first tensor that has too many.
