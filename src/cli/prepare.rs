@@ -34,7 +34,7 @@ The dataset's vocabulary.json has a tag a line. To rename one, change it there: 
 conditions know tags by their places. Models take the names when they are trained.
 
 Examples:
-  edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704
+  edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\

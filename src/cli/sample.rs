@@ -209,6 +209,9 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
     model.net.config.check_size(size[0], size[1])?;
     let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
+    if let Some((gnet, path)) = gnet.as_ref().zip(args.gnet.as_ref()) {
+        check_guide(&path.display().to_string(), gnet, args, &model).context("--gnet")?;
+    }
     let conditions = gather_conditions(&args, &model)?;
     let rows = conditions.origins.len();
     let seeds = match &args.seeds {
@@ -226,6 +229,18 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
             Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
         }),
+    }
+}
+
+/// Whether a network that guides is of the same conditions and latents.
+fn check_guide(path: &str, gnet: &Model, args: &SampleArgs, model: &Model) -> anyhow::Result<()> {
+    let name = args.model.display();
+    gnet.meta.meaning().check(path, &model.meta.meaning(), &name).map_err(Error::msg)?;
+    match (&gnet.meta.autoencoder, &model.meta.autoencoder) {
+        (Some(theirs), Some(ours)) if theirs != ours => {
+            bail!("{path}: its latents are of {theirs}, those of {name} of {ours}")
+        }
+        _ => Ok(()),
     }
 }
 
