@@ -134,25 +134,27 @@ impl Frame {
         }
     }
 
-    /// Reads a scan: where its data ends, or what it lacks; none if it is of an unknown kind.
-    fn scan(&mut self, header: &[u8], data: &[u8]) -> Option<Result<usize, String>> {
+    /// Components of a scan with the numbers of their tables; first and last coefficient, and bits before and after.
+    fn scan_header(&self, header: &[u8]) -> Option<(Vec<(usize, usize, usize)>, [u8; 3])> {
         let (&count, rest) = header.split_first()?;
         let (chosen, &[start, end, bits]) = rest.split_at_checked(2 * usize::from(count))? else { return None };
-        let (start, end, first, low) = (usize::from(start), usize::from(end), bits >> 4 == 0, bits & 15);
         let mut members = Vec::new();
         for pair in chosen.chunks_exact(2) {
             let place = self.components.iter().position(|c| c.id == pair[0])?;
             members.push((place, usize::from(pair[1] >> 4 & 3), usize::from(pair[1] & 3)));
         }
-        if members.is_empty() || start > end || end > 63 {
-            return None;
-        }
-        let (start, end) = if self.progressive { (start, end) } else { (0, 63) };
-        // Some files of video frames leave out the tables that everybody knows.
-        let without = |&(_, dc, ac): &(usize, usize, usize)| {
-            start == 0 && first && self.dc[dc].is_empty() || end > 0 && self.ac[ac].is_empty()
+        (!members.is_empty() && start <= end && end <= 63).then_some((members, [start, end, bits]))
+    }
+
+    /// Reads a scan: where its data ends, or what it lacks; none if its tables are nowhere in the file.
+    fn scan(&mut self, header: &[u8], data: &[u8]) -> Option<Result<usize, String>> {
+        let Some((members, [start, end, bits])) = self.scan_header(header) else {
+            return Some(Err("the header of a scan is damaged".into()));
         };
-        if members.iter().any(without) {
+        let (start, end, first, low) = (usize::from(start), usize::from(end), bits >> 4 == 0, bits & 15);
+        let (start, end) = if self.progressive { (start, end) } else { (0, 63) };
+        // Some files of video frames leave out the tables, which everybody knows.
+        if self.dc.iter().chain(&self.ac).all(Vec::is_empty) {
             return None;
         }
         let mut reader = Reader { data, ..Reader::default() };
@@ -185,8 +187,8 @@ impl Frame {
                         (unit % across * blocks[0] + block % blocks[0], unit / across * blocks[1] + block / blocks[0]);
                     let tables = (&dc[dc_table][..], &ac[ac_table][..]);
                     let read = if *progressive {
-                        let known = component.known.get_mut(y * component.columns + x)?;
-                        reader.part_of_block(tables, [start, end], first, known, &mut run)
+                        let known = component.known.get_mut(y * component.columns + x);
+                        known.and_then(|known| reader.part_of_block(tables, [start, end], first, known, &mut run))
                     } else {
                         reader.block(tables)
                     };
@@ -217,7 +219,7 @@ impl Frame {
             true => c.missing[0] != 255,
             false => c.missing.iter().all(|&bits| bits == 0),
         };
-        match self.components.iter().all(whole) {
+        match !self.components.is_empty() && self.components.iter().all(whole) {
             true => Ok(()),
             false => Err("it ends before the last scan".into()),
         }
