@@ -191,13 +191,13 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         None => prepare(&settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let autoencoder = file.autoencoder().context("--vae")?;
-            let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
             let mut encode = match args.device.open()? {
                 Engine::Cpu => encoder_on(Cpu::<f32>::for_codec(), &file),
                 Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.precision)?, &file),
             }
             .context("--vae")?;
+            let autoencoder = file.autoencoder().context("--vae")?;
+            let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
             prepare(&settings, Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }), &report)
         }
     };

@@ -57,8 +57,8 @@ fn suggest(nearest: &[String]) -> String {
 pub fn check_tag(tag: &str) -> Result<(), String> {
     match tag {
         "" => Err("it is empty".into()),
-        _ if tag.trim() != tag => Err(format!("\"{tag}\" has a space at its end")),
-        _ if tag.contains(',') => Err(format!("\"{tag}\" contains a comma")),
+        _ if tag.trim() != tag => Err(format!("{tag:?} has a space at its end")),
+        _ if tag.contains(',') => Err(format!("{tag:?} contains a comma")),
         _ if tag.contains(char::is_control) => Err(format!("{tag:?} has a control character")),
         _ => Ok(()),
     }

@@ -6,7 +6,7 @@
 //! a progressive file how many bits a block takes depends on which of its coefficients are zero so far, so one bit of
 //! each is kept.
 //!
-//! Source: ITU-T T.81. Cost: a third of decoding, or so; 8 bytes a block of a progressive file.
+//! Source: ITU-T T.81. Cost: about that of reading the codes in decoding; 8 bytes a block of a progressive file.
 
 /// Codes by their next 16 bits: length and symbol; length 0 is none.
 type Codes = Vec<(u8, u8)>;
