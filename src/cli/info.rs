@@ -122,8 +122,9 @@ impl<'a> Network<'a> {
             "image          {} x {} (width x height), {} channels",
             self.width, self.height, self.config.img_channels
         );
-        println!("forward pass   {} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
-        println!("               {} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
+        let over = if self.multiply_adds == u64::MAX { "more than " } else { "" };
+        println!("forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
+        println!("               {over}{} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
         let mega = |bytes: usize| bytes as f64 / 1e6;
         match &self.on_a_gpu {
             Ok(GpuCost { launches, bytes, least_bytes, memory_bytes }) => println!(
