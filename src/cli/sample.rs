@@ -210,7 +210,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     model.net.config.check_size(size[0], size[1])?;
     let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
     if let Some((gnet, path)) = gnet.as_ref().zip(args.gnet.as_ref()) {
-        check_guide(&path.display().to_string(), gnet, args, &model).context("--gnet")?;
+        check_guide(&path.display().to_string(), gnet, &args, &model).context("--gnet")?;
     }
     let conditions = gather_conditions(&args, &model)?;
     let rows = conditions.origins.len();
