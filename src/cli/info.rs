@@ -328,13 +328,13 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         }
         return Ok(());
     };
-    let what = || format!("cannot read {}", path.display());
+    // Errors in opening name the file themselves.
     if path.is_dir() {
-        return DatasetInfo::open(path, args.check).with_context(what)?.show(args.json);
+        return DatasetInfo::open(path, args.check)?.show(args.json);
     }
-    let file = SafeFile::open(path).with_context(what)?;
+    let file = SafeFile::open(path)?;
     if let Some(header) = file.metadata().get(HEADER_KEY) {
-        let header: Header = serde_json::from_str(header).with_context(what)?;
+        let header: Header = serde_json::from_str(header).with_context(|| path.display().to_string())?;
         let checked = match args.check {
             true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(&file)?) }),
             false => None,
