@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::danbooru;
-use super::dataset::{self, HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE, VocabularyPrint};
+use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE, VocabularyPrint, check_whole, write_shard};
 use super::features::{FeatureError, Features};
 use super::images::{self, Place};
 use crate::codec::{Autoencoder, CodecError, LATENTS};
@@ -718,7 +718,7 @@ fn existing_shards(
     let mut done = 0;
     let whole = |file: Option<SafeFile>| {
         let file = file?;
-        let checked = dataset::check_whole(&file).and_then(|_| read_counts(&file));
+        let checked = check_whole(&file).and_then(|_| read_counts(&file));
         done += 1;
         report(Event::Reading { what: "shards that are there", done, total });
         match checked {
@@ -1005,7 +1005,7 @@ impl Maker<'_> {
         let little = |values: &[i64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let indices: Vec<u8> = tag_indices.iter().flat_map(|x| x.to_le_bytes()).collect();
         let (tensor, dtype, planes) = kind.tensor();
-        dataset::write_shard(
+        write_shard(
             path,
             &[
                 (tensor, dtype, &[n, planes * channels, header.height, header.width], &images),
