@@ -43,7 +43,7 @@ use crate::condition::{Conditioning, unit_norm};
 use crate::formats::png::Picture;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
-use crate::formats::{self, write_atomically};
+use crate::formats::{self, DirLock, LockError, write_atomically};
 use crate::onnx::OnnxError;
 
 /// Key of the settings in a shard's metadata.
@@ -125,6 +125,8 @@ pub enum PrepareError {
     #[error("{}: a shard of another dataset; remove it or choose another directory", path.display())]
     Stray { path: PathBuf },
     #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Shard(#[from] SafeError),
     #[error(transparent)]
     Tar(#[from] TarError),
@@ -156,6 +158,11 @@ pub enum Event<'a> {
     Start(usize),
     /// So many records are done.
     Done(usize),
+    /// Something that the user should know.
+    Warning {
+        /// What.
+        text: &'a str,
+    },
     /// An image cannot be used.
     Unreadable {
         /// Its name.
@@ -359,6 +366,9 @@ pub fn prepare(
     report: &(dyn Fn(Event) + Sync),
 ) -> Result<Summary, PrepareError> {
     check_settings(settings, codec.as_ref())?;
+    let lock = DirLock::exclusive(&settings.out)?;
+    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    spare_metadata(settings)?;
     let source = Source::open(settings)?;
     let mut records = match &settings.danbooru {
         None => read_records(settings)?,
@@ -395,7 +405,6 @@ pub fn prepare(
     }
     let codec_identity = codec.as_ref().map(|codec| codec.identity.as_str());
     let fingerprint = fingerprint(settings, &list, &tags, codec_identity, &source)?;
-    fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
     let mut jobs = Vec::new();
     for split in Split::ALL {
@@ -485,6 +494,20 @@ fn check_settings(settings: &Settings, codec: Option<&Codec>) -> Result<(), Prep
     }
     if !(1..=1 << 20).contains(&settings.vocabulary) {
         return wrong("the vocabulary", settings.vocabulary.to_string(), "1 to 1048576 tags");
+    }
+    Ok(())
+}
+
+/// Refuses metadata that lies where the dataset's own files will.
+fn spare_metadata(settings: &Settings) -> Result<(), PrepareError> {
+    let place = settings.metadata.canonicalize().ok();
+    let ours = [VOCABULARY_FILE, SUMMARY_FILE].map(|name| Some(settings.out.canonicalize().ok()?.join(name)));
+    if place.is_some() && ours.contains(&place) {
+        return Err(PrepareError::Setting {
+            what: "the metadata",
+            found: settings.metadata.display().to_string(),
+            expected: "another file than one that the dataset will be made of".into(),
+        });
     }
     Ok(())
 }

@@ -18,7 +18,6 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
@@ -26,6 +25,7 @@ use serde_json::{Map, Value, json};
 pub use safetensors::Dtype;
 
 use super::AtomicFile;
+use super::mapped::Mapped;
 
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
@@ -67,11 +67,11 @@ struct Info {
 
 /// An open, checked, memory-mapped safetensors file.
 ///
-/// The file must not be truncated while it is open; files written by [`write()`] are
-/// replaced, never changed in place.
+/// The file must not be changed in place while it is open; files written by [`write()`] are replaced. If it is
+/// truncated, the process ends with an error that names it ([`Mapped`]).
 pub struct SafeFile {
     path: PathBuf,
-    map: Mmap,
+    map: Mapped,
     data_start: usize,
     metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Info>,
@@ -102,9 +102,9 @@ impl SafeFile {
         if length < 8 {
             return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
-        // SAFETY: read-only mapping; that nobody truncates the file meanwhile is the
-        // documented condition of this type (all of this crate's writers rename).
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        // SAFETY: that nobody changes the file in place meanwhile is the documented condition of this type (all of
+        // this crate's writers rename).
+        let map = unsafe { Mapped::new(&file, &path) }.map_err(io_error)?;
         let (prefix, rest) =
             map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
         let header_length = u64::from_le_bytes(*prefix);

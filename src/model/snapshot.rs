@@ -24,13 +24,13 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use serde_json::{Map, Value as Json};
 
 use super::config::Config;
 use super::file::{Encoder, Model, ModelMeta, Precision};
 use super::params::ParamTable;
 use super::precond::Precond;
+use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
 use crate::formats::safetensors::Dtype;
 use crate::formats::torch::{Storages, Tensor};
@@ -92,7 +92,7 @@ impl Snapshot {
     /// Reads a snapshot. Images seen and width of the moving average are taken from the file's name if
     /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
     ///
-    /// The file must not be truncated while it is read.
+    /// The file must not be changed while it is read.
     ///
     /// # Errors
     /// See [`SnapshotError`].
@@ -102,8 +102,8 @@ impl Snapshot {
         if !file.metadata().map_err(io_error)?.is_file() {
             return Err(io_error(io::Error::other("it is not a regular file")));
         }
-        // SAFETY: a read-only mapping; that nobody truncates the file meanwhile is the documented condition.
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        // SAFETY: that nobody changes the file meanwhile is the documented condition.
+        let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
         let mut snapshot = Self::parse(path, &map)?;
         if let Some((images_seen, std)) = path.file_stem().and_then(|name| trained(name.to_str()?)) {
             snapshot.model.meta.images_seen = images_seen;
