@@ -385,7 +385,7 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, precision: Precisio
         "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
         "memory_bytes": memory,
         "on_a_gpu": gpu,
-        "resumes_from": newest,
+        "resumes_from": newest.map(|path| path.display().to_string()),
     }))?)
 }
 

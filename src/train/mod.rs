@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 pub mod batch;
@@ -116,10 +116,16 @@ impl DataIdentity {
     }
 }
 
+/// Paths need not be UTF-8, JSON does.
+fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
 /// What a run does beside training: intervals are in images, 0 = never.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Where everything goes.
+    #[serde(serialize_with = "as_shown")]
     pub outdir: PathBuf,
     /// Images per micro-batch; changes results by rounding only.
     pub batch_gpu: u64,
