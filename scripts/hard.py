@@ -511,6 +511,12 @@ class Campaign:
             bad = with_checksums(bad)
         path.write_bytes(bad)
         result = run([place.edm2k, *arguments], directory, limit=SECONDS, address_space=4 * BYTES)
+        if kind == "checkpoint" and result.code == 0:
+            # An older one, or the bits that it had: the run ends as if nothing had been damaged.
+            end = "checkpoint-000000072.safetensors"
+            if safetensors(directory / "run" / end) != self.undamaged(arguments, end):
+                self.add("different")
+                self.fail("damage", number, "a run that goes on from a damaged checkpoint ends otherwise", result.text)
         self.add("damaged files")
         self.add("refused" if result.code else "taken")
         what = complaint(result)
@@ -521,6 +527,17 @@ class Campaign:
             kept.write_bytes(bad)
             self.fail("damage", number, f"{kind}: {what}: {' '.join(arguments)} ({kept})", result.text)
         shutil.rmtree(directory)
+
+    def undamaged(self, arguments, end):
+        with self.lock:
+            if end not in self.references:
+                directory = self.place.folder(self.scratch)
+                os.unlink(directory / "run")
+                shutil.copytree(self.place.dir / "run", directory / "run")
+                self.place.do(arguments, directory)
+                self.references[end] = safetensors(directory / "run" / end)
+                shutil.rmtree(directory)
+            return self.references[end]
 
     def options(self, number, r):
         directory = self.place.folder(self.scratch)

@@ -168,7 +168,10 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = read().with_context(|| dir.display().to_string())?;
     files.retain(|file| {
         let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        name.ends_with(".png") && !name.starts_with("grid") && !name.ends_with("-steps.png")
+        let number = name.strip_prefix("grid").and_then(|rest| rest.strip_suffix(".png"));
+        let grid =
+            number.is_some_and(|n| n.is_empty() || n.strip_prefix('-').is_some_and(|n| n.parse::<u32>().is_ok()));
+        name.ends_with(".png") && !grid && !name.ends_with("-steps.png")
     });
     files.sort();
     ensure!(files.len() > 1, "{}: {} PNG files, expected 2 at least", dir.display(), files.len());
