@@ -17,11 +17,13 @@ docs/reliability.md. The status is 1 if anything did not; only the standard libr
 import argparse
 import base64
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -86,13 +88,14 @@ class Result:
 def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=()):
     """Runs to the end, or kills at the limit; `signals`: pairs of seconds after the start and a signal."""
     command = [str(part) if isinstance(part, Path) else part for part in command]
-    limits = [f"ulimit -v {address_space >> 10}"] if address_space else []
-    limits += ["trap '' XFSZ", f"ulimit -f {file_size >> 10}"] if file_size is not None else []
-    if limits:
-        command = ["bash", "-c", "; ".join(limits + ['exec "$@"']), "bash"] + command
+    if file_size is not None:
+        command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {file_size >> 10}; exec \"$@\"", "bash"] + command
     with tempfile.TemporaryFile() as said:
         begun = time.monotonic()
         process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        if address_space:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_AS, (address_space, address_space))
         due = sorted(list(signals) + [(limit, "limit")], key=lambda pair: pair[0])
         over = threading.Event()
         timed_out = []
@@ -470,7 +473,11 @@ class Campaign:
 
         def copied(name, sub):
             os.unlink(directory / name)
-            shutil.copytree(place.dir / name, directory / name)
+            os.mkdir(directory / name)
+            for path in (place.dir / name).iterdir():
+                # Statistics are appended to; all else is replaced.
+                copy = shutil.copy if path.name in (sub, "stats.jsonl") else os.link
+                copy(path, directory / name / path.name)
             return f"{name}/{sub}"
 
         checkpoint = max(path.name for path in (place.dir / "run").glob("checkpoint-*"))
