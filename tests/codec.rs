@@ -661,3 +661,42 @@ fn sample_decodes_latents_to_pictures() {
     fails("latent", "rgb", "--vae: rgb: neither an SD-VAE nor a TAESD");
     fails("latent", "absent", "--vae: absent: No such file");
 }
+
+#[test]
+fn latents_are_decoded_by_what_made_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let vae = sd_vae(&[32, 32, 32, 32], 1);
+    write(&at("vae"), &vae);
+    // The same encoder: in half precision, under old names, and with a decoder that was trained further.
+    let halves = vae.iter().map(|(name, (shape, values))| {
+        (name.clone(), (shape.clone(), values.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect()))
+    });
+    write(&at("half"), &halves.collect());
+    write(&at("old"), &old_names(&vae));
+    let change = |name: &str| {
+        let mut changed = vae.clone();
+        changed.get_mut(name).unwrap().1[0] += 1.0;
+        changed
+    };
+    write(&at("decoder"), &change("decoder.conv_in.bias"));
+    write(&at("encoder"), &change("encoder.conv_in.bias"));
+    write(&at("tiny"), &taesd(8));
+    let made_by = CodecFile::open(at("vae")).unwrap().autoencoder().unwrap();
+    tiny_model(&at("latent"), 4, Encoder::SdVae);
+    let mut model = Model::load(at("latent")).unwrap();
+    model.meta.autoencoder = made_by;
+    save(at("latent"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    let said = |vae: &str, code: i32| {
+        let out = sample(dir.path(), "latent", &["--outdir", "o", "--vae", vae]).code(code);
+        String::from_utf8_lossy(&out.get_output().stderr).into_owned()
+    };
+    for same in ["vae", "half", "old", "decoder"] {
+        assert!(!said(same, 0).contains("warning"), "{same}");
+    }
+    let text = said("encoder", 1);
+    let expected = "--vae: encoder: it is the SD-VAE encoder (";
+    assert!(text.contains(expected) && text.contains("but the latents of latent are of the SD-VAE vae ("), "{text}");
+    let text = said("tiny", 0);
+    assert!(text.contains("warning: --vae tiny (the TAESD) only approximates the SD-VAE vae ("), "{text}");
+}

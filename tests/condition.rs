@@ -34,7 +34,7 @@ fn scenes() -> Rows {
     }
     let vocabulary = Vocabulary::most_frequent(sets.iter().map(|set| set.iter().copied()), 64).unwrap();
     let tags = sets.iter().map(|set| vocabulary.parse(&set.join(",")).unwrap()).collect();
-    Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new() }
+    Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new(), conditioning: None }
 }
 
 static SCENES: LazyLock<(Rows, Vae)> = LazyLock::new(|| {
@@ -123,7 +123,8 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
         dense.extend((0..6).map(|f| 10.0 + mix[f][0] * causes[0] + mix[f][1] * causes[1] + 0.05 * causes[2 + f]));
     }
     assert!(dense.chunks_mut(6).all(unit_norm));
-    let rows = Rows { kind: Kind::Dense, vocabulary: Vocabulary::default(), tags: vec![vec![]; count as usize], dense };
+    let (vocabulary, tags) = (Vocabulary::default(), vec![vec![]; count as usize]);
+    let rows = Rows { kind: Kind::Dense, vocabulary, tags, dense, conditioning: None };
     let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let invented = vae.invent(&[], 1000, 3).conditions;

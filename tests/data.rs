@@ -204,7 +204,7 @@ fn at_most_the_allowed_share_is_cropped_about_the_centre() {
     shop.image(6, framed, &["x"]);
     shop.image(7, solid(9, 9, [5, 5, 5]), &["x"]);
     let summary = shop.prepare();
-    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, untagged: 0 });
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Cropped, 1)]));
     let dataset = shop.open(Split::Train);
     for (id, .., kept) in cases {
@@ -457,7 +457,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         let stored = shard.f32("latents").unwrap();
         for (i, stored) in stored.chunks(8 * area).enumerate() {
             let file = fs::read(shop.file(&format!("{}.png", i + 2))).unwrap();
-            let picture = images::decode(&file, [255; 3]).unwrap();
+            let picture = images::decode(&file, [255; 3]).unwrap().picture;
             let moments = encoder.encode(&mut cpu, &picture).unwrap();
             for at in 0..4 * area {
                 let (c, place) = (at / area, at % area);
@@ -583,7 +583,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
         let data = Dataset::open(&out, Split::Train).unwrap();
         assert_eq!(data.condition_dim(), 5);
         let source = if name == "features.npy" { ("", "") } else { ("tagger.onnx", "pooled") };
-        let conditioning = Conditioning::Features { source: source.0.into(), node: source.1.into() };
+        let conditioning = Conditioning::Features { source: source.0.into(), node: source.1.into(), fingerprint: None };
         assert_eq!(data.header().conditioning, conditioning, "{name}");
         assert!(data.vocabulary().get("all").is_some() && !data.tags(0).is_empty(), "tags are kept beside");
         for i in 0..data.len() {
@@ -686,7 +686,7 @@ fn a_model_of_features_draws_what_tags_ask_for() {
     assert!(about.contains("conditions are features of tagger.onnx, tensor pooled\n"), "{about}");
     assert!(!about.contains("vocabulary"), "the places of features have no names: {about}");
     ok(&format!("eval --device cpu --model {model} --data data --split train"));
-    let of = "of-tags: the conditions are tags, the model's are features of tagger.onnx, tensor pooled";
+    let of = "of-tags: its conditions are tags, those of run/";
     if Dataset::open(&dir.join("of-tags"), Split::Train).unwrap().condition_dim() == 4 {
         fails(&format!("eval --device cpu --model {model} --data of-tags --split train"), of);
     }
@@ -698,9 +698,9 @@ fn a_model_of_features_draws_what_tags_ask_for() {
         &format!("{sample} --outdir o --tags all"),
         "its conditions are features of tagger.onnx, tensor pooled, so --tags needs a --condition-model that has learned",
     );
-    let other = "t.safetensors: it invents tags, but the conditions of run/";
+    let other = "t.safetensors: its conditions are tags, those of run/";
     fails(&format!("{sample} --outdir o --tags all --condition-model t.safetensors"), other);
-    let other = "c.safetensors: it invents features, but the conditions of tags-run/";
+    let other = "c.safetensors: its conditions are features of tagger.onnx, tensor pooled, those of tags-run/";
     let of_tags = sample.replace("run/", "tags-run/");
     fails(&format!("{of_tags} --outdir o --random-conditions 1 --condition-model c.safetensors"), other);
     fails(&format!("{sample} --outdir o --tags al --condition-model c.safetensors"), "unknown tag \"al\"");
@@ -708,6 +708,299 @@ fn a_model_of_features_draws_what_tags_ask_for() {
     assert_eq!(image::image_dimensions(dir.join("o/000000.png")).unwrap(), (32, 32));
     let text = edm2k::formats::png::read_text(&dir.join("o/000000.png")).unwrap();
     assert!(text.iter().any(|(_, text)| text.contains(r#""asked":"all, a""#)), "{text:?}");
+}
+
+#[test]
+fn a_call_that_keeps_nothing_does_not_stand_in_the_way_of_the_right_one() {
+    let mut shop = Workshop::new();
+    for id in 2..8 {
+        // As photographs are.
+        shop.image(id, solid(64, 48, [9, 90, 200]), &["x"]);
+    }
+    let fails = |settings: Settings, expected: &str| {
+        let error = prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    fails(Settings { images: "no/such/folder".into(), ..shop.settings() }, "no/such/folder: No such file");
+    let empty = shop.dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let wrong = Settings { images: empty, shard_size: 2, ..shop.settings() };
+    fails(wrong, "none of the 6 images could be kept (6 unreadable)");
+    fails(shop.settings(), "(6 of too different a shape (a larger --max-crop keeps more))");
+    let right = Settings { max_crop: 0.5, ..shop.settings() };
+    assert_eq!(counts(&prepare::prepare(&right, None, &|_| ()).unwrap(), Split::Train).kept, 6);
+    // What has been accepted is kept.
+    fails(shop.settings(), "made before with max-crop 0.5, now 0.05");
+    assert_eq!(shop.open(Split::Train).len(), 6);
+}
+
+#[test]
+fn a_bad_record_is_one_bad_record() {
+    let mut shop = Workshop::new();
+    shop.image(2, solid(16, 16, [1, 2, 3]), &["x"]);
+    fs::create_dir(shop.file("folder")).unwrap();
+    fs::create_dir(shop.file("folder.png")).unwrap();
+    std::os::unix::fs::symlink("loop.png", shop.file("loop.png")).unwrap();
+    let pipe = std::ffi::CString::new(shop.file("pipe.png").to_str().unwrap()).unwrap();
+    // SAFETY: a path that ends in a zero.
+    assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
+    let long = "a".repeat(300);
+    let bad =
+        ["folder", "folder/", "folder.png", "", "loop.png", "pipe.png", "2.png/x.png", "a\0.png", &long, "absent"];
+    for (id, file) in (12..).zip(bad) {
+        shop.record(id, file, &["x"]);
+    }
+    shop.lines.push(r#"{"id": 33, "file": "/dev/zero", "tags": ["x"]}"#.into());
+    let listed = Mutex::new(Vec::new());
+    let listen = |event: Event| {
+        if let Event::Unreadable { file, why } = event {
+            listed.lock().unwrap().push(format!("{file}: {why}"));
+        }
+    };
+    let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
+    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 1)]));
+    let listed = listed.into_inner().unwrap().join("\n");
+    for expected in ["pipe.png: it is a pipe, not a regular file", "folder.png: it is a directory", "it is a device"] {
+        assert!(listed.contains(expected), "{listed}");
+    }
+}
+
+#[test]
+fn files_that_are_no_images_are_called_what_they_are() {
+    let mut shop = Workshop::new();
+    shop.image(2, solid(16, 16, [1, 2, 3]), &["x"]);
+    let lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n";
+    for (id, name, bytes) in
+        [(3, "lfs.png", lfs), (4, "page.jpg", "<!DOCTYPE html>\n<p>404"), (5, "words.gif", "words")]
+    {
+        fs::write(shop.file(name), bytes).unwrap();
+        shop.record(id, name, &["x"]);
+    }
+    let listed = Mutex::new(String::new());
+    let listen = |event: Event| {
+        if let Event::Unreadable { file, why } = event {
+            *listed.lock().unwrap() += &format!("{file}: {why}\n");
+        }
+    };
+    prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    let listed = listed.into_inner().unwrap();
+    for expected in ["lfs.png: it is a Git LFS pointer", "page.jpg: it is a web page", "words.gif: it is no image"] {
+        assert!(listed.contains(expected), "{listed}");
+    }
+}
+
+#[test]
+fn metadata_may_have_a_mark_and_is_called_what_it_is() {
+    let mut shop = Workshop::new();
+    shop.image(2, solid(16, 16, [1, 2, 3]), &["x"]);
+    shop.image(3, solid(16, 16, [1, 2, 3]), &["x"]);
+    let base = shop.settings();
+    let text = fs::read_to_string(&base.metadata).unwrap();
+    let write = |bytes: &[u8]| {
+        fs::write(&base.metadata, bytes).unwrap();
+        prepare::prepare(&base, None, &|_| ())
+    };
+    for text in [format!("\u{feff}{text}"), format!("\u{feff}{}\r\n", text.replace('\n', "\r\n"))] {
+        assert_eq!(counts(&write(text.as_bytes()).unwrap(), Split::Train).kept, 2);
+    }
+    let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (bytes, expected) in [
+        ([b"\xff\xfe", &utf16[..]].concat(), "metadata.jsonl: it is text in UTF-16"),
+        (b"\x1f\x8b\x08\0".to_vec(), "metadata.jsonl: it is compressed"),
+        (format!("[{}]", text.replace('\n', ",\n")).into_bytes(), "metadata.jsonl: it is a list in JSON, expected"),
+        (b"PK\x03\x04".to_vec(), "metadata.jsonl: it is a zip"),
+        (
+            format!("{text}\n{{\"id\": 4,").into_bytes(),
+            "metadata.jsonl line 3: EOF while parsing a value at column 9; ",
+        ),
+    ] {
+        let error = write(&bytes).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.matches("line").count() <= 1, "{error}");
+    }
+}
+
+#[test]
+fn a_vocabulary_that_is_not_of_the_shards_is_refused_and_renamed_tags_are_not() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let path = out.join("vocabulary.json");
+    let whole = fs::read_to_string(&path).unwrap();
+    let said = |event: Event, said: &Mutex<String>| {
+        if let Event::Renamed { tags, was, now } = event {
+            *said.lock().unwrap() = format!("{tags} {was} {now}");
+        }
+    };
+    fs::write(&path, whole.replace("\"b\"", "\"bee\"")).unwrap();
+    let renamed = Mutex::new(String::new());
+    prepare::prepare(&shop.settings(), None, &|event| said(event, &renamed)).unwrap();
+    assert_eq!(renamed.into_inner().unwrap(), "1 b bee");
+    let data = shop.open(Split::Train);
+    assert!(data.renamed() && data.vocabulary().get("bee").is_some());
+    let told = edm2k(&["info", out.to_str().unwrap(), "--check"]).success();
+    let told = String::from_utf8(told.get_output().stdout.clone()).unwrap();
+    assert!(told.contains("4 tags, renamed since the shards were made: "), "{told}");
+    assert!(told.contains("checked        11 shards are whole\n"), "{told}");
+
+    let lines: Vec<_> = whole.lines().collect();
+    let [open, first, second, rest @ ..] = &lines[..] else { panic!("{whole}") };
+    for (what, text) in [
+        ("cut", whole[..whole.len() - 9].to_owned()),
+        ("of fewer tags", [*open, *first, lines[4], "]"].join("\n")),
+        ("of another count", whole.replacen("33", "32", 1)),
+        ("exchanged", [&[*open, *second, *first], rest].concat().join("\n")),
+        ("a web page", "<html>".to_owned()),
+    ] {
+        fs::write(&path, text).unwrap();
+        let error = prepare::prepare(&shop.settings(), None, &|_| ()).unwrap_err().to_string();
+        assert!(error.contains("vocabulary.json: "), "{what}: {error}");
+        Dataset::open(&out, Split::Train).unwrap_err();
+    }
+    fs::remove_file(&path).unwrap();
+    shop.prepare();
+    assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_shard_is_found_and_mended() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let path = out.join("train-00001.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let data = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    // Every byte of the header would be many; each tensor has a few among these.
+    for (i, at) in (0..whole.len()).step_by(97).chain((data..whole.len()).step_by(41)).enumerate() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1 << (i % 8);
+        fs::write(&path, &damaged).unwrap();
+        let found = Dataset::open(&out, Split::Train).and_then(|data| data.check(&mut || ()).map(|_| ()));
+        let error = found.expect_err(&format!("bit {} of byte {at}", i % 8)).to_string();
+        assert!(error.contains("train-00001.safetensors") || error.contains("vocabulary.json"), "{error}");
+    }
+    let mut damaged = whole.clone();
+    *damaged.last_mut().unwrap() ^= 4;
+    fs::write(&path, &damaged).unwrap();
+    let text = failure(&["info", "--check", out.to_str().unwrap()]);
+    assert!(text.contains("its bytes are not those that were written (checksum)"), "{text}");
+    let told = Mutex::new(String::new());
+    let listen = |event: Event| {
+        if let Event::Damaged { why } = event {
+            *told.lock().unwrap() += why;
+        }
+    };
+    prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    assert!(told.into_inner().unwrap().contains("train-00001.safetensors: tensor "));
+    assert_eq!(fs::read(&path).unwrap(), whole, "it is made again");
+}
+
+#[test]
+fn what_made_a_dataset_is_recognised_by_its_content() {
+    let mut shop = Workshop::new();
+    for id in 2..6 {
+        shop.image(id, RgbImage::from_fn(16, 16, |x, y| Rgb([(x * 15) as u8, (y * 11) as u8, id as u8])), &["x"]);
+    }
+    let dir = shop.dir.path();
+    shop.settings();
+    let vae = autoencoder::sd_vae(&[32, 32], 1);
+    autoencoder::write(&dir.join("a.safetensors"), &vae);
+    autoencoder::write(&dir.join("b.safetensors"), &vae);
+    let mut other = vae.clone();
+    other.get_mut("encoder.conv_in.bias").unwrap().1[0] += 1.0;
+    fs::create_dir(dir.join("other")).unwrap();
+    autoencoder::write(&dir.join("other/a.safetensors"), &other);
+    let run = |vae: &str| {
+        let line = format!("prepare --images images --metadata metadata.jsonl --size 16x16 --out out --vae {vae}");
+        Command::cargo_bin("edm2k").unwrap().current_dir(dir).args(line.split_whitespace()).assert()
+    };
+    run("a.safetensors").success();
+    let said = String::from_utf8(run("b.safetensors").success().get_output().stderr.clone()).unwrap();
+    assert!(said.contains("train-00000.safetensors: 4 images (was there)"), "{said}");
+    let said = String::from_utf8(run("other/a.safetensors").failure().get_output().stderr.clone()).unwrap();
+    assert!(said.contains("made before with vae a.safetensors (") && said.contains("), now a.safetensors ("), "{said}");
+    let data = Dataset::open(&dir.join("out"), Split::Train).unwrap();
+    let made_by = CodecFile::open(dir.join("b.safetensors")).unwrap().autoencoder().unwrap();
+    assert_eq!(data.header().autoencoder, made_by);
+}
+
+#[test]
+fn truncated_jpegs_are_unreadable() {
+    let mut shop = Workshop::new();
+    for (k, (name, bytes)) in [
+        ("baseline", &include_bytes!("data/jpeg/baseline.jpg")[..]),
+        ("progressive", include_bytes!("data/jpeg/progressive.jpg")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (part, share) in [("whole", 100), ("without-end", 0), ("most", 95), ("half", 60)] {
+            let end = if share == 0 { bytes.len() - 2 } else { bytes.len() * share / 100 };
+            let file = format!("{name}-{part}.jpg");
+            fs::write(shop.file(&file), &bytes[..end]).unwrap();
+            shop.record(20 + 10 * k as i64 + shop.lines.len() as i64 % 4 + 2, &file, &["x"]);
+        }
+    }
+    let dropped = Mutex::new(Vec::new());
+    let listen = |event: Event| {
+        if let Event::Unreadable { file, why } = event {
+            assert!(why.contains("a JPEG that is not whole"), "{why}");
+            dropped.lock().unwrap().push(file.to_owned());
+        }
+    };
+    let settings = Settings { max_crop: 0.5, ..shop.settings() };
+    assert_eq!(counts(&prepare::prepare(&settings, None, &listen).unwrap(), Split::Train).kept, 4);
+    let mut dropped = dropped.into_inner().unwrap();
+    dropped.sort();
+    assert_eq!(dropped, ["baseline-half.jpg", "baseline-most.jpg", "progressive-half.jpg", "progressive-most.jpg"]);
+}
+
+#[test]
+fn colours_are_converted_by_their_profile_or_counted() {
+    use image::ImageEncoder;
+    use image::codecs::png::PngEncoder;
+    let srgb = moxcms::ColorProfile::new_srgb();
+    let mut exchanged = srgb.clone();
+    std::mem::swap(&mut exchanged.red_colorant, &mut exchanged.blue_colorant);
+    std::mem::swap(&mut exchanged.red_trc, &mut exchanged.blue_trc);
+    let mut cmyk = srgb.encode().unwrap();
+    cmyk[16..20].copy_from_slice(b"CMYK");
+    let wide = moxcms::ColorProfile::new_adobe_rgb();
+    let mut shop = Workshop::new();
+    let picture = solid(16, 16, [200, 100, 50]);
+    for (id, profile) in
+        [(2, srgb.encode().unwrap()), (3, exchanged.encode().unwrap()), (4, wide.encode().unwrap()), (5, cmyk)]
+    {
+        let mut bytes = Vec::new();
+        let mut encoder = PngEncoder::new(&mut bytes);
+        encoder.set_icc_profile(profile).unwrap();
+        encoder.write_image(&picture, 16, 16, image::ExtendedColorType::Rgb8).unwrap();
+        fs::write(shop.file(&format!("{id}.png")), bytes).unwrap();
+        shop.record(id, &format!("{id}.png"), &["x"]);
+    }
+    let told = Mutex::new(Vec::new());
+    let listen = |event: Event| {
+        if let Event::Unapplied { file, .. } = event {
+            told.lock().unwrap().push(file.to_owned());
+        }
+    };
+    // The second time from the shard.
+    for _ in 0..2 {
+        let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+        let expected = Counts { kept: 4, unapplied: 1, ..Counts::default() };
+        assert_eq!(counts(&summary, Split::Train), expected);
+    }
+    assert_eq!(told.into_inner().unwrap(), ["5.png", "5.png"]);
+    let data = shop.open(Split::Train);
+    let near = |id: i64, expected: [u8; 3]| {
+        let found = pixels(&data, id)[0];
+        assert!(found.iter().zip(expected).all(|(a, b)| a.abs_diff(b) <= 1), "{id}: {found:?}, expected {expected:?}");
+    };
+    assert_eq!(pixels(&data, 2)[0], [200, 100, 50], "sRGB stays as it is, to the bit");
+    near(3, [50, 100, 200]);
+    // By the matrices and curves of both: Adobe's red is further out.
+    near(4, [227, 100, 42]);
+    assert_eq!(pixels(&data, 5)[0], [200, 100, 50]);
 }
 
 // ---- the reader ----

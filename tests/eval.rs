@@ -167,7 +167,7 @@ fn what_does_not_fit_is_one_clear_line() {
     write(&config(&|config| config.label_dim = 0), &file("unconditional"));
     fs::write(file("junk"), "junk").unwrap();
     let cases = [
-        ("words", &[][..], "made with another vocabulary (it has \"face\" where "),
+        ("words", &[][..], "made for another vocabulary (it has \"face\" where "),
         ("latents", &[], "tests/data/emoji: the images are pixels, the model's are latents"),
         ("narrow", &[], "tests/data/emoji: the conditions are 64 wide, expected the model's 6"),
         ("grey", &[], "tests/data/emoji: the images have 3 channels, the model's 1"),

@@ -111,3 +111,53 @@ fn bench_measures_time_and_memory() {
         assert!(row.ends_with(" MiB") || !cfg!(target_os = "linux"), "{row}");
     }
 }
+
+#[test]
+fn sizes_that_no_image_has_are_one_line() {
+    use edm2k::formats::safetensors::{self, SafeFile};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.safetensors");
+    let file = SafeFile::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/emoji.safetensors")).unwrap();
+    let tensors: Vec<safetensors::TensorOut> = file
+        .names()
+        .map(|name| (name, file.dtype(name).unwrap(), file.shape(name).unwrap(), file.bytes(name).unwrap()))
+        .collect();
+    for [height, width] in [[1 << 60, 32], [(1 << 63) + 8, 8], [1 << 40, 1 << 40], [65544, 8], [0, 8]] {
+        let mut metadata = file.metadata().clone();
+        let mut about: Value = serde_json::from_str(&metadata["edm2k"]).unwrap();
+        (about["height"], about["width"]) = (Value::from(height as u64), Value::from(width as u64));
+        metadata.insert("edm2k".into(), about.to_string());
+        safetensors::write(&path, &tensors, &metadata).unwrap();
+        assert!(refused(&path).contains("an image of "), "{height}x{width}");
+    }
+    // The largest there is: told, not planned.
+    let large = json(&["demo/emoji.safetensors", "--size", "65536x65536"]);
+    assert!(large["multiply_adds"].as_u64().unwrap() > 1 << 50);
+    assert!(large["on_a_gpu"]["Err"].as_str().unwrap().contains("more elements than the kernels count"), "{large}");
+}
+
+#[test]
+fn files_of_another_kind_are_called_what_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let zip = b"PK\x03\x04\x14\0\0\0archive/data.pkl";
+    for (name, bytes, expected) in [
+        ("m.ckpt", &zip[..], "it is a PyTorch checkpoint"),
+        ("m.pkl", b"\x80\x02}q\0.........", "it is a Python pickle (.pkl, .pt, .ckpt); `edm2k import`"),
+        ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "it is a NumPy archive (.npz)"),
+        ("m.html", b"<!doctype html><title>Sign in</title>", "it is a web page (HTML)"),
+        ("m.lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "it is a Git LFS pointer"),
+        ("m.onnx", b"\x08\x08\x12\x07pytorch", "it is an ONNX file"),
+    ] {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let said = refused(&path);
+        assert!(said.contains(expected) && said.len() < 350, "{said}");
+    }
+    // Nor does a pipe hang, or a device fill the memory.
+    let pipe = dir.path().join("pipe");
+    let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+    // SAFETY: a path that ends in a zero.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    assert!(refused(&pipe).contains("it is a pipe, not a regular file"));
+    assert!(refused(Path::new("/dev/zero")).contains("it is a device, not a regular file"));
+}

@@ -15,6 +15,7 @@ use edm2k::condition::Conditioning;
 use edm2k::condition::tagger::Tagger;
 use edm2k::data::bicubic::resize;
 use edm2k::data::dataset::{Dataset, Split};
+use edm2k::fingerprint::Fingerprint;
 use edm2k::formats::png::{self, Picture};
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Model, Precision, file::save};
@@ -121,7 +122,8 @@ fn features_are_those_of_a_direct_computation() {
                 let error = (f64::from(found) - expected).abs();
                 assert!(error < 2e-6, "feature {i}: {found}, expected {expected}");
             }
-            let expected = Conditioning::Features { source: "tagger.onnx".into(), node: POOLED.into() };
+            let fingerprint = Some(Fingerprint::of_file(&path).unwrap());
+            let expected = Conditioning::Features { source: "tagger.onnx".into(), node: POOLED.into(), fingerprint };
             assert_eq!(tagger.conditioning(), expected);
         }
     }
@@ -330,7 +332,28 @@ fn bad_files_are_refused_in_a_line() {
                     .message(5, ints("pads", &[20_000, 20_000, 20_000, 20_000]));
             }),
             Wanted::Pooled,
-            "expected 268435456 at most",
+            "node /Pad: pads [20000, 20000, 20000, 20000], larger than any image",
+        ),
+        (
+            "window-bomb",
+            changed(&|graph| {
+                graph.nodes[2] =
+                    node("/Pool", "MaxPool", &["conv"], "relu").message(5, ints("kernel_shape", &[i64::MAX, 2]));
+            }),
+            Wanted::Pooled,
+            "node /Pool: kernel_shape [9223372036854775807, 2], larger than any image",
+        ),
+        (
+            "long",
+            changed(&|graph| {
+                for i in 0..30_000 {
+                    let before = if i == 0 { "conv".into() } else { format!("r{}", i - 1) };
+                    graph.nodes.insert(2 + i, node(&format!("n{i}"), "Relu", &[&before], &format!("r{i}")));
+                }
+                graph.nodes[30_002] = node("/Last", "Relu", &["r29999"], "relu");
+            }),
+            Wanted::Pooled,
+            " nodes, expected 20000 at most",
         ),
         (
             "constant-bomb",
@@ -340,7 +363,7 @@ fn bad_files_are_refused_in_a_line() {
                 graph.nodes.insert(3, node("/Sum", "Add", &["much", "conv"], "relu"));
             }),
             Wanted::Pooled,
-            "",
+            "node /Expand: ConstantOfShape [1048576, 1048576, 1048576], larger than any image",
         ),
     ];
     for (name, bytes, wanted, expected) in cases {
@@ -419,7 +442,7 @@ impl Bench {
 }
 
 fn features_of(source: &str, node: &str) -> Conditioning {
-    Conditioning::Features { source: source.into(), node: node.into() }
+    Conditioning::Features { source: source.into(), node: node.into(), fingerprint: None }
 }
 
 fn unit(features: &[f64]) -> Vec<f32> {
@@ -477,6 +500,29 @@ fn sample_like_takes_a_pictures_features_as_the_condition() {
         assert_eq!(said.contains(&format!("warning: {name} was trained on features")), warns, "{said}");
     }
 
+    // Where the content is known, the name does not matter, and another content is an error.
+    let of_file = |path: &str| Conditioning::Features {
+        source: "tagger.onnx".into(),
+        node: POOLED.into(),
+        fingerprint: Some(Fingerprint::of_file(&bench.path(path)).unwrap()),
+    };
+    bench.model("exact", 6, 8, of_file("tagger.onnx"));
+    fs::create_dir(bench.path("other-dir")).unwrap();
+    let mut changed = onnx::Tagger::new(9, 6);
+    changed.bias[0] += 1.0;
+    fs::write(bench.path("other-dir/tagger.onnx"), changed.file()).unwrap();
+    fs::copy(bench.path("tagger.onnx"), bench.path("renamed.onnx")).unwrap();
+    let line = "sample --model exact --steps 1 --device cpu --overwrite --outdir exact.out --like a.png --tagger";
+    let (_, said) = bench.says(&format!("{line} renamed.onnx"));
+    assert!(!said.contains("warning"), "{said}");
+    let said = bench.fails(&format!("{line} other-dir/tagger.onnx"));
+    assert!(said.contains("--tagger: exact was trained on features of tagger.onnx ("), "{said}");
+    assert!(said.contains("but these are features of tagger.onnx ("), "{said}");
+    // A long strip is no reason to make a square of its side.
+    let strip = Picture::new(1, 60_000, [40, 80, 120].repeat(60_000));
+    strip.save(&bench.path("strip.png"), &[]).unwrap();
+    bench.says(&format!("{line} renamed.onnx --like strip.png"));
+
     bench.model("tags", 6, 8, Conditioning::Tags);
     bench.model("wide", 7, 8, features_of("", ""));
     fs::write(bench.path("text.png"), "no picture").unwrap();
@@ -526,7 +572,8 @@ fn prepare_tagger_shows_the_tagger_the_whole_image() {
     bench.says(line);
     for split in Split::ALL {
         let data = Dataset::open(&bench.path("data"), split).unwrap();
-        assert_eq!(data.header().conditioning, features_of("tagger.onnx", POOLED));
+        assert!(!data.header().conditioning.differs(&features_of("tagger.onnx", POOLED)));
+        assert!(data.header().conditioning.to_string().starts_with("features of tagger.onnx ("));
         assert_eq!((data.condition_dim(), data.len()), (6, 2));
         for k in 0..data.len() {
             // On white, and padded by two columns of white on each side.
@@ -550,6 +597,10 @@ fn prepare_tagger_shows_the_tagger_the_whole_image() {
     assert_eq!(said.matches("was there").count(), 3, "{said}");
     let other = bench.fails(&line.replace("--tagger", "--tagger-node conv --tagger"));
     assert!(other.contains("the tensor conv is"), "{other}");
+    // Of the same content under another name: the same dataset.
+    fs::rename(bench.path("tagger.onnx"), bench.path("renamed.onnx")).unwrap();
+    let (_, said) = bench.says(&line.replace("tagger.onnx", "renamed.onnx"));
+    assert_eq!(said.matches("was there").count(), 3, "{said}");
     fs::write(bench.path("tagger.onnx"), onnx::Tagger::new(39, 6).file()).unwrap();
     let other = bench.fails(line);
     assert!(other.contains("made before with tagger tagger.onnx ("), "{other}");

@@ -476,6 +476,53 @@ fn conditions_come_from_files_and_datasets() {
 }
 
 #[test]
+fn conditions_of_another_vocabulary_are_refused() {
+    let bench = Bench::new();
+    fs::create_dir(bench.path("images")).unwrap();
+    let run = |line: &str| {
+        Command::cargo_bin("edm2k").unwrap().current_dir(bench.dir.path()).args(line.split_whitespace()).assert()
+    };
+    let tags = ["cat", "dog", "heart", "red", "smiling face"];
+    // Each of the first tags is on one image more than the next, so that this is their order.
+    for (name, last) in [("same", "smiling face"), ("other", "crying face")] {
+        let mut lines = String::new();
+        for (i, _) in tags.iter().enumerate() {
+            let own: Vec<_> = tags[..5 - i].iter().map(|tag| if *tag == tags[4] { last } else { tag }).collect();
+            lines += &format!("{}\n", json!({"id": i + 2, "file": "a.png", "tags": own}));
+        }
+        fs::write(bench.path(&format!("{name}.jsonl")), lines).unwrap();
+        image::RgbImage::new(16, 16).save(bench.path("images/a.png")).unwrap();
+        run(&format!("prepare --images images --metadata {name}.jsonl --out {name} --size 16x16")).success();
+        run(&format!("condition train --data {name} --out {name}.safetensors --epochs 1")).success();
+        run(&format!("condition sample --model {name}.safetensors --count 2 --out {name}-c.safetensors")).success();
+    }
+    bench.sample("--outdir a --row same:2").success();
+    bench.sample("--outdir b --conditions same-c.safetensors").success();
+    bench.sample("--outdir c --random-conditions 1 --condition-model same.safetensors").success();
+    run("condition sample --model same.safetensors --data same").success();
+    let message =
+        "made for another vocabulary (it has \"crying face\" where m.safetensors has \"smiling face\"; 1 of 5";
+    bench.fails("--outdir d --row other:2", message);
+    bench.fails("--outdir d --conditions other-c.safetensors", message);
+    bench.fails("--outdir d --random-conditions 1 --condition-model other.safetensors", message);
+    let said = run("condition sample --model same.safetensors --data other").failure();
+    let said = String::from_utf8(said.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("--data: other: made for another vocabulary"), "{said}");
+    assert!(!bench.path("d").exists());
+}
+
+#[test]
+fn what_no_machine_has_room_for_is_one_line() {
+    let bench = Bench::new();
+    bench.fails("--outdir o --size 65536x65536", "of memory at least, this machine has ");
+    bench.fails(
+        "--outdir o --seeds 0-999999 --batch 65535 --size 1024x1024",
+        "a batch of 65535 images of 1024x1024 needs",
+    );
+    assert!(!bench.path("o").exists());
+}
+
+#[test]
 fn mistakes_are_one_clear_line() {
     let bench = Bench::new();
     bench.fails("--outdir o --tags |smilin face|", "unknown tag \"smilin face\", did you mean \"smiling face\"?");
@@ -492,10 +539,11 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
     let tags = ["heart", "cat", "dog", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
     let vocabulary = Vocabulary::new(tags.to_vec()).unwrap();
-    let rows = Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new() };
+    let rows =
+        Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new(), conditioning: None };
     let how = Training { epochs: 1, ..Training::default() };
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
-    let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\")";
+    let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\"; ";
     bench.fails("--outdir o --random-conditions 3 --condition-model other.safetensors", message);
     bench.fails("--outdir m.safetensors/x", "--outdir m.safetensors/x");
     bench.fails("--outdir o --gnet missing.safetensors", "missing.safetensors");

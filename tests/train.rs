@@ -972,3 +972,158 @@ fn bad_input_is_one_clear_line() {
     }
     assert!(!place.path("run").exists());
 }
+
+// ---- what a run is of -----------------------------------------------------------------------
+
+/// Prepares a dataset of a few pictures in this shade; `exchanged` exchanges two of their tags.
+fn prepare(place: &Place, name: &str, shade: u8, exchanged: bool) {
+    let images = place.path(&format!("{name}-images"));
+    fs::create_dir(&images).unwrap();
+    let mut lines = String::new();
+    for id in 2..10u8 {
+        let picture = image::RgbImage::from_fn(8, 8, |x, y| image::Rgb([(x * 30) as u8, (y * 30) as u8, shade + id]));
+        picture.save(images.join(format!("{id}.png"))).unwrap();
+        let tag = if exchanged && id < 4 { 5 - id } else { id };
+        lines += &format!("{}\n", json!({"id": id, "file": format!("{id}.png"), "tags": [format!("t{tag}")]}));
+    }
+    let metadata = place.path(&format!("{name}.jsonl"));
+    fs::write(&metadata, lines).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.arg("prepare").arg("--images").arg(images).arg("--metadata").arg(metadata).arg("--out");
+    succeed(command.arg(place.path(name)).args(["--size", "8x8"]));
+}
+
+fn train_on(place: &Place, data: &str, out: &str, options: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.current_dir(place.dir.path()).args(["train", "--data", data, "--outdir", out, "--config", "config.json"]);
+    command.args("--batch 8 --grid 0 --validate 0 --snapshot 8 --rampup 8".split_whitespace());
+    command.args(options.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn a_run_goes_on_with_the_same_images_and_tags_only() {
+    let place = Place::new();
+    prepare(&place, "one", 10, false);
+    prepare(&place, "tags", 10, true);
+    prepare(&place, "shade", 11, false);
+    succeed(&mut train_on(&place, "one", "run", "--duration 8"));
+    for other in ["tags", "shade"] {
+        let said = fail(&mut train_on(&place, other, "run", "--duration 16"));
+        assert!(said.contains("data was {\"content\":\"") && said.contains("}, now {\"content\":\""), "{said}");
+    }
+    // Where it lies does not matter.
+    fs::rename(place.path("one"), place.path("elsewhere")).unwrap();
+    succeed(&mut train_on(&place, "elsewhere", "run", "--duration 16"));
+    // Snapshots of two datasets are not of one run.
+    succeed(&mut train_on(&place, "shade", "other", "--duration 24"));
+    let mut ema = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    ema.current_dir(place.dir.path()).args(["ema", "run", "other", "--std", "0.07", "--out", "averages"]);
+    let said = fail(&mut ema);
+    assert!(said.contains("is not of the same run as") && said.contains("they differ in data"), "{said}");
+    // A tag renamed: the snapshots would not fit together.
+    let vocabulary = place.path("elsewhere/vocabulary.json");
+    fs::write(&vocabulary, fs::read_to_string(&vocabulary).unwrap().replace("t4", "four")).unwrap();
+    let said = fail(&mut train_on(&place, "elsewhere", "run", "--duration 24"));
+    assert!(said.contains("data was {\"vocabulary\":\""), "{said}");
+}
+
+#[test]
+fn a_run_of_an_older_version_goes_on() {
+    let place = Place::new();
+    prepare(&place, "data2", 10, false);
+    succeed(&mut train_on(&place, "data2", "run", "--duration 8"));
+    let path = place.newest("run");
+    let file = SafeFile::open(&path).unwrap();
+    let mut metadata = file.metadata().clone();
+    // As such a version wrote it.
+    let mut state: Value = serde_json::from_str(&metadata["train"]).unwrap();
+    for key in ["content", "vocabulary"] {
+        state["settings"]["data"].as_object_mut().unwrap().remove(key).unwrap();
+    }
+    metadata.insert("train".into(), state.to_string());
+    let mut sums = file.i64("checksums").unwrap();
+    let whole = ["config", "edm2k", "train"].map(|key| metadata[key].as_str()).concat();
+    *sums.last_mut().unwrap() = crc32fast::hash(whole.as_bytes()).into();
+    let sums: Vec<u8> = sums.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let names: Vec<_> = file.names().map(str::to_owned).collect();
+    let tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = names
+        .into_iter()
+        .map(|name| {
+            let bytes = if name == "checksums" { sums.clone() } else { file.bytes(&name).unwrap().to_vec() };
+            (name.clone(), file.dtype(&name).unwrap(), file.shape(&name).unwrap().to_vec(), bytes)
+        })
+        .collect();
+    let tensors: Vec<_> = tensors.iter().map(|(n, d, s, b)| (n.as_str(), *d, s.as_slice(), b.as_slice())).collect();
+    drop(file);
+    safetensors::write(&path, &tensors, &metadata).unwrap();
+    let said = succeed(&mut train_on(&place, "data2", "run", "--duration 16"));
+    assert!(said.contains("resuming from"), "{said}");
+}
+
+#[test]
+fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on() {
+    let place = Place::new();
+    prepare(&place, "set", 10, false);
+    prepare(&place, "others", 10, true);
+    let config = edm2k::model::Config { label_dim: 8, ..settings(&place.dataset(Split::Train)).config };
+    let save = |name: &str, seed: u64| {
+        let mut model = Model::init(&config, seed).unwrap();
+        model.meta.vocabulary = (2..10).map(|i| format!("t{i}")).collect();
+        edm2k::model::file::save(place.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F16)
+            .unwrap();
+    };
+    save("start.safetensors", 1);
+    let said = succeed(&mut train_on(&place, "set", "run", "--duration 8 --init start.safetensors"));
+    assert!(!said.contains("relearn"), "{said}");
+    let there = place.path("start.safetensors");
+    let go_on = |init: &str, duration: u32| train_on(&place, "set", "run", &format!("--duration {duration} {init}"));
+    succeed(&mut go_on("--init ./start.safetensors", 16));
+    succeed(&mut go_on(&format!("--init {}", there.display()), 24));
+    fs::rename(&there, place.path("renamed.safetensors")).unwrap();
+    succeed(&mut go_on("--init renamed.safetensors", 32));
+    save("start.safetensors", 2);
+    let said = fail(&mut go_on("--init start.safetensors", 40));
+    assert!(said.contains("init was {\"name\":\"") && said.contains("now {\"name\":\"start.safetensors\""), "{said}");
+    fs::remove_file(&there).unwrap();
+    let said = succeed(&mut go_on("--init start.safetensors", 40));
+    assert!(said.contains("resuming from") && !said.contains("starts afresh"), "{said}");
+    succeed(&mut go_on("", 48));
+    // It is remembered all the same.
+    save("start.safetensors", 2);
+    fail(&mut go_on("--init start.safetensors", 56));
+    succeed(&mut go_on("--init renamed.safetensors", 56));
+    // A run that has not begun needs it, and one that began from nothing has none.
+    fs::remove_file(&there).unwrap();
+    let said = fail(&mut train_on(&place, "set", "new", "--duration 8 --init start.safetensors"));
+    assert!(said.contains("cannot start from --init"), "{said}");
+    succeed(&mut train_on(&place, "set", "plain", "--duration 8"));
+    let said = fail(&mut train_on(&place, "set", "plain", "--duration 16 --init renamed.safetensors"));
+    assert!(said.contains("init was null, now {"), "{said}");
+
+    // Another vocabulary is a warning: somebody may want to fine-tune.
+    let vocabulary = place.path("others/vocabulary.json");
+    fs::write(&vocabulary, fs::read_to_string(&vocabulary).unwrap().replace("t9", "nine")).unwrap();
+    let said = succeed(&mut train_on(&place, "others", "fine", "--duration 8 --init renamed.safetensors"));
+    assert!(
+        said.contains("warning: --init has to relearn: others: made for another vocabulary (it has \"nine\""),
+        "{said}"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_path_that_is_not_utf8_can_be_started_from() {
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    let config = settings(&place.dataset(Split::Train)).config;
+    let model = Model::init(&config, 1).unwrap();
+    let path = place.path("").join(std::ffi::OsStr::from_bytes(b"bad\xff.safetensors"));
+    edm2k::model::file::save(&path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();
+    let run = |duration: &str| {
+        let mut command = train_on(&place, "data", "run", duration);
+        succeed(command.arg("--init").arg(&path))
+    };
+    run("--duration 8");
+    assert!(run("--duration 16").contains("resuming from"));
+}

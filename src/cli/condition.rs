@@ -5,13 +5,13 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, Error, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
+use edm2k::condition::{Conditioning, MEANING_KEY};
 use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
 use edm2k::formats::safetensors::{self, Dtype};
 
@@ -127,14 +127,15 @@ fn rows(data: &Dataset) -> anyhow::Result<Rows> {
     let width = data.condition_dim();
     let vocabulary = data.vocabulary().clone();
     let tags: Vec<Vec<u32>> = (0..data.len()).map(|i| data.tags(i).to_vec()).collect();
+    let conditioning = Some(data.header().conditioning.clone());
     if data.header().conditioning == Conditioning::Tags {
         let known = vocabulary.len();
         ensure!(known == width, "its conditions are {width} wide, expected the {known} tags of the vocabulary");
-        return Ok(Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new() });
+        return Ok(Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new(), conditioning });
     }
     let mut dense = vec![0.0; data.len() * width];
     dense.chunks_mut(width).enumerate().for_each(|(i, row)| data.condition(i, row));
-    Ok(Rows { kind: Kind::Dense, vocabulary, tags, dense })
+    Ok(Rows { kind: Kind::Dense, vocabulary, tags, dense, conditioning })
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
@@ -175,6 +176,10 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     if let Some(data) = data.as_ref().filter(|data| data.condition_dim() != width) {
         bail!("--data: its conditions are {} wide, the model's {width}", data.condition_dim());
     }
+    if let Some((data, dir)) = data.as_ref().zip(args.data.as_ref()) {
+        let same = data.meaning().check(dir.display(), &vae.meaning(), args.model.display());
+        same.map_err(Error::msg).context("--data")?;
+    }
     let invented = vae.invent(&given, args.count.into(), args.seed);
     for (number, (condition, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {
         out!("{number:3}  {}", vocabulary.words(tags));
@@ -189,7 +194,10 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
         let shape = [usize::from(args.count), width];
         let words: Vec<_> = invented.tags.iter().map(|tags| vocabulary.words(tags)).collect();
         let about = json!({"model": args.model.display().to_string(), "seed": args.seed, "tags": words});
-        let metadata = HashMap::from([("edm2k".to_owned(), about.to_string())]);
+        let metadata = HashMap::from([
+            ("edm2k".to_owned(), about.to_string()),
+            (MEANING_KEY.to_owned(), json!(vae.meaning()).to_string()),
+        ]);
         safetensors::write(out, &[("conditions", Dtype::F32, &shape, &bytes)], &metadata)?;
         out!("{} conditions: {}", args.count, out.display());
     }

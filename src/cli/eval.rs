@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, Error, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -94,7 +94,10 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
         "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
     )?);
     let (net, batch, mut progress) = (&model.net, args.batch.into(), |n| bar.inc(n));
-    let levels = match args.device.open()? {
+    let engine = args.device.open()?;
+    let [height, width, _] = data.shape();
+    super::check_forward(&engine, &net.config, [height, width], images.min(batch))?;
+    let levels = match engine {
         Engine::Cpu => {
             let mut backend = loaded(&model, &|table| Ok(Cpu::<f32>::for_sampling(table)))?;
             loss_by_level(&mut backend, net, &data, images, batch, &mut progress)?
@@ -148,15 +151,15 @@ fn check_match(dir: &Path, path: &Path, model: &Model, data: &Dataset) -> anyhow
         expected == 0 || found == expected,
         "{dir}: the conditions are {found} wide, expected the model's {expected}"
     );
-    let (theirs, ours) = (&data.header().conditioning, &model.meta.conditioning);
-    ensure!(expected == 0 || theirs == ours, "{dir}: the conditions are {theirs}, the model's are {ours}");
-    let ours = &model.meta.vocabulary;
-    let differs = data.vocabulary().tags().iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
-    if let Some((theirs, ours)) = differs {
-        let model = path.display();
-        bail!("{dir}: made with another vocabulary (it has \"{}\" where {model} has \"{ours}\")", theirs.tag);
+    if expected > 0 {
+        data.meaning().check(&dir, &model.meta.meaning(), path.display()).map_err(Error::msg)?;
     }
-    Ok(())
+    match (&data.header().autoencoder, &model.meta.autoencoder) {
+        (Some(theirs), Some(ours)) if theirs != ours => {
+            bail!("{dir}: the latents are of {theirs}, the model's of {ours}")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Loss and error over the noise level, which is drawn logarithmically.

@@ -67,6 +67,10 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
     let files = generated.as_ref().map(|dir| pictures(dir).context("--generated")).transpose()?;
     let count = files.as_ref().map_or(args.fid.count as usize, Vec::len);
     let engine = args.device.open()?;
+    let [height, width, _] = data.shape();
+    if let Some(model) = model {
+        super::check_forward(&engine, &model.net.config, [height, width], count.min(args.batch.into()))?;
+    }
     let mut decode = decoder(args, data, &engine)?;
 
     let reference = |i: usize, decode: &mut Decode| {
@@ -157,7 +161,10 @@ fn decoder(args: &EvalArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<D
         }
         (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
         (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Kind::Latents, Some(vae)) => autoencoder(vae, [height, width], engine, args.device.precision),
+        (Kind::Latents, Some(vae)) => {
+            let of = (dir.to_string(), data.header().autoencoder.as_ref());
+            autoencoder(vae, of, [height, width], engine, args.device.precision)
+        }
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
 }
@@ -179,8 +186,8 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
-    let picture = images::open(file, [255; 3]);
-    picture.map_err(|why| anyhow!("--generated {}: {why}", file.display()))
+    let image = images::open(file, [255; 3]);
+    image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 
 /// The network, and who watches.

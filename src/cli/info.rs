@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::Serialize;
 
 #[cfg(feature = "cuda")]
@@ -14,7 +14,7 @@ use edm2k::backend::gpu::runtime::{DeviceError, Imagined};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
 use edm2k::condition::Conditioning;
-use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split};
+use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split, check_whole};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, ParamTable, Precond};
@@ -30,7 +30,8 @@ Examples:
   edm2k info demo/emoji.safetensors
   edm2k info --preset 1girl-xs
   edm2k info --preset edm2-img512-s --size 64x88
-  edm2k info path/of/dataset")]
+  edm2k info path/of/dataset
+  edm2k info --check path/of/dataset")]
 pub struct InfoArgs {
     /// Model file, dataset directory, or shard of a dataset
     #[arg(value_name = "FILE|DIR", conflicts_with = "preset")]
@@ -41,6 +42,9 @@ pub struct InfoArgs {
     /// Image or latent that the multiply-adds are counted for [default: what the model was made for]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
+    /// Read all of a dataset or a shard and compare it with the checksums that it was written with
+    #[arg(long, requires = "path")]
+    check: bool,
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -100,8 +104,12 @@ impl<'a> Network<'a> {
         config.check_size(height, width)?;
         let (net, table) = Precond::new(config)?;
         let multiply_adds = net.macs(&table, height, width);
-        let (parameters, on_a_gpu) = (table.trained_values(), GpuCost::new(&net, &table, [height, width]));
-        let on_a_gpu = on_a_gpu.map_err(|why| why.to_string());
+        let parameters = table.trained_values();
+        let widest = config.level_channels().into_iter().max().unwrap_or(0).max(config.img_channels);
+        let on_a_gpu = match (height * width).checked_mul(widest).filter(|&count| count <= i32::MAX as usize) {
+            Some(_) => GpuCost::new(&net, &table, [height, width]).map_err(|why| why.to_string()),
+            None => Err(format!("no: an image of {width}x{height} has more elements than the kernels count")),
+        };
         Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta })
     }
 
@@ -131,11 +139,17 @@ impl<'a> Network<'a> {
         }
         if let Some(meta) = self.meta {
             out!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
+            if let Some(autoencoder) = &meta.autoencoder {
+                out!("latents are of {autoencoder}");
+            }
             if matches!(meta.conditioning, Conditioning::Features { .. }) {
                 out!("conditions are {}", meta.conditioning);
             }
             if meta.images_seen > 0 {
                 out!("trained on     {} images", meta.images_seen);
+            }
+            if let Some(data) = meta.data {
+                out!("data           {data} (fingerprint of the training split)");
             }
             if let Some(std) = meta.ema_std {
                 out!("weights        moving average of relative width {std}");
@@ -191,17 +205,36 @@ struct DatasetInfo {
     kind: &'static str,
     parts: Vec<Part>,
     vocabulary: Vec<String>,
+    /// Whether tags have other names in the vocabulary's file than when the shards were made.
+    renamed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checked: Option<Checked>,
+}
+
+/// What `--check` has found to be whole.
+#[derive(Default, Serialize)]
+struct Checked {
+    shards: usize,
+    /// Of these, those without checksums, of an older version: of them only the small parts were looked at.
+    unknown: usize,
 }
 
 impl DatasetInfo {
     /// Opens every split that the directory has.
-    fn open(dir: &Path) -> anyhow::Result<Self> {
-        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![] };
+    fn open(dir: &Path, check: bool) -> anyhow::Result<Self> {
+        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None };
         let mut nothing = None;
         for split in Split::ALL {
             match Dataset::open(dir, split) {
                 Ok(data) => {
                     info.vocabulary = data.vocabulary().tags().iter().map(|tag| tag.tag.clone()).collect();
+                    info.renamed |= data.renamed();
+                    if check {
+                        let checked = info.checked.get_or_insert_default();
+                        let before = checked.shards;
+                        let known = data.check(&mut || checked.shards += 1)?;
+                        checked.unknown += checked.shards - before - known;
+                    }
                     let header = data.header().clone();
                     info.parts.push(Part { name: split.to_string(), images: data.len(), header });
                 }
@@ -224,11 +257,16 @@ impl DatasetInfo {
             out!("{name:15}{images} images");
         }
         if let Some(Part { header, .. }) = self.parts.first() {
-            let Header { kind, height, width, channels, condition_dim, conditioning, source, licence, .. } = header;
+            let Header {
+                kind, height, width, channels, condition_dim, conditioning, autoencoder, source, licence, ..
+            } = header;
             let kind = serde_json::json!(kind);
             out!("{:15}{width} x {height} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
             out!("condition      {condition_dim} values");
             out!("conditions are {conditioning}");
+            if let Some(autoencoder) = autoencoder {
+                out!("latents are of {autoencoder}");
+            }
             for (name, text) in [("source", source), ("licence", licence)] {
                 if !text.is_empty() {
                     out!("{name:15}{text}");
@@ -236,7 +274,12 @@ impl DatasetInfo {
             }
         }
         if !self.vocabulary.is_empty() {
-            out!("vocabulary     {} tags: {}", self.vocabulary.len(), head(&self.vocabulary));
+            let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
+            out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
+        }
+        if let Some(Checked { shards, unknown }) = self.checked {
+            let unknown = if unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
+            out!("checked        {shards} shards are whole{unknown}");
         }
         Ok(())
     }
@@ -282,15 +325,22 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     };
     let what = || format!("cannot read {}", path.display());
     if path.is_dir() {
-        return DatasetInfo::open(path).with_context(what)?.show(args.json);
+        return DatasetInfo::open(path, args.check).with_context(what)?.show(args.json);
     }
-    let shard = SafeFile::open(path).with_context(what)?.metadata().get(HEADER_KEY).cloned();
-    if let Some(header) = shard {
-        let header: Header = serde_json::from_str(&header).with_context(what)?;
+    let file = SafeFile::open(path).with_context(what)?;
+    if let Some(header) = file.metadata().get(HEADER_KEY) {
+        let header: Header = serde_json::from_str(header).with_context(what)?;
+        let checked = match args.check {
+            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(&file)?) }),
+            false => None,
+        };
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let part = Part { name, images: header.count, header };
-        return DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![] }.show(args.json);
+        let info = DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked };
+        return info.show(args.json);
     }
+    ensure!(!args.check, "{}: neither a dataset nor a shard of one, so it has no checksums", path.display());
+    drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
     let network = Network::new(&model.net.config, Some(&model.meta), size)?;

@@ -25,6 +25,8 @@ use anyhow::{Context, bail};
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
 use edm2k::formats::Claim;
+use edm2k::memory;
+use edm2k::model::Config;
 
 use say::note;
 
@@ -162,6 +164,21 @@ pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
         }
         other => other.with_context(|| path.display().to_string()),
     }
+}
+
+/// Refuses a forward pass that this machine has no room for; a GPU knows its own memory.
+pub fn check_forward(
+    engine: &Engine,
+    config: &Config,
+    [height, width]: [usize; 2],
+    images: usize,
+) -> anyhow::Result<()> {
+    let what = format!("a batch of {images} images of {width}x{height}");
+    let needed = match engine {
+        Engine::Cpu => config.forward_bytes(images, height, width),
+        Engine::Gpu(_) => 8 * images as u128 * (height * width * config.img_channels) as u128,
+    };
+    Ok(memory::check(what, needed)?)
 }
 
 /// Parses a size given as width x height, e.g. `64x88`; returns [height, width].

@@ -13,8 +13,8 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::danbooru::Filter;
+use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{Codec, Encode, Event, Settings, Summary, prepare};
-use edm2k::formats::identity;
 
 use super::say::{above, note, out};
 use super::{DeviceArgs, Engine};
@@ -35,7 +35,7 @@ The dataset's vocabulary.json has a tag a line. To rename one, change it there: 
 conditions know tags by their places. Models take the names when they are trained.
 
 Examples:
-  edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704
+  edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
@@ -173,6 +173,13 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         Event::Done(records) => bar.inc(records as u64),
         Event::Warning { text } => say(format!("warning: {text}")),
         Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
+        Event::Unapplied { file, profile } => {
+            say(format!("{file}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
+        }
+        Event::Damaged { why } => say(format!("made again: {why}")),
+        Event::Renamed { tags, was, now } => {
+            say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));
+        }
         Event::Shard { name, images, kept } => {
             let begun = since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));
             let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
@@ -184,13 +191,14 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         None => prepare(&settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let identity = identity(path).with_context(|| format!("--vae {}", path.display()))?;
             let mut encode = match args.device.open()? {
                 Engine::Cpu => encoder_on(Cpu::<f32>::for_codec(), &file),
                 Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.precision)?, &file),
             }
             .context("--vae")?;
-            prepare(&settings, Some(Codec { identity, factor: file.factor(), encode: &mut *encode }), &report)
+            let autoencoder = file.autoencoder().context("--vae")?;
+            let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
+            prepare(&settings, Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }), &report)
         }
     };
     bar.finish_and_clear();
@@ -208,9 +216,11 @@ fn print(settings: &Settings, summary: &Summary) {
     out!("{}:", settings.out.display());
     for (split, counts) in summary.splits {
         let mut line = format!("  {:10} {:>8} images", split.to_string(), counts.kept);
-        for (number, what) in
-            [(counts.enlarged, "smaller than the size, enlarged"), (counts.untagged, "without a known tag")]
-        {
+        for (number, what) in [
+            (counts.enlarged, "smaller than the size, enlarged"),
+            (counts.untagged, "without a known tag"),
+            (counts.unapplied, "with a colour profile that cannot be applied"),
+        ] {
             if number > 0 {
                 line += &format!(", {number} {what}");
             }

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, Error, anyhow, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -14,12 +14,13 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::{Backend, Normalization, Slot};
-use edm2k::codec::{CodecFile, LATENTS};
+use edm2k::codec::{Autoencoder, CodecFile, LATENTS};
 use edm2k::condition::tagger::Tagger;
-use edm2k::condition::vae::{Kind, Vae};
+use edm2k::condition::vae::Vae;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
-use edm2k::condition::{Conditioning, unit_norm};
+use edm2k::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
+use edm2k::data::features::CONDITIONING_KEY;
 use edm2k::data::images;
 use edm2k::formats::DirLock;
 use edm2k::formats::npy;
@@ -209,6 +210,9 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
     model.net.config.check_size(size[0], size[1])?;
     let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
+    if let Some((gnet, path)) = gnet.as_ref().zip(args.gnet.as_ref()) {
+        check_guide(&path.display().to_string(), gnet, args, &model).context("--gnet")?;
+    }
     let conditions = gather_conditions(&args, &model)?;
     let rows = conditions.origins.len();
     let seeds = match &args.seeds {
@@ -216,6 +220,8 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         None => (0..(rows.max(1) * usize::from(args.per_condition)) as u64).collect(),
     };
     let engine = args.device.open()?;
+    let batch = seeds.len().min(args.batch.into());
+    super::check_forward(&engine, &model.net.config, size, batch)?;
     let mut decode = decoder(&args, &model, size, &engine)?;
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     let _lock = job.claim_outputs(decode.is_some())?;
@@ -224,6 +230,18 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
             Ok(Gpu::for_sampling(runtime.clone(), args.device.precision, table)?)
         }),
+    }
+}
+
+/// Whether a network that guides is of the same conditions and latents.
+fn check_guide(path: &str, gnet: &Model, args: &SampleArgs, model: &Model) -> anyhow::Result<()> {
+    let name = args.model.display();
+    gnet.meta.meaning().check(path, &model.meta.meaning(), &name).map_err(Error::msg)?;
+    match (&gnet.meta.autoencoder, &model.meta.autoencoder) {
+        (Some(theirs), Some(ours)) if theirs != ours => {
+            bail!("{path}: its latents are of {theirs}, those of {name} of {ours}")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -246,17 +264,24 @@ fn decoder(args: &SampleArgs, model: &Model, size: [usize; 2], engine: &Engine) 
         return Ok(pixels.then_some(plain));
     };
     ensure!(latents, "--vae: {} makes no latents of an SD-VAE, but pixels", args.model.display());
-    autoencoder(path, size, engine, args.device.precision).map(Some)
+    let of = (args.model.display().to_string(), model.meta.autoencoder.as_ref());
+    autoencoder(path, of, size, engine, args.device.precision).map(Some)
 }
 
-/// What makes pictures of latents of `size`.
+/// What makes pictures of latents of `size`, which `of` (its name) has of such an autoencoder.
 pub(super) fn autoencoder(
     path: &Path,
+    of: (String, Option<&Autoencoder>),
     size: [usize; 2],
     engine: &Engine,
     precision: Precision,
 ) -> anyhow::Result<Decode> {
     let file = CodecFile::open(path).context("--vae")?;
+    let needed = file.decoder_bytes(size);
+    edm2k::memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed).context("--vae")?;
+    if let Some(warning) = file.check_latents(&of.0, of.1).context("--vae")? {
+        note!("warning: --vae {warning}");
+    }
     let decode = match engine {
         Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),
         Engine::Gpu(runtime) => decoder_on(Gpu::for_codec(runtime.clone(), precision)?, &file, size),
@@ -280,6 +305,7 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
     if asked && width == 0 {
         bail!("{}: the model is unconditional, so it takes no condition", args.model.display());
     }
+    let meaning = model.meta.meaning();
     let features = matches!(model.meta.conditioning, Conditioning::Features { .. });
     // Of features nobody knows which tags they have: only the condition model does.
     let complete = args.complete || features && !args.tags.is_empty();
@@ -292,22 +318,7 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
     if let (Some(vae), Some(path)) = (&vae, &args.condition_model) {
         let found = vae.header().width;
         ensure!(found == width, "{}: conditions are {found} wide, expected {width}", path.display());
-        let (theirs, ours) = (vae.vocabulary().tags(), &model.meta.vocabulary);
-        let (kind, other) = (vae.header().kind, if features { Kind::Tags } else { Kind::Dense });
-        if kind == other && (features || !ours.is_empty()) {
-            let (model, made_of) = (args.model.display(), &model.meta.conditioning);
-            let invents = if kind == Kind::Tags { "tags" } else { "features" };
-            bail!("{}: it invents {invents}, but the conditions of {model} are {made_of}", path.display());
-        }
-        let differs = theirs.iter().zip(ours).find(|(theirs, ours)| theirs.tag != **ours);
-        if let Some((theirs, ours)) = differs.filter(|_| vae.header().kind == Kind::Tags) {
-            bail!(
-                "{}: made for another vocabulary (it has \"{}\" where {} has \"{ours}\")",
-                path.display(),
-                theirs.tag,
-                args.model.display()
-            );
-        }
+        vae.meaning().check(path.display(), &meaning, args.model.display()).map_err(Error::msg)?;
     }
 
     if !args.tags.is_empty() {
@@ -332,13 +343,15 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
         likenesses(args, model, path, &mut all)?;
     }
     for row in &args.row {
-        let (values, origin) = dataset_row(row).with_context(|| format!("--row {row}"))?;
+        let (values, theirs, origin) = dataset_row(row).with_context(|| format!("--row {row}"))?;
         let found = values.len();
         ensure!(found == width, "--row {row}: the condition is {found} wide, expected {width}");
+        theirs.check(format_args!("--row {row}"), &meaning, args.model.display()).map_err(Error::msg)?;
         all.push(&values, origin);
     }
     if let Some(path) = &args.conditions {
-        let (shape, mut values) = read_conditions(path).context("--conditions")?;
+        let (shape, mut values, theirs) = read_conditions(path).context("--conditions")?;
+        theirs.check(path.display(), &meaning, args.model.display()).map_err(Error::msg).context("--conditions")?;
         let fits = matches!(shape[..], [d] | [_, d] if d == width) && !values.is_empty();
         ensure!(fits, "{}: conditions of shape {shape:?}, expected [N, {width}]", path.display());
         if let Some(at) = values.iter().position(|x| !x.is_finite()) {
@@ -365,22 +378,27 @@ fn gather_conditions(args: &SampleArgs, model: &Model) -> anyhow::Result<Conditi
 fn likenesses(args: &SampleArgs, model: &Model, tagger: &Path, all: &mut Conditions) -> anyhow::Result<()> {
     let name = args.model.display();
     let made_of = &model.meta.conditioning;
-    let Conditioning::Features { source, node } = made_of else {
+    if *made_of == Conditioning::Tags {
         bail!("{name}: its conditions are {made_of}, not features, so it takes no --like");
-    };
+    }
     let tagger = Tagger::open(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     let path = tagger.network().path().display();
     let (found, expected) = (tagger.network().width(), model.net.config.label_dim);
     ensure!(found == expected, "--tagger: {path}: its features are {found} wide, expected the model's {expected}");
-    let (file, tensor) = (tagger.source(), tagger.network().node());
-    let differs = |ours: &str, theirs: &str| !ours.is_empty() && ours != theirs;
-    if differs(source, &file) || differs(node, tensor) {
-        note!("warning: {name} was trained on {made_of}, but these are {}", tagger.conditioning());
+    let (tensor, theirs) = (tagger.network().node(), tagger.conditioning());
+    let known = matches!(made_of, Conditioning::Features { fingerprint: Some(_), .. });
+    let differs = theirs.differs(made_of);
+    ensure!(!differs || !known, "--tagger: {name} was trained on {made_of}, but these are {theirs}");
+    if differs {
+        note!("warning: {name} was trained on {made_of}, but these are {theirs}");
     }
     for like in &args.like {
-        let picture = images::open(like, Tagger::BACKGROUND);
-        let picture = picture.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
-        let mut features = tagger.features(&picture, &like.display().to_string()).context("--tagger")?;
+        let image = images::open(like, Tagger::BACKGROUND);
+        let image = image.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
+        if let Some(profile) = image.unapplied {
+            note!("warning: {}: its colour profile ({profile}) cannot be applied; taken for sRGB", like.display());
+        }
+        let mut features = tagger.features(&image.picture, &like.display().to_string()).context("--tagger")?;
         ensure!(unit_norm(&mut features), "--like {}: its features are all zero", like.display());
         all.push(&features, json!({"like": like.display().to_string(), "tagger": path.to_string(), "node": tensor}));
     }
@@ -395,7 +413,7 @@ fn vocabulary(model: &Model, path: &Path) -> anyhow::Result<Vocabulary> {
 }
 
 /// Looks for the id in all splits, so that one need not know in which it is.
-fn dataset_row(row: &str) -> anyhow::Result<(Vec<f32>, Value)> {
+fn dataset_row(row: &str) -> anyhow::Result<(Vec<f32>, Meaning, Value)> {
     let (dir, id) = row.rsplit_once(':').context("expected DATASET:ID")?;
     let number: i64 = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
     for split in Split::ALL {
@@ -407,24 +425,37 @@ fn dataset_row(row: &str) -> anyhow::Result<(Vec<f32>, Value)> {
             let mut values = vec![0.0; dataset.condition_dim()];
             dataset.condition(i, &mut values);
             let tags = dataset.vocabulary().words(dataset.tags(i));
-            return Ok((values, json!({"dataset": dir, "id": number, "split": split.to_string(), "tags": tags})));
+            let origin = json!({"dataset": dir, "id": number, "split": split.to_string(), "tags": tags});
+            return Ok((values, dataset.meaning(), origin));
         }
     }
     bail!("no image of {dir} has the id {number}")
 }
 
-fn read_conditions(path: &Path) -> anyhow::Result<(Vec<usize>, Vec<f32>)> {
+/// Shape, values, and what they mean, as far as the file says it.
+fn read_conditions(path: &Path) -> anyhow::Result<(Vec<usize>, Vec<f32>, Meaning)> {
     if path.extension().is_some_and(|extension| extension == "npy") {
-        return Ok(npy::read(path)?);
+        let (shape, values) = npy::read(path)?;
+        return Ok((shape, values, Meaning::default()));
     }
     let file = SafeFile::open(path)?;
+    let said = |key: &str| {
+        let text = file.metadata().get(key);
+        text.with_context(|| key.to_owned()).and_then(|text| Ok(serde_json::from_str::<Value>(text)?)).ok()
+    };
+    let meaning = match (said(MEANING_KEY), said(CONDITIONING_KEY)) {
+        (Some(meaning), _) => serde_json::from_value(meaning),
+        (None, Some(made_of)) => serde_json::from_value(json!({"conditioning": made_of, "tags": []})),
+        (None, None) => Ok(Meaning::default()),
+    };
+    let meaning = meaning.with_context(|| format!("{}: what its conditions mean", path.display()))?;
     let names: Vec<_> = file.names().collect();
     let name = match names[..] {
         [one] => one,
         _ if file.contains("features") => "features",
         _ => "conditions",
     };
-    Ok((file.shape(name)?.to_vec(), file.f32(name)?))
+    Ok((file.shape(name)?.to_vec(), file.f32(name)?, meaning))
 }
 
 /// Everything about one call.

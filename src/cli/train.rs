@@ -1,6 +1,5 @@
 //! `edm2k train`: train, fine-tune, resume.
 
-use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,9 +19,14 @@ use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
+use edm2k::fingerprint::Identity;
+use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::{Config, Encoder, Model, ModelMeta};
-use edm2k::train::{DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, checkpoint, ema, memory, train};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
+use edm2k::train::checkpoint::Checkpoint;
+use edm2k::train::{
+    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, checkpoint, ema, memory, train,
+};
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -245,7 +249,7 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
 /// A config file; what it leaves open is taken from the dataset.
 fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     let [height, width, channels] = data.shape();
-    let mut json: Value = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let mut json: Value = serde_json::from_str(&input::text(path)?)?;
     let fields = json.as_object_mut().context("expected a JSON object")?;
     fields.entry("img_resolution").or_insert(json!(height.min(width)));
     fields.entry("img_channels").or_insert(json!(channels));
@@ -258,16 +262,64 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     Ok(config)
 }
 
+/// Refuses what this machine has no room for, before any of it is made.
+fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool) -> anyhow::Result<()> {
+    let [height, width, channels] = data.shape();
+    let (_, table) = Precond::new(config)?;
+    // A GPU computes, but images, weights and checkpoints pass through here.
+    let batch_gpu = args.batch_gpu.unwrap_or(1).min(args.batch.unwrap_or(u64::MAX));
+    let all = memory::estimate(config, &table, height, width, batch_gpu, args.ema.len());
+    let host = 4 * table.iter().map(|(_, spec)| spec.numel() as u128).sum::<u128>()
+        + 12 * u128::from(batch_gpu) * (height * width * channels) as u128;
+    let needed = if on_gpu || args.dry_run { host } else { u128::from(all.parameters) + u128::from(all.activations) };
+    edm2k::memory::check(format!("training with micro-batches of {batch_gpu}"), needed)?;
+    let most = 1 << 60;
+    ensure!(args.batch.is_none_or(|n| n <= most), "--batch is more than {most}");
+    ensure!(args.duration.is_none_or(|n| n <= most), "--duration is more than {most}");
+    Ok(())
+}
+
+/// The model to start from, and what a run notes of it. A run that has begun needs the network alone, which its
+/// checkpoints know: then the file may be gone.
+fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
+    let begun = || checkpoint::list(outdir).ok()?.iter().find_map(|path| Checkpoint::open(path).ok());
+    if !path.exists()
+        && let Some(Checkpoint {
+            state: State { settings: Settings { init: Some(init), config, seed, .. }, .. }, ..
+        }) = begun()
+    {
+        return Ok((Model::init(&config, seed)?, init));
+    }
+    let model = Model::load(path).context("cannot start from --init")?;
+    Ok((model, Identity::of_file(path).with_context(|| format!("--init {}", path.display()))?))
+}
+
+/// In what a model to start from means something else than the dataset: it has to relearn that.
+fn other_meaning(args: &TrainArgs, meta: &ModelMeta, data: &Dataset) -> Vec<String> {
+    let (init, dir) = (args.init.as_deref().unwrap_or(Path::new("")).display(), args.data.display());
+    let conditions = data.meaning().check(&dir, &meta.meaning(), &init).err();
+    let latents = match (&data.header().autoencoder, &meta.autoencoder) {
+        (Some(theirs), Some(ours)) if theirs != ours => {
+            Some(format!("the latents of {dir} are of {theirs}, those of {init} of {ours}"))
+        }
+        _ => None,
+    };
+    conditions.into_iter().chain(latents).map(|what| format!("warning: --init has to relearn: {what}")).collect()
+}
+
 fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<Resolved> {
     let on_gpu = matches!(engine, Engine::Gpu(_));
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
-    let init = args.init.as_ref().map(Model::load).transpose().context("cannot start from --init")?;
+    let init = args.init.as_ref().map(|path| start(path, &args.outdir)).transpose()?;
+    let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
     let [height, width, _] = data.shape();
+    check_memory(args, &config, data, on_gpu)?;
     let mut model = match init {
         None => Model::init(&config, args.seed)?,
         Some(old) => {
+            notes.extend(other_meaning(args, &old.meta, data));
             let (model, fresh) = old.adapt(&config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
             for p in fresh {
@@ -294,6 +346,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<
         encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
         vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
         conditioning: header.conditioning.clone(),
+        autoencoder: header.autoencoder.clone(),
+        data: data.fingerprint(),
         images_seen: 0,
         ema_std: None,
         seed: Some(args.seed),
@@ -307,7 +361,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<
         args.duration.or(recipe.map(|recipe| recipe.duration)).context("give --duration, the images to train on")?;
     let settings = Settings {
         data: DataIdentity::of(data),
-        init: args.init.clone(),
+        init: start,
         seed: args.seed,
         duration,
         batch: args.batch.unwrap_or(preset.as_ref().map_or(128, |p| p.batch as u64)),

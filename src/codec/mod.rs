@@ -20,10 +20,15 @@ mod layers;
 mod sd_vae;
 mod taesd;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+
+use half::f16;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::BackendError;
 use crate::backend::codec::CodecBackend;
+use crate::fingerprint::{self, Fingerprint, Hasher};
 use crate::formats::png::Picture;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::rng::{Purpose, Stream};
@@ -55,6 +60,8 @@ pub enum CodecError {
     Extra { path: PathBuf, name: String, network: String },
     #[error("{}: this TAESD file holds the {found} only, expected one with the {expected}", path.display())]
     Half { path: PathBuf, found: &'static str, expected: &'static str },
+    #[error("{}: it is {found}, but the latents of {of} are of {made_by}", path.display())]
+    OtherLatents { path: PathBuf, found: Box<Autoencoder>, of: String, made_by: Box<Autoencoder> },
     #[error("an image of {width}x{height}, expected multiples of {factor}")]
     Size { height: usize, width: usize, factor: usize },
     #[error(
@@ -67,6 +74,49 @@ pub enum CodecError {
 }
 
 type Result<T, E = CodecError> = std::result::Result<T, E>;
+
+/// What latents are of: stored with them and with the models that learn from them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Autoencoder {
+    /// Its kind.
+    pub network: Network,
+    /// Name of its file, for people.
+    pub name: String,
+    /// Of the weights of its encoder, rounded to f16: they alone decide what latents are. So a file in half precision
+    /// has it too, and so has an autoencoder of which only the decoder was trained further.
+    pub fingerprint: Fingerprint,
+}
+
+/// A kind of autoencoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Network {
+    /// That of Stable Diffusion.
+    SdVae,
+    /// Which stands in for it.
+    Taesd,
+}
+
+impl PartialEq for Autoencoder {
+    fn eq(&self, other: &Self) -> bool {
+        self.fingerprint == other.fingerprint
+    }
+}
+
+impl fmt::Display for Autoencoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({})", self.network, self.name, self.fingerprint)
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SdVae => "the SD-VAE",
+            Self::Taesd => "the TAESD",
+        })
+    }
+}
 
 /// A file of an autoencoder, open and checked.
 #[derive(Debug)]
@@ -178,6 +228,64 @@ impl CodecFile {
             Kind::Taesd { decoder: None, .. } => return Err(self.half("encoder", "decoder")),
         };
         Ok(Decoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
+    }
+
+    /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
+    pub fn decoder_bytes(&self, [height, width]: [usize; 2]) -> u128 {
+        let channels = match &self.kind {
+            Kind::SdVae(config) => config.channels[0],
+            Kind::Taesd { channels, .. } => *channels,
+        };
+        let pixels = (height * self.factor()) as u128 * (width * self.factor()) as u128;
+        2 * 4 * pixels * channels as u128
+    }
+
+    /// Its kind.
+    pub fn network(&self) -> Network {
+        match self.kind {
+            Kind::SdVae(_) => Network::SdVae,
+            Kind::Taesd { .. } => Network::Taesd,
+        }
+    }
+
+    /// What its latents are of; none if it has no encoder.
+    ///
+    /// # Errors
+    /// [`CodecError::File`] if a weight is of an unknown element type.
+    pub fn autoencoder(&self) -> Result<Option<Autoencoder>> {
+        let table = match &self.kind {
+            Kind::SdVae(config) => sd_vae::Encoder::new(config).1,
+            Kind::Taesd { channels, encoder: Some(prefix), .. } => taesd::Encoder::new(prefix, *channels).1,
+            Kind::Taesd { encoder: None, .. } => return Ok(None),
+        };
+        // By their places, as some are called otherwise in older files.
+        let mut hasher = Hasher::default();
+        for (name, _) in table.tensors() {
+            let halves: Vec<u8> = self.file.f32(&name)?.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+            hasher.add(&halves);
+        }
+        let (network, name) = (self.network(), fingerprint::name(self.file.path()));
+        Ok(Some(Autoencoder { network, name, fingerprint: hasher.finish() }))
+    }
+
+    /// Checks that this is what made some latents, if that is known. A TAESD may stand in for an SD-VAE, and the other
+    /// way round, with a warning that is returned.
+    ///
+    /// # Errors
+    /// [`CodecError::OtherLatents`].
+    pub fn check_latents(&self, of: &str, made_by: Option<&Autoencoder>) -> Result<Option<String>> {
+        let (path, Some(made_by)) = (self.file.path(), made_by) else { return Ok(None) };
+        if self.network() != made_by.network {
+            let (path, network) = (path.display(), self.network());
+            return Ok(Some(format!("{path} ({network}) only approximates {made_by}, whose the latents of {of} are")));
+        }
+        match self.autoencoder()? {
+            Some(found) if found != *made_by => {
+                let (found, of) = (Box::new(found), of.to_owned());
+                Err(CodecError::OtherLatents { path: path.into(), found, of, made_by: Box::new(made_by.clone()) })
+            }
+            _ => Ok(None),
+        }
     }
 
     fn half(&self, found: &'static str, expected: &'static str) -> CodecError {

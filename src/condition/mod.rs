@@ -9,6 +9,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fingerprint::{self, Fingerprint};
+
 pub mod tagger;
 pub mod vae;
 pub mod vocabulary;
@@ -27,22 +29,90 @@ pub enum Conditioning {
         source: String,
         /// Name of the tensor in it; empty if nobody said.
         node: String,
+        /// Content of that file; none if nobody said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fingerprint: Option<Fingerprint>,
     },
+}
+
+impl Conditioning {
+    /// Whether two are known to be different things. What a file is called does not matter where its content is known.
+    pub fn differs(&self, other: &Self) -> bool {
+        let named = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
+        match (self, other) {
+            (Self::Tags, Self::Tags) => false,
+            (
+                Self::Features { source, node, fingerprint },
+                Self::Features { source: other_source, node: other_node, fingerprint: other },
+            ) => {
+                let other_file = match (fingerprint, other) {
+                    (Some(_), Some(_)) => fingerprint::differ(fingerprint, other),
+                    _ => named(source, other_source),
+                };
+                other_file || named(node, other_node)
+            }
+            _ => true,
+        }
+    }
 }
 
 impl fmt::Display for Conditioning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tags => f.write_str("tags"),
-            Self::Features { source, node } => {
+            Self::Features { source, node, fingerprint } => {
                 f.write_str("features")?;
                 let mut named = |before: &str, name: &str| match name {
                     "" => Ok(()),
                     name => write!(f, "{before}{name}"),
                 };
                 named(" of ", source)?;
+                named(" ", &fingerprint.map_or(String::new(), |fingerprint| format!("({fingerprint})")))?;
                 named(", tensor ", node)
             }
+        }
+    }
+}
+
+/// Key of a [`Meaning`] in the metadata of a file of conditions.
+pub const MEANING_KEY: &str = "meaning";
+
+/// What the places of a condition mean: what a dataset, a model and a condition model must agree in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meaning {
+    /// What it is made of; none if nobody said.
+    pub conditioning: Option<Conditioning>,
+    /// The tags in order; empty of features, or if nobody said.
+    pub tags: Vec<String>,
+}
+
+impl Meaning {
+    /// Checks that what is called `name` here is not known to mean something else than `other` does.
+    ///
+    /// # Errors
+    /// How they differ.
+    pub fn check(&self, name: impl fmt::Display, other: &Self, other_name: impl fmt::Display) -> Result<(), String> {
+        if let (Some(ours), Some(theirs)) = (&self.conditioning, &other.conditioning)
+            && ours.differs(theirs)
+        {
+            return Err(format!("{name}: its conditions are {ours}, those of {other_name} are {theirs}"));
+        }
+        if self.tags.is_empty() || other.tags.is_empty() {
+            return Ok(());
+        }
+        let pairs = || self.tags.iter().zip(&other.tags);
+        match pairs().find(|(ours, theirs)| ours != theirs) {
+            None if self.tags.len() == other.tags.len() => Ok(()),
+            None => {
+                let (ours, theirs) = (self.tags.len(), other.tags.len());
+                Err(format!("{name}: made for another vocabulary (it has {ours} tags, {other_name} has {theirs})"))
+            }
+            Some((ours, theirs)) => Err(format!(
+                "{name}: made for another vocabulary (it has {ours:?} where {other_name} has {theirs:?}; {} of {} \
+                 differ)",
+                pairs().filter(|(ours, theirs)| ours != theirs).count(),
+                self.tags.len().min(other.tags.len())
+            )),
         }
     }
 }
@@ -82,13 +152,31 @@ mod tests {
 
     #[test]
     fn conditioning_has_its_json_and_tags_are_the_default() {
-        let features = Conditioning::Features { source: "tagger.onnx".into(), node: "pooled".into() };
+        let features =
+            Conditioning::Features { source: "tagger.onnx".into(), node: "pooled".into(), fingerprint: None };
         for (value, text) in [
             (Conditioning::default(), r#""tags""#),
             (features, r#"{"features":{"source":"tagger.onnx","node":"pooled"}}"#),
         ] {
             assert_eq!(serde_json::to_string(&value).unwrap(), text);
             assert_eq!(serde_json::from_str::<Conditioning>(text).unwrap(), value);
+        }
+    }
+
+    #[test]
+    fn features_are_told_apart_by_the_content_of_the_file_and_by_its_name_where_that_is_unknown() {
+        let of = |source: &str, node: &str, content: &str| Conditioning::Features {
+            source: source.into(),
+            node: node.into(),
+            fingerprint: (!content.is_empty()).then(|| Fingerprint::of([content])),
+        };
+        let a = of("model.onnx", "pooled", "a");
+        for same in [of("renamed.onnx", "pooled", "a"), of("model.onnx", "pooled", ""), of("", "", "")] {
+            assert!(!a.differs(&same) && !same.differs(&a), "{same}");
+        }
+        let others = [of("model.onnx", "pooled", "b"), of("model.onnx", "logits", "a"), of("x.onnx", "pooled", "")];
+        for other in others.into_iter().chain([Conditioning::Tags]) {
+            assert!(a.differs(&other) && other.differs(&a), "{other}");
         }
     }
 }

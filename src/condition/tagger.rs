@@ -11,7 +11,8 @@
 use std::path::Path;
 
 use super::Conditioning;
-use crate::data::bicubic::resize;
+use crate::data::bicubic::within;
+use crate::fingerprint;
 use crate::formats::png::Picture;
 use crate::onnx::{Network, OnnxError, Wanted};
 
@@ -47,12 +48,16 @@ impl Tagger {
 
     /// Name of the file.
     pub fn source(&self) -> String {
-        self.network.path().file_name().unwrap_or_default().to_string_lossy().into()
+        fingerprint::name(self.network.path())
     }
 
     /// What conditions made of the features are.
     pub fn conditioning(&self) -> Conditioning {
-        Conditioning::Features { source: self.source(), node: self.network.node().into() }
+        Conditioning::Features {
+            source: self.source(),
+            node: self.network.node().into(),
+            fingerprint: Some(self.network.fingerprint()),
+        }
     }
 
     /// The features of a picture, of which nothing has been cut off. `name` says which it is, in errors.
@@ -60,20 +65,9 @@ impl Tagger {
     /// # Errors
     /// [`OnnxError::Run`], [`OnnxError::NotFinite`].
     pub fn features(&self, picture: &Picture, name: &str) -> Result<Vec<f32>, OnnxError> {
-        let square = resize(&squared(picture), self.network.size());
+        let side = picture.height().max(picture.width());
+        let square = within(picture, [side, side], Self::BACKGROUND[0], self.network.size());
         let bgr: Vec<f32> = square.rgb().as_chunks().0.iter().flat_map(|&[r, g, b]| [b, g, r].map(f32::from)).collect();
         self.network.features(&bgr, name)
     }
-}
-
-/// The picture in the middle of a white square.
-fn squared(picture: &Picture) -> Picture {
-    let (height, width) = (picture.height(), picture.width());
-    let side = height.max(width);
-    let (left, top) = ((side - width) / 2, (side - height) / 2);
-    let mut rgb = Tagger::BACKGROUND.repeat(side * side);
-    for (y, row) in picture.rgb().chunks_exact((3 * width).max(1)).enumerate() {
-        rgb[((top + y) * side + left) * 3..][..row.len()].copy_from_slice(row);
-    }
-    Picture::new(side, side, rgb)
 }

@@ -34,8 +34,8 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::unit_norm;
 use super::vocabulary::{Tag, Vocabulary, VocabularyError};
+use super::{Conditioning, Meaning, unit_norm};
 use crate::backend::cpu::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::rng::{Purpose, Stream};
@@ -76,6 +76,9 @@ pub struct Header {
     pub hidden: usize,
     /// The V tags that can be asked for. With [`Kind::Tags`], V = D.
     pub vocabulary: Vec<Tag>,
+    /// What made the conditions; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conditioning: Option<Conditioning>,
 }
 
 /// What can be wrong with a condition model.
@@ -86,8 +89,8 @@ pub enum VaeError {
     File(#[from] SafeError),
     #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
     Header { path: PathBuf, what: String },
-    #[error("{}: its vocabulary: {source}", path.display())]
-    Vocabulary { path: PathBuf, source: VocabularyError },
+    #[error("{}: its vocabulary: {cause}", path.display())]
+    Vocabulary { path: PathBuf, cause: VocabularyError },
     #[error("training diverged in epoch {0}: the loss is not finite")]
     Diverged(usize),
 }
@@ -102,6 +105,8 @@ pub struct Rows {
     pub tags: Vec<Vec<u32>>,
     /// [`Kind::Dense`]: the rows, [N, D]. [`Kind::Tags`]: empty, as the tags say it all.
     pub dense: Vec<f32>,
+    /// What made them; none if nobody said.
+    pub conditioning: Option<Conditioning>,
 }
 
 impl Rows {
@@ -364,6 +369,7 @@ impl Vae<f32> {
             latent: how.latent,
             hidden: how.hidden,
             vocabulary: rows.vocabulary.tags().to_vec(),
+            conditioning: rows.conditioning.clone(),
         };
         let mut vae = Self::init(header, rows.vocabulary.clone(), how.seed);
         if rows.kind == Kind::Dense {
@@ -494,6 +500,22 @@ impl Vae<f32> {
     /// What the model works on.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// What the conditions mean that it invents.
+    pub fn meaning(&self) -> Meaning {
+        let Header { kind, conditioning, vocabulary, .. } = &self.header;
+        let unsaid = || match kind {
+            Kind::Tags => Conditioning::Tags,
+            Kind::Dense => Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None },
+        };
+        Meaning {
+            conditioning: Some(conditioning.clone().unwrap_or_else(unsaid)),
+            tags: match kind {
+                Kind::Tags => vocabulary.iter().map(|tag| tag.tag.clone()).collect(),
+                Kind::Dense => Vec::new(),
+            },
+        }
     }
 
     /// The tags that can be asked for.
@@ -659,7 +681,7 @@ impl Vae<f32> {
             return Err(wrong(format!("{v} tags in the vocabulary, expected {}", header.width)));
         }
         let vocabulary = Vocabulary::new(header.vocabulary.clone())
-            .map_err(|source| VaeError::Vocabulary { path: path.into(), source })?;
+            .map_err(|cause| VaeError::Vocabulary { path: path.into(), cause })?;
         let kind = header.kind;
         let mut vae =
             Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() };
@@ -754,7 +776,7 @@ mod tests {
             let v = if kind == Kind::Tags { d } else { 2 };
             let tags = (0..v).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect::<Vec<_>>();
             let vocabulary = Vocabulary::new(tags.clone()).unwrap();
-            let header = Header { kind, width: d, latent: z, hidden: h, vocabulary: tags };
+            let header = Header { kind, width: d, latent: z, hidden: h, vocabulary: tags, conditioning: None };
             let mut vae = Vae::<f64>::init(header, vocabulary, 2);
             let biased = numbers(0, vae.params.len());
             vae.params.iter_mut().zip(&biased).for_each(|(p, x)| *p += 0.1 * x); // no bias stays 0

@@ -10,13 +10,13 @@
 //! is the index in the vector.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::formats::write_atomically;
+use crate::fingerprint::Fingerprint;
+use crate::formats::{input, write_atomically};
 
 /// One entry of a vocabulary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,8 +57,8 @@ fn suggest(nearest: &[String]) -> String {
 pub fn check_tag(tag: &str) -> Result<(), String> {
     match tag {
         "" => Err("it is empty".into()),
-        _ if tag.trim() != tag => Err(format!("\"{tag}\" has a space at its end")),
-        _ if tag.contains(',') => Err(format!("\"{tag}\" contains a comma")),
+        _ if tag.trim() != tag => Err(format!("{tag:?} has a space at its end")),
+        _ if tag.contains(',') => Err(format!("{tag:?} contains a comma")),
         _ if tag.contains(char::is_control) => Err(format!("{tag:?} has a control character")),
         _ => Ok(()),
     }
@@ -214,15 +214,25 @@ impl Vocabulary {
         condition
     }
 
+    /// Of the tags in their order: what conditions made of them mean.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(self.tags.iter().map(|tag| &tag.tag))
+    }
+
+    /// Of how many images have each tag, in their order: that stays what it is when somebody renames tags, and tells
+    /// whether a vocabulary belongs to some shards.
+    pub fn fingerprint_of_counts(&self) -> Fingerprint {
+        Fingerprint::of(self.tags.iter().map(|tag| tag.count.to_le_bytes()))
+    }
+
     /// Reads a vocabulary file.
     ///
     /// # Errors
     /// [`VocabularyError::Io`], [`VocabularyError::Json`]; [`VocabularyError::File`] with
     /// what [`Vocabulary::new`] says.
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
-        let bytes = fs::read(path).map_err(|cause| VocabularyError::Io { path: path.into(), cause })?;
-        let tags =
-            serde_json::from_slice(&bytes).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
+        let text = input::text(path).map_err(|cause| VocabularyError::Io { path: path.into(), cause })?;
+        let tags = serde_json::from_str(&text).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
         Self::new(tags).map_err(|cause| VocabularyError::File { path: path.into(), cause: Box::new(cause) })
     }
 

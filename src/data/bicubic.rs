@@ -16,32 +16,70 @@ const BITS: u32 = 32 - 8 - 2;
 ///
 /// # Panics
 /// If a side is 0.
-pub fn resize(picture: &Picture, [height, width]: [usize; 2]) -> Picture {
-    let mut rgb = picture.rgb().to_vec();
-    if width != picture.width() {
-        let taps = taps(picture.width(), width);
-        let row = |row: &[u8]| -> Vec<u8> {
-            let pixel = |(first, weights): &(usize, Vec<i32>)| -> [u8; 3] {
-                std::array::from_fn(|c| weighted(weights, |k| row[3 * (first + k) + c]))
-            };
-            taps.iter().flat_map(pixel).collect()
-        };
-        rgb = rgb.par_chunks_exact(3 * picture.width()).flat_map_iter(row).collect();
-    }
-    if height != picture.height() {
-        let rows: Vec<&[u8]> = rgb.chunks_exact(3 * width).collect();
-        let row = |(first, weights): &(usize, Vec<i32>)| -> Vec<u8> {
-            (0..3 * width).map(|i| weighted(weights, |k| rows[first + k][i])).collect()
-        };
-        rgb = taps(picture.height(), height).par_iter().flat_map_iter(row).collect();
-    }
-    Picture::new(height, width, rgb)
+pub fn resize(picture: &Picture, size: [usize; 2]) -> Picture {
+    within(picture, [picture.height(), picture.width()], 0, size)
 }
 
-fn weighted(weights: &[i32], value: impl Fn(usize) -> u8) -> u8 {
-    let half = 1 << (BITS - 1);
-    let sum = weights.iter().enumerate().fold(half, |sum: i32, (k, weight)| sum + weight * i32::from(value(k)));
-    (sum >> BITS).clamp(0, 255) as u8
+/// Resizes a picture in the middle of a canvas of [height, width], all of it of one grey. The canvas is never made: it
+/// may be as high as a long strip is wide.
+///
+/// # Panics
+/// If a side is 0, or the canvas is smaller than the picture.
+pub fn within(picture: &Picture, canvas: [usize; 2], grey: u8, [height, width]: [usize; 2]) -> Picture {
+    let [top, left] = [(canvas[0] - picture.height()) / 2, (canvas[1] - picture.width()) / 2];
+    let across = Taps::new(canvas[1], width, left, picture.width());
+    let down = Taps::new(canvas[0], height, top, picture.height());
+    let row = |row: &[u8]| -> Vec<u8> {
+        let pixel = |taps: &Tap| -> [u8; 3] { std::array::from_fn(|c| taps.of(grey, |x| row[3 * x + c])) };
+        across.0.iter().flat_map(pixel).collect()
+    };
+    let rgb: Vec<u8> = picture.rgb().par_chunks_exact(3 * picture.width()).flat_map_iter(row).collect();
+    let rows: Vec<&[u8]> = rgb.chunks_exact(3 * width).collect();
+    let row = |taps: &Tap| -> Vec<u8> { (0..3 * width).map(|i| taps.of(grey, |y| rows[y][i])).collect() };
+    Picture::new(height, width, down.0.par_iter().flat_map_iter(row).collect())
+}
+
+/// What a place of the result is made of.
+struct Tap {
+    /// First place of the picture that counts.
+    first: usize,
+    /// Weights of the places from there on.
+    weights: Vec<i32>,
+    /// Weight of all that is around the picture.
+    around: i32,
+}
+
+impl Tap {
+    fn of(&self, grey: u8, value: impl Fn(usize) -> u8) -> u8 {
+        let start = (1 << (BITS - 1)) + self.around * i32::from(grey);
+        let weights = self.weights.iter().enumerate();
+        let sum = weights.fold(start, |sum, (k, weight)| sum + weight * i32::from(value(self.first + k)));
+        (sum >> BITS).clamp(0, 255) as u8
+    }
+}
+
+/// Those of a row or a column.
+struct Taps(Vec<Tap>);
+
+impl Taps {
+    /// Of a canvas of `from` places, of which `length` are the picture's, the first of them at `begin`.
+    fn new(from: usize, to: usize, begin: usize, length: usize) -> Self {
+        if from == to {
+            let own = |place: usize| match place.checked_sub(begin) {
+                Some(first) if first < length => Tap { first, weights: vec![1 << BITS], around: 0 },
+                _ => Tap { first: 0, weights: vec![], around: 1 << BITS },
+            };
+            return Self((0..to).map(own).collect());
+        }
+        let cut = |(first, weights): (usize, Vec<i32>)| {
+            let end = (first + weights.len()).clamp(begin, begin + length);
+            let start = first.clamp(begin, end);
+            let own = if start < end { &weights[start - first..end - first] } else { &[] };
+            let around = weights.iter().sum::<i32>() - own.iter().sum::<i32>();
+            Tap { first: start - begin, weights: own.to_vec(), around }
+        };
+        Self(taps(from, to).into_iter().map(cut).collect())
+    }
 }
 
 /// For each place of the result the first place of the source that counts, and the weights from there on.

@@ -23,7 +23,7 @@ use serde::Deserialize;
 use super::images::{self, Place};
 use super::prepare::{Drop, Event, PrepareError, Record, Records, Settings, read_lines};
 use crate::condition::vocabulary::check_tag;
-use crate::formats::tar;
+use crate::formats::{input, tar};
 
 /// Which posts to take.
 #[derive(Clone, Debug)]
@@ -76,6 +76,7 @@ pub(super) fn read_records(
     let total = fs::metadata(&settings.metadata).map_or(0, |about| about.len());
     read_lines(&settings.metadata, |line, end| {
         let post: Post = serde_json::from_slice(line)
+            .map_err(|error| input::in_one_line(&error))
             .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
         if records.read.is_multiple_of(4096) || end == total {
             report(Event::Reading { what: "bytes of posts", done: end, total });

@@ -14,12 +14,13 @@
 //! | `flips` | U8 | `[N]` | optional: 1 where mirroring leaves the meaning; default 0 |
 //! | `repeats` | U8 | `[N]` | optional: times that training shows the image in an epoch; default 1 |
 //!
-//! The metadata's `dataset` is a JSON [`Header`]. Everything is checked when a split is
-//! opened, except the values of pixels and latents, which are only read when asked for;
-//! opening therefore costs one pass over the conditions. Reading an image touches its own
-//! bytes only.
+//! The metadata's `dataset` is a JSON [`Header`], its `checksums` the fingerprints of all
+//! tensors and of the rest of the metadata ([`Checksums`]); shards of older versions have none.
+//! Everything is checked when a split is opened, except the values of pixels and latents,
+//! which are only read when asked for ([`Dataset::check`] does); opening therefore costs one
+//! pass over the conditions. Reading an image touches its own bytes only.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -29,13 +30,17 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::condition::Conditioning;
+use crate::codec::Autoencoder;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
-use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
+use crate::condition::{Conditioning, Meaning};
+use crate::fingerprint::{Fingerprint, differ};
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::rng::Stream;
 
 /// Key of the [`Header`] in a shard's metadata.
 pub const HEADER_KEY: &str = "dataset";
+/// Key of the [`Checksums`] in a shard's metadata.
+const CHECKSUMS_KEY: &str = "checksums";
 /// Name of the vocabulary's file.
 pub const VOCABULARY_FILE: &str = "vocabulary.json";
 
@@ -104,6 +109,12 @@ pub struct Header {
     /// What they are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
+    /// What latents are of; none of pixels, or if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoencoder: Option<Autoencoder>,
+    /// Of the vocabulary that the tags are places in; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<VocabularyPrint>,
     /// Images in this shard.
     pub count: usize,
     /// How many shards the split has.
@@ -112,6 +123,91 @@ pub struct Header {
     pub source: String,
     /// Their licence; may be empty.
     pub licence: String,
+}
+
+/// What a vocabulary is recognised by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VocabularyPrint {
+    /// [`Vocabulary::fingerprint`] when the shard was made. Somebody may have renamed tags since.
+    pub tags: Fingerprint,
+    /// [`Vocabulary::fingerprint_of_counts`]; that does not change.
+    pub counts: Fingerprint,
+}
+
+impl VocabularyPrint {
+    /// Of a vocabulary.
+    pub fn of(vocabulary: &Vocabulary) -> Self {
+        Self { tags: vocabulary.fingerprint(), counts: vocabulary.fingerprint_of_counts() }
+    }
+}
+
+/// Fingerprints of all that is in a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Checksums {
+    /// Of the metadata but these.
+    metadata: Fingerprint,
+    /// Of each tensor.
+    tensors: BTreeMap<String, Fingerprint>,
+}
+
+impl Checksums {
+    fn of_metadata(metadata: &HashMap<String, String>) -> Fingerprint {
+        let others: BTreeMap<_, _> = metadata.iter().filter(|(key, _)| *key != CHECKSUMS_KEY).collect();
+        Fingerprint::of(others.into_iter().flat_map(|(key, value)| [key, value]))
+    }
+
+    /// Those that a shard has; none if it is of an older version.
+    fn read(file: &SafeFile) -> Result<Option<Self>, SafeError> {
+        let malformed = |what: String| SafeError::Malformed { path: file.path().into(), what };
+        // Every version that noted the vocabulary noted them too.
+        let newer = file.metadata().get(HEADER_KEY).is_some_and(|header| header.contains("\"vocabulary\":"));
+        let Some(text) = file.metadata().get(CHECKSUMS_KEY) else {
+            return if newer { Err(malformed(format!("its {CHECKSUMS_KEY} are missing"))) } else { Ok(None) };
+        };
+        let sums: Self = serde_json::from_str(text).map_err(|e| malformed(format!("its {CHECKSUMS_KEY}: {e}")))?;
+        if Self::of_metadata(file.metadata()) != sums.metadata {
+            return Err(malformed("the checksum of its metadata is wrong".into()));
+        }
+        match file.names().eq(sums.tensors.keys().map(String::as_str)) {
+            true => Ok(Some(sums)),
+            false => Err(malformed(format!("its {CHECKSUMS_KEY} are of other tensors"))),
+        }
+    }
+
+    fn check(&self, file: &SafeFile, tensor: &str) -> Result<(), SafeError> {
+        match self.tensors.get(tensor) == Some(&file.fingerprint(tensor)?) {
+            true => Ok(()),
+            false => {
+                let what = "its bytes are not those that were written (checksum)".into();
+                Err(SafeError::Tensor { path: file.path().into(), name: tensor.into(), what })
+            }
+        }
+    }
+}
+
+/// Writes a shard with the checksums of all that is in it.
+pub(super) fn write_shard(
+    path: &Path,
+    tensors: &[TensorOut],
+    mut metadata: HashMap<String, String>,
+) -> Result<(), SafeError> {
+    let sum = |&(name, dtype, shape, bytes): &TensorOut| (name.into(), safetensors::fingerprint(dtype, shape, bytes));
+    let tensor_sums = tensors.iter().map(sum).collect();
+    let sums = Checksums { metadata: Checksums::of_metadata(&metadata), tensors: tensor_sums };
+    metadata.insert(CHECKSUMS_KEY.into(), serde_json::json!(sums).to_string());
+    safetensors::write(path, tensors, &metadata)
+}
+
+/// Reads all of a shard; whether it has checksums to compare with.
+///
+/// # Errors
+/// [`SafeError`] names the tensor that is damaged.
+pub fn check_whole(file: &SafeFile) -> Result<bool, SafeError> {
+    let sums = Checksums::read(file)?;
+    sums.iter()
+        .flat_map(|sums| sums.tensors.keys().map(move |name| sums.check(file, name)))
+        .collect::<Result<(), _>>()?;
+    Ok(sums.is_some())
 }
 
 /// What can be wrong with a dataset.
@@ -134,6 +230,12 @@ pub enum DatasetError {
     Empty { dir: PathBuf, split: Split },
     #[error("{}: {what} is {found}, but {expected} in {}", path.display(), first.display())]
     Differs { path: PathBuf, first: PathBuf, what: &'static str, found: String, expected: String },
+    #[error(
+        "{}: not the vocabulary of {}, which was made with one of other counts ({expected}, found {found}): it is \
+         damaged or of another dataset; `edm2k prepare` writes it anew where there is none", path.display(),
+        shard.display()
+    )]
+    OtherVocabulary { path: PathBuf, shard: PathBuf, found: Fingerprint, expected: Fingerprint },
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
 }
@@ -141,6 +243,8 @@ pub enum DatasetError {
 struct Shard {
     file: SafeFile,
     first: usize,
+    /// Of its tensors, if it has checksums.
+    content: Option<Fingerprint>,
 }
 
 /// One split of a dataset, opened and checked. Cheap to read at random, from any thread.
@@ -184,6 +288,12 @@ impl Dataset {
             }
             let file = SafeFile::open(&path)?;
             let header = read_header(&file)?;
+            let (found, made_with) = (VocabularyPrint::of(&vocabulary), header.vocabulary);
+            if let Some(made_with) = made_with.filter(|made_with| made_with.counts != found.counts) {
+                let (found, expected) = (found.counts, made_with.counts);
+                let (path, shard) = (dir.join(VOCABULARY_FILE), path);
+                return Err(DatasetError::OtherVocabulary { path, shard, found, expected });
+            }
             let shard = check_shard(&file, &header, vocabulary.len())?;
             let dataset = dataset.get_or_insert_with(|| Dataset {
                 header: Header { count: 0, ..header.clone() },
@@ -202,7 +312,7 @@ impl Dataset {
             let base = dataset.tag_indices.len();
             dataset.tag_offsets.extend(shard.tag_offsets.iter().skip(1).map(|end| base + end));
             dataset.tag_indices.extend(shard.tag_indices);
-            dataset.shards.push(Shard { file, first: dataset.ids.len() });
+            dataset.shards.push(Shard { file, first: dataset.ids.len(), content: shard.content });
             dataset.ids.extend(shard.ids);
             dataset.flips.extend(shard.flips);
             dataset.repeats.extend(shard.repeats);
@@ -220,13 +330,24 @@ impl Dataset {
         };
         let ours = &self.header;
         let json = |conditioning: &Conditioning| serde_json::json!(conditioning).to_string();
+        let made_by = |made: &Option<Autoencoder>| made.as_ref().map(ToString::to_string).unwrap_or_default();
+        // What is unknown is the same.
+        let conditioning = match header.conditioning.differs(&ours.conditioning) {
+            true => (json(&header.conditioning), json(&ours.conditioning)),
+            false => Default::default(),
+        };
+        let autoencoder = match differ(&header.autoencoder, &ours.autoencoder) {
+            true => (made_by(&header.autoencoder), made_by(&ours.autoencoder)),
+            false => Default::default(),
+        };
         let pairs = [
             ("kind", format!("{:?}", header.kind), format!("{:?}", ours.kind)),
             ("height", header.height.to_string(), ours.height.to_string()),
             ("width", header.width.to_string(), ours.width.to_string()),
             ("channels", header.channels.to_string(), ours.channels.to_string()),
             ("condition_dim", header.condition_dim.to_string(), ours.condition_dim.to_string()),
-            ("conditioning", json(&header.conditioning), json(&ours.conditioning)),
+            ("conditioning", conditioning.0, conditioning.1),
+            ("autoencoder", autoencoder.0, autoencoder.1),
             ("shards", header.shards.to_string(), ours.shards.to_string()),
         ];
         for (what, found, expected) in pairs {
@@ -262,6 +383,41 @@ impl Dataset {
     /// The header; its `count` is [`Dataset::len`].
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// What the conditions mean.
+    pub fn meaning(&self) -> Meaning {
+        let tags = match self.header.conditioning {
+            Conditioning::Tags => self.vocabulary.tags().iter().map(|tag| tag.tag.clone()).collect(),
+            // Places of features have no names.
+            Conditioning::Features { .. } => Vec::new(),
+        };
+        Meaning { conditioning: Some(self.header.conditioning.clone()), tags }
+    }
+
+    /// Of all images and conditions; none if a shard is of an older version, which kept no checksums.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        let shards: Option<Vec<_>> = self.shards.iter().map(|shard| shard.content).collect();
+        Some(Fingerprint::of(shards?.iter().map(|content| format!("{content:?}"))))
+    }
+
+    /// Whether tags have been renamed in the vocabulary's file since the shards were made.
+    pub fn renamed(&self) -> bool {
+        self.header.vocabulary.is_some_and(|made_with| made_with.tags != self.vocabulary.fingerprint())
+    }
+
+    /// Reads all images too and compares them with the checksums; how many shards have some. `progress` is told after
+    /// each.
+    ///
+    /// # Errors
+    /// The first damaged tensor.
+    pub fn check(&self, progress: &mut dyn FnMut()) -> Result<usize, DatasetError> {
+        let mut known = 0;
+        for shard in &self.shards {
+            known += usize::from(check_whole(&shard.file)?);
+            progress();
+        }
+        Ok(known)
     }
 
     /// The tags that [`Dataset::tags`] points into.
@@ -396,6 +552,7 @@ fn read_header(file: &SafeFile) -> Result<Header, DatasetError> {
 }
 
 struct Checked {
+    content: Option<Fingerprint>,
     ids: Vec<i64>,
     flips: Vec<bool>,
     repeats: Vec<u8>,
@@ -418,6 +575,13 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
     is("conditions", Dtype::F16, &[n, header.condition_dim])?;
     is("ids", Dtype::I64, &[n])?;
     is("tag_offsets", Dtype::I64, &[n.saturating_add(1)])?;
+
+    let sums = Checksums::read(file)?;
+    if let Some(sums) = &sums {
+        file.names().filter(|name| *name != pixels).try_for_each(|name| sums.check(file, name))?;
+    }
+    let content = sums
+        .map(|sums| Fingerprint::of(sums.tensors.iter().flat_map(|(name, sum)| [name.clone(), format!("{sum:?}")])));
 
     // Exponent bits all set: infinite or not a number.
     let conditions = file.bytes("conditions")?;
@@ -467,6 +631,7 @@ fn check_shard(file: &SafeFile, header: &Header, tags: usize) -> Result<Checked,
     let flips = optional("flips", 0, 0..=1, "0 or 1")?;
     let repeats = optional("repeats", 1, 1..=u8::MAX, "1 to 255")?;
     Ok(Checked {
+        content,
         ids: file.i64("ids")?,
         flips: flips.into_iter().map(|b| b == 1).collect(),
         repeats,

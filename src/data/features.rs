@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use half::f16;
 
 use crate::condition::Conditioning;
-use crate::formats;
+use crate::fingerprint::{self, Fingerprint, Identity};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 
@@ -49,8 +49,7 @@ pub struct Features {
     width: usize,
     values: Values,
     conditioning: Conditioning,
-    /// Name and CRC-32 of the file, and of that of the ids.
-    identity: String,
+    identity: Identity,
 }
 
 #[derive(Debug)]
@@ -68,13 +67,14 @@ impl Features {
         let shape_error = |path: &Path, what, found: &[usize], expected: String| {
             Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
         };
-        let anonymous = Conditioning::Features { source: String::new(), node: String::new() };
-        let identity =
-            |path: &Path| formats::identity(path).map_err(|cause| FeatureError::Io { path: path.into(), cause });
-        let mut identities = identity(path)?;
+        let anonymous = Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None };
+        let fingerprint =
+            |path: &Path| Fingerprint::of_file(path).map_err(|cause| FeatureError::Io { path: path.into(), cause });
+        let mut identity = Identity { name: fingerprint::name(path), fingerprint: Some(fingerprint(path)?) };
         let (shape, ids_shape, ids, values, conditioning) = if path.extension().is_some_and(|end| end == "npy") {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
-            identities = format!("{identities}, {}", identity(ids_path)?);
+            let ids = Some(fingerprint(ids_path)?);
+            identity.fingerprint = Some(Fingerprint::of([identity.fingerprint, ids].map(|of| format!("{of:?}"))));
             let (shape, values) = npy::read(path)?;
             let (ids_shape, ids) = npy::read_i64(ids_path)?;
             (shape, ids_shape, ids, Values::Read(values), anonymous)
@@ -111,7 +111,7 @@ impl Features {
                 return Err(FeatureError::RepeatedId { path: ids_path.unwrap_or(path).into(), id });
             }
         }
-        Ok(Self { rows, width, values, conditioning, identity: identities })
+        Ok(Self { rows, width, values, conditioning, identity })
     }
 
     /// Width D of the features.
@@ -124,8 +124,8 @@ impl Features {
         &self.conditioning
     }
 
-    /// Tells one file from another: name and checksum.
-    pub fn identity(&self) -> &str {
+    /// Tells one file from another, or two of features and ids.
+    pub fn identity(&self) -> &Identity {
         &self.identity
     }
 

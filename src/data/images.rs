@@ -1,21 +1,25 @@
 //! From an image file's bytes to 8-bit sRGB pixels of the size that a dataset has:
 //!
-//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), turn as its EXIF says;
-//! 2. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
+//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), all of it ([`jpeg::check`]), turn as
+//!    its EXIF says;
+//! 2. convert to sRGB by its colour profile, if it has one that does anything;
+//! 3. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
 //!    hidden colours can appear;
-//! 3. crop to the target's shape, about the centre;
-//! 4. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
+//! 4. crop to the target's shape, about the centre;
+//! 5. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader};
+use moxcms::{ColorProfile, DataColorSpace, Layout, ProfileText, TransformOptions};
 use resize::px::RGB;
 
 use crate::formats::png::Picture;
+use crate::formats::{input, jpeg};
 
 /// Most pixels that an image may have: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
@@ -58,12 +62,12 @@ impl Place {
             return Ok(Err(format!("{length} bytes, expected {MAX_BYTES} at most")));
         }
         match self {
-            Self::File(path) => match fs::read(path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Err(error.to_string())),
+            Self::File(path) => match input::read(path, MAX_BYTES) {
+                Err(error) if input::is_of_the_file(&error) => Ok(Err(error.to_string())),
                 read => read.map(Ok),
             },
             Self::Member { tar, offset, size } => {
-                let mut file = File::open(tar)?;
+                let mut file = input::open(tar)?;
                 file.seek(SeekFrom::Start(*offset))?;
                 let mut bytes = vec![0; *size as usize];
                 file.read_exact(&mut bytes)?;
@@ -81,11 +85,20 @@ impl Place {
     }
 }
 
+/// A decoded image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its pixels.
+    pub picture: Picture,
+    /// The colour profile that it has and that could not be applied: its colours were taken for sRGB.
+    pub unapplied: Option<String>,
+}
+
 /// The picture in a file, on a background if it is transparent.
 ///
 /// # Errors
 /// The file cannot be read, or is no image.
-pub fn open(path: &Path, background: [u8; 3]) -> Result<Picture, String> {
+pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, String> {
     let bytes = Place::File(path.into()).read().map_err(|error| error.to_string())??;
     decode(&bytes, background)
 }
@@ -94,9 +107,12 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Picture, String> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Picture, String> {
-    let load = || -> image::ImageResult<Result<DynamicImage, String>> {
+pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, String> {
+    let load = || -> image::ImageResult<Result<(DynamicImage, Option<Vec<u8>>), String>> {
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+        if reader.format().is_none() {
+            return Ok(Err(format!("it is {}", input::kind(bytes).unwrap_or("no image of a known kind"))));
+        }
         let mut limits = image::Limits::default();
         limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
         reader.limits(limits);
@@ -107,29 +123,94 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Picture, String> {
         }
         // A damaged tag is no reason to lose the picture.
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let profile = decoder.icc_profile().unwrap_or(None);
         let mut image = DynamicImage::from_decoder(decoder)?;
         image.apply_orientation(orientation);
-        Ok(Ok(image))
+        Ok(Ok((image, profile)))
     };
-    let image = load().map_err(|error| error.to_string())??;
+    let (image, profile) = load().map_err(|error| error.to_string())??;
+    if bytes.starts_with(b"\xff\xd8") {
+        jpeg::check(bytes).map_err(|what| format!("a JPEG that is not whole: {what}"))?;
+    }
     let (width, height) = (image.width() as usize, image.height() as usize);
-    let rgb = if image.color().has_alpha() {
+    let grey = !image.color().has_color();
+    let (rgb, unapplied) = if image.color().has_alpha() {
         let over = |x: u8, behind: u8, alpha: u32| {
             ((u32::from(x) * alpha + u32::from(behind) * (255 - alpha) + 127) / 255) as u8
         };
-        let rgba = image.into_rgba8();
-        rgba.pixels()
-            .flat_map(|pixel| {
-                let [r, g, b, alpha] = pixel.0;
-                let alpha = u32::from(alpha);
-                let [behind_r, behind_g, behind_b] = background;
-                [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
-            })
-            .collect()
+        let mut rgba = image.into_rgba8();
+        let unapplied = profile.and_then(|profile| to_srgb(&profile, &mut rgba, Layout::Rgba, grey));
+        let rgb = rgba.pixels().flat_map(|pixel| {
+            let [r, g, b, alpha] = pixel.0;
+            let alpha = u32::from(alpha);
+            let [behind_r, behind_g, behind_b] = background;
+            [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
+        });
+        (rgb.collect(), unapplied)
     } else {
-        image.into_rgb8().into_raw()
+        let mut rgb = image.into_rgb8().into_raw();
+        let unapplied = profile.and_then(|profile| to_srgb(&profile, &mut rgb, Layout::Rgb, grey));
+        (rgb, unapplied)
     };
-    Ok(Picture::new(height, width, rgb))
+    Ok(Image { picture: Picture::new(height, width, rgb), unapplied })
+}
+
+/// Levels of 256 by which a profile must move a colour to be another one than sRGB: there are many sRGBs, that differ
+/// in their rounding.
+const NOTICEABLE: u8 = 2;
+
+/// Converts pixels (RGB, or RGBA) by a colour profile; what it is called if that is not possible.
+fn to_srgb(icc: &[u8], pixels: &mut [u8], layout: Layout, grey: bool) -> Option<String> {
+    let Ok(profile) = ColorProfile::new_from_slice(icc) else { return Some("a damaged one".into()) };
+    let name = || match &profile.description {
+        Some(ProfileText::PlainString(text)) => text.clone(),
+        Some(ProfileText::Localizable(texts)) => texts.first().map_or("unnamed".into(), |text| text.value.clone()),
+        Some(ProfileText::Description(text)) => text.ascii_string.clone(),
+        None => format!("an unnamed one of {:?}", profile.color_space),
+    };
+    // Of a grey image all channels are the same.
+    let channels = if layout == Layout::Rgba { 4 } else { 3 };
+    let (from, first) = match (profile.color_space, grey) {
+        (DataColorSpace::Rgb, _) => (layout, false),
+        (DataColorSpace::Gray, true) => (Layout::Gray, true),
+        // CMYK has become RGB by the decoder's rule of thumb.
+        _ => return Some(name()),
+    };
+    let to = if first { Layout::Rgb } else { layout };
+    let srgb = ColorProfile::new_srgb();
+    let Ok(transform) = profile.create_transform_8bit(from, &srgb, to, TransformOptions::default()) else {
+        return Some(name());
+    };
+    // All pixels of a lattice, or all greys.
+    let sample: Vec<u8> = match (first, channels) {
+        (true, _) => (0..=255).collect(),
+        (false, 3) => lattice().flatten().collect(),
+        (false, _) => lattice().flat_map(|[r, g, b]| [r, g, b, 255]).collect(),
+    };
+    let mut moved = vec![0; if first { 3 * sample.len() } else { sample.len() }];
+    if transform.transform(&sample, &mut moved).is_err() {
+        return Some(name());
+    }
+    let before = |i: usize| if first { sample[i / 3] } else { sample[i] };
+    if (0..moved.len()).all(|i| moved[i].abs_diff(before(i)) <= NOTICEABLE) {
+        return None;
+    }
+    if first {
+        // Grey comes out grey: sRGB and the profile have the same white.
+        pixels.chunks_exact_mut(channels).for_each(|pixel| {
+            let at = 3 * usize::from(pixel[0]);
+            pixel[..3].copy_from_slice(&moved[at..at + 3]);
+        });
+        return None;
+    }
+    let source = pixels.to_vec();
+    transform.transform(&source, pixels).err().map(|_| name())
+}
+
+/// Colours all over the cube.
+fn lattice() -> impl Iterator<Item = [u8; 3]> {
+    let levels = || (0..=8).map(|i| (255 * i / 8) as u8);
+    levels().flat_map(move |r| levels().flat_map(move |g| levels().map(move |b| [r, g, b])))
 }
 
 /// A crop about the centre that has the target's shape, as large as it can be.

@@ -13,13 +13,14 @@
 //!
 //! Records are ordered and cut into shards before anything is decoded. So a shard
 //! depends on its records and the settings only: it is made again with the same bytes, in
-//! any order, by any number of threads; one that is there already is kept.
+//! any order, by any number of threads; one that is there already, and whole, is kept. Shards
+//! that were made with other settings stop everything, unless no image is in any of them.
 //!
 //! What was kept and dropped is written to `summary.json` ([`Summary`]).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
@@ -33,23 +34,27 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::danbooru;
-use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE};
+use super::dataset::{self, HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE, VocabularyPrint};
 use super::features::{FeatureError, Features};
 use super::images::{self, Place};
-use crate::codec::{CodecError, LATENTS};
+use crate::codec::{Autoencoder, CodecError, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
 use crate::condition::{Conditioning, unit_norm};
+use crate::fingerprint::{Fingerprint, Identity};
 use crate::formats::png::Picture;
-use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
-use crate::formats::{self, DirLock, LockError, write_atomically};
+use crate::formats::{DirLock, LockError, input, write_atomically};
+use crate::memory::{self, TooLarge};
 use crate::onnx::OnnxError;
 
 /// Key of the settings in a shard's metadata.
 const SETTINGS_KEY: &str = "settings";
 /// Key of the list of records that are not in a shard though they belong there.
 const DROPPED_KEY: &str = "dropped";
+/// Key of the list of images whose colour profile could not be applied.
+const PROFILES_KEY: &str = "profiles";
 /// Name of the summary's file.
 pub const SUMMARY_FILE: &str = "summary.json";
 /// Images that are decoded at a time.
@@ -92,8 +97,8 @@ pub struct Settings {
 
 /// What makes latents of pictures, wherever it computes.
 pub struct Codec<'a> {
-    /// Tells one from another.
-    pub identity: String,
+    /// What its latents are of.
+    pub autoencoder: Autoencoder,
     /// Pixels for a latent, in each direction.
     pub factor: usize,
     /// How it does it.
@@ -113,6 +118,8 @@ pub enum PrepareError {
     Line { path: PathBuf, line: usize, what: String },
     #[error("{}: no records", path.display())]
     NoRecords { path: PathBuf },
+    #[error("{}: it is {what}, expected a JSON object a line", path.display())]
+    NotLines { path: PathBuf, what: &'static str },
     #[error("{}: neither archives (.tar) nor images named by their ids, such as 1003.png", path.display())]
     NoImages { path: PathBuf },
     #[error("{what} is {found}, expected {expected}")]
@@ -124,6 +131,13 @@ pub enum PrepareError {
     OtherSettings { path: PathBuf, what: String, found: String, now: String },
     #[error("{}: a shard of another dataset; remove it or choose another directory", path.display())]
     Stray { path: PathBuf },
+    #[error(
+        "{}: not the vocabulary of these records, with tags renamed or not: {what}; remove it, and it is written anew",
+        path.display()
+    )]
+    DamagedVocabulary { path: PathBuf, what: String },
+    #[error("{0}; a smaller --shard-size needs less")]
+    Memory(#[from] TooLarge),
     #[error(transparent)]
     Lock(#[from] LockError),
     #[error(transparent)]
@@ -169,6 +183,27 @@ pub enum Event<'a> {
         file: &'a str,
         /// Why.
         why: &'a str,
+    },
+    /// An image has a colour profile that could not be applied.
+    Unapplied {
+        /// Its name.
+        file: &'a str,
+        /// That of the profile.
+        profile: &'a str,
+    },
+    /// A shard that was there is damaged, and made again.
+    Damaged {
+        /// What is wrong with it.
+        why: &'a str,
+    },
+    /// Tags have other names in the vocabulary's file than in the records.
+    Renamed {
+        /// How many.
+        tags: usize,
+        /// The first of them, in the records.
+        was: &'a str,
+        /// In the file.
+        now: &'a str,
     },
     /// A shard is whole.
     Shard {
@@ -217,7 +252,7 @@ impl fmt::Display for Drop {
             Drop::Deleted => "deleted",
             Drop::Banned => "banned",
             Drop::OtherRating => "of another rating",
-            Drop::Cropped => "of too different a shape",
+            Drop::Cropped => "of too different a shape (a larger --max-crop keeps more)",
             Drop::Small => "too small",
             Drop::Repeated => "listed before",
             Drop::NoFile => "without a file",
@@ -254,6 +289,8 @@ pub struct Counts {
     pub enlarged: usize,
     /// Of these: no tag in the vocabulary.
     pub untagged: usize,
+    /// Of these: a colour profile that could not be applied, so that the colours were taken for sRGB.
+    pub unapplied: usize,
 }
 
 /// What was made; in JSON as `summary.json` has it.
@@ -347,6 +384,13 @@ fn once() -> NonZeroU8 {
     NonZeroU8::MIN
 }
 
+/// An image whose colour profile could not be applied.
+#[derive(Serialize, Deserialize)]
+struct Unapplied {
+    file: String,
+    profile: String,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Dropped {
     id: i64,
@@ -403,8 +447,16 @@ pub fn prepare(
             expected: "at least 1".into(),
         });
     }
-    let codec_identity = codec.as_ref().map(|codec| codec.identity.as_str());
-    let fingerprint = fingerprint(settings, &list, &tags, codec_identity, &source)?;
+    let [width, height] = settings.size.map(u128::from);
+    let factor = codec.as_ref().map_or(1, |codec| codec.factor as u128);
+    let bytes = match &codec {
+        None => 3 * width * height,
+        Some(_) => 4 * LATENTS as u128 * (width / factor) * (height / factor),
+    };
+    let (images, ahead) = (list.len().min(settings.shard_size), list.len().min(CHUNK));
+    let needed = images as u128 * bytes + ahead as u128 * 3 * width * height;
+    memory::check(format!("making shards of {images} images of {width}x{height}"), needed)?;
+    let made_with = made_with(settings, &list, &tags, codec.as_ref(), &source);
 
     let mut jobs = Vec::new();
     for split in Split::ALL {
@@ -417,20 +469,18 @@ pub fn prepare(
         }
     }
     // Before anything is written: a dataset made otherwise stays as it is.
-    let existing = jobs
-        .iter()
-        .map(|job| existing_shard(&settings.out.join(&job.name), &fingerprint))
-        .collect::<Result<Vec<_>, _>>()?;
-    refuse_strays(&settings.out, &jobs)?;
+    let existing = existing_shards(&settings.out, &jobs, &made_with, report)?;
     let vocabulary_path = settings.out.join(VOCABULARY_FILE);
     // Beside shards it is theirs, and somebody may have renamed tags in it.
     if !vocabulary_path.exists() || existing.iter().all(Option::is_none) {
         vocabulary.save(&vocabulary_path)?;
+    } else {
+        check_vocabulary(&vocabulary_path, &vocabulary, report)?;
     }
 
     report(Event::Start(list.len()));
     let places = tags.names.iter().map(|tag| vocabulary.get(tag)).collect();
-    let maker = Maker { settings, vocabulary: &vocabulary, places, source: &source, fingerprint: &fingerprint };
+    let maker = Maker { settings, vocabulary: &vocabulary, places, source: &source, made_with: &made_with };
     let mut splits = Split::ALL.map(|split| (split, Counts::default()));
     for (job, existing) in jobs.iter().zip(existing) {
         let path = settings.out.join(&job.name);
@@ -451,11 +501,13 @@ pub fn prepare(
                 report(Event::Unreadable { file, why });
             }
         }
+        made.unapplied.iter().for_each(|Unapplied { file, profile }| report(Event::Unapplied { file, profile }));
         report(Event::Shard { name: &job.name, images: made.counts.kept, kept });
         let sum = &mut splits[job.split as usize].1;
         sum.kept += made.counts.kept;
         sum.enlarged += made.counts.enlarged;
         sum.untagged += made.counts.untagged;
+        sum.unapplied += made.counts.unapplied;
     }
     if splits.iter().all(|(_, counts)| counts.kept == 0) {
         return Err(PrepareError::NothingKept { records: read, dropped });
@@ -519,8 +571,18 @@ pub(super) fn read_lines(
     mut each: impl FnMut(&[u8], u64) -> Result<(), String>,
 ) -> Result<(), PrepareError> {
     let io_error = |cause| PrepareError::Io { path: path.into(), cause };
-    let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io_error)?);
+    let mut reader = BufReader::with_capacity(1 << 20, input::open(path).map_err(io_error)?);
+    let head = reader.fill_buf().map_err(io_error)?;
+    let array = head.trim_ascii_start().starts_with(b"[");
+    let what = if array { Some("a list in JSON") } else { input::kind(head) };
+    if let Some(what) = what.filter(|what| array || !what.contains("JSON") && *what != "empty") {
+        return Err(PrepareError::NotLines { path: path.into(), what });
+    }
     let (mut text, mut end) = (Vec::new(), 0);
+    if head.starts_with(input::MARK) {
+        reader.consume(input::MARK.len());
+        end += input::MARK.len() as u64;
+    }
     for line in 1.. {
         text.clear();
         let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut text).map_err(io_error)? as u64;
@@ -542,11 +604,13 @@ pub(super) fn read_lines(
 
 /// The records of a folder in order of their ids.
 fn read_records(settings: &Settings) -> Result<Records, PrepareError> {
+    fs::read_dir(&settings.images).map_err(|cause| PrepareError::Io { path: settings.images.clone(), cause })?;
     let mut records = Records::default();
     let mut ids = HashSet::new();
     read_lines(&settings.metadata, |text, _| {
         let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
         let mut line: Line = serde_json::from_str(text).map_err(|error| {
+            let error = input::in_one_line(&error);
             format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
         })?;
         for tag in &line.tags {
@@ -573,13 +637,7 @@ fn read_records(settings: &Settings) -> Result<Records, PrepareError> {
 
 /// Everything that a shard's bytes depend on. Of an image file that is its length: reading
 /// it whole would cost as much as doing the work again, and its date changes with copying.
-fn fingerprint(
-    settings: &Settings,
-    records: &[Record],
-    tags: &Tags,
-    codec: Option<&str>,
-    source: &Source,
-) -> Result<Value, PrepareError> {
+fn made_with(settings: &Settings, records: &[Record], tags: &Tags, codec: Option<&Codec>, source: &Source) -> Value {
     // FNV-1a, 64 bits: it recognises a change, nobody attacks it.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |bytes: &[u8]| {
@@ -607,57 +665,113 @@ fn fingerprint(
         "licence": settings.licence,
         "records": format!("{} ({hash:016x})", records.len()),
     });
-    let enlarge = settings.danbooru.as_ref().map(|filter| Value::from(filter.enlarge));
+    let file = |name: &str, content: Fingerprint| json!({"name": name, "fingerprint": content});
     let (known, tagger) = match source {
         Source::Tags => (None, None),
-        Source::Known(features) => (Some(features.identity().into()), None),
+        Source::Known(features) => (Some(json!(features.identity())), None),
         Source::Tagger(tagger) => {
-            let network = tagger.network();
-            let identity = formats::identity(network.path());
-            let identity = identity.map_err(|cause| PrepareError::Io { path: network.path().into(), cause })?;
-            (None, Some(format!("{identity}, {}", network.node()).into()))
+            let mut made_by = file(&tagger.source(), tagger.network().fingerprint());
+            made_by["node"] = tagger.network().node().into();
+            (None, Some(made_by))
         }
     };
-    let others = [("enlarge", enlarge), ("vae", codec.map(Value::from)), ("features", known), ("tagger", tagger)];
-    for (key, value) in others {
+    let enlarge = settings.danbooru.as_ref().map(|filter| Value::from(filter.enlarge));
+    let vae = codec.map(|codec| file(&codec.autoencoder.name, codec.autoencoder.fingerprint));
+    for (key, value) in [("enlarge", enlarge), ("vae", vae), ("features", known), ("tagger", tagger)] {
         if let Some(value) = value {
             all[key] = value;
         }
     }
-    Ok(all)
+    all
 }
 
-fn refuse_strays(out: &Path, jobs: &[Job]) -> Result<(), PrepareError> {
+/// Whether a setting is the same. Files are recognised by their content; older versions noted `NAME (CRC)`, and after a
+/// comma the tensor: then by their name.
+fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
+    match (before, now) {
+        (Some(Value::Object(before)), Some(Value::Object(now))) => {
+            ["fingerprint", "node"].iter().all(|&key| before.get(key) == now.get(key))
+        }
+        (Some(Value::String(before)), Some(Value::Object(now))) => {
+            let (name, rest) = before.rsplit_once(" (").unwrap_or((before, ""));
+            let node = rest.split_once(", ").map(|(_, node)| node);
+            let of = |key| now.get(key).and_then(Value::as_str);
+            let first = name.split_once(" (").map_or(name, |(first, _)| first);
+            of("name") == Some(first) && of("node").is_none_or(|now| Some(now) == node)
+        }
+        (before, now) => before == now,
+    }
+}
+
+/// The shards of these jobs that are there and whole. Those that hold no image are made again, whatever they were made
+/// with; any other that was made otherwise is an error.
+fn existing_shards(
+    out: &Path,
+    jobs: &[Job],
+    made_with: &Value,
+    report: &(dyn Fn(Event) + Sync),
+) -> Result<Vec<Option<SafeFile>>, PrepareError> {
     let io_error = |cause| PrepareError::Io { path: out.into(), cause };
-    let ours: HashSet<_> = jobs.iter().map(|job| job.name.as_str()).collect();
+    let mut there = HashMap::new();
     for entry in fs::read_dir(out).map_err(io_error)? {
         let entry = entry.map_err(io_error)?;
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
+        let Ok(name) = entry.file_name().into_string() else { continue };
         let of_split = Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")));
-        if of_split && name.ends_with(".safetensors") && !ours.contains(name) {
-            return Err(PrepareError::Stray { path: entry.path() });
+        if of_split && name.ends_with(".safetensors") {
+            there.insert(name, SafeFile::open(entry.path()));
         }
     }
-    Ok(())
+    // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
+    let holds_nothing = |file: &SafeFile| {
+        file.metadata().contains_key(SETTINGS_KEY) && file.shape("ids").is_ok_and(|shape| shape == [0])
+    };
+    if there.values().all(|file| file.as_ref().is_ok_and(holds_nothing)) {
+        for name in there.keys() {
+            fs::remove_file(out.join(name)).map_err(|cause| PrepareError::Io { path: out.join(name), cause })?;
+        }
+        return Ok(jobs.iter().map(|_| None).collect());
+    }
+    let ours: HashSet<_> = jobs.iter().map(|job| job.name.as_str()).collect();
+    let files: Vec<_> = jobs.iter().map(|job| there.remove(&job.name).and_then(Result::ok)).collect();
+    files.iter().flatten().try_for_each(|file| check_settings_of(file, made_with))?;
+    if let Some(name) = there.keys().filter(|name| !ours.contains(name.as_str())).min() {
+        return Err(PrepareError::Stray { path: out.join(name) });
+    }
+    let total = files.iter().flatten().count() as u64;
+    let mut done = 0;
+    let whole = |file: Option<SafeFile>| {
+        let file = file?;
+        let checked = dataset::check_whole(&file).and_then(|_| read_counts(&file));
+        done += 1;
+        report(Event::Reading { what: "shards that are there", done, total });
+        match checked {
+            Ok(_) => Some(file),
+            Err(why) => {
+                report(Event::Damaged { why: &why.to_string() });
+                None
+            }
+        }
+    };
+    Ok(files.into_iter().map(whole).collect())
 }
 
-/// The shard at `path` if it is there and whole; an error if it was made otherwise.
-fn existing_shard(path: &Path, fingerprint: &Value) -> Result<Option<SafeFile>, PrepareError> {
-    let Ok(file) = SafeFile::open(path) else {
-        return Ok(None);
-    };
+/// An error if a shard was made otherwise.
+fn check_settings_of(file: &SafeFile, made_with: &Value) -> Result<(), PrepareError> {
+    let path = file.path();
     let before = file.metadata().get(SETTINGS_KEY).and_then(|text| serde_json::from_str(text).ok());
-    let (Some(Value::Object(before)), Value::Object(now)) = (before, fingerprint) else {
+    let (Some(Value::Object(before)), Value::Object(now)) = (before, made_with) else {
         return Err(PrepareError::Stray { path: path.into() });
     };
     let show = |settings: &Map<String, Value>, key: &String| match settings.get(key) {
         Some(Value::String(text)) => text.clone(),
-        Some(other) => other.to_string(),
+        Some(other) => match serde_json::from_value::<Identity>(other.clone()) {
+            Ok(file) => file.to_string(),
+            Err(_) => other.to_string(),
+        },
         None => "none".into(),
     };
     for key in now.keys().chain(before.keys()) {
-        if before.get(key) != now.get(key) {
+        if !same_setting(before.get(key), now.get(key)) {
             return Err(PrepareError::OtherSettings {
                 path: path.into(),
                 what: key.clone(),
@@ -666,12 +780,38 @@ fn existing_shard(path: &Path, fingerprint: &Value) -> Result<Option<SafeFile>, 
             });
         }
     }
-    Ok(read_counts(&file).is_ok().then_some(file))
+    Ok(())
+}
+
+/// An error if a vocabulary's file is not what was counted, but for the names of tags.
+fn check_vocabulary(path: &Path, counted: &Vocabulary, report: &(dyn Fn(Event) + Sync)) -> Result<(), PrepareError> {
+    let damaged = |what: String| PrepareError::DamagedVocabulary { path: path.into(), what };
+    let found = Vocabulary::load(path).map_err(|error| match error {
+        VocabularyError::Io { .. } => error.into(),
+        VocabularyError::Json { cause, .. } => damaged(cause.to_string()),
+        VocabularyError::File { cause, .. } => damaged(cause.to_string()),
+        other => damaged(other.to_string()),
+    })?;
+    let (found, counted) = (found.tags(), counted.tags());
+    if found.len() != counted.len() {
+        return Err(damaged(format!("it has {} tags, the records {}", found.len(), counted.len())));
+    }
+    let pairs = || found.iter().zip(counted);
+    if let Some((found, counted)) = pairs().find(|(found, counted)| found.count != counted.count) {
+        let (a, b) = (&found.tag, &counted.tag);
+        return Err(damaged(format!("{a:?} is on {} images, {b:?} at its place on {}", found.count, counted.count)));
+    }
+    let renamed = || pairs().filter(|(found, counted)| found.tag != counted.tag);
+    if let Some((first, counted)) = renamed().next() {
+        report(Event::Renamed { tags: renamed().count(), was: &counted.tag, now: &first.tag });
+    }
+    Ok(())
 }
 
 struct Made {
     counts: Counts,
     dropped: Vec<Dropped>,
+    unapplied: Vec<Unapplied>,
 }
 
 /// The counts of a shard, from what it holds.
@@ -683,7 +823,13 @@ fn read_counts(file: &SafeFile) -> Result<Made, SafeError> {
     let enlarged: usize = text("enlarged")?.parse().map_err(|_| malformed("enlarged is no number".into()))?;
     let offsets = file.i64("tag_offsets")?;
     let untagged = offsets.windows(2).filter(|pair| pair[0] == pair[1]).count();
-    Ok(Made { counts: Counts { kept: file.i64("ids")?.len(), enlarged, untagged }, dropped })
+    let unapplied: Vec<Unapplied> = match file.metadata().get(PROFILES_KEY) {
+        // Older shards did not look.
+        None => Vec::new(),
+        Some(text) => serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?,
+    };
+    let counts = Counts { kept: file.i64("ids")?.len(), enlarged, untagged, unapplied: unapplied.len() };
+    Ok(Made { counts, dropped, unapplied })
 }
 
 struct Job<'a> {
@@ -733,6 +879,8 @@ struct Ready {
     picture: Picture,
     /// Whether it was smaller.
     enlarged: bool,
+    /// See [`images::Image`].
+    unapplied: Option<String>,
     /// Places of its tags in the vocabulary, ascending.
     tags: Vec<u32>,
     condition: Vec<f32>,
@@ -753,7 +901,7 @@ struct Maker<'a> {
     /// Where each of [`Records::tags`] is in the vocabulary.
     places: Vec<Option<u32>>,
     source: &'a Source,
-    fingerprint: &'a Value,
+    made_with: &'a Value,
 }
 
 /// Why an image is left out, and that in words.
@@ -770,7 +918,7 @@ impl Maker<'_> {
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
         let Settings { size, background, max_crop, danbooru, .. } = self.settings;
         let unreadable = |why: String| (Drop::Unreadable, why);
-        let image = images::decode(bytes, *background).map_err(unreadable)?;
+        let images::Image { picture: image, unapplied } = images::decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
         let crop = images::crop([width, height], *size);
         if !crop.within(*max_crop) {
@@ -789,12 +937,13 @@ impl Maker<'_> {
             Source::Tagger(tagger) => {
                 let other = (*background != Tagger::BACKGROUND).then(|| images::decode(bytes, Tagger::BACKGROUND));
                 let other = other.transpose().map_err(unreadable)?;
-                let made = tagger.features(other.as_ref().unwrap_or(&image), &record.file);
+                let shown = other.as_ref().map_or(&image, |other| &other.picture);
+                let made = tagger.features(shown, &record.file);
                 feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
             }
         };
         let picture = images::fit(image, crop, *size).map_err(unreadable)?;
-        Ok(Ready { picture, enlarged: crop.enlarged, tags, condition })
+        Ok(Ready { picture, enlarged: crop.enlarged, unapplied, tags, condition })
     }
 
     fn make(
@@ -808,7 +957,7 @@ impl Maker<'_> {
         let (mut images, mut conditions) = (Vec::new(), Vec::new());
         let (mut ids, mut flips, mut repeats) = (Vec::<i64>::new(), Vec::<u8>::new(), Vec::<u8>::new());
         let (mut tag_offsets, mut tag_indices) = (vec![0i64], Vec::<i32>::new());
-        let (mut dropped, mut enlarged) = (Vec::new(), 0);
+        let (mut dropped, mut enlarged, mut profiles) = (Vec::new(), 0, Vec::new());
         thread::scope(|scope| -> Result<(), PrepareError> {
             // The next images are decoded while a codec works on these.
             let (sender, pictures) = sync_channel(1);
@@ -828,7 +977,7 @@ impl Maker<'_> {
                     Err(refusal) => Err(refusal),
                 };
                 report(Event::Done(1));
-                let (bytes, Ready { enlarged: was_smaller, tags, condition, .. }) = match made {
+                let (bytes, Ready { enlarged: was_smaller, unapplied, tags, condition, .. }) = match made {
                     Ok(made) => made,
                     Err((drop, why)) => {
                         dropped.push(Dropped { id: record.id, file: record.file.clone(), drop, why });
@@ -838,6 +987,7 @@ impl Maker<'_> {
                 images.extend(bytes);
                 conditions.extend(condition.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
                 enlarged += usize::from(was_smaller);
+                profiles.extend(unapplied.map(|profile| Unapplied { file: record.file.clone(), profile }));
                 tag_indices.extend(tags.iter().map(|&tag| tag as i32));
                 tag_offsets.push(tag_indices.len() as i64);
                 ids.push(record.id);
@@ -850,7 +1000,7 @@ impl Maker<'_> {
         let n = ids.len();
         let condition_dim = self.source.width().unwrap_or(self.vocabulary.len());
         let [width, height] = self.settings.size.map(|side| side as usize);
-        let (kind, factor, channels) = match codec {
+        let (kind, factor, channels) = match &codec {
             None => (Kind::Images, 1, 3),
             Some(codec) => (Kind::Latents, codec.factor, LATENTS),
         };
@@ -861,6 +1011,8 @@ impl Maker<'_> {
             channels,
             condition_dim,
             conditioning: self.source.conditioning(),
+            autoencoder: codec.map(|codec| codec.autoencoder.clone()),
+            vocabulary: Some(VocabularyPrint::of(self.vocabulary)),
             count: n,
             shards: job.shards,
             source: self.settings.source.clone(),
@@ -868,14 +1020,15 @@ impl Maker<'_> {
         };
         let metadata = [
             (HEADER_KEY, json!(header).to_string()),
-            (SETTINGS_KEY, self.fingerprint.to_string()),
+            (SETTINGS_KEY, self.made_with.to_string()),
             (DROPPED_KEY, json!(dropped).to_string()),
+            (PROFILES_KEY, json!(profiles).to_string()),
             ("enlarged", enlarged.to_string()),
         ];
         let little = |values: &[i64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let indices: Vec<u8> = tag_indices.iter().flat_map(|x| x.to_le_bytes()).collect();
         let (tensor, dtype, planes) = kind.tensor();
-        safetensors::write(
+        dataset::write_shard(
             path,
             &[
                 (tensor, dtype, &[n, planes * channels, header.height, header.width], &images),
@@ -886,7 +1039,7 @@ impl Maker<'_> {
                 ("flips", Dtype::U8, &[n], &flips),
                 ("repeats", Dtype::U8, &[n], &repeats),
             ],
-            &metadata.map(|(key, value)| (key.to_string(), value)).into(),
+            metadata.map(|(key, value)| (key.to_string(), value)).into(),
         )?;
         Ok(())
     }

@@ -3,11 +3,15 @@
 //! Layout: `\x93NUMPY`, version (2 bytes), length of the header (2 bytes, from version 2 on 4), the header
 //! `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1024), }` in ASCII, then the values.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+
+use super::input;
+
+/// Longest file that is read: 16 GiB.
+const MAX_BYTES: u64 = 1 << 34;
 
 /// What can be wrong with such a file.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +63,7 @@ fn read_as<T>(
     expected: &str,
     convert: impl FnOnce(&str, &[u8]) -> Option<(Vec<T>, usize)>,
 ) -> Result<(Vec<usize>, Vec<T>), NpyError> {
-    let bytes = fs::read(path).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
+    let bytes = input::read(path, MAX_BYTES).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
     let parsed = parse(&bytes).and_then(|(kind, shape, data)| {
         let (values, rest) =
             convert(kind, data).ok_or_else(|| format!("elements of type {kind:?}, expected {expected}"))?;
@@ -74,7 +78,9 @@ fn read_as<T>(
 
 /// Element type, shape, and the values' bytes.
 fn parse(bytes: &[u8]) -> Result<(&str, Vec<usize>, &[u8]), String> {
-    let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or("it does not begin with \\x93NUMPY")?;
+    let other =
+        || input::kind(bytes).map_or("it does not begin with \\x93NUMPY".into(), |kind| format!("it is {kind}"));
+    let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or_else(other)?;
     let truncated = || "it ends within its header".to_owned();
     let (length, rest) = match rest {
         [1, _, a, b, rest @ ..] => (usize::from(u16::from_le_bytes([*a, *b])), rest),

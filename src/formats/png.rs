@@ -4,11 +4,10 @@
 //! Text is stored as iTXt (UTF-8, so any prompt survives) before the pixels; `exiftool`,
 //! ImageMagick's `identify -verbose` and Python's PIL show it.
 
-use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
-use super::write_atomically;
+use super::{input, write_atomically};
 
 /// Pixels between the cells of a grid and around it.
 const GUTTER: usize = 2;
@@ -124,7 +123,7 @@ impl Picture {
 /// # Errors
 /// [`PngError::Io`] if the file cannot be opened, [`PngError::Format`] if it is no PNG.
 pub fn read_text(path: &Path) -> Result<Vec<(String, String)>, PngError> {
-    let file = File::open(path).map_err(|cause| PngError::Io { path: path.into(), cause })?;
+    let file = input::open(path).map_err(|cause| PngError::Io { path: path.into(), cause })?;
     let format = |error: png::DecodingError| PngError::Format { path: path.into(), what: error.to_string() };
     let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(format)?;
     let info = reader.info();

@@ -13,7 +13,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -24,11 +23,15 @@ use serde_json::{Map, Value, json};
 
 pub use safetensors::Dtype;
 
-use super::AtomicFile;
 use super::mapped::Mapped;
+use super::{AtomicFile, input};
+use crate::fingerprint::Fingerprint;
 
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
+
+/// Key of the header's strings.
+const METADATA: &str = "__metadata__";
 
 /// What can be wrong with a safetensors file, or with a request to it.
 #[derive(Debug, thiserror::Error)]
@@ -93,12 +96,11 @@ impl SafeFile {
         let path = path.as_ref().to_path_buf();
         let io_error = |cause| SafeError::Io { path: path.clone(), cause };
         let malformed = |what: String| SafeError::Malformed { path: path.clone(), what };
-        let file = File::open(&path).map_err(io_error)?;
-        let about = file.metadata().map_err(io_error)?;
-        if !about.is_file() {
-            return Err(malformed("it is not a regular file".into()));
-        }
-        let length = about.len();
+        let file = input::open(&path).map_err(|cause| match cause.kind() {
+            io::ErrorKind::InvalidInput => malformed(cause.to_string()),
+            _ => io_error(cause),
+        })?;
+        let length = file.metadata().map_err(io_error)?.len();
         if length < 8 {
             return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
@@ -107,6 +109,9 @@ impl SafeFile {
         let map = unsafe { Mapped::new(&file, &path) }.map_err(io_error)?;
         let (prefix, rest) =
             map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
+        if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {
+            return Err(malformed(format!("it is {kind}")));
+        }
         let header_length = u64::from_le_bytes(*prefix);
         if header_length > MAX_HEADER || header_length > rest.len() as u64 {
             return Err(malformed(format!(
@@ -115,19 +120,10 @@ impl SafeFile {
             )));
         }
         let (header, data) = rest.split_at(header_length as usize);
-        let Entries(entries) =
+        let Header { metadata, tensors } =
             serde_json::from_slice(header).map_err(|error| malformed(format!("its header: {error}")))?;
-
-        let mut metadata = HashMap::new();
-        let mut tensors = BTreeMap::new();
-        for (name, value) in entries {
-            if name == "__metadata__" {
-                metadata =
-                    serde_json::from_value(value).map_err(|error| malformed(format!("its __metadata__: {error}")))?;
-                continue;
-            }
+        for (name, info) in &tensors {
             let wrong = |what: String| SafeError::Tensor { path: path.clone(), name: name.clone(), what };
-            let info: Info = serde_json::from_value(value).map_err(|error| wrong(error.to_string()))?;
             let (begin, end) = info.data_offsets;
             let bytes = byte_length(info.dtype, &info.shape)
                 .ok_or_else(|| wrong(format!("impossible shape {:?} of {}", info.shape, info.dtype)))?;
@@ -145,7 +141,6 @@ impl SafeFile {
                     info.shape
                 )));
             }
-            tensors.insert(name, info);
         }
 
         let mut by_place: Vec<_> = tensors.iter().collect();
@@ -227,6 +222,14 @@ impl SafeFile {
         Ok(&self.map[self.data_start + begin..self.data_start + end])
     }
 
+    /// The [`fingerprint`] of a tensor.
+    ///
+    /// # Errors
+    /// [`SafeError::Missing`].
+    pub fn fingerprint(&self, name: &str) -> Result<Fingerprint> {
+        Ok(fingerprint(self.dtype(name)?, self.shape(name)?, self.bytes(name)?))
+    }
+
     /// A tensor of F16, BF16, F32 or F64 as f32, row-major.
     ///
     /// # Errors
@@ -293,32 +296,52 @@ fn byte_length(dtype: Dtype, shape: &[usize]) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// The header's entries in file order; a repeated key is an error, where a plain map
-/// would keep the last one and let two readers disagree on the file's content.
-struct Entries(Vec<(String, Value)>);
+/// The header, read straight into what is kept of it, so that a hostile one costs little more than its own size. A
+/// repeated key is an error, where a plain map would keep the last one and let two readers disagree on the content.
+#[derive(Default)]
+struct Header {
+    metadata: HashMap<String, String>,
+    tensors: BTreeMap<String, Info>,
+}
 
-impl<'de> Deserialize<'de> for Entries {
+impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct InOrder;
-        impl<'de> Visitor<'de> for InOrder {
-            type Value = Entries;
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of tensors")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Entries, A::Error> {
-                let mut entries: Vec<(String, Value)> = Vec::new();
-                let mut seen = std::collections::HashSet::new();
-                while let Some((name, value)) = map.next_entry::<String, Value>()? {
-                    if !seen.insert(name.clone()) {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
+                let mut header = Header::default();
+                let mut about = false;
+                while let Some(name) = map.next_key::<String>()? {
+                    let twice = match &*name {
+                        METADATA => std::mem::replace(&mut about, true),
+                        name => header.tensors.contains_key(name),
+                    };
+                    if twice {
                         return Err(A::Error::custom(format!("{name} occurs twice")));
                     }
-                    entries.push((name, value));
+                    if name == METADATA {
+                        let strings = map.next_value();
+                        header.metadata = strings.map_err(|e| A::Error::custom(format!("its {METADATA}: {e}")))?;
+                    } else {
+                        let info = map.next_value();
+                        let info = info.map_err(|e| A::Error::custom(format!("tensor {name}: {e}")))?;
+                        header.tensors.insert(name, info);
+                    }
                 }
-                Ok(Entries(entries))
+                Ok(header)
             }
         }
-        deserializer.deserialize_map(InOrder)
+        deserializer.deserialize_map(Entries)
     }
+}
+
+/// Fingerprint of a tensor: of its element type, shape and bytes.
+pub fn fingerprint(dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Fingerprint {
+    Fingerprint::of([dtype.to_string().as_bytes(), format!("{shape:?}").as_bytes(), bytes])
 }
 
 /// Writes a safetensors file atomically (see [`AtomicFile`]). The same tensors and
@@ -360,7 +383,7 @@ impl Writer {
         let path = path.as_ref();
         let mut header = Map::new();
         let by_key: BTreeMap<_, _> = metadata.iter().collect();
-        header.insert("__metadata__".into(), json!(by_key));
+        header.insert(METADATA.into(), json!(by_key));
         let mut end = 0;
         let mut expected = Vec::with_capacity(tensors.len());
         for &(name, dtype, shape) in tensors {

@@ -7,9 +7,10 @@
 //!
 //! Cost: one read of 512 bytes a member.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+
+use super::input;
 
 /// Size of a block.
 const BLOCK: u64 = 512;
@@ -43,7 +44,7 @@ pub enum TarError {
 /// [`TarError`]; members before the damage have been told.
 pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError> {
     let io_error = |cause| TarError::Io { path: path.into(), cause };
-    let mut file = File::open(path).map_err(io_error)?;
+    let mut file = input::open(path).map_err(io_error)?;
     walk(&mut file, visit).map_err(|fault| match fault {
         Fault::Io(cause) => io_error(cause),
         Fault::Damaged(at, what) => TarError::Damaged { path: path.into(), at, what },

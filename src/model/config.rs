@@ -5,6 +5,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Largest side of an image or latent.
+pub const MAX_SIDE: usize = 1 << 16;
+
 /// Architecture of one network. Serialised as JSON in the metadata of every model file.
 ///
 /// Fields that the official snapshots leave at their defaults may be absent in the JSON.
@@ -113,6 +116,14 @@ pub enum ConfigError {
         /// Levels of the network.
         levels: usize,
     },
+    /// The image is larger than any that is known here.
+    #[error("an image of {width}x{height} (width x height), expected sides up to {MAX_SIDE}")]
+    Large {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+    },
     /// No preset has this name.
     #[error("preset '{0}' is unknown, expected one of {1}")]
     Preset(String, String),
@@ -171,7 +182,7 @@ impl Config {
             }
             Err(ConfigError::Field { field, found: value.to_string(), expected: format!("{low} to {high}") })
         };
-        range("img_resolution", self.img_resolution, 1, 1 << 16)?;
+        range("img_resolution", self.img_resolution, 1, MAX_SIDE)?;
         range("img_channels", self.img_channels, 1, 64)?;
         range("label_dim", self.label_dim, 0, 1 << 20)?;
         range("model_channels", self.model_channels, 8, 4096)?;
@@ -220,8 +231,21 @@ impl Config {
         Ok(())
     }
 
+    /// Bytes that a forward pass of `images` holds at once, at least: the image, what the first level works on, and what
+    /// the encoder keeps for the decoder, in f32.
+    pub fn forward_bytes(&self, images: usize, height: usize, width: usize) -> u128 {
+        let pixels = |level: usize| (height as u128 * width as u128) >> (2 * level);
+        let kept = self.level_channels().into_iter().enumerate();
+        let kept: u128 = kept.map(|(level, c)| pixels(level) * c as u128 * (self.num_blocks as u128 + 1)).sum();
+        let first = pixels(0) * (4 * self.img_channels + 2 * self.level_channels()[0]) as u128;
+        4 * images as u128 * (first + kept)
+    }
+
     /// Checks that every level halves `height` x `width` (pixels of the image or latent) exactly.
     pub fn check_size(&self, height: usize, width: usize) -> Result<(), ConfigError> {
+        if height.max(width) > MAX_SIDE {
+            return Err(ConfigError::Large { width, height });
+        }
         let levels = self.channel_mult.len();
         let multiple = 1 << (levels - 1);
         let fits = |n: usize| n > 0 && n.is_multiple_of(multiple);

@@ -16,7 +16,9 @@ use super::config::{Config, ConfigError};
 use super::params::{Kind, ParamId, ParamTable};
 use super::precond::Precond;
 use crate::backend::{Backend, BackendError, Slot};
-use crate::condition::Conditioning;
+use crate::codec::Autoencoder;
+use crate::condition::{Conditioning, Meaning};
+use crate::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::rng::{Purpose, Stream};
 
@@ -63,6 +65,12 @@ pub struct ModelMeta {
     /// What conditions are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
+    /// What latents are of; none of pixels, or if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoencoder: Option<Autoencoder>,
+    /// Of the training split that it learned from last; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<Fingerprint>,
     /// Images seen in training.
     #[serde(default)]
     pub images_seen: u64,
@@ -89,11 +97,28 @@ impl ModelMeta {
             encoder: if config.img_channels == 4 { Encoder::SdVae } else { Encoder::Rgb },
             vocabulary: Vec::new(),
             conditioning: Conditioning::Tags,
+            autoencoder: None,
+            data: None,
             images_seen: 0,
             ema_std: None,
             seed: None,
             source: String::new(),
             licence: String::new(),
+        }
+    }
+
+    /// What the conditions mean. A network of which only the config is known is not known to be conditioned by tags.
+    pub fn meaning(&self) -> Meaning {
+        let unsaid = self.conditioning == Conditioning::Tags && self.vocabulary.is_empty();
+        Meaning { conditioning: (!unsaid).then(|| self.conditioning.clone()), tags: self.vocabulary.clone() }
+    }
+
+    /// Takes over from `then` what is not known to differ: comparing all of both finds the known differences only.
+    pub fn settle(&mut self, then: &Self) {
+        settle(&mut self.autoencoder, &then.autoencoder);
+        settle(&mut self.data, &then.data);
+        if !self.conditioning.differs(&then.conditioning) {
+            self.conditioning.clone_from(&then.conditioning);
         }
     }
 }

@@ -59,7 +59,7 @@ impl Precond {
     /// Multiply-adds of one forward pass for an image of `height` x `width`.
     pub fn macs(&self, table: &ParamTable, height: usize, width: usize) -> u64 {
         let embed = table[self.embed.noise].numel() + self.embed.label.map_or(0, |id| table[id].numel());
-        self.unet.macs(table, height, width) + embed as u64
+        self.unet.macs(table, height, width).saturating_add(embed as u64)
     }
 
     /// D(x; sigma, labels) for noisy images `x` [n, h, w, c], noise levels `sigma` [n, 1, 1, 1] and labels

@@ -20,7 +20,6 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +29,7 @@ use super::config::Config;
 use super::file::{Encoder, Model, ModelMeta, Precision};
 use super::params::ParamTable;
 use super::precond::Precond;
+use crate::formats::input;
 use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
 use crate::formats::safetensors::Dtype;
@@ -98,10 +98,7 @@ impl Snapshot {
     /// See [`SnapshotError`].
     pub fn open(path: &Path) -> Result<Self> {
         let io_error = |cause| SnapshotError::Io { path: path.into(), cause };
-        let file = File::open(path).map_err(io_error)?;
-        if !file.metadata().map_err(io_error)?.is_file() {
-            return Err(io_error(io::Error::other("it is not a regular file")));
-        }
+        let file = input::open(path).map_err(io_error)?;
         // SAFETY: that nobody changes the file meanwhile is the documented condition.
         let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
         let mut snapshot = Self::parse(path, &map)?;
@@ -118,6 +115,9 @@ impl Snapshot {
     /// See [`SnapshotError`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |cause| SnapshotError::Pickle { path: path.into(), cause };
+        if let Some(kind) = input::kind(bytes).filter(|kind| !kind.contains("pickle")) {
+            return Err(damaged(PickleError { offset: 0, what: format!("it is {kind}") }));
+        }
         let pickle = Pickle::parse(bytes, 0).map_err(damaged)?;
         let rest = bytes.len() - pickle.end();
         if rest > 0 {

@@ -416,8 +416,9 @@ impl UNet {
 
     /// Multiply-adds of one forward pass of an image of `height` x `width` (what EDM2 calls "Gflops").
     pub fn macs(&self, table: &ParamTable, height: usize, width: usize) -> u64 {
-        let macs = |id: ParamId, pixels: usize| (table[id].numel() * pixels) as u64;
-        let mut pixels = height * width;
+        // Sides and widths may be such that 64 bits do not hold it.
+        let macs = |id: ParamId, pixels: u128| table[id].numel() as u128 * pixels;
+        let mut pixels = height as u128 * width as u128;
         let mut total = macs(self.conv_in, pixels);
         for block in self.encoder.iter().chain(&self.decoder) {
             match block.cfg.resample {
@@ -429,9 +430,9 @@ impl UNet {
             total += block.conv_skip.map_or(0, |w| macs(w, pixels));
             total += block.attn.map_or(0, |(qkv, proj)| macs(qkv, pixels) + macs(proj, pixels));
             if block.attn.is_some() {
-                total += 2 * (pixels * pixels * block.cfg.cout) as u64;
+                total += 2 * pixels * pixels * block.cfg.cout as u128;
             }
         }
-        total + macs(self.conv_out, pixels)
+        u64::try_from(total + macs(self.conv_out, pixels)).unwrap_or(u64::MAX)
     }
 }

@@ -9,16 +9,22 @@
 //! are read whole: opening needs about three times the file's size.
 //!
 //! A file is believed as little as others. tract panics on some graphs that make no sense: such a panic is caught
-//! here, kept silent, and becomes an [`OnnxError`]; a graph with a tensor of more than [`MAX_ELEMENTS`] is refused.
+//! here, kept silent, and becomes an [`OnnxError`]; a graph with a tensor of more than [`MAX_ELEMENTS`], of more
+//! than [`MAX_NODES`], or with a window or a shape as large, is refused before tract sees it.
 
 use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::fingerprint::Fingerprint;
 
 #[cfg(feature = "onnx")]
 mod tract;
 
 /// Most elements of a tensor inside a network: 2^28, 1 GiB in f32.
 pub const MAX_ELEMENTS: usize = 1 << 28;
+
+/// Most nodes of a network: taggers have up to 5,000, and time grows faster than their number.
+pub const MAX_NODES: usize = 20_000;
 
 /// Largest height and width of a network's images.
 #[cfg(feature = "onnx")]
@@ -55,6 +61,8 @@ pub enum OnnxError {
     NoVector { path: PathBuf, name: String, found: String },
     #[error("{}: a tensor of {elements} elements, expected {MAX_ELEMENTS} at most", path.display())]
     TooLarge { path: PathBuf, elements: String },
+    #[error("{}: {nodes} nodes, expected {MAX_NODES} at most", path.display())]
+    TooLong { path: PathBuf, nodes: usize },
     #[error("{}: the network cannot be run: {what}", path.display())]
     Run { path: PathBuf, what: String },
     #[error("{}: the features of {what} are not finite numbers", path.display())]
@@ -96,6 +104,7 @@ pub struct Network {
     layout: Layout,
     size: [usize; 2],
     width: usize,
+    fingerprint: Fingerprint,
     plan: tract::Plan,
 }
 
@@ -122,6 +131,11 @@ impl Network {
     /// Name of the tensor that has them.
     pub fn node(&self) -> &str {
         &self.node
+    }
+
+    /// Of the file, and of those beside it that have weights of it.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// Where the file is.

@@ -2,21 +2,23 @@
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::io::Read;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io::{self, Read};
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::{Arc, Once};
 
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
-use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorShapeProto, ValueInfoProto, type_proto};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, ValueInfoProto, type_proto};
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
 
-use super::{Layout, MAX_ELEMENTS, MAX_SIDE, Network, OnnxError, Wanted};
+use crate::fingerprint::{Fingerprint, Hasher};
+use crate::formats::input;
+
+use super::{Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Wanted};
 
 /// A graph of fixed shapes, ready to run from any thread.
 pub struct Plan(Arc<TypedRunnableModel>);
@@ -41,6 +43,7 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         .take()
         .filter(|graph| !graph.node.is_empty())
         .ok_or_else(|| OnnxError::NotOnnx { path: path.into(), what: "it has no graph".into() })?;
+    let fingerprint = fingerprint(path, &graph)?;
     let node = choose(&graph, wanted, path)?;
     keep_ancestors(&mut graph, &node);
     let (layout, size) = fix_input(&mut graph, size, path)?;
@@ -55,6 +58,10 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         let what = format!("node {}: its perm is no permutation", printable(label(bad)));
         return Err(OnnxError::Damaged { path: path.into(), what });
     }
+    if graph.node.len() > MAX_NODES {
+        return Err(OnnxError::TooLong { path: path.into(), nodes: graph.node.len() });
+    }
+    check_numbers(&graph).map_err(|what| OnnxError::Damaged { path: path.into(), what })?;
     model.graph = Some(graph);
     let refused = |what| OnnxError::Run { path: path.into(), what };
 
@@ -86,25 +93,42 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
     }
     let plan = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
-    Ok(Network { path: path.into(), node, layout, size, width, plan: Plan(plan) })
+    Ok(Network { path: path.into(), node, layout, size, width, fingerprint, plan: Plan(plan) })
 }
 
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {
-    let io = |cause| OnnxError::Io { path: path.into(), cause };
+    let io = |cause: io::Error| match cause.kind() {
+        io::ErrorKind::InvalidInput => OnnxError::NotOnnx { path: path.into(), what: cause.to_string() },
+        _ => OnnxError::Io { path: path.into(), cause },
+    };
     let mut first = Vec::new();
-    let file = File::open(path).map_err(io)?;
-    if !file.metadata().map_err(io)?.is_file() {
-        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is not a regular file".into() });
-    }
-    file.take(1).read_to_end(&mut first).map_err(io)?;
-    if first.is_empty() {
-        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is empty".into() });
+    input::open(path).map_err(io)?.take(input::HEAD as u64).read_to_end(&mut first).map_err(io)?;
+    if let Some(kind) = input::kind(&first).filter(|kind| !kind.contains("ONNX")) {
+        return Err(OnnxError::NotOnnx { path: path.into(), what: format!("it is {kind}") });
     }
     guarded(|| tract_onnx::onnx().proto_model_for_path(path)).map_err(|what| match first[..] {
         // Fields are written in order: the first is that of the version.
-        [0x08] => OnnxError::Damaged { path: path.into(), what },
+        [0x08, ..] => OnnxError::Damaged { path: path.into(), what },
         _ => OnnxError::NotOnnx { path: path.into(), what },
     })
+}
+
+/// Of the file and, in the order of their names, of those beside it that hold weights.
+fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError> {
+    let own = Fingerprint::of_file(path).map_err(|cause| OnnxError::Io { path: path.into(), cause })?;
+    let places = graph.initializer.iter().flat_map(|tensor| &tensor.external_data);
+    let others: BTreeSet<&str> = places.filter(|entry| entry.key == "location").map(|entry| &*entry.value).collect();
+    if others.is_empty() {
+        return Ok(own);
+    }
+    let mut hasher = Hasher::default();
+    hasher.add(format!("{own:?}").as_bytes());
+    for other in others {
+        let path = path.with_file_name(other);
+        let of = Fingerprint::of_file(&path).map_err(|cause| OnnxError::Io { path, cause })?;
+        hasher.add(format!("{of:?}").as_bytes());
+    }
+    Ok(hasher.finish())
 }
 
 /// The name of the tensor that is wanted, which a node makes.
@@ -256,6 +280,55 @@ fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> R
     let dim = |side: usize| Dimension { value: Some(dimension::Value::DimValue(side as i64)), ..Default::default() };
     tensor.shape = Some(TensorShapeProto { dim: shape.map(dim).into() });
     Ok((layout, size))
+}
+
+/// Operators that make a tensor whose size is a value of theirs, and the first input that says it.
+const SIZED: [(&str, usize); 9] = [
+    ("ConstantOfShape", 0),
+    ("Expand", 1),
+    ("OneHot", 1),
+    ("Pad", 1),
+    ("Range", 0),
+    ("Reshape", 1),
+    ("Resize", 1),
+    ("Tile", 1),
+    ("Upsample", 1),
+];
+
+/// Fails for a window, a border or a shape that no image of [`MAX_SIDE`] has: tract allocates what they say before it
+/// knows better.
+fn check_numbers(graph: &GraphProto) -> Result<(), String> {
+    let numbers = |tensor: &TensorProto| -> Vec<i64> {
+        let raw = tensor.raw_data.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes));
+        let small = tensor.data_type == DataType::Int64 as i32 && tensor.raw_data.len() <= 1024;
+        if small { tensor.int64_data.iter().copied().take(128).chain(raw).collect() } else { Vec::new() }
+    };
+    let mut known: HashMap<&str, Vec<i64>> = HashMap::new();
+    known.extend(graph.initializer.iter().map(|tensor| (&*tensor.name, numbers(tensor))));
+    for node in graph.node.iter().filter(|node| node.op_type == "Constant") {
+        let values = node.attribute.iter().find_map(|attribute| attribute.t.as_ref());
+        known.extend(node.output.first().zip(values).map(|(name, tensor)| (&**name, numbers(tensor))));
+    }
+    for node in &graph.node {
+        let wrong = |what: &str, values: &[i64]| {
+            let shown = &values[..values.len().min(8)];
+            Err(format!("node {}: {what} {shown:?}, larger than any image", printable(label(node))))
+        };
+        let spatial = ["kernel_shape", "strides", "dilations", "pads", "output_padding", "output_shape"];
+        for attribute in node.attribute.iter().filter(|attribute| spatial.contains(&&*attribute.name)) {
+            if attribute.ints.iter().any(|&n| n.unsigned_abs() > MAX_SIDE as u64) {
+                return wrong(&attribute.name, &attribute.ints);
+            }
+        }
+        let Some(&(_, first)) = SIZED.iter().find(|(operator, _)| *operator == node.op_type) else { continue };
+        for values in node.input.iter().skip(first).filter_map(|name| known.get(&**name)) {
+            let elements = values.iter().fold(1u64, |product, &n| product.saturating_mul(n.unsigned_abs().max(1)));
+            if elements > MAX_ELEMENTS as u64 {
+                return wrong(&node.op_type, values);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Fails with the number of elements of the first tensor that has too many.

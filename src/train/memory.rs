@@ -25,25 +25,27 @@ pub fn estimate(
 ) -> Memory {
     let values: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
     let parameters = 4 * values as u64 * (5 + profiles as u64);
-    Memory { parameters, activations: 4 * batch_gpu * kept_values(config, height, width) }
+    let activations = 4u64.saturating_mul(batch_gpu).saturating_mul(kept_values(config, height, width));
+    Memory { parameters, activations }
 }
 
 /// Values that the backward pass keeps of one image. A block keeps its residual branch before and after
 /// mp_silu and its result, in the encoder also the normalised input; attention adds q, k, v and two more.
 fn kept_values(config: &Config, height: usize, width: usize) -> u64 {
     let levels = config.level_channels();
-    let mut total = height * width * (2 * config.img_channels + levels[0]);
+    let area = height as u128 * width as u128;
+    let mut total = area * (2 * config.img_channels + levels[0]) as u128;
     for (level, &c) in levels.iter().enumerate() {
-        let pixels = (height * width) >> (2 * level);
+        let pixels = area >> (2 * level);
         let attends = config.attn_resolutions.contains(&(config.img_resolution >> level));
         let attention = if attends { 5 } else { 0 };
-        total += pixels * c * config.num_blocks * (4 + attention);
-        total += pixels * c * (config.num_blocks + 1) * (3 + attention);
+        total += pixels * (c * config.num_blocks * (4 + attention)) as u128;
+        total += pixels * (c * (config.num_blocks + 1) * (3 + attention)) as u128;
         let deeper = levels.get(level + 1).map_or(2 * 3 * c + 5 * c, |&below| 4 * below);
         let above = if level > 0 { 4 * levels[level - 1] + c } else { 0 };
-        total += pixels * (deeper + above);
+        total += pixels * (deeper + above) as u128;
     }
-    total as u64
+    u64::try_from(total).unwrap_or(u64::MAX)
 }
 
 /// Default size of a micro-batch: a power of two whose activations fit into 1 GiB in f32, or on a GPU into 4 GiB

@@ -36,8 +36,10 @@ pub use stats::{Status, Sums, Validation};
 
 use crate::backend::gpu::engine::{Cost, Gpu};
 use crate::backend::{Backend, BackendError, Input, Normalization, Slot, Step};
+use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
+use crate::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{DirLock, LockError};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
@@ -54,7 +56,7 @@ pub struct Settings {
     /// The training images.
     pub data: DataIdentity,
     /// Weights that the run starts from, if not fresh ones.
-    pub init: Option<PathBuf>,
+    pub init: Option<Identity>,
     /// Seed of everything random.
     pub seed: u64,
     /// Images to train on; the last step may go past it. Matters to the `linear` schedule only.
@@ -103,6 +105,15 @@ pub struct DataIdentity {
     pub kind: Kind,
     /// What the conditions are made of.
     pub conditioning: Conditioning,
+    /// What latents are of; none of pixels, or if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoencoder: Option<Autoencoder>,
+    /// Of the tags; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<Fingerprint>,
+    /// Of all images and conditions; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Fingerprint>,
 }
 
 impl DataIdentity {
@@ -111,8 +122,28 @@ impl DataIdentity {
         let mut hasher = crc32fast::Hasher::new();
         (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
         let ids = hasher.finalize();
-        let Header { kind, conditioning, .. } = data.header().clone();
-        Self { images: data.len(), shape: data.shape(), condition_dim: data.condition_dim(), ids, kind, conditioning }
+        let Header { kind, conditioning, autoencoder, .. } = data.header().clone();
+        Self {
+            images: data.len(),
+            shape: data.shape(),
+            condition_dim: data.condition_dim(),
+            ids,
+            kind,
+            conditioning,
+            autoencoder,
+            vocabulary: Some(data.vocabulary().fingerprint()),
+            content: data.fingerprint(),
+        }
+    }
+
+    /// Takes over from `then` what is not known to differ.
+    fn settle(&mut self, then: &Self) {
+        settle(&mut self.autoencoder, &then.autoencoder);
+        settle(&mut self.vocabulary, &then.vocabulary);
+        settle(&mut self.content, &then.content);
+        if !self.conditioning.differs(&then.conditioning) {
+            self.conditioning.clone_from(&then.conditioning);
+        }
     }
 }
 
@@ -250,6 +281,12 @@ impl Settings {
     /// The options that keep a run of `self` from being gone on with under `other`, with both values.
     fn differences(&self, other: &Self) -> String {
         let mut other = other.clone();
+        other.data.settle(&self.data);
+        // Whoever goes on needs no file to start from. Where it lies, and what it is called, does not matter.
+        let same = |then: &Identity| other.init.as_ref().is_none_or(|now| !now.differs(then));
+        if self.init.as_ref().is_some_and(same) {
+            other.init.clone_from(&self.init);
+        }
         if self.schedule != Schedule::Linear {
             other.duration = self.duration;
         }
@@ -395,6 +432,7 @@ fn newest<B: Backend>(
             if plan.keep_rampup {
                 asked.rampup = checkpoint.state.settings.rampup;
             }
+            asked.init = asked.init.or_else(|| checkpoint.state.settings.init.clone());
             let differences = checkpoint.state.settings.differences(&asked);
             if !differences.is_empty() {
                 return Err(TrainError::Settings { path: path.clone(), differences });

@@ -229,7 +229,8 @@ impl Reconstruction {
 /// What two snapshots of one run have in common but these have not: names of entries of config and metadata.
 fn differences(a: &ModelFile, b: &ModelFile) -> String {
     let entries = |file: &ModelFile| {
-        let meta = ModelMeta { images_seen: 0, ema_std: None, ..file.meta.clone() };
+        let mut meta = ModelMeta { images_seen: 0, ema_std: None, ..file.meta.clone() };
+        meta.settle(&a.meta);
         [serde_json::to_value(&file.net.config), serde_json::to_value(meta)].map(Result::unwrap_or_default)
     };
     let names = entries(a).into_iter().zip(entries(b)).flat_map(|pair| match pair {

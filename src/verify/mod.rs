@@ -34,6 +34,7 @@ use crate::backend::gpu::launch::Precision;
 use crate::backend::gpu::runtime::DeviceError;
 use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
 use crate::codec::CodecError;
+use crate::formats::input;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::model::{Config, ConfigError, ParamId, ParamTable};
 
@@ -212,12 +213,12 @@ pub enum VerifyError {
         what: String,
     },
     /// A config that describes no network.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Config {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        source: ConfigError,
+        cause: ConfigError,
     },
     /// An autoencoder's file.
     #[error(transparent)]
@@ -357,7 +358,7 @@ impl<B: Backend> Session<'_, B> {
     fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let path = self.dir.join(name);
         let wrong = |what: String| VerifyError::Json { path: path.clone(), what };
-        let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
+        let text = input::text(&path).map_err(|e| wrong(e.to_string()))?;
         serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))
     }
 
@@ -545,8 +546,8 @@ impl Golden {
         VerifyError::Json { path: self.file.path().into(), what: format!("metadata \"{key}\": {what}") }
     }
 
-    fn config_error(&self, source: ConfigError) -> VerifyError {
-        VerifyError::Config { path: self.file.path().into(), source }
+    fn config_error(&self, cause: ConfigError) -> VerifyError {
+        VerifyError::Config { path: self.file.path().into(), cause }
     }
 }
 

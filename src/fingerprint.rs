@@ -1,0 +1,197 @@
+//! Fingerprints: what files, tensors and datasets are recognised by, wherever they lie and whatever they are called.
+//!
+//! A fingerprint is the first 128 bits of BLAKE3 of a content. It is computed where the content is read or written
+//! anyway, and stored: in shards, models, condition models and checkpoints. Where two things meet, their fingerprints
+//! are compared; what made one of them may be older than fingerprints, and what is unknown is not compared.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::path::Path;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::formats::input;
+
+/// Of a content: two with the same one are the same.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(u128);
+
+impl Fingerprint {
+    /// Of some parts: where one ends and the next begins matters too.
+    pub fn of<T: AsRef<[u8]>>(parts: impl IntoIterator<Item = T>) -> Self {
+        let mut hasher = Hasher::default();
+        parts.into_iter().for_each(|part| hasher.add(part.as_ref()));
+        hasher.finish()
+    }
+
+    /// Of all bytes of a file.
+    ///
+    /// # Errors
+    /// Whatever reading it reports.
+    pub fn of_file(path: &Path) -> io::Result<Self> {
+        let mut file = input::open(path)?;
+        let mut buffer = vec![0; 1 << 22];
+        let mut hasher = Hasher::default();
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hasher.finish()),
+                n => hasher.0.update_rayon(&buffer[..n]),
+            };
+        }
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    /// Its first digits, which tell things apart for people.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:012x}", self.0 >> 80)
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl Serialize for Fingerprint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{self:?}"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Fingerprint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u128::from_str_radix(&text, 16).ok().filter(|_| digits);
+        number.map(Self).ok_or_else(|| serde::de::Error::custom("expected a fingerprint of 32 hexadecimal digits"))
+    }
+}
+
+/// Makes a [`Fingerprint`] of parts, one after the other.
+#[derive(Default)]
+pub struct Hasher(blake3::Hasher);
+
+impl Hasher {
+    /// Adds a part, and its length.
+    pub fn add(&mut self, part: &[u8]) {
+        self.0.update(&(part.len() as u64).to_le_bytes());
+        // Threads pay off from here on, says the library.
+        if part.len() < 128 << 10 {
+            self.0.update(part)
+        } else {
+            self.0.update_rayon(part)
+        };
+    }
+
+    /// Of all parts so far.
+    pub fn finish(&self) -> Fingerprint {
+        let bytes: [u8; 16] = self.0.finalize().as_bytes()[..16].try_into().expect("a hash has 32 bytes");
+        Fingerprint(u128::from_be_bytes(bytes))
+    }
+}
+
+/// A file: its name for people, its content to recognise it by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Written")]
+pub struct Identity {
+    /// Name of the file, without where it lies.
+    pub name: String,
+    /// Of its bytes; unknown of what older versions noted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
+/// As [`Identity`] is written, or was: a path.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Path(String),
+    File {
+        name: String,
+        #[serde(default)]
+        fingerprint: Option<Fingerprint>,
+    },
+}
+
+impl From<Written> for Identity {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::Path(path) => Self { name: name(Path::new(&path)), fingerprint: None },
+            Written::File { name, fingerprint } => Self { name, fingerprint },
+        }
+    }
+}
+
+impl Identity {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// Whatever reading it reports.
+    pub fn of_file(path: &Path) -> io::Result<Self> {
+        Ok(Self { name: name(path), fingerprint: Some(Fingerprint::of_file(path)?) })
+    }
+
+    /// Whether two are known to be of different content.
+    pub fn differs(&self, other: &Self) -> bool {
+        differ(&self.fingerprint, &other.fingerprint)
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        self.fingerprint.iter().try_for_each(|fingerprint| write!(f, " ({fingerprint})"))
+    }
+}
+
+/// Name of a file, for people.
+pub fn name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Whether both are known, and not the same.
+pub fn differ<T: PartialEq>(a: &Option<T>, b: &Option<T>) -> bool {
+    matches!((a, b), (Some(a), Some(b)) if a != b)
+}
+
+/// Makes `now` what was noted `then`, unless both are known and not the same: so that comparing all of two records
+/// finds the known differences only.
+pub fn settle<T: PartialEq + Clone>(now: &mut Option<T>, then: &Option<T>) {
+    if !differ(now, then) {
+        now.clone_from(then);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fingerprints_are_of_the_content_and_its_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+            Identity::of_file(&dir.path().join(name)).unwrap()
+        };
+        let (a, b, c) = (write("a", b"content"), write("b", b"content"), write("c", b"Content"));
+        assert!(!a.differs(&b) && a.differs(&c));
+        assert_ne!(Fingerprint::of(["ab", "c"]), Fingerprint::of(["a", "bc"]));
+        let long = vec![7; 3 << 20];
+        assert_eq!(Fingerprint::of([&long]), Fingerprint::of([&long]));
+        // BLAKE3 of nothing begins so.
+        assert_eq!(format!("{:?}", write("d", b"").fingerprint.unwrap()), "af1349b9f5f9a1a6a0404dea36dcc949");
+    }
+
+    #[test]
+    fn what_older_versions_noted_is_read_and_not_compared() {
+        let old: Identity = serde_json::from_str("\"some/where/start.safetensors\"").unwrap();
+        assert_eq!(old, Identity { name: "start.safetensors".into(), fingerprint: None });
+        let new = Identity { name: "x".into(), fingerprint: Some(Fingerprint::of(["x"])) };
+        assert!(!old.differs(&new) && !new.differs(&old));
+        let text = serde_json::to_string(&new).unwrap();
+        assert_eq!(serde_json::from_str::<Identity>(&text).unwrap(), new);
+        assert!(serde_json::from_str::<Fingerprint>("\"+0001\"").is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! Input files: opened in one way, and called what they are when they are something else.
+//!
+//! Only regular files are read: a pipe that nobody writes to would never end, nor would `/dev/zero`.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Longest text that is read whole, such as a vocabulary or a config.
+const MAX_TEXT: u64 = 1 << 28;
+
+/// What some editors put before text in UTF-8.
+pub const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// How many bytes [`kind`] looks at.
+pub const HEAD: usize = 4096;
+
+/// Opens a regular file for reading, without ever waiting for somebody to write.
+///
+/// # Errors
+/// Whatever opening reports; [`io::ErrorKind::InvalidInput`] for anything but a regular file.
+pub fn open(path: &Path) -> io::Result<File> {
+    let mut how = OpenOptions::new();
+    how.read(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut how, libc::O_NONBLOCK);
+    let file = how.open(path)?;
+    match what_instead(&file.metadata()?) {
+        None => Ok(file),
+        Some(what) => {
+            let text = format!("it is {what}, not a regular file");
+            Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+        }
+    }
+}
+
+/// What something that is no regular file is.
+fn what_instead(about: &Metadata) -> Option<&'static str> {
+    #[cfg(unix)]
+    use std::os::unix::fs::FileTypeExt;
+    let kind = about.file_type();
+    if kind.is_file() {
+        return None;
+    }
+    #[cfg(unix)]
+    if kind.is_fifo() {
+        return Some("a pipe");
+    } else if kind.is_socket() {
+        return Some("a socket");
+    } else if kind.is_char_device() || kind.is_block_device() {
+        return Some("a device");
+    }
+    Some(if kind.is_dir() { "a directory" } else { "something else" })
+}
+
+/// Whether an error in opening a file says something of the file alone, and nothing of the disk or the process.
+pub fn is_of_the_file(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        error.kind(),
+        Kind::NotFound | Kind::PermissionDenied | Kind::InvalidInput | Kind::InvalidFilename | Kind::NotADirectory
+    ) || matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EISDIR | libc::ENXIO))
+}
+
+/// All bytes of a regular file that has no more than `most`.
+///
+/// # Errors
+/// As [`open`]; a longer file.
+pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let file = open(path)?;
+    let mut bytes = Vec::new();
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
+        return Err(io::Error::other(format!("more than {most} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// The text of a file in UTF-8, without the mark that some editors put before it.
+///
+/// # Errors
+/// As [`read`]; bytes that are no text, called what they are.
+pub fn text(path: &Path) -> io::Result<String> {
+    let mut bytes = read(path, MAX_TEXT)?;
+    if let Some(kind) = kind(&bytes).filter(|kind| !kind.contains("JSON")) {
+        return Err(io::Error::other(format!("it is {kind}")));
+    }
+    if bytes.starts_with(MARK) {
+        bytes.drain(..MARK.len());
+    }
+    String::from_utf8(bytes).map_err(|_| io::Error::other("it is no text in UTF-8"))
+}
+
+/// What an error in JSON says, for a text whose line is known already.
+pub fn in_one_line(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let (line, column) = (error.line(), error.column());
+    match text.strip_suffix(&format!(" at line {line} column {column}")) {
+        Some(what) => format!("{what} at column {column}"),
+        None => text,
+    }
+}
+
+/// What a file is by its first bytes ([`HEAD`] are enough), with what to do about it where something else was
+/// expected; none if they tell nothing.
+pub fn kind(bytes: &[u8]) -> Option<&'static str> {
+    let head = &bytes[..bytes.len().min(HEAD)];
+    let has = |part: &[u8]| head.windows(part.len()).any(|window| window == part);
+    let text = head.strip_prefix(MARK).unwrap_or(head).trim_ascii_start();
+    let begins = |start: &[u8]| text.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
+    Some(match head {
+        [] => "empty",
+        // First, as the length that it begins with may look like anything.
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] => "a safetensors file",
+        _ if begins(b"version https://git-lfs") => {
+            "a Git LFS pointer, not the file that it stands for; `git lfs pull` or a download fetches that"
+        }
+        _ if begins(b"<!doctype html") || begins(b"<html") || begins(b"<head") => {
+            "a web page (HTML); the download gave it in place of the file"
+        }
+        [b'P', b'K', 3, 4, ..] if has(b"data.pkl") || has(b".pkl") => {
+            "a PyTorch checkpoint (.pt, .ckpt), which is a program; convert it to safetensors"
+        }
+        [b'P', b'K', 3, 4, ..] if has(b".npy") => "a NumPy archive (.npz); save the one array as .npy",
+        [b'P', b'K', 3 | 5, 4 | 6, ..] => "a zip archive; unpack it",
+        [0x80, 2..=5, ..] => {
+            "a Python pickle (.pkl, .pt, .ckpt); `edm2k import` reads NVIDIA's snapshots, others must be converted to \
+             safetensors"
+        }
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => "a NumPy array (.npy)",
+        [0x1f, 0x8b, ..]
+        | [b'B', b'Z', b'h', ..]
+        | [0x28, 0xb5, 0x2f, 0xfd, ..]
+        | [0xfd, b'7', b'z', b'X', b'Z', ..] => "compressed (gzip, bzip2, zstd or xz); unpack it",
+        [0x89, b'P', b'N', b'G', ..] => "an image (PNG)",
+        [0xff, 0xd8, 0xff, ..] => "an image (JPEG)",
+        [b'G', b'I', b'F', b'8', ..] => "an image (GIF)",
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "an image (WebP)",
+        [0x89, b'H', b'D', b'F', ..] => "an HDF5 file",
+        [b'P', b'A', b'R', b'1', ..] => "a Parquet table",
+        [b'G', b'G', b'U', b'F', ..] => "a GGUF file",
+        [b'%', b'P', b'D', b'F', ..] => "a PDF",
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "text in UTF-16; save it as UTF-8",
+        _ if head.get(257..262) == Some(b"ustar") => "a tar archive",
+        // The fields of the version and the producer.
+        [0x08, 1..=20, 0x12, ..] => "an ONNX file",
+        _ if begins(b"{") || begins(b"[") => "text in JSON",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_called_what_they_are() {
+        for (bytes, part) in [
+            (&b""[..], "empty"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n", "Git LFS"),
+            (b"\xef\xbb\xbf\n<!DOCTYPE HTML><title>404</title>", "HTML"),
+            (b"PK\x03\x04\x00\x00archive/data.pkl", "PyTorch"),
+            (b"PK\x03\x04\x00\x00arr_0.npy", ".npz"),
+            (b"PK\x03\x04", "zip"),
+            (b"\x80\x04\x95", "pickle"),
+            (b"\x93NUMPY\x01\x00", ".npy"),
+            (b"\x1f\x8b\x08", "compressed"),
+            (b"\x10\0\0\0\0\0\0\0{\"a\"", "safetensors"),
+            (b"\xff\xfe{\0", "UTF-16"),
+            (b" {\"a\": 1}", "JSON"),
+            (b"\x08\x08\x12\x07pytorch", "ONNX"),
+        ] {
+            assert!(kind(bytes).is_some_and(|kind| kind.contains(part)), "{part}: {:?}", kind(bytes));
+        }
+        assert_eq!(kind(b"cat, dog\n"), None);
+    }
+}
