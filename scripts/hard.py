@@ -169,6 +169,34 @@ def npy(descr, shape, data):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + data
 
 
+def onnx(width):
+    """A network that flattens an image and multiplies it with a matrix."""
+
+    def field(number, value):
+        def varint(n):
+            return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        value = value.encode() if isinstance(value, str) else value
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    def info(name, dims):
+        shape = b"".join(field(1, field(1, dim)) for dim in dims)
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, shape)))
+
+    def node(kind, inputs, output):
+        return field(
+            1, b"".join(field(1, name) for name in inputs) + field(2, output) + field(3, output) + field(4, kind)
+        )
+
+    data = struct.pack("<f", 0.01) * 192 * width
+    weights = field(1, 192) + field(1, width) + field(2, 1) + field(8, "w") + field(9, data)
+    graph = node("Flatten", ["x"], "f") + node("MatMul", ["f", "w"], "y") + field(2, "g") + field(5, weights)
+    graph += field(11, info("x", [1, 8, 8, 3])) + field(12, info("y", [1, width]))
+    return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 13))
+
+
 def safetensors(path):
     """Header and tensors of a file, but what depends on the clock."""
     data = Path(path).read_bytes()
@@ -270,6 +298,12 @@ class Place:
         self.do(f"{train('run')} --duration 64".split())
         shutil.copy(next((self.dir / "run").glob("snapshot-*64-0.050*")), self.dir / "model.safetensors")
         shutil.copy(ROOT / "tests/golden/official_style_snapshot_nosrc.pkl", self.dir / "snapshot.pkl")
+        (self.dir / "t.onnx").write_bytes(onnx(6))
+        tagged = run(
+            [self.edm2k, *f"{PREPARE} --images pics --metadata meta.jsonl --tagger t.onnx --out t".split()], self.dir
+        )
+        self.has_onnx = "without ONNX" not in tagged.text
+        shutil.rmtree(self.dir / "t", ignore_errors=True)
         self.do("condition train --data data --epochs 2 --out vae.safetensors".split())
         self.do("condition sample --model vae.safetensors --count 4 --out c.safetensors".split())
 
@@ -549,9 +583,13 @@ class Campaign:
             "tar": ("dan/0000.tar", danbooru),
             "posts": ("posts.json", danbooru),
             "pickle": ("snapshot.pkl", "import snapshot.pkl --out out/x"),
+            "tagger": (
+                "t.onnx",
+                prepare + "--images pics --metadata meta.jsonl --tagger t.onnx --tagger-node y --device cpu",
+            ),
             "config": ("config.json", f"{train('out/r')} --duration 8 -n"),
         }
-        kind = r.choice(list(kinds))
+        kind = r.choice([kind for kind in kinds if kind != "tagger" or place.has_onnx])
         file, *readers = kinds[kind]
         arguments = r.choice(readers).split()
         path = directory / file
