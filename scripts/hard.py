@@ -26,6 +26,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -650,7 +651,10 @@ class Campaign:
             """0 -1 1 nan inf -inf 1e999 1e38 1e-320 18446744073709551616 9223372036854775807 4294967296 65536 0x10 1,1
             0-1 1-0 65536x65536 0x0 1x1 0.5""".split()
         )
-        texts = """. .. / /dev/zero /dev/full \x1b[31m é -- - %s model.safetensors data out nowhere/x cuda:99 t1 , t1,,t2""".split()
+        # Some of these will be taken for an output: nothing outside of the round's folder, and no device but by a link.
+        os.symlink("/dev/full", directory / "full")
+        os.mkfifo(directory / "pipe")
+        texts = ". full pipe \x1b[31m é -- - %s model.safetensors meta.jsonl out nowhere/x cuda:99 t1 , t1,,t2".split()
         texts += ["", " ", "a\nb", b"\xff\xfe", "a" * 5000]
         for _ in range(r.randrange(1, 3)):
             option = r.choice(known)
@@ -666,6 +670,8 @@ class Campaign:
             "--(steps|epochs|count|seeds|per-condition|random-conditions|images|size|batch)", str(arguments)
         )
         what = None if result.timed_out and long else complaint(result)
+        if not stat.S_ISFIFO(os.stat(directory / "pipe").st_mode) or not (directory / "full").is_symlink():
+            self.fail("options", number, f"a pipe or a device was replaced: {arguments}"[:600])
         if what:
             self.add(what.kind)
             self.fail("options", number, f"{what.text}: {arguments}"[:600], result.text[:2000])
