@@ -26,6 +26,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -44,35 +45,38 @@ SHARES = {"kills": 4, "signals": 1, "disks": 1, "writers": 1, "damage": 5, "opti
 # 16x16 pictures in the formats that Python does not write.
 PICTURES = {
     "a.jpg": (
-        "/9j/4AAQSkZJRgABAgAAAQABAAD/wAARCAAQABADAREAAhEBAxEB/9sAQwAIBgYHBgUIBwcHCQkICgwUDQwLCwwZEhMPFB0aHx4dGhwcICQuJyAiLCMcHCg3"
-        "KSwwMTQ0NB8nOT04MjwuMzQy/9sAQwEJCQkMCwwYDQ0YMiEcITIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy/8QA"
-        "HwAAAQUBAQEBAQEAAAAAAAAAAAECAwQFBgcICQoL/8QAtRAAAgEDAwIEAwUFBAQAAAF9AQIDAAQRBRIhMUEGE1FhByJxFDKBkaEII0KxwRVS0fAkM2JyggkK"
-        "FhcYGRolJicoKSo0NTY3ODk6Q0RFRkdISUpTVFVWV1hZWmNkZWZnaGlqc3R1dnd4eXqDhIWGh4iJipKTlJWWl5iZmqKjpKWmp6ipqrKztLW2t7i5usLDxMXG"
-        "x8jJytLT1NXW19jZ2uHi4+Tl5ufo6erx8vP09fb3+Pn6/8QAHwEAAwEBAQEBAQEBAQAAAAAAAAECAwQFBgcICQoL/8QAtREAAgECBAQDBAcFBAQAAQJ3AAEC"
-        "AxEEBSExBhJBUQdhcRMiMoEIFEKRobHBCSMzUvAVYnLRChYkNOEl8RcYGRomJygpKjU2Nzg5OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6goOE"
-        "hYaHiImKkpOUlZaXmJmaoqOkpaanqKmqsrO0tba3uLm6wsPExcbHyMnK0tPU1dbX2Nna4uPk5ebn6Onq8vP09fb3+Pn6/9oADAMBAAIRAxEAPwDzLT9Bzj5K"
-        "8yVfmLy/HbanU6f4fzj5P0rCS5j7fL8ftqdLpmg5x8leZRr8x+L4HHbanY6Z4ezj5K9aiuY+ywOP21P/2Q=="
+        "/9j/4AAQSkZJRgABAgAAAQABAAD/wAARCAAQABADAREAAhEBAxEB/9sAQwAIBgYHBgUIBwcHCQkICgwUDQwLCwwZEhMPFB0aHx4dGhwcICQu"
+        "JyAiLCMcHCg3KSwwMTQ0NB8nOT04MjwuMzQy/9sAQwEJCQkMCwwYDQ0YMiEcITIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIy"
+        "MjIyMjIyMjIyMjIyMjIy/8QAHwAAAQUBAQEBAQEAAAAAAAAAAAECAwQFBgcICQoL/8QAtRAAAgEDAwIEAwUFBAQAAAF9AQIDAAQRBRIhMUEG"
+        "E1FhByJxFDKBkaEII0KxwRVS0fAkM2JyggkKFhcYGRolJicoKSo0NTY3ODk6Q0RFRkdISUpTVFVWV1hZWmNkZWZnaGlqc3R1dnd4eXqDhIWG"
+        "h4iJipKTlJWWl5iZmqKjpKWmp6ipqrKztLW2t7i5usLDxMXGx8jJytLT1NXW19jZ2uHi4+Tl5ufo6erx8vP09fb3+Pn6/8QAHwEAAwEBAQEB"
+        "AQEBAQAAAAAAAAECAwQFBgcICQoL/8QAtREAAgECBAQDBAcFBAQAAQJ3AAECAxEEBSExBhJBUQdhcRMiMoEIFEKRobHBCSMzUvAVYnLRChYk"
+        "NOEl8RcYGRomJygpKjU2Nzg5OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6goOEhYaHiImKkpOUlZaXmJmaoqOkpaanqKmqsrO0"
+        "tba3uLm6wsPExcbHyMnK0tPU1dbX2Nna4uPk5ebn6Onq8vP09fb3+Pn6/9oADAMBAAIRAxEAPwDzLT9Bzj5K8yVfmLy/HbanU6f4fzj5P0rC"
+        "S5j7fL8ftqdLpmg5x8leZRr8x+L4HHbanY6Z4ezj5K9aiuY+ywOP21P/2Q=="
     ),
     "a.gif": (
-        "R0lGODlhEAAQAIAAAAAAAAAAACH5BAgAAAAALAAAAAAQABAAhwAAAAAQAAAgAAAwAABAAABQAABgAABwAACAAACQAACgAACwAADAAADQAADgAADwABAAABAQ"
-        "ARAgAhAwAxBABBBQBRBgBhBwBxCACBCQCRCgChCwCxDADBDQDRDgDhDwDyAAACAQAiAgBCAwBiBACCBQCiBgDCBwDiCAECCQEiCgFCCwFiDAGCDQGiDgHCDw"
-        "HjAAADAQAzAgBjAwCTBADDBQDzBgEjBwFTCAGDCQGzCgHjCwITDAJDDQJzDgKjDwLUAAAEAQBEAgCEAwDEBAEEBQFEBgGEBwHECAIECQJECgKECwLEDAMEDQ"
-        "NEDgOEDwPFAAAFAQBVAgClAwD1BAFFBQGVBgHlBwI1CAKFCQLVCgMlCwN1DAPFDQQVDgRlDwS2AAAGAQBmAgDGAwEmBAGGBQHmBgJGBwKmCAMGCQNmCgPGCw"
-        "QmDASGDQTmDgVGDwWnAAAHAQB3AgDnAwFXBAHHBQI3BgKnBwMXCAOHCQP3CgRnCwTXDAVHDQW3DgYnDwaYAAAIAQCIAgEIAwGIBAIIBQKIBgMIBwOICAQICQ"
-        "SICgUICwWIDAYIDQaIDgcIDweJAAAJAQCZAgEpAwG5BAJJBQLZBgNpBwP5CASJCQUZCgWpCwY5DAbJDQdZDgfpDwh6AAAKAQCqAgFKAwHqBAKKBQMqBgPKBw"
-        "RqCAUKCQWqCgZKCwbqDAeKDQgqDgjKDwlrAAALAQC7AgFrAwIbBALLBQN7BgQrBwTbCAWLCQY7CgbrCwebDAhLDQj7DgmrDwpcAAAMAQDMAgGMAwJMBAMMBQ"
-        "PMBgSMBwVMCAYMCQbMCgeMCwhMDAkMDQnMDgqMDwtNAAANAQDdAgGtAwJ9BANNBQQdBgTtBwW9CAaNCQddCggtCwj9DAnNDQqdDgttDww+AAAOAQDuAgHOAw"
-        "KuBAOOBQRuBgVOBwYuCAcOCQfuCgjOCwmuDAqODQtuDgxODw0vAAAPAQD/AgHvAwLfBAPPBQS/BgWvBwafCAePCQh/CglvCwpfDAtPDQw/Dg0vDw4Qj/AAFA"
-        "AAEDCBQwcABBAgULGDRw8AJECBEjSJQwcQJFChUrWLRw8QRIECFDiBQxcgRJEiVLmDRx8gZMGDFjyJQxcwZNGjVr2LRx8whQIEGDCBUydAhRIkWLGDVy9ApU"
-        "KFGjSJUydQpVKlWrWLVy9QxYMGHDiBUzdgxZMmXLmDVz9g5cOHHjyJUzdw5dOnXr2LVz9xBgQIEDCRY0eBBhQoULGTZ0+BJkSJEjSZY0eRJlSpUrWbZ0+RRo"
-        "UKFDiRY1ehRpUqVLmTZ1+hZsWLFjyZY1exZtWrVr2bZ1+xhwYMGDCRc2fBhxYsWLGTd2/Bp0aNGjSZc2fRp1atWrWbd2/Rx4JHDhw4kXN34ceXLly5k3d/4e"
-        "fHjx48mXN38efXr169m3d/8EBAA7"
+        "R0lGODlhEAAQAIAAAAAAAAAAACH5BAgAAAAALAAAAAAQABAAhwAAAAAQAAAgAAAwAABAAABQAABgAABwAACAAACQAACgAACwAADAAADQAADg"
+        "AADwABAAABAQARAgAhAwAxBABBBQBRBgBhBwBxCACBCQCRCgChCwCxDADBDQDRDgDhDwDyAAACAQAiAgBCAwBiBACCBQCiBgDCBwDiCAECCQ"
+        "EiCgFCCwFiDAGCDQGiDgHCDwHjAAADAQAzAgBjAwCTBADDBQDzBgEjBwFTCAGDCQGzCgHjCwITDAJDDQJzDgKjDwLUAAAEAQBEAgCEAwDEBA"
+        "EEBQFEBgGEBwHECAIECQJECgKECwLEDAMEDQNEDgOEDwPFAAAFAQBVAgClAwD1BAFFBQGVBgHlBwI1CAKFCQLVCgMlCwN1DAPFDQQVDgRlDw"
+        "S2AAAGAQBmAgDGAwEmBAGGBQHmBgJGBwKmCAMGCQNmCgPGCwQmDASGDQTmDgVGDwWnAAAHAQB3AgDnAwFXBAHHBQI3BgKnBwMXCAOHCQP3Cg"
+        "RnCwTXDAVHDQW3DgYnDwaYAAAIAQCIAgEIAwGIBAIIBQKIBgMIBwOICAQICQSICgUICwWIDAYIDQaIDgcIDweJAAAJAQCZAgEpAwG5BAJJBQ"
+        "LZBgNpBwP5CASJCQUZCgWpCwY5DAbJDQdZDgfpDwh6AAAKAQCqAgFKAwHqBAKKBQMqBgPKBwRqCAUKCQWqCgZKCwbqDAeKDQgqDgjKDwlrAA"
+        "ALAQC7AgFrAwIbBALLBQN7BgQrBwTbCAWLCQY7CgbrCwebDAhLDQj7DgmrDwpcAAAMAQDMAgGMAwJMBAMMBQPMBgSMBwVMCAYMCQbMCgeMCw"
+        "hMDAkMDQnMDgqMDwtNAAANAQDdAgGtAwJ9BANNBQQdBgTtBwW9CAaNCQddCggtCwj9DAnNDQqdDgttDww+AAAOAQDuAgHOAwKuBAOOBQRuBg"
+        "VOBwYuCAcOCQfuCgjOCwmuDAqODQtuDgxODw0vAAAPAQD/AgHvAwLfBAPPBQS/BgWvBwafCAePCQh/CglvCwpfDAtPDQw/Dg0vDw4Qj/AAFA"
+        "AAEDCBQwcABBAgULGDRw8AJECBEjSJQwcQJFChUrWLRw8QRIECFDiBQxcgRJEiVLmDRx8gZMGDFjyJQxcwZNGjVr2LRx8whQIEGDCBUydAhR"
+        "IkWLGDVy9ApUKFGjSJUydQpVKlWrWLVy9QxYMGHDiBUzdgxZMmXLmDVz9g5cOHHjyJUzdw5dOnXr2LVz9xBgQIEDCRY0eBBhQoULGTZ0+BJk"
+        "SJEjSZY0eRJlSpUrWbZ0+RRoUKFDiRY1ehRpUqVLmTZ1+hZsWLFjyZY1exZtWrVr2bZ1+xhwYMGDCRc2fBhxYsWLGTd2/Bp0aNGjSZc2fRp1"
+        "atWrWbd2/Rx4JHDhw4kXN34ceXLly5k3d/4efHjx48mXN38efXr169m3d/8EBAA7"
     ),
     "a.webp": (
-        "UklGRlABAABXRUJQVlA4TEQBAAAvD8ADAM1VICICHogEAAAAAIABAAEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAADAHggEgAAAAAA5z8AYAAAAAAA"
-        "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAEAAAA8EgAQAAADg/AcAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAHRVVVVF1ut3AB+EYATFcIKkaIblAD4IwQiK"
-        "4QRJ0QzLAXwQghEUwwmSohmWA/ggBCMohhMkRTMsB/BBCEZQDCdIimZYDuCDEIygGE6QFM2wHMAHIRhBMZwgKZphOYAPQjCCYjhBUjTDcgAfhGAExXCCpGiG"
-        "5QA+CMEIiuEESdEMywF8EIIRFMMJkqIZlgP4IAQjKIYTJEUzLAfwQQhGUAwnSIpmWA7ggxCMoBhOkBTNsBzAByEYQTGcICmaYTk="
+        "UklGRlABAABXRUJQVlA4TEQBAAAvD8ADAM1VICICHogEAAAAAIABAAEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAADAHggEgAAAAAA"
+        "5z8AYAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAEAAAA8EgAQAAADg/AcAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAHRVVVVF1ut3"
+        "AB+EYATFcIKkaIblAD4IwQiK4QRJ0QzLAXwQghEUwwmSohmWA/ggBCMohhMkRTMsB/BBCEZQDCdIimZYDuCDEIygGE6QFM2wHMAHIRhBMZwg"
+        "KZphOYAPQjCCYjhBUjTDcgAfhGAExXCCpGiG5QA+CMEIiuEESdEMywF8EIIRFMMJkqIZlgP4IAQjKIYTJEUzLAfwQQhGUAwnSIpmWA7ggxCM"
+        "oBhOkBTNsBzAByEYQTGcICmaYTk="
     ),
 }
 
@@ -80,9 +84,7 @@ PICTURES = {
 # ---- running ------------------------------------------------------------------------------
 
 
-class Result:
-    def __init__(self, code, text, seconds, memory, timed_out):
-        self.code, self.text, self.seconds, self.memory, self.timed_out = code, text, seconds, memory, timed_out
+Result = collections.namedtuple("Result", "code text seconds memory timed_out")
 
 
 def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=()):
@@ -122,23 +124,26 @@ def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=(
     return Result(process.returncode, text, seconds, usage.ru_maxrss << 10, bool(timed_out))
 
 
-def complaint(result, usage=False):
+Complaint = collections.namedtuple("Complaint", "kind text")
+
+
+def complaint(result):
     """What is wrong with how a command ended that was given something wrong, or None."""
     if result.timed_out:
-        return f"over {result.seconds:.0f} s"
+        return Complaint("over 10 s", f"over {result.seconds:.0f} s")
     if result.code == 101 or "panicked at" in result.text:
-        return "panic"
-    if result.code < 0 or result.code not in (0, 1, 2):
-        return f"ended by {result.code}"
+        return Complaint("panics", "panic")
+    if result.code not in (0, 1, 2):
+        return Complaint("aborts", f"ended by {result.code}")
     if result.memory > BYTES:
-        return f"over {result.memory >> 20} MiB"
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.text):
-        return "a control character"
-    if result.code == 1 and "edm2k: error: " not in result.text:
-        return "no reason was given"
+        return Complaint("over 2 GB", f"{result.memory >> 20} MiB")
     errors = [line for line in result.text.splitlines() if "error" in line]
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.text):
+        return Complaint("bad messages", "a control character")
+    if result.code == 1 and "edm2k: error: " not in result.text:
+        return Complaint("bad messages", "no reason was given")
     if any(len(line) > 300 for line in errors):
-        return "a message of more than 300 characters"
+        return Complaint("bad messages", "a message of more than 300 characters")
     return None
 
 
@@ -165,6 +170,34 @@ def npy(descr, shape, data):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + data
 
 
+def onnx(width):
+    """A network that flattens an image and multiplies it with a matrix."""
+
+    def field(number, value):
+        def varint(n):
+            return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        value = value.encode() if isinstance(value, str) else value
+        return varint(number << 3 | 2) + varint(len(value)) + value
+
+    def info(name, dims):
+        shape = b"".join(field(1, field(1, dim)) for dim in dims)
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, shape)))
+
+    def node(kind, inputs, output):
+        return field(
+            1, b"".join(field(1, name) for name in inputs) + field(2, output) + field(3, output) + field(4, kind)
+        )
+
+    data = struct.pack("<f", 0.01) * 192 * width
+    weights = field(1, 192) + field(1, width) + field(2, 1) + field(8, "w") + field(9, data)
+    graph = node("Flatten", ["x"], "f") + node("MatMul", ["f", "w"], "y") + field(2, "g") + field(5, weights)
+    graph += field(11, info("x", [1, 8, 8, 3])) + field(12, info("y", [1, width]))
+    return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 13))
+
+
 def safetensors(path):
     """Header and tensors of a file, but what depends on the clock."""
     data = Path(path).read_bytes()
@@ -174,7 +207,11 @@ def safetensors(path):
     for name, info in head.items():
         if name not in ("__metadata__", "checksums"):
             begin, end = info["data_offsets"]
-            tensors[name] = (info["dtype"], info["shape"], hashlib.sha256(data[8 + length + begin : 8 + length + end]).hexdigest())
+            tensors[name] = (
+                info["dtype"],
+                info["shape"],
+                hashlib.sha256(data[8 + length + begin : 8 + length + end]).hexdigest(),
+            )
     state = json.loads(head["__metadata__"].get("train", "{}"))
     state.pop("seconds", None)
     return tensors, state
@@ -195,7 +232,9 @@ def essence(directory):
             made[name] = safetensors(path)
         elif path.name == "stats.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            made[name] = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s", "peak_mib")} for line in lines]
+            made[name] = [
+                {k: v for k, v in line.items() if k not in ("seconds", "images_per_s", "peak_mib")} for line in lines
+            ]
         elif path.name != "loss.svg":
             made[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
@@ -203,7 +242,15 @@ def essence(directory):
     return made
 
 
-CONFIG = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8}
+CONFIG = """{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
+    "channels_per_head": 8}"""
+PREPARE = "prepare --size 8x8 --shard-size 8 --vocabulary 16 --validation-modulus 5 --max-crop 0.9 "
+SAMPLE = "sample --model model.safetensors --device cpu "
+
+
+def train(out):
+    intervals = "--grid 80 --validate 40 --snapshot 40 --checkpoint 16 --status 8"
+    return f"train --data data --config config.json --device cpu --batch 8 --rampup 8 {intervals} --outdir {out}"
 
 
 class Place:
@@ -223,7 +270,7 @@ class Place:
         (self.dir / "a.bmp").write_bytes(bmp(16, 16, r.randbytes(768)))
         (self.dir / "a.png").write_bytes(png(16, 16, r.randbytes(768)))
         (self.dir / "meta.jsonl").write_text("\n".join(lines) + "\n")
-        (self.dir / "config.json").write_text(json.dumps(CONFIG))
+        (self.dir / "config.json").write_text(CONFIG)
         values = [r.random() for _ in range(48 * 5)]
         (self.dir / "f.npy").write_bytes(npy("<f4", (48, 5), struct.pack("<240f", *values)))
         (self.dir / "ids.npy").write_bytes(npy("<i8", (48,), struct.pack("<48q", *(i * 7 + 2 for i in range(48)))))
@@ -231,50 +278,61 @@ class Place:
         with tarfile.open(self.dir / "0000.tar", "w") as tar:
             for i in range(6):
                 tar.add(self.dir / f"pics/{i}.png", f"{1000 * i + 1}.png")
-                posts.append(json.dumps({"id": 1000 * i + 1, "rating": "g", "file_ext": "png", "tag_string": "1girl solo red",
-                                         "image_width": 8, "image_height": 8, "is_deleted": False, "is_banned": False}))
+                posts.append(
+                    json.dumps(
+                        {
+                            "id": 1000 * i + 1,
+                            "rating": "g",
+                            "file_ext": "png",
+                            "tag_string": "1girl solo red",
+                            "image_width": 8,
+                            "image_height": 8,
+                            "is_deleted": False,
+                            "is_banned": False,
+                        }
+                    )
+                )
         (self.dir / "dan").mkdir()
         shutil.move(self.dir / "0000.tar", self.dir / "dan/0000.tar")
         (self.dir / "posts.json").write_text("\n".join(posts) + "\n")
-        self.do(self.prepare("data"))
-        self.do(["train", *self.train("run"), "--duration", "64"])
-        self.model = next((self.dir / "run").glob("snapshot-*64-0.050*"))
-        shutil.copy(self.model, self.dir / "model.safetensors")
-        self.do(["condition", "train", "--data", "data", "--epochs", "2", "--out", "vae.safetensors"])
-        self.do(["condition", "sample", "--model", "vae.safetensors", "--count", "4", "--out", "c.safetensors"])
+        self.do((PREPARE + "--images pics --metadata meta.jsonl --out data").split())
+        self.do(f"{train('run')} --duration 64".split())
+        shutil.copy(next((self.dir / "run").glob("snapshot-*64-0.050*")), self.dir / "model.safetensors")
+        shutil.copy(ROOT / "tests/golden/official_style_snapshot_nosrc.pkl", self.dir / "snapshot.pkl")
+        (self.dir / "t.onnx").write_bytes(onnx(6))
+        tagged = run(
+            [self.edm2k, *f"{PREPARE} --images pics --metadata meta.jsonl --tagger t.onnx --out t".split()], self.dir
+        )
+        self.has_onnx = "without ONNX" not in tagged.text
+        shutil.rmtree(self.dir / "t", ignore_errors=True)
+        self.do("condition train --data data --epochs 2 --out vae.safetensors".split())
+        self.do("condition sample --model vae.safetensors --count 4 --out c.safetensors".split())
 
     def do(self, arguments, cwd=None):
         result = run([self.edm2k, *arguments], cwd or self.dir)
         assert result.code == 0, f"{arguments}: {result.code} {result.text}"
 
-    def prepare(self, out):
-        return ["prepare", "--images", "pics", "--metadata", "meta.jsonl", "--out", out, "--size", "8x8", "--shard-size", "8",
-                "--vocabulary", "16", "--validation-modulus", "5"]
-
-    def train(self, out):
-        return ["--data", "data", "--config", "config.json", "--outdir", out, "--device", "cpu", "--batch", "8", "--rampup", "8",
-                "--grid", "80", "--validate", "40", "--snapshot", "40", "--checkpoint", "16", "--status", "8"]
-
     def writers(self):
         """Every command that writes: its arguments, where `out` is a folder of its own."""
-        model = ["--model", "model.safetensors", "--device", "cpu"]
-        return {
-            "train": ["train", *self.train("out"), "--duration", "160"],
-            "prepare": self.prepare("out"),
-            "sample": ["sample", *model, "--outdir", "out", "--steps", "4", "--seeds", "0-11", "--batch", "2", "--overwrite"],
-            "export": ["export", "model.safetensors", "--out", "out/x", "--overwrite"],
-            "import": ["import", str(ROOT / "tests/golden/official_style_snapshot_nosrc.pkl"), "--out", "out/x", "--overwrite"],
-            "condition train": ["condition", "train", "--data", "data", "--epochs", "4", "--out", "out/x", "--overwrite"],
-            "condition sample": ["condition", "sample", "--model", "vae.safetensors", "--out", "out/x", "--overwrite"],
-            "ema": ["ema", "run", "--std", "0.05,0.07,0.1", "--out", "out", "--overwrite"],
-            "eval": ["eval", *model, "--data", "data", "--plot", "out/x", "--overwrite", "--images", "4"],
+        snapshot = ROOT / "tests/golden/official_style_snapshot_nosrc.pkl"
+        commands = {
+            "train": f"{train('out')} --duration 160",
+            "prepare": PREPARE + "--images pics --metadata meta.jsonl --out out",
+            "sample": SAMPLE + "--outdir out --steps 4 --seeds 0-11 --batch 2 --overwrite",
+            "export": "export model.safetensors --out out/x --overwrite",
+            "import": f"import {snapshot} --out out/x --overwrite",
+            "condition train": "condition train --data data --epochs 4 --out out/x --overwrite",
+            "condition sample": "condition sample --model vae.safetensors --out out/x --overwrite",
+            "ema": "ema run --std 0.05,0.07,0.1 --out out --overwrite",
+            "eval": "eval --model model.safetensors --device cpu --data data --plot out/x --overwrite --images 4",
         }
+        return {name: command.split() for name, command in commands.items()}
 
-    def folder(self, parent, names=("data", "run", "pics", "dan", "meta.jsonl", "config.json", "model.safetensors", "vae.safetensors")):
+    def folder(self, parent):
         """A place of its own for one round: all but `out` is shared."""
         directory = Path(tempfile.mkdtemp(dir=parent))
-        for name in names:
-            os.symlink(self.dir / name, directory / name)
+        for path in self.dir.iterdir():
+            os.symlink(path, directory / path.name)
         (directory / "out").mkdir()
         return directory
 
@@ -292,7 +350,9 @@ class Campaign:
     def fail(self, part, number, what, text=""):
         with self.lock:
             self.failures.append(what)
-            print(f"FAIL --only {part} --round {number}: {what}", *text.strip().splitlines()[-3:], sep="\n  ", flush=True)
+            print(
+                f"FAIL --only {part} --round {number}: {what}", *text.strip().splitlines()[-3:], sep="\n  ", flush=True
+            )
 
     def reference(self, name, arguments):
         with self.lock:
@@ -366,7 +426,9 @@ class Campaign:
         for _ in range(r.randrange(1, 4)):
             at = r.uniform(0, seconds)
             some = [r.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT]) for _ in range(r.randrange(1, 3))]
-            result = run([self.place.edm2k, *arguments], directory, signals=[(at + 0.001 * i, s) for i, s in enumerate(some)])
+            result = run(
+                [self.place.edm2k, *arguments], directory, signals=[(at + 0.001 * i, s) for i, s in enumerate(some)]
+            )
             if result.code == 0:
                 break
             self.add("signals", len(some))
@@ -374,14 +436,30 @@ class Campaign:
             begun = (directory / "out/stats.jsonl").exists()
             if result.code != 130 and (begun or -result.code not in some):
                 self.fail("signals", number, f"ended by {result.code} at {some}", result.text)
-            if result.code == 130 and "finishing" in result.text and some != [2, 2] and "stopped after" not in result.text:
+            if (
+                result.code == 130
+                and "finishing" in result.text
+                and some != [2, 2]
+                and "stopped after" not in result.text
+            ):
                 self.fail("signals", number, f"{some}: did not save", result.text)
         expected, _ = self.reference("train", arguments)
         result = run([self.place.edm2k, *arguments], directory)
         found = essence(directory / "out")
         # Stopped, it saves where an undisturbed run does not.
-        last = [max(k for k in made if k.startswith("checkpoint-")) for made in (found, expected)] if result.code == 0 else []
-        kept = [{k: v for k, v in made.items() if not k.startswith("checkpoint-") or k == last[0]} for made in (found, expected)] if last else []
+        last = (
+            [max(k for k in made if k.startswith("checkpoint-")) for made in (found, expected)]
+            if result.code == 0
+            else []
+        )
+        kept = (
+            [
+                {k: v for k, v in made.items() if not k.startswith("checkpoint-") or k == last[0]}
+                for made in (found, expected)
+            ]
+            if last
+            else []
+        )
         if result.code != 0 or kept[0] != kept[1]:
             self.add("different")
             self.fail("signals", number, "the run ends otherwise", result.text)
@@ -394,8 +472,13 @@ class Campaign:
         directory = self.place.folder(self.scratch)
         out = directory / "out"
         size = int(2 ** r.uniform(12, 21))
-        mounted = os.geteuid() == 0 and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], capture_output=True).returncode == 0
+        mounted = (
+            os.geteuid() == 0
+            and subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], capture_output=True
+            ).returncode
+            == 0
+        )
         try:
             result = run([self.place.edm2k, *arguments], directory, file_size=None if mounted else size)
             self.add("full disks" if result.code != 0 else "disks that sufficed")
@@ -429,7 +512,10 @@ class Campaign:
             time.sleep(delay)
             results[i] = run([self.place.edm2k, *arguments], directory)
 
-        threads = [threading.Thread(target=work, args=(0, first, 0)), threading.Thread(target=work, args=(1, second, r.uniform(0, seconds)))]
+        threads = [
+            threading.Thread(target=work, args=(0, first, 0)),
+            threading.Thread(target=work, args=(1, second, r.uniform(0, seconds))),
+        ]
         [thread.start() for thread in threads]
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.002)
@@ -453,68 +539,71 @@ class Campaign:
         if left:
             self.fail("writers", number, f"{name}: left behind {left}")
         found = essence(directory / "out")
-        if any(code.code == 0 for code in results) and not any(all(found.get(k) == v or k.startswith("grid") for k, v in made.items()) for made in ok):
+        if any(code.code == 0 for code in results) and not any(
+            all(found.get(k) == v or k.startswith("grid") for k, v in made.items()) for made in ok
+        ):
             if name != "sample" or second == first:
                 self.add("different")
                 self.fail("writers", number, f"{name}: not what one of them makes")
         shutil.rmtree(directory)
 
     def damage(self, number, r):
-        place, cpu = self.place, ["--device", "cpu"]
+        place = self.place
         directory = place.folder(self.scratch)
-        prepare = ["prepare", "--out", "out/d", "--size", "8x8", "--vocabulary", "16", "--max-crop", "0.9"]
-        sample = ["sample", "--steps", "1", "--outdir", "out/s", *cpu]
-        pictures = ["a.png", "a.bmp", *PICTURES]
-
-        def picture():
-            name = r.choice(pictures)
-            (directory / "p.jsonl").write_text(json.dumps({"id": 2, "file": name, "tags": ["a"]}))
-            return name, [*prepare, "--images", ".", "--metadata", "p.jsonl"]
-
-        def copied(name, sub):
-            os.unlink(directory / name)
-            os.mkdir(directory / name)
-            for path in (place.dir / name).iterdir():
-                # Statistics are appended to; all else is replaced.
-                copy = shutil.copy if path.name in (sub, "stats.jsonl") else os.link
-                copy(path, directory / name / path.name)
-            return f"{name}/{sub}"
-
+        prepare = PREPARE + "--out out/d "
+        sample = SAMPLE + "--steps 1 --outdir out/s "
+        danbooru = prepare + "--danbooru dan --metadata posts.json --enlarge"
         checkpoint = max(path.name for path in (place.dir / "run").glob("checkpoint-*"))
-        vocabulary = lambda: (copied("data", "vocabulary.json"), r.choice([["condition", "tags", "--data", "data"], ["info", "data"]]))
-        shard = lambda: (copied("data", "train-00000.safetensors"), r.choice([
-            ["info", "data"], ["condition", "train", "--data", "data", "--epochs", "1", "--out", "out/v"],
-            ["train", *place.train("out/r"), "--duration", "16"]]))
-        model = lambda: ("model.safetensors", r.choice([["info", "model.safetensors"], [*sample, "--model", "model.safetensors", "--seeds", "0"],
-                         ["export", "model.safetensors", "--out", "out/x"]]))
+        picture = r.choice(["a.png", "a.bmp", *PICTURES])
+        (directory / "p.jsonl").write_text(json.dumps({"id": 2, "file": picture, "tags": ["a"]}))
+        # What is damaged, and who reads it.
         kinds = {
-            "model": model,
-            "shard": shard,
-            "vocabulary": vocabulary,
-            "checkpoint": lambda: (copied("run", checkpoint), ["train", *place.train("run"), "--duration", "72"]),
-            "statistics": lambda: (copied("run", "stats.jsonl"), ["train", *place.train("run"), "--duration", "72"]),
-            "condition model": lambda: ("vae.safetensors", ["condition", "sample", "--model", "vae.safetensors", "--count", "2"]),
-            "conditions": lambda: ("c.safetensors", [*sample, "--model", "model.safetensors", "--conditions", "c.safetensors"]),
-            "picture": picture,
-            "records": lambda: ("meta.jsonl", [*prepare, "--images", "pics", "--metadata", "meta.jsonl"]),
-            "npy": lambda: (r.choice(["f.npy", "ids.npy"]), [*prepare, "--images", "pics", "--metadata", "meta.jsonl",
-                            "--features", "f.npy", "--feature-ids", "ids.npy"]),
-            "tar": lambda: (copied("dan", "0000.tar"), [*prepare, "--danbooru", "dan", "--metadata", "posts.json", "--enlarge"]),
-            "posts": lambda: ("posts.json", [*prepare, "--danbooru", "dan", "--metadata", "posts.json", "--enlarge"]),
-            "pickle": lambda: ("snapshot.pkl", ["import", "snapshot.pkl", "--out", "out/x"]),
-            "config": lambda: ("config.json", ["train", *place.train("out/r"), "--duration", "8", "-n"]),
+            "model": (
+                "model.safetensors",
+                "info model.safetensors",
+                sample + "--seeds 0",
+                "export model.safetensors --out out/x",
+            ),
+            "shard": (
+                "data/train-00000.safetensors",
+                "info data",
+                "condition train --data data --epochs 1 --out out/v",
+                f"{train('out/r')} --duration 16",
+            ),
+            "vocabulary": ("data/vocabulary.json", "condition tags --data data", "info data"),
+            "checkpoint": (f"run/{checkpoint}", f"{train('run')} --duration 72"),
+            "statistics": ("run/stats.jsonl", f"{train('run')} --duration 72"),
+            "condition model": ("vae.safetensors", "condition sample --model vae.safetensors --count 2"),
+            "conditions": ("c.safetensors", sample + "--conditions c.safetensors"),
+            "picture": (picture, prepare + "--images . --metadata p.jsonl"),
+            "records": ("meta.jsonl", prepare + "--images pics --metadata meta.jsonl"),
+            "npy": (
+                r.choice(["f.npy", "ids.npy"]),
+                prepare + "--images pics --metadata meta.jsonl --features f.npy --feature-ids ids.npy",
+            ),
+            "tar": ("dan/0000.tar", danbooru),
+            "posts": ("posts.json", danbooru),
+            "pickle": ("snapshot.pkl", "import snapshot.pkl --out out/x"),
+            "tagger": (
+                "t.onnx",
+                prepare + "--images pics --metadata meta.jsonl --tagger t.onnx --tagger-node y --device cpu",
+            ),
+            "config": ("config.json", f"{train('out/r')} --duration 8 -n"),
         }
-        for name in [*pictures, "c.safetensors", "f.npy", "ids.npy", "posts.json"]:
-            os.symlink(place.dir / name, directory / name)
-        os.symlink(ROOT / "tests/golden/official_style_snapshot_nosrc.pkl", directory / "snapshot.pkl")
-        kind = r.choice(list(kinds))
-        file, arguments = kinds[kind]()
+        kind = r.choice([kind for kind in kinds if kind != "tagger" or place.has_onnx])
+        file, *readers = kinds[kind]
+        arguments = r.choice(readers).split()
         path = directory / file
         whole = path.read_bytes()
-        if path.is_symlink():
-            path.unlink()
+        if path.parent != directory:
+            # A folder of its own. Statistics are appended to; all else is replaced.
+            path.parent.unlink()
+            path.parent.mkdir()
+            for other in (place.dir / path.parent.name).iterdir():
+                (shutil.copy if other.name == "stats.jsonl" else os.link)(other, path.parent / other.name)
+        path.unlink()
         bad = mutate(r, whole)
-        if file.endswith(".png") and r.random() < 0.7:
+        if file == "a.png" and r.random() < 0.7:
             bad = with_checksums(bad)
         path.write_bytes(bad)
         result = run([place.edm2k, *arguments], directory, limit=SECONDS, address_space=4 * BYTES)
@@ -528,18 +617,17 @@ class Campaign:
         self.add("refused" if result.code else "taken")
         what = complaint(result)
         if what:
-            self.add({"panic": "panics"}.get(what, "over 10 s" if "over" in what and "MiB" not in what else
-                     "over 2 GB" if "MiB" in what else "aborts" if "ended" in what else "bad messages"))
+            self.add(what.kind)
             kept = Path(tempfile.gettempdir()) / f"edm2k-hard-{number}-{path.name}"
             kept.write_bytes(bad)
-            self.fail("damage", number, f"{kind}: {what}: {' '.join(arguments)} ({kept})", result.text)
+            self.fail("damage", number, f"{kind}: {what.text}: {' '.join(arguments)} ({kept})", result.text)
         shutil.rmtree(directory)
 
     def undamaged(self, arguments, end):
         with self.lock:
             if end not in self.references:
                 directory = self.place.folder(self.scratch)
-                os.unlink(directory / "run")
+                (directory / "run").unlink()
                 shutil.copytree(self.place.dir / "run", directory / "run")
                 self.place.do(arguments, directory)
                 self.references[end] = safetensors(directory / "run" / end)
@@ -548,20 +636,26 @@ class Campaign:
 
     def options(self, number, r):
         directory = self.place.folder(self.scratch)
-        base = {**self.place.writers(), "info": ["info", "model.safetensors"], "condition tags": ["condition", "tags", "--data", "data"]}
+        base = {
+            **self.place.writers(),
+            "info": ["info", "model.safetensors"],
+            "condition tags": ["condition", "tags", "--data", "data"],
+        }
         base["train"] = [*base["train"], "-n"]
         name = r.choice(list(base))
         arguments = list(base[name])
         words = 2 if name.startswith("condition") else 1
-        with self.lock:
-            if name not in self.times or not isinstance(self.times[name], list):
-                text = run([self.place.edm2k, *arguments[:words], "--help"], directory).text
-                self.times["options " + name] = re.findall(r"(--[a-zA-Z-]+) <", text)
-        known = self.times["options " + name]
-        numbers = ["0", "-1", "1", "nan", "inf", "-inf", "1e999", "1e38", "1e-320", "18446744073709551616", "9223372036854775807",
-                   "4294967296", "65536", "0x10", "1,1", "0-1", "1-0", "65536x65536", "0x0", "1x1", "0.5"]
-        texts = ["", " ", ".", "..", "/", "/dev/zero", "/dev/full", "a" * 5000, "\x1b[31m", "a\nb", "é", b"\xff\xfe", "--", "-", "%s",
-                 "model.safetensors", "data", "out", "nowhere/x", "cuda:99", "t1", ",", "t1,,t2"]
+        text = run([self.place.edm2k, *arguments[:words], "--help"], directory).text
+        known = re.findall(r"(--[a-zA-Z-]+) <", text)
+        numbers = (
+            """0 -1 1 nan inf -inf 1e999 1e38 1e-320 18446744073709551616 9223372036854775807 4294967296 65536 0x10 1,1
+            0-1 1-0 65536x65536 0x0 1x1 0.5""".split()
+        )
+        # Some of these will be taken for an output: nothing outside of the round's folder, and no device but by a link.
+        os.symlink("/dev/full", directory / "full")
+        os.mkfifo(directory / "pipe")
+        texts = ". full pipe \x1b[31m é -- - %s model.safetensors meta.jsonl out nowhere/x cuda:99 t1 , t1,,t2".split()
+        texts += ["", " ", "a\nb", b"\xff\xfe", "a" * 5000]
         for _ in range(r.randrange(1, 3)):
             option = r.choice(known)
             value = r.choice(numbers if r.random() < 0.6 else texts)
@@ -572,17 +666,22 @@ class Campaign:
         # What was asked for may take its time: so long as it is not silent, it is at work.
         result = run([self.place.edm2k, *arguments], directory, limit=SECONDS, address_space=4 * BYTES)
         self.add("odd command lines")
-        if result.timed_out and not re.search("--(steps|epochs|count|seeds|per-condition|random-conditions|images|size|batch)", str(arguments)):
-            self.add("over 10 s")
-            self.fail("options", number, f"over {SECONDS} s: {arguments}", result.text)
-        what = None if result.timed_out else complaint(result)
+        long = re.search(
+            "--(steps|epochs|count|seeds|per-condition|random-conditions|images|size|batch)", str(arguments)
+        )
+        what = None if result.timed_out and long else complaint(result)
+        if not stat.S_ISFIFO(os.stat(directory / "pipe").st_mode) or not (directory / "full").is_symlink():
+            self.fail("options", number, f"a pipe or a device was replaced: {arguments}"[:600])
         if what:
-            self.add("bad ends of odd command lines")
-            self.fail("options", number, f"{what}: {arguments}"[:600], result.text[:2000])
+            self.add(what.kind)
+            self.fail("options", number, f"{what.text}: {arguments}"[:600], result.text[:2000])
         shutil.rmtree(directory)
 
 
-NUMBERS = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 1 << 32, 1 << 24]
+NUMBERS = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 2**32, 2**24]
+DIGITS = b"""0 -1 1e999 18446744073709551615 9223372036854775807 4294967296 1048576 1.5 65536 null "1" [1]
+    99999999999999999999999""".split()
+WORDS = [b'""', b'"\\u0000"', b'"' + b"x" * 4000 + b'"', b"null", b"0", b'"\\u001b[2J\\n"', b"{}", b"[]"]
 
 
 def mutate(r, data):
@@ -613,19 +712,12 @@ def mutate(r, data):
             data[at:at] = r.randbytes(min(length, 64))
         elif kind == 7:
             data[at : at + length] = bytes(length)
-        elif kind == 8:
-            numbers = list(re.finditer(rb"\d+", data[: 1 << 14]))
-            if numbers:
-                match = r.choice(numbers)
-                other = r.choice([b"0", b"-1", b"1e999", b"18446744073709551615", b"9223372036854775807", b"4294967296", b"1048576", b"1.5",
-                                  b"65536", b"null", b'"1"', b"[1]", b"99999999999999999999999"])
-                data[match.start() : match.end()] = other
         else:
-            words = list(re.finditer(rb'"[^"]*"', data[: 1 << 14]))
-            if words:
-                match = r.choice(words)
-                data[match.start() : match.end()] = r.choice([b'""', b'"\\u0000"', b'"' + b"x" * 4000 + b'"', b"null", b"0", b'"\\u001b[2J\\n"', b"{}", b"[]",
-                                                               r.choice(words).group()])
+            found = list(re.finditer(rb"\d+" if kind == 8 else rb'"[^"]*"', data[: 1 << 14]))
+            if found:
+                match = r.choice(found)
+                other = DIGITS if kind == 8 else [*WORDS, r.choice(found).group()]
+                data[match.start() : match.end()] = r.choice(other)
     return bytes(data)
 
 
@@ -660,7 +752,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="edm2k-hard-", dir=memory) as directory:
         (Path(directory) / "place").mkdir()
         (Path(directory) / "rounds").mkdir()
-        campaign = Campaign(Place(args.edm2k.resolve(), Path(directory) / "place"), args.seed, Path(directory) / "rounds")
+        campaign = Campaign(
+            Place(args.edm2k.resolve(), Path(directory) / "place"), args.seed, Path(directory) / "rounds"
+        )
         for part in parts:
             seconds = 60 * args.minutes * SHARES[part] / sum(SHARES[p] for p in parts)
             end = time.monotonic() + seconds
@@ -678,12 +772,18 @@ def main():
                 for future in [pool.submit(work) for _ in range(args.jobs)]:
                     future.result()
     c = campaign.count
-    print(f"{c['kills of train']} training runs and {c['kills of others']} other commands killed, {c['signals']} signals sent, "
-          f"{c['full disks']} disks full: {c['lost']} lost, {c['different']} different")
+    print(
+        f"{c['kills of train']} training runs and {c['kills of others']} other commands killed, "
+        f"{c['signals']} signals sent, "
+        f"{c['full disks']} disks full: {c['lost']} lost, {c['different']} different"
+    )
     print(f"{c['pairs of writers']} pairs of writers: {c['half files']} half files under a final name")
-    print(f"{c['damaged files']} damaged files ({c['refused']} refused), {c['odd command lines']} odd command lines: {c['panics']} panics, "
-          f"{c['aborts']} aborts, {c['over 10 s']} over {SECONDS} s, {c['over 2 GB']} over 2 GB, "
-          f"{c['bad messages'] + c['bad ends of odd command lines']} with a bad message")
+    print(
+        f"{c['damaged files']} damaged files ({c['refused']} refused), {c['odd command lines']} odd command lines: "
+        f"{c['panics']} panics, "
+        f"{c['aborts']} aborts, {c['over 10 s']} over {SECONDS} s, {c['over 2 GB']} over 2 GB, "
+        f"{c['bad messages']} with a bad message"
+    )
     print(f"{len(campaign.failures)} failures")
     return 1 if campaign.failures else 0
 

@@ -155,7 +155,7 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 /// It exists and `overwrite` was not given, or it cannot be written.
 pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+    if let Some(parent) = parent.filter(|parent| !parent.exists()) {
         bail!("{}: the directory does not exist", parent.display());
     }
     match Claim::new(path, overwrite) {
