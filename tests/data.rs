@@ -735,6 +735,27 @@ fn a_call_that_keeps_nothing_does_not_stand_in_the_way_of_the_right_one() {
 }
 
 #[test]
+fn the_readme_s_first_preparation_works_on_ordinary_photographs() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("photos")).unwrap();
+    let mut lines = String::new();
+    // Of cameras and telephones, upright and not.
+    let sizes = [(80, 60), (60, 80), (90, 60), (60, 90), (96, 54), (54, 96), (70, 70), (40, 30)];
+    for (k, (width, height)) in sizes.into_iter().enumerate() {
+        solid(width, height, [9, 90, 200]).save(dir.path().join(format!("photos/{k}.jpg"))).unwrap();
+        lines +=
+            &format!("{}\n", serde_json::json!({"id": k + 7, "file": format!("{k}.jpg"), "tags": ["cat", "grass"]}));
+    }
+    fs::write(dir.path().join("meta.jsonl"), lines).unwrap();
+    let readme = include_str!("../README.md");
+    let line = readme.lines().find_map(|line| line.strip_prefix("edm2k prepare --images ")).unwrap();
+    let mut command = Command::cargo_bin("edm2k").unwrap();
+    let done = command.current_dir(dir.path()).args(["prepare", "--images"]).args(line.split_whitespace());
+    let said = String::from_utf8(done.assert().success().get_output().stdout.clone()).unwrap();
+    assert!(said.contains("train             8 images"), "{said}");
+}
+
+#[test]
 fn a_bad_record_is_one_bad_record() {
     let mut shop = Workshop::new();
     shop.image(2, solid(16, 16, [1, 2, 3]), &["x"]);

@@ -137,6 +137,7 @@ fn hostile_headers_are_errors() {
         (format!("{{{},{y}}}", x("[4]", "[0,16]")), "tensor y: begins at byte 4, expected 16"),
         (r#"{"x":{"dtype":"F33","shape":[4],"data_offsets":[0,16]}}"#.into(), "x: unknown variant"),
         (r#"{"__metadata__":{"a":1}}"#.into(), "__metadata__"),
+        (format!("{{{}}}", x(&format!("[{}1]", "1,".repeat(64)), "[0,4]")), "tensor x: 65 sides"),
         ("[".repeat(100_000), "its header"),
         ("{\"x\":".repeat(1000), "its header"),
     ];

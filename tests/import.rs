@@ -507,7 +507,7 @@ fn files_that_are_no_pickles_are_refused_in_one_line() {
     let golden = fs::read(GOLDEN).unwrap();
     for (name, content, message) in [
         ("empty.pkl", &b""[..], "byte 0: it is empty, expected a pickle"),
-        ("page.pkl", b"<html>", "byte 0: it begins with 0x3c, expected a pickle (0x80)"),
+        ("page.pkl", b"<html>", "byte 0: it is a web page (HTML)"),
         ("old.pkl", b"\x80\x01.", "byte 0: protocol 1, expected 2 to 5"),
         ("new.pkl", b"\x80\x06.", "byte 0: protocol 6, expected 2 to 5"),
         ("half.pkl", &golden[..golden.len() / 2], "but only"),

@@ -122,10 +122,10 @@ fn sizes_that_no_image_has_are_one_line() {
         .names()
         .map(|name| (name, file.dtype(name).unwrap(), file.shape(name).unwrap(), file.bytes(name).unwrap()))
         .collect();
-    for [height, width] in [[1 << 60, 32], [(1 << 63) + 8, 8], [1 << 40, 1 << 40], [65544, 8], [0, 8]] {
+    for [height, width] in [[1u64 << 60, 32], [(1 << 63) + 8, 8], [1 << 40, 1 << 40], [65544, 8], [0, 8]] {
         let mut metadata = file.metadata().clone();
         let mut about: Value = serde_json::from_str(&metadata["edm2k"]).unwrap();
-        (about["height"], about["width"]) = (Value::from(height as u64), Value::from(width as u64));
+        (about["height"], about["width"]) = (Value::from(height), Value::from(width));
         metadata.insert("edm2k".into(), about.to_string());
         safetensors::write(&path, &tensors, &metadata).unwrap();
         assert!(refused(&path).contains("an image of "), "{height}x{width}");

@@ -121,8 +121,9 @@ impl<'a> Network<'a> {
         let giga = self.multiply_adds as f64 / 1e9;
         out!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
         out!("image          {} x {} (width x height), {} channels", self.width, self.height, self.config.img_channels);
-        out!("forward pass   {} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
-        out!("               {} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
+        let over = if self.multiply_adds == u64::MAX { "more than " } else { "" };
+        out!("forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
+        out!("               {over}{} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
         let mega = |bytes: usize| bytes as f64 / 1e6;
         match &self.on_a_gpu {
             Ok(GpuCost { launches, bytes, least_bytes, memory_bytes }) => out!(
@@ -323,13 +324,13 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         }
         return Ok(());
     };
-    let what = || format!("cannot read {}", path.display());
+    // Errors in opening name the file themselves.
     if path.is_dir() {
-        return DatasetInfo::open(path, args.check).with_context(what)?.show(args.json);
+        return DatasetInfo::open(path, args.check)?.show(args.json);
     }
-    let file = SafeFile::open(path).with_context(what)?;
+    let file = SafeFile::open(path)?;
     if let Some(header) = file.metadata().get(HEADER_KEY) {
-        let header: Header = serde_json::from_str(header).with_context(what)?;
+        let header: Header = serde_json::from_str(header).with_context(|| path.display().to_string())?;
         let checked = match args.check {
             true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(&file)?) }),
             false => None,

@@ -211,7 +211,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     model.net.config.check_size(size[0], size[1])?;
     let gnet = args.gnet.as_ref().map(Model::load).transpose().context("--gnet")?;
     if let Some((gnet, path)) = gnet.as_ref().zip(args.gnet.as_ref()) {
-        check_guide(&path.display().to_string(), gnet, args, &model).context("--gnet")?;
+        check_guide(&path.display().to_string(), gnet, &args, &model).context("--gnet")?;
     }
     let conditions = gather_conditions(&args, &model)?;
     let rows = conditions.origins.len();
@@ -223,6 +223,13 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     let batch = seeds.len().min(args.batch.into());
     super::check_forward(&engine, &model.net.config, size, batch)?;
     let mut decode = decoder(&args, &model, size, &engine)?;
+    if decode.is_none() {
+        let steps = if args.save_steps { config.steps } else { 0 } as u128;
+        let values = (size[0] * size[1] * model.net.config.img_channels) as u128;
+        // They are written in another order than they are made.
+        let needed = 2 * 4 * seeds.len() as u128 * values * (1 + steps);
+        edm2k::memory::check(format!("keeping {} latents of {}x{}", seeds.len(), size[1], size[0]), needed)?;
+    }
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
     let _lock = job.claim_outputs(decode.is_some())?;
     match engine {
@@ -470,6 +477,8 @@ struct Job<'a> {
 
 /// Most images of a grid: above, nobody looks at it.
 const GRID: usize = 1024;
+/// Bytes of pictures that are kept for it.
+const GRID_BYTES: usize = 1 << 32;
 
 impl Job<'_> {
     fn picture_file(&self, seed: u64) -> PathBuf {
@@ -593,8 +602,9 @@ impl Job<'_> {
                     let picture = decode(image)?;
                     let steps: anyhow::Result<Vec<_>> = steps[i].chunks(values).map(decode).collect();
                     self.save_picture(at + i, seed, &picture, &steps?)?;
+                    let most = (GRID_BYTES / picture.rgb().len().max(1)).clamp(1, GRID);
                     pictures.push(picture);
-                    pictures.truncate(GRID);
+                    pictures.truncate(most);
                 } else {
                     latents.extend_from_slice(image);
                     latent_steps.append(&mut steps[i]);

@@ -19,7 +19,7 @@ use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
-use edm2k::fingerprint::Identity;
+use edm2k::fingerprint::{Identity, differ};
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
@@ -161,10 +161,11 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         other => Some(other.context("cannot open the dataset")?),
     };
     if let Some(v) = &validation {
-        let of = |data: &Dataset| {
-            (data.shape(), data.condition_dim(), data.header().kind, data.header().conditioning.clone())
-        };
-        ensure!(of(v) == of(&data), "{}: the validation split is not of the same kind and size", args.data.display());
+        let of = |data: &Dataset| (data.shape(), data.condition_dim(), data.header().kind);
+        let (a, b) = (data.header(), v.header());
+        let other = a.conditioning.differs(&b.conditioning) || differ(&a.autoencoder, &b.autoencoder);
+        let same = of(v) == of(&data) && !other;
+        ensure!(same, "{}: the validation split is not of the same kind and size", args.data.display());
     }
     let engine = args.device.open()?;
     let Resolved { settings, plan, model, notes } = resolve(&args, &data, &engine)?;

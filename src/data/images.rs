@@ -103,12 +103,15 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, String> {
     decode(&bytes, background)
 }
 
+/// An image, and the bytes of its colour profile.
+type WithProfile = (DynamicImage, Option<Vec<u8>>);
+
 /// Decodes an image file, on a background if it is transparent.
 ///
 /// # Errors
 /// What is wrong with it.
 pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, String> {
-    let load = || -> image::ImageResult<Result<(DynamicImage, Option<Vec<u8>>), String>> {
+    let load = || -> image::ImageResult<Result<WithProfile, String>> {
         let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
         if reader.format().is_none() {
             return Ok(Err(format!("it is {}", input::kind(bytes).unwrap_or("no image of a known kind"))));

@@ -842,14 +842,14 @@ struct Job<'a> {
 /// What conditions are made of.
 enum Source {
     Tags,
-    Known(Features),
+    Known(Box<Features>),
     Tagger(Tagger),
 }
 
 impl Source {
     fn open(settings: &Settings) -> Result<Self, PrepareError> {
         Ok(match (&settings.features, &settings.tagger) {
-            (Some((path, ids)), _) => Self::Known(Features::open(path, ids.as_deref())?),
+            (Some((path, ids)), _) => Self::Known(Features::open(path, ids.as_deref())?.into()),
             (None, Some((path, node))) => Self::Tagger(Tagger::open(path, node.as_deref())?),
             (None, None) => Self::Tags,
         })

@@ -8,8 +8,17 @@
 //!
 //! Source: ITU-T T.81. Cost: about that of reading the codes in decoding; 8 bytes a block of a progressive file.
 
-/// Codes by their next 16 bits: length and symbol; length 0 is none.
-type Codes = Vec<(u8, u8)>;
+/// Length and symbol; length 0 is none.
+type Code = (u8, u8);
+
+/// Codes by their next 16 bits.
+type Codes = Vec<Code>;
+
+/// Those of the first coefficient of a block, and those of the others.
+type Tables<'a> = (&'a [Code], &'a [Code]);
+
+/// A component in a scan: its place, and the numbers of its two tables.
+type Member = (usize, usize, usize);
 
 /// A component of the image.
 #[derive(Default)]
@@ -135,7 +144,7 @@ impl Frame {
     }
 
     /// Components of a scan with the numbers of their tables; first and last coefficient, and bits before and after.
-    fn scan_header(&self, header: &[u8]) -> Option<(Vec<(usize, usize, usize)>, [u8; 3])> {
+    fn scan_header(&self, header: &[u8]) -> Option<(Vec<Member>, [u8; 3])> {
         let (&count, rest) = header.split_first()?;
         let (chosen, &[start, end, bits]) = rest.split_at_checked(2 * usize::from(count))? else { return None };
         let mut members = Vec::new();
@@ -280,7 +289,7 @@ impl Reader<'_> {
         value
     }
 
-    fn symbol(&mut self, codes: &[(u8, u8)]) -> Option<u8> {
+    fn symbol(&mut self, codes: &[Code]) -> Option<u8> {
         if self.count < 16 {
             self.fill();
         }
@@ -296,7 +305,7 @@ impl Reader<'_> {
     }
 
     /// A block of a baseline image.
-    fn block(&mut self, (dc, ac): (&[(u8, u8)], &[(u8, u8)])) -> Option<()> {
+    fn block(&mut self, (dc, ac): Tables) -> Option<()> {
         let bits = self.symbol(dc)?;
         self.take(u32::from(bits.min(16)));
         let mut k = 1;
@@ -317,7 +326,7 @@ impl Reader<'_> {
     /// What a scan of a progressive image has of a block.
     fn part_of_block(
         &mut self,
-        (dc, ac): (&[(u8, u8)], &[(u8, u8)]),
+        (dc, ac): Tables,
         [start, end]: [usize; 2],
         first: bool,
         known: &mut u64,

@@ -30,6 +30,10 @@ use crate::fingerprint::Fingerprint;
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// Most tensors of a file, and most sides of one: a checkpoint of the largest network has 20,000 tensors.
+const MAX_TENSORS: usize = 1 << 17;
+const MAX_SIDES: usize = 64;
+
 /// Key of the header's strings.
 const METADATA: &str = "__metadata__";
 
@@ -327,8 +331,16 @@ impl<'de> Deserialize<'de> for Header {
                         let strings = map.next_value();
                         header.metadata = strings.map_err(|e| A::Error::custom(format!("its {METADATA}: {e}")))?;
                     } else {
-                        let info = map.next_value();
+                        let info = map.next_value::<Info>();
                         let info = info.map_err(|e| A::Error::custom(format!("tensor {name}: {e}")))?;
+                        let sides = info.shape.len();
+                        if sides > MAX_SIDES {
+                            let what = format!("tensor {name}: {sides} sides, expected {MAX_SIDES} at most");
+                            return Err(A::Error::custom(what));
+                        }
+                        if header.tensors.len() == MAX_TENSORS {
+                            return Err(A::Error::custom(format!("more than {MAX_TENSORS} tensors")));
+                        }
                         header.tensors.insert(name, info);
                     }
                 }

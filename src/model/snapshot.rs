@@ -116,7 +116,7 @@ impl Snapshot {
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |cause| SnapshotError::Pickle { path: path.into(), cause };
         if let Some(kind) = input::kind(bytes).filter(|kind| !kind.contains("pickle")) {
-            return Err(damaged(PickleError { offset: 0, what: format!("it is {kind}") }));
+            return Err(damaged(PickleError { offset: 0, what: format!("it is {kind}, expected a pickle") }));
         }
         let pickle = Pickle::parse(bytes, 0).map_err(damaged)?;
         let rest = bytes.len() - pickle.end();
