@@ -682,7 +682,7 @@ fn a_full_disk_costs_nothing_that_was_saved() {
     let said = fail(limited.stdout(Stdio::piped()).stderr(Stdio::piped()));
     assert!(said.contains("checkpoint-000000024.safetensors: File too large"), "{said}");
     assert_eq!(before, fs::read(place.newest("run")).unwrap());
-    assert_eq!(leftovers(&place.path("run")), [PathBuf::new(); 0]);
+    assert!(leftovers(&place.path("run")).is_empty());
     succeed(&mut place.train("run", &more));
 }
 
@@ -694,7 +694,7 @@ fn a_run_that_diverges_stops_with_advice_and_keeps_its_last_good_checkpoint() {
         let options = format!("--duration 64 --batch 8 --lr 1e38 --rampup 0 --checkpoint {checkpoint} --grid 0");
         let said = fail(&mut place.train("ruined", &options));
         assert!(said.contains("the run has diverged after") && said.contains("lower --lr (it was 1e38)"), "{said}");
-        assert_eq!(checkpoints(&place.path("ruined")), [PathBuf::new(); 0], "{said}");
+        assert!(checkpoints(&place.path("ruined")).is_empty(), "{said}");
     }
     // The first step of a ramp moves nothing: that checkpoint is good.
     let options = "--duration 640 --batch 8 --lr 1e38 --rampup 600 --status 8 --checkpoint 8 --snapshot 0 --grid 0 \
