@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo test test-kernels lint bench bundle verify demo-data demo-train
+.PHONY: help nvcc demo test test-kernels hard lint bench bundle verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,10 @@ test-kernels: nvcc ## run the CUDA kernels' tests
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
 		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels \
 		--test engine --test cuda --test ptxas
+
+MINUTES ?= 5
+hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)
+	@python3 scripts/hard.py $(EDM2K) --minutes $(MINUTES)
 
 lint: nvcc ## formatting, clippy, documentation; warnings are errors
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 \

@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand};
 
 mod cli;
 
+use cli::say::{self, note};
+
 /// Train and sample EDM2 diffusion models.
 #[derive(Parser)]
 #[command(version, propagate_version = true)]
@@ -30,11 +32,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
-    // A reader that went away ends what it was reading, but not a training run.
-    if !matches!(command, Command::Train(_)) {
-        sigpipe::reset();
-    }
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return refuse(&error),
+    };
     let result = match command {
         Command::Bench(args) => cli::bench::run(args),
         Command::Condition(args) => cli::condition::run(args),
@@ -48,12 +49,29 @@ fn main() -> ExitCode {
         Command::Train(args) => cli::train::run(*args),
         Command::Verify(args) => cli::verify::run(args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    let printed = say::printed();
+    match (result, printed) {
+        (Ok(()), Ok(())) => ExitCode::SUCCESS,
+        (Ok(()), Err(why)) => {
+            note!("edm2k: error: all was done, but the results could not be printed: {why}");
+            ExitCode::FAILURE
+        }
+        (Err(error), _) => {
             let causes: Vec<_> = error.chain().map(ToString::to_string).collect();
-            eprintln!("edm2k: error: {}", causes.join(": "));
+            note!("edm2k: error: {}", causes.join(": "));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says what is wrong with the arguments, or what was asked about them: help, version.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let plain = error.render().to_string();
+    let odd = |line: &str| say::shortened(&say::escaped(line)) != line;
+    if error.use_stderr() && plain.lines().any(odd) {
+        plain.lines().for_each(|line| note!("{line}"));
+    } else {
+        let _ = error.print();
+    }
+    ExitCode::from(error.exit_code() as u8)
 }

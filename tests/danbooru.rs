@@ -335,7 +335,7 @@ fn a_killed_run_is_gone_on_with_and_gives_the_same_bytes() {
     for name in ["train-00001.safetensors", "train-00004.safetensors", "validation-00000.safetensors", "summary.json"] {
         fs::remove_file(place.path("out").join(name)).unwrap();
     }
-    fs::write(place.path("out/train-00004.safetensors.tmp"), "half").unwrap();
+    fs::write(place.path("out/train-00004.safetensors.0123456789abcdef.tmp"), "half").unwrap();
     let again = place.prepare("out", "").success();
     let said = String::from_utf8(again.get_output().stderr.clone()).unwrap();
     assert!(said.contains("train-00000.safetensors: 5 images (was there)"), "{said}");

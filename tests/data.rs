@@ -321,7 +321,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     fs::remove_file(out.join("vocabulary.json")).unwrap();
     let half = &whole["train-00005.safetensors"];
     fs::write(out.join("train-00005.safetensors"), &half[..half.len() / 2]).unwrap();
-    fs::write(out.join("train-00006.safetensors.tmp"), b"left by a killed run").unwrap();
+    fs::write(out.join("train-00006.safetensors.0123456789abcdef.tmp"), b"left by a killed run").unwrap();
     fs::remove_file(out.join("train-00006.safetensors")).unwrap();
 
     let redone = Mutex::new(Vec::new());

@@ -157,8 +157,19 @@ fn run<B: Backend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gp
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
-    let plan =
-        Plan { outdir: outdir.into(), batch_gpu, status: 1, validate: 0, grid: 0, snapshot: 0, checkpoint: 0, keep: 1 };
+    let plan = Plan {
+        outdir: outdir.into(),
+        batch_gpu,
+        status: 1,
+        validate: 0,
+        grid: 0,
+        snapshot: 0,
+        checkpoint: 0,
+        keep: 1,
+        keep_rampup: false,
+        restart: false,
+        computed_on: String::new(),
+    };
     let mut seen = Vec::new();
     let splits = Splits { train: &data, validation: None };
     let mut event = |event: Event| {

@@ -545,7 +545,7 @@ fn mistakes_are_one_clear_line() {
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
     let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\"; ";
     bench.fails("--outdir o --random-conditions 3 --condition-model other.safetensors", message);
-    bench.fails("--outdir m.safetensors/x", "--outdir m.safetensors/x");
+    bench.fails("--outdir m.safetensors/x", "--outdir: m.safetensors/x");
     bench.fails("--outdir o --gnet missing.safetensors", "missing.safetensors");
     assert!(!bench.path("o").exists());
 }

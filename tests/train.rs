@@ -1,17 +1,21 @@
 //! Training: the tables of the official code, and what must survive a kill, a full disk or bad input.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use edm2k::backend::cpu::Cpu;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batches;
-use edm2k::train::{DataIdentity, LearningRate, Schedule, Settings, ema};
+use edm2k::train::{DataIdentity, Event, LearningRate, Plan, Schedule, Settings, Splits, ema, train};
 use half::f16;
 use serde_json::{Value, json};
 
@@ -119,6 +123,12 @@ fn checkpoints(dir: &Path) -> Vec<PathBuf> {
     let mut found = edm2k::train::checkpoint::list(dir).unwrap_or_default();
     found.reverse();
     found
+}
+
+/// Files that somebody did not finish.
+fn leftovers(dir: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.extension().is_some_and(|ending| ending == "tmp")).collect()
 }
 
 fn text(output: &Output) -> String {
@@ -435,7 +445,7 @@ fn ctrl_c_saves_and_the_same_command_goes_on() {
     // No checkpoint is due before the end: the one that is found then is of the interruption.
     let options = SHORT.replace("--checkpoint 48", "--checkpoint 0");
     succeed(&mut place.train("whole", &options));
-    let child = place.train("stopped", &options).spawn().unwrap();
+    let child = heeding(&mut place.train("stopped", &options), None).spawn().unwrap();
     let begun = Instant::now();
     while !place.path("stopped/stats.jsonl").exists()
         || fs::metadata(place.path("stopped/stats.jsonl")).unwrap().len() == 0
@@ -466,7 +476,9 @@ fn a_damaged_checkpoint_is_set_aside_for_an_older_one() {
     let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
     let metadata = whole.windows(8).position(|w| w == b"\\\"nimg\\\"").unwrap() + 10;
     type Damage = Box<dyn Fn(&mut Vec<u8>)>;
-    let damages: [(&str, &str, Damage); 4] = [
+    let dtype = whole.windows(5).position(|w| w == b"\"F32\"").unwrap() + 1;
+    let damages: [(&str, &str, Damage); 5] = [
+        ("another element type", "expected F32", Box::new(move |b| b[dtype] = b'I')),
         ("a flipped bit in a tensor", "checksum of tensor", Box::new(move |b| b[header + 12345] ^= 4)),
         ("a changed digit in the metadata", "checksum of the metadata", Box::new(move |b| b[metadata] ^= 1)),
         ("the end is missing", "truncated?", Box::new(|b| b.truncate(b.len() - 1))),
@@ -485,6 +497,42 @@ fn a_damaged_checkpoint_is_set_aside_for_an_older_one() {
         fs::write(&reference, &whole).unwrap();
         assert_same(&reference, &place.newest("whole"));
     }
+    let aside = fs::read_dir(place.path("whole")).unwrap().filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name().into_string().unwrap();
+        name.starts_with("checkpoint-000000096.safetensors.damaged")
+    });
+    assert_eq!(aside.count(), 5, "one replaced another");
+}
+
+#[test]
+fn without_a_whole_checkpoint_a_run_does_not_begin_anew_unasked() {
+    let place = Place::new();
+    let options = "--duration 48 --batch 8 --checkpoint 16 --grid 0 --validate 0 --snapshot 24";
+    succeed(&mut place.train("run", options));
+    let reference = place.path("reference.safetensors");
+    fs::copy(place.newest("run"), &reference).unwrap();
+    for path in checkpoints(&place.path("run")) {
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - 9999;
+        bytes[last] ^= 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    let files = |dir: &Path| {
+        let mut all: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        all.sort();
+        all.into_iter().map(|path| (path.file_name().unwrap().to_owned(), fs::read(path).unwrap())).collect::<Vec<_>>()
+    };
+    let before = files(&place.path("run"));
+    let said = fail(&mut place.train("run", options));
+    assert!(said.contains("no whole checkpoint is left in") && said.contains("2 more are damaged"), "{said}");
+    assert!(said.contains("checkpoint-000000048.safetensors: damaged") && said.contains("--restart"), "{said}");
+    assert!(!said.contains("what was saved"), "{said}");
+    assert!(before == files(&place.path("run")), "a file was touched");
+
+    let said = succeed(&mut place.train("run", &format!("{options} --restart")));
+    assert!(said.contains("set aside"), "{said}");
+    assert!(before == files(&place.path("run/before.restart")), "something was lost");
+    assert_same(&reference, &place.newest("run"));
 }
 
 #[test]
@@ -634,22 +682,237 @@ fn a_full_disk_costs_nothing_that_was_saved() {
     let said = fail(limited.stdout(Stdio::piped()).stderr(Stdio::piped()));
     assert!(said.contains("checkpoint-000000024.safetensors: File too large"), "{said}");
     assert_eq!(before, fs::read(place.newest("run")).unwrap());
-    assert!(!place.path("run/checkpoint-000000024.safetensors.tmp").exists());
+    assert!(leftovers(&place.path("run")).is_empty());
     succeed(&mut place.train("run", &more));
 }
 
 #[test]
-fn a_run_that_diverges_says_so_and_can_be_looked_at() {
+fn a_run_that_diverges_stops_with_advice_and_keeps_its_last_good_checkpoint() {
     let place = Place::new();
-    let options = "--duration 64 --batch 8 --lr 1e38 --rampup 0 --status 8 --checkpoint 8 --snapshot 40 --grid 0";
+    // Without a ramp-up the first step ruins the weights, and the second sees it; a checkpoint finds it at once.
+    for checkpoint in [8, 0] {
+        let options = format!("--duration 64 --batch 8 --lr 1e38 --rampup 0 --checkpoint {checkpoint} --grid 0");
+        let said = fail(&mut place.train("ruined", &options));
+        assert!(said.contains("the run has diverged after") && said.contains("lower --lr (it was 1e38)"), "{said}");
+        assert!(checkpoints(&place.path("ruined")).is_empty(), "{said}");
+    }
+    // The first step of a ramp moves nothing: that checkpoint is good.
+    let options = "--duration 640 --batch 8 --lr 1e38 --rampup 600 --status 8 --checkpoint 8 --snapshot 0 --grid 0 \
+                   --validate 0 --keep 1";
+    let said = fail(&mut place.train("run", options));
+    let good = place.newest("run");
+    assert!(said.contains(&format!("the last good checkpoint is {}", good.display())), "{said}");
+    assert!(said.contains("training stopped; what was saved is whole"), "{said}");
+    let whole = fs::read(&good).unwrap();
+    let file = SafeFile::open(&good).unwrap();
+    for name in file.names().filter(|&name| name != "checksums") {
+        assert!(file.f32(name).unwrap().iter().all(|x| x.is_finite()), "{name}");
+    }
     let said = fail(&mut place.train("run", options));
     assert!(
-        said.contains("snapshot-000000040-0.050.safetensors: tensor") && said.contains("expected finite F16"),
+        said.contains("resuming from") && said.contains("has diverged") && !said.contains("what was saved"),
         "{said}"
     );
-    assert!(stats(&place.path("run")).iter().any(|line| line["loss"].is_null()));
-    // The statistics of such steps do not spoil the checkpoint itself.
-    assert!(fail(&mut place.train("run", options)).contains("resuming from"));
+    assert!(whole == fs::read(place.newest("run")).unwrap(), "the last good checkpoint is another");
+}
+
+#[test]
+fn a_finished_run_goes_on_with_a_longer_duration() {
+    let place = Place::new();
+    let options = "--batch 8 --grid 0 --validate 0 --snapshot 0 --checkpoint 0";
+    // The default ramp-up is a tenth of the duration: the longer run keeps the one that it began with.
+    succeed(&mut place.train("run", &format!("--duration 160 {options}")));
+    succeed(&mut place.train("run", &format!("--duration 320 {options}")));
+    succeed(&mut place.train("straight", &format!("--duration 320 --rampup 16 {options}")));
+    let (a, b) = (place.newest("run"), place.newest("straight"));
+    let (fa, fb) = (SafeFile::open(&a).unwrap(), SafeFile::open(&b).unwrap());
+    let tensors = || fa.names().filter(|&name| name != "checksums");
+    assert!(tensors().all(|name| fa.bytes(name).unwrap() == fb.bytes(name).unwrap()));
+    assert_eq!(state(&a)["settings"]["rampup"], 16);
+    let said = fail(&mut place.train("run", &format!("--duration 480 --rampup 48 {options}")));
+    assert!(said.contains("rampup was 16, now 48"), "{said}");
+}
+
+#[test]
+fn a_run_killed_after_its_last_checkpoint_is_tidied_up() {
+    let place = Place::new();
+    let options = "--duration 80 --batch 8 --rampup 8 --checkpoint 16 --snapshot 0 --grid 0 --validate 0";
+    succeed(&mut place.train("run", &format!("{options} --keep 9")));
+    let drawn = fs::read(place.path("run/loss.svg")).unwrap();
+    fs::write(place.path("run/loss.svg"), "stale").unwrap();
+    let said = succeed(&mut place.train("run", &format!("{options} --keep 2")));
+    assert!(said.contains("nothing to do"), "{said}");
+    assert_eq!(checkpoints(&place.path("run")).len(), 2);
+    assert!(drawn == fs::read(place.path("run/loss.svg")).unwrap());
+}
+
+#[test]
+fn what_is_not_statistics_in_their_file_is_set_aside_and_the_rest_kept() {
+    let place = Place::new();
+    let options = "--batch 8 --rampup 8 --status 8 --checkpoint 0 --snapshot 0 --grid 0 --validate 0";
+    succeed(&mut place.train("whole", &format!("--duration 64 {options}")));
+    succeed(&mut place.train("run", &format!("--duration 32 {options}")));
+    let path = place.path("run/stats.jsonl");
+    let mut bytes = b"\xff\xfe\x00 not a line\n\x1b[2J\n".to_vec();
+    bytes.extend(fs::read(&path).unwrap());
+    bytes.extend(b"[1, 2]\n{\"loss\": 3}\n{\"nimg\": 40, \"lo");
+    fs::write(&path, &bytes).unwrap();
+    let said = succeed(&mut place.train("run", &format!("--duration 64 {options}")));
+    assert!(said.contains("stats.jsonl had more than statistics: set aside as"), "{said}");
+    assert!(bytes == fs::read(place.path("run/stats.jsonl.damaged")).unwrap());
+    assert_eq!(lasting(&place.path("whole")), lasting(&place.path("run")));
+
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    succeed(&mut place.train("run", &format!("--duration 80 {options}")));
+    assert!(place.path("run/stats.jsonl.damaged-2").is_dir() && stats(&place.path("run")).len() == 2);
+}
+
+#[test]
+fn averages_of_nearly_the_same_width_have_files_of_their_own() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --grid 0 --validate 0 --snapshot 16";
+    succeed(&mut place.train("run", &format!("{options} --ema 0.1001,0.1004,0.1")));
+    for std in [0.1001, 0.1004, 0.1] {
+        let name = if std == 0.1 { "0.100".to_owned() } else { std.to_string() };
+        let model = Model::load(place.path(&format!("run/snapshot-000000016-{name}.safetensors"))).unwrap();
+        assert_eq!(model.meta.ema_std, Some(std));
+    }
+    assert!(
+        fail(&mut place.train("twice", &format!("{options} --ema 0.1,0.05,0.1"))).contains("--ema 0.1 is given twice")
+    );
+}
+
+#[test]
+fn another_device_on_the_way_is_said() {
+    let place = Place::new();
+    let data = place.dataset(Split::Train);
+    let settings = Settings { batch: 8, duration: 8, ..settings(&data) };
+    let plan = |computed_on: &str| Plan {
+        outdir: place.path("run"),
+        batch_gpu: 8,
+        status: 0,
+        validate: 0,
+        grid: 0,
+        snapshot: 0,
+        checkpoint: 0,
+        keep: 1,
+        keep_rampup: false,
+        restart: false,
+        computed_on: computed_on.into(),
+    };
+    let run = |duration, computed_on| {
+        let settings = Settings { duration, ..settings.clone() };
+        let model = Model::init(&settings.config, 0).unwrap();
+        let mut backend = Cpu::<f32>::for_training(&model.table, 1);
+        let (mut said, stop) = (String::new(), AtomicBool::new(false));
+        let mut note = |event: Event| {
+            if let Event::Note(text) = event {
+                said += &text;
+            }
+        };
+        let splits = Splits { train: &data, validation: None };
+        train(&mut backend, model, &settings, &plan(computed_on), splits, &stop, &mut note).unwrap();
+        said
+    };
+    run(8, "a GPU, f16");
+    let said = run(16, "the CPU, f32");
+    assert!(said.contains("computed on a GPU, f16 so far, on the CPU, f32 from here"), "{said}");
+    assert!(!run(24, "the CPU, f32").contains("so far"));
+}
+
+/// Starts a run without an end and waits until it is under way.
+fn under_way(place: &Place, command: &mut Command) -> Child {
+    let child = command.spawn().unwrap();
+    let begun = Instant::now();
+    while !place.path("run/stats.jsonl").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the run does not begin");
+        sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+const ENDLESS: &str = "--duration 10M --batch 8 --grid 0 --validate 0 --checkpoint 0 --snapshot 0 --status 0";
+
+/// What a shell gives its programs, whatever this test was started with.
+fn heeding(command: &mut Command, ignored: Option<libc::c_int>) -> &mut Command {
+    let reset = move || {
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            let action = if ignored == Some(signal) { libc::SIG_IGN } else { libc::SIG_DFL };
+            // SAFETY: a valid signal and action.
+            unsafe { libc::signal(signal, action) };
+        }
+        Ok(())
+    };
+    // SAFETY: `signal` may be called between fork and exec.
+    unsafe { command.pre_exec(reset) }
+}
+
+fn send(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn two_signals_of_one_request_are_one_request() {
+    for signals in [["-TERM", "-HUP"], ["-HUP", "-HUP"], ["-TERM", "-TERM"], ["-TERM", "-INT"]] {
+        let place = Place::new();
+        let child = under_way(&place, heeding(&mut place.train("run", ENDLESS), None));
+        signals.iter().for_each(|signal| send(&child, signal));
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{signals:?}: {}", text(&output));
+        assert!(text(&output).contains("stopped after"), "{}", text(&output));
+        assert_eq!(checkpoints(&place.path("run")).len(), 1, "{signals:?}: {}", text(&output));
+    }
+}
+
+#[test]
+fn a_second_ctrl_c_quits_at_once() {
+    let place = Place::new();
+    // A step of minutes.
+    let options = ENDLESS.replace("--batch 8", "--batch 200k --batch-gpu 8");
+    let mut child = under_way(&place, heeding(&mut place.train("run", &options), None));
+    send(&child, "-INT");
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("a second Ctrl-C quits at once")));
+    send(&child, "-INT");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(checkpoints(&place.path("run")).len(), 0);
+}
+
+#[test]
+fn a_signal_that_the_parent_ignores_stays_ignored() {
+    let place = Place::new();
+    let child = under_way(&place, heeding(&mut place.train("run", ENDLESS), Some(libc::SIGHUP)));
+    send(&child, "-HUP");
+    sleep(Duration::from_millis(300));
+    assert_eq!(checkpoints(&place.path("run")).len(), 0, "it stopped at a SIGHUP that it was told to ignore");
+    send(&child, "-TERM");
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    assert_eq!(checkpoints(&place.path("run")).len(), 1);
+}
+
+#[test]
+fn a_shard_that_is_cut_off_meanwhile_is_named() {
+    let place = Place::new();
+    let child = under_way(&place, &mut place.train("run", ENDLESS));
+    let shard = place.path("data").join(Split::Train.shard_name(0));
+    fs::OpenOptions::new().write(true).open(&shard).unwrap().set_len(0).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{:?} {}", output.status, text(&output));
+    assert!(text(&output).contains(&format!("{}: it can no longer be read", shard.display())), "{}", text(&output));
+}
+
+#[test]
+fn a_full_or_closed_stderr_stops_no_run() {
+    let place = Place::new();
+    let options = "--duration 32 --batch 8 --status 8 --grid 0 --validate 0 --snapshot 0 --checkpoint 16";
+    for (name, redirection) in [("full", "2>/dev/full"), ("closed", "2>&-"), ("gone", "2> >(true)")] {
+        let train = place.train(name, options);
+        let mut shell = Command::new("bash");
+        shell.args(["-c", &format!("exec \"$@\" >/dev/null {redirection}"), "bash", env!("CARGO_BIN_EXE_edm2k")]);
+        assert!(shell.args(train.get_args()).status().unwrap().success(), "{name}");
+        assert!(place.newest(name).ends_with("checkpoint-000000032.safetensors"), "{name}");
+    }
 }
 
 #[test]
@@ -676,6 +939,10 @@ fn bad_input_is_one_clear_line() {
         ("run", "--duration 0", "--duration is 0"),
         ("run", "--duration 8 --batch 0", "--batch is 0"),
         ("run", "--duration 8 --lr NaN", "--lr is NaN"),
+        ("run", "--duration 8 --lr 1e39", "--lr is 1e39"),
+        ("run", "--duration 8 --decay inf", "--decay is inf"),
+        ("run", "--duration 8 --p-mean inf", "--p-mean inf"),
+        ("run", "--duration 8 --p-std 20", "--p-std 20"),
         ("run", "--duration 8 --ema 0.5", "--ema is 0.5"),
         ("run", "--duration 8 --cond-dropout 2", "--cond-dropout is 2"),
         ("run", "--duration 8 --preset edm2", "preset 'edm2' is unknown, expected one of edm2-img512-xxs"),

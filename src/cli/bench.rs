@@ -19,6 +19,7 @@ use edm2k::train::micro_batch;
 use edm2k::train::stats::peak_mib;
 
 use super::Engine;
+use super::say::{self, out};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -104,10 +105,10 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let engine = args.device.open()?;
     let device = match &engine {
         Engine::Cpu => format!("the CPU, {} threads, f32", rayon::current_num_threads()),
-        Engine::Gpu(runtime) => format!("{}, {}", runtime.name(), args.device.precision.name()),
+        Engine::Gpu(_) => engine.describe(args.device.math()),
     };
     if !args.json {
-        println!("{name} at {}x{} on {device}", size[1], size[0]);
+        out!("{name} at {}x{} on {device}", size[1], size[0]);
     }
     let (net, table) = Precond::new(&config)?;
     let macs = net.macs(&table, size[0], size[1]);
@@ -124,7 +125,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
             "preset": name, "height": size[0], "width": size[1], "device": device, "forward_gmac": macs as f64 * 1e-9,
             "rows": bench.rows, "limits": bench.limits, "kernels": bench.kernels,
         });
-        println!("{}", serde_json::to_string_pretty(&report).context("printing the report")?);
+        say::results(&serde_json::to_string_pretty(&report).context("printing the report")?);
     }
     Ok(())
 }
@@ -171,7 +172,7 @@ impl Bench<'_> {
         let limits = limits::measure(&*runtime, math.precision, repeats)?;
         if !self.args.json {
             let (tflops, bandwidth) = (limits.macs_per_s * 2e-12, limits.bytes_per_s * 1e-9);
-            println!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
+            out!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
         }
         self.limits = Some(limits);
         let memory = |b: &Gpu| {
@@ -230,9 +231,13 @@ impl Bench<'_> {
         let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib };
         if !self.args.json {
             let memory = row.memory_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
-            println!(
+            out!(
                 "{:<24} {:9.4} s (fastest {:.4}) {:9.1} GMAC/s {:9.2} images/s   memory {memory}",
-                row.what, row.median_s, row.fastest_s, row.gmac_per_s, row.images_per_s
+                row.what,
+                row.median_s,
+                row.fastest_s,
+                row.gmac_per_s,
+                row.images_per_s
             );
         }
         self.rows.push(row);
@@ -319,10 +324,11 @@ impl Bench<'_> {
         kernels.sort_by(|a, b| (b.median_s * b.count as f64).total_cmp(&(a.median_s * a.count as f64)));
         if !self.args.json {
             let apart: f64 = kernels.iter().map(|k| k.median_s * k.count as f64).sum();
-            println!("\n{plan}: {whole:.5} s with a cold cache; its operations one by one {apart:.5} s");
-            println!("  {:<26} {:<22} count   microseconds  TFLOP/s   GB/s  of the limit", "operation", "result");
+            out!("");
+            out!("{plan}: {whole:.5} s with a cold cache; its operations one by one {apart:.5} s");
+            out!("  {:<26} {:<22} count   microseconds  TFLOP/s   GB/s  of the limit", "operation", "result");
             for k in &kernels {
-                println!(
+                out!(
                     "  {:<26} {:<22} {:5} {:14.1} {:8.1} {:6.0} {:8.1} %",
                     k.name,
                     format!("{:?}", k.shape),
@@ -333,7 +339,7 @@ impl Bench<'_> {
                     k.of_limit * 100.0
                 );
             }
-            println!();
+            out!("");
         }
         self.kernels.append(&mut kernels);
         Ok(())

@@ -15,6 +15,8 @@ use edm2k::condition::{Conditioning, MEANING_KEY};
 use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
 use edm2k::formats::safetensors::{self, Dtype};
 
+use super::say::{note, out};
+
 /// Look up tags; train and use a model that invents conditions.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -115,7 +117,7 @@ fn tags(args: &TagsArgs) -> anyhow::Result<()> {
     }
     ensure!(!found.is_empty(), "no tag is like \"{text}\"");
     for tag in found {
-        println!("{:6}  {}", tag.count, tag.tag);
+        out!("{:6}  {}", tag.count, tag.tag);
     }
     Ok(())
 }
@@ -137,7 +139,7 @@ fn rows(data: &Dataset) -> anyhow::Result<Rows> {
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
-    super::claim(&args.out, args.overwrite)?;
+    let _claim = super::claim(&args.out, args.overwrite)?;
     let data = Dataset::open(&args.data, Split::Train)?;
     let rows = rows(&data).with_context(|| args.data.display().to_string())?;
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
@@ -148,7 +150,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let vae = Vae::train(&rows, &how, |epoch, loss| {
         let text = format!("reconstruction {:.2}, KL {:.2} nats", loss.reconstruction, loss.kl);
         if !terminal && (epoch % 10 == 9 || epoch + 1 == how.epochs) {
-            eprintln!("epoch {} of {}: {text}", epoch + 1, how.epochs);
+            note!("epoch {} of {}: {text}", epoch + 1, how.epochs);
         }
         bar.set_message(text);
         bar.inc(1);
@@ -160,14 +162,12 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
         Kind::Dense => "features and their tags",
     };
     let (count, seconds) = (data.len(), started.elapsed().as_secs_f64());
-    println!("learned from {count} {kind} in {seconds:.0} s: {}", args.out.display());
+    out!("learned from {count} {kind} in {seconds:.0} s: {}", args.out.display());
     Ok(())
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
-    if let Some(out) = &args.out {
-        super::claim(out, args.overwrite)?;
-    }
+    let _claim = args.out.as_ref().map(|out| super::claim(out, args.overwrite)).transpose()?;
     let vae = Vae::load(&args.model).context("--model")?;
     let vocabulary = vae.vocabulary();
     let width = vae.header().width;
@@ -182,11 +182,11 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     }
     let invented = vae.invent(&given, args.count.into(), args.seed);
     for (number, (condition, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {
-        println!("{number:3}  {}", vocabulary.words(tags));
+        out!("{number:3}  {}", vocabulary.words(tags));
         if let Some(data) = &data {
             let (nearest, cosine) = nearest(data, condition);
             let words = data.vocabulary().words(data.tags(nearest));
-            println!("     nearest ({cosine:.2}): image {}: {words}", data.id(nearest));
+            out!("     nearest ({cosine:.2}): image {}: {words}", data.id(nearest));
         }
     }
     if let Some(out) = &args.out {
@@ -199,7 +199,7 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
             (MEANING_KEY.to_owned(), json!(vae.meaning()).to_string()),
         ]);
         safetensors::write(out, &[("conditions", Dtype::F32, &shape, &bytes)], &metadata)?;
-        println!("{} conditions: {}", args.count, out.display());
+        out!("{} conditions: {}", args.count, out.display());
     }
     Ok(())
 }

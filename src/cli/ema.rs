@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use edm2k::model::ModelFile;
-use edm2k::train::ema::MAX_STD;
+use edm2k::train::ema::{MAX_STD, name_of};
 use edm2k::train::posthoc::Reconstruction;
 
+use super::claim;
+use super::say::out;
 use super::train::parse_images;
 
 /// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
@@ -56,9 +58,7 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     let job = Reconstruction::new(snapshots, &args.std, args.at)?;
     let paths: Vec<PathBuf> = args.std.iter().map(|&std| args.out.join(file_name(job.at(), std))).collect();
     fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
-    if let Some(path) = paths.iter().find(|path| !args.overwrite && path.exists()) {
-        bail!("{} exists; give --overwrite, or another --out", path.display());
-    }
+    let _claims = paths.iter().map(|path| claim(path, args.overwrite)).collect::<Result<Vec<_>, _>>()?;
 
     let bar = ProgressBar::new(job.values())
         .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} values, {per_sec}, {eta} left")?);
@@ -66,7 +66,7 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     for ((path, std), missed) in paths.iter().zip(&args.std).zip(job.mismatch()) {
         let (at, from, missed) = (job.at(), job.snapshots(), 100.0 * missed);
-        println!("{}: std {std} at {at} images, from {from} snapshots, {missed:.1} % off", path.display());
+        out!("{}: std {std} at {at} images, from {from} snapshots, {missed:.1} % off", path.display());
     }
     Ok(())
 }
@@ -85,9 +85,7 @@ fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// As snapshots are called, with as many decimals as tell the widths apart.
+/// As snapshots are called.
 fn file_name(at: u64, std: f64) -> String {
-    let short = format!("{std:.3}");
-    let std = if short.parse() == Ok(std) { short } else { std.to_string() };
-    format!("ema-{at:09}-{std}.safetensors")
+    format!("ema-{at:09}-{}.safetensors", name_of(std))
 }

@@ -17,7 +17,8 @@ use edm2k::train::validation::{Loss, SIGMAS, loss_by_level};
 
 use super::fid::FidArgs;
 use super::sample::loaded;
-use super::{DeviceArgs, Engine};
+use super::say::out;
+use super::{DeviceArgs, Engine, claim};
 
 /// Measure the loss of a model by noise level, or the distance of its images from a dataset's.
 #[derive(clap::Args)]
@@ -61,6 +62,9 @@ pub struct EvalArgs {
     /// Draw the curves, as SVG
     #[arg(long, value_name = "FILE", conflicts_with = "fid")]
     plot: Option<PathBuf>,
+    /// Overwrite an existing picture of the curves
+    #[arg(long, requires = "plot")]
+    overwrite: bool,
     /// One JSON object instead of a table
     #[arg(long)]
     pub(super) json: bool,
@@ -72,6 +76,7 @@ pub struct EvalArgs {
 
 /// Prints the table to stdout, showing progress on stderr.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
+    let _claim = args.plot.as_ref().map(|plot| claim(plot, args.overwrite)).transpose()?;
     let model = args.model.as_ref().map(Model::load).transpose().context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     if let (Some(model), Some(path)) = (&model, &args.model) {
@@ -112,12 +117,12 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
         let levels: Vec<_> = SIGMAS.iter().zip(&levels).map(level).collect();
         let (model, data, split) = (path.display().to_string(), args.data.display().to_string(), args.split);
         let all = json!({"model": model, "data": data, "split": split.to_string(), "images": images, "levels": levels});
-        println!("{all}");
+        out!("{all}");
     } else {
-        println!("{images} images of the {} split", args.split);
-        println!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
+        out!("{images} images of the {} split", args.split);
+        out!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
         for (sigma, Loss { loss, error, logvar }) in SIGMAS.iter().zip(&levels) {
-            println!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
+            out!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
         }
     }
     if let Some(path) = &args.plot {

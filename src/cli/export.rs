@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use edm2k::model::file::save;
 use edm2k::model::{Model, Precision};
 
+use super::say::out;
+
 /// Write a model's weights for NVIDIA's code.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -41,13 +43,13 @@ enum Dtype {
 
 /// Writes the weights; what they are goes to stdout.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
-    super::claim(&args.out, args.overwrite)?;
+    let _claim = super::claim(&args.out, args.overwrite)?;
     let model = Model::load(&args.model)?;
     let precision = match args.dtype {
         Dtype::F32 => Precision::F32,
         Dtype::F16 => Precision::F16,
     };
     save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, precision)?;
-    println!("exported {} tensors: {}", model.table.len(), args.out.display());
+    out!("exported {} tensors: {}", model.table.len(), args.out.display());
     Ok(())
 }

@@ -25,6 +25,7 @@ use edm2k::sample::{Sampler, SamplerConfig};
 use super::Engine;
 use super::eval::EvalArgs;
 use super::sample::{Decode, SamplerArgs, autoencoder, loaded};
+use super::say::{note, out};
 
 /// Pictures that are looked at together.
 const CHUNK: usize = 64;
@@ -45,7 +46,7 @@ pub struct FidArgs {
     #[arg(long, value_name = "N", default_value_t = 50_000, help_heading = "Distance",
           value_parser = clap::value_parser!(u32).range(2..))]
     count: u32,
-    /// Take the PNGs of this directory (but grid.png and *-steps.png) instead of making images
+    /// Take the PNGs of this directory (but grid*.png and *-steps.png) instead of making images
     #[arg(long, value_name = "DIR", requires = "fid", conflicts_with = "model", help_heading = "Distance")]
     generated: Option<PathBuf>,
     /// Autoencoder that makes pictures of latents
@@ -82,7 +83,7 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
     let network = Network::open(network, wanted, Some([first.height(), first.width()])).context("--network")?;
     let width = network.width();
     if references.min(count) <= width {
-        eprintln!(
+        note!(
             "warning: {count} images against {references} have singular covariances of {width} features; the distance \
              depends much on their number (more than {width} of each are needed, and 50000 are usual)"
         );
@@ -141,11 +142,11 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
             Some(_) => all["generated"] = json!(source),
             None => (all["model"], all["sampler"]) = (json!(source), json!(config)),
         }
-        println!("{all}");
+        out!("{all}");
     } else {
-        println!("Frechet distance {distance:.4}");
-        println!("{count} images of {}, {references} of the {split} split", source.unwrap_or_default());
-        println!("{width} features, {} of {}; {rate:.1} images/s", network.node(), network.path().display());
+        out!("Frechet distance {distance:.4}");
+        out!("{count} images of {}, {references} of the {split} split", source.unwrap_or_default());
+        out!("{width} features, {} of {}; {rate:.1} images/s", network.node(), network.path().display());
     }
     Ok(())
 }
@@ -174,7 +175,10 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = read().with_context(|| dir.display().to_string())?;
     files.retain(|file| {
         let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        name.ends_with(".png") && name != "grid.png" && !name.ends_with("-steps.png")
+        let number = name.strip_prefix("grid").and_then(|rest| rest.strip_suffix(".png"));
+        let grid =
+            number.is_some_and(|n| n.is_empty() || n.strip_prefix('-').is_some_and(|n| n.parse::<u32>().is_ok()));
+        name.ends_with(".png") && !grid && !name.ends_with("-steps.png")
     });
     files.sort();
     ensure!(files.len() > 1, "{}: {} PNG files, expected 2 at least", dir.display(), files.len());

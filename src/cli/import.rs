@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use edm2k::model::file::save;
 use edm2k::model::{Config, Snapshot};
 
+use super::say::out;
+
 /// Make a model file of one of NVIDIA's network snapshots.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -33,7 +35,7 @@ pub struct ImportArgs {
 
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
-    super::claim(&args.out, args.overwrite)?;
+    let _claim = super::claim(&args.out, args.overwrite)?;
     let Snapshot { mut model, precision } = Snapshot::open(&args.snapshot)?;
     let classes = model.net.config.label_dim;
     if let Some(width) = args.condition_dim {
@@ -44,10 +46,10 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
             (model, _) = model.adapt(&config, 0)?;
         }
         model.meta = meta;
-        println!("unet.emb_label.weight is fresh: conditions of {width} values instead of {classes}");
+        out!("unet.emb_label.weight is fresh: conditions of {width} values instead of {classes}");
     }
     save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, precision)?;
     let millions = model.table.trained_values() as f64 / 1e6;
-    println!("imported a network of {millions:.1} M parameters: {}", args.out.display());
+    out!("imported a network of {millions:.1} M parameters: {}", args.out.display());
     Ok(())
 }

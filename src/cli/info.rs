@@ -19,6 +19,8 @@ use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, ParamTable, Precond};
 
+use super::say::out;
+
 /// Show what a model, a dataset or this machine is.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -114,61 +116,58 @@ impl<'a> Network<'a> {
 
     fn show(&self, json: bool) -> anyhow::Result<()> {
         if json {
-            println!("{}", serde_json::to_value(self)?);
+            out!("{}", serde_json::to_value(self)?);
             return Ok(());
         }
         let giga = self.multiply_adds as f64 / 1e9;
-        println!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
-        println!(
-            "image          {} x {} (width x height), {} channels",
-            self.width, self.height, self.config.img_channels
-        );
+        out!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
+        out!("image          {} x {} (width x height), {} channels", self.width, self.height, self.config.img_channels);
         let over = if self.multiply_adds == u64::MAX { "more than " } else { "" };
-        println!("forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
-        println!("               {over}{} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
+        out!("forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
+        out!("               {over}{} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
         let mega = |bytes: usize| bytes as f64 / 1e6;
         match &self.on_a_gpu {
-            Ok(GpuCost { launches, bytes, least_bytes, memory_bytes }) => println!(
+            Ok(GpuCost { launches, bytes, least_bytes, memory_bytes }) => out!(
                 "on a GPU       {launches} launches, {:.0} MB read and written (at least {:.0} MB), {:.0} MB of memory",
                 mega(*bytes),
                 mega(*least_bytes),
                 mega(*memory_bytes)
             ),
-            Err(why) => println!("on a GPU       {why}"),
+            Err(why) => out!("on a GPU       {why}"),
         }
         match self.config.label_dim {
-            0 => println!("condition      none"),
-            width => println!("condition      {width} values"),
+            0 => out!("condition      none"),
+            width => out!("condition      {width} values"),
         }
         if let Some(meta) = self.meta {
-            println!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
+            out!("images are     {}", serde_json::json!(meta.encoder).as_str().unwrap_or_default());
             if let Some(autoencoder) = &meta.autoencoder {
-                println!("latents are of {autoencoder}");
+                out!("latents are of {autoencoder}");
             }
             if matches!(meta.conditioning, Conditioning::Features { .. }) {
-                println!("conditions are {}", meta.conditioning);
+                out!("conditions are {}", meta.conditioning);
             }
             if meta.images_seen > 0 {
-                println!("trained on     {} images", meta.images_seen);
+                out!("trained on     {} images", meta.images_seen);
             }
             if let Some(data) = meta.data {
-                println!("data           {data} (fingerprint of the training split)");
+                out!("data           {data} (fingerprint of the training split)");
             }
             if let Some(std) = meta.ema_std {
-                println!("weights        moving average of relative width {std}");
+                out!("weights        moving average of relative width {std}");
             }
             if !meta.vocabulary.is_empty() {
-                println!("vocabulary     {} tags: {}", meta.vocabulary.len(), head(&meta.vocabulary));
+                out!("vocabulary     {} tags: {}", meta.vocabulary.len(), head(&meta.vocabulary));
             }
             for (name, text) in [("source", &meta.source), ("licence", &meta.licence)] {
                 if !text.is_empty() {
-                    println!("{name:15}{text}");
+                    out!("{name:15}{text}");
                 }
             }
         }
-        println!("config");
+        out!("config");
         if let serde_json::Value::Object(fields) = serde_json::to_value(self.config)? {
-            fields.iter().for_each(|(name, value)| println!("  {name:20} {value}"));
+            fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
         }
         Ok(())
     }
@@ -253,39 +252,36 @@ impl DatasetInfo {
 
     fn show(&self, json: bool) -> anyhow::Result<()> {
         if json {
-            println!("{}", serde_json::to_value(self)?);
+            out!("{}", serde_json::to_value(self)?);
             return Ok(());
         }
         for Part { name, images, .. } in &self.parts {
-            println!("{name:15}{images} images");
+            out!("{name:15}{images} images");
         }
         if let Some(Part { header, .. }) = self.parts.first() {
             let Header {
                 kind, height, width, channels, condition_dim, conditioning, autoencoder, source, licence, ..
             } = header;
             let kind = serde_json::json!(kind);
-            println!(
-                "{:15}{width} x {height} (width x height), {channels} channels",
-                kind.as_str().unwrap_or_default()
-            );
-            println!("condition      {condition_dim} values");
-            println!("conditions are {conditioning}");
+            out!("{:15}{width} x {height} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
+            out!("condition      {condition_dim} values");
+            out!("conditions are {conditioning}");
             if let Some(autoencoder) = autoencoder {
-                println!("latents are of {autoencoder}");
+                out!("latents are of {autoencoder}");
             }
             for (name, text) in [("source", source), ("licence", licence)] {
                 if !text.is_empty() {
-                    println!("{name:15}{text}");
+                    out!("{name:15}{text}");
                 }
             }
         }
         if !self.vocabulary.is_empty() {
             let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
-            println!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
+            out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
         }
         if let Some(Checked { shards, unknown }) = self.checked {
             let unknown = if unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
-            println!("checked        {shards} shards are whole{unknown}");
+            out!("checked        {shards} shards are whole{unknown}");
         }
         Ok(())
     }
@@ -319,13 +315,13 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         let gpus = gpus();
         if args.json {
             let gpus = gpus.unwrap_or_default();
-            println!("{}", serde_json::json!({ "kind": "devices", "cpu": { "threads": threads }, "cuda": gpus }));
+            out!("{}", serde_json::json!({ "kind": "devices", "cpu": { "threads": threads }, "cuda": gpus }));
             return Ok(());
         }
-        println!("cpu            {threads} threads");
+        out!("cpu            {threads} threads");
         match gpus {
-            Ok(gpus) => gpus.iter().enumerate().for_each(|(i, name)| println!("{:15}{name}", format!("cuda:{i}"))),
-            Err(why) => println!("cuda           {why}"),
+            Ok(gpus) => gpus.iter().enumerate().for_each(|(i, name)| out!("{:15}{name}", format!("cuda:{i}"))),
+            Err(why) => out!("cuda           {why}"),
         }
         return Ok(());
     };

@@ -10,19 +10,25 @@ pub mod import;
 pub mod info;
 pub mod prepare;
 pub mod sample;
+pub mod say;
+pub mod signals;
 pub mod train;
 pub mod verify;
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::rc::Rc;
 use std::str::FromStr;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
+use edm2k::formats::Claim;
 use edm2k::memory;
 use edm2k::model::Config;
+
+use say::note;
 
 /// What computes, as `--device` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +92,7 @@ impl DeviceArgs {
         Math { precision: self.precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
-    /// Opens the device; with `auto`, says on stderr which GPU was taken.
+    /// Opens the device; with `auto`, says on stderr which GPU was taken, or why none of those that there seem to be.
     ///
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
@@ -95,12 +101,13 @@ impl DeviceArgs {
             Device::Cpu => Ok(Engine::Cpu),
             Device::Auto => match cuda(0) {
                 Ok(gpu) => {
-                    eprintln!("computing on {}", gpu.name());
+                    note!("computing on {}", gpu.name());
                     Ok(Engine::Gpu(gpu))
                 }
-                Err(DeviceError::Absent(_)) => Ok(Engine::Cpu),
+                // On a machine that never had a GPU, nobody wonders.
+                Err(DeviceError::Absent(_)) if !has_nvidia_hardware() => Ok(Engine::Cpu),
                 Err(why) => {
-                    eprintln!("computing on the CPU: {why}");
+                    note!("warning: computing on the CPU: {why}");
                     Ok(Engine::Cpu)
                 }
             },
@@ -108,6 +115,26 @@ impl DeviceArgs {
             Device::Emulated => emulated().map(Engine::Gpu).context("--device emulated"),
         }
     }
+}
+
+impl Engine {
+    /// Device and numbers, for people: what a run notes.
+    pub fn describe(&self, math: Math) -> String {
+        match self {
+            Self::Cpu => "the CPU, f32".into(),
+            Self::Gpu(gpu) => format!("{}, {}", gpu.name(), math.describe(gpu.card().capability)),
+        }
+    }
+}
+
+/// Whether this machine has a card of NVIDIA's, driver or not (Linux).
+fn has_nvidia_hardware() -> bool {
+    let of_nvidia = |device: std::fs::DirEntry| {
+        let read = |name| std::fs::read_to_string(device.path().join(name)).unwrap_or_default();
+        read("vendor").trim() == "0x10de" && read("class").starts_with("0x03")
+    };
+    let devices = std::fs::read_dir("/sys/bus/pci/devices");
+    Path::new("/dev/nvidiactl").exists() || devices.is_ok_and(|all| all.flatten().any(of_nvidia))
 }
 
 #[cfg(feature = "cuda")]
@@ -133,13 +160,21 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
     Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
 }
 
-/// Refuses to write to a file that exists, or into a directory that does not, before the work, not after it.
-pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<()> {
-    ensure!(overwrite || !path.exists(), "{} exists; give --overwrite, or another name", path.display());
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        ensure!(parent.is_dir(), "{}: the directory does not exist", parent.display());
+/// Claims an output before the work, so that it is known then that it can be written, and that nothing is lost.
+///
+/// # Errors
+/// It exists and `overwrite` was not given, or it cannot be written.
+pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(parent) = parent.filter(|parent| !parent.exists()) {
+        bail!("{}: the directory does not exist", parent.display());
     }
-    Ok(())
+    match Claim::new(path, overwrite) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            bail!("{} exists; give --overwrite, or another name", path.display())
+        }
+        other => other.with_context(|| path.display().to_string()),
+    }
 }
 
 /// Refuses a forward pass that this machine has no room for; a GPU knows its own memory.

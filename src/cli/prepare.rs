@@ -16,6 +16,7 @@ use edm2k::data::danbooru::Filter;
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{Codec, Encode, Event, Settings, Summary, prepare};
 
+use super::say::{above, note, out};
 use super::{DeviceArgs, Engine};
 
 /// Make a dataset of images and their tags.
@@ -148,9 +149,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     let looking = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} {msg}, {eta} left")?;
     let making = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left")?;
     let terminal = std::io::stderr().is_terminal();
-    let say = |text: String| {
-        if terminal { bar.println(text) } else { eprintln!("{text}") }
-    };
+    let say = |text: String| above(&bar, &text);
     let since = Mutex::new(Instant::now());
     let report = |event: Event| match event {
         Event::Reading { what, done, total } => {
@@ -162,7 +161,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
             bar.set_length(total);
             bar.set_position(done);
             if !terminal && done == total {
-                eprintln!("read {total} {what}");
+                note!("read {total} {what}");
             }
         }
         Event::Start(records) => {
@@ -172,6 +171,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
             bar.set_length(records as u64);
         }
         Event::Done(records) => bar.inc(records as u64),
+        Event::Warning { text } => say(format!("warning: {text}")),
         Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
         Event::Unapplied { file, profile } => {
             say(format!("{file}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
@@ -213,7 +213,7 @@ fn encoder_on<B: CodecBackend + 'static>(mut b: B, file: &CodecFile) -> Result<B
 }
 
 fn print(settings: &Settings, summary: &Summary) {
-    println!("{}:", settings.out.display());
+    out!("{}:", settings.out.display());
     for (split, counts) in summary.splits {
         let mut line = format!("  {:10} {:>8} images", split.to_string(), counts.kept);
         for (number, what) in [
@@ -225,17 +225,17 @@ fn print(settings: &Settings, summary: &Summary) {
                 line += &format!(", {number} {what}");
             }
         }
-        println!("{line}");
+        out!("{line}");
     }
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
-        println!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
+        out!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
     }
     for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
         let head = if number == 0 { "dropped" } else { "" };
-        println!("  {head:10} {count:>8} {drop}");
+        out!("  {head:10} {count:>8} {drop}");
     }
     if summary.unusable_tags > 0 {
-        println!("  {:10} {:>8} tags with a comma in them or a space at an end", "left out", summary.unusable_tags);
+        out!("  {:10} {:>8} tags with a comma in them or a space at an end", "left out", summary.unusable_tags);
     }
 }

@@ -1,7 +1,6 @@
 //! `edm2k sample`: images from conditions.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -23,12 +22,14 @@ use edm2k::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
 use edm2k::data::features::CONDITIONING_KEY;
 use edm2k::data::images;
+use edm2k::formats::DirLock;
 use edm2k::formats::npy;
 use edm2k::formats::png::Picture;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Encoder, Model, ParamTable};
 use edm2k::sample::{Churn, Observe, Sampler, SamplerConfig, Solver, Step, parse_seeds};
 
+use super::say::{note, out};
 use super::{DeviceArgs, Engine};
 
 /// Make images.
@@ -230,7 +231,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         edm2k::memory::check(format!("keeping {} latents of {}x{}", seeds.len(), size[1], size[0]), needed)?;
     }
     let job = Job { args: &args, model: &model, config, size, conditions, seeds };
-    job.claim_outputs(decode.is_some())?;
+    let _lock = job.claim_outputs(decode.is_some())?;
     match engine {
         Engine::Cpu => job.run(gnet.as_ref(), decode.as_mut(), true, &|table| Ok(Cpu::<f32>::for_sampling(table))),
         Engine::Gpu(runtime) => job.run(gnet.as_ref(), decode.as_mut(), false, &|table| {
@@ -286,7 +287,7 @@ pub(super) fn autoencoder(
     let needed = file.decoder_bytes(size);
     edm2k::memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed).context("--vae")?;
     if let Some(warning) = file.check_latents(&of.0, of.1).context("--vae")? {
-        eprintln!("warning: --vae {warning}");
+        note!("warning: --vae {warning}");
     }
     let decode = match engine {
         Engine::Cpu => decoder_on(Cpu::<f32>::for_codec(), &file, size),
@@ -396,13 +397,13 @@ fn likenesses(args: &SampleArgs, model: &Model, tagger: &Path, all: &mut Conditi
     let differs = theirs.differs(made_of);
     ensure!(!differs || !known, "--tagger: {name} was trained on {made_of}, but these are {theirs}");
     if differs {
-        eprintln!("warning: {name} was trained on {made_of}, but these are {theirs}");
+        note!("warning: {name} was trained on {made_of}, but these are {theirs}");
     }
     for like in &args.like {
         let image = images::open(like, Tagger::BACKGROUND);
         let image = image.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
         if let Some(profile) = image.unapplied {
-            eprintln!("warning: {}: its colour profile ({profile}) cannot be applied; taken for sRGB", like.display());
+            note!("warning: {}: its colour profile ({profile}) cannot be applied; taken for sRGB", like.display());
         }
         let mut features = tagger.features(&image.picture, &like.display().to_string()).context("--tagger")?;
         ensure!(unit_norm(&mut features), "--like {}: its features are all zero", like.display());
@@ -488,34 +489,38 @@ impl Job<'_> {
         self.args.outdir.join(format!("{seed:06}-steps.png"))
     }
 
+    /// The first name that is free: seeds that come later have a grid of their own.
     fn grid_file(&self) -> PathBuf {
-        self.args.outdir.join("grid.png")
+        let name = |number| match number {
+            1 => self.args.outdir.join("grid.png"),
+            _ => self.args.outdir.join(format!("grid-{number}.png")),
+        };
+        let free = |path: &PathBuf| self.args.overwrite || path.symlink_metadata().is_err();
+        (1..).map(name).find(free).unwrap_or_default()
     }
 
     fn latents_file(&self) -> PathBuf {
         self.args.outdir.join("latents.safetensors")
     }
 
-    /// Makes the directory, and refuses to overwrite before anything is computed.
-    fn claim_outputs(&self, pictures: bool) -> anyhow::Result<()> {
-        let dir = &self.args.outdir;
-        fs::create_dir_all(dir).with_context(|| format!("--outdir {}", dir.display()))?;
-        let probe = dir.join(".edm2k.tmp");
-        File::create(&probe).with_context(|| format!("--outdir {}: cannot write there", dir.display()))?;
-        fs::remove_file(&probe).with_context(|| probe.display().to_string())?;
+    /// Makes the directory, and refuses to overwrite before anything is computed. Others may add their seeds
+    /// meanwhile.
+    fn claim_outputs(&self, pictures: bool) -> anyhow::Result<DirLock> {
+        let lock = DirLock::shared(&self.args.outdir).context("--outdir")?;
+        lock.warning().iter().for_each(|warning| note!("warning: {warning}"));
         if self.args.overwrite {
-            return Ok(());
+            return Ok(lock);
         }
-        let mut files = if pictures { vec![self.grid_file()] } else { vec![self.latents_file()] };
+        let mut files = if pictures { vec![] } else { vec![self.latents_file()] };
         if pictures {
             files.extend(self.seeds.iter().map(|&seed| self.picture_file(seed)));
             if self.args.save_steps {
                 files.extend(self.seeds.iter().map(|&seed| self.steps_file(seed)));
             }
         }
-        match files.iter().find(|file| file.exists()) {
+        match files.iter().find(|file| file.symlink_metadata().is_ok()) {
             Some(file) => bail!("{} exists; give --overwrite, or another --outdir", file.display()),
-            None => Ok(()),
+            None => Ok(lock),
         }
     }
 
@@ -607,7 +612,7 @@ impl Job<'_> {
             }
             if !terminal {
                 let done = at + seeds.len();
-                eprintln!("{done} of {} images, {:.1} s", self.seeds.len(), started.elapsed().as_secs_f64());
+                note!("{done} of {} images, {:.1} s", self.seeds.len(), started.elapsed().as_secs_f64());
             }
         }
         bar.finish_and_clear();
@@ -616,15 +621,13 @@ impl Job<'_> {
         let target = if decode.is_some() {
             self.save_grid(&pictures)?
         } else {
-            println!(
-                "The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them."
-            );
+            out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
             self.save_latents(&latents, &latent_steps)?
         };
         let [height, width] = pictures.first().map_or(self.size, |picture| [picture.height(), picture.width()]);
         let count = self.seeds.len();
         let target = target.display();
-        println!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s): {target}");
+        out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s): {target}");
         Ok(())
     }
 
@@ -634,9 +637,14 @@ impl Job<'_> {
         about["condition"] = self.condition(k).map_or(Value::Null, |row| self.conditions.origins[row].clone());
         let about = about.to_string();
         let text = [("Software", SOFTWARE), ("edm2k", about.as_str())];
-        picture.save(&self.picture_file(seed), &text)?;
+        let save = |picture: &Picture, path: PathBuf| -> anyhow::Result<()> {
+            let free = self.args.overwrite || path.symlink_metadata().is_err();
+            ensure!(free, "{}: somebody else has made it meanwhile; give --overwrite to replace it", path.display());
+            Ok(picture.save(&path, &text)?)
+        };
+        save(picture, self.picture_file(seed))?;
         if self.args.save_steps {
-            Picture::grid(steps, steps.len()).save(&self.steps_file(seed), &text)?;
+            save(&Picture::grid(steps, steps.len()), self.steps_file(seed))?;
         }
         Ok(())
     }

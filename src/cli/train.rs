@@ -1,15 +1,15 @@
 //! `edm2k train`: train, fine-tune, resume.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::say::{above, note, results};
+use super::signals::Requests;
 use super::{DeviceArgs, Engine};
 use edm2k::backend::BackendError;
 use edm2k::backend::cpu::Cpu;
@@ -120,6 +120,9 @@ pub struct TrainArgs {
     /// Checkpoints to keep; snapshots are all kept
     #[arg(long, value_name = "N", default_value_t = 3)]
     keep: usize,
+    /// Begin anew, and set aside in --outdir what the run has made so far
+    #[arg(long)]
+    restart: bool,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print the resolved configuration and the memory need as JSON, and do nothing
@@ -151,6 +154,7 @@ struct Resolved {
 
 /// Trains, showing progress on stderr.
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
+    let requests = Requests::watch();
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
         Err(DatasetError::NoShards { .. }) => None,
@@ -164,33 +168,23 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         ensure!(same, "{}: the validation split is not of the same kind and size", args.data.display());
     }
     let engine = args.device.open()?;
-    let on_gpu = matches!(engine, Engine::Gpu(_));
-    let Resolved { settings, plan, model, notes } = resolve(&args, &data, on_gpu)?;
+    let Resolved { settings, plan, model, notes } = resolve(&args, &data, &engine)?;
     if args.dry_run {
-        println!("{}", describe(&settings, &plan, &model, args.device.math())?);
+        results(&describe(&settings, &plan, &model, args.device.math())?);
         return Ok(());
     }
-
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = stop.clone();
-    ctrlc::set_handler(move || {
-        if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        let _ = writeln!(std::io::stderr(), "\nfinishing this step, then saving; once more to quit at once");
-    })
-    .context("cannot watch for Ctrl-C")?;
 
     let terminal = std::io::stderr().is_terminal();
     let bar = ProgressBar::new(settings.duration)
         .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {eta} left, {msg}")?);
-    // A reader that went away is no reason to lose the run.
-    let line = |text: &str| drop(writeln!(std::io::stderr(), "{text}"));
-    let say = |text: &str| if terminal { bar.println(text) } else { line(text) };
-    notes.iter().for_each(|note| say(note));
-    let mut seen = None;
+    notes.iter().for_each(|note| above(&bar, note));
+    let (mut seen, mut saved) = (None, false);
     let mut show = |event: Event| match event {
-        Event::Note(text) => say(&text),
+        Event::Note(text) => above(&bar, &text),
+        Event::Saved(path) => {
+            saved = true;
+            above(&bar, &format!("wrote {}", path.display()));
+        }
         Event::Step(nimg) => {
             if seen.is_none() {
                 // What was done before the restart says nothing about the time that is left.
@@ -210,27 +204,29 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
                 bar.set_message(text);
             } else {
                 let left = indicatif::HumanDuration(std::time::Duration::from_secs_f64(left.min(1e9)));
-                line(&format!("{} of {} images, {text}, {left} left", s.nimg, settings.duration));
+                note!("{} of {} images, {text}, {left} left", s.nimg, settings.duration);
             }
         }
     };
     let splits = Splits { train: &data, validation: validation.as_ref() };
     let (profiles, table) = (settings.ema.len(), model.table.clone());
+    requests.begin();
     let outcome = match engine {
         Engine::Cpu => {
             let mut backend = Cpu::<f32>::for_training(&table, profiles);
-            train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
+            train(&mut backend, model, &settings, &plan, splits, &requests.stop, &mut show)
         }
         Engine::Gpu(runtime) => {
             let mut backend = Gpu::for_training(runtime, args.device.math(), &table, profiles)?;
-            train(&mut backend, model, &settings, &plan, splits, &stop, &mut show)
+            train(&mut backend, model, &settings, &plan, splits, &requests.stop, &mut show)
         }
     };
     bar.finish_and_clear();
-    match outcome.context("training stopped; what was saved is whole")? {
+    let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
+    match outcome {
         Outcome::Finished => Ok(()),
         Outcome::Stopped => {
-            eprintln!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
+            note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
             std::process::exit(130);
         }
     }
@@ -312,7 +308,8 @@ fn other_meaning(args: &TrainArgs, meta: &ModelMeta, data: &Dataset) -> Vec<Stri
     conditions.into_iter().chain(latents).map(|what| format!("warning: --init has to relearn: {what}")).collect()
 }
 
-fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Resolved> {
+fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<Resolved> {
+    let on_gpu = matches!(engine, Engine::Gpu(_));
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
     let init = args.init.as_ref().map(|path| start(path, &args.outdir)).transpose()?;
@@ -388,12 +385,23 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
     positive("duration", settings.duration as f64)?;
     positive("batch", settings.batch as f64)?;
     positive("lr", settings.lr)?;
+    // Devices compute in f32.
+    ensure!(settings.lr <= f64::from(f32::MAX), "--lr is {:e}, expected a number that f32 can hold", settings.lr);
     positive("p-std", settings.p_std)?;
-    ensure!(settings.p_mean.is_finite(), "--p-mean is {}, expected a number", settings.p_mean);
-    ensure!(settings.decay >= 0.0, "--decay is {}, expected 0 or more", settings.decay);
+    // Noise levels are f32, and no draw is more than seven standard deviations away.
+    let farthest = settings.p_mean.abs() + 7.0 * settings.p_std;
+    ensure!(
+        farthest <= 80.0,
+        "--p-mean {} and --p-std {} make noise levels up to e^{farthest:.0}, expected at most e^80",
+        settings.p_mean,
+        settings.p_std
+    );
+    let decay = settings.decay;
+    ensure!(decay >= 0.0 && decay.is_finite(), "--decay is {decay}, expected 0 or more");
     let p = settings.cond_dropout;
     ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {p}, expected 0 to 1");
-    for &std in &settings.ema {
+    for (k, &std) in settings.ema.iter().enumerate() {
+        ensure!(!settings.ema[..k].contains(&std), "--ema {std} is given twice");
         ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
     }
     let batch_gpu = match args.batch_gpu.or(recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu)) {
@@ -411,6 +419,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, on_gpu: bool) -> anyhow::Result<Res
         snapshot: every(args.snapshot, 10),
         checkpoint: every(args.checkpoint, 50),
         keep: args.keep,
+        keep_rampup: args.rampup.is_none() && recipe.is_none(),
+        restart: args.restart,
+        computed_on: engine.describe(args.device.math()),
     };
     Ok(Resolved { settings, plan, model, notes })
 }
@@ -429,7 +440,7 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyh
         "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
         "memory_bytes": memory,
         "on_a_gpu": gpu,
-        "resumes_from": newest,
+        "resumes_from": newest.map(|path| path.display().to_string()),
     }))?)
 }
 

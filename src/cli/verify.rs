@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 
 use super::Engine;
+use super::say::out;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
@@ -33,8 +34,8 @@ pub struct VerifyArgs {
 /// Replays the directory; results go to stdout.
 pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
     let mut print = |outcome: &Outcome| match args.json {
-        true => println!("{}", serde_json::json!(outcome)),
-        false => println!("{outcome}"),
+        true => out!("{}", serde_json::json!(outcome)),
+        false => out!("{outcome}"),
     };
     let math = args.device.math();
     let summary = match args.device.open()? {
@@ -59,9 +60,9 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
     let Summary { ok, failed, skipped } = summary;
     match args.json {
         true => {
-            println!("{}", serde_json::json!({ "kind": "summary", "ok": ok, "failed": failed, "skipped": skipped }))
+            out!("{}", serde_json::json!({ "kind": "summary", "ok": ok, "failed": failed, "skipped": skipped }))
         }
-        false => println!("{ok} ok, {failed} failed, {skipped} skipped"),
+        false => out!("{ok} ok, {failed} failed, {skipped} skipped"),
     }
     match failed {
         0 if ok == 0 => bail!("nothing was compared"),

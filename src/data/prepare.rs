@@ -45,7 +45,7 @@ use crate::fingerprint::{Fingerprint, Identity};
 use crate::formats::png::Picture;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
-use crate::formats::{input, write_atomically};
+use crate::formats::{DirLock, LockError, input, write_atomically};
 use crate::memory::{self, TooLarge};
 use crate::onnx::OnnxError;
 
@@ -139,6 +139,8 @@ pub enum PrepareError {
     #[error("{0}; a smaller --shard-size needs less")]
     Memory(#[from] TooLarge),
     #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
     Shard(#[from] SafeError),
     #[error(transparent)]
     Tar(#[from] TarError),
@@ -170,6 +172,11 @@ pub enum Event<'a> {
     Start(usize),
     /// So many records are done.
     Done(usize),
+    /// Something that the user should know.
+    Warning {
+        /// What.
+        text: &'a str,
+    },
     /// An image cannot be used.
     Unreadable {
         /// Its name.
@@ -403,6 +410,9 @@ pub fn prepare(
     report: &(dyn Fn(Event) + Sync),
 ) -> Result<Summary, PrepareError> {
     check_settings(settings, codec.as_ref())?;
+    let lock = DirLock::exclusive(&settings.out)?;
+    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    spare_metadata(settings)?;
     let source = Source::open(settings)?;
     let mut records = match &settings.danbooru {
         None => read_records(settings)?,
@@ -447,7 +457,6 @@ pub fn prepare(
     let needed = images as u128 * bytes + ahead as u128 * 3 * width * height;
     memory::check(format!("making shards of {images} images of {width}x{height}"), needed)?;
     let made_with = made_with(settings, &list, &tags, codec.as_ref(), &source);
-    fs::create_dir_all(&settings.out).map_err(|cause| PrepareError::Io { path: settings.out.clone(), cause })?;
 
     let mut jobs = Vec::new();
     for split in Split::ALL {
@@ -537,6 +546,20 @@ fn check_settings(settings: &Settings, codec: Option<&Codec>) -> Result<(), Prep
     }
     if !(1..=1 << 20).contains(&settings.vocabulary) {
         return wrong("the vocabulary", settings.vocabulary.to_string(), "1 to 1048576 tags");
+    }
+    Ok(())
+}
+
+/// Refuses metadata that lies where the dataset's own files will.
+fn spare_metadata(settings: &Settings) -> Result<(), PrepareError> {
+    let place = settings.metadata.canonicalize().ok();
+    let ours = [VOCABULARY_FILE, SUMMARY_FILE].map(|name| Some(settings.out.canonicalize().ok()?.join(name)));
+    if place.is_some() && ours.contains(&place) {
+        return Err(PrepareError::Setting {
+            what: "the metadata",
+            found: settings.metadata.display().to_string(),
+            expected: "another file than one that the dataset will be made of".into(),
+        });
     }
     Ok(())
 }

@@ -17,13 +17,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 pub use safetensors::Dtype;
 
+use super::mapped::Mapped;
 use super::{AtomicFile, input};
 use crate::fingerprint::Fingerprint;
 
@@ -74,11 +74,11 @@ struct Info {
 
 /// An open, checked, memory-mapped safetensors file.
 ///
-/// The file must not be truncated while it is open; files written by [`write()`] are
-/// replaced, never changed in place.
+/// The file must not be changed in place while it is open; files written by [`write()`] are replaced. If it is
+/// truncated, the process ends with an error that names it ([`Mapped`]).
 pub struct SafeFile {
     path: PathBuf,
-    map: Mmap,
+    map: Mapped,
     data_start: usize,
     metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Info>,
@@ -108,9 +108,9 @@ impl SafeFile {
         if length < 8 {
             return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
-        // SAFETY: read-only mapping; that nobody truncates the file meanwhile is the
-        // documented condition of this type (all of this crate's writers rename).
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        // SAFETY: that nobody changes the file in place meanwhile is the documented condition of this type (all of
+        // this crate's writers rename).
+        let map = unsafe { Mapped::new(&file, &path) }.map_err(io_error)?;
         let (prefix, rest) =
             map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
         if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {

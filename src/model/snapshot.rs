@@ -23,7 +23,6 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use serde_json::{Map, Value as Json};
 
 use super::config::Config;
@@ -31,6 +30,7 @@ use super::file::{Encoder, Model, ModelMeta, Precision};
 use super::params::ParamTable;
 use super::precond::Precond;
 use crate::formats::input;
+use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
 use crate::formats::safetensors::Dtype;
 use crate::formats::torch::{Storages, Tensor};
@@ -92,15 +92,15 @@ impl Snapshot {
     /// Reads a snapshot. Images seen and width of the moving average are taken from the file's name if
     /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
     ///
-    /// The file must not be truncated while it is read.
+    /// The file must not be changed while it is read.
     ///
     /// # Errors
     /// See [`SnapshotError`].
     pub fn open(path: &Path) -> Result<Self> {
         let io_error = |cause| SnapshotError::Io { path: path.into(), cause };
         let file = input::open(path).map_err(io_error)?;
-        // SAFETY: a read-only mapping; that nobody truncates the file meanwhile is the documented condition.
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        // SAFETY: that nobody changes the file meanwhile is the documented condition.
+        let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
         let mut snapshot = Self::parse(path, &map)?;
         if let Some((images_seen, std)) = path.file_stem().and_then(|name| trained(name.to_str()?)) {
             snapshot.model.meta.images_seen = images_seen;

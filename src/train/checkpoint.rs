@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{Settings, Sums};
 use crate::backend::{Backend, BackendError, Slot};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
-use crate::model::{ModelMeta, ParamId};
+use crate::model::{ModelMeta, ParamTable};
 
 /// What a checkpoint says beside the tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct State {
     pub sums: Sums,
     /// What the run was started with.
     pub settings: Settings,
+    /// Device and number type of the last step, for people.
+    #[serde(default)]
+    pub computed_on: String,
 }
 
 /// Why a checkpoint could not be written or read.
@@ -58,6 +61,12 @@ pub enum CheckpointError {
         path: PathBuf,
         /// What is wrong.
         cause: serde_json::Error,
+    },
+    /// The run has values that are not finite, which no checkpoint is made of.
+    #[error("{what} is not finite")]
+    NotFinite {
+        /// The first tensor with one.
+        what: String,
     },
     /// The device failed.
     #[error(transparent)]
@@ -97,10 +106,21 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
+/// A name for something that is set aside: `path` with an ending that nothing has yet.
+pub(super) fn free_name(path: &Path, ending: &str) -> PathBuf {
+    let name = |number: u32| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(if number == 1 { format!(".{ending}") } else { format!(".{ending}-{number}") });
+        PathBuf::from(name)
+    };
+    (1..).map(name).find(|path| path.symlink_metadata().is_err()).unwrap_or_default()
+}
+
 /// Writes a checkpoint, atomically.
 ///
 /// # Errors
-/// [`CheckpointError::Io`], [`CheckpointError::Backend`]; then there is no file at `path`, or the old one.
+/// [`CheckpointError::Io`], [`CheckpointError::Backend`], [`CheckpointError::NotFinite`]; then there is no file at
+/// `path`, or the old one.
 pub fn save<B: Backend>(path: &Path, backend: &mut B, meta: &ModelMeta, state: &State) -> Result<(), CheckpointError> {
     let slots = slots(state.settings.ema.len());
     let table = backend.table().clone();
@@ -124,9 +144,12 @@ pub fn save<B: Backend>(path: &Path, backend: &mut B, meta: &ModelMeta, state: &
     let failed = |error| damage(path, error);
     let mut out = Writer::create(path, &tensors, &metadata).map_err(failed)?;
     let mut checksums = Vec::with_capacity(8 * count[0]);
-    for (slot, _) in &slots {
-        for id in (0..table.len()).map(ParamId) {
+    for (slot, prefix) in &slots {
+        for (id, spec) in table.iter() {
             let values = backend.read_param(*slot, id)?;
+            if values.iter().any(|x| !x.is_finite()) {
+                return Err(CheckpointError::NotFinite { what: format!("{prefix}.{}", spec.name) });
+            }
             let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
             checksums.extend(i64::from(crc32fast::hash(&bytes)).to_le_bytes());
             out.write(&bytes).map_err(failed)?;
@@ -169,26 +192,47 @@ impl Checkpoint {
         Ok(Self { state, file, checksums })
     }
 
-    /// Checks every tensor, then loads all of them.
+    /// Checks every tensor: element type, shape, checksum, and that its values are finite.
     ///
     /// # Errors
-    /// [`CheckpointError::Damaged`] names the tensor; then nothing has been loaded.
+    /// [`CheckpointError::Damaged`] names the tensor.
+    pub fn check(&self, table: &ParamTable) -> Result<(), CheckpointError> {
+        let path = self.file.path();
+        let slots = slots(self.state.settings.ema.len());
+        let damaged = |what: String| CheckpointError::Damaged { path: path.into(), what };
+        let mut checksums = self.checksums.iter();
+        for (prefix, spec) in slots.iter().flat_map(|(_, prefix)| table.iter().map(move |(_, spec)| (prefix, spec))) {
+            let name = format!("{prefix}.{}", spec.name);
+            let failed = |error| damage(path, error);
+            let (dtype, shape) = (self.file.dtype(&name).map_err(failed)?, self.file.shape(&name).map_err(failed)?);
+            if dtype != Dtype::F32 || shape != spec.shape {
+                return Err(damaged(format!(
+                    "tensor {name} is {dtype} {shape:?}, expected {} {:?}",
+                    Dtype::F32,
+                    spec.shape
+                )));
+            }
+            let bytes = self.file.bytes(&name).map_err(failed)?;
+            if checksums.next() != Some(&i64::from(crc32fast::hash(bytes))) {
+                return Err(damaged(format!("checksum of tensor {name}")));
+            }
+            if bytes.as_chunks::<4>().0.iter().any(|&x| !f32::from_le_bytes(x).is_finite()) {
+                return Err(damaged(format!("tensor {name} is not finite")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads every tensor of a checkpoint that was [checked](Self::check).
+    ///
+    /// # Errors
+    /// The device's.
     pub fn load<B: Backend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
         let path = self.file.path();
         let slots = slots(self.state.settings.ema.len());
         let table = backend.table().clone();
         let all =
             || slots.iter().flat_map(|(slot, prefix)| table.iter().map(move |(id, spec)| (*slot, prefix, id, spec)));
-        let mut checksums = self.checksums.iter();
-        for (_, prefix, _, spec) in all() {
-            let name = format!("{prefix}.{}", spec.name);
-            let bytes = self.file.bytes(&name).map_err(|error| damage(path, error))?;
-            let shape = self.file.shape(&name).map_err(|error| damage(path, error))?;
-            let sum = i64::from(crc32fast::hash(bytes));
-            if shape != spec.shape || checksums.next() != Some(&sum) {
-                return Err(CheckpointError::Damaged { path: path.into(), what: format!("checksum of tensor {name}") });
-            }
-        }
         for (slot, prefix, id, spec) in all() {
             let name = format!("{prefix}.{}", spec.name);
             let values = self.file.f32(&name).map_err(|error| damage(path, error))?;

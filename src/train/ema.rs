@@ -28,3 +28,9 @@ pub fn std_to_exp(std: f64) -> f64 {
 pub fn power_function_beta(std: f64, t: u64, delta: u64) -> f64 {
     (1.0 - delta as f64 / t as f64).powf(std_to_exp(std) + 1.0)
 }
+
+/// A width in the names of files: three decimals, or as many as tell it from every other.
+pub fn name_of(std: f64) -> String {
+    let short = format!("{std:.3}");
+    if short.parse() == Ok(std) { short } else { std.to_string() }
+}

@@ -10,14 +10,14 @@
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
 //! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 pub mod batch;
@@ -40,11 +40,12 @@ use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
 use crate::fingerprint::{Fingerprint, Identity, settle};
+use crate::formats::{DirLock, LockError};
 use crate::model::file::save;
 use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
 use crate::sample::SampleError;
 use batch::{Batch, Batches};
-use checkpoint::Checkpoint;
+use checkpoint::{Checkpoint, free_name};
 use stats::StatsFile;
 
 /// Everything that decides what a run computes; a run may only be resumed with the same.
@@ -146,10 +147,16 @@ impl DataIdentity {
     }
 }
 
+/// Paths need not be UTF-8, JSON does.
+fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
 /// What a run does beside training: intervals are in images, 0 = never.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Where everything goes.
+    #[serde(serialize_with = "as_shown")]
     pub outdir: PathBuf,
     /// Images per micro-batch; changes results by rounding only.
     pub batch_gpu: u64,
@@ -165,6 +172,12 @@ pub struct Plan {
     pub checkpoint: u64,
     /// Checkpoints to keep.
     pub keep: usize,
+    /// Whether a run that is gone on with keeps its ramp-up, as no other was asked for.
+    pub keep_rampup: bool,
+    /// Whether to begin anew, with what the directory has set aside.
+    pub restart: bool,
+    /// Device and number type, for people.
+    pub computed_on: String,
 }
 
 /// Why training could not begin or go on.
@@ -198,11 +211,36 @@ pub enum TrainError {
         /// Each option with its value then and now.
         differences: String,
     },
-    /// Two runs may not share a directory.
-    #[error("{}: another run is writing here", path.display())]
-    Busy {
+    /// The directory cannot be written in, or another run does.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// There are checkpoints, but none is whole.
+    #[error(
+        "no whole checkpoint is left in {} ({first}{}). --restart would set aside what is there, and begin anew",
+        dir.display(), if *more > 0 { format!("; {more} more are damaged") } else { String::new() }
+    )]
+    AllDamaged {
         /// The directory.
-        path: PathBuf,
+        dir: PathBuf,
+        /// The newest one, and what is wrong with it.
+        first: CheckpointError,
+        /// How many others are damaged.
+        more: usize,
+    },
+    /// Going on would only make numbers that mean nothing.
+    #[error(
+        "the run has diverged after {nimg} images: {what}. Begin in another --outdir with a lower --lr (it was {lr:e}) \
+         or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
+    )]
+    Diverged {
+        /// Images seen.
+        nimg: u64,
+        /// What is not finite.
+        what: String,
+        /// Reference learning rate.
+        lr: f64,
+        /// The newest checkpoint.
+        last: Option<PathBuf>,
     },
 }
 
@@ -212,6 +250,8 @@ pub enum Event<'a> {
     Step(u64),
     /// A status interval is over.
     Status(&'a Status),
+    /// A file was written, whole.
+    Saved(&'a Path),
     /// Something else worth a line.
     Note(String),
 }
@@ -303,25 +343,27 @@ pub fn train<B: Backend>(
         let path = path.to_path_buf();
         move |cause| TrainError::Io { path, cause }
     };
-    fs::create_dir_all(dir).map_err(io_error(dir))?;
-    let lock = File::open(dir).map_err(io_error(dir))?;
-    match lock.try_lock() {
-        Err(TryLockError::WouldBlock) => return Err(TrainError::Busy { path: dir.into() }),
-        // A file system without locks does not keep anyone from training on it.
-        Err(TryLockError::Error(_)) | Ok(()) => {}
+    let lock = DirLock::exclusive(dir)?;
+    lock.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
+    if plan.restart {
+        set_aside(dir, event).map_err(io_error(dir))?;
     }
-    remove_unfinished(dir).map_err(io_error(dir))?;
-
-    let state = match newest(backend, settings, dir, event)? {
+    let state = match newest(backend, settings, plan, event)? {
         Some(state) => state,
         None => {
             model.upload(backend, Slot::Weight)?;
             (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
-            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings: settings.clone() }
+            let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
+            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on }
         }
     };
+    let settings = &state.settings.clone();
     let stats_path = dir.join("stats.jsonl");
-    let stats = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
+    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
+    if let Some(aside) = foreign {
+        let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
+        event(Event::Note(text));
+    }
     let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
@@ -356,58 +398,76 @@ pub fn train<B: Backend>(
     })
 }
 
-/// Removes what a killed process left half written.
-fn remove_unfinished(dir: &Path) -> io::Result<()> {
+/// Moves what a run has made into a folder of its own.
+fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let made = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg"];
+    let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let ours = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg"]
-            .iter()
-            .any(|start| name.starts_with(start));
-        if ours && name.ends_with(".tmp") {
-            fs::remove_file(path)?;
-        }
+        let name = entry?.file_name();
+        files.extend(made.iter().any(|start| name.to_string_lossy().starts_with(start)).then_some(name));
     }
+    if files.is_empty() {
+        return Ok(());
+    }
+    let old = free_name(&dir.join("before"), "restart");
+    fs::create_dir(&old)?;
+    files.iter().try_for_each(|name| fs::rename(dir.join(name), old.join(name)))?;
+    event(Event::Note(format!("set aside {} files of the run before in {}", files.len(), old.display())));
     Ok(())
 }
 
-/// Loads the newest whole checkpoint; damaged ones are set aside and named.
+/// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
 fn newest<B: Backend>(
     backend: &mut B,
     settings: &Settings,
-    dir: &Path,
+    plan: &Plan,
     event: &mut dyn FnMut(Event),
 ) -> Result<Option<State>, TrainError> {
-    let paths = checkpoint::list(dir).map_err(|cause| TrainError::Io { path: dir.into(), cause })?;
-    let any = !paths.is_empty();
-    for path in paths {
-        let loaded = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
-            let differences = checkpoint.state.settings.differences(settings);
+    let dir = plan.outdir.as_path();
+    let table = backend.table().clone();
+    let mut damaged = Vec::new();
+    for path in checkpoint::list(dir).map_err(|cause| TrainError::Io { path: dir.into(), cause })? {
+        let opened = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
+            let mut asked = settings.clone();
+            if plan.keep_rampup {
+                asked.rampup = checkpoint.state.settings.rampup;
+            }
+            asked.init = asked.init.or_else(|| checkpoint.state.settings.init.clone());
+            let differences = checkpoint.state.settings.differences(&asked);
             if !differences.is_empty() {
                 return Err(TrainError::Settings { path: path.clone(), differences });
             }
-            checkpoint.load(backend)?;
-            Ok(checkpoint.state)
+            checkpoint.check(&table)?;
+            Ok((checkpoint, asked))
         });
-        match loaded {
-            Ok(state) => {
-                event(Event::Note(format!("resuming from {}", path.display())));
-                let init = settings.init.clone().or_else(|| state.settings.init.clone());
-                return Ok(Some(State { settings: Settings { init, ..settings.clone() }, ..state }));
-            }
+        let (checkpoint, settings) = match opened {
             Err(TrainError::Checkpoint(error @ CheckpointError::Damaged { .. })) => {
-                let mut aside = path.clone().into_os_string();
-                aside.push(".damaged");
-                fs::rename(&path, &aside).map_err(|cause| TrainError::Io { path: path.clone(), cause })?;
-                event(Event::Note(format!("{error}; set aside as {}", Path::new(&aside).display())));
+                damaged.push((path, error));
+                continue;
             }
-            Err(other) => return Err(other),
+            other => other?,
+        };
+        for (path, error) in damaged {
+            let aside = free_name(&path, "damaged");
+            fs::rename(&path, &aside).map_err(|cause| TrainError::Io { path, cause })?;
+            event(Event::Note(format!("{error}; set aside as {}", aside.display())));
         }
+        checkpoint.load(backend)?;
+        event(Event::Note(format!("resuming from {}", path.display())));
+        let before = &checkpoint.state.computed_on;
+        if !before.is_empty() && *before != plan.computed_on {
+            let now = &plan.computed_on;
+            event(Event::Note(format!(
+                "warning: computed on {before} so far, on {now} from here: it rounds otherwise"
+            )));
+        }
+        return Ok(Some(State { settings, computed_on: plan.computed_on.clone(), ..checkpoint.state }));
     }
-    if any {
-        event(Event::Note(format!("no whole checkpoint is left in {}: starting anew", dir.display())));
+    let more = damaged.len().saturating_sub(1);
+    match damaged.into_iter().next() {
+        None => Ok(None),
+        Some((_, first)) => Err(TrainError::AllDamaged { dir: dir.into(), first, more }),
     }
-    Ok(None)
 }
 
 struct Run<'a, B: Backend> {
@@ -431,6 +491,8 @@ impl<B: Backend> Run<'_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
             event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
+            // The process that saw the last ones may have been killed before this.
+            self.tidy(event)?;
             return Ok(Outcome::Finished);
         }
         loop {
@@ -494,18 +556,26 @@ impl<B: Backend> Run<'_, B> {
             loss += self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         self.state.nimg = end;
+        if !loss.is_finite() {
+            return Err(self.diverged(format!("the loss is {loss}")));
+        }
         self.state.step += 1;
         self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
         let sums = &mut self.state.sums;
         sums.nonfinite += stats.nonfinite;
         // One overflow would hide all other steps of the interval.
-        if loss.is_finite() && stats.grad_norm.is_finite() {
+        if stats.grad_norm.is_finite() {
             sums.images += s.batch;
             sums.steps += 1;
             sums.loss += loss / (h * w * c) as f64;
             sums.grad_norm += stats.grad_norm;
         }
         Ok(lr)
+    }
+
+    fn diverged(&self, what: String) -> TrainError {
+        let last = checkpoint::list(&self.plan.outdir).ok().and_then(|all| all.into_iter().next());
+        TrainError::Diverged { nimg: self.state.nimg, what, lr: self.settings.lr, last }
     }
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
@@ -565,7 +635,7 @@ impl<B: Backend> Run<'_, B> {
             }
             other => {
                 other?;
-                event(Event::Note(format!("wrote {}", path.display())));
+                event(Event::Saved(&path));
             }
         }
         self.last_status.0 += begun.elapsed();
@@ -580,25 +650,44 @@ impl<B: Backend> Run<'_, B> {
                 .map(|id| self.backend.read_param(Slot::Ema(i), ParamId(id)))
                 .collect::<Result<Vec<_>, _>>()?;
             let meta = ModelMeta { images_seen: self.state.nimg, ema_std: Some(std), ..self.meta.clone() };
-            let path = self.plan.outdir.join(format!("snapshot-{:09}-{std:.3}.safetensors", self.state.nimg));
-            save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16)?;
-            event(Event::Note(format!("wrote {}", path.display())));
+            let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
+            let path = self.plan.outdir.join(name);
+            match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {
+                Err(ModelError::NotFinite { name, value, .. }) => {
+                    return Err(self.diverged(format!("an average of {name} is {value:e}")));
+                }
+                other => other?,
+            }
+            event(Event::Saved(&path));
         }
         Ok(())
     }
 
-    /// Writes a checkpoint, then removes the oldest ones beyond those to keep, and draws the losses.
+    /// Writes a checkpoint, unless the run has diverged, and tidies up.
     fn checkpoint(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.plan.outdir;
         let path = checkpoint::path(dir, self.state.nimg);
         let meta = ModelMeta { images_seen: self.state.nimg, ..self.meta.clone() };
-        checkpoint::save(&path, self.backend, &meta, &self.state)?;
-        event(Event::Note(format!("wrote {}", path.display())));
+        match checkpoint::save(&path, self.backend, &meta, &self.state) {
+            Err(e @ CheckpointError::NotFinite { .. }) => return Err(self.diverged(e.to_string())),
+            other => other?,
+        }
+        event(Event::Saved(&path));
+        self.tidy(event)
+    }
+
+    /// Removes the oldest checkpoints beyond those to keep, and draws the losses.
+    fn tidy(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
+        let dir = &self.plan.outdir;
         let io_error = |cause| TrainError::Io { path: dir.clone(), cause };
         for old in checkpoint::list(dir).map_err(io_error)?.into_iter().skip(self.plan.keep.max(1)) {
             fs::remove_file(&old).map_err(|cause| TrainError::Io { path: old, cause })?;
         }
-        self.stats.draw().map_err(|cause| TrainError::Io { path: dir.join("loss.svg"), cause })
+        // No run ends for want of a picture.
+        if let Err(cause) = self.stats.draw() {
+            event(Event::Note(format!("warning: {}: {cause}", dir.join("loss.svg").display())));
+        }
+        Ok(())
     }
 }
 

@@ -1,10 +1,11 @@
 //! Statistics of a run: JSON lines, one for each interval, and their picture.
 //!
 //! Every line has `nimg`, the images seen. After a restart the lines newer than the checkpoint are
-//! dropped, as is a line that was cut off when the process died, so that `nimg` never runs backwards.
+//! dropped, as is a line that was cut off when the process died, so that `nimg` never runs backwards. What else is no
+//! such line was put there by someone else: it is set aside.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::checkpoint::free_name;
 use crate::formats::write_atomically;
 
 /// What an interval of training looked like.
@@ -61,6 +63,9 @@ pub struct Sums {
     pub nonfinite: u64,
 }
 
+/// Longest line that is read.
+const MAX_LINE: u64 = 1 << 16;
+
 /// The open file of JSON lines.
 pub struct StatsFile {
     path: PathBuf,
@@ -68,22 +73,61 @@ pub struct StatsFile {
 }
 
 impl StatsFile {
-    /// Opens the file for appending, after dropping the lines newer than `nimg`.
+    /// Opens the file for appending, after dropping the lines newer than `nimg`; if there was something foreign in
+    /// it, also where that is now.
     ///
     /// # Errors
     /// Whatever reading or writing reports.
-    pub fn open(path: &Path, nimg: u64) -> io::Result<Self> {
-        let old = match fs::read_to_string(path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
-            other => other?,
-        };
-        let keep = |line: &&str| parse(line).is_some_and(|(n, _)| n <= nimg);
-        let kept: String = old.lines().filter(keep).flat_map(|line| [line, "\n"]).collect();
-        if kept != old {
-            write_atomically(path, |out| out.write_all(kept.as_bytes()))?;
+    pub fn open(path: &Path, nimg: u64) -> io::Result<(Self, Option<PathBuf>)> {
+        let mut aside = None;
+        match path.metadata() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+            Ok(about) if about.is_file() => aside = Self::clean(path, nimg)?,
+            // A folder, a pipe: not ours.
+            Ok(_) => {
+                let place = free_name(path, "damaged");
+                fs::rename(path, &place)?;
+                aside = Some(place);
+            }
         }
         let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self { path: path.into(), file })
+        Ok((Self { path: path.into(), file }, aside))
+    }
+
+    /// Keeps what lines there are up to `nimg`; where what is foreign went.
+    fn clean(path: &Path, nimg: u64) -> io::Result<Option<PathBuf>> {
+        let mut reader = BufReader::new(File::open(path)?);
+        let (mut kept, mut foreign, mut changed) = (Vec::new(), false, false);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line)?;
+            if length == 0 {
+                break;
+            }
+            let whole = line.ends_with(b"\n");
+            let text = std::str::from_utf8(&line).ok();
+            match text.and_then(parse) {
+                Some((n, _)) if n <= nimg => {
+                    kept.extend_from_slice(line.trim_ascii_end());
+                    kept.push(b'\n');
+                    changed |= !whole;
+                }
+                Some(_) => changed = true,
+                // Cut off, as a kill or a full disk does it.
+                None if !whole && text.is_some_and(begins_a_line) || line.trim_ascii().is_empty() => changed = true,
+                None => (foreign, changed) = (true, true),
+            }
+        }
+        let aside = foreign.then(|| free_name(path, "damaged"));
+        if let Some(aside) = &aside {
+            fs::rename(path, aside)?;
+        }
+        if changed {
+            write_atomically(path, |out| out.write_all(&kept))?;
+        }
+        Ok(aside)
     }
 
     /// Appends one line.
@@ -103,11 +147,19 @@ impl StatsFile {
     pub fn draw(&self) -> io::Result<()> {
         let text = fs::read_to_string(&self.path)?;
         let curve = |key: &str| -> Vec<(f64, f64)> {
-            text.lines().filter_map(parse).filter_map(|(n, line)| Some((n as f64, line.get(key)?.as_f64()?))).collect()
+            let points =
+                text.lines().filter_map(parse).filter_map(|(n, line)| Some((n as f64, line.get(key)?.as_f64()?)));
+            points.filter(|(_, value)| value.abs() < 1e30).collect()
         };
         let svg = draw(&curve("loss"), &curve("validation_loss")).map_err(io::Error::other)?;
         write_atomically(&self.path.with_file_name("loss.svg"), |out| out.write_all(svg.as_bytes()))
     }
+}
+
+/// Whether there may have been more of it.
+fn begins_a_line(text: &str) -> bool {
+    let start = "{\"nimg\":";
+    text.starts_with(start) || start.starts_with(text)
 }
 
 fn parse(line: &str) -> Option<(u64, Value)> {

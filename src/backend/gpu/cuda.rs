@@ -94,12 +94,29 @@ fn describe(error: DriverError) -> String {
     }
 }
 
+/// Why the driver's library cannot be loaded although it is there.
+fn broken_library() -> Option<String> {
+    // SAFETY: opens the library once more; the text is the loader's own until its next call in this thread.
+    let why = unsafe {
+        if !libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_LAZY).is_null() {
+            return None;
+        }
+        let text = libc::dlerror();
+        (!text.is_null()).then(|| std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned())?
+    };
+    let missing = why.starts_with("libcuda.so.1: cannot open") && why.contains("No such file");
+    (!missing).then_some(why)
+}
+
 /// Loads the driver, once.
 fn start_driver() -> Result<(), DeviceError> {
     let unavailable = |what: String| Err(DeviceError::Unavailable(what));
     // SAFETY: opens the library as any of cudarc's functions would, which panic where it is missing.
     if !unsafe { sys::is_culib_present() } {
-        return Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into()));
+        return match broken_library() {
+            Some(why) => unavailable(format!("the NVIDIA driver does not load: {why}")),
+            None => Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into())),
+        };
     }
     match result::init() {
         Ok(()) => {}

@@ -87,6 +87,15 @@ impl From<Precision> for Math {
 }
 
 impl Math {
+    /// For people: the types, and the loop if it is not the usual one.
+    pub fn describe(self, capability: u32) -> String {
+        let conv_loop = if self.conv_loop == ConvLoop::Wgmma { ", wgmma" } else { "" };
+        match self.name(capability) {
+            "f16x2" => format!("f16, sums in two levels{conv_loop}"),
+            name => format!("{name}{conv_loop}"),
+        }
+    }
+
     /// As it stands in the names of convolution kernels, for a card of this compute capability.
     pub fn name(self, capability: u32) -> &'static str {
         match (self.precision, self.accum.unwrap_or(Accum::fastest(capability))) {

@@ -1,0 +1,295 @@
+//! Writing: a path holds its old content or all of the new one, whoever dies meanwhile, and however many write.
+//!
+//! A file is written under a name that no one else has ([`AtomicFile`]), synced and renamed. A command whose work
+//! takes long holds a [`Claim`] on its output from before the work, or a [`DirLock`] on its directory. All three rest
+//! on locks of the system, which end with their process: what a killed one left is recognised, and removed.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// A file that is being written: its path holds either its old content or all of the new one, whenever the
+/// process or the machine dies. What is written goes to a temporary name beside it, which [`commit`](Self::commit)
+/// syncs and renames, and which is removed if that never happens.
+///
+/// The new file may be read and written by those who might the old one. Of a symbolic link the link is replaced, not
+/// what it leads to. What is no regular file is never replaced.
+pub struct AtomicFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    writer: BufWriter<File>,
+    committed: bool,
+}
+
+impl AtomicFile {
+    /// Begins to write.
+    ///
+    /// # Errors
+    /// The path holds something else than a file; whatever creating the temporary file reports.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        let permissions = replaceable(path)?;
+        let (temporary, file) = create_temporary(path, permissions)?;
+        let writer = BufWriter::with_capacity(1 << 20, file);
+        Ok(Self { path: path.into(), temporary, writer, committed: false })
+    }
+
+    /// Where the content goes.
+    pub fn writer(&mut self) -> &mut BufWriter<File> {
+        &mut self.writer
+    }
+
+    /// Puts the file in its place.
+    ///
+    /// # Errors
+    /// Whatever writing, syncing or renaming reports; then the path is untouched.
+    pub fn commit(mut self) -> io::Result<()> {
+        self.writer.flush()?;
+        self.writer.get_ref().sync_all()?;
+        fs::rename(&self.temporary, &self.path)?;
+        self.committed = true;
+        // Without this the rename itself may be lost with the power. Some file systems
+        // cannot sync a directory; the file's content is safe either way.
+        if let Ok(directory) = File::open(parent(&self.path)) {
+            let _ = directory.sync_all();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // The first error is the one worth reporting; a leftover is removed next time.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Writes a file with `fill`, all of it or nothing: see [`AtomicFile`].
+///
+/// # Errors
+/// Whatever creating, filling, syncing or renaming reports; the temporary file is
+/// removed and `path` is untouched.
+pub fn write_atomically(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    fill(file.writer())?;
+    file.commit()
+}
+
+/// The right to write a file, held from before the work that makes it until it is written: that it can be written is
+/// known early, and two processes do not both work for one path.
+pub struct Claim {
+    _probe: AtomicFile,
+}
+
+impl Claim {
+    /// Claims a path.
+    ///
+    /// # Errors
+    /// The path holds something, unless it may be overwritten and is a file; it cannot be written there; another
+    /// process has a claim on it.
+    pub fn new(path: &Path, overwrite: bool) -> io::Result<Self> {
+        if !overwrite && path.symlink_metadata().is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists"));
+        }
+        let claim = Self { _probe: AtomicFile::create(path)? };
+        let name = path.file_name().unwrap_or_default();
+        // Both of two that come at the same moment may be refused, never neither. One of those found is its own.
+        match remove_abandoned(parent(path), |other| other == stem(name))? {
+            0 | 1 => Ok(claim),
+            _ => Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process is writing it")),
+        }
+    }
+}
+
+/// A directory in which this process writes, alone or with others of its kind.
+pub struct DirLock {
+    dir: PathBuf,
+    file: File,
+    created: bool,
+    guarded: bool,
+}
+
+/// Name of the file that is locked. Some network file systems lock no directories.
+const LOCK_FILE: &str = ".edm2k.lock";
+
+/// Why a directory cannot be written in.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum LockError {
+    #[error("{}: {cause}", dir.display())]
+    Io { dir: PathBuf, cause: io::Error },
+    #[error("{}: another run is writing here", dir.display())]
+    Busy { dir: PathBuf },
+}
+
+impl DirLock {
+    /// Creates the directory if it is missing, sees that one can write in it, keeps everyone else from it, and removes
+    /// what killed processes left half written.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn exclusive(dir: &Path) -> Result<Self, LockError> {
+        Self::new(dir, File::try_lock)
+    }
+
+    /// As [`exclusive`](Self::exclusive), but beside others who call this one.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn shared(dir: &Path) -> Result<Self, LockError> {
+        Self::new(dir, File::try_lock_shared)
+    }
+
+    fn new(dir: &Path, lock: fn(&File) -> Result<(), TryLockError>) -> Result<Self, LockError> {
+        let io_error = |cause| LockError::Io { dir: dir.into(), cause };
+        let created = !dir.exists();
+        fs::create_dir_all(dir).map_err(io_error)?;
+        let path = dir.join(LOCK_FILE);
+        loop {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
+            let file = options.open(&path).map_err(io_error)?;
+            let guarded = match lock(&file) {
+                Ok(()) => true,
+                Err(TryLockError::WouldBlock) => return Err(LockError::Busy { dir: dir.into() }),
+                Err(TryLockError::Error(cause)) if cause.kind() == io::ErrorKind::Unsupported => false,
+                Err(TryLockError::Error(cause)) => return Err(io_error(cause)),
+            };
+            // Whoever had it may have removed it between the opening and the locking.
+            if guarded && !is_at(&file, &path) {
+                continue;
+            }
+            let lock = Self { dir: dir.into(), file, created, guarded };
+            remove_abandoned(dir, |_| true).map_err(io_error)?;
+            return Ok(lock);
+        }
+    }
+
+    /// What to say where the file system has no locks.
+    pub fn warning(&self) -> Option<String> {
+        let text = "its file system has no locks, so see to it that nothing else writes here";
+        (!self.guarded).then(|| format!("{}: {text}", self.dir.display()))
+    }
+}
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // One of several leaves the file to the others.
+        let path = self.dir.join(LOCK_FILE);
+        if self.guarded && self.file.try_lock().is_ok() && is_at(&self.file, &path) {
+            let _ = fs::remove_file(&path);
+            if self.created {
+                // Of a call that came to nothing, nothing stays; one that has something in it does.
+                let _ = fs::remove_dir(&self.dir);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for DirLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DirLock({})", self.dir.display())
+    }
+}
+
+/// Whether `path` names the open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), path.symlink_metadata()) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// The permissions of the file that `path` holds, if it holds one; an error if it holds something else.
+fn replaceable(path: &Path) -> io::Result<Option<Permissions>> {
+    let missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    match path.symlink_metadata() {
+        Err(e) if missing(&e) => return Ok(None),
+        Err(e) => return Err(e),
+        Ok(_) => {}
+    }
+    match path.metadata() {
+        // A link that leads nowhere.
+        Err(e) if missing(&e) => Ok(None),
+        Err(e) => Err(e),
+        Ok(about) if about.is_file() => Ok(Some(about.permissions())),
+        Ok(about) if about.is_dir() => Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory")),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file, so it is not replaced")),
+    }
+}
+
+/// What the temporary names of a file begin with; short enough for what follows.
+fn stem(name: &OsStr) -> &OsStr {
+    OsStr::from_bytes(&name.as_bytes()[..name.len().min(200)])
+}
+
+/// The stem in a temporary name: `STEM.0123456789abcdef.tmp`.
+fn stem_of_temporary(name: &OsStr) -> Option<&OsStr> {
+    let rest = name.as_bytes().strip_suffix(b".tmp")?;
+    let (stem, digits) = rest.split_at_checked(rest.len().checked_sub(17)?)?;
+    let random = digits[0] == b'.' && digits[1..].iter().all(u8::is_ascii_hexdigit);
+    random.then(|| OsStr::from_bytes(stem))
+}
+
+/// A new, locked file beside `path`.
+fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result<(PathBuf, File)> {
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+    loop {
+        let mut temporary = OsString::from(stem(name));
+        temporary.push(format!(".{:016x}.tmp", RandomState::new().build_hasher().finish()));
+        let temporary = path.with_file_name(temporary);
+        // Not readable by more people than the old one, not even for a moment.
+        let mode = if permissions.is_some() { 0o600 } else { 0o666 };
+        let file = match OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+            other => other?,
+        };
+        // Without locks, nothing here is taken for abandoned.
+        let _ = file.try_lock();
+        // Somebody may have seen it before it was locked, and removed it.
+        if !is_at(&file, &temporary) {
+            continue;
+        }
+        if let Some(permissions) = permissions {
+            file.set_permissions(permissions)?;
+        }
+        return Ok((temporary, file));
+    }
+}
+
+/// Removes the temporary files of killed processes whose stems are wanted; how many living ones there are.
+fn remove_abandoned(dir: &Path, wanted: impl Fn(&OsStr) -> bool) -> io::Result<usize> {
+    let mut alive = 0;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let regular = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if !regular || !stem_of_temporary(&name).is_some_and(&wanted) {
+            continue;
+        }
+        let path = entry.path();
+        let Ok(file) = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&path) else { continue };
+        match file.try_lock() {
+            Ok(()) => match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            },
+            Err(TryLockError::WouldBlock) => alive += 1,
+            Err(TryLockError::Error(_)) => {}
+        }
+    }
+    Ok(alive)
+}
