@@ -108,7 +108,7 @@ __device__ __forceinline__ void write_effective(const WeightRow& row, const floa
         if (row.fan_in == 0) {
             write4(plain + row.effective + i, w[v]);
         } else {
-            const float f = factor * row.scales[i % row.cin >= row.split];
+            const float f = factor * (i % row.cin < row.split ? row.scales[0] : row.scales[1]);
             uint2 packed = make_uint2(pack2<T>(w[v][0] * f, w[v][1] * f), pack2<T>(w[v][2] * f, w[v][3] * f));
             *reinterpret_cast<uint2*>(static_cast<T*>(effective) + row.effective + i) = packed;
         }

@@ -346,7 +346,8 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
     assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), CodecError::Width(520));
     let conv = |reach, shape| {
-        codec::convolve(p, Card { sms: 1, capability: 80 }, reach, shape, 8, null, (null, null), None, false, null).unwrap_err()
+        codec::convolve(p, Card { sms: 1, capability: 80 }, reach, shape, 8, null, (null, null), None, false, null)
+            .unwrap_err()
     };
     assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), CodecError::Odd([1, 3, 4, 8]));
     assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), CodecError::Shape([1, 40000, 8, 8]));

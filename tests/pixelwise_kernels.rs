@@ -13,10 +13,10 @@ use common::{Kernels, Memory, assert_same};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::precond::NoiseStream;
-use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, WeightRow};
+use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, Turned, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
-use edm2k::model::params::{Kind, ParamId, ParamTable};
+use edm2k::model::params::{Cat, Kind, ParamId, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
 
@@ -324,11 +324,19 @@ impl Layout {
             let (count, length) = self.rows_of(id);
             let fan_in = self.fan_in(id);
             let effective = if fan_in == 0 { self.plain[id.0] } else { self.first[id.0] };
+            let cat = self.table[id].cat;
+            let cin = match self.table[id].kind {
+                Kind::Weight { cin, .. } => cin.next_multiple_of(8),
+                _ => length,
+            };
             rows.extend((0..count).map(|r| WeightRow {
                 first: (self.first[id.0] + r * length) as i64,
                 effective: (effective + r * length) as i64,
                 length: length as i32,
                 fan_in: fan_in as i32,
+                cin: cin as i32,
+                split: cat.map_or(cin, |cat| cat.split) as i32,
+                scales: cat.map_or([1.0; 2], |cat| [cat.scales.0 as f32, cat.scales.1 as f32]),
             }));
         }
         RowTable::new(rows)
@@ -370,7 +378,12 @@ impl Layout {
                 w.iter_mut().for_each(|x| *x /= 1e-4 + rms);
             }
             let root = f64::from(row.fan_in).sqrt();
-            weights[to..to + n].iter_mut().zip(w).for_each(|(to, x)| *to = (x / root) as f32);
+            let scale = |i: usize| f64::from(row.scales[usize::from(i % row.cin as usize >= row.split as usize)]);
+            weights[to..to + n]
+                .iter_mut()
+                .zip(w)
+                .enumerate()
+                .for_each(|(i, (to, x))| *to = (x / root * scale(i)) as f32);
         }
         (weights, plain)
     }
@@ -385,8 +398,33 @@ fn weights_table() -> ParamTable {
     table.fourier("fourier".into(), 12);
     table.conv("conv".into(), 264, 2, 3);
     table.conv("out".into(), 8, 136, 1);
+    table.conv_of_cat("cat".into(), 40, 16, 1, Cat { split: 24, scales: (0.75, 1.375) });
     table.linear("wide".into(), 16_400, 2);
     table
+}
+
+/// The copies for the gradients of inputs, bit for bit: output and input channels exchanged, taps in reverse.
+#[test]
+fn turned_weights() {
+    everywhere(|d| {
+        // Tiles of 64 x 64 that are cut off, whole, several; one tap and nine.
+        let weights = [(8, 8, 1), (16, 72, 9), (64, 64, 9), (136, 200, 1)];
+        let values: usize = weights.iter().map(|(cout, cin, taps)| cout * cin * taps).sum();
+        let effective: Vec<u16> = (0..values).map(|i| (i * 40503 % 65521) as u16).collect();
+        let mut want = vec![0u16; values];
+        let (mut tiles, mut first) = (Vec::new(), 0);
+        for (cout, cin, taps) in weights {
+            tiles.extend(Turned { from: first, to: first, cout, cin, taps }.tiles());
+            for i in 0..cout * cin * taps {
+                let (co, tap, c) = (i / cin / taps, i / cin % taps, i % cin);
+                want[first + (c * taps + taps - 1 - tap) * cout + co] = effective[first + i];
+            }
+            first += cout * cin * taps;
+        }
+        let (from, to, table) = (d.upload(&effective), d.zeros(2 * values), d.upload(&tiles));
+        d.run(&[weights::turn(table.ptr(), tiles.len(), from.ptr(), to.ptr())]);
+        assert!(read::<u16>(&to) == want, "{}: turned weights", d.name);
+    });
 }
 
 #[test]

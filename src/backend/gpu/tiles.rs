@@ -27,7 +27,8 @@ pub const STEP: usize = 64;
 /// The numbers of the lines of `kernels/tiles.cuh` that begin with `kind`.
 fn lines<const N: usize>(kind: &'static str) -> impl Iterator<Item = [usize; N]> {
     let lines = include_str!("../../../kernels/tiles.cuh").lines();
-    let calls = lines.filter_map(move |line| line.strip_prefix(kind)?.trim_start().strip_prefix('(')?.strip_suffix(')'));
+    let calls =
+        lines.filter_map(move |line| line.strip_prefix(kind)?.trim_start().strip_prefix('(')?.strip_suffix(')'));
     calls.map(move |call| {
         let numbers = call.split(',').map(|word| word.trim().parse().ok()).collect::<Option<Vec<usize>>>();
         let numbers = numbers.and_then(|numbers| numbers.try_into().ok());
