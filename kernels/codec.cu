@@ -43,24 +43,9 @@
 // FLOOR   of an SD-VAE's decode to 512x704, on a card of 165 TFLOP/s and 1 TB/s: 1.5 T multiply-adds, 18 ms. Bytes, read
 // and written once: 7.6 GB, 7.6 ms, of which the pass above is 2.5 and the statistics 1.3. (By the plan, which
 // has 130 launches; tests/codec_kernels.rs prints it.)
-#include "conv.cuh"
+#include "conv_finish.cuh"
 
 // ---- 1. convolution -----------------------------------------------------------------------------
-
-struct CodecConv {
-    const void *x, *weight;
-    const float* bias;
-    const void* residual;  // or null; may be y
-    void* y;
-    int pixels;            // of all images; of an enlarged image those of the small one
-    int height, width;     // of the input
-    int rows, columns;     // of the result; of an enlarged image those of the small one
-    int cin, cout;
-    int side, stride, before;
-    int phases;            // 1, or 4 for an enlarged image: grid z
-    int relu;
-};
-static_assert(sizeof(CodecConv) == 88, "mirrored by ConvParams in src/backend/gpu/codec.rs");
 
 template <class T, class Tile, bool FLAT>
 __device__ __forceinline__ void codec_conv(const CodecConv& p) {
@@ -74,21 +59,7 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin));
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        const int pixel = blockIdx.x * Tile::BM + row, channel = blockIdx.y * Tile::BN + column;
-        if (pixel >= p.pixels || channel >= p.cout) return;
-        int place = pixel;
-        if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
-            place = (pixel / p.columns * 2 + blockIdx.z / 2) * 2 * p.columns + pixel % p.columns * 2 + blockIdx.z % 2;
-        const size_t at = size_t(place) * p.cout + channel;
-        float bias[8], r[8] = {};
-        load8(p.bias + channel, bias);
-        if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const float sum = r[e] + (v[e] + bias[e]);
-            v[e] = p.relu && sum < 0.0f ? 0.0f : sum;  // NaN passes
-        }
-        store16(static_cast<T*>(p.y) + at, pack8<T>(v));
+        finish<T>(p, first + row, phase, blockIdx.y * Tile::BN + column, v);
     });
 }
 

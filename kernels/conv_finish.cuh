@@ -1,5 +1,5 @@
-// What the three convolutions are asked for, and what follows their products: common to the loop for every card
-// (conv_fprop.cu, conv_dgrad.cu, conv_wgrad.cu, which explain it) and the one for Hopper (conv_hopper.cu).
+// What the convolutions are asked for, and what follows their products: common to the loop for every card (conv_fprop.cu,
+// conv_dgrad.cu, conv_wgrad.cu and codec.cu, which explain it) and the one for Hopper (conv_hopper.cu).
 #pragma once
 #include "conv.cuh"
 
@@ -119,4 +119,42 @@ __device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int sp
 #pragma unroll
     for (int e = 0; e < 8; e++) sum[e] += v[e] * factor;
     store8(p.partial ? p.partial + size_t(split) * p.cout * columns + at : p.dw + at, sum);
+}
+
+// ---- codec_conv ---------------------------------------------------------------------------------
+
+struct CodecConv {
+    const void *x, *weight;
+    const float* bias;
+    const void* residual;  // or null; may be y
+    void* y;
+    int pixels;            // of all images; of an enlarged image those of the small one
+    int height, width;     // of the input
+    int rows, columns;     // of the result; of an enlarged image those of the small one
+    int cin, cout;
+    int side, stride, before;
+    int phases;            // 1, or 4 for an enlarged image
+    int relu;
+    int phase;             // of a launch for one of four
+    int padding;
+};
+static_assert(sizeof(CodecConv) == 96, "mirrored by ConvParams in src/backend/gpu/codec.rs");
+
+// What follows the product, for 8 channels of a pixel; of an enlarged image, in one of its four places.
+template <class T>
+__device__ __forceinline__ void finish(const CodecConv& p, int pixel, int phase, int channel, float (&v)[8]) {
+    if (pixel >= p.pixels || channel >= p.cout) return;
+    int place = pixel;
+    if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
+        place = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
+    const size_t at = size_t(place) * p.cout + channel;
+    float bias[8], r[8] = {};
+    load8(p.bias + channel, bias);
+    if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const float sum = r[e] + (v[e] + bias[e]);
+        v[e] = p.relu && sum < 0.0f ? 0.0f : sum;  // NaN passes
+    }
+    store16(static_cast<T*>(p.y) + at, pack8<T>(v));
 }

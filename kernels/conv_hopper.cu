@@ -140,7 +140,7 @@ struct HopperPixels {
 // Runs through the block's tiles. `Work` says where tile t begins and takes its results:
 //     pixel(t) -> first pixel, in the order of the images;  begin(t); row(...): see emit_group; end(t)
 template <class T, int M, int N, int STAGES, class Work>
-__device__ __forceinline__ void hopper_pixels(const HopperPixels& p, const TensorMap& x, int weight_row, Work&& work) {
+__device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
     constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
     DYN_SMEM(unsigned char, smem);
@@ -167,12 +167,12 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, const Tenso
             int c = (second ? step - steps_x : step) * BK % channels;
             for (int left = steps_of(t); left > 0; left--) {
                 const smem_addr full = pipe.begin(), stage = pipe.at();
-                const TensorMap& from = second ? p.skip : x;
+                const TensorMap& from = second ? p.skip : p.x;
                 if (p.taps == 1)
                     tma_load_2d(stage, from, full, c, pixel);
                 else
                     tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
-                tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, weight_row + n);
+                tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, n);
                 pipe.advance();
                 if ((c += BK) == channels) {
                     c = 0;
@@ -299,6 +299,22 @@ struct DgradWork : HopperTiles<M> {
     }
 };
 
+struct HopperCodec {
+    HopperPixels pixels;
+    CodecConv conv;
+};
+
+template <class T, int M>
+struct CodecWork : NoSums {
+    const CodecConv& p;
+    int rows, columns;
+    __device__ __forceinline__ explicit CodecWork(const CodecConv& p) : p(p), rows(p.rows), columns(p.columns) {}
+    __device__ __forceinline__ int pixel(int m) const { return m * M; }
+    __device__ __forceinline__ void row(int m, int row, int channel, int, int, float (&v)[8]) {
+        finish<T>(p, m * M + row, p.phase, channel, v);
+    }
+};
+
 // ---- weights ------------------------------------------------------------------------------------------
 
 struct HopperWgrad {
@@ -359,12 +375,17 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
 
 #define FPROP(name, T, m, n, stages)                                                                              \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperFprop p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, p.pixels.x, 0, FpropWork<T, m>(p.conv));                         \
+        hopper_pixels<T, m, n, stages>(p.pixels, FpropWork<T, m>(p.conv));                                        \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
 #define DGRAD(name, T, m, n, stages)                                                                              \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperDgrad p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, p.pixels.x, 0, DgradWork<T, m, n>(p.conv));                      \
+        hopper_pixels<T, m, n, stages>(p.pixels, DgradWork<T, m, n>(p.conv));                                     \
+    }                                                                                                             \
+    KERNEL_EXPORT_HOPPER(name);
+#define CODEC(name, T, m, n, stages)                                                                              \
+    extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperCodec p) {      \
+        hopper_pixels<T, m, n, stages>(p.pixels, CodecWork<T, m>(p.conv));                                        \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
 #define WGRAD(name, T, stages)                                                                                    \
@@ -376,7 +397,9 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     FPROP(hopper_fprop_f16_##m##x##n, __half, m, n, stages)          \
     FPROP(hopper_fprop_bf16_##m##x##n, __nv_bfloat16, m, n, stages)  \
     DGRAD(hopper_dgrad_f16_##m##x##n, __half, m, n, stages)          \
-    DGRAD(hopper_dgrad_bf16_##m##x##n, __nv_bfloat16, m, n, stages)
+    DGRAD(hopper_dgrad_bf16_##m##x##n, __nv_bfloat16, m, n, stages)  \
+    CODEC(hopper_codec_f16_##m##x##n, __half, m, n, stages)          \
+    CODEC(hopper_codec_bf16_##m##x##n, __nv_bfloat16, m, n, stages)
 #define HOPPER_GRADIENT(m, n, stages, speed)                         \
     WGRAD(hopper_wgrad_f16_##m##x##n, __half, stages)                \
     WGRAD(hopper_wgrad_bf16_##m##x##n, __nv_bfloat16, stages)

@@ -12,7 +12,7 @@ use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::codec::{self, CodecError};
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
+use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Shape};
@@ -45,7 +45,7 @@ fn padded(channels: usize) -> usize {
 
 impl Bench {
     fn new(device: Kernels, precision: Precision) -> Self {
-        Self { device, precision, card: Card { sms: 1, capability: 80 }, cpu: Cpu::for_codec(), seed: 0 }
+        Self { device, precision, card: Card { sms: 1, capability: 90 }, cpu: Cpu::for_codec(), seed: 0 }
     }
 
     /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the rounding of the
@@ -155,16 +155,21 @@ impl Bench {
             let want = self.cpu.download(&want).unwrap();
             let at = (packed.memory.ptr(), on_device.ptr());
             let (from, what) = (x.memory.ptr(), format!("{reach:?} of {shape:?} to {cout}, {after}"));
-            let launch = |residual: Option<DevicePtr>, y: DevicePtr| {
-                codec::convolve(self.precision, self.card, reach, shape, cout, from, at, residual, relu, y).unwrap()
-            };
-            let y = self.room(out);
-            self.run(&launch(add.then(|| residual.memory.ptr()), y.ptr()));
-            self.compare(&what, &y, &want, cout);
-            if add {
-                let y = residual.memory.ptr();
-                self.run(&launch(Some(y), y));
-                self.compare(&format!("{what}, in place"), &residual.memory, &want, cout);
+            for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
+                let math = Math { conv_loop, ..self.precision.into() };
+                let run = |residual: Option<DevicePtr>, y: DevicePtr| {
+                    let launches =
+                        codec::convolve(math, self.card, reach, shape, cout, from, at, residual, relu, y).unwrap();
+                    launches.iter().for_each(|launch| self.run(launch));
+                };
+                let y = self.room(out);
+                run(add.then(|| residual.memory.ptr()), y.ptr());
+                self.compare(&format!("{what}, {conv_loop:?}"), &y, &want, cout);
+                if add {
+                    let residual = self.half(&values, cout);
+                    run(Some(residual.memory.ptr()), residual.memory.ptr());
+                    self.compare(&format!("{what}, {conv_loop:?}, in place"), &residual.memory, &want, cout);
+                }
             }
         }
     }
@@ -247,12 +252,13 @@ fn checked() -> impl Iterator<Item = Bench> {
 fn convolutions_of_every_reach() {
     for mut bench in benches(common::plain()) {
         for (reach, sms) in REACHES.into_iter().flat_map(|reach| [(reach, 1), (reach, 500)]) {
-            bench.card = Card { sms, capability: 80 };
+            bench.card = Card { sms, capability: 90 };
             // The first and last layers' channels, odd ones, several tiles each way, several images.
             bench.convolve(reach, [1, 2, 2, 3], 8);
             bench.convolve(reach, [2, 6, 10, 4], 136);
             bench.convolve(reach, [1, 12, 14, 40], 3);
             bench.convolve(reach, [3, 10, 4, 64], 72);
+            bench.convolve(reach, [2, 12, 14, 128], 264);
         }
         bench.convolve(Reach::Same, [2, 1, 1, 5], 9);
         bench.convolve(Reach::Double, [1, 7, 5, 8], 24);
@@ -301,9 +307,10 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
     for mut bench in checked() {
         for reach in REACHES {
             bench.convolve(reach, [2, 4, 6, 3], 9);
-            bench.card = Card { sms: 500, capability: 80 };
+            bench.card = Card { sms: 500, capability: 90 };
             bench.convolve(reach, [1, 6, 2, 40], 24);
-            bench.card = Card { sms: 1, capability: 80 };
+            bench.convolve(reach, [1, 4, 6, 64], 72);
+            bench.card = Card { sms: 1, capability: 90 };
         }
         bench.convolve(Reach::Same, [1, 6, 4, 8], 136);
         bench.normalise([2, 3, 5, 17]);
@@ -346,8 +353,19 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
     assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), CodecError::Width(520));
     let conv = |reach, shape| {
-        codec::convolve(p, Card { sms: 1, capability: 80 }, reach, shape, 8, null, (null, null), None, false, null)
-            .unwrap_err()
+        codec::convolve(
+            p.into(),
+            Card { sms: 1, capability: 90 },
+            reach,
+            shape,
+            8,
+            null,
+            (null, null),
+            None,
+            false,
+            null,
+        )
+        .unwrap_err()
     };
     assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), CodecError::Odd([1, 3, 4, 8]));
     assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), CodecError::Shape([1, 40000, 8, 8]));

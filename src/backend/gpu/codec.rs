@@ -5,11 +5,12 @@
 //! makes NaN of it, and [`crate::codec::Decoder::decode`] reports it; bf16 has the range of f32. The SD-VAEs of
 //! Stable Diffusion 1 and 2 are commonly run in f16; that of SDXL is known to overflow.
 
+use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
-use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
 use super::runtime::{DeviceError, PARAMETERS, Runtime};
 use super::tensor::{Buffer, Format, Tensor, padded};
-use super::tiles::{self, Card, Product};
+use super::tiles::{self, Card, Choice, Product, STEP};
 use crate::backend::Shape;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::model::ParamTable;
@@ -38,8 +39,10 @@ struct ConvParams {
     before: i32,
     phases: i32,
     relu: i32,
+    phase: i32,
+    padding: i32,
 }
-const _: () = assert!(size_of::<ConvParams>() == 88, "mirrors CodecConv");
+const _: () = assert!(size_of::<ConvParams>() == 96, "mirrors CodecConv");
 
 /// `CodecNormalise`.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -130,11 +133,11 @@ fn int(x: usize) -> i32 {
     i32::try_from(x).expect("checked against the kernels' limits")
 }
 
-/// Checks that pixels, rows and vectors can be counted in 32 bits.
+/// Checks that the values of a tensor can be counted in 32 bits.
 fn check(shape: Shape) -> Result<(), CodecError> {
     let [n, h, w, c] = shape;
     let fits = h < 1 << 15 && w < 1 << 15 && c < 1 << 16 && n < 1 << 16;
-    match shape.iter().all(|&x| x > 0) && fits && n * h * w * padded(c) / 8 < 1 << 30 {
+    match shape.iter().all(|&x| x > 0) && fits && n * h * w * padded(c) < 1 << 31 {
         true => Ok(()),
         false => Err(CodecError::Shape(shape)),
     }
@@ -205,7 +208,7 @@ fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
 /// A shape beyond the kernels' limits.
 #[allow(clippy::too_many_arguments, reason = "the operation has them")]
 pub fn convolve(
-    precision: Precision,
+    math: Math,
     card: Card,
     reach: Reach,
     shape: Shape,
@@ -215,7 +218,7 @@ pub fn convolve(
     residual: Option<DevicePtr>,
     relu: bool,
     y: DevicePtr,
-) -> Result<Launch, CodecError> {
+) -> Result<Vec<Launch>, CodecError> {
     let Window { side, stride, before, phases } = Window::of(reach);
     let [n, h, w, cin] = shape;
     if !h.is_multiple_of(stride) || !w.is_multiple_of(stride) {
@@ -225,9 +228,13 @@ pub fn convolve(
     check(result(reach, shape, cout))?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
+    let (tiles, steps) = tiles::of_inputs(side * side, [cin, 0]);
+    let hopper = math.conv_loop == ConvLoop::Wgmma && cin.is_multiple_of(STEP) && cout >= STEP && stride == 1;
+    let tiles = if hopper { &tiles::HOPPER } else { tiles };
     // The sum is never split: the images are large.
-    let (tiles, _) = tiles::of_inputs(side * side, [cin, 0]);
-    let tile = tiles::choose(tiles, Product { groups: phases, rows: pixels, columns: cout, steps: 1 }, card).tile;
+    let whole = Product { groups: phases, rows: pixels, columns: cout, steps: 1 };
+    let choice = Choice { splits: 1, steps_per_split: steps, ..tiles::choose(tiles, whole, card) };
+    let tile = choice.tile;
     let params = ConvParams {
         x,
         weight,
@@ -246,10 +253,29 @@ pub fn convolve(
         before: int(before),
         phases: int(phases),
         relu: relu.into(),
+        phase: 0,
+        padding: 0,
     };
-    let kernel = format!("codec_conv_{}_{}", precision.name(), tile.name);
-    let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases].map(|x| int(x) as u32);
-    Ok(Launch::new(kernel, grid, tile.threads, tile.shared, &params))
+    let precision = math.precision;
+    if !hopper {
+        let kernel = format!("codec_conv_{}_{}", precision.name(), tile.name);
+        let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases].map(|x| int(x) as u32);
+        return Ok(vec![Launch::new(kernel, grid, tile.threads, tile.shared, &params)]);
+    }
+    let launch = |phase: usize| {
+        let product = Pixels {
+            precision,
+            x: Images { at: x, n, h, w, channels: cin },
+            skip: None,
+            window: conv_hopper::Window { side, up: before - phase / 2, left: before - phase % 2 },
+            weight: weight.offset(phase * cout * side * side * cin * 2),
+            columns: cout,
+            tiles_m: pixels.div_ceil(tile.m),
+        };
+        let kernel = format!("hopper_codec_{}_{}", precision.name(), tile.name);
+        conv_hopper::pixels(kernel, &product, &choice, card, &ConvParams { phase: int(phase), ..params })
+    };
+    Ok((0..phases).map(launch).collect())
 }
 
 /// What becomes of a convolution's input: y of x, both of `shape`; `affine` f32 [n, 1, 2, c], not padded.
@@ -444,12 +470,12 @@ impl CodecBackend for Gpu {
             other => (self.plain(shape, Format::Half), other),
         };
         let at = (weight.ptr(), bias.ptr());
-        let (precision, card) = (self.precision, self.card);
-        match convolve(precision, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr()) {
-            Ok(launch) => {
+        let (math, card) = (self.math, self.card);
+        match convolve(math, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr()) {
+            Ok(launches) => {
                 let bytes = x.bytes() + weight.bytes() + y.bytes() * (1 + usize::from(from.is_some()));
                 let side = Window::of(*reach).side;
-                self.go(Work::new("codec_conv", shape, bytes).sums(side * side * cin), [launch]);
+                self.go(Work::new("codec_conv", shape, bytes).sums(side * side * cin), launches);
             }
             Err(e) => self.unsupported(e),
         }

@@ -93,7 +93,7 @@ type ScaleTables = (Rc<ScaleTable>, Rc<dyn Memory>);
 /// Executes the network on a [`Runtime`].
 pub struct Gpu {
     runtime: Rc<dyn Runtime>,
-    math: Math,
+    pub(super) math: Math,
     pub(super) precision: Precision,
     pub(super) card: Card,
     params: Params,
