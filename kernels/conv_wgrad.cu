@@ -25,7 +25,7 @@ struct WgradLoad {
     static_assert(Tile::BM == Tile::BN && BK % STRIDE == 0 && STRIDE % 8 == 0, "every thread copies as many rows of both");
     const T *grad, *in;        // this thread's first pixel of the next step
     int grad_row, in_row;      // values from one pixel to the next
-    int grad_left, left;       // pixels up to the last; none for channels beyond the last
+    int left;                  // pixels up to the last
     unsigned x[ROWS], at[ROWS];
     unsigned width, image, edge, inside;  // inside: pixels that have such a neighbour above or below
     unsigned step_x, step_at;
@@ -38,10 +38,11 @@ struct WgradLoad {
         const int tap = in_valid ? n / cin : 0, pixel = first_step * BK + row;
         const int dy = p.taps == 1 ? 0 : tap / 3 - 1, dx = p.taps == 1 ? 0 : tap % 3 - 1;
         grad_row = p.cout, in_row = second ? p.cb : p.ca;
-        grad = static_cast<const T*>(p.grad) + (int64_t(pixel) * grad_row + co);
+        // Output channels beyond the last repeat it and are never stored.
+        grad = static_cast<const T*>(p.grad) + (int64_t(pixel) * grad_row + min(co, p.cout - 8));
         in = static_cast<const T*>(second ? p.skip : p.x) +
              (int64_t(pixel + dy * p.width + dx) * in_row + (second ? c - p.ca : c));
-        left = p.pixels - pixel, grad_left = co < p.cout ? left : 0;
+        left = p.pixels - pixel;
         edge = dx == 0 ? ~0u : dx < 0 ? 0 : width - 1;
         inside = !in_valid ? 0 : dy == 0 ? image : image - width;
         step_x = BK % width, step_at = BK % image;
@@ -56,13 +57,14 @@ struct WgradLoad {
         const smem_addr a = stage + to;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            cp_async(a + i * STRIDE * ROW_BYTES, grad + i * STRIDE * grad_row, i * STRIDE < grad_left);
+            const bool there = i * STRIDE < left;
+            cp_async(a + i * STRIDE * ROW_BYTES, grad + i * STRIDE * grad_row, there);
             cp_async(a + Tile::A_BYTES + i * STRIDE * ROW_BYTES, in + i * STRIDE * in_row,
-                     i * STRIDE < left && x[i] != edge && at[i] < inside);
+                     there && x[i] != edge && at[i] < inside);
             x[i] = min(x[i] + step_x, x[i] + step_x - width);
             at[i] = min(at[i] + step_at, at[i] + step_at - image);
         }
-        grad += BK * grad_row, in += BK * in_row, left -= BK, grad_left -= BK;
+        grad += BK * grad_row, in += BK * in_row, left -= BK;
     }
 };
 
