@@ -50,7 +50,7 @@ test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU i
 test-kernels: nvcc ## run the CUDA kernels' tests
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
 		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels \
-		--test engine --test cuda --test ptxas
+		--test engine --test cuda --test kernel_report
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)

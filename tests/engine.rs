@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::Precision;
+use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Backend, Normalization, Shape, Slot};
 use edm2k::data::dataset::{Dataset, Split};
@@ -204,6 +204,35 @@ fn fifty_steps_lose_as_on_the_cpu() {
         let off = (found_loss / expected_loss - 1.0).abs();
         assert!(off < 0.01, "{found_loss} instead of {expected_loss} up to step {}", expected[9].step);
         assert!(found.iter().all(|s| s.nonfinite == 0));
+    }
+}
+
+/// Channels in multiples of 64, as in every published network: what the lean loop, sums in two levels and Hopper's loop take.
+#[test]
+fn every_loop_trains_as_the_cpu_does() {
+    let Some(runtime) = common::runtime() else { return };
+    let (data, batch, steps) = (emoji(), 2, 6);
+    let json = serde_json::json!({
+        "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
+        "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 64,
+    });
+    let settings =
+        Settings { config: serde_json::from_value(json).unwrap(), ..settings(&data, batch, steps as u64 * batch) };
+    let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
+    let dir = tempfile::tempdir().unwrap();
+    let mut cpu = Cpu::<f32>::for_training(&table, 2);
+    let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
+    let hopper = (runtime.card().capability == 90).then_some((Accum::F32, ConvLoop::Wgmma));
+    for (accum, conv_loop) in [(Accum::F32, ConvLoop::Mma), (Accum::F16x2, ConvLoop::Mma)].into_iter().chain(hopper) {
+        let math = Math { precision: Precision::F16, accum: Some(accum), conv_loop };
+        let mut gpu = Gpu::for_training(runtime.clone(), math, &table, 2).unwrap();
+        let found = run(&mut gpu, &dir.path().join(format!("{accum:?} {conv_loop:?}")), &settings, batch);
+        assert_eq!((found.len(), expected.len()), (steps, steps));
+        for (found, expected) in found.iter().zip(&expected) {
+            let off = (found.loss / expected.loss - 1.0).abs();
+            assert!(off < 0.01, "{math:?}: {} instead of {} in step {}", found.loss, expected.loss, expected.step);
+            assert_eq!(found.nonfinite, 0);
+        }
     }
 }
 
