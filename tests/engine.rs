@@ -112,7 +112,7 @@ fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
         }
     });
     let summary = summary.unwrap();
-    assert!(summary.ok > 100 && summary.failed == 0, "{summary:?}");
+    assert!(summary.ok > 60 && summary.failed == 0, "{summary:?}");
     assert!(skipped.iter().any(|line| line.contains("the network does not fit the kernels")), "{skipped:?}");
 }
 
