@@ -95,7 +95,7 @@ struct WeightTurn {
 }
 const _: () = assert!(size_of::<WeightTurn>() == 24);
 
-/// turned[c][taps - 1 - t][co] = effective[co][t][c], for `count` tiles, which lie at `tiles`.
+/// `turned[c][taps - 1 - t][co] = effective[co][t][c]`, for `count` tiles, which lie at `tiles`.
 pub fn turn(tiles: DevicePtr, count: usize, effective: DevicePtr, turned: DevicePtr) -> Launch {
     Launch::new("weight_turn", [count as u32, 1, 1], 256, 0, &WeightTurn { tiles, effective, turned })
 }
