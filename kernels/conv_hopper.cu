@@ -13,7 +13,7 @@
 //     waits for its turn.
 // WEIGHTS (wgrad): D[output channel][(tap, channel)], k = pixel; both operands lie as rows of k ("MN-major").
 //     A  64 pixels by 128 output channels of grad, two boxes; B 64 pixels by 128 columns, two im2col copies, each of one tap.
-//     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. One wave of blocks: pixels are split.
+//     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. Pixels are split to fill the card.
 //
 // A tile that is cut off by the last pixel or channel needs no care but on the way out: copies fill zeros there.
 // Channels of inputs are multiples of 64, of results multiples of 8. Accumulators are f32, 128 registers a thread at most.
@@ -35,9 +35,6 @@ struct Pipeline {
     smem_addr first;
     int stage = 0;
     uint32_t parity = 0;
-
-    // Bytes of dynamic shared memory, with what rounding up to 1024 takes.
-    static constexpr int BYTES = 1024 + STAGES * STAGE_BYTES + STAGES * 16 + 16;
 
     // By all threads of the block; `readers` arrivals empty a stage.
     __device__ __forceinline__ Pipeline(smem_addr first, int readers) : first(first) {

@@ -13,11 +13,11 @@
 //     e  <- e + (w - e)(1 - beta_e), each average
 //     effective <- s normalize(normalize^rounds(w)) / sqrt(K), in 16 bits: what the convolutions read
 //
-// s are the scales of mp_cat, of the channels before `split` and from there, 1 elsewhere. A second kernel copies effective
-// convolution weights to turned[c][taps - 1 - t][co], what conv_dgrad reads (weight_turn: 4 bytes a weight).
-//
 // and for the statistics g . g and the number of values that were not finite, one pair a row, which a
 // second kernel adds up in a fixed order. Gains are rows that skip the normalisation and stay f32.
+//
+// s are the scales of mp_cat, of the channels before `split` and from there, 1 elsewhere. A third kernel copies effective
+// convolution weights to turned[c][taps - 1 - t][co], what conv_dgrad reads (weight_turn: 4 bytes a weight).
 //
 // Layout: everything f32 is [cout][tap][cin] in arenas of equal offsets, and so is the effective copy; cin
 // is padded with zeros so that a row is a multiple of 8 values. Padding stays zero if its gradient is.

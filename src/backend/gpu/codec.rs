@@ -137,7 +137,7 @@ fn int(x: usize) -> i32 {
 fn check(shape: Shape) -> Result<(), CodecError> {
     let [n, h, w, c] = shape;
     let fits = h < 1 << 15 && w < 1 << 15 && c < 1 << 16 && n < 1 << 16;
-    match shape.iter().all(|&x| x > 0) && fits && n * h * w * padded(c) < 1 << 31 {
+    match shape.iter().all(|&x| x > 0) && fits && (n * h * w + 2 * w + 2) * padded(c) < 1 << 31 {
         true => Ok(()),
         false => Err(CodecError::Shape(shape)),
     }
@@ -226,6 +226,7 @@ pub fn convolve(
     }
     check(shape)?;
     check(result(reach, shape, cout))?;
+    check([1, side * side, padded(cin), cout])?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
     let (tiles, steps) = tiles::of_inputs(side * side, [cin, 0]);

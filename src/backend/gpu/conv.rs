@@ -57,8 +57,10 @@ impl ConvShape {
             return wrong("channels must be padded to a multiple of 8");
         }
         // The kernels count the values of a tensor, and those of the weight, in 32 bits.
+        // With room for neighbours that lie outside and are not read.
         let widest = self.ca.max(self.cb).max(self.cout);
-        let values = [self.pixels().saturating_mul(widest), (self.taps * self.cin()).saturating_mul(self.cout)];
+        let around = self.pixels().saturating_add(2 * self.w + 2);
+        let values = [around.saturating_mul(widest), (self.taps * self.cin()).saturating_mul(self.cout)];
         if values.iter().any(|&values| values >= 1 << 31) {
             return wrong("too large");
         }
@@ -97,7 +99,7 @@ struct PixelTiles {
     tiles_per_group: i32,
 }
 
-/// `ConvFprop` of conv_fprop.cu, which explains it.
+/// `ConvFprop` of conv_finish.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 struct FpropParams {
@@ -126,7 +128,7 @@ struct FpropParams {
 }
 const _: () = assert!(size_of::<FpropParams>() == 136, "mirrors ConvFprop");
 
-/// `ConvDgrad` of conv_dgrad.cu, which explains it.
+/// `ConvDgrad` of conv_finish.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 struct DgradParams {
@@ -158,7 +160,7 @@ struct DgradParams {
 }
 const _: () = assert!(size_of::<DgradParams>() == 160, "mirrors ConvDgrad");
 
-/// `ConvWgrad` of conv_wgrad.cu, which explains it.
+/// `ConvWgrad` of conv_finish.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 struct WgradParams {

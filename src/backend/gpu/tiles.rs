@@ -56,8 +56,8 @@ pub static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("FLAT", "flat_"));
 /// Tiles of `conv_wgrad_*`.
 pub static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("GRADIENT", ""));
 
-/// Bytes of dynamic shared memory of a Hopper kernel's pipeline; `Pipeline::BYTES` of `kernels/conv_hopper.cu`: stages with two
-/// barriers each, two more, and what rounding up to 1024 loses.
+/// Bytes of dynamic shared memory of a Hopper kernel's pipeline (`Pipeline` of `kernels/conv_hopper.cu`): stages with two barriers
+/// each, two more barriers, and what rounding up to 1024 loses.
 fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
     1024 + stages * ((m + n) * STEP * 2 + 16) + 16
 }
