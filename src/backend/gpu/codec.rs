@@ -7,10 +7,10 @@
 
 use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
-use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision};
 use super::runtime::{DeviceError, PARAMETERS, Runtime};
 use super::tensor::{Buffer, Format, Tensor, padded};
-use super::tiles::{self, Card, Choice, Product, STEP};
+use super::tiles::{self, Card, Choice, Product};
 use crate::backend::Shape;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::model::ParamTable;
@@ -230,7 +230,7 @@ pub fn convolve(
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
     let (tiles, steps) = tiles::of_inputs(side * side, [cin, 0]);
-    let hopper = math.conv_loop == ConvLoop::Wgmma && cin.is_multiple_of(STEP) && cout >= STEP && stride == 1;
+    let hopper = stride == 1 && tiles::by_wgmma(math, [cin, 0], cout);
     let tiles = if hopper { &tiles::HOPPER } else { tiles };
     // The sum is never split: the images are large.
     let whole = Product { groups: phases, rows: pixels, columns: cout, steps: 1 };

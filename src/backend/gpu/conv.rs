@@ -6,8 +6,8 @@
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
 use super::conv_hopper::{self, Images, Pixels, Window};
-use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
-use super::tiles::{self, Card, Choice, Product, STEP, Tile};
+use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::tiles::{self, Card, Choice, Product, Tile};
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
@@ -273,8 +273,7 @@ impl Kernel {
     ) -> Self {
         let [rows, columns] = product;
         let (mut tiles, steps) = tiles::of_inputs(taps, channels);
-        let hopper =
-            math.conv_loop == ConvLoop::Wgmma && channels.iter().all(|c| c.is_multiple_of(STEP)) && columns >= STEP;
+        let hopper = tiles::by_wgmma(math, channels, columns);
         if hopper {
             tiles = &tiles::HOPPER;
         }
@@ -596,8 +595,7 @@ impl Wgrad {
         shape.check()?;
         let steps = shape.pixels().div_ceil(tiles::STEP);
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
-        let whole = [shape.ca, shape.cb].iter().all(|c| c.is_multiple_of(STEP)) && shape.cout >= STEP;
-        let hopper = math.conv_loop == ConvLoop::Wgmma && whole;
+        let hopper = tiles::by_wgmma(math, [shape.ca, shape.cb], shape.cout);
         let tiles = if hopper { &tiles::HOPPER_GRADIENT } else { &tiles::GRADIENT };
         Ok(Self { shape, kernel: Kernel::new(math, card, hopper, tiles, product) })
     }

@@ -4,6 +4,8 @@
 
 use std::sync::LazyLock;
 
+use super::launch::{ConvLoop, Math};
+
 /// One instance of a product kernel: what a block computes and what it takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tile {
@@ -84,6 +86,11 @@ pub static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse_hopper(
 pub fn of_inputs(taps: usize, channels: [usize; 2]) -> (&'static [Tile], usize) {
     let tiles = if channels.iter().all(|c| c.is_multiple_of(STEP)) { &PIXELS } else { &FLAT };
     (tiles, channels.iter().map(|c| (taps * c).div_ceil(STEP)).sum())
+}
+
+/// Whether a product goes by Hopper's loop: if asked for, and whole steps of channels make at least a step of columns.
+pub fn by_wgmma(math: Math, channels: [usize; 2], columns: usize) -> bool {
+    math.conv_loop == ConvLoop::Wgmma && channels.iter().all(|c| c.is_multiple_of(STEP)) && columns >= STEP
 }
 
 /// What a choice depends on besides the shape.
