@@ -198,9 +198,9 @@ fn a_fault_names_the_device_the_error_and_the_last_kernel() {
     assert!(memory.write(0, &[1]).is_err() && gpu.allocate(1 << 20, "a test").is_err());
 }
 
-/// This file's tests with a driver of our own; what they print, and whether they passed.
+/// A directory with a driver of our own.
 #[cfg(feature = "emulator")]
-fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
+fn emulators_driver() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let library = dir.path().join("libcuda.so.1");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
@@ -208,6 +208,13 @@ fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
     let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", source, "-ldl", "-o"];
     let made = Process::new(compiler).args(flags).arg(&library).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    dir
+}
+
+/// This file's tests with that driver; what they print, and whether they passed.
+#[cfg(feature = "emulator")]
+fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
+    let dir = emulators_driver();
     let mut child = Process::new(std::env::current_exe().unwrap());
     child.args(tests).args(["--nocapture", "--skip", "emulators_driver"]).envs(variables.iter().copied());
     child.env("LD_LIBRARY_PATH", dir.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
@@ -234,5 +241,32 @@ fn old_drivers_and_cards_are_refused_by_the_emulators_driver_too() {
     ] {
         let (said, passed) = with_driver(&test, &[(variable, "1")]);
         assert!(passed && said.contains(&format!("skipped on a GPU: {why}")), "{said}");
+    }
+}
+
+#[cfg(feature = "emulator")]
+#[test]
+fn with_the_emulators_driver_broken_the_cpu_computes_and_says_why() {
+    let (driver, rubble) = (emulators_driver(), tempfile::tempdir().unwrap());
+    std::fs::write(rubble.path().join("libcuda.so.1"), "no library").unwrap();
+    for (libraries, variable, why) in [
+        (&rubble, "NONE", "the NVIDIA driver does not load: "),
+        (&driver, "DRIVER_BROKEN", "the NVIDIA driver does not start: "),
+        (&driver, "DRIVER_OLD", "the NVIDIA driver is for CUDA 11.4, needs 12.4 or newer"),
+    ] {
+        let out = tempfile::tempdir().unwrap();
+        let sample = |device: &str| {
+            let model = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/emoji.safetensors");
+            let mut edm2k = Process::new(env!("CARGO_BIN_EXE_edm2k"));
+            edm2k.args(["sample", "--model", model, "--seeds", "0", "--steps", "1", "--device", device, "--outdir"]);
+            edm2k.arg(out.path()).env("LD_LIBRARY_PATH", libraries.path()).env(variable, "1");
+            edm2k.env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY")).env_remove("EDM2K_NO_GPU");
+            let output = edm2k.output().unwrap();
+            (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code())
+        };
+        let (said, code) = sample("cuda");
+        assert!(code == Some(1) && said.contains(why) && !said.contains("computing on"), "{code:?}: {said}");
+        let (said, code) = sample("auto");
+        assert!(code == Some(0) && said.contains(&format!("warning: computing on the CPU: {why}")), "{code:?}: {said}");
     }
 }

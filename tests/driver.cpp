@@ -22,7 +22,7 @@
 namespace {
 
 enum Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-              INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, UNSUPPORTED = 900, INVALIDATED = 901 };
+              INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, UNSUPPORTED = 900, INVALIDATED = 901, UNKNOWN = 999 };
 
 constexpr size_t TOTAL = size_t(2) << 30;
 constexpr int SHARED = 99 << 10;
@@ -107,7 +107,7 @@ int forbidden() {
 #define LOCK std::lock_guard<std::recursive_mutex> guard(lock)
 #define TRY(call) do { if (int failed_ = (call)) return failed_; } while (0)
 
-API cuInit(unsigned) { return SUCCESS; }
+API cuInit(unsigned) { return getenv("DRIVER_BROKEN") ? UNKNOWN : SUCCESS; }
 API cuDriverGetVersion(int* version) { return *version = getenv("DRIVER_OLD") ? 11040 : 13000, SUCCESS; }
 API cuDeviceGetCount(int* n) { return *n = 1, SUCCESS; }
 API cuDeviceGet(int* device, int ordinal) { return *device = 7, ordinal == 0 ? SUCCESS : INVALID_DEVICE; }

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batches;
-use edm2k::train::{DataIdentity, Event, LearningRate, Plan, Schedule, Settings, Splits, ema, train};
+use edm2k::train::{DataIdentity, Event, LearningRate, Outcome, Plan, Schedule, Settings, Splits, ema, train};
 use half::f16;
 use serde_json::{Value, json};
 
@@ -783,12 +783,27 @@ fn averages_of_nearly_the_same_width_have_files_of_their_own() {
     );
 }
 
-#[test]
-fn another_device_on_the_way_is_said() {
-    let place = Place::new();
+/// Trains on in `run` up to `duration` images, eight a step, or until `stop_at`; what it noted.
+fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> String {
     let data = place.dataset(Split::Train);
-    let settings = Settings { batch: 8, duration: 8, ..settings(&data) };
-    let plan = |computed_on: &str| Plan {
+    let settings = Settings { batch: 8, duration, ..settings(&data) };
+    let model = Model::init(&settings.config, 0).unwrap();
+    let mut backend = Cpu::<f32>::for_training(&model.table, 1);
+    let (mut said, stop) = (String::new(), AtomicBool::new(false));
+    let mut note = |event: Event| match event {
+        Event::Step(nimg) if Some(nimg) == stop_at => stop.store(true, Ordering::Relaxed),
+        Event::Note(text) => said += &text,
+        _ => {}
+    };
+    let splits = Splits { train: &data, validation: None };
+    let outcome = train(&mut backend, model, &settings, plan, splits, &stop, &mut note).unwrap();
+    assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
+    said
+}
+
+/// Training alone, and the last checkpoint.
+fn plain_plan(place: &Place) -> Plan {
+    Plan {
         outdir: place.path("run"),
         batch_gpu: 8,
         status: 0,
@@ -799,26 +814,37 @@ fn another_device_on_the_way_is_said() {
         keep: 1,
         keep_rampup: false,
         restart: false,
-        computed_on: computed_on.into(),
-    };
-    let run = |duration, computed_on| {
-        let settings = Settings { duration, ..settings.clone() };
-        let model = Model::init(&settings.config, 0).unwrap();
-        let mut backend = Cpu::<f32>::for_training(&model.table, 1);
-        let (mut said, stop) = (String::new(), AtomicBool::new(false));
-        let mut note = |event: Event| {
-            if let Event::Note(text) = event {
-                said += &text;
-            }
-        };
-        let splits = Splits { train: &data, validation: None };
-        train(&mut backend, model, &settings, &plan(computed_on), splits, &stop, &mut note).unwrap();
-        said
-    };
-    run(8, "a GPU, f16");
-    let said = run(16, "the CPU, f32");
+        computed_on: "the CPU, f32".into(),
+    }
+}
+
+#[test]
+fn another_device_on_the_way_is_said() {
+    let place = Place::new();
+    let plan = plain_plan(&place);
+    go_on(&place, 8, None, &Plan { computed_on: "a GPU, f16".into(), ..plan.clone() });
+    let said = go_on(&place, 16, None, &plan);
     assert!(said.contains("computed on a GPU, f16 so far, on the CPU, f32 from here"), "{said}");
-    assert!(!run(24, "the CPU, f32").contains("so far"));
+    assert!(!go_on(&place, 24, None, &plan).contains("so far"));
+}
+
+#[test]
+fn a_checkpoint_that_a_stop_made_goes_with_the_next_and_counts_for_none() {
+    let place = Place::new();
+    let plan = Plan { checkpoint: 32, keep: 2, ..plain_plan(&place) };
+    let there = || {
+        let of = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap()[11..].parse::<u64>().unwrap();
+        checkpoints(&place.path("run")).iter().map(of).collect::<Vec<_>>()
+    };
+    // What comes with a step is heeded after the next.
+    go_on(&place, 128, Some(32), &plan);
+    assert_eq!(there(), [32, 40]);
+    go_on(&place, 128, Some(56), &plan);
+    assert_eq!(there(), [32, 64], "where a checkpoint was due anyway, none is a stop's");
+    go_on(&place, 128, Some(72), &plan);
+    assert_eq!(there(), [32, 64, 80]);
+    go_on(&place, 128, None, &plan);
+    assert_eq!(there(), [96, 128]);
 }
 
 /// Starts a run without an end and waits until it is under way.

@@ -91,7 +91,7 @@ pub enum VaeError {
     Header { path: PathBuf, what: String },
     #[error("{}: its vocabulary: {cause}", path.display())]
     Vocabulary { path: PathBuf, cause: VocabularyError },
-    #[error("training diverged in epoch {0}: the loss is not finite")]
+    #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
     Diverged(usize),
 }
 
@@ -402,6 +402,11 @@ impl Vae<f32> {
         let batch = vae.batch(rows, &some[..ANCHORS.min(count)], how.seed, None);
         let (d, v, z, _) = vae.sizes();
         vae.anchors = vae.linear(0, (2 * z, d + v), &batch.input);
+        // As they will be saved.
+        let finite = |x: &f32| f16::from_f32(*x).is_finite();
+        if !vae.params.iter().chain(&vae.anchors).all(finite) {
+            return Err(VaeError::Diverged(how.epochs - 1));
+        }
         Ok(vae)
     }
 

@@ -33,6 +33,9 @@ pub struct State {
     /// Device and number type of the last step, for people.
     #[serde(default)]
     pub computed_on: String,
+    /// Whether it is there only because the run was told to stop: it goes when there is a newer one.
+    #[serde(default)]
+    pub stopgap: bool,
 }
 
 /// Why a checkpoint could not be written or read.
@@ -104,6 +107,21 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
     found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
     Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// The checkpoints in a directory that a run removes which keeps `keep`: the older ones, and those that only a stop
+/// made, as a run without stops has none. The newest one always stays.
+///
+/// # Errors
+/// If the directory cannot be listed.
+pub fn superseded(dir: &Path, keep: usize) -> io::Result<Vec<PathBuf>> {
+    let is_stopgap = |path: &PathBuf| Checkpoint::open(path).is_ok_and(|checkpoint| checkpoint.state.stopgap);
+    let mut all = list(dir)?;
+    if all.first().is_some_and(is_stopgap) {
+        all.remove(0);
+    }
+    let (stopgaps, regular): (Vec<_>, Vec<_>) = all.into_iter().partition(is_stopgap);
+    Ok(regular.into_iter().skip(keep.max(1)).chain(stopgaps).collect())
 }
 
 /// A name for something that is set aside: `path` with an ending that nothing has yet.

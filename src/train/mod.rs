@@ -354,7 +354,7 @@ pub fn train<B: Backend>(
             model.upload(backend, Slot::Weight)?;
             (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
             let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
-            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on }
+            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on, stopgap: false }
         }
     };
     let settings = &state.settings.clone();
@@ -515,7 +515,9 @@ impl<B: Backend> Run<'_, B> {
             if due(self.plan.snapshot) {
                 self.snapshot(event)?;
             }
-            if due(self.plan.checkpoint) || done || stopped {
+            let regular = due(self.plan.checkpoint) || done;
+            if regular || stopped {
+                self.state.stopgap = !regular;
                 self.checkpoint(event)?;
             }
             if done || stopped {
@@ -676,11 +678,11 @@ impl<B: Backend> Run<'_, B> {
         self.tidy(event)
     }
 
-    /// Removes the oldest checkpoints beyond those to keep, and draws the losses.
+    /// Removes the checkpoints that are not to be kept, and draws the losses.
     fn tidy(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.plan.outdir;
         let io_error = |cause| TrainError::Io { path: dir.clone(), cause };
-        for old in checkpoint::list(dir).map_err(io_error)?.into_iter().skip(self.plan.keep.max(1)) {
+        for old in checkpoint::superseded(dir, self.plan.keep).map_err(io_error)? {
             fs::remove_file(&old).map_err(|cause| TrainError::Io { path: old, cause })?;
         }
         // No run ends for want of a picture.
