@@ -10,6 +10,8 @@ pub mod frechet;
 pub mod memory;
 pub mod model;
 pub mod onnx;
+pub mod pictures;
+mod real;
 pub mod rng;
 pub mod sample;
 pub mod train;

@@ -8,10 +8,10 @@ use edm2k::backend::Backend;
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, TAESD_SCALE};
-use edm2k::formats::png::{Picture, read_text};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::Config;
 use edm2k::model::file::{Encoder, Model, Precision, save};
+use edm2k::pictures::{Picture, png::read_text};
 use serde_json::json;
 
 #[path = "common/autoencoder.rs"]

@@ -13,9 +13,9 @@ use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Kind, Split};
-use edm2k::data::images;
 use edm2k::data::prepare::{self, Counts, Drop, Drops, Event, PrepareError, Settings, Summary};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::pictures::decode::decode;
 use edm2k::rng::{Purpose, Stream};
 use half::f16;
 use image::{DynamicImage, GrayImage, ImageFormat, Luma, Rgb, RgbImage, Rgba, RgbaImage};
@@ -457,7 +457,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         let stored = shard.f32("latents").unwrap();
         for (i, stored) in stored.chunks(8 * area).enumerate() {
             let file = fs::read(shop.file(&format!("{}.png", i + 2))).unwrap();
-            let picture = images::decode(&file, [255; 3]).unwrap().picture;
+            let picture = decode(&file, [255; 3]).unwrap().picture;
             let moments = encoder.encode(&mut cpu, &picture).unwrap();
             for at in 0..4 * area {
                 let (c, place) = (at / area, at % area);
@@ -706,7 +706,7 @@ fn a_model_of_features_draws_what_tags_ask_for() {
     fails(&format!("{sample} --outdir o --tags al --condition-model c.safetensors"), "unknown tag \"al\"");
     ok(&format!("{sample} --outdir o --tags all,a --condition-model c.safetensors"));
     assert_eq!(image::image_dimensions(dir.join("o/000000.png")).unwrap(), (32, 32));
-    let text = edm2k::formats::png::read_text(&dir.join("o/000000.png")).unwrap();
+    let text = edm2k::pictures::png::read_text(&dir.join("o/000000.png")).unwrap();
     assert!(text.iter().any(|(_, text)| text.contains(r#""asked":"all, a""#)), "{text:?}");
 }
 

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use edm2k::formats::png::{self, Picture};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::pictures::{Picture, png};
 use half::{bf16, f16};
 use proptest::prelude::*;
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use assert_cmd::Command;
 use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, Kind, Split};
-use edm2k::formats::png::read_text;
 use edm2k::model::{Encoder, Model};
+use edm2k::pictures::png::read_text;
 use image::ImageReader;
 use serde_json::Value;
 

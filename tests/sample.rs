@@ -12,10 +12,11 @@ use edm2k::backend::{Backend, BackendError, Normalization, Shape, Slot};
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::formats::{npy, png};
 use edm2k::model::file::{Model, Precision, save};
 use edm2k::model::{Config, ParamTable};
+use edm2k::pictures::png;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
 

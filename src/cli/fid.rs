@@ -12,13 +12,13 @@ use serde_json::json;
 use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::data::bicubic::resize;
 use edm2k::data::dataset::{Dataset, Kind};
-use edm2k::data::images;
-use edm2k::formats::png::Picture;
 use edm2k::frechet::{Moments, distance};
 use edm2k::model::{Model, ParamTable};
 use edm2k::onnx::{Network, Wanted};
+use edm2k::pictures::Picture;
+use edm2k::pictures::bicubic::resize;
+use edm2k::pictures::decode;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Sampler, SamplerConfig};
 
@@ -186,7 +186,7 @@ fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
-    let image = images::open(file, [255; 3]);
+    let image = decode::open(file, [255; 3]);
     image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 

@@ -21,12 +21,11 @@ use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use edm2k::data::dataset::{Dataset, DatasetError, Split};
 use edm2k::data::features::CONDITIONING_KEY;
-use edm2k::data::images;
 use edm2k::formats::DirLock;
 use edm2k::formats::npy;
-use edm2k::formats::png::Picture;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Encoder, Model, ParamTable};
+use edm2k::pictures::{Picture, decode};
 use edm2k::sample::{Churn, Observe, Sampler, SamplerConfig, Solver, Step, parse_seeds};
 
 use super::say::{note, out};
@@ -400,7 +399,7 @@ fn likenesses(args: &SampleArgs, model: &Model, tagger: &Path, all: &mut Conditi
         note!("warning: {name} was trained on {made_of}, but these are {theirs}");
     }
     for like in &args.like {
-        let image = images::open(like, Tagger::BACKGROUND);
+        let image = decode::open(like, Tagger::BACKGROUND);
         let image = image.map_err(|why| anyhow!("--like {}: {why}", like.display()))?;
         if let Some(profile) = image.unapplied {
             note!("warning: {}: its colour profile ({profile}) cannot be applied; taken for sRGB", like.display());

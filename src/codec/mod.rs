@@ -29,8 +29,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::BackendError;
 use crate::backend::codec::CodecBackend;
 use crate::fingerprint::{self, Fingerprint, Hasher};
-use crate::formats::png::Picture;
 use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
 use layers::{Layers, Weights, check};
 

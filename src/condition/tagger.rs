@@ -11,10 +11,10 @@
 use std::path::Path;
 
 use super::Conditioning;
-use crate::data::bicubic::within;
 use crate::fingerprint;
-use crate::formats::png::Picture;
 use crate::onnx::{Network, OnnxError, Wanted};
+use crate::pictures::Picture;
+use crate::pictures::bicubic::within;
 
 /// A tagger, ready to look at pictures.
 pub struct Tagger {

@@ -36,8 +36,8 @@ use serde::{Deserialize, Serialize};
 
 use super::vocabulary::{Tag, Vocabulary, VocabularyError};
 use super::{Conditioning, Meaning, unit_norm};
-use crate::backend::cpu::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
 
 /// Key of the [`Header`] in the file's metadata.

@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use super::images::{self, Place};
-use super::prepare::{Drop, Event, PrepareError, Record, Records, Settings, read_lines};
+use super::prepare::{Drop, Event, Place, PrepareError, Record, Records, Settings, read_lines};
 use crate::condition::vocabulary::check_tag;
 use crate::formats::{input, tar};
+use crate::pictures::fit::crop;
 
 /// Which posts to take.
 #[derive(Clone, Debug)]
@@ -118,7 +118,7 @@ fn refuse(post: &Post, settings: &Settings, filter: &Filter) -> Option<Drop> {
     let is = |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
     let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
     let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
-    let crop = images::crop(size, settings.size);
+    let crop = crop(size, settings.size);
     let reasons = [
         (filter.require.iter().any(lacks), Drop::LacksTags),
         (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),

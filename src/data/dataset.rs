@@ -35,6 +35,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
+use crate::pictures::to_model;
 use crate::rng::Stream;
 
 /// Key of the [`Header`] in a shard's metadata.
@@ -475,7 +476,7 @@ impl Dataset {
                 let pixels = self.row(i, "images", area * channels);
                 for (c, plane) in pixels.chunks_exact(area).enumerate() {
                     for (place, &x) in plane.iter().enumerate() {
-                        out[place * channels + c] = f32::from(x) / 127.5 - 1.0;
+                        out[place * channels + c] = to_model(x);
                     }
                 }
             }

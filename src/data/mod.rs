@@ -1,8 +1,6 @@
 //! Images and their conditions on disk: made by [`prepare`], read by [`dataset`].
 
-pub mod bicubic;
 pub mod danbooru;
 pub mod dataset;
 pub mod features;
-pub mod images;
 pub mod prepare;

@@ -3,7 +3,7 @@
 //! The images are those of a folder and a JSON-lines file with a line such as
 //! `{"id": 7, "file": "a/b.png", "tags": ["x", "y"]}` for each, with an optional `"flip": true` where mirroring the
 //! image leaves its meaning, and an optional `"repeats": 4` where training shall show it that often in an epoch; or
-//! those of danbooru ([`danbooru`]). Each is decoded, cropped and resized ([`images`]); one that would lose more than
+//! those of danbooru ([`danbooru`]). Each is decoded, cropped and resized ([`pictures`](crate::pictures)); one that would lose more than
 //! the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is its
 //! tags, or a feature divided by its norm: that in a file ([`features`](super::features)), or what a tagger makes of
 //! the image before it is cropped and resized.
@@ -21,9 +21,10 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 
@@ -36,18 +37,18 @@ use serde_json::{Map, Value, json};
 use super::danbooru;
 use super::dataset::{HEADER_KEY, Header, Kind, Split, VOCABULARY_FILE, VocabularyPrint, check_whole, write_shard};
 use super::features::{FeatureError, Features};
-use super::images::{self, Place};
 use crate::codec::{Autoencoder, CodecError, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError, check_tag};
 use crate::condition::{Conditioning, unit_norm};
 use crate::fingerprint::{Fingerprint, Identity};
-use crate::formats::png::Picture;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 use crate::formats::tar::TarError;
 use crate::formats::{DirLock, LockError, input, write_atomically};
 use crate::memory::{self, TooLarge};
 use crate::onnx::OnnxError;
+use crate::pictures::decode::{Image, MAX_BYTES, decode};
+use crate::pictures::{Picture, fit};
 
 /// Key of the settings in a shard's metadata.
 const SETTINGS_KEY: &str = "settings";
@@ -318,6 +319,64 @@ impl Serialize for Summary {
         all.serialize_field("unusable_tags", &self.unusable_tags)?;
         all.serialize_field("vocabulary", &self.vocabulary.len())?;
         all.end()
+    }
+}
+
+/// Where an image's bytes are.
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    /// All of a file.
+    File(PathBuf),
+    /// A part of an archive.
+    Member {
+        /// The archive.
+        tar: Arc<Path>,
+        /// Where the part begins.
+        offset: u64,
+        /// Its length.
+        size: u64,
+    },
+}
+
+impl Place {
+    /// Number of bytes; 0 for a file that is not there.
+    fn length(&self) -> u64 {
+        match self {
+            Self::File(path) => fs::metadata(path).map_or(0, |about| about.len()),
+            Self::Member { size, .. } => *size,
+        }
+    }
+
+    /// The bytes; or what is wrong with the file, which is no image then.
+    ///
+    /// # Errors
+    /// The disk failed, or an archive is not there any more: nothing is known of the image.
+    fn read(&self) -> io::Result<Result<Vec<u8>, String>> {
+        let length = self.length();
+        if length > MAX_BYTES {
+            return Ok(Err(format!("{length} bytes, expected {MAX_BYTES} at most")));
+        }
+        match self {
+            Self::File(path) => match input::read(path, MAX_BYTES) {
+                Err(error) if input::is_of_the_file(&error) => Ok(Err(error.to_string())),
+                read => read.map(Ok),
+            },
+            Self::Member { tar, offset, size } => {
+                let mut file = input::open(tar)?;
+                file.seek(SeekFrom::Start(*offset))?;
+                let mut bytes = vec![0; *size as usize];
+                file.read_exact(&mut bytes)?;
+                Ok(Ok(bytes))
+            }
+        }
+    }
+
+    /// The file that it is in.
+    fn path(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Member { tar, .. } => tar,
+        }
     }
 }
 
@@ -879,7 +938,7 @@ struct Ready {
     picture: Picture,
     /// Whether it was smaller.
     enlarged: bool,
-    /// See [`images::Image`].
+    /// See [`Image`].
     unapplied: Option<String>,
     /// Places of its tags in the vocabulary, ascending.
     tags: Vec<u32>,
@@ -918,9 +977,9 @@ impl Maker<'_> {
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
         let Settings { size, background, max_crop, danbooru, .. } = self.settings;
         let unreadable = |why: String| (Drop::Unreadable, why);
-        let images::Image { picture: image, unapplied } = images::decode(bytes, *background).map_err(unreadable)?;
+        let Image { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
-        let crop = images::crop([width, height], *size);
+        let crop = fit::crop([width, height], *size);
         if !crop.within(*max_crop) {
             let lost = 100.0 * crop.lost;
             let why = format!("{width}x{height} loses {lost:.1} % by cropping to {}x{}", size[0], size[1]);
@@ -935,14 +994,14 @@ impl Maker<'_> {
             Source::Tags => self.vocabulary.multi_hot(&tags),
             Source::Known(features) => feature(features.get(record.id).unwrap_or_default())?,
             Source::Tagger(tagger) => {
-                let other = (*background != Tagger::BACKGROUND).then(|| images::decode(bytes, Tagger::BACKGROUND));
+                let other = (*background != Tagger::BACKGROUND).then(|| decode(bytes, Tagger::BACKGROUND));
                 let other = other.transpose().map_err(unreadable)?;
                 let shown = other.as_ref().map_or(&image, |other| &other.picture);
                 let made = tagger.features(shown, &record.file);
                 feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
             }
         };
-        let picture = images::fit(image, crop, *size).map_err(unreadable)?;
+        let picture = fit::fit(image, crop, *size).map_err(unreadable)?;
         Ok(Ready { picture, enlarged: crop.enlarged, unapplied, tags, condition })
     }
 

@@ -2,11 +2,9 @@
 
 pub mod atomic;
 pub mod input;
-pub mod jpeg;
 pub mod mapped;
 pub mod npy;
 pub mod pickle;
-pub mod png;
 pub mod safetensors;
 pub mod tar;
 pub mod torch;

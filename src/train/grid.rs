@@ -7,8 +7,9 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::data::dataset::Dataset;
-use crate::formats::png::Picture;
 use crate::model::Precond;
+use crate::pictures::Picture;
+use crate::pictures::png::PngError;
 use crate::rng::{Purpose, Stream};
 use crate::sample::{SampleError, Sampler, SamplerConfig};
 
@@ -25,7 +26,7 @@ pub enum GridError {
     Sample(#[from] SampleError),
     /// The picture could not be written.
     #[error(transparent)]
-    Png(#[from] crate::formats::png::PngError),
+    Png(#[from] PngError),
 }
 
 /// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time.

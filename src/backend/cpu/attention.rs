@@ -3,8 +3,8 @@
 //! For each image and head: S = q k^T / sqrt(c) over T = h w tokens, y = softmax(S) v. Cost: 2 T^2 c
 //! multiply-adds forward, 5 T^2 c backward (the scores are computed again rather than kept).
 
-use super::real::{Mat, NORM_EPS, Real, Threads, matmul, simd};
 use super::tensor::{Pool, Tensor};
+use crate::real::{Mat, NORM_EPS, Real, Threads, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -90,7 +90,7 @@ fn for_heads<T: Real>(
         .enumerate()
         .for_each(|(i, out)| simd(|| f(i / heads, i % heads, out)));
     let mut out = Tensor::uninit(pool, [n, h, w, heads * per_head]);
-    super::real::for_rows(out.values_mut(), heads * per_head, |i, row| {
+    crate::real::for_rows(out.values_mut(), heads * per_head, |i, row| {
         let (image, token) = (i / tokens, i % tokens);
         for (head, dst) in row.chunks_exact_mut(per_head).enumerate() {
             dst.copy_from_slice(&apart.values()[((image * heads + head) * tokens + token) * per_head..][..per_head]);

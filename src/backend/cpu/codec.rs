@@ -2,11 +2,11 @@
 
 use super::attention::softmax;
 use super::conv::{self, Filter, Rows, Window};
-use super::real::{Mat, Real, Threads, for_rows, matmul, simd};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::model::ParamTable;
+use crate::real::{Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 
 /// A kernel as [`conv::conv`] reads it.

@@ -19,9 +19,9 @@
 //! zero pixel. The work is cut into bands of image rows, so that a band's input stays in cache; few-pixel
 //! layers are one band and the product itself is spread over the threads.
 
-use super::real::{Mat, Real, Threads, matmul, matmul_strided, simd};
 use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
+use crate::real::{Mat, Real, Threads, matmul, matmul_strided, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -302,7 +302,7 @@ pub fn wgrad<T: Real>(
         .par_chunks_mut(len)
         .enumerate()
         .for_each(|(part, out)| sum_bands(part, out, false, Threads::One));
-    super::real::for_rows(out, len.min(4096), |i, out| {
+    crate::real::for_rows(out, len.min(4096), |i, out| {
         for (part, values) in partial.values().chunks_exact(len).enumerate() {
             let values = &values[i * len.min(4096)..][..out.len()];
             if part == 0 && !accumulate {

@@ -2,24 +2,23 @@
 //! machines without a GPU.
 //!
 //! Each operation is the plain composition of the paper's formulas; what makes it fast is in
-//! `conv` (implicit matrix products), `real` (SIMD, threads) and `tensor` (memory that is reused).
+//! `conv` (implicit matrix products) and `tensor` (memory that is reused).
 
 mod attention;
 mod codec;
 mod conv;
-pub(crate) mod real;
 mod tensor;
 mod weights;
 
 use super::*;
+use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, mp_silu_grad};
 use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
-use real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, mp_silu_grad};
 use std::sync::Arc;
 use tensor::Pool;
 use weights::Param;
 
-pub use real::Real;
+pub use crate::real::Real;
 pub use tensor::Tensor;
 
 /// Executes the network on the CPU, on all threads of rayon's pool.

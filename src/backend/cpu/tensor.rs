@@ -1,7 +1,7 @@
 //! Tensors of the CPU backend: a shape and shared values, whose memory returns to a pool.
 
-use super::real::Real;
 use crate::backend::Shape;
+use crate::real::Real;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 

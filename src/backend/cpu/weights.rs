@@ -11,9 +11,9 @@
 //! Cost of a step: reads weight, gradient, both moments and each average, writes all but the
 //! gradient, and the effective weight: about 4 * (9 + 2 averages) bytes a value.
 
-use super::real::{NORM_EPS, Real, for_rows, simd};
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
 use crate::model::params::{Kind, ParamSpec};
+use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
 
 /// State that only training needs.

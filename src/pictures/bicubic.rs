@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use crate::formats::png::Picture;
+use super::Picture;
 
 /// Bits behind the point of a weight: 8 are a pixel's, and sums have a sign and may exceed the largest pixel.
 const BITS: u32 = 32 - 8 - 2;

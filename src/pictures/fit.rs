@@ -1,0 +1,66 @@
+//! Cropping and resizing to the size that a dataset has:
+//!
+//! 1. crop to the target's shape, about the centre;
+//! 2. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
+
+use resize::px::RGB;
+
+use super::Picture;
+use super::colour::{TO_LINEAR, TO_SRGB};
+
+/// A crop about the centre that has the target's shape, as large as it can be.
+#[derive(Clone, Copy, Debug)]
+pub struct Crop {
+    /// Width and height, in pixels of the image; not whole.
+    size: [f64; 2],
+    /// Share of the image's area that is cut off.
+    pub lost: f64,
+    /// Whether the image is narrower or lower than the target.
+    pub enlarged: bool,
+}
+
+/// How an image of `from` (width, height) is cropped for a target of `to`.
+pub fn crop(from: [u32; 2], to: [u32; 2]) -> Crop {
+    let [from_width, from_height] = from.map(f64::from);
+    let [width, height] = to.map(f64::from);
+    let scale = (from_width / width).min(from_height / height);
+    let size = [scale * width, scale * height];
+    let lost = 1.0 - (size[0] * size[1]) / (from_width * from_height);
+    Crop { size, lost, enlarged: from[0] < to[0] || from[1] < to[1] }
+}
+
+impl Crop {
+    /// Whether no more than this share is cut off.
+    pub fn within(&self, share: f64) -> bool {
+        // The tolerance keeps rounding from dropping an image that needs no crop.
+        self.lost <= share + 1e-9
+    }
+}
+
+/// A pixel in linear light.
+type RGB16 = RGB<u16>;
+
+/// Crops and resizes.
+///
+/// # Errors
+/// The resizer cannot do it.
+pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Picture, String> {
+    let (width, height) = (width as usize, height as usize);
+    if (image.width(), image.height()) == (width, height) {
+        return Ok(image);
+    }
+    let linear: Vec<RGB16> =
+        image.rgb().as_chunks::<3>().0.iter().map(|rgb| rgb.map(|x| TO_LINEAR[usize::from(x)]).into()).collect();
+    // Whole pixels: the crop is centred to half a pixel.
+    let whole = |side: f64, from: usize| (side.round() as usize).clamp(1, from);
+    let (crop_width, crop_height) = (whole(crop.size[0], image.width()), whole(crop.size[1], image.height()));
+    let left = (image.width() - crop_width) / 2;
+    let top = (image.height() - crop_height) / 2;
+    let source = &linear[top * image.width() + left..];
+    let mut target = vec![RGB16::new(0, 0, 0); width * height];
+    resize::new(crop_width, crop_height, width, height, resize::Pixel::RGB16, resize::Type::Lanczos3)
+        .and_then(|mut resizer| resizer.resize_stride(source, image.width(), &mut target))
+        .map_err(|error| format!("cannot be resized: {error}"))?;
+    let rgb = target.iter().flat_map(|x| [x.r, x.g, x.b].map(|x| TO_SRGB[usize::from(x)])).collect();
+    Ok(Picture::new(height, width, rgb))
+}

@@ -1,0 +1,87 @@
+//! Pictures: 8-bit sRGB, from image files and to them, and to and from the numbers that a network sees.
+
+pub mod bicubic;
+mod colour;
+pub mod decode;
+pub mod fit;
+mod jpeg;
+pub mod png;
+
+/// Pixels between the cells of a grid and around it.
+const GUTTER: usize = 2;
+/// Their grey: apart from both black and white pictures.
+const GUTTER_GREY: u8 = 0xc0;
+
+/// A pixel's value in model space, -1 to 1: EDM2's `StandardRGBEncoder`.
+pub fn to_model(x: u8) -> f32 {
+    f32::from(x) / 127.5 - 1.0
+}
+
+/// An 8-bit sRGB picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    width: usize,
+    height: usize,
+    rgb: Vec<u8>, // [H, W, 3]
+}
+
+impl Picture {
+    /// A picture of these pixels, `[H, W, 3]`.
+    ///
+    /// # Panics
+    /// If `rgb` is not H * W * 3 long.
+    pub fn new(height: usize, width: usize, rgb: Vec<u8>) -> Self {
+        assert_eq!(rgb.len(), height * width * 3, "length of a {width}x{height} picture");
+        Self { width, height, rgb }
+    }
+
+    /// The picture of an image in model space, `[H, W, 3]`: 127.5 x + 128 cut to 0..255 and
+    /// truncated, as EDM2's `StandardRGBEncoder` decodes; the exact inverse of
+    /// [`to_model`].
+    ///
+    /// # Panics
+    /// If `image` is not H * W * 3 long.
+    pub fn from_model(height: usize, width: usize, image: &[f32]) -> Self {
+        // The cast truncates, saturates, and makes 0 of a NaN.
+        Self::new(height, width, image.iter().map(|x| (x * 127.5 + 128.0) as u8).collect())
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    /// Pixels, `[H, W, 3]`.
+    pub fn rgb(&self) -> &[u8] {
+        &self.rgb
+    }
+
+    /// Pictures side by side, `columns` to a row, with thin gutters. Cells are as large as
+    /// the largest picture; cells left over stay grey.
+    ///
+    /// # Panics
+    /// If `columns` is 0.
+    pub fn grid(pictures: &[Picture], columns: usize) -> Self {
+        let cell_width = pictures.iter().map(|picture| picture.width).max().unwrap_or(0);
+        let cell_height = pictures.iter().map(|picture| picture.height).max().unwrap_or(0);
+        let rows = pictures.len().div_ceil(columns);
+        let columns = columns.min(pictures.len());
+        let width = GUTTER + columns * (cell_width + GUTTER);
+        let height = GUTTER + rows * (cell_height + GUTTER);
+        let mut rgb = vec![GUTTER_GREY; width * height * 3];
+        for (number, picture) in pictures.iter().enumerate() {
+            let top = GUTTER + number / columns * (cell_height + GUTTER);
+            let left = GUTTER + number % columns * (cell_width + GUTTER);
+            for (y, row) in picture.rgb.chunks_exact((picture.width * 3).max(1)).enumerate() {
+                let at = ((top + y) * width + left) * 3;
+                rgb[at..at + row.len()].copy_from_slice(row);
+            }
+        }
+        Self { width, height, rgb }
+    }
+}

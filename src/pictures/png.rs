@@ -1,0 +1,66 @@
+//! PNG files that carry the parameters they were made with as text chunks.
+//!
+//! Text is stored as iTXt (UTF-8, so any prompt survives) before the pixels; `exiftool`,
+//! ImageMagick's `identify -verbose` and Python's PIL show it.
+
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+
+use super::Picture;
+use crate::formats::{input, write_atomically};
+
+/// What can go wrong with a PNG file.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum PngError {
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{}: not a readable PNG: {what}", path.display())]
+    Format { path: PathBuf, what: String },
+}
+
+impl Picture {
+    /// Writes the picture as a PNG file, atomically, with text chunks of (keyword, text).
+    /// A keyword has 1 to 79 Latin-1 characters.
+    ///
+    /// # Errors
+    /// [`PngError::Io`]; then `path` keeps its old content. An empty picture, or a keyword
+    /// that PNG does not allow, is one too.
+    pub fn save(&self, path: &Path, text: &[(&str, &str)]) -> Result<(), PngError> {
+        let too_large = |_| io::Error::new(io::ErrorKind::InvalidInput, "too large for a PNG");
+        write_atomically(path, |out| {
+            let width = u32::try_from(self.width).map_err(too_large)?;
+            let height = u32::try_from(self.height).map_err(too_large)?;
+            let mut encoder = png::Encoder::new(out, width, height);
+            encoder.set_color(png::ColorType::Rgb);
+            encoder.set_depth(png::BitDepth::Eight);
+            for (keyword, text) in text {
+                encoder.add_itxt_chunk((*keyword).into(), (*text).into())?;
+            }
+            let mut writer = encoder.write_header()?;
+            writer.write_image_data(&self.rgb)?;
+            Ok(writer.finish()?)
+        })
+        .map_err(|cause| PngError::Io { path: path.into(), cause })
+    }
+}
+
+/// The text chunks (keyword, text) that stand before a PNG file's pixels, where
+/// [`Picture::save`] puts them; iTXt first, then tEXt.
+///
+/// # Errors
+/// [`PngError::Io`] if the file cannot be opened, [`PngError::Format`] if it is no PNG.
+pub fn read_text(path: &Path) -> Result<Vec<(String, String)>, PngError> {
+    let file = input::open(path).map_err(|cause| PngError::Io { path: path.into(), cause })?;
+    let format = |error: png::DecodingError| PngError::Format { path: path.into(), what: error.to_string() };
+    let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(format)?;
+    let info = reader.info();
+    let mut found = Vec::new();
+    for chunk in &info.utf8_text {
+        found.push((chunk.keyword.clone(), chunk.get_text().map_err(format)?));
+    }
+    for chunk in &info.uncompressed_latin1_text {
+        found.push((chunk.keyword.clone(), chunk.text.clone()));
+    }
+    Ok(found)
+}
