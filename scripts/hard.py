@@ -518,7 +518,7 @@ class Campaign:
                 break
             self.add("signals", len(some))
             # Before it begins to train, a signal ends it as any other program.
-            begun = (directory / "out/stats.jsonl").exists()
+            begun = "resuming from" in result.text or "images, loss" in result.text
             if result.code != 130 and (begun or -result.code not in some):
                 self.fail("signals", number, f"ended by {result.code} at {some}", result.text)
             if (

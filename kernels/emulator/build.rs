@@ -163,6 +163,17 @@ pub fn build() -> Result<(), String> {
         arguments.push("-ldl".into());
         run(&compiler, &arguments)?;
         println!("cargo:rustc-env=EMULATOR_LIBRARY{}={}", suffix.to_uppercase(), library.display());
+        // What makes a library of a source that comes later, in lines: the compiler, its flags, and the runtime.
+        let extra: &[&str] = if suffix.is_empty() { &[] } else { &["-DSIMT_CHECKED"] };
+        let checked = if suffix.is_empty() { &[] } else { CHECKED_KERNEL_FLAGS };
+        let runtime = objects.iter().filter(|o| o.source.extension().is_some_and(|e| e == "cpp"));
+        let words = [KERNEL_FLAGS, extra, checked, &["-Ikernels"]].concat().into_iter().map(String::from);
+        let recipe = [compiler.clone()].into_iter().chain(common.iter().cloned()).chain(words).collect::<Vec<_>>();
+        let parts = runtime.map(|o| o.object.display().to_string()).collect::<Vec<_>>();
+        let path = out.join(format!("recipe{suffix}"));
+        fs::write(&path, format!("{}\n\n{}", recipe.join("\n"), parts.join("\n")))
+            .map_err(|e| format!("{}: {e}", path.display()))?;
+        println!("cargo:rustc-env=EMULATOR_RECIPE{}={}", suffix.to_uppercase(), path.display());
     }
     Ok(())
 }

@@ -12,6 +12,9 @@
 //! ```
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytemuck::{NoUninit, Pod};
@@ -48,6 +51,14 @@ pub enum EmulatorError {
     /// The library could not be loaded.
     #[error("cannot load the emulator: {0}")]
     Load(#[from] libloading::Error),
+    /// A kernel file could not be compiled.
+    #[error("{} does not compile: {said}", path.display())]
+    Compile {
+        /// The file.
+        path: PathBuf,
+        /// What the compiler, or the system, said.
+        said: String,
+    },
     /// A launch, allocation or setting that a device would refuse too.
     #[error("{0}")]
     Refused(String),
@@ -126,14 +137,18 @@ impl Api {
             Build::Checked => (&LOADED[1], env!("EMULATOR_LIBRARY_CHECKED")),
         };
         let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(api) = slot.get() {
-            return Ok(api);
+        match slot.get() {
+            Some(api) => Ok(api),
+            None => Self::load(path.as_ref()).map(|api| slot.get_or_init(|| api)),
         }
+    }
+
+    /// Loads a library, for as long as the process lives: its helper threads do.
+    fn load(path: &Path) -> Result<Self> {
         // SAFETY: our own library, whose constructors only register kernels, and its own signatures.
-        let api = unsafe {
-            // Its helper threads live as long as the process, and so must it.
+        unsafe {
             let library = Box::leak(Box::new(Library::new(path)?));
-            Self {
+            Ok(Self {
                 last_error: *library.get(b"emu_last_error")?,
                 config: *library.get(b"emu_config")?,
                 kernel_name: *library.get(b"emu_kernel_name")?,
@@ -144,9 +159,8 @@ impl Api {
                 free: *library.get(b"emu_free")?,
                 launch: *library.get(b"emu_launch")?,
                 settings: Mutex::new(None),
-            }
-        };
-        Ok(slot.get_or_init(|| api))
+            })
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<(Order, usize)>> {
@@ -184,6 +198,51 @@ impl Emulator {
     pub fn new(build: Build) -> Result<Self> {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         Ok(Self { api: Api::get(build)?, order: Order::Forward, threads })
+    }
+
+    /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
+    /// include the headers of `kernels/`, and is compiled where this library was, by the same compiler.
+    ///
+    /// # Errors
+    /// [`EmulatorError::Compile`] has what the compiler said.
+    pub fn compile(source: &Path, build: Build) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let recipe = match build {
+            Build::Normal => include_str!(env!("EMULATOR_RECIPE")),
+            Build::Checked => include_str!(env!("EMULATOR_RECIPE_CHECKED")),
+        };
+        let failed = |said: String| EmulatorError::Compile { path: source.into(), said };
+        let io_failed = |e: std::io::Error| failed(e.to_string());
+        let source = std::path::absolute(source).map_err(io_failed)?;
+        // It stays: the lines that a message names are read from it.
+        let kept = Path::new(env!("EMULATOR_LIBRARY")).with_file_name("own");
+        std::fs::create_dir_all(&kept).map_err(io_failed)?;
+        let library = kept.join(source.file_stem().unwrap_or_default()).with_extension(format!("{build:?}.so"));
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let made = library.with_extension(format!("{}-{number}.tmp", std::process::id()));
+        let (command, runtime) = recipe.split_once("\n\n").unwrap_or((recipe, ""));
+        let (compiler, flags) = command.split_once('\n').unwrap_or((command, ""));
+        let run = |arguments: &mut dyn FnMut(&mut Command)| {
+            let mut command = Command::new(compiler);
+            arguments(&mut command);
+            let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().map_err(io_failed)?;
+            let said = || String::from_utf8_lossy(&output.stderr).into_owned();
+            if output.status.success() { Ok(()) } else { Err(failed(said())) }
+        };
+        let object = made.with_extension("o");
+        run(&mut |c| {
+            c.args(flags.lines()).arg("-c").arg(&source).arg("-o").arg(&object);
+        })?;
+        // Without those flags: they would link the sanitizer that the emulator stands for.
+        let shared = ["-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"];
+        run(&mut |c| {
+            c.args(shared).arg(&made).arg(&object).args(runtime.lines()).arg("-ldl");
+        })?;
+        std::fs::remove_file(&object).map_err(io_failed)?;
+        std::fs::rename(&made, &library).map_err(io_failed)?;
+        let loaded = Api::load(&library)?;
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Ok(Self { api: Box::leak(Box::new(loaded)), order: Order::Forward, threads })
     }
 
     /// The same device with another thread order.
