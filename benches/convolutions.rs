@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Normalization, Operand, Slot};
-use edm2k::model::ParamTable;
+use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 
 /// Image height, width, input and output channels, kernel.

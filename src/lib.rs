@@ -10,6 +10,7 @@ pub mod frechet;
 pub mod memory;
 pub mod model;
 pub mod onnx;
+pub mod params;
 pub mod pictures;
 mod real;
 pub mod rng;

@@ -14,7 +14,7 @@ use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
-use edm2k::model::params::ParamTable;
+use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
 

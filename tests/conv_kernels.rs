@@ -11,8 +11,7 @@ use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, In
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
-use edm2k::model::params::{ParamId, ParamTable};
-use edm2k::model::unet::mp_sum_weights;
+use edm2k::params::{ParamId, ParamTable, mp_sum_weights};
 use half::{bf16, f16};
 
 /// xorshift64*: values that differ from each other, the same in every run.

@@ -8,10 +8,11 @@ mod common;
 
 use std::process::Command as Process;
 
+use edm2k::backend::DeviceError;
 use edm2k::backend::gpu::cuda::{Cuda, devices};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch};
 use edm2k::backend::gpu::pixelwise;
-use edm2k::backend::gpu::runtime::{Command, DeviceError, Memory, Runtime};
+use edm2k::backend::gpu::runtime::{Command, Memory, Runtime};
 
 /// Uniform, other in every place.
 fn noise(n: usize, seed: u64) -> Vec<u8> {

@@ -13,7 +13,7 @@ use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, 
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::weights::Effective;
 use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, Normalization, Slot};
-use edm2k::model::params::{ParamId, ParamTable};
+use edm2k::params::{ParamId, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
 

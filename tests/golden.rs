@@ -9,7 +9,8 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::{Backend, Normalization, Slot, Step};
 use edm2k::formats::safetensors::{self, Dtype};
-use edm2k::model::{Config, Kind, ParamTable, Precond};
+use edm2k::model::{Config, Precond};
+use edm2k::params::{ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 use serde_json::json;
@@ -126,9 +127,9 @@ impl<'a> Maker<'a> {
         let weights = table
             .iter()
             .map(|(id, spec)| match spec.kind {
-                Kind::Gain => vec![0.4 + 0.05 * id.0 as f32 / table.len() as f32],
-                Kind::Weight { .. } => normals(100 + id.0 as u64, spec.numel()).iter().map(|x| 0.8 * x).collect(),
-                Kind::Freqs | Kind::Phases => {
+                ParamKind::Gain => vec![0.4 + 0.05 * id.0 as f32 / table.len() as f32],
+                ParamKind::Weight { .. } => normals(100 + id.0 as u64, spec.numel()).iter().map(|x| 0.8 * x).collect(),
+                ParamKind::Freqs | ParamKind::Phases => {
                     normals(100 + id.0 as u64, spec.numel()).iter().map(|x| 4.0 * x).collect()
                 }
             })

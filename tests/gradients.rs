@@ -8,8 +8,8 @@
 
 use edm2k::backend::cpu::{Cpu, Tensor};
 use edm2k::backend::*;
-use edm2k::model::unet::mp_sum_weights;
-use edm2k::model::{Config, Kind, ParamId, ParamTable, Precond};
+use edm2k::model::{Config, Precond};
+use edm2k::params::{ParamId, ParamKind, ParamTable, mp_sum_weights};
 use edm2k::rng::{Purpose, Stream};
 
 type B = Cpu<f64>;
@@ -347,7 +347,7 @@ fn whole_network() {
     let (model, table) = Precond::new(&config).unwrap();
     let mut net = Net::new(&table);
     for (id, spec) in table.iter() {
-        if spec.kind == Kind::Gain {
+        if spec.kind == ParamKind::Gain {
             net.set(id.0, &[0.5 + 0.02 * id.0 as f64]);
         }
     }

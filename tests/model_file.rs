@@ -5,7 +5,8 @@ use std::path::Path;
 
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::file::save;
-use edm2k::model::{Config, Encoder, Kind, Model, ModelMeta, Precision};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, Precision};
+use edm2k::params::ParamKind;
 
 fn tiny(label_dim: usize) -> Config {
     let json = format!(
@@ -70,10 +71,10 @@ fn fresh_parameters_have_the_distributions_of_the_paper() {
         let var = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n - mean * mean;
         let tau = std::f64::consts::TAU;
         let (want_mean, want_var) = match spec.kind {
-            Kind::Gain => (0.0, 0.0),
-            Kind::Weight { .. } => (0.0, 1.0),
-            Kind::Freqs => (0.0, tau * tau),
-            Kind::Phases => (tau / 2.0, tau * tau / 12.0),
+            ParamKind::Gain => (0.0, 0.0),
+            ParamKind::Weight { .. } => (0.0, 1.0),
+            ParamKind::Freqs => (0.0, tau * tau),
+            ParamKind::Phases => (tau / 2.0, tau * tau / 12.0),
         };
         // Five standard errors of mean and variance of n normal variates.
         let sd = f64::sqrt(want_var);

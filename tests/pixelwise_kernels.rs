@@ -16,7 +16,7 @@ use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, Turned, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
-use edm2k::model::params::{Cat, Kind, ParamId, ParamTable};
+use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
 
@@ -306,14 +306,14 @@ impl Layout {
     /// Rows, and values of each with padding.
     fn rows_of(&self, id: ParamId) -> (usize, usize) {
         match self.table[id].kind {
-            Kind::Weight { cout, cin, taps } => (cout, taps * cin.next_multiple_of(8)),
+            ParamKind::Weight { cout, cin, taps } => (cout, taps * cin.next_multiple_of(8)),
             _ => (1, self.table[id].numel().next_multiple_of(8)),
         }
     }
 
     fn fan_in(&self, id: ParamId) -> usize {
         match self.table[id].kind {
-            Kind::Weight { cin, taps, .. } => cin * taps,
+            ParamKind::Weight { cin, taps, .. } => cin * taps,
             _ => 0,
         }
     }
@@ -326,7 +326,7 @@ impl Layout {
             let effective = if fan_in == 0 { self.plain[id.0] } else { self.first[id.0] };
             let cat = self.table[id].cat;
             let cin = match self.table[id].kind {
-                Kind::Weight { cin, .. } => cin.next_multiple_of(8),
+                ParamKind::Weight { cin, .. } => cin.next_multiple_of(8),
                 _ => length,
             };
             rows.extend((0..count).map(|r| WeightRow {
@@ -345,7 +345,7 @@ impl Layout {
     /// Position in an arena of each value in PyTorch's order.
     fn places(&self, id: ParamId) -> Vec<usize> {
         let first = self.first[id.0];
-        let Kind::Weight { cout, cin, taps } = self.table[id].kind else {
+        let ParamKind::Weight { cout, cin, taps } = self.table[id].kind else {
             return (first..first + self.table[id].numel()).collect();
         };
         let padded = cin.next_multiple_of(8);
@@ -468,7 +468,7 @@ fn three_optimizer_steps() {
         for number in 1..=3u64 {
             // The twin's way to a gradient: products of random numbers. In the second step one is infinite.
             for (id, spec) in table.iter() {
-                let Kind::Weight { cout, cin, .. } = spec.kind else { continue };
+                let ParamKind::Weight { cout, cin, .. } = spec.kind else { continue };
                 let seed = 50 + 10 * number + id.0 as u64;
                 let mut x = normals(9 * cin, seed, 1.0);
                 if number == 2 {

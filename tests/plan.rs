@@ -8,14 +8,15 @@ use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::model::Precond;
 use edm2k::model::config::preset;
-use edm2k::train::plan_micro_batch;
+use edm2k::train::rehearse;
 
 fn seed_network(batch: usize) -> (usize, Cost) {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
     let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
-    let cost = plan_micro_batch(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
+    rehearse(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
+    let (_, cost) = gpu.costs().next().unwrap();
     (gpu.param_bytes(), cost)
 }
 
@@ -47,7 +48,7 @@ fn what_the_kernels_cannot_do_is_said() {
         let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
         match Gpu::for_training(runtime, Precision::F16, &table, emas) {
             Err(why) => why.to_string(),
-            Ok(mut gpu) => plan_micro_batch(&mut gpu, &net, [1, 8, 8]).unwrap_err().to_string(),
+            Ok(mut gpu) => rehearse(&mut gpu, &net, [1, 8, 8]).unwrap_err().to_string(),
         }
     };
     let network = |channels: usize, head: usize, dim: usize| {

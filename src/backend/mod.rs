@@ -22,7 +22,7 @@ pub mod codec;
 pub mod cpu;
 pub mod gpu;
 
-use crate::model::params::{ParamId, ParamTable};
+use crate::params::{ParamId, ParamTable};
 
 /// `[n, height, width, channels]`.
 pub type Shape = [usize; 4];
@@ -222,7 +222,45 @@ pub struct StepStats {
     pub nonfinite: u64,
 }
 
-/// Why a device could not do what was asked.
+/// Why a device did not do what was asked.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum DeviceError {
+    /// Device memory does not suffice.
+    #[error(
+        "out of device memory: {asked} MiB asked for {purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
+        asked = asked.div_ceil(1 << 20), free = free >> 20, total = total >> 20
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        asked: u64,
+        /// For what.
+        purpose: &'static str,
+        /// Bytes that were free.
+        free: u64,
+        /// Bytes that the device has.
+        total: u64,
+        /// Which option to lower.
+        advice: &'static str,
+    },
+    /// There is no such device.
+    #[error("{0}")]
+    Absent(String),
+    /// It is not one for which this program was built, or cannot do what is asked.
+    #[error("{0}")]
+    Unavailable(String),
+    /// A kernel did something wrong, or the device was lost.
+    #[error("{device}: {what}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// What it reported.
+        what: String,
+    },
+}
+
+/// Why an operation could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// A parameter was given the wrong number of values.
@@ -240,7 +278,7 @@ pub enum BackendError {
     NotTraining(Slot),
     /// The device.
     #[error(transparent)]
-    Device(#[from] gpu::runtime::DeviceError),
+    Device(#[from] DeviceError),
 }
 
 /// Shape and values of an input, NHWC.

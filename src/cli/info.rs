@@ -6,18 +6,20 @@ use std::rc::Rc;
 use anyhow::{Context, ensure};
 use serde::Serialize;
 
+use edm2k::backend::DeviceError;
 #[cfg(feature = "cuda")]
 use edm2k::backend::gpu::cuda::{self, CardInfo};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
-use edm2k::backend::gpu::runtime::{DeviceError, Imagined};
+use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
 use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split, check_whole};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
-use edm2k::model::{Config, Model, ModelMeta, ParamTable, Precond};
+use edm2k::model::{Config, Model, ModelMeta, Precond};
+use edm2k::params::ParamTable;
 
 use super::say::out;
 

@@ -22,8 +22,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 
+use edm2k::backend::DeviceError;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
-use edm2k::backend::gpu::runtime::{DeviceError, Runtime};
+use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::formats::Claim;
 use edm2k::memory;
 use edm2k::model::Config;

@@ -24,7 +24,8 @@ use edm2k::data::features::CONDITIONING_KEY;
 use edm2k::formats::DirLock;
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::{Encoder, Model, ParamTable};
+use edm2k::model::{Encoder, Model};
+use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, decode};
 use edm2k::sample::{Churn, Observe, Sampler, SamplerConfig, Solver, Step, parse_seeds};
 

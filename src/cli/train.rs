@@ -451,7 +451,8 @@ fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> R
     let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;
     let [height, width, _] = settings.data.shape;
     let n = plan.batch_gpu as usize;
-    let cost = edm2k::train::plan_micro_batch(&mut gpu, &model.net, [n, height, width])?;
+    edm2k::train::rehearse(&mut gpu, &model.net, [n, height, width])?;
+    let cost = gpu.costs().next().map(|(_, cost)| cost).unwrap_or_default();
     let total = gpu.param_bytes() + cost.workspace;
     Ok(json!({
         "parameters_bytes": gpu.param_bytes(),

@@ -13,13 +13,13 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
-use super::params::{Kind, ParamId, ParamTable};
 use super::precond::Precond;
 use crate::backend::{Backend, BackendError, Slot};
 use crate::codec::Autoencoder;
 use crate::condition::{Conditioning, Meaning};
 use crate::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
 
 /// What the network's images are.
@@ -179,7 +179,7 @@ pub struct Model {
     pub net: Precond,
     /// Names and shapes of its parameters.
     pub table: ParamTable,
-    /// Values of each parameter, by [`super::ParamId`], in PyTorch's order.
+    /// Values of each parameter, by [`ParamId`], in PyTorch's order.
     pub weights: Vec<Vec<f32>>,
 }
 
@@ -287,13 +287,13 @@ impl Model {
                 let stream = Stream { seed, purpose: Purpose::Init, step: id.0 as u32, image: 0 };
                 let mut values = vec![0.0; spec.numel()];
                 match spec.kind {
-                    Kind::Gain => {}
-                    Kind::Weight { .. } => stream.normals(&mut values),
-                    Kind::Freqs => {
+                    ParamKind::Gain => {}
+                    ParamKind::Weight { .. } => stream.normals(&mut values),
+                    ParamKind::Freqs => {
                         stream.normals(&mut values);
                         values.iter_mut().for_each(|x| *x *= TAU);
                     }
-                    Kind::Phases => {
+                    ParamKind::Phases => {
                         for (channel, x) in values.iter_mut().enumerate() {
                             *x = TAU * Stream { image: channel as u64, ..stream }.uniform();
                         }
@@ -336,7 +336,7 @@ impl Model {
     }
 }
 
-/// Writes a model file, atomically. `weights` are by [`super::ParamId`].
+/// Writes a model file, atomically. `weights` are by [`ParamId`].
 ///
 /// # Errors
 /// [`ModelError::NotFinite`] for a weight that the element type cannot hold, [`ModelError::File`] if

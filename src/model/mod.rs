@@ -2,13 +2,11 @@
 
 pub mod config;
 pub mod file;
-pub mod params;
 pub mod precond;
 pub mod snapshot;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
 pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Precision};
-pub use params::{Kind, ParamId, ParamSpec, ParamTable};
 pub use precond::Precond;
 pub use snapshot::{Snapshot, SnapshotError};

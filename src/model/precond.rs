@@ -2,9 +2,9 @@
 //! (EDM2, section 2.1 and eq. 14-15) around the [`UNet`].
 
 use super::config::{Config, ConfigError};
-use super::params::{ParamId, ParamTable};
 use super::unet::{UNet, UNetTape};
 use crate::backend::{Backend, Embed, Embedding, Logvar, LossInput};
+use crate::params::{ParamId, ParamTable};
 
 /// The denoiser D(x; sigma, labels) of a [`Config`].
 #[derive(Clone, Debug)]

@@ -27,13 +27,13 @@ use serde_json::{Map, Value as Json};
 
 use super::config::Config;
 use super::file::{Encoder, Model, ModelMeta, Precision};
-use super::params::ParamTable;
 use super::precond::Precond;
 use crate::formats::input;
 use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
 use crate::formats::safetensors::Dtype;
 use crate::formats::torch::{Storages, Tensor};
+use crate::params::ParamTable;
 
 /// Most modules of a network.
 const MAX_MODULES: usize = 1 << 14;
@@ -371,7 +371,7 @@ impl<'a, 'p> Tree<'a, 'p> {
         Ok(())
     }
 
-    /// The values of every parameter and buffer, by [`super::ParamId`].
+    /// The values of every parameter and buffer, by [`crate::params::ParamId`].
     fn weights(&self, modules: &[Module<'a, 'p>], table: &ParamTable) -> Result<(Vec<Vec<f32>>, Precision)> {
         let by_name: HashMap<&str, _> = table.iter().map(|(id, spec)| (spec.name.as_str(), id)).collect();
         let mut weights: Vec<Option<Vec<f32>>> = vec![None; table.len()];

@@ -5,21 +5,8 @@
 //! what it needs is kept on a tape of one entry per block.
 
 use super::config::Config;
-use super::params::{Cat, ParamId, ParamTable};
 use crate::backend::{Backend, EmbLayer, Operand, OperandGrad, Scale};
-
-/// Weights of a and b in `mp_sum(a, b, t)` (eq. 88): lerp, divided by the norm of its weights.
-pub fn mp_sum_weights(t: f64) -> (f64, f64) {
-    let norm = ((1.0 - t) * (1.0 - t) + t * t).sqrt();
-    ((1.0 - t) / norm, t / norm)
-}
-
-/// Scales of a and b in `mp_cat(a, b, t)` of widths `na` and `nb` (eq. 103).
-pub fn mp_cat_scales(na: usize, nb: usize, t: f64) -> (f64, f64) {
-    let (na, nb) = (na as f64, nb as f64);
-    let total = ((na + nb) / ((1.0 - t) * (1.0 - t) + t * t)).sqrt();
-    (total * (1.0 - t) / na.sqrt(), total * t / nb.sqrt())
-}
+use crate::params::{Cat, ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
 /// Which side of the U-Net a block is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

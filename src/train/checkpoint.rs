@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::{Settings, Sums};
 use crate::backend::{Backend, BackendError, Slot};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
-use crate::model::{ModelMeta, ParamTable};
+use crate::model::ModelMeta;
+use crate::params::ParamTable;
 
 /// What a checkpoint says beside the tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

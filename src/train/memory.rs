@@ -3,7 +3,8 @@
 
 use serde::Serialize;
 
-use crate::model::{Config, ParamTable};
+use crate::model::Config;
+use crate::params::ParamTable;
 
 /// Bytes by purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

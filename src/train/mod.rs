@@ -34,7 +34,6 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
-use crate::backend::gpu::engine::{Cost, Gpu};
 use crate::backend::{Backend, BackendError, Input, Normalization, Slot, Step};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
@@ -42,7 +41,8 @@ use crate::data::dataset::{Dataset, Header, Kind};
 use crate::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{DirLock, LockError};
 use crate::model::file::save;
-use crate::model::{Config, Model, ModelError, ModelMeta, ParamId, Precision, Precond};
+use crate::model::{Config, Model, ModelError, ModelMeta, Precision, Precond};
+use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::{Batch, Batches};
 use checkpoint::{Checkpoint, free_name};
@@ -708,11 +708,11 @@ pub fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[Input]) -> Re
     Ok(made.swap_remove(0))
 }
 
-/// What a micro-batch of [n, height, width] images costs on a GPU.
+/// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs.
 ///
 /// # Errors
 /// The device does not have the memory.
-pub fn plan_micro_batch(gpu: &mut Gpu, net: &Precond, [n, h, w]: [usize; 3]) -> Result<Cost, BackendError> {
+pub fn rehearse<B: Backend>(b: &mut B, net: &Precond, [n, h, w]: [usize; 3]) -> Result<(), BackendError> {
     let zeros = |each: usize| vec![0.0; n * each];
     let (c, dim) = (net.config.img_channels, net.config.label_dim);
     let (images, sigma, labels) = (zeros(h * w * c), vec![1.0; n], zeros(dim));
@@ -721,7 +721,5 @@ pub fn plan_micro_batch(gpu: &mut Gpu, net: &Precond, [n, h, w]: [usize; 3]) -> 
     if dim > 0 {
         inputs.push(([n, 1, 1, dim], &labels[..]));
     }
-    micro_batch(gpu, net, &inputs)?;
-    let mut costs = gpu.costs();
-    Ok(costs.find(|(key, _)| key.starts_with("train ")).map(|(_, cost)| cost).unwrap_or_default())
+    micro_batch(b, net, &inputs).map(|_| ())
 }

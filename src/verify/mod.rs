@@ -36,14 +36,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::backend::DeviceError;
 use crate::backend::codec::CodecBackend;
 use crate::backend::gpu::launch::Precision;
-use crate::backend::gpu::runtime::DeviceError;
 use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
 use crate::codec::CodecError;
 use crate::formats::input;
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::model::{Config, ConfigError, ParamId, ParamTable};
+use crate::model::{Config, ConfigError};
+use crate::params::{ParamId, ParamTable};
 
 /// How much more than the reference's own float32 rounding is allowed.
 pub const FACTOR: f64 = 10.0;

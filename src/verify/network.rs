@@ -7,7 +7,8 @@ use serde::Deserialize;
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
 use crate::backend::{Backend, Embed, Slot, Step};
-use crate::model::{Config, Kind, ParamSpec, ParamTable, Precond};
+use crate::model::{Config, Precond};
+use crate::params::{ParamKind, ParamSpec, ParamTable};
 
 /// Batches are normalised once in training, unless gradients are accumulated.
 const ROUNDS: usize = 1;
@@ -530,7 +531,7 @@ impl Undetermined {
 /// r / (r + eps) then, and those of the others at 1 - eps; a step projects their sum at the latter. The gradient
 /// is inverse to the rms: for each row the two differ by eps |1/r - 1|.
 fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
-    let Kind::Weight { cout, .. } = spec.kind else { return Ok(0.0) };
+    let ParamKind::Weight { cout, .. } = spec.kind else { return Ok(0.0) };
     let w = init.shaped(&spec.name, &spec.shape)?;
     let row = |row: &[f64]| {
         let rms = (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64).sqrt();

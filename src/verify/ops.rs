@@ -11,8 +11,8 @@ use serde::Deserialize;
 
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
 use crate::backend::{Backend, EmbLayer, Logvar, LossInput, Operand, Scale, Slot};
-use crate::model::unet::{Block, BlockConfig, Flavor, Resample, mp_cat_scales, mp_sum_weights};
-use crate::model::{ParamId, ParamTable};
+use crate::model::unet::{Block, BlockConfig, Flavor, Resample};
+use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
 /// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
 pub(super) const EPS: f64 = 1e-4;

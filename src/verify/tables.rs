@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::{Array, Result, Session, What, download, normalization};
 use crate::backend::{Backend, Logvar, LossInput, Slot};
-use crate::model::ParamTable;
+use crate::params::ParamTable;
 use crate::train::ema::{power_function_beta, std_to_exp};
 use crate::train::posthoc::{correlation, exp_to_std, solve_posthoc};
 use crate::train::schedule::{LearningRate, Schedule};

@@ -5,7 +5,7 @@ use super::conv::{self, Filter, Rows, Window};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::model::ParamTable;
+use crate::params::ParamTable;
 use crate::real::{Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 

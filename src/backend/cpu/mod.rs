@@ -282,7 +282,7 @@ impl<T: Real> Backend for Cpu<T> {
         let features = self.fourier(p.freqs, p.phases, sigma);
         let mut pre = self.linear(p.noise, &features, 1.0);
         if let Some(label) = p.label {
-            let (wa, wb) = crate::model::unet::mp_sum_weights(p.label_balance);
+            let (wa, wb) = crate::params::mp_sum_weights(p.label_balance);
             let values = pre.values_mut();
             values.iter_mut().for_each(|x| *x *= T::of(wa));
             if let Some(labels) = labels {
@@ -385,7 +385,7 @@ impl<T: Real> Backend for Cpu<T> {
         t: f64,
         clip: Option<f64>,
     ) -> Tensor<T> {
-        let (wa, wb) = crate::model::unet::mp_sum_weights(t);
+        let (wa, wb) = crate::params::mp_sum_weights(t);
         let (wa, wb) = (T::of(wa), T::of(wb));
         let limit = clip.map_or(T::infinity(), T::of);
         let mut out = self.uninit(residual.shape());
@@ -659,7 +659,7 @@ impl<T: Real> Backend for Cpu<T> {
             grad.iter_mut().zip(pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
         });
         let (wa, wb) = match p.label {
-            Some(_) => crate::model::unet::mp_sum_weights(p.label_balance),
+            Some(_) => crate::params::mp_sum_weights(p.label_balance),
             None => (1.0, 0.0),
         };
         self.linear_wgrad(p.noise, &e.features, grad.values(), width, wa);

@@ -12,7 +12,7 @@
 //! gradient, and the effective weight: about 4 * (9 + 2 averages) bytes a value.
 
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
-use crate::model::params::{Kind, ParamSpec};
+use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
 
@@ -90,7 +90,7 @@ impl<T: Real> Param<T> {
     /// Zeros; with room for gradients, moments and `emas` averages if it is to be trained.
     pub fn new(spec: &ParamSpec, training: Option<usize>) -> Self {
         let zeros = || vec![T::zero(); spec.numel()];
-        let is_weight = matches!(spec.kind, Kind::Weight { .. });
+        let is_weight = matches!(spec.kind, ParamKind::Weight { .. });
         let training = training.map(|emas| {
             let room = |wanted: bool| if wanted { zeros() } else { Vec::new() };
             Training {
@@ -113,7 +113,7 @@ impl<T: Real> Param<T> {
     /// cout, cin and taps of a weight; a plain vector is 1 x len.
     pub fn dims(&self) -> (usize, usize, usize) {
         match self.spec.kind {
-            Kind::Weight { cout, cin, taps } => (cout, cin, taps),
+            ParamKind::Weight { cout, cin, taps } => (cout, cin, taps),
             _ => (self.spec.numel(), 1, 1),
         }
     }
@@ -126,7 +126,7 @@ impl<T: Real> Param<T> {
 
     fn slot(&mut self, slot: Slot) -> Result<&mut Vec<T>, BackendError> {
         let missing = BackendError::NotTraining(slot);
-        let is_weight = matches!(self.spec.kind, Kind::Weight { .. });
+        let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
         match (slot, &mut self.training) {
             (Slot::Weight, None) if self.raw || !is_weight => Ok(&mut self.effective),
             (Slot::Weight, Some(_)) => Ok(&mut self.weight),
@@ -144,14 +144,14 @@ impl<T: Real> Param<T> {
         if values.len() != expected {
             return Err(BackendError::ParamSize { name: self.spec.name.clone(), found: values.len(), expected });
         }
-        self.raw |= slot == Slot::Weight && matches!(self.spec.kind, Kind::Weight { .. });
+        self.raw |= slot == Slot::Weight && matches!(self.spec.kind, ParamKind::Weight { .. });
         let (cout, cin, taps) = self.dims();
         let to = self.slot(slot)?;
         for_rows(to, cout, |row, to| {
             let (tap, ci) = (row / cin, row % cin);
             to.iter_mut().enumerate().for_each(|(co, x)| *x = values[(co * cin + ci) * taps + tap]);
         });
-        if !matches!(self.spec.kind, Kind::Weight { .. }) && slot == Slot::Weight {
+        if !matches!(self.spec.kind, ParamKind::Weight { .. }) && slot == Slot::Weight {
             self.effective.copy_from_slice(values);
         }
         Ok(())
@@ -174,7 +174,7 @@ impl<T: Real> Param<T> {
 
     /// See [`crate::backend::Backend::prepare`].
     pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        let is_weight = matches!(self.spec.kind, Kind::Weight { .. });
+        let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
         let Some(training) = &self.training else {
             if source != Slot::Weight {
                 return Err(BackendError::NotTraining(source));
@@ -194,7 +194,7 @@ impl<T: Real> Param<T> {
             other => return Err(BackendError::NotTraining(other)),
         };
         if is_weight {
-            let Kind::Weight { cout, .. } = self.spec.kind else { unreachable!("checked above") };
+            let ParamKind::Weight { cout, .. } = self.spec.kind else { unreachable!("checked above") };
             scale_columns(&mut self.effective, from, &effective_factors(from, cout, how));
         } else {
             self.effective.copy_from_slice(from);
@@ -213,7 +213,7 @@ impl<T: Real> Param<T> {
             grad.fill(T::zero());
         }
         let (cols, is_weight) = match self.spec.kind {
-            Kind::Weight { cout, .. } => (cout, true),
+            ParamKind::Weight { cout, .. } => (cout, true),
             _ => (1, false),
         };
         let rows = grad.len() / cols;

@@ -8,12 +8,13 @@
 use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
 use super::launch::{DevicePtr, Launch, Math, Precision};
-use super::runtime::{DeviceError, PARAMETERS, Runtime};
+use super::runtime::{PARAMETERS, Runtime};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Choice, Product};
+use crate::backend::DeviceError;
 use crate::backend::Shape;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::model::ParamTable;
+use crate::params::ParamTable;
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use std::rc::Rc;

@@ -19,8 +19,9 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{DevicePtr, Launch, Precision};
-use super::runtime::{Command, DeviceError, Graph, Memory, Runtime, TensorMap, TensorMapSpec, advice};
+use super::runtime::{Command, Graph, Memory, Runtime, TensorMap, TensorMapSpec, advice};
 use super::tiles::Card;
+use crate::backend::DeviceError;
 
 use sys::CUdevice_attribute as Attribute;
 use sys::CUfunction_attribute as FunctionAttribute;

@@ -7,7 +7,7 @@
 use super::launch::{DevicePtr, Launch, Precision};
 use super::weights::Effective;
 use crate::backend::Embedding;
-use crate::model::unet::mp_sum_weights;
+use crate::params::mp_sum_weights;
 use bytemuck::{Pod, Zeroable};
 
 /// Images that share a read of the weights.

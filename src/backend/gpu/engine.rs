@@ -15,11 +15,11 @@ use super::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, Sc
 use super::launch::{ConvLoop, DevicePtr, Math, Precision};
 use super::params::Params;
 use super::precond::{self, LogvarParams, LossArenas};
-use super::runtime::{Command, DeviceError, Graph, Imagined, Memory, Runtime};
+use super::runtime::{Command, Graph, Imagined, Memory, Runtime};
 use super::tensor::{Buffer, Format, Tensor, Workspace, bytes_of, padded};
 use super::{pixelwise, tiles::Card};
 use crate::backend::*;
-use crate::model::unet::mp_sum_weights;
+use crate::params::mp_sum_weights;
 use half::{bf16, f16};
 
 /// One operation of a plan: what it is, and what it takes at least.

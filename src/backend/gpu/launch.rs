@@ -3,7 +3,8 @@
 
 use std::borrow::Cow;
 
-use super::runtime::{DeviceError, TensorMap, TensorMapSpec};
+use super::runtime::{TensorMap, TensorMapSpec};
+use crate::backend::DeviceError;
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 /// An address in device memory, as kernels take it.

@@ -1,7 +1,8 @@
 //! What a card can do at most, measured: multiply-adds of its tensor cores, and bytes of its memory.
 
 use super::launch::{DevicePtr, Launch, Precision};
-use super::runtime::{Command, DeviceError, Runtime};
+use super::runtime::{Command, Runtime};
+use crate::backend::DeviceError;
 use bytemuck::{Pod, Zeroable};
 
 /// The most that a card reached.

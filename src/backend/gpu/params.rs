@@ -10,11 +10,12 @@ use std::rc::Rc;
 
 use super::attention;
 use super::launch::{DevicePtr, Launch, Precision};
-use super::runtime::{Command, DeviceError, Graph, Memory, PARAMETERS, Runtime};
+use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
 use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, TurnTile, Turned, WeightRow};
+use crate::backend::DeviceError;
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
-use crate::model::params::{Kind, ParamId, ParamSpec, ParamTable};
+use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 
 /// Where one parameter lies.
 #[derive(Clone, Copy, Debug)]
@@ -97,7 +98,7 @@ pub struct Params {
 
 fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
     match spec.kind {
-        Kind::Weight { cout, cin, taps } => {
+        ParamKind::Weight { cout, cin, taps } => {
             let split = spec.cat.map_or(cin, |cat| cat.split);
             let scales = spec.cat.map_or([1.0; 2], |cat| [cat.scales.0 as f32, cat.scales.1 as f32]);
             Place { first, plain, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }

@@ -11,44 +11,7 @@ use std::rc::Rc;
 use super::emulated::Emulator;
 use super::launch::{DevicePtr, Launch, Precision};
 use super::tiles::Card;
-
-/// Why a device did not do what was asked.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum DeviceError {
-    /// Device memory does not suffice.
-    #[error(
-        "out of device memory: {asked} MiB asked for {purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
-        asked = asked.div_ceil(1 << 20), free = free >> 20, total = total >> 20
-    )]
-    OutOfMemory {
-        /// The device.
-        device: String,
-        /// Bytes asked for.
-        asked: u64,
-        /// For what.
-        purpose: &'static str,
-        /// Bytes that were free.
-        free: u64,
-        /// Bytes that the device has.
-        total: u64,
-        /// Which option to lower.
-        advice: &'static str,
-    },
-    /// There is no such device.
-    #[error("{0}")]
-    Absent(String),
-    /// It is not one for which this program was built, or cannot do what is asked.
-    #[error("{0}")]
-    Unavailable(String),
-    /// A kernel did something wrong, or the device was lost.
-    #[error("{device}: {what}")]
-    Failed {
-        /// The device.
-        device: String,
-        /// What it reported.
-        what: String,
-    },
-}
+use crate::backend::DeviceError;
 
 /// One thing that a device does. Pointers are to live memory of that device, as large as whoever made the
 /// command says.

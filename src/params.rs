@@ -1,8 +1,22 @@
-//! The table of parameters: names and shapes as in the official `state_dict`.
+//! What a network and the devices that compute it have in common: the table of parameters, and the constants of
+//! magnitude-preserving operations.
 //!
-//! A network is built by pushing its parameters into a table; a backend allocates what the
-//! table lists and refers to it by [`ParamId`]. Files are read and written through the table too,
-//! so a name stands in exactly one place.
+//! A network is built by pushing its parameters into a table, names and shapes as in the official `state_dict`; a device
+//! allocates what the table lists and refers to it by [`ParamId`]. Files are read and written through the table too, so a
+//! name stands in exactly one place.
+
+/// Weights of a and b in `mp_sum(a, b, t)` (EDM2 eq. 88): lerp, divided by the norm of its weights.
+pub fn mp_sum_weights(t: f64) -> (f64, f64) {
+    let norm = ((1.0 - t) * (1.0 - t) + t * t).sqrt();
+    ((1.0 - t) / norm, t / norm)
+}
+
+/// Scales of a and b in `mp_cat(a, b, t)` of widths `na` and `nb` (eq. 103).
+pub fn mp_cat_scales(na: usize, nb: usize, t: f64) -> (f64, f64) {
+    let (na, nb) = (na as f64, nb as f64);
+    let total = ((na + nb) / ((1.0 - t) * (1.0 - t) + t * t)).sqrt();
+    (total * (1.0 - t) / na.sqrt(), total * t / nb.sqrt())
+}
 
 /// Index of a parameter in its [`ParamTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -10,7 +24,7 @@ pub struct ParamId(pub usize);
 
 /// What a parameter is, which decides how it is normalised and stepped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ParamKind {
     /// Weight of a magnitude-preserving layer: one normalised row of `cin * taps` values for
     /// each of `cout` output channels. `taps` is 9 (3x3), 1 (1x1 or linear).
     Weight {
@@ -37,7 +51,7 @@ pub struct ParamSpec {
     /// Shape in PyTorch's order: `[O,I,kh,kw]`, `[O,I]`, `[C]` or [].
     pub shape: Vec<usize>,
     /// What it is.
-    pub kind: Kind,
+    pub kind: ParamKind,
     /// Attention heads of a layer whose output channel `(head * c + i) * 3 + {q, k, v}` is the official
     /// order; 0 for every other parameter.
     pub heads: usize,
@@ -68,7 +82,7 @@ impl ParamSpec {
 
     /// Whether the optimizer changes it.
     pub fn trained(&self) -> bool {
-        matches!(self.kind, Kind::Weight { .. } | Kind::Gain)
+        matches!(self.kind, ParamKind::Weight { .. } | ParamKind::Gain)
     }
 }
 
@@ -81,7 +95,7 @@ pub struct ParamTable {
 impl ParamTable {
     /// A 3x3 (`kernel` 3) or 1x1 (`kernel` 1) convolution.
     pub fn conv(&mut self, name: String, cin: usize, cout: usize, kernel: usize) -> ParamId {
-        let kind = Kind::Weight { cout, cin, taps: kernel * kernel };
+        let kind = ParamKind::Weight { cout, cin, taps: kernel * kernel };
         self.push(format!("{name}.weight"), vec![cout, cin, kernel, kernel], kind)
     }
 
@@ -101,22 +115,22 @@ impl ParamTable {
 
     /// A linear layer.
     pub fn linear(&mut self, name: String, cin: usize, cout: usize) -> ParamId {
-        self.push(format!("{name}.weight"), vec![cout, cin], Kind::Weight { cout, cin, taps: 1 })
+        self.push(format!("{name}.weight"), vec![cout, cin], ParamKind::Weight { cout, cin, taps: 1 })
     }
 
     /// A learned scalar.
     pub fn gain(&mut self, name: String) -> ParamId {
-        self.push(name, vec![], Kind::Gain)
+        self.push(name, vec![], ParamKind::Gain)
     }
 
     /// The two buffers of Fourier features.
     pub fn fourier(&mut self, name: String, channels: usize) -> (ParamId, ParamId) {
-        let freqs = self.push(format!("{name}.freqs"), vec![channels], Kind::Freqs);
-        let phases = self.push(format!("{name}.phases"), vec![channels], Kind::Phases);
+        let freqs = self.push(format!("{name}.freqs"), vec![channels], ParamKind::Freqs);
+        let phases = self.push(format!("{name}.phases"), vec![channels], ParamKind::Phases);
         (freqs, phases)
     }
 
-    fn push(&mut self, name: String, shape: Vec<usize>, kind: Kind) -> ParamId {
+    fn push(&mut self, name: String, shape: Vec<usize>, kind: ParamKind) -> ParamId {
         self.specs.push(ParamSpec { name, shape, kind, heads: 0, cat: None });
         ParamId(self.specs.len() - 1)
     }
