@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo test test-kernels hard lint bench bundle verify demo-data demo-train
+.PHONY: help nvcc demo test test-kernels quick hooks hard lint bench bundle verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,13 @@ test-kernels: nvcc ## run the CUDA kernels' tests
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
 		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels \
 		--test engine --test cuda --test kernel_report
+
+quick: ## the inner loop, without kernels: formatting, types, unit tests
+	@$(CARGO) fmt --all --check
+	@CARGO_INCREMENTAL=1 $(CARGO) test --release --locked --no-default-features --lib --quiet
+
+hooks: ## run `make quick` before each commit from now on
+	@git config core.hooksPath scripts/hooks
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)
