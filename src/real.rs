@@ -11,6 +11,14 @@ pub trait Real: num_traits::Float + num_traits::NumAssign + std::fmt::Debug + De
     fn wide(self) -> f64;
     /// e^x, written so that loops over it become SIMD code.
     fn exp_simd(self) -> Self;
+    /// The same values, if they are f32.
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    /// The same values, if they are f32.
+    fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
 }
 
 impl Real for f64 {
@@ -47,6 +55,12 @@ impl Real for f32 {
         let p = (((p * r + 1.0 / 120.0) * r + 1.0 / 24.0) * r + 1.0 / 6.0) * r + 0.5;
         let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
         ((p * r) * r + r + 1.0) * power
+    }
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+    fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]> {
+        Some(values)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The codecs' operations on the CPU.
 
 use super::attention::softmax;
+use super::bf16::Packed;
 use super::conv::{self, Filter, Rows, Window};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
@@ -13,6 +14,7 @@ use rayon::prelude::*;
 pub struct Conv<T> {
     window: Window,
     weight: Vec<T>,
+    packed: Option<Packed>,
     bias: Vec<T>,
 }
 
@@ -69,7 +71,8 @@ impl<T: Real> CodecBackend for Cpu<T> {
         };
         let weight = if reach == Reach::Double { conv::enlarging(&turned) } else { turned };
         let bias = bias.map_or(vec![T::zero(); cout], |bias| bias.iter().map(|&x| T::of(x.into())).collect());
-        Conv { window, weight, bias }
+        let packed = Filter::new(&weight, cout, window).pack().filter(|_| self.bf16);
+        Conv { window, weight, packed, bias }
     }
 
     fn convolve(
@@ -79,7 +82,7 @@ impl<T: Real> CodecBackend for Cpu<T> {
         before: Before<Tensor<T>>,
         after: After<Tensor<T>>,
     ) -> Tensor<T> {
-        let Conv { window, weight, bias } = conv;
+        let Conv { window, weight, packed, bias } = conv;
         let cout = bias.len();
         let shape = window.result(x.shape(), cout);
         let add = after.residual.is_some();
@@ -92,7 +95,7 @@ impl<T: Real> CodecBackend for Cpu<T> {
             )
         };
         let rows = Rows { shape: x.shape(), read: &read };
-        let filter = Filter { weight, cout, window: *window };
+        let filter = Filter { packed: packed.as_ref(), ..Filter::new(weight, cout, *window) };
         conv::conv(&self.pool, rows, filter, out.values_mut(), |_, y, out| {
             for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
                 for ((out, &y), &bias) in out.iter_mut().zip(y).zip(bias) {

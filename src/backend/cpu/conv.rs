@@ -19,6 +19,7 @@
 //! zero pixel. The work is cut into bands of image rows, so that a band's input stays in cache; few-pixel
 //! layers are one band and the product itself is spread over the threads.
 
+use super::bf16::{self, Packed};
 use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
 use crate::real::{Mat, Real, Threads, matmul, matmul_strided, simd};
@@ -80,10 +81,28 @@ impl Window {
 pub struct Filter<'a, T> {
     /// `[scale * scale][side * side][C][cout]`.
     pub weight: &'a [T],
+    /// The same for products in bfloat16, as [`Filter::pack`] makes it.
+    pub packed: Option<&'a Packed>,
     /// Output channels.
     pub cout: usize,
     /// Which pixels it sees.
     pub window: Window,
+}
+
+impl<'a, T: Real> Filter<'a, T> {
+    /// For products of f32 or f64.
+    pub fn new(weight: &'a [T], cout: usize, window: Window) -> Self {
+        Self { weight, packed: None, cout, window }
+    }
+
+    /// Its weight for products in bfloat16: a matrix for each row of taps. None for odd numbers of channels, such as the
+    /// first convolution's, whose pairs would reach into the next pixel.
+    pub fn pack(&self) -> Option<Packed> {
+        let Window { side, scale, .. } = self.window;
+        let k = self.weight.len() / (scale * scale * side * self.cout);
+        let channels = k / side;
+        T::as_f32(self.weight).filter(|_| channels % 2 == 0).map(|weight| Packed::new(weight, k, self.cout))
+    }
 }
 
 /// The rows that results `first..first + count` see, with the zero pixels and rows around them, and zero pixels for
@@ -185,7 +204,7 @@ pub fn conv<T: Real>(
     out: &mut [T],
     done: impl Fn(usize, &[T], &mut [T]) + Sync,
 ) {
-    let Filter { weight, cout, window } = filter;
+    let Filter { weight, packed, cout, window } = filter;
     let Window { side, stride, scale, .. } = window;
     let [n, h, w, c] = rows.shape;
     let (total, w) = (n * h / stride, w / stride);
@@ -202,9 +221,18 @@ pub fn conv<T: Real>(
         // One row alone would be a product of a vector, which sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
+        let narrow = packed.zip(T::as_f32(band.data.values()).map(bf16::narrow));
         for (phase, weight) in weight.chunks_exact(side * k * cout).enumerate() {
             let (py, px) = (phase / scale, phase % scale);
             let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
+            if let Some(((packed, values), y)) = narrow.as_ref().zip(T::as_f32_mut(y)) {
+                for dy in 0..side {
+                    let a = &values[(band.line(py + dy) + px) * c..];
+                    let part = phase * side + dy;
+                    bf16::product(m, y, scale * cout, dy > 0, a, stride * c, packed, part, threads);
+                }
+                continue;
+            }
             for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
                 let a = &band.data.values()[(band.line(py + dy) + px) * c + k0..];
                 let a = Mat { rows: stride * c, ..Mat::new(a, c) };
@@ -345,19 +373,24 @@ mod tests {
         for [h, w] in [[1, 1], [2, 1], [4, 4], [8, 8], [40, 24]] {
             for (c, cout, taps) in [(128, 64, 9), (256, 64, 9), (600, 16, 9), (600, 64, 1), (130, 130, 9), (5, 3, 9)] {
                 let weight = noise(taps * c * cout, 99);
-                let run = |first: usize, n: usize| {
+                let run = |first: usize, n: usize, narrow: bool| {
                     let rows =
                         |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
                     let rows = Rows { shape: [n, h, w, c], read: &rows };
                     let mut out = vec![0.0; n * h * w * cout];
-                    let filter = Filter { weight: &weight, cout, window: Window::of_taps(taps) };
+                    let mut filter = Filter::new(&weight, cout, Window::of_taps(taps));
+                    let packed = filter.pack().filter(|_| narrow);
+                    filter.packed = packed.as_ref();
                     conv(&pool, rows, filter, &mut out, |_, y, out| out.copy_from_slice(y));
                     out
                 };
-                let together: Vec<u32> = run(0, 5).iter().map(|x| x.to_bits()).collect();
-                let alone: Vec<u32> = (0..5).flat_map(|i| run(i, 1)).map(f32::to_bits).collect();
-                let differing = together.iter().zip(&alone).filter(|(a, b)| a != b).count();
-                assert_eq!(differing, 0, "values of {} at {h}x{w}, {c} to {cout} channels, {taps} taps", alone.len());
+                for narrow in [false, bf16::is_available()] {
+                    let together: Vec<u32> = run(0, 5, narrow).iter().map(|x| x.to_bits()).collect();
+                    let alone: Vec<u32> = (0..5).flat_map(|i| run(i, 1, narrow)).map(f32::to_bits).collect();
+                    let differing = together.iter().zip(&alone).filter(|(a, b)| a != b).count();
+                    let what = format!("{h}x{w}, {c} to {cout} channels, {taps} taps, narrow {narrow}");
+                    assert_eq!(differing, 0, "values of {} at {what}", alone.len());
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 //! `conv` (implicit matrix products) and `tensor` (memory that is reused).
 
 mod attention;
+mod bf16;
 mod codec;
 mod conv;
 mod tensor;
@@ -19,6 +20,7 @@ use tensor::Pool;
 use weights::Param;
 
 pub use crate::real::Real;
+pub use bf16::is_available as bf16_is_available;
 pub use tensor::Tensor;
 
 /// Executes the network on the CPU, on all threads of rayon's pool.
@@ -26,6 +28,7 @@ pub struct Cpu<T: Real = f32> {
     table: ParamTable,
     params: Vec<Param<T>>,
     pool: Arc<Pool<T>>,
+    bf16: bool,
 }
 
 impl<T: Real> Cpu<T> {
@@ -41,7 +44,17 @@ impl<T: Real> Cpu<T> {
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
         let params = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
-        Self { table: table.clone(), params, pool: Arc::default() }
+        Self { table: table.clone(), params, pool: Arc::default(), bf16: false }
+    }
+
+    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; whatever is prepared or
+    /// loaded from now on. For sampling: it is twice as fast, where the processor [can](bf16_is_available).
+    ///
+    /// # Panics
+    /// Where it cannot.
+    pub fn in_bf16(self) -> Self {
+        assert!(bf16_is_available(), "AVX-512 BF16");
+        Self { bf16: true, ..self }
     }
 
     /// A tensor of given values, in full precision.
@@ -117,7 +130,7 @@ impl<T: Real> Cpu<T> {
         let (cout, _, taps) = param.dims();
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let rows = Rows { shape: operand_shape(&x), read: &read };
-        let filter = Filter { weight: param.effective(), cout, window: Window::of_taps(taps) };
+        let filter = Filter { packed: param.packed(), ..Filter::new(param.effective(), cout, Window::of_taps(taps)) };
         conv::conv(&self.pool, rows, filter, out, done);
     }
 
@@ -128,7 +141,7 @@ impl<T: Real> Cpu<T> {
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
         let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
         let rows = Rows { shape: grad.shape(), read: &read };
-        let filter = Filter { weight: weight.values(), cout: cin, window: Window::of_taps(taps) };
+        let filter = Filter::new(weight.values(), cin, Window::of_taps(taps));
         conv::conv(&self.pool, rows, filter, out, done);
     }
 }
@@ -238,7 +251,11 @@ impl<T: Real> Backend for Cpu<T> {
     }
 
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        self.params.iter_mut().try_for_each(|p| p.prepare(source, how))
+        self.params.iter_mut().try_for_each(|p| p.prepare(source, how))?;
+        if self.bf16 {
+            self.params.iter_mut().for_each(Param::pack);
+        }
+        Ok(())
     }
 
     fn precond_input(&mut self, x: &Tensor<T>, sigma: &Tensor<T>, sigma_data: f64) -> Tensor<T> {

@@ -11,6 +11,8 @@
 //! Cost of a step: reads weight, gradient, both moments and each average, writes all but the
 //! gradient, and the effective weight: about 4 * (9 + 2 averages) bytes a value.
 
+use super::bf16::Packed;
+use super::conv::{Filter, Window};
 use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
 use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
@@ -35,6 +37,8 @@ pub struct Param<T> {
     effective: Vec<T>,
     /// Whether `effective` holds stored values that wait for their normalisation (sampling).
     raw: bool,
+    /// The effective values for products in bfloat16, if those are wanted.
+    packed: Option<Packed>,
     training: Option<Training<T>>,
 }
 
@@ -102,12 +106,24 @@ impl<T: Real> Param<T> {
             }
         });
         let weight = if training.is_some() { zeros() } else { Vec::new() };
-        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, training }
+        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, packed: None, training }
     }
 
     /// Values that the network computes with: weights as `[taps][cin][cout]`.
     pub fn effective(&self) -> &[T] {
         &self.effective
+    }
+
+    /// The effective weight for products in bfloat16, if [packed](Self::pack).
+    pub fn packed(&self) -> Option<&Packed> {
+        self.packed.as_ref()
+    }
+
+    /// Packs the effective weight.
+    pub fn pack(&mut self) {
+        if let ParamKind::Weight { cout, taps, .. } = self.spec.kind {
+            self.packed = Filter::new(&self.effective, cout, Window::of_taps(taps)).pack();
+        }
     }
 
     /// cout, cin and taps of a weight; a plain vector is 1 x len.
