@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use assert_cmd::Command;
-use edm2k::backend::cpu::Cpu;
+use edm2k::backend::cpu::{Cpu, bf16_is_available};
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::{Backend, Normalization, Slot, Step};
 use edm2k::formats::safetensors::{self, Dtype};
@@ -58,6 +58,34 @@ fn the_cpu_reproduces_the_official_numbers() {
 #[test]
 fn the_cpu_reproduces_the_official_numbers_of_an_odd_network() {
     assert_all_ok(Path::new("tests/golden_odd"), 300);
+}
+
+/// Products in bfloat16 lose no more than the official code's own run in it.
+#[test]
+fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
+    if !bf16_is_available() {
+        return eprintln!("skipped: this processor has no AVX-512 BF16");
+    }
+    let device: Device<Cpu> = Device {
+        sampling: &|table| Ok(Cpu::for_sampling(table).in_bf16()),
+        training: &|table, averages| Ok(Cpu::for_training(table, averages).in_bf16()),
+        bounds: Bounds::of(Precision::Bf16),
+    };
+    for (dir, at_least) in [("tests/golden", 900), ("tests/golden_odd", 300)] {
+        let mut failed = Vec::new();
+        let mut worst = 0.0;
+        let mut note = |outcome: &Outcome| match outcome {
+            Outcome::Check(check) if !check.ok => failed.push(outcome.to_string()),
+            Outcome::Check(check) if check.name.ends_with("D_x") => worst = check.error.max(worst),
+            _ => {}
+        };
+        let codec = || Ok(Cpu::<f32>::for_codec().in_bf16());
+        let summary = verify(Path::new(dir), &device, &codec, &mut note).unwrap();
+        assert!(failed.is_empty(), "{dir}:\n{}", failed.join("\n"));
+        assert!(summary.ok >= at_least, "only {} checks in {dir}", summary.ok);
+        // It would be 1e-6 if the products were of f32.
+        assert!(worst > 1e-4, "{dir}: {worst:e}");
+    }
 }
 
 /// A complete directory, or another one, is named in the environment.

@@ -101,7 +101,7 @@ impl<'a, T: Real> Filter<'a, T> {
         let Window { side, scale, .. } = self.window;
         let k = self.weight.len() / (scale * scale * side * self.cout);
         let channels = k / side;
-        T::as_f32(self.weight).filter(|_| channels % 2 == 0).map(|weight| Packed::new(weight, k, self.cout))
+        T::as_f32(self.weight).filter(|_| channels.is_multiple_of(2)).map(|weight| Packed::new(weight, k, self.cout))
     }
 }
 

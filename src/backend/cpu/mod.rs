@@ -47,14 +47,20 @@ impl<T: Real> Cpu<T> {
         Self { table: table.clone(), params, pool: Arc::default(), bf16: false }
     }
 
-    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; whatever is prepared or
-    /// loaded from now on. For sampling: it is twice as fast, where the processor [can](bf16_is_available).
+    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; for what is prepared
+    /// or loaded from now on. Sampling is twice as fast, where the processor [can](bf16_is_available).
     ///
     /// # Panics
     /// Where it cannot.
     pub fn in_bf16(self) -> Self {
         assert!(bf16_is_available(), "AVX-512 BF16");
         Self { bf16: true, ..self }
+    }
+
+    fn pack(&mut self) {
+        if self.bf16 {
+            self.params.iter_mut().for_each(Param::pack);
+        }
     }
 
     /// A tensor of given values, in full precision.
@@ -252,9 +258,7 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.params.iter_mut().try_for_each(|p| p.prepare(source, how))?;
-        if self.bf16 {
-            self.params.iter_mut().for_each(Param::pack);
-        }
+        self.pack();
         Ok(())
     }
 
@@ -694,6 +698,7 @@ impl<T: Real> Backend for Cpu<T> {
             total.nonfinite += stats.nonfinite;
         }
         total.grad_norm = total.grad_norm.sqrt();
+        self.pack();
         Ok(total)
     }
 
