@@ -696,7 +696,7 @@ fn a_model_of_features_draws_what_tags_ask_for() {
     let sample = format!("sample --device cpu --model {model} --steps 2 --vae vae.safetensors");
     fails(
         &format!("{sample} --outdir o --tags all"),
-        "its conditions are features of tagger.onnx, tensor pooled, so --tags needs a --condition-model that has learned",
+        "its conditions are features of tagger.onnx, tensor pooled, so tags need a condition model that has learned",
     );
     let other = "t.safetensors: its conditions are tags, those of run/";
     fails(&format!("{sample} --outdir o --tags all --condition-model t.safetensors"), other);

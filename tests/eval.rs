@@ -168,9 +168,9 @@ fn what_does_not_fit_is_one_clear_line() {
     fs::write(file("junk"), "junk").unwrap();
     let cases = [
         ("words", &[][..], "made for another vocabulary (it has \"face\" where "),
-        ("latents", &[], "tests/data/emoji: the images are pixels, the model's are latents"),
-        ("narrow", &[], "tests/data/emoji: the conditions are 64 wide, expected the model's 6"),
-        ("grey", &[], "tests/data/emoji: the images have 3 channels, the model's 1"),
+        ("latents", &[], "tests/data/emoji: its images are pixels, those of "),
+        ("narrow", &[], "narrow are 6 wide"),
+        ("grey", &[], "tests/data/emoji: its images have 3 channels, those of "),
         ("deep", &[], "tests/data/emoji: an image of 32x32 (width x height), expected both to be multiples of 64"),
         ("junk", &[], "junk: not a whole safetensors file"),
         ("nowhere", &[], "nowhere: No such file"),

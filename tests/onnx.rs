@@ -1,6 +1,6 @@
 //! Networks in ONNX files: what they compute is what a direct computation finds; what a tagger is shown is what
 //! Pillow makes; bad files are refused in a line. And what is made of them: `prepare --tagger`, `sample --like`,
-//! `eval --fid`.
+//! `fid`.
 #![cfg(feature = "onnx")]
 
 #[path = "common/onnx.rs"]
@@ -533,9 +533,9 @@ fn sample_like_takes_a_pictures_features_as_the_condition() {
         ("--model wide --tagger tagger.onnx --like a.png", "its features are 6 wide, expected the model's 7"),
         ("--model model --tagger missing.onnx --like a.png", "--tagger: missing.onnx: "),
         ("--model model --tagger tagger.onnx --tagger-node relu --like a.png", "the tensor relu is [1, 6, 5, 5]"),
-        ("--model model --tagger tagger.onnx --like a.png --like c.png", "--like c.png: "),
-        ("--model model --tagger tagger.onnx --like text.png", "--like text.png: "),
-        ("--model model --tagger black.onnx --like a.png", "--like a.png: its features are all zero"),
+        ("--model model --tagger tagger.onnx --like a.png --like c.png", "--like: c.png: "),
+        ("--model model --tagger tagger.onnx --like text.png", "--like: text.png: "),
+        ("--model model --tagger black.onnx --like a.png", "--like: a.png: its features are all zero"),
     ] {
         let said = bench.fails(&format!("sample {line} --outdir out --device cpu"));
         assert!(said.contains(expected), "{said}expected {expected}");
@@ -653,8 +653,8 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
             Picture::from_model(32, 32, &image)
         })
         .collect();
-    let eval = |options: &str| {
-        let line = format!("eval --fid --network colour.onnx --data {} --split train --json {options}", data.display());
+    let fid = |options: &str| {
+        let line = format!("fid --network colour.onnx --data {} --split train --json {options}", data.display());
         let (out, said) = bench.says(&line);
         (serde_json::from_str::<Value>(&out).unwrap(), said)
     };
@@ -673,11 +673,11 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     for other in ["grid.png", "000000-steps.png", "notes.txt"] {
         fs::write(bench.path("made").join(other), "something else").unwrap();
     }
-    let (found, said) = eval("--generated made");
+    let (found, said) = fid("--generated made");
     near(&found, distance(&made, &references));
     assert_eq!((&found["images"], &found["references"], &found["features"]), (&json!(70), &json!(159), &json!(3)));
     assert!(!said.contains("warning"), "{said}");
-    let (found, _) = eval("--generated made --images 20");
+    let (found, _) = fid("--generated made --images 20");
     near(&found, distance(&made, &references[..20]));
 
     // The dataset against itself.
@@ -685,24 +685,24 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     for (i, picture) in references.iter().enumerate() {
         picture.save(&bench.path(&format!("itself/{i}.png")), &[]).unwrap();
     }
-    near(&eval("--generated itself").0, 0.0);
+    near(&fid("--generated itself").0, 0.0);
 
     // What a model makes is what `sample` makes of the same seeds and conditions, in turn.
     bench.model("model", 64, 32, Conditioning::Tags);
     let options = "--steps 3 --solver euler --guidance 2 --device cpu --batch 4";
-    let (found, said) = eval(&format!("--model model --count 7 --images 5 {options}"));
+    let (found, said) = fid(&format!("--model model --count 7 --images 5 {options}"));
     assert!(!said.contains("warning"), "{said}");
     let rows: Vec<_> = (0..5).map(|i| format!("--row {}:{}", data.display(), emoji.id(i))).collect();
     bench.says(&format!("sample --model model --outdir sampled --seeds 0-6 {options} {}", rows.join(" ")));
-    let (again, _) = eval("--generated sampled --images 5");
+    let (again, _) = fid("--generated sampled --images 5");
     assert_eq!(found["frechet_distance"], again["frechet_distance"]);
     assert_eq!(found["sampler"]["steps"], 3);
-    let unconditional = eval("--generated made --images 5").0;
+    let unconditional = fid("--generated made --images 5").0;
     assert_ne!(found["frechet_distance"], unconditional["frechet_distance"]);
-    let (_, said) = eval("--generated sampled --images 3");
+    let (_, said) = fid("--generated sampled --images 3");
     assert!(said.starts_with("warning: 7 images against 3 have singular covariances of 3 features"), "{said}");
 
-    let line = |options: &str| format!("eval --fid --data {} {options}", data.display());
+    let line = |options: &str| format!("fid --data {} {options}", data.display());
     let text = line("--network colour.onnx --generated made --split train");
     assert!(bench.says(&text).0.starts_with("Frechet distance "));
     fs::create_dir(bench.path("one")).unwrap();
@@ -729,7 +729,6 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
         "--network colour.onnx",
         "--network colour.onnx --generated made --model model",
         "--network colour.onnx --model model --count 1",
-        "--network colour.onnx --generated made --plot x.svg",
     ] {
         bench.run(&line(options)).code(2);
     }

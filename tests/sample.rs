@@ -7,17 +7,19 @@ use std::path::{Path, PathBuf};
 use assert_cmd::Command;
 use serde_json::{Value, json};
 
+use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::{Backend, BackendError, Normalization, Shape, Slot};
+use edm2k::backend::{Backend, Normalization, Shape, Slot};
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
-use edm2k::condition::vocabulary::{Tag, Vocabulary};
+use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::Config;
 use edm2k::model::file::{Model, Precision, save};
 use edm2k::params::ParamTable;
-use edm2k::pictures::png;
+use edm2k::pictures::{Picture, png};
+use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
 
@@ -72,7 +74,7 @@ struct Replay {
 const BOUND: f64 = 1e-5;
 
 impl Denoise<Cpu<f32>> for Replay {
-    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, BackendError> {
+    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, SampleError> {
         let i = self.calls;
         self.calls += 1;
         let (level, input) = &self.inputs[i];
@@ -90,7 +92,7 @@ impl Denoise<Cpu<f32>> for Replay {
     fn noise(&mut self, _: &mut Cpu<f32>, step: usize) -> T {
         panic!("no churn was asked for, but noise for step {step} was")
     }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), BackendError> {
+    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
         Ok(())
     }
 }
@@ -153,7 +155,7 @@ struct Gaussian {
 }
 
 impl Denoise<Cpu<f32>> for Gaussian {
-    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, BackendError> {
+    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, SampleError> {
         self.calls += 1;
         let factor = self.variance / (self.variance + sigma * sigma);
         Ok(Guided::plain(b.linear_combination(&[(x, factor)])))
@@ -161,7 +163,7 @@ impl Denoise<Cpu<f32>> for Gaussian {
     fn noise(&mut self, b: &mut Cpu<f32>, step: usize) -> T {
         unit_noise(b, Purpose::Churn, step as u32)
     }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), BackendError> {
+    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
         Ok(())
     }
 }
@@ -448,6 +450,85 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
 }
 
 #[test]
+fn a_pipeline_makes_the_files_of_the_command_whatever_it_has_made_before() {
+    let bench = Bench::new();
+    let arguments = "--seeds 5-7 --tags cat --tags |red, heart| --size 24x16 --guidance 2 --batch 2";
+    bench.sample(&format!("--outdir out --device cpu {arguments}")).success();
+    let device = Device::open("cpu").unwrap();
+    let mut pipeline = Pipeline::load(&device, bench.path("m.safetensors")).unwrap();
+    let conditions = ["cat", "red, heart"].map(|tags| pipeline.tags(tags, 0).unwrap()).to_vec();
+    let mut request =
+        Request { conditions, seeds: vec![5, 6, 7], size: Some([16, 24]), batch: 2, ..Request::default() };
+    (request.sampler.steps, request.sampler.guidance) = (2, 2.0);
+    let unconditional = Request { seeds: vec![5], size: None, ..Request::default() };
+    let check = |pipeline: &mut Pipeline, watched: bool| {
+        let images = pipeline.images(&request).unwrap();
+        let images = if watched { images.watched(|_| Ok(())) } else { images };
+        let mut count = 0;
+        for (image, seed) in images.zip(5..) {
+            let mut image = image.unwrap();
+            image.about["model"] = "m.safetensors".into(); // which the command was given
+            assert!(
+                image.png().unwrap() == fs::read(bench.path(&format!("out/{seed:06}.png"))).unwrap(),
+                "seed {seed}"
+            );
+            count += 1;
+        }
+        assert_eq!(count, 3);
+    };
+    check(&mut pipeline, false);
+    let other = pipeline.generate(&unconditional).unwrap();
+    assert_eq!((other.len(), other[0].picture.as_ref().unwrap().width()), (1, 16));
+    check(&mut pipeline, true);
+
+    // Each step is seen, the last one is the picture, and whoever sees one may stop the work.
+    let mut seen = Vec::new();
+    let images: Vec<Image> = pipeline
+        .images(&request)
+        .unwrap()
+        .watched(|step| {
+            seen.push((step.first, step.index, step.pictures()?));
+            Ok(())
+        })
+        .collect::<Result<_, _>>()
+        .unwrap();
+    let places: Vec<_> = seen.iter().map(|(first, index, pictures)| (*first, *index, pictures.len())).collect();
+    assert_eq!(places, [(0, 0, 2), (0, 1, 2), (2, 0, 1), (2, 1, 1)]);
+    let last: Vec<&Picture> = [&seen[1].2, &seen[3].2].into_iter().flatten().collect();
+    assert_eq!(last, images.iter().flat_map(|image| &image.picture).collect::<Vec<_>>());
+    assert_ne!(seen[0].2, seen[1].2);
+    let stopped = |step: &mut Seen| if step.index == 1 { Err(PipelineError::Stopped) } else { Ok(()) };
+    let mut stopped = pipeline.images(&request).unwrap().watched(stopped);
+    assert!(matches!(stopped.next(), Some(Err(PipelineError::Stopped))));
+    assert!(stopped.next().is_none());
+    drop(stopped);
+    check(&mut pipeline, false);
+}
+
+#[test]
+fn a_pipeline_tells_what_is_wrong_apart() {
+    let bench = Bench::new();
+    let device = Device::open("cpu").unwrap();
+    assert!(matches!(Pipeline::load(&device, bench.path("none")), Err(PipelineError::Model(_))));
+    let mut pipeline = Pipeline::load(&device, bench.path("m.safetensors")).unwrap();
+    assert!(matches!(pipeline.tags("cta", 0), Err(ConditionError::Vocabulary(VocabularyError::Unknown { .. }))));
+    assert!(matches!(pipeline.tags(" ,", 0), Err(ConditionError::NoTag { .. })));
+    assert!(matches!(pipeline.complete("cat", 0), Err(ConditionError::NoConditionModel)));
+    assert!(matches!(pipeline.like_picture(&Picture::new(1, 1, vec![0; 3]), "x"), Err(ConditionError::NoTagger)));
+    let wide = Condition { values: vec![0.0; 6], origin: Value::Null };
+    let wide = Request { conditions: vec![wide], ..Request::default() };
+    assert!(matches!(
+        pipeline.generate(&wide),
+        Err(PipelineError::ConditionWidth { number: 0, found: 6, expected: 5 })
+    ));
+    let odd = Request { size: Some([16, 17]), ..Request::default() };
+    assert!(matches!(pipeline.generate(&odd), Err(PipelineError::Sample(SampleError::Size(_)))));
+    let large = Request { size: Some([1 << 16, 1 << 16]), ..Request::default() };
+    assert!(matches!(pipeline.generate(&large), Err(PipelineError::Memory(_))));
+    assert!(matches!(pipeline.with_codec("none"), Err(PipelineError::NoLatents { .. })));
+}
+
+#[test]
 fn conditions_come_from_files_and_datasets() {
     let bench = Bench::new();
     let row = |i: usize| (0..5).map(move |j| if i == j { 1.0f32 } else { 0.0 });
@@ -473,7 +554,10 @@ fn conditions_come_from_files_and_datasets() {
     let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
     bench.fails(&format!("--outdir d --row {}:-7", emoji.display()), "has the id -7");
     let id = Dataset::open(&emoji, Split::Train).unwrap().id(0);
-    bench.fails(&format!("--outdir d --row {}:{id}", emoji.display()), "expected 5");
+    bench.fails(
+        &format!("--outdir d --row {}:{id}", emoji.display()),
+        "its conditions are 64 wide, those of m.safetensors are 5 wide",
+    );
     assert!(!bench.path("d").exists(), "nothing is made before the conditions are read");
 }
 

@@ -19,7 +19,6 @@ use edm2k::rng::{Purpose, Stream};
 use edm2k::train::micro_batch;
 use edm2k::train::stats::peak_mib;
 
-use super::Engine;
 use super::say::{self, out};
 
 const EXAMPLES: &str = "\
@@ -103,10 +102,10 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let Preset { config, size, name, .. } = preset(&args.preset)?;
     let size = args.size.unwrap_or(size);
     config.check_size(size[0], size[1])?;
-    let engine = args.device.open()?;
-    let device = match &engine {
-        Engine::Cpu => format!("the CPU, {} threads, f32", rayon::current_num_threads()),
-        Engine::Gpu(_) => engine.describe(args.device.math()),
+    let opened = args.device.open()?;
+    let device = match opened.runtime() {
+        None => format!("the CPU, {} threads, f32", rayon::current_num_threads()),
+        Some(_) => opened.to_string(),
     };
     if !args.json {
         out!("{name} at {}x{} on {device}", size[1], size[0]);
@@ -114,12 +113,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let (net, table) = Precond::new(&config)?;
     let macs = net.macs(&table, size[0], size[1]);
     let mut bench = Bench { args: &args, net, table, size, rows: vec![], kernels: vec![], limits: None };
-    match engine {
-        Engine::Cpu => {
+    match opened.runtime() {
+        None => {
             ensure!(!args.kernels, "--kernels measures a GPU's kernels; give --device cuda");
             bench.cpu()?;
         }
-        Engine::Gpu(runtime) => bench.gpu(runtime)?,
+        Some(runtime) => bench.gpu(runtime.clone())?,
     }
     if args.json {
         let report = serde_json::json!({

@@ -1,6 +1,6 @@
-//! `edm2k eval --fid`: the Fréchet distance of what a model makes, or has made, from a dataset.
+//! `edm2k fid`: the Fréchet distance of what a model makes, or has made, from a dataset.
 
-use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -9,84 +9,141 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde_json::json;
 
-use edm2k::backend::Backend;
-use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::Gpu;
-use edm2k::data::dataset::{Dataset, Kind};
+use edm2k::Device;
+use edm2k::data::dataset::{Dataset, Kind, Split};
 use edm2k::frechet::{Moments, distance};
-use edm2k::model::Model;
 use edm2k::onnx::{Network, Wanted};
-use edm2k::params::ParamTable;
-use edm2k::pictures::Picture;
 use edm2k::pictures::bicubic::resize;
-use edm2k::pictures::decode;
+use edm2k::pictures::{Picture, decode};
+use edm2k::pipeline::{Condition, Domain, OutDir, Pipeline, Request, Viewer};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::sample::{Sampler, SamplerConfig};
 
-use super::Engine;
-use super::eval::EvalArgs;
-use super::sample::{Decode, SamplerArgs, autoencoder, loaded};
+use super::DeviceArgs;
+use super::sample::SamplerArgs;
 use super::say::{note, out};
 
 /// Pictures that are looked at together.
 const CHUNK: usize = 64;
 
-/// What `--fid` needs to know.
+/// Measure how far the images of a model are from a dataset's: their Frechet distance (FID).
 #[derive(clap::Args)]
+#[command(after_help = "\
+It is the Frechet distance between the features of images that the model makes and of the dataset's, each set taken
+for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it is DINOv2. NETWORK is given one image at a
+time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to 255; what else it wants (the range -1 to 1 of Inception,
+ImageNet's mean and deviation of DINOv2) must be part of it: put it in front when exporting. Images are resized to its
+height and width (bicubic); a network that leaves these open gets them as they are. Its only output is [1, D]. Image
+number i has seed i and the condition of the split's image i modulo their number. Latents of the dataset are shown as
+--vae decodes them. Numbers of other tools need their export, their sampler, and as many images: 50000 against the
+whole training split.
+
+Examples:
+  edm2k fid --network inception.onnx --model emoji.safetensors --data demo/cache/emoji-32 --split train \\
+      --count 5000 --guidance 1
+  edm2k fid --network inception.onnx --generated out --data demo/cache/emoji-32 --split train")]
 pub struct FidArgs {
-    /// Measure the Fréchet distance (FID) of the model's images from the dataset's
-    #[arg(long, requires = "network", help_heading = "Distance")]
-    pub fid: bool,
     /// ONNX file of the network whose features are compared; see below for what it is given
-    #[arg(long, value_name = "FILE", requires = "fid", help_heading = "Distance")]
-    network: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    network: PathBuf,
     /// Tensor of the features in it [default: its only output]
-    #[arg(long, value_name = "NAME", requires = "fid", help_heading = "Distance")]
+    #[arg(long, value_name = "NAME")]
     network_node: Option<String>,
-    /// Images to make
-    #[arg(long, value_name = "N", default_value_t = 50_000, help_heading = "Distance",
-          value_parser = clap::value_parser!(u32).range(2..))]
-    count: u32,
+    /// Model file
+    #[arg(long, value_name = "FILE", required_unless_present = "generated")]
+    model: Option<PathBuf>,
     /// Take the PNGs of this directory (but grid*.png and *-steps.png) instead of making images
-    #[arg(long, value_name = "DIR", requires = "fid", conflicts_with = "model", help_heading = "Distance")]
+    #[arg(long, value_name = "DIR", conflicts_with = "model")]
     generated: Option<PathBuf>,
+    /// Dataset made by `edm2k prepare`
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Which of its images
+    #[arg(long, value_enum, default_value_t = Split::Validation)]
+    split: Split,
+    /// Most of its images to look at: the first ones [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    images: Option<u32>,
+    /// Images to make
+    #[arg(long, value_name = "N", default_value_t = 50_000, value_parser = clap::value_parser!(u32).range(2..))]
+    count: u32,
     /// Autoencoder that makes pictures of latents
-    #[arg(long, value_name = "FILE", requires = "fid", help_heading = "Distance")]
+    #[arg(long, value_name = "FILE")]
     vae: Option<PathBuf>,
+    /// Images at a time; changes speed and memory only
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
 
+/// Where the images are from that are compared with the dataset's.
+enum Source {
+    /// Files.
+    Files(Vec<PathBuf>),
+    /// A model.
+    Model(Box<Pipeline>),
+}
+
 /// Prints the distance to stdout, showing progress on stderr.
-pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Result<()> {
-    let FidArgs { network: Some(network), network_node, generated, .. } = &args.fid else {
-        bail!("--network is missing");
-    };
-    let config = args.fid.sampler.config()?;
+pub fn run(args: FidArgs) -> anyhow::Result<()> {
+    let sampler = args.sampler.config()?;
+    let data = Dataset::open(&args.data, args.split).context("--data")?;
     let references = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(references > 1, "{}: {references} image, expected 2 at least", args.data.display());
-    let files = generated.as_ref().map(|dir| pictures(dir).context("--generated")).transpose()?;
-    let count = files.as_ref().map_or(args.fid.count as usize, Vec::len);
-    let engine = args.device.open()?;
-    let [height, width, _] = data.shape();
-    if let Some(model) = model {
-        super::check_forward(&engine, &model.net.config, [height, width], count.min(args.batch.into()))?;
-    }
-    let mut decode = decoder(args, data, &engine)?;
-
-    let reference = |i: usize, decode: &mut Decode| {
-        let mut image = vec![0.0; data.shape().iter().product()];
-        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image);
-        decode(&image)
+    let [height, width, channels] = data.shape();
+    let batch = usize::from(args.batch);
+    let request = |pipeline: &Pipeline, numbers: Range<usize>| Request {
+        conditions: match pipeline.net().config.label_dim {
+            0 => Vec::new(),
+            _ => numbers
+                .clone()
+                .map(|number| Condition::of_image(&data, number % references, &args.data, args.split))
+                .collect(),
+        },
+        seeds: numbers.map(|number| number as u64).collect(),
+        size: Some([height, width]),
+        sampler: sampler.clone(),
+        batch,
+        ..Request::default()
     };
-    let first = reference(0, &mut decode)?;
-    let wanted = network_node.as_deref().map_or(Wanted::Output, Wanted::Named);
-    let network = Network::open(network, wanted, Some([first.height(), first.width()])).context("--network")?;
-    let width = network.width();
-    if references.min(count) <= width {
+    let device = args.device.open()?;
+    let (source, count) = match (&args.generated, &args.model) {
+        (Some(dir), _) => {
+            let files = OutDir::pictures(dir).context("--generated")?;
+            let count = files.len();
+            ensure!(count > 1, "--generated: {}: {count} PNG files, expected 2 at least", dir.display());
+            (Source::Files(files), count)
+        }
+        (None, Some(model)) => {
+            let pipeline = Pipeline::load(&device, model).context("--model")?;
+            let dir = args.data.display();
+            Domain::of_dataset(&data).check(&dir, &pipeline.domain(), model.display())?;
+            let count = args.count as usize;
+            pipeline.check(&request(&pipeline, 0..count.min(batch))).with_context(|| dir.to_string())?;
+            (Source::Model(pipeline.into()), count)
+        }
+        (None, None) => bail!("--model is missing"),
+    };
+    let mut viewer = viewer(&args, &data, &device)?;
+
+    let reference = |i: usize, viewer: &mut Viewer| {
+        let mut image = vec![0.0; height * width * channels];
+        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image);
+        viewer.picture([height, width], &image)
+    };
+    let first = reference(0, &mut viewer)?;
+    let wanted = args.network_node.as_deref().map_or(Wanted::Output, Wanted::Named);
+    let network = Network::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
+    let features = network.width();
+    if references.min(count) <= features {
         note!(
-            "warning: {count} images against {references} have singular covariances of {width} features; the distance \
-             depends much on their number (more than {width} of each are needed, and 50000 are usual)"
+            "warning: {count} images against {references} have singular covariances of {features} features; the \
+             distance depends much on their number (more than {features} of each are needed, and 50000 are usual)"
         );
     }
 
@@ -96,94 +153,74 @@ pub fn run(args: &EvalArgs, model: Option<&Model>, data: &Dataset) -> anyhow::Re
     let look = Look { network: &network, bar: &bar };
     let started = Instant::now();
     bar.set_message("dataset:");
-    let mut dataset = Moments::new(width);
+    let (mut dataset, mut made) = (Moments::new(features), Moments::new(features));
     for first in (0..references).step_by(CHUNK) {
         let chunk = first..references.min(first + CHUNK);
-        let pictures: Vec<Picture> = chunk.map(|i| reference(i, &mut decode)).collect::<anyhow::Result<_>>()?;
+        let pictures: Vec<Picture> = chunk.map(|i| reference(i, &mut viewer)).collect::<Result<_, _>>()?;
         look.at(&mut dataset, &pictures, first, "the dataset")?;
     }
-    let mut made = Moments::new(width);
-    match (files, model) {
-        (Some(files), _) => {
+    match source {
+        Source::Files(files) => {
             bar.set_message("generated:");
             for (number, chunk) in files.chunks(CHUNK).enumerate() {
                 let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
                 look.at(&mut made, &pictures, number * CHUNK, "those generated")?;
             }
         }
-        (None, Some(model)) => {
+        Source::Model(mut pipeline) => {
             bar.set_message("sampling:");
-            let job = Job { model, data, config: &config, batch: args.batch.into(), references, count };
-            match engine {
-                Engine::Cpu => {
-                    job.run(&|table| Ok(Cpu::<f32>::for_sampling(table)), &mut decode, &look, &mut made)?;
-                }
-                Engine::Gpu(runtime) => {
-                    let new = |table: &_| Ok(Gpu::for_sampling(runtime.clone(), args.device.math(), table)?);
-                    job.run(&new, &mut decode, &look, &mut made)?;
-                }
+            for first in (0..count).step_by(batch) {
+                let request = request(&pipeline, first..count.min(first + batch));
+                let images = pipeline.generate(&request)?;
+                let pictures = images.iter().map(|image| viewer.picture([height, width], &image.values));
+                let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
+                look.at(&mut made, &pictures, first, "those made")?;
             }
         }
-        (None, None) => bail!("--model is missing"),
     }
     bar.finish_and_clear();
     let rate = (references + count) as f64 / started.elapsed().as_secs_f64();
     let distance = distance(made, dataset);
     ensure!(distance.is_finite(), "{}: the features are too large to compare", network.path().display());
 
-    let source = generated.as_ref().or(args.model.as_ref()).map(|path| path.display().to_string());
+    let source = args.generated.as_ref().or(args.model.as_ref()).map(|path| path.display().to_string());
     let split = args.split.to_string();
     if args.json {
         let mut all = json!({
             "frechet_distance": distance, "images": count, "references": references,
-            "network": network.path().display().to_string(), "node": network.node(), "features": width,
+            "network": network.path().display().to_string(), "node": network.node(), "features": features,
             "data": args.data.display().to_string(), "split": split, "images_per_second": rate,
         });
-        match generated {
+        match args.generated {
             Some(_) => all["generated"] = json!(source),
-            None => (all["model"], all["sampler"]) = (json!(source), json!(config)),
+            None => (all["model"], all["sampler"]) = (json!(source), json!(sampler)),
         }
         out!("{all}");
     } else {
         out!("Frechet distance {distance:.4}");
         out!("{count} images of {}, {references} of the {split} split", source.unwrap_or_default());
-        out!("{width} features, {} of {}; {rate:.1} images/s", network.node(), network.path().display());
+        out!("{features} features, {} of {}; {rate:.1} images/s", network.node(), network.path().display());
     }
     Ok(())
 }
 
 /// How what the dataset has, and the model makes, becomes a picture.
-fn decoder(args: &EvalArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<Decode> {
+fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Viewer> {
     let [height, width, channels] = data.shape();
     let dir = args.data.display();
-    match (data.header().kind, &args.fid.vae) {
-        (Kind::Images, None) if channels == 3 => {
-            Ok(Box::new(move |image| Ok(Picture::from_model(height, width, image))))
-        }
+    match (data.header().kind, &args.vae) {
+        (Kind::Images, None) if channels == 3 => Ok(Viewer::Pixels),
         (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
         (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
         (Kind::Latents, Some(vae)) => {
-            let of = (dir.to_string(), data.header().autoencoder.as_ref());
-            autoencoder(vae, of, [height, width], engine, args.device.math())
+            let made_by = data.header().autoencoder.as_ref();
+            let (viewer, warning) = Viewer::open(device, vae, &dir.to_string(), made_by).context("--vae")?;
+            warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
+            viewer.check([height, width]).context("--vae")?;
+            Ok(viewer)
         }
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
-}
-
-/// The PNG files of a directory, but those that `edm2k sample` writes beside its images; by name.
-fn pictures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let read = || -> std::io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
-    let mut files = read().with_context(|| dir.display().to_string())?;
-    files.retain(|file| {
-        let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        let number = name.strip_prefix("grid").and_then(|rest| rest.strip_suffix(".png"));
-        let grid =
-            number.is_some_and(|n| n.is_empty() || n.strip_prefix('-').is_some_and(|n| n.parse::<u32>().is_ok()));
-        name.ends_with(".png") && !grid && !name.ends_with("-steps.png")
-    });
-    files.sort();
-    ensure!(files.len() > 1, "{}: {} PNG files, expected 2 at least", dir.display(), files.len());
-    Ok(files)
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
@@ -210,43 +247,6 @@ impl Look<'_> {
         let all: Vec<_> =
             pictures.par_iter().enumerate().map(features).collect::<Result<_, _>>().context("--network")?;
         all.iter().for_each(|features| moments.add(features));
-        Ok(())
-    }
-}
-
-/// What to sample.
-struct Job<'a> {
-    model: &'a Model,
-    data: &'a Dataset,
-    config: &'a SamplerConfig,
-    batch: usize,
-    references: usize,
-    count: usize,
-}
-
-impl Job<'_> {
-    fn run<B: Backend>(
-        &self,
-        new: &dyn Fn(&ParamTable) -> anyhow::Result<B>,
-        decode: &mut Decode,
-        look: &Look,
-        moments: &mut Moments,
-    ) -> anyhow::Result<()> {
-        let mut backend = loaded(self.model, new)?;
-        let [height, width, channels] = self.data.shape();
-        let dim = self.model.net.config.label_dim;
-        for first in (0..self.count).step_by(self.batch) {
-            let seeds: Vec<u64> = (first..self.count.min(first + self.batch)).map(|i| i as u64).collect();
-            let mut labels = vec![0.0; seeds.len() * dim];
-            for (label, &seed) in labels.chunks_mut(dim.max(1)).zip(&seeds) {
-                self.data.condition(seed as usize % self.references, label);
-            }
-            let mut sampler = Sampler { backend: &mut backend, net: &self.model.net, gnet: None };
-            let images = sampler.run(&labels, &seeds, [height, width], self.config, None)?;
-            let pictures = images.chunks(height * width * channels).map(&mut *decode);
-            let pictures: Vec<Picture> = pictures.collect::<anyhow::Result<_>>()?;
-            look.at(moments, &pictures, first, "those made")?;
-        }
         Ok(())
     }
 }

@@ -8,16 +8,15 @@ use std::time::Instant;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use edm2k::backend::codec::CodecBackend;
-use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::danbooru::Filter;
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{Codec, Encode, Event, Settings, Summary, prepare};
+use edm2k::{Backends, Work};
 
+use super::DeviceArgs;
 use super::say::{above, note, out};
-use super::{DeviceArgs, Engine};
 
 /// Make a dataset of images and their tags.
 #[derive(clap::Args)]
@@ -191,11 +190,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         None => prepare(&settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let mut encode = match args.device.open()? {
-                Engine::Cpu => encoder_on(Cpu::<f32>::for_codec(), &file),
-                Engine::Gpu(runtime) => encoder_on(Gpu::for_codec(runtime, args.device.math())?, &file),
-            }
-            .context("--vae")?;
+            let mut encode = args.device.open()?.run(Encoding(&file)).context("--vae")?;
             let autoencoder = file.autoencoder().context("--vae")?;
             let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
             prepare(&settings, Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }), &report)
@@ -207,9 +202,17 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn encoder_on<B: CodecBackend + 'static>(mut b: B, file: &CodecFile) -> Result<Box<Encode<'static>>, CodecError> {
-    let encoder = file.encoder(&mut b)?;
-    Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
+/// An autoencoder's encoder, on whichever device.
+struct Encoding<'a>(&'a CodecFile);
+
+impl Work for Encoding<'_> {
+    type Output = Result<Box<Encode<'static>>, CodecError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let mut b = backends.codec().map_err(BackendError::from)?;
+        let encoder = self.0.encoder(&mut b)?;
+        Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
+    }
 }
 
 fn print(settings: &Settings, summary: &Summary) {

@@ -3,16 +3,16 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::DeviceArgs;
 use super::say::{above, note, results};
 use super::signals::Requests;
-use super::{DeviceArgs, Engine};
 use edm2k::backend::BackendError;
-use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
@@ -25,8 +25,9 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::{
-    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, checkpoint, ema, memory, train,
+    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, TrainError, checkpoint, ema, memory, train,
 };
+use edm2k::{Backends, Device, Work};
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -167,8 +168,8 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         let same = of(v) == of(&data) && !other;
         ensure!(same, "{}: the validation split is not of the same kind and size", args.data.display());
     }
-    let engine = args.device.open()?;
-    let Resolved { settings, plan, model, notes } = resolve(&args, &data, &engine)?;
+    let device = args.device.open()?;
+    let Resolved { settings, plan, model, notes } = resolve(&args, &data, &device)?;
     if args.dry_run {
         results(&describe(&settings, &plan, &model, args.device.math())?);
         return Ok(());
@@ -209,18 +210,9 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         }
     };
     let splits = Splits { train: &data, validation: validation.as_ref() };
-    let (profiles, table) = (settings.ema.len(), model.table.clone());
     requests.begin();
-    let outcome = match engine {
-        Engine::Cpu => {
-            let mut backend = Cpu::<f32>::for_training(&table, profiles);
-            train(&mut backend, model, &settings, &plan, splits, &requests.stop, &mut show)
-        }
-        Engine::Gpu(runtime) => {
-            let mut backend = Gpu::for_training(runtime, args.device.math(), &table, profiles)?;
-            train(&mut backend, model, &settings, &plan, splits, &requests.stop, &mut show)
-        }
-    };
+    let stop = &requests.stop;
+    let outcome = device.run(Training { model, settings: &settings, plan: &plan, splits, stop, show: &mut show });
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
     match outcome {
@@ -229,6 +221,26 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
             std::process::exit(130);
         }
+    }
+}
+
+/// A run, on whichever device.
+struct Training<'a> {
+    model: Model,
+    settings: &'a Settings,
+    plan: &'a Plan,
+    splits: Splits<'a>,
+    stop: &'a AtomicBool,
+    show: &'a mut dyn FnMut(Event),
+}
+
+impl Work for Training<'_> {
+    type Output = Result<Outcome, TrainError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let Self { model, settings, plan, splits, stop, mut show } = self;
+        let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
+        train(&mut backend, model, settings, plan, splits, stop, &mut show)
     }
 }
 
@@ -308,8 +320,8 @@ fn other_meaning(args: &TrainArgs, meta: &ModelMeta, data: &Dataset) -> Vec<Stri
     conditions.into_iter().chain(latents).map(|what| format!("warning: --init has to relearn: {what}")).collect()
 }
 
-fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<Resolved> {
-    let on_gpu = matches!(engine, Engine::Gpu(_));
+fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<Resolved> {
+    let on_gpu = device.runtime().is_some();
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
     let init = args.init.as_ref().map(|path| start(path, &args.outdir)).transpose()?;
@@ -421,7 +433,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, engine: &Engine) -> anyhow::Result<
         keep: args.keep,
         keep_rampup: args.rampup.is_none() && recipe.is_none(),
         restart: args.restart,
-        computed_on: engine.describe(args.device.math()),
+        computed_on: device.to_string(),
     };
     Ok(Resolved { settings, plan, model, notes })
 }

@@ -1,14 +1,13 @@
 //! `edm2k verify`: replays a directory of golden numbers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-use super::Engine;
+use edm2k::verify::{self, Bounds, Outcome, Summary, VerifyError, verify};
+use edm2k::{Backends, Work};
+
 use super::say::out;
-use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::Gpu;
-use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 
 /// Compare a device with numbers of the official implementation.
 #[derive(clap::Args)]
@@ -37,25 +36,9 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         true => out!("{}", serde_json::json!(outcome)),
         false => out!("{outcome}"),
     };
-    let math = args.device.math();
-    let summary = match args.device.open()? {
-        Engine::Cpu => {
-            let device: Device<Cpu> = Device {
-                sampling: &|table| Ok(Cpu::for_sampling(table)),
-                training: &|table, averages| Ok(Cpu::for_training(table, averages)),
-                bounds: Bounds::F32,
-            };
-            verify(&args.dir, &device, &|| Ok(Cpu::<f32>::for_codec()), &mut print)
-        }
-        Engine::Gpu(runtime) => {
-            let device = Device {
-                sampling: &|table| Gpu::for_sampling(runtime.clone(), math, table),
-                training: &|table, averages| Gpu::for_training(runtime.clone(), math, table, averages),
-                bounds: Bounds::of(math.precision),
-            };
-            verify(&args.dir, &device, &|| Gpu::for_codec(runtime.clone(), math), &mut print)
-        }
-    };
+    let device = args.device.open()?;
+    let bounds = device.runtime().map_or(Bounds::F32, |_| Bounds::of(device.math().precision));
+    let summary = device.run(Replay { dir: &args.dir, bounds, print: &mut print });
     let summary = summary.context("cannot replay the directory")?;
     let Summary { ok, failed, skipped } = summary;
     match args.json {
@@ -68,5 +51,25 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         0 if ok == 0 => bail!("nothing was compared"),
         0 => Ok(()),
         _ => bail!("{failed} of {} checks failed", ok + failed),
+    }
+}
+
+/// A directory to replay, on whichever device.
+struct Replay<'a> {
+    dir: &'a Path,
+    bounds: Bounds,
+    print: &'a mut dyn FnMut(&Outcome),
+}
+
+impl Work for Replay<'_> {
+    type Output = Result<Summary, VerifyError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let device = verify::Device {
+            sampling: &|table| backends.sampling(table),
+            training: &|table, averages| backends.training(table, averages),
+            bounds: self.bounds,
+        };
+        verify(self.dir, &device, &|| backends.codec(), self.print)
     }
 }

@@ -3,7 +3,7 @@
 //! Text is stored as iTXt (UTF-8, so any prompt survives) before the pixels; `exiftool`,
 //! ImageMagick's `identify -verbose` and Python's PIL show it.
 
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use super::Picture;
@@ -20,6 +20,16 @@ pub enum PngError {
 }
 
 impl Picture {
+    /// The picture as a PNG file in memory: the bytes that [`Picture::save`] writes.
+    ///
+    /// # Errors
+    /// An empty picture, or a keyword that PNG does not allow.
+    pub fn png(&self, text: &[(&str, &str)]) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.encode(&mut bytes, text)?;
+        Ok(bytes)
+    }
+
     /// Writes the picture as a PNG file, atomically, with text chunks of (keyword, text).
     /// A keyword has 1 to 79 Latin-1 characters.
     ///
@@ -27,21 +37,22 @@ impl Picture {
     /// [`PngError::Io`]; then `path` keeps its old content. An empty picture, or a keyword
     /// that PNG does not allow, is one too.
     pub fn save(&self, path: &Path, text: &[(&str, &str)]) -> Result<(), PngError> {
+        write_atomically(path, |out| self.encode(out, text)).map_err(|cause| PngError::Io { path: path.into(), cause })
+    }
+
+    fn encode(&self, out: impl Write, text: &[(&str, &str)]) -> io::Result<()> {
         let too_large = |_| io::Error::new(io::ErrorKind::InvalidInput, "too large for a PNG");
-        write_atomically(path, |out| {
-            let width = u32::try_from(self.width).map_err(too_large)?;
-            let height = u32::try_from(self.height).map_err(too_large)?;
-            let mut encoder = png::Encoder::new(out, width, height);
-            encoder.set_color(png::ColorType::Rgb);
-            encoder.set_depth(png::BitDepth::Eight);
-            for (keyword, text) in text {
-                encoder.add_itxt_chunk((*keyword).into(), (*text).into())?;
-            }
-            let mut writer = encoder.write_header()?;
-            writer.write_image_data(&self.rgb)?;
-            Ok(writer.finish()?)
-        })
-        .map_err(|cause| PngError::Io { path: path.into(), cause })
+        let width = u32::try_from(self.width).map_err(too_large)?;
+        let height = u32::try_from(self.height).map_err(too_large)?;
+        let mut encoder = png::Encoder::new(out, width, height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        for (keyword, text) in text {
+            encoder.add_itxt_chunk((*keyword).into(), (*text).into())?;
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&self.rgb)?;
+        Ok(writer.finish()?)
     }
 }
 

@@ -200,6 +200,9 @@ pub enum SampleError {
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// Somebody who saw a step wanted no more.
+    #[error("stopped")]
+    Stopped,
     /// The network made something that is no number.
     #[error("seed {seed}: {count} of the image's values are not finite (are the model's weights?)")]
     NotFinite {
@@ -244,8 +247,9 @@ pub fn parse_seeds(list: &str) -> Result<Vec<u64>, String> {
     }
 }
 
-/// Sees each step of a batch, and may download what it wants of it.
-pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), BackendError> + 'a;
+/// Sees each step of a batch, may download what it wants of it, and stops the work by an error, such as
+/// [`SampleError::Stopped`].
+pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), SampleError> + 'a;
 
 /// A network on its device, and optionally another one that guides it.
 pub struct Sampler<'a, B: Backend> {
@@ -295,7 +299,7 @@ impl<B: Backend> Sampler<'_, B> {
                 }
             })?;
             if let Some(e) = failed {
-                return Err(e.into());
+                return Err(e);
             }
             self.backend.download(&made[0])?
         } else {
@@ -360,7 +364,7 @@ struct Whole<'a, B: Backend> {
 }
 
 impl<B: Backend> Denoise<B> for Whole<'_, B> {
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let n = b.shape(x)[0];
         let sigmas = b.upload([n, 1, 1, 1], &vec![sigma as f32; n]);
         let d = self.net.denoise(b, x, &sigmas, self.labels);
@@ -375,7 +379,7 @@ impl<B: Backend> Denoise<B> for Whole<'_, B> {
         unreachable!("churn is sampled step by step")
     }
 
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
         Ok(())
     }
 }
@@ -394,7 +398,7 @@ struct Stepwise<'a, 'o, B: Backend> {
 }
 
 impl<B: Backend> Denoise<B> for Stepwise<'_, '_, B> {
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let shape = self.shape;
         let x = b.download(x)?;
         let levels = vec![sigma as f32; shape[0]];
@@ -426,7 +430,7 @@ impl<B: Backend> Denoise<B> for Stepwise<'_, '_, B> {
         b.upload(self.shape, &draw(self.shape, self.seeds, Purpose::Churn, step as u32))
     }
 
-    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), BackendError> {
+    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
         self.observe.as_mut().map_or(Ok(()), |observe| observe(b, step))
     }
 }

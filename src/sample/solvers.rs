@@ -5,8 +5,8 @@
 //! dx/dsigma = (x - D(x; sigma)) / sigma. Each update is linear in x and the denoised images, and so is
 //! guidance; so an update is one [`Backend::linear_combination`] whose factors are computed in f64.
 
-use super::{Churn, SamplerConfig, Solver};
-use crate::backend::{Backend, BackendError};
+use super::{Churn, SampleError, SamplerConfig, Solver};
+use crate::backend::Backend;
 
 /// A denoised image D = ref + g (D_cond - ref), kept as its two parts.
 #[derive(Clone)]
@@ -57,11 +57,11 @@ pub struct Step<'a, T> {
 /// What a solver needs.
 pub trait Denoise<B: Backend> {
     /// D(x; sigma) of the noisy images x [n, h, w, c].
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError>;
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError>;
     /// Unit normal noise for the churn of a step, [n, h, w, c].
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor;
     /// Called after each step.
-    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), BackendError>;
+    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError>;
 }
 
 /// Images [n, h, w, c] from unit normal `noise` of that shape, by the solver and at the noise levels of a
@@ -71,7 +71,7 @@ pub fn solve<B: Backend>(
     denoiser: &mut impl Denoise<B>,
     config: &SamplerConfig,
     noise: &B::Tensor,
-) -> Result<B::Tensor, BackendError> {
+) -> Result<B::Tensor, SampleError> {
     let sigmas = config.sigmas();
     let x = b.linear_combination(&[(noise, sigmas[0])]);
     match config.solver {
@@ -89,7 +89,7 @@ fn dpmpp_2m<B: Backend>(
     denoiser: &mut impl Denoise<B>,
     sigmas: &[f64],
     mut x: B::Tensor,
-) -> Result<B::Tensor, BackendError> {
+) -> Result<B::Tensor, SampleError> {
     let of = sigmas.len() - 1;
     let mut last: Option<(Guided<B::Tensor>, f64)> = None;
     for (index, pair) in sigmas.windows(2).enumerate() {
@@ -125,7 +125,7 @@ fn edm<B: Backend>(
     churn: Churn,
     correct: bool,
     mut x: B::Tensor,
-) -> Result<B::Tensor, BackendError> {
+) -> Result<B::Tensor, SampleError> {
     let of = sigmas.len() - 1;
     for (index, pair) in sigmas.windows(2).enumerate() {
         let (current, next) = (pair[0], pair[1]);

@@ -45,6 +45,7 @@ use crate::formats::input;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::model::{Config, ConfigError};
 use crate::params::{ParamId, ParamTable};
+use crate::sample::SampleError;
 
 /// How much more than the reference's own float32 rounding is allowed.
 pub const FACTOR: f64 = 10.0;
@@ -249,6 +250,9 @@ pub enum VerifyError {
     /// The device has no room for a network.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A sampler.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
 }
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;

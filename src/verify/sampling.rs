@@ -4,9 +4,9 @@ use serde::Deserialize;
 
 use super::network::{images, labels, network};
 use super::{Array, Golden, Result, Session, What, download, normalization};
-use crate::backend::{Backend, BackendError, Slot};
+use crate::backend::{Backend, Slot};
 use crate::model::Precond;
-use crate::sample::{Churn, Denoise, Guided, SamplerConfig, Solver, Step, solve};
+use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, Step, solve};
 
 /// Settings in the metadata, under the name of the solver.
 #[derive(Deserialize)]
@@ -159,7 +159,7 @@ struct Recorded<T> {
 }
 
 impl<B: Backend> Denoise<B> for Recorded<B::Tensor> {
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, BackendError> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let call = self.seen.len();
         self.seen.push(x.clone());
         let d = self.conditional[call].upload(b);
@@ -175,7 +175,7 @@ impl<B: Backend> Denoise<B> for Recorded<B::Tensor> {
         unreachable!("no churn")
     }
 
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
         Ok(())
     }
 }
@@ -189,7 +189,7 @@ struct Live<'a, T> {
 }
 
 impl<B: Backend> Denoise<B> for Live<'_, B::Tensor> {
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, BackendError> {
+    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let sigma = b.upload([self.n, 1, 1, 1], &vec![sigma as f32; self.n]);
         let d = self.net.denoise(b, x, &sigma, self.labels.as_ref());
         if self.guidance == 1.0 {
@@ -203,7 +203,7 @@ impl<B: Backend> Denoise<B> for Live<'_, B::Tensor> {
         unreachable!("no churn")
     }
 
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), BackendError> {
+    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
         Ok(())
     }
 }

@@ -81,6 +81,13 @@ pub struct Math {
     pub conv_loop: ConvLoop,
 }
 
+impl Default for Math {
+    /// f16, with the sums that are the fastest on the card.
+    fn default() -> Self {
+        Precision::F16.into()
+    }
+}
+
 impl From<Precision> for Math {
     fn from(precision: Precision) -> Self {
         Self { precision, accum: None, conv_loop: ConvLoop::default() }

@@ -1,0 +1,270 @@
+//! Devices by name, and one way to run on whichever it is.
+
+use std::fmt;
+use std::path::Path;
+use std::rc::Rc;
+use std::str::FromStr;
+
+use crate::backend::codec::CodecBackend;
+use crate::backend::cpu::Cpu;
+use crate::backend::gpu::engine::Gpu;
+use crate::backend::gpu::launch::Math;
+use crate::backend::gpu::runtime::Runtime;
+use crate::backend::{Backend, BackendError, DeviceError, Normalization, Slot};
+use crate::memory::{self, TooLarge};
+use crate::model::{Config, Model};
+use crate::params::ParamTable;
+
+/// What computes, as `--device` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceName {
+    /// `auto`: the first GPU if there is one, else the processor.
+    Auto,
+    /// `cpu`: this machine's processor.
+    Cpu,
+    /// `cuda` or `cuda:N`: a CUDA device by number.
+    Cuda(usize),
+    /// `emulated`: the CUDA kernels on the processor, checked.
+    Emulated,
+}
+
+/// A text that names no device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a device, expected auto, cpu, cuda, cuda:N or emulated")]
+pub struct NoDevice(String);
+
+impl FromStr for DeviceName {
+    type Err = NoDevice;
+
+    fn from_str(text: &str) -> Result<Self, NoDevice> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => {
+                let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+                number.map(Self::Cuda).ok_or_else(|| NoDevice(text.into()))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
+}
+
+/// An open device, and the numbers that it computes in. Clones are the same device.
+///
+/// ```
+/// use edm2k::Device;
+///
+/// let device = Device::open("cpu")?;
+/// assert_eq!(device.to_string(), "the CPU, f32");
+/// assert!(Device::open("gpu").unwrap_err().to_string().contains("'gpu' is not a device"));
+/// # Ok::<(), edm2k::DeviceError>(())
+/// ```
+#[derive(Clone)]
+pub struct Device {
+    runtime: Option<Rc<dyn Runtime>>,
+    math: Math,
+    fallback: Option<DeviceError>,
+}
+
+impl Device {
+    /// Opens a device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, or `emulated`.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the name is none, the device is not there, or this program was built without what it needs.
+    pub fn open(name: &str) -> Result<Self, DeviceError> {
+        let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Absent(wrong.to_string()))?;
+        Self::named(name)
+    }
+
+    /// As [`Device::open`].
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
+        let on = |runtime, fallback| Self { runtime, math: Math::default(), fallback };
+        match name {
+            DeviceName::Cpu => Ok(on(None, None)),
+            DeviceName::Cuda(ordinal) => Ok(on(Some(cuda(ordinal)?), None)),
+            DeviceName::Emulated => Ok(on(Some(emulated()?), None)),
+            DeviceName::Auto => match cuda(0) {
+                Ok(gpu) => Ok(on(Some(gpu), None)),
+                // On a machine that never had a GPU, nobody wonders.
+                Err(DeviceError::Absent(_)) if !has_nvidia_hardware() => Ok(on(None, None)),
+                Err(why) => Ok(on(None, Some(why))),
+            },
+        }
+    }
+
+    /// The same device, computing in other numbers; the CPU always computes in f32.
+    #[must_use]
+    pub fn with_math(self, math: Math) -> Self {
+        Self { math, ..self }
+    }
+
+    /// The numbers that a GPU computes in.
+    pub fn math(&self) -> Math {
+        self.math
+    }
+
+    /// What runs kernels; none: the CPU computes without them.
+    pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
+        self.runtime.as_ref()
+    }
+
+    /// Why `auto` took the CPU on a machine that seems to have a GPU.
+    pub fn fallback(&self) -> Option<&DeviceError> {
+        self.fallback.as_ref()
+    }
+
+    /// Runs what is written for any backend on this device's.
+    pub fn run<W: Work>(&self, work: W) -> W::Output {
+        match &self.runtime {
+            None => work.run(&OnCpu),
+            Some(runtime) => work.run(&OnGpu { runtime: runtime.clone(), math: self.math }),
+        }
+    }
+
+    /// Refuses a forward pass of `images` images of [height, width] that this machine has no room for; a GPU knows its
+    /// own memory.
+    ///
+    /// # Errors
+    /// [`TooLarge`].
+    pub fn check_forward(&self, config: &Config, [height, width]: [usize; 2], images: usize) -> Result<(), TooLarge> {
+        let needed = match self.runtime {
+            None => config.forward_bytes(images, height, width),
+            Some(_) => 8 * images as u128 * (height * width * config.img_channels) as u128,
+        };
+        memory::check(format!("a batch of {images} images of {width}x{height}"), needed)
+    }
+}
+
+impl fmt::Display for Device {
+    /// Device and numbers, for people: what a run notes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.runtime {
+            None => f.write_str("the CPU, f32"),
+            Some(gpu) => write!(f, "{}, {}", gpu.name(), self.math.describe(gpu.card().capability)),
+        }
+    }
+}
+
+/// Makes the backends of one device.
+pub trait Backends {
+    /// What they are.
+    type Backend: CodecBackend + 'static;
+
+    /// One that holds the parameters of a network, to run it.
+    ///
+    /// # Errors
+    /// The device's.
+    fn sampling(&self, table: &ParamTable) -> Result<Self::Backend, DeviceError>;
+    /// One that also holds gradients, moments, and `averages` moving averages.
+    ///
+    /// # Errors
+    /// The device's.
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Backend, DeviceError>;
+    /// One that holds no network, to run codecs.
+    ///
+    /// # Errors
+    /// The device's.
+    fn codec(&self) -> Result<Self::Backend, DeviceError>;
+
+    /// One that holds a model's weights, ready to run it.
+    ///
+    /// # Errors
+    /// The device's.
+    fn loaded(&self, model: &Model) -> Result<Self::Backend, BackendError> {
+        let mut backend = self.sampling(&model.table)?;
+        model.upload(&mut backend, Slot::Weight)?;
+        backend.prepare(Slot::Weight, Normalization::Eval)?;
+        Ok(backend)
+    }
+}
+
+/// What is written for any backend. A closure cannot be; so its captures are the fields of a type with this trait.
+pub trait Work {
+    /// What comes of it.
+    type Output;
+    /// Does it, on backends that `backends` makes.
+    fn run<M: Backends>(self, backends: &M) -> Self::Output;
+}
+
+struct OnCpu;
+
+impl Backends for OnCpu {
+    type Backend = Cpu<f32>;
+
+    fn sampling(&self, table: &ParamTable) -> Result<Cpu<f32>, DeviceError> {
+        Ok(Cpu::for_sampling(table))
+    }
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Cpu<f32>, DeviceError> {
+        Ok(Cpu::for_training(table, averages))
+    }
+    fn codec(&self) -> Result<Cpu<f32>, DeviceError> {
+        Ok(Cpu::for_codec())
+    }
+}
+
+struct OnGpu {
+    runtime: Rc<dyn Runtime>,
+    math: Math,
+}
+
+impl Backends for OnGpu {
+    type Backend = Gpu;
+
+    fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {
+        Gpu::for_sampling(self.runtime.clone(), self.math, table)
+    }
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Gpu, DeviceError> {
+        Gpu::for_training(self.runtime.clone(), self.math, table, averages)
+    }
+    fn codec(&self) -> Result<Gpu, DeviceError> {
+        Gpu::for_codec(self.runtime.clone(), self.math)
+    }
+}
+
+/// Whether this machine has a card of NVIDIA's, driver or not (Linux).
+fn has_nvidia_hardware() -> bool {
+    let of_nvidia = |device: std::fs::DirEntry| {
+        let read = |name| std::fs::read_to_string(device.path().join(name)).unwrap_or_default();
+        read("vendor").trim() == "0x10de" && read("class").starts_with("0x03")
+    };
+    let devices = std::fs::read_dir("/sys/bus/pci/devices");
+    Path::new("/dev/nvidiactl").exists() || devices.is_ok_and(|all| all.flatten().any(of_nvidia))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
+    Ok(Rc::new(crate::backend::gpu::cuda::Cuda::new(ordinal)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
+    Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
+}
+
+#[cfg(feature = "emulator")]
+fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
+    use crate::backend::gpu::emulated::{Build, Emulator};
+    use crate::backend::gpu::runtime::Emulated;
+    let emulator = Emulator::new(Build::Normal).map_err(|e| DeviceError::Unavailable(e.to_string()))?;
+    Ok(Rc::new(Emulated::new(emulator, u64::MAX)))
+}
+
+#[cfg(not(feature = "emulator"))]
+fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
+    Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
+}

@@ -1,0 +1,323 @@
+//! Where conditions come from: tags, pictures, datasets, files, and the condition model.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{Domain, Mismatch, Pipeline};
+use crate::condition::tagger::Tagger;
+use crate::condition::vae::{Vae, VaeError};
+use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
+use crate::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
+use crate::data::dataset::{Dataset, DatasetError, Split};
+use crate::data::features::CONDITIONING_KEY;
+use crate::formats::npy::{self, NpyError};
+use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::onnx::OnnxError;
+use crate::pictures::Picture;
+use crate::pictures::decode;
+
+/// What an image is to show.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Condition {
+    /// The vector that the network is given, `[label_dim]`.
+    pub values: Vec<f32>,
+    /// Where it is from, for people: what the text chunk of a picture says of it.
+    pub origin: Value,
+}
+
+impl Condition {
+    /// That of image `i` of a split of the dataset in `dir`, without looking whether it suits a model.
+    ///
+    /// # Panics
+    /// If there is no such image.
+    pub fn of_image(data: &Dataset, i: usize, dir: &Path, split: Split) -> Self {
+        let mut values = vec![0.0; data.condition_dim()];
+        data.condition(i, &mut values);
+        let (dir, split, tags) = (dir.display(), split.to_string(), data.vocabulary().words(data.tags(i)));
+        let origin = json!({"dataset": dir.to_string(), "id": data.id(i), "split": split, "tags": tags});
+        Self { values, origin }
+    }
+}
+
+/// Why there is no condition.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ConditionError {
+    #[error("{}: the model is unconditional, so it takes no condition", model.display())]
+    Unconditional { model: PathBuf },
+    #[error("{}: the model has no vocabulary, so it takes no tags", model.display())]
+    NoVocabulary { model: PathBuf },
+    #[error(
+        "{}: its conditions are {made_of}, so tags need a condition model that has learned from them",
+        model.display()
+    )]
+    TagsOfFeatures { model: PathBuf, made_of: Conditioning },
+    #[error("{}: its conditions are {made_of}, not features, so no picture has them", model.display())]
+    NotFeatures { model: PathBuf, made_of: Conditioning },
+    #[error("there is no condition model")]
+    NoConditionModel,
+    #[error("there is no tagger")]
+    NoTagger,
+    #[error("{}: its features are {found} wide, expected the model's {expected}", tagger.display())]
+    FeatureWidth { tagger: PathBuf, found: usize, expected: usize },
+    #[error("{} was trained on {made_of}, but these are {found}", model.display())]
+    OtherTagger { model: PathBuf, made_of: Conditioning, found: Conditioning },
+    #[error("\"{text}\" has no tag")]
+    NoTag { text: String },
+    #[error("{name}: {why}")]
+    Picture { name: String, why: String },
+    #[error("{name}: its features are all zero")]
+    ZeroFeatures { name: String },
+    #[error("no image of {} has the id {id}", dataset.display())]
+    NoSuchId { dataset: PathBuf, id: i64 },
+    #[error("{}: conditions of shape {found:?}, expected [N, {width}]", path.display())]
+    Shape { path: PathBuf, found: Vec<usize>, width: usize },
+    #[error("{}: row {row} {what}", path.display())]
+    Row { path: PathBuf, row: usize, what: &'static str },
+    #[error("{}: what its conditions mean: {why}", path.display())]
+    Meaning { path: PathBuf, why: String },
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
+    #[error(transparent)]
+    Vae(#[from] VaeError),
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Tagger(#[from] OnnxError),
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error(transparent)]
+    Npy(#[from] NpyError),
+}
+
+type Result<T, E = ConditionError> = std::result::Result<T, E>;
+
+impl Pipeline {
+    /// Takes a model of conditions, made by `edm2k condition train`.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: it is none, or of other conditions.
+    pub fn with_condition_model(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let vae = Vae::load(path)?;
+        self.width()?;
+        Domain::of_condition_model(&vae).check(path.display(), &self.domain(), self.path.display())?;
+        self.inventor = Some((path.into(), vae));
+        Ok(self)
+    }
+
+    /// Takes the tagger whose features the model's conditions are, an ONNX file; `node` names the tensor of the features
+    /// in it, by default what a WD tagger's classifier is given. A file that is only known to have another name is taken
+    /// with a warning.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: the model's conditions are no features, or known to be another tagger's.
+    pub fn with_tagger(mut self, path: impl AsRef<Path>, node: Option<&str>) -> Result<Self> {
+        let expected = self.width()?;
+        let (model, made_of) = (self.path.clone(), self.meta.conditioning.clone());
+        if made_of == Conditioning::Tags {
+            return Err(ConditionError::NotFeatures { model, made_of });
+        }
+        let tagger = Tagger::open(path.as_ref(), node)?;
+        let found = tagger.network().width();
+        if found != expected {
+            return Err(ConditionError::FeatureWidth { tagger: tagger.network().path().into(), found, expected });
+        }
+        let theirs = tagger.conditioning();
+        if theirs.differs(&made_of) {
+            let known = matches!(made_of, Conditioning::Features { fingerprint: Some(_), .. });
+            let other = ConditionError::OtherTagger { model, made_of, found: theirs };
+            if known {
+                return Err(other);
+            }
+            self.warnings.push(other.to_string());
+        }
+        self.tagger = Some(tagger);
+        Ok(self)
+    }
+
+    /// The tags that the model knows; of a model of features those that its condition model knows.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: it knows none.
+    pub fn vocabulary(&self) -> Result<Vocabulary> {
+        self.width()?;
+        let (model, meta) = (self.path.clone(), &self.meta);
+        match (&meta.conditioning, &self.inventor) {
+            (Conditioning::Features { .. }, Some((_, vae))) => Ok(vae.vocabulary().clone()),
+            (made_of @ Conditioning::Features { .. }, None) => {
+                Err(ConditionError::TagsOfFeatures { model, made_of: made_of.clone() })
+            }
+            (Conditioning::Tags, _) if meta.vocabulary.is_empty() => Err(ConditionError::NoVocabulary { model }),
+            (Conditioning::Tags, _) => {
+                let tags = meta.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 }).collect();
+                let named = |cause| VocabularyError::File { path: model, cause: Box::new(cause) };
+                Ok(Vocabulary::new(tags).map_err(named)?)
+            }
+        }
+    }
+
+    /// The condition of some tags, separated by commas. Of features nobody knows which tags they have: then it is
+    /// [`Pipeline::complete`]'s.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: no tag, an unknown one, or a model that takes none.
+    pub fn tags(&self, text: &str, seed: u64) -> Result<Condition> {
+        let vocabulary = self.vocabulary()?;
+        if let Conditioning::Features { .. } = self.meta.conditioning {
+            return self.complete(text, seed);
+        }
+        let tags = some_tags(&vocabulary, text)?;
+        Ok(Condition { values: vocabulary.multi_hot(&tags), origin: json!({"tags": vocabulary.words(&tags)}) })
+    }
+
+    /// A plausible condition that has some tags, separated by commas, and perhaps others: the condition model invents
+    /// it with the noise of `seed`.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: no tag, an unknown one, or no condition model.
+    pub fn complete(&self, text: &str, seed: u64) -> Result<Condition> {
+        self.width()?;
+        let (_, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
+        let vocabulary = vae.vocabulary();
+        let tags = some_tags(vocabulary, text)?;
+        let invented = vae.invent(&tags, 1, seed);
+        let origin = json!({"asked": vocabulary.words(&tags), "tags": vocabulary.words(&invented.tags[0])});
+        Ok(Condition { values: invented.conditions, origin })
+    }
+
+    /// Conditions that the condition model invents with the noise of `seed`.
+    ///
+    /// # Errors
+    /// [`ConditionError::NoConditionModel`], [`ConditionError::Unconditional`].
+    pub fn invent(&self, count: usize, seed: u64) -> Result<Vec<Condition>> {
+        let width = self.width()?;
+        let (_, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
+        let invented = vae.invent(&[], count, seed);
+        let rows = invented.conditions.chunks(width).zip(&invented.tags).enumerate();
+        let condition = |(index, (values, tags)): (usize, (&[f32], &Vec<u32>))| Condition {
+            values: values.to_vec(),
+            origin: json!({"invented": index, "condition_seed": seed, "tags": vae.vocabulary().words(tags)}),
+        };
+        Ok(rows.map(condition).collect())
+    }
+
+    /// The condition of a picture in a file: the features that the tagger finds in it.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: no tagger, no picture, or no features.
+    pub fn like(&mut self, path: impl AsRef<Path>) -> Result<Condition> {
+        let name = path.as_ref().display().to_string();
+        let image = decode::open(path.as_ref(), Tagger::BACKGROUND);
+        let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why })?;
+        if let Some(profile) = image.unapplied {
+            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
+        }
+        self.like_picture(&image.picture, &name)
+    }
+
+    /// As [`Pipeline::like`], of a picture that is called `name`.
+    ///
+    /// # Errors
+    /// As [`Pipeline::like`].
+    pub fn like_picture(&self, picture: &Picture, name: &str) -> Result<Condition> {
+        self.width()?;
+        let tagger = self.tagger.as_ref().ok_or(ConditionError::NoTagger)?;
+        let mut values = tagger.features(picture, name)?;
+        if !unit_norm(&mut values) {
+            return Err(ConditionError::ZeroFeatures { name: name.into() });
+        }
+        let network = tagger.network();
+        let origin = json!({"like": name, "tagger": network.path().display().to_string(), "node": network.node()});
+        Ok(Condition { values, origin })
+    }
+
+    /// The condition of the image with this id in a dataset, in whichever of its splits that is.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: there is no such image, or its condition means something else.
+    pub fn row(&self, dataset: impl AsRef<Path>, id: i64) -> Result<Condition> {
+        self.width()?;
+        let dir = dataset.as_ref();
+        for split in Split::ALL {
+            let data = match Dataset::open(dir, split) {
+                Err(DatasetError::NoShards { .. } | DatasetError::Empty { .. }) => continue,
+                opened => opened?,
+            };
+            let Some(i) = data.find(id) else { continue };
+            let theirs = Domain::of_conditions(data.condition_dim(), data.meaning());
+            theirs.check(dir.display(), &self.domain(), self.path.display())?;
+            return Ok(Condition::of_image(&data, i, dir, split));
+        }
+        Err(ConditionError::NoSuchId { dataset: dir.into(), id })
+    }
+
+    /// The conditions [N, D] of a file: `.npy`, or `.safetensors` with one tensor or one that is named "conditions" or
+    /// "features". Features are divided by their norm.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: the file cannot be read, or its conditions do not suit the model.
+    pub fn conditions(&self, path: impl AsRef<Path>) -> Result<Vec<Condition>> {
+        let (path, width) = (path.as_ref(), self.width()?);
+        let (shape, mut values, meaning) = read(path)?;
+        meaning.check(path.display(), &self.meta.meaning(), self.path.display()).map_err(Mismatch::Meaning)?;
+        if !matches!(shape[..], [d] | [_, d] if d == width) || values.is_empty() {
+            return Err(ConditionError::Shape { path: path.into(), found: shape, width });
+        }
+        let wrong = |row, what| Err(ConditionError::Row { path: path.into(), row, what });
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            return wrong(at / width, "has a value that is not finite");
+        }
+        let features = matches!(self.meta.conditioning, Conditioning::Features { .. });
+        let mut conditions = Vec::with_capacity(values.len() / width);
+        for (row, values) in values.chunks_mut(width).enumerate() {
+            // As `prepare` does; what has norm 1 keeps it.
+            if features && !unit_norm(values) {
+                return wrong(row, "is zero, which is no feature");
+            }
+            let origin = json!({"file": path.display().to_string(), "row": row});
+            conditions.push(Condition { values: values.to_vec(), origin });
+        }
+        Ok(conditions)
+    }
+
+    /// Width of the conditions.
+    fn width(&self) -> Result<usize> {
+        match self.net.config.label_dim {
+            0 => Err(ConditionError::Unconditional { model: self.path.clone() }),
+            width => Ok(width),
+        }
+    }
+}
+
+/// Places of the tags in a text that has some.
+fn some_tags(vocabulary: &Vocabulary, text: &str) -> Result<Vec<u32>> {
+    let tags = vocabulary.parse(text)?;
+    if tags.is_empty() { Err(ConditionError::NoTag { text: text.into() }) } else { Ok(tags) }
+}
+
+/// Shape and values of a file's conditions, and what they mean, as far as the file says it.
+fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>, Meaning)> {
+    if path.extension().is_some_and(|extension| extension == "npy") {
+        let (shape, values) = npy::read(path)?;
+        return Ok((shape, values, Meaning::default()));
+    }
+    let file = SafeFile::open(path)?;
+    let said = |key: &str| file.metadata().get(key).and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let meaning = match (said(MEANING_KEY), said(CONDITIONING_KEY)) {
+        (Some(meaning), _) => serde_json::from_value(meaning),
+        (None, Some(made_of)) => serde_json::from_value(json!({"conditioning": made_of, "tags": []})),
+        (None, None) => Ok(Meaning::default()),
+    };
+    let meaning = meaning.map_err(|why| ConditionError::Meaning { path: path.into(), why: why.to_string() })?;
+    let names: Vec<_> = file.names().collect();
+    let name = match names[..] {
+        [one] => one,
+        _ if file.contains("features") => "features",
+        _ => "conditions",
+    };
+    Ok((file.shape(name)?.to_vec(), file.f32(name)?, meaning))
+}

@@ -1,0 +1,111 @@
+//! What belongs together: one rule for models, the networks that guide them, datasets, condition models and files of
+//! conditions.
+
+use std::fmt::Display;
+
+use crate::codec::Autoencoder;
+use crate::condition::Meaning;
+use crate::condition::vae::Vae;
+use crate::data::dataset::{Dataset, Kind};
+use crate::fingerprint::differ;
+use crate::model::{Config, Encoder, ModelMeta};
+
+/// What something works on, as far as that is known.
+#[derive(Clone, Debug, Default)]
+pub struct Domain {
+    /// Pixels or latents.
+    pub encoder: Option<Encoder>,
+    /// Channels of the images; 0 if it has none.
+    pub channels: usize,
+    /// Width of the conditions; 0 if it takes none.
+    pub width: usize,
+    /// What the places of a condition mean.
+    pub meaning: Meaning,
+    /// What latents are of.
+    pub autoencoder: Option<Autoencoder>,
+}
+
+/// Two things that do not belong together: how the one called `name` differs from `other`.
+#[derive(Clone, Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Mismatch {
+    #[error("{name}: its images are {found}, those of {other} are {expected}")]
+    Images { name: String, other: String, found: &'static str, expected: &'static str },
+    #[error("{name}: its images have {found} channels, those of {other} have {expected}")]
+    Channels { name: String, other: String, found: usize, expected: usize },
+    #[error("{name}: its conditions are {found} wide, those of {other} are {expected} wide")]
+    Width { name: String, other: String, found: usize, expected: usize },
+    #[error("{0}")]
+    Meaning(String),
+    #[error("{name}: its latents are of {found}, those of {other} are of {expected}")]
+    Latents { name: String, other: String, found: Box<Autoencoder>, expected: Box<Autoencoder> },
+}
+
+impl Domain {
+    /// Of a model.
+    pub fn of_model(config: &Config, meta: &ModelMeta) -> Self {
+        Self {
+            encoder: Some(meta.encoder),
+            channels: config.img_channels,
+            width: config.label_dim,
+            meaning: meta.meaning(),
+            autoencoder: meta.autoencoder.clone(),
+        }
+    }
+
+    /// Of a dataset.
+    pub fn of_dataset(data: &Dataset) -> Self {
+        let header = data.header();
+        Self {
+            encoder: Some(if header.kind == Kind::Images { Encoder::Rgb } else { Encoder::SdVae }),
+            channels: header.channels,
+            width: header.condition_dim,
+            meaning: data.meaning(),
+            autoencoder: header.autoencoder.clone(),
+        }
+    }
+
+    /// Of a condition model.
+    pub fn of_condition_model(vae: &Vae) -> Self {
+        Self::of_conditions(vae.header().width, vae.meaning())
+    }
+
+    /// Of conditions alone.
+    pub fn of_conditions(width: usize, meaning: Meaning) -> Self {
+        Self { width, meaning, ..Self::default() }
+    }
+
+    /// Checks that what is called `name` here is not known to work on something else than `other` does.
+    ///
+    /// # Errors
+    /// The first difference.
+    pub fn check(&self, name: impl Display, other: &Self, other_name: impl Display) -> Result<(), Mismatch> {
+        let names = || (name.to_string(), other_name.to_string());
+        if differ(&self.encoder, &other.encoder) {
+            let word = |encoder: Option<Encoder>| if encoder == Some(Encoder::Rgb) { "pixels" } else { "latents" };
+            let ((name, other), found, expected) = (names(), word(self.encoder), word(other.encoder));
+            return Err(Mismatch::Images { name, other, found, expected });
+        }
+        let known = |a: usize, b: usize| a > 0 && b > 0;
+        let (found, expected) = (self.channels, other.channels);
+        if known(found, expected) && found != expected {
+            let (name, other) = names();
+            return Err(Mismatch::Channels { name, other, found, expected });
+        }
+        let (found, expected) = (self.width, other.width);
+        if known(found, expected) {
+            if found != expected {
+                let (name, other) = names();
+                return Err(Mismatch::Width { name, other, found, expected });
+            }
+            self.meaning.check(&name, &other.meaning, &other_name).map_err(Mismatch::Meaning)?;
+        }
+        match (&self.autoencoder, &other.autoencoder) {
+            (Some(found), Some(expected)) if found != expected => {
+                let ((name, other), found, expected) = (names(), found.clone().into(), expected.clone().into());
+                Err(Mismatch::Latents { name, other, found, expected })
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,533 @@
+//! From a model file to pictures: [`Pipeline`].
+//!
+//! ```
+//! use edm2k::{Device, Pipeline, Request};
+//!
+//! let device = Device::open("cpu")?;
+//! let mut pipeline = Pipeline::load(&device, "demo/emoji.safetensors")?;
+//! let conditions = vec![pipeline.tags("cat, face", 0)?, pipeline.tags("red, heart", 0)?];
+//! let mut request = Request { conditions, seeds: vec![7, 8], ..Request::default() };
+//! request.sampler.steps = 2; // 16 make better ones
+//! for image in pipeline.generate(&request)? {
+//!     assert!(image.png()?.starts_with(b"\x89PNG"));
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod conditions;
+mod domain;
+mod output;
+mod viewer;
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+pub use conditions::{Condition, ConditionError};
+pub use domain::{Domain, Mismatch};
+pub use output::{Kept, OutDir, OutputError};
+pub use viewer::Viewer;
+
+use crate::backend::{Backend, BackendError};
+use crate::codec::{CodecError, LATENTS};
+use crate::condition::tagger::Tagger;
+use crate::condition::vae::Vae;
+use crate::device::{Backends, Device, Work};
+use crate::memory::TooLarge;
+use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
+use crate::pictures::Picture;
+use crate::sample::{self, Observe, SampleError, Sampler, SamplerConfig};
+
+/// The program, as text chunks name it.
+pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The images take these in turn; without any they are unconditional.
+    pub conditions: Vec<Condition>,
+    /// Images of each condition before the next one; 0 counts as 1.
+    pub per_condition: usize,
+    /// One image for each.
+    pub seeds: Vec<u64>,
+    /// [height, width] of the images, or latents; none: what the model was trained on.
+    pub size: Option<[usize; 2]>,
+    /// How images come out of noise.
+    pub sampler: SamplerConfig,
+    /// Images at a time, 0 counts as 1: changes speed and memory, not the images.
+    pub batch: usize,
+}
+
+impl Default for Request {
+    /// One unconditional image of seed 0.
+    fn default() -> Self {
+        Self {
+            conditions: Vec::new(),
+            per_condition: 1,
+            seeds: vec![0],
+            size: None,
+            sampler: SamplerConfig::default(),
+            batch: 4,
+        }
+    }
+}
+
+impl Request {
+    /// Place of the condition of image number `number`; none if it is unconditional.
+    pub fn condition_of(&self, number: usize) -> Option<usize> {
+        let count = self.conditions.len();
+        (count > 0).then(|| number / self.per_condition.max(1) % count)
+    }
+}
+
+/// One image that was made.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its place among the seeds of the request.
+    pub number: usize,
+    /// Its seed.
+    pub seed: u64,
+    /// What the network made, [height, width, channels]: pixels from -1 to 1, or latents.
+    pub values: Vec<f32>,
+    /// As a picture; none of latents without an autoencoder.
+    pub picture: Option<Picture>,
+    /// All parameters that it was made with.
+    pub about: Value,
+}
+
+impl Image {
+    /// The PNG file of the picture, with its parameters in a text chunk: what `edm2k sample` writes.
+    ///
+    /// # Errors
+    /// Latents without an autoencoder have no picture.
+    pub fn png(&self) -> io::Result<Vec<u8>> {
+        let picture = self.picture.as_ref().ok_or_else(|| io::Error::other("latents have no picture"))?;
+        picture.png(&text_of(&self.about.to_string()))
+    }
+}
+
+/// Keywords and texts of the chunks that a PNG carries, of what is known of it.
+fn text_of(about: &str) -> [(&str, &str); 2] {
+    [("Software", SOFTWARE), ("edm2k", about)]
+}
+
+/// What [`Images::watched`] is shown after each step of a batch.
+pub struct Step<'a> {
+    /// Place of the batch's first image among the seeds of the request.
+    pub first: usize,
+    /// Images of the batch.
+    pub images: usize,
+    /// Index of the step, from 0.
+    pub index: usize,
+    /// Number of steps.
+    pub of: usize,
+    /// Noise level that the step began at.
+    pub sigma: f64,
+    size: [usize; 2],
+    download: &'a mut dyn FnMut() -> Result<Vec<f32>, BackendError>,
+    viewer: Option<&'a mut Viewer>,
+}
+
+impl Step<'_> {
+    /// What the network takes the images for so far, [images, height, width, channels].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn denoised(&mut self) -> Result<Vec<f32>, PipelineError> {
+        Ok((self.download)()?)
+    }
+
+    /// The same as pictures, by the autoencoder for previews if there is one; none without any autoencoder.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn pictures(&mut self) -> Result<Vec<Picture>, PipelineError> {
+        let values = self.denoised()?;
+        let Some(viewer) = &mut self.viewer else { return Ok(Vec::new()) };
+        let pictures = values.chunks(values.len() / self.images).map(|image| viewer.picture(self.size, image));
+        Ok(pictures.collect::<Result<_, _>>()?)
+    }
+}
+
+/// Why there are no images.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum PipelineError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Condition(#[from] ConditionError),
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    #[error("{} makes no latents of an SD-VAE, but pixels", model.display())]
+    NoLatents { model: PathBuf },
+    #[error("condition {number} has {found} values, expected the model's {expected}")]
+    ConditionWidth { number: usize, found: usize, expected: usize },
+    #[error(transparent)]
+    Memory(#[from] TooLarge),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// Whoever watched wanted no more.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// A model on a device with all that makes pictures of it: where conditions come from, a sampler, an autoencoder.
+///
+/// It lives in one thread, as devices do; requests and images go to others. Its weights are put on the device when they
+/// are first needed, see [`Pipeline::ready`].
+pub struct Pipeline {
+    device: Device,
+    path: PathBuf,
+    meta: ModelMeta,
+    net: Precond,
+    guide: Option<PathBuf>,
+    /// The model, and what guides it, until they are on the device.
+    weights: Vec<Model>,
+    network: Option<Box<dyn Network>>,
+    codec: Option<PathBuf>,
+    viewer: Option<Viewer>,
+    preview: Option<Viewer>,
+    inventor: Option<(PathBuf, Vae)>,
+    tagger: Option<Tagger>,
+    warnings: Vec<String>,
+}
+
+impl Pipeline {
+    /// Opens a model file.
+    ///
+    /// # Errors
+    /// [`PipelineError::Model`].
+    pub fn load(device: &Device, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
+        let model = Model::load(&path)?;
+        let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
+        Ok(Self {
+            device: device.clone(),
+            path: path.as_ref().into(),
+            meta: model.meta.clone(),
+            net: model.net.clone(),
+            guide: None,
+            weights: vec![model],
+            network: None,
+            codec: None,
+            viewer: pixels.then_some(Viewer::Pixels),
+            preview: None,
+            inventor: None,
+            tagger: None,
+            warnings: Vec::new(),
+        })
+    }
+
+    /// Takes another network to guide away from (autoguidance); without one, it is the model without its condition.
+    ///
+    /// # Errors
+    /// [`PipelineError::Model`], or [`PipelineError::Mismatch`] if it is one of other images or conditions.
+    pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
+        let path = path.as_ref();
+        let guide = Model::load(path)?;
+        let theirs = Domain::of_model(&guide.net.config, &guide.meta);
+        theirs.check(path.display(), &self.domain(), self.path.display())?;
+        self.guide = Some(path.into());
+        self.weights.push(guide);
+        Ok(self)
+    }
+
+    /// Takes the autoencoder that makes pictures of the model's latents: an SD-VAE or TAESD.
+    ///
+    /// # Errors
+    /// [`PipelineError::NoLatents`], or [`PipelineError::Codec`] if it is none, or known to be another one than that of
+    /// the latents.
+    pub fn with_codec(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
+        self.viewer = Some(self.viewer_of(path.as_ref())?);
+        self.codec = Some(path.as_ref().into());
+        Ok(self)
+    }
+
+    /// Takes an autoencoder for [`Step::pictures`] alone, such as a TAESD, which is quick.
+    ///
+    /// # Errors
+    /// As [`Pipeline::with_codec`].
+    pub fn with_preview(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
+        self.preview = Some(self.viewer_of(path.as_ref())?);
+        Ok(self)
+    }
+
+    fn viewer_of(&mut self, path: &Path) -> Result<Viewer, PipelineError> {
+        if self.meta.encoder != Encoder::SdVae || self.net.config.img_channels != LATENTS {
+            return Err(PipelineError::NoLatents { model: self.path.clone() });
+        }
+        let of = self.path.display().to_string();
+        let (viewer, warning) = Viewer::open(&self.device, path, &of, self.meta.autoencoder.as_ref())?;
+        self.warnings.extend(warning);
+        Ok(viewer)
+    }
+
+    /// What to warn people of since this was last asked: what stands in for something else.
+    pub fn warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
+    }
+
+    /// What computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What the model's file says of it.
+    pub fn meta(&self) -> &ModelMeta {
+        &self.meta
+    }
+
+    /// The network.
+    pub fn net(&self) -> &Precond {
+        &self.net
+    }
+
+    /// What the model works on.
+    pub fn domain(&self) -> Domain {
+        Domain::of_model(&self.net.config, &self.meta)
+    }
+
+    /// Whether pictures come out; else latents, as there is no autoencoder.
+    pub fn makes_pictures(&self) -> bool {
+        self.viewer.is_some()
+    }
+
+    /// Puts the weights on the device, which [`Pipeline::images`] does otherwise.
+    ///
+    /// # Errors
+    /// The device's: they do not fit, for one.
+    pub fn ready(&mut self) -> Result<(), PipelineError> {
+        if self.network.is_none() {
+            self.network = Some(self.device.run(Placing(&self.weights))?);
+            self.weights = Vec::new();
+        }
+        Ok(())
+    }
+
+    /// [height, width] of the request's images, or latents.
+    pub fn size(&self, request: &Request) -> [usize; 2] {
+        request.size.unwrap_or([self.meta.height, self.meta.width])
+    }
+
+    /// Checks everything about a request that can be wrong before anything is computed.
+    ///
+    /// # Errors
+    /// What is wrong with it, or that this machine has no room for it.
+    pub fn check(&self, request: &Request) -> Result<(), PipelineError> {
+        let (size, config) = (self.size(request), &self.net.config);
+        request.sampler.validate()?;
+        config.check_size(size[0], size[1]).map_err(SampleError::from)?;
+        let expected = config.label_dim;
+        let wrong = request.conditions.iter().position(|condition| condition.values.len() != expected);
+        if let Some(number) = wrong {
+            let found = request.conditions[number].values.len();
+            return Err(PipelineError::ConditionWidth { number, found, expected });
+        }
+        self.device.check_forward(config, size, request.seeds.len().min(request.batch.max(1)))?;
+        self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
+        Ok(())
+    }
+
+    /// Makes all images of a request.
+    ///
+    /// # Errors
+    /// [`PipelineError`]; see [`Pipeline::check`].
+    pub fn generate(&mut self, request: &Request) -> Result<Vec<Image>, PipelineError> {
+        self.images(request)?.collect()
+    }
+
+    /// Makes the images of a request one after the other, as they are asked for: an iterator.
+    ///
+    /// # Errors
+    /// See [`Pipeline::check`].
+    pub fn images<'a>(&'a mut self, request: &'a Request) -> Result<Images<'a>, PipelineError> {
+        self.check(request)?;
+        self.ready()?;
+        Ok(Images {
+            common: self.parameters(request),
+            pipeline: self,
+            request,
+            watch: None,
+            next: 0,
+            made: VecDeque::new(),
+        })
+    }
+
+    /// Parameters that all images of a request have in common.
+    pub fn parameters(&self, request: &Request) -> Value {
+        let [height, width] = self.size(request);
+        let mut all = json!({
+            "model": self.path.display().to_string(),
+            "images_seen": self.meta.images_seen,
+            "width": width,
+            "height": height,
+            "sampler": request.sampler,
+        });
+        let inventor = self.inventor.as_ref().map(|(path, _)| path).filter(|_| !request.conditions.is_empty());
+        for (key, path) in [("gnet", &self.guide), ("vae", &self.codec), ("condition_model", &inventor.cloned())] {
+            if let Some(path) = path {
+                all[key] = path.display().to_string().into();
+            }
+        }
+        all
+    }
+}
+
+/// Sees each step, and stops the work by an error.
+type Watch<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
+
+/// The images of a request, made as they are asked for.
+pub struct Images<'a> {
+    pipeline: &'a mut Pipeline,
+    request: &'a Request,
+    common: Value,
+    watch: Option<Box<Watch<'a>>>,
+    /// Number of the first image that has not been made.
+    next: usize,
+    /// Images that have, of the batch at hand.
+    made: VecDeque<(usize, Vec<f32>)>,
+}
+
+impl<'a> Images<'a> {
+    /// Has `watch` see each step of each batch; by an error, such as [`PipelineError::Stopped`], it stops the work. On
+    /// a GPU, steps that are watched cost a little more than those that nobody sees.
+    #[must_use]
+    pub fn watched(mut self, watch: impl FnMut(&mut Step) -> Result<(), PipelineError> + 'a) -> Self {
+        self.watch = Some(Box::new(watch));
+        self
+    }
+
+    /// Makes the next batch.
+    fn batch(&mut self) -> Result<(), PipelineError> {
+        let (request, first) = (self.request, self.next);
+        let last = request.seeds.len().min(first + request.batch.max(1));
+        let seeds = &request.seeds[first..last];
+        let conditions = (first..last).filter_map(|number| request.condition_of(number));
+        let labels: Vec<f32> = conditions.flat_map(|row| &request.conditions[row].values).copied().collect();
+        let pipeline = &mut *self.pipeline;
+        let size = pipeline.size(request);
+        let Some(network) = &mut pipeline.network else { return Ok(()) }; // ready() has put it there
+        let mut viewer = pipeline.preview.as_mut().or(pipeline.viewer.as_mut());
+        let mut failed = None;
+        let config = &request.sampler;
+        let made = match &mut self.watch {
+            None => network.sample(&labels, seeds, size, config, None),
+            Some(watch) => network.sample(
+                &labels,
+                seeds,
+                size,
+                config,
+                Some(&mut |index, sigma, download| {
+                    let (images, of, viewer) = (seeds.len(), config.steps, viewer.as_deref_mut());
+                    let mut step = Step { first, images, index, of, sigma, size, download, viewer };
+                    watch(&mut step).map_err(|why| {
+                        failed = Some(why);
+                        SampleError::Stopped
+                    })
+                }),
+            ),
+        };
+        if let Some(why) = failed {
+            return Err(why);
+        }
+        let made = made?;
+        self.made.extend((first..last).zip(made.chunks(made.len() / seeds.len()).map(<[f32]>::to_vec)));
+        self.next = last;
+        Ok(())
+    }
+
+    fn image(&mut self, number: usize, values: Vec<f32>) -> Result<Image, PipelineError> {
+        let size = self.pipeline.size(self.request);
+        let picture = self.pipeline.viewer.as_mut().map(|viewer| viewer.picture(size, &values)).transpose()?;
+        let seed = self.request.seeds[number];
+        let condition = self.request.condition_of(number).map(|row| self.request.conditions[row].origin.clone());
+        let mut about = self.common.clone();
+        about["seed"] = seed.into();
+        about["condition"] = condition.unwrap_or(Value::Null);
+        Ok(Image { number, seed, values, picture, about })
+    }
+}
+
+impl Iterator for Images<'_> {
+    type Item = Result<Image, PipelineError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.made.is_empty()
+            && self.next < self.request.seeds.len()
+            && let Err(why) = self.batch()
+        {
+            self.next = self.request.seeds.len();
+            return Some(Err(why));
+        }
+        let (number, values) = self.made.pop_front()?;
+        Some(self.image(number, values))
+    }
+}
+
+/// Sees the index and the noise level of a step, and downloads the denoised images if it wants them.
+type Observer<'a> =
+    dyn FnMut(usize, f64, &mut dyn FnMut() -> Result<Vec<f32>, BackendError>) -> Result<(), SampleError> + 'a;
+
+/// A network on whichever device.
+trait Network {
+    /// See [`Sampler::run`].
+    fn sample(
+        &mut self,
+        labels: &[f32],
+        seeds: &[u64],
+        size: [usize; 2],
+        config: &SamplerConfig,
+        observer: Option<&mut Observer>,
+    ) -> Result<Vec<f32>, SampleError>;
+}
+
+/// A network and what guides it.
+struct Loaded<B: Backend> {
+    backend: B,
+    net: Precond,
+    guide: Option<(B, Precond)>,
+}
+
+impl<B: Backend> Network for Loaded<B> {
+    fn sample(
+        &mut self,
+        labels: &[f32],
+        seeds: &[u64],
+        size: [usize; 2],
+        config: &SamplerConfig,
+        observer: Option<&mut Observer>,
+    ) -> Result<Vec<f32>, SampleError> {
+        let gnet = self.guide.as_mut().map(|(backend, net)| (backend, &*net));
+        let mut sampler = Sampler { backend: &mut self.backend, net: &self.net, gnet };
+        let Some(observer) = observer else { return sampler.run(labels, seeds, size, config, None) };
+        let mut observe = |b: &mut B, step: sample::Step<B::Tensor>| {
+            let mut download = || {
+                let denoised = step.denoised.tensor(b);
+                b.download(&denoised)
+            };
+            observer(step.index, step.sigma, &mut download)
+        };
+        let observe: &mut Observe<B> = &mut observe;
+        sampler.run(labels, seeds, size, config, Some(observe))
+    }
+}
+
+/// Puts a model, and what guides it, on a device.
+struct Placing<'a>(&'a [Model]);
+
+impl Work for Placing<'_> {
+    type Output = Result<Box<dyn Network>, BackendError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let [model, guide @ ..] = self.0 else { unreachable!("a pipeline has a model") };
+        let backend = backends.loaded(model)?;
+        let guide = guide.last().map(|guide| Ok::<_, BackendError>((backends.loaded(guide)?, guide.net.clone())));
+        Ok(Box::new(Loaded { backend, net: model.net.clone(), guide: guide.transpose()? }))
+    }
+}

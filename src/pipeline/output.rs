@@ -1,0 +1,168 @@
+//! The directory that images are written to.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{Image, text_of};
+use crate::formats::safetensors::{self, Dtype, SafeError, TensorOut};
+use crate::formats::{DirLock, LockError};
+use crate::pictures::Picture;
+use crate::pictures::png::PngError;
+
+/// Why images cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum OutputError {
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error("{} exists; give --overwrite, or another --outdir", path.display())]
+    Exists { path: PathBuf },
+    #[error("{}: somebody else has made it meanwhile; give --overwrite to replace it", path.display())]
+    Meanwhile { path: PathBuf },
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Png(#[from] PngError),
+    #[error(transparent)]
+    Latents(#[from] SafeError),
+}
+
+type Result<T, E = OutputError> = std::result::Result<T, E>;
+
+/// A directory of images: `000007.png` of seed 7, `000007-steps.png` of the steps to it, `grid.png` of all, or
+/// `latents.safetensors`. Others may add their seeds meanwhile.
+pub struct OutDir {
+    dir: PathBuf,
+    overwrite: bool,
+    lock: DirLock,
+}
+
+/// What is written of each image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// A picture.
+    Pictures,
+    /// A picture, and one of its steps.
+    Steps,
+    /// Latents, of all images in one file.
+    Latents,
+}
+
+impl OutDir {
+    /// Makes the directory, and refuses to overwrite what is there, before anything is computed.
+    ///
+    /// # Errors
+    /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
+    pub fn claim(dir: &Path, overwrite: bool, seeds: &[u64], kept: Kept) -> Result<Self> {
+        let out = Self { dir: dir.into(), overwrite, lock: DirLock::shared(dir)? };
+        let steps = seeds.iter().filter(|_| kept == Kept::Steps).map(|&seed| steps_name(seed));
+        let names = seeds.iter().map(|&seed| picture_name(seed)).chain(steps);
+        let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
+        match names.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok()) {
+            Some(path) if !overwrite => Err(OutputError::Exists { path }),
+            _ => Ok(out),
+        }
+    }
+
+    /// What to say where the file system has no locks.
+    pub fn warning(&self) -> Option<String> {
+        self.lock.warning()
+    }
+
+    /// Writes an image's picture, and the pictures of its steps side by side if there are some.
+    ///
+    /// # Errors
+    /// [`OutputError::Meanwhile`], [`OutputError::Png`].
+    pub fn save(&self, image: &Image, steps: &[Picture]) -> Result<()> {
+        let about = image.about.to_string();
+        let save = |picture: &Picture, name: String| {
+            let path = self.dir.join(name);
+            if !self.overwrite && path.symlink_metadata().is_ok() {
+                return Err(OutputError::Meanwhile { path });
+            }
+            Ok(picture.save(&path, &text_of(&about))?)
+        };
+        image.picture.iter().try_for_each(|picture| save(picture, picture_name(image.seed)))?;
+        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(image.seed)) }
+    }
+
+    /// Writes a grid of pictures, `columns` to a row, under the first name that is free: seeds that come later have a grid
+    /// of their own. Returns its path.
+    ///
+    /// # Errors
+    /// [`OutputError::Png`].
+    pub fn save_grid(&self, pictures: &[Picture], columns: usize, about: &Value) -> Result<PathBuf> {
+        let name = |number| match number {
+            1 => self.dir.join("grid.png"),
+            _ => self.dir.join(format!("grid-{number}.png")),
+        };
+        let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err();
+        let path = (1..).map(name).find(free).unwrap_or_default();
+        Picture::grid(pictures, columns).save(&path, &text_of(&about.to_string()))?;
+        Ok(path)
+    }
+
+    /// Writes `latents` [N, C, H, W] of the images [H, W, C], their `seeds` `[N]`, and `steps` [N, steps, C, H, W] if
+    /// there are some, an image's after the other's. Returns the file's path.
+    ///
+    /// # Errors
+    /// [`OutputError::Latents`].
+    pub fn save_latents(
+        &self,
+        images: &[Image],
+        steps: &[f32],
+        [height, width, channels]: [usize; 3],
+        about: &Value,
+    ) -> Result<PathBuf> {
+        let (n, area) = (images.len(), height * width);
+        let planar = |image: &[f32]| -> Vec<u8> {
+            (0..area * channels).flat_map(|i| image[i % area * channels + i / area].to_le_bytes()).collect()
+        };
+        let latents: Vec<u8> = images.iter().flat_map(|image| planar(&image.values)).collect();
+        let seeds: Vec<u8> = images.iter().flat_map(|image| image.seed.to_le_bytes()).collect();
+        let shape = [n, channels, height, width];
+        let steps_shape = [n, steps.len() / (n * area * channels).max(1), channels, height, width];
+        let steps: Vec<u8> = steps.chunks(area * channels).flat_map(planar).collect();
+        let count = [n];
+        let mut tensors: Vec<TensorOut> =
+            vec![("latents", Dtype::F32, &shape, &latents), ("seeds", Dtype::I64, &count, &seeds)];
+        if !steps.is_empty() {
+            tensors.push(("steps", Dtype::F32, &steps_shape, &steps));
+        }
+        let path = self.dir.join(LATENTS);
+        safetensors::write(&path, &tensors, &HashMap::from([("edm2k".to_owned(), about.to_string())]))?;
+        Ok(path)
+    }
+
+    /// The PNG files of a directory, but for grids and steps; by name.
+    ///
+    /// # Errors
+    /// [`OutputError::Io`].
+    pub fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
+        let read = || -> io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
+        let mut files = read().map_err(|cause| OutputError::Io { path: dir.into(), cause })?;
+        files.retain(|file| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+            let number = name.strip_prefix("grid").and_then(|rest| rest.strip_suffix(".png"));
+            let grid =
+                number.is_some_and(|n| n.is_empty() || n.strip_prefix('-').is_some_and(|n| n.parse::<u32>().is_ok()));
+            name.ends_with(".png") && !grid && !name.ends_with("-steps.png")
+        });
+        files.sort();
+        Ok(files)
+    }
+}
+
+const LATENTS: &str = "latents.safetensors";
+
+fn picture_name(seed: u64) -> String {
+    format!("{seed:06}.png")
+}
+
+fn steps_name(seed: u64) -> String {
+    format!("{seed:06}-steps.png")
+}

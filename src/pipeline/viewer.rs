@@ -1,0 +1,83 @@
+//! Pictures of what a network makes.
+
+use std::path::Path;
+
+use crate::backend::BackendError;
+use crate::codec::{Autoencoder, CodecError, CodecFile};
+use crate::device::{Backends, Device, Work};
+use crate::memory::{self, TooLarge};
+use crate::pictures::Picture;
+
+/// Makes pictures of images in model space.
+pub enum Viewer {
+    /// Of pixels.
+    Pixels,
+    /// Of latents, by an autoencoder on a device.
+    Latents(Latents),
+}
+
+/// An autoencoder's decoder on a device.
+pub struct Latents {
+    file: CodecFile,
+    decode: Box<Decode>,
+}
+
+type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
+
+impl Viewer {
+    /// An SD-VAE's or TAESD's file, for the latents of what is called `of`, which are of `made_by` if that is known.
+    /// Also what to warn of: that it is of another kind, which only stands in for that one.
+    ///
+    /// # Errors
+    /// See [`CodecError`].
+    pub fn open(
+        device: &Device,
+        path: &Path,
+        of: &str,
+        made_by: Option<&Autoencoder>,
+    ) -> Result<(Self, Option<String>), CodecError> {
+        let file = CodecFile::open(path)?;
+        let warning = file.check_latents(of, made_by)?;
+        let decode = device.run(Decoding(&file))?;
+        Ok((Self::Latents(Latents { file, decode }), warning))
+    }
+
+    /// Refuses pictures of images of [height, width] that this machine has no room for.
+    ///
+    /// # Errors
+    /// [`TooLarge`].
+    pub fn check(&self, size: [usize; 2]) -> Result<(), TooLarge> {
+        match self {
+            Self::Pixels => Ok(()),
+            Self::Latents(Latents { file, .. }) => {
+                memory::check(format!("decoding latents of {}x{}", size[1], size[0]), file.decoder_bytes(size))
+            }
+        }
+    }
+
+    /// The picture of an image [height, width, channels].
+    ///
+    /// # Errors
+    /// The device's, or [`CodecError::Overflow`].
+    ///
+    /// # Panics
+    /// If there are not as many values.
+    pub fn picture(&mut self, size: [usize; 2], image: &[f32]) -> Result<Picture, CodecError> {
+        match self {
+            Self::Pixels => Ok(Picture::from_model(size[0], size[1], image)),
+            Self::Latents(Latents { decode, .. }) => decode(size, image),
+        }
+    }
+}
+
+struct Decoding<'a>(&'a CodecFile);
+
+impl Work for Decoding<'_> {
+    type Output = Result<Box<Decode>, CodecError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let mut b = backends.codec().map_err(BackendError::from)?;
+        let decoder = self.0.decoder(&mut b)?;
+        Ok(Box::new(move |size, latent| decoder.decode(&mut b, size, latent)))
+    }
+}
