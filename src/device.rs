@@ -6,9 +6,9 @@ use std::rc::Rc;
 use std::str::FromStr;
 
 use crate::backend::codec::CodecBackend;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, bf16_is_available};
 use crate::backend::gpu::engine::Gpu;
-use crate::backend::gpu::launch::Math;
+use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
 use crate::backend::{Backend, BackendError, DeviceError, Normalization, Slot};
 use crate::memory::{self, TooLarge};
@@ -26,6 +26,17 @@ pub enum DeviceName {
     Cuda(usize),
     /// `emulated`: the CUDA kernels on the processor, checked.
     Emulated,
+}
+
+/// The numbers that a network is computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Numbers {
+    /// f32, on the CPU
+    F32,
+    /// bfloat16, 8 significant bits; on a CPU, which needs AVX-512 BF16, in the products of convolutions alone
+    Bf16,
+    /// IEEE half, 11 significant bits, on a GPU
+    F16,
 }
 
 /// A text that names no device.
@@ -75,6 +86,8 @@ impl fmt::Display for DeviceName {
 pub struct Device {
     runtime: Option<Rc<dyn Runtime>>,
     math: Math,
+    /// Whether the CPU multiplies in bf16; none: nobody said.
+    bf16: Option<bool>,
     fallback: Option<DeviceError>,
 }
 
@@ -93,7 +106,7 @@ impl Device {
     /// # Errors
     /// As [`Device::open`].
     pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
-        let on = |runtime, fallback| Self { runtime, math: Math::default(), fallback };
+        let on = |runtime, fallback| Self { runtime, math: Math::default(), bf16: None, fallback };
         match name {
             DeviceName::Cpu => Ok(on(None, None)),
             DeviceName::Cuda(ordinal) => Ok(on(Some(cuda(ordinal)?), None)),
@@ -107,13 +120,54 @@ impl Device {
         }
     }
 
-    /// The same device, computing in other numbers; the CPU always computes in f32.
+    /// The same device, computing in these numbers instead of f16 on a GPU and f32 on the CPU.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] if it cannot.
+    pub fn with_numbers(mut self, numbers: Numbers) -> Result<Self, DeviceError> {
+        match (&self.runtime, numbers) {
+            (Some(_), Numbers::F16) => self.math.precision = Precision::F16,
+            (Some(_), Numbers::Bf16) => self.math.precision = Precision::Bf16,
+            (None, Numbers::F32) => self.bf16 = Some(false),
+            (None, Numbers::Bf16) if bf16_is_available() => self.bf16 = Some(true),
+            (None, Numbers::Bf16) => {
+                return Err(DeviceError::Unavailable(
+                    "bf16 on the CPU needs AVX-512 BF16, which it does not have".into(),
+                ));
+            }
+            (Some(_), Numbers::F32) => {
+                return Err(DeviceError::Unavailable("a GPU computes in f16 or bf16, not in f32".into()));
+            }
+            (None, Numbers::F16) => {
+                return Err(DeviceError::Unavailable("the CPU computes in f32 or bf16, not in f16".into()));
+            }
+        }
+        Ok(self)
+    }
+
+    /// The same device in the numbers that it samples fastest in, unless some were [chosen](Self::with_numbers): bf16 on a
+    /// CPU that can, which halves the time.
+    #[must_use]
+    pub fn fastest(self) -> Self {
+        let bf16 = self.bf16.or_else(|| Some(bf16_is_available()));
+        Self { bf16, ..self }
+    }
+
+    /// Whether it computes in 16 bits, and in which.
+    pub fn precision(&self) -> Option<Precision> {
+        match self.runtime {
+            Some(_) => Some(self.math.precision),
+            None => (self.bf16 == Some(true)).then_some(Precision::Bf16),
+        }
+    }
+
+    /// The same device with other choices of how a GPU computes.
     #[must_use]
     pub fn with_math(self, math: Math) -> Self {
         Self { math, ..self }
     }
 
-    /// The numbers that a GPU computes in.
+    /// How a GPU computes.
     pub fn math(&self) -> Math {
         self.math
     }
@@ -131,7 +185,7 @@ impl Device {
     /// Runs what is written for any backend on this device's.
     pub fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
-            None => work.run(&OnCpu),
+            None => work.run(&OnCpu { bf16: self.bf16 == Some(true) }),
             Some(runtime) => work.run(&OnGpu { runtime: runtime.clone(), math: self.math }),
         }
     }
@@ -154,6 +208,7 @@ impl fmt::Display for Device {
     /// Device and numbers, for people: what a run notes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.runtime {
+            None if self.bf16 == Some(true) => f.write_str("the CPU, bf16"),
             None => f.write_str("the CPU, f32"),
             Some(gpu) => write!(f, "{}, {}", gpu.name(), self.math.describe(gpu.card().capability)),
         }
@@ -201,19 +256,27 @@ pub trait Work {
     fn run<M: Backends>(self, backends: &M) -> Self::Output;
 }
 
-struct OnCpu;
+struct OnCpu {
+    bf16: bool,
+}
+
+impl OnCpu {
+    fn rounded(&self, cpu: Cpu<f32>) -> Cpu<f32> {
+        if self.bf16 { cpu.in_bf16() } else { cpu }
+    }
+}
 
 impl Backends for OnCpu {
     type Backend = Cpu<f32>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Cpu<f32>, DeviceError> {
-        Ok(Cpu::for_sampling(table))
+        Ok(self.rounded(Cpu::for_sampling(table)))
     }
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Cpu<f32>, DeviceError> {
-        Ok(Cpu::for_training(table, averages))
+        Ok(self.rounded(Cpu::for_training(table, averages)))
     }
     fn codec(&self) -> Result<Cpu<f32>, DeviceError> {
-        Ok(Cpu::for_codec())
+        Ok(self.rounded(Cpu::for_codec()))
     }
 }
 

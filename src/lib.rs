@@ -21,5 +21,5 @@ pub mod train;
 pub mod verify;
 
 pub use backend::DeviceError;
-pub use device::{Backends, Device, DeviceName, NoDevice, Work};
+pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};

@@ -454,7 +454,7 @@ fn a_pipeline_makes_the_files_of_the_command_whatever_it_has_made_before() {
     let bench = Bench::new();
     let arguments = "--seeds 5-7 --tags cat --tags |red, heart| --size 24x16 --guidance 2 --batch 2";
     bench.sample(&format!("--outdir out --device cpu {arguments}")).success();
-    let device = Device::open("cpu").unwrap();
+    let device = Device::open("cpu").unwrap().fastest();
     let mut pipeline = Pipeline::load(&device, bench.path("m.safetensors")).unwrap();
     let conditions = ["cat", "red, heart"].map(|tags| pipeline.tags(tags, 0).unwrap()).to_vec();
     let mut request =
@@ -702,5 +702,21 @@ fn npy_files_are_read_with_suspicion() {
             random[at as usize % 64] = value as u8;
         }
         let _ = read(&random); // must not panic
+    }
+}
+
+#[test]
+fn numbers_that_a_device_does_not_compute_in_are_refused() {
+    let bench = Bench::new();
+    let sample = "--outdir out --seeds 0 --steps 1 --size 16x16 --device";
+    bench.fails(&format!("{sample} cpu --precision f16"), "--precision: the CPU computes in f32 or bf16, not in f16");
+    #[cfg(feature = "emulator")]
+    bench
+        .fails(&format!("{sample} emulated --precision f32"), "--precision: a GPU computes in f16 or bf16, not in f32");
+    let exact = bench.sample(&format!("{sample} cpu --precision f32")).success();
+    exact.stdout(predicates::str::contains("on the CPU, f32)"));
+    if edm2k::backend::cpu::bf16_is_available() {
+        let fast = bench.sample(&format!("{sample} cpu --overwrite")).success();
+        fast.stdout(predicates::str::contains("on the CPU, bf16)"));
     }
 }

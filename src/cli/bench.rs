@@ -29,8 +29,9 @@ Examples:
 
 Times are medians of repeated runs after one that warms up. Multiply-adds are what EDM2 calls
 \"Gflops\". On the CPU, peak memory is that of the whole process up to the end of the measurement,
-weights included. A training step includes Adam's moments but no moving averages; on a GPU it is two
-micro-batches. The limits of a card, an mma.sync loop and a copy of memory, are measured in the same run.";
+weights included; training there is in f32. A training step includes Adam's moments but no moving
+averages; on a GPU it is two micro-batches. The limits of a card, an mma.sync loop and a copy of
+memory, are measured in the same run.";
 
 /// Measure forward passes and training steps of a network.
 #[derive(Args)]
@@ -102,9 +103,9 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let Preset { config, size, name, .. } = preset(&args.preset)?;
     let size = args.size.unwrap_or(size);
     config.check_size(size[0], size[1])?;
-    let opened = args.device.open()?;
+    let opened = args.device.open()?.fastest();
     let device = match opened.runtime() {
-        None => format!("the CPU, {} threads, f32", rayon::current_num_threads()),
+        None => format!("{opened}, {} threads", rayon::current_num_threads()),
         Some(_) => opened.to_string(),
     };
     if !args.json {
@@ -116,7 +117,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     match opened.runtime() {
         None => {
             ensure!(!args.kernels, "--kernels measures a GPU's kernels; give --device cuda");
-            bench.cpu()?;
+            bench.cpu(opened.precision().is_some())?;
         }
         Some(runtime) => bench.gpu(runtime.clone())?,
     }
@@ -137,8 +138,9 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 }
 
 impl Bench<'_> {
-    fn cpu(&mut self) -> Result<()> {
-        let mut b = Cpu::<f32>::for_sampling(&self.table);
+    fn cpu(&mut self, bf16: bool) -> Result<()> {
+        let rounded = |cpu: Cpu| if bf16 { cpu.in_bf16() } else { cpu };
+        let mut b = rounded(Cpu::for_sampling(&self.table));
         self.load(&mut b, Normalization::Eval)?;
         for n in [1, 2] {
             self.forward(&mut b, n, &|_| peak_mib())?;
@@ -146,7 +148,7 @@ impl Bench<'_> {
         drop(b);
         // Before the training, whose peak would hide this one's.
         if self.net.config.img_channels == LATENTS {
-            self.decoding(&mut Cpu::<f32>::for_codec(), &|_| peak_mib())?;
+            self.decoding(&mut rounded(Cpu::for_codec()), &|_| peak_mib())?;
         }
         let mut b = Cpu::<f32>::for_training(&self.table, 0);
         self.training(&mut b, 1, 1, &|_| peak_mib())

@@ -22,7 +22,7 @@ use anyhow::{Context, bail};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::formats::Claim;
-use edm2k::{Device, DeviceName};
+use edm2k::{Device, DeviceName, Numbers};
 
 use say::note;
 
@@ -32,9 +32,9 @@ pub struct DeviceArgs {
     /// What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, emulated (slow; checks the kernels)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceName,
-    /// 16-bit type of activations and weights on a GPU; the CPU computes in f32
-    #[arg(long, value_enum, default_value_t = Precision::F16)]
-    pub precision: Precision,
+    /// Numbers of the network; default: f16 on a GPU, f32 on a CPU, where `sample` takes what is faster
+    #[arg(long, value_enum)]
+    pub precision: Option<Numbers>,
     /// Sums of convolutions in f16 on a GPU: f32, or f16 in two levels; default: f16x2 on GeForce cards, f32 elsewhere
     #[arg(long, value_enum)]
     pub accum: Option<Accum>,
@@ -44,9 +44,10 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    /// The numbers that a GPU computes in.
+    /// How a GPU computes.
     pub fn math(&self) -> Math {
-        Math { precision: self.precision, accum: self.accum, conv_loop: self.conv_loop }
+        let precision = if self.precision == Some(Numbers::Bf16) { Precision::Bf16 } else { Precision::F16 };
+        Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
     /// Opens the device; with `auto`, says on stderr which GPU was taken, or why none of those that there seem to be.
@@ -60,7 +61,11 @@ impl DeviceArgs {
             (_, Some(why)) => note!("warning: computing on the CPU: {why}"),
             _ => {}
         }
-        Ok(device.with_math(self.math()))
+        let device = device.with_math(self.math());
+        match self.precision {
+            Some(numbers) => device.with_numbers(numbers).context("--precision"),
+            None => Ok(device),
+        }
     }
 }
 

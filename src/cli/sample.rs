@@ -193,7 +193,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
     let sampler = args.sampler.config()?;
-    let mut pipeline = Pipeline::load(&args.device.open()?, &args.model).context("--model")?;
+    let mut pipeline = Pipeline::load(&args.device.open()?.fastest(), &args.model).context("--model")?;
     if let Some(guide) = &args.gnet {
         pipeline = pipeline.with_guide(guide).context("--gnet")?;
     }
@@ -354,7 +354,7 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, save_steps: bool,
         out.save_grid(&pictures, columns, &about)?
     };
     let [height, width] = pictures.first().map_or([height, width], |picture| [picture.height(), picture.width()]);
-    let target = target.display();
-    out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s): {target}");
+    let (target, device) = (target.display(), pipeline.device());
+    out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}");
     Ok(())
 }

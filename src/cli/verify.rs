@@ -37,7 +37,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         false => out!("{outcome}"),
     };
     let device = args.device.open()?;
-    let bounds = device.runtime().map_or(Bounds::F32, |_| Bounds::of(device.math().precision));
+    let bounds = device.precision().map_or(Bounds::F32, Bounds::of);
     let summary = device.run(Replay { dir: &args.dir, bounds, print: &mut print });
     let summary = summary.context("cannot replay the directory")?;
     let Summary { ok, failed, skipped } = summary;
