@@ -17,6 +17,7 @@ pub mod pipeline;
 mod real;
 pub mod rng;
 pub mod sample;
+pub mod system;
 pub mod train;
 pub mod verify;
 

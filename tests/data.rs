@@ -13,7 +13,7 @@ use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Kind, Split};
-use edm2k::data::prepare::{self, Counts, Drop, Drops, Event, PrepareError, Settings, Summary};
+use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, prepare};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::decode::decode;
 use edm2k::rng::{Purpose, Stream};
@@ -52,13 +52,14 @@ impl Workshop {
         self.record(id, &name, tags);
     }
 
-    fn settings(&self) -> Settings {
+    fn folder(&self) -> Folder {
         let metadata = self.dir.path().join("metadata.jsonl");
         fs::write(&metadata, self.lines.join("\n")).unwrap();
+        Folder { images: self.dir.path().join("images"), metadata }
+    }
+
+    fn settings(&self) -> Settings {
         Settings {
-            images: self.dir.path().join("images"),
-            metadata,
-            danbooru: None,
             features: None,
             tagger: None,
             out: self.dir.path().join("out"),
@@ -74,7 +75,7 @@ impl Workshop {
     }
 
     fn prepare(&self) -> Summary {
-        prepare::prepare(&self.settings(), None, &|_| ()).unwrap()
+        prepare(&self.folder(), &self.settings(), None, &|_| ()).unwrap()
     }
 
     fn open(&self, split: Split) -> Dataset {
@@ -177,7 +178,7 @@ fn transparency_leaves_no_fringe_of_hidden_colours() {
     });
     shop.image(2, disc, &["disc"]);
     let mut settings = shop.settings();
-    prepare::prepare(&settings, None, &|_| ()).unwrap();
+    prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
     let on_white = pixels(&shop.open(Split::Train), 2);
     for pixel in &on_white {
         // Between yellow and white; the filter's ringing takes a little off the green.
@@ -187,7 +188,7 @@ fn transparency_leaves_no_fringe_of_hidden_colours() {
 
     settings.out = shop.dir.path().join("green");
     settings.background = [0, 128, 0];
-    prepare::prepare(&settings, None, &|_| ()).unwrap();
+    prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
     let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
     assert_eq!(pixels(&dataset, 2)[0], [0, 128, 0]);
 }
@@ -250,7 +251,7 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
             listed.lock().unwrap().push(format!("{file}: {why}"));
         }
     };
-    let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    let summary = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 6)]));
     let mut first = std::mem::take(&mut *listed.lock().unwrap());
@@ -260,7 +261,7 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
     assert!(first[1].contains("60000x60000 is more than"), "{}", first[1]);
 
     // The second time nothing is decoded, but the list is the same.
-    let again = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    let again = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
     let mut second = listed.into_inner().unwrap();
     second.sort();
     assert_eq!((again.splits, again.dropped, second), (summary.splits, summary.dropped, first));
@@ -327,7 +328,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     let redone = Mutex::new(Vec::new());
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     one_thread.install(|| {
-        prepare::prepare(&shop.settings(), None, &|event| {
+        prepare(&shop.folder(), &shop.settings(), None, &|event| {
             if let Event::Shard { name, kept: false, .. } = event {
                 redone.lock().unwrap().push(name.to_string());
             }
@@ -344,28 +345,62 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     shop.prepare();
     let out = shop.dir.path().join("out");
     let before = read_dir(&out);
-    let refused = |settings: Settings, expected: &str| {
-        let text = prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
+    let refused_of = |folder: &Folder, settings: Settings, expected: &str| {
+        let text = prepare(folder, &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
         assert!(read_dir(&out) == before, "files were changed");
     };
+    let refused = |settings: Settings, expected: &str| refused_of(&shop.folder(), settings, expected);
     refused(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
     refused(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
     refused(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
     let changed = shop.lines[3].replace("\"all\"", "\"other\"");
     fs::write(shop.dir.path().join("changed.jsonl"), changed + "\n" + &shop.lines[4..].join("\n")).unwrap();
-    let metadata = shop.dir.path().join("changed.jsonl");
-    refused(Settings { metadata, ..shop.settings() }, "made before with records 41 (");
+    let changed = Folder { metadata: shop.dir.path().join("changed.jsonl"), ..shop.folder() };
+    refused_of(&changed, shop.settings(), "made before with records 41 (");
 
     fs::write(out.join("train-00099.safetensors"), "someone else's").unwrap();
-    let text = prepare::prepare(&shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    let text = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(text.contains("train-00099.safetensors: a shard of another dataset"), "{text}");
+}
+
+#[test]
+fn a_picture_that_was_replaced_is_noticed_whatever_its_length_and_date() {
+    let mut shop = Workshop::new();
+    for id in 2..7 {
+        let name = format!("{id}.bmp");
+        solid(16, 16, [id, 7, 9]).save(shop.file(&name)).unwrap();
+        shop.record(id.into(), &name, &["x"]);
+    }
+    let kept = || {
+        let kept = Mutex::new(0);
+        let count =
+            |event: Event| *kept.lock().unwrap() += usize::from(matches!(event, Event::Shard { kept: true, .. }));
+        prepare(&shop.folder(), &shop.settings(), None, &count).map(|_| kept.into_inner().unwrap())
+    };
+    assert_eq!(kept().unwrap(), 0);
+    // Copied to where it was: newer than the shards, and the same.
+    let (path, bytes) = (shop.file("5.bmp"), fs::read(shop.file("5.bmp")).unwrap());
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, &bytes).unwrap();
+    assert_eq!(kept().unwrap(), 2);
+
+    solid(16, 16, [200, 7, 9]).save(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), bytes.len() as u64);
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    fs::File::options().write(true).open(&path).unwrap().set_modified(long_ago).unwrap();
+    let error = kept().unwrap_err().to_string();
+    assert!(error.contains("train-00000.safetensors: made when 5.bmp was another picture; remove this"), "{error}");
+    fs::remove_file(shop.dir.path().join("out/train-00000.safetensors")).unwrap();
+    assert_eq!(kept().unwrap(), 1);
+    assert_eq!(pixels(&shop.open(Split::Train), 5)[0], [200, 7, 9]);
 }
 
 #[test]
 fn unusable_settings_and_metadata_are_named() {
     let shop = gallery();
-    let fails = |settings: Settings| prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
+    let fails_of = |folder, settings| prepare(&folder, &settings, None, &|_| ()).unwrap_err().to_string();
+    let fails = |settings| fails_of(shop.folder(), settings);
     let base = || shop.settings();
     assert!(fails(Settings { size: [0, 4], ..base() }).contains("the size is 0x4, expected sides"));
     assert!(fails(Settings { max_crop: f64::NAN, ..base() }).contains("crop is NaN, expected"));
@@ -381,16 +416,16 @@ fn unusable_settings_and_metadata_are_named() {
     ] {
         let metadata = shop.dir.path().join("bad.jsonl");
         fs::write(&metadata, format!("{}\n{line}\n", shop.lines[0])).unwrap();
-        let text = fails(Settings { metadata, ..base() });
+        let text = fails_of(Folder { metadata, ..shop.folder() }, base());
         assert!(text.contains("bad.jsonl line 2") && text.contains(expected), "{text}");
     }
     let empty = shop.dir.path().join("empty.jsonl");
     fs::write(&empty, "\n\n").unwrap();
-    assert!(fails(Settings { metadata: empty, ..base() }).contains("empty.jsonl: no records"));
+    assert!(fails_of(Folder { metadata: empty, ..shop.folder() }, base()).contains("empty.jsonl: no records"));
 
     let mut unreadable = Workshop::new();
     unreadable.record(2, "absent.png", &["x"]);
-    let result = prepare::prepare(&unreadable.settings(), None, &|_| ());
+    let result = prepare(&unreadable.folder(), &unreadable.settings(), None, &|_| ());
     let text = result.unwrap_err().to_string();
     assert_eq!(text, "none of the 1 images could be kept (1 unreadable)");
 }
@@ -409,7 +444,7 @@ proptest! {
             1.0 - w.min(h) / w.max(h)
         };
         prop_assume!((lost - max_crop).abs() > 1e-6);
-        match prepare::prepare(&settings, None, &|_| ()) {
+        match prepare(&shop.folder(), &settings, None, &|_| ()) {
             Ok(_) => {
                 prop_assert!(lost < max_crop);
                 let dataset = Dataset::open(&settings.out, Split::Train).unwrap();
@@ -434,9 +469,9 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         shop.image(id.into(), image, &["x"]);
     }
     shop.image(7, solid(16, 9, [1, 2, 3]), &["x"]);
-    let settings = shop.settings();
+    let folder = shop.folder();
     let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata) = (path(&settings.images), path(&settings.metadata));
+    let (images, metadata) = (path(&folder.images), path(&folder.metadata));
     // A factor of 2 with a standard deviation, and one of 8 without.
     for (name, file, factor) in [("sd", autoencoder::sd_vae(&[32, 32], 1), 2), ("taesd", autoencoder::taesd(8), 8)] {
         let (vae, out) = (shop.dir.path().join(name), shop.dir.path().join(format!("{name}-out")));
@@ -491,9 +526,9 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
 #[test]
 fn a_codec_that_does_not_fit_is_refused_in_one_line() {
     let shop = gallery();
-    let settings = shop.settings();
+    let (folder, settings) = (shop.folder(), shop.settings());
     let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata, out) = (path(&settings.images), path(&settings.metadata), path(&settings.out));
+    let (images, metadata, out) = (path(&folder.images), path(&folder.metadata), path(&settings.out));
     let file = |name: &str| path(&shop.dir.path().join(name));
     let mut decoder = autoencoder::taesd(8);
     decoder.retain(|name, _| name.starts_with("decoder"));
@@ -574,7 +609,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
         let out = dir.join(format!("{name}-out"));
         let features = Some((dir.join(name), ids_name.map(|name| dir.join(name))));
         let settings = Settings { features, out: out.clone(), ..shop.settings() };
-        let summary = prepare::prepare(&settings, None, &|_| ()).unwrap();
+        let summary = prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
         let kept: usize = summary.splits.iter().map(|(_, counts)| counts.kept).sum();
         // Of the 40 pictures six have an id that 7 divides; the broken one's id, 1002, is unknown here.
         let expected = (0..40).map(|k| k * 3 - 20).filter(|id| id % 7 != 0).count() - 2;
@@ -606,7 +641,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
     // The file is part of what a shard depends on.
     let out = dir.join("half.safetensors-out");
     let settings = Settings { features: Some((dir.join("full.safetensors"), None)), out, ..shop.settings() };
-    let error = prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
+    let error = prepare(&shop.folder(), &settings, None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("made before with features half.safetensors ("), "{error}");
 }
 
@@ -616,7 +651,8 @@ fn unusable_features_are_named() {
     let dir = shop.dir.path();
     let fails = |features: &str, ids: Option<&str>, expected: &str| {
         let features = Some((dir.join(features), ids.map(|ids| dir.join(ids))));
-        let error = prepare::prepare(&Settings { features, ..shop.settings() }, None, &|_| ()).unwrap_err().to_string();
+        let error =
+            prepare(&shop.folder(), &Settings { features, ..shop.settings() }, None, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}\nexpected {expected}");
     };
     write_features(dir, &[1, 4], 3, &[1.0; 6], None);
@@ -717,18 +753,20 @@ fn a_call_that_keeps_nothing_does_not_stand_in_the_way_of_the_right_one() {
         // As photographs are.
         shop.image(id, solid(64, 48, [9, 90, 200]), &["x"]);
     }
-    let fails = |settings: Settings, expected: &str| {
-        let error = prepare::prepare(&settings, None, &|_| ()).unwrap_err().to_string();
+    let fails_of = |folder: Folder, settings: Settings, expected: &str| {
+        let error = prepare(&folder, &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };
-    fails(Settings { images: "no/such/folder".into(), ..shop.settings() }, "no/such/folder: No such file");
+    let fails = |settings, expected| fails_of(shop.folder(), settings, expected);
+    let absent = Folder { images: "no/such/folder".into(), ..shop.folder() };
+    fails_of(absent, shop.settings(), "no/such/folder: No such file");
     let empty = shop.dir.path().join("empty");
     fs::create_dir(&empty).unwrap();
-    let wrong = Settings { images: empty, shard_size: 2, ..shop.settings() };
-    fails(wrong, "none of the 6 images could be kept (6 unreadable)");
+    let (folder, settings) = (Folder { images: empty, ..shop.folder() }, Settings { shard_size: 2, ..shop.settings() });
+    fails_of(folder, settings, "none of the 6 images could be kept (6 unreadable)");
     fails(shop.settings(), "(6 of too different a shape (a larger --max-crop keeps more))");
     let right = Settings { max_crop: 0.5, ..shop.settings() };
-    assert_eq!(counts(&prepare::prepare(&right, None, &|_| ()).unwrap(), Split::Train).kept, 6);
+    assert_eq!(counts(&prepare(&shop.folder(), &right, None, &|_| ()).unwrap(), Split::Train).kept, 6);
     // What has been accepted is kept.
     fails(shop.settings(), "made before with max-crop 0.5, now 0.05");
     assert_eq!(shop.open(Split::Train).len(), 6);
@@ -778,7 +816,7 @@ fn a_bad_record_is_one_bad_record() {
             listed.lock().unwrap().push(format!("{file}: {why}"));
         }
     };
-    let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    let summary = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 1)]));
     let listed = listed.into_inner().unwrap().join("\n");
@@ -804,7 +842,7 @@ fn files_that_are_no_images_are_called_what_they_are() {
             *listed.lock().unwrap() += &format!("{file}: {why}\n");
         }
     };
-    prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
     let listed = listed.into_inner().unwrap();
     for expected in ["lfs.png: it is a Git LFS pointer", "page.jpg: it is a web page", "words.gif: it is no image"] {
         assert!(listed.contains(expected), "{listed}");
@@ -816,11 +854,11 @@ fn metadata_may_have_a_mark_and_is_called_what_it_is() {
     let mut shop = Workshop::new();
     shop.image(2, solid(16, 16, [1, 2, 3]), &["x"]);
     shop.image(3, solid(16, 16, [1, 2, 3]), &["x"]);
-    let base = shop.settings();
-    let text = fs::read_to_string(&base.metadata).unwrap();
+    let folder = shop.folder();
+    let text = fs::read_to_string(&folder.metadata).unwrap();
     let write = |bytes: &[u8]| {
-        fs::write(&base.metadata, bytes).unwrap();
-        prepare::prepare(&base, None, &|_| ())
+        fs::write(&folder.metadata, bytes).unwrap();
+        prepare(&folder, &shop.settings(), None, &|_| ())
     };
     for text in [format!("\u{feff}{text}"), format!("\u{feff}{}\r\n", text.replace('\n', "\r\n"))] {
         assert_eq!(counts(&write(text.as_bytes()).unwrap(), Split::Train).kept, 2);
@@ -855,7 +893,7 @@ fn a_vocabulary_that_is_not_of_the_shards_is_refused_and_renamed_tags_are_not() 
     };
     fs::write(&path, whole.replace("\"b\"", "\"bee\"")).unwrap();
     let renamed = Mutex::new(String::new());
-    prepare::prepare(&shop.settings(), None, &|event| said(event, &renamed)).unwrap();
+    prepare(&shop.folder(), &shop.settings(), None, &|event| said(event, &renamed)).unwrap();
     assert_eq!(renamed.into_inner().unwrap(), "1 b bee");
     let data = shop.open(Split::Train);
     assert!(data.renamed() && data.vocabulary().get("bee").is_some());
@@ -874,7 +912,7 @@ fn a_vocabulary_that_is_not_of_the_shards_is_refused_and_renamed_tags_are_not() 
         ("a web page", "<html>".to_owned()),
     ] {
         fs::write(&path, text).unwrap();
-        let error = prepare::prepare(&shop.settings(), None, &|_| ()).unwrap_err().to_string();
+        let error = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
         assert!(error.contains("vocabulary.json: "), "{what}: {error}");
         Dataset::open(&out, Split::Train).unwrap_err();
     }
@@ -911,7 +949,7 @@ fn a_flipped_bit_anywhere_in_a_shard_is_found_and_mended() {
             *told.lock().unwrap() += why;
         }
     };
-    prepare::prepare(&shop.settings(), None, &listen).unwrap();
+    prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
     assert!(told.into_inner().unwrap().contains("train-00001.safetensors: tensor "));
     assert_eq!(fs::read(&path).unwrap(), whole, "it is made again");
 }
@@ -923,7 +961,7 @@ fn what_made_a_dataset_is_recognised_by_its_content() {
         shop.image(id, RgbImage::from_fn(16, 16, |x, y| Rgb([(x * 15) as u8, (y * 11) as u8, id as u8])), &["x"]);
     }
     let dir = shop.dir.path();
-    shop.settings();
+    shop.folder();
     let vae = autoencoder::sd_vae(&[32, 32], 1);
     autoencoder::write(&dir.join("a.safetensors"), &vae);
     autoencoder::write(&dir.join("b.safetensors"), &vae);
@@ -970,7 +1008,7 @@ fn truncated_jpegs_are_unreadable() {
         }
     };
     let settings = Settings { max_crop: 0.5, ..shop.settings() };
-    assert_eq!(counts(&prepare::prepare(&settings, None, &listen).unwrap(), Split::Train).kept, 4);
+    assert_eq!(counts(&prepare(&shop.folder(), &settings, None, &listen).unwrap(), Split::Train).kept, 4);
     let mut dropped = dropped.into_inner().unwrap();
     dropped.sort();
     assert_eq!(dropped, ["baseline-half.jpg", "baseline-most.jpg", "progressive-half.jpg", "progressive-most.jpg"]);
@@ -1007,7 +1045,7 @@ fn colours_are_converted_by_their_profile_or_counted() {
     };
     // The second time from the shard.
     for _ in 0..2 {
-        let summary = prepare::prepare(&shop.settings(), None, &listen).unwrap();
+        let summary = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
         let expected = Counts { kept: 4, unapplied: 1, ..Counts::default() };
         assert_eq!(counts(&summary, Split::Train), expected);
     }
@@ -1022,6 +1060,56 @@ fn colours_are_converted_by_their_profile_or_counted() {
     // By the matrices and curves of both: Adobe's red is further out.
     near(4, [227, 100, 42]);
     assert_eq!(pixels(&data, 5)[0], [200, 100, 50]);
+}
+
+#[test]
+fn what_a_png_says_of_its_colours_is_converted_or_counted() {
+    type Chunk = ([u8; 4], Vec<u8>);
+    /// A PNG with chunks of its own before the pixels.
+    fn picture(chunks: &[Chunk]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 16, 16);
+        encoder.set_color(png::ColorType::Rgb);
+        let mut writer = encoder.write_header().unwrap();
+        for (name, data) in chunks {
+            writer.write_chunk(png::chunk::ChunkType(*name), data).unwrap();
+        }
+        writer.write_image_data(&[200, 100, 50].repeat(256)).unwrap();
+        writer.finish().unwrap();
+        bytes
+    }
+    let numbers = |numbers: &[u32]| numbers.iter().flat_map(|x| x.to_be_bytes()).collect::<Vec<u8>>();
+    let gamma = |gamma| (*b"gAMA", numbers(&[gamma]));
+    let primaries =
+        |[red, green]: [[u32; 2]; 2], blue: [u32; 2]| (*b"cHRM", numbers(&[[31270, 32900], red, green, blue].concat()));
+    let code_points = |codes: [u8; 4]| (*b"cICP", codes.to_vec());
+    let (red, blue) = ([64000, 33000], [15000, 6000]);
+    let same = Some([200, 100, 50]);
+    // Linear light of 200/255 is sRGB 229, of 100/255 168, of 50/255 123.
+    let bright = Some([229, 168, 123]);
+    let cases = [
+        (vec![gamma(45455)], same),
+        (vec![gamma(45455), primaries([red, [30000, 60000]], blue)], same),
+        (vec![gamma(100_000)], bright),
+        (vec![(*b"sRGB", vec![0]), gamma(100_000)], same),
+        (vec![gamma(100_000), primaries([red, [21000, 71000]], blue)], Some([248, 168, 119])),
+        (vec![primaries([red, red], red)], None),
+        (vec![gamma(0)], None),
+        (vec![code_points([1, 13, 0, 1])], same),
+        (vec![code_points([1, 8, 0, 1])], bright),
+        (vec![gamma(100_000), code_points([1, 13, 0, 1])], same),
+        // HDR, video range, and what nobody has defined.
+        (vec![code_points([9, 16, 0, 1])], None),
+        (vec![code_points([1, 13, 0, 0])], None),
+        (vec![code_points([3, 13, 0, 1])], None),
+    ];
+    for (number, (chunks, expected)) in cases.iter().enumerate() {
+        let image = decode(&picture(chunks), [255; 3]).unwrap();
+        let (found, expected_pixel) = (&image.picture.rgb()[..3], expected.unwrap_or([200, 100, 50]));
+        let near = found.iter().zip(expected_pixel).all(|(a, b)| a.abs_diff(b) <= 1);
+        assert!(near, "case {number}: {found:?}, expected {expected_pixel:?}");
+        assert_eq!(image.unapplied.is_none(), expected.is_some(), "case {number}: {:?}", image.unapplied);
+    }
 }
 
 // ---- the reader ----
@@ -1371,9 +1459,9 @@ fn failure(args: &[&str]) -> String {
 #[test]
 fn the_command_prepares_and_prints_a_summary() {
     let shop = gallery();
-    let settings = shop.settings();
+    let (folder, settings) = (shop.folder(), shop.settings());
     let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata, out) = (path(&settings.images), path(&settings.metadata), path(&settings.out));
+    let (images, metadata, out) = (path(&folder.images), path(&folder.metadata), path(&settings.out));
     let args = [
         "prepare",
         "--images",
@@ -1409,9 +1497,9 @@ fn the_command_prepares_and_prints_a_summary() {
 #[test]
 fn the_command_fails_with_one_clear_line() {
     let shop = gallery();
-    let settings = shop.settings();
+    let (folder, settings) = (shop.folder(), shop.settings());
     let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata) = (path(&settings.images), path(&settings.metadata));
+    let (images, metadata) = (path(&folder.images), path(&folder.metadata));
     let taken = path(&shop.dir.path().join("taken"));
     fs::File::create(&taken).unwrap().write_all(b"precious").unwrap();
     let out = path(&settings.out);

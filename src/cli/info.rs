@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde::Serialize;
 
 use edm2k::backend::DeviceError;
@@ -15,7 +15,8 @@ use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
 use edm2k::condition::Conditioning;
-use edm2k::data::dataset::{Dataset, DatasetError, HEADER_KEY, Header, Split, check_whole};
+use edm2k::data::dataset::{Dataset, DatasetError, Header, Split};
+use edm2k::data::shard::check_whole;
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
@@ -332,8 +333,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         return DatasetInfo::open(path, args.check)?.show(args.json);
     }
     let file = SafeFile::open(path)?;
-    if let Some(header) = file.metadata().get(HEADER_KEY) {
-        let header: Header = serde_json::from_str(header).with_context(|| path.display().to_string())?;
+    if let Some(header) = Header::of(&file)? {
         let checked = match args.check {
             true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(&file)?) }),
             false => None,

@@ -10,9 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
-use edm2k::data::danbooru::Filter;
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{Codec, Encode, Event, Settings, Summary, prepare};
+use edm2k::data::prepare::{Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary, prepare};
 use edm2k::{Backends, Work};
 
 use super::DeviceArgs;
@@ -122,16 +121,18 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
 
 /// Prepares the dataset, showing progress on stderr and the summary on stdout.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
-    let danbooru = args.danbooru.is_some().then(|| Filter {
-        require: args.require.split_whitespace().map(str::to_owned).collect(),
-        ratings: args.rating,
-        enlarge: args.enlarge,
-    });
+    let records: Box<dyn Records> = match args.danbooru {
+        Some(images) => Box::new(Danbooru {
+            images,
+            posts: args.metadata,
+            require: args.require.split_whitespace().map(str::to_owned).collect(),
+            ratings: args.rating,
+            enlarge: args.enlarge,
+        }),
+        None => Box::new(Folder { images: args.images.unwrap_or_default(), metadata: args.metadata }),
+    };
     let [height, width] = args.size.unwrap_or([704, 512]).map(|side| side as u32); // at most 65536
     let settings = Settings {
-        images: args.images.or(args.danbooru).unwrap_or_default(),
-        metadata: args.metadata,
-        danbooru,
         features: args.features.map(|features| (features, args.feature_ids)),
         tagger: args.tagger.map(|tagger| (tagger, args.tagger_node)),
         out: args.out,
@@ -187,13 +188,18 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         }
     };
     let summary = match &args.vae {
-        None => prepare(&settings, None, &report),
+        None => prepare(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
             let mut encode = args.device.open()?.run(Encoding(&file)).context("--vae")?;
             let autoencoder = file.autoencoder().context("--vae")?;
             let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
-            prepare(&settings, Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }), &report)
+            prepare(
+                &*records,
+                &settings,
+                Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }),
+                &report,
+            )
         }
     };
     bar.finish_and_clear();

@@ -1,6 +1,6 @@
-//! Images and their conditions on disk: made by [`prepare`], read by [`dataset`].
+//! Images and their conditions on disk: made by [`prepare`](mod@prepare), read by [`dataset`].
 
-pub mod danbooru;
 pub mod dataset;
 pub mod features;
 pub mod prepare;
+pub mod shard;

@@ -1,16 +1,112 @@
-//! Colours: profiles to sRGB, and sRGB to linear light and back.
+//! Colours: what a file says of its colour space, conversion to sRGB, and sRGB to linear light and back.
 
+use std::io::Cursor;
 use std::sync::LazyLock;
 
-use moxcms::{ColorProfile, DataColorSpace, Layout, ProfileText, TransformOptions};
+use moxcms::{
+    Chromaticity, CicpColorPrimaries, CicpProfile, ColorPrimaries, ColorProfile, DataColorSpace, Layout,
+    MatrixCoefficients, ProfileText, ToneReprCurve, TransferCharacteristics, TransformOptions,
+};
 
 /// Levels of 256 by which a profile must move a colour to be another one than sRGB: there are many sRGBs, that differ
 /// in their rounding.
 const NOTICEABLE: u8 = 2;
 
-/// Converts pixels (RGB, or RGBA) by a colour profile; what it is called if that is not possible.
-pub fn to_srgb(icc: &[u8], pixels: &mut [u8], layout: Layout, grey: bool) -> Option<String> {
-    let Ok(profile) = ColorProfile::new_from_slice(icc) else { return Some("a damaged one".into()) };
+/// A colour space that is not known to be sRGB, or what it is called if it cannot be made sense of.
+type Space = Result<ColorProfile, String>;
+
+/// What a file says of its colours; none if it says nothing, or sRGB in so many words. `icc` is its profile. In a PNG
+/// `cICP` goes before that, and without one `gAMA` and `cHRM` count, unless there is `sRGB`.
+pub fn space(bytes: &[u8], icc: Option<&[u8]>) -> Option<Space> {
+    let reader = png::Decoder::new(Cursor::new(bytes)).read_info().ok();
+    let chunks = reader.as_ref().map(|reader| reader.info());
+    if let Some(points) = chunks.and_then(|chunks| chunks.coding_independent_code_points) {
+        return of_code_points(points);
+    }
+    if let Some(icc) = icc {
+        return Some(ColorProfile::new_from_slice(icc).map_err(|_| "a damaged one".into()));
+    }
+    let chunks = chunks.filter(|chunks| chunks.srgb.is_none())?;
+    match (chunks.gama_chunk, chunks.chrm_chunk) {
+        (None, None) => None,
+        (gamma, primaries) => Some(of_gamma(gamma, primaries)),
+    }
+}
+
+/// The space of a PNG's `cICP`: numbers of ITU-T H.273.
+fn of_code_points(points: png::CodingIndependentCodePoints) -> Option<Space> {
+    let (primaries, transfer) = (points.color_primaries, points.transfer_function);
+    if (primaries, transfer) == (1, 13) && points.is_video_full_range_image {
+        return None;
+    }
+    let name = || format!("cICP {primaries}, {transfer}");
+    // Brightness beyond white (PQ and HLG) has no one rendering in sRGB.
+    if matches!(transfer, 16 | 18) || points.matrix_coefficients != 0 || !points.is_video_full_range_image {
+        return Some(Err(name()));
+    }
+    let mut profile = named(name());
+    profile.red_trc = None;
+    let codes = CicpColorPrimaries::try_from(primaries).ok().zip(TransferCharacteristics::try_from(transfer).ok());
+    if let Some((color_primaries, transfer_characteristics)) = codes {
+        let matrix_coefficients = MatrixCoefficients::Identity;
+        profile.update_rgb_colorimetry_from_cicp(CicpProfile {
+            color_primaries,
+            transfer_characteristics,
+            matrix_coefficients,
+            full_range: true,
+        });
+    }
+    Some(if profile.red_trc.is_some() { Ok(profile) } else { Err(name()) })
+}
+
+/// The space of a PNG's `gAMA` and `cHRM`; what one of them leaves open is as in sRGB.
+fn of_gamma(gamma: Option<png::ScaledFloat>, primaries: Option<png::SourceChromaticities>) -> Space {
+    let value = gamma.map(png::ScaledFloat::into_value);
+    let name = match value {
+        Some(gamma) if primaries.is_some() => format!("gAMA {gamma} and cHRM"),
+        Some(gamma) => format!("gAMA {gamma}"),
+        None => "cHRM".into(),
+    };
+    let mut profile = named(name.clone());
+    match value {
+        None => {}
+        // 1/2.2 is what the standard lets sRGB call itself.
+        Some(gamma) if (gamma - 1.0 / 2.2).abs() < 0.005 => {}
+        Some(gamma) if (0.1..=10.0).contains(&gamma) => {
+            let curve = ToneReprCurve::Parametric(vec![1.0 / gamma, 1.0, 0.0, 0.0, 0.0]);
+            profile.red_trc = Some(curve.clone());
+            profile.green_trc = Some(curve.clone());
+            profile.blue_trc = Some(curve);
+        }
+        Some(_) => return Err(name),
+    }
+    if let Some(png::SourceChromaticities { white, red, green, blue }) = primaries {
+        let at = |(x, y): (png::ScaledFloat, png::ScaledFloat)| Chromaticity::new(x.into_value(), y.into_value());
+        let primaries = ColorPrimaries { red: at(red), green: at(green), blue: at(blue) };
+        profile.update_rgb_colorimetry(at(white).to_xyyb(), primaries);
+        // Primaries on a line, or a white beyond them.
+        let matrix = profile.colorant_matrix();
+        if !matrix.v.as_flattened().iter().all(|x| x.abs() < 4.0) {
+            return Err(name);
+        }
+    }
+    Ok(profile)
+}
+
+/// sRGB by another name, to be changed.
+fn named(name: String) -> ColorProfile {
+    let mut profile = ColorProfile::new_srgb();
+    profile.cicp = None;
+    profile.description = Some(ProfileText::PlainString(name));
+    profile
+}
+
+/// Converts pixels (RGB, or RGBA) from a colour space; what that is called if it is not possible.
+pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> Option<String> {
+    let profile = match space {
+        Ok(profile) => profile,
+        Err(name) => return Some(name.clone()),
+    };
     let name = || match &profile.description {
         Some(ProfileText::PlainString(text)) => text.clone(),
         Some(ProfileText::Localizable(texts)) => texts.first().map_or("unnamed".into(), |text| text.value.clone()),

@@ -2,7 +2,7 @@
 //!
 //! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), all of it ([`jpeg::check`]), turn as
 //!    its EXIF says;
-//! 2. convert to sRGB by its colour profile, if it has one that does anything;
+//! 2. convert to sRGB by its colour profile, or what a PNG says in its place, if that does anything;
 //! 3. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
 //!    hidden colours can appear.
 
@@ -13,7 +13,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageReader};
 use moxcms::Layout;
 
-use super::colour::to_srgb;
+use super::colour::{space, to_srgb};
 use super::{Picture, jpeg};
 use crate::formats::input;
 
@@ -28,7 +28,7 @@ pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
 pub struct Image {
     /// Its pixels.
     pub picture: Picture,
-    /// The colour profile that it has and that could not be applied: its colours were taken for sRGB.
+    /// The colour space that it says and that could not be converted: its colours were taken for sRGB.
     pub unapplied: Option<String>,
 }
 
@@ -75,12 +75,13 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, String> {
     }
     let (width, height) = (image.width() as usize, image.height() as usize);
     let grey = !image.color().has_color();
+    let space = space(bytes, profile.as_deref());
     let (rgb, unapplied) = if image.color().has_alpha() {
         let over = |x: u8, behind: u8, alpha: u32| {
             ((u32::from(x) * alpha + u32::from(behind) * (255 - alpha) + 127) / 255) as u8
         };
         let mut rgba = image.into_rgba8();
-        let unapplied = profile.and_then(|profile| to_srgb(&profile, &mut rgba, Layout::Rgba, grey));
+        let unapplied = space.and_then(|space| to_srgb(&space, &mut rgba, Layout::Rgba, grey));
         let rgb = rgba.pixels().flat_map(|pixel| {
             let [r, g, b, alpha] = pixel.0;
             let alpha = u32::from(alpha);
@@ -90,7 +91,7 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, String> {
         (rgb.collect(), unapplied)
     } else {
         let mut rgb = image.into_rgb8().into_raw();
-        let unapplied = profile.and_then(|profile| to_srgb(&profile, &mut rgb, Layout::Rgb, grey));
+        let unapplied = space.and_then(|space| to_srgb(&space, &mut rgb, Layout::Rgb, grey));
         (rgb, unapplied)
     };
     Ok(Image { picture: Picture::new(height, width, rgb), unapplied })

@@ -3,7 +3,7 @@
 //!
 //! Both are looked for in all folders below the one that is given, archives are read in place, and a file belongs to
 //! the post whose id it bears, whatever its ending: copies made smaller, as WebP, do as well. The posts, 20 GB of
-//! them, stream by; those that pass the [`Filter`] stay in memory, a few hundred bytes each.
+//! them, stream by; those that pass the filter stay in memory, a few hundred bytes each.
 //!
 //! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair". What cannot be a tag here, for a
 //! comma in it or a space at its end, is left out and counted. Records are ordered by id % 1000, then id: so training
@@ -20,14 +20,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use super::prepare::{Drop, Event, Place, PrepareError, Record, Records, Settings, read_lines};
+use super::records::{Listing, Place, Record, Records, read_lines};
+use super::report::{Event, PrepareError, Report};
+use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
+use crate::data::shard::Drop;
 use crate::formats::{input, tar};
 use crate::pictures::fit::crop;
 
-/// Which posts to take.
+/// The posts, and which to take of them.
 #[derive(Clone, Debug)]
-pub struct Filter {
+pub struct Danbooru {
+    /// Folder of the archives, or of files.
+    pub images: PathBuf,
+    /// The posts, a line each.
+    pub posts: PathBuf,
     /// Tags that a post must have, as danbooru writes them.
     pub require: Vec<String>,
     /// Ratings to take: of `g`, `s`, `q`, `e`.
@@ -64,71 +71,76 @@ struct Post<'a> {
 #[serde(transparent)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// The posts that pass and have a file, in order.
-pub(super) fn read_records(
-    settings: &Settings,
-    filter: &Filter,
-    report: &(dyn Fn(Event) + Sync),
-) -> Result<Records, PrepareError> {
-    let mut records = Records::default();
-    let mut passed: HashMap<i64, Box<[u32]>> = HashMap::new();
-    let mut unusable = HashSet::new();
-    let total = fs::metadata(&settings.metadata).map_or(0, |about| about.len());
-    read_lines(&settings.metadata, |line, end| {
-        let post: Post = serde_json::from_slice(line)
-            .map_err(|error| input::in_one_line(&error))
-            .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
-        if records.read.is_multiple_of(4096) || end == total {
-            report(Event::Reading { what: "bytes of posts", done: end, total });
-        }
-        records.read += 1;
-        let refusal = refuse(&post, settings, filter).or(passed.contains_key(&post.id).then_some(Drop::Repeated));
-        if let Some(drop) = refusal {
-            records.dropped.add(drop);
-            return Ok(());
-        }
-        let mut names: Vec<String> = post.tag_string.0.split_whitespace().map(|tag| tag.replace('_', " ")).collect();
-        names.sort_unstable();
-        names.dedup();
-        let (usable, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| check_tag(name).is_ok());
-        unusable.extend(others);
-        passed.insert(post.id, usable.iter().map(|name| records.tags.number(name)).collect());
-        Ok(())
-    })?;
-    if records.read == 0 {
-        return Err(PrepareError::NoRecords { path: settings.metadata.clone() });
+impl Records for Danbooru {
+    fn metadata(&self) -> &Path {
+        &self.posts
     }
-    records.unusable_tags = unusable.len();
 
-    let mut files = find_files(&settings.images, &passed, report)?;
-    for (id, tags) in passed {
-        match files.remove(&id) {
-            Some((file, place)) => {
-                records.list.push(Record { id, file, place, tags, flip: false, repeats: NonZeroU8::MIN });
+    fn read(&self, settings: &Settings, report: Report) -> Result<Listing, PrepareError> {
+        let mut listing = Listing::default();
+        let mut passed: HashMap<i64, Box<[u32]>> = HashMap::new();
+        let mut unusable = HashSet::new();
+        let total = fs::metadata(&self.posts).map_or(0, |about| about.len());
+        read_lines(&self.posts, |line, end| {
+            let post: Post = serde_json::from_slice(line)
+                .map_err(|error| input::in_one_line(&error))
+                .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
+            if listing.read.is_multiple_of(4096) || end == total {
+                report(Event::Reading { what: "bytes of posts", done: end, total });
             }
-            None => records.dropped.add(Drop::NoFile),
+            listing.read += 1;
+            let refusal = self.refuse(&post, settings).or(passed.contains_key(&post.id).then_some(Drop::Repeated));
+            if let Some(drop) = refusal {
+                listing.dropped.add(drop);
+                return Ok(());
+            }
+            let names = post.tag_string.0.split_whitespace().map(|tag| tag.replace('_', " "));
+            let (usable, others): (Vec<_>, Vec<_>) = names.partition(|name| check_tag(name).is_ok());
+            unusable.extend(others);
+            passed.insert(post.id, listing.tags.numbers(usable));
+            Ok(())
+        })?;
+        listing.unusable_tags = unusable.len();
+        if listing.read == 0 {
+            return Ok(listing);
         }
+        let mut files = find_files(&self.images, &passed, report)?;
+        for (id, tags) in passed {
+            match files.remove(&id) {
+                Some((file, place)) => {
+                    listing.records.push(Record { id, file, place, tags, flip: false, repeats: NonZeroU8::MIN });
+                }
+                None => listing.dropped.add(Drop::NoFile),
+            }
+        }
+        listing.records.sort_unstable_by_key(|record| (record.id.rem_euclid(1000), record.id));
+        Ok(listing)
     }
-    records.list.sort_unstable_by_key(|record| (record.id.rem_euclid(1000), record.id));
-    Ok(records)
+
+    fn enlarge(&self) -> Option<bool> {
+        Some(self.enlarge)
+    }
 }
 
-/// The first reason against a post. That of the tags comes first, so that all others count among the wanted.
-fn refuse(post: &Post, settings: &Settings, filter: &Filter) -> Option<Drop> {
-    let is = |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
-    let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
-    let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
-    let crop = crop(size, settings.size);
-    let reasons = [
-        (filter.require.iter().any(lacks), Drop::LacksTags),
-        (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),
-        (post.is_deleted != Some(false), Drop::Deleted),
-        (post.is_banned != Some(false), Drop::Banned),
-        (!is(&post.rating, &|rating| filter.ratings.iter().any(|r| r == rating)), Drop::OtherRating),
-        (!crop.within(settings.max_crop), Drop::Cropped),
-        (crop.enlarged && !filter.enlarge, Drop::Small),
-    ];
-    reasons.into_iter().find(|(applies, _)| *applies).map(|(_, drop)| drop)
+impl Danbooru {
+    /// The first reason against a post. That of the tags comes first, so that all others count among the wanted.
+    fn refuse(&self, post: &Post, settings: &Settings) -> Option<Drop> {
+        let is =
+            |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
+        let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
+        let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
+        let crop = crop(size, settings.size);
+        let reasons = [
+            (self.require.iter().any(lacks), Drop::LacksTags),
+            (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),
+            (post.is_deleted != Some(false), Drop::Deleted),
+            (post.is_banned != Some(false), Drop::Banned),
+            (!is(&post.rating, &|rating| self.ratings.iter().any(|r| r == rating)), Drop::OtherRating),
+            (!crop.within(settings.max_crop), Drop::Cropped),
+            (crop.enlarged && !self.enlarge, Drop::Small),
+        ];
+        reasons.into_iter().find(|(applies, _)| *applies).map(|(_, drop)| drop)
+    }
 }
 
 /// The post that a file is of, if it bears the name of one.
@@ -145,7 +157,7 @@ fn id_of(name: &str) -> Option<i64> {
 fn find_files<T: Sync>(
     dir: &Path,
     wanted: &HashMap<i64, T>,
-    report: &(dyn Fn(Event) + Sync),
+    report: Report,
 ) -> Result<HashMap<i64, (String, Place)>, PrepareError> {
     let mut paths = Vec::new();
     list(dir, &mut HashSet::new(), &mut paths)?;

@@ -1,0 +1,71 @@
+//! A folder of pictures, and a JSON-lines file with a line such as `{"id": 7, "file": "a/b.png", "tags": ["x", "y"]}` for
+//! each, with an optional `"flip": true` where mirroring the picture leaves its meaning, and an optional `"repeats": 4`
+//! where training shall show it that often in an epoch. Records are ordered by id.
+
+use std::collections::HashSet;
+use std::fs;
+use std::num::NonZeroU8;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::records::{Listing, Place, Record, Records, read_lines};
+use super::report::{PrepareError, Report};
+use super::settings::Settings;
+use crate::condition::vocabulary::check_tag;
+use crate::formats::input;
+
+/// See above.
+#[derive(Debug, Clone)]
+pub struct Folder {
+    /// The folder, which the names of files are relative to.
+    pub images: PathBuf,
+    /// The lines.
+    pub metadata: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    id: i64,
+    file: String,
+    tags: Vec<String>,
+    #[serde(default)]
+    flip: bool,
+    #[serde(default = "once")]
+    repeats: NonZeroU8,
+}
+
+fn once() -> NonZeroU8 {
+    NonZeroU8::MIN
+}
+
+impl Records for Folder {
+    fn metadata(&self) -> &Path {
+        &self.metadata
+    }
+
+    fn read(&self, _: &Settings, _: Report) -> Result<Listing, PrepareError> {
+        fs::read_dir(&self.images).map_err(|cause| PrepareError::Io { path: self.images.clone(), cause })?;
+        let mut listing = Listing::default();
+        let mut ids = HashSet::new();
+        read_lines(&self.metadata, |text, _| {
+            let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
+            let Line { id, file, tags, flip, repeats } = serde_json::from_str(text).map_err(|error| {
+                let error = input::in_one_line(&error);
+                format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
+            })?;
+            for tag in &tags {
+                check_tag(tag).map_err(|what| format!("tag {what}"))?;
+            }
+            if !ids.insert(id) {
+                return Err(format!("id {id} occurs twice"));
+            }
+            let (place, tags) = (Place::File(self.images.join(&file)), listing.tags.numbers(tags));
+            listing.records.push(Record { id, file, place, tags, flip, repeats });
+            Ok(())
+        })?;
+        listing.read = listing.records.len();
+        listing.records.sort_unstable_by_key(|record| record.id);
+        Ok(listing)
+    }
+}

@@ -1,0 +1,292 @@
+//! The second stage: which shards there will be, what they depend on, and which of them are there.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+
+use super::records::{Listing, Record};
+use super::render::{CHUNK, Codec, Conditions, print};
+use super::report::{Event, PrepareError, Report};
+use super::settings::Settings;
+use crate::codec::LATENTS;
+use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::data::dataset::Split;
+use crate::data::shard::{self, Header, Kind, Notes, VOCABULARY_FILE, VocabularyPrint, check_whole};
+use crate::fingerprint::{Fingerprint, Identity};
+use crate::formats::safetensors::SafeFile;
+use crate::memory;
+
+/// Clocks of file systems, and of machines that share them, may be so far apart.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// A shard to be made.
+pub(super) struct Job<'a> {
+    pub split: Split,
+    pub name: String,
+    pub members: Vec<&'a Record>,
+    /// All but its count.
+    pub header: Header,
+}
+
+/// What is to be made.
+pub(super) struct Plan<'a> {
+    /// Counted on the training images.
+    pub vocabulary: Vocabulary,
+    pub jobs: Vec<Job<'a>>,
+    /// What shards depend on, by name.
+    pub made_with: Map<String, Value>,
+}
+
+impl<'a> Plan<'a> {
+    /// Cuts the records into shards.
+    pub fn new(
+        listing: &'a Listing,
+        settings: &Settings,
+        enlarge: Option<bool>,
+        codec: Option<&Codec>,
+        conditions: &Conditions,
+    ) -> Result<Self, PrepareError> {
+        let of = |split| listing.records.iter().filter(move |record| settings.split(record.id) == split);
+        let sets = of(Split::Train).map(|record| record.tags.iter().map(|&tag| listing.tags.name(tag)));
+        let vocabulary = Vocabulary::most_frequent(sets, settings.vocabulary)?;
+        if vocabulary.is_empty() && matches!(conditions, Conditions::Tags) {
+            return Err(PrepareError::Setting {
+                what: "the number of distinct tags on training images",
+                found: "0".into(),
+                expected: "at least 1".into(),
+            });
+        }
+        let [width, height] = settings.size.map(|side| side as usize);
+        let (kind, factor, channels) = match codec {
+            None => (Kind::Images, 1, 3),
+            Some(codec) => (Kind::Latents, codec.factor, LATENTS),
+        };
+        let header = Header {
+            kind,
+            height: height / factor,
+            width: width / factor,
+            channels,
+            condition_dim: conditions.width().unwrap_or(vocabulary.len()),
+            conditioning: conditions.conditioning(),
+            autoencoder: codec.map(|codec| codec.autoencoder.clone()),
+            vocabulary: Some(VocabularyPrint::of(&vocabulary)),
+            count: 0,
+            shards: 0,
+            source: settings.source.clone(),
+            licence: settings.licence.clone(),
+        };
+        let images = listing.records.len().min(settings.shard_size);
+        let decoded = 3 * width as u128 * height as u128 * images.min(CHUNK) as u128;
+        let what = format!("making shards of {images} images of {width}x{height}");
+        memory::check(what, images as u128 * header.image_bytes() + decoded)?;
+
+        let mut jobs = Vec::new();
+        for split in Split::ALL {
+            let members: Vec<_> = of(split).collect();
+            let shards = members.len().div_ceil(settings.shard_size);
+            let header = Header { shards, ..header.clone() };
+            let parts = members.chunks(settings.shard_size).enumerate();
+            jobs.extend(parts.map(|(number, members)| {
+                let (name, members) = (split.shard_name(number), members.to_vec());
+                Job { split, name, members, header: header.clone() }
+            }));
+        }
+        let made_with = made_with(listing, settings, enlarge, codec, conditions);
+        Ok(Self { vocabulary, jobs, made_with })
+    }
+
+    /// Which of the shards are there and whole. Those that hold no image are made again, whatever they were made with;
+    /// any other that was made otherwise is an error.
+    pub fn existing(&self, out: &Path, report: Report) -> Result<Vec<bool>, PrepareError> {
+        let io_error = |cause| PrepareError::Io { path: out.into(), cause };
+        let mut there = HashMap::new();
+        for entry in fs::read_dir(out).map_err(io_error)? {
+            let entry = entry.map_err(io_error)?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let of_split = Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")));
+            if of_split && name.ends_with(".safetensors") {
+                there.insert(name, SafeFile::open(entry.path()));
+            }
+        }
+        // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
+        if there.values().all(|file| file.as_ref().is_ok_and(shard::holds_nothing)) {
+            for name in there.keys() {
+                fs::remove_file(out.join(name)).map_err(|cause| PrepareError::Io { path: out.join(name), cause })?;
+            }
+            return Ok(vec![false; self.jobs.len()]);
+        }
+        let files: Vec<_> = self.jobs.iter().map(|job| there.remove(&job.name).and_then(Result::ok)).collect();
+        files.iter().flatten().try_for_each(|file| check_settings(file, &self.made_with))?;
+        let ours: HashSet<_> = self.jobs.iter().map(|job| job.name.as_str()).collect();
+        if let Some(name) = there.keys().filter(|name| !ours.contains(name.as_str())).min() {
+            return Err(PrepareError::Stray { path: out.join(name) });
+        }
+        let total = files.iter().flatten().count() as u64;
+        let mut done = 0;
+        let whole = |(job, file): (&Job, Option<SafeFile>)| {
+            let Some(file) = file else { return Ok(false) };
+            let checked = check_whole(&file).and_then(|_| Notes::read(&file));
+            done += 1;
+            report(Event::Reading { what: "shards that are there", done, total });
+            match checked {
+                Ok(notes) => check_pictures(job, &file, &notes).map(|()| true),
+                Err(why) => {
+                    report(Event::Damaged { why: &why.to_string() });
+                    Ok(false)
+                }
+            }
+        };
+        self.jobs.iter().zip(files).map(whole).collect()
+    }
+
+    /// Writes the vocabulary; but beside shards it is theirs, and somebody may have renamed tags in it.
+    pub fn settle_vocabulary(&self, out: &Path, shards: bool, report: Report) -> Result<(), PrepareError> {
+        let path = out.join(VOCABULARY_FILE);
+        match shards && path.exists() {
+            true => check_vocabulary(&path, &self.vocabulary, report),
+            false => Ok(self.vocabulary.save(&path)?),
+        }
+    }
+}
+
+/// Everything that shards' bytes depend on. Of an image file that is its length, its date changing with copying; see
+/// [`check_pictures`] for the rest.
+fn made_with(
+    listing: &Listing,
+    settings: &Settings,
+    enlarge: Option<bool>,
+    codec: Option<&Codec>,
+    conditions: &Conditions,
+) -> Map<String, Value> {
+    // FNV-1a, 64 bits: it recognises a change, nobody attacks it.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        for &byte in bytes.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for record in &listing.records {
+        add(&record.id.to_le_bytes());
+        add(record.file.as_bytes());
+        record.tags.iter().for_each(|&tag| add(listing.tags.name(tag).as_bytes()));
+        add(&[u8::from(record.flip), record.repeats.get()]);
+        add(&record.place.length().to_le_bytes());
+    }
+    let [width, height] = settings.size;
+    let [r, g, b] = settings.background;
+    let Value::Object(mut all) = json!({
+        "size": format!("{width}x{height}"),
+        "background": format!("#{r:02x}{g:02x}{b:02x}"),
+        "max-crop": settings.max_crop,
+        "vocabulary": settings.vocabulary,
+        "validation-modulus": settings.validation_modulus,
+        "shard-size": settings.shard_size,
+        "source": settings.source,
+        "licence": settings.licence,
+        "records": format!("{} ({hash:016x})", listing.records.len()),
+    }) else {
+        unreachable!("braces make an object")
+    };
+    let vae = codec.map(|codec| json!({"name": codec.autoencoder.name, "fingerprint": codec.autoencoder.fingerprint}));
+    let (known, tagger) = match conditions {
+        Conditions::Tags => (None, None),
+        Conditions::Known(features) => (Some(json!(features.identity())), None),
+        Conditions::Tagger(tagger) => {
+            let network = tagger.network();
+            let (name, node) = (tagger.source(), network.node());
+            (None, Some(json!({"name": name, "fingerprint": network.fingerprint(), "node": node})))
+        }
+    };
+    let others = [("enlarge", enlarge.map(Value::from)), ("vae", vae), ("features", known), ("tagger", tagger)];
+    all.extend(others.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+    all
+}
+
+/// Whether a setting is the same. Files are recognised by their content; older versions noted `NAME (CRC)`, and after a
+/// comma the tensor: then by their name.
+fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
+    match (before, now) {
+        (Some(Value::Object(before)), Some(Value::Object(now))) => {
+            ["fingerprint", "node"].iter().all(|&key| before.get(key) == now.get(key))
+        }
+        (Some(Value::String(before)), Some(Value::Object(now))) => {
+            let (name, rest) = before.rsplit_once(" (").unwrap_or((before, ""));
+            let node = rest.split_once(", ").map(|(_, node)| node);
+            let of = |key| now.get(key).and_then(Value::as_str);
+            let first = name.split_once(" (").map_or(name, |(first, _)| first);
+            of("name") == Some(first) && of("node").is_none_or(|now| Some(now) == node)
+        }
+        (before, now) => before == now,
+    }
+}
+
+/// An error if a shard was made otherwise.
+fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
+    let path = file.path();
+    let before = Notes::settings(file).ok_or_else(|| PrepareError::Stray { path: path.into() })?;
+    let show = |settings: &Map<String, Value>, key: &String| match settings.get(key) {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => match serde_json::from_value::<Identity>(other.clone()) {
+            Ok(file) => file.to_string(),
+            Err(_) => other.to_string(),
+        },
+        None => "none".into(),
+    };
+    for key in now.keys().chain(before.keys()) {
+        if !same_setting(before.get(key), now.get(key)) {
+            return Err(PrepareError::OtherSettings {
+                path: path.into(),
+                what: key.clone(),
+                found: show(&before, key),
+                now: show(now, key),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// An error if a shard was made of other pictures. Those whose files are newer than the shard are read again: dates are
+/// a reason to look, as they change with copying, and contents decide.
+fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
+    let path = file.path();
+    let made = fs::metadata(path).and_then(|about| about.modified());
+    let made = made.map_err(|cause| PrepareError::Io { path: path.into(), cause })?;
+    let replaced = |(record, then): (&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
+        let newer = record.place.changed().is_some_and(|changed| changed + SLACK > made);
+        Ok((newer && print(&record.read()?) != *then).then(|| record.file.clone()))
+    };
+    let found: Result<Vec<_>, _> = job.members.par_iter().zip(&notes.pictures).map(replaced).collect();
+    match found?.into_iter().flatten().next() {
+        Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file }),
+        None => Ok(()),
+    }
+}
+
+/// An error if a vocabulary's file is not what was counted, but for the names of tags.
+fn check_vocabulary(path: &Path, counted: &Vocabulary, report: Report) -> Result<(), PrepareError> {
+    let damaged = |what: String| PrepareError::DamagedVocabulary { path: path.into(), what };
+    let found = Vocabulary::load(path).map_err(|error| match error {
+        VocabularyError::Io { .. } => error.into(),
+        VocabularyError::Json { cause, .. } => damaged(cause.to_string()),
+        VocabularyError::File { cause, .. } => damaged(cause.to_string()),
+        other => damaged(other.to_string()),
+    })?;
+    let (found, counted) = (found.tags(), counted.tags());
+    if found.len() != counted.len() {
+        return Err(damaged(format!("it has {} tags, the records {}", found.len(), counted.len())));
+    }
+    let pairs = || found.iter().zip(counted);
+    if let Some((found, counted)) = pairs().find(|(found, counted)| found.count != counted.count) {
+        let (a, b) = (&found.tag, &counted.tag);
+        return Err(damaged(format!("{a:?} is on {} images, {b:?} at its place on {}", found.count, counted.count)));
+    }
+    let renamed = || pairs().filter(|(found, counted)| found.tag != counted.tag);
+    if let Some((first, counted)) = renamed().next() {
+        report(Event::Renamed { tags: renamed().count(), was: &counted.tag, now: &first.tag });
+    }
+    Ok(())
+}

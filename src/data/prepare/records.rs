@@ -1,0 +1,208 @@
+//! Records: where pictures are and what is known of them. Whoever has some in another form implements [`Records`].
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::num::NonZeroU8;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::report::{PrepareError, Report};
+use super::settings::Settings;
+use crate::data::shard::Drops;
+use crate::formats::input;
+use crate::pictures::decode::MAX_BYTES;
+use crate::system;
+
+/// Longest line of a JSON-lines file.
+const MAX_LINE: u64 = 1 << 24;
+
+/// A source of records.
+pub trait Records: Sync {
+    /// The file that lists them.
+    fn metadata(&self) -> &Path;
+
+    /// Reads them, in the order that shards shall have them. What the metadata alone says is dropped here, and counted.
+    ///
+    /// # Errors
+    /// The metadata is no such file, or the pictures cannot be looked for. One bad picture is none.
+    fn read(&self, settings: &Settings, report: Report) -> Result<Listing, PrepareError>;
+
+    /// Whether pictures that are smaller than the target are taken; none where they always are.
+    fn enlarge(&self) -> Option<bool> {
+        None
+    }
+}
+
+/// The records of a source.
+#[derive(Default)]
+pub struct Listing {
+    /// How many there were at first.
+    pub read: usize,
+    /// Those that were not dropped.
+    pub records: Vec<Record>,
+    /// Their tags.
+    pub tags: Tags,
+    /// The others.
+    pub dropped: Drops,
+    /// Distinct tags that cannot be tags here.
+    pub unusable_tags: usize,
+}
+
+/// An image and what is known of it.
+pub struct Record {
+    /// Its number; decides its split.
+    pub id: i64,
+    /// Name of its file, for people.
+    pub file: String,
+    /// Where it is.
+    pub place: Place,
+    /// Numbers of its tags in [`Listing::tags`], in the order of their names.
+    pub tags: Box<[u32]>,
+    /// Whether mirroring leaves its meaning.
+    pub flip: bool,
+    /// How often training shows it in an epoch.
+    pub repeats: NonZeroU8,
+}
+
+impl Record {
+    /// The bytes of its file; or what is wrong with that, which is no image then.
+    pub(super) fn read(&self) -> Result<Result<Vec<u8>, String>, PrepareError> {
+        self.place.read().map_err(|cause| PrepareError::Io { path: self.place.path().into(), cause })
+    }
+}
+
+/// Where an image's bytes are.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// All of a file.
+    File(PathBuf),
+    /// A part of an archive.
+    Member {
+        /// The archive.
+        tar: Arc<Path>,
+        /// Where the part begins.
+        offset: u64,
+        /// Its length.
+        size: u64,
+    },
+}
+
+impl Place {
+    /// Number of bytes; 0 for a file that is not there.
+    pub(super) fn length(&self) -> u64 {
+        match self {
+            Self::File(path) => fs::metadata(path).map_or(0, |about| about.len()),
+            Self::Member { size, .. } => *size,
+        }
+    }
+
+    /// The bytes; or what is wrong with the file, which is no image then.
+    ///
+    /// # Errors
+    /// The disk failed, or an archive is not there any more: nothing is known of the image.
+    fn read(&self) -> io::Result<Result<Vec<u8>, String>> {
+        let length = self.length();
+        if length > MAX_BYTES {
+            return Ok(Err(format!("{length} bytes, expected {MAX_BYTES} at most")));
+        }
+        match self {
+            Self::File(path) => match input::read(path, MAX_BYTES) {
+                Err(error) if input::is_of_the_file(&error) => Ok(Err(error.to_string())),
+                read => read.map(Ok),
+            },
+            Self::Member { tar, offset, size } => {
+                let mut file = input::open(tar)?;
+                file.seek(SeekFrom::Start(*offset))?;
+                let mut bytes = vec![0; *size as usize];
+                file.read_exact(&mut bytes)?;
+                Ok(Ok(bytes))
+            }
+        }
+    }
+
+    /// When the file that it is in was last changed, or put there; none of a file that is not there.
+    pub(super) fn changed(&self) -> Option<SystemTime> {
+        system::changed(&fs::metadata(self.path()).ok()?)
+    }
+
+    /// The file that it is in.
+    fn path(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Member { tar, .. } => tar,
+        }
+    }
+}
+
+/// Tags by number: a tag occurs on a million images, its text once.
+#[derive(Default)]
+pub struct Tags {
+    names: Vec<String>,
+    numbers: HashMap<String, u32>,
+}
+
+impl Tags {
+    /// Numbers of a picture's tags, in the order of their names, each once.
+    pub fn numbers(&mut self, mut tags: Vec<String>) -> Box<[u32]> {
+        tags.sort_unstable();
+        tags.dedup();
+        tags.iter().map(|tag| self.number(tag)).collect()
+    }
+
+    fn number(&mut self, tag: &str) -> u32 {
+        if let Some(&number) = self.numbers.get(tag) {
+            return number;
+        }
+        let number = self.names.len() as u32;
+        self.numbers.insert(tag.into(), number);
+        self.names.push(tag.into());
+        number
+    }
+
+    /// The tag of a number.
+    pub fn name(&self, number: u32) -> &str {
+        &self.names[number as usize]
+    }
+
+    /// All tags, by number.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+}
+
+/// The lines of a JSON-lines file that are not blank, one after the other, to `each` with their number and where they
+/// end in the file.
+pub fn read_lines(path: &Path, mut each: impl FnMut(&[u8], u64) -> Result<(), String>) -> Result<(), PrepareError> {
+    let io_error = |cause| PrepareError::Io { path: path.into(), cause };
+    let mut reader = BufReader::with_capacity(1 << 20, input::open(path).map_err(io_error)?);
+    let head = reader.fill_buf().map_err(io_error)?;
+    let array = head.trim_ascii_start().starts_with(b"[");
+    let what = if array { Some("a list in JSON") } else { input::kind(head) };
+    if let Some(what) = what.filter(|what| array || !what.contains("JSON") && *what != "empty") {
+        return Err(PrepareError::NotLines { path: path.into(), what });
+    }
+    let (mut text, mut end) = (Vec::new(), 0);
+    if head.starts_with(input::MARK) {
+        reader.consume(input::MARK.len());
+        end += input::MARK.len() as u64;
+    }
+    for line in 1.. {
+        text.clear();
+        let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut text).map_err(io_error)? as u64;
+        if length == 0 {
+            break;
+        }
+        end += length;
+        let wrong = |what| PrepareError::Line { path: path.into(), line, what };
+        if length == MAX_LINE {
+            return Err(wrong(format!("longer than {MAX_LINE} bytes, expected a record a line")));
+        }
+        let text = text.trim_ascii();
+        if !text.is_empty() {
+            each(text, end).map_err(wrong)?;
+        }
+    }
+    Ok(())
+}

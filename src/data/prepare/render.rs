@@ -1,0 +1,219 @@
+//! The third stage: the pictures of a shard, decoded, cropped and resized, encoded, and the conditions that go with
+//! them.
+
+use std::sync::mpsc::sync_channel;
+use std::thread;
+
+use half::f16;
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+use super::records::{Listing, Record};
+use super::report::{Event, PrepareError, Report};
+use super::settings::Settings;
+use crate::codec::{Autoencoder, CodecError, LATENTS};
+use crate::condition::tagger::Tagger;
+use crate::condition::vocabulary::Vocabulary;
+use crate::condition::{Conditioning, unit_norm};
+use crate::data::features::Features;
+use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
+use crate::fingerprint::Fingerprint;
+use crate::pictures::decode::{Image, decode};
+use crate::pictures::{Picture, fit};
+
+/// Images that are decoded at a time.
+pub(super) const CHUNK: usize = 64;
+
+/// What makes latents of pictures, wherever it computes.
+pub struct Codec<'a> {
+    /// What its latents are of.
+    pub autoencoder: Autoencoder,
+    /// Pixels for a latent, in each direction.
+    pub factor: usize,
+    /// How it does it.
+    pub encode: &'a mut Encode<'a>,
+}
+
+/// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
+pub type Encode<'a> = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError> + 'a;
+
+/// What conditions are made of.
+pub(super) enum Conditions {
+    Tags,
+    Known(Box<Features>),
+    Tagger(Tagger),
+}
+
+impl Conditions {
+    pub fn open(settings: &Settings) -> Result<Self, PrepareError> {
+        Ok(match (&settings.features, &settings.tagger) {
+            (Some((path, ids)), _) => Self::Known(Features::open(path, ids.as_deref())?.into()),
+            (None, Some((path, node))) => Self::Tagger(Tagger::open(path, node.as_deref())?),
+            (None, None) => Self::Tags,
+        })
+    }
+
+    /// Drops the records of which no condition is known.
+    pub fn select(&self, listing: &mut Listing) {
+        if let Self::Known(features) = self {
+            let before = listing.records.len();
+            listing.records.retain(|record| features.contains(record.id));
+            (listing.records.len()..before).for_each(|_| listing.dropped.add(Drop::NoFeature));
+        }
+    }
+
+    /// Width of features.
+    pub fn width(&self) -> Option<usize> {
+        match self {
+            Self::Tags => None,
+            Self::Known(features) => Some(features.width()),
+            Self::Tagger(tagger) => Some(tagger.network().width()),
+        }
+    }
+
+    pub fn conditioning(&self) -> Conditioning {
+        match self {
+            Self::Tags => Conditioning::Tags,
+            Self::Known(features) => features.conditioning().clone(),
+            Self::Tagger(tagger) => tagger.conditioning(),
+        }
+    }
+}
+
+/// An image that can be kept.
+struct Ready {
+    /// At the target's size.
+    picture: Picture,
+    /// Whether it was smaller.
+    enlarged: bool,
+    /// See [`Image`].
+    unapplied: Option<String>,
+    /// Places of its tags in the vocabulary, ascending.
+    tags: Vec<u32>,
+    condition: Vec<f32>,
+}
+
+/// A feature as a condition.
+fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
+    match unit_norm(&mut feature) {
+        true => Ok(feature),
+        false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
+    }
+}
+
+/// Why an image is left out, and that in words.
+type Refusal = (Drop, String);
+
+/// Of a picture's file; of one that cannot be read, that of an empty one.
+pub(super) fn print(file: &Result<Vec<u8>, String>) -> Fingerprint {
+    Fingerprint::of([file.as_deref().unwrap_or_default()])
+}
+
+/// Makes the content of shards.
+pub(super) struct Renderer<'a> {
+    pub settings: &'a Settings,
+    /// Whether pictures that are smaller than the target are taken.
+    pub enlarge: bool,
+    pub vocabulary: &'a Vocabulary,
+    /// Where each of [`Listing::tags`] is in the vocabulary.
+    pub places: Vec<Option<u32>>,
+    pub conditions: &'a Conditions,
+    pub made_with: &'a Map<String, Value>,
+}
+
+impl Renderer<'_> {
+    /// What a shard of these records holds. A disk that fails is no property of a picture: it stops everything.
+    pub fn render(
+        &self,
+        members: &[&Record],
+        mut codec: Option<&mut Codec>,
+        report: Report,
+    ) -> Result<(Rows, Notes), PrepareError> {
+        let mut rows = Rows::default();
+        let (mut dropped, mut unapplied, mut enlarged) = (Vec::new(), Vec::new(), 0);
+        let mut pictures = Vec::with_capacity(members.len());
+        thread::scope(|scope| -> Result<(), PrepareError> {
+            // The next images are decoded while a codec works on these.
+            let (sender, chunks) = sync_channel(1);
+            scope.spawn(move || {
+                let ready = |record: &&Record| -> Result<_, PrepareError> {
+                    let file = record.read()?;
+                    let print = print(&file);
+                    let ready = file.map_err(|why| (Drop::Unreadable, why));
+                    Ok((print, ready.and_then(|bytes| self.made_of(record, &bytes))))
+                };
+                let all = |chunk: &[&Record]| chunk.par_iter().map(ready).collect::<Vec<_>>();
+                members.chunks(CHUNK).find(|chunk| sender.send(all(chunk)).is_err());
+            });
+            for (record, ready) in members.iter().zip(chunks.into_iter().flatten()) {
+                let (print, ready) = ready?;
+                pictures.push(print);
+                let made = match (ready, &mut codec) {
+                    (Err(refusal), _) => Err(refusal),
+                    (Ok(ready), None) => Ok((planes(ready.picture.rgb(), 3).collect(), ready)),
+                    (Ok(ready), Some(codec)) => latents(codec, &ready.picture)?.map(|latents| (latents, ready)),
+                };
+                report(Event::Done(1));
+                let file = || record.file.clone();
+                match made {
+                    Ok((image, ready)) => {
+                        let &&Record { id, flip, repeats, .. } = record;
+                        let (image, condition, tags): (&Vec<u8>, _, _) = (&image, &ready.condition, &ready.tags);
+                        rows.push(&Row { id, image, condition, tags, flip, repeats });
+                        enlarged += usize::from(ready.enlarged);
+                        unapplied.extend(ready.unapplied.map(|profile| Unapplied { file: file(), profile }));
+                    }
+                    Err((drop, why)) => dropped.push(Dropped { id: record.id, file: file(), drop, why }),
+                }
+            }
+            Ok(())
+        })?;
+        Ok((rows, Notes { settings: self.made_with.clone(), pictures, dropped, unapplied, enlarged }))
+    }
+
+    fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
+        let Settings { size, background, max_crop, .. } = self.settings;
+        let unreadable = |why: String| (Drop::Unreadable, why);
+        let Image { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
+        let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
+        let crop = fit::crop([width, height], *size);
+        if !crop.within(*max_crop) {
+            let lost = 100.0 * crop.lost;
+            let why = format!("{width}x{height} loses {lost:.1} % by cropping to {}x{}", size[0], size[1]);
+            return Err((Drop::Cropped, why));
+        }
+        if crop.enlarged && !self.enlarge {
+            return Err((Drop::Small, format!("{width}x{height} is smaller than {}x{}", size[0], size[1])));
+        }
+        let mut tags: Vec<u32> = record.tags.iter().filter_map(|&tag| self.places[tag as usize]).collect();
+        tags.sort_unstable();
+        let condition = match self.conditions {
+            Conditions::Tags => self.vocabulary.multi_hot(&tags),
+            Conditions::Known(features) => feature(features.get(record.id).unwrap_or_default())?,
+            Conditions::Tagger(tagger) => {
+                let other = (*background != Tagger::BACKGROUND).then(|| decode(bytes, Tagger::BACKGROUND));
+                let other = other.transpose().map_err(unreadable)?;
+                let shown = other.as_ref().map_or(&image, |other| &other.picture);
+                let made = tagger.features(shown, &record.file);
+                feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
+            }
+        };
+        let picture = fit::fit(image, crop, *size).map_err(unreadable)?;
+        Ok(Ready { picture, enlarged: crop.enlarged, unapplied, tags, condition })
+    }
+}
+
+/// [H, W, C] as [C, H, W].
+fn planes<T: Copy>(values: &[T], channels: usize) -> impl Iterator<Item = T> {
+    (0..channels).flat_map(move |c| values.iter().skip(c).step_by(channels).copied())
+}
+
+/// Mean and standard deviation of a picture's latents, [2C, h, w] in f16.
+fn latents(codec: &mut Codec, picture: &Picture) -> Result<Result<Vec<u8>, Refusal>, CodecError> {
+    let moments = (codec.encode)(picture)?;
+    let halves: Vec<f16> = moments.iter().flat_map(|values| planes(values, LATENTS)).map(f16::from_f32).collect();
+    Ok(match halves.iter().all(|x| x.is_finite()) {
+        true => Ok(halves.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        false => Err((Drop::Unreadable, "the codec makes numbers of it that are not finite in f16".into())),
+    })
+}

@@ -1,0 +1,193 @@
+//! What a preparation tells: what stops it, what happens meanwhile, and what came of it.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
+
+use crate::codec::CodecError;
+use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::data::dataset::Split;
+use crate::data::features::FeatureError;
+use crate::data::shard::{Drops, ShardError};
+use crate::formats::safetensors::SafeError;
+use crate::formats::tar::TarError;
+use crate::formats::{LockError, write_atomically};
+use crate::memory::TooLarge;
+use crate::onnx::OnnxError;
+
+/// Name of the summary's file.
+pub const SUMMARY_FILE: &str = "summary.json";
+
+/// What stops the preparation.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum PrepareError {
+    #[error("{}: {cause}", path.display())]
+    Io { path: PathBuf, cause: io::Error },
+    #[error("{} line {line}: {what}", path.display())]
+    Line { path: PathBuf, line: usize, what: String },
+    #[error("{}: no records", path.display())]
+    NoRecords { path: PathBuf },
+    #[error("{}: it is {what}, expected a JSON object a line", path.display())]
+    NotLines { path: PathBuf, what: &'static str },
+    #[error("{}: neither archives (.tar) nor images named by their ids, such as 1003.png", path.display())]
+    NoImages { path: PathBuf },
+    #[error("{what} is {found}, expected {expected}")]
+    Setting { what: &'static str, found: String, expected: String },
+    #[error(
+        "{}: made before with {what} {found}, now {now}; remove the dataset or choose another \
+         directory", path.display()
+    )]
+    OtherSettings { path: PathBuf, what: String, found: String, now: String },
+    #[error(
+        "{}: made when {file} was another picture; remove this shard, and it is made anew",
+        path.display()
+    )]
+    OtherPicture { path: PathBuf, file: String },
+    #[error("{}: a shard of another dataset; remove it or choose another directory", path.display())]
+    Stray { path: PathBuf },
+    #[error(
+        "{}: not the vocabulary of these records, with tags renamed or not: {what}; remove it, and it is written anew",
+        path.display()
+    )]
+    DamagedVocabulary { path: PathBuf, what: String },
+    #[error("{0}; a smaller --shard-size needs less")]
+    Memory(#[from] TooLarge),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Shard(#[from] ShardError),
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    #[error(transparent)]
+    Features(#[from] FeatureError),
+    #[error(transparent)]
+    Tagger(#[from] OnnxError),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
+    #[error("none of the {records} images could be kept ({dropped})")]
+    NothingKept { records: usize, dropped: Drops },
+}
+
+/// Is told what happens, from any thread.
+pub type Report<'a> = &'a (dyn Fn(Event) + Sync);
+
+/// What happens meanwhile, for a progress display.
+#[derive(Debug, Clone, Copy)]
+pub enum Event<'a> {
+    /// So much of the input has been looked through, of so much.
+    Reading {
+        /// What it is.
+        what: &'static str,
+        /// How much has been read.
+        done: u64,
+        /// How much there is.
+        total: u64,
+    },
+    /// So many records will be handled.
+    Start(usize),
+    /// So many records are done.
+    Done(usize),
+    /// Something that the user should know.
+    Warning {
+        /// What.
+        text: &'a str,
+    },
+    /// An image cannot be used.
+    Unreadable {
+        /// Its name.
+        file: &'a str,
+        /// Why.
+        why: &'a str,
+    },
+    /// An image has a colour profile that could not be applied.
+    Unapplied {
+        /// Its name.
+        file: &'a str,
+        /// That of the profile.
+        profile: &'a str,
+    },
+    /// A shard that was there is damaged, and made again.
+    Damaged {
+        /// What is wrong with it.
+        why: &'a str,
+    },
+    /// Tags have other names in the vocabulary's file than in the records.
+    Renamed {
+        /// How many.
+        tags: usize,
+        /// The first of them, in the records.
+        was: &'a str,
+        /// In the file.
+        now: &'a str,
+    },
+    /// A shard is whole.
+    Shard {
+        /// Name of its file.
+        name: &'a str,
+        /// Images in it.
+        images: usize,
+        /// Whether it was there already.
+        kept: bool,
+    },
+}
+
+/// Counts of one split.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Images in the dataset.
+    pub kept: usize,
+    /// Of these: smaller than the target, hence enlarged.
+    pub enlarged: usize,
+    /// Of these: no tag in the vocabulary.
+    pub untagged: usize,
+    /// Of these: a colour profile that could not be applied, so that the colours were taken for sRGB.
+    pub unapplied: usize,
+}
+
+/// What was made; in JSON as `summary.json` has it.
+#[derive(Debug)]
+pub struct Summary {
+    /// Lines of the metadata.
+    pub records: usize,
+    /// Counts of train, validation and test, in this order.
+    pub splits: [(Split, Counts); 3],
+    /// What is not in the dataset, and why.
+    pub dropped: Drops,
+    /// Danbooru: distinct tags that cannot be tags here, as commas separate them.
+    pub unusable_tags: usize,
+    /// The vocabulary.
+    pub vocabulary: Vocabulary,
+}
+
+impl Serialize for Summary {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let splits: BTreeMap<_, _> = self.splits.iter().map(|(split, counts)| (split.to_string(), counts)).collect();
+        let mut all = serializer.serialize_struct("Summary", 5)?;
+        all.serialize_field("records", &self.records)?;
+        all.serialize_field("splits", &splits)?;
+        all.serialize_field("dropped", &self.dropped)?;
+        all.serialize_field("unusable_tags", &self.unusable_tags)?;
+        all.serialize_field("vocabulary", &self.vocabulary.len())?;
+        all.end()
+    }
+}
+
+impl Summary {
+    /// Writes `summary.json` into the dataset's directory.
+    pub(super) fn save(&self, out: &Path) -> Result<(), PrepareError> {
+        let path = out.join(SUMMARY_FILE);
+        write_atomically(&path, |out| {
+            serde_json::to_writer_pretty(&mut *out, self)?;
+            out.write_all(b"\n")
+        })
+        .map_err(|cause| PrepareError::Io { path, cause })
+    }
+}

@@ -1,0 +1,76 @@
+//! What a dataset is to be like.
+
+use std::path::PathBuf;
+
+use super::report::PrepareError;
+use crate::data::dataset::Split;
+
+/// What to make of the records.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Conditions by image id, to take instead of tags; and if it is a `.npy`, that of the ids.
+    pub features: Option<(PathBuf, Option<PathBuf>)>,
+    /// The tagger whose features of the images are the conditions; and the tensor that has them.
+    pub tagger: Option<(PathBuf, Option<String>)>,
+    /// Directory of the dataset; created if it is missing.
+    pub out: PathBuf,
+    /// Target width and height in pixels.
+    pub size: [u32; 2],
+    /// sRGB colour behind transparent images.
+    pub background: [u8; 3],
+    /// Largest share of an image's area that cropping may take.
+    pub max_crop: f64,
+    /// Most tags in the vocabulary.
+    pub vocabulary: usize,
+    /// M of the splits; at least 3.
+    pub validation_modulus: i64,
+    /// Records per shard.
+    pub shard_size: usize,
+    /// Kept in the header: where the images are from.
+    pub source: String,
+    /// Kept in the header: their licence.
+    pub licence: String,
+}
+
+impl Settings {
+    /// The split of the image with this id.
+    pub(super) fn split(&self, id: i64) -> Split {
+        match id.rem_euclid(self.validation_modulus) {
+            0 => Split::Validation,
+            1 => Split::Test,
+            _ => Split::Train,
+        }
+    }
+
+    /// Refuses what cannot be made; `factor` is how many pixels the codec has for a latent, 1 without one.
+    pub(super) fn check(&self, factor: usize) -> Result<(), PrepareError> {
+        let wrong =
+            |what, found: String, expected: &str| Err(PrepareError::Setting { what, found, expected: expected.into() });
+        let [width, height] = self.size;
+        let size = format!("{width}x{height}");
+        if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
+            return wrong("the size", size, "sides of 1 to 16384");
+        }
+        if !width.is_multiple_of(factor as u32) || !height.is_multiple_of(factor as u32) {
+            return wrong(
+                "the size",
+                size,
+                &format!("multiples of the {factor} pixels that the codec has for a latent"),
+            );
+        }
+        if !(0.0..1.0).contains(&self.max_crop) {
+            return wrong("the largest crop", self.max_crop.to_string(), "a share from 0 below 1");
+        }
+        if self.validation_modulus < 3 {
+            let found = self.validation_modulus.to_string();
+            return wrong("the validation modulus", found, "at least 3, or nothing is left to train on");
+        }
+        if self.shard_size == 0 {
+            return wrong("the shard size", "0".into(), "at least 1");
+        }
+        if !(1..=1 << 20).contains(&self.vocabulary) {
+            return wrong("the vocabulary", self.vocabulary.to_string(), "1 to 1048576 tags");
+        }
+        Ok(())
+    }
+}
