@@ -1,7 +1,6 @@
 //! Devices by name, and one way to run on whichever it is.
 
 use std::fmt;
-use std::path::Path;
 use std::rc::Rc;
 use std::str::FromStr;
 
@@ -14,6 +13,7 @@ use crate::backend::{Backend, BackendError, DeviceError, Normalization, Slot};
 use crate::memory::{self, TooLarge};
 use crate::model::{Config, Model};
 use crate::params::ParamTable;
+use crate::system;
 
 /// What computes, as `--device` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ impl Device {
             DeviceName::Auto => match cuda(0) {
                 Ok(gpu) => Ok(on(Some(gpu), None)),
                 // On a machine that never had a GPU, nobody wonders.
-                Err(DeviceError::Absent(_)) if !has_nvidia_hardware() => Ok(on(None, None)),
+                Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None, None)),
                 Err(why) => Ok(on(None, Some(why))),
             },
         }
@@ -297,16 +297,6 @@ impl Backends for OnGpu {
     fn codec(&self) -> Result<Gpu, DeviceError> {
         Gpu::for_codec(self.runtime.clone(), self.math)
     }
-}
-
-/// Whether this machine has a card of NVIDIA's, driver or not (Linux).
-fn has_nvidia_hardware() -> bool {
-    let of_nvidia = |device: std::fs::DirEntry| {
-        let read = |name| std::fs::read_to_string(device.path().join(name)).unwrap_or_default();
-        read("vendor").trim() == "0x10de" && read("class").starts_with("0x03")
-    };
-    let devices = std::fs::read_dir("/sys/bus/pci/devices");
-    Path::new("/dev/nvidiactl").exists() || devices.is_ok_and(|all| all.flatten().any(of_nvidia))
 }
 
 #[cfg(feature = "cuda")]

@@ -1085,14 +1085,14 @@ fn what_a_png_says_of_its_colours_is_converted_or_counted() {
     let code_points = |codes: [u8; 4]| (*b"cICP", codes.to_vec());
     let (red, blue) = ([64000, 33000], [15000, 6000]);
     let same = Some([200, 100, 50]);
-    // Linear light of 200/255 is sRGB 229, of 100/255 168, of 50/255 123.
-    let bright = Some([229, 168, 123]);
+    // Linear light of 200/255 is sRGB 229, of 100/255 168, of 50/255 122.
+    let bright = Some([229, 168, 122]);
     let cases = [
         (vec![gamma(45455)], same),
         (vec![gamma(45455), primaries([red, [30000, 60000]], blue)], same),
         (vec![gamma(100_000)], bright),
         (vec![(*b"sRGB", vec![0]), gamma(100_000)], same),
-        (vec![gamma(100_000), primaries([red, [21000, 71000]], blue)], Some([248, 168, 119])),
+        (vec![gamma(100_000), primaries([red, [21000, 71000]], blue)], Some([248, 168, 120])),
         (vec![primaries([red, red], red)], None),
         (vec![gamma(0)], None),
         (vec![code_points([1, 13, 0, 1])], same),

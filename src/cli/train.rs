@@ -155,7 +155,7 @@ struct Resolved {
 
 /// Trains, showing progress on stderr.
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
-    let requests = Requests::watch();
+    let requests = Requests::watch("finishing this step, then saving");
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
         Err(DatasetError::NoShards { .. }) => None,

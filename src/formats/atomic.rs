@@ -4,14 +4,13 @@
 //! takes long holds a [`Claim`] on its output from before the work, or a [`DirLock`] on its directory. All three rest
 //! on locks of the system, which end with their process: what a killed one left is recognised, and removed.
 
-use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use crate::system::{self, is_at};
 
 /// A file that is being written: its path holds either its old content or all of the new one, whenever the
 /// process or the machine dies. What is written goes to a temporary name beside it, which [`commit`](Self::commit)
@@ -98,9 +97,8 @@ impl Claim {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists"));
         }
         let claim = Self { _probe: AtomicFile::create(path)? };
-        let name = path.file_name().unwrap_or_default();
         // Both of two that come at the same moment may be refused, never neither. One of those found is its own.
-        match remove_abandoned(parent(path), |other| other == stem(name))? {
+        match remove_abandoned(parent(path), |other| other == stem(path))? {
             0 | 1 => Ok(claim),
             _ => Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process is writing it")),
         }
@@ -153,8 +151,8 @@ impl DirLock {
         let path = dir.join(LOCK_FILE);
         loop {
             let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
-            let file = options.open(&path).map_err(io_error)?;
+            options.read(true).write(true).create(true).truncate(false);
+            let file = system::no_follow(&mut options).open(&path).map_err(io_error)?;
             let guarded = match lock(&file) {
                 Ok(()) => true,
                 Err(TryLockError::WouldBlock) => return Err(LockError::Busy { dir: dir.into() }),
@@ -198,14 +196,6 @@ impl fmt::Debug for DirLock {
     }
 }
 
-/// Whether `path` names the open file.
-fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), path.symlink_metadata()) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
-}
-
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -232,28 +222,31 @@ fn replaceable(path: &Path) -> io::Result<Option<Permissions>> {
 }
 
 /// What the temporary names of a file begin with; short enough for what follows.
-fn stem(name: &OsStr) -> &OsStr {
-    OsStr::from_bytes(&name.as_bytes()[..name.len().min(200)])
+fn stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name[..name.floor_char_boundary(200)].to_owned()
 }
 
 /// The stem in a temporary name: `STEM.0123456789abcdef.tmp`.
-fn stem_of_temporary(name: &OsStr) -> Option<&OsStr> {
-    let rest = name.as_bytes().strip_suffix(b".tmp")?;
-    let (stem, digits) = rest.split_at_checked(rest.len().checked_sub(17)?)?;
-    let random = digits[0] == b'.' && digits[1..].iter().all(u8::is_ascii_hexdigit);
-    random.then(|| OsStr::from_bytes(stem))
+fn stem_of_temporary(name: &str) -> Option<&str> {
+    let (stem, digits) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
+    (digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit())).then_some(stem)
 }
 
 /// A new, locked file beside `path`.
 fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result<(PathBuf, File)> {
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+    let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "the path names no file");
+    path.file_name().ok_or_else(nameless)?;
     loop {
-        let mut temporary = OsString::from(stem(name));
-        temporary.push(format!(".{:016x}.tmp", RandomState::new().build_hasher().finish()));
-        let temporary = path.with_file_name(temporary);
-        // Not readable by more people than the old one, not even for a moment.
-        let mode = if permissions.is_some() { 0o600 } else { 0o666 };
-        let file = match OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary) {
+        let random = RandomState::new().build_hasher().finish();
+        let temporary = path.with_file_name(format!("{}.{random:016x}.tmp", stem(path)));
+        let mut how = OpenOptions::new();
+        how.write(true).create_new(true);
+        if permissions.is_some() {
+            // Not readable by more people than the old one, not even for a moment.
+            system::private(&mut how);
+        }
+        let file = match how.open(&temporary) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other?,
         };
@@ -271,17 +264,17 @@ fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result
 }
 
 /// Removes the temporary files of killed processes whose stems are wanted; how many living ones there are.
-fn remove_abandoned(dir: &Path, wanted: impl Fn(&OsStr) -> bool) -> io::Result<usize> {
+fn remove_abandoned(dir: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<usize> {
     let mut alive = 0;
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
         let regular = entry.file_type().is_ok_and(|kind| kind.is_file());
-        if !regular || !stem_of_temporary(&name).is_some_and(&wanted) {
+        if !regular || !stem_of_temporary(&name.to_string_lossy()).is_some_and(&wanted) {
             continue;
         }
         let path = entry.path();
-        let Ok(file) = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&path) else { continue };
+        let Ok(file) = system::no_follow(OpenOptions::new().write(true)).open(&path) else { continue };
         match file.try_lock() {
             Ok(()) => match fs::remove_file(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),

@@ -2,9 +2,11 @@
 //!
 //! Only regular files are read: a pipe that nobody writes to would never end, nor would `/dev/zero`.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
+
+use crate::system;
 
 /// Longest text that is read whole, such as a vocabulary or a config.
 const MAX_TEXT: u64 = 1 << 28;
@@ -20,46 +22,14 @@ pub const HEAD: usize = 4096;
 /// # Errors
 /// Whatever opening reports; [`io::ErrorKind::InvalidInput`] for anything but a regular file.
 pub fn open(path: &Path) -> io::Result<File> {
-    let mut how = OpenOptions::new();
-    how.read(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut how, libc::O_NONBLOCK);
-    let file = how.open(path)?;
-    match what_instead(&file.metadata()?) {
+    let file = system::open(path)?;
+    match system::what_instead(&file)? {
         None => Ok(file),
         Some(what) => {
             let text = format!("it is {what}, not a regular file");
             Err(io::Error::new(io::ErrorKind::InvalidInput, text))
         }
     }
-}
-
-/// What something that is no regular file is.
-fn what_instead(about: &Metadata) -> Option<&'static str> {
-    #[cfg(unix)]
-    use std::os::unix::fs::FileTypeExt;
-    let kind = about.file_type();
-    if kind.is_file() {
-        return None;
-    }
-    #[cfg(unix)]
-    if kind.is_fifo() {
-        return Some("a pipe");
-    } else if kind.is_socket() {
-        return Some("a socket");
-    } else if kind.is_char_device() || kind.is_block_device() {
-        return Some("a device");
-    }
-    Some(if kind.is_dir() { "a directory" } else { "something else" })
-}
-
-/// Whether an error in opening a file says something of the file alone, and nothing of the disk or the process.
-pub fn is_of_the_file(error: &io::Error) -> bool {
-    use io::ErrorKind as Kind;
-    matches!(
-        error.kind(),
-        Kind::NotFound | Kind::PermissionDenied | Kind::InvalidInput | Kind::InvalidFilename | Kind::NotADirectory
-    ) || matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EISDIR | libc::ENXIO))
 }
 
 /// All bytes of a regular file that has no more than `most`.

@@ -1,6 +1,6 @@
 //! Files mapped into memory.
 //!
-//! Whoever reads a mapped file that was truncated meanwhile, or whose disk fails, is sent SIGBUS: a mapping has no
+//! Whoever reads a mapped file that was truncated meanwhile, or whose disk fails, is sent a signal: a mapping has no
 //! other way to report an error. So the first mapping installs a handler that looks up whose file it was, says so and
 //! ends the process with status 1. What a command writes is whole or not there at any moment, so nothing is lost that
 //! had been saved.
@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once};
 
 use memmap2::Mmap;
+
+use crate::system;
 
 /// A file's bytes, read-only.
 pub struct Mapped {
@@ -33,7 +35,7 @@ impl Mapped {
         // SAFETY: the caller's promise.
         let map = unsafe { Mmap::map(file) }?;
         static HANDLER: Once = Once::new();
-        HANDLER.call_once(install);
+        HANDLER.call_once(|| system::on_lost_page(whose));
         let what = "it can no longer be read: it was truncated while in use, or its disk fails";
         let message = format!("edm2k: error: {}: {what}\n", path.display().to_string().escape_debug());
         let entry = enlist(map.as_ptr() as usize, map.len(), message);
@@ -99,32 +101,18 @@ fn enlist(start: usize, length: usize, message: String) -> &'static Entry {
     }
 }
 
-fn install() {
-    let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
-    // SAFETY: a zeroed sigaction is a valid one, and the handler calls nothing that a handler may not.
+/// Whose mapping an address is in.
+fn whose(at: usize) -> Option<&'static str> {
+    // SAFETY: entries are never freed, nor are messages of mappings in use.
     unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        libc::sigaction(libc::SIGBUS, &action, null_mut());
-    }
-}
-
-extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the system passes a valid pointer. Entries are never freed, nor are messages of mappings in use.
-    unsafe {
-        let at = (*info).si_addr() as usize;
         let mut entry = ENTRIES.load(Ordering::Acquire);
         while let Some(known) = entry.as_ref() {
             let length = known.length.load(Ordering::Acquire);
             if at.wrapping_sub(known.start.load(Ordering::Relaxed)) < length.next_multiple_of(1 << 16) {
-                let message = &*known.message.load(Ordering::Relaxed);
-                libc::write(2, message.as_ptr().cast(), message.len());
-                libc::_exit(1);
+                return Some(&*known.message.load(Ordering::Relaxed));
             }
             entry = known.next.load(Ordering::Relaxed);
         }
-        // Nobody's mapping: as if there were no handler, once it returns.
-        libc::signal(libc::SIGBUS, libc::SIG_DFL);
     }
+    None
 }

@@ -1,17 +1,107 @@
-//! What depends on the operating system.
+//! What depends on the operating system: each thing once, with what it promises, over two sides that keep the promise,
+//! `unix` (Linux and macOS) and `windows`.
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::path::Path;
 use std::time::SystemTime;
 
-/// When a file was last changed or put where it is, as far as the system knows.
+#[cfg_attr(unix, path = "unix.rs")]
+#[cfg_attr(windows, path = "windows.rs")]
+mod side;
+
+// ---- files ----
+
+/// Opens a file for reading, without ever waiting for somebody to write into it.
+///
+/// # Errors
+/// Whatever the system reports.
+pub fn open(path: &Path) -> io::Result<File> {
+    side::open(path)
+}
+
+/// What an open file is if it is not a regular one, in words.
+///
+/// # Errors
+/// The system does not tell.
+pub fn what_instead(file: &File) -> io::Result<Option<&'static str>> {
+    side::what_instead(file)
+}
+
+/// Whether an error in opening a file says something of the file alone, and nothing of the disk or the process.
+pub fn is_of_the_file(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    let kinds =
+        [Kind::NotFound, Kind::PermissionDenied, Kind::InvalidInput, Kind::InvalidFilename, Kind::NotADirectory];
+    kinds.contains(&error.kind()) || error.raw_os_error().is_some_and(|code| side::OF_THE_FILE.contains(&code))
+}
+
+/// Of a link, its own file is opened, or nothing: never what it leads to.
+pub fn no_follow(how: &mut OpenOptions) -> &mut OpenOptions {
+    side::no_follow(how)
+}
+
+/// A file that is created is its owner's alone; where rights are inherited from the directory, those count.
+pub fn private(how: &mut OpenOptions) -> &mut OpenOptions {
+    side::private(how)
+}
+
+/// Whether `path` itself, not what it may lead to, is the open file.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    side::is_at(file, path)
+}
+
+/// When a file was last changed, or put where it is, as far as the system knows.
 pub fn changed(about: &Metadata) -> Option<SystemTime> {
-    #[cfg(unix)]
-    let other = {
-        use std::os::unix::fs::MetadataExt;
-        let (seconds, nanoseconds) = (u64::try_from(about.ctime()).ok()?, u32::try_from(about.ctime_nsec()).ok()?);
-        Some(SystemTime::UNIX_EPOCH + std::time::Duration::new(seconds, nanoseconds))
-    };
-    #[cfg(not(unix))]
-    let other = about.created().ok();
-    about.modified().ok().max(other)
+    about.modified().ok().max(side::placed(about))
+}
+
+// ---- memory ----
+
+/// Bytes of main memory.
+pub fn memory() -> Option<u64> {
+    side::memory().filter(|&bytes| bytes > 0)
+}
+
+/// Bytes of memory that this process may use, where somebody has set a limit (Linux: its control groups).
+pub fn memory_limit() -> Option<u64> {
+    side::memory_limit()
+}
+
+/// Most bytes of memory that this process has had.
+pub fn peak_memory() -> Option<u64> {
+    side::peak_memory()
+}
+
+/// Asks for large pages behind memory that is about to be filled; its content stays.
+pub fn advise_huge_pages<T>(values: &mut [T]) {
+    side::advise_huge_pages(values);
+}
+
+/// From now on, when a mapped file can no longer be read, `whose` is given the address, and if it knows that, its text
+/// goes to stderr and the process ends with status 1. `whose` may neither lock nor allocate.
+pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {
+    side::on_lost_page(whose);
+}
+
+// ---- the process ----
+
+/// Calls `heed` in a thread of its own whenever this process is asked to end; with `true` by Ctrl-C. What the parent
+/// process wants ignored stays ignored: `nohup` and shells' background jobs rely on it.
+///
+/// To be called before there is a second thread: those begun later leave signals to the one that waits for them.
+pub fn on_stop(heed: impl FnMut(bool) + Send + 'static) {
+    side::on_stop(heed);
+}
+
+// ---- devices ----
+
+/// Loads a library, to learn why that fails; none if it does not. Nothing is done with it.
+pub fn why_not_loaded(library: &str) -> Option<String> {
+    side::why_not_loaded(library)
+}
+
+/// Whether this machine has a card of NVIDIA's, driver or not.
+pub fn has_nvidia_hardware() -> bool {
+    side::has_nvidia_hardware()
 }

@@ -237,9 +237,7 @@ fn images(x: f64) -> String {
     }
 }
 
-/// Peak memory of this process in MiB, where the system tells (Linux).
+/// Peak memory of this process in MiB, where the system tells.
 pub fn peak_mib() -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
+    Some(crate::system::peak_memory()? as f64 / f64::from(1 << 20))
 }

@@ -2,6 +2,7 @@
 
 use crate::backend::Shape;
 use crate::real::Real;
+use crate::system::advise_huge_pages;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -32,26 +33,8 @@ impl<T: Real> Drop for Buffer<T> {
     }
 }
 
-/// From here on, memory is asked for in huge pages.
-#[cfg(target_os = "linux")]
+/// From here on, memory is asked for in large pages, in bytes.
 const HUGE: usize = 4 << 20;
-
-/// Lets Linux back large untouched memory with pages of 2 MiB: the faults of small ones took a tenth of the time
-/// of a large decode.
-#[cfg(target_os = "linux")]
-fn advise_huge_pages<T>(values: &mut [T]) {
-    const PAGE: usize = 2 << 20;
-    let range = values.as_mut_ptr_range();
-    let (begin, end) = ((range.start as usize).next_multiple_of(PAGE), range.end as usize / PAGE * PAGE);
-    if size_of_val(values) >= HUGE && begin < end {
-        // SAFETY: whole pages within memory that is ours. The advice changes no content; that it may be refused is
-        // no matter.
-        unsafe { libc::madvise(begin as *mut libc::c_void, end - begin, libc::MADV_HUGEPAGE) };
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn advise_huge_pages<T>(_: &mut [T]) {}
 
 /// Values in NHWC order. Clones share the memory.
 #[derive(Clone)]
@@ -67,7 +50,9 @@ impl<T: Real> Tensor<T> {
         let free = pool.0.lock().ok().and_then(|mut free| free.get_mut(&len).and_then(Vec::pop));
         let values = free.unwrap_or_else(|| {
             let mut fresh = vec![T::zero(); len];
-            advise_huge_pages(&mut fresh);
+            if size_of_val(&fresh[..]) >= HUGE {
+                advise_huge_pages(&mut fresh);
+            }
             fresh
         });
         Self { shape, buffer: Arc::new(Buffer { values, pool: pool.clone() }) }

@@ -22,6 +22,7 @@ use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{Command, Graph, Memory, Runtime, TensorMap, TensorMapSpec, advice};
 use super::tiles::Card;
 use crate::backend::DeviceError;
+use crate::system;
 
 use sys::CUdevice_attribute as Attribute;
 use sys::CUfunction_attribute as FunctionAttribute;
@@ -97,14 +98,8 @@ fn describe(error: DriverError) -> String {
 
 /// Why the driver's library cannot be loaded although it is there.
 fn broken_library() -> Option<String> {
-    // SAFETY: opens the library once more; the text is the loader's own until its next call in this thread.
-    let why = unsafe {
-        if !libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_LAZY).is_null() {
-            return None;
-        }
-        let text = libc::dlerror();
-        (!text.is_null()).then(|| std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned())?
-    };
+    let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    let why = system::why_not_loaded(library)?;
     let missing = why.starts_with("libcuda.so.1: cannot open") && why.contains("No such file");
     (!missing).then_some(why)
 }

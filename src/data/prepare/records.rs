@@ -109,7 +109,7 @@ impl Place {
         }
         match self {
             Self::File(path) => match input::read(path, MAX_BYTES) {
-                Err(error) if input::is_of_the_file(&error) => Ok(Err(error.to_string())),
+                Err(error) if system::is_of_the_file(&error) => Ok(Err(error.to_string())),
                 read => read.map(Ok),
             },
             Self::Member { tar, offset, size } => {
