@@ -793,6 +793,7 @@ fn the_readme_s_first_preparation_works_on_ordinary_photographs() {
     assert!(said.contains("train             8 images"), "{said}");
 }
 
+#[cfg(unix)]
 #[test]
 fn a_bad_record_is_one_bad_record() {
     let mut shop = Workshop::new();
@@ -1094,7 +1095,7 @@ fn what_a_png_says_of_its_colours_is_converted_or_counted() {
         (vec![(*b"sRGB", vec![0]), gamma(100_000)], same),
         (vec![gamma(100_000), primaries([red, [21000, 71000]], blue)], Some([248, 168, 120])),
         (vec![primaries([red, red], red)], None),
-        (vec![gamma(0)], None),
+        (vec![gamma(1)], None),
         (vec![code_points([1, 13, 0, 1])], same),
         (vec![code_points([1, 8, 0, 1])], bright),
         (vec![gamma(100_000), code_points([1, 13, 0, 1])], same),

@@ -136,6 +136,7 @@ fn sizes_that_no_image_has_are_one_line() {
     assert!(large["on_a_gpu"]["Err"].as_str().unwrap().contains("more elements than the kernels count"), "{large}");
 }
 
+#[cfg(unix)]
 #[test]
 fn files_of_another_kind_are_called_what_they_are() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
 //! Training: the tables of the official code, and what must survive a kill, a full disk or bad input.
+#![cfg(unix)]
 
 use std::fs;
 use std::io::{BufRead, BufReader};

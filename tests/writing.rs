@@ -1,5 +1,6 @@
 //! What is written, and what is not: whole files or none, with any number of writers; nothing over what was there
 //! unasked; and nothing lost for want of someone who reads along.
+#![cfg(unix)]
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,0 +1,137 @@
+//! A tiny variational autoencoder that invents conditions: three linear layers in all.
+//!
+//! With x the condition and c the tags that it is asked to have (none, or a part of those of x):
+//!
+//! ```text
+//! mean, logvar = encoder(x, c)                   [D + V] -> [2 Z]
+//! z            = mean + exp(logvar / 2) * eps    [Z]
+//! out          = output(mp_silu(hidden(z, c)))   [Z + V] -> [H] -> [D], of features [D + V]
+//! loss         = -ln p(x | out) + beta * KL(N(mean, exp(logvar)) | N(0, 1))
+//! ```
+//!
+//! [`Kind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
+//! logits are `out`; dense features are normal variables with mean `out` and the one variance that fits
+//! the batch best. Since features do not say what tags they have, their `out` is longer: V logits of the
+//! row's tags follow, and the loss counts these too, so that z knows them. In training c is empty for half of the rows, so that one network serves both to
+//! invent freely (z alone) and to complete given tags; the encoder sees c too, so that z learns what c
+//! leaves open, and a z drawn from N(0, 1) does not contradict it.
+//!
+//! At beta = 1 the latents say too little and conditions come out as a mush of the commonest tags; at a
+//! beta that keeps them apart, most of N(0, 1) is empty. So a condition is not invented from N(0, 1) but
+//! from the codes of some training rows, the anchors: one that makes the given tags likely, mixed with
+//! a neighbour. What that decodes to is encoded and decoded a few times more, which moves it towards the
+//! data (Rezende et al., "Stochastic Backpropagation", 2014, section 6). Tags are those that are likelier
+//! than not: drawing each by itself would put in tags that do not belong together. Of features z is moved,
+//! each time before it is decoded, to where the given tags are likely.
+//!
+//! The network is in `net`, how it learns in `training`, how it invents in `inventing`, its file in `file`.
+//!
+//! Memory: (D + V) 2Z + (Z + V) H + H D values (of features H (D + V), as the tags' logits come on top), 0.7 M for
+//! 1,024 tags; and in training all rows, D values each. Cost of a training row: six multiply-adds for each value.
+
+mod file;
+mod inventing;
+mod net;
+mod training;
+
+use serde::{Deserialize, Serialize};
+
+use super::vocabulary::{Tag, Vocabulary};
+use super::{Conditioning, Meaning};
+use crate::real::Real;
+
+pub use file::VaeError;
+pub use inventing::Invented;
+pub use net::Loss;
+pub use training::{Rows, Training};
+
+/// What a condition is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Tags, as [`Vocabulary::multi_hot`] lays them out.
+    Tags,
+    /// Features of a tagger or another network, of norm 1 ([`unit_norm`]).
+    Dense,
+}
+
+/// Sizes of the layers, and what they work on; the JSON in the file's metadata.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    /// What a condition is made of.
+    pub kind: Kind,
+    /// D: width of a condition.
+    pub width: usize,
+    /// Z: latent variables.
+    pub latent: usize,
+    /// H: width of the hidden layer.
+    pub hidden: usize,
+    /// The V tags that can be asked for. With [`Kind::Tags`], V = D.
+    pub vocabulary: Vec<Tag>,
+    /// What made the conditions; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conditioning: Option<Conditioning>,
+}
+
+/// The autoencoder.
+pub struct Vae<T: Real = f32> {
+    header: Header,
+    vocabulary: Vocabulary,
+    params: Vec<T>,
+    /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
+    anchors: Vec<T>,
+    /// [`Kind::Dense`]: mean and standard deviation of each feature, `[D]`. Else empty.
+    mean: Vec<f32>,
+    std: Vec<f32>,
+}
+
+/// One batch in the layout of the layers.
+struct Batch<T> {
+    n: usize,
+    /// [n, D + V]: normalised conditions, then given tags.
+    input: Vec<T>,
+    /// [n, D], of features [n, D + V]: what the output is measured against.
+    target: Vec<T>,
+    /// [n, Z]: unit normal noise.
+    eps: Vec<T>,
+}
+
+impl<T: Real> Vae<T> {
+    /// One without parameters.
+    fn new(header: Header, vocabulary: Vocabulary) -> Self {
+        Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() }
+    }
+
+    /// What the model works on.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// What the conditions mean that it invents.
+    pub fn meaning(&self) -> Meaning {
+        let Header { kind, conditioning, vocabulary, .. } = &self.header;
+        let unsaid = || match kind {
+            Kind::Tags => Conditioning::Tags,
+            Kind::Dense => Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None },
+        };
+        Meaning {
+            conditioning: Some(conditioning.clone().unwrap_or_else(unsaid)),
+            tags: match kind {
+                Kind::Tags => vocabulary.iter().map(|tag| tag.tag.clone()).collect(),
+                Kind::Dense => Vec::new(),
+            },
+        }
+    }
+
+    /// The tags that can be asked for.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+}
+
+/// Normalised input of a tag set: sqrt(V) times the multi-hot condition, so that its mean square is 1.
+fn tag_input(tags: &[u32], width: usize, out: &mut [f32]) {
+    let value = (width as f32 / tags.len().max(1) as f32).sqrt();
+    tags.iter().for_each(|&tag| out[tag as usize] = value);
+}
