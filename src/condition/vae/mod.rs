@@ -86,17 +86,6 @@ pub struct Vae<T: Real = f32> {
     std: Vec<f32>,
 }
 
-/// One batch in the layout of the layers.
-struct Batch<T> {
-    n: usize,
-    /// [n, D + V]: normalised conditions, then given tags.
-    input: Vec<T>,
-    /// [n, D], of features [n, D + V]: what the output is measured against.
-    target: Vec<T>,
-    /// [n, Z]: unit normal noise.
-    eps: Vec<T>,
-}
-
 impl<T: Real> Vae<T> {
     /// One without parameters.
     fn new(header: Header, vocabulary: Vocabulary) -> Self {

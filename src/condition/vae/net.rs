@@ -126,7 +126,7 @@ impl<T: Real> Vae<T> {
 
     /// Output of the decoder for latents `[n, Z]`, all with the same tags `[V]`.
     pub(super) fn decode(&self, latent: &[T], asked: &[T]) -> Vec<T> {
-        let (_, v, z, h) = self.sizes();
+        let z = self.header.latent;
         let [_, hidden, output] = self.layers();
         let n = latent.len() / z;
         let input = self.decoder_input(latent, std::iter::repeat_n(asked, n).flatten().copied(), n);
@@ -137,7 +137,7 @@ impl<T: Real> Vae<T> {
 
     /// Loss of a batch, and the gradient of reconstruction + kl_weight * kl.
     pub(super) fn loss(&self, batch: &Batch<T>, kl_weight: f64, grad: &mut [T]) -> Loss {
-        let (d, v, z, h) = self.sizes();
+        let (d, v, z, _) = self.sizes();
         let [encoder, hidden, output] = self.layers();
         let n = batch.n;
         let (half, one, inv_n) = (T::of(0.5), T::one(), T::of(1.0 / n as f64));

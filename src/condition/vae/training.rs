@@ -1,5 +1,7 @@
 //! How it learns.
 
+use half::f16;
+
 use super::net::{Batch, Loss};
 use super::{Header, Kind, Vae, VaeError, tag_input};
 use crate::condition::Conditioning;
