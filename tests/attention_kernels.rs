@@ -9,16 +9,12 @@
 
 mod common;
 
-use common::{Kernels, Memory, assert_same};
+use common::{Bench, Kernels, PRECISIONS, normals, read};
 use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
-use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
+use edm2k::backend::gpu::launch::{DevicePtr, Precision};
 use edm2k::params::ParamTable;
-use edm2k::rng::{Purpose, Stream};
-use half::{bf16, f16};
-
-const PRECISIONS: [Precision; 2] = [Precision::F16, Precision::Bf16];
 
 struct Shape {
     images: usize,
@@ -32,68 +28,10 @@ const fn shape(images: usize, height: usize, width: usize, heads: usize, c: usiz
     Shape { images, height, width, heads, c }
 }
 
-struct Device {
-    kernels: Kernels,
-    precision: Precision,
-    name: String,
-}
-
-impl Device {
-    fn new(kernels: Kernels, precision: Precision) -> Self {
-        let name = format!("{} {precision:?}", kernels.name);
-        Self { kernels, precision, name }
-    }
-
-    fn bound(&self) -> f64 {
-        match self.precision {
-            Precision::F16 => 2e-3,
-            Precision::Bf16 => 1.6e-2,
-        }
-    }
-
-    fn narrow(&self, x: f32) -> u16 {
-        match self.precision {
-            Precision::F16 => f16::from_f32(x).to_bits(),
-            Precision::Bf16 => bf16::from_f32(x).to_bits(),
-        }
-    }
-
-    fn widen(&self, x: u16) -> f32 {
-        match self.precision {
-            Precision::F16 => f16::from_bits(x).to_f32(),
-            Precision::Bf16 => bf16::from_bits(x).to_f32(),
-        }
-    }
-
+impl Bench {
     /// Random values that 16 bits can hold.
     fn random(&self, n: usize, seed: u64) -> Vec<f32> {
-        let mut values = vec![0.0; n];
-        Stream::new(seed, Purpose::Init, 0).normals(&mut values);
-        values.iter().map(|&x| self.widen(self.narrow(x))).collect()
-    }
-
-    fn upload(&self, values: &[f32]) -> Memory {
-        let bits: Vec<u16> = values.iter().map(|&x| self.narrow(x)).collect();
-        let memory = self.kernels.alloc(2 * bits.len());
-        memory.upload(0, &bits);
-        memory
-    }
-
-    fn download(&self, memory: &Memory) -> Vec<f32> {
-        let mut bits = vec![0u16; memory.bytes() / 2];
-        memory.download(0, &mut bits);
-        bits.into_iter().map(|x| self.widen(x)).collect()
-    }
-
-    /// Runs a launch, which must be free of bank conflicts.
-    fn run(&self, launch: &Launch) {
-        // SAFETY: `check` allocates what the kernels take; the checked build controls it.
-        let conflicts = unsafe { self.kernels.run(launch) };
-        assert_eq!(conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
-    }
-
-    fn same(&self, what: &str, got: &[f32], want: &[f32]) {
-        assert_same(&format!("{what}, {}", self.name), got, want, self.bound());
+        self.widen(&self.narrow(&normals(n, seed, 1.0)))
     }
 
     fn check(&self, s: &Shape) {
@@ -128,17 +66,15 @@ impl Device {
         let twin_grad_qkv = cpu.attention_backward(&twin_qkv, s.heads, &twin_grad);
 
         let attention = Attention::new(s.images, tokens, s.heads, s.c, self.precision).unwrap();
-        let (x, g) = (self.upload(&to_kernel(qkv)), self.upload(&grad));
+        let (x, g) = (self.upload(&self.narrow(&to_kernel(qkv))), self.upload(&self.narrow(&grad)));
         let out = self.kernels.alloc(2 * grad.len());
         let grad_qkv = self.kernels.alloc(2 * qkv.len());
         let scratch = self.kernels.alloc(attention.scratch_bytes());
-        self.run(&attention.forward(x.ptr(), out.ptr()));
-        for launch in attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()) {
-            self.run(&launch);
-        }
+        self.run_clean([&attention.forward(x.ptr(), out.ptr())]);
+        self.run_clean(&attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()));
 
-        self.same(&format!("out of {what}"), &self.download(&out), &cpu.download(&twin_out).unwrap());
-        let got = self.download(&grad_qkv);
+        self.same(&format!("out of {what}"), &self.widen(&read(&out)), &cpu.download(&twin_out).unwrap());
+        let got = self.widen(&read(&grad_qkv));
         let want = to_kernel(&cpu.download(&twin_grad_qkv).unwrap());
         assert!(got.iter().all(|x| x.is_finite()), "gradient of {what}, {}", self.name);
         if parts.len() == 3 {
@@ -167,8 +103,7 @@ fn every_head_size_and_any_number_of_tokens() {
         shape(1, 16, 22, 1, 64),
         shape(1, 7, 11, 2, 128),
     ];
-    for (kernels, precision) in common::plain().into_iter().flat_map(|k| PRECISIONS.map(|p| (k.clone(), p))) {
-        let device = Device::new(kernels, precision);
+    for device in Bench::of(common::plain()) {
         shapes.iter().for_each(|s| device.check(s));
     }
 }
@@ -197,12 +132,11 @@ fn every_kernel_and_token_counts_around_its_tiles() {
         ("forward_3", "grad_q_6", many(128, 17)),
         ("forward_6", "grad_q_6", many(128, 49)),
     ];
-    for (kernels, precision) in common::plain().into_iter().flat_map(|k| PRECISIONS.map(|p| (k.clone(), p))) {
-        let device = Device::new(kernels, precision);
+    for device in Bench::of(common::plain()) {
         for (forward, grad_q, s) in &cases {
-            let attention = Attention::new(s.images, s.width, s.heads, s.c, precision).unwrap();
+            let attention = Attention::new(s.images, s.width, s.heads, s.c, device.precision).unwrap();
             let none = DevicePtr::NULL;
-            let name = |part: &&str| format!("attention_{}_{}_c{}", part, precision.name(), s.c);
+            let name = |part: &&str| format!("attention_{}_{}_c{}", part, device.precision.name(), s.c);
             assert_eq!(attention.forward(none, none).kernel, name(forward), "{} tokens", s.width);
             assert_eq!(attention.backward(none, none, none, none)[0].kernel, name(grad_q), "{} tokens", s.width);
             device.check(s);
@@ -214,8 +148,7 @@ fn every_kernel_and_token_counts_around_its_tiles() {
 /// however large they are. The gradients of such q and k are zero but for rounding: they lie along q and k.
 #[test]
 fn the_largest_and_the_smallest_scores() {
-    for (kernels, precision) in common::plain().into_iter().flat_map(|k| PRECISIONS.map(|p| (k.clone(), p))) {
-        let device = Device::new(kernels, precision);
+    for device in Bench::of(common::plain()) {
         for c in [16, 32, 64, 128] {
             for (images, tokens) in [(1, 1), (1, 49), (64, 49)] {
                 let s = shape(images, 1, tokens, 2, c);
@@ -225,8 +158,9 @@ fn the_largest_and_the_smallest_scores() {
                     for (i, qkv) in qkv.chunks_exact_mut(3).enumerate() {
                         // Every fifth k is along all q, all others against them. Head 1 has the reverse.
                         let sign = if (token % 5 == 4) == (i < c) { 1.0 } else { -1.0 };
-                        qkv[0] = device.widen(device.narrow(direction[i % c] * 8192.0));
-                        qkv[1] = device.widen(device.narrow(direction[i % c] * sign * 8192.0));
+                        // Exact in 16 bits, as a power of two changes no digit.
+                        qkv[0] = direction[i % c] * 8192.0;
+                        qkv[1] = direction[i % c] * sign * 8192.0;
                     }
                 }
                 device.check_values(&s, &qkv, &["v"]);
@@ -239,7 +173,7 @@ fn the_largest_and_the_smallest_scores() {
 fn any_thread_order() {
     for kernels in common::every_order().into_iter().filter(|k| !k.checked) {
         for (precision, c) in PRECISIONS.into_iter().flat_map(|p| [(p, 16), (p, 32), (p, 64), (p, 128)]) {
-            let device = Device::new(kernels.clone(), precision);
+            let device = Bench::new(kernels.clone(), precision);
             device.check(&shape(1, 7, 11, 1, c));
             device.check(&shape(64, 1, 49, 2, c));
             device.check(&shape(1, 1, 99, 1, c));
@@ -251,7 +185,7 @@ fn any_thread_order() {
 fn no_races_no_unwritten_reads_nothing_out_of_bounds() {
     let precisions = [Precision::F16, Precision::Bf16, Precision::F16];
     for (kernels, precision) in common::every_order().into_iter().filter(|k| k.checked).zip(precisions) {
-        let device = Device::new(kernels, precision);
+        let device = Bench::new(kernels, precision);
         for c in [16, 32, 64, 128] {
             device.check(&shape(1, 5, 7, 1, c));
         }
@@ -267,15 +201,15 @@ fn no_races_no_unwritten_reads_nothing_out_of_bounds() {
 #[test]
 fn the_same_bits_in_every_run() {
     for kernels in common::plain() {
-        let device = Device::new(kernels, Precision::F16);
+        let device = Bench::new(kernels, Precision::F16);
         let attention = Attention::new(1, 77, 1, 32, Precision::F16).unwrap();
-        let (x, g) = (device.upload(&device.random(77 * 96, 1)), device.upload(&device.random(77 * 32, 2)));
+        let [x, g] = [(96, 1), (32, 2)].map(|(c, seed)| device.both(&normals(77 * c, seed, 1.0), c).memory);
         let scratch = device.kernels.alloc(attention.scratch_bytes());
         let run = |kernels: Kernels| {
-            let device = Device::new(kernels, Precision::F16);
+            let device = Bench::new(kernels, Precision::F16);
             let grad_qkv = device.kernels.alloc(2 * 77 * 96);
-            attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()).iter().for_each(|l| device.run(l));
-            device.download(&grad_qkv)
+            device.run_clean(&attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()));
+            read::<u16>(&grad_qkv)
         };
         assert_eq!(run(device.kernels.clone()), run(device.kernels.otherwise()));
     }

@@ -5,125 +5,57 @@
 
 mod common;
 
+use std::ops::Deref;
 use std::rc::Rc;
 
-use common::{Kernels, Memory, assert_same};
+use common::{Both, Kernels, Memory, PRECISIONS, assert_same, normals, padded};
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::codec::{self, CodecError};
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Launch, Math, Precision};
+use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Math, Precision};
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::{self as codecs, Decoder};
 use edm2k::rng::{Purpose, Stream};
-use half::{bf16, f16};
 
-const PRECISIONS: [Precision; 2] = [Precision::F16, Precision::Bf16];
 const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve];
 
-/// A device, a 16-bit type, and the CPU.
+/// Kernels, and the CPU.
 struct Bench {
-    device: Kernels,
-    precision: Precision,
+    on: common::Bench,
     /// Few multiprocessors make large tiles, many small ones.
     card: Card,
     cpu: Cpu<f32>,
     seed: u64,
 }
 
-/// Values, exact in 16 bits, and the device's copy, whose channels are padded with zeros.
-struct Both {
-    values: Vec<f32>,
-    memory: Memory,
-}
+impl Deref for Bench {
+    type Target = common::Bench;
 
-fn padded(channels: usize) -> usize {
-    channels.next_multiple_of(8)
+    fn deref(&self) -> &common::Bench {
+        &self.on
+    }
 }
 
 impl Bench {
-    fn new(device: Kernels, precision: Precision) -> Self {
-        Self { device, precision, card: Card { sms: 1, capability: 90 }, cpu: Cpu::for_codec(), seed: 0 }
-    }
-
-    /// DESIGN's bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the rounding of the
-    /// result (2^-11, 2^-8 at most), of probabilities in the attention, and the order of f32 sums.
-    fn bound(&self) -> f64 {
-        match self.precision {
-            Precision::F16 => 2e-3,
-            Precision::Bf16 => 1.6e-2,
-        }
-    }
-
-    fn to_bits(&self, x: f32) -> u16 {
-        match self.precision {
-            Precision::F16 => f16::from_f32(x).to_bits(),
-            Precision::Bf16 => bf16::from_f32(x).to_bits(),
-        }
-    }
-
-    fn of_bits(&self, x: u16) -> f32 {
-        match self.precision {
-            Precision::F16 => f16::from_bits(x).to_f32(),
-            Precision::Bf16 => bf16::from_bits(x).to_f32(),
-        }
+    fn new(on: common::Bench) -> Self {
+        Self { on, card: Card { sms: 1, capability: 90 }, cpu: Cpu::for_codec(), seed: 0 }
     }
 
     fn normals(&mut self, count: usize) -> Vec<f32> {
-        let mut values = vec![0.0; count];
         self.seed += 1;
-        Stream::new(self.seed, Purpose::Init, 0).normals(&mut values);
-        values
-    }
-
-    fn half(&self, values: &[f32], channels: usize) -> Both {
-        let bits: Vec<u16> = values.iter().map(|&x| self.to_bits(x)).collect();
-        let values = bits.iter().map(|&x| self.of_bits(x)).collect();
-        let mut wide = Vec::new();
-        for pixel in bits.chunks_exact(channels) {
-            wide.extend_from_slice(pixel);
-            wide.resize(wide.len().next_multiple_of(8), 0);
-        }
-        let memory = self.device.alloc(wide.len() * 2);
-        memory.upload(0, &wide);
-        Both { values, memory }
+        normals(count, self.seed, 1.0)
     }
 
     fn random(&mut self, shape: Shape) -> Both {
         let values = self.normals(shape.iter().product());
-        self.half(&values, shape[3])
-    }
-
-    fn floats(&self, values: &[f32]) -> Memory {
-        let memory = self.device.alloc(values.len() * 4);
-        memory.upload(0, values);
-        memory
+        self.both(&values, shape[3])
     }
 
     fn room(&self, shape: Shape) -> Memory {
-        self.device.alloc(shape[..3].iter().product::<usize>() * padded(shape[3]) * 2)
-    }
-
-    fn run(&self, launch: &Launch) {
-        // SAFETY: every address is of memory as large as the call's documentation says.
-        let conflicts = unsafe { self.device.run(launch) };
-        // The checked build counts also plain accesses, outside of the main loops.
-        assert!(self.device.checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
-    }
-
-    /// Compares 16-bit values in device memory with f32 ones; the padding must be zero.
-    fn compare(&self, what: &str, memory: &Memory, expected: &[f32], channels: usize) {
-        let mut bits = vec![0u16; expected.len() / channels * padded(channels)];
-        memory.download(0, &mut bits);
-        let mut found = Vec::new();
-        for pixel in bits.chunks_exact(padded(channels)) {
-            found.extend(pixel[..channels].iter().map(|&x| self.of_bits(x)));
-            assert!(pixel[channels..].iter().all(|&x| self.of_bits(x) == 0.0), "{what}: padding is not zero");
-        }
-        let what = format!("{what}, {:?}, {}", self.precision, self.device.name);
-        assert_same(&what, &found, expected, self.bound());
+        self.kernels.alloc(shape[..3].iter().product::<usize>() * padded(shape[3]) * 2)
     }
 
     /// A convolution of x [n, h, w, cin], with and without all that may follow.
@@ -137,10 +69,10 @@ impl Bench {
         let weight: Vec<f32> = weight.iter().map(|x| (x * 8.0).round().clamp(-31.0, 31.0) / 8.0).collect();
         let bias: Vec<f32> = self.normals(cout).iter().map(|x| x * fan_in.sqrt()).collect();
         let packed = codec::pack(reach, cin, &weight);
-        let packed = self.half(&packed, packed.len());
+        let packed = self.both(&packed, packed.len());
         let mut wide = bias.clone();
         wide.resize(padded(cout), 0.0);
-        let on_device = self.floats(&wide);
+        let on_device = self.upload(&wide);
 
         let conv = self.cpu.load_conv(reach, cin, &weight, Some(&bias));
         let tx = self.cpu.upload(shape, &x.values);
@@ -149,7 +81,7 @@ impl Bench {
             let out = self.cpu.shape(&plain);
             let (add, relu) = (after == 2, after > 0);
             let values: Vec<f32> = self.normals(out.iter().product()).iter().map(|x| x * fan_in.sqrt()).collect();
-            let residual = self.half(&values, cout);
+            let residual = self.both(&values, cout);
             let tr = add.then(|| self.cpu.upload(out, &residual.values));
             let want = self.cpu.convolve(&conv, &tx, Before::Nothing, After { residual: tr, relu });
             let want = self.cpu.download(&want).unwrap();
@@ -158,17 +90,16 @@ impl Bench {
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
                 let math = Math { conv_loop, ..self.precision.into() };
                 let run = |residual: Option<DevicePtr>, y: DevicePtr| {
-                    let launches =
-                        codec::convolve(math, self.card, reach, shape, cout, from, at, residual, relu, y).unwrap();
-                    launches.iter().for_each(|launch| self.run(launch));
+                    let launches = codec::convolve(math, self.card, reach, shape, cout, from, at, residual, relu, y);
+                    self.run_loops(&launches.unwrap());
                 };
                 let y = self.room(out);
                 run(add.then(|| residual.memory.ptr()), y.ptr());
-                self.compare(&format!("{what}, {conv_loop:?}"), &y, &want, cout);
+                self.same_in_rows(&format!("{what}, {conv_loop:?}"), &y, &want, cout);
                 if add {
-                    let residual = self.half(&values, cout);
+                    let residual = self.both(&values, cout);
                     run(Some(residual.memory.ptr()), residual.memory.ptr());
-                    self.compare(&format!("{what}, {conv_loop:?}, in place"), &residual.memory, &want, cout);
+                    self.same_in_rows(&format!("{what}, {conv_loop:?}, in place"), &residual.memory, &want, cout);
                 }
             }
         }
@@ -179,7 +110,7 @@ impl Bench {
         let [n, _, _, c] = shape;
         let x = self.random(shape);
         let affine = self.normals(n * 2 * c);
-        let on_device = self.floats(&affine);
+        let on_device = self.upload(&affine);
         let one: Vec<f32> = (0..c * c).map(|i| if i / c == i % c { 1.0 } else { 0.0 }).collect();
         let conv = self.cpu.load_conv(Reach::Point, c, &one, None);
         let (tx, ta) = (self.cpu.upload(shape, &x.values), self.cpu.upload([n, 1, 2, c], &affine));
@@ -194,8 +125,8 @@ impl Bench {
             let want = self.cpu.download(&want).unwrap();
             let y = self.room(shape);
             let launch = codec::normalise(self.precision, shape, x.memory.ptr(), before, y.ptr()).unwrap();
-            self.run(&launch.unwrap());
-            self.compare(&format!("{what} of {shape:?}"), &y, &want, c);
+            self.run_loops([&launch.unwrap()]);
+            self.same_in_rows(&format!("{what} of {shape:?}"), &y, &want, c);
         }
     }
 
@@ -203,49 +134,46 @@ impl Bench {
     fn group_norm(&mut self, shape: Shape, groups: usize, mean: f32) {
         let [n, _, _, c] = shape;
         let values: Vec<f32> = self.normals(shape.iter().product()).iter().map(|x| x + mean).collect();
-        let x = self.half(&values, c);
+        let x = self.both(&values, c);
         let affine = self.normals(2 * c);
-        let (on_device, scales) = (self.floats(&affine), self.device.alloc(n * 2 * c * 4));
-        let scratch = self.device.alloc(codec::group_norm_scratch(shape));
+        let (on_device, scales) = (self.upload(&affine), self.kernels.alloc(n * 2 * c * 4));
+        let scratch = self.kernels.alloc(codec::group_norm_scratch(shape));
         let eps = 1e-6;
         let (from, at, to, room) = (x.memory.ptr(), on_device.ptr(), scales.ptr(), scratch.ptr());
-        for launch in codec::group_norm(self.precision, shape, groups, eps, from, at, to, room).unwrap() {
-            // Sums of one channel, by a thread each, may meet banks twice.
-            // SAFETY: as in `run`.
-            unsafe { self.device.run(&launch) };
-        }
+        // Sums of one channel, by a thread each, may meet banks twice.
+        self.run(&codec::group_norm(self.precision, shape, groups, eps, from, at, to, room).unwrap());
         let mut found = vec![0.0f32; n * 2 * c];
         scales.download(0, &mut found);
         let (tx, ta) = (self.cpu.upload(shape, &x.values), self.cpu.upload([1, 1, 2, c], &affine));
         let want = self.cpu.group_norm(&tx, &ta, groups, eps);
         let want = self.cpu.download(&want).unwrap();
         // Sums of f32 on both sides: eps of the mean, which the deviation of 1 makes one of the shift.
-        let what = format!("group norm of {shape:?} in {groups}, {:?}, {}", self.precision, self.device.name);
+        let what = format!("group norm of {shape:?} in {groups}, {}", self.name);
         assert_same(&what, &found, &want, 2e-6 * f64::from(1.0 + mean.abs()));
     }
 
     fn attention(&mut self, [n, h, w, c]: Shape, strength: f32) {
         let values: Vec<f32> = self.normals(n * h * w * 3 * c).iter().map(|x| x * strength).collect();
-        let qkv = self.half(&values, 3 * c);
+        let qkv = self.both(&values, 3 * c);
         let tensor = self.cpu.upload([n, h, w, 3 * c], &qkv.values);
         let want = self.cpu.self_attention(&tensor);
         let want = self.cpu.download(&want).unwrap();
         let out = self.room([n, h, w, c]);
         let launch = codec::self_attention(self.precision, [n, h, w, c], qkv.memory.ptr(), out.ptr()).unwrap();
-        self.run(&launch);
-        self.compare(&format!("attention of {:?} by {strength}", [n, h, w, c]), &out, &want, c);
+        self.run_loops([&launch]);
+        self.same_in_rows(&format!("attention of {:?} by {strength}", [n, h, w, c]), &out, &want, c);
     }
 }
 
 /// Every device in both types.
 fn benches(devices: Vec<Kernels>) -> impl Iterator<Item = Bench> {
-    devices.into_iter().flat_map(|device| PRECISIONS.map(|precision| Bench::new(device.clone(), precision)))
+    common::Bench::of(devices).map(Bench::new)
 }
 
 /// The emulator's orders and builds, each type in every build: 6 instead of 12.
 fn checked() -> impl Iterator<Item = Bench> {
     let kinds = common::every_order().into_iter().enumerate();
-    kinds.map(|(i, device)| Bench::new(device, PRECISIONS[(i + i / 3) % 2]))
+    kinds.map(|(i, device)| Bench::new(common::Bench::new(device, PRECISIONS[(i + i / 3) % 2])))
 }
 
 #[test]
@@ -327,10 +255,10 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
 #[test]
 fn the_same_bits_in_every_run() {
     for device in common::plain() {
-        let mut bench = Bench::new(device, Precision::F16);
+        let mut bench = Bench::new(common::Bench::new(device, Precision::F16));
         let shape = [1, 33, 40, 64];
         let (x, affine) = (bench.random(shape), bench.normals(128));
-        let at = bench.floats(&affine);
+        let at = bench.upload(&affine);
         let run = |device: &Kernels| {
             let (scales, scratch) = (device.alloc(128 * 4), device.alloc(codec::group_norm_scratch(shape)));
             let (from, at, to, room) = (x.memory.ptr(), at.ptr(), scales.ptr(), scratch.ptr());
@@ -342,7 +270,7 @@ fn the_same_bits_in_every_run() {
             scales.download(0, &mut found);
             found
         };
-        assert_eq!(run(&bench.device), run(&bench.device.otherwise()));
+        assert_eq!(run(&bench.kernels), run(&bench.kernels.otherwise()));
     }
 }
 

@@ -5,14 +5,15 @@
 
 mod common;
 
-use common::{Kernels, Memory, assert_same};
+use std::ops::Deref;
+
+use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
 use edm2k::params::{ParamId, ParamTable, mp_sum_weights};
-use half::{bf16, f16};
 
 /// xorshift64*: values that differ from each other, the same in every run.
 struct Random(u64);
@@ -28,20 +29,20 @@ impl Random {
     }
 }
 
-/// A device, a 16-bit type, and what is common to all comparisons.
+/// What is common to all comparisons.
 struct Bench {
-    device: Kernels,
-    precision: Precision,
+    on: common::Bench,
     math: Math,
     card: Card,
     random: Random,
 }
 
-/// A tensor [.., channels]: its values, exact in 16 bits, and the device's copy, whose channels are
-/// padded with zeros to a multiple of 8.
-struct Both {
-    values: Vec<f32>,
-    memory: Memory,
+impl Deref for Bench {
+    type Target = common::Bench;
+
+    fn deref(&self) -> &common::Bench {
+        &self.on
+    }
 }
 
 impl Both {
@@ -54,91 +55,25 @@ fn at(memory: &Memory) -> DevicePtr {
     memory.ptr()
 }
 
-fn padded(channels: usize) -> usize {
-    channels.next_multiple_of(8)
-}
-
 impl Bench {
-    fn new(device: Kernels, math: Math, card: Card) -> Self {
-        Self { device, precision: math.precision, math, card, random: Random(0x9e37_79b9_7f4a_7c15) }
-    }
-
-    /// The bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the rounding of the result (2^-11,
-    /// 2^-8 at most), of weights with the scales of a concatenation, and the order of f32 sums. Sums of 64 in f16 are rounded
-    /// four times more, to some 6e-4 in all (docs/performance.md).
-    fn bound(&self) -> f64 {
-        match self.precision {
-            Precision::F16 => 2e-3,
-            Precision::Bf16 => 1.6e-2,
-        }
-    }
-
-    fn to_bits(&self, x: f32) -> u16 {
-        match self.precision {
-            Precision::F16 => f16::from_f32(x).to_bits(),
-            Precision::Bf16 => bf16::from_f32(x).to_bits(),
-        }
-    }
-
-    fn of_bits(&self, x: u16) -> f32 {
-        match self.precision {
-            Precision::F16 => f16::from_bits(x).to_f32(),
-            Precision::Bf16 => bf16::from_bits(x).to_f32(),
-        }
+    fn new(kernels: Kernels, math: Math, card: Card) -> Self {
+        let name = format!("{} {math:?}", kernels.name);
+        let on = common::Bench { kernels, precision: math.precision, name };
+        Self { on, math, card, random: Random(0x9e37_79b9_7f4a_7c15) }
     }
 
     /// Random values of this magnitude.
     fn random(&mut self, count: usize, channels: usize, magnitude: f32) -> Both {
         let values: Vec<f32> = (0..count).map(|_| self.random.float() * magnitude).collect();
-        self.upload(&values, channels)
-    }
-
-    fn upload(&mut self, values: &[f32], channels: usize) -> Both {
-        let bits: Vec<u16> = values.iter().map(|&x| self.to_bits(x)).collect();
-        let values = bits.iter().map(|&x| self.of_bits(x)).collect();
-        let mut wide = Vec::new();
-        for pixel in bits.chunks_exact(channels) {
-            wide.extend_from_slice(pixel);
-            wide.resize(wide.len().next_multiple_of(8), 0);
-        }
-        let memory = self.device.alloc(wide.len() * 2);
-        memory.upload(0, &wide);
-        Both { values, memory }
-    }
-
-    fn floats(&mut self, values: &[f32]) -> Memory {
-        let memory = self.device.alloc(values.len() * 4);
-        memory.upload(0, values);
-        memory
+        self.both(&values, channels)
     }
 
     fn room(&self, bytes: usize) -> Memory {
-        self.device.alloc(bytes.max(16))
+        self.kernels.alloc(bytes.max(16))
     }
 
-    fn run(&self, launches: Result<Vec<Launch>, ConvError>) {
-        for launch in launches.unwrap() {
-            // SAFETY: every address is of memory as large as the call's documentation says.
-            let conflicts = unsafe { self.device.run(&launch) };
-            // The checked build counts also plain accesses, outside of the main loop.
-            assert!(self.device.checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
-        }
-    }
-
-    /// Compares 16-bit values in device memory with f32 ones; the padding must be zero.
-    fn compare(&self, what: &str, memory: &Memory, expected: &[f32], channels: usize) {
-        let mut bits = vec![0u16; expected.len() / channels * padded(channels)];
-        memory.download(0, &mut bits);
-        let mut found = Vec::new();
-        for pixel in bits.chunks_exact(padded(channels)) {
-            found.extend(pixel[..channels].iter().map(|&x| self.of_bits(x)));
-            assert!(pixel[channels..].iter().all(|&x| self.of_bits(x) == 0.0), "{what}: padding is not zero");
-        }
-        self.compare_floats(what, &found, expected);
-    }
-
-    fn compare_floats(&self, what: &str, found: &[f32], expected: &[f32]) {
-        assert_same(&format!("{what}, {:?}", self.math), found, expected, self.bound());
+    fn go(&self, launches: Result<Vec<Launch>, ConvError>) {
+        self.run_loops(&launches.unwrap());
     }
 }
 
@@ -200,18 +135,13 @@ fn with_weight(bench: &mut Bench, case: Case) -> (Cpu<f32>, ParamId, [Memory; 2]
         let (co, tap, c) = (i / (taps * cin), i / cin % taps, i % cin);
         torch[(co * cin + c) * taps + tap] = value;
         let (c, scale) = if c < ca { (c, a) } else { (c - ca + padded(ca), b) };
-        weights[0][(co * taps + tap) * wide + c] = bench.to_bits(value * scale as f32);
-        weights[1][(c * taps + taps - 1 - tap) * padded(cout) + co] = bench.to_bits(value);
+        weights[0][(co * taps + tap) * wide + c] = bench.narrow(&[value * scale as f32])[0];
+        weights[1][(c * taps + taps - 1 - tap) * padded(cout) + co] = bench.narrow(&[value])[0];
     }
     // Without `prepare` what is written is what the convolution multiplies.
     let mut cpu = Cpu::for_sampling(&table);
     cpu.write_param(Slot::Weight, id, &torch).unwrap();
-    let uploaded = weights.map(|weight| {
-        let memory = bench.device.alloc(weight.len() * 2);
-        memory.upload(0, &weight);
-        memory
-    });
-    (cpu, id, uploaded)
+    (cpu, id, weights.map(|weight| bench.upload(&weight)))
 }
 
 fn mp_silu(x: f32) -> f32 {
@@ -235,26 +165,26 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
     let inputs = (x.at(), (case.cb != 0).then(|| skip.at()));
     let go = |bench: &Bench, epilogue, act| {
-        bench.run(fprop.launches(inputs, at(&weight), epilogue, at(&y), act, at(&scratch)));
+        bench.go(fprop.launches(inputs, at(&weight), epilogue, at(&y), act, at(&scratch)));
     };
 
     // Nothing after it; and mp_silu of a multiple of it beside.
     go(bench, Epilogue::Gain(1.0), Some((at(&extra), 0.875)));
     let expected = cpu.conv(id, operand);
-    bench.compare(&format!("conv {case:?}"), &y, expected.values(), cout);
+    bench.same_in_rows(&format!("conv {case:?}"), &y, expected.values(), cout);
     let activated: Vec<f32> = expected.values().iter().map(|&y| mp_silu(0.875 * y)).collect();
-    bench.compare(&format!("activated conv {case:?}"), &extra, &activated, cout);
+    bench.same_in_rows(&format!("activated conv {case:?}"), &extra, &activated, cout);
 
     // Scaled by the channels of one block of many, activated, with what comes before.
     let stride = padded(cout) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let on_device = bench.floats(&scales);
+    let on_device = bench.upload(&scales);
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let (expected, pre) = cpu.conv_scale_silu(id, operand, Scale { all: &all, offset: 16 }, true);
-    bench.compare(&format!("conv_scale_silu {case:?}"), &y, expected.values(), cout);
-    bench.compare(&format!("its input {case:?}"), &extra, pre.unwrap().values(), cout);
+    bench.same_in_rows(&format!("conv_scale_silu {case:?}"), &y, expected.values(), cout);
+    bench.same_in_rows(&format!("its input {case:?}"), &extra, pre.unwrap().values(), cout);
 
     // mp_sum, clipped where it matters.
     let (wa, wb) = mp_sum_weights(0.3);
@@ -262,7 +192,7 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     go(bench, Epilogue::MpSum { residual: residual.at(), wa, wb, clip: Some(1.5) }, None);
     let residual_cpu = cpu.upload(case.tensor(cout), &residual.values);
     let expected = cpu.conv_mp_sum(id, operand, &residual_cpu, 0.3, Some(1.5));
-    bench.compare(&format!("conv_mp_sum {case:?}"), &y, expected.values(), cout);
+    bench.same_in_rows(&format!("conv_mp_sum {case:?}"), &y, expected.values(), cout);
 }
 
 /// `conv_dgrad` with and without mp_silu and accumulation, and `conv_dgrad_scale_silu`.
@@ -285,7 +215,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     for (silu, accumulate) in [(false, false), (true, true)] {
         let through = if silu { Through::Silu } else { Through::Linear };
         let acc = accumulate.then(|| ([accs[0].at(), accs[1].at()], 0.625));
-        bench.run(dgrad.launches(
+        bench.go(dgrad.launches(
             grad.at(),
             at(&weight),
             0.8,
@@ -301,9 +231,9 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
             (OperandGrad { x: cpu.upload(case.tensor(ca), &accs[0].values), skip }, 0.625)
         });
         let expected = cpu.conv_dgrad(id, &grad_cpu, f64::from(0.8f32), operand, acc);
-        bench.compare(&format!("conv_dgrad, silu {silu}, {case:?}"), &gx, expected.x.values(), ca);
+        bench.same_in_rows(&format!("conv_dgrad, silu {silu}, {case:?}"), &gx, expected.x.values(), ca);
         if let Some(expected) = expected.skip {
-            bench.compare(&format!("conv_dgrad of skip, silu {silu}, {case:?}"), &gskip, expected.values(), cb);
+            bench.same_in_rows(&format!("conv_dgrad of skip, silu {silu}, {case:?}"), &gskip, expected.values(), cb);
         }
     }
     if cb != 0 {
@@ -314,18 +244,18 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let scratch = bench.room(dgrad.scratch_bytes());
     let stride = padded(ca) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
-    let (on_device, grads) = (bench.floats(&scales), bench.floats(&vec![0.0; scales.len()]));
+    let (on_device, grads) = (bench.upload(&scales), bench.upload(&vec![0.0; scales.len()]));
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
-    bench.run(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
+    bench.go(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let mut grads_cpu = cpu.zero_scales_grad(&all);
     let scale = Scale { all: &all, offset: 16 };
     let expected = cpu.conv_dgrad_scale_silu(id, &grad_cpu, f64::from(0.8f32), &x_cpu, scale, &mut grads_cpu);
-    bench.compare(&format!("conv_dgrad_scale_silu {case:?}"), &gx, expected.values(), ca);
+    bench.same_in_rows(&format!("conv_dgrad_scale_silu {case:?}"), &gx, expected.values(), ca);
     let mut found = vec![0.0f32; scales.len()];
     grads.download(0, &mut found);
-    bench.compare_floats(&format!("gradient of the scales {case:?}"), &found, grads_cpu.values());
+    bench.same(&format!("gradient of the scales {case:?}"), &found, grads_cpu.values());
 }
 
 /// `conv_wgrad`, twice: the second call adds to the first.
@@ -337,13 +267,13 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
     let mut cpu: Cpu<f32> = Cpu::for_training(&table, 0);
     let (a, b) = case.scales();
     let wgrad = Wgrad::new(case.shape(), bench.math, bench.card).unwrap();
-    let dw = bench.floats(&vec![0.0; padded(cout) * taps * wide]);
+    let dw = bench.upload(&vec![0.0; padded(cout) * taps * wide]);
     let scratch = bench.room(wgrad.scratch_bytes());
     for gain in [0.8, -1.5f32] {
         let x = bench.random(case.pixels() * ca, ca, 1.0);
         let skip = bench.random(case.pixels() * case.cb.max(1), case.cb.max(1), 1.0);
         let grad = bench.random(case.pixels() * cout, cout, 1.0);
-        bench.run(wgrad.launches(case.inputs(&x, &skip), grad.at(), gain, at(&dw), at(&scratch)));
+        bench.go(wgrad.launches(case.inputs(&x, &skip), grad.at(), gain, at(&dw), at(&scratch)));
         let x_cpu = cpu.upload(case.tensor(ca), &x.values);
         let skip_cpu = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
         let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
@@ -360,7 +290,7 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
         found_real.push(found[(co * taps + tap) * wide + c]);
         expected.push(value);
     }
-    bench.compare_floats(&format!("conv_wgrad {case:?}"), &found_real, &expected);
+    bench.same(&format!("conv_wgrad {case:?}"), &found_real, &expected);
 }
 
 /// Odd ones, and the model's in miniature: small maps, two inputs, 5 channels in, 4 out. Channels in multiples of 64

@@ -7,61 +7,21 @@
 
 mod common;
 
-use common::{Kernels, Memory};
+use common::{Bench, Memory, assert_same, in_rows, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
-use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
+use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::weights::Effective;
 use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, Normalization, Slot};
 use edm2k::params::{ParamId, ParamTable};
-use edm2k::rng::{Purpose, Stream};
-use half::{bf16, f16};
 
 /// Sums of up to 1000 values in f32.
 const BOUND: f64 = 1e-5;
 
-/// Runs a check in both precisions: on the emulator in three thread orders and both builds, and on a GPU.
-fn everywhere(check: impl Fn(&Device)) {
-    for kernels in common::everywhere() {
-        for precision in [Precision::F16, Precision::Bf16] {
-            let name = format!("{} {precision:?}", kernels.name);
-            check(&Device { kernels: kernels.clone(), precision, name });
-        }
-    }
-}
-
-struct Device {
-    kernels: Kernels,
-    precision: Precision,
-    name: String,
-}
-
-impl Device {
-    fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
-        for launch in launches {
-            // SAFETY: each test allocates what the launch's function says; the checked build controls it.
-            let conflicts = unsafe { self.kernels.run(launch) };
-            assert_eq!(conflicts, 0, "bank conflicts of {}, {}", launch.kernel, self.name);
-        }
-    }
-
-    fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.kernels.alloc(size_of_val(values));
-        memory.upload(0, values);
-        memory
-    }
-
+impl Bench {
     /// Room for f32 values, which are NaN.
     fn empty(&self, values: usize) -> Memory {
         self.kernels.alloc(4 * values)
-    }
-
-    /// The nearest 16-bit value: its bits, and itself.
-    fn narrow(&self, x: f32) -> (u16, f64) {
-        match self.precision {
-            Precision::F16 => (f16::from_f32(x).to_bits(), f16::from_f32(x).to_f64()),
-            Precision::Bf16 => (bf16::from_f32(x).to_bits(), bf16::from_f32(x).to_f64()),
-        }
     }
 
     /// Gives a linear layer of the twin random weights whose effective ones are 16-bit values; returns
@@ -73,7 +33,8 @@ impl Device {
             // Of norm 1/2. A stored row s with effective row w of norm r < 1 is s = w eps sqrt(cin) / (1 - r),
             // because w = s / ((eps + |s| / sqrt(cin)) sqrt(cin)).
             let size = norm(&row.iter().map(|&x| x.into()).collect::<Vec<_>>()) as f32;
-            let (row, values): (Vec<u16>, Vec<f64>) = row.iter().map(|x| self.narrow(0.5 * x / size)).unzip();
+            let row = self.narrow(&row.iter().map(|x| 0.5 * x / size).collect::<Vec<_>>());
+            let values: Vec<f64> = self.widen(&row).into_iter().map(f64::from).collect();
             let by = 1e-4 * (cin as f64).sqrt() / (1.0 - norm(&values));
             stored.extend(values.into_iter().map(|w| (w * by) as f32));
             bits.extend(row);
@@ -83,46 +44,13 @@ impl Device {
         bits
     }
 
-    /// `got`, from the device, is `want` but for rounding.
-    fn same(&self, what: &str, got: &[f32], want: &[f32]) {
-        assert_eq!(got.len(), want.len(), "{what}");
-        let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
-        let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
-        let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap_or(0);
-        let relative = if error == 0.0 { 0.0 } else { (error / size).sqrt() };
-        // NaN, which poison leaves behind, must not pass.
-        assert!(
-            relative <= BOUND,
-            "{what}, {}: relative error {relative:e}, bound {BOUND:e}; worst element {worst}: {} instead of {}",
-            self.name,
-            got[worst],
-            want[worst],
-        );
+    fn same32(&self, what: &str, got: &[f32], want: &[f32]) {
+        assert_same(&format!("{what}, {}", self.name), got, want, BOUND);
     }
-}
-
-fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
-    let mut values = vec![0.0; n];
-    Stream::new(seed, Purpose::Init, 0).normals(&mut values);
-    values.iter_mut().for_each(|x| *x *= size);
-    values
-}
-
-fn read(memory: &Memory) -> Vec<f32> {
-    let mut values = vec![0.0; memory.bytes() / 4];
-    memory.download(0, &mut values);
-    values
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
-}
-
-/// Rows of `cin` values, padded by zeros to a multiple of 8.
-fn padded(values: &[f32], cin: usize) -> Vec<f32> {
-    let row = |row: &[f32]| [row, &vec![0.0; cin.next_multiple_of(8) - cin]].concat();
-    values.chunks(cin).flat_map(row).collect()
 }
 
 // ---- noise level and label ----------------------------------------------------------------------------
@@ -148,15 +76,15 @@ const CASES: [Case; 6] = [
 
 #[test]
 fn embedding_and_its_gradient() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         for case in CASES {
-            check_embedding(d, case, true);
+            check_embedding(&d, case, true);
         }
-        check_embedding(d, CASES[2], false);
+        check_embedding(&d, CASES[2], false);
     });
 }
 
-fn check_embedding(d: &Device, case: Case, with_labels: bool) {
+fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let Case { n, noise, label, emb } = case;
     let what = |of: &str| format!("{of} of {case:?}, labels {with_labels}");
     let mut table = ParamTable::default();
@@ -200,12 +128,13 @@ fn check_embedding(d: &Device, case: Case, with_labels: bool) {
     let of =
         |[features, pre, emb]: [&Memory; 3]| Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
     let out = [n * noise, n * emb, n * emb].map(|values| d.empty(values));
-    let run = |to: [&Memory; 3]| d.run([&embedding::embed(d.precision, n, &layers, sigma.ptr(), labels_ptr, &of(to))]);
+    let run =
+        |to: [&Memory; 3]| d.run_clean([&embedding::embed(d.precision, n, &layers, sigma.ptr(), labels_ptr, &of(to))]);
     run(out.each_ref());
     let want = [&twin.features, &twin.pre, &twin.emb].map(|t| cpu.download(t).unwrap());
-    d.same(&what("Fourier features"), &read(&out[0]), &want[0]);
-    d.same(&what("pre"), &read(&out[1]), &want[1]);
-    d.same(&what("emb"), &read(&out[2]), &want[2]);
+    d.same32(&what("Fourier features"), &read(&out[0]), &want[0]);
+    d.same32(&what("pre"), &read(&out[1]), &want[1]);
+    d.same32(&what("emb"), &read(&out[2]), &want[2]);
     let again = out.each_ref().map(|m| d.empty(m.bytes() / 4));
     run(again.each_ref());
     for (once, twice) in out.iter().zip(&again) {
@@ -218,12 +147,12 @@ fn check_embedding(d: &Device, case: Case, with_labels: bool) {
     let twin_grad = cpu.upload([n, 1, 1, emb], &grads);
     let grad = d.upload(&grads);
     let start = [noise, label.unwrap_or(0)].map(|cin| normals(emb * cin, 6, 3.0));
-    let begin = || [padded(&start[0], noise), padded(&start[1], label.unwrap_or(8))].map(|values| d.upload(&values));
+    let begin = || [in_rows(&start[0], noise), in_rows(&start[1], label.unwrap_or(8))].map(|values| d.upload(&values));
     let run = |to: &[Memory; 2], times| {
         let e = of(e.each_ref());
         let [noise, label] = to.each_ref().map(Memory::ptr);
         let launch = embedding::embed_backward(n, &layers, &e, labels_ptr, grad.ptr(), noise, label);
-        (0..times).for_each(|_| d.run([&launch]));
+        (0..times).for_each(|_| d.run_clean([&launch]));
     };
     let sums = begin();
     run(&sums, 2);
@@ -238,7 +167,7 @@ fn check_embedding(d: &Device, case: Case, with_labels: bool) {
             let grad = cpu.param(Slot::Grad, id).unwrap();
             want.iter_mut().zip(grad).for_each(|(w, g)| *w += g);
         }
-        d.same(&what(&format!("gradient of the {name} layer")), &read(got), &padded(&want, cin));
+        d.same32(&what(&format!("gradient of the {name} layer")), &read(got), &in_rows(&want, cin));
     }
     let again = begin();
     run(&again, 2);
@@ -255,16 +184,16 @@ fn scales_of_all_blocks_and_their_gradients() {
     let one = [(3, 0.5)];
     // More tiles than parts of the sum over rows.
     let many: Vec<(usize, f32)> = (0..60).map(|i| (1 + i % 5, 0.1 * i as f32 - 2.0)).collect();
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         for (n, emb) in [(1, 24), (3, 64), (3, 27), (40, 64), (9, 136)] {
-            check_scales(d, n, emb, &unequal);
+            check_scales(&d, n, emb, &unequal);
         }
-        check_scales(d, 2, 8, &one);
-        check_scales(d, 80, 136, &many);
+        check_scales(&d, 2, 8, &one);
+        check_scales(&d, 80, 136, &many);
     });
 }
 
-fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
+fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
     let what = |of: &str| format!("{of}: {n} images, {emb} channels, {} layers", layers.len());
     let mut table = ParamTable::default();
     let mut offset = 0;
@@ -297,7 +226,7 @@ fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
         weights.extend(d.random_weights(&mut cpu, layer.weight, emb, count, 10 + i as u64));
         weights.extend([NAN; 16]);
         plain.extend([gain, f32::NAN, f32::NAN]);
-        start.extend(padded(&normals(count * emb, 20 + i as u64, 3.0), emb));
+        start.extend(in_rows(&normals(count * emb, 20 + i as u64, 3.0), emb));
         start.extend([7.0; 8]);
     }
     placed.reverse();
@@ -316,13 +245,13 @@ fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
     let forward = || {
         let out = d.empty(n * channels);
         let (emb, to) = (emb_memory.ptr(), out.ptr());
-        d.run([&embedding::emb_scales(d.precision, n, &scales, tiles.ptr(), effective, emb, to)]);
+        d.run_clean([&embedding::emb_scales(d.precision, n, &scales, tiles.ptr(), effective, emb, to)]);
         read(&out)
     };
     let got = forward();
     let twin = cpu.emb_scales(&ids, &twin_emb);
     let less_one = |values: &[f32]| values.iter().map(|x| x - 1.0).collect::<Vec<_>>();
-    d.same(&what("scales less 1"), &less_one(&got), &less_one(&cpu.download(&twin).unwrap()));
+    d.same32(&what("scales less 1"), &less_one(&got), &less_one(&cpu.download(&twin).unwrap()));
     assert_eq!(bits(&forward()), bits(&got), "{}", what("a second run"));
 
     // The gradients, twice added to what was there.
@@ -337,8 +266,8 @@ fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
             scratch: scratch.ptr(),
         };
         let launches = embedding::emb_scales_backward(d.precision, n, &scales, tiles.ptr(), effective, &memory);
-        d.run(&launches);
-        d.run(&launches);
+        d.run_clean(&launches);
+        d.run_clean(&launches);
         (read(&arena), read(&grad_emb))
     };
     let (mut arena, grad_emb) = backward();
@@ -347,18 +276,18 @@ fn check_scales(d: &Device, n: usize, emb: usize, layers: &[(usize, f32)]) {
 
     cpu.emb_scales_backward(&ids, &twin_emb, &twin_grad);
     let twin = cpu.emb_scales_backward(&ids, &twin_emb, &twin_grad);
-    d.same(&what("gradient of emb"), &grad_emb, &cpu.download(&twin).unwrap());
+    d.same32(&what("gradient of emb"), &grad_emb, &cpu.download(&twin).unwrap());
     let (mut gains, mut want_gains) = (vec![], vec![]);
     let mut want = start.clone();
     for (layer, id) in placed.iter().zip(&ids) {
         // Apart: they are sums over many weights, of another size.
         gains.push(std::mem::replace(&mut arena[layer.gain_grad], 7.0) - 7.0);
         want_gains.push(cpu.param(Slot::Grad, id.gain).unwrap()[0]);
-        let grad = padded(&cpu.param(Slot::Grad, id.weight).unwrap(), emb);
+        let grad = in_rows(&cpu.param(Slot::Grad, id.weight).unwrap(), emb);
         want[layer.grad..].iter_mut().zip(grad).for_each(|(w, g)| *w += g);
     }
-    d.same(&what("gradients of the gains"), &gains, &want_gains);
-    d.same(&what("gradients of the weights"), &arena, &want);
+    d.same32(&what("gradients of the gains"), &gains, &want_gains);
+    d.same32(&what("gradients of the weights"), &arena, &want);
     let inside = |i: usize| placed.iter().any(|l| (l.grad..l.grad + l.channels * row).contains(&i));
     assert!((0..arena.len()).all(|i| inside(i) || arena[i] == 7.0), "{}", what("what lies between the gradients"));
 }

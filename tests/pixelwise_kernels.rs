@@ -9,77 +9,26 @@
 
 mod common;
 
-use common::{Kernels, Memory, assert_same};
+use common::{Bench, Memory, assert_same, normals, read};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
+use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, Turned, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
 use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
-use half::{bf16, f16};
 
 /// Bound of what is f32 throughout.
 const F32: f64 = 1e-5;
 
-/// Runs a check in both precisions: on the emulator in three thread orders and both builds, and on a GPU.
-fn everywhere(check: impl Fn(&Device)) {
-    for kernels in common::everywhere() {
-        for precision in [Precision::F16, Precision::Bf16] {
-            let name = format!("{} {precision:?}", kernels.name);
-            check(&Device { kernels: kernels.clone(), precision, name });
-        }
-    }
-}
-
-struct Device {
-    kernels: Kernels,
-    precision: Precision,
-    name: String,
-}
-
-impl Device {
-    fn bound(&self) -> f64 {
-        match self.precision {
-            Precision::F16 => 2e-3,
-            Precision::Bf16 => 1.6e-2,
-        }
-    }
-
-    fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
-        for launch in launches {
-            // SAFETY: each test allocates what the launch's function says; the checked build controls it.
-            unsafe { self.kernels.run(launch) };
-        }
-    }
-
-    fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
-        let memory = self.kernels.alloc(size_of_val(values));
-        memory.upload(0, values);
-        memory
-    }
-
+impl Bench {
     fn zeros(&self, bytes: usize) -> Memory {
         self.upload(&vec![0u8; bytes])
     }
 
     fn empty(&self, shape: Shape) -> Memory {
         self.kernels.alloc(2 * shape.iter().product::<usize>())
-    }
-
-    fn narrow(&self, values: &[f32]) -> Vec<u16> {
-        match self.precision {
-            Precision::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
-            Precision::Bf16 => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
-        }
-    }
-
-    fn widen(&self, values: &[u16]) -> Vec<f32> {
-        match self.precision {
-            Precision::F16 => values.iter().map(|&x| f16::from_bits(x).to_f32()).collect(),
-            Precision::Bf16 => values.iter().map(|&x| bf16::from_bits(x).to_f32()).collect(),
-        }
     }
 
     /// Random 16-bit values, on the device and as floats.
@@ -92,26 +41,13 @@ impl Device {
         self.widen(&read(memory))
     }
 
-    fn same(&self, what: &str, got: &[f32], want: &[f32], bound: f64) {
+    fn same32(&self, what: &str, got: &[f32], want: &[f32], bound: f64) {
         assert_same(&format!("{what}, {}", self.name), got, want, bound);
     }
 
     fn same16(&self, what: &str, got: &Memory, want: &[f32]) {
-        self.same(what, &self.read16(got), want, self.bound());
+        self.same(what, &self.read16(got), want);
     }
-}
-
-fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
-    let mut values = vec![0.0; n];
-    Stream::new(seed, Purpose::Init, 0).normals(&mut values);
-    values.iter_mut().for_each(|x| *x *= size);
-    values
-}
-
-fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
-    let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
-    memory.download(0, &mut values);
-    values
 }
 
 fn silu(x: &[f32]) -> Vec<f32> {
@@ -131,7 +67,7 @@ const SHAPES: [Shape; 5] = [[1, 1, 1, 8], [1, 8, 11, 136], [3, 7, 5, 8], [1, 2, 
 
 #[test]
 fn pixel_norm_and_its_gradient() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = bare_cpu();
         for (shape, down) in SHAPES.into_iter().flat_map(|s| [(s, false), (s, true)]) {
             let what = format!("pixel_norm {shape:?} down {down}");
@@ -181,7 +117,7 @@ fn pixel_norm_and_its_gradient() {
 
 #[test]
 fn upsampling_and_its_gradient() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = bare_cpu();
         for shape in SHAPES {
             let large = doubled(shape, true);
@@ -191,7 +127,7 @@ fn upsampling_and_its_gradient() {
             let twin_x = cpu.upload(shape, &x_values);
             let twin = cpu.upsample(&twin_x);
             let want = cpu.download(&twin).unwrap();
-            d.same(&format!("upsample {shape:?}, a copy"), &d.read16(&y), &want, 0.0);
+            d.same32(&format!("upsample {shape:?}, a copy"), &d.read16(&y), &want, 0.0);
             d.same16(&format!("mp_silu of upsample {shape:?}"), &y_silu, &silu(&want));
             let alone = d.empty(large);
             d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), alone.ptr(), DevicePtr::NULL)]);
@@ -209,7 +145,7 @@ fn upsampling_and_its_gradient() {
 
 #[test]
 fn activation_clip_and_combinations() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = bare_cpu();
         for shape in SHAPES {
             let (x, x_values) = d.random(shape, 7, 2.0);
@@ -226,7 +162,7 @@ fn activation_clip_and_combinations() {
             let want = cpu.download(&twin).unwrap();
             let y = d.upload(&clipped);
             d.run([&pixelwise::clip_backward(d.precision, shape, grad.ptr(), y.ptr(), 1.5, grad.ptr())]);
-            d.same(&format!("gradient of clip {shape:?}, in place"), &d.read16(&grad), &want, 0.0);
+            d.same32(&format!("gradient of clip {shape:?}, in place"), &d.read16(&grad), &want, 0.0);
 
             let terms: Vec<_> = (0..6).map(|k| (d.random(shape, 10 + k, 1.0), 1.5 - k as f64)).collect();
             for count in [1, 2, 6] {
@@ -250,7 +186,7 @@ fn activation_clip_and_combinations() {
                 let pointers: Vec<_> = on_device[..count].iter().map(|(m, f)| (m.ptr(), *f)).collect();
                 d.run([&pixelwise::combine_f32(values, &pointers, out.ptr())]);
                 let want = cpu.download(&twin).unwrap();
-                d.same(&format!("f32 combination of {count} terms {shape:?}"), &read(&out), &want, F32);
+                d.same32(&format!("f32 combination of {count} terms {shape:?}"), &read(&out), &want, F32);
             }
         }
     });
@@ -258,7 +194,7 @@ fn activation_clip_and_combinations() {
 
 #[test]
 fn casts_from_and_to_f32() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         for (pixels, c) in [(1, 1), (35, 3), (88, 4), (7, 5), (3, 8), (300, 12), (9, 20), (2, 27)] {
             let what = format!("{pixels} pixels of {c} channels, {}", d.name);
             let values = normals(pixels * c, 9, 1.0);
@@ -406,7 +342,7 @@ fn weights_table() -> ParamTable {
 /// The copies for the gradients of inputs, bit for bit: output and input channels exchanged, taps in reverse.
 #[test]
 fn turned_weights() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         // Tiles of 64 x 64 that are cut off, whole, several; one tap and nine.
         let weights = [(8, 8, 1), (16, 72, 9), (64, 64, 9), (136, 200, 1)];
         let values: usize = weights.iter().map(|(cout, cin, taps)| cout * cin * taps).sum();
@@ -432,7 +368,7 @@ fn three_optimizer_steps() {
     let table = weights_table();
     let layout = Layout::new(&table);
     let gain = table.find("gain").unwrap();
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = Cpu::<f32>::for_training(&table, 2);
         for (id, spec) in table.iter() {
             cpu.set_param(Slot::Weight, id, &normals(spec.numel(), 30 + id.0 as u64, 0.9)).unwrap();
@@ -507,19 +443,19 @@ fn three_optimizer_steps() {
 
             let stored = layout.arena(&mut cpu, Slot::Weight);
             let slots = [(&m, Slot::AdamM), (&v, Slot::AdamV), (&emas[0], Slot::Ema(0)), (&emas[1], Slot::Ema(1))];
-            d.same(&format!("weights after step {number}"), &read(&weight), &stored, F32);
+            d.same32(&format!("weights after step {number}"), &read(&weight), &stored, F32);
             for (memory, slot) in slots {
-                d.same(&format!("{slot:?} after step {number}"), &read(memory), &layout.arena(&mut cpu, slot), F32);
+                d.same32(&format!("{slot:?} after step {number}"), &read(memory), &layout.arena(&mut cpu, slot), F32);
             }
             let want = layout.arena(&mut cpu, Slot::Grad);
-            d.same(&format!("gradient after step {number}"), &read(&grad), &want, F32);
+            d.same32(&format!("gradient after step {number}"), &read(&grad), &want, F32);
             let total = read::<StepTotals>(&totals)[0];
             assert_eq!((total.nonfinite, total.nonfinite > 0), (twin.nonfinite, number == 2), "{}", d.name);
-            d.same("gradient norm", &[total.grad_norm as f32], &[twin.grad_norm as f32], F32);
+            d.same32("gradient norm", &[total.grad_norm as f32], &[twin.grad_norm as f32], F32);
             let (want, want_plain) = layout.effective(&stored, rounds + 1);
             d.same16(&format!("effective weights after step {number}"), &effective, &want);
             let at = layout.plain[gain.0];
-            d.same("gain", &read::<f32>(&plain)[at..at + 8], &want_plain[at..at + 8], F32);
+            d.same32("gain", &read::<f32>(&plain)[at..at + 8], &want_plain[at..at + 8], F32);
         }
     });
 }
@@ -528,7 +464,7 @@ fn three_optimizer_steps() {
 fn effective_weights_of_weights_and_averages() {
     let table = weights_table();
     let layout = Layout::new(&table);
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = Cpu::<f32>::for_training(&table, 1);
         for (id, spec) in table.iter() {
             cpu.set_param(Slot::Weight, id, &normals(spec.numel(), 70 + id.0 as u64, 0.9)).unwrap();
@@ -546,7 +482,7 @@ fn effective_weights_of_weights_and_averages() {
             d.run(&weights::prepare(d.precision, &all, rows.ptr(), source.ptr(), how, to));
             let (want, want_plain) = layout.effective(&stored, rounds);
             d.same16(&format!("effective weights of {slot:?}"), &effective, &want);
-            d.same("gains and buffers", &read(&plain), &want_plain, 0.0);
+            d.same32("gains and buffers", &read(&plain), &want_plain, 0.0);
 
             // And as the twin's convolution sees them: the response to a one in each channel.
             cpu.prepare(slot, how).unwrap();
@@ -557,7 +493,7 @@ fn effective_weights_of_weights_and_averages() {
             let response = cpu.download(&y).unwrap();
             let transposed: Vec<f32> = (0..8 * 136).map(|i| response[i % 136 * 8 + i / 136]).collect();
             let first = layout.first[id.0];
-            d.same("the twin's linear layer", &d.read16(&effective)[first..first + 8 * 136], &transposed, d.bound());
+            d.same32("the twin's linear layer", &d.read16(&effective)[first..first + 8 * 136], &transposed, d.bound());
         }
     });
 }
@@ -566,7 +502,7 @@ fn effective_weights_of_weights_and_averages() {
 
 #[test]
 fn noise_has_the_bits_of_the_cpu() {
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         for (images, values) in [(1, 1), (3, 7 * 5 * 3), (3, 8 * 11 * 4), (2, 2049)] {
             let stream = |i: usize| Stream {
                 seed: 0x1234_5678_9abc_def0 + i as u64,
@@ -610,7 +546,7 @@ fn without_padding(values: &[f32], c: usize) -> Vec<f32> {
 fn preconditioning_and_loss() {
     let mut table = ParamTable::default();
     let gain_id = table.gain("out_gain".into());
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         for shape in [[1, 1, 1, 4], [3, 7, 5, 3], [2, 8, 11, 4], [1, 17, 16, 4], [1, 2, 3, 9]] {
             let [n, h, w, c] = shape;
             let values = n * h * w * c;
@@ -631,7 +567,7 @@ fn preconditioning_and_loss() {
             let twin = cpu.precond_input(&twin_x, &twin_sigma, 0.5);
             let want = cpu.download(&twin).unwrap();
             let got = d.read16(&out);
-            d.same(&format!("precond_input {shape:?}"), &without_padding(&got, c + 1), &want, d.bound());
+            d.same32(&format!("precond_input {shape:?}"), &without_padding(&got, c + 1), &want, d.bound());
             let padding =
                 |v: &[f32], c: usize| v.chunks(c.next_multiple_of(8)).all(|p| p[c..].iter().all(|&x| x == 0.0));
             assert!(padding(&got, c + 1), "the padding of precond_input is zero");
@@ -650,7 +586,7 @@ fn preconditioning_and_loss() {
                 out.ptr(),
             )]);
             let twin = cpu.precond_output(&twin_x, &twin_raw, &twin_sigma, gain_id, 0.5);
-            d.same(&format!("precond_output {shape:?}"), &read(&out), &cpu.download(&twin).unwrap(), F32);
+            d.same32(&format!("precond_output {shape:?}"), &read(&out), &cpu.download(&twin).unwrap(), F32);
 
             let (twin_clean, twin_logvar) = (cpu.upload(shape, &clean), cpu.upload([n, 1, 1, 1], &logvars));
             let twin = cpu.loss(LossInput {
@@ -680,16 +616,16 @@ fn preconditioning_and_loss() {
                 grad_gain: grad_gain.ptr(),
             };
             d.run(&precond::loss(d.precision, shape, &arenas, 0.5));
-            d.same(&format!("loss {shape:?}"), &read(&per_image), &cpu.download(&twin.per_image).unwrap(), F32);
+            d.same32(&format!("loss {shape:?}"), &read(&per_image), &cpu.download(&twin.per_image).unwrap(), F32);
             let want = cpu.download(&twin.grad_logvar).unwrap();
-            d.same(&format!("gradient of logvar {shape:?}"), &read(&grad_logvar), &want, F32);
+            d.same32(&format!("gradient of logvar {shape:?}"), &read(&grad_logvar), &want, F32);
             let got = d.read16(&grad_raw);
             let want = cpu.download(&twin.grad_raw).unwrap();
-            d.same(&format!("gradient of raw {shape:?}"), &without_padding(&got, c), &want, d.bound());
+            d.same32(&format!("gradient of raw {shape:?}"), &without_padding(&got, c), &want, d.bound());
             assert!(padding(&got, c), "the padding of the gradient is zero");
             // Added to what was there.
             let want = 100.0 + cpu.param(Slot::Grad, gain_id).unwrap()[0];
-            d.same(&format!("gradient of the gain {shape:?}"), &read(&grad_gain), &[want], F32);
+            d.same32(&format!("gradient of the gain {shape:?}"), &read(&grad_gain), &[want], F32);
         }
     });
 }
@@ -700,7 +636,7 @@ fn logvar_and_its_gradient() {
     let (freqs, phases) = table.fourier("fourier".into(), 136);
     let weight = table.linear("linear".into(), 136, 1);
     let layer = Logvar { freqs, phases, weight };
-    everywhere(|d| {
+    Bench::of(common::everywhere()).for_each(|d| {
         let mut cpu = Cpu::<f32>::for_training(&table, 0);
         let frequencies: Vec<f32> = normals(136, 94, std::f32::consts::TAU);
         let offsets: Vec<f32> = (0..136).map(|i| std::f32::consts::TAU * i as f32 / 136.0).collect();
@@ -720,9 +656,9 @@ fn logvar_and_its_gradient() {
             d.run([&precond::logvar(d.precision, n, &params, sigma.ptr(), features.ptr(), logvar.ptr())]);
             let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
             let (twin_features, twin_logvar) = cpu.logvar(&layer, &twin_sigma);
-            d.same("Fourier features", &read(&features), &cpu.download(&twin_features).unwrap(), F32);
+            d.same32("Fourier features", &read(&features), &cpu.download(&twin_features).unwrap(), F32);
             // The weight is rounded to 16 bits.
-            d.same("logvar", &read(&logvar), &cpu.download(&twin_logvar).unwrap(), d.bound());
+            d.same32("logvar", &read(&logvar), &cpu.download(&twin_logvar).unwrap(), d.bound());
 
             let grads = normals(n, 96, 1.0);
             let start = accumulated(&mut cpu, weight);
@@ -731,7 +667,7 @@ fn logvar_and_its_gradient() {
             d.run([&precond::logvar_backward(n, 136, features, grad, out.ptr())]);
             let twin_grad = cpu.upload([n, 1, 1, 1], &grads);
             cpu.logvar_backward(&layer, &twin_features, &twin_grad);
-            d.same("gradient of the logvar layer", &read(&out), &accumulated(&mut cpu, weight), F32);
+            d.same32("gradient of the logvar layer", &read(&out), &accumulated(&mut cpu, weight), F32);
         }
     });
 }

@@ -7,8 +7,10 @@ use std::rc::Rc;
 use edm2k::backend::gpu::cuda::Cuda;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{self, Build, Emulator, Order};
-use edm2k::backend::gpu::launch::{DevicePtr, Launch};
+use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 use edm2k::backend::gpu::runtime::{self, Runtime};
+use edm2k::rng::{Purpose, Stream};
+use half::{bf16, f16};
 
 /// The first GPU, or none and the reason printed. EDM2K_NO_GPU=1 leaves it alone.
 #[cfg(feature = "cuda")]
@@ -192,4 +194,131 @@ pub fn assert_same(what: &str, got: &[f32], want: &[f32], bound: f64) {
         got[worst],
         want[worst],
     );
+}
+
+/// The 16-bit types.
+pub const PRECISIONS: [Precision; 2] = [Precision::F16, Precision::Bf16];
+
+/// Kernels that compute in a 16-bit type.
+#[derive(Clone)]
+pub struct Bench {
+    pub kernels: Kernels,
+    pub precision: Precision,
+    /// For messages.
+    pub name: String,
+}
+
+/// Values of [.., channels], exact in 16 bits, and the device's copy, whose channels are padded with zeros.
+pub struct Both {
+    pub values: Vec<f32>,
+    pub memory: Memory,
+}
+
+impl Bench {
+    pub fn new(kernels: Kernels, precision: Precision) -> Self {
+        let name = format!("{} {precision:?}", kernels.name);
+        Self { kernels, precision, name }
+    }
+
+    /// All of these, in both types.
+    pub fn of(all: Vec<Kernels>) -> impl Iterator<Item = Self> {
+        all.into_iter().flat_map(|kernels| PRECISIONS.map(|precision| Self::new(kernels.clone(), precision)))
+    }
+
+    /// The bound for one kernel: 16-bit inputs are exact on both sides, so what remains is the rounding of the result
+    /// (2^-11, 2^-8 at most), of what a kernel holds in 16 bits in between, and the order of f32 sums.
+    pub fn bound(&self) -> f64 {
+        match self.precision {
+            Precision::F16 => 2e-3,
+            Precision::Bf16 => 1.6e-2,
+        }
+    }
+
+    pub fn narrow(&self, values: &[f32]) -> Vec<u16> {
+        match self.precision {
+            Precision::F16 => values.iter().map(|&x| f16::from_f32(x).to_bits()).collect(),
+            Precision::Bf16 => values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect(),
+        }
+    }
+
+    pub fn widen(&self, bits: &[u16]) -> Vec<f32> {
+        match self.precision {
+            Precision::F16 => bits.iter().map(|&x| f16::from_bits(x).to_f32()).collect(),
+            Precision::Bf16 => bits.iter().map(|&x| bf16::from_bits(x).to_f32()).collect(),
+        }
+    }
+
+    pub fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Memory {
+        let memory = self.kernels.alloc(size_of_val(values));
+        memory.upload(0, values);
+        memory
+    }
+
+    /// Rounds values to 16 bits.
+    pub fn both(&self, values: &[f32], channels: usize) -> Both {
+        let bits = self.narrow(values);
+        let memory = self.upload(&in_rows(&bits, channels));
+        Both { values: self.widen(&bits), memory }
+    }
+
+    /// Runs launches; how many bank conflicts were counted.
+    pub fn run<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) -> u64 {
+        // SAFETY: tests allocate what the launches' functions say; the checked build controls it.
+        launches.into_iter().map(|launch| unsafe { self.kernels.run(launch) }).sum()
+    }
+
+    /// Runs launches that meet no bank twice, in plain accesses neither, which the checked build counts.
+    pub fn run_clean<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
+        for launch in launches {
+            assert_eq!(self.run([launch]), 0, "bank conflicts of {}, {}", launch.kernel, self.name);
+        }
+    }
+
+    /// Runs launches whose main loops meet no bank twice.
+    pub fn run_loops<'a>(&self, launches: impl IntoIterator<Item = &'a Launch>) {
+        for launch in launches {
+            let conflicts = self.run([launch]);
+            assert!(self.kernels.checked || conflicts == 0, "{}: {conflicts} bank conflicts", launch.kernel);
+        }
+    }
+
+    /// `got`, from the device, is `want` but for rounding to 16 bits.
+    pub fn same(&self, what: &str, got: &[f32], want: &[f32]) {
+        assert_same(&format!("{what}, {}", self.name), got, want, self.bound());
+    }
+
+    /// The same of 16-bit values in rows of padded channels; the padding must be zero.
+    pub fn same_in_rows(&self, what: &str, memory: &Memory, want: &[f32], channels: usize) {
+        let all = self.widen(&read(memory));
+        let mut got = Vec::new();
+        for row in all[..want.len() / channels * padded(channels)].chunks_exact(padded(channels)) {
+            got.extend_from_slice(&row[..channels]);
+            assert!(row[channels..].iter().all(|&x| x == 0.0), "{what}: padding is not zero");
+        }
+        self.same(what, &got, want);
+    }
+}
+
+/// Channels as the device has them.
+pub fn padded(channels: usize) -> usize {
+    channels.next_multiple_of(8)
+}
+
+/// Rows of `channels` values, padded with zeros.
+pub fn in_rows<T: bytemuck::Zeroable + Copy>(values: &[T], channels: usize) -> Vec<T> {
+    let row = |row: &[T]| [row, &vec![T::zeroed(); padded(channels) - channels]].concat();
+    values.chunks(channels).flat_map(row).collect()
+}
+
+pub fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
+    let mut values = vec![0.0; n];
+    Stream::new(seed, Purpose::Init, 0).normals(&mut values);
+    values.iter_mut().for_each(|x| *x *= size);
+    values
+}
+
+pub fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
+    let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
+    memory.download(0, &mut values);
+    values
 }
