@@ -5,13 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use assert_cmd::Command;
 use edm2k::condition::unit_norm;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::rng::{Purpose, Stream};
+
+#[path = "common/command.rs"]
+mod command;
+use command::{printed, refused};
 
 /// Scenes of one place, one animal and one colour each, 3 x 4 x 5 of them less some combinations, and things
 /// that only occur in one place.
@@ -268,15 +271,7 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
 // ---- the command line -----------------------------------------------------------------------
 
 fn edm2k(dir: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
-    Command::cargo_bin("edm2k").unwrap().current_dir(dir).arg("condition").args(arguments).assert()
-}
-
-fn stdout(done: assert_cmd::assert::Assert) -> String {
-    String::from_utf8(done.success().get_output().stdout.clone()).unwrap()
-}
-
-fn stderr(done: assert_cmd::assert::Assert) -> String {
-    String::from_utf8(done.failure().get_output().stderr.clone()).unwrap()
+    command::edm2k(dir, &[&["condition"], arguments].concat()).assert()
 }
 
 #[test]
@@ -288,16 +283,16 @@ fn the_commands_work_together_on_real_tags() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
 
-    let listed = stdout(edm2k(dir, &["tags", "--data", emoji, &common.tag]));
+    let listed = printed(edm2k(dir, &["tags", "--data", emoji, &common.tag]));
     assert!(listed.contains(&format!("{:6}  {}\n", common.count, common.tag)), "{listed}");
-    assert!(stderr(edm2k(dir, &["tags", "--data", emoji, "qqqqqqqq"])).contains("no tag is like \"qqqqqqqq\""));
+    assert!(refused(edm2k(dir, &["tags", "--data", emoji, "qqqqqqqq"])).contains("no tag is like \"qqqqqqqq\""));
 
     let train = ["train", "--data", emoji, "--out", "c.safetensors", "--epochs", "2"];
-    assert!(stdout(edm2k(dir, &train)).contains("tag sets"));
-    assert!(stderr(edm2k(dir, &train)).contains("c.safetensors exists; give --overwrite"));
+    assert!(printed(edm2k(dir, &train)).contains("tag sets"));
+    assert!(refused(edm2k(dir, &train)).contains("c.safetensors exists; give --overwrite"));
 
     let sample = ["sample", "--model", "c.safetensors", "--count", "3", "--data", emoji, "--tags", &common.tag];
-    let words = stdout(edm2k(dir, &[&sample[..], &["--out", "v.safetensors"]].concat()));
+    let words = printed(edm2k(dir, &[&sample[..], &["--out", "v.safetensors"]].concat()));
     assert_eq!(words.matches("nearest (").count(), 3, "{words}");
     assert!(words.lines().filter(|line| line.contains(&common.tag)).count() >= 3, "{words}");
     let file = SafeFile::open(dir.join("v.safetensors")).unwrap();
@@ -308,8 +303,8 @@ fn the_commands_work_together_on_real_tags() {
     }
 
     let unknown = ["sample", "--model", "c.safetensors", "--tags", &format!("{}x", common.tag)];
-    let message = stderr(edm2k(dir, &unknown));
+    let message = refused(edm2k(dir, &unknown));
     assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");
-    assert!(stderr(edm2k(dir, &["train", "--data", ".", "--out", "x"])).contains("vocabulary.json"));
-    assert!(stderr(edm2k(dir, &["train", "--data", emoji, "--out", "no/x"])).contains("does not exist"));
+    assert!(refused(edm2k(dir, &["train", "--data", ".", "--out", "x"])).contains("vocabulary.json"));
+    assert!(refused(edm2k(dir, &["train", "--data", emoji, "--out", "no/x"])).contains("does not exist"));
 }

@@ -7,7 +7,6 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use assert_cmd::Command;
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::condition::Conditioning;
@@ -24,6 +23,9 @@ use tempfile::TempDir;
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
+#[path = "common/command.rs"]
+mod command;
+use command::{edm2k, here, printed, refused};
 
 /// A folder with images, the metadata, and settings for a 16x16 dataset.
 struct Workshop {
@@ -76,6 +78,20 @@ impl Workshop {
 
     fn prepare(&self) -> Summary {
         prepare(&self.folder(), &self.settings(), None, &|_| ()).unwrap()
+    }
+
+    /// The same with these settings, and "file: why" of each picture that is called unreadable, in order.
+    fn prepare_listing(&self, settings: &Settings) -> (Summary, Vec<String>) {
+        let listed = Mutex::new(Vec::new());
+        let listen = |event: Event| {
+            if let Event::Unreadable { file, why } = event {
+                listed.lock().unwrap().push(format!("{file}: {why}"));
+            }
+        };
+        let summary = prepare(&self.folder(), settings, None, &listen).unwrap();
+        let mut listed = listed.into_inner().unwrap();
+        listed.sort();
+        (summary, listed)
     }
 
     fn open(&self, split: Split) -> Dataset {
@@ -245,25 +261,15 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
         shop.record(id, name, &["x"]);
     }
     shop.record(8, "absent.png", &["x"]);
-    let listed = Mutex::new(Vec::new());
-    let listen = |event: Event| {
-        if let Event::Unreadable { file, why } = event {
-            listed.lock().unwrap().push(format!("{file}: {why}"));
-        }
-    };
-    let summary = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
+    let (summary, first) = shop.prepare_listing(&shop.settings());
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 6)]));
-    let mut first = std::mem::take(&mut *listed.lock().unwrap());
-    first.sort();
     let names: Vec<_> = first.iter().map(|line| line.split(':').next().unwrap()).collect();
     assert_eq!(names, ["absent.png", "bomb.png", "corrupt.png", "empty.png", "text.png", "truncated.png"]);
     assert!(first[1].contains("60000x60000 is more than"), "{}", first[1]);
 
     // The second time nothing is decoded, but the list is the same.
-    let again = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
-    let mut second = listed.into_inner().unwrap();
-    second.sort();
+    let (again, second) = shop.prepare_listing(&shop.settings());
     assert_eq!((again.splits, again.dropped, second), (summary.splits, summary.dropped, first));
 }
 
@@ -345,19 +351,19 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     shop.prepare();
     let out = shop.dir.path().join("out");
     let before = read_dir(&out);
-    let refused_of = |folder: &Folder, settings: Settings, expected: &str| {
+    let differs_of = |folder: &Folder, settings: Settings, expected: &str| {
         let text = prepare(folder, &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
         assert!(read_dir(&out) == before, "files were changed");
     };
-    let refused = |settings: Settings, expected: &str| refused_of(&shop.folder(), settings, expected);
-    refused(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
-    refused(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
-    refused(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
+    let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
+    differs(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    differs(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
+    differs(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
     let changed = shop.lines[3].replace("\"all\"", "\"other\"");
     fs::write(shop.dir.path().join("changed.jsonl"), changed + "\n" + &shop.lines[4..].join("\n")).unwrap();
     let changed = Folder { metadata: shop.dir.path().join("changed.jsonl"), ..shop.folder() };
-    refused_of(&changed, shop.settings(), "made before with records 41 (");
+    differs_of(&changed, shop.settings(), "made before with records 41 (");
 
     fs::write(out.join("train-00099.safetensors"), "someone else's").unwrap();
     let text = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
@@ -478,7 +484,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         autoencoder::write(&vae, &file);
         let (vae_path, out_path) = (path(&vae), path(&out));
         let args = ["prepare", "--images", &images, "--metadata", &metadata, "--out", &out_path, "--vae", &vae_path];
-        let done = edm2k(&[&args[..], &["--size", "16x16"]].concat()).success();
+        let done = here(&[&args[..], &["--size", "16x16"]].concat()).assert().success();
         let said = String::from_utf8(done.get_output().stdout.clone()).unwrap();
         assert!(said.contains("train             5 images\n") && said.contains("1 of too different a shape"), "{said}");
 
@@ -515,10 +521,10 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
             }
         }
         // Again: kept; with another file: refused.
-        let again = edm2k(&[&args[..], &["--size", "16x16"]].concat()).success();
+        let again = here(&[&args[..], &["--size", "16x16"]].concat()).assert().success();
         assert!(String::from_utf8_lossy(&again.get_output().stderr).contains("5 images (was there)"));
         autoencoder::write(&vae, &autoencoder::taesd(9));
-        let said = failure(&[&args[..], &["--size", "16x16"]].concat());
+        let said = refused(here(&[&args[..], &["--size", "16x16"]].concat()).assert());
         assert!(said.contains(&format!("made before with vae {name} (")), "{said}");
     }
 }
@@ -561,7 +567,7 @@ fn a_codec_that_does_not_fit_is_refused_in_one_line() {
         (file("nowhere"), "16x16", "nowhere: No such file"),
     ] {
         let args = ["prepare", "--images", &images, "--metadata", &metadata, "--out", &out, "--vae", &vae];
-        let said = failure(&[&args[..], &["--size", size]].concat());
+        let said = refused(here(&[&args[..], &["--size", size]].concat()).assert());
         assert!(said.contains(expected) && said.trim_end().lines().count() == 1, "{said}\nexpected {expected}");
     }
     assert!(!settings.out.exists());
@@ -633,7 +639,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
         }
     }
     let text = |out: &str| {
-        let shown = edm2k(&["info", dir.join(out).to_str().unwrap()]).success();
+        let shown = here(&["info", dir.join(out).to_str().unwrap()]).assert().success();
         String::from_utf8(shown.get_output().stdout.clone()).unwrap()
     };
     assert!(text("half.safetensors-out").contains("conditions are features of tagger.onnx, tensor pooled\n"));
@@ -700,9 +706,9 @@ fn a_model_of_features_draws_what_tags_ask_for() {
     fs::write(dir.join("config.json"), config).unwrap();
     let run = |line: &str| {
         let args: Vec<_> = line.split_whitespace().map(|word| word.replace('+', " ")).collect();
-        Command::cargo_bin("edm2k").unwrap().current_dir(dir).args(args).assert()
+        edm2k(dir, &args.iter().map(String::as_str).collect::<Vec<_>>()).assert()
     };
-    let ok = |line: &str| String::from_utf8(run(line).success().get_output().stdout.clone()).unwrap();
+    let ok = |line: &str| printed(run(line));
     let fails = |line: &str, expected: &str| {
         let failed = run(line).code(1);
         let said = String::from_utf8_lossy(&failed.get_output().stderr).into_owned();
@@ -787,9 +793,8 @@ fn the_readme_s_first_preparation_works_on_ordinary_photographs() {
     fs::write(dir.path().join("meta.jsonl"), lines).unwrap();
     let readme = include_str!("../README.md");
     let line = readme.lines().find_map(|line| line.strip_prefix("edm2k prepare --images ")).unwrap();
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    let done = command.current_dir(dir.path()).args(["prepare", "--images"]).args(line.split_whitespace());
-    let said = String::from_utf8(done.assert().success().get_output().stdout.clone()).unwrap();
+    let mut command = edm2k(dir.path(), &["prepare", "--images"]);
+    let said = printed(command.args(line.split_whitespace()).assert());
     assert!(said.contains("train             8 images"), "{said}");
 }
 
@@ -811,16 +816,10 @@ fn a_bad_record_is_one_bad_record() {
         shop.record(id, file, &["x"]);
     }
     shop.lines.push(r#"{"id": 33, "file": "/dev/zero", "tags": ["x"]}"#.into());
-    let listed = Mutex::new(Vec::new());
-    let listen = |event: Event| {
-        if let Event::Unreadable { file, why } = event {
-            listed.lock().unwrap().push(format!("{file}: {why}"));
-        }
-    };
-    let summary = prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
+    let (summary, listed) = shop.prepare_listing(&shop.settings());
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 1)]));
-    let listed = listed.into_inner().unwrap().join("\n");
+    let listed = listed.join("\n");
     for expected in ["pipe.png: it is a pipe, not a regular file", "folder.png: it is a directory", "it is a device"] {
         assert!(listed.contains(expected), "{listed}");
     }
@@ -837,14 +836,7 @@ fn files_that_are_no_images_are_called_what_they_are() {
         fs::write(shop.file(name), bytes).unwrap();
         shop.record(id, name, &["x"]);
     }
-    let listed = Mutex::new(String::new());
-    let listen = |event: Event| {
-        if let Event::Unreadable { file, why } = event {
-            *listed.lock().unwrap() += &format!("{file}: {why}\n");
-        }
-    };
-    prepare(&shop.folder(), &shop.settings(), None, &listen).unwrap();
-    let listed = listed.into_inner().unwrap();
+    let listed = shop.prepare_listing(&shop.settings()).1.join("\n");
     for expected in ["lfs.png: it is a Git LFS pointer", "page.jpg: it is a web page", "words.gif: it is no image"] {
         assert!(listed.contains(expected), "{listed}");
     }
@@ -898,7 +890,7 @@ fn a_vocabulary_that_is_not_of_the_shards_is_refused_and_renamed_tags_are_not() 
     assert_eq!(renamed.into_inner().unwrap(), "1 b bee");
     let data = shop.open(Split::Train);
     assert!(data.renamed() && data.vocabulary().get("bee").is_some());
-    let told = edm2k(&["info", out.to_str().unwrap(), "--check"]).success();
+    let told = here(&["info", out.to_str().unwrap(), "--check"]).assert().success();
     let told = String::from_utf8(told.get_output().stdout.clone()).unwrap();
     assert!(told.contains("4 tags, renamed since the shards were made: "), "{told}");
     assert!(told.contains("checked        11 shards are whole\n"), "{told}");
@@ -942,7 +934,7 @@ fn a_flipped_bit_anywhere_in_a_shard_is_found_and_mended() {
     let mut damaged = whole.clone();
     *damaged.last_mut().unwrap() ^= 4;
     fs::write(&path, &damaged).unwrap();
-    let text = failure(&["info", "--check", out.to_str().unwrap()]);
+    let text = refused(here(&["info", "--check", out.to_str().unwrap()]).assert());
     assert!(text.contains("its bytes are not those that were written (checksum)"), "{text}");
     let told = Mutex::new(String::new());
     let listen = |event: Event| {
@@ -972,12 +964,12 @@ fn what_made_a_dataset_is_recognised_by_its_content() {
     autoencoder::write(&dir.join("other/a.safetensors"), &other);
     let run = |vae: &str| {
         let line = format!("prepare --images images --metadata metadata.jsonl --size 16x16 --out out --vae {vae}");
-        Command::cargo_bin("edm2k").unwrap().current_dir(dir).args(line.split_whitespace()).assert()
+        edm2k(dir, &line.split_whitespace().collect::<Vec<_>>()).assert()
     };
     run("a.safetensors").success();
     let said = String::from_utf8(run("b.safetensors").success().get_output().stderr.clone()).unwrap();
     assert!(said.contains("train-00000.safetensors: 4 images (was there)"), "{said}");
-    let said = String::from_utf8(run("other/a.safetensors").failure().get_output().stderr.clone()).unwrap();
+    let said = refused(run("other/a.safetensors"));
     assert!(said.contains("made before with vae a.safetensors (") && said.contains("), now a.safetensors ("), "{said}");
     let data = Dataset::open(&dir.join("out"), Split::Train).unwrap();
     let made_by = CodecFile::open(dir.join("b.safetensors")).unwrap().autoencoder().unwrap();
@@ -1001,17 +993,10 @@ fn truncated_jpegs_are_unreadable() {
             shop.record(20 + 10 * k as i64 + shop.lines.len() as i64 % 4 + 2, &file, &["x"]);
         }
     }
-    let dropped = Mutex::new(Vec::new());
-    let listen = |event: Event| {
-        if let Event::Unreadable { file, why } = event {
-            assert!(why.contains("a JPEG that is not whole"), "{why}");
-            dropped.lock().unwrap().push(file.to_owned());
-        }
-    };
-    let settings = Settings { max_crop: 0.5, ..shop.settings() };
-    assert_eq!(counts(&prepare(&shop.folder(), &settings, None, &listen).unwrap(), Split::Train).kept, 4);
-    let mut dropped = dropped.into_inner().unwrap();
-    dropped.sort();
+    let (summary, listed) = shop.prepare_listing(&Settings { max_crop: 0.5, ..shop.settings() });
+    assert_eq!(counts(&summary, Split::Train).kept, 4);
+    let cut = |line: &String| line.split_once(": a JPEG that is not whole").map(|(file, _)| file.to_owned());
+    let dropped: Vec<_> = listed.iter().map(|line| cut(line).unwrap_or_else(|| panic!("{line}"))).collect();
     assert_eq!(dropped, ["baseline-half.jpg", "baseline-most.jpg", "progressive-half.jpg", "progressive-most.jpg"]);
 }
 
@@ -1448,15 +1433,6 @@ proptest! {
 
 // ---- the command ----
 
-fn edm2k(args: &[&str]) -> assert_cmd::assert::Assert {
-    Command::cargo_bin("edm2k").unwrap().args(args).assert()
-}
-
-/// What it says when it fails.
-fn failure(args: &[&str]) -> String {
-    String::from_utf8(edm2k(args).failure().get_output().stderr.clone()).unwrap()
-}
-
 #[test]
 fn the_command_prepares_and_prints_a_summary() {
     let shop = gallery();
@@ -1480,7 +1456,7 @@ fn the_command_prepares_and_prints_a_summary() {
         "--shard-size",
         "16",
     ];
-    let done = edm2k(&args).success();
+    let done = here(&args).assert().success();
     let text = String::from_utf8(done.get_output().stdout.clone()).unwrap();
     assert!(text.contains("train            32 images\n"), "{text}");
     assert!(text.contains("dropped           1 unreadable"), "{text}");
@@ -1491,7 +1467,7 @@ fn the_command_prepares_and_prints_a_summary() {
     assert_eq!(shop.open(Split::Train).shape(), [10, 12, 3]);
     let header = SafeFile::open(settings.out.join("test-00000.safetensors")).unwrap();
     assert!(header.metadata()["settings"].contains("\"background\":\"#ffffff\""));
-    let text = String::from_utf8(edm2k(&args).success().get_output().stderr.clone()).unwrap();
+    let text = String::from_utf8(here(&args).assert().success().get_output().stderr.clone()).unwrap();
     assert!(text.contains("train-00000.safetensors: 16 images (was there)"), "{text}");
 }
 
@@ -1507,7 +1483,7 @@ fn the_command_fails_with_one_clear_line() {
     let run = |out: &str, metadata: &str, more: &[&str]| {
         let mut args = vec!["prepare", "--images", &images, "--metadata", metadata, "--out", out];
         args.extend(more);
-        let failed = edm2k(&args).failure();
+        let failed = here(&args).assert().failure();
         String::from_utf8(failed.get_output().stderr.clone()).unwrap()
     };
     let one_line = |text: String, expected: &str| {

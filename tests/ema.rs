@@ -3,28 +3,21 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use assert_cmd::Command;
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::{Config, Model, ModelMeta, Precision, file::save};
 use edm2k::train::posthoc::{mismatch, solve_posthoc};
 use serde_json::Value;
 
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
+#[path = "common/command.rs"]
+mod command;
+use command::{here, refused_in_one_line};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// One line on stderr, and a failure.
 fn refused(arguments: &[&str]) -> String {
-    let output = command(arguments).assert().code(1).get_output().clone();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.starts_with("edm2k: error: ") && said.lines().count() == 1, "{said}");
-    said
+    refused_in_one_line(here(arguments).assert())
 }
 
 fn config(channels: usize) -> Config {
@@ -68,7 +61,7 @@ fn snapshots_are_combined_with_the_official_coefficients() {
         }
         let asked = wanted.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
         let out = dir.path().join("out");
-        command(&["ema", text(dir.path()), "--std", &asked, "--out", text(&out)]).assert().success();
+        here(&["ema", text(dir.path()), "--std", &asked, "--out", text(&out)]).assert().success();
 
         let x = exact.f64(&format!("{name}.X_exact")).unwrap();
         let last = case["out_nimg"].as_u64().unwrap();
@@ -96,7 +89,7 @@ fn trained(dir: &Path, name: &str, stds: &str) -> PathBuf {
     )
     .unwrap();
     let run = dir.join(name);
-    command(&["train", "--data", "tests/data/emoji", "--config", text(&network), "--outdir", text(&run)])
+    here(&["train", "--data", "tests/data/emoji", "--config", text(&network), "--outdir", text(&run)])
         .args(["--ema", stds, "--duration", "640", "--batch", "8", "--snapshot", "64", "--rampup", "80"])
         .args(["--grid", "0", "--validate", "0", "--checkpoint", "0"])
         .assert()
@@ -111,7 +104,7 @@ fn a_run_s_own_averages_are_found_again() {
     let run = trained(dir.path(), "two", "0.05,0.10");
     let more = trained(dir.path(), "three", "0.05,0.07,0.10");
     let out = dir.path().join("out");
-    let said = command(&["ema", text(&run), "--std", "0.05,0.07,0.10", "--out", text(&out)]).assert().success();
+    let said = here(&["ema", text(&run), "--std", "0.05,0.07,0.10", "--out", text(&out)]).assert().success();
     let said = String::from_utf8(said.get_output().stdout.clone()).unwrap();
     assert!(said.lines().all(|line| line.contains("at 640 images, from 20 snapshots")), "{said}");
     for stored in ["0.050", "0.100"] {
@@ -133,10 +126,10 @@ fn a_run_s_own_averages_are_found_again() {
 
     let sample =
         ["sample", "--model", text(&out.join("ema-000000640-0.070.safetensors")), "--outdir"].map(str::to_owned);
-    command(&sample.each_ref().map(String::as_str)).arg(dir.path().join("images")).assert().success();
+    here(&sample.each_ref().map(String::as_str)).arg(dir.path().join("images")).assert().success();
 
     let early = dir.path().join("early");
-    command(&["ema", text(&run), "--std", "0.0625", "--at", "384", "--out", text(&early)]).assert().success();
+    here(&["ema", text(&run), "--std", "0.0625", "--at", "384", "--out", text(&early)]).assert().success();
     let meta = Model::load(early.join("ema-000000384-0.0625.safetensors")).unwrap().meta;
     assert_eq!((meta.images_seen, meta.ema_std), (384, Some(0.0625)));
 }
@@ -233,9 +226,9 @@ fn what_cannot_be_reconstructed_is_one_clear_line() {
     assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
     let again = ["ema", text(&file("a")), text(&file("b")), "--std", "0.07", "--out", text(&out)].map(str::to_owned);
     let again = again.each_ref().map(String::as_str);
-    command(&again).assert().success();
+    here(&again).assert().success();
     assert!(refused(&again).contains("ema-000001000-0.070.safetensors exists; give --overwrite"));
-    command(&again).arg("--overwrite").assert().success();
+    here(&again).arg("--overwrite").assert().success();
     fs::write(file("taken"), "").unwrap();
     assert!(refused(&["ema", again[1], again[2], "--std", "0.07", "--out", text(&file("taken"))]).contains("taken: "));
 }

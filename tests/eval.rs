@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 
-use assert_cmd::Command;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::data::dataset::{Dataset, Split};
@@ -15,19 +14,16 @@ use serde_json::Value;
 
 const DATA: &str = "tests/data/emoji";
 
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
+#[path = "common/command.rs"]
+mod command;
+use command::{here, printed};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 fn eval(model: &Path, options: &[&str]) -> String {
-    let output = command(&["eval", "--model", text(model), "--data", DATA]).args(options).assert().success();
-    String::from_utf8(output.get_output().stdout.clone()).unwrap()
+    printed(here(&["eval", "--model", text(model), "--data", DATA]).args(options).assert())
 }
 
 fn dataset(split: Split) -> Dataset {
@@ -181,13 +177,13 @@ fn what_does_not_fit_is_one_clear_line() {
         let model = file(model);
         let arguments = ["eval", "--model", text(&model)];
         let data: &[&str] = if options.contains(&"--data") { &[] } else { &["--data", DATA] };
-        let output = command(&arguments).args(data).args(options).assert().code(1).get_output().clone();
+        let output = here(&arguments).args(data).args(options).assert().code(1).get_output().clone();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(said.starts_with("edm2k: error: ") && said.lines().count() == 1, "{said}");
         assert!(said.contains(message), "{said}expected {message}");
     }
     for option in [["--images", "0"], ["--batch", "0"], ["--split", "trian"]] {
-        command(&["eval", "--model", "x", "--data", DATA]).args(option).assert().code(2);
+        here(&["eval", "--model", "x", "--data", DATA]).args(option).assert().code(2);
     }
     // A network without conditions is measured without them; a split may be missing.
     eval(&file("unconditional"), &["--images", "1"]);
@@ -197,8 +193,7 @@ fn what_does_not_fit_is_one_clear_line() {
         fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(DATA).join(name), half.join(name)).unwrap();
     }
     let right = file("right");
-    let output =
-        command(&["eval", "--model", text(&right), "--data", text(&half)]).assert().code(1).get_output().clone();
+    let output = here(&["eval", "--model", text(&right), "--data", text(&half)]).assert().code(1).get_output().clone();
     assert!(String::from_utf8(output.stderr).unwrap().contains("half: no validation shards"));
 }
 

@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::Path;
 
-use assert_cmd::Command;
 use predicates::str::contains;
 use serde_json::Value;
 
+#[path = "common/command.rs"]
+mod command;
+use command::{here, printed, refused_in_one_line};
+
 fn info(arguments: &[&str]) -> assert_cmd::assert::Assert {
-    Command::cargo_bin("edm2k").unwrap().arg("info").args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).assert()
+    here(&[&["info"], arguments].concat()).assert()
 }
 
 fn json(arguments: &[&str]) -> Value {
@@ -18,10 +21,7 @@ fn json(arguments: &[&str]) -> Value {
 
 /// One line on stderr, nothing on stdout, and a failure.
 fn refused(path: &Path) -> String {
-    let output = info(&[path.to_str().unwrap()]).code(1).get_output().clone();
-    assert!(output.stdout.is_empty());
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.starts_with("edm2k: error: ") && said.lines().count() == 1, "{said}");
+    let said = refused_in_one_line(info(&[path.to_str().unwrap()]));
     assert!(said.contains(path.to_str().unwrap()), "{said}");
     said
 }
@@ -101,9 +101,7 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
 
 #[test]
 fn bench_measures_time_and_memory() {
-    let mut bench = Command::cargo_bin("edm2k").unwrap();
-    let bench = bench.args(["bench", "--device", "cpu", "--size", "8x8", "--repeats", "1"]);
-    let table = String::from_utf8(bench.assert().success().get_output().stdout.clone()).unwrap();
+    let table = printed(here(&["bench", "--device", "cpu", "--size", "8x8", "--repeats", "1"]).assert());
     for what in ["forward, batch 1", "forward, batch 2", "SD-VAE decode, one image", "training step, batch 1"] {
         let row = table.lines().find(|line| line.starts_with(what)).unwrap_or_else(|| panic!("{what}: {table}"));
         assert!(row.contains(" images/s "), "{row}");
