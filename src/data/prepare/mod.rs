@@ -23,7 +23,6 @@ mod render;
 mod report;
 mod settings;
 
-use std::fs::File;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -38,7 +37,7 @@ use super::dataset::Split;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
 use crate::formats::DirLock;
-use plan::Plan;
+use plan::{Plan, date};
 use render::{Conditions, Renderer};
 
 /// Prepares a dataset: of pictures, or with a codec of their latents.
@@ -92,9 +91,7 @@ pub fn prepare(
             let begun = SystemTime::now();
             let (rows, notes) = renderer.render(&job.members, codec.as_mut(), report)?;
             rows.write(&path, &job.header, &notes)?;
-            // A picture that changed meanwhile is newer than the shard.
-            let dated = File::options().write(true).open(&path).and_then(|file| file.set_modified(begun));
-            dated.map_err(|cause| PrepareError::Io { path: path.clone(), cause })?;
+            date(&path, begun)?;
         }
         let shard = Shard::open(&path, &plan.vocabulary)?;
         let notes = Notes::read(&shard.file)?;

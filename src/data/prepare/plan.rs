@@ -1,9 +1,9 @@
 //! The second stage: which shards there will be, what they depend on, and which of them are there.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -252,18 +252,27 @@ fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), Prepa
 /// An error if a shard was made of other pictures. Those whose files are newer than the shard are read again: dates are
 /// a reason to look, as they change with copying, and contents decide.
 fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
-    let path = file.path();
+    let (path, begun) = (file.path(), SystemTime::now());
     let made = fs::metadata(path).and_then(|about| about.modified());
     let made = made.map_err(|cause| PrepareError::Io { path: path.into(), cause })?;
-    let replaced = |(record, then): (&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
-        let newer = record.place.changed().is_some_and(|changed| changed + SLACK > made);
-        Ok((newer && print(&record.read()?) != *then).then(|| record.file.clone()))
+    let newer = |(record, _): &(&&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
+    let suspects: Vec<_> = job.members.iter().zip(&notes.pictures).filter(newer).collect();
+    let replaced = |(record, then): &(&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
+        Ok((print(&record.read()?) != **then).then(|| record.file.clone()))
     };
-    let found: Result<Vec<_>, _> = job.members.par_iter().zip(&notes.pictures).map(replaced).collect();
+    let found: Result<Vec<_>, _> = suspects.par_iter().map(replaced).collect();
     match found?.into_iter().flatten().next() {
         Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file }),
-        None => Ok(()),
+        None if suspects.is_empty() => Ok(()),
+        // Next time there is no reason to look.
+        None => date(path, begun),
     }
+}
+
+/// Gives a shard the time at which its pictures began to be read: what changed since is newer.
+pub(super) fn date(path: &Path, begun: SystemTime) -> Result<(), PrepareError> {
+    let dated = File::options().write(true).open(path).and_then(|file| file.set_modified(begun));
+    dated.map_err(|cause| PrepareError::Io { path: path.into(), cause })
 }
 
 /// An error if a vocabulary's file is not what was counted, but for the names of tags.
