@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::{Backend, Normalization, Operand, Slot};
+use edm2k::backend::{Backend, NetworkBackend, Normalization, Operand, Slot, TrainingBackend};
 use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 

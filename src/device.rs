@@ -6,10 +6,11 @@ use std::str::FromStr;
 
 use crate::backend::codec::CodecBackend;
 use crate::backend::cpu::{Cpu, bf16_is_available};
+use crate::backend::gpu::codec::Loaded;
 use crate::backend::gpu::engine::Gpu;
 use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
-use crate::backend::{Backend, BackendError, DeviceError, Normalization, Slot};
+use crate::backend::{BackendError, DeviceError, TrainingBackend};
 use crate::memory::{self, TooLarge};
 use crate::model::{Config, Model};
 use crate::params::ParamTable;
@@ -217,33 +218,34 @@ impl fmt::Display for Device {
 
 /// Makes the backends of one device.
 pub trait Backends {
-    /// What they are.
-    type Backend: CodecBackend + 'static;
+    /// Those of networks.
+    type Network: TrainingBackend + 'static;
+    /// Those of codecs.
+    type Codec: CodecBackend + 'static;
 
     /// One that holds the parameters of a network, to run it.
     ///
     /// # Errors
     /// The device's.
-    fn sampling(&self, table: &ParamTable) -> Result<Self::Backend, DeviceError>;
+    fn sampling(&self, table: &ParamTable) -> Result<Self::Network, DeviceError>;
     /// One that also holds gradients, moments, and `averages` moving averages.
     ///
     /// # Errors
     /// The device's.
-    fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Backend, DeviceError>;
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Network, DeviceError>;
     /// One that holds no network, to run codecs.
     ///
     /// # Errors
     /// The device's.
-    fn codec(&self) -> Result<Self::Backend, DeviceError>;
+    fn codec(&self) -> Result<Self::Codec, DeviceError>;
 
     /// One that holds a model's weights, ready to run it.
     ///
     /// # Errors
     /// The device's.
-    fn loaded(&self, model: &Model) -> Result<Self::Backend, BackendError> {
+    fn loaded(&self, model: &Model) -> Result<Self::Network, BackendError> {
         let mut backend = self.sampling(&model.table)?;
-        model.upload(&mut backend, Slot::Weight)?;
-        backend.prepare(Slot::Weight, Normalization::Eval)?;
+        model.load_into(&mut backend)?;
         Ok(backend)
     }
 }
@@ -261,13 +263,14 @@ struct OnCpu {
 }
 
 impl OnCpu {
-    fn rounded(&self, cpu: Cpu<f32>) -> Cpu<f32> {
+    fn rounded<P>(&self, cpu: Cpu<f32, P>) -> Cpu<f32, P> {
         if self.bf16 { cpu.in_bf16() } else { cpu }
     }
 }
 
 impl Backends for OnCpu {
-    type Backend = Cpu<f32>;
+    type Network = Cpu<f32>;
+    type Codec = Cpu<f32, ()>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Cpu<f32>, DeviceError> {
         Ok(self.rounded(Cpu::for_sampling(table)))
@@ -275,7 +278,7 @@ impl Backends for OnCpu {
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Cpu<f32>, DeviceError> {
         Ok(self.rounded(Cpu::for_training(table, averages)))
     }
-    fn codec(&self) -> Result<Cpu<f32>, DeviceError> {
+    fn codec(&self) -> Result<Cpu<f32, ()>, DeviceError> {
         Ok(self.rounded(Cpu::for_codec()))
     }
 }
@@ -286,7 +289,8 @@ struct OnGpu {
 }
 
 impl Backends for OnGpu {
-    type Backend = Gpu;
+    type Network = Gpu;
+    type Codec = Gpu<Loaded>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {
         Gpu::for_sampling(self.runtime.clone(), self.math, table)
@@ -294,7 +298,7 @@ impl Backends for OnGpu {
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Gpu, DeviceError> {
         Gpu::for_training(self.runtime.clone(), self.math, table, averages)
     }
-    fn codec(&self) -> Result<Gpu, DeviceError> {
+    fn codec(&self) -> Result<Gpu<Loaded>, DeviceError> {
         Gpu::for_codec(self.runtime.clone(), self.math)
     }
 }

@@ -10,10 +10,10 @@
 mod common;
 
 use common::{Bench, Kernels, PRECISIONS, normals, read};
-use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
 use edm2k::backend::gpu::launch::{DevicePtr, Precision};
+use edm2k::backend::{Backend, NetworkBackend, TrainingBackend};
 use edm2k::params::ParamTable;
 
 struct Shape {

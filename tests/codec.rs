@@ -255,7 +255,7 @@ fn convolutions_of_every_reach_match_their_definition() {
             let weight = normals(cout * cin * side * side, 1);
             let bias = normals(cout, 2);
             let x = normals(n * h * w * cin, 3);
-            let mut b = Cpu::<f64>::for_codec();
+            let mut b = Cpu::<f64, ()>::for_codec();
             let conv = b.load_conv(reach, cin, &weight, Some(&bias));
             let t = b.upload([n, h, w, cin], &x);
             let got = b.convolve(&conv, &t, Before::Nothing, After::NOTHING);
@@ -281,7 +281,7 @@ fn a_large_mean_does_not_spoil_the_group_norm() {
     // Mean 1000, deviation 1: the difference of squares would lose all digits in f32.
     let (h, w, c) = (40, 24, 64);
     let x: Vec<f32> = normals(h * w * c, 5).iter().map(|x| 1000.0 + x).collect();
-    let mut b = Cpu::<f32>::for_codec();
+    let mut b = Cpu::<f32, ()>::for_codec();
     let t = b.upload([1, h, w, c], &x);
     let one = b.upload([1, 1, 2, c], &[vec![1.0; c], vec![0.0; c]].concat());
     let affine = b.group_norm(&t, &one, 32, 1e-6);
@@ -315,14 +315,14 @@ fn check_sd_vae(channels: &[usize], layers: usize, [h, w]: [usize; 2]) {
     let moments = naive.sd_encode(channels.len(), layers, &Image::from_nhwc(3, ih, iw, &pixels)).nhwc();
     let half = |from: usize| moments.chunks(8).flat_map(|p| p[from..from + 4].to_vec()).collect::<Vec<_>>();
 
-    let b = &mut Cpu::<f64>::for_codec();
+    let b = &mut Cpu::<f64, ()>::for_codec();
     let got = codec.decoder(b).unwrap().image(b, [h, w], &z).unwrap();
     assert_close(&format!("{what}: decoded"), &got, &want, EXACT);
     let got = codec.encoder(b).unwrap().moments(b, [ih, iw], &pixels).unwrap().0;
     assert_close(&format!("{what}: mean"), &got.mean, &half(0), EXACT);
     assert_close(&format!("{what}: logvar"), &got.logvar, &half(4), EXACT);
 
-    let b = &mut Cpu::<f32>::for_codec();
+    let b = &mut Cpu::<f32, ()>::for_codec();
     let got = codec.decoder(b).unwrap().image(b, [h, w], &z).unwrap();
     assert_close(&format!("{what}: decoded in f32"), &got, &want, F32);
     let got = codec.encoder(b).unwrap().moments(b, [ih, iw], &pixels).unwrap().0;
@@ -351,7 +351,7 @@ fn a_taesd_matches_its_definition() {
     let latents = Naive(&file).tiny_encode(&Image::from_nhwc(3, 8 * h, 8 * w, &pixels));
     let latents = latents.map(|x| x / f64::from(TAESD_SCALE)).nhwc();
 
-    let b = &mut Cpu::<f64>::for_codec();
+    let b = &mut Cpu::<f64, ()>::for_codec();
     let decoded = codec.decoder(b).unwrap().image(b, [h, w], &z).unwrap();
     // The latent is scaled in f32.
     assert_close("decoded", &decoded, &want, 2.0 * EXACT);
@@ -402,7 +402,7 @@ fn both_namings_of_the_attention_are_the_same_network() {
     write(&new, &file);
     write(&old, &old_names(&file));
     assert!(SafeFile::open(&old).unwrap().contains("decoder.mid_block.attentions.0.proj_attn.bias"));
-    let b = &mut Cpu::<f32>::for_codec();
+    let b = &mut Cpu::<f32, ()>::for_codec();
     let pixels = vec![0.25; 8 * 6 * 3];
     let z = normals(4 * 3 * 4, 1);
     let [new, old] = [new, old].map(|path| {
@@ -426,7 +426,7 @@ fn the_reference_librarys_numbers_are_reproduced() {
     let Some(dir) = std::env::var_os("EDM2K_GOLDEN").map(PathBuf::from) else {
         return eprintln!("EDM2K_GOLDEN is not set");
     };
-    let b = &mut Cpu::<f64>::for_codec();
+    let b = &mut Cpu::<f64, ()>::for_codec();
     for (stem, scale) in [("vae", 1.0), ("taesd", TAESD_SCALE)] {
         let file = SafeFile::open(dir.join(format!("{stem}.safetensors"))).unwrap();
         let codec = CodecFile::open(dir.join(format!("{stem}_model.safetensors"))).unwrap();
@@ -465,7 +465,7 @@ fn pictures_and_latents_follow_edm2() {
     file.get_mut("decoder.conv_out.weight").unwrap().1.iter_mut().for_each(|x| *x *= 2.0);
     write(&path, &file);
     let codec = CodecFile::open(&path).unwrap();
-    let b = &mut Cpu::<f32>::for_codec();
+    let b = &mut Cpu::<f32, ()>::for_codec();
     let (encoder, decoder) = (codec.encoder(b).unwrap(), codec.decoder(b).unwrap());
 
     let rgb: Vec<u8> = (0..8 * 6 * 3).map(|i| (i * 37 % 256) as u8).collect();
@@ -513,7 +513,7 @@ fn damaged_files_are_refused_by_file_and_tensor() {
     let path = dir.path().join("bad.safetensors");
     let refuse = |file: &File, what: &[&str]| {
         write(&path, file);
-        let b = &mut Cpu::<f32>::for_codec();
+        let b = &mut Cpu::<f32, ()>::for_codec();
         let opened = CodecFile::open(&path).and_then(|codec| codec.decoder(b).map(|_| ()));
         let error = opened.unwrap_err().to_string();
         for what in ["bad.safetensors: "].iter().chain(what) {
@@ -634,7 +634,7 @@ fn sample_decodes_latents_to_pictures() {
     // The picture is that of the latents.
     let latents = SafeFile::open(at("plain/latents.safetensors")).unwrap();
     let (size, latents) = golden(&latents, "latents");
-    let b = &mut Cpu::<f32>::for_codec();
+    let b = &mut Cpu::<f32, ()>::for_codec();
     let decoder = CodecFile::open(at("vae")).unwrap().decoder(b).unwrap();
     let want = decoder.decode(b, size, &latents[1]).unwrap();
     sample(dir.path(), "latent", &["--outdir", "exact", "--vae", "vae", "--precision", "f32"]).success();

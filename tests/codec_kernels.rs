@@ -27,7 +27,7 @@ struct Bench {
     on: common::Bench,
     /// Few multiprocessors make large tiles, many small ones.
     card: Card,
-    cpu: Cpu<f32>,
+    cpu: Cpu<f32, ()>,
     seed: u64,
 }
 
@@ -309,7 +309,7 @@ fn a_whole_decoder() {
     let size = [2, 3];
     let mut latent = vec![0.0; 2 * 3 * 4];
     Stream::new(5, Purpose::Init, 0).normals(&mut latent);
-    let mut cpu = Cpu::<f32>::for_codec();
+    let mut cpu = Cpu::<f32, ()>::for_codec();
     let (decoder, _) = Decoder::random(&mut cpu, size[0], size[1]).unwrap();
     let want = decoder.image(&mut cpu, size, &latent).unwrap();
     drop(decoder);
@@ -334,7 +334,7 @@ fn a_decode_of_512x704_fits_in_2_gb() {
     let mut gpu = Gpu::for_codec(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16).unwrap();
     let (decoder, _) = Decoder::random(&mut gpu, 88, 64).unwrap();
     decoder.image(&mut gpu, [88, 64], &vec![0.0; 88 * 64 * codecs::RAW_MEAN.len()]).unwrap();
-    let (_, cost) = gpu.costs().next().unwrap();
+    let cost = gpu.costs().next().unwrap();
     let bytes = gpu.param_bytes() + cost.workspace;
     eprintln!("weights {} MB, {cost:?}", gpu.param_bytes() / 1_000_000);
     // 2 GB are promised; three quarters of one are needed.

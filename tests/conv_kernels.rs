@@ -12,7 +12,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
-use edm2k::backend::{Backend, Operand, OperandGrad, Scale, Slot};
+use edm2k::backend::{Backend, NetworkBackend, Operand, OperandGrad, Scale, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable, mp_sum_weights};
 
 /// xorshift64*: values that differ from each other, the same in every run.

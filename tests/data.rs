@@ -490,7 +490,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
 
         let dataset = Dataset::open(&out, Split::Train).unwrap();
         assert_eq!((dataset.header().kind, dataset.shape()), (Kind::Latents, [16 / factor, 16 / factor, 4]));
-        let mut cpu = Cpu::<f32>::for_codec();
+        let mut cpu = Cpu::<f32, ()>::for_codec();
         let encoder = CodecFile::open(&vae).unwrap().encoder(&mut cpu).unwrap();
         let shard = SafeFile::open(out.join("train-00000.safetensors")).unwrap();
         let area = 256 / factor / factor;

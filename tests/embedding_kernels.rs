@@ -12,7 +12,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
 use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::weights::Effective;
-use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, Normalization, Slot};
+use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, NetworkBackend, Normalization, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable};
 
 /// Sums of up to 1000 values in f32.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::{Backend, Normalization, Slot};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Encoder, Model, Precision, file::save};
 use edm2k::rng::{Purpose, Stream};
@@ -91,8 +91,7 @@ fn losses_by_level_are_those_of_the_formula() {
 fn the_loss_watched_in_training_is_the_mean_over_its_levels() {
     let (model, data) = (model(), dataset(Split::Validation));
     let mut backend = Cpu::<f32>::for_sampling(&model.table);
-    model.upload(&mut backend, Slot::Weight).unwrap();
-    backend.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    model.load_into(&mut backend).unwrap();
     let sigma = 0.5f64;
     let settings = Settings {
         config: model.net.config.clone(),

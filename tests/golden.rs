@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use edm2k::backend::cpu::{Cpu, bf16_is_available};
 use edm2k::backend::gpu::launch::Precision;
-use edm2k::backend::{Backend, Normalization, Slot, Step};
+use edm2k::backend::{Backend, NetworkBackend, Normalization, Slot, Step, TrainingBackend};
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamKind, ParamTable};
@@ -28,7 +28,8 @@ fn replay_within(dir: &Path, bounds: Bounds) -> (Summary, Vec<Outcome>) {
     };
     let mut outcomes = Vec::new();
     let summary =
-        verify(dir, &device, &|| Ok(Cpu::<f32>::for_codec()), &mut |outcome| outcomes.push(outcome.clone())).unwrap();
+        verify(dir, &device, &|| Ok(Cpu::<f32, ()>::for_codec()), &mut |outcome| outcomes.push(outcome.clone()))
+            .unwrap();
     (summary, outcomes)
 }
 
@@ -79,7 +80,7 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
             Outcome::Check(check) if check.name.ends_with("D_x") => worst = check.error.max(worst),
             _ => {}
         };
-        let codec = || Ok(Cpu::<f32>::for_codec().in_bf16());
+        let codec = || Ok(Cpu::<f32, ()>::for_codec().in_bf16());
         let summary = verify(Path::new(dir), &device, &codec, &mut note).unwrap();
         assert!(failed.is_empty(), "{dir}:\n{}", failed.join("\n"));
         assert!(summary.ok >= at_least, "only {} checks in {dir}", summary.ok);

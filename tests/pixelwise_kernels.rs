@@ -15,7 +15,9 @@ use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::precond::NoiseStream;
 use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, Turned, WeightRow};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
-use edm2k::backend::{Backend, Logvar, LossInput, Normalization, Operand, Shape, Slot, Step};
+use edm2k::backend::{
+    Backend, Logvar, LossInput, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
+};
 use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 

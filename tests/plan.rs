@@ -16,7 +16,7 @@ fn seed_network(batch: usize) -> (usize, Cost) {
     let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
     rehearse(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
-    let (_, cost) = gpu.costs().next().unwrap();
+    let cost = gpu.costs().next().unwrap();
     (gpu.param_bytes(), cost)
 }
 

@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::{Backend, Normalization, Shape, Slot};
+use edm2k::backend::{Backend, Shape};
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::Config;
 use edm2k::model::file::{Model, Precision, save};
+use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
 use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
@@ -236,8 +236,7 @@ fn tiny() -> (Model, Cpu<f32>) {
 
 fn load(model: &Model) -> Cpu<f32> {
     let mut b = Cpu::for_sampling(&model.table);
-    model.upload(&mut b, Slot::Weight).unwrap();
-    b.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    model.load_into(&mut b).unwrap();
     b
 }
 
@@ -290,6 +289,57 @@ fn guidance_one_is_no_guidance_and_the_interval_bounds_it() {
     let unconditional = images(&model, &mut b, &[], &[4], &with(1.0, None));
     assert!(unconditional == images(&model, &mut b, &[], &[4], &with(2.5, None)), "nothing to guide away from");
     assert_close("guidance 0", &images(&model, &mut b, &labels, &[4], &with(0.0, None)), &unconditional, 1e-5);
+}
+
+/// A network with its condition and without, one after the other.
+struct Halves<'a> {
+    net: &'a Precond,
+    labels: &'a [f32],
+    config: &'a SamplerConfig,
+}
+
+impl Denoise<Cpu<f32>> for Halves<'_> {
+    fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, SampleError> {
+        let n = b.shape(x)[0];
+        let sigmas = b.upload([n, 1, 1, 1], &vec![sigma as f32; n]);
+        let labels = b.upload([n, 1, 1, self.labels.len() / n], self.labels);
+        let d = self.net.denoise(b, x, &sigmas, Some(&labels));
+        let without = self.net.denoise(b, x, &sigmas, None);
+        let guides = self.config.guides(sigma);
+        Ok(if guides { Guided::new(d, without, self.config.guidance) } else { Guided::plain(d) })
+    }
+
+    fn noise(&mut self, _: &mut Cpu<f32>, _: usize) -> T {
+        unreachable!("there is no churn")
+    }
+
+    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
+        Ok(())
+    }
+}
+
+/// Condition and no condition go through the network as one batch.
+#[test]
+fn a_guided_batch_is_its_two_halves() {
+    let (model, mut b) = tiny();
+    let seeds = [7, 3];
+    let labels = [0.0, 1.0, 0.0, 0.5, 0.0, 1.0, 0.0, 0.0, 0.0, 0.25];
+    for solver in [Solver::Dpmpp2m, Solver::Heun, Solver::Euler] {
+        for guidance_interval in [None, Some((0.0, 10.0))] {
+            let config = SamplerConfig { solver, guidance_interval, ..SHORT };
+            let together = images(&model, &mut b, &labels, &seeds, &config);
+            let mut noise = Vec::new();
+            for seed in seeds {
+                let mut values = vec![0.0; 12 * 20 * 3];
+                Stream::new(seed, Purpose::SampleNoise, 0).normals(&mut values);
+                noise.append(&mut values);
+            }
+            let noise = b.upload([2, 12, 20, 3], &noise);
+            let mut halves = Halves { net: &model.net, labels: &labels, config: &config };
+            let apart = solve(&mut b, &mut halves, &config, &noise).unwrap();
+            assert!(together == b.download(&apart).unwrap(), "{config:?}");
+        }
+    }
 }
 
 #[test]

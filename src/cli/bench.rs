@@ -7,17 +7,18 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::{Gpu, Work};
+use edm2k::backend::gpu::engine::{Cost, Gpu, Work};
 use edm2k::backend::gpu::limits::{self, Limits};
 use edm2k::backend::gpu::runtime::Runtime;
-use edm2k::backend::{Backend, Normalization, Shape, Slot, Step};
-use edm2k::codec::{Decoder, LATENTS};
+use edm2k::backend::{Normalization, PlanKey, Shape, Slot, Step, TrainingBackend};
+use edm2k::codec::{CodecPlan, Decoder, LATENTS};
 use edm2k::model::Precond;
 use edm2k::model::config::{Preset, preset};
+use edm2k::model::precond::Forward;
 use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::micro_batch;
 use edm2k::train::stats::peak_mib;
+use edm2k::train::{MicroBatch, micro_batch};
 
 use super::say::{self, out};
 
@@ -131,6 +132,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
+/// Of the parameters and the largest workspace of a device.
+fn mib(parameters: usize, plans: impl Iterator<Item = Cost>) -> Option<f64> {
+    Some((parameters + plans.map(|cost| cost.workspace).max().unwrap_or(0)) as f64 / f64::from(1 << 20))
+}
+
 /// The middle one.
 fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
@@ -139,8 +145,10 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 
 impl Bench<'_> {
     fn cpu(&mut self, bf16: bool) -> Result<()> {
-        let rounded = |cpu: Cpu| if bf16 { cpu.in_bf16() } else { cpu };
-        let mut b = rounded(Cpu::for_sampling(&self.table));
+        fn rounded<P>(cpu: Cpu<f32, P>, bf16: bool) -> Cpu<f32, P> {
+            if bf16 { cpu.in_bf16() } else { cpu }
+        }
+        let mut b = rounded(Cpu::for_sampling(&self.table), bf16);
         self.load(&mut b, Normalization::Eval)?;
         for n in [1, 2] {
             self.forward(&mut b, n, &|_| peak_mib())?;
@@ -148,14 +156,14 @@ impl Bench<'_> {
         drop(b);
         // Before the training, whose peak would hide this one's.
         if self.net.config.img_channels == LATENTS {
-            self.decoding(&mut rounded(Cpu::for_codec()), &|_| peak_mib())?;
+            self.decoding(&mut rounded(Cpu::for_codec(), bf16), &|_| peak_mib())?;
         }
         let mut b = Cpu::<f32>::for_training(&self.table, 0);
         self.training(&mut b, 1, 1, &|_| peak_mib())
     }
 
     /// An SD-VAE of the published size, with random weights, makes an image of a latent.
-    fn decoding<B: CodecBackend>(&mut self, b: &mut B, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
+    fn decoding<B: CodecBackend>(&mut self, b: &mut B, memory: &dyn Fn(&B) -> Option<f64>) -> Result<CodecPlan> {
         let size = self.size;
         let (decoder, macs) = Decoder::random(b, size[0], size[1])?;
         let mut latent = vec![0.0; size[0] * size[1] * LATENTS];
@@ -166,7 +174,7 @@ impl Bench<'_> {
         };
         let times = self.time(&mut run)?;
         self.row("SD-VAE decode, one image".into(), [macs as f64, 1.0], times, memory(b));
-        Ok(())
+        Ok(decoder.plan())
     }
 
     fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {
@@ -177,36 +185,33 @@ impl Bench<'_> {
             out!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
         }
         self.limits = Some(limits);
-        let memory = |b: &Gpu| {
-            let workspace = b.costs().map(|(_, cost)| cost.workspace).max().unwrap_or(0);
-            Some((b.param_bytes() + workspace) as f64 / f64::from(1 << 20))
-        };
+        let memory = |b: &Gpu| mib(b.param_bytes(), b.costs());
         let mut b = Gpu::for_sampling(runtime.clone(), math, &self.table)?;
         self.load(&mut b, Normalization::Eval)?;
         for n in [1, 2, 8] {
             self.forward(&mut b, n, &memory)?;
             if self.args.kernels && n == 1 {
-                self.time_kernels(&mut b, "forward, batch 1", "forward")?;
+                self.time_kernels(&mut b, "forward, batch 1", &Forward)?;
             }
         }
         drop(b);
         if self.net.config.img_channels == LATENTS {
             let mut b = Gpu::for_codec(runtime.clone(), math)?;
-            self.decoding(&mut b, &memory)?;
+            let plan = self.decoding(&mut b, &|b| mib(b.param_bytes(), b.costs()))?;
             if self.args.kernels {
-                self.time_kernels(&mut b, "SD-VAE decode", "decode")?;
+                self.time_kernels(&mut b, "SD-VAE decode", &plan)?;
             }
         }
         let mut b = Gpu::for_training(runtime, math, &self.table, 0)?;
         self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
         if self.args.kernels {
-            self.time_kernels(&mut b, "training", "train")?;
+            self.time_kernels(&mut b, "training", &MicroBatch)?;
         }
         Ok(())
     }
 
     /// Random parameters, one at a time: the peak is to be that of the network, not of its making.
-    fn load<B: Backend>(&self, b: &mut B, how: Normalization) -> Result<()> {
+    fn load<B: TrainingBackend>(&self, b: &mut B, how: Normalization) -> Result<()> {
         for (id, spec) in self.table.iter() {
             let mut values = vec![0.0; spec.numel()];
             Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
@@ -254,16 +259,15 @@ impl Bench<'_> {
         [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n]), ([n, 1, 1, dim], vec![0.03; n * dim])]
     }
 
-    fn forward<B: Backend>(&mut self, b: &mut B, n: usize, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
+    fn forward<B: TrainingBackend>(&mut self, b: &mut B, n: usize, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
         let inputs = self.inputs(n);
         let given = if self.net.config.label_dim > 0 { 3 } else { 2 };
-        let inputs: Vec<(Shape, &[f32])> = inputs[..given].iter().map(|(shape, x)| (*shape, &x[..])).collect();
         let macs = self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * n as f64;
         let net = self.net.clone();
         let mut run = || {
-            let body = &mut |b: &mut B, t: &[B::Tensor]| vec![net.denoise(b, &t[0], &t[1], t.get(2))];
-            let made = b.planned("forward", &inputs, body)?;
-            b.download(&made[0])?;
+            let inputs: Vec<_> = inputs[..given].iter().map(|(shape, x)| b.upload(*shape, x)).collect();
+            let made = net.planned(b, &inputs)?;
+            b.download(&made)?;
             Ok(())
         };
         let times = self.time(&mut run)?;
@@ -272,7 +276,7 @@ impl Bench<'_> {
     }
 
     /// A step of `rounds` micro-batches of `n` images.
-    fn training<B: Backend>(
+    fn training<B: TrainingBackend>(
         &mut self,
         b: &mut B,
         n: usize,
@@ -281,17 +285,19 @@ impl Bench<'_> {
     ) -> Result<()> {
         self.load(b, Normalization::Train { rounds })?;
         let [(images, x), (levels, sigma), (dims, labels)] = self.inputs(n);
-        let mut inputs = vec![(images, &x[..]), (images, &x[..]), (levels, &sigma[..])];
-        if self.net.config.label_dim > 0 {
-            inputs.push((dims, &labels[..]));
-        }
+        let conditional = self.net.config.label_dim > 0;
         let total = (n * rounds) as f64;
         let macs = 3.0 * self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * total;
         let net = self.net.clone();
         let mut step = 0;
         let mut run = || {
             step += 1;
-            let losses = (0..rounds).map(|_| micro_batch(b, &net, &inputs)).collect::<Result<Vec<_>, _>>()?;
+            let mut losses = Vec::new();
+            for _ in 0..rounds {
+                let mut inputs = vec![b.upload(images, &x), b.upload(images, &x), b.upload(levels, &sigma)];
+                inputs.extend(conditional.then(|| b.upload(dims, &labels)));
+                losses.push(micro_batch(b, &net, &inputs)?);
+            }
             let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
             b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;
             losses.iter().try_for_each(|loss| b.download(loss).map(|_| ()))?;
@@ -303,7 +309,7 @@ impl Bench<'_> {
     }
 
     /// Each kind of operation of the plan `key` against the card's limits, the dearest first.
-    fn time_kernels(&mut self, b: &mut Gpu, plan: &'static str, key: &str) -> Result<()> {
+    fn time_kernels<P>(&mut self, b: &mut Gpu<P>, plan: &'static str, key: &dyn PlanKey) -> Result<()> {
         let Some(limits) = self.limits else { return Ok(()) };
         let timing = b.time(key, self.args.repeats as usize)?;
         let whole = median(timing.whole);

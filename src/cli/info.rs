@@ -88,12 +88,12 @@ impl GpuCost {
             Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16, table)?;
         let dim = net.config.label_dim;
         let (image, label) = (vec![0.0; h * w * net.config.img_channels], vec![0.0; dim]);
-        let mut inputs = vec![([1, h, w, net.config.img_channels], &image[..]), ([1; 4], &[1.0][..])];
+        let mut inputs = vec![gpu.upload([1, h, w, net.config.img_channels], &image), gpu.upload([1; 4], &[1.0])];
         if dim > 0 {
-            inputs.push(([1, 1, 1, dim], &label[..]));
+            inputs.push(gpu.upload([1, 1, 1, dim], &label));
         }
-        gpu.planned("forward", &inputs, &mut |b, t| vec![net.denoise(b, &t[0], &t[1], t.get(2))])?;
-        let cost = gpu.costs().next().map(|(_, cost)| cost).unwrap_or_default();
+        net.planned(&mut gpu, &inputs)?;
+        let cost = gpu.costs().next().unwrap_or_default();
         Ok(Self {
             launches: cost.launches,
             bytes: cost.bytes,

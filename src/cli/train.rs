@@ -464,7 +464,7 @@ fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> R
     let [height, width, _] = settings.data.shape;
     let n = plan.batch_gpu as usize;
     edm2k::train::rehearse(&mut gpu, &model.net, [n, height, width])?;
-    let cost = gpu.costs().next().map(|(_, cost)| cost).unwrap_or_default();
+    let cost = gpu.costs().next().unwrap_or_default();
     let total = gpu.param_bytes() + cost.workspace;
     Ok(json!({
         "parameters_bytes": gpu.param_bytes(),

@@ -125,8 +125,8 @@ impl Layers {
             Ok(all)
         };
         static LOADED: AtomicUsize = AtomicUsize::new(0);
-        let number = LOADED.fetch_add(1, Ordering::Relaxed);
-        let mut weights = Weights { number, convs: Vec::new(), norms: Vec::new() };
+        let plan = CodecPlan(LOADED.fetch_add(1, Ordering::Relaxed));
+        let mut weights = Weights { plan, convs: Vec::new(), norms: Vec::new() };
         for spec in &self.convs {
             let weight = join(&spec.names, "weight")?;
             let bias = if spec.bias { Some(join(&spec.names, "bias")?) } else { None };
@@ -173,10 +173,14 @@ pub fn check(file: &SafeFile, tables: &[&Layers], network: &str) -> Result<(), C
     }
 }
 
+/// The plan of a codec, by the number of the weights that were loaded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CodecPlan(usize);
+
 /// The weights of a [`Layers`] table on a device.
 pub struct Weights<B: CodecBackend> {
-    /// Tells plans apart.
-    pub number: usize,
+    /// Of what is done with them.
+    pub plan: CodecPlan,
     convs: Vec<B::Conv>,
     norms: Vec<B::Tensor>,
 }

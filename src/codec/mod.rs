@@ -34,6 +34,8 @@ use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
 use layers::{Layers, Weights, check};
 
+pub use layers::CodecPlan;
+
 pub use sd_vae::LATENTS;
 
 /// Mean of the SD-VAE's latents, per channel (EDM2).
@@ -361,11 +363,11 @@ impl<B: CodecBackend> Encoder<B> {
             return Err(CodecError::Size { height, width, factor });
         }
         let body = &mut |b: &mut B, x: &[B::Tensor]| match &self.net {
-            EncoderNet::SdVae(net) => net.forward(b, &self.weights, &x[0]).into(),
-            EncoderNet::Taesd(net) => vec![net.forward(b, &self.weights, &x[0])],
+            EncoderNet::SdVae(net) => Ok(net.forward(b, &self.weights, &x[0]).into()),
+            EncoderNet::Taesd(net) => Ok(vec![net.forward(b, &self.weights, &x[0])]),
         };
-        let key = format!("encode {}", self.weights.number);
-        let made = b.planned(&key, &[([1, height, width, 3], values)], body)?;
+        let x = b.upload([1, height, width, 3], values);
+        let made = b.planned::<BackendError>(&self.weights.plan, &[x], body)?;
         match &made[..] {
             [out, moments] => {
                 let (mean, logvar) = halves(&b.download(moments)?);
@@ -464,12 +466,14 @@ impl<B: CodecBackend> Decoder<B> {
                 &scaled
             }
         };
-        let body = &mut |b: &mut B, z: &[B::Tensor]| match &self.net {
-            DecoderNet::SdVae(net) => vec![net.forward(b, &self.weights, &z[0])],
-            DecoderNet::Taesd(net) => vec![net.forward(b, &self.weights, &z[0])],
+        let body = &mut |b: &mut B, z: &[B::Tensor]| {
+            Ok(vec![match &self.net {
+                DecoderNet::SdVae(net) => net.forward(b, &self.weights, &z[0]),
+                DecoderNet::Taesd(net) => net.forward(b, &self.weights, &z[0]),
+            }])
         };
-        let key = format!("decode {}", self.weights.number);
-        let made = b.planned(&key, &[([1, height, width, LATENTS], z)], body)?;
+        let z = b.upload([1, height, width, LATENTS], z);
+        let made = b.planned::<BackendError>(&self.weights.plan, &[z], body)?;
         let mut image = b.download(&made[0])?;
         if let DecoderNet::Taesd(_) = &self.net {
             image.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
@@ -480,6 +484,11 @@ impl<B: CodecBackend> Decoder<B> {
     /// Convolutions of the network.
     pub fn depth(&self) -> usize {
         self.depth
+    }
+
+    /// Of its plan on a device.
+    pub fn plan(&self) -> CodecPlan {
+        self.weights.plan
     }
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
 use super::precond::Precond;
-use crate::backend::{Backend, BackendError, Slot};
+use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::{Conditioning, Meaning};
 use crate::fingerprint::{Fingerprint, settle};
@@ -327,11 +327,20 @@ impl Model {
         Ok((new, fresh))
     }
 
+    /// Copies the parameters into a backend that was made for this table, ready to be sampled with.
+    ///
+    /// # Errors
+    /// Whatever the backend reports.
+    pub fn load_into<B: NetworkBackend>(&self, backend: &mut B) -> Result<(), BackendError> {
+        self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.load_param(id, values))?;
+        backend.normalize()
+    }
+
     /// Copies the parameters into a slot of a backend that was made for this table.
     ///
     /// # Errors
     /// Whatever the backend reports.
-    pub fn upload<B: Backend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
+    pub fn upload<B: TrainingBackend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.write_param(slot, id, values))
     }
 }

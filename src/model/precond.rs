@@ -3,7 +3,7 @@
 
 use super::config::{Config, ConfigError};
 use super::unet::{UNet, UNetTape};
-use crate::backend::{Backend, Embed, Embedding, Logvar, LossInput};
+use crate::backend::{BackendError, Embed, Embedding, Logvar, LossInput, NetworkBackend, TrainingBackend};
 use crate::params::{ParamId, ParamTable};
 
 /// The denoiser D(x; sigma, labels) of a [`Config`].
@@ -16,6 +16,10 @@ pub struct Precond {
     logvar: Logvar,
     out_gain: ParamId,
 }
+
+/// The plan of a forward pass, [`Precond::planned`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forward;
 
 /// Inputs and results of a forward pass for training, kept for [`Precond::backward`].
 pub struct TrainPass<T> {
@@ -64,7 +68,7 @@ impl Precond {
 
     /// D(x; sigma, labels) for noisy images `x` [n, h, w, c], noise levels `sigma` [n, 1, 1, 1] and labels
     /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction).
-    pub fn denoise<B: Backend>(
+    pub fn denoise<B: NetworkBackend>(
         &self,
         b: &mut B,
         x: &B::Tensor,
@@ -74,9 +78,18 @@ impl Precond {
         self.denoise_probed(b, x, sigma, labels, &mut |_, _| {}).0
     }
 
+    /// As [`Precond::denoise`], as a plan: of images, noise levels and perhaps labels.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn planned<B: NetworkBackend>(&self, b: &mut B, inputs: &[B::Tensor]) -> Result<B::Tensor, BackendError> {
+        let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![self.denoise(b, &t[0], &t[1], t.get(2))]);
+        Ok(b.planned::<BackendError>(&Forward, inputs, body)?.swap_remove(0))
+    }
+
     /// As [`Precond::denoise`]; also returns the U-Net's output before `out_gain` and the embedding, and
     /// shows `probe` the output of every module.
-    pub fn denoise_probed<B: Backend>(
+    pub fn denoise_probed<B: NetworkBackend>(
         &self,
         b: &mut B,
         x: &B::Tensor,
@@ -92,12 +105,12 @@ impl Precond {
     }
 
     /// logvar(sigma), [n, 1, 1, 1], with the Fourier features that feed it.
-    pub fn logvar<B: Backend>(&self, b: &mut B, sigma: &B::Tensor) -> (B::Tensor, B::Tensor) {
+    pub fn logvar<B: NetworkBackend>(&self, b: &mut B, sigma: &B::Tensor) -> (B::Tensor, B::Tensor) {
         b.logvar(&self.logvar, sigma)
     }
 
     /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise.
-    pub fn train_forward<B: Backend>(
+    pub fn train_forward<B: TrainingBackend>(
         &self,
         b: &mut B,
         clean: &B::Tensor,
@@ -133,7 +146,7 @@ impl Precond {
     }
 
     /// Backward pass: accumulates the gradients of all parameters.
-    pub fn backward<B: Backend>(&self, b: &mut B, pass: TrainPass<B::Tensor>) {
+    pub fn backward<B: TrainingBackend>(&self, b: &mut B, pass: TrainPass<B::Tensor>) {
         b.logvar_backward(&self.logvar, &pass.logvar_features, &pass.grad_logvar);
         let grad_emb = self.unet.backward(b, pass.tape, &pass.embedding.emb, &pass.grad_raw);
         b.embed_backward(&self.embed, &pass.embedding, pass.labels.as_ref(), &grad_emb);

@@ -5,7 +5,7 @@
 //! what it needs is kept on a tape of one entry per block.
 
 use super::config::Config;
-use crate::backend::{Backend, EmbLayer, Operand, OperandGrad, Scale};
+use crate::backend::{EmbLayer, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
 use crate::params::{Cat, ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
 /// Which side of the U-Net a block is on.
@@ -136,7 +136,7 @@ impl Block {
 
     /// Output of the block for the input `x`, the skip connection that it concatenates, and the
     /// scales of all blocks. With `tape`, keeps there what the backward pass needs.
-    pub fn forward<B: Backend>(
+    pub fn forward<B: NetworkBackend>(
         &self,
         b: &mut B,
         input: &B::Tensor,
@@ -185,7 +185,7 @@ impl Block {
 
     /// Gradients with respect to the input (plus `acc`, in the encoder) and the skip connection; those
     /// of the weights are accumulated, those of the scales written into `grad_scales`.
-    pub fn backward<B: Backend>(
+    pub fn backward<B: TrainingBackend>(
         &self,
         b: &mut B,
         tape: BlockTape<B::Tensor>,
@@ -350,7 +350,7 @@ impl UNet {
 
     /// Output before `out_gain`, [n, h, w, image channels]. `probe` sees every module's output under
     /// its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs.
-    pub fn forward<B: Backend>(
+    pub fn forward<B: NetworkBackend>(
         &self,
         b: &mut B,
         input: &B::Tensor,
@@ -381,7 +381,7 @@ impl UNet {
     }
 
     /// Accumulates the gradients of all weights; returns that of `emb`.
-    pub fn backward<B: Backend>(
+    pub fn backward<B: TrainingBackend>(
         &self,
         b: &mut B,
         tape: UNetTape<B::Tensor>,

@@ -30,7 +30,7 @@ pub use domain::{Domain, Mismatch};
 pub use output::{Kept, OutDir, OutputError};
 pub use viewer::Viewer;
 
-use crate::backend::{Backend, BackendError};
+use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
@@ -329,7 +329,9 @@ impl Pipeline {
             let found = request.conditions[number].values.len();
             return Err(PipelineError::ConditionWidth { number, found, expected });
         }
-        self.device.check_forward(config, size, request.seeds.len().min(request.batch.max(1)))?;
+        let images = request.seeds.len().min(request.batch.max(1));
+        let passes = request.sampler.passes(self.guide.is_none());
+        self.device.check_forward(config, size, images * passes)?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
     }
@@ -488,13 +490,13 @@ trait Network {
 }
 
 /// A network and what guides it.
-struct Loaded<B: Backend> {
+struct Loaded<B: NetworkBackend> {
     backend: B,
     net: Precond,
     guide: Option<(B, Precond)>,
 }
 
-impl<B: Backend> Network for Loaded<B> {
+impl<B: NetworkBackend> Network for Loaded<B> {
     fn sample(
         &mut self,
         labels: &[f32],

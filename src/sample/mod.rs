@@ -11,7 +11,8 @@
 //! (autoguidance). Within [`SamplerConfig::guidance_interval`] only (Kynkaanniemi et al., "Applying
 //! Guidance in a Limited Interval", 2024); elsewhere, and at g = 1, the reference costs nothing.
 //!
-//! Cost: one forward pass for each noise level (`heun`: two), twice that where there is guidance.
+//! Cost: one forward pass for each noise level (`heun`: two); where there is guidance, of twice the batch: an image with its
+//! condition and without go through the network together. Another network has its own passes.
 
 mod solvers;
 
@@ -19,7 +20,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
-use crate::backend::{Backend, BackendError, Input, Shape};
+use crate::backend::{Backend, BackendError, NetworkBackend, Shape};
 use crate::model::{ConfigError, Precond};
 use crate::rng::{Purpose, Stream};
 
@@ -155,6 +156,11 @@ impl SamplerConfig {
         sigmas
     }
 
+    /// How often an image is in a batch of the network: twice if it guides itself.
+    pub fn passes(&self, guides_itself: bool) -> usize {
+        if guides_itself && self.guidance != 1.0 { 2 } else { 1 }
+    }
+
     /// Whether there is guidance at a noise level.
     pub fn guides(&self, sigma: f64) -> bool {
         self.guidance != 1.0 && self.guidance_interval.is_none_or(|(low, high)| low < sigma && sigma <= high)
@@ -252,7 +258,7 @@ pub fn parse_seeds(list: &str) -> Result<Vec<u64>, String> {
 pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), SampleError> + 'a;
 
 /// A network on its device, and optionally another one that guides it.
-pub struct Sampler<'a, B: Backend> {
+pub struct Sampler<'a, B: NetworkBackend> {
     /// Device that holds the network, prepared for evaluation.
     pub backend: &'a mut B,
     /// The network.
@@ -261,7 +267,7 @@ pub struct Sampler<'a, B: Backend> {
     pub gnet: Option<(&'a mut B, &'a Precond)>,
 }
 
-impl<B: Backend> Sampler<'_, B> {
+impl<B: NetworkBackend> Sampler<'_, B> {
     /// Samples one batch: an image of `size` = [height, width] for each seed. `labels` are the conditions,
     /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step. Without it, another network
     /// and churn, the whole batch is one plan of the device; else each evaluation is. Returns [seeds, height, width, channels]
@@ -278,37 +284,26 @@ impl<B: Backend> Sampler<'_, B> {
         observe: Option<&mut Observe<B>>,
     ) -> Result<Vec<f32>, SampleError> {
         let shape = self.check(labels, seeds, size, config)?;
-        let noise = draw(shape, seeds, Purpose::SampleNoise, 0);
-        let labels = (!labels.is_empty()).then_some(([seeds.len(), 1, 1, self.net.config.label_dim], labels));
+        let b = &mut *self.backend;
+        let mut inputs = vec![b.upload(shape, &draw(shape, seeds, Purpose::SampleNoise, 0))];
+        inputs.extend(conditions(b, labels, self.net, config.passes(self.gnet.is_none()) == 2));
         let net = self.net;
-        let images = if self.gnet.is_none() && observe.is_none() && config.churn.s_churn == 0.0 {
-            let mut inputs = vec![(shape, &noise[..])];
-            inputs.extend(labels);
-            let mut failed = None;
-            let key = format!("sample {config:?}");
-            let made = self.backend.planned(&key, &inputs, &mut |b, inputs| match solve(
-                b,
-                &mut Whole { net, labels: inputs.get(1), config },
-                config,
-                &inputs[0],
-            ) {
-                Ok(x) => vec![x],
-                Err(e) => {
-                    failed = Some(e);
-                    vec![]
-                }
-            })?;
-            if let Some(e) = failed {
-                return Err(e);
-            }
-            self.backend.download(&made[0])?
+        let x = if self.gnet.is_none() && observe.is_none() && config.churn.s_churn == 0.0 {
+            let body = &mut |b: &mut B, inputs: &[B::Tensor]| {
+                let labels = &inputs[1..];
+                let mut guided = Guidance { net, labels, other: None, config, shape, seeds, observe: None };
+                Ok(vec![solve(b, &mut guided, config, &inputs[0])?])
+            };
+            b.planned::<SampleError>(&AllSteps(config.clone()), &inputs, body)?.swap_remove(0)
         } else {
-            let noise = self.backend.upload(shape, &noise);
-            let gnet = self.gnet.as_mut().map(|(b, net)| (&mut **b, *net));
-            let mut network = Stepwise { net, labels, gnet, config, shape, seeds, observe };
-            let x = solve(self.backend, &mut network, config, &noise)?;
-            self.backend.download(&x)?
+            let other = self.gnet.as_mut().map(|(b, net)| {
+                let labels = conditions(*b, labels, net, false);
+                (&mut **b, *net, labels)
+            });
+            let mut guided = Guidance { net, labels: &inputs[1..], other, config, shape, seeds, observe };
+            solve(b, &mut guided, config, &inputs[0])?
         };
+        let images = self.backend.download(&x)?;
         for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(seeds) {
             let count = image.iter().filter(|x| !x.is_finite()).count();
             if count > 0 {
@@ -356,74 +351,80 @@ fn draw(shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> Vec<f32> {
     values
 }
 
-/// The guided network inside a plan of all steps.
-struct Whole<'a, B: Backend> {
-    net: &'a Precond,
-    labels: Option<&'a B::Tensor>,
-    config: &'a SamplerConfig,
+/// The conditions [n, 1, 1, label_dim] that a network takes, if any; and, where they are to be guided away from none, both
+/// [2n, 1, 1, label_dim].
+fn conditions<B: Backend>(b: &mut B, labels: &[f32], net: &Precond, both: bool) -> Vec<B::Tensor> {
+    let dim = net.config.label_dim;
+    if labels.is_empty() || dim == 0 {
+        return Vec::new();
+    }
+    let n = labels.len() / dim;
+    let mut made = vec![b.upload([n, 1, 1, dim], labels)];
+    if both {
+        made.push(b.upload([2 * n, 1, 1, dim], &[labels, &vec![0.0; labels.len()]].concat()));
+    }
+    made
 }
 
-impl<B: Backend> Denoise<B> for Whole<'_, B> {
-    fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
-        let n = b.shape(x)[0];
-        let sigmas = b.upload([n, 1, 1, 1], &vec![sigma as f32; n]);
-        let d = self.net.denoise(b, x, &sigmas, self.labels);
-        if self.labels.is_none() || !self.config.guides(sigma) {
-            return Ok(Guided::plain(d));
-        }
-        let reference = self.net.denoise(b, x, &sigmas, None);
-        Ok(Guided::new(d, reference, self.config.guidance))
-    }
+/// A plan of all steps.
+#[derive(Clone, Debug, PartialEq)]
+struct AllSteps(SamplerConfig);
 
-    fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
-        unreachable!("churn is sampled step by step")
-    }
+/// A plan of an evaluation with the condition and without.
+#[derive(Clone, Debug, PartialEq)]
+struct Both;
 
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
-        Ok(())
-    }
-}
-
-/// The guided network step by step: each evaluation is a plan, what passes between two of them goes through the
-/// host (a few kilobytes against a whole forward pass). So a reference may live on another device, a step can be
-/// looked at, and churn draws its noise.
-struct Stepwise<'a, 'o, B: Backend> {
+/// The guided network. Each evaluation is a plan, unless it is part of one, so that a reference may live on another
+/// device, a step can be looked at, and churn draws its noise.
+struct Guidance<'a, 'o, B: NetworkBackend> {
     net: &'a Precond,
-    labels: Option<Input<'a>>,
-    gnet: Option<(&'a mut B, &'a Precond)>,
+    /// See [`conditions`].
+    labels: &'a [B::Tensor],
+    /// What guides it instead of itself, and its conditions.
+    other: Option<(&'a mut B, &'a Precond, Vec<B::Tensor>)>,
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],
     observe: Option<&'a mut Observe<'o, B>>,
 }
 
-impl<B: Backend> Denoise<B> for Stepwise<'_, '_, B> {
+/// D(x; sigma) of a network: with the condition, if there is one; and, `both`, without it.
+fn evaluate<B: NetworkBackend>(
+    b: &mut B,
+    net: &Precond,
+    x: &B::Tensor,
+    sigma: f64,
+    labels: Option<&B::Tensor>,
+    both: bool,
+) -> Result<Vec<B::Tensor>, BackendError> {
+    let n = b.shape(x)[0] * if both { 2 } else { 1 };
+    let mut inputs = vec![x.clone(), b.upload([n, 1, 1, 1], &vec![sigma as f32; n])];
+    inputs.extend(labels.cloned());
+    if !both {
+        return Ok(vec![net.planned(b, &inputs)?]);
+    }
+    b.planned(&Both, &inputs, &mut |b, t| {
+        let two = b.stack(&[&t[0], &t[0]]);
+        let d = net.denoise(b, &two, &t[1], t.get(2));
+        Ok(b.split(&d, 2))
+    })
+}
+
+impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
-        let shape = self.shape;
-        let x = b.download(x)?;
-        let levels = vec![sigma as f32; shape[0]];
-        let evaluate = |b: &mut B, net: &Precond, labels: Option<Input>| {
-            let mut inputs = vec![(shape, &x[..]), ([shape[0], 1, 1, 1], &levels[..])];
-            inputs.extend(labels);
-            let made = b.planned("denoise", &inputs, &mut |b, inputs| {
-                vec![net.denoise(b, &inputs[0], &inputs[1], inputs.get(2))]
-            })?;
-            Ok::<_, BackendError>(made.into_iter().next().expect("the plan makes one tensor"))
-        };
-        let d = evaluate(b, self.net, self.labels)?;
-        if !self.config.guides(sigma) {
-            return Ok(Guided::plain(d));
+        let guides = self.config.guides(sigma);
+        let itself = guides && self.other.is_none() && !self.labels.is_empty();
+        let labels = if itself { self.labels.last() } else { self.labels.first() };
+        let mut made = evaluate(b, self.net, x, sigma, labels, itself)?;
+        if let Some((other, net, labels)) = self.other.as_mut().filter(|_| guides) {
+            let there = other.upload(self.shape, &b.download(x)?);
+            let reference = evaluate(*other, net, &there, sigma, labels.first(), false)?;
+            made.push(b.upload(self.shape, &other.download(&reference[0])?));
         }
-        let reference = match &mut self.gnet {
-            Some((other, gnet)) => {
-                let d = evaluate(other, gnet, self.labels.filter(|_| gnet.config.label_dim > 0))?;
-                let d = other.download(&d)?;
-                b.upload(shape, &d)
-            }
-            None if self.labels.is_none() => return Ok(Guided::plain(d)),
-            None => evaluate(b, self.net, None)?,
-        };
-        Ok(Guided::new(d, reference, self.config.guidance))
+        Ok(match (made.pop(), made.pop()) {
+            (Some(reference), Some(d)) => Guided::new(d, reference, self.config.guidance),
+            (d, _) => Guided::plain(d.expect("a network makes something")),
+        })
     }
 
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor {

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Settings, Sums};
-use crate::backend::{Backend, BackendError, Slot};
+use crate::backend::{BackendError, Slot, TrainingBackend};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
 use crate::model::ModelMeta;
 use crate::params::ParamTable;
@@ -140,7 +140,12 @@ pub(super) fn free_name(path: &Path, ending: &str) -> PathBuf {
 /// # Errors
 /// [`CheckpointError::Io`], [`CheckpointError::Backend`], [`CheckpointError::NotFinite`]; then there is no file at
 /// `path`, or the old one.
-pub fn save<B: Backend>(path: &Path, backend: &mut B, meta: &ModelMeta, state: &State) -> Result<(), CheckpointError> {
+pub fn save<B: TrainingBackend>(
+    path: &Path,
+    backend: &mut B,
+    meta: &ModelMeta,
+    state: &State,
+) -> Result<(), CheckpointError> {
     let slots = slots(state.settings.ema.len());
     let table = backend.table().clone();
     let text = |key: &str, value: serde_json::Result<String>| match value {
@@ -246,7 +251,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// The device's.
-    pub fn load<B: Backend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
+    pub fn load<B: TrainingBackend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
         let path = self.file.path();
         let slots = slots(self.state.settings.ema.len());
         let table = backend.table().clone();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::backend::Backend;
+use crate::backend::NetworkBackend;
 use crate::data::dataset::Dataset;
 use crate::model::Precond;
 use crate::pictures::Picture;
@@ -34,7 +34,7 @@ pub enum GridError {
 ///
 /// # Errors
 /// See [`GridError`].
-pub fn write<B: Backend>(
+pub fn write<B: NetworkBackend>(
     path: &Path,
     backend: &mut B,
     net: &Precond,

@@ -2,7 +2,7 @@
 //! moving averages; statistics, validation, snapshots and checkpoints on intervals.
 //!
 //! A step over images t .. t + batch of the run: micro-batches ([`batch`]) go forward and backward, their
-//! gradients add up, then one pass over the parameters ([`Backend::optimizer_step`]) with the learning rate at
+//! gradients add up, then one pass over the parameters ([`TrainingBackend::optimizer_step`]) with the learning rate at
 //! t and the moving averages at t + batch. What a step does depends on the parameters, the moments and t
 //! alone, all of which a checkpoint holds to the bit; so a run that was stopped ends where one that was not
 //! does.
@@ -34,7 +34,7 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
-use crate::backend::{Backend, BackendError, Input, Normalization, Slot, Step};
+use crate::backend::{BackendError, Normalization, Slot, Step, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
@@ -329,7 +329,7 @@ pub struct Splits<'a> {
 ///
 /// # Errors
 /// See [`TrainError`]. Whatever was saved before stays.
-pub fn train<B: Backend>(
+pub fn train<B: TrainingBackend>(
     backend: &mut B,
     model: Model,
     settings: &Settings,
@@ -417,7 +417,7 @@ fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
-fn newest<B: Backend>(
+fn newest<B: TrainingBackend>(
     backend: &mut B,
     settings: &Settings,
     plan: &Plan,
@@ -470,7 +470,7 @@ fn newest<B: Backend>(
     }
 }
 
-struct Run<'a, B: Backend> {
+struct Run<'a, B: TrainingBackend> {
     backend: &'a mut B,
     net: Precond,
     meta: ModelMeta,
@@ -487,7 +487,7 @@ struct Run<'a, B: Backend> {
     rounds: usize,
 }
 
-impl<B: Backend> Run<'_, B> {
+impl<B: TrainingBackend> Run<'_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
             event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
@@ -535,12 +535,11 @@ impl<B: Backend> Run<'_, B> {
         let mut losses = Vec::new();
         for _ in 0..self.rounds {
             let batch = self.batches.recv().expect("batches are made as long as they are asked for");
-            let images = [batch.n, h, w, c];
-            let mut inputs =
-                vec![(images, &batch.clean[..]), (images, &batch.noisy[..]), ([batch.n, 1, 1, 1], &batch.sigma[..])];
-            let labels = [batch.n, 1, 1, s.config.label_dim];
-            inputs.extend(batch.labels.as_ref().map(|values| (labels, &values[..])));
-            losses.push(micro_batch(self.backend, &self.net, &inputs)?);
+            let (b, n) = (&mut *self.backend, batch.n);
+            let [clean, noisy] = [&batch.clean, &batch.noisy].map(|images| b.upload([n, h, w, c], images));
+            let mut inputs = vec![clean, noisy, b.upload([n, 1, 1, 1], &batch.sigma)];
+            inputs.extend(batch.labels.map(|labels| b.upload([n, 1, 1, s.config.label_dim], &labels)));
+            losses.push(micro_batch(b, &self.net, &inputs)?);
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -693,17 +692,25 @@ impl<B: Backend> Run<'_, B> {
     }
 }
 
+/// The plan of a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MicroBatch;
+
 /// Forward and backward of clean images, noisy ones, noise levels and (unless unconditional) labels; the loss of
 /// each image. The gradients add up in the backend.
 ///
 /// # Errors
 /// The device's.
-pub fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[Input]) -> Result<B::Tensor, BackendError> {
-    let mut made = b.planned("train", inputs, &mut |b, inputs| {
+pub fn micro_batch<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    inputs: &[B::Tensor],
+) -> Result<B::Tensor, BackendError> {
+    let mut made = b.planned::<BackendError>(&MicroBatch, inputs, &mut |b, inputs| {
         let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
         let per_image = pass.per_image.clone();
         net.backward(b, pass);
-        vec![per_image]
+        Ok(vec![per_image])
     })?;
     Ok(made.swap_remove(0))
 }
@@ -712,14 +719,12 @@ pub fn micro_batch<B: Backend>(b: &mut B, net: &Precond, inputs: &[Input]) -> Re
 ///
 /// # Errors
 /// The device does not have the memory.
-pub fn rehearse<B: Backend>(b: &mut B, net: &Precond, [n, h, w]: [usize; 3]) -> Result<(), BackendError> {
-    let zeros = |each: usize| vec![0.0; n * each];
-    let (c, dim) = (net.config.img_channels, net.config.label_dim);
-    let (images, sigma, labels) = (zeros(h * w * c), vec![1.0; n], zeros(dim));
-    let shape = [n, h, w, c];
-    let mut inputs = vec![(shape, &images[..]), (shape, &images[..]), ([n, 1, 1, 1], &sigma[..])];
+pub fn rehearse<B: TrainingBackend>(b: &mut B, net: &Precond, [n, h, w]: [usize; 3]) -> Result<(), BackendError> {
+    let dim = net.config.label_dim;
+    let image = b.upload([n, h, w, net.config.img_channels], &vec![0.0; n * h * w * net.config.img_channels]);
+    let mut inputs = vec![image.clone(), image, b.upload([n, 1, 1, 1], &vec![1.0; n])];
     if dim > 0 {
-        inputs.push(([n, 1, 1, dim], &labels[..]));
+        inputs.push(b.upload([n, 1, 1, dim], &vec![0.0; n * dim]));
     }
     micro_batch(b, net, &inputs).map(|_| ())
 }

@@ -4,7 +4,7 @@
 //! the same noisy images. Cost: a forward pass for each image and level.
 
 use super::{Settings, batch};
-use crate::backend::{Backend, BackendError};
+use crate::backend::{BackendError, NetworkBackend};
 use crate::data::dataset::Dataset;
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
@@ -34,7 +34,7 @@ pub struct Loss {
 ///
 /// # Errors
 /// Whatever the backend reports.
-pub fn loss<B: Backend>(
+pub fn loss<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
     settings: &Settings,
@@ -52,7 +52,7 @@ pub fn loss<B: Backend>(
 ///
 /// # Errors
 /// Whatever the backend reports.
-pub fn loss_by_level<B: Backend>(
+pub fn loss_by_level<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
     data: &Dataset,
@@ -63,10 +63,14 @@ pub fn loss_by_level<B: Backend>(
     losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress)
 }
 
+/// The plan of a batch: denoised images and logvar.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Validating;
+
 /// Shows each image `draws` times; time number j of image i with noise k = i * `draws` + j of level `sigma(k)`.
 /// Means over the images for each j.
 #[allow(clippy::too_many_arguments)]
-fn losses<B: Backend>(
+fn losses<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
     data: &Dataset,
@@ -99,13 +103,13 @@ fn losses<B: Backend>(
             Stream::new(0, Purpose::TrainNoise, k as u64).normals(noisy);
             noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + levels[j] * *x);
         }
-        let mut inputs = vec![([n, h, w, c], &noisy[..]), ([n, 1, 1, 1], &levels[..])];
+        let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &levels)];
         if dim > 0 {
-            inputs.push(([n, 1, 1, dim], &labels));
+            inputs.push(b.upload([n, 1, 1, dim], &labels));
         }
-        let made = b.planned("validation", &inputs, &mut |b, inputs| {
+        let made = b.planned::<BackendError>(&Validating, &inputs, &mut |b, inputs| {
             let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
-            vec![denoised, net.logvar(b, &inputs[1]).1]
+            Ok(vec![denoised, net.logvar(b, &inputs[1]).1])
         })?;
         let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
         for j in 0..n {

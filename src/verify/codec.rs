@@ -1,12 +1,12 @@
 //! Autoencoders: images to latents and back.
 
 use super::{Array, Golden, Limits, Result, Session, planar};
-use crate::backend::Backend;
+use crate::backend::TrainingBackend;
 use crate::backend::codec::CodecBackend;
 use crate::codec::{CodecFile, LATENTS, Moments, TAESD_SCALE};
 
 /// Both directions of the SD-VAE.
-pub(super) fn sd_vae<B: Backend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
+pub(super) fn sd_vae<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
     replay(s, b, "vae", |moments, out| {
         let std = moments.std();
         vec![
@@ -19,7 +19,7 @@ pub(super) fn sd_vae<B: Backend, C: CodecBackend>(s: &mut Session<B>, b: &mut C)
 }
 
 /// Both directions of TAESD, whose latents the directory has in its own scale.
-pub(super) fn taesd<B: Backend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
+pub(super) fn taesd<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
     replay(s, b, "taesd", |moments, _| {
         let latents = moments.mean.iter().map(|x| x * TAESD_SCALE).collect();
         vec![("latents", LATENTS, latents)]
@@ -29,7 +29,7 @@ pub(super) fn taesd<B: Backend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) 
 /// Name, channels and values of a result in NHWC order.
 type Results = Vec<(&'static str, usize, Vec<f32>)>;
 
-fn replay<B: Backend, C: CodecBackend>(
+fn replay<B: TrainingBackend, C: CodecBackend>(
     s: &mut Session<B>,
     b: &mut C,
     stem: &str,
@@ -86,7 +86,7 @@ fn images(f: &Golden, name: &str, channels: usize) -> Result<Array> {
 
 /// Compares `got` (NHWC) with a tensor of the file. The reference is exact; the rounding of `depth` convolutions
 /// in a row adds up like independent errors.
-fn check<B: Backend>(
+fn check<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     name: &str,

@@ -39,7 +39,7 @@ use serde_json::Value;
 use crate::backend::DeviceError;
 use crate::backend::codec::CodecBackend;
 use crate::backend::gpu::launch::Precision;
-use crate::backend::{Backend, BackendError, Normalization, Shape, Slot, Step, StepStats};
+use crate::backend::{BackendError, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
 use crate::codec::CodecError;
 use crate::formats::input;
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -262,7 +262,7 @@ type Result<T, E = VerifyError> = std::result::Result<T, E>;
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
-pub fn verify<B: Backend, C: CodecBackend>(
+pub fn verify<B: TrainingBackend, C: CodecBackend>(
     dir: &Path,
     device: &Device<B>,
     codec: &dyn Fn() -> Result<C, DeviceError>,
@@ -362,7 +362,7 @@ enum What {
     Sampler,
 }
 
-impl<B: Backend> Session<'_, B> {
+impl<B: TrainingBackend> Session<'_, B> {
     fn skip(&mut self, name: impl Into<String>, why: impl Into<String>) {
         self.summary.skipped += 1;
         (self.report)(&Outcome::Skip { name: name.into(), why: why.into() });
@@ -633,7 +633,7 @@ impl Array {
         values
     }
 
-    fn upload<B: Backend>(&self, b: &mut B) -> B::Tensor {
+    fn upload<B: TrainingBackend>(&self, b: &mut B) -> B::Tensor {
         b.upload(self.nhwc(), &self.nhwc_values())
     }
 
@@ -650,7 +650,7 @@ impl Array {
 }
 
 /// Copies an activation to the host, in PyTorch's layout.
-fn download<B: Backend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
+fn download<B: TrainingBackend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
     Ok(planar(&b.download(t)?, b.shape(t)))
 }
 
@@ -665,7 +665,7 @@ fn planar(values: &[f32], [n, h, w, c]: Shape) -> Vec<f64> {
     out
 }
 
-fn param<B: Backend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f64>> {
+fn param<B: TrainingBackend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f64>> {
     Ok(b.read_param(slot, id)?.into_iter().map(f64::from).collect())
 }
 
@@ -675,7 +675,7 @@ fn normalization(rounds: usize) -> Normalization {
 }
 
 /// An optimizer step that leaves the weights as the forward pass saw them; it makes the gradients readable.
-fn still_step<B: Backend>(b: &mut B, rounds: usize, grad_scale: f64) -> Result<StepStats> {
+fn still_step<B: TrainingBackend>(b: &mut B, rounds: usize, grad_scale: f64) -> Result<StepStats> {
     let betas = (0.9, 0.99);
     Ok(b.optimizer_step(&Step { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale, rounds, ema_betas: &[] })?)
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
-use crate::backend::{Backend, Embed, Slot, Step};
+use crate::backend::{Embed, Slot, Step, TrainingBackend};
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
 
@@ -14,7 +14,7 @@ use crate::params::{ParamKind, ParamSpec, ParamTable};
 const ROUNDS: usize = 1;
 
 /// The network of a parameter file, on a backend.
-pub(super) fn network<B: Backend>(
+pub(super) fn network<B: TrainingBackend>(
     s: &Session<B>,
     parameters: &Golden,
     averages: Option<usize>,
@@ -23,7 +23,7 @@ pub(super) fn network<B: Backend>(
     build(s, parameters, &config, averages)
 }
 
-fn build<B: Backend>(
+fn build<B: TrainingBackend>(
     s: &Session<B>,
     parameters: &Golden,
     config: &Config,
@@ -62,7 +62,7 @@ pub(super) fn labels(f: &Golden, name: &str, n: usize, net: &Precond) -> Result<
     Ok(Some(f.shaped(name, &[n, net.config.label_dim])?))
 }
 
-pub(super) fn forward<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_forward.safetensors")?;
     s.case("tiny_forward", |s| {
@@ -79,7 +79,7 @@ pub(super) fn forward<B: Backend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-fn forward_set<B: Backend>(
+fn forward_set<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     set: &str,
@@ -169,7 +169,7 @@ struct Batch<T> {
 }
 
 impl<T> Batch<T> {
-    fn new<B: Backend<Tensor = T>>(f: &Golden, prefix: &str, net: &Precond, b: &mut B) -> Result<Self> {
+    fn new<B: TrainingBackend<Tensor = T>>(f: &Golden, prefix: &str, net: &Precond, b: &mut B) -> Result<Self> {
         let clean = images(f, &format!("{prefix}images"), net)?;
         let noise = f.shaped(&format!("{prefix}noise_unit"), &clean.shape)?;
         let n = clean.shape[0];
@@ -196,7 +196,7 @@ struct Losses {
 }
 
 /// Forward and backward; the gradients are left in the backend.
-fn pass<B: Backend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Result<Losses> {
+fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Result<Losses> {
     let pass = net.train_forward(b, &batch.clean, &batch.noisy, &batch.sigma, batch.labels.as_ref());
     let d = b.precond_output(&batch.noisy, &pass.raw, &batch.sigma, net.out_gain(), net.config.sigma_data);
     let denoised = download(b, &d)?;
@@ -216,7 +216,14 @@ fn pass<B: Backend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Resul
 
 impl Losses {
     /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
-    fn check<B: Backend>(&self, s: &mut Session<B>, f: &Golden, suffix: &str, total: usize, what: What) -> Result<()> {
+    fn check<B: TrainingBackend>(
+        &self,
+        s: &mut Session<B>,
+        f: &Golden,
+        suffix: &str,
+        total: usize,
+        what: What,
+    ) -> Result<()> {
         let elements = format!("loss_elem{suffix}");
         s.check(f, &elements, what, &self.elements)?;
         if !f.has(&elements) {
@@ -249,7 +256,7 @@ impl Losses {
 }
 
 /// The noise levels of the training distribution.
-fn check_sigma<B: Backend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
+fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
     let normal = format!("{prefix}rnd_normal");
     if f.has(&normal) {
         let got: Vec<f64> = f.array(&normal)?.values.iter().map(|x| (x * std + mean).exp()).collect();
@@ -260,7 +267,7 @@ fn check_sigma<B: Backend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f
 
 /// The first rows of a gradient. Where the directory says how exact the whole is but not these rows, rounding may do
 /// to them what it does to the others: if they are smaller than the average row, then relatively more.
-fn check_rows<B: Backend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
+fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
     let rows = format!("grad_rows.{}", spec.name);
     let norm = format!("gradnorm.{}", spec.name);
     let expected = f.array(&rows)?;
@@ -279,7 +286,7 @@ fn check_rows<B: Backend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got:
     Ok(())
 }
 
-pub(super) fn gradients<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn gradients<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_grads.safetensors")?;
     s.case("tiny_grads", |s| {
@@ -350,7 +357,7 @@ struct TrainingStep {
 }
 
 impl Training {
-    fn read<B: Backend>(s: &Session<B>) -> Result<Self> {
+    fn read<B: TrainingBackend>(s: &Session<B>) -> Result<Self> {
         let training: Self = s.json("tiny_train.json")?;
         let wrong = |what: &str| VerifyError::Json { path: s.dir.join("tiny_train.json"), what: what.into() };
         if training.adam.weight_decay != 0.0 {
@@ -363,7 +370,12 @@ impl Training {
     }
 
     /// The network before training.
-    fn network<B: Backend>(&self, s: &Session<B>, init: &Golden, averages: usize) -> Result<(Precond, ParamTable, B)> {
+    fn network<B: TrainingBackend>(
+        &self,
+        s: &Session<B>,
+        init: &Golden,
+        averages: usize,
+    ) -> Result<(Precond, ParamTable, B)> {
         let mut config = s.config(init, "train")?;
         config.sigma_data = self.sigma_data.unwrap_or(config.sigma_data);
         build(s, init, &config, Some(averages))
@@ -376,7 +388,7 @@ impl Training {
 }
 
 /// All steps in a row, each from what this device made of the one before.
-pub(super) fn training<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     s.case("tiny_train", |s| {
@@ -404,7 +416,7 @@ pub(super) fn training<B: Backend>(s: &mut Session<B>) -> Result<()> {
 }
 
 #[allow(clippy::too_many_arguments)] // one training run's state, used in one place
-fn training_step<B: Backend>(
+fn training_step<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     t: &Training,
@@ -451,7 +463,7 @@ fn training_step<B: Backend>(
 }
 
 /// Gradients, weights, moments and averages after a step, those that the file has.
-fn check_state<B: Backend>(
+fn check_state<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     t: &Training,
@@ -506,7 +518,7 @@ impl Undetermined {
         self.0.entry(name.to_owned()).or_default().extend(few);
     }
 
-    fn check<B: Backend>(
+    fn check<B: TrainingBackend>(
         &self,
         s: &mut Session<B>,
         f: &Golden,
@@ -541,7 +553,7 @@ fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
 }
 
 /// One step of several micro-batches.
-pub(super) fn accumulation<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn accumulation<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     let variant = |name: &&String| name.starts_with("tiny_train_accum") && name.ends_with(".safetensors");
@@ -552,7 +564,7 @@ pub(super) fn accumulation<B: Backend>(s: &mut Session<B>) -> Result<()> {
     })
 }
 
-fn accumulated_step<B: Backend>(s: &mut Session<B>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
+fn accumulated_step<B: TrainingBackend>(s: &mut Session<B>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
     let rounds = (0..).take_while(|i| f.has(&format!("data{i}.images"))).count();
     let lr = match f.metadata("lr")? {
         Some(lr) => lr,

@@ -10,7 +10,7 @@
 use serde::Deserialize;
 
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
-use crate::backend::{Backend, EmbLayer, Logvar, LossInput, Operand, Scale, Slot};
+use crate::backend::{EmbLayer, Logvar, LossInput, Operand, Scale, Slot, TrainingBackend};
 use crate::model::unet::{Block, BlockConfig, Flavor, Resample};
 use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
@@ -20,7 +20,7 @@ pub(super) const EPS: f64 = 1e-4;
 /// Rows this large make eps vanish in f32; f16 can hold it.
 const LARGE: f64 = 32768.0;
 
-pub(super) fn operations<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn operations<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
     for prefix in [
@@ -81,7 +81,7 @@ fn balance(case: &str) -> Option<f64> {
 }
 
 /// A backend that holds one weight, prepared as for a step of so many micro-batches (0 = evaluation).
-fn with_weight<B: Backend>(s: &Session<B>, w: &Array, rounds: usize) -> Result<(B, ParamId)> {
+fn with_weight<B: TrainingBackend>(s: &Session<B>, w: &Array, rounds: usize) -> Result<(B, ParamId)> {
     let mut table = ParamTable::default();
     let id = push(&mut table, "layer", &w.shape);
     let mut b = (s.device.training)(&table, 0)?;
@@ -99,7 +99,7 @@ fn push(table: &mut ParamTable, name: &str, shape: &[usize]) -> ParamId {
 }
 
 /// A backend with a 1x1 convolution that does nothing.
-fn with_identity<B: Backend>(s: &Session<B>, channels: usize) -> Result<(B, ParamId)> {
+fn with_identity<B: TrainingBackend>(s: &Session<B>, channels: usize) -> Result<(B, ParamId)> {
     let mut w = Array::new(&[channels, channels, 1, 1], vec![0.0; channels * channels]);
     w.values.iter_mut().step_by(channels + 1).for_each(|x| *x = LARGE);
     with_weight(s, &w, 0)
@@ -158,7 +158,7 @@ fn project(w: &Array, g: &Array) -> Array {
     Array::new(&g.shape, out)
 }
 
-fn mp_silu<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_silu<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let (mut b, id) = with_identity(s, x.nhwc()[3])?;
     let tx = x.upload(&mut b);
@@ -182,7 +182,7 @@ fn mp_silu<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     Ok(())
 }
 
-fn mp_sum<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_sum<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let Some(t) = balance(c) else {
         s.skip(format!("ops/{c}"), "no balance in its name");
         return Ok(());
@@ -202,7 +202,7 @@ fn mp_sum<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     s.check(f, &format!("{c}.g_b"), What::Gradient, &download(&mut b, &gb)?)
 }
 
-fn mp_cat<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_cat<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let Some(t) = balance(c) else {
         s.skip(format!("ops/{c}"), "no balance in its name");
         return Ok(());
@@ -230,7 +230,7 @@ fn mp_cat<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
 }
 
 /// Fourier features of any c_noise: the noise level is exp(4 c_noise).
-fn fourier<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn fourier<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let (x, freqs) = (f.array(&format!("{c}.x"))?, f.array(&format!("{c}.freqs"))?);
     let phases = f.shaped(&format!("{c}.phases"), &freqs.shape)?;
     let mut table = ParamTable::default();
@@ -258,7 +258,7 @@ pub(super) fn fourier_argument(c_noise: &[f64], freqs: &[f64], phases: &[f64]) -
     freqs.iter().zip(phases).fold(0.0, |a: f64, (f, p)| a.max(f.abs() * x + p.abs()))
 }
 
-fn pixel_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn pixel_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let mut b = (s.device.training)(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
@@ -271,7 +271,7 @@ fn pixel_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()>
 
 /// Large values in further channels make the norm of every pixel the same, so that pixel norm divides by a known
 /// number and its gradient does too.
-fn resample_down<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     const FURTHER: usize = 8;
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
@@ -305,7 +305,7 @@ fn resample_down<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<
     s.check(f, &format!("{c}.g_x"), What::Gradient, &gx)
 }
 
-fn resample_up<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn resample_up<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
     let mut b = (s.device.training)(&ParamTable::default(), 0)?;
@@ -318,7 +318,7 @@ fn resample_up<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()
 }
 
 /// The stored weight after a step that moves nothing, of one and of two micro-batches.
-fn weight_norm_twice<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn weight_norm_twice<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let w = weight(f, &format!("{c}.w"), true)?;
     for (rounds, name) in [(1, "once"), (2, "twice")] {
         let (mut b, id) = with_weight(s, &w, rounds)?;
@@ -328,7 +328,7 @@ fn weight_norm_twice<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Res
     Ok(())
 }
 
-fn weight_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn weight_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let name = format!("{c}.w");
     let conv = f.file.shape(&name)?.len() == 4;
     let w = weight(f, &name, conv)?;
@@ -358,7 +358,7 @@ fn weight_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()
     s.check(f, &format!("{c}.g_w"), What::Gradient, &param(&mut b, Slot::Grad, id)?)
 }
 
-fn conv<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, true)?;
     let scales = row_scales(&w);
     let (mut b, id) = with_weight(s, &w, 0)?;
@@ -376,7 +376,7 @@ fn conv<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
 }
 
 /// Compares the weight gradient, as the optimizer sees it, with the projected one of the file.
-fn projected_gradient<B: Backend>(
+fn projected_gradient<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     c: &str,
@@ -393,7 +393,7 @@ fn projected_gradient<B: Backend>(
 }
 
 /// A backend with one `emb_linear` layer.
-fn with_emb_layer<B: Backend>(s: &Session<B>, w: &Array, gain: f64, rounds: usize) -> Result<(B, EmbLayer)> {
+fn with_emb_layer<B: TrainingBackend>(s: &Session<B>, w: &Array, gain: f64, rounds: usize) -> Result<(B, EmbLayer)> {
     let mut table = ParamTable::default();
     let gain_id = table.gain("emb_gain".into());
     let weight = table.linear("emb_linear".into(), w.shape[1], w.shape[0]);
@@ -405,7 +405,7 @@ fn with_emb_layer<B: Backend>(s: &Session<B>, w: &Array, gain: f64, rounds: usiz
 }
 
 /// Linear layers are those of the embedding: emb_gain (W emb) + 1.
-fn linear<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, false)?;
     let scales = row_scales(&w);
     let (mut b, l) = with_emb_layer(s, &w, 1.0, 0)?;
@@ -429,7 +429,7 @@ fn rounds(case: &str) -> usize {
     usize::from(case.contains("_train"))
 }
 
-fn mp_linear<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, false)?;
     let gain = f.shaped(&format!("{c}.gain"), &[])?.values[0];
     let (mut b, l) = with_emb_layer(s, &w, gain, rounds(c))?;
@@ -446,7 +446,7 @@ fn mp_linear<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> 
 }
 
 /// Gradients of weight and gain, and the stored weight of a case in training mode.
-fn after_step<B: Backend>(
+fn after_step<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     c: &str,
@@ -466,7 +466,7 @@ fn after_step<B: Backend>(
 /// The one convolution with a gain is the network's last: gain and its gradient belong to the
 /// preconditioning and the loss. With noisy image 0, logvar 0 and sigma = sigma_data = 1/2, D = c_out gain
 /// conv(x), and the clean image is chosen so that dL/dD = gy / c_out.
-fn mp_conv<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     const SIGMA: f64 = 0.5;
     let (w, x, gy) = layer(f, c, true)?;
     let gain = f.shaped(&format!("{c}.gain"), &[])?.values[0];
@@ -526,7 +526,7 @@ fn pack_qkv([n, heads, c, tokens]: [usize; 4], at: impl Fn([usize; 5]) -> f64) -
 
 /// The normalised q, k, v exist inside attention only; so attention of the raw ones is compared with softmax
 /// (in f64) of the file's normalised ones.
-fn attn_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.array(&format!("{c}.x"))?;
     let [n, heads, ch, 3, tokens] = *x.shape else {
         let found = format!("shape {:?}", x.shape);
@@ -567,7 +567,7 @@ fn attn_norm<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> 
     Ok(())
 }
 
-fn attn<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     const BALANCE: f64 = 0.3;
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
@@ -721,7 +721,7 @@ impl BlockSettings {
     }
 }
 
-pub(super) fn blocks<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn blocks<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open("ops_blocks.safetensors")?;
     let settings: serde_json::Map<String, serde_json::Value> =
         f.metadata("config")?.ok_or_else(|| f.wrong("config", "it is missing".into()))?;
@@ -738,7 +738,7 @@ pub(super) fn blocks<B: Backend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-fn block<B: Backend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: BlockConfig, rounds: usize) -> Result<()> {
+fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: BlockConfig, rounds: usize) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, _] = x.nhwc();
     let x = match (cfg.resample, h % 2 + w % 2) {

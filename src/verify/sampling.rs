@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::network::{images, labels, network};
 use super::{Array, Golden, Result, Session, What, download, normalization};
-use crate::backend::{Backend, Slot};
+use crate::backend::{Slot, TrainingBackend};
 use crate::model::Precond;
 use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, Step, solve};
 
@@ -19,7 +19,7 @@ struct Settings {
     s_churn: f64,
 }
 
-pub(super) fn samplers<B: Backend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn samplers<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("samplers.safetensors")?;
     s.case("samplers", |s| {
@@ -36,7 +36,7 @@ pub(super) fn samplers<B: Backend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-fn sampler<B: Backend>(s: &mut Session<B>, f: &Golden, case: &str, net: &Precond, b: &mut B) -> Result<()> {
+fn sampler<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, case: &str, net: &Precond, b: &mut B) -> Result<()> {
     let parsed = case.rsplit_once("_g").and_then(|(name, g)| Some((name, g.parse::<f64>().ok()?)));
     let solver = match parsed {
         Some(("heun", _)) => Solver::Heun,
@@ -130,7 +130,7 @@ fn sampler<B: Backend>(s: &mut Session<B>, f: &Golden, case: &str, net: &Precond
     Ok(())
 }
 
-fn compare_all<B: Backend>(
+fn compare_all<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
     name: &str,
@@ -158,7 +158,7 @@ struct Recorded<T> {
     guided: Vec<Guided<T>>,
 }
 
-impl<B: Backend> Denoise<B> for Recorded<B::Tensor> {
+impl<B: TrainingBackend> Denoise<B> for Recorded<B::Tensor> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let call = self.seen.len();
         self.seen.push(x.clone());
@@ -188,7 +188,7 @@ struct Live<'a, T> {
     n: usize,
 }
 
-impl<B: Backend> Denoise<B> for Live<'_, B::Tensor> {
+impl<B: TrainingBackend> Denoise<B> for Live<'_, B::Tensor> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let sigma = b.upload([self.n, 1, 1, 1], &vec![sigma as f32; self.n]);
         let d = self.net.denoise(b, x, &sigma, self.labels.as_ref());

@@ -99,7 +99,7 @@ fn for_heads<T: Real>(
     out
 }
 
-/// See [`crate::backend::Backend::attention`].
+/// See [`crate::backend::NetworkBackend::attention`].
 pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
     let [_, h, w, width] = qkv.shape();
     let (tokens, c) = (h * w, width / heads / 3);
@@ -112,7 +112,7 @@ pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize) -> T
     })
 }
 
-/// See [`crate::backend::Backend::attention_backward`].
+/// See [`crate::backend::TrainingBackend::attention_backward`].
 pub fn backward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, grad: &Tensor<T>) -> Tensor<T> {
     let [_, h, w, width] = qkv.shape();
     let (tokens, c) = (h * w, width / heads / 3);

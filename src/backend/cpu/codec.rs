@@ -6,9 +6,9 @@ use super::conv::{self, Filter, Rows, Window};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::params::ParamTable;
 use crate::real::{Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// A kernel as [`conv::conv`] reads it.
 pub struct Conv<T> {
@@ -18,10 +18,10 @@ pub struct Conv<T> {
     bias: Vec<T>,
 }
 
-impl<T: Real> Cpu<T> {
-    /// For codecs only: no parameters.
+impl<T: Real> Cpu<T, ()> {
+    /// For codecs, which own no network.
     pub fn for_codec() -> Self {
-        Self::for_sampling(&ParamTable::default())
+        Self { params: (), pool: Arc::default(), bf16: false }
     }
 }
 
@@ -51,7 +51,7 @@ fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, dst: &mut
     }
 }
 
-impl<T: Real> CodecBackend for Cpu<T> {
+impl<T: Real> CodecBackend for Cpu<T, ()> {
     type Conv = Conv<T>;
 
     fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv<T> {

@@ -9,12 +9,15 @@ mod bf16;
 mod codec;
 mod conv;
 mod tensor;
+mod training;
 mod weights;
 
 use super::*;
-use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, mp_silu_grad};
+use crate::params::{ParamId, ParamTable, mp_sum_weights};
+use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
 use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 use tensor::Pool;
 use weights::Param;
@@ -23,12 +26,54 @@ pub use crate::real::Real;
 pub use bf16::is_available as bf16_is_available;
 pub use tensor::Tensor;
 
-/// Executes the network on the CPU, on all threads of rayon's pool.
-pub struct Cpu<T: Real = f32> {
-    table: ParamTable,
-    params: Vec<Param<T>>,
+/// Computes on the CPU, on all threads of rayon's pool: a network of which it holds the parameters, or what needs none
+/// (`Cpu<T, ()>`).
+pub struct Cpu<T: Real = f32, P = Params<T>> {
+    params: P,
     pool: Arc<Pool<T>>,
     bf16: bool,
+}
+
+/// A network's parameters.
+pub struct Params<T: Real> {
+    table: ParamTable,
+    all: Vec<Param<T>>,
+}
+
+impl<T: Real> Index<ParamId> for Params<T> {
+    type Output = Param<T>;
+    fn index(&self, id: ParamId) -> &Param<T> {
+        &self.all[id.0]
+    }
+}
+
+impl<T: Real> IndexMut<ParamId> for Params<T> {
+    fn index_mut(&mut self, id: ParamId) -> &mut Param<T> {
+        &mut self.all[id.0]
+    }
+}
+
+impl<T: Real, P> Cpu<T, P> {
+    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; for what is prepared
+    /// or loaded from now on. Sampling is twice as fast, where the processor [can](bf16_is_available).
+    ///
+    /// # Panics
+    /// Where it cannot.
+    pub fn in_bf16(self) -> Self {
+        assert!(bf16_is_available(), "AVX-512 BF16");
+        Self { bf16: true, ..self }
+    }
+
+    /// A tensor of given values, in full precision.
+    pub fn tensor(&self, shape: Shape, values: &[T]) -> Tensor<T> {
+        let mut t = self.uninit(shape);
+        t.values_mut().copy_from_slice(values);
+        t
+    }
+
+    fn uninit(&self, shape: Shape) -> Tensor<T> {
+        Tensor::uninit(&self.pool, shape)
+    }
 }
 
 impl<T: Real> Cpu<T> {
@@ -43,60 +88,39 @@ impl<T: Real> Cpu<T> {
     }
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
-        let params = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
-        Self { table: table.clone(), params, pool: Arc::default(), bf16: false }
-    }
-
-    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; for what is prepared
-    /// or loaded from now on. Sampling is twice as fast, where the processor [can](bf16_is_available).
-    ///
-    /// # Panics
-    /// Where it cannot.
-    pub fn in_bf16(self) -> Self {
-        assert!(bf16_is_available(), "AVX-512 BF16");
-        Self { bf16: true, ..self }
+        let all = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
+        Self { params: Params { table: table.clone(), all }, pool: Arc::default(), bf16: false }
     }
 
     fn pack(&mut self) {
         if self.bf16 {
-            self.params.iter_mut().for_each(Param::pack);
+            self.params.all.iter_mut().for_each(Param::pack);
         }
-    }
-
-    /// A tensor of given values, in full precision.
-    pub fn tensor(&self, shape: Shape, values: &[T]) -> Tensor<T> {
-        let mut t = self.uninit(shape);
-        t.values_mut().copy_from_slice(values);
-        t
     }
 
     /// Sets a slot of a parameter in full precision, values in PyTorch's order.
     pub fn set_param(&mut self, slot: Slot, id: ParamId, values: &[T]) -> Result<(), BackendError> {
-        self.params[id.0].write(slot, values)
+        self.params[id].write(slot, values)
     }
 
     /// Reads a slot of a parameter in full precision, in PyTorch's order.
     pub fn param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<T>, BackendError> {
-        self.params[id.0].read(slot)
-    }
-
-    fn uninit(&self, shape: Shape) -> Tensor<T> {
-        Tensor::uninit(&self.pool, shape)
+        self.params[id].read(slot)
     }
 
     /// A scalar parameter.
     fn gain(&self, id: ParamId) -> T {
-        self.params[id.0].effective()[0]
+        self.params[id].effective()[0]
     }
 
     fn add_to_gain(&mut self, id: ParamId, value: T) {
-        let (grad, accumulate) = self.params[id.0].grad_mut();
+        let (grad, accumulate) = self.params[id].grad_mut();
         grad[0] = if accumulate { grad[0] + value } else { value };
     }
 
     /// x [n, cin] times the effective weight of a linear layer: [n, cout].
     fn linear(&self, id: ParamId, x: &Tensor<T>, scale: f64) -> Tensor<T> {
-        let param = &self.params[id.0];
+        let param = &self.params[id];
         let (cout, cin, _) = param.dims();
         let n = x.shape()[0];
         let mut y = self.uninit([n, 1, 1, cout]);
@@ -111,15 +135,15 @@ impl<T: Real> Cpu<T> {
 
     /// Accumulates `scale` * x^T grad; `grad` has `stride` values from row to row.
     fn linear_wgrad(&mut self, id: ParamId, x: &Tensor<T>, grad: &[T], stride: usize, scale: f64) {
-        let (cout, cin, _) = self.params[id.0].dims();
-        let (out, accumulate) = self.params[id.0].grad_mut();
+        let (cout, cin, _) = self.params[id].dims();
+        let (out, accumulate) = self.params[id].grad_mut();
         let (a, b) = (Mat::new(x.values(), cin).t(), Mat::new(grad, stride));
         matmul((cin, cout, x.shape()[0]), out, accumulate, a, b, T::of(scale), Threads::All);
     }
 
     /// Fourier features sqrt(2) cos(x f + p) of ln(sigma)/4 (EDM2 eq. 75).
     fn fourier(&self, freqs: ParamId, phases: ParamId, sigma: &Tensor<T>) -> Tensor<T> {
-        let (freqs, phases) = (self.params[freqs.0].effective(), self.params[phases.0].effective());
+        let (freqs, phases) = (self.params[freqs].effective(), self.params[phases].effective());
         let mut out = self.uninit([sigma.shape()[0], 1, 1, freqs.len()]);
         for_rows(out.values_mut(), freqs.len(), |i, row| {
             let c_noise = sigma.values()[i].ln() / T::of(4.0);
@@ -132,7 +156,7 @@ impl<T: Real> Cpu<T> {
 
     /// Runs a convolution; `done(row, y, out)` as in [`conv::conv`], `out` of shape `out_shape`.
     fn convolve(&self, id: ParamId, x: Operand<Tensor<T>>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
-        let param = &self.params[id.0];
+        let param = &self.params[id];
         let (cout, _, taps) = param.dims();
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let rows = Rows { shape: operand_shape(&x), read: &read };
@@ -142,7 +166,7 @@ impl<T: Real> Cpu<T> {
 
     /// Gradient of a convolution's input; `done(row, g, out)` gets w * cin values a row.
     fn convolve_back(&self, id: ParamId, grad: &Tensor<T>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
-        let param = &self.params[id.0];
+        let param = &self.params[id];
         let (cout, cin, taps) = param.dims();
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
         let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
@@ -225,7 +249,7 @@ fn halved([n, h, w, c]: Shape, down: bool) -> Shape {
     if down { [n, h / 2, w / 2, c] } else { [n, h, w, c] }
 }
 
-impl<T: Real> Backend for Cpu<T> {
+impl<T: Real, W> Backend for Cpu<T, W> {
     type Tensor = Tensor<T>;
 
     fn shape(&self, t: &Tensor<T>) -> Shape {
@@ -243,23 +267,48 @@ impl<T: Real> Backend for Cpu<T> {
         Ok(t.values().iter().map(|v| v.wide() as f32).collect())
     }
 
+    fn linear_combination(&mut self, terms: &[(&Tensor<T>, f64)]) -> Tensor<T> {
+        let shape = terms[0].0.shape();
+        let row = shape[2] * shape[3];
+        let mut out = self.uninit(shape);
+        for_rows(out.values_mut(), row, |i, out| {
+            for (k, (t, factor)) in terms.iter().enumerate() {
+                let factor = T::of(*factor);
+                let t = &t.values()[i * row..];
+                for (o, &t) in out.iter_mut().zip(t) {
+                    *o = if k == 0 { t * factor } else { *o + t * factor };
+                }
+            }
+        });
+        out
+    }
+
+    fn stack(&mut self, parts: &[&Tensor<T>]) -> Tensor<T> {
+        let [n, h, w, c] = parts[0].shape();
+        let mut out = self.uninit([n * parts.len(), h, w, c]);
+        let values = out.values_mut();
+        values.chunks_exact_mut(n * h * w * c).zip(parts).for_each(|(out, part)| out.copy_from_slice(part.values()));
+        out
+    }
+
+    fn split(&mut self, x: &Tensor<T>, parts: usize) -> Vec<Tensor<T>> {
+        let [n, h, w, c] = x.shape();
+        let shape = [n / parts, h, w, c];
+        x.values().chunks_exact(shape.iter().product()).map(|values| self.tensor(shape, values)).collect()
+    }
+}
+
+impl<T: Real> NetworkBackend for Cpu<T> {
     fn table(&self) -> &ParamTable {
-        &self.table
+        &self.params.table
     }
 
-    fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
-        let values: Vec<T> = values.iter().map(|&v| T::of(f64::from(v))).collect();
-        self.set_param(slot, id, &values)
+    fn load_param(&mut self, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
+        self.write_param(Slot::Weight, id, values)
     }
 
-    fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError> {
-        Ok(self.param(slot, id)?.into_iter().map(|v| v.wide() as f32).collect())
-    }
-
-    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        self.params.iter_mut().try_for_each(|p| p.prepare(source, how))?;
-        self.pack();
-        Ok(())
+    fn normalize(&mut self) -> Result<(), BackendError> {
+        self.prepare(Slot::Weight, Normalization::Eval)
     }
 
     fn precond_input(&mut self, x: &Tensor<T>, sigma: &Tensor<T>, sigma_data: f64) -> Tensor<T> {
@@ -303,7 +352,7 @@ impl<T: Real> Backend for Cpu<T> {
         let features = self.fourier(p.freqs, p.phases, sigma);
         let mut pre = self.linear(p.noise, &features, 1.0);
         if let Some(label) = p.label {
-            let (wa, wb) = crate::params::mp_sum_weights(p.label_balance);
+            let (wa, wb) = mp_sum_weights(p.label_balance);
             let values = pre.values_mut();
             values.iter_mut().for_each(|x| *x *= T::of(wa));
             if let Some(labels) = labels {
@@ -365,7 +414,7 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn conv(&mut self, w: ParamId, x: Operand<Tensor<T>>) -> Tensor<T> {
         let [n, height, width, _] = x.x.shape();
-        let mut out = self.uninit([n, height, width, self.params[w.0].dims().0]);
+        let mut out = self.uninit([n, height, width, self.params[w].dims().0]);
         self.convolve(w, x, out.values_mut(), |_, y, out| out.copy_from_slice(y));
         out
     }
@@ -378,7 +427,7 @@ impl<T: Real> Backend for Cpu<T> {
         keep: bool,
     ) -> (Tensor<T>, Option<Tensor<T>>) {
         let [n, height, width, _] = x.x.shape();
-        let cout = self.params[w.0].dims().0;
+        let cout = self.params[w].dims().0;
         let mut act = self.uninit([n, height, width, cout]);
         let pre = keep.then(|| self.conv(w, x));
         let activate = |row: usize, y: &[T], out: &mut [T]| {
@@ -406,7 +455,7 @@ impl<T: Real> Backend for Cpu<T> {
         t: f64,
         clip: Option<f64>,
     ) -> Tensor<T> {
-        let (wa, wb) = crate::params::mp_sum_weights(t);
+        let (wa, wb) = mp_sum_weights(t);
         let (wa, wb) = (T::of(wa), T::of(wb));
         let limit = clip.map_or(T::infinity(), T::of);
         let mut out = self.uninit(residual.shape());
@@ -429,293 +478,6 @@ impl<T: Real> Backend for Cpu<T> {
 
     fn attention(&mut self, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
         attention::forward(&self.pool, qkv, heads)
-    }
-
-    fn loss(&mut self, i: LossInput<Tensor<T>>) -> Loss<Tensor<T>> {
-        let [n, h, w, c] = i.clean.shape();
-        let gain = self.gain(i.out_gain);
-        let mut per_image = self.uninit([n, 1, 1, 1]);
-        let mut grad_logvar = self.uninit([n, 1, 1, 1]);
-        let mut grad_raw = self.uninit(i.clean.shape());
-        let size = h * w * c;
-        let data = i.sigma_data;
-        let sums: Vec<[f64; 3]> = grad_raw
-            .values_mut()
-            .par_chunks_mut(size)
-            .enumerate()
-            .map(|(n, grad)| {
-                let sigma = i.sigma.values()[n];
-                let logvar = i.logvar.values()[n];
-                let (c_skip, c_out) = output_scales(sigma, data);
-                let s = sigma * T::of(data);
-                let weight = (sigma * sigma + T::of(data * data)) / (s * s) / logvar.exp();
-                let [clean, noisy, raw] = [i.clean, i.noisy, i.raw].map(|t| &t.values()[n * size..][..size]);
-                // Sums over the image, in f64: of the loss, its derivative by logvar, and by out_gain.
-                let (mut loss, mut dlogvar, mut dgain) = (0.0, 0.0, 0.0);
-                for j in 0..size {
-                    let error = c_skip * noisy[j] + c_out * (gain * raw[j]) - clean[j];
-                    let term = weight * error * error;
-                    let dout = T::of(2.0) * weight * error * c_out;
-                    loss += (term + logvar).wide();
-                    dlogvar += (T::one() - term).wide();
-                    dgain += (dout * raw[j]).wide();
-                    grad[j] = dout * gain;
-                }
-                [loss, dlogvar, dgain]
-            })
-            .collect();
-        for (n, [loss, dlogvar, _]) in sums.iter().enumerate() {
-            per_image.values_mut()[n] = T::of(*loss);
-            grad_logvar.values_mut()[n] = T::of(*dlogvar);
-        }
-        self.add_to_gain(i.out_gain, T::of(sums.iter().map(|s| s[2]).sum()));
-        Loss { per_image, grad_raw, grad_logvar }
-    }
-
-    fn logvar_backward(&mut self, p: &Logvar, features: &Tensor<T>, grad: &Tensor<T>) {
-        self.linear_wgrad(p.weight, features, grad.values(), 1, 1.0);
-    }
-
-    fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor<T>>, grad: &Tensor<T>, gain: f64) {
-        let taps = self.params[w.0].dims().2;
-        let read_x = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
-        let read_grad = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
-        let rows = Rows { shape: operand_shape(&x), read: &read_x };
-        let grads = Rows { shape: grad.shape(), read: &read_grad };
-        let (out, accumulate) = self.params[w.0].grad_mut();
-        conv::wgrad(&self.pool, rows, grads, taps, T::of(gain), out, accumulate);
-    }
-
-    fn conv_dgrad(
-        &mut self,
-        w: ParamId,
-        grad: &Tensor<T>,
-        gain: f64,
-        x: Operand<Tensor<T>>,
-        acc: Option<(OperandGrad<Tensor<T>>, f64)>,
-    ) -> OperandGrad<Tensor<T>> {
-        let [n, height, width, c] = operand_shape(&x);
-        let (gain, silu) = (T::of(gain), x.silu);
-        // One row of one part: through the operand's scale and mp_silu, plus what is accumulated.
-        let mix = |out: &mut [T], g: &[T], x: &[T], scale: T, acc: Option<T>| {
-            for ((out, &g), &x) in out.iter_mut().zip(g).zip(x) {
-                let slope = if silu { mp_silu_grad(x * scale) } else { T::one() };
-                let g = g * gain * scale * slope;
-                *out = acc.map_or(g, |acc| *out * acc + g);
-            }
-        };
-        let (acc, acc_scale) = match acc {
-            Some((acc, scale)) => (Some(acc), Some(T::of(scale))),
-            None => (None, None),
-        };
-        if x.skip.is_none() {
-            let (part, scale) = (x.x, T::of(x.x_scale));
-            let mut out = acc.map_or_else(|| self.uninit(part.shape()), |acc| acc.x);
-            self.convolve_back(w, grad, out.values_mut(), |row, g, out| {
-                mix(out, g, &part.values()[row * out.len()..][..out.len()], scale, acc_scale);
-            });
-            return OperandGrad { x: out, skip: None };
-        }
-        let mut whole = self.uninit([n, height, width, c]);
-        self.convolve_back(w, grad, whole.values_mut(), |_, g, out| out.copy_from_slice(g));
-        let mut acc = acc.map_or([None, None], |acc| [Some(acc.x), acc.skip]).into_iter();
-        let mut grads = parts(&x).map(|(part, scale, offset)| {
-            let channels = part.shape()[3];
-            let mut out = acc.next().flatten().unwrap_or_else(|| self.uninit(part.shape()));
-            for_rows(out.values_mut(), width * channels, |row, out| {
-                let pixels = whole.values()[row * width * c..].chunks_exact(c);
-                let inputs = part.values()[row * width * channels..].chunks_exact(channels);
-                for ((out, g), x) in out.chunks_exact_mut(channels).zip(pixels).zip(inputs) {
-                    mix(out, &g[offset..offset + channels], x, scale, acc_scale);
-                }
-            });
-            out
-        });
-        let x = grads.next().expect("an operand has a first part");
-        OperandGrad { x, skip: grads.next() }
-    }
-
-    fn conv_dgrad_scale_silu(
-        &mut self,
-        w: ParamId,
-        grad: &Tensor<T>,
-        gain: f64,
-        pre: &Tensor<T>,
-        scale: Scale<Tensor<T>>,
-        grad_scales: &mut Tensor<T>,
-    ) -> Tensor<T> {
-        let [n, height, width, c] = pre.shape();
-        let gain = T::of(gain);
-        // With u = pre * scale: first dL/du, then its products with scale (for pre) and pre (for scale).
-        let mut out = self.uninit(pre.shape());
-        self.convolve_back(w, grad, out.values_mut(), |row, g, out| {
-            let scale = scale_row(&scale, row / height, c);
-            let pre = pre.values()[row * width * c..].chunks_exact(c);
-            for ((out, g), pre) in out.chunks_exact_mut(c).zip(g.chunks_exact(c)).zip(pre) {
-                for i in 0..c {
-                    out[i] = g[i] * gain * mp_silu_grad(pre[i] * scale[i]);
-                }
-            }
-        });
-        let mut row_sums = self.uninit([n, height, 1, c]);
-        for_rows(row_sums.values_mut(), c, |row, sums| {
-            sums.fill(T::zero());
-            let gu = out.values()[row * width * c..][..width * c].chunks_exact(c);
-            for (gu, pre) in gu.zip(pre.values()[row * width * c..].chunks_exact(c)) {
-                for i in 0..c {
-                    sums[i] += gu[i] * pre[i];
-                }
-            }
-        });
-        let all = grad_scales.shape()[3];
-        let images = grad_scales.values_mut().chunks_exact_mut(all);
-        for (image, rows) in images.zip(row_sums.values().chunks_exact(height * c)) {
-            for sums in rows.chunks_exact(c) {
-                image[scale.offset..].iter_mut().zip(sums).for_each(|(g, &s)| *g += s);
-            }
-        }
-        for_rows(out.values_mut(), width * c, |row, out| {
-            let scale = scale_row(&scale, row / height, c);
-            for out in out.chunks_exact_mut(c) {
-                out.iter_mut().zip(scale).for_each(|(g, &s)| *g *= s);
-            }
-        });
-        out
-    }
-
-    fn clip_backward(&mut self, mut grad: Tensor<T>, out: &Tensor<T>, clip: f64) -> Tensor<T> {
-        let limit = T::of(clip);
-        let row = out.shape()[2] * out.shape()[3];
-        for_rows(grad.values_mut(), row, |i, grad| {
-            for (g, &y) in grad.iter_mut().zip(&out.values()[i * row..]) {
-                *g = if y.abs() < limit { *g } else { T::zero() };
-            }
-        });
-        grad
-    }
-
-    fn pixel_norm_backward(
-        &mut self,
-        x: &Tensor<T>,
-        grad: &Tensor<T>,
-        down: bool,
-        acc: Option<Tensor<T>>,
-    ) -> Tensor<T> {
-        let [_, _, w, c] = x.shape();
-        let (rows, small) = if down { (2, w / 2) } else { (1, w) };
-        let fresh = acc.is_none();
-        let mut out = acc.unwrap_or_else(|| self.uninit(x.shape()));
-        let share = T::of(if down { 0.25 } else { 1.0 });
-        for_rows(out.values_mut(), rows * w * c, |row, out| {
-            let mut y = vec![T::zero(); small * c];
-            read_normed(x, down, row, &mut y);
-            let mut g = grad.values()[row * small * c..][..small * c].to_vec();
-            for (g, y) in g.chunks_exact_mut(c).zip(y.chunks_exact_mut(c)) {
-                let r = normalize(y);
-                attention::normalize_backward(g, y, r, T::of(c as f64));
-            }
-            for (i, out) in out.chunks_exact_mut(c).enumerate() {
-                let column = i % w * small / w;
-                let g = &g[column * c..][..c];
-                for (out, &g) in out.iter_mut().zip(g) {
-                    *out = if fresh { g * share } else { *out + g * share };
-                }
-            }
-        });
-        out
-    }
-
-    fn upsample_backward(&mut self, grad: &Tensor<T>) -> Tensor<T> {
-        let [n, h, w, c] = grad.shape();
-        let mut out = self.uninit([n, h / 2, w / 2, c]);
-        for_rows(out.values_mut(), w / 2 * c, |row, out| {
-            let two = &grad.values()[2 * row * w * c..][..2 * w * c];
-            average(&two[..w * c], &two[w * c..], c, out);
-            out.iter_mut().for_each(|g| *g *= T::of(4.0));
-        });
-        out
-    }
-
-    fn attention_backward(&mut self, qkv: &Tensor<T>, heads: usize, grad: &Tensor<T>) -> Tensor<T> {
-        attention::backward(&self.pool, qkv, heads, grad)
-    }
-
-    fn zero_scales_grad(&mut self, scales: &Tensor<T>) -> Tensor<T> {
-        let mut zeros = self.uninit(scales.shape());
-        zeros.values_mut().fill(T::zero());
-        zeros
-    }
-
-    fn emb_scales_backward(&mut self, layers: &[EmbLayer], emb: &Tensor<T>, grad_scales: &Tensor<T>) -> Tensor<T> {
-        let [n, _, _, width] = emb.shape();
-        let stride = grad_scales.shape()[3];
-        let mut grad_emb = self.uninit(emb.shape());
-        for (i, layer) in layers.iter().enumerate() {
-            let grad = &grad_scales.values()[layer.offset..];
-            let gain = self.gain(layer.gain);
-            // scale = gain * (W emb) + 1
-            let y = self.linear(layer.weight, emb, 1.0);
-            let rows = grad.chunks(stride).zip(y.values().chunks_exact(layer.channels));
-            let dgain = rows.flat_map(|(g, y)| g.iter().zip(y)).map(|(&g, &y)| g * y).fold(T::zero(), |a, b| a + b);
-            self.add_to_gain(layer.gain, dgain);
-            self.linear_wgrad(layer.weight, emb, grad, stride, gain.wide());
-            let weight = Mat::new(self.params[layer.weight.0].effective(), layer.channels).t();
-            let shape = (n, width, layer.channels);
-            matmul(shape, grad_emb.values_mut(), i > 0, Mat::new(grad, stride), weight, gain, Threads::All);
-        }
-        grad_emb
-    }
-
-    fn embed_backward(
-        &mut self,
-        p: &Embed,
-        e: &Embedding<Tensor<T>>,
-        labels: Option<&Tensor<T>>,
-        grad_emb: &Tensor<T>,
-    ) {
-        let width = e.pre.shape()[3];
-        let mut grad = grad_emb.clone();
-        for_rows(grad.values_mut(), width, |row, grad| {
-            let pre = &e.pre.values()[row * width..];
-            grad.iter_mut().zip(pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
-        });
-        let (wa, wb) = match p.label {
-            Some(_) => crate::params::mp_sum_weights(p.label_balance),
-            None => (1.0, 0.0),
-        };
-        self.linear_wgrad(p.noise, &e.features, grad.values(), width, wa);
-        if let (Some(label), Some(labels)) = (p.label, labels) {
-            let scale = wb * (labels.shape()[3] as f64).sqrt();
-            self.linear_wgrad(label, labels, grad.values(), width, scale);
-        }
-    }
-
-    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
-        let mut total = StepStats::default();
-        for param in &mut self.params {
-            let stats = param.step(step)?;
-            total.grad_norm += stats.grad_norm;
-            total.nonfinite += stats.nonfinite;
-        }
-        total.grad_norm = total.grad_norm.sqrt();
-        self.pack();
-        Ok(total)
-    }
-
-    fn linear_combination(&mut self, terms: &[(&Tensor<T>, f64)]) -> Tensor<T> {
-        let shape = terms[0].0.shape();
-        let row = shape[2] * shape[3];
-        let mut out = self.uninit(shape);
-        for_rows(out.values_mut(), row, |i, out| {
-            for (k, (t, factor)) in terms.iter().enumerate() {
-                let factor = T::of(*factor);
-                let t = &t.values()[i * row..];
-                for (o, &t) in out.iter_mut().zip(t) {
-                    *o = if k == 0 { t * factor } else { *o + t * factor };
-                }
-            }
-        });
-        out
     }
 }
 

@@ -188,7 +188,7 @@ impl<T: Real> Param<T> {
         Ok(values)
     }
 
-    /// See [`crate::backend::Backend::prepare`].
+    /// See [`crate::backend::TrainingBackend::prepare`].
     pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
         let Some(training) = &self.training else {
@@ -218,7 +218,7 @@ impl<T: Real> Param<T> {
         Ok(())
     }
 
-    /// See [`crate::backend::Backend::optimizer_step`]; returns the squared norm of the gradient.
+    /// See [`crate::backend::TrainingBackend::optimizer_step`]; returns the squared norm of the gradient.
     pub fn step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
         let Some(training) = &mut self.training else { return Err(BackendError::NotTraining(Slot::Grad)) };
         if !self.spec.trained() {

@@ -1,5 +1,5 @@
 //! The codecs' operations on the GPU: launches of `kernels/codec.cu`, which explains them, and
-//! [`CodecBackend`] for [`Gpu`].
+//! [`CodecBackend`] for a [`Gpu`] that owns no network.
 //!
 //! Everything is 16 bits wide and summed in f32. What exceeds 65504 in f16 becomes infinite, the next group norm
 //! makes NaN of it, and [`crate::codec::Decoder::decode`] reports it; bf16 has the range of f32. The SD-VAEs of
@@ -11,10 +11,8 @@ use super::launch::{DevicePtr, Launch, Math, Precision};
 use super::runtime::{PARAMETERS, Runtime};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Choice, Product};
-use crate::backend::DeviceError;
-use crate::backend::Shape;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::params::ParamTable;
+use crate::backend::{DeviceError, Shape};
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use std::rc::Rc;
@@ -404,44 +402,52 @@ pub struct Conv {
     bias: Tensor,
 }
 
-impl Gpu {
-    /// For codecs only: no parameters.
+/// What a device holds of autoencoders: their weights are in [`Conv`]s, here is how large they are.
+#[derive(Default)]
+pub struct Loaded {
+    bytes: usize,
+}
+
+impl Gpu<Loaded> {
+    /// For codecs, which own no network.
     ///
     /// # Errors
     /// The device's.
     pub fn for_codec(runtime: Rc<dyn Runtime>, math: impl Into<Math>) -> Result<Self, DeviceError> {
-        Self::for_sampling(runtime, math, &ParamTable::default())
+        Self::new(runtime, math.into(), Loaded::default())
+    }
+
+    /// Bytes of device memory for the weights that were loaded.
+    pub fn param_bytes(&self) -> usize {
+        self.params.bytes
     }
 
     /// Weights of a codec.
     fn load(&mut self, bytes: &[u8]) -> Buffer {
-        let memory = self.own(bytes.len(), PARAMETERS);
-        if let Err(e) = memory.write(0, bytes) {
-            self.fail(e);
-        }
-        self.codec_bytes += bytes.len();
-        Buffer::Own(memory)
+        self.params.bytes += bytes.len();
+        self.own_values(bytes, PARAMETERS)
     }
 
     /// The input of a convolution as it reads it.
     fn normalised(&mut self, x: &Tensor, before: Before<Tensor>) -> Tensor {
-        let y = self.plain(x.shape(), Format::Half);
-        let (shape, from, to) = (x.shape(), x.ptr(), y.ptr());
-        let launch = match before {
-            Before::Nothing => return x.clone(),
-            Before::Affine(affine) => normalise(self.precision, shape, from, Before::Affine(&affine.ptr()), to),
-            Before::AffineSilu(affine) => normalise(self.precision, shape, from, Before::AffineSilu(&affine.ptr()), to),
-            Before::SoftClip => normalise(self.precision, shape, from, Before::SoftClip, to),
+        let affine = match before {
+            Before::Affine(affine) | Before::AffineSilu(affine) => affine.ptr(),
+            Before::Nothing | Before::SoftClip => DevicePtr::NULL,
         };
-        match launch {
-            Ok(launch) => self.go(Work::new("codec_normalise", shape, x.bytes() + y.bytes()), launch),
-            Err(e) => self.unsupported(e),
-        }
+        let before = match before {
+            Before::Nothing => return x.clone(),
+            Before::Affine(_) => Before::Affine(&affine),
+            Before::AffineSilu(_) => Before::AffineSilu(&affine),
+            Before::SoftClip => Before::SoftClip,
+        };
+        let y = self.plain(x.shape(), Format::Half);
+        let launch = normalise(self.precision, x.shape(), x.ptr(), before, y.ptr());
+        self.go_if(Work::new("codec_normalise", x.shape()).with([x, &y]), launch);
         y
     }
 }
 
-impl CodecBackend for Gpu {
+impl CodecBackend for Gpu<Loaded> {
     type Conv = Conv;
 
     fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv {
@@ -466,21 +472,12 @@ impl CodecBackend for Gpu {
         assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
         self.keep(&[weight, bias]);
         let from = residual.as_ref().map(Tensor::ptr);
-        // Where nobody else reads the residual, the sum takes its place.
-        let (y, held) = match residual {
-            Some(residual) if residual.is_unique() => (residual, None),
-            other => (self.plain(shape, Format::Half), other),
-        };
+        let (math, card, side) = (self.math, self.card, Window::of(*reach).side);
+        let work = Work::new("codec_conv", shape).sums(side * side * cin).with([&x, weight]).with(&residual);
+        let (y, held) = self.sum_into(residual, shape);
         let at = (weight.ptr(), bias.ptr());
-        let (math, card) = (self.math, self.card);
-        match convolve(math, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr()) {
-            Ok(launches) => {
-                let bytes = x.bytes() + weight.bytes() + y.bytes() * (1 + usize::from(from.is_some()));
-                let side = Window::of(*reach).side;
-                self.go(Work::new("codec_conv", shape, bytes).sums(side * side * cin), launches);
-            }
-            Err(e) => self.unsupported(e),
-        }
+        let launches = convolve(math, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr());
+        self.go_if(work.with([&y]), launches);
         drop(held);
         y
     }
@@ -491,23 +488,17 @@ impl CodecBackend for Gpu {
         let scratch = self.scratch(group_norm_scratch(x.shape()));
         self.keep(&[affine]);
         let (from, to) = (affine.ptr(), scales.ptr());
-        match group_norm(self.precision, x.shape(), groups, eps, x.ptr(), from, to, scratch.ptr()) {
-            Ok(launches) => self.go(Work::new("codec_group_norm", x.shape(), x.bytes()), launches),
-            Err(e) => self.unsupported(e),
-        }
+        let launches = group_norm(self.precision, x.shape(), groups, eps, x.ptr(), from, to, scratch.ptr());
+        self.go_if(Work::new("codec_group_norm", x.shape()).with([&x]), launches);
         scales
     }
 
     fn self_attention(&mut self, qkv: &Tensor) -> Tensor {
         let (qkv, [n, h, w, c]) = (self.half(qkv), qkv.shape());
         let out = self.plain([n, h, w, c / 3], Format::Half);
-        match self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr()) {
-            Ok(launch) => {
-                let work = Work::new("codec_attention", out.shape(), qkv.bytes() + out.bytes());
-                self.go(work.sums(2 * h * w), [launch]);
-            }
-            Err(e) => self.unsupported(e),
-        }
+        let launch = self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr());
+        let work = Work::new("codec_attention", out.shape()).sums(2 * h * w);
+        self.go_if(work.with([&qkv, &out]), launch.map(|launch| [launch]));
         out
     }
 

@@ -9,12 +9,12 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::attention;
+use super::embedding::{ScaleLayer, ScaleTable};
 use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
 use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, TurnTile, Turned, WeightRow};
-use crate::backend::DeviceError;
-use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
+use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats};
 use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 
 /// Where one parameter lies.
@@ -67,8 +67,6 @@ struct Training {
     totals: Rc<dyn Memory>,
     /// The step by its number of rounds.
     graphs: HashMap<usize, Box<dyn Graph>>,
-    /// Whether the gradients are those of a finished step.
-    stale: bool,
 }
 
 /// Transposed and turned copies of the convolutions' effective weights, for the gradients of their inputs.
@@ -94,6 +92,8 @@ pub struct Params {
     all_rows_memory: Rc<dyn Memory>,
     turned: Option<TurnedWeights>,
     training: Option<Training>,
+    /// By their weights.
+    scale_tables: HashMap<Vec<ParamId>, (Rc<ScaleTable>, Rc<dyn Memory>)>,
 }
 
 fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
@@ -196,7 +196,6 @@ impl Params {
                     totals: runtime.allocate(size_of::<StepTotals>(), PARAMETERS)?,
                     rows,
                     graphs: HashMap::new(),
-                    stale: false,
                 })
             }
         };
@@ -212,6 +211,7 @@ impl Params {
             all_rows,
             turned,
             training,
+            scale_tables: HashMap::new(),
             places,
         })
     }
@@ -318,7 +318,7 @@ impl Params {
         memory.ok_or(BackendError::NotTraining(slot))
     }
 
-    /// See [`crate::backend::Backend::write_param`].
+    /// See [`crate::backend::TrainingBackend::write_param`].
     pub fn write(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
         let spec = &self.table[id];
         if values.len() != spec.numel() {
@@ -331,7 +331,7 @@ impl Params {
         Ok(self.arena(slot)?.write(p.first * 4, bytemuck::cast_slice(&stored))?)
     }
 
-    /// See [`crate::backend::Backend::read_param`].
+    /// See [`crate::backend::TrainingBackend::read_param`].
     pub fn read(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError> {
         let p = &self.places[id.0];
         let mut stored = vec![0.0f32; p.rows * p.stride()];
@@ -341,7 +341,7 @@ impl Params {
         Ok(values)
     }
 
-    /// See [`crate::backend::Backend::prepare`].
+    /// See [`crate::backend::TrainingBackend::prepare`].
     pub fn prepare(&mut self, runtime: &dyn Runtime, slot: Slot, how: Normalization) -> Result<(), BackendError> {
         let source = self.arena(slot)?.ptr();
         let to = self.all_effective();
@@ -353,21 +353,39 @@ impl Params {
         Ok(self.turn(runtime)?)
     }
 
-    /// Clears the gradients if they are those of a finished step: to be called before anything adds to them.
-    pub fn begin_accumulation(&mut self, runtime: &dyn Runtime) -> Result<(), DeviceError> {
-        match &mut self.training {
-            Some(t) if t.stale => {
-                t.stale = false;
-                // SAFETY: the whole arena.
-                unsafe { runtime.run(&Command::Zero { at: t.grad.ptr(), bytes: self.values * 4 }) }
-            }
-            _ => Ok(()),
-        }
+    /// Clears the gradients.
+    pub fn clear_grads(&self) -> Option<Command> {
+        self.training.as_ref().map(|t| Command::Zero { at: t.grad.ptr(), bytes: self.values * 4 })
     }
 
-    /// See [`crate::backend::Backend::optimizer_step`].
+    /// The table of the `emb_linear` layers and its address; a network has one.
+    pub fn scale_table(
+        &mut self,
+        runtime: &dyn Runtime,
+        layers: &[EmbLayer],
+    ) -> Result<(Rc<ScaleTable>, DevicePtr), DeviceError> {
+        let key: Vec<ParamId> = layers.iter().map(|layer| layer.weight).collect();
+        if let Some((table, memory)) = self.scale_tables.get(&key) {
+            return Ok((table.clone(), memory.ptr()));
+        }
+        let emb_channels = layers.first().map_or(0, |layer| self.dims(layer.weight)[1]);
+        let place = |layer: &EmbLayer| ScaleLayer {
+            weight: self.first(layer.weight),
+            grad: self.first(layer.weight),
+            gain: self.first_plain(layer.gain),
+            gain_grad: self.first(layer.gain),
+            offset: layer.offset,
+            channels: layer.channels,
+        };
+        let table = Rc::new(ScaleTable::new(emb_channels, &layers.iter().map(place).collect::<Vec<_>>()));
+        let memory = uploaded(runtime, table.tiles())?;
+        let at = memory.ptr();
+        self.scale_tables.insert(key, (table.clone(), memory));
+        Ok((table, at))
+    }
+
+    /// See [`crate::backend::TrainingBackend::optimizer_step`].
     pub fn step(&mut self, runtime: &dyn Runtime, step: &Step) -> Result<StepStats, BackendError> {
-        self.begin_accumulation(runtime)?;
         let turning = self.turning();
         let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
         t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
@@ -392,7 +410,6 @@ impl Params {
             t.graphs.insert(step.rounds, graph);
         }
         t.graphs[&step.rounds].run()?;
-        t.stale = true;
         let mut totals = [0u8; size_of::<StepTotals>()];
         t.totals.read(0, &mut totals)?;
         let totals: StepTotals = bytemuck::pod_read_unaligned(&totals);

@@ -168,6 +168,11 @@ impl Tensor {
         }
     }
 
+    /// Whether the other one has its shape and format.
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.0.shape, self.0.format) == (other.0.shape, other.0.format)
+    }
+
     /// Its size.
     pub fn bytes(&self) -> usize {
         bytes_of(self.0.shape, self.0.format)
@@ -186,6 +191,13 @@ impl Tensor {
     /// Keeps mp_silu(scale x) for as long as x lives.
     pub fn set_active(&self, scale: f64, active: Tensor) {
         *self.0.active.borrow_mut() = Some((scale, active));
+    }
+}
+
+impl DevicePtr {
+    /// The address of a tensor, or what kernels take for "not there".
+    pub fn of(tensor: Option<&Tensor>) -> Self {
+        tensor.map_or(Self::NULL, Tensor::ptr)
     }
 }
 

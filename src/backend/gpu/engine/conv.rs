@@ -1,0 +1,112 @@
+//! What all convolutions of the network have in common.
+
+use super::super::conv::{ConvShape, Epilogue, Fprop, Inputs, Scales};
+use super::*;
+
+impl Gpu {
+    pub(super) fn conv_shape(&mut self, w: ParamId, x: &Operand<Tensor>) -> ConvShape {
+        let [n, h, width, c] = x.x.shape();
+        let [rows, cin, taps] = self.params.dims(w);
+        let skip = x.skip.map_or(0, |(skip, _)| skip.shape()[3]);
+        if c + skip != cin {
+            self.unsupported(format!("a convolution of {} channels given {}", cin, c + skip));
+        }
+        if skip > 0 && !(c.is_multiple_of(8) && skip.is_multiple_of(8)) {
+            self.unsupported(format!("a concatenation of {c} and {skip} channels, expected multiples of 8"));
+        }
+        ConvShape { n, h, w: width, ca: padded(c), cb: padded(skip), cout: padded(rows), taps }
+    }
+
+    /// The factors of an operand that neither the weight nor `mp_silu` takes in.
+    pub(super) fn factors(&mut self, w: ParamId, x: &Operand<Tensor>) -> (f64, f64) {
+        let given = (x.x_scale, x.skip.map_or(1.0, |(_, scale)| scale));
+        match self.params.table()[w].cat {
+            Some(cat) if x.silu || cat.split != x.x.shape()[3] || cat.scales != given => {
+                self.unsupported("a weight with the scales of one concatenation given another");
+                given
+            }
+            Some(_) => (1.0, 1.0),
+            None => given,
+        }
+    }
+
+    /// What a forward convolution multiplies: the operand with those of its factors that are not in the weight.
+    pub(super) fn multiplied(&mut self, w: ParamId, x: &Operand<Tensor>) -> (Tensor, Option<Tensor>) {
+        let factors = self.factors(w, x);
+        let mut part = |x: &Tensor, scale: f64, factor: f64, silu: bool| {
+            let half = self.half(x);
+            match silu {
+                true => self.active(&half, scale),
+                false if factor == 1.0 => half,
+                // The network's weights have their factors; only single operations that are tried come here.
+                false => self.linear_combination(&[(&half, factor)]),
+            }
+        };
+        let a = part(x.x, x.x_scale, factors.0, x.silu);
+        (a, x.skip.map(|(skip, scale)| part(skip, scale, factors.1, x.silu)))
+    }
+
+    /// What a convolution reads, and the tensors that hold it.
+    pub(super) fn inputs(&mut self, x: &Operand<Tensor>) -> (Inputs, Vec<Tensor>) {
+        let mut part = |x: &Tensor, scale: f64, silu: bool| {
+            let half = self.half(x);
+            if silu { (self.active(&half, scale), 1.0) } else { (half, scale as f32) }
+        };
+        let (a, x_scale) = part(x.x, x.x_scale, x.silu);
+        let skip = x.skip.map(|(skip, scale)| part(skip, scale, x.silu));
+        let inputs = Inputs { x: a.ptr(), x_scale, skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)) };
+        let held = std::iter::once(a).chain(skip.map(|(skip, _)| skip)).collect();
+        (inputs, held)
+    }
+
+    /// Runs a forward convolution into `y`; `also` are the other tensors that it reads or writes.
+    pub(super) fn fprop<'a>(
+        &mut self,
+        w: ParamId,
+        x: &Operand<Tensor>,
+        epilogue: Epilogue,
+        (y, active): (&Tensor, Option<(Tensor, f64)>),
+        also: impl IntoIterator<Item = &'a Tensor>,
+    ) {
+        let shape = self.conv_shape(w, x);
+        let (a, skip) = self.multiplied(w, x);
+        let conv = match Fprop::new(shape, self.math, self.card) {
+            Ok(conv) => conv,
+            Err(e) => return self.unsupported(e),
+        };
+        let scratch = self.scratch(conv.scratch_bytes());
+        let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
+        let inputs = (a.ptr(), skip.as_ref().map(Tensor::ptr));
+        let launches = conv.launches(inputs, self.params.effective(w), epilogue, y.ptr(), act, scratch.ptr());
+        let name = if shape.taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
+        let work =
+            Work::new(name, y.shape()).sums(shape.taps * self.params.dims(w)[1]).bytes(self.params.effective_bytes(w));
+        self.go_if(work.with([&a, y]).with(&skip).with(active.as_ref().map(|(t, _)| t)).with(also), launches);
+        if let Some((t, factor)) = active {
+            y.set_active(factor, t);
+        }
+    }
+
+    /// A weight's transposed and turned copy.
+    pub(super) fn turned(&mut self, w: ParamId) -> DevicePtr {
+        let turned = self.params.turned(&*self.runtime, w);
+        self.try_to(turned).unwrap_or(DevicePtr::NULL)
+    }
+
+    pub(super) fn output_shape(&self, w: ParamId, x: &Operand<Tensor>) -> Shape {
+        let [n, h, width, _] = x.x.shape();
+        [n, h, width, self.params.dims(w)[0]]
+    }
+
+    pub(super) fn scales(&self, scale: &Scale<Tensor>) -> Scales {
+        Scales { all: scale.all.ptr().offset(scale.offset * 4), stride: scale.all.shape()[3] }
+    }
+
+    /// A gradient or activation in the order of the output channels of a weight.
+    pub(super) fn as_output_of(&mut self, w: ParamId, x: &Tensor) -> Tensor {
+        match self.params.heads(w) {
+            0 => self.half(x),
+            heads => self.reordered(x, heads),
+        }
+    }
+}

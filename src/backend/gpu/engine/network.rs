@@ -1,0 +1,213 @@
+//! The forward pass as launches.
+
+use super::super::attention::Attention;
+use super::super::conv::Epilogue;
+use super::super::embedding::{self, EmbedLayers, LabelLayer, ScaleTable};
+use super::super::precond::{self, LogvarParams};
+use super::*;
+use crate::params::mp_sum_weights;
+
+impl Gpu {
+    pub(super) fn embed_layers(&self, p: &Embed) -> EmbedLayers {
+        let [emb_channels, noise_channels, _] = self.params.dims(p.noise);
+        let label = p.label.map(|w| LabelLayer {
+            weight: self.params.effective(w),
+            channels: self.params.dims(w)[1],
+            balance: p.label_balance,
+        });
+        EmbedLayers {
+            freqs: self.params.plain(p.freqs),
+            phases: self.params.plain(p.phases),
+            noise: self.params.effective(p.noise),
+            label,
+            noise_channels,
+            emb_channels,
+        }
+    }
+
+    /// Bytes of the effective weights of the embedding.
+    pub(super) fn embed_bytes(&self, p: &Embed) -> usize {
+        self.params.effective_bytes(p.noise) + p.label.map_or(0, |w| self.params.effective_bytes(w))
+    }
+
+    /// The table of the `emb_linear` layers and its address.
+    pub(super) fn scale_table(&mut self, layers: &[EmbLayer]) -> Option<(Rc<ScaleTable>, DevicePtr)> {
+        let table = self.params.scale_table(&*self.runtime, layers);
+        self.try_to(table)
+    }
+
+    /// Whether the kernels can norm pixels of so many channels.
+    pub(super) fn normable(&mut self, channels: usize) -> bool {
+        let whole = channels.is_multiple_of(8);
+        if !whole {
+            self.unsupported(format!("pixel norm of {channels} channels, expected a multiple of 8"));
+        }
+        whole
+    }
+
+    /// A pointwise operation whose kernel writes mp_silu of its result y too, where that will be asked for.
+    fn with_active(
+        &mut self,
+        (name, shape): (&'static str, Shape),
+        x: &Tensor,
+        launch: impl FnOnce(DevicePtr, DevicePtr) -> super::super::launch::Launch,
+    ) -> Tensor {
+        let (y, active) = self.activation(shape, Format::Half);
+        let active = active.filter(|(_, factor)| *factor == 1.0).map(|(t, _)| t);
+        let work = Work::new(name, shape).with([x, &y]).with(&active);
+        self.go(work, [launch(y.ptr(), DevicePtr::of(active.as_ref()))]);
+        if let Some(active) = active {
+            y.set_active(1.0, active);
+        }
+        y
+    }
+}
+
+impl NetworkBackend for Gpu {
+    fn table(&self) -> &ParamTable {
+        self.params.table()
+    }
+
+    fn load_param(&mut self, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
+        self.params.write(Slot::Weight, id, values)
+    }
+
+    fn normalize(&mut self) -> Result<(), BackendError> {
+        self.params.prepare(&*self.runtime, Slot::Weight, Normalization::Eval)
+    }
+
+    fn precond_input(&mut self, x: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
+        let (x, [n, h, w, c]) = (self.float(x), x.shape());
+        let out = self.plain([n, h, w, c + 1], Format::Half);
+        let launch = precond::precond_input(self.precision, x.shape(), x.ptr(), sigma.ptr(), sigma_data, out.ptr());
+        self.go(Work::new("precond_input", out.shape()).with([&x, &out]), [launch]);
+        out
+    }
+
+    fn precond_output(
+        &mut self,
+        x: &Tensor,
+        raw: &Tensor,
+        sigma: &Tensor,
+        out_gain: ParamId,
+        sigma_data: f64,
+    ) -> Tensor {
+        let (x, raw) = (self.float(x), self.half(raw));
+        let out = self.plain(x.shape(), Format::F32);
+        let gain = self.params.plain(out_gain);
+        let (p, shape) = (self.precision, x.shape());
+        let launch = precond::precond_output(p, shape, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
+        self.go(Work::new("precond_output", out.shape()).with([&x, &raw, &out]), [launch]);
+        out
+    }
+
+    fn embed(&mut self, p: &Embed, sigma: &Tensor, labels: Option<&Tensor>) -> Embedding<Tensor> {
+        let layers = self.embed_layers(p);
+        let n = sigma.shape()[0];
+        if layers.noise_channels > embedding::MAX_FEATURES {
+            self.unsupported(format!("{} noise channels, at most {}", layers.noise_channels, embedding::MAX_FEATURES));
+        }
+        let mut vector = |channels| self.plain([n, 1, 1, channels], Format::F32);
+        let features = vector(layers.noise_channels);
+        let [pre, emb] = [0; 2].map(|_| vector(layers.emb_channels));
+        if self.failed.is_none() {
+            let to = Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
+            let launch = embedding::embed(self.precision, n, &layers, sigma.ptr(), DevicePtr::of(labels), &to);
+            self.go(Work::new("embed", emb.shape()).bytes(self.embed_bytes(p)), [launch]);
+        }
+        Embedding { features, pre, emb }
+    }
+
+    fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Tensor) -> Tensor {
+        let n = emb.shape()[0];
+        let out = self.plain([n, 1, 1, layers.iter().map(|layer| layer.channels).sum()], Format::F32);
+        let Some((table, tiles)) = self.scale_table(layers) else { return out };
+        let effective = self.params.all_effective();
+        let launch = embedding::emb_scales(self.precision, n, &table, tiles, effective, emb.ptr(), out.ptr());
+        let weights = layers.iter().map(|layer| self.params.effective_bytes(layer.weight)).sum();
+        let work = Work::new("emb_scales", out.shape()).sums(emb.shape()[3]);
+        self.go(work.bytes(weights).with([&out]), [launch]);
+        out
+    }
+
+    fn logvar(&mut self, p: &Logvar, sigma: &Tensor) -> (Tensor, Tensor) {
+        let (n, channels) = (sigma.shape()[0], self.params.dims(p.weight)[1]);
+        let features = self.plain([n, 1, 1, channels], Format::F32);
+        let logvar = self.plain([n, 1, 1, 1], Format::F32);
+        let layer = LogvarParams {
+            freqs: self.params.plain(p.freqs),
+            phases: self.params.plain(p.phases),
+            weight: self.params.effective(p.weight),
+            channels,
+        };
+        let launch = precond::logvar(self.precision, n, &layer, sigma.ptr(), features.ptr(), logvar.ptr());
+        self.go(Work::new("logvar", logvar.shape()).with([&features]), [launch]);
+        (features, logvar)
+    }
+
+    fn pixel_norm(&mut self, x: &Tensor, down: bool) -> Tensor {
+        let (x, [n, h, w, c]) = (self.half(x), x.shape());
+        let shape = if down { [n, h / 2, w / 2, c] } else { [n, h, w, c] };
+        if !self.normable(c) {
+            return self.plain(shape, Format::Half);
+        }
+        let name = if down { "pixel_norm_down" } else { "pixel_norm" };
+        let p = self.precision;
+        self.with_active((name, shape), &x, |y, silu| pixelwise::pixel_norm(p, shape, down, x.ptr(), y, silu))
+    }
+
+    fn upsample(&mut self, x: &Tensor) -> Tensor {
+        let (x, [n, h, w, c]) = (self.half(x), x.shape());
+        let (p, shape) = (self.precision, [n, 2 * h, 2 * w, c]);
+        self.with_active(("upsample", shape), &x, |y, silu| pixelwise::upsample(p, x.shape(), x.ptr(), y, silu))
+    }
+
+    fn conv(&mut self, w: ParamId, x: Operand<Tensor>) -> Tensor {
+        let format = match self.params.heads(w) {
+            0 => Format::Half,
+            heads => Format::Qkv { heads },
+        };
+        let (y, active) = self.activation(self.output_shape(w, &x), format);
+        self.fprop(w, &x, Epilogue::Gain(1.0), (&y, active), []);
+        y
+    }
+
+    fn conv_scale_silu(
+        &mut self,
+        w: ParamId,
+        x: Operand<Tensor>,
+        scale: Scale<Tensor>,
+        keep: bool,
+    ) -> (Tensor, Option<Tensor>) {
+        let shape = self.output_shape(w, &x);
+        let y = self.plain(shape, Format::Half);
+        let pre = keep.then(|| self.plain(shape, Format::Half));
+        let epilogue = Epilogue::ScaleSilu { scale: self.scales(&scale), pre: pre.as_ref().map(Tensor::ptr) };
+        self.fprop(w, &x, epilogue, (&y, None), &pre);
+        (y, pre)
+    }
+
+    fn conv_mp_sum(&mut self, w: ParamId, x: Operand<Tensor>, residual: &Tensor, t: f64, clip: Option<f64>) -> Tensor {
+        let (wa, wb) = mp_sum_weights(t);
+        let residual = self.half(residual);
+        let (y, active) = self.activation(residual.shape(), Format::Half);
+        let epilogue = Epilogue::MpSum {
+            residual: residual.ptr(),
+            wa: wa as f32,
+            wb: wb as f32,
+            clip: clip.map(|clip| clip as f32),
+        };
+        self.fprop(w, &x, epilogue, (&y, active), [&residual]);
+        y
+    }
+
+    fn attention(&mut self, qkv: &Tensor, heads: usize) -> Tensor {
+        let [n, h, w, c] = qkv.shape();
+        let qkv = self.reordered(qkv, heads);
+        let out = self.plain([n, h, w, c / 3], Format::Half);
+        let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
+        let launch = attention.map(|attention| [attention.forward(qkv.ptr(), out.ptr())]);
+        self.go_if(Work::new("attention", out.shape()).sums(2 * h * w).with([&qkv, &out]), launch);
+        out
+    }
+}

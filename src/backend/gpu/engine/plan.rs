@@ -1,0 +1,175 @@
+//! Plans: what is asked of a device again and again, recorded once.
+//!
+//! A body is recorded three times over: first to learn which tensors are asked for through `mp_silu`, so that the kernel
+//! that makes one writes its activation too; then to learn how much memory that takes; then in that memory, into a graph
+//! that is replayed from then on.
+
+use super::super::runtime::Graph;
+use super::*;
+
+/// What a plan costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Cost {
+    /// Kernel launches.
+    pub launches: usize,
+    /// Sum of [`Work::bytes`].
+    pub bytes: usize,
+    /// Bytes of the workspace.
+    pub workspace: usize,
+}
+
+/// Operations under way to becoming a plan.
+pub(super) struct Recording {
+    pub workspace: Rc<Workspace>,
+    pub operations: Vec<(Work, Vec<Command>)>,
+    /// Tensors made so far.
+    pub numbers: usize,
+    /// The factors of the activations that were asked for, by the tensor's number.
+    pub asked: HashMap<usize, f64>,
+    /// As `asked`, of the first time over.
+    pub known: HashMap<usize, f64>,
+    /// Memory that the commands refer to beside the workspace.
+    pub constants: Vec<Tensor>,
+    pub accumulates: bool,
+}
+
+pub(super) struct Plan {
+    key: Box<dyn PlanKey>,
+    inputs: Vec<Tensor>,
+    /// Where the results lie in the workspace, until its next use.
+    outputs: Vec<(DevicePtr, Shape, Format)>,
+    _constants: Vec<Tensor>,
+    pub graph: Box<dyn Graph>,
+    pub operations: Vec<(Work, Vec<Command>)>,
+    cost: Cost,
+    accumulates: bool,
+}
+
+impl Plan {
+    fn suits(&self, key: &dyn PlanKey, inputs: &[Tensor]) -> bool {
+        let like = |(ours, theirs): (&Tensor, &Tensor)| ours.is_like(theirs);
+        self.key.equals(key) && self.inputs.len() == inputs.len() && self.inputs.iter().zip(inputs).all(like)
+    }
+}
+
+impl<P> Gpu<P> {
+    /// Costs of the plans so far, in the order in which they were made.
+    pub fn costs(&self) -> impl Iterator<Item = Cost> {
+        self.plans.iter().map(|plan| plan.cost)
+    }
+
+    /// The last plan made of this key, for inputs of any shape.
+    pub(super) fn plan(&self, key: &dyn PlanKey) -> Option<&Plan> {
+        self.plans.iter().rfind(|plan| plan.key.equals(key))
+    }
+
+    /// See [`Backend::planned`].
+    pub(super) fn run_plan<E: From<BackendError>>(
+        &mut self,
+        key: &dyn PlanKey,
+        inputs: &[Tensor],
+        body: &mut Body<Self, E>,
+    ) -> Result<Vec<Tensor>, E> {
+        if self.recording.is_some() {
+            return body(self, inputs);
+        }
+        self.check().map_err(BackendError::from)?;
+        let known = self.plans.iter().position(|plan| plan.suits(key, inputs));
+        let place = match known {
+            Some(place) => place,
+            None => {
+                let plan = self.record(key, inputs, body)?;
+                self.plans.push(plan);
+                self.plans.len() - 1
+            }
+        };
+        Ok(self.replay(place, inputs).map_err(BackendError::from)?)
+    }
+
+    fn replay(&mut self, place: usize, inputs: &[Tensor]) -> Result<Vec<Tensor>, DeviceError> {
+        if self.plans[place].accumulates {
+            self.accumulating();
+            self.check()?;
+        }
+        let plan = &self.plans[place];
+        for (to, from) in plan.inputs.iter().zip(inputs) {
+            // SAFETY: both are of one shape and format.
+            unsafe { self.runtime.run(&Command::Copy { from: from.ptr(), to: to.ptr(), bytes: to.bytes() })? };
+        }
+        plan.graph.run()?;
+        let result = |&(from, shape, format): &(DevicePtr, Shape, Format)| {
+            let bytes = bytes_of(shape, format);
+            let memory = self.runtime.allocate(bytes, "results")?;
+            // SAFETY: the plan's workspace holds as many bytes there.
+            unsafe { self.runtime.run(&Command::Copy { from, to: memory.ptr(), bytes })? };
+            Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
+        };
+        plan.outputs.iter().map(result).collect()
+    }
+
+    /// Device memory, where errors are those of a plan's body.
+    fn allocate<E: From<BackendError>>(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, E> {
+        Ok(self.runtime.allocate(bytes, purpose).map_err(BackendError::from)?)
+    }
+
+    fn record<E: From<BackendError>>(
+        &mut self,
+        key: &dyn PlanKey,
+        inputs: &[Tensor],
+        body: &mut Body<Self, E>,
+    ) -> Result<Plan, E> {
+        let own = |x: &Tensor| -> Result<Tensor, E> {
+            Ok(Tensor::new(x.shape(), x.format(), None, Buffer::Own(self.allocate::<E>(x.bytes(), "inputs")?)))
+        };
+        let inputs = inputs.iter().map(own).collect::<Result<Vec<_>, _>>()?;
+        // Any address will do until the size is known.
+        let nowhere = DevicePtr(1 << 40);
+        let (first, _) = self.trace(nowhere, HashMap::new(), &inputs, body)?;
+        let known = first.asked;
+        let (measured, _) = self.trace(nowhere, known.clone(), &inputs, body)?;
+        let bytes = measured.workspace.peak();
+        if self.workspace.as_ref().is_none_or(|w| w.bytes() < bytes) {
+            // The other plans are of the old workspace.
+            self.plans.clear();
+            self.workspace = None;
+            self.workspace = Some(self.allocate::<E>(bytes, "activations")?);
+        }
+        let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
+        let (recording, made) = self.trace(base, known, &inputs, body)?;
+        let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
+        let Recording { operations, accumulates, constants, .. } = recording;
+        let commands: Vec<Command> = operations.iter().flat_map(|(_, commands)| commands).cloned().collect();
+        let cost = Cost {
+            launches: commands.iter().filter(|c| matches!(c, Command::Launch(_))).count(),
+            bytes: operations.iter().map(|(work, _)| work.bytes).sum(),
+            workspace: bytes,
+        };
+        // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
+        // workspace, the parameters or memory that the plan keeps.
+        let graph = unsafe { self.runtime.record(commands) }.map_err(BackendError::from)?;
+        Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, graph, operations, cost, accumulates })
+    }
+
+    /// Records `body` in a workspace at `base`.
+    fn trace<E: From<BackendError>>(
+        &mut self,
+        base: DevicePtr,
+        known: HashMap<usize, f64>,
+        inputs: &[Tensor],
+        body: &mut Body<Self, E>,
+    ) -> Result<(Recording, Vec<Tensor>), E> {
+        self.recording = Some(Recording {
+            workspace: Workspace::new(base),
+            operations: Vec::new(),
+            numbers: 0,
+            asked: HashMap::new(),
+            known,
+            constants: Vec::new(),
+            accumulates: false,
+        });
+        let made = body(self, inputs);
+        let recording = self.recording.take().expect("put there above");
+        self.check().map_err(BackendError::from)?;
+        Ok((recording, made?))
+    }
+}

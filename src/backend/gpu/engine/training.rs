@@ -1,0 +1,255 @@
+//! What learning adds, as launches.
+
+use super::super::attention::Attention;
+use super::super::conv::{Dgrad, Inputs, Through, Wgrad};
+use super::super::embedding::{self, ScaleGrads};
+use super::super::precond::{self, LossArenas};
+use super::*;
+
+impl TrainingBackend for Gpu {
+    fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
+        self.params.write(slot, id, values)
+    }
+
+    fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError> {
+        self.params.read(slot, id)
+    }
+
+    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+        self.params.prepare(&*self.runtime, source, how)
+    }
+
+    fn loss(&mut self, i: LossInput<Tensor>) -> Loss<Tensor> {
+        self.accumulating();
+        let shape = i.clean.shape();
+        let n = shape[0];
+        let [clean, noisy] = [i.clean, i.noisy].map(|t| self.float(t));
+        let raw = self.half(i.raw);
+        let grad_raw = self.plain(shape, Format::Half);
+        let [per_image, grad_logvar] = [0; 2].map(|_| self.plain([n, 1, 1, 1], Format::F32));
+        let partial = self.scratch(precond::loss_scratch(shape));
+        let arenas = LossArenas {
+            clean: clean.ptr(),
+            noisy: noisy.ptr(),
+            raw: raw.ptr(),
+            sigma: i.sigma.ptr(),
+            logvar: i.logvar.ptr(),
+            gain: self.params.plain(i.out_gain),
+            grad_raw: grad_raw.ptr(),
+            partial: partial.ptr(),
+            per_image: per_image.ptr(),
+            grad_logvar: grad_logvar.ptr(),
+            grad_gain: self.params.grad(i.out_gain),
+        };
+        let work = Work::new("loss", shape).with([&clean, &noisy, &raw, &grad_raw]);
+        self.go(work, precond::loss(self.precision, shape, &arenas, i.sigma_data));
+        Loss { per_image, grad_raw, grad_logvar }
+    }
+
+    fn logvar_backward(&mut self, p: &Logvar, features: &Tensor, grad: &Tensor) {
+        self.accumulating();
+        let [n, _, _, channels] = features.shape();
+        let to = self.params.grad(p.weight);
+        let launch = precond::logvar_backward(n, channels, features.ptr(), grad.ptr(), to);
+        self.go(Work::new("logvar_backward", features.shape()).with([features]), [launch]);
+    }
+
+    fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor>, grad: &Tensor, gain: f64) {
+        self.accumulating();
+        let shape = self.conv_shape(w, &x);
+        let (inputs, held) = self.inputs(&x);
+        let grad = self.as_output_of(w, grad);
+        let conv = match Wgrad::new(shape, self.math, self.card) {
+            Ok(conv) => conv,
+            Err(e) => return self.unsupported(e),
+        };
+        let scratch = self.scratch(conv.scratch_bytes());
+        let launches = conv.launches(inputs, grad.ptr(), gain as f32, self.params.grad(w), scratch.ptr());
+        let [rows, cin, taps] = self.params.dims(w);
+        let name = if taps == 9 { "conv3x3_wgrad" } else { "conv1x1_wgrad" };
+        let work = Work::new(name, [1, rows, taps, cin]).sums(shape.pixels()).bytes(4 * self.params.effective_bytes(w));
+        self.go_if(work.with(&held).with([&grad]), launches);
+    }
+
+    fn conv_dgrad(
+        &mut self,
+        w: ParamId,
+        grad: &Tensor,
+        gain: f64,
+        x: Operand<Tensor>,
+        acc: Option<(OperandGrad<Tensor>, f64)>,
+    ) -> OperandGrad<Tensor> {
+        let shape = self.conv_shape(w, &x);
+        let grad = self.as_output_of(w, grad);
+        // The tensors before mp_silu: its slope is computed from them.
+        let a = self.half(x.x);
+        let (x_scale, skip_scale) = self.factors(w, &x);
+        let skip = x.skip.map(|(skip, _)| (self.half(skip), skip_scale as f32));
+        let inputs = Inputs {
+            x: a.ptr(),
+            x_scale: x_scale as f32,
+            skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)),
+        };
+        let through = if x.silu { Through::Silu } else { Through::Linear };
+        let factor = acc.as_ref().map(|(_, factor)| *factor as f32);
+        let (acc_x, acc_skip) = acc.map_or((None, None), |(acc, _)| (Some(self.half(&acc.x)), acc.skip));
+        let acc_skip = acc_skip.map(|t| self.half(&t));
+        let acc_ptrs = [&acc_x, &acc_skip].map(|t| DevicePtr::of(t.as_ref()));
+        let [rows, cin, taps] = self.params.dims(w);
+        let name = if taps == 9 { "conv3x3_dgrad" } else { "conv1x1_dgrad" };
+        let [n, h, width, _] = a.shape();
+        let work = Work::new(name, [n, h, width, cin]).sums(taps * rows).bytes(self.params.effective_bytes(w));
+        let work = work.with([&grad]).with(&acc_x).with(&acc_skip);
+        let (gx, held_x) = self.sum_into(acc_x, a.shape());
+        let (gskip, held_skip) = match &skip {
+            Some((skip, _)) => {
+                let (gskip, held) = self.sum_into(acc_skip, skip.shape());
+                (Some(gskip), held)
+            }
+            None => (None, acc_skip),
+        };
+        let conv = match Dgrad::new(shape, false, self.math, self.card) {
+            Ok(conv) => conv,
+            Err(e) => {
+                self.unsupported(e);
+                return OperandGrad { x: gx, skip: gskip };
+            }
+        };
+        let scratch = self.scratch(conv.scratch_bytes());
+        let to = (gx.ptr(), DevicePtr::of(gskip.as_ref()));
+        let (turned, gain) = (self.turned(w), gain as f32);
+        let acc = factor.map(|factor| (acc_ptrs, factor));
+        let launches = conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, scratch.ptr());
+        let work = work.with([&gx]).with(&gskip);
+        self.go_if(if x.silu { work.with([&gx]).with(&gskip) } else { work }, launches);
+        drop((held_x, held_skip));
+        OperandGrad { x: gx, skip: gskip }
+    }
+
+    fn conv_dgrad_scale_silu(
+        &mut self,
+        w: ParamId,
+        grad: &Tensor,
+        gain: f64,
+        pre: &Tensor,
+        scale: Scale<Tensor>,
+        grad_scales: &mut Tensor,
+    ) -> Tensor {
+        let operand = Operand::plain(pre);
+        let shape = self.conv_shape(w, &operand);
+        let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
+        let gx = self.plain(pre.shape(), Format::Half);
+        let conv = match Dgrad::new(shape, true, self.math, self.card) {
+            Ok(conv) => conv,
+            Err(e) => {
+                self.unsupported(e);
+                return gx;
+            }
+        };
+        let scratch = self.scratch(conv.scratch_bytes());
+        let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
+        let through =
+            Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
+        let (turned, to) = (self.turned(w), (gx.ptr(), DevicePtr::NULL));
+        let launches = conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, scratch.ptr());
+        let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout);
+        self.go_if(work.bytes(self.params.effective_bytes(w)).with([&grad, &pre, &gx]), launches);
+        gx
+    }
+
+    fn clip_backward(&mut self, grad: Tensor, out: &Tensor, clip: f64) -> Tensor {
+        let half = self.half(&grad);
+        drop(grad);
+        let y = self.half(out);
+        let (from, shape) = (half.ptr(), half.shape());
+        let (to, held) = self.sum_into(Some(half), shape);
+        let launch = pixelwise::clip_backward(self.precision, shape, from, y.ptr(), clip, to.ptr());
+        self.go(Work::new("clip_backward", shape).with([&to, &to, &y]), [launch]);
+        drop(held);
+        to
+    }
+
+    fn pixel_norm_backward(&mut self, x: &Tensor, grad: &Tensor, down: bool, acc: Option<Tensor>) -> Tensor {
+        let (x, grad) = (self.half(x), self.half(grad));
+        let acc = acc.map(|acc| self.half(&acc));
+        let name = if down { "pixel_norm_down_backward" } else { "pixel_norm_backward" };
+        let work = Work::new(name, x.shape()).with([&x, &x, &grad]).with(&acc);
+        let from = DevicePtr::of(acc.as_ref());
+        let (out, held) = self.sum_into(acc, x.shape());
+        if !self.normable(x.shape()[3]) {
+            return out;
+        }
+        let (p, shape) = (self.precision, grad.shape());
+        let launch = pixelwise::pixel_norm_backward(p, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
+        self.go(work, [launch]);
+        drop(held);
+        out
+    }
+
+    fn upsample_backward(&mut self, grad: &Tensor) -> Tensor {
+        let (grad, [n, h, w, c]) = (self.half(grad), grad.shape());
+        let out = self.plain([n, h / 2, w / 2, c], Format::Half);
+        let launch = pixelwise::upsample_backward(self.precision, out.shape(), grad.ptr(), out.ptr());
+        self.go(Work::new("upsample_backward", out.shape()).with([&grad, &out]), [launch]);
+        out
+    }
+
+    fn attention_backward(&mut self, qkv: &Tensor, heads: usize, grad: &Tensor) -> Tensor {
+        let [n, h, w, c] = qkv.shape();
+        let (ordered, grad) = (self.reordered(qkv, heads), self.half(grad));
+        let out = self.plain(qkv.shape(), Format::Qkv { heads });
+        let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
+        let scratch = self.scratch(attention.map_or(0, |attention| attention.scratch_bytes()));
+        let launches = attention.map(|a| a.backward(ordered.ptr(), grad.ptr(), out.ptr(), scratch.ptr()));
+        let work = Work::new("attention_backward", grad.shape()).sums(7 * h * w);
+        self.go_if(work.with([&ordered, &grad, &out]), launches);
+        out
+    }
+
+    fn zero_scales_grad(&mut self, scales: &Tensor) -> Tensor {
+        let zeros = self.plain(scales.shape(), Format::F32);
+        let work = Work::new("zero", zeros.shape()).with([&zeros]);
+        self.go(work, [Command::Zero { at: zeros.ptr(), bytes: zeros.bytes() }]);
+        zeros
+    }
+
+    fn emb_scales_backward(&mut self, layers: &[EmbLayer], emb: &Tensor, grad_scales: &Tensor) -> Tensor {
+        self.accumulating();
+        let n = emb.shape()[0];
+        let grad_emb = self.plain(emb.shape(), Format::F32);
+        let Some((table, tiles)) = self.scale_table(layers) else { return grad_emb };
+        let scratch = self.scratch(table.scratch(n));
+        let grads = ScaleGrads {
+            emb: emb.ptr(),
+            scales: grad_scales.ptr(),
+            arena: self.params.all_grads(),
+            grad_emb: grad_emb.ptr(),
+            scratch: scratch.ptr(),
+        };
+        let effective = self.params.all_effective();
+        // Effective weights once, their gradients read and written.
+        let bytes = layers.iter().map(|layer| 5 * self.params.effective_bytes(layer.weight)).sum();
+        let launches = embedding::emb_scales_backward(self.precision, n, &table, tiles, effective, &grads);
+        self.go(Work::new("emb_scales_backward", grad_scales.shape()).bytes(bytes).sums(2 * emb.shape()[3]), launches);
+        grad_emb
+    }
+
+    fn embed_backward(&mut self, p: &Embed, e: &Embedding<Tensor>, labels: Option<&Tensor>, grad_emb: &Tensor) {
+        self.accumulating();
+        let layers = self.embed_layers(p);
+        let n = grad_emb.shape()[0];
+        let e = Embedding { features: e.features.ptr(), pre: e.pre.ptr(), emb: e.emb.ptr() };
+        let [noise, label] = [Some(p.noise), p.label].map(|w| w.map_or(DevicePtr::NULL, |w| self.params.grad(w)));
+        let labels = DevicePtr::of(labels.filter(|_| p.label.is_some()));
+        let launch = embedding::embed_backward(n, &layers, &e, labels, grad_emb.ptr(), noise, label);
+        self.go(Work::new("embed_backward", grad_emb.shape()).bytes(4 * self.embed_bytes(p)), [launch]);
+    }
+
+    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+        self.accumulating();
+        self.check()?;
+        let stats = self.params.step(&*self.runtime, step)?;
+        self.stale = self.params.clear_grads();
+        Ok(stats)
+    }
+}

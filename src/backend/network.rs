@@ -1,0 +1,177 @@
+//! What a network's forward pass is made of.
+//!
+//! * Convolutions are 3x3 with zero padding or 1x1, by the weight's shape, without bias.
+//! * *Weights* are the effective ones that [`NetworkBackend::normalize`] made from the stored ones:
+//!   `normalize(w) / sqrt(fan_in)` (EDM2, eq. 47 and 66). Gains are applied to a layer's output.
+//! * `wa`, `wb` of an `mp_sum` with weight t of b (eq. 88): (1-t)/n and t/n, n = sqrt((1-t)^2 + t^2).
+
+use super::{Backend, BackendError};
+use crate::params::{ParamId, ParamTable};
+
+/// Input of a convolution: one tensor, or the `mp_cat` of two, optionally through `mp_silu`.
+///
+/// The concatenation (x first, skip second; each times its scale, eq. 103) is never materialised.
+pub struct Operand<'a, T> {
+    /// First (or only) input, [n, h, w, ca].
+    pub x: &'a T,
+    /// Factor of `x`.
+    pub x_scale: f64,
+    /// Second input [n, h, w, cb] and its factor.
+    pub skip: Option<(&'a T, f64)>,
+    /// Whether `mp_silu` is applied to the scaled values.
+    pub silu: bool,
+}
+
+impl<T> Clone for Operand<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Operand<'_, T> {}
+
+impl<'a, T> Operand<'a, T> {
+    /// `x` as it is.
+    pub fn plain(x: &'a T) -> Self {
+        Self { x, x_scale: 1.0, skip: None, silu: false }
+    }
+
+    /// `mp_silu(x)`.
+    pub fn silu(x: &'a T) -> Self {
+        Self { x, x_scale: 1.0, skip: None, silu: true }
+    }
+}
+
+/// Gradients with respect to the inputs of an [`Operand`].
+#[derive(Clone)]
+pub struct OperandGrad<T> {
+    /// Shape of `Operand::x`.
+    pub x: T,
+    /// Shape of `Operand::skip`, where there is one.
+    pub skip: Option<T>,
+}
+
+/// The per-channel scales of one block: channels `offset..offset + channels` of what
+/// [`NetworkBackend::emb_scales`] returned.
+pub struct Scale<'a, T> {
+    /// `[n, 1, 1, all channels]`.
+    pub all: &'a T,
+    /// First channel of this block.
+    pub offset: usize,
+}
+
+impl<T> Clone for Scale<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Scale<'_, T> {}
+
+/// One `emb_linear` layer with its `emb_gain`.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbLayer {
+    /// Weight [channels, emb_channels].
+    pub weight: ParamId,
+    /// Gain, a scalar.
+    pub gain: ParamId,
+    /// Where its channels begin in the joint product.
+    pub offset: usize,
+    /// Output channels.
+    pub channels: usize,
+}
+
+/// Parameters of the noise and label embedding.
+#[derive(Clone, Copy, Debug)]
+pub struct Embed {
+    /// Fourier frequencies `[noise_channels]`; contain the 2 pi.
+    pub freqs: ParamId,
+    /// Fourier phases `[noise_channels]`; contain the 2 pi.
+    pub phases: ParamId,
+    /// `emb_noise` [emb_channels, noise_channels].
+    pub noise: ParamId,
+    /// `emb_label` [emb_channels, label_dim], unless unconditional.
+    pub label: Option<ParamId>,
+    /// Weight of the label in the `mp_sum`.
+    pub label_balance: f64,
+}
+
+/// What [`NetworkBackend::embed`] returns.
+#[derive(Clone)]
+pub struct Embedding<T> {
+    /// Fourier features [n, 1, 1, noise_channels].
+    pub features: T,
+    /// Before the last `mp_silu`, [n, 1, 1, emb_channels].
+    pub pre: T,
+    /// The embedding [n, 1, 1, emb_channels].
+    pub emb: T,
+}
+
+/// Parameters of the learned uncertainty `logvar(sigma)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Logvar {
+    /// Fourier frequencies `[logvar_channels]`.
+    pub freqs: ParamId,
+    /// Fourier phases `[logvar_channels]`.
+    pub phases: ParamId,
+    /// Linear layer [1, logvar_channels].
+    pub weight: ParamId,
+}
+
+/// A device that holds a network's parameters and computes its forward pass.
+pub trait NetworkBackend: Backend {
+    /// The parameters that this backend holds.
+    fn table(&self) -> &ParamTable;
+    /// Sets a stored parameter, values in PyTorch's order.
+    fn load_param(&mut self, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
+    /// Makes the effective weights from the stored ones. To be called before the first forward pass and after every
+    /// change of a parameter.
+    fn normalize(&mut self) -> Result<(), BackendError>;
+
+    /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1].
+    fn precond_input(&mut self, x: &Self::Tensor, sigma: &Self::Tensor, sigma_data: f64) -> Self::Tensor;
+    /// D(x; sigma) = c_skip * x + c_out * out_gain * raw (EDM eq. 7).
+    fn precond_output(
+        &mut self,
+        x: &Self::Tensor,
+        raw: &Self::Tensor,
+        sigma: &Self::Tensor,
+        out_gain: ParamId,
+        sigma_data: f64,
+    ) -> Self::Tensor;
+    /// Embedding of the noise level c_noise = ln(sigma)/4 and the labels [n, 1, 1, label_dim];
+    /// no labels = zeros.
+    fn embed(&mut self, p: &Embed, sigma: &Self::Tensor, labels: Option<&Self::Tensor>) -> Embedding<Self::Tensor>;
+    /// All `emb_linear` layers as one product: `emb_gain * (W emb) + 1`, [n, 1, 1, sum of channels].
+    fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Self::Tensor) -> Self::Tensor;
+    /// Fourier features [n, 1, 1, logvar_channels] and logvar [n, 1, 1, 1] of the noise levels.
+    fn logvar(&mut self, p: &Logvar, sigma: &Self::Tensor) -> (Self::Tensor, Self::Tensor);
+    /// Pixel norm over channels (eq. 30), after 2x2 averaging if `down`.
+    fn pixel_norm(&mut self, x: &Self::Tensor, down: bool) -> Self::Tensor;
+    /// Nearest-neighbour upsampling by 2.
+    fn upsample(&mut self, x: &Self::Tensor) -> Self::Tensor;
+    /// Convolution, nothing after it.
+    fn conv(&mut self, w: ParamId, x: Operand<Self::Tensor>) -> Self::Tensor;
+    /// Convolution, then `mp_silu(pre * scale)` per image and channel. Returns that, and `pre` if
+    /// `keep` (the backward pass needs it).
+    fn conv_scale_silu(
+        &mut self,
+        w: ParamId,
+        x: Operand<Self::Tensor>,
+        scale: Scale<Self::Tensor>,
+        keep: bool,
+    ) -> (Self::Tensor, Option<Self::Tensor>);
+    /// Convolution, then `mp_sum(residual, conv, t)`, clipped to +-`clip` if given.
+    fn conv_mp_sum(
+        &mut self,
+        w: ParamId,
+        x: Operand<Self::Tensor>,
+        residual: &Self::Tensor,
+        t: f64,
+        clip: Option<f64>,
+    ) -> Self::Tensor;
+    /// Self-attention over the pixels: q, k, v are pixel-normalised per head, then
+    /// softmax(q k / sqrt(c)) v. `qkv` is [n, h, w, heads * c * 3] with channel
+    /// `(head * c + i) * 3 + {q, k, v}`; the result [n, h, w, heads * c].
+    fn attention(&mut self, qkv: &Self::Tensor, heads: usize) -> Self::Tensor;
+}

@@ -1,0 +1,167 @@
+//! What learning adds: loss, backward pass, optimizer.
+//!
+//! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1);
+//! [`Step::grad_scale`] brings in the 1/batch.
+
+use super::{BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
+use crate::params::ParamId;
+
+/// Inputs of the training loss.
+pub struct LossInput<'a, T> {
+    /// Clean images [n, h, w, c].
+    pub clean: &'a T,
+    /// clean + sigma * noise, [n, h, w, c].
+    pub noisy: &'a T,
+    /// Output of the U-Net before `out_gain`, [n, h, w, c].
+    pub raw: &'a T,
+    /// Noise levels [n, 1, 1, 1].
+    pub sigma: &'a T,
+    /// Learned log variance [n, 1, 1, 1].
+    pub logvar: &'a T,
+    /// The gain of the output convolution.
+    pub out_gain: ParamId,
+    /// Standard deviation of the data.
+    pub sigma_data: f64,
+}
+
+/// Loss of each image, and the gradients that start the backward pass.
+pub struct Loss<T> {
+    /// Sum over the image's elements of weight/exp(logvar) * (D - clean)^2 + logvar, [n, 1, 1, 1].
+    pub per_image: T,
+    /// With respect to `raw`.
+    pub grad_raw: T,
+    /// With respect to `logvar`.
+    pub grad_logvar: T,
+}
+
+/// One of the values that a backend holds for every parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// The stored (not normalised) weight, as Adam left it.
+    Weight,
+    /// Gradient with respect to the *stored* weight, after [`TrainingBackend::optimizer_step`];
+    /// what the last step used.
+    Grad,
+    /// Adam's first moment.
+    AdamM,
+    /// Adam's second moment.
+    AdamV,
+    /// An exponential moving average of the weights.
+    Ema(usize),
+}
+
+/// How stored weights become effective ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Normalization {
+    /// Evaluation: normalised once.
+    Eval,
+    /// Training: the stored weight undergoes forced normalisation once for each micro-batch of the
+    /// step, and the effective weight is the normalised stored one (EDM2, section 2.3).
+    Train {
+        /// Micro-batches of the step; more than one matters only by the eps of the normalisation.
+        rounds: usize,
+    },
+}
+
+/// Settings of one optimizer step.
+#[derive(Clone, Debug)]
+pub struct Step<'a> {
+    /// Learning rate.
+    pub lr: f64,
+    /// Adam's decay rates of the two moments.
+    pub betas: (f64, f64),
+    /// Adam's eps.
+    pub eps: f64,
+    /// Number of this step, from 1; for Adam's bias correction.
+    pub step: u64,
+    /// Factor of the accumulated gradients: 1 / batch.
+    pub grad_scale: f64,
+    /// Micro-batches that were accumulated, as in [`Normalization::Train`].
+    pub rounds: usize,
+    /// Decay of each moving average in this step.
+    pub ema_betas: &'a [f64],
+}
+
+/// What an optimizer step saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepStats {
+    /// L2 norm of the gradient with respect to the stored weights.
+    pub grad_norm: f64,
+    /// Gradient values that were not finite and were replaced by zero.
+    pub nonfinite: u64,
+}
+
+/// A device that trains a network.
+pub trait TrainingBackend: NetworkBackend {
+    /// Sets one slot of a parameter, values in PyTorch's order.
+    fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
+    /// Reads one slot of a parameter, values in PyTorch's order.
+    fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
+    /// Makes the effective weights from a slot ([`Slot::Weight`] or [`Slot::Ema`]). To be called
+    /// before the first forward pass and after every change of that slot.
+    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;
+
+    /// EDM2's loss (eq. 14, 15) with gradients; that of `out_gain` is accumulated.
+    fn loss(&mut self, input: LossInput<Self::Tensor>) -> Loss<Self::Tensor>;
+    /// Accumulates the gradient of the logvar layer.
+    fn logvar_backward(&mut self, p: &Logvar, features: &Self::Tensor, grad: &Self::Tensor);
+    /// Accumulates the gradient of a convolution's weight: `gain` times x (*) grad.
+    fn conv_wgrad(&mut self, w: ParamId, x: Operand<Self::Tensor>, grad: &Self::Tensor, gain: f64);
+    /// Gradient of `gain` times the convolution with respect to the inputs of its operand (through
+    /// scales and `mp_silu`), plus `acc.1 * acc.0`.
+    fn conv_dgrad(
+        &mut self,
+        w: ParamId,
+        grad: &Self::Tensor,
+        gain: f64,
+        x: Operand<Self::Tensor>,
+        acc: Option<(OperandGrad<Self::Tensor>, f64)>,
+    ) -> OperandGrad<Self::Tensor>;
+    /// Gradient of `gain` times the convolution whose input is `mp_silu(pre * scale)`, with respect to
+    /// `pre`. The gradient of the scales is written to channels `scale.offset..` of `grad_scales`.
+    fn conv_dgrad_scale_silu(
+        &mut self,
+        w: ParamId,
+        grad: &Self::Tensor,
+        gain: f64,
+        pre: &Self::Tensor,
+        scale: Scale<Self::Tensor>,
+        grad_scales: &mut Self::Tensor,
+    ) -> Self::Tensor;
+    /// Gradient through the clip whose result was `out`: zero where |out| reached `clip`.
+    fn clip_backward(&mut self, grad: Self::Tensor, out: &Self::Tensor, clip: f64) -> Self::Tensor;
+    /// Gradient of [`NetworkBackend::pixel_norm`] with respect to its input `x`, plus `acc`.
+    fn pixel_norm_backward(
+        &mut self,
+        x: &Self::Tensor,
+        grad: &Self::Tensor,
+        down: bool,
+        acc: Option<Self::Tensor>,
+    ) -> Self::Tensor;
+    /// Gradient of [`NetworkBackend::upsample`]: the sum over each 2x2 square.
+    fn upsample_backward(&mut self, grad: &Self::Tensor) -> Self::Tensor;
+    /// Gradient of [`NetworkBackend::attention`] with respect to `qkv`.
+    fn attention_backward(&mut self, qkv: &Self::Tensor, heads: usize, grad: &Self::Tensor) -> Self::Tensor;
+    /// A tensor of zeros for the gradients of the scales of all blocks.
+    fn zero_scales_grad(&mut self, scales: &Self::Tensor) -> Self::Tensor;
+    /// Accumulates the gradients of all `emb_linear` and `emb_gain`; returns that of `emb`.
+    fn emb_scales_backward(
+        &mut self,
+        layers: &[EmbLayer],
+        emb: &Self::Tensor,
+        grad_scales: &Self::Tensor,
+    ) -> Self::Tensor;
+    /// Accumulates the gradients of the noise and label layers.
+    fn embed_backward(
+        &mut self,
+        p: &Embed,
+        e: &Embedding<Self::Tensor>,
+        labels: Option<&Self::Tensor>,
+        grad_emb: &Self::Tensor,
+    );
+
+    /// One pass over all parameters: zeroes non-finite gradients, projects them through the weight
+    /// normalisation, Adam, the moving averages; clears the gradients and makes the effective
+    /// weights of the next step (as [`Normalization::Train`] with the same rounds).
+    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError>;
+}
