@@ -1,4 +1,8 @@
-//! Compiles the kernels: with nvcc (feature `cuda`), and for the emulator (feature `emulator`).
+//! Makes the Rust side of the kernels' structs, and compiles the kernels: with nvcc (feature `cuda`), and for the emulator
+//! (feature `emulator`).
+
+#[path = "kernels/structs.rs"]
+mod structs;
 
 #[cfg(feature = "cuda")]
 #[path = "kernels/build.rs"]
@@ -7,15 +11,18 @@ mod cuda;
 #[path = "kernels/emulator/build.rs"]
 mod emulator;
 
-fn main() {
+fn build() -> Result<(), String> {
     println!("cargo:rerun-if-changed=build.rs");
-    let results: &[Result<(), String>] = &[
-        #[cfg(feature = "cuda")]
-        cuda::build(),
-        #[cfg(feature = "emulator")]
-        emulator::build(),
-    ];
-    if let Some(Err(message)) = results.iter().find(|result| result.is_err()) {
+    let _asserted = structs::build()?;
+    #[cfg(feature = "cuda")]
+    cuda::build(&_asserted)?;
+    #[cfg(feature = "emulator")]
+    emulator::build(&_asserted)?;
+    Ok(())
+}
+
+fn main() {
+    if let Err(message) = build() {
         eprintln!("{message}");
         std::process::exit(1);
     }

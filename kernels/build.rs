@@ -74,8 +74,9 @@ fn architectures() -> Result<BTreeSet<u32>, String> {
     list.split(',').map(number).collect::<Option<_>>().ok_or_else(wrong)
 }
 
-/// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler.
-pub fn build() -> Result<(), String> {
+/// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler. `structs` is what asserts the
+/// layout of the structs that host and device share.
+pub fn build(structs: &Path) -> Result<(), String> {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
@@ -85,6 +86,10 @@ pub fn build() -> Result<(), String> {
     let said = output(&nvcc, &["--version".into()])?;
     let version = said.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
     let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
+
+    let asserted = structs.with_extension("ptx").display().to_string();
+    let flags = ["-std=c++17", "-x", "cu", "-ptx", "-o"].map(String::from);
+    output(&nvcc, &[&flags[..], &[asserted, structs.display().to_string()]].concat())?;
 
     let common = FLAGS.iter().map(|flag| flag.to_string());
     let every = archs.iter().enumerate().map(|(i, arch)| {

@@ -12,8 +12,8 @@ mod common;
 use common::{Bench, Memory, assert_same, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
-use edm2k::backend::gpu::precond::NoiseStream;
-use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, StepScalars, StepTotals, Turned, WeightRow};
+use edm2k::backend::gpu::structs::{NoiseStream, StepScalars, StepTotals, WeightRow};
+use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{
     Backend, Logvar, LossInput, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,

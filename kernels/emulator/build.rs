@@ -5,7 +5,7 @@
 //! time, so their equal symbols never meet. Objects are kept until a file that they include changes.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
@@ -82,8 +82,8 @@ fn sources(directory: &str, extension: &str) -> Vec<PathBuf> {
 }
 
 /// Builds both libraries and tells their paths to the crate as `EMULATOR_LIBRARY` and
-/// `EMULATOR_LIBRARY_CHECKED`.
-pub fn build() -> Result<(), String> {
+/// `EMULATOR_LIBRARY_CHECKED`. `structs` is what asserts the layout of the structs that host and device share.
+pub fn build(structs: &Path) -> Result<(), String> {
     for name in ["CXX", "CXXFLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
@@ -102,6 +102,7 @@ pub fn build() -> Result<(), String> {
     }
     common.extend(env::var("CXXFLAGS").unwrap_or_default().split_whitespace().map(String::from));
 
+    run(&compiler, &["-std=c++17", "-fsyntax-only", &structs.display().to_string()].map(String::from))?;
     let mut kernels = sources("kernels", "cu");
     kernels.extend(sources("kernels/emulator", "cu"));
     let runtime = sources("kernels/emulator", "cpp");

@@ -3,20 +3,7 @@
 //! Channels of `qkv` are in the kernels' order: all of q, then k, then v, each by head (see [`row_of`]).
 
 use super::launch::{DevicePtr, Launch, Precision};
-use bytemuck::{Pod, Zeroable};
-
-/// `struct AttentionParams` of the kernels.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Params {
-    qkv: DevicePtr,
-    grad_out: DevicePtr,
-    out: DevicePtr,
-    sums: DevicePtr,
-    tokens: i32,
-    heads: i32,
-}
-const _: () = assert!(size_of::<Params>() == 40);
+use super::structs::AttentionParams;
 
 /// Sizes for which there are kernels.
 const HEAD_SIZES: [usize; 4] = [16, 32, 64, 128];
@@ -131,8 +118,8 @@ impl Attention {
         ]
     }
 
-    fn params(&self, qkv: DevicePtr, grad_out: DevicePtr, out: DevicePtr, sums: DevicePtr) -> Params {
-        Params { qkv, grad_out, out, sums, tokens: self.tokens as i32, heads: self.heads as i32 }
+    fn params(&self, qkv: DevicePtr, grad_out: DevicePtr, out: DevicePtr, sums: DevicePtr) -> AttentionParams {
+        AttentionParams { qkv, grad_out, out, sums, tokens: self.tokens as i32, heads: self.heads as i32 }
     }
 
     /// Bytes of a token's q.
@@ -148,7 +135,7 @@ impl Attention {
     }
 
     /// A launch of blocks of `rows` tokens.
-    fn launch(&self, names: Names, warps: usize, rows: usize, shared: usize, params: Params) -> Launch {
+    fn launch(&self, names: Names, warps: usize, rows: usize, shared: usize, params: AttentionParams) -> Launch {
         let kernel = self.precision.pick(names[self.head_size.ilog2() as usize - 4]);
         let grid = [self.tokens.div_ceil(rows) as u32, self.heads as u32, self.images as u32];
         Launch::new(kernel, grid, warps as u32 * 32, shared as u32, &params)

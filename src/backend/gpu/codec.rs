@@ -9,87 +9,13 @@ use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
 use super::launch::{DevicePtr, Launch, Math, Precision};
 use super::runtime::{PARAMETERS, Runtime};
+use super::structs::{CodecAttention, CodecConv, CodecNorm, CodecNormalise};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Choice, Product};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::backend::{DeviceError, Shape};
-use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use std::rc::Rc;
-
-/// `CodecConv` of the kernels.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct ConvParams {
-    x: DevicePtr,
-    weight: DevicePtr,
-    bias: DevicePtr,
-    residual: DevicePtr,
-    y: DevicePtr,
-    pixels: i32,
-    height: i32,
-    width: i32,
-    rows: i32,
-    columns: i32,
-    cin: i32,
-    cout: i32,
-    side: i32,
-    stride: i32,
-    before: i32,
-    phases: i32,
-    relu: i32,
-    phase: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<ConvParams>() == 96, "mirrors CodecConv");
-
-/// `CodecNormalise`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct NormaliseParams {
-    x: DevicePtr,
-    affine: DevicePtr,
-    y: DevicePtr,
-    count: i32,
-    image: i32,
-    vectors: i32,
-    channels: i32,
-    before: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<NormaliseParams>() == 48, "mirrors CodecNormalise");
-
-/// `CodecNorm`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct NormParams {
-    x: DevicePtr,
-    affine: DevicePtr,
-    sums: DevicePtr,
-    scales: DevicePtr,
-    pixels: i32,
-    chunk: i32,
-    chunks: i32,
-    vectors: i32,
-    channels: i32,
-    groups: i32,
-    eps: f32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<NormParams>() == 64, "mirrors CodecNorm");
-
-/// `CodecAttention`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct AttentionParams {
-    qkv: DevicePtr,
-    out: DevicePtr,
-    tokens: i32,
-    channels: i32,
-    scale: f32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<AttentionParams>() == 32, "mirrors CodecAttention");
 
 /// Threads of all kernels but the convolutions.
 const THREADS: u32 = 256;
@@ -235,7 +161,7 @@ pub fn convolve(
     let whole = Product { groups: phases, rows: pixels, columns: cout, steps: 1 };
     let choice = Choice { splits: 1, steps_per_split: steps, ..tiles::choose(tiles, whole, card) };
     let tile = choice.tile;
-    let params = ConvParams {
+    let params = CodecConv {
         x,
         weight,
         bias,
@@ -273,7 +199,7 @@ pub fn convolve(
             tiles_m: pixels.div_ceil(tile.m),
         };
         let kernel = format!("hopper_codec_{}_{}", precision.name(), tile.name);
-        conv_hopper::pixels(kernel, &product, &choice, card, &ConvParams { phase: int(phase), ..params })
+        conv_hopper::pixels(kernel, &product, &choice, card, &CodecConv { phase: int(phase), ..params })
     };
     Ok((0..phases).map(launch).collect())
 }
@@ -300,7 +226,7 @@ pub fn normalise(
     let [n, h, w, c] = shape;
     let vectors = padded(c) / 8;
     let image = h * w * vectors;
-    let params = NormaliseParams {
+    let params = CodecNormalise {
         x,
         affine,
         y,
@@ -347,7 +273,7 @@ pub fn group_norm(
         return Err(CodecError::Groups { channels, groups });
     }
     let ((chunk, chunks), vectors) = (chunks(h * w), padded(channels) / 8);
-    let params = NormParams {
+    let params = CodecNorm {
         x,
         affine,
         sums: scratch,
@@ -385,7 +311,7 @@ pub fn self_attention(
     let width = [128, 256, 512].into_iter().find(|&width| c <= width && c.is_multiple_of(8));
     let width = width.ok_or(CodecError::Width(c))?;
     let scale = (std::f64::consts::LOG2_E / (c as f64).sqrt()) as f32;
-    let params = AttentionParams { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
+    let params = CodecAttention { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
     let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);
     let grid = [(h * w).div_ceil(QUERIES) as u32, n as u32, 1];
     Ok(Launch::new(format!("{}{width}", precision.pick(kernels)), grid, THREADS, shared as u32, &params))

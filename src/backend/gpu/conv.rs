@@ -7,8 +7,9 @@
 
 use super::conv_hopper::{self, Images, Pixels, Window};
 use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::structs::{ConvDgrad, ConvFprop, ConvWgrad, PixelTiles};
 use super::tiles::{self, Card, Choice, Product, Tile};
-use bytemuck::{NoUninit, Pod, Zeroable};
+use bytemuck::NoUninit;
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
 /// padded to multiples of 8.
@@ -88,101 +89,6 @@ pub enum ConvError {
         what: &'static str,
     },
 }
-
-/// `PixelTiles` of conv.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-struct PixelTiles {
-    height: i32,
-    width: i32,
-    group: i32,
-    tiles_per_group: i32,
-}
-
-/// `ConvFprop` of conv_finish.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-struct FpropParams {
-    x: DevicePtr,
-    skip: DevicePtr,
-    weight: DevicePtr,
-    scale: DevicePtr,
-    residual: DevicePtr,
-    y: DevicePtr,
-    pre: DevicePtr,
-    act: DevicePtr,
-    partial: DevicePtr,
-    tiles: PixelTiles,
-    pixels: i32,
-    ca: i32,
-    cb: i32,
-    cout: i32,
-    taps: i32,
-    scale_stride: i32,
-    steps_per_split: i32,
-    splits: i32,
-    wa: f32,
-    wb: f32,
-    clip: f32,
-    act_scale: f32,
-}
-const _: () = assert!(size_of::<FpropParams>() == 136, "mirrors ConvFprop");
-
-/// `ConvDgrad` of conv_finish.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-struct DgradParams {
-    grad: DevicePtr,
-    turned: DevicePtr,
-    x: DevicePtr,
-    skip: DevicePtr,
-    acc_x: DevicePtr,
-    acc_skip: DevicePtr,
-    scale: DevicePtr,
-    gx: DevicePtr,
-    gskip: DevicePtr,
-    scale_grad: DevicePtr,
-    sums: DevicePtr,
-    partial: DevicePtr,
-    tiles: PixelTiles,
-    pixels: i32,
-    ca: i32,
-    cb: i32,
-    cout: i32,
-    taps: i32,
-    scale_stride: i32,
-    steps_per_split: i32,
-    splits: i32,
-    x_scale: f32,
-    skip_scale: f32,
-    gain: f32,
-    acc_factor: f32,
-}
-const _: () = assert!(size_of::<DgradParams>() == 160, "mirrors ConvDgrad");
-
-/// `ConvWgrad` of conv_finish.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-struct WgradParams {
-    x: DevicePtr,
-    skip: DevicePtr,
-    grad: DevicePtr,
-    dw: DevicePtr,
-    partial: DevicePtr,
-    height: i32,
-    width: i32,
-    pixels: i32,
-    ca: i32,
-    cb: i32,
-    cout: i32,
-    taps: i32,
-    steps_per_split: i32,
-    splits: i32,
-    x_scale: f32,
-    skip_scale: f32,
-    gain: f32,
-}
-const _: () = assert!(size_of::<WgradParams>() == 88, "mirrors ConvWgrad");
 
 /// The two inputs and their factors, which the gradients get: the scales of `mp_cat`, or 1.
 #[derive(Clone, Copy, Debug)]
@@ -377,7 +283,7 @@ impl Fprop {
             }
         }
         let tiles_m = shape.pixels().div_ceil(tile.m);
-        let params = FpropParams {
+        let params = ConvFprop {
             x,
             skip,
             weight,
@@ -528,7 +434,7 @@ impl Dgrad {
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group(tile.m);
         let partial = partial_bytes(&self.kernel.choice, shape.pixels() * shape.cin());
-        let mut params = DgradParams {
+        let mut params = ConvDgrad {
             grad,
             turned,
             x: if linear { DevicePtr::NULL } else { inputs.x },
@@ -626,7 +532,7 @@ impl Wgrad {
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
-        let params = WgradParams {
+        let params = ConvWgrad {
             x: inputs.x,
             skip,
             grad,

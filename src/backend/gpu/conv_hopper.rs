@@ -4,29 +4,10 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{TensorMap, TensorMapSpec};
+use super::structs::{HopperPixels, HopperWgrad};
 use super::tiles::{Card, Choice, STEP};
-use bytemuck::{NoUninit, Pod, Zeroable};
-
-/// `HopperPixels` of the kernels.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct PixelParams {
-    x: TensorMap,
-    skip: TensorMap,
-    weight: TensorMap,
-    ca: i32,
-    cb: i32,
-    taps: i32,
-    side: i32,
-    up: i32,
-    left: i32,
-    pixels_n: i32,
-    tiles: i32,
-    steps_per_split: i32,
-    steps: i32,
-    padding: [i32; 6],
-}
-const _: () = assert!(size_of::<PixelParams>() == 448, "mirrors HopperPixels");
+use bytemuck::{NoUninit, Zeroable};
+use std::mem::offset_of;
 
 /// Which neighbours a pixel reads; `Window` of conv.cuh, of stride 1 and with a result as large as the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +101,7 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         taps * (ca + cb) / STEP,
     ]
     .map(|x| i32::try_from(x).expect("bounded by the shape's check"));
-    let params = PixelParams {
+    let params = HopperPixels {
         ca: ca_,
         cb: cb_,
         taps: taps_,
@@ -141,8 +122,9 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         stride: 2 * row as u64,
         tile: [STEP as u32, tile.n as u32],
     };
-    let mut maps = vec![(0, images(p.precision, &p.x, p.window, tile.m)), (256, weight)];
-    maps.extend(p.skip.map(|skip| (128, images(p.precision, &skip, p.window, tile.m))));
+    let of = |x: &Images| images(p.precision, x, p.window, tile.m);
+    let mut maps = vec![(offset_of!(HopperPixels, x), of(&p.x)), (offset_of!(HopperPixels, weight), weight)];
+    maps.extend(p.skip.map(|skip| (offset_of!(HopperPixels, skip), of(&skip))));
     let grid = [tiles.min(card.sms.max(1)) as u32, 1, 1];
     Launch::with_maps(kernel, grid, tile.threads, tile.shared, behind(&params, conv), maps)
 }
@@ -158,9 +140,10 @@ pub(super) fn weights<P: NoUninit>(
 ) -> Launch {
     let Choice { tile, splits, .. } = *choice;
     let window = Window::same(taps);
+    let of = |x: &Images, window| images(precision, x, window, STEP);
     let mut maps =
-        vec![(0, images(precision, &grad, Window::same(1), STEP)), (128, images(precision, &x, window, STEP))];
-    maps.extend(skip.map(|skip| (256, images(precision, &skip, window, STEP))));
+        vec![(offset_of!(HopperWgrad, grad), of(&grad, Window::same(1))), (offset_of!(HopperWgrad, x), of(&x, window))];
+    maps.extend(skip.map(|skip| (offset_of!(HopperWgrad, skip), of(&skip, window))));
     let columns = taps * (x.channels + skip.map_or(0, |skip| skip.channels));
     let grid = [grad.channels.div_ceil(tile.m), columns.div_ceil(tile.n), splits].map(|blocks| blocks as u32);
     let params = behind(&[TensorMap::zeroed(); 3], conv);

@@ -5,10 +5,10 @@
 //! gradients f32, rows padded by zeros to a multiple of 8 values, as in [`weights`](super::weights).
 
 use super::launch::{DevicePtr, Launch, Precision};
+use super::structs::{EmbScales, EmbScalesBackward, EmbedBackward, EmbedParams, ScaleTile};
 use super::weights::Effective;
 use crate::backend::Embedding;
 use crate::params::mp_sum_weights;
-use bytemuck::{Pod, Zeroable};
 
 /// Images that share a read of the weights.
 const IMAGES: usize = 8;
@@ -60,27 +60,6 @@ impl EmbedLayers {
     }
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct EmbedParams {
-    sigma: DevicePtr,
-    freqs: DevicePtr,
-    phases: DevicePtr,
-    noise: DevicePtr,
-    label: DevicePtr,
-    labels: DevicePtr,
-    features: DevicePtr,
-    pre: DevicePtr,
-    emb: DevicePtr,
-    images: i32,
-    noise_channels: i32,
-    label_channels: i32,
-    emb_channels: i32,
-    noise_factor: f32,
-    label_factor: f32,
-}
-const _: () = assert!(size_of::<EmbedParams>() == 96);
-
 /// Writes `to` from the noise levels `sigma` `[n]` and `labels` [n, channels]; labels
 /// [`DevicePtr::NULL`] = zeros.
 pub fn embed(
@@ -118,26 +97,6 @@ pub fn embed(
     let grid = [layers.emb_channels.div_ceil(EMBED_ROWS) as u32, n.div_ceil(IMAGES) as u32, 1];
     Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared as u32, &params)
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct EmbedBackward {
-    grad_emb: DevicePtr,
-    pre: DevicePtr,
-    features: DevicePtr,
-    labels: DevicePtr,
-    grad_noise: DevicePtr,
-    grad_label: DevicePtr,
-    images: i32,
-    noise_channels: i32,
-    label_channels: i32,
-    emb_channels: i32,
-    noise_factor: f32,
-    label_factor: f32,
-    noise_chunks: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<EmbedBackward>() == 80);
 
 /// Adds the gradients of the layers' weights to `grad_noise` and, unless `labels` is null, to
 /// `grad_label`, from what [`embed`] wrote, its `labels`, and the gradient of its `emb`.
@@ -191,21 +150,6 @@ pub struct ScaleLayer {
     /// Output channels.
     pub channels: usize,
 }
-
-/// Up to 32 rows of one layer, as the kernels read them.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-pub struct ScaleTile {
-    weight: i64,
-    grad: i64,
-    gain: i64,
-    gain_grad: i64,
-    channel: i32,
-    rows: i32,
-    layer_tiles: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<ScaleTile>() == 48);
 
 /// All `emb_linear` layers, cut into tiles.
 #[derive(Clone, Debug)]
@@ -265,21 +209,6 @@ impl ScaleTable {
     }
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct EmbScales {
-    tiles: DevicePtr,
-    weights: DevicePtr,
-    plain: DevicePtr,
-    emb: DevicePtr,
-    out: DevicePtr,
-    images: i32,
-    emb_channels: i32,
-    channels: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<EmbScales>() == 56);
-
 /// `out` [n, all channels] = gain (W emb) + 1 of all layers; `emb` is [n, emb_channels].
 pub fn emb_scales(
     p: Precision,
@@ -304,29 +233,6 @@ pub fn emb_scales(
     let grid = [table.tiles.len() as u32, n.div_ceil(IMAGES) as u32, 1];
     Launch::new(p.pick(["emb_scales_f16", "emb_scales_bf16"]), grid, 256, 0, &params)
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct EmbScalesBackward {
-    tiles: DevicePtr,
-    weights: DevicePtr,
-    plain: DevicePtr,
-    emb: DevicePtr,
-    grad: DevicePtr,
-    grads: DevicePtr,
-    grad_emb: DevicePtr,
-    gain_sums: DevicePtr,
-    partial: DevicePtr,
-    images: i32,
-    emb_channels: i32,
-    channels: i32,
-    count: i32,
-    chunks: i32,
-    vectors: i32,
-    splits: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<EmbScalesBackward>() == 104);
 
 /// Device memory of [`emb_scales_backward`].
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,9 @@
 //! What a card can do at most, measured: multiply-adds of its tensor cores, and bytes of its memory.
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{Launch, Precision};
 use super::runtime::{Command, Runtime};
+use super::structs::MmaRate;
 use crate::backend::DeviceError;
-use bytemuck::{Pod, Zeroable};
 
 /// The most that a card reached.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -13,15 +13,6 @@ pub struct Limits {
     /// Bytes a second of a copy within device memory, read and written ones.
     pub bytes_per_s: f64,
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct MmaRate {
-    out: DevicePtr,
-    rounds: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<MmaRate>() == 16);
 
 const THREADS: u32 = 256;
 /// Independent sums of a warp; `CHAINS`.

@@ -16,6 +16,7 @@ pub mod params;
 pub mod pixelwise;
 pub mod precond;
 pub mod runtime;
+pub mod structs;
 pub mod tensor;
 pub mod tiles;
 pub mod weights;

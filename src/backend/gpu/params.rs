@@ -12,8 +12,9 @@ use super::attention;
 use super::embedding::{ScaleLayer, ScaleTable};
 use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
+use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow};
 use super::tensor::padded;
-use super::weights::{self, Effective, RowTable, StepArenas, StepScalars, StepTotals, TurnTile, Turned, WeightRow};
+use super::weights::{self, Effective, RowTable, StepArenas, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats};
 use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 

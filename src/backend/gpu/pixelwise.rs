@@ -4,92 +4,14 @@
 //! pointers are [`DevicePtr::NULL`] where not there.
 
 use super::launch::{DevicePtr, Launch, Precision};
+use super::structs::{Cast, Combine, Elementwise, PixelNorm, PixelNormBackward, Upsample};
 use crate::backend::Shape;
-use bytemuck::{NoUninit, Pod, Zeroable};
+use bytemuck::NoUninit;
 
 const BLOCK: u32 = 256;
 
 /// Most terms of one linear combination.
 pub const MAX_TERMS: usize = 6;
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct PixelNorm {
-    x: DevicePtr,
-    y: DevicePtr,
-    silu: DevicePtr,
-    pixels: i32,
-    width: i32,
-    vectors: i32,
-    lanes: i32,
-    down: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<PixelNorm>() == 48);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct PixelNormBackward {
-    x: DevicePtr,
-    grad: DevicePtr,
-    acc: DevicePtr,
-    out: DevicePtr,
-    pixels: i32,
-    width: i32,
-    vectors: i32,
-    lanes: i32,
-    down: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<PixelNormBackward>() == 56);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Upsample {
-    from: DevicePtr,
-    y: DevicePtr,
-    silu: DevicePtr,
-    count: i32,
-    width: i32,
-    vectors: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<Upsample>() == 40);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Elementwise {
-    a: DevicePtr,
-    b: DevicePtr,
-    out: DevicePtr,
-    count: i32,
-    by: f32,
-}
-const _: () = assert!(size_of::<Elementwise>() == 32);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Combine {
-    terms: [DevicePtr; MAX_TERMS],
-    out: DevicePtr,
-    factors: [f32; MAX_TERMS],
-    count: i32,
-    padding: i32,
-    values: i64,
-}
-const _: () = assert!(size_of::<Combine>() == 96);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Cast {
-    from: DevicePtr,
-    to: DevicePtr,
-    count: i32,
-    vectors: i32,
-    channels: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<Cast>() == 32);
 
 /// 16-byte vectors of a pixel; the padding of the last stays zero in all of these operations.
 fn vectors(channels: usize) -> usize {

@@ -4,41 +4,17 @@
 //! channels padded to a multiple of 8.
 
 use super::launch::{DevicePtr, Launch, Precision};
+use super::structs::{Logvar, LogvarBackward, LossParams, Noise, NoiseStream, PrecondInput, PrecondOutput};
 use crate::backend::Shape;
 use crate::rng::{Purpose, Stream};
-use bytemuck::{Pod, Zeroable};
 
 const BLOCK: u32 = 256;
-
-/// Seed and image of one image's noise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct NoiseStream {
-    /// See [`Stream::seed`].
-    pub seed: u64,
-    /// See [`Stream::image`].
-    pub image: u64,
-}
 
 impl From<Stream> for NoiseStream {
     fn from(s: Stream) -> Self {
         Self { seed: s.seed, image: s.image }
     }
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Noise {
-    clean: DevicePtr,
-    sigma: DevicePtr,
-    streams: DevicePtr,
-    noisy: DevicePtr,
-    images: i32,
-    values: i32,
-    tag: u32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<Noise>() == 48);
 
 /// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`]
 /// for each of the `streams` ([`NoiseStream`]s). With `clean` and `sigma` null the noise itself. (Training draws its
@@ -59,21 +35,6 @@ pub fn add_noise(
     let params = Noise { clean, sigma, streams, noisy, images: n, values: each, tag, padding: 0 };
     Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct PrecondInput {
-    x: DevicePtr,
-    sigma: DevicePtr,
-    out: DevicePtr,
-    pixels: i32,
-    per_image: i32,
-    channels: i32,
-    vectors: i32,
-    sigma_data: f32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<PrecondInput>() == 48);
 
 /// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x.
 pub fn precond_input(
@@ -99,23 +60,6 @@ pub fn precond_input(
     };
     Launch::over(p.pick(["precond_input_f16", "precond_input_bf16"]), n * h * w * vectors, BLOCK, &params)
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct PrecondOutput {
-    x: DevicePtr,
-    raw: DevicePtr,
-    sigma: DevicePtr,
-    gain: DevicePtr,
-    out: DevicePtr,
-    pixels: i32,
-    per_image: i32,
-    channels: i32,
-    vectors: i32,
-    sigma_data: f32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<PrecondOutput>() == 64);
 
 /// `out` = D(x; sigma), f32, from the U-Net's `raw` output (channels padded to a multiple of 8) and the
 /// f32 scalar `gain`. `shape` is that of x.
@@ -174,29 +118,6 @@ pub struct LossArenas {
     pub grad_gain: DevicePtr,
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct LossParams {
-    clean: DevicePtr,
-    noisy: DevicePtr,
-    raw: DevicePtr,
-    sigma: DevicePtr,
-    logvar: DevicePtr,
-    gain: DevicePtr,
-    grad_raw: DevicePtr,
-    partial: DevicePtr,
-    per_image: DevicePtr,
-    grad_logvar: DevicePtr,
-    grad_gain: DevicePtr,
-    images: i32,
-    pixels: i32,
-    channels: i32,
-    vectors: i32,
-    chunks: i32,
-    sigma_data: f32,
-}
-const _: () = assert!(size_of::<LossParams>() == 112);
-
 /// Bytes of [`LossArenas::partial`].
 pub fn loss_scratch([n, h, w, _]: Shape) -> usize {
     n * (h * w).div_ceil(BLOCK as usize) * 8
@@ -231,20 +152,6 @@ pub fn loss(p: Precision, shape: Shape, a: &LossArenas, sigma_data: f64) -> [Lau
     ]
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Logvar {
-    sigma: DevicePtr,
-    freqs: DevicePtr,
-    phases: DevicePtr,
-    weight: DevicePtr,
-    features: DevicePtr,
-    logvar: DevicePtr,
-    channels: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<Logvar>() == 56);
-
 /// Parameters of the logvar layer on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct LogvarParams {
@@ -271,17 +178,6 @@ pub fn logvar(
     let params = Logvar { sigma, freqs, phases, weight, features, logvar, channels: channels as i32, padding: 0 };
     Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n as u32, 1, 1], 32, 0, &params)
 }
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct LogvarBackward {
-    features: DevicePtr,
-    grad: DevicePtr,
-    grad_weight: DevicePtr,
-    images: i32,
-    channels: i32,
-}
-const _: () = assert!(size_of::<LogvarBackward>() == 32);
 
 /// Adds the gradient of the logvar layer's weight to `grad_weight` `[channels]`, f32, from that of logvar `[n]`.
 pub fn logvar_backward(

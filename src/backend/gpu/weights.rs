@@ -6,35 +6,14 @@
 //! whose effective copy is f32.
 
 use super::launch::{DevicePtr, Launch, Precision};
+use super::structs::{ReduceStats, StepScalars, TurnTile, WeightPrepare, WeightRow, WeightStep, WeightTurn};
 use crate::backend::{Normalization, Step};
-use bytemuck::{Pod, Zeroable};
 
 /// Most moving averages that a step can update.
 pub const MAX_EMAS: usize = 4;
 
 /// Most values of a row.
 pub const MAX_ROW: usize = 64 * 512;
-
-/// One row: an output channel of a weight, or plain values.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub struct WeightRow {
-    /// Its first value in the f32 arenas, a multiple of 8.
-    pub first: i64,
-    /// Its first value among the effective weights (a multiple of 8) or plain values (of 4).
-    pub effective: i64,
-    /// Values, padded to a multiple of 8.
-    pub length: i32,
-    /// taps * cin without padding; 0 for plain values, which are not normalised.
-    pub fan_in: i32,
-    /// Channels, padded.
-    pub cin: i32,
-    /// The first channel that has the second scale.
-    pub split: i32,
-    /// Factors of the effective weights.
-    pub scales: [f32; 2],
-}
-const _: () = assert!(size_of::<WeightRow>() == 40);
 
 /// A convolution's weight that `weight_turn` copies.
 #[derive(Clone, Copy, Debug)]
@@ -50,21 +29,6 @@ pub struct Turned {
     /// Taps.
     pub taps: usize,
 }
-
-/// `TurnTile` of the kernel.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-pub struct TurnTile {
-    from: i64,
-    to: i64,
-    cout: i32,
-    cin: i32,
-    taps: i32,
-    tap: i32,
-    co: i32,
-    c: i32,
-}
-const _: () = assert!(size_of::<TurnTile>() == 40);
 
 impl Turned {
     /// What the kernel works on, one a block.
@@ -86,34 +50,10 @@ impl Turned {
     }
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct WeightTurn {
-    tiles: DevicePtr,
-    effective: DevicePtr,
-    turned: DevicePtr,
-}
-const _: () = assert!(size_of::<WeightTurn>() == 24);
-
 /// `turned[c][taps - 1 - t][co] = effective[co][t][c]`, for `count` tiles, which lie at `tiles`.
 pub fn turn(tiles: DevicePtr, count: usize, effective: DevicePtr, turned: DevicePtr) -> Launch {
     Launch::new("weight_turn", [count as u32, 1, 1], 256, 0, &WeightTurn { tiles, effective, turned })
 }
-
-/// The numbers of one step, for the device: they change while the launches stay.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-pub struct StepScalars {
-    grad_scale: f32,
-    rate: f32,
-    rest1: f32,
-    beta2: f32,
-    rest2: f32,
-    root: f32,
-    eps: f32,
-    ema_rest: [f32; MAX_EMAS],
-}
-const _: () = assert!(size_of::<StepScalars>() == 44);
 
 impl StepScalars {
     /// Those of `step`; averages beyond [`MAX_EMAS`] are not there.
@@ -132,16 +72,6 @@ impl StepScalars {
             ema_rest,
         }
     }
-}
-
-/// What `weight_stats` leaves on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-#[repr(C)]
-pub struct StepTotals {
-    /// L2 norm of the gradient with respect to the stored weights.
-    pub grad_norm: f64,
-    /// Gradient values that were not finite and were replaced by zero.
-    pub nonfinite: u64,
 }
 
 /// Rows in the order in which they lie on the device, and the launches that they need.
@@ -185,46 +115,6 @@ fn block(length: i32) -> (bool, u32) {
     (long, length.div_ceil(if long { 64 } else { 32 }).next_multiple_of(32))
 }
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct WeightStep {
-    rows: DevicePtr,
-    scalars: DevicePtr,
-    weight: DevicePtr,
-    grad: DevicePtr,
-    m: DevicePtr,
-    v: DevicePtr,
-    emas: [DevicePtr; MAX_EMAS],
-    effective: DevicePtr,
-    plain: DevicePtr,
-    stats: DevicePtr,
-    ema_count: i32,
-    rounds: i32,
-}
-const _: () = assert!(size_of::<WeightStep>() == 112);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct WeightPrepare {
-    rows: DevicePtr,
-    source: DevicePtr,
-    effective: DevicePtr,
-    plain: DevicePtr,
-    rounds: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<WeightPrepare>() == 40);
-
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct ReduceStats {
-    rows: DevicePtr,
-    totals: DevicePtr,
-    count: i32,
-    padding: i32,
-}
-const _: () = assert!(size_of::<ReduceStats>() == 24);
-
 /// Where the effective weights go.
 #[derive(Clone, Copy, Debug)]
 pub struct Effective {
@@ -255,7 +145,7 @@ pub struct StepArenas<'a> {
     pub effective: Effective,
     /// Scratch, 8 bytes for each row.
     pub stats: DevicePtr,
-    /// Receives one [`StepTotals`].
+    /// Receives one [`StepTotals`](super::structs::StepTotals).
     pub totals: DevicePtr,
 }
 

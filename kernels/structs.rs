@@ -1,0 +1,212 @@
+//! The structs that host and device share, declared once: in the kernels' files. A struct of `kernels/*.cu` and `*.cuh` that is
+//! plain data, fields and nothing else, is one of them; the build script makes the Rust side of it, for
+//! `src/backend/gpu/structs.rs`, with size and offsets asserted, and a C++ file that asserts the same of the declarations.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+/// Size, alignment and name in Rust of what a field may be, beside pointers and other structs.
+const TYPES: &[(&str, usize, usize, &str)] = &[
+    ("int", 4, 4, "i32"),
+    ("int32_t", 4, 4, "i32"),
+    ("unsigned", 4, 4, "u32"),
+    ("uint32_t", 4, 4, "u32"),
+    ("long long", 8, 8, "i64"),
+    ("unsigned long long", 8, 8, "u64"),
+    ("float", 4, 4, "f32"),
+    ("double", 8, 8, "f64"),
+    ("TensorMap", 128, 64, "TensorMap"),
+];
+
+struct Field {
+    name: String,
+    rust: String,
+    offset: usize,
+    comment: String,
+}
+
+struct Struct {
+    name: String,
+    file: String,
+    /// The declaration, as it stands there.
+    text: String,
+    fields: Vec<Field>,
+    size: usize,
+    align: usize,
+}
+
+/// A declaration under way: what it takes so far.
+struct Layout<'a> {
+    known: &'a HashMap<String, (usize, usize)>,
+    constants: &'a HashMap<String, usize>,
+    fields: Vec<Field>,
+    size: usize,
+    align: usize,
+}
+
+impl Layout<'_> {
+    /// Adds fields `type name, *name, name[COUNT]`.
+    fn add(&mut self, declaration: &str, comment: &str) -> Result<(), String> {
+        let spaced = declaration.replace('*', " * ");
+        let mut base = String::new();
+        for (i, part) in spaced.split(',').enumerate() {
+            let (part, count) = match part.split_once('[') {
+                Some((part, count)) => (part, Some(count.trim().trim_end_matches(']').trim())),
+                None => (part, None),
+            };
+            let mut words: Vec<&str> = part.split_whitespace().filter(|&word| word != "const").collect();
+            let name = words.pop().ok_or_else(|| format!("'{declaration}' names no field"))?;
+            let pointer = words.contains(&"*");
+            words.retain(|&word| word != "*");
+            if i == 0 {
+                base = words.join(" ");
+            }
+            let (size, align, rust) = if pointer {
+                (8, 8, "DevicePtr")
+            } else if let Some(&(_, size, align, rust)) = TYPES.iter().find(|known| known.0 == base) {
+                (size, align, rust)
+            } else if let Some(&(size, align)) = self.known.get(&base) {
+                (size, align, &*base)
+            } else {
+                let types = TYPES.iter().map(|known| known.0).collect::<Vec<_>>().join(", ");
+                return Err(format!(
+                    "field {name} is of type '{base}', expected a pointer, a plain struct declared before, or {types}"
+                ));
+            };
+            let number = |count: &str| count.parse().ok().or_else(|| self.constants.get(count).copied());
+            let counted =
+                count.map(|count| number(count).ok_or_else(|| format!("the size {count} of {name} is unknown")));
+            let (values, rust) = match counted.transpose()? {
+                Some(count) => (count, format!("[{rust}; {count}]")),
+                None => (1, rust.to_owned()),
+            };
+            self.pad(align);
+            self.fields.push(Field { name: name.into(), rust, offset: self.size, comment: comment.into() });
+            self.size += values * size;
+            self.align = self.align.max(align);
+        }
+        Ok(())
+    }
+
+    /// Makes what C++ leaves between fields one of its own, as no byte of a struct may be undefined.
+    fn pad(&mut self, align: usize) {
+        let gap = self.size.next_multiple_of(align) - self.size;
+        if gap > 0 {
+            let (unit, rust) = if gap % 8 == 0 && self.size % 8 == 0 { (8, "u64") } else { (1, "u8") };
+            let (name, rust) = (format!("padding_{}", self.size), format!("[{rust}; {}]", gap / unit));
+            self.fields.push(Field { name, rust, offset: self.size, comment: "Nothing.".into() });
+            self.size += gap;
+        }
+    }
+}
+
+/// The structs of one file, and its integer constants.
+fn read(
+    path: &Path,
+    known: &mut HashMap<String, (usize, usize)>,
+    constants: &mut HashMap<String, usize>,
+) -> Result<Vec<Struct>, String> {
+    let file = path.display().to_string();
+    let text = fs::read_to_string(path).map_err(|e| format!("{file}: {e}"))?;
+    let lines: Vec<&str> = text.lines().collect();
+    let mut structs = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        if let Some((name, value)) = line.strip_prefix("constexpr int ").and_then(|rest| rest.split_once(" = ")) {
+            let value = value.split(';').next().and_then(|value| value.trim().parse().ok());
+            constants.extend(value.map(|value: usize| (name.to_owned(), value)));
+        }
+        let Some(name) = line.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {")) else { continue };
+        let length = lines[i..].iter().position(|&line| line == "};");
+        let body = &lines[i + 1..i + length.ok_or_else(|| format!("{file}:{}: no end of struct {name}", i + 1))?];
+        let code = |line: &str| line.split("//").next().unwrap_or_default().trim().to_owned();
+        let plain =
+            |line: &&str| !code(line).contains(['(', '=', '{']) && (code(line).is_empty() || code(line).ends_with(';'));
+        let template = i > 0 && lines[i - 1].starts_with("template");
+        if template
+            || name.contains(['<', ' ', ':'])
+            || !body.iter().all(plain)
+            || body.iter().any(|l| code(l).starts_with("using"))
+        {
+            continue;
+        }
+        let mut layout = Layout { known, constants, fields: Vec::new(), size: 0, align: 1 };
+        for (j, line) in body.iter().enumerate() {
+            let comment = line.split_once("//").map_or("", |(_, comment)| comment.trim());
+            for declaration in code(line).split(';').filter(|part| !part.trim().is_empty()) {
+                layout.add(declaration, comment).map_err(|e| format!("{file}:{}: struct {name}: {e}", i + j + 2))?;
+            }
+        }
+        layout.pad(layout.align);
+        let Layout { fields, size, align, .. } = layout;
+        if known.insert(name.to_owned(), (size, align)).is_some() {
+            return Err(format!("{file}:{}: a second struct {name}; host and device share them by their names", i + 1));
+        }
+        let text = lines[i..=i + body.len() + 1].join("\n");
+        structs.push(Struct { name: name.into(), file: file.clone(), text, fields, size, align });
+    }
+    Ok(structs)
+}
+
+/// A comment as documentation: brackets and angles are no links and no HTML.
+fn documented(comment: &str, name: &str) -> String {
+    let text = if comment.is_empty() { name } else { comment };
+    text.chars().fold(String::new(), |mut text, c| {
+        if "[]<>*_`\\".contains(c) {
+            text.push('\\');
+        }
+        text.push(c);
+        text
+    })
+}
+
+/// Writes `structs.rs` and `structs.cpp` to OUT_DIR; the path of the second.
+pub fn build() -> Result<PathBuf, String> {
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    let is = |path: &PathBuf, extension: &str| path.extension().is_some_and(|e| e == extension);
+    paths.retain(|path| is(path, "cu") || is(path, "cuh"));
+    // Headers first, and in the order of their names, which is that of their inclusion.
+    paths.sort_by_key(|path| (is(path, "cu"), path.clone()));
+    let (mut known, mut constants, mut structs) = (HashMap::new(), HashMap::new(), Vec::new());
+    for path in paths {
+        structs.append(&mut read(&path, &mut known, &mut constants)?);
+    }
+
+    let mut rust = String::new();
+    let mut cpp =
+        String::from("#include <cstddef>\n#include <cstdint>\nstruct alignas(64) TensorMap { char opaque[128]; };\n");
+    let mut used: Vec<_> =
+        constants.iter().filter(|(name, _)| structs.iter().any(|s| s.text.contains(&**name))).collect();
+    used.sort();
+    used.iter().for_each(|(name, value)| cpp += &format!("constexpr int {name} = {value};\n"));
+    cpp += "struct float2;\n";
+    for Struct { name, file, text, fields, size, align } in &structs {
+        let aligned = if *align > 8 { format!(", align({align})") } else { String::new() };
+        let mut add = |line: String| writeln!(rust, "{line}").map_err(|e| e.to_string());
+        add(format!("/// `{name}` of `{file}`."))?;
+        add(format!("#[derive(Clone, Copy, Debug, Pod, Zeroable)]\n#[repr(C{aligned})]\npub struct {name} {{"))?;
+        for f in fields {
+            add(format!("    /// {}\n    pub {}: {},", documented(&f.comment, &f.name), f.name, f.rust))?;
+        }
+        add(format!("}}\nconst _: () = assert!(size_of::<{name}>() == {size});"))?;
+        cpp += &format!(
+            "{text}\nstatic_assert(sizeof({name}) == {size} && alignof({name}) == {align}, \"{file}: {name}\");\n"
+        );
+        for Field { name: field, offset, .. } in fields {
+            add(format!("const _: () = assert!(std::mem::offset_of!({name}, {field}) == {offset});"))?;
+            if !field.starts_with("padding_") {
+                cpp += &format!("static_assert(offsetof({name}, {field}) == {offset}, \"{file}: {name}::{field}\");\n");
+            }
+        }
+    }
+    let write = |name: &str, text: String| {
+        let path = out.join(name);
+        fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display())).map(|()| path)
+    };
+    write("structs.rs", rust)?;
+    write("structs.cpp", cpp)
+}
