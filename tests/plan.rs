@@ -68,3 +68,34 @@ fn what_the_kernels_cannot_do_is_said() {
         assert!(found.contains(words), "{found}, expected {words}");
     }
 }
+
+/// The way from the paper to the kernels, in docs/kernels.md, names operations and kernels that there are.
+#[test]
+fn the_documented_operations_and_kernels_exist() {
+    let docs = include_str!("../docs/kernels.md");
+    let table = docs.split("## From the paper to a kernel").nth(1).unwrap();
+    let traits = [
+        include_str!("../src/backend/mod.rs"),
+        include_str!("../src/backend/network.rs"),
+        include_str!("../src/backend/training.rs"),
+    ];
+    let counted = include_str!("data/kernels.tsv");
+    let kernels: Vec<&str> = counted.lines().filter_map(|line| line.split('\t').next()).collect();
+    let mut named = 0;
+    for row in table.lines().filter(|line| line.starts_with("| ") && !line.contains("in the paper")) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+        for operation in quoted(cells[2]) {
+            let declared =
+                |text: &&str| [format!("fn {operation}("), format!("fn {operation}<")].iter().any(|f| text.contains(f));
+            assert!(traits.iter().any(declared), "no operation {operation}: {row}");
+            named += 1;
+        }
+        for kernel in quoted(cells[3]) {
+            let there = |name: &&str| name.starts_with(kernel.trim_end_matches('*'));
+            assert!(kernels.iter().any(there), "no kernel {kernel}: {row}");
+            named += 1;
+        }
+    }
+    assert!(named > 50, "{named}");
+}
