@@ -191,14 +191,22 @@ impl Device {
         }
     }
 
-    /// Refuses a forward pass of `images` images of [height, width] that this machine has no room for; a GPU knows its
-    /// own memory.
+    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::passes`]), that this
+    /// machine has no room for; a GPU knows its own memory.
+    ///
+    /// [`SamplerConfig::passes`]: crate::sample::SamplerConfig::passes
     ///
     /// # Errors
     /// [`TooLarge`].
-    pub fn check_forward(&self, config: &Config, [height, width]: [usize; 2], images: usize) -> Result<(), TooLarge> {
+    pub fn check_forward(
+        &self,
+        config: &Config,
+        [height, width]: [usize; 2],
+        images: usize,
+        times: usize,
+    ) -> Result<(), TooLarge> {
         let needed = match self.runtime {
-            None => config.forward_bytes(images, height, width),
+            None => config.forward_bytes(images * times, height, width),
             Some(_) => 8 * images as u128 * (height * width * config.img_channels) as u128,
         };
         memory::check(format!("a batch of {images} images of {width}x{height}"), needed)

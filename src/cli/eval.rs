@@ -75,7 +75,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
         "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
     )?);
     let device = args.device.open()?;
-    device.check_forward(config, [height, width], images.min(batch))?;
+    device.check_forward(config, [height, width], images.min(batch), 1)?;
     let levels = device.run(Measuring { model: &model, data: &data, images, batch, progress: &mut |n| bar.inc(n) })?;
     bar.finish_and_clear();
 

@@ -330,8 +330,7 @@ impl Pipeline {
             return Err(PipelineError::ConditionWidth { number, found, expected });
         }
         let images = request.seeds.len().min(request.batch.max(1));
-        let passes = request.sampler.passes(self.guide.is_none());
-        self.device.check_forward(config, size, images * passes)?;
+        self.device.check_forward(config, size, images, request.sampler.passes(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
     }
