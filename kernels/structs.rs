@@ -94,7 +94,8 @@ impl Layout<'_> {
     fn pad(&mut self, align: usize) {
         let gap = self.size.next_multiple_of(align) - self.size;
         if gap > 0 {
-            let (unit, rust) = if gap % 8 == 0 && self.size % 8 == 0 { (8, "u64") } else { (1, "u8") };
+            let (unit, rust) =
+                if gap.is_multiple_of(8) && self.size.is_multiple_of(8) { (8, "u64") } else { (1, "u8") };
             let (name, rust) = (format!("padding_{}", self.size), format!("[{rust}; {}]", gap / unit));
             self.fields.push(Field { name, rust, offset: self.size, comment: "Nothing.".into() });
             self.size += gap;

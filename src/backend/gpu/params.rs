@@ -79,6 +79,9 @@ struct TurnedWeights {
     count: usize,
 }
 
+/// A table on the host and on the device.
+type TwoSided<T> = (Rc<T>, Rc<dyn Memory>);
+
 /// Every parameter of a network, and its training state.
 pub struct Params {
     table: ParamTable,
@@ -94,7 +97,7 @@ pub struct Params {
     turned: Option<TurnedWeights>,
     training: Option<Training>,
     /// By their weights.
-    scale_tables: HashMap<Vec<ParamId>, (Rc<ScaleTable>, Rc<dyn Memory>)>,
+    scale_tables: HashMap<Vec<ParamId>, TwoSided<ScaleTable>>,
 }
 
 fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {

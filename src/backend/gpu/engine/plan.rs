@@ -12,7 +12,7 @@ use super::*;
 pub struct Cost {
     /// Kernel launches.
     pub launches: usize,
-    /// Sum of [`Work::bytes`].
+    /// Sum of what each [`Work`] reads and writes.
     pub bytes: usize,
     /// Bytes of the workspace.
     pub workspace: usize,
