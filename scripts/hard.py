@@ -40,7 +40,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS, BYTES = 10, 2 << 30  # of one command on a damaged file
+# Of one command on a damaged file: of processor time, since others may use the machine too; six times as long by the clock.
+SECONDS, BYTES = 10, 2 << 30
 SHARES = {"kills": 4, "signals": 1, "disks": 1, "writers": 1, "damage": 5, "options": 2}
 
 # 16x16 pictures in the formats that Python does not write.
@@ -88,8 +89,9 @@ PICTURES = {
 Result = collections.namedtuple("Result", "code text seconds memory timed_out")
 
 
-def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=()):
-    """Runs to the end, or kills at the limit; `signals`: pairs of seconds after the start and a signal."""
+def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=(), processor=None):
+    """Runs to the end, or kills at the limit; `signals`: pairs of seconds after the start and a signal; `processor`:
+    seconds of its time."""
     command = [str(part) if isinstance(part, Path) else part for part in command]
     if file_size is not None:
         command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {file_size >> 10}; exec \"$@\"", "bash"] + command
@@ -99,6 +101,9 @@ def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=(
         if address_space:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(process.pid, resource.RLIMIT_AS, (address_space, address_space))
+        if processor:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, (processor, processor + 1))
         due = sorted(list(signals) + [(limit, "limit")], key=lambda pair: pair[0])
         over = threading.Event()
         timed_out = []
@@ -122,7 +127,8 @@ def run(command, cwd, limit=120.0, address_space=None, file_size=None, signals=(
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         text = said.read(1 << 20).decode("utf-8", "replace")
-    return Result(process.returncode, text, seconds, usage.ru_maxrss << 10, bool(timed_out))
+    timed_out = bool(timed_out) or process.returncode == -signal.SIGXCPU
+    return Result(process.returncode, text, seconds, usage.ru_maxrss << 10, timed_out)
 
 
 Complaint = collections.namedtuple("Complaint", "kind text")
@@ -683,7 +689,7 @@ class Campaign:
         if file == "a.png" and r.random() < 0.7:
             bad = with_checksums(bad)
         path.write_bytes(bad)
-        result = run([place.edm2k, *arguments], directory, limit=SECONDS, address_space=4 * BYTES)
+        result = run([place.edm2k, *arguments], directory, limit=6 * SECONDS, address_space=4 * BYTES, processor=SECONDS)
         if kind == "checkpoint" and result.code == 0:
             # An older one, or the bits that it had: the run ends as if nothing had been damaged.
             end = "checkpoint-000000072.safetensors"
@@ -741,7 +747,7 @@ class Campaign:
                 del arguments[at : at + 2]
             arguments += [option, value]
         # What was asked for may take its time: so long as it is not silent, it is at work.
-        result = run([self.place.edm2k, *arguments], directory, limit=SECONDS, address_space=4 * BYTES)
+        result = run([self.place.edm2k, *arguments], directory, limit=6 * SECONDS, address_space=4 * BYTES, processor=SECONDS)
         self.add("odd command lines")
         long = re.search(
             "--(steps|epochs|count|seeds|per-condition|random-conditions|images|size|batch)", str(arguments)
