@@ -6,7 +6,7 @@ CARGO ?= cargo
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd,)
 # The demo needs no ONNX, and CUDA code only where there is a driver to run it.
 DRIVER := $(GPUS)$(shell ldconfig -p 2>/dev/null | grep -o 'libcuda\.so\.1' | head -n 1)
-FEATURES := --no-default-features $(if $(DRIVER),--features cuda)
+FEATURES := --no-default-features --features cli $(if $(DRIVER),--features cuda)
 # Tests and lint compile the kernels for one architecture; the compiler's report covers all.
 TESTED := --features emulator
 TEST_ARCHS := EDM2K_CUDA_ARCHS=$(or $(EDM2K_CUDA_ARCHS),$(GPUS),80)
@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo test test-kernels quick hooks hard lint bench bundle verify demo-data demo-train
+.PHONY: help nvcc demo test test-kernels test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,11 +68,24 @@ lint: nvcc ## formatting, clippy, documentation; warnings are errors
 		|| rustup component add rustfmt clippy
 	$(CARGO) fmt --all --check
 	$(TEST_ARCHS) $(CARGO) clippy --locked --release --all-targets $(TESTED) -- -D warnings
-	$(CARGO) clippy --locked --release --all-targets --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --release --all-targets --no-default-features --features cli -- -D warnings
 	$(TEST_ARCHS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --release --no-deps --document-private-items $(TESTED)
 
 bundle: nvcc ## all that checks and measures on a GPU machine without Rust, in target/bundle; EDM2K_CUDA_ARCHS=90 narrows it
 	@CARGO="$(CARGO)" scripts/bundle
+
+package: nvcc ## the crate with compiled kernels, in target/package; compiles it from that file alone
+	@CARGO="$(CARGO)" scripts/package
+
+wheel: nvcc ## a wheel that puts edm2k with its kernels on the PATH, in target/wheel
+	@$(CARGO) build --release --locked --bin edm2k
+	@python3 scripts/wheel.py target/release/edm2k target/wheel
+
+test-wheel: wheel ## install that wheel in a fresh environment, and draw with what is then on the PATH
+	@rm -rf target/wheel/env && python3 -m venv target/wheel/env
+	@target/wheel/env/bin/pip install --quiet --no-index target/wheel/edm2k-*.whl
+	@cd target/wheel && PATH="$$PWD/env/bin:/usr/bin:/bin" && edm2k --version && \
+		edm2k sample --model ../../demo/emoji.safetensors --tags 'green, heart' --steps 2 --overwrite --outdir out
 
 bench: $(EDM2K) ## speed and memory of EDM2-XS on this machine
 	@$(EDM2K) bench

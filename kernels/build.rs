@@ -1,8 +1,11 @@
 //! Compiles the kernels with nvcc, as part of the build script (feature `cuda`).
 //!
 //! Makes one fatbin of each file: machine code of every architecture, and the PTX of the lowest, which the
-//! driver compiles for cards that came later; of `*_hopper.cu` machine code for sm_90a alone. Fatbins lie in the target directory under a hash of all that
-//! went into them, so that debug, release and every set of features share them.
+//! driver compiles for cards that came later; of `*_hopper.cu` machine code for sm_90a alone. Fatbins lie in the target
+//! directory under a hash of all that went into them, so that debug, release and every set of features share them.
+//!
+//! The published package has them in `compiled/` (`make package`), each under the digest of its sources and flags. They
+//! serve where there is no nvcc.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -23,10 +26,83 @@ const FLAGS: &[&str] = &[
     "-Xptxas=-warn-spills,-Werror",
 ];
 
-struct Job {
+/// Where the package has compiled kernels, and the version of what compiled them.
+const CARRIED: &str = "compiled";
+
+/// A kernel file and how it is compiled.
+struct Kernel {
+    name: String,
     source: PathBuf,
-    fatbin: PathBuf,
     flags: Vec<String>,
+    /// It and all that it includes.
+    files: BTreeMap<PathBuf, String>,
+}
+
+impl Kernel {
+    fn new(source: PathBuf, flags: Vec<String>) -> Result<Self, String> {
+        let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let mut files = BTreeMap::new();
+        add_file(source.clone(), &mut files)?;
+        Ok(Self { name, source, flags, files })
+    }
+
+    /// Where the package has it: under a digest that is the same with every compiler of Rust (FNV-1a).
+    fn carried(&self) -> PathBuf {
+        // 0xff, which no UTF-8 has, ends each text.
+        let bytes = self.files.values().chain(&self.flags).flat_map(|text| text.bytes().chain([0xff]));
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        let digest = bytes.fold(0xcbf2_9ce4_8422_2325, step);
+        Path::new(CARRIED).join(format!("{}-{digest:016x}.fatbin", self.name))
+    }
+}
+
+/// The kernel files, by name.
+fn kernels(archs: &BTreeSet<u32>) -> Result<Vec<Kernel>, String> {
+    let common = FLAGS.iter().map(|flag| flag.to_string());
+    let every = archs.iter().enumerate().map(|(i, arch)| {
+        let code = if i == 0 { format!("[sm_{arch},compute_{arch}]") } else { format!("sm_{arch}") };
+        format!("-gencode=arch=compute_{arch},code={code}")
+    });
+    let every: Vec<String> = common.clone().chain(every).collect();
+    // What only Hopper has runs on no other card, not even a later one.
+    let hopper: Vec<String> = common.chain(["-gencode=arch=compute_90a,code=sm_90a".into()]).collect();
+    let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
+    let sources = entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "cu"));
+    let mut kernels = Vec::new();
+    for source in sources {
+        match source.file_stem().is_some_and(|name| name.to_string_lossy().ends_with("_hopper")) {
+            true if !archs.contains(&90) => {}
+            true => kernels.push(Kernel::new(source, hopper.clone())?),
+            false => kernels.push(Kernel::new(source, every.clone())?),
+        }
+    }
+    kernels.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(kernels)
+}
+
+/// The fatbins that the package has, and the version of their compiler.
+fn carried(kernels: &[Kernel]) -> Result<(Vec<PathBuf>, String), String> {
+    println!("cargo:rerun-if-changed={CARRIED}");
+    let path = Path::new(CARRIED).join("compiler");
+    let version = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    match kernels.iter().find(|kernel| !kernel.carried().is_file()) {
+        Some(kernel) => Err(format!(
+            "{} is missing: the kernels in {CARRIED} were compiled of other sources than {}, or for other cards than \
+             EDM2K_CUDA_ARCHS names, and there is no nvcc to compile these; install it (scripts/install-nvcc), or build \
+             without the feature `cuda`",
+            kernel.carried().display(),
+            kernel.source.display()
+        )),
+        None => Ok((kernels.iter().map(Kernel::carried).collect(), version.trim().into())),
+    }
+}
+
+/// Puts fatbins where the package takes them from.
+fn carry(kernels: &[Kernel], fatbins: &[PathBuf], version: &str) -> std::io::Result<()> {
+    let _ = fs::remove_dir_all(CARRIED);
+    fs::create_dir_all(CARRIED)?;
+    fs::write(Path::new(CARRIED).join("compiler"), version)?;
+    kernels.iter().zip(fatbins).try_for_each(|(kernel, fatbin)| fs::copy(fatbin, kernel.carried()).map(|_| ()))
 }
 
 /// Where nvcc is: NVCC, CUDA_HOME or CUDA_PATH, PATH, or the wheels of scripts/install-nvcc.
@@ -42,7 +118,8 @@ fn find_nvcc() -> Result<PathBuf, String> {
     }
     places.into_iter().find(|place| place.is_file()).ok_or_else(|| {
         "the feature `cuda` needs NVIDIA's compiler, and none was found (NVCC, CUDA_HOME, CUDA_PATH, PATH, \
-         target/nvcc): run scripts/install-nvcc, or build with --no-default-features for the CPU alone"
+         target/nvcc): run scripts/install-nvcc, or build for the CPU alone, with \
+         --no-default-features --features cli"
             .into()
     })
 }
@@ -74,71 +151,40 @@ fn architectures() -> Result<BTreeSet<u32>, String> {
     list.split(',').map(number).collect::<Option<_>>().ok_or_else(wrong)
 }
 
-/// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler. `structs` is what asserts the
-/// layout of the structs that host and device share.
-pub fn build(structs: &Path) -> Result<(), String> {
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS"] {
-        println!("cargo:rerun-if-env-changed={name}");
-    }
-    println!("cargo:rerun-if-changed=kernels");
-    let archs = architectures()?;
-    let nvcc = find_nvcc()?;
-    let said = output(&nvcc, &["--version".into()])?;
-    let version = said.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
-    let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
-
+/// Compiles what has not been compiled yet; where the fatbins are, and the version of the compiler.
+fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Result<(Vec<PathBuf>, String), String> {
     let asserted = structs.with_extension("ptx").display().to_string();
     let flags = ["-std=c++17", "-x", "cu", "-ptx", "-o"].map(String::from);
-    output(&nvcc, &[&flags[..], &[asserted, structs.display().to_string()]].concat())?;
-
-    let common = FLAGS.iter().map(|flag| flag.to_string());
-    let every = archs.iter().enumerate().map(|(i, arch)| {
-        let code = if i == 0 { format!("[sm_{arch},compute_{arch}]") } else { format!("sm_{arch}") };
-        format!("-gencode=arch=compute_{arch},code={code}")
-    });
-    let every: Vec<String> = common.clone().chain(every).collect();
-    // What only Hopper has runs on no other card, not even a later one.
-    let hopper: Vec<String> = common.chain(["-gencode=arch=compute_90a,code=sm_90a".into()]).collect();
-
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    output(nvcc, &[&flags[..], &[asserted, structs.display().to_string()]].concat())?;
+    let said = output(nvcc, &["--version".into()])?;
+    let version = said.split(", V").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
     let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("fatbins");
     fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-    let mut jobs = Vec::new();
-    let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
-    for source in entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "cu")) {
-        let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let flags = match name.ends_with("_hopper") {
-            true if !archs.contains(&90) => continue,
-            true => hopper.clone(),
-            false => every.clone(),
-        };
-        let mut files = BTreeMap::new();
-        add_file(source.clone(), &mut files)?;
+    let fatbin = |Kernel { name, flags, files, .. }: &Kernel| {
         let mut hasher = DefaultHasher::new();
-        (version, env::var_os("NVCC_CCBIN"), &flags, files).hash(&mut hasher);
-        let fatbin = kept.join(format!("{name}-{:016x}", hasher.finish()));
-        jobs.push(Job { source, fatbin, flags });
-    }
-    jobs.sort_by(|a, b| a.source.cmp(&b.source));
+        (version, env::var_os("NVCC_CCBIN"), flags, files).hash(&mut hasher);
+        kept.join(format!("{name}-{:016x}", hasher.finish()))
+    };
+    let fatbins: Vec<PathBuf> = kernels.iter().map(fatbin).collect();
 
     // The largest sources first, so that none is left alone at the end.
-    let mut stale: Vec<&Job> = jobs.iter().filter(|job| !job.fatbin.exists()).collect();
-    stale.sort_by_key(|job| fs::metadata(&job.source).map_or(0, |m| m.len()));
+    let mut stale: Vec<_> = kernels.iter().zip(&fatbins).filter(|(_, fatbin)| !fatbin.exists()).collect();
+    stale.sort_by_key(|(kernel, _)| fs::metadata(&kernel.source).map_or(0, |m| m.len()));
     let processes: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
     let threads = processes.checked_div(stale.len()).unwrap_or(1).max(1);
     let (queue, errors) = (Mutex::new(stale), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..processes {
             scope.spawn(|| {
-                while let Some(job) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
-                    let partial = out.join(job.source.with_extension("partial").file_name().unwrap_or_default());
-                    let mut arguments = job.flags.clone();
+                while let Some((kernel, fatbin)) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
+                    let partial = out.join(format!("{}.partial", kernel.name));
+                    let mut arguments = kernel.flags.clone();
                     arguments.push(format!("--threads={threads}"));
                     arguments.push("-o".into());
-                    arguments.extend([&partial, &job.source].map(|path| path.display().to_string()));
-                    let moved =
-                        |_| fs::rename(&partial, &job.fatbin).map_err(|e| format!("{}: {e}", job.fatbin.display()));
-                    if let (Err(e), Ok(mut errors)) = (output(&nvcc, &arguments).and_then(moved), errors.lock()) {
+                    arguments.extend([&partial, &kernel.source].map(|path| path.display().to_string()));
+                    let moved = |_| fs::rename(&partial, fatbin).map_err(|e| format!("{}: {e}", fatbin.display()));
+                    if let (Err(e), Ok(mut errors)) = (output(nvcc, &arguments).and_then(moved), errors.lock()) {
                         errors.push(e);
                     }
                 }
@@ -149,12 +195,32 @@ pub fn build(structs: &Path) -> Result<(), String> {
     if !errors.is_empty() {
         return Err(errors.join("\n\n"));
     }
+    Ok((fatbins, version.into()))
+}
+
+/// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler. `structs` is what asserts the
+/// layout of the structs that host and device share.
+pub fn build(structs: &Path) -> Result<(), String> {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS", "EDM2K_CARRY_KERNELS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    println!("cargo:rerun-if-changed=kernels");
+    let archs = architectures()?;
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let kernels = kernels(&archs)?;
+    let (made, version) = match find_nvcc() {
+        Ok(nvcc) => compile(&kernels, structs, &nvcc, &out)?,
+        Err(_) if Path::new(CARRIED).is_dir() => carried(&kernels)?,
+        Err(none) => return Err(none),
+    };
+    if env::var_os("EDM2K_CARRY_KERNELS").is_some() {
+        carry(&kernels, &made, &version).map_err(|e| format!("{CARRIED}: {e}"))?;
+    }
 
     let mut fatbins = Vec::new();
-    for job in &jobs {
-        let name = job.source.with_extension("fatbin");
-        let copy = out.join(name.file_name().unwrap_or_default());
-        fs::copy(&job.fatbin, &copy).map_err(|e| format!("{}: {e}", copy.display()))?;
+    for (kernel, made) in kernels.iter().zip(&made) {
+        let copy = out.join(format!("{}.fatbin", kernel.name));
+        fs::copy(made, &copy).map_err(|e| format!("{}: {e}", copy.display()))?;
         fatbins.push(format!("fatbin!({copy:?})"));
     }
     let archs: Vec<_> = archs.iter().map(u32::to_string).collect();

@@ -30,7 +30,8 @@ pub enum DeviceName {
 }
 
 /// The numbers that a network is computed in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Numbers {
     /// f32, on the CPU
     F32,

@@ -20,6 +20,17 @@
 //!   the last clone is dropped, which is how a plan learns how long each buffer lives.
 //! * Operations do not fail by themselves; a device's error comes out of the next call that
 //!   returns a `Result`.
+//!
+//! ```
+//! use edm2k::backend::{Backend, cpu::Cpu};
+//!
+//! let mut cpu = Cpu::<f32>::for_codec(); // holds no parameters
+//! let x = cpu.upload([1, 1, 2, 1], &[1.0, 2.0]);
+//! let y = cpu.upsample(&x);
+//! assert_eq!(cpu.shape(&y), [1, 2, 4, 1]);
+//! assert_eq!(cpu.download(&y)?, [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0]);
+//! # Ok::<(), edm2k::backend::BackendError>(())
+//! ```
 
 use std::any::Any;
 use std::fmt::Debug;

@@ -3,7 +3,6 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,22 +11,21 @@ use serde_json::{Value, json};
 use super::DeviceArgs;
 use super::say::{above, note, results};
 use super::signals::Requests;
+use edm2k::Device;
 use edm2k::backend::BackendError;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
-use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::fingerprint::{Identity, differ};
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
+use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::{
-    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, TrainError, checkpoint, ema, memory, train,
+    Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
 };
-use edm2k::{Backends, Device, Work};
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -212,7 +210,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let splits = Splits { train: &data, validation: validation.as_ref() };
     requests.begin();
     let stop = &requests.stop;
-    let outcome = device.run(Training { model, settings: &settings, plan: &plan, splits, stop, show: &mut show });
+    let outcome = device.run(Training { model, settings: &settings, plan: &plan, splits, stop, event: &mut show });
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
     match outcome {
@@ -221,26 +219,6 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
             std::process::exit(130);
         }
-    }
-}
-
-/// A run, on whichever device.
-struct Training<'a> {
-    model: Model,
-    settings: &'a Settings,
-    plan: &'a Plan,
-    splits: Splits<'a>,
-    stop: &'a AtomicBool,
-    show: &'a mut dyn FnMut(Event),
-}
-
-impl Work for Training<'_> {
-    type Output = Result<Outcome, TrainError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let Self { model, settings, plan, splits, stop, mut show } = self;
-        let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
-        train(&mut backend, model, settings, plan, splits, stop, &mut show)
     }
 }
 
@@ -327,7 +305,6 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
     let init = args.init.as_ref().map(|path| start(path, &args.outdir)).transpose()?;
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
-    let [height, width, _] = data.shape();
     check_memory(args, &config, data, on_gpu)?;
     let mut model = match init {
         None => Model::init(&config, args.seed)?,
@@ -348,47 +325,28 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
     }
     let mirrored = args.flip && header.kind == Kind::Latents;
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
-    // Places of features have no names.
-    let tags = match header.conditioning {
-        Conditioning::Tags => data.vocabulary().tags(),
-        Conditioning::Features { .. } => &[],
-    };
-    model.meta = ModelMeta {
-        height,
-        width,
-        encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
-        vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
-        conditioning: header.conditioning.clone(),
-        autoencoder: header.autoencoder.clone(),
-        data: data.fingerprint(),
-        images_seen: 0,
-        ema_std: None,
-        seed: Some(args.seed),
-        source: header.source.clone(),
-        licence: header.licence.clone(),
-    };
+    model.meta = meta_of(data, &config, args.seed);
 
     let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
     let duration =
         args.duration.or(recipe.map(|recipe| recipe.duration)).context("give --duration, the images to train on")?;
+    let edm2 = Settings::new(data, config, duration);
     let settings = Settings {
-        data: DataIdentity::of(data),
         init: start,
         seed: args.seed,
-        duration,
-        batch: args.batch.unwrap_or(preset.as_ref().map_or(128, |p| p.batch as u64)),
-        lr: args.lr.unwrap_or(of(|p| p.lr, 0.01)),
-        schedule: args.schedule.unwrap_or(if recipe.is_some() { Schedule::Linear } else { Schedule::Edm2 }),
-        decay: args.decay.unwrap_or(of(|p| p.decay, 70000.0)),
-        rampup: args.rampup.unwrap_or(if recipe.is_some() { 0 } else { 10_000_000.min(duration / 10) }),
-        p_mean: args.p_mean.unwrap_or(of(|p| p.p_mean, -0.4)),
-        p_std: args.p_std.unwrap_or(of(|p| p.p_std, 1.0)),
+        batch: args.batch.unwrap_or(preset.as_ref().map_or(edm2.batch, |p| p.batch as u64)),
+        lr: args.lr.unwrap_or(of(|p| p.lr, edm2.lr)),
+        schedule: args.schedule.unwrap_or(if recipe.is_some() { Schedule::Linear } else { edm2.schedule }),
+        decay: args.decay.unwrap_or(of(|p| p.decay, edm2.decay)),
+        rampup: args.rampup.unwrap_or(if recipe.is_some() { 0 } else { edm2.rampup }),
+        p_mean: args.p_mean.unwrap_or(of(|p| p.p_mean, edm2.p_mean)),
+        p_std: args.p_std.unwrap_or(of(|p| p.p_std, edm2.p_std)),
         ema: args.ema.clone(),
         cond_dropout: args.cond_dropout,
         cond_dropout_from: args.cond_dropout_from,
         flip: args.flip,
-        config,
+        ..edm2
     };
     let positive = |name, x: f64| {
         ensure!(x > 0.0 && x.is_finite(), "--{name} is {x}, expected a positive number");
@@ -416,25 +374,21 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
         ensure!(!settings.ema[..k].contains(&std), "--ema {std} is given twice");
         ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
     }
-    let batch_gpu = match args.batch_gpu.or(recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu)) {
-        Some(n) => n.min(settings.batch),
-        None => memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
-    };
-    positive("batch-gpu", batch_gpu as f64)?;
-    let every = |given: Option<u64>, times: u64| given.unwrap_or((duration / times).max(1));
+    let usual = Plan::new(&args.outdir, &settings, device);
+    let batch_gpu = args.batch_gpu.or(recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu));
     let plan = Plan {
-        outdir: args.outdir.clone(),
-        batch_gpu,
-        status: every(args.status, 500),
-        validate: every(args.validate, 100),
-        grid: every(args.grid, 50),
-        snapshot: every(args.snapshot, 10),
-        checkpoint: every(args.checkpoint, 50),
+        batch_gpu: batch_gpu.map_or(usual.batch_gpu, |n| n.min(settings.batch)),
+        status: args.status.unwrap_or(usual.status),
+        validate: args.validate.unwrap_or(usual.validate),
+        grid: args.grid.unwrap_or(usual.grid),
+        snapshot: args.snapshot.unwrap_or(usual.snapshot),
+        checkpoint: args.checkpoint.unwrap_or(usual.checkpoint),
         keep: args.keep,
         keep_rampup: args.rampup.is_none() && recipe.is_none(),
         restart: args.restart,
-        computed_on: device.to_string(),
+        ..usual
     };
+    positive("batch-gpu", plan.batch_gpu as f64)?;
     Ok(Resolved { settings, plan, model, notes })
 }
 

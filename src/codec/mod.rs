@@ -15,6 +15,15 @@
 //!
 //! Everything about a file is checked when it is opened; [`CodecFile::encoder`] and [`CodecFile::decoder`] read the
 //! half that is needed. Images pass one at a time: activations, not weights, are what needs memory.
+//!
+//! ```
+//! use edm2k::codec::{CodecError, CodecFile, Moments};
+//!
+//! // What an SD-VAE's encoder says of a pixel; EDM2's networks see it in another scale.
+//! let [mean, std] = Moments { mean: vec![5.81, 3.25, 0.12, -2.15], logvar: vec![0.0; 4] }.scaled();
+//! assert!(mean.iter().all(|x| x.abs() < 1e-6) && (std[0] - 0.5 / 4.17).abs() < 1e-6);
+//! assert!(matches!(CodecFile::open("demo/emoji.safetensors"), Err(CodecError::Unknown { .. })));
+//! ```
 
 mod layers;
 mod sd_vae;

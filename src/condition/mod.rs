@@ -4,6 +4,16 @@
 //! Whatever a condition is made of, the network sees a vector of L2 norm 1, which EDM2 multiplies by sqrt(D): one tag
 //! is its class label `one_hot * sqrt(D)`, and of any other condition too the elements have mean square 1. Zeros are
 //! no condition.
+//!
+//! ```
+//! use edm2k::condition::vocabulary::{Tag, Vocabulary};
+//!
+//! let tags = ["cat", "dog", "red"].map(|tag| Tag { tag: tag.into(), count: 0 });
+//! let vocabulary = Vocabulary::new(tags.to_vec())?;
+//! let half = 0.5f32.sqrt();
+//! assert_eq!(vocabulary.multi_hot(&vocabulary.parse("red, cat")?), [half, 0.0, half]);
+//! # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
+//! ```
 
 use std::fmt;
 

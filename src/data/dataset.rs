@@ -22,7 +22,8 @@ use crate::pictures::to_model;
 use crate::rng::Stream;
 
 /// Which images: those to learn from, to watch the loss on, or to leave alone until the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[allow(missing_docs)]
 pub enum Split {
     Train,

@@ -1,4 +1,14 @@
 //! The network: configuration, parameters, U-Net, preconditioning and loss.
+//!
+//! ```
+//! use edm2k::model::Model;
+//!
+//! let model = Model::load("demo/emoji.safetensors")?;
+//! let millions = model.table.trained_values() as f64 / 1e6;
+//! println!("{millions:.1} M parameters, {} MACs", model.net.macs(&model.table, 32, 32));
+//! assert_eq!(model.meta.vocabulary.len(), model.net.config.label_dim);
+//! # Ok::<(), edm2k::model::ModelError>(())
+//! ```
 
 pub mod config;
 pub mod file;

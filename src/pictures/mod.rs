@@ -1,4 +1,14 @@
 //! Pictures: 8-bit sRGB, from image files and to them, and to and from the numbers that a network sees.
+//!
+//! ```
+//! use edm2k::pictures::Picture;
+//!
+//! // Black and white in model space, side by side.
+//! let cells = [-1.0, 1.0].map(|x| Picture::from_model(1, 1, &[x; 3]));
+//! let png = Picture::grid(&cells, 2).png(&[("Comment", "two pixels")])?;
+//! assert!(png.starts_with(b"\x89PNG"));
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
 pub mod bicubic;
 mod colour;

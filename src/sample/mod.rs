@@ -13,6 +13,16 @@
 //!
 //! Cost: one forward pass for each noise level (`heun`: two); where there is guidance, of twice the batch: an image with its
 //! condition and without go through the network together. Another network has its own passes.
+//!
+//! ```
+//! use edm2k::sample::{SamplerConfig, Solver, parse_seeds};
+//!
+//! let config = SamplerConfig { solver: Solver::Heun, steps: 3, ..SamplerConfig::default() };
+//! config.validate()?;
+//! assert_eq!(config.sigmas().len(), 4); // and they end at 0
+//! assert_eq!(parse_seeds("3-5, 0")?, [3, 4, 5, 0]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod solvers;
 
@@ -27,11 +37,12 @@ use crate::rng::{Purpose, Stream};
 pub use solvers::{Denoise, Guided, Step, solve};
 
 /// How the differential equation is solved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Solver {
     /// DPM-Solver++(2M): second order, one evaluation a step.
     #[serde(rename = "dpmpp_2m")]
-    #[value(name = "dpmpp_2m")]
+    #[cfg_attr(feature = "cli", value(name = "dpmpp_2m"))]
     Dpmpp2m,
     /// EDM's: second order, two evaluations a step, optional churn.
     #[serde(rename = "heun")]
@@ -219,36 +230,41 @@ pub enum SampleError {
     },
 }
 
+/// What is wrong with a list of seeds.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct WrongSeeds(String);
+
 /// The seeds of a list such as `0-15,20`, in its order.
 ///
 /// ```
 /// assert_eq!(edm2k::sample::parse_seeds("3-5, 0").unwrap(), [3, 4, 5, 0]);
-/// assert!(edm2k::sample::parse_seeds("1-3,2").unwrap_err().contains("2 occurs twice"));
+/// assert!(edm2k::sample::parse_seeds("1-3,2").unwrap_err().to_string().contains("2 occurs twice"));
 /// ```
 ///
 /// # Errors
-/// What is wrong with the list: a part that is no number or range, a repeated seed, more than a million.
-pub fn parse_seeds(list: &str) -> Result<Vec<u64>, String> {
+/// [`WrongSeeds`]: a part is no number or range, a seed is repeated, or there are more than a million.
+pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
     const MOST: usize = 1_000_000;
     let number = |text: &str, part: &str| {
         let seed = text.trim().parse::<u64>().ok().filter(|&seed| seed <= i64::MAX as u64);
-        seed.ok_or_else(|| format!("'{part}' is not a seed or a range of seeds such as 0-15"))
+        seed.ok_or_else(|| WrongSeeds(format!("'{part}' is not a seed or a range of seeds such as 0-15")))
     };
     let mut seeds = Vec::new();
     for part in list.split(',').map(str::trim) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last) = (number(first, part)?, number(last, part)?);
         if first > last {
-            return Err(format!("'{part}' runs backwards"));
+            return Err(WrongSeeds(format!("'{part}' runs backwards")));
         }
         if last - first >= (MOST - seeds.len()) as u64 {
-            return Err(format!("'{part}' makes more than {MOST} seeds"));
+            return Err(WrongSeeds(format!("'{part}' makes more than {MOST} seeds")));
         }
         seeds.extend(first..=last);
     }
     let mut seen = HashSet::new();
     match seeds.iter().find(|&&seed| !seen.insert(seed)) {
-        Some(seed) => Err(format!("seed {seed} occurs twice")),
+        Some(seed) => Err(WrongSeeds(format!("seed {seed} occurs twice"))),
         None => Ok(seeds),
     }
 }

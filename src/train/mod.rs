@@ -9,6 +9,23 @@
 //!
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
 //! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`.
+//!
+//! A run is [`Settings`], which decide what it computes, and a [`Plan`], which decides what it does beside; see
+//! [`Training`] and `examples/train.rs`.
+//!
+//! ```
+//! use edm2k::data::dataset::{Dataset, Split};
+//! use edm2k::model::Model;
+//! use edm2k::train::{Settings, meta_of};
+//!
+//! let data = Dataset::open("tests/data/emoji".as_ref(), Split::Train)?;
+//! let mut config = Model::load("demo/emoji.safetensors")?.net.config;
+//! config.label_dim = data.condition_dim();
+//! let settings = Settings { batch: 64, ..Settings::new(&data, config.clone(), 200_000) };
+//! assert_eq!(settings.learning_rate().at(10_000), 0.005); // halfway up
+//! assert_eq!(meta_of(&data, &config, settings.seed).vocabulary.len(), 64);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::fs;
 use std::io;
@@ -38,10 +55,11 @@ use crate::backend::{BackendError, Normalization, Slot, Step, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
+use crate::device::{Backends, Device, Work};
 use crate::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{DirLock, LockError};
 use crate::model::file::save;
-use crate::model::{Config, Model, ModelError, ModelMeta, Precision, Precond};
+use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::{Batch, Batches};
@@ -180,6 +198,52 @@ pub struct Plan {
     pub computed_on: String,
 }
 
+impl Plan {
+    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics.
+    /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
+    pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
+        let every = |times: u64| (settings.duration / times).max(1);
+        let ([height, width, _], on_gpu) = (settings.data.shape, device.runtime().is_some());
+        Self {
+            outdir: outdir.into(),
+            batch_gpu: memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
+            status: every(500),
+            validate: every(100),
+            grid: every(50),
+            snapshot: every(10),
+            checkpoint: every(50),
+            keep: 3,
+            keep_rampup: true,
+            restart: false,
+            computed_on: device.to_string(),
+        }
+    }
+}
+
+/// What a model that learns from these images says of itself.
+pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
+    let header = data.header();
+    // Places of features have no names.
+    let tags = match header.conditioning {
+        Conditioning::Tags => data.vocabulary().tags(),
+        Conditioning::Features { .. } => &[],
+    };
+    ModelMeta {
+        height: header.height,
+        width: header.width,
+        encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
+        vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
+        conditioning: header.conditioning.clone(),
+        autoencoder: header.autoencoder.clone(),
+        data: data.fingerprint(),
+        images_seen: 0,
+        ema_std: None,
+        seed: Some(seed),
+        source: header.source.clone(),
+        licence: header.licence.clone(),
+    }
+}
+
 /// Why training could not begin or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -266,6 +330,28 @@ pub enum Outcome {
 }
 
 impl Settings {
+    /// EDM2's, for a network of this config on these images; none of them mirrored or without its condition.
+    pub fn new(data: &Dataset, config: Config, duration: u64) -> Self {
+        Self {
+            config,
+            data: DataIdentity::of(data),
+            init: None,
+            seed: 0,
+            duration,
+            batch: 128,
+            lr: 0.01,
+            schedule: Schedule::Edm2,
+            decay: 70_000.0,
+            rampup: 10_000_000.min(duration / 10),
+            p_mean: -0.4,
+            p_std: 1.0,
+            ema: vec![0.05, 0.10],
+            cond_dropout: 0.0,
+            cond_dropout_from: 0,
+            flip: false,
+        }
+    }
+
     /// The learning rate over time.
     pub fn learning_rate(&self) -> LearningRate {
         LearningRate {
@@ -320,6 +406,33 @@ pub struct Splits<'a> {
     pub train: &'a Dataset,
     /// To watch the loss on, of the same shape.
     pub validation: Option<&'a Dataset>,
+}
+
+/// A run, to be done on a device: [`Device::run`].
+pub struct Training<'a> {
+    /// To start from.
+    pub model: Model,
+    /// What it computes.
+    pub settings: &'a Settings,
+    /// What it does beside.
+    pub plan: &'a Plan,
+    /// The images.
+    pub splits: Splits<'a>,
+    /// Whether to stop after the step at hand.
+    pub stop: &'a AtomicBool,
+    /// Is told how it goes.
+    pub event: &'a mut dyn FnMut(Event),
+}
+
+impl Work for Training<'_> {
+    type Output = Result<Outcome, TrainError>;
+
+    /// See [`train`].
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let Self { model, settings, plan, splits, stop, event } = self;
+        let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
+        train(&mut backend, model, settings, plan, splits, stop, event)
+    }
 }
 
 /// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole

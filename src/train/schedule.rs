@@ -7,7 +7,8 @@
 use serde::{Deserialize, Serialize};
 
 /// Shape of the learning rate over time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     /// Constant, then falling as 1/sqrt of the images seen.

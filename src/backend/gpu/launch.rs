@@ -23,7 +23,8 @@ impl DevicePtr {
 }
 
 /// The 16-bit type of activations and effective weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Precision {
     /// IEEE half: 11 significant bits, up to 65504
     F16,
@@ -44,7 +45,8 @@ impl Precision {
 }
 
 /// In what the convolutions sum their products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Accum {
     /// f32
     F32,
@@ -61,7 +63,8 @@ impl Accum {
 }
 
 /// The loop that convolutions are computed by, where channels are multiples of 64.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum ConvLoop {
     /// mma.sync, on every card
     #[default]
