@@ -324,8 +324,8 @@ fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(feature = "emulator")]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
+    use crate::backend::gpu::emulated::Emulated;
     use crate::backend::gpu::emulated::{Build, Emulator};
-    use crate::backend::gpu::runtime::Emulated;
     let emulator = Emulator::new(Build::Normal).map_err(|e| DeviceError::Unavailable(e.to_string()))?;
     Ok(Rc::new(Emulated::new(emulator, u64::MAX)))
 }

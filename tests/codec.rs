@@ -592,9 +592,9 @@ fn size(path: &Path) -> (u32, u32) {
 #[cfg(feature = "emulator")]
 #[test]
 fn an_overflow_of_f16_is_reported() {
-    use edm2k::backend::gpu::emulated::{Build, Emulator};
+    use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
     use edm2k::backend::gpu::engine::Gpu;
-    use edm2k::backend::gpu::{launch, runtime::Emulated};
+    use edm2k::backend::gpu::launch;
     let dir = tempfile::tempdir().unwrap();
     let mut large = sd_vae(&[32, 32], 1);
     large.get_mut("decoder.conv_in.bias").unwrap().1.iter_mut().for_each(|x| *x += 1e5);

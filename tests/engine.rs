@@ -413,8 +413,7 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
 #[cfg(feature = "emulator")]
 #[test]
 fn too_little_memory_is_an_error_that_says_what_to_lower() {
-    use edm2k::backend::gpu::emulated::{Build, Emulator};
-    use edm2k::backend::gpu::runtime::Emulated;
+    use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
     let runtime = |limit| Rc::new(Emulated::new(Emulator::new(Build::Normal).unwrap(), limit));
     let model = demo();
     let params = 8 << 20;

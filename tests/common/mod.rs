@@ -29,7 +29,7 @@ pub fn runtime() -> Option<Rc<dyn Runtime>> {
         return Some(Rc::new(gpu));
     }
     #[cfg(feature = "emulator")]
-    return Some(Rc::new(runtime::Emulated::new(Emulator::new(Build::Normal).unwrap(), u64::MAX)));
+    return Some(Rc::new(emulated::Emulated::new(Emulator::new(Build::Normal).unwrap(), u64::MAX)));
     #[cfg(not(feature = "emulator"))]
     None
 }

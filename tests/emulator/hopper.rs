@@ -2,8 +2,10 @@
 //! selftest_hopper.cu are caught and their clean twins pass, and convolutions with a producer warp are right.
 
 use super::*;
+use edm2k::backend::gpu::emulated::Emulated;
 use edm2k::backend::gpu::launch::Precision;
-use edm2k::backend::gpu::runtime::{Emulated, Imagined, Runtime, TensorMap, TensorMapSpec};
+use edm2k::backend::gpu::launch::{TensorMap, TensorMapSpec};
+use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;
 
 fn map(d: &Emulator, spec: TensorMapSpec) -> TensorMap {

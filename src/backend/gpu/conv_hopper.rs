@@ -2,8 +2,7 @@
 //! loop's kernels and, before them, what the copies read; a launch tells which tensor maps that needs, and a device encodes
 //! them when the launch is recorded.
 
-use super::launch::{DevicePtr, Launch, Precision};
-use super::runtime::{TensorMap, TensorMapSpec};
+use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
 use super::structs::{HopperPixels, HopperWgrad};
 use super::tiles::{Card, Choice, STEP};
 use bytemuck::{NoUninit, Zeroable};

@@ -18,8 +18,8 @@ use std::rc::Rc;
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::launch::{DevicePtr, Launch, Precision};
-use super::runtime::{Command, Graph, Memory, Runtime, TensorMap, TensorMapSpec, advice};
+use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
+use super::runtime::{Command, Graph, Memory, Runtime, advice};
 use super::tiles::Card;
 use crate::backend::DeviceError;
 use crate::system;

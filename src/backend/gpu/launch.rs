@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 
-use super::runtime::{TensorMap, TensorMapSpec};
 use crate::backend::DeviceError;
 use bytemuck::{NoUninit, Pod, Zeroable};
 
@@ -180,5 +179,84 @@ impl Launch {
             params.to_mut()[*at..*at + size_of::<TensorMap>()].copy_from_slice(bytemuck::bytes_of(&map));
         }
         Ok(params)
+    }
+}
+
+/// How a bulk copy of a Hopper kernel finds its tile (`TensorMap` of kernels/hopper.cuh): opaque, made by
+/// [`Runtime::tensor_map`](super::runtime::Runtime::tensor_map) for the device's own kernels, part of a params struct.
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub(super) [u8; 128]);
+
+/// What a [`TensorMap`] says. Tiles in shared memory have rows of 128 bytes, 64 elements, whose 16-byte chunks are
+/// swizzled; what lies outside the tensor is zeros.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TensorMapSpec {
+    /// Boxes of 64 columns of a matrix, for `tma_load_2d`.
+    Tiled {
+        /// The first element, aligned to 16 bytes.
+        at: DevicePtr,
+        /// Of its elements.
+        precision: Precision,
+        /// Columns and rows.
+        size: [u32; 2],
+        /// Bytes from row to row, a multiple of 16.
+        stride: u64,
+        /// Columns and rows of a box: 64, and at most 256.
+        tile: [u32; 2],
+    },
+    /// Pixels of a batch of images, 64 channels of each, for `tma_load_im2col`.
+    Im2col {
+        /// The first element, aligned to 16 bytes.
+        at: DevicePtr,
+        /// Of its elements.
+        precision: Precision,
+        /// Channels, width, height, images.
+        size: [u32; 4],
+        /// Bytes from pixel to pixel, row to row, image to image; multiples of 16.
+        strides: [u64; 3],
+        /// Along width and height, the bases of pixels go from here,
+        lower: [i32; 2],
+        /// to the last pixel plus this: -1 and -1 for a 3x3 convolution, 0 and 0 for 1x1.
+        upper: [i32; 2],
+        /// Channels per pixel: 64.
+        channels: u32,
+        /// Pixels per column, which are the rows of the tile: at most 1024.
+        pixels: u32,
+    },
+}
+
+impl TensorMapSpec {
+    /// Refuses what the driver refuses, and tiles that are not 128 bytes wide.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let (at, size, strides, tile, most) = match self {
+            Self::Tiled { at, size, stride, tile, .. } => (at, &size[..], std::slice::from_ref(stride), *tile, 256),
+            Self::Im2col { at, size, strides, channels, pixels, .. } => {
+                (at, &size[..], &strides[..], [*channels, *pixels], 1024)
+            }
+        };
+        let wrong = |what: String| Err(DeviceError::Unavailable(format!("tensor map: {what} in {self:?}")));
+        if at.0 == 0 || at.0 % 16 != 0 {
+            return wrong("the address is null or no multiple of 16".into());
+        }
+        if size.contains(&0) {
+            return wrong("a size is 0".into());
+        }
+        if strides.iter().any(|&s| s == 0 || s % 16 != 0 || s >= 1 << 40) {
+            return wrong("a stride is no multiple of 16 from 16 to 2^40 - 16".into());
+        }
+        if tile[0] != 64 || tile[1] == 0 || tile[1] > most {
+            return wrong(format!("a tile of {} elements by {}, expected 64 by 1 to {most}", tile[0], tile[1]));
+        }
+        if let Self::Im2col { size, lower, upper, .. } = self {
+            for i in 0..2 {
+                let last = i64::from(size[1 + i]) - 1 + i64::from(upper[i]);
+                if [lower[i], upper[i]].iter().any(|corner| !(-128..128).contains(corner)) || last < i64::from(lower[i])
+                {
+                    return wrong("the bounding box is empty, or a corner is not in -128..128".into());
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -11,6 +11,8 @@
 //! # Ok(()) }
 //! ```
 
+mod device;
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,8 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytemuck::{NoUninit, Pod};
 use libloading::Library;
 
-use super::launch::{DevicePtr, Launch};
-use super::runtime::{TensorMap, TensorMapSpec};
+pub use device::Emulated;
+
+use super::launch::{DevicePtr, Launch, TensorMap, TensorMapSpec};
 
 /// Which of the two libraries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -379,7 +382,7 @@ struct Map {
 }
 
 /// The map that the emulated bulk copies read; `spec` has been checked.
-pub(super) fn tensor_map(spec: &TensorMapSpec) -> TensorMap {
+fn tensor_map(spec: &TensorMapSpec) -> TensorMap {
     let mut map = Map { tag: 0x7061_6d20_7273_6e74, ..bytemuck::Zeroable::zeroed() };
     match *spec {
         TensorMapSpec::Tiled { at, size, stride, tile, .. } => {
