@@ -28,8 +28,6 @@ pub mod condition;
 pub mod data;
 mod device;
 #[doc(hidden)]
-pub mod fingerprint;
-#[doc(hidden)]
 pub mod formats;
 #[doc(hidden)]
 pub mod frechet;

@@ -14,7 +14,7 @@ use assert_cmd::assert::Assert;
 use edm2k::condition::Conditioning;
 use edm2k::condition::tagger::Tagger;
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::fingerprint::Fingerprint;
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Model, Precision, file::save};
 use edm2k::onnx::{Network, Wanted};

@@ -18,7 +18,7 @@ use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
-use edm2k::fingerprint::{Identity, differ};
+use edm2k::formats::fingerprint::{Identity, differ};
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Model, ModelMeta, Precond};

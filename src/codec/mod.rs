@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::BackendError;
 use crate::backend::codec::CodecBackend;
-use crate::fingerprint::{self, Fingerprint, Hasher};
+use crate::formats::fingerprint::{self, Fingerprint, Hasher};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};

@@ -19,7 +19,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fingerprint::{self, Fingerprint};
+use crate::formats::fingerprint::{self, Fingerprint};
 
 pub mod tagger;
 pub mod vae;

@@ -11,7 +11,7 @@
 use std::path::Path;
 
 use super::Conditioning;
-use crate::fingerprint;
+use crate::formats::fingerprint;
 use crate::onnx::{Network, OnnxError, Wanted};
 use crate::pictures::Picture;
 use crate::pictures::bicubic::within;

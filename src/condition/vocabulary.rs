@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::fingerprint::Fingerprint;
+use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{input, write_atomically};
 
 /// One entry of a vocabulary.

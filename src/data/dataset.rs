@@ -16,7 +16,7 @@ use super::shard::{Shard, ShardError, check_whole};
 use crate::codec::Autoencoder;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
-use crate::fingerprint::{Fingerprint, differ};
+use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
 use crate::pictures::to_model;
 use crate::rng::Stream;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use half::f16;
 
 use crate::condition::Conditioning;
-use crate::fingerprint::{self, Fingerprint, Identity};
+use crate::formats::fingerprint::{self, Fingerprint, Identity};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 

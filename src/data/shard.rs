@@ -32,7 +32,7 @@ use serde_json::{Map, Value, json};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::condition::vocabulary::Vocabulary;
-use crate::fingerprint::Fingerprint;
+use crate::formats::fingerprint::Fingerprint;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 
 /// Name of the vocabulary's file, beside the shards.

@@ -1,6 +1,7 @@
 //! File formats, each read with suspicion and written whole or not at all.
 
 pub mod atomic;
+pub mod fingerprint;
 pub mod input;
 pub mod mapped;
 pub mod npy;

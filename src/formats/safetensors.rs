@@ -25,7 +25,7 @@ pub use safetensors::Dtype;
 
 use super::mapped::Mapped;
 use super::{AtomicFile, input};
-use crate::fingerprint::Fingerprint;
+use crate::formats::fingerprint::Fingerprint;
 
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;

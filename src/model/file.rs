@@ -17,7 +17,7 @@ use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::{Conditioning, Meaning};
-use crate::fingerprint::{Fingerprint, settle};
+use crate::formats::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};

@@ -15,7 +15,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::fingerprint::Fingerprint;
+use crate::formats::fingerprint::Fingerprint;
 
 #[cfg(feature = "onnx")]
 mod tract;

@@ -15,7 +15,7 @@ use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
 
-use crate::fingerprint::{Fingerprint, Hasher};
+use crate::formats::fingerprint::{Fingerprint, Hasher};
 use crate::formats::input;
 
 use super::{Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Wanted};

@@ -7,7 +7,7 @@ use crate::codec::Autoencoder;
 use crate::condition::Meaning;
 use crate::condition::vae::Vae;
 use crate::data::dataset::{Dataset, Kind};
-use crate::fingerprint::differ;
+use crate::formats::fingerprint::differ;
 use crate::model::{Config, Encoder, ModelMeta};
 
 /// What something works on, as far as that is known.

@@ -56,7 +56,7 @@ use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
 use crate::device::{Backends, Device, Work};
-use crate::fingerprint::{Fingerprint, Identity, settle};
+use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{DirLock, LockError};
 use crate::model::file::save;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};

@@ -16,7 +16,7 @@ use crate::codec::LATENTS;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
 use crate::data::shard::{self, Header, Kind, Notes, VOCABULARY_FILE, VocabularyPrint, check_whole};
-use crate::fingerprint::{Fingerprint, Identity};
+use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
 use crate::memory;
 

@@ -17,7 +17,7 @@ use crate::condition::vocabulary::Vocabulary;
 use crate::condition::{Conditioning, unit_norm};
 use crate::data::features::Features;
 use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
-use crate::fingerprint::Fingerprint;
+use crate::formats::fingerprint::Fingerprint;
 use crate::pictures::decode::{Image, decode};
 use crate::pictures::{Picture, fit};
 
