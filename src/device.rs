@@ -214,6 +214,12 @@ impl Device {
     }
 }
 
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({self})")
+    }
+}
+
 impl fmt::Display for Device {
     /// Device and numbers, for people: what a run notes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -23,12 +23,13 @@
 //!
 //! ```
 //! use edm2k::backend::{Backend, cpu::Cpu};
+//! use edm2k::params::ParamTable;
 //!
-//! let mut cpu = Cpu::<f32>::for_codec(); // holds no parameters
+//! let mut cpu = Cpu::<f32>::for_sampling(&ParamTable::default()); // of no network
 //! let x = cpu.upload([1, 1, 2, 1], &[1.0, 2.0]);
-//! let y = cpu.upsample(&x);
-//! assert_eq!(cpu.shape(&y), [1, 2, 4, 1]);
-//! assert_eq!(cpu.download(&y)?, [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 2.0, 2.0]);
+//! let y = cpu.linear_combination(&[(&x, 3.0), (&x, -0.5)]);
+//! assert_eq!(cpu.shape(&y), [1, 1, 2, 1]);
+//! assert_eq!(cpu.download(&y)?, [2.5, 5.0]);
 //! # Ok::<(), edm2k::backend::BackendError>(())
 //! ```
 
