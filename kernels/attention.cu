@@ -59,7 +59,6 @@ struct AttentionParams {
     int32_t tokens;
     int32_t heads;
 };
-static_assert(sizeof(AttentionParams) == 40, "mirrored in src/backend/gpu/attention.rs");
 
 // Grid: [tokens / rows of a block rounded up, heads, images].
 constexpr float kLog2e = 1.44269504f;

@@ -93,7 +93,6 @@ struct CodecNormalise {
     int before;           // CodecBefore
     int padding;
 };
-static_assert(sizeof(CodecNormalise) == 48, "mirrored by NormaliseParams in src/backend/gpu/codec.rs");
 
 // One thread for a vector.
 template <class T>
@@ -141,7 +140,6 @@ struct CodecNorm {
     float eps;
     int padding;
 };
-static_assert(sizeof(CodecNorm) == 64, "mirrored by NormParams in src/backend/gpu/codec.rs");
 
 constexpr int NORM_THREADS = 256;
 constexpr int NORM_VECTORS = 32;  // of a block, at most: 512 bytes of each pixel
@@ -230,7 +228,6 @@ struct CodecAttention {
     float scale;      // log2(e) / sqrt(channels)
     int padding;
 };
-static_assert(sizeof(CodecAttention) == 32, "mirrored by AttentionParams in src/backend/gpu/codec.rs");
 
 constexpr int ATTENTION_THREADS = 256;
 constexpr int QUERIES = 64;

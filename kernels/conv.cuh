@@ -54,6 +54,18 @@ struct Tile {
 
 // ---- the main loop ------------------------------------------------------------------------------
 
+// A row in shared memory is 8 chunks of 16 bytes, and fills all 32 banks. Chunk c of row r lies at place c ^ (r & 7):
+//
+//     place     0 1 2 3 4 5 6 7
+//     row 0     0 1 2 3 4 5 6 7      ldmatrix reads the same chunk of eight rows at once. Chunk 2, for instance, lies at
+//     row 1     1 0 3 2 5 4 7 6      places 2 3 0 1 6 7 4 5 of rows 0 to 7: each bank is met once. Without the xor, all
+//     row 2     2 3 0 1 6 7 4 5      eight would lie in the same four banks.
+//     row 3     3 2 1 0 7 6 5 4
+//     row 4     4 5 6 7 0 1 2 3      A copy writes whole rows: eight neighbouring lanes fill the eight places, in the
+//     row 5     5 4 7 6 1 0 3 2      row's own order. From one k of 16 summands to the next, c grows by 2 and the place
+//     row 6     6 7 4 5 2 3 0 1      changes by an xor of 32 bytes: rows and columns of a fragment keep one base address.
+//     row 7     7 6 5 4 3 2 1 0
+
 // Where a lane reads its rows of 16 x 16 fragments i of an operand's part from `first` on, at summand 16 k of a step; as
 // operand A, or as B, whose fragments are pairs (ptx.cuh).
 template <bool B>
@@ -292,6 +304,20 @@ __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsig
 // Floats of a row of the way out: 8 rows of float2 meet no bank twice.
 template <int COLUMNS>
 constexpr int OUT_ROW = COLUMNS + 8;
+
+// What a warp holds of 16 rows by 8 columns j, two values in each lane, and how it lies in `out`, in rows of COLUMNS + 8 floats:
+//
+//     column   8j + 0 1    2 3    4 5    6 7        With 64 columns, rows are 72 floats apart, so that row r begins in bank
+//     row 0     lane  0      1      2      3        8 r % 32. Half a warp writes at once, four rows of eight floats: banks
+//     row 1           4      5      6      7        0-7, 8-15, 16-23 and 24-31.
+//     ...
+//     row 7          28     29     30     31        Then lane l reads the eight floats of chunk c = l % 8 in row l / 8, in
+//     row 8 to 15    the same again                 two loads of four. Eight lanes read at once, and chunks c and c + 4 begin
+//                                                   in one bank; so half of them read their upper four first:
+//
+//     chunk       0      1      2      3      4      5      6      7
+//     1st load    0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
+//     2nd load    4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
 
 // Calls sink(row, column, v) for the values of a warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of
 // accumulators, four for each 8 columns; v are those of columns column .. column + 8. A thread's column is the same in

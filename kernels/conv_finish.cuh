@@ -16,7 +16,6 @@ struct ConvFprop {
     int scale_stride, steps_per_split, splits;
     float wa, wb, clip, act_scale;
 };
-static_assert(sizeof(ConvFprop) == 136, "mirrored by FpropParams in src/backend/gpu/conv.rs");
 
 // What follows the product, for 8 channels of a pixel.
 template <class T>
@@ -60,7 +59,6 @@ struct ConvDgrad {
     int scale_stride, steps_per_split, splits;
     float x_scale, skip_scale, gain, acc_factor;
 };
-static_assert(sizeof(ConvDgrad) == 160, "mirrored by DgradParams in src/backend/gpu/conv.rs");
 
 // What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
 template <class T>
@@ -106,7 +104,6 @@ struct ConvWgrad {
     int steps_per_split, splits;
     float x_scale, skip_scale, gain;
 };
-static_assert(sizeof(ConvWgrad) == 88, "mirrored by WgradParams in src/backend/gpu/conv.rs");
 
 // What follows the product, for 8 weights of a row: adds them to dw, or stores them as the part of a split.
 __device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int split, float (&v)[8]) {
@@ -138,7 +135,6 @@ struct CodecConv {
     int phase;             // of a launch for one of four
     int padding;
 };
-static_assert(sizeof(CodecConv) == 96, "mirrored by ConvParams in src/backend/gpu/codec.rs");
 
 // What follows the product, for 8 channels of a pixel; of an enlarged image, in one of its four places.
 template <class T>
