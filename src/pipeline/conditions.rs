@@ -52,9 +52,9 @@ pub enum ConditionError {
         "{}: its conditions are {made_of}, so tags need a condition model that has learned from them",
         model.display()
     )]
-    TagsOfFeatures { model: PathBuf, made_of: Conditioning },
+    TagsOfFeatures { model: PathBuf, made_of: Box<Conditioning> },
     #[error("{}: its conditions are {made_of}, not features, so no picture has them", model.display())]
-    NotFeatures { model: PathBuf, made_of: Conditioning },
+    NotFeatures { model: PathBuf, made_of: Box<Conditioning> },
     #[error("there is no condition model")]
     NoConditionModel,
     #[error("there is no tagger")]
@@ -62,7 +62,7 @@ pub enum ConditionError {
     #[error("{}: its features are {found} wide, expected the model's {expected}", tagger.display())]
     FeatureWidth { tagger: PathBuf, found: usize, expected: usize },
     #[error("{} was trained on {made_of}, but these are {found}", model.display())]
-    OtherTagger { model: PathBuf, made_of: Conditioning, found: Conditioning },
+    OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
     #[error("\"{text}\" has no tag")]
     NoTag { text: String },
     #[error("{name}: {why}")]
@@ -119,7 +119,7 @@ impl Pipeline {
         let expected = self.width()?;
         let (model, made_of) = (self.path.clone(), self.meta.conditioning.clone());
         if made_of == Conditioning::Tags {
-            return Err(ConditionError::NotFeatures { model, made_of });
+            return Err(ConditionError::NotFeatures { model, made_of: made_of.into() });
         }
         let tagger = Tagger::open(path.as_ref(), node)?;
         let found = tagger.network().width();
@@ -129,7 +129,7 @@ impl Pipeline {
         let theirs = tagger.conditioning();
         if theirs.differs(&made_of) {
             let known = matches!(made_of, Conditioning::Features { fingerprint: Some(_), .. });
-            let other = ConditionError::OtherTagger { model, made_of, found: theirs };
+            let other = ConditionError::OtherTagger { model, made_of: made_of.into(), found: theirs.into() };
             if known {
                 return Err(other);
             }
@@ -149,7 +149,7 @@ impl Pipeline {
         match (&meta.conditioning, &self.inventor) {
             (Conditioning::Features { .. }, Some((_, vae))) => Ok(vae.vocabulary().clone()),
             (made_of @ Conditioning::Features { .. }, None) => {
-                Err(ConditionError::TagsOfFeatures { model, made_of: made_of.clone() })
+                Err(ConditionError::TagsOfFeatures { model, made_of: made_of.clone().into() })
             }
             (Conditioning::Tags, _) if meta.vocabulary.is_empty() => Err(ConditionError::NoVocabulary { model }),
             (Conditioning::Tags, _) => {
