@@ -15,7 +15,7 @@
 //! | `repeats` | U8 | `[N]` | optional: times that training shows the image in an epoch; default 1 |
 //!
 //! The metadata's `dataset` is a JSON [`Header`], its `checksums` the fingerprints of all tensors and of the rest of
-//! the metadata (`Checksums`); shards of older versions have none. The rest are [`Notes`] of the shard's making.
+//! the metadata (`Checksums`); shards of older versions have none. The rest are `Notes` of the shard's making.
 //! Everything is checked when a shard is opened, except the values of pixels and latents, which are only read when
 //! asked for ([`check_whole`] does); opening therefore costs one pass over the conditions.
 

@@ -1,6 +1,6 @@
 //! From an image file's bytes to 8-bit sRGB pixels:
 //!
-//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), all of it ([`jpeg::check`]), turn as
+//! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), all of it (`jpeg::check`), turn as
 //!    its EXIF says;
 //! 2. convert to sRGB by its colour profile, or what a PNG says in its place, if that does anything;
 //! 3. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of

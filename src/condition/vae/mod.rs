@@ -51,7 +51,7 @@ pub use training::{Rows, Training};
 pub enum Kind {
     /// Tags, as [`Vocabulary::multi_hot`] lays them out.
     Tags,
-    /// Features of a tagger or another network, of norm 1 ([`unit_norm`]).
+    /// Features of a tagger or another network, of norm 1 ([`unit_norm`](crate::condition::unit_norm)).
     Dense,
 }
 
