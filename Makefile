@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo test test-kernels test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
+.PHONY: help nvcc demo page test test-kernels test-page test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ demo: $(EDM2K) ## draw emoji from tags with the trained model (one PNG, in demo/
 		$(DEMO_TAGS) --random-conditions 4 --per-condition 8 --batch 16 \
 		--outdir demo/out --overwrite
 
+page: FEATURES += --features serve
+page: $(EDM2K) ## draw with the demo's model in a browser: http://127.0.0.1:7860 (docs/serve.md)
+	@$(EDM2K) serve --model demo/emoji.safetensors --condition-model demo/conditions.safetensors
+
 test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU if there is one
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED)
 
@@ -58,6 +62,12 @@ quick: ## the inner loop, without kernels: formatting, types, unit tests
 
 hooks: ## run `make quick` before each commit from now on
 	@git config core.hooksPath scripts/hooks
+
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+test-page: ## draw on the page in a real browser (Debian's chromium, installed if it is missing); screenshots in target/page
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get -qq update && \
+		$(SUDO) apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
+	@$(CARGO) test --release --locked --no-default-features --features browser --test page
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)

@@ -19,8 +19,8 @@
 //! [`backend`], which the CPU and GPUs implement. What else is public, the command line and the tests use; it is not
 //! meant for others and may change at any time.
 //!
-//! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), all on
-//! by default; `emulator` runs the CUDA kernels on the CPU, checked.
+//! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
+//! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked.
 
 pub mod backend;
 pub mod codec;
@@ -44,6 +44,8 @@ mod real;
 #[doc(hidden)]
 pub mod rng;
 pub mod sample;
+#[cfg(feature = "serve")]
+pub mod serve;
 #[doc(hidden)]
 pub mod system;
 pub mod train;

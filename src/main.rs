@@ -28,6 +28,8 @@ enum Command {
     Info(cli::info::InfoArgs),
     Prepare(Box<cli::prepare::PrepareArgs>),
     Sample(Box<cli::sample::SampleArgs>),
+    #[cfg(feature = "serve")]
+    Serve(Box<cli::serve::ServeArgs>),
     Train(Box<cli::train::TrainArgs>),
     Verify(cli::verify::VerifyArgs),
 }
@@ -48,6 +50,8 @@ fn main() -> ExitCode {
         Command::Info(args) => cli::info::run(args),
         Command::Prepare(args) => cli::prepare::run(*args),
         Command::Sample(args) => cli::sample::run(*args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => cli::serve::run(*args),
         Command::Train(args) => cli::train::run(*args),
         Command::Verify(args) => cli::verify::run(args),
     };

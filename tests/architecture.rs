@@ -169,7 +169,8 @@ fn no_two_files_import_each_other_in_a_circle() {
     };
     let reached: Graph = imports.keys().map(|name| (name.clone(), reach(name))).collect();
     let with = |name: &String| reached[name].iter().filter(|to| reached[*to].contains(name)).cloned().collect();
-    let circles: BTreeSet<Vec<String>> = imports.keys().map(with).filter(|circle: &Vec<_>| !circle.is_empty()).collect();
+    let circles: BTreeSet<Vec<String>> =
+        imports.keys().map(with).filter(|circle: &Vec<_>| !circle.is_empty()).collect();
     assert!(circles.is_empty(), "files that import each other in a circle: {circles:#?}");
 }
 

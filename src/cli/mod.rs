@@ -11,6 +11,8 @@ pub mod info;
 pub mod prepare;
 pub mod sample;
 pub mod say;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod signals;
 pub mod train;
 pub mod verify;

@@ -28,7 +28,7 @@ mod solvers;
 
 use std::collections::HashSet;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, BackendError, NetworkBackend, Shape};
 use crate::model::{ConfigError, Precond};
@@ -37,7 +37,7 @@ use crate::rng::{Purpose, Stream};
 pub use solvers::{Denoise, Guided, Step, solve};
 
 /// How the differential equation is solved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Solver {
     /// DPM-Solver++(2M): second order, one evaluation a step.
@@ -53,7 +53,8 @@ pub enum Solver {
 }
 
 /// Noise that is added back in each step (EDM, algorithm 2).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Churn {
     /// S_churn: overall amount; 0 makes sampling deterministic.
     pub s_churn: f64,
@@ -71,6 +72,12 @@ impl Churn {
     pub const NONE: Self = Self { s_churn: 0.0, s_min: 0.0, s_max: f64::INFINITY, s_noise: 1.0 };
 }
 
+impl Default for Churn {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
 fn is_infinite(x: &f64) -> bool {
     x.is_infinite()
 }
@@ -80,7 +87,8 @@ fn is_none(churn: &Churn) -> bool {
 }
 
 /// Everything that an image depends on besides network, condition and seed.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SamplerConfig {
     /// The solver.
     pub solver: Solver,

@@ -1,0 +1,92 @@
+//! `edm2k serve`: a page and an API.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use edm2k::serve::{Files, Options, serve};
+
+use super::DeviceArgs;
+use super::say::note;
+use super::signals::Requests;
+
+/// Open a page to draw on, and an API.
+#[derive(clap::Args)]
+#[command(after_help = "\
+The page draws pictures with live previews and shows training runs; docs/serve.md describes the API, which is
+JSON under /api/v1, and for clients of AUTOMATIC1111's web UI under /sdapi/v1. Only this machine can reach it
+unless --listen says otherwise, which needs a --token. Nothing is written to disk without --outdir.
+
+Examples:
+  edm2k serve --model demo/emoji.safetensors --condition-model demo/conditions.safetensors
+  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --preview taesd.safetensors
+  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --tagger wd-swinv2-tagger-v3.onnx
+  edm2k serve --runs runs --model runs/mine/snapshot-000200000-0.100.safetensors
+  EDM2K_TOKEN=$(openssl rand -hex 16) edm2k serve --model emoji.safetensors --listen 0.0.0.0:7860")]
+pub struct ServeArgs {
+    /// Model file; repeatable, the first is what a request gets that names none
+    #[arg(long = "model", value_name = "FILE", required_unless_present = "runs")]
+    models: Vec<PathBuf>,
+    /// Autoencoder that makes pictures of latents: an SD-VAE or a TAESD
+    #[arg(long, value_name = "FILE")]
+    vae: Option<PathBuf>,
+    /// TAESD for live previews of latents [default: a linear map that is fitted to the --vae]
+    #[arg(long, value_name = "FILE", requires = "vae")]
+    preview: Option<PathBuf>,
+    /// Made by `edm2k condition train`: invents and completes conditions
+    #[arg(long, value_name = "FILE")]
+    condition_model: Option<PathBuf>,
+    /// ONNX file of the tagger that made the features the models were trained on; pictures can be given then
+    #[arg(long, value_name = "FILE")]
+    tagger: Option<PathBuf>,
+    /// Tensor of the features in it [default: what a WD tagger's classifier is given]
+    #[arg(long, value_name = "NAME", requires = "tagger")]
+    tagger_node: Option<String>,
+    /// Directory of training runs to show, or one of them
+    #[arg(long, value_name = "DIR")]
+    runs: Option<PathBuf>,
+    /// Directory that all pictures are also written to
+    #[arg(long, value_name = "DIR")]
+    outdir: Option<PathBuf>,
+    /// Address and port
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7860")]
+    listen: SocketAddr,
+    /// Name that it is reached by, beside addresses and localhost; repeatable
+    #[arg(long = "host", value_name = "NAME")]
+    hosts: Vec<String>,
+    /// What clients must know, 16 characters at least; better given as the variable EDM2K_TOKEN, which others do not see
+    #[arg(long, value_name = "TOKEN")]
+    token: Option<String>,
+    /// Images at a time, of one request or of several; changes speed and memory, not the images
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Serves until it is told to stop.
+pub fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let requests = Requests::watch("stopping after this step");
+    let files = Files {
+        models: args.models,
+        vae: args.vae,
+        preview: args.preview,
+        condition_model: args.condition_model,
+        tagger: args.tagger,
+        tagger_node: args.tagger_node,
+    };
+    let token = args.token.or_else(|| std::env::var("EDM2K_TOKEN").ok());
+    let options = Options {
+        files,
+        runs: args.runs,
+        outdir: args.outdir,
+        listen: args.listen,
+        hosts: args.hosts,
+        token,
+        batch: args.batch.into(),
+    };
+    // As `edm2k sample` computes.
+    let device = args.device.open()?.fastest();
+    requests.begin();
+    serve(options, device, requests.stop, &mut |text| note!("{text}"))?;
+    Ok(())
+}

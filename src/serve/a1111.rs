@@ -1,0 +1,262 @@
+//! The part of the API of AUTOMATIC1111's Stable Diffusion web UI that its clients use, under /sdapi/v1.
+//!
+//! A prompt is a list of tags, separated by commas; an unknown one is an error that names its neighbours. What this
+//! engine does not have (negative prompts, upscaling, and so on) is ignored, as that web UI ignores unknown fields, and
+//! named in the answer's `info`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Query, State};
+use axum::routing::{MethodRouter, get, post};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::Server;
+use super::api::{Input, finished};
+use super::queue::{Stage, View};
+use super::request::{Card, MOST_IMAGES, Refusal, Wanted};
+use crate::sample::{SamplerConfig, Solver};
+
+type App = State<Arc<Server>>;
+
+/// Every path, with what it does.
+pub fn routes() -> Vec<(&'static str, MethodRouter<Arc<Server>>)> {
+    vec![
+        ("/sdapi/v1/txt2img", post(txt2img)),
+        ("/sdapi/v1/progress", get(progress)),
+        ("/sdapi/v1/interrupt", post(interrupt)),
+        ("/sdapi/v1/sd-models", get(models)),
+        ("/sdapi/v1/samplers", get(samplers)),
+        ("/sdapi/v1/options", get(options).post(set_options)),
+    ]
+}
+
+/// Names that clients know, of each solver; the first is shown.
+const SAMPLERS: [(Solver, &[&str]); 3] = [
+    (Solver::Dpmpp2m, &["DPM++ 2M", "DPM++ 2M Karras", "dpmpp_2m", "k_dpmpp_2m"]),
+    (Solver::Heun, &["Heun", "heun", "k_heun"]),
+    (Solver::Euler, &["Euler", "euler", "k_euler"]),
+];
+
+/// The fields that mean something here.
+#[derive(Deserialize)]
+#[serde(default)]
+struct TextToImage {
+    prompt: String,
+    seed: i64,
+    steps: usize,
+    cfg_scale: f64,
+    width: Option<usize>,
+    height: Option<usize>,
+    batch_size: usize,
+    n_iter: usize,
+    sampler_name: Option<String>,
+    sampler_index: Option<String>,
+    override_settings: Settings,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+impl Default for TextToImage {
+    fn default() -> Self {
+        let SamplerConfig { steps, guidance, .. } = SamplerConfig::default();
+        Self {
+            prompt: String::new(),
+            seed: -1,
+            steps,
+            cfg_scale: guidance,
+            width: None,
+            height: None,
+            batch_size: 1,
+            n_iter: 1,
+            sampler_name: None,
+            sampler_index: None,
+            override_settings: Settings::default(),
+            others: Map::new(),
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Settings {
+    sd_model_checkpoint: Option<String>,
+}
+
+/// The model that clients have chosen, or another one by its name or title.
+fn chosen(app: &Server, name: Option<&str>) -> Result<(usize, Arc<Card>), Refusal> {
+    let place = match name.filter(|name| !name.is_empty()) {
+        None => app.chosen.load(Ordering::Relaxed),
+        Some(name) => {
+            let found = app.cards.iter().position(|card| card.name == name);
+            found.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?
+        }
+    };
+    let card = app.cards.get(place).cloned().ok_or_else(|| Refusal::NotFound("model".into()))?;
+    Ok((place, card))
+}
+
+fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
+    let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(SamplerConfig::default().solver) };
+    let known = SAMPLERS.iter().find(|(_, names)| names.iter().any(|known| known.eq_ignore_ascii_case(name)));
+    let all = || SAMPLERS.map(|(_, names)| names[0]).join(", ");
+    known
+        .map(|(solver, _)| *solver)
+        .ok_or_else(|| Refusal::Invalid(format!("sampler {name:?}, expected one of {}", all())))
+}
+
+async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Json<Value>, Refusal> {
+    let (_, card) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
+    let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
+    let images = asked.batch_size.saturating_mul(asked.n_iter);
+    if !(1..=MOST_IMAGES).contains(&images) {
+        return Err(Refusal::Invalid(format!("{images} images, expected 1 to {MOST_IMAGES}")));
+    }
+    // Clients show a seed, and some keep it in 32 bits.
+    let first = u64::try_from(asked.seed).unwrap_or_else(|_| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::from(now.as_secs() as u32 ^ now.subsec_nanos())
+    });
+    let last = first.saturating_add(images as u64 - 1);
+    let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(card.factor));
+    let has_tags = asked.prompt.split(',').any(|tag| !tag.trim().is_empty());
+    let wanted = Wanted {
+        model: Some(card.name.clone()),
+        tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
+        seeds: Some(format!("{first}-{last}")),
+        width: side(asked.width),
+        height: side(asked.height),
+        sampler: SamplerConfig {
+            solver: solver(sampler_name)?,
+            steps: asked.steps,
+            guidance: asked.cfg_scale,
+            ..SamplerConfig::default()
+        },
+        ..Wanted::default()
+    };
+    let sampler = wanted.sampler.clone();
+    let job = app.submit(wanted).await?;
+    let View { mut pictures, .. } = finished(&job).await?;
+    pictures.sort_by_key(|made| made.index);
+    let [height, width] = job.request.size.map(|side| side * card.factor);
+    let ignored: Vec<&String> =
+        asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();
+    let parameters = json!({
+        "prompt": asked.prompt,
+        "seed": first,
+        "steps": sampler.steps,
+        "cfg_scale": sampler.guidance,
+        "width": width,
+        "height": height,
+        "batch_size": asked.batch_size,
+        "n_iter": asked.n_iter,
+        "sampler_name": name_of(sampler.solver),
+    });
+    let info = json!({
+        "prompt": asked.prompt,
+        "all_prompts": vec![&asked.prompt; images],
+        "seed": first,
+        "all_seeds": job.request.seeds,
+        "width": width,
+        "height": height,
+        "sampler_name": name_of(sampler.solver),
+        "cfg_scale": sampler.guidance,
+        "steps": sampler.steps,
+        "batch_size": images,
+        "sd_model_name": card.name,
+        "ignored": ignored,
+    });
+    let images: Vec<String> = pictures.iter().map(|made| BASE64_STANDARD.encode(&made.png)).collect();
+    Ok(Json(json!({"images": images, "parameters": parameters, "info": info.to_string()})))
+}
+
+/// Whether a client wants something by a field: most send all that there are.
+fn says_something(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.trim().is_empty(),
+        Value::Array(all) => !all.is_empty(),
+        Value::Object(all) => !all.is_empty(),
+        _ => true,
+    }
+}
+
+fn name_of(solver: Solver) -> &'static str {
+    SAMPLERS.iter().find(|(known, _)| *known == solver).map_or("", |(_, names)| names[0])
+}
+
+#[derive(Deserialize)]
+struct Skip {
+    #[serde(default)]
+    skip_current_image: bool,
+}
+
+async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Skip>) -> Json<Value> {
+    let open = app.queue.open();
+    let running = open.iter().find(|job| job.peek().stage == Stage::Running);
+    if let Some(job) = running.filter(|_| !skip_current_image) {
+        job.preview();
+    }
+    let view = running.map(|job| job.peek());
+    let image = view.as_ref().filter(|_| !skip_current_image).and_then(|view| {
+        let preview = view.previews.first()?;
+        preview.image.split_once(";base64,").map(|(_, data)| data.to_owned())
+    });
+    let (done, of) = view.as_ref().map_or((0, 0), |view| (view.done, view.of));
+    let steps = running.map_or(0, |job| job.request.sampler.steps);
+    Json(json!({
+        "progress": done as f64 / of.max(1) as f64,
+        "eta_relative": view.as_ref().and_then(|view| view.seconds_left).unwrap_or(0.0),
+        "state": {
+            "skipped": false,
+            "interrupted": false,
+            "job": view.as_ref().map_or(String::new(), |view| view.id.to_string()),
+            "job_count": open.len(),
+            "job_no": view.as_ref().map_or(0, |view| view.pictures.len()),
+            "sampling_step": done % steps.max(1),
+            "sampling_steps": steps,
+        },
+        "current_image": image,
+        "textinfo": null,
+    }))
+}
+
+/// Cancels what the device works on.
+async fn interrupt(State(app): App) -> Json<Value> {
+    for job in app.queue.open().iter().filter(|job| job.peek().stage == Stage::Running) {
+        app.queue.cancel(job, "interrupted");
+    }
+    Json(json!({}))
+}
+
+async fn models(State(app): App) -> Json<Value> {
+    let model = |card: &Arc<Card>| {
+        let file = card.path.file_name().unwrap_or_default().to_string_lossy();
+        json!({
+            "title": card.name, "model_name": card.name, "hash": null, "sha256": null, "filename": file, "config": null,
+        })
+    };
+    Json(app.cards.iter().map(model).collect())
+}
+
+async fn samplers() -> Json<Value> {
+    Json(SAMPLERS.iter().map(|(_, names)| json!({"name": names[0], "aliases": names[1..], "options": {}})).collect())
+}
+
+async fn options(State(app): App) -> Result<Json<Value>, Refusal> {
+    let (_, card) = chosen(&app, None)?;
+    Ok(Json(json!({"sd_model_checkpoint": card.name, "sd_checkpoint_hash": "", "samples_format": "png"})))
+}
+
+/// Chooses the model; every other option stays what it is.
+async fn set_options(State(app): App, Input(settings): Input<Settings>) -> Result<Json<Value>, Refusal> {
+    if let Some(name) = settings.sd_model_checkpoint {
+        app.chosen.store(chosen(&app, Some(&name))?.0, Ordering::Relaxed);
+    }
+    Ok(Json(json!({})))
+}

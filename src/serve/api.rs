@@ -1,0 +1,391 @@
+//! The API under /api/v1, as `openapi.json` describes it.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{FromRequest, Path, Query, Request as HttpRequest, State};
+use axum::http::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use futures_util::stream::{Stream, StreamExt, unfold};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::queue::{Job, Stage, View};
+use super::request::{Card, MOST_AREA, MOST_IMAGES, MOST_WORK, Refusal, Request, Tags, Wanted};
+use super::runs::{Run, Stats};
+use super::{Runs, Server};
+
+/// Largest body of a request.
+const MOST_BODY: usize = 24 << 20;
+/// Bytes of one that is too large that are read before the connection is cut.
+const MOST_DROPPED: usize = 256 << 20;
+/// Largest body from somebody who has not said the token yet.
+const MOST_SESSION: usize = 1 << 12;
+/// Seconds in which it must arrive.
+const BODY_SECONDS: u64 = 30;
+/// Time between two events of a job, at least: nobody sees more.
+const EVENTS: Duration = Duration::from_millis(40);
+/// The description of all this.
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+type App = State<Arc<Server>>;
+type Answer<T> = Result<Json<T>, Refusal>;
+
+/// Every path, with what it does.
+pub fn routes() -> Vec<(&'static str, MethodRouter<Arc<Server>>)> {
+    vec![
+        ("/api/v1/openapi.json", get(async || ([(CONTENT_TYPE, "application/json")], OPENAPI))),
+        ("/api/v1/session", post(session)),
+        ("/api/v1/server", get(server)),
+        ("/api/v1/models", get(models)),
+        ("/api/v1/vocabulary", get(vocabulary)),
+        ("/api/v1/generate", post(generate)),
+        ("/api/v1/jobs", get(jobs)),
+        ("/api/v1/jobs/{id}", get(job).delete(cancel)),
+        ("/api/v1/jobs/{id}/events", get(events)),
+        ("/api/v1/jobs/{id}/pictures/{index}", get(picture)),
+        ("/api/v1/runs", get(runs)),
+        ("/api/v1/runs/{run}", get(run)),
+        ("/api/v1/runs/{run}/stats", get(stats)),
+        ("/api/v1/runs/{run}/grids/{grid}", get(grid)),
+    ]
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(json!({"detail": self.to_string()}))).into_response();
+        let headers = response.headers_mut();
+        if self.status() == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        } else if self.status() == StatusCode::TOO_MANY_REQUESTS {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("5"));
+        }
+        response
+    }
+}
+
+/// A body of JSON: of that type, of `MOST` bytes at most, and there in time.
+pub struct Input<T, const MOST: usize = MOST_BODY>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync, const MOST: usize> FromRequest<S> for Input<T, MOST> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: HttpRequest, _: &S) -> Result<Self, Refusal> {
+        let (head, body) = request.into_parts();
+        let kind = head.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()?.split(';').next());
+        if !kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
+            return Err(Refusal::Media);
+        }
+        let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MOST));
+        let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
+        serde_json::from_slice(&body).map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
+    }
+}
+
+/// The bytes of a body. What is too large is read on for a while, and dropped: whoever still sends hears no answer.
+async fn read(body: Body, most: usize) -> Result<Vec<u8>, Refusal> {
+    let (mut parts, mut bytes, mut length) = (body.into_data_stream(), Vec::new(), 0);
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|error| Refusal::Invalid(format!("the body broke off: {error}")))?;
+        length += part.len();
+        if length > MOST_DROPPED {
+            break;
+        } else if length > most {
+            bytes = Vec::new();
+        } else {
+            bytes.extend_from_slice(&part);
+        }
+    }
+    if length > most { Err(Refusal::Large(most)) } else { Ok(bytes) }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Session {
+    token: String,
+}
+
+async fn session(State(app): App, Input(Session { token }): Input<Session, MOST_SESSION>) -> Result<Response, Refusal> {
+    if !app.guard.knows(&token) {
+        return Err(Refusal::Token);
+    }
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    if let Some(cookie) = app.guard.cookie() {
+        response.headers_mut().insert(SET_COOKIE, cookie);
+    }
+    Ok(response)
+}
+
+async fn server(State(app): App) -> Json<Value> {
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": app.device,
+        "batch": app.batch,
+        "runs": app.runs.is_some(),
+        "waiting": app.queue.open().len(),
+        "limits": {"images": MOST_IMAGES, "area": MOST_AREA, "work": MOST_WORK, "body": MOST_BODY},
+    }))
+}
+
+#[derive(Serialize)]
+struct ModelView<'a> {
+    name: &'a str,
+    width: usize,
+    height: usize,
+    multiple: usize,
+    factor: usize,
+    tags: Tags,
+    like: bool,
+    invents: bool,
+    images_seen: u64,
+    source: &'a str,
+    licence: &'a str,
+}
+
+impl<'a> From<&'a Card> for ModelView<'a> {
+    fn from(card: &'a Card) -> Self {
+        Self {
+            name: &card.name,
+            width: card.meta.width,
+            height: card.meta.height,
+            multiple: 1 << (card.config.channel_mult.len() - 1),
+            factor: card.factor,
+            tags: card.tags,
+            like: card.like,
+            invents: card.invents,
+            images_seen: card.meta.images_seen,
+            source: &card.meta.source,
+            licence: &card.meta.licence,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct OfModel {
+    model: Option<String>,
+    near: Option<String>,
+}
+
+/// With a name, that model alone: also a snapshot of a run.
+async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
+    let cards = match of.model {
+        Some(name) => vec![app.card(Some(name)).await?],
+        None => app.cards.clone(),
+    };
+    Ok(Json(cards.iter().map(|card| ModelView::from(&**card)).collect::<Vec<_>>()).into_response())
+}
+
+/// All tags of a model, or those like a text.
+async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
+    let card = app.card(of.model).await?;
+    let all = card.vocabulary.tags();
+    // A vocabulary out of a model's file has no counts.
+    let counted = all.iter().any(|tag| tag.count > 0);
+    let shown = |name: &str, count: u64| json!({"tag": name, "count": counted.then_some(count)});
+    let tags: Vec<Value> = match of.near {
+        None => all.iter().map(|tag| shown(&tag.tag, tag.count)).collect(),
+        Some(text) => {
+            let near = card.vocabulary.nearest(&text.chars().take(100).collect::<String>(), 8);
+            let place = |name: &str| card.vocabulary.get(name).and_then(|place| all.get(place as usize));
+            near.iter().filter_map(|name| place(name)).map(|tag| shown(&tag.tag, tag.count)).collect()
+        }
+    };
+    Ok(Json(json!({"model": card.name, "tags": tags})).into_response())
+}
+
+#[derive(Deserialize)]
+struct Wait {
+    #[serde(default)]
+    wait: bool,
+}
+
+/// The address of a finished picture.
+pub fn picture_url(job: u64, index: usize) -> String {
+    format!("/api/v1/jobs/{job}/pictures/{index}")
+}
+
+/// A job as an answer, with the addresses of its pictures; `whole`: with the pictures themselves.
+fn shown(view: &View, whole: bool) -> Value {
+    let mut json = serde_json::to_value(view).unwrap_or_default();
+    for (picture, made) in json["pictures"].as_array_mut().into_iter().flatten().zip(&view.pictures) {
+        picture["url"] = picture_url(view.id, made.index).into();
+        if whole {
+            picture["png"] = BASE64_STANDARD.encode(&made.png).into();
+        }
+    }
+    json
+}
+
+async fn generate(
+    State(app): App,
+    Query(Wait { wait }): Query<Wait>,
+    Input(wanted): Input<Wanted>,
+) -> Result<Response, Refusal> {
+    let job = app.submit(wanted).await?;
+    if wait {
+        return Ok(Json(shown(&finished(&job).await?, true)).into_response());
+    }
+    let place = format!("/api/v1/jobs/{}", job.id);
+    Ok((StatusCode::ACCEPTED, [(LOCATION, place)], Json(shown(&job.view(), false))).into_response())
+}
+
+/// Waits for the end of a job. Whoever stops waiting cancels it.
+///
+/// # Errors
+/// It failed, or was cancelled.
+pub async fn finished(job: &Job) -> Result<View, Refusal> {
+    let mut watcher = job.watch();
+    let view = watcher.wait_for(|view| view.stage.is_final()).await.map(|view| view.clone());
+    let view = view.map_err(|error| Refusal::Failed(error.to_string()))?;
+    let why = view.why.clone().unwrap_or_default();
+    match view.stage {
+        Stage::Failed => Err(Refusal::Failed(why)),
+        Stage::Cancelled => Err(Refusal::Cancelled(format!("cancelled: {why}"))),
+        _ => Ok(view),
+    }
+}
+
+async fn jobs(State(app): App) -> Json<Vec<Value>> {
+    let brief = |job: &Arc<Job>| {
+        let view = job.peek();
+        json!({"id": view.id, "stage": view.stage, "ahead": view.ahead, "done": view.done, "of": view.of})
+    };
+    Json(app.queue.open().iter().map(brief).collect())
+}
+
+fn find(app: &Server, id: u64) -> Result<Arc<Job>, Refusal> {
+    app.queue.job(id).ok_or_else(|| Refusal::NotFound(format!("job {id}, or no more")))
+}
+
+async fn job(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
+    Ok(Json(shown(&find(&app, id)?.view(), false)))
+}
+
+async fn cancel(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
+    let job = find(&app, id)?;
+    app.queue.cancel(&job, "on request");
+    Ok(Json(shown(&job.view(), false)))
+}
+
+/// The job as it is, and again whenever that changes; the last event is its end.
+async fn events(
+    State(app): App,
+    Path(id): Path<u64>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
+    let job = find(&app, id)?;
+    job.preview();
+    let mut watcher = job.watch();
+    watcher.mark_changed();
+    let stream = unfold(Some(watcher), async |watcher| {
+        let mut watcher = watcher?;
+        watcher.changed().await.ok()?;
+        let (view, over) = {
+            let view = watcher.borrow_and_update();
+            (shown(&view, false).to_string(), view.stage.is_final())
+        };
+        let event = Event::default().event("job").data(view);
+        if over {
+            return Some((Ok(event), None));
+        }
+        tokio::time::sleep(EVENTS).await;
+        Some((Ok(event), Some(watcher)))
+    });
+    Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(5))))
+}
+
+async fn picture(State(app): App, Path((id, index)): Path<(u64, usize)>) -> Result<Response, Refusal> {
+    let view = find(&app, id)?.view();
+    let made = view.pictures.into_iter().find(|made| made.index == index);
+    let made = made.ok_or_else(|| Refusal::NotFound(format!("picture {index} of job {id}")))?;
+    Ok(([(CONTENT_TYPE, "image/png")], Body::from(made.png)).into_response())
+}
+
+/// Reads something of the runs, where that blocks nobody.
+async fn of_runs<T: Send + 'static>(
+    app: Arc<Server>,
+    read: impl FnOnce(&Runs) -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    let read = move || match &app.runs {
+        Some(runs) => read(runs),
+        None => Err(Refusal::NotFound("run: this server has no --runs".into())),
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|error| Refusal::Failed(error.to_string()))?
+}
+
+async fn runs(State(app): App) -> Answer<Vec<Run>> {
+    of_runs(app, |runs| Ok(runs.list())).await.map(Json)
+}
+
+async fn run(State(app): App, Path(name): Path<String>) -> Answer<Run> {
+    of_runs(app, move |runs| runs.get(&name)).await.map(Json)
+}
+
+#[derive(Deserialize)]
+struct Since {
+    #[serde(default)]
+    from: u64,
+}
+
+async fn stats(State(app): App, Path(name): Path<String>, Query(Since { from }): Query<Since>) -> Answer<Stats> {
+    of_runs(app, move |runs| runs.stats(&name, from)).await.map(Json)
+}
+
+async fn grid(State(app): App, Path((run, name)): Path<(String, String)>) -> Result<Response, Refusal> {
+    let png = of_runs(app, move |runs| runs.grid(&run, &name)).await?;
+    Ok(([(CONTENT_TYPE, "image/png")], png).into_response())
+}
+
+impl Server {
+    /// A model by its name, or the first one; also a snapshot of a run.
+    ///
+    /// # Errors
+    /// There is none, or its file cannot be read.
+    pub async fn card(self: &Arc<Self>, name: Option<String>) -> Result<Arc<Card>, Refusal> {
+        let Some(name) = name else {
+            return self.cards.first().cloned().ok_or_else(|| Refusal::NotFound("model".into()));
+        };
+        if let Some(card) = self.cards.iter().find(|card| card.name == name) {
+            return Ok(card.clone());
+        }
+        let server = self.clone();
+        let read = move || server.snapshot(&name);
+        tokio::task::spawn_blocking(read).await.map_err(|error| Refusal::Failed(error.to_string()))?
+    }
+
+    /// Takes a request on.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub async fn submit(self: &Arc<Self>, wanted: Wanted) -> Result<Arc<Job>, Refusal> {
+        let card = self.card(wanted.model.clone()).await?;
+        // Checking decodes what was uploaded.
+        let request = tokio::task::spawn_blocking(|| Request::new(wanted, card));
+        let request = request.await.map_err(|error| Refusal::Failed(error.to_string()))??;
+        self.queue.submit(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_describes_every_path_and_no_other() {
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        let mut described: Vec<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
+        let mut ours: Vec<&str> =
+            routes().into_iter().chain(super::super::a1111::routes()).map(|(path, _)| path).collect();
+        described.sort_unstable();
+        ours.sort_unstable();
+        assert_eq!(described, ours);
+    }
+}

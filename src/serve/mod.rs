@@ -1,0 +1,402 @@
+//! `edm2k serve`: a page and an API to draw with models and to look at training runs.
+//!
+//! Two threads. The one that called [`serve`] owns the device, which lives in one thread, and works through the queue;
+//! the other speaks HTTP. Between them is [`queue::Queue`] alone:
+//!
+//! ```text
+//! page, clients -> guard -> api, a1111 -> request (checked) -> queue -> paint: Pipeline on the device
+//!                                  ^                             |
+//!                                  +------ View of each job -----+
+//! ```
+//!
+//! A server listens on loopback unless it has a token ([`guard`]); what it takes on is bounded ([`request`], [`queue`]),
+//! and so are connections and how long a request may take to arrive. Nothing is written but pictures to an outdir.
+
+mod a1111;
+mod api;
+mod guard;
+mod paint;
+mod preview;
+mod queue;
+mod request;
+mod runs;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::Uri;
+use axum::http::header::CONTENT_TYPE;
+use axum::middleware::from_fn_with_state;
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::Device;
+use crate::codec::{CodecError, CodecFile};
+use crate::condition::Conditioning;
+use crate::condition::vae::{Vae, VaeError};
+use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
+use crate::model::{Encoder, ModelError, ModelFile};
+use crate::pipeline::{Domain, PipelineError};
+
+use guard::{Guard, Unsafe};
+use queue::{Limits, Queue};
+use request::{Card, Refusal, Tags};
+use runs::Runs;
+
+/// Connections at a time; more wait until the system's own queue is full.
+const MOST_CONNECTIONS: usize = 400;
+/// Seconds for the head of a request to arrive, and for a connection to be idle.
+const HEAD_SECONDS: u64 = 10;
+/// Seconds for answers to get out when the server stops.
+const LAST_SECONDS: u64 = 3;
+/// Cards of snapshots that are remembered.
+const SNAPSHOTS: usize = 16;
+
+/// The page: paths, kinds and contents.
+const PAGE: [(&str, &str, &str); 9] = [
+    ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
+    ("/style.css", "text/css; charset=utf-8", include_str!("page/style.css")),
+    ("/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
+    ("/app.js", "text/javascript; charset=utf-8", include_str!("page/app.js")),
+    ("/server.js", "text/javascript; charset=utf-8", include_str!("page/server.js")),
+    ("/draw.js", "text/javascript; charset=utf-8", include_str!("page/draw.js")),
+    ("/tags.js", "text/javascript; charset=utf-8", include_str!("page/tags.js")),
+    ("/png.js", "text/javascript; charset=utf-8", include_str!("page/png.js")),
+    ("/runs.js", "text/javascript; charset=utf-8", include_str!("page/runs.js")),
+];
+
+/// The files that pictures are made with.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    /// Models, the first of which is what requests get that name none.
+    pub models: Vec<PathBuf>,
+    /// Autoencoder for models of latents.
+    pub vae: Option<PathBuf>,
+    /// TAESD for previews of those.
+    pub preview: Option<PathBuf>,
+    /// Model of conditions.
+    pub condition_model: Option<PathBuf>,
+    /// Tagger for models of its features.
+    pub tagger: Option<PathBuf>,
+    /// Tensor of the features in it.
+    pub tagger_node: Option<String>,
+}
+
+/// What a server is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The models, and what goes with them.
+    pub files: Files,
+    /// Directory of training runs.
+    pub runs: Option<PathBuf>,
+    /// Directory that pictures are also written to.
+    pub outdir: Option<PathBuf>,
+    /// Address; port 0 takes one that is free.
+    pub listen: SocketAddr,
+    /// Names that it is reached by, beside addresses and localhost.
+    pub hosts: Vec<String>,
+    /// What clients must know.
+    pub token: Option<String>,
+    /// Images at a time.
+    pub batch: usize,
+}
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ServeError {
+    #[error(transparent)]
+    Unsafe(#[from] Unsafe),
+    #[error("{address}: {cause}")]
+    Listen { address: SocketAddr, cause: io::Error },
+    #[error("{}: {cause}", path.display())]
+    Directory { path: PathBuf, cause: io::Error },
+    #[error("{}: its images are latents, which need an autoencoder (--vae)", model.display())]
+    NoCodec { model: PathBuf },
+    #[error("{}: its images have {channels} channels, of which no picture is made", model.display())]
+    NoPicture { model: PathBuf, channels: usize },
+    #[error("{}: goes with none of the models{}", path.display(), why.as_ref().map_or(String::new(), |why| format!(": {why}")))]
+    Unused { path: PathBuf, why: Option<String> },
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    ConditionModel(#[from] VaeError),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    #[error("the thread that speaks HTTP: {0}")]
+    Http(io::Error),
+}
+
+/// What both threads know.
+struct Server {
+    cards: Vec<Arc<Card>>,
+    shelf: Shelf,
+    snapshots: Mutex<Vec<Arc<Card>>>,
+    queue: Queue,
+    guard: Arc<Guard>,
+    runs: Option<Runs>,
+    /// Place of the model that clients of the A1111 API have chosen.
+    chosen: AtomicUsize,
+    device: String,
+    batch: usize,
+}
+
+impl Server {
+    /// The card of a run's snapshot.
+    fn snapshot(&self, name: &str) -> Result<Arc<Card>, Refusal> {
+        let path = self.runs.as_ref().and_then(|runs| runs.snapshot(name));
+        let path = path.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?;
+        let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(card) = known.iter().find(|card| card.path == path) {
+            return Ok(card.clone());
+        }
+        let (card, _) = self.shelf.card(name.into(), &path).map_err(|error| Refusal::Failed(error.to_string()))?;
+        let card = Arc::new(card);
+        if known.len() == SNAPSHOTS {
+            known.remove(0);
+        }
+        known.push(card.clone());
+        Ok(card)
+    }
+}
+
+/// What there is to go with a model.
+struct Shelf {
+    /// Pixels for each value of latents.
+    factor: Option<usize>,
+    condition_model: Option<(Domain, Vocabulary)>,
+    tagger: bool,
+}
+
+impl Shelf {
+    fn new(files: &Files) -> Result<Self, ServeError> {
+        let vae = files.condition_model.as_ref().map(Vae::load).transpose()?;
+        Ok(Self {
+            factor: files.vae.as_ref().map(|path| Ok::<_, CodecError>(CodecFile::open(path)?.factor())).transpose()?,
+            condition_model: vae.map(|vae| (Domain::of_condition_model(&vae), vae.vocabulary().clone())),
+            tagger: files.tagger.is_some(),
+        })
+    }
+
+    /// What a model file is, and why the condition model does not go with it, if so.
+    fn card(&self, name: String, path: &Path) -> Result<(Card, Option<String>), ServeError> {
+        let file = ModelFile::open(path)?;
+        let (config, meta) = (file.net.config.clone(), file.meta.clone());
+        let (model, channels) = (path.to_owned(), config.img_channels);
+        let factor = match (meta.encoder, self.factor) {
+            (Encoder::Rgb, _) if channels == 3 => 1,
+            (Encoder::SdVae, None) => return Err(ServeError::NoCodec { model }),
+            (Encoder::SdVae, Some(factor)) if channels == crate::codec::LATENTS => factor,
+            _ => return Err(ServeError::NoPicture { model, channels }),
+        };
+        let domain = Domain::of_model(&config, &meta);
+        let fits = self.condition_model.as_ref().filter(|_| config.label_dim > 0);
+        let why = fits.and_then(|(theirs, _)| theirs.check("the condition model", &domain, &name).err());
+        let invented = fits.filter(|_| why.is_none()).map(|(_, vocabulary)| vocabulary);
+        let features = matches!(meta.conditioning, Conditioning::Features { .. });
+        let (tags, vocabulary) = match invented {
+            _ if config.label_dim == 0 => (Tags::No, None),
+            // The same tags, and how often there are.
+            Some(known) if !features && known.tags().iter().map(|tag| &tag.tag).eq(&meta.vocabulary) => {
+                (Tags::Plain, Some(known.clone()))
+            }
+            Some(known) if features => (Tags::Invented, Some(known.clone())),
+            _ if features || meta.vocabulary.is_empty() => (Tags::No, None),
+            _ => (Tags::Plain, None),
+        };
+        let named =
+            |cause: VocabularyError| ModelError::Metadata { path: path.into(), key: "edm2k", what: cause.to_string() };
+        let vocabulary = match (tags, vocabulary) {
+            (_, Some(vocabulary)) => vocabulary,
+            (Tags::No, None) => Vocabulary::default(),
+            (_, None) => {
+                let tags = meta.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 });
+                Vocabulary::new(tags.collect()).map_err(named)?
+            }
+        };
+        let (like, invents) = (features && self.tagger, invented.is_some());
+        let card = Card { name, path: path.into(), config, meta, vocabulary, tags, like, invents, factor };
+        Ok((card, why.map(|why| why.to_string())))
+    }
+
+    /// The cards of the given models, named after their files.
+    fn cards(&self, files: &Files) -> Result<Vec<Arc<Card>>, ServeError> {
+        let mut cards: Vec<Arc<Card>> = Vec::new();
+        let mut mismatch = None;
+        for path in &files.models {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let name = |number: u32| if number == 1 { stem.clone() } else { format!("{stem}-{number}") };
+            let free = |name: &String| cards.iter().all(|card| card.name != *name);
+            let name = (1..).map(name).find(free).unwrap_or_default();
+            let (card, why) = self.card(name, path)?;
+            mismatch = mismatch.or(why);
+            cards.push(Arc::new(card));
+        }
+        let used = |path: &Option<PathBuf>, by: &dyn Fn(&Card) -> bool| match path {
+            Some(path) if !cards.iter().any(|card| by(card)) => Err(path.clone()),
+            _ => Ok(()),
+        };
+        let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
+        used(&files.condition_model, &|card| card.invents).map_err(unused(mismatch))?;
+        let latents = |card: &Card| card.meta.encoder == Encoder::SdVae;
+        used(&files.vae, &latents).map_err(unused(None))?;
+        used(&files.preview, &latents).map_err(unused(None))?;
+        used(&files.tagger, &|card| card.like).map_err(unused(None))?;
+        Ok(cards)
+    }
+}
+
+/// Serves until `stop` is set. `say` is told where, and warnings.
+///
+/// # Errors
+/// [`ServeError`], before anything is served.
+pub fn serve(
+    options: Options,
+    device: Device,
+    stop: Arc<AtomicBool>,
+    say: &mut dyn FnMut(&str),
+) -> Result<(), ServeError> {
+    let guard = Arc::new(Guard::new(options.listen, options.hosts, options.token.as_deref())?);
+    let directory = |path: &PathBuf| {
+        let path = path.clone();
+        |cause| ServeError::Directory { path, cause }
+    };
+    let runs = options.runs.map(|dir| Runs::new(dir.clone()).map_err(directory(&dir))).transpose()?;
+    // Numbers go on, so that pictures in an outdir are never replaced.
+    let last = options.outdir.as_ref().map(|dir| last_number(dir).map_err(directory(dir))).transpose()?;
+    let shelf = Shelf::new(&options.files)?;
+    let cards = shelf.cards(&options.files)?;
+    // Before the models, so that a taken port is known at once.
+    let listen = |address: SocketAddr| {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    let address = options.listen;
+    let (listener, address) = listen(address).map_err(|cause| ServeError::Listen { address, cause })?;
+    let mut painter = paint::Painter::new(device.clone(), options.files, &cards, options.batch, options.outdir, say)?;
+    let server = Arc::new(Server {
+        cards,
+        shelf,
+        snapshots: Mutex::default(),
+        queue: Queue::new(Limits::default(), last.unwrap_or(0)),
+        guard,
+        runs,
+        chosen: AtomicUsize::new(0),
+        device: device.to_string(),
+        batch: options.batch,
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Http)?;
+    let http = {
+        let server = server.clone();
+        thread::Builder::new().name("http".into()).spawn(move || {
+            let _closes = Closes(server.clone());
+            let served = runtime.block_on(http(listener, server, &stop));
+            // A reader of a slow disk is not waited for.
+            runtime.shutdown_background();
+            served
+        })
+    };
+    let http = http.map_err(ServeError::Http)?;
+    say(&format!("listening on http://{address}"));
+    painter.work(&server, say);
+    http.join().unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(ServeError::Http)
+}
+
+/// Whatever ends the thread that speaks HTTP ends the work.
+struct Closes(Arc<Server>);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        self.0.queue.close();
+    }
+}
+
+/// The highest number of a job in the names of a directory's pictures; makes the directory.
+fn last_number(dir: &Path) -> io::Result<u64> {
+    std::fs::create_dir_all(dir)?;
+    let names = std::fs::read_dir(dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let number = |name: String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
+    Ok(names.filter_map(number).max().unwrap_or(0))
+}
+
+fn router(server: Arc<Server>) -> Router {
+    let mut router = Router::new();
+    for (path, kind, content) in PAGE {
+        router = router.route(path, get(async move || ([(CONTENT_TYPE, kind)], content)));
+    }
+    for (path, what) in api::routes().into_iter().chain(a1111::routes()) {
+        router = router.route(path, what);
+    }
+    let router = router.fallback(async |uri: Uri| Refusal::NotFound(uri.path().chars().take(100).collect()));
+    router.layer(from_fn_with_state(server.guard.clone(), guard::guard)).with_state(server)
+}
+
+/// Accepts connections until `stop` is set, then ends gracefully: no new work, what runs is cancelled at its next step,
+/// and those who wait are told.
+async fn http(listener: TcpListener, server: Arc<Server>, stop: &AtomicBool) -> io::Result<()> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let router = router(server.clone());
+    let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let (stopping, stopped) = watch::channel(());
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    let next = async || {
+        let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
+        Ok::<_, io::Error>((listener.accept().await?.0, permit))
+    };
+    let mut coming = Box::pin(next());
+    while !stop.load(Ordering::Relaxed) {
+        tokio::select! {
+            came = &mut coming => {
+                match came {
+                    Ok((stream, permit)) => {
+                        tokio::spawn(connection(stream, router.clone(), stopped.clone(), permit));
+                    }
+                    // Out of file descriptors, or the client has gone again.
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+                coming.set(next());
+            }
+            _ = tick.tick() => server.queue.cancel_abandoned(),
+        }
+    }
+    drop(coming);
+    drop(listener);
+    server.queue.close();
+    drop(stopping);
+    let all = room.acquire_many(MOST_CONNECTIONS as u32);
+    let _ = tokio::time::timeout(Duration::from_secs(LAST_SECONDS), all).await;
+    Ok(())
+}
+
+/// Speaks with one client.
+async fn connection(
+    stream: TcpStream,
+    router: Router,
+    mut stopped: watch::Receiver<()>,
+    _permit: OwnedSemaphorePermit,
+) {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(HEAD_SECONDS)).max_buf_size(1 << 16);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    // What a client breaks is its own connection.
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        _ = stopped.changed() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
+}

@@ -1,0 +1,365 @@
+// The form, what is being drawn, and the gallery.
+
+import { ask, json, post, watch } from "./server.js";
+import { parameters } from "./png.js";
+import { TagField } from "./tags.js";
+
+const $ = (id) => document.getElementById(id);
+const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
+
+let models = [];
+let model = null;
+let vocabulary = { model: "", tags: [], known: new Set() };
+let sets = [];
+/** Pictures to be like: data: URLs. */
+let likes = [];
+/** Of the churn, what has no field: a picture may bring it. */
+let churn = {};
+/** The number of the job that is being drawn. */
+let running = null;
+/** What the gallery's dialog shows. */
+let shown = null;
+
+export function toast(text) {
+  $("toast").textContent = text;
+  clearTimeout(toast.timer);
+  toast.timer = setTimeout(() => ($("toast").textContent = ""), 5000);
+}
+
+/** Sets the form up. */
+export async function start() {
+  models = await json("/api/v1/models");
+  $("model").onchange = () => choose($("model").value);
+  $("add-set").onclick = () => addSet().input.focus();
+  $("dice").onclick = otherSeeds;
+  $("invent-grid").onclick = () => {
+    setTags([]);
+    $("invent").value = $("per-condition").value = 4;
+    const first = Math.floor(Math.random() * 1e6);
+    $("seeds").value = `${first}-${first + 15}`;
+    $("condition-seed").value = Math.floor(Math.random() * 1e6);
+    $("form").requestSubmit();
+  };
+  $("form").onsubmit = (event) => {
+    event.preventDefault();
+    draw();
+  };
+  $("cancel").onclick = cancel;
+  $("again").onclick = () => {
+    $("picture").close();
+    restore(shown.parameters);
+  };
+  $("restore").onchange = (event) => take(event.target);
+  $("like").onchange = async (event) => {
+    for (const file of event.target.files) await addLike(file);
+    event.target.value = "";
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").hidden) $("form").requestSubmit();
+    if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) cancel();
+  });
+  dropping();
+  defaults();
+  await choose(models[0]?.name);
+}
+
+/** What `edm2k sample` does when it is told nothing. */
+function defaults() {
+  apply({ solver: "dpmpp_2m", steps: 16, guidance: 5, sigma_min: 0.002, sigma_max: 80, rho: 7 });
+}
+
+function apply(sampler) {
+  for (const [id, key] of [["solver"], ["steps"], ["guidance"], ["rho"], ["sigma-min", "sigma_min"], ["sigma-max", "sigma_max"]]) {
+    $(id).value = sampler[key ?? id];
+  }
+  [$("low").value, $("high").value] = sampler.guidance_interval ?? ["", ""];
+  churn = sampler.churn ?? {};
+  $("churn").value = churn.s_churn ?? 0;
+}
+
+/** Draws with this model from now on, a snapshot of a run perhaps. */
+export async function choose(name) {
+  $("model-row").hidden = models.length === 0 && !name;
+  $("go").disabled = !name;
+  if (!name) return;
+  if (!models.some((known) => known.name === name)) {
+    models.push(...(await json(`/api/v1/models?model=${encodeURIComponent(name)}`)));
+  }
+  model = models.find((known) => known.name === name);
+  $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
+  $("model").value = name;
+  $("conditions").hidden = model.tags === "no";
+  $("like-row").hidden = !model.like;
+  $("invent-row").hidden = !model.invents;
+  $("complete-row").hidden = !model.invents || model.tags !== "plain";
+  for (const side of ["width", "height"]) {
+    $(side).value = model[side];
+    $(side).step = $(side).min = model.multiple;
+  }
+  const { tags } = model.tags === "no" ? { tags: [] } : await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`);
+  vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)) };
+  if (sets.length === 0) addSet();
+}
+
+function addSet(tags = []) {
+  const field = new TagField(() => vocabulary, () => {});
+  const remove = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "✕" });
+  sets.push(field);
+  field.input.setAttribute("aria-label", `Add a tag to set ${sets.length}`);
+  remove.setAttribute("aria-label", `Remove set ${sets.length}`);
+  remove.onclick = () => {
+    sets = sets.filter((other) => other !== field);
+    field.node.remove();
+    if (sets.length === 0) addSet();
+  };
+  field.node.append(remove);
+  $("sets").append(field.node);
+  field.set(tags);
+  return field;
+}
+
+function setTags(texts) {
+  sets.forEach((field) => field.node.remove());
+  sets = [];
+  for (const text of texts.length ? texts : [""]) addSet(text.split(",").map((tag) => tag.trim()).filter(Boolean));
+}
+
+function otherSeeds() {
+  const count = seedCount($("seeds").value) || 4;
+  const first = Math.floor(Math.random() * 1e9);
+  $("seeds").value = count > 1 ? `${first}-${first + count - 1}` : `${first}`;
+}
+
+function seedCount(text) {
+  const count = (part) => {
+    const [first, last = first] = part.split("-").map(Number);
+    return last - first + 1;
+  };
+  return text.split(",").filter((part) => part.trim()).reduce((sum, part) => sum + count(part), 0);
+}
+
+/** A file as a data: URL. */
+const dataUrl = (file) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+async function addLike(file) {
+  const url = await dataUrl(file);
+  likes.push(url);
+  const image = Object.assign(new Image(), { src: url, alt: file.name });
+  const remove = Object.assign(document.createElement("button"), { type: "button", title: "Remove" });
+  remove.setAttribute("aria-label", `Remove ${file.name}`);
+  remove.onclick = () => {
+    likes = likes.filter((other) => other !== url);
+    remove.remove();
+  };
+  remove.append(image);
+  $("likes").append(remove);
+}
+
+/** The form as a request. */
+function request() {
+  const interval = [number("low"), number("high")];
+  const guided = interval.some((level) => level !== undefined);
+  const invents = !$("invent-row").hidden;
+  const s_churn = number("churn");
+  return {
+    model: model.name,
+    tags: $("conditions").hidden ? [] : sets.map((field) => field.text()).filter(Boolean),
+    complete: !$("complete-row").hidden && $("complete").checked && sets.some((field) => field.text()),
+    like: model.like ? likes : [],
+    invent: invents ? number("invent") ?? 0 : 0,
+    condition_seed: invents ? number("condition-seed") ?? 0 : 0,
+    per_condition: number("per-condition") ?? 1,
+    seeds: $("seeds").value.trim() || undefined,
+    width: number("width"),
+    height: number("height"),
+    sampler: {
+      solver: $("solver").value,
+      steps: number("steps"),
+      guidance: number("guidance"),
+      // As large as any level.
+      guidance_interval: guided ? [interval[0] ?? 0, interval[1] ?? 1e6] : null,
+      sigma_min: number("sigma-min"),
+      sigma_max: number("sigma-max"),
+      rho: number("rho"),
+      ...(s_churn ? { churn: { ...churn, s_churn } } : {}),
+    },
+  };
+}
+
+async function draw() {
+  $("problem").textContent = "";
+  try {
+    for (const field of sets) {
+      if (!$("conditions").hidden && !(await field.take())) return field.input.focus();
+    }
+    if (running) await cancel();
+    const wanted = request();
+    const job = await post("/api/v1/generate", wanted);
+    running = job.id;
+    $("stage").hidden = false;
+    board(job, wanted);
+    const saved = new Map();
+    const end = await watch(job.id, (job) => {
+      if (running === job.id) progress(job, wanted);
+      for (const picture of job.pictures) {
+        if (!saved.has(picture.index)) saved.set(picture.index, keep(picture));
+      }
+    });
+    await Promise.all(saved.values());
+    if (running === job.id) running = null;
+    if (end.stage === "failed") $("problem").textContent = end.why;
+  } catch (error) {
+    running = null;
+    $("problem").textContent = error.message;
+  }
+  $("cancel").hidden = !running;
+}
+
+async function cancel() {
+  const id = running;
+  if (id) await ask(`/api/v1/jobs/${id}`, { method: "DELETE" }).catch((error) => toast(error.message));
+}
+
+const shape = (wanted) => `${wanted.width} / ${wanted.height}`;
+const isSmall = (wanted) => wanted.width * model.factor <= 128;
+
+/** An empty place for each picture. */
+function board(job, wanted) {
+  const count = Math.round(job.of / wanted.sampler.steps);
+  $("board").style.setProperty("--shape", shape(wanted));
+  // A row for each condition, or as many as look well.
+  const columns = wanted.per_condition > 1 ? wanted.per_condition : count <= 4 ? count : Math.min(8, Math.ceil(Math.sqrt(count)));
+  $("board").style.gridTemplateColumns = `repeat(${Math.min(columns, count)}, minmax(0, ${columns > 4 ? 8 : 13}rem))`;
+  $("board").replaceChildren(...Array.from({ length: count }, () => document.createElement("div")));
+  $("cancel").hidden = false;
+  progress(job, wanted);
+}
+
+const time = (seconds) => (seconds < 90 ? `${seconds.toFixed(seconds < 10 ? 1 : 0)} s` : `${Math.round(seconds / 60)} min`);
+
+function progress(job, wanted) {
+  $("progress").value = job.done / job.of;
+  const texts = {
+    queued: job.ahead ? `Waiting: ${job.ahead} before it` : "Waiting",
+    running: `${Math.round((100 * job.done) / job.of)} %` +
+      (job.rate ? `, ${job.rate.toFixed(job.rate < 10 ? 1 : 0)} it/s, ${time(job.seconds_left)} left` : ""),
+    done: "Done",
+    failed: "Failed",
+    cancelled: `Cancelled ${job.why}`,
+  };
+  $("progress-text").textContent = texts[job.stage];
+  if (job.stage === "done") $("progress").value = 1;
+  const place = (index, src, alt, noisy) => {
+    const cell = $("board").children[index];
+    if (!cell) return;
+    const image = cell.firstChild ?? cell.appendChild(new Image());
+    image.classList.toggle("noisy", noisy);
+    image.classList.toggle("small", isSmall(wanted));
+    if (image.getAttribute("src") !== src) Object.assign(image, { src, alt });
+  };
+  for (const { index, image } of job.previews) place(index, image, `Preview of picture ${index + 1}`, true);
+  for (const { index, url, seed } of job.pictures) place(index, url, `Picture of seed ${seed}`, false);
+}
+
+/** What a picture shows, in words. */
+function words({ condition }) {
+  return condition?.tags || (condition?.like ? `like ${condition.like}` : "no tags");
+}
+
+/** Puts a finished picture into the gallery: the file itself, as the server forgets it some time. */
+async function keep(picture) {
+  const blob = await (await ask(picture.url)).blob();
+  const { parameters, seed } = picture;
+  const src = URL.createObjectURL(blob);
+  const image = Object.assign(new Image(), { src, alt: `${words(parameters)}, seed ${seed}` });
+  const factor = models.find((known) => known.name === nameOf(parameters))?.factor ?? 1;
+  image.classList.toggle("small", parameters.width * factor <= 128);
+  const caption = Object.assign(document.createElement("span"), { textContent: words(parameters) });
+  const button = Object.assign(document.createElement("button"), { type: "button" });
+  button.append(image, caption);
+  button.onclick = () => open({ src, parameters, seed, small: image.classList.contains("small") });
+  const item = document.createElement("li");
+  item.append(button);
+  $("gallery").prepend(item);
+  $("empty").hidden = true;
+}
+
+function open(picture) {
+  shown = picture;
+  const { parameters, seed, src } = picture;
+  const { sampler, condition, model, ...others } = parameters;
+  const [flat, said] = [{ ...others, ...sampler }, { model: model.split("/").pop() }];
+  if (condition) Object.assign(said, condition);
+  const known = Object.entries({ seed, ...said, ...flat }).filter(([, value]) => value !== null);
+  const rows = known.flatMap(([key, value]) => {
+    const text = typeof value === "object" ? JSON.stringify(value) : String(value).split("/").pop();
+    return [Object.assign(document.createElement("dt"), { textContent: key.replaceAll("_", " ") }),
+      Object.assign(document.createElement("dd"), { textContent: key === "tags" ? value : text })];
+  });
+  $("parameters").replaceChildren(...rows);
+  Object.assign($("large"), { src, alt: words(parameters) });
+  $("large").classList.toggle("small", picture.small);
+  Object.assign($("download"), { href: src, download: `${String(seed).padStart(6, "0")}.png` });
+  $("picture").showModal();
+}
+
+/** What the server calls the model of a picture. */
+function nameOf({ model }) {
+  const stem = model.split("/").pop().replace(/\.safetensors$/, "");
+  const known = models.find(({ name }) => name === stem || name.endsWith(`/${stem}`));
+  return known?.name;
+}
+
+/** Takes over the parameters of a picture. */
+export async function restore(about) {
+  const name = nameOf(about);
+  if (name) await choose(name);
+  apply(about.sampler);
+  $("seeds").value = about.seed ?? about.seeds?.join(",") ?? 0;
+  $("width").value = about.width;
+  $("height").value = about.height;
+  $("per-condition").value = about.per_condition ?? 1;
+  $("invent").value = 0;
+  const conditions = about.conditions ?? (about.condition ? [about.condition] : []);
+  // What was invented or completed for tags has become tags; features can only be invented again.
+  const plain = model?.tags === "plain";
+  $("complete").checked = false;
+  setTags(conditions.map((condition) => (plain ? condition.tags : condition.asked ?? condition.tags) ?? "").filter(Boolean));
+  const from = name ? "" : " The picture is of another model.";
+  toast(`Parameters taken over.${from}`);
+}
+
+/** Restores from the file in an input. */
+async function take(input) {
+  for (const file of input.files) await drop(file);
+  input.value = "";
+}
+
+async function drop(file) {
+  const about = parameters(await file.arrayBuffer());
+  if (about) await restore(about);
+  else if (model?.like) await addLike(file);
+  else toast(`${file.name} has no parameters of edm2k.`);
+}
+
+/** Files may be dropped anywhere. */
+function dropping() {
+  let depth = 0;
+  const veil = (change) => {
+    depth = change === 0 ? 0 : depth + change;
+    $("veil").hidden = depth <= 0;
+  };
+  document.addEventListener("dragenter", (event) => event.dataTransfer?.types.includes("Files") && veil(1));
+  document.addEventListener("dragleave", (event) => event.dataTransfer?.types.includes("Files") && veil(-1));
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    veil(0);
+    for (const file of event.dataTransfer.files) await drop(file).catch((error) => toast(error.message));
+  });
+}

@@ -1,0 +1,178 @@
+// A field for a set of tags: chips, and a combobox that completes from the vocabulary (WAI-ARIA's pattern).
+
+import { json } from "./server.js";
+
+const MOST = 12;
+let fields = 0;
+
+const element = (name, properties = {}, ...children) => {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+};
+
+export class TagField {
+  /** `vocabulary()`: {model, tags: [{tag, count}], known: Set}; `changed()` is called after each change. */
+  constructor(vocabulary, changed) {
+    this.vocabulary = vocabulary;
+    this.changed = changed;
+    this.tags = [];
+    this.found = [];
+    this.at = -1;
+    const id = `options-${fields++}`;
+    this.input = element("input", { type: "text", spellcheck: false, placeholder: "cat, face, …" });
+    for (const [name, value] of Object.entries({
+      role: "combobox", "aria-label": "Add a tag", "aria-autocomplete": "list", "aria-expanded": "false",
+      "aria-controls": id, "aria-describedby": "tags-hint",
+    })) this.input.setAttribute(name, value);
+    this.options = element("ul", { id, className: "options", hidden: true });
+    this.options.setAttribute("role", "listbox");
+    this.options.setAttribute("aria-label", "Known tags");
+    this.unknown = element("div", { className: "unknown", hidden: true });
+    this.unknown.setAttribute("role", "alert");
+    this.node = element("div", { className: "tags" }, this.input, this.options, this.unknown);
+    this.node.onclick = (event) => event.target === this.node && this.input.focus();
+    this.input.oninput = () => this.typed();
+    this.input.onkeydown = (event) => this.key(event);
+    this.input.onblur = () => this.close();
+  }
+
+  /** The tags as one text; what is typed counts. */
+  text() {
+    const typed = this.input.value.trim();
+    return [...this.tags, ...(typed ? [typed] : [])].join(", ");
+  }
+
+  /** Replaces the tags. */
+  set(tags) {
+    this.tags = [...new Set(tags)];
+    this.input.value = "";
+    this.show();
+  }
+
+  /** Takes what is typed, if it is known; else says what is like it. Whether nothing is left. */
+  async take() {
+    this.close();
+    const parts = this.input.value.split(",").map((part) => part.trim()).filter(Boolean);
+    const { known } = this.vocabulary();
+    const strange = parts.filter((part) => !known.has(part));
+    for (const part of parts) if (known.has(part)) this.add(part, false);
+    this.input.value = strange.join(", ");
+    if (strange.length === 0) {
+      this.unknown.hidden = true;
+      this.show();
+      return true;
+    }
+    await this.suggest(strange[0]);
+    this.show();
+    return false;
+  }
+
+  async suggest(text) {
+    const model = encodeURIComponent(this.vocabulary().model);
+    const { tags } = await json(`/api/v1/vocabulary?model=${model}&near=${encodeURIComponent(text)}`);
+    const choices = tags.slice(0, 4).map(({ tag }) =>
+      element("button", { type: "button", className: "chip", textContent: tag, onclick: () => this.add(tag) }));
+    const question = choices.length ? ", did you mean" : "";
+    this.unknown.replaceChildren(`There is no tag “${text}”${question} `, ...choices);
+    this.unknown.hidden = false;
+  }
+
+  add(tag, clear = true) {
+    if (!this.tags.includes(tag)) this.tags.push(tag);
+    if (clear) {
+      this.input.value = "";
+      this.unknown.hidden = true;
+      this.input.focus();
+    }
+    this.show();
+  }
+
+  show() {
+    for (const chip of this.node.querySelectorAll(":scope > .chip")) chip.remove();
+    for (const tag of this.tags) {
+      const chip = element("button", { type: "button", className: "chip", textContent: tag });
+      chip.setAttribute("aria-label", `Remove ${tag}`);
+      chip.onclick = () => {
+        this.tags = this.tags.filter((other) => other !== tag);
+        this.show();
+        this.input.focus();
+      };
+      this.input.before(chip);
+    }
+    this.input.placeholder = this.tags.length ? "" : "cat, face, …";
+    this.changed();
+  }
+
+  typed() {
+    this.unknown.hidden = true;
+    if (this.input.value.includes(",")) {
+      this.take();
+      return;
+    }
+    const text = this.input.value.trim().toLowerCase();
+    const rank = (tag) => {
+      const at = tag.toLowerCase().indexOf(text);
+      // At the beginning of the tag, of a word in it, anywhere.
+      return at < 0 ? 3 : at === 0 ? 0 : /\W/.test(tag[at - 1]) ? 1 : 2;
+    };
+    const ranked = this.vocabulary().tags.filter(({ tag }) => !this.tags.includes(tag)).map((tag) => [rank(tag.tag), tag]);
+    ranked.sort((a, b) => a[0] - b[0]);
+    this.found = text ? ranked.filter(([rank]) => rank < 3).slice(0, MOST).map(([, tag]) => tag) : [];
+    this.at = -1;
+    this.list();
+    this.changed();
+  }
+
+  list() {
+    const open = this.found.length > 0;
+    this.options.hidden = !open;
+    this.input.setAttribute("aria-expanded", String(open));
+    const option = ({ tag, count }, index) => {
+      const made = element("li", { id: `${this.options.id}-${index}` }, tag, element("span", { textContent: count ?? "" }));
+      made.setAttribute("role", "option");
+      made.setAttribute("aria-selected", String(index === this.at));
+      made.onpointerdown = (event) => {
+        event.preventDefault();
+        this.close();
+        this.add(tag);
+      };
+      return made;
+    };
+    this.options.replaceChildren(...this.found.map(option));
+    const selected = this.options.children[this.at];
+    selected?.scrollIntoView({ block: "nearest" });
+    if (selected) this.input.setAttribute("aria-activedescendant", selected.id);
+    else this.input.removeAttribute("aria-activedescendant");
+  }
+
+  close() {
+    this.found = [];
+    this.at = -1;
+    this.list();
+  }
+
+  key(event) {
+    const { key } = event;
+    if ((key === "ArrowDown" || key === "ArrowUp") && this.found.length) {
+      event.preventDefault();
+      const step = key === "ArrowDown" ? 1 : -1;
+      this.at = (this.at + step + this.found.length + (this.at < 0 && step < 0 ? 1 : 0)) % this.found.length;
+      this.list();
+    } else if (key === "Enter" && !event.ctrlKey && !event.metaKey && this.input.value.trim()) {
+      event.preventDefault();
+      const exact = this.vocabulary().known.has(this.input.value.trim());
+      const chosen = this.found[this.at] ?? (exact ? null : this.found[0]);
+      if (chosen) {
+        this.close();
+        this.add(chosen.tag);
+      } else this.take();
+    } else if (key === "Escape" && this.found.length) {
+      event.stopPropagation();
+      this.close();
+    } else if (key === "Backspace" && !this.input.value && this.tags.length) {
+      this.tags.pop();
+      this.show();
+    }
+  }
+}

@@ -1,0 +1,220 @@
+//! The thread that owns the device: it takes batches from the queue and makes pictures of them, by [`Pipeline`], as
+//! `edm2k sample` does.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::preview::{Linear, data_url};
+use super::queue::{Batch, Job, Made, Preview};
+use super::request::{Card, Request};
+use super::{Files, ServeError, Server};
+use crate::Device;
+use crate::condition::tagger::Tagger;
+use crate::model::Encoder;
+use crate::pictures::{Picture, decode};
+use crate::pipeline::{self, Condition, Pipeline, PipelineError, Step, Viewer};
+
+/// Previews may take this part of a batch's time.
+const PREVIEWS: u32 = 4;
+
+/// What makes pictures.
+pub struct Painter {
+    device: Device,
+    files: Files,
+    batch: usize,
+    /// Those that were given, and the last snapshot of a run.
+    loaded: Vec<(Arc<Card>, Pipeline)>,
+    guest: Option<(Arc<Card>, Pipeline)>,
+    linear: Option<Linear>,
+    /// Of the jobs of the last batch.
+    conditions: HashMap<u64, Vec<Condition>>,
+    outdir: Option<PathBuf>,
+}
+
+/// Opens a model with all that goes with it.
+fn open(device: &Device, files: &Files, card: &Card) -> Result<Pipeline, PipelineError> {
+    let mut pipeline = Pipeline::load(device, &card.path)?;
+    if let Some(path) = files.condition_model.as_ref().filter(|_| card.invents) {
+        pipeline = pipeline.with_condition_model(path)?;
+    }
+    if let Some(path) = files.tagger.as_ref().filter(|_| card.like) {
+        pipeline = pipeline.with_tagger(path, files.tagger_node.as_deref())?;
+    }
+    if card.meta.encoder == Encoder::SdVae {
+        if let Some(path) = &files.vae {
+            pipeline = pipeline.with_codec(path)?;
+        }
+        if let Some(path) = &files.preview {
+            pipeline = pipeline.with_preview(path)?;
+        }
+    }
+    pipeline.ready()?;
+    Ok(pipeline)
+}
+
+impl Painter {
+    /// Loads the models.
+    ///
+    /// # Errors
+    /// What is wrong with the files; the device's.
+    pub fn new(
+        device: Device,
+        files: Files,
+        cards: &[Arc<Card>],
+        batch: usize,
+        outdir: Option<PathBuf>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Self, ServeError> {
+        let mut loaded = Vec::new();
+        for card in cards {
+            let mut pipeline = open(&device, &files, card)?;
+            pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
+            loaded.push((card.clone(), pipeline));
+        }
+        let linear = match &files.vae {
+            Some(vae) if files.preview.is_none() => {
+                let (size, tiles) = Linear::tiles();
+                let (mut viewer, _) = Viewer::open(&device, vae, "previews", None).map_err(PipelineError::from)?;
+                Linear::fit(&viewer.picture(size, &tiles).map_err(PipelineError::from)?)
+            }
+            _ => None,
+        };
+        Ok(Self { device, files, batch, loaded, guest: None, linear, conditions: HashMap::new(), outdir })
+    }
+
+    /// Works until the queue is closed.
+    pub fn work(&mut self, server: &Server, say: &mut dyn FnMut(&str)) {
+        while let Some(batch) = server.queue.next(self.batch) {
+            match self.paint(server, &batch, say) {
+                Ok(()) | Err(PipelineError::Stopped) => {}
+                Err(why) => batch.jobs().for_each(|job| server.queue.fail(job, why.to_string())),
+            }
+        }
+    }
+
+    /// Makes the pictures of a batch.
+    fn paint(&mut self, server: &Server, batch: &Batch, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
+        let Some((first, _)) = batch.images.first() else { return Ok(()) };
+        let Request { model: card, size, sampler, .. } = &first.request;
+        let place = self.loaded.iter().position(|(known, _)| Arc::ptr_eq(known, card));
+        if place.is_none() && !self.guest.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, card)) {
+            // First, as there may be room for one only.
+            self.guest = None;
+            self.guest = Some((card.clone(), open(&self.device, &self.files, card)?));
+        }
+        let pipeline = match (place, &mut self.guest) {
+            (Some(place), _) => &mut self.loaded[place].1,
+            (None, Some((_, pipeline))) => pipeline,
+            (None, None) => return Ok(()),
+        };
+
+        self.conditions.retain(|id, _| batch.jobs().any(|job| job.id == *id));
+        for job in batch.jobs() {
+            if !self.conditions.contains_key(&job.id) {
+                match conditions(pipeline, &job.request) {
+                    Ok(made) => drop(self.conditions.insert(job.id, made)),
+                    Err(why) => server.queue.fail(job, why.to_string()),
+                }
+            }
+        }
+        // Each image has a condition of its own, as its neighbours may be of other jobs.
+        let all = &self.conditions;
+        let images: Vec<&(Arc<Job>, usize)> =
+            batch.images.iter().filter(|(job, _)| all.contains_key(&job.id)).collect();
+        if images.is_empty() {
+            return Ok(());
+        }
+        let condition = |(job, index): &(Arc<Job>, usize)| {
+            let rows = &all[&job.id];
+            let row = (!rows.is_empty()).then(|| index / job.request.per_condition % rows.len())?;
+            Some(rows[row].clone())
+        };
+        let request = pipeline::Request {
+            conditions: images.iter().filter_map(|image| condition(image)).collect(),
+            per_condition: 1,
+            seeds: images.iter().map(|(job, index)| job.request.seeds[*index]).collect(),
+            size: Some(*size),
+            sampler: sampler.clone(),
+            batch: images.len(),
+        };
+
+        let (started, linear) = (Instant::now(), self.linear.as_ref().filter(|_| card.meta.encoder == Encoder::SdVae));
+        let mut spent = Duration::ZERO;
+        let watch = |step: &mut Step| {
+            if images.iter().all(|(job, _)| job.is_cancelled()) {
+                return Err(PipelineError::Stopped);
+            }
+            let before = Instant::now();
+            // What they cost is bounded: on a CPU an autoencoder is slower than many a step.
+            let cheap = spent <= started.elapsed() / PREVIEWS;
+            let wanted = cheap && step.index + 1 < step.of && images.iter().any(|(job, _)| job.is_previewed());
+            let pictures = if wanted { shown(step, *size, linear)? } else { Vec::new() };
+            let previews: Vec<Option<String>> = pictures.iter().map(data_url).collect();
+            spent += before.elapsed();
+            for job in batch.jobs() {
+                tell(job, &images, &previews, step.index + 1, started);
+            }
+            Ok(())
+        };
+        for image in pipeline.images(&request)?.watched(watch) {
+            let image = image?;
+            let (job, index) = images[image.number];
+            let failed = |error: std::io::Error| server.queue.fail(job, error.to_string());
+            let Ok(png) = image.png().map_err(failed) else { continue };
+            if let Some(dir) = &self.outdir {
+                let path = dir.join(format!("{:06}-{:06}.png", job.id, image.seed));
+                if let Err(why) = crate::formats::write_atomically(&path, |out| std::io::Write::write_all(out, &png)) {
+                    say(&format!("warning: {}: {why}", path.display()));
+                }
+            }
+            server.queue.made(job, Made { index: *index, seed: image.seed, parameters: image.about, png: png.into() });
+        }
+        Ok(())
+    }
+}
+
+/// The conditions of a request, in the order of `edm2k sample`.
+fn conditions(pipeline: &mut Pipeline, request: &Request) -> Result<Vec<Condition>, PipelineError> {
+    let mut all = Vec::new();
+    let seed = request.condition_seed;
+    for text in &request.tags {
+        all.push(if request.complete { pipeline.complete(text, seed)? } else { pipeline.tags(text, seed)? });
+    }
+    for (number, bytes) in request.like.iter().enumerate() {
+        let name = format!("upload {number}");
+        let image = decode::decode(bytes, Tagger::BACKGROUND);
+        let image = image.map_err(|why| pipeline::ConditionError::Picture { name: name.clone(), why })?;
+        all.push(pipeline.like_picture(&image.picture, &name)?);
+    }
+    if request.invent > 0 {
+        all.extend(pipeline.invent(request.invent, seed)?);
+    }
+    Ok(all)
+}
+
+/// What the images look like at a step.
+fn shown(step: &mut Step, size: [usize; 2], linear: Option<&Linear>) -> Result<Vec<Picture>, PipelineError> {
+    let Some(linear) = linear else { return step.pictures() };
+    let values = step.denoised()?;
+    Ok(values.chunks(values.len() / step.images).map(|latent| linear.picture(size, latent)).collect())
+}
+
+/// Tells a job how far its images of a batch are.
+fn tell(job: &Job, images: &[&(Arc<Job>, usize)], previews: &[Option<String>], steps: usize, started: Instant) {
+    let ours = || images.iter().enumerate().filter(|(_, (other, _))| other.id == job.id);
+    let count = ours().count();
+    let rate = steps as f64 / started.elapsed().as_secs_f64().max(1e-9);
+    job.update(|view| {
+        view.done = view.pictures.len() * job.request.sampler.steps + count * steps;
+        view.rate = Some(rate);
+        view.seconds_left = Some((view.of - view.done.min(view.of)) as f64 / (rate * count as f64).max(1e-9));
+        if !previews.is_empty() {
+            let preview = |(place, (_, index)): (usize, &&(Arc<Job>, usize))| {
+                Some(Preview { index: *index, image: previews.get(place)?.clone()? })
+            };
+            view.previews = ours().filter_map(preview).collect();
+        }
+    });
+}

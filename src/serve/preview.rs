@@ -1,0 +1,133 @@
+//! What pictures look like before they are finished.
+//!
+//! Latents without a TAESD are shown by an affine map to colours, `rgb = A z + b` for each of their pixels. It is not a
+//! table of numbers out of somebody's experiments but a least squares fit to the decoder that is at hand: that is shown
+//! one latent of flat tiles, each of a random colour of latent space (normal, of the standard deviation that EDM2's
+//! latents have), and the mean colour that it makes of each tile's middle is what the map has to predict. Many tiles in
+//! one picture, as the decoder normalises over all of it: a flat picture alone would look like none that it knows.
+
+use std::io::Cursor;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use image::codecs::jpeg::JpegEncoder;
+use nalgebra::{DMatrix, SMatrix};
+
+use crate::codec::{FINAL_STD, LATENTS};
+use crate::pictures::Picture;
+use crate::rng::{Purpose, Stream};
+
+/// Tiles along each side of what the decoder is shown.
+const TILES: usize = 8;
+/// Latent pixels along each side of a tile.
+const TILE: usize = 4;
+/// Most pixels of a preview that is sent as it is; larger ones are JPEG.
+const MOST_PLAIN: usize = 1 << 16;
+
+/// The map.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// Rows: the latent's channels and 1; columns: red, green, blue from 0 to 255.
+    map: SMatrix<f64, { LATENTS + 1 }, 3>,
+}
+
+impl Linear {
+    /// Latents, [height, width] and values, that a decoder is to be shown.
+    pub fn tiles() -> ([usize; 2], Vec<f32>) {
+        let mut colours = vec![0.0; TILES * TILES * LATENTS];
+        Stream { seed: 0, purpose: Purpose::SampleNoise, step: 0, image: 0 }.normals(&mut colours);
+        let side = TILES * TILE;
+        let tile = |pixel: usize| pixel / side / TILE * TILES + pixel % side / TILE;
+        let values = (0..side * side).flat_map(|pixel| &colours[tile(pixel) * LATENTS..][..LATENTS]);
+        ([side, side], values.map(|x| FINAL_STD * x).collect())
+    }
+
+    /// The map that fits best what a decoder makes of [`Linear::tiles`]; none of a picture of another size.
+    pub fn fit(picture: &Picture) -> Option<Self> {
+        let ([side, _], latents) = Self::tiles();
+        let factor = picture.width() / side;
+        if factor == 0 || (picture.width(), picture.height()) != (side * factor, side * factor) {
+            return None;
+        }
+        let origin = |tile: usize| [tile / TILES * TILE, tile % TILES * TILE];
+        let inputs = DMatrix::from_fn(TILES * TILES, LATENTS + 1, |tile, channel| {
+            let [y, x] = origin(tile);
+            if channel == LATENTS { 1.0 } else { f64::from(latents[(y * side + x) * LATENTS + channel]) }
+        });
+        // A quarter from each edge, what the neighbours colour is left out.
+        let (edge, inner) = (TILE * factor / 4, (TILE * factor / 2).max(1));
+        let colours = DMatrix::from_fn(TILES * TILES, 3, |tile, channel| {
+            let [y, x] = origin(tile).map(|at| at * factor + edge);
+            let pixels = (0..inner * inner).map(|i| (y + i / inner) * picture.width() + x + i % inner);
+            let sum: f64 = pixels.map(|pixel| f64::from(picture.rgb()[3 * pixel + channel])).sum();
+            sum / (inner * inner) as f64
+        });
+        let map = inputs.svd(true, true).solve(&colours, 1e-9).ok()?;
+        Some(Self { map: SMatrix::from_fn(|row, column| map[(row, column)]) })
+    }
+
+    /// The picture of a latent [height, width, 4], a pixel for each of its.
+    pub fn picture(&self, [height, width]: [usize; 2], latent: &[f32]) -> Picture {
+        let colour = |z: &[f32]| -> [u8; 3] {
+            std::array::from_fn(|c| {
+                let sum: f64 = z.iter().enumerate().map(|(i, &z)| f64::from(z) * self.map[(i, c)]).sum();
+                (sum + self.map[(LATENTS, c)]).round() as u8
+            })
+        };
+        Picture::new(height, width, latent.chunks_exact(LATENTS).flat_map(colour).collect())
+    }
+}
+
+/// A picture as a `data:` URL; none if it cannot be one.
+pub fn data_url(picture: &Picture) -> Option<String> {
+    let (kind, bytes) = if picture.width() * picture.height() <= MOST_PLAIN {
+        ("png", picture.png(&[]).ok()?)
+    } else {
+        let mut bytes = Cursor::new(Vec::new());
+        let [width, height] = [picture.width(), picture.height()].map(u32::try_from);
+        let encoder = JpegEncoder::new_with_quality(&mut bytes, 80);
+        image::ImageEncoder::write_image(
+            encoder,
+            picture.rgb(),
+            width.ok()?,
+            height.ok()?,
+            image::ExtendedColorType::Rgb8,
+        )
+        .ok()?;
+        ("jpeg", bytes.into_inner())
+    };
+    Some(format!("data:image/{kind};base64,{}", BASE64_STANDARD.encode(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A decoder that is affine, enlarges four times, and blurs across a pixel.
+    fn decode([height, width]: [usize; 2], latent: &[f32]) -> Picture {
+        let colour = |y: usize, x: usize| -> [f64; 3] {
+            let z = &latent[(y.min(height - 1) * width + x.min(width - 1)) * LATENTS..][..LATENTS];
+            let z: Vec<f64> = z.iter().map(|&z| f64::from(z)).collect();
+            [120.0 + 40.0 * z[0] - 10.0 * z[3], 100.0 + 30.0 * z[1], 140.0 + 20.0 * z[2] + 10.0 * z[0]]
+        };
+        let pixels = (0..16 * height * width).map(|i| (i / (4 * width), i % (4 * width)));
+        let rgb = pixels.flat_map(|(y, x)| {
+            let (near, far) = (colour(y / 4, x / 4), colour((y + 1) / 4, (x + 1) / 4));
+            [0, 1, 2].map(|c| (0.5 * near[c] + 0.5 * far[c]) as u8)
+        });
+        Picture::new(4 * height, 4 * width, rgb.collect())
+    }
+
+    #[test]
+    fn the_map_finds_what_a_decoder_does_to_colours() {
+        let (size, tiles) = Linear::tiles();
+        let map = Linear::fit(&decode(size, &tiles)).unwrap();
+        let latent = [0.5, -1.0, 0.25, 0.75];
+        let shown = map.picture([1, 1], &latent);
+        // Decoded colours are cut to whole numbers: half a level in the mean, and one of the rounding.
+        for (got, want) in shown.rgb().iter().zip([132.5, 70.0, 150.0]) {
+            assert!((f64::from(*got) - want).abs() < 2.0, "{:?}", shown.rgb());
+        }
+        assert!(Linear::fit(&Picture::new(8, 8, vec![0; 192])).is_none());
+    }
+}

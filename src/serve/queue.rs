@@ -1,0 +1,407 @@
+//! Requests in the order that they came, for the one thread that owns the device.
+//!
+//! A job's state is a [`View`] in a channel that keeps the last one only: whoever watches slowly misses previews, never
+//! an end, and costs no memory. Jobs of one shape and setting fill a batch together ([`Queue::next`]); what an image is
+//! made of is its own, so its neighbours do not change it. Everything is bounded: jobs that wait, bytes that were
+//! uploaded, and of what is done the last [`Limits::kept`] jobs and [`Limits::kept_bytes`].
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::request::{Refusal, Request};
+
+/// What a server takes on.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Jobs that wait or run.
+    pub jobs: usize,
+    /// Bytes of their uploads together.
+    pub uploads: usize,
+    /// Jobs that are done and can still be asked for.
+    pub kept: usize,
+    /// Bytes of their pictures together.
+    pub kept_bytes: usize,
+    /// How long a job goes on that had a watcher and has none.
+    pub patience: Duration,
+    /// How long a job goes on that nobody has asked about.
+    pub unasked: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            jobs: 256,
+            uploads: 256 << 20,
+            kept: 256,
+            kept_bytes: 256 << 20,
+            patience: Duration::from_secs(3),
+            unasked: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// It waits.
+    Queued,
+    /// The device works on it.
+    Running,
+    /// All pictures are there.
+    Done,
+    /// It cannot be done.
+    Failed,
+    /// Somebody cancelled it, or nobody waited for it any more.
+    Cancelled,
+}
+
+impl Stage {
+    /// Whether nothing will change any more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// A finished picture.
+#[derive(Clone, Debug, Serialize)]
+pub struct Made {
+    /// Which of the job's.
+    pub index: usize,
+    /// Its seed.
+    pub seed: u64,
+    /// Its parameters, as its file carries them.
+    pub parameters: Value,
+    /// The PNG file.
+    #[serde(skip)]
+    pub png: Bytes,
+}
+
+/// What a picture looks like so far.
+#[derive(Clone, Debug, Serialize)]
+pub struct Preview {
+    /// Which of the job's.
+    pub index: usize,
+    /// A `data:` URL.
+    pub image: String,
+}
+
+/// What is known of a job.
+#[derive(Clone, Debug, Serialize)]
+pub struct View {
+    /// Of the job.
+    pub id: u64,
+    /// Where it stands.
+    pub stage: Stage,
+    /// Jobs before it.
+    pub ahead: usize,
+    /// Steps done, over all of its pictures: each takes `steps` of them.
+    pub done: usize,
+    /// Steps in all.
+    pub of: usize,
+    /// Steps of the device a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<f64>,
+    /// Seconds that are left of it, once it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds_left: Option<f64>,
+    /// What is finished.
+    pub pictures: Vec<Made>,
+    /// Of those that are being made, the last that was shown.
+    pub previews: Vec<Preview>,
+    /// Why it failed or was cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// A request that was taken.
+#[derive(Debug)]
+pub struct Job {
+    /// Its number.
+    pub id: u64,
+    /// What is wanted.
+    pub request: Request,
+    /// Images that were given to the device.
+    given: AtomicUsize,
+    cancelled: AtomicBool,
+    watched: AtomicBool,
+    previewed: AtomicBool,
+    seen: Mutex<Instant>,
+    view: watch::Sender<View>,
+}
+
+impl Job {
+    fn new(id: u64, request: Request) -> Self {
+        let of = request.seeds.len() * request.sampler.steps;
+        let view = View {
+            id,
+            stage: Stage::Queued,
+            ahead: 0,
+            done: 0,
+            of,
+            rate: None,
+            seconds_left: None,
+            pictures: Vec::new(),
+            previews: Vec::new(),
+            why: None,
+        };
+        Self {
+            id,
+            request,
+            given: AtomicUsize::new(0),
+            cancelled: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
+            previewed: AtomicBool::new(false),
+            seen: Mutex::new(Instant::now()),
+            view: watch::Sender::new(view),
+        }
+    }
+
+    /// What is known now; whoever asks is waiting for it.
+    pub fn view(&self) -> View {
+        *lock(&self.seen) = Instant::now();
+        self.view.borrow().clone()
+    }
+
+    /// What is known now, for somebody else.
+    pub fn peek(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Watches it. A job whose watchers have all gone is cancelled.
+    pub fn watch(&self) -> watch::Receiver<View> {
+        self.watched.store(true, Ordering::Relaxed);
+        *lock(&self.seen) = Instant::now();
+        self.view.subscribe()
+    }
+
+    /// Makes previews from now on, as long as somebody watches.
+    pub fn preview(&self) {
+        self.previewed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody looks at previews.
+    pub fn is_previewed(&self) -> bool {
+        self.previewed.load(Ordering::Relaxed) && self.is_watched()
+    }
+
+    fn is_watched(&self) -> bool {
+        self.view.receiver_count() > 0
+    }
+
+    /// Whether its work may be dropped.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Changes what is known, unless all is said.
+    pub fn update(&self, change: impl FnOnce(&mut View)) {
+        self.view.send_if_modified(|view| {
+            let goes_on = !view.stage.is_final();
+            if goes_on {
+                change(view);
+            }
+            goes_on
+        });
+    }
+
+    fn end(&self, stage: Stage, why: Option<String>) {
+        self.cancelled.store(stage == Stage::Cancelled, Ordering::Relaxed);
+        self.update(|view| {
+            (view.stage, view.why, view.ahead, view.seconds_left) = (stage, why, 0, None);
+            view.previews.clear();
+        });
+    }
+
+    fn is_over(&self) -> bool {
+        self.view.borrow().stage.is_final()
+    }
+
+    fn bytes(&self) -> usize {
+        self.view.borrow().pictures.iter().map(|made| made.png.len()).sum()
+    }
+
+    /// Whether those who wanted it have gone.
+    fn is_abandoned(&self, limits: &Limits) -> bool {
+        let mut seen = lock(&self.seen);
+        if self.is_watched() {
+            *seen = Instant::now();
+            return false;
+        }
+        let watched = self.watched.load(Ordering::Relaxed);
+        seen.elapsed() > if watched { limits.patience } else { limits.unasked }
+    }
+}
+
+/// Images of one job, or of several of one shape and setting, for the device.
+pub struct Batch {
+    /// Each image: its job, and which of the job's it is.
+    pub images: Vec<(Arc<Job>, usize)>,
+}
+
+impl Batch {
+    /// The jobs, each once.
+    pub fn jobs(&self) -> impl Iterator<Item = &Arc<Job>> {
+        self.images.chunk_by(|a, b| a.0.id == b.0.id).map(|part| &part[0].0)
+    }
+}
+
+#[derive(Default)]
+struct State {
+    last: u64,
+    /// In order; those at the front may have images at the device already.
+    open: VecDeque<Arc<Job>>,
+    over: VecDeque<Arc<Job>>,
+    closed: bool,
+}
+
+/// The queue.
+pub struct Queue {
+    limits: Limits,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// A thread that panicked leaves nothing half done here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Queue {
+    /// An empty one, whose jobs are numbered after `last`.
+    pub fn new(limits: Limits, last: u64) -> Self {
+        Self { limits, state: Mutex::new(State { last, ..State::default() }), changed: Condvar::new() }
+    }
+
+    /// Takes a request.
+    ///
+    /// # Errors
+    /// [`Refusal::Full`], [`Refusal::Stopping`].
+    pub fn submit(&self, request: Request) -> Result<Arc<Job>, Refusal> {
+        let mut state = lock(&self.state);
+        if state.closed {
+            return Err(Refusal::Stopping);
+        }
+        let uploads = |request: &Request| request.like.iter().map(Bytes::len).sum::<usize>();
+        let uploaded: usize = state.open.iter().map(|job| uploads(&job.request)).sum();
+        if state.open.len() >= self.limits.jobs || uploaded + uploads(&request) > self.limits.uploads {
+            return Err(Refusal::Full(state.open.len()));
+        }
+        state.last += 1;
+        let job = Arc::new(Job::new(state.last, request));
+        state.open.push_back(job.clone());
+        self.settle(&mut state);
+        self.changed.notify_one();
+        Ok(job)
+    }
+
+    /// The job of a number, while it is known.
+    pub fn job(&self, id: u64) -> Option<Arc<Job>> {
+        let state = lock(&self.state);
+        state.open.iter().chain(&state.over).find(|job| job.id == id).cloned()
+    }
+
+    /// What waits or runs, in order.
+    pub fn open(&self) -> Vec<Arc<Job>> {
+        lock(&self.state).open.iter().cloned().collect()
+    }
+
+    /// Waits for work, and takes up to `most` images of the first job, and of others of its shape and setting if it has
+    /// fewer. None: the queue is closed.
+    pub fn next(&self, most: usize) -> Option<Batch> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.closed {
+                return None;
+            }
+            self.settle(&mut state);
+            let mut images: Vec<(Arc<Job>, usize)> = Vec::new();
+            for job in &state.open {
+                let fits = images.first().is_none_or(|(first, _)| first.request.fits(&job.request));
+                let (given, all) = (job.given.load(Ordering::Relaxed), job.request.seeds.len());
+                if fits && given < all {
+                    let until = all.min(given + most - images.len());
+                    images.extend((given..until).map(|index| (job.clone(), index)));
+                    job.given.store(until, Ordering::Relaxed);
+                }
+                if images.len() == most {
+                    break;
+                }
+            }
+            if !images.is_empty() {
+                let batch = Batch { images };
+                batch.jobs().for_each(|job| job.update(|view| view.stage = Stage::Running));
+                return Some(batch);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A picture is finished.
+    pub fn made(&self, job: &Job, made: Made) {
+        let mut complete = false;
+        job.update(|view| {
+            view.previews.retain(|preview| preview.index != made.index);
+            view.pictures.push(made);
+            complete = view.pictures.len() == job.request.seeds.len();
+        });
+        if complete {
+            self.end(job, Stage::Done, None);
+        }
+    }
+
+    /// A job cannot be done.
+    pub fn fail(&self, job: &Job, why: String) {
+        self.end(job, Stage::Failed, Some(why));
+    }
+
+    /// Cancels a job; what is finished of it stays.
+    pub fn cancel(&self, job: &Job, why: &str) {
+        self.end(job, Stage::Cancelled, Some(why.into()));
+    }
+
+    /// Cancels the jobs that nobody waits for.
+    pub fn cancel_abandoned(&self) {
+        for job in self.open().into_iter().filter(|job| job.is_abandoned(&self.limits)) {
+            self.cancel(&job, "nobody waited for it any more");
+        }
+    }
+
+    /// Takes no more, and cancels what there is.
+    pub fn close(&self) {
+        lock(&self.state).closed = true;
+        for job in self.open() {
+            self.cancel(&job, "the server stopped");
+        }
+        self.changed.notify_all();
+    }
+
+    fn end(&self, job: &Job, stage: Stage, why: Option<String>) {
+        job.end(stage, why);
+        self.settle(&mut lock(&self.state));
+    }
+
+    /// Puts away what is over, forgets the oldest of that, and tells the others how many are ahead.
+    fn settle(&self, state: &mut State) {
+        let (over, open): (VecDeque<_>, _) = state.open.drain(..).partition(|job| job.is_over());
+        state.open = open;
+        state.over.extend(over);
+        let mut bytes: usize = state.over.iter().map(|job| job.bytes()).sum();
+        while state.over.len() > self.limits.kept || bytes > self.limits.kept_bytes {
+            let Some(job) = state.over.pop_front() else { break };
+            bytes -= job.bytes();
+        }
+        for (place, job) in state.open.iter().enumerate() {
+            if job.view.borrow().ahead != place {
+                job.update(|view| view.ahead = place);
+            }
+        }
+    }
+}

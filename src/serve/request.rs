@@ -1,0 +1,253 @@
+//! What is asked for, checked before it waits: a request that is taken fails by the device or the disk alone.
+
+use std::io::Cursor;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::http::StatusCode;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use image::{ImageError, ImageReader};
+use serde::{Deserialize, Serialize};
+
+use crate::condition::vocabulary::Vocabulary;
+use crate::model::{Config, ModelMeta};
+use crate::sample::{SamplerConfig, parse_seeds};
+
+/// Most images of a job.
+pub const MOST_IMAGES: usize = 64;
+/// Most pixels of a picture, in pictures of the size that the model learned from.
+pub const MOST_AREA: usize = 4;
+/// Most pixels times steps of a job, in such pictures and steps.
+pub const MOST_WORK: usize = 4096;
+/// Longest text of tags.
+const MOST_TEXT: usize = 1 << 14;
+/// Most pixels of an uploaded picture: it is decoded beside others.
+const MOST_PIXELS: u64 = 1 << 24;
+
+/// Why a request was refused; the answer is its status, and its message as JSON.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Refusal {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("there is no {0}")]
+    NotFound(String),
+    #[error("{0}")]
+    Forbidden(String),
+    #[error("a token is needed: --token of this server, as \"Authorization: Bearer TOKEN\"")]
+    Token,
+    #[error("expected Content-Type: application/json")]
+    Media,
+    #[error("more than {0} bytes")]
+    Large(usize),
+    #[error("the request did not arrive in {0} seconds")]
+    Slow(u64),
+    #[error("{0} jobs are waiting already; try again later")]
+    Full(usize),
+    #[error("the server is stopping")]
+    Stopping,
+    #[error("{0}")]
+    Failed(String),
+    #[error("{0}")]
+    Cancelled(String),
+}
+
+impl Refusal {
+    /// Of HTTP.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::Token => StatusCode::UNAUTHORIZED,
+            Self::Media => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Large(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Slow(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::Full(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Stopping | Self::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+/// How a model takes tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tags {
+    /// Not at all.
+    No,
+    /// As they are.
+    Plain,
+    /// The condition model makes a condition of them.
+    Invented,
+}
+
+/// What a model is, as far as requests are concerned.
+#[derive(Debug)]
+pub struct Card {
+    /// What requests call it.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its network.
+    pub config: Config,
+    /// What its file says.
+    pub meta: ModelMeta,
+    /// The tags that it takes, with their counts where they are known.
+    pub vocabulary: Vocabulary,
+    /// How it takes them.
+    pub tags: Tags,
+    /// Whether it takes pictures.
+    pub like: bool,
+    /// Whether the condition model goes with it.
+    pub invents: bool,
+    /// Pixels for each value of its images, in each direction.
+    pub factor: usize,
+}
+
+impl Card {
+    /// [height, width] of the images that it learned from.
+    pub fn size(&self) -> [usize; 2] {
+        [self.meta.height, self.meta.width]
+    }
+}
+
+/// The body of a request for pictures. What is left out has the default of `edm2k sample`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Wanted {
+    /// Name of the model; the first one if it is left out.
+    pub model: Option<String>,
+    /// Tags of each condition, separated by commas.
+    pub tags: Vec<String>,
+    /// Whether the condition model completes them.
+    pub complete: bool,
+    /// Pictures whose features are conditions, in base64.
+    pub like: Vec<String>,
+    /// How many conditions the condition model invents.
+    pub invent: usize,
+    /// Seed of those.
+    pub condition_seed: u64,
+    /// Images of each condition.
+    pub per_condition: Option<usize>,
+    /// Seeds as `--seeds` takes them.
+    pub seeds: Option<String>,
+    /// Width of the images, or latents.
+    pub width: Option<usize>,
+    /// Their height.
+    pub height: Option<usize>,
+    /// How images come out of noise.
+    pub sampler: SamplerConfig,
+}
+
+/// A request that can be done.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The model.
+    pub model: Arc<Card>,
+    /// Tags of conditions.
+    pub tags: Vec<String>,
+    /// Whether the condition model completes them.
+    pub complete: bool,
+    /// Uploaded pictures.
+    pub like: Vec<Bytes>,
+    /// Conditions to invent.
+    pub invent: usize,
+    /// Seed of those.
+    pub condition_seed: u64,
+    /// Images of each condition.
+    pub per_condition: usize,
+    /// One for each image.
+    pub seeds: Vec<u64>,
+    /// [height, width].
+    pub size: [usize; 2],
+    /// The sampler.
+    pub sampler: SamplerConfig,
+}
+
+fn ensure(ok: bool, message: impl FnOnce() -> String) -> Result<(), Refusal> {
+    if ok { Ok(()) } else { Err(Refusal::Invalid(message())) }
+}
+
+impl Request {
+    /// Checks all that is known without computing.
+    ///
+    /// # Errors
+    /// [`Refusal::Invalid`] with what is wrong.
+    pub fn new(wanted: Wanted, model: Arc<Card>) -> Result<Self, Refusal> {
+        let Wanted { tags, complete, like, invent, condition_seed, sampler, .. } = wanted;
+        let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
+        let name = &model.name;
+        sampler.validate().map_err(|error| invalid(&error))?;
+
+        let most =
+            |what, found, most: usize| ensure(found <= most, || format!("{found} {what}, expected {most} at most"));
+        most("sets of tags", tags.len(), MOST_IMAGES)?;
+        most("pictures", like.len(), MOST_IMAGES)?;
+        most("invented conditions", invent, MOST_IMAGES)?;
+        ensure(tags.is_empty() || model.tags != Tags::No, || format!("{name} takes no tags"))?;
+        ensure(like.is_empty() || model.like, || format!("{name} takes no pictures"))?;
+        let invents = invent > 0 || complete;
+        ensure(!invents || model.invents, || format!("{name} has no condition model that could invent or complete"))?;
+        ensure(!complete || !tags.is_empty(), || "there are no tags to complete".into())?;
+        for text in &tags {
+            most("bytes of tags", text.len(), MOST_TEXT)?;
+            let known = model.vocabulary.parse(text).map_err(|error| invalid(&error))?;
+            ensure(!known.is_empty(), || format!("{text:?} has no tag"))?;
+        }
+        let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
+
+        let rows = tags.len() + like.len() + invent;
+        let per_condition = wanted.per_condition.unwrap_or(1);
+        ensure(per_condition > 0, || "per_condition is 0".into())?;
+        most("images of a condition", per_condition, MOST_IMAGES)?;
+        let seeds = match &wanted.seeds {
+            Some(list) => parse_seeds(list).map_err(|error| invalid(&error))?,
+            None => (0..(rows.max(1) * per_condition) as u64).collect(),
+        };
+        most("images", seeds.len(), MOST_IMAGES)?;
+
+        let size = [wanted.height.unwrap_or(model.meta.height), wanted.width.unwrap_or(model.meta.width)];
+        model.config.check_size(size[0], size[1]).map_err(|error| invalid(&error))?;
+        let area = |[height, width]: [usize; 2]| height.saturating_mul(width);
+        let (ours, native) = (area(size), area(model.size()));
+        ensure(ours <= native.saturating_mul(MOST_AREA), || {
+            let [height, width] = model.size();
+            format!("{}x{} is more than {MOST_AREA} times {name}'s {width}x{height}", size[1], size[0])
+        })?;
+        let work = ours.saturating_mul(seeds.len()).saturating_mul(sampler.steps);
+        ensure(work <= native.saturating_mul(MOST_WORK), || {
+            let steps = sampler.steps;
+            format!("{} images of {steps} steps are too much at this size; ask for fewer of either", seeds.len())
+        })?;
+        Ok(Self { model, tags, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
+    }
+
+    /// Whether there is any condition.
+    pub fn conditioned(&self) -> bool {
+        !self.tags.is_empty() || !self.like.is_empty() || self.invent > 0
+    }
+
+    /// Whether images of both may be in one batch.
+    pub fn fits(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.model, &other.model)
+            && (self.size, self.conditioned()) == (other.size, other.conditioned())
+            && self.sampler == other.sampler
+    }
+}
+
+/// An uploaded picture that is small enough to be decoded later.
+fn picture(base64: &str) -> Result<Bytes, Refusal> {
+    // What a page reads of a file begins so.
+    let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);
+    let bytes = BASE64_STANDARD.decode(base64).map_err(|error| Refusal::Invalid(format!("a picture: {error}")))?;
+    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(ImageError::IoError);
+    let size = reader.and_then(ImageReader::into_dimensions);
+    let (width, height) = size.map_err(|error| Refusal::Invalid(format!("a picture: {error}")))?;
+    ensure(u64::from(width) * u64::from(height) <= MOST_PIXELS, || {
+        format!("a picture of {width}x{height}, expected {MOST_PIXELS} pixels at most")
+    })?;
+    Ok(bytes.into())
+}
