@@ -64,10 +64,10 @@ hooks: ## run `make quick` before each commit from now on
 	@git config core.hooksPath scripts/hooks
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
-test-page: ## draw on the page in a real browser (Debian's chromium, installed if it is missing); screenshots in target/page
+test-page: nvcc ## draw on the page in a real browser (Debian's chromium, installed if it is missing); screenshots in target/page
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get -qq update && \
 		$(SUDO) apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
-	@$(CARGO) test --release --locked --no-default-features --features browser --test page
+	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) --test page -- --ignored
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)

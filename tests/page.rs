@@ -168,6 +168,7 @@ const PREVIEWS: &str = "[...document.querySelectorAll('#board img')].filter(i =>
 const FINISHED: &str = "[...document.querySelectorAll('#board img')].filter(i => i.src.includes('/pictures/') && i.complete && i.naturalWidth).length";
 
 #[tokio::test]
+#[ignore = "it needs a browser: make test-page"]
 async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     let dir = tempfile::tempdir().unwrap();
     run_directory(&dir.path().join("runs/emoji"));
@@ -328,6 +329,7 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
 }
 
 #[tokio::test]
+#[ignore = "it needs a browser: make test-page"]
 async fn on_a_phone_everything_fits_and_the_token_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     run_directory(&dir.path().join("runs/emoji"));

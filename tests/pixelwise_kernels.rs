@@ -64,7 +64,7 @@ fn doubled([n, h, w, c]: Shape, double: bool) -> Shape {
     if double { [n, 2 * h, 2 * w, c] } else { [n, h, w, c] }
 }
 
-/// One pixel; the odd sizes of the issue; more channels than a warp's 32 vectors.
+/// One pixel; odd sizes; more channels than a warp's 32 vectors.
 const SHAPES: [Shape; 5] = [[1, 1, 1, 8], [1, 8, 11, 136], [3, 7, 5, 8], [1, 2, 3, 520], [3, 1, 2, 128]];
 
 #[test]

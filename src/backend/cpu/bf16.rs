@@ -111,6 +111,7 @@ pub fn product(
 
 /// Where sums go.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 struct Target {
     dst: *mut f32,
     rows: usize,
