@@ -693,7 +693,9 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     let (found, said) = fid(&format!("--model model --count 7 --images 5 {options}"));
     assert!(!said.contains("warning"), "{said}");
     let rows: Vec<_> = (0..5).map(|i| format!("--row {}:{}", data.display(), emoji.id(i))).collect();
-    bench.says(&format!("sample --model model --outdir sampled --seeds 0-6 {options} {}", rows.join(" ")));
+    let exact =
+        format!("sample --model model --outdir sampled --seeds 0-6 --precision f32 {options} {}", rows.join(" "));
+    bench.says(&exact);
     let (again, _) = fid("--generated sampled --images 5");
     assert_eq!(found["frechet_distance"], again["frechet_distance"]);
     assert_eq!(found["sampler"]["steps"], 3);
