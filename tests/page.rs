@@ -160,7 +160,7 @@ fn line(at: u64) -> String {
     let status = json!({"nimg": nimg, "step": nimg / 64, "loss": loss, "lr": 0.01 / (1.0 + x / 60.0).sqrt(),
         "grad_norm": 0.4, "nonfinite": 0, "images_per_s": 57.0 + 40.0 * wave, "seconds": nimg as f64 / 57.0, "peak_mib": 900.0});
     let check = json!({"nimg": nimg, "validation_loss": 0.35 + 0.88 / (1.0 + x / 6.0)});
-    if at % 5 == 0 { format!("{status}\n{check}\n") } else { format!("{status}\n") }
+    if at.is_multiple_of(5) { format!("{status}\n{check}\n") } else { format!("{status}\n") }
 }
 
 const CHIPS: &str = "[...document.querySelectorAll('.tags:first-child > .chip')].filter(c => c.ariaLabel?.startsWith('Remove ') && c.textContent !== '✕').map(c => c.textContent)";

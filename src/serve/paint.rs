@@ -2,6 +2,7 @@
 //! `edm2k sample` does.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -112,11 +113,10 @@ impl Painter {
 
         self.conditions.retain(|id, _| batch.jobs().any(|job| job.id == *id));
         for job in batch.jobs() {
-            if !self.conditions.contains_key(&job.id) {
-                match conditions(pipeline, &job.request) {
-                    Ok(made) => drop(self.conditions.insert(job.id, made)),
-                    Err(why) => server.queue.fail(job, why.to_string()),
-                }
+            let Entry::Vacant(place) = self.conditions.entry(job.id) else { continue };
+            match conditions(pipeline, &job.request) {
+                Ok(made) => drop(place.insert(made)),
+                Err(why) => server.queue.fail(job, why.to_string()),
             }
         }
         // Each image has a condition of its own, as its neighbours may be of other jobs.
