@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 mod autoencoder;
 #[path = "common/server.rs"]
 mod server;
-use server::{Server, message, tiny};
+use server::{Server, message, of_width, tiny};
 
 /// A directory with models.
 struct Place {
@@ -185,7 +185,9 @@ fn events_show_previews_and_pictures_and_end() {
 #[test]
 fn a_client_that_goes_away_cancels_its_job_and_the_next_one_runs() {
     let place = Place::new();
-    let server = place.serve("--model m.safetensors");
+    // On no machine may the jobs end before the server's patience does.
+    of_width(128, &place.path("slow.safetensors"), 3);
+    let server = place.serve("--model slow.safetensors");
     // One that watches events, one that waits for the answer.
     let job = server.post("/api/v1/generate", &long()).expect(202);
     let mut events = server.events(&format!("/api/v1/jobs/{}/events", job["id"]));

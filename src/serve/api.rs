@@ -303,10 +303,10 @@ async fn events(
 }
 
 async fn picture(State(app): App, Path((id, index)): Path<(u64, usize)>) -> Result<Response, Refusal> {
-    let view = find(&app, id)?.view();
-    let made = view.pictures.into_iter().find(|made| made.index == index);
-    let made = made.ok_or_else(|| Refusal::NotFound(format!("picture {index} of job {id}")))?;
-    Ok(([(CONTENT_TYPE, "image/png")], Body::from(made.png)).into_response())
+    let job = find(&app, id)?;
+    let png = job.view().pictures.iter().find(|made| made.index == index).map(|made| made.png.clone());
+    let png = png.ok_or_else(|| Refusal::NotFound(format!("picture {index} of job {id}")))?;
+    Ok(([(CONTENT_TYPE, "image/png")], Body::from(png)).into_response())
 }
 
 /// Reads something of the runs, where that blocks nobody.

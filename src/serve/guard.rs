@@ -77,8 +77,9 @@ impl Guard {
         let ours = host.parse::<Authority>().is_ok_and(|host| {
             let name = host.host();
             let address = name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+            let port = host.as_str() == name || host.port_u16().is_some();
             // A name is what an attacker's page has; an address cannot be made to be another one.
-            !host.as_str().contains('@')
+            port && !host.as_str().contains('@')
                 && (address
                     || name.eq_ignore_ascii_case("localhost")
                     || self.hosts.iter().any(|known| known.eq_ignore_ascii_case(name)))

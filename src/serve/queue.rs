@@ -165,14 +165,14 @@ impl Job {
     }
 
     /// What is known now; whoever asks is waiting for it.
-    pub fn view(&self) -> View {
+    pub fn view(&self) -> watch::Ref<'_, View> {
         *lock(&self.seen) = Instant::now();
-        self.view.borrow().clone()
+        self.peek()
     }
 
-    /// What is known now, for somebody else.
-    pub fn peek(&self) -> View {
-        self.view.borrow().clone()
+    /// What is known now, for somebody else. While it is held, nothing about the job changes.
+    pub fn peek(&self) -> watch::Ref<'_, View> {
+        self.view.borrow()
     }
 
     /// Watches it. A job whose watchers have all gone is cancelled.
@@ -221,11 +221,11 @@ impl Job {
     }
 
     fn is_over(&self) -> bool {
-        self.view.borrow().stage.is_final()
+        self.peek().stage.is_final()
     }
 
     fn bytes(&self) -> usize {
-        self.view.borrow().pictures.iter().map(|made| made.png.len()).sum()
+        self.peek().pictures.iter().map(|made| made.png.len()).sum()
     }
 
     /// Whether those who wanted it have gone.
@@ -310,7 +310,8 @@ impl Queue {
 
     /// What waits or runs, in order.
     pub fn open(&self) -> Vec<Arc<Job>> {
-        lock(&self.state).open.iter().cloned().collect()
+        // Who waits for an end hears of it a moment before the job is put away.
+        lock(&self.state).open.iter().filter(|job| !job.is_over()).cloned().collect()
     }
 
     /// Waits for work, and takes up to `most` images of the first job, and of others of its shape and setting if it has
@@ -399,7 +400,7 @@ impl Queue {
             bytes -= job.bytes();
         }
         for (place, job) in state.open.iter().enumerate() {
-            if job.view.borrow().ahead != place {
+            if job.peek().ahead != place {
                 job.update(|view| view.ahead = place);
             }
         }

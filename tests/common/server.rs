@@ -10,18 +10,23 @@ use std::time::{Duration, Instant};
 
 use edm2k::model::file::{Precision, save};
 use edm2k::model::{Config, Model};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The tags of [`tiny`].
 pub const TAGS: [&str; 5] = ["cat", "dog", "heart", "red", "smiling face"];
 
 /// Writes a model of 16x16 pictures that takes a millisecond, with random gains, so that every part of it matters.
 pub fn tiny(path: &Path, seed: u64) {
-    let config: Config = serde_json::from_str(
-        r#"{"img_resolution": 16, "img_channels": 3, "label_dim": 5, "model_channels": 16,
-            "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 16}"#,
-    )
-    .unwrap();
+    of_width(16, path, seed);
+}
+
+/// The same with so many channels: with 128 some ten milliseconds.
+pub fn of_width(channels: usize, path: &Path, seed: u64) {
+    let config = json!({
+        "img_resolution": 16, "img_channels": 3, "label_dim": 5, "model_channels": channels,
+        "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 16,
+    });
+    let config: Config = serde_json::from_value(config).unwrap();
     write(&config, path, seed, |model| model.meta.vocabulary = TAGS.map(String::from).to_vec());
 }
 
