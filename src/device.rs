@@ -41,6 +41,17 @@ pub enum Numbers {
     F16,
 }
 
+impl Numbers {
+    /// The type of 16 bits; none: f32.
+    pub fn precision(self) -> Option<Precision> {
+        match self {
+            Self::F32 => None,
+            Self::Bf16 => Some(Precision::Bf16),
+            Self::F16 => Some(Precision::F16),
+        }
+    }
+}
+
 /// A text that names no device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a device, expected auto, cpu, cuda, cuda:N or emulated")]
@@ -127,22 +138,15 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Unavailable`] if it cannot.
     pub fn with_numbers(mut self, numbers: Numbers) -> Result<Self, DeviceError> {
-        match (&self.runtime, numbers) {
-            (Some(_), Numbers::F16) => self.math.precision = Precision::F16,
-            (Some(_), Numbers::Bf16) => self.math.precision = Precision::Bf16,
-            (None, Numbers::F32) => self.bf16 = Some(false),
-            (None, Numbers::Bf16) if bf16_is_available() => self.bf16 = Some(true),
-            (None, Numbers::Bf16) => {
-                return Err(DeviceError::Unavailable(
-                    "bf16 on the CPU needs AVX-512 BF16, which it does not have".into(),
-                ));
+        let unavailable = |what: &str| Err(DeviceError::Unavailable(what.into()));
+        match (&self.runtime, numbers, numbers.precision()) {
+            (Some(_), _, Some(precision)) => self.math.precision = precision,
+            (Some(_), _, None) => return unavailable("a GPU computes in f16 or bf16, not in f32"),
+            (None, Numbers::F16, _) => return unavailable("the CPU computes in f32 or bf16, not in f16"),
+            (None, Numbers::Bf16, _) if !bf16_is_available() => {
+                return unavailable("bf16 on the CPU needs AVX-512 BF16, which it does not have");
             }
-            (Some(_), Numbers::F32) => {
-                return Err(DeviceError::Unavailable("a GPU computes in f16 or bf16, not in f32".into()));
-            }
-            (None, Numbers::F16) => {
-                return Err(DeviceError::Unavailable("the CPU computes in f32 or bf16, not in f16".into()));
-            }
+            (None, ..) => self.bf16 = Some(numbers == Numbers::Bf16),
         }
         Ok(self)
     }
@@ -187,7 +191,7 @@ impl Device {
     /// Runs what is written for any backend on this device's.
     pub fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
-            None => work.run(&OnCpu { bf16: self.bf16 == Some(true) }),
+            None => work.run(&OnCpu { bf16: self.precision().is_some() }),
             Some(runtime) => work.run(&OnGpu { runtime: runtime.clone(), math: self.math }),
         }
     }
@@ -224,8 +228,7 @@ impl fmt::Display for Device {
     /// Device and numbers, for people: what a run notes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.runtime {
-            None if self.bf16 == Some(true) => f.write_str("the CPU, bf16"),
-            None => f.write_str("the CPU, f32"),
+            None => write!(f, "the CPU, {}", self.precision().map_or("f32", Precision::name)),
             Some(gpu) => write!(f, "{}, {}", gpu.name(), self.math.describe(gpu.card().capability)),
         }
     }
@@ -330,8 +333,7 @@ fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(feature = "emulator")]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
-    use crate::backend::gpu::emulated::Emulated;
-    use crate::backend::gpu::emulated::{Build, Emulator};
+    use crate::backend::gpu::emulated::{Build, Emulated, Emulator};
     let emulator = Emulator::new(Build::Normal).map_err(|e| DeviceError::Unavailable(e.to_string()))?;
     Ok(Rc::new(Emulated::new(emulator, u64::MAX)))
 }

@@ -48,7 +48,7 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// How a GPU computes.
     pub fn math(&self) -> Math {
-        let precision = if self.precision == Some(Numbers::Bf16) { Precision::Bf16 } else { Precision::F16 };
+        let precision = self.precision.and_then(Numbers::precision).unwrap_or(Precision::F16);
         Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 

@@ -16,6 +16,7 @@ use super::config::{Config, ConfigError};
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
 use crate::codec::Autoencoder;
+use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -111,6 +112,14 @@ impl ModelMeta {
     pub fn meaning(&self) -> Meaning {
         let unsaid = self.conditioning == Conditioning::Tags && self.vocabulary.is_empty();
         Meaning { conditioning: (!unsaid).then(|| self.conditioning.clone()), tags: self.vocabulary.clone() }
+    }
+
+    /// The tags of its conditions, whose counts it does not know.
+    ///
+    /// # Errors
+    /// [`VocabularyError`]: they cannot be those of a vocabulary.
+    pub fn tags(&self) -> Result<Vocabulary, VocabularyError> {
+        Vocabulary::new(self.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 }).collect())
     }
 
     /// Takes over from `then` what is not known to differ: comparing all of both finds the known differences only.

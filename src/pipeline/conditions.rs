@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{Domain, Mismatch, Pipeline};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::{Vae, VaeError};
-use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
+use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use crate::data::dataset::{Dataset, DatasetError, Split};
 use crate::data::features::CONDITIONING_KEY;
@@ -153,9 +153,7 @@ impl Pipeline {
             }
             (Conditioning::Tags, _) if meta.vocabulary.is_empty() => Err(ConditionError::NoVocabulary { model }),
             (Conditioning::Tags, _) => {
-                let tags = meta.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 }).collect();
-                let named = |cause| VocabularyError::File { path: model, cause: Box::new(cause) };
-                Ok(Vocabulary::new(tags).map_err(named)?)
+                Ok(meta.tags().map_err(|cause| VocabularyError::File { path: model, cause: Box::new(cause) })?)
             }
         }
     }

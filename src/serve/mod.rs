@@ -45,7 +45,7 @@ use crate::Device;
 use crate::codec::{CodecError, CodecFile};
 use crate::condition::Conditioning;
 use crate::condition::vae::{Vae, VaeError};
-use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
+use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::model::{Encoder, ModelError, ModelFile};
 use crate::pipeline::{Domain, PipelineError};
 
@@ -222,10 +222,7 @@ impl Shelf {
         let vocabulary = match (tags, vocabulary) {
             (_, Some(vocabulary)) => vocabulary,
             (Tags::No, None) => Vocabulary::default(),
-            (_, None) => {
-                let tags = meta.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 });
-                Vocabulary::new(tags.collect()).map_err(named)?
-            }
+            (_, None) => meta.tags().map_err(named)?,
         };
         let (like, invents) = (features && self.tagger, invented.is_some());
         let card = Card { name, path: path.into(), config, meta, vocabulary, tags, like, invents, factor };

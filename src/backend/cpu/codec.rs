@@ -71,7 +71,7 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
         };
         let weight = if reach == Reach::Double { conv::enlarging(&turned) } else { turned };
         let bias = bias.map_or(vec![T::zero(); cout], |bias| bias.iter().map(|&x| T::of(x.into())).collect());
-        let packed = Filter::new(&weight, cout, window).pack().filter(|_| self.bf16);
+        let packed = self.bf16.then(|| Filter::new(&weight, cout, window).pack()).flatten();
         Conv { window, weight, packed, bias }
     }
 

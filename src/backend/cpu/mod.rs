@@ -54,8 +54,8 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; for what is prepared
-    /// or loaded from now on. Sampling is twice as fast, where the processor [can](bf16_is_available).
+    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; autoencoders
+    /// that are loaded from now on too. Sampling is twice as fast, where the processor [can](bf16_is_available).
     ///
     /// # Panics
     /// Where it cannot.
@@ -90,12 +90,6 @@ impl<T: Real> Cpu<T> {
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
         let all = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
         Self { params: Params { table: table.clone(), all }, pool: Arc::default(), bf16: false }
-    }
-
-    fn pack(&mut self) {
-        if self.bf16 {
-            self.params.all.iter_mut().for_each(Param::pack);
-        }
     }
 
     /// Sets a slot of a parameter in full precision, values in PyTorch's order.
@@ -160,7 +154,8 @@ impl<T: Real> Cpu<T> {
         let (cout, _, taps) = param.dims();
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let rows = Rows { shape: operand_shape(&x), read: &read };
-        let filter = Filter { packed: param.packed(), ..Filter::new(param.effective(), cout, Window::of_taps(taps)) };
+        let packed = self.bf16.then(|| param.packed()).flatten();
+        let filter = Filter { packed, ..Filter::new(param.effective(), cout, Window::of_taps(taps)) };
         conv::conv(&self.pool, rows, filter, out, done);
     }
 

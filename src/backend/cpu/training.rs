@@ -14,9 +14,7 @@ impl<T: Real> TrainingBackend for Cpu<T> {
     }
 
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        self.params.all.iter_mut().try_for_each(|p| p.prepare(source, how))?;
-        self.pack();
-        Ok(())
+        self.params.all.iter_mut().try_for_each(|p| p.prepare(source, how))
     }
 
     fn loss(&mut self, i: LossInput<Tensor<T>>) -> Loss<Tensor<T>> {
@@ -286,7 +284,6 @@ impl<T: Real> TrainingBackend for Cpu<T> {
             total.nonfinite += stats.nonfinite;
         }
         total.grad_norm = total.grad_norm.sqrt();
-        self.pack();
         Ok(total)
     }
 }

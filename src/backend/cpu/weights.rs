@@ -17,6 +17,7 @@ use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
 use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
+use std::sync::OnceLock;
 
 /// State that only training needs.
 struct Training<T> {
@@ -37,8 +38,8 @@ pub struct Param<T> {
     effective: Vec<T>,
     /// Whether `effective` holds stored values that wait for their normalisation (sampling).
     raw: bool,
-    /// The effective values for products in bfloat16, if those are wanted.
-    packed: Option<Packed>,
+    /// The effective values for products in bfloat16, made for the first of those.
+    packed: OnceLock<Option<Packed>>,
     training: Option<Training<T>>,
 }
 
@@ -106,7 +107,7 @@ impl<T: Real> Param<T> {
             }
         });
         let weight = if training.is_some() { zeros() } else { Vec::new() };
-        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, packed: None, training }
+        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, packed: OnceLock::new(), training }
     }
 
     /// Values that the network computes with: weights as `[taps][cin][cout]`.
@@ -114,16 +115,10 @@ impl<T: Real> Param<T> {
         &self.effective
     }
 
-    /// The effective weight for products in bfloat16, if [packed](Self::pack).
+    /// The effective weight of a convolution for products in bfloat16, if [it can be packed](Filter::pack).
     pub fn packed(&self) -> Option<&Packed> {
-        self.packed.as_ref()
-    }
-
-    /// Packs the effective weight.
-    pub fn pack(&mut self) {
-        if let ParamKind::Weight { cout, taps, .. } = self.spec.kind {
-            self.packed = Filter::new(&self.effective, cout, Window::of_taps(taps)).pack();
-        }
+        let (cout, _, taps) = self.dims();
+        self.packed.get_or_init(|| Filter::new(&self.effective, cout, Window::of_taps(taps)).pack()).as_ref()
     }
 
     /// cout, cin and taps of a weight; a plain vector is 1 x len.
@@ -190,6 +185,7 @@ impl<T: Real> Param<T> {
 
     /// See [`crate::backend::TrainingBackend::prepare`].
     pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+        self.packed.take();
         let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
         let Some(training) = &self.training else {
             if source != Slot::Weight {
@@ -220,6 +216,7 @@ impl<T: Real> Param<T> {
 
     /// See [`crate::backend::TrainingBackend::optimizer_step`]; returns the squared norm of the gradient.
     pub fn step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+        self.packed.take();
         let Some(training) = &mut self.training else { return Err(BackendError::NotTraining(Slot::Grad)) };
         if !self.spec.trained() {
             return Ok(StepStats::default());

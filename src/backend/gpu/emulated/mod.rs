@@ -199,8 +199,12 @@ pub struct Emulator {
 impl Emulator {
     /// Loads the library; forward order, one OS thread for each core.
     pub fn new(build: Build) -> Result<Self> {
+        Api::get(build).map(Self::on)
+    }
+
+    fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Ok(Self { api: Api::get(build)?, order: Order::Forward, threads })
+        Self { api, order: Order::Forward, threads }
     }
 
     /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
@@ -243,9 +247,7 @@ impl Emulator {
         })?;
         std::fs::remove_file(&object).map_err(io_failed)?;
         std::fs::rename(&made, &library).map_err(io_failed)?;
-        let loaded = Api::load(&library)?;
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Ok(Self { api: Box::leak(Box::new(loaded)), order: Order::Forward, threads })
+        Ok(Self::on(Box::leak(Box::new(Api::load(&library)?))))
     }
 
     /// The same device with another thread order.
