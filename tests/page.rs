@@ -112,14 +112,25 @@ impl Browser {
         fs::write(dir.join(format!("{name}.png")), self.client.screenshot().await.unwrap()).unwrap();
     }
 
-    /// The bytes behind an image's address.
-    async fn bytes(&self, expression: &str) -> Vec<u8> {
+    /// The file of the finished picture of a seed, which the newest of that seed in the gallery shows too.
+    async fn picture(&self, seed: u64) -> Vec<u8> {
+        // The page may not fetch the gallery's own copies; it may look at them.
         let script = format!(
-            "const done = arguments[0]; fetch({expression}).then(r => r.blob()).then(blob => {{
+            "const done = arguments[0];
+            const image = (list, end) => [...document.querySelectorAll(list + ' img')].find(i => i.alt.endsWith(end));
+            const made = image('#board', 'Picture of seed {seed}'), kept = image('#gallery', ' seed {seed}');
+            const pixels = image => {{
+                const canvas = Object.assign(document.createElement('canvas'),
+                    {{width: image.naturalWidth, height: image.naturalHeight}}).getContext('2d');
+                canvas.drawImage(image, 0, 0);
+                return canvas.getImageData(0, 0, image.naturalWidth, image.naturalHeight).data.join(); }};
+            if (pixels(made) !== pixels(kept)) done('the gallery shows another picture');
+            else fetch(made.src).then(r => r.blob()).then(blob => {{
                 const reader = new FileReader(); reader.onload = () => done(reader.result); reader.readAsDataURL(blob); }})"
         );
         let url = self.client.execute_async(&script, vec![]).await.unwrap();
-        BASE64_STANDARD.decode(url.as_str().unwrap().split_once(',').unwrap().1).unwrap()
+        let (_, data) = url.as_str().unwrap().split_once(',').unwrap_or_else(|| panic!("seed {seed}: {url}"));
+        BASE64_STANDARD.decode(data).unwrap()
     }
 
     /// Drops a file onto the page, as a hand would.
@@ -242,11 +253,7 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     assert!(sampled.unwrap().success());
     let mut files = Vec::new();
     for seed in 7..=10 {
-        let file = browser
-            .bytes(&format!(
-                "[...document.querySelectorAll('#gallery img')].find(i => i.alt.endsWith(' seed {seed}')).src"
-            ))
-            .await;
+        let file = browser.picture(seed).await;
         assert!(
             file == fs::read(out.join(format!("{seed:06}.png"))).unwrap(),
             "seed {seed} is not what edm2k sample draws"
@@ -289,10 +296,7 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     assert_eq!(form, json!(["9", "60", "5", "dpmpp_2m", "32"]));
     browser.click("#go").await;
     browser.until(&format!("{FINISHED} === 1 && document.querySelectorAll('#gallery img').length === 5")).await;
-    assert!(
-        browser.bytes("document.querySelector('#gallery img').src").await == files[2],
-        "the same parameters, another picture"
-    );
+    assert!(browser.picture(9).await == files[2], "the same parameters, another picture");
     browser.drop_file("plain.png", b"no picture").await;
     browser.until("document.getElementById('toast').textContent.includes('no parameters')").await;
 

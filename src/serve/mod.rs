@@ -1,7 +1,7 @@
 //! `edm2k serve`: a page and an API to draw with models and to look at training runs.
 //!
 //! Two threads. The one that called [`serve`] owns the device, which lives in one thread, and works through the queue;
-//! the other speaks HTTP. Between them is [`queue::Queue`] alone:
+//! the other speaks HTTP. Between them is a queue alone:
 //!
 //! ```text
 //! page, clients -> guard -> api, a1111 -> request (checked) -> queue -> paint: Pipeline on the device
@@ -9,7 +9,7 @@
 //!                                  +------ View of each job -----+
 //! ```
 //!
-//! A server listens on loopback unless it has a token ([`guard`]); what it takes on is bounded ([`request`], [`queue`]),
+//! A server listens on loopback unless it has a token (`guard`); what it takes on is bounded (`request`, `queue`),
 //! and so are connections and how long a request may take to arrive. Nothing is written but pictures to an outdir.
 
 mod a1111;
