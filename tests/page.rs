@@ -271,7 +271,7 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     browser.click("#theme").await;
     browser.shoot("dark").await;
 
-    // Cancelled at the next step.
+    // One job, cancelled at the next step.
     browser.set("#steps", "1000").await;
     browser
         .type_into(
@@ -280,6 +280,7 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
         )
         .await;
     browser.until(&format!("{PREVIEWS} === 4")).await;
+    assert_eq!(server.get("/api/v1/jobs").json().as_array().unwrap().len(), 1, "one key, several jobs");
     browser.type_into("body", &char::from(Key::Escape).to_string()).await;
     browser.until("document.getElementById('progress-text').textContent.startsWith('Cancelled')").await;
     browser.until("document.getElementById('cancel').hidden").await;

@@ -17,6 +17,8 @@ let likes = [];
 let churn = {};
 /** The number of the job that is being drawn. */
 let running = null;
+/** Whether a job has been asked for and has no number yet. */
+let asking = false;
 /** What the gallery's dialog shows. */
 let shown = null;
 
@@ -55,7 +57,11 @@ export async function start() {
     event.target.value = "";
   };
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").hidden) $("form").requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").hidden) {
+      // In a field the browser would submit once more.
+      event.preventDefault();
+      $("form").requestSubmit();
+    }
     if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) cancel();
   });
   dropping();
@@ -191,7 +197,10 @@ function request() {
   };
 }
 
+/** Asks for what the form says. */
 async function draw() {
+  if (asking) return;
+  asking = true;
   $("problem").textContent = "";
   try {
     for (const field of sets) {
@@ -201,23 +210,36 @@ async function draw() {
     const wanted = request();
     const job = await post("/api/v1/generate", wanted);
     running = job.id;
-    $("stage").hidden = false;
-    board(job, wanted);
-    const saved = new Map();
-    const end = await watch(job.id, (job) => {
-      if (running === job.id) progress(job, wanted);
-      for (const picture of job.pictures) {
+    follow(job, wanted);
+  } catch (error) {
+    $("problem").textContent = error.message;
+  } finally {
+    asking = false;
+  }
+}
+
+/** Shows a job until its end. */
+async function follow(job, wanted) {
+  $("stage").hidden = false;
+  board(job, wanted);
+  const saved = new Map();
+  let problem = "";
+  try {
+    const end = await watch(job.id, (seen) => {
+      if (running === job.id) progress(seen, wanted);
+      for (const picture of seen.pictures) {
         if (!saved.has(picture.index)) saved.set(picture.index, keep(picture));
       }
     });
     await Promise.all(saved.values());
-    if (running === job.id) running = null;
-    if (end.stage === "failed") $("problem").textContent = end.why;
+    if (end.stage === "failed") problem = end.why;
   } catch (error) {
-    running = null;
-    $("problem").textContent = error.message;
+    problem = error.message;
   }
-  $("cancel").hidden = !running;
+  if (running !== job.id) return;
+  running = null;
+  $("cancel").hidden = true;
+  $("problem").textContent = problem;
 }
 
 async function cancel() {
