@@ -53,11 +53,20 @@ __device__ __forceinline__ void read_weights(const T* from, float (&w)[4]) {
 
 // ---- products with weights ----------------------------------------------------------------------------
 
-// sums[r * IMAGES + i] += this lane's share of weight row `first + r` times row i of x. Rows from `rows`
+// Rows of x one after the other, and those of `rows` in turn from row `first` on.
+struct EachRow {
+    __device__ __forceinline__ int operator()(int i) const { return i; }
+};
+struct InTurn {
+    int first, rows;
+    __device__ __forceinline__ int operator()(int i) const { return (first + i) % rows; }
+};
+
+// sums[r * IMAGES + i] += this lane's share of weight row `first + r` times row `at(i)` of x. Rows from `rows`
 // on repeat the last.
-template <class T, int ROWS>
+template <class T, int ROWS, class At = EachRow>
 __device__ __forceinline__ void add_products(float (&sums)[ROWS * IMAGES], const T* weight, int first, int rows,
-                                             const float* x, int images, int channels) {
+                                             const float* x, int images, int channels, At at = {}) {
     const T* row[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) row[r] = weight + size_t(min(first + r, rows - 1)) * padded(channels);
@@ -68,7 +77,7 @@ __device__ __forceinline__ void add_products(float (&sums)[ROWS * IMAGES], const
 #pragma unroll
         for (int i = 0; i < IMAGES; i++) {
             float v[4] = {};
-            if (i < images) read_row(x + size_t(i) * channels, k, channels, v);
+            if (i < images) read_row(x + size_t(at(i)) * channels, k, channels, v);
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -109,13 +118,15 @@ struct EmbedParams {
     const float* phases;   // [noise_channels]
     const void* noise;     // effective, [emb_channels, padded noise_channels]
     const void* label;     // effective, [emb_channels, padded label_channels]; unread where `labels` is null
-    const float* labels;   // [n, label_channels] or null
+    const float* labels;   // [label_rows, label_channels], taken in turn, or null
     float* features;       // [n, noise_channels]
     float* pre;            // [n, emb_channels]
     float* emb;            // [n, emb_channels]
     int images, noise_channels, label_channels, emb_channels;
     float noise_factor;    // wa
     float label_factor;    // wb sqrt(label_channels)
+    int label_rows;
+    int padding;
 };
 
 // A block has 8 rows and 8 images, whose features it computes itself; block 0 of the rows writes them.
@@ -140,7 +151,7 @@ __device__ __forceinline__ void embed(const EmbedParams& p) {
     add_products<T, EMBED_ROWS>(sums, static_cast<const T*>(p.noise), row, p.emb_channels, features, images, width);
     if (p.labels != nullptr)
         add_products<T, EMBED_ROWS>(label_sums, static_cast<const T*>(p.label), row, p.emb_channels,
-                                    p.labels + size_t(first) * p.label_channels, images, p.label_channels);
+                                    p.labels, images, p.label_channels, InTurn{first, p.label_rows});
 #pragma unroll
     for (int i = 0; i < EMBED_ROWS * IMAGES; i++) sums[i] = p.noise_factor * sums[i] + p.label_factor * label_sums[i];
 

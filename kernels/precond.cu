@@ -112,7 +112,7 @@ extern "C" __global__ void add_noise(Noise p) {
 KERNEL_EXPORT(add_noise);
 
 struct PrecondInput {
-    const float* x;      // [n, h, w, c]
+    const float* x;      // [x_pixels, c]: of all images, or of those that are taken in turn
     const float* sigma;  // [n]
     void* out;           // [n, h, w, 8 vectors]
     int pixels;          // n * h * w
@@ -120,7 +120,7 @@ struct PrecondInput {
     int channels;        // c
     int vectors;         // (c + 1) / 8, rounded up
     float sigma_data;
-    int padding;
+    int x_pixels;
 };
 
 template <class T>
@@ -130,7 +130,7 @@ __device__ __forceinline__ void precond_input(const PrecondInput& p) {
     if (pixel >= p.pixels) return;
     const float sigma = p.sigma[pixel / p.per_image];
     const float c_in = 1.0f / sqrtf(p.sigma_data * p.sigma_data + sigma * sigma);
-    const float* x = p.x + size_t(pixel) * p.channels;
+    const float* x = p.x + size_t(pixel % p.x_pixels) * p.channels;
     float out[8] = {};
     if (p.channels == 4) {
         float four[4];
@@ -155,14 +155,14 @@ __device__ __forceinline__ float2 output_scales(float sigma, float data) {
 }
 
 struct PrecondOutput {
-    const float* x;      // [n, h, w, c]
+    const float* x;      // [x_pixels, c], as above
     const void* raw;     // [n, h, w, 8 vectors]
     const float* sigma;  // [n]
     const float* gain;   // scalar
     float* out;          // [n, h, w, c]
     int pixels, per_image, channels, vectors;
     float sigma_data;
-    int padding;
+    int x_pixels;
 };
 
 template <class T>
@@ -171,13 +171,13 @@ __device__ __forceinline__ void precond_output(const PrecondOutput& p) {
     if (pixel >= p.pixels) return;
     const float2 scales = output_scales(p.sigma[pixel / p.per_image], p.sigma_data);
     const float c_skip = scales.x, c_out = scales.y, gain = *p.gain;
-    const size_t first = size_t(pixel) * p.channels;
+    const size_t first = size_t(pixel) * p.channels, x_first = size_t(pixel % p.x_pixels) * p.channels;
     for (int vector = 0; vector < (p.channels + 7) / 8; vector++) {
         float raw[8];
         read8<T>(p.raw, size_t(pixel) * p.vectors + vector, raw);
         if (p.channels == 4) {
             float x[4];
-            read4(p.x + first, x);
+            read4(p.x + x_first, x);
 #pragma unroll
             for (int j = 0; j < 4; j++) x[j] = c_skip * x[j] + c_out * (gain * raw[j]);
             write4(p.out + first, x);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void precond_output(const PrecondOutput& p) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const int channel = 8 * vector + j;
-            if (channel < p.channels) p.out[first + channel] = c_skip * p.x[first + channel] + c_out * (gain * raw[j]);
+            if (channel < p.channels) p.out[first + channel] = c_skip * p.x[x_first + channel] + c_out * (gain * raw[j]);
         }
     }
 }

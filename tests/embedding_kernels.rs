@@ -111,7 +111,8 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let twin = cpu.embed(&p, &twin_sigma, twin_labels.as_ref());
 
     let [freqs, phases, sigma] = [d.upload(&frequencies), d.upload(&offsets), d.upload(&sigmas)];
-    let labels = labels.map(|labels| d.upload(&labels));
+    let host_labels = labels;
+    let labels = host_labels.as_ref().map(|labels| d.upload(labels));
     let labels_ptr = labels.as_ref().map_or(DevicePtr::NULL, Memory::ptr);
     let layers = EmbedLayers {
         freqs: freqs.ptr(),
@@ -128,8 +129,9 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let of =
         |[features, pre, emb]: [&Memory; 3]| Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
     let out = [n * noise, n * emb, n * emb].map(|values| d.empty(values));
-    let run =
-        |to: [&Memory; 3]| d.run_clean([&embedding::embed(d.precision, n, &layers, sigma.ptr(), labels_ptr, &of(to))]);
+    let run = |to: [&Memory; 3]| {
+        d.run_clean([&embedding::embed(d.precision, n, &layers, sigma.ptr(), (labels_ptr, n), &of(to))])
+    };
     run(out.each_ref());
     let want = [&twin.features, &twin.pre, &twin.emb].map(|t| cpu.download(t).unwrap());
     d.same32(&what("Fourier features"), &read(&out[0]), &want[0]);
@@ -139,6 +141,26 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     run(again.each_ref());
     for (once, twice) in out.iter().zip(&again) {
         assert_eq!(bits(&read(once)), bits(&read(twice)), "{}", what("a second run"));
+    }
+
+    // Fewer labels are taken in turn.
+    if let Some(values) = host_labels.filter(|_| n % 2 == 0) {
+        let half = &values[..values.len() / 2];
+        let [few, all] = [d.upload(half), d.upload(&half.repeat(2))];
+        let [in_turn, one_by_one] = [(&few, n / 2), (&all, n)].map(|(labels, rows)| {
+            let to = out.each_ref().map(|m| d.empty(m.bytes() / 4));
+            let labels = (labels.ptr(), rows);
+            let launch = embedding::embed(d.precision, n, &layers, sigma.ptr(), labels, &of(to.each_ref()));
+            d.run_clean([&launch]);
+            bits(&read(&to[1]))
+        });
+        assert_eq!(in_turn, one_by_one, "{}", what("labels in turn"));
+        let twins = [half.to_vec(), half.repeat(2)].map(|labels| {
+            let labels = cpu.upload([labels.len() * n / values.len(), 1, 1, values.len() / n], &labels);
+            let twin = cpu.embed(&p, &twin_sigma, Some(&labels));
+            cpu.download(&twin.pre).unwrap()
+        });
+        assert_eq!(twins[0], twins[1], "{}", what("labels in turn"));
     }
 
     // The gradients, from the twin's features, twice added to what was there.

@@ -562,33 +562,44 @@ fn preconditioning_and_loss() {
             let raw = without_padding(&d.widen(&raw16), c);
 
             let [x, sigma, logvar] = [d.upload(&noisy), d.upload(&sigmas), d.upload(&logvars)];
-            let twin_x = cpu.upload(shape, &noisy);
+            let (raw_memory, gain) = (d.upload(&raw16), d.upload(&[0.8f32]));
+            let [twin_x, twin_raw] = [&noisy, &raw].map(|values| cpu.upload(shape, values));
             let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
-            let out = d.empty([n, h, w, (c + 1).next_multiple_of(8)]);
-            d.run([&precond::precond_input(d.precision, shape, x.ptr(), sigma.ptr(), 0.5, out.ptr())]);
-            let twin = cpu.precond_input(&twin_x, &twin_sigma, 0.5);
-            let want = cpu.download(&twin).unwrap();
-            let got = d.read16(&out);
-            d.same32(&format!("precond_input {shape:?}"), &without_padding(&got, c + 1), &want, d.bound());
             let padding =
                 |v: &[f32], c: usize| v.chunks(c.next_multiple_of(8)).all(|p| p[c..].iter().all(|&x| x == 0.0));
-            assert!(padding(&got, c + 1), "the padding of precond_input is zero");
+            // All images, and the first for each noise level.
+            for images in [n, 1] {
+                let some = &noisy[..values / n * images];
+                let twin_x = cpu.upload([images, h, w, c], some);
+                let same = cpu.upload(shape, &some.repeat(n / images));
+                let out = d.empty([n, h, w, (c + 1).next_multiple_of(8)]);
+                d.run([&precond::precond_input(d.precision, shape, images, x.ptr(), sigma.ptr(), 0.5, out.ptr())]);
+                let twin = cpu.precond_input(&twin_x, &twin_sigma, 0.5);
+                let want = cpu.download(&twin).unwrap();
+                let twin = cpu.precond_input(&same, &twin_sigma, 0.5);
+                assert!(want == cpu.download(&twin).unwrap(), "{images} of {n} images in turn");
+                let got = d.read16(&out);
+                d.same32(&format!("precond_input {shape:?}"), &without_padding(&got, c + 1), &want, d.bound());
+                assert!(padding(&got, c + 1), "the padding of precond_input is zero");
 
-            let (raw_memory, gain) = (d.upload(&raw16), d.upload(&[0.8f32]));
-            let twin_raw = cpu.upload(shape, &raw);
-            let out = d.upload(&vec![f32::NAN; values]);
-            d.run([&precond::precond_output(
-                d.precision,
-                shape,
-                x.ptr(),
-                raw_memory.ptr(),
-                sigma.ptr(),
-                gain.ptr(),
-                0.5,
-                out.ptr(),
-            )]);
-            let twin = cpu.precond_output(&twin_x, &twin_raw, &twin_sigma, gain_id, 0.5);
-            d.same32(&format!("precond_output {shape:?}"), &read(&out), &cpu.download(&twin).unwrap(), F32);
+                let out = d.upload(&vec![f32::NAN; values]);
+                d.run([&precond::precond_output(
+                    d.precision,
+                    shape,
+                    images,
+                    x.ptr(),
+                    raw_memory.ptr(),
+                    sigma.ptr(),
+                    gain.ptr(),
+                    0.5,
+                    out.ptr(),
+                )]);
+                let twin = cpu.precond_output(&twin_x, &twin_raw, &twin_sigma, gain_id, 0.5);
+                let want = cpu.download(&twin).unwrap();
+                let twin = cpu.precond_output(&same, &twin_raw, &twin_sigma, gain_id, 0.5);
+                assert!(want == cpu.download(&twin).unwrap(), "{images} of {n} images in turn");
+                d.same32(&format!("precond_output {shape:?}"), &read(&out), &want, F32);
+            }
 
             let (twin_clean, twin_logvar) = (cpu.upload(shape, &clean), cpu.upload([n, 1, 1, 1], &logvars));
             let twin = cpu.loss(LossInput {

@@ -160,8 +160,6 @@ pub trait Backend: Sized {
 
     /// The sum of factor times tensor: solver updates and guidance. All of one shape.
     fn linear_combination(&mut self, terms: &[(&Self::Tensor, f64)]) -> Self::Tensor;
-    /// Tensors one after the other along n, all of one shape.
-    fn stack(&mut self, parts: &[&Self::Tensor]) -> Self::Tensor;
-    /// The reverse: so many tensors of n / `parts` images.
+    /// So many tensors of n / `parts` images each, in order.
     fn split(&mut self, x: &Self::Tensor, parts: usize) -> Vec<Self::Tensor>;
 }

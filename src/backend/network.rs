@@ -128,9 +128,10 @@ pub trait NetworkBackend: Backend {
     /// change of a parameter.
     fn normalize(&mut self) -> Result<(), BackendError>;
 
-    /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1].
+    /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1], for noise levels [n, 1, 1, 1].
+    /// Of fewer than n images x, a divisor of n, image i is x[i modulo their number]: what is guided by itself is there twice.
     fn precond_input(&mut self, x: &Self::Tensor, sigma: &Self::Tensor, sigma_data: f64) -> Self::Tensor;
-    /// D(x; sigma) = c_skip * x + c_out * out_gain * raw (EDM eq. 7).
+    /// D(x; sigma) = c_skip * x + c_out * out_gain * raw (EDM eq. 7), of x as in [`NetworkBackend::precond_input`].
     fn precond_output(
         &mut self,
         x: &Self::Tensor,
@@ -139,8 +140,8 @@ pub trait NetworkBackend: Backend {
         out_gain: ParamId,
         sigma_data: f64,
     ) -> Self::Tensor;
-    /// Embedding of the noise level c_noise = ln(sigma)/4 and the labels [n, 1, 1, label_dim];
-    /// no labels = zeros.
+    /// Embedding of the noise level c_noise = ln(sigma)/4 and the labels [n, 1, 1, label_dim], or fewer that are taken in
+    /// turn; no labels = zeros.
     fn embed(&mut self, p: &Embed, sigma: &Self::Tensor, labels: Option<&Self::Tensor>) -> Embedding<Self::Tensor>;
     /// All `emb_linear` layers as one product: `emb_gain * (W emb) + 1`, [n, 1, 1, sum of channels].
     fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Self::Tensor) -> Self::Tensor;

@@ -75,7 +75,28 @@ impl Precond {
         sigma: &B::Tensor,
         labels: Option<&B::Tensor>,
     ) -> B::Tensor {
-        self.denoise_probed(b, x, sigma, labels, &mut |_, _| {}).0
+        let scales = self.scales(b, sigma, labels);
+        self.denoise_scaled(b, x, sigma, &scales)
+    }
+
+    /// What all blocks take from noise levels and labels, [n, 1, 1, channels of all blocks]: the same for whatever images.
+    pub fn scales<B: NetworkBackend>(&self, b: &mut B, sigma: &B::Tensor, labels: Option<&B::Tensor>) -> B::Tensor {
+        let e = b.embed(&self.embed, sigma, labels);
+        b.emb_scales(self.unet.emb_layers(), &e.emb)
+    }
+
+    /// As [`Precond::denoise`], given the [`scales`](Precond::scales) of the noise levels. Of fewer than n images, a divisor
+    /// of n, each is taken in turn.
+    pub fn denoise_scaled<B: NetworkBackend>(
+        &self,
+        b: &mut B,
+        x: &B::Tensor,
+        sigma: &B::Tensor,
+        scales: &B::Tensor,
+    ) -> B::Tensor {
+        let input = b.precond_input(x, sigma, self.config.sigma_data);
+        let raw = self.unet.forward(b, &input, scales, None, &mut |_, _| {});
+        b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data)
     }
 
     /// As [`Precond::denoise`], as a plan: of images, noise levels and perhaps labels.
@@ -99,7 +120,8 @@ impl Precond {
     ) -> (B::Tensor, B::Tensor, Embedding<B::Tensor>) {
         let input = b.precond_input(x, sigma, self.config.sigma_data);
         let e = b.embed(&self.embed, sigma, labels);
-        let raw = self.unet.forward(b, &input, &e.emb, None, probe);
+        let scales = b.emb_scales(self.unet.emb_layers(), &e.emb);
+        let raw = self.unet.forward(b, &input, &scales, None, probe);
         let d = b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data);
         (d, raw, e)
     }
@@ -120,8 +142,9 @@ impl Precond {
     ) -> TrainPass<B::Tensor> {
         let input = b.precond_input(noisy, sigma, self.config.sigma_data);
         let embedding = b.embed(&self.embed, sigma, labels);
+        let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
         let mut tape = None;
-        let raw = self.unet.forward(b, &input, &embedding.emb, Some(&mut tape), &mut |_, _| {});
+        let raw = self.unet.forward(b, &input, &scales, Some(&mut tape), &mut |_, _| {});
         let (logvar_features, logvar) = b.logvar(&self.logvar, sigma);
         let loss = b.loss(LossInput {
             clean,

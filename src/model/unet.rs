@@ -348,34 +348,33 @@ impl UNet {
         &self.emb_layers
     }
 
-    /// Output before `out_gain`, [n, h, w, image channels]. `probe` sees every module's output under
-    /// its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs.
+    /// Output before `out_gain`, [n, h, w, image channels], for the joint scales of all blocks. `probe` sees every module's
+    /// output under its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs.
     pub fn forward<B: NetworkBackend>(
         &self,
         b: &mut B,
         input: &B::Tensor,
-        emb: &B::Tensor,
+        scales: &B::Tensor,
         tape: Option<&mut Option<UNetTape<B::Tensor>>>,
         probe: &mut dyn FnMut(&str, &B::Tensor),
     ) -> B::Tensor {
-        let scales = b.emb_scales(&self.emb_layers, emb);
         let mut blocks = tape.is_some().then(Vec::new);
         let mut x = b.conv(self.conv_in, Operand::plain(input));
         probe(&self.conv_in_name, &x);
         let mut skips = vec![x.clone()];
         for block in &self.encoder {
-            x = block.forward(b, &x, None, &scales, blocks.as_mut());
+            x = block.forward(b, &x, None, scales, blocks.as_mut());
             probe(&block.name, &x);
             skips.push(x.clone());
         }
         for block in &self.decoder {
             let skip = if block.cfg.cskip > 0 { skips.pop() } else { None };
-            x = block.forward(b, &x, skip.as_ref(), &scales, blocks.as_mut());
+            x = block.forward(b, &x, skip.as_ref(), scales, blocks.as_mut());
             probe(&block.name, &x);
         }
         let raw = b.conv(self.conv_out, Operand::plain(&x));
         if let (Some(tape), Some(blocks)) = (tape, blocks) {
-            *tape = Some(UNetTape { input: input.clone(), scales, blocks, last: x });
+            *tape = Some(UNetTape { input: input.clone(), scales: scales.clone(), blocks, last: x });
         }
         raw
     }

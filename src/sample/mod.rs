@@ -34,6 +34,7 @@ use crate::backend::{Backend, BackendError, NetworkBackend, Shape};
 use crate::model::{ConfigError, Precond};
 use crate::rng::{Purpose, Stream};
 
+use solvers::levels;
 pub use solvers::{Denoise, Guided, Step, solve};
 
 /// How the differential equation is solved.
@@ -312,19 +313,25 @@ impl<B: NetworkBackend> Sampler<'_, B> {
         let mut inputs = vec![b.upload(shape, &draw(shape, seeds, Purpose::SampleNoise, 0))];
         inputs.extend(conditions(b, labels, self.net, config.passes(self.gnet.is_none()) == 2));
         let net = self.net;
+        let scales = |labels: Option<B::Tensor>, b: &B| {
+            let images = labels.as_ref().map_or(seeds.len(), |labels| b.shape(labels)[0]);
+            Scales { labels, images, levels: levels(config), made: Vec::new() }
+        };
         let x = if self.gnet.is_none() && observe.is_none() && config.churn.s_churn == 0.0 {
             let body = &mut |b: &mut B, inputs: &[B::Tensor]| {
-                let labels = &inputs[1..];
-                let mut guided = Guidance { net, labels, other: None, config, shape, seeds, observe: None };
+                let scales = scales(inputs.get(1).cloned(), b);
+                let mut guided = Guidance { net, scales, other: None, config, shape, seeds, observe: None };
                 Ok(vec![solve(b, &mut guided, config, &inputs[0])?])
             };
             b.planned::<SampleError>(&AllSteps(config.clone()), &inputs, body)?.swap_remove(0)
         } else {
             let other = self.gnet.as_mut().map(|(b, net)| {
                 let labels = conditions(*b, labels, net, false);
-                (&mut **b, *net, labels)
+                let scales = scales(labels, b);
+                (&mut **b, *net, scales)
             });
-            let mut guided = Guidance { net, labels: &inputs[1..], other, config, shape, seeds, observe };
+            let scales = scales(inputs.get(1).cloned(), b);
+            let mut guided = Guidance { net, scales, other, config, shape, seeds, observe };
             solve(b, &mut guided, config, &inputs[0])?
         };
         let images = self.backend.download(&x)?;
@@ -375,80 +382,115 @@ fn draw(shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> Vec<f32> {
     values
 }
 
-/// The conditions [n, 1, 1, label_dim] that a network takes, if any; and, where they are to be guided away from none, both
+/// The conditions that a network takes, if any: [n, 1, 1, label_dim], or, where it guides itself away from none, both
 /// [2n, 1, 1, label_dim].
-fn conditions<B: Backend>(b: &mut B, labels: &[f32], net: &Precond, both: bool) -> Vec<B::Tensor> {
+fn conditions<B: Backend>(b: &mut B, labels: &[f32], net: &Precond, both: bool) -> Option<B::Tensor> {
     let dim = net.config.label_dim;
     if labels.is_empty() || dim == 0 {
-        return Vec::new();
+        return None;
     }
-    let n = labels.len() / dim;
-    let mut made = vec![b.upload([n, 1, 1, dim], labels)];
-    if both {
-        made.push(b.upload([2 * n, 1, 1, dim], &[labels, &vec![0.0; labels.len()]].concat()));
-    }
-    made
+    let none = vec![0.0; if both { labels.len() } else { 0 }];
+    let all = [labels, &none].concat();
+    Some(b.upload([all.len() / dim, 1, 1, dim], &all))
 }
 
 /// A plan of all steps.
 #[derive(Clone, Debug, PartialEq)]
 struct AllSteps(SamplerConfig);
 
-/// A plan of an evaluation with the condition and without.
+/// A plan of one evaluation.
 #[derive(Clone, Debug, PartialEq)]
-struct Both;
+struct Evaluation;
+
+/// A plan of the scales of these noise levels, each for so many images.
+#[derive(Clone, Debug, PartialEq)]
+struct Ahead(Vec<f64>, usize);
+
+/// Most images whose scales are made at a time.
+const AHEAD: usize = 256;
+
+/// What a network takes from noise levels and conditions. Both are known before the first step, so the scales of many levels
+/// are one product.
+struct Scales<T> {
+    /// The conditions that a network is given; of none, nothing.
+    labels: Option<T>,
+    /// Images at each level.
+    images: usize,
+    /// All levels that there will be, in their order.
+    levels: Vec<f64>,
+    made: Vec<(f64, T)>,
+}
+
+impl<T: Clone> Scales<T> {
+    /// Those of a level, [images, 1, 1, channels of all blocks].
+    fn at<B: NetworkBackend<Tensor = T>>(&mut self, b: &mut B, net: &Precond, sigma: f64) -> Result<T, BackendError> {
+        if let Some((_, scales)) = self.made.iter().find(|(level, _)| *level == sigma) {
+            return Ok(scales.clone());
+        }
+        let images = self.images;
+        let to_come = self.levels.iter().skip_while(|&&level| level != sigma);
+        let levels: Vec<f64> = to_come.take((AHEAD / images).max(1)).copied().collect();
+        let made =
+            b.planned::<BackendError>(&Ahead(levels.clone(), images), self.labels.as_slice(), &mut |b, labels| {
+                let each: Vec<f32> = levels.iter().flat_map(|&level| vec![level as f32; images]).collect();
+                let sigma = b.upload([each.len(), 1, 1, 1], &each);
+                let all = net.scales(b, &sigma, labels.first());
+                Ok(b.split(&all, levels.len()))
+            })?;
+        self.made = levels.into_iter().zip(made).collect();
+        Ok(self.made[0].1.clone())
+    }
+}
 
 /// The guided network. Each evaluation is a plan, unless it is part of one, so that a reference may live on another
 /// device, a step can be looked at, and churn draws its noise.
 struct Guidance<'a, 'o, B: NetworkBackend> {
     net: &'a Precond,
-    /// See [`conditions`].
-    labels: &'a [B::Tensor],
-    /// What guides it instead of itself, and its conditions.
-    other: Option<(&'a mut B, &'a Precond, Vec<B::Tensor>)>,
+    /// Of twice the images where it guides itself.
+    scales: Scales<B::Tensor>,
+    /// What guides it instead of itself.
+    other: Option<(&'a mut B, &'a Precond, Scales<B::Tensor>)>,
     config: &'a SamplerConfig,
     shape: Shape,
     seeds: &'a [u64],
     observe: Option<&'a mut Observe<'o, B>>,
 }
 
-/// D(x; sigma) of a network: with the condition, if there is one; and, `both`, without it.
+/// D(x; sigma) of a network, of as many images as there are scales: those of x in turn.
 fn evaluate<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
     x: &B::Tensor,
     sigma: f64,
-    labels: Option<&B::Tensor>,
-    both: bool,
-) -> Result<Vec<B::Tensor>, BackendError> {
-    let n = b.shape(x)[0] * if both { 2 } else { 1 };
-    let mut inputs = vec![x.clone(), b.upload([n, 1, 1, 1], &vec![sigma as f32; n])];
-    inputs.extend(labels.cloned());
-    if !both {
-        return Ok(vec![net.planned(b, &inputs)?]);
-    }
-    b.planned(&Both, &inputs, &mut |b, t| {
-        let two = b.stack(&[&t[0], &t[0]]);
-        let d = net.denoise(b, &two, &t[1], t.get(2));
-        Ok(b.split(&d, 2))
-    })
+    scales: B::Tensor,
+) -> Result<B::Tensor, BackendError> {
+    let n = b.shape(&scales)[0];
+    let inputs = [x.clone(), b.upload([n, 1, 1, 1], &vec![sigma as f32; n]), scales];
+    let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![net.denoise_scaled(b, &t[0], &t[1], &t[2])]);
+    Ok(b.planned::<BackendError>(&Evaluation, &inputs, body)?.swap_remove(0))
 }
 
 impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
+        let n = self.shape[0];
         let guides = self.config.guides(sigma);
-        let itself = guides && self.other.is_none() && !self.labels.is_empty();
-        let labels = if itself { self.labels.last() } else { self.labels.first() };
-        let mut made = evaluate(b, self.net, x, sigma, labels, itself)?;
-        if let Some((other, net, labels)) = self.other.as_mut().filter(|_| guides) {
-            let there = other.upload(self.shape, &b.download(x)?);
-            let reference = evaluate(*other, net, &there, sigma, labels.first(), false)?;
-            made.push(b.upload(self.shape, &other.download(&reference[0])?));
+        let mut scales = self.scales.at(b, self.net, sigma)?;
+        let itself = guides && self.scales.images > n;
+        if !itself && self.scales.images > n {
+            scales = b.split(&scales, 2).swap_remove(0);
         }
-        Ok(match (made.pop(), made.pop()) {
-            (Some(reference), Some(d)) => Guided::new(d, reference, self.config.guidance),
-            (d, _) => Guided::plain(d.expect("a network makes something")),
-        })
+        let d = evaluate(b, self.net, x, sigma, scales)?;
+        if itself {
+            let mut halves = b.split(&d, 2);
+            let reference = halves.swap_remove(1);
+            return Ok(Guided::new(halves.swap_remove(0), reference, self.config.guidance));
+        }
+        let Some((other, net, scales)) = self.other.as_mut().filter(|_| guides) else { return Ok(Guided::plain(d)) };
+        let there = other.upload(self.shape, &b.download(x)?);
+        let scales = scales.at(*other, net, sigma)?;
+        let reference = evaluate(*other, net, &there, sigma, scales)?;
+        let reference = b.upload(self.shape, &other.download(&reference)?);
+        Ok(Guided::new(d, reference, self.config.guidance))
     }
 
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor {

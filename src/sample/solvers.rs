@@ -81,6 +81,24 @@ pub fn solve<B: Backend>(
     }
 }
 
+/// The noise levels at which the solver evaluates the network, in order; none twice in a row.
+pub fn levels(config: &SamplerConfig) -> Vec<f64> {
+    let sigmas = config.sigmas();
+    let of = sigmas.len() - 1;
+    let corrected = |next| if config.solver == Solver::Heun { next } else { 0.0 };
+    let of_step = |pair: &[f64]| [churned(config.churn, pair[0], of), corrected(pair[1])];
+    let mut levels: Vec<f64> = sigmas.windows(2).flat_map(of_step).filter(|&sigma| sigma > 0.0).collect();
+    levels.dedup();
+    levels
+}
+
+/// t_hat: the level to which churn raises a step's.
+fn churned(churn: Churn, sigma: f64, of: usize) -> f64 {
+    let raises = churn.s_churn > 0.0 && (churn.s_min..=churn.s_max).contains(&sigma);
+    let gamma = if raises { (churn.s_churn / of as f64).min(std::f64::consts::SQRT_2 - 1.0) } else { 0.0 };
+    sigma + sigma * gamma
+}
+
 /// DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with h = ln(sigma / sigma_next):
 /// x <- (sigma_next / sigma) x + (1 - exp(-h)) d, d = D_i + (D_i - D_{i-1}) h / (2 h_last),
 /// but d = D_i in the first step and in the last, which ends at 0.
@@ -129,9 +147,8 @@ fn edm<B: Backend>(
     let of = sigmas.len() - 1;
     for (index, pair) in sigmas.windows(2).enumerate() {
         let (current, next) = (pair[0], pair[1]);
-        let mut sigma = current; // t_hat
-        if churn.s_churn > 0.0 && (churn.s_min..=churn.s_max).contains(&current) {
-            sigma += current * (churn.s_churn / of as f64).min(std::f64::consts::SQRT_2 - 1.0);
+        let sigma = churned(churn, current, of);
+        if sigma > current {
             let added = (sigma * sigma - current * current).sqrt() * churn.s_noise;
             let noise = denoiser.noise(b, index);
             x = b.linear_combination(&[(&x, 1.0), (&noise, added)]);

@@ -278,14 +278,6 @@ impl<T: Real, W> Backend for Cpu<T, W> {
         out
     }
 
-    fn stack(&mut self, parts: &[&Tensor<T>]) -> Tensor<T> {
-        let [n, h, w, c] = parts[0].shape();
-        let mut out = self.uninit([n * parts.len(), h, w, c]);
-        let values = out.values_mut();
-        values.chunks_exact_mut(n * h * w * c).zip(parts).for_each(|(out, part)| out.copy_from_slice(part.values()));
-        out
-    }
-
     fn split(&mut self, x: &Tensor<T>, parts: usize) -> Vec<Tensor<T>> {
         let [n, h, w, c] = x.shape();
         let shape = [n / parts, h, w, c];
@@ -307,12 +299,12 @@ impl<T: Real> NetworkBackend for Cpu<T> {
     }
 
     fn precond_input(&mut self, x: &Tensor<T>, sigma: &Tensor<T>, sigma_data: f64) -> Tensor<T> {
-        let [n, h, w, c] = x.shape();
-        let mut out = self.uninit([n, h, w, c + 1]);
+        let [images, h, w, c] = x.shape();
+        let mut out = self.uninit([sigma.shape()[0], h, w, c + 1]);
         for_rows(out.values_mut(), w * (c + 1), |row, out| {
             let s = sigma.values()[row / h];
             let c_in = T::one() / (T::of(sigma_data * sigma_data) + s * s).sqrt();
-            let x = x.values()[row * w * c..].chunks_exact(c);
+            let x = x.values()[row % (images * h) * w * c..].chunks_exact(c);
             for (out, x) in out.chunks_exact_mut(c + 1).zip(x) {
                 out.iter_mut().zip(x).for_each(|(o, &x)| *o = x * c_in);
                 out[c] = T::one();
@@ -329,12 +321,12 @@ impl<T: Real> NetworkBackend for Cpu<T> {
         out_gain: ParamId,
         sigma_data: f64,
     ) -> Tensor<T> {
-        let [_, h, w, c] = x.shape();
+        let [images, h, w, c] = x.shape();
         let gain = self.gain(out_gain);
-        let mut out = self.uninit(x.shape());
+        let mut out = self.uninit(raw.shape());
         for_rows(out.values_mut(), w * c, |row, out| {
             let (c_skip, c_out) = output_scales(sigma.values()[row / h], sigma_data);
-            let x = &x.values()[row * w * c..];
+            let x = &x.values()[row % (images * h) * w * c..];
             let raw = &raw.values()[row * w * c..];
             for ((out, &x), &raw) in out.iter_mut().zip(x).zip(raw) {
                 *out = c_skip * x + c_out * (gain * raw);
@@ -352,7 +344,7 @@ impl<T: Real> NetworkBackend for Cpu<T> {
             values.iter_mut().for_each(|x| *x *= T::of(wa));
             if let Some(labels) = labels {
                 let y = self.linear(label, labels, wb * (labels.shape()[3] as f64).sqrt());
-                values.iter_mut().zip(y.values()).for_each(|(x, &y)| *x += y);
+                values.iter_mut().zip(y.values().iter().cycle()).for_each(|(x, &y)| *x += y);
             }
         }
         let mut emb = pre.clone();

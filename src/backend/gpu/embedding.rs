@@ -60,14 +60,14 @@ impl EmbedLayers {
     }
 }
 
-/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [n, channels]; labels
+/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [rows, channels], which are taken in turn; labels
 /// [`DevicePtr::NULL`] = zeros.
 pub fn embed(
     p: Precision,
     n: usize,
     layers: &EmbedLayers,
     sigma: DevicePtr,
-    labels: DevicePtr,
+    (labels, label_rows): (DevicePtr, usize),
     to: &Embedding<DevicePtr>,
 ) -> Launch {
     let shared = layers.noise_channels.next_multiple_of(4) * IMAGES * 4;
@@ -93,6 +93,8 @@ pub fn embed(
         emb_channels: layers.emb_channels as i32,
         noise_factor,
         label_factor,
+        label_rows: label_rows.max(1) as i32,
+        padding: 0,
     };
     let grid = [layers.emb_channels.div_ceil(EMBED_ROWS) as u32, n.div_ceil(IMAGES) as u32, 1];
     Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared as u32, &params)

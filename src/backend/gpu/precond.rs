@@ -36,10 +36,12 @@ pub fn add_noise(
     Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
 }
 
-/// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x.
+/// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x, but of as many images as
+/// there are noise levels; the `x_images` of x are taken in turn.
 pub fn precond_input(
     p: Precision,
     shape: Shape,
+    x_images: usize,
     x: DevicePtr,
     sigma: DevicePtr,
     sigma_data: f64,
@@ -56,17 +58,18 @@ pub fn precond_input(
         channels: c as i32,
         vectors: vectors as i32,
         sigma_data: sigma_data as f32,
-        padding: 0,
+        x_pixels: (x_images * h * w) as i32,
     };
     Launch::over(p.pick(["precond_input_f16", "precond_input_bf16"]), n * h * w * vectors, BLOCK, &params)
 }
 
 /// `out` = D(x; sigma), f32, from the U-Net's `raw` output (channels padded to a multiple of 8) and the
-/// f32 scalar `gain`. `shape` is that of x.
+/// f32 scalar `gain`. `shape` and `x_images` as in [`precond_input`].
 #[allow(clippy::too_many_arguments)]
 pub fn precond_output(
     p: Precision,
     shape: Shape,
+    x_images: usize,
     x: DevicePtr,
     raw: DevicePtr,
     sigma: DevicePtr,
@@ -86,7 +89,7 @@ pub fn precond_output(
         channels: c as i32,
         vectors: c.div_ceil(8) as i32,
         sigma_data: sigma_data as f32,
-        padding: 0,
+        x_pixels: (x_images * h * w) as i32,
     };
     Launch::over(p.pick(["precond_output_f16", "precond_output_bf16"]), n * h * w, BLOCK, &params)
 }

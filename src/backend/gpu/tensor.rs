@@ -102,6 +102,8 @@ pub enum Buffer {
     Own(Rc<dyn Memory>),
     /// In a plan's workspace.
     Place(Place),
+    /// In another tensor, so many bytes behind its beginning.
+    Part(Tensor, usize),
 }
 
 /// How values are stored.
@@ -157,15 +159,26 @@ impl Tensor {
         match &self.0.buffer {
             Buffer::Own(memory) => memory.ptr(),
             Buffer::Place(place) => place.ptr(),
+            Buffer::Part(of, offset) => of.ptr().offset(*offset),
         }
     }
 
-    /// Its memory, unless it lies in a workspace.
-    pub fn memory(&self) -> Option<&Rc<dyn Memory>> {
+    /// Its memory, and where it begins there, unless it lies in a workspace.
+    pub fn memory(&self) -> Option<(&Rc<dyn Memory>, usize)> {
         match &self.0.buffer {
-            Buffer::Own(memory) => Some(memory),
+            Buffer::Own(memory) => Some((memory, 0)),
             Buffer::Place(_) => None,
+            Buffer::Part(of, offset) => of.memory().map(|(memory, first)| (memory, first + offset)),
         }
+    }
+
+    /// `parts` tensors of as many images, one after the other in this one. None if that would begin a tensor where kernels
+    /// cannot read 16 bytes.
+    pub fn parts(&self, parts: usize) -> Option<Vec<Self>> {
+        let [n, h, w, c] = self.shape();
+        let (shape, bytes) = ([n / parts, h, w, c], self.bytes() / parts);
+        let part = |i| Self::new(shape, self.format(), None, Buffer::Part(self.clone(), i * bytes));
+        bytes.is_multiple_of(16).then(|| (0..parts).map(part).collect())
     }
 
     /// Whether the other one has its shape and format.
@@ -180,7 +193,7 @@ impl Tensor {
 
     /// Whether nobody else holds it, so that it may be overwritten.
     pub fn is_unique(&self) -> bool {
-        Rc::strong_count(&self.0) == 1
+        Rc::strong_count(&self.0) == 1 && !matches!(self.0.buffer, Buffer::Part(..))
     }
 
     /// mp_silu(scale x) of this x, if it was made already.

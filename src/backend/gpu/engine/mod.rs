@@ -331,11 +331,11 @@ impl<P> Gpu<P> {
         let x = if x.format() == Format::F32 { self.half(x) } else { x.clone() };
         let c = x.shape()[3];
         let (out, mut bits) = (self.plain(x.shape(), format), vec![0u16; x.bytes() / 2]);
-        let (Some(from), Some(to)) = (x.memory(), out.memory()) else {
+        let (Some((from, first)), Some((to, _))) = (x.memory(), out.memory()) else {
             self.unsupported("q, k and v of a convolution that is not their layer");
             return out;
         };
-        let moved = from.read(0, bytemuck::cast_slice_mut(&mut bits)).and_then(|()| {
+        let moved = from.read(first, bytemuck::cast_slice_mut(&mut bits)).and_then(|()| {
             for pixel in bits.chunks_exact_mut(padded(c)) {
                 match (x.format(), heads) {
                     (Format::Qkv { heads }, _) => to_official(&mut pixel[..c], heads),
@@ -382,15 +382,15 @@ impl<P> Backend for Gpu<P> {
 
     fn download(&mut self, t: &Tensor) -> Result<Vec<f32>, BackendError> {
         self.check()?;
-        let memory = t.memory().expect("nothing is downloaded while a plan is made").clone();
+        let (memory, first) = t.memory().expect("nothing is downloaded while a plan is made");
         let [n, h, w, c] = t.shape();
         if t.format() == Format::F32 {
             let mut values = vec![0.0f32; n * h * w * c];
-            memory.read(0, bytemuck::cast_slice_mut(&mut values))?;
+            memory.read(first, bytemuck::cast_slice_mut(&mut values))?;
             return Ok(values);
         }
         let mut bits = vec![0u16; t.bytes() / 2];
-        memory.read(0, bytemuck::cast_slice_mut(&mut bits))?;
+        memory.read(first, bytemuck::cast_slice_mut(&mut bits))?;
         let mut values = Vec::with_capacity(n * h * w * c);
         for pixel in bits.chunks_exact_mut(padded(c)) {
             if let Format::Qkv { heads } = t.format() {
@@ -424,16 +424,10 @@ impl<P> Backend for Gpu<P> {
         out
     }
 
-    fn stack(&mut self, parts: &[&Tensor]) -> Tensor {
-        let [n, h, w, c] = parts[0].shape();
-        let out = self.plain([parts.len() * n, h, w, c], parts[0].format());
-        let (from, bytes) = (parts.iter().map(|part| part.ptr()), parts[0].bytes());
-        let copy = |(i, from)| Command::Copy { from, to: out.ptr().offset(i * bytes), bytes };
-        self.go(Work::new("stack", out.shape()).bytes(2 * out.bytes()), from.enumerate().map(copy));
-        out
-    }
-
     fn split(&mut self, x: &Tensor, parts: usize) -> Vec<Tensor> {
+        if let Some(parts) = x.parts(parts) {
+            return parts;
+        }
         let [n, h, w, c] = x.shape();
         let out: Vec<_> = (0..parts).map(|_| self.plain([n / parts, h, w, c], x.format())).collect();
         let bytes = x.bytes() / parts;

@@ -77,9 +77,10 @@ impl NetworkBackend for Gpu {
     }
 
     fn precond_input(&mut self, x: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
-        let (x, [n, h, w, c]) = (self.float(x), x.shape());
+        let (x, [images, h, w, c], n) = (self.float(x), x.shape(), sigma.shape()[0]);
+        let (p, shape) = (self.precision, [n, h, w, c]);
         let out = self.plain([n, h, w, c + 1], Format::Half);
-        let launch = precond::precond_input(self.precision, x.shape(), x.ptr(), sigma.ptr(), sigma_data, out.ptr());
+        let launch = precond::precond_input(p, shape, images, x.ptr(), sigma.ptr(), sigma_data, out.ptr());
         self.go(Work::new("precond_input", out.shape()).with([&x, &out]), [launch]);
         out
     }
@@ -93,10 +94,11 @@ impl NetworkBackend for Gpu {
         sigma_data: f64,
     ) -> Tensor {
         let (x, raw) = (self.float(x), self.half(raw));
-        let out = self.plain(x.shape(), Format::F32);
+        let out = self.plain(raw.shape(), Format::F32);
         let gain = self.params.plain(out_gain);
-        let (p, shape) = (self.precision, x.shape());
-        let launch = precond::precond_output(p, shape, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
+        let (p, shape, images) = (self.precision, raw.shape(), x.shape()[0]);
+        let launch =
+            precond::precond_output(p, shape, images, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
         self.go(Work::new("precond_output", out.shape()).with([&x, &raw, &out]), [launch]);
         out
     }
@@ -112,7 +114,8 @@ impl NetworkBackend for Gpu {
         let [pre, emb] = [0; 2].map(|_| vector(layers.emb_channels));
         if self.failed.is_none() {
             let to = Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
-            let launch = embedding::embed(self.precision, n, &layers, sigma.ptr(), DevicePtr::of(labels), &to);
+            let labels = (DevicePtr::of(labels), labels.map_or(0, |labels| labels.shape()[0]));
+            let launch = embedding::embed(self.precision, n, &layers, sigma.ptr(), labels, &to);
             self.go(Work::new("embed", emb.shape()).bytes(self.embed_bytes(p)), [launch]);
         }
         Embedding { features, pre, emb }
