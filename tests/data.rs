@@ -1341,7 +1341,7 @@ fn the_committed_emoji_are_a_dataset_with_the_right_pictures() {
     // Every heart called blue is more blue than red, every red one the other way round.
     let vocabulary = train.vocabulary();
     for (colour, channel, other) in [("red", 0, 2), ("blue", 2, 0)] {
-        let wanted = vocabulary.parse(&format!("heart, {colour}")).unwrap();
+        let wanted = vocabulary.parse(&format!("heart, {colour}")).unwrap().places();
         let mut found = 0;
         for i in 0..train.len() {
             if wanted.iter().all(|tag| train.tags(i).contains(tag)) {
@@ -1390,8 +1390,8 @@ fn conditions_have_unit_norm_whatever_the_number_of_tags() {
 fn unknown_tags_suggest_the_nearest_known_ones() {
     let tags = ["red heart", "red hair", "woman", "dark skin tone", "group: people & body"];
     let vocabulary = Vocabulary::most_frequent([tags], 9).unwrap();
-    assert_eq!(vocabulary.parse(" woman,, red heart ,woman,").unwrap(), [3, 4]);
-    assert!(vocabulary.parse("").unwrap().is_empty());
+    assert_eq!(vocabulary.parse(" woman,, red heart ,woman,").unwrap().places(), [3, 4]);
+    assert!(vocabulary.parse("").unwrap().tags().is_empty());
     let error = |text: &str| vocabulary.parse(text).unwrap_err().to_string();
     assert_eq!(error("Woman"), "unknown tag \"Woman\", did you mean \"woman\"?");
     assert!(error("red hart").contains("did you mean \"red heart\" or \"red hair\"?"));
@@ -1427,7 +1427,7 @@ proptest! {
         let tags = (0..20).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect();
         let vocabulary = Vocabulary::new(tags).unwrap();
         let text: Vec<_> = chosen.iter().rev().map(|&i| vocabulary.tag(i).unwrap()).collect();
-        prop_assert_eq!(vocabulary.parse(&text.join(", ")).unwrap(), chosen.into_iter().collect::<Vec<_>>());
+        prop_assert_eq!(vocabulary.parse(&text.join(", ")).unwrap().places(), chosen.into_iter().collect::<Vec<_>>());
     }
 }
 

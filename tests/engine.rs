@@ -18,7 +18,7 @@ use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
-use edm2k::sample::{Sampler, SamplerConfig, Solver, Step};
+use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
 use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
@@ -279,13 +279,13 @@ fn a_sampled_image_is_the_cpu_s() {
     let mut labels = vec![0.0; model.net.config.label_dim];
     labels[..3].fill(1.0);
     let size = [model.meta.height, model.meta.width];
+    let batch = Batch { labels: &labels, seeds: &[7], size, ..Batch::default() };
     let mut cpu = loaded(Cpu::<f32>::for_sampling(&model.table), &model);
     let expected = Sampler { backend: &mut cpu, net: &model.net, gnet: None };
-    let expected = { expected }.run(&labels, &[7], size, &config, None).unwrap();
+    let expected = { expected }.run(&batch, &config, None).unwrap();
     let device = Gpu::for_sampling(runtime, Precision::F16, &model.table).unwrap();
     let mut device = loaded(device, &model);
-    let found =
-        Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&labels, &[7], size, &config, None).unwrap();
+    let found = Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&batch, &config, None).unwrap();
     let error = found.iter().zip(&expected).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>() / found.len() as f64;
     // Pixels span -1 to 1.
     let psnr = 10.0 * (4.0 / error).log10();
@@ -302,27 +302,28 @@ fn step_by_step_is_what_one_plan_computes() {
     let mut labels = vec![0.0; model.net.config.label_dim];
     labels[..3].fill(0.5);
     let size = [model.meta.height, model.meta.width];
+    let batch = Batch { labels: &labels, seeds: &[7], size, ..Batch::default() };
     let [mut device, mut other] =
         [(); 2].map(|()| loaded(Gpu::for_sampling(runtime.clone(), Precision::F16, &model.table).unwrap(), &model));
 
     let config = SamplerConfig { steps: 2, ..SamplerConfig::default() };
     let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-    let whole = sampler.run(&labels, &[7], size, &config, None).unwrap();
+    let whole = sampler.run(&batch, &config, None).unwrap();
     let mut steps = 0;
     let mut count = |_: &mut Gpu, _: Step<_>| {
         steps += 1;
         Ok(())
     };
-    let observed = sampler.run(&labels, &[7], size, &config, Some(&mut count)).unwrap();
+    let observed = sampler.run(&batch, &config, Some(&mut count)).unwrap();
     assert_eq!(steps, 2);
     assert!(observed == whole);
 
     // Guided by itself, a network goes where it goes alone.
     let alone = SamplerConfig { guidance: 1.0, ..config.clone() };
-    let alone = sampler.run(&labels, &[7], size, &alone, None).unwrap();
+    let alone = sampler.run(&batch, &alone, None).unwrap();
     let gnet = Some((&mut other, &model.net));
     let mut guided = Sampler { backend: &mut device, net: &model.net, gnet };
-    let guided = guided.run(&labels, &[7], size, &config, None).unwrap();
+    let guided = guided.run(&batch, &config, None).unwrap();
     // 5 d - 4 d rounds in f32, and the next evaluation rounds its input to f16.
     let worst = alone.iter().zip(&guided).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-2, "{worst}");
@@ -359,10 +360,11 @@ fn a_guided_batch_is_its_two_halves() {
     edm2k::rng::Stream::new(7, edm2k::rng::Purpose::SampleNoise, 0).normals(&mut x);
     let mut labels = vec![0.0; dim];
     labels[..3].fill(0.5);
+    let batch = Batch { labels: &labels, seeds: &[7], size: [shape[1], shape[2]], ..Batch::default() };
     // A single Euler step to 0 is the guided denoised image.
     let config = SamplerConfig { steps: 1, solver: Solver::Euler, sigma_max: 2.0, ..SamplerConfig::default() };
     let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-    let together = sampler.run(&labels, &[7], [shape[1], shape[2]], &config, None).unwrap();
+    let together = sampler.run(&batch, &config, None).unwrap();
     x.iter_mut().for_each(|x| *x *= 2.0);
     let inputs = [(shape, &x[..]), ([1; 4], &[2.0][..]), ([1, 1, 1, dim], &labels[..])];
     let t = inputs.map(|(shape, values)| device.upload(shape, values));
@@ -425,7 +427,8 @@ fn too_little_memory_is_an_error_that_says_what_to_lower() {
     let mut sample = |images: u64| {
         let seeds: Vec<u64> = (0..images).collect();
         let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-        sampler.run(&[], &seeds, [32, 32], &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
+        let batch = Batch { seeds: &seeds, size: [32, 32], ..Batch::default() };
+        sampler.run(&batch, &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
     };
     let error = sample(64).unwrap_err().to_string();
     assert!(error.contains("activations") && error.contains("--batch"), "{error}");

@@ -11,7 +11,7 @@ use crate::model::Precond;
 use crate::pictures::Picture;
 use crate::pictures::png::PngError;
 use crate::rng::{Purpose, Stream};
-use crate::sample::{SampleError, Sampler, SamplerConfig};
+use crate::sample::{Batch, SampleError, Sampler, SamplerConfig};
 
 /// Conditions.
 const ROWS: usize = 6;
@@ -59,7 +59,8 @@ pub fn write<B: NetworkBackend>(
         }
         let seeds: Vec<u64> = jobs.iter().map(|&(_, seed)| seed).collect();
         let mut sampler = Sampler { backend, net, gnet: None };
-        samples.extend(sampler.run(&labels, &seeds, [h, w], &config, None)?);
+        let batch = Batch { seeds: &seeds, size: [h, w], labels: &labels, ..Batch::default() };
+        samples.extend(sampler.run(&batch, &config, None)?);
     }
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
