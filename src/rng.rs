@@ -30,6 +30,8 @@ pub enum Purpose {
     Condition = 9,
     /// Which latent of an image's distribution training sees.
     Latent = 10,
+    /// Class of a sampled image, where any will do.
+    Class = 11,
 }
 
 /// A stream of random numbers: `step` tells apart draws of one image for one purpose (below 2^24).
@@ -74,6 +76,12 @@ impl Stream {
     pub fn normal(&self) -> f32 {
         let r = self.block(0);
         normal_pair(r[0], r[1]).0
+    }
+
+    /// The stream's first number of 0 to `count`.
+    pub fn below(&self, count: usize) -> usize {
+        // The bias of a scaled word is below 2^-32 * count.
+        ((u64::from(self.block(0)[0]) * count as u64) >> 32) as usize
     }
 
     /// The stream's first uniform variate in [0, 1).

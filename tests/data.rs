@@ -118,7 +118,7 @@ fn drops(expected: &[(Drop, usize)]) -> Drops {
 fn pixels(dataset: &Dataset, id: i64) -> Vec<[u8; 3]> {
     let [height, width, channels] = dataset.shape();
     let mut image = vec![0.0; height * width * channels];
-    dataset.image(dataset.find(id).unwrap(), NOISE, &mut image);
+    dataset.image(dataset.find(id).unwrap(), NOISE, &mut image).unwrap();
     image.chunks_exact(3).map(|pixel| std::array::from_fn(|c| ((pixel[c] + 1.0) * 127.5).round() as u8)).collect()
 }
 
@@ -513,7 +513,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
             }
             // What training sees is mean + std * noise, channels last.
             let (mut image, mut noise) = (vec![0.0; 4 * area], vec![0.0; 4 * area]);
-            dataset.image(i, NOISE, &mut image);
+            dataset.image(i, NOISE, &mut image).unwrap();
             NOISE.normals(&mut noise);
             for at in 0..4 * area {
                 let planar = at % 4 * area + at / 4;
@@ -1171,9 +1171,9 @@ fn latents_are_drawn_from_what_is_stored_and_shards_continue_each_other() {
     assert_eq!([0, 1, 2, 3].map(|i| dataset.tags(i).to_vec()), [vec![0, 1], vec![0], vec![0, 1], vec![0]]);
     assert!(!dataset.flip_allowed(3), "no flips tensor means no flips");
     let (mut image, mut condition) = ([0.0; 6], [0.0; 2]);
-    dataset.image(2, NOISE, &mut image);
+    dataset.image(2, NOISE, &mut image).unwrap();
     assert_eq!(image, [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], "no standard deviation, no noise");
-    dataset.image(3, NOISE, &mut image);
+    dataset.image(3, NOISE, &mut image).unwrap();
     dataset.condition(3, &mut condition);
     let mut noise = [0.0; 6];
     NOISE.normals(&mut noise);
@@ -1288,7 +1288,7 @@ fn read_all(dir: &Path) {
         let mut image = vec![0.0; dataset.shape().iter().product()];
         let mut condition = vec![0.0; dataset.condition_dim()];
         for i in 0..dataset.len() {
-            dataset.image(i, NOISE, &mut image);
+            dataset.image(i, NOISE, &mut image).unwrap();
             dataset.condition(i, &mut condition);
             assert!(condition.iter().all(|x| x.is_finite()));
             let _ = dataset.vocabulary().multi_hot(dataset.tags(i));

@@ -6,15 +6,17 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, Error, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::json;
 
+use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::memory;
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Condition, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
@@ -23,8 +25,8 @@ use super::say::{note, out};
 /// Make images.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Conditions come from --tags, --prompts, --like, --mix, --row, --conditions and --random-conditions, in this
-order; all may be given. The images take them in turn, --per-condition images each. Without any, the images
+Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and --random-conditions,
+in this order; all may be given. The images take them in turn, --per-condition images each. Without any, the images
 are unconditional. Each file is named after its seed and carries all parameters in a text chunk.
 
 In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1 / 1.1 times;
@@ -43,7 +45,10 @@ Examples:
   edm2k sample --model emoji.safetensors --outdir out --prompts prompts.txt --per-condition 4
   edm2k sample --model emoji.safetensors --outdir out --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
   edm2k sample --model emoji.safetensors --outdir out --tags 'green, heart' --from drawing.png --strength 0.4
-  edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234
+  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors --preset edm2-img512-s-autog-fid \\
+      --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-63 --class random
+  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --guidance 1.4 \\
+      --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
       --like picture.png --tagger wd-swinv2-tagger-v3/model.onnx --per-condition 4")]
@@ -86,6 +91,13 @@ pub struct SampleArgs {
     /// Tags that guidance leads away from, instead of from no condition; of prompts that have none of their own too
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     negative: Option<String>,
+    /// Class of a class-conditional model: its number, a name of --class-names, or "random", which is another one for each
+    /// seed and goes alone; repeatable
+    #[arg(long, value_name = "CLASS", help_heading = "Conditions")]
+    class: Vec<String>,
+    /// Names of the classes, a line for each, synonyms separated by commas
+    #[arg(long, value_name = "FILE", requires = "class", help_heading = "Conditions")]
+    class_names: Option<PathBuf>,
     /// Let the condition model complete the tags of --tags and --prompts to a plausible set
     #[arg(long, requires = "condition_model", help_heading = "Conditions")]
     complete: bool,
@@ -137,6 +149,10 @@ pub struct SampleArgs {
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
+    /// Solver, steps and guidance that EDM2's authors used, such as edm2-img512-s-autog-fid; says which files they are for
+    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler",
+          conflicts_with_all = ["solver", "steps", "guidance"])]
+    preset: Option<Preset>,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -226,6 +242,14 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
     let mut sampler = args.sampler.config()?;
+    if let Some(preset) = &args.preset {
+        let SamplerConfig { solver, steps, guidance, .. } = preset.config();
+        sampler = SamplerConfig { solver, steps, guidance, ..sampler };
+        sampler.validate()?;
+        let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
+        note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
+    }
     if args.from.is_some() {
         sampler.strength = args.strength.unwrap_or(0.5);
         sampler.validate()?;
@@ -303,6 +327,9 @@ fn seeds(args: &SampleArgs, of_prompts: &[Option<u64>]) -> anyhow::Result<Vec<u6
     Ok(seeds)
 }
 
+/// What --class takes for any.
+const ANY: &str = "random";
+
 /// A line of --prompts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -348,6 +375,9 @@ fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Con
         all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
     }
     let mut others = Vec::new();
+    if !args.class.is_empty() {
+        others.extend(classes(args, pipeline).context("--class")?);
+    }
     for path in &args.like {
         others.push(pipeline.like(path).context("--like")?);
     }
@@ -363,6 +393,9 @@ fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Con
     if let Some(count) = args.random_conditions {
         others.extend(pipeline.invent(count.into(), seed).context("--random-conditions")?);
     }
+    let alone = all.is_empty() && args.row.is_empty() && args.conditions.is_none() && args.random_conditions.is_none();
+    let alone = alone && args.like.is_empty() && args.mix.is_empty();
+    ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
     all.extend(others.into_iter().map(|condition| (condition, None)));
     if let Some(text) = &args.negative {
         let negative = pipeline.tags(text, seed).context("--negative")?;
@@ -374,6 +407,23 @@ fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Con
         }
     }
     Ok(all)
+}
+
+/// The conditions of --class.
+fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
+    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
+    let condition = |condition: Condition| {
+        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+        name.map_or(condition.clone(), |name| condition.named("name", name))
+    };
+    if args.class.iter().any(|class| class == ANY) {
+        let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
+        ensure!(alone, "\"{ANY}\" goes alone");
+        let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
+        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
+    }
+    let of = |text: &String| Ok(condition(pipeline.class(names.find(text).map_err(Error::msg)?)?));
+    args.class.iter().map(of).collect()
 }
 
 fn row(text: &str, pipeline: &Pipeline) -> anyhow::Result<Condition> {

@@ -42,7 +42,7 @@ Examples:
       --duration 500k --lr 0.002
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
 pub struct TrainArgs {
-    /// Dataset made by `edm2k prepare`
+    /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, as it is
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Directory of the run: checkpoints, snapshots, statistics
@@ -156,7 +156,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let requests = Requests::watch("finishing this step, then saving");
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
-        Err(DatasetError::NoShards { .. }) => None,
+        Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. }) => None,
         other => Some(other.context("cannot open the dataset")?),
     };
     if let Some(v) = &validation {

@@ -502,7 +502,7 @@ impl<B: CodecBackend> Decoder<B> {
 }
 
 /// By which EDM2 scales and then shifts a channel of raw latents, rounded as it does.
-fn scale_and_shift(channel: usize) -> (f32, f32) {
+pub(crate) fn scale_and_shift(channel: usize) -> (f32, f32) {
     let scale = FINAL_STD / RAW_STD[channel];
     (scale, -RAW_MEAN[channel] * scale)
 }

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::formats::fingerprint::{self, Fingerprint};
 
+pub mod classes;
 pub mod prompt;
 pub mod tagger;
 pub mod vae;

@@ -9,5 +9,6 @@ pub mod pickle;
 pub mod safetensors;
 pub mod tar;
 pub mod torch;
+pub mod zip;
 
 pub use atomic::{AtomicFile, Claim, DirLock, LockError, write_atomically};

@@ -17,6 +17,7 @@ use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::onnx::OnnxError;
 use crate::pictures::Picture;
 use crate::pictures::decode;
+use crate::rng::{Purpose, Stream};
 
 /// What an image is to show.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +35,13 @@ impl Condition {
     /// A condition by its values, `[label_dim]`; zeros are none.
     pub fn new(values: Vec<f32>, origin: Value) -> Self {
         Self { values, origin, away: Vec::new() }
+    }
+
+    /// The same, with something more to say of where it is from.
+    #[must_use]
+    pub fn named(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.origin[key] = value.into();
+        self
     }
 
     /// The same, but guided away from another condition: a negative prompt.
@@ -131,6 +139,10 @@ pub enum ConditionError {
     FeatureWidth { tagger: PathBuf, found: usize, expected: usize },
     #[error("{} was trained on {made_of}, but these are {found}", model.display())]
     OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
+    #[error("{}: its conditions are {made_of}, not classes", model.display())]
+    NotClasses { model: PathBuf, made_of: Box<Conditioning> },
+    #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
+    Class { model: PathBuf, class: usize, classes: usize },
     #[error("the weighted sum of these conditions is zero")]
     Nothing,
     #[error("\"{text}\" has no tag")]
@@ -312,7 +324,9 @@ impl Pipeline {
         let dir = dataset.as_ref();
         for split in Split::ALL {
             let data = match Dataset::open(dir, split) {
-                Err(DatasetError::NoShards { .. } | DatasetError::Empty { .. }) => continue,
+                Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. } | DatasetError::Empty { .. }) => {
+                    continue;
+                }
                 opened => opened?,
             };
             let Some(i) = data.find(id) else { continue };
@@ -321,6 +335,29 @@ impl Pipeline {
             return Ok(Condition::of_image(&data, i, dir, split));
         }
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
+    }
+
+    /// The condition of a class: one-hot. That of a tag too, by its place.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: a model of other conditions, or of fewer classes.
+    pub fn class(&self, class: usize) -> Result<Condition> {
+        let classes = self.width()?;
+        let (model, made_of) = (self.path.clone(), &self.meta.conditioning);
+        if let Conditioning::Features { .. } = made_of {
+            return Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() });
+        }
+        let mut values = vec![0.0; classes];
+        *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;
+        Ok(Condition::new(values, json!({"class": class})))
+    }
+
+    /// The condition of any class, as `seed` has it.
+    ///
+    /// # Errors
+    /// As [`Pipeline::class`].
+    pub fn any_class(&self, seed: u64) -> Result<Condition> {
+        self.class(Stream::new(seed, Purpose::Class, 0).below(self.width()?))
     }
 
     /// No condition: what an image is of that only a negative prompt says something of.

@@ -24,6 +24,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod presets;
 mod solvers;
 
 use std::collections::HashSet;

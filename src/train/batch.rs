@@ -6,7 +6,7 @@
 //! with numbers keyed by the epoch).
 
 use super::Settings;
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, DatasetError};
 use crate::rng::{Purpose, Stream};
 
 /// Images with noise and labels on the host, NHWC.
@@ -52,7 +52,10 @@ impl<'a> Batches<'a> {
     }
 
     /// Images number `first` to `first + n` of the run.
-    pub fn get(&mut self, first: u64, n: usize) -> Batch {
+    ///
+    /// # Errors
+    /// [`DatasetError`]: a damaged image.
+    pub fn get(&mut self, first: u64, n: usize) -> Result<Batch, DatasetError> {
         let s = self.settings;
         let [h, w, c] = self.data.shape();
         let numel = h * w * c;
@@ -66,7 +69,7 @@ impl<'a> Batches<'a> {
             let i = self.index(k);
             let stream = |purpose| Stream::new(s.seed, purpose, k);
             let image = &mut clean[j * numel..][..numel];
-            self.data.image(i, stream(Purpose::Latent), image);
+            self.data.image(i, stream(Purpose::Latent), image)?;
             if s.flip && self.data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
                 mirror(image, w, c);
             }
@@ -79,7 +82,7 @@ impl<'a> Batches<'a> {
                 self.data.condition(i, &mut labels[j * dim..][..dim]);
             }
         }
-        Batch { n, clean, noisy, sigma, labels }
+        Ok(Batch { n, clean, noisy, sigma, labels })
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::NetworkBackend;
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::pictures::Picture;
 use crate::pictures::png::PngError;
@@ -24,6 +24,9 @@ pub enum GridError {
     /// Sampling failed.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// An image of the dataset.
+    #[error(transparent)]
+    Data(#[from] DatasetError),
     /// The picture could not be written.
     #[error(transparent)]
     Png(#[from] PngError),
@@ -65,7 +68,7 @@ pub fn write<B: NetworkBackend>(
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
         let mut image = vec![0.0; numel];
-        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image);
+        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image)?;
         pictures.push(Picture::from_model(h, w, &image));
         pictures.extend(samples.chunks(numel).map(|image| Picture::from_model(h, w, image)));
     }

@@ -54,7 +54,7 @@ pub use stats::{Status, Sums, Validation};
 use crate::backend::{BackendError, Normalization, Slot, Step, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
-use crate::data::dataset::{Dataset, Header, Kind};
+use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{DirLock, LockError};
@@ -261,6 +261,12 @@ pub enum TrainError {
     /// A snapshot, or the weights to start from.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// An image of the dataset.
+    #[error(transparent)]
+    Data(#[from] DatasetError),
+    /// The loss on the validation split.
+    #[error(transparent)]
+    Validation(#[from] validation::ValidationError),
     /// A sample grid.
     #[error(transparent)]
     Grid(#[from] grid::GridError),
@@ -589,7 +595,7 @@ struct Run<'a, B: TrainingBackend> {
     meta: ModelMeta,
     settings: &'a Settings,
     plan: &'a Plan,
-    batches: Receiver<Batch>,
+    batches: Receiver<Result<Batch, DatasetError>>,
     data: Splits<'a>,
     state: State,
     before: f64,
@@ -647,7 +653,7 @@ impl<B: TrainingBackend> Run<'_, B> {
         let end = self.state.nimg + s.batch;
         let mut losses = Vec::new();
         for _ in 0..self.rounds {
-            let batch = self.batches.recv().expect("batches are made as long as they are asked for");
+            let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
             let (b, n) = (&mut *self.backend, batch.n);
             let [clean, noisy] = [&batch.clean, &batch.noisy].map(|images| b.upload([n, h, w, c], images));
             let mut inputs = vec![clean, noisy, b.upload([n, 1, 1, 1], &batch.sigma)];
