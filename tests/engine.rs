@@ -150,11 +150,23 @@ fn settings(data: &Dataset, batch: u64, duration: u64) -> Settings {
         cond_dropout: 0.1,
         cond_dropout_from: 0,
         flip: false,
+        dropout: 0.0,
     }
 }
 
 /// Trains; what each step reported.
 fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gpu: u64) -> Vec<Status> {
+    run_telling(backend, outdir, settings, batch_gpu, &mut |_| {})
+}
+
+/// The same, and everything else that it says.
+fn run_telling<B: TrainingBackend>(
+    backend: &mut B,
+    outdir: &Path,
+    settings: &Settings,
+    batch_gpu: u64,
+    tell: &mut dyn FnMut(Event),
+) -> Vec<Status> {
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
@@ -164,6 +176,7 @@ fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, 
         status: 1,
         validate: 0,
         grid: 0,
+        tensorboard: false,
         snapshot: 0,
         checkpoint: 0,
         keep: 1,
@@ -174,11 +187,12 @@ fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, 
     let mut seen = Vec::new();
     let splits = Splits { train: &data, validation: None };
     let mut event = |event: Event| {
-        if let Event::Status(status) = event {
-            seen.push(status.clone());
+        match event {
+            Event::Status(status) => seen.push(status.clone()),
+            other => tell(other),
         }
     };
-    train::train(backend, model, settings, &plan, splits, &AtomicBool::new(false), &mut event).unwrap();
+    train::train(backend, model, settings, &plan, splits, None, &AtomicBool::new(false), &mut event).unwrap();
     seen
 }
 
@@ -217,8 +231,11 @@ fn every_loop_trains_as_the_cpu_does() {
         "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
         "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 64,
     });
-    let settings =
-        Settings { config: serde_json::from_value(json).unwrap(), ..settings(&data, batch, steps as u64 * batch) };
+    let settings = Settings {
+        config: serde_json::from_value(json).unwrap(),
+        dropout: 0.2,
+        ..settings(&data, batch, steps as u64 * batch)
+    };
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
     let mut cpu = Cpu::<f32>::for_training(&table, 2);
@@ -243,7 +260,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
     // Five images in micro-batches of two: plans for two sizes.
-    let (half, whole) = (settings(&data, 5, 15), settings(&data, 5, 30));
+    let [half, whole] = [15, 30].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
     run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
@@ -410,6 +427,43 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
         runs.push((n, seed, found));
     }
     assert_eq!(runs[0], runs[4], "the same inputs, after other batches");
+}
+
+/// A card that has no room for eight images goes on with four, and computes what a run computes that had four at first.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_run_that_runs_out_of_memory_goes_on_with_half() {
+    let data = emoji();
+    let settings = settings(&data, 8, 24);
+    let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
+    let needed = |n: usize| {
+        let card = Rc::new(Imagined::new(Card { sms: 4, capability: 90 }));
+        let mut gpu = Gpu::for_training(card, Precision::F16, &table, 2).unwrap();
+        train::rehearse(&mut gpu, &net, 0.0, [n, 32, 32]).unwrap();
+        gpu.param_bytes() + gpu.costs().next().unwrap().workspace
+    };
+    let (four, eight) = (needed(4), needed(8));
+    let dir = tempfile::tempdir().unwrap();
+    let on = |limit: u64| {
+        let emulator = emulator::Emulator::new(emulator::Build::Normal).unwrap();
+        let runtime: Rc<dyn Runtime> = Rc::new(emulated::Emulated::new(emulator, limit));
+        Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
+    };
+    let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);
+    let mut notes = Vec::new();
+    let mut note = |event: Event| {
+        if let Event::Note(text) = event {
+            notes.push(text);
+        }
+    };
+    let limit = four + (eight - four) / 2;
+    let found = run_telling(&mut on(limit), &dir.path().join("less"), &settings, 8, &mut note);
+    assert_eq!((found.len(), expected.len()), (3, 3));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} instead of {}", found.loss, expected.loss);
+    }
+    let said = notes.iter().find(|note| note.contains("out of device memory")).unwrap();
+    assert!(said.ends_with("going on with --batch-gpu 4"), "{said}");
 }
 
 #[cfg(feature = "emulator")]

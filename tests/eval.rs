@@ -110,6 +110,7 @@ fn the_loss_watched_in_training_is_the_mean_over_its_levels() {
         cond_dropout: 0.0,
         cond_dropout_from: 0,
         flip: false,
+        dropout: 0.0,
     };
     let got = validation::loss(&mut backend, &model.net, &settings, &data, 3).unwrap();
     let level = backend.upload([1, 1, 1, 1], &[sigma as f32]);

@@ -258,6 +258,7 @@ fn settings(data: &Dataset) -> Settings {
         cond_dropout: 0.25,
         cond_dropout_from: 1000,
         flip: true,
+        dropout: 0.0,
     }
 }
 
@@ -797,7 +798,7 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> Str
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, plan, splits, &stop, &mut note).unwrap();
+    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }
@@ -810,6 +811,7 @@ fn plain_plan(place: &Place) -> Plan {
         status: 0,
         validate: 0,
         grid: 0,
+        tensorboard: false,
         snapshot: 0,
         checkpoint: 0,
         keep: 1,

@@ -275,6 +275,8 @@ pub struct Preset {
     pub p_mean: f64,
     /// Standard deviation of ln(sigma).
     pub p_std: f64,
+    /// Share of the activations that are zeroed before each block's second convolution.
+    pub dropout: f64,
     /// What `1girl-xs` says beyond EDM2's settings.
     pub recipe: Option<Recipe>,
 }
@@ -290,8 +292,6 @@ pub struct Recipe {
 
 /// Every preset: EDM2's of ImageNet-512 (latents) and ImageNet-64 (RGB), and `1girl-xs`,
 /// EDM2-XS with a 1024-wide condition on 512x704 images (64x88 latents).
-///
-/// EDM2 trains M and larger with dropout 0.1, which this project does not have.
 pub fn presets() -> Vec<Preset> {
     let img512 = [
         ("edm2-img512-xxs", 64, 0.0170),
@@ -303,11 +303,14 @@ pub fn presets() -> Vec<Preset> {
         ("edm2-img512-xxl", 448, 0.0065),
     ];
     let img64 = [
+        ("edm2-img64-xs", 128, 0.0120),
         ("edm2-img64-s", 192, 0.0100),
         ("edm2-img64-m", 256, 0.0090),
         ("edm2-img64-l", 320, 0.0080),
         ("edm2-img64-xl", 384, 0.0070),
     ];
+    // M and larger.
+    let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
     let mut all = Vec::new();
     for (name, width, lr) in img512 {
         let config = Config::edm2(64, 4, 1000, width);
@@ -321,6 +324,7 @@ pub fn presets() -> Vec<Preset> {
             decay: 70000.0,
             p_mean: -0.4,
             p_std: 1.0,
+            dropout: dropout(width),
             recipe: None,
         });
     }
@@ -336,6 +340,7 @@ pub fn presets() -> Vec<Preset> {
             decay: 35000.0,
             p_mean: -0.8,
             p_std: 1.6,
+            dropout: dropout(width),
             recipe: None,
         });
     }
@@ -348,6 +353,7 @@ pub fn presets() -> Vec<Preset> {
         decay: 0.0,
         p_mean: -0.4,
         p_std: 1.0,
+        dropout: 0.0,
         recipe: Some(Recipe { duration: 11_000_000, batch_gpu: 40 }),
     });
     all

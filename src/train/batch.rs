@@ -7,7 +7,7 @@
 
 use super::Settings;
 use crate::data::dataset::{Dataset, DatasetError};
-use crate::rng::{Purpose, Stream};
+use crate::rng::{Purpose, Stream, mask_key};
 
 /// Images with noise and labels on the host, NHWC.
 pub struct Batch {
@@ -21,6 +21,8 @@ pub struct Batch {
     pub sigma: Vec<f32>,
     /// Conditions [n, label_dim], zero rows where dropped; none for an unconditional network.
     pub labels: Option<Vec<f32>>,
+    /// Keys of the masks of dropout [n, 2]; none without.
+    pub keys: Option<Vec<f32>>,
 }
 
 /// Makes the batches of a run.
@@ -82,7 +84,8 @@ impl<'a> Batches<'a> {
                 self.data.condition(i, &mut labels[j * dim..][..dim]);
             }
         }
-        Ok(Batch { n, clean, noisy, sigma, labels })
+        let keys = (s.dropout > 0.0).then(|| (first..first + n as u64).flat_map(|k| mask_key(s.seed, k)).collect());
+        Ok(Batch { n, clean, noisy, sigma, labels, keys })
     }
 }
 
