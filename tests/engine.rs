@@ -10,9 +10,12 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
+#[cfg(feature = "emulator")]
+use edm2k::backend::gpu::emulated::{Emulated, emulator};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
-use edm2k::backend::gpu::runtime::Runtime;
+use edm2k::backend::gpu::runtime::{Imagined, Runtime};
+use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Shape, Slot, TrainingBackend};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
@@ -186,11 +189,9 @@ fn run_telling<B: TrainingBackend>(
     };
     let mut seen = Vec::new();
     let splits = Splits { train: &data, validation: None };
-    let mut event = |event: Event| {
-        match event {
-            Event::Status(status) => seen.push(status.clone()),
-            other => tell(other),
-        }
+    let mut event = |event: Event| match event {
+        Event::Status(status) => seen.push(status.clone()),
+        other => tell(other),
     };
     train::train(backend, model, settings, &plan, splits, None, &AtomicBool::new(false), &mut event).unwrap();
     seen
@@ -446,7 +447,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let dir = tempfile::tempdir().unwrap();
     let on = |limit: u64| {
         let emulator = emulator::Emulator::new(emulator::Build::Normal).unwrap();
-        let runtime: Rc<dyn Runtime> = Rc::new(emulated::Emulated::new(emulator, limit));
+        let runtime: Rc<dyn Runtime> = Rc::new(Emulated::new(emulator, limit));
         Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
     };
     let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);

@@ -377,8 +377,10 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
 
     let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
-    let duration =
-        args.duration.or(recipe.map(|recipe| recipe.duration)).context("give --duration, the images to train on")?;
+    let duration = args
+        .duration
+        .or(preset.as_ref().map(|preset| preset.duration))
+        .context("give --duration, the images to train on")?;
     let edm2 = Settings::new(data, config, duration);
     let settings = Settings {
         init: start,

@@ -277,15 +277,15 @@ pub struct Preset {
     pub p_std: f64,
     /// Share of the activations that are zeroed before each block's second convolution.
     pub dropout: f64,
+    /// Images to train on.
+    pub duration: u64,
     /// What `1girl-xs` says beyond EDM2's settings.
     pub recipe: Option<Recipe>,
 }
 
-/// The rest of a whole recipe of fine-tuning.
+/// The rest of a whole recipe of fine-tuning: the learning rate falls linearly to zero, without a ramp-up.
 #[derive(Clone, Copy, Debug)]
 pub struct Recipe {
-    /// Images to train on; the learning rate falls linearly to zero over them, without a ramp-up.
-    pub duration: u64,
     /// Images at a time.
     pub batch_gpu: u64,
 }
@@ -294,25 +294,25 @@ pub struct Recipe {
 /// EDM2-XS with a 1024-wide condition on 512x704 images (64x88 latents).
 pub fn presets() -> Vec<Preset> {
     let img512 = [
-        ("edm2-img512-xxs", 64, 0.0170),
-        ("edm2-img512-xs", 128, 0.0120),
-        ("edm2-img512-s", 192, 0.0100),
-        ("edm2-img512-m", 256, 0.0090),
-        ("edm2-img512-l", 320, 0.0080),
-        ("edm2-img512-xl", 384, 0.0070),
-        ("edm2-img512-xxl", 448, 0.0065),
+        ("edm2-img512-xxs", 64, 0.0170, 2048),
+        ("edm2-img512-xs", 128, 0.0120, 2048),
+        ("edm2-img512-s", 192, 0.0100, 2048),
+        ("edm2-img512-m", 256, 0.0090, 2048),
+        ("edm2-img512-l", 320, 0.0080, 1792),
+        ("edm2-img512-xl", 384, 0.0070, 1280),
+        ("edm2-img512-xxl", 448, 0.0065, 896),
     ];
     let img64 = [
-        ("edm2-img64-xs", 128, 0.0120),
-        ("edm2-img64-s", 192, 0.0100),
-        ("edm2-img64-m", 256, 0.0090),
-        ("edm2-img64-l", 320, 0.0080),
-        ("edm2-img64-xl", 384, 0.0070),
+        ("edm2-img64-xs", 128, 0.0120, 1024),
+        ("edm2-img64-s", 192, 0.0100, 1024),
+        ("edm2-img64-m", 256, 0.0090, 2048),
+        ("edm2-img64-l", 320, 0.0080, 1024),
+        ("edm2-img64-xl", 384, 0.0070, 640),
     ];
     // M and larger.
     let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
     let mut all = Vec::new();
-    for (name, width, lr) in img512 {
+    for (name, width, lr, duration) in img512 {
         let config = Config::edm2(64, 4, 1000, width);
         let size = [64, 64];
         all.push(Preset {
@@ -325,10 +325,11 @@ pub fn presets() -> Vec<Preset> {
             p_mean: -0.4,
             p_std: 1.0,
             dropout: dropout(width),
+            duration: duration << 20,
             recipe: None,
         });
     }
-    for (name, width, lr) in img64 {
+    for (name, width, lr, duration) in img64 {
         let config = Config::edm2(64, 3, 1000, width);
         let size = [64, 64];
         all.push(Preset {
@@ -341,6 +342,7 @@ pub fn presets() -> Vec<Preset> {
             p_mean: -0.8,
             p_std: 1.6,
             dropout: dropout(width),
+            duration: duration << 20,
             recipe: None,
         });
     }
@@ -354,7 +356,8 @@ pub fn presets() -> Vec<Preset> {
         p_mean: -0.4,
         p_std: 1.0,
         dropout: 0.0,
-        recipe: Some(Recipe { duration: 11_000_000, batch_gpu: 40 }),
+        duration: 11_000_000,
+        recipe: Some(Recipe { batch_gpu: 40 }),
     });
     all
 }

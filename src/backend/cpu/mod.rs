@@ -14,8 +14,8 @@ mod weights;
 
 use super::*;
 use crate::params::{ParamId, ParamTable, mp_sum_weights};
-use crate::rng::dropped;
 use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
+use crate::rng::dropped;
 use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
 use std::ops::{Index, IndexMut};
