@@ -27,10 +27,8 @@ pub const LATENTS: usize = 4;
 /// perhaps with `first_stage_model.` before them, where the rest of the file is left out. Others stay as they are.
 pub fn known_names(file: SafeFile) -> SafeFile {
     const PART: &str = "first_stage_model.";
-    let file = match file.names().any(|name| name.starts_with(PART)) {
-        true => file.renamed(|name| name.strip_prefix(PART).map(str::to_owned)),
-        false => file,
-    };
+    let whole = file.names().any(|name| name.starts_with(PART));
+    let file = if whole { file.renamed(|name| name.strip_prefix(PART).map(str::to_owned)) } else { file };
     if !file.contains("encoder.down.0.block.0.norm1.weight") {
         return file;
     }

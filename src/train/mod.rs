@@ -610,7 +610,7 @@ fn newest<B: TrainingBackend>(
     }
 }
 
-struct Run<'a, B: TrainingBackend> {
+struct Run<'a, 's, B: TrainingBackend> {
     backend: &'a mut B,
     net: Precond,
     meta: ModelMeta,
@@ -625,13 +625,13 @@ struct Run<'a, B: TrainingBackend> {
     last_status: (Instant, u64),
     stats: StatsFile,
     events: Option<Events>,
-    show: Option<&'a mut grid::Show<'a>>,
+    show: Option<&'a mut grid::Show<'s>>,
     /// Images at a time: the plan's, until the device has no memory for them.
     batch_gpu: usize,
     rounds: usize,
 }
 
-impl<B: TrainingBackend> Run<'_, B> {
+impl<B: TrainingBackend> Run<'_, '_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
             event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
