@@ -6,7 +6,6 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -18,6 +17,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
+use crate::formats::{At, FileError};
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -59,8 +59,8 @@ pub enum DatasetError {
     Shard(#[from] ShardError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: no {split} shards (expected {})", dir.display(), split.shard_name(0))]
     NoShards { dir: PathBuf, split: Split },
     #[error("{}: shard {name} is missing ({found} of {expected} are there)", dir.display())]
@@ -307,11 +307,10 @@ fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
 /// How many shards of a split there are and should be: as the highest number present
 /// says, or the first shard's header if that is more.
 fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError> {
-    let io_error = |cause| DatasetError::Io { path: dir.into(), cause };
     let prefix = format!("{split}-");
     let (mut found, mut expected) = (0, 0);
-    for entry in fs::read_dir(dir).map_err(io_error)? {
-        let name = entry.map_err(io_error)?.file_name();
+    for entry in fs::read_dir(dir).at(dir)? {
+        let name = entry.at(dir)?.file_name();
         let number = name
             .to_str()
             .and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".safetensors"))

@@ -57,7 +57,7 @@ use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Kind};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
-use crate::formats::{DirLock, LockError};
+use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::save;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
@@ -236,46 +236,30 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
         conditioning: header.conditioning.clone(),
         autoencoder: header.autoencoder.clone(),
         data: data.fingerprint(),
-        images_seen: 0,
-        ema_std: None,
         seed: Some(seed),
         source: header.source.clone(),
         licence: header.licence.clone(),
+        ..ModelMeta::default()
     }
 }
 
 /// Why training could not begin or go on.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum TrainError {
-    /// A file or directory of the run.
-    #[error("{}: {cause}", path.display())]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// What the system says.
-        cause: io::Error,
-    },
-    /// A checkpoint.
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A snapshot, or the weights to start from.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A sample grid.
     #[error(transparent)]
     Grid(#[from] grid::GridError),
-    /// The device.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
-    Settings {
-        /// The checkpoint.
-        path: PathBuf,
-        /// Each option with its value then and now.
-        differences: String,
-    },
-    /// The directory cannot be written in, or another run does.
+    Settings { path: PathBuf, differences: String },
     #[error(transparent)]
     Lock(#[from] LockError),
     /// There are checkpoints, but none is whole.
@@ -283,29 +267,13 @@ pub enum TrainError {
         "no whole checkpoint is left in {} ({first}{}). --restart would set aside what is there, and begin anew",
         dir.display(), if *more > 0 { format!("; {more} more are damaged") } else { String::new() }
     )]
-    AllDamaged {
-        /// The directory.
-        dir: PathBuf,
-        /// The newest one, and what is wrong with it.
-        first: CheckpointError,
-        /// How many others are damaged.
-        more: usize,
-    },
+    AllDamaged { dir: PathBuf, first: CheckpointError, more: usize },
     /// Going on would only make numbers that mean nothing.
     #[error(
         "the run has diverged after {nimg} images: {what}. Begin in another --outdir with a lower --lr (it was {lr:e}) \
          or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
     )]
-    Diverged {
-        /// Images seen.
-        nimg: u64,
-        /// What is not finite.
-        what: String,
-        /// Reference learning rate.
-        lr: f64,
-        /// The newest checkpoint.
-        last: Option<PathBuf>,
-    },
+    Diverged { nimg: u64, what: String, lr: f64, last: Option<PathBuf> },
 }
 
 /// What a run tells while it goes.
@@ -452,14 +420,10 @@ pub fn train<B: TrainingBackend>(
     event: &mut dyn FnMut(Event),
 ) -> Result<Outcome, TrainError> {
     let dir = plan.outdir.as_path();
-    let io_error = |path: &Path| {
-        let path = path.to_path_buf();
-        move |cause| TrainError::Io { path, cause }
-    };
     let lock = DirLock::exclusive(dir)?;
     lock.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
     if plan.restart {
-        set_aside(dir, event).map_err(io_error(dir))?;
+        set_aside(dir, event).at(dir)?;
     }
     let state = match newest(backend, settings, plan, event)? {
         Some(state) => state,
@@ -472,7 +436,7 @@ pub fn train<B: TrainingBackend>(
     };
     let settings = &state.settings.clone();
     let stats_path = dir.join("stats.jsonl");
-    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
+    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
     if let Some(aside) = foreign {
         let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
         event(Event::Note(text));
@@ -539,7 +503,7 @@ fn newest<B: TrainingBackend>(
     let dir = plan.outdir.as_path();
     let table = backend.table().clone();
     let mut damaged = Vec::new();
-    for path in checkpoint::list(dir).map_err(|cause| TrainError::Io { path: dir.into(), cause })? {
+    for path in checkpoint::list(dir).at(dir)? {
         let opened = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
             let mut asked = settings.clone();
             if plan.keep_rampup {
@@ -562,7 +526,7 @@ fn newest<B: TrainingBackend>(
         };
         for (path, error) in damaged {
             let aside = free_name(&path, "damaged");
-            fs::rename(&path, &aside).map_err(|cause| TrainError::Io { path, cause })?;
+            fs::rename(&path, &aside).at(&path)?;
             event(Event::Note(format!("{error}; set aside as {}", aside.display())));
         }
         checkpoint.load(backend)?;
@@ -694,7 +658,7 @@ impl<B: TrainingBackend> Run<'_, B> {
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
         let path = self.plan.outdir.join("stats.jsonl");
-        self.stats.write(line).map_err(|cause| TrainError::Io { path, cause })
+        Ok(self.stats.write(line).at(path)?)
     }
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
@@ -793,9 +757,8 @@ impl<B: TrainingBackend> Run<'_, B> {
     /// Removes the checkpoints that are not to be kept, and draws the losses.
     fn tidy(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.plan.outdir;
-        let io_error = |cause| TrainError::Io { path: dir.clone(), cause };
-        for old in checkpoint::superseded(dir, self.plan.keep).map_err(io_error)? {
-            fs::remove_file(&old).map_err(|cause| TrainError::Io { path: old, cause })?;
+        for old in checkpoint::superseded(dir, self.plan.keep).at(dir)? {
+            fs::remove_file(&old).at(&old)?;
         }
         // No run ends for want of a picture.
         if let Err(cause) = self.stats.draw() {

@@ -175,12 +175,8 @@ pub enum Outcome {
     /// It was compared.
     Check(Check),
     /// It was not.
-    Skip {
-        /// File, case or tensor.
-        name: String,
-        /// Why.
-        why: String,
-    },
+    #[allow(missing_docs)] // file, case or tensor, and why
+    Skip { name: String, why: String },
 }
 
 impl fmt::Display for Outcome {
@@ -213,44 +209,25 @@ pub struct Summary {
 
 /// Why a directory could not be replayed at all.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum VerifyError {
     /// It cannot be listed, or holds nothing that is known.
     #[error("{}: {what}", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-    /// A tensor file is damaged, or a tensor has another type than its use needs.
+    Directory { path: PathBuf, what: String },
     #[error(transparent)]
     File(#[from] SafeError),
     /// A JSON file or an entry of a file's metadata.
     #[error("{}: {what}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and what is wrong.
-        what: String,
-    },
+    Json { path: PathBuf, what: String },
     /// A config that describes no network.
     #[error("{}: {cause}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: ConfigError,
-    },
-    /// An autoencoder's file.
+    Config { path: PathBuf, cause: ConfigError },
     #[error(transparent)]
     Codec(#[from] CodecError),
-    /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// The device has no room for a network.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A sampler.
     #[error(transparent)]
     Sample(#[from] SampleError),
 }

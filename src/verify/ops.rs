@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
 use crate::backend::{EmbLayer, Logvar, LossInput, Operand, Scale, Slot, TrainingBackend};
+use crate::model::config;
 use crate::model::unet::{Block, BlockConfig, Flavor, Resample};
 use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
@@ -648,55 +649,31 @@ struct BlockSettings {
     out_channels: usize,
     emb_channels: usize,
     train: bool,
-    flavor: String,
-    #[serde(default = "keep")]
-    resample_mode: String,
+    flavor: Flavor,
+    #[serde(default)]
+    resample_mode: Resample,
     #[serde(default)]
     attention: bool,
-    #[serde(default = "channels_per_head")]
+    #[serde(default = "config::default_channels_per_head")]
     channels_per_head: usize,
-    #[serde(default = "balance_default")]
+    #[serde(default = "config::default_balance")]
     res_balance: f64,
-    #[serde(default = "balance_default")]
+    #[serde(default = "config::default_balance")]
     attn_balance: f64,
-    #[serde(default = "clip_act")]
+    #[serde(default = "config::default_clip_act")]
     clip_act: f64,
-}
-
-fn keep() -> String {
-    "keep".into()
-}
-fn channels_per_head() -> usize {
-    64
-}
-fn balance_default() -> f64 {
-    0.3
-}
-fn clip_act() -> f64 {
-    256.0
 }
 
 impl BlockSettings {
     fn block(&self) -> Result<BlockConfig, String> {
-        let flavor = match self.flavor.as_str() {
-            "enc" => Flavor::Encoder,
-            "dec" => Flavor::Decoder,
-            other => return Err(format!("flavor {other}, expected enc or dec")),
-        };
-        let resample = match self.resample_mode.as_str() {
-            "keep" => Resample::Keep,
-            "down" => Resample::Down,
-            "up" => Resample::Up,
-            other => return Err(format!("resample_mode {other}, expected keep, down or up")),
-        };
+        let (flavor, resample) = (self.flavor, self.resample_mode);
         let built = match (flavor, resample) {
-            (Flavor::Encoder, Resample::Keep) => true,
             (Flavor::Encoder, Resample::Down) => self.in_channels == self.out_channels,
-            (Flavor::Decoder, Resample::Keep | Resample::Up) => true,
-            _ => false,
+            (Flavor::Encoder, Resample::Up) | (Flavor::Decoder, Resample::Down) => false,
+            (_, Resample::Keep) | (Flavor::Decoder, Resample::Up) => true,
         };
         if !built {
-            return Err(format!("no network has such a block: {} {}", self.flavor, self.resample_mode));
+            return Err(format!("no network has such a block: {flavor:?} {resample:?}"));
         }
         let heads = match self.attention {
             false => 0,

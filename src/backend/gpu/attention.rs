@@ -38,20 +38,14 @@ const FEW_BLOCKS: usize = 128;
 
 /// A shape that the kernels do not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum AttentionError {
     /// No kernel for heads of this size.
     #[error("attention: heads of {0} channels, expected 16, 32, 64 or 128")]
     HeadSize(usize),
     /// A count beyond a launch's limits.
     #[error("attention: {found} {what}, expected 1 to {most}")]
-    Count {
-        /// Of what.
-        what: &'static str,
-        /// How many.
-        found: usize,
-        /// The most that a launch takes.
-        most: usize,
-    },
+    Count { what: &'static str, found: usize, most: usize },
 }
 
 /// The shape of one attention layer's work.

@@ -34,6 +34,7 @@ const SCORES: usize = QUERIES * 24 * 4;
 
 /// Why the kernels cannot do what is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum CodecError {
     /// Of an image, or its channels.
     #[error("an autoencoder's tensor of shape {0:?}: too large, or empty")]
@@ -43,12 +44,7 @@ pub enum CodecError {
     Odd(Shape),
     /// Groups do not divide the channels.
     #[error("a group norm of {channels} channels in {groups} groups")]
-    Groups {
-        /// Channels.
-        channels: usize,
-        /// Groups.
-        groups: usize,
-    },
+    Groups { channels: usize, groups: usize },
     /// Width of the attention.
     #[error("self-attention of {0} channels, expected a multiple of 8 up to 512")]
     Width(usize),

@@ -47,7 +47,7 @@ impl ConvShape {
     }
 
     fn check(&self) -> Result<(), ConvError> {
-        let wrong = |what| Err(ConvError::Shape { shape: *self, what });
+        let wrong = |what| Err(ConvError { shape: *self, what });
         if self.taps != 1 && self.taps != 9 {
             return wrong("the weight has 1 or 9 taps");
         }
@@ -71,23 +71,11 @@ impl ConvShape {
 
 /// Why a convolution cannot be launched.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum ConvError {
-    /// The shape is not one that the kernels take.
-    #[error("convolution {shape:?}: {what}")]
-    Shape {
-        /// The shape.
-        shape: ConvShape,
-        /// What is wrong with it.
-        what: &'static str,
-    },
-    /// A required address is missing, or given where there is nothing to do with it.
-    #[error("convolution {shape:?}: {what}")]
-    Argument {
-        /// The shape.
-        shape: ConvShape,
-        /// What is wrong.
-        what: &'static str,
-    },
+#[error("convolution {shape:?}: {what}")]
+#[allow(missing_docs)] // the message says it
+pub struct ConvError {
+    pub shape: ConvShape,
+    pub what: &'static str,
 }
 
 /// The two inputs and their factors, which the gradients get: the scales of `mp_cat`, or 1.
@@ -110,10 +98,7 @@ impl Inputs {
 /// The second input, which is there if and only if it has channels.
 fn second(shape: &ConvShape, skip: Option<DevicePtr>) -> Result<DevicePtr, ConvError> {
     if skip.is_some() != (shape.cb != 0) {
-        return Err(ConvError::Argument {
-            shape: *shape,
-            what: "a second input needs channels, and channels an input",
-        });
+        return Err(ConvError { shape: *shape, what: "a second input needs channels, and channels an input" });
     }
     Ok(skip.unwrap_or(DevicePtr::NULL))
 }
@@ -370,7 +355,7 @@ impl Dgrad {
     pub fn new(shape: ConvShape, scaled: bool, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
-            return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
+            return Err(ConvError { shape, what: "a scaled input is one tensor" });
         }
         let groups = if scaled { shape.n } else { 1 };
         let product = [shape.pixels() / groups, shape.cin()];
@@ -426,10 +411,8 @@ impl Dgrad {
             _ => (None, DevicePtr::NULL),
         };
         if scale.is_some() != self.scaled {
-            return Err(ConvError::Argument {
-                shape: *shape,
-                what: "planned with scales and called without, or the reverse",
-            });
+            let what = "planned with scales and called without, or the reverse";
+            return Err(ConvError { shape: *shape, what });
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group(tile.m);
