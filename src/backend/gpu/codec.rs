@@ -7,7 +7,7 @@
 
 use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
-use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::runtime::{PARAMETERS, Runtime};
 use super::structs::{CodecAttention, CodecConv, CodecNorm, CodecNormalise};
 use super::tensor::{Buffer, Format, Tensor, padded};
@@ -48,10 +48,6 @@ pub enum CodecError {
     /// Width of the attention.
     #[error("self-attention of {0} channels, expected a multiple of 8 up to 512")]
     Width(usize),
-}
-
-fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("checked against the kernels' limits")
 }
 
 /// Checks that the values of a tensor can be counted in 32 bits.

@@ -6,7 +6,7 @@
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
 use super::conv_hopper::{self, Images, Pixels, Window};
-use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::structs::{ConvDgrad, ConvFprop, ConvWgrad, PixelTiles};
 use super::tiles::{self, Card, Choice, Product, Tile};
 use bytemuck::NoUninit;
@@ -135,10 +135,6 @@ pub enum Epilogue {
         /// Largest magnitude of the result.
         clip: Option<f32>,
     },
-}
-
-fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("ConvShape::check bounds every count")
 }
 
 /// A product's kernel: which loop, its numbers, tile and split.

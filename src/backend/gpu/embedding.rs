@@ -200,7 +200,7 @@ impl ScaleTable {
         512usize.div_ceil(self.chunks() * n.div_ceil(IMAGES)).min(self.tiles.len())
     }
 
-    /// Bytes of [`ScaleGrads::scratch`] for `n` images.
+    /// Bytes of scratch memory of [`emb_scales_backward`] for `n` images.
     pub fn scratch(&self, n: usize) -> usize {
         self.gain_sums() + self.splits(n) * n * self.emb_channels.next_multiple_of(4) * 4
     }
@@ -236,42 +236,13 @@ pub fn emb_scales(
     Launch::new(p.pick(["emb_scales_f16", "emb_scales_bf16"]), grid, 256, 0, &params)
 }
 
-/// Device memory of [`emb_scales_backward`].
-#[derive(Clone, Copy, Debug)]
-pub struct ScaleGrads {
-    /// The embedding [n, emb_channels].
-    pub emb: DevicePtr,
-    /// Gradient of the scales [n, all channels].
-    pub scales: DevicePtr,
-    /// Arena of the parameters' gradients; those of weights and gains are added to.
-    pub arena: DevicePtr,
-    /// Receives the gradient of the embedding [n, emb_channels].
-    pub grad_emb: DevicePtr,
-    /// [`ScaleTable::scratch`] bytes.
-    pub scratch: DevicePtr,
-}
-
-/// Gradients of all layers and gains, and of the embedding.
-pub fn emb_scales_backward(
-    p: Precision,
-    n: usize,
-    table: &ScaleTable,
-    tiles: DevicePtr,
-    effective: Effective,
-    a: &ScaleGrads,
-) -> [Launch; 3] {
+/// Gradients of all layers and gains, and of the embedding. `memory` has the addresses, `gain_sums` that of
+/// [`ScaleTable::scratch`] bytes; sizes, and what lies behind them, are filled in here.
+pub fn emb_scales_backward(p: Precision, n: usize, table: &ScaleTable, memory: EmbScalesBackward) -> [Launch; 3] {
     let (count, chunks, splits) = (table.tiles.len(), table.chunks(), table.splits(n));
     let vectors = table.emb_channels.div_ceil(4);
     let params = EmbScalesBackward {
-        tiles,
-        weights: effective.weights,
-        plain: effective.plain,
-        emb: a.emb,
-        grad: a.scales,
-        grads: a.arena,
-        grad_emb: a.grad_emb,
-        gain_sums: a.scratch,
-        partial: a.scratch.offset(table.gain_sums()),
+        partial: memory.gain_sums.offset(table.gain_sums()),
         images: n as i32,
         emb_channels: table.emb_channels as i32,
         channels: table.channels as i32,
@@ -279,7 +250,7 @@ pub fn emb_scales_backward(
         chunks: chunks as i32,
         vectors: vectors as i32,
         splits: splits as i32,
-        padding: 0,
+        ..memory
     };
     let wgrad = p.pick(["emb_scales_wgrad_f16", "emb_scales_wgrad_bf16"]);
     let dgrad = p.pick(["emb_scales_dgrad_f16", "emb_scales_dgrad_bf16"]);

@@ -124,66 +124,26 @@ pub struct Effective {
     pub plain: DevicePtr,
 }
 
-/// Device memory of a step.
-#[derive(Clone, Copy, Debug)]
-pub struct StepArenas<'a> {
-    /// The trained rows, [`RowTable::rows`].
-    pub rows: DevicePtr,
-    /// One [`StepScalars`].
-    pub scalars: DevicePtr,
-    /// Stored weights.
-    pub weight: DevicePtr,
-    /// Accumulated gradients with respect to the effective weights.
-    pub grad: DevicePtr,
-    /// Adam's first moment.
-    pub m: DevicePtr,
-    /// Adam's second moment.
-    pub v: DevicePtr,
-    /// Moving averages, at most [`MAX_EMAS`].
-    pub emas: &'a [DevicePtr],
-    /// Effective weights.
-    pub effective: Effective,
-    /// Scratch, 8 bytes for each row.
-    pub stats: DevicePtr,
-    /// Receives one [`StepTotals`](super::structs::StepTotals).
-    pub totals: DevicePtr,
-}
-
-/// One step over all rows of `table`, `rounds` as in [`Normalization::Train`]; effective weights are
-/// then those of the next step.
-pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize) -> Vec<Launch> {
-    assert!(arenas.emas.len() <= MAX_EMAS, "{} moving averages", arenas.emas.len());
-    let mut emas = [DevicePtr::NULL; MAX_EMAS];
-    emas[..arenas.emas.len()].copy_from_slice(arenas.emas);
-    let mut launches: Vec<Launch> = table
-        .launches()
-        .map(|(first, rows, threads, long)| {
-            let kernel = p.pick(if long {
-                ["weight_step_16_f16", "weight_step_16_bf16"]
-            } else {
-                ["weight_step_8_f16", "weight_step_8_bf16"]
-            });
-            let params = WeightStep {
-                rows: arenas.rows.offset(first * size_of::<WeightRow>()),
-                scalars: arenas.scalars,
-                weight: arenas.weight,
-                grad: arenas.grad,
-                m: arenas.m,
-                v: arenas.v,
-                emas,
-                effective: arenas.effective.weights,
-                plain: arenas.effective.plain,
-                stats: arenas.stats.offset(first * 8),
-                ema_count: arenas.emas.len() as i32,
-                rounds: rounds as i32,
-            };
-            Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
-        })
-        .collect();
-    let count = table.rows.len() as i32;
-    let params = ReduceStats { rows: arenas.stats, totals: arenas.totals, count, padding: 0 };
-    launches.push(Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params));
-    launches
+/// One step over all rows of `table`; effective weights are then those of the next one. `memory` has the addresses: of the
+/// rows, one [`StepScalars`], the arenas, and 8 bytes of scratch for each row in `stats`; and the counts, `rounds` as in
+/// [`Normalization::Train`]. `totals` receives one [`StepTotals`](super::structs::StepTotals).
+pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePtr) -> Vec<Launch> {
+    let launch = |(first, rows, threads, long): (usize, usize, u32, bool)| {
+        let kernel = p.pick(if long {
+            ["weight_step_16_f16", "weight_step_16_bf16"]
+        } else {
+            ["weight_step_8_f16", "weight_step_8_bf16"]
+        });
+        let params = WeightStep {
+            rows: memory.rows.offset(first * size_of::<WeightRow>()),
+            stats: memory.stats.offset(first * 8),
+            ..memory
+        };
+        Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
+    };
+    let params = ReduceStats { rows: memory.stats, totals, count: table.rows.len() as i32, padding: 0 };
+    let reduce = Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params);
+    table.launches().map(launch).chain([reduce]).collect()
 }
 
 /// Effective weights from `source`, an arena of stored weights or of an average. `rows` is the address of
