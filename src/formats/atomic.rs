@@ -130,17 +130,11 @@ pub enum LockError {
 impl DirLock {
     /// Creates the directory if it is missing, sees that one can write in it, keeps everyone else from it, and removes
     /// what killed processes left half written.
-    ///
-    /// # Errors
-    /// See [`LockError`].
     pub fn exclusive(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock)
     }
 
     /// As [`exclusive`](Self::exclusive), but beside others who call this one.
-    ///
-    /// # Errors
-    /// See [`LockError`].
     pub fn shared(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock_shared)
     }

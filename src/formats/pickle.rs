@@ -35,6 +35,7 @@ pub struct Id(u32);
 
 /// What a pickle makes.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // the variants say it
 pub enum Value<'a> {
     /// `None`.
     None,
@@ -48,13 +49,8 @@ pub enum Value<'a> {
     Float(f64),
     /// A `str`.
     Text(&'a str),
-    /// A `bytes` or `bytearray`.
-    Bytes {
-        /// Where they begin, counted as in [`PickleError::offset`].
-        offset: usize,
-        /// They.
-        bytes: &'a [u8],
-    },
+    /// A `bytes` or `bytearray`, and where it begins, counted as in [`PickleError::offset`].
+    Bytes { offset: usize, bytes: &'a [u8] },
     /// A `list`.
     List(Vec<Id>),
     /// A `tuple`.
@@ -63,24 +59,11 @@ pub enum Value<'a> {
     Dict(Vec<(Id, Id)>),
     /// A `set` or `frozenset`; its members are not kept.
     Set,
-    /// The name of a class or function.
-    Global {
-        /// Module that it is looked up in.
-        module: &'a str,
-        /// Its name there.
-        name: &'a str,
-    },
-    /// What a call would return. List items appended to it are not kept.
-    Call {
-        /// What would be called.
-        callee: Id,
-        /// With what.
-        args: Id,
-        /// State that it would be given by `__setstate__`.
-        state: Option<Id>,
-        /// Items that it would be given as if it were a dictionary.
-        items: Vec<(Id, Id)>,
-    },
+    /// The name of a class or function in a module.
+    Global { module: &'a str, name: &'a str },
+    /// What a call would return, with the state that `__setstate__` would give it, and the items that it would be given as
+    /// if it were a dictionary. List items appended to it are not kept.
+    Call { callee: Id, args: Id, state: Option<Id>, items: Vec<(Id, Id)> },
     /// An object that is kept outside of the pickle, under this name.
     Persistent(Id),
 }

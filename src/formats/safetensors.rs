@@ -254,9 +254,6 @@ impl SafeFile {
     }
 
     /// A tensor of F16, BF16, F32 or F64 as f64, row-major.
-    ///
-    /// # Errors
-    /// As [`SafeFile::f32`].
     pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
         self.floats(name, f64::from, |x| x)
     }

@@ -111,9 +111,6 @@ pub struct Network {
 impl Network {
     /// Opens a file and prepares to compute a tensor for images of the network's height and width; where the file
     /// leaves these open, for images of `size` = [height, width].
-    ///
-    /// # Errors
-    /// See [`OnnxError`].
     pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Self, OnnxError> {
         tract::open(path, wanted, size)
     }

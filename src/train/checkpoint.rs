@@ -182,9 +182,6 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a checkpoint and checks its metadata.
-    ///
-    /// # Errors
-    /// See [`CheckpointError`].
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = SafeFile::open(path).map_err(|error| damage(path, error))?;
         let checksums = file.i64(CHECKSUMS).map_err(|error| damage(path, error))?;
@@ -223,9 +220,6 @@ impl Checkpoint {
     }
 
     /// Loads every tensor of a checkpoint that was [checked](Self::check).
-    ///
-    /// # Errors
-    /// The device's.
     pub fn load<B: TrainingBackend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
         let table = backend.table().clone();
         for (slot, id, _, name) in tensors(&table, self.state.settings.ema.len()) {

@@ -684,14 +684,22 @@ impl<B: TrainingBackend> Run<'_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let begun = Instant::now();
-        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let loss = validation::loss(self.backend, &self.net, self.settings, data, self.plan.batch_gpu as usize)?;
-        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        let loss =
+            self.with_average(|run, batch| validation::loss(run.backend, &run.net, run.settings, data, batch))??;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
-        self.last_status.0 += begun.elapsed();
         Ok(())
+    }
+
+    /// Does something with the first moving average in the place of the weights, with so many images at a time; what that
+    /// takes is no time of training.
+    fn with_average<T>(&mut self, work: impl FnOnce(&mut Self, usize) -> T) -> Result<T, BackendError> {
+        let begun = Instant::now();
+        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
+        let done = work(self, self.plan.batch_gpu as usize);
+        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        self.last_status.0 += begun.elapsed();
+        Ok(done)
     }
 
     /// Samples of the first moving average as a picture.
@@ -699,14 +707,10 @@ impl<B: TrainingBackend> Run<'_, B> {
         if self.data.train.header().kind != Kind::Images || self.settings.config.img_channels != 3 {
             return Ok(());
         }
-        let begun = Instant::now();
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let written = grid::write(&path, self.backend, &self.net, data, guided, self.plan.batch_gpu as usize);
-        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
-        match written {
+        match self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, guided, batch))? {
             // A network can be too young to sample from; it may grow up.
             Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
                 event(Event::Note(format!("no sample grid: {error}")))
@@ -716,7 +720,6 @@ impl<B: TrainingBackend> Run<'_, B> {
                 event(Event::Saved(&path));
             }
         }
-        self.last_status.0 += begun.elapsed();
         Ok(())
     }
 
@@ -774,9 +777,6 @@ pub struct MicroBatch;
 
 /// Forward and backward of clean images, noisy ones, noise levels and (unless unconditional) labels; the loss of
 /// each image. The gradients add up in the backend.
-///
-/// # Errors
-/// The device's.
 pub fn micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,

@@ -174,9 +174,6 @@ impl Launch {
     }
 
     /// The bytes of the params struct, with tensor maps as `encode` makes them.
-    ///
-    /// # Errors
-    /// Those of `encode`.
     pub fn params(
         &self,
         encode: impl Fn(&TensorMapSpec) -> Result<TensorMap, DeviceError>,

@@ -79,15 +79,9 @@ impl Record {
 pub enum Place {
     /// All of a file.
     File(PathBuf),
-    /// A part of an archive.
-    Member {
-        /// The archive.
-        tar: Arc<Path>,
-        /// Where the part begins.
-        offset: u64,
-        /// Its length.
-        size: u64,
-    },
+    /// So many bytes from an offset in an archive on.
+    #[allow(missing_docs)]
+    Member { tar: Arc<Path>, offset: u64, size: u64 },
 }
 
 impl Place {

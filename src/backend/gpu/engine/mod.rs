@@ -98,9 +98,6 @@ impl Gpu {
     }
 
     /// Holds gradients, Adam's moments and `emas` moving averages too.
-    ///
-    /// # Errors
-    /// As [`Gpu::for_sampling`].
     pub fn for_training(
         runtime: Rc<dyn Runtime>,
         math: impl Into<Math>,
