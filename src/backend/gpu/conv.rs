@@ -112,29 +112,16 @@ pub struct Scales {
     pub stride: usize,
 }
 
-/// What follows a convolution.
+/// What follows a convolution; tensors are [n, h, w, cout].
 #[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)] // the formulas say it
 pub enum Epilogue {
     /// y = gain * conv.
     Gain(f32),
-    /// y = mp_silu(conv * scale).
-    ScaleSilu {
-        /// The scales.
-        scale: Scales,
-        /// Where conv itself is stored too, [n, h, w, cout].
-        pre: Option<DevicePtr>,
-    },
+    /// y = mp_silu(conv * scale); and `pre` = conv, if it is wanted.
+    ScaleSilu { scale: Scales, pre: Option<DevicePtr> },
     /// y = wa * residual + wb * conv, within +-clip.
-    MpSum {
-        /// [n, h, w, cout].
-        residual: DevicePtr,
-        /// Weight of the residual.
-        wa: f32,
-        /// Weight of the convolution.
-        wb: f32,
-        /// Largest magnitude of the result.
-        clip: Option<f32>,
-    },
+    MpSum { residual: DevicePtr, wa: f32, wb: f32, clip: Option<f32> },
 }
 
 /// A product's kernel: which loop, its numbers, tile and split.

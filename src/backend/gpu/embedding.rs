@@ -6,20 +6,13 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{EmbScales, EmbScalesBackward, EmbedBackward, EmbedParams, ScaleTile};
+use super::tables::embedding::{CHUNK, EMBED_ROWS, EMBED_WARPS, IMAGES, TILE};
 use super::weights::Effective;
 use crate::backend::Embedding;
 use crate::params::mp_sum_weights;
 
-/// Images that share a read of the weights.
-const IMAGES: usize = 8;
-/// Rows of a tile.
-const TILE: usize = 32;
-/// Channels of a warp.
-const CHUNK: usize = 128;
 /// Most Fourier features: those of all images that share a read take 48 KB.
 pub const MAX_FEATURES: usize = (48 << 10) / 4 / IMAGES;
-/// Rows of a block of `embed`.
-const EMBED_ROWS: usize = 8;
 
 // ---- embed ------------------------------------------------------------------------------------------
 
@@ -96,7 +89,7 @@ pub fn embed(
         label_rows: label_rows.max(1) as i32,
         padding: 0,
     };
-    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS) as u32, n.div_ceil(IMAGES) as u32, 1];
+    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS * EMBED_WARPS) as u32, n.div_ceil(IMAGES) as u32, 1];
     Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared as u32, &params)
 }
 

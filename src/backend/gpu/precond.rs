@@ -5,6 +5,7 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{Logvar, LogvarBackward, LossParams, Noise, NoiseStream, PrecondInput, PrecondOutput};
+use super::tables::precond::LOSS_PIXELS;
 use crate::backend::Shape;
 use crate::rng::{Purpose, Stream};
 
@@ -96,14 +97,14 @@ pub fn precond_output(
 
 /// Bytes of [`LossParams::partial`].
 pub fn loss_scratch([n, h, w, _]: Shape) -> usize {
-    n * (h * w).div_ceil(BLOCK as usize) * 8
+    n * (h * w).div_ceil(LOSS_PIXELS) * 8
 }
 
 /// EDM2's loss of images of `shape`, and the gradients that start the backward pass. `memory` has the addresses, `partial`
 /// that of [`loss_scratch`] bytes; sizes are filled in here.
 pub fn loss(p: Precision, shape: Shape, sigma_data: f64, memory: LossParams) -> [Launch; 2] {
     let [n, h, w, c] = shape;
-    let chunks = (h * w).div_ceil(BLOCK as usize);
+    let chunks = (h * w).div_ceil(LOSS_PIXELS);
     let params = LossParams {
         images: n as i32,
         pixels: (h * w) as i32,
