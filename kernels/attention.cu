@@ -77,9 +77,8 @@ struct Head {
     __device__ static float query_gain() { return kLog2e / sqrtf(float(C)); }
 };
 
-constexpr int kQueries = 48;     // of a streamed tile of grad_kv
-constexpr int kResident = 4;     // streamed tiles that grad_q keeps, if there are no more
-constexpr int kSplitWarps = 11;  // of forward_split: 352 keys at once
+constexpr int QUERIES = 48;  // of a streamed tile of grad_kv
+constexpr int RESIDENT = 4;  // streamed tiles that grad_q keeps, if there are no more
 
 // 16 M rows x C columns of a warp, in f32.
 template <int C, int M>
@@ -416,16 +415,16 @@ __device__ void attention_forward(const AttentionParams& p) {
 // For few images: a block owns 16 M queries, and each of its warps takes other keys, kStep at a time, into a
 // slot of its own. No score has a maximum, so the warps' products and sums are simply added. Shared memory:
 // a slot of k, v for each warp, which later holds its product; q; the sums [warp][query].
-template <class T, int C>
+template <class T, int C, int WARPS>
 __device__ void attention_forward_split(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int M = H::kM, kThreads = kSplitWarps * 32, kRows = 16 * M, kHalf = H::kStep * H::kRow, kSlot = 2 * kHalf;
+    constexpr int M = H::kM, kThreads = WARPS * 32, kRows = 16 * M, kHalf = H::kStep * H::kRow, kSlot = 2 * kHalf;
     static_assert(kSlot == kRows * C * 4, "a product in f32 fits where the keys and values were");
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     unsigned char* const slot = smem + b.warp * kSlot;
-    unsigned char* const queries = smem + kSplitWarps * kSlot;
+    unsigned char* const queries = smem + WARPS * kSlot;
     float* const sums = reinterpret_cast<float*>(queries + kRows * H::kRow);
     const int row0 = blockIdx.x * kRows, lane = b.lane;
 
@@ -449,7 +448,7 @@ __device__ void attention_forward_split(const AttentionParams& p) {
     Accumulator<C, M> acc = {};
     float sum[M][2] = {};
 #pragma unroll 1
-    for (int first = b.warp * H::kStep; first < b.tokens; first += kSplitWarps * H::kStep) {
+    for (int first = b.warp * H::kStep; first < b.tokens; first += WARPS * H::kStep) {
         cp_async_wait<0>();
         normalise<H::kStep, 32, T, C>(slot, 1.0f, lane);
         normalise<H::kStep, 32, T, C>(slot + kHalf, 1.0f, lane);
@@ -461,7 +460,7 @@ __device__ void attention_forward_split(const AttentionParams& p) {
             attend<T, C, M>(acc, sum, a, keys, keys + kHalf, first + key, b);
         }
         __syncwarp();
-        fetch_slot(first + kSplitWarps * H::kStep);
+        fetch_slot(first + WARPS * H::kStep);
     }
     auto place = [&](int warp, int tile) { return smem + warp * kSlot + tile * 512 + lane * 16; };
 #pragma unroll
@@ -482,8 +481,8 @@ __device__ void attention_forward_split(const AttentionParams& p) {
         }
     __syncthreads();
     // Each warp adds up some 16 x 8 tiles of the product.
-    const int warps = min(kSplitWarps, (b.tokens + H::kStep - 1) / H::kStep);
-    for (int tile = b.warp; tile < M * C / 8; tile += kSplitWarps) {
+    const int warps = min(WARPS, (b.tokens + H::kStep - 1) / H::kStep);
+    for (int tile = b.warp; tile < M * C / 8; tile += WARPS) {
         const int j = tile % H::kWide, m = tile / H::kWide % M, h = tile / H::kWide / M;
         float v[4] = {}, total[2] = {};
         for (int warp = 0; warp < warps; warp++) {
@@ -517,20 +516,20 @@ __device__ void attention_grad_q(const AttentionParams& p) {
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
     const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + H::kKeys - 1) / H::kKeys;
-    const int lane = b.lane, fetches = tiles <= kResident ? tiles : 2 * tiles;
+    const int lane = b.lane, fetches = tiles <= RESIDENT ? tiles : 2 * tiles;
     unsigned char* const queries = smem + H::kStage;
     SHARED(float, rms, [kRows]);
 
     // The tile of a turn (all tiles, twice), after which the next one is on its way.
     auto fetch_tile = [&](int turn) {
-        const smem_addr stage = smem_address(smem) + turn % kResident * H::kStage;
+        const smem_addr stage = smem_address(smem) + turn % RESIDENT * H::kStage;
         const int first = (turn < tiles ? turn : turn - tiles) * H::kKeys;
         fetch<H::kKeys, kThreads, T, C>(stage, q + b.out_width, b.width, first, b.tokens, threadIdx.x);
         fetch<H::kKeys, kThreads, T, C>(stage + kTile, q + 2 * b.out_width, b.width, first, b.tokens, threadIdx.x);
         cp_async_commit();
     };
     auto arrive = [&](int turn) {
-        unsigned char* const stage = smem + turn % kResident * H::kStage;
+        unsigned char* const stage = smem + turn % RESIDENT * H::kStage;
         cp_async_wait<0>();
         normalise<H::kKeys, kThreads, T, C>(stage, 1.0f, threadIdx.x);
         normalise<H::kKeys, kThreads, T, C>(stage + kTile, 1.0f, threadIdx.x);
@@ -607,28 +606,28 @@ __device__ void attention_grad_q(const AttentionParams& p) {
     write_rows<T, C, 1>(acc, smem + own * H::kRow, static_cast<T*>(p.out) + b.qkv, b.width, row0 + own, b);
 }
 
-// dk and dv. A block owns 96 keys. Shared memory: two stages of q [48][C], dout [48][C], {log2(64 / sum)}
+// dk and dv. A block owns 16 keys for each warp. Shared memory: two stages of q [48][C], dout [48][C], {log2(64 / sum)}
 // [48], {-D} [48]; k and v of the block begin where the second is.
-template <class T, int C>
+template <class T, int C, int WARPS>
 __device__ void attention_grad_kv(const AttentionParams& p) {
     using H = Head<C>;
-    constexpr int N = 2, kThreads = 192, kRows = 96, kTile = kQueries * H::kRow, kStage = 2 * kTile + kQueries * 8;
+    constexpr int N = 2, kThreads = WARPS * 32, kRows = WARPS * 16, kTile = QUERIES * H::kRow, kStage = 2 * kTile + QUERIES * 8;
     DYN_SMEM(unsigned char, smem);
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
-    const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + kQueries - 1) / kQueries;
+    const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + QUERIES - 1) / QUERIES;
     const int lane = b.lane;
     unsigned char* const keys = smem + kStage;
     SHARED(float, rms, [2][kRows]);
 
     auto fetch_tile = [&](int tile) {
         const smem_addr stage = smem_address(smem) + tile % 2 * kStage;
-        const int first = tile * kQueries;
-        fetch<kQueries, kThreads, T, C>(stage, q, b.width, first, b.tokens, threadIdx.x);
-        fetch<kQueries, kThreads, T, C>(stage + kTile, grad, b.out_width, first, b.tokens, threadIdx.x);
-        if (threadIdx.x < 2 * kQueries) {
-            const int which = threadIdx.x / kQueries, row = threadIdx.x % kQueries;
+        const int first = tile * QUERIES;
+        fetch<QUERIES, kThreads, T, C>(stage, q, b.width, first, b.tokens, threadIdx.x);
+        fetch<QUERIES, kThreads, T, C>(stage + kTile, grad, b.out_width, first, b.tokens, threadIdx.x);
+        if (threadIdx.x < 2 * QUERIES) {
+            const int which = threadIdx.x / QUERIES, row = threadIdx.x % QUERIES;
             // Behind the last token all is 0, so that P = 1 times 0.
             const float2* from = p.sums + b.sums + min(first + row, b.tokens - 1);
             cp_async<4>(stage + 2 * kTile + threadIdx.x * 4, reinterpret_cast<const float*>(from) + which, first + row < b.tokens);
@@ -652,12 +651,12 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
     for (int tile = 0; tile < tiles; tile++) {
         unsigned char* const stage = smem + tile % 2 * kStage;
         cp_async_wait<0>();
-        normalise<kQueries, kThreads, T, C>(stage, H::query_gain(), threadIdx.x);
+        normalise<QUERIES, kThreads, T, C>(stage, H::query_gain(), threadIdx.x);
         __syncthreads();
         if (tile + 1 < tiles) fetch_tile(tile + 1);
-        const int end = idle ? 0 : min(kQueries, b.tokens - tile * kQueries);
-#pragma unroll(C == 128 ? 1 : kQueries)
-        for (int query = 0; query < kQueries; query += N * 8) {
+        const int end = idle ? 0 : min(QUERIES, b.tokens - tile * QUERIES);
+#pragma unroll(C == 128 ? 1 : QUERIES)
+        for (int query = 0; query < QUERIES; query += N * 8) {
             if (query >= end) break;
             const smem_addr queries = smem_address(stage) + query * H::kRow;
             const float* sums = reinterpret_cast<const float*>(stage + 2 * kTile) + query + lane % 4 * 2;
@@ -665,7 +664,7 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const float2 start = *reinterpret_cast<const float2*>(sums + j * 8);
-                const float2 offset = *reinterpret_cast<const float2*>(sums + kQueries + j * 8);
+                const float2 offset = *reinterpret_cast<const float2*>(sums + QUERIES + j * 8);
                 s[0][j][0] = s[0][j][2] = start.x, s[0][j][1] = s[0][j][3] = start.y;
                 dp[0][j][0] = dp[0][j][2] = offset.x, dp[0][j][1] = dp[0][j][3] = offset.y;
             }
@@ -694,23 +693,50 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
 
 // ---- instances ----------------------------------------------------------------------------------
 
-// `blocks` of a multiprocessor share its registers (64 K).
-#define KERNEL(name, call, threads, blocks)                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) attention_##name(AttentionParams p) { call(p); } \
-    KERNEL_EXPORT(attention_##name)
-#define KERNELS(type, T, C)                                                                           \
-    KERNEL(forward_3_##type##_c##C, (attention_forward<T, C, 3>), 96, 3);                             \
-    KERNEL(forward_6_##type##_c##C, (attention_forward<T, C, 6>), 192, 2);                            \
-    KERNEL(forward_split_##type##_c##C, (attention_forward_split<T, C>), kSplitWarps * 32, 1);        \
-    KERNEL(grad_q_6_##type##_c##C, (attention_grad_q<T, C, 6>), 192, C == 128 ? 1 : 2);               \
-    KERNEL(grad_q_##type##_c##C, (attention_grad_q<T, C, C == 128 ? 6 : 12>), C == 128 ? 192 : 384, 1); \
-    KERNEL(grad_kv_##type##_c##C, (attention_grad_kv<T, C>), 192, C == 128 ? 1 : 2)
+// A line is an instance in each 16-bit type, and a line of the tables from which src/backend/gpu/attention.rs chooses:
+//
+//   C          channels of a head
+//   warps      of a block; several of one C from the fewest on
+//   blocks     that share the registers (64 K) of a multiprocessor
+#define INSTANCE(name, call, warps, blocks)                                                                             \
+    extern "C" __global__ void __launch_bounds__(warps * 32, blocks) attention_##name(AttentionParams p) { call(p); }   \
+    KERNEL_EXPORT(attention_##name);
+#define FORWARD(C, warps, blocks)                                                                                       \
+    INSTANCE(forward_##warps##_f16_c##C, (attention_forward<__half, C, warps>), warps, blocks)                          \
+    INSTANCE(forward_##warps##_bf16_c##C, (attention_forward<__nv_bfloat16, C, warps>), warps, blocks)
+#define SPLIT(C, warps, blocks)                                                                                         \
+    INSTANCE(forward_split_f16_c##C, (attention_forward_split<__half, C, warps>), warps, blocks)                        \
+    INSTANCE(forward_split_bf16_c##C, (attention_forward_split<__nv_bfloat16, C, warps>), warps, blocks)
+#define GRAD_Q(C, warps, blocks)                                                                                        \
+    INSTANCE(grad_q_##warps##_f16_c##C, (attention_grad_q<__half, C, warps>), warps, blocks)                            \
+    INSTANCE(grad_q_##warps##_bf16_c##C, (attention_grad_q<__nv_bfloat16, C, warps>), warps, blocks)
+#define GRAD_KV(C, warps, blocks)                                                                                       \
+    INSTANCE(grad_kv_f16_c##C, (attention_grad_kv<__half, C, warps>), warps, blocks)                                    \
+    INSTANCE(grad_kv_bf16_c##C, (attention_grad_kv<__nv_bfloat16, C, warps>), warps, blocks)
 
-KERNELS(f16, __half, 16);
-KERNELS(f16, __half, 32);
-KERNELS(f16, __half, 64);
-KERNELS(f16, __half, 128);
-KERNELS(bf16, __nv_bfloat16, 16);
-KERNELS(bf16, __nv_bfloat16, 32);
-KERNELS(bf16, __nv_bfloat16, 64);
-KERNELS(bf16, __nv_bfloat16, 128);
+FORWARD(16, 3, 3)
+FORWARD(16, 6, 2)
+SPLIT(16, 11, 1)
+GRAD_Q(16, 6, 2)
+GRAD_Q(16, 12, 1)
+GRAD_KV(16, 6, 2)
+
+FORWARD(32, 3, 3)
+FORWARD(32, 6, 2)
+SPLIT(32, 11, 1)
+GRAD_Q(32, 6, 2)
+GRAD_Q(32, 12, 1)
+GRAD_KV(32, 6, 2)
+
+FORWARD(64, 3, 3)
+FORWARD(64, 6, 2)
+SPLIT(64, 11, 1)
+GRAD_Q(64, 6, 2)
+GRAD_Q(64, 12, 1)
+GRAD_KV(64, 6, 2)
+
+FORWARD(128, 3, 3)
+FORWARD(128, 6, 2)
+SPLIT(128, 11, 1)
+GRAD_Q(128, 6, 1)
+GRAD_KV(128, 6, 1)

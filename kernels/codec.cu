@@ -382,14 +382,17 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
     }
 }
 
-#define ATTENTION(name, T, width)                                                               \
+// A line is an instance in each 16-bit type, for so many channels at most: a line of the table from which
+// src/backend/gpu/codec.rs takes the first that is wide enough.
+#define INSTANCE(name, T, width)                                                                \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) name(CodecAttention p) {    \
         codec_attention<T, width>(p);                                                           \
     }                                                                                           \
     KERNEL_EXPORT(name);
-ATTENTION(codec_attention_f16_c128, __half, 128)
-ATTENTION(codec_attention_f16_c256, __half, 256)
-ATTENTION(codec_attention_f16_c512, __half, 512)
-ATTENTION(codec_attention_bf16_c128, __nv_bfloat16, 128)
-ATTENTION(codec_attention_bf16_c256, __nv_bfloat16, 256)
-ATTENTION(codec_attention_bf16_c512, __nv_bfloat16, 512)
+#define ATTENTION(width)                                                                        \
+    INSTANCE(codec_attention_f16_c##width, __half, width)                                       \
+    INSTANCE(codec_attention_bf16_c##width, __nv_bfloat16, width)
+
+ATTENTION(128)
+ATTENTION(256)
+ATTENTION(512)

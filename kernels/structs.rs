@@ -1,6 +1,7 @@
-//! The structs that host and device share, declared once: in the kernels' files. A struct of `kernels/*.cu` and `*.cuh` that is
-//! plain data, fields and nothing else, is one of them; the build script makes the Rust side of it, for
-//! `src/backend/gpu/structs.rs`, with size and offsets asserted, and a C++ file that asserts the same of the declarations.
+//! What host and device share, declared once: in the kernels' files. A struct of `kernels/*.cu` and `*.cuh` that is plain data,
+//! fields and nothing else, is part of it; the build script makes the Rust side of it, for `src/backend/gpu/structs.rs`, with
+//! size and offsets asserted, and a C++ file that asserts the same of the declarations. So are constants, lines
+//! `constexpr int NAME = NUMBER;`, and tables of instances, lines `NAME(NUMBER, ...)`: those are in `src/backend/gpu/tables.rs`.
 
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -106,18 +107,15 @@ impl Layout<'_> {
 /// The structs of one file, and its integer constants.
 fn read(
     path: &Path,
+    text: &str,
     known: &mut HashMap<String, (usize, usize)>,
     constants: &mut HashMap<String, usize>,
 ) -> Result<Vec<Struct>, String> {
     let file = path.display().to_string();
-    let text = fs::read_to_string(path).map_err(|e| format!("{file}: {e}"))?;
     let lines: Vec<&str> = text.lines().collect();
     let mut structs = Vec::new();
     for (i, line) in lines.iter().enumerate() {
-        if let Some((name, value)) = line.strip_prefix("constexpr int ").and_then(|rest| rest.split_once(" = ")) {
-            let value = value.split(';').next().and_then(|value| value.trim().parse().ok());
-            constants.extend(value.map(|value: usize| (name.to_owned(), value)));
-        }
+        constants.extend(constant(line).map(|(name, value, _)| (name.to_owned(), value)));
         let Some(name) = line.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {")) else { continue };
         let length = lines[i..].iter().position(|&line| line == "};");
         let body = &lines[i + 1..i + length.ok_or_else(|| format!("{file}:{}: no end of struct {name}", i + 1))?];
@@ -150,6 +148,51 @@ fn read(
     Ok(structs)
 }
 
+/// Name, numbers and comment of a line `constexpr int NAME = NUMBER;  // comment`.
+fn constant(line: &str) -> Option<(&str, usize, &str)> {
+    let (name, rest) = line.strip_prefix("constexpr int ")?.split_once(" = ")?;
+    let (value, rest) = rest.split_once(';')?;
+    Some((name, value.trim().parse().ok()?, rest.split_once("//").map_or("", |(_, comment)| comment.trim())))
+}
+
+/// Name and numbers of a line `NAME(NUMBER, ...)`.
+fn instance(line: &str) -> Option<(&str, Vec<usize>)> {
+    let (name, numbers) = line.trim_end().strip_suffix(')')?.split_once('(')?;
+    let macro_like = !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let numbers = numbers.split(',').map(|number| number.trim().parse().ok()).collect::<Option<_>>()?;
+    macro_like.then_some((name, numbers))
+}
+
+/// The constants and the tables of one file, as a module of its name; nothing if it has none.
+fn tables(path: &Path, text: &str) -> Result<String, String> {
+    let mut items = String::new();
+    for (name, value, comment) in text.lines().filter_map(constant).filter(|(name, ..)| *name == name.to_uppercase()) {
+        items += &format!("    /// {}\n    pub const {name}: usize = {value};\n", documented(comment, name));
+    }
+    let mut tables: Vec<(&str, Vec<Vec<usize>>)> = Vec::new();
+    for (name, numbers) in text.lines().filter_map(instance) {
+        match tables.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, lines)) if lines[0].len() != numbers.len() => {
+                return Err(format!(
+                    "{}: {name}{numbers:?}: other lines have {} numbers",
+                    path.display(),
+                    lines[0].len()
+                ));
+            }
+            Some((_, lines)) => lines.push(numbers),
+            None => tables.push((name, vec![numbers])),
+        }
+    }
+    for (name, lines) in tables {
+        let [width, count] = [lines[0].len(), lines.len()];
+        items +=
+            &format!("    /// The lines `{name}`.\n    pub const {name}: [[usize; {width}]; {count}] = {lines:?};\n");
+    }
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    let module = || format!("/// Of `{}`.\npub mod {name} {{\n{items}}}\n", path.display());
+    Ok(if items.is_empty() { items } else { module() })
+}
+
 /// A comment as documentation: brackets and angles are no links and no HTML.
 fn documented(comment: &str, name: &str) -> String {
     let text = if comment.is_empty() { name } else { comment };
@@ -162,7 +205,7 @@ fn documented(comment: &str, name: &str) -> String {
     })
 }
 
-/// Writes `structs.rs` and `structs.cpp` to OUT_DIR; the path of the second.
+/// Writes `structs.rs`, `tables.rs` and `structs.cpp` to OUT_DIR; the path of the last.
 pub fn build() -> Result<PathBuf, String> {
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
@@ -173,8 +216,11 @@ pub fn build() -> Result<PathBuf, String> {
     // Headers first, and in the order of their names, which is that of their inclusion.
     paths.sort_by_key(|path| (is(path, "cu"), path.clone()));
     let (mut known, mut constants, mut structs) = (HashMap::new(), HashMap::new(), Vec::new());
+    let mut modules = String::new();
     for path in paths {
-        structs.append(&mut read(&path, &mut known, &mut constants)?);
+        let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        structs.append(&mut read(&path, &text, &mut known, &mut constants)?);
+        modules += &tables(&path, &text)?;
     }
 
     let mut rust = String::new();
@@ -209,5 +255,6 @@ pub fn build() -> Result<PathBuf, String> {
         fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display())).map(|()| path)
     };
     write("structs.rs", rust)?;
+    write("tables.rs", modules)?;
     write("structs.cpp", cpp)
 }

@@ -1,5 +1,5 @@
 // The tiles of the convolutions: one line is one instance of each kernel of its kind, and one line of the table from
-// which src/backend/gpu/tiles.rs chooses (it reads this file). No include guard: each kernel file includes it after it has
+// which src/backend/gpu/tiles.rs chooses (the build script reads this file). No include guard: each kernel file includes it after it has
 // defined the macros.
 //
 //   PIXELS     conv_fprop, conv_dgrad, codec_conv: pixels by channels, where channels are multiples of 64

@@ -211,16 +211,19 @@ __device__ __forceinline__ void weight_prepare(const WeightPrepare& p) {
     write_effective<T>(row, w, squares[0], p.rounds, p.effective, p.plain);
 }
 
-// Rows of up to 32 values a thread (_8), and for those of over 16384 values up to 64 (_16).
-#define KERNEL(name, Params, type, suffix)                                                              \
-    extern "C" __global__ void __launch_bounds__(512) name##_8_##suffix(Params p) { name<type, 8>(p); }  \
-    KERNEL_EXPORT(name##_8_##suffix);                                                                   \
-    extern "C" __global__ void __launch_bounds__(512) name##_16_##suffix(Params p) { name<type, 16>(p); } \
-    KERNEL_EXPORT(name##_16_##suffix)
-KERNEL(weight_step, WeightStep, __half, f16);
-KERNEL(weight_step, WeightStep, __nv_bfloat16, bf16);
-KERNEL(weight_prepare, WeightPrepare, __half, f16);
-KERNEL(weight_prepare, WeightPrepare, __nv_bfloat16, bf16);
+// A line is an instance of both in each 16-bit type, and a line of the table from which src/backend/gpu/weights.rs takes the
+// first whose threads hold a row: so many vectors of 4 values each, and threads at most.
+#define INSTANCE(name, Params, T, type, vectors, threads)                                                                  \
+    extern "C" __global__ void __launch_bounds__(threads) name##_##vectors##_##type(Params p) { name<T, vectors>(p); }     \
+    KERNEL_EXPORT(name##_##vectors##_##type);
+#define ROWS(vectors, threads)                                                                                             \
+    INSTANCE(weight_step, WeightStep, __half, f16, vectors, threads)                                                       \
+    INSTANCE(weight_step, WeightStep, __nv_bfloat16, bf16, vectors, threads)                                               \
+    INSTANCE(weight_prepare, WeightPrepare, __half, f16, vectors, threads)                                                 \
+    INSTANCE(weight_prepare, WeightPrepare, __nv_bfloat16, bf16, vectors, threads)
+
+ROWS(8, 512)
+ROWS(16, 512)
 
 struct StepTotals {
     double grad_norm;

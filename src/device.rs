@@ -115,9 +115,6 @@ impl Device {
     }
 
     /// As [`Device::open`].
-    ///
-    /// # Errors
-    /// As [`Device::open`].
     pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
         let on = |runtime, fallback| Self { runtime, math: Math::default(), bf16: None, fallback };
         match name {
@@ -200,9 +197,6 @@ impl Device {
     /// machine has no room for; a GPU knows its own memory.
     ///
     /// [`SamplerConfig::passes`]: crate::sample::SamplerConfig::passes
-    ///
-    /// # Errors
-    /// [`TooLarge`].
     pub fn check_forward(
         &self,
         config: &Config,
@@ -242,25 +236,13 @@ pub trait Backends {
     type Codec: CodecBackend + 'static;
 
     /// One that holds the parameters of a network, to run it.
-    ///
-    /// # Errors
-    /// The device's.
     fn sampling(&self, table: &ParamTable) -> Result<Self::Network, DeviceError>;
     /// One that also holds gradients, moments, and `averages` moving averages.
-    ///
-    /// # Errors
-    /// The device's.
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Network, DeviceError>;
     /// One that holds no network, to run codecs.
-    ///
-    /// # Errors
-    /// The device's.
     fn codec(&self) -> Result<Self::Codec, DeviceError>;
 
     /// One that holds a model's weights, ready to run it.
-    ///
-    /// # Errors
-    /// The device's.
     fn loaded(&self, model: &Model) -> Result<Self::Network, BackendError> {
         let mut backend = self.sampling(&model.table)?;
         model.load_into(&mut backend)?;

@@ -19,9 +19,6 @@ pub struct TooLarge {
 
 /// Fails if this machine has not so many bytes of main memory, or this process may not use them; where the system does
 /// not tell, nothing fails.
-///
-/// # Errors
-/// [`TooLarge`].
 pub fn check(what: impl Into<String>, needed: u128) -> Result<(), TooLarge> {
     let of = |there: Option<u64>, whose| there.map(|there| (there, whose));
     let limits = [of(system::memory(), "this machine has"), of(system::memory_limit(), "this process is limited to")];

@@ -27,14 +27,8 @@ pub struct ParamId(pub usize);
 pub enum ParamKind {
     /// Weight of a magnitude-preserving layer: one normalised row of `cin * taps` values for
     /// each of `cout` output channels. `taps` is 9 (3x3), 1 (1x1 or linear).
-    Weight {
-        /// Output channels.
-        cout: usize,
-        /// Input channels.
-        cin: usize,
-        /// Kernel elements.
-        taps: usize,
-    },
+    #[allow(missing_docs)]
+    Weight { cout: usize, cin: usize, taps: usize },
     /// A learned scalar that starts at zero.
     Gain,
     /// Frequencies of Fourier features, N(0, (2 pi)^2); not trained.

@@ -409,10 +409,10 @@ fn what_the_kernels_cannot_do_is_refused() {
         ConvShape { n: 1 << 30, ..good },
     ] {
         let error = Fprop::new(bad, Precision::F16.into(), card).unwrap_err();
-        assert!(matches!(error, ConvError::Shape { shape, .. } if shape == bad), "{error}");
+        assert_eq!(error.shape, bad, "{error}");
     }
     let two = Fprop::new(ConvShape { cb: 8, ..good }, Precision::F16.into(), card).unwrap();
     let none = DevicePtr::NULL;
     let error = two.launches((none, None), none, Epilogue::Gain(1.0), none, None, none).unwrap_err();
-    assert!(matches!(error, ConvError::Argument { .. }), "{error}");
+    assert!(error.what.contains("a second input"), "{error}");
 }

@@ -7,10 +7,12 @@
 
 mod common;
 
+use bytemuck::Zeroable;
 use common::{Bench, Memory, assert_same, in_rows, normals, read};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleGrads, ScaleLayer, ScaleTable};
+use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleLayer, ScaleTable};
 use edm2k::backend::gpu::launch::DevicePtr;
+use edm2k::backend::gpu::structs::EmbScalesBackward;
 use edm2k::backend::gpu::weights::Effective;
 use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, NetworkBackend, Normalization, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable};
@@ -280,14 +282,18 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
     let backward = || {
         let (arena, grad_emb) = (d.upload(&start), d.empty(n * emb));
         let scratch = d.kernels.alloc(scales.scratch(n));
-        let memory = ScaleGrads {
+        let memory = EmbScalesBackward {
+            tiles: tiles.ptr(),
+            weights: effective.weights,
+            plain: effective.plain,
             emb: emb_memory.ptr(),
-            scales: grad.ptr(),
-            arena: arena.ptr(),
+            grad: grad.ptr(),
+            grads: arena.ptr(),
             grad_emb: grad_emb.ptr(),
-            scratch: scratch.ptr(),
+            gain_sums: scratch.ptr(),
+            ..Zeroable::zeroed()
         };
-        let launches = embedding::emb_scales_backward(d.precision, n, &scales, tiles.ptr(), effective, &memory);
+        let launches = embedding::emb_scales_backward(d.precision, n, &scales, memory);
         d.run_clean(&launches);
         d.run_clean(&launches);
         (read(&arena), read(&grad_emb))

@@ -9,11 +9,12 @@
 
 mod common;
 
+use bytemuck::Zeroable;
 use common::{Bench, Memory, assert_same, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
-use edm2k::backend::gpu::structs::{NoiseStream, StepScalars, StepTotals, WeightRow};
-use edm2k::backend::gpu::weights::{Effective, RowTable, StepArenas, Turned};
+use edm2k::backend::gpu::structs::{self, LossParams, NoiseStream, StepScalars, StepTotals, WeightRow, WeightStep};
+use edm2k::backend::gpu::weights::{Effective, RowTable, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{
     Backend, Logvar, LossInput, Masks, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
@@ -401,18 +402,19 @@ fn three_optimizer_steps() {
         let plain = d.zeros(4 * layout.plain_values);
         let (row_memory, scalars) = (d.upload(rows.rows()), d.zeros(size_of::<StepScalars>()));
         let (stats, totals) = (d.zeros(8 * rows.rows().len()), d.zeros(size_of::<StepTotals>()));
-        let ema_ptrs = [emas[0].ptr(), emas[1].ptr()];
-        let arenas = StepArenas {
+        let memory = WeightStep {
             rows: row_memory.ptr(),
             scalars: scalars.ptr(),
             weight: weight.ptr(),
             grad: grad.ptr(),
             m: m.ptr(),
             v: v.ptr(),
-            emas: &ema_ptrs,
-            effective: Effective { weights: effective.ptr(), plain: plain.ptr() },
+            emas: [emas[0].ptr(), emas[1].ptr(), DevicePtr::NULL, DevicePtr::NULL],
+            effective: effective.ptr(),
+            plain: plain.ptr(),
             stats: stats.ptr(),
-            totals: totals.ptr(),
+            ema_count: 2,
+            rounds: rounds as i32,
         };
 
         for number in 1..=3u64 {
@@ -453,7 +455,7 @@ fn three_optimizer_steps() {
             };
             let twin = cpu.optimizer_step(&step).unwrap();
             scalars.upload(0, &[StepScalars::new(&step)]);
-            d.run(&weights::step(d.precision, &rows, &arenas, rounds));
+            d.run(&weights::step(d.precision, &rows, memory, totals.ptr()));
 
             let stored = layout.arena(&mut cpu, Slot::Weight);
             let slots = [(&m, Slot::AdamM), (&v, Slot::AdamV), (&emas[0], Slot::Ema(0)), (&emas[1], Slot::Ema(1))];
@@ -627,7 +629,7 @@ fn preconditioning_and_loss() {
             let [per_image, grad_logvar] = [0; 2].map(|_| d.zeros(4 * n));
             let (clean, grad_gain) = (d.upload(&clean), d.upload(&[100.0f32]));
             let partial = d.kernels.alloc(precond::loss_scratch(shape));
-            let arenas = precond::LossArenas {
+            let memory = LossParams {
                 clean: clean.ptr(),
                 noisy: x.ptr(),
                 raw: raw_memory.ptr(),
@@ -639,8 +641,9 @@ fn preconditioning_and_loss() {
                 per_image: per_image.ptr(),
                 grad_logvar: grad_logvar.ptr(),
                 grad_gain: grad_gain.ptr(),
+                ..Zeroable::zeroed()
             };
-            d.run(&precond::loss(d.precision, shape, &arenas, 0.5));
+            d.run(&precond::loss(d.precision, shape, 0.5, memory));
             d.same32(&format!("loss {shape:?}"), &read(&per_image), &cpu.download(&twin.per_image).unwrap(), F32);
             let want = cpu.download(&twin.grad_logvar).unwrap();
             d.same32(&format!("gradient of logvar {shape:?}"), &read(&grad_logvar), &want, F32);
@@ -673,12 +676,21 @@ fn logvar_and_its_gradient() {
         let rms = (stored.iter().map(|x| x * x).sum::<f32>() / 136.0).sqrt();
         let effective: Vec<f32> = stored.iter().map(|x| x / (1e-4 + rms) / 136f32.sqrt()).collect();
         let [f, p, w] = [d.upload(&frequencies), d.upload(&offsets), d.upload(&d.narrow(&effective))];
-        let params = precond::LogvarParams { freqs: f.ptr(), phases: p.ptr(), weight: w.ptr(), channels: 136 };
         for n in [1, 3, 40] {
             let sigmas: Vec<f32> = (0..n).map(|i| 0.002 * 1.3f32.powi(i as i32)).collect();
             let sigma = d.upload(&sigmas);
             let (features, logvar) = (d.zeros(4 * 136 * n), d.zeros(4 * n));
-            d.run([&precond::logvar(d.precision, n, &params, sigma.ptr(), features.ptr(), logvar.ptr())]);
+            let params = structs::Logvar {
+                sigma: sigma.ptr(),
+                freqs: f.ptr(),
+                phases: p.ptr(),
+                weight: w.ptr(),
+                features: features.ptr(),
+                logvar: logvar.ptr(),
+                channels: 136,
+                padding: 0,
+            };
+            d.run([&precond::logvar(d.precision, n, &params)]);
             let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
             let (twin_features, twin_logvar) = cpu.logvar(&layer, &twin_sigma);
             d.same32("Fourier features", &read(&features), &cpu.download(&twin_features).unwrap(), F32);

@@ -50,26 +50,14 @@ pub type Shape = [usize; 4];
 
 /// Why a device did not do what was asked.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum DeviceError {
-    /// Device memory does not suffice.
+    /// Device memory does not suffice; sizes are in bytes.
     #[error(
         "out of device memory: {asked} MiB asked for {purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
         asked = asked.div_ceil(1 << 20), free = free >> 20, total = total >> 20
     )]
-    OutOfMemory {
-        /// The device.
-        device: String,
-        /// Bytes asked for.
-        asked: u64,
-        /// For what.
-        purpose: &'static str,
-        /// Bytes that were free.
-        free: u64,
-        /// Bytes that the device has.
-        total: u64,
-        /// Which option to lower.
-        advice: &'static str,
-    },
+    OutOfMemory { device: String, asked: u64, purpose: &'static str, free: u64, total: u64, advice: &'static str },
     /// There is no such device.
     #[error("{0}")]
     Absent(String),
@@ -78,31 +66,19 @@ pub enum DeviceError {
     Unavailable(String),
     /// A kernel did something wrong, or the device was lost.
     #[error("{device}: {what}")]
-    Failed {
-        /// The device.
-        device: String,
-        /// What it reported.
-        what: String,
-    },
+    Failed { device: String, what: String },
 }
 
 /// Why an operation could not be done.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum BackendError {
     /// A parameter was given the wrong number of values.
     #[error("parameter {name}: {found} values, expected {expected}")]
-    ParamSize {
-        /// Its name.
-        name: String,
-        /// Number of values given.
-        found: usize,
-        /// Number of values of its shape.
-        expected: usize,
-    },
+    ParamSize { name: String, found: usize, expected: usize },
     /// The backend was created without training state (gradients, moments, averages).
     #[error("{0:?} is not held: the network was loaded for sampling only")]
     NotTraining(Slot),
-    /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }

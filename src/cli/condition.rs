@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Error, bail, ensure};
+use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -14,6 +14,7 @@ use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::condition::{Conditioning, MEANING_KEY};
 use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
 use edm2k::formats::safetensors::{self, Dtype};
+use edm2k::pipeline::Domain;
 
 use super::say::{note, out};
 
@@ -173,12 +174,9 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let width = vae.header().width;
     let given = vocabulary.parse(&args.tags).with_context(|| format!("--tags \"{}\"", args.tags))?;
     let data = args.data.as_ref().map(|dir| Dataset::open(dir, Split::Train)).transpose().context("--data")?;
-    if let Some(data) = data.as_ref().filter(|data| data.condition_dim() != width) {
-        bail!("--data: its conditions are {} wide, the model's {width}", data.condition_dim());
-    }
     if let Some((data, dir)) = data.as_ref().zip(args.data.as_ref()) {
-        let same = data.meaning().check(dir.display(), &vae.meaning(), args.model.display());
-        same.map_err(Error::msg).context("--data")?;
+        let ours = Domain::of_condition_model(&vae);
+        Domain::of_dataset(data).check(dir.display(), &ours, args.model.display()).context("--data")?;
     }
     let invented = vae.invent(&given, args.count.into(), args.seed);
     for (number, (condition, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {

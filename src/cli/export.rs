@@ -26,30 +26,18 @@ pub struct ExportArgs {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Element type
-    #[arg(long, value_name = "TYPE", value_enum, default_value_t = Dtype::F32)]
-    dtype: Dtype,
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = Precision::F32)]
+    dtype: Precision,
     /// Overwrite an existing file
     #[arg(long)]
     overwrite: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Dtype {
-    /// The weights as they are
-    F32,
-    /// Rounded to half precision
-    F16,
 }
 
 /// Writes the weights; what they are goes to stdout.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     let _claim = super::claim(&args.out, args.overwrite)?;
     let model = Model::load(&args.model)?;
-    let precision = match args.dtype {
-        Dtype::F32 => Precision::F32,
-        Dtype::F16 => Precision::F16,
-    };
-    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, precision)?;
+    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, args.dtype)?;
     out!("exported {} tensors: {}", model.table.len(), args.out.display());
     Ok(())
 }

@@ -18,11 +18,11 @@ use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
-use edm2k::formats::fingerprint::{Identity, differ};
+use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::{Config, Model, ModelMeta, Precond};
-use edm2k::pipeline::Viewer;
+use edm2k::model::{Config, Model, Precond};
+use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::grid::Show;
 use edm2k::train::{
@@ -171,11 +171,9 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         other => Some(other.context("cannot open the dataset")?),
     };
     if let Some(v) = &validation {
-        let of = |data: &Dataset| (data.shape(), data.condition_dim(), data.header().kind);
-        let (a, b) = (data.header(), v.header());
-        let other = a.conditioning.differs(&b.conditioning) || differ(&a.autoencoder, &b.autoencoder);
-        let same = of(v) == of(&data) && !other;
-        ensure!(same, "{}: the validation split is not of the same kind and size", args.data.display());
+        let dir = args.data.display();
+        Domain::of_dataset(v).check(format!("{dir} (validation)"), &Domain::of_dataset(&data), "the training split")?;
+        ensure!(v.shape() == data.shape(), "{dir}: the validation split is not of the same size");
     }
     let device = args.device.open()?;
     let Resolved { settings, plan, model, mut notes } = resolve(&args, &data, &device)?;
@@ -333,17 +331,13 @@ fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
     Ok((model, Identity::of_file(path).with_context(|| format!("--init {}", path.display()))?))
 }
 
-/// In what a model to start from means something else than the dataset: it has to relearn that.
-fn other_meaning(args: &TrainArgs, meta: &ModelMeta, data: &Dataset) -> Vec<String> {
-    let (init, dir) = (args.init.as_deref().unwrap_or(Path::new("")).display(), args.data.display());
-    let conditions = data.meaning().check(&dir, &meta.meaning(), &init).err();
-    let latents = match (&data.header().autoencoder, &meta.autoencoder) {
-        (Some(theirs), Some(ours)) if theirs != ours => {
-            Some(format!("the latents of {dir} are of {theirs}, those of {init} of {ours}"))
-        }
-        _ => None,
-    };
-    conditions.into_iter().chain(latents).map(|what| format!("warning: --init has to relearn: {what}")).collect()
+/// In what a model to start from means something else than the dataset: it has to relearn that. What has another shape
+/// starts afresh, and is told as that.
+fn other_meaning(args: &TrainArgs, init: &Model, data: &Dataset) -> Vec<String> {
+    let (path, theirs) = (args.init.as_deref().unwrap_or(Path::new("")), Domain::of_dataset(data));
+    let all = theirs.differences(args.data.display(), &Domain::of_model(&init.net.config, &init.meta), path.display());
+    let relearned = all.into_iter().filter(|what| matches!(what, Mismatch::Meaning(_) | Mismatch::Latents { .. }));
+    relearned.map(|what| format!("warning: --init has to relearn: {what}")).collect()
 }
 
 fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<Resolved> {
@@ -357,7 +351,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
     let mut model = match init {
         None => Model::init(&config, args.seed)?,
         Some(old) => {
-            notes.extend(other_meaning(args, &old.meta, data));
+            notes.extend(other_meaning(args, &old, data));
             let (model, fresh) = old.adapt(&config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
             for p in fresh {

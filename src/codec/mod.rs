@@ -225,9 +225,6 @@ impl CodecFile {
     }
 
     /// Loads the half that makes images.
-    ///
-    /// # Errors
-    /// As [`CodecFile::encoder`].
     pub fn decoder<B: CodecBackend>(&self, b: &mut B) -> Result<Decoder<B>> {
         let (net, table) = match &self.kind {
             Kind::SdVae(config) => {
@@ -416,9 +413,6 @@ pub struct Decoder<B: CodecBackend> {
 impl<B: CodecBackend> Decoder<B> {
     /// An SD-VAE of the published size with random weights, for measurements, and the multiply-adds of decoding a
     /// latent of `height` x `width`.
-    ///
-    /// # Errors
-    /// None but the device's.
     pub fn random(b: &mut B, height: usize, width: usize) -> Result<(Self, u64)> {
         let config = sd_vae::Config::published();
         let (net, table) = sd_vae::Decoder::new(&config);

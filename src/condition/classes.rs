@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::vocabulary::VocabularyError;
-use crate::formats::input;
+use crate::formats::{At, input};
 
 /// The names, looked up without regard to case.
 #[derive(Clone, Debug, Default)]
@@ -21,7 +21,7 @@ impl Classes {
     /// # Errors
     /// [`VocabularyError::Io`].
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
-        let text = input::text(path).map_err(|cause| VocabularyError::Io { path: path.into(), cause })?;
+        let text = input::text(path).at(path)?;
         Ok(Self::new(text.lines()))
     }
 

@@ -103,30 +103,51 @@ impl Meaning {
     ///
     /// # Errors
     /// How they differ.
-    pub fn check(&self, name: impl fmt::Display, other: &Self, other_name: impl fmt::Display) -> Result<(), String> {
-        if let (Some(ours), Some(theirs)) = (&self.conditioning, &other.conditioning)
-            && ours.differs(theirs)
+    pub fn check(
+        &self,
+        name: impl fmt::Display,
+        other: &Self,
+        other_name: impl fmt::Display,
+    ) -> Result<(), OtherMeaning> {
+        let names = || (name.to_string(), other_name.to_string());
+        if let (Some(found), Some(expected)) = (&self.conditioning, &other.conditioning)
+            && found.differs(expected)
         {
-            return Err(format!("{name}: its conditions are {ours}, those of {other_name} are {theirs}"));
+            let ((name, other), found, expected) = (names(), found.clone().into(), expected.clone().into());
+            return Err(OtherMeaning::Conditioning { name, other, found, expected });
         }
         if self.tags.is_empty() || other.tags.is_empty() {
             return Ok(());
         }
-        let pairs = || self.tags.iter().zip(&other.tags);
-        match pairs().find(|(ours, theirs)| ours != theirs) {
-            None if self.tags.len() == other.tags.len() => Ok(()),
+        let (found, expected) = (self.tags.len(), other.tags.len());
+        let mut differing = self.tags.iter().zip(&other.tags).filter(|(found, expected)| found != expected);
+        match differing.next() {
+            None if found == expected => Ok(()),
             None => {
-                let (ours, theirs) = (self.tags.len(), other.tags.len());
-                Err(format!("{name}: made for another vocabulary (it has {ours} tags, {other_name} has {theirs})"))
+                let (name, other) = names();
+                Err(OtherMeaning::Tags { name, other, found, expected })
             }
-            Some((ours, theirs)) => Err(format!(
-                "{name}: made for another vocabulary (it has {ours:?} where {other_name} has {theirs:?}; {} of {} \
-                 differ)",
-                pairs().filter(|(ours, theirs)| ours != theirs).count(),
-                self.tags.len().min(other.tags.len())
-            )),
+            Some((first, wanted)) => {
+                let ((name, other), count) = (names(), 1 + differing.count());
+                let (tag, wanted, common) = (first.clone(), wanted.clone(), found.min(expected));
+                Err(OtherMeaning::Tag { name, other, tag, wanted, count, common })
+            }
         }
     }
+}
+
+/// How the conditions of what is called `name` differ from those of `other`.
+#[derive(Clone, Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum OtherMeaning {
+    #[error("{name}: its conditions are {found}, those of {other} are {expected}")]
+    Conditioning { name: String, other: String, found: Box<Conditioning>, expected: Box<Conditioning> },
+    #[error("{name}: made for another vocabulary (it has {found} tags, {other} has {expected})")]
+    Tags { name: String, other: String, found: usize, expected: usize },
+    #[error(
+        "{name}: made for another vocabulary (it has {tag:?} where {other} has {wanted:?}; {count} of {common} differ)"
+    )]
+    Tag { name: String, other: String, tag: String, wanted: String, count: usize, common: usize },
 }
 
 /// Divides a vector by its L2 norm, as the network is to see it. Whether there is one: zeros, or a number that is not

@@ -27,9 +27,6 @@ impl Tagger {
 
     /// Opens a tagger's ONNX file. `node` names the tensor of the features; without it, it is the classifier's input,
     /// found by the names that the taggers of SmilingWolf have.
-    ///
-    /// # Errors
-    /// See [`OnnxError`].
     pub fn open(path: &Path, node: Option<&str>) -> Result<Self, OnnxError> {
         let network = Network::open(path, node.map_or(Wanted::Pooled, Wanted::Named), None)?;
         match network.size() {

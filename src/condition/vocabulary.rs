@@ -10,14 +10,14 @@
 //! is the index in the vector.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::prompt::{self, Prompt};
 use crate::formats::fingerprint::Fingerprint;
-use crate::formats::{input, write_atomically};
+use crate::formats::{At, FileError, input, write_atomically};
 
 /// One entry of a vocabulary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,10 +39,12 @@ pub enum VocabularyError {
     Weight { weight: f32, most: f32, part: String },
     #[error("the bracket {bracket} has no partner in {text:?}")]
     Bracket { bracket: char, text: String },
-    #[error("tag {index} of the vocabulary: {what}")]
-    Entry { index: usize, what: String },
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error("tag {index} of the vocabulary: {cause}")]
+    Entry { index: u32, cause: NoTag },
+    #[error("tag {index} of the vocabulary: \"{tag}\" is already tag {first}")]
+    Repeated { index: u32, tag: String, first: u32 },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not a vocabulary, expected a list of {{\"tag\", \"count\"}}: {cause}", path.display())]
     Json { path: PathBuf, cause: serde_json::Error },
     #[error("{}: {cause}", path.display())]
@@ -57,14 +59,30 @@ fn suggest(nearest: &[String]) -> String {
     format!(", did you mean {}?", quoted.join(" or "))
 }
 
-/// Whether a text can be a tag: not empty, no space at its ends, no comma (commas separate
-/// tags on the command line), no control character. The error says which.
-pub fn check_tag(tag: &str) -> Result<(), String> {
+/// Why a text cannot be a tag. Commas separate tags on the command line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum NoTag {
+    #[error("it is empty")]
+    Empty,
+    #[error("{0:?} has a space at its end")]
+    Space(String),
+    #[error("{0:?} contains a comma")]
+    Comma(String),
+    #[error("{0:?} has a control character")]
+    Control(String),
+}
+
+/// Whether a text can be a tag.
+///
+/// # Errors
+/// [`NoTag`]: why not.
+pub fn check_tag(tag: &str) -> Result<(), NoTag> {
     match tag {
-        "" => Err("it is empty".into()),
-        _ if tag.trim() != tag => Err(format!("{tag:?} has a space at its end")),
-        _ if tag.contains(',') => Err(format!("{tag:?} contains a comma")),
-        _ if tag.contains(char::is_control) => Err(format!("{tag:?} has a control character")),
+        "" => Err(NoTag::Empty),
+        _ if tag.trim() != tag => Err(NoTag::Space(tag.into())),
+        _ if tag.contains(',') => Err(NoTag::Comma(tag.into())),
+        _ if tag.contains(char::is_control) => Err(NoTag::Control(tag.into())),
         _ => Ok(()),
     }
 }
@@ -83,12 +101,10 @@ impl Vocabulary {
     /// [`VocabularyError::Entry`] for an unusable or repeated tag.
     pub fn new(tags: Vec<Tag>) -> Result<Self, VocabularyError> {
         let mut index = HashMap::with_capacity(tags.len());
-        for (place, Tag { tag, .. }) in tags.iter().enumerate() {
-            let wrong = |what| VocabularyError::Entry { index: place, what };
-            check_tag(tag).map_err(wrong)?;
-            let number = u32::try_from(place).map_err(|_| wrong("too many tags".into()))?;
-            if let Some(first) = index.insert(tag.clone(), number) {
-                return Err(wrong(format!("\"{tag}\" is already tag {first}")));
+        for (place, Tag { tag, .. }) in (0..).zip(&tags) {
+            check_tag(tag).map_err(|cause| VocabularyError::Entry { index: place, cause })?;
+            if let Some(first) = index.insert(tag.clone(), place) {
+                return Err(VocabularyError::Repeated { index: place, tag: tag.clone(), first });
             }
         }
         Ok(Self { tags, index })
@@ -229,7 +245,7 @@ impl Vocabulary {
     /// [`VocabularyError::Io`], [`VocabularyError::Json`]; [`VocabularyError::File`] with
     /// what [`Vocabulary::new`] says.
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
-        let text = input::text(path).map_err(|cause| VocabularyError::Io { path: path.into(), cause })?;
+        let text = input::text(path).at(path)?;
         let tags = serde_json::from_str(&text).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
         Self::new(tags).map_err(|cause| VocabularyError::File { path: path.into(), cause: Box::new(cause) })
     }
@@ -239,14 +255,14 @@ impl Vocabulary {
     /// # Errors
     /// [`VocabularyError::Io`].
     pub fn save(&self, path: &Path) -> Result<(), VocabularyError> {
-        write_atomically(path, |out| {
+        let written = write_atomically(path, |out| {
             out.write_all(b"[")?;
             for (place, tag) in self.tags.iter().enumerate() {
                 out.write_all(if place == 0 { b"\n" } else { b",\n" })?;
                 serde_json::to_writer(&mut *out, tag)?;
             }
             out.write_all(b"\n]\n")
-        })
-        .map_err(|cause| VocabularyError::Io { path: path.into(), cause })
+        });
+        Ok(written.at(path)?)
     }
 }

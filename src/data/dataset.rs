@@ -8,20 +8,20 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use serde_json::json;
 
 use super::edm2::Archive;
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use super::shard::{Shard, ShardError, check_whole};
-use crate::codec::Autoencoder;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
 use crate::formats::zip::ZipError;
+use crate::formats::{At, FileError};
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -63,8 +63,8 @@ pub enum DatasetError {
     Shard(#[from] ShardError),
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: no {split} shards (expected {})", dir.display(), split.shard_name(0))]
     NoShards { dir: PathBuf, split: Split },
     #[error("{}: shard {name} is missing ({found} of {expected} are there)", dir.display())]
@@ -317,49 +317,31 @@ impl Dataset {
 /// An error if a shard's header is known to say something else than the first one's.
 fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
     let (header, ours) = (&shard.header, &first.header);
-    let json = |conditioning: &Conditioning| serde_json::json!(conditioning).to_string();
-    let made_by = |made: &Option<Autoencoder>| made.as_ref().map(ToString::to_string).unwrap_or_default();
-    // What is unknown is the same.
-    let conditioning = match header.conditioning.differs(&ours.conditioning) {
-        true => (json(&header.conditioning), json(&ours.conditioning)),
-        false => Default::default(),
-    };
-    let autoencoder = match differ(&header.autoencoder, &ours.autoencoder) {
-        true => (made_by(&header.autoencoder), made_by(&ours.autoencoder)),
-        false => Default::default(),
-    };
-    let pairs = [
-        ("kind", format!("{:?}", header.kind), format!("{:?}", ours.kind)),
-        ("height", header.height.to_string(), ours.height.to_string()),
-        ("width", header.width.to_string(), ours.width.to_string()),
-        ("channels", header.channels.to_string(), ours.channels.to_string()),
-        ("condition_dim", header.condition_dim.to_string(), ours.condition_dim.to_string()),
-        ("conditioning", conditioning.0, conditioning.1),
-        ("autoencoder", autoencoder.0, autoencoder.1),
-        ("shards", header.shards.to_string(), ours.shards.to_string()),
+    type Show = fn(&Header) -> String;
+    let fields: [(_, _, Show); 8] = [
+        ("kind", header.kind != ours.kind, |h| format!("{:?}", h.kind)),
+        ("height", header.height != ours.height, |h| h.height.to_string()),
+        ("width", header.width != ours.width, |h| h.width.to_string()),
+        ("channels", header.channels != ours.channels, |h| h.channels.to_string()),
+        ("condition_dim", header.condition_dim != ours.condition_dim, |h| h.condition_dim.to_string()),
+        ("conditioning", header.conditioning.differs(&ours.conditioning), |h| json!(h.conditioning).to_string()),
+        ("autoencoder", differ(&header.autoencoder, &ours.autoencoder), |h| {
+            h.autoencoder.as_ref().map(ToString::to_string).unwrap_or_default()
+        }),
+        ("shards", header.shards != ours.shards, |h| h.shards.to_string()),
     ];
-    for (what, found, expected) in pairs {
-        if found != expected {
-            return Err(DatasetError::Differs {
-                path: shard.file.path().into(),
-                first: first.file.path().into(),
-                what,
-                found,
-                expected,
-            });
-        }
-    }
-    Ok(())
+    let Some((what, _, show)) = fields.into_iter().find(|(_, differs, _)| *differs) else { return Ok(()) };
+    let (path, first) = (shard.file.path().into(), first.file.path().into());
+    Err(DatasetError::Differs { path, first, what, found: show(header), expected: show(ours) })
 }
 
 /// How many shards of a split there are and should be: as the highest number present
 /// says, or the first shard's header if that is more.
 fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError> {
-    let io_error = |cause| DatasetError::Io { path: dir.into(), cause };
     let prefix = format!("{split}-");
     let (mut found, mut expected) = (0, 0);
-    for entry in fs::read_dir(dir).map_err(io_error)? {
-        let name = entry.map_err(io_error)?.file_name();
+    for entry in fs::read_dir(dir).at(dir)? {
+        let name = entry.at(dir)?.file_name();
         let number = name
             .to_str()
             .and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".safetensors"))

@@ -7,7 +7,6 @@
 //! A safetensors file is mapped, so that only what is asked for is read; a `.npy` is read whole.
 
 use std::collections::HashMap;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -16,6 +15,7 @@ use crate::condition::Conditioning;
 use crate::formats::fingerprint::{self, Fingerprint, Identity};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
+use crate::formats::{At, FileError};
 
 /// Key of the [`Conditioning`] in a file's metadata.
 pub const CONDITIONING_KEY: &str = "conditioning";
@@ -28,8 +28,8 @@ pub enum FeatureError {
     File(#[from] SafeError),
     #[error(transparent)]
     Npy(#[from] NpyError),
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: metadata \"{CONDITIONING_KEY}\": {what}", path.display())]
     Conditioning { path: PathBuf, what: String },
     #[error("{}: features without ids; give the .npy of their ids too", path.display())]
@@ -68,8 +68,7 @@ impl Features {
             Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
         };
         let anonymous = Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None };
-        let fingerprint =
-            |path: &Path| Fingerprint::of_file(path).map_err(|cause| FeatureError::Io { path: path.into(), cause });
+        let fingerprint = |path: &Path| Fingerprint::of_file(path).at(path);
         let mut identity = Identity { name: fingerprint::name(path), fingerprint: Some(fingerprint(path)?) };
         let (shape, ids_shape, ids, values, conditioning) = if path.extension().is_some_and(|end| end == "npy") {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;

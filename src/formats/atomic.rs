@@ -10,6 +10,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use super::{At, FileError};
 use crate::system::{self, is_at};
 
 /// A file that is being written: its path holds either its old content or all of the new one, whenever the
@@ -120,8 +121,8 @@ const LOCK_FILE: &str = ".edm2k.lock";
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum LockError {
-    #[error("{}: {cause}", dir.display())]
-    Io { dir: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: another run is writing here", dir.display())]
     Busy { dir: PathBuf },
 }
@@ -129,42 +130,35 @@ pub enum LockError {
 impl DirLock {
     /// Creates the directory if it is missing, sees that one can write in it, keeps everyone else from it, and removes
     /// what killed processes left half written.
-    ///
-    /// # Errors
-    /// See [`LockError`].
     pub fn exclusive(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock)
     }
 
     /// As [`exclusive`](Self::exclusive), but beside others who call this one.
-    ///
-    /// # Errors
-    /// See [`LockError`].
     pub fn shared(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock_shared)
     }
 
     fn new(dir: &Path, lock: fn(&File) -> Result<(), TryLockError>) -> Result<Self, LockError> {
-        let io_error = |cause| LockError::Io { dir: dir.into(), cause };
         let created = !dir.exists();
-        fs::create_dir_all(dir).map_err(io_error)?;
+        fs::create_dir_all(dir).at(dir)?;
         let path = dir.join(LOCK_FILE);
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false);
-            let file = system::no_follow(&mut options).open(&path).map_err(io_error)?;
+            let file = system::no_follow(&mut options).open(&path).at(dir)?;
             let guarded = match lock(&file) {
                 Ok(()) => true,
                 Err(TryLockError::WouldBlock) => return Err(LockError::Busy { dir: dir.into() }),
                 Err(TryLockError::Error(cause)) if cause.kind() == io::ErrorKind::Unsupported => false,
-                Err(TryLockError::Error(cause)) => return Err(io_error(cause)),
+                Err(TryLockError::Error(cause)) => return Err(FileError { path: dir.into(), cause }.into()),
             };
             // Whoever had it may have removed it between the opening and the locking.
             if guarded && !is_at(&file, &path) {
                 continue;
             }
             let lock = Self { dir: dir.into(), file, created, guarded };
-            remove_abandoned(dir, |_| true).map_err(io_error)?;
+            remove_abandoned(dir, |_| true).at(dir)?;
             return Ok(lock);
         }
     }

@@ -25,9 +25,6 @@ impl Fingerprint {
     }
 
     /// Of all bytes of a file.
-    ///
-    /// # Errors
-    /// Whatever reading it reports.
     pub fn of_file(path: &Path) -> io::Result<Self> {
         let mut file = input::open(path)?;
         let mut buffer = vec![0; 1 << 22];
@@ -126,9 +123,6 @@ impl From<Written> for Identity {
 
 impl Identity {
     /// Reads a file.
-    ///
-    /// # Errors
-    /// Whatever reading it reports.
     pub fn of_file(path: &Path) -> io::Result<Self> {
         Ok(Self { name: name(path), fingerprint: Some(Fingerprint::of_file(path)?) })
     }

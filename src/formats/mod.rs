@@ -1,5 +1,8 @@
 //! File formats, each read with suspicion and written whole or not at all.
 
+use std::io;
+use std::path::{Path, PathBuf};
+
 pub mod atomic;
 pub mod fingerprint;
 pub mod input;
@@ -13,3 +16,25 @@ pub mod weights;
 pub mod zip;
 
 pub use atomic::{AtomicFile, Claim, DirLock, LockError, write_atomically};
+
+/// What the system says of a file or a directory.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {cause}", path.display())]
+#[allow(missing_docs)] // the message says it
+pub struct FileError {
+    pub path: PathBuf,
+    pub cause: io::Error,
+}
+
+/// Says of an error of the system which file it is about.
+pub trait At<T> {
+    /// # Errors
+    /// That of `self`, with the path.
+    fn at(self, path: impl AsRef<Path>) -> Result<T, FileError>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, path: impl AsRef<Path>) -> Result<T, FileError> {
+        self.map_err(|cause| FileError { path: path.as_ref().into(), cause })
+    }
+}

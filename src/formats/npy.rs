@@ -3,12 +3,11 @@
 //! Layout: `\x93NUMPY`, version (2 bytes), length of the header (2 bytes, from version 2 on 4), the header
 //! `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1024), }` in ASCII, then the values.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
 
-use super::input;
+use super::{At, FileError, input};
 
 /// Longest file that is read: 16 GiB.
 const MAX_BYTES: u64 = 1 << 34;
@@ -17,8 +16,8 @@ const MAX_BYTES: u64 = 1 << 34;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum NpyError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not a usable .npy file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
 }
@@ -69,7 +68,7 @@ fn elements<const N: usize, T>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> (
 }
 
 fn read_as<T>(path: &Path, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<T, NpyError> {
-    let bytes = input::read(path, MAX_BYTES).map_err(|cause| NpyError::Io { path: path.into(), cause })?;
+    let bytes = input::read(path, MAX_BYTES).at(path)?;
     parse(&bytes).map_err(|what| NpyError::Malformed { path: path.into(), what })
 }
 

@@ -35,6 +35,7 @@ pub struct Id(u32);
 
 /// What a pickle makes.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // the variants say it
 pub enum Value<'a> {
     /// `None`.
     None,
@@ -48,13 +49,8 @@ pub enum Value<'a> {
     Float(f64),
     /// A `str`.
     Text(&'a str),
-    /// A `bytes` or `bytearray`.
-    Bytes {
-        /// Where they begin, counted as in [`PickleError::offset`].
-        offset: usize,
-        /// They.
-        bytes: &'a [u8],
-    },
+    /// A `bytes` or `bytearray`, and where it begins, counted as in [`PickleError::offset`].
+    Bytes { offset: usize, bytes: &'a [u8] },
     /// A `list`.
     List(Vec<Id>),
     /// A `tuple`.
@@ -63,24 +59,11 @@ pub enum Value<'a> {
     Dict(Vec<(Id, Id)>),
     /// A `set` or `frozenset`; its members are not kept.
     Set,
-    /// The name of a class or function.
-    Global {
-        /// Module that it is looked up in.
-        module: &'a str,
-        /// Its name there.
-        name: &'a str,
-    },
-    /// What a call would return. List items appended to it are not kept.
-    Call {
-        /// What would be called.
-        callee: Id,
-        /// With what.
-        args: Id,
-        /// State that it would be given by `__setstate__`.
-        state: Option<Id>,
-        /// Items that it would be given as if it were a dictionary.
-        items: Vec<(Id, Id)>,
-    },
+    /// The name of a class or function in a module.
+    Global { module: &'a str, name: &'a str },
+    /// What a call would return, with the state that `__setstate__` would give it, and the items that it would be given as
+    /// if it were a dictionary. List items appended to it are not kept.
+    Call { callee: Id, args: Id, state: Option<Id>, items: Vec<(Id, Id)> },
     /// An object that is kept outside of the pickle, under this name.
     Persistent(Id),
 }
@@ -232,180 +215,140 @@ impl<'a> Reader<'a> {
         Err(self.error(format!("more than {MAX_OPCODES} opcodes")))
     }
 
+    /// Executes an opcode: most make a value, the others change one or the stack.
     fn step(&mut self, opcode: u8) -> Result<()> {
-        match opcode {
-            // Values.
-            b'N' => self.push(Value::None),
-            0x88 => self.push(Value::Bool(true)),
-            0x89 => self.push(Value::Bool(false)),
-            b'K' => {
-                let value = self.byte()?;
-                self.push(Value::Int(value.into()));
-            }
-            b'M' => {
-                let value = u16::from_le_bytes(self.array()?);
-                self.push(Value::Int(value.into()));
-            }
-            b'J' => {
-                let value = i32::from_le_bytes(self.array()?);
-                self.push(Value::Int(value.into()));
-            }
-            0x8a => {
-                let length = self.byte()?.into();
-                self.long(length)?;
-            }
-            0x8b => {
-                let length = self.length32()?;
-                self.long(length)?;
-            }
-            b'G' => {
-                let value = f64::from_be_bytes(self.array()?);
-                self.push(Value::Float(value));
-            }
-            0x8c => {
-                let length = self.byte()?.into();
-                self.text(length)?;
-            }
-            b'X' => {
-                let length = self.length32()?;
-                self.text(length)?;
-            }
-            0x8d => {
-                let length = self.length64()?;
-                self.text(length)?;
-            }
-            b'C' => {
-                let length = self.byte()?.into();
-                self.bytes(length)?;
-            }
-            b'B' => {
-                let length = self.length32()?;
-                self.bytes(length)?;
-            }
-            0x8e | 0x96 => {
-                let length = self.length64()?;
-                self.bytes(length)?;
-            }
+        let value = match opcode {
+            b'N' => Value::None,
+            0x88 => Value::Bool(true),
+            0x89 => Value::Bool(false),
+            b'K' => Value::Int(self.byte()?.into()),
+            b'M' => Value::Int(u16::from_le_bytes(self.array()?).into()),
+            b'J' => Value::Int(i32::from_le_bytes(self.array()?).into()),
+            0x8a => self.long(Self::length8)?,
+            0x8b => self.long(Self::length32)?,
+            b'G' => Value::Float(f64::from_be_bytes(self.array()?)),
+            0x8c => self.text(Self::length8)?,
+            b'X' => self.text(Self::length32)?,
+            0x8d => self.text(Self::length64)?,
+            b'C' => self.bytes(Self::length8)?,
+            b'B' => self.bytes(Self::length32)?,
+            0x8e | 0x96 => self.bytes(Self::length64)?,
             // Containers.
-            b')' => self.push(Value::Tuple(Vec::new())),
-            b']' => self.push(Value::List(Vec::new())),
-            b'}' => self.push(Value::Dict(Vec::new())),
-            0x8f => self.push(Value::Set),
+            b')' => Value::Tuple(Vec::new()),
+            b']' => Value::List(Vec::new()),
+            b'}' => Value::Dict(Vec::new()),
+            0x8f => Value::Set,
             0x85..=0x87 => {
-                let mut items = Vec::with_capacity(3);
-                for _ in 0x85..=opcode {
-                    items.push(self.pop()?);
-                }
+                let mut items = (0x85..=opcode).map(|_| self.pop()).collect::<Result<Vec<_>>>()?;
                 items.reverse();
-                self.push(Value::Tuple(items));
+                Value::Tuple(items)
             }
-            b't' => {
-                let items = self.pop_mark()?;
-                self.push(Value::Tuple(items));
-            }
-            b'a' => {
-                let item = self.pop()?;
-                self.append(&[item])?;
-            }
-            b'e' => {
-                let items = self.pop_mark()?;
-                self.append(&items)?;
-            }
-            b's' => {
-                let value = self.pop()?;
-                let key = self.pop()?;
-                self.set(&[key, value])?;
-            }
-            b'u' => {
-                let items = self.pop_mark()?;
-                self.set(&items)?;
-            }
-            0x90 => {
-                self.pop_mark()?;
-                let to = self.top()?;
-                if !matches!(self.value(to), Value::Set | Value::Call { .. }) {
-                    return Err(self.error("members for something that is no set".into()));
-                }
-            }
+            b't' => Value::Tuple(self.pop_mark()?),
             0x91 => {
                 self.pop_mark()?;
-                self.push(Value::Set);
+                Value::Set
             }
             // Names and calls, which are only recorded.
-            b'c' => {
-                let module = self.line()?;
-                let name = self.line()?;
-                self.push(Value::Global { module, name });
-            }
+            b'c' => Value::Global { module: self.line()?, name: self.line()? },
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
                 match (self.value(module), self.value(name)) {
-                    (&Value::Text(module), &Value::Text(name)) => self.push(Value::Global { module, name }),
+                    (&Value::Text(module), &Value::Text(name)) => Value::Global { module, name },
                     _ => return Err(self.error("a global whose module or name is no text".into())),
                 }
             }
             b'R' | 0x81 => {
                 let (args, callee) = (self.pop()?, self.pop()?);
-                self.push(Value::Call { callee, args, state: None, items: Vec::new() });
+                Value::Call { callee, args, state: None, items: Vec::new() }
             }
             0x92 => {
                 let (keywords, args, callee) = (self.pop()?, self.pop()?, self.pop()?);
                 // Not the arguments themselves, so that keywords are never overlooked.
                 self.push(Value::Tuple(vec![args, keywords]));
-                let args = self.pop()?;
-                self.push(Value::Call { callee, args, state: None, items: Vec::new() });
+                Value::Call { callee, args: self.pop()?, state: None, items: Vec::new() }
+            }
+            b'Q' => Value::Persistent(self.pop()?),
+            _ => return self.change(opcode),
+        };
+        self.push(value);
+        Ok(())
+    }
+
+    /// Executes an opcode that makes no value.
+    fn change(&mut self, opcode: u8) -> Result<()> {
+        match opcode {
+            b'a' => {
+                let item = self.pop()?;
+                self.append(&[item])
+            }
+            b'e' => {
+                let items = self.pop_mark()?;
+                self.append(&items)
+            }
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.set(&[key, value])
+            }
+            b'u' => {
+                let items = self.pop_mark()?;
+                self.set(&items)
+            }
+            0x90 => {
+                self.pop_mark()?;
+                let to = self.top()?;
+                match self.value(to) {
+                    Value::Set | Value::Call { .. } => Ok(()),
+                    _ => Err(self.error("members for something that is no set".into())),
+                }
             }
             b'b' => {
-                let given = self.pop()?;
-                let to = self.top()?;
+                let (given, to) = (self.pop()?, self.top()?);
                 match &mut self.values[to.0 as usize].1 {
                     Value::Call { state, .. } => *state = Some(given),
                     _ => return Err(self.error("state for something that takes none".into())),
                 }
-            }
-            b'Q' => {
-                let name = self.pop()?;
-                self.push(Value::Persistent(name));
+                Ok(())
             }
             // The stack and the memo.
-            b'(' => self.marks.push(self.stack.len()),
-            b'0' => match self.marks.last() {
-                Some(&mark) if mark == self.stack.len() => drop(self.marks.pop()),
-                _ => drop(self.pop()?),
-            },
-            b'1' => drop(self.pop_mark()?),
+            b'(' => {
+                self.marks.push(self.stack.len());
+                Ok(())
+            }
+            b'0' if self.marks.last() == Some(&self.stack.len()) => self.pop_mark().map(drop),
+            b'0' => self.pop().map(drop),
+            b'1' => self.pop_mark().map(drop),
             b'2' => {
                 let top = self.top()?;
                 self.stack.push(top);
+                Ok(())
             }
             b'h' => {
                 let key = self.byte()?.into();
-                self.get(key)?;
+                self.get(key)
             }
             b'j' => {
                 let key = u32::from_le_bytes(self.array()?);
-                self.get(key)?;
+                self.get(key)
             }
             b'q' => {
                 let key = self.byte()?.into();
-                self.put(key)?;
+                self.put(key)
             }
             b'r' => {
                 let key = u32::from_le_bytes(self.array()?);
-                self.put(key)?;
+                self.put(key)
             }
-            0x94 => self.put(self.memo.len() as u32)?,
+            0x94 => self.put(self.memo.len() as u32),
             // A frame says how much to read ahead, which matters to streams only.
             0x95 => {
-                let length = self.length64()?;
-                let left = self.input.len() - self.at;
+                let (length, left) = (self.length64()?, self.input.len() - self.at);
                 if length > left {
                     return Err(self.error(format!("a frame of {length} bytes, but only {left} are left")));
                 }
+                Ok(())
             }
-            _ => return Err(self.error(format!("opcode 0x{opcode:02x} is not one of those that are read"))),
+            _ => Err(self.error(format!("opcode 0x{opcode:02x} is not one of those that are read"))),
         }
-        Ok(())
     }
 
     fn error(&self, what: String) -> PickleError {
@@ -429,6 +372,10 @@ impl<'a> Reader<'a> {
 
     fn byte(&mut self) -> Result<u8> {
         Ok(self.array::<1>()?[0])
+    }
+
+    fn length8(&mut self) -> Result<usize> {
+        Ok(self.byte()?.into())
     }
 
     fn length32(&mut self) -> Result<usize> {
@@ -458,9 +405,10 @@ impl<'a> Reader<'a> {
         self.stack.push(id);
     }
 
-    fn long(&mut self, length: usize) -> Result<()> {
+    fn long(&mut self, length: fn(&mut Self) -> Result<usize>) -> Result<Value<'a>> {
+        let length = length(self)?;
         let bytes = self.take(length)?;
-        let value = match bytes.last() {
+        Ok(match bytes.last() {
             None => Value::Int(0),
             Some(top) if length <= 8 => {
                 let mut extended = if top & 0x80 == 0 { [0; 8] } else { [0xff; 8] };
@@ -468,23 +416,18 @@ impl<'a> Reader<'a> {
                 Value::Int(i64::from_le_bytes(extended))
             }
             Some(_) => Value::Long(bytes),
-        };
-        self.push(value);
-        Ok(())
+        })
     }
 
-    fn text(&mut self, length: usize) -> Result<()> {
+    fn text(&mut self, length: fn(&mut Self) -> Result<usize>) -> Result<Value<'a>> {
+        let length = length(self)?;
         let bytes = self.take(length)?;
-        let text = self.str(bytes)?;
-        self.push(Value::Text(text));
-        Ok(())
+        Ok(Value::Text(self.str(bytes)?))
     }
 
-    fn bytes(&mut self, length: usize) -> Result<()> {
-        let offset = self.base + self.at;
-        let bytes = self.take(length)?;
-        self.push(Value::Bytes { offset, bytes });
-        Ok(())
+    fn bytes(&mut self, length: fn(&mut Self) -> Result<usize>) -> Result<Value<'a>> {
+        let length = length(self)?;
+        Ok(Value::Bytes { offset: self.base + self.at, bytes: self.take(length)? })
     }
 
     fn value(&self, id: Id) -> &Value<'a> {

@@ -26,7 +26,7 @@ pub use safetensors::Dtype;
 
 use super::mapped::Mapped;
 use super::pickle::PickleError;
-use super::{AtomicFile, input};
+use super::{At, AtomicFile, FileError, input};
 use crate::formats::fingerprint::Fingerprint;
 
 /// Longest header that is read, as in the reference implementation.
@@ -43,8 +43,8 @@ const METADATA: &str = "__metadata__";
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum SafeError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
     #[error("{}: not a file of weights: {why}; `edm2k import` reads NVIDIA's snapshots", path.display())]
@@ -118,19 +118,18 @@ impl SafeFile {
     /// [`SafeError::Io`], [`SafeError::Malformed`], [`SafeError::Tensor`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let io_error = |cause| SafeError::Io { path: path.clone(), cause };
         let malformed = |what: String| SafeError::Malformed { path: path.clone(), what };
         let file = input::open(&path).map_err(|cause| match cause.kind() {
             io::ErrorKind::InvalidInput => malformed(cause.to_string()),
-            _ => io_error(cause),
+            _ => FileError { path: path.clone(), cause }.into(),
         })?;
-        let length = file.metadata().map_err(io_error)?.len();
+        let length = file.metadata().at(&path)?.len();
         if length < 8 {
             return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
         // SAFETY: that nobody changes the file in place meanwhile is the documented condition of this type (all of
         // this crate's writers rename).
-        let map = unsafe { Mapped::new(&file, &path) }.map_err(io_error)?;
+        let map = unsafe { Mapped::new(&file, &path) }.at(&path)?;
         let (prefix, rest) =
             map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
         if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {
@@ -287,29 +286,46 @@ impl SafeFile {
     /// # Errors
     /// [`SafeError::Missing`]; [`SafeError::Unexpected`] for other element types.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.floats(name, |x| x, |x| x as f32)
+    }
+
+    /// As [`SafeFile::f32`], all of it finite.
+    ///
+    /// # Errors
+    /// As [`SafeFile::f32`]; [`SafeError::Unexpected`] for an infinity or what is no number.
+    pub fn finite_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let values = self.f32(name)?;
+        match values.iter().position(|x| !x.is_finite()) {
+            Some(at) => Err(self.unexpected(name, format!("{} at {at}", values[at]), "finite numbers")),
+            None => Ok(values),
+        }
+    }
+
+    /// A tensor of F16, BF16, F32 or F64 as f64, row-major.
+    pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
+        self.floats(name, f64::from, |x| x)
+    }
+
+    fn floats<T>(&self, name: &str, single: fn(f32) -> T, double: fn(f64) -> T) -> Result<Vec<T>> {
         let bytes = self.bytes(name)?;
         Ok(match self.dtype(name)? {
-            Dtype::F16 => elements(bytes, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => elements(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-            Dtype::F32 => elements(bytes, f32::from_le_bytes),
-            Dtype::F64 => elements(bytes, |b| f64::from_le_bytes(b) as f32),
+            Dtype::F16 => elements(bytes, |b| single(f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => elements(bytes, |b| single(bf16::from_le_bytes(b).to_f32())),
+            Dtype::F32 => elements(bytes, |b| single(f32::from_le_bytes(b))),
+            Dtype::F64 => elements(bytes, |b| double(f64::from_le_bytes(b))),
             other => return Err(self.unexpected(name, other, "F16, BF16, F32 or F64")),
         })
     }
 
-    /// A tensor of F16, BF16, F32 or F64 as f64, row-major.
+    /// Checks the shape of a tensor.
     ///
     /// # Errors
-    /// As [`SafeFile::f32`].
-    pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
-        let bytes = self.bytes(name)?;
-        Ok(match self.dtype(name)? {
-            Dtype::F16 => elements(bytes, |b| f16::from_le_bytes(b).to_f64()),
-            Dtype::BF16 => elements(bytes, |b| bf16::from_le_bytes(b).to_f64()),
-            Dtype::F32 => elements(bytes, |b| f64::from(f32::from_le_bytes(b))),
-            Dtype::F64 => elements(bytes, f64::from_le_bytes),
-            other => return Err(self.unexpected(name, other, "F16, BF16, F32 or F64")),
-        })
+    /// [`SafeError::Missing`], [`SafeError::Unexpected`].
+    pub fn expect_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
+        match self.shape(name)? {
+            shape if shape == expected => Ok(()),
+            shape => Err(self.unexpected(name, format!("shape {shape:?}"), format!("{expected:?}"))),
+        }
     }
 
     /// A tensor of I64, I32 or U8 as i64, row-major.
@@ -466,10 +482,9 @@ impl Writer {
         // Spaces up to a multiple of 8, so that the data begins aligned.
         header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
 
-        let io_error = |cause| SafeError::Io { path: path.into(), cause };
-        let mut file = AtomicFile::create(path).map_err(io_error)?;
-        file.writer().write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
-        file.writer().write_all(header.as_bytes()).map_err(io_error)?;
+        let mut file = AtomicFile::create(path).at(path)?;
+        file.writer().write_all(&(header.len() as u64).to_le_bytes()).at(path)?;
+        file.writer().write_all(header.as_bytes()).at(path)?;
         Ok(Self { path: path.into(), file, expected })
     }
 
@@ -487,7 +502,7 @@ impl Writer {
             let (found, expected) = (format!("{} bytes", bytes.len()), format!("the size of {what}"));
             return Err(SafeError::Unexpected { path, name, found, expected });
         }
-        self.file.writer().write_all(bytes).map_err(|cause| SafeError::Io { path, cause })
+        Ok(self.file.writer().write_all(bytes).at(path)?)
     }
 
     /// Puts the file in its place.
@@ -499,6 +514,6 @@ impl Writer {
         if let Some((name, ..)) = expected.last() {
             return Err(SafeError::Malformed { path, what: format!("tensor {name} was not written") });
         }
-        file.commit().map_err(|cause| SafeError::Io { path, cause })
+        Ok(file.commit().at(path)?)
     }
 }

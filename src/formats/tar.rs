@@ -7,10 +7,10 @@
 //!
 //! Cost: one read of 512 bytes a member.
 
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::input;
+use super::{At, FileError, input};
 
 /// Size of a block.
 const BLOCK: u64 = 512;
@@ -32,8 +32,8 @@ pub struct Member {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum TarError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: damaged at byte {at}: {what}", path.display())]
     Damaged { path: PathBuf, at: u64, what: String },
 }
@@ -43,43 +43,23 @@ pub enum TarError {
 /// # Errors
 /// [`TarError`]; members before the damage have been told.
 pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError> {
-    let io_error = |cause| TarError::Io { path: path.into(), cause };
-    let mut file = input::open(path).map_err(io_error)?;
-    walk(&mut file, visit).map_err(|fault| match fault {
-        Fault::Io(cause) => io_error(cause),
-        Fault::Damaged(at, what) => TarError::Damaged { path: path.into(), at, what },
-    })
-}
-
-/// What stops [`walk`].
-#[derive(Debug)]
-enum Fault {
-    Io(io::Error),
-    Damaged(u64, String),
-}
-
-impl From<io::Error> for Fault {
-    fn from(cause: io::Error) -> Self {
-        Self::Io(cause)
-    }
-}
-
-fn walk(archive: &mut (impl Read + Seek), visit: &mut dyn FnMut(Member)) -> Result<(), Fault> {
-    let length = archive.seek(SeekFrom::End(0))?;
+    let damage = |at, what| TarError::Damaged { path: path.into(), at, what };
+    let mut archive = input::open(path).at(path)?;
+    let length = archive.metadata().at(path)?.len();
     if length == 0 {
-        return Err(Fault::Damaged(0, "it is empty".into()));
+        return Err(damage(0, "it is empty".into()));
     }
     let mut at = 0;
     // What an extension says of the file after it.
     let (mut long_name, mut long_size) = (None, None);
     while at < length {
-        let damaged = |what: String| Fault::Damaged(at, what);
+        let damaged = |what: String| damage(at, what);
         if length - at < BLOCK {
             return Err(damaged(format!("{} bytes, expected a header of {BLOCK}", length - at)));
         }
         let mut header = [0; BLOCK as usize];
-        archive.seek(SeekFrom::Start(at))?;
-        archive.read_exact(&mut header)?;
+        archive.seek(SeekFrom::Start(at)).at(path)?;
+        archive.read_exact(&mut header).at(path)?;
         if header.iter().all(|&b| b == 0) {
             return Ok(());
         }
@@ -108,7 +88,7 @@ fn walk(archive: &mut (impl Read + Seek), visit: &mut dyn FnMut(Member)) -> Resu
                     return Err(damaged(what));
                 }
                 let mut bytes = vec![0; size as usize];
-                archive.read_exact(&mut bytes)?;
+                archive.read_exact(&mut bytes).at(path)?;
                 if kind == b'L' {
                     long_name = Some(text(&bytes));
                 } else {

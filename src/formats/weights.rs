@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use super::input;
 use super::mapped::Mapped;
 use super::safetensors::{Result, SafeError, SafeFile};
 use super::torch;
+use super::{At, input};
 
 /// Opens a file of weights; a `module.` before all names is left away.
 ///
@@ -16,12 +16,11 @@ use super::torch;
 /// [`SafeError`]: it is damaged, or has no tensors.
 pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
     let path = path.as_ref();
-    let io_error = |cause| SafeError::Io { path: path.into(), cause };
-    let file = input::open(path).map_err(io_error)?;
-    let mut opened = match input::head(&file).map_err(io_error)?[..] {
+    let file = input::open(path).at(path)?;
+    let mut opened = match input::head(&file).at(path)?[..] {
         [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
             // SAFETY: that nobody changes the file meanwhile is the documented condition.
-            let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
+            let map = unsafe { Mapped::new(&file, path) }.at(path)?;
             let malformed = |why: super::pickle::PickleError| SafeError::Torch { path: path.into(), why };
             SafeFile::of(path, torch::state_dict(&map).map_err(malformed)?)?
         }

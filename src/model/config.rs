@@ -73,16 +73,16 @@ fn default_num_blocks() -> usize {
 fn default_attn_resolutions() -> Vec<usize> {
     vec![16, 8]
 }
-fn default_channels_per_head() -> usize {
+pub(crate) fn default_channels_per_head() -> usize {
     64
 }
 fn default_half() -> f64 {
     0.5
 }
-fn default_balance() -> f64 {
+pub(crate) fn default_balance() -> f64 {
     0.3
 }
-fn default_clip_act() -> f64 {
+pub(crate) fn default_clip_act() -> f64 {
     256.0
 }
 fn default_logvar_channels() -> usize {
@@ -91,39 +91,19 @@ fn default_logvar_channels() -> usize {
 
 /// Why a [`Config`] does not describe a network.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum ConfigError {
     /// A field is out of range.
     #[error("{field} = {found}, expected {expected}")]
-    Field {
-        /// Name of the field.
-        field: &'static str,
-        /// Its value.
-        found: String,
-        /// What is allowed.
-        expected: String,
-    },
+    Field { field: &'static str, found: String, expected: String },
     /// The image size does not suit the levels.
     #[error(
         "an image of {width}x{height} (width x height), expected both to be multiples of {multiple} for {levels} levels"
     )]
-    Size {
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
-        /// What both must be multiples of.
-        multiple: usize,
-        /// Levels of the network.
-        levels: usize,
-    },
+    Size { width: usize, height: usize, multiple: usize, levels: usize },
     /// The image is larger than any that is known here.
     #[error("an image of {width}x{height} (width x height), expected sides up to {MAX_SIDE}")]
-    Large {
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
-    },
+    Large { width: usize, height: usize },
     /// No preset has this name.
     #[error("preset '{0}' is unknown, expected one of {1}")]
     Preset(String, String),
@@ -309,57 +289,35 @@ pub fn presets() -> Vec<Preset> {
         ("edm2-img64-l", 320, 0.0080, 1024),
         ("edm2-img64-xl", 384, 0.0070, 640),
     ];
-    // M and larger.
+    // M and larger have dropout.
     let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
-    let mut all = Vec::new();
-    for (name, width, lr, duration) in img512 {
-        let config = Config::edm2(64, 4, 1000, width);
-        let size = [64, 64];
-        all.push(Preset {
-            name,
-            config,
-            size,
-            batch: 2048,
-            lr,
-            decay: 70000.0,
-            p_mean: -0.4,
-            p_std: 1.0,
-            dropout: dropout(width),
-            duration: duration << 20,
-            recipe: None,
-        });
-    }
-    for (name, width, lr, duration) in img64 {
+    let latents = |(name, width, lr, duration): (_, usize, _, u64)| Preset {
+        name,
+        config: Config::edm2(64, 4, 1000, width),
+        size: [64, 64],
+        batch: 2048,
+        lr,
+        decay: 70000.0,
+        p_mean: -0.4,
+        p_std: 1.0,
+        dropout: dropout(width),
+        duration: duration << 20,
+        recipe: None,
+    };
+    let rgb = |(name, width, lr, duration)| {
         let config = Config::edm2(64, 3, 1000, width);
-        let size = [64, 64];
-        all.push(Preset {
-            name,
-            config,
-            size,
-            batch: 2048,
-            lr,
-            decay: 35000.0,
-            p_mean: -0.8,
-            p_std: 1.6,
-            dropout: dropout(width),
-            duration: duration << 20,
-            recipe: None,
-        });
-    }
-    all.push(Preset {
-        name: "1girl-xs",
+        Preset { config, decay: 35000.0, p_mean: -0.8, p_std: 1.6, ..latents((name, width, lr, duration)) }
+    };
+    let girl = Preset {
         config: Config::edm2(64, 4, 1024, 128),
         size: [88, 64],
         batch: 2000,
-        lr: 0.0120,
         decay: 0.0,
-        p_mean: -0.4,
-        p_std: 1.0,
-        dropout: 0.0,
         duration: 11_000_000,
         recipe: Some(Recipe { batch_gpu: 40 }),
-    });
-    all
+        ..latents(("1girl-xs", 128, 0.0120, 0))
+    };
+    img512.into_iter().map(latents).chain(img64.into_iter().map(rgb)).chain([girl]).collect()
 }
 
 /// The preset of this name.

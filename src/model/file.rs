@@ -27,10 +27,11 @@ use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
 
 /// What the network's images are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encoder {
     /// Pixels as x / 127.5 - 1.
+    #[default]
     Rgb,
     /// Latents of the Stable Diffusion autoencoder.
     SdVae,
@@ -38,11 +39,12 @@ pub enum Encoder {
 
 /// Element type that weights are saved in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Precision {
-    /// Half precision, for models to be used or shared.
-    F16,
-    /// As they are in training.
+    /// The weights as they are in training
     F32,
+    /// Rounded to half precision
+    F16,
 }
 
 impl Precision {
@@ -55,7 +57,7 @@ impl Precision {
 }
 
 /// What a model file says beside its config; the `edm2k` entry of the metadata.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelMeta {
     /// Height of the images or latents that the network was trained on.
     pub height: usize,
@@ -99,15 +101,7 @@ impl ModelMeta {
             height: config.img_resolution,
             width: config.img_resolution,
             encoder: if config.img_channels == 4 { Encoder::SdVae } else { Encoder::Rgb },
-            vocabulary: Vec::new(),
-            conditioning: Conditioning::Tags,
-            autoencoder: None,
-            data: None,
-            images_seen: 0,
-            ema_std: None,
-            seed: None,
-            source: String::new(),
-            licence: String::new(),
+            ..Self::default()
         }
     }
 
@@ -137,50 +131,22 @@ impl ModelMeta {
 
 /// What can be wrong with a model file.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum ModelError {
-    /// Not a safetensors file, or a tensor is missing or has another shape or element type.
     #[error(transparent)]
     File(#[from] SafeError),
     /// An entry of the metadata is missing or malformed.
     #[error("{}: metadata \"{key}\": {what}", path.display())]
-    Metadata {
-        /// The file.
-        path: PathBuf,
-        /// The entry.
-        key: &'static str,
-        /// What is wrong with it.
-        what: String,
-    },
+    Metadata { path: PathBuf, key: &'static str, what: String },
     /// The config does not describe a network, or not one for the image size.
     #[error("{}: {cause}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: ConfigError,
-    },
+    Config { path: PathBuf, cause: ConfigError },
     /// A tensor that the network of the config does not have.
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
-    Unknown {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-    },
+    Unknown { path: PathBuf, name: String },
     /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
     #[error("{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers", path.display())]
-    NotFinite {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// Index of the value in the tensor.
-        at: usize,
-        /// The value.
-        value: f32,
-        /// Element type of the file.
-        dtype: Dtype,
-    },
+    NotFinite { path: PathBuf, name: String, at: usize, value: f32, dtype: Dtype },
 }
 
 /// A network with its parameters on the host.
@@ -252,11 +218,7 @@ impl ModelFile {
             return Err(ModelError::Unknown { path: path.into(), name: name.into() });
         }
         for (_, spec) in table.iter() {
-            let shape = file.shape(&spec.name)?;
-            if shape != spec.shape {
-                let (found, expected) = (format!("shape {shape:?}"), format!("{:?}", spec.shape));
-                return Err(file.unexpected(&spec.name, found, expected).into());
-            }
+            file.expect_shape(&spec.name, &spec.shape)?;
         }
         Ok(Self { meta, net, table, file })
     }
@@ -344,18 +306,12 @@ impl Model {
     }
 
     /// Copies the parameters into a backend that was made for this table, ready to be sampled with.
-    ///
-    /// # Errors
-    /// Whatever the backend reports.
     pub fn load_into<B: NetworkBackend>(&self, backend: &mut B) -> Result<(), BackendError> {
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.load_param(id, values))?;
         backend.normalize()
     }
 
     /// Copies the parameters into a slot of a backend that was made for this table.
-    ///
-    /// # Errors
-    /// Whatever the backend reports.
     pub fn upload<B: TrainingBackend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.write_param(slot, id, values))
     }

@@ -100,9 +100,6 @@ impl Precond {
     }
 
     /// As [`Precond::denoise`], as a plan: of images, noise levels and perhaps labels.
-    ///
-    /// # Errors
-    /// The device's.
     pub fn planned<B: NetworkBackend>(&self, b: &mut B, inputs: &[B::Tensor]) -> Result<B::Tensor, BackendError> {
         let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![self.denoise(b, &t[0], &t[1], t.get(2))]);
         Ok(b.planned::<BackendError>(&Forward, inputs, body)?.swap_remove(0))

@@ -20,7 +20,6 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
@@ -28,11 +27,11 @@ use serde_json::{Map, Value as Json};
 use super::config::Config;
 use super::file::{Encoder, Model, ModelMeta, Precision};
 use super::precond::Precond;
-use crate::formats::input;
 use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
 use crate::formats::safetensors::Dtype;
 use crate::formats::torch::{Storages, Tensor};
+use crate::formats::{At, FileError, input};
 use crate::params::ParamTable;
 
 /// Most modules of a network.
@@ -49,33 +48,16 @@ const IGNORED: [&str; 3] = ["use_fp16", "dropout", "resample_filter"];
 
 /// Why a file is no snapshot that can be used.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum SnapshotError {
-    /// It cannot be read.
-    #[error("{}: {cause}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        cause: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] FileError),
     /// It is no pickle, or a damaged one.
     #[error("{}: not a whole pickle: {cause}", path.display())]
-    Pickle {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        cause: PickleError,
-    },
+    Pickle { path: PathBuf, cause: PickleError },
     /// What the pickle holds is not what an EDM2 network has there.
     #[error("{}: {at}: {what}", path.display())]
-    Tree {
-        /// The file.
-        path: PathBuf,
-        /// The place in it, e.g. `ema.unet.out_gain`.
-        at: String,
-        /// What is wrong there.
-        what: String,
-    },
+    Tree { path: PathBuf, at: String, what: String },
 }
 
 type Result<T, E = SnapshotError> = std::result::Result<T, E>;
@@ -93,14 +75,10 @@ impl Snapshot {
     /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
     ///
     /// The file must not be changed while it is read.
-    ///
-    /// # Errors
-    /// See [`SnapshotError`].
     pub fn open(path: &Path) -> Result<Self> {
-        let io_error = |cause| SnapshotError::Io { path: path.into(), cause };
-        let file = input::open(path).map_err(io_error)?;
+        let file = input::open(path).at(path)?;
         // SAFETY: that nobody changes the file meanwhile is the documented condition.
-        let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
+        let map = unsafe { Mapped::new(&file, path) }.at(path)?;
         let mut snapshot = Self::parse(path, &map)?;
         if let Some((images_seen, std)) = path.file_stem().and_then(|name| trained(name.to_str()?)) {
             snapshot.model.meta.images_seen = images_seen;
@@ -110,9 +88,6 @@ impl Snapshot {
     }
 
     /// Reads a snapshot from memory; `path` is what errors call it.
-    ///
-    /// # Errors
-    /// See [`SnapshotError`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |cause| SnapshotError::Pickle { path: path.into(), cause };
         if let Some(kind) = input::kind(bytes).filter(|kind| !kind.contains("pickle")) {

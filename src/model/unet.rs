@@ -4,23 +4,29 @@
 //! [n, 1, 1, emb_channels]. The backward pass is written by hand beside each forward pass;
 //! what it needs is kept on a tape of one entry per block.
 
+use serde::Deserialize;
+
 use super::config::Config;
 use crate::backend::{EmbLayer, Masks, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
 use crate::params::{Cat, ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
-/// Which side of the U-Net a block is on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which side of the U-Net a block is on; in JSON under its official name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum Flavor {
     /// Pixel norm on the main path, no concatenation.
+    #[serde(rename = "enc")]
     Encoder,
     /// May concatenate a skip connection; no pixel norm.
+    #[serde(rename = "dec")]
     Decoder,
 }
 
-/// Change of resolution at a block's entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Change of resolution at a block's entry; in JSON under its official name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Resample {
     /// None.
+    #[default]
     Keep,
     /// 2x2 average.
     Down,

@@ -12,9 +12,9 @@
 //! here, kept silent, and becomes an [`OnnxError`]; a graph with a tensor of more than [`MAX_ELEMENTS`], of more
 //! than [`MAX_NODES`], or with a window or a shape as large, is refused before tract sees it.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::formats::FileError;
 use crate::formats::fingerprint::Fingerprint;
 
 #[cfg(feature = "onnx")]
@@ -36,8 +36,8 @@ const MAX_SIDE: usize = 4096;
 pub enum OnnxError {
     #[error("this edm2k was built without ONNX (cargo feature `onnx`)")]
     NotBuilt,
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not an ONNX file: {what}", path.display())]
     NotOnnx { path: PathBuf, what: String },
     #[error("{}: a damaged ONNX file: {what}", path.display())]
@@ -111,9 +111,6 @@ pub struct Network {
 impl Network {
     /// Opens a file and prepares to compute a tensor for images of the network's height and width; where the file
     /// leaves these open, for images of `size` = [height, width].
-    ///
-    /// # Errors
-    /// See [`OnnxError`].
     pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Self, OnnxError> {
         tract::open(path, wanted, size)
     }

@@ -16,7 +16,7 @@ use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
 
 use crate::formats::fingerprint::{Fingerprint, Hasher};
-use crate::formats::input;
+use crate::formats::{At, FileError, input};
 
 use super::{Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Wanted};
 
@@ -99,7 +99,7 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {
     let io = |cause: io::Error| match cause.kind() {
         io::ErrorKind::InvalidInput => OnnxError::NotOnnx { path: path.into(), what: cause.to_string() },
-        _ => OnnxError::Io { path: path.into(), cause },
+        _ => FileError { path: path.into(), cause }.into(),
     };
     let mut first = Vec::new();
     input::open(path).map_err(io)?.take(input::HEAD as u64).read_to_end(&mut first).map_err(io)?;
@@ -115,7 +115,7 @@ fn read(path: &Path) -> Result<ModelProto, OnnxError> {
 
 /// Of the file and, in the order of their names, of those beside it that hold weights.
 fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError> {
-    let own = Fingerprint::of_file(path).map_err(|cause| OnnxError::Io { path: path.into(), cause })?;
+    let own = Fingerprint::of_file(path).at(path)?;
     let places = graph.initializer.iter().flat_map(|tensor| &tensor.external_data);
     let others: BTreeSet<&str> = places.filter(|entry| entry.key == "location").map(|entry| &*entry.value).collect();
     if others.is_empty() {
@@ -125,7 +125,7 @@ fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError
     hasher.add(format!("{own:?}").as_bytes());
     for other in others {
         let path = path.with_file_name(other);
-        let of = Fingerprint::of_file(&path).map_err(|cause| OnnxError::Io { path, cause })?;
+        let of = Fingerprint::of_file(&path).at(&path)?;
         hasher.add(format!("{of:?}").as_bytes());
     }
     Ok(hasher.finish())

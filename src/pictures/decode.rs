@@ -14,7 +14,7 @@ use image::{DynamicImage, ImageDecoder, ImageReader};
 use moxcms::Layout;
 
 use super::colour::{space, to_srgb};
-use super::{Picture, jpeg};
+use super::{Picture, PictureError, jpeg};
 use crate::formats::input;
 
 /// Most pixels that an image may have: 64 Mi.
@@ -36,42 +36,34 @@ pub struct Image {
 ///
 /// # Errors
 /// The file cannot be read, or is no image.
-pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, String> {
-    let bytes = input::read(path, MAX_BYTES).map_err(|error| error.to_string())?;
-    decode(&bytes, background)
+pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, PictureError> {
+    decode(&input::read(path, MAX_BYTES)?, background)
 }
-
-/// An image, and the bytes of its colour profile.
-type WithProfile = (DynamicImage, Option<Vec<u8>>);
 
 /// Decodes an image file, on a background if it is transparent.
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, String> {
-    let load = || -> image::ImageResult<Result<WithProfile, String>> {
-        let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-        if reader.format().is_none() {
-            return Ok(Err(format!("it is {}", input::kind(bytes).unwrap_or("no image of a known kind"))));
-        }
-        let mut limits = image::Limits::default();
-        limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
-        reader.limits(limits);
-        let mut decoder = reader.into_decoder()?;
-        let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Ok(Err(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
-        }
-        // A damaged tag is no reason to lose the picture.
-        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let profile = decoder.icc_profile().unwrap_or(None);
-        let mut image = DynamicImage::from_decoder(decoder)?;
-        image.apply_orientation(orientation);
-        Ok(Ok((image, profile)))
-    };
-    let (image, profile) = load().map_err(|error| error.to_string())??;
+pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> {
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    if reader.format().is_none() {
+        return Err(PictureError::Kind(input::kind(bytes).unwrap_or("no image of a known kind")));
+    }
+    let mut limits = image::Limits::default();
+    limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+        return Err(PictureError::TooLarge { width, height });
+    }
+    // A damaged tag is no reason to lose the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let profile = decoder.icc_profile().unwrap_or(None);
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
     if bytes.starts_with(b"\xff\xd8") {
-        jpeg::check(bytes).map_err(|what| format!("a JPEG that is not whole: {what}"))?;
+        jpeg::check(bytes).map_err(PictureError::NotWhole)?;
     }
     let (width, height) = (image.width() as usize, image.height() as usize);
     let grey = !image.color().has_color();

@@ -5,8 +5,8 @@
 
 use resize::px::RGB;
 
-use super::Picture;
 use super::colour::{TO_LINEAR, TO_SRGB};
+use super::{Picture, PictureError};
 
 /// A crop about the centre that has the target's shape, as large as it can be.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +44,7 @@ type RGB16 = RGB<u16>;
 ///
 /// # Errors
 /// The resizer cannot do it.
-pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Picture, String> {
+pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Picture, PictureError> {
     let (width, height) = (width as usize, height as usize);
     if (image.width(), image.height()) == (width, height) {
         return Ok(image);
@@ -59,8 +59,7 @@ pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Pict
     let source = &linear[top * image.width() + left..];
     let mut target = vec![RGB16::new(0, 0, 0); width * height];
     resize::new(crop_width, crop_height, width, height, resize::Pixel::RGB16, resize::Type::Lanczos3)
-        .and_then(|mut resizer| resizer.resize_stride(source, image.width(), &mut target))
-        .map_err(|error| format!("cannot be resized: {error}"))?;
+        .and_then(|mut resizer| resizer.resize_stride(source, image.width(), &mut target))?;
     let rgb = target.iter().flat_map(|x| [x.r, x.g, x.b].map(|x| TO_SRGB[usize::from(x)])).collect();
     Ok(Picture::new(height, width, rgb))
 }

@@ -17,6 +17,26 @@ pub mod fit;
 mod jpeg;
 pub mod png;
 
+use std::io;
+
+/// Why a file is no picture.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum PictureError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("it is {0}")]
+    Kind(&'static str),
+    #[error("{width}x{height} is more than {} pixels", decode::MAX_PIXELS)]
+    TooLarge { width: u32, height: u32 },
+    #[error(transparent)]
+    Damaged(#[from] image::ImageError),
+    #[error("a JPEG that is not whole: {0}")]
+    NotWhole(String),
+    #[error("cannot be resized: {0}")]
+    Resize(#[from] resize::Error),
+}
+
 /// Pixels between the cells of a grid and around it.
 const GUTTER: usize = 2;
 /// Their grey: apart from both black and white pictures.

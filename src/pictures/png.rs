@@ -7,14 +7,14 @@ use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use super::Picture;
-use crate::formats::{input, write_atomically};
+use crate::formats::{At, FileError, input, write_atomically};
 
 /// What can go wrong with a PNG file.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum PngError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not a readable PNG: {what}", path.display())]
     Format { path: PathBuf, what: String },
 }
@@ -37,7 +37,7 @@ impl Picture {
     /// [`PngError::Io`]; then `path` keeps its old content. An empty picture, or a keyword
     /// that PNG does not allow, is one too.
     pub fn save(&self, path: &Path, text: &[(&str, &str)]) -> Result<(), PngError> {
-        write_atomically(path, |out| self.encode(out, text)).map_err(|cause| PngError::Io { path: path.into(), cause })
+        Ok(write_atomically(path, |out| self.encode(out, text)).at(path)?)
     }
 
     fn encode(&self, out: impl Write, text: &[(&str, &str)]) -> io::Result<()> {
@@ -62,7 +62,7 @@ impl Picture {
 /// # Errors
 /// [`PngError::Io`] if the file cannot be opened, [`PngError::Format`] if it is no PNG.
 pub fn read_text(path: &Path) -> Result<Vec<(String, String)>, PngError> {
-    let file = input::open(path).map_err(|cause| PngError::Io { path: path.into(), cause })?;
+    let file = input::open(path).at(path)?;
     let format = |error: png::DecodingError| PngError::Format { path: path.into(), what: error.to_string() };
     let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(format)?;
     let info = reader.info();

@@ -15,8 +15,7 @@ use crate::data::features::CONDITIONING_KEY;
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::onnx::OnnxError;
-use crate::pictures::Picture;
-use crate::pictures::decode;
+use crate::pictures::{Picture, PictureError, decode};
 use crate::rng::{Purpose, Stream};
 
 /// What an image is to show.
@@ -148,7 +147,7 @@ pub enum ConditionError {
     #[error("\"{text}\" has no tag")]
     NoTag { text: String },
     #[error("{name}: {why}")]
-    Picture { name: String, why: String },
+    Picture { name: String, why: Box<PictureError> },
     #[error("{name}: its features are all zero")]
     ZeroFeatures { name: String },
     #[error("no image of {} has the id {id}", dataset.display())]
@@ -292,7 +291,7 @@ impl Pipeline {
     pub fn like(&mut self, path: impl AsRef<Path>) -> Result<Condition> {
         let name = path.as_ref().display().to_string();
         let image = decode::open(path.as_ref(), Tagger::BACKGROUND);
-        let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why })?;
+        let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why: why.into() })?;
         if let Some(profile) = image.unapplied {
             self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
         }

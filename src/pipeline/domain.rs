@@ -4,8 +4,8 @@
 use std::fmt::Display;
 
 use crate::codec::Autoencoder;
-use crate::condition::Meaning;
 use crate::condition::vae::Vae;
+use crate::condition::{Meaning, OtherMeaning};
 use crate::data::dataset::{Dataset, Kind};
 use crate::formats::fingerprint::differ;
 use crate::model::{Config, Encoder, ModelMeta};
@@ -35,8 +35,8 @@ pub enum Mismatch {
     Channels { name: String, other: String, found: usize, expected: usize },
     #[error("{name}: its conditions are {found} wide, those of {other} are {expected} wide")]
     Width { name: String, other: String, found: usize, expected: usize },
-    #[error("{0}")]
-    Meaning(String),
+    #[error(transparent)]
+    Meaning(#[from] OtherMeaning),
     #[error("{name}: its latents are of {found}, those of {other} are of {expected}")]
     Latents { name: String, other: String, found: Box<Autoencoder>, expected: Box<Autoencoder> },
 }
@@ -80,32 +80,38 @@ impl Domain {
     /// # Errors
     /// The first difference.
     pub fn check(&self, name: impl Display, other: &Self, other_name: impl Display) -> Result<(), Mismatch> {
+        self.differences(name, other, other_name).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that is known to differ; meanings are compared of conditions whether they are of one width or not.
+    pub fn differences(&self, name: impl Display, other: &Self, other_name: impl Display) -> Vec<Mismatch> {
         let names = || (name.to_string(), other_name.to_string());
+        let mut all = Vec::new();
         if differ(&self.encoder, &other.encoder) {
             let word = |encoder: Option<Encoder>| if encoder == Some(Encoder::Rgb) { "pixels" } else { "latents" };
             let ((name, other), found, expected) = (names(), word(self.encoder), word(other.encoder));
-            return Err(Mismatch::Images { name, other, found, expected });
+            all.push(Mismatch::Images { name, other, found, expected });
         }
         let known = |a: usize, b: usize| a > 0 && b > 0;
         let (found, expected) = (self.channels, other.channels);
         if known(found, expected) && found != expected {
             let (name, other) = names();
-            return Err(Mismatch::Channels { name, other, found, expected });
+            all.push(Mismatch::Channels { name, other, found, expected });
         }
         let (found, expected) = (self.width, other.width);
         if known(found, expected) {
             if found != expected {
                 let (name, other) = names();
-                return Err(Mismatch::Width { name, other, found, expected });
+                all.push(Mismatch::Width { name, other, found, expected });
             }
-            self.meaning.check(&name, &other.meaning, &other_name).map_err(Mismatch::Meaning)?;
+            all.extend(self.meaning.check(&name, &other.meaning, &other_name).err().map(Mismatch::Meaning));
         }
-        match (&self.autoencoder, &other.autoencoder) {
-            (Some(found), Some(expected)) if found != expected => {
-                let ((name, other), found, expected) = (names(), found.clone().into(), expected.clone().into());
-                Err(Mismatch::Latents { name, other, found, expected })
-            }
-            _ => Ok(()),
+        if let (Some(found), Some(expected)) = (&self.autoencoder, &other.autoencoder)
+            && found != expected
+        {
+            let ((name, other), found, expected) = (names(), found.clone().into(), expected.clone().into());
+            all.push(Mismatch::Latents { name, other, found, expected });
         }
+        all
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Image, text_of};
 use crate::formats::safetensors::{self, Dtype, SafeError, TensorOut};
-use crate::formats::{DirLock, LockError};
+use crate::formats::{At, DirLock, FileError, LockError};
 use crate::pictures::Picture;
 use crate::pictures::png::PngError;
 
@@ -23,8 +23,8 @@ pub enum OutputError {
     Exists { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile; give --overwrite to replace it", path.display())]
     Meanwhile { path: PathBuf },
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error(transparent)]
     Png(#[from] PngError),
     #[error(transparent)]
@@ -155,7 +155,7 @@ impl OutDir {
     /// [`OutputError::Io`].
     pub fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
         let read = || -> io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
-        let mut files = read().map_err(|cause| OutputError::Io { path: dir.into(), cause })?;
+        let mut files = read().at(dir)?;
         files.retain(|file| {
             let name = file.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
             let number = name.strip_prefix("grid").and_then(|rest| rest.strip_suffix(".png"));

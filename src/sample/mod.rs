@@ -207,49 +207,22 @@ impl SamplerConfig {
 
 /// Why no images could be sampled.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum SampleError {
     /// A setting makes no sense.
     #[error("{name} = {found}, expected {expected}")]
-    Setting {
-        /// Which.
-        name: &'static str,
-        /// Its value.
-        found: String,
-        /// What is allowed.
-        expected: &'static str,
-    },
-    /// The image size does not suit the network.
+    Setting { name: &'static str, found: String, expected: &'static str },
     #[error(transparent)]
     Size(#[from] ConfigError),
     /// The conditions do not fit the network or the seeds.
     #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
-    Conditions {
-        /// Values given.
-        found: usize,
-        /// Number of seeds.
-        images: usize,
-        /// Condition width of the network.
-        width: usize,
-    },
+    Conditions { found: usize, images: usize, width: usize },
     /// The image to begin from has another shape.
     #[error("the image to begin from has {found} values, expected {expected}")]
-    From {
-        /// Its values.
-        found: usize,
-        /// Those of an image of the batch.
-        expected: usize,
-    },
+    From { found: usize, expected: usize },
     /// The guiding network does not go with the network.
     #[error("the guiding network has {what} {found}, expected {expected}")]
-    GuidingNetwork {
-        /// What differs.
-        what: &'static str,
-        /// Its value.
-        found: usize,
-        /// That of the network.
-        expected: usize,
-    },
-    /// The device failed.
+    GuidingNetwork { what: &'static str, found: usize, expected: usize },
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// Somebody who saw a step wanted no more.
@@ -257,12 +230,7 @@ pub enum SampleError {
     Stopped,
     /// The network made something that is no number.
     #[error("seed {seed}: {count} of the image's values are not finite (are the model's weights?)")]
-    NotFinite {
-        /// Seed of the image.
-        seed: u64,
-        /// How many values.
-        count: usize,
-    },
+    NotFinite { seed: u64, count: usize },
 }
 
 /// What is wrong with a list of seeds.

@@ -186,7 +186,7 @@ fn conditions(pipeline: &mut Pipeline, request: &Request) -> Result<Vec<Conditio
     for (number, bytes) in request.like.iter().enumerate() {
         let name = format!("upload {number}");
         let image = decode::decode(bytes, Tagger::BACKGROUND);
-        let image = image.map_err(|why| pipeline::ConditionError::Picture { name: name.clone(), why })?;
+        let image = image.map_err(|why| pipeline::ConditionError::Picture { name: name.clone(), why: why.into() })?;
         all.push(pipeline.like_picture(&image.picture, &name)?);
     }
     if request.invent > 0 {

@@ -13,17 +13,11 @@ mod side;
 // ---- files ----
 
 /// Opens a file for reading, without ever waiting for somebody to write into it.
-///
-/// # Errors
-/// Whatever the system reports.
 pub fn open(path: &Path) -> io::Result<File> {
     side::open(path)
 }
 
 /// What an open file is if it is not a regular one, in words.
-///
-/// # Errors
-/// The system does not tell.
 pub fn what_instead(file: &File) -> io::Result<Option<&'static str>> {
     side::what_instead(file)
 }

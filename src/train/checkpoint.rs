@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Settings, Sums};
 use crate::backend::{BackendError, Slot, TrainingBackend};
+use crate::formats::FileError;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
 use crate::model::ModelMeta;
-use crate::params::ParamTable;
+use crate::params::{ParamId, ParamTable};
 
 /// What a checkpoint says beside the tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,38 +42,19 @@ pub struct State {
 
 /// Why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum CheckpointError {
-    /// It cannot be read or written.
-    #[error("{}: {cause}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        cause: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] FileError),
     /// It is not whole. An older one may be.
     #[error("{}: damaged: {what}", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
+    Damaged { path: PathBuf, what: String },
     /// It is whole, but of another version of this program.
     #[error("{}: metadata \"train\": {cause}", path.display())]
-    State {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        cause: serde_json::Error,
-    },
+    State { path: PathBuf, cause: serde_json::Error },
     /// The run has values that are not finite, which no checkpoint is made of.
     #[error("{what} is not finite")]
-    NotFinite {
-        /// The first tensor with one.
-        what: String,
-    },
-    /// The device failed.
+    NotFinite { what: String },
     #[error(transparent)]
     Backend(#[from] BackendError),
 }
@@ -80,11 +62,15 @@ pub enum CheckpointError {
 /// Name of the tensor with the checksums.
 const CHECKSUMS: &str = "checksums";
 
-/// What is saved of each parameter, with the prefix of its tensor.
-fn slots(profiles: usize) -> Vec<(Slot, String)> {
+/// What is saved: of each slot every parameter, and the name of its tensor.
+fn tensors(table: &ParamTable, profiles: usize) -> Vec<(Slot, ParamId, &[usize], String)> {
     let fixed = [(Slot::Weight, "weight"), (Slot::AdamM, "adam_m"), (Slot::AdamV, "adam_v")];
-    let emas = (0..profiles).map(|i| (Slot::Ema(i), format!("ema{i}")));
-    fixed.into_iter().map(|(slot, name)| (slot, name.to_owned())).chain(emas).collect()
+    let slots = fixed.map(|(slot, name)| (slot, name.to_owned())).into_iter();
+    let slots = slots.chain((0..profiles).map(|i| (Slot::Ema(i), format!("ema{i}"))));
+    let of = |(slot, prefix): (Slot, String)| {
+        table.iter().map(move |(id, spec)| (slot, id, &*spec.shape, format!("{prefix}.{}", spec.name)))
+    };
+    slots.flat_map(of).collect()
 }
 
 /// Path of the checkpoint after `nimg` images.
@@ -146,38 +132,32 @@ pub fn save<B: TrainingBackend>(
     meta: &ModelMeta,
     state: &State,
 ) -> Result<(), CheckpointError> {
-    let slots = slots(state.settings.ema.len());
     let table = backend.table().clone();
+    let saved = tensors(&table, state.settings.ema.len());
     let text = |key: &str, value: serde_json::Result<String>| match value {
         Ok(text) => Ok((key.to_owned(), text)),
-        Err(cause) => Err(CheckpointError::Io { path: path.into(), cause: cause.into() }),
+        Err(cause) => Err(FileError { path: path.into(), cause: cause.into() }),
     };
     let metadata = HashMap::from([
         text("config", serde_json::to_string(&state.settings.config))?,
         text("edm2k", serde_json::to_string(meta))?,
         text("train", serde_json::to_string(state))?,
     ]);
-    let specs = || slots.iter().flat_map(|(_, prefix)| table.iter().map(move |(_, spec)| (prefix, spec)));
-    let names: Vec<String> = specs().map(|(prefix, spec)| format!("{prefix}.{}", spec.name)).collect();
-    let shapes = specs().map(|(_, spec)| spec.shape.as_slice());
-    let mut tensors: Vec<_> =
-        names.iter().zip(shapes).map(|(name, shape)| (name.as_str(), Dtype::F32, shape)).collect();
-    let count = [tensors.len() + 1];
-    tensors.push((CHECKSUMS, Dtype::I64, &count));
+    let count = [saved.len() + 1];
+    let mut header: Vec<_> = saved.iter().map(|(_, _, shape, name)| (&**name, Dtype::F32, *shape)).collect();
+    header.push((CHECKSUMS, Dtype::I64, &count));
 
     let failed = |error| damage(path, error);
-    let mut out = Writer::create(path, &tensors, &metadata).map_err(failed)?;
+    let mut out = Writer::create(path, &header, &metadata).map_err(failed)?;
     let mut checksums = Vec::with_capacity(8 * count[0]);
-    for (slot, prefix) in &slots {
-        for (id, spec) in table.iter() {
-            let values = backend.read_param(*slot, id)?;
-            if values.iter().any(|x| !x.is_finite()) {
-                return Err(CheckpointError::NotFinite { what: format!("{prefix}.{}", spec.name) });
-            }
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            checksums.extend(i64::from(crc32fast::hash(&bytes)).to_le_bytes());
-            out.write(&bytes).map_err(failed)?;
+    for (slot, id, _, name) in &saved {
+        let values = backend.read_param(*slot, *id)?;
+        if values.iter().any(|x| !x.is_finite()) {
+            return Err(CheckpointError::NotFinite { what: name.clone() });
         }
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        checksums.extend(i64::from(crc32fast::hash(&bytes)).to_le_bytes());
+        out.write(&bytes).map_err(failed)?;
     }
     checksums.extend(i64::from(metadata_checksum(&metadata)).to_le_bytes());
     out.write(&checksums).map_err(failed)?;
@@ -202,9 +182,6 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a checkpoint and checks its metadata.
-    ///
-    /// # Errors
-    /// See [`CheckpointError`].
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = SafeFile::open(path).map_err(|error| damage(path, error))?;
         let checksums = file.i64(CHECKSUMS).map_err(|error| damage(path, error))?;
@@ -222,19 +199,14 @@ impl Checkpoint {
     /// [`CheckpointError::Damaged`] names the tensor.
     pub fn check(&self, table: &ParamTable) -> Result<(), CheckpointError> {
         let path = self.file.path();
-        let slots = slots(self.state.settings.ema.len());
         let damaged = |what: String| CheckpointError::Damaged { path: path.into(), what };
+        let failed = |error| damage(path, error);
         let mut checksums = self.checksums.iter();
-        for (prefix, spec) in slots.iter().flat_map(|(_, prefix)| table.iter().map(move |(_, spec)| (prefix, spec))) {
-            let name = format!("{prefix}.{}", spec.name);
-            let failed = |error| damage(path, error);
+        for (_, _, expected, name) in tensors(table, self.state.settings.ema.len()) {
             let (dtype, shape) = (self.file.dtype(&name).map_err(failed)?, self.file.shape(&name).map_err(failed)?);
-            if dtype != Dtype::F32 || shape != spec.shape {
-                return Err(damaged(format!(
-                    "tensor {name} is {dtype} {shape:?}, expected {} {:?}",
-                    Dtype::F32,
-                    spec.shape
-                )));
+            if dtype != Dtype::F32 || shape != expected {
+                let wanted = Dtype::F32;
+                return Err(damaged(format!("tensor {name} is {dtype} {shape:?}, expected {wanted} {expected:?}")));
             }
             let bytes = self.file.bytes(&name).map_err(failed)?;
             if checksums.next() != Some(&i64::from(crc32fast::hash(bytes))) {
@@ -248,18 +220,10 @@ impl Checkpoint {
     }
 
     /// Loads every tensor of a checkpoint that was [checked](Self::check).
-    ///
-    /// # Errors
-    /// The device's.
     pub fn load<B: TrainingBackend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
-        let path = self.file.path();
-        let slots = slots(self.state.settings.ema.len());
         let table = backend.table().clone();
-        let all =
-            || slots.iter().flat_map(|(slot, prefix)| table.iter().map(move |(id, spec)| (*slot, prefix, id, spec)));
-        for (slot, prefix, id, spec) in all() {
-            let name = format!("{prefix}.{}", spec.name);
-            let values = self.file.f32(&name).map_err(|error| damage(path, error))?;
+        for (slot, id, _, name) in tensors(&table, self.state.settings.ema.len()) {
+            let values = self.file.f32(&name).map_err(|error| damage(self.file.path(), error))?;
             backend.write_param(slot, id, &values)?;
         }
         Ok(())
@@ -269,7 +233,7 @@ impl Checkpoint {
 /// Tells a file that is not whole from one that cannot be read now.
 fn damage(path: &Path, error: SafeError) -> CheckpointError {
     match error {
-        SafeError::Io { path, cause } => CheckpointError::Io { path, cause },
+        SafeError::Io(error) => error.into(),
         other => CheckpointError::Damaged { path: path.into(), what: other.to_string() },
     }
 }

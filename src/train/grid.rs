@@ -42,9 +42,6 @@ pub enum GridError {
 /// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
 /// them.
 /// Guidance needs a network that was trained without conditions too: `guided` says whether it was.
-///
-/// # Errors
-/// See [`GridError`].
 pub fn write<B: NetworkBackend>(
     path: &Path,
     backend: &mut B,

@@ -58,7 +58,7 @@ use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
-use crate::formats::{DirLock, LockError};
+use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::save;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
@@ -248,52 +248,34 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
         conditioning: header.conditioning.clone(),
         autoencoder: header.autoencoder.clone(),
         data: data.fingerprint(),
-        images_seen: 0,
-        ema_std: None,
         seed: Some(seed),
         source: header.source.clone(),
         licence: header.licence.clone(),
+        ..ModelMeta::default()
     }
 }
 
 /// Why training could not begin or go on.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum TrainError {
-    /// A file or directory of the run.
-    #[error("{}: {cause}", path.display())]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// What the system says.
-        cause: io::Error,
-    },
-    /// A checkpoint.
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A snapshot, or the weights to start from.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// An image of the dataset.
     #[error(transparent)]
     Data(#[from] DatasetError),
-    /// The loss on the validation split.
     #[error(transparent)]
     Validation(#[from] validation::ValidationError),
-    /// A sample grid.
     #[error(transparent)]
     Grid(#[from] grid::GridError),
-    /// The device.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
-    Settings {
-        /// The checkpoint.
-        path: PathBuf,
-        /// Each option with its value then and now.
-        differences: String,
-    },
-    /// The directory cannot be written in, or another run does.
+    Settings { path: PathBuf, differences: String },
     #[error(transparent)]
     Lock(#[from] LockError),
     /// There are checkpoints, but none is whole.
@@ -301,29 +283,13 @@ pub enum TrainError {
         "no whole checkpoint is left in {} ({first}{}). --restart would set aside what is there, and begin anew",
         dir.display(), if *more > 0 { format!("; {more} more are damaged") } else { String::new() }
     )]
-    AllDamaged {
-        /// The directory.
-        dir: PathBuf,
-        /// The newest one, and what is wrong with it.
-        first: CheckpointError,
-        /// How many others are damaged.
-        more: usize,
-    },
+    AllDamaged { dir: PathBuf, first: CheckpointError, more: usize },
     /// Going on would only make numbers that mean nothing.
     #[error(
         "the run has diverged after {nimg} images: {what}. Begin in another --outdir with a lower --lr (it was {lr:e}) \
          or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
     )]
-    Diverged {
-        /// Images seen.
-        nimg: u64,
-        /// What is not finite.
-        what: String,
-        /// Reference learning rate.
-        lr: f64,
-        /// The newest checkpoint.
-        last: Option<PathBuf>,
-    },
+    Diverged { nimg: u64, what: String, lr: f64, last: Option<PathBuf> },
 }
 
 /// What a run tells while it goes.
@@ -475,14 +441,10 @@ pub fn train<B: TrainingBackend>(
     event: &mut dyn FnMut(Event),
 ) -> Result<Outcome, TrainError> {
     let dir = plan.outdir.as_path();
-    let io_error = |path: &Path| {
-        let path = path.to_path_buf();
-        move |cause| TrainError::Io { path, cause }
-    };
     let lock = DirLock::exclusive(dir)?;
     lock.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
     if plan.restart {
-        set_aside(dir, event).map_err(io_error(dir))?;
+        set_aside(dir, event).at(dir)?;
     }
     let state = match newest(backend, settings, plan, event)? {
         Some(state) => state,
@@ -495,12 +457,12 @@ pub fn train<B: TrainingBackend>(
     };
     let settings = &state.settings.clone();
     let stats_path = dir.join("stats.jsonl");
-    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).map_err(io_error(&stats_path))?;
+    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
     if let Some(aside) = foreign {
         let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
         event(Event::Note(text));
     }
-    let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().map_err(io_error(dir))?;
+    let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
     let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
@@ -566,7 +528,7 @@ fn newest<B: TrainingBackend>(
     let dir = plan.outdir.as_path();
     let table = backend.table().clone();
     let mut damaged = Vec::new();
-    for path in checkpoint::list(dir).map_err(|cause| TrainError::Io { path: dir.into(), cause })? {
+    for path in checkpoint::list(dir).at(dir)? {
         let opened = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
             let mut asked = settings.clone();
             if plan.keep_rampup {
@@ -589,7 +551,7 @@ fn newest<B: TrainingBackend>(
         };
         for (path, error) in damaged {
             let aside = free_name(&path, "damaged");
-            fs::rename(&path, &aside).map_err(|cause| TrainError::Io { path, cause })?;
+            fs::rename(&path, &aside).at(&path)?;
             event(Event::Note(format!("{error}; set aside as {}", aside.display())));
         }
         checkpoint.load(backend)?;
@@ -748,11 +710,11 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
         let path = self.plan.outdir.join("stats.jsonl");
-        self.stats.write(line).map_err(|cause| TrainError::Io { path, cause })?;
+        self.stats.write(line).at(path)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();
         let written = events.write(self.state.nimg, &line);
-        written.map_err(|cause| TrainError::Io { path: events.path().into(), cause })
+        Ok(written.at(events.path())?)
     }
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
@@ -778,26 +740,37 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let begun = Instant::now();
-        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let loss = validation::loss(self.backend, &self.net, self.settings, data, self.batch_gpu)?;
-        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        let loss =
+            self.with_average(|run, batch| validation::loss(run.backend, &run.net, run.settings, data, batch))??;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
-        self.last_status.0 += begun.elapsed();
         Ok(())
+    }
+
+    /// Does something with the first moving average in the place of the weights, with so many images at a time; what that
+    /// takes is no time of training.
+    fn with_average<T>(&mut self, work: impl FnOnce(&mut Self, usize) -> T) -> Result<T, BackendError> {
+        let begun = Instant::now();
+        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
+        let done = work(self, self.batch_gpu);
+        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        self.last_status.0 += begun.elapsed();
+        Ok(done)
     }
 
     /// Samples of the first moving average as a picture.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        let Some(show) = self.show.as_deref_mut() else { return Ok(()) };
-        let begun = Instant::now();
+        if self.show.is_none() {
+            return Ok(());
+        }
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let written = grid::write(&path, self.backend, &self.net, data, show, guided, self.batch_gpu);
-        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        let written = self.with_average(|run, batch| {
+            let show = run.show.as_deref_mut()?;
+            Some(grid::write(&path, run.backend, &run.net, data, show, guided, batch))
+        })?;
+        let Some(written) = written else { return Ok(()) };
         match written {
             // A network can be too young to sample from; it may grow up.
             Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
@@ -808,7 +781,6 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
                 event(Event::Saved(&path));
             }
         }
-        self.last_status.0 += begun.elapsed();
         Ok(())
     }
 
@@ -849,9 +821,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Removes the checkpoints that are not to be kept, and draws the losses.
     fn tidy(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.plan.outdir;
-        let io_error = |cause| TrainError::Io { path: dir.clone(), cause };
-        for old in checkpoint::superseded(dir, self.plan.keep).map_err(io_error)? {
-            fs::remove_file(&old).map_err(|cause| TrainError::Io { path: old, cause })?;
+        for old in checkpoint::superseded(dir, self.plan.keep).at(dir)? {
+            fs::remove_file(&old).at(&old)?;
         }
         // No run ends for want of a picture.
         if let Err(cause) = self.stats.draw() {
@@ -870,9 +841,6 @@ pub struct MicroBatch {
 
 /// Forward and backward of clean images, noisy ones, noise levels, with dropout the keys of its masks, and (unless
 /// unconditional) labels; the loss of each image. The gradients add up in the backend.
-///
-/// # Errors
-/// The device's.
 pub fn micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,

@@ -10,6 +10,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nalgebra::DMatrix;
 use serde_json::Value;
 
 use super::ema::{MAX_STD, std_to_exp};
@@ -39,28 +40,26 @@ pub fn correlation(a: &[Profile], b: &[Profile]) -> Vec<f64> {
 /// row-major; each column sums to 1. `None` if two inputs are the same profile (or nearly so).
 pub fn solve_posthoc(inputs: &[Profile], outputs: &[Profile]) -> Option<Vec<f64>> {
     let (n, m) = (inputs.len(), outputs.len());
-    let a = correlation(inputs, inputs);
-    let b = correlation(inputs, outputs);
-    let factor = cholesky(&a, n)?;
-    let mut x = vec![0.0; n * m];
-    for column in 0..m {
-        let mut rest: Vec<f64> = (0..n).map(|i| b[i * m + column]).collect();
-        let mut solution = vec![0.0; n];
+    let a = DMatrix::from_row_slice(n, n, &correlation(inputs, inputs));
+    let b = DMatrix::from_row_slice(n, m, &correlation(inputs, outputs));
+    let factor = a.clone().cholesky()?;
+    // What rounding leaves of a diagonal element that should vanish.
+    if factor.l_dirty().diagonal().iter().zip(&a.diagonal()).any(|(l, a)| l * l <= 1e-13 * a) {
+        return None;
+    }
+    let mut x = DMatrix::zeros(n, m);
+    for (b, mut x) in b.column_iter().zip(x.column_iter_mut()) {
+        let mut rest = b.into_owned();
         // The second round solves for what rounding left over in the first.
         for _ in 0..2 {
-            let step = substitute(&factor, n, &rest);
-            solution.iter_mut().zip(&step).for_each(|(x, d)| *x += d);
+            x += factor.solve(&rest);
             for (i, rest) in rest.iter_mut().enumerate() {
-                let row = &a[i * n..(i + 1) * n];
-                *rest = row.iter().zip(&solution).fold(b[i * m + column], |r, (a, x)| (-a).mul_add(*x, r));
+                *rest = a.row(i).iter().zip(&x).fold(b[i], |rest, (a, x)| (-a).mul_add(*x, rest));
             }
         }
-        let sum: f64 = solution.iter().sum();
-        for (i, value) in solution.into_iter().enumerate() {
-            x[i * m + column] = value / sum;
-        }
+        x /= x.sum();
     }
-    Some(x)
+    Some(x.transpose().as_slice().to_vec()) // row-major
 }
 
 /// How far sum x_i p_i is from the wanted profile p, for each of the `outputs`: the L2 norm of the difference,
@@ -120,9 +119,6 @@ pub struct Reconstruction {
 impl Reconstruction {
     /// Finds how to combine the snapshots of a run to averages of relative standard deviations `stds`, each in
     /// (0, [`MAX_STD`]], that end at `at` images (none = the last snapshot). Later ones are not used.
-    ///
-    /// # Errors
-    /// See [`PosthocError`].
     pub fn new(mut snapshots: Vec<ModelFile>, stds: &[f64], at: Option<u64>) -> Result<Self, PosthocError> {
         for file in &snapshots {
             let what = match (file.meta.ema_std, file.meta.images_seen) {
@@ -240,38 +236,6 @@ fn differences(a: &ModelFile, b: &ModelFile) -> String {
         _ => Vec::new(),
     });
     names.collect::<Vec<_>>().join(", ")
-}
-
-/// Lower triangle L of the symmetric positive definite A = L L^T.
-fn cholesky(a: &[f64], n: usize) -> Option<Vec<f64>> {
-    let mut l = vec![0.0; n * n];
-    for i in 0..n {
-        for j in 0..=i {
-            let dot: f64 = (0..j).map(|k| l[i * n + k] * l[j * n + k]).sum();
-            let rest = a[i * n + j] - dot;
-            l[i * n + j] = match i == j {
-                // What rounding leaves of a diagonal element that should vanish.
-                true if rest <= 1e-13 * a[i * n + i] => return None,
-                true => rest.sqrt(),
-                false => rest / l[j * n + j],
-            };
-        }
-    }
-    Some(l)
-}
-
-/// x with L L^T x = b.
-fn substitute(l: &[f64], n: usize, b: &[f64]) -> Vec<f64> {
-    let mut x = b.to_vec();
-    for i in 0..n {
-        let dot: f64 = (0..i).map(|k| l[i * n + k] * x[k]).sum();
-        x[i] = (x[i] - dot) / l[i * n + i];
-    }
-    for i in (0..n).rev() {
-        let dot: f64 = (i + 1..n).map(|k| l[k * n + i] * x[k]).sum();
-        x[i] = (x[i] - dot) / l[i * n + i];
-    }
-    x
 }
 
 #[cfg(test)]

@@ -75,9 +75,6 @@ pub struct StatsFile {
 impl StatsFile {
     /// Opens the file for appending, after dropping the lines newer than `nimg`; if there was something foreign in
     /// it, also where that is now.
-    ///
-    /// # Errors
-    /// Whatever reading or writing reports.
     pub fn open(path: &Path, nimg: u64) -> io::Result<(Self, Option<PathBuf>)> {
         let mut aside = None;
         match path.metadata() {
@@ -141,9 +138,6 @@ impl StatsFile {
     }
 
     /// Draws the losses so far into `loss.svg` beside the file.
-    ///
-    /// # Errors
-    /// Whatever reading, drawing or writing reports.
     pub fn draw(&self) -> io::Result<()> {
         let text = fs::read_to_string(&self.path)?;
         let curve = |key: &str| -> Vec<(f64, f64)> {
@@ -183,9 +177,6 @@ pub type PlotError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Draws curves as SVG: the horizontal axis with its name, range, and how its numbers are written; the vertical
 /// one with the range of the points; up to two named curves.
-///
-/// # Errors
-/// Whatever drawing reports.
 pub fn plot(
     (x_name, x_range, x_label): (&str, Range<f64>, &dyn Fn(f64) -> String),
     (y_name, y_range): (&str, Range<f64>),

@@ -41,9 +41,6 @@ pub struct Loss {
 
 /// Mean loss of the prepared weights on the first images of a split, each at a few noise levels, drawn as in
 /// training.
-///
-/// # Errors
-/// [`ValidationError`].
 pub fn loss<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
@@ -59,9 +56,6 @@ pub fn loss<B: NetworkBackend>(
 
 /// Losses of the prepared weights on the first `images` of a split at each of [`SIGMAS`]; `progress` is told how
 /// many more images have been denoised.
-///
-/// # Errors
-/// [`ValidationError`].
 pub fn loss_by_level<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,

@@ -66,9 +66,7 @@ fn replay<B: TrainingBackend, C: CodecBackend>(
         }
         check(s, f, "decoded", 3, &all, decoder.depth())
     })?;
-    for name in f.unseen() {
-        s.skip(format!("{stem}/{name}"), "not computed, or its case was skipped");
-    }
+    s.skip_rest(f, "not computed, or its case was skipped");
     Ok(())
 }
 
@@ -77,10 +75,7 @@ fn images(f: &Golden, name: &str, channels: usize) -> Result<Array> {
     let array = f.images(name)?;
     match array.shape.len() == 4 && array.shape[1] == channels {
         true => Ok(array),
-        false => {
-            let expected = format!("[N, {channels}, H, W]");
-            Err(f.file.unexpected(name, format!("shape {:?}", array.shape), expected).into())
-        }
+        false => Err(f.misshapen(name, &array.shape, format!("[N, {channels}, H, W]"))),
     }
 }
 

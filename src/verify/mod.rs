@@ -175,12 +175,8 @@ pub enum Outcome {
     /// It was compared.
     Check(Check),
     /// It was not.
-    Skip {
-        /// File, case or tensor.
-        name: String,
-        /// Why.
-        why: String,
-    },
+    #[allow(missing_docs)] // file, case or tensor, and why
+    Skip { name: String, why: String },
 }
 
 impl fmt::Display for Outcome {
@@ -213,44 +209,25 @@ pub struct Summary {
 
 /// Why a directory could not be replayed at all.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum VerifyError {
     /// It cannot be listed, or holds nothing that is known.
     #[error("{}: {what}", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-    /// A tensor file is damaged, or a tensor has another type than its use needs.
+    Directory { path: PathBuf, what: String },
     #[error(transparent)]
     File(#[from] SafeError),
     /// A JSON file or an entry of a file's metadata.
     #[error("{}: {what}", path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and what is wrong.
-        what: String,
-    },
+    Json { path: PathBuf, what: String },
     /// A config that describes no network.
     #[error("{}: {cause}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: ConfigError,
-    },
-    /// An autoencoder's file.
+    Config { path: PathBuf, cause: ConfigError },
     #[error(transparent)]
     Codec(#[from] CodecError),
-    /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// The device has no room for a network.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A sampler.
     #[error(transparent)]
     Sample(#[from] SampleError),
 }
@@ -280,17 +257,20 @@ pub fn verify<B: TrainingBackend, C: CodecBackend>(
         s.skip("tolerances.json", "absent: the bounds are the floors of the device's precision");
     }
 
-    type Replay<'a, B> = fn(&mut Session<'a, B>) -> Result<()>;
-    let replays: [(&[&str], Replay<B>); 9] = [
-        (&[OPERATIONS], ops::operations),
-        (&["ops_blocks.safetensors"], ops::blocks),
-        (&["tiny_model.safetensors", "tiny_forward.safetensors"], network::forward),
-        (&["tiny_model.safetensors", "tiny_grads.safetensors"], network::gradients),
-        (&["tiny_train.json", "tiny_train_init.safetensors"], network::training),
-        (&["tiny_train.json", "tiny_train_init.safetensors", "tiny_train_accum.safetensors"], network::accumulation),
-        (&["tiny_model.safetensors", "samplers.safetensors"], sampling::samplers),
-        (&["precond.json"], tables::precond),
-        (&["lr_schedule.json"], tables::learning_rates),
+    type Replay<'a, B> = &'a dyn Fn(&mut Session<B>) -> Result<()>;
+    let replays: [(&[&str], Replay<B>); 12] = [
+        (&[OPERATIONS], &ops::operations),
+        (&["ops_blocks.safetensors"], &ops::blocks),
+        (&["tiny_model.safetensors", "tiny_forward.safetensors"], &network::forward),
+        (&["tiny_model.safetensors", "tiny_grads.safetensors"], &network::gradients),
+        (&["tiny_train.json", "tiny_train_init.safetensors"], &network::training),
+        (&["tiny_train.json", "tiny_train_init.safetensors", "tiny_train_accum.safetensors"], &network::accumulation),
+        (&["tiny_model.safetensors", "samplers.safetensors"], &sampling::samplers),
+        (&["precond.json"], &tables::precond),
+        (&["lr_schedule.json"], &tables::learning_rates),
+        (&["vae_model.safetensors", "vae.safetensors"], &|s| codec::sd_vae(s, &mut codec()?)),
+        (&["taesd_model.safetensors", "taesd.safetensors"], &|s| codec::taesd(s, &mut codec()?)),
+        (&["phema.json"], &tables::moving_averages),
     ];
     let mut known = 0;
     for (needs, replay) in replays {
@@ -302,36 +282,13 @@ pub fn verify<B: TrainingBackend, C: CodecBackend>(
             }
         }
     }
-    type ReplayCodec<'a, B, C> = fn(&mut Session<'a, B>, &mut C) -> Result<()>;
-    let codecs: [(&str, ReplayCodec<B, C>); 2] = [("vae", codec::sd_vae), ("taesd", codec::taesd)];
-    for (stem, replay) in codecs {
-        let file = format!("{stem}.safetensors");
-        let needs = [format!("{stem}_model.safetensors"), file.clone()];
-        match needs.iter().find(|need| !names.contains(need)) {
-            Some(absent) => s.skip(file, format!("{absent} is absent")),
-            None => {
-                known += 1;
-                replay(&mut s, &mut codec()?)?;
-            }
-        }
-    }
-    match names.iter().any(|name| name == "phema.json") {
-        true => {
-            known += 1;
-            tables::moving_averages(&mut s)?;
-        }
-        false => s.skip("phema.json", "absent"),
-    }
     if known == 0 {
         let what = "no golden data in it (expected ops.safetensors, tiny_model.safetensors, ...)".into();
         return Err(VerifyError::Directory { path: dir.into(), what });
     }
     for name in names {
-        let of_codec =
-            |stem: &&str| name == format!("{stem}.safetensors") || name == format!("{stem}_model.safetensors");
-        let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()))
-            || codecs.iter().any(|(stem, _)| of_codec(stem));
-        let about = ["README.md", "configs.json", "tolerances.json", "phema.json", "phema.safetensors"];
+        let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()));
+        let about = ["README.md", "configs.json", "tolerances.json", "phema.safetensors"];
         let numbered = name.starts_with("tiny_train_step") || name.starts_with("tiny_train_accum");
         // Read by the tests of the import, which computes nothing.
         let snapshot = name.starts_with("official_style_snapshot");
@@ -384,6 +341,11 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
             other => other,
         }
+    }
+
+    /// Skips the tensors of a file that nothing has asked for.
+    fn skip_rest(&mut self, f: &Golden, why: &str) {
+        f.unseen().into_iter().for_each(|name| self.skip(format!("{}/{name}", f.stem), why));
     }
 
     fn json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
@@ -465,6 +427,11 @@ impl<B: TrainingBackend> Session<'_, B> {
     /// Compares with a tensor of a file, if the file has it; the bound is that of `what`.
     fn check(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
         self.check_as(f, tensor, tensor.trim_end_matches(".f64"), what, got)
+    }
+
+    /// As [`Session::check`], where a tensor that the file lacks is none that is missed.
+    fn check_if(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
+        if f.has(tensor) { self.check(f, tensor, what, got) } else { Ok(()) }
     }
 
     /// As [`Session::check`], with the bound of another tensor unless its own says more.
@@ -551,11 +518,13 @@ impl Golden {
 
     /// A tensor of a certain shape.
     fn shaped(&self, tensor: &str, shape: &[usize]) -> Result<Array> {
-        let array = self.array(tensor)?;
-        match array.shape == shape {
-            true => Ok(array),
-            false => Err(self.file.unexpected(tensor, format!("shape {:?}", array.shape), format!("{shape:?}")).into()),
-        }
+        self.file.expect_shape(tensor, shape)?;
+        self.array(tensor)
+    }
+
+    /// The error for a tensor whose shape its use does not allow.
+    fn misshapen(&self, tensor: &str, shape: &[usize], expected: impl fmt::Display) -> VerifyError {
+        self.file.unexpected(tensor, format!("shape {shape:?}"), expected).into()
     }
 
     /// [N, C, H, W] or [N, C], none of them 0.
@@ -563,10 +532,7 @@ impl Golden {
         let array = self.array(tensor)?;
         match matches!(array.shape.len(), 2 | 4) && !array.shape.contains(&0) {
             true => Ok(array),
-            false => {
-                let expected = "[N, C, H, W] or [N, C], none 0";
-                Err(self.file.unexpected(tensor, format!("shape {:?}", array.shape), expected).into())
-            }
+            false => Err(self.misshapen(tensor, &array.shape, "[N, C, H, W] or [N, C], none 0")),
         }
     }
 

@@ -47,10 +47,7 @@ pub(super) fn per_image(f: &Golden, name: &str, n: usize) -> Result<Array> {
     let x = f.array(name)?;
     match x.values.len() == n {
         true => Ok(Array::new(&[n, 1, 1, 1], x.values)),
-        false => {
-            let found = format!("shape {:?}", x.shape);
-            Err(f.file.unexpected(name, found, format!("one value for each of {n} images")).into())
-        }
+        false => Err(f.misshapen(name, &x.shape, format!("one value for each of {n} images"))),
     }
 }
 
@@ -73,9 +70,7 @@ pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
         }
         Ok(())
     })?;
-    for name in f.unseen() {
-        s.skip(format!("tiny_forward/{name}"), "not computed, or its set was skipped");
-    }
+    s.skip_rest(f, "not computed, or its set was skipped");
     Ok(())
 }
 
@@ -110,29 +105,20 @@ fn forward_set<B: TrainingBackend>(
     let got: Vec<f64> = download(b, &raw)?.iter().map(|x| x * out_gain).collect();
     s.check(f, &format!("{set}.F_x"), What::Forward, &got)?;
     let has = |name: &str| f.has(&format!("{set}.{name}"));
-    if has("F_x.f64") {
-        s.check(f, &format!("{set}.F_x.f64"), What::Forward, &got)?;
-    }
+    s.check_if(f, &format!("{set}.F_x.f64"), What::Forward, &got)?;
     let got = download(b, &d)?;
     s.check(f, &format!("{set}.D_x"), What::Forward, &got)?;
-    if has("D_x.f64") {
-        s.check(f, &format!("{set}.D_x.f64"), What::Forward, &got)?;
-    }
+    s.check_if(f, &format!("{set}.D_x.f64"), What::Forward, &got)?;
     let (features, logvar) = net.logvar(b, &sigma);
-    if has("logvar") {
-        s.check(f, &format!("{set}.logvar"), What::Forward, &download(b, &logvar)?)?;
-    }
-    if has("c_noise") {
-        // The c_noise that the features were computed from is not a tensor of the network; the formula is.
-        let got: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
-        s.check(f, &format!("{set}.c_noise"), What::Forward, &got)?;
-    }
+    s.check_if(f, &format!("{set}.logvar"), What::Forward, &download(b, &logvar)?)?;
+    // The c_noise that the features were computed from is not a tensor of the network; the formula is.
+    let c_noise: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
+    s.check_if(f, &format!("{set}.c_noise"), What::Forward, &c_noise)?;
     for (name, buffers, features) in
         [("emb_fourier", "unet.emb_fourier", &e.features), ("logvar_fourier", "logvar_fourier", &features)]
     {
         let tensor = format!("{set}.{name}");
         if has(name) {
-            let c_noise: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
             let freqs = parameters.array(&format!("{buffers}.freqs"))?.values;
             let phases = parameters.array(&format!("{buffers}.phases"))?.values;
             let bound = s.fourier_bound(fourier_argument(&c_noise, &freqs, &phases));
@@ -151,10 +137,7 @@ fn forward_set<B: TrainingBackend>(
             }
         }
     }
-    if has("emb") {
-        s.check(f, &format!("{set}.emb"), What::Forward, &download(b, &e.emb)?)?;
-    }
-    Ok(())
+    s.check_if(f, &format!("{set}.emb"), What::Forward, &download(b, &e.emb)?)
 }
 
 /// Inputs of a training pass, the tensors of a file whose names begin with `prefix`.
@@ -317,9 +300,7 @@ pub(super) fn gradients<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
         }
         Ok(())
     })?;
-    for name in f.unseen() {
-        s.skip(format!("tiny_grads/{name}"), "not computed");
-    }
+    s.skip_rest(f, "not computed");
     Ok(())
 }
 
@@ -407,9 +388,7 @@ pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
             }
             let f = &s.open(&name)?;
             training_step(s, f, &t, step, i + 1, &net, &table, &mut b, &mut open)?;
-            for name in f.unseen() {
-                s.skip(format!("{}/{name}", f.stem), "not computed");
-            }
+            s.skip_rest(f, "not computed");
         }
         Ok(())
     })
@@ -452,10 +431,8 @@ fn training_step<B: TrainingBackend>(
         }
         still_step(&mut twin, ROUNDS, 1.0)?;
         for (id, spec) in table.iter() {
-            let tensor = format!("wnorm.{}", spec.name);
-            if f.has(&tensor) {
-                s.check(f, &tensor, What::Training, &param(&mut twin, Slot::Weight, id)?)?;
-            }
+            let got = param(&mut twin, Slot::Weight, id)?;
+            s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
         }
     }
     b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
@@ -602,8 +579,6 @@ fn accumulated_step<B: TrainingBackend>(s: &mut Session<B>, init: &Golden, t: &T
         }
         Ok(())
     })?;
-    for name in f.unseen() {
-        s.skip(format!("{}/{name}", f.stem), "not computed");
-    }
+    s.skip_rest(f, "not computed");
     Ok(())
 }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
 use crate::backend::{EmbLayer, Logvar, LossInput, Operand, Scale, Slot, TrainingBackend};
+use crate::model::config;
 use crate::model::unet::{Block, BlockConfig, Flavor, Resample, Tape};
 use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
@@ -23,54 +24,37 @@ const LARGE: f64 = 32768.0;
 pub(super) fn operations<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
-    for prefix in [
-        "mp_silu",
-        "mp_sum_t",
-        "mp_cat_t",
-        "fourier",
-        "pixel_norm",
-        "weight_norm_twice",
-        "weight_norm",
-        "attn_norm",
-        "resample_down",
-        "resample_up",
-        "conv",
-        "linear",
-        "mpconv",
-        "mplinear",
-        "attn",
-    ] {
+    type Replay<'a, B> = fn(&mut Session<'a, B>, &Golden, &str) -> Result<()>;
+    // By what the names of its cases begin with; the longer of two beginnings comes first.
+    let replays: [(&str, Replay<B>); 15] = [
+        ("mp_silu", mp_silu),
+        ("mp_sum_t", mp_sum),
+        ("mp_cat_t", mp_cat),
+        ("fourier", fourier),
+        ("pixel_norm", pixel_norm),
+        ("weight_norm_twice", weight_norm_twice),
+        ("weight_norm", weight_norm),
+        ("attn_norm", attn_norm),
+        ("resample_down", resample_down),
+        ("resample_up", resample_up),
+        ("conv", conv),
+        ("linear", linear),
+        ("mpconv", mp_conv),
+        ("mplinear", mp_linear),
+        ("attn", attn),
+    ];
+    for (prefix, _) in replays {
         if !cases.iter().any(|case| case.starts_with(prefix)) {
             s.skip(format!("ops/{prefix}*"), "no such case");
         }
     }
     for case in &cases {
-        let c = case.as_str();
-        s.case(&format!("ops/{c}"), |s| match c {
-            _ if c.starts_with("mp_silu") => mp_silu(s, f, c),
-            _ if c.starts_with("mp_sum_t") => mp_sum(s, f, c),
-            _ if c.starts_with("mp_cat_t") => mp_cat(s, f, c),
-            _ if c.starts_with("fourier") => fourier(s, f, c),
-            _ if c.starts_with("pixel_norm") => pixel_norm(s, f, c),
-            _ if c.starts_with("weight_norm_twice") => weight_norm_twice(s, f, c),
-            _ if c.starts_with("weight_norm") => weight_norm(s, f, c),
-            _ if c.starts_with("attn_norm") => attn_norm(s, f, c),
-            _ if c.starts_with("resample_down") => resample_down(s, f, c),
-            _ if c.starts_with("resample_up") => resample_up(s, f, c),
-            _ if c.starts_with("conv") => conv(s, f, c),
-            _ if c.starts_with("linear") => linear(s, f, c),
-            _ if c.starts_with("mpconv") => mp_conv(s, f, c),
-            _ if c.starts_with("mplinear") => mp_linear(s, f, c),
-            _ if c.starts_with("attn") => attn(s, f, c),
-            _ => {
-                s.skip(format!("ops/{c}"), "an operation that is not known");
-                Ok(())
-            }
-        })?;
+        match replays.iter().find(|(prefix, _)| case.starts_with(prefix)) {
+            Some((_, replay)) => s.case(&format!("ops/{case}"), |s| replay(s, f, case))?,
+            None => s.skip(format!("ops/{case}"), "an operation that is not known"),
+        }
     }
-    for name in f.unseen() {
-        s.skip(format!("ops/{name}"), "inside a fused operation, or its case was skipped");
-    }
+    s.skip_rest(f, "inside a fused operation, or its case was skipped");
     Ok(())
 }
 
@@ -115,10 +99,7 @@ fn weight(f: &Golden, name: &str, conv: bool) -> Result<Array> {
     };
     match fits && !w.values.is_empty() {
         true => Ok(w),
-        false => {
-            let expected = if conv { "[O, I, k, k] with k = 1 or 3" } else { "[O, I]" };
-            Err(f.file.unexpected(name, format!("shape {:?}", w.shape), expected).into())
-        }
+        false => Err(f.misshapen(name, &w.shape, if conv { "[O, I, k, k] with k = 1 or 3" } else { "[O, I]" })),
     }
 }
 
@@ -129,8 +110,7 @@ fn layer(f: &Golden, c: &str, conv: bool) -> Result<(Array, Array, Option<Array>
     let mut shape = x.shape.clone();
     shape[1] = w.shape[1];
     if x.shape != shape || (x.shape.len() == 4) != conv {
-        let found = format!("shape {:?}", x.shape);
-        return Err(f.file.unexpected(&format!("{c}.x"), found, format!("{} channels", w.shape[1])).into());
+        return Err(f.misshapen(&format!("{c}.x"), &x.shape, format!("{} channels", w.shape[1])));
     }
     shape[1] = w.shape[0];
     let gy = format!("{c}.gy");
@@ -276,8 +256,7 @@ fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) ->
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
     if x.shape.len() != 4 || h % 2 + w % 2 != 0 {
-        let found = format!("shape {:?}", x.shape);
-        return Err(f.file.unexpected(&format!("{c}.x"), found, "[N, C, H, W] with even H and W").into());
+        return Err(f.misshapen(&format!("{c}.x"), &x.shape, "[N, C, H, W] with even H and W"));
     }
     // Channels [0, channels) of each image, then the further ones.
     let widened = |x: &Array, fill: f64| {
@@ -529,8 +508,7 @@ fn pack_qkv([n, heads, c, tokens]: [usize; 4], at: impl Fn([usize; 5]) -> f64) -
 fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.array(&format!("{c}.x"))?;
     let [n, heads, ch, 3, tokens] = *x.shape else {
-        let found = format!("shape {:?}", x.shape);
-        return Err(f.file.unexpected(&format!("{c}.x"), found, "[N, heads, c, 3, tokens]").into());
+        return Err(f.misshapen(&format!("{c}.x"), &x.shape, "[N, heads, c, 3, tokens]"));
     };
     let y = f.shaped(&format!("{c}.y"), &x.shape)?;
     let at =
@@ -582,8 +560,7 @@ fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
     let shape = f.file.shape(inside)?;
     let heads = shape.get(1).copied().unwrap_or(0);
     if heads == 0 || channels % heads != 0 {
-        let found = format!("shape {shape:?}");
-        return Err(f.file.unexpected(inside, found, format!("[N, heads, ...] for {channels} channels")).into());
+        return Err(f.misshapen(inside, shape, format!("[N, heads, ...] for {channels} channels")));
     }
 
     let mut table = ParamTable::default();
@@ -648,55 +625,31 @@ struct BlockSettings {
     out_channels: usize,
     emb_channels: usize,
     train: bool,
-    flavor: String,
-    #[serde(default = "keep")]
-    resample_mode: String,
+    flavor: Flavor,
+    #[serde(default)]
+    resample_mode: Resample,
     #[serde(default)]
     attention: bool,
-    #[serde(default = "channels_per_head")]
+    #[serde(default = "config::default_channels_per_head")]
     channels_per_head: usize,
-    #[serde(default = "balance_default")]
+    #[serde(default = "config::default_balance")]
     res_balance: f64,
-    #[serde(default = "balance_default")]
+    #[serde(default = "config::default_balance")]
     attn_balance: f64,
-    #[serde(default = "clip_act")]
+    #[serde(default = "config::default_clip_act")]
     clip_act: f64,
-}
-
-fn keep() -> String {
-    "keep".into()
-}
-fn channels_per_head() -> usize {
-    64
-}
-fn balance_default() -> f64 {
-    0.3
-}
-fn clip_act() -> f64 {
-    256.0
 }
 
 impl BlockSettings {
     fn block(&self) -> Result<BlockConfig, String> {
-        let flavor = match self.flavor.as_str() {
-            "enc" => Flavor::Encoder,
-            "dec" => Flavor::Decoder,
-            other => return Err(format!("flavor {other}, expected enc or dec")),
-        };
-        let resample = match self.resample_mode.as_str() {
-            "keep" => Resample::Keep,
-            "down" => Resample::Down,
-            "up" => Resample::Up,
-            other => return Err(format!("resample_mode {other}, expected keep, down or up")),
-        };
+        let (flavor, resample) = (self.flavor, self.resample_mode);
         let built = match (flavor, resample) {
-            (Flavor::Encoder, Resample::Keep) => true,
             (Flavor::Encoder, Resample::Down) => self.in_channels == self.out_channels,
-            (Flavor::Decoder, Resample::Keep | Resample::Up) => true,
-            _ => false,
+            (Flavor::Encoder, Resample::Up) | (Flavor::Decoder, Resample::Down) => false,
+            (_, Resample::Keep) | (Flavor::Decoder, Resample::Up) => true,
         };
         if !built {
-            return Err(format!("no network has such a block: {} {}", self.flavor, self.resample_mode));
+            return Err(format!("no network has such a block: {flavor:?} {resample:?}"));
         }
         let heads = match self.attention {
             false => 0,
@@ -732,9 +685,7 @@ pub(super) fn blocks<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
             Err(why) => s.skip(format!("ops_blocks/{c}"), why),
         }
     }
-    for name in f.unseen() {
-        s.skip(format!("ops_blocks/{name}"), "not computed, or its case was skipped");
-    }
+    s.skip_rest(f, "not computed, or its case was skipped");
     Ok(())
 }
 
@@ -743,8 +694,7 @@ fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: Block
     let [n, h, w, _] = x.nhwc();
     let x = match (cfg.resample, h % 2 + w % 2) {
         (Resample::Down, 1..) => {
-            let found = format!("shape {:?}", x.shape);
-            return Err(f.file.unexpected(&format!("{c}.x"), found, "even height and width").into());
+            return Err(f.misshapen(&format!("{c}.x"), &x.shape, "even height and width"));
         }
         _ => f.shaped(&format!("{c}.x"), &[n, cfg.cin, h, w])?,
     };
@@ -781,10 +731,7 @@ fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: Block
     still_step(&mut b, rounds, 1.0)?;
     for (id, spec) in table.iter() {
         s.check(f, &format!("{c}.grad.{}", spec.name), What::Gradient, &param(&mut b, Slot::Grad, id)?)?;
-        let after = format!("{c}.after.{}", spec.name);
-        if f.has(&after) {
-            s.check(f, &after, What::Forward, &param(&mut b, Slot::Weight, id)?)?;
-        }
+        s.check_if(f, &format!("{c}.after.{}", spec.name), What::Forward, &param(&mut b, Slot::Weight, id)?)?;
     }
     Ok(())
 }

@@ -30,9 +30,7 @@ pub(super) fn samplers<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
         }
         Ok(())
     })?;
-    for name in f.unseen() {
-        s.skip(format!("samplers/{name}"), "not computed, or its case was skipped");
-    }
+    s.skip_rest(f, "not computed, or its case was skipped");
     Ok(())
 }
 

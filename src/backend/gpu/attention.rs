@@ -4,54 +4,39 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::AttentionParams;
+use super::tables::attention::{FORWARD, GRAD_KV, GRAD_Q, QUERIES, RESIDENT, SPLIT};
 
-/// Sizes for which there are kernels.
-const HEAD_SIZES: [usize; 4] = [16, 32, 64, 128];
+/// Instances of a kernel: channels of a head, warps of a block, blocks of a multiprocessor.
+type Instances = [[usize; 3]];
 
-/// A kernel in both precisions and for each head size.
-type Names = [[&'static str; 2]; 4];
-
-macro_rules! names {
-    ($operation:literal) => {
-        [names!($operation, "16"), names!($operation, "32"), names!($operation, "64"), names!($operation, "128")]
-    };
-    ($operation:literal, $c:literal) => {
-        [concat!("attention_", $operation, "_f16_c", $c), concat!("attention_", $operation, "_bf16_c", $c)]
-    };
+/// Whether a kernel has an instance for each head size, all of blocks that can be launched.
+const fn complete(kernel: &Instances) -> bool {
+    let (mut size, mut found) = (0, 0);
+    while size < SPLIT.len() {
+        let mut line = 0;
+        while line < kernel.len() && kernel[line][0] != SPLIT[size][0] {
+            line += 1;
+        }
+        found += (line < kernel.len() && kernel[line][1] <= 32) as usize;
+        size += 1;
+    }
+    found == SPLIT.len()
 }
-const FORWARD_3: Names = names!("forward_3");
-const FORWARD_6: Names = names!("forward_6");
-const FORWARD_SPLIT: Names = names!("forward_split");
-const GRAD_Q_6: Names = names!("grad_q_6");
-const GRAD_Q: Names = names!("grad_q");
-const GRAD_KV: Names = names!("grad_kv");
+const _: () = assert!(complete(&FORWARD) && complete(&SPLIT) && complete(&GRAD_Q) && complete(&GRAD_KV));
 
-/// Warps of a block of `forward_split`; `kSplitWarps`.
-const SPLIT_WARPS: usize = 11;
-/// Tiles that `grad_q` keeps; `kResident`.
-const RESIDENT: usize = 4;
-/// Rows of a block, and of a streamed tile, of `grad_kv`; `kQueries`.
-const KV_ROWS: usize = 96;
-const KV_STREAM: usize = 48;
 /// With fewer blocks than this the forward pass splits the keys among warps: a multiprocessor for each.
 const FEW_BLOCKS: usize = 128;
 
 /// A shape that the kernels do not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum AttentionError {
     /// No kernel for heads of this size.
     #[error("attention: heads of {0} channels, expected 16, 32, 64 or 128")]
     HeadSize(usize),
     /// A count beyond a launch's limits.
     #[error("attention: {found} {what}, expected 1 to {most}")]
-    Count {
-        /// Of what.
-        what: &'static str,
-        /// How many.
-        found: usize,
-        /// The most that a launch takes.
-        most: usize,
-    },
+    Count { what: &'static str, found: usize, most: usize },
 }
 
 /// The shape of one attention layer's work.
@@ -73,7 +58,7 @@ impl Attention {
         head_size: usize,
         precision: Precision,
     ) -> Result<Self, AttentionError> {
-        if !HEAD_SIZES.contains(&head_size) {
+        if !SPLIT.iter().any(|&[size, ..]| size == head_size) {
             return Err(AttentionError::HeadSize(head_size));
         }
         for (what, found, most) in [("images", images, 65535), ("heads", heads, 65535), ("tokens", tokens, 1 << 24)] {
@@ -89,32 +74,39 @@ impl Attention {
         self.images * self.heads * self.tokens * 8
     }
 
+    /// Warps of the smallest block that holds all tokens, `rows` for each warp, or of the largest there is.
+    fn warps(&self, kernel: &Instances, rows: usize) -> usize {
+        let of_size = || kernel.iter().filter(|[size, ..]| *size == self.head_size).map(|&[_, warps, _]| warps);
+        of_size().find(|warps| self.tokens <= warps * rows).or(of_size().next_back()).expect("asserted of all kernels")
+    }
+
     /// Writes `out` [images, tokens, heads * head_size] from `qkv` [images, tokens, 3 * heads * head_size].
     pub fn forward(&self, qkv: DevicePtr, out: DevicePtr) -> Launch {
         let params = self.params(qkv, DevicePtr::NULL, out, DevicePtr::NULL);
         let warp_rows = if self.head_size == 128 { 16 } else { 32 };
         if self.images * self.heads * self.tokens.div_ceil(6 * warp_rows) < FEW_BLOCKS {
-            let slots = SPLIT_WARPS * warp_rows * self.head_size * 4;
-            let shared = slots + warp_rows * self.row() + SPLIT_WARPS * warp_rows * 4;
-            return self.launch(FORWARD_SPLIT, SPLIT_WARPS, warp_rows, shared, params);
+            let warps = self.warps(&SPLIT, warp_rows);
+            let slots = warps * warp_rows * self.head_size * 4;
+            let shared = slots + warp_rows * self.row() + warps * warp_rows * 4;
+            return self.launch("forward_split", warps, warp_rows, shared, params);
         }
-        let (names, warps) = if self.tokens <= 3 * warp_rows { (FORWARD_3, 3) } else { (FORWARD_6, 6) };
+        let warps = self.warps(&FORWARD, warp_rows);
         let rows = warps * warp_rows;
-        self.launch(names, warps, rows, self.stages(2, rows * self.row()), params)
+        self.launch(&format!("forward_{warps}"), warps, rows, self.stages(2, rows * self.row()), params)
     }
 
     /// Writes `grad_qkv`, of the shape of `qkv`, from `grad` of the shape of the result; `scratch` has
     /// [`Attention::scratch_bytes`]. The launches run in this order.
     pub fn backward(&self, qkv: DevicePtr, grad: DevicePtr, grad_qkv: DevicePtr, scratch: DevicePtr) -> [Launch; 2] {
         let params = self.params(qkv, grad, grad_qkv, scratch);
-        let few = self.tokens <= 96 || self.head_size == 128;
-        let (names, warps) = if few { (GRAD_Q_6, 6) } else { (GRAD_Q, 12) };
-        let rows = warps * 16;
-        let shared = self.stages(RESIDENT, 2 * rows * self.row());
-        let stage = 2 * KV_STREAM * self.row() + KV_STREAM * 8;
+        let [q_warps, kv_warps] = [self.warps(&GRAD_Q, 16), self.warps(&GRAD_KV, 16)];
+        let [q_rows, kv_rows] = [16 * q_warps, 16 * kv_warps];
+        let shared = self.stages(RESIDENT, 2 * q_rows * self.row());
+        let stage = 2 * QUERIES * self.row() + QUERIES * 8;
+        let kv_shared = stage + stage.max(2 * kv_rows * self.row());
         [
-            self.launch(names, warps, rows, shared, params),
-            self.launch(GRAD_KV, 6, KV_ROWS, stage + stage.max(2 * KV_ROWS * self.row()), params),
+            self.launch(&format!("grad_q_{q_warps}"), q_warps, q_rows, shared, params),
+            self.launch("grad_kv", kv_warps, kv_rows, kv_shared, params),
         ]
     }
 
@@ -135,8 +127,8 @@ impl Attention {
     }
 
     /// A launch of blocks of `rows` tokens.
-    fn launch(&self, names: Names, warps: usize, rows: usize, shared: usize, params: AttentionParams) -> Launch {
-        let kernel = self.precision.pick(names[self.head_size.ilog2() as usize - 4]);
+    fn launch(&self, kernel: &str, warps: usize, rows: usize, shared: usize, params: AttentionParams) -> Launch {
+        let kernel = format!("attention_{kernel}_{}_c{}", self.precision.name(), self.head_size);
         let grid = [self.tokens.div_ceil(rows) as u32, self.heads as u32, self.images as u32];
         Launch::new(kernel, grid, warps as u32 * 32, shared as u32, &params)
     }

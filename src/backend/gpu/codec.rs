@@ -7,9 +7,10 @@
 
 use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
-use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::runtime::{PARAMETERS, Runtime};
 use super::structs::{CodecAttention, CodecConv, CodecNorm, CodecNormalise};
+use super::tables::codec::{ATTENTION, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Choice, Product};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
@@ -19,21 +20,16 @@ use std::rc::Rc;
 
 /// Threads of all kernels but the convolutions.
 const THREADS: u32 = 256;
-/// Vectors of a block of `codec_sums`, at most; `NORM_VECTORS`.
-const NORM_VECTORS: usize = 32;
 /// Chunks of an image's statistics, at most: several blocks for each multiprocessor of any card.
 const CHUNKS: usize = 1024;
 /// Pixels of a chunk, at least.
 const CHUNK: usize = 64;
-/// Queries of a block of the attention; `QUERIES`.
-const QUERIES: usize = 64;
-/// Keys of a step; `KEYS`.
-const KEYS: usize = 16;
-/// Bytes of the scores exchanged: QUERIES rows of `SCORE_ROW` floats; `SCORE_BYTES`.
-const SCORES: usize = QUERIES * 24 * 4;
+/// Bytes of the scores that the attention's warps exchange.
+const SCORES: usize = QUERIES * SCORE_ROW * 4;
 
 /// Why the kernels cannot do what is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum CodecError {
     /// Of an image, or its channels.
     #[error("an autoencoder's tensor of shape {0:?}: too large, or empty")]
@@ -43,19 +39,10 @@ pub enum CodecError {
     Odd(Shape),
     /// Groups do not divide the channels.
     #[error("a group norm of {channels} channels in {groups} groups")]
-    Groups {
-        /// Channels.
-        channels: usize,
-        /// Groups.
-        groups: usize,
-    },
+    Groups { channels: usize, groups: usize },
     /// Width of the attention.
     #[error("self-attention of {0} channels, expected a multiple of 8 up to 512")]
     Width(usize),
-}
-
-fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("checked against the kernels' limits")
 }
 
 /// Checks that the values of a tensor can be counted in 32 bits.
@@ -206,9 +193,6 @@ pub fn convolve(
 
 /// What becomes of a convolution's input: y of x, both of `shape`; `affine` f32 [n, 1, 2, c], not padded.
 /// Nothing to launch for [`Before::Nothing`].
-///
-/// # Errors
-/// As [`convolve`].
 pub fn normalise(
     precision: Precision,
     shape: Shape,
@@ -307,14 +291,14 @@ pub fn self_attention(
 ) -> Result<Launch, CodecError> {
     let [n, h, w, c] = shape;
     check([n, h, w, 3 * c])?;
-    let kernels = ["codec_attention_f16_c", "codec_attention_bf16_c"];
-    let width = [128, 256, 512].into_iter().find(|&width| c <= width && c.is_multiple_of(8));
-    let width = width.ok_or(CodecError::Width(c))?;
+    let [width] =
+        ATTENTION.into_iter().find(|&[width]| c <= width && c.is_multiple_of(8)).ok_or(CodecError::Width(c))?;
     let scale = (std::f64::consts::LOG2_E / (c as f64).sqrt()) as f32;
     let params = CodecAttention { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
     let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);
     let grid = [(h * w).div_ceil(QUERIES) as u32, n as u32, 1];
-    Ok(Launch::new(format!("{}{width}", precision.pick(kernels)), grid, THREADS, shared as u32, &params))
+    let kernel = format!("codec_attention_{}_c{width}", precision.name());
+    Ok(Launch::new(kernel, grid, THREADS, shared as u32, &params))
 }
 
 /// A kernel on the device.
@@ -336,9 +320,6 @@ pub struct Loaded {
 
 impl Gpu<Loaded> {
     /// For codecs, which own no network.
-    ///
-    /// # Errors
-    /// The device's.
     pub fn for_codec(runtime: Rc<dyn Runtime>, math: impl Into<Math>) -> Result<Self, DeviceError> {
         Self::new(runtime, math.into(), Loaded::default())
     }

@@ -6,7 +6,7 @@
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
 use super::conv_hopper::{self, Images, Pixels, Window};
-use super::launch::{DevicePtr, Launch, Math, Precision};
+use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::structs::{ConvDgrad, ConvFprop, ConvWgrad, PixelTiles};
 use super::tiles::{self, Card, Choice, Product, Tile};
 use bytemuck::NoUninit;
@@ -47,7 +47,7 @@ impl ConvShape {
     }
 
     fn check(&self) -> Result<(), ConvError> {
-        let wrong = |what| Err(ConvError::Shape { shape: *self, what });
+        let wrong = |what| Err(ConvError { shape: *self, what });
         if self.taps != 1 && self.taps != 9 {
             return wrong("the weight has 1 or 9 taps");
         }
@@ -71,23 +71,11 @@ impl ConvShape {
 
 /// Why a convolution cannot be launched.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum ConvError {
-    /// The shape is not one that the kernels take.
-    #[error("convolution {shape:?}: {what}")]
-    Shape {
-        /// The shape.
-        shape: ConvShape,
-        /// What is wrong with it.
-        what: &'static str,
-    },
-    /// A required address is missing, or given where there is nothing to do with it.
-    #[error("convolution {shape:?}: {what}")]
-    Argument {
-        /// The shape.
-        shape: ConvShape,
-        /// What is wrong.
-        what: &'static str,
-    },
+#[error("convolution {shape:?}: {what}")]
+#[allow(missing_docs)] // the message says it
+pub struct ConvError {
+    pub shape: ConvShape,
+    pub what: &'static str,
 }
 
 /// The two inputs and their factors, which the gradients get: the scales of `mp_cat`, or 1.
@@ -110,10 +98,7 @@ impl Inputs {
 /// The second input, which is there if and only if it has channels.
 fn second(shape: &ConvShape, skip: Option<DevicePtr>) -> Result<DevicePtr, ConvError> {
     if skip.is_some() != (shape.cb != 0) {
-        return Err(ConvError::Argument {
-            shape: *shape,
-            what: "a second input needs channels, and channels an input",
-        });
+        return Err(ConvError { shape: *shape, what: "a second input needs channels, and channels an input" });
     }
     Ok(skip.unwrap_or(DevicePtr::NULL))
 }
@@ -127,33 +112,16 @@ pub struct Scales {
     pub stride: usize,
 }
 
-/// What follows a convolution.
+/// What follows a convolution; tensors are [n, h, w, cout].
 #[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)] // the formulas say it
 pub enum Epilogue {
     /// y = gain * conv.
     Gain(f32),
-    /// y = mp_silu(conv * scale).
-    ScaleSilu {
-        /// The scales.
-        scale: Scales,
-        /// Where conv itself is stored too, [n, h, w, cout].
-        pre: Option<DevicePtr>,
-    },
+    /// y = mp_silu(conv * scale); and `pre` = conv, if it is wanted.
+    ScaleSilu { scale: Scales, pre: Option<DevicePtr> },
     /// y = wa * residual + wb * conv, within +-clip.
-    MpSum {
-        /// [n, h, w, cout].
-        residual: DevicePtr,
-        /// Weight of the residual.
-        wa: f32,
-        /// Weight of the convolution.
-        wb: f32,
-        /// Largest magnitude of the result.
-        clip: Option<f32>,
-    },
-}
-
-fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("ConvShape::check bounds every count")
+    MpSum { residual: DevicePtr, wa: f32, wb: f32, clip: Option<f32> },
 }
 
 /// A product's kernel: which loop, its numbers, tile and split.
@@ -370,7 +338,7 @@ impl Dgrad {
     pub fn new(shape: ConvShape, scaled: bool, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
-            return Err(ConvError::Shape { shape, what: "a scaled input is one tensor" });
+            return Err(ConvError { shape, what: "a scaled input is one tensor" });
         }
         let groups = if scaled { shape.n } else { 1 };
         let product = [shape.pixels() / groups, shape.cin()];
@@ -426,10 +394,8 @@ impl Dgrad {
             _ => (None, DevicePtr::NULL),
         };
         if scale.is_some() != self.scaled {
-            return Err(ConvError::Argument {
-                shape: *shape,
-                what: "planned with scales and called without, or the reverse",
-            });
+            let what = "planned with scales and called without, or the reverse";
+            return Err(ConvError { shape: *shape, what });
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group(tile.m);

@@ -2,7 +2,7 @@
 //! loop's kernels and, before them, what the copies read; a launch tells which tensor maps that needs, and a device encodes
 //! them when the launch is recorded.
 
-use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
+use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec, int};
 use super::structs::{HopperPixels, HopperWgrad};
 use super::tiles::{Card, Choice, STEP};
 use bytemuck::{NoUninit, Zeroable};
@@ -87,30 +87,17 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
     let (ca, cb) = (p.x.channels, p.skip.map_or(0, |skip| skip.channels));
     let tiles_n = p.columns.div_ceil(tile.n);
     let tiles = p.tiles_m * tiles_n * splits;
-    let [ca_, cb_, taps_, side, up, left, pixels_n, tiles_, per_split, steps] = [
-        ca,
-        cb,
-        taps,
-        p.window.side,
-        p.window.up,
-        p.window.left,
-        tiles_n,
-        tiles,
-        steps_per_split,
-        taps * (ca + cb) / STEP,
-    ]
-    .map(|x| i32::try_from(x).expect("bounded by the shape's check"));
     let params = HopperPixels {
-        ca: ca_,
-        cb: cb_,
-        taps: taps_,
-        side,
-        up,
-        left,
-        pixels_n,
-        tiles: tiles_,
-        steps_per_split: per_split,
-        steps,
+        ca: int(ca),
+        cb: int(cb),
+        taps: int(taps),
+        side: int(p.window.side),
+        up: int(p.window.up),
+        left: int(p.window.left),
+        pixels_n: int(tiles_n),
+        tiles: int(tiles),
+        steps_per_split: int(steps_per_split),
+        steps: int(taps * (ca + cb) / STEP),
         ..Zeroable::zeroed()
     };
     let row = taps * (ca + cb);

@@ -211,7 +211,11 @@ impl Device {
     fn failed(&self, error: DriverError) -> DeviceError {
         let last = self.last_kernel.borrow();
         let after = if last.is_empty() { String::new() } else { format!("; the last kernel launched was {last}") };
-        DeviceError::Failed { device: self.info.label(), what: describe(error) + &after }
+        self.wrong(describe(error) + &after)
+    }
+
+    fn wrong(&self, what: String) -> DeviceError {
+        DeviceError::Failed { device: self.info.label(), what }
     }
 
     fn require<T>(&self, done: Result<T, DriverError>) -> Result<T, DeviceError> {
@@ -233,7 +237,6 @@ impl Device {
 
     /// The kernel of a launch, looked up once.
     fn kernel(&self, launch: &Launch) -> Result<Kernel, DeviceError> {
-        let failed = |what| DeviceError::Failed { device: self.info.label(), what };
         let known = self.kernels.borrow().get(&*launch.kernel).copied();
         let kernel = match known {
             Some(kernel) => kernel,
@@ -243,7 +246,7 @@ impl Device {
                 let find =
                     |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
                 let found = self.modules.iter().find_map(find);
-                let function = found.ok_or_else(|| failed(format!("there is no kernel {}", launch.kernel)))?;
+                let function = found.ok_or_else(|| self.wrong(format!("there is no kernel {}", launch.kernel)))?;
                 let kernel = self.require(self.prepare(function, launch.shared > 0))?;
                 self.kernels.borrow_mut().insert(launch.kernel.to_string(), kernel);
                 kernel
@@ -252,7 +255,7 @@ impl Device {
         let given = launch.params_len();
         if kernel.params != given {
             let what = format!("kernel {} takes {} bytes of parameters, given {given}", launch.kernel, kernel.params);
-            return Err(failed(what));
+            return Err(self.wrong(what));
         }
         Ok(kernel)
     }
@@ -280,8 +283,7 @@ impl Device {
     fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap, DeviceError> {
         spec.check()?;
         if self.info.capability.0 < 9 {
-            let what = "there are no tensor maps before compute capability 9.0".into();
-            return Err(DeviceError::Failed { device: self.info.label(), what });
+            return Err(self.wrong("there are no tensor maps before compute capability 9.0".into()));
         }
         let element = |precision| match precision {
             Precision::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -333,10 +335,7 @@ impl Device {
                 }
             }
         };
-        let refused = |e| {
-            let what = format!("the driver refuses the tensor map {spec:?}: {}", describe(e));
-            DeviceError::Failed { device: self.info.label(), what }
-        };
+        let refused = |e| self.wrong(format!("the driver refuses the tensor map {spec:?}: {}", describe(e)));
         encoded.result().map_err(refused)?;
         Ok(map)
     }
@@ -365,8 +364,7 @@ impl Device {
                 launched.map_err(|e| {
                     let shape =
                         format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
-                    let what = format!("launch of {}, {shape}: {}", launch.kernel, describe(e));
-                    DeviceError::Failed { device: self.info.label(), what }
+                    self.wrong(format!("launch of {}, {shape}: {}", launch.kernel, describe(e)))
                 })
             }
             Command::Zero { bytes: 0, .. } | Command::Copy { bytes: 0, .. } => Ok(()),
@@ -586,7 +584,7 @@ impl Allocation {
     fn range(&self, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr, DeviceError> {
         if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
             let what = format!("copy of {bytes} bytes at {offset}, but the memory has {}", self.bytes);
-            return Err(DeviceError::Failed { device: self.device.info.label(), what });
+            return Err(self.device.wrong(what));
         }
         Ok(self.at + offset as u64)
     }

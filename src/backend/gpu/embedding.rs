@@ -6,20 +6,13 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{EmbScales, EmbScalesBackward, EmbedBackward, EmbedParams, ScaleTile};
+use super::tables::embedding::{CHUNK, EMBED_ROWS, EMBED_WARPS, IMAGES, TILE};
 use super::weights::Effective;
 use crate::backend::Embedding;
 use crate::params::mp_sum_weights;
 
-/// Images that share a read of the weights.
-const IMAGES: usize = 8;
-/// Rows of a tile.
-const TILE: usize = 32;
-/// Channels of a warp.
-const CHUNK: usize = 128;
 /// Most Fourier features: those of all images that share a read take 48 KB.
 pub const MAX_FEATURES: usize = (48 << 10) / 4 / IMAGES;
-/// Rows of a block of `embed`.
-const EMBED_ROWS: usize = 8;
 
 // ---- embed ------------------------------------------------------------------------------------------
 
@@ -96,7 +89,7 @@ pub fn embed(
         label_rows: label_rows.max(1) as i32,
         padding: 0,
     };
-    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS) as u32, n.div_ceil(IMAGES) as u32, 1];
+    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS * EMBED_WARPS) as u32, n.div_ceil(IMAGES) as u32, 1];
     Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared as u32, &params)
 }
 
@@ -200,7 +193,7 @@ impl ScaleTable {
         512usize.div_ceil(self.chunks() * n.div_ceil(IMAGES)).min(self.tiles.len())
     }
 
-    /// Bytes of [`ScaleGrads::scratch`] for `n` images.
+    /// Bytes of scratch memory of [`emb_scales_backward`] for `n` images.
     pub fn scratch(&self, n: usize) -> usize {
         self.gain_sums() + self.splits(n) * n * self.emb_channels.next_multiple_of(4) * 4
     }
@@ -236,42 +229,13 @@ pub fn emb_scales(
     Launch::new(p.pick(["emb_scales_f16", "emb_scales_bf16"]), grid, 256, 0, &params)
 }
 
-/// Device memory of [`emb_scales_backward`].
-#[derive(Clone, Copy, Debug)]
-pub struct ScaleGrads {
-    /// The embedding [n, emb_channels].
-    pub emb: DevicePtr,
-    /// Gradient of the scales [n, all channels].
-    pub scales: DevicePtr,
-    /// Arena of the parameters' gradients; those of weights and gains are added to.
-    pub arena: DevicePtr,
-    /// Receives the gradient of the embedding [n, emb_channels].
-    pub grad_emb: DevicePtr,
-    /// [`ScaleTable::scratch`] bytes.
-    pub scratch: DevicePtr,
-}
-
-/// Gradients of all layers and gains, and of the embedding.
-pub fn emb_scales_backward(
-    p: Precision,
-    n: usize,
-    table: &ScaleTable,
-    tiles: DevicePtr,
-    effective: Effective,
-    a: &ScaleGrads,
-) -> [Launch; 3] {
+/// Gradients of all layers and gains, and of the embedding. `memory` has the addresses, `gain_sums` that of
+/// [`ScaleTable::scratch`] bytes; sizes, and what lies behind them, are filled in here.
+pub fn emb_scales_backward(p: Precision, n: usize, table: &ScaleTable, memory: EmbScalesBackward) -> [Launch; 3] {
     let (count, chunks, splits) = (table.tiles.len(), table.chunks(), table.splits(n));
     let vectors = table.emb_channels.div_ceil(4);
     let params = EmbScalesBackward {
-        tiles,
-        weights: effective.weights,
-        plain: effective.plain,
-        emb: a.emb,
-        grad: a.scales,
-        grads: a.arena,
-        grad_emb: a.grad_emb,
-        gain_sums: a.scratch,
-        partial: a.scratch.offset(table.gain_sums()),
+        partial: memory.gain_sums.offset(table.gain_sums()),
         images: n as i32,
         emb_channels: table.emb_channels as i32,
         channels: table.channels as i32,
@@ -279,7 +243,7 @@ pub fn emb_scales_backward(
         chunks: chunks as i32,
         vectors: vectors as i32,
         splits: splits as i32,
-        padding: 0,
+        ..memory
     };
     let wgrad = p.pick(["emb_scales_wgrad_f16", "emb_scales_wgrad_bf16"]);
     let dgrad = p.pick(["emb_scales_dgrad_f16", "emb_scales_dgrad_bf16"]);

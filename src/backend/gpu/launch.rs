@@ -21,6 +21,14 @@ impl DevicePtr {
     }
 }
 
+/// A size as kernels take it.
+///
+/// # Panics
+/// If 32 bits do not hold it; shapes are checked before.
+pub(super) fn int(x: usize) -> i32 {
+    i32::try_from(x).expect("checked against the kernels' limits")
+}
+
 /// The 16-bit type of activations and effective weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
@@ -166,9 +174,6 @@ impl Launch {
     }
 
     /// The bytes of the params struct, with tensor maps as `encode` makes them.
-    ///
-    /// # Errors
-    /// Those of `encode`.
     pub fn params(
         &self,
         encode: impl Fn(&TensorMapSpec) -> Result<TensorMap, DeviceError>,

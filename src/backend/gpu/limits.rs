@@ -3,6 +3,7 @@
 use super::launch::{Launch, Precision};
 use super::runtime::{Command, Runtime};
 use super::structs::MmaRate;
+use super::tables::limits::CHAINS;
 use crate::backend::DeviceError;
 
 /// The most that a card reached.
@@ -15,8 +16,6 @@ pub struct Limits {
 }
 
 const THREADS: u32 = 256;
-/// Independent sums of a warp; `CHAINS`.
-const CHAINS: u64 = 8;
 /// Blocks for each multiprocessor: enough to hide the latency of every instruction.
 const BLOCKS: u32 = 4;
 const ROUNDS: i32 = 4096;
@@ -24,9 +23,6 @@ const ROUNDS: i32 = 4096;
 const COPY_BYTES: usize = 512 << 20;
 
 /// Measures both, the best of `repeats`.
-///
-/// # Errors
-/// The device's.
 pub fn measure(runtime: &dyn Runtime, precision: Precision, repeats: usize) -> Result<Limits, DeviceError> {
     let memory = runtime.allocate(2 * COPY_BYTES, "measuring the memory")?;
     let (from, to) = (memory.ptr(), memory.ptr().offset(COPY_BYTES));
@@ -40,7 +36,7 @@ pub fn measure(runtime: &dyn Runtime, precision: Precision, repeats: usize) -> R
         Ok(runtime.time(&*work, &*nothing, repeats)?.into_iter().fold(f64::INFINITY, f64::min))
     };
     let warps = u64::from(blocks * THREADS / 32);
-    let macs = warps * ROUNDS as u64 * CHAINS * 16 * 8 * 16;
+    let macs = warps * ROUNDS as u64 * CHAINS as u64 * 16 * 8 * 16;
     let copy = Command::Copy { from, to, bytes: COPY_BYTES };
     Ok(Limits { macs_per_s: macs as f64 / best(launch.into())?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
 }

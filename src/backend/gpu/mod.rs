@@ -17,6 +17,7 @@ pub mod pixelwise;
 pub mod precond;
 pub mod runtime;
 pub mod structs;
+pub mod tables;
 pub mod tensor;
 pub mod tiles;
 pub mod weights;

@@ -12,9 +12,9 @@ use super::attention;
 use super::embedding::{ScaleLayer, ScaleTable};
 use super::launch::{DevicePtr, Launch, Precision};
 use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
-use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow};
+use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow, WeightStep};
 use super::tensor::padded;
-use super::weights::{self, Effective, RowTable, StepArenas, Turned};
+use super::weights::{self, Effective, RowTable, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats};
 use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 
@@ -394,20 +394,23 @@ impl Params {
         let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
         t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
         if !t.graphs.contains_key(&step.rounds) {
-            let emas: Vec<DevicePtr> = t.emas.iter().map(|e| e.ptr()).collect();
-            let arenas = StepArenas {
+            let mut emas = [DevicePtr::NULL; weights::MAX_EMAS];
+            emas.iter_mut().zip(&t.emas).for_each(|(to, ema)| *to = ema.ptr());
+            let memory = WeightStep {
                 rows: t.rows_memory.ptr(),
                 scalars: t.scalars.ptr(),
                 weight: self.weight.ptr(),
                 grad: t.grad.ptr(),
                 m: t.m.ptr(),
                 v: t.v.ptr(),
-                emas: &emas,
-                effective: Effective { weights: self.effective.ptr(), plain: self.plain.ptr() },
+                emas,
+                effective: self.effective.ptr(),
+                plain: self.plain.ptr(),
                 stats: t.stats.ptr(),
-                totals: t.totals.ptr(),
+                ema_count: t.emas.len() as i32,
+                rounds: step.rounds as i32,
             };
-            let mut launches = weights::step(self.precision, &t.rows, &arenas, step.rounds);
+            let mut launches = weights::step(self.precision, &t.rows, memory, t.totals.ptr());
             launches.extend(turning);
             // SAFETY: the arenas have the rows of the table and live as long as the graph.
             let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect())? };

@@ -6,12 +6,12 @@
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{Cast, Combine, Dropout, Elementwise, PixelNorm, PixelNormBackward, Upsample};
 use crate::backend::Shape;
+
+pub use super::tables::pixelwise::MAX_TERMS;
+
 use bytemuck::NoUninit;
 
 const BLOCK: u32 = 256;
-
-/// Most terms of one linear combination.
-pub const MAX_TERMS: usize = 6;
 
 /// 16-byte vectors of a pixel; the padding of the last stays zero in all of these operations.
 fn vectors(channels: usize) -> usize {

@@ -5,6 +5,7 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{Logvar, LogvarBackward, LossParams, Noise, NoiseStream, PrecondInput, PrecondOutput};
+use super::tables::precond::LOSS_PIXELS;
 use crate::backend::Shape;
 use crate::rng::{Purpose, Stream};
 
@@ -94,60 +95,24 @@ pub fn precond_output(
     Launch::over(p.pick(["precond_output_f16", "precond_output_bf16"]), n * h * w, BLOCK, &params)
 }
 
-/// Device memory of the loss of images [n, h, w, c].
-#[derive(Clone, Copy, Debug)]
-pub struct LossArenas {
-    /// Clean images, f32.
-    pub clean: DevicePtr,
-    /// clean + sigma * noise, f32.
-    pub noisy: DevicePtr,
-    /// Output of the U-Net, 16 bits, channels padded to a multiple of 8.
-    pub raw: DevicePtr,
-    /// Noise levels `[n]`, f32.
-    pub sigma: DevicePtr,
-    /// Learned log variance `[n]`, f32.
-    pub logvar: DevicePtr,
-    /// Effective gain of the output, an f32 scalar.
-    pub gain: DevicePtr,
-    /// Receives the gradient of `raw`.
-    pub grad_raw: DevicePtr,
-    /// Scratch of [`loss_scratch`] bytes.
-    pub partial: DevicePtr,
-    /// Receives the loss of each image `[n]`, f32.
-    pub per_image: DevicePtr,
-    /// Receives the gradient of `logvar` `[n]`, f32.
-    pub grad_logvar: DevicePtr,
-    /// The gradient of `gain` is added to this f32 scalar.
-    pub grad_gain: DevicePtr,
-}
-
-/// Bytes of [`LossArenas::partial`].
+/// Bytes of [`LossParams::partial`].
 pub fn loss_scratch([n, h, w, _]: Shape) -> usize {
-    n * (h * w).div_ceil(BLOCK as usize) * 8
+    n * (h * w).div_ceil(LOSS_PIXELS) * 8
 }
 
-/// EDM2's loss and the gradients that start the backward pass.
-pub fn loss(p: Precision, shape: Shape, a: &LossArenas, sigma_data: f64) -> [Launch; 2] {
+/// EDM2's loss of images of `shape`, and the gradients that start the backward pass. `memory` has the addresses, `partial`
+/// that of [`loss_scratch`] bytes; sizes are filled in here.
+pub fn loss(p: Precision, shape: Shape, sigma_data: f64, memory: LossParams) -> [Launch; 2] {
     let [n, h, w, c] = shape;
-    let chunks = (h * w).div_ceil(BLOCK as usize);
+    let chunks = (h * w).div_ceil(LOSS_PIXELS);
     let params = LossParams {
-        clean: a.clean,
-        noisy: a.noisy,
-        raw: a.raw,
-        sigma: a.sigma,
-        logvar: a.logvar,
-        gain: a.gain,
-        grad_raw: a.grad_raw,
-        partial: a.partial,
-        per_image: a.per_image,
-        grad_logvar: a.grad_logvar,
-        grad_gain: a.grad_gain,
         images: n as i32,
         pixels: (h * w) as i32,
         channels: c as i32,
         vectors: c.div_ceil(8) as i32,
         chunks: chunks as i32,
         sigma_data: sigma_data as f32,
+        ..memory
     };
     [
         Launch::new(p.pick(["loss_f16", "loss_bf16"]), [(n * chunks) as u32, 1, 1], BLOCK, 0, &params),
@@ -155,31 +120,9 @@ pub fn loss(p: Precision, shape: Shape, a: &LossArenas, sigma_data: f64) -> [Lau
     ]
 }
 
-/// Parameters of the logvar layer on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct LogvarParams {
-    /// Frequencies `[channels]`, f32.
-    pub freqs: DevicePtr,
-    /// Phases `[channels]`, f32.
-    pub phases: DevicePtr,
-    /// Effective weight [1, channels], 16 bits.
-    pub weight: DevicePtr,
-    /// Number of features.
-    pub channels: usize,
-}
-
-/// `features` [n, channels] and `logvar` `[n]`, f32, of the noise levels `[n]`.
-pub fn logvar(
-    p: Precision,
-    n: usize,
-    layer: &LogvarParams,
-    sigma: DevicePtr,
-    features: DevicePtr,
-    logvar: DevicePtr,
-) -> Launch {
-    let LogvarParams { freqs, phases, weight, channels } = *layer;
-    let params = Logvar { sigma, freqs, phases, weight, features, logvar, channels: channels as i32, padding: 0 };
-    Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n as u32, 1, 1], 32, 0, &params)
+/// Fourier features [n, channels] and logvar `[n]` of `n` noise levels.
+pub fn logvar(p: Precision, n: usize, params: &Logvar) -> Launch {
+    Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n as u32, 1, 1], 32, 0, params)
 }
 
 /// Adds the gradient of the logvar layer's weight to `grad_weight` `[channels]`, f32, from that of logvar `[n]`.

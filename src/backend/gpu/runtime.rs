@@ -14,25 +14,14 @@ use crate::backend::DeviceError;
 /// One thing that a device does. Pointers are to live memory of that device, as large as whoever made the
 /// command says.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // the variants say it
 pub enum Command {
     /// Runs a kernel.
     Launch(Launch),
     /// Writes zeros.
-    Zero {
-        /// The first byte.
-        at: DevicePtr,
-        /// How many.
-        bytes: usize,
-    },
-    /// Copies within device memory.
-    Copy {
-        /// The first byte to read.
-        from: DevicePtr,
-        /// The first byte to write.
-        to: DevicePtr,
-        /// How many; the ranges do not overlap.
-        bytes: usize,
-    },
+    Zero { at: DevicePtr, bytes: usize },
+    /// Copies within device memory, between ranges that do not overlap.
+    Copy { from: DevicePtr, to: DevicePtr, bytes: usize },
 }
 
 impl From<Launch> for Command {

@@ -5,6 +5,7 @@
 use std::sync::LazyLock;
 
 use super::launch::{ConvLoop, Math};
+use super::tables::{self, tiles as lines};
 
 /// One instance of a product kernel: what a block computes and what it takes.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,24 +24,12 @@ pub struct Tile {
     pub speed: f64,
 }
 
-/// Summands of a step; `BK` of `kernels/conv.cuh`.
-pub const STEP: usize = 64;
+/// Summands of a step.
+pub const STEP: usize = tables::conv::BK;
 
-/// The numbers of the lines of `kernels/tiles.cuh` that begin with `kind`.
-fn lines<const N: usize>(kind: &'static str) -> impl Iterator<Item = [usize; N]> {
-    let lines = include_str!("../../../kernels/tiles.cuh").lines();
-    let calls =
-        lines.filter_map(move |line| line.strip_prefix(kind)?.trim_start().strip_prefix('(')?.strip_suffix(')'));
-    calls.map(move |call| {
-        let numbers = call.split(',').map(|word| word.trim().parse().ok()).collect::<Option<Vec<usize>>>();
-        let numbers = numbers.and_then(|numbers| numbers.try_into().ok());
-        numbers.unwrap_or_else(|| panic!("kernels/tiles.cuh: {kind}({call}): expected {N} numbers"))
-    })
-}
-
-/// The lines of tiles for every card: m, n, stages, warps along both, blocks for both kinds of sums, speed.
-fn parse(kind: &'static str, prefix: &str) -> Vec<Tile> {
-    let tile = |[m, n, stages, warps_m, warps_n, _, _, speed]: [usize; 8]| Tile {
+/// Tiles for every card, of their lines: m, n, stages, warps along both, blocks for both kinds of sums, speed.
+fn tiles(lines: &[[usize; 8]], prefix: &str) -> Vec<Tile> {
+    let tile = |&[m, n, stages, warps_m, warps_n, _, _, speed]: &[usize; 8]| Tile {
         name: format!("{prefix}{m}x{n}"),
         m,
         n,
@@ -48,15 +37,15 @@ fn parse(kind: &'static str, prefix: &str) -> Vec<Tile> {
         shared: (stages * (m + n) * STEP * 2) as u32,
         speed: speed as f64 / 100.0,
     };
-    lines(kind).map(tile).collect()
+    lines.iter().map(tile).collect()
 }
 
 /// Tiles of pixels by channels, for channels in multiples of [`STEP`].
-pub static PIXELS: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("PIXELS", ""));
+pub static PIXELS: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::PIXELS, ""));
 /// The same for channels in multiples of 8.
-pub static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("FLAT", "flat_"));
+pub static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::FLAT, "flat_"));
 /// Tiles of `conv_wgrad_*`.
-pub static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse("GRADIENT", ""));
+pub static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::GRADIENT, ""));
 
 /// Bytes of dynamic shared memory of a Hopper kernel's pipeline (`Pipeline` of `kernels/conv_hopper.cu`): stages with two barriers
 /// each, two more barriers, and what rounding up to 1024 loses.
@@ -64,9 +53,9 @@ fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
     1024 + stages * ((m + n) * STEP * 2 + 16) + 16
 }
 
-/// The lines of tiles for Hopper: m, n, stages, speed.
-fn parse_hopper(kind: &'static str, threads: u32, beside: usize) -> Vec<Tile> {
-    let tile = |[m, n, stages, speed]: [usize; 4]| Tile {
+/// Tiles for Hopper, of their lines: m, n, stages, speed.
+fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: usize) -> Vec<Tile> {
+    let tile = |&[m, n, stages, speed]: &[usize; 4]| Tile {
         name: format!("{m}x{n}"),
         m,
         n,
@@ -74,13 +63,13 @@ fn parse_hopper(kind: &'static str, threads: u32, beside: usize) -> Vec<Tile> {
         shared: (hopper_shared(stages, m, n) + beside) as u32,
         speed: speed as f64 / 100.0,
     };
-    lines(kind).map(tile).collect()
+    lines.iter().map(tile).collect()
 }
 
 /// Tiles of `hopper_fprop_*` and its sisters: three groups of threads, of which two have 64 rows of 72 floats for the way out.
-pub static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| parse_hopper("HOPPER", 384, 2 * 64 * 72 * 4));
+pub static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, 2 * 64 * 72 * 4));
 /// Tiles of `hopper_wgrad_*`.
-pub static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| parse_hopper("HOPPER_GRADIENT", 288, 0));
+pub static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, 0));
 
 /// The tiles of pixels for input channels of so many, and the steps of the whole sum.
 pub fn of_inputs(taps: usize, channels: [usize; 2]) -> (&'static [Tile], usize) {

@@ -7,13 +7,18 @@
 
 use super::launch::{DevicePtr, Launch, Precision};
 use super::structs::{ReduceStats, StepScalars, TurnTile, WeightPrepare, WeightRow, WeightStep, WeightTurn};
+use super::tables::weights::ROWS;
 use crate::backend::{Normalization, Step};
 
-/// Most moving averages that a step can update.
-pub const MAX_EMAS: usize = 4;
+pub use super::tables::weights::MAX_EMAS;
 
 /// Most values of a row.
-pub const MAX_ROW: usize = 64 * 512;
+pub const MAX_ROW: usize = capacity(ROWS[ROWS.len() - 1]);
+
+/// Values of the longest row that an instance takes.
+const fn capacity([vectors, threads]: [usize; 2]) -> usize {
+    4 * vectors * threads
+}
 
 /// A convolution's weight that `weight_turn` copies.
 #[derive(Clone, Copy, Debug)]
@@ -96,23 +101,23 @@ impl RowTable {
         &self.rows
     }
 
-    /// (first row, rows, threads, whether a thread has up to 64 values) of each launch.
-    fn launches(&self) -> impl Iterator<Item = (usize, usize, u32, bool)> {
+    /// (first row, rows, threads, vectors of a thread) of each launch.
+    fn launches(&self) -> impl Iterator<Item = (usize, usize, u32, usize)> {
         let mut first = 0;
         self.rows.chunk_by(|a, b| block(a.length) == block(b.length)).map(move |rows| {
             let at = first;
             first += rows.len();
-            let (long, threads) = block(rows[0].length);
-            (at, rows.len(), threads, long)
+            let (vectors, threads) = block(rows[0].length);
+            (at, rows.len(), threads, vectors)
         })
     }
 }
 
-/// Threads for a row of this length, of 32 values each or (true) 64.
-fn block(length: i32) -> (bool, u32) {
-    let length = length as u32;
-    let long = length > 32 * 512;
-    (long, length.div_ceil(if long { 64 } else { 32 }).next_multiple_of(32))
+/// Vectors of a thread, and threads, for a row of this length.
+fn block(length: i32) -> (usize, u32) {
+    let length = length as usize;
+    let [vectors, _] = ROWS.into_iter().find(|&line| length <= capacity(line)).expect("`RowTable::new` checks lengths");
+    (vectors, length.div_ceil(4 * vectors).next_multiple_of(32) as u32)
 }
 
 /// Where the effective weights go.
@@ -124,66 +129,22 @@ pub struct Effective {
     pub plain: DevicePtr,
 }
 
-/// Device memory of a step.
-#[derive(Clone, Copy, Debug)]
-pub struct StepArenas<'a> {
-    /// The trained rows, [`RowTable::rows`].
-    pub rows: DevicePtr,
-    /// One [`StepScalars`].
-    pub scalars: DevicePtr,
-    /// Stored weights.
-    pub weight: DevicePtr,
-    /// Accumulated gradients with respect to the effective weights.
-    pub grad: DevicePtr,
-    /// Adam's first moment.
-    pub m: DevicePtr,
-    /// Adam's second moment.
-    pub v: DevicePtr,
-    /// Moving averages, at most [`MAX_EMAS`].
-    pub emas: &'a [DevicePtr],
-    /// Effective weights.
-    pub effective: Effective,
-    /// Scratch, 8 bytes for each row.
-    pub stats: DevicePtr,
-    /// Receives one [`StepTotals`](super::structs::StepTotals).
-    pub totals: DevicePtr,
-}
-
-/// One step over all rows of `table`, `rounds` as in [`Normalization::Train`]; effective weights are
-/// then those of the next step.
-pub fn step(p: Precision, table: &RowTable, arenas: &StepArenas, rounds: usize) -> Vec<Launch> {
-    assert!(arenas.emas.len() <= MAX_EMAS, "{} moving averages", arenas.emas.len());
-    let mut emas = [DevicePtr::NULL; MAX_EMAS];
-    emas[..arenas.emas.len()].copy_from_slice(arenas.emas);
-    let mut launches: Vec<Launch> = table
-        .launches()
-        .map(|(first, rows, threads, long)| {
-            let kernel = p.pick(if long {
-                ["weight_step_16_f16", "weight_step_16_bf16"]
-            } else {
-                ["weight_step_8_f16", "weight_step_8_bf16"]
-            });
-            let params = WeightStep {
-                rows: arenas.rows.offset(first * size_of::<WeightRow>()),
-                scalars: arenas.scalars,
-                weight: arenas.weight,
-                grad: arenas.grad,
-                m: arenas.m,
-                v: arenas.v,
-                emas,
-                effective: arenas.effective.weights,
-                plain: arenas.effective.plain,
-                stats: arenas.stats.offset(first * 8),
-                ema_count: arenas.emas.len() as i32,
-                rounds: rounds as i32,
-            };
-            Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
-        })
-        .collect();
-    let count = table.rows.len() as i32;
-    let params = ReduceStats { rows: arenas.stats, totals: arenas.totals, count, padding: 0 };
-    launches.push(Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params));
-    launches
+/// One step over all rows of `table`; effective weights are then those of the next one. `memory` has the addresses: of the
+/// rows, one [`StepScalars`], the arenas, and 8 bytes of scratch for each row in `stats`; and the counts, `rounds` as in
+/// [`Normalization::Train`]. `totals` receives one [`StepTotals`](super::structs::StepTotals).
+pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePtr) -> Vec<Launch> {
+    let launch = |(first, rows, threads, vectors): (usize, usize, u32, usize)| {
+        let kernel = format!("weight_step_{vectors}_{}", p.name());
+        let params = WeightStep {
+            rows: memory.rows.offset(first * size_of::<WeightRow>()),
+            stats: memory.stats.offset(first * 8),
+            ..memory
+        };
+        Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
+    };
+    let params = ReduceStats { rows: memory.stats, totals, count: table.rows.len() as i32, padding: 0 };
+    let reduce = Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params);
+    table.launches().map(launch).chain([reduce]).collect()
 }
 
 /// Effective weights from `source`, an arena of stored weights or of an average. `rows` is the address of
@@ -200,12 +161,8 @@ pub fn prepare(
         Normalization::Eval => 1,
         Normalization::Train { rounds } => rounds as i32 + 1,
     };
-    let launch = |(first, count, threads, long): (usize, usize, u32, bool)| {
-        let kernel = p.pick(if long {
-            ["weight_prepare_16_f16", "weight_prepare_16_bf16"]
-        } else {
-            ["weight_prepare_8_f16", "weight_prepare_8_bf16"]
-        });
+    let launch = |(first, count, threads, vectors): (usize, usize, u32, usize)| {
+        let kernel = format!("weight_prepare_{vectors}_{}", p.name());
         let rows = rows.offset(first * size_of::<WeightRow>());
         let params = WeightPrepare { rows, source, effective: to.weights, plain: to.plain, rounds, padding: 0 };
         Launch::new(kernel, [count as u32, 1, 1], threads, 0, &params)

@@ -107,13 +107,6 @@ impl Vae {
 }
 
 fn read_tensor(file: &SafeFile, name: &str, shape: &[usize]) -> Result<Vec<f32>, SafeError> {
-    let found = file.shape(name)?;
-    if found != shape {
-        return Err(file.unexpected(name, format!("shape {found:?}"), format!("{shape:?}")));
-    }
-    let values = file.f32(name)?;
-    match values.iter().position(|x| !x.is_finite()) {
-        Some(at) => Err(file.unexpected(name, format!("{} at {at}", values[at]), "finite numbers")),
-        None => Ok(values),
-    }
+    file.expect_shape(name, shape)?;
+    file.finite_f32(name)
 }

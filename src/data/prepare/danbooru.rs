@@ -26,7 +26,7 @@ use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::data::shard::Drop;
-use crate::formats::{input, tar};
+use crate::formats::{At, input, tar};
 use crate::pictures::fit::crop;
 
 /// The posts, and which to take of them.
@@ -82,7 +82,7 @@ impl Records for Danbooru {
         let mut passed: HashMap<i64, Box<[u32]>> = HashMap::new();
         let mut unusable = HashSet::new();
         let total = fs::metadata(&self.posts).map_or(0, |about| about.len());
-        read_lines(&self.posts, |line, end| {
+        read_lines(&self.posts, |line, end| -> Result<(), String> {
             let post: Post = serde_json::from_slice(line)
                 .map_err(|error| input::in_one_line(&error))
                 .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
@@ -204,13 +204,12 @@ fn find_files<T: Sync>(
 
 /// Archives, and files that bear an id, in a folder and below it.
 fn list(dir: &Path, seen: &mut HashSet<PathBuf>, found: &mut Vec<PathBuf>) -> Result<(), PrepareError> {
-    let io_error = |cause| PrepareError::Io { path: dir.into(), cause };
     // Links may lead in circles.
-    if !seen.insert(fs::canonicalize(dir).map_err(io_error)?) {
+    if !seen.insert(fs::canonicalize(dir).at(dir)?) {
         return Ok(());
     }
-    for entry in fs::read_dir(dir).map_err(io_error)? {
-        let path = entry.map_err(io_error)?.path();
+    for entry in fs::read_dir(dir).at(dir)? {
+        let path = entry.at(dir)?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar")) || id_of(name).is_some() {
             found.push(path);

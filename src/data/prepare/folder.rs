@@ -13,7 +13,7 @@ use super::records::{Listing, Place, Record, Records, read_lines};
 use super::report::{PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
-use crate::formats::input;
+use crate::formats::{At, input};
 
 /// See above.
 #[derive(Debug, Clone)]
@@ -45,10 +45,10 @@ impl Records for Folder {
     }
 
     fn read(&self, _: &Settings, _: Report) -> Result<Listing, PrepareError> {
-        fs::read_dir(&self.images).map_err(|cause| PrepareError::Io { path: self.images.clone(), cause })?;
+        fs::read_dir(&self.images).at(&self.images)?;
         let mut listing = Listing::default();
         let mut ids = HashSet::new();
-        read_lines(&self.metadata, |text, _| {
+        read_lines(&self.metadata, |text, _| -> Result<(), String> {
             let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
             let Line { id, file, tags, flip, repeats } = serde_json::from_str(text).map_err(|error| {
                 let error = input::in_one_line(&error);

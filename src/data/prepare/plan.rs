@@ -16,6 +16,7 @@ use crate::codec::LATENTS;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
 use crate::data::shard::{self, Header, Kind, Notes, VOCABULARY_FILE, VocabularyPrint, check_whole};
+use crate::formats::At;
 use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
 use crate::memory;
@@ -102,10 +103,9 @@ impl<'a> Plan<'a> {
     /// Which of the shards are there and whole. Those that hold no image are made again, whatever they were made with;
     /// any other that was made otherwise is an error.
     pub fn existing(&self, out: &Path, report: Report) -> Result<Vec<bool>, PrepareError> {
-        let io_error = |cause| PrepareError::Io { path: out.into(), cause };
         let mut there = HashMap::new();
-        for entry in fs::read_dir(out).map_err(io_error)? {
-            let entry = entry.map_err(io_error)?;
+        for entry in fs::read_dir(out).at(out)? {
+            let entry = entry.at(out)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let of_split = Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")));
             if of_split && name.ends_with(".safetensors") {
@@ -115,7 +115,7 @@ impl<'a> Plan<'a> {
         // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
         if there.values().all(|file| file.as_ref().is_ok_and(shard::holds_nothing)) {
             for name in there.keys() {
-                fs::remove_file(out.join(name)).map_err(|cause| PrepareError::Io { path: out.join(name), cause })?;
+                fs::remove_file(out.join(name)).at(out.join(name))?;
             }
             return Ok(vec![false; self.jobs.len()]);
         }
@@ -253,8 +253,7 @@ fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), Prepa
 /// a reason to look, as they change with copying, and contents decide.
 fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let (path, begun) = (file.path(), SystemTime::now());
-    let made = fs::metadata(path).and_then(|about| about.modified());
-    let made = made.map_err(|cause| PrepareError::Io { path: path.into(), cause })?;
+    let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
     let newer = |(record, _): &(&&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
     let suspects: Vec<_> = job.members.iter().zip(&notes.pictures).filter(newer).collect();
     let replaced = |(record, then): &(&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
@@ -271,15 +270,14 @@ fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), Prepa
 
 /// Gives a shard the time at which its pictures began to be read: what changed since is newer.
 pub(super) fn date(path: &Path, begun: SystemTime) -> Result<(), PrepareError> {
-    let dated = File::options().write(true).open(path).and_then(|file| file.set_modified(begun));
-    dated.map_err(|cause| PrepareError::Io { path: path.into(), cause })
+    Ok(File::options().write(true).open(path).and_then(|file| file.set_modified(begun)).at(path)?)
 }
 
 /// An error if a vocabulary's file is not what was counted, but for the names of tags.
 fn check_vocabulary(path: &Path, counted: &Vocabulary, report: Report) -> Result<(), PrepareError> {
     let damaged = |what: String| PrepareError::DamagedVocabulary { path: path.into(), what };
     let found = Vocabulary::load(path).map_err(|error| match error {
-        VocabularyError::Io { .. } => error.into(),
+        VocabularyError::Io(_) => error.into(),
         VocabularyError::Json { cause, .. } => damaged(cause.to_string()),
         VocabularyError::File { cause, .. } => damaged(cause.to_string()),
         other => damaged(other.to_string()),

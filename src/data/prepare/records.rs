@@ -1,6 +1,7 @@
 //! Records: where pictures are and what is known of them. Whoever has some in another form implements [`Records`].
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::num::NonZeroU8;
@@ -11,7 +12,7 @@ use std::time::SystemTime;
 use super::report::{PrepareError, Report};
 use super::settings::Settings;
 use crate::data::shard::Drops;
-use crate::formats::input;
+use crate::formats::{At, FileError, input};
 use crate::pictures::decode::MAX_BYTES;
 use crate::system;
 
@@ -68,8 +69,8 @@ pub struct Record {
 
 impl Record {
     /// The bytes of its file; or what is wrong with that, which is no image then.
-    pub(super) fn read(&self) -> Result<Result<Vec<u8>, String>, PrepareError> {
-        self.place.read().map_err(|cause| PrepareError::Io { path: self.place.path().into(), cause })
+    pub(super) fn read(&self) -> Result<Result<Vec<u8>, String>, FileError> {
+        self.place.read().at(self.place.path())
     }
 }
 
@@ -78,15 +79,9 @@ impl Record {
 pub enum Place {
     /// All of a file.
     File(PathBuf),
-    /// A part of an archive.
-    Member {
-        /// The archive.
-        tar: Arc<Path>,
-        /// Where the part begins.
-        offset: u64,
-        /// Its length.
-        size: u64,
-    },
+    /// So many bytes from an offset in an archive on.
+    #[allow(missing_docs)]
+    Member { tar: Arc<Path>, offset: u64, size: u64 },
 }
 
 impl Place {
@@ -174,10 +169,12 @@ impl Tags {
 
 /// The lines of a JSON-lines file that are not blank, one after the other, to `each` with their number and where they
 /// end in the file.
-pub fn read_lines(path: &Path, mut each: impl FnMut(&[u8], u64) -> Result<(), String>) -> Result<(), PrepareError> {
-    let io_error = |cause| PrepareError::Io { path: path.into(), cause };
-    let mut reader = BufReader::with_capacity(1 << 20, input::open(path).map_err(io_error)?);
-    let head = reader.fill_buf().map_err(io_error)?;
+pub fn read_lines<E: Display>(
+    path: &Path,
+    mut each: impl FnMut(&[u8], u64) -> Result<(), E>,
+) -> Result<(), PrepareError> {
+    let mut reader = BufReader::with_capacity(1 << 20, input::open(path).at(path)?);
+    let head = reader.fill_buf().at(path)?;
     let array = head.trim_ascii_start().starts_with(b"[");
     let what = if array { Some("a list in JSON") } else { input::kind(head) };
     if let Some(what) = what.filter(|what| array || !what.contains("JSON") && *what != "empty") {
@@ -190,7 +187,7 @@ pub fn read_lines(path: &Path, mut each: impl FnMut(&[u8], u64) -> Result<(), St
     }
     for line in 1.. {
         text.clear();
-        let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut text).map_err(io_error)? as u64;
+        let length = (&mut reader).take(MAX_LINE).read_until(b'\n', &mut text).at(path)? as u64;
         if length == 0 {
             break;
         }
@@ -201,7 +198,7 @@ pub fn read_lines(path: &Path, mut each: impl FnMut(&[u8], u64) -> Result<(), St
         }
         let text = text.trim_ascii();
         if !text.is_empty() {
-            each(text, end).map_err(wrong)?;
+            each(text, end).map_err(|why| wrong(why.to_string()))?;
         }
     }
     Ok(())

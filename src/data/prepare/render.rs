@@ -19,7 +19,7 @@ use crate::data::features::Features;
 use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
 use crate::formats::fingerprint::Fingerprint;
 use crate::pictures::decode::{Image, decode};
-use crate::pictures::{Picture, fit};
+use crate::pictures::{Picture, PictureError, fit};
 
 /// Images that are decoded at a time.
 pub(super) const CHUNK: usize = 64;
@@ -173,7 +173,7 @@ impl Renderer<'_> {
 
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
         let Settings { size, background, max_crop, .. } = self.settings;
-        let unreadable = |why: String| (Drop::Unreadable, why);
+        let unreadable = |why: PictureError| (Drop::Unreadable, why.to_string());
         let Image { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
         let crop = fit::crop([width, height], *size);

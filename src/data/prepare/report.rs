@@ -1,7 +1,7 @@
 //! What a preparation tells: what stops it, what happens meanwhile, and what came of it.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::ser::SerializeStruct;
@@ -14,7 +14,7 @@ use crate::data::features::FeatureError;
 use crate::data::shard::{Drops, ShardError};
 use crate::formats::safetensors::SafeError;
 use crate::formats::tar::TarError;
-use crate::formats::{LockError, write_atomically};
+use crate::formats::{At, FileError, LockError, write_atomically};
 use crate::memory::TooLarge;
 use crate::onnx::OnnxError;
 
@@ -25,8 +25,8 @@ pub const SUMMARY_FILE: &str = "summary.json";
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum PrepareError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{} line {line}: {what}", path.display())]
     Line { path: PathBuf, line: usize, what: String },
     #[error("{}: no records", path.display())]
@@ -81,62 +81,26 @@ pub type Report<'a> = &'a (dyn Fn(Event) + Sync);
 
 /// What happens meanwhile, for a progress display.
 #[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)] // the variants say it
 pub enum Event<'a> {
-    /// So much of the input has been looked through, of so much.
-    Reading {
-        /// What it is.
-        what: &'static str,
-        /// How much has been read.
-        done: u64,
-        /// How much there is.
-        total: u64,
-    },
+    /// So much of the input, of this kind, has been looked through, of so much.
+    Reading { what: &'static str, done: u64, total: u64 },
     /// So many records will be handled.
     Start(usize),
     /// So many records are done.
     Done(usize),
     /// Something that the user should know.
-    Warning {
-        /// What.
-        text: &'a str,
-    },
+    Warning { text: &'a str },
     /// An image cannot be used.
-    Unreadable {
-        /// Its name.
-        file: &'a str,
-        /// Why.
-        why: &'a str,
-    },
-    /// An image has a colour profile that could not be applied.
-    Unapplied {
-        /// Its name.
-        file: &'a str,
-        /// That of the profile.
-        profile: &'a str,
-    },
+    Unreadable { file: &'a str, why: &'a str },
+    /// An image has a colour profile of this name, which could not be applied.
+    Unapplied { file: &'a str, profile: &'a str },
     /// A shard that was there is damaged, and made again.
-    Damaged {
-        /// What is wrong with it.
-        why: &'a str,
-    },
-    /// Tags have other names in the vocabulary's file than in the records.
-    Renamed {
-        /// How many.
-        tags: usize,
-        /// The first of them, in the records.
-        was: &'a str,
-        /// In the file.
-        now: &'a str,
-    },
-    /// A shard is whole.
-    Shard {
-        /// Name of its file.
-        name: &'a str,
-        /// Images in it.
-        images: usize,
-        /// Whether it was there already.
-        kept: bool,
-    },
+    Damaged { why: &'a str },
+    /// So many tags have other names in the vocabulary's file than in the records; those of the first.
+    Renamed { tags: usize, was: &'a str, now: &'a str },
+    /// A shard of so many images is whole; whether it was there already.
+    Shard { name: &'a str, images: usize, kept: bool },
 }
 
 /// Counts of one split.
@@ -184,10 +148,10 @@ impl Summary {
     /// Writes `summary.json` into the dataset's directory.
     pub(super) fn save(&self, out: &Path) -> Result<(), PrepareError> {
         let path = out.join(SUMMARY_FILE);
-        write_atomically(&path, |out| {
+        let written = write_atomically(&path, |out| {
             serde_json::to_writer_pretty(&mut *out, self)?;
             out.write_all(b"\n")
-        })
-        .map_err(|cause| PrepareError::Io { path, cause })
+        });
+        Ok(written.at(path)?)
     }
 }

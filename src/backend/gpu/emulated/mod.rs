@@ -50,18 +50,14 @@ pub enum Order {
 
 /// Why the emulator did not do what was asked.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
 pub enum EmulatorError {
     /// The library could not be loaded.
     #[error("cannot load the emulator: {0}")]
     Load(#[from] libloading::Error),
     /// A kernel file could not be compiled.
     #[error("{} does not compile: {said}", path.display())]
-    Compile {
-        /// The file.
-        path: PathBuf,
-        /// What the compiler, or the system, said.
-        said: String,
-    },
+    Compile { path: PathBuf, said: String },
     /// A launch, allocation or setting that a device would refuse too.
     #[error("{0}")]
     Refused(String),
@@ -70,24 +66,10 @@ pub enum EmulatorError {
     Fault(String),
     /// A kernel was given other arguments than it takes.
     #[error("kernel {kernel}: arguments of {found:?} bytes, expected {expected:?}")]
-    Arguments {
-        /// Its name.
-        kernel: String,
-        /// Sizes of the arguments given.
-        found: Vec<usize>,
-        /// Sizes of its parameters.
-        expected: Vec<usize>,
-    },
+    Arguments { kernel: String, found: Vec<usize>, expected: Vec<usize> },
     /// A copy beyond the end of device memory.
     #[error("copy of {bytes} bytes at {offset}, but the memory has {size}")]
-    CopyRange {
-        /// Where it begins.
-        offset: usize,
-        /// Its length.
-        bytes: usize,
-        /// Size of the memory.
-        size: usize,
-    },
+    CopyRange { offset: usize, bytes: usize, size: usize },
 }
 
 type Result<T> = std::result::Result<T, EmulatorError>;

@@ -70,10 +70,7 @@ impl Gpu {
     ) {
         let shape = self.conv_shape(w, x);
         let (a, skip) = self.multiplied(w, x);
-        let conv = match Fprop::new(shape, self.math, self.card) {
-            Ok(conv) => conv,
-            Err(e) => return self.unsupported(e),
-        };
+        let Some(conv) = self.fits(Fprop::new(shape, self.math, self.card)) else { return };
         let scratch = self.scratch(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
         let inputs = (a.ptr(), skip.as_ref().map(Tensor::ptr));

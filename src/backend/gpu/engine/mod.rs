@@ -98,9 +98,6 @@ impl Gpu {
     }
 
     /// Holds gradients, Adam's moments and `emas` moving averages too.
-    ///
-    /// # Errors
-    /// As [`Gpu::for_sampling`].
     pub fn for_training(
         runtime: Rc<dyn Runtime>,
         math: impl Into<Math>,
@@ -157,6 +154,11 @@ impl<P> Gpu<P> {
         self.fail(DeviceError::Unavailable(format!("the network does not fit the kernels: {error}")));
     }
 
+    /// What was made for a shape, if the kernels take that.
+    pub(super) fn fits<T, E: std::fmt::Display>(&mut self, made: Result<T, E>) -> Option<T> {
+        made.map_err(|e| self.unsupported(e)).ok()
+    }
+
     /// The error that nobody was told yet.
     fn check(&mut self) -> Result<(), DeviceError> {
         self.failed.take().map_or(Ok(()), Err)
@@ -186,9 +188,8 @@ impl<P> Gpu<P> {
         work: Work,
         commands: Result<impl IntoIterator<Item = C>, E>,
     ) {
-        match commands {
-            Ok(commands) => self.go(work, commands),
-            Err(e) => self.unsupported(e),
+        if let Some(commands) = self.fits(commands) {
+            self.go(work, commands);
         }
     }
 

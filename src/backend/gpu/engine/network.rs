@@ -3,7 +3,8 @@
 use super::super::attention::Attention;
 use super::super::conv::Epilogue;
 use super::super::embedding::{self, EmbedLayers, LabelLayer, ScaleTable};
-use super::super::precond::{self, LogvarParams};
+use super::super::precond;
+use super::super::structs;
 use super::*;
 use crate::params::mp_sum_weights;
 
@@ -137,13 +138,17 @@ impl NetworkBackend for Gpu {
         let (n, channels) = (sigma.shape()[0], self.params.dims(p.weight)[1]);
         let features = self.plain([n, 1, 1, channels], Format::F32);
         let logvar = self.plain([n, 1, 1, 1], Format::F32);
-        let layer = LogvarParams {
+        let params = structs::Logvar {
+            sigma: sigma.ptr(),
             freqs: self.params.plain(p.freqs),
             phases: self.params.plain(p.phases),
             weight: self.params.effective(p.weight),
-            channels,
+            features: features.ptr(),
+            logvar: logvar.ptr(),
+            channels: channels as i32,
+            padding: 0,
         };
-        let launch = precond::logvar(self.precision, n, &layer, sigma.ptr(), features.ptr(), logvar.ptr());
+        let launch = precond::logvar(self.precision, n, &params);
         self.go(Work::new("logvar", logvar.shape()).with([&features]), [launch]);
         (features, logvar)
     }

@@ -17,9 +17,6 @@ pub struct Timing {
 impl<P> Gpu<P> {
     /// Times the last plan made of `key`: the whole, and each kind of operation by itself, as often as asked, each time
     /// with a cold cache. For every kind of operation how many there are, and the seconds of one.
-    ///
-    /// # Errors
-    /// The device's.
     pub fn time(&mut self, key: &dyn PlanKey, repeats: usize) -> Result<Timing, DeviceError> {
         let runtime = self.runtime.clone();
         let flushed = runtime.allocate(FLUSH_BYTES, "flushing the cache")?;

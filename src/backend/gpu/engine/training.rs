@@ -2,9 +2,11 @@
 
 use super::super::attention::Attention;
 use super::super::conv::{Dgrad, Inputs, Through, Wgrad};
-use super::super::embedding::{self, ScaleGrads};
-use super::super::precond::{self, LossArenas};
+use super::super::embedding;
+use super::super::precond;
+use super::super::structs::{EmbScalesBackward, LossParams};
 use super::*;
+use bytemuck::Zeroable;
 
 impl TrainingBackend for Gpu {
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
@@ -28,7 +30,7 @@ impl TrainingBackend for Gpu {
         let grad_raw = self.plain(shape, Format::Half);
         let [per_image, grad_logvar] = [0; 2].map(|_| self.plain([n, 1, 1, 1], Format::F32));
         let partial = self.scratch(precond::loss_scratch(shape));
-        let arenas = LossArenas {
+        let memory = LossParams {
             clean: clean.ptr(),
             noisy: noisy.ptr(),
             raw: raw.ptr(),
@@ -40,9 +42,10 @@ impl TrainingBackend for Gpu {
             per_image: per_image.ptr(),
             grad_logvar: grad_logvar.ptr(),
             grad_gain: self.params.grad(i.out_gain),
+            ..Zeroable::zeroed()
         };
         let work = Work::new("loss", shape).with([&clean, &noisy, &raw, &grad_raw]);
-        self.go(work, precond::loss(self.precision, shape, &arenas, i.sigma_data));
+        self.go(work, precond::loss(self.precision, shape, i.sigma_data, memory));
         Loss { per_image, grad_raw, grad_logvar }
     }
 
@@ -59,10 +62,7 @@ impl TrainingBackend for Gpu {
         let shape = self.conv_shape(w, &x);
         let (inputs, held) = self.inputs(&x);
         let grad = self.as_output_of(w, grad);
-        let conv = match Wgrad::new(shape, self.math, self.card) {
-            Ok(conv) => conv,
-            Err(e) => return self.unsupported(e),
-        };
+        let Some(conv) = self.fits(Wgrad::new(shape, self.math, self.card)) else { return };
         let scratch = self.scratch(conv.scratch_bytes());
         let launches = conv.launches(inputs, grad.ptr(), gain as f32, self.params.grad(w), scratch.ptr());
         let [rows, cin, taps] = self.params.dims(w);
@@ -108,12 +108,8 @@ impl TrainingBackend for Gpu {
             }
             None => (None, acc_skip),
         };
-        let conv = match Dgrad::new(shape, false, self.math, self.card) {
-            Ok(conv) => conv,
-            Err(e) => {
-                self.unsupported(e);
-                return OperandGrad { x: gx, skip: gskip };
-            }
+        let Some(conv) = self.fits(Dgrad::new(shape, false, self.math, self.card)) else {
+            return OperandGrad { x: gx, skip: gskip };
         };
         let scratch = self.scratch(conv.scratch_bytes());
         let to = (gx.ptr(), DevicePtr::of(gskip.as_ref()));
@@ -139,13 +135,7 @@ impl TrainingBackend for Gpu {
         let shape = self.conv_shape(w, &operand);
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.plain(pre.shape(), Format::Half);
-        let conv = match Dgrad::new(shape, true, self.math, self.card) {
-            Ok(conv) => conv,
-            Err(e) => {
-                self.unsupported(e);
-                return gx;
-            }
-        };
+        let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, self.card)) else { return gx };
         let scratch = self.scratch(conv.scratch_bytes());
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
@@ -219,17 +209,21 @@ impl TrainingBackend for Gpu {
         let grad_emb = self.plain(emb.shape(), Format::F32);
         let Some((table, tiles)) = self.scale_table(layers) else { return grad_emb };
         let scratch = self.scratch(table.scratch(n));
-        let grads = ScaleGrads {
-            emb: emb.ptr(),
-            scales: grad_scales.ptr(),
-            arena: self.params.all_grads(),
-            grad_emb: grad_emb.ptr(),
-            scratch: scratch.ptr(),
-        };
         let effective = self.params.all_effective();
+        let memory = EmbScalesBackward {
+            tiles,
+            weights: effective.weights,
+            plain: effective.plain,
+            emb: emb.ptr(),
+            grad: grad_scales.ptr(),
+            grads: self.params.all_grads(),
+            grad_emb: grad_emb.ptr(),
+            gain_sums: scratch.ptr(),
+            ..Zeroable::zeroed()
+        };
         // Effective weights once, their gradients read and written.
         let bytes = layers.iter().map(|layer| 5 * self.params.effective_bytes(layer.weight)).sum();
-        let launches = embedding::emb_scales_backward(self.precision, n, &table, tiles, effective, &grads);
+        let launches = embedding::emb_scales_backward(self.precision, n, &table, memory);
         self.go(Work::new("emb_scales_backward", grad_scales.shape()).bytes(bytes).sums(2 * emb.shape()[3]), launches);
         grad_emb
     }
