@@ -148,7 +148,7 @@ fn damage_is_named() {
     let data = Dataset::open(&path, Split::Train).unwrap();
     let reads = |i: usize| data.image(i, NOISE, &mut vec![0.0; 192]).map_err(|error| error.to_string());
     assert!(reads(0).is_ok());
-    for (i, expected) in [(1, "latents of 3x2, but the archive's first is of 8x8"), (2, "no image of a known kind")] {
+    for (i, expected) in [(1, "it is a NumPy array (.npy)"), (2, "no image of a known kind")] {
         let error = reads(i).unwrap_err();
         assert!(error.contains(&names[i]) && error.contains(expected), "{error}");
     }
@@ -188,7 +188,7 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
         "train --data data.zip --outdir run --config net.json --batch 4 --batch-gpu 4 --rampup 0 --seed 1 --device cpu";
     run(&format!("{train} --duration 16")).success();
     run(&format!("{train} --duration 24")).success(); // goes on
-    let model = "run/snapshot-000000024-0.05.safetensors";
+    let model = "run/snapshot-000000024-0.050.safetensors";
     let opened = Model::load(at.join(model)).unwrap();
     assert_eq!((opened.net.config.label_dim, opened.meta.vocabulary.len()), (CLASSES, 0));
     let said = printed(run(&format!("eval --model {model} --data data.zip --split train --device cpu")));
@@ -216,7 +216,7 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     assert!(pixels("d/000000.png") == pixels("a/000000.png"));
 
     for (arguments, expected) in [
-        ("--class 3", "--class: run/snapshot-000000024-0.05.safetensors: class 3, expected 0 to 2"),
+        ("--class 3", "--class: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class shrk --class-names names.txt", "--class: unknown class \"shrk\", did you mean \"shark\"?"),
         ("--class shark", "--class: \"shark\" is no number, and there are no names of classes"),
         ("--class random --class 1", "--class: \"random\" goes alone"),

@@ -623,8 +623,8 @@ fn a_prompt_is_read_as_it_will_be_drawn() {
     };
     assert_eq!(rounded(&read["tags"]), rounded(&tags));
     assert_eq!(read["tags"][1]["tag"], "dog");
-    let said = get("(dgo:2)").expect(422);
-    assert!(said["detail"].as_str().unwrap().contains("unknown tag \"dgo\", did you mean \"dog\"?"), "{said}");
+    let said = get("(haert:2)").expect(422);
+    assert!(said["detail"].as_str().unwrap().contains("unknown tag \"haert\", did you mean \"heart\"?"), "{said}");
     assert!(get("(cat").expect(422)["detail"].as_str().unwrap().contains("has no partner"));
 }
 
