@@ -12,59 +12,12 @@ use edm2k::sample::presets::{PRESETS, preset};
 use image::{ExtendedColorType, ImageEncoder};
 use serde_json::{Value, json};
 
+#[path = "common/zip.rs"]
+mod archive;
 #[path = "common/command.rs"]
 mod command;
+use archive::zip;
 use command::{edm2k, printed, refused_in_one_line};
-
-/// A zip of stored entries as Python's `zipfile` writes it; `wide` with the records of archives of more than 4 GiB.
-fn zip(entries: &[(&str, Vec<u8>)], wide: bool) -> Vec<u8> {
-    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
-    for (name, data) in entries {
-        let offset = bytes.len() as u32;
-        let (size, crc) = (data.len() as u32, crc32fast::hash(data));
-        let common = |out: &mut Vec<u8>, size: u32, extra: u16| {
-            out.extend([20, 0, 0, 0, 0, 0, 0, 0, 33, 0]);
-            [crc, size, size].iter().for_each(|x| out.extend(x.to_le_bytes()));
-            out.extend((name.len() as u16).to_le_bytes());
-            out.extend(extra.to_le_bytes());
-        };
-        bytes.extend(b"PK\x03\x04");
-        // An extra field that nobody knows, as some programs align by.
-        common(&mut bytes, size, 6);
-        bytes.extend(name.as_bytes());
-        bytes.extend([0xfe, 0xca, 2, 0, 0, 0]);
-        bytes.extend(data);
-        directory.extend(b"PK\x01\x02\x14\x00");
-        common(&mut directory, if wide { u32::MAX } else { size }, if wide { 28 } else { 0 });
-        directory.extend([0; 10]);
-        directory.extend(if wide { u32::MAX } else { offset }.to_le_bytes());
-        directory.extend(name.as_bytes());
-        if wide {
-            directory.extend([1, 0, 24, 0]);
-            [size, size, offset].iter().for_each(|&x| directory.extend(u64::from(x).to_le_bytes()));
-        }
-    }
-    let (at, count) = (bytes.len() as u64, entries.len() as u64);
-    bytes.extend(&directory);
-    if wide {
-        let record = bytes.len() as u64;
-        bytes.extend(b"PK\x06\x06");
-        bytes.extend(44u64.to_le_bytes());
-        bytes.extend([45, 0, 45, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        [count, count, directory.len() as u64, at].iter().for_each(|x| bytes.extend(x.to_le_bytes()));
-        bytes.extend(b"PK\x06\x07\0\0\0\0");
-        bytes.extend(record.to_le_bytes());
-        bytes.extend(1u32.to_le_bytes());
-    }
-    bytes.extend(b"PK\x05\x06\0\0\0\0");
-    let short = if wide { u16::MAX } else { count as u16 };
-    [short, short].iter().for_each(|x| bytes.extend(x.to_le_bytes()));
-    bytes.extend((directory.len() as u32).to_le_bytes());
-    bytes.extend(if wide { u32::MAX } else { at as u32 }.to_le_bytes());
-    bytes.extend(7u16.to_le_bytes());
-    bytes.extend(b"comment");
-    bytes
-}
 
 /// A picture that is the square of its class.
 fn picture(class: usize, number: usize) -> Vec<u8> {
@@ -195,7 +148,7 @@ fn damage_is_named() {
     let data = Dataset::open(&path, Split::Train).unwrap();
     let reads = |i: usize| data.image(i, NOISE, &mut vec![0.0; 192]).map_err(|error| error.to_string());
     assert!(reads(0).is_ok());
-    for (i, expected) in [(1, "latents of 3x2, but the archive's first is of 8x8"), (2, "no image of a known kind")] {
+    for (i, expected) in [(1, "it is a NumPy array (.npy)"), (2, "no image of a known kind")] {
         let error = reads(i).unwrap_err();
         assert!(error.contains(&names[i]) && error.contains(expected), "{error}");
     }
@@ -235,7 +188,7 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
         "train --data data.zip --outdir run --config net.json --batch 4 --batch-gpu 4 --rampup 0 --seed 1 --device cpu";
     run(&format!("{train} --duration 16")).success();
     run(&format!("{train} --duration 24")).success(); // goes on
-    let model = "run/snapshot-000000024-0.05.safetensors";
+    let model = "run/snapshot-000000024-0.050.safetensors";
     let opened = Model::load(at.join(model)).unwrap();
     assert_eq!((opened.net.config.label_dim, opened.meta.vocabulary.len()), (CLASSES, 0));
     let said = printed(run(&format!("eval --model {model} --data data.zip --split train --device cpu")));
@@ -263,7 +216,7 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     assert!(pixels("d/000000.png") == pixels("a/000000.png"));
 
     for (arguments, expected) in [
-        ("--class 3", "--class: run/snapshot-000000024-0.05.safetensors: class 3, expected 0 to 2"),
+        ("--class 3", "--class: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class shrk --class-names names.txt", "--class: unknown class \"shrk\", did you mean \"shark\"?"),
         ("--class shark", "--class: \"shark\" is no number, and there are no names of classes"),
         ("--class random --class 1", "--class: \"random\" goes alone"),

@@ -734,7 +734,7 @@ fn prompts_have_weights_negatives_and_seeds() {
 
     bench.fails("--outdir e --prompts prompts.txt --seeds 1", "the prompts of --prompts have seeds of their own");
     bench.fails("--outdir e --tags cat --negative dog --guidance 1", "a negative prompt does nothing at --guidance 1");
-    bench.fails("--outdir e --tags cat --negative dgo", "--negative: unknown tag \"dgo\", did you mean \"dog\"?");
+    bench.fails("--outdir e --tags cat --negative haert", "--negative: unknown tag \"haert\", did you mean \"heart\"?");
     bench.fails("--outdir e --tags |(cat:1.5|", "--tags: the bracket ( has no partner in \"(cat:1.5\"");
     fs::write(bench.path("bad.txt"), "cat\n(dgo:2)\n").unwrap();
     bench.fails("--outdir e --prompts bad.txt", "--prompts: bad.txt line 2: unknown tag \"dgo\"");
