@@ -22,6 +22,45 @@
 // Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).
 #include "conv_finish.cuh"
 
+// The sums of a tile: over the lanes with the same channels, then over the warps of a column.
+template <class Tile>
+__device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, float (&sums)[8]) {
+    constexpr int CHUNKS = Tile::WN / 8;
+    float* const of_warps = reinterpret_cast<float*>(smem);  // [WARPS_M][BN]
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+#pragma unroll
+        for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
+    __syncthreads();
+    if (threadIdx.x % 32 < CHUNKS)
+        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
+    __syncthreads();
+    const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x;
+    if (threadIdx.x >= Tile::BN || channel >= cin) return;
+    float sum = 0;
+#pragma unroll
+    for (int m = 0; m < Tile::WARPS_M; m++) sum += of_warps[m * Tile::BN + threadIdx.x];
+    p.sums[size_t(blockIdx.x) * cin + channel] = sum;
+}
+
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
+template <class T, class Tile>
+__device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
+    unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
+    const TilePixels<Tile::BM> tile(p.tiles);
+    const int cin = p.ca + p.cb;
+    float sums[8] = {};
+    visit<Tile>([&](int row, int column) {
+        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
+        if (row >= tile.count || channel >= cin) return;
+        float v[8];
+        sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
+        finish<T>(p, pixel, channel, v, sums);
+    });
+    if (p.scale) add_up<Tile>(p, smem, sums);
+}
+
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     DYN_SMEM(unsigned char, smem);
@@ -44,36 +83,10 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
         else
             finish<T>(p, pixel, channel, v, sums);
     });
-    if (p.partial) {
-        unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
-        if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
-        visit<Tile>([&](int row, int column) {
-            const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-            if (row >= tile.count || channel >= cin) return;
-            float v[8];
-            sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
-            finish<T>(p, pixel, channel, v, sums);
-        });
-    }
-    if (!p.scale) return;
-
-    // The tile's sums: over the lanes with the same channels, then over the warps of a column.
-    constexpr int CHUNKS = Tile::WN / 8;
-    float* const of_warps = reinterpret_cast<float*>(smem);  // [WARPS_M][BN]
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-#pragma unroll
-        for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-    __syncthreads();
-    if (threadIdx.x % 32 < CHUNKS)
-        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
-    __syncthreads();
-    const int channel = blockIdx.y * Tile::BN + threadIdx.x;
-    if (threadIdx.x >= Tile::BN || channel >= cin) return;
-    float sum = 0;
-#pragma unroll
-    for (int m = 0; m < Tile::WARPS_M; m++) sum += of_warps[m * Tile::BN + threadIdx.x];
-    p.sums[size_t(blockIdx.x) * cin + channel] = sum;
+    if (p.partial)
+        add_parts<T, Tile>(p, smem);
+    else if (p.scale)
+        add_up<Tile>(p, smem, sums);
 }
 
 // scale_grad from sums: one thread a channel, blockIdx.y the image.

@@ -25,6 +25,21 @@
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
 
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
+template <class T, class Tile>
+__device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
+    unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
+    const TilePixels<Tile::BM> tile(p.tiles);
+    visit<Tile>([&](int row, int column) {
+        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
+        if (row >= tile.count || channel >= p.cout) return;
+        float v[8];
+        sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
+        finish<T>(p, pixel, channel, v);
+    });
+}
+
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     DYN_SMEM(unsigned char, smem);
@@ -46,16 +61,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         else
             finish<T>(p, pixel, channel, v);
     });
-    if (!p.partial) return;
-    unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
-    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
-    visit<Tile>([&](int row, int column) {
-        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-        if (row >= tile.count || channel >= p.cout) return;
-        float v[8];
-        sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
-        finish<T>(p, pixel, channel, v);
-    });
+    if (p.partial) add_parts<T, Tile>(p, smem);
 }
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \

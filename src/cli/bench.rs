@@ -117,9 +117,6 @@ struct Bench<'a> {
 
 /// Runs the subcommand.
 pub fn run(args: BenchArgs) -> Result<()> {
-    if args.picture {
-        return super::picture::run(&args);
-    }
     let Preset { config, size, name, .. } = preset(&args.preset)?;
     let size = args.size.unwrap_or(size);
     config.check_size(size[0], size[1])?;
