@@ -319,13 +319,30 @@ constexpr int OUT_ROW = COLUMNS + 8;
 //     1st load    0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
 //     2nd load    4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
 
+// Calls f(row, column) for the 8 columns in each of a warp's 16 rows of COLUMNS that are this lane's. Its column is always the
+// same.
+template <int COLUMNS, class F>
+__device__ __forceinline__ void visit_rows(F&& f) {
+    constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS;
+#pragma unroll
+    for (int pass = 0; pass < 16 / ROWS; pass++) f(threadIdx.x % 32 / CHUNKS + pass * ROWS, threadIdx.x % CHUNKS * 8);
+}
+
+// The same for a block's tile.
+template <class Tile, class F>
+__device__ __forceinline__ void visit(F&& f) {
+#pragma unroll
+    for (int i = 0; i < Tile::WM / 16; i++)
+        visit_rows<Tile::WN>([&](int row, int column) { f(Tile::warp_m() + i * 16 + row, Tile::warp_n() + column); });
+}
+
 // Calls sink(row, column, v) for the values of a warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of
 // accumulators, four for each 8 columns; v are those of columns column .. column + 8. A thread's column is the same in
 // all its calls. `out` is 16 rows of OUT_ROW floats of the warp's own.
 template <int COLUMNS, class Sink>
 __device__ __forceinline__ void emit_rows(const float (&acc)[COLUMNS / 8][4], float* out, Sink&& sink) {
-    constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, ROW = OUT_ROW<COLUMNS>;
-    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+    constexpr int ROW = OUT_ROW<COLUMNS>;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
@@ -333,18 +350,16 @@ __device__ __forceinline__ void emit_rows(const float (&acc)[COLUMNS / 8][4], fl
             *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * ROW + j * 8 + lane % 4 * 2) =
                 make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
     __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 16 / ROWS; pass++) {
-        const int row = lane / CHUNKS + pass * ROWS;
+    visit_rows<COLUMNS>([&](int row, int column) {
         // Half of the lanes read their upper four first: 8 lanes then meet no bank twice.
-        const int upper = CHUNKS == 8 ? chunk / 4 : row % 2;
-        const float* from = out + row * ROW + chunk * 8;
+        const int upper = COLUMNS == 64 ? column / 32 : row % 2;
+        const float* from = out + row * ROW + column;
         const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
         const uint4 low = upper ? q : p, high = upper ? p : q;
         float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
                       __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
-        sink(row, chunk * 8, v);
-    }
+        sink(row, column, v);
+    });
     __syncwarp();
 }
 
@@ -370,9 +385,28 @@ __device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
     store16(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])));
 }
 
+// Whether this is the last of `count` groups of threads that each store a part of the same sums; then it sees what all of them
+// stored. `arrived` is 0 before the first and after the last. `sync` waits for the threads of a group, `first` is one of them,
+// and `flag` is shared memory that nobody uses.
+template <class Sync>
+__device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* flag, bool first, Sync&& sync) {
+    volatile int* const last = static_cast<int*>(flag);
+    __threadfence();
+    sync();
+    if (first) {
+        *last = atomicAdd(arrived, 1u) == unsigned(count - 1);
+        if (*last) atomicAdd(arrived, 0u - count);
+    }
+    sync();
+    if (!*last) return false;
+    __threadfence();
+    return true;
+}
+
 // Sum over splits of partial[split][at .. at + 8], in their order.
 __device__ __forceinline__ void sum_splits(const float* partial, size_t at, size_t stride, int splits, float (&v)[8]) {
     load8(partial + at, v);
+#pragma unroll 4
     for (int s = 1; s < splits; s++) {
         float u[8];
         load8(partial + s * stride + at, u);

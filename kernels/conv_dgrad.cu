@@ -16,11 +16,50 @@
 // conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
 //
 // grad [n, h, w, cout], turned [ca + cb][taps][cout], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
-// all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32.
-// Channels: multiples of 8.
+// all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32;
+// arrived [tiles], zeros. Channels: multiples of 8.
 //
 // Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).
 #include "conv_finish.cuh"
+
+// The sums of a tile: over the lanes with the same channels, then over the warps of a column.
+template <class Tile>
+__device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, float (&sums)[8]) {
+    constexpr int CHUNKS = Tile::WN / 8;
+    float* const of_warps = reinterpret_cast<float*>(smem);  // [WARPS_M][BN]
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+#pragma unroll
+        for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
+    __syncthreads();
+    if (threadIdx.x % 32 < CHUNKS)
+        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
+    __syncthreads();
+    const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x;
+    if (threadIdx.x >= Tile::BN || channel >= cin) return;
+    float sum = 0;
+#pragma unroll
+    for (int m = 0; m < Tile::WARPS_M; m++) sum += of_warps[m * Tile::BN + threadIdx.x];
+    p.sums[size_t(blockIdx.x) * cin + channel] = sum;
+}
+
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
+template <class T, class Tile>
+__device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
+    unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
+    const TilePixels<Tile::BM> tile(p.tiles);
+    const int cin = p.ca + p.cb;
+    float sums[8] = {};
+    visit<Tile>([&](int row, int column) {
+        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
+        if (row >= tile.count || channel >= cin) return;
+        float v[8];
+        sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
+        finish<T>(p, pixel, channel, v, sums);
+    });
+    if (p.scale) add_up<Tile>(p, smem, sums);
+}
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
@@ -44,51 +83,10 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
         else
             finish<T>(p, pixel, channel, v, sums);
     });
-    if (!p.scale || p.partial) return;
-
-    // The tile's sums: over the lanes with the same channels, then over the warps of a column.
-    constexpr int CHUNKS = Tile::WN / 8;
-    float* const of_warps = reinterpret_cast<float*>(smem);  // [WARPS_M][BN]
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-#pragma unroll
-        for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-    __syncthreads();
-    if (threadIdx.x % 32 < CHUNKS)
-        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
-    __syncthreads();
-    const int channel = blockIdx.y * Tile::BN + threadIdx.x;
-    if (threadIdx.x >= Tile::BN || channel >= cin) return;
-    float sum = 0;
-#pragma unroll
-    for (int m = 0; m < Tile::WARPS_M; m++) sum += of_warps[m * Tile::BN + threadIdx.x];
-    p.sums[size_t(blockIdx.x) * cin + channel] = sum;
-}
-
-// Tiles of 32 pixels and 64 channels, one thread for 8 channels of a pixel.
-template <class T>
-__device__ __forceinline__ void conv_dgrad_reduce(const ConvDgrad& p) {
-    SHARED(float, of_warps, [8][64]);
-    const TilePixels<32> tile(p.tiles);
-    const int cin = p.ca + p.cb, row = threadIdx.x / 8, channel = blockIdx.y * 64 + threadIdx.x % 8 * 8;
-    float sums[8] = {};
-    if (row < tile.count && channel < cin) {
-        float v[8];
-        sum_splits(p.partial, size_t(tile.first + row) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
-        finish<T>(p, tile.first + row, channel, v, sums);
-    }
-    if (!p.scale) return;
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-#pragma unroll
-        for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-    if (threadIdx.x % 32 < 8) store8(&of_warps[threadIdx.x / 32][threadIdx.x % 8 * 8], sums);
-    __syncthreads();
-    if (threadIdx.x >= 64 || blockIdx.y * 64 + threadIdx.x >= unsigned(cin)) return;
-    float sum = 0;
-#pragma unroll
-    for (int m = 0; m < 8; m++) sum += of_warps[m][threadIdx.x];
-    p.sums[size_t(blockIdx.x) * cin + blockIdx.y * 64 + threadIdx.x] = sum;
+    if (p.partial)
+        add_parts<T, Tile>(p, smem);
+    else if (p.scale)
+        add_up<Tile>(p, smem, sums);
 }
 
 // scale_grad from sums: one thread a channel, blockIdx.y the image.
@@ -101,13 +99,6 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
     p.scale_grad[size_t(blockIdx.y) * p.scale_stride + channel] = sum;
 }
 KERNEL_EXPORT(conv_dgrad_scale_sums);
-
-#define REDUCE(name, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(256)                                           \
-        name(const __grid_constant__ ConvDgrad p) { conv_dgrad_reduce<T>(p); }                  \
-    KERNEL_EXPORT(name);
-REDUCE(conv_dgrad_reduce_f16, __half)
-REDUCE(conv_dgrad_reduce_bf16, __nv_bfloat16)
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \

@@ -11,6 +11,7 @@ struct ConvFprop {
     const void* residual;           // null: none
     void *y, *pre, *act;            // pre, act: null if not wanted
     float* partial;                 // null: one split
+    unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
     int scale_stride, steps_per_split, splits;
@@ -54,6 +55,7 @@ struct ConvDgrad {
     void *gx, *gskip;
     float *scale_grad, *sums;  // with scale
     float* partial;            // null: one split
+    unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
     int scale_stride, steps_per_split, splits;

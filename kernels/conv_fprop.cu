@@ -14,15 +14,31 @@
 // and optionally act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
 // never applied on the way in.
 //
-// Small maps split k over blocks; each writes its f32 sums, and conv_fprop_reduce_* adds
-// them in a fixed order and does the same rest.
+// Small maps split k over blocks; each writes its f32 sums, and whichever block of a tile comes last adds all of them in
+// their order, so that every run gives the same bits, and does the same rest.
 //
 // x [n, h, w, ca], skip [n, h, w, cb], w [cout][taps][ca + cb], y, pre, act, residual [n, h, w, cout], all
-// 16-bit; scale [n][scale_stride] f32; partial [splits][n h w][cout] f32. Channels: multiples of 8.
+// 16-bit; scale [n][scale_stride] f32; partial [splits][n h w][cout] f32; arrived [tiles], zeros. Channels:
+// multiples of 8.
 //
 // Operations: 2 n h w taps cin cout. Bytes: x, skip, w, residual once, y (pre, act) once from DRAM; a
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
+
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
+template <class T, class Tile>
+__device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
+    unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
+    const TilePixels<Tile::BM> tile(p.tiles);
+    visit<Tile>([&](int row, int column) {
+        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
+        if (row >= tile.count || channel >= p.cout) return;
+        float v[8];
+        sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
+        finish<T>(p, pixel, channel, v);
+    });
+}
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
@@ -45,24 +61,8 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         else
             finish<T>(p, pixel, channel, v);
     });
+    if (p.partial) add_parts<T, Tile>(p, smem);
 }
-
-// One thread for 8 channels of a pixel.
-template <class T>
-__device__ __forceinline__ void conv_fprop_reduce(const ConvFprop& p) {
-    const size_t at = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8, values = size_t(p.pixels) * p.cout;
-    if (at >= values) return;
-    float v[8];
-    sum_splits(p.partial, at, values, p.splits, v);
-    finish<T>(p, int(at / p.cout), int(at % p.cout), v);
-}
-
-#define REDUCE(name, T)                                                                         \
-    extern "C" __global__ void __launch_bounds__(256)                                           \
-        name(const __grid_constant__ ConvFprop p) { conv_fprop_reduce<T>(p); }                  \
-    KERNEL_EXPORT(name);
-REDUCE(conv_fprop_reduce_f16, __half)
-REDUCE(conv_fprop_reduce_bf16, __nv_bfloat16)
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \

@@ -121,6 +121,23 @@ __device__ __forceinline__ void emit_group(const float (&acc)[N / 2], float* out
     }
 }
 
+// f(row, part, column) for the values that emit_group gives this thread.
+template <int N, class F>
+__device__ __forceinline__ void visit_group(F&& f) {
+    const int warp = threadIdx.x / 32 % GROUP_WARPS;
+#pragma unroll
+    for (int c = 0; c < N / OUT_COLUMNS; c++)
+        visit_rows<OUT_COLUMNS>([&](int row, int column) { f(warp * 16 + row, c, column); });
+}
+
+// comes_last for a group's part of a tile.
+__device__ __forceinline__ bool group_comes_last(unsigned* arrived, int splits, float* flag, int group) {
+    const bool last =
+        comes_last(arrived, splits, flag, threadIdx.x % GROUP == 0, [&] { named_barrier(group, GROUP); });
+    named_barrier(group, GROUP);  // the flag lies where the next way out does
+    return last;
+}
+
 // ---- pixels by channels ---------------------------------------------------------------------------
 
 // What the copies read.
@@ -230,10 +247,11 @@ struct HopperFprop {
     ConvFprop conv;
 };
 
-template <class T, int M>
-struct FpropWork : HopperTiles<M>, NoSums {
+template <class T, int M, int N>
+struct FpropWork : HopperTiles<M> {
     const ConvFprop& p;
     __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTiles<M>(p.tiles), p(p) {}
+    __device__ __forceinline__ void begin() {}
     __device__ __forceinline__ void row(int m, int row, int channel, int split, int, float (&v)[8]) {
         if (row >= this->count(m) || channel >= p.cout) return;
         const int pixel = this->pixel(m) + row;
@@ -241,6 +259,20 @@ struct FpropWork : HopperTiles<M>, NoSums {
             store8(p.partial + (size_t(split) * p.pixels + pixel) * p.cout + channel, v);
         else
             finish<T>(p, pixel, channel, v);
+    }
+    // The whole sums, if they came in parts.
+    __device__ __forceinline__ void end(int m, int n, float* out, int group) {
+        if (!p.partial) return;
+        if (!group_comes_last(p.arrived + m * ((p.cout + N - 1) / N) + n / N, p.splits, out, group)) return;
+#pragma unroll
+        for (int i = 0; i < M / 64; i++)
+            visit_group<N>([&](int in_tile, int part, int column) {
+                const int row = i * 64 + in_tile, channel = n + part * OUT_COLUMNS + column, pixel = this->pixel(m) + row;
+                if (row >= this->count(m) || channel >= p.cout) return;
+                float v[8];
+                sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
+                finish<T>(p, pixel, channel, v);
+            });
     }
 };
 
@@ -271,8 +303,21 @@ struct DgradWork : HopperTiles<M> {
     }
     // The tile's sums: over the lanes with the same channels, then over the group's warps, in their order.
     __device__ __forceinline__ void end(int m, int n, float* of_warps, int group) {
-        if (!p.scale || p.partial) return;
         const int warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32, cin = p.ca + p.cb;
+        if (p.partial) {
+            if (!group_comes_last(p.arrived + m * ((cin + N - 1) / N) + n / N, p.splits, of_warps, group)) return;
+#pragma unroll
+            for (int i = 0; i < M / 64; i++)
+                visit_group<N>([&](int in_tile, int part, int column) {
+                    const int row = i * 64 + in_tile, channel = n + part * OUT_COLUMNS + column;
+                    const int pixel = this->pixel(m) + row;
+                    if (row >= this->count(m) || channel >= cin) return;
+                    float v[8];
+                    sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
+                    finish<T>(p, pixel, channel, v, sums[part]);
+                });
+        }
+        if (!p.scale) return;
 #pragma unroll
         for (int part = 0; part < N / OUT_COLUMNS; part++)
 #pragma unroll
@@ -372,7 +417,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
 
 #define FPROP(name, T, m, n, stages)                                                                              \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperFprop p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, FpropWork<T, m>(p.conv));                                        \
+        hopper_pixels<T, m, n, stages>(p.pixels, FpropWork<T, m, n>(p.conv));                                      \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
 #define DGRAD(name, T, m, n, stages)                                                                              \

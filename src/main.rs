@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let result = match command {
+        Command::Bench(args) if args.picture => cli::picture::run(&args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Condition(args) => cli::condition::run(args),
         Command::Ema(args) => cli::ema::run(args),

@@ -9,7 +9,7 @@ use std::ops::Deref;
 
 use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::conv::{ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
+use edm2k::backend::gpu::conv::{self, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, NetworkBackend, Operand, OperandGrad, Scale, Slot, TrainingBackend};
@@ -35,6 +35,8 @@ struct Bench {
     math: Math,
     card: Card,
     random: Random,
+    /// Of tiles whose sums come in parts, one after the other.
+    arrived: Memory,
 }
 
 impl Deref for Bench {
@@ -59,7 +61,8 @@ impl Bench {
     fn new(kernels: Kernels, math: Math, card: Card) -> Self {
         let name = format!("{} {math:?}", kernels.name);
         let on = common::Bench { kernels, precision: math.precision, name };
-        Self { on, math, card, random: Random(0x9e37_79b9_7f4a_7c15) }
+        let arrived = on.upload(&[0u32; conv::ARRIVED_BYTES / 4]);
+        Self { on, math, card, random: Random(0x9e37_79b9_7f4a_7c15), arrived }
     }
 
     /// Random values of this magnitude.
@@ -74,6 +77,10 @@ impl Bench {
 
     fn go(&self, launches: Result<Vec<Launch>, ConvError>) {
         self.run_loops(&launches.unwrap());
+    }
+
+    fn memory(&self, scratch: &Memory) -> conv::Memory {
+        conv::Memory { scratch: at(scratch), arrived: at(&self.arrived) }
     }
 }
 
@@ -165,7 +172,8 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
     let inputs = (x.at(), (case.cb != 0).then(|| skip.at()));
     let go = |bench: &Bench, epilogue, act| {
-        bench.go(fprop.launches(inputs, at(&weight), epilogue, at(&y), act, at(&scratch)));
+        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), act, bench.memory(&scratch));
+        bench.go(launch.map(|launch| vec![launch]));
     };
 
     // Nothing after it; and mp_silu of a multiple of it beside.
@@ -223,7 +231,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
             through,
             acc,
             (at(&gx), at(&gskip)),
-            at(&scratch),
+            bench.memory(&scratch),
         ));
         let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu };
         let acc = accumulate.then(|| {
@@ -247,7 +255,8 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let (on_device, grads) = (bench.upload(&scales), bench.upload(&vec![0.0; scales.len()]));
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
-    bench.go(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, (at(&gx), at(&gskip)), at(&scratch)));
+    let (to, memory) = ((at(&gx), at(&gskip)), bench.memory(&scratch));
+    bench.go(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, to, memory));
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let mut grads_cpu = cpu.zero_scales_grad(&all);
     let scale = Scale { all: &all, offset: 16 };
@@ -413,6 +422,7 @@ fn what_the_kernels_cannot_do_is_refused() {
     }
     let two = Fprop::new(ConvShape { cb: 8, ..good }, Precision::F16.into(), card).unwrap();
     let none = DevicePtr::NULL;
-    let error = two.launches((none, None), none, Epilogue::Gain(1.0), none, None, none).unwrap_err();
+    let memory = conv::Memory { scratch: none, arrived: none };
+    let error = two.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
     assert!(error.what.contains("a second input"), "{error}");
 }

@@ -1,5 +1,6 @@
 //! `edm2k bench`: how fast a device runs a network, and in how much memory.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -27,6 +28,8 @@ Examples:
   edm2k bench                                    EDM2-XS on 512x704 images (64x88 latents)
   edm2k bench --preset edm2-img512-s --size 64x64 --repeats 9
   edm2k bench --device cuda --kernels --json > bench.json
+  edm2k bench --picture                          one picture: from the start of the process, and the next
+  edm2k bench --picture --model demo/emoji.safetensors
 
 Times are medians of repeated runs after one that warms up. Multiply-adds are what EDM2 calls
 \"Gflops\". On the CPU, peak memory is that of the whole process up to the end of the measurement,
@@ -40,24 +43,37 @@ memory, are measured in the same run.";
 pub struct BenchArgs {
     /// Network to measure.
     #[arg(long, default_value = "1girl-xs", value_name = "NAME")]
-    preset: String,
+    pub preset: String,
     /// Size of the image or latent [default: the preset's].
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
-    size: Option<[usize; 2]>,
+    pub size: Option<[usize; 2]>,
     /// Runs of each measurement.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
-    repeats: u32,
+    pub repeats: u32,
     /// On a GPU: images at a time in training.
     #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
     batch_gpu: u32,
     /// On a GPU: every kernel too, each time with a cold cache, against the card's limits.
     #[arg(long)]
     kernels: bool,
+    /// How long a picture of 16 guided steps takes instead: the first, from the start of the process, and each after it,
+    /// by parts.
+    #[arg(long, conflicts_with_all = ["kernels", "batch_gpu"])]
+    pub picture: bool,
+    /// With --picture: draw with this model [default: the preset with random weights, and an SD-VAE of the published size].
+    #[arg(long, value_name = "FILE", requires = "picture")]
+    pub model: Option<PathBuf>,
+    /// With --picture: make pictures of latents with this autoencoder.
+    #[arg(long, value_name = "FILE", requires = "picture")]
+    pub vae: Option<PathBuf>,
+    /// When the process was started, in nanoseconds of the system's clock.
+    #[arg(long, hide = true, requires = "model")]
+    pub started: Option<u64>,
     #[command(flatten)]
-    device: super::DeviceArgs,
+    pub device: super::DeviceArgs,
     /// Print one JSON object instead of a table.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 /// One measured figure.
@@ -138,7 +154,7 @@ fn mib(parameters: usize, plans: impl Iterator<Item = Cost>) -> Option<f64> {
 }
 
 /// The middle one.
-fn median(mut seconds: Vec<f64>) -> f64 {
+pub fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
 }

@@ -8,6 +8,7 @@ pub mod export;
 pub mod fid;
 pub mod import;
 pub mod info;
+pub mod picture;
 pub mod prepare;
 pub mod sample;
 pub mod say;

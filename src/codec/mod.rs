@@ -29,6 +29,7 @@ mod layers;
 mod sd_vae;
 mod taesd;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -38,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::BackendError;
 use crate::backend::codec::CodecBackend;
 use crate::formats::fingerprint::{self, Fingerprint, Hasher};
-use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use crate::formats::weights;
 use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
@@ -402,6 +403,32 @@ fn halves(values: &[f32]) -> (Vec<f32>, Vec<f32>) {
     (first.concat(), last.concat())
 }
 
+/// Random values of a tensor, such that what it makes is about as large as what it is given.
+fn random(shape: &[usize]) -> Vec<f32> {
+    let mut values = vec![0.0; shape.iter().product()];
+    Stream::new(0, Purpose::Init, values.len() as u64).normals(&mut values);
+    let fan_in = shape[1..].iter().product::<usize>() as f32;
+    values.iter_mut().for_each(|x| *x /= fan_in.sqrt());
+    values
+}
+
+/// Writes an SD-VAE of the published size with random weights, in f16, for measurements.
+///
+/// # Errors
+/// [`CodecError::File`]: it cannot be written.
+pub fn write_random(path: impl AsRef<Path>) -> Result<()> {
+    let config = sd_vae::Config::published();
+    let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
+    let tensors: Vec<(String, Vec<usize>)> = tables.iter().flat_map(Layers::tensors).collect();
+    let infos: Vec<_> = tensors.iter().map(|(name, shape)| (name.as_str(), Dtype::F16, shape.as_slice())).collect();
+    let mut file = safetensors::Writer::create(path, &infos, &HashMap::new())?;
+    for (_, shape) in &tensors {
+        let halves: Vec<f16> = random(shape).into_iter().map(f16::from_f32).collect();
+        file.write(bytemuck::cast_slice(&halves))?;
+    }
+    Ok(file.finish()?)
+}
+
 /// Latents to pixels, on a device.
 pub struct Decoder<B: CodecBackend> {
     net: DecoderNet,
@@ -416,15 +443,8 @@ impl<B: CodecBackend> Decoder<B> {
     pub fn random(b: &mut B, height: usize, width: usize) -> Result<(Self, u64)> {
         let config = sd_vae::Config::published();
         let (net, table) = sd_vae::Decoder::new(&config);
-        let shapes: std::collections::HashMap<_, _> = table.tensors().into_iter().collect();
-        let weights = table.load(b, &mut |name| {
-            let shape = &shapes[name];
-            let mut values = vec![0.0; shape.iter().product()];
-            Stream::new(0, Purpose::Init, values.len() as u64).normals(&mut values);
-            let fan_in = shape[1..].iter().product::<usize>() as f32;
-            values.iter_mut().for_each(|x| *x /= fan_in.sqrt());
-            Ok(values)
-        })?;
+        let shapes: HashMap<_, _> = table.tensors().into_iter().collect();
+        let weights = table.load(b, &mut |name| Ok(random(&shapes[name])))?;
         let macs = net.macs(&table, (height * width) as u64);
         let (factor, depth) = (config.factor(), table.len());
         Ok((Self { net: DecoderNet::SdVae(net), weights, factor, depth }, macs))

@@ -11,6 +11,7 @@ use std::f32::consts::TAU;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
@@ -247,7 +248,10 @@ impl Model {
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let file = ModelFile::open(path)?;
-        let weights = file.table.iter().map(|(id, _)| file.values(id)).collect::<Result<_, _>>()?;
+        // All at once, and then the first error, whoever met one first.
+        let ids: Vec<ParamId> = file.table.iter().map(|(id, _)| id).collect();
+        let weights: Vec<_> = ids.into_par_iter().map(|id| file.values(id)).collect();
+        let weights = weights.into_iter().collect::<Result<_, _>>()?;
         let ModelFile { meta, net, table, .. } = file;
         Ok(Self { meta, net, table, weights })
     }

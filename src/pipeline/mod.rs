@@ -22,6 +22,7 @@ mod viewer;
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -460,6 +461,7 @@ impl Pipeline {
             watch: None,
             next: 0,
             made: VecDeque::new(),
+            spent: Spent::default(),
         })
     }
 
@@ -489,6 +491,15 @@ impl Pipeline {
 /// Sees each step, and stops the work by an error.
 type Watch<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
 
+/// Where the time went that images took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spent {
+    /// In the network, from noise to images in model space.
+    pub sampling: Duration,
+    /// Making pictures of those.
+    pub decoding: Duration,
+}
+
 /// The images of a request, made as they are asked for.
 pub struct Images<'a> {
     pipeline: &'a mut Pipeline,
@@ -499,6 +510,7 @@ pub struct Images<'a> {
     next: usize,
     /// Images that have, of the batch at hand.
     made: VecDeque<(usize, Vec<f32>)>,
+    spent: Spent,
 }
 
 impl<'a> Images<'a> {
@@ -510,8 +522,14 @@ impl<'a> Images<'a> {
         self
     }
 
+    /// Where the time went so far.
+    pub fn spent(&self) -> Spent {
+        self.spent
+    }
+
     /// Makes the next batch.
     fn batch(&mut self) -> Result<(), PipelineError> {
+        let began = Instant::now();
         let (request, first) = (self.request, self.next);
         let last = request.seeds.len().min(first + request.batch.max(1));
         let pipeline = &mut *self.pipeline;
@@ -556,12 +574,15 @@ impl<'a> Images<'a> {
         let made = made?;
         self.made.extend((first..last).zip(made.chunks(made.len() / (last - first)).map(<[f32]>::to_vec)));
         self.next = last;
+        self.spent.sampling += began.elapsed();
         Ok(())
     }
 
     fn image(&mut self, number: usize, values: Vec<f32>) -> Result<Image, PipelineError> {
         let size = self.pipeline.size(self.request);
+        let began = Instant::now();
         let picture = self.pipeline.viewer.as_mut().map(|viewer| viewer.picture(size, &values)).transpose()?;
+        self.spent.decoding += began.elapsed();
         let seed = self.request.seeds[number];
         let condition = self.request.condition_of(number).map(|row| self.request.conditions[row].origin.clone());
         let mut about = self.common.clone();

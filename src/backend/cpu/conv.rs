@@ -180,11 +180,14 @@ impl<T: Real> Band<T> {
 /// Below this many pixels a band spends more on packing the weights than its thread gains.
 const MIN_BAND_PIXELS: usize = 512;
 
-/// Cuts `rows` image rows of `width` pixels into bands of about equal height, as many for each thread, and
-/// says who shares the work.
-fn bands(rows: usize, width: usize) -> (usize, Threads) {
+/// The same where the weights are packed already: then a band costs its thread nothing but the zero pixels around it.
+const MIN_PACKED_BAND_PIXELS: usize = 64;
+
+/// Cuts `rows` image rows of `width` pixels into bands of about equal height and at least so many pixels, as many for each
+/// thread, and says who shares the work.
+fn bands(rows: usize, width: usize, least: usize) -> (usize, Threads) {
     let threads = rayon::current_num_threads();
-    if rows * width < threads * MIN_BAND_PIXELS {
+    if rows * width < threads * least {
         return (rows, Threads::All);
     }
     let count = (rows * width).div_ceil(BAND_PIXELS).next_multiple_of(threads);
@@ -211,7 +214,7 @@ pub fn conv<T: Real>(
     if total * w == 0 {
         return;
     }
-    let (height, threads) = bands(total, w);
+    let (height, threads) = bands(total, w, if packed.is_some() { MIN_PACKED_BAND_PIXELS } else { MIN_BAND_PIXELS });
     let (per_row, k) = (out.len() / total, c * side);
     let block = k.div_ceil(k.div_ceil(MAX_SUM));
     out.par_chunks_mut(height * per_row).enumerate().for_each(|(i, out)| {

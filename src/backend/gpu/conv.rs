@@ -197,7 +197,7 @@ impl Kernel {
     }
 }
 
-/// A launch of a second pass.
+/// A launch of a second pass: what follows the parts of a weight's gradient, or the tiles' sums.
 fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) -> Launch {
     Launch::new(kernel, [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, 0, params)
 }
@@ -230,15 +230,15 @@ impl Fprop {
     /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. x [n, h, w, ca] and skip [n, h, w, cb]
     /// are what the convolution multiplies: where the operand goes through `mp_silu`, pass what is activated; where
     /// it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`.
-    pub fn launches(
+    pub fn launch(
         &self,
         (x, skip): (DevicePtr, Option<DevicePtr>),
         weight: DevicePtr,
         epilogue: Epilogue,
         y: DevicePtr,
         act: Option<(DevicePtr, f32)>,
-        scratch: DevicePtr,
-    ) -> Result<Vec<Launch>, ConvError> {
+        memory: Memory,
+    ) -> Result<Launch, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
         let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
@@ -260,7 +260,8 @@ impl Fprop {
             y,
             pre: pre.unwrap_or(DevicePtr::NULL),
             act: act.map_or(DevicePtr::NULL, |a| a.0),
-            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
+            partial: if splits > 1 { memory.scratch } else { DevicePtr::NULL },
+            arrived: memory.arrived,
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -281,24 +282,27 @@ impl Fprop {
             act_scale: act.map_or(1.0, |a| a.1),
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
-        let mut launches = vec![if self.kernel.hopper {
+        Ok(if self.kernel.hopper {
             let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
             conv_hopper::pixels(self.kernel.name("fprop"), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
             self.kernel.launch("fprop", grid, &params)
-        }];
-        if splits > 1 {
-            let blocks = (shape.pixels() * shape.cout / 8).div_ceil(256);
-            launches.push(pass(
-                format!("conv_fprop_reduce_{}", self.kernel.precision.name()),
-                [blocks, 1],
-                256,
-                &params,
-            ));
-        }
-        Ok(launches)
+        })
     }
 }
+
+/// Memory that a convolution works in.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// As many bytes as the convolution asks for, of any content.
+    pub scratch: DevicePtr,
+    /// [`ARRIVED_BYTES`] of zeros, which are zeros again afterwards: one of these serves all convolutions that run one after
+    /// the other.
+    pub arrived: DevicePtr,
+}
+
+/// A counter for each tile whose sum may come in parts.
+pub const ARRIVED_BYTES: usize = tiles::MOST_SPLIT * 4;
 
 /// f32 sums of all splits, if there are several.
 fn partial_bytes(choice: &Choice, values: usize) -> usize {
@@ -330,9 +334,6 @@ pub struct Dgrad {
     scaled: bool,
 }
 
-/// Pixels of a tile of `conv_dgrad_reduce_*`.
-const REDUCE_PIXELS: usize = 32;
-
 impl Dgrad {
     /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
     pub fn new(shape: ConvShape, scaled: bool, math: Math, card: Card) -> Result<Self, ConvError> {
@@ -354,19 +355,13 @@ impl Dgrad {
         if self.scaled { self.shape.n } else { 1 }
     }
 
-    /// Tiles of so many pixels in a group.
-    fn tiles_per_group(&self, pixels: usize) -> usize {
-        (self.shape.pixels() / self.groups()).div_ceil(pixels)
-    }
-
-    /// Pixels of the tiles whose sums are written.
-    fn summed_pixels(&self) -> usize {
-        if self.kernel.choice.splits > 1 { REDUCE_PIXELS } else { self.kernel.choice.tile.m }
+    fn tiles_per_group(&self) -> usize {
+        (self.shape.pixels() / self.groups()).div_ceil(self.kernel.choice.tile.m)
     }
 
     /// Bytes of scratch memory: partial sums, then the tiles' sums for the gradient of the scales.
     pub fn scratch_bytes(&self) -> usize {
-        let tiles = self.groups() * self.tiles_per_group(self.summed_pixels());
+        let tiles = self.groups() * self.tiles_per_group();
         let sums = if self.scaled { tiles * self.shape.ca * 4 } else { 0 };
         partial_bytes(&self.kernel.choice, self.shape.pixels() * self.shape.cin()) + sums
     }
@@ -385,7 +380,7 @@ impl Dgrad {
         through: Through,
         acc: Option<([DevicePtr; 2], f32)>,
         (gx, gskip): (DevicePtr, DevicePtr),
-        scratch: DevicePtr,
+        memory: Memory,
     ) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
@@ -398,9 +393,9 @@ impl Dgrad {
             return Err(ConvError { shape: *shape, what });
         }
         let linear = matches!(through, Through::Linear);
-        let tiles_m = self.tiles_per_group(tile.m);
+        let tiles_m = self.tiles_per_group();
         let partial = partial_bytes(&self.kernel.choice, shape.pixels() * shape.cin());
-        let mut params = ConvDgrad {
+        let params = ConvDgrad {
             grad,
             turned,
             x: if linear { DevicePtr::NULL } else { inputs.x },
@@ -411,8 +406,9 @@ impl Dgrad {
             gx,
             gskip,
             scale_grad,
-            sums: if self.scaled { scratch.offset(partial) } else { DevicePtr::NULL },
-            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
+            sums: if self.scaled { memory.scratch.offset(partial) } else { DevicePtr::NULL },
+            partial: if splits > 1 { memory.scratch } else { DevicePtr::NULL },
+            arrived: memory.arrived,
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -440,12 +436,6 @@ impl Dgrad {
         } else {
             self.kernel.launch("dgrad", grid, &params)
         }];
-        params.tiles.tiles_per_group = int(self.tiles_per_group(self.summed_pixels()));
-        if splits > 1 {
-            let grid = [self.groups() * self.tiles_per_group(REDUCE_PIXELS), shape.cin().div_ceil(64)];
-            let kernel = format!("conv_dgrad_reduce_{}", self.kernel.precision.name());
-            launches.push(pass(kernel, grid, 256, &params));
-        }
         if self.scaled {
             let grid = [shape.ca.div_ceil(128), shape.n];
             launches.push(pass("conv_dgrad_scale_sums".into(), grid, 128, &params));

@@ -109,7 +109,7 @@ pub struct Product {
 pub struct Choice {
     /// The instance.
     pub tile: &'static Tile,
-    /// Parts of the sum, each its own blocks; more than one need a second pass.
+    /// Parts of the sum, each its own blocks, of which the last adds them up.
     pub splits: usize,
     /// Steps of each part but the last.
     pub steps_per_split: usize,
@@ -119,11 +119,13 @@ pub struct Choice {
 const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
 const MAX_SPLITS: usize = 32;
+/// Most tiles whose sums are in parts: so many are enough for any card.
+pub const MOST_SPLIT: usize = 1 << 14;
 /// Cost of writing and reading one f32 partial sum, in steps of one value of a tile: 8 bytes through
 /// the L2 cache against 64 multiply-adds on the tensor cores.
 const PARTIAL_COST: f64 = 3.0;
 
-/// The cheapest tile and split: the steps that the busiest multiprocessor works on, and the second pass.
+/// The cheapest tile and split: the steps that the busiest multiprocessor works on, and the sums of the parts.
 pub fn choose(tiles: &'static [Tile], product: Product, card: Card) -> Choice {
     let Product { groups, rows, columns, steps } = product;
     let cost = |c: &Choice| {
@@ -134,7 +136,9 @@ pub fn choose(tiles: &'static [Tile], product: Product, card: Card) -> Choice {
     };
     let mut best: Option<(f64, Choice)> = None;
     for tile in tiles {
-        for wanted in 1..=MAX_SPLITS.min((steps / MIN_STEPS).max(1)) {
+        let tiles = groups * rows.div_ceil(tile.m) * columns.div_ceil(tile.n);
+        let most = if tiles > MOST_SPLIT { 1 } else { MAX_SPLITS };
+        for wanted in 1..=most.min((steps / MIN_STEPS).max(1)) {
             let steps_per_split = steps.div_ceil(wanted);
             let choice = Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };
             let cost = cost(&choice);

@@ -1,6 +1,6 @@
 //! What all convolutions of the network have in common.
 
-use super::super::conv::{ConvShape, Epilogue, Fprop, Inputs, Scales};
+use super::super::conv::{self, ConvShape, Epilogue, Fprop, Inputs, Scales};
 use super::*;
 
 impl Gpu {
@@ -59,6 +59,13 @@ impl Gpu {
         (inputs, held)
     }
 
+    /// What a convolution works in; the scratch memory is free for others when dropped.
+    pub(super) fn conv_memory(&mut self, bytes: usize) -> (Tensor, conv::Memory) {
+        let scratch = self.scratch(bytes);
+        let memory = conv::Memory { scratch: scratch.ptr(), arrived: self.arrived.ptr() };
+        (scratch, memory)
+    }
+
     /// Runs a forward convolution into `y`; `also` are the other tensors that it reads or writes.
     pub(super) fn fprop<'a>(
         &mut self,
@@ -71,14 +78,17 @@ impl Gpu {
         let shape = self.conv_shape(w, x);
         let (a, skip) = self.multiplied(w, x);
         let Some(conv) = self.fits(Fprop::new(shape, self.math, self.card)) else { return };
-        let scratch = self.scratch(conv.scratch_bytes());
+        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
         let inputs = (a.ptr(), skip.as_ref().map(Tensor::ptr));
-        let launches = conv.launches(inputs, self.params.effective(w), epilogue, y.ptr(), act, scratch.ptr());
+        let launch = conv.launch(inputs, self.params.effective(w), epilogue, y.ptr(), act, memory);
         let name = if shape.taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
         let work =
             Work::new(name, y.shape()).sums(shape.taps * self.params.dims(w)[1]).bytes(self.params.effective_bytes(w));
-        self.go_if(work.with([&a, y]).with(&skip).with(active.as_ref().map(|(t, _)| t)).with(also), launches);
+        self.go_if(
+            work.with([&a, y]).with(&skip).with(active.as_ref().map(|(t, _)| t)).with(also),
+            launch.map(|launch| [launch]),
+        );
         if let Some((t, factor)) = active {
             y.set_active(factor, t);
         }

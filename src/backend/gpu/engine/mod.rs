@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::attention;
+use super::conv::ARRIVED_BYTES;
 use super::launch::{ConvLoop, DevicePtr, Math, Precision};
 use super::params::Params;
 use super::pixelwise;
@@ -76,6 +77,8 @@ pub struct Gpu<P = Params> {
     recording: Option<Recording>,
     plans: Vec<Plan>,
     workspace: Option<Rc<dyn Memory>>,
+    /// See [`conv::Memory`](super::conv::Memory).
+    arrived: Rc<dyn Memory>,
     /// Clears the gradients of a finished step, before anything adds to them.
     stale: Option<Command>,
     /// The first error since the last call that could return one.
@@ -124,7 +127,11 @@ impl<P> Gpu<P> {
                 format!("{name}: compute capability {}.{}, wgmma (--conv-loop) needs 9.0", found / 10, found % 10);
             return Err(DeviceError::Unavailable(what));
         }
+        let arrived = runtime.allocate(ARRIVED_BYTES, "counters")?;
+        // SAFETY: the whole of that memory.
+        unsafe { runtime.run(&Command::Zero { at: arrived.ptr(), bytes: ARRIVED_BYTES })? };
         Ok(Self {
+            arrived,
             runtime,
             math,
             precision: math.precision,

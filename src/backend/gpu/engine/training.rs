@@ -111,11 +111,11 @@ impl TrainingBackend for Gpu {
         let Some(conv) = self.fits(Dgrad::new(shape, false, self.math, self.card)) else {
             return OperandGrad { x: gx, skip: gskip };
         };
-        let scratch = self.scratch(conv.scratch_bytes());
+        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let to = (gx.ptr(), DevicePtr::of(gskip.as_ref()));
         let (turned, gain) = (self.turned(w), gain as f32);
         let acc = factor.map(|factor| (acc_ptrs, factor));
-        let launches = conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, scratch.ptr());
+        let launches = conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, memory);
         let work = work.with([&gx]).with(&gskip);
         self.go_if(if x.silu { work.with([&gx]).with(&gskip) } else { work }, launches);
         drop((held_x, held_skip));
@@ -136,12 +136,12 @@ impl TrainingBackend for Gpu {
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.plain(pre.shape(), Format::Half);
         let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, self.card)) else { return gx };
-        let scratch = self.scratch(conv.scratch_bytes());
+        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
             Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
         let (turned, to) = (self.turned(w), (gx.ptr(), DevicePtr::NULL));
-        let launches = conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, scratch.ptr());
+        let launches = conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, memory);
         let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout);
         self.go_if(work.bytes(self.params.effective_bytes(w)).with([&grad, &pre, &gx]), launches);
         gx
