@@ -246,9 +246,9 @@ fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
         let SamplerConfig { solver, steps, guidance, .. } = preset.config();
         sampler = SamplerConfig { solver, steps, guidance, ..sampler };
         sampler.validate()?;
+        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
         let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
         note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
-        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
     }
     if args.from.is_some() {
         sampler.strength = args.strength.unwrap_or(0.5);

@@ -8,6 +8,8 @@
 //!
 //! A condition has norm 1 whatever the weights: they say which of its tags count more, and a tag alone cannot.
 
+use std::cmp::Ordering;
+
 use super::vocabulary::{Vocabulary, VocabularyError};
 
 /// Largest weight.
@@ -88,11 +90,16 @@ pub(super) fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, Vocab
         let (reading, tag) = match known {
             Some((reading, tag)) => (reading, Some(tag)),
             None => {
-                // What people probably meant: as few brackets in the tag as there can be.
+                if let Some(bracket) = odd(text) {
+                    return Err(unbalanced(bracket));
+                }
+                // What people probably meant: as few brackets in the tag as there can be, and no number.
                 let meant = |reading: &&Reading| reading.opens == readings[readings.len() - 1].opens;
                 let balanced = |tag: &str| tag.matches('(').count() == tag.matches(')').count();
-                let reading = readings.iter().filter(meant).find(|reading| balanced(reading.tag));
-                let reading = reading.or(readings.last()).expect("a text has a reading");
+                let all: Vec<&Reading> = readings.iter().filter(meant).collect();
+                let first = all.iter().position(|reading| balanced(reading.tag)).unwrap_or(all.len() - 1);
+                let weighed = all.get(first + 1).filter(|next| next.closes.len() == all[first].closes.len());
+                let reading = weighed.copied().unwrap_or(all[first]);
                 let tag = unescaped(reading.tag);
                 (reading, if tag.is_empty() { None } else { Some(vocabulary.index(&tag)?) })
             }
@@ -136,6 +143,19 @@ fn readings(part: &str) -> Vec<Reading<'_>> {
         }
     }
     all
+}
+
+/// The round bracket that a text has more of than of its partner.
+fn odd(text: &str) -> Option<char> {
+    let count = |bracket: char| {
+        let places = text.char_indices().filter(|(_, c)| *c == bracket);
+        places.filter(|(at, c)| !ends_escaped(&text[..at + c.len_utf8()])).count()
+    };
+    match count('(').cmp(&count(')')) {
+        Ordering::Less => Some(')'),
+        Ordering::Equal => None,
+        Ordering::Greater => Some('('),
+    }
 }
 
 /// Whether the last character follows a backslash that is none itself.

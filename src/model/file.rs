@@ -197,7 +197,8 @@ impl ModelFile {
             Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
                 let missing = || metadata("config", "it is missing, so this is not a model file".into());
-                let prefix = guess::prefix(&file).ok_or_else(missing)?;
+                let bare = !file.metadata().contains_key("edm2k");
+                let prefix = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
                 guess::config(&file)?
             }
