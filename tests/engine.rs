@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
 #[cfg(feature = "emulator")]
-use edm2k::backend::gpu::emulated::{Emulated, emulator};
+use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
@@ -473,7 +473,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let (four, eight) = (needed(4), needed(8));
     let dir = tempfile::tempdir().unwrap();
     let on = |limit: u64| {
-        let emulator = emulator::Emulator::new(emulator::Build::Normal).unwrap();
+        let emulator = Emulator::new(Build::Normal).unwrap();
         let runtime: Rc<dyn Runtime> = Rc::new(Emulated::new(emulator, limit));
         Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
     };
@@ -485,7 +485,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
         }
     };
     let limit = four + (eight - four) / 2;
-    let found = run_telling(&mut on(limit), &dir.path().join("less"), &settings, 8, &mut note);
+    let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note);
     assert_eq!((found.len(), expected.len()), (3, 3));
     for (found, expected) in found.iter().zip(&expected) {
         assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} instead of {}", found.loss, expected.loss);
