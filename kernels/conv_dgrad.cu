@@ -24,7 +24,7 @@
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const int cin = p.ca + p.cb;
     const TilePixels<Tile::BM> tile(p.tiles);
     const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
@@ -68,7 +68,7 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
 // Tiles of 32 pixels and 64 channels, one thread for 8 channels of a pixel.
 template <class T>
 __device__ __forceinline__ void conv_dgrad_reduce(const ConvDgrad& p) {
-    SHARED(float, of_warps, [8][64]);
+    __shared__ __align__(16) float of_warps[8][64];
     const TilePixels<32> tile(p.tiles);
     const int cin = p.ca + p.cb, row = threadIdx.x / 8, channel = blockIdx.y * 64 + threadIdx.x % 8 * 8;
     float sums[8] = {};
