@@ -151,6 +151,7 @@ void mbarrier_init_fence(Where at);
 void mbarrier_arrive(uintptr_t barrier, uint32_t bytes, Where at);
 void mbarrier_wait(uintptr_t barrier, uint32_t parity, Where at);
 void named_barrier(int id, int threads, Where at);
+bool use_named_barriers();  // simt-check calls it where a file has any, before main
 void async_fence(Where at);
 struct Box {  // where a bulk copy begins: x, y, or c, w, h, n with offsets
     bool im2col;

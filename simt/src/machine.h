@@ -116,7 +116,7 @@ struct Fault {
 struct Variable {
     std::string name;
     size_t offset, bytes;
-    bool dynamic;
+    bool dynamic, guard;  // the latter says whether a variable has been constructed
 };
 
 struct Checker;  // checked.cpp

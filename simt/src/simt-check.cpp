@@ -197,9 +197,10 @@ struct Compiler {
         vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"};
         if (to.empty()) to = directory / (checked ? "libchecked.so" : "libnormal.so");
         c.push_back(to.string());
-        for (const string& source : options.sources) c.push_back(kernels(source, checked).string());
+        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
         for (const auto& e : fs::directory_iterator(simt / "src"))
             if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") c.push_back(runtime(e.path(), checked).string());
+        for (const string& source : options.sources) c.push_back(kernels(source, checked).string());
         c.push_back("-ldl");
         command(c);
         return to;

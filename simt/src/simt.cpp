@@ -321,7 +321,8 @@ Image::Image() {
             const int type = ELF64_ST_TYPE(y.st_info);
             if (y.st_shndx == SHN_UNDEF || !*name) continue;
             if (type == STT_FUNC) functions.push_back({name, base + y.st_value, base + y.st_value + y.st_size});
-            if (strstr(name, "4simt") || !strncmp(name, "_ZGV", 4) || !strncmp(name, "__", 2)) continue;  // the emulator's, the compiler's
+            const bool guard = !strncmp(name, "_ZGV", 4);
+            if (strstr(name, "4simt") || !strncmp(name, "__", 2) || (guard && type != STT_TLS)) continue;  // the emulator's, the compiler's
             if (type == STT_OBJECT && y.st_size) objects.push_back({name, base + y.st_value, base + y.st_value + y.st_size});
             if (type != STT_TLS || y.st_value >= tls_size || variable_at[y.st_value]) continue;
             int failed = 0;
@@ -329,7 +330,7 @@ Image::Image() {
             std::string text = failed ? name : plain;
             free(plain);
             if (const size_t scope = text.rfind("::"); scope != text.npos) text.erase(0, scope + 2);
-            variables.push_back({text, y.st_value, y.st_size, !strcmp(name, "smem")});
+            variables.push_back({text, y.st_value, y.st_size, !strcmp(name, "smem"), guard});
             variable_at[y.st_value] = uint16_t(variables.size());
         }
     }
@@ -346,6 +347,9 @@ const Symbol* find_object(uintptr_t a) {
 // The block's copy of a __shared__ variable: its first use in a block gives it a place.
 static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     if (v.dynamic) return uintptr_t(m.dynamic);
+    // In CUDA a shared variable's constructor does nothing.
+    static unsigned char constructed[8] = {1};
+    if (v.guard) return uintptr_t(constructed);
     // Its offset has its alignment, which the symbol table does not say.
     const size_t align = v.offset ? std::clamp<size_t>(v.offset & -v.offset, 16, 1024) : 1024;
     // The checked build leaves a gap, so that an overrun does not land in the next array.
@@ -981,11 +985,13 @@ void* emu_function(const char* name, const char* types) {
 namespace simt {
 
 size_t dynamic_allowed = kSharedDefault;  // of kernels that no line registers
+static bool named_barriers = false;
+bool use_named_barriers() { return named_barriers = true; }
 
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
     std::lock_guard<std::mutex> lock(big_lock);
     static std::set<std::string> names;  // an error message may name it later
-    const Kernel kernel = {names.insert(name).first->c_str(), false, thunk, nullptr, 0, nullptr, nullptr};
+    const Kernel kernel = {names.insert(name).first->c_str(), named_barriers, thunk, nullptr, 0, nullptr, nullptr};
     Launch& l = the_launch();
     memcpy(l.params, params, bytes);
     launched(start(l, kernel, dynamic_allowed, config.grid, config.block, config.shared));

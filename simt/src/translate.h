@@ -420,6 +420,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         out += word;
         i = end;
     }
+    if (out.find("simt::named_barrier(int(") != out.npos) out += "\nstatic const bool simt_barriers = simt::use_named_barriers();\n";
     return r;
 }
 

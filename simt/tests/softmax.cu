@@ -1,6 +1,7 @@
 // A softmax of rows: in shared memory the maximum, then the sum. With BUG the sums overwrite the maximum while others
 // still read it.
-// expect: race: write of byte 
+// expect normal: ok
+// expect checked: race: 
 #include <cstdio>
 #include <cuda_runtime.h>
 #include <vector>
@@ -47,6 +48,9 @@ int main() {
     for (int r = 0; r < rows; r++) {
         float sum = 0;
         for (int i = 0; i < n; i++) sum += y[r * n + i];
+        #ifdef WRONG_TEST
+        sum = 0;
+#endif
         if (!(fabsf(sum - 1) < 1e-4f)) { printf("row %d: %g\n", r, sum); return 1; }
     }
     cudaFree(dx), cudaFree(dy);
