@@ -46,8 +46,8 @@ constexpr int DEPTH = 16;  // channels of a step
 
 extern "C" __global__ void conv_tiled(Conv p) {
     // Two columns more: a warp writes 16 channels of two rows at once, and the banks 2 c + row are all different.
-    SHARED(float, xs, [DEPTH][TILE + 2]);
-    SHARED(float, ws, [DEPTH][TILE + 2]);
+    __shared__ __align__(16) float xs[DEPTH][TILE + 2];
+    __shared__ __align__(16) float ws[DEPTH][TILE + 2];
     const int first_pixel = blockIdx.x * TILE, first_o = blockIdx.y * TILE;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;  // 256 threads of 4 x 4 sums
     float sum[4][4] = {};
@@ -114,8 +114,8 @@ struct Sums {
 };
 
 extern "C" __global__ void conv_tensor(Conv p) {
-    SHARED(unsigned char, xs, [OPERAND]);
-    SHARED(unsigned char, ws, [OPERAND]);
+    __shared__ __align__(16) unsigned char xs[OPERAND];
+    __shared__ __align__(16) unsigned char ws[OPERAND];
     const int first_pixel = blockIdx.x * TILE, first_o = blockIdx.y * TILE;
     Sums sums;
     for (int tap = 0; tap < 9; tap++)
@@ -141,7 +141,7 @@ KERNEL_EXPORT(conv_tensor);
 constexpr int STAGES = 3;
 
 extern "C" __global__ void conv_pipelined(Conv p) {
-    SHARED(unsigned char, stages, [STAGES][2][OPERAND]);
+    __shared__ __align__(16) unsigned char stages[STAGES][2][OPERAND];
     const int first_pixel = blockIdx.x * TILE, first_o = blockIdx.y * TILE;
     const int steps_a_tap = p.cin / CHUNK, steps = 9 * steps_a_tap;
     auto load = [&](int step) {

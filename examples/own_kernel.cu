@@ -2,7 +2,7 @@
 #include "ptx.cuh"
 
 extern "C" __global__ void row_sums(const float* x, float* sums, int width) {
-    SHARED(float, part, [128]);
+    __shared__ float part[128];
     float sum = 0;
     for (int i = threadIdx.x; i < width; i += 128) sum += x[size_t(blockIdx.x) * width + i];
     part[threadIdx.x] = sum;

@@ -359,7 +359,7 @@ template <class T, int C, int WARPS>
 __device__ void attention_forward(const AttentionParams& p) {
     using H = Head<C>;
     constexpr int M = H::kM, kThreads = WARPS * 32, kRows = WARPS * 16 * M, kTile = H::kStage / 2;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const int row0 = blockIdx.x * kRows, own = b.warp * 16 * M, tiles = (b.tokens + H::kKeys - 1) / H::kKeys;
@@ -420,7 +420,7 @@ __device__ void attention_forward_split(const AttentionParams& p) {
     using H = Head<C>;
     constexpr int M = H::kM, kThreads = WARPS * 32, kRows = 16 * M, kHalf = H::kStep * H::kRow, kSlot = 2 * kHalf;
     static_assert(kSlot == kRows * C * 4, "a product in f32 fits where the keys and values were");
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     unsigned char* const slot = smem + b.warp * kSlot;
@@ -511,14 +511,14 @@ template <class T, int C, int WARPS>
 __device__ void attention_grad_q(const AttentionParams& p) {
     using H = Head<C>;
     constexpr int N = H::kStep / 8, kThreads = WARPS * 32, kRows = WARPS * 16, kTile = H::kStage / 2;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
     const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + H::kKeys - 1) / H::kKeys;
     const int lane = b.lane, fetches = tiles <= RESIDENT ? tiles : 2 * tiles;
     unsigned char* const queries = smem + H::kStage;
-    SHARED(float, rms, [kRows]);
+    __shared__ __align__(16) float rms[kRows];
 
     // The tile of a turn (all tiles, twice), after which the next one is on its way.
     auto fetch_tile = [&](int turn) {
@@ -612,14 +612,14 @@ template <class T, int C, int WARPS>
 __device__ void attention_grad_kv(const AttentionParams& p) {
     using H = Head<C>;
     constexpr int N = 2, kThreads = WARPS * 32, kRows = WARPS * 16, kTile = QUERIES * H::kRow, kStage = 2 * kTile + QUERIES * 8;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const Block<T, C> b(p);
     const T* q = static_cast<const T*>(p.qkv) + b.qkv;
     const T* grad = static_cast<const T*>(p.grad_out) + b.out;
     const int row0 = blockIdx.x * kRows, own = b.warp * 16, tiles = (b.tokens + QUERIES - 1) / QUERIES;
     const int lane = b.lane;
     unsigned char* const keys = smem + kStage;
-    SHARED(float, rms, [2][kRows]);
+    __shared__ __align__(16) float rms[2][kRows];
 
     auto fetch_tile = [&](int tile) {
         const smem_addr stage = smem_address(smem) + tile % 2 * kStage;

@@ -49,7 +49,7 @@
 
 template <class T, class Tile, bool FLAT>
 __device__ __forceinline__ void codec_conv(const CodecConv& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const int taps = p.side * p.side, phase = blockIdx.z, first = blockIdx.x * Tile::BM;
     // The upper and left half of an enlarged pixel looks back by one, the other does not.
     const Window window = {p.height, p.width, p.rows, p.columns, p.side, p.stride, p.before - phase / 2, p.before - phase % 2};
@@ -147,7 +147,7 @@ constexpr int NORM_VECTORS = 32;  // of a block, at most: 512 bytes of each pixe
 // Grid: [chunks, vectors / NORM_VECTORS rounded up, n].
 template <class T>
 __device__ __forceinline__ void codec_sums(const CodecNorm& p) {
-    SHARED(float, parts, [2][8][NORM_THREADS]);
+    __shared__ __align__(16) float parts[2][8][NORM_THREADS];
     const int first_vector = blockIdx.y * NORM_VECTORS, vectors = min(NORM_VECTORS, p.vectors - first_vector);
     const int rows = NORM_THREADS / vectors, row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
     const int first = blockIdx.x * p.chunk, count = min(p.chunk, p.pixels - first);
@@ -184,7 +184,7 @@ __device__ __forceinline__ void codec_sums(const CodecNorm& p) {
 
 // A block for a group of an image. Grid: [groups, n].
 __device__ __forceinline__ void codec_scales(const CodecNorm& p) {
-    SHARED(float, scratch, [1][32]);
+    __shared__ __align__(16) float scratch[1][32];
     const int per = p.channels / p.groups, first = blockIdx.x * per, parts = p.chunks * per;
     const float* sums = p.sums + size_t(blockIdx.y) * p.chunks * 16 * p.vectors + first;
     const float values = float(p.pixels) * float(per);
@@ -254,7 +254,7 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
     constexpr int COLUMNS = WIDTH / 2;          // of a warp's part of the result
     constexpr int WIDE = 8, PARTS = COLUMNS / 8 / WIDE;
     constexpr int KEY_BYTES = KEYS * WIDTH * 2 > SCORE_BYTES ? KEYS * WIDTH * 2 : SCORE_BYTES;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr queries = smem_address(smem), keys = queries + QUERIES * WIDTH * 2, values = keys + KEY_BYTES;
     float* const scores = reinterpret_cast<float*>(smem + QUERIES * WIDTH * 2);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp / 2 * 16, half = warp % 2;

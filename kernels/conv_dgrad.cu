@@ -63,7 +63,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const int cin = p.ca + p.cb;
     const TilePixels<Tile::BM> tile(p.tiles);
     const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),

@@ -42,7 +42,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const TilePixels<Tile::BM> tile(p.tiles);
     const ConvProduct<T> product = {static_cast<const T*>(p.x), static_cast<const T*>(p.skip), static_cast<const T*>(p.weight),
                                     p.ca, p.cb, p.cout, same_window(p.tiles.height, p.tiles.width, p.taps),

@@ -157,7 +157,7 @@ template <class T, int M, int N, int STAGES, class Work>
 __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
     constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     Pipe pipe(rounded_to_1024(smem), GROUP_WARPS);
     // A tile's part of the sum.
     const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
@@ -370,7 +370,7 @@ template <class T, int STAGES>
 __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     constexpr int A_BYTES = 128 * ROW_BYTES, BLOCK = BK * ROW_BYTES;  // a block: 64 channels of BK pixels
     const ConvWgrad& p = h.conv;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     Pipeline<STAGES, 2 * A_BYTES> pipe(rounded_to_1024(smem), 2 * GROUP_WARPS);
     const int all = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
     const int steps = min(p.steps_per_split, all - first), cin = p.ca + p.cb;

@@ -70,7 +70,7 @@ struct WgradLoad {
 
 template <class T, class Tile, bool F16_SUMS>
 __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const int steps = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
     const int last = min(first + p.steps_per_split, steps);
 

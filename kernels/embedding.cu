@@ -132,7 +132,8 @@ struct EmbedParams {
 // A block has 8 rows and 8 images, whose features it computes itself; block 0 of the rows writes them.
 template <class T>
 __device__ __forceinline__ void embed(const EmbedParams& p) {
-    DYN_SMEM(float, features);  // [IMAGES, width]
+    extern __shared__ __align__(128) unsigned char smem[];
+    float* const features = reinterpret_cast<float*>(smem);  // [IMAGES, width]
     const int first = blockIdx.y * IMAGES, images = min(IMAGES, p.images - first);
     const int width = (p.noise_channels + 3) / 4 * 4;  // zeros at the end, for 16-byte reads
     for (int i = threadIdx.x; i < images * width; i += blockDim.x) {
@@ -260,7 +261,7 @@ struct EmbedBackward {
 
 // A block has 32 rows and 128 channels of one of the weights.
 extern "C" __global__ void __launch_bounds__(128) embed_backward(EmbedBackward p) {
-    SHARED(float, staged, [STAGED][TILE]);
+    __shared__ __align__(16) float staged[STAGED][TILE];
     const bool noise = int(blockIdx.y) < p.noise_chunks;
     const int chunk = noise ? blockIdx.y : blockIdx.y - p.noise_chunks;
     const int channels = noise ? p.noise_channels : p.label_channels;
@@ -304,8 +305,8 @@ struct EmbScalesBackward {
 // A block has one tile and 128 channels.
 template <class T>
 __device__ __forceinline__ void emb_scales_wgrad(const EmbScalesBackward& p) {
-    SHARED(float, staged, [STAGED][TILE]);
-    SHARED(float, scratch, [1][32]);
+    __shared__ __align__(16) float staged[STAGED][TILE];
+    __shared__ __align__(16) float scratch[1][32];
     const ScaleTile tile = p.tiles[blockIdx.x];
     const float gain = p.plain[tile.gain];
     const int k = blockIdx.y * CHUNK + 4 * (threadIdx.x % 32);
@@ -333,8 +334,8 @@ __device__ __forceinline__ void emb_scales_wgrad(const EmbScalesBackward& p) {
 // A block has every `splits`-th tile, 128 channels and 8 images; of each tile a warp has 8 rows.
 template <class T>
 __device__ __forceinline__ void emb_scales_dgrad(const EmbScalesBackward& p) {
-    SHARED(float, staged, [IMAGES][TILE]);
-    SHARED(float, warps, [GRAD_WARPS][IMAGES][CHUNK]);
+    __shared__ __align__(16) float staged[IMAGES][TILE];
+    __shared__ __align__(16) float warps[GRAD_WARPS][IMAGES][CHUNK];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int k = blockIdx.y * CHUNK + 4 * lane;
     const int first = blockIdx.z * IMAGES, images = min(IMAGES, p.images - first);

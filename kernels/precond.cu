@@ -202,7 +202,7 @@ struct LossParams {
 
 template <class T>
 __device__ __forceinline__ void loss(const LossParams& p) {
-    SHARED(float, scratch, [2][32]);
+    __shared__ __align__(16) float scratch[2][32];
     const int chunk = blockIdx.x % p.chunks, image = blockIdx.x / p.chunks;
     const int pixel = chunk * LOSS_PIXELS + threadIdx.x;
     float sums[2] = {};
@@ -235,7 +235,7 @@ __device__ __forceinline__ void loss(const LossParams& p) {
 
 // One block: each thread sums the chunks of its images, then the block the gradient of the gain.
 extern "C" __global__ void loss_reduce(LossParams p) {
-    SHARED(float, scratch, [1][32]);
+    __shared__ __align__(16) float scratch[1][32];
     const float values = float(p.pixels) * float(p.channels);
     float gain[1] = {};
     for (int image = threadIdx.x; image < p.images; image += blockDim.x) {

@@ -1,5 +1,5 @@
 // All inline PTX of the project, and beside each piece its twin for the emulator
-// (kernels/emulator/README.md). Every kernel includes this file, and no CUDA header.
+// (simt/README.md). Every kernel includes this file, and no CUDA header.
 //
 // FRAGMENTS of mma.sync.m16n8k16, D[16][8] += A[16][16] * B[16][8] (PTX ISA, "Matrix Fragments
 // for mma.m16n8k16 with floating point type"). With g = lane / 4 and t = lane % 4; a register of
@@ -27,21 +27,15 @@
 #include <cuda_fp16.h>
 #endif
 
-// ---- shared memory and exported kernels (the emulator defines its own in simt.h) --------------
+// ---- exported kernels (the emulator has its own in simt.h) -------------------------------------
 
 #ifndef SIMT_EMULATOR
-// SHARED(float, red, [4][32]);   a static array, aligned to 16 bytes
-#define SHARED(type, name, dims) __shared__ __align__(16) type name dims
-// DYN_SMEM(unsigned char, smem);   the launch's dynamic shared memory, aligned to 128 bytes
-#define DYN_SMEM(type, name)                                       \
-    extern __shared__ __align__(128) unsigned char name##_bytes[]; \
-    type* const name = reinterpret_cast<type*>(name##_bytes)
 // After `extern "C" __global__ void kernel(...) {...}`
 #define KERNEL_EXPORT(kernel) static_assert(true, "")
 #endif
 
 // An address in shared memory as ldmatrix and cp.async take it. Offsets in bytes may be added; the
-// low 7 bits are those of the offset into DYN_SMEM, so that a swizzle may be xor'ed in.
+// low 7 bits are those of the offset into `extern __shared__ __align__(128)` memory, so that a swizzle may be xor'ed in.
 #ifdef SIMT_EMULATOR
 using smem_addr = uintptr_t;
 inline smem_addr smem_address(const void* p) { return smem_addr(p); }

@@ -117,7 +117,7 @@ __device__ __forceinline__ void write_effective(const WeightRow& row, const floa
 
 template <class T, int V>
 __device__ __forceinline__ void weight_step(const WeightStep& p) {
-    SHARED(float, scratch, [3][32]);
+    __shared__ __align__(16) float scratch[3][32];
     const WeightRow row = p.rows[blockIdx.x];
     const StepScalars s = *p.scalars;
 
@@ -195,7 +195,7 @@ __device__ __forceinline__ void weight_step(const WeightStep& p) {
 
 template <class T, int V>
 __device__ __forceinline__ void weight_prepare(const WeightPrepare& p) {
-    SHARED(float, scratch, [1][32]);
+    __shared__ __align__(16) float scratch[1][32];
     const WeightRow row = p.rows[blockIdx.x];
     float w[V][4];
     float squares[1] = {};
@@ -239,7 +239,7 @@ struct ReduceStats {
 
 // The statistics of all rows; one block of 1024 threads, the same bits in every run.
 extern "C" __global__ void __launch_bounds__(1024) weight_stats(ReduceStats p) {
-    SHARED(StepTotals, warps, [32]);
+    __shared__ __align__(16) StepTotals warps[32];
     StepTotals sum = {0.0, 0};
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) {
         sum.grad_norm += double(p.rows[i].norm_squared);
@@ -277,7 +277,7 @@ struct WeightTurn {
 
 // 256 threads; the same for both types, which are only moved.
 extern "C" __global__ void __launch_bounds__(256) weight_turn(const __grid_constant__ WeightTurn p) {
-    SHARED(uint4, rows, [64 * 8]);  // [co][8 chunks of c], swizzled
+    __shared__ __align__(16) uint4 rows[64 * 8];  // [co][8 chunks of c], swizzled
     const TurnTile t = p.tiles[blockIdx.x];
     const uint16_t* from = static_cast<const uint16_t*>(p.effective) + t.from;
     uint16_t* to = static_cast<uint16_t*>(p.turned) + t.to;

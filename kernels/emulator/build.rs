@@ -24,8 +24,11 @@ const FLAGS: &[&str] = &[
     "-fno-math-errno",
     "-ffp-contract=off",        // the source says where an fma is
     "-fstack-clash-protection", // a large frame must meet the guard page, not jump it
+    "-fno-gnu-unique",          // the next three: __shared__ variables are thread_local ones whose address we decide
+    "-fno-extern-tls-init",
+    "-mtls-dialect=gnu",
 ];
-const KERNEL_FLAGS: &[&str] = &["-x", "c++", "-include", "kernels/emulator/simt.h"];
+const KERNEL_FLAGS: &[&str] = &["-x", "c++", "-include", "simt/include/simt.h", "-Isimt/include"];
 const CHECKED_KERNEL_FLAGS: &[&str] = &[
     "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero",
     "--param=tsan-instrument-func-entry-exit=0",
@@ -43,7 +46,7 @@ impl Object {
         let rule = fs::read_to_string(self.object.with_extension("d")).ok()?;
         let mut hasher = DefaultHasher::new();
         (env::var_os("CXX"), &self.arguments).hash(&mut hasher);
-        for header in rule.split_whitespace().filter(|word| word.starts_with("kernels")) {
+        for header in rule.split_whitespace().filter(|word| word.starts_with("kernels") || word.starts_with("simt")) {
             fs::read(header).ok()?.hash(&mut hasher);
         }
         Some(hasher.finish().to_string())
@@ -87,7 +90,9 @@ pub fn build(structs: &Path) -> Result<(), String> {
     for name in ["CXX", "CXXFLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    println!("cargo:rerun-if-changed=kernels");
+    for directory in ["kernels", "simt/include", "simt/src"] {
+        println!("cargo:rerun-if-changed={directory}");
+    }
     if env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
         return Err("the emulator's context switch is written for x86-64".into());
     }
@@ -105,7 +110,8 @@ pub fn build(structs: &Path) -> Result<(), String> {
     run(&compiler, &["-std=c++17", "-fsyntax-only", &structs.display().to_string()].map(String::from))?;
     let mut kernels = sources("kernels", "cu");
     kernels.extend(sources("kernels/emulator", "cu"));
-    let runtime = sources("kernels/emulator", "cpp");
+    let mut runtime = sources("simt/src", "cpp");
+    runtime.retain(|path| path.file_stem().is_some_and(|name| name != "simt-check"));
     let mut libraries = Vec::new();
     for checked in [false, true] {
         let mut objects = Vec::new();
@@ -118,7 +124,9 @@ pub fn build(structs: &Path) -> Result<(), String> {
             if checked {
                 arguments.push("-DSIMT_CHECKED".into());
             }
-            if is_kernel {
+            if !is_kernel {
+                arguments.push("-Isimt/include".into());
+            } else {
                 arguments.extend(KERNEL_FLAGS.iter().map(|f| f.to_string()));
                 let extra = if checked { CHECKED_KERNEL_FLAGS } else { &[] };
                 arguments.extend(extra.iter().map(|f| f.to_string()));

@@ -13,6 +13,7 @@ struct Plant {
     float* out;        // [n]
     const float* in;   // [n]
     float* scratch;    // [n], fresh from the allocator; zeros for atomics in scratch[0]
+    float* ticket;     // [1], zero
     int n, zero, one;  // zero and one, unknown to the compiler
 };
 
@@ -28,7 +29,7 @@ struct Plant {
 
 template <bool BUG> __device__ void unwritten_shared(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     if (!BUG || t != 5) s[t] = p.in[i];
     __syncthreads();
     p.out[i] = 2 * s[t];
@@ -73,8 +74,8 @@ PLANT(null_pointer);
 
 template <bool BUG> __device__ void shared_overrun(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
-    SHARED(float, behind, [64]);
+    __shared__ float s[64];
+    [[maybe_unused]] __shared__ float behind[64];
     s[t] = p.in[i];
     behind[t] = 0;
     if (BUG && t == 63) s[t + p.one] = p.in[i];
@@ -86,8 +87,8 @@ PLANT(shared_overrun);
 // The same where the compiler cannot know the array.
 template <bool BUG> __device__ void shared_overrun_by_pointer(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
-    SHARED(float, behind, [64]);
+    __shared__ float s[64];
+    __shared__ float behind[64];
     float* unknown = p.zero ? behind : s;
     behind[t] = 0;
     unknown[BUG && t == 63 ? t + 1 : t] = p.in[i];
@@ -98,7 +99,8 @@ PLANT(shared_overrun_by_pointer);
 
 template <bool BUG> __device__ void dynamic_shared_overrun(Plant p) {  // launched with 256 bytes
     INDICES;
-    DYN_SMEM(float, s);
+    extern __shared__ __align__(128) unsigned char smem[];
+    float* const s = reinterpret_cast<float*>(smem);
     s[t] = p.in[i];
     if (BUG && t == 63) s[t + p.one] = p.in[i];
     __syncthreads();
@@ -108,7 +110,7 @@ PLANT(dynamic_shared_overrun);
 
 template <bool BUG> __device__ void missing_barrier(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[t] = p.in[i ^ 32];
     if (!BUG) __syncthreads();
     p.out[i] = 2 * s[t ^ 32];
@@ -118,7 +120,7 @@ PLANT(missing_barrier);
 // The second write may overtake the other warp's first read.
 template <bool BUG> __device__ void overwritten_too_early(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[t] = p.in[i ^ 32];
     __syncthreads();
     float x = s[t ^ 32];
@@ -131,7 +133,7 @@ PLANT(overwritten_too_early);
 
 template <bool BUG> __device__ void missing_syncwarp(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[t] = p.in[i ^ 1];
     if (!BUG) __syncwarp();
     p.out[i] = 2 * s[t ^ 1];
@@ -140,7 +142,7 @@ PLANT(missing_syncwarp);
 
 template <bool BUG> __device__ void write_write_race(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[BUG ? lane : t] = p.in[i];
     __syncthreads();
     p.out[i] = 2 * p.in[i] + 0 * s[lane];
@@ -150,7 +152,7 @@ PLANT(write_write_race);
 // Some write what others read: by the thread order the write comes first, or the read.
 template <bool BUG> __device__ void one_way_race(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[t] = p.in[i];
     __syncthreads();
     if (t < 32) s[t] = p.in[i];
@@ -161,7 +163,7 @@ PLANT(one_way_race);
 
 template <bool BUG> __device__ void one_way_race_in_warp(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     s[t] = p.in[i];
     __syncthreads();
     if (lane < 16) s[t] = p.in[i];
@@ -182,7 +184,7 @@ PLANT(block_race);
 
 template <bool BUG> __device__ void atomic_race(Plant p) {  // atomic and plain on one word
     INDICES;
-    SHARED(int, count, [1]);
+    __shared__ int count[1];
     if (t == 0) count[0] = 0;
     __syncthreads();
     atomicAdd(&count[0], 1);
@@ -193,7 +195,7 @@ PLANT(atomic_race);
 
 template <bool BUG> __device__ void missing_wait(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     cp_async<4>(smem_address(&s[t]), &p.in[i]);
     cp_async_commit();
     if (!BUG) cp_async_wait<0>();
@@ -205,7 +207,7 @@ PLANT(missing_wait);
 
 template <bool BUG> __device__ void missing_commit(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     cp_async<4>(smem_address(&s[t]), &p.in[i]);
     if (!BUG) cp_async_commit();
     cp_async_wait<0>();
@@ -216,7 +218,7 @@ PLANT(missing_commit);
 
 template <bool BUG> __device__ void copy_from_outside(Plant p) {
     INDICES;
-    SHARED(float, s, [64]);
+    __shared__ float s[64];
     cp_async<4>(smem_address(&s[t]), &p.in[BUG && i == 255 ? p.n : i]);
     cp_async_commit();
     cp_async_wait<0>();
@@ -227,7 +229,7 @@ PLANT(copy_from_outside);
 
 template <bool BUG> __device__ void misaligned_copy(Plant p) {
     INDICES;
-    SHARED(float, s, [68]);
+    __shared__ float s[68];
     if (t < 16) cp_async<16>(smem_address(&s[4 * t]) + (BUG ? 4 * p.one : 0), &p.in[blockIdx.x * 64 + 4 * t]);
     cp_async_commit();
     cp_async_wait<0>();
@@ -238,7 +240,8 @@ PLANT(misaligned_copy);
 
 template <bool BUG> __device__ void misaligned_ldmatrix(Plant p) {
     INDICES;
-    DYN_SMEM(unsigned char, s);
+    extern __shared__ __align__(128) unsigned char smem[];
+    unsigned char* const s = smem;
     for (int k = t; k < 64; k += 64) reinterpret_cast<float*>(s)[k] = 0;
     __syncthreads();
     uint32_t r[1];
@@ -278,6 +281,77 @@ template <bool BUG> __device__ void exited_thread(Plant p) {
     __syncthreads();
 }
 PLANT(exited_thread);
+
+// Lanes that have left need not come, but nobody can read them.
+template <bool BUG> __device__ void exited_lanes(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i];
+    if (lane >= 24) return;
+    const float x = __shfl_sync(0xffffffffu, p.in[i], BUG ? lane + 1 : lane);
+    p.out[i] = 2 * x;
+    __syncthreads();
+}
+PLANT(exited_lanes);
+
+// Lanes of a warp may store to one place by one instruction; one of them wins.
+template <bool BUG> __device__ void same_place_store(Plant p) {
+    INDICES;
+    __shared__ float s[2];
+    s[t / 32] = BUG ? p.in[i] : 1;
+    __syncthreads();
+    p.out[i] = 2 * p.in[i] + s[t / 32] - 1 - float(BUG && t / 32 == 0 && p.in[0] == s[0]);
+}
+PLANT(same_place_store);
+
+// The same instruction, but not at once.
+template <bool BUG> __device__ void store_in_turns(Plant p) {
+    INDICES;
+    __shared__ float s[2][32];
+    for (int k = 0; k < 32; k++) {
+        s[t / 32][(lane + (BUG ? k : 0)) % 32] = p.in[i];
+        if (p.zero) break;
+    }
+    __syncthreads();
+    p.out[i] = 2 * p.in[i] + 0 * s[t / 32][lane];
+}
+PLANT(store_in_turns);
+
+// "The last block reduces": what the others wrote is there if a fence is between their writes and their atomic.
+template <bool BUG> __device__ void reduce_in_last_block(Plant p, int* ticket, bool fence_by_one) {
+    INDICES;
+    __shared__ bool last[1];
+    p.scratch[i] = p.in[i];
+    if (!BUG && !fence_by_one) __threadfence();
+    if (!(BUG && fence_by_one)) __syncthreads();
+    if (t == 0) {
+        if (fence_by_one) __threadfence();
+        last[0] = atomicAdd(ticket, 1) == int(gridDim.x) - 1;
+    }
+    __syncthreads();
+    if (!last[0]) return;
+    for (int k = t; k < p.n; k += int(blockDim.x)) p.out[k] = 2 * p.scratch[k];
+    if (t == 0) *ticket = 0;  // for the next launch
+}
+template <bool BUG> __device__ void no_fence(Plant p) { reduce_in_last_block<BUG>(p, reinterpret_cast<int*>(p.ticket), false); }
+PLANT(no_fence);
+template <bool BUG> __device__ void fence_too_early(Plant p) { reduce_in_last_block<BUG>(p, reinterpret_cast<int*>(p.ticket), true); }
+PLANT(fence_too_early);
+
+// A maximum prefers a number to NaN, yet not to what nobody has written.
+template <bool BUG> __device__ void poison_in_maximum(Plant p) {
+    INDICES;
+    if (!BUG) p.scratch[i] = 0;
+    p.out[i] = fmaxf(2 * p.in[i], p.scratch[i]);
+}
+PLANT(poison_in_maximum);
+
+template <bool BUG> __device__ void half_poison_in_maximum(Plant p) {
+    INDICES;
+    __half* scratch = reinterpret_cast<__half*>(p.scratch);
+    if (!BUG) scratch[i] = 0.0f;
+    p.out[i] = max(2 * p.in[i], __half2float(scratch[i]));
+}
+PLANT(half_poison_in_maximum);
 
 template <bool BUG> __device__ void missing_lanes(Plant p) {
     INDICES;
@@ -347,7 +421,7 @@ PLANT(trap);
 // A transpose through shared memory, with and without the padding against bank conflicts.
 template <bool BUG> __device__ void bank_conflicts(Plant p) {
     INDICES;
-    SHARED(float, s, [32][BUG ? 32 : 33]);
+    __shared__ float s[32][BUG ? 32 : 33];
     if (t < 32)
         for (int row = 0; row < 32; row++) s[row][t] = p.in[i] * float(row == t);
     __syncthreads();
@@ -361,7 +435,8 @@ PLANT(bank_conflicts);
 // The same through ldmatrix: 8 rows of 128 bytes, with and without the swizzle.
 template <bool BUG> __device__ void ldmatrix_bank_conflicts(Plant p) {
     INDICES;
-    DYN_SMEM(unsigned char, s);
+    extern __shared__ __align__(128) unsigned char smem[];
+    unsigned char* const s = smem;
     if (t < 64) store16(s + t * 16, make_uint4(0, 0, 0, 0));
     __syncthreads();
     uint32_t r[1];
@@ -417,7 +492,7 @@ KERNEL_EXPORT(probe_mma_f16_f16);
 // out[lane][register] of ldmatrix over m[32][8] (four 8x8 matrices, one below the other).
 template <int MATRICES, bool TRANS>
 __device__ void probe_ldmatrix(const uint16_t* m, uint32_t* out) {
-    SHARED(uint4, s, [32]);
+    __shared__ uint4 s[32];
     s[threadIdx.x] = load16(m + threadIdx.x * 8);
     __syncwarp();
     uint32_t r[MATRICES];
@@ -437,7 +512,7 @@ PROBE_LDMATRIX(probe_ldmatrix_x4_trans, 4, true);
 // Each thread copies BYTES, or zeros where its index is odd.
 template <int BYTES>
 __device__ void probe_cp_async(const unsigned char* in, unsigned char* out) {
-    SHARED(uint4, s, [32]);
+    __shared__ uint4 s[32];
     unsigned char* bytes = reinterpret_cast<unsigned char*>(s) + threadIdx.x * BYTES;
     cp_async<BYTES>(smem_address(bytes), in + threadIdx.x * BYTES, threadIdx.x % 2 == 0);
     cp_async_commit();
@@ -500,6 +575,37 @@ extern "C" void probe_portable(uint32_t first, uint32_t* differ, int per_thread)
 KERNEL_EXPORT(probe_portable);
 #endif
 
+// x op y by operators of halves: sum, difference, product, quotient, and x * y + z, which rounds twice.
+template <class T>
+__device__ void probe_operators(const T* x, const T* y, const T* z, T* out) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;
+    out[i] = x[i] + y[i];
+    out[n + i] = x[i] - y[i];
+    out[2 * n + i] = x[i] * y[i];
+    out[3 * n + i] = x[i] / y[i];
+    out[4 * n + i] = x[i] * y[i] + z[i];
+}
+extern "C" __global__ void probe_operators_f16(const __half* x, const __half* y, const __half* z, __half* out) { probe_operators(x, y, z, out); }
+KERNEL_EXPORT(probe_operators_f16);
+extern "C" __global__ void probe_operators_bf16(const __nv_bfloat16* x, const __nv_bfloat16* y, const __nv_bfloat16* z, __nv_bfloat16* out) { probe_operators(x, y, z, out); }
+KERNEL_EXPORT(probe_operators_bf16);
+
+// min and max are overloaded as the CUDA Math API lists them; what is ambiguous there does not compile.
+template <class R, class A, class B>
+constexpr bool overload = std::is_same_v<decltype(min(A(), B())), R>&& std::is_same_v<decltype(max(A(), B())), R>;
+static_assert(overload<int, int, int> && overload<int, short, char> && overload<unsigned, unsigned, unsigned>);
+static_assert(overload<unsigned, int, unsigned> && overload<unsigned, unsigned, int>);
+static_assert(overload<long, long, long> && overload<unsigned long, long, unsigned long> && overload<unsigned long, unsigned long, long>);
+static_assert(overload<long long, long long, long long> && overload<unsigned long long, long long, unsigned long long>);
+static_assert(overload<unsigned long long, unsigned long long, unsigned long long>);
+static_assert(overload<float, float, float> && overload<double, double, double> && overload<double, float, double> && overload<double, double, float>);
+static_assert(min(-1, 1u) == 1u && max(-1, 1u) == 0xffffffffu && min(16777217, 16777219u) == 16777217u);
+#ifdef SIMT_EMULATOR
+template <class A, class B, class = void> constexpr bool has_min = false;
+template <class A, class B> constexpr bool has_min<A, B, std::void_t<decltype(min(A(), B()))>> = true;
+static_assert(has_min<int, unsigned> && !has_min<int, float> && !has_min<unsigned, double> && !has_min<int, size_t>);
+#endif
+
 // pack8(unpack8(x)) and x * y + z in 16 bits, one element a thread for the latter.
 extern "C" __global__ void probe_half_math(const __half* x, const __half* y, const __half* z, __half* fma, __half* sum,
                                            __half* product, __half* copy) {
@@ -524,7 +630,7 @@ KERNEL_EXPORT(probe_bf16_fma);
 
 // y[row] = softmax(x[row]) over n columns; one block of 128 threads a row. Reads x three times.
 extern "C" __global__ void softmax(const __half* x, __half* y, int n) {
-    SHARED(float, partial, [2][4]);
+    __shared__ float partial[2][4];
     x += size_t(blockIdx.x) * n, y += size_t(blockIdx.x) * n;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float most = -INFINITY, sum = 0;
@@ -547,7 +653,7 @@ KERNEL_EXPORT(softmax);
 template <class T>
 __device__ void gemm(const T* a, const T* b, T* c, int m, int n, int k) {
     constexpr int kTile = 64, kDepth = 32, kStages = 3, kRow = kDepth * 2, kOperand = kTile * kRow;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr shared = smem_address(smem);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;

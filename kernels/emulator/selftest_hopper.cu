@@ -19,8 +19,8 @@ struct CopyProbe {
 };
 
 __device__ void bulk_copy(const CopyProbe& p) {
-    DYN_SMEM(unsigned char, smem);
-    SHARED(uint64_t, bar, [1]);
+    extern __shared__ __align__(128) unsigned char smem[];
+    __shared__ uint64_t bar[1];
     const smem_addr full = smem_address(bar), tile = tiles(smem);
     const unsigned char* bytes = smem + (tile - smem_address(smem));
     if (threadIdx.x == 0) {
@@ -47,8 +47,8 @@ struct WgmmaProbe {
 // d += A B of 64 x 64 and 64 x N, four instructions; 128 threads.
 template <class T, int N, bool MN_MAJOR>
 __device__ void probe_wgmma(const WgmmaProbe& p) {
-    DYN_SMEM(unsigned char, smem);
-    SHARED(uint64_t, bar, [1]);
+    extern __shared__ __align__(128) unsigned char smem[];
+    __shared__ uint64_t bar[1];
     constexpr int kBlock = 64 * 128;  // 64 rows
     const smem_addr full = smem_address(bar), a = tiles(smem), b = a + kBlock;
     if (threadIdx.x == 0) {
@@ -129,7 +129,7 @@ template <Planted BUG>
 __device__ void pipeline(const Pipeline& p) {
     constexpr int kStages = 2, kA = 128 * 128, kB = 64 * 128, kStage = kA + kB, kConsumers = 256;
     auto is = [](Planted bug) { return BUG == bug; };
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr first = is(Planted::not_rounded_up) ? smem_address(smem) : tiles(smem);
     const smem_addr full = first + kStages * kStage, empty = full + kStages * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -221,7 +221,7 @@ struct Stored {
 };
 template <bool BUG>
 __device__ void stored_operands(const Stored& p) {
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr tile = tiles(smem);
     unsigned char* bytes = smem + (tile - smem_address(smem));
     for (int i = threadIdx.x; i < 512; i += 128) {
@@ -269,7 +269,7 @@ struct Conv {
 template <class T, int N, int S>
 __device__ void conv3x3(const Conv& p, T* y) {
     constexpr int kA = 128 * 128, kStage = kA + N * 128;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr first = tiles(smem), full = first + S * kStage, empty = full + S * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int pixel0 = blockIdx.x * 128, channel0 = blockIdx.y * N, steps = 9 * (p.cin / 64);
@@ -345,7 +345,7 @@ struct Wgrad {
 // products are stored through shared memory, which its producer must not overtake.
 __device__ void wgrad3x3(const Wgrad& p) {
     constexpr int S = 3, kBlock = 64 * 128, kStage = 4 * kBlock;
-    DYN_SMEM(unsigned char, smem);
+    extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr first = tiles(smem), full = first + S * kStage, empty = full + S * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int cin = p.cin[0] + p.cin[1], columns = 9 * cin, steps = (p.pixels + 63) / 64;

@@ -1,4 +1,4 @@
-//! The CUDA kernels on the CPU: a safe wrapper of the emulator in `kernels/emulator`.
+//! The CUDA kernels on the CPU: a safe wrapper of the emulator in `simt`.
 //!
 //! ```no_run
 //! use edm2k::backend::gpu::emulated::{Arg, Build, Emulator};
@@ -98,7 +98,7 @@ pub struct Counters {
     pub bank_conflicts: u64,
 }
 
-/// The C functions of `kernels/emulator/simt.cpp`.
+/// The C functions of `simt/src/simt.cpp`.
 struct Api {
     last_error: unsafe extern "C" fn() -> *const c_char,
     config: unsafe extern "C" fn(*const c_char, u64) -> c_int,
@@ -110,7 +110,7 @@ struct Api {
     free: unsafe extern "C" fn(*mut c_void) -> c_int,
     launch: unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, u32, u32, *mut *mut c_void) -> c_int,
     /// Settings now in force; held during launches and copies, which must not overlap.
-    settings: Mutex<Option<(Order, usize)>>,
+    settings: Mutex<Option<Settings>>,
 }
 
 impl Api {
@@ -148,7 +148,7 @@ impl Api {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<(Order, usize)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Settings>> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -174,8 +174,15 @@ fn c_name(name: &str) -> Result<CString> {
 #[derive(Clone)]
 pub struct Emulator {
     api: &'static Api,
+    settings: Settings,
+}
+
+/// How launches run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Settings {
     order: Order,
     threads: usize,
+    strict_exits: bool,
 }
 
 impl Emulator {
@@ -186,7 +193,7 @@ impl Emulator {
 
     fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { api, order: Order::Forward, threads }
+        Self { api, settings: Settings { order: Order::Forward, threads, strict_exits: false } }
     }
 
     /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
@@ -234,13 +241,19 @@ impl Emulator {
 
     /// The same device with another thread order.
     pub fn with_order(self, order: Order) -> Self {
-        Self { order, ..self }
+        Self { settings: Settings { order, ..self.settings }, ..self }
     }
 
     /// The same device with blocks spread over so many OS threads; results of kernels whose blocks
     /// meet in atomics depend on the order of blocks unless it is 1.
     pub fn with_threads(self, threads: usize) -> Self {
-        Self { threads: threads.clamp(1, 1024), ..self }
+        Self { settings: Settings { threads: threads.clamp(1, 1024), ..self.settings }, ..self }
+    }
+
+    /// The same device; if `strict`, a barrier or a warp that is short of a thread because it has left the kernel is an
+    /// error. CUDA does not wait for such threads on cards since Volta.
+    pub fn with_strict_exits(self, strict: bool) -> Self {
+        Self { settings: Settings { strict_exits: strict, ..self.settings }, ..self }
     }
 
     /// The exported kernels in alphabetical order.
@@ -303,17 +316,20 @@ impl Emulator {
         let name = c_name(kernel)?;
         let mut pointers: Vec<*mut c_void> = args.iter().map(|a| a.0.as_ptr().cast_mut().cast()).collect();
         let mut settings = self.api.lock();
-        if *settings != Some((self.order, self.threads)) {
-            let (order, seed) = match self.order {
+        if *settings != Some(self.settings) {
+            let Settings { order, threads, strict_exits } = self.settings;
+            let (order, seed) = match order {
                 Order::Forward => (0, 0),
                 Order::Reversed => (1, 0),
                 Order::Random(seed) => (2, seed),
             };
-            for (key, value) in [(c"order", order), (c"seed", seed), (c"threads", self.threads as u64)] {
+            let values =
+                [(c"order", order), (c"seed", seed), (c"threads", threads as u64), (c"strict", strict_exits.into())];
+            for (key, value) in values {
                 // SAFETY: C strings.
                 self.api.require(unsafe { (self.api.config)(key.as_ptr(), value) })?;
             }
-            *settings = Some((self.order, self.threads));
+            *settings = Some(self.settings);
         }
         let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
         // SAFETY: the arguments have the sizes that the kernel reads; their meaning is the caller's.
@@ -350,7 +366,7 @@ impl Emulator {
     }
 }
 
-/// `struct Map` of kernels/emulator/hopper.cpp, in place of the driver's encoding.
+/// `struct Map` of simt/src/hopper.cpp, in place of the driver's encoding.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 struct Map {

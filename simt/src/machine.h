@@ -7,6 +7,8 @@
 //
 // with an unmapped page below every stack. Dynamic shared memory ends at its guard page.
 #pragma once
+#include <pthread.h>
+
 #include <atomic>
 #include <mutex>
 #include <string>
@@ -32,6 +34,8 @@ constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every
 
 constexpr int kMaxTiles = 16;              // of each side, in one mma_tile
 
+struct Releases;
+
 enum class Order { forward, reversed, random };
 
 struct Launch {
@@ -41,13 +45,14 @@ struct Launch {
     uint64_t blocks;
     Order order;
     uint64_t seed;
-    bool poison;
+    bool poison, strict;
     uint32_t serial;  // which launch, in the shadow of global memory
     alignas(64) unsigned char params[4096];
     std::atomic<uint64_t> next{0}, conflicts{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
     std::string error;
+    Releases* releases = nullptr;  // checked.cpp: what blocks tell each other by fences and atomics
 };
 
 struct Copy {  // a cp.async that has not landed
@@ -84,6 +89,7 @@ struct Thread {
     const Op* op = nullptr;
     uint32_t mask = 0;
     void* data = nullptr;
+    const void* imm = nullptr;
     Where at{};
     std::vector<Copy> copies;
     std::vector<size_t> groups;  // copies.size() at each commit
@@ -96,12 +102,21 @@ struct Thread {
 };
 
 struct Warp {
-    uint32_t ready, waiting;
+    uint32_t ready, waiting, exited;  // the last with those beyond the block's last thread
 };
 
 struct Fault {
     int signal;
     uintptr_t address, pc;
+    void* stack[64];
+    int depth;
+};
+
+// A __shared__ variable: to the compiler a thread_local one, whose name and size are in the library's symbol table.
+struct Variable {
+    std::string name;
+    size_t offset, bytes;
+    bool dynamic, guard;  // the latter says whether a variable has been constructed
 };
 
 struct Checker;  // checked.cpp
@@ -115,10 +130,14 @@ struct Machine {
     size_t static_end, static_bytes;  // with and without gaps
     unsigned char* dynamic;
     struct Static {
-        const void* site;
+        const Variable* variable;
         uintptr_t begin, end;
     };
     std::vector<Static> variables;  // dynamic shared memory is the first
+    // Where this block's variable of each number is, if its block is this one.
+    struct Place { uint64_t block; uintptr_t begin; };
+    std::vector<Place> places;
+    uint64_t block_serial = 0;
     void* scheduler_sp;
     std::vector<int> free_stacks;
     Thread threads[kMaxThreads];
@@ -126,6 +145,7 @@ struct Machine {
     uint32_t ready_warps;
     int warp;  // that ran last
     int count, alive, at_barrier;
+    int votes, counted;  // of the barrier that fills, and of the last
     Thread* first_at_barrier;
     uint64_t random;
     const Where* fault_where = nullptr;  // blames this line, not the program counter
@@ -143,7 +163,9 @@ struct Machine {
     int lane() const { return self->linear & 31; }
 };
 
-extern __thread Machine* machine __attribute__((tls_model("initial-exec")));
+// The one of this OS thread while it runs a block, else null.
+extern pthread_key_t machine_key;
+inline Machine* current() { return static_cast<Machine*>(pthread_getspecific(machine_key)); }
 
 // The scheduler (simt.cpp): a member of `set`; lanes that may run on; and letting others run until
 // someone makes this thread ready.
@@ -166,6 +188,19 @@ struct Allocation {
     uintptr_t begin, end, map, map_end;
     void* shadow;  // checked build: one GlobalCell for every four bytes
 };
+std::string source_lines(uintptr_t pc);  // of an instruction and the calls it was inlined by, "file:line\n" each
+
+// The runtime API (runtime.cpp): what a launch of the host's said; 0, 1 refused, 2 fault.
+void launched(int code);
+extern size_t dynamic_allowed;
+
+// A function or an object of this library, from its symbol table.
+struct Symbol {
+    std::string name;
+    uintptr_t begin, end;
+};
+const Symbol* find_object(uintptr_t address);
+
 const Allocation* find_allocation(uintptr_t address);  // that holds it, or the nearest below
 std::string describe_address(uintptr_t address);
 
@@ -181,6 +216,9 @@ void check_block_start();
 void check_block_end();
 void check_barrier();
 void check_sync(uint32_t mask);
+void check_fence();
+void check_atomic_done(uintptr_t address);
+void check_launch_start(Launch& launch);
 void check_warp_step(uint32_t mask);
 void check_access(const Thread& thread, uintptr_t address, size_t bytes, Access access, Where at);
 void check_copy_issued(const Thread& thread, uintptr_t address, size_t bytes, Where at);
@@ -207,6 +245,9 @@ inline void check_block_start() {}
 inline void check_block_end() {}
 inline void check_barrier() {}
 inline void check_sync(uint32_t) {}
+inline void check_fence() {}
+inline void check_atomic_done(uintptr_t) {}
+inline void check_launch_start(Launch&) {}
 inline void check_warp_step(uint32_t) {}
 inline void check_access(const Thread&, uintptr_t, size_t, Access, Where) {}
 inline void check_copy_issued(const Thread&, uintptr_t, size_t, Where) {}

@@ -11,7 +11,7 @@ namespace simt {
 
 constexpr uint32_t kAll = 0xffffffffu;
 
-static Thread& lane_thread(int lane) { return machine->threads[(machine->self->linear & ~31) + lane]; }
+static Thread& lane_thread(int lane) { return current()->threads[(current()->self->linear & ~31) + lane]; }
 
 // ---- mma --------------------------------------------------------------------------------------
 
@@ -62,8 +62,8 @@ template <Accumulator KIND>
 static void multiply_all(void* const* d, int m, int n) {
     for (int i = 0; i < m; i++) {
         int j = 0;
-        for (; j + 2 <= n; j += 2) multiply_tile<2, KIND>(*machine, d, i, j, n);
-        if (j < n) multiply_tile<1, KIND>(*machine, d, i, j, n);
+        for (; j + 2 <= n; j += 2) multiply_tile<2, KIND>(*current(), d, i, j, n);
+        if (j < n) multiply_tile<1, KIND>(*current(), d, i, j, n);
     }
 }
 
@@ -78,13 +78,13 @@ static void run_mma(void* const* lanes, uint32_t, const void* imm) {
         for (int r = 0; r < 16; r++)
             for (int k = 0; k < 2; k++)
                 widen(gather(r % 8, [&](const MmaLane& l) { return l.a[4 * i + 2 * k + r / 8]; }), bf16,
-                      machine->a_rows[16 * i + r] + 8 * k);
+                      current()->a_rows[16 * i + r] + 8 * k);
     for (int j = 0; j < shape.n; j++)
         for (int k = 0; k < 2; k++) {
             __m128i columns[8];
             for (int c = 0; c < 8; c++) columns[c] = gather(c, [&](const MmaLane& l) { return l.b[2 * j + k]; });
             transpose8x8(columns);
-            for (int r = 0; r < 8; r++) widen(columns[r], bf16, machine->b_rows[j][8 * k + r]);
+            for (int r = 0; r < 8; r++) widen(columns[r], bf16, current()->b_rows[j][8 * k + r]);
         }
     void* d[32];
     for (int i = 0; i < 32; i++) d[i] = static_cast<const MmaLane*>(lanes[i])->d;
@@ -93,7 +93,7 @@ static void run_mma(void* const* lanes, uint32_t, const void* imm) {
 }
 
 void mma(void* d, const uint32_t* a, const uint32_t* b, const MmaShape& shape, Where at) {
-    static const Op op = {"mma", run_mma};
+    static const Op op = {"mma", run_mma, true};
     if (shape.m > kMaxTiles || shape.n > kMaxTiles) trap("mma_tile: more than 16 tiles a side", at);
     MmaLane lane = {d, a, b};
     collective(op, kAll, &lane, &shape, at);
@@ -122,7 +122,7 @@ static int row_conflicts(const uintptr_t* addresses) {
 
 static void run_ldmatrix(void* const* lanes, uint32_t, const void* imm) {
     const LdmatrixShape& shape = *static_cast<const LdmatrixShape*>(imm);
-    Machine& m = *machine;
+    Machine& m = *current();
     auto lane = [&](int i) { return static_cast<const LdmatrixLane*>(lanes[i]); };
     uint64_t conflicts = 0;
     for (int n = 0; n < shape.count; n++)
@@ -152,7 +152,7 @@ static void run_ldmatrix(void* const* lanes, uint32_t, const void* imm) {
 }
 
 void ldmatrix(uint32_t* registers, const uintptr_t* rows, int count, int matrices, bool trans, Where at) {
-    static const Op op = {"ldmatrix", run_ldmatrix};
+    static const Op op = {"ldmatrix", run_ldmatrix, true};
     LdmatrixLane lane = {registers, rows};
     LdmatrixShape shape = {count, matrices, trans, at};
     collective(op, kAll, &lane, &shape, at);
@@ -187,7 +187,7 @@ static void run_shuffle(void* const* lanes, uint32_t mask, const void* imm) {
             case Shuffle::down: from = i + lane.operand > last ? i : i + lane.operand; break;
             case Shuffle::lane_xor: from = (i ^ lane.operand) > last ? i : i ^ lane.operand; break;
         }
-        if (!(mask >> from & 1)) fail(lane_thread(i), shape.at, "shuffle: lane %d reads lane %d, which is not in the mask 0x%08x", i, from, mask);
+        if (!(mask >> from & 1)) fail(lane_thread(i), shape.at, "shuffle: lane %d reads lane %d, %s", i, from, lane_thread(i).mask >> from & 1 ? "which has left the kernel" : "which is not in the mask");
         memcpy(lane.value, &before[from], shape.size);
     }
 }
@@ -230,58 +230,58 @@ static void run_reduce(void* const* lanes, uint32_t, const void* imm) {
 }
 
 float warp_reduce(float value, bool maximum, Where at) {
-    static const Op sum = {"warp_sum", run_reduce}, max = {"warp_max", run_reduce};
+    static const Op sum = {"warp_sum", run_reduce, true}, max = {"warp_max", run_reduce, true};
     collective(maximum ? max : sum, kAll, &value, &maximum, at);
     return value;
 }
 
+struct ReduceShape {
+    size_t bytes;
+    void (*combine)(void* to, const void* from);
+};
+
+static void run_any_reduce(void* const* lanes, uint32_t mask, const void* imm) {
+    const ReduceShape& shape = *static_cast<const ReduceShape*>(imm);
+    uint64_t all;
+    memcpy(&all, lanes[__builtin_ctz(mask)], shape.bytes);
+    for (uint32_t l = mask & (mask - 1); l; l &= l - 1) shape.combine(&all, lanes[__builtin_ctz(l)]);
+    for (uint32_t l = mask; l; l &= l - 1) memcpy(lanes[__builtin_ctz(l)], &all, shape.bytes);
+}
+
+void reduce(uint32_t mask, void* value, size_t bytes, void (*combine)(void*, const void*), Where at) {
+    static const Op op = {"reduction", run_any_reduce};
+    ReduceShape shape = {bytes, combine};
+    collective(op, mask, value, &shape, at);
+}
+
 // ---- atomics ----------------------------------------------------------------------------------
 
-template <class T>
-static void check_atomic(T* address, Where at) {
-    const Thread& t = *machine->self;
-    if (uintptr_t(address) % sizeof(T)) fail(t, at, "atomic: the address is not a multiple of %zu", sizeof(T));
-    check_access(t, uintptr_t(address), sizeof(T), Access::atomic, at);
-}
-
 // Blocks run on several OS threads, so these are atomic for the CPU too.
-template <class T>
-T atomic(Atomic op, T* address, T value, Where at) {
-    check_atomic(address, at);
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    Bits* bits = reinterpret_cast<Bits*>(address);
-    machine->fault_where = &at;
+template <class Bits>
+static void update(void* address, void* before, const void* operand, void (*apply)(void*, const void*)) {
+    Bits* bits = static_cast<Bits*>(address);
     Bits seen = __atomic_load_n(bits, __ATOMIC_RELAXED), next;
     do {
-        T old = bit_cast<T>(seen), result = value;
-        switch (op) {
-            case Atomic::add: result = T(old + value); break;
-            case Atomic::min: result = value < old ? value : old; break;
-            case Atomic::max: result = old < value ? value : old; break;
-            case Atomic::exchange: break;
-        }
-        next = bit_cast<Bits>(result);
+        next = seen;
+        apply(&next, operand);
     } while (!__atomic_compare_exchange_n(bits, &seen, next, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-    machine->fault_where = nullptr;
-    return bit_cast<T>(seen);
+    memcpy(before, &seen, sizeof seen);
 }
 
-template <class T>
-T atomic_cas(T* address, T expected, T desired, Where at) {
-    check_atomic(address, at);
-    machine->fault_where = &at;
-    __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-    machine->fault_where = nullptr;
-    return expected;
+void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void*, const void*), Where at) {
+    const Thread& t = *current()->self;
+    const uintptr_t a = uintptr_t(address);
+    if (a % bytes) fail(t, at, "atomic: the address is not a multiple of %zu", bytes);
+    check_access(t, a, bytes, Access::atomic, at);
+    current()->fault_where = &at;
+    if (bytes == 2) update<uint16_t>(address, before, operand, apply);
+    else if (bytes == 4) update<uint32_t>(address, before, operand, apply);
+    else update<uint64_t>(address, before, operand, apply);
+    current()->fault_where = nullptr;
+    check_atomic_done(a);
 }
 
-template float atomic(Atomic, float*, float, Where);
-template int atomic(Atomic, int*, int, Where);
-template unsigned atomic(Atomic, unsigned*, unsigned, Where);
-template unsigned long long atomic(Atomic, unsigned long long*, unsigned long long, Where);
-template int atomic_cas(int*, int, int, Where);
-template unsigned atomic_cas(unsigned*, unsigned, unsigned, Where);
-template unsigned long long atomic_cas(unsigned long long*, unsigned long long, unsigned long long, Where);
+int lane() { return current()->lane(); }
 
 }  // namespace simt
 

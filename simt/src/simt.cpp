@@ -3,24 +3,37 @@
 //
 // Costs, one core: switch 3-5 ns, a warp's rendezvous about 0.2 us, a launch about 1 us.
 #include <dlfcn.h>
+#include <cxxabi.h>
+#include <elf.h>
+#include <execinfo.h>
+#include <fcntl.h>
+#include <link.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 
 #include "machine.h"
 
 namespace simt {
 
-__thread View* view;
-__thread Machine* machine;
+// Not thread_local: the thread_local variables of this library are the kernels' __shared__ ones.
+// Until it is made, an invalid key, of which everyone has null.
+pthread_key_t machine_key = PTHREAD_KEYS_MAX;
+__attribute__((constructor(101))) static void make_key() { pthread_key_create(&machine_key, nullptr); }
+
+const View* view() { return &current()->view; }
 
 // ---- context switch ---------------------------------------------------------------------------
 
@@ -107,10 +120,11 @@ static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads
     if (m.launch->kernel->hopper) hopper_deadlock(m);
     const Thread* waits = m.threads;
     while (waits->state != State::waiting) waits++;
+    const bool exits_count = m.launch->strict || (waits->op && waits->op->whole_warp);
     for (Thread* t = m.threads; t < m.threads + m.count; t++) {
         bool awaited = !waits->op || (t->linear / 32 == waits->linear / 32 && waits->mask >> (t->linear & 31) & 1);
         bool joined = t->state == State::waiting && t->op == waits->op && t->mask == waits->mask;
-        if (!awaited || joined) continue;
+        if (!awaited || joined || (t->state == State::done && !exits_count)) continue;
         if (t->state == State::done)
             fail(*waits, waits->at, "divergent %s: waits for thread (%u,%u,%u), which has left the kernel",
                  name_of(waits->op), t->index.x, t->index.y, t->index.z);
@@ -143,9 +157,27 @@ void wait(Machine& m) {
     simt_switch(&t.sp, next->sp);
 }
 
+static bool complete_barrier(Machine& m);
+static bool complete_collective(Machine& m, int warp, const Thread& arrived);
+
+// Barriers and warps wait only for threads that have not left, unless the launch is strict.
+static void leave(Machine& m, Thread& t) {
+    m.alive--;
+    const int warp = t.linear / 32;
+    m.warps[warp].exited |= 1u << (t.linear & 31);
+    if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+    if (m.launch->strict) return;
+    if (m.at_barrier) complete_barrier(m);
+    for (uint32_t rest = m.warps[warp].waiting; rest;) {
+        const Thread& waits = m.threads[warp * 32 + __builtin_ctz(rest)];
+        rest &= ~waits.mask;
+        complete_collective(m, warp, waits);
+    }
+}
+
 // Runs threads from their start to their end; a thread that never waits costs no switch.
 static void fiber() {
-    Machine& m = *machine;
+    Machine& m = *current();
     for (;;) {
         Thread& t = *m.self;
         t.state = State::ready;
@@ -153,8 +185,7 @@ static void fiber() {
         t.state = State::done;
         if (!t.copies.empty())
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
-        m.alive--;
-        if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+        leave(m, t);
         Thread* next = pick_or_progress(m);
         if (!next && m.alive) deadlock(m);
         void* ignored;
@@ -171,7 +202,7 @@ static void fiber() {
 }
 
 void barrier(Where at) {
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     t.op = nullptr, t.at = at, t.mask = 0, t.state = State::waiting;
     if (!m.at_barrier++) m.first_at_barrier = &t;
@@ -179,76 +210,194 @@ void barrier(Where at) {
     if (first.at.line != at.line || strcmp(first.at.file, at.file))
         fail(t, at, "mixed barriers: thread (%u,%u,%u) waits in another, at %s:%d", first.index.x, first.index.y,
              first.index.z, first.at.file, first.at.line);
-    if (m.at_barrier == m.count) {
-        m.at_barrier = 0;
-        check_barrier();
-        for (int w = 0; w * 32 < m.count; w++)
-            make_ready(m, w, m.count - w * 32 >= 32 ? ~0u : (1u << (m.count - w * 32)) - 1);
-        m.warp = choose(m.ready_warps, m);
-    }
+    complete_barrier(m);
     wait(m);
 }
 
+int barrier_count(bool predicate, Where at) {
+    current()->votes += predicate;
+    barrier(at);
+    return current()->counted;  // the next barrier waits for this thread
+}
+
+static bool complete_barrier(Machine& m) {
+    if (m.at_barrier != (m.launch->strict ? m.count : m.alive)) return false;
+    m.at_barrier = 0;
+    m.counted = m.votes, m.votes = 0;
+    check_barrier();
+    for (int w = 0; w * 32 < m.count; w++) make_ready(m, w, ~m.warps[w].exited);
+    m.warp = choose(m.ready_warps, m);
+    return true;
+}
+
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at) {
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     int warp = t.linear / 32, lane = t.linear & 31;
+    t.op = &op, t.mask = mask, t.data = data, t.imm = imm, t.at = at, t.state = State::waiting;
+    if (!(mask >> lane & 1)) fail(t, at, "%s: the calling lane %d is not in its mask 0x%08x", op.name, lane, mask);
+    m.warps[warp].waiting |= 1u << lane;
+    if (!complete_collective(m, warp, t)) return wait(m);
+    // It goes on at once.
+    m.warps[warp].ready &= ~(1u << lane);
+    if (!m.warps[warp].ready) m.ready_warps &= ~(1u << warp);
+}
+
+// Runs what `t` waits for and makes its lanes ready, if all have come.
+static bool complete_collective(Machine& m, int warp, const Thread& t) {
     Warp& w = m.warps[warp];
     Thread* lanes = &m.threads[warp * 32];
-    t.op = &op, t.mask = mask, t.data = data, t.at = at, t.state = State::waiting;
-    if (!(mask >> lane & 1)) fail(t, at, "%s: the calling lane %d is not in its mask 0x%08x", op.name, lane, mask);
-    w.waiting |= 1u << lane;
-    if ((w.waiting & mask) != mask) return wait(m);
-
+    const Op& op = *t.op;
+    const uint32_t mask = m.launch->strict || op.whole_warp ? t.mask : t.mask & ~w.exited;
+    if ((w.waiting & mask) != mask) return false;
     void* all[32] = {};
     for (uint32_t l = mask; l; l &= l - 1) {
         Thread& other = lanes[__builtin_ctz(l)];
-        if (other.op != &op || other.mask != mask || other.at.line != at.line || other.at.file != at.file)
-            fail(t, at, "mixed collectives: %s with mask 0x%08x, but thread (%u,%u,%u) is in %s with mask 0x%08x at %s:%d",
-                 op.name, mask, other.index.x, other.index.y, other.index.z, op.name == name_of(other.op) ? "it" : name_of(other.op),
+        if (other.op != &op || other.mask != t.mask || other.at.line != t.at.line || other.at.file != t.at.file)
+            fail(t, t.at, "mixed collectives: %s with mask 0x%08x, but thread (%u,%u,%u) is in %s with mask 0x%08x at %s:%d",
+                 op.name, t.mask, other.index.x, other.index.y, other.index.z, op.name == name_of(other.op) ? "it" : name_of(other.op),
                  other.mask, other.at.file, other.at.line);
         all[__builtin_ctz(l)] = other.data;
     }
     w.waiting &= ~mask;
     m.fault_where = &t.at;
-    op.run(all, mask, imm);
+    op.run(all, mask, t.imm);
     m.fault_where = nullptr;
-    check_warp_step(mask);
-    t.state = State::ready;
-    make_ready(m, warp, mask & ~(1u << lane));
+    check_warp_step(mask | w.exited);
+    make_ready(m, warp, mask);
+    return true;
 }
+
+void fence() { check_fence(); }
 
 // ---- shared memory and cp.async ---------------------------------------------------------------
 
 static size_t max_shared(const Kernel& k) { return k.hopper ? kSharedMaxHopper : kSharedMax; }
 
-void* static_shared(const void* site, size_t bytes, size_t align) {
-    Machine& m = *machine;
-    for (const auto& v : m.variables)
-        if (v.site == site) return reinterpret_cast<void*>(v.begin);
-    align = std::max<size_t>(align, 16);
+// This library's symbol table, read from its file.
+struct Image {
+    uintptr_t base = 0;
+    size_t tls_module = 0, tls_size = 0;
+    std::vector<Variable> variables;
+    std::vector<uint16_t> variable_at;  // by offset: its number + 1
+    std::vector<Symbol> objects, functions;  // objects by address
+
+    Image();
+};
+
+static const Image& image() {
+    static const Image& image = *new Image;
+    return image;
+}
+
+Image::Image() {
+    Dl_info info;
+    if (!dladdr(reinterpret_cast<void*>(add_kernel), &info)) return;
+    base = uintptr_t(info.dli_fbase);
+    dl_iterate_phdr([](dl_phdr_info* i, size_t, void* p) {
+        Image& self = *static_cast<Image*>(p);
+        if (i->dlpi_addr != self.base) return 0;
+        self.tls_module = i->dlpi_tls_modid;
+        for (int k = 0; k < i->dlpi_phnum; k++)
+            if (i->dlpi_phdr[k].p_type == PT_TLS) self.tls_size = i->dlpi_phdr[k].p_memsz;
+        return 1;
+    }, this);
+    const int file = open(info.dli_fname, O_RDONLY);
+    struct stat status;
+    void* map = file < 0 || fstat(file, &status) ? MAP_FAILED : mmap(nullptr, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (file >= 0) close(file);
+    if (map == MAP_FAILED) return;
+    const char* bytes = static_cast<const char*>(map);
+    const auto& header = *reinterpret_cast<const Elf64_Ehdr*>(bytes);
+    const auto* sections = reinterpret_cast<const Elf64_Shdr*>(bytes + header.e_shoff);
+    variable_at.resize(tls_size + 1);
+    for (int i = 0; i < header.e_shnum; i++) {
+        if (sections[i].sh_type != SHT_SYMTAB) continue;
+        const char* names = bytes + sections[sections[i].sh_link].sh_offset;
+        const auto* symbols = reinterpret_cast<const Elf64_Sym*>(bytes + sections[i].sh_offset);
+        for (size_t k = 0; k < sections[i].sh_size / sizeof *symbols; k++) {
+            const Elf64_Sym& y = symbols[k];
+            const char* name = names + y.st_name;
+            const int type = ELF64_ST_TYPE(y.st_info);
+            if (y.st_shndx == SHN_UNDEF || !*name) continue;
+            if (type == STT_FUNC) functions.push_back({name, base + y.st_value, base + y.st_value + y.st_size});
+            const bool guard = !strncmp(name, "_ZGV", 4);
+            if (strstr(name, "4simt") || !strncmp(name, "__", 2) || (guard && type != STT_TLS)) continue;  // the emulator's, the compiler's
+            if (type == STT_OBJECT && y.st_size) objects.push_back({name, base + y.st_value, base + y.st_value + y.st_size});
+            if (type != STT_TLS || y.st_value >= tls_size || variable_at[y.st_value]) continue;
+            int failed = 0;
+            char* plain = abi::__cxa_demangle(name, nullptr, nullptr, &failed);
+            std::string text = failed ? name : plain;
+            free(plain);
+            if (const size_t scope = text.rfind("::"); scope != text.npos) text.erase(0, scope + 2);
+            variables.push_back({text, y.st_value, y.st_size, !strcmp(name, "smem"), guard});
+            variable_at[y.st_value] = uint16_t(variables.size());
+        }
+    }
+    munmap(map, status.st_size);
+    std::sort(objects.begin(), objects.end(), [](const Symbol& a, const Symbol& b) { return a.begin < b.begin; });
+}
+
+const Symbol* find_object(uintptr_t a) {
+    const auto& objects = image().objects;
+    auto it = std::upper_bound(objects.begin(), objects.end(), a, [](uintptr_t a, const Symbol& s) { return a < s.begin; });
+    return it == objects.begin() || a >= std::prev(it)->end ? nullptr : &*std::prev(it);
+}
+
+// The block's copy of a __shared__ variable: its first use in a block gives it a place.
+static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
+    if (v.dynamic) return uintptr_t(m.dynamic);
+    // In CUDA a shared variable's constructor does nothing.
+    static unsigned char constructed[8] = {1};
+    if (v.guard) return uintptr_t(constructed);
+    // Its offset has its alignment, which the symbol table does not say.
+    const size_t align = v.offset ? std::clamp<size_t>(v.offset & -v.offset, 16, 1024) : 1024;
     // The checked build leaves a gap, so that an overrun does not land in the next array.
-    size_t gap = kChecked && m.static_end ? kStaticGap : 0, begin = (m.static_end + gap + align - 1) / align * align;
-    m.static_bytes = (m.static_bytes + align - 1) / align * align + bytes;
-    uintptr_t caller = uintptr_t(__builtin_return_address(0));
-    if (m.static_bytes > kSharedDefault || begin + bytes > kStaticArea)
+    const size_t gap = kChecked && m.static_end ? kStaticGap : 0, begin = (m.static_end + gap + align - 1) / align * align;
+    m.static_bytes = (m.static_bytes + 15) / 16 * 16 + v.bytes;
+    if (m.static_bytes > kSharedDefault || begin + v.bytes > kStaticArea)
         fail_at_pc(caller, "%zu bytes of static shared memory, more than 48 KB", m.static_bytes);
     if (size_t most = max_shared(*m.launch->kernel); m.static_bytes + m.launch->smem > most)
         fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than %zu KB", m.static_bytes,
                    m.launch->smem, most >> 10);
-    m.static_end = begin + bytes;
-    if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, bytes);
-    m.variables.push_back({site, m.statics + begin, m.statics + begin + bytes});
-    return reinterpret_cast<void*>(m.statics + begin);
+    m.static_end = begin + v.bytes;
+    if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, v.bytes);
+    m.variables.push_back({&v, m.statics + begin, m.statics + begin + v.bytes});
+    return m.statics + begin;
 }
 
-void* dynamic_shared(size_t align) {
-    if (align > 128) fail_at_pc(uintptr_t(__builtin_return_address(0)), "dynamic shared memory is aligned to 128 bytes only");
-    return machine->dynamic;
+// What the compiler calls for the address of a thread_local variable. Being hidden, this serves this library alone; a
+// thread_local variable that is none of a kernel's is where it always is.
+struct TlsIndex { size_t module, offset; };
+extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* index) {
+    if (Machine* m = current(); m && m->self) {
+        const Image& i = image();
+        const uint16_t number = index->module == i.tls_module && index->offset < i.tls_size ? i.variable_at[index->offset] : 0;
+        if (number) {
+            Machine::Place& place = m->places[number - 1];
+            if (place.block != m->block_serial)
+                place = {m->block_serial, place_shared(*m, i.variables[number - 1], uintptr_t(__builtin_return_address(0)))};
+            return reinterpret_cast<void*>(place.begin);
+        }
+    }
+    static void* (*const everyones)(TlsIndex*) = reinterpret_cast<void* (*)(TlsIndex*)>(dlsym(RTLD_NEXT, "__tls_get_addr"));
+    return everyones(index);
 }
+
+// The name that all dynamic shared memory has: `extern __shared__ float anything[]` becomes another name of it.
+extern "C" {
+__attribute__((used)) thread_local unsigned char smem[1];
+}
+
+uint32_t shared_offset(const void* p) {
+    if (!current()->is_shared(uintptr_t(p))) trap("the address is not in shared memory", {});
+    return uint32_t(uintptr_t(p) - current()->statics);
+}
+void* shared_pointer(uint32_t offset) { return reinterpret_cast<void*>(current()->statics + offset); }
+bool is_shared_address(const void* p) { return current()->is_shared(uintptr_t(p)); }
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at) {
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     uintptr_t d = uintptr_t(dst), s = uintptr_t(src);
     if (!m.is_shared(d) || !m.is_shared(d + bytes - 1))
@@ -264,12 +413,12 @@ void cp_async(void* dst, const void* src, int bytes, int copied, Where at) {
 }
 
 void cp_async_commit() {
-    Thread& t = *machine->self;
+    Thread& t = *current()->self;
     t.groups.push_back(t.copies.size());
 }
 
 void cp_async_wait(int groups_left) {
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     int landing = int(t.groups.size()) - groups_left;
     if (landing <= 0) return;
@@ -294,6 +443,7 @@ void cp_async_wait(int groups_left) {
 // ---- blocks -----------------------------------------------------------------------------------
 
 Machine::Machine() {
+    places.resize(image().variables.size());
     size_t stack_area = (kMaxThreads + 1) * (kPage + kStack);
     size_t dynamic_area = (kSharedMaxHopper + kPage) / kPage * kPage;
     size_t size = stack_area + kPage + kStaticArea + kPage + dynamic_area + kPage;
@@ -323,13 +473,14 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
-    ready_warps = 0, at_barrier = 0, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
+    ready_warps = 0, at_barrier = votes = 0, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
     uintptr_t begin = (dynamic_end - l.smem) & ~uintptr_t(127);
     // A driver promises no more than 128: whoever needs 1024 must round up.
     if (l.kernel->hopper && begin % 1024 == 0) begin -= 128;
     dynamic = reinterpret_cast<unsigned char*>(begin);
     if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));
+    block_serial++;
     variables.clear();
     variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
     for (int i = 0; i < count; i++) {
@@ -338,11 +489,12 @@ void Machine::run_block(Launch& l, uint64_t linear) {
         t.groups.clear();
     }
     for (int w = 0; w * 32 < count; w++) {
-        warps[w] = {count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1, 0};
+        const uint32_t lanes = count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1;
+        warps[w] = {lanes, 0, ~lanes};
         ready_warps |= 1u << w;
     }
     warp = choose(ready_warps, *this);
-    machine = this, simt::view = &view;
+    pthread_setspecific(machine_key, this);
     check_block_start();
     if (l.kernel->hopper) hopper_block_start(*this);
     Thread* first = pick(*this);
@@ -351,7 +503,8 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     become(*this, *first);
     simt_switch(&scheduler_sp, fresh_stack(*this, first->stack));
     if (!l.failed) check_block_end();
-    machine = nullptr, self = nullptr;
+    pthread_setspecific(machine_key, nullptr);
+    self = nullptr;
     if (!l.failed) return;
     // Fibers that were abandoned: nothing on their stacks owns anything.
     for (int i = 0; i < count; i++) threads[i].copies.clear(), threads[i].groups.clear();
@@ -361,32 +514,69 @@ void Machine::run_block(Launch& l, uint64_t linear) {
 
 // ---- faults -----------------------------------------------------------------------------------
 
-// "file:line" of a program counter, outside the emulator's own headers; from binutils' addr2line,
-// which g++ needs anyhow.
-static std::string source_line(uintptr_t pc) {
-    Dl_info info;
-    if (!dladdr(reinterpret_cast<void*>(pc), &info) || !info.dli_fname) return "unknown source";
+// Relative to the current directory.
+static std::string relative(std::string path) {
+    char here[4096];
+    if (getcwd(here, sizeof here) && path.compare(0, strlen(here), here) == 0 && path[strlen(here)] == '/')
+        path.erase(0, strlen(here) + 1);
+    while (path.compare(0, 2, "./") == 0) path.erase(0, 2);
+    return path;
+}
+
+static bool is_own(const std::string& file) {
+    static const std::string source = relative(__FILE__), home = source.substr(0, source.size() - strlen("src/simt.cpp"));
+    return file.compare(0, home.size() + 4, home + "src/") == 0 || file.compare(0, home.size() + 8, home + "include/") == 0;
+}
+
+// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files.
+static std::string find_source_lines(uintptr_t pc) {
+    Dl_info info, own;
+    if (!dladdr(reinterpret_cast<void*>(pc), &info) || !dladdr(reinterpret_cast<void*>(add_kernel), &own)) return "";
+    if (info.dli_fbase != own.dli_fbase) return "";
     char buffer[1024];
     snprintf(buffer, sizeof buffer, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
              size_t(pc - uintptr_t(info.dli_fbase)));
     std::string found;
     if (FILE* pipe = popen(buffer, "r")) {
         while (fgets(buffer, sizeof buffer, pipe)) {
-            std::string line(buffer, strcspn(buffer, " \n"));
-            while (line.compare(0, 2, "./") == 0) line.erase(0, 2);
-            if (line.find("emulator/simt.h") != line.npos || line.find("emulator/half.h") != line.npos) continue;
-            if (line[0] == '?' || line.find(":?") != line.npos) continue;
-            if (found.empty() || found.find("ptx.cuh") != found.npos) found = line;
+            const std::string line = relative(std::string(buffer, strcspn(buffer, " \n")));
+            if (line[0] == '?' || line.find(":?") != line.npos || line.compare(0, 8, "/usr/inc") == 0) continue;
+            const std::string file = line.substr(0, line.rfind(':'));
+            if (!is_own(file)) found += line + "\n";
         }
         pclose(pipe);
     }
-    if (!found.empty()) return found;
-    snprintf(buffer, sizeof buffer, "%s+0x%zx", info.dli_fname, size_t(pc - uintptr_t(info.dli_fbase)));
-    return buffer;
+    return found;
+}
+
+std::string source_lines(uintptr_t pc) {
+    static std::map<uintptr_t, std::string> known;
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto it = known.find(pc);
+    return it != known.end() ? it->second : known[pc] = find_source_lines(pc);
+}
+
+// Where a thread is: the innermost line, "file:line", and who calls it, as far as that is in the kernel's sources.
+// `stack` has the return addresses, from the innermost one; `first` goes before if it is not among them.
+static std::string place(const std::string& first, void* const* stack, int depth, uintptr_t exact_pc = 0) {
+    std::vector<std::string> lines;
+    for (int i = 0; i < depth; i++) {
+        const uintptr_t pc = uintptr_t(stack[i]);
+        const std::string all = source_lines(pc == exact_pc ? pc : pc - 1);  // a call returns behind itself
+        for (size_t at = 0, end; (end = all.find('\n', at)) != all.npos; at = end + 1) lines.push_back(all.substr(at, end - at));
+    }
+    auto known = std::find(lines.begin(), lines.end(), first);
+    if (known != lines.end()) lines.erase(lines.begin(), known);
+    else if (!first.empty()) lines = {first};  // of another thread, or without its line
+    std::string text = lines.empty() ? "unknown source" : lines[0];
+    for (size_t i = 1; i < lines.size(); i++)
+        if (lines[i] != lines[i - 1]) text += ", called at " + lines[i];
+    return text;
 }
 
 [[noreturn]] static void report(const Thread& t, const std::string& where, const char* format, va_list args) {
-    Machine& m = *machine;
+    Machine& m = *current();
     char text[512];
     vsnprintf(text, sizeof text, format, args);
     char head[256];
@@ -405,38 +595,52 @@ static std::string source_line(uintptr_t pc) {
 void fail(const Thread& t, Where at, const char* format, ...) {
     va_list args;
     va_start(args, format);
-    const char* file = strncmp(at.file, "./", 2) ? at.file : at.file + 2;
-    report(t, file + (":" + std::to_string(at.line)), format, args);
+    void* stack[64];
+    const int depth = &t == current()->self ? backtrace(stack, 64) : 0;
+    report(t, place(relative(at.file) + ":" + std::to_string(at.line), stack, depth), format, args);
 }
 
 void fail_at_pc(uintptr_t pc, const char* format, ...) {
     va_list args;
     va_start(args, format);
-    report(*machine->self, source_line(pc - 1), format, args);  // a call returns behind itself
+    void* stack[64];
+    int depth = backtrace(stack, 64);
+    // What the stack has above the instruction is the emulator's.
+    void** from = std::find(stack, stack + depth, reinterpret_cast<void*>(pc));
+    if (from == stack + depth) stack[0] = reinterpret_cast<void*>(pc), from = stack, depth = 1;
+    report(*current()->self, place("", from, int(stack + depth - from)), format, args);
 }
 
-void trap(const char* message, Where at) { fail(*machine->self, at, "%s", message); }
+void trap(const char* message, Where at) { fail(*current()->self, at, "%s", message); }
 
 static struct sigaction previous_action[NSIG];
 
 // Runs on the fault stack, after the handler has returned to it.
 [[noreturn]] static void faulted() {
-    Machine& m = *machine;
+    Machine& m = *current();
     const Fault& f = m.fault;
     std::string what;
     if (f.signal == SIGFPE) what = "integer division by zero";
     else if (f.signal == SIGILL) what = "illegal instruction";
     else if (f.address - m.base < m.statics - kPage - m.base) what = "stack overflow: more than 64 KB of local memory";
     else what = "illegal access: " + describe_address(f.address);
-    if (const Where* at = m.fault_where) {
-        m.fault_where = nullptr;
-        fail(m.fault_thread ? *m.fault_thread : *m.self, *at, "%s", what.c_str());
-    }
-    fail_at_pc(f.pc + 1, "%s", what.c_str());
+    const Where* at = m.fault_where;
+    const Thread& t = at && m.fault_thread ? *m.fault_thread : *m.self;
+    m.fault_where = nullptr;
+    void* const* from = std::find(f.stack, f.stack + f.depth, reinterpret_cast<void*>(f.pc));
+    const int depth = from == f.stack + f.depth ? 0 : int(f.stack + f.depth - from);
+    const std::string first = at ? relative(at->file) + ":" + std::to_string(at->line) : "";
+    const auto finish = [&](const char* format, ...) {
+        va_list args;
+        va_start(args, format);
+        report(t, place(first, from, &t == m.self ? depth : 0, f.pc), format, args);
+    };
+    finish("%s", what.c_str());
+    __builtin_unreachable();
 }
 
 static void on_signal(int signal, siginfo_t* info, void* context) {
-    Machine* m = machine;
+    Machine* m = current();
     if (!m || !m->self) {  // not ours, but perhaps the other build's
         const struct sigaction& previous = previous_action[signal];
         if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(signal, info, context);
@@ -444,7 +648,9 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
         return;
     }
     greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-    m->fault = {signal, uintptr_t(info->si_addr), uintptr_t(registers[REG_RIP])};
+    Fault& f = m->fault;
+    f.signal = signal, f.address = uintptr_t(info->si_addr), f.pc = uintptr_t(registers[REG_RIP]);
+    f.depth = backtrace(f.stack, 64);  // through the signal's frame into the kernel
     registers[REG_RSP] = m->stacks - 64 - 8;
     registers[REG_RIP] = greg_t(faulted);
 }
@@ -455,6 +661,8 @@ static void install_handlers() {
         struct sigaction action = {};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        void* first;
+        backtrace(&first, 1);  // its first call allocates
         for (int s : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(s, &action, &previous_action[s]);
     });
     // A fiber that overflowed its stack cannot take the signal on it.
@@ -479,8 +687,8 @@ const Allocation* find_allocation(uintptr_t address) {
 }
 
 std::string describe_address(uintptr_t a) {
-    Machine& m = *machine;
-    char text[160];
+    Machine& m = *current();
+    char text[256];
     auto relative = [&](const char* what, uintptr_t begin, uintptr_t end) {
         if (a >= end)
             snprintf(text, sizeof text, "%zu bytes past the end of %s of %zu bytes", a - end, what, end - begin);
@@ -492,8 +700,8 @@ std::string describe_address(uintptr_t a) {
         if (a >= m.statics_guard) return relative("dynamic shared memory", m.variables[0].begin, m.variables[0].end);
         const Machine::Static* nearest = nullptr;
         for (const auto& v : m.variables)
-            if (v.begin <= a && v.site && (!nearest || v.begin > nearest->begin)) nearest = &v;
-        if (nearest) return relative("a shared array", nearest->begin, nearest->end);
+            if (v.begin <= a && v.variable && (!nearest || v.begin > nearest->begin)) nearest = &v;
+        if (nearest) return relative(("the shared array " + nearest->variable->name).c_str(), nearest->begin, nearest->end);
         return "below the static shared memory";
     }
     if (a < kPage) return "a null pointer";
@@ -592,8 +800,18 @@ static thread_local std::string last_error;
 static int threads = std::max(1u, std::thread::hardware_concurrency());
 static Order order = Order::forward;
 static uint64_t seed = 0;
-static bool poison = true;
+static bool poison = true, strict = false;
 static uint64_t conflicts = 0;
+
+// Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
+static void record(const char* kind, const std::string& text) {
+    static const char* const path = getenv("SIMT_REPORT");
+    if (!path) return;
+    if (FILE* file = fopen(path, "a")) {
+        fprintf(file, "%s %s\n", kind, text.c_str());
+        fclose(file);
+    }
+}
 
 static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 static int refuse(const char* format, ...) {
@@ -603,7 +821,43 @@ static int refuse(const char* format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     last_error = text;
+    record("refused", text);
     return 1;
+}
+
+static Launch& the_launch() {
+    static Launch& launch = *new Launch;
+    return launch;
+}
+
+// Its parameters are there already.
+static int start(Launch& l, const Kernel& k, size_t dynamic_allowed, dim3 grid, dim3 block, size_t smem) {
+#ifdef __AVX2__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return refuse("the emulator was compiled for a processor with AVX2 and FMA");
+#endif
+    const auto [gx, gy, gz] = grid;
+    const auto [bx, by, bz] = block;
+    if (!bx || !by || !bz || bx > 1024 || by > 1024 || bz > 64 || uint64_t(bx) * by * bz > kMaxThreads)
+        return refuse("kernel %s: a block of %ux%ux%u threads; at most 1024, and 1024x1024x64", k.name, bx, by, bz);
+    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535)
+        return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", k.name, gx, gy, gz);
+    if (smem > dynamic_allowed)
+        return refuse("kernel %s: %zu bytes of dynamic shared memory, %zu allowed (emu_set_max_dyn_smem)", k.name, smem, dynamic_allowed);
+    static std::set<std::string> recorded;
+    if (recorded.insert(k.name).second) record("launched", k.name);
+    l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
+    l.blocks = uint64_t(gx) * gy * gz;
+    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.serial++;
+    l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
+    check_launch_start(l);
+    static Pool& pool = *new Pool;
+    pool.run(l, threads);
+    conflicts = l.conflicts;
+    if (!l.failed) return 0;
+    last_error = l.error;
+    record("fault", l.error);
+    return 2;
 }
 
 }  // namespace simt
@@ -617,7 +871,7 @@ extern "C" {
 const char* emu_last_error() { return last_error.c_str(); }
 
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
-// order; poison: 0 or 1.
+// order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left.
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -625,6 +879,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "order" && value <= 2) order = Order(value);
     else if (k == "seed") seed = value;
     else if (k == "poison" && value <= 1) poison = value;
+    else if (k == "strict" && value <= 1) strict = value;
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
 }
@@ -690,34 +945,56 @@ int emu_free(void* p) {
 int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                unsigned smem, void** args) {
     std::lock_guard<std::mutex> lock(big_lock);
-#ifdef __AVX2__
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-        return refuse("the emulator was compiled for a processor with AVX2 and FMA");
-#endif
     auto it = kernels().find(std::string_view(name));
     if (it == kernels().end()) return refuse("no kernel named %s", name);
     const Kernel& k = it->second.kernel;
-    if (!bx || !by || !bz || bx > 1024 || by > 1024 || bz > 64 || uint64_t(bx) * by * bz > kMaxThreads)
-        return refuse("kernel %s: a block of %ux%ux%u threads; at most 1024, and 1024x1024x64", name, bx, by, bz);
-    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535)
-        return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", name, gx, gy, gz);
-    if (smem > it->second.max_dynamic)
-        return refuse("kernel %s: %u bytes of dynamic shared memory, %zu allowed (emu_set_max_dyn_smem)", name, smem,
-                      it->second.max_dynamic);
-    static Launch& l = *new Launch;
+    Launch& l = the_launch();
     if (k.offsets[k.nargs] > sizeof l.params)
         return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], sizeof l.params);
     for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
-    l.kernel = &k, l.grid = {gx, gy, gz}, l.block = {bx, by, bz}, l.smem = smem;
-    l.blocks = uint64_t(gx) * gy * gz;
-    l.order = order, l.seed = seed, l.poison = poison, l.serial++;
-    l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
-    static Pool& pool = *new Pool;
-    pool.run(l, threads);
-    conflicts = l.conflicts;
-    if (!l.failed) return 0;
-    last_error = l.error;
-    return 2;
+    return start(l, k, it->second.max_dynamic, {gx, gy, gz}, {bx, by, bz}, smem);
+}
+
+// A function of the kernels' sources by its name, "scale" or "scale<float>", whose parameters have the types that
+// `types` lists ("float*, int"; null: any). Null, and an error that says what there is, if there is none.
+void* emu_function(const char* name, const char* types) {
+    auto plain = [](std::string text) {
+        for (size_t at; (at = text.find(" const")) != text.npos;) text.erase(at, 6);
+        return text;
+    };
+    std::string seen;
+    for (const Symbol& f : image().functions) {
+        int failed = 0;
+        char* text = abi::__cxa_demangle(f.name.c_str(), nullptr, nullptr, &failed);
+        std::string full = failed ? f.name : text;  // `extern "C"`: no types
+        free(text);
+        const size_t open = full.find('(');
+        std::string called = full.substr(0, open);
+        if (called.compare(0, 5, "void ") == 0) called.erase(0, 5);
+        if (called != name) continue;
+        if (!types || open == full.npos || plain(full.substr(open + 1, full.rfind(')') - open - 1)) == plain(types))
+            return reinterpret_cast<void*>(f.begin);
+        seen += (seen.empty() ? "" : ", ") + full;
+    }
+    refuse(seen.empty() ? "no kernel named %s" : "no kernel %s(%s), but there is %s", name, types ? types : "", seen.c_str());
+    return nullptr;
 }
 
 }  // extern "C"
+
+namespace simt {
+
+size_t dynamic_allowed = kSharedDefault;  // of kernels that no line registers
+static bool named_barriers = false;
+bool use_named_barriers() { return named_barriers = true; }
+
+void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    static std::set<std::string> names;  // an error message may name it later
+    const Kernel kernel = {names.insert(name).first->c_str(), named_barriers, thunk, nullptr, 0, nullptr, nullptr};
+    Launch& l = the_launch();
+    memcpy(l.params, params, bytes);
+    launched(start(l, kernel, dynamic_allowed, config.grid, config.block, config.shared));
+}
+
+}  // namespace simt

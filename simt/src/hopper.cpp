@@ -78,7 +78,7 @@ static const Op kMbarrierWait = {"mbarrier_wait", nullptr}, kNamedBarrier = {"na
                 kCommit = {"wgmma_commit", nullptr}, kProductWait = {"wgmma_wait", nullptr};
 
 static Hopper& hopper(const char* what, Where at) {
-    Machine& m = *machine;
+    Machine& m = *current();
     if (!m.launch->kernel->hopper)
         fail(*m.self, at, "%s: only sm_90a has it, and the kernel is not exported by KERNEL_EXPORT_HOPPER", what);
     return *m.hopper;
@@ -100,11 +100,11 @@ static bool inside(const Machine& m, uintptr_t a, size_t bytes) {
 }
 
 static std::string place(uintptr_t a) {
-    Machine& m = *machine;
+    Machine& m = *current();
     for (const auto& v : m.variables)
         if (a >= v.begin && a < v.end)
             return "byte " + std::to_string(a - v.begin) + " of " + std::to_string(v.end - v.begin) +
-                   (v.site ? " of a shared array" : " of dynamic shared memory");
+                   (v.variable ? " of the shared array " + v.variable->name : " of dynamic shared memory");
     return describe_address(a);
 }
 
@@ -112,7 +112,7 @@ static std::string place(uintptr_t a) {
 
 void mbarrier_init(uintptr_t address, uint32_t arrivals, Where at) {
     Hopper& h = hopper("mbarrier_init", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     const Thread& t = *m.self;
     if (address % 8) fail(t, at, "mbarrier_init: the address is not a multiple of 8");
     if (!inside(m, address, 8)) fail(t, at, "mbarrier_init: not in shared memory: %s", describe_address(address).c_str());
@@ -131,11 +131,11 @@ void mbarrier_init(uintptr_t address, uint32_t arrivals, Where at) {
 
 void mbarrier_init_fence(Where at) {
     for (Mbarrier& b : hopper("fence_mbarrier_init", at).barriers)
-        if (b.maker == machine->self) b.fenced = true;
+        if (b.maker == current()->self) b.fenced = true;
 }
 
 static int find_barrier(Hopper& h, const char* what, uintptr_t address, Where at) {
-    Machine& m = *machine;
+    Machine& m = *current();
     uint64_t bits = 0;
     if (address % 8 == 0 && inside(m, address, 8)) memcpy(&bits, reinterpret_cast<void*>(address), 8);
     const uint64_t index = bits - kBarrierTag;
@@ -171,7 +171,7 @@ static void turn(Machine& m, int index, const Thread& thread, Where at) {
 
 void mbarrier_arrive(uintptr_t address, uint32_t bytes, Where at) {
     Hopper& h = hopper("mbarrier_arrive", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     const Thread& t = *m.self;
     const int index = find_barrier(h, bytes ? "mbarrier_expect" : "mbarrier_arrive", address, at);
     Mbarrier& b = h.barriers[index];
@@ -184,7 +184,7 @@ void mbarrier_arrive(uintptr_t address, uint32_t bytes, Where at) {
 
 void mbarrier_wait(uintptr_t address, uint32_t parity, Where at) {
     Hopper& h = hopper("mbarrier_wait", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     const int index = find_barrier(h, "mbarrier_wait", address, at);
     if (parity > 1) fail(t, at, "mbarrier_wait: the parity is %u, expected 0 or 1", parity);
@@ -204,7 +204,7 @@ void mbarrier_wait(uintptr_t address, uint32_t parity, Where at) {
 
 void named_barrier(int id, int threads, Where at) {
     Hopper& h = hopper("named_barrier", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     const Thread& t = *m.self;
     if (id < 1 || id > 15) fail(t, at, "named_barrier: id %d, expected 1 to 15 (0 is __syncthreads)", id);
     if (threads <= 0 || threads % 32 || threads > m.count)
@@ -228,7 +228,7 @@ void named_barrier(int id, int threads, Where at) {
 
 void async_fence(Where at) {
     hopper("fence_async_shared", at);
-    machine->self->async_fences++;
+    current()->self->async_fences++;
 }
 
 // ---- bulk copies ------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ static void for_rows(const Map& map, const Box& box, F row) {
 void bulk_load(uintptr_t to, const void* encoded, uintptr_t barrier, const Box& box, Where at) {
     const char* what = box.im2col ? "tma_load_im2col" : "tma_load_2d";
     Hopper& h = hopper(what, at);
-    Machine& m = *machine;
+    Machine& m = *current();
     const Thread& t = *m.self;
     const int index = find_barrier(h, what, barrier, at);
     Mbarrier& b = h.barriers[index];
@@ -329,7 +329,7 @@ constexpr uint64_t kDescriptorTag = uint64_t(0xde) << 56;
 
 uint64_t wgmma_descriptor(uintptr_t address, uint32_t leading, uint32_t stride, Where at) {
     hopper("wgmma_descriptor", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     if (address % 16 || leading % 16 || stride % 16)
         fail(*m.self, at, "wgmma_descriptor: address, leading and stride bytes are multiples of 16");
     if (!m.is_shared(address)) fail(*m.self, at, "wgmma_descriptor: not in shared memory: %s", describe_address(address).c_str());
@@ -344,7 +344,7 @@ static void require_group(const Machine& m, const char* what, Where at) {
 
 void wgmma(float* d, uint64_t a, uint64_t b, const WgmmaShape& shape, Where at) {
     hopper("wgmma", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     require_group(m, "wgmma", at);
     int slot = -1, unused = -1;
@@ -370,12 +370,12 @@ void wgmma(float* d, uint64_t a, uint64_t b, const WgmmaShape& shape, Where at) 
 
 void wgmma_fence(Where at) {
     hopper("wgmma_fence", at);
-    machine->self->fenced = true;
+    current()->self->fenced = true;
 }
 
 void wgmma_commit(Where at) {
     Hopper& h = hopper("wgmma_commit", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     require_group(m, "wgmma_commit", at);
     WarpGroup& g = h.groups[t.linear / kGroup];
@@ -407,7 +407,7 @@ void wgmma_commit(Where at) {
 
 void wgmma_wait(int groups_left, Where at) {
     Hopper& h = hopper("wgmma_wait", at);
-    Machine& m = *machine;
+    Machine& m = *current();
     Thread& t = *m.self;
     require_group(m, "wgmma_wait", at);
     const int group = t.linear / kGroup;

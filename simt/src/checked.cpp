@@ -12,7 +12,12 @@
 // this mbarrier", and only a wait for it is ordered after; products read as "the products of this warp
 // group", and only a wgmma_wait is.
 //
-// Global memory has a cell for every four bytes, which finds races between blocks of one launch.
+// Lanes of one warp may store to one address by one instruction: one of them wins. Thread orders let another
+// lane win, and so differing values show in the result.
+//
+// Global memory has a cell for every four bytes, which finds races between blocks of one launch. Blocks are
+// ordered as "the last block reduces" needs it: writes, a fence, an atomic; in the other block an atomic on the same
+// address, then reads. Barriers carry both sides to the block's other threads.
 #ifdef SIMT_CHECKED
 #include <link.h>
 #include <sys/mman.h>
@@ -33,7 +38,7 @@ struct alignas(32) SharedCell {
     uint32_t readers;  // lanes of read_warp; if that is kManyWarps, in a Hopper kernel, a set of Checker::sets
     uint16_t writer, read_warp;
     uint32_t proxy;    // the writer's async fences before the write; of a bulk copy: its map
-    uint32_t padding;
+    uint32_t pc;       // of the write, from the library's start
 
     bool operator==(const SharedCell& other) const {
         uint64_t a[4], b[4];
@@ -51,8 +56,34 @@ using ReadSet = std::vector<Readers>;
 struct GlobalCell {
     uint32_t write_tag, writer;  // tag: launch * 16 + bytes of the word, one bit each
     uint32_t read_tag, reader;
+    uint32_t stamp;                // when in its block the write was, and by which thread: Checker::stamp * 1024 + thread
 };
 constexpr uint32_t kAtomicBlocks = 0xffffffffu, kManyBlocks = 0xfffffffeu;
+
+// What a block tells others by an atomic after a fence: which writes are over.
+struct Release {
+    uint32_t all;              // stamp: all writes until then are over
+    std::vector<uint32_t> of;  // and those of each thread until then
+};
+
+// By the address of the atomic.
+struct Releases {
+    struct Place {
+        uint32_t atomics = 0;  // so far
+        std::map<uint32_t, Release> blocks;
+    };
+    std::atomic<bool> any{false};
+    std::mutex mutex;
+    std::map<uintptr_t, Place> places;
+};
+
+// Another block's releases, as a thread's atomic has met them.
+struct Acquire {
+    uintptr_t place;
+    int thread;
+    uint32_t stamp, atomics;
+    std::map<uint32_t, Release> blocks;
+};
 
 struct BankAccess {
     uintptr_t pc, address;
@@ -79,10 +110,16 @@ struct Checker {
     std::vector<BankAccess> log[kMaxThreads];
     Allocation last = {};  // that was accessed, in the launch last_serial
     uint32_t last_serial = 0;
+    // Order between blocks: time in this block, which barriers, fences and atomics advance; when the last barrier
+    // was, and of each thread its last fence and the barrier before it.
+    uint32_t stamp = 1, last_barrier = 0;
+    bool any_fence = false;
+    uint32_t fence[kMaxThreads] = {}, barrier_before_fence[kMaxThreads] = {};
+    std::vector<Acquire> acquired;
 };
 
 static Checker& checker() {
-    Machine& m = *machine;
+    Machine& m = *current();
     if (!m.checker) {
         m.checker = new Checker;
         m.checker->cells.resize(m.end - m.statics);
@@ -101,8 +138,10 @@ void check_block_start() {
     // Phases are never reused, so that cells need no clearing.
     c.first_phase = ++c.phase;
     c.epoch++;
-    for (int i = 0; i < machine->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
-    if (machine->launch->kernel->hopper) {
+    c.stamp = 1, c.last_barrier = 0, c.acquired.clear();
+    if (c.any_fence) memset(c.fence, 0, sizeof c.fence), c.any_fence = false;
+    for (int i = 0; i < current()->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
+    if (current()->launch->kernel->hopper) {
         c.barriers.clear(), forget_readers(c);
         for (auto& epochs : c.products) epochs.clear();
     }
@@ -150,35 +189,36 @@ static void count_conflicts(Checker& c, int warp) {
         conflicts += bank_conflicts(lanes);
     }
     for (int i = 0; i < 32; i++) logs[i].clear();
-    if (conflicts) machine->launch->conflicts += conflicts;
+    if (conflicts) current()->launch->conflicts += conflicts;
 }
 
 void check_block_end() {
-    for (int w = 0; w * 32 < machine->count; w++) count_conflicts(checker(), w);
+    for (int w = 0; w * 32 < current()->count; w++) count_conflicts(checker(), w);
 }
 
 void check_barrier() {
     Checker& c = checker();
     c.phase++;
+    c.last_barrier = c.stamp++;
     check_block_end();
-    if (!machine->launch->kernel->hopper) return;
+    if (!current()->launch->kernel->hopper) return;
     forget_readers(c);
     // Phases do not order the parties: who knows of them tells the others.
     for (int i = kArrivals; i < kParties; i++) {
         uint32_t known = 0;
-        for (int t = 0; t < machine->count; t++) known = std::max(known, c.clocks[t][i]);
-        for (int t = 0; t < machine->count; t++) c.clocks[t][i] = known;
+        for (int t = 0; t < current()->count; t++) known = std::max(known, c.clocks[t][i]);
+        for (int t = 0; t < current()->count; t++) c.clocks[t][i] = known;
     }
 }
 
 void check_warp_step(uint32_t mask) {
-    if (mask == 0xffffffffu) count_conflicts(checker(), machine->self->linear / 32);
+    if (mask == 0xffffffffu) count_conflicts(checker(), current()->self->linear / 32);
 }
 
 // All of them know from now on what one of them knew.
 static void meet(Checker& c, const int* threads, int count) {
     // Without mbarriers nobody knows of another warp.
-    const bool hopper = machine->launch->kernel->hopper;
+    const bool hopper = current()->launch->kernel->hopper;
     const int first = hopper ? 0 : threads[0] & ~31, end = hopper ? kParties : first + 32;
     uint32_t known[kParties] = {};
     for (int i = 0; i < count; i++)
@@ -192,7 +232,7 @@ static void meet(Checker& c, const int* threads, int count) {
 
 void check_sync(uint32_t mask) {
     int threads[32], count = 0;
-    for (uint32_t l = mask; l; l &= l - 1) threads[count++] = (machine->self->linear & ~31) + __builtin_ctz(l);
+    for (uint32_t l = mask; l; l &= l - 1) threads[count++] = (current()->self->linear & ~31) + __builtin_ctz(l);
     meet(checker(), threads, count);
 }
 
@@ -247,28 +287,52 @@ struct Site {  // of an access: a line if a runtime function made it, else a pro
 static const char* verb(Access a) { return a == Access::read ? "read" : a == Access::write ? "write" : "atomic"; }
 
 static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
-    for (const auto& v : machine->variables)
+    for (const auto& v : current()->variables)
         if (a >= v.begin && a + bytes <= v.end) return;
     uintptr_t bad = a;  // the first byte that lies in no array
-    for (const auto& v : machine->variables)
+    for (const auto& v : current()->variables)
         if (a >= v.begin && a < v.end) bad = v.end;
     FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
 }
 
 [[noreturn]] static void race(const Thread& t, Site site, Access access, const char* other, int thread, uintptr_t a) {
-    Machine& m = *machine;
+    Machine& m = *current();
     char who[64] = "threads of several warps";
     if (thread >= kProducts) snprintf(who, sizeof who, "a wgmma of warp group %d", thread - kProducts);
     else if (thread >= kArrivals) snprintf(who, sizeof who, "a bulk copy");
     else if (thread >= 0)
         snprintf(who, sizeof who, "thread (%u,%u,%u)", m.threads[thread].index.x, m.threads[thread].index.y, m.threads[thread].index.z);
     size_t offset = a - m.variables[0].begin;
-    const char* array = "dynamic shared memory";
+    std::string array = "dynamic shared memory";
     for (const auto& v : m.variables)
-        if (a >= v.begin && a < v.end) offset = a - v.begin, array = v.site ? "a shared array" : array;
-    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array, who, other,
+        if (v.variable && a >= v.begin && a < v.end) offset = a - v.begin, array = "the shared array " + v.variable->name;
+    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array.c_str(), who, other,
          thread < kArrivals ? "" : thread < kProducts ? ": no mbarrier_wait for it" : ": no wgmma_wait for it");
     __builtin_unreachable();
+}
+
+static uintptr_t image_begin();
+
+// Which execution of the instruction `pc` touched `a`, counted since the warp last met; `count` of them if none did.
+static int execution(const std::vector<BankAccess>& log, uintptr_t pc, uintptr_t a, int& count) {
+    int found = -1;
+    count = 0;
+    for (const BankAccess& access : log) {
+        if (access.pc != pc) continue;
+        if (a - access.address < access.bytes) found = count;
+        count++;
+    }
+    return found < 0 ? count : found;
+}
+
+// Whether `t` is about to write what another lane of its warp wrote by the same execution of the same instruction.
+static bool same_instruction(Checker& c, const SharedCell& cell, const Thread& t, uintptr_t a, Site site) {
+    if (site.where || cell.writer >= kMaxThreads || cell.writer / 32 != t.linear / 32) return false;
+    const uintptr_t pc = image_begin() + cell.pc;
+    if (pc != site.pc && source_lines(pc - 1) != source_lines(site.pc - 1)) return false;  // the compiler copies code
+    int mine, theirs;
+    execution(c.log[t.linear], site.pc, 0, mine);
+    return execution(c.log[cell.writer], pc, a, theirs) == mine;
 }
 
 // What a cell says before an access by `self` (or by none) that would come after `clock`: not in flight, written,
@@ -287,6 +351,7 @@ static inline void require_written(Checker& c, const SharedCell& cell, const Thr
     }
     if ((cell.write_phase != c.phase && !copied) || cell.writer == self) return;
     bool ordered = cell.writer == kAtomic ? access == Access::atomic : clock[cell.writer] >= cell.write_epoch;
+    if (!ordered && access == Access::write) ordered = same_instruction(c, cell, t, a, site);
     if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
 }
 
@@ -324,7 +389,7 @@ static inline void add_reader(Checker& c, SharedCell& cell, Readers r, const uin
         cell.read_phase = c.phase, cell.read_warp = r.warp, cell.readers = r.lanes, cell.read_epoch = r.epoch;
         return;
     }
-    if (!machine->launch->kernel->hopper) {
+    if (!current()->launch->kernel->hopper) {
         cell.read_warp = kManyWarps;
         return;
     }
@@ -346,7 +411,7 @@ static inline void require_read(Checker& c, const SharedCell& cell, const Thread
         }
     };
     if (cell.read_warp != kManyWarps) return check({cell.read_epoch, cell.readers, cell.read_warp});
-    if (!machine->launch->kernel->hopper) race(t, site, access, "read", -1, a);
+    if (!current()->launch->kernel->hopper) race(t, site, access, "read", -1, a);
     for (const Readers& r : c.sets[cell.readers]) check(r);
 }
 
@@ -357,7 +422,7 @@ struct Neighbours {
 
     template <class F>
     inline void each(Checker& c, uintptr_t a, size_t bytes, F change) {
-        SharedCell* cells = &c.cells[a - machine->statics];
+        SharedCell* cells = &c.cells[a - current()->statics];
         for (size_t i = 0; i < bytes; i++) {
             if (any && cells[i] == before) {
                 cells[i] = after;
@@ -380,6 +445,7 @@ static inline void shared_byte(Checker& c, SharedCell& cell, const Thread& t, ui
     cell.write_phase = c.phase, cell.write_epoch = c.epochs[t.linear];
     cell.writer = access == Access::atomic ? kAtomic : t.linear;
     cell.proxy = t.async_fences;
+    cell.pc = uint32_t(site.pc - image_begin());
     cell.read_phase = 0;
 }
 
@@ -397,7 +463,7 @@ void check_copy_issued(const Thread& t, uintptr_t a, size_t bytes, Where at) {
     Checker& c = checker();
     shared_access(t, a, bytes, Access::write, {&at, 0});
     if (c.log[t.linear].size() < 4096) c.log[t.linear].push_back({uintptr_t(at.file) + at.line, a, bytes});
-    for (size_t i = 0; i < bytes; i++) c.cells[a - machine->statics + i].write_epoch = kInFlight;
+    for (size_t i = 0; i < bytes; i++) c.cells[a - current()->statics + i].write_epoch = kInFlight;
 }
 
 void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
@@ -414,7 +480,7 @@ void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
 void check_mbarrier_made(const Thread& t, int barrier, uintptr_t a, Where at) {
     Checker& c = checker();
     shared_access(t, a, 8, Access::write, {&at, 0});
-    for (int i = 0; i < 8; i++) c.cells[a - machine->statics + i].writer = kMbarrier;
+    for (int i = 0; i < 8; i++) c.cells[a - current()->statics + i].writer = kMbarrier;
     c.barriers.resize(barrier + 1);
     Checker::Barrier& b = c.barriers[barrier];
     memset(&b, 0, sizeof b);
@@ -431,7 +497,7 @@ void check_mbarrier_used(const Thread& t, int barrier, Where at) {
 // What was written by threads, not by bulk copies, needs a fence before wgmma or a bulk copy meets it.
 static void require_fence(Checker& c, const SharedCell& cell, const Thread& t, Where at) {
     if (cell.write_phase < c.first_phase || cell.writer >= kArrivals) return;
-    const Thread& writer = machine->threads[cell.writer];
+    const Thread& writer = current()->threads[cell.writer];
     if (writer.async_fences == cell.proxy)
         fail(t, at, "missing proxy fence: thread (%u,%u,%u) wrote this shared memory with no fence_async_shared since", writer.index.x,
              writer.index.y, writer.index.z);
@@ -452,7 +518,7 @@ void check_bulk_landed(int barrier, uintptr_t a, size_t bytes) {
     Checker& c = checker();
     const uint32_t epoch = ++c.epoch;
     for (size_t i = 0; i < bytes; i++) {
-        SharedCell& cell = c.cells[a - machine->statics + i];
+        SharedCell& cell = c.cells[a - current()->statics + i];
         cell.write_phase = c.phase, cell.write_epoch = epoch;
     }
     c.barriers[barrier].arrived[kArrivals + barrier] = epoch;
@@ -471,13 +537,18 @@ void check_operand(const Thread& t, int group, const uintptr_t* pieces, int coun
             const uint32_t from = cell.writer >= kArrivals ? cell.proxy : 1;
             if (map && from != map)
                 fail(t, at, "wgmma: the descriptor reaches beyond its tile: byte %zu of dynamic shared memory comes from elsewhere than the first",
-                     size_t(here - machine->variables[0].begin));
+                     size_t(here - current()->variables[0].begin));
             map = from;
             add_reader(c, cell, {c.products[group].back(), 1u << (party & 31), uint16_t(party / 32)}, clock);
         });
 }
 
 // ---- global memory ----------------------------------------------------------------------------
+
+void check_launch_start(Launch& l) {
+    delete l.releases;
+    l.releases = new Releases;
+}
 
 void* make_shadow(size_t bytes) {
     size_t size = std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell);
@@ -489,6 +560,12 @@ void free_shadow(void* shadow, size_t bytes) {
     if (shadow) munmap(shadow, std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell));
 }
 
+static uint32_t block_number() {
+    const uint3 b = current()->view.block;
+    const dim3 grid = current()->launch->grid;
+    return b.x + grid.x * (b.y + grid.y * b.z);
+}
+
 [[noreturn]] static void block_race(const Thread& t, Site site, Access access, const char* other, uint32_t block, const Allocation& in, uintptr_t a) {
     if (block >= kManyBlocks)
         FAIL(t, site, "race between blocks: %s of bytes %zu..+4 of an allocation, which other blocks %s in this launch",
@@ -498,9 +575,10 @@ void free_shadow(void* shadow, size_t bytes) {
     __builtin_unreachable();
 }
 
+struct Range { uintptr_t begin, end; };
+
 // The emulator's own library: constants and vtables of the kernels' code.
-static bool in_image(uintptr_t a) {
-    struct Range { uintptr_t begin, end; };
+static const Range& image() {
     static const Range image = [] {
         Range range = {uintptr_t(&checker), 0};
         dl_iterate_phdr([](dl_phdr_info* info, size_t, void* data) {
@@ -518,18 +596,94 @@ static bool in_image(uintptr_t a) {
         }, &range);
         return range;
     }();
-    return a - image.begin < image.end - image.begin;
+    return image;
+}
+
+static uintptr_t image_begin() { return image().begin; }
+
+static bool in_image(uintptr_t a) { return a - image().begin < image().end - image().begin; }
+
+void check_fence() {
+    Checker& c = checker();
+    const int t = current()->self->linear;
+    c.any_fence = true;
+    c.fence[t] = c.stamp++, c.barrier_before_fence[t] = c.last_barrier;
+}
+
+void check_atomic_done(uintptr_t a) {
+    Machine& m = *current();
+    Checker& c = checker();
+    Releases& releases = *m.launch->releases;
+    if (m.launch->blocks == 1 || (!c.any_fence && !releases.any) || m.is_shared(a)) return;
+    const int t = m.self->linear;
+    std::lock_guard<std::mutex> lock(releases.mutex);
+    Releases::Place& place = releases.places[a];
+    place.atomics++;
+    c.stamp++;
+    if (!place.blocks.empty()) c.acquired.push_back({a, t, c.stamp, place.atomics, place.blocks});
+    if (!c.any_fence) return;
+    releases.any = true;
+    Release& r = place.blocks[block_number()];
+    r.of.resize(m.count);
+    for (int i = 0; i < m.count; i++) {
+        // A fence counts if it is this thread's own or a barrier is between.
+        if (!c.fence[i] || (i != t && c.fence[i] > c.last_barrier)) continue;
+        r.of[i] = std::max(r.of[i], c.fence[i]);
+        r.all = std::max(r.all, c.barrier_before_fence[i]);
+    }
+}
+
+// Whether a thread may know that another block's access is over: of the write with this stamp, or of all that the
+// block did before it told (stamp 0).
+static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t stamp) {
+    Checker& c = checker();
+    const Launch& l = *current()->launch;
+    for (const Acquire& q : c.acquired) {
+        if (q.thread != t.linear && q.stamp > c.last_barrier) continue;
+        if (block < kManyBlocks) {
+            auto told = q.blocks.find(block);
+            if (told == q.blocks.end()) continue;
+            const uint32_t when = stamp / 1024, thread = stamp % 1024;
+            if (!stamp || when <= told->second.all || when <= told->second.of[thread]) return true;
+        } else {
+            // Atomics, or reads by several blocks: all blocks that there are have told, or this is the place
+            // where they tell, and nobody came later.
+            std::lock_guard<std::mutex> lock(l.releases->mutex);
+            if (q.blocks.size() + 1 >= l.blocks) return true;
+            if (q.place == a && l.releases->places[a].atomics == q.atomics) return true;
+        }
+    }
+    return false;
+}
+
+// A __device__ or __constant__ variable; its shadow is made when it is first touched.
+static const Allocation* device_variable(uintptr_t a) {
+    static std::map<uintptr_t, Allocation> variables;
+    static std::mutex mutex;
+    const Symbol* object = find_object(a);
+    if (!object) return nullptr;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto [it, fresh] = variables.try_emplace(object->begin);
+    if (fresh) it->second = {object->begin, object->end, 0, 0, make_shadow(object->end - object->begin)};
+    return &it->second;
 }
 
 static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
-    Machine& m = *machine;
+    Machine& m = *current();
     Allocation& last = checker().last;
     const Launch& launch = *m.launch;
     if (checker().last_serial != launch.serial || a < last.begin || a + bytes > last.end) {
-        if (a - uintptr_t(&m.view) < sizeof m.view || a - uintptr_t(&view) < sizeof view) return;
+        if (a - uintptr_t(&m.view) < sizeof m.view) return;
+        if (access == Access::read && a - uintptr_t(launch.params) < sizeof launch.params) return;
         const Allocation* found = find_allocation(a);
         if (!found || a >= found->end || a + bytes > found->end) {
-            if (in_image(a)) return;
+            if (in_image(a)) {
+                found = device_variable(a);
+                if (!found) return;
+                if (a + bytes > found->end) FAIL(t, site, "out of bounds: %s of %zu bytes, %zu bytes past the end of a variable of %zu bytes", verb(access), bytes, size_t(found->end - a), size_t(found->end - found->begin));
+            }
+        }
+        if (!found || a >= found->end || a + bytes > found->end) {
             uintptr_t bad = found && a < found->end ? found->end : a;
             FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
         }
@@ -537,8 +691,7 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
     }
     if (!last.shadow) return;
     const uint32_t serial = launch.serial << 4;
-    const uint3 b = m.view.block;
-    const uint32_t block = b.x + launch.grid.x * (b.y + launch.grid.y * b.z);
+    const uint32_t block = block_number();
     auto* cells = static_cast<GlobalCell*>(last.shadow);
     for (uintptr_t word = (a - last.begin) / 4; word * 4 < a - last.begin + bytes; word++) {
         GlobalCell& cell = cells[word];
@@ -552,19 +705,20 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
             who = now;
         };
         if (meets(cell.write_tag) && cell.writer != block && (cell.writer != kAtomicBlocks || access != Access::atomic))
-            if (launch.blocks > 1) block_race(t, site, access, "wrote", cell.writer, last, a);
+            if (launch.blocks > 1 && !is_released(t, a, cell.writer, cell.stamp)) block_race(t, site, access, "wrote", cell.writer, last, a);
         if (access == Access::read) {
             bool other = meets(cell.read_tag) && cell.reader != block;
             merge(cell.read_tag, cell.reader, other ? kManyBlocks : block);
             continue;
         }
-        if (meets(cell.read_tag) && cell.reader != block) block_race(t, site, access, "read", cell.reader, last, a);
+        if (meets(cell.read_tag) && cell.reader != block && !is_released(t, a, cell.reader, 0)) block_race(t, site, access, "read", cell.reader, last, a);
         merge(cell.write_tag, cell.writer, access == Access::atomic ? kAtomicBlocks : block);
+        cell.stamp = checker().stamp << 10 | t.linear;
     }
 }
 
 static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
-    Machine& m = *machine;
+    Machine& m = *current();
     if (a - m.base < m.statics - kPage - m.base) {  // local memory
         for (const Accumulators& mine : t.accumulators)
             if (mine.d && a - uintptr_t(mine.d) < size_t(mine.n) * 2)
@@ -580,7 +734,7 @@ void check_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Whe
 }
 
 static inline void hook(void* address, size_t bytes, Access access, void* pc) {
-    Machine* m = machine;
+    Machine* m = current();
     if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc)});
 }
 
@@ -628,7 +782,7 @@ struct UbsanRecord {
 };
 
 static void undefined(const UbsanRecord* r, const char* what) {
-    if (machine && machine->self) fail(*machine->self, {r->file, int(r->line)}, "%s", what);
+    if (current() && current()->self) fail(*current()->self, {r->file, int(r->line)}, "%s", what);
 }
 
 void __ubsan_handle_type_mismatch_v1(UbsanRecord* r, void*) { undefined(r, "misaligned access: the address is not a multiple of the type's alignment"); }

@@ -5,10 +5,14 @@
 // barrier or a warp collective; there a thread deposits pointers to its own variables and lets
 // another run, and the last to arrive computes for all.
 #pragma once
-#include <cmath>
+#include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
+#include <stdlib.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -21,6 +25,9 @@
 #define __device__
 #define __host__
 #define __constant__
+#define __managed__
+// Each access asks __tls_get_addr where the variable is; that is a function of ours, simt.cpp.
+#define __shared__ __attribute__((tls_model("global-dynamic"))) thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
@@ -47,6 +54,29 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+// Memory that nobody has written holds NaNs with all the upper bits set, which no computation makes. fmaxf and fminf prefer a
+// number to a NaN, but not to these: a maximum must not hide a read of unwritten memory.
+namespace simt {
+inline bool is_poison(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits >= 0xffff0000u; }
+inline bool is_poison(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits >= 0xffff000000000000u; }
+}  // namespace simt
+#define SIMT_KEEPS_POISON(name, T)                                         \
+    inline T simt_##name(T a, T b) {                                       \
+        if (__builtin_expect(__builtin_isunordered(a, b), 0)) {            \
+            if (simt::is_poison(a)) return a;                              \
+            if (simt::is_poison(b)) return b;                              \
+        }                                                                  \
+        return name(a, b);                                                 \
+    }                                                                      \
+    namespace std { using ::simt_##name; }
+SIMT_KEEPS_POISON(fmaxf, float)
+SIMT_KEEPS_POISON(fminf, float)
+SIMT_KEEPS_POISON(fmax, double)
+SIMT_KEEPS_POISON(fmin, double)
+#undef SIMT_KEEPS_POISON
+#define fmaxf(a, b) simt_fmaxf(a, b)
+#define fminf(a, b) simt_fminf(a, b)
+
 #include "half.h"
 
 // ---- the runtime's interface ----------------------------------------------------------------
@@ -69,19 +99,19 @@ struct View {
     uint3 thread, block;
     dim3 block_dim, grid_dim;
 };
-extern __thread View* view __attribute__((tls_model("initial-exec")));
+const View* view() __attribute__((const));
 
 // A warp-wide operation. `lanes[i]` is what lane i deposited: a pointer into its own stack.
 struct Op {
     const char* name;
     void (*run)(void* const* lanes, uint32_t mask, const void* imm);
+    bool whole_warp = false;  // undefined if a lane has left the kernel
 };
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
+int barrier_count(bool predicate, Where at);  // of the threads that came
+void fence();
 [[noreturn]] void trap(const char* message, Where at);
-
-void* static_shared(const void* site, size_t bytes, size_t align);
-void* dynamic_shared(size_t align);
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at);
 void cp_async_commit();
@@ -104,11 +134,16 @@ enum class Shuffle { index, up, down, lane_xor };
 void shuffle(Shuffle kind, uint32_t mask, void* value, size_t size, int operand, int width, Where at);
 uint32_t ballot(uint32_t mask, bool predicate, Where at);
 
-enum class Atomic { add, min, max, exchange };
-template <class T>
-T atomic(Atomic op, T* address, T value, Where at);
-template <class T>
-T atomic_cas(T* address, T expected, T desired, Where at);
+// `apply` changes the word by the operand; `before` receives what was there.
+void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void* word, const void* operand), Where at);
+// Every lane's value becomes the one that `combine` makes of all.
+void reduce(uint32_t mask, void* value, size_t bytes, void (*combine)(void* to, const void* from), Where at);
+int lane();
+
+// Addresses in shared memory as PTX has them, in 32 bits.
+uint32_t shared_offset(const void* p);
+void* shared_pointer(uint32_t offset);
+bool is_shared_address(const void* p);
 
 // Hopper (hopper.cpp); ../hopper.cuh explains what each computes. Addresses are in shared memory.
 void mbarrier_init(uintptr_t barrier, uint32_t arrivals, Where at);
@@ -116,6 +151,7 @@ void mbarrier_init_fence(Where at);
 void mbarrier_arrive(uintptr_t barrier, uint32_t bytes, Where at);
 void mbarrier_wait(uintptr_t barrier, uint32_t parity, Where at);
 void named_barrier(int id, int threads, Where at);
+bool use_named_barriers();  // simt-check calls it where a file has any, before main
 void async_fence(Where at);
 struct Box {  // where a bulk copy begins: x, y, or c, w, h, n with offsets
     bool im2col;
@@ -133,6 +169,20 @@ void wgmma_fence(Where at);
 void wgmma_commit(Where at);
 void wgmma_wait(int groups_left, Where at);
 
+// Registers of inline PTX have a size, and no type but that of the instruction.
+template <class T, class From>
+inline T register_as(From value) {
+    if constexpr (std::is_pointer_v<From>) return T(uintptr_t(value));
+    else if constexpr (std::is_floating_point_v<T> != std::is_floating_point_v<From> && sizeof(T) == sizeof(From)) return bit_cast<T>(value);
+    else if constexpr (std::is_floating_point_v<T> && !std::is_floating_point_v<From>) return bit_cast<T>(std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>(value));
+    else return T(value);
+}
+template <class To, class T>
+inline void set_register(To& to, T value) {
+    if constexpr (std::is_pointer_v<To>) to = reinterpret_cast<To>(uintptr_t(value));
+    else to = register_as<To>(value);
+}
+
 // Kernels register themselves by name before main; the argument types come from the signature.
 struct Kernel {
     const char* name;
@@ -144,6 +194,32 @@ struct Kernel {
     const size_t* offsets;
 };
 void add_kernel(const Kernel&);
+
+// kernel<<<grid, block, shared, stream>>>(arguments), as simt-check writes it: `call` is a lambda that calls the kernel.
+struct Config {
+    dim3 grid, block;
+    size_t shared;
+    template <class Stream = void*>
+    Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}) : grid(grid), block(block), shared(shared) {}
+};
+void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
+
+template <class F, class... A>
+struct Call {
+    F call;
+    std::tuple<A...> arguments;
+    static void thunk(const Kernel&, const unsigned char* params) {
+        const Call& self = *reinterpret_cast<const Call*>(params);
+        std::apply(self.call, self.arguments);
+    }
+};
+template <class F, class... A>
+void launch(const char* name, const Config& config, F call, const A&... arguments) {
+    using C = Call<F, std::decay_t<A>...>;
+    static_assert(sizeof(C) <= 4096, "at most 4096 bytes of arguments");
+    const C packed = {call, {arguments...}};
+    run(name, config, C::thunk, &packed, sizeof packed);
+}
 
 template <class... A>
 struct Signature {
@@ -187,94 +263,12 @@ struct Register {
 #define KERNEL_EXPORT(kernel) static const simt::Register simt_register_##kernel(#kernel, false, kernel)
 #define KERNEL_EXPORT_HOPPER(kernel) static const simt::Register simt_register_##kernel(#kernel, true, kernel)
 
-// The address of the static names the array, also in each instance of a template.
-#define SHARED(type, name, dims)              \
-    static const char simt_site_##name = 0;   \
-    typedef type simt_type_##name dims;       \
-    auto& name = *static_cast<simt_type_##name*>( \
-        simt::static_shared(&simt_site_##name, sizeof(simt_type_##name), alignof(simt_type_##name)))
-#define DYN_SMEM(type, name) type* const name = static_cast<type*>(simt::dynamic_shared(alignof(type)))
-
 // ---- built-in variables and functions -------------------------------------------------------
 
-#define threadIdx (simt::view->thread)
-#define blockIdx (simt::view->block)
-#define blockDim (simt::view->block_dim)
-#define gridDim (simt::view->grid_dim)
-#define warpSize 32
+#define threadIdx (simt::view()->thread)
+#define blockIdx (simt::view()->block)
+#define blockDim (simt::view()->block_dim)
+#define gridDim (simt::view()->grid_dim)
+constexpr int warpSize = 32;
 
-inline void __syncthreads(SIMT_WHERE) { simt::barrier(at); }
-void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_WHERE);
-inline void __trap(SIMT_WHERE) { simt::trap("__trap() was called", at); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-#undef assert
-#define assert(condition) ((condition) ? void(0) : simt::trap("assertion failed: " #condition, {__FILE__, __LINE__}))
-
-#define SIMT_SHUFFLE(name, kind, operand_type)                                                         \
-    template <class T>                                                                                 \
-    inline T name(uint32_t mask, T value, operand_type operand, int width = 32, SIMT_WHERE) {          \
-        static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 2, "2, 4 or 8 bytes a lane"); \
-        simt::shuffle(simt::Shuffle::kind, mask, &value, sizeof value, int(operand), width, at);       \
-        return value;                                                                                  \
-    }
-SIMT_SHUFFLE(__shfl_sync, index, int)
-SIMT_SHUFFLE(__shfl_up_sync, up, unsigned)
-SIMT_SHUFFLE(__shfl_down_sync, down, unsigned)
-SIMT_SHUFFLE(__shfl_xor_sync, lane_xor, int)
-#undef SIMT_SHUFFLE
-inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_WHERE) { return simt::ballot(mask, predicate, at); }
-inline int __any_sync(uint32_t mask, int predicate, SIMT_WHERE) { return simt::ballot(mask, predicate, at) != 0; }
-inline int __all_sync(uint32_t mask, int predicate, SIMT_WHERE) { return simt::ballot(mask, predicate, at) == mask; }
-
-// float: add, exchange; int, unsigned, unsigned long long: all.
-template <class T> inline T atomicAdd(T* p, T v, SIMT_WHERE) { return simt::atomic(simt::Atomic::add, p, v, at); }
-template <class T> inline T atomicMin(T* p, T v, SIMT_WHERE) { return simt::atomic(simt::Atomic::min, p, v, at); }
-template <class T> inline T atomicMax(T* p, T v, SIMT_WHERE) { return simt::atomic(simt::Atomic::max, p, v, at); }
-template <class T> inline T atomicExch(T* p, T v, SIMT_WHERE) { return simt::atomic(simt::Atomic::exchange, p, v, at); }
-template <class T> inline T atomicCAS(T* p, T e, T v, SIMT_WHERE) { return simt::atomic_cas(p, e, v, at); }
-
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T __ldcg(const T* p) { return *p; }
-template <class T> inline T __ldcs(const T* p) { return *p; }
-template <class T> inline void __stcg(T* p, T v) { *p = v; }
-template <class T> inline void __stcs(T* p, T v) { *p = v; }
-
-template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
-template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
-inline float min(float a, float b) { return fminf(a, b); }
-inline float max(float a, float b) { return fmaxf(a, b); }
-
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }  // NaN gives 0
-// Exact reduction to [-1, 1) before pi comes in, as on the device.
-inline float sinpif(float x) { return float(sin(M_PI * (x - 2.0 * floor(x / 2.0 + 0.5)))); }
-inline float cospif(float x) { return float(cos(M_PI * (x - 2.0 * floor(x / 2.0 + 0.5)))); }
-inline void sincospif(float x, float* s, float* c) { *s = sinpif(x), *c = cospif(x); }
-
-inline int __float_as_int(float x) { return simt::bit_cast<int>(x); }
-inline unsigned __float_as_uint(float x) { return simt::bit_cast<unsigned>(x); }
-inline float __int_as_float(int x) { return simt::bit_cast<float>(x); }
-inline float __uint_as_float(unsigned x) { return simt::bit_cast<float>(x); }
-inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
-inline int __float2int_rz(float x) { return int(x); }
-inline int __float2int_rd(float x) { return int(floorf(x)); }
-inline float __int2float_rn(int x) { return float(x); }
-inline float __uint2float_rn(unsigned x) { return float(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
+#include "functions.h"

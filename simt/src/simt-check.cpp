@@ -1,0 +1,352 @@
+// simt-check: compiles .cu files for the emulator and runs them in both builds and all thread orders.
+// README.md tells how; `simt-check --help` lists the options.
+#include <dlfcn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "translate.h"
+
+namespace fs = std::filesystem;
+using std::string;
+using std::vector;
+
+static const char kHelp[] = R"(simt-check: runs CUDA programs on the CPU and looks for races, unwritten reads, accesses out of bounds, wrong barriers
+
+    simt-check FILE.cu... [--run DRIVER.cpp] [options] [-- ARGUMENTS]
+
+The files, and the driver if there is one, have a main() together. It runs once in each build and thread order.
+
+    --run FILE        a program that runs kernels by name (simt_driver.h)
+    --kernel NAME     this kernel must have run, and only its findings count
+    --build B         normal, checked, or both (the default)
+    --order O         forward, reversed, random, or all (the default)
+    --seeds N         so many random orders (1)
+    --threads N       OS threads for blocks (1)
+    --strict          a barrier that is short of a thread which has left the kernel is an error
+    --timeout S       seconds for a run (600)
+    --junit FILE      results as JUnit XML
+    --sarif FILE      findings as SARIF
+    -I, -D, -std, -O  for the compiler ($CXX, else c++)
+    --library FILE    only makes the shared library, of the one build that --build names
+    --keep DIR        where to compile; it stays, and what has not changed is not compiled again
+
+Exit code: 0 nothing found, 1 findings in kernels, 2 main() failed or hung, 3 does not compile or wrong options.
+)";
+
+struct Options {
+    vector<string> sources, arguments, flags, builds = {"normal", "checked"}, orders = {"forward", "reversed", "random"};
+    string kernel, junit, sarif, library, keep;
+    int seeds = 1, threads = 1, timeout = 600;
+    bool strict = false;
+};
+
+[[noreturn]] static void usage(const string& message) {
+    fprintf(stderr, "simt-check: %s (see --help)\n", message.c_str());
+    exit(3);
+}
+
+static Options parse(int argc, char** argv) {
+    Options o;
+    auto number = [](const string& name, const string& text) {
+        const int value = atoi(text.c_str());
+        if (value < 1) usage(name + ": a number from 1, found " + text);
+        return value;
+    };
+    for (int i = 1; i < argc; i++) {
+        const string a = argv[i];
+        auto next = [&] {
+            if (++i == argc) usage(a + " needs a value");
+            return string(argv[i]);
+        };
+        auto one_of = [&](vector<string>& to, const string& all) {
+            const string value = next();
+            if (value == all) return;
+            for (const string& known : to)
+                if (known == value) return void(to = {value});
+            usage(a + ": no " + value);
+        };
+        if (a == "--help" || a == "-h") printf("%s", kHelp), exit(0);
+        else if (a == "--run") o.sources.push_back(next());
+        else if (a == "--kernel") o.kernel = next();
+        else if (a == "--build") one_of(o.builds, "both");
+        else if (a == "--order") one_of(o.orders, "all");
+        else if (a == "--seeds") o.seeds = number(a, next());
+        else if (a == "--threads") o.threads = number(a, next());
+        else if (a == "--timeout") o.timeout = number(a, next());
+        else if (a == "--strict") o.strict = true;
+        else if (a == "--junit") o.junit = next();
+        else if (a == "--sarif") o.sarif = next();
+        else if (a == "--library") o.library = next();
+        else if (a == "--keep") o.keep = next();
+        else if (a == "--") o.arguments.assign(argv + i + 1, argv + argc), i = argc;
+        else if (a == "-I" || a == "-D") o.flags.push_back(a + next());
+        else if (a.compare(0, 2, "-I") == 0 || a.compare(0, 2, "-D") == 0 || a.compare(0, 2, "-O") == 0 || a.compare(0, 4, "-std") == 0) o.flags.push_back(a);
+        else if (a[0] == '-') usage("no option " + a);
+        else o.sources.push_back(a);
+    }
+    if (o.sources.empty()) usage("no file");
+    if (!o.library.empty() && o.builds.size() != 1) usage("--library needs --build normal or --build checked");
+    return o;
+}
+
+// ---- compiling --------------------------------------------------------------------------------------
+
+static const vector<string> kFlags = {"-std=c++17", "-O2", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-fno-math-errno",
+    "-ffp-contract=off", "-fstack-clash-protection", "-fno-gnu-unique", "-fno-extern-tls-init", "-mtls-dialect=gnu"};
+static const vector<string> kCheckedKernel = {
+    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero", "--param=tsan-instrument-func-entry-exit=0"};
+
+static string read_file(const fs::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return string(std::istreambuf_iterator<char>(file), {});
+}
+
+static string quoted(const string& word) {
+    string text = "'";
+    for (char c : word) text += c == '\'' ? "'\\''" : string(1, c);
+    return text + "'";
+}
+
+static void command(const vector<string>& words) {
+    string text;
+    for (const string& w : words) text += quoted(w) + " ";
+    if (system(text.c_str())) exit(3);  // the compiler has said why
+}
+
+// Where simt is: the directory above the one that holds this program, or $SIMT_HOME.
+static fs::path home() {
+    if (const char* set = getenv("SIMT_HOME")) return set;
+    for (fs::path p = fs::read_symlink("/proc/self/exe").parent_path(); p.has_relative_path(); p = p.parent_path())
+        for (const fs::path& candidate : {p, p / "share/simt"})
+            if (fs::exists(candidate / "include/simt.h")) return candidate;
+    usage("cannot find include/simt.h: set SIMT_HOME");
+}
+
+struct Compiler {
+    const Options& options;
+    fs::path simt, directory;
+    string cxx;
+
+    // An object of the same bytes by the same compiler and flags is not made again.
+    fs::path object(const string& name, const string& text, const vector<string>& words, const fs::path& input) {
+        string all = cxx + text;
+        for (const string& w : words) all += '\n' + w;
+        const fs::path made = directory / (name + "-" + std::to_string(std::hash<string>()(all)) + ".o");
+        if (fs::exists(made)) return made;
+        const fs::path partial = made.string() + "." + std::to_string(getpid());
+        vector<string> c = {cxx};
+        c.insert(c.end(), words.begin(), words.end());
+        c.insert(c.end(), {"-c", input.string(), "-o", partial.string()});
+        command(c);
+        fs::rename(partial, made);
+        return made;
+    }
+
+    vector<string> flags(bool checked) const {
+        vector<string> f = kFlags;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) f.insert(f.end(), {"-mavx2", "-mfma", "-mf16c"});
+        if (checked) f.push_back("-DSIMT_CHECKED");
+        return f;
+    }
+
+    fs::path runtime(const fs::path& source, bool checked) {
+        vector<string> f = flags(checked);
+        f.push_back("-I" + (simt / "include").string());
+        string text;
+        for (const fs::path& d : {simt / "src", simt / "include"})
+            for (const auto& e : fs::directory_iterator(d))
+                if (e.path().extension() == ".h" || e.path() == source) text += read_file(e.path());
+        return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
+    }
+
+    fs::path kernels(const string& source, bool checked) {
+        const string name = fs::path(source).filename().string() + (checked ? ".checked" : "");
+        const fs::path expanded = directory / (name + "." + std::to_string(getpid()) + ".ii"), input = directory / (name + ".ii");
+        vector<string> c = {cxx, "-E", "-x", "c++", "-include", (simt / "include/simt.h").string(), "-I" + (simt / "include").string()};
+        const vector<string> f = flags(checked);
+        c.insert(c.end(), f.begin(), f.end());
+        c.insert(c.end(), options.flags.begin(), options.flags.end());
+        c.insert(c.end(), {source, "-o", expanded.string()});
+        command(c);
+        const string own = (simt / "include").string();
+        const translate::Result result = translate::source(read_file(expanded), [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+        fs::remove(expanded);
+        if (!checked || options.builds.size() == 1)
+            for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
+        std::ofstream(input, std::ios::binary) << result.text;
+        vector<string> words = f;
+        if (checked) words.insert(words.end(), kCheckedKernel.begin(), kCheckedKernel.end());
+        for (const string& flag : options.flags)
+            if (flag[1] != 'I' && flag[1] != 'D') words.push_back(flag);
+        words.insert(words.end(), {"-x", "c++-cpp-output"});
+        return object(name, result.text, words, input);
+    }
+
+    fs::path library(bool checked, fs::path to = {}) {
+        vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"};
+        if (to.empty()) to = directory / (checked ? "libchecked.so" : "libnormal.so");
+        c.push_back(to.string());
+        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
+        for (const auto& e : fs::directory_iterator(simt / "src"))
+            if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") c.push_back(runtime(e.path(), checked).string());
+        for (const string& source : options.sources) c.push_back(kernels(source, checked).string());
+        c.push_back("-ldl");
+        command(c);
+        return to;
+    }
+};
+
+// ---- running ----------------------------------------------------------------------------------------
+
+struct Run {
+    string build, order;
+    int seed = 0;
+    vector<string> findings;  // "fault" and "refused" lines, without the word
+    std::set<string> launched;
+    string failure;  // of main()
+    double seconds = 0;
+
+    string name() const { return build + ", " + order + (seed > 1 ? " " + std::to_string(seed) : ""); }
+};
+
+[[noreturn]] static void child(const Options& o, const fs::path& library, const Run& run) {
+    void* handle = dlopen(library.c_str(), RTLD_NOW);
+    if (!handle) fprintf(stderr, "%s\n", dlerror()), _exit(127);
+    auto* config = reinterpret_cast<int (*)(const char*, uint64_t)>(dlsym(handle, "emu_config"));
+    config("order", run.order == "forward" ? 0 : run.order == "reversed" ? 1 : 2);
+    config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict);
+    auto* entry = reinterpret_cast<int (*)(int, char**)>(dlsym(handle, "main"));
+    if (!entry) fprintf(stderr, "simt-check: no main() in the files; --run names a program that has one\n"), _exit(126);
+    vector<char*> arguments;
+    string self = o.sources[0];
+    arguments.push_back(self.data());
+    for (const string& a : o.arguments) arguments.push_back(const_cast<char*>(a.c_str()));
+    arguments.push_back(nullptr);
+    alarm(unsigned(o.timeout));
+    exit(entry(int(arguments.size()) - 1, arguments.data()));
+}
+
+static Run execute(const Options& o, const fs::path& library, Run run, const fs::path& report) {
+    fs::remove(report);
+    setenv("SIMT_REPORT", report.c_str(), 1);
+    fflush(nullptr);
+    timespec begun, ended;
+    clock_gettime(CLOCK_MONOTONIC, &begun);
+    const pid_t pid = fork();
+    if (pid == 0) child(o, library, run);
+    int status = 0;
+    waitpid(pid, &status, 0);
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    run.seconds = double(ended.tv_sec - begun.tv_sec) + 1e-9 * double(ended.tv_nsec - begun.tv_nsec);
+    if (WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM) run.failure = "main() did not end within " + std::to_string(o.timeout) + " s";
+    else if (WIFSIGNALED(status)) run.failure = string("main() was ended by ") + strsignal(WTERMSIG(status));
+    else if (WEXITSTATUS(status) == 126) exit(3);
+    else if (WEXITSTATUS(status)) run.failure = "main() returned " + std::to_string(WEXITSTATUS(status));
+    std::ifstream lines(report);
+    for (string line; std::getline(lines, line);) {
+        const size_t space = line.find(' ');
+        const string kind = line.substr(0, space), text = line.substr(space + 1);
+        if (kind == "launched") run.launched.insert(text);
+        else if (o.kernel.empty() || text.compare(0, 8 + o.kernel.size(), "kernel " + o.kernel + (kind == "fault" ? "," : ":")) == 0) run.findings.push_back(text);
+    }
+    if (!o.kernel.empty() && !run.launched.count(o.kernel)) run.findings.push_back("kernel " + o.kernel + ": was never run");
+    return run;
+}
+
+// ---- reports ----------------------------------------------------------------------------------------
+
+static string escaped(const string& text, bool xml) {
+    string out;
+    for (char c : text) {
+        if (xml && c == '&') out += "&amp;";
+        else if (xml && c == '<') out += "&lt;";
+        else if (xml && c == '"') out += "&quot;";
+        else if (!xml && (c == '"' || c == '\\')) out += string("\\") + c;
+        else if ((unsigned char)c < 32) out += ' ';
+        else out += c;
+    }
+    return out;
+}
+
+static void write_junit(const Options& o, const vector<Run>& runs) {
+    std::ofstream f(o.junit);
+    size_t failures = 0;
+    for (const Run& r : runs) failures += !r.findings.empty() || !r.failure.empty();
+    f << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"simt-check\" tests=\"" << runs.size() << "\" failures=\"" << failures << "\">\n";
+    for (const Run& r : runs) {
+        f << "  <testcase classname=\"" << escaped(o.sources[0], true) << "\" name=\"" << r.name() << "\" time=\"" << r.seconds << "\">";
+        for (const string& finding : r.findings) f << "<failure message=\"" << escaped(finding, true) << "\"/>";
+        if (r.findings.empty() && !r.failure.empty()) f << "<failure message=\"" << escaped(r.failure, true) << "\"/>";
+        f << "</testcase>\n";
+    }
+    f << "</testsuite>\n";
+}
+
+// "kernel k, block (0,0,0), thread (1,0,0), file.cu:12, called at ...: what"
+static void write_sarif(const Options& o, const std::set<string>& findings) {
+    std::ofstream f(o.sarif);
+    f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check"}}, "results": [)";
+    bool first = true;
+    for (const string& finding : findings) {
+        const size_t place = finding.find("), ", finding.find("thread (")), colon = finding.find(':', place);
+        f << (first ? "" : ",") << "\n{\"ruleId\": \"kernel\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
+        if (place != finding.npos && colon != finding.npos && atoi(finding.c_str() + colon + 1) > 0)
+            f << ", \"locations\": [{\"physicalLocation\": {\"artifactLocation\": {\"uri\": \"" << escaped(finding.substr(place + 3, colon - place - 3), false)
+              << "\"}, \"region\": {\"startLine\": " << atoi(finding.c_str() + colon + 1) << "}}}]";
+        f << "}";
+        first = false;
+    }
+    f << "\n]}]}\n";
+}
+
+int main(int argc, char** argv) {
+    const Options o = parse(argc, argv);
+    for (const string& s : o.sources)
+        if (!fs::exists(s)) usage("no file " + s);
+    string temporary = "/tmp/simt-check-XXXXXX";
+    if (o.keep.empty() && !mkdtemp(temporary.data())) usage("cannot make a directory in /tmp");
+    Compiler compiler{o, home(), {}, getenv("CXX") ? getenv("CXX") : "c++"};
+    compiler.directory = fs::absolute(o.keep.empty() ? temporary : o.keep);
+    fs::create_directories(compiler.directory);
+    struct Cleaner {
+        string path;
+        ~Cleaner() { if (!path.empty()) fs::remove_all(path); }
+    } cleaner{o.keep.empty() ? temporary : ""};
+    if (!o.library.empty()) return compiler.library(o.builds[0] == "checked", o.library), 0;
+
+    vector<Run> runs;
+    std::set<string> all;
+    bool failed = false;
+    for (const string& build : o.builds) {
+        const fs::path library = compiler.library(build == "checked");
+        for (const string& order : o.orders)
+            for (int seed = order == "random" ? 1 : 0; seed <= (order == "random" ? o.seeds : 0); seed++) {
+                Run wanted;
+                wanted.build = build, wanted.order = order, wanted.seed = seed;
+                runs.push_back(execute(o, library, wanted, compiler.directory / "report"));
+                const Run& r = runs.back();
+                all.insert(r.findings.begin(), r.findings.end());
+                failed |= !r.failure.empty();
+            }
+    }
+    if (!o.junit.empty()) write_junit(o, runs);
+    if (!o.sarif.empty()) write_sarif(o, all);
+    std::set<string> kernels;
+    for (const Run& r : runs) {
+        kernels.insert(r.launched.begin(), r.launched.end());
+        printf("%-20s %s\n", r.name().c_str(), !r.findings.empty() ? r.findings[0].c_str() : !r.failure.empty() ? r.failure.c_str() : "ok");
+    }
+    printf("simt-check: %zu kernels, %zu runs, %zu findings\n", kernels.size(), runs.size(), all.size());
+    return !all.empty() ? 1 : failed ? 2 : 0;
+}

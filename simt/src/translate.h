@@ -1,0 +1,427 @@
+// The source step of simt-check, on the output of the preprocessor: what a C++ compiler cannot read becomes calls.
+//
+//   kernel<<<grid, block>>>(a, b)       simt::launch("kernel", simt::Config(grid, block), [=](auto... p) { kernel(p...); }, a, b)
+//   asm("cp.async...", ...)             the emulator's twins of PTX instructions
+//   extern __shared__ float s[];        extern __shared__ float s[] asm("smem");
+//
+// Lines stay where they are, and headers of the system and of simt as they are.
+#pragma once
+#include <algorithm>
+#include <cctype>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace translate {
+
+using std::string;
+
+struct Result {
+    string text;
+    std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
+};
+
+inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
+
+inline string trim(const string& s) {
+    const size_t a = s.find_first_not_of(" \t\n"), b = s.find_last_not_of(" \t\n");
+    return a == s.npos ? "" : s.substr(a, b - a + 1);
+}
+
+// Behind the literal that begins at i.
+inline size_t skip_literal(const string& s, size_t i) {
+    const char quote = s[i++];
+    while (i < s.size() && s[i] != quote) i += s[i] == '\\' ? 2 : 1;
+    return i + 1;
+}
+
+// Behind the bracket that closes the one at i.
+inline size_t skip_brackets(const string& s, size_t i) {
+    int depth = 0;
+    while (i < s.size()) {
+        const char c = s[i];
+        if (c == '"' || c == '\'') {
+            i = skip_literal(s, i);
+            continue;
+        }
+        depth += c == '(' || c == '[' || c == '{';
+        depth -= c == ')' || c == ']' || c == '}';
+        i++;
+        if (!depth) return i;
+    }
+    return s.size();
+}
+
+// Parts of s between separators outside of brackets and literals.
+inline std::vector<string> split(const string& s, char separator) {
+    std::vector<string> parts(1);
+    for (size_t i = 0; i < s.size();) {
+        size_t end = i + 1;
+        if (s[i] == '"' || s[i] == '\'') end = skip_literal(s, i);
+        else if (s[i] == '(' || s[i] == '[' || s[i] == '{') end = skip_brackets(s, i);
+        else if (s[i] == ':' && separator == ':' && i + 1 < s.size() && s[i + 1] == ':' ) {
+            // `::` is two empty sections of asm, or a scope: a name before it says which.
+            size_t before = parts.back().find_last_not_of(" \t\n");
+            if (before != string::npos && is_word(parts.back()[before])) end = i + 2;
+        }
+        if (end == i + 1 && s[i] == separator) parts.emplace_back();
+        else parts.back() += s.substr(i, end - i);
+        i = end;
+    }
+    return parts;
+}
+
+// ---- PTX --------------------------------------------------------------------------------------------
+
+// One asm statement: its instructions become C++ statements on its operands.
+class Ptx {
+    std::vector<string> operands;  // expressions, outputs first
+    std::map<string, string> names;  // [name] operands
+    string declarations, code, unknown;
+
+    static string text_of(const string& literals) {
+        string text;
+        for (size_t i = 0; i < literals.size();) {
+            if (literals[i] != '"') { i++; continue; }
+            const size_t end = skip_literal(literals, i);
+            for (size_t k = i + 1; k + 1 < end; k++) {
+                if (literals[k] != '\\') { text += literals[k]; continue; }
+                text += literals[++k] == 'n' || literals[k] == 't' ? ' ' : literals[k];
+            }
+            i = end;
+        }
+        return text;
+    }
+
+    void add_operands(const string& section) {
+        for (const string& part : split(section, ',')) {
+            const size_t open = part.find('(');
+            if (open == part.npos) continue;
+            const size_t name = part.find('[');
+            if (name < open) names[part.substr(name + 1, part.find(']') - name - 1)] = std::to_string(operands.size());
+            operands.push_back("(" + part.substr(open + 1, part.rfind(')') - open - 1) + ")");
+        }
+    }
+
+    string value(string token) const {
+        token = trim(token);
+        static const std::map<string, string> special = {
+            {"laneid", "uint32_t(simt::lane())"}, {"warpid", "(threadIdx.x / 32)"}, {"smid", "0u"}, {"nsmid", "4u"},
+            {"clock", "uint32_t(clock64())"}, {"clock64", "uint64_t(clock64())"}, {"globaltimer", "uint64_t(clock64())"},
+            {"tid.x", "threadIdx.x"}, {"tid.y", "threadIdx.y"}, {"tid.z", "threadIdx.z"}, {"ntid.x", "blockDim.x"},
+            {"ctaid.x", "blockIdx.x"}, {"ctaid.y", "blockIdx.y"}, {"ctaid.z", "blockIdx.z"}, {"nctaid.x", "gridDim.x"},
+            {"lanemask_lt", "((1u << simt::lane()) - 1)"}};
+        if (token[0] == '%') {
+            const string name = token.substr(token.find_first_not_of('%'));
+            if (isdigit((unsigned char)name[0])) return size_t(stoi(name)) < operands.size() ? operands[stoi(name)] : "0";
+            if (name[0] == '[') {
+                auto it = names.find(name.substr(1, name.size() - 2));
+                return it == names.end() ? "0" : operands[stoi(it->second)];
+            }
+            auto it = special.find(name);
+            return it == special.end() ? "simt_" + name : it->second;
+        }
+        if (isdigit((unsigned char)token[0]) || token[0] == '-') {
+            if (token.compare(0, 2, "0f") == 0 || token.compare(0, 2, "0F") == 0) return "__uint_as_float(0x" + token.substr(2) + "u)";
+            return token;
+        }
+        return "simt_" + token;
+    }
+    // {a, b} or a.
+    std::vector<string> list(string token) const {
+        token = trim(token);
+        if (token[0] == '{') token = token.substr(1, token.size() - 2);
+        std::vector<string> values;
+        for (const string& t : split(token, ',')) values.push_back(value(t));
+        return values;
+    }
+    // [a] or [a + 16]
+    string address(string token) const {
+        token = trim(token);
+        token = token.substr(1, token.size() - 2);
+        const size_t plus = token.find('+');
+        return plus == token.npos ? value(token) : "(" + value(token.substr(0, plus)) + " + " + trim(token.substr(plus + 1)) + ")";
+    }
+    static string joined(const std::vector<string>& values) {
+        string text;
+        for (const string& v : values) text += (text.empty() ? "" : ", ") + v;
+        return text;
+    }
+    static bool has(const string& op, const char* part) {
+        for (const string& p : split(op, '.'))
+            if (p == part) return true;
+        return false;
+    }
+    static string assign(const std::vector<string>& to, const string& array) {
+        string text;
+        for (size_t i = 0; i < to.size(); i++) text += to[i] + " = " + array + "[" + std::to_string(i) + "]; ";
+        return text;
+    }
+    // The C++ type of an instruction's last part.
+    static string type_of(const string& op) {
+        static const std::map<string, string> types = {{"f32", "float"}, {"f64", "double"}, {"b64", "uint64_t"}, {"u64", "uint64_t"},
+            {"s64", "int64_t"}, {"b32", "uint32_t"}, {"u32", "uint32_t"}, {"s32", "int32_t"}, {"b16", "uint16_t"}, {"u16", "uint16_t"},
+            {"s16", "int16_t"}, {"b8", "uint8_t"}, {"u8", "uint8_t"}, {"s8", "int8_t"}};
+        const std::vector<string> parts = split(op, '.');
+        auto it = types.find(parts.back());
+        return it == types.end() ? "" : it->second;
+    }
+
+    // The C++ of one instruction, or nothing if there is none.
+    string instruction(const string& op, const std::vector<string>& a) const {
+        const std::vector<string> parts = split(op, '.');
+        const string& name = parts[0];
+        const string type = type_of(op);
+        const auto n = a.size();
+        auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
+        auto set = [&](const string& expression) { return "simt::set_register(" + value(a[0]) + ", " + type + "(" + expression + "));"; };
+        if (name == "mma" && n == 4 && (has(op, "m16n8k16") || has(op, "m16n8k8")) && (has(op, "f16") || has(op, "bf16"))) {
+            if (parts.size() != 10 || (parts[7] != "f16" && parts[7] != "bf16")) return "";
+            const bool f32 = parts[6] == "f32";
+            std::vector<string> d = list(a[0]), fa = list(a[1]), fb = list(a[2]), c = list(a[3]);
+            if (has(op, "m16n8k8")) fa.insert(fa.end(), {"0u", "0u"}), fb.push_back("0u");
+            if (fa.size() != 4 || fb.size() != 2 || d.size() != c.size() || d.size() != (f32 ? 4u : 2u)) return "";
+            return string(f32 ? "float" : "uint32_t") + " simt_d[] = {" + joined(c) + "}; const uint32_t simt_a[] = {" + joined(fa) +
+                   "}, simt_b[] = {" + joined(fb) + "}; simt::mma(simt_d, simt_a, simt_b, {1, 1, simt::Element::" + parts[7] +
+                   ", simt::Accumulator::" + parts[6] + "}, {}); " + assign(d, "simt_d");
+        }
+        if (name == "ldmatrix" && n == 2 && has(op, "m8n8") && has(op, "b16")) {
+            const std::vector<string> r = list(a[0]);
+            return "uint32_t simt_r[" + std::to_string(r.size()) + "]; const uintptr_t simt_row = uintptr_t(simt::shared_pointer(" +
+                   address(a[1]) + ")); simt::ldmatrix(simt_r, &simt_row, 1, " + std::to_string(r.size()) + ", " +
+                   (has(op, "trans") ? "true" : "false") + ", {}); " + assign(r, "simt_r");
+        }
+        if (op == "cp.async.commit_group") return "simt::cp_async_commit();";
+        if (op == "cp.async.wait_group") return "simt::cp_async_wait(" + value(a[0]) + ");";
+        if (op == "cp.async.wait_all") return "simt::cp_async_commit(); simt::cp_async_wait(0);";
+        if (op.compare(0, 10, "cp.async.c") == 0 && n >= 3)
+            return "simt::cp_async(simt::shared_pointer(" + address(a[0]) + "), (const void*)(" + address(a[1]) + "), " + value(a[2]) +
+                   ", int(" + value(a[n > 3 ? 3 : 2]) + "), {});";
+        if (name == "cvta" && n == 2) {
+            if (has(op, "shared") && has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(simt::shared_offset((const void*)(" + value(a[1]) + "))));";
+            if (has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(" + value(a[1]) + "));";
+        }
+        if (name == "cvt" && n == 3 && parts.size() > 2 && parts[1] == "rn" && (has(op, "f16x2") || has(op, "bf16x2"))) {
+            const string narrow = has(op, "f16x2") ? "simt::float_to_half" : "simt::float_to_bfloat16";
+            return "simt::set_register(" + value(a[0]) + ", uint32_t(" + narrow + "(" + value(a[2]) + ") | uint32_t(" + narrow + "(" + value(a[1]) + ")) << 16));";
+        }
+        if (name == "cvt" && n == 2 && op == "cvt.rn.f16.f32") return "simt::set_register(" + value(a[0]) + ", simt::float_to_half(" + value(a[1]) + "));";
+        if (name == "cvt" && n == 2 && parts.size() == 3 && parts[1][0] != 'f' && parts[2][0] != 'f')
+            return "simt::set_register(" + value(a[0]) + ", " + type_of("x." + parts[1]) + "(simt::register_as<" + type + ">(" + value(a[1]) + ")));";
+        if (name == "mov" && n == 2 && !type.empty()) return set(bits(1));
+        if (name == "setp" && n == 3 && !type.empty()) {
+            static const std::map<string, string> compare = {{"eq", "=="}, {"ne", "!="}, {"lt", "<"}, {"le", "<="}, {"gt", ">"}, {"ge", ">="}};
+            auto it = compare.find(parts[1]);
+            if (it != compare.end()) return value(a[0]) + " = " + bits(1) + " " + it->second + " " + bits(2) + ";";
+        }
+        static const std::map<string, string> binary = {{"add", "+"}, {"sub", "-"}, {"and", "&"}, {"or", "|"}, {"xor", "^"}};
+        if (auto it = binary.find(name); it != binary.end() && n == 3 && !type.empty()) return set(bits(1) + " " + it->second + " " + bits(2));
+        if (name == "mul" && n == 3 && !type.empty() && !has(op, "hi") && !has(op, "wide")) return set(bits(1) + " * " + bits(2));
+        if ((name == "shl" || name == "shr") && n == 3 && !type.empty())
+            return set("(" + value(a[2]) + ") > sizeof(" + type + ") * 8 - 1 ? 0 : " + bits(1) + (name == "shl" ? " << " : " >> ") + "(" + value(a[2]) + ")");
+        if ((name == "min" || name == "max") && n == 3 && !type.empty()) return set(name + "(" + bits(1) + ", " + bits(2) + ")");
+        if ((name == "fma" || name == "mad") && n == 4 && type == "float") return set("fmaf(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ")");
+        if (name == "mad" && n == 4 && has(op, "lo")) return set(bits(1) + " * " + bits(2) + " + " + bits(3));
+        static const std::map<string, string> functions = {{"ex2", "exp2f"}, {"lg2", "log2f"}, {"rcp", "__frcp_rn"}, {"sqrt", "sqrtf"},
+            {"rsqrt", "rsqrtf"}, {"tanh", "tanhf"}, {"sin", "sinf"}, {"cos", "cosf"}, {"abs", "fabsf"}};
+        if (auto it = functions.find(name); it != functions.end() && n == 2 && type == "float") return set(it->second + "(" + bits(1) + ")");
+        if (name == "neg" && n == 2 && !type.empty()) return set("-" + bits(1));
+        if (name == "prmt" && n == 4) return set("__byte_perm(" + value(a[1]) + ", " + value(a[2]) + ", " + value(a[3]) + ")");
+        if (name == "selp" && n == 4) return set(value(a[3]) + " ? " + bits(1) + " : " + bits(2));
+        if ((name == "ld" || name == "st") && n == 2 && !type.empty() && (has(op, "global") || has(op, "shared"))) {
+            const string at = address(a[name == "ld" ? 1 : 0]);
+            const string pointer = has(op, "shared") ? "simt::shared_pointer(uint32_t(" + at + "))" : "(void*)(" + at + ")";
+            const std::vector<string> values = list(a[name == "ld" ? 0 : 1]);
+            string text = type + "* simt_p = (" + type + "*)" + pointer + "; ";
+            for (size_t i = 0; i < values.size(); i++) {
+                const string element = "simt_p[" + std::to_string(i) + "]";
+                text += name == "ld" ? "simt::set_register(" + values[i] + ", " + element + "); "
+                                     : element + " = simt::register_as<" + type + ">(" + values[i] + "); ";
+            }
+            return text;
+        }
+        if ((name == "bar" || name == "barrier") && (has(op, "sync")) && n >= 1) {
+            if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
+            return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
+        }
+        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? ";" : "simt::fence();";
+        if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
+        if (name == "trap") return "__trap();";
+        return "";
+    }
+
+    void statement(string s) {
+        s = trim(s);
+        while (!s.empty() && (s[0] == '{' || s[0] == '}')) s = trim(s.substr(1));
+        while (!s.empty() && s.back() == '}' && s.find('{') == s.npos) s = trim(s.substr(0, s.size() - 1));
+        if (s.empty() || s.compare(0, 2, "//") == 0) return;
+        if (s.compare(0, 4, ".reg") == 0) {
+            const size_t kind = s.find('.', 4), after = s.find_first_of(" \t", kind);
+            const string type = s.compare(kind, 5, ".pred") == 0 ? "bool" : type_of("x" + s.substr(kind, after - kind));
+            for (const string& name : split(s.substr(after), ',')) declarations += (type.empty() ? "uint64_t" : type) + " simt_" + trim(name.substr(name.find_first_not_of(" \t%"))) + " = 0; ";
+            return;
+        }
+        string condition;
+        if (s[0] == '@') {
+            const size_t space = s.find_first_of(" \t");
+            string predicate = s.substr(1, space - 1);
+            const bool negated = predicate[0] == '!';
+            condition = string("if (") + (negated ? "!" : "") + value(negated ? predicate.substr(1) : predicate) + ") ";
+            s = trim(s.substr(space));
+        }
+        const size_t space = s.find_first_of(" \t");
+        const string op = s.substr(0, space);
+        std::vector<string> arguments;
+        if (space != s.npos) arguments = split(s.substr(space), ',');
+        const string translated = instruction(op, arguments);
+        if (translated.empty()) unknown = op;
+        else code += condition + "{ " + translated + " } ";
+    }
+
+public:
+    // `text` is what is between asm's parentheses.
+    static string translated(const string& text, string& unknown) {
+        Ptx ptx;
+        const std::vector<string> sections = split(text, ':');
+        for (size_t i = 1; i < sections.size() && i < 3; i++) ptx.add_operands(sections[i]);
+        const string instructions = text_of(sections[0]);
+        // Braces of a block are no list: a list follows an operation on its line.
+        string flat = trim(instructions);
+        if (!flat.empty() && flat[0] == '{') {
+            flat = trim(flat.substr(1));
+            if (!flat.empty() && flat.back() == '}') flat.pop_back();
+        }
+        for (const string& s : split(flat, ';')) ptx.statement(s);
+        unknown = ptx.unknown;
+        if (!unknown.empty())
+            return "simt::trap(\"inline PTX that the emulator does not know: " + unknown + "\", {})";
+        return "({ " + ptx.declarations + ptx.code + "})";
+    }
+};
+
+// ---- sources ------------------------------------------------------------------------------------------
+
+// `skipped(file)`: whether a header stays as it is.
+inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
+    Result r;
+    string& out = r.text;
+    string file;
+    int line = 0;
+    bool skip = false;
+    auto lines_of = [](const string& text) { return string(size_t(std::count(text.begin(), text.end(), '\n')), '\n'); };
+    auto one_line = [](string text) {
+        for (char& c : text)
+            if (c == '\n') c = ' ';
+        return text;
+    };
+    for (size_t i = 0; i < s.size();) {
+        if (s[i] == '\n') line++;
+        if (s[i] == '#' && (i == 0 || s[i - 1] == '\n')) {  // # 12 "file" 3
+            const size_t end = std::min(s.find('\n', i), s.size());
+            const string marker = s.substr(i, end - i);
+            const size_t open = marker.find('"'), close = marker.rfind('"');
+            if (open != close && isdigit((unsigned char)marker[2])) {
+                line = stoi(marker.substr(2)) - 1;
+                file = marker.substr(open + 1, close - open - 1);
+                skip = marker.find(" 3", close) != marker.npos || skipped(file);
+            }
+            out += marker;
+            i = end;
+            continue;
+        }
+        if (s[i] == '"' || s[i] == '\'') {
+            if (s[i] == '\'' && i && isdigit((unsigned char)s[i - 1])) { out += s[i++]; continue; }  // 1'000
+            if (s[i] == '"' && i && s[i - 1] == 'R') {
+                const size_t open = s.find('(', i);
+                const size_t end = s.find(")" + s.substr(i + 1, open - i - 1) + "\"", open);
+                const string all = s.substr(i, end + open - i + 1 - i);
+                line += int(std::count(all.begin(), all.end(), '\n'));
+                out += all, i += all.size();
+                continue;
+            }
+            const size_t end = skip_literal(s, i);
+            out += s.substr(i, end - i);
+            i = end;
+            continue;
+        }
+        if (!skip && s.compare(i, 3, "<<<") == 0) {
+            // Back over the kernel's name and its template arguments.
+            size_t from = out.find_last_not_of(" \t\n");
+            if (from != out.npos && out[from] == '>') {
+                int depth = 0;
+                do {
+                    depth += out[from] == '>';
+                    depth -= out[from] == '<';
+                } while (depth && from--);
+                while (from && isspace((unsigned char)out[from - 1])) from--;
+            } else {
+                from++;
+            }
+            while (from && (is_word(out[from - 1]) || (from > 1 && out[from - 1] == ':' && out[from - 2] == ':'))) from -= out[from - 1] == ':' ? 2 : 1;
+            const string kernel = trim(out.substr(from));
+            size_t end = i + 3;
+            while (end < s.size() && s.compare(end, 3, ">>>") != 0)
+                end = s[end] == '(' || s[end] == '{' || s[end] == '[' ? skip_brackets(s, end) : s[end] == '"' ? skip_literal(s, end) : end + 1;
+            const size_t open = s.find('(', end);
+            if (!kernel.empty() && open != s.npos) {
+                const size_t close = skip_brackets(s, open);
+                const string config = s.substr(i + 3, end - i - 3), arguments = s.substr(open + 1, close - open - 2);
+                const bool none = trim(arguments).empty();
+                string quoted;
+                for (char c : one_line(kernel)) quoted += c == '"' || c == '\\' ? string("\\") + c : string(1, c);
+                const string newlines = lines_of(out.substr(from)) + lines_of(s.substr(i, close - i));
+                line += int(lines_of(s.substr(i, close - i)).size());
+                out.erase(from);
+                out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](auto... simt_p) { " + one_line(kernel) +
+                       "(simt_p...); }" + (none ? "" : ", " + one_line(arguments)) + ")" + newlines;
+                i = close;
+                continue;
+            }
+        }
+        if (!is_word(s[i])) {
+            out += s[i++];
+            continue;
+        }
+        size_t end = i;
+        while (end < s.size() && is_word(s[end])) end++;
+        const string word = s.substr(i, end - i);
+        if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
+            size_t at = end;
+            for (;;) {
+                at = s.find_first_not_of(" \t\n", at);
+                size_t stop = at;
+                while (stop < s.size() && is_word(s[stop])) stop++;
+                if (stop == at) break;
+                at = stop;
+            }
+            if (at < s.size() && s[at] == '(') {
+                const size_t close = skip_brackets(s, at);
+                string unknown;
+                const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
+                if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line + 1) + ": inline PTX that the emulator does not know: " + unknown);
+                const string newlines = lines_of(s.substr(i, close - i));
+                line += int(newlines.size());
+                out += one_line(call) + newlines;
+                i = close;
+                continue;
+            }
+        }
+        if (!skip && word == "extern") {
+            const size_t stop = s.find(';', i);
+            const string declaration = s.substr(i, stop - i);
+            if (declaration.find("thread_local") != declaration.npos && declaration.find_first_of("{\"") == declaration.find("\"global-dynamic")) {
+                line += int(lines_of(declaration).size());
+                out += declaration + " asm(\"smem\")";
+                i = stop;
+                continue;
+            }
+        }
+        out += word;
+        i = end;
+    }
+    if (out.find("simt::named_barrier(int(") != out.npos) out += "\nstatic const bool simt_barriers = simt::use_named_barriers();\n";
+    return r;
+}
+
+}  // namespace translate
