@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo page test test-kernels test-page test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
+.PHONY: help nvcc demo page test test-kernels test-page test-tensorboard test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,6 +68,11 @@ test-page: nvcc ## draw on the page in a real browser (Debian's chromium, instal
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get -qq update && \
 		$(SUDO) apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) --test page -- --ignored
+
+test-tensorboard: $(EDM2K) ## have TensorBoard's own reader read a run's event files (from PyPI, in target/tensorboard)
+	@[ -x target/tensorboard/bin/python ] || { python3 -m venv target/tensorboard && \
+		target/tensorboard/bin/pip -q install tensorboard 'setuptools<81'; }
+	@target/tensorboard/bin/python scripts/test-tensorboard $(EDM2K)
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)

@@ -42,6 +42,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Set by somebody else, such as a signal's handler, it ends the run after the step at hand, with a checkpoint.
     let stop = AtomicBool::new(false);
     let splits = Splits { train: &data, validation: None };
-    device.run(Training { model, settings: &settings, plan: &plan, splits, stop: &stop, event: &mut event })?;
+    device.run(Training {
+        model,
+        settings: &settings,
+        plan: &plan,
+        splits,
+        show: None,
+        stop: &stop,
+        event: &mut event,
+    })?;
     Ok(())
 }

@@ -2,6 +2,17 @@
 #pragma once
 #include "ptx.cuh"
 
+// Four random words from a counter and a key (Salmon et al. 2011), as in src/rng.rs.
+__device__ __forceinline__ uint4 philox4x32_10(uint4 c, unsigned k0, unsigned k1) {
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        if (round > 0) k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        c = make_uint4(__umulhi(c.z, 0xCD9E8D57u) ^ c.y ^ k0, c.z * 0xCD9E8D57u,
+                       __umulhi(c.x, 0xD2511F53u) ^ c.w ^ k1, c.x * 0xD2511F53u);
+    }
+    return c;
+}
+
 // eps of every normalisation, added to the root mean square (EDM2 eq. 30 and 66).
 constexpr float NORM_EPS = 1e-4f;
 

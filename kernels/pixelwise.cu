@@ -4,6 +4,7 @@
 //                           over 2x2 if `down`
 //     pixel_norm_backward   gx = (gy - x (gy . x) / (C r d)) / d [/ 4 for each of the 2x2] [+ acc],  r = rms(x), d = eps + r
 //     upsample              each pixel becomes 2x2; backward: their sum
+//     dropout               x where a Philox number of its place is above a threshold, times a factor, else 0; as in src/rng.rs
 //     clip_backward         gy where |y| < clip, else 0
 //     activate              mp_silu(scale x), for skip connections
 //     combine               sum of factor times tensor: solver steps, guidance (f32), gradients (16 bits)
@@ -16,7 +17,7 @@
 //
 // Bytes a value, 16 bits, b = a value of the larger image (all operations are bound by these):
 //     pixel_norm 2 + 2 (+ 2 with silu); down: 2 b + 1/2 b (+ 1/2 b); backward 2 + 2 + 2 (+ 2 with acc)
-//     upsample 1/2 b + 2 b (+ 2 b); backward 2 b + 1/2 b; clip 6; activate 4; combine of k terms 2 (k + 1), f32 4 (k + 1)
+//     upsample 1/2 b + 2 b (+ 2 b); backward 2 b + 1/2 b; clip 6; activate, dropout 4; combine of k terms 2 (k + 1), f32 4 (k + 1)
 //     narrow, widen 6; where c is not a multiple of 4, their f32 is read and written value by value
 #include "math.cuh"
 
@@ -219,6 +220,35 @@ __device__ __forceinline__ void clip_backward(const Elementwise& p) {
     write8<T>(p.out, i, g);
 }
 
+struct Dropout {
+    const void* x;
+    void* out;
+    const float* keys;  // [n, 2], whole numbers below 2^24
+    int count;          // vectors
+    int image;          // vectors of an image
+    unsigned layer;
+    unsigned threshold; // share of what is dropped, times 2^16
+    float factor;
+    int padding;
+};
+
+// Eight values take one Philox block, 16 bits each.
+template <class T>
+__device__ __forceinline__ void dropout(const Dropout& p) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.count) return;
+    const int n = i / p.image;
+    const uint4 r = philox4x32_10(make_uint4(unsigned(i - n * p.image), p.layer, 0, 0), unsigned(p.keys[2 * n]),
+                                  unsigned(p.keys[2 * n + 1]));
+    const unsigned words[4] = {r.x, r.y, r.z, r.w};
+    float x[8];
+    read8<T>(p.x, i, x);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        x[j] = ((words[j / 2] >> (16 * (j % 2))) & 0xffffu) < p.threshold ? 0.0f : x[j] * p.factor;
+    write8<T>(p.out, i, x);
+}
+
 constexpr int MAX_TERMS = 6;
 
 struct Combine {
@@ -343,6 +373,7 @@ KERNEL(upsample, Upsample);
 KERNEL(upsample_backward, Upsample);
 KERNEL(activate, Elementwise);
 KERNEL(clip_backward, Elementwise);
+KERNEL(dropout, Dropout);
 KERNEL(combine, Combine);
 KERNEL(narrow, Cast);
 KERNEL(widen, Cast);

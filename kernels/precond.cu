@@ -27,16 +27,6 @@ __device__ __forceinline__ Exact operator-(Exact a, Exact b) { return __fsub_rn(
 __device__ __forceinline__ Exact operator*(Exact a, Exact b) { return __fmul_rn(a.v, b.v); }
 __device__ __forceinline__ Exact operator/(Exact a, Exact b) { return __fdiv_rn(a.v, b.v); }
 
-__device__ __forceinline__ uint4 philox4x32_10(uint4 c, unsigned k0, unsigned k1) {
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        if (round > 0) k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        c = make_uint4(__umulhi(c.z, 0xCD9E8D57u) ^ c.y ^ k0, c.z * 0xCD9E8D57u,
-                       __umulhi(c.x, 0xD2511F53u) ^ c.w ^ k1, c.x * 0xD2511F53u);
-    }
-    return c;
-}
-
 // `ln`, `sin_cos_turns` and `normal_pair` of src/rng.rs, operation by operation.
 __device__ __forceinline__ Exact exact_ln(float u) {
     const unsigned shifted = __float_as_uint(u) - 0x3f3504f3u;

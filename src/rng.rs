@@ -30,6 +30,10 @@ pub enum Purpose {
     Condition = 9,
     /// Which latent of an image's distribution training sees.
     Latent = 10,
+    /// Class of a sampled image, where any will do.
+    Class = 11,
+    /// Which activations of a training image are dropped.
+    Mask = 12,
 }
 
 /// A stream of random numbers: `step` tells apart draws of one image for one purpose (below 2^24).
@@ -76,10 +80,28 @@ impl Stream {
         normal_pair(r[0], r[1]).0
     }
 
+    /// The stream's first number of 0 to `count`.
+    pub fn below(&self, count: usize) -> usize {
+        // The bias of a scaled word is below 2^-32 * count.
+        ((u64::from(self.block(0)[0]) * count as u64) >> 32) as usize
+    }
+
     /// The stream's first uniform variate in [0, 1).
     pub fn uniform(&self) -> f32 {
         (self.block(0)[0] >> 8) as f32 * (1.0 / 16_777_216.0)
     }
+}
+
+/// Key of the activations of an image that dropout zeroes: whole numbers below 2^24, which f32 holds exactly.
+pub fn mask_key(seed: u64, image: u64) -> [f32; 2] {
+    let [a, b, ..] = Stream::new(seed, Purpose::Mask, image).block(0);
+    [a, b].map(|word| (word >> 8) as f32)
+}
+
+/// Which of eight values are dropped: number `vector` of an image, in layer `layer`, at a rate of `threshold` / 2^16.
+pub fn dropped(key: [f32; 2], layer: u32, vector: u32, threshold: u32) -> [bool; 8] {
+    let words = philox4x32_10([vector, layer, 0, 0], key.map(|word| word as u32));
+    std::array::from_fn(|i| (words[i / 2] >> (16 * (i % 2))) & 0xffff < threshold)
 }
 
 /// Philox4x32 with ten rounds: four random words from a counter and a key.
@@ -178,6 +200,25 @@ mod tests {
             let got = moment(k);
             assert!((got - want).abs() < 5.0 * sd / n.sqrt(), "moment {k}: {got}, expected {want}");
         }
+    }
+
+    #[test]
+    fn masks_drop_the_share_that_they_should_and_differ_by_image_layer_and_place() {
+        let threshold = 6554; // 0.1 of 2^16
+        let count = |key, layer| {
+            (0..20_000).flat_map(|vector| dropped(key, layer, vector, threshold)).filter(|&dropped| dropped).count()
+        };
+        for (seed, image, layer) in [(0, 0, 0), (0, 1, 0), (5, 1, 64)] {
+            let share = count(mask_key(seed, image), layer) as f64 / 160_000.0;
+            // Standard error sqrt(0.09 / 160000) = 7.5e-4, five of them.
+            assert!((share - 0.1).abs() < 3.8e-3, "{share}");
+        }
+        let key = mask_key(0, 0);
+        assert!(key.iter().all(|word| word.fract() == 0.0 && *word < 16_777_216.0));
+        let mask = |key, layer| (0..8).map(|vector| dropped(key, layer, vector, 1 << 15)).collect::<Vec<_>>();
+        let base = mask(key, 0);
+        assert!(base != mask(mask_key(0, 1), 0) && base != mask(mask_key(1, 0), 0) && base != mask(key, 1));
+        assert!(dropped(key, 0, 0, 0) == [false; 8] && dropped(key, 0, 0, 1 << 16) == [true; 8]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use edm2k::condition::prompt::Prompt;
 use edm2k::condition::unit_norm;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
@@ -36,7 +37,7 @@ fn scenes() -> Rows {
         }
     }
     let vocabulary = Vocabulary::most_frequent(sets.iter().map(|set| set.iter().copied()), 64).unwrap();
-    let tags = sets.iter().map(|set| vocabulary.parse(&set.join(",")).unwrap()).collect();
+    let tags = sets.iter().map(|set| vocabulary.parse(&set.join(",")).unwrap().places()).collect();
     Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new(), conditioning: None }
 }
 
@@ -75,7 +76,7 @@ fn independent(rows: &Rows, count: usize) -> Vec<Vec<u32>> {
 #[test]
 fn invented_tags_belong_together_and_differ_from_set_to_set() {
     let (rows, vae) = &*SCENES;
-    let invented = vae.invent(&[], 300, 1).tags;
+    let invented: Vec<Vec<u32>> = vae.invent(&Prompt::default(), 300, 1).tags.iter().map(Prompt::places).collect();
     let (ours, chance) = (coherence(rows, &invented), coherence(rows, &independent(rows, 300)));
     assert!(ours > 0.97 && ours > chance + 0.1, "pairs known: {ours:.3}, of independent tags {chance:.3}");
     let distinct: HashSet<_> = invented.iter().collect();
@@ -93,7 +94,8 @@ fn a_condition_has_the_tags_it_was_asked_for_and_what_goes_with_them() {
     let (rows, vae) = &*SCENES;
     for asked in ["cat", "sea", "sea, horse", "bus"] {
         let given = vae.vocabulary().parse(asked).unwrap();
-        let invented = vae.invent(&given, 100, 5).tags;
+        let invented: Vec<Vec<u32>> = vae.invent(&given, 100, 5).tags.iter().map(Prompt::places).collect();
+        let given = given.places();
         assert!(invented.iter().all(|set| given.iter().all(|tag| set.contains(tag))), "{asked}");
         let completed = invented.iter().filter(|set| set.len() > given.len()).count();
         assert!(completed > 90, "{asked}: {completed} of 100 have more tags than asked for");
@@ -106,11 +108,11 @@ fn a_condition_has_the_tags_it_was_asked_for_and_what_goes_with_them() {
 fn a_condition_depends_on_its_seed_and_number_only_and_is_scaled_as_real_ones() {
     let (_, vae) = &*SCENES;
     let width = vae.header().width;
-    let all = vae.invent(&[2], 9, 77);
-    assert_eq!(vae.invent(&[2], 4, 77).tags, all.tags[..4]);
-    assert_ne!(vae.invent(&[2], 9, 78).tags, all.tags);
+    let all = vae.invent(&Prompt::of(&[2]), 9, 77);
+    assert_eq!(vae.invent(&Prompt::of(&[2]), 4, 77).tags, all.tags[..4]);
+    assert_ne!(vae.invent(&Prompt::of(&[2]), 9, 78).tags, all.tags);
     for (condition, tags) in all.conditions.chunks(width).zip(&all.tags) {
-        assert_eq!(condition, vae.vocabulary().multi_hot(tags));
+        assert_eq!(condition, vae.vocabulary().condition(tags));
     }
 }
 
@@ -130,7 +132,7 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
     let rows = Rows { kind: Kind::Dense, vocabulary, tags, dense, conditioning: None };
     let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
-    let invented = vae.invent(&[], 1000, 3).conditions;
+    let invented = vae.invent(&Prompt::default(), 1000, 3).conditions;
     for row in invented.chunks(6) {
         let norm = row.iter().map(|x| x * x).sum::<f32>();
         assert!((norm - 1.0).abs() < 1e-6, "{norm}");
@@ -234,11 +236,11 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
     vae.save(&path).unwrap();
     let loaded = Vae::load(&path).unwrap();
     assert_eq!(loaded.header(), vae.header());
-    let (a, b) = (loaded.invent(&[], 50, 1).tags, vae.invent(&[], 50, 1).tags);
+    let (a, b) = (loaded.invent(&Prompt::default(), 50, 1).tags, vae.invent(&Prompt::default(), 50, 1).tags);
     let same = a.iter().zip(&b).filter(|(a, b)| a == b).count();
     assert!(same >= 40, "{same} of 50 survive rounding to f16");
     loaded.save(&path).unwrap();
-    assert_eq!(Vae::load(&path).unwrap().invent(&[], 50, 1), loaded.invent(&[], 50, 1));
+    assert_eq!(Vae::load(&path).unwrap().invent(&Prompt::default(), 50, 1), loaded.invent(&Prompt::default(), 50, 1));
 
     let good = fs::read(&path).unwrap();
     let fails = |bytes: &[u8], message: &str| {

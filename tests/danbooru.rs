@@ -270,7 +270,7 @@ fn posts_become_a_dataset_and_what_is_left_out_is_counted() {
     let vocabulary = data.vocabulary();
     assert_eq!(vocabulary.words(data.tags(data.find(2002).unwrap())), "1girl, smile, solo, red hair");
     let mut image = vec![0.0; 64 * 88 * 3];
-    data.image(data.find(4007).unwrap(), Stream::new(0, Purpose::Latent, 0), &mut image);
+    data.image(data.find(4007).unwrap(), Stream::new(0, Purpose::Latent, 0), &mut image).unwrap();
     let exact = danbooru::picture(4007 % 157, 64, 88);
     let found: Vec<u8> = image.iter().map(|x| ((x + 1.0) * 127.5).round() as u8).collect();
     // The eighth of a group is of the size and JPEG; the fourth of the size too, and JPEG: near, not equal.

@@ -10,15 +10,18 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
+#[cfg(feature = "emulator")]
+use edm2k::backend::gpu::emulated::{Emulated, emulator};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
-use edm2k::backend::gpu::runtime::Runtime;
+use edm2k::backend::gpu::runtime::{Imagined, Runtime};
+use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Shape, Slot, TrainingBackend};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
-use edm2k::sample::{Sampler, SamplerConfig, Solver, Step};
+use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
 use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
@@ -150,11 +153,23 @@ fn settings(data: &Dataset, batch: u64, duration: u64) -> Settings {
         cond_dropout: 0.1,
         cond_dropout_from: 0,
         flip: false,
+        dropout: 0.0,
     }
 }
 
 /// Trains; what each step reported.
 fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gpu: u64) -> Vec<Status> {
+    run_telling(backend, outdir, settings, batch_gpu, &mut |_| {})
+}
+
+/// The same, and everything else that it says.
+fn run_telling<B: TrainingBackend>(
+    backend: &mut B,
+    outdir: &Path,
+    settings: &Settings,
+    batch_gpu: u64,
+    tell: &mut dyn FnMut(Event),
+) -> Vec<Status> {
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
@@ -164,6 +179,7 @@ fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, 
         status: 1,
         validate: 0,
         grid: 0,
+        tensorboard: false,
         snapshot: 0,
         checkpoint: 0,
         keep: 1,
@@ -173,12 +189,11 @@ fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, 
     };
     let mut seen = Vec::new();
     let splits = Splits { train: &data, validation: None };
-    let mut event = |event: Event| {
-        if let Event::Status(status) = event {
-            seen.push(status.clone());
-        }
+    let mut event = |event: Event| match event {
+        Event::Status(status) => seen.push(status.clone()),
+        other => tell(other),
     };
-    train::train(backend, model, settings, &plan, splits, &AtomicBool::new(false), &mut event).unwrap();
+    train::train(backend, model, settings, &plan, splits, None, &AtomicBool::new(false), &mut event).unwrap();
     seen
 }
 
@@ -217,8 +232,11 @@ fn every_loop_trains_as_the_cpu_does() {
         "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
         "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 64,
     });
-    let settings =
-        Settings { config: serde_json::from_value(json).unwrap(), ..settings(&data, batch, steps as u64 * batch) };
+    let settings = Settings {
+        config: serde_json::from_value(json).unwrap(),
+        dropout: 0.2,
+        ..settings(&data, batch, steps as u64 * batch)
+    };
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
     let mut cpu = Cpu::<f32>::for_training(&table, 2);
@@ -243,7 +261,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
     // Five images in micro-batches of two: plans for two sizes.
-    let (half, whole) = (settings(&data, 5, 15), settings(&data, 5, 30));
+    let [half, whole] = [15, 30].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
     run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
@@ -279,13 +297,13 @@ fn a_sampled_image_is_the_cpu_s() {
     let mut labels = vec![0.0; model.net.config.label_dim];
     labels[..3].fill(1.0);
     let size = [model.meta.height, model.meta.width];
+    let batch = Batch { labels: &labels, seeds: &[7], size, ..Batch::default() };
     let mut cpu = loaded(Cpu::<f32>::for_sampling(&model.table), &model);
     let expected = Sampler { backend: &mut cpu, net: &model.net, gnet: None };
-    let expected = { expected }.run(&labels, &[7], size, &config, None).unwrap();
+    let expected = { expected }.run(&batch, &config, None).unwrap();
     let device = Gpu::for_sampling(runtime, Precision::F16, &model.table).unwrap();
     let mut device = loaded(device, &model);
-    let found =
-        Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&labels, &[7], size, &config, None).unwrap();
+    let found = Sampler { backend: &mut device, net: &model.net, gnet: None }.run(&batch, &config, None).unwrap();
     let error = found.iter().zip(&expected).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>() / found.len() as f64;
     // Pixels span -1 to 1.
     let psnr = 10.0 * (4.0 / error).log10();
@@ -302,27 +320,28 @@ fn step_by_step_is_what_one_plan_computes() {
     let mut labels = vec![0.0; model.net.config.label_dim];
     labels[..3].fill(0.5);
     let size = [model.meta.height, model.meta.width];
+    let batch = Batch { labels: &labels, seeds: &[7], size, ..Batch::default() };
     let [mut device, mut other] =
         [(); 2].map(|()| loaded(Gpu::for_sampling(runtime.clone(), Precision::F16, &model.table).unwrap(), &model));
 
     let config = SamplerConfig { steps: 2, ..SamplerConfig::default() };
     let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-    let whole = sampler.run(&labels, &[7], size, &config, None).unwrap();
+    let whole = sampler.run(&batch, &config, None).unwrap();
     let mut steps = 0;
     let mut count = |_: &mut Gpu, _: Step<_>| {
         steps += 1;
         Ok(())
     };
-    let observed = sampler.run(&labels, &[7], size, &config, Some(&mut count)).unwrap();
+    let observed = sampler.run(&batch, &config, Some(&mut count)).unwrap();
     assert_eq!(steps, 2);
     assert!(observed == whole);
 
     // Guided by itself, a network goes where it goes alone.
     let alone = SamplerConfig { guidance: 1.0, ..config.clone() };
-    let alone = sampler.run(&labels, &[7], size, &alone, None).unwrap();
+    let alone = sampler.run(&batch, &alone, None).unwrap();
     let gnet = Some((&mut other, &model.net));
     let mut guided = Sampler { backend: &mut device, net: &model.net, gnet };
-    let guided = guided.run(&labels, &[7], size, &config, None).unwrap();
+    let guided = guided.run(&batch, &config, None).unwrap();
     // 5 d - 4 d rounds in f32, and the next evaluation rounds its input to f16.
     let worst = alone.iter().zip(&guided).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-2, "{worst}");
@@ -359,10 +378,11 @@ fn a_guided_batch_is_its_two_halves() {
     edm2k::rng::Stream::new(7, edm2k::rng::Purpose::SampleNoise, 0).normals(&mut x);
     let mut labels = vec![0.0; dim];
     labels[..3].fill(0.5);
+    let batch = Batch { labels: &labels, seeds: &[7], size: [shape[1], shape[2]], ..Batch::default() };
     // A single Euler step to 0 is the guided denoised image.
     let config = SamplerConfig { steps: 1, solver: Solver::Euler, sigma_max: 2.0, ..SamplerConfig::default() };
     let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-    let together = sampler.run(&labels, &[7], [shape[1], shape[2]], &config, None).unwrap();
+    let together = sampler.run(&batch, &config, None).unwrap();
     x.iter_mut().for_each(|x| *x *= 2.0);
     let inputs = [(shape, &x[..]), ([1; 4], &[2.0][..]), ([1, 1, 1, dim], &labels[..])];
     let t = inputs.map(|(shape, values)| device.upload(shape, values));
@@ -410,6 +430,43 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
     assert_eq!(runs[0], runs[4], "the same inputs, after other batches");
 }
 
+/// A card that has no room for eight images goes on with four, and computes what a run computes that had four at first.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_run_that_runs_out_of_memory_goes_on_with_half() {
+    let data = emoji();
+    let settings = settings(&data, 8, 24);
+    let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
+    let needed = |n: usize| {
+        let card = Rc::new(Imagined::new(Card { sms: 4, capability: 90 }));
+        let mut gpu = Gpu::for_training(card, Precision::F16, &table, 2).unwrap();
+        train::rehearse(&mut gpu, &net, 0.0, [n, 32, 32]).unwrap();
+        gpu.param_bytes() + gpu.costs().next().unwrap().workspace
+    };
+    let (four, eight) = (needed(4), needed(8));
+    let dir = tempfile::tempdir().unwrap();
+    let on = |limit: u64| {
+        let emulator = emulator::Emulator::new(emulator::Build::Normal).unwrap();
+        let runtime: Rc<dyn Runtime> = Rc::new(Emulated::new(emulator, limit));
+        Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
+    };
+    let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);
+    let mut notes = Vec::new();
+    let mut note = |event: Event| {
+        if let Event::Note(text) = event {
+            notes.push(text);
+        }
+    };
+    let limit = four + (eight - four) / 2;
+    let found = run_telling(&mut on(limit), &dir.path().join("less"), &settings, 8, &mut note);
+    assert_eq!((found.len(), expected.len()), (3, 3));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} instead of {}", found.loss, expected.loss);
+    }
+    let said = notes.iter().find(|note| note.contains("out of device memory")).unwrap();
+    assert!(said.ends_with("going on with --batch-gpu 4"), "{said}");
+}
+
 #[cfg(feature = "emulator")]
 #[test]
 fn too_little_memory_is_an_error_that_says_what_to_lower() {
@@ -425,7 +482,8 @@ fn too_little_memory_is_an_error_that_says_what_to_lower() {
     let mut sample = |images: u64| {
         let seeds: Vec<u64> = (0..images).collect();
         let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
-        sampler.run(&[], &seeds, [32, 32], &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
+        let batch = Batch { seeds: &seeds, size: [32, 32], ..Batch::default() };
+        sampler.run(&batch, &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
     };
     let error = sample(64).unwrap_err().to_string();
     assert!(error.contains("activations") && error.contains("--batch"), "{error}");

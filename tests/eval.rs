@@ -52,7 +52,7 @@ fn expected(data: &Dataset, draws: usize, sigma: impl Fn(usize) -> f64) -> Vec<f
     let mut sums = vec![0.0; draws];
     let (mut image, mut noise) = (vec![0.0; h * w * c], vec![0.0; h * w * c]);
     for (k, j) in (0..data.len() * draws).map(|k| (k, k % draws)) {
-        data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), &mut image);
+        data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), &mut image).unwrap();
         Stream::new(0, Purpose::TrainNoise, k as u64).normals(&mut noise);
         let (s2, d2) = (sigma(j) * sigma(j), 0.25);
         let c_skip = d2 / (s2 + d2);
@@ -110,6 +110,7 @@ fn the_loss_watched_in_training_is_the_mean_over_its_levels() {
         cond_dropout: 0.0,
         cond_dropout_from: 0,
         flip: false,
+        dropout: 0.0,
     };
     let got = validation::loss(&mut backend, &model.net, &settings, &data, 3).unwrap();
     let level = backend.upload([1, 1, 1, 1], &[sigma as f32]);

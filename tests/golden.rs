@@ -240,7 +240,7 @@ impl<'a> Maker<'a> {
         let upload = |b: &mut Cpu<f64>, x: &[f32]| b.upload([N, HEIGHT, WIDTH, 3], &transpose(x, 3, HEIGHT * WIDTH));
         let (tclean, tnoisy) = (upload(&mut b, &clean), upload(&mut b, &noisy));
         let sigma = b.upload([N, 1, 1, 1], &Self::sigmas());
-        let pass = self.net.train_forward(&mut b, &tclean, &tnoisy, &sigma, None);
+        let pass = self.net.train_forward(&mut b, &tclean, &tnoisy, &sigma, None, None);
         let d = b.precond_output(&tnoisy, &pass.raw, &sigma, self.net.out_gain(), self.config.sigma_data);
         let d = transpose(&b.download(&d).unwrap(), HEIGHT * WIDTH, 3);
         let logvar = b.download(&pass.logvar).unwrap();

@@ -10,7 +10,7 @@ use edm2k::backend::cpu::{Cpu, Tensor};
 use edm2k::backend::*;
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamId, ParamKind, ParamTable, mp_sum_weights};
-use edm2k::rng::{Purpose, Stream};
+use edm2k::rng::{Purpose, Stream, mask_key};
 
 type B = Cpu<f64>;
 type T = Tensor<f64>;
@@ -335,10 +335,20 @@ fn loss_and_learned_uncertainty() {
     });
 }
 
-/// A network of three levels with everything that a network can have, at an odd aspect ratio; in training
-/// mode the gradient is that at the weights as forced normalisation left them.
 #[test]
 fn whole_network() {
+    network(0.0);
+}
+
+/// What is dropped has no gradient, in the activation and in what scales it.
+#[test]
+fn whole_network_with_dropout() {
+    network(0.3);
+}
+
+/// A network of three levels with everything that a network can have, at an odd aspect ratio; in training
+/// mode the gradient is that at the weights as forced normalisation left them.
+fn network(rate: f64) {
     let config: Config = serde_json::from_value(serde_json::json!({
         "img_resolution": 16, "img_channels": 2, "label_dim": 3, "model_channels": 8, "channel_mult": [1, 2, 1],
         "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 4, "logvar_channels": 5,
@@ -358,7 +368,9 @@ fn whole_network() {
         clean.values().iter().zip(noise.values()).enumerate().map(|(i, (x, n))| x + [0.3, 2.0][i / 96] * n).collect();
     let noisy = net.b.tensor(shape, &noisy);
     let labels = net.tensor(3, [2, 1, 1, 3]);
-    let pass = |b: &mut B| model.train_forward(b, &clean, &noisy, &sigma, Some(&labels));
+    let keys: Vec<f64> = (0..2).flat_map(|image| mask_key(1, image)).map(f64::from).collect();
+    let masks = (rate > 0.0).then(|| Masks { keys: net.b.tensor([2, 1, 1, 2], &keys), rate });
+    let pass = |b: &mut B| model.train_forward(b, &clean, &noisy, &sigma, Some(&labels), masks.as_ref());
 
     net.b.prepare(Slot::Weight, Normalization::Train { rounds: 1 }).unwrap();
     let first = pass(&mut net.b);

@@ -649,7 +649,7 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     let references: Vec<Picture> = (0..emoji.len())
         .map(|i| {
             let mut image = vec![0.0; 32 * 32 * 3];
-            emoji.image(i, Stream::new(0, Purpose::Latent, 0), &mut image);
+            emoji.image(i, Stream::new(0, Purpose::Latent, 0), &mut image).unwrap();
             Picture::from_model(32, 32, &image)
         })
         .collect();

@@ -188,15 +188,15 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     let server = Server::start(dir.path(), &["--model", &model, "--condition-model", &conditions, "--runs", "runs"]);
     let browser = Browser::open(1360, 960, false).await;
     browser.goto(&server).await;
-    browser.until("!document.getElementById('go').disabled && document.querySelector('.tags input')").await;
+    browser.until("!document.getElementById('go').disabled && document.querySelector('#sets .tags input')").await;
     let nameless = "return [...document.querySelectorAll('input, select, button')]
         .filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).map(e => e.outerHTML)";
     assert_eq!(browser.run(nameless).await, json!([]), "screen readers find no name");
 
     // Tags: by name and comma, by completion and arrows, and one that is unknown.
-    browser.type_into(".tags input", "red,").await;
+    browser.type_into("#sets .tags input", "red,").await;
     browser.until(&format!("{CHIPS}.join() === 'red'")).await;
-    browser.type_into(".tags input", "hea").await;
+    browser.type_into("#sets .tags input", "hea").await;
     browser.until("document.querySelectorAll('.options [role=option]').length > 2").await;
     let counts =
         browser.run("return [...document.querySelectorAll('.options span')].map(s => Number(s.textContent))").await;
@@ -206,14 +206,14 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     while browser.run("return document.querySelector('.options [aria-selected=true]')?.firstChild.textContent").await
         != "heart"
     {
-        browser.type_into(".tags input", &down.to_string()).await;
+        browser.type_into("#sets .tags input", &down.to_string()).await;
     }
-    browser.type_into(".tags input", &char::from(Key::Enter).to_string()).await;
+    browser.type_into("#sets .tags input", &char::from(Key::Enter).to_string()).await;
     browser.until(&format!("{CHIPS}.join() === 'red,heart'")).await;
-    browser.type_into(".tags input", "smilling,").await;
+    browser.type_into("#sets .tags input", "smilling,").await;
     browser.until("document.querySelector('.unknown')?.textContent.includes('did you mean')").await;
     browser.shoot("unknown").await;
-    browser.run("document.querySelector('.tags input').value = ''; document.querySelector('.tags input').dispatchEvent(new Event('input'))").await;
+    browser.run("document.querySelector('#sets .tags input').value = ''; document.querySelector('#sets .tags input').dispatchEvent(new Event('input'))").await;
 
     // A picture: previews, then the file of `edm2k sample`.
     browser.set("#seeds", "7-10").await;
@@ -352,9 +352,9 @@ async fn on_a_phone_everything_fits_and_the_token_is_asked_for() {
     browser.shoot("phone-token").await;
     browser.set("#token", token).await;
     browser.click("#login button").await;
-    browser.until("!document.getElementById('login').open && !document.getElementById('go').disabled && document.querySelector('.tags input')").await;
+    browser.until("!document.getElementById('login').open && !document.getElementById('go').disabled && document.querySelector('#sets .tags input')").await;
     let fits = "return document.documentElement.scrollWidth <= innerWidth";
-    browser.type_into(".tags input", "cat,").await;
+    browser.type_into("#sets .tags input", "cat,").await;
     browser.until(&format!("{CHIPS}.join() === 'cat'")).await;
     assert_eq!(browser.run(fits).await, true);
     browser.shoot("phone").await;

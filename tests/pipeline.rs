@@ -118,7 +118,7 @@ fn pipeline(device: &'static str) {
     // The checkpoint, the training, and the same after the loss of half of it.
     place.run(&format!("import edm2.pkl --condition-dim {WIDTH} --out start.safetensors"));
     let train = "train --init start.safetensors --data data --outdir run --duration 40 --batch 2 --rampup 0 --lr 0.003 \
-                 --cond-dropout 0.5 --cond-dropout-from 20 --snapshot 4 --checkpoint 20 --validate 20 --status 2";
+                 --cond-dropout 0.5 --cond-dropout-from 20 --snapshot 4 --checkpoint 20 --validate 20 --status 2 --grid 20 --vae vae.safetensors";
     place.compute(train);
     let snapshots = place.files("run", "0.100.safetensors");
     assert_eq!(snapshots.len(), 10);
@@ -126,6 +126,14 @@ fn pipeline(device: &'static str) {
     fs::remove_file(place.path("run").join(&snapshots[9].0)).unwrap();
     place.compute(train);
     assert!(place.files("run", "0.100.safetensors") == snapshots, "resuming changed the snapshots");
+    // Rows of an image and four samples, as pictures.
+    let grids = place.files("run", ".png");
+    assert_eq!(
+        grids.iter().map(|(name, _)| &name[..]).collect::<Vec<_>>(),
+        ["grid-000000020.png", "grid-000000040.png"]
+    );
+    let grid = ImageReader::open(place.path("run/grid-000000040.png")).unwrap().into_dimensions().unwrap();
+    assert!(grid.0 >= 5 * 64 && grid.1 >= 88 && grid.1.div_ceil(88) >= 1, "{grid:?}");
     let model = Model::load(place.path("run").join(&snapshots[9].0)).unwrap();
     assert_eq!((model.meta.encoder, model.meta.height, model.meta.width), (Encoder::SdVae, 22, 16));
     assert_eq!((model.meta.images_seen, model.meta.source.as_str()), (40, "miniature"));

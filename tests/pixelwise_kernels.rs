@@ -17,10 +17,10 @@ use edm2k::backend::gpu::structs::{self, LossParams, NoiseStream, StepScalars, S
 use edm2k::backend::gpu::weights::{Effective, RowTable, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{
-    Backend, Logvar, LossInput, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
+    Backend, Logvar, LossInput, Masks, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
 };
 use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
-use edm2k::rng::{Purpose, Stream};
+use edm2k::rng::{Purpose, Stream, mask_key};
 
 /// Bound of what is f32 throughout.
 const F32: f64 = 1e-5;
@@ -166,6 +166,18 @@ fn activation_clip_and_combinations() {
             let y = d.upload(&clipped);
             d.run([&pixelwise::clip_backward(d.precision, shape, grad.ptr(), y.ptr(), 1.5, grad.ptr())]);
             d.same32(&format!("gradient of clip {shape:?}, in place"), &d.read16(&grad), &want, 0.0);
+
+            // Dropout, of images with keys of their own.
+            let keys: Vec<f32> = (0..shape[0] as u64).flat_map(|image| mask_key(3, image)).collect();
+            let masks = Masks { keys: cpu.upload([shape[0], 1, 1, 2], &keys), rate: 0.3 };
+            let there = cpu.upload(shape, &x_values);
+            let twin = cpu.dropout(&there, &masks, 5, masks.gain());
+            let want = cpu.download(&twin).unwrap();
+            let rate = (masks.threshold(), 5, masks.gain());
+            d.run([&pixelwise::dropout(d.precision, shape, x.ptr(), d.upload(&keys).ptr(), rate, out.ptr())]);
+            d.same16(&format!("dropout {shape:?}"), &out, &want);
+            let zeros = |values: &[f32]| values.iter().map(|&x| x == 0.0).collect::<Vec<_>>();
+            assert_eq!(zeros(&d.read16(&out)), zeros(&want), "what is dropped of {shape:?}");
 
             let terms: Vec<_> = (0..6).map(|k| (d.random(shape, 10 + k, 1.0), 1.5 - k as f64)).collect();
             for count in [1, 2, 6] {

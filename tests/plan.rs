@@ -15,7 +15,7 @@ fn seed_network(batch: usize) -> (usize, Cost) {
     let (net, table) = Precond::new(&preset.config).unwrap();
     let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
-    rehearse(&mut gpu, &net, [batch, preset.size[0], preset.size[1]]).unwrap();
+    rehearse(&mut gpu, &net, 0.0, [batch, preset.size[0], preset.size[1]]).unwrap();
     let cost = gpu.costs().next().unwrap();
     (gpu.param_bytes(), cost)
 }
@@ -48,7 +48,7 @@ fn what_the_kernels_cannot_do_is_said() {
         let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
         match Gpu::for_training(runtime, Precision::F16, &table, emas) {
             Err(why) => why.to_string(),
-            Ok(mut gpu) => rehearse(&mut gpu, &net, [1, 8, 8]).unwrap_err().to_string(),
+            Ok(mut gpu) => rehearse(&mut gpu, &net, 0.0, [1, 8, 8]).unwrap_err().to_string(),
         }
     };
     let network = |channels: usize, head: usize, dim: usize| {

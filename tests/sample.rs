@@ -21,7 +21,7 @@ use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
 use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::sample::{Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
+use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
 
 type T = <Cpu<f32> as Backend>::Tensor;
 
@@ -139,11 +139,17 @@ fn dpmpp_2m_follows_the_official_trajectory() {
     assert_close("dpmpp2m_g5", &last, &x[16], BOUND);
 }
 
+/// Noise of the first noise level.
+fn at_first_level(b: &mut Cpu<f32>, noise: &T, config: &SamplerConfig) -> T {
+    b.linear_combination(&[(noise, config.sigmas()[0])])
+}
+
 fn run(replay: &mut Replay, config: &SamplerConfig, file: &SafeFile) -> Vec<f32> {
     let mut b = Cpu::<f32>::for_sampling(&ParamTable::default());
     let (shape, noise) = nhwc(file, "noise");
     let noise = b.upload(shape, &noise[0]);
-    let x = solve(&mut b, replay, config, &noise).unwrap();
+    let noisy = at_first_level(&mut b, &noise, config);
+    let x = solve(&mut b, replay, config, &noisy).unwrap();
     b.download(&x).unwrap()
 }
 
@@ -182,7 +188,8 @@ fn solvers_converge_at_their_order_to_the_exact_path() {
     let variance: f64 = 0.25;
     let mut error = |solver, steps| {
         let config = SamplerConfig { solver, steps, ..SamplerConfig::default() };
-        let x = solve(&mut b, &mut Gaussian { variance, calls: 0 }, &config, &noise).unwrap();
+        let noisy = at_first_level(&mut b, &noise, &config);
+        let x = solve(&mut b, &mut Gaussian { variance, calls: 0 }, &config, &noisy).unwrap();
         let exact = 80.0 * (variance / (variance + 6400.0)).sqrt();
         f64::from(b.download(&x).unwrap()[0] / start[0]) / exact - 1.0
     };
@@ -199,12 +206,9 @@ fn churn_keeps_the_distribution_and_counts_its_interval() {
     let noise = unit_noise(&mut b, Purpose::SampleNoise, 0);
     let plain = SamplerConfig { solver: Solver::Heun, steps: 64, ..SamplerConfig::default() };
     let mut sample = |churn| {
-        let x = solve(
-            &mut b,
-            &mut Gaussian { variance: 0.25, calls: 0 },
-            &SamplerConfig { churn, ..plain.clone() },
-            &noise,
-        );
+        let noisy = at_first_level(&mut b, &noise, &plain);
+        let config = SamplerConfig { churn, ..plain.clone() };
+        let x = solve(&mut b, &mut Gaussian { variance: 0.25, calls: 0 }, &config, &noisy);
         b.download(&x.unwrap()).unwrap()
     };
     let still = sample(Churn::NONE);
@@ -241,7 +245,8 @@ fn load(model: &Model) -> Cpu<f32> {
 }
 
 fn images(model: &Model, b: &mut Cpu<f32>, labels: &[f32], seeds: &[u64], config: &SamplerConfig) -> Vec<f32> {
-    Sampler { backend: b, net: &model.net, gnet: None }.run(labels, seeds, [12, 20], config, None).unwrap()
+    let batch = Batch { labels, seeds, size: [12, 20], ..Batch::default() };
+    Sampler { backend: b, net: &model.net, gnet: None }.run(&batch, config, None).unwrap()
 }
 
 const SHORT: SamplerConfig = SamplerConfig {
@@ -253,6 +258,7 @@ const SHORT: SamplerConfig = SamplerConfig {
     guidance: 2.5,
     guidance_interval: None,
     churn: Churn::NONE,
+    strength: 1.0,
 };
 
 #[test]
@@ -336,10 +342,73 @@ fn a_guided_batch_is_its_two_halves() {
             }
             let noise = b.upload([2, 12, 20, 3], &noise);
             let mut halves = Halves { net: &model.net, labels: &labels, config: &config };
-            let apart = solve(&mut b, &mut halves, &config, &noise).unwrap();
+            let noisy = at_first_level(&mut b, &noise, &config);
+            let apart = solve(&mut b, &mut halves, &config, &noisy).unwrap();
             assert!(together == b.download(&apart).unwrap(), "{config:?}");
         }
     }
+}
+
+/// A negative prompt stands where no condition stood: of zeros nothing changes, of the condition itself guidance is none, and
+/// an image without one does not notice that another one in its batch has one.
+#[test]
+fn guidance_leads_away_from_a_negative_prompt() {
+    let (model, mut b) = tiny();
+    let labels = [0.0, 1.0, 0.0, 0.5, 0.0];
+    let mut image = |away: &[f32], guidance: f64| {
+        let batch = Batch { labels: &labels, away, seeds: &[7], size: [12, 20], ..Batch::default() };
+        let config = SamplerConfig { guidance, ..SHORT };
+        Sampler { backend: &mut b, net: &model.net, gnet: None }.run(&batch, &config, None).unwrap()
+    };
+    assert!(image(&[0.0; 5], 2.5) == image(&[], 2.5));
+    assert_close("away from itself", &image(&labels, 2.5), &image(&[], 1.0), 1e-5);
+    let avoided = [0.0, 0.0, 1.0, 0.0, 0.0];
+    let away = image(&avoided, 2.5);
+    assert!(away != image(&[], 2.5));
+
+    // D = ref + g (D_cond - ref) at a single Euler step to 0.
+    let config = SamplerConfig { steps: 1, solver: Solver::Euler, guidance: 3.0, ..SHORT };
+    let mut one = |labels: &[f32], away: &[f32], guidance: f64| {
+        let batch = Batch { labels, away, seeds: &[7], size: [12, 20], ..Batch::default() };
+        let config = SamplerConfig { guidance, ..config.clone() };
+        Sampler { backend: &mut b, net: &model.net, gnet: None }.run(&batch, &config, None).unwrap()
+    };
+    let (with, without) = (one(&labels, &[], 1.0), one(&avoided, &[], 1.0));
+    let expected: Vec<f32> = with.iter().zip(&without).map(|(d, r)| r + 3.0 * (d - r)).collect();
+    assert_close("guided away", &one(&labels, &avoided, 3.0), &expected, 1e-5);
+}
+
+/// Noise on the way from one seed to another is normal, and its ends are theirs; an image to begin from is there at its
+/// noise level, and few steps leave it as it is.
+#[test]
+fn images_begin_between_two_seeds_and_from_other_images() {
+    let (model, mut b) = tiny();
+    let mut run = |batch: &Batch, config: &SamplerConfig| {
+        Sampler { backend: &mut b, net: &model.net, gnet: None }.run(batch, config, None).unwrap()
+    };
+    let size = [12, 20];
+    let of = |seeds| Batch { seeds, size, ..Batch::default() };
+    let row = Batch { towards: &[(9, 0.0), (9, 0.5), (9, 1.0)], ..of(&[4, 4, 4]) };
+    let made = run(&row, &SHORT);
+    let (first, rest) = made.split_at(720);
+    assert!(first == run(&of(&[4]), &SHORT));
+    assert_close("the other seed", &rest[720..], &run(&of(&[9]), &SHORT), 1e-5);
+    assert!(rest[..720] != *first && rest[..720] != rest[720..]);
+
+    let image: Vec<f32> = (0..720).map(|i| (i as f32 / 50.0).sin()).collect();
+    let batch = Batch { from: &image, ..of(&[4]) };
+    let distance = |strength: f64, run: &mut dyn FnMut(&Batch, &SamplerConfig) -> Vec<f32>| {
+        let config = SamplerConfig { steps: 20, strength, ..SHORT };
+        let made = run(&batch, &config);
+        made.iter().zip(&image).map(|(x, y)| (x - y).powi(2)).sum::<f32>().sqrt()
+    };
+    let [little, more, all] = [0.1, 0.5, 1.0].map(|strength| distance(strength, &mut run));
+    assert!(little < more && more < all, "{little} {more} {all}");
+    let whole = SamplerConfig { steps: 20, ..SHORT };
+    let half = SamplerConfig { strength: 0.5, ..whole.clone() };
+    assert_eq!(half.sigmas(), whole.sigmas()[10..]);
+    assert_eq!((half.taken(), whole.taken()), (10, 20));
+    assert_eq!(SamplerConfig { strength: 0.001, ..SHORT }.taken(), 1);
 }
 
 #[test]
@@ -349,13 +418,8 @@ fn another_network_guides() {
     let labels = [0.0, 0.0, 1.0, 1.0, 0.0];
     let config = SamplerConfig { guidance: 3.0, ..SHORT };
     let mut guided_by = |gnet: &Model, other: &mut Cpu<f32>| {
-        Sampler { backend: &mut b, net: &model.net, gnet: Some((other, &gnet.net)) }.run(
-            &labels,
-            &[9],
-            [12, 20],
-            &config,
-            None,
-        )
+        let batch = Batch { labels: &labels, seeds: &[9], size: [12, 20], ..Batch::default() };
+        Sampler { backend: &mut b, net: &model.net, gnet: Some((other, &gnet.net)) }.run(&batch, &config, None)
     };
     let by_itself = guided_by(&model, &mut again).unwrap();
     let unconditional = Model::init(&Config { label_dim: 0, ..model.net.config.clone() }, 8).unwrap();
@@ -373,10 +437,9 @@ fn another_network_guides() {
 fn settings_and_shapes_are_checked_before_anything_runs() {
     let (model, mut b) = tiny();
     let mut message = |labels: &[f32], size, config: SamplerConfig| -> String {
+        let batch = Batch { labels, seeds: &[1, 2], size, ..Batch::default() };
         let error = Sampler { backend: &mut b, net: &model.net, gnet: None }.run(
-            labels,
-            &[1, 2],
-            size,
+            &batch,
             &config,
             Some(&mut |_, _| panic!("it ran")),
         );
@@ -389,6 +452,7 @@ fn settings_and_shapes_are_checked_before_anything_runs() {
         ("steps = 0", SamplerConfig { steps: 0, ..SHORT }),
         ("sigma_max = NaN", SamplerConfig { sigma_max: f64::NAN, ..SHORT }),
         ("sigma_min = -1", SamplerConfig { sigma_min: -1.0, ..SHORT }),
+        ("strength = 0", SamplerConfig { strength: 0.0, ..SHORT }),
         ("guidance = inf", SamplerConfig { guidance: f64::INFINITY, ..SHORT }),
         ("guidance interval = 3,1", SamplerConfig { guidance_interval: Some((3.0, 1.0)), ..SHORT }),
         (
@@ -410,8 +474,8 @@ fn a_network_that_makes_nan_is_an_error_that_names_the_seed() {
     let id = model.table.find("unet.out_gain").unwrap();
     model.weights[id.0][0] = f32::NAN;
     let mut b = load(&model);
-    let error =
-        Sampler { backend: &mut b, net: &model.net, gnet: None }.run(&[], &[31], [8, 8], &SHORT, None).unwrap_err();
+    let batch = Batch { seeds: &[31], size: [8, 8], ..Batch::default() };
+    let error = Sampler { backend: &mut b, net: &model.net, gnet: None }.run(&batch, &SHORT, None).unwrap_err();
     assert!(matches!(error, SampleError::NotFinite { seed: 31, count: 192 }), "{error}");
 }
 
@@ -565,7 +629,7 @@ fn a_pipeline_tells_what_is_wrong_apart() {
     assert!(matches!(pipeline.tags(" ,", 0), Err(ConditionError::NoTag { .. })));
     assert!(matches!(pipeline.complete("cat", 0), Err(ConditionError::NoConditionModel)));
     assert!(matches!(pipeline.like_picture(&Picture::new(1, 1, vec![0; 3]), "x"), Err(ConditionError::NoTagger)));
-    let wide = Condition { values: vec![0.0; 6], origin: Value::Null };
+    let wide = Condition::new(vec![0.0; 6], Value::Null);
     let wide = Request { conditions: vec![wide], ..Request::default() };
     assert!(matches!(
         pipeline.generate(&wide),
@@ -644,6 +708,114 @@ fn conditions_of_another_vocabulary_are_refused() {
     let said = run("condition sample --model same.safetensors --data other").failure();
     let said = String::from_utf8(said.get_output().stderr.clone()).unwrap();
     assert!(said.contains("--data: other: made for another vocabulary"), "{said}");
+    assert!(!bench.path("d").exists());
+}
+
+#[test]
+fn prompts_have_weights_negatives_and_seeds() {
+    let bench = Bench::new();
+    let lines = "(cat:1.5), dog\n\n{\"tags\": \"heart\", \"negative\": \"red, (dog:2)\", \"seed\": 40}\n";
+    fs::write(bench.path("prompts.txt"), lines).unwrap();
+    bench.sample("--outdir a --prompts prompts.txt --per-condition 2 --negative |smiling face|").success();
+    let names = ["000000", "000001", "000040", "000041"];
+    let abouts = names.map(|name| bench.about(&format!("a/{name}.png"))["condition"].clone());
+    assert_eq!(abouts[1], json!({"tags": "(cat:1.5), dog", "negative": {"tags": "smiling face"}}));
+    assert_eq!(abouts[2], json!({"tags": "heart", "negative": {"tags": "(dog:2), red"}}));
+    assert_eq!((&abouts[0], &abouts[2]), (&abouts[1], &abouts[3]));
+
+    // The same on the command line.
+    bench.sample("--outdir b --tags heart --negative |red, (dog:2)| --seeds 40").success();
+    assert!(fs::read(bench.path("a/000040.png")).unwrap() == fs::read(bench.path("b/000040.png")).unwrap());
+    bench.sample("--outdir c --tags heart --seeds 40").success();
+    let pixels = |name: &str| image::open(bench.path(name)).unwrap();
+    assert!(pixels("c/000040.png") != pixels("b/000040.png"));
+    bench.sample("--outdir d --negative heart").success();
+    assert_eq!(bench.about("d/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
+
+    bench.fails("--outdir e --prompts prompts.txt --seeds 1", "the prompts of --prompts have seeds of their own");
+    bench.fails("--outdir e --tags cat --negative dog --guidance 1", "a negative prompt does nothing at --guidance 1");
+    bench.fails("--outdir e --tags cat --negative haert", "--negative: unknown tag \"haert\", did you mean \"heart\"?");
+    bench.fails("--outdir e --tags |(cat:1.5|", "--tags: the bracket ( has no partner in \"(cat:1.5\"");
+    fs::write(bench.path("bad.txt"), "cat\n(dgo:2)\n").unwrap();
+    bench.fails("--outdir e --prompts bad.txt", "--prompts: bad.txt line 2: unknown tag \"dgo\"");
+    fs::write(bench.path("bad.txt"), "{\"tag\": \"cat\"}\n").unwrap();
+    bench.fails("--outdir e --prompts bad.txt", "--prompts: bad.txt line 1: unknown field `tag`");
+    bench.fails("--outdir e --prompts missing.txt", "--prompts: missing.txt: ");
+    bench.fails("--outdir e --complete --condition-model m.safetensors", "not a condition model");
+    assert!(!bench.path("e").exists());
+}
+
+#[test]
+fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
+    let bench = Bench::new();
+    bench.sample("--outdir a --tags cat --tags dog --seeds 7 --interpolate 4").success();
+    bench.sample("--outdir b --tags cat --seeds 7").success();
+    bench.sample("--outdir c --tags dog --seeds 7").success();
+    let pixels = |name: &str| image::open(bench.path(name)).unwrap();
+    assert!(pixels("a/000007.png") == pixels("b/000007.png"));
+    assert!(pixels("a/000007-4.png") == pixels("c/000007.png"));
+    assert!(pixels("a/000007-2.png") != pixels("a/000007-3.png"));
+    let about = bench.about("a/000007-2.png");
+    assert_eq!(about["condition"]["to"]["tags"], "dog");
+    assert!((about["condition"]["share"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-12);
+    let grid = image::image_dimensions(bench.path("a/grid.png")).unwrap();
+    assert!(grid.0 > 4 * 16 && grid.1 < 2 * 16 + 8, "a row, but {grid:?}");
+
+    bench.sample("--outdir d --tags cat --seeds 7,9 --interpolate 3").success();
+    assert!(pixels("d/000007.png") == pixels("b/000007.png"));
+    assert_eq!(bench.about("d/000007-2.png")["towards"], json!({"seed": 9, "share": 0.5}));
+    bench.fails("--outdir e --tags cat --interpolate 3", "1 conditions and 1 seeds, expected two of either");
+    bench.fails("--outdir e --tags cat --tags dog --seeds 1-3 --interpolate 3", "2 conditions and 3 seeds");
+
+    // From a picture of another size, which is fitted.
+    let picture = image::RgbImage::from_fn(40, 32, |x, y| image::Rgb([6 * x as u8, 8 * y as u8, 90]));
+    picture.save(bench.path("drawing.png")).unwrap();
+    let from = |strength: &str, outdir: &str| {
+        bench
+            .sample(&format!("--outdir {outdir} --from drawing.png --strength {strength} --steps 20 --tags cat"))
+            .success();
+        let small = image::imageops::thumbnail(&image::imageops::crop_imm(&picture, 4, 0, 32, 32).to_image(), 16, 16);
+        let made = pixels(&format!("{outdir}/000000.png")).to_rgb8();
+        made.iter().zip(small.iter()).map(|(&x, &y)| (f64::from(x) - f64::from(y)).abs()).sum::<f64>() / 768.0
+    };
+    let (little, much) = (from("0.05", "f"), from("1", "g"));
+    assert!(little < 12.0 && much > 2.0 * little, "mean difference {little:.1} and {much:.1}");
+    let about = bench.about("f/000000.png");
+    assert_eq!((&about["from"], &about["sampler"]["strength"]), (&json!("drawing.png"), &json!(0.05)));
+    bench.fails("--outdir e --from drawing.png --strength 2", "strength = 2, expected a number above 0, up to 1");
+    bench.fails("--outdir e --strength 0.5", "--from");
+    bench.fails("--outdir e --from missing.png", "--from: missing.png: ");
+    bench.fails("--outdir e --from m.safetensors", "--from: m.safetensors: ");
+    assert!(!bench.path("e").exists());
+}
+
+#[test]
+fn invented_conditions_are_mixed() {
+    let bench = Bench::new();
+    let tags = ["cat", "dog", "heart", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
+    let rows = Rows {
+        kind: Kind::Tags,
+        vocabulary: Vocabulary::new(tags.to_vec()).unwrap(),
+        tags: vec![vec![0, 1], vec![2], vec![3, 4]],
+        dense: Vec::new(),
+        conditioning: None,
+    };
+    let how = Training { epochs: 1, ..Training::default() };
+    Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("c.safetensors")).unwrap();
+    bench.sample("--outdir a --condition-model c.safetensors --mix random-2:1 --seeds 5").success();
+    bench.sample("--outdir b --condition-model c.safetensors --random-conditions 3 --seeds 3-5").success();
+    let pixels = |name: &str| image::open(bench.path(name)).unwrap();
+    assert!(pixels("a/000005.png") == pixels("b/000005.png"), "one alone is what it is");
+    bench.sample("--outdir c --condition-model c.safetensors --mix |random-0:0.6, random-1:0.4|").success();
+    let mixed = bench.about("c/000000.png")["condition"]["mix"].clone();
+    assert_eq!((&mixed[0][1], &mixed[1][0]["invented"]), (&json!(0.6), &json!(1)));
+    bench.fails("--outdir d --condition-model c.safetensors --mix random-0", "'random-0', expected SOURCE:WEIGHT");
+    bench.fails("--outdir d --mix random-0:1", "--mix random-0:1: there is no condition model");
+    bench.fails("--outdir d --mix a.png:x", "--mix a.png:x: 'x' is not a weight");
+    bench.fails(
+        "--outdir d --condition-model c.safetensors --mix random-0:1,random-0:-1",
+        "sum of these conditions is zero",
+    );
     assert!(!bench.path("d").exists());
 }
 

@@ -106,6 +106,16 @@ fn pictures_are_those_of_edm2k_sample_to_the_byte() {
              --guidance-interval 0.1,20 --rho 6 --sigma-min 0.01 --sigma-max 50 --S-churn 2 --S-noise 1.003",
             &[9],
         ),
+        (
+            json!({"tags": ["(cat:1.5), [red]"], "negative": "dog, (heart:2)", "seeds": "4", "sampler": {"steps": 4}}),
+            "--model m.safetensors --tags |(cat:1.5), [red]| --negative |dog, (heart:2)| --seeds 4 --steps 4",
+            &[4],
+        ),
+        (
+            json!({"negative": "dog", "seeds": "5", "sampler": {"steps": 4}}),
+            "--model m.safetensors --negative dog --seeds 5 --steps 4",
+            &[5],
+        ),
     ] {
         let job = server.post("/api/v1/generate?wait=true", &wanted).expect(200);
         document().check("Job", &job);
@@ -557,7 +567,7 @@ fn clients_of_a1111_are_served() {
     assert_eq!(get("/sdapi/v1/progress")["progress"], 0.0);
     // What a client sends: all that it knows of.
     let wanted = json!({
-        "prompt": "cat, red", "negative_prompt": "blurry", "seed": 5, "subseed": -1, "steps": 3, "cfg_scale": 2,
+        "prompt": "cat, red", "prompt_2": "x", "negative_prompt": "(dog:1.2)", "seed": 5, "subseed": -1, "steps": 3, "cfg_scale": 2,
         "width": 16, "height": 16, "batch_size": 2, "n_iter": 1, "sampler_name": "Heun", "styles": [], "tiling": false,
         "override_settings": {"sd_model_checkpoint": "n", "CLIP_stop_at_last_layers": 1}, "enable_hr": false,
     });
@@ -568,18 +578,20 @@ fn clients_of_a1111_are_served() {
         .unwrap()
         .iter()
         .map(|image| BASE64_STANDARD.decode(image.as_str().unwrap()).unwrap());
-    let arguments =
-        "--model n.safetensors --tags |cat, red| --seeds 5-6 --steps 3 --guidance 2 --solver heun --per-condition 2";
+    let arguments = "--model n.safetensors --tags |cat, red| --seeds 5-6 --steps 3 --guidance 2 --solver heun --per-condition 2 \
+         --negative |(dog:1.2)|";
     assert!(ours.eq(place.sample(arguments, &[5, 6])), "pictures of txt2img are not those of edm2k sample");
     let info: Value = serde_json::from_str(answer["info"].as_str().unwrap()).unwrap();
     assert_eq!(info["all_seeds"], json!([5, 6]));
-    assert_eq!(info["ignored"], json!(["negative_prompt", "subseed"]));
+    assert_eq!(info["ignored"], json!(["prompt_2", "subseed"]));
 
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "n"})).status, 200);
     assert_eq!(get("/sdapi/v1/options")["sd_model_checkpoint"], "n");
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "/etc/passwd"})).status, 404);
     let said = server.post("/sdapi/v1/txt2img", &json!({"prompt": "masterpiece"})).expect(422);
     assert!(said["detail"].as_str().unwrap().contains("unknown tag \"masterpiece\""), "{said}");
+    let said = server.post("/sdapi/v1/txt2img", &json!({"negative_prompt": "(blurry:1.4)"})).expect(422);
+    assert!(said["detail"].as_str().unwrap().contains("unknown tag \"blurry\""), "{said}");
     let said = server.post("/sdapi/v1/txt2img", &json!({"sampler_name": "DDIM"})).expect(422);
     assert!(said["detail"].as_str().unwrap().contains("expected one of DPM++ 2M, Heun, Euler"), "{said}");
 
@@ -592,6 +604,28 @@ fn clients_of_a1111_are_served() {
         assert_eq!(server.request("POST", "/sdapi/v1/interrupt", &[], b"").status, 200);
         assert_eq!(waiting.join().unwrap().status, 503);
     });
+}
+
+#[test]
+fn a_prompt_is_read_as_it_will_be_drawn() {
+    let place = Place::new();
+    let server = place.serve("--model m.safetensors");
+    let get = |text: &str| {
+        let answer = server.get(&format!("/api/v1/prompt?text={text}"));
+        document().check_answer("/api/v1/prompt", "get", answer.status, &answer.json());
+        answer
+    };
+    let read = get("((cat,%20dog:1.5)),%20red").expect(200);
+    let tags = json!([{"tag": "cat", "weight": 1.65}, {"tag": "dog", "weight": 1.65}, {"tag": "red", "weight": 1.0}]);
+    let rounded = |read: &Value| -> Vec<i64> {
+        let weight = |tag: &Value| (100.0 * tag["weight"].as_f64().unwrap()).round() as i64;
+        read.as_array().unwrap().iter().map(weight).collect()
+    };
+    assert_eq!(rounded(&read["tags"]), rounded(&tags));
+    assert_eq!(read["tags"][1]["tag"], "dog");
+    let said = get("(haert:2)").expect(422);
+    assert!(said["detail"].as_str().unwrap().contains("unknown tag \"haert\", did you mean \"heart\"?"), "{said}");
+    assert!(get("(cat").expect(422)["detail"].as_str().unwrap().contains("has no partner"));
 }
 
 #[test]

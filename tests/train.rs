@@ -258,6 +258,7 @@ fn settings(data: &Dataset) -> Settings {
         cond_dropout: 0.25,
         cond_dropout_from: 1000,
         flip: true,
+        dropout: 0.0,
     }
 }
 
@@ -269,10 +270,10 @@ fn batches_do_not_depend_on_how_they_are_cut() {
         let data = place.dataset(Split::Train);
         let s = settings(&data);
         // 30..50 crosses the end of an epoch of 37.
-        let whole = Batches::new(&data, &s).get(30, 20);
+        let whole = Batches::new(&data, &s).get(30, 20).unwrap();
         let mut cut = Batches::new(&data, &s);
-        cut.get(900, 1);
-        let parts = [cut.get(30, 3), cut.get(33, 16), cut.get(49, 1)];
+        cut.get(900, 1).unwrap();
+        let parts = [(30, 3), (33, 16), (49, 1)].map(|(first, n)| cut.get(first, n).unwrap());
         assert_eq!(whole.clean, parts.iter().flat_map(|p| p.clean.clone()).collect::<Vec<_>>());
         assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
         assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());
@@ -288,8 +289,8 @@ fn each_time_training_draws_another_latent_of_an_image() {
     let s = Settings { flip: false, ..settings(&data) };
     let numel = 4 * SIZE * SIZE;
     let n = 200;
-    let drawn = Batches::new(&data, &s).get(0, n).clean;
-    let other = Batches::new(&data, &Settings { seed: 6, ..s }).get(0, 1).clean;
+    let drawn = Batches::new(&data, &s).get(0, n).unwrap().clean;
+    let other = Batches::new(&data, &Settings { seed: 6, ..s }).get(0, 1).unwrap().clean;
     assert_ne!(other, drawn[..numel], "another seed, another latent");
     let (mut sum, mut squares) = (0.0, 0.0);
     let mut mean = vec![0.0; numel];
@@ -314,12 +315,12 @@ fn noise_dropout_and_mirroring_happen_as_often_as_asked() {
     let data = place.dataset(Split::Train);
     let s = settings(&data);
     let n = 37 * 100;
-    let batch = Batches::new(&data, &s).get(0, n);
+    let batch = Batches::new(&data, &s).get(0, n).unwrap();
     let numel = 3 * SIZE * SIZE;
     let originals: Vec<Vec<f32>> = (0..data.len())
         .map(|i| {
             let mut image = vec![0.0; numel];
-            data.image(i, Stream::new(0, Purpose::Latent, 0), &mut image);
+            data.image(i, Stream::new(0, Purpose::Latent, 0), &mut image).unwrap();
             image
         })
         .collect();
@@ -797,7 +798,7 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> Str
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, plan, splits, &stop, &mut note).unwrap();
+    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }
@@ -810,6 +811,7 @@ fn plain_plan(place: &Place) -> Plan {
         status: 0,
         validate: 0,
         grid: 0,
+        tensorboard: false,
         snapshot: 0,
         checkpoint: 0,
         keep: 1,

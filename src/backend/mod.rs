@@ -42,7 +42,7 @@ pub mod gpu;
 mod network;
 mod training;
 
-pub use network::{EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
+pub use network::{EmbLayer, Embed, Embedding, Logvar, Masks, NetworkBackend, Operand, OperandGrad, Scale};
 pub use training::{Loss, LossInput, Normalization, Slot, Step, StepStats, TrainingBackend};
 
 /// `[n, height, width, channels]`.
@@ -81,6 +81,13 @@ pub enum BackendError {
     NotTraining(Slot),
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+impl BackendError {
+    /// Whether fewer images at a time may help.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Device(DeviceError::OutOfMemory { .. }))
+    }
 }
 
 /// What tells one plan of a device from another, beside the shapes of its inputs: a value of a type of the caller's.

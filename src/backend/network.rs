@@ -107,6 +107,28 @@ pub struct Embedding<T> {
     pub emb: T,
 }
 
+/// Which activations dropout zeroes in training (Srivastava et al. 2014; EDM2 does so before each block's second
+/// convolution).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Masks<T> {
+    /// [`rng::mask_key`](crate::rng::mask_key) of each image, [n, 1, 1, 2].
+    pub keys: T,
+    /// Share that is zeroed, 0 to 1, in steps of 2^-16.
+    pub rate: f64,
+}
+
+impl<T> Masks<T> {
+    /// What [`rng::dropped`](crate::rng::dropped) compares with.
+    pub fn threshold(&self) -> u32 {
+        (self.rate * 65536.0).round() as u32
+    }
+
+    /// By which the rest is multiplied, so that the mean stays.
+    pub fn gain(&self) -> f64 {
+        65536.0 / (65536.0 - f64::from(self.threshold()))
+    }
+}
+
 /// Parameters of the learned uncertainty `logvar(sigma)`.
 #[derive(Clone, Copy, Debug)]
 pub struct Logvar {
@@ -171,6 +193,9 @@ pub trait NetworkBackend: Backend {
         t: f64,
         clip: Option<f64>,
     ) -> Self::Tensor;
+    /// `x`, with what `masks` zero in a layer set to zero, the rest times `factor`. Vector v of an image are the channels
+    /// 8 k to 8 k + 7 of pixel p, v = p ceil(c / 8) + k.
+    fn dropout(&mut self, x: &Self::Tensor, masks: &Masks<Self::Tensor>, layer: u32, factor: f64) -> Self::Tensor;
     /// Self-attention over the pixels: q, k, v are pixel-normalised per head, then
     /// softmax(q k / sqrt(c)) v. `qkv` is [n, h, w, heads * c * 3] with channel
     /// `(head * c + i) * 3 + {q, k, v}`; the result [n, h, w, heads * c].

@@ -205,7 +205,7 @@ impl Bench<'_> {
         let mut b = Gpu::for_training(runtime, math, &self.table, 0)?;
         self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
         if self.args.kernels {
-            self.time_kernels(&mut b, "training", &MicroBatch)?;
+            self.time_kernels(&mut b, "training", &MicroBatch { dropout: 0.0 })?;
         }
         Ok(())
     }
@@ -296,7 +296,7 @@ impl Bench<'_> {
             for _ in 0..rounds {
                 let mut inputs = vec![b.upload(images, &x), b.upload(images, &x), b.upload(levels, &sigma)];
                 inputs.extend(conditional.then(|| b.upload(dims, &labels)));
-                losses.push(micro_batch(b, &net, &inputs)?);
+                losses.push(micro_batch(b, &net, 0.0, &inputs)?);
             }
             let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
             b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;

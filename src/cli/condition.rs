@@ -180,7 +180,7 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     }
     let invented = vae.invent(&given, args.count.into(), args.seed);
     for (number, (condition, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {
-        out!("{number:3}  {}", vocabulary.words(tags));
+        out!("{number:3}  {}", vocabulary.text(tags));
         if let Some(data) = &data {
             let (nearest, cosine) = nearest(data, condition);
             let words = data.vocabulary().words(data.tags(nearest));
@@ -190,7 +190,7 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     if let Some(out) = &args.out {
         let bytes: Vec<u8> = invented.conditions.iter().flat_map(|x| x.to_le_bytes()).collect();
         let shape = [usize::from(args.count), width];
-        let words: Vec<_> = invented.tags.iter().map(|tags| vocabulary.words(tags)).collect();
+        let words: Vec<_> = invented.tags.iter().map(|tags| vocabulary.text(tags)).collect();
         let about = json!({"model": args.model.display().to_string(), "seed": args.seed, "tags": words});
         let metadata = HashMap::from([
             ("edm2k".to_owned(), about.to_string()),

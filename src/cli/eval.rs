@@ -7,13 +7,12 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use edm2k::backend::BackendError;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::write_atomically;
 use edm2k::model::Model;
 use edm2k::pipeline::Domain;
 use edm2k::train::stats::plot;
-use edm2k::train::validation::{Loss, SIGMAS, loss_by_level};
+use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
 use super::say::out;
@@ -34,7 +33,7 @@ pub struct EvalArgs {
     /// Model file
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
-    /// Dataset made by `edm2k prepare`
+    /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, which is all --split train
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Which of its images
@@ -112,7 +111,7 @@ struct Measuring<'a> {
 }
 
 impl Work for Measuring<'_> {
-    type Output = Result<Vec<Loss>, BackendError>;
+    type Output = Result<Vec<Loss>, ValidationError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let mut backend = backends.loaded(self.model)?;

@@ -133,8 +133,8 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
 
     let reference = |i: usize, viewer: &mut Viewer| {
         let mut image = vec![0.0; height * width * channels];
-        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image);
-        viewer.picture([height, width], &image)
+        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image)?;
+        Ok::<_, anyhow::Error>(viewer.picture([height, width], &image)?)
     };
     let first = reference(0, &mut viewer)?;
     let wanted = args.network_node.as_deref().map_or(Wanted::Output, Wanted::Named);

@@ -3,16 +3,20 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, Error, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Deserialize;
 use serde_json::json;
 
+use edm2k::condition::classes::Classes;
+use edm2k::formats::input;
 use edm2k::memory;
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Condition, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
@@ -21,9 +25,14 @@ use super::say::{note, out};
 /// Make images.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Conditions come from --tags, --like, --row, --conditions and --random-conditions, in this order; all may
-be given. The images take them in turn, --per-condition images each. Without any, the images are
-unconditional. Each file is named after its seed and carries all parameters in a text chunk.
+Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and --random-conditions,
+in this order; all may be given. The images take them in turn, --per-condition images each. Without any, the images
+are unconditional. Each file is named after its seed and carries all parameters in a text chunk.
+
+In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1 / 1.1 times;
+brackets may hold several tags, and each other. A tag of the vocabulary is found as it is written there, so that
+':)' and 'saber (fate)' need nothing. Elsewhere a backslash takes a character's meaning away; a text that begins
+with a dash follows an equals sign: --tags='-_-'.
 
 Examples:
   edm2k sample --model emoji.safetensors --outdir out --tags 'cat, smiling' --seeds 0-15
@@ -32,7 +41,14 @@ Examples:
       --condition-model conditions.safetensors
   edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
       --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
-  edm2k sample --model xl.safetensors --gnet xs.safetensors --guidance 2.1 --outdir out --row data:1234
+  edm2k sample --model emoji.safetensors --outdir out --tags '(red:1.5), heart' --negative 'face, arrow'
+  edm2k sample --model emoji.safetensors --outdir out --prompts prompts.txt --per-condition 4
+  edm2k sample --model emoji.safetensors --outdir out --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
+  edm2k sample --model emoji.safetensors --outdir out --tags 'green, heart' --from drawing.png --strength 0.4
+  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors --preset edm2-img512-s-autog-fid \\
+      --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-63 --class random
+  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --guidance 1.4 \\
+      --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
       --like picture.png --tagger wd-swinv2-tagger-v3/model.onnx --per-condition 4")]
@@ -68,14 +84,32 @@ pub struct SampleArgs {
     /// model invents one that has them
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     tags: Vec<String>,
-    /// Let the condition model complete each of the --tags to a plausible set
-    #[arg(long, requires_all = ["tags", "condition_model"], help_heading = "Conditions")]
+    /// File with a prompt on each line: tags as --tags takes them, or {"tags": "...", "negative": "...", "seed": 7},
+    /// where the last two may be left out. --per-condition images of each have its seed and those that follow
+    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
+    prompts: Option<PathBuf>,
+    /// Tags that guidance leads away from, instead of from no condition; of prompts that have none of their own too
+    #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
+    negative: Option<String>,
+    /// Class of a class-conditional model: its number, a name of --class-names, or "random", which is another one for each
+    /// seed and goes alone; repeatable
+    #[arg(long, value_name = "CLASS", help_heading = "Conditions")]
+    class: Vec<String>,
+    /// Names of the classes, a line for each, synonyms separated by commas
+    #[arg(long, value_name = "FILE", requires = "class", help_heading = "Conditions")]
+    class_names: Option<PathBuf>,
+    /// Let the condition model complete the tags of --tags and --prompts to a plausible set
+    #[arg(long, requires = "condition_model", help_heading = "Conditions")]
     complete: bool,
     /// Picture whose features are the condition, if the model's conditions are a tagger's features; repeatable
     #[arg(long, value_name = "IMAGE", requires = "tagger", help_heading = "Conditions")]
     like: Vec<PathBuf>,
+    /// Several conditions in one, such as 'a.png:0.6,b.png:0.4': pictures as --like, DATASET:ID as --row, or random-0,
+    /// random-1, ... as --random-conditions has them, each with its weight; repeatable
+    #[arg(long, value_name = "SOURCE:WEIGHT,...", help_heading = "Conditions")]
+    mix: Vec<String>,
     /// ONNX file of the tagger that made the features the model was trained on
-    #[arg(long, value_name = "FILE", requires = "like", help_heading = "Conditions")]
+    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     tagger: Option<PathBuf>,
     /// Tensor of the features in it [default: what a WD tagger's classifier is given]
     #[arg(long, value_name = "NAME", requires = "tagger", help_heading = "Conditions")]
@@ -101,10 +135,24 @@ pub struct SampleArgs {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Conditions",
           value_parser = clap::value_parser!(u16).range(1..))]
     per_condition: u16,
+    /// A row of N images on the way between two conditions, two seeds, or both
+    #[arg(long, value_name = "N", help_heading = "Conditions", conflicts_with = "per_condition",
+          value_parser = clap::value_parser!(u16).range(2..))]
+    interpolate: Option<u16>,
 
+    /// Begin from a picture, or from latents in .safetensors, instead of from noise alone
+    #[arg(long, value_name = "IMAGE", help_heading = "Sampler")]
+    from: Option<PathBuf>,
+    /// How much of it may change: the share of the steps that are taken, above 0, up to 1 [default: 0.5]
+    #[arg(long, value_name = "S", requires = "from", help_heading = "Sampler")]
+    strength: Option<f64>,
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
+    /// Solver, steps and guidance that EDM2's authors used, such as edm2-img512-s-autog-fid; says which files they are for
+    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler",
+          conflicts_with_all = ["solver", "steps", "guidance"])]
+    preset: Option<Preset>,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -159,6 +207,7 @@ impl SamplerArgs {
             guidance: self.guidance,
             guidance_interval: self.guidance_interval,
             churn: Churn { s_churn: self.s_churn, s_min: self.s_min, s_max: self.s_max, s_noise: self.s_noise },
+            ..SamplerConfig::default()
         };
         config.validate()?;
         Ok(config)
@@ -187,12 +236,24 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     let Resolved { pipeline, request, kept } = resolve(&args)?;
     let out = OutDir::claim(&args.outdir, args.overwrite, &request.seeds, kept).context("--outdir")?;
     out.warning().iter().for_each(|warning| note!("warning: {warning}"));
-    draw(pipeline, &request, kept, args.save_steps, &out)
+    draw(pipeline, &request, kept, &args, &out)
 }
 
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
-    let sampler = args.sampler.config()?;
+    let mut sampler = args.sampler.config()?;
+    if let Some(preset) = &args.preset {
+        let SamplerConfig { solver, steps, guidance, .. } = preset.config();
+        sampler = SamplerConfig { solver, steps, guidance, ..sampler };
+        sampler.validate()?;
+        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
+        let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
+        note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+    }
+    if args.from.is_some() {
+        sampler.strength = args.strength.unwrap_or(0.5);
+        sampler.validate()?;
+    }
     let mut pipeline = Pipeline::load(&args.device.open()?.fastest(), &args.model).context("--model")?;
     if let Some(guide) = &args.gnet {
         pipeline = pipeline.with_guide(guide).context("--gnet")?;
@@ -203,25 +264,40 @@ fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
     if let Some(tagger) = &args.tagger {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
-    let conditions = conditions(args, &mut pipeline)?;
+    let wanted = wanted(args, &mut pipeline)?;
     warn(&mut pipeline, "");
     if let Some(vae) = &args.vae {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
         warn(&mut pipeline, "--vae ");
     }
+    let guided = sampler.guidance != 1.0;
+    ensure!(
+        guided || wanted.iter().all(|(condition, _)| condition.away.is_empty()),
+        "a negative prompt does nothing at --guidance 1"
+    );
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,
         (true, true) => Kept::Steps,
         (true, false) => Kept::Pictures,
     };
     let per_condition = usize::from(args.per_condition);
-    let round = (conditions.len().max(1) * per_condition) as u64;
-    let seeds = args.seeds.as_ref().map_or_else(|| (0..round).collect(), |Seeds(seeds)| seeds.clone());
-    let request = Request { conditions, per_condition, seeds, size: args.size, sampler, batch: args.batch.into() };
+    let seeds = seeds(args, &wanted.iter().map(|(_, seed)| *seed).collect::<Vec<_>>())?;
+    let conditions = wanted.into_iter().map(|(condition, _)| condition).collect();
+    let (size, batch) = (args.size, args.batch.into());
+    let mut request = Request { conditions, per_condition, seeds, size, sampler, batch, ..Request::default() };
+    if let Some(count) = args.interpolate {
+        request = request.interpolated(count.into()).context("--interpolate")?;
+    }
+    if let Some(path) = &args.from {
+        let size = pipeline.size(&request);
+        pipeline.net().config.check_size(size[0], size[1])?;
+        request.from = Some(pipeline.beginning(path, size).context("--from")?);
+        warn(&mut pipeline, "--from ");
+    }
     pipeline.check(&request)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
-        let steps = if args.save_steps { request.sampler.steps } else { 0 } as u128;
+        let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
         let values = (height * width * pipeline.net().config.img_channels) as u128;
         // They are written in another order than they are made.
         let needed = 2 * 4 * request.seeds.len() as u128 * values * (1 + steps);
@@ -234,31 +310,144 @@ fn warn(pipeline: &mut Pipeline, option: &str) {
     pipeline.warnings().iter().for_each(|warning| note!("warning: {option}{warning}"));
 }
 
-/// The conditions that the arguments ask for, in the order of the help.
-fn conditions(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<Condition>> {
+/// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number.
+fn seeds(args: &SampleArgs, of_prompts: &[Option<u64>]) -> anyhow::Result<Vec<u64>> {
+    if let Some(Seeds(seeds)) = &args.seeds {
+        ensure!(of_prompts.iter().all(Option::is_none), "--seeds: the prompts of --prompts have seeds of their own");
+        return Ok(seeds.clone());
+    }
+    let (each, mut seeds) = (u64::from(args.per_condition), Vec::new());
+    if args.interpolate.is_some() {
+        return Ok(vec![0]);
+    }
+    for (number, seed) in (0..).zip(if of_prompts.is_empty() { &[None] } else { of_prompts }) {
+        let first = seed.unwrap_or(number * each);
+        seeds.extend(first..first + each);
+    }
+    Ok(seeds)
+}
+
+/// What --class takes for any.
+const ANY: &str = "random";
+
+/// A line of --prompts.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Prompt {
+    tags: String,
+    negative: Option<String>,
+    seed: Option<u64>,
+}
+
+/// The lines of a file of prompts that are not empty, each with what to call it.
+fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
+    let text = input::text(path).with_context(|| path.display().to_string())?;
+    let read = |(number, line): (usize, &str)| {
+        let name = format!("{} line {number}", path.display());
+        if !line.starts_with('{') {
+            return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
+        }
+        let prompt: Prompt = serde_json::from_str(line).with_context(|| name.clone())?;
+        let most = i64::MAX as u64 - u64::from(u16::MAX);
+        ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
+        Ok((name, prompt))
+    };
+    (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()).map(read).collect()
+}
+
+/// The conditions that the arguments ask for, in the order of the help, with their seeds where they have some.
+fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Condition, Option<u64>)>> {
     let (mut all, seed) = (Vec::new(), args.condition_seed);
+    let some = !args.tags.is_empty() || args.prompts.is_some();
+    ensure!(some || !args.complete, "--complete: there are no --tags or --prompts");
+    let of_tags = |pipeline: &Pipeline, text: &str| {
+        if args.complete { pipeline.complete(text, seed) } else { pipeline.tags(text, seed) }
+    };
     for text in &args.tags {
-        let condition = if args.complete { pipeline.complete(text, seed) } else { pipeline.tags(text, seed) };
-        all.push(condition.context("--tags")?);
+        all.push((of_tags(pipeline, text).context("--tags")?, None));
+    }
+    for (name, prompt) in args.prompts.as_deref().map(prompts).transpose().context("--prompts")?.unwrap_or_default() {
+        let made = || -> anyhow::Result<Condition> {
+            let condition = of_tags(pipeline, &prompt.tags)?;
+            let negative = prompt.negative.as_deref().map(|text| pipeline.tags(text, seed)).transpose()?;
+            Ok(negative.iter().fold(condition, Condition::away_from))
+        };
+        all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
+    }
+    let mut others = Vec::new();
+    if !args.class.is_empty() {
+        others.extend(classes(args, pipeline).context("--class")?);
     }
     for path in &args.like {
-        all.push(pipeline.like(path).context("--like")?);
+        others.push(pipeline.like(path).context("--like")?);
+    }
+    for text in &args.mix {
+        others.push(mix(text, seed, pipeline).with_context(|| format!("--mix {text}"))?);
     }
     for row in &args.row {
-        let wanted = || -> anyhow::Result<Condition> {
-            let (dataset, id) = row.rsplit_once(':').context("expected DATASET:ID")?;
-            let id = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
-            Ok(pipeline.row(dataset, id)?)
-        };
-        all.push(wanted().with_context(|| format!("--row {row}"))?);
+        others.push(self::row(row, pipeline).with_context(|| format!("--row {row}"))?);
     }
     if let Some(path) = &args.conditions {
-        all.extend(pipeline.conditions(path).context("--conditions")?);
+        others.extend(pipeline.conditions(path).context("--conditions")?);
     }
     if let Some(count) = args.random_conditions {
-        all.extend(pipeline.invent(count.into(), seed).context("--random-conditions")?);
+        others.extend(pipeline.invent(count.into(), seed).context("--random-conditions")?);
+    }
+    let alone = all.is_empty() && args.row.is_empty() && args.conditions.is_none() && args.random_conditions.is_none();
+    let alone = alone && args.like.is_empty() && args.mix.is_empty();
+    ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
+    all.extend(others.into_iter().map(|condition| (condition, None)));
+    if let Some(text) = &args.negative {
+        let negative = pipeline.tags(text, seed).context("--negative")?;
+        if all.is_empty() {
+            all.push((pipeline.none().context("--negative")?, None));
+        }
+        for (condition, _) in all.iter_mut().filter(|(condition, _)| condition.away.is_empty()) {
+            *condition = condition.clone().away_from(&negative);
+        }
     }
     Ok(all)
+}
+
+/// The conditions of --class.
+fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
+    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
+    let condition = |condition: Condition| {
+        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+        name.map_or(condition.clone(), |name| condition.named("name", name))
+    };
+    if args.class.iter().any(|class| class == ANY) {
+        let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
+        ensure!(alone, "\"{ANY}\" goes alone");
+        let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
+        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
+    }
+    let of = |text: &String| Ok(condition(pipeline.class(names.find(text).map_err(Error::msg)?)?));
+    args.class.iter().map(of).collect()
+}
+
+fn row(text: &str, pipeline: &Pipeline) -> anyhow::Result<Condition> {
+    let (dataset, id) = text.rsplit_once(':').context("expected DATASET:ID")?;
+    let id = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
+    Ok(pipeline.row(dataset, id)?)
+}
+
+/// The condition of a --mix.
+fn mix(text: &str, seed: u64, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
+    let mut parts = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        let (source, weight) = part.rsplit_once(':').with_context(|| format!("'{part}', expected SOURCE:WEIGHT"))?;
+        let weight: f64 = weight.parse().ok().with_context(|| format!("'{weight}' is not a weight"))?;
+        ensure!(weight.is_finite(), "'{weight}' is not a weight");
+        let number = source.strip_prefix("random-").and_then(|number| number.parse::<u16>().ok());
+        let condition = match number {
+            Some(number) => pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into()),
+            None if Path::new(source).is_file() || !source.contains(':') => pipeline.like(source)?,
+            None => row(source, pipeline)?,
+        };
+        parts.push((condition, weight));
+    }
+    Ok(Condition::mix(&parts)?)
 }
 
 /// Most images of a grid: above, nobody looks at it.
@@ -291,13 +480,13 @@ impl Steps {
 
 /// Makes the images and writes them. A device that runs all steps as one plan cannot show them: so steps are watched where
 /// they are kept, and on the CPU, where each takes so long that people want to see it.
-fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, save_steps: bool, out: &OutDir) -> anyhow::Result<()> {
-    let count = request.seeds.len();
+fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs, out: &OutDir) -> anyhow::Result<()> {
+    let (count, save_steps) = (request.seeds.len(), args.save_steps);
     let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
     let watched = save_steps || pipeline.device().runtime().is_none();
-    let bar = ProgressBar::new((count.div_ceil(request.batch) * request.sampler.steps) as u64);
+    let bar = ProgressBar::new((count.div_ceil(request.batch) * request.sampler.taken()) as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {msg} {per_sec} {elapsed} (about {eta} left)")?);
     bar.set_message(format!("0 of {count} images"));
     let terminal = std::io::stderr().is_terminal();
@@ -325,7 +514,7 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, save_steps: bool,
         }
         if done.is_multiple_of(request.batch) || done == count {
             if !watched {
-                bar.inc(request.sampler.steps as u64);
+                bar.inc(request.sampler.taken() as u64);
             }
             bar.set_message(format!("{done} of {count} images"));
             if !terminal {
@@ -345,6 +534,7 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, save_steps: bool,
     } else {
         // A row for each condition if they are grouped.
         let columns = match request.per_condition {
+            1 if args.interpolate.is_some() => pictures.len(),
             1 => (pictures.len() as f64).sqrt().ceil() as usize,
             per_condition => per_condition,
         };

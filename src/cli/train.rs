@@ -22,8 +22,9 @@ use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::input;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Model, Precond};
-use edm2k::pipeline::{Domain, Mismatch};
+use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
+use edm2k::train::grid::Show;
 use edm2k::train::{
     Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
 };
@@ -43,7 +44,7 @@ Examples:
       --duration 500k --lr 0.002
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
 pub struct TrainArgs {
-    /// Dataset made by `edm2k prepare`
+    /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, as it is
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Directory of the run: checkpoints, snapshots, statistics
@@ -96,6 +97,9 @@ pub struct TrainArgs {
     /// Images after which --cond-dropout begins
     #[arg(long, value_name = "IMAGES", value_parser = parse_images, default_value = "0")]
     cond_dropout_from: u64,
+    /// Share of the activations that are zeroed before each block's second convolution [default: the preset's; 0]
+    #[arg(long, value_name = "SHARE")]
+    dropout: Option<f64>,
     /// Mirror half of the images that the dataset allows it for
     #[arg(long)]
     flip: bool,
@@ -108,9 +112,15 @@ pub struct TrainArgs {
     /// Interval of the validation loss, 0 = never [default: 100 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     validate: Option<u64>,
-    /// Interval of sample grids, of RGB images only, 0 = never [default: 50 in the whole run]
+    /// Interval of sample grids, 0 = never [default: 50 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     grid: Option<u64>,
+    /// Autoencoder that makes pictures of latents for the sample grids: an SD-VAE, or a TAESD, which is quicker
+    #[arg(long, value_name = "FILE")]
+    vae: Option<PathBuf>,
+    /// Also write an event file of TensorBoard's
+    #[arg(long)]
+    tensorboard: bool,
     /// Interval of snapshots: a model file for each average, 0 = never [default: 10 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     snapshot: Option<u64>,
@@ -157,7 +167,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let requests = Requests::watch("finishing this step, then saving");
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
-        Err(DatasetError::NoShards { .. }) => None,
+        Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. }) => None,
         other => Some(other.context("cannot open the dataset")?),
     };
     if let Some(v) = &validation {
@@ -166,12 +176,13 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         ensure!(v.shape() == data.shape(), "{dir}: the validation split is not of the same size");
     }
     let device = args.device.open()?;
-    let Resolved { settings, plan, model, notes } = resolve(&args, &data, &device)?;
+    let Resolved { settings, plan, model, mut notes } = resolve(&args, &data, &device)?;
     if args.dry_run {
         results(&describe(&settings, &plan, &model, args.device.math())?);
         return Ok(());
     }
 
+    let mut viewer = viewer(&args, &data, &device, &mut notes)?;
     let terminal = std::io::stderr().is_terminal();
     let bar = ProgressBar::new(settings.duration)
         .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {eta} left, {msg}")?);
@@ -209,7 +220,10 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let splits = Splits { train: &data, validation: validation.as_ref() };
     requests.begin();
     let stop = &requests.stop;
-    let outcome = device.run(Training { model, settings: &settings, plan: &plan, splits, stop, event: &mut show });
+    let mut picture = viewer.as_mut().map(|viewer| |size, image: &[f32]| viewer.picture(size, image));
+    let pictures = picture.as_mut().map(|picture| picture as &mut Show);
+    let training = Training { model, settings: &settings, plan: &plan, splits, show: pictures, stop, event: &mut show };
+    let outcome = device.run(training);
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
     match outcome {
@@ -219,6 +233,39 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
             std::process::exit(130);
         }
     }
+}
+
+/// What shows images in the sample grids.
+fn viewer(
+    args: &TrainArgs,
+    data: &Dataset,
+    device: &Device,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<Option<Viewer>> {
+    let (header, of) = (data.header(), args.data.display().to_string());
+    let viewer = match (&args.vae, header.kind) {
+        (None, Kind::Images) => (header.channels == 3).then_some(Viewer::Pixels),
+        (None, Kind::Latents) => None,
+        (Some(_), Kind::Images) => bail!("--vae: the images of {of} are pixels"),
+        (Some(path), Kind::Latents) => {
+            let (viewer, warning) = Viewer::open(device, path, &of, header.autoencoder.as_ref()).context("--vae")?;
+            notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
+            Some(viewer)
+        }
+    };
+    viewer.iter().try_for_each(|viewer| viewer.check([header.height, header.width]))?;
+    Ok(viewer)
+}
+
+/// Images at a time that the memory of a GPU has room for now: `most`, or half of it, a quarter, ...; what that takes, and
+/// what there is.
+fn fitting(device: &Device, most: u64, needed: impl Fn(u64) -> Option<u64>) -> Option<(u64, u64, u64)> {
+    let free = device.runtime()?.free()?;
+    let halves = std::iter::successors(Some(most), |&n| (n > 1).then(|| n.div_ceil(2)));
+    let mut tried = halves.map_while(|n| Some((n, needed(n)?)));
+    // What the driver and fragments take.
+    let fits = tried.find(|&(n, needed)| n == 1 || needed <= free / 20 * 19)?;
+    Some((fits.0, fits.1, free))
 }
 
 /// The network that the arguments ask for, fitted to the dataset.
@@ -315,8 +362,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
         }
     };
     let header = data.header();
-    if header.kind == Kind::Latents && args.grid != Some(0) {
-        notes.push("no sample grids: the images are latents".to_owned());
+    if header.kind == Kind::Latents && args.grid != Some(0) && args.vae.is_none() {
+        notes.push("no sample grids: the images are latents, and there is no --vae to show them".to_owned());
     }
     let mirrored = args.flip && header.kind == Kind::Latents;
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
@@ -324,8 +371,10 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
 
     let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
-    let duration =
-        args.duration.or(recipe.map(|recipe| recipe.duration)).context("give --duration, the images to train on")?;
+    let duration = args
+        .duration
+        .or(preset.as_ref().map(|preset| preset.duration))
+        .context("give --duration, the images to train on")?;
     let edm2 = Settings::new(data, config, duration);
     let settings = Settings {
         init: start,
@@ -341,6 +390,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
         cond_dropout: args.cond_dropout,
         cond_dropout_from: args.cond_dropout_from,
         flip: args.flip,
+        dropout: args.dropout.unwrap_or(of(|p| p.dropout, 0.0)),
         ..edm2
     };
     let positive = |name, x: f64| {
@@ -363,6 +413,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
     );
     let decay = settings.decay;
     ensure!(decay >= 0.0 && decay.is_finite(), "--decay is {decay}, expected 0 or more");
+    let p = settings.dropout;
+    ensure!((0.0..=0.95).contains(&p), "--dropout is {p}, expected 0 to 0.95");
     let p = settings.cond_dropout;
     ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {p}, expected 0 to 1");
     for (k, &std) in settings.ema.iter().enumerate() {
@@ -370,12 +422,26 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
         ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
     }
     let usual = Plan::new(&args.outdir, &settings, device);
-    let batch_gpu = args.batch_gpu.or(recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu));
+    let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
+    let mut batch_gpu = args.batch_gpu.or(of_recipe).map_or(usual.batch_gpu, |n| n.min(settings.batch));
+    let needed = |n: u64| {
+        let memory = plan_on_gpu(&settings, n, &model, args.device.math()).ok()?;
+        memory["total_bytes"].as_u64()
+    };
+    if args.batch_gpu.is_none()
+        && let Some((fits, takes, free)) = fitting(device, batch_gpu, needed)
+    {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        let (takes, free) = (gb(takes), gb(free));
+        notes.push(format!("{fits} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"));
+        batch_gpu = fits;
+    }
     let plan = Plan {
-        batch_gpu: batch_gpu.map_or(usual.batch_gpu, |n| n.min(settings.batch)),
+        batch_gpu,
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
         grid: args.grid.unwrap_or(usual.grid),
+        tensorboard: args.tensorboard,
         snapshot: args.snapshot.unwrap_or(usual.snapshot),
         checkpoint: args.checkpoint.unwrap_or(usual.checkpoint),
         keep: args.keep,
@@ -392,7 +458,7 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyh
     let [height, width, _] = settings.data.shape;
     let profiles = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
-    let gpu = plan_on_gpu(settings, plan, model, math).unwrap_or_else(|why| json!(why.to_string()));
+    let gpu = plan_on_gpu(settings, plan.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
     let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
@@ -407,12 +473,12 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyh
 
 /// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
 /// GeForce RTX 4090) would get; none is needed for it.
-fn plan_on_gpu(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> Result<Value, BackendError> {
+fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
     let card = Card { sms: 128, capability: 89 };
     let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;
     let [height, width, _] = settings.data.shape;
-    let n = plan.batch_gpu as usize;
-    edm2k::train::rehearse(&mut gpu, &model.net, [n, height, width])?;
+    let n = batch_gpu as usize;
+    edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [n, height, width])?;
     let cost = gpu.costs().next().unwrap_or_default();
     let total = gpu.param_bytes() + cost.workspace;
     Ok(json!({

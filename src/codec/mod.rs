@@ -39,6 +39,7 @@ use crate::backend::BackendError;
 use crate::backend::codec::CodecBackend;
 use crate::formats::fingerprint::{self, Fingerprint, Hasher};
 use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::formats::weights;
 use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
 use layers::{Layers, Weights, check};
@@ -149,13 +150,14 @@ enum Kind {
 
 impl CodecFile {
     /// Opens a file and checks that it has all tensors of its network, in the right shapes, and no others.
-    /// It is an SD-VAE under the names of `diffusers`, or a TAESD under those or those of its author (an encoder or a
+    /// It is safetensors or what `torch.save` writes: an SD-VAE under the names of `diffusers` or those of its first authors,
+    /// also as part of a whole Stable Diffusion checkpoint (`first_stage_model.`), or a TAESD under those or those of its author (an encoder or a
     /// decoder alone); the tensors tell.
     ///
     /// # Errors
     /// See [`CodecError`]; the message names the file and the tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let file = SafeFile::open(path)?;
+        let file = sd_vae::known_names(weights::open(path)?);
         let has = |name: &str| file.contains(name);
         let kind = if has("decoder.conv_in.weight") || has("encoder.conv_in.weight") {
             let config = sd_vae::Config::of(&file)?;
@@ -496,7 +498,7 @@ impl<B: CodecBackend> Decoder<B> {
 }
 
 /// By which EDM2 scales and then shifts a channel of raw latents, rounded as it does.
-fn scale_and_shift(channel: usize) -> (f32, f32) {
+pub(crate) fn scale_and_shift(channel: usize) -> (f32, f32) {
     let scale = FINAL_STD / RAW_STD[channel];
     (scale, -RAW_MEAN[channel] * scale)
 }

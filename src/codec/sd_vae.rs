@@ -23,6 +23,65 @@ const PIXELS: usize = 3;
 /// Channels of a latent.
 pub const LATENTS: usize = 4;
 
+/// A file under the names of `diffusers`, of one under those of the latent diffusion model's authors (`encoder.down.0.block.0`),
+/// perhaps with `first_stage_model.` before them, where the rest of the file is left out. Others stay as they are.
+pub fn known_names(file: SafeFile) -> SafeFile {
+    const PART: &str = "first_stage_model.";
+    let whole = file.names().any(|name| name.starts_with(PART));
+    let file = if whole { file.renamed(|name| name.strip_prefix(PART).map(str::to_owned)) } else { file };
+    if !file.contains("encoder.down.0.block.0.norm1.weight") {
+        return file;
+    }
+    let levels = count(&file, "decoder.up.", ".block.0.norm1.weight");
+    file.renamed(|name| renamed(name, levels))
+}
+
+/// The name of `diffusers`; none of what a network in training has beside.
+fn renamed(name: &str, levels: usize) -> Option<String> {
+    if ["loss.", "model_ema."].iter().any(|other| name.starts_with(other)) {
+        return None;
+    }
+    let parts: Vec<&str> = name.split('.').collect();
+    let of_resnet = |part: &[&str]| match part {
+        ["nin_shortcut", rest @ ..] => format!("conv_shortcut.{}", rest.join(".")),
+        other => other.join("."),
+    };
+    Some(match parts[..] {
+        [side, "down", level, "block", block, ref rest @ ..] => {
+            format!("{side}.down_blocks.{level}.resnets.{block}.{}", of_resnet(rest))
+        }
+        [side, "down", level, "downsample", ref rest @ ..] => {
+            format!("{side}.down_blocks.{level}.downsamplers.0.{}", rest.join("."))
+        }
+        // They count from the image on, `diffusers` from the latent on.
+        [side, "up", level, what, ref rest @ ..] => {
+            let level = levels.checked_sub(level.parse::<usize>().ok()? + 1)?;
+            match (what, rest) {
+                ("block", [block, rest @ ..]) => {
+                    format!("{side}.up_blocks.{level}.resnets.{block}.{}", of_resnet(rest))
+                }
+                ("upsample", rest) => format!("{side}.up_blocks.{level}.upsamplers.0.{}", rest.join(".")),
+                _ => name.into(),
+            }
+        }
+        [side, "mid", "block_1", ref rest @ ..] => format!("{side}.mid_block.resnets.0.{}", of_resnet(rest)),
+        [side, "mid", "block_2", ref rest @ ..] => format!("{side}.mid_block.resnets.1.{}", of_resnet(rest)),
+        [side, "mid", "attn_1", part, end] => {
+            let part = match part {
+                "norm" => "group_norm",
+                "q" => "to_q",
+                "k" => "to_k",
+                "v" => "to_v",
+                "proj_out" => "to_out.0",
+                other => other,
+            };
+            format!("{side}.{ATTENTION}.{part}.{end}")
+        }
+        [side, "norm_out", end] => format!("{side}.conv_norm_out.{end}"),
+        _ => name.into(),
+    })
+}
+
 /// How the linear layers of the attention are called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Naming {

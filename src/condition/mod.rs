@@ -11,7 +11,7 @@
 //! let tags = ["cat", "dog", "red"].map(|tag| Tag { tag: tag.into(), count: 0 });
 //! let vocabulary = Vocabulary::new(tags.to_vec())?;
 //! let half = 0.5f32.sqrt();
-//! assert_eq!(vocabulary.multi_hot(&vocabulary.parse("red, cat")?), [half, 0.0, half]);
+//! assert_eq!(vocabulary.condition(&vocabulary.parse("red, cat")?), [half, 0.0, half]);
 //! # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
 //! ```
 
@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::formats::fingerprint::{self, Fingerprint};
 
+pub mod classes;
+pub mod prompt;
 pub mod tagger;
 pub mod vae;
 pub mod vocabulary;

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::prompt::{self, Prompt};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, FileError, input, write_atomically};
 
@@ -34,6 +35,10 @@ pub struct Tag {
 pub enum VocabularyError {
     #[error("unknown tag \"{tag}\"{}", suggest(nearest))]
     Unknown { tag: String, nearest: Vec<String> },
+    #[error("weight {weight} in {part:?}, expected 0 to {most}")]
+    Weight { weight: f32, most: f32, part: String },
+    #[error("the bracket {bracket} has no partner in {text:?}")]
+    Bracket { bracket: char, text: String },
     #[error("tag {index} of the vocabulary: {cause}")]
     Entry { index: u32, cause: NoTag },
     #[error("tag {index} of the vocabulary: \"{tag}\" is already tag {first}")]
@@ -180,37 +185,38 @@ impl Vocabulary {
         scored.into_iter().take(most).map(|(.., tag)| tag.clone()).collect()
     }
 
-    /// The indices of tags given as one text, separated by commas: sorted, each once.
-    /// Spaces around tags and empty parts are ignored.
-    ///
-    /// ```
-    /// use edm2k::condition::vocabulary::Vocabulary;
-    /// let vocabulary = Vocabulary::most_frequent([["heart", "red"], ["heart", "blue"]], 9)?;
-    /// assert_eq!(vocabulary.parse("red, heart")?, [0, 2]);
-    /// assert_eq!(
-    ///     vocabulary.parse("blu, heart").unwrap_err().to_string(),
-    ///     "unknown tag \"blu\", did you mean \"blue\"?"
-    /// );
-    /// # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
-    /// ```
+    /// The tags of a text, with their weights: [`Prompt`] says how people write them.
     ///
     /// # Errors
-    /// [`VocabularyError::Unknown`] for the first unknown tag.
-    pub fn parse(&self, text: &str) -> Result<Vec<u32>, VocabularyError> {
-        let mut indices = text
-            .split(',')
-            .map(str::trim)
-            .filter(|tag| !tag.is_empty())
-            .map(|tag| self.index(tag))
-            .collect::<Result<Vec<_>, _>>()?;
-        indices.sort_unstable();
-        indices.dedup();
-        Ok(indices)
+    /// [`VocabularyError::Unknown`] for the first unknown tag, [`VocabularyError::Weight`], [`VocabularyError::Bracket`].
+    pub fn parse(&self, text: &str) -> Result<Prompt, VocabularyError> {
+        prompt::parse(self, text)
+    }
+
+    /// What [`Vocabulary::parse`] reads as this prompt; places beyond the end are left out.
+    pub fn text(&self, prompt: &Prompt) -> String {
+        let word = |&(place, weight): &(u32, f32)| {
+            let tag = self.tag(place)?;
+            Some(if weight == 1.0 { tag.into() } else { format!("({tag}:{weight})") })
+        };
+        prompt.tags().iter().filter_map(word).collect::<Vec<String>>().join(", ")
     }
 
     /// The tags at these places, in words, separated by commas; places beyond the end are left out.
     pub fn words(&self, indices: &[u32]) -> String {
         indices.iter().filter_map(|&index| self.tag(index)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The condition of a prompt: its weights over their norm; `[D]`, norm 1, or zeros for no tags.
+    ///
+    /// # Panics
+    /// If a place is not below [`Vocabulary::len`].
+    pub fn condition(&self, prompt: &Prompt) -> Vec<f32> {
+        let (mut condition, norm) = (vec![0.0; self.len()], prompt.norm());
+        for &(place, weight) in prompt.tags() {
+            condition[place as usize] = weight / norm;
+        }
+        condition
     }
 
     /// The condition of a set of tags: 1/sqrt(k) at each of the k distinct indices, 0
@@ -219,15 +225,7 @@ impl Vocabulary {
     /// # Panics
     /// If an index is not below [`Vocabulary::len`].
     pub fn multi_hot(&self, indices: &[u32]) -> Vec<f32> {
-        let mut condition = vec![0.0; self.len()];
-        for &index in indices {
-            condition[index as usize] = 1.0;
-        }
-        let k: f32 = condition.iter().sum();
-        if k > 0.0 {
-            condition.iter_mut().for_each(|x| *x /= k.sqrt());
-        }
-        condition
+        self.condition(&Prompt::of(indices))
     }
 
     /// Of the tags in their order: what conditions made of them mean.

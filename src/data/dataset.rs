@@ -1,6 +1,8 @@
 //! A dataset: a directory of memory-mapped shards `train-00000.safetensors`, `validation-00000.safetensors`,
 //! `test-...` ([`shard`](super::shard)), and `vocabulary.json` beside them.
 //!
+//! Or a zip of EDM2's own ([`edm2`](super::edm2)), which has a train split only.
+//!
 //! Opening a split costs one pass over its conditions. Reading an image touches its own bytes only.
 
 use std::collections::HashSet;
@@ -11,12 +13,14 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use serde_json::json;
 
+use super::edm2::Archive;
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use super::shard::{Shard, ShardError, check_whole};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
+use crate::formats::zip::ZipError;
 use crate::formats::{At, FileError};
 use crate::pictures::to_model;
 use crate::rng::Stream;
@@ -71,15 +75,28 @@ pub enum DatasetError {
     Differs { path: PathBuf, first: PathBuf, what: &'static str, found: String, expected: String },
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
+    #[error(transparent)]
+    Zip(#[from] ZipError),
+    #[error("{}: it has no images (.png or .npy)", path.display())]
+    NoImages { path: PathBuf },
+    #[error("{}: a zip has no {split} split, as all of it is for training", path.display())]
+    NoSplit { path: PathBuf, split: Split },
+    #[error("{}: labels of {found} classes, expected {} at most", path.display(), 1 << 20)]
+    Classes { path: PathBuf, found: usize },
 }
 
 /// One split of a dataset, opened and checked. Cheap to read at random, from any thread.
 pub struct Dataset {
     header: Header,
-    shards: Vec<Shard>,
-    /// Where the images of each shard begin.
-    first: Vec<usize>,
+    source: Source,
     vocabulary: Vocabulary,
+}
+
+/// Where the images are.
+enum Source {
+    /// Shards, and where the images of each begin.
+    Shards(Vec<Shard>, Vec<usize>),
+    Zip(Archive),
 }
 
 impl fmt::Debug for Dataset {
@@ -89,12 +106,20 @@ impl fmt::Debug for Dataset {
 }
 
 impl Dataset {
-    /// Opens and checks one split of the dataset in a directory.
+    /// Opens and checks one split of the dataset in a directory, or a zip of EDM2's.
     ///
     /// # Errors
     /// A missing, damaged, empty or inconsistent dataset: see [`DatasetError`]; the message
     /// names the file, the tensor, what was found and what was expected.
     pub fn open(dir: &Path, split: Split) -> Result<Self, DatasetError> {
+        if dir.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip")) {
+            if split != Split::Train {
+                return Err(DatasetError::NoSplit { path: dir.into(), split });
+            }
+            let archive = Archive::open(dir)?;
+            let (header, vocabulary) = (archive.header.clone(), Vocabulary::default());
+            return Ok(Self { header, source: Source::Zip(archive), vocabulary });
+        }
         let vocabulary = Vocabulary::load(&dir.join(VOCABULARY_FILE))?;
         let (found, expected) = find_shards(dir, split)?;
         let (mut shards, mut first, mut count) = (Vec::<Shard>::new(), Vec::new(), 0);
@@ -117,7 +142,10 @@ impl Dataset {
             shards.push(shard);
         }
         match shards.first().filter(|_| count > 0) {
-            Some(shard) => Ok(Self { header: Header { count, ..shard.header.clone() }, shards, first, vocabulary }),
+            Some(shard) => {
+                let header = Header { count, ..shard.header.clone() };
+                Ok(Self { header, source: Source::Shards(shards, first), vocabulary })
+            }
             None => Err(DatasetError::Empty { dir: dir.into(), split }),
         }
     }
@@ -155,8 +183,11 @@ impl Dataset {
 
     /// Of all images and conditions; none if a shard is of an older version, which kept no checksums.
     pub fn fingerprint(&self) -> Option<Fingerprint> {
-        let shards: Option<Vec<_>> = self.shards.iter().map(|shard| shard.content).collect();
-        Some(Fingerprint::of(shards?.iter().map(|content| format!("{content:?}"))))
+        let shards = match &self.source {
+            Source::Shards(shards, _) => shards.iter().map(|shard| shard.content).collect::<Option<Vec<_>>>()?,
+            Source::Zip(archive) => return Some(archive.fingerprint()),
+        };
+        Some(Fingerprint::of(shards.iter().map(|content| format!("{content:?}"))))
     }
 
     /// Whether tags have been renamed in the vocabulary's file since the shards were made.
@@ -171,7 +202,7 @@ impl Dataset {
     /// The first damaged tensor.
     pub fn check(&self, progress: &mut dyn FnMut()) -> Result<usize, DatasetError> {
         let mut known = 0;
-        for shard in &self.shards {
+        for shard in self.shards() {
             known += usize::from(check_whole(&shard.file).map_err(ShardError::File)?);
             progress();
         }
@@ -183,56 +214,69 @@ impl Dataset {
         &self.vocabulary
     }
 
-    /// The shard of image `i`, and its row there.
-    fn at(&self, i: usize) -> (&Shard, usize) {
-        assert!(i < self.len(), "image {i} of {}", self.len());
-        let shard = self.first.partition_point(|&first| first <= i) - 1;
-        (&self.shards[shard], i - self.first[shard])
+    fn shards(&self) -> &[Shard] {
+        match &self.source {
+            Source::Shards(shards, _) => shards,
+            Source::Zip(_) => &[],
+        }
     }
 
-    /// The number that the dataset's maker gave image `i`.
+    /// The shard of image `i`, and its row there; none of a zip.
+    fn at(&self, i: usize) -> Option<(&Shard, usize)> {
+        assert!(i < self.len(), "image {i} of {}", self.len());
+        let Source::Shards(shards, first) = &self.source else { return None };
+        let shard = first.partition_point(|&first| first <= i) - 1;
+        Some((&shards[shard], i - first[shard]))
+    }
+
+    /// The number that the dataset's maker gave image `i`; in a zip its place.
     ///
     /// # Panics
     /// Here and below: if `i` is not below [`Dataset::len`].
     pub fn id(&self, i: usize) -> i64 {
-        let (shard, row) = self.at(i);
-        shard.ids[row]
+        self.at(i).map_or(i as i64, |(shard, row)| shard.ids[row])
     }
 
     /// The image with this id, if there is one.
     pub fn find(&self, id: i64) -> Option<usize> {
-        self.shards.iter().flat_map(|shard| &shard.ids).position(|&known| known == id)
+        match &self.source {
+            Source::Shards(shards, _) => shards.iter().flat_map(|shard| &shard.ids).position(|&known| known == id),
+            Source::Zip(_) => usize::try_from(id).ok().filter(|&i| i < self.len()),
+        }
     }
 
     /// Indices of the tags of image `i` in the vocabulary.
     pub fn tags(&self, i: usize) -> &[u32] {
-        let (shard, row) = self.at(i);
-        shard.tags(row)
+        self.at(i).map_or(&[], |(shard, row)| shard.tags(row))
     }
 
     /// Whether mirroring image `i` leaves its meaning and its tags as they are.
     pub fn flip_allowed(&self, i: usize) -> bool {
-        let (shard, row) = self.at(i);
-        shard.flips[row] == 1
+        // Latents of a mirrored picture are not mirrored latents.
+        self.at(i).map_or(self.header.kind == Kind::Images, |(shard, row)| shard.flips[row] == 1)
     }
 
     /// How often training shows image `i` in an epoch; at least 1.
     pub fn repeats(&self, i: usize) -> usize {
-        let (shard, row) = self.at(i);
-        shard.repeats[row].into()
+        self.at(i).map_or(1, |(shard, row)| shard.repeats[row].into())
     }
 
     /// Writes image `i` in model space, `[H, W, C]`: pixels as x / 127.5 - 1, which is
     /// EDM2's `StandardRGBEncoder`; of latents one that is drawn with the numbers of `noise`.
     ///
+    /// # Errors
+    /// [`DatasetError::Zip`]: a damaged image, which a zip's are only known to be when they are read.
+    ///
     /// # Panics
     /// If `out` is not H * W * C long.
-    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) {
+    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) -> Result<(), DatasetError> {
         let [height, width, channels] = self.shape();
         let area = height * width;
         assert_eq!(out.len(), area * channels, "length of the image's buffer");
-        let (shard, row) = self.at(i);
-        let stored = shard.image(row);
+        let stored = match (&self.source, self.at(i)) {
+            (Source::Zip(archive), _) => return archive.image(i, noise, out),
+            (_, at) => at.map_or(&[][..], |(shard, row)| shard.image(row)),
+        };
         match self.header.kind {
             Kind::Images => {
                 for (c, plane) in stored.chunks_exact(area).enumerate() {
@@ -251,6 +295,7 @@ impl Dataset {
                 }
             }
         }
+        Ok(())
     }
 
     /// Writes the condition of image `i`, `[D]`; always finite.
@@ -259,8 +304,11 @@ impl Dataset {
     /// If `out` is not D long.
     pub fn condition(&self, i: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.condition_dim(), "length of the condition's buffer");
-        let (shard, row) = self.at(i);
-        for (x, &bytes) in out.iter_mut().zip(shard.condition(row).as_chunks::<2>().0) {
+        let stored = match (&self.source, self.at(i)) {
+            (Source::Zip(archive), _) => return archive.condition(i, out),
+            (_, at) => at.map_or(&[][..], |(shard, row)| shard.condition(row)),
+        };
+        for (x, &bytes) in out.iter_mut().zip(stored.as_chunks::<2>().0) {
             *x = f16::from_le_bytes(bytes).to_f32();
         }
     }

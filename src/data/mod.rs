@@ -6,13 +6,14 @@
 //!
 //! let data = Dataset::open("tests/data/emoji".as_ref(), Split::Train)?;
 //! let mut image = vec![0.0; data.shape().iter().product()];
-//! data.image(0, Stream::new(0, Purpose::Latent, 0), &mut image);
+//! data.image(0, Stream::new(0, Purpose::Latent, 0), &mut image)?;
 //! println!("image {} shows {}", data.id(0), data.vocabulary().words(data.tags(0)));
 //! assert!(image.iter().all(|x| x.abs() <= 1.0));
 //! # Ok::<(), edm2k::data::dataset::DatasetError>(())
 //! ```
 
 pub mod dataset;
+pub mod edm2;
 pub mod features;
 pub mod prepare;
 pub mod shard;

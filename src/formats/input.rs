@@ -3,7 +3,7 @@
 //! Only regular files are read: a pipe that nobody writes to would never end, nor would `/dev/zero`.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::path::Path;
 
 use crate::system;
@@ -30,6 +30,17 @@ pub fn open(path: &Path) -> io::Result<File> {
             Err(io::Error::new(io::ErrorKind::InvalidInput, text))
         }
     }
+}
+
+/// The first bytes of a file, as many as [`kind`] looks at or fewer.
+///
+/// # Errors
+/// Whatever reading reports.
+pub fn head(file: &File) -> io::Result<Vec<u8>> {
+    let (mut file, mut bytes) = (file, Vec::new());
+    Read::take(file, HEAD as u64).read_to_end(&mut bytes)?;
+    file.rewind()?;
+    Ok(bytes)
 }
 
 /// All bytes of a regular file that has no more than `most`.

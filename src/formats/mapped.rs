@@ -51,6 +51,12 @@ impl Deref for Mapped {
     }
 }
 
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
 impl Drop for Mapped {
     fn drop(&mut self) {
         self.entry.length.store(0, Ordering::Release);

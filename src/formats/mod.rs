@@ -12,6 +12,8 @@ pub mod pickle;
 pub mod safetensors;
 pub mod tar;
 pub mod torch;
+pub mod weights;
+pub mod zip;
 
 pub use atomic::{AtomicFile, Claim, DirLock, LockError, write_atomically};
 

@@ -27,7 +27,15 @@ pub enum NpyError {
 /// # Errors
 /// [`NpyError`]; anything but little-endian floats of 2, 4 or 8 bytes in C order is one.
 pub fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>), NpyError> {
-    read_as(path, "'<f2', '<f4' or '<f8'", |kind, data| {
+    read_as(path, floats)
+}
+
+/// An array of numbers out of a file's bytes: its shape, and its values row by row.
+///
+/// # Errors
+/// What is wrong with it, as in [`read`].
+pub fn floats(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
+    array(bytes, "'<f2', '<f4' or '<f8'", |kind, data| {
         Some(match kind {
             "<f2" => elements(data, |b| f16::from_le_bytes(b).to_f32()),
             "<f4" => elements(data, f32::from_le_bytes),
@@ -42,11 +50,13 @@ pub fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>), NpyError> {
 /// # Errors
 /// [`NpyError`]; anything but little-endian signed integers of 4 or 8 bytes in C order is one.
 pub fn read_i64(path: &Path) -> Result<(Vec<usize>, Vec<i64>), NpyError> {
-    read_as(path, "'<i4' or '<i8'", |kind, data| {
-        Some(match kind {
-            "<i4" => elements(data, |b| i32::from_le_bytes(b).into()),
-            "<i8" => elements(data, i64::from_le_bytes),
-            _ => return None,
+    read_as(path, |bytes| {
+        array(bytes, "'<i4' or '<i8'", |kind, data| {
+            Some(match kind {
+                "<i4" => elements(data, |b| i32::from_le_bytes(b).into()),
+                "<i8" => elements(data, i64::from_le_bytes),
+                _ => return None,
+            })
         })
     })
 }
@@ -57,22 +67,24 @@ fn elements<const N: usize, T>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> (
     (chunks.iter().map(|&b| convert(b)).collect(), rest.len())
 }
 
-fn read_as<T>(
-    path: &Path,
+fn read_as<T>(path: &Path, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<T, NpyError> {
+    let bytes = input::read(path, MAX_BYTES).at(path)?;
+    parse(&bytes).map_err(|what| NpyError::Malformed { path: path.into(), what })
+}
+
+fn array<T>(
+    bytes: &[u8],
     expected: &str,
     convert: impl FnOnce(&str, &[u8]) -> Option<(Vec<T>, usize)>,
-) -> Result<(Vec<usize>, Vec<T>), NpyError> {
-    let bytes = input::read(path, MAX_BYTES).at(path)?;
-    let parsed = parse(&bytes).and_then(|(kind, shape, data)| {
-        let (values, rest) =
-            convert(kind, data).ok_or_else(|| format!("elements of type {kind:?}, expected {expected}"))?;
-        let count = shape.iter().try_fold(1, |product: usize, &side| product.checked_mul(side));
-        if count != Some(values.len()) || rest > 0 {
-            return Err(format!("{} bytes of values do not make the shape {shape:?}", data.len()));
-        }
-        Ok((shape, values))
-    });
-    parsed.map_err(|what| NpyError::Malformed { path: path.into(), what })
+) -> Result<(Vec<usize>, Vec<T>), String> {
+    let (kind, shape, data) = parse(bytes)?;
+    let (values, rest) =
+        convert(kind, data).ok_or_else(|| format!("elements of type {kind:?}, expected {expected}"))?;
+    let count = shape.iter().try_fold(1, |product: usize, &side| product.checked_mul(side));
+    if count != Some(values.len()) || rest > 0 {
+        return Err(format!("{} bytes of values do not make the shape {shape:?}", data.len()));
+    }
+    Ok((shape, values))
 }
 
 /// Element type, shape, and the values' bytes.

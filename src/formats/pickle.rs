@@ -95,6 +95,11 @@ impl<'a> Pickle<'a> {
         reader.run()
     }
 
+    /// All values in it.
+    pub fn values(&self) -> impl Iterator<Item = &Value<'a>> {
+        self.values.iter().map(|(_, value)| value)
+    }
+
     /// The value that it makes.
     pub fn root(&self) -> Id {
         self.root

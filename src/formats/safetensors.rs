@@ -14,6 +14,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io::{self, Write};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -24,6 +25,7 @@ use serde_json::{Map, Value, json};
 pub use safetensors::Dtype;
 
 use super::mapped::Mapped;
+use super::pickle::PickleError;
 use super::{At, AtomicFile, FileError, input};
 use crate::formats::fingerprint::Fingerprint;
 
@@ -45,6 +47,8 @@ pub enum SafeError {
     Io(#[from] FileError),
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
+    #[error("{}: not a file of weights: {why}; `edm2k import` reads NVIDIA's snapshots", path.display())]
+    Torch { path: PathBuf, why: PickleError },
     #[error("{}: tensor {name}: {what}", path.display())]
     Tensor { path: PathBuf, name: String, what: String },
     #[error("{}: tensor {name} is missing{}", path.display(), nearest(hint))]
@@ -78,10 +82,26 @@ struct Info {
 /// truncated, the process ends with an error that names it ([`Mapped`]).
 pub struct SafeFile {
     path: PathBuf,
-    map: Mapped,
+    bytes: Bytes,
     data_start: usize,
     metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Info>,
+}
+
+enum Bytes {
+    Mapped(Mapped),
+    Owned(Vec<u8>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Owned(bytes) => bytes,
+        }
+    }
 }
 
 impl fmt::Debug for SafeFile {
@@ -163,7 +183,35 @@ impl SafeFile {
             return Err(malformed(format!("its tensors end at byte {end}, its data at byte {}", data.len())));
         }
         let data_start = 8 + header_length as usize;
-        Ok(Self { path, map, data_start, metadata, tensors })
+        Ok(Self { path, bytes: Bytes::Mapped(map), data_start, metadata, tensors })
+    }
+
+    /// The tensors of a file of another format, as if they were in one of this: names, types, shapes, and bytes one after
+    /// the other. Of several with one name the last counts.
+    ///
+    /// # Errors
+    /// [`SafeError::Tensor`]: bytes that do not make the shape.
+    pub fn of(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) -> Result<Self> {
+        let (mut bytes, mut known) = (Vec::new(), BTreeMap::new());
+        for (name, dtype, shape, data) in tensors {
+            if byte_length(dtype, &shape) != Some(data.len()) {
+                let what = format!("{} bytes for {dtype} {shape:?}", data.len());
+                return Err(SafeError::Tensor { path: path.into(), name, what });
+            }
+            let begin = bytes.len();
+            bytes.extend(data);
+            known.insert(name, Info { dtype, shape, data_offsets: (begin, bytes.len()) });
+        }
+        let (path, bytes, metadata) = (path.into(), Bytes::Owned(bytes), HashMap::new());
+        Ok(Self { path, bytes, data_start: 0, metadata, tensors: known })
+    }
+
+    /// The same with other names; what `name` gives none for is left out.
+    #[must_use]
+    pub fn renamed(mut self, name: impl Fn(&str) -> Option<String>) -> Self {
+        let old = std::mem::take(&mut self.tensors);
+        self.tensors = old.into_iter().filter_map(|(old, info)| Some((name(&old)?, info))).collect();
+        self
     }
 
     /// Where the file is.
@@ -222,7 +270,7 @@ impl SafeFile {
     /// [`SafeError::Missing`].
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let (begin, end) = self.info(name)?.data_offsets;
-        Ok(&self.map[self.data_start + begin..self.data_start + end])
+        Ok(&self.bytes[self.data_start + begin..self.data_start + end])
     }
 
     /// The [`fingerprint`] of a tensor.

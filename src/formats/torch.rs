@@ -7,6 +7,9 @@
 //! entries, `NAME/data.pkl` with the description and `NAME/data/KEY` with the elements.
 //! The description is a persistent id: `('storage', torch.HalfStorage, key, 'cpu', number of elements)`.
 //!
+//! What `torch.save` makes of a dictionary of tensors has the same two forms ([`state_dict`]): there a storage is the persistent
+//! id itself, and the older format has the elements of all storages at its end, in the order of the list of keys.
+//!
 //! Elements stay where they are in the input until they are asked for.
 
 use std::collections::HashMap;
@@ -28,7 +31,7 @@ pub type Storages<'a> = HashMap<usize, (Dtype, &'a [u8])>;
 /// A tensor: a view of a storage.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor<'a> {
-    /// Type of its elements: F16, BF16 or F32.
+    /// Type of its elements: F16, BF16, F32, F64, I64 or I32.
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
@@ -43,6 +46,10 @@ impl<'a> Tensor<'a> {
     /// # Errors
     /// If it is none, or reaches beyond its storage, or has more elements than that.
     pub fn read(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
+        Self::read_with(pickle, id, storages, &Outside::default())
+    }
+
+    fn read_with(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
         let tensor = match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
             Some(&[tensor, _, _]) => tensor,
             _ => id,
@@ -62,16 +69,18 @@ impl<'a> Tensor<'a> {
             _ => Err(pickle.unexpected(id, "a tuple of 8 at most")),
         };
         let (offset, shape, strides): (_, Vec<_>, Vec<_>) = (number(offset)?, sides(shape)?, sides(strides)?);
-        let (dtype, storage) = match pickle.call_of(storage, &[("torch.storage", "_load_from_bytes")]) {
-            Some(&[bytes]) => match pickle[bytes] {
-                Value::Bytes { offset, bytes } => match storages.get(&offset) {
-                    Some(&known) => known,
-                    None => *storages.entry(offset).insert_entry(read_storage(bytes, offset)?).get(),
+        let (dtype, storage) =
+            match (pickle.call_of(storage, &[("torch.storage", "_load_from_bytes")]), &pickle[storage]) {
+                (Some(&[bytes]), _) => match pickle[bytes] {
+                    Value::Bytes { offset, bytes } => match storages.get(&offset) {
+                        Some(&known) => known,
+                        None => *storages.entry(offset).insert_entry(read_storage(bytes, offset)?).get(),
+                    },
+                    _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
                 },
-                _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
-            },
-            _ => return Err(pickle.unexpected(storage, "a storage")),
-        };
+                (_, &Value::Persistent(about)) => outside.find(pickle, about)?,
+                _ => return Err(pickle.unexpected(storage, "a storage")),
+            };
         let tensor = Self { dtype, shape, strides, offset, storage };
         if tensor.fits() {
             return Ok(tensor);
@@ -101,11 +110,23 @@ impl<'a> Tensor<'a> {
         match self.dtype {
             Dtype::F16 => self.gather(|b| f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => self.gather(|b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => self.gather(|b| f64::from_le_bytes(b) as f32),
+            Dtype::I64 => self.gather(|b| i64::from_le_bytes(b) as f32),
+            Dtype::I32 => self.gather(|b| i32::from_le_bytes(b) as f32),
             _ => self.gather(f32::from_le_bytes),
         }
     }
 
-    fn gather<const N: usize>(&self, convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    /// The bytes of its elements, row by row.
+    fn bytes(&self) -> Vec<u8> {
+        match self.dtype {
+            Dtype::F16 | Dtype::BF16 => self.gather(|b: [u8; 2]| b).concat(),
+            Dtype::F64 | Dtype::I64 => self.gather(|b: [u8; 8]| b).concat(),
+            _ => self.gather(|b: [u8; 4]| b).concat(),
+        }
+    }
+
+    fn gather<const N: usize, T>(&self, convert: impl Fn([u8; N]) -> T) -> Vec<T> {
         let elements = self.storage.as_chunks::<N>().0;
         let mut index = vec![0; self.shape.len()];
         let mut place = self.offset;
@@ -139,10 +160,15 @@ struct Description<'a> {
 
 impl<'a> Description<'a> {
     fn read(pickle: &Pickle<'a>) -> Result<Self> {
-        let expected = "('storage', type, key, place, number of elements)";
-        let wrong = || pickle.unexpected(pickle.root(), format!("the persistent id {expected}"));
+        let wrong = || pickle.unexpected(pickle.root(), "the persistent id of a storage");
         let Value::Persistent(id) = pickle[pickle.root()] else { return Err(wrong()) };
-        let Value::Tuple(parts) = &pickle[id] else { return Err(wrong()) };
+        Self::of(pickle, id)
+    }
+
+    /// What a persistent id says.
+    fn of(pickle: &Pickle<'a>, id: Id) -> Result<Self> {
+        let expected = "('storage', type, key, place, number of elements)";
+        let Value::Tuple(parts) = &pickle[id] else { return Err(pickle.unexpected(id, expected)) };
         let (kind, key, numel) = match **parts {
             [tag, kind, key, _, numel] if pickle[tag] == Value::Text("storage") => (kind, key, numel),
             [tag, kind, key, _, numel, view]
@@ -156,7 +182,10 @@ impl<'a> Description<'a> {
             Some(("torch", "HalfStorage")) => Dtype::F16,
             Some(("torch", "BFloat16Storage")) => Dtype::BF16,
             Some(("torch", "FloatStorage")) => Dtype::F32,
-            _ => return Err(pickle.unexpected(kind, "torch.HalfStorage, BFloat16Storage or FloatStorage")),
+            Some(("torch", "DoubleStorage")) => Dtype::F64,
+            Some(("torch", "LongStorage")) => Dtype::I64,
+            Some(("torch", "IntStorage")) => Dtype::I32,
+            _ => return Err(pickle.unexpected(kind, "the name of a torch.Storage of floats or integers")),
         };
         let Value::Text(key) = pickle[key] else { return Err(pickle.unexpected(key, "a key")) };
         let Value::Int(numel) = pickle[numel] else { return Err(pickle.unexpected(numel, "a number of elements")) };
@@ -174,18 +203,15 @@ impl<'a> Description<'a> {
     }
 }
 
-/// Element type and elements of what `torch.save` made of a storage; `base` is where that is in the file.
-fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
-    if bytes.starts_with(b"PK") {
-        return read_zip(bytes, base);
-    }
+/// The object, the list of keys, and where the elements begin, of the older format.
+fn read_legacy(bytes: &[u8], base: usize) -> Result<(Pickle<'_>, Pickle<'_>, usize)> {
     let mut at = 0;
     let mut next = || {
         let pickle = Pickle::parse(&bytes[at..], base + at)?;
         at += pickle.end();
         Ok(pickle)
     };
-    let (magic, version, machine, storage, keys) = (next()?, next()?, next()?, next()?, next()?);
+    let (magic, version, machine, object, keys) = (next()?, next()?, next()?, next()?, next()?);
     for (pickle, value, expected) in [
         (&magic, MAGIC, "the number that begins a PyTorch file"),
         (&version, Value::Int(1001), "version 1001 of PyTorch's files"),
@@ -202,6 +228,15 @@ fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
             return Err(machine.unexpected(value, "True for little_endian"));
         }
     }
+    Ok((object, keys, at))
+}
+
+/// Element type and elements of what `torch.save` made of a storage; `base` is where that is in the file.
+fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+    if bytes.starts_with(b"PK") {
+        return read_zip(bytes, base);
+    }
+    let (storage, keys, at) = read_legacy(bytes, base)?;
     let about = Description::read(&storage)?;
     match &keys[keys.root()] {
         Value::List(list) if matches!(**list, [key] if keys[key] == Value::Text(about.key)) => {}
@@ -256,4 +291,127 @@ fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
     let (data, at) = need(&format!("data/{}", about.key))?;
     about.check(data, base + at)?;
     Ok((about.dtype, data))
+}
+
+/// The storages that a pickle refers to by persistent ids.
+#[derive(Default)]
+struct Outside<'a>(HashMap<&'a str, (&'a [u8], usize)>);
+
+impl<'a> Outside<'a> {
+    fn find(&self, pickle: &Pickle<'a>, id: Id) -> Result<(Dtype, &'a [u8])> {
+        let about = Description::of(pickle, id)?;
+        let found = self.0.get(about.key);
+        let &(data, at) = found.ok_or_else(|| pickle.unexpected(id, "a storage that the file has"))?;
+        about.check(data, at)?;
+        Ok((about.dtype, data))
+    }
+}
+
+/// Name, element type, shape and bytes of a tensor.
+pub type Named = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// The tensors of a dictionary that `torch.save` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in it.
+/// Nothing in the file runs; what is no tensor is left out.
+///
+/// # Errors
+/// The file is damaged, or has no tensors.
+pub fn state_dict(bytes: &[u8]) -> Result<Vec<Named>> {
+    let (pickle, outside) = if bytes.starts_with(b"PK") { zipped(bytes)? } else { legacy(bytes)? };
+    let mut entries =
+        dictionary(&pickle, pickle.root()).ok_or_else(|| pickle.unexpected(pickle.root(), "a dictionary"))?;
+    let inner = ["state_dict", "model", "ema", "params"].iter().find_map(|wanted| {
+        let of = |key: Id| matches!(pickle[key], Value::Text(name) if name == *wanted);
+        dictionary(&pickle, entries.iter().find(|(key, _)| of(*key))?.1)
+    });
+    entries = inner.unwrap_or(entries);
+    let (mut storages, mut tensors, mut total) = (HashMap::new(), Vec::new(), 0usize);
+    for &(key, value) in entries {
+        let (Value::Text(name), true) = (&pickle[key], is_tensor(&pickle, value)) else { continue };
+        let tensor = Tensor::read_with(&pickle, value, &mut storages, &outside)?;
+        // Views of one storage could make more of it than the file has.
+        total += tensor.shape.iter().product::<usize>() * size(tensor.dtype);
+        if total > 4 * bytes.len() {
+            return Err(pickle.error(value, "tensors of four times the file's size".into()));
+        }
+        let data = tensor.bytes();
+        tensors.push(((*name).to_owned(), tensor.dtype, tensor.shape, data));
+    }
+    if tensors.is_empty() { Err(pickle.unexpected(pickle.root(), "a dictionary of tensors")) } else { Ok(tensors) }
+}
+
+fn is_tensor(pickle: &Pickle, id: Id) -> bool {
+    pickle.call_of(id, &[("torch._utils", "_rebuild_parameter"), ("torch._utils", "_rebuild_tensor_v2")]).is_some()
+}
+
+fn dictionary<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [(Id, Id)]> {
+    match &pickle[id] {
+        Value::Dict(items) => Some(items),
+        Value::Call { items, .. } if pickle.call_of(id, &[("collections", "OrderedDict")]).is_some() => Some(items),
+        _ => None,
+    }
+}
+
+fn zipped(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
+    let error = |what: String| PickleError { offset: 0, what };
+    let damaged = |e: rawzip::Error| error(format!("a damaged zip: {e}"));
+    let archive = ZipArchive::from_slice(bytes).map_err(damaged)?;
+    let (mut pickle, mut outside, mut list) = (None, Outside::default(), archive.entries());
+    let mut names = Vec::new();
+    while let Some(entry) = list.next_entry().map_err(damaged)? {
+        let name = String::from_utf8_lossy(entry.file_path().as_ref()).into_owned();
+        if entry.compression_method() != CompressionMethod::STORE {
+            return Err(error(format!("entry {} of a zip is compressed, expected it as it is", quoted(&name))));
+        }
+        let (from, to) = archive.get_entry(entry.wayfinder()).map_err(damaged)?.compressed_data_range();
+        let data = bytes.get(from as usize..to as usize);
+        names.push((name, data.ok_or_else(|| error("a zip that ends within an entry".into()))?, from as usize));
+    }
+    for (name, data, at) in &names {
+        if name.ends_with("/data.pkl") {
+            pickle = Some(Pickle::parse(data, *at)?);
+        } else if name.ends_with("/byteorder") && *data != b"little" {
+            return Err(error("another byte order than little".into()));
+        }
+    }
+    let pickle = pickle.ok_or_else(|| error("a zip without an entry data.pkl".into()))?;
+    for key in keys(&pickle) {
+        let end = format!("/data/{key}");
+        if let Some((_, data, at)) = names.iter().find(|(name, ..)| name.ends_with(&end)) {
+            outside.0.insert(key, (data, *at));
+        }
+    }
+    Ok((pickle, outside))
+}
+
+/// Keys of all storages of a pickle.
+fn keys<'a>(pickle: &Pickle<'a>) -> Vec<&'a str> {
+    let about = |value: &Value<'a>| match *value {
+        Value::Persistent(id) => Description::of(pickle, id).ok().map(|about| about.key),
+        _ => None,
+    };
+    pickle.values().filter_map(about).collect()
+}
+
+fn legacy(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
+    let (pickle, keys, mut at) = read_legacy(bytes, 0)?;
+    let ended = |at: usize| PickleError { offset: at, what: "the file ends before its storages' elements".into() };
+    let Value::List(list) = &keys[keys.root()] else { return Err(keys.unexpected(keys.root(), "a list of keys")) };
+    let mut widths = HashMap::new();
+    for value in pickle.values() {
+        if let Value::Persistent(id) = *value {
+            let about = Description::of(&pickle, id)?;
+            widths.insert(about.key, size(about.dtype));
+        }
+    }
+    let mut outside = Outside::default();
+    for &key in list {
+        let Value::Text(key) = keys[key] else { return Err(keys.unexpected(key, "a key")) };
+        let numel = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()).ok_or_else(|| ended(at))?;
+        let width = widths.get(key).copied().unwrap_or(0);
+        let length = usize::try_from(u64::from_le_bytes(*numel)).ok().and_then(|numel| numel.checked_mul(width));
+        let end = length.and_then(|length| (at + 8).checked_add(length)).ok_or_else(|| ended(at))?;
+        outside.0.insert(key, (bytes.get(at + 8..end).ok_or_else(|| ended(at))?, at + 8));
+        at = end;
+    }
+    Ok((pickle, outside))
 }

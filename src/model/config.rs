@@ -255,40 +255,43 @@ pub struct Preset {
     pub p_mean: f64,
     /// Standard deviation of ln(sigma).
     pub p_std: f64,
+    /// Share of the activations that are zeroed before each block's second convolution.
+    pub dropout: f64,
+    /// Images to train on.
+    pub duration: u64,
     /// What `1girl-xs` says beyond EDM2's settings.
     pub recipe: Option<Recipe>,
 }
 
-/// The rest of a whole recipe of fine-tuning.
+/// The rest of a whole recipe of fine-tuning: the learning rate falls linearly to zero, without a ramp-up.
 #[derive(Clone, Copy, Debug)]
 pub struct Recipe {
-    /// Images to train on; the learning rate falls linearly to zero over them, without a ramp-up.
-    pub duration: u64,
     /// Images at a time.
     pub batch_gpu: u64,
 }
 
 /// Every preset: EDM2's of ImageNet-512 (latents) and ImageNet-64 (RGB), and `1girl-xs`,
 /// EDM2-XS with a 1024-wide condition on 512x704 images (64x88 latents).
-///
-/// EDM2 trains M and larger with dropout 0.1, which this project does not have.
 pub fn presets() -> Vec<Preset> {
     let img512 = [
-        ("edm2-img512-xxs", 64, 0.0170),
-        ("edm2-img512-xs", 128, 0.0120),
-        ("edm2-img512-s", 192, 0.0100),
-        ("edm2-img512-m", 256, 0.0090),
-        ("edm2-img512-l", 320, 0.0080),
-        ("edm2-img512-xl", 384, 0.0070),
-        ("edm2-img512-xxl", 448, 0.0065),
+        ("edm2-img512-xxs", 64, 0.0170, 2048),
+        ("edm2-img512-xs", 128, 0.0120, 2048),
+        ("edm2-img512-s", 192, 0.0100, 2048),
+        ("edm2-img512-m", 256, 0.0090, 2048),
+        ("edm2-img512-l", 320, 0.0080, 1792),
+        ("edm2-img512-xl", 384, 0.0070, 1280),
+        ("edm2-img512-xxl", 448, 0.0065, 896),
     ];
     let img64 = [
-        ("edm2-img64-s", 192, 0.0100),
-        ("edm2-img64-m", 256, 0.0090),
-        ("edm2-img64-l", 320, 0.0080),
-        ("edm2-img64-xl", 384, 0.0070),
+        ("edm2-img64-xs", 128, 0.0120, 1024),
+        ("edm2-img64-s", 192, 0.0100, 1024),
+        ("edm2-img64-m", 256, 0.0090, 2048),
+        ("edm2-img64-l", 320, 0.0080, 1024),
+        ("edm2-img64-xl", 384, 0.0070, 640),
     ];
-    let latents = |(name, width, lr)| Preset {
+    // M and larger.
+    let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
+    let latents = |(name, width, lr, duration): (_, _, _, u64)| Preset {
         name,
         config: Config::edm2(64, 4, 1000, width),
         size: [64, 64],
@@ -297,19 +300,22 @@ pub fn presets() -> Vec<Preset> {
         decay: 70000.0,
         p_mean: -0.4,
         p_std: 1.0,
+        dropout: dropout(width),
+        duration: duration << 20,
         recipe: None,
     };
-    let rgb = |(name, width, lr)| {
+    let rgb = |(name, width, lr, duration)| {
         let config = Config::edm2(64, 3, 1000, width);
-        Preset { config, decay: 35000.0, p_mean: -0.8, p_std: 1.6, ..latents((name, width, lr)) }
+        Preset { config, decay: 35000.0, p_mean: -0.8, p_std: 1.6, ..latents((name, width, lr, duration)) }
     };
     let girl = Preset {
         config: Config::edm2(64, 4, 1024, 128),
         size: [88, 64],
         batch: 2000,
         decay: 0.0,
-        recipe: Some(Recipe { duration: 11_000_000, batch_gpu: 40 }),
-        ..latents(("1girl-xs", 128, 0.0120))
+        duration: 11_000_000,
+        recipe: Some(Recipe { batch_gpu: 40 }),
+        ..latents(("1girl-xs", 128, 0.0120, 0))
     };
     img512.into_iter().map(latents).chain(img64.into_iter().map(rgb)).chain([girl]).collect()
 }

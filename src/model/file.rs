@@ -2,7 +2,8 @@
 //!
 //! Metadata: `config` is the [`Config`] as JSON; `edm2k` is [`ModelMeta`] as JSON, so that sampling
 //! needs nothing but the file. A file without `edm2k` (made by other programs) is taken to be of square
-//! images of `img_resolution`, latents if they have four channels.
+//! images of `img_resolution`, latents if they have four channels. Without `config` too, as others store a `state_dict`, in
+//! safetensors or by `torch.save`, the shapes of its tensors tell what they can, and the rest is EDM2's.
 //! Weights are stored as the optimizer left them, not normalised, in f16 or f32.
 
 use std::collections::HashMap;
@@ -13,6 +14,7 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, ConfigError};
+use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
 use crate::codec::Autoencoder;
@@ -20,6 +22,7 @@ use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::formats::weights;
 use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
 
@@ -187,13 +190,18 @@ impl ModelFile {
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let path = path.as_ref();
-        let file = SafeFile::open(path)?;
+        let mut file = weights::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
-        let config = file
-            .metadata()
-            .get("config")
-            .ok_or_else(|| metadata("config", "it is missing, so this is not a model file".into()))?;
-        let config: Config = serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?;
+        let config: Config = match file.metadata().get("config") {
+            Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
+            None => {
+                let missing = || metadata("config", "it is missing, so this is not a model file".into());
+                let bare = !file.metadata().contains_key("edm2k");
+                let prefix = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+                file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
+                guess::config(&file)?
+            }
+        };
         let config_error = |cause| ModelError::Config { path: path.into(), cause };
         let (net, table) = Precond::new(&config).map_err(config_error)?;
         let meta = match file.metadata().get("edm2k") {

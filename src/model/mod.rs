@@ -12,6 +12,7 @@
 
 pub mod config;
 pub mod file;
+mod guess;
 pub mod precond;
 pub mod snapshot;
 pub mod unet;

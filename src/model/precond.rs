@@ -2,8 +2,8 @@
 //! (EDM2, section 2.1 and eq. 14-15) around the [`UNet`].
 
 use super::config::{Config, ConfigError};
-use super::unet::{UNet, UNetTape};
-use crate::backend::{BackendError, Embed, Embedding, Logvar, LossInput, NetworkBackend, TrainingBackend};
+use super::unet::{Tape, UNet};
+use crate::backend::{BackendError, Embed, Embedding, Logvar, LossInput, Masks, NetworkBackend, TrainingBackend};
 use crate::params::{ParamId, ParamTable};
 
 /// The denoiser D(x; sigma, labels) of a [`Config`].
@@ -34,7 +34,7 @@ pub struct TrainPass<T> {
     logvar_features: T,
     embedding: Embedding<T>,
     labels: Option<T>,
-    tape: UNetTape<T>,
+    tape: Tape<T>,
 }
 
 impl Precond {
@@ -128,7 +128,7 @@ impl Precond {
         b.logvar(&self.logvar, sigma)
     }
 
-    /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise.
+    /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise, and with dropout if there are `masks`.
     pub fn train_forward<B: TrainingBackend>(
         &self,
         b: &mut B,
@@ -136,11 +136,12 @@ impl Precond {
         noisy: &B::Tensor,
         sigma: &B::Tensor,
         labels: Option<&B::Tensor>,
+        masks: Option<&Masks<B::Tensor>>,
     ) -> TrainPass<B::Tensor> {
         let input = b.precond_input(noisy, sigma, self.config.sigma_data);
         let embedding = b.embed(&self.embed, sigma, labels);
         let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
-        let mut tape = None;
+        let mut tape = Tape::new(masks.cloned());
         let raw = self.unet.forward(b, &input, &scales, Some(&mut tape), &mut |_, _| {});
         let (logvar_features, logvar) = b.logvar(&self.logvar, sigma);
         let loss = b.loss(LossInput {
@@ -161,7 +162,7 @@ impl Precond {
             logvar_features,
             embedding,
             labels: labels.cloned(),
-            tape: tape.expect("a training pass fills its tape"),
+            tape,
         }
     }
 

@@ -7,7 +7,7 @@
 use serde::Deserialize;
 
 use super::config::Config;
-use crate::backend::{EmbLayer, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
+use crate::backend::{EmbLayer, Masks, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
 use crate::params::{Cat, ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
 /// Which side of the U-Net a block is on; in JSON under its official name.
@@ -82,6 +82,21 @@ pub struct Block {
     attn: Option<(ParamId, ParamId)>,
 }
 
+/// What a forward pass keeps for the backward pass, an entry for each block.
+pub struct Tape<T> {
+    masks: Option<Masks<T>>,
+    /// In the order of the forward pass.
+    pub blocks: Vec<BlockTape<T>>,
+    ends: Option<Ends<T>>,
+}
+
+impl<T> Tape<T> {
+    /// An empty one, of a pass with these activations dropped.
+    pub fn new(masks: Option<Masks<T>>) -> Self {
+        Self { masks, blocks: Vec::new(), ends: None }
+    }
+}
+
 /// What the backward pass of a block needs.
 pub struct BlockTape<T> {
     input: T,
@@ -90,8 +105,10 @@ pub struct BlockTape<T> {
     normed_from: Option<T>,
     /// Start of the residual branch (after resampling and norm).
     x: T,
+    /// Zero where the activation was dropped.
     pre: T,
     act: T,
+    masks: Option<Masks<T>>,
     /// After the residual sum.
     res: T,
     attn: Option<AttnTape<T>>,
@@ -132,6 +149,11 @@ impl Block {
         self.emb
     }
 
+    /// What tells its dropout from that of the other blocks.
+    fn mask_layer(&self) -> u32 {
+        self.emb.offset as u32
+    }
+
     /// The (concatenated) input, as convolutions read it.
     fn operand<'a, T>(&self, x: &'a T, skip: Option<&'a T>, silu: bool) -> Operand<'a, T> {
         match (skip, self.cfg.cat()) {
@@ -148,7 +170,7 @@ impl Block {
         input: &B::Tensor,
         skip: Option<&B::Tensor>,
         scales: &B::Tensor,
-        tape: Option<&mut Vec<BlockTape<B::Tensor>>>,
+        tape: Option<&mut Tape<B::Tensor>>,
     ) -> B::Tensor {
         let cfg = &self.cfg;
         let mut normed_from = None;
@@ -167,7 +189,12 @@ impl Block {
         };
 
         let scale = Scale { all: scales, offset: self.emb.offset };
-        let (act, pre) = b.conv_scale_silu(self.conv_res0, self.operand(&x, skip, true), scale, tape.is_some());
+        let (mut act, mut pre) = b.conv_scale_silu(self.conv_res0, self.operand(&x, skip, true), scale, tape.is_some());
+        let masks = tape.as_ref().and_then(|tape| tape.masks.clone());
+        if let (Some(masks), Some(pre)) = (&masks, &mut pre) {
+            act = b.dropout(&act, masks, self.mask_layer(), masks.gain());
+            *pre = b.dropout(pre, masks, self.mask_layer(), 1.0);
+        }
         let main = match (cfg.flavor, self.conv_skip) {
             (Flavor::Decoder, Some(w)) => b.conv(w, self.operand(&x, skip, false)),
             _ => x.clone(),
@@ -184,7 +211,8 @@ impl Block {
         });
         let out = attn.as_ref().map_or(&res, |a| &a.out).clone();
         if let (Some(tape), Some(pre)) = (tape, pre) {
-            tape.push(BlockTape { input: input.clone(), skip: skip.cloned(), normed_from, x, pre, act, res, attn });
+            let (input, skip) = (input.clone(), skip.cloned());
+            tape.blocks.push(BlockTape { input, skip, normed_from, x, pre, act, masks, res, attn });
         }
         out
     }
@@ -201,7 +229,7 @@ impl Block {
         acc: Option<B::Tensor>,
     ) -> OperandGrad<B::Tensor> {
         let cfg = &self.cfg;
-        let BlockTape { input, skip, normed_from, x, pre, act, res, attn } = tape;
+        let BlockTape { input, skip, normed_from, x, pre, act, masks, res, attn } = tape;
 
         // d/d res, through attention.
         let grad = match (self.attn, attn) {
@@ -222,7 +250,12 @@ impl Block {
         let (wa, wb) = mp_sum_weights(cfg.res_balance);
         let scale = Scale { all: scales, offset: self.emb.offset };
         b.conv_wgrad(self.conv_res1, Operand::plain(&act), &grad, wb);
-        let gpre = b.conv_dgrad_scale_silu(self.conv_res1, &grad, wb, &pre, scale, grad_scales);
+        let gain = wb * masks.as_ref().map_or(1.0, Masks::gain);
+        let mut gpre = b.conv_dgrad_scale_silu(self.conv_res1, &grad, gain, &pre, scale, grad_scales);
+        if let Some(masks) = &masks {
+            // The gradient of the scales has a factor `pre`, which is zero where it should be.
+            gpre = b.dropout(&gpre, masks, self.mask_layer(), 1.0);
+        }
         drop((act, pre));
 
         // d/d x and skip, through both paths.
@@ -271,11 +304,10 @@ pub struct UNet {
     emb_layers: Vec<EmbLayer>,
 }
 
-/// What the backward pass of a U-Net needs.
-pub struct UNetTape<T> {
+/// What the backward pass of a U-Net needs beside its blocks'.
+struct Ends<T> {
     input: T,
     scales: T,
-    blocks: Vec<BlockTape<T>>,
     last: T,
 }
 
@@ -355,32 +387,32 @@ impl UNet {
     }
 
     /// Output before `out_gain`, [n, h, w, image channels], for the joint scales of all blocks. `probe` sees every module's
-    /// output under its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs.
+    /// output under its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs, and drops
+    /// what its masks say.
     pub fn forward<B: NetworkBackend>(
         &self,
         b: &mut B,
         input: &B::Tensor,
         scales: &B::Tensor,
-        tape: Option<&mut Option<UNetTape<B::Tensor>>>,
+        mut tape: Option<&mut Tape<B::Tensor>>,
         probe: &mut dyn FnMut(&str, &B::Tensor),
     ) -> B::Tensor {
-        let mut blocks = tape.is_some().then(Vec::new);
         let mut x = b.conv(self.conv_in, Operand::plain(input));
         probe(&self.conv_in_name, &x);
         let mut skips = vec![x.clone()];
         for block in &self.encoder {
-            x = block.forward(b, &x, None, scales, blocks.as_mut());
+            x = block.forward(b, &x, None, scales, tape.as_deref_mut());
             probe(&block.name, &x);
             skips.push(x.clone());
         }
         for block in &self.decoder {
             let skip = if block.cfg.cskip > 0 { skips.pop() } else { None };
-            x = block.forward(b, &x, skip.as_ref(), scales, blocks.as_mut());
+            x = block.forward(b, &x, skip.as_ref(), scales, tape.as_deref_mut());
             probe(&block.name, &x);
         }
         let raw = b.conv(self.conv_out, Operand::plain(&x));
-        if let (Some(tape), Some(blocks)) = (tape, blocks) {
-            *tape = Some(UNetTape { input: input.clone(), scales: scales.clone(), blocks, last: x });
+        if let Some(tape) = tape {
+            tape.ends = Some(Ends { input: input.clone(), scales: scales.clone(), last: x });
         }
         raw
     }
@@ -389,11 +421,12 @@ impl UNet {
     pub fn backward<B: TrainingBackend>(
         &self,
         b: &mut B,
-        tape: UNetTape<B::Tensor>,
+        tape: Tape<B::Tensor>,
         emb: &B::Tensor,
         grad_raw: &B::Tensor,
     ) -> B::Tensor {
-        let UNetTape { input, scales, mut blocks, last } = tape;
+        let (mut blocks, ends) = (tape.blocks, tape.ends);
+        let Ends { input, scales, last } = ends.expect("a forward pass fills its tape");
         let mut grad_scales = b.zero_scales_grad(&scales);
         b.conv_wgrad(self.conv_out, Operand::plain(&last), grad_raw, 1.0);
         let mut grad = b.conv_dgrad(self.conv_out, grad_raw, 1.0, Operand::plain(&last), None).x;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::{Domain, Mismatch, Pipeline};
+use crate::condition::prompt::Prompt;
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
@@ -15,6 +16,7 @@ use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::onnx::OnnxError;
 use crate::pictures::{Picture, PictureError, decode};
+use crate::rng::{Purpose, Stream};
 
 /// What an image is to show.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,9 +25,83 @@ pub struct Condition {
     pub values: Vec<f32>,
     /// Where it is from, for people: what the text chunk of a picture says of it.
     pub origin: Value,
+    /// What guidance leads away from, `[label_dim]`; empty: from no condition, or, where another network guides, from what
+    /// that makes of this one.
+    pub away: Vec<f32>,
 }
 
 impl Condition {
+    /// A condition by its values, `[label_dim]`; zeros are none.
+    pub fn new(values: Vec<f32>, origin: Value) -> Self {
+        Self { values, origin, away: Vec::new() }
+    }
+
+    /// The same, with something more to say of where it is from.
+    #[must_use]
+    pub fn named(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.origin[key] = value.into();
+        self
+    }
+
+    /// The same, but guided away from another condition: a negative prompt.
+    #[must_use]
+    pub fn away_from(mut self, other: &Self) -> Self {
+        self.away.clone_from(&other.values);
+        self.origin["negative"] = other.origin.clone();
+        self
+    }
+
+    /// Where guidance comes from when another image of its batch has a negative prompt.
+    pub(super) fn reference(&self, other_network: bool) -> Vec<f32> {
+        match (self.away.is_empty(), other_network) {
+            (false, _) => self.away.clone(),
+            (true, true) => self.values.clone(),
+            (true, false) => vec![0.0; self.values.len()],
+        }
+    }
+
+    /// Several conditions in one, each with its weight: their weighted sum, divided by its norm. Guidance leads away from
+    /// what it does of the first.
+    ///
+    /// # Errors
+    /// [`ConditionError::Nothing`] if the sum is zero.
+    ///
+    /// # Panics
+    /// If they are not equally wide.
+    pub fn mix(parts: &[(Self, f64)]) -> Result<Self> {
+        let mut values = vec![0.0; parts.first().map_or(0, |(part, _)| part.values.len())];
+        for (part, weight) in parts {
+            assert_eq!(part.values.len(), values.len(), "conditions of one model");
+            values.iter_mut().zip(&part.values).for_each(|(sum, x)| *sum += *weight as f32 * x);
+        }
+        let origin = json!({"mix": parts.iter().map(|(part, w)| json!([part.origin, w])).collect::<Vec<_>>()});
+        if !unit_norm(&mut values) {
+            return Err(ConditionError::Nothing);
+        }
+        let away = parts.first().map_or_else(Vec::new, |(first, _)| first.away.clone());
+        Ok(Self { values, origin, away })
+    }
+
+    /// The condition at a share of the way from one to another, along the great circle between them; where one of them
+    /// is none, or both are the same, straight on. What guidance leads away from is that of the first.
+    ///
+    /// # Panics
+    /// If they are not equally wide.
+    pub fn between(from: &Self, to: &Self, share: f64) -> Self {
+        assert_eq!(from.values.len(), to.values.len(), "conditions of one model");
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let norms = (dot(&from.values, &from.values) * dot(&to.values, &to.values)).sqrt();
+        let angle = (dot(&from.values, &to.values) / norms.max(f64::MIN_POSITIVE)).clamp(-1.0, 1.0).acos();
+        let (a, b) = match angle.sin() {
+            sin if norms > 0.0 && sin > 1e-3 => (((1.0 - share) * angle).sin() / sin, (share * angle).sin() / sin),
+            _ => (1.0 - share, share),
+        };
+        let sum = |(x, y): (&f32, &f32)| (a * f64::from(*x) + b * f64::from(*y)) as f32;
+        let values = from.values.iter().zip(&to.values).map(sum).collect();
+        let origin = json!({"from": from.origin, "to": to.origin, "share": share});
+        Self { values, origin, away: from.away.clone() }
+    }
+
     /// That of image `i` of a split of the dataset in `dir`, without looking whether it suits a model.
     ///
     /// # Panics
@@ -35,7 +111,7 @@ impl Condition {
         data.condition(i, &mut values);
         let (dir, split, tags) = (dir.display(), split.to_string(), data.vocabulary().words(data.tags(i)));
         let origin = json!({"dataset": dir.to_string(), "id": data.id(i), "split": split, "tags": tags});
-        Self { values, origin }
+        Self::new(values, origin)
     }
 }
 
@@ -62,6 +138,12 @@ pub enum ConditionError {
     FeatureWidth { tagger: PathBuf, found: usize, expected: usize },
     #[error("{} was trained on {made_of}, but these are {found}", model.display())]
     OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
+    #[error("{}: its conditions are {made_of}, not classes", model.display())]
+    NotClasses { model: PathBuf, made_of: Box<Conditioning> },
+    #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
+    Class { model: PathBuf, class: usize, classes: usize },
+    #[error("the weighted sum of these conditions is zero")]
+    Nothing,
     #[error("\"{text}\" has no tag")]
     NoTag { text: String },
     #[error("{name}: {why}")]
@@ -168,7 +250,7 @@ impl Pipeline {
             return self.complete(text, seed);
         }
         let tags = some_tags(&vocabulary, text)?;
-        Ok(Condition { values: vocabulary.multi_hot(&tags), origin: json!({"tags": vocabulary.words(&tags)}) })
+        Ok(Condition::new(vocabulary.condition(&tags), json!({"tags": vocabulary.text(&tags)})))
     }
 
     /// A plausible condition that has some tags, separated by commas, and perhaps others: the condition model invents
@@ -182,8 +264,8 @@ impl Pipeline {
         let vocabulary = vae.vocabulary();
         let tags = some_tags(vocabulary, text)?;
         let invented = vae.invent(&tags, 1, seed);
-        let origin = json!({"asked": vocabulary.words(&tags), "tags": vocabulary.words(&invented.tags[0])});
-        Ok(Condition { values: invented.conditions, origin })
+        let origin = json!({"asked": vocabulary.text(&tags), "tags": vocabulary.text(&invented.tags[0])});
+        Ok(Condition::new(invented.conditions, origin))
     }
 
     /// Conditions that the condition model invents with the noise of `seed`.
@@ -193,11 +275,11 @@ impl Pipeline {
     pub fn invent(&self, count: usize, seed: u64) -> Result<Vec<Condition>> {
         let width = self.width()?;
         let (_, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
-        let invented = vae.invent(&[], count, seed);
+        let invented = vae.invent(&Prompt::default(), count, seed);
         let rows = invented.conditions.chunks(width).zip(&invented.tags).enumerate();
-        let condition = |(index, (values, tags)): (usize, (&[f32], &Vec<u32>))| Condition {
-            values: values.to_vec(),
-            origin: json!({"invented": index, "condition_seed": seed, "tags": vae.vocabulary().words(tags)}),
+        let condition = |(index, (values, tags)): (usize, (&[f32], &Prompt))| {
+            let words = vae.vocabulary().text(tags);
+            Condition::new(values.to_vec(), json!({"invented": index, "condition_seed": seed, "tags": words}))
         };
         Ok(rows.map(condition).collect())
     }
@@ -229,7 +311,7 @@ impl Pipeline {
         }
         let network = tagger.network();
         let origin = json!({"like": name, "tagger": network.path().display().to_string(), "node": network.node()});
-        Ok(Condition { values, origin })
+        Ok(Condition::new(values, origin))
     }
 
     /// The condition of the image with this id in a dataset, in whichever of its splits that is.
@@ -241,7 +323,9 @@ impl Pipeline {
         let dir = dataset.as_ref();
         for split in Split::ALL {
             let data = match Dataset::open(dir, split) {
-                Err(DatasetError::NoShards { .. } | DatasetError::Empty { .. }) => continue,
+                Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. } | DatasetError::Empty { .. }) => {
+                    continue;
+                }
                 opened => opened?,
             };
             let Some(i) = data.find(id) else { continue };
@@ -250,6 +334,37 @@ impl Pipeline {
             return Ok(Condition::of_image(&data, i, dir, split));
         }
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
+    }
+
+    /// The condition of a class: one-hot. That of a tag too, by its place.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: a model of other conditions, or of fewer classes.
+    pub fn class(&self, class: usize) -> Result<Condition> {
+        let classes = self.width()?;
+        let (model, made_of) = (self.path.clone(), &self.meta.conditioning);
+        if let Conditioning::Features { .. } = made_of {
+            return Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() });
+        }
+        let mut values = vec![0.0; classes];
+        *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;
+        Ok(Condition::new(values, json!({"class": class})))
+    }
+
+    /// The condition of any class, as `seed` has it.
+    ///
+    /// # Errors
+    /// As [`Pipeline::class`].
+    pub fn any_class(&self, seed: u64) -> Result<Condition> {
+        self.class(Stream::new(seed, Purpose::Class, 0).below(self.width()?))
+    }
+
+    /// No condition: what an image is of that only a negative prompt says something of.
+    ///
+    /// # Errors
+    /// [`ConditionError::Unconditional`].
+    pub fn none(&self) -> Result<Condition> {
+        Ok(Condition::new(vec![0.0; self.width()?], json!({})))
     }
 
     /// The conditions [N, D] of a file: `.npy`, or `.safetensors` with one tensor or one that is named "conditions" or
@@ -276,7 +391,7 @@ impl Pipeline {
                 return wrong(row, "is zero, which is no feature");
             }
             let origin = json!({"file": path.display().to_string(), "row": row});
-            conditions.push(Condition { values: values.to_vec(), origin });
+            conditions.push(Condition::new(values.to_vec(), origin));
         }
         Ok(conditions)
     }
@@ -290,10 +405,10 @@ impl Pipeline {
     }
 }
 
-/// Places of the tags in a text that has some.
-fn some_tags(vocabulary: &Vocabulary, text: &str) -> Result<Vec<u32>> {
+/// The tags of a text that has some.
+fn some_tags(vocabulary: &Vocabulary, text: &str) -> Result<Prompt> {
     let tags = vocabulary.parse(text)?;
-    if tags.is_empty() { Err(ConditionError::NoTag { text: text.into() }) } else { Ok(tags) }
+    if tags.tags().is_empty() { Err(ConditionError::NoTag { text: text.into() }) } else { Ok(tags) }
 }
 
 /// Shape and values of a file's conditions, and what they mean, as far as the file says it.

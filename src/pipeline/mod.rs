@@ -31,14 +31,15 @@ pub use output::{Kept, OutDir, OutputError};
 pub use viewer::Viewer;
 
 use crate::backend::{BackendError, NetworkBackend};
-use crate::codec::{CodecError, LATENTS};
+use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::device::{Backends, Device, Work};
+use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
-use crate::pictures::Picture;
-use crate::sample::{self, Observe, SampleError, Sampler, SamplerConfig};
+use crate::pictures::{Picture, decode, fit};
+use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program, as text chunks name it.
 pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
@@ -52,6 +53,10 @@ pub struct Request {
     pub per_condition: usize,
     /// One image for each.
     pub seeds: Vec<u64>,
+    /// Of each image another seed, and the share of its noise, 0 to 1; empty: none.
+    pub towards: Vec<(u64, f64)>,
+    /// What all images begin from, beside noise; see [`SamplerConfig::strength`].
+    pub from: Option<Beginning>,
     /// [height, width] of the images, or latents; none: what the model was trained on.
     pub size: Option<[usize; 2]>,
     /// How images come out of noise.
@@ -67,6 +72,8 @@ impl Default for Request {
             conditions: Vec::new(),
             per_condition: 1,
             seeds: vec![0],
+            towards: Vec::new(),
+            from: None,
             size: None,
             sampler: SamplerConfig::default(),
             batch: 4,
@@ -80,6 +87,45 @@ impl Request {
         let count = self.conditions.len();
         (count > 0).then(|| number / self.per_condition.max(1) % count)
     }
+
+    /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
+    ///
+    /// # Errors
+    /// [`NotTwo`].
+    pub fn interpolated(mut self, count: usize) -> Result<Self, NotTwo> {
+        let (conditions, seeds) = (self.conditions.len(), self.seeds.len());
+        if !matches!((conditions, seeds), (2, 1 | 2) | (0 | 1, 2)) {
+            return Err(NotTwo { conditions, seeds });
+        }
+        let share = |i: usize| i as f64 / (count.max(2) - 1) as f64;
+        if let [a, b] = &self.conditions[..] {
+            self.conditions = (0..count).map(|i| Condition::between(a, b, share(i))).collect();
+        }
+        if let [_, other] = self.seeds[..] {
+            self.towards = (0..count).map(|i| (other, share(i))).collect();
+        }
+        (self.seeds, self.per_condition) = (vec![self.seeds[0]; count], 1);
+        Ok(self)
+    }
+}
+
+/// There are not two things to interpolate between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{conditions} conditions and {seeds} seeds, expected two of either, or of both, and no others")]
+pub struct NotTwo {
+    /// Conditions given.
+    pub conditions: usize,
+    /// Seeds given.
+    pub seeds: usize,
+}
+
+/// An image that others begin from.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    /// In model space, [height, width, channels].
+    pub values: Vec<f32>,
+    /// What it is called, for people.
+    pub name: String,
 }
 
 /// One image that was made.
@@ -165,6 +211,16 @@ pub enum PipelineError {
     NoLatents { model: PathBuf },
     #[error("condition {number} has {found} values, expected the model's {expected}")]
     ConditionWidth { number: usize, found: usize, expected: usize },
+    #[error("{found} seeds to go towards, expected one for each of the {expected} images")]
+    Towards { found: usize, expected: usize },
+    #[error("{}: {why}", path.display())]
+    Picture { path: PathBuf, why: String },
+    #[error("{} makes latents, so a picture needs an autoencoder to begin from", model.display())]
+    NoCodec { model: PathBuf },
+    #[error("{}: an image of shape {found:?}, expected {expected:?}", path.display())]
+    Shape { path: PathBuf, found: Vec<usize>, expected: [usize; 3] },
+    #[error(transparent)]
+    File(#[from] SafeError),
     #[error(transparent)]
     Memory(#[from] TooLarge),
     #[error(transparent)]
@@ -268,6 +324,48 @@ impl Pipeline {
         Ok(viewer)
     }
 
+    /// A file for images of a request to begin from: latents [C, H, W] or [1, C, H, W] as .safetensors (the only tensor,
+    /// or the one named "latents"), or a picture, which is cropped and resized to `size` = [height, width] as `prepare`
+    /// does, and encoded by the autoencoder if the model makes latents.
+    ///
+    /// # Errors
+    /// [`PipelineError`]: it cannot be read, is of another shape, or there is no autoencoder to encode it.
+    pub fn beginning(&mut self, path: impl AsRef<Path>, size: [usize; 2]) -> Result<Beginning, PipelineError> {
+        let (path, name) = (path.as_ref(), path.as_ref().display().to_string());
+        let [height, width] = size;
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let (file, channels) = (SafeFile::open(path)?, self.net.config.img_channels);
+            let names: Vec<_> = file.names().collect();
+            let tensor = if let [one] = names[..] { one } else { "latents" };
+            let (expected, found) = ([channels, height, width], file.shape(tensor)?);
+            if found.strip_prefix(&[1]).unwrap_or(found) != expected {
+                return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
+            }
+            let (planar, area) = (file.f32(tensor)?, height * width);
+            let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
+            return Ok(Beginning { values, name });
+        }
+        let wrong = |why| PipelineError::Picture { path: path.into(), why };
+        let image = decode::open(path, Tagger::BACKGROUND).map_err(wrong)?;
+        if let Some(profile) = image.unapplied {
+            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
+        }
+        let codec = match (self.meta.encoder, &self.codec) {
+            (Encoder::Rgb, _) => None,
+            (Encoder::SdVae, Some(path)) => Some(CodecFile::open(path)?),
+            (Encoder::SdVae, None) => return Err(PipelineError::NoCodec { model: self.path.clone() }),
+        };
+        let factor = codec.as_ref().map_or(1, CodecFile::factor);
+        let target = [width, height].map(|side| (side * factor) as u32);
+        let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
+        let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
+        let values = match codec {
+            None => picture.rgb().iter().map(|&x| f32::from(x) / 127.5 - 1.0).collect(),
+            Some(codec) => self.device.run(Encoding(&codec, &picture))?,
+        };
+        Ok(Beginning { values, name })
+    }
+
     /// What to warn people of since this was last asked: what stands in for something else.
     pub fn warnings(&mut self) -> Vec<String> {
         std::mem::take(&mut self.warnings)
@@ -324,10 +422,15 @@ impl Pipeline {
         request.sampler.validate()?;
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
         let expected = config.label_dim;
-        let wrong = request.conditions.iter().position(|condition| condition.values.len() != expected);
-        if let Some(number) = wrong {
-            let found = request.conditions[number].values.len();
-            return Err(PipelineError::ConditionWidth { number, found, expected });
+        for (number, Condition { values, away, .. }) in request.conditions.iter().enumerate() {
+            let away = Some(away).filter(|away| !away.is_empty());
+            if let Some(wrong) = [Some(values), away].into_iter().flatten().find(|values| values.len() != expected) {
+                return Err(PipelineError::ConditionWidth { number, found: wrong.len(), expected });
+            }
+        }
+        let (found, expected) = (request.towards.len(), request.seeds.len());
+        if found > 0 && found != expected {
+            return Err(PipelineError::Towards { found, expected });
         }
         let images = request.seeds.len().min(request.batch.max(1));
         self.device.check_forward(config, size, images, request.sampler.passes(self.guide.is_none()))?;
@@ -371,6 +474,9 @@ impl Pipeline {
             "sampler": request.sampler,
         });
         let inventor = self.inventor.as_ref().map(|(path, _)| path).filter(|_| !request.conditions.is_empty());
+        if let Some(from) = &request.from {
+            all["from"] = from.name.clone().into();
+        }
         for (key, path) in [("gnet", &self.guide), ("vae", &self.codec), ("condition_model", &inventor.cloned())] {
             if let Some(path) = path {
                 all[key] = path.display().to_string().into();
@@ -408,24 +514,34 @@ impl<'a> Images<'a> {
     fn batch(&mut self) -> Result<(), PipelineError> {
         let (request, first) = (self.request, self.next);
         let last = request.seeds.len().min(first + request.batch.max(1));
-        let seeds = &request.seeds[first..last];
-        let conditions = (first..last).filter_map(|number| request.condition_of(number));
-        let labels: Vec<f32> = conditions.flat_map(|row| &request.conditions[row].values).copied().collect();
         let pipeline = &mut *self.pipeline;
-        let size = pipeline.size(request);
+        let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
+        let conditions: Vec<&Condition> =
+            (first..last).filter_map(|number| Some(&request.conditions[request.condition_of(number)?])).collect();
+        let labels: Vec<f32> = conditions.iter().flat_map(|condition| &condition.values).copied().collect();
+        let mut away = Vec::new();
+        if conditions.iter().any(|condition| !condition.away.is_empty()) {
+            conditions.iter().for_each(|condition| away.extend(condition.reference(guide)));
+        }
+        let batch = Batch {
+            seeds: &request.seeds[first..last],
+            size,
+            labels: &labels,
+            away: &away,
+            towards: request.towards.get(first..last).unwrap_or_default(),
+            from: request.from.as_ref().map_or(&[], |from| &from.values),
+        };
         let Some(network) = &mut pipeline.network else { return Ok(()) }; // ready() has put it there
         let mut viewer = pipeline.preview.as_mut().or(pipeline.viewer.as_mut());
         let mut failed = None;
         let config = &request.sampler;
         let made = match &mut self.watch {
-            None => network.sample(&labels, seeds, size, config, None),
+            None => network.sample(&batch, config, None),
             Some(watch) => network.sample(
-                &labels,
-                seeds,
-                size,
+                &batch,
                 config,
                 Some(&mut |index, sigma, download| {
-                    let (images, of, viewer) = (seeds.len(), config.steps, viewer.as_deref_mut());
+                    let (images, of, viewer) = (last - first, config.taken(), viewer.as_deref_mut());
                     let mut step = Step { first, images, index, of, sigma, size, download, viewer };
                     watch(&mut step).map_err(|why| {
                         failed = Some(why);
@@ -438,7 +554,7 @@ impl<'a> Images<'a> {
             return Err(why);
         }
         let made = made?;
-        self.made.extend((first..last).zip(made.chunks(made.len() / seeds.len()).map(<[f32]>::to_vec)));
+        self.made.extend((first..last).zip(made.chunks(made.len() / (last - first)).map(<[f32]>::to_vec)));
         self.next = last;
         Ok(())
     }
@@ -450,6 +566,9 @@ impl<'a> Images<'a> {
         let condition = self.request.condition_of(number).map(|row| self.request.conditions[row].origin.clone());
         let mut about = self.common.clone();
         about["seed"] = seed.into();
+        if let Some(&(seed, share)) = self.request.towards.get(number) {
+            about["towards"] = json!({"seed": seed, "share": share});
+        }
         about["condition"] = condition.unwrap_or(Value::Null);
         Ok(Image { number, seed, values, picture, about })
     }
@@ -480,9 +599,7 @@ trait Network {
     /// See [`Sampler::run`].
     fn sample(
         &mut self,
-        labels: &[f32],
-        seeds: &[u64],
-        size: [usize; 2],
+        batch: &Batch,
         config: &SamplerConfig,
         observer: Option<&mut Observer>,
     ) -> Result<Vec<f32>, SampleError>;
@@ -498,15 +615,13 @@ struct Loaded<B: NetworkBackend> {
 impl<B: NetworkBackend> Network for Loaded<B> {
     fn sample(
         &mut self,
-        labels: &[f32],
-        seeds: &[u64],
-        size: [usize; 2],
+        batch: &Batch,
         config: &SamplerConfig,
         observer: Option<&mut Observer>,
     ) -> Result<Vec<f32>, SampleError> {
         let gnet = self.guide.as_mut().map(|(backend, net)| (backend, &*net));
         let mut sampler = Sampler { backend: &mut self.backend, net: &self.net, gnet };
-        let Some(observer) = observer else { return sampler.run(labels, seeds, size, config, None) };
+        let Some(observer) = observer else { return sampler.run(batch, config, None) };
         let mut observe = |b: &mut B, step: sample::Step<B::Tensor>| {
             let mut download = || {
                 let denoised = step.denoised.tensor(b);
@@ -515,7 +630,7 @@ impl<B: NetworkBackend> Network for Loaded<B> {
             observer(step.index, step.sigma, &mut download)
         };
         let observe: &mut Observe<B> = &mut observe;
-        sampler.run(labels, seeds, size, config, Some(observe))
+        sampler.run(batch, config, Some(observe))
     }
 }
 
@@ -530,5 +645,18 @@ impl Work for Placing<'_> {
         let backend = backends.loaded(model)?;
         let guide = guide.last().map(|guide| Ok::<_, BackendError>((backends.loaded(guide)?, guide.net.clone())));
         Ok(Box::new(Loaded { backend, net: model.net.clone(), guide: guide.transpose()? }))
+    }
+}
+
+/// The latents of a picture, by an autoencoder on a device.
+struct Encoding<'a>(&'a CodecFile, &'a Picture);
+
+impl Work for Encoding<'_> {
+    type Output = Result<Vec<f32>, CodecError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let mut b = backends.codec().map_err(BackendError::from)?;
+        let [mean, _] = self.0.encoder(&mut b)?.encode(&mut b, self.1)?.scaled();
+        Ok(mean)
     }
 }

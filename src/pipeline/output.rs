@@ -33,12 +33,14 @@ pub enum OutputError {
 
 type Result<T, E = OutputError> = std::result::Result<T, E>;
 
-/// A directory of images: `000007.png` of seed 7, `000007-steps.png` of the steps to it, `grid.png` of all, or
-/// `latents.safetensors`. Others may add their seeds meanwhile.
+/// A directory of images: `000007.png` of seed 7, `000007-2.png` of the second image of that seed, `000007-steps.png` of
+/// the steps to it, `grid.png` of all, or `latents.safetensors`. Others may add their seeds meanwhile.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
     lock: DirLock,
+    /// What each image is called.
+    names: Vec<String>,
 }
 
 /// What is written of each image.
@@ -58,9 +60,15 @@ impl OutDir {
     /// # Errors
     /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
     pub fn claim(dir: &Path, overwrite: bool, seeds: &[u64], kept: Kept) -> Result<Self> {
-        let out = Self { dir: dir.into(), overwrite, lock: DirLock::shared(dir)? };
-        let steps = seeds.iter().filter(|_| kept == Kept::Steps).map(|&seed| steps_name(seed));
-        let names = seeds.iter().map(|&seed| picture_name(seed)).chain(steps);
+        let mut times = HashMap::new();
+        let names = seeds.iter().map(|&seed| {
+            let count = times.entry(seed).or_insert(0);
+            *count += 1;
+            if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
+        });
+        let out = Self { dir: dir.into(), overwrite, lock: DirLock::shared(dir)?, names: names.collect() };
+        let steps = out.names.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
+        let names = out.names.iter().map(|name| picture_name(name)).chain(steps);
         let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
         match names.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok()) {
             Some(path) if !overwrite => Err(OutputError::Exists { path }),
@@ -75,10 +83,13 @@ impl OutDir {
 
     /// Writes an image's picture, and the pictures of its steps side by side if there are some.
     ///
+    /// # Panics
+    /// If it is not one of those that the directory was claimed for.
+    ///
     /// # Errors
     /// [`OutputError::Meanwhile`], [`OutputError::Png`].
     pub fn save(&self, image: &Image, steps: &[Picture]) -> Result<()> {
-        let about = image.about.to_string();
+        let (about, own) = (image.about.to_string(), &self.names[image.number]);
         let save = |picture: &Picture, name: String| {
             let path = self.dir.join(name);
             if !self.overwrite && path.symlink_metadata().is_ok() {
@@ -86,8 +97,8 @@ impl OutDir {
             }
             Ok(picture.save(&path, &text_of(&about))?)
         };
-        image.picture.iter().try_for_each(|picture| save(picture, picture_name(image.seed)))?;
-        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(image.seed)) }
+        image.picture.iter().try_for_each(|picture| save(picture, picture_name(own)))?;
+        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own)) }
     }
 
     /// Writes a grid of pictures, `columns` to a row, under the first name that is free: seeds that come later have a grid
@@ -159,10 +170,10 @@ impl OutDir {
 
 const LATENTS: &str = "latents.safetensors";
 
-fn picture_name(seed: u64) -> String {
-    format!("{seed:06}.png")
+fn picture_name(name: &str) -> String {
+    format!("{name}.png")
 }
 
-fn steps_name(seed: u64) -> String {
-    format!("{seed:06}-steps.png")
+fn steps_name(name: &str) -> String {
+    format!("{name}-steps.png")
 }

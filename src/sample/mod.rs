@@ -7,8 +7,8 @@
 //!
 //! Guidance (EDM2, eq. 4 of Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself",
 //! 2024): D = ref + g (D_cond - ref). The reference is the same network without a condition
-//! (classifier-free guidance) or another network, with the same condition if it takes one
-//! (autoguidance). Within [`SamplerConfig::guidance_interval`] only (Kynkaanniemi et al., "Applying
+//! (classifier-free guidance) or with another one (a negative prompt), or another network, with the same condition if it
+//! takes one (autoguidance). Within [`SamplerConfig::guidance_interval`] only (Kynkaanniemi et al., "Applying
 //! Guidance in a Limited Interval", 2024); elsewhere, and at g = 1, the reference costs nothing.
 //!
 //! Cost: one forward pass for each noise level (`heun`: two); where there is guidance, of twice the batch: an image with its
@@ -24,9 +24,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod presets;
 mod solvers;
 
 use std::collections::HashSet;
+use std::f64::consts::FRAC_PI_2;
 
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +89,10 @@ fn is_none(churn: &Churn) -> bool {
     churn.s_churn == 0.0
 }
 
+fn is_whole(strength: &f64) -> bool {
+    *strength == 1.0
+}
+
 /// Everything that an image depends on besides network, condition and seed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -109,6 +115,10 @@ pub struct SamplerConfig {
     /// Of `heun` and `euler`.
     #[serde(skip_serializing_if = "is_none")]
     pub churn: Churn,
+    /// Share of the steps that are taken, the last ones: less than 1 leaves of a given image what is larger than the
+    /// noise at which they begin.
+    #[serde(skip_serializing_if = "is_whole")]
+    pub strength: f64,
 }
 
 impl Default for SamplerConfig {
@@ -123,6 +133,7 @@ impl Default for SamplerConfig {
             guidance: 5.0,
             guidance_interval: None,
             churn: Churn::NONE,
+            strength: 1.0,
         }
     }
 }
@@ -143,6 +154,7 @@ impl SamplerConfig {
         let sigma_max = self.sigma_max;
         number(sigma_max > self.sigma_min && sigma_max <= 1e6, "sigma_max", sigma_max, "sigma_min to 1000000")?;
         number((0.1..=100.0).contains(&self.rho), "rho", self.rho, "0.1 to 100")?;
+        number(self.strength > 0.0 && self.strength <= 1.0, "strength", self.strength, "a number above 0, up to 1")?;
         number(self.guidance.is_finite(), "guidance", self.guidance, "a finite number")?;
         if let Some((low, high)) = self.guidance_interval {
             check(0.0 <= low && low < high, "guidance interval", format!("{low},{high}"), "0 <= low < high")?;
@@ -158,8 +170,13 @@ impl SamplerConfig {
         Ok(())
     }
 
-    /// The noise levels, descending, and the final 0 (EDM, eq. 5): `steps` + 1 numbers. Those of
-    /// `heun` and `euler` are computed in f32, as the official sampler does.
+    /// Steps that are taken: at [`strength`](Self::strength) 1 all.
+    pub fn taken(&self) -> usize {
+        ((self.steps as f64 * self.strength).round() as usize).clamp(1, self.steps.max(1))
+    }
+
+    /// The noise levels of the steps that are taken, descending, and the final 0 (EDM, eq. 5): [`taken`](Self::taken) + 1
+    /// numbers. Those of `heun` and `euler` are computed in f32, as the official sampler does.
     pub fn sigmas(&self) -> Vec<f64> {
         let (high, low) = (self.sigma_max.powf(1.0 / self.rho), self.sigma_min.powf(1.0 / self.rho));
         let last = self.steps.saturating_sub(1).max(1);
@@ -172,6 +189,7 @@ impl SamplerConfig {
                 }
             })
             .collect();
+        sigmas.drain(..self.steps - self.taken());
         sigmas.push(0.0);
         sigmas
     }
@@ -199,6 +217,8 @@ pub enum SampleError {
     /// The conditions do not fit the network or the seeds.
     #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
     Conditions { found: usize, images: usize, width: usize },
+    #[error("the image to begin from has {found} values, expected {expected}")]
+    From { found: usize, expected: usize },
     /// The guiding network does not go with the network.
     #[error("the guiding network has {what} {found}, expected {expected}")]
     GuidingNetwork { what: &'static str, found: usize, expected: usize },
@@ -255,60 +275,98 @@ pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
 /// [`SampleError::Stopped`].
 pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), SampleError> + 'a;
 
+/// The images of one batch. What is empty is not given.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Batch<'a> {
+    /// Seed of each image: n of them.
+    pub seeds: &'a [u64],
+    /// [height, width].
+    pub size: [usize; 2],
+    /// Conditions, [n, label_dim]; else the images are unconditional.
+    pub labels: &'a [f32],
+    /// Conditions to guide away from, [n, label_dim]; else none, or, where another network guides, `labels`.
+    pub away: &'a [f32],
+    /// Another seed for each image, whose noise takes this share of it, 0 to 1: on the way from one to the other the noise
+    /// stays normal.
+    pub towards: &'a [(u64, f64)],
+    /// An image in model space, [height, width, channels], that noise is added to instead of zeros.
+    pub from: &'a [f32],
+}
+
+impl Batch<'_> {
+    /// Unit normal noise [n, h, w, c]: each image's from its own stream, in the order of the tensor.
+    fn noise(&self, shape: Shape, purpose: Purpose, step: u32) -> Vec<f32> {
+        let mut values = vec![0.0; shape.iter().product()];
+        let (size, of) = (shape[1..].iter().product(), |seed| Stream { seed, purpose, step, image: 0 });
+        for (i, (image, &seed)) in values.chunks_mut(size).zip(self.seeds).enumerate() {
+            of(seed).normals(image);
+            if let Some(&(other, share)) = self.towards.get(i) {
+                let mut there = vec![0.0; size];
+                of(other).normals(&mut there);
+                let (sin, cos) = (share * FRAC_PI_2).sin_cos();
+                let turned = |x: f32, y: f32| (cos * f64::from(x) + sin * f64::from(y)) as f32;
+                image.iter_mut().zip(&there).for_each(|(x, &y)| *x = turned(*x, y));
+            }
+        }
+        values
+    }
+}
+
 /// A network on its device, and optionally another one that guides it.
 pub struct Sampler<'a, B: NetworkBackend> {
     /// Device that holds the network, prepared for evaluation.
     pub backend: &'a mut B,
     /// The network.
     pub net: &'a Precond,
-    /// Autoguidance: device and network of the reference. `None`: the network without a condition.
+    /// Autoguidance: device and network of the reference. `None`: the network itself.
     pub gnet: Option<(&'a mut B, &'a Precond)>,
 }
 
 impl<B: NetworkBackend> Sampler<'_, B> {
-    /// Samples one batch: an image of `size` = [height, width] for each seed. `labels` are the conditions,
-    /// [seeds, label_dim], or empty: unconditional. `observe` is called after each step. Without it, another network
-    /// and churn, the whole batch is one plan of the device; else each evaluation is. Returns [seeds, height, width, channels]
-    /// in model space.
+    /// Samples one batch. `observe` is called after each step. Without it, another network and churn, the whole batch is one
+    /// plan of the device; else each evaluation is. Returns [seeds, height, width, channels] in model space.
     ///
     /// # Errors
     /// [`SampleError`]; settings and shapes are checked before anything is computed.
     pub fn run(
         &mut self,
-        labels: &[f32],
-        seeds: &[u64],
-        size: [usize; 2],
+        batch: &Batch,
         config: &SamplerConfig,
         observe: Option<&mut Observe<B>>,
     ) -> Result<Vec<f32>, SampleError> {
-        let shape = self.check(labels, seeds, size, config)?;
+        let shape = self.check(batch, config)?;
         let b = &mut *self.backend;
-        let mut inputs = vec![b.upload(shape, &draw(shape, seeds, Purpose::SampleNoise, 0))];
-        inputs.extend(conditions(b, labels, self.net, config.passes(self.gnet.is_none()) == 2));
+        let noise = b.upload(shape, &batch.noise(shape, Purpose::SampleNoise, 0));
+        let mut terms = vec![(&noise, config.sigmas()[0])];
+        let image = (!batch.from.is_empty()).then(|| b.upload(shape, &batch.from.repeat(shape[0])));
+        terms.extend(image.iter().map(|image| (image, 1.0)));
+        let mut inputs = vec![b.linear_combination(&terms)];
+        inputs.extend(conditions(b, batch, self.net, config.passes(self.gnet.is_none()) == 2));
         let net = self.net;
         let scales = |labels: Option<B::Tensor>, b: &B| {
-            let images = labels.as_ref().map_or(seeds.len(), |labels| b.shape(labels)[0]);
+            let images = labels.as_ref().map_or(batch.seeds.len(), |labels| b.shape(labels)[0]);
             Scales { labels, images, levels: levels(config), made: Vec::new() }
         };
         let x = if self.gnet.is_none() && observe.is_none() && config.churn.s_churn == 0.0 {
             let body = &mut |b: &mut B, inputs: &[B::Tensor]| {
                 let scales = scales(inputs.get(1).cloned(), b);
-                let mut guided = Guidance { net, scales, other: None, config, shape, seeds, observe: None };
+                let mut guided = Guidance { net, scales, other: None, config, shape, batch, observe: None };
                 Ok(vec![solve(b, &mut guided, config, &inputs[0])?])
             };
             b.planned::<SampleError>(&AllSteps(config.clone()), &inputs, body)?.swap_remove(0)
         } else {
             let other = self.gnet.as_mut().map(|(b, net)| {
-                let labels = conditions(*b, labels, net, false);
+                let away = if batch.away.is_empty() { batch.labels } else { batch.away };
+                let labels = conditions(*b, &Batch { labels: away, ..*batch }, net, false);
                 let scales = scales(labels, b);
                 (&mut **b, *net, scales)
             });
             let scales = scales(inputs.get(1).cloned(), b);
-            let mut guided = Guidance { net, scales, other, config, shape, seeds, observe };
+            let mut guided = Guidance { net, scales, other, config, shape, batch, observe };
             solve(b, &mut guided, config, &inputs[0])?
         };
         let images = self.backend.download(&x)?;
-        for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(seeds) {
+        for (image, &seed) in images.chunks(shape[1..].iter().product()).zip(batch.seeds) {
             let count = image.iter().filter(|x| !x.is_finite()).count();
             if count > 0 {
                 return Err(SampleError::NotFinite { seed, count });
@@ -317,19 +375,18 @@ impl<B: NetworkBackend> Sampler<'_, B> {
         Ok(images)
     }
 
-    fn check(
-        &self,
-        labels: &[f32],
-        seeds: &[u64],
-        [height, width]: [usize; 2],
-        config: &SamplerConfig,
-    ) -> Result<Shape, SampleError> {
-        let ours = &self.net.config;
+    fn check(&self, batch: &Batch, config: &SamplerConfig) -> Result<Shape, SampleError> {
+        let (ours, images, [height, width]) = (&self.net.config, batch.seeds.len(), batch.size);
         config.validate()?;
         ours.check_size(height, width)?;
-        if !labels.is_empty() && labels.len() != seeds.len() * ours.label_dim {
-            let (found, images, width) = (labels.len(), seeds.len(), ours.label_dim);
-            return Err(SampleError::Conditions { found, images, width });
+        for labels in [batch.labels, batch.away] {
+            if !labels.is_empty() && labels.len() != images * ours.label_dim {
+                return Err(SampleError::Conditions { found: labels.len(), images, width: ours.label_dim });
+            }
+        }
+        let expected = height * width * ours.img_channels;
+        if !batch.from.is_empty() && batch.from.len() != expected {
+            return Err(SampleError::From { found: batch.from.len(), expected });
         }
         if let Some((_, gnet)) = &self.gnet {
             let theirs = &gnet.config;
@@ -342,28 +399,20 @@ impl<B: NetworkBackend> Sampler<'_, B> {
                 return differs("condition width", theirs.label_dim, ours.label_dim);
             }
         }
-        Ok([seeds.len(), height, width, ours.img_channels])
+        Ok([images, height, width, ours.img_channels])
     }
 }
 
-/// Unit normal noise [n, h, w, c]: each image from its own stream, in the order of the tensor.
-fn draw(shape: Shape, seeds: &[u64], purpose: Purpose, step: u32) -> Vec<f32> {
-    let mut values = vec![0.0; shape.iter().product()];
-    for (image, &seed) in values.chunks_mut(shape[1..].iter().product()).zip(seeds) {
-        Stream { seed, purpose, step, image: 0 }.normals(image);
-    }
-    values
-}
-
-/// The conditions that a network takes, if any: [n, 1, 1, label_dim], or, where it guides itself away from none, both
-/// [2n, 1, 1, label_dim].
-fn conditions<B: Backend>(b: &mut B, labels: &[f32], net: &Precond, both: bool) -> Option<B::Tensor> {
-    let dim = net.config.label_dim;
+/// The conditions that a network takes, if any: [n, 1, 1, label_dim], or, where it guides itself, these and what it is guided
+/// away from, [2n, 1, 1, label_dim].
+fn conditions<B: Backend>(b: &mut B, batch: &Batch, net: &Precond, both: bool) -> Option<B::Tensor> {
+    let (labels, dim) = (batch.labels, net.config.label_dim);
     if labels.is_empty() || dim == 0 {
         return None;
     }
-    let none = vec![0.0; if both { labels.len() } else { 0 }];
-    let all = [labels, &none].concat();
+    let none = vec![0.0; labels.len()];
+    let away = if batch.away.is_empty() { &none } else { batch.away };
+    let all = if both { [labels, away].concat() } else { labels.to_vec() };
     Some(b.upload([all.len() / dim, 1, 1, dim], &all))
 }
 
@@ -425,7 +474,7 @@ struct Guidance<'a, 'o, B: NetworkBackend> {
     other: Option<(&'a mut B, &'a Precond, Scales<B::Tensor>)>,
     config: &'a SamplerConfig,
     shape: Shape,
-    seeds: &'a [u64],
+    batch: &'a Batch<'a>,
     observe: Option<&'a mut Observe<'o, B>>,
 }
 
@@ -467,7 +516,7 @@ impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
     }
 
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor {
-        b.upload(self.shape, &draw(self.shape, self.seeds, Purpose::Churn, step as u32))
+        b.upload(self.shape, &self.batch.noise(self.shape, Purpose::Churn, step as u32))
     }
 
     fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {

@@ -64,16 +64,15 @@ pub trait Denoise<B: Backend> {
     fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError>;
 }
 
-/// Images [n, h, w, c] from unit normal `noise` of that shape, by the solver and at the noise levels of a
-/// valid `config`. (Its guidance is the denoiser's business.)
+/// Images [n, h, w, c] from noisy ones of the first noise level of a valid `config`, by its solver. (Its guidance is the
+/// denoiser's business.)
 pub fn solve<B: Backend>(
     b: &mut B,
     denoiser: &mut impl Denoise<B>,
     config: &SamplerConfig,
-    noise: &B::Tensor,
+    noisy: &B::Tensor,
 ) -> Result<B::Tensor, SampleError> {
-    let sigmas = config.sigmas();
-    let x = b.linear_combination(&[(noise, sigmas[0])]);
+    let (sigmas, x) = (config.sigmas(), noisy.clone());
     match config.solver {
         Solver::Dpmpp2m => dpmpp_2m(b, denoiser, &sigmas, x),
         Solver::Heun => edm(b, denoiser, &sigmas, config.churn, true, x),

@@ -1,8 +1,8 @@
 //! The part of the API of AUTOMATIC1111's Stable Diffusion web UI that its clients use, under /sdapi/v1.
 //!
-//! A prompt is a list of tags, separated by commas; an unknown one is an error that names its neighbours. What this
-//! engine does not have (negative prompts, upscaling, and so on) is ignored, as that web UI ignores unknown fields, and
-//! named in the answer's `info`.
+//! Prompt and negative prompt are tags, weighed as in that web UI; an unknown one is an error that names its neighbours.
+//! What this engine does not have (upscaling, and so on) is ignored, as that web UI ignores unknown fields, and named in the
+//! answer's `info`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -48,6 +48,7 @@ const SAMPLERS: [(Solver, &[&str]); 3] = [
 #[serde(default)]
 struct TextToImage {
     prompt: String,
+    negative_prompt: String,
     seed: i64,
     steps: usize,
     cfg_scale: f64,
@@ -67,6 +68,7 @@ impl Default for TextToImage {
         let SamplerConfig { steps, guidance, .. } = SamplerConfig::default();
         Self {
             prompt: String::new(),
+            negative_prompt: String::new(),
             seed: -1,
             steps,
             cfg_scale: guidance,
@@ -128,6 +130,7 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
     let wanted = Wanted {
         model: Some(card.name.clone()),
         tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
+        negative: asked.negative_prompt.clone(),
         seeds: Some(format!("{first}-{last}")),
         width: side(asked.width),
         height: side(asked.height),
@@ -148,6 +151,7 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
         asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();
     let parameters = json!({
         "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
         "seed": first,
         "steps": sampler.steps,
         "cfg_scale": sampler.guidance,
@@ -160,6 +164,8 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
     let info = json!({
         "prompt": asked.prompt,
         "all_prompts": vec![&asked.prompt; images],
+        "negative_prompt": asked.negative_prompt,
+        "all_negative_prompts": vec![&asked.negative_prompt; images],
         "seed": first,
         "all_seeds": job.request.seeds,
         "width": width,
@@ -208,7 +214,7 @@ async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Ski
         preview.image.split_once(";base64,").map(|(_, data)| data.to_owned())
     });
     let (done, of) = view.as_ref().map_or((0, 0), |view| (view.done, view.of));
-    let steps = running.map_or(0, |job| job.request.sampler.steps);
+    let steps = running.map_or(0, |job| job.request.sampler.taken());
     Json(json!({
         "progress": done as f64 / of.max(1) as f64,
         "eta_relative": view.as_ref().and_then(|view| view.seconds_left).unwrap_or(0.0),

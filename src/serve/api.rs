@@ -48,6 +48,7 @@ pub fn routes() -> Vec<(&'static str, MethodRouter<Arc<Server>>)> {
         ("/api/v1/server", get(server)),
         ("/api/v1/models", get(models)),
         ("/api/v1/vocabulary", get(vocabulary)),
+        ("/api/v1/prompt", get(prompt)),
         ("/api/v1/generate", post(generate)),
         ("/api/v1/jobs", get(jobs)),
         ("/api/v1/jobs/{id}", get(job).delete(cancel)),
@@ -200,6 +201,20 @@ async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Respon
         }
     };
     Ok(Json(json!({"model": card.name, "tags": tags})).into_response())
+}
+
+#[derive(Deserialize)]
+struct OfText {
+    model: Option<String>,
+    text: String,
+}
+
+/// The tags of a prompt with their weights.
+async fn prompt(State(app): App, Query(OfText { model, text }): Query<OfText>) -> Answer<Value> {
+    let card = app.card(model).await?;
+    let read = card.prompt(&text)?;
+    let tags = read.tags().iter().map(|&(tag, weight)| json!({"tag": card.vocabulary.tag(tag), "weight": weight}));
+    Ok(Json(json!({"model": card.name, "tags": tags.collect::<Vec<_>>()})))
 }
 
 #[derive(Deserialize)]

@@ -138,6 +138,7 @@ impl Painter {
             size: Some(*size),
             sampler: sampler.clone(),
             batch: images.len(),
+            ..pipeline::Request::default()
         };
 
         let (started, linear) = (Instant::now(), self.linear.as_ref().filter(|_| card.meta.encoder == Encoder::SdVae));
@@ -191,6 +192,13 @@ fn conditions(pipeline: &mut Pipeline, request: &Request) -> Result<Vec<Conditio
     if request.invent > 0 {
         all.extend(pipeline.invent(request.invent, seed)?);
     }
+    if let Some(text) = &request.negative {
+        let negative = pipeline.tags(text, seed)?;
+        if all.is_empty() {
+            all.push(pipeline.none()?);
+        }
+        all = all.into_iter().map(|condition| condition.away_from(&negative)).collect();
+    }
     Ok(all)
 }
 
@@ -207,7 +215,7 @@ fn tell(job: &Job, images: &[&(Arc<Job>, usize)], previews: &[Option<String>], s
     let count = ours().count();
     let rate = steps as f64 / started.elapsed().as_secs_f64().max(1e-9);
     job.update(|view| {
-        view.done = view.pictures.len() * job.request.sampler.steps + count * steps;
+        view.done = view.pictures.len() * job.request.sampler.taken() + count * steps;
         view.rate = Some(rate);
         view.seconds_left = Some((view.of - view.done.min(view.of)) as f64 / (rate * count as f64).max(1e-9));
         if !previews.is_empty() {

@@ -139,7 +139,7 @@ pub struct Job {
 
 impl Job {
     fn new(id: u64, request: Request) -> Self {
-        let of = request.seeds.len() * request.sampler.steps;
+        let of = request.seeds.len() * request.sampler.taken();
         let view = View {
             id,
             stage: Stage::Queued,

@@ -11,6 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use image::{ImageError, ImageReader};
 use serde::{Deserialize, Serialize};
 
+use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
 use crate::model::{Config, ModelMeta};
 use crate::sample::{SamplerConfig, parse_seeds};
@@ -112,6 +113,15 @@ impl Card {
     pub fn size(&self) -> [usize; 2] {
         [self.meta.height, self.meta.width]
     }
+
+    /// The tags of a text, with their weights.
+    ///
+    /// # Errors
+    /// [`Refusal::Invalid`]: it is too long, or has an unknown tag.
+    pub fn prompt(&self, text: &str) -> Result<Prompt, Refusal> {
+        ensure(text.len() <= MOST_TEXT, || format!("{} bytes of tags, expected {MOST_TEXT} at most", text.len()))?;
+        self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))
+    }
 }
 
 /// The body of a request for pictures. What is left out has the default of `edm2k sample`.
@@ -120,8 +130,10 @@ impl Card {
 pub struct Wanted {
     /// Name of the model; the first one if it is left out.
     pub model: Option<String>,
-    /// Tags of each condition, separated by commas.
+    /// Tags of each condition, as `--tags` takes them.
     pub tags: Vec<String>,
+    /// Tags that guidance leads away from; empty: none.
+    pub negative: String,
     /// Whether the condition model completes them.
     pub complete: bool,
     /// Pictures whose features are conditions, in base64.
@@ -149,6 +161,8 @@ pub struct Request {
     pub model: Arc<Card>,
     /// Tags of conditions.
     pub tags: Vec<String>,
+    /// Tags that guidance leads away from.
+    pub negative: Option<String>,
     /// Whether the condition model completes them.
     pub complete: bool,
     /// Uploaded pictures.
@@ -177,7 +191,8 @@ impl Request {
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
     pub fn new(wanted: Wanted, model: Arc<Card>) -> Result<Self, Refusal> {
-        let Wanted { tags, complete, like, invent, condition_seed, sampler, .. } = wanted;
+        let Wanted { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
+        let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
         let name = &model.name;
         sampler.validate().map_err(|error| invalid(&error))?;
@@ -187,15 +202,13 @@ impl Request {
         most("sets of tags", tags.len(), MOST_IMAGES)?;
         most("pictures", like.len(), MOST_IMAGES)?;
         most("invented conditions", invent, MOST_IMAGES)?;
-        ensure(tags.is_empty() || model.tags != Tags::No, || format!("{name} takes no tags"))?;
+        ensure((tags.is_empty() && negative.is_none()) || model.tags != Tags::No, || format!("{name} takes no tags"))?;
         ensure(like.is_empty() || model.like, || format!("{name} takes no pictures"))?;
         let invents = invent > 0 || complete;
         ensure(!invents || model.invents, || format!("{name} has no condition model that could invent or complete"))?;
         ensure(!complete || !tags.is_empty(), || "there are no tags to complete".into())?;
-        for text in &tags {
-            most("bytes of tags", text.len(), MOST_TEXT)?;
-            let known = model.vocabulary.parse(text).map_err(|error| invalid(&error))?;
-            ensure(!known.is_empty(), || format!("{text:?} has no tag"))?;
+        for text in tags.iter().chain(&negative) {
+            ensure(!model.prompt(text)?.tags().is_empty(), || format!("{text:?} has no tag"))?;
         }
         let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
 
@@ -217,17 +230,17 @@ impl Request {
             let [height, width] = model.size();
             format!("{}x{} is more than {MOST_AREA} times {name}'s {width}x{height}", size[1], size[0])
         })?;
-        let work = ours.saturating_mul(seeds.len()).saturating_mul(sampler.steps);
+        let work = ours.saturating_mul(seeds.len()).saturating_mul(sampler.taken());
         ensure(work <= native.saturating_mul(MOST_WORK), || {
-            let steps = sampler.steps;
+            let steps = sampler.taken();
             format!("{} images of {steps} steps are too much at this size; ask for fewer of either", seeds.len())
         })?;
-        Ok(Self { model, tags, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
+        Ok(Self { model, tags, negative, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
     }
 
     /// Whether there is any condition.
     pub fn conditioned(&self) -> bool {
-        !self.tags.is_empty() || !self.like.is_empty() || self.invent > 0
+        !self.tags.is_empty() || self.negative.is_some() || !self.like.is_empty() || self.invent > 0
     }
 
     /// Whether images of both may be in one batch.

@@ -6,8 +6,8 @@
 //! with numbers keyed by the epoch).
 
 use super::Settings;
-use crate::data::dataset::Dataset;
-use crate::rng::{Purpose, Stream};
+use crate::data::dataset::{Dataset, DatasetError};
+use crate::rng::{Purpose, Stream, mask_key};
 
 /// Images with noise and labels on the host, NHWC.
 pub struct Batch {
@@ -21,6 +21,8 @@ pub struct Batch {
     pub sigma: Vec<f32>,
     /// Conditions [n, label_dim], zero rows where dropped; none for an unconditional network.
     pub labels: Option<Vec<f32>>,
+    /// Keys of the masks of dropout [n, 2]; none without.
+    pub keys: Option<Vec<f32>>,
 }
 
 /// Makes the batches of a run.
@@ -52,7 +54,10 @@ impl<'a> Batches<'a> {
     }
 
     /// Images number `first` to `first + n` of the run.
-    pub fn get(&mut self, first: u64, n: usize) -> Batch {
+    ///
+    /// # Errors
+    /// [`DatasetError`]: a damaged image.
+    pub fn get(&mut self, first: u64, n: usize) -> Result<Batch, DatasetError> {
         let s = self.settings;
         let [h, w, c] = self.data.shape();
         let numel = h * w * c;
@@ -66,7 +71,7 @@ impl<'a> Batches<'a> {
             let i = self.index(k);
             let stream = |purpose| Stream::new(s.seed, purpose, k);
             let image = &mut clean[j * numel..][..numel];
-            self.data.image(i, stream(Purpose::Latent), image);
+            self.data.image(i, stream(Purpose::Latent), image)?;
             if s.flip && self.data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
                 mirror(image, w, c);
             }
@@ -79,7 +84,8 @@ impl<'a> Batches<'a> {
                 self.data.condition(i, &mut labels[j * dim..][..dim]);
             }
         }
-        Batch { n, clean, noisy, sigma, labels }
+        let keys = (s.dropout > 0.0).then(|| (first..first + n as u64).flat_map(|k| mask_key(s.seed, k)).collect());
+        Ok(Batch { n, clean, noisy, sigma, labels, keys })
     }
 }
 

@@ -40,6 +40,7 @@ use serde_json::Value;
 pub mod batch;
 pub mod checkpoint;
 pub mod ema;
+pub mod events;
 pub mod grid;
 pub mod memory;
 pub mod posthoc;
@@ -51,10 +52,10 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
-use crate::backend::{BackendError, Normalization, Slot, Step, TrainingBackend};
+use crate::backend::{BackendError, Masks, Normalization, Slot, Step, TrainingBackend};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
-use crate::data::dataset::{Dataset, Header, Kind};
+use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{At, DirLock, FileError, LockError};
@@ -64,6 +65,7 @@ use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::{Batch, Batches};
 use checkpoint::{Checkpoint, free_name};
+use events::Events;
 use stats::StatsFile;
 
 /// Everything that decides what a run computes; a run may only be resumed with the same.
@@ -101,6 +103,13 @@ pub struct Settings {
     pub cond_dropout_from: u64,
     /// Whether half of the images that allow it are mirrored.
     pub flip: bool,
+    /// Share of the activations that are zeroed before each block's second convolution.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub dropout: f64,
+}
+
+fn is_zero(x: &f64) -> bool {
+    *x == 0.0
 }
 
 /// Adam's decay rates of the two moments.
@@ -182,8 +191,10 @@ pub struct Plan {
     pub status: u64,
     /// Interval of the validation loss.
     pub validate: u64,
-    /// Interval of sample grids; of RGB images only.
+    /// Interval of sample grids.
     pub grid: u64,
+    /// Whether statistics go into an event file of TensorBoard's too.
+    pub tensorboard: bool,
     /// Interval of snapshots.
     pub snapshot: u64,
     /// Interval of checkpoints.
@@ -210,6 +221,7 @@ impl Plan {
             status: every(500),
             validate: every(100),
             grid: every(50),
+            tensorboard: false,
             snapshot: every(10),
             checkpoint: every(50),
             keep: 3,
@@ -253,6 +265,10 @@ pub enum TrainError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    Data(#[from] DatasetError),
+    #[error(transparent)]
+    Validation(#[from] validation::ValidationError),
     #[error(transparent)]
     Grid(#[from] grid::GridError),
     #[error(transparent)]
@@ -317,6 +333,7 @@ impl Settings {
             cond_dropout: 0.0,
             cond_dropout_from: 0,
             flip: false,
+            dropout: 0.0,
         }
     }
 
@@ -386,6 +403,8 @@ pub struct Training<'a> {
     pub plan: &'a Plan,
     /// The images.
     pub splits: Splits<'a>,
+    /// Makes the pictures of sample grids; without it there are none.
+    pub show: Option<&'a mut grid::Show<'a>>,
     /// Whether to stop after the step at hand.
     pub stop: &'a AtomicBool,
     /// Is told how it goes.
@@ -397,9 +416,9 @@ impl Work for Training<'_> {
 
     /// See [`train`].
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let Self { model, settings, plan, splits, stop, event } = self;
+        let Self { model, settings, plan, splits, show, stop, event } = self;
         let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
-        train(&mut backend, model, settings, plan, splits, stop, event)
+        train(&mut backend, model, settings, plan, splits, show, stop, event)
     }
 }
 
@@ -410,12 +429,14 @@ impl Work for Training<'_> {
 ///
 /// # Errors
 /// See [`TrainError`]. Whatever was saved before stays.
+#[allow(clippy::too_many_arguments)] // those of a [`Training`]
 pub fn train<B: TrainingBackend>(
     backend: &mut B,
     model: Model,
     settings: &Settings,
     plan: &Plan,
     data: Splits,
+    show: Option<&mut grid::Show>,
     stop: &AtomicBool,
     event: &mut dyn FnMut(Event),
 ) -> Result<Outcome, TrainError> {
@@ -441,6 +462,7 @@ pub fn train<B: TrainingBackend>(
         let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
         event(Event::Note(text));
     }
+    let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
     let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
@@ -468,6 +490,9 @@ pub fn train<B: TrainingBackend>(
             state,
             started: Instant::now(),
             stats,
+            events,
+            show,
+            batch_gpu: plan.batch_gpu as usize,
             rounds,
         };
         run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
@@ -477,7 +502,7 @@ pub fn train<B: TrainingBackend>(
 
 /// Moves what a run has made into a folder of its own.
 fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
-    let made = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg"];
+    let made = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg", "events.out.tfevents."];
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -547,13 +572,13 @@ fn newest<B: TrainingBackend>(
     }
 }
 
-struct Run<'a, B: TrainingBackend> {
+struct Run<'a, 's, B: TrainingBackend> {
     backend: &'a mut B,
     net: Precond,
     meta: ModelMeta,
     settings: &'a Settings,
     plan: &'a Plan,
-    batches: Receiver<Batch>,
+    batches: Receiver<Result<Batch, DatasetError>>,
     data: Splits<'a>,
     state: State,
     before: f64,
@@ -561,10 +586,14 @@ struct Run<'a, B: TrainingBackend> {
     /// When the last status line was written, and after how many images.
     last_status: (Instant, u64),
     stats: StatsFile,
+    events: Option<Events>,
+    show: Option<&'a mut grid::Show<'s>>,
+    /// Images at a time: the plan's, until the device has no memory for them.
+    batch_gpu: usize,
     rounds: usize,
 }
 
-impl<B: TrainingBackend> Run<'_, B> {
+impl<B: TrainingBackend> Run<'_, '_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
             event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
@@ -573,7 +602,7 @@ impl<B: TrainingBackend> Run<'_, B> {
             return Ok(Outcome::Finished);
         }
         loop {
-            let lr = self.step()?;
+            let lr = self.step(event)?;
             let done = self.state.nimg >= self.settings.duration;
             let stopped = !done && stop.load(Ordering::Relaxed);
             let (nimg, batch) = (self.state.nimg, self.settings.batch);
@@ -604,19 +633,35 @@ impl<B: TrainingBackend> Run<'_, B> {
     }
 
     /// One optimizer step; returns its learning rate.
-    fn step(&mut self) -> Result<f64, TrainError> {
+    fn step(&mut self, event: &mut dyn FnMut(Event)) -> Result<f64, TrainError> {
         let s = self.settings;
         let [h, w, c] = self.data.train.shape();
         let lr = s.learning_rate().at(self.state.nimg);
         let end = self.state.nimg + s.batch;
         let mut losses = Vec::new();
-        for _ in 0..self.rounds {
-            let batch = self.batches.recv().expect("batches are made as long as they are asked for");
-            let (b, n) = (&mut *self.backend, batch.n);
-            let [clean, noisy] = [&batch.clean, &batch.noisy].map(|images| b.upload([n, h, w, c], images));
-            let mut inputs = vec![clean, noisy, b.upload([n, 1, 1, 1], &batch.sigma)];
-            inputs.extend(batch.labels.map(|labels| b.upload([n, 1, 1, s.config.label_dim], &labels)));
-            losses.push(micro_batch(b, &self.net, &inputs)?);
+        let mut seen = 0;
+        while seen < s.batch as usize {
+            let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
+            let mut first = 0;
+            while first < batch.n {
+                let n = self.batch_gpu.min(batch.n - first);
+                let b = &mut *self.backend;
+                let mut upload = |[h, w, c]: [usize; 3], values: &[f32]| {
+                    b.upload([n, h, w, c], &values[first * h * w * c..][..n * h * w * c])
+                };
+                let mut inputs = vec![upload([h, w, c], &batch.clean), upload([h, w, c], &batch.noisy)];
+                inputs.push(upload([1, 1, 1], &batch.sigma));
+                inputs.extend(batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)));
+                inputs.extend(batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)));
+                match micro_batch(b, &self.net, s.dropout, &inputs) {
+                    Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
+                    made => {
+                        losses.push(made?);
+                        first += n;
+                    }
+                }
+            }
+            seen += batch.n;
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -651,6 +696,13 @@ impl<B: TrainingBackend> Run<'_, B> {
         Ok(lr)
     }
 
+    /// Takes fewer images at a time from here on, as the device has no memory for `n`.
+    fn halve(&mut self, n: usize, why: &BackendError, event: &mut dyn FnMut(Event)) {
+        self.batch_gpu = n.div_ceil(2);
+        self.rounds = (self.settings.batch as usize).div_ceil(self.batch_gpu);
+        event(Event::Note(format!("warning: {why}; going on with --batch-gpu {}", self.batch_gpu)));
+    }
+
     fn diverged(&self, what: String) -> TrainError {
         let last = checkpoint::list(&self.plan.outdir).ok().and_then(|all| all.into_iter().next());
         TrainError::Diverged { nimg: self.state.nimg, what, lr: self.settings.lr, last }
@@ -658,7 +710,10 @@ impl<B: TrainingBackend> Run<'_, B> {
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
         let path = self.plan.outdir.join("stats.jsonl");
-        Ok(self.stats.write(line).at(path)?)
+        self.stats.write(line).at(path)?;
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let line = serde_json::to_value(line).unwrap_or_default();
+        Ok(events.write(self.state.nimg, &line).at(events.path())?)
     }
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
@@ -696,7 +751,7 @@ impl<B: TrainingBackend> Run<'_, B> {
     fn with_average<T>(&mut self, work: impl FnOnce(&mut Self, usize) -> T) -> Result<T, BackendError> {
         let begun = Instant::now();
         self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let done = work(self, self.plan.batch_gpu as usize);
+        let done = work(self, self.batch_gpu);
         self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
         Ok(done)
@@ -704,13 +759,13 @@ impl<B: TrainingBackend> Run<'_, B> {
 
     /// Samples of the first moving average as a picture.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        if self.data.train.header().kind != Kind::Images || self.settings.config.img_channels != 3 {
-            return Ok(());
-        }
+        let Some(show) = self.show.take() else { return Ok(()) };
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        match self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, guided, batch))? {
+        let written = self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
+        self.show = Some(show);
+        match written? {
             // A network can be too young to sample from; it may grow up.
             Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
                 event(Event::Note(format!("no sample grid: {error}")))
@@ -773,17 +828,24 @@ impl<B: TrainingBackend> Run<'_, B> {
 
 /// The plan of a micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MicroBatch;
+pub struct MicroBatch {
+    /// See [`Settings::dropout`].
+    pub dropout: f64,
+}
 
-/// Forward and backward of clean images, noisy ones, noise levels and (unless unconditional) labels; the loss of
-/// each image. The gradients add up in the backend.
+/// Forward and backward of clean images, noisy ones, noise levels, with dropout the keys of its masks, and (unless
+/// unconditional) labels; the loss of each image. The gradients add up in the backend.
 pub fn micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
+    dropout: f64,
     inputs: &[B::Tensor],
 ) -> Result<B::Tensor, BackendError> {
-    let mut made = b.planned::<BackendError>(&MicroBatch, inputs, &mut |b, inputs| {
-        let pass = net.train_forward(b, &inputs[0], &inputs[1], &inputs[2], inputs.get(3));
+    let mut made = b.planned::<BackendError>(&MicroBatch { dropout }, inputs, &mut |b, inputs| {
+        let (images, rest) = inputs.split_at(3);
+        let (keys, labels) = rest.split_at(usize::from(dropout > 0.0));
+        let masks = keys.first().map(|keys| Masks { keys: keys.clone(), rate: dropout });
+        let pass = net.train_forward(b, &images[0], &images[1], &images[2], labels.first(), masks.as_ref());
         let per_image = pass.per_image.clone();
         net.backward(b, pass);
         Ok(vec![per_image])
@@ -791,16 +853,21 @@ pub fn micro_batch<B: TrainingBackend>(
     Ok(made.swap_remove(0))
 }
 
-/// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs.
+/// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs. Where its
+/// gradients matter, they are to be cleared.
 ///
 /// # Errors
 /// The device does not have the memory.
-pub fn rehearse<B: TrainingBackend>(b: &mut B, net: &Precond, [n, h, w]: [usize; 3]) -> Result<(), BackendError> {
+pub fn rehearse<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    dropout: f64,
+    [n, h, w]: [usize; 3],
+) -> Result<(), BackendError> {
     let dim = net.config.label_dim;
     let image = b.upload([n, h, w, net.config.img_channels], &vec![0.0; n * h * w * net.config.img_channels]);
     let mut inputs = vec![image.clone(), image, b.upload([n, 1, 1, 1], &vec![1.0; n])];
-    if dim > 0 {
-        inputs.push(b.upload([n, 1, 1, dim], &vec![0.0; n * dim]));
-    }
-    micro_batch(b, net, &inputs).map(|_| ())
+    inputs.extend((dropout > 0.0).then(|| b.upload([n, 1, 1, 2], &vec![0.0; 2 * n])));
+    inputs.extend((dim > 0).then(|| b.upload([n, 1, 1, dim], &vec![0.0; n * dim])));
+    micro_batch(b, net, dropout, &inputs).map(|_| ())
 }

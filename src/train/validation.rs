@@ -5,7 +5,7 @@
 
 use super::{Settings, batch};
 use crate::backend::{BackendError, NetworkBackend};
-use crate::data::dataset::Dataset;
+use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
 
@@ -13,6 +13,16 @@ use crate::rng::{Purpose, Stream};
 const IMAGES: usize = 1024;
 /// Noise levels for each of them.
 const DRAWS: usize = 4;
+
+/// Why there is no loss.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ValidationError {
+    #[error(transparent)]
+    Data(#[from] DatasetError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
 
 /// Noise levels of `edm2k eval`, from where nothing is hidden to where everything is.
 pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 80.0];
@@ -37,7 +47,7 @@ pub fn loss<B: NetworkBackend>(
     settings: &Settings,
     data: &Dataset,
     batch: usize,
-) -> Result<f64, BackendError> {
+) -> Result<f64, ValidationError> {
     let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
     let images = data.len().min(IMAGES);
     let losses = losses(b, net, data, images, DRAWS, sigma, batch, &mut |_| {})?;
@@ -53,7 +63,7 @@ pub fn loss_by_level<B: NetworkBackend>(
     images: usize,
     batch: usize,
     progress: &mut dyn FnMut(u64),
-) -> Result<Vec<Loss>, BackendError> {
+) -> Result<Vec<Loss>, ValidationError> {
     losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress)
 }
 
@@ -73,7 +83,7 @@ fn losses<B: NetworkBackend>(
     sigma: impl Fn(u64) -> f32,
     batch: usize,
     progress: &mut dyn FnMut(u64),
-) -> Result<Vec<Loss>, BackendError> {
+) -> Result<Vec<Loss>, ValidationError> {
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let sd2 = net.config.sigma_data.powi(2);
@@ -89,7 +99,7 @@ fn losses<B: NetworkBackend>(
             let k = first + j;
             let image = &mut clean[j * numel..][..numel];
             // The same latent at every level.
-            data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image);
+            data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image)?;
             if dim > 0 {
                 data.condition(k / draws, &mut labels[j * dim..][..dim]);
             }

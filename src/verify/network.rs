@@ -180,7 +180,7 @@ struct Losses {
 
 /// Forward and backward; the gradients are left in the backend.
 fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Result<Losses> {
-    let pass = net.train_forward(b, &batch.clean, &batch.noisy, &batch.sigma, batch.labels.as_ref());
+    let pass = net.train_forward(b, &batch.clean, &batch.noisy, &batch.sigma, batch.labels.as_ref(), None);
     let d = b.precond_output(&batch.noisy, &pass.raw, &batch.sigma, net.out_gain(), net.config.sigma_data);
     let denoised = download(b, &d)?;
     let logvar = download(b, &pass.logvar)?;

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
 use crate::backend::{EmbLayer, Logvar, LossInput, Operand, Scale, Slot, TrainingBackend};
 use crate::model::config;
-use crate::model::unet::{Block, BlockConfig, Flavor, Resample};
+use crate::model::unet::{Block, BlockConfig, Flavor, Resample, Tape};
 use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 
 /// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
@@ -707,7 +707,7 @@ fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: Block
     let (tx, temb) = (x.upload(&mut b), emb.upload(&mut b));
     let layers = [block.emb_layer()];
     let scales = b.emb_scales(&layers, &temb);
-    let mut tape = Vec::new();
+    let mut tape = Tape::new(None);
     let y = block.forward(&mut b, &tx, None, &scales, Some(&mut tape));
     let got = download(&mut b, &y)?;
     s.check(f, &format!("{c}.y"), What::Forward, &got)?;
@@ -722,7 +722,7 @@ fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: Block
 
     let [_, h, w, cout] = b.shape(&y);
     let gy = f.shaped(&format!("{c}.gy"), &[n, cout, h, w])?.upload(&mut b);
-    let Some(tape) = tape.pop() else { return Ok(()) };
+    let Some(tape) = tape.blocks.pop() else { return Ok(()) };
     let mut grad_scales = b.zero_scales_grad(&scales);
     let g = block.backward(&mut b, tape, &scales, gy, &mut grad_scales, None);
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &g.x)?)?;

@@ -63,13 +63,15 @@ fn sampler<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, case: &str, net: 
         guidance,
         guidance_interval: None,
         churn: Churn::NONE,
+        strength: 1.0,
     };
     config.validate().map_err(|e| f.wrong(key, e.to_string()))?;
     let levels = if solver == Solver::Heun { "t_steps" } else { "sigmas" };
     s.check(f, &format!("{case}.{levels}"), What::Sampler, &config.sigmas())?;
 
     let noise = images(f, "noise", net)?;
-    let start = noise.upload(b);
+    let noise_there = noise.upload(b);
+    let start = b.linear_combination(&[(&noise_there, config.sigmas()[0])]);
     let stack = |name: &str| -> Result<Vec<Array>> {
         let all = f.array(&format!("{case}.{name}"))?;
         let shape = [&[all.shape.first().copied().unwrap_or(0)], &noise.shape[..]].concat();

@@ -48,7 +48,7 @@ pub fn picture(i: usize, width: u32, height: u32) -> RgbImage {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
     let data = Dataset::open(&dir, Split::Train).unwrap();
     let mut values = vec![0.0; 32 * 32 * 3];
-    data.image(i % data.len(), Stream::new(0, Purpose::Latent, 0), &mut values);
+    data.image(i % data.len(), Stream::new(0, Purpose::Latent, 0), &mut values).unwrap();
     let values = values.iter().map(|x| ((x + 1.0) * 127.5).round() as u8).collect();
     let emoji = RgbImage::from_raw(32, 32, values).unwrap();
     let side = width.min(height);

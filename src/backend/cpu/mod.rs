@@ -15,6 +15,7 @@ mod weights;
 use super::*;
 use crate::params::{ParamId, ParamTable, mp_sum_weights};
 use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
+use crate::rng::dropped;
 use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
 use std::ops::{Index, IndexMut};
@@ -382,6 +383,26 @@ impl<T: Real> NetworkBackend for Cpu<T> {
             out.chunks_exact_mut(c).for_each(|pixel| {
                 normalize(pixel);
             });
+        });
+        out
+    }
+
+    fn dropout(&mut self, x: &Tensor<T>, masks: &Masks<Tensor<T>>, layer: u32, factor: f64) -> Tensor<T> {
+        let [_, h, w, c] = x.shape();
+        let (mut out, threshold, factor) = (self.uninit(x.shape()), masks.threshold(), T::of(factor));
+        let vectors = c.div_ceil(8);
+        for_rows(out.values_mut(), w * c, |row, out| {
+            let key = [0, 1].map(|word| masks.keys.values()[2 * (row / h) + word].wide() as f32);
+            let pixels = out.chunks_exact_mut(c).zip(x.values()[row * w * c..].chunks_exact(c));
+            for (column, (out, x)) in pixels.enumerate() {
+                for (k, (out, x)) in out.chunks_mut(8).zip(x.chunks(8)).enumerate() {
+                    let vector = ((row % h * w + column) * vectors + k) as u32;
+                    let dropped = dropped(key, layer, vector, threshold);
+                    for ((out, &x), dropped) in out.iter_mut().zip(x).zip(dropped) {
+                        *out = if dropped { T::zero() } else { x * factor };
+                    }
+                }
+            }
         });
         out
     }

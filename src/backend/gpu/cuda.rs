@@ -669,6 +669,10 @@ impl Runtime for Cuda {
         self.0.info.label()
     }
 
+    fn free(&self) -> Option<u64> {
+        self.0.require(result::mem_get_info()).ok().map(|(free, _)| free as u64)
+    }
+
     fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {
         let room = bytes.max(1).next_multiple_of(ALIGNMENT);
         let at = self.0.allocate(room, purpose)?;

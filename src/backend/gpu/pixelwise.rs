@@ -4,7 +4,7 @@
 //! pointers are [`DevicePtr::NULL`] where not there.
 
 use super::launch::{DevicePtr, Launch, Precision};
-use super::structs::{Cast, Combine, Elementwise, PixelNorm, PixelNormBackward, Upsample};
+use super::structs::{Cast, Combine, Dropout, Elementwise, PixelNorm, PixelNormBackward, Upsample};
 use crate::backend::Shape;
 use bytemuck::NoUninit;
 
@@ -117,6 +117,22 @@ pub fn clip_backward(
 ) -> Launch {
     let params = Elementwise { a: clipped, b: grad, out, count: count(shape) as i32, by: clip as f32 };
     over(p, ["clip_backward_f16", "clip_backward_bf16"], count(shape), &params)
+}
+
+/// `out` = x, zero where [`rng::dropped`](crate::rng::dropped) says so of a (threshold, layer), the rest times a factor; `keys`
+/// are f32 [n, 2].
+pub fn dropout(
+    p: Precision,
+    shape: Shape,
+    x: DevicePtr,
+    keys: DevicePtr,
+    (threshold, layer, factor): (u32, u32, f64),
+    out: DevicePtr,
+) -> Launch {
+    let (count, [n, ..]) = (count(shape), shape);
+    let (count, image) = (count as i32, (count / n.max(1)) as i32);
+    let params = Dropout { x, out, keys, count, image, layer, threshold, factor: factor as f32, padding: 0 };
+    over(p, ["dropout_f16", "dropout_bf16"], count as usize, &params)
 }
 
 /// `out` = the sum of factor times tensor, at most [`MAX_TERMS`], of activations.

@@ -55,6 +55,8 @@ pub trait Runtime {
     fn card(&self) -> Card;
     /// Its name, for people.
     fn name(&self) -> String;
+    /// Bytes of memory that nobody uses; none if that is unknown.
+    fn free(&self) -> Option<u64>;
     /// Memory of any content (0 bytes are allowed).
     fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError>;
     /// Encodes how bulk copies find their tiles. The memory must live as long as kernels use the map.
@@ -137,6 +139,10 @@ impl Runtime for Imagined {
 
     fn name(&self) -> String {
         "an imagined device".into()
+    }
+
+    fn free(&self) -> Option<u64> {
+        None
     }
 
     fn allocate(&self, bytes: usize, _: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {

@@ -1,6 +1,7 @@
 //! How it invents.
 
 use super::{Kind, Vae, tag_input};
+use crate::condition::prompt::Prompt;
 use crate::condition::unit_norm;
 use crate::real::{mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
@@ -17,8 +18,8 @@ const NEAR: usize = 6;
 pub struct Invented {
     /// [count, D], ready for the network.
     pub conditions: Vec<f32>,
-    /// [`Kind::Tags`]: the tags of each; else only those that were asked for.
-    pub tags: Vec<Vec<u32>>,
+    /// [`Kind::Tags`]: the tags of each, those that were asked for with their weights; else only these.
+    pub tags: Vec<Prompt>,
 }
 
 impl Vae {
@@ -27,7 +28,7 @@ impl Vae {
     ///
     /// # Panics
     /// If a tag is not in the vocabulary.
-    pub fn invent(&self, given: &[u32], count: usize, seed: u64) -> Invented {
+    pub fn invent(&self, given: &Prompt, count: usize, seed: u64) -> Invented {
         let (d, v, z, _) = self.sizes();
         let [encoder, ..] = self.layers();
         let mut asked = vec![0.0; v];
@@ -53,15 +54,13 @@ impl Vae {
                 match self.header.kind {
                     Kind::Tags => {
                         let mut tags: Vec<u32> = (0..d as u32).filter(|&t| out[t as usize] > 0.0).collect();
-                        tags.extend(given);
-                        if tags.is_empty() {
+                        if tags.is_empty() && given.tags().is_empty() {
                             tags.extend((0..d as u32).max_by(|&a, &b| out[a as usize].total_cmp(&out[b as usize])));
                         }
-                        tags.sort_unstable();
-                        tags.dedup();
-                        tag_input(&tags, v, x);
-                        invented.conditions.extend(self.vocabulary.multi_hot(&tags));
-                        invented.tags.push(tags);
+                        let prompt = given.with(&tags);
+                        tag_input(&prompt, v, x);
+                        invented.conditions.extend(self.vocabulary.condition(&prompt));
+                        invented.tags.push(prompt);
                     }
                     Kind::Dense => {
                         let moments = || self.std.iter().zip(&self.mean);
@@ -70,7 +69,7 @@ impl Vae {
                         let _ = unit_norm(&mut feature);
                         x.iter_mut().zip(&feature).zip(moments()).for_each(|((x, f), (s, m))| *x = (f - m) / s);
                         invented.conditions.extend(feature);
-                        invented.tags.push(given.to_vec());
+                        invented.tags.push(given.clone());
                     }
                 }
             }
@@ -79,10 +78,10 @@ impl Vae {
         invented
     }
 
-    /// Moves a latent to where the decoder, told of no tag, makes the given ones likely: ascent of the sum of their
-    /// ln p, in steps that would bring it to 0 if it were linear, but of length 1 at most (latents have variance 1):
+    /// Moves a latent to where the decoder, told of no tag, makes the given ones likely: ascent of the weighted sum of
+    /// their ln p, in steps that would bring it to 0 if it were linear, but of length 1 at most (latents have variance 1):
     /// tags that exclude each other have their optimum elsewhere, where the gradient vanishes.
-    fn approach(&self, latent: &mut [f32], given: &[u32]) {
+    fn approach(&self, latent: &mut [f32], given: &Prompt) {
         let (_, v, z, h) = self.sizes();
         let [_, hidden, output] = self.layers();
         let (_, features) = self.outputs();
@@ -91,14 +90,15 @@ impl Vae {
             let pre = self.linear(hidden, &input);
             let active: Vec<f32> = pre.iter().map(|&x| mp_silu(x)).collect();
             let (mut missing, mut g_hidden) = (0.0, vec![0.0; h]);
-            for tag in given.iter().map(|&tag| features + tag as usize) {
+            for &(tag, importance) in given.tags() {
+                let tag = features + tag as usize;
                 let weight = &self.params[output.at + tag * h..][..h];
                 let logit: f32 = self.params[output.bias() + tag] + dot(weight, &active);
-                missing += (-logit).max(0.0) + (-logit.abs()).exp().ln_1p(); // -ln p
-                let doubt = 1.0 / (1.0 + logit.exp());
+                missing += importance * ((-logit).max(0.0) + (-logit.abs()).exp().ln_1p()); // -ln p
+                let doubt = importance / (1.0 + logit.exp());
                 g_hidden.iter_mut().zip(weight).for_each(|(g, w)| *g += doubt * w);
             }
-            if missing <= 0.1 * given.len() as f32 {
+            if missing <= 0.1 * given.tags().iter().map(|(_, importance)| importance).sum::<f32>() {
                 return;
             }
             g_hidden.iter_mut().zip(&pre).for_each(|(g, &x)| *g *= mp_silu_grad(x));
@@ -114,14 +114,16 @@ impl Vae {
 
     /// Codes [count, 2 Z] to begin with: an anchor, drawn by how likely it makes the given tags, mixed with
     /// one near it.
-    fn starts(&self, given: &[u32], count: usize, seed: u64) -> Vec<f32> {
+    fn starts(&self, given: &Prompt, count: usize, seed: u64) -> Vec<f32> {
         let (_, v, z, _) = self.sizes();
         let (outputs, features) = self.outputs();
         let anchors: Vec<&[f32]> = self.anchors.chunks(2 * z).collect();
         let means: Vec<f32> = anchors.iter().flat_map(|code| &code[..z]).copied().collect();
         let out = self.decode(&means, &vec![0.0; v]);
-        // ln of the product of the tags' probabilities
-        let score = |out: &[f32]| -> f32 { given.iter().map(|&t| -(-out[features + t as usize]).exp().ln_1p()).sum() };
+        // ln of the product of the tags' probabilities, each to the power of its weight
+        let ln_p = |logit: f32| -(-logit).exp().ln_1p();
+        let score =
+            |out: &[f32]| -> f32 { given.tags().iter().map(|&(t, w)| w * ln_p(out[features + t as usize])).sum() };
         let scores: Vec<f32> = out.chunks(outputs).map(score).collect();
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;

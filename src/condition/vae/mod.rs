@@ -36,6 +36,7 @@ mod training;
 
 use serde::{Deserialize, Serialize};
 
+use super::prompt::Prompt;
 use super::vocabulary::{Tag, Vocabulary};
 use super::{Conditioning, Meaning};
 use crate::real::Real;
@@ -119,8 +120,9 @@ impl<T: Real> Vae<T> {
     }
 }
 
-/// Normalised input of a tag set: sqrt(V) times the multi-hot condition, so that its mean square is 1.
-fn tag_input(tags: &[u32], width: usize, out: &mut [f32]) {
-    let value = (width as f32 / tags.len().max(1) as f32).sqrt();
-    tags.iter().for_each(|&tag| out[tag as usize] = value);
+/// Normalised input of a prompt: sqrt(V) times its condition, so that its mean square is 1.
+fn tag_input(prompt: &Prompt, width: usize, out: &mut [f32]) {
+    let norm: f32 = prompt.tags().iter().map(|(_, weight)| weight * weight).sum();
+    let value = (width as f32 / norm.max(f32::MIN_POSITIVE)).sqrt();
+    prompt.tags().iter().for_each(|&(tag, weight)| out[tag as usize] = weight * value);
 }

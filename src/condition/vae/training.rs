@@ -5,6 +5,7 @@ use half::f16;
 use super::net::{Batch, Loss};
 use super::{Header, Kind, Vae, VaeError, tag_input};
 use crate::condition::Conditioning;
+use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
 use crate::rng::{Purpose, Stream};
 
@@ -134,7 +135,7 @@ impl Vae {
             let (target, target_tags) = batch.target[i * outputs..][..outputs].split_at_mut(features);
             tags.iter().for_each(|&tag| target_tags[tag as usize] = 1.0);
             match rows.kind {
-                Kind::Tags => tag_input(tags, v, input),
+                Kind::Tags => tag_input(&Prompt::of(tags), v, input),
                 Kind::Dense => {
                     for (c, (x, y)) in input.iter_mut().zip(target).enumerate() {
                         *x = (rows.dense[row * d + c] - self.mean[c]) / self.std[c];
@@ -144,7 +145,7 @@ impl Vae {
             }
             if epoch.is_some() {
                 let stream = Stream { purpose: Purpose::Dropout, ..stream };
-                tag_input(&some_of(tags, &stream), v, given);
+                tag_input(&Prompt::of(&some_of(tags, &stream)), v, given);
             }
         }
         batch

@@ -5,7 +5,8 @@
 //! the post whose id it bears, whatever its ending: copies made smaller, as WebP, do as well. The posts, 20 GB of
 //! them, stream by; those that pass the filter stay in memory, a few hundred bytes each.
 //!
-//! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair". What cannot be a tag here, for a
+//! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair"; a face, such as `^_^` or `o_o`, stays as
+//! it is. What cannot be a tag here, for a
 //! comma in it or a space at its end, is left out and counted. Records are ordered by id % 1000, then id: so training
 //! shards read each archive from its beginning to its end.
 
@@ -94,7 +95,7 @@ impl Records for Danbooru {
                 listing.dropped.add(drop);
                 return Ok(());
             }
-            let names = post.tag_string.0.split_whitespace().map(|tag| tag.replace('_', " "));
+            let names = post.tag_string.0.split_whitespace().map(readable);
             let (usable, others): (Vec<_>, Vec<_>) = names.partition(|name| check_tag(name).is_ok());
             unusable.extend(others);
             passed.insert(post.id, listing.tags.numbers(usable));
@@ -141,6 +142,12 @@ impl Danbooru {
         ];
         reasons.into_iter().find(|(applies, _)| *applies).map(|(_, drop)| drop)
     }
+}
+
+/// A tag of danbooru's as it is stored: it has words, or is a face.
+fn readable(tag: &str) -> String {
+    let word = tag.split('_').any(|part| part.chars().filter(|c| c.is_alphanumeric()).count() > 1);
+    if word { tag.replace('_', " ") } else { tag.into() }
 }
 
 /// The post that a file is of, if it bears the name of one.
@@ -211,4 +218,27 @@ fn list(dir: &Path, seen: &mut HashSet<PathBuf>, found: &mut Vec<PathBuf>) -> Re
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_separated_by_spaces_and_faces_stay() {
+        for face in
+            ["^_^", "^o^", "o_o", "0_0", "+_-", "||_||", "(o)_(o)", "<o>_<o>", "3_3", "6_9", ">_o", "u_u", "@_@"]
+        {
+            assert_eq!(readable(face), face);
+        }
+        for (tag, stored) in [
+            ("blue_hair", "blue hair"),
+            ("1girl", "1girl"),
+            ("saber_(fate)", "saber (fate)"),
+            ("x_arms", "x arms"),
+            ("c.c._(code_geass)", "c.c. (code geass)"),
+        ] {
+            assert_eq!(readable(tag), stored);
+        }
+    }
 }

@@ -11,6 +11,8 @@ let models = [];
 let model = null;
 let vocabulary = { model: "", tags: [], known: new Set() };
 let sets = [];
+/** What guidance leads away from. */
+let negative = null;
 /** Pictures to be like: data: URLs. */
 let likes = [];
 /** Of the churn, what has no field: a picture may bring it. */
@@ -32,6 +34,10 @@ export function toast(text) {
 export async function start() {
   models = await json("/api/v1/models");
   $("model").onchange = () => choose($("model").value);
+  negative = new TagField(() => vocabulary, () => {});
+  negative.input.setAttribute("aria-label", "Add a tag to avoid");
+  negative.input.setAttribute("aria-describedby", "negative-hint");
+  $("negative").append(negative.node);
   $("add-set").onclick = () => addSet().input.focus();
   $("dice").onclick = otherSeeds;
   $("invent-grid").onclick = () => {
@@ -127,8 +133,10 @@ function addSet(tags = []) {
 function setTags(texts) {
   sets.forEach((field) => field.node.remove());
   sets = [];
-  for (const text of texts.length ? texts : [""]) addSet(text.split(",").map((tag) => tag.trim()).filter(Boolean));
+  for (const text of texts.length ? texts : [""]) addSet(parts(text));
 }
+
+const parts = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
 
 function otherSeeds() {
   const count = seedCount($("seeds").value) || 4;
@@ -175,6 +183,7 @@ function request() {
   return {
     model: model.name,
     tags: $("conditions").hidden ? [] : sets.map((field) => field.text()).filter(Boolean),
+    negative: $("conditions").hidden ? "" : negative.text(),
     complete: !$("complete-row").hidden && $("complete").checked && sets.some((field) => field.text()),
     like: model.like ? likes : [],
     invent: invents ? number("invent") ?? 0 : 0,
@@ -203,7 +212,7 @@ async function draw() {
   asking = true;
   $("problem").textContent = "";
   try {
-    for (const field of sets) {
+    for (const field of [...sets, negative]) {
       if (!$("conditions").hidden && !(await field.take())) return field.input.focus();
     }
     if (running) await cancel();
@@ -352,6 +361,8 @@ export async function restore(about) {
   const plain = model?.tags === "plain";
   $("complete").checked = false;
   setTags(conditions.map((condition) => (plain ? condition.tags : condition.asked ?? condition.tags) ?? "").filter(Boolean));
+  const avoided = conditions.find((condition) => condition.negative)?.negative;
+  negative.set(parts(avoided?.asked ?? avoided?.tags ?? ""));
   const from = name ? "" : " The picture is of another model.";
   toast(`Parameters taken over.${from}`);
 }

@@ -11,6 +11,9 @@ const element = (name, properties = {}, ...children) => {
   return made;
 };
 
+/** A tag with its weight, as the server reads it. */
+export const written = ({ tag, weight }) => (weight === 1 ? tag : `(${tag}:${weight})`);
+
 export class TagField {
   /** `vocabulary()`: {model, tags: [{tag, count}], known: Set}; `changed()` is called after each change. */
   constructor(vocabulary, changed) {
@@ -40,30 +43,47 @@ export class TagField {
   /** The tags as one text; what is typed counts. */
   text() {
     const typed = this.input.value.trim();
-    return [...this.tags, ...(typed ? [typed] : [])].join(", ");
+    return [...this.tags.map(written), ...(typed ? [typed] : [])].join(", ");
   }
 
-  /** Replaces the tags. */
+  /** Replaces the tags, each given as it is written. */
   set(tags) {
-    this.tags = [...new Set(tags)];
+    this.tags = [];
     this.input.value = "";
+    const { known } = this.vocabulary();
+    for (const text of tags) {
+      const [, tag, weight] = (!known.has(text) && text.match(/^\((.+):([\d.]+)\)$/)) || [text, text, "1"];
+      this.add(tag, Number(weight), false);
+    }
     this.show();
+  }
+
+  /** The tags that the server reads in a text; null if it finds an unknown one. */
+  async read(text) {
+    const model = encodeURIComponent(this.vocabulary().model);
+    const answer = json(`/api/v1/prompt?model=${model}&text=${encodeURIComponent(text)}`);
+    return answer.then(({ tags }) => tags, () => null);
   }
 
   /** Takes what is typed, if it is known; else says what is like it. Whether nothing is left. */
   async take() {
     this.close();
-    const parts = this.input.value.split(",").map((part) => part.trim()).filter(Boolean);
+    const typed = this.input.value;
+    const parts = typed.split(",").map((part) => part.trim()).filter(Boolean);
     const { known } = this.vocabulary();
-    const strange = parts.filter((part) => !known.has(part));
-    for (const part of parts) if (known.has(part)) this.add(part, false);
+    let strange = parts.filter((part) => !known.has(part));
+    for (const part of parts) if (known.has(part)) this.add(part, 1, false);
+    const weighed = strange.length ? await this.read(strange.join(", ")) : [];
+    if (this.input.value !== typed) return false;
+    for (const { tag, weight } of weighed ?? []) this.add(tag, weight, false);
+    if (weighed) strange = [];
     this.input.value = strange.join(", ");
     if (strange.length === 0) {
       this.unknown.hidden = true;
       this.show();
       return true;
     }
-    await this.suggest(strange[0]);
+    await this.suggest(strange[0].replace(/^[([]+|(:[\d.]+)?[)\]]+$/g, ""));
     this.show();
     return false;
   }
@@ -78,8 +98,10 @@ export class TagField {
     this.unknown.hidden = false;
   }
 
-  add(tag, clear = true) {
-    if (!this.tags.includes(tag)) this.tags.push(tag);
+  add(tag, weight = 1, clear = true) {
+    const own = this.tags.find((other) => other.tag === tag);
+    if (own) own.weight = weight;
+    else this.tags.push({ tag, weight });
     if (clear) {
       this.input.value = "";
       this.unknown.hidden = true;
@@ -90,13 +112,23 @@ export class TagField {
 
   show() {
     for (const chip of this.node.querySelectorAll(":scope > .chip")) chip.remove();
-    for (const tag of this.tags) {
-      const chip = element("button", { type: "button", className: "chip", textContent: tag });
-      chip.setAttribute("aria-label", `Remove ${tag}`);
+    for (const own of this.tags) {
+      const { tag, weight } = own;
+      const chip = element("button", { type: "button", className: "chip", title: "↑ and ↓ weigh it", textContent: tag });
+      if (weight !== 1) chip.append(element("small", { textContent: ` ×${weight}` }));
+      chip.setAttribute("aria-label", `Remove ${written(own)}`);
       chip.onclick = () => {
-        this.tags = this.tags.filter((other) => other !== tag);
+        this.tags = this.tags.filter((other) => other !== own);
         this.show();
         this.input.focus();
+      };
+      chip.onkeydown = (event) => {
+        const change = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+        if (!change) return;
+        event.preventDefault();
+        own.weight = Math.min(10, Math.max(0.1, Math.round(10 * weight + change) / 10));
+        this.show();
+        this.node.querySelectorAll(":scope > .chip")[this.tags.indexOf(own)].focus();
       };
       this.input.before(chip);
     }
@@ -106,7 +138,9 @@ export class TagField {
 
   typed() {
     this.unknown.hidden = true;
-    if (this.input.value.includes(",")) {
+    // What is in brackets may have commas.
+    const open = (this.input.value.match(/\(/g) ?? []).length > (this.input.value.match(/\)/g) ?? []).length;
+    if (this.input.value.includes(",") && !open) {
       this.take();
       return;
     }
@@ -116,7 +150,7 @@ export class TagField {
       // At the beginning of the tag, of a word in it, anywhere.
       return at < 0 ? 3 : at === 0 ? 0 : /\W/.test(tag[at - 1]) ? 1 : 2;
     };
-    const ranked = this.vocabulary().tags.filter(({ tag }) => !this.tags.includes(tag)).map((tag) => [rank(tag.tag), tag]);
+    const ranked = this.vocabulary().tags.filter(({ tag }) => !this.tags.some((own) => own.tag === tag)).map((tag) => [rank(tag.tag), tag]);
     ranked.sort((a, b) => a[0] - b[0]);
     this.found = text ? ranked.filter(([rank]) => rank < 3).slice(0, MOST).map(([, tag]) => tag) : [];
     this.at = -1;

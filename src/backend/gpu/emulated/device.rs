@@ -97,6 +97,10 @@ impl Runtime for Emulated {
         "the emulator".into()
     }
 
+    fn free(&self) -> Option<u64> {
+        (self.limit < u64::MAX).then(|| self.limit - self.used.get())
+    }
+
     fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError> {
         let (used, asked) = (self.used.get(), bytes as u64);
         if used + asked > self.limit {

@@ -164,6 +164,15 @@ impl NetworkBackend for Gpu {
         self.with_active((name, shape), &x, |y, silu| pixelwise::pixel_norm(p, shape, down, x.ptr(), y, silu))
     }
 
+    fn dropout(&mut self, x: &Tensor, masks: &Masks<Tensor>, layer: u32, factor: f64) -> Tensor {
+        let (x, shape) = (self.half(x), x.shape());
+        let out = self.plain(shape, Format::Half);
+        let rate = (masks.threshold(), layer, factor);
+        let launch = pixelwise::dropout(self.precision, shape, x.ptr(), masks.keys.ptr(), rate, out.ptr());
+        self.go(Work::new("dropout", shape).with([&x, &masks.keys, &out]), [launch]);
+        out
+    }
+
     fn upsample(&mut self, x: &Tensor) -> Tensor {
         let (x, [n, h, w, c]) = (self.half(x), x.shape());
         let (p, shape) = (self.precision, [n, 2 * h, 2 * w, c]);

@@ -1,0 +1,102 @@
+//! Names of the classes of a class-conditional model: a text file with a line for each, such as `tench, Tinca tinca`.
+//! Each name between commas is one of the class.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::vocabulary::VocabularyError;
+use crate::formats::{At, input};
+
+/// The names, looked up without regard to case.
+#[derive(Clone, Debug, Default)]
+pub struct Classes {
+    lines: Vec<String>,
+    /// The classes of each name, in small letters.
+    named: HashMap<String, Vec<usize>>,
+}
+
+impl Classes {
+    /// Reads a file of names.
+    pub fn load(path: &Path) -> Result<Self, VocabularyError> {
+        let text = input::text(path).at(path)?;
+        Ok(Self::new(text.lines()))
+    }
+
+    /// Of the lines of such a file.
+    pub fn new<'a>(lines: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut classes = Self::default();
+        for (number, line) in lines.into_iter().enumerate() {
+            classes.lines.push(line.trim().into());
+            for name in line.split(',').map(|name| name.trim().to_lowercase()).filter(|name| !name.is_empty()) {
+                classes.named.entry(name).or_default().push(number);
+            }
+        }
+        classes
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// What a class is called.
+    pub fn name(&self, class: usize) -> Option<&str> {
+        self.lines.get(class).map(String::as_str)
+    }
+
+    /// The class of a number, of a whole line, or of one of a line's names.
+    ///
+    /// # Errors
+    /// There is none of this name, or several; then these are named.
+    pub fn find(&self, text: &str) -> Result<usize, String> {
+        if let Ok(number) = text.parse() {
+            return Ok(number);
+        }
+        if let Some(number) = self.lines.iter().position(|line| line == text) {
+            return Ok(number);
+        }
+        let lower = text.to_lowercase();
+        match self.named.get(&lower).map(Vec::as_slice) {
+            Some([one]) => Ok(*one),
+            Some(several) => {
+                let numbers: Vec<String> = several.iter().map(ToString::to_string).collect();
+                Err(format!("\"{text}\" is the name of several classes: {}", numbers.join(", ")))
+            }
+            None if self.is_empty() => Err(format!("\"{text}\" is no number, and there are no names of classes")),
+            None => {
+                let score = |name: &String| strsim::jaro_winkler(name, &lower);
+                let best = self.named.keys().max_by(|a, b| score(a).total_cmp(&score(b)).then(b.cmp(a)));
+                let best = best.filter(|name| score(name) > 0.8).map(|name| format!(", did you mean \"{name}\"?"));
+                Err(format!("unknown class \"{text}\"{}", best.unwrap_or_default()))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_have_numbers_and_any_of_their_names() {
+        let classes = Classes::new(["tench, Tinca tinca", "goldfish", "crane", "crane, bird"]);
+        for (text, class) in [("3", 3), ("tench", 0), ("tinca TINCA", 0), ("tench, Tinca tinca", 0), ("bird", 3)] {
+            assert_eq!(classes.find(text), Ok(class));
+        }
+        // A whole line before a name of two.
+        assert_eq!(classes.find("crane"), Ok(2));
+        assert_eq!(classes.find("Crane").unwrap_err(), "\"Crane\" is the name of several classes: 2, 3");
+        assert_eq!(classes.find("goldfsh").unwrap_err(), "unknown class \"goldfsh\", did you mean \"goldfish\"?");
+        assert_eq!(classes.find("zeppelin").unwrap_err(), "unknown class \"zeppelin\"");
+        assert_eq!(
+            Classes::default().find("cat").unwrap_err(),
+            "\"cat\" is no number, and there are no names of classes"
+        );
+        assert_eq!((classes.name(1), classes.name(4), classes.len()), (Some("goldfish"), None, 4));
+    }
+}

@@ -1,0 +1,266 @@
+//! Prompts: tags with weights, as people write them.
+//!
+//! Tags are separated by commas or line ends. What stands in the vocabulary as it is written is that tag, so `:)`,
+//! `^_^` and `saber (fate)` need no care. Else brackets weigh what is in them, one tag or several: `(blue hair:1.3)` by
+//! 1.3, `(blue hair)` by 1.1, `[blue hair]` by 1 / 1.1; they nest, and their weights multiply. A backslash takes the next
+//! character's meaning away, as in `saber \(fate\)` or `\-_-`. A tag that is unknown with underscores is looked for with
+//! spaces, and the other way round. The larger one of two weights of a tag counts.
+//!
+//! A condition has norm 1 whatever the weights: they say which of its tags count more, and a tag alone cannot.
+
+use std::cmp::Ordering;
+
+use super::vocabulary::{Vocabulary, VocabularyError};
+
+/// Largest weight.
+const MOST: f32 = 10.0;
+/// Weight of round brackets without a number.
+const EMPHASIS: f32 = 1.1;
+
+/// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.
+///
+/// ```
+/// use edm2k::condition::vocabulary::Vocabulary;
+/// let vocabulary = Vocabulary::most_frequent([["heart", "red"], ["heart", "^_^"]], 9)?;
+/// let prompt = vocabulary.parse("^_^, (heart:1.5)")?;
+/// assert_eq!(prompt.tags(), [(0, 1.5), (1, 1.0)]);
+/// assert_eq!(vocabulary.text(&prompt), "(heart:1.5), ^_^");
+/// assert_eq!(vocabulary.parse("haert").unwrap_err().to_string(), "unknown tag \"haert\", did you mean \"heart\"?");
+/// # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Prompt(Vec<(u32, f32)>);
+
+impl Prompt {
+    /// Tags that weigh the same.
+    pub fn of(tags: &[u32]) -> Self {
+        Self::new(tags.iter().map(|&tag| (tag, 1.0)).collect())
+    }
+
+    fn new(mut tags: Vec<(u32, f32)>) -> Self {
+        tags.sort_by(|(a, x), (b, y)| a.cmp(b).then(y.total_cmp(x)));
+        tags.dedup_by_key(|(tag, _)| *tag);
+        tags.retain(|(_, weight)| *weight > 0.0);
+        Self(tags)
+    }
+
+    /// Places and weights.
+    pub fn tags(&self) -> &[(u32, f32)] {
+        &self.0
+    }
+
+    /// Places alone.
+    pub fn places(&self) -> Vec<u32> {
+        self.0.iter().map(|(tag, _)| *tag).collect()
+    }
+
+    /// The same with other tags, of weight 1, where it does not have them already.
+    #[must_use]
+    pub fn with(&self, others: &[u32]) -> Self {
+        let lacks = |tag: &u32| self.0.binary_search_by_key(tag, |(own, _)| *own).is_err();
+        Self::new(others.iter().filter(|tag| lacks(tag)).map(|&tag| (tag, 1.0)).chain(self.0.iter().copied()).collect())
+    }
+
+    /// L2 norm of the weights.
+    pub fn norm(&self) -> f32 {
+        self.0.iter().map(|(_, weight)| weight * weight).sum::<f32>().sqrt()
+    }
+}
+
+/// One closing bracket, and its number.
+type Closing = (char, Option<f32>);
+
+/// A reading of a part of a prompt: how many brackets it opens, its tag, and those that it closes, outermost first.
+struct Reading<'a> {
+    opens: usize,
+    tag: &'a str,
+    closes: Vec<Closing>,
+}
+
+/// Reads a prompt.
+pub(super) fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError> {
+    let (mut tags, mut open): (Vec<(u32, f32)>, Vec<(char, usize)>) = (Vec::new(), Vec::new());
+    let unbalanced = |bracket| VocabularyError::Bracket { bracket, text: text.trim().into() };
+    for part in text.split([',', '\n']).map(str::trim).filter(|part| !part.is_empty()) {
+        let readings = readings(part);
+        let known = readings.iter().find_map(|reading| {
+            let closes = reading.closes.len() <= open.len() + reading.opens;
+            Some((reading, lookup(vocabulary, reading.tag).filter(|_| closes)?))
+        });
+        let (reading, tag) = match known {
+            Some((reading, tag)) => (reading, Some(tag)),
+            None => {
+                if let Some(bracket) = odd(text) {
+                    return Err(unbalanced(bracket));
+                }
+                // What people probably meant: as few brackets in the tag as there can be, and no number.
+                let meant = |reading: &&Reading| reading.opens == readings[readings.len() - 1].opens;
+                let balanced = |tag: &str| tag.matches('(').count() == tag.matches(')').count();
+                let all: Vec<&Reading> = readings.iter().filter(meant).collect();
+                let first = all.iter().position(|reading| balanced(reading.tag)).unwrap_or(all.len() - 1);
+                let weighed = all.get(first + 1).filter(|next| next.closes.len() == all[first].closes.len());
+                let reading = weighed.copied().unwrap_or(all[first]);
+                let tag = unescaped(reading.tag);
+                (reading, if tag.is_empty() { None } else { Some(vocabulary.index(&tag)?) })
+            }
+        };
+        open.extend(part.chars().take(reading.opens).map(|bracket| (bracket, tags.len())));
+        tags.extend(tag.map(|tag| (tag, 1.0)));
+        for &(bracket, weight) in reading.closes.iter().rev() {
+            let matching = if bracket == ')' { '(' } else { '[' };
+            let (_, first) = open.pop().filter(|(opened, _)| *opened == matching).ok_or(unbalanced(bracket))?;
+            let weight = weight.unwrap_or(if bracket == ')' { EMPHASIS } else { 1.0 / EMPHASIS });
+            if !(0.0..=MOST).contains(&weight) {
+                return Err(VocabularyError::Weight { weight, most: MOST, part: part.into() });
+            }
+            tags[first..].iter_mut().for_each(|(_, w)| *w *= weight);
+        }
+    }
+    match open.pop() {
+        Some((bracket, _)) => Err(unbalanced(bracket)),
+        None => Ok(Prompt::new(tags)),
+    }
+}
+
+/// All readings of a part, those with the fewest brackets first.
+fn readings(part: &str) -> Vec<Reading<'_>> {
+    let brackets = part.chars().take_while(|c| matches!(c, '(' | '[')).count();
+    let mut all = Vec::new();
+    for opens in 0..=brackets {
+        let (mut tag, mut closes) = (part[opens..].trim_start(), Vec::new());
+        all.push(Reading { opens, tag, closes: closes.clone() });
+        while let Some(bracket @ (')' | ']')) = tag.chars().last().filter(|_| !ends_escaped(tag)) {
+            tag = tag[..tag.len() - 1].trim_end();
+            closes.push((bracket, None));
+            all.push(Reading { opens, tag, closes: closes.clone() });
+            let number = tag.rsplit_once(':').and_then(|(tag, number)| Some((tag, number.trim().parse().ok()?)));
+            if let (')', Some((before, number))) = (bracket, number) {
+                tag = before.trim_end();
+                closes.pop();
+                closes.push((bracket, Some(number)));
+                all.push(Reading { opens, tag, closes: closes.clone() });
+            }
+        }
+    }
+    all
+}
+
+/// The round bracket that a text has more of than of its partner.
+fn odd(text: &str) -> Option<char> {
+    let count = |bracket: char| {
+        let places = text.char_indices().filter(|(_, c)| *c == bracket);
+        places.filter(|(at, c)| !ends_escaped(&text[..at + c.len_utf8()])).count()
+    };
+    match count('(').cmp(&count(')')) {
+        Ordering::Less => Some(')'),
+        Ordering::Equal => None,
+        Ordering::Greater => Some('('),
+    }
+}
+
+/// Whether the last character follows a backslash that is none itself.
+fn ends_escaped(text: &str) -> bool {
+    text.chars().rev().skip(1).take_while(|&c| c == '\\').count() % 2 == 1
+}
+
+fn unescaped(text: &str) -> String {
+    let mut characters = text.chars();
+    std::iter::from_fn(|| match characters.next()? {
+        '\\' => characters.next().or(Some('\\')),
+        other => Some(other),
+    })
+    .collect()
+}
+
+fn lookup(vocabulary: &Vocabulary, tag: &str) -> Option<u32> {
+    let plain = unescaped(tag);
+    let known = vocabulary.get(tag).or_else(|| vocabulary.get(&plain));
+    known.or_else(|| vocabulary.get(&plain.replace('_', " "))).or_else(|| vocabulary.get(&plain.replace(' ', "_")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vocabulary() -> Vocabulary {
+        let tags =
+            ["blue hair", "smile", "saber (fate)", "^_^", "-_-", ":)", "(:", r"\m/", "nier:2", "very_long", ":", "a"];
+        let tag = |tag: &str| crate::condition::vocabulary::Tag { tag: tag.into(), count: 1 };
+        Vocabulary::new(tags.map(tag).to_vec()).unwrap()
+    }
+
+    /// A prompt as (tag, weight), in the vocabulary's order.
+    fn read(text: &str) -> Result<Vec<(String, f32)>, String> {
+        let known = vocabulary();
+        let prompt = known.parse(text).map_err(|error| error.to_string())?;
+        Ok(prompt.tags().iter().map(|&(tag, weight)| (known.tag(tag).unwrap().into(), weight)).collect())
+    }
+
+    #[track_caller]
+    fn reads(text: &str, expected: &[(&str, f32)]) {
+        let expected: Vec<(String, f32)> = expected.iter().map(|&(tag, weight)| (tag.into(), weight)).collect();
+        assert_eq!(read(text), Ok(expected), "{text}");
+    }
+
+    #[test]
+    fn weights_are_those_that_people_write() {
+        reads("blue hair, smile", &[("blue hair", 1.0), ("smile", 1.0)]);
+        reads("(blue hair:1.3), smile", &[("blue hair", 1.3), ("smile", 1.0)]);
+        reads("( blue hair : 1.3 )", &[("blue hair", 1.3)]);
+        reads("(smile)", &[("smile", 1.1)]);
+        reads("((smile))", &[("smile", 1.1 * 1.1)]);
+        reads("[smile]", &[("smile", 1.0 / 1.1)]);
+        reads("(blue hair, smile:2), ^_^", &[("blue hair", 2.0), ("smile", 2.0), ("^_^", 1.0)]);
+        reads("((blue hair:3), smile:2)", &[("blue hair", 6.0), ("smile", 2.0)]);
+        reads("(blue hair, (smile:3):2)", &[("blue hair", 2.0), ("smile", 6.0)]);
+        reads("(blue hair\nsmile:2)", &[("blue hair", 2.0), ("smile", 2.0)]);
+        reads("smile, (smile:2), (a:0)", &[("smile", 2.0)]);
+        reads(" ,\n, ", &[]);
+    }
+
+    #[test]
+    fn tags_with_brackets_colons_and_dashes_can_be_written() {
+        reads("saber (fate), ^_^, -_-, :)", &[("saber (fate)", 1.0), ("^_^", 1.0), ("-_-", 1.0), (":)", 1.0)]);
+        reads(r"saber \(fate\), \-_-, \:\)", &[("saber (fate)", 1.0), ("-_-", 1.0), (":)", 1.0)]);
+        reads(r"(saber \(fate\):1.2)", &[("saber (fate)", 1.2)]);
+        reads("(saber (fate):1.2)", &[("saber (fate)", 1.2)]);
+        reads("(saber (fate))", &[("saber (fate)", 1.1)]);
+        reads("((::1.2), (:):1.4)", &[(":)", 1.4), ("(:", 1.2)]);
+        reads("nier:2, (nier:2), (a:2)", &[("nier:2", 1.1), ("a", 2.0)]);
+        reads(r"\m/, (\m/:2)", &[(r"\m/", 2.0)]);
+        reads("blue_hair, very long", &[("blue hair", 1.0), ("very_long", 1.0)]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let wrong = |text: &str| read(text).unwrap_err();
+        assert_eq!(wrong("(blu hair:1.3)"), "unknown tag \"blu hair\", did you mean \"blue hair\"?");
+        assert_eq!(wrong("blue hair:1.3"), "unknown tag \"blue hair:1.3\", did you mean \"blue hair\"?");
+        assert_eq!(wrong("(green (unknown):1.3)"), "unknown tag \"green (unknown)\"");
+        assert_eq!(wrong("(smile"), "the bracket ( has no partner in \"(smile\"");
+        assert_eq!(wrong("smile, a]"), "unknown tag \"a]\", did you mean \"a\"?".replace(", did you mean \"a\"?", ""));
+        assert_eq!(wrong("(smile]"), "the bracket ] has no partner in \"(smile]\"");
+        assert_eq!(wrong("(smile:-1)"), "weight -1 in \"(smile:-1)\", expected 0 to 10");
+        assert_eq!(wrong("(smile:NaN)"), "weight NaN in \"(smile:NaN)\", expected 0 to 10");
+    }
+
+    #[test]
+    fn a_prompt_is_the_same_when_its_text_is_read_again() {
+        let known = vocabulary();
+        let all = known.tags().len() as u32;
+        for weights in [[1.0, 1.0, 1.0], [1.3, 0.5, 1.0], [1.1, 1.0 / 1.1, 9.75]] {
+            let tags = (0..all).map(|tag| (tag, weights[tag as usize % 3])).collect();
+            let prompt = Prompt::new(tags);
+            assert_eq!(known.parse(&known.text(&prompt)).unwrap(), prompt);
+        }
+    }
+
+    #[test]
+    fn conditions_have_norm_1_in_the_ratio_of_the_weights() {
+        let known = vocabulary();
+        let condition = known.condition(&known.parse("(blue hair:3), (smile:4)").unwrap());
+        assert_eq!(condition[..3], [0.6, 0.8, 0.0]);
+        assert_eq!(known.condition(&Prompt::of(&[0, 5])), known.multi_hot(&[5, 0, 5]));
+        assert_eq!(known.condition(&Prompt::default()), vec![0.0; known.len()]);
+    }
+}

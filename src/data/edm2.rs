@@ -1,0 +1,164 @@
+//! EDM2's own datasets, as its `dataset_tool.py` makes them, read in place: a zip of stored PNG files, or of latents
+//! (`.npy`, f32 [8, H, W]: mean and standard deviation of the SD-VAE's, before EDM2's scaling), and of `dataset.json`,
+//! `{"labels": [["00000/img00000000.png", 207], ...]}`.
+//!
+//! Images are in the order of their names and have no splits. A label is a class; the condition is one-hot.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::dataset::DatasetError;
+use super::shard::{Header, Kind};
+use crate::codec::{LATENTS, scale_and_shift};
+use crate::condition::Conditioning;
+use crate::formats::fingerprint::Fingerprint;
+use crate::formats::npy;
+use crate::formats::zip::{Entry, Zip, ZipError};
+use crate::pictures::{decode, to_model};
+use crate::rng::Stream;
+
+/// The entry with the labels.
+const LABELS: &str = "dataset.json";
+
+#[derive(Deserialize)]
+struct Labels {
+    labels: Option<Vec<(String, u32)>>,
+}
+
+/// An open archive.
+pub struct Archive {
+    zip: Zip,
+    /// Places of the images among the entries.
+    images: Vec<u32>,
+    /// Class of each; empty without labels.
+    classes: Vec<u32>,
+    /// Of its contents.
+    pub header: Header,
+}
+
+impl Archive {
+    /// Opens an archive and reads its labels and its first image.
+    ///
+    /// # Errors
+    /// [`DatasetError`]: it is damaged, or has no images or not all labels.
+    pub fn open(path: &Path) -> Result<Self, DatasetError> {
+        let zip = Zip::open(path)?;
+        let is_image = |name: &str| [".png", ".npy"].iter().any(|end| name.to_lowercase().ends_with(end));
+        let entries = || (0..).zip(zip.entries());
+        let mut images: Vec<u32> = entries().filter(|(_, entry)| is_image(&entry.name)).map(|(at, _)| at).collect();
+        let entry = |at: u32| &zip.entries()[at as usize];
+        images.sort_unstable_by_key(|&at| &entry(at).name);
+        let Some(&first) = images.first() else { return Err(DatasetError::NoImages { path: path.into() }) };
+
+        let mut classes = Vec::new();
+        if let Some((_, labels)) = entries().find(|(_, entry)| &*entry.name == LABELS) {
+            let wrong = |what: String| entry_error(&zip, labels, what);
+            let read: Labels = serde_json::from_slice(zip.bytes(labels)?).map_err(|error| wrong(error.to_string()))?;
+            let read = read.labels.map(HashMap::<String, u32>::from_iter);
+            for &at in read.iter().flat_map(|_| &images) {
+                let name = &entry(at).name;
+                let class = read.as_ref().and_then(|read| read.get(&**name));
+                classes.push(*class.ok_or_else(|| wrong(format!("it has no label of {name}")))?);
+            }
+        }
+        let condition_dim = classes.iter().max().map_or(0, |&most| most as usize + 1);
+        if condition_dim > 1 << 20 {
+            return Err(DatasetError::Classes { path: path.into(), found: condition_dim });
+        }
+        let [height, width, channels] = match pixels(&zip, entry(first))? {
+            Pixels::Picture(picture) => [picture.height(), picture.width(), 3],
+            Pixels::Latents { shape: [height, width], .. } => [height, width, LATENTS],
+        };
+        let header = Header {
+            kind: if channels == LATENTS { Kind::Latents } else { Kind::Images },
+            height,
+            width,
+            channels,
+            condition_dim,
+            conditioning: Conditioning::Tags,
+            autoencoder: None,
+            vocabulary: None,
+            count: images.len(),
+            shards: 1,
+            source: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            licence: String::new(),
+        };
+        Ok(Self { zip, images, classes, header })
+    }
+
+    /// Of the names, checksums and order of the images, and the labels.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.zip.fingerprint()
+    }
+
+    /// See [`Dataset::image`](super::dataset::Dataset::image).
+    ///
+    /// # Errors
+    /// The image is damaged, or not like the first one.
+    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) -> Result<(), DatasetError> {
+        let entry = &self.zip.entries()[self.images[i] as usize];
+        let Header { height, width, .. } = self.header;
+        let other = |found: String| {
+            Err(entry_error(&self.zip, entry, format!("{found}, but the archive's first is of {width}x{height}")))
+        };
+        match (pixels(&self.zip, entry)?, self.header.kind) {
+            (Pixels::Picture(picture), Kind::Images) if [picture.height(), picture.width()] == [height, width] => {
+                out.iter_mut().zip(picture.rgb()).for_each(|(x, &pixel)| *x = to_model(pixel));
+            }
+            (Pixels::Latents { shape, moments }, Kind::Latents) if shape == [height, width] => {
+                noise.normals(out);
+                let (mean, std) = moments.split_at(out.len());
+                for (at, (mean, std)) in mean.iter().zip(std).enumerate() {
+                    let (channel, place) = (at / (height * width), at % (height * width));
+                    let (scale, shift) = scale_and_shift(channel);
+                    let x = &mut out[place * LATENTS + channel];
+                    *x = mean * scale + shift + std * scale * *x;
+                }
+            }
+            (Pixels::Picture(picture), _) => {
+                return other(format!("a picture of {}x{}", picture.width(), picture.height()));
+            }
+            (Pixels::Latents { shape: [h, w], .. }, _) => return other(format!("latents of {w}x{h}")),
+        }
+        Ok(())
+    }
+
+    /// See [`Dataset::condition`](super::dataset::Dataset::condition).
+    pub fn condition(&self, i: usize, out: &mut [f32]) {
+        out.fill(0.0);
+        if let Some(&class) = self.classes.get(i) {
+            out[class as usize] = 1.0;
+        }
+    }
+}
+
+/// What an entry shows.
+enum Pixels {
+    Picture(crate::pictures::Picture),
+    /// [height, width]; means and standard deviations, [8, height, width].
+    Latents {
+        shape: [usize; 2],
+        moments: Vec<f32>,
+    },
+}
+
+fn entry_error(zip: &Zip, entry: &Entry, what: String) -> DatasetError {
+    ZipError::Entry { path: zip.path().into(), name: entry.name.to_string(), what }.into()
+}
+
+fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, DatasetError> {
+    let bytes = zip.bytes(entry)?;
+    let wrong = |what: String| entry_error(zip, entry, what);
+    if !entry.name.to_lowercase().ends_with(".npy") {
+        return Ok(Pixels::Picture(decode::decode(bytes, [255; 3]).map_err(wrong)?.picture));
+    }
+    let (shape, moments) = npy::floats(bytes).map_err(wrong)?;
+    match shape[..] {
+        [planes, height, width] if planes == 2 * LATENTS && height > 0 && width > 0 => {
+            Ok(Pixels::Latents { shape: [height, width], moments })
+        }
+        _ => Err(wrong(format!("an array of shape {shape:?}, expected [{}, height, width]", 2 * LATENTS))),
+    }
+}

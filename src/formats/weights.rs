@@ -1,0 +1,34 @@
+//! Files of weights as people have them: safetensors, and what `torch.save` writes (`.pt`, `.pth`, `.ckpt`, `.bin`), of which
+//! nothing runs.
+
+use std::path::Path;
+
+use super::{At, input};
+use super::mapped::Mapped;
+use super::safetensors::{Result, SafeError, SafeFile};
+use super::torch;
+
+/// Opens a file of weights; a `module.` before all names is left away.
+///
+/// The file must not be changed while it is read.
+///
+/// # Errors
+/// [`SafeError`]: it is damaged, or has no tensors.
+pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
+    let path = path.as_ref();
+    let file = input::open(path).at(path)?;
+    let mut opened = match input::head(&file).at(path)?[..] {
+        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
+            // SAFETY: that nobody changes the file meanwhile is the documented condition.
+            let map = unsafe { Mapped::new(&file, path) }.at(path)?;
+            let malformed = |why: super::pickle::PickleError| SafeError::Torch { path: path.into(), why };
+            SafeFile::of(path, torch::state_dict(&map).map_err(malformed)?)?
+        }
+        _ => SafeFile::open(path)?,
+    };
+    const WRAPPER: &str = "module.";
+    if opened.names().next().is_some() && opened.names().all(|name| name.starts_with(WRAPPER)) {
+        opened = opened.renamed(|name| Some(name.trim_start_matches(WRAPPER).to_owned()));
+    }
+    Ok(opened)
+}

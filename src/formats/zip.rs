@@ -1,0 +1,91 @@
+//! Zip archives whose entries are stored, not compressed: mapped, and read in place.
+
+use std::path::{Path, PathBuf};
+
+use rawzip::{CompressionMethod, ZipArchive, ZipArchiveEntryWayfinder, ZipSliceArchive};
+
+use super::fingerprint::Fingerprint;
+use super::mapped::Mapped;
+use super::{At, FileError, input};
+
+/// What can be wrong with an archive.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ZipError {
+    #[error(transparent)]
+    Io(#[from] FileError),
+    #[error("{}: not a usable zip archive: {what}", path.display())]
+    Malformed { path: PathBuf, what: String },
+    #[error("{}: entry {name}: {what}", path.display())]
+    Entry { path: PathBuf, name: String, what: String },
+}
+
+/// An open archive.
+pub struct Zip {
+    path: PathBuf,
+    archive: ZipSliceArchive<Mapped>,
+    entries: Vec<Entry>,
+}
+
+/// What the directory says of an entry.
+pub struct Entry {
+    /// Its name, folders separated by slashes.
+    pub name: Box<str>,
+    checksum: u32,
+    stored: bool,
+    place: ZipArchiveEntryWayfinder,
+}
+
+impl Zip {
+    /// Opens an archive and reads its directory.
+    ///
+    /// # Errors
+    /// [`ZipError`]: it cannot be read, or its directory is damaged.
+    pub fn open(path: &Path) -> Result<Self, ZipError> {
+        let file = input::open(path).at(path)?;
+        let malformed = |error: rawzip::Error| ZipError::Malformed { path: path.into(), what: error.to_string() };
+        // SAFETY: datasets are not changed while they are read; that one is truncated is caught.
+        let map = unsafe { Mapped::new(&file, path) }.at(path)?;
+        let archive = ZipArchive::from_slice(map).map_err(malformed)?;
+        let (mut entries, mut list) = (Vec::new(), archive.entries());
+        while let Some(entry) = list.next_entry().map_err(malformed)? {
+            entries.push(Entry {
+                name: String::from_utf8_lossy(entry.file_path().as_ref()).into_owned().into_boxed_str(),
+                checksum: entry.crc32(),
+                stored: entry.compression_method() == CompressionMethod::STORE,
+                place: entry.wayfinder(),
+            });
+        }
+        Ok(Self { path: path.into(), archive, entries })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its entries, in the order of the directory.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Of the names and checksums of all entries.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(self.entries.iter().map(|entry| format!("{} {:08x}", entry.name, entry.checksum)))
+    }
+
+    /// The bytes of an entry.
+    ///
+    /// # Errors
+    /// [`ZipError::Entry`]: it is compressed, or the archive is damaged.
+    pub fn bytes(&self, entry: &Entry) -> Result<&[u8], ZipError> {
+        let wrong = |what: String| ZipError::Entry { path: self.path.clone(), name: entry.name.to_string(), what };
+        if !entry.stored {
+            return Err(wrong("it is compressed, expected a stored one".into()));
+        }
+        let found = self.archive.get_entry(entry.place).map_err(|error| wrong(error.to_string()))?;
+        let (from, to) = found.compressed_data_range();
+        let bytes = self.archive.get_ref().get(from as usize..to as usize);
+        bytes.ok_or_else(|| wrong("the archive ends within it".into()))
+    }
+}

@@ -1,0 +1,68 @@
+//! The config of a network of which only the tensors are known: what their shapes tell, and EDM2's defaults for the rest
+//! (width of the attention heads, balances, clip, sigma_data).
+
+use serde_json::json;
+
+use super::config::Config;
+use crate::formats::safetensors::{SafeError, SafeFile};
+
+/// The official name of a tensor that every network has.
+const KNOWN: &str = "unet.emb_fourier.freqs";
+
+/// What stands before the official names; none if this is no EDM2 network.
+pub fn prefix(file: &SafeFile) -> Option<String> {
+    file.names().find_map(|name| name.strip_suffix(KNOWN).map(str::to_owned))
+}
+
+/// The config of a network in official names.
+///
+/// # Errors
+/// A tensor is missing, or has a shape that none has; the caller checks all of them.
+pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
+    let side = |name: &str, at: usize| -> Result<usize, SafeError> {
+        let shape = file.shape(name)?;
+        shape.get(at).copied().ok_or_else(|| file.unexpected(name, format!("shape {shape:?}"), "more sides"))
+    };
+    // unet.enc.64x64_conv.weight and unet.enc.64x64_block0.conv_res1.weight
+    let of_level = |name: &str| -> Option<usize> {
+        let (resolution, other) = name.strip_prefix("unet.enc.")?.split_once('_')?.0.split_once('x')?;
+        (resolution == other).then(|| resolution.parse().ok())?
+    };
+    let mut levels: Vec<usize> = file.names().filter_map(of_level).collect();
+    levels.sort_unstable_by(|a, b| b.cmp(a));
+    levels.dedup();
+    let first = levels.first().copied().unwrap_or(1);
+    let block = |resolution: usize, number: usize| format!("unet.enc.{resolution}x{resolution}_block{number}");
+    let mut widths = Vec::new();
+    for &resolution in &levels {
+        widths.push(side(&format!("{}.conv_res1.weight", block(resolution, 0)), 0)?.max(1));
+    }
+    // The widest that divides all, as multiples are whole: that of the first level, or less.
+    let width = widths.iter().fold(0, |a, &b| gcd(a, b)).max(1);
+    let noise = side("unet.emb_fourier.freqs", 0)?;
+    let width = gcd(width, noise).max(1);
+    let emb = side("unet.emb_noise.weight", 0)?;
+    let width = gcd(width, emb).max(1);
+    let attends = |&&resolution: &&usize| {
+        (0..64).any(|number| file.contains(&format!("{}.attn_qkv.weight", block(resolution, number))))
+    };
+    let blocks = (0..64).take_while(|&number| file.contains(&format!("{}.conv_res0.weight", block(first, number))));
+    let label = "unet.emb_label.weight";
+    let config = json!({
+        "img_resolution": first,
+        "img_channels": side("unet.out_conv.weight", 0)?,
+        "label_dim": if file.contains(label) { side(label, 1)? } else { 0 },
+        "model_channels": width,
+        "channel_mult": widths.iter().map(|w| w / width).collect::<Vec<_>>(),
+        "channel_mult_noise": noise / width,
+        "channel_mult_emb": emb / width,
+        "num_blocks": blocks.count(),
+        "attn_resolutions": levels.iter().filter(attends).collect::<Vec<_>>(),
+        "logvar_channels": side("logvar_fourier.freqs", 0)?,
+    });
+    serde_json::from_value(config).map_err(|why| file.unexpected(KNOWN, why, "an EDM2 network"))
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

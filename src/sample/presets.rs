@@ -1,0 +1,97 @@
+//! What EDM2's authors sampled their published networks with: which file, guided by which, how much.
+//!
+//! Names are `edm2-SET-SIZE[-HOW]-METRIC`: `guid` is guidance by a network without condition, `autog` by a smaller one that
+//! was trained for less long, and `fid` or `dino` the metric that it is best by. All take 32 steps of Heun's method. The
+//! files are `NAME-IMAGES-EMA.pkl`: thousands of images seen, and the length of the average, which `edm2k ema` makes of
+//! a run's snapshots.
+
+use super::{SamplerConfig, Solver};
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Preset {
+    /// Its name.
+    pub name: &'static str,
+    /// The network's file, without `.pkl`.
+    pub net: &'static str,
+    /// That of the network to guide away from, and the strength of guidance.
+    pub guide: Option<(&'static str, f64)>,
+}
+
+impl Preset {
+    /// How it samples.
+    pub fn config(&self) -> SamplerConfig {
+        let guidance = self.guide.map_or(1.0, |(_, guidance)| guidance);
+        SamplerConfig { solver: Solver::Heun, steps: 32, guidance, ..SamplerConfig::default() }
+    }
+}
+
+/// The preset of this name.
+///
+/// # Errors
+/// There is none; the message names those that there are.
+pub fn preset(name: &str) -> Result<Preset, String> {
+    let found = PRESETS.iter().find(|preset| preset.name == name);
+    found.copied().ok_or_else(|| {
+        let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).collect();
+        format!("preset '{name}' is unknown, expected one of {}", names.join(", "))
+    })
+}
+
+const fn alone(name: &'static str, net: &'static str) -> Preset {
+    Preset { name, net, guide: None }
+}
+
+const fn guided(name: &'static str, net: &'static str, by: &'static str, guidance: f64) -> Preset {
+    Preset { name, net, guide: Some((by, guidance)) }
+}
+
+/// All of them.
+pub const PRESETS: [Preset; 36] = [
+    alone("edm2-img512-xs-fid", "edm2-img512-xs-2147483-0.135"),
+    alone("edm2-img512-xs-dino", "edm2-img512-xs-2147483-0.200"),
+    alone("edm2-img512-s-fid", "edm2-img512-s-2147483-0.130"),
+    alone("edm2-img512-s-dino", "edm2-img512-s-2147483-0.190"),
+    alone("edm2-img512-m-fid", "edm2-img512-m-2147483-0.100"),
+    alone("edm2-img512-m-dino", "edm2-img512-m-2147483-0.155"),
+    alone("edm2-img512-l-fid", "edm2-img512-l-1879048-0.085"),
+    alone("edm2-img512-l-dino", "edm2-img512-l-1879048-0.155"),
+    alone("edm2-img512-xl-fid", "edm2-img512-xl-1342177-0.085"),
+    alone("edm2-img512-xl-dino", "edm2-img512-xl-1342177-0.155"),
+    alone("edm2-img512-xxl-fid", "edm2-img512-xxl-0939524-0.070"),
+    alone("edm2-img512-xxl-dino", "edm2-img512-xxl-0939524-0.150"),
+    alone("edm2-img64-s-fid", "edm2-img64-s-1073741-0.075"),
+    alone("edm2-img64-m-fid", "edm2-img64-m-2147483-0.060"),
+    alone("edm2-img64-l-fid", "edm2-img64-l-1073741-0.040"),
+    alone("edm2-img64-xl-fid", "edm2-img64-xl-0671088-0.040"),
+    guided("edm2-img512-xs-guid-fid", "edm2-img512-xs-2147483-0.045", "edm2-img512-xs-uncond-2147483-0.045", 1.4),
+    guided("edm2-img512-xs-guid-dino", "edm2-img512-xs-2147483-0.150", "edm2-img512-xs-uncond-2147483-0.150", 1.7),
+    guided("edm2-img512-s-guid-fid", "edm2-img512-s-2147483-0.025", "edm2-img512-xs-uncond-2147483-0.025", 1.4),
+    guided("edm2-img512-s-guid-dino", "edm2-img512-s-2147483-0.085", "edm2-img512-xs-uncond-2147483-0.085", 1.9),
+    guided("edm2-img512-m-guid-fid", "edm2-img512-m-2147483-0.030", "edm2-img512-xs-uncond-2147483-0.030", 1.2),
+    guided("edm2-img512-m-guid-dino", "edm2-img512-m-2147483-0.015", "edm2-img512-xs-uncond-2147483-0.015", 2.0),
+    guided("edm2-img512-l-guid-fid", "edm2-img512-l-1879048-0.015", "edm2-img512-xs-uncond-2147483-0.015", 1.2),
+    guided("edm2-img512-l-guid-dino", "edm2-img512-l-1879048-0.035", "edm2-img512-xs-uncond-2147483-0.035", 1.7),
+    guided("edm2-img512-xl-guid-fid", "edm2-img512-xl-1342177-0.020", "edm2-img512-xs-uncond-2147483-0.020", 1.2),
+    guided("edm2-img512-xl-guid-dino", "edm2-img512-xl-1342177-0.030", "edm2-img512-xs-uncond-2147483-0.030", 1.7),
+    guided("edm2-img512-xxl-guid-fid", "edm2-img512-xxl-0939524-0.015", "edm2-img512-xs-uncond-2147483-0.015", 1.2),
+    guided("edm2-img512-xxl-guid-dino", "edm2-img512-xxl-0939524-0.015", "edm2-img512-xs-uncond-2147483-0.015", 1.7),
+    guided("edm2-img512-s-autog-fid", "edm2-img512-s-2147483-0.070", "edm2-img512-xs-0134217-0.125", 2.1),
+    guided("edm2-img512-s-autog-dino", "edm2-img512-s-2147483-0.120", "edm2-img512-xs-0134217-0.165", 2.45),
+    guided("edm2-img512-xxl-autog-fid", "edm2-img512-xxl-0939524-0.075", "edm2-img512-m-0268435-0.155", 2.05),
+    guided("edm2-img512-xxl-autog-dino", "edm2-img512-xxl-0939524-0.130", "edm2-img512-m-0268435-0.205", 2.3),
+    guided(
+        "edm2-img512-s-uncond-autog-fid",
+        "edm2-img512-s-uncond-2147483-0.070",
+        "edm2-img512-xs-uncond-0134217-0.110",
+        2.85,
+    ),
+    guided(
+        "edm2-img512-s-uncond-autog-dino",
+        "edm2-img512-s-uncond-2147483-0.090",
+        "edm2-img512-xs-uncond-0134217-0.125",
+        2.9,
+    ),
+    guided("edm2-img64-s-autog-fid", "edm2-img64-s-1073741-0.045", "edm2-img64-xs-0134217-0.110", 1.7),
+    guided("edm2-img64-s-autog-dino", "edm2-img64-s-1073741-0.105", "edm2-img64-xs-0134217-0.175", 2.2),
+];

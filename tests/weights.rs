@@ -1,0 +1,281 @@
+//! Weights as people have them: what `torch.save` writes, in both of its forms, autoencoders under their first names, and
+//! networks of which only the tensors are known.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use edm2k::codec::{CodecFile, Network};
+use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::formats::weights;
+use edm2k::model::{Config, Model, ModelFile};
+
+#[path = "common/zip.rs"]
+mod archive;
+#[path = "common/autoencoder.rs"]
+mod autoencoder;
+use archive::zip;
+
+/// Opcodes of protocol 2, as `pickle` writes them.
+struct Pickler(Vec<u8>);
+
+impl Pickler {
+    fn new() -> Self {
+        Self(vec![0x80, 2])
+    }
+
+    fn text(&mut self, text: &str) {
+        self.0.push(b'X');
+        self.0.extend((text.len() as u32).to_le_bytes());
+        self.0.extend(text.as_bytes());
+    }
+
+    fn int(&mut self, number: usize) {
+        self.0.push(b'J');
+        self.0.extend((number as i32).to_le_bytes());
+    }
+
+    fn global(&mut self, module: &str, name: &str) {
+        self.0.extend(format!("c{module}\n{name}\n").bytes());
+    }
+
+    fn ints(&mut self, numbers: &[usize]) {
+        self.0.push(b'(');
+        numbers.iter().for_each(|&number| self.int(number));
+        self.0.push(b't');
+    }
+
+    /// A tensor whose storage is kept outside, under a key.
+    fn tensor(&mut self, key: &str, shape: &[usize]) {
+        self.global("torch._utils", "_rebuild_tensor_v2");
+        self.0.extend(b"((");
+        self.text("storage");
+        self.global("torch", "FloatStorage");
+        self.text(key);
+        self.text("cpu");
+        self.int(shape.iter().product());
+        self.0.extend(b"tQ");
+        self.int(0);
+        self.ints(shape);
+        let strides: Vec<usize> = (0..shape.len()).map(|side| shape[side + 1..].iter().product()).collect();
+        self.ints(&strides);
+        self.0.push(0x89);
+        self.global("collections", "OrderedDict");
+        self.0.extend(b")RtR");
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.0.push(b'.');
+        self.0
+    }
+}
+
+/// Tensors by name.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// The dictionary of tensors, perhaps in another one, beside what is no tensor.
+fn pickled(tensors: &Tensors, within: Option<&str>) -> Vec<u8> {
+    let mut p = Pickler::new();
+    p.0.extend(b"}(");
+    if let Some(name) = within {
+        p.text("global_step");
+        p.int(7);
+        p.text("callbacks");
+        p.global("pytorch_lightning.callbacks", "ModelCheckpoint");
+        p.0.extend(b")R");
+        p.text(name);
+        p.global("collections", "OrderedDict");
+        p.0.extend(b")R(");
+    }
+    for (key, (name, (shape, _))) in tensors.iter().enumerate() {
+        p.text(name);
+        p.tensor(&key.to_string(), shape);
+    }
+    p.0.extend(if within.is_some() { &b"uu"[..] } else { b"u" });
+    p.end()
+}
+
+fn little(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn torch_zip(tensors: &Tensors, within: Option<&str>) -> Vec<u8> {
+    let mut entries = vec![("archive/data.pkl".to_owned(), pickled(tensors, within))];
+    let data = tensors.values().enumerate().map(|(key, (_, x))| (format!("archive/data/{key}"), little(x)));
+    entries.extend(data.chain([("archive/version".to_owned(), b"3\n".to_vec())]));
+    zip(&entries.iter().map(|(name, data)| (&name[..], data.clone())).collect::<Vec<_>>(), false)
+}
+
+/// The form of before 2020: five pickles, then the storages.
+fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
+    let mut bytes = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.".to_vec();
+    let mut machine = Pickler::new();
+    machine.0.extend(b"}(");
+    machine.text("little_endian");
+    machine.0.extend(b"\x88u");
+    bytes.extend(machine.end());
+    bytes.extend(pickled(tensors, None));
+    let mut keys = Pickler::new();
+    keys.0.extend(b"](");
+    // In an order of its own.
+    (0..tensors.len()).rev().for_each(|key| keys.text(&key.to_string()));
+    keys.0.push(b'e');
+    bytes.extend(keys.end());
+    for (_, values) in tensors.values().rev() {
+        bytes.extend((values.len() as u64).to_le_bytes());
+        bytes.extend(little(values));
+    }
+    bytes
+}
+
+fn prefixed(tensors: &Tensors, prefix: &str) -> Tensors {
+    tensors.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect()
+}
+
+#[test]
+fn both_forms_of_torch_save_are_read_and_damage_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.pt");
+    let tensors: Tensors = BTreeMap::from([
+        ("a.weight".into(), (vec![2, 3], (0..6).map(|x| x as f32 / 4.0).collect())),
+        ("b".into(), (vec![], vec![-7.5])),
+    ]);
+    let same = |file: &SafeFile| {
+        assert_eq!(file.names().collect::<Vec<_>>(), ["a.weight", "b"]);
+        assert_eq!(
+            (file.shape("a.weight").unwrap(), file.f32("a.weight").unwrap()),
+            (&[2, 3][..], tensors["a.weight"].1.clone())
+        );
+        assert_eq!((file.shape("b").unwrap(), file.f32("b").unwrap()), (&[][..], vec![-7.5]));
+    };
+    let wrapped = torch_zip(&prefixed(&tensors, "module."), Some("state_dict"));
+    for bytes in [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped] {
+        fs::write(&path, &bytes).unwrap();
+        same(&weights::open(&path).unwrap());
+        for length in (0..bytes.len()).step_by(7) {
+            fs::write(&path, &bytes[..length]).unwrap();
+            assert!(weights::open(&path).is_err(), "{length} of {} bytes", bytes.len());
+        }
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 0x55;
+            fs::write(&path, &bad).unwrap();
+            drop(weights::open(&path));
+        }
+    }
+    let parts: Vec<_> = tensors.iter().map(|(name, (shape, x))| (name, shape, little(x))).collect();
+    let out: Vec<safetensors::TensorOut> = parts.iter().map(|(n, s, b)| (&n[..], Dtype::F32, &s[..], &b[..])).collect();
+    safetensors::write(&path, &out, &Default::default()).unwrap();
+    same(&weights::open(&path).unwrap());
+}
+
+/// Names of the latent diffusion model's authors, of those of `diffusers`.
+fn first_names(name: &str, levels: usize) -> String {
+    let mut name = name.to_owned();
+    for level in 0..levels {
+        let other = levels - 1 - level;
+        name = name.replace(&format!("encoder.down_blocks.{level}.resnets."), &format!("encoder.down.{level}.block."));
+        name = name.replace(
+            &format!("encoder.down_blocks.{level}.downsamplers.0."),
+            &format!("encoder.down.{level}.downsample."),
+        );
+        name = name.replace(&format!("decoder.up_blocks.{level}.resnets."), &format!("decoder.up.{other}.block."));
+        name =
+            name.replace(&format!("decoder.up_blocks.{level}.upsamplers.0."), &format!("decoder.up.{other}.upsample."));
+    }
+    for (theirs, first) in [
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+        ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
+        ("mid_block.attentions.0.to_k", "mid.attn_1.k"),
+        ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
+    ] {
+        name = name.replace(theirs, first);
+    }
+    name
+}
+
+#[test]
+fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusion() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vae.safetensors");
+    let channels = [32, 64, 64];
+    let vae = autoencoder::sd_vae(&channels, 1);
+    autoencoder::write(&path, &vae);
+    let file = SafeFile::open(&path).unwrap();
+    let expected = CodecFile::open(&path).unwrap().autoencoder().unwrap().unwrap().fingerprint;
+    let mut renamed = Tensors::new();
+    for name in file.names() {
+        let mut shape = file.shape(name).unwrap().to_vec();
+        if name.contains(".to_") && shape.len() == 2 {
+            shape.extend([1, 1]);
+        }
+        renamed.insert(first_names(name, channels.len()), (shape, file.f32(name).unwrap()));
+    }
+    assert!(
+        renamed.contains_key("decoder.up.2.block.0.norm1.weight")
+            && !renamed.keys().any(|name| name.contains("_blocks"))
+    );
+    let mut training = renamed.clone();
+    training.insert("loss.logvar".into(), (vec![], vec![0.0]));
+    let mut whole = prefixed(&renamed, "first_stage_model.");
+    whole.insert("model.diffusion_model.input_blocks.0.0.weight".into(), (vec![2], vec![0.0; 2]));
+    let ckpt = dir.path().join("v1.ckpt");
+    for bytes in
+        [torch_zip(&training, Some("state_dict")), torch_zip(&whole, Some("state_dict")), torch_legacy(&renamed)]
+    {
+        fs::write(&ckpt, bytes).unwrap();
+        let opened = CodecFile::open(&ckpt).unwrap();
+        assert_eq!((opened.network(), opened.factor()), (Network::SdVae, 4));
+        assert_eq!(opened.autoencoder().unwrap().unwrap().fingerprint, expected, "the same encoder");
+    }
+    renamed.insert("decoder.up.2.block.7.conv1.weight".into(), (vec![1], vec![0.0]));
+    fs::write(&ckpt, torch_zip(&renamed, None)).unwrap();
+    assert!(CodecFile::open(&ckpt).unwrap_err().to_string().contains("decoder.up_blocks.0.resnets.7.conv1.weight"));
+}
+
+#[test]
+fn a_bare_state_dict_of_a_network_has_its_config_read_off_its_shapes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (label_dim, mult, attention) in [(5, vec![1, 2], vec![8]), (0, vec![1, 2, 3], vec![])] {
+        let json = serde_json::json!({
+            "img_resolution": 16, "img_channels": 4, "label_dim": label_dim, "model_channels": 64, "channel_mult": mult,
+            "num_blocks": 2, "attn_resolutions": attention, "logvar_channels": 12,
+        });
+        let config: Config = serde_json::from_value(json).unwrap();
+        let model = Model::init(&config, 3).unwrap();
+        let tensors: Tensors = model
+            .table
+            .iter()
+            .zip(&model.weights)
+            .map(|((_, spec), values)| (spec.name.clone(), (spec.shape.clone(), values.clone())))
+            .collect();
+        for (name, bytes) in [
+            ("bare.pt", torch_zip(&tensors, None)),
+            ("ema.pth", torch_zip(&prefixed(&tensors, "module.ema."), Some("state_dict"))),
+            ("old.pkl", torch_legacy(&prefixed(&tensors, "net."))),
+        ] {
+            let path = dir.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            let read = Model::load(&path).unwrap();
+            let found = &read.net.config;
+            let facts = |c: &Config| {
+                (c.level_channels(), c.noise_channels(), c.emb_channels(), c.num_blocks, c.attn_resolutions.clone())
+            };
+            assert_eq!(facts(found), facts(&config), "{name}");
+            assert_eq!((found.img_resolution, found.label_dim, found.img_channels), (16, label_dim, 4));
+            assert!(read.weights == model.weights, "{name}");
+        }
+    }
+    // What is none says so, and NVIDIA's snapshots are sent to `import`.
+    let other = dir.path().join("other.pt");
+    fs::write(&other, torch_zip(&BTreeMap::from([("x".into(), (vec![1], vec![0.0]))]), None)).unwrap();
+    let refused = |path: &Path| ModelFile::open(path).map(|_| ()).unwrap_err().to_string();
+    assert!(refused(&other).contains("so this is not a model file"));
+    let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
+    assert!(refused(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", refused(&snapshot));
+}
