@@ -3,10 +3,10 @@
 
 use std::path::Path;
 
-use super::{At, input};
 use super::mapped::Mapped;
 use super::safetensors::{Result, SafeError, SafeFile};
 use super::torch;
+use super::{At, input};
 
 /// Opens a file of weights; a `module.` before all names is left away.
 ///

@@ -38,7 +38,7 @@ use crate::device::{Backends, Device, Work};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
-use crate::pictures::{Picture, decode, fit};
+use crate::pictures::{Picture, PictureError, decode, fit};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program, as text chunks name it.
@@ -214,7 +214,7 @@ pub enum PipelineError {
     #[error("{found} seeds to go towards, expected one for each of the {expected} images")]
     Towards { found: usize, expected: usize },
     #[error("{}: {why}", path.display())]
-    Picture { path: PathBuf, why: String },
+    Picture { path: PathBuf, why: Box<PictureError> },
     #[error("{} makes latents, so a picture needs an autoencoder to begin from", model.display())]
     NoCodec { model: PathBuf },
     #[error("{}: an image of shape {found:?}, expected {expected:?}", path.display())]
@@ -345,7 +345,7 @@ impl Pipeline {
             let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
             return Ok(Beginning { values, name });
         }
-        let wrong = |why| PipelineError::Picture { path: path.into(), why };
+        let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
         let image = decode::open(path, Tagger::BACKGROUND).map_err(wrong)?;
         if let Some(profile) = image.unapplied {
             self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));

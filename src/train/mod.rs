@@ -763,7 +763,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written = self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
+        let written =
+            self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
         self.show = Some(show);
         match written? {
             // A network can be too young to sample from; it may grow up.
