@@ -17,9 +17,6 @@ pub struct Classes {
 
 impl Classes {
     /// Reads a file of names.
-    ///
-    /// # Errors
-    /// [`VocabularyError::Io`].
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
         let text = input::text(path).at(path)?;
         Ok(Self::new(text.lines()))

@@ -152,8 +152,7 @@ fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, DatasetError> {
     let bytes = zip.bytes(entry)?;
     let wrong = |what: String| entry_error(zip, entry, what);
     if !entry.name.to_lowercase().ends_with(".npy") {
-        let image = decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?;
-        return Ok(Pixels::Picture(image.picture));
+        return Ok(Pixels::Picture(decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?.picture));
     }
     let (shape, moments) = npy::floats(bytes).map_err(wrong)?;
     match shape[..] {

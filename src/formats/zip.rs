@@ -1,20 +1,19 @@
 //! Zip archives whose entries are stored, not compressed: mapped, and read in place.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use rawzip::{CompressionMethod, ZipArchive, ZipArchiveEntryWayfinder, ZipSliceArchive};
 
 use super::fingerprint::Fingerprint;
-use super::input;
 use super::mapped::Mapped;
+use super::{At, FileError, input};
 
 /// What can be wrong with an archive.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum ZipError {
-    #[error("{}: {cause}", path.display())]
-    Io { path: PathBuf, cause: io::Error },
+    #[error(transparent)]
+    Io(#[from] FileError),
     #[error("{}: not a usable zip archive: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
     #[error("{}: entry {name}: {what}", path.display())]
@@ -43,11 +42,10 @@ impl Zip {
     /// # Errors
     /// [`ZipError`]: it cannot be read, or its directory is damaged.
     pub fn open(path: &Path) -> Result<Self, ZipError> {
-        let io_error = |cause| ZipError::Io { path: path.into(), cause };
-        let file = input::open(path).map_err(io_error)?;
+        let file = input::open(path).at(path)?;
         let malformed = |error: rawzip::Error| ZipError::Malformed { path: path.into(), what: error.to_string() };
         // SAFETY: datasets are not changed while they are read; that one is truncated is caught.
-        let map = unsafe { Mapped::new(&file, path) }.map_err(io_error)?;
+        let map = unsafe { Mapped::new(&file, path) }.at(path)?;
         let archive = ZipArchive::from_slice(map).map_err(malformed)?;
         let (mut entries, mut list) = (Vec::new(), archive.entries());
         while let Some(entry) = list.next_entry().map_err(malformed)? {

@@ -289,9 +289,9 @@ pub fn presets() -> Vec<Preset> {
         ("edm2-img64-l", 320, 0.0080, 1024),
         ("edm2-img64-xl", 384, 0.0070, 640),
     ];
-    // M and larger have dropout.
+    // M and larger.
     let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
-    let latents = |(name, width, lr, duration): (_, usize, _, u64)| Preset {
+    let latents = |(name, width, lr, duration): (_, _, _, u64)| Preset {
         name,
         config: Config::edm2(64, 4, 1000, width),
         size: [64, 64],

@@ -215,7 +215,7 @@ pub enum PipelineError {
     #[error("{found} seeds to go towards, expected one for each of the {expected} images")]
     Towards { found: usize, expected: usize },
     #[error("{}: {why}", path.display())]
-    Picture { path: PathBuf, why: PictureError },
+    Picture { path: PathBuf, why: Box<PictureError> },
     #[error("{} makes latents, so a picture needs an autoencoder to begin from", model.display())]
     NoCodec { model: PathBuf },
     #[error("{}: an image of shape {found:?}, expected {expected:?}", path.display())]
@@ -346,7 +346,7 @@ impl Pipeline {
             let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
             return Ok(Beginning { values, name });
         }
-        let wrong = |why| PipelineError::Picture { path: path.into(), why };
+        let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
         let image = decode::open(path, Tagger::BACKGROUND).map_err(wrong)?;
         if let Some(profile) = image.unapplied {
             self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));

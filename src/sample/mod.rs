@@ -217,7 +217,6 @@ pub enum SampleError {
     /// The conditions do not fit the network or the seeds.
     #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
     Conditions { found: usize, images: usize, width: usize },
-    /// The image to begin from has another shape.
     #[error("the image to begin from has {found} values, expected {expected}")]
     From { found: usize, expected: usize },
     /// The guiding network does not go with the network.

@@ -713,8 +713,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.stats.write(line).at(path)?;
         let Some(events) = &mut self.events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();
-        let written = events.write(self.state.nimg, &line);
-        Ok(written.at(events.path())?)
+        Ok(events.write(self.state.nimg, &line).at(events.path())?)
     }
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
@@ -760,18 +759,14 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// Samples of the first moving average as a picture.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        if self.show.is_none() {
-            return Ok(());
-        }
+        let Some(show) = self.show.take() else { return Ok(()) };
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written = self.with_average(|run, batch| {
-            let show = run.show.as_deref_mut()?;
-            Some(grid::write(&path, run.backend, &run.net, data, show, guided, batch))
-        })?;
-        let Some(written) = written else { return Ok(()) };
-        match written {
+        let written =
+            self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
+        self.show = Some(show);
+        match written? {
             // A network can be too young to sample from; it may grow up.
             Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
                 event(Event::Note(format!("no sample grid: {error}")))
