@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::prompt::{self, Prompt};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, FileError, input, write_atomically};
 
@@ -185,47 +184,9 @@ impl Vocabulary {
         scored.into_iter().take(most).map(|(.., tag)| tag.clone()).collect()
     }
 
-    /// The tags of a text, with their weights: [`Prompt`] says how people write them.
-    ///
-    /// # Errors
-    /// [`VocabularyError::Unknown`] for the first unknown tag, [`VocabularyError::Weight`], [`VocabularyError::Bracket`].
-    pub fn parse(&self, text: &str) -> Result<Prompt, VocabularyError> {
-        prompt::parse(self, text)
-    }
-
-    /// What [`Vocabulary::parse`] reads as this prompt; places beyond the end are left out.
-    pub fn text(&self, prompt: &Prompt) -> String {
-        let word = |&(place, weight): &(u32, f32)| {
-            let tag = self.tag(place)?;
-            Some(if weight == 1.0 { tag.into() } else { format!("({tag}:{weight})") })
-        };
-        prompt.tags().iter().filter_map(word).collect::<Vec<String>>().join(", ")
-    }
-
     /// The tags at these places, in words, separated by commas; places beyond the end are left out.
     pub fn words(&self, indices: &[u32]) -> String {
         indices.iter().filter_map(|&index| self.tag(index)).collect::<Vec<_>>().join(", ")
-    }
-
-    /// The condition of a prompt: its weights over their norm; `[D]`, norm 1, or zeros for no tags.
-    ///
-    /// # Panics
-    /// If a place is not below [`Vocabulary::len`].
-    pub fn condition(&self, prompt: &Prompt) -> Vec<f32> {
-        let (mut condition, norm) = (vec![0.0; self.len()], prompt.norm());
-        for &(place, weight) in prompt.tags() {
-            condition[place as usize] = weight / norm;
-        }
-        condition
-    }
-
-    /// The condition of a set of tags: 1/sqrt(k) at each of the k distinct indices, 0
-    /// elsewhere; `[D]`, norm 1, or zeros for no tags.
-    ///
-    /// # Panics
-    /// If an index is not below [`Vocabulary::len`].
-    pub fn multi_hot(&self, indices: &[u32]) -> Vec<f32> {
-        self.condition(&Prompt::of(indices))
     }
 
     /// Of the tags in their order: what conditions made of them mean.
