@@ -225,9 +225,10 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
     /// The kernel in selftest.cu whose line the message names.
     fn blamed(message: &str) -> String {
         let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();
+        // Of several lines that of the kernel, who called the others.
         let (_, at) =
-            message.split_once("kernels/emulator/selftest.cu:").unwrap_or_else(|| panic!("no line: {message}"));
-        let line: usize = at.split(':').next().unwrap().parse().unwrap();
+            message.rsplit_once("kernels/emulator/selftest.cu:").unwrap_or_else(|| panic!("no line: {message}"));
+        let line: usize = at.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
         let before: Vec<&str> = source.lines().take(line).collect();
         let header = before.iter().rev().find(|l| l.starts_with("template <bool BUG>")).unwrap();
         header.to_string()

@@ -317,7 +317,7 @@ template <bool BUG> __device__ void store_in_turns(Plant p) {
 PLANT(store_in_turns);
 
 // "The last block reduces": what the others wrote is there if a fence is between their writes and their atomic.
-template <bool BUG> __device__ void reduce_in_last_block(Plant p, int* ticket, bool fence_by_one) {
+template <bool BUG> __device__ __forceinline__ void reduce_in_last_block(Plant p, int* ticket, bool fence_by_one) {
     INDICES;
     __shared__ bool last[1];
     p.scratch[i] = p.in[i];

@@ -113,6 +113,7 @@ struct Checker {
     // Order between blocks: time in this block, which barriers, fences and atomics advance; when the last barrier
     // was, and of each thread its last fence and the barrier before it.
     uint32_t stamp = 1, last_barrier = 0;
+    uint32_t met[kMaxThreads] = {};  // when a thread's last named barrier was
     bool any_fence = false;
     uint32_t fence[kMaxThreads] = {}, barrier_before_fence[kMaxThreads] = {};
     std::vector<Acquire> acquired;
@@ -140,6 +141,7 @@ void check_block_start() {
     c.epoch++;
     c.stamp = 1, c.last_barrier = 0, c.acquired.clear();
     if (c.any_fence) memset(c.fence, 0, sizeof c.fence), c.any_fence = false;
+    memset(c.met, 0, sizeof c.met);
     for (int i = 0; i < current()->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
     if (current()->launch->kernel->hopper) {
         c.barriers.clear(), forget_readers(c);
@@ -240,6 +242,8 @@ void check_meeting(const Thread* const* who, int count) {
     int threads[kMaxThreads];
     for (int i = 0; i < count; i++) threads[i] = who[i]->linear;
     meet(checker(), threads, count);
+    const uint32_t now = checker().stamp++;
+    for (int i = 0; i < count; i++) checker().met[who[i]->linear] = now;
 }
 
 static void join(uint32_t* to, const uint32_t* from) {
@@ -603,6 +607,11 @@ static uintptr_t image_begin() { return image().begin; }
 
 static bool in_image(uintptr_t a) { return a - image().begin < image().end - image().begin; }
 
+// Whether both threads have been at one barrier since then.
+static bool met_since(const Checker& c, int a, int b, uint32_t then) {
+    return then <= c.last_barrier || (c.met[a] == c.met[b] && then < c.met[a]);
+}
+
 void check_fence() {
     Checker& c = checker();
     const int t = current()->self->linear;
@@ -627,7 +636,7 @@ void check_atomic_done(uintptr_t a) {
     r.of.resize(m.count);
     for (int i = 0; i < m.count; i++) {
         // A fence counts if it is this thread's own or a barrier is between.
-        if (!c.fence[i] || (i != t && c.fence[i] > c.last_barrier)) continue;
+        if (!c.fence[i] || (i != t && !met_since(c, i, t, c.fence[i]))) continue;
         r.of[i] = std::max(r.of[i], c.fence[i]);
         r.all = std::max(r.all, c.barrier_before_fence[i]);
     }
@@ -639,7 +648,7 @@ static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t s
     Checker& c = checker();
     const Launch& l = *current()->launch;
     for (const Acquire& q : c.acquired) {
-        if (q.thread != t.linear && q.stamp > c.last_barrier) continue;
+        if (q.thread != t.linear && !met_since(c, q.thread, t.linear, q.stamp)) continue;
         if (block < kManyBlocks) {
             auto told = q.blocks.find(block);
             if (told == q.blocks.end()) continue;

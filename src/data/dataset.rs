@@ -13,14 +13,13 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use serde_json::json;
 
-use super::edm2::Archive;
+use super::edm2::{Archive, ArchiveError};
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use super::shard::{Shard, ShardError, check_whole};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
-use crate::formats::zip::ZipError;
 use crate::formats::{At, FileError};
 use crate::pictures::to_model;
 use crate::rng::Stream;
@@ -76,13 +75,9 @@ pub enum DatasetError {
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
     #[error(transparent)]
-    Zip(#[from] ZipError),
-    #[error("{}: it has no images (.png or .npy)", path.display())]
-    NoImages { path: PathBuf },
+    Archive(#[from] ArchiveError),
     #[error("{}: a zip has no {split} split, as all of it is for training", path.display())]
     NoSplit { path: PathBuf, split: Split },
-    #[error("{}: labels of {found} classes, expected {} at most", path.display(), 1 << 20)]
-    Classes { path: PathBuf, found: usize },
 }
 
 /// One split of a dataset, opened and checked. Cheap to read at random, from any thread.
@@ -265,7 +260,7 @@ impl Dataset {
     /// EDM2's `StandardRGBEncoder`; of latents one that is drawn with the numbers of `noise`.
     ///
     /// # Errors
-    /// [`DatasetError::Zip`]: a damaged image, which a zip's are only known to be when they are read.
+    /// [`DatasetError::Archive`]: a damaged image, which a zip's are only known to be when they are read.
     ///
     /// # Panics
     /// If `out` is not H * W * C long.
@@ -274,7 +269,7 @@ impl Dataset {
         let area = height * width;
         assert_eq!(out.len(), area * channels, "length of the image's buffer");
         let stored = match (&self.source, self.at(i)) {
-            (Source::Zip(archive), _) => return archive.image(i, noise, out),
+            (Source::Zip(archive), _) => return Ok(archive.image(i, noise, out)?),
             (_, at) => at.map_or(&[][..], |(shard, row)| shard.image(row)),
         };
         match self.header.kind {

@@ -5,11 +5,10 @@
 //! Images are in the order of their names and have no splits. A label is a class; the condition is one-hot.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::dataset::DatasetError;
 use super::shard::{Header, Kind};
 use crate::codec::{LATENTS, scale_and_shift};
 use crate::condition::Conditioning;
@@ -27,6 +26,21 @@ struct Labels {
     labels: Option<Vec<(String, u32)>>,
 }
 
+/// Most classes.
+const CLASSES: usize = 1 << 20;
+
+/// Why an archive is no dataset.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ArchiveError {
+    #[error(transparent)]
+    Zip(#[from] ZipError),
+    #[error("{}: it has no images (.png or .npy)", path.display())]
+    NoImages { path: PathBuf },
+    #[error("{}: labels of {found} classes, expected {CLASSES} at most", path.display())]
+    Classes { path: PathBuf, found: usize },
+}
+
 /// An open archive.
 pub struct Archive {
     zip: Zip,
@@ -42,15 +56,15 @@ impl Archive {
     /// Opens an archive and reads its labels and its first image.
     ///
     /// # Errors
-    /// [`DatasetError`]: it is damaged, or has no images or not all labels.
-    pub fn open(path: &Path) -> Result<Self, DatasetError> {
+    /// [`ArchiveError`]: it is damaged, or has no images or not all labels.
+    pub fn open(path: &Path) -> Result<Self, ArchiveError> {
         let zip = Zip::open(path)?;
         let is_image = |name: &str| [".png", ".npy"].iter().any(|end| name.to_lowercase().ends_with(end));
         let entries = || (0..).zip(zip.entries());
         let mut images: Vec<u32> = entries().filter(|(_, entry)| is_image(&entry.name)).map(|(at, _)| at).collect();
         let entry = |at: u32| &zip.entries()[at as usize];
         images.sort_unstable_by_key(|&at| &entry(at).name);
-        let Some(&first) = images.first() else { return Err(DatasetError::NoImages { path: path.into() }) };
+        let Some(&first) = images.first() else { return Err(ArchiveError::NoImages { path: path.into() }) };
 
         let mut classes = Vec::new();
         if let Some((_, labels)) = entries().find(|(_, entry)| &*entry.name == LABELS) {
@@ -64,8 +78,8 @@ impl Archive {
             }
         }
         let condition_dim = classes.iter().max().map_or(0, |&most| most as usize + 1);
-        if condition_dim > 1 << 20 {
-            return Err(DatasetError::Classes { path: path.into(), found: condition_dim });
+        if condition_dim > CLASSES {
+            return Err(ArchiveError::Classes { path: path.into(), found: condition_dim });
         }
         let [height, width, channels] = match pixels(&zip, entry(first))? {
             Pixels::Picture(picture) => [picture.height(), picture.width(), 3],
@@ -97,7 +111,7 @@ impl Archive {
     ///
     /// # Errors
     /// The image is damaged, or not like the first one.
-    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) -> Result<(), DatasetError> {
+    pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) -> Result<(), ArchiveError> {
         let entry = &self.zip.entries()[self.images[i] as usize];
         let Header { height, width, .. } = self.header;
         let other = |found: String| {
@@ -144,11 +158,11 @@ enum Pixels {
     },
 }
 
-fn entry_error(zip: &Zip, entry: &Entry, what: String) -> DatasetError {
+fn entry_error(zip: &Zip, entry: &Entry, what: String) -> ArchiveError {
     ZipError::Entry { path: zip.path().into(), name: entry.name.to_string(), what }.into()
 }
 
-fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, DatasetError> {
+fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, ArchiveError> {
     let bytes = zip.bytes(entry)?;
     let wrong = |what: String| entry_error(zip, entry, what);
     if !entry.name.to_lowercase().ends_with(".npy") {
