@@ -239,7 +239,7 @@ void check_sync(uint32_t mask) {
 }
 
 void check_meeting(const Thread* const* who, int count) {
-    int threads[kMaxThreads];
+    int threads[kMaxThreads] = {};
     for (int i = 0; i < count; i++) threads[i] = who[i]->linear;
     meet(checker(), threads, count);
     const uint32_t now = checker().stamp++;

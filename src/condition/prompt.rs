@@ -119,7 +119,8 @@ struct Reading<'a> {
 
 /// Reads a prompt.
 fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError> {
-    let (mut tags, mut open): (Vec<(u32, f32)>, Vec<(char, usize)>) = (Vec::new(), Vec::new());
+    let mut tags: Vec<(u32, f32)> = Vec::new();
+    let mut open: Vec<(char, usize)> = Vec::new();
     let unbalanced = |bracket| VocabularyError::Bracket { bracket, text: text.trim().into() };
     for part in text.split([',', '\n']).map(str::trim).filter(|part| !part.is_empty()) {
         let readings = readings(part);

@@ -71,7 +71,7 @@ pub enum DatasetError {
     #[error("{}: the {split} split has no images", dir.display())]
     Empty { dir: PathBuf, split: Split },
     #[error("{}: {what} is {found}, but {expected} in {}", path.display(), first.display())]
-    Differs { path: PathBuf, first: PathBuf, what: &'static str, found: String, expected: String },
+    Differs { path: PathBuf, first: Box<Path>, what: &'static str, found: String, expected: String },
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
     #[error(transparent)]
@@ -91,7 +91,7 @@ pub struct Dataset {
 enum Source {
     /// Shards, and where the images of each begin.
     Shards(Vec<Shard>, Vec<usize>),
-    Zip(Archive),
+    Zip(Box<Archive>),
 }
 
 impl fmt::Debug for Dataset {
@@ -113,7 +113,7 @@ impl Dataset {
             }
             let archive = Archive::open(dir)?;
             let (header, vocabulary) = (archive.header.clone(), Vocabulary::default());
-            return Ok(Self { header, source: Source::Zip(archive), vocabulary });
+            return Ok(Self { header, source: Source::Zip(archive.into()), vocabulary });
         }
         let vocabulary = Vocabulary::load(&dir.join(VOCABULARY_FILE))?;
         let (found, expected) = find_shards(dir, split)?;

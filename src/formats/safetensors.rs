@@ -48,7 +48,7 @@ pub enum SafeError {
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
     #[error("{}: not a file of weights: {why}; `edm2k import` reads NVIDIA's snapshots", path.display())]
-    Torch { path: PathBuf, why: PickleError },
+    Torch { path: PathBuf, why: Box<PickleError> },
     #[error("{}: tensor {name}: {what}", path.display())]
     Tensor { path: PathBuf, name: String, what: String },
     #[error("{}: tensor {name} is missing{}", path.display(), nearest(hint))]

@@ -21,7 +21,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
         [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
             // SAFETY: that nobody changes the file meanwhile is the documented condition.
             let map = unsafe { Mapped::new(&file, path) }.at(path)?;
-            let malformed = |why: super::pickle::PickleError| SafeError::Torch { path: path.into(), why };
+            let malformed = |why: super::pickle::PickleError| SafeError::Torch { path: path.into(), why: why.into() };
             SafeFile::of(path, torch::state_dict(&map).map_err(malformed)?)?
         }
         _ => SafeFile::open(path)?,

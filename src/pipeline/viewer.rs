@@ -13,7 +13,7 @@ pub enum Viewer {
     /// Of pixels.
     Pixels,
     /// Of latents, by an autoencoder on a device.
-    Latents(Latents),
+    Latents(Box<Latents>),
 }
 
 /// An autoencoder's decoder on a device.
@@ -39,7 +39,7 @@ impl Viewer {
         let file = CodecFile::open(path)?;
         let warning = file.check_latents(of, made_by)?;
         let decode = device.run(Decoding(&file))?;
-        Ok((Self::Latents(Latents { file, decode }), warning))
+        Ok((Self::Latents(Latents { file, decode }.into()), warning))
     }
 
     /// Refuses pictures of images of [height, width] that this machine has no room for.
@@ -49,8 +49,9 @@ impl Viewer {
     pub fn check(&self, size: [usize; 2]) -> Result<(), TooLarge> {
         match self {
             Self::Pixels => Ok(()),
-            Self::Latents(Latents { file, .. }) => {
-                memory::check(format!("decoding latents of {}x{}", size[1], size[0]), file.decoder_bytes(size))
+            Self::Latents(latents) => {
+                let needed = latents.file.decoder_bytes(size);
+                memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed)
             }
         }
     }
@@ -65,7 +66,7 @@ impl Viewer {
     pub fn picture(&mut self, size: [usize; 2], image: &[f32]) -> Result<Picture, CodecError> {
         match self {
             Self::Pixels => Ok(Picture::from_model(size[0], size[1], image)),
-            Self::Latents(Latents { decode, .. }) => decode(size, image),
+            Self::Latents(latents) => (latents.decode)(size, image),
         }
     }
 }
