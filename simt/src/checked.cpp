@@ -673,7 +673,6 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
     Allocation& last = checker().last;
     const Launch& launch = *m.launch;
     if (checker().last_serial != launch.serial || a < last.begin || a + bytes > last.end) {
-        if (a - uintptr_t(&m.view) < sizeof m.view) return;
         if (access == Access::read && a - uintptr_t(launch.params) < sizeof launch.params) return;
         const Allocation* found = find_allocation(a);
         if (!found || a >= found->end || a + bytes > found->end) {

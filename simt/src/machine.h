@@ -3,7 +3,7 @@
 // A Machine is what one OS thread needs to run one block at a time. Its fibers' stacks and the
 // block's shared memory lie in one reservation, so that an address is classified by subtraction:
 //
-//   | fault stack | stack 0 | ... | stack 1023 | guard | static shared | guard | dynamic shared | guard |
+//   | view | fault stack | stack 0 | ... | stack 1023 | guard | static shared | guard | dynamic shared | guard |
 //
 // with an unmapped page below every stack. Dynamic shared memory ends at its guard page.
 #pragma once
@@ -123,7 +123,7 @@ struct Checker;  // checked.cpp
 struct Hopper;   // hopper.cpp
 
 struct Machine {
-    View view;
+    View& view;  // at the reservation's begin
     Thread* self = nullptr;
     Launch* launch = nullptr;
     uintptr_t base, stacks, statics, statics_guard, dynamic_end, end;
@@ -165,7 +165,17 @@ struct Machine {
 
 // The one of this OS thread while it runs a block, else null.
 extern pthread_key_t machine_key;
-inline Machine* current() { return static_cast<Machine*>(pthread_getspecific(machine_key)); }
+// Fibers know it by their stack pointer.
+struct Reservation { uintptr_t begin; Machine* machine; };
+constexpr size_t kReservations = 4096;  // 512 GB
+extern Reservation reservations[kReservations];
+inline Machine* current() {
+    uintptr_t sp;
+    asm("movq %%rsp, %0" : "=r"(sp));
+    const uintptr_t begin = sp & ~(kReservation - 1);
+    const Reservation& r = reservations[begin / kReservation % kReservations];
+    return r.begin == begin ? r.machine : static_cast<Machine*>(pthread_getspecific(machine_key));
+}
 
 // The scheduler (simt.cpp): a member of `set`; lanes that may run on; and letting others run until
 // someone makes this thread ready.

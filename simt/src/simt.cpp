@@ -32,8 +32,7 @@ namespace simt {
 // Until it is made, an invalid key, of which everyone has null.
 pthread_key_t machine_key = PTHREAD_KEYS_MAX;
 __attribute__((constructor(101))) static void make_key() { pthread_key_create(&machine_key, nullptr); }
-
-const View* view() { return &current()->view; }
+Reservation reservations[kReservations];
 
 // ---- context switch ---------------------------------------------------------------------------
 
@@ -442,15 +441,26 @@ void cp_async_wait(int groups_left) {
 
 // ---- blocks -----------------------------------------------------------------------------------
 
-Machine::Machine() {
-    places.resize(image().variables.size());
-    size_t stack_area = (kMaxThreads + 1) * (kPage + kStack);
-    size_t dynamic_area = (kSharedMaxHopper + kPage) / kPage * kPage;
-    size_t size = stack_area + kPage + kStaticArea + kPage + dynamic_area + kPage;
-    void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Address space, aligned to its size.
+static View& reserve() {
+    void* memory = mmap(nullptr, 2 * kReservation, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    base = uintptr_t(memory);
-    stacks = base + kPage + kStack;  // the first is for faults
+    const uintptr_t from = uintptr_t(memory), base = (from + kReservation - 1) & ~(kReservation - 1);
+    if (base > from) munmap(memory, base - from);
+    munmap(reinterpret_cast<void*>(base + kReservation), from + kReservation - base);
+    if (mprotect(reinterpret_cast<void*>(base), kPage, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
+    return *reinterpret_cast<View*>(base);
+}
+
+Machine::Machine() : view(reserve()) {
+    places.resize(image().variables.size());
+    size_t stack_area = kPage + (kMaxThreads + 1) * (kPage + kStack);
+    size_t dynamic_area = (kSharedMaxHopper + kPage) / kPage * kPage;
+    static_assert(kPage + (kMaxThreads + 1) * (kPage + kStack) + kPage + kStaticArea + 2 * kPage + kSharedMaxHopper + kPage <= kReservation);
+    base = uintptr_t(&view);
+    // Another machine's slot, 512 GB away, is left to it: then current() asks the slow way.
+    if (Reservation& r = reservations[base / kReservation % kReservations]; !r.begin) r = {base, this};
+    stacks = base + 2 * kPage + kStack;  // the first is for faults
     statics = base + stack_area + kPage;
     statics_guard = statics + kStaticArea;
     end = statics_guard + kPage + dynamic_area;
