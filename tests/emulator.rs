@@ -462,7 +462,8 @@ fn operators_of_halves_round_after_each_operation() {
         for i in 0..n {
             let (fx, fy) = (fixed(x[i]), fixed(y[i]));
             let scaled = x[i].to_f64() / y[i].to_f64() * 2f64.powi(48);
-            let quotient = scaled.trunc() as i128 | i128::from(scaled.fract() != 0.0 || (fx << 48) % fy != 0);
+            let inexact = scaled.fract() != 0.0 || (fx << 48) % fy != 0;
+            let quotient = (scaled.abs().trunc() as i128 | i128::from(inexact)) * scaled.signum() as i128;
             let product = half_of_fixed(fx * fy);
             let again = if product.is_finite() { half_of_fixed((fixed(product) + fixed(z[i])) << 24) } else { product };
             let exact = [(fx + fy) << 24, (fx - fy) << 24, fx * fy, quotient].map(half_of_fixed);
