@@ -129,7 +129,7 @@ impl Meaning {
             }
             Some((first, wanted)) => {
                 let ((name, other), count) = (names(), 1 + differing.count());
-                let (tag, wanted, common) = (first.clone(), wanted.clone(), found.min(expected));
+                let (tag, wanted, common) = (first.as_str().into(), wanted.as_str().into(), found.min(expected));
                 Err(OtherMeaning::Tag { name, other, tag, wanted, count, common })
             }
         }
@@ -147,7 +147,7 @@ pub enum OtherMeaning {
     #[error(
         "{name}: made for another vocabulary (it has {tag:?} where {other} has {wanted:?}; {count} of {common} differ)"
     )]
-    Tag { name: String, other: String, tag: String, wanted: String, count: usize, common: usize },
+    Tag { name: String, other: String, tag: Box<str>, wanted: Box<str>, count: usize, common: usize },
 }
 
 /// Divides a vector by its L2 norm, as the network is to see it. Whether there is one: zeros, or a number that is not

@@ -205,7 +205,7 @@ pub enum PipelineError {
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error(transparent)]
-    Condition(Box<ConditionError>),
+    Condition(#[from] ConditionError),
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
     #[error("{} makes no latents of an SD-VAE, but pixels", model.display())]
@@ -233,12 +233,6 @@ pub enum PipelineError {
     /// Whoever watched wanted no more.
     #[error("stopped")]
     Stopped,
-}
-
-impl From<ConditionError> for PipelineError {
-    fn from(why: ConditionError) -> Self {
-        Self::Condition(Box::new(why))
-    }
 }
 
 /// A model on a device with all that makes pictures of it: where conditions come from, a sampler, an autoencoder.
