@@ -477,7 +477,7 @@ impl Wgrad {
     }
 
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
-    /// convolution multiplied, as in [`Fprop::launches`], with their factors.
+    /// convolution multiplied, as in [`Fprop::launch`], with their factors.
     pub fn launches(
         &self,
         inputs: Inputs,
