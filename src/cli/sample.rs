@@ -24,7 +24,7 @@ use super::say::{note, out};
 
 /// Make images.
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(group(clap::ArgGroup::new("pictures").args(["like", "mix"]).multiple(true)), after_help = "\
 Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and --random-conditions,
 in this order; all may be given. The images take them in turn, --per-condition images each. Without any, the images
 are unconditional. Each file is named after its seed and carries all parameters in a text chunk.
@@ -109,7 +109,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "SOURCE:WEIGHT,...", help_heading = "Conditions")]
     mix: Vec<String>,
     /// ONNX file of the tagger that made the features the model was trained on
-    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
+    #[arg(long, value_name = "FILE", requires = "pictures", help_heading = "Conditions")]
     tagger: Option<PathBuf>,
     /// Tensor of the features in it [default: what a WD tagger's classifier is given]
     #[arg(long, value_name = "NAME", requires = "tagger", help_heading = "Conditions")]
