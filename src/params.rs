@@ -74,9 +74,14 @@ impl ParamSpec {
         self.shape.len() == 4
     }
 
+    /// Whether it is the weight of a magnitude-preserving layer.
+    pub fn is_weight(&self) -> bool {
+        matches!(self.kind, ParamKind::Weight { .. })
+    }
+
     /// Whether the optimizer changes it.
     pub fn trained(&self) -> bool {
-        matches!(self.kind, ParamKind::Weight { .. } | ParamKind::Gain)
+        self.is_weight() || self.kind == ParamKind::Gain
     }
 }
 

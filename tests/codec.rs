@@ -16,7 +16,10 @@ use serde_json::json;
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
+#[path = "common/close.rs"]
+mod close;
 use autoencoder::{File, normals, sd_vae, taesd, write};
+use close::assert_close;
 
 // ---- a naive autoencoder: [C, H, W] in f64, every sum written out -------------------------------------------
 
@@ -219,21 +222,6 @@ impl Naive<'_> {
 }
 
 // ---- random files -------------------------------------------------------------------------------------------
-
-/// ||got - want|| / ||want|| <= bound.
-fn assert_close(what: &str, got: &[f32], want: &[f32], bound: f64) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(g - w)).sum();
-    let error = (difference / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt();
-    let worst = (0..got.len()).max_by(|&a, &b| (got[a] - want[a]).abs().total_cmp(&(got[b] - want[b]).abs())).unwrap();
-    assert!(
-        error <= bound,
-        "{what}: relative error {error:.1e}, bound {bound:.0e}; worst at {worst}: {}, expected {}",
-        got[worst],
-        want[worst]
-    );
-}
 
 /// Both sides compute in f64; what differs is the rounding of results to f32: 3e-8, twice where they are scaled.
 const EXACT: f64 = 1e-7;

@@ -23,6 +23,10 @@ use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError,
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
 
+#[path = "common/close.rs"]
+mod close;
+use close::assert_close;
+
 type T = <Cpu<f32> as Backend>::Tensor;
 
 fn golden(name: &str) -> SafeFile {
@@ -42,21 +46,6 @@ fn nhwc(file: &SafeFile, name: &str) -> (Shape, Vec<Vec<f32>>) {
         out
     };
     ([n, h, w, c], values.chunks(n * c * h * w).map(one).collect())
-}
-
-/// ||got - want|| / ||want|| <= bound.
-fn assert_close(what: &str, got: &[f32], want: &[f32], bound: f64) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(g - w)).sum();
-    let error = (difference / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt();
-    let worst = (0..got.len()).max_by(|&a, &b| (got[a] - want[a]).abs().total_cmp(&(got[b] - want[b]).abs())).unwrap();
-    assert!(
-        error <= bound,
-        "{what}: relative error {error:.1e}, bound {bound:.0e}; worst at {worst}: {}, expected {}",
-        got[worst],
-        want[worst]
-    );
 }
 
 /// Answers with the recorded outputs of the official network, and checks what it is asked.

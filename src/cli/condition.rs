@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
@@ -16,7 +15,7 @@ use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::pipeline::Domain;
 
-use super::say::{note, out};
+use super::say::{self, note, out};
 
 /// Look up tags; train and use a model that invents conditions.
 #[derive(clap::Args)]
@@ -144,8 +143,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let data = Dataset::open(&args.data, Split::Train)?;
     let rows = rows(&data).with_context(|| args.data.display().to_string())?;
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
-    let bar = ProgressBar::new(how.epochs as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} epochs {msg} (about {eta} left)")?);
+    let bar = say::bar(how.epochs as u64, "{pos}/{len} epochs {msg} (about {eta} left)");
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     let vae = Vae::train(&rows, &how, |epoch, loss| {

@@ -4,14 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use edm2k::model::ModelFile;
 use edm2k::train::ema::{MAX_STD, name_of};
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;
-use super::say::out;
+use super::say::{self, out};
 use super::train::parse_images;
 
 /// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
@@ -60,8 +59,7 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
     let _claims = paths.iter().map(|path| claim(path, args.overwrite)).collect::<Result<Vec<_>, _>>()?;
 
-    let bar = ProgressBar::new(job.values())
-        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} values, {per_sec}, {eta} left")?);
+    let bar = say::bar(job.values(), "{human_pos} of {human_len} values, {per_sec}, {eta} left");
     job.write(&paths, &mut |values| bar.inc(values))?;
     bar.finish_and_clear();
     for ((path, std), missed) in paths.iter().zip(&args.std).zip(job.mismatch()) {

@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use edm2k::data::dataset::{Dataset, Split};
@@ -15,7 +14,7 @@ use edm2k::train::stats::plot;
 use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
-use super::say::out;
+use super::say::{self, out};
 use super::{DeviceArgs, claim};
 
 /// Measure the loss of a model by noise level.
@@ -70,9 +69,8 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
-    let bar = ProgressBar::new((images * SIGMAS.len()) as u64).with_style(ProgressStyle::with_template(
-        "{bar:30} {human_pos} of {human_len} noisy images, {per_sec}, {eta} left",
-    )?);
+    let noisy = (images * SIGMAS.len()) as u64;
+    let bar = say::bar(noisy, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
     let device = args.device.open()?;
     device.check_forward(config, [height, width], images.min(batch), 1)?;
     let levels = device.run(Measuring { model: &model, data: &data, images, batch, progress: &mut |n| bar.inc(n) })?;

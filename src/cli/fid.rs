@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -20,7 +20,7 @@ use edm2k::rng::{Purpose, Stream};
 
 use super::DeviceArgs;
 use super::sample::SamplerArgs;
-use super::say::{note, out};
+use super::say::{self, note, out};
 
 /// Pictures that are looked at together.
 const CHUNK: usize = 64;
@@ -147,9 +147,8 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
         );
     }
 
-    let bar = ProgressBar::new((references + count) as u64).with_style(ProgressStyle::with_template(
-        "{bar:30} {msg} {human_pos} of {human_len} images, {per_sec}, {eta} left",
-    )?);
+    let all = (references + count) as u64;
+    let bar = say::bar(all, "{msg} {human_pos} of {human_len} images, {per_sec}, {eta} left");
     let look = Look { network: &network, bar: &bar };
     let started = Instant::now();
     bar.set_message("dataset:");

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
 use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
@@ -15,7 +15,7 @@ use edm2k::data::prepare::{Codec, Danbooru, Encode, Event, Folder, Records, Sett
 use edm2k::{Backends, Work};
 
 use super::DeviceArgs;
-use super::say::{above, note, out};
+use super::say::{self, above, note, out};
 
 /// Make a dataset of images and their tags.
 #[derive(clap::Args)]
@@ -146,8 +146,8 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         licence: args.licence,
     };
     let bar = ProgressBar::no_length();
-    let looking = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} {msg}, {eta} left")?;
-    let making = ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {per_sec}, {eta} left")?;
+    let looking = say::style("{human_pos} of {human_len} {msg}, {eta} left");
+    let making = say::style("{human_pos} of {human_len} images, {per_sec}, {eta} left");
     let terminal = std::io::stderr().is_terminal();
     let say = |text: String| above(&bar, &text);
     let since = Mutex::new(Instant::now());

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Error, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -20,7 +19,7 @@ use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
-use super::say::{note, out};
+use super::say::{self, note, out};
 
 /// Make images.
 #[derive(clap::Args)]
@@ -486,8 +485,8 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
     let watched = save_steps || pipeline.device().runtime().is_none();
-    let bar = ProgressBar::new((count.div_ceil(request.batch) * request.sampler.taken()) as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {msg} {per_sec} {elapsed} (about {eta} left)")?);
+    let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
+    let bar = say::bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
     bar.set_message(format!("0 of {count} images"));
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();

@@ -8,7 +8,7 @@ use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
 
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// Most characters of a line on stderr.
 const LONGEST: usize = 299;
@@ -42,6 +42,16 @@ pub fn results(text: &str) {
 /// See [`note!`].
 pub fn message(text: Arguments) {
     let _ = io::stderr().write_all((shortened(&escaped(&text.to_string())) + "\n").as_bytes());
+}
+
+/// A progress bar on stderr up to `total`, with what `beside` makes of indicatif's `{pos}`, `{eta}` and so on behind it.
+pub fn bar(total: u64, beside: &str) -> ProgressBar {
+    ProgressBar::new(total).with_style(style(beside))
+}
+
+/// See [`bar`].
+pub fn style(beside: &str) -> ProgressStyle {
+    ProgressStyle::with_template(&format!("{{bar:30}} {beside}")).expect("a template of this program")
 }
 
 /// Prints a message to stderr, above a progress bar if that is shown.

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, bail, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::DeviceArgs;
-use super::say::{above, note, results};
+use super::say::{self, above, note, results};
 use super::signals::Requests;
 use edm2k::Device;
 use edm2k::backend::BackendError;
@@ -184,8 +183,7 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
 
     let mut viewer = viewer(&args, &data, &device, &mut notes)?;
     let terminal = std::io::stderr().is_terminal();
-    let bar = ProgressBar::new(settings.duration)
-        .with_style(ProgressStyle::with_template("{bar:30} {human_pos} of {human_len} images, {eta} left, {msg}")?);
+    let bar = say::bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}");
     notes.iter().for_each(|note| above(&bar, note));
     let (mut seen, mut saved) = (None, false);
     let mut show = |event: Event| match event {

@@ -95,7 +95,6 @@ impl<T: Real> Param<T> {
     /// Zeros; with room for gradients, moments and `emas` averages if it is to be trained.
     pub fn new(spec: &ParamSpec, training: Option<usize>) -> Self {
         let zeros = || vec![T::zero(); spec.numel()];
-        let is_weight = matches!(spec.kind, ParamKind::Weight { .. });
         let training = training.map(|emas| {
             let room = |wanted: bool| if wanted { zeros() } else { Vec::new() };
             Training {
@@ -107,7 +106,8 @@ impl<T: Real> Param<T> {
             }
         });
         let weight = if training.is_some() { zeros() } else { Vec::new() };
-        Self { spec: spec.clone(), weight, effective: zeros(), raw: is_weight, packed: OnceLock::new(), training }
+        let raw = spec.is_weight();
+        Self { spec: spec.clone(), weight, effective: zeros(), raw, packed: OnceLock::new(), training }
     }
 
     /// Values that the network computes with: weights as `[taps][cin][cout]`.
@@ -137,9 +137,8 @@ impl<T: Real> Param<T> {
 
     fn slot(&mut self, slot: Slot) -> Result<&mut Vec<T>, BackendError> {
         let missing = BackendError::NotTraining(slot);
-        let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
         match (slot, &mut self.training) {
-            (Slot::Weight, None) if self.raw || !is_weight => Ok(&mut self.effective),
+            (Slot::Weight, None) if self.raw || !self.spec.is_weight() => Ok(&mut self.effective),
             (Slot::Weight, Some(_)) => Ok(&mut self.weight),
             (Slot::Grad, Some(t)) => Ok(&mut t.grad),
             (Slot::AdamM, Some(t)) => Ok(&mut t.m),
@@ -155,14 +154,14 @@ impl<T: Real> Param<T> {
         if values.len() != expected {
             return Err(BackendError::ParamSize { name: self.spec.name.clone(), found: values.len(), expected });
         }
-        self.raw |= slot == Slot::Weight && matches!(self.spec.kind, ParamKind::Weight { .. });
+        self.raw |= slot == Slot::Weight && self.spec.is_weight();
         let (cout, cin, taps) = self.dims();
         let to = self.slot(slot)?;
         for_rows(to, cout, |row, to| {
             let (tap, ci) = (row / cin, row % cin);
             to.iter_mut().enumerate().for_each(|(co, x)| *x = values[(co * cin + ci) * taps + tap]);
         });
-        if !matches!(self.spec.kind, ParamKind::Weight { .. }) && slot == Slot::Weight {
+        if !self.spec.is_weight() && slot == Slot::Weight {
             self.effective.copy_from_slice(values);
         }
         Ok(())
@@ -186,13 +185,12 @@ impl<T: Real> Param<T> {
     /// See [`crate::backend::TrainingBackend::prepare`].
     pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.packed.take();
-        let is_weight = matches!(self.spec.kind, ParamKind::Weight { .. });
+        let cols = self.dims().0;
         let Some(training) = &self.training else {
             if source != Slot::Weight {
                 return Err(BackendError::NotTraining(source));
             }
-            if std::mem::take(&mut self.raw) && is_weight {
-                let cols = self.dims().0;
+            if std::mem::take(&mut self.raw) && self.spec.is_weight() {
                 let factors = effective_factors(&self.effective, cols, how);
                 for_rows(&mut self.effective, cols, |_, row| {
                     row.iter_mut().zip(&factors).for_each(|(x, &f)| *x *= f);
@@ -205,9 +203,8 @@ impl<T: Real> Param<T> {
             Slot::Ema(i) => training.emas.get(i).ok_or(BackendError::NotTraining(source))?,
             other => return Err(BackendError::NotTraining(other)),
         };
-        if is_weight {
-            let ParamKind::Weight { cout, .. } = self.spec.kind else { unreachable!("checked above") };
-            scale_columns(&mut self.effective, from, &effective_factors(from, cout, how));
+        if self.spec.is_weight() {
+            scale_columns(&mut self.effective, from, &effective_factors(from, cols, how));
         } else {
             self.effective.copy_from_slice(from);
         }
@@ -217,6 +214,8 @@ impl<T: Real> Param<T> {
     /// See [`crate::backend::TrainingBackend::optimizer_step`]; returns the squared norm of the gradient.
     pub fn step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
         self.packed.take();
+        let is_weight = self.spec.is_weight();
+        let cols = if is_weight { self.dims().0 } else { 1 };
         let Some(training) = &mut self.training else { return Err(BackendError::NotTraining(Slot::Grad)) };
         if !self.spec.trained() {
             return Ok(StepStats::default());
@@ -225,10 +224,6 @@ impl<T: Real> Param<T> {
         if std::mem::replace(stale, true) {
             grad.fill(T::zero());
         }
-        let (cols, is_weight) = match self.spec.kind {
-            ParamKind::Weight { cout, .. } => (cout, true),
-            _ => (1, false),
-        };
         let rows = grad.len() / cols;
 
         // Sanitise; then for each column the factor of its forced normalisation, and the projection:
