@@ -37,12 +37,9 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
     for &resolution in &levels {
         widths.push(side(&format!("{}.conv_res1.weight", block(resolution, 0)), 0)?.max(1));
     }
+    let (noise, emb) = (side("unet.emb_fourier.freqs", 0)?, side("unet.emb_noise.weight", 0)?);
     // The widest that divides all, as multiples are whole: that of the first level, or less.
-    let width = widths.iter().fold(0, |a, &b| gcd(a, b)).max(1);
-    let noise = side("unet.emb_fourier.freqs", 0)?;
-    let width = gcd(width, noise).max(1);
-    let emb = side("unet.emb_noise.weight", 0)?;
-    let width = gcd(width, emb).max(1);
+    let width = widths.iter().copied().chain([noise, emb]).fold(0, gcd).max(1);
     let attends = |&&resolution: &&usize| {
         (0..64).any(|number| file.contains(&format!("{}.attn_qkv.weight", block(resolution, number))))
     };

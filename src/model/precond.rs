@@ -81,8 +81,19 @@ impl Precond {
 
     /// What all blocks take from noise levels and labels, [n, 1, 1, channels of all blocks]: the same for whatever images.
     pub fn scales<B: NetworkBackend>(&self, b: &mut B, sigma: &B::Tensor, labels: Option<&B::Tensor>) -> B::Tensor {
-        let e = b.embed(&self.embed, sigma, labels);
-        b.emb_scales(self.unet.emb_layers(), &e.emb)
+        self.embedded(b, sigma, labels).1
+    }
+
+    /// The embedding of noise levels and labels, and the scales that it gives to all blocks.
+    fn embedded<B: NetworkBackend>(
+        &self,
+        b: &mut B,
+        sigma: &B::Tensor,
+        labels: Option<&B::Tensor>,
+    ) -> (Embedding<B::Tensor>, B::Tensor) {
+        let embedding = b.embed(&self.embed, sigma, labels);
+        let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
+        (embedding, scales)
     }
 
     /// As [`Precond::denoise`], given the [`scales`](Precond::scales) of the noise levels. Of fewer than n images, a divisor
@@ -94,9 +105,21 @@ impl Precond {
         sigma: &B::Tensor,
         scales: &B::Tensor,
     ) -> B::Tensor {
+        self.output(b, x, sigma, scales, &mut |_, _| {}).0
+    }
+
+    /// D(x; sigma), and the U-Net's output before `out_gain`.
+    fn output<B: NetworkBackend>(
+        &self,
+        b: &mut B,
+        x: &B::Tensor,
+        sigma: &B::Tensor,
+        scales: &B::Tensor,
+        probe: &mut dyn FnMut(&str, &B::Tensor),
+    ) -> (B::Tensor, B::Tensor) {
         let input = b.precond_input(x, sigma, self.config.sigma_data);
-        let raw = self.unet.forward(b, &input, scales, None, &mut |_, _| {});
-        b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data)
+        let raw = self.unet.forward(b, &input, scales, None, probe);
+        (b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data), raw)
     }
 
     /// As [`Precond::denoise`], as a plan: of images, noise levels and perhaps labels.
@@ -115,12 +138,9 @@ impl Precond {
         labels: Option<&B::Tensor>,
         probe: &mut dyn FnMut(&str, &B::Tensor),
     ) -> (B::Tensor, B::Tensor, Embedding<B::Tensor>) {
-        let input = b.precond_input(x, sigma, self.config.sigma_data);
-        let e = b.embed(&self.embed, sigma, labels);
-        let scales = b.emb_scales(self.unet.emb_layers(), &e.emb);
-        let raw = self.unet.forward(b, &input, &scales, None, probe);
-        let d = b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data);
-        (d, raw, e)
+        let (embedding, scales) = self.embedded(b, sigma, labels);
+        let (d, raw) = self.output(b, x, sigma, &scales, probe);
+        (d, raw, embedding)
     }
 
     /// logvar(sigma), [n, 1, 1, 1], with the Fourier features that feed it.
@@ -139,8 +159,7 @@ impl Precond {
         masks: Option<&Masks<B::Tensor>>,
     ) -> TrainPass<B::Tensor> {
         let input = b.precond_input(noisy, sigma, self.config.sigma_data);
-        let embedding = b.embed(&self.embed, sigma, labels);
-        let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
+        let (embedding, scales) = self.embedded(b, sigma, labels);
         let mut tape = Tape::new(masks.cloned());
         let raw = self.unet.forward(b, &input, &scales, Some(&mut tape), &mut |_, _| {});
         let (logvar_features, logvar) = b.logvar(&self.logvar, sigma);

@@ -39,7 +39,7 @@ use crate::device::{Backends, Device, Work};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
-use crate::pictures::{Picture, PictureError, decode, fit};
+use crate::pictures::{Picture, PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program, as text chunks name it.
@@ -361,7 +361,7 @@ impl Pipeline {
         let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
-            None => picture.rgb().iter().map(|&x| f32::from(x) / 127.5 - 1.0).collect(),
+            None => picture.rgb().iter().copied().map(to_model).collect(),
             Some(codec) => self.device.run(Encoding(&codec, &picture))?,
         };
         Ok(Beginning { values, name })

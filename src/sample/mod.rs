@@ -410,9 +410,12 @@ fn conditions<B: Backend>(b: &mut B, batch: &Batch, net: &Precond, both: bool) -
     if labels.is_empty() || dim == 0 {
         return None;
     }
-    let none = vec![0.0; labels.len()];
-    let away = if batch.away.is_empty() { &none } else { batch.away };
-    let all = if both { [labels, away].concat() } else { labels.to_vec() };
+    let mut all = labels.to_vec();
+    match batch.away {
+        _ if !both => {}
+        [] => all.resize(2 * labels.len(), 0.0),
+        away => all.extend(away),
+    }
     Some(b.upload([all.len() / dim, 1, 1, dim], &all))
 }
 
