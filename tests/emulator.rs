@@ -261,7 +261,7 @@ fn a_report_names_the_helper_and_who_calls_it() {
 fn simt_check_runs_other_peoples_kernels_unchanged() {
     let tool = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("simt-check");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let words = ["-std=c++17", "-O1", "simt/src/simt-check.cpp", "-ldl", "-o"];
+    let words = ["-std=c++17", "-O1", "simt/src/simt-check.cpp", "-pthread", "-ldl", "-o"];
     let made = std::process::Command::new(compiler).args(words).arg(&tool).status().unwrap();
     let simt = std::path::absolute("simt").unwrap();
     let run = std::process::Command::new("simt/tests/run").arg(&tool).env("SIMT_HOME", simt).output().unwrap();

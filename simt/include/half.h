@@ -9,9 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace simt {
 
@@ -48,10 +45,15 @@ inline uint16_t float_to_half_portable(float f) {
 }
 
 #ifdef __F16C__
+// The compiler's own names: immintrin.h is two thirds of what a kernel's file would make it read.
+typedef short short8 __attribute__((vector_size(16)));
+typedef float float4_ __attribute__((vector_size(16)));
 inline float half_to_float(uint16_t h) {
-    return (h & 0x7fff) > 0x7c00 ? half_nan(h) : _cvtsh_ss(h);
+    return (h & 0x7fff) > 0x7c00 ? half_nan(h) : __builtin_ia32_vcvtph2ps(short8{short(h)})[0];
 }
-inline uint16_t float_to_half(float f) { return f != f ? 0x7fff : _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+inline uint16_t float_to_half(float f) {
+    return f != f ? 0x7fff : uint16_t(__builtin_ia32_vcvtps2ph(float4_{f}, 0 /* to nearest even */)[0]);
+}
 #else
 inline float half_to_float(uint16_t h) { return half_to_float_portable(h); }
 inline uint16_t float_to_half(float f) { return float_to_half_portable(f); }

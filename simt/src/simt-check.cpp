@@ -5,14 +5,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "translate.h"
@@ -118,10 +121,34 @@ static string quoted(const string& word) {
     return text + "'";
 }
 
+struct DoesNotCompile {};  // the compiler has said why
+
 static void command(const vector<string>& words) {
     string text;
     for (const string& w : words) text += quoted(w) + " ";
-    if (system(text.c_str())) exit(3);  // the compiler has said why
+    if (system(text.c_str())) throw DoesNotCompile();
+}
+
+// Does the work on all processors.
+static vector<fs::path> in_parallel(const vector<std::function<fs::path()>>& work) {
+    vector<fs::path> results(work.size());
+    std::atomic<size_t> next{0};
+    std::atomic<bool> failed{false};
+    auto worker = [&] {
+        for (size_t i; (i = next++) < work.size() && !failed;) {
+            try {
+                results[i] = work[i]();
+            } catch (DoesNotCompile) {
+                failed = true;
+            }
+        }
+    };
+    vector<std::thread> threads;
+    for (unsigned i = 1; i < std::min<size_t>(std::thread::hardware_concurrency(), work.size()); i++) threads.emplace_back(worker);
+    worker();
+    for (std::thread& t : threads) t.join();
+    if (failed) throw DoesNotCompile();
+    return results;
 }
 
 // Where simt is: the directory above the one that holds this program, or $SIMT_HOME.
@@ -172,7 +199,8 @@ struct Compiler {
 
     fs::path kernels(const string& source, bool checked) {
         const string name = fs::path(source).filename().string() + (checked ? ".checked" : "");
-        const fs::path expanded = directory / (name + "." + std::to_string(getpid()) + ".ii"), input = directory / (name + ".ii");
+        const string place = std::to_string(std::hash<string>()(source));  // two files may have one name
+        const fs::path input = directory / (name + "." + place + ".ii"), expanded = input.string() + "." + std::to_string(getpid()) + ".ii";
         vector<string> c = {cxx, "-E", "-x", "c++", "-include", (simt / "include/simt.h").string(), "-I" + (simt / "include").string()};
         const vector<string> f = flags(checked);
         c.insert(c.end(), f.begin(), f.end());
@@ -193,17 +221,29 @@ struct Compiler {
         return object(name, result.text, words, input);
     }
 
-    fs::path library(bool checked, fs::path to = {}) {
-        vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"};
-        if (to.empty()) to = directory / (checked ? "libchecked.so" : "libnormal.so");
-        c.push_back(to.string());
+    // The builds' libraries. Into `to`, if it is given, goes that of the only build.
+    vector<fs::path> libraries(const fs::path& to = {}) {
+        vector<std::function<fs::path()>> objects, links;
         // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
-        for (const auto& e : fs::directory_iterator(simt / "src"))
-            if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") c.push_back(runtime(e.path(), checked).string());
-        for (const string& source : options.sources) c.push_back(kernels(source, checked).string());
-        c.push_back("-ldl");
-        command(c);
-        return to;
+        for (const string& build : options.builds) {
+            const bool checked = build == "checked";
+            for (const auto& e : fs::directory_iterator(simt / "src"))
+                if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check")
+                    objects.push_back([=, source = e.path()] { return runtime(source, checked); });
+            for (const string& source : options.sources) objects.push_back([=] { return kernels(source, checked); });
+        }
+        const vector<fs::path> all = in_parallel(objects);
+        const size_t each = all.size() / options.builds.size();
+        for (size_t b = 0; b < options.builds.size(); b++)
+            links.push_back([&, b] {
+                const fs::path library = to.empty() ? directory / ("lib" + options.builds[b] + ".so") : to;
+                vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o", library.string()};
+                for (size_t i = b * each; i < (b + 1) * each; i++) c.push_back(all[i].string());
+                c.push_back("-ldl");
+                command(c);
+                return library;
+            });
+        return in_parallel(links);
     }
 };
 
@@ -310,8 +350,7 @@ static void write_sarif(const Options& o, const std::set<string>& findings) {
     f << "\n]}]}\n";
 }
 
-int main(int argc, char** argv) {
-    const Options o = parse(argc, argv);
+static int check(const Options& o) {
     for (const string& s : o.sources)
         if (!fs::exists(s)) usage("no file " + s);
     string temporary = "/tmp/simt-check-XXXXXX";
@@ -323,23 +362,22 @@ int main(int argc, char** argv) {
         string path;
         ~Cleaner() { if (!path.empty()) fs::remove_all(path); }
     } cleaner{o.keep.empty() ? temporary : ""};
-    if (!o.library.empty()) return compiler.library(o.builds[0] == "checked", o.library), 0;
+    const vector<fs::path> libraries = compiler.libraries(o.library);
+    if (!o.library.empty()) return 0;
 
     vector<Run> runs;
     std::set<string> all;
     bool failed = false;
-    for (const string& build : o.builds) {
-        const fs::path library = compiler.library(build == "checked");
+    for (size_t b = 0; b < libraries.size(); b++)
         for (const string& order : o.orders)
             for (int seed = order == "random" ? 1 : 0; seed <= (order == "random" ? o.seeds : 0); seed++) {
                 Run wanted;
-                wanted.build = build, wanted.order = order, wanted.seed = seed;
-                runs.push_back(execute(o, library, wanted, compiler.directory / "report"));
+                wanted.build = o.builds[b], wanted.order = order, wanted.seed = seed;
+                runs.push_back(execute(o, libraries[b], wanted, compiler.directory / "report"));
                 const Run& r = runs.back();
                 all.insert(r.findings.begin(), r.findings.end());
                 failed |= !r.failure.empty();
             }
-    }
     if (!o.junit.empty()) write_junit(o, runs);
     if (!o.sarif.empty()) write_sarif(o, all);
     std::set<string> kernels;
@@ -349,4 +387,13 @@ int main(int argc, char** argv) {
     }
     printf("simt-check: %zu kernels, %zu runs, %zu findings\n", kernels.size(), runs.size(), all.size());
     return !all.empty() ? 1 : failed ? 2 : 0;
+}
+
+int main(int argc, char** argv) {
+    const Options options = parse(argc, argv);
+    try {
+        return check(options);
+    } catch (DoesNotCompile) {
+        return 3;
+    }
 }

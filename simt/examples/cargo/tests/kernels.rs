@@ -10,7 +10,7 @@ fn simt() -> PathBuf {
 
 fn simt_check(arguments: &[&str]) {
     let tool = Path::new(env!("CARGO_TARGET_TMPDIR")).join("simt-check");
-    let compile = ["-std=c++17", "-O1", "src/simt-check.cpp", "-ldl", "-o"];
+    let compile = ["-std=c++17", "-O1", "src/simt-check.cpp", "-pthread", "-ldl", "-o"];
     assert!(Command::new("c++").args(compile).arg(&tool).current_dir(simt()).status().unwrap().success());
     let run = Command::new(&tool).args(arguments).current_dir(simt()).env("SIMT_HOME", simt()).output().unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
