@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo page test test-kernels test-page test-tensorboard test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
+.PHONY: help nvcc demo page test test-kernels test-page test-tensorboard test-taggers test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,16 @@ test-tensorboard: $(EDM2K) ## have TensorBoard's own reader read a run's event f
 	@[ -x target/tensorboard/bin/python ] || { python3 -m venv target/tensorboard && \
 		target/tensorboard/bin/pip -q install tensorboard 'setuptools<81'; }
 	@target/tensorboard/bin/python scripts/test-tensorboard $(EDM2K)
+
+TAGGERS := target/taggers
+test-taggers: FEATURES += --features onnx
+test-taggers: $(EDM2K) ## compare the WD taggers' architectures with onnxruntime (6 GB from PyPI, in target/taggers)
+	@[ -x $(TAGGERS)/timm/bin/python ] || { python3 -m venv $(TAGGERS)/timm && \
+		$(TAGGERS)/timm/bin/pip -q install timm onnx onnxruntime; }
+	@[ -x $(TAGGERS)/keras/bin/python ] || { python3 -m venv $(TAGGERS)/keras && \
+		$(TAGGERS)/keras/bin/pip -q install 'tensorflow-cpu<2.16' 'onnx<1.17' tf2onnx onnxruntime pillow; }
+	@$(TAGGERS)/timm/bin/python scripts/test-taggers $(EDM2K) timm
+	@$(TAGGERS)/keras/bin/python scripts/test-taggers $(EDM2K) keras
 
 MINUTES ?= 5
 hard: $(EDM2K) ## kill it, fill its disks, feed it damaged files, MINUTES=5 (docs/reliability.md)

@@ -3,7 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Error, ensure};
@@ -14,7 +17,7 @@ use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::memory;
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Condition, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+use edm2k::pipeline::{Condition, Image, Kept, OutDir, Pipeline, PipelineError, Request, Step};
 use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
@@ -477,6 +480,18 @@ impl Steps {
     }
 }
 
+/// Writes images and the pictures of their steps; returns the first pictures, for a grid.
+fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<Vec<Picture>> {
+    let mut pictures: Vec<Picture> = Vec::new();
+    for (image, steps) in made {
+        out.save(&image, &steps)?;
+        pictures.extend(image.picture);
+        let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
+        pictures.truncate(most.clamp(1, GRID));
+    }
+    Ok(pictures)
+}
+
 /// Makes the images and writes them. A device that runs all steps as one plan cannot show them: so steps are watched where
 /// they are kept, and on the CPU, where each takes so long that people want to see it.
 fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs, out: &OutDir) -> anyhow::Result<()> {
@@ -498,29 +513,36 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
             if save_steps { steps.borrow_mut().keep(step, kept == Kept::Steps) } else { Ok(()) }
         });
     }
-    let (mut pictures, mut latents, mut latent_steps) = (Vec::new(), Vec::new(), Vec::new());
-    for image in images {
-        let image = image?;
-        let done = image.number + 1;
-        if kept == Kept::Latents {
-            latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
-            latents.push(image);
-        } else {
-            out.save(&image, &steps.borrow_mut().pictures.remove(&image.number).unwrap_or_default())?;
-            pictures.extend(image.picture);
-            let most = pictures.first().map_or(1, |picture: &Picture| GRID_BYTES / picture.rgb().len().max(1));
-            pictures.truncate(most.clamp(1, GRID));
-        }
-        if done.is_multiple_of(request.batch) || done == count {
-            if !watched {
-                bar.inc(request.sampler.taken() as u64);
+    let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
+    let pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
+        // Pictures are compressed and written while the next are made.
+        let (sender, made) = sync_channel(request.batch);
+        let writer = scope.spawn(move || write(made, out));
+        for image in images {
+            let image = image?;
+            let done = image.number + 1;
+            if kept == Kept::Latents {
+                latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
+                latents.push(image);
+            } else {
+                let of_steps = steps.borrow_mut().pictures.remove(&image.number).unwrap_or_default();
+                if sender.send((image, of_steps)).is_err() {
+                    break; // the writer says why
+                }
             }
-            bar.set_message(format!("{done} of {count} images"));
-            if !terminal {
-                note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
+            if done.is_multiple_of(request.batch) || done == count {
+                if !watched {
+                    bar.inc(request.sampler.taken() as u64);
+                }
+                bar.set_message(format!("{done} of {count} images"));
+                if !terminal {
+                    note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
+                }
             }
         }
-    }
+        drop(sender);
+        writer.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let rate = bar.length().unwrap_or(0) as f64 / seconds;
