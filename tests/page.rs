@@ -174,7 +174,7 @@ fn line(at: u64) -> String {
     if at.is_multiple_of(5) { format!("{status}\n{check}\n") } else { format!("{status}\n") }
 }
 
-const CHIPS: &str = "[...document.querySelectorAll('.tags:first-child > .chip')].filter(c => c.ariaLabel?.startsWith('Remove ') && c.textContent !== '✕').map(c => c.textContent)";
+const CHIPS: &str = "[...document.querySelectorAll('#sets .tags:first-child > .chip')].filter(c => c.ariaLabel?.startsWith('Remove ') && c.textContent !== '✕').map(c => c.textContent)";
 const PREVIEWS: &str = "[...document.querySelectorAll('#board img')].filter(i => i.src.startsWith('data:')).length";
 const FINISHED: &str = "[...document.querySelectorAll('#board img')].filter(i => i.src.includes('/pictures/') && i.complete && i.naturalWidth).length";
 
@@ -232,25 +232,19 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
             .contains("it/s")
     );
     browser.until(&format!("{FINISHED} === 4 && document.querySelectorAll('#gallery img').length === 4")).await;
-    let out = dir.path().join("out");
-    let sampled = Command::new(env!("CARGO_BIN_EXE_edm2k"))
-        .args([
-            "sample",
-            "--device",
-            "cpu",
-            "--model",
-            &model,
-            "--condition-model",
-            &conditions,
-            "--tags",
-            "red, heart",
-        ])
-        .args(["--seeds", "7-10", "--steps", "60", "--outdir"])
-        .arg(&out)
-        .stderr(Stdio::null())
-        .stdout(Stdio::null())
-        .status();
-    assert!(sampled.unwrap().success());
+    let sample = |options: &[&str], out: &str| {
+        let out = dir.path().join(out);
+        let sampled = Command::new(env!("CARGO_BIN_EXE_edm2k"))
+            .args(["sample", "--device", "cpu", "--model", &model, "--condition-model", &conditions, "--outdir"])
+            .arg(&out)
+            .args(options)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .status();
+        assert!(sampled.unwrap().success());
+        out
+    };
+    let out = sample(&["--tags", "red, heart", "--seeds", "7-10", "--steps", "60"], "out");
     let mut files = Vec::new();
     for seed in 7..=10 {
         let file = browser.picture(seed).await;
@@ -298,6 +292,31 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     browser.click("#go").await;
     browser.until(&format!("{FINISHED} === 1 && document.querySelectorAll('#gallery img').length === 5")).await;
     assert!(browser.picture(9).await == files[2], "the same parameters, another picture");
+
+    // A weight by the arrow keys and a tag to avoid, drawn as `edm2k sample` draws them, and brought back by the PNG.
+    let up = char::from(Key::Up);
+    browser.run("[...document.querySelectorAll('#sets .chip')].find(c => c.textContent === 'heart').focus()").await;
+    for _ in 0..2 {
+        browser.client.active_element().await.unwrap().send_keys(&up.to_string()).await.unwrap();
+    }
+    browser.until("[...document.querySelectorAll('#sets .chip')].some(c => c.textContent === 'heart ×1.2')").await;
+    browser.type_into("#negative .tags input", "green,").await;
+    const AVOIDED: &str = "[...document.querySelectorAll('#negative .tags > .chip')].map(c => c.textContent).join()";
+    browser.until(&format!("{AVOIDED} === 'green'")).await;
+    browser.set("#seeds", "11").await;
+    browser.set("#steps", "16").await;
+    browser.click("#go").await;
+    browser.until(&format!("{FINISHED} === 1 && document.querySelectorAll('#gallery img').length === 6")).await;
+    browser.shoot("weighed").await;
+    let weighed = browser.picture(11).await;
+    let options = ["--tags", "(heart:1.2), red", "--negative", "green", "--seeds", "11", "--steps", "16"];
+    let expected = fs::read(sample(&options, "weighed").join("000011.png")).unwrap();
+    assert!(weighed == expected, "weights and tags to avoid are not what edm2k sample draws");
+    browser.run("for (const chip of document.querySelectorAll('.tags > .chip')) chip.click()").await;
+    browser.until(&format!("{AVOIDED} === ''")).await;
+    browser.drop_file("000011.png", &weighed).await;
+    browser.until(&format!("{AVOIDED} === 'green' && {CHIPS}.join() === 'heart ×1.2,red'")).await;
+
     browser.drop_file("plain.png", b"no picture").await;
     browser.until("document.getElementById('toast').textContent.includes('no parameters')").await;
 
