@@ -98,6 +98,9 @@ pub fn build(structs: &Path) -> Result<(), String> {
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    // For all builds of this checkout: they differ in the crate's features, not in the kernels.
+    let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("emulator");
+    fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
     let here = env::current_dir().map_err(|e| e.to_string())?;
 
     let mut common: Vec<String> = FLAGS.iter().map(|f| f.to_string()).collect();
@@ -119,7 +122,7 @@ pub fn build(structs: &Path) -> Result<(), String> {
             let is_kernel = source.extension().is_some_and(|e| e == "cu");
             let name = source.file_stem().unwrap_or_default().to_string_lossy();
             let kind = if is_kernel { "cu" } else { "cpp" };
-            let object = out.join(format!("{name}.{kind}{}.o", if checked { ".checked" } else { "" }));
+            let object = kept.join(format!("{name}.{kind}{}.o", if checked { ".checked" } else { "" }));
             let mut arguments = common.clone();
             if checked {
                 arguments.push("-DSIMT_CHECKED".into());
