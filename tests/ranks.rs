@@ -555,3 +555,67 @@ fn ranks_evaluate_as_one_does() {
         }
     }
 }
+
+// ---- sampling -------------------------------------------------------------------------------
+
+/// The files of a directory with their contents.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let mut all: Vec<_> =
+        entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect();
+    all.retain(|(name, _)| name != ".edm2k.lock");
+    all.sort();
+    all
+}
+
+#[test]
+fn ranks_and_parts_make_the_files_that_one_process_makes() {
+    let place = Place::new();
+    let emoji = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/emoji.safetensors");
+    // 11 images in batches of 2: six batches.
+    let sample = |out: &str, more: &str| {
+        format!(
+            "sample --model {emoji} --device cpu --steps 2 --seeds 0-9,17 --tags heart --tags cat --batch 2 --outdir {out} {more}"
+        )
+    };
+    place.run(1, &sample("one", ""));
+    let expected = files(&place.path("one"));
+    assert_eq!(expected.len(), 12, "with the grid");
+    let same = |out: &str| {
+        let found = files(&place.path(out));
+        let names = |files: &[(String, Vec<u8>)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&found), names(&expected));
+        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
+        assert!(differ.is_empty(), "{differ:?}");
+    };
+    let said = place.run(3, &sample("ranks", ""));
+    assert!(said.contains("11 images of 32x32"), "{said}");
+    same("ranks");
+
+    let part = |part: &str| succeed(&mut place.rank(0, 1, 0, &sample("parts", &format!("--part {part}"))));
+    let said = part("3/3");
+    assert!(said.contains("3 images of 11: parts. 8 are still missing, of part 1/3, 2/3"), "{said}");
+    assert!(part("1/3").contains("4 are still missing, of part 2/3"));
+    assert!(!place.path("parts/grid.png").exists());
+    // One of another run is none of these.
+    let (mine, other) = (place.path("parts/000001.png"), place.path("parts/000000.png"));
+    let own = fs::read(&mine).unwrap();
+    fs::copy(other, &mine).unwrap();
+    assert!(part("2/3").contains("1 are still missing, of part 1/3"));
+    fs::write(&mine, own).unwrap();
+    fs::remove_file(place.path("parts/000007.png")).unwrap();
+    let again = place.rank(0, 1, 0, &sample("parts", "--part 2/3")).output().unwrap();
+    assert!(text(&again).contains("exists; give --overwrite"), "{}", text(&again));
+    succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 2/3 --overwrite")));
+    succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 3/3 --overwrite")));
+    same("parts");
+
+    for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
+        let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+    let ranks = outputs(place.start(2, &sample("wrong", "--part 1/2")));
+    ranks
+        .iter()
+        .for_each(|output| assert!(text(output).contains("a launcher has started 2 ranks"), "{}", text(output)));
+}

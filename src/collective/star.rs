@@ -547,28 +547,27 @@ fn fits(world: &World, caller: &Hello, come: &[[Option<TcpStream>; 2]], names: &
 fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     let World { rank, address, port, .. } = world;
     let begun = Instant::now();
-    let dial = || -> Result<TcpStream, CollectiveError> {
-        loop {
-            let places = (&**address, *port).to_socket_addrs();
-            let called = places.and_then(|places| {
-                let mut last = io::Error::new(ErrorKind::NotFound, "no such machine");
-                for place in places {
-                    match TcpStream::connect_timeout(&place, Duration::from_secs(5)) {
-                        Ok(stream) => return Ok(stream),
-                        Err(why) => last = why,
-                    }
-                }
-                Err(last)
-            });
-            match called {
-                Ok(stream) => return Ok(stream),
-                Err(cause) if begun.elapsed() > limit => {
-                    let seconds = limit.as_secs();
-                    let what = format!("rank {rank} found no rank 0 at {address}:{port} within {seconds} s: {cause}");
-                    return Err(CollectiveError::Address(what));
-                }
-                Err(_) => sleep(Duration::from_millis(100)),
+    let dial = || -> io::Result<TcpStream> {
+        let mut last = io::Error::new(ErrorKind::NotFound, "no such machine");
+        for place in (&**address, *port).to_socket_addrs()? {
+            match TcpStream::connect_timeout(&place, Duration::from_secs(5)) {
+                // Where nobody listens, a socket may be given that very port, and reach itself.
+                Ok(stream) if stream.local_addr().ok() != stream.peer_addr().ok() => return Ok(stream),
+                Ok(_) => last = ErrorKind::ConnectionRefused.into(),
+                Err(why) => last = why,
             }
+        }
+        Err(last)
+    };
+    let link = loop {
+        match dial() {
+            Ok(stream) => break stream,
+            Err(cause) if begun.elapsed() > limit => {
+                let seconds = limit.as_secs();
+                let what = format!("rank {rank} found no rank 0 at {address}:{port} within {seconds} s: {cause}");
+                return Err(CollectiveError::Address(what));
+            }
+            Err(_) => sleep(Duration::from_millis(100)),
         }
     };
     let failed = |cause: io::Error| match cause.kind() {
@@ -581,17 +580,16 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         }
         _ => CollectiveError::Address(format!("{address}:{port}: {cause}")),
     };
-    let link = dial()?;
-    write_json(&link, &hello(world, false)).map_err(failed)?;
-    let watch = dial()?;
-    write_json(&watch, &hello(world, true)).map_err(failed)?;
     // Rank 0 may have begun to wait later than this one.
     link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
+    write_json(&link, &hello(world, false)).map_err(failed)?;
+    let watch = dial().and_then(|watch| write_json(&watch, &hello(world, true)).map(|()| watch));
+    // Rank 0 may have ended since: then it has said why.
     let names = match read_json(&link).map_err(failed)? {
         Answer::Welcome(names) if names.len() == world.size => names,
         Answer::Welcome(_) => return Err(CollectiveError::Unfit("rank 0 names others than all ranks".into())),
         Answer::Refused(why) => return Err(CollectiveError::Unfit(format!("rank 0 refuses: {why}"))),
     };
     link.set_read_timeout(None).and_then(|()| link.set_nodelay(true)).map_err(failed)?;
-    Ok((vec![link], vec![watch], names))
+    Ok((vec![link], vec![watch.map_err(failed)?], names))
 }

@@ -720,6 +720,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let stopped = !done && stop;
             let (nimg, batch) = (self.state.nimg, self.settings.batch);
             let due = |interval: u64| interval > 0 && (done || nimg / interval > (nimg - batch) / interval);
+            event(Event::Step(nimg));
             let writes = self.files.is_some();
             // The checkpoint comes last: what it promises to have been done has been.
             if due(self.plan.status) && writes {
@@ -795,7 +796,6 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         for per_image in losses {
             loss += self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
-        event(Event::Step(end));
         let said =
             Said { loss, grad_norm: stats.grad_norm, stop: stop.load(Ordering::Relaxed), rounds: self.own_rounds() };
         let said = said.of_all(self.ranks)?;
