@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::Device;
+use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Model};
 use edm2k::train::{Event, Plan, Settings, Splits, Training, meta_of};
@@ -50,6 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         show: None,
         stop: &stop,
         event: &mut event,
+        ranks: &mut Alone,
     })?;
     Ok(())
 }

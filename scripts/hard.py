@@ -6,6 +6,7 @@
 Parts, each for its share of the time:
   kills     SIGKILL at random moments of every command that writes; then the same command again
   signals   SIGTERM, SIGHUP, SIGINT, one or two, at random moments of training; then the same command again
+  ranks     SIGKILL, or a stop and a kill, to one of several ranks that train together; then the same command again
   disks     a full disk at every stage (a small tmpfs as root, else a limit on the size of files)
   writers   two processes at one output
   damage    damaged files of every format that is read, under limits of time and memory
@@ -27,6 +28,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -42,7 +44,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Of one command on a damaged file: of processor time, since others may use the machine too; six times as long by the clock.
 SECONDS, BYTES = 10, 2 << 30
-SHARES = {"kills": 4, "signals": 1, "disks": 1, "writers": 1, "damage": 5, "options": 2}
+SHARES = {"kills": 4, "signals": 1, "ranks": 1, "disks": 1, "writers": 1, "damage": 5, "options": 2}
 
 # 16x16 pictures in the formats that Python does not write.
 PICTURES = {
@@ -542,6 +544,75 @@ class Campaign:
             self.fail("signals", number, "the run ends otherwise", result.text)
         shutil.rmtree(directory)
 
+    def together(self, size, arguments, directory, disturbed=None):
+        """Runs a command on several ranks: the status and the text of each. `disturbed`: seconds, a rank, and what to do."""
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
+        processes = []
+        for rank in range(size):
+            said = tempfile.TemporaryFile()
+            who = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {**os.environ, **{name: str(value) for name, value in who.items()}, "EDM2K_RANKS_TIMEOUT": "30"}
+            command = [self.place.edm2k, *arguments]
+            begun = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=env)
+            processes.append((begun, said))
+        if disturbed:
+            at, rank, what = disturbed
+            time.sleep(at)
+            for kind in what:
+                processes[rank][0].send_signal(kind)
+                time.sleep(0.2 if kind == signal.SIGSTOP else 0)
+        end, results = time.monotonic() + 60, []
+        for process, said in processes:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                results.append((None, "not ended within a minute"))
+                continue
+            said.seek(0)
+            results.append((process.returncode, said.read(1 << 20).decode("utf-8", "replace")))
+            said.close()
+        return results
+
+    def ranks(self, number, r):
+        size = r.choice([2, 3, 4])
+        arguments = self.place.writers()["train"]
+        name = f"train on {size}"
+        with self.lock:
+            if name not in self.references:
+                directory, begun = self.place.folder(self.scratch), time.monotonic()
+                results = self.together(size, arguments, directory)
+                assert all(code == 0 for code, _ in results), results
+                self.times[name] = time.monotonic() - begun
+                self.references[name] = essence(directory / "out")
+                shutil.rmtree(directory)
+        expected, seconds = self.references[name], self.times[name]
+        directory = self.place.folder(self.scratch)
+        for _ in range(r.choice([1, 1, 2, 3])):
+            who = r.randrange(size)
+            what = r.choice([[signal.SIGKILL], [signal.SIGSTOP, signal.SIGKILL], [signal.SIGTERM]])
+            results = self.together(size, arguments, directory, (r.uniform(0, 1.1 * seconds), who, what))
+            if all(code == 0 for code, _ in results):
+                break
+            self.add("ranks killed" if signal.SIGKILL in what else "ranks stopped")
+            for rank, (code, text) in enumerate(results):
+                # One of which a signal is heeded stops all; one that is gone ends all, in a line that names it.
+                named = re.search(f"^edm2k: error: .*rank {who}[ :,]", text, re.M) or "rank 0 at" in text
+                well = code in (0, 130) or rank == who or (code == 1 and named)
+                if not well:
+                    self.fail("ranks", number, f"{what} to rank {who} of {size}: rank {rank} ended by {code}", text)
+        results = self.together(size, arguments, directory)
+        if any(code != 0 for code, _ in results):
+            self.add("lost")
+            self.fail("ranks", number, "the run does not go on", "\n".join(text for _, text in results))
+        elif essence(directory / "out") != expected:
+            self.add("different")
+            self.fail("ranks", number, f"the run of {size} ends otherwise", results[0][1])
+        shutil.rmtree(directory)
+
     def disks(self, number, r):
         name = r.choice(list(self.place.writers()))
         arguments = self.place.writers()[name]
@@ -857,7 +928,7 @@ def main():
     c = campaign.count
     print(
         f"{c['kills of train']} training runs and {c['kills of others']} other commands killed, "
-        f"{c['signals']} signals sent, "
+        f"{c['signals']} signals sent, {c['ranks killed']} ranks killed and {c['ranks stopped']} stopped, "
         f"{c['full disks']} disks full: {c['lost']} lost, {c['different']} different"
     )
     print(f"{c['pairs of writers']} pairs of writers: {c['half files']} half files under a final name")

@@ -130,6 +130,14 @@ impl Device {
         }
     }
 
+    /// How many GPUs of NVIDIA's this process may use.
+    pub fn cards() -> usize {
+        #[cfg(feature = "cuda")]
+        return crate::backend::gpu::cuda::devices().map_or(0, |cards| cards.len());
+        #[cfg(not(feature = "cuda"))]
+        0
+    }
+
     /// The same device, computing in these numbers instead of f16 on a GPU and f32 on the CPU.
     ///
     /// # Errors

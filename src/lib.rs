@@ -24,6 +24,8 @@
 
 pub mod backend;
 pub mod codec;
+#[doc(hidden)]
+pub mod collective;
 pub mod condition;
 pub mod data;
 mod device;

@@ -7,12 +7,15 @@
 mod common;
 
 use std::process::Command as Process;
+use std::rc::Rc;
+use std::time::Instant;
 
-use edm2k::backend::DeviceError;
 use edm2k::backend::gpu::cuda::{Cuda, devices};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch};
 use edm2k::backend::gpu::pixelwise;
 use edm2k::backend::gpu::runtime::{Command, Memory, Runtime};
+use edm2k::backend::{DeviceError, Values};
+use edm2k::collective::{Alone, Collective, Nccl, nccl};
 
 /// Uniform, other in every place.
 fn noise(n: usize, seed: u64) -> Vec<u8> {
@@ -269,5 +272,65 @@ fn with_the_emulators_driver_broken_the_cpu_computes_and_says_why() {
         assert!(code == Some(1) && said.contains(why) && !said.contains("computing on"), "{code:?}: {said}");
         let (said, code) = sample("auto");
         assert!(code == Some(0) && said.contains(&format!("warning: computing on the CPU: {why}")), "{code:?}: {said}");
+    }
+}
+
+/// On one card, what NCCL sums is what it was given, in order with the commands before and after; what that takes is printed.
+/// Where there is no library, the test says so.
+#[test]
+fn nccl_sums_and_broadcasts_with_one_rank() {
+    let Some(gpu) = common::gpu() else { return };
+    match nccl::version() {
+        Ok(version) => println!("NCCL {version}"),
+        Err(why) => return eprintln!("skipped: {why}"),
+    }
+    let gpu: Rc<dyn Runtime> = Rc::new(gpu);
+    let mut ranks = Nccl::new(Box::new(Alone), gpu.clone()).unwrap();
+    assert_eq!((ranks.rank(), ranks.size()), (0, 1));
+    let values = noise(4 << 20, 3);
+    // Bits of any kind, NaNs among them, may change in a sum; small whole numbers may not.
+    let values: Vec<u8> = values.iter().flat_map(|&x| f32::from(x).to_le_bytes()).collect();
+    let (from, memory) = (gpu.allocate(values.len(), "a test").unwrap(), gpu.allocate(values.len(), "a test").unwrap());
+    from.write(0, &values).unwrap();
+    let copy = Command::Copy { from: from.ptr(), to: memory.ptr(), bytes: values.len() };
+    // SAFETY: both have as many bytes.
+    unsafe { gpu.run(&copy).unwrap() };
+    ranks.all_reduce(Values::Device(&*memory)).unwrap();
+    assert!(read(&*memory) == values);
+    ranks.broadcast(Values::Device(&*memory)).unwrap();
+    assert!(read(&*memory) == values);
+    // What EDM2-XS has of gradients.
+    let large = gpu.allocate(500 << 20, "a test").unwrap();
+    for _ in 0..3 {
+        let begun = Instant::now();
+        ranks.all_reduce(Values::Device(&*large)).unwrap();
+        large.read(0, &mut [0; 4]).unwrap();
+        println!("a sum of 500 MiB on one rank: {:.3} ms", begun.elapsed().as_secs_f64() * 1e3);
+    }
+    assert!(ranks.all_reduce(Values::Host(&mut [1.0])).unwrap_err().to_string().contains("not on a card"));
+    ranks.leave(None);
+}
+
+#[test]
+fn a_missing_nccl_is_named_with_what_to_do() {
+    let test = ["--nocapture", "says_which_nccl_there_is"];
+    let said = |path: &str| {
+        let mut own = Process::new(std::env::current_exe().unwrap());
+        let output = own.args(test).env("EDM2K_NCCL", path).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let missing = said("/nowhere/libnccl.so.2");
+    assert!(missing.contains("NCCL: the library is missing (/nowhere/libnccl.so.2: "), "{missing}");
+    assert!(missing.contains("pip install nvidia-nccl-cu13, or let EDM2K_NCCL name a libnccl.so.2"), "{missing}");
+    let other = said("libc.so.6");
+    assert!(other.contains("NCCL: libc.so.6: ") && other.contains("ncclGetVersion"), "{other}");
+}
+
+/// For [`a_missing_nccl_is_named_with_what_to_do`], and for people.
+#[test]
+fn says_which_nccl_there_is() {
+    match nccl::version() {
+        Ok(version) => println!("NCCL {version}"),
+        Err(why) => println!("{why}"),
     }
 }

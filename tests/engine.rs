@@ -17,6 +17,7 @@ use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Shape, Slot, TrainingBackend};
+use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::config::{Preset, preset};
@@ -194,7 +195,8 @@ fn run_telling<B: TrainingBackend>(
         Event::Status(status) => seen.push(status.clone()),
         other => tell(other),
     };
-    train::train(backend, model, settings, &plan, splits, None, &AtomicBool::new(false), &mut event).unwrap();
+    let stop = AtomicBool::new(false);
+    train::train(backend, model, settings, &plan, splits, None, &stop, &mut event, &mut Alone).unwrap();
     seen
 }
 

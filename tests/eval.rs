@@ -5,6 +5,7 @@ use std::path::Path;
 
 use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
+use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Encoder, Model, Precision, file::save};
 use edm2k::rng::{Purpose, Stream};
@@ -112,7 +113,7 @@ fn the_loss_watched_in_training_is_the_mean_over_its_levels() {
         flip: false,
         dropout: 0.0,
     };
-    let got = validation::loss(&mut backend, &model.net, &settings, &data, 3).unwrap();
+    let got = validation::loss(&mut backend, &model.net, &settings, &data, 3, &mut Alone).unwrap();
     let level = backend.upload([1, 1, 1, 1], &[sigma as f32]);
     let logvar = model.net.logvar(&mut backend, &level).1;
     let logvar = f64::from(backend.download(&logvar).unwrap()[0]);

@@ -11,6 +11,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use edm2k::backend::cpu::Cpu;
+use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Precision};
@@ -798,7 +799,7 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> Str
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note).unwrap();
+    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note, &mut Alone).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }

@@ -3,6 +3,7 @@
 //! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1);
 //! [`Step::grad_scale`] brings in the 1/batch.
 
+use super::gpu::runtime::Memory;
 use super::{BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
 use crate::params::ParamId;
 
@@ -91,12 +92,23 @@ pub struct StepStats {
     pub nonfinite: u64,
 }
 
+/// f32 values of a slot where they are, in an order of the device's own, which is the same for all networks of a table.
+pub enum Values<'a> {
+    /// In main memory.
+    Host(&'a mut [f32]),
+    /// In device memory, all of it.
+    Device(&'a dyn Memory),
+}
+
 /// A device that trains a network.
 pub trait TrainingBackend: NetworkBackend {
     /// Sets one slot of a parameter, values in PyTorch's order.
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
     /// Reads one slot of a parameter, values in PyTorch's order.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
+    /// Gives all values of a slot to `exchange`, part by part, which may replace them: by the sum of the gradients over
+    /// several devices, or by the weights of another. After a change of the weights [`prepare`](Self::prepare) is due.
+    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
     /// Makes the effective weights from a slot ([`Slot::Weight`] or [`Slot::Ema`]). To be called
     /// before the first forward pass and after every change of that slot.
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;

@@ -4,16 +4,21 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use indicatif::ProgressBar;
 use serde_json::json;
 
+use edm2k::collective::{Collective, agree, share};
 use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::write_atomically;
 use edm2k::model::Model;
 use edm2k::pipeline::Domain;
+use edm2k::train::DataIdentity;
 use edm2k::train::stats::plot;
 use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
+use super::ranks::{self, Ranks};
 use super::say::{self, out};
 use super::{DeviceArgs, claim};
 
@@ -57,9 +62,15 @@ pub struct EvalArgs {
     device: DeviceArgs,
 }
 
-/// Prints the table to stdout, showing progress on stderr.
+/// Measures, alone or with the ranks that a launcher started.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
-    let _claim = args.plot.as_ref().map(|plot| claim(plot, args.overwrite)).transpose()?;
+    ranks::together(|ranks| eval(&args, ranks))
+}
+
+/// Prints the table to stdout, showing progress on stderr.
+fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
+    let plot = args.plot.as_ref().filter(|_| ranks.first());
+    let _claim = plot.map(|plot| claim(plot, args.overwrite)).transpose()?;
     let model = Model::load(&args.model).context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let (config, dir) = (&model.net.config, args.data.display());
@@ -69,12 +80,25 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
-    let noisy = (images * SIGMAS.len()) as u64;
-    let bar = say::bar(noisy, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
-    let device = args.device.open()?;
+    let given = json!({
+        "model": Identity::of_file(&args.model).context("--model")?.to_string(), "split": args.split.to_string(),
+        "data": DataIdentity::of(&data), "images": images, "precision": args.device.math().precision.name(),
+    });
+    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    let own = share((images * SIGMAS.len()) as u64, ranks.met().rank(), ranks.size());
+    let bar = match ranks.first() {
+        true => say::bar(own.end - own.start, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left"),
+        false => ProgressBar::hidden(),
+    };
+    let device = ranks.open(&args.device)?;
     device.check_forward(config, [height, width], images.min(batch), 1)?;
-    let levels = device.run(Measuring { model: &model, data: &data, images, batch, progress: &mut |n| bar.inc(n) })?;
+    let (first, progress) = (ranks.first(), &mut |n| bar.inc(n));
+    let measuring = Measuring { model: &model, data: &data, images, batch, progress, ranks: ranks.met() };
+    let levels = device.run(measuring)?;
     bar.finish_and_clear();
+    if !first {
+        return Ok(());
+    }
 
     if args.json {
         let level = |(sigma, level): (&f64, &Loss)| {
@@ -92,7 +116,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
             out!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
         }
     }
-    if let Some(path) = &args.plot {
+    if let Some(path) = plot {
         let svg = draw(&levels).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }
@@ -106,6 +130,7 @@ struct Measuring<'a> {
     images: usize,
     batch: usize,
     progress: &'a mut dyn FnMut(u64),
+    ranks: &'a mut dyn Collective,
 }
 
 impl Work for Measuring<'_> {
@@ -113,7 +138,7 @@ impl Work for Measuring<'_> {
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let mut backend = backends.loaded(self.model)?;
-        loss_by_level(&mut backend, &self.model.net, self.data, self.images, self.batch, self.progress)
+        loss_by_level(&mut backend, &self.model.net, self.data, self.images, self.batch, self.progress, self.ranks)
     }
 }
 

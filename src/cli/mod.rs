@@ -10,6 +10,7 @@ pub mod import;
 pub mod info;
 pub mod picture;
 pub mod prepare;
+pub mod ranks;
 pub mod sample;
 pub mod say;
 #[cfg(feature = "serve")]
@@ -58,7 +59,12 @@ impl DeviceArgs {
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
     pub fn open(&self) -> anyhow::Result<Device> {
-        let device = Device::named(self.device).with_context(|| format!("--device {}", self.device))?;
+        self.open_as(self.device)
+    }
+
+    /// The same of the device `name` instead of the one that was asked for.
+    pub fn open_as(&self, name: DeviceName) -> anyhow::Result<Device> {
+        let device = Device::named(name).with_context(|| format!("--device {name}"))?;
         match (device.runtime(), device.fallback()) {
             (Some(gpu), _) if self.device == DeviceName::Auto => note!("computing on {}", gpu.name()),
             (_, Some(why)) => note!("warning: computing on the CPU: {why}"),

@@ -3,16 +3,19 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::ops::Range;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Error, ensure};
+use anyhow::{Context, Error, bail, ensure};
+use indicatif::ProgressBar;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use edm2k::collective::{agree, share};
 use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::memory;
@@ -22,6 +25,7 @@ use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
+use super::ranks::{self, Ranks};
 use super::say::{self, note, out};
 
 /// Make images.
@@ -157,6 +161,10 @@ pub struct SampleArgs {
     preset: Option<Preset>,
     #[command(flatten)]
     sampler: SamplerArgs,
+
+    /// Make only part K of N of the images; the last of all parts to end makes the grid
+    #[arg(long, value_name = "K/N", value_parser = parse_part)]
+    part: Option<Part>,
 }
 
 /// How images come out of noise.
@@ -231,18 +239,50 @@ struct Resolved {
     pipeline: Pipeline,
     request: Request,
     kept: Kept,
+    /// Of all images.
+    part: Part,
 }
 
-/// Samples the images, showing progress on stderr and what was written on stdout.
+/// Part `number` of `of`, counted from 0.
+#[derive(Clone, Copy)]
+struct Part {
+    number: usize,
+    of: usize,
+}
+
+impl Part {
+    /// Numbers of its images: whole batches, so that an image has the neighbours that it would have in one process.
+    fn range(self, request: &Request) -> Range<usize> {
+        let (count, batch) = (request.seeds.len(), request.batch.max(1));
+        let batches = share(count.div_ceil(batch) as u64, self.number, self.of);
+        (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
+    }
+}
+
+fn parse_part(text: &str) -> Result<Part, String> {
+    let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse::<u16>().ok()?, n.parse::<u16>().ok()?)));
+    match numbers {
+        Some((k, n)) if (1..=n).contains(&k) => Ok(Part { number: usize::from(k) - 1, of: n.into() }),
+        _ => Err(format!("'{text}' is not a part, expected K/N with K from 1 to N, such as 2/4")),
+    }
+}
+
+/// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
+/// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
-    let Resolved { pipeline, request, kept } = resolve(&args)?;
-    let out = OutDir::claim(&args.outdir, args.overwrite, &request.seeds, kept).context("--outdir")?;
-    out.warning().iter().for_each(|warning| note!("warning: {warning}"));
-    draw(pipeline, &request, kept, &args, &out)
+    ranks::together(|ranks| {
+        let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
+        let (own, dir) = (part.range(&request), &args.outdir);
+        let out = OutDir::claim(dir, args.overwrite, &request.seeds, own, kept).context("--outdir")?;
+        if ranks.first() {
+            out.warning().iter().for_each(|warning| note!("warning: {warning}"));
+        }
+        draw(pipeline, &request, kept, part, &args, &out, ranks)
+    })
 }
 
 /// Opens what the arguments name, and checks it all before anything is computed.
-fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
+fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     let mut sampler = args.sampler.config()?;
     if let Some(preset) = &args.preset {
         let SamplerConfig { solver, steps, guidance, .. } = preset.config();
@@ -256,7 +296,7 @@ fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
         sampler.strength = args.strength.unwrap_or(0.5);
         sampler.validate()?;
     }
-    let mut pipeline = Pipeline::load(&args.device.open()?.fastest(), &args.model).context("--model")?;
+    let mut pipeline = Pipeline::load(&ranks.open(&args.device)?.fastest(), &args.model).context("--model")?;
     if let Some(guide) = &args.gnet {
         pipeline = pipeline.with_guide(guide).context("--gnet")?;
     }
@@ -297,6 +337,16 @@ fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
         warn(&mut pipeline, "--from ");
     }
     pipeline.check(&request)?;
+    let part = match args.part {
+        Some(part) if ranks.size() == 1 => part,
+        Some(_) => bail!("--part: a launcher has started {} ranks, each for its part", ranks.size()),
+        None => Part { number: ranks.met().rank(), of: ranks.size() },
+    };
+    let one_file = "latents of all images go into one file, which one process makes; --vae FILE makes pictures of them";
+    ensure!(part.of == 1 || kept != Kept::Latents, "parts: {one_file}");
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    let given = json!([pipeline.parameters(&request), request.seeds, request.per_condition, request.batch, origins]);
+    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
@@ -305,7 +355,7 @@ fn resolve(args: &SampleArgs) -> anyhow::Result<Resolved> {
         let needed = 2 * 4 * request.seeds.len() as u128 * values * (1 + steps);
         memory::check(format!("keeping {} latents of {width}x{height}", request.seeds.len()), needed)?;
     }
-    Ok(Resolved { pipeline, request, kept })
+    Ok(Resolved { pipeline, request, kept, part })
 }
 
 fn warn(pipeline: &mut Pipeline, option: &str) {
@@ -486,27 +536,38 @@ fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<
     for (image, steps) in made {
         out.save(&image, &steps)?;
         pictures.extend(image.picture);
-        let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
-        pictures.truncate(most.clamp(1, GRID));
+        pictures.truncate(most_of_grid(&pictures));
     }
     Ok(pictures)
 }
 
-/// Makes the images and writes them. A device that runs all steps as one plan cannot show them: so steps are watched where
+/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are watched where
 /// they are kept, and on the CPU, where each takes so long that people want to see it.
-fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs, out: &OutDir) -> anyhow::Result<()> {
-    let (count, save_steps) = (request.seeds.len(), args.save_steps);
+fn draw(
+    mut pipeline: Pipeline,
+    request: &Request,
+    kept: Kept,
+    part: Part,
+    args: &SampleArgs,
+    out: &OutDir,
+    ranks: &mut Ranks,
+) -> anyhow::Result<()> {
+    let (own, save_steps) = (part.range(request), args.save_steps);
+    let count = own.len();
     let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
     let watched = save_steps || pipeline.device().runtime().is_none();
     let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
-    let bar = say::bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
+    let bar = match ranks.first() {
+        true => say::bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)"),
+        false => ProgressBar::hidden(),
+    };
     bar.set_message(format!("0 of {count} images"));
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     let steps = RefCell::new(Steps::default());
-    let mut images = pipeline.images(request)?;
+    let mut images = pipeline.images(request)?.only(own.clone());
     if watched {
         images = images.watched(|step| {
             bar.inc(1);
@@ -514,13 +575,13 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
         });
     }
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
-    let pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
+    let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
         let writer = scope.spawn(move || write(made, out));
         for image in images {
             let image = image?;
-            let done = image.number + 1;
+            let done = image.number + 1 - own.start;
             if kept == Kept::Latents {
                 latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
                 latents.push(image);
@@ -535,7 +596,7 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
                     bar.inc(request.sampler.taken() as u64);
                 }
                 bar.set_message(format!("{done} of {count} images"));
-                if !terminal {
+                if !terminal && ranks.first() {
                     note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
                 }
             }
@@ -546,6 +607,12 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let rate = bar.length().unwrap_or(0) as f64 / seconds;
+    if part.of > 1 {
+        match gathered(request, &about, part, args, out, ranks)? {
+            Some(all) => pictures = all,
+            None => return Ok(()),
+        }
+    }
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
     let target = if kept == Kept::Latents {
         out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
@@ -566,6 +633,52 @@ fn draw(mut pipeline: Pipeline, request: &Request, kept: Kept, args: &SampleArgs
     };
     let [height, width] = pictures.first().map_or([height, width], |picture| [picture.height(), picture.width()]);
     let (target, device) = (target.display(), pipeline.device());
+    let count = request.seeds.len();
     out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}");
     Ok(())
+}
+
+/// How many pictures make a grid, all as large as the first.
+fn most_of_grid(pictures: &[Picture]) -> usize {
+    let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
+    most.clamp(1, GRID)
+}
+
+/// The pictures of all parts that the grid is made of, for the process that makes it: rank 0, or whichever finds that
+/// no part is missing.
+fn gathered(
+    request: &Request,
+    common: &Value,
+    part: Part,
+    args: &SampleArgs,
+    out: &OutDir,
+    ranks: &mut Ranks,
+) -> anyhow::Result<Option<Vec<Picture>>> {
+    ranks.met().barrier()?;
+    if !ranks.first() {
+        return Ok(None);
+    }
+    let (mut pictures, mut missing) = (Vec::new(), Vec::new());
+    for number in 0..part.of {
+        let range = Part { number, ..part }.range(request);
+        for image in range {
+            match out.written(image, &request.about(common, image)) {
+                Some(picture) => pictures.push(picture),
+                None => missing.push((number, request.seeds[image])),
+            }
+            // All are looked for, though the grid has no room for all.
+            pictures.truncate(most_of_grid(&pictures));
+        }
+    }
+    let Some(&(first, seed)) = missing.first() else { return Ok(Some(pictures)) };
+    let (dir, count) = (args.outdir.display(), missing.len());
+    ensure!(
+        ranks.size() == 1,
+        "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
+    );
+    let mut parts: Vec<_> = missing.iter().map(|(number, _)| format!("{}/{}", number + 1, part.of)).collect();
+    parts.dedup();
+    let own = part.range(request).len();
+    out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
+    Ok(None)
 }

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, bail, ensure};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::DeviceArgs;
+use super::ranks::{self, Ranks};
 use super::say::{self, above, note, results};
 use super::signals::Requests;
 use edm2k::Device;
@@ -32,6 +34,7 @@ use edm2k::train::{
 #[derive(clap::Args)]
 #[command(after_help = "\
 The same command again goes on from the newest whole checkpoint in --outdir.
+torchrun, srun and mpirun start it on several cards, one process each (docs/scale.md); it may go on with another number.
 Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
 
 Examples:
@@ -41,6 +44,7 @@ Examples:
       --cond-dropout 0.05 --cond-dropout-from 9M
   edm2k train --data data/mine --outdir runs/fine --init edm2-img512-xs.safetensors \\
       --duration 500k --lr 0.002
+  torchrun --no-python --nproc-per-node 8 edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
 pub struct TrainArgs {
     /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, as it is
@@ -161,9 +165,16 @@ struct Resolved {
     notes: Vec<String>,
 }
 
-/// Trains, showing progress on stderr.
+/// Trains, alone or with the ranks that a launcher started, showing progress on stderr.
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let requests = Requests::watch("finishing this step, then saving");
+    match ranks::together(|ranks| train(&args, &requests, ranks))? {
+        Outcome::Finished => Ok(()),
+        Outcome::Stopped => std::process::exit(130),
+    }
+}
+
+fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Result<Outcome> {
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
         Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. }) => None,
@@ -174,19 +185,31 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         Domain::of_dataset(v).check(format!("{dir} (validation)"), &Domain::of_dataset(&data), "the training split")?;
         ensure!(v.shape() == data.shape(), "{dir}: the validation split is not of the same size");
     }
-    let device = args.device.open()?;
-    let Resolved { settings, plan, model, mut notes } = resolve(&args, &data, &device)?;
+    let device = ranks.open(&args.device)?;
+    let Resolved { settings, plan, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
     if args.dry_run {
-        results(&describe(&settings, &plan, &model, args.device.math())?);
-        return Ok(());
+        if ranks.first() {
+            results(&describe(&settings, &plan, &model, args.device.math())?);
+        }
+        return Ok(Outcome::Finished);
     }
 
-    let mut viewer = viewer(&args, &data, &device, &mut notes)?;
+    let mut viewer = viewer(args, &data, &device, &mut notes)?;
+    ranks.connect(&device)?;
     let terminal = std::io::stderr().is_terminal();
-    let bar = say::bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}");
+    // One rank speaks for all, unless another has something of its own to say.
+    let rank = ranks.met().rank();
+    let bar = match rank {
+        0 => say::bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}"),
+        _ => {
+            notes.clear();
+            ProgressBar::hidden()
+        }
+    };
     notes.iter().for_each(|note| above(&bar, note));
     let (mut seen, mut saved) = (None, false);
     let mut show = |event: Event| match event {
+        Event::Note(text) if rank > 0 => note!("rank {rank}: {text}"),
         Event::Note(text) => above(&bar, &text),
         Event::Saved(path) => {
             saved = true;
@@ -220,17 +243,15 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let stop = &requests.stop;
     let mut picture = viewer.as_mut().map(|viewer| |size, image: &[f32]| viewer.picture(size, image));
     let pictures = picture.as_mut().map(|picture| picture as &mut Show);
-    let training = Training { model, settings: &settings, plan: &plan, splits, show: pictures, stop, event: &mut show };
+    let (settings, plan, event, ranks) = (&settings, &plan, &mut show, ranks.met());
+    let training = Training { model, settings, plan, splits, show: pictures, stop, event, ranks };
     let outcome = device.run(training);
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
-    match outcome {
-        Outcome::Finished => Ok(()),
-        Outcome::Stopped => {
-            note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
-            std::process::exit(130);
-        }
+    if outcome == Outcome::Stopped && rank == 0 {
+        note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
     }
+    Ok(outcome)
 }
 
 /// What shows images in the sample grids.
@@ -338,7 +359,7 @@ fn other_meaning(args: &TrainArgs, init: &Model, data: &Dataset) -> Vec<String> 
     relearned.map(|what| format!("warning: --init has to relearn: {what}")).collect()
 }
 
-fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<Resolved> {
+fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> anyhow::Result<Resolved> {
     let on_gpu = device.runtime().is_some();
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
@@ -421,7 +442,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<
     }
     let usual = Plan::new(&args.outdir, &settings, device);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
-    let mut batch_gpu = args.batch_gpu.or(of_recipe).map_or(usual.batch_gpu, |n| n.min(settings.batch));
+    let share = settings.batch.div_ceil(ranks as u64);
+    let mut batch_gpu = args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu).min(share);
     let needed = |n: u64| {
         let memory = plan_on_gpu(&settings, n, &model, args.device.math()).ok()?;
         memory["total_bytes"].as_u64()

@@ -107,18 +107,22 @@ fn enlist(start: usize, length: usize, message: String) -> &'static Entry {
     }
 }
 
-/// Whose mapping an address is in.
+/// Whose mapping an address is in. Pages behind a file's end belong to it, and may be large; what begins nearest before the
+/// address is it, as small files may lie closer than that.
 fn whose(at: usize) -> Option<&'static str> {
+    let (mut nearest, mut text) = (usize::MAX, None);
     // SAFETY: entries are never freed, nor are messages of mappings in use.
     unsafe {
         let mut entry = ENTRIES.load(Ordering::Acquire);
         while let Some(known) = entry.as_ref() {
             let length = known.length.load(Ordering::Acquire);
-            if at.wrapping_sub(known.start.load(Ordering::Relaxed)) < length.next_multiple_of(1 << 16) {
-                return Some(&*known.message.load(Ordering::Relaxed));
+            let behind = at.wrapping_sub(known.start.load(Ordering::Relaxed));
+            if behind < length.next_multiple_of(1 << 16) && behind < nearest {
+                nearest = behind;
+                text = Some(&**known.message.load(Ordering::Relaxed));
             }
             entry = known.next.load(Ordering::Relaxed);
         }
     }
-    None
+    text
 }

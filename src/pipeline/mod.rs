@@ -21,6 +21,7 @@ mod viewer;
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -460,6 +461,7 @@ impl Pipeline {
             request,
             watch: None,
             next: 0,
+            end: request.seeds.len(),
             made: VecDeque::new(),
             spent: Spent::default(),
         })
@@ -508,9 +510,25 @@ pub struct Images<'a> {
     watch: Option<Box<Watch<'a>>>,
     /// Number of the first image that has not been made.
     next: usize,
+    /// Number of the first image that is not to be made any more.
+    end: usize,
     /// Images that have, of the batch at hand.
     made: VecDeque<(usize, Vec<f32>)>,
     spent: Spent,
+}
+
+impl Request {
+    /// What image `number` says of itself, given [what all say](Pipeline::parameters).
+    pub fn about(&self, common: &Value, number: usize) -> Value {
+        let mut about = common.clone();
+        about["seed"] = self.seeds[number].into();
+        if let Some(&(seed, share)) = self.towards.get(number) {
+            about["towards"] = json!({"seed": seed, "share": share});
+        }
+        let condition = self.condition_of(number).map(|row| self.conditions[row].origin.clone());
+        about["condition"] = condition.unwrap_or(Value::Null);
+        about
+    }
 }
 
 impl<'a> Images<'a> {
@@ -519,6 +537,14 @@ impl<'a> Images<'a> {
     #[must_use]
     pub fn watched(mut self, watch: impl FnMut(&mut Step) -> Result<(), PipelineError> + 'a) -> Self {
         self.watch = Some(Box::new(watch));
+        self
+    }
+
+    /// Makes only those with numbers in `range`, which are what they are among all if it begins with a batch.
+    #[must_use]
+    pub fn only(mut self, range: Range<usize>) -> Self {
+        self.end = range.end.min(self.request.seeds.len());
+        self.next = range.start.min(self.end);
         self
     }
 
@@ -531,7 +557,7 @@ impl<'a> Images<'a> {
     fn batch(&mut self) -> Result<(), PipelineError> {
         let began = Instant::now();
         let (request, first) = (self.request, self.next);
-        let last = request.seeds.len().min(first + request.batch.max(1));
+        let last = self.end.min(first + request.batch.max(1));
         let pipeline = &mut *self.pipeline;
         let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
         let conditions: Vec<&Condition> =
@@ -584,14 +610,7 @@ impl<'a> Images<'a> {
         let picture = self.pipeline.viewer.as_mut().map(|viewer| viewer.picture(size, &values)).transpose()?;
         self.spent.decoding += began.elapsed();
         let seed = self.request.seeds[number];
-        let condition = self.request.condition_of(number).map(|row| self.request.conditions[row].origin.clone());
-        let mut about = self.common.clone();
-        about["seed"] = seed.into();
-        if let Some(&(seed, share)) = self.request.towards.get(number) {
-            about["towards"] = json!({"seed": seed, "share": share});
-        }
-        about["condition"] = condition.unwrap_or(Value::Null);
-        Ok(Image { number, seed, values, picture, about })
+        Ok(Image { number, seed, values, picture, about: self.request.about(&self.common, number) })
     }
 }
 
@@ -600,10 +619,10 @@ impl Iterator for Images<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.made.is_empty()
-            && self.next < self.request.seeds.len()
+            && self.next < self.end
             && let Err(why) = self.batch()
         {
-            self.next = self.request.seeds.len();
+            self.next = self.end;
             return Some(Err(why));
         }
         let (number, values) = self.made.pop_front()?;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -10,8 +11,8 @@ use serde_json::Value;
 use super::{Image, text_of};
 use crate::formats::safetensors::{self, Dtype, SafeError, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError};
-use crate::pictures::Picture;
-use crate::pictures::png::PngError;
+use crate::pictures::png::{PngError, read_text};
+use crate::pictures::{Picture, decode};
 
 /// Why images cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -55,11 +56,12 @@ pub enum Kept {
 }
 
 impl OutDir {
-    /// Makes the directory, and refuses to overwrite what is there, before anything is computed.
+    /// Makes the directory, and refuses to overwrite what is there of the images with numbers in `own`, before anything is
+    /// computed.
     ///
     /// # Errors
     /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
-    pub fn claim(dir: &Path, overwrite: bool, seeds: &[u64], kept: Kept) -> Result<Self> {
+    pub fn claim(dir: &Path, overwrite: bool, seeds: &[u64], own: Range<usize>, kept: Kept) -> Result<Self> {
         let mut times = HashMap::new();
         let names = seeds.iter().map(|&seed| {
             let count = times.entry(seed).or_insert(0);
@@ -67,8 +69,9 @@ impl OutDir {
             if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
         });
         let out = Self { dir: dir.into(), overwrite, lock: DirLock::shared(dir)?, names: names.collect() };
-        let steps = out.names.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
-        let names = out.names.iter().map(|name| picture_name(name)).chain(steps);
+        let own = &out.names[own];
+        let steps = own.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
+        let names = own.iter().map(|name| picture_name(name)).chain(steps);
         let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
         match names.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok()) {
             Some(path) if !overwrite => Err(OutputError::Exists { path }),
@@ -101,8 +104,14 @@ impl OutDir {
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own)) }
     }
 
-    /// Writes a grid of pictures, `columns` to a row, under the first name that is free: seeds that come later have a grid
-    /// of their own. Returns its path.
+    /// The picture of image `number` that some process has written, if it says `about` of itself: else it is another one.
+    pub fn written(&self, number: usize, about: &Value) -> Option<Picture> {
+        let path = self.dir.join(picture_name(&self.names[number]));
+        says(&path, about).then(|| decode::open(&path, [255; 3]).ok().map(|image| image.picture))?
+    }
+
+    /// Writes a grid of pictures, `columns` to a row, under the first name that is free, or has the same grid already: seeds
+    /// that come later have a grid of their own. Returns its path.
     ///
     /// # Errors
     /// [`OutputError::Png`].
@@ -111,7 +120,7 @@ impl OutDir {
             1 => self.dir.join("grid.png"),
             _ => self.dir.join(format!("grid-{number}.png")),
         };
-        let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err();
+        let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err() || says(path, about);
         let path = (1..).map(name).find(free).unwrap_or_default();
         Picture::grid(pictures, columns).save(&path, &text_of(&about.to_string()))?;
         Ok(path)
@@ -166,6 +175,12 @@ impl OutDir {
         files.sort();
         Ok(files)
     }
+}
+
+/// Whether a PNG says this of itself.
+fn says(path: &Path, about: &Value) -> bool {
+    let about = about.to_string();
+    read_text(path).is_ok_and(|texts| texts.iter().any(|(key, text)| key == "edm2k" && *text == about))
 }
 
 const LATENTS: &str = "latents.safetensors";

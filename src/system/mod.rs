@@ -80,12 +80,18 @@ pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {
 
 // ---- the process ----
 
-/// Calls `heed` in a thread of its own whenever this process is asked to end; with `true` by Ctrl-C. What the parent
-/// process wants ignored stays ignored: `nohup` and shells' background jobs rely on it.
+/// Calls `heed` in a thread of its own whenever this process is asked to end; with `true` by Ctrl-C. Launchers of jobs ask
+/// by SIGTERM, and before that by SIGUSR1 or SIGUSR2 if told so (`sbatch --signal`). What the parent process wants ignored
+/// stays ignored: `nohup` and shells' background jobs rely on it.
 ///
 /// To be called before there is a second thread: those begun later leave signals to the one that waits for them.
 pub fn on_stop(heed: impl FnMut(bool) + Send + 'static) {
     side::on_stop(heed);
+}
+
+/// This machine's name among others.
+pub fn host_name() -> Option<String> {
+    side::host_name().filter(|name| !name.is_empty())
 }
 
 // ---- devices ----

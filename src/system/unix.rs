@@ -145,7 +145,9 @@ pub fn on_stop(mut heed: impl FnMut(bool) + Send + 'static) {
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: it has just been.
     let mut set = unsafe { set.assume_init() };
-    let heeded = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter(|&signal| !ignored(signal));
+    let heeded = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1, libc::SIGUSR2]
+        .into_iter()
+        .filter(|&signal| !ignored(signal));
     // SAFETY: valid signal numbers.
     heeded.for_each(|signal| {
         unsafe { libc::sigaddset(&mut set, signal) };
@@ -168,6 +170,14 @@ fn ignored(signal: libc::c_int) -> bool {
     let known = unsafe { libc::sigaction(signal, null(), action.as_mut_ptr()) } == 0;
     // SAFETY: see above.
     known && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+pub fn host_name() -> Option<String> {
+    let mut name = [0u8; 256];
+    // SAFETY: writes no more than there is room for; the last byte stays zero.
+    let known = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) } == 0;
+    let text = CStr::from_bytes_until_nul(&name).ok()?;
+    known.then(|| text.to_string_lossy().into_owned())
 }
 
 pub fn why_not_loaded(library: &str) -> Option<String> {

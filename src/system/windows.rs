@@ -147,6 +147,10 @@ unsafe extern "system" fn on_control(kind: u32) -> BOOL {
     1
 }
 
+pub fn host_name() -> Option<String> {
+    std::env::var("COMPUTERNAME").ok()
+}
+
 pub fn why_not_loaded(library: &str) -> Option<String> {
     let name = wide(library);
     // SAFETY: a text that ends with 0; a library runs its own start and no more.

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::backend::NetworkBackend;
 use crate::codec::CodecError;
+use crate::collective::{Collective, CollectiveError, share};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::pictures::Picture;
@@ -37,11 +38,21 @@ pub enum GridError {
     /// The picture could not be written.
     #[error(transparent)]
     Png(#[from] PngError),
+    /// The ranks lost each other.
+    #[error(transparent)]
+    Ranks(#[from] CollectiveError),
+    /// Another rank failed to sample its share.
+    #[error("rank {rank} could not sample its share")]
+    Elsewhere {
+        /// Which one.
+        rank: usize,
+    },
 }
 
 /// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
-/// them.
+/// them: each rank samples its share, rank 0 writes. Whether this one has written it.
 /// Guidance needs a network that was trained without conditions too: `guided` says whether it was.
+#[allow(clippy::too_many_arguments)] // a run's, taken apart
 pub fn write<B: NetworkBackend>(
     path: &Path,
     backend: &mut B,
@@ -50,7 +61,8 @@ pub fn write<B: NetworkBackend>(
     show: &mut Show,
     guided: bool,
     batch: usize,
-) -> Result<(), GridError> {
+    ranks: &mut dyn Collective,
+) -> Result<bool, GridError> {
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let mut config = SamplerConfig::default();
@@ -59,18 +71,44 @@ pub fn write<B: NetworkBackend>(
     }
     let rows = ROWS.min(data.len());
     let chosen: Vec<usize> = (0..rows).map(|row| row * data.len() / rows).collect();
-    let mut samples = Vec::with_capacity(rows * SAMPLES * numel);
     let jobs: Vec<(usize, u64)> = chosen.iter().flat_map(|&i| (0..SAMPLES as u64).map(move |seed| (i, seed))).collect();
-    for jobs in jobs.chunks(batch.max(1)) {
-        let mut labels = vec![0.0; jobs.len() * dim];
-        for (label, &(i, _)) in labels.chunks_mut(dim.max(1)).zip(jobs) {
-            data.condition(i, label);
+    let own = share(jobs.len() as u64, ranks.rank(), ranks.size());
+    let mut sample = || -> Result<Vec<f32>, SampleError> {
+        let mut samples = Vec::new();
+        for jobs in jobs[own.start as usize..own.end as usize].chunks(batch.max(1)) {
+            let mut labels = vec![0.0; jobs.len() * dim];
+            for (label, &(i, _)) in labels.chunks_mut(dim.max(1)).zip(jobs) {
+                data.condition(i, label);
+            }
+            let seeds: Vec<u64> = jobs.iter().map(|&(_, seed)| seed).collect();
+            let mut sampler = Sampler { backend, net, gnet: None };
+            let batch = Batch { seeds: &seeds, size: [h, w], labels: &labels, ..Batch::default() };
+            samples.extend(sampler.run(&batch, &config, None)?);
         }
-        let seeds: Vec<u64> = jobs.iter().map(|&(_, seed)| seed).collect();
-        let mut sampler = Sampler { backend, net, gnet: None };
-        let batch = Batch { seeds: &seeds, size: [h, w], labels: &labels, ..Batch::default() };
-        samples.extend(sampler.run(&batch, &config, None)?);
+        Ok(samples)
+    };
+    let own = sample();
+    // Whoever fails comes to the meeting all the same, and the others do not wait for nothing.
+    let all = ranks.gather(bytemuck::cast_slice(own.as_deref().unwrap_or_default()))?;
+    own?;
+    let lengths = (0..ranks.size()).map(|rank| share(jobs.len() as u64, rank, ranks.size()));
+    let lengths = lengths.map(|share| (share.end - share.start) as usize * numel * size_of::<f32>());
+    if let Some(rank) = all.iter().zip(lengths).position(|(samples, expected)| samples.len() != expected) {
+        return Err(GridError::Elsewhere { rank });
     }
+    if ranks.rank() > 0 {
+        return Ok(false);
+    }
+    let samples: Vec<f32> = all
+        .iter()
+        .flatten()
+        .copied()
+        .collect::<Vec<u8>>()
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|x| f32::from_le_bytes(*x))
+        .collect();
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
         let mut image = vec![0.0; numel];
@@ -81,5 +119,6 @@ pub fn write<B: NetworkBackend>(
     }
     let ids: Vec<i64> = chosen.iter().map(|&i| data.id(i)).collect();
     let made_with = json!({"rows": ids, "seeds": [0, SAMPLES - 1], "sampler": config}).to_string();
-    Ok(Picture::grid(&pictures, 1 + SAMPLES).save(path, &[("edm2k", &made_with)])?)
+    Picture::grid(&pictures, 1 + SAMPLES).save(path, &[("edm2k", &made_with)])?;
+    Ok(true)
 }

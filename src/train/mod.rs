@@ -10,6 +10,10 @@
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
 //! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`.
 //!
+//! On several ranks ([`Collective`]) each takes its share of every step's images, the gradients are summed once a step,
+//! and every rank takes the same step with them. Since all that is random is a function of an image's number, such a run
+//! computes what one rank does, but for the rounding of sums. Rank 0 reads and writes; validation and grids are shared.
+//!
 //! A run is [`Settings`], which decide what it computes, and a [`Plan`], which decides what it does beside; see
 //! [`Training`] and `examples/train.rs`.
 //!
@@ -52,8 +56,9 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use stats::{Status, Sums, Validation};
 
-use crate::backend::{BackendError, Masks, Normalization, Slot, Step, TrainingBackend};
+use crate::backend::{BackendError, Masks, Normalization, Slot, Step, TrainingBackend, Values};
 use crate::codec::Autoencoder;
+use crate::collective::{Collective, CollectiveError, agree, share};
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
@@ -278,6 +283,11 @@ pub enum TrainError {
     Settings { path: PathBuf, differences: String },
     #[error(transparent)]
     Lock(#[from] LockError),
+    #[error(transparent)]
+    Ranks(#[from] CollectiveError),
+    /// Some ranks would have nothing to do.
+    #[error("a batch of {batch} images, expected one at least for each of {ranks} ranks")]
+    FewImages { batch: u64, ranks: usize },
     /// There are checkpoints, but none is whole.
     #[error(
         "no whole checkpoint is left in {} ({first}{}). --restart would set aside what is there, and begin anew",
@@ -361,26 +371,60 @@ impl Settings {
         if self.schedule != Schedule::Linear {
             other.duration = self.duration;
         }
-        let fields = |s: &Self| match serde_json::to_value(s) {
-            Ok(Value::Object(fields)) => fields,
-            _ => Default::default(),
-        };
-        let now = fields(&other);
-        let lines = fields(self).into_iter().filter(|(key, then)| now.get(key) != Some(then));
-        let line = |(key, then): (String, Value)| {
-            let (then, now) = match (&then, &now[&key]) {
-                (Value::Object(then), Value::Object(now)) => {
-                    let differs = |a: &serde_json::Map<String, Value>, b: &serde_json::Map<String, Value>| {
-                        let fields = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
-                        Value::Object(fields.map(|(k, v)| (k.clone(), v.clone())).collect())
-                    };
-                    (differs(then, now), differs(now, then))
-                }
-                (then, now) => (then.clone(), now.clone()),
+        differing(self, &other, |key, then, now| format!("{key} was {then}, now {now}"))
+    }
+}
+
+/// What differs between two values of one type, a text for each field that does.
+fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &Value, &Value) -> String) -> String {
+    let fields = |x: &T| match serde_json::to_value(x) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Default::default(),
+    };
+    let other = fields(b);
+    let lines = fields(a).into_iter().filter(|(key, value)| other.get(key) != Some(value));
+    let line = |(key, value): (String, Value)| match (&value, other.get(&key).unwrap_or(&Value::Null)) {
+        (Value::Object(a), Value::Object(b)) => {
+            let differs = |a: &serde_json::Map<String, Value>, b: &serde_json::Map<String, Value>| {
+                let fields = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
+                Value::Object(fields.map(|(k, v)| (k.clone(), v.clone())).collect())
             };
-            format!("{key} was {then}, now {now}")
+            line(&key, &differs(a, b), &differs(b, a))
+        }
+        (a, b) => line(&key, a, b),
+    };
+    lines.map(line).collect::<Vec<_>>().join("; ")
+}
+
+/// What every rank must have been given alike.
+#[derive(Serialize, Deserialize)]
+struct Given {
+    settings: Settings,
+    plan: Plan,
+}
+
+impl Given {
+    /// Whether this is what another rank was given; texts are JSON.
+    fn differences(ours: &str, theirs: &str) -> String {
+        let line = |key: &str, ours: &Value, theirs: &Value| format!("{key} is {theirs} there, {ours} here");
+        let (Ok(ours), Ok(mut theirs)) = (serde_json::from_str::<Self>(ours), serde_json::from_str::<Self>(theirs))
+        else {
+            return "it is another version".into();
         };
-        lines.map(line).collect::<Vec<_>>().join("; ")
+        // Where a file lies, and what it is called, does not matter.
+        if let (Some(ours), Some(init)) = (&ours.settings.init, &theirs.settings.init)
+            && !init.differs(ours)
+        {
+            theirs.settings.init = Some(ours.clone());
+        }
+        // Cards may have room for different numbers of images, and different numbers; not for other types of values.
+        theirs.plan.batch_gpu = ours.plan.batch_gpu;
+        let numbers = |plan: &Plan| plan.computed_on.split_once(", ").map(|(_, numbers)| numbers.to_owned());
+        if numbers(&ours.plan) == numbers(&theirs.plan) {
+            theirs.plan.computed_on.clone_from(&ours.plan.computed_on);
+        }
+        let all = [differing(&ours.settings, &theirs.settings, line), differing(&ours.plan, &theirs.plan, line)];
+        all.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -409,6 +453,8 @@ pub struct Training<'a> {
     pub stop: &'a AtomicBool,
     /// Is told how it goes.
     pub event: &'a mut dyn FnMut(Event),
+    /// Who else trains the same; [`Alone`](crate::collective::Alone) if nobody does.
+    pub ranks: &'a mut dyn Collective,
 }
 
 impl Work for Training<'_> {
@@ -416,9 +462,9 @@ impl Work for Training<'_> {
 
     /// See [`train`].
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let Self { model, settings, plan, splits, show, stop, event } = self;
+        let Self { model, settings, plan, splits, show, stop, event, ranks } = self;
         let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
-        train(&mut backend, model, settings, plan, splits, show, stop, event)
+        train(&mut backend, model, settings, plan, splits, show, stop, event, ranks)
     }
 }
 
@@ -439,39 +485,56 @@ pub fn train<B: TrainingBackend>(
     show: Option<&mut grid::Show>,
     stop: &AtomicBool,
     event: &mut dyn FnMut(Event),
+    ranks: &mut dyn Collective,
 ) -> Result<Outcome, TrainError> {
     let dir = plan.outdir.as_path();
-    let lock = DirLock::exclusive(dir)?;
-    lock.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
-    if plan.restart {
-        set_aside(dir, event).at(dir)?;
+    let (rank, size) = (ranks.rank(), ranks.size());
+    if settings.batch < size as u64 {
+        return Err(TrainError::FewImages { batch: settings.batch, ranks: size });
     }
-    let state = match newest(backend, settings, plan, event)? {
-        Some(state) => state,
-        None => {
-            model.upload(backend, Slot::Weight)?;
-            (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
-            let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
-            State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on, stopgap: false }
+    let given = serde_json::to_string(&Given { settings: settings.clone(), plan: plan.clone() });
+    agree(ranks, &given.unwrap_or_default(), Given::differences)?;
+    // Rank 0 alone reads and writes: no other needs to see its directory.
+    let (mut lock, mut state) = (None, None);
+    if rank == 0 {
+        let held = lock.insert(DirLock::exclusive(dir)?);
+        held.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
+        if plan.restart {
+            set_aside(dir, event).at(dir)?;
         }
-    };
-    let settings = &state.settings.clone();
-    let stats_path = dir.join("stats.jsonl");
-    let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
-    if let Some(aside) = foreign {
-        let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
-        event(Event::Note(text));
+        state = Some(match newest(backend, settings, plan, event)? {
+            Some(state) => state,
+            None => {
+                model.upload(backend, Slot::Weight)?;
+                (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
+                let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
+                State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on, stopgap: false }
+            }
+        });
     }
-    let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
-    let rounds = settings.batch.div_ceil(plan.batch_gpu) as usize;
+    let state = begin_together(backend, ranks, state)?;
+    let settings = &state.settings.clone();
+    let mut files = None;
+    if rank == 0 {
+        let stats_path = dir.join("stats.jsonl");
+        let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
+        if let Some(aside) = foreign {
+            let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
+            event(Event::Note(text));
+        }
+        let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
+        files = Some(Files { stats, events });
+    }
+    let batch_gpu = plan.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
     let (mut source, nimg) = (Batches::new(data.train, settings), state.nimg);
     std::thread::scope(|scope| {
         scope.spawn(move || {
             let mut micro_batches = (nimg..).step_by(settings.batch as usize).flat_map(|first| {
-                let end = first + settings.batch;
-                let firsts = (first..end).step_by(plan.batch_gpu as usize);
+                let own = share(settings.batch, rank, size);
+                let end = first + own.end;
+                let firsts = (first + own.start..end).step_by(plan.batch_gpu as usize);
                 firsts.map(move |first| (first, plan.batch_gpu.min(end - first) as usize))
             });
             // It ends when nobody waits for batches any more.
@@ -489,14 +552,18 @@ pub fn train<B: TrainingBackend>(
             last_status: (Instant::now(), state.nimg),
             state,
             started: Instant::now(),
-            stats,
-            events,
+            files,
             show,
-            batch_gpu: plan.batch_gpu as usize,
-            rounds,
+            batch_gpu,
+            rounds: 0,
+            ranks,
         };
-        run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
-        run.go(stop, event)
+        run.rounds = run.agreed_rounds()?;
+        run.backend.prepare(Slot::Weight, Normalization::Train { rounds: run.rounds })?;
+        let outcome = run.go(stop, event)?;
+        // What rank 0 wrote last is there before any rank ends.
+        run.ranks.barrier()?;
+        Ok(outcome)
     })
 }
 
@@ -572,6 +639,48 @@ fn newest<B: TrainingBackend>(
     }
 }
 
+/// Has all ranks begin where rank 0 does: with its state and what its device holds.
+fn begin_together<B: TrainingBackend>(
+    backend: &mut B,
+    ranks: &mut dyn Collective,
+    state: Option<State>,
+) -> Result<State, TrainError> {
+    let state = match state {
+        Some(state) if ranks.size() == 1 => return Ok(state),
+        state => state,
+    };
+    let text = state.map(|state| serde_json::to_string(&state).unwrap_or_default()).unwrap_or_default();
+    let state: State = serde_json::from_slice(&ranks.gather(text.as_bytes())?[0])
+        .map_err(|cause| CollectiveError::Differs(format!("what rank 0 begins with: {cause}")))?;
+    let averages = (0..state.settings.ema.len()).map(Slot::Ema);
+    for slot in [Slot::Weight, Slot::AdamM, Slot::AdamV].into_iter().chain(averages) {
+        with_values(backend, slot, |values| ranks.broadcast(values))?;
+    }
+    ranks.barrier()?;
+    Ok(state)
+}
+
+/// Gives the values of a slot to a call of all ranks.
+fn with_values<B: TrainingBackend>(
+    backend: &mut B,
+    slot: Slot,
+    mut call: impl FnMut(Values) -> Result<(), CollectiveError>,
+) -> Result<(), TrainError> {
+    let mut done = Ok(());
+    backend.exchange(slot, &mut |values| {
+        if done.is_ok() {
+            done = call(values);
+        }
+    })?;
+    Ok(done?)
+}
+
+/// What rank 0 writes besides models.
+struct Files {
+    stats: StatsFile,
+    events: Option<Events>,
+}
+
 struct Run<'a, 's, B: TrainingBackend> {
     backend: &'a mut B,
     net: Precond,
@@ -585,31 +694,36 @@ struct Run<'a, 's, B: TrainingBackend> {
     started: Instant,
     /// When the last status line was written, and after how many images.
     last_status: (Instant, u64),
-    stats: StatsFile,
-    events: Option<Events>,
+    /// Of rank 0.
+    files: Option<Files>,
     show: Option<&'a mut grid::Show<'s>>,
     /// Images at a time: the plan's, until the device has no memory for them.
     batch_gpu: usize,
+    /// Micro-batches of a step, of the rank that has most: on all ranks the same, as their weights are.
     rounds: usize,
+    ranks: &'a mut dyn Collective,
 }
 
 impl<B: TrainingBackend> Run<'_, '_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
-            event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
-            // The process that saw the last ones may have been killed before this.
-            self.tidy(event)?;
+            if self.files.is_some() {
+                event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
+                // The process that saw the last ones may have been killed before this.
+                self.tidy(event)?;
+            }
             return Ok(Outcome::Finished);
         }
         loop {
-            let lr = self.step(event)?;
+            let (lr, stop) = self.step(stop, event)?;
             let done = self.state.nimg >= self.settings.duration;
-            let stopped = !done && stop.load(Ordering::Relaxed);
+            let stopped = !done && stop;
             let (nimg, batch) = (self.state.nimg, self.settings.batch);
             let due = |interval: u64| interval > 0 && (done || nimg / interval > (nimg - batch) / interval);
             event(Event::Step(nimg));
+            let writes = self.files.is_some();
             // The checkpoint comes last: what it promises to have been done has been.
-            if due(self.plan.status) {
+            if due(self.plan.status) && writes {
                 self.status(lr, event)?;
             }
             if due(self.plan.validate) {
@@ -618,11 +732,11 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             if due(self.plan.grid) {
                 self.grid(event)?;
             }
-            if due(self.plan.snapshot) {
+            if due(self.plan.snapshot) && writes {
                 self.snapshot(event)?;
             }
             let regular = due(self.plan.checkpoint) || done;
-            if regular || stopped {
+            if (regular || stopped) && writes {
                 self.state.stopgap = !regular;
                 self.checkpoint(event)?;
             }
@@ -632,15 +746,16 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         }
     }
 
-    /// One optimizer step; returns its learning rate.
-    fn step(&mut self, event: &mut dyn FnMut(Event)) -> Result<f64, TrainError> {
+    /// One optimizer step; returns its learning rate, and whether some rank is to stop.
+    fn step(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<(f64, bool), TrainError> {
         let s = self.settings;
         let [h, w, c] = self.data.train.shape();
         let lr = s.learning_rate().at(self.state.nimg);
         let end = self.state.nimg + s.batch;
         let mut losses = Vec::new();
         let mut seen = 0;
-        while seen < s.batch as usize {
+        let own = share(s.batch, self.ranks.rank(), self.ranks.size());
+        while seen < (own.end - own.start) as usize {
             let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
             let mut first = 0;
             while first < batch.n {
@@ -663,6 +778,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             }
             seen += batch.n;
         }
+        if self.ranks.size() > 1 {
+            with_values(self.backend, Slot::Grad, |values| self.ranks.all_reduce(values))?;
+        }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
             lr,
@@ -678,6 +796,11 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         for per_image in losses {
             loss += self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
+        let said =
+            Said { loss, grad_norm: stats.grad_norm, stop: stop.load(Ordering::Relaxed), rounds: self.own_rounds() };
+        let said = said.of_all(self.ranks)?;
+        let loss: f64 = said.iter().map(|rank| rank.loss).sum();
+        self.rounds = said.iter().map(|rank| rank.rounds).max().unwrap_or(1);
         self.state.nimg = end;
         if !loss.is_finite() {
             return Err(self.diverged(format!("the loss is {loss}")));
@@ -693,13 +816,25 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             sums.loss += loss / (h * w * c) as f64;
             sums.grad_norm += stats.grad_norm;
         }
-        Ok(lr)
+        Ok((lr, said.iter().any(|rank| rank.stop)))
+    }
+
+    /// Micro-batches of a step on the rank with the largest share, if all took as many images at a time as this one.
+    fn own_rounds(&self) -> usize {
+        let largest = self.settings.batch.div_ceil(self.ranks.size() as u64) as usize;
+        largest.div_ceil(self.batch_gpu)
+    }
+
+    /// The same of all ranks: the most.
+    fn agreed_rounds(&mut self) -> Result<usize, CollectiveError> {
+        let own = Said { loss: 0.0, grad_norm: 0.0, stop: false, rounds: self.own_rounds() };
+        Ok(own.of_all(self.ranks)?.iter().map(|rank| rank.rounds).max().unwrap_or(1))
     }
 
     /// Takes fewer images at a time from here on, as the device has no memory for `n`.
     fn halve(&mut self, n: usize, why: &BackendError, event: &mut dyn FnMut(Event)) {
+        // The step at hand counts as many rounds as all ranks do; the next one has more.
         self.batch_gpu = n.div_ceil(2);
-        self.rounds = (self.settings.batch as usize).div_ceil(self.batch_gpu);
         event(Event::Note(format!("warning: {why}; going on with --batch-gpu {}", self.batch_gpu)));
     }
 
@@ -709,9 +844,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
+        let Some(Files { stats, events }) = &mut self.files else { return Ok(()) };
         let path = self.plan.outdir.join("stats.jsonl");
-        self.stats.write(line).at(path)?;
-        let Some(events) = &mut self.events else { return Ok(()) };
+        stats.write(line).at(path)?;
+        let Some(events) = events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();
         Ok(events.write(self.state.nimg, &line).at(events.path())?)
     }
@@ -739,10 +875,13 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let loss =
-            self.with_average(|run, batch| validation::loss(run.backend, &run.net, run.settings, data, batch))??;
+        let loss = self.with_average(|run, batch| {
+            validation::loss(run.backend, &run.net, run.settings, data, batch, run.ranks)
+        })??;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
-        event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
+        if self.files.is_some() {
+            event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
+        }
         Ok(())
     }
 
@@ -763,17 +902,22 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written =
-            self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
+        let written = self
+            .with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks));
         self.show = Some(show);
         match written? {
             // A network can be too young to sample from; it may grow up.
-            Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
-                event(Event::Note(format!("no sample grid: {error}")))
+            Err(
+                error @ (grid::GridError::Sample(SampleError::NotFinite { .. }) | grid::GridError::Elsewhere { .. }),
+            ) => {
+                if self.files.is_some() {
+                    event(Event::Note(format!("no sample grid: {error}")));
+                }
             }
             other => {
-                other?;
-                event(Event::Saved(&path));
+                if other? {
+                    event(Event::Saved(&path));
+                }
             }
         }
         Ok(())
@@ -820,10 +964,50 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             fs::remove_file(&old).at(&old)?;
         }
         // No run ends for want of a picture.
-        if let Err(cause) = self.stats.draw() {
+        if let Some(Err(cause)) = self.files.as_ref().map(|files| files.stats.draw()) {
             event(Event::Note(format!("warning: {}: {cause}", dir.join("loss.svg").display())));
         }
         Ok(())
+    }
+}
+
+/// What a rank says after a step.
+struct Said {
+    /// Sum over its images.
+    loss: f64,
+    grad_norm: f64,
+    stop: bool,
+    rounds: usize,
+}
+
+impl Said {
+    /// What all say, in their order. The gradients were the same on all, and so must be what each makes of them: a rank
+    /// that has lost its way would go on unseen.
+    fn of_all(&self, ranks: &mut dyn Collective) -> Result<Vec<Self>, CollectiveError> {
+        let own = [self.loss.to_bits(), self.grad_norm.to_bits(), u64::from(self.stop), self.rounds as u64];
+        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let all = ranks.gather(&bytes)?;
+        let said = |said: &Vec<u8>| {
+            let [loss, grad_norm, stop, rounds] = said.as_chunks::<8>().0 else { return None };
+            let [loss, grad_norm] = [loss, grad_norm].map(|bits| f64::from_le_bytes(*bits));
+            Some(Self {
+                loss,
+                grad_norm,
+                stop: u64::from_le_bytes(*stop) > 0,
+                rounds: u64::from_le_bytes(*rounds) as usize,
+            })
+        };
+        let all: Option<Vec<Self>> = all.iter().map(said).collect();
+        let all = all.ok_or_else(|| CollectiveError::Differs("ranks are at different steps".into()))?;
+        let bits = all[0].grad_norm.to_bits();
+        match all.iter().position(|rank| rank.grad_norm.to_bits() != bits) {
+            None => Ok(all),
+            Some(rank) => Err(CollectiveError::Differs(format!(
+                "rank {rank} computes otherwise than rank 0: the gradient's norm is {:e} there, {:e} here (cards of one kind, \
+                 and one edm2k, compute alike)",
+                all[rank].grad_norm, all[0].grad_norm
+            ))),
+        }
     }
 }
 

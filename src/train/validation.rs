@@ -1,10 +1,11 @@
 //! The loss on images that are not learnt from: at random noise levels while training, and level by level.
 //!
 //! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
-//! the same noisy images. Cost: a forward pass for each image and level.
+//! the same noisy images. Ranks share them, and add up what all have found in the order of the images. Cost: a forward pass for each image and level.
 
 use super::{Settings, batch};
 use crate::backend::{BackendError, NetworkBackend};
+use crate::collective::{Collective, CollectiveError, share};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
@@ -22,6 +23,8 @@ pub enum ValidationError {
     Data(#[from] DatasetError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error(transparent)]
+    Ranks(#[from] CollectiveError),
 }
 
 /// Noise levels of `edm2k eval`, from where nothing is hidden to where everything is.
@@ -39,7 +42,7 @@ pub struct Loss {
     pub logvar: f64,
 }
 
-/// Mean loss of the prepared weights on the first images of a split, each at a few noise levels, drawn as in
+/// Mean loss of the prepared weights, which are the same on all ranks, on the first images of a split, each at a few noise levels, drawn as in
 /// training.
 pub fn loss<B: NetworkBackend>(
     b: &mut B,
@@ -47,10 +50,11 @@ pub fn loss<B: NetworkBackend>(
     settings: &Settings,
     data: &Dataset,
     batch: usize,
+    ranks: &mut dyn Collective,
 ) -> Result<f64, ValidationError> {
     let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
     let images = data.len().min(IMAGES);
-    let losses = losses(b, net, data, images, DRAWS, sigma, batch, &mut |_| {})?;
+    let losses = losses(b, net, data, images, DRAWS, sigma, batch, &mut |_| {}, ranks)?;
     Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
 }
 
@@ -63,8 +67,9 @@ pub fn loss_by_level<B: NetworkBackend>(
     images: usize,
     batch: usize,
     progress: &mut dyn FnMut(u64),
+    ranks: &mut dyn Collective,
 ) -> Result<Vec<Loss>, ValidationError> {
-    losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress)
+    losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress, ranks)
 }
 
 /// The plan of a batch: denoised images and logvar.
@@ -83,14 +88,17 @@ fn losses<B: NetworkBackend>(
     sigma: impl Fn(u64) -> f32,
     batch: usize,
     progress: &mut dyn FnMut(u64),
+    ranks: &mut dyn Collective,
 ) -> Result<Vec<Loss>, ValidationError> {
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let sd2 = net.config.sigma_data.powi(2);
     let total = images * draws;
-    let mut sums = vec![Loss::default(); draws];
-    for first in (0..total).step_by(batch) {
-        let n = batch.min(total - first);
+    let own = share(total as u64, ranks.rank(), ranks.size());
+    let (begin, end) = (own.start as usize, own.end as usize);
+    let mut found = Vec::with_capacity(3 * (end - begin));
+    for first in (begin..end).step_by(batch) {
+        let n = batch.min(end - first);
         let mut clean = vec![0.0; n * numel];
         let mut noisy = vec![0.0; n * numel];
         let mut labels = vec![0.0; n * dim];
@@ -121,12 +129,19 @@ fn losses<B: NetworkBackend>(
             let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
             let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
             let error = (s2 + sd2) / (s2 * sd2) * square;
-            let sum = &mut sums[(first + j) % draws];
-            sum.loss += error / logvar.exp() + logvar;
-            sum.error += error;
-            sum.logvar += logvar;
+            found.extend([error / logvar.exp() + logvar, error, logvar]);
         }
         progress(n as u64);
+    }
+    let bytes: Vec<u8> = found.iter().flat_map(|x: &f64| x.to_le_bytes()).collect();
+    let all = ranks.gather(&bytes)?.concat();
+    let mut sums = vec![Loss::default(); draws];
+    for (k, found) in all.as_chunks::<24>().0.iter().enumerate() {
+        let [loss, error, logvar] = [0, 8, 16].map(|at| f64::from_le_bytes(std::array::from_fn(|i| found[at + i])));
+        let sum = &mut sums[k % draws];
+        sum.loss += loss;
+        sum.error += error;
+        sum.logvar += logvar;
     }
     let mean = |sum: f64| sum / images as f64;
     Ok(sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect())

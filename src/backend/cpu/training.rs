@@ -13,6 +13,10 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         Ok(self.param(slot, id)?.into_iter().map(|v| v.wide() as f32).collect())
     }
 
+    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        self.params.all.iter_mut().try_for_each(|p| p.exchange(slot, exchange))
+    }
+
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.params.all.iter_mut().try_for_each(|p| p.prepare(source, how))
     }

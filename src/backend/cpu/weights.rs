@@ -13,7 +13,7 @@
 
 use super::bf16::Packed;
 use super::conv::{Filter, Window};
-use crate::backend::{BackendError, Normalization, Slot, Step, StepStats};
+use crate::backend::{BackendError, Normalization, Slot, Step, StepStats, Values};
 use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
@@ -180,6 +180,25 @@ impl<T: Real> Param<T> {
             to.iter_mut().enumerate().for_each(|(i, x)| *x = from[(i % taps * cin + i / taps) * cout + co]);
         });
         Ok(values)
+    }
+
+    /// See [`crate::backend::TrainingBackend::exchange`].
+    pub fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        if slot == Slot::Grad {
+            let (grad, kept) = self.grad_mut();
+            if !kept {
+                grad.fill(T::zero());
+            }
+        }
+        let values = self.slot(slot)?;
+        if let Some(values) = T::as_f32_mut(values) {
+            exchange(Values::Host(values));
+            return Ok(());
+        }
+        let mut narrow: Vec<f32> = values.iter().map(|x| x.wide() as f32).collect();
+        exchange(Values::Host(&mut narrow));
+        values.iter_mut().zip(narrow).for_each(|(to, x)| *to = T::of(x.into()));
+        Ok(())
     }
 
     /// See [`crate::backend::TrainingBackend::prepare`].

@@ -729,6 +729,11 @@ impl Runtime for Cuda {
         Ok(Box::new(recorded))
     }
 
+    fn stream(&self) -> Result<Option<*mut c_void>, DeviceError> {
+        self.0.bind()?;
+        Ok(Some(self.0.commands.cast()))
+    }
+
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError> {
         let device = &self.0;
         device.bind()?;

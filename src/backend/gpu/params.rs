@@ -15,7 +15,7 @@ use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
 use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow, WeightStep};
 use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, Turned};
-use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats};
+use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
 use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 
 /// Where one parameter lies.
@@ -343,6 +343,12 @@ impl Params {
         let mut values = vec![0.0; self.table[id].numel()];
         p.map(|to, from| values[to] = stored[from]);
         Ok(values)
+    }
+
+    /// See [`crate::backend::TrainingBackend::exchange`].
+    pub fn exchange(&self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        exchange(Values::Device(&**self.arena(slot)?));
+        Ok(())
     }
 
     /// See [`crate::backend::TrainingBackend::prepare`].

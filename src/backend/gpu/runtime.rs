@@ -5,6 +5,7 @@
 //! order in which they were given.
 
 use std::cell::Cell;
+use std::ffi::c_void;
 use std::rc::Rc;
 
 use super::launch::{DevicePtr, Launch, TensorMap, TensorMapSpec};
@@ -74,6 +75,11 @@ pub trait Runtime {
     /// # Safety
     /// The commands' pointers are valid as long as the graph is run, see [`Command`].
     unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError>;
+    /// The CUDA stream that commands are given to, on a device that this thread uses from now on, for libraries that give
+    /// commands of their own; none where there is no CUDA.
+    fn stream(&self) -> Result<Option<*mut c_void>, DeviceError> {
+        Ok(None)
+    }
     /// Seconds that `work` takes, measured `repeats` times, each time after `before`, which is not counted.
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError>;
 }

@@ -17,6 +17,14 @@ impl TrainingBackend for Gpu {
         self.params.read(slot, id)
     }
 
+    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        if slot == Slot::Grad {
+            self.accumulating();
+        }
+        self.check()?;
+        self.params.exchange(slot, exchange)
+    }
+
     fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.params.prepare(&*self.runtime, source, how)
     }

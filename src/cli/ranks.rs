@@ -1,0 +1,94 @@
+//! Commands that several processes do together, as a launcher started them: `torchrun`, `srun`, `mpirun`.
+
+use edm2k::collective::{Alone, Collective, Star, World, agree, limit};
+use edm2k::{Device, DeviceName};
+
+use super::DeviceArgs;
+use super::say::note;
+
+/// This process among those that do the same, and what it has to do with them.
+pub struct Ranks {
+    /// Who it is; none: there are no others.
+    world: Option<World>,
+    met: Box<dyn Collective>,
+}
+
+/// Does work with the ranks that a launcher started, if one did; what this one fails with, the others are told. A rank that
+/// is lost ends this process.
+pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let world = World::of_environment()?;
+    let met: Box<dyn Collective> = match &world {
+        None => Box::new(Alone),
+        Some(world) => Box::new(Star::join(world.clone(), limit()?, |who| {
+            note!("edm2k: error: {who}");
+            std::process::exit(1);
+        })?),
+    };
+    let mut ranks = Ranks { world, met };
+    let done = work(&mut ranks);
+    let failed = done.as_ref().err().map(|error| format!("{error:#}"));
+    ranks.met.leave(failed.as_deref());
+    done
+}
+
+impl Ranks {
+    /// Who they are to each other.
+    pub fn met(&mut self) -> &mut dyn Collective {
+        &mut *self.met
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> usize {
+        self.met.size()
+    }
+
+    /// Whether this is the one that speaks and writes for all.
+    pub fn first(&self) -> bool {
+        self.met.rank() == 0
+    }
+
+    /// Opens the device: of several cards the one with this rank's number on its machine.
+    ///
+    /// # Errors
+    /// As [`DeviceArgs::open`]; there are fewer cards than ranks.
+    pub fn open(&self, args: &DeviceArgs) -> anyhow::Result<Device> {
+        let Some(World { local, .. }) = self.world else { return args.open() };
+        let device = match (args.device, Device::cards()) {
+            (DeviceName::Auto | DeviceName::Cuda(0), cards) if cards > 1 => {
+                let what = || format!("this is rank number {local} of this machine, which shows it {cards} GPUs");
+                anyhow::ensure!(local < cards, what());
+                DeviceName::Cuda(local)
+            }
+            // None; or the one that the launcher lets this rank see.
+            (name, _) => name,
+        };
+        args.open_as(device)
+    }
+
+    /// From here on, gradients are summed between the cards by NCCL. On other devices they go by rank 0, for tests.
+    ///
+    /// # Errors
+    /// There is no NCCL, or ranks have different kinds of devices.
+    pub fn connect(&mut self, device: &Device) -> anyhow::Result<()> {
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let stream = device.runtime().map(|runtime| runtime.stream()).transpose()?.flatten();
+        let kind = match (device.runtime(), stream) {
+            (Some(_), Some(_)) => "a GPU of NVIDIA's",
+            (Some(_), None) => "the emulator",
+            (None, _) => "the CPU",
+        };
+        agree(self.met(), kind, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
+        #[cfg(feature = "cuda")]
+        if let (Some(runtime), Some(_)) = (device.runtime(), stream) {
+            let met = std::mem::replace(&mut self.met, Box::new(Alone));
+            self.met = Box::new(edm2k::collective::Nccl::new(met, runtime.clone())?);
+            return Ok(());
+        }
+        if self.first() {
+            note!("{} ranks on {kind}: gradients go through rank 0, which is for tests; GPUs use NCCL", self.size());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,238 @@
+//! Who this process is among those that a launcher started, as its environment says.
+//!
+//! | launcher | rank, number of ranks, rank on this machine | address and port of rank 0 |
+//! |---|---|---|
+//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`, the port after `MASTER_PORT`, which torchrun keeps |
+//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
+//! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
+//!
+//! The first that is there counts. `MASTER_ADDR` and `MASTER_PORT` count everywhere; `EDM2K_PORT` comes before them.
+
+use super::CollectiveError;
+
+/// This process among its like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct World {
+    /// Its number, from 0.
+    pub rank: usize,
+    /// How many there are.
+    pub size: usize,
+    /// Its number among those on this machine.
+    pub local: usize,
+    /// Name or address of the machine of rank 0.
+    pub address: String,
+    /// Where rank 0 listens.
+    pub port: u16,
+    /// What tells this run from others of its launcher.
+    pub job: String,
+}
+
+/// Ports that are made up lie from here on: below those that systems give out by themselves.
+const FIRST_PORT: u64 = 15_000;
+const PORTS: u64 = 15_000;
+
+impl World {
+    /// What the environment of this process says; none where no launcher started it, or only this one process.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Environment`]: a variable is missing, or no number, or says what cannot be.
+    pub fn of_environment() -> Result<Option<Self>, CollectiveError> {
+        // What is not UTF-8 is no number and no name.
+        Self::of(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+    }
+
+    /// The same of any environment.
+    pub fn of(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, CollectiveError> {
+        let wrong = |what: String| Err(CollectiveError::Environment(what));
+        // In a batch script, SLURM_PROCID is set too; what srun starts is a step.
+        let of_srun = |name: &&str| get(name).is_some() && get("SLURM_STEP_ID").is_some();
+        let names = match () {
+            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+            () if get("OMPI_COMM_WORLD_RANK").is_some() => {
+                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
+            }
+            () if Some("SLURM_PROCID").filter(of_srun).is_some() => {
+                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
+            }
+            () => return Ok(None),
+        };
+        let number = |name: &str, most: u64| {
+            let Some(text) = get(name) else {
+                return Err(CollectiveError::Environment(format!("{} is set, but {name} is not", set(&names, &get))));
+            };
+            let found = text.parse::<u64>().ok().filter(|&found| found <= most);
+            found.ok_or_else(|| CollectiveError::Environment(format!("{name} is '{text}', expected 0 to {most}")))
+        };
+        let size = number(names[1], 1 << 16)? as usize;
+        if size == 0 {
+            return wrong(format!("{} is 0, expected 1 or more", names[1]));
+        }
+        let rank = number(names[0], size as u64 - 1)? as usize;
+        if size == 1 {
+            return Ok(None);
+        }
+        let local = number(names[2], size as u64 - 1)? as usize;
+        let job = ["TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
+        let job = job.iter().find_map(|name| Some(format!("{name}={}", get(name)?))).unwrap_or_default();
+        let job = job + &get("SLURM_STEP_ID").map_or_else(String::new, |step| format!(".{step}"));
+        let address = match (get("MASTER_ADDR"), names[0]) {
+            (Some(address), _) => address,
+            (None, "SLURM_PROCID") => {
+                let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST"));
+                match nodes.as_deref().and_then(first_node) {
+                    Some(node) => node,
+                    None => return wrong("MASTER_ADDR is not set, and SLURM_STEP_NODELIST names no machine".into()),
+                }
+            }
+            (None, "OMPI_COMM_WORLD_RANK") if get("OMPI_COMM_WORLD_LOCAL_SIZE") == get(names[1]) => "127.0.0.1".into(),
+            (None, first) => {
+                let what = "expected the name or address of the machine of rank 0";
+                return wrong(format!("{first} is set, but MASTER_ADDR is not, {what}"));
+            }
+        };
+        let port = |name: &str| match get(name).map(|text| (text.parse::<u16>(), text)) {
+            None => Ok(None),
+            Some((Ok(port), _)) if port > 0 => Ok(Some(port)),
+            Some((_, text)) => Err(CollectiveError::Environment(format!("{name} is '{text}', expected 1 to 65535"))),
+        };
+        let port = match (port("EDM2K_PORT")?, port("MASTER_PORT")?) {
+            (Some(port), _) => port,
+            // torchrun's own agent listens there, and says so by one of these.
+            (None, Some(port))
+                if get("TORCHELASTIC_RUN_ID").or_else(|| get("TORCHELASTIC_USE_AGENT_STORE")).is_some() =>
+            {
+                port.checked_add(1).unwrap_or(port - 1)
+            }
+            (None, Some(port)) => port,
+            (None, None) if names[0] == "RANK" => {
+                return wrong(
+                    "RANK is set, but MASTER_PORT is not, expected a free port of the machine of rank 0".into(),
+                );
+            }
+            // Other jobs on the machine have other names.
+            (None, None) => (FIRST_PORT + u64::from(crc32fast::hash(job.as_bytes())) % PORTS) as u16,
+        };
+        Ok(Some(Self { rank, size, local, address, port, job }))
+    }
+}
+
+/// The first of some variables that is set.
+fn set<'a>(names: &[&'a str], get: &impl Fn(&str) -> Option<String>) -> &'a str {
+    names.iter().find(|name| get(name).is_some()).copied().unwrap_or(names[0])
+}
+
+/// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`.
+fn first_node(list: &str) -> Option<String> {
+    let end = list.find([',', '[']).unwrap_or(list.len());
+    let (prefix, rest) = list.split_at(end);
+    let Some(inner) = rest.strip_prefix('[') else { return Some(prefix.to_owned()).filter(|name| !name.is_empty()) };
+    let (numbers, behind) = inner.split_once(']')?;
+    let number = numbers.split([',', '-']).next()?;
+    let suffix = behind.split(',').next()?;
+    Some(format!("{prefix}{number}{suffix}")).filter(|name| !name.contains('['))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn world(variables: &[(&str, &str)]) -> Result<Option<World>, String> {
+        let get = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        World::of(get).map_err(|why| why.to_string())
+    }
+
+    fn found(variables: &[(&str, &str)]) -> (usize, usize, usize, String, u16) {
+        let World { rank, size, local, address, port, .. } = world(variables).unwrap().unwrap();
+        (rank, size, local, address, port)
+    }
+
+    const TORCHRUN: [(&str, &str); 6] = [
+        ("RANK", "9"),
+        ("WORLD_SIZE", "16"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "node0"),
+        ("MASTER_PORT", "29500"),
+        ("TORCHELASTIC_RUN_ID", "none"),
+    ];
+
+    #[test]
+    fn every_launcher_says_who_a_rank_is() {
+        assert_eq!(found(&TORCHRUN), (9, 16, 1, "node0".into(), 29501), "torchrun itself listens at MASTER_PORT");
+        assert_eq!(found(&TORCHRUN[..5]), (9, 16, 1, "node0".into(), 29500), "nobody does");
+        let chosen = [&TORCHRUN[..], &[("EDM2K_PORT", "7")]].concat();
+        assert_eq!(found(&chosen).4, 7);
+
+        let mpi = [
+            ("OMPI_COMM_WORLD_RANK", "1"),
+            ("OMPI_COMM_WORLD_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+            ("PMIX_NAMESPACE", "prterun-host-7@1"),
+        ];
+        let (rank, size, local, address, port) = found(&mpi);
+        assert_eq!((rank, size, local, &*address), (1, 2, 1, "127.0.0.1"));
+        assert!((15_000..30_000).contains(&port));
+        let other = [&mpi[..4], &[("PMIX_NAMESPACE", "prterun-host-8@1")]].concat();
+        assert_ne!(found(&other).4, port, "another job, another port");
+
+        let slurm = [
+            ("SLURM_PROCID", "5"),
+            ("SLURM_STEP_NUM_TASKS", "8"),
+            ("SLURM_NTASKS", "99"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_JOB_ID", "4711"),
+            ("SLURM_STEP_NODELIST", "gpu[017-018,020]"),
+        ];
+        let (rank, size, local, address, _) = found(&slurm);
+        assert_eq!((rank, size, local, &*address), (5, 8, 1, "gpu017"));
+        // Within a job of Slurm's, torchrun and mpirun are the ones that started it.
+        assert_eq!(found(&[&slurm[..], &TORCHRUN].concat()).0, 9);
+        assert_eq!(found(&[&slurm[..], &mpi].concat()).0, 1);
+    }
+
+    #[test]
+    fn one_process_is_no_rank() {
+        assert_eq!(world(&[]), Ok(None));
+        assert_eq!(world(&[("RANK", "0"), ("WORLD_SIZE", "1")]), Ok(None));
+        // A script that sbatch runs, of a job with 8 tasks.
+        assert_eq!(world(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8"), ("SLURM_JOB_ID", "1")]), Ok(None));
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let with = |name: &'static str, value: &'static str| {
+            let mut all: Vec<_> = TORCHRUN.iter().filter(|(key, _)| *key != name).copied().collect();
+            all.extend((!value.is_empty()).then_some((name, value)));
+            world(&all).unwrap_err()
+        };
+        assert_eq!(with("WORLD_SIZE", ""), "RANK is set, but WORLD_SIZE is not");
+        assert_eq!(with("RANK", ""), "WORLD_SIZE is set, but RANK is not");
+        assert_eq!(with("LOCAL_RANK", ""), "RANK is set, but LOCAL_RANK is not");
+        assert_eq!(with("RANK", "16"), "RANK is '16', expected 0 to 15");
+        assert_eq!(with("RANK", "-1"), "RANK is '-1', expected 0 to 15");
+        assert_eq!(with("WORLD_SIZE", "0"), "WORLD_SIZE is 0, expected 1 or more");
+        assert_eq!(with("WORLD_SIZE", "many"), "WORLD_SIZE is 'many', expected 0 to 65536");
+        assert!(with("MASTER_ADDR", "").starts_with("RANK is set, but MASTER_ADDR is not"));
+        assert!(with("MASTER_PORT", "").starts_with("RANK is set, but MASTER_PORT is not"));
+        assert_eq!(with("MASTER_PORT", "70000"), "MASTER_PORT is '70000', expected 1 to 65535");
+        let apart = [
+            ("OMPI_COMM_WORLD_RANK", "1"),
+            ("OMPI_COMM_WORLD_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "0"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "1"),
+        ];
+        assert!(world(&apart).unwrap_err().contains("MASTER_ADDR is not"), "two machines");
+    }
+
+    #[test]
+    fn the_first_machine_of_a_list_of_slurms() {
+        let of = |list| first_node(list);
+        assert_eq!(of("node7").as_deref(), Some("node7"));
+        assert_eq!(of("a,b").as_deref(), Some("a"));
+        assert_eq!(of("gpu[017-018,020],x").as_deref(), Some("gpu017"));
+        assert_eq!(of("r[3,5]-ib").as_deref(), Some("r3-ib"));
+        assert_eq!(of(""), None);
+        assert_eq!(of("gpu[1"), None);
+    }
+}

@@ -1,0 +1,595 @@
+//! Sockets between ranks: every rank has two to rank 0, one for what is said and one to watch each other.
+//!
+//! **Meeting.** Rank 0 listens, the others call until somebody answers, in any order, up to a limit. Each says its number,
+//! how many it counts, its job and version: who does not fit is named, and nobody waits for who cannot come any more.
+//!
+//! **Watching.** A thread for each socket sends a sign of life every two seconds. A rank that dies closes its sockets, one
+//! that fails says why before, and a machine that is lost falls silent: rank 0 tells all others which rank it was. What
+//! a rank waits for then is cut off; if that does not end it in ten seconds, [`Star::join`]'s `on_lost` is called.
+//!
+//! **Summing**, by [`Collective`] for [`Star`], is for tests on one machine: every value goes through rank 0, which adds them
+//! up in the order of the ranks and sends all the same bits. On N ranks that is 8 (N - 1) bytes a value through one
+//! socket after the other, which no one would train with; `Nccl` is for that.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Collective, CollectiveError, World};
+use crate::backend::Values;
+use crate::system;
+
+/// What a call begins with: nobody takes another service for a rank.
+const MAGIC: &[u8; 8] = b"edm2krnk";
+/// Longest greeting, and longest reason.
+const MAX_TEXT: usize = 1 << 20;
+/// Most bytes that a rank says in a meeting.
+const MAX_SAID: u64 = 1 << 32;
+/// A greeting comes at once, or it is none.
+const GREETING: Duration = Duration::from_secs(10);
+const BEAT: Duration = Duration::from_secs(2);
+const TICK: Duration = Duration::from_secs(1);
+/// Ticks without a sign of life until a rank is given up. Ticks, since a process that was stopped for a while (a job that
+/// Slurm suspends) counts one for all that time.
+const SILENT: u32 = 30;
+/// What a rank has to end by itself once another is lost.
+const GRACE: Duration = Duration::from_secs(10);
+/// Longest time that ranks wait for each other. A checkpoint may take minutes; this is for what nobody foresaw.
+const LONGEST: Duration = Duration::from_secs(1800);
+/// Values that are summed at a time.
+const CHUNK: usize = 1 << 16;
+
+/// How long ranks wait for all to come: `EDM2K_RANKS_TIMEOUT` in seconds, or 5 minutes.
+///
+/// # Errors
+/// The variable is no number of seconds.
+pub fn limit() -> Result<Duration, CollectiveError> {
+    let Some(text) = std::env::var_os("EDM2K_RANKS_TIMEOUT") else { return Ok(Duration::from_secs(300)) };
+    let seconds = text.to_str().and_then(|text| text.parse::<u32>().ok()).filter(|&seconds| seconds > 0);
+    let wrong = || format!("EDM2K_RANKS_TIMEOUT is '{}', expected seconds", text.display());
+    seconds.map(|s| Duration::from_secs(s.into())).ok_or_else(|| CollectiveError::Environment(wrong()))
+}
+
+/// What a rank says when it calls.
+#[derive(Serialize, Deserialize)]
+struct Hello {
+    version: String,
+    job: String,
+    rank: usize,
+    size: usize,
+    watch: bool,
+    /// Machine and process, for people.
+    name: String,
+}
+
+/// What it is answered, once all have come.
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    /// The names of all.
+    Welcome(Vec<String>),
+    /// Why there will be no meeting.
+    Refused(String),
+}
+
+/// What a call is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Call {
+    Gather = 1,
+    Sum = 2,
+    Broadcast = 3,
+}
+
+/// What the watching threads share with the rank.
+struct Watch {
+    rank: usize,
+    /// The ranks at the other end, and the sockets to them.
+    peers: Vec<(usize, TcpStream)>,
+    names: Vec<String>,
+    /// The sockets for what is said, to be cut off.
+    links: Vec<TcpStream>,
+    /// Who was lost first, and that somebody waits for it.
+    verdict: Mutex<Option<String>>,
+    reached: Condvar,
+    /// This rank has said goodbye.
+    left: AtomicBool,
+    begun: Instant,
+    /// Milliseconds after `begun` since when this rank waits for others; 0: it does not.
+    waiting: AtomicU64,
+    on_lost: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+/// Rank 0 with a socket to each other rank, or another one with one to rank 0.
+pub struct Star {
+    world: World,
+    links: Vec<TcpStream>,
+    watch: Arc<Watch>,
+}
+
+impl Star {
+    /// Meets the other ranks. `on_lost` is called in a thread of its own, with the name of a rank that is gone, if this one
+    /// does not end by itself: it should end the process.
+    ///
+    /// # Errors
+    /// [`CollectiveError::Address`], [`CollectiveError::Unfit`], [`CollectiveError::Missing`].
+    pub fn join(
+        world: World,
+        limit: Duration,
+        on_lost: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Result<Self, CollectiveError> {
+        let (links, watches, names) = if world.rank == 0 { host(&world, limit)? } else { call(&world, limit)? };
+        let others = if world.rank == 0 { 1..world.size } else { 0..1 };
+        let copies = links.iter().map(TcpStream::try_clone).collect::<io::Result<_>>();
+        let broken = |cause: io::Error| CollectiveError::Address(format!("sockets: {cause}"));
+        for stream in &watches {
+            stream.set_read_timeout(Some(TICK)).map_err(broken)?;
+            stream.set_write_timeout(Some(GREETING)).map_err(broken)?;
+        }
+        let watch = Arc::new(Watch {
+            rank: world.rank,
+            peers: others.zip(watches).collect(),
+            names,
+            links: copies.map_err(broken)?,
+            verdict: Mutex::default(),
+            reached: Condvar::new(),
+            left: AtomicBool::new(false),
+            begun: Instant::now(),
+            waiting: AtomicU64::new(0),
+            on_lost: Box::new(on_lost),
+        });
+        for number in 0..watch.peers.len() {
+            let watch = watch.clone();
+            std::thread::spawn(move || watch.peer(number));
+        }
+        Ok(Self { world, links, watch })
+    }
+
+    /// What to say of a socket that does not work: the watching threads know more.
+    fn broken(&self, peer: usize, cause: &io::Error) -> CollectiveError {
+        let verdict = self.watch.verdict.lock().expect("no thread panics with it");
+        let waited = self.watch.reached.wait_timeout_while(verdict, GRACE, |verdict| verdict.is_none());
+        let known = waited.ok().and_then(|(verdict, _)| verdict.clone());
+        CollectiveError::Lost(known.unwrap_or_else(|| {
+            format!("the connection to {} broke: {cause}", self.watch.names[self.watch.peers[peer].0])
+        }))
+    }
+
+    /// Sends the beginning of a call, and so many bytes.
+    fn send(&mut self, peer: usize, call: Call, bytes: &[u8]) -> Result<(), CollectiveError> {
+        let mut head = vec![call as u8];
+        head.extend((bytes.len() as u64).to_le_bytes());
+        let link = &mut self.links[peer];
+        let sent = link.write_all(&head).and_then(|()| link.write_all(bytes));
+        sent.map_err(|cause| self.broken(peer, &cause))
+    }
+
+    /// Receives the beginning of a call: how many bytes follow.
+    fn expect(&mut self, peer: usize, call: Call) -> Result<u64, CollectiveError> {
+        let mut head = [0; 9];
+        self.links[peer].read_exact(&mut head).map_err(|cause| self.broken(peer, &cause))?;
+        let length = u64::from_le_bytes(*head.last_chunk().expect("nine bytes have eight"));
+        if head[0] != call as u8 || length > MAX_SAID {
+            let name = &self.watch.names[self.watch.peers[peer].0];
+            let what = format!("{name} is at call {} of {length} bytes, this one at {call:?}", head[0]);
+            return Err(CollectiveError::Differs(what));
+        }
+        Ok(length)
+    }
+
+    fn receive(&mut self, peer: usize, call: Call) -> Result<Vec<u8>, CollectiveError> {
+        let mut bytes = vec![0; self.expect(peer, call)? as usize];
+        self.links[peer].read_exact(&mut bytes).map_err(|cause| self.broken(peer, &cause))?;
+        Ok(bytes)
+    }
+
+    /// Receives a call of as many values as this rank has.
+    fn receive_values(&mut self, peer: usize, call: Call, values: &mut [f32]) -> Result<(), CollectiveError> {
+        let (found, expected) = (self.expect(peer, call)?, size_of_val(values) as u64);
+        if found != expected {
+            let name = &self.watch.names[self.watch.peers[peer].0];
+            return Err(CollectiveError::Differs(format!("{name} sends {found} bytes of values, expected {expected}")));
+        }
+        let got = self.links[peer].read_exact(bytemuck::cast_slice_mut(values));
+        got.map_err(|cause| self.broken(peer, &cause))?;
+        // On the way, and on all machines that there are cards for, values are little-endian.
+        Ok(())
+    }
+
+    /// Sums, or takes rank 0's.
+    fn exchange(&mut self, call: Call, values: &mut [f32]) -> Result<(), CollectiveError> {
+        let mut other = vec![0.0; CHUNK.min(values.len())];
+        for values in values.chunks_mut(CHUNK) {
+            let other = &mut other[..values.len()];
+            if self.world.rank > 0 {
+                if call == Call::Sum {
+                    self.send(0, call, bytemuck::cast_slice(values))?;
+                }
+                self.receive_values(0, call, values)?;
+                continue;
+            }
+            if call == Call::Sum {
+                for peer in 0..self.links.len() {
+                    self.receive_values(peer, call, other)?;
+                    values.iter_mut().zip(&*other).for_each(|(sum, x)| *sum += x);
+                }
+            }
+            (0..self.links.len()).try_for_each(|peer| self.send(peer, call, bytemuck::cast_slice(values)))?;
+        }
+        Ok(())
+    }
+
+    fn exchange_anywhere(&mut self, call: Call, values: Values) -> Result<(), CollectiveError> {
+        self.waits();
+        match values {
+            Values::Host(values) => self.exchange(call, values)?,
+            Values::Device(memory) => {
+                let mut copy = vec![0f32; memory.bytes() / 4];
+                memory.read(0, bytemuck::cast_slice_mut(&mut copy))?;
+                self.exchange(call, &mut copy)?;
+                memory.write(0, bytemuck::cast_slice(&copy))?;
+            }
+        }
+        self.watch.waiting.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Collective for Star {
+    fn rank(&self) -> usize {
+        self.world.rank
+    }
+
+    fn size(&self) -> usize {
+        self.world.size
+    }
+
+    fn all_reduce(&mut self, values: Values) -> Result<(), CollectiveError> {
+        self.exchange_anywhere(Call::Sum, values)
+    }
+
+    fn broadcast(&mut self, values: Values) -> Result<(), CollectiveError> {
+        self.exchange_anywhere(Call::Broadcast, values)
+    }
+
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        self.waits();
+        let all = if self.world.rank == 0 {
+            let mut all = vec![own.to_vec()];
+            for peer in 0..self.links.len() {
+                all.push(self.receive(peer, Call::Gather)?);
+            }
+            let lengths = all.iter().flat_map(|said| (said.len() as u64).to_le_bytes());
+            let joined: Vec<u8> = lengths.chain(all.iter().flatten().copied()).collect();
+            (0..self.links.len()).try_for_each(|peer| self.send(peer, Call::Gather, &joined))?;
+            all
+        } else {
+            self.send(0, Call::Gather, own)?;
+            let joined = self.receive(0, Call::Gather)?;
+            taken_apart(&joined, self.world.size)
+                .ok_or_else(|| CollectiveError::Differs("what rank 0 sends is not what all said".into()))?
+        };
+        self.watch.waiting.store(0, Ordering::Relaxed);
+        Ok(all)
+    }
+
+    fn waits(&self) {
+        let now = self.watch.begun.elapsed().as_millis() as u64;
+        self.watch.waiting.store(now.max(1), Ordering::Relaxed);
+    }
+
+    fn leave(&self, failed: Option<&str>) {
+        if self.watch.left.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        match failed {
+            None => self.watch.tell(b'G', ""),
+            Some(why) => {
+                let name = &self.watch.names[self.world.rank];
+                self.watch.tell(b'F', &format!("{name} failed: {why}"));
+            }
+        }
+    }
+}
+
+impl Drop for Star {
+    fn drop(&mut self) {
+        // Without a goodbye the others see that this rank is gone.
+        self.watch.left.store(true, Ordering::SeqCst);
+        self.watch.cut();
+        self.watch.peers.iter().for_each(|(_, peer)| drop(peer.shutdown(Shutdown::Both)));
+    }
+}
+
+/// The parts of what rank 0 joins: lengths, then contents.
+fn taken_apart(joined: &[u8], count: usize) -> Option<Vec<Vec<u8>>> {
+    let (lengths, mut rest) = joined.split_at_checked(8 * count)?;
+    let mut all = Vec::with_capacity(count);
+    for length in lengths.as_chunks::<8>().0 {
+        let (said, behind) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+        all.push(said.to_vec());
+        rest = behind;
+    }
+    rest.is_empty().then_some(all)
+}
+
+// ---- watching -------------------------------------------------------------------------------
+
+impl Watch {
+    /// Sends a letter and a text to everybody at the other end; who is not there any more does not mind.
+    fn tell(&self, letter: u8, text: &str) {
+        let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
+        let message = [&[letter][..], &(text.len() as u32).to_le_bytes(), text].concat();
+        self.peers.iter().for_each(|(_, peer)| drop((&mut &*peer).write_all(&message)));
+    }
+
+    /// Ends all waiting.
+    fn cut(&self) {
+        self.links.iter().for_each(|link| drop(link.shutdown(Shutdown::Both)));
+    }
+
+    /// Watches one other rank until it says goodbye, or this one does.
+    fn peer(&self, number: usize) {
+        let (other, stream) = &self.peers[number];
+        let (mut stream, name) = (stream, &self.names[*other]);
+        let (mut said, mut buffer, mut silent, mut last) = (Vec::new(), [0; 4096], 0, Instant::now());
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => return self.lost(format!("{name} has ended")),
+                Ok(n) => {
+                    said.extend_from_slice(&buffer[..n]);
+                    silent = 0;
+                }
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => silent += 1,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return self.lost(format!("{name} has ended ({e})")),
+            }
+            while let Some((letter, text)) = first_message(&mut said) {
+                match letter {
+                    b'G' => return,
+                    b'F' => return self.lost(text),
+                    _ => {}
+                }
+            }
+            if self.left.load(Ordering::SeqCst) {
+                return;
+            }
+            if silent > SILENT {
+                return self.lost(format!("{name} has been silent for {SILENT} s"));
+            }
+            let since = self.waiting.load(Ordering::Relaxed);
+            if since > 0 && self.begun.elapsed() > Duration::from_millis(since) + LONGEST {
+                let (own, minutes) = (&self.names[self.rank], LONGEST.as_secs() / 60);
+                return self.lost(format!("{own} has waited {minutes} minutes for the other ranks"));
+            }
+            if last.elapsed() >= BEAT {
+                last = Instant::now();
+                // If that fails, reading will tell.
+                let _ = stream.write_all(&[b'.', 0, 0, 0, 0]);
+            }
+        }
+    }
+
+    /// Tells everybody who is gone, the first time, and sees to it that this rank ends.
+    fn lost(&self, who: String) {
+        if self.left.load(Ordering::SeqCst) {
+            return;
+        }
+        {
+            let mut verdict = self.verdict.lock().expect("no thread panics with it");
+            if verdict.is_some() {
+                return;
+            }
+            *verdict = Some(who.clone());
+            // Before this rank can learn of it, and end: the others would only know that this one has.
+            self.tell(b'F', &who);
+        }
+        self.reached.notify_all();
+        self.cut();
+        let lost = Instant::now();
+        while lost.elapsed() < GRACE {
+            if self.left.load(Ordering::SeqCst) {
+                return;
+            }
+            sleep(Duration::from_millis(100));
+        }
+        (self.on_lost)(&who);
+    }
+}
+
+/// Takes the first whole message off what was received: a letter and its text.
+fn first_message(said: &mut Vec<u8>) -> Option<(u8, String)> {
+    let (&letter, rest) = said.split_first()?;
+    let length = u32::from_le_bytes(*rest.first_chunk()?) as usize;
+    let end = 5 + length.min(MAX_TEXT);
+    let text = String::from_utf8_lossy(said.get(5..end)?).into_owned();
+    said.drain(..end);
+    Some((letter, text))
+}
+
+// ---- meeting --------------------------------------------------------------------------------
+
+/// Sockets for what is said and for watching, in the order of the ranks at the other end, and the names of all ranks.
+type Met = (Vec<TcpStream>, Vec<TcpStream>, Vec<String>);
+
+fn hello(world: &World, watch: bool) -> Hello {
+    let (rank, size, job) = (world.rank, world.size, world.job.clone());
+    let name = format!("rank {rank} ({}process {})", host_name(), std::process::id());
+    Hello { version: env!("CARGO_PKG_VERSION").into(), job, rank, size, watch, name }
+}
+
+fn host_name() -> String {
+    system::host_name().map_or(String::new(), |name| format!("{name}, "))
+}
+
+fn write_json(mut stream: &TcpStream, value: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec(value)?;
+    stream.write_all(&[&MAGIC[..], &(text.len() as u32).to_le_bytes(), &text].concat())
+}
+
+fn read_json<T: for<'a> Deserialize<'a>>(mut stream: &TcpStream) -> io::Result<T> {
+    let mut head = [0; 12];
+    stream.read_exact(&mut head)?;
+    let length = u32::from_le_bytes(*head.last_chunk().expect("twelve bytes have four")) as usize;
+    if head[..8] != MAGIC[..] || length > MAX_TEXT {
+        return Err(io::Error::new(ErrorKind::InvalidData, "what answers there is no edm2k"));
+    }
+    let mut text = vec![0; length];
+    stream.read_exact(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Listens where the address says; on all of the machine's addresses unless it is only about this machine.
+fn listen(world: &World) -> Result<TcpListener, CollectiveError> {
+    let World { address, port, .. } = world;
+    let loopback = (&**address, *port).to_socket_addrs().is_ok_and(|mut all| all.all(|at| at.ip().is_loopback()));
+    let listener = match loopback {
+        true => TcpListener::bind((&**address, *port)),
+        false => TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port))
+            .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port))),
+    };
+    listener.map_err(|cause| {
+        let what = "another rank 0 or another program is there? EDM2K_PORT sets another port on all ranks";
+        CollectiveError::Address(format!("rank 0 cannot listen at {address}:{port}: {cause} ({what})"))
+    })
+}
+
+/// Rank 0's side.
+fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
+    let begun = Instant::now();
+    let listener = listen(world)?;
+    let broken = |cause: io::Error| CollectiveError::Address(format!("{}:{}: {cause}", world.address, world.port));
+    listener.set_nonblocking(true).map_err(broken)?;
+    // Of each other rank, for what is said and for watching.
+    let mut come: Vec<[Option<TcpStream>; 2]> = (1..world.size).map(|_| [None, None]).collect();
+    let mut names = vec![hello(world, false).name];
+    names.resize(world.size, String::new());
+    let (sender, callers) = channel::<(TcpStream, Hello)>();
+    let result = loop {
+        if come.iter().flatten().all(Option::is_some) {
+            break Ok(());
+        }
+        if begun.elapsed() > limit {
+            let who: Vec<_> = (1..world.size).filter(|rank| come[rank - 1].iter().any(Option::is_none)).collect();
+            break Err(CollectiveError::Missing { missing: who.len(), size: world.size, who, limit });
+        }
+        match listener.accept() {
+            Ok((stream, _)) => {
+                let sender = sender.clone();
+                // Whoever says nothing holds up nobody.
+                std::thread::spawn(move || {
+                    let greeting = stream
+                        .set_nonblocking(false)
+                        .and_then(|()| stream.set_read_timeout(Some(GREETING)))
+                        .and_then(|()| read_json(&stream));
+                    greeting.map(|hello| sender.send((stream, hello)))
+                });
+            }
+            // None at the moment; or one that has gone already.
+            Err(_) => sleep(Duration::from_millis(10)),
+        }
+        let Ok((stream, caller)) = callers.try_recv() else { continue };
+        if caller.job != world.job {
+            let _ = write_json(&stream, &Answer::Refused("rank 0 belongs to another job".into()));
+            continue;
+        }
+        if let Err(why) = fits(world, &caller, &come, &names) {
+            let _ = write_json(&stream, &Answer::Refused(why.clone()));
+            break Err(CollectiveError::Unfit(why));
+        }
+        names[caller.rank] = caller.name;
+        come[caller.rank - 1][usize::from(caller.watch)] = Some(stream);
+    };
+    let answer = match &result {
+        Ok(()) => Answer::Welcome(names.clone()),
+        Err(why) => Answer::Refused(why.to_string()),
+    };
+    let all = come.iter().filter_map(|[link, _]| link.as_ref());
+    let told = all.map(|link| write_json(link, &answer)).collect::<io::Result<Vec<()>>>();
+    result?;
+    told.map_err(broken)?;
+    let (mut links, mut watches) = (Vec::new(), Vec::new());
+    for [link, watch] in come {
+        links.extend(link);
+        watches.extend(watch);
+    }
+    for stream in &links {
+        stream.set_read_timeout(None).and_then(|()| stream.set_nodelay(true)).map_err(broken)?;
+    }
+    Ok((links, watches, names))
+}
+
+/// Why a caller is none of the ranks that are still missing.
+fn fits(world: &World, caller: &Hello, come: &[[Option<TcpStream>; 2]], names: &[String]) -> Result<(), String> {
+    let Hello { version, rank, size, watch, name, .. } = caller;
+    let own = env!("CARGO_PKG_VERSION");
+    if version != own {
+        return Err(format!("{name} is edm2k {version}, rank 0 is {own}"));
+    }
+    if *size != world.size {
+        return Err(format!("{name} counts {size} ranks, rank 0 counts {}", world.size));
+    }
+    if *rank == 0 || *rank >= world.size {
+        return Err(format!("{name} calls rank 0, expected rank 1 to {}", world.size - 1));
+    }
+    if come[rank - 1][usize::from(*watch)].is_some() || (!names[*rank].is_empty() && names[*rank] != *name) {
+        return Err(format!("two processes have the same number: {} and {name}", names[*rank]));
+    }
+    Ok(())
+}
+
+/// The side of the others.
+fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
+    let World { rank, address, port, .. } = world;
+    let begun = Instant::now();
+    let dial = || -> io::Result<TcpStream> {
+        let mut last = io::Error::new(ErrorKind::NotFound, "no such machine");
+        for place in (&**address, *port).to_socket_addrs()? {
+            match TcpStream::connect_timeout(&place, Duration::from_secs(5)) {
+                // Where nobody listens, a socket may be given that very port, and reach itself.
+                Ok(stream) if stream.local_addr().ok() != stream.peer_addr().ok() => return Ok(stream),
+                Ok(_) => last = ErrorKind::ConnectionRefused.into(),
+                Err(why) => last = why,
+            }
+        }
+        Err(last)
+    };
+    let link = loop {
+        match dial() {
+            Ok(stream) => break stream,
+            Err(cause) if begun.elapsed() > limit => {
+                let seconds = limit.as_secs();
+                let what = format!("rank {rank} found no rank 0 at {address}:{port} within {seconds} s: {cause}");
+                return Err(CollectiveError::Address(what));
+            }
+            Err(_) => sleep(Duration::from_millis(100)),
+        }
+    };
+    let failed = |cause: io::Error| match cause.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            CollectiveError::Lost(format!("rank 0 at {address}:{port} ended before all ranks had come"))
+        }
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            let seconds = begun.elapsed().as_secs();
+            CollectiveError::Address(format!("rank 0 at {address}:{port} said nothing for {seconds} s"))
+        }
+        _ => CollectiveError::Address(format!("{address}:{port}: {cause}")),
+    };
+    // Rank 0 may have begun to wait later than this one.
+    link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
+    write_json(&link, &hello(world, false)).map_err(failed)?;
+    let watch = dial().and_then(|watch| write_json(&watch, &hello(world, true)).map(|()| watch));
+    // Rank 0 may have ended since: then it has said why.
+    let names = match read_json(&link).map_err(failed)? {
+        Answer::Welcome(names) if names.len() == world.size => names,
+        Answer::Welcome(_) => return Err(CollectiveError::Unfit("rank 0 names others than all ranks".into())),
+        Answer::Refused(why) => return Err(CollectiveError::Unfit(format!("rank 0 refuses: {why}"))),
+    };
+    link.set_read_timeout(None).and_then(|()| link.set_nodelay(true)).map_err(failed)?;
+    Ok((vec![link], vec![watch.map_err(failed)?], names))
+}

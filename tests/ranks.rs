@@ -1,0 +1,621 @@
+//! Several processes at one thing: who they are, how they meet, what they compute, and what happens to one happens to all.
+#![cfg(unix)]
+
+use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::AtomicBool;
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use edm2k::backend::cpu::Cpu;
+use edm2k::backend::{Slot, TrainingBackend, Values};
+use edm2k::collective::{Collective, CollectiveError, Star, World};
+use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::safetensors::SafeFile;
+use edm2k::model::{Config, Model};
+use edm2k::params::ParamId;
+use edm2k::pictures::Picture;
+use edm2k::rng::{Purpose, Stream};
+use edm2k::train::{Event, Outcome, Plan, Settings, Splits, train};
+use serde_json::{Value, json};
+
+// ---- meeting --------------------------------------------------------------------------------
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn world(rank: usize, size: usize, port: u16) -> World {
+    World { rank, size, local: rank, address: "127.0.0.1".into(), port, job: "a test".into() }
+}
+
+fn join(world: World, seconds: u64) -> Result<Star, CollectiveError> {
+    Star::join(world, Duration::from_secs(seconds), |_| {})
+}
+
+/// Does `work` on `size` ranks that meet, each in a thread; what it returns on each.
+fn on_ranks<T: Send>(size: usize, work: impl Fn(&mut Star) -> T + Sync) -> Vec<T> {
+    let (port, work) = (free_port(), &work);
+    thread::scope(|scope| {
+        let rank = |rank| scope.spawn(move || work(&mut join(world(rank, size, port), 20).unwrap()));
+        let all: Vec<_> = (0..size).map(rank).collect();
+        all.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// What each of some processes that call themselves ranks is told; each begins after so many milliseconds.
+fn errors(worlds: Vec<(u64, World)>, seconds: u64) -> Vec<Option<String>> {
+    thread::scope(|scope| {
+        let rank = |(delay, world)| {
+            scope.spawn(move || {
+                sleep(Duration::from_millis(delay));
+                join(world, seconds).err().map(|why| why.to_string())
+            })
+        };
+        let all: Vec<_> = worlds.into_iter().map(rank).collect();
+        all.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn sums_are_those_in_the_order_of_the_ranks_with_the_same_bits_on_all() {
+    // Values whose sum depends on the order; more than go through a socket at once.
+    let values = |rank: usize| {
+        let mut values = vec![0.0; 70_001];
+        Stream::new(3, Purpose::Init, rank as u64).normals(&mut values);
+        values.iter_mut().enumerate().for_each(|(i, x)| *x *= 10f32.powi((i * 7 + rank * 3) as i32 % 9 - 4));
+        values
+    };
+    for size in [2, 4] {
+        let found = on_ranks(size, |ranks| {
+            let (mut sum, mut few, mut first) = (values(ranks.rank()), [1.0, 2.0], values(ranks.rank()));
+            ranks.all_reduce(Values::Host(&mut sum)).unwrap();
+            ranks.all_reduce(Values::Host(&mut few)).unwrap();
+            ranks.broadcast(Values::Host(&mut first)).unwrap();
+            ranks.barrier().unwrap();
+            let said = ranks.gather(&vec![ranks.rank() as u8; ranks.rank()]).unwrap();
+            ranks.leave(None);
+            (sum, few, first, said)
+        });
+        let mut expected = values(0);
+        (1..size).for_each(|rank| expected.iter_mut().zip(values(rank)).for_each(|(sum, x)| *sum += x));
+        let said: Vec<Vec<u8>> = (0..size).map(|rank| vec![rank as u8; rank]).collect();
+        for (sum, few, first, heard) in found {
+            assert!(sum.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+            assert_eq!(few, [size as f32, 2.0 * size as f32]);
+            assert!(first == values(0));
+            assert_eq!(heard, said);
+        }
+    }
+}
+
+#[test]
+fn ranks_come_in_any_order() {
+    let port = free_port();
+    let late = [600, 0, 300].into_iter().enumerate().map(|(rank, delay)| (delay, world(rank, 3, port)));
+    assert_eq!(errors(late.collect(), 20), [None, None, None]);
+}
+
+#[test]
+fn who_does_not_come_is_named_to_all_who_came() {
+    let port = free_port();
+    let said = errors(vec![(0, world(0, 4, port)), (0, world(2, 4, port))], 1);
+    let why = "2 of 4 ranks did not come within 1 s: rank 1, rank 3";
+    assert_eq!(said[0].as_deref(), Some(why));
+    assert_eq!(said[1], Some(format!("rank 0 refuses: {why}")));
+
+    let alone = errors(vec![(0, world(1, 2, port))], 1).remove(0).unwrap();
+    assert!(alone.starts_with(&format!("rank 1 found no rank 0 at 127.0.0.1:{port} within 1 s: ")), "{alone}");
+    let nowhere = World { address: "no-such-machine.invalid".into(), ..world(1, 2, port) };
+    let nowhere = errors(vec![(0, nowhere)], 1).remove(0).unwrap();
+    assert!(nowhere.starts_with("rank 1 found no rank 0 at no-such-machine.invalid:"), "{nowhere}");
+}
+
+#[test]
+fn who_does_not_fit_is_named_at_once() {
+    let port = free_port();
+    let begun = Instant::now();
+    let said = errors(vec![(0, world(0, 3, port)), (0, world(1, 3, port)), (400, world(1, 3, port))], 60);
+    for said in &said {
+        assert!(said.as_ref().unwrap().contains("two processes have the same number: rank 1 ("), "{said:?}");
+    }
+    let said = errors(vec![(0, world(0, 2, port)), (0, world(1, 3, port))], 60);
+    assert!(said[0].as_ref().unwrap().contains("counts 3 ranks, rank 0 counts 2"), "{said:?}");
+    let said = errors(vec![(0, world(0, 3, port)), (200, world(0, 3, port)), (400, world(2, 4, port))], 60);
+    assert!(said[1].as_ref().unwrap().contains("another rank 0 or another program is there?"), "{said:?}");
+    assert!(begun.elapsed() < Duration::from_secs(20), "nobody waits for the limit");
+}
+
+#[test]
+fn strangers_and_other_jobs_disturb_no_meeting() {
+    let port = free_port();
+    let said = thread::scope(|scope| {
+        let met = scope.spawn(move || errors(vec![(0, world(0, 2, port)), (900, world(1, 2, port))], 20));
+        sleep(Duration::from_millis(300));
+        let _silent = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let mut rude = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        rude.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let mut huge = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        huge.write_all(b"edm2krnk\xff\xff\xff\xff").unwrap();
+        let other = World { job: "another".into(), ..world(1, 2, port) };
+        let refused = join(other, 20).err().unwrap().to_string();
+        assert_eq!(refused, "rank 0 refuses: rank 0 belongs to another job");
+        met.join().unwrap()
+    });
+    assert_eq!(said, [None, None]);
+}
+
+#[test]
+fn a_rank_that_is_gone_or_fails_is_named_to_those_that_wait() {
+    for (who, failed) in [(0, None), (2, None), (2, Some("the disk is full")), (0, Some("no data"))] {
+        let begun = Instant::now();
+        let said = on_ranks(4, |ranks| {
+            ranks.barrier().unwrap();
+            if ranks.rank() == who {
+                // Not while some are still on their way out of that meeting.
+                sleep(Duration::from_millis(300));
+                failed.iter().for_each(|why| ranks.leave(Some(why)));
+                return None;
+            }
+            let mut values = [1.0];
+            Some(ranks.all_reduce(Values::Host(&mut values)).unwrap_err().to_string())
+        });
+        for (rank, said) in said.iter().enumerate().filter(|(rank, _)| *rank != who) {
+            let said = said.as_ref().unwrap();
+            assert!(said.starts_with(&format!("rank {who} (")) && said.contains("process "), "rank {rank}: {said}");
+            let end = failed.map_or(") has ended".to_owned(), |why| format!(") failed: {why}"));
+            assert!(said.contains(&end), "rank {rank}: {said}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(15));
+    }
+}
+
+#[test]
+fn a_rank_that_is_at_other_work_when_one_is_lost_is_told_too() {
+    let (sender, told) = std::sync::mpsc::channel();
+    let port = free_port();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let tell = move |who: &str| drop(sender.send(who.to_owned()));
+            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), tell).unwrap();
+            let who = told.recv_timeout(Duration::from_secs(30)).unwrap();
+            assert!(who.starts_with("rank 1 (") && who.ends_with(") has ended"), "{who}");
+            drop(ranks);
+        });
+        scope.spawn(move || drop(join(world(1, 2, port), 20).unwrap()));
+    });
+}
+
+// ---- training -------------------------------------------------------------------------------
+
+const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+    "attn_resolutions": [4], "channels_per_head": 8}"#;
+
+/// A directory with a small dataset and a config.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Self { dir };
+        place.prepare("data", 0);
+        fs::write(place.path("config.json"), CONFIG).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A dataset of noise.
+    fn prepare(&self, name: &str, seed: u64) {
+        let pictures = self.path(&format!("pictures-{name}"));
+        fs::create_dir(&pictures).unwrap();
+        let mut lines = String::new();
+        for i in 0..48 {
+            let mut noise = vec![0.0; 8 * 8 * 3];
+            Stream::new(seed, Purpose::Init, i).normals(&mut noise);
+            let rgb = noise.iter().map(|x| (x * 64.0 + 128.0) as u8).collect();
+            Picture::new(8, 8, rgb).save(&pictures.join(format!("{i}.png")), &[]).unwrap();
+            let line = json!({"id": i * 7 + 2, "file": format!("{i}.png"), "tags": [format!("t{}", i % 5)]});
+            lines += &format!("{line}\n");
+        }
+        fs::write(self.path("meta.jsonl"), lines).unwrap();
+        let mut prepare = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        prepare.args("prepare --size 8x8 --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl".split(' '));
+        prepare.arg("--images").arg(&pictures).args(["--out", name]).current_dir(self.dir.path());
+        succeed(&mut prepare);
+    }
+
+    /// `edm2k` with these arguments, as rank number `rank` of `size`; alone for a size of 1.
+    fn rank(&self, rank: usize, size: usize, port: u16, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.args(arguments.split_whitespace()).current_dir(self.dir.path());
+        command.env("RAYON_NUM_THREADS", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
+        if size > 1 {
+            command
+                .env("RANK", rank.to_string())
+                .env("WORLD_SIZE", size.to_string())
+                .env("LOCAL_RANK", rank.to_string());
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+            command.env("EDM2K_RANKS_TIMEOUT", "30");
+        }
+        command
+    }
+
+    /// Starts the same command on all ranks.
+    fn start(&self, size: usize, arguments: &str) -> Vec<Child> {
+        let port = free_port();
+        (0..size).map(|rank| self.rank(rank, size, port, arguments).spawn().unwrap()).collect()
+    }
+
+    /// Runs the same command on all ranks to its end, which is a good one; what rank 0 said.
+    fn run(&self, size: usize, arguments: &str) -> String {
+        let ended = outputs(self.start(size, arguments));
+        ended.iter().for_each(|output| assert!(output.status.success(), "{arguments}: {}", text(output)));
+        for output in &ended[1..] {
+            assert_eq!(text(output), "", "one rank speaks for all");
+        }
+        text(&ended[0])
+    }
+
+    fn newest(&self, out: &str) -> PathBuf {
+        let all = edm2k::train::checkpoint::list(&self.path(out)).unwrap_or_default();
+        all.into_iter().next().expect("a checkpoint")
+    }
+}
+
+fn outputs(children: Vec<Child>) -> Vec<Output> {
+    let waiting = children.into_iter().map(|child| thread::spawn(|| child.wait_with_output().unwrap()));
+    let waiting: Vec<_> = waiting.collect();
+    waiting.into_iter().map(|output| output.join().unwrap()).collect()
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}\n{}", text(&output));
+    text(&output)
+}
+
+/// The options of a run of 12 steps with everything that there is beside; 10 images do not go into 4 shares.
+fn options(out: &str, duration: u64) -> String {
+    format!(
+        "train --data data --config config.json --outdir {out} --batch 10 --rampup 0 --lr 0.01 --device cpu \
+         --cond-dropout 0.2 --dropout 0.1 --status 10 --validate 40 --grid 60 --snapshot 60 --checkpoint 40 --duration {duration}"
+    )
+}
+
+/// The relative distance of two runs' weights, the worst of all parameters.
+fn distance(a: &Path, b: &Path) -> (f64, String) {
+    let (a, b) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
+    let mut worst = (0.0, String::new());
+    for name in a.names().filter(|name| name.starts_with("weight.") || name.starts_with("ema")) {
+        let (a, b) = (a.f32(name).unwrap(), b.f32(name).unwrap());
+        let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let size = a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
+        let error = (difference / size.max(1e-30)).sqrt();
+        if error > worst.0 {
+            worst = (error, name.to_owned());
+        }
+    }
+    worst
+}
+
+fn assert_same_tensors(a: &Path, b: &Path) {
+    let (fa, fb) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
+    for name in fa.names().filter(|&name| name != "checksums") {
+        assert!(fa.bytes(name).unwrap() == fb.bytes(name).unwrap(), "{name} differs: {} {}", a.display(), b.display());
+    }
+}
+
+fn stats(dir: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("stats.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Two runs' statistics are of the same images, and say the same but for rounding.
+fn assert_near(a: &Path, b: &Path) {
+    let (a, b) = (stats(a), stats(b));
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(&b) {
+        for key in ["nimg", "step", "lr", "nonfinite"] {
+            assert_eq!(a[key], b[key], "{key}: {a} {b}");
+        }
+        for key in ["loss", "grad_norm", "validation_loss"] {
+            let (Some(a), Some(b)) = (a[key].as_f64(), b[key].as_f64()) else { continue };
+            // See `the_size_of_micro_batches_changes_rounding_only`: weights differ by rounding that Adam magnifies.
+            assert!((a - b).abs() < 5e-3 * (a.abs() + b.abs()), "{key}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn several_ranks_compute_what_one_does() {
+    let place = Place::new();
+    place.run(1, &options("one", 120));
+    for size in [2, 4] {
+        let out = format!("of-{size}");
+        let said = place.run(size, &options(&out, 120));
+        assert!(said.contains(&format!("{size} ranks on the CPU: gradients go through rank 0, which is for tests")));
+        let far = distance(&place.newest("one"), &place.newest(&out));
+        println!("{size}: {far:?}");
+        // See `the_size_of_micro_batches_changes_rounding_only`. With a rank's share left out or taken twice, each step's
+        // gradient is another one: 1e-1.
+        assert!(far.0 < 5e-3, "{size} ranks: {far:?}");
+        assert_near(&place.path("one"), &place.path(&out));
+        let names = |out: &str| {
+            let names = fs::read_dir(place.path(out)).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut names: Vec<_> = names.collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names("one"), names(&out), "the same files");
+    }
+}
+
+#[test]
+fn all_ranks_have_the_same_bits() {
+    let place = Place::new();
+    let data = Dataset::open(&place.path("data"), Split::Train).unwrap();
+    let mut config: Value = serde_json::from_str(CONFIG).unwrap();
+    (config["img_resolution"], config["img_channels"]) = (8.into(), 3.into());
+    config["label_dim"] = data.condition_dim().into();
+    let config: Config = serde_json::from_value(config).unwrap();
+    let settings = Settings { batch: 7, rampup: 0, ..Settings::new(&data, config.clone(), 63) };
+    let usual = Plan::new(place.path("run"), &settings, &edm2k::Device::open("cpu").unwrap());
+    // One takes its images one by one.
+    let all = on_ranks(3, |ranks| {
+        let data = Dataset::open(&place.path("data"), Split::Train).unwrap();
+        let model = Model::init(&config, ranks.rank() as u64).unwrap(); // rank 0's counts
+        let mut backend = Cpu::<f32>::for_training(&model.table, 2);
+        let (table, batch_gpu) = (model.table.clone(), if ranks.rank() == 1 { 1 } else { 3 });
+        let plan = Plan { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
+        let splits = Splits { train: &data, validation: None };
+        let stop = AtomicBool::new(false);
+        let mut event = |_: Event| {};
+        let done = train(&mut backend, model, &settings, &plan, splits, None, &stop, &mut event, ranks);
+        assert_eq!(done.unwrap(), Outcome::Finished);
+        ranks.leave(None);
+        let slots = [Slot::Weight, Slot::AdamM, Slot::AdamV, Slot::Ema(0), Slot::Ema(1)];
+        let of = |slot| (0..table.len()).map(move |id| (slot, ParamId(id)));
+        let mut read = |(slot, id)| backend.read_param(slot, id).unwrap();
+        slots.into_iter().flat_map(of).flat_map(&mut read).map(f32::to_bits).collect::<Vec<u32>>()
+    });
+    assert!(all[0].len() > 10_000 && all[0].iter().any(|&bits| bits != 0));
+    assert!(all[1] == all[0] && all[2] == all[0]);
+}
+
+#[test]
+fn a_run_goes_on_with_other_numbers_of_ranks() {
+    let place = Place::new();
+    place.run(1, &options("one", 120));
+    place.run(4, &options("some", 40));
+    place.run(2, &options("some", 80));
+    let said = place.run(1, &options("some", 120));
+    assert!(said.contains("resuming from"), "{said}");
+    let far = distance(&place.newest("one"), &place.newest("some"));
+    assert!(far.0 < 5e-3, "{far:?}");
+    assert_near(&place.path("one"), &place.path("some"));
+}
+
+const ENDLESS: &str = "train --data data --config config.json --outdir run --batch 8 --device cpu --grid 0 --validate 0 \
+                       --checkpoint 0 --snapshot 0 --status 800 --duration 10M";
+
+/// Waits until a run is at work.
+fn under_way(place: &Place) {
+    let begun = Instant::now();
+    while !fs::read_to_string(place.path("run/stats.jsonl")).is_ok_and(|text| text.lines().count() > 1) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the run does not begin");
+        sleep(Duration::from_millis(5));
+    }
+}
+
+fn signal(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all_after_the_same_step() {
+    let place = Place::new();
+    for (who, kind) in [(2, "-USR1"), (0, "-TERM")] {
+        let ranks = place.start(3, ENDLESS);
+        under_way(&place);
+        signal(&ranks[who], kind);
+        let ended = outputs(ranks);
+        for (rank, output) in ended.iter().enumerate() {
+            assert_eq!(output.status.code(), Some(130), "rank {rank}: {}", text(output));
+            assert_eq!(text(output).contains("finishing this step"), rank == who, "{}", text(output));
+        }
+        assert!(text(&ended[0]).contains("the same command again goes on from there"), "{}", text(&ended[0]));
+        place.newest("run");
+        fs::remove_file(place.path("run/stats.jsonl")).unwrap();
+    }
+}
+
+#[test]
+fn ranks_killed_at_random_moments_end_the_others_and_lose_nothing() {
+    let place = Place::new();
+    place.run(3, &options("whole", 240));
+    let (mut kills, mut lives) = (0, 0u64);
+    while kills < 5 {
+        let words = Stream::new(11, Purpose::Order, lives).block(0);
+        lives += 1;
+        assert!(lives < 40, "it does not get anywhere");
+        let mut ranks = place.start(3, &options("killed", 240));
+        sleep(Duration::from_millis(u64::from(words[0] % 900)));
+        let who = words[1] as usize % 3;
+        let begun = Instant::now();
+        if ranks[who].try_wait().unwrap().is_some() {
+            outputs(ranks).iter().for_each(|output| assert!(output.status.success(), "{}", text(output)));
+            fs::remove_dir_all(place.path("killed")).unwrap();
+            continue;
+        }
+        signal(&ranks[who], "-KILL");
+        kills += 1;
+        let ended = outputs(ranks);
+        assert!(begun.elapsed() < Duration::from_secs(50), "within a minute");
+        for (rank, output) in ended.iter().enumerate().filter(|(rank, _)| *rank != who) {
+            let said = text(output);
+            let errors: Vec<_> = said.lines().filter(|line| line.starts_with("edm2k: error: ")).collect();
+            // It may have been the last moment, or the first one.
+            let before = errors.len() == 1 && said.contains("rank 0 at 127.0.0.1:") && who == 0;
+            let named = errors.len() == 1 && errors[0].contains(&format!("rank {who} ("));
+            let missed = errors.len() == 1 && errors[0].contains(&format!("rank {who}"));
+            assert!(output.status.success() || named || before || missed, "killed {who}, rank {rank}: {said}");
+            assert!(output.status.success() || output.status.code() == Some(1), "{:?}: {said}", output.status);
+        }
+    }
+    place.run(3, &options("killed", 240));
+    assert_same_tensors(&place.newest("whole"), &place.newest("killed"));
+}
+
+#[test]
+fn what_differs_between_ranks_is_named() {
+    let place = Place::new();
+    place.prepare("other", 1);
+    let with = |changed: &str| {
+        let port = free_port();
+        let options = options("run", 40);
+        let name = changed.split(' ').next().unwrap();
+        let theirs = match options.split(name).nth(1) {
+            Some(rest) => options.replace(&format!("{name} {}", rest.split_whitespace().next().unwrap()), changed),
+            None => format!("{options} {changed}"),
+        };
+        let ranks = [&options, &theirs, &options].map(|options| options.to_owned());
+        let ranks = ranks.iter().enumerate().map(|(rank, options)| place.rank(rank, 3, port, options).spawn().unwrap());
+        let ended = outputs(ranks.collect());
+        for output in &ended {
+            assert_eq!(output.status.code(), Some(1), "{}", text(output));
+            assert!(
+                text(output).lines().filter(|line| line.starts_with("edm2k: error")).count() == 1,
+                "{}",
+                text(output)
+            );
+        }
+        assert!(!place.path("run").exists(), "nothing was begun");
+        text(&ended[0])
+    };
+    let said = with("--seed 7");
+    assert!(said.contains("rank 1 differs from rank 0: seed is 7 there, 0 here"), "{said}");
+    let said = with("--keep 7 --ema 0.1");
+    assert!(said.contains("rank 1 differs from rank 0: ema is [0.1] there, [0.05,0.1] here; keep is 7 there, 3 here"));
+    let said = with("--data other");
+    assert!(said.contains("rank 1 differs from rank 0: data is ") && said.contains("content"), "{said}");
+    let said = with("--lr nan");
+    assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
+}
+
+#[test]
+fn what_the_launcher_says_wrongly_is_one_line() {
+    let place = Place::new();
+    let said = |change: fn(&mut Command) -> &mut Command| {
+        let mut command = place.rank(1, 2, free_port(), &options("run", 40));
+        command.env("EDM2K_RANKS_TIMEOUT", "1");
+        change(&mut command);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(text(&output).lines().count(), 1, "{}", text(&output));
+        text(&output)
+    };
+    assert!(said(|c| c.env("RANK", "2")).contains("error: RANK is '2', expected 0 to 1"));
+    assert!(said(|c| c.env_remove("WORLD_SIZE")).contains("error: RANK is set, but WORLD_SIZE is not"));
+    assert!(said(|c| c.env_remove("MASTER_ADDR")).contains("MASTER_ADDR is not"));
+    assert!(said(|c| c.env("EDM2K_RANKS_TIMEOUT", "soon")).contains("EDM2K_RANKS_TIMEOUT is 'soon'"));
+    assert!(said(|c| c).contains("rank 1 found no rank 0 at 127.0.0.1:"));
+    let few = place.start(3, &options("run", 40).replace("--batch 10", "--batch 2"));
+    for output in outputs(few) {
+        let said = text(&output);
+        assert!(said.contains("a batch of 2 images, expected one at least for each of 3 ranks"), "{said}");
+    }
+}
+
+#[test]
+fn ranks_evaluate_as_one_does() {
+    let place = Place::new();
+    place.run(1, &options("run", 40));
+    let model = fs::read_dir(place.path("run")).unwrap().map(|entry| entry.unwrap().path());
+    let model = model.filter(|path| path.display().to_string().contains("snapshot")).min().unwrap();
+    let eval = format!("eval --data data --json --device cpu --batch 4 --model {}", model.display());
+    let (one, three): (Value, Value) = [1, 3].map(|size| serde_json::from_str(&place.run(size, &eval)).unwrap()).into();
+    for (a, b) in one["levels"].as_array().unwrap().iter().zip(three["levels"].as_array().unwrap()) {
+        for key in ["loss", "error", "logvar"] {
+            let (a, b) = (a[key].as_f64().unwrap(), b[key].as_f64().unwrap());
+            // Sums are made in the same order; batches are cut elsewhere.
+            assert!((a - b).abs() <= 1e-5 * a.abs(), "{key}: {a} {b}");
+        }
+    }
+}
+
+// ---- sampling -------------------------------------------------------------------------------
+
+/// The files of a directory with their contents.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let mut all: Vec<_> =
+        entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect();
+    all.retain(|(name, _)| name != ".edm2k.lock");
+    all.sort();
+    all
+}
+
+#[test]
+fn ranks_and_parts_make_the_files_that_one_process_makes() {
+    let place = Place::new();
+    let emoji = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/emoji.safetensors");
+    // 11 images in batches of 2: six batches.
+    let sample = |out: &str, more: &str| {
+        format!(
+            "sample --model {emoji} --device cpu --steps 2 --seeds 0-9,17 --tags heart --tags cat --batch 2 --outdir {out} {more}"
+        )
+    };
+    place.run(1, &sample("one", ""));
+    let expected = files(&place.path("one"));
+    assert_eq!(expected.len(), 12, "with the grid");
+    let same = |out: &str| {
+        let found = files(&place.path(out));
+        let names = |files: &[(String, Vec<u8>)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&found), names(&expected));
+        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
+        assert!(differ.is_empty(), "{differ:?}");
+    };
+    let said = place.run(3, &sample("ranks", ""));
+    assert!(said.contains("11 images of 32x32"), "{said}");
+    same("ranks");
+
+    let part = |part: &str| succeed(&mut place.rank(0, 1, 0, &sample("parts", &format!("--part {part}"))));
+    let said = part("3/3");
+    assert!(said.contains("3 images of 11: parts. 8 are still missing, of part 1/3, 2/3"), "{said}");
+    assert!(part("1/3").contains("4 are still missing, of part 2/3"));
+    assert!(!place.path("parts/grid.png").exists());
+    // One of another run is none of these.
+    let (mine, other) = (place.path("parts/000001.png"), place.path("parts/000000.png"));
+    let own = fs::read(&mine).unwrap();
+    fs::copy(other, &mine).unwrap();
+    assert!(part("2/3").contains("1 are still missing, of part 1/3"));
+    fs::write(&mine, own).unwrap();
+    fs::remove_file(place.path("parts/000007.png")).unwrap();
+    let again = place.rank(0, 1, 0, &sample("parts", "--part 2/3")).output().unwrap();
+    assert!(text(&again).contains("exists; give --overwrite"), "{}", text(&again));
+    succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 2/3 --overwrite")));
+    succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 3/3 --overwrite")));
+    same("parts");
+
+    for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
+        let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+    let ranks = outputs(place.start(2, &sample("wrong", "--part 1/2")));
+    ranks
+        .iter()
+        .for_each(|output| assert!(text(output).contains("a launcher has started 2 ranks"), "{}", text(output)));
+}
