@@ -16,6 +16,7 @@ use serde_json::json;
 use super::edm2::{Archive, ArchiveError};
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use super::shard::{Shard, ShardError, check_whole};
+use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
@@ -306,6 +307,40 @@ impl Dataset {
         for (x, &bytes) in out.iter_mut().zip(stored.as_chunks::<2>().0) {
             *x = f16::from_le_bytes(bytes).to_f32();
         }
+    }
+}
+
+/// Its conditions are what a model of them learns from; of each only what is asked for is read.
+impl vae::Source for Dataset {
+    fn kind(&self) -> vae::Kind {
+        match self.header.conditioning {
+            Conditioning::Tags => vae::Kind::Tags,
+            Conditioning::Features { .. } => vae::Kind::Dense,
+        }
+    }
+
+    fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    fn conditioning(&self) -> Option<Conditioning> {
+        Some(self.header.conditioning.clone())
+    }
+
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn width(&self) -> usize {
+        self.condition_dim()
+    }
+
+    fn tags(&self, row: usize) -> &[u32] {
+        Dataset::tags(self, row)
+    }
+
+    fn dense(&self, row: usize, out: &mut [f32]) {
+        self.condition(row, out);
     }
 }
 
