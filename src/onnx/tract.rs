@@ -59,7 +59,7 @@ pub fn about(path: &Path) -> Result<About, OnnxError> {
 
 fn port(info: &ValueInfoProto) -> Port {
     let tensor = info.r#type.as_ref().and_then(|of| of.value.as_ref());
-    let tensor = tensor.and_then(|of| if let type_proto::Value::TensorType(tensor) = of { Some(tensor) } else { None });
+    let tensor = tensor.map(|type_proto::Value::TensorType(tensor)| tensor);
     let kind = tensor.and_then(|tensor| DataType::try_from(tensor.elem_type).ok());
     let side = |side: &Dimension| match &side.value {
         Some(dimension::Value::DimValue(side)) => side.to_string(),

@@ -276,6 +276,12 @@ pub enum TrainError {
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
     Settings { path: PathBuf, differences: String },
+    /// The dataset has more images than when the run began.
+    #[error(
+        "{}: made with {then} images ({then_print}), and the dataset has grown to {now} ({now_print}). A run keeps to its \
+         images: begin another --outdir, with --init and a snapshot of this run", path.display()
+    )]
+    Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
     #[error(transparent)]
     Lock(#[from] LockError),
     /// There are checkpoints, but none is whole.
@@ -290,6 +296,18 @@ pub enum TrainError {
          or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
     )]
     Diverged { nimg: u64, what: String, lr: f64, last: Option<PathBuf> },
+}
+
+impl TrainError {
+    /// Whether fewer images at a time may help.
+    fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Backend(why)
+            | Self::Validation(validation::ValidationError::Backend(why))
+            | Self::Grid(grid::GridError::Sample(SampleError::Backend(why))) => why.is_out_of_memory(),
+            _ => false,
+        }
+    }
 }
 
 /// What a run tells while it goes.
@@ -446,7 +464,7 @@ pub fn train<B: TrainingBackend>(
     if plan.restart {
         set_aside(dir, event).at(dir)?;
     }
-    let state = match newest(backend, settings, plan, event)? {
+    let state = match newest(backend, settings, plan, data.train, event)? {
         Some(state) => state,
         None => {
             model.upload(backend, Slot::Weight)?;
@@ -494,6 +512,7 @@ pub fn train<B: TrainingBackend>(
             show,
             batch_gpu: plan.batch_gpu as usize,
             rounds,
+            batch_aside: plan.batch_gpu as usize,
         };
         run.backend.prepare(Slot::Weight, Normalization::Train { rounds })?;
         run.go(stop, event)
@@ -523,6 +542,7 @@ fn newest<B: TrainingBackend>(
     backend: &mut B,
     settings: &Settings,
     plan: &Plan,
+    data: &Dataset,
     event: &mut dyn FnMut(Event),
 ) -> Result<Option<State>, TrainError> {
     let dir = plan.outdir.as_path();
@@ -533,6 +553,13 @@ fn newest<B: TrainingBackend>(
             let mut asked = settings.clone();
             if plan.keep_rampup {
                 asked.rampup = checkpoint.state.settings.rampup;
+            }
+            let then = &checkpoint.state.settings.data;
+            if let (Some(then_print), Some(now_print)) = (then.content, settings.data.content)
+                && data.grown_from(then_print)
+            {
+                let (path, then, now) = (path.clone(), then.images, data.len());
+                return Err(TrainError::Grown { path, then, then_print, now, now_print });
             }
             asked.init = asked.init.or_else(|| checkpoint.state.settings.init.clone());
             let differences = checkpoint.state.settings.differences(&asked);
@@ -591,6 +618,8 @@ struct Run<'a, 's, B: TrainingBackend> {
     /// Images at a time: the plan's, until the device has no memory for them.
     batch_gpu: usize,
     rounds: usize,
+    /// The same in validation and sample grids.
+    batch_aside: usize,
 }
 
 impl<B: TrainingBackend> Run<'_, '_, B> {
@@ -739,22 +768,32 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let loss =
-            self.with_average(|run, batch| validation::loss(run.backend, &run.net, run.settings, data, batch))??;
+        let loss = self.with_average(event, |run, batch| {
+            Ok(validation::loss(run.backend, &run.net, run.settings, data, batch)?)
+        })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
         Ok(())
     }
 
-    /// Does something with the first moving average in the place of the weights, with so many images at a time; what that
-    /// takes is no time of training.
-    fn with_average<T>(&mut self, work: impl FnOnce(&mut Self, usize) -> T) -> Result<T, BackendError> {
+    /// Does something with the first moving average in the place of the weights, with so many images at a time, fewer if
+    /// the device has no memory for them; what that takes is no time of training.
+    fn with_average<T>(
+        &mut self,
+        event: &mut dyn FnMut(Event),
+        mut work: impl FnMut(&mut Self, usize) -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
         let begun = Instant::now();
         self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let done = work(self, self.batch_gpu);
+        let mut batch = self.batch_aside.min(self.batch_gpu);
+        let halved = |why: &TrainError, n| {
+            event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
+        };
+        let done = memory::halving(&mut batch, TrainError::is_out_of_memory, |n| work(self, n), halved);
+        self.batch_aside = batch;
         self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
-        Ok(done)
+        done
     }
 
     /// Samples of the first moving average as a picture.
@@ -763,12 +802,13 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written =
-            self.with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch));
+        let written = self.with_average(event, |run, batch| {
+            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch)?)
+        });
         self.show = Some(show);
-        match written? {
+        match written {
             // A network can be too young to sample from; it may grow up.
-            Err(grid::GridError::Sample(error @ SampleError::NotFinite { .. })) => {
+            Err(TrainError::Grid(grid::GridError::Sample(error @ SampleError::NotFinite { .. }))) => {
                 event(Event::Note(format!("no sample grid: {error}")))
             }
             other => {
