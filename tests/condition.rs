@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use edm2k::condition::prompt::Prompt;
 use edm2k::condition::unit_norm;
-use edm2k::condition::vae::{Kind, Rows, Training, Vae};
+use edm2k::condition::vae::{Kind, Learning, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
@@ -270,6 +270,53 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
     fails(&nan, "NaN");
 }
 
+#[test]
+fn a_training_that_was_saved_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));
+    let tagged = scenes();
+    let dense = features(&tagged, 12);
+    for rows in [scenes(), Rows { kind: Kind::Dense, dense, ..tagged }] {
+        let how = Training { latent: 4, hidden: 8, epochs: 4, batch: 32, ..Training::default() };
+        let bytes = |vae: Vae| {
+            vae.save(&path).unwrap();
+            fs::read(&path).unwrap()
+        };
+        let whole = bytes(Vae::train(&rows, &how, |_, _| ()).unwrap());
+        let mut first = Learning::new(&rows, &how);
+        first.pass(&mut |_| ()).unwrap();
+        first.pass(&mut |_| ()).unwrap();
+        first.save(&progress, None).unwrap();
+        let mut second = Learning::load(&progress, &rows, &how, None).unwrap();
+        assert_eq!(second.passes(), 2);
+        let mut seen = 0;
+        while !second.is_done() {
+            second.pass(&mut |rows| seen += rows).unwrap();
+        }
+        assert_eq!(seen, 2 * rows.tags.len());
+        assert!(bytes(second.finish().unwrap()) == whole, "{:?}", rows.kind);
+
+        let good = fs::read(&progress).unwrap();
+        let refused = |rows: &Rows, how: &Training, expected: &str| {
+            let error = Learning::load(&progress, rows, how, None).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}; expected {expected}");
+        };
+        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with the options");
+        let mut bad = good.clone();
+        *bad.last_mut().unwrap() ^= 1;
+        fs::write(&progress, &bad).unwrap();
+        refused(&rows, &how, "damaged: its checksum; remove it");
+        fs::write(&progress, &good[..good.len() / 2]).unwrap();
+        refused(&rows, &how, "damaged: ");
+        fs::write(&progress, &good).unwrap();
+        let Rows { mut tags, vocabulary, dense, .. } = rows;
+        let width = dense.len() / tags.len();
+        tags.pop();
+        let fewer = Rows { tags, vocabulary, dense: dense[..dense.len() - width].to_vec(), ..rows };
+        refused(&fewer, &how, "of a training with the data");
+    }
+}
+
 // ---- the command line -----------------------------------------------------------------------
 
 fn edm2k(dir: &Path, arguments: &[&str]) -> assert_cmd::assert::Assert {
@@ -309,4 +356,36 @@ fn the_commands_work_together_on_real_tags() {
     assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");
     assert!(refused(edm2k(dir, &["train", "--data", ".", "--out", "x"])).contains("vocabulary.json"));
     assert!(refused(edm2k(dir, &["train", "--data", emoji, "--out", "no/x"])).contains("does not exist"));
+}
+
+#[test]
+fn a_training_that_is_killed_goes_on_with_the_same_command() {
+    let emoji: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
+    let dir = tempfile::tempdir().unwrap();
+    let train = |out: &str, epochs: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.args(["condition", "train", "--epochs", epochs, "--data"]).arg(&emoji).arg("--out").arg(out);
+        command.current_dir(dir.path()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+        command
+    };
+    let said = |mut command: std::process::Command| {
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(said(train("whole.safetensors", "40")).0, Some(0));
+    let mut child = train("c.safetensors", "40").spawn().unwrap();
+    let progress = dir.path().join("c.safetensors.progress");
+    while !progress.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(progress.exists() && !dir.path().join("c.safetensors").exists(), "it was killed in time");
+    let (code, text) = said(train("c.safetensors", "41"));
+    assert!(code == Some(1) && text.contains("of a training with the options") && text.lines().count() == 1, "{text}");
+    let (code, text) = said(train("c.safetensors", "40"));
+    assert!(code == Some(0) && text.contains("going on after "), "{text}");
+    let read = |name: &str| fs::read(dir.path().join(name)).unwrap();
+    assert!(read("c.safetensors") == read("whole.safetensors"));
+    assert!(!progress.exists());
 }

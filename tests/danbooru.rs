@@ -226,7 +226,7 @@ impl Place {
 }
 
 fn shards(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()).filter(|entry| entry.path().is_file());
     entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
 }
 
@@ -342,6 +342,46 @@ fn a_killed_run_is_gone_on_with_and_gives_the_same_bytes() {
     assert!(said.contains("train-00001.safetensors: 4 images (") && said.contains(" a second)"), "{said}");
     assert!(shards(&place.path("out")) == whole);
     assert!(place.fails("--rating g,s").contains("made before with records 36 ("), "another filter");
+}
+
+#[test]
+fn headers_of_archives_are_read_once_and_again_when_they_change() {
+    let place = Place::new(&Danbooru::miniature());
+    let said = |place: &Place| {
+        let done = place.prepare("out", "").success();
+        String::from_utf8(done.get_output().stderr.clone()).unwrap()
+    };
+    let noted = "archives, by what was noted of them";
+    // Of files that have only just changed nothing is noted.
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    assert!(!said(&place).contains(noted));
+    let whole = shards(&place.path("out"));
+    let notes = || fs::read_dir(place.path("out/archives")).unwrap().map(|entry| entry.unwrap().path());
+    assert!(notes().count() > 2);
+    for name in ["train-00001.safetensors", "validation-00000.safetensors"] {
+        fs::remove_file(place.path("out").join(name)).unwrap();
+    }
+    assert!(said(&place).contains(noted));
+    assert!(shards(&place.path("out")) == whole, "by the notes, the same pictures are found");
+
+    // A damaged note is made again.
+    let note = notes().min().unwrap();
+    let good = fs::read(&note).unwrap();
+    for bad in [good[..good.len() - 5].to_vec(), good.iter().map(|&b| if b == b'7' { b'8' } else { b }).collect()] {
+        fs::write(&note, &bad).unwrap();
+        assert!(!said(&place).contains(noted));
+        assert!(fs::read(&note).unwrap() == good);
+    }
+    // A picture that was taken away from an archive is missed, though the archive's length is the same.
+    let tar = place.path("danbooru/original/data-0000.tar");
+    let mut bytes = fs::read(&tar).unwrap();
+    let mut header = tar::Header::new_gnu();
+    header.as_mut_bytes().copy_from_slice(&bytes[..512]);
+    header.as_mut_bytes()[0] = b'x';
+    header.set_cksum();
+    bytes[..512].copy_from_slice(header.as_bytes());
+    fs::write(&tar, bytes).unwrap();
+    assert!(place.fails("").contains("made before with records 36 ("));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Kind, Split};
-use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, prepare};
+use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::decode::decode;
 use edm2k::rng::{Purpose, Stream};
@@ -400,6 +400,323 @@ fn a_picture_that_was_replaced_is_noticed_whatever_its_length_and_date() {
     fs::remove_file(shop.dir.path().join("out/train-00000.safetensors")).unwrap();
     assert_eq!(kept().unwrap(), 1);
     assert_eq!(pixels(&shop.open(Split::Train), 5)[0], [200, 7, 9]);
+}
+
+// ---- datasets that grow and change ----------------------------------------------------------
+
+/// Ids, tags in words, conditions and images of all splits.
+type Content = Vec<(i64, String, Vec<f32>, Vec<f32>)>;
+
+fn content(dir: &Path) -> Content {
+    let mut all = Content::new();
+    for split in Split::ALL {
+        let Ok(data) = Dataset::open(dir, split) else { continue };
+        for i in 0..data.len() {
+            let mut image = vec![0.0; data.shape().iter().product()];
+            data.image(i, NOISE, &mut image).unwrap();
+            let mut condition = vec![0.0; data.condition_dim()];
+            data.condition(i, &mut condition);
+            all.push((data.id(i), data.vocabulary().words(data.tags(i)), condition, image));
+        }
+    }
+    all.sort_by_key(|image| image.0);
+    all
+}
+
+/// A dataset of the gallery, and six pictures more in the metadata, one of them broken, one without a known tag.
+fn grown() -> Workshop {
+    let mut shop = gallery();
+    shop.prepare();
+    for (id, tag) in [(11, "a"), (21, "b"), (201, "c"), (202, "b"), (203, "new")] {
+        shop.image(id, solid(18, 18, [id as u8, 3, 9]), &[tag]);
+    }
+    fs::write(shop.file("204.png"), "x").unwrap();
+    shop.record(204, "204.png", &["a"]);
+    shop
+}
+
+#[test]
+fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
+    let shop = grown();
+    let out = shop.dir.path().join("out");
+    let (before, old) = (read_dir(&out), content(&out));
+    let print = shop.open(Split::Train).fingerprint().unwrap();
+    let error = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(error.contains("made before with records 41 (") && error.contains("--add adds"), "{error}");
+
+    // A smaller shard, another source: only what makes pictures and conditions must be the same.
+    let settings = Settings { shard_size: 3, licence: "CC BY".into(), ..shop.settings() };
+    let summary = add(&shop.folder(), &settings, None, &|_| ()).unwrap();
+    assert_eq!((summary.records, summary.skipped), (47, 41));
+    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 1)]));
+    assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [34, 4, 7]);
+    assert_eq!(counts(&summary, Split::Train).untagged, 1);
+    let after = read_dir(&out);
+    for (name, bytes) in before.iter().filter(|(name, _)| *name != "summary.json") {
+        assert!(after[name] == *bytes, "{name} has changed");
+    }
+    let names: Vec<_> = after.keys().filter(|name| !before.contains_key(*name)).collect();
+    assert!(names.len() == 2, "{names:?}");
+    let data = shop.open(Split::Train);
+    assert_eq!(data.header().licence, "CC0; CC BY");
+    assert!(data.grown_from(print) && !data.grown_from(data.fingerprint().unwrap()));
+    let new = content(&out);
+    assert_eq!(new.len(), old.len() + 5);
+    assert!(old.iter().all(|image| new.contains(image)));
+    let of = |id: i64| new.iter().find(|image| image.0 == id).unwrap();
+    assert_eq!((of(21).1.as_str(), of(203).1.as_str()), ("b", ""));
+    assert_eq!(pixels(&shop.open(Split::Test), 201)[7], [201, 3, 9]);
+
+    // Nothing is left to do, and the broken picture is not tried again.
+    let again = add(&shop.folder(), &settings, None, &|event| assert!(!matches!(event, Event::Shard { .. }))).unwrap();
+    assert_eq!((again.skipped, again.dropped.0.len()), (47, 0));
+    // A shard that was added and is gone is missed.
+    let error = prepare(&gallery_of(&shop), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(error.contains(": added later; --add goes on with that"), "{error}");
+}
+
+/// The metadata of the first preparation.
+fn gallery_of(shop: &Workshop) -> Folder {
+    let metadata = shop.dir.path().join("first.jsonl");
+    fs::write(&metadata, shop.lines[..41].join("\n")).unwrap();
+    Folder { metadata, ..shop.folder() }
+}
+
+#[test]
+fn what_does_not_fit_a_dataset_is_not_added_to_it() {
+    let shop = grown();
+    let out = shop.dir.path().join("out");
+    let before = read_dir(&out);
+    let refused = |settings: Settings, expected: &str| {
+        let error = add(&shop.folder(), &settings, None, &|_| ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}; expected {expected}");
+        assert!(read_dir(&out) == before, "files were changed");
+    };
+    refused(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
+    let ids: Vec<i64> = (-20..210).collect();
+    write_features(shop.dir.path(), &ids, 4, &vec![1.0; 4 * ids.len()], None);
+    let features = Some((shop.dir.path().join("full.safetensors"), None));
+    refused(
+        Settings { features, ..shop.settings() },
+        "made before with conditions of 4 values of tags, now 4 values of",
+    );
+    let nowhere = Settings { out: shop.dir.path().join("nowhere"), ..shop.settings() };
+    let error = add(&shop.folder(), &nowhere, None, &|_| ()).unwrap_err().to_string();
+    assert!(error.contains("nowhere: no dataset is there, expected one to add to"), "{error}");
+    assert!(!nowhere.out.exists());
+}
+
+/// The program, killed as soon as something is true; whether it had not ended before.
+fn killed_when(arguments: &[&str], mut done: impl FnMut() -> bool) -> bool {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.args(arguments).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut child = command.spawn().unwrap();
+    while !done() {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
+}
+
+#[test]
+fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
+    let mut shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    for id in 300..420 {
+        shop.image(id, solid(18, 18, [id as u8, 3, 9]), &["a"]);
+    }
+    let (folder, settings) = (shop.folder(), shop.settings());
+    let path = |path: &Path| path.to_str().unwrap().to_string();
+    let (images, metadata, place) = (path(&folder.images), path(&folder.metadata), path(&out));
+    let arguments = [
+        "prepare",
+        "--add",
+        "--images",
+        &images,
+        "--metadata",
+        &metadata,
+        "--out",
+        &place,
+        "--size",
+        "16x16",
+        "--vocabulary",
+        "8",
+        "--validation-modulus",
+        "10",
+        "--shard-size",
+        "4",
+        "--source",
+        "made up",
+        "--licence",
+        "CC0",
+    ];
+    let (old, first) = (content(&out), read_dir(&out));
+    let pending = |least: usize| fs::read_dir(out.join("pending")).is_ok_and(|files| files.count() >= least);
+    let mut states = Vec::new();
+    for least in [1, 5, 12, 20] {
+        assert!(killed_when(&arguments, || pending(least)), "it ended before it had {least} shards");
+        let now = content(&out);
+        states.push(now.len());
+        assert!(now == old, "{least}: {} images, {} before", now.len(), old.len());
+    }
+    // What was made is kept.
+    let kept = Mutex::new(0);
+    let count = |event: Event| *kept.lock().unwrap() += usize::from(matches!(event, Event::Shard { kept: true, .. }));
+    let summary = add(&folder, &settings, None, &count).unwrap();
+    assert!(kept.into_inner().unwrap() >= 12, "{states:?}");
+    let whole = content(&out);
+    assert_eq!((summary.skipped, whole.len()), (41, old.len() + 120));
+    assert!(!out.join("pending").exists());
+
+    // A kill between the moment at which it counts and the last file's move.
+    let files = read_dir(&out);
+    let mut added: Vec<_> = files.keys().filter(|name| !first.contains_key(*name)).collect();
+    added.sort();
+    assert!(added.len() > 25, "{added:?}");
+    fs::create_dir(out.join("pending")).unwrap();
+    for name in &added {
+        fs::rename(out.join(name), out.join("pending").join(name)).unwrap();
+    }
+    assert!(content(&out) == old, "without the mark, the old one");
+    fs::write(out.join("pending/ready"), "").unwrap();
+    assert!(content(&out) == whole, "with the mark, the new one");
+    for name in &added[..20] {
+        fs::rename(out.join("pending").join(name), out.join(name)).unwrap();
+    }
+    assert!(content(&out) == whole, "with the mark, and some in their places");
+    add(&folder, &settings, None, &|_| ()).unwrap();
+    assert!(content(&out) == whole && !out.join("pending").exists());
+    assert_eq!(read_dir(&out).len(), files.len());
+}
+
+#[test]
+fn tags_and_conditions_are_changed_without_the_pictures() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let before = content(&out);
+    let lines: Vec<_> =
+        shop.lines.iter().map(|line| line.replace("\"a\"", "\"first\"").replace("[\"b\"", "[\"a\", \"b\"")).collect();
+    let metadata = shop.dir.path().join("other.jsonl");
+    fs::write(&metadata, lines.join("\n")).unwrap();
+    let other = Folder { metadata: metadata.clone(), ..shop.folder() };
+    let settings = shop.settings();
+    // No picture is looked at.
+    let (images, hidden) = (shop.dir.path().join("images"), shop.dir.path().join("hidden"));
+    fs::rename(&images, &hidden).unwrap();
+    fs::create_dir(&images).unwrap();
+    let summary = retag(&other, &settings, &|_| ()).unwrap();
+    fs::remove_dir(&images).unwrap();
+    fs::rename(&hidden, &images).unwrap();
+    assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [32, 4, 4]);
+    let after = content(&out);
+    let vocabulary = Vocabulary::load(&out.join("vocabulary.json")).unwrap();
+    assert_eq!(vocabulary.len(), 5);
+    for ((id, was, _, image), (same, now, condition, kept)) in before.iter().zip(&after) {
+        assert!(id == same && image == kept, "{id}");
+        let expected = match was.split(", ").next().unwrap() {
+            "all" => match was.as_str() {
+                "all, a" => "all, first",
+                "all, b" => "all, a, b",
+                other => other,
+            },
+            other => panic!("{other}"),
+        };
+        let sorted = |text: &str| {
+            let mut words: Vec<_> = text.split(", ").map(str::to_owned).collect();
+            words.sort();
+            words
+        };
+        assert_eq!(sorted(now), sorted(expected), "{id}");
+        let hot = vocabulary.multi_hot(&vocabulary.parse(now).unwrap().places());
+        assert!(condition.iter().zip(hot).all(|(x, y)| (x - y).abs() < 1e-3), "{id}");
+    }
+    // The records are those of the dataset now; of pictures it is noted how long their files are.
+    retag(&other, &settings, &|_| ()).unwrap();
+    prepare(&other, &settings, None, &|event| assert!(!matches!(event, Event::Shard { kept: false, .. }))).unwrap();
+
+    let ids: Vec<i64> = before.iter().map(|image| image.0).collect();
+    let values: Vec<f32> = (0..6 * ids.len()).map(|i| (i % 7) as f32 + 1.0).collect();
+    write_features(shop.dir.path(), &ids, 6, &values, None);
+    let features = Some((shop.dir.path().join("full.safetensors"), None));
+    let with = Settings { features, ..settings.clone() };
+    retag(&other, &with, &|_| ()).unwrap();
+    let data = shop.open(Split::Train);
+    assert!(matches!(data.header().conditioning, Conditioning::Features { .. }) && data.condition_dim() == 6);
+    // Without a file of features, they stay.
+    let featured = content(&out);
+    retag(&shop.folder(), &settings, &|_| ()).unwrap();
+    for ((_, _, was, image), (id, words, now, kept)) in featured.iter().zip(content(&out)) {
+        assert!(*was == now && *image == kept && !words.contains("first"), "{id}");
+    }
+
+    let (files, state) = (read_dir(&out), content(&out));
+    let refused = |folder: &Folder, settings: &Settings, expected: &str| {
+        let error = retag(folder, settings, &|_| ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}; expected {expected}");
+        assert!(read_dir(&out) == files);
+    };
+    fs::write(&metadata, lines[3..].join("\n")).unwrap();
+    refused(&other, &settings, "other.jsonl: no record for 3 images of the dataset, such as id ");
+    write_features(shop.dir.path(), &ids[1..], 6, &values[6..], None);
+    refused(&shop.folder(), &with, "full.safetensors: no feature for 1 images of the dataset, such as id -20");
+    refused(&shop.folder(), &Settings { size: [8, 16], ..settings.clone() }, "made before with size 16x16, now 8x16");
+
+    // A kill before the mark: as it was.
+    fs::create_dir(out.join("pending")).unwrap();
+    fs::write(out.join("pending/vocabulary.json"), "[]").unwrap();
+    fs::write(out.join("pending/train-00000.safetensors"), "half").unwrap();
+    assert!(content(&out) == state);
+    retag(&shop.folder(), &settings, &|_| ()).unwrap();
+    assert!(content(&out) == state && !out.join("pending").exists());
+}
+
+#[test]
+fn the_command_adds_and_retags() {
+    let shop = grown();
+    let (folder, out) = (shop.folder(), shop.settings().out);
+    let path = |path: &Path| path.to_str().unwrap().to_string();
+    let (images, metadata, place) = (path(&folder.images), path(&folder.metadata), path(&out));
+    let common = [
+        "prepare",
+        "--images",
+        &images,
+        "--metadata",
+        &metadata,
+        "--out",
+        &place,
+        "--size",
+        "16x16",
+        "--vocabulary",
+        "8",
+        "--validation-modulus",
+        "10",
+        "--shard-size",
+        "4",
+        "--source",
+        "made up",
+        "--licence",
+        "CC0",
+    ];
+    let run = |more: &[&str]| here(&[&common, more].concat()).assert();
+    let text = printed(run(&["--add"]));
+    assert!(
+        text.contains("train            34 images") && text.contains("skipped          41 there already"),
+        "{text}"
+    );
+    let text = printed(run(&["--retag"]));
+    assert!(
+        text.contains("vocabulary        5 tags") && text.contains("skipped           2 not of the dataset"),
+        "{text}"
+    );
+    let words = content(&out).into_iter().find(|image| image.0 == 203).unwrap().1;
+    assert_eq!(words, "new");
+    assert!(refused(run(&["--add", "--retag"])).contains("cannot be used with"));
 }
 
 #[test]

@@ -1,13 +1,20 @@
 //! `edm2k info`, what it says of models, datasets and everything else; and `edm2k bench`, which measures a machine.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use edm2k::formats::safetensors::SafeFile;
+use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use serde_json::Value;
 
+#[path = "common/autoencoder.rs"]
+mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
+#[cfg(feature = "onnx")]
+#[path = "common/onnx.rs"]
+mod onnx;
 use command::{here, printed, refused_in_one_line};
 
 fn info(arguments: &[&str]) -> assert_cmd::assert::Assert {
@@ -140,12 +147,11 @@ fn files_of_another_kind_are_called_what_they_are() {
     let dir = tempfile::tempdir().unwrap();
     let zip = b"PK\x03\x04\x14\0\0\0archive/data.pkl";
     for (name, bytes, expected) in [
-        ("m.ckpt", &zip[..], "it is a PyTorch checkpoint"),
-        ("m.pkl", b"\x80\x02}q\0.........", "it is a Python pickle (.pkl, .pt, .ckpt); `edm2k import`"),
-        ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "it is a NumPy archive (.npz)"),
+        ("m.ckpt", &zip[..], "not a file of weights: byte 0: a damaged zip"),
+        ("m.pkl", b"\x80\x02}q\0.........", "`edm2k import` reads NVIDIA's snapshots"),
+        ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "not a file of weights"),
         ("m.html", b"<!doctype html><title>Sign in</title>", "it is a web page (HTML)"),
         ("m.lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "it is a Git LFS pointer"),
-        ("m.onnx", b"\x08\x08\x12\x07pytorch", "it is an ONNX file"),
     ] {
         let path = dir.path().join(name);
         fs::write(&path, bytes).unwrap();
@@ -159,4 +165,194 @@ fn files_of_another_kind_are_called_what_they_are() {
     assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
     assert!(refused(&pipe).contains("it is a pipe, not a regular file"));
     assert!(refused(Path::new("/dev/zero")).contains("it is a device, not a regular file"));
+}
+
+// ---- runs, and the networks beside the U-Net ------------------------------------------------
+
+/// A run of two steps on the committed emoji, in a directory.
+fn run(dir: &Path) -> PathBuf {
+    let (config, out) = (dir.join("config.json"), dir.join("run"));
+    let json = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}"#;
+    fs::write(&config, json).unwrap();
+    let options = "--duration 16 --batch 8 --ema 0.05,0.10 --snapshot 16 --checkpoint 8 --grid 0 --device cpu";
+    let mut arguments = vec!["train", "--data", "tests/data/emoji"];
+    arguments.extend(["--config", config.to_str().unwrap(), "--outdir", out.to_str().unwrap()]);
+    arguments.extend(options.split(' '));
+    here(&arguments).assert().success();
+    out
+}
+
+fn export(arguments: &[&str], out: &Path) -> assert_cmd::assert::Assert {
+    here(&[&["export", "--out", out.to_str().unwrap()], arguments].concat()).assert()
+}
+
+#[test]
+fn a_checkpoint_becomes_the_snapshot_that_its_run_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = run(dir.path());
+    let checkpoint = run.join("checkpoint-000000016.safetensors");
+    let (shown, out) = (checkpoint.to_str().unwrap(), dir.path().join("m.safetensors"));
+    let from = ["--from-checkpoint", shown];
+    let made = |more: &[&str]| {
+        export(&[&from, more].concat(), &out).success();
+        let bytes = fs::read(&out).unwrap();
+        fs::remove_file(&out).unwrap();
+        bytes
+    };
+    let snapshot = |std: &str| fs::read(run.join(format!("snapshot-000000016-{std}.safetensors"))).unwrap();
+    assert!(made(&[]) == snapshot("0.050"), "the first average");
+    assert!(made(&["--ema", "0.10"]) == snapshot("0.100"), "the second average");
+
+    export(&[&from[..], &["--ema", "none", "--dtype", "f32"]].concat(), &out).success();
+    let (model, whole) = (SafeFile::open(&out).unwrap(), SafeFile::open(&checkpoint).unwrap());
+    assert!(!model.metadata()["edm2k"].contains("ema_std"), "{:?}", model.metadata());
+    for name in model.names() {
+        assert_eq!(model.bytes(name).unwrap(), whole.bytes(&format!("weight.{name}")).unwrap(), "{name}");
+    }
+    fs::remove_file(&out).unwrap();
+
+    let refused = |arguments: &[&str], expected: &str| {
+        let said = refused_in_one_line(export(arguments, &out));
+        assert!(said.contains(expected) && !out.exists(), "{said}; expected {expected}");
+    };
+    refused(&[&from[..], &["--ema", "0.2"]].concat(), "--ema 0.2: the averages in ");
+    refused(&["--from-checkpoint", "demo/emoji.safetensors"], "emoji.safetensors: no checkpoint of a run");
+    refused(&[shown], "a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it");
+    let mut bytes = fs::read(&checkpoint).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&checkpoint, bytes).unwrap();
+    refused(&from, "damaged: checksum of tensor ");
+}
+
+#[test]
+fn runs_and_checkpoints_tell_how_far_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = run(dir.path());
+    let shown = run.to_str().unwrap();
+    info(&[shown])
+        .success()
+        .stdout(contains("trained on     16 of 16 images, 2 steps of 8"))
+        .stdout(contains("averages       0.05, 0.1\n"))
+        .stdout(contains("checkpoints    2, the newest checkpoint-000000016.safetensors"))
+        .stdout(contains("snapshots      2, the newest snapshot-000000016-0.100.safetensors"));
+    let about = json(&[shown]);
+    let lines = fs::read_to_string(run.join("stats.jsonl")).unwrap();
+    let loss = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).last();
+    assert_eq!((about["kind"].as_str(), about["latest"]["loss"].as_f64()), (Some("run"), loss));
+
+    let newest = run.join("checkpoint-000000016.safetensors");
+    let name = newest.to_str().unwrap();
+    info(&[name]).success().stdout(contains("computed on    the CPU")).stdout(contains("model_channels"));
+    info(&["--check", name]).success().stdout(contains("checked        all tensors are whole"));
+    let about = json(&[name]);
+    assert_eq!((about["kind"].as_str(), about["state"]["nimg"].as_u64()), (Some("checkpoint"), Some(16)));
+    refused_in_one_line(info(&["--check", shown]));
+
+    // A flipped bit is found by who reads all of it.
+    let good = fs::read(&newest).unwrap();
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    fs::write(&newest, &bad).unwrap();
+    assert!(refused_in_one_line(info(&["--check", name])).contains("damaged: checksum of tensor "));
+    // One in the metadata by everybody; the run has an older checkpoint.
+    let at = good.windows(8).position(|bytes| bytes == br#"\"nimg\""#).unwrap();
+    let mut bad = good.clone();
+    bad[at + 2] = b'N';
+    fs::write(&newest, &bad).unwrap();
+    assert!(refused(&newest).contains("damaged: checksum of the metadata"));
+    info(&[shown])
+        .success()
+        .stdout(contains("trained on     8 of 16 images"))
+        .stdout(contains("damaged        ").and(contains("checkpoint-000000016.safetensors: damaged: ")));
+    fs::write(&newest, &good[..good.len() / 2]).unwrap();
+    assert!(refused(&newest).contains("(truncated?)"));
+}
+
+#[test]
+fn a_condition_model_tells_what_it_invents() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.safetensors");
+    let name = path.to_str().unwrap();
+    here(&["condition", "train", "--data", "tests/data/emoji", "--out", name, "--epochs", "1"]).assert().success();
+    info(&[name])
+        .success()
+        .stdout(contains("a model that invents conditions"))
+        .stdout(contains("conditions are tags"))
+        .stdout(contains("vocabulary     64 tags: "));
+    let about = json(&[name]);
+    // (D + V) 2Z + 2Z, (Z + V) H + H and H D + D, of D = V = 64, Z = 32, H = 256.
+    let parameters = 128 * 64 + 64 + 96 * 256 + 256 + 256 * 64 + 64;
+    assert_eq!((about["kind"].as_str(), about["parameters"].as_u64()), (Some("condition model"), Some(parameters)));
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    let at = good.windows(10).position(|bytes| bytes == br#"\"latent\""#).unwrap();
+    bad[at + 2] = b'L';
+    fs::write(&path, bad).unwrap();
+    assert!(refused(&path).contains("metadata \"condition_model\": unknown field `Latent`"));
+}
+
+#[test]
+fn an_autoencoder_tells_which_it_is_and_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vae.safetensors");
+    let whole = autoencoder::sd_vae(&[32, 64], 1);
+    autoencoder::write(&path, &whole);
+    info(&[path.to_str().unwrap()])
+        .success()
+        .stdout(contains("an autoencoder: the SD-VAE, encoder and decoder"))
+        .stdout(contains("factor         2 pixels for a latent"))
+        .stdout(contains("channels       32, 64"));
+    let mut half = autoencoder::taesd(8);
+    let about = |file: &autoencoder::File| {
+        autoencoder::write(&path, file);
+        json(&[path.to_str().unwrap()])
+    };
+    let made_by = about(&half)["fingerprint"].clone();
+    half.retain(|name, _| name.starts_with("decoder"));
+    let decoder = half.iter().map(|(name, value)| {
+        let (number, rest) = name.strip_prefix("decoder.layers.").unwrap().split_once('.').unwrap();
+        (format!("{}.{rest}", number.parse::<usize>().unwrap() + 1), value.clone())
+    });
+    let decoder = about(&decoder.collect());
+    assert!(made_by.is_string() && decoder["fingerprint"].is_null(), "{made_by} {decoder}");
+    assert_eq!((&decoder["encoder"], &decoder["decoder"]), (&Value::from(false), &Value::from(true)));
+    let mut lacking = whole;
+    lacking.remove("encoder.conv_out.bias");
+    autoencoder::write(&path, &lacking);
+    assert!(refused(&path).contains("encoder.conv_out.bias"));
+}
+
+#[cfg(feature = "onnx")]
+#[test]
+fn an_onnx_file_tells_what_goes_in_and_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tagger.onnx");
+    let good = onnx::Tagger::new(9, 6).file();
+    fs::write(&path, &good).unwrap();
+    info(&[path.to_str().unwrap()])
+        .success()
+        .stdout(contains(": float [batch, 9, 9, 3]"))
+        .stdout(contains("output: float ["))
+        .stdout(contains(format!("features       {}", onnx::POOLED)));
+    let about = json(&[path.to_str().unwrap()]);
+    assert_eq!((&about["kind"], &about["inputs"][0]["shape"][3]), (&"onnx".into(), &"3".into()));
+    assert_eq!(about["unsupported"], Value::Array(vec![]));
+    for bytes in [&good[..good.len() / 2], b"\x08\x08\x12\x07pytorch"] {
+        fs::write(&path, bytes).unwrap();
+        let said = refused(&path);
+        assert!(said.contains("ONNX"), "{said}");
+    }
+    fs::write(&path, b"\x89PNG\r\n\x1a\n").unwrap();
+    assert!(refused(&path).contains("not an ONNX file: it is an image (PNG)"));
+}
+
+#[cfg(not(feature = "onnx"))]
+#[test]
+fn an_onnx_file_is_refused_by_a_build_without_onnx() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tagger.onnx");
+    fs::write(&path, b"\x08\x08\x12\x07pytorch").unwrap();
+    assert!(refused(&path).contains("built without ONNX"));
 }

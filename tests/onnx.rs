@@ -546,6 +546,44 @@ fn sample_like_takes_a_pictures_features_as_the_condition() {
 }
 
 #[test]
+fn pictures_are_mixed_by_their_weights() {
+    let bench = Bench::new();
+    let small = onnx::Tagger::new(9, 6);
+    fs::write(bench.path("tagger.onnx"), small.file()).unwrap();
+    let first = picture(9, 9);
+    let second = Picture::new(9, 9, first.rgb().iter().map(|x| 255 - x).collect());
+    first.save(&bench.path("a.png"), &[]).unwrap();
+    second.save(&bench.path("b.png"), &[]).unwrap();
+    bench.model("model", 6, 8, features_of("tagger.onnx", POOLED));
+    let (a, b) = (expected(&small, &first), expected(&small, &second));
+    // The weighted sum, of norm 1.
+    let mixed: Vec<f64> = a.iter().zip(&b).map(|(&a, &b)| 0.7 * f64::from(a) + 0.3 * f64::from(b)).collect();
+    let conditions: Vec<u8> = [unit(&mixed), a].concat().into_iter().flat_map(f32::to_le_bytes).collect();
+    let tensors: [safetensors::TensorOut; 1] = [("conditions", Dtype::F32, &[2, 6], &conditions)];
+    safetensors::write(bench.path("c.safetensors"), &tensors, &Default::default()).unwrap();
+
+    let options = "sample --model model --seeds 0-1 --steps 4 --guidance 2 --device cpu";
+    bench.says(&format!("{options} --outdir mix --tagger tagger.onnx --mix a.png:0.7,b.png:0.3 --mix a.png:5"));
+    bench.says(&format!("{options} --outdir same --conditions c.safetensors"));
+    bench.says(&format!("{options} --outdir other --tagger tagger.onnx --mix a.png:0.3,b.png:0.7 --mix b.png:1"));
+    let pixels = |name: String| image::open(bench.path(&name)).unwrap().into_rgb8().into_raw();
+    for number in 0..2 {
+        let at = |dir: &str| pixels(format!("{dir}/{number:06}.png"));
+        let furthest = at("mix").iter().zip(at("same")).map(|(&a, b)| a.abs_diff(b)).max();
+        assert!(furthest <= Some(1), "image {number} is {furthest:?} away"); // features differ by rounding
+        assert_ne!(at("mix"), at("other"), "image {number}");
+    }
+    let text = png::read_text(&bench.path("mix/000000.png")).unwrap();
+    let about: Value = serde_json::from_str(&text.iter().find(|(key, _)| key == "edm2k").unwrap().1).unwrap();
+    let mix = &about["condition"]["mix"];
+    assert_eq!((&mix[0][0]["like"], &mix[0][1], &mix[1][1]), (&json!("a.png"), &json!(0.7), &json!(0.3)), "{about}");
+    let line = "sample --model model --device cpu --outdir out --tagger tagger.onnx --mix";
+    assert!(bench.fails(&format!("{line} a.png:1,c.png:1")).contains("--mix a.png:1,c.png:1: c.png: "));
+    assert!(bench.fails(&format!("{line} a.png:1,a.png:-1")).contains("sum of these conditions is zero"));
+    assert!(!bench.path("out").exists());
+}
+
+#[test]
 fn prepare_tagger_shows_the_tagger_the_whole_image() {
     let bench = Bench::new();
     let small = onnx::Tagger::new(40, 6);

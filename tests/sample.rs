@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Shape};
+use edm2k::codec::CodecFile;
 use edm2k::condition::vae::{Kind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::file::{Model, Precision, save};
+use edm2k::model::file::{Encoder, Model, Precision, save};
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
@@ -23,6 +24,8 @@ use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError,
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
 
+#[path = "common/autoencoder.rs"]
+mod autoencoder;
 #[path = "common/close.rs"]
 mod close;
 use close::assert_close;
@@ -865,6 +868,55 @@ fn latents_are_kept_as_they_are() {
     assert_eq!(file.shape("steps").unwrap(), [2, 2, 4, 12, 8]);
     // The last step of dpmpp_2m ends at what the network made of its noise.
     assert_close("last step", &steps[384..768], &latents[..384], 1e-6);
+}
+
+#[test]
+fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
+    let bench = Bench::new();
+    let config = Config { img_channels: 4, ..tiny().0.net.config };
+    let mut model = Model::init(&config, 1).unwrap();
+    model.meta.encoder = Encoder::SdVae;
+    save(bench.path("m.safetensors"), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    autoencoder::write(&bench.path("vae.safetensors"), &autoencoder::sd_vae(&[32, 32], 1));
+    let picture = Picture::new(32, 32, (0..32 * 32 * 3).map(|i| (i * 7 % 256) as u8).collect());
+    picture.save(&bench.path("a.png"), &[]).unwrap();
+    let mut cpu = Cpu::<f32, ()>::for_codec();
+    let codec = CodecFile::open(bench.path("vae.safetensors")).unwrap();
+    let [mean, _] = codec.encoder(&mut cpu).unwrap().encode(&mut cpu, &picture).unwrap().scaled();
+    let planes: Vec<f32> = (0..4).flat_map(|c| mean.iter().skip(c).step_by(4).copied()).collect();
+    let write = |name: &str, shape: &[usize]| {
+        let bytes: Vec<u8> = planes.iter().flat_map(|x| x.to_le_bytes()).collect();
+        safetensors::write(bench.path(name), &[("x", Dtype::F32, shape, &bytes)], &HashMap::new()).unwrap();
+    };
+    write("z.safetensors", &[1, 4, 16, 16]);
+    write("odd.safetensors", &[4, 8, 32]);
+
+    // Latents, with little left to do, are nearly what they were, and noise is not.
+    let made = |options: &str, out: &str| {
+        bench.sample(&format!("--outdir {out} --seeds 5 --steps 20 --precision f32 {options}")).success();
+        SafeFile::open(bench.path(&format!("{out}/latents.safetensors"))).unwrap().f32("latents").unwrap()
+    };
+    let away = |latents: &[f32]| {
+        latents.iter().zip(&planes).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>() / planes.len() as f64
+    };
+    let (near, far) = (made("--from z.safetensors --strength 0.05", "a"), made("--from z.safetensors", "b"));
+    assert!(away(&near) < 0.01 && away(&far) > 10.0 * away(&near), "{} and {}", away(&near), away(&far));
+    // A picture is those latents, by the codec.
+    let pixels = |options: &str, out: &str| {
+        bench
+            .sample(&format!("--outdir {out} --seeds 5 --steps 20 --precision f32 --vae vae.safetensors {options}"))
+            .success();
+        image::open(bench.path(&format!("{out}/000005.png"))).unwrap().into_rgb8().into_raw()
+    };
+    let of_picture = pixels("--from a.png --strength 0.4", "c");
+    let of_latents = pixels("--from z.safetensors --strength 0.4", "d");
+    let furthest = of_picture.iter().zip(&of_latents).map(|(&a, b)| a.abs_diff(*b)).max();
+    assert!(furthest <= Some(1), "{furthest:?} away"); // rounding
+    assert_ne!(of_latents, pixels("", "e"));
+    assert_eq!(bench.about("c/000005.png")["from"], "a.png");
+    bench.fails("--outdir f --from a.png", "makes latents, so a picture needs an autoencoder to begin from");
+    bench.fails("--outdir f --from odd.safetensors", "odd.safetensors: ");
+    assert!(!bench.path("f").exists());
 }
 
 fn npy_file(header: &str, values: &[u8]) -> Vec<u8> {

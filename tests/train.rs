@@ -539,6 +539,24 @@ fn without_a_whole_checkpoint_a_run_does_not_begin_anew_unasked() {
 }
 
 #[test]
+fn a_restart_sets_aside_the_events_of_tensorboard_too() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --checkpoint 8 --status 8 --grid 0 --validate 0 --snapshot 0 --tensorboard";
+    let events = |dir: &str| -> Vec<(PathBuf, Vec<u8>)> {
+        let paths = fs::read_dir(place.path(dir)).unwrap().map(|entry| entry.unwrap().path());
+        let events = paths.filter(|path| path.file_name().unwrap().to_string_lossy().contains("tfevents"));
+        events.map(|path| (path.file_name().unwrap().into(), fs::read(&path).unwrap())).collect()
+    };
+    succeed(&mut place.train("run", options));
+    let before = events("run");
+    assert!(before.len() == 1 && before[0].1.len() > 100, "{before:?}");
+    succeed(&mut place.train("run", &format!("{options} --restart")));
+    assert!(events("run/before.restart") == before, "what the run before had written");
+    let now = events("run");
+    assert!(now.len() == 1 && now[0].1.len() > 100, "only those of the new run: {now:?}");
+}
+
+#[test]
 fn resuming_with_other_options_says_which() {
     let place = Place::new();
     let options = "--duration 16 --batch 8 --grid 0 --validate 0 --snapshot 0";
@@ -1056,6 +1074,28 @@ fn a_run_goes_on_with_the_same_images_and_tags_only() {
     fs::write(&vocabulary, fs::read_to_string(&vocabulary).unwrap().replace("t4", "four")).unwrap();
     let said = fail(&mut train_on(&place, "elsewhere", "run", "--duration 24"));
     assert!(said.contains("data was {\"vocabulary\":\""), "{said}");
+}
+
+#[test]
+fn a_run_does_not_go_on_with_a_dataset_that_has_grown() {
+    let place = Place::new();
+    prepare(&place, "one", 10, false);
+    succeed(&mut train_on(&place, "one", "run", "--duration 8"));
+    let images = place.path("one-images");
+    image::RgbImage::new(8, 8).save(images.join("12.png")).unwrap();
+    let metadata = place.path("one.jsonl");
+    let lines = fs::read_to_string(&metadata).unwrap() + r#"{"id": 12, "file": "12.png", "tags": ["t4"]}"#;
+    fs::write(&metadata, lines).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.args(["prepare", "--add", "--size", "8x8", "--images"]).arg(&images).arg("--metadata").arg(&metadata);
+    succeed(command.arg("--out").arg(place.path("one")));
+    let before = fs::read(place.newest("run")).unwrap();
+    let said = fail(&mut train_on(&place, "one", "run", "--duration 16"));
+    let then = &state(&place.newest("run"))["settings"]["data"]["content"];
+    let expected = format!("made with 8 images ({:.12}), and the dataset has grown to 9 (", then.as_str().unwrap());
+    assert!(said.contains(&expected) && said.contains("begin another --outdir"), "{said}\nexpected {expected}");
+    assert!(fs::read(place.newest("run")).unwrap() == before);
+    succeed(&mut train_on(&place, "one", "new", "--duration 16 --init run/snapshot-000000008-0.050.safetensors"));
 }
 
 #[test]

@@ -1,17 +1,19 @@
 //! `edm2k condition`: the tags, and the tiny model that invents conditions.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use edm2k::condition::vae::{Kind, Rows, Training, Vae};
+use edm2k::condition::vae::{Learning, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::condition::{Conditioning, MEANING_KEY};
 use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
+use edm2k::formats::At;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::pipeline::Domain;
 
@@ -27,6 +29,9 @@ Examples:
   edm2k condition sample --model conditions.safetensors --tags 'cat, smiling' --count 8 \\
       --data data/emoji --out cats.safetensors
   edm2k sample --model emoji.safetensors --conditions cats.safetensors --outdir cats
+
+`train` reads conditions as it needs them, and keeps what it has learnt beside --out after each pass: the same
+command again goes on from there. It needs less than 1 GB for a million conditions.
 
 The names of tags are those of the dataset's vocabulary.json, where they may be changed before `train`.")]
 pub struct ConditionArgs {
@@ -122,46 +127,54 @@ fn tags(args: &TagsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The conditions of a dataset, and the tags that go with them.
-fn rows(data: &Dataset) -> anyhow::Result<Rows> {
-    let width = data.condition_dim();
-    let vocabulary = data.vocabulary().clone();
-    let tags: Vec<Vec<u32>> = (0..data.len()).map(|i| data.tags(i).to_vec()).collect();
-    let conditioning = Some(data.header().conditioning.clone());
-    if data.header().conditioning == Conditioning::Tags {
-        let known = vocabulary.len();
-        ensure!(known == width, "its conditions are {width} wide, expected the {known} tags of the vocabulary");
-        return Ok(Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new(), conditioning });
-    }
-    let mut dense = vec![0.0; data.len() * width];
-    dense.chunks_mut(width).enumerate().for_each(|(i, row)| data.condition(i, row));
-    Ok(Rows { kind: Kind::Dense, vocabulary, tags, dense, conditioning })
+/// Where a training under way is kept: beside the model, until that is there.
+fn progress_path(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(".progress");
+    name.into()
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let _claim = super::claim(&args.out, args.overwrite)?;
     let data = Dataset::open(&args.data, Split::Train)?;
-    let rows = rows(&data).with_context(|| args.data.display().to_string())?;
+    let (width, known) = (data.condition_dim(), data.vocabulary().len());
+    let tags = data.header().conditioning == Conditioning::Tags;
+    let dir = args.data.display();
+    ensure!(
+        !tags || known == width,
+        "{dir}: its conditions are {width} wide, expected the {known} tags of the vocabulary"
+    );
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
-    let bar = say::bar(how.epochs as u64, "{pos}/{len} epochs {msg} (about {eta} left)");
+    let (place, print) = (progress_path(&args.out), data.fingerprint());
+    let mut learning = if place.exists() {
+        let learning = Learning::load(&place, &data, &how, print)?;
+        note!("going on after {} of {} passes: {}", learning.passes(), how.epochs, place.display());
+        learning
+    } else {
+        Learning::new(&data, &how)
+    };
+    let rows = data.len() as u64;
+    let bar = say::bar(rows * how.epochs as u64, "{human_pos} of {human_len} conditions, {per_sec}, {eta} left, {msg}");
+    bar.set_position(rows * learning.passes() as u64);
+    bar.reset_eta();
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
-    let vae = Vae::train(&rows, &how, |epoch, loss| {
-        let text = format!("reconstruction {:.2}, KL {:.2} nats", loss.reconstruction, loss.kl);
-        if !terminal && (epoch % 10 == 9 || epoch + 1 == how.epochs) {
-            note!("epoch {} of {}: {text}", epoch + 1, how.epochs);
+    while !learning.is_done() {
+        let loss = learning.pass(&mut |rows| bar.inc(rows as u64))?;
+        learning.save(&place, print)?;
+        let (done, text) =
+            (learning.passes(), format!("reconstruction {:.2}, KL {:.2} nats", loss.reconstruction, loss.kl));
+        if !terminal && (done % 10 == 0 || learning.is_done()) {
+            note!("epoch {done} of {}: {text}", how.epochs);
         }
         bar.set_message(text);
-        bar.inc(1);
-    })?;
+    }
     bar.finish_and_clear();
-    vae.save(&args.out)?;
-    let kind = match rows.kind {
-        Kind::Tags => "tag sets",
-        Kind::Dense => "features and their tags",
-    };
-    let (count, seconds) = (data.len(), started.elapsed().as_secs_f64());
-    out!("learned from {count} {kind} in {seconds:.0} s: {}", args.out.display());
+    learning.finish()?.save(&args.out)?;
+    fs::remove_file(&place).at(&place)?;
+    let kind = if tags { "tag sets" } else { "features and their tags" };
+    let seconds = started.elapsed().as_secs_f64();
+    out!("learned from {rows} {kind} in {seconds:.0} s: {}", args.out.display());
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary, prepare};
+use edm2k::data::prepare::{self, Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary};
 use edm2k::{Backends, Work};
 
 use super::DeviceArgs;
@@ -39,7 +39,11 @@ Examples:
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
 
-The same command again keeps the shards that are whole and makes the missing ones.",
+The same command again keeps the shards that are whole and makes the missing ones. With --add the
+pictures of METADATA whose ids the dataset does not have yet become new shards of it; with --retag
+all images get the tags of METADATA, and the conditions of --features, and nothing is encoded again.
+Both come into force at once at their end; until then, and after a kill, the dataset is the old one.
+A training run keeps to the images that it began with: begin another one on a dataset that changed.",
     group(clap::ArgGroup::new("input").required(true))
 )]
 pub struct PrepareArgs {
@@ -55,6 +59,12 @@ pub struct PrepareArgs {
     /// Directory of the dataset
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Add the pictures that are new to the dataset that is there
+    #[arg(long)]
+    add: bool,
+    /// Give the images that are there other tags, and conditions
+    #[arg(long, conflicts_with_all = ["add", "tagger"])]
+    retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size, required_unless_present = "danbooru")]
     size: Option<[usize; 2]>,
@@ -187,14 +197,16 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
             say(format!("{name}: {images} images ({how})"));
         }
     };
+    let make = if args.add { prepare::add } else { prepare::prepare };
     let summary = match &args.vae {
-        None => prepare(&*records, &settings, None, &report),
+        _ if args.retag => prepare::retag(&*records, &settings, &report),
+        None => make(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
             let mut encode = args.device.open()?.run(Encoding(&file)).context("--vae")?;
             let autoencoder = file.autoencoder().context("--vae")?;
             let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
-            prepare(
+            make(
                 &*records,
                 &settings,
                 Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }),
@@ -204,7 +216,8 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     };
     bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
-    print(&settings, &summary);
+    let skipped = if args.add { "there already" } else { "not of the dataset" };
+    print(&settings, &summary, skipped);
     Ok(())
 }
 
@@ -221,7 +234,7 @@ impl Work for Encoding<'_> {
     }
 }
 
-fn print(settings: &Settings, summary: &Summary) {
+fn print(settings: &Settings, summary: &Summary, skipped: &str) {
     out!("{}:", settings.out.display());
     for (split, counts) in summary.splits {
         let mut line = format!("  {:10} {:>8} images", split.to_string(), counts.kept);
@@ -239,6 +252,9 @@ fn print(settings: &Settings, summary: &Summary) {
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
         out!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
+    }
+    if summary.skipped > 0 {
+        out!("  {:10} {:>8} {skipped}", "skipped", summary.skipped);
     }
     for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
         let head = if number == 0 { "dropped" } else { "" };

@@ -198,6 +198,35 @@ impl CodecFile {
         Ok(Self { file, kind })
     }
 
+    /// Whether a file has tensors that only autoencoders have; `open` says whether it is whole.
+    pub fn is_one(file: &SafeFile) -> bool {
+        const MARKS: [&str; 6] = [
+            "encoder.conv_in.weight",
+            "decoder.conv_in.weight",
+            "encoder.layers.0.weight",
+            "decoder.layers.0.weight",
+            "0.weight",
+            "1.weight",
+        ];
+        file.names().any(|name| MARKS.contains(&name.strip_prefix(sd_vae::PART).unwrap_or(name)))
+    }
+
+    /// Whether it has an encoder, and whether a decoder.
+    pub fn halves(&self) -> [bool; 2] {
+        match &self.kind {
+            Kind::SdVae(_) => [true; 2],
+            Kind::Taesd { encoder, decoder, .. } => [encoder.is_some(), decoder.is_some()],
+        }
+    }
+
+    /// Channels of its levels, from the image on.
+    pub fn channels(&self) -> Vec<usize> {
+        match &self.kind {
+            Kind::SdVae(config) => config.channels.clone(),
+            Kind::Taesd { channels, .. } => vec![*channels],
+        }
+    }
+
     /// Pixels of the image for one of the latent, in each direction.
     pub fn factor(&self) -> usize {
         match &self.kind {

@@ -23,10 +23,12 @@ const PIXELS: usize = 3;
 /// Channels of a latent.
 pub const LATENTS: usize = 4;
 
+/// What stands before an autoencoder's names in a checkpoint of Stable Diffusion.
+pub const PART: &str = "first_stage_model.";
+
 /// A file under the names of `diffusers`, of one under those of the latent diffusion model's authors (`encoder.down.0.block.0`),
 /// perhaps with `first_stage_model.` before them, where the rest of the file is left out. Others stay as they are.
 pub fn known_names(file: SafeFile) -> SafeFile {
-    const PART: &str = "first_stage_model.";
     let whole = file.names().any(|name| name.starts_with(PART));
     let file = if whole { file.renamed(|name| name.strip_prefix(PART).map(str::to_owned)) } else { file };
     if !file.contains("encoder.down.0.block.0.norm1.weight") {

@@ -1,26 +1,28 @@
 //! A dataset: a directory of memory-mapped shards `train-00000.safetensors`, `validation-00000.safetensors`,
 //! `test-...` ([`shard`](super::shard)), and `vocabulary.json` beside them.
 //!
+//! A dataset that grows has more shards; what is written meanwhile comes into force at one moment ([`pending`](super::pending)).
+//!
 //! Or a zip of EDM2's own ([`edm2`](super::edm2)), which has a train split only.
 //!
 //! Opening a split costs one pass over its conditions. Reading an image touches its own bytes only.
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::f16;
 use serde_json::json;
 
 use super::edm2::{Archive, ArchiveError};
+use super::pending::View;
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use super::shard::{Shard, ShardError, check_whole};
+use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
+use crate::formats::FileError;
 use crate::formats::fingerprint::{Fingerprint, differ};
-use crate::formats::safetensors::SafeFile;
-use crate::formats::{At, FileError};
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -115,30 +117,25 @@ impl Dataset {
             let (header, vocabulary) = (archive.header.clone(), Vocabulary::default());
             return Ok(Self { header, source: Source::Zip(archive.into()), vocabulary });
         }
-        let vocabulary = Vocabulary::load(&dir.join(VOCABULARY_FILE))?;
-        let (found, expected) = find_shards(dir, split)?;
-        let (mut shards, mut first, mut count) = (Vec::<Shard>::new(), Vec::new(), 0);
-        let mut seen = HashSet::new();
-        for number in 0..expected {
-            let name = split.shard_name(number);
-            let path = dir.join(&name);
-            if !path.exists() {
-                return Err(DatasetError::MissingShard { dir: dir.into(), name, found, expected });
-            }
-            let shard = Shard::open(&path, &vocabulary)?;
-            if let Some(first) = shards.first() {
-                check_same(&shard, first)?;
-            }
-            if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
-                return Err(DatasetError::RepeatedId { path, id });
-            }
+        let view = View::of(dir);
+        let vocabulary = Vocabulary::load(&view.path(VOCABULARY_FILE))?;
+        let shards = open_shards(dir, &view, split, &vocabulary)?;
+        let (mut first, mut count) = (Vec::new(), 0);
+        for shard in &shards {
             first.push(count);
             count += shard.ids.len();
-            shards.push(shard);
         }
         match shards.first().filter(|_| count > 0) {
             Some(shard) => {
-                let header = Header { count, ..shard.header.clone() };
+                // Pictures that were added may be from elsewhere.
+                let all = |of: fn(&Header) -> &String| {
+                    let mut texts: Vec<&str> = shards.iter().map(|shard| of(&shard.header).as_str()).collect();
+                    let mut seen = HashSet::new();
+                    texts.retain(|text| !text.is_empty() && seen.insert(*text));
+                    texts.join("; ")
+                };
+                let (source, licence) = (all(|header| &header.source), all(|header| &header.licence));
+                let header = Header { count, shards: shards.len(), source, licence, ..shard.header.clone() };
                 Ok(Self { header, source: Source::Shards(shards, first), vocabulary })
             }
             None => Err(DatasetError::Empty { dir: dir.into(), split }),
@@ -182,7 +179,14 @@ impl Dataset {
             Source::Shards(shards, _) => shards.iter().map(|shard| shard.content).collect::<Option<Vec<_>>>()?,
             Source::Zip(archive) => return Some(archive.fingerprint()),
         };
-        Some(Fingerprint::of(shards.iter().map(|content| format!("{content:?}"))))
+        Some(of_contents(&shards))
+    }
+
+    /// Whether this is what was once `then`, and has shards beside that.
+    pub fn grown_from(&self, then: Fingerprint) -> bool {
+        let contents: Option<Vec<_>> = self.shards().iter().map(|shard| shard.content).collect();
+        let contents = contents.unwrap_or_default();
+        (1..contents.len()).any(|n| of_contents(&contents[..n]) == then)
     }
 
     /// Whether tags have been renamed in the vocabulary's file since the shards were made.
@@ -309,6 +313,40 @@ impl Dataset {
     }
 }
 
+/// Its conditions are what a model of them learns from; of each only what is asked for is read.
+impl vae::Source for Dataset {
+    fn kind(&self) -> vae::Kind {
+        match self.header.conditioning {
+            Conditioning::Tags => vae::Kind::Tags,
+            Conditioning::Features { .. } => vae::Kind::Dense,
+        }
+    }
+
+    fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    fn conditioning(&self) -> Option<Conditioning> {
+        Some(self.header.conditioning.clone())
+    }
+
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn width(&self) -> usize {
+        self.condition_dim()
+    }
+
+    fn tags(&self, row: usize) -> &[u32] {
+        Dataset::tags(self, row)
+    }
+
+    fn dense(&self, row: usize, out: &mut [f32]) {
+        self.condition(row, out);
+    }
+}
+
 /// An error if a shard's header is known to say something else than the first one's.
 fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
     let (header, ours) = (&shard.header, &first.header);
@@ -323,37 +361,60 @@ fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
         ("autoencoder", differ(&header.autoencoder, &ours.autoencoder), |h| {
             h.autoencoder.as_ref().map(ToString::to_string).unwrap_or_default()
         }),
-        ("shards", header.shards != ours.shards, |h| h.shards.to_string()),
+        ("shards", header.shards < ours.shards, |h| h.shards.to_string()),
     ];
     let Some((what, _, show)) = fields.into_iter().find(|(_, differs, _)| *differs) else { return Ok(()) };
     let (path, first) = (shard.file.path().into(), first.file.path().into());
     Err(DatasetError::Differs { path, first, what, found: show(header), expected: show(ours) })
 }
 
-/// How many shards of a split there are and should be: as the highest number present
-/// says, or the first shard's header if that is more.
-fn find_shards(dir: &Path, split: Split) -> Result<(usize, usize), DatasetError> {
-    let prefix = format!("{split}-");
-    let (mut found, mut expected) = (0, 0);
-    for entry in fs::read_dir(dir).at(dir)? {
-        let name = entry.at(dir)?.file_name();
-        let number = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(&prefix)?.strip_suffix(".safetensors"))
-            .filter(|digits| digits.len() >= 5 && digits.bytes().all(|b| b.is_ascii_digit()))
-            .and_then(|digits| digits.parse::<u32>().ok());
-        if let Some(number) = number {
-            found += 1;
-            expected = expected.max(number as usize + 1);
+/// The shards of a split, in order, each known to be whole but for its images, and all of one kind.
+///
+/// # Errors
+/// See [`DatasetError`].
+pub(super) fn open_shards(
+    dir: &Path,
+    view: &View,
+    split: Split,
+    vocabulary: &Vocabulary,
+) -> Result<Vec<Shard>, DatasetError> {
+    let numbers = find_shards(view, split)?;
+    let Some(&last) = numbers.last() else { return Err(DatasetError::NoShards { dir: dir.into(), split }) };
+    let (mut shards, mut seen, mut expected) = (Vec::<Shard>::new(), HashSet::new(), last as usize + 1);
+    while shards.len() < expected {
+        let name = split.shard_name(shards.len());
+        let path = view.path(&name);
+        if !path.exists() {
+            let (dir, found) = (dir.into(), numbers.len());
+            return Err(DatasetError::MissingShard { dir, name, found, expected });
         }
+        let shard = Shard::open(&path, vocabulary)?;
+        if let Some(first) = shards.first() {
+            check_same(&shard, first)?;
+        }
+        if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
+            return Err(DatasetError::RepeatedId { path, id });
+        }
+        // A shard that was added knows of more of them than those before it.
+        expected = expected.max(shard.header.shards);
+        shards.push(shard);
     }
-    if expected == 0 {
-        return Err(DatasetError::NoShards { dir: dir.into(), split });
-    }
-    let first = dir.join(split.shard_name(0));
-    if first.exists() {
-        let file = SafeFile::open(first).map_err(ShardError::File)?;
-        expected = expected.max(Header::of(&file)?.map_or(0, |header| header.shards));
-    }
-    Ok((found, expected))
+    Ok(shards)
+}
+
+fn of_contents(shards: &[Fingerprint]) -> Fingerprint {
+    Fingerprint::of(shards.iter().map(|content| format!("{content:?}")))
+}
+
+/// The numbers of the shards of a split that are there, ascending.
+fn find_shards(view: &View, split: Split) -> Result<Vec<u32>, DatasetError> {
+    let prefix = format!("{split}-");
+    let number = |name: &String| -> Option<u32> {
+        let digits = name.strip_prefix(&prefix)?.strip_suffix(".safetensors")?;
+        let number = digits.parse().ok()?;
+        (digits.len() >= 5 && digits.bytes().all(|b| b.is_ascii_digit())).then_some(number)
+    };
+    let mut numbers: Vec<u32> = view.names()?.iter().filter_map(number).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }

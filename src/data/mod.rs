@@ -15,5 +15,6 @@
 pub mod dataset;
 pub mod edm2;
 pub mod features;
+mod pending;
 pub mod prepare;
 pub mod shard;

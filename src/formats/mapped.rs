@@ -107,22 +107,38 @@ fn enlist(start: usize, length: usize, message: String) -> &'static Entry {
     }
 }
 
-/// Whose mapping an address is in. Pages behind a file's end belong to it, and may be large; what begins nearest before the
-/// address is it, as small files may lie closer than that.
+/// Whose mapping an address is in. Small files may lie side by side: of those that an address could be in, counted up to
+/// whole pages, it is the one that begins last.
 fn whose(at: usize) -> Option<&'static str> {
-    let (mut nearest, mut text) = (usize::MAX, None);
     // SAFETY: entries are never freed, nor are messages of mappings in use.
     unsafe {
         let mut entry = ENTRIES.load(Ordering::Acquire);
+        let (mut found, mut begins) = (None, 0);
         while let Some(known) = entry.as_ref() {
-            let length = known.length.load(Ordering::Acquire);
-            let behind = at.wrapping_sub(known.start.load(Ordering::Relaxed));
-            if behind < length.next_multiple_of(1 << 16) && behind < nearest {
-                nearest = behind;
-                text = Some(&**known.message.load(Ordering::Relaxed));
+            let (start, length) = (known.start.load(Ordering::Relaxed), known.length.load(Ordering::Acquire));
+            if start >= begins && at.wrapping_sub(start) < length.next_multiple_of(1 << 16) {
+                (found, begins) = (Some(known), start);
             }
             entry = known.next.load(Ordering::Relaxed);
         }
+        found.map(|known| (*known.message.load(Ordering::Relaxed)).as_str())
     }
-    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_files_side_by_side_the_right_one_is_named() {
+        // No mapping of this process is down there.
+        let (low, high) = (1 << 20, (1 << 20) + 4096);
+        for (start, length, name) in [(high, 100, "high"), (low, 4000, "low"), (high + 4096, 50, "highest")] {
+            enlist(start, length, name.into());
+        }
+        for (at, name) in [(low, "low"), (low + 3999, "low"), (high, "high"), (high + 99, "high")] {
+            assert_eq!(whose(at), Some(name), "{at:#x}");
+        }
+        assert_eq!((whose(low - 1), whose(high + 4096)), (None, Some("highest")));
+    }
 }

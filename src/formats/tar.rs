@@ -5,12 +5,16 @@
 //! first bit is set. The content follows, padded to whole blocks; a block of zeros ends the archive. Long names stand
 //! in a member of their own before the file's (GNU type `L`, POSIX type `x`).
 //!
-//! Cost: one read of 512 bytes a member.
+//! Cost: one read of 512 bytes a member. [`index_noted`] keeps what it finds in a file of its own, and does not look again.
 
-use std::io::{Read, Seek, SeekFrom};
+use std::fs;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use super::{At, FileError, input};
+use super::fingerprint::Fingerprint;
+use super::{At, FileError, input, write_atomically};
+use crate::system;
 
 /// Size of a block.
 const BLOCK: u64 = 512;
@@ -114,6 +118,57 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         at = (offset + size.next_multiple_of(BLOCK)).min(length);
     }
     Ok(())
+}
+
+/// An archive that changed less than this ago may change again without a trace: dates of file systems are so coarse.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// As [`index`], but of an archive that has not changed since an earlier call its members are read from what was noted in
+/// the folder `notes` then; whether they were. Its length and its date say whether it has changed.
+///
+/// # Errors
+/// As [`index`]; the note cannot be written. A damaged note is none.
+pub fn index_noted(path: &Path, notes: &Path, visit: &mut dyn FnMut(Member)) -> Result<bool, TarError> {
+    let about = fs::metadata(path).at(path)?;
+    let changed = system::changed(&about);
+    let stamp = changed.and_then(|changed| changed.duration_since(SystemTime::UNIX_EPOCH).ok());
+    let stamp = stamp.map(|stamp| format!("{} {}", about.len(), stamp.as_nanos()));
+    let place = fs::canonicalize(path).at(path)?;
+    let note = notes.join(format!("{:?}.index", Fingerprint::of([place.as_os_str().as_encoded_bytes()])));
+    if let Some(members) = stamp.as_ref().and_then(|stamp| read_note(&note, stamp)) {
+        members.into_iter().for_each(visit);
+        return Ok(true);
+    }
+    let mut body = Vec::new();
+    index(path, &mut |member| {
+        body.extend(serde_json::json!([member.offset, member.size, member.name]).to_string().into_bytes());
+        body.push(b'\n');
+        visit(member);
+    })?;
+    let settled = changed.is_some_and(|changed| changed.elapsed().is_ok_and(|ago| ago > SETTLED));
+    if let Some(stamp) = stamp.filter(|_| settled) {
+        fs::create_dir_all(notes).at(notes)?;
+        let head = format!("{stamp} {:?}\n", Fingerprint::of([&body]));
+        let write = |out: &mut std::io::BufWriter<fs::File>| {
+            out.write_all(head.as_bytes())?;
+            out.write_all(&body)
+        };
+        write_atomically(&note, write).at(&note)?;
+    }
+    Ok(false)
+}
+
+/// The members in a note; none if it is damaged, or of an archive with another stamp.
+fn read_note(note: &Path, stamp: &str) -> Option<Vec<Member>> {
+    let text = fs::read(note).ok()?;
+    let end = text.iter().position(|&byte| byte == b'\n')?;
+    let (head, body) = (str::from_utf8(&text[..end]).ok()?, &text[end + 1..]);
+    (head == format!("{stamp} {:?}", Fingerprint::of([body]))).then_some(())?;
+    let member = |line: &[u8]| {
+        let (offset, size, name) = serde_json::from_slice(line).ok()?;
+        Some(Member { name, offset, size })
+    };
+    body.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).map(member).collect()
 }
 
 /// Octal digits between spaces and zeros, or base 256; 0 if there is nothing.

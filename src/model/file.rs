@@ -142,6 +142,9 @@ pub enum ModelError {
     /// The config does not describe a network, or not one for the image size.
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
+    /// It holds more than a model.
+    #[error("{}: a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it", path.display())]
+    Checkpoint { path: PathBuf },
     /// A tensor that the network of the config does not have.
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
     Unknown { path: PathBuf, name: String },
@@ -193,6 +196,9 @@ impl ModelFile {
         let path = path.as_ref();
         let mut file = weights::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
+        if file.metadata().contains_key("train") {
+            return Err(ModelError::Checkpoint { path: path.into() });
+        }
         let config: Config = match file.metadata().get("config") {
             Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {

@@ -14,6 +14,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use crate::formats::FileError;
 use crate::formats::fingerprint::Fingerprint;
 
@@ -85,6 +87,48 @@ pub enum Wanted<'a> {
     Pooled,
     /// The only output.
     Output,
+}
+
+/// What an ONNX file says of its network; nothing is run, and no operator need be known.
+#[derive(Clone, Debug, Serialize)]
+pub struct About {
+    /// What wrote it; may be empty.
+    pub producer: String,
+    /// What it is given, weights left out.
+    pub inputs: Vec<Port>,
+    /// What it gives.
+    pub outputs: Vec<Port>,
+    /// How many operations it has.
+    pub nodes: usize,
+    /// Values of all its weights.
+    pub values: u64,
+    /// The tensor that [`Wanted::Pooled`] is, if it is a WD tagger.
+    pub features: Option<String>,
+    /// Operators that cannot be run here, sorted.
+    pub unsupported: Vec<String>,
+    /// As [`Network::fingerprint`].
+    pub fingerprint: Fingerprint,
+}
+
+/// An input or an output of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Port {
+    /// Name of the tensor.
+    pub name: String,
+    /// Its element type, in small letters.
+    pub kind: String,
+    /// Its sides: numbers, names for what is left open, `?` for what is not said.
+    pub shape: Vec<String>,
+}
+
+impl About {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`OnnxError`]: it is none, or damaged.
+    pub fn open(path: &Path) -> Result<Self, OnnxError> {
+        tract::about(path)
+    }
 }
 
 /// Where the channels of a network's images are.
@@ -169,7 +213,7 @@ impl Network {
 /// A build without tract opens no network.
 #[cfg(not(feature = "onnx"))]
 mod tract {
-    use super::{Network, OnnxError, Path, Wanted};
+    use super::{About, Network, OnnxError, Path, Wanted};
 
     pub enum Plan {}
 
@@ -180,6 +224,10 @@ mod tract {
     }
 
     pub fn open(_: &Path, _: Wanted, _: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+        Err(OnnxError::NotBuilt)
+    }
+
+    pub fn about(_: &Path) -> Result<About, OnnxError> {
         Err(OnnxError::NotBuilt)
     }
 }

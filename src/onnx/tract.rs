@@ -18,7 +18,7 @@ use tract_onnx::tract_hir::internal::DimLike;
 use crate::formats::fingerprint::{Fingerprint, Hasher};
 use crate::formats::{At, FileError, input};
 
-use super::{Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Wanted};
+use super::{About, Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Port, Wanted};
 
 /// A graph of fixed shapes, ready to run from any thread.
 pub struct Plan(Arc<TypedRunnableModel>);
@@ -35,14 +35,47 @@ impl Plan {
     }
 }
 
+/// Reads what a file says: see [`About::open`].
+pub fn about(path: &Path) -> Result<About, OnnxError> {
+    let (model, graph) = read_graph(path)?;
+    let weights: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+    let inputs = graph.input.iter().filter(|input| !weights.contains(input.name.as_str())).map(port).collect();
+    let values = |tensor: &TensorProto| tensor.dims.iter().fold(1u64, |n, &side| n.saturating_mul(side.unsigned_abs()));
+    let framework = tract_onnx::onnx();
+    let unknown =
+        graph.node.iter().map(|node| &node.op_type).filter(|name| !framework.op_register.0.contains_key(*name));
+    let unsupported: BTreeSet<_> = unknown.map(|name| printable(name)).collect();
+    Ok(About {
+        producer: printable(format!("{} {}", model.producer_name, model.producer_version).trim()),
+        inputs,
+        outputs: graph.output.iter().map(port).collect(),
+        nodes: graph.node.len(),
+        values: graph.initializer.iter().map(values).fold(0, u64::saturating_add),
+        features: pooled(&graph).map(printable),
+        unsupported: unsupported.into_iter().collect(),
+        fingerprint: fingerprint(path, &graph)?,
+    })
+}
+
+fn port(info: &ValueInfoProto) -> Port {
+    let tensor = info.r#type.as_ref().and_then(|of| of.value.as_ref());
+    let tensor = tensor.map(|type_proto::Value::TensorType(tensor)| tensor);
+    let kind = tensor.and_then(|tensor| DataType::try_from(tensor.elem_type).ok());
+    let side = |side: &Dimension| match &side.value {
+        Some(dimension::Value::DimValue(side)) => side.to_string(),
+        Some(dimension::Value::DimParam(name)) if !name.is_empty() => printable(name),
+        _ => "?".into(),
+    };
+    Port {
+        name: printable(&info.name),
+        kind: kind.map_or("unknown".into(), |kind| kind.as_str_name().to_lowercase()),
+        shape: tensor.iter().flat_map(|tensor| &tensor.shape).flat_map(|shape| &shape.dim).map(side).collect(),
+    }
+}
+
 /// Opens a file: see [`Network::open`].
 pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Network, OnnxError> {
-    let mut model = read(path)?;
-    let mut graph = model
-        .graph
-        .take()
-        .filter(|graph| !graph.node.is_empty())
-        .ok_or_else(|| OnnxError::NotOnnx { path: path.into(), what: "it has no graph".into() })?;
+    let (mut model, mut graph) = read_graph(path)?;
     let fingerprint = fingerprint(path, &graph)?;
     let node = choose(&graph, wanted, path)?;
     keep_ancestors(&mut graph, &node);
@@ -111,6 +144,14 @@ fn read(path: &Path) -> Result<ModelProto, OnnxError> {
         [0x08, ..] => OnnxError::Damaged { path: path.into(), what },
         _ => OnnxError::NotOnnx { path: path.into(), what },
     })
+}
+
+/// A file's message, and the graph out of it.
+fn read_graph(path: &Path) -> Result<(ModelProto, GraphProto), OnnxError> {
+    let mut model = read(path)?;
+    let graph = model.graph.take().filter(|graph| !graph.node.is_empty());
+    let graph = graph.ok_or_else(|| OnnxError::NotOnnx { path: path.into(), what: "it has no graph".into() })?;
+    Ok((model, graph))
 }
 
 /// Of the file and, in the order of their names, of those beside it that hold weights.

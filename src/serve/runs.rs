@@ -12,13 +12,12 @@ use super::request::Refusal;
 use crate::formats::input;
 use crate::formats::safetensors::SafeFile;
 use crate::train::checkpoint;
+use crate::train::stats::FILE as STATS;
 
 /// Largest file of statistics, and largest grid, that is read.
 const MOST_BYTES: u64 = 1 << 26;
 /// Most points of a curve in one answer: more than a screen has pixels.
 const MOST_POINTS: usize = 4000;
-/// Name of a run's statistics.
-const STATS: &str = "stats.jsonl";
 
 /// Where runs are.
 #[derive(Debug)]

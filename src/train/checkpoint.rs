@@ -16,7 +16,7 @@ use super::{Settings, Sums};
 use crate::backend::{BackendError, Slot, TrainingBackend};
 use crate::formats::FileError;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
-use crate::model::ModelMeta;
+use crate::model::{Model, ModelMeta, Precond};
 use crate::params::{ParamId, ParamTable};
 
 /// What a checkpoint says beside the tensors.
@@ -61,6 +61,13 @@ pub enum CheckpointError {
 
 /// Name of the tensor with the checksums.
 const CHECKSUMS: &str = "checksums";
+/// Key of the [`State`] in the metadata.
+const STATE: &str = "train";
+
+/// Whether a file is a checkpoint, whole or not.
+pub fn is_one(file: &SafeFile) -> bool {
+    file.metadata().contains_key(STATE)
+}
 
 /// What is saved: of each slot every parameter, and the name of its tensor.
 fn tensors(table: &ParamTable, profiles: usize) -> Vec<(Slot, ParamId, &[usize], String)> {
@@ -141,7 +148,7 @@ pub fn save<B: TrainingBackend>(
     let metadata = HashMap::from([
         text("config", serde_json::to_string(&state.settings.config))?,
         text("edm2k", serde_json::to_string(meta))?,
-        text("train", serde_json::to_string(state))?,
+        text(STATE, serde_json::to_string(state))?,
     ]);
     let count = [saved.len() + 1];
     let mut header: Vec<_> = saved.iter().map(|(_, _, shape, name)| (&**name, Dtype::F32, *shape)).collect();
@@ -166,7 +173,7 @@ pub fn save<B: TrainingBackend>(
 
 fn metadata_checksum(metadata: &HashMap<String, String>) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
-    for key in ["config", "edm2k", "train"] {
+    for key in ["config", "edm2k", STATE] {
         hasher.update(metadata.get(key).map_or("", String::as_str).as_bytes());
     }
     hasher.finalize()
@@ -188,9 +195,44 @@ impl Checkpoint {
         if checksums.last() != Some(&i64::from(metadata_checksum(file.metadata()))) {
             return Err(CheckpointError::Damaged { path: path.into(), what: "checksum of the metadata".into() });
         }
-        let train = file.metadata().get("train").map_or("", String::as_str);
+        let train = file.metadata().get(STATE).map_or("", String::as_str);
         let state = serde_json::from_str(train).map_err(|cause| CheckpointError::State { path: path.into(), cause })?;
         Ok(Self { state, file, checksums })
+    }
+
+    /// The network that it is of, and its parameters.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`]: there is no network of its config.
+    pub fn network(&self) -> Result<(Precond, ParamTable), CheckpointError> {
+        let config = &self.state.settings.config;
+        Precond::new(config).map_err(|why| self.damaged(format!("its config: {why}")))
+    }
+
+    fn damaged(&self, what: String) -> CheckpointError {
+        CheckpointError::Damaged { path: self.file.path().into(), what }
+    }
+
+    /// Makes a model of it, as a run's snapshots are: of the moving average of this number, or of the weights
+    /// themselves. All of the checkpoint is [checked](Self::check) before.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] names the tensor.
+    ///
+    /// # Panics
+    /// If there is no such average among those of its settings.
+    pub fn model(&self, average: Option<usize>) -> Result<Model, CheckpointError> {
+        let (net, table) = self.network()?;
+        self.check(&table)?;
+        let meta = self.file.metadata().get("edm2k").map_or("", String::as_str);
+        let meta = serde_json::from_str(meta).map_err(|why| self.damaged(format!("metadata \"edm2k\": {why}")))?;
+        let meta = ModelMeta { ema_std: average.map(|i| self.state.settings.ema[i]), ..meta };
+        let slot = average.map_or(Slot::Weight, Slot::Ema);
+        // In the order of the table.
+        let saved = tensors(&table, self.state.settings.ema.len()).into_iter().filter(|(of, ..)| *of == slot);
+        let values = |name: &str| self.file.f32(name).map_err(|error| damage(self.file.path(), error));
+        let weights = saved.map(|(.., name)| values(&name)).collect::<Result<_, _>>()?;
+        Ok(Model { meta, net, table, weights })
     }
 
     /// Checks every tensor: element type, shape, checksum, and that its values are finite.
@@ -198,22 +240,20 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::Damaged`] names the tensor.
     pub fn check(&self, table: &ParamTable) -> Result<(), CheckpointError> {
-        let path = self.file.path();
-        let damaged = |what: String| CheckpointError::Damaged { path: path.into(), what };
-        let failed = |error| damage(path, error);
+        let failed = |error| damage(self.file.path(), error);
         let mut checksums = self.checksums.iter();
         for (_, _, expected, name) in tensors(table, self.state.settings.ema.len()) {
             let (dtype, shape) = (self.file.dtype(&name).map_err(failed)?, self.file.shape(&name).map_err(failed)?);
             if dtype != Dtype::F32 || shape != expected {
                 let wanted = Dtype::F32;
-                return Err(damaged(format!("tensor {name} is {dtype} {shape:?}, expected {wanted} {expected:?}")));
+                return Err(self.damaged(format!("tensor {name} is {dtype} {shape:?}, expected {wanted} {expected:?}")));
             }
             let bytes = self.file.bytes(&name).map_err(failed)?;
             if checksums.next() != Some(&i64::from(crc32fast::hash(bytes))) {
-                return Err(damaged(format!("checksum of tensor {name}")));
+                return Err(self.damaged(format!("checksum of tensor {name}")));
             }
             if bytes.as_chunks::<4>().0.iter().any(|&x| !f32::from_le_bytes(x).is_finite()) {
-                return Err(damaged(format!("tensor {name} is not finite")));
+                return Err(self.damaged(format!("tensor {name} is not finite")));
             }
         }
         Ok(())

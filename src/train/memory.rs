@@ -15,6 +15,28 @@ pub struct Memory {
     pub activations: u64,
 }
 
+/// Does something with `batch` images at a time, and with half of that as often as the device has no memory for so many;
+/// `batch` is what it was done with then. `halved` is told of each time.
+///
+/// # Errors
+/// Those of `work`; one image that there is no memory for among them.
+pub fn halving<T, E: std::fmt::Display>(
+    batch: &mut usize,
+    is_out_of_memory: impl Fn(&E) -> bool,
+    mut work: impl FnMut(usize) -> Result<T, E>,
+    mut halved: impl FnMut(&E, usize),
+) -> Result<T, E> {
+    loop {
+        match work(*batch) {
+            Err(why) if *batch > 1 && is_out_of_memory(&why) => {
+                *batch = batch.div_ceil(2);
+                halved(&why, *batch);
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Estimate for micro-batches of `batch_gpu` images of `height` x `width`.
 pub fn estimate(
     config: &Config,
@@ -55,4 +77,27 @@ pub fn default_batch_gpu(config: &Config, height: usize, width: usize, batch: u6
     let values = if on_gpu { (4 << 30) / 2 } else { (1 << 30) / 4 };
     let fits = values / kept_values(config, height, width).max(1);
     if batch <= fits { batch } else { 1 << fits.max(1).ilog2() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_done_with_as_many_images_as_there_is_memory_for() {
+        let run = |mut batch: usize, room: usize| {
+            let (mut tried, mut told) = (vec![], vec![]);
+            let work = |n: usize| {
+                tried.push(n);
+                if n <= room { Ok(n) } else { Err("memory") }
+            };
+            let done = halving(&mut batch, |why| *why == "memory", work, |_, n| told.push(n));
+            (done, batch, tried, told)
+        };
+        assert_eq!(run(13, 3), (Ok(2), 2, vec![13, 7, 4, 2], vec![7, 4, 2]));
+        assert_eq!(run(8, 8), (Ok(8), 8, vec![8], vec![]));
+        assert_eq!(run(3, 0), (Err("memory"), 1, vec![3, 2, 1], vec![2, 1]));
+        let other = halving(&mut 4, |why: &&str| *why == "memory", |_| Err::<(), _>("disk"), |_, _| panic!("halved"));
+        assert_eq!(other, Err("disk"));
+    }
 }

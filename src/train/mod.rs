@@ -281,6 +281,12 @@ pub enum TrainError {
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
     Settings { path: PathBuf, differences: String },
+    /// The dataset has more images than when the run began.
+    #[error(
+        "{}: made with {then} images ({then_print}), and the dataset has grown to {now} ({now_print}). A run keeps to its \
+         images: begin another --outdir, with --init and a snapshot of this run", path.display()
+    )]
+    Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
     #[error(transparent)]
     Lock(#[from] LockError),
     #[error(transparent)]
@@ -300,6 +306,18 @@ pub enum TrainError {
          or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
     )]
     Diverged { nimg: u64, what: String, lr: f64, last: Option<PathBuf> },
+}
+
+impl TrainError {
+    /// Whether fewer images at a time may help.
+    fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Backend(why)
+            | Self::Validation(validation::ValidationError::Backend(why))
+            | Self::Grid(grid::GridError::Sample(SampleError::Backend(why))) => why.is_out_of_memory(),
+            _ => false,
+        }
+    }
 }
 
 /// What a run tells while it goes.
@@ -502,7 +520,7 @@ pub fn train<B: TrainingBackend>(
         if plan.restart {
             set_aside(dir, event).at(dir)?;
         }
-        state = Some(match newest(backend, settings, plan, event)? {
+        state = Some(match newest(backend, settings, plan, data.train, event)? {
             Some(state) => state,
             None => {
                 model.upload(backend, Slot::Weight)?;
@@ -556,6 +574,7 @@ pub fn train<B: TrainingBackend>(
             show,
             batch_gpu,
             rounds: 0,
+            batch_aside: batch_gpu,
             ranks,
         };
         run.rounds = run.agreed_rounds()?;
@@ -590,6 +609,7 @@ fn newest<B: TrainingBackend>(
     backend: &mut B,
     settings: &Settings,
     plan: &Plan,
+    data: &Dataset,
     event: &mut dyn FnMut(Event),
 ) -> Result<Option<State>, TrainError> {
     let dir = plan.outdir.as_path();
@@ -600,6 +620,13 @@ fn newest<B: TrainingBackend>(
             let mut asked = settings.clone();
             if plan.keep_rampup {
                 asked.rampup = checkpoint.state.settings.rampup;
+            }
+            let then = &checkpoint.state.settings.data;
+            if let (Some(then_print), Some(now_print)) = (then.content, settings.data.content)
+                && data.grown_from(then_print)
+            {
+                let (path, then, now) = (path.clone(), then.images, data.len());
+                return Err(TrainError::Grown { path, then, then_print, now, now_print });
             }
             asked.init = asked.init.or_else(|| checkpoint.state.settings.init.clone());
             let differences = checkpoint.state.settings.differences(&asked);
@@ -701,6 +728,8 @@ struct Run<'a, 's, B: TrainingBackend> {
     batch_gpu: usize,
     /// Micro-batches of a step, of the rank that has most: on all ranks the same, as their weights are.
     rounds: usize,
+    /// The same in validation and sample grids.
+    batch_aside: usize,
     ranks: &'a mut dyn Collective,
 }
 
@@ -875,9 +904,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let loss = self.with_average(|run, batch| {
-            validation::loss(run.backend, &run.net, run.settings, data, batch, run.ranks)
-        })??;
+        let loss = self.with_average(event, |run, batch| {
+            Ok(validation::loss(run.backend, &run.net, run.settings, data, batch, run.ranks)?)
+        })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         if self.files.is_some() {
             event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
@@ -885,15 +914,24 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Does something with the first moving average in the place of the weights, with so many images at a time; what that
-    /// takes is no time of training.
-    fn with_average<T>(&mut self, work: impl FnOnce(&mut Self, usize) -> T) -> Result<T, BackendError> {
+    /// Does something with the first moving average in the place of the weights, with so many images at a time, fewer if
+    /// the device has no memory for them; what that takes is no time of training.
+    fn with_average<T>(
+        &mut self,
+        event: &mut dyn FnMut(Event),
+        mut work: impl FnMut(&mut Self, usize) -> Result<T, TrainError>,
+    ) -> Result<T, TrainError> {
         let begun = Instant::now();
         self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
-        let done = work(self, self.batch_gpu);
+        let mut batch = self.batch_aside.min(self.batch_gpu);
+        let halved = |why: &TrainError, n| {
+            event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
+        };
+        let done = memory::halving(&mut batch, TrainError::is_out_of_memory, |n| work(self, n), halved);
+        self.batch_aside = batch;
         self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
-        Ok(done)
+        done
     }
 
     /// Samples of the first moving average as a picture.
@@ -902,14 +940,15 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written = self
-            .with_average(|run, batch| grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks));
+        let written = self.with_average(event, |run, batch| {
+            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks)?)
+        });
         self.show = Some(show);
-        match written? {
+        match written {
             // A network can be too young to sample from; it may grow up.
-            Err(
+            Err(TrainError::Grid(
                 error @ (grid::GridError::Sample(SampleError::NotFinite { .. }) | grid::GridError::Elsewhere { .. }),
-            ) => {
+            )) => {
                 if self.files.is_some() {
                     event(Event::Note(format!("no sample grid: {error}")));
                 }

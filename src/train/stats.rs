@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::checkpoint::free_name;
-use crate::formats::write_atomically;
+use crate::formats::{input, write_atomically};
 
 /// What an interval of training looked like.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,6 +65,29 @@ pub struct Sums {
 
 /// Longest line that is read.
 const MAX_LINE: u64 = 1 << 16;
+
+/// Name of the file in a run's directory.
+pub const FILE: &str = "stats.jsonl";
+
+/// The newest value of each number in a file of statistics, `nimg` included. What is no line of statistics is left out.
+///
+/// # Errors
+/// Whatever reading reports.
+pub fn latest(path: &Path) -> io::Result<Map<String, Value>> {
+    let mut reader = BufReader::new(input::open(path)?);
+    let (mut latest, mut line) = (Map::new(), Vec::new());
+    loop {
+        line.clear();
+        if (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
+            return Ok(latest);
+        }
+        if let Ok(Value::Object(values)) = serde_json::from_slice(&line)
+            && values.contains_key("nimg")
+        {
+            latest.extend(values.into_iter().filter(|(_, value)| value.is_number()));
+        }
+    }
+}
 
 /// The open file of JSON lines.
 pub struct StatsFile {

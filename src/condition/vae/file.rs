@@ -1,13 +1,17 @@
-//! Its file: safetensors, weights in f16, everything else in the metadata.
+//! Its file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use half::f16;
 
+use serde::{Deserialize, Serialize};
+
 use super::net::Linear;
-use super::{Header, Kind, Vae};
+use super::training::Adam;
+use super::{Header, Kind, Learning, Source, Training, Vae};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 
 /// Key of the [`Header`] in the file's metadata.
@@ -23,8 +27,17 @@ pub enum VaeError {
     Header { path: PathBuf, what: String },
     #[error("{}: its vocabulary: {cause}", path.display())]
     Vocabulary { path: PathBuf, cause: VocabularyError },
+    #[error("{}: damaged: {what}; remove it, and the training begins anew", path.display())]
+    Damaged { path: PathBuf, what: String },
+    #[error("{}: of a training with {what} {then}, now {now}; give the same, or remove it to begin anew", path.display())]
+    OtherTraining { path: PathBuf, what: &'static str, then: String, now: String },
     #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
     Diverged(usize),
+}
+
+/// Whether a file is a condition model, whole or not.
+pub fn is_one(file: &SafeFile) -> bool {
+    file.metadata().contains_key(HEADER_KEY)
 }
 
 impl Vae {
@@ -103,6 +116,91 @@ impl Vae {
             [(weight, vec![layer.rows, layer.columns]), (bias, vec![layer.rows])]
         };
         self.layers().into_iter().zip(names).flat_map(of)
+    }
+}
+
+/// Key of [`Progress`] in the metadata of a training under way.
+const PROGRESS_KEY: &str = "condition_training";
+
+/// What a training under way says of itself.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    how: Training,
+    header: Header,
+    rows: usize,
+    /// Of the rows; none if nobody said.
+    data: Option<Fingerprint>,
+    passes: usize,
+    steps: i32,
+    /// Of the tensors, in their order here.
+    content: Fingerprint,
+}
+
+/// Parameters, and Adam's moments of them.
+const STATE: [&str; 3] = ["params", "adam_m", "adam_v"];
+
+impl<'a, S: Source> Learning<'a, S> {
+    /// Saves it, atomically. `data` is what its rows are recognised by.
+    ///
+    /// # Errors
+    /// [`VaeError::File`]; then `path` keeps its old content.
+    pub fn save(&self, path: &Path, data: Option<Fingerprint>) -> Result<(), VaeError> {
+        let values = [&self.vae.params, &self.adam.m, &self.adam.v];
+        let bytes = values.map(|values| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        let progress = Progress {
+            how: self.how.clone(),
+            header: self.vae.header.clone(),
+            rows: self.source.count(),
+            data,
+            passes: self.passes,
+            steps: self.adam.step,
+            content: Fingerprint::of(&bytes),
+        };
+        let text = serde_json::to_string(&progress)
+            .map_err(|e| VaeError::Header { path: path.into(), what: e.to_string() })?;
+        let shape = [self.vae.params.len()];
+        let tensors: Vec<safetensors::TensorOut> =
+            STATE.iter().zip(&bytes).map(|(name, bytes)| (*name, Dtype::F32, &shape[..], &bytes[..])).collect();
+        Ok(safetensors::write(path, &tensors, &HashMap::from([(PROGRESS_KEY.to_owned(), text)]))?)
+    }
+
+    /// Goes on with a training of the same rows in the same way.
+    ///
+    /// # Errors
+    /// [`VaeError::OtherTraining`] says what differs; [`VaeError::Damaged`].
+    pub fn load(path: &Path, source: &'a S, how: &Training, data: Option<Fingerprint>) -> Result<Self, VaeError> {
+        let damaged = |what: String| VaeError::Damaged { path: path.into(), what };
+        let file = SafeFile::open(path).map_err(|why| damaged(why.to_string()))?;
+        let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
+        let then: Progress = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
+        let mut now = Self::new(source, how);
+        let other =
+            |what, then: String, now: String| Err(VaeError::OtherTraining { path: path.into(), what, then, now });
+        if then.how != *how {
+            return other("the options", format!("{:?}", then.how), format!("{how:?}"));
+        }
+        let shown = |rows: usize, data: Option<Fingerprint>| {
+            format!("{rows} conditions{}", data.map_or(String::new(), |data| format!(" ({data})")))
+        };
+        if then.rows != source.count() || differ(&then.data, &data) || then.header != now.vae.header {
+            return other("the data", shown(then.rows, then.data), shown(source.count(), data));
+        }
+        let mut tensors = Vec::new();
+        for name in STATE {
+            file.expect_shape(name, &[now.vae.params.len()]).map_err(|why| damaged(why.to_string()))?;
+            tensors.push(file.bytes(name).map_err(|why| damaged(why.to_string()))?);
+        }
+        if Fingerprint::of(&tensors) != then.content || then.passes > how.epochs {
+            return Err(damaged("its checksum".into()));
+        }
+        let mut values = tensors
+            .into_iter()
+            .map(|bytes| -> Vec<f32> { bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect() });
+        let mut next = || values.next().unwrap_or_default();
+        now.vae.params = next();
+        now.adam = Adam { m: next(), v: next(), step: then.steps };
+        now.passes = then.passes;
+        Ok(now)
     }
 }
 

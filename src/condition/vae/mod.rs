@@ -27,7 +27,8 @@
 //! The network is in `net`, how it learns in `training`, how it invents in `inventing`, its file in `file`.
 //!
 //! Memory: (D + V) 2Z + (Z + V) H + H D values (of features H (D + V), as the tags' logits come on top), 0.7 M for
-//! 1,024 tags; and in training all rows, D values each. Cost of a training row: six multiply-adds for each value.
+//! 1,024 tags; in training four times as much, and a few bytes a row: rows are read when they are needed. Cost of a
+//! training row: six multiply-adds for each value.
 
 mod file;
 mod inventing;
@@ -41,10 +42,10 @@ use super::vocabulary::{Tag, Vocabulary};
 use super::{Conditioning, Meaning};
 use crate::real::Real;
 
-pub use file::VaeError;
+pub use file::{VaeError, is_one};
 pub use inventing::Invented;
 pub use net::Loss;
-pub use training::{Rows, Training};
+pub use training::{Learning, Rows, Source, Training};
 
 /// What a condition is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +113,16 @@ impl<T: Real> Vae<T> {
                 Kind::Dense => Vec::new(),
             },
         }
+    }
+
+    /// How many values its layers have.
+    pub fn parameters(&self) -> usize {
+        self.params.len()
+    }
+
+    /// How many training rows' codes it keeps.
+    pub fn anchors(&self) -> usize {
+        self.anchors.len() / (2 * self.header.latent)
     }
 
     /// The tags that can be asked for.

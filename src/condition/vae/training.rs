@@ -1,6 +1,7 @@
-//! How it learns.
+//! How it learns: pass by pass over rows that are read one at a time, so that they need not be in memory.
 
 use half::f16;
+use serde::{Deserialize, Serialize};
 
 use super::net::{Batch, Loss};
 use super::{Header, Kind, Vae, VaeError, tag_input};
@@ -12,7 +13,25 @@ use crate::rng::{Purpose, Stream};
 /// Most rows whose codes are kept as anchors.
 const ANCHORS: usize = 256;
 
-/// The conditions to learn from.
+/// Conditions to learn from, wherever they are: one row is asked for at a time.
+pub trait Source: Sync {
+    /// What they are.
+    fn kind(&self) -> Kind;
+    /// The tags.
+    fn vocabulary(&self) -> &Vocabulary;
+    /// What made them; none if nobody said.
+    fn conditioning(&self) -> Option<Conditioning>;
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// D.
+    fn width(&self) -> usize;
+    /// Tags of a row, places in the vocabulary.
+    fn tags(&self, row: usize) -> &[u32];
+    /// [`Kind::Dense`]: writes a row, `[D]`.
+    fn dense(&self, row: usize, out: &mut [f32]);
+}
+
+/// Conditions in memory.
 pub struct Rows {
     /// What they are.
     pub kind: Kind,
@@ -26,18 +45,41 @@ pub struct Rows {
     pub conditioning: Option<Conditioning>,
 }
 
-impl Rows {
-    /// D.
-    pub fn width(&self) -> usize {
+impl Source for Rows {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    fn conditioning(&self) -> Option<Conditioning> {
+        self.conditioning.clone()
+    }
+
+    fn count(&self) -> usize {
+        self.tags.len()
+    }
+
+    fn width(&self) -> usize {
         match self.kind {
             Kind::Tags => self.vocabulary.len(),
             Kind::Dense => self.dense.len() / self.tags.len().max(1),
         }
     }
+
+    fn tags(&self, row: usize) -> &[u32] {
+        &self.tags[row]
+    }
+
+    fn dense(&self, row: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.dense[row * out.len()..][..out.len()]);
+    }
 }
 
 /// How to learn.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Training {
     /// Z.
     pub latent: usize,
@@ -61,66 +103,126 @@ impl Default for Training {
     }
 }
 
-impl Vae {
-    /// Learns from `rows`; `progress(epoch, loss)` after each pass.
+/// A training that is under way. Between two passes it can be [saved](Self::save), and [gone on with](Self::load) to the
+/// same bits: order and noise are functions of the seed, the pass and the row.
+pub struct Learning<'a, S> {
+    pub(super) source: &'a S,
+    pub(super) how: Training,
+    pub(super) vae: Vae,
+    pub(super) adam: Adam,
+    pub(super) passes: usize,
+}
+
+impl<'a, S: Source> Learning<'a, S> {
+    /// Begins to learn. Features are read once, for their means.
+    ///
+    /// # Panics
+    /// If there are no rows.
+    pub fn new(source: &'a S, how: &Training) -> Self {
+        let (count, width) = (source.count(), source.width());
+        assert!(count > 0 && width > 0, "conditions to learn from");
+        let vocabulary = source.vocabulary();
+        let header = Header {
+            kind: source.kind(),
+            width,
+            latent: how.latent,
+            hidden: how.hidden,
+            vocabulary: vocabulary.tags().to_vec(),
+            conditioning: source.conditioning(),
+        };
+        let mut vae = Vae::init(header, vocabulary.clone(), how.seed);
+        if source.kind() == Kind::Dense {
+            (vae.mean, vae.std) = moments(source);
+        }
+        let adam = Adam::new(vae.params.len());
+        Self { source, how: how.clone(), vae, adam, passes: 0 }
+    }
+
+    /// Passes over the rows that are done.
+    pub fn passes(&self) -> usize {
+        self.passes
+    }
+
+    /// Whether all of them are.
+    pub fn is_done(&self) -> bool {
+        self.passes >= self.how.epochs
+    }
+
+    /// One more pass; `progress` is told of how many rows more.
     ///
     /// # Errors
     /// [`VaeError::Diverged`].
     ///
     /// # Panics
-    /// If there are no rows, or a tag is not in the vocabulary.
-    pub fn train(rows: &Rows, how: &Training, mut progress: impl FnMut(usize, Loss)) -> Result<Self, VaeError> {
-        let (count, width) = (rows.tags.len(), rows.width());
-        assert!(count > 0 && width > 0, "conditions to learn from");
-        let header = Header {
-            kind: rows.kind,
-            width,
-            latent: how.latent,
-            hidden: how.hidden,
-            vocabulary: rows.vocabulary.tags().to_vec(),
-            conditioning: rows.conditioning.clone(),
-        };
-        let mut vae = Self::init(header, rows.vocabulary.clone(), how.seed);
-        if rows.kind == Kind::Dense {
-            (vae.mean, vae.std) = moments(&rows.dense, width);
-        }
+    /// If a tag is not in the vocabulary.
+    pub fn pass(&mut self, progress: &mut dyn FnMut(usize)) -> Result<Loss, VaeError> {
+        let Self { source, how, vae, adam, passes: epoch } = self;
+        let count = source.count();
         let batch_size = how.batch.min(count);
-        let steps = how.epochs * count.div_ceil(batch_size);
-        let mut adam = Adam::new(vae.params.len());
+        let in_a_pass = count.div_ceil(batch_size);
+        let steps = how.epochs * in_a_pass;
+        let order = shuffled(count, how.seed, *epoch as u32);
         let mut grad = vec![0.0; vae.params.len()];
-        let mut step = 0;
-        for epoch in 0..how.epochs {
-            let order = shuffled(count, how.seed, epoch as u32);
-            let mut sum = Loss::default();
-            for chunk in order.chunks(batch_size) {
-                let batch = vae.batch(rows, chunk, how.seed, Some(epoch as u32));
-                let done = step as f64 / steps as f64;
-                let loss = vae.loss(&batch, how.kl_weight * (done * 10.0).min(1.0), &mut grad);
-                if !(loss.reconstruction + loss.kl).is_finite() {
-                    return Err(VaeError::Diverged(epoch));
-                }
-                adam.step(&mut vae.params, &grad, how.lr * (1.0 - done));
-                let share = chunk.len() as f64 / count as f64;
-                sum.reconstruction += share * loss.reconstruction;
-                sum.kl += share * loss.kl;
-                step += 1;
+        let mut sum = Loss::default();
+        for (number, chunk) in order.chunks(batch_size).enumerate() {
+            let batch = vae.batch(*source, chunk, how.seed, Some(*epoch as u32));
+            let done = (*epoch * in_a_pass + number) as f64 / steps as f64;
+            let loss = vae.loss(&batch, how.kl_weight * (done * 10.0).min(1.0), &mut grad);
+            if !(loss.reconstruction + loss.kl).is_finite() {
+                return Err(VaeError::Diverged(*epoch));
             }
-            progress(epoch, sum);
+            adam.step(&mut vae.params, &grad, how.lr * (1.0 - done));
+            let share = chunk.len() as f64 / count as f64;
+            sum.reconstruction += share * loss.reconstruction;
+            sum.kl += share * loss.kl;
+            progress(chunk.len());
         }
+        *epoch += 1;
+        Ok(sum)
+    }
+
+    /// The model, with the codes of some rows.
+    ///
+    /// # Errors
+    /// [`VaeError::Diverged`]: a value is not finite in f16, which it will be saved in.
+    pub fn finish(self) -> Result<Vae, VaeError> {
+        let Self { source, how, mut vae, .. } = self;
+        let count = source.count();
         let some = shuffled(count, how.seed, u32::MAX);
-        let batch = vae.batch(rows, &some[..ANCHORS.min(count)], how.seed, None);
+        let batch = vae.batch(source, &some[..ANCHORS.min(count)], how.seed, None);
         let [encoder, ..] = vae.layers();
         vae.anchors = vae.linear(encoder, &batch.input);
-        // As they will be saved.
         let finite = |x: &f32| f16::from_f32(*x).is_finite();
         if !vae.params.iter().chain(&vae.anchors).all(finite) {
-            return Err(VaeError::Diverged(how.epochs - 1));
+            return Err(VaeError::Diverged(how.epochs.saturating_sub(1)));
         }
         Ok(vae)
     }
+}
+
+impl Vae {
+    /// Learns all that is to be learnt; `progress(epoch, loss)` after each pass.
+    ///
+    /// # Errors
+    /// [`VaeError::Diverged`].
+    ///
+    /// # Panics
+    /// As [`Learning`].
+    pub fn train(
+        source: &impl Source,
+        how: &Training,
+        mut progress: impl FnMut(usize, Loss),
+    ) -> Result<Self, VaeError> {
+        let mut learning = Learning::new(source, how);
+        while !learning.is_done() {
+            let loss = learning.pass(&mut |_| ())?;
+            progress(learning.passes() - 1, loss);
+        }
+        learning.finish()
+    }
 
     /// Some rows, with the tags and the noise that an epoch gives them; without an epoch, no tags.
-    fn batch(&self, rows: &Rows, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
+    fn batch(&self, rows: &impl Source, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
         let (d, v, z, _) = self.sizes();
         let columns = d + v;
         let (outputs, features) = self.outputs();
@@ -130,15 +232,16 @@ impl Vae {
         for (i, &row) in chunk.iter().enumerate() {
             let stream = Stream { seed, purpose: Purpose::Condition, step: epoch.unwrap_or(0), image: row as u64 };
             stream.normals(&mut batch.eps[i * z..][..z]);
-            let tags = &rows.tags[row];
+            let tags = rows.tags(row);
             let (input, given) = batch.input[i * columns..][..columns].split_at_mut(d);
             let (target, target_tags) = batch.target[i * outputs..][..outputs].split_at_mut(features);
             tags.iter().for_each(|&tag| target_tags[tag as usize] = 1.0);
-            match rows.kind {
+            match rows.kind() {
                 Kind::Tags => tag_input(&Prompt::of(tags), v, input),
                 Kind::Dense => {
-                    for (c, (x, y)) in input.iter_mut().zip(target).enumerate() {
-                        *x = (rows.dense[row * d + c] - self.mean[c]) / self.std[c];
+                    rows.dense(row, input);
+                    for ((x, y), (mean, std)) in input.iter_mut().zip(target).zip(self.mean.iter().zip(&self.std)) {
+                        *x = (*x - mean) / std;
                         *y = *x;
                     }
                 }
@@ -171,12 +274,14 @@ fn shuffled(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     order
 }
 
-/// Mean and standard deviation of each of the `width` columns.
-fn moments(values: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
-    let n = (values.len() / width) as f64;
+/// Mean and standard deviation of each feature.
+fn moments(source: &impl Source) -> (Vec<f32>, Vec<f32>) {
+    let (width, n) = (source.width(), source.count() as f64);
     let (mut sum, mut squares) = (vec![0.0f64; width], vec![0.0f64; width]);
-    for row in values.chunks(width) {
-        for (c, &x) in row.iter().enumerate() {
+    let mut values = vec![0.0; width];
+    for row in 0..source.count() {
+        source.dense(row, &mut values);
+        for (c, &x) in values.iter().enumerate() {
             sum[c] += f64::from(x);
             squares[c] += f64::from(x) * f64::from(x);
         }
@@ -187,10 +292,10 @@ fn moments(values: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
 }
 
 /// Adam (0.9, 0.999).
-struct Adam {
-    m: Vec<f32>,
-    v: Vec<f32>,
-    step: i32,
+pub(super) struct Adam {
+    pub m: Vec<f32>,
+    pub v: Vec<f32>,
+    pub step: i32,
 }
 
 impl Adam {

@@ -14,28 +14,35 @@
 //! A shard depends on its records and the settings only: it is made again with the same bytes, in any order, by any
 //! number of threads; one that is there already, and whole, is kept. Shards that were made with other settings, or of
 //! other pictures, stop everything, unless no image is in any of them.
+//!
+//! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
 
 mod danbooru;
 mod folder;
+mod grow;
 mod plan;
 mod records;
 mod render;
 mod report;
 mod settings;
+mod there;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 pub use danbooru::Danbooru;
 pub use folder::Folder;
+pub use grow::{add, retag};
 pub use records::{Listing, Place, Record, Records, Tags, read_lines};
 pub use render::{Codec, Encode};
 pub use report::{Counts, Event, PrepareError, Report, SUMMARY_FILE, Summary};
 pub use settings::Settings;
 
 use super::dataset::Split;
+use super::pending::Pending;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
+use crate::condition::vocabulary::Vocabulary;
 use crate::formats::DirLock;
 use plan::{Plan, date};
 use render::{Conditions, Renderer};
@@ -55,6 +62,7 @@ pub fn prepare(
     let out = &settings.out;
     let lock = DirLock::exclusive(out)?;
     lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    Pending::new(out)?;
     spare(records.metadata(), out)?;
     let conditions = Conditions::open(settings)?;
     let mut listing = records.read(settings, report)?;
@@ -62,61 +70,115 @@ pub fn prepare(
         return Err(PrepareError::NoRecords { path: records.metadata().into() });
     }
     conditions.select(&mut listing);
-    let (read, mut dropped) = (listing.read, std::mem::take(&mut listing.dropped));
+    let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
     if listing.records.is_empty() {
-        return Err(PrepareError::NothingKept { records: read, dropped });
+        return Err(PrepareError::NothingKept { records: listing.read, dropped: tally.dropped });
     }
 
     let enlarge = records.enlarge();
-    let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions)?;
+    let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
     // Before anything is written: a dataset made otherwise stays as it is.
     let existing = plan.existing(out, report)?;
     plan.settle_vocabulary(out, existing.contains(&true), report)?;
+    make(
+        &plan,
+        &existing,
+        &|name| out.join(name),
+        &listing,
+        settings,
+        enlarge,
+        &conditions,
+        codec.as_mut(),
+        &mut tally,
+        report,
+    )?;
+    tally.finish(&listing, 0, plan.vocabulary, out)
+}
 
+/// What there is by now.
+#[derive(Default)]
+struct Tally {
+    splits: [Counts; 3],
+    dropped: Drops,
+}
+
+impl Tally {
+    /// Counts a shard.
+    fn count(&mut self, split: Split, shard: &Shard, notes: &Notes) {
+        let images = shard.ids.len();
+        let sum = &mut self.splits[split as usize];
+        sum.kept += images;
+        sum.enlarged += notes.enlarged;
+        sum.untagged += (0..images).filter(|&i| shard.tags(i).is_empty()).count();
+        sum.unapplied += notes.unapplied.len();
+    }
+
+    /// Writes the summary.
+    fn finish(
+        self,
+        listing: &Listing,
+        skipped: usize,
+        vocabulary: Vocabulary,
+        out: &Path,
+    ) -> Result<Summary, PrepareError> {
+        let Self { splits, dropped } = self;
+        if splits.iter().all(|counts| counts.kept == 0) {
+            return Err(PrepareError::NothingKept { records: listing.read, dropped });
+        }
+        let splits = Split::ALL.map(|split| (split, splits[split as usize]));
+        let (records, unusable_tags) = (listing.read, listing.unusable_tags);
+        let summary = Summary { records, skipped, splits, dropped, unusable_tags, vocabulary };
+        summary.save(out)?;
+        Ok(summary)
+    }
+}
+
+/// Makes the shards that do not exist, and counts them all.
+#[allow(clippy::too_many_arguments)] // what the stages before have made
+fn make(
+    plan: &Plan,
+    existing: &[bool],
+    path: &dyn Fn(&str) -> PathBuf,
+    listing: &Listing,
+    settings: &Settings,
+    enlarge: Option<bool>,
+    conditions: &Conditions,
+    mut codec: Option<&mut Codec>,
+    tally: &mut Tally,
+    report: Report,
+) -> Result<(), PrepareError> {
     report(Event::Start(listing.records.len()));
     let renderer = Renderer {
         settings,
         enlarge: enlarge.unwrap_or(true),
         vocabulary: &plan.vocabulary,
-        places: listing.tags.names().iter().map(|tag| plan.vocabulary.get(tag)).collect(),
-        conditions: &conditions,
+        places: listing.places(&plan.vocabulary),
+        conditions,
         made_with: &plan.made_with,
     };
-    let mut splits = Split::ALL.map(|split| (split, Counts::default()));
-    for (job, kept) in plan.jobs.iter().zip(existing) {
-        let path = out.join(&job.name);
+    for (job, &kept) in plan.jobs.iter().zip(existing) {
+        let path = path(&job.name);
         if kept {
             report(Event::Done(job.members.len()));
         } else {
             let begun = SystemTime::now();
-            let (rows, notes) = renderer.render(&job.members, codec.as_mut(), report)?;
+            let (rows, notes) = renderer.render(&job.members, codec.as_deref_mut(), report)?;
             rows.write(&path, &job.header, &notes)?;
             date(&path, begun)?;
         }
         let shard = Shard::open(&path, &plan.vocabulary)?;
         let notes = Notes::read(&shard.file)?;
         for Dropped { drop, file, why, .. } in &notes.dropped {
-            dropped.add(*drop);
+            tally.dropped.add(*drop);
             if *drop == Drop::Unreadable {
                 report(Event::Unreadable { file, why });
             }
         }
         notes.unapplied.iter().for_each(|Unapplied { file, profile }| report(Event::Unapplied { file, profile }));
-        let images = shard.ids.len();
-        report(Event::Shard { name: &job.name, images, kept });
-        let sum = &mut splits[job.split as usize].1;
-        sum.kept += images;
-        sum.enlarged += notes.enlarged;
-        sum.untagged += (0..images).filter(|&i| shard.tags(i).is_empty()).count();
-        sum.unapplied += notes.unapplied.len();
+        report(Event::Shard { name: &job.name, images: shard.ids.len(), kept });
+        tally.count(job.split, &shard, &notes);
     }
-    if splits.iter().all(|(_, counts)| counts.kept == 0) {
-        return Err(PrepareError::NothingKept { records: read, dropped });
-    }
-    let Plan { vocabulary, .. } = plan;
-    let summary = Summary { records: read, splits, dropped, unusable_tags: listing.unusable_tags, vocabulary };
-    summary.save(out)?;
-    Ok(summary)
+    Ok(())
 }
 
 /// Refuses metadata that lies where the dataset's own files will.

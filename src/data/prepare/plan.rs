@@ -12,6 +12,7 @@ use super::records::{Listing, Record};
 use super::render::{CHUNK, Codec, Conditions, print};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
+use super::there::There;
 use crate::codec::LATENTS;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
@@ -43,17 +44,20 @@ pub(super) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Cuts the records into shards.
+    /// Cuts the records into shards; those that are added to a dataset follow on its own, and use its vocabulary.
     pub fn new(
         listing: &'a Listing,
         settings: &Settings,
         enlarge: Option<bool>,
         codec: Option<&Codec>,
         conditions: &Conditions,
+        there: Option<&There>,
     ) -> Result<Self, PrepareError> {
         let of = |split| listing.records.iter().filter(move |record| settings.split(record.id) == split);
-        let sets = of(Split::Train).map(|record| record.tags.iter().map(|&tag| listing.tags.name(tag)));
-        let vocabulary = Vocabulary::most_frequent(sets, settings.vocabulary)?;
+        let vocabulary = match there {
+            Some(there) => there.vocabulary.clone(),
+            None => count_tags(listing, settings)?,
+        };
         if vocabulary.is_empty() && matches!(conditions, Conditions::Tags) {
             return Err(PrepareError::Setting {
                 what: "the number of distinct tags on training images",
@@ -88,11 +92,12 @@ impl<'a> Plan<'a> {
         let mut jobs = Vec::new();
         for split in Split::ALL {
             let members: Vec<_> = of(split).collect();
-            let shards = members.len().div_ceil(settings.shard_size);
+            let first = there.map_or(0, |there| there.of(split).len());
+            let shards = first + members.len().div_ceil(settings.shard_size);
             let header = Header { shards, ..header.clone() };
             let parts = members.chunks(settings.shard_size).enumerate();
             jobs.extend(parts.map(|(number, members)| {
-                let (name, members) = (split.shard_name(number), members.to_vec());
+                let (name, members) = (split.shard_name(first + number), members.to_vec());
                 Job { split, name, members, header: header.clone() }
             }));
         }
@@ -122,8 +127,11 @@ impl<'a> Plan<'a> {
         let files: Vec<_> = self.jobs.iter().map(|job| there.remove(&job.name).and_then(Result::ok)).collect();
         files.iter().flatten().try_for_each(|file| check_settings(file, &self.made_with))?;
         let ours: HashSet<_> = self.jobs.iter().map(|job| job.name.as_str()).collect();
-        if let Some(name) = there.keys().filter(|name| !ours.contains(name.as_str())).min() {
-            return Err(PrepareError::Stray { path: out.join(name) });
+        if let Some((name, file)) = there.iter().filter(|(name, _)| !ours.contains(name.as_str())).min_by_key(|of| of.0)
+        {
+            let path = out.join(name);
+            let added = file.as_ref().is_ok_and(|file| Notes::settings(file).is_some());
+            return Err(if added { PrepareError::Added { path } } else { PrepareError::Stray { path } });
         }
         let total = files.iter().flatten().count() as u64;
         let mut done = 0;
@@ -153,9 +161,29 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// Whether a shard that is pending, and so nobody's yet, is what this job would make.
+pub(super) fn is_made(job: &Job, path: &Path, made_with: &Map<String, Value>) -> Result<bool, PrepareError> {
+    let Ok(file) = SafeFile::open(path) else { return Ok(false) };
+    if Notes::settings(&file).as_ref() != Some(made_with) || check_whole(&file).is_err() {
+        return Ok(false);
+    }
+    let Ok(notes) = Notes::read(&file) else { return Ok(false) };
+    match check_pictures(job, &file, &notes) {
+        Err(PrepareError::OtherPicture { .. }) => Ok(false),
+        checked => checked.map(|()| true),
+    }
+}
+
+/// The most frequent tags of the records that are for training, whether their pictures turn out to be usable or not.
+pub(super) fn count_tags(listing: &Listing, settings: &Settings) -> Result<Vocabulary, VocabularyError> {
+    let train = listing.records.iter().filter(|record| settings.split(record.id) == Split::Train);
+    let sets = train.map(|record| record.tags.iter().map(|&tag| listing.tags.name(tag)));
+    Vocabulary::most_frequent(sets, settings.vocabulary)
+}
+
 /// Everything that shards' bytes depend on. Of an image file that is its length, its date changing with copying; see
 /// [`check_pictures`] for the rest.
-fn made_with(
+pub(super) fn made_with(
     listing: &Listing,
     settings: &Settings,
     enlarge: Option<bool>,
@@ -224,8 +252,21 @@ fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
     }
 }
 
-/// An error if a shard was made otherwise.
+/// Settings that no picture of a dataset may differ in.
+pub(super) const COMMON: [&str; 7] =
+    ["size", "background", "max-crop", "validation-modulus", "enlarge", "vae", "tagger"];
+
+/// An error if a shard was made otherwise, in any setting.
 fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
+    check_some_settings(file, now, &|_| true)
+}
+
+/// An error if a shard was made otherwise, in a setting that counts.
+pub(super) fn check_some_settings(
+    file: &SafeFile,
+    now: &Map<String, Value>,
+    counts: &dyn Fn(&str) -> bool,
+) -> Result<(), PrepareError> {
     let path = file.path();
     let before = Notes::settings(file).ok_or_else(|| PrepareError::Stray { path: path.into() })?;
     let show = |settings: &Map<String, Value>, key: &String| match settings.get(key) {
@@ -236,13 +277,12 @@ fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), Prepa
         },
         None => "none".into(),
     };
-    for key in now.keys().chain(before.keys()) {
+    for key in now.keys().chain(before.keys()).filter(|key| counts(key)) {
         if !same_setting(before.get(key), now.get(key)) {
-            return Err(PrepareError::OtherSettings {
-                path: path.into(),
-                what: key.clone(),
-                found: show(&before, key),
-                now: show(now, key),
+            let (path, found, now) = (path.into(), show(&before, key), show(now, key));
+            return Err(match key == "records" {
+                true => PrepareError::OtherRecords { path, found, now },
+                false => PrepareError::OtherSettings { path, what: key.clone(), found, now },
             });
         }
     }

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use super::report::{PrepareError, Report};
 use super::settings::Settings;
+use crate::condition::vocabulary::Vocabulary;
 use crate::data::shard::Drops;
 use crate::formats::{At, FileError, input};
 use crate::pictures::decode::MAX_BYTES;
@@ -51,6 +52,13 @@ pub struct Listing {
     pub unusable_tags: usize,
 }
 
+impl Listing {
+    /// Where each of the tags is in a vocabulary, by their numbers.
+    pub(super) fn places(&self, vocabulary: &Vocabulary) -> Vec<Option<u32>> {
+        self.tags.names().iter().map(|tag| vocabulary.get(tag)).collect()
+    }
+}
+
 /// An image and what is known of it.
 pub struct Record {
     /// Its number; decides its split.
@@ -68,6 +76,13 @@ pub struct Record {
 }
 
 impl Record {
+    /// Places of its tags in a vocabulary, ascending, by those of [`Listing::places`].
+    pub(super) fn places(&self, places: &[Option<u32>]) -> Vec<u32> {
+        let mut tags: Vec<u32> = self.tags.iter().filter_map(|&tag| places[tag as usize]).collect();
+        tags.sort_unstable();
+        tags
+    }
+
     /// The bytes of its file; or what is wrong with that, which is no image then.
     pub(super) fn read(&self) -> Result<Result<Vec<u8>, String>, FileError> {
         self.place.read().at(self.place.path())

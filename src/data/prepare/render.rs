@@ -94,7 +94,7 @@ struct Ready {
 }
 
 /// A feature as a condition.
-fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
+pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
     match unit_norm(&mut feature) {
         true => Ok(feature),
         false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
@@ -115,7 +115,7 @@ pub(super) struct Renderer<'a> {
     /// Whether pictures that are smaller than the target are taken.
     pub enlarge: bool,
     pub vocabulary: &'a Vocabulary,
-    /// Where each of [`Listing::tags`] is in the vocabulary.
+    /// See [`Listing::places`].
     pub places: Vec<Option<u32>>,
     pub conditions: &'a Conditions,
     pub made_with: &'a Map<String, Value>,
@@ -185,8 +185,7 @@ impl Renderer<'_> {
         if crop.enlarged && !self.enlarge {
             return Err((Drop::Small, format!("{width}x{height} is smaller than {}x{}", size[0], size[1])));
         }
-        let mut tags: Vec<u32> = record.tags.iter().filter_map(|&tag| self.places[tag as usize]).collect();
-        tags.sort_unstable();
+        let tags = record.places(&self.places);
         let condition = match self.conditions {
             Conditions::Tags => self.vocabulary.multi_hot(&tags),
             Conditions::Known(features) => feature(features.get(record.id).unwrap_or_default())?,

@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 
 use crate::codec::CodecError;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
-use crate::data::dataset::Split;
+use crate::data::dataset::{DatasetError, Split};
 use crate::data::features::FeatureError;
 use crate::data::shard::{Drops, ShardError};
 use crate::formats::safetensors::SafeError;
@@ -47,6 +47,17 @@ pub enum PrepareError {
         path.display()
     )]
     OtherPicture { path: PathBuf, file: String },
+    #[error(
+        "{}: made before with records {found}, now {now}; --add adds pictures that are new, --retag changes tags and \
+         conditions; or remove the dataset, or choose another directory", path.display()
+    )]
+    OtherRecords { path: PathBuf, found: String, now: String },
+    #[error("{}: added later; --add goes on with that", path.display())]
+    Added { path: PathBuf },
+    #[error("{}: no dataset is there, expected one to {to}", dir.display())]
+    NoDataset { dir: PathBuf, to: &'static str },
+    #[error("{}: {lack} for {count} images of the dataset, such as id {id}, expected one for each", path.display())]
+    Lacking { path: PathBuf, lack: &'static str, count: usize, id: i64 },
     #[error("{}: a shard of another dataset; remove it or choose another directory", path.display())]
     Stray { path: PathBuf },
     #[error(
@@ -60,6 +71,8 @@ pub enum PrepareError {
     Lock(#[from] LockError),
     #[error(transparent)]
     Shard(#[from] ShardError),
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
     #[error(transparent)]
     File(#[from] SafeError),
     #[error(transparent)]
@@ -121,7 +134,10 @@ pub struct Counts {
 pub struct Summary {
     /// Lines of the metadata.
     pub records: usize,
-    /// Counts of train, validation and test, in this order.
+    /// Of these, those that were passed over: when adding, pictures that are there already; when retagging, those that are
+    /// not there.
+    pub skipped: usize,
+    /// Counts of train, validation and test, in this order, of all the dataset.
     pub splits: [(Split, Counts); 3],
     /// What is not in the dataset, and why.
     pub dropped: Drops,
@@ -134,8 +150,9 @@ pub struct Summary {
 impl Serialize for Summary {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let splits: BTreeMap<_, _> = self.splits.iter().map(|(split, counts)| (split.to_string(), counts)).collect();
-        let mut all = serializer.serialize_struct("Summary", 5)?;
+        let mut all = serializer.serialize_struct("Summary", 6)?;
         all.serialize_field("records", &self.records)?;
+        all.serialize_field("skipped", &self.skipped)?;
         all.serialize_field("splits", &splits)?;
         all.serialize_field("dropped", &self.dropped)?;
         all.serialize_field("unusable_tags", &self.unusable_tags)?;

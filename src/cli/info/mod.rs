@@ -1,9 +1,13 @@
-//! `edm2k info`: what a model, a dataset or this machine is.
+//! `edm2k info`: what a file or a directory of this program is, or this machine.
 
-use std::path::{Path, PathBuf};
+mod dataset;
+mod parts;
+mod run;
+
+use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde::Serialize;
 
 use edm2k::backend::DeviceError;
@@ -14,17 +18,20 @@ use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
+use edm2k::codec::CodecFile;
 use edm2k::condition::Conditioning;
-use edm2k::data::dataset::{Dataset, DatasetError, Header, Split};
-use edm2k::data::shard::check_whole;
-use edm2k::formats::safetensors::SafeFile;
+use edm2k::condition::vae::{self, Vae};
+use edm2k::data::dataset::Header;
+use edm2k::formats::{At, input, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
+use edm2k::train::checkpoint;
 
 use super::say::out;
+use dataset::DatasetInfo;
 
-/// Show what a model, a dataset or this machine is.
+/// Show what a file or a directory is: a model, a dataset, a run, ...; or this machine.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Without arguments: the devices of this machine.
@@ -33,10 +40,13 @@ Examples:
   edm2k info demo/emoji.safetensors
   edm2k info --preset 1girl-xs
   edm2k info --preset edm2-img512-s --size 64x88
+  edm2k info runs/mine
+  edm2k info --check runs/mine/checkpoint-000204800.safetensors
+  edm2k info wd-v1-4-swinv2-tagger-v2.onnx
   edm2k info path/of/dataset
   edm2k info --check path/of/dataset")]
 pub struct InfoArgs {
-    /// Model file, dataset directory, or shard of a dataset
+    /// Model, dataset or shard of one, directory of a run, checkpoint, condition model, autoencoder, or ONNX file
     #[arg(value_name = "FILE|DIR", conflicts_with = "preset")]
     path: Option<PathBuf>,
     /// A named configuration instead of a file
@@ -45,7 +55,7 @@ pub struct InfoArgs {
     /// Image or latent that the multiply-adds are counted for [default: what the model was made for]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
-    /// Read all of a dataset or a shard and compare it with the checksums that it was written with
+    /// Read all of a dataset, a shard or a checkpoint and compare it with the checksums that it was written with
     #[arg(long, requires = "path")]
     check: bool,
     /// One JSON object instead of text
@@ -197,99 +207,6 @@ fn head(tags: &[impl AsRef<str>]) -> String {
     shown.join(", ") + if tags.len() > SHOWN { ", ..." } else { "" }
 }
 
-/// A split of a dataset, or one shard.
-#[derive(Serialize)]
-struct Part {
-    name: String,
-    images: usize,
-    header: Header,
-}
-
-#[derive(Serialize)]
-struct DatasetInfo {
-    kind: &'static str,
-    parts: Vec<Part>,
-    vocabulary: Vec<String>,
-    /// Whether tags have other names in the vocabulary's file than when the shards were made.
-    renamed: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    checked: Option<Checked>,
-}
-
-/// What `--check` has found to be whole.
-#[derive(Default, Serialize)]
-struct Checked {
-    shards: usize,
-    /// Of these, those without checksums, of an older version: of them only the small parts were looked at.
-    unknown: usize,
-}
-
-impl DatasetInfo {
-    /// Opens every split that the directory has.
-    fn open(dir: &Path, check: bool) -> anyhow::Result<Self> {
-        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None };
-        let mut nothing = None;
-        for split in Split::ALL {
-            match Dataset::open(dir, split) {
-                Ok(data) => {
-                    info.vocabulary = data.vocabulary().tags().iter().map(|tag| tag.tag.clone()).collect();
-                    info.renamed |= data.renamed();
-                    if check {
-                        let checked = info.checked.get_or_insert_default();
-                        let before = checked.shards;
-                        let known = data.check(&mut || checked.shards += 1)?;
-                        checked.unknown += checked.shards - before - known;
-                    }
-                    let header = data.header().clone();
-                    info.parts.push(Part { name: split.to_string(), images: data.len(), header });
-                }
-                Err(e @ (DatasetError::NoShards { .. } | DatasetError::Empty { .. })) => nothing = nothing.or(Some(e)),
-                Err(e) => return Err(e.into()),
-            }
-        }
-        match nothing {
-            Some(e) if info.parts.is_empty() => Err(e.into()),
-            _ => Ok(info),
-        }
-    }
-
-    fn show(&self, json: bool) -> anyhow::Result<()> {
-        if json {
-            out!("{}", serde_json::to_value(self)?);
-            return Ok(());
-        }
-        for Part { name, images, .. } in &self.parts {
-            out!("{name:15}{images} images");
-        }
-        if let Some(Part { header, .. }) = self.parts.first() {
-            let Header {
-                kind, height, width, channels, condition_dim, conditioning, autoencoder, source, licence, ..
-            } = header;
-            let kind = serde_json::json!(kind);
-            out!("{:15}{width} x {height} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
-            out!("condition      {condition_dim} values");
-            out!("conditions are {conditioning}");
-            if let Some(autoencoder) = autoencoder {
-                out!("latents are of {autoencoder}");
-            }
-            for (name, text) in [("source", source), ("licence", licence)] {
-                if !text.is_empty() {
-                    out!("{name:15}{text}");
-                }
-            }
-        }
-        if !self.vocabulary.is_empty() {
-            let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
-            out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
-        }
-        if let Some(Checked { shards, unknown }) = self.checked {
-            let unknown = if unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
-            out!("checked        {shards} shards are whole{unknown}");
-        }
-        Ok(())
-    }
-}
-
 /// The GPUs in words, or why there are none.
 #[cfg(feature = "cuda")]
 fn gpus() -> Result<Vec<String>, DeviceError> {
@@ -329,21 +246,39 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         return Ok(());
     };
     // Errors in opening name the file themselves.
-    if path.is_dir() {
+    let ends = |ending: &str| path.extension().is_some_and(|own| own.eq_ignore_ascii_case(ending));
+    let unchecked = |what: &str| {
+        ensure!(!args.check, "{}: {what}, which has no checksums", path.display());
+        Ok(())
+    };
+    if path.is_dir() && run::is_one(path)? {
+        unchecked("a run")?;
+        return run::show(path, args.json);
+    }
+    if path.is_dir() || ends("zip") {
         return DatasetInfo::open(path, args.check)?.show(args.json);
     }
-    let file = SafeFile::open(path)?;
-    if let Some(header) = Header::of(&file)? {
-        let checked = match args.check {
-            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(&file)?) }),
-            false => None,
-        };
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let part = Part { name, images: header.count, header };
-        let info = DatasetInfo { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked };
-        return info.show(args.json);
+    let head = input::head(&input::open(path).at(path)?).at(path)?;
+    if ends("onnx") || input::kind(&head).is_some_and(|kind| kind.contains("ONNX")) {
+        unchecked("an ONNX file")?;
+        return parts::onnx(path, args.json).with_context(|| path.display().to_string());
     }
-    ensure!(!args.check, "{}: neither a dataset nor a shard of one, so it has no checksums", path.display());
+    let file = weights::open(path)?;
+    if let Some(header) = Header::of(&file)? {
+        return DatasetInfo::of_shard(&file, header, args.check)?.show(args.json);
+    }
+    if checkpoint::is_one(&file) {
+        return run::show_checkpoint(path, args.check, args.json);
+    }
+    if vae::is_one(&file) {
+        unchecked("a condition model")?;
+        return parts::condition_model(path, &Vae::load(path)?, args.json);
+    }
+    if CodecFile::is_one(&file) {
+        unchecked("an autoencoder")?;
+        return parts::autoencoder(path, args.json);
+    }
+    unchecked("neither a dataset nor a checkpoint")?;
     drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);

@@ -1,0 +1,118 @@
+//! What is said of datasets and shards.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use edm2k::data::dataset::{Dataset, DatasetError, Header, Split};
+use edm2k::data::shard::check_whole;
+use edm2k::formats::safetensors::SafeFile;
+
+use super::head;
+use crate::cli::say::out;
+
+/// A split of a dataset, or one shard.
+#[derive(Serialize)]
+pub struct Part {
+    name: String,
+    images: usize,
+    header: Header,
+}
+
+#[derive(Serialize)]
+pub struct DatasetInfo {
+    kind: &'static str,
+    parts: Vec<Part>,
+    vocabulary: Vec<String>,
+    /// Whether tags have other names in the vocabulary's file than when the shards were made.
+    renamed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checked: Option<Checked>,
+}
+
+/// What `--check` has found to be whole.
+#[derive(Default, Serialize)]
+pub struct Checked {
+    shards: usize,
+    /// Of these, those without checksums, of an older version: of them only the small parts were looked at.
+    unknown: usize,
+}
+
+impl DatasetInfo {
+    /// Opens every split that the directory has.
+    pub fn open(dir: &Path, check: bool) -> anyhow::Result<Self> {
+        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None };
+        let mut nothing = None;
+        for split in Split::ALL {
+            match Dataset::open(dir, split) {
+                Ok(data) => {
+                    info.vocabulary = data.vocabulary().tags().iter().map(|tag| tag.tag.clone()).collect();
+                    info.renamed |= data.renamed();
+                    if check {
+                        let checked = info.checked.get_or_insert_default();
+                        let before = checked.shards;
+                        let known = data.check(&mut || checked.shards += 1)?;
+                        checked.unknown += checked.shards - before - known;
+                    }
+                    let header = data.header().clone();
+                    info.parts.push(Part { name: split.to_string(), images: data.len(), header });
+                }
+                Err(
+                    e @ (DatasetError::NoShards { .. } | DatasetError::NoSplit { .. } | DatasetError::Empty { .. }),
+                ) => nothing = nothing.or(Some(e)),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        match nothing {
+            Some(e) if info.parts.is_empty() => Err(e.into()),
+            _ => Ok(info),
+        }
+    }
+
+    /// One shard, of which the caller has the header already.
+    pub fn of_shard(file: &SafeFile, header: Header, check: bool) -> anyhow::Result<Self> {
+        let checked = match check {
+            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(file)?) }),
+            false => None,
+        };
+        let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let part = Part { name, images: header.count, header };
+        Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked })
+    }
+
+    pub fn show(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            out!("{}", serde_json::to_value(self)?);
+            return Ok(());
+        }
+        for Part { name, images, .. } in &self.parts {
+            out!("{name:15}{images} images");
+        }
+        if let Some(Part { header, .. }) = self.parts.first() {
+            let Header {
+                kind, height, width, channels, condition_dim, conditioning, autoencoder, source, licence, ..
+            } = header;
+            let kind = serde_json::json!(kind);
+            out!("{:15}{width} x {height} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
+            out!("condition      {condition_dim} values");
+            out!("conditions are {conditioning}");
+            if let Some(autoencoder) = autoencoder {
+                out!("latents are of {autoencoder}");
+            }
+            for (name, text) in [("source", source), ("licence", licence)] {
+                if !text.is_empty() {
+                    out!("{name:15}{text}");
+                }
+            }
+        }
+        if !self.vocabulary.is_empty() {
+            let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
+            out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
+        }
+        if let Some(Checked { shards, unknown }) = self.checked {
+            let unknown = if unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
+            out!("checked        {shards} shards are whole{unknown}");
+        }
+        Ok(())
+    }
+}

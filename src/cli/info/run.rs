@@ -1,0 +1,137 @@
+//! What is said of training runs and their checkpoints.
+
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use edm2k::formats::At;
+use edm2k::train::checkpoint::{self, Checkpoint};
+use edm2k::train::{CheckpointError, Settings, State, stats};
+
+use crate::cli::say::out;
+
+/// The names in a directory that have this beginning and ending, sorted.
+fn names(dir: &Path, start: &str, end: &str) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).at(dir)? {
+        found.extend(entry.at(dir)?.file_name().into_string().ok());
+    }
+    found.retain(|name| name.starts_with(start) && name.ends_with(end));
+    found.sort();
+    Ok(found)
+}
+
+/// Whether a directory is that of a run.
+pub fn is_one(dir: &Path) -> anyhow::Result<bool> {
+    Ok(dir.join(stats::FILE).is_file()
+        || !names(dir, "snapshot-", ".safetensors")?.is_empty()
+        || !checkpoint::list(dir).at(dir)?.is_empty())
+}
+
+/// A run, as its files tell.
+#[derive(Serialize)]
+struct Run {
+    kind: &'static str,
+    /// Of the newest whole checkpoint; none without one.
+    state: Option<State>,
+    checkpoints: Vec<String>,
+    /// Those that cannot be gone on from, and why.
+    damaged: Vec<String>,
+    snapshots: Vec<String>,
+    /// The newest value of each statistic.
+    latest: Map<String, Value>,
+}
+
+/// Shows a run. Of its checkpoints the metadata alone is read.
+pub fn show(dir: &Path, json: bool) -> anyhow::Result<()> {
+    let (mut state, mut damaged, mut checkpoints) = (None, Vec::new(), Vec::new());
+    for path in checkpoint::list(dir).at(dir)? {
+        checkpoints.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => state = state.or(Some(checkpoint.state)),
+            Err(why @ CheckpointError::Damaged { .. }) => damaged.push(why.to_string()),
+            Err(why) => return Err(why.into()),
+        }
+    }
+    let path = dir.join(stats::FILE);
+    let latest = if path.is_file() { stats::latest(&path).at(&path)? } else { Map::new() };
+    let snapshots = names(dir, "snapshot-", ".safetensors")?;
+    let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest };
+    if json {
+        out!("{}", serde_json::to_value(&run)?);
+        return Ok(());
+    }
+    match &run.state {
+        Some(state) => show_state(state),
+        None => out!(
+            "trained on     {} images, and no whole checkpoint to go on from",
+            run.latest.get("nimg").unwrap_or(&json!(0))
+        ),
+    }
+    for (key, what) in [("loss", "loss"), ("validation_loss", "validation"), ("images_per_s", "speed")] {
+        if let Some(value) = run.latest.get(key).and_then(Value::as_f64) {
+            out!("{what:15}{value:.5}{}", if key == "images_per_s" { " images/s" } else { "" });
+        }
+    }
+    out!("checkpoints    {}{}", run.checkpoints.len(), newest(run.checkpoints.first()));
+    run.damaged.iter().for_each(|why| out!("damaged        {why}"));
+    out!("snapshots      {}{}", run.snapshots.len(), newest(run.snapshots.last()));
+    Ok(())
+}
+
+fn newest(name: Option<&String>) -> String {
+    name.map_or(String::new(), |name| format!(", the newest {name}"))
+}
+
+/// Shows a checkpoint; with `check` all of it is read and compared with its checksums.
+pub fn show_checkpoint(path: &Path, check: bool, json: bool) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(path)?;
+    let (_, table) = checkpoint.network()?;
+    if check {
+        checkpoint.check(&table)?;
+    }
+    let state = &checkpoint.state;
+    if json {
+        let shown =
+            json!({"kind": "checkpoint", "parameters": table.trained_values(), "state": state, "checked": check});
+        out!("{shown}");
+        return Ok(());
+    }
+    out!("parameters     {} ({:.1} M)", table.trained_values(), table.trained_values() as f64 / 1e6);
+    show_state(state);
+    if check {
+        out!("checked        all tensors are whole");
+    }
+    Ok(())
+}
+
+fn show_state(state: &State) {
+    let Settings { data, config, ema, init, .. } = &state.settings;
+    let s = &state.settings;
+    let (done, steps, hours) = (state.nimg, state.step, state.seconds / 3600.0);
+    out!("trained on     {done} of {} images, {steps} steps of {} in {hours:.2} hours", s.duration, s.batch);
+    if !state.computed_on.is_empty() {
+        out!("computed on    {}", state.computed_on);
+    }
+    let widths: Vec<String> = ema.iter().map(ToString::to_string).collect();
+    out!("averages       {}", if widths.is_empty() { "none".into() } else { widths.join(", ") });
+    out!("learning rate  {} ({:?}), {} at this moment", s.lr, s.schedule, s.learning_rate().at(done));
+    let [height, width, channels] = data.shape;
+    out!("image          {width} x {height} (width x height), {channels} channels");
+    out!("data           {} images, conditions of {} values: {}", data.images, data.condition_dim, data.conditioning);
+    if let Some(content) = data.content {
+        out!("               {content} (fingerprint of the training split)");
+    }
+    if let Some(autoencoder) = &data.autoencoder {
+        out!("latents are of {autoencoder}");
+    }
+    if let Some(init) = init {
+        out!("begun from     {init}");
+    }
+    out!("config");
+    if let Ok(Value::Object(fields)) = serde_json::to_value(config) {
+        fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
+    }
+}

@@ -1,0 +1,126 @@
+//! Changes of many files of a dataset that come into force at one moment.
+//!
+//! New files are written into the folder `pending` in the dataset's. A marker in it, written last, is that moment: from
+//! then on whoever opens the dataset takes a file from there if there is one of its name, and otherwise from the
+//! dataset's folder. Then the files are moved to their places, and the folder goes. A process that dies before the
+//! marker leaves the dataset as it was; one that dies after it leaves the new one, and the next `prepare` ends the moving.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use crate::formats::{At, FileError, write_atomically};
+
+/// Name of the folder.
+const FOLDER: &str = "pending";
+/// Name of the file that makes it count.
+const MARKER: &str = "ready";
+
+/// A dataset's folder, with what is pending in it if that is in force.
+pub(super) struct View {
+    dir: PathBuf,
+    pending: Option<PathBuf>,
+}
+
+impl View {
+    pub fn of(dir: &Path) -> Self {
+        let pending = dir.join(FOLDER);
+        Self { dir: dir.into(), pending: pending.join(MARKER).exists().then_some(pending) }
+    }
+
+    /// Where the file of this name is, or would be.
+    pub fn path(&self, name: &str) -> PathBuf {
+        let new = self.pending.iter().map(|pending| pending.join(name)).find(|path| path.exists());
+        new.unwrap_or_else(|| self.dir.join(name))
+    }
+
+    /// The names of all files.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn names(&self) -> Result<BTreeSet<String>, FileError> {
+        let mut found = names(&self.dir)?;
+        if let Some(pending) = &self.pending {
+            found.extend(names(pending)?.into_iter().filter(|name| name != MARKER));
+        }
+        Ok(found)
+    }
+}
+
+fn names(dir: &Path) -> Result<BTreeSet<String>, FileError> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(dir).at(dir)? {
+        found.extend(entry.at(dir)?.file_name().into_string().ok());
+    }
+    Ok(found)
+}
+
+/// What one process, which owns the dataset's folder, prepares to come into force.
+pub(super) struct Pending {
+    dir: PathBuf,
+    folder: PathBuf,
+}
+
+impl Pending {
+    /// Ends the moving that a killed process began, and keeps what another wrote without the marker.
+    ///
+    /// # Errors
+    /// A file cannot be moved.
+    pub fn new(dir: &Path) -> Result<Self, FileError> {
+        let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
+        if pending.folder.join(MARKER).exists() {
+            pending.put_in_place()?;
+        }
+        Ok(pending)
+    }
+
+    /// Makes the folder, and removes all from it but what is wanted.
+    ///
+    /// # Errors
+    /// It cannot be made, or a file not removed.
+    pub fn begin(&self, wanted: impl Fn(&str) -> bool) -> Result<(), FileError> {
+        fs::create_dir_all(&self.folder).at(&self.folder)?;
+        for name in names(&self.folder)?.iter().filter(|name| !wanted(name)) {
+            let path = self.folder.join(name);
+            fs::remove_file(&path).at(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Where a new file is to be written.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Removes the folder with all that is in it.
+    ///
+    /// # Errors
+    /// That is not possible.
+    pub fn discard(&self) -> Result<(), FileError> {
+        if self.folder.exists() { fs::remove_dir_all(&self.folder).at(&self.folder) } else { Ok(()) }
+    }
+
+    /// Makes it count.
+    ///
+    /// # Errors
+    /// Before the moment, the dataset is the old one; after it, the new one.
+    pub fn commit(self) -> Result<(), FileError> {
+        let marker = self.folder.join(MARKER);
+        write_atomically(&marker, |_| Ok(())).at(&marker)?;
+        self.put_in_place()
+    }
+
+    fn put_in_place(&self) -> Result<(), FileError> {
+        for name in names(&self.folder)?.iter().filter(|name| *name != MARKER) {
+            let from = self.folder.join(name);
+            fs::rename(&from, self.dir.join(name)).at(&from)?;
+        }
+        // All must be in place before the marker goes. Some file systems cannot sync a directory.
+        if let Ok(directory) = File::open(&self.dir) {
+            let _ = directory.sync_all();
+        }
+        let marker = self.folder.join(MARKER);
+        fs::remove_file(&marker).at(&marker)?;
+        fs::remove_dir(&self.folder).at(&self.folder)
+    }
+}

@@ -1,0 +1,201 @@
+//! Changing a dataset that is there: pictures are added as new shards, or all shards get other tags and conditions. Either
+//! comes into force at one moment ([`pending`](crate::data::pending)): whoever opens the dataset before that, or after a
+//! kill, finds the old one.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::Path;
+
+use half::f16;
+
+use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with};
+use super::records::{Record, Records};
+use super::render::{Codec, Conditions, feature};
+use super::report::{Event, PrepareError, Report, Summary};
+use super::settings::Settings;
+use super::there::There;
+use super::{Tally, make, spare};
+use crate::condition::Conditioning;
+use crate::data::pending::Pending;
+use crate::data::shard::{Header, Notes, Row, Rows, Shard, VOCABULARY_FILE, VocabularyPrint};
+use crate::formats::{At, DirLock};
+
+/// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
+/// gone on with by the same one.
+///
+/// # Errors
+/// As [`prepare`](super::prepare()); there is no dataset, or one made in another way.
+pub fn add(
+    records: &dyn Records,
+    settings: &Settings,
+    mut codec: Option<Codec>,
+    report: Report,
+) -> Result<Summary, PrepareError> {
+    settings.check(codec.as_ref().map_or(1, |codec| codec.factor))?;
+    let out = &settings.out;
+    let lock = DirLock::exclusive(out)?;
+    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    let pending = Pending::new(out)?;
+    spare(records.metadata(), out)?;
+    let there = There::open(out, "add to")?;
+    let conditions = Conditions::open(settings)?;
+    let mut listing = records.read(settings, report)?;
+    if listing.read == 0 {
+        return Err(PrepareError::NoRecords { path: records.metadata().into() });
+    }
+    let mut tally = Tally::default();
+    let mut known = HashSet::new();
+    for (split, _, shard) in there.shards() {
+        let notes = Notes::read(&shard.file)?;
+        tally.count(split, shard, &notes);
+        known.extend(&shard.ids);
+        known.extend(notes.dropped.iter().map(|dropped| dropped.id));
+    }
+    let before = listing.records.len();
+    listing.records.retain(|record| !known.contains(&record.id));
+    let skipped = before - listing.records.len();
+    conditions.select(&mut listing);
+    tally.dropped = std::mem::take(&mut listing.dropped);
+
+    let enlarge = records.enlarge();
+    let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, Some(&there))?;
+    for (.., shard) in there.shards() {
+        check_some_settings(&shard.file, &plan.made_with, &|key| COMMON.contains(&key))?;
+    }
+    if let Some((shard, job)) = there.shards().map(|(.., shard)| shard).next().zip(plan.jobs.first()) {
+        check_conditions(shard, &job.header)?;
+    }
+    if there
+        .shards()
+        .any(|(.., shard)| shard.header.vocabulary.is_some_and(|of| of.tags != there.vocabulary.fingerprint()))
+    {
+        let text = format!("tags are renamed in {VOCABULARY_FILE}: new pictures have those that are called as there");
+        report(Event::Warning { text: &text });
+    }
+    pending.begin(|name| plan.jobs.iter().any(|job| job.name == name))?;
+    let path = |name: &str| pending.path(name);
+    let made = |job| is_made(job, &path(&job.name), &plan.made_with);
+    let existing = plan.jobs.iter().map(made).collect::<Result<Vec<_>, _>>()?;
+    let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
+    let old = images(&tally);
+    make(&plan, &existing, &path, &listing, settings, enlarge, &conditions, codec.as_mut(), &mut tally, report)?;
+    // Shards without a picture would be looked through for ever.
+    if images(&tally) > old {
+        pending.commit()?
+    } else {
+        pending.discard()?
+    }
+    tally.finish(&listing, skipped, plan.vocabulary, out)
+}
+
+/// An error if conditions of a new shard would be others than those that are there.
+fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
+    let old = &there.header;
+    if old.condition_dim == new.condition_dim && !old.conditioning.differs(&new.conditioning) {
+        return Ok(());
+    }
+    let show = |header: &Header| format!("{} values of {}", header.condition_dim, header.conditioning);
+    let (path, what) = (there.file.path().into(), "conditions of".into());
+    Err(PrepareError::OtherSettings { path, what, found: show(old), now: show(new) })
+}
+
+/// Gives all images the tags that the records have by now, and conditions: of these tags, or the features of
+/// [`Settings::features`]; without them, features stay as they are. The vocabulary is counted anew. Nothing is decoded or
+/// encoded; disk space for all shards again is needed meanwhile.
+///
+/// # Errors
+/// As [`prepare`](super::prepare()); an image has no record, or no feature.
+pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Result<Summary, PrepareError> {
+    settings.check(1)?;
+    let out = &settings.out;
+    let lock = DirLock::exclusive(out)?;
+    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    let pending = Pending::new(out)?;
+    spare(records.metadata(), out)?;
+    let there = There::open(out, "change the tags of")?;
+    let conditions = Conditions::open(settings)?;
+    let mut listing = records.read(settings, report)?;
+    if listing.read == 0 {
+        return Err(PrepareError::NoRecords { path: records.metadata().into() });
+    }
+    let ids = || there.shards().flat_map(|(.., shard)| &shard.ids).copied();
+    let all_have = |path: &Path, lack, has: &dyn Fn(i64) -> bool| {
+        let mut lacking = ids().filter(|&id| !has(id));
+        match lacking.next() {
+            None => Ok(()),
+            Some(id) => Err(PrepareError::Lacking { path: path.into(), lack, count: 1 + lacking.count(), id }),
+        }
+    };
+    let known: HashSet<i64> = listing.records.iter().map(|record| record.id).collect();
+    all_have(records.metadata(), "no record", &|id| known.contains(&id))?;
+    if let (Conditions::Known(features), Some((path, _))) = (&conditions, &settings.features) {
+        all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
+    }
+    conditions.select(&mut listing);
+    let now = made_with(&listing, settings, records.enlarge(), None, &conditions);
+    // What only encoding depends on may be left away.
+    let counts = |key: &str| COMMON.contains(&key) && !["vae", "tagger"].contains(&key);
+    for (.., shard) in there.shards() {
+        check_some_settings(&shard.file, &now, &counts)?;
+    }
+    let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
+    let by_id: HashMap<i64, &Record> = listing.records.iter().map(|record| (record.id, record)).collect();
+    let vocabulary = count_tags(&listing, settings)?;
+    let places = listing.places(&vocabulary);
+    let old = there.shards().next().map(|(.., shard)| shard.header.clone());
+    let keeps = matches!(conditions, Conditions::Tags)
+        .then_some(old)
+        .flatten()
+        .filter(|header| header.conditioning != Conditioning::Tags);
+    let (dim, conditioning) = match &keeps {
+        Some(header) => (header.condition_dim, header.conditioning.clone()),
+        None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
+    };
+    if dim == 0 {
+        let (found, expected) = ("0".into(), "at least 1".into());
+        return Err(PrepareError::Setting { what: "the number of distinct tags on training images", found, expected });
+    }
+
+    pending.begin(|_| false)?;
+    report(Event::Start(by_id.len()));
+    for (split, number, shard) in there.shards() {
+        let mut rows = Rows::default();
+        for (i, id) in shard.ids.iter().enumerate() {
+            let record = by_id[id];
+            let tags = record.places(&places);
+            let condition = match &conditions {
+                _ if keeps.is_some() => {
+                    shard.condition(i).as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect()
+                }
+                Conditions::Known(features) => feature(features.get(*id).unwrap_or_default()).unwrap_or_default(),
+                _ => vocabulary.multi_hot(&tags),
+            };
+            let (image, flip, repeats) = (shard.image(i), record.flip, record.repeats);
+            rows.push(&Row { id: *id, image, condition: &condition, tags: &tags, flip, repeats });
+        }
+        let mut notes = Notes::read(&shard.file)?;
+        for key in ["records", "vocabulary", "features", "tagger"] {
+            match now.get(key) {
+                Some(value) => notes.settings.insert(key.into(), value.clone()),
+                // Features that stay are still what they were made of.
+                None if keeps.is_some() => None,
+                None => notes.settings.remove(key),
+            };
+        }
+        let (conditioning, vocabulary_print) = (conditioning.clone(), Some(VocabularyPrint::of(&vocabulary)));
+        let header = Header { condition_dim: dim, conditioning, vocabulary: vocabulary_print, ..shard.header.clone() };
+        let name = split.shard_name(number);
+        rows.write(&pending.path(&name), &header, &notes)?;
+        // It is as old as its pictures.
+        let about = fs::metadata(shard.file.path()).and_then(|about| about.modified()).at(shard.file.path())?;
+        date(&pending.path(&name), about)?;
+        let images = shard.ids.len();
+        report(Event::Done(images));
+        report(Event::Shard { name: &name, images, kept: false });
+        tally.count(split, &Shard::open(&pending.path(&name), &vocabulary)?, &notes);
+    }
+    vocabulary.save(&pending.path(VOCABULARY_FILE))?;
+    let skipped = listing.records.len() - ids().count();
+    pending.commit()?;
+    tally.finish(&listing, skipped, vocabulary, out)
+}
