@@ -418,6 +418,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     };
     positive("duration", settings.duration as f64)?;
     positive("batch", settings.batch as f64)?;
+    let Settings { batch, duration, .. } = settings;
+    ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     positive("lr", settings.lr)?;
     // Devices compute in f32.
     ensure!(settings.lr <= f64::from(f32::MAX), "--lr is {:e}, expected a number that f32 can hold", settings.lr);

@@ -38,3 +38,13 @@ impl<T> At<T> for io::Result<T> {
         self.map_err(|cause| FileError { path: path.as_ref().into(), cause })
     }
 }
+
+/// A name for something that is set aside: `path` with an ending that nothing has yet.
+pub(crate) fn free_name(path: &Path, ending: &str) -> PathBuf {
+    let name = |number: u32| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(if number == 1 { format!(".{ending}") } else { format!(".{ending}-{number}") });
+        PathBuf::from(name)
+    };
+    (1..).map(name).find(|path| path.symlink_metadata().is_err()).unwrap_or_default()
+}

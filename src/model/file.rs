@@ -87,6 +87,9 @@ pub struct ModelMeta {
     /// Seed of the training run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// Of the options of the training run that a moving average is of; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<Fingerprint>,
     /// Where the training images are from.
     #[serde(default)]
     pub source: String,
@@ -124,6 +127,7 @@ impl ModelMeta {
     pub fn settle(&mut self, then: &Self) {
         settle(&mut self.autoencoder, &then.autoencoder);
         settle(&mut self.data, &then.data);
+        settle(&mut self.options, &then.options);
         if !self.conditioning.differs(&then.conditioning) {
             self.conditioning.clone_from(&then.conditioning);
         }

@@ -12,6 +12,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use crate::data::dataset::{Dataset, DatasetError, Split};
 use crate::data::features::CONDITIONING_KEY;
+use crate::formats::fingerprint::name;
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::onnx::OnnxError;
@@ -260,12 +261,12 @@ impl Pipeline {
     /// [`ConditionError`]: no tag, an unknown one, or no condition model.
     pub fn complete(&self, text: &str, seed: u64) -> Result<Condition> {
         self.width()?;
-        let (_, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
+        let (path, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
         let vocabulary = vae.vocabulary();
         let tags = some_tags(vocabulary, text)?;
         let invented = vae.invent(&tags, 1, seed);
         let origin = json!({"asked": vocabulary.text(&tags), "tags": vocabulary.text(&invented.tags[0])});
-        Ok(Condition::new(invented.conditions, origin))
+        Ok(Condition::new(invented.conditions, origin).named("condition_model", name(path)))
     }
 
     /// Conditions that the condition model invents with the noise of `seed`.
@@ -274,12 +275,13 @@ impl Pipeline {
     /// [`ConditionError::NoConditionModel`], [`ConditionError::Unconditional`].
     pub fn invent(&self, count: usize, seed: u64) -> Result<Vec<Condition>> {
         let width = self.width()?;
-        let (_, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
+        let (path, vae) = self.inventor.as_ref().ok_or(ConditionError::NoConditionModel)?;
         let invented = vae.invent(&Prompt::default(), count, seed);
         let rows = invented.conditions.chunks(width).zip(&invented.tags).enumerate();
         let condition = |(index, (values, tags)): (usize, (&[f32], &Prompt))| {
             let words = vae.vocabulary().text(tags);
-            Condition::new(values.to_vec(), json!({"invented": index, "condition_seed": seed, "tags": words}))
+            let origin = json!({"invented": index, "condition_seed": seed, "tags": words});
+            Condition::new(values.to_vec(), origin).named("condition_model", name(path))
         };
         Ok(rows.map(condition).collect())
     }
@@ -298,19 +300,19 @@ impl Pipeline {
         self.like_picture(&image.picture, &name)
     }
 
-    /// As [`Pipeline::like`], of a picture that is called `name`.
+    /// As [`Pipeline::like`], of a picture that is called `shown`.
     ///
     /// # Errors
     /// As [`Pipeline::like`].
-    pub fn like_picture(&self, picture: &Picture, name: &str) -> Result<Condition> {
+    pub fn like_picture(&self, picture: &Picture, shown: &str) -> Result<Condition> {
         self.width()?;
         let tagger = self.tagger.as_ref().ok_or(ConditionError::NoTagger)?;
-        let mut values = tagger.features(picture, name)?;
+        let mut values = tagger.features(picture, shown)?;
         if !unit_norm(&mut values) {
-            return Err(ConditionError::ZeroFeatures { name: name.into() });
+            return Err(ConditionError::ZeroFeatures { name: shown.into() });
         }
         let network = tagger.network();
-        let origin = json!({"like": name, "tagger": network.path().display().to_string(), "node": network.node()});
+        let origin = json!({"like": shown, "tagger": name(network.path()), "node": network.node()});
         Ok(Condition::new(values, origin))
     }
 

@@ -37,6 +37,7 @@ use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::device::{Backends, Device, Work};
+use crate::formats::fingerprint::name;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
@@ -467,23 +468,22 @@ impl Pipeline {
         })
     }
 
-    /// Parameters that all images of a request have in common.
+    /// Parameters that all images of a request have in common. Of files the names: where they lie is nobody else's business.
     pub fn parameters(&self, request: &Request) -> Value {
         let [height, width] = self.size(request);
         let mut all = json!({
-            "model": self.path.display().to_string(),
+            "model": name(&self.path),
             "images_seen": self.meta.images_seen,
             "width": width,
             "height": height,
             "sampler": request.sampler,
         });
-        let inventor = self.inventor.as_ref().map(|(path, _)| path).filter(|_| !request.conditions.is_empty());
         if let Some(from) = &request.from {
             all["from"] = from.name.clone().into();
         }
-        for (key, path) in [("gnet", &self.guide), ("vae", &self.codec), ("condition_model", &inventor.cloned())] {
+        for (key, path) in [("gnet", &self.guide), ("vae", &self.codec)] {
             if let Some(path) = path {
-                all[key] = path.display().to_string().into();
+                all[key] = name(path).into();
             }
         }
         all

@@ -22,6 +22,8 @@ pub enum OutputError {
     Lock(#[from] LockError),
     #[error("{} exists; give --overwrite, or another --outdir", path.display())]
     Exists { path: PathBuf },
+    #[error("{} is a directory, expected a picture or nothing there; remove it, or give another --outdir", path.display())]
+    Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile; give --overwrite to replace it", path.display())]
     Meanwhile { path: PathBuf },
     #[error(transparent)]
@@ -75,7 +77,10 @@ impl OutDir {
         let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
         match names.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok()) {
             Some(path) if !overwrite => Err(OutputError::Exists { path }),
-            _ => Ok(out),
+            _ => match names.iter().map(|name| dir.join(name)).find(|path| path.is_dir()) {
+                Some(path) => Err(OutputError::Directory { path }),
+                None => Ok(out),
+            },
         }
     }
 

@@ -118,16 +118,6 @@ pub fn superseded(dir: &Path, keep: usize) -> io::Result<Vec<PathBuf>> {
     Ok(regular.into_iter().skip(keep.max(1)).chain(stopgaps).collect())
 }
 
-/// A name for something that is set aside: `path` with an ending that nothing has yet.
-pub(super) fn free_name(path: &Path, ending: &str) -> PathBuf {
-    let name = |number: u32| {
-        let mut name = path.as_os_str().to_owned();
-        name.push(if number == 1 { format!(".{ending}") } else { format!(".{ending}-{number}") });
-        PathBuf::from(name)
-    };
-    (1..).map(name).find(|path| path.symlink_metadata().is_err()).unwrap_or_default()
-}
-
 /// Writes a checkpoint, atomically.
 ///
 /// # Errors

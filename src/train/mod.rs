@@ -63,13 +63,13 @@ use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
-use crate::formats::{At, DirLock, FileError, LockError};
+use crate::formats::{At, DirLock, FileError, LockError, free_name};
 use crate::model::file::save;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::{Batch, Batches};
-use checkpoint::{Checkpoint, free_name};
+use checkpoint::Checkpoint;
 use events::Events;
 use stats::StatsFile;
 
@@ -377,6 +377,16 @@ impl Settings {
         }
     }
 
+    /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network
+    /// and its data, and of what may change in a run, its length and the name of what it began from, nothing is in it.
+    fn fingerprint(&self) -> Fingerprint {
+        let mut options = serde_json::to_value(self).unwrap_or_default();
+        if let Some(options) = options.as_object_mut() {
+            options.retain(|name, _| !["config", "data", "init", "duration"].contains(&&**name));
+        }
+        Fingerprint::of([options.to_string()])
+    }
+
     /// The options that keep a run of `self` from being gone on with under `other`, with both values.
     fn differences(&self, other: &Self) -> String {
         let mut other = other.clone();
@@ -523,6 +533,8 @@ pub fn train<B: TrainingBackend>(
         state = Some(match newest(backend, settings, plan, data.train, event)? {
             Some(state) => state,
             None => {
+                // What a run without a checkpoint has made may be another's, or of other options.
+                set_aside(dir, event).at(dir)?;
                 model.upload(backend, Slot::Weight)?;
                 (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
                 let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
@@ -969,7 +981,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let weights = (0..table.len())
                 .map(|id| self.backend.read_param(Slot::Ema(i), ParamId(id)))
                 .collect::<Result<Vec<_>, _>>()?;
-            let meta = ModelMeta { images_seen: self.state.nimg, ema_std: Some(std), ..self.meta.clone() };
+            let options = Some(self.settings.fingerprint());
+            let meta = ModelMeta { images_seen: self.state.nimg, ema_std: Some(std), options, ..self.meta.clone() };
             let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
             let path = self.plan.outdir.join(name);
             match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {

@@ -13,7 +13,7 @@ use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::checkpoint::free_name;
+use crate::formats::free_name;
 use crate::formats::{input, write_atomically};
 
 /// What an interval of training looked like.

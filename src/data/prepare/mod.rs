@@ -27,8 +27,11 @@ mod report;
 mod settings;
 mod there;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+use serde_json::Value;
 
 pub use danbooru::Danbooru;
 pub use folder::Folder;
@@ -43,7 +46,8 @@ use super::pending::Pending;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
 use crate::condition::vocabulary::Vocabulary;
-use crate::formats::DirLock;
+use crate::formats::safetensors::SafeFile;
+use crate::formats::{At, DirLock, fingerprint, free_name, input};
 use plan::{Plan, date};
 use render::{Conditions, Renderer};
 
@@ -78,7 +82,11 @@ pub fn prepare(
     let enlarge = records.enlarge();
     let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
     // Before anything is written: a dataset made otherwise stays as it is.
+    set_aside(out, true, report)?;
     let existing = plan.existing(out, report)?;
+    if !existing.contains(&true) {
+        set_aside(out, false, report)?;
+    }
     plan.settle_vocabulary(out, existing.contains(&true), report)?;
     make(
         &plan,
@@ -181,16 +189,47 @@ fn make(
     Ok(())
 }
 
+/// Whether a file of this name in a dataset's directory is one of its shards.
+fn is_shard(name: &str) -> bool {
+    name.ends_with(".safetensors") && Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")))
+}
+
 /// Refuses metadata that lies where the dataset's own files will.
 fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     let place = metadata.canonicalize().ok();
-    let ours = [VOCABULARY_FILE, SUMMARY_FILE].map(|name| Some(out.canonicalize().ok()?.join(name)));
-    if place.is_some() && ours.contains(&place) {
+    let there = place.as_deref().and_then(Path::parent).map(Path::to_path_buf) == out.canonicalize().ok();
+    let ours = |name: &str| is_shard(name) || [VOCABULARY_FILE, SUMMARY_FILE].contains(&name);
+    if there && place.as_deref().is_some_and(|place| ours(&fingerprint::name(place))) {
         return Err(PrepareError::Setting {
             what: "the metadata",
             found: metadata.display().to_string(),
             expected: "another file than one that the dataset will be made of".into(),
         });
+    }
+    Ok(())
+}
+
+/// Sets aside what bears the name of a shard and is none, or that of the other files of a dataset: it may be somebody's.
+fn set_aside(out: &Path, shards: bool, report: Report) -> Result<(), PrepareError> {
+    let mut names: Vec<_> = fs::read_dir(out).at(out)?.flatten().map(|entry| entry.file_name()).collect();
+    names.sort();
+    for name in names.iter().filter_map(|name| name.to_str()).filter(|name| is_shard(name) == shards) {
+        let path = out.join(name);
+        let why = match name {
+            VOCABULARY_FILE => Vocabulary::load(&path).err().map(|why| why.to_string()),
+            SUMMARY_FILE => {
+                let summary = input::text(&path).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
+                let known = summary.is_some_and(|summary| summary.get("records").is_some());
+                (!known).then(|| format!("{}: not the summary of a dataset", path.display()))
+            }
+            _ if shards => SafeFile::open(&path).err().map(|why| why.to_string()),
+            _ => None,
+        };
+        if let Some(why) = why {
+            let aside = free_name(&path, "damaged");
+            fs::rename(&path, &aside).at(&path)?;
+            report(Event::Damaged { why: &format!("{why}; set aside as {}", aside.display()) });
+        }
     }
     Ok(())
 }

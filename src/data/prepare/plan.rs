@@ -112,8 +112,7 @@ impl<'a> Plan<'a> {
         for entry in fs::read_dir(out).at(out)? {
             let entry = entry.at(out)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            let of_split = Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")));
-            if of_split && name.ends_with(".safetensors") {
+            if super::is_shard(&name) {
                 there.insert(name, SafeFile::open(entry.path()));
             }
         }
