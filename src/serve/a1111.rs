@@ -59,6 +59,7 @@ struct TextToImage {
     sampler_name: Option<String>,
     sampler_index: Option<String>,
     override_settings: Settings,
+    send_images: bool,
     #[serde(flatten)]
     others: Map<String, Value>,
 }
@@ -79,6 +80,7 @@ impl Default for TextToImage {
             sampler_name: None,
             sampler_index: None,
             override_settings: Settings::default(),
+            send_images: true,
             others: Map::new(),
         }
     }
@@ -112,7 +114,11 @@ fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
         .ok_or_else(|| Refusal::Invalid(format!("sampler {name:?}, expected one of {}", all())))
 }
 
-async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Json<Value>, Refusal> {
+async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> Result<Json<Value>, Refusal> {
+    // Clients write null for what they leave out.
+    all.retain(|_, value| !value.is_null());
+    let asked: TextToImage =
+        serde_json::from_value(Value::Object(all)).map_err(|error| Refusal::Invalid(error.to_string()))?;
     let (_, card) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
     let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
     let images = asked.batch_size.saturating_mul(asked.n_iter);
@@ -177,7 +183,8 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
         "sd_model_name": card.name,
         "ignored": ignored,
     });
-    let images: Vec<String> = pictures.iter().map(|made| BASE64_STANDARD.encode(&made.png)).collect();
+    let sent = if asked.send_images { &pictures[..] } else { &[] };
+    let images: Vec<String> = sent.iter().map(|made| BASE64_STANDARD.encode(&made.png)).collect();
     Ok(Json(json!({"images": images, "parameters": parameters, "info": info.to_string()})))
 }
 
@@ -215,6 +222,10 @@ async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Ski
     });
     let (done, of) = view.as_ref().map_or((0, 0), |view| (view.done, view.of));
     let steps = running.map_or(0, |job| job.request.sampler.taken());
+    // All images of a batch take a step together.
+    let finished = view.as_ref().map_or(0, |view| view.pictures.len());
+    let making = (of / steps.max(1)).saturating_sub(finished).clamp(1, app.batch);
+    let step = done.saturating_sub(finished * steps) / making;
     Json(json!({
         "progress": done as f64 / of.max(1) as f64,
         "eta_relative": view.as_ref().and_then(|view| view.seconds_left).unwrap_or(0.0),
@@ -224,7 +235,7 @@ async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Ski
             "job": view.as_ref().map_or(String::new(), |view| view.id.to_string()),
             "job_count": open.len(),
             "job_no": view.as_ref().map_or(0, |view| view.pictures.len()),
-            "sampling_step": done % steps.max(1),
+            "sampling_step": step,
             "sampling_steps": steps,
         },
         "current_image": image,

@@ -88,6 +88,10 @@ impl<T: DeserializeOwned, S: Send + Sync, const MOST: usize> FromRequest<S> for 
         }
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MOST));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
+        // A list would be taken for the fields in their order.
+        if body.trim_ascii_start().first() != Some(&b'{') {
+            return Err(Refusal::Invalid("the body is no object".into()));
+        }
         serde_json::from_slice(&body).map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
     }
 }

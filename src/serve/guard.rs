@@ -7,13 +7,17 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN};
+use axum::http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN,
+};
 use axum::http::uri::Authority;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use serde_json::json;
 
 use super::request::Refusal;
 
@@ -158,10 +162,29 @@ pub async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next
         Ok(()) => next.run(request).await,
         Err(refusal) => refusal.into_response(),
     };
+    if api {
+        response = with_detail(response).await;
+    }
     for (name, value) in HEADERS {
         response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
     }
     response
+}
+
+/// What the framework refuses, a path or a method, in the words of every other refusal.
+async fn with_detail(response: Response) -> Response {
+    let json = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes() == b"application/json");
+    if !response.status().is_client_error() || json {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let said = axum::body::to_bytes(body, 1 << 12).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&said);
+    let detail = if text.is_empty() { head.status.canonical_reason().unwrap_or_default() } else { text.as_ref() };
+    for name in [CONTENT_TYPE, CONTENT_LENGTH] {
+        head.headers.remove(name);
+    }
+    (head, Json(json!({"detail": detail}))).into_response()
 }
 
 #[cfg(test)]

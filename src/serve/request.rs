@@ -12,8 +12,10 @@ use image::{ImageError, ImageReader};
 use serde::{Deserialize, Serialize};
 
 use crate::condition::prompt::Prompt;
+use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::model::{Config, ModelMeta};
+use crate::pictures::decode;
 use crate::sample::{SamplerConfig, parse_seeds};
 
 /// Most images of a job.
@@ -251,7 +253,7 @@ impl Request {
     }
 }
 
-/// An uploaded picture that is small enough to be decoded later.
+/// An uploaded picture that can be decoded later: it is small enough, and whole.
 fn picture(base64: &str) -> Result<Bytes, Refusal> {
     // What a page reads of a file begins so.
     let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);
@@ -262,5 +264,8 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
     ensure(u64::from(width) * u64::from(height) <= MOST_PIXELS, || {
         format!("a picture of {width}x{height}, expected {MOST_PIXELS} pixels at most")
     })?;
-    Ok(bytes.into())
+    match decode::decode(&bytes, Tagger::BACKGROUND) {
+        Ok(_) => Ok(bytes.into()),
+        Err(why) => Err(Refusal::Invalid(format!("a picture: {why}"))),
+    }
 }

@@ -90,7 +90,9 @@ pub struct Stats {
 /// The names in a directory that have this beginning and ending, sorted.
 fn names(dir: &Path, start: &str, end: &str) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    // Of what a link shows, nobody said that it may be shown.
+    let own = entries.filter(|entry| end.is_empty() || entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let names = own.filter_map(|entry| entry.file_name().into_string().ok());
     let mut names: Vec<_> = names.filter(|name| name.starts_with(start) && name.ends_with(end)).collect();
     names.sort();
     names

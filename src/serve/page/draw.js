@@ -268,6 +268,8 @@ function board(job, wanted) {
   $("board").style.gridTemplateColumns = `repeat(${Math.min(columns, count)}, minmax(0, ${columns > 4 ? 8 : 13}rem))`;
   $("board").replaceChildren(...Array.from({ length: count }, () => document.createElement("div")));
   $("cancel").hidden = false;
+  // Whoever has scrolled down the form sees where it goes.
+  $("progress-text").scrollIntoView({ block: "nearest" });
   progress(job, wanted);
 }
 

@@ -189,7 +189,8 @@ function chart(title, series, fromZero = false) {
     svg.append(node("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
   }
   for (const value of ticks(0, end)) {
-    svg.append(node("text", { x: x(value), y: height - 6, "text-anchor": "middle" }, images(value)));
+    const anchor = x(value) > width - 24 ? "end" : "middle";
+    svg.append(node("text", { x: Math.min(x(value), width - 2), y: height - 6, "text-anchor": anchor }, images(value)));
   }
   const [inner, tall] = [width - left - 8, height - top - bottom];
   const pane = node("svg", { x: left, y: top, width: inner, height: tall, viewBox: `${left} ${top} ${inner} ${tall}` });
