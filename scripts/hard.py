@@ -600,7 +600,7 @@ class Campaign:
             self.add("ranks killed" if signal.SIGKILL in what else "ranks stopped")
             for rank, (code, text) in enumerate(results):
                 # One of which a signal is heeded stops all; one that is gone ends all, in a line that names it.
-                named = re.search(f"^edm2k: error: .*rank {who}[ :,]", text, re.M) or "rank 0 at" in text
+                named = re.search(f"^edm2k: error: .*rank {who}\\b", text, re.M) or "rank 0 at" in text
                 well = code in (0, 130) or rank == who or (code == 1 and named)
                 if not well:
                     self.fail("ranks", number, f"{what} to rank {who} of {size}: rank {rank} ended by {code}", text)

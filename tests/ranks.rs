@@ -17,7 +17,7 @@ use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::{Config, Model};
 use edm2k::params::ParamId;
-use edm2k::pictures::Picture;
+use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{Event, Outcome, Plan, Settings, Splits, train};
 use serde_json::{Value, json};
@@ -360,7 +360,35 @@ fn several_ranks_compute_what_one_does() {
             names
         };
         assert_eq!(names("one"), names(&out), "the same files");
+        let grid = |out: &str| decode::open(&place.path(out).join("grid-000000060.png"), [0; 3]).unwrap().picture;
+        let (one, several) = (grid("one"), grid(&out));
+        let far = one.rgb().iter().zip(several.rgb()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum::<f64>();
+        let far = far / one.rgb().len() as f64;
+        println!("{size}: grids differ by {far}");
+        // Samples in another order, or none, are 50 levels away on average.
+        assert!(far < 5.0, "grids differ by {far} of 255");
     }
+}
+
+/// The gradients are in device memory there, which is summed through the host.
+#[cfg(feature = "emulator")]
+#[test]
+fn several_ranks_on_the_emulator_compute_what_one_does() {
+    let place = Place::new();
+    let options = |out: &str, batch_gpu: usize| {
+        let intervals = "--grid 0 --validate 0 --snapshot 0 --status 0 --checkpoint 0";
+        format!(
+            "train --data data --config config.json --outdir {out} --batch 4 --rampup 0 --lr 0.01 --device emulated \
+             --batch-gpu {batch_gpu} {intervals} --duration 8"
+        )
+    };
+    place.run(1, &options("one", 2));
+    let said = place.run(2, &options("two", 2));
+    assert!(said.contains("2 ranks on the emulator"), "{said}");
+    let far = distance(&place.newest("one"), &place.newest("two"));
+    println!("{far:?}");
+    // The same micro-batches: what differs is the order in which their gradients are added, and what Adam makes of it.
+    assert!(far.0 < 5e-3, "{far:?}");
 }
 
 #[test]

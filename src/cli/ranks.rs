@@ -1,5 +1,7 @@
 //! Commands that several processes do together, as a launcher started them: `torchrun`, `srun`, `mpirun`.
 
+use anyhow::ensure;
+
 use edm2k::collective::{Alone, Collective, Star, World, agree, limit};
 use edm2k::{Device, DeviceName};
 
@@ -53,14 +55,16 @@ impl Ranks {
     /// As [`DeviceArgs::open`]; there are fewer cards than ranks.
     pub fn open(&self, args: &DeviceArgs) -> anyhow::Result<Device> {
         let Some(World { local, .. }) = self.world else { return args.open() };
-        let device = match (args.device, Device::cards()) {
-            (DeviceName::Auto | DeviceName::Cuda(0), cards) if cards > 1 => {
-                let what = || format!("this is rank number {local} of this machine, which shows it {cards} GPUs");
-                anyhow::ensure!(local < cards, what());
-                DeviceName::Cuda(local)
-            }
-            // None; or the one that the launcher lets this rank see.
-            (name, _) => name,
+        let device = match args.device {
+            DeviceName::Auto | DeviceName::Cuda(0) => match Device::cards() {
+                // None; or the one that the launcher lets this rank see.
+                0 | 1 => args.device,
+                cards => {
+                    ensure!(local < cards, "this is rank number {local} of this machine, which shows it {cards} GPUs");
+                    DeviceName::Cuda(local)
+                }
+            },
+            other => other,
         };
         args.open_as(device)
     }

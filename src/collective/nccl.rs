@@ -160,12 +160,13 @@ impl Nccl {
         };
         let all = ranks.gather(said.as_bytes())?;
         let functions = loaded?.1;
-        for (rank, said) in all.iter().enumerate().filter(|(_, said)| **said != all[0] || said.starts_with(b"!")) {
-            let [ours, theirs] = [&all[0], said].map(|said| String::from_utf8_lossy(said).into_owned());
-            return Err(CollectiveError::Differs(match theirs.strip_prefix('!') {
-                Some(why) => format!("rank {rank}: {why}"),
-                None => format!("rank {rank} has NCCL {theirs}, rank 0 has {ours}"),
-            }));
+        let text = |rank: usize| String::from_utf8_lossy(&all[rank]).into_owned();
+        if let Some(rank) = all.iter().position(|said| said.starts_with(b"!")) {
+            return Err(CollectiveError::Differs(format!("rank {rank}: {}", &text(rank)[1..])));
+        }
+        if let Some(rank) = all.iter().position(|said| *said != all[0]) {
+            let [theirs, ours] = [rank, 0].map(text);
+            return Err(CollectiveError::Differs(format!("rank {rank} has NCCL {theirs}, rank 0 has {ours}")));
         }
         let mut id = UniqueId([0; ID]);
         let made = match ranks.rank() {
