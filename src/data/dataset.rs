@@ -23,6 +23,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::FileError;
 use crate::formats::fingerprint::{Fingerprint, differ};
+use crate::formats::safetensors::SafeFile;
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -127,6 +128,13 @@ impl Dataset {
         }
         match shards.first().filter(|_| count > 0) {
             Some(shard) => {
+                for other in Split::ALL.into_iter().filter(|other| *other != split) {
+                    let path = view.path(&other.shard_name(0));
+                    let header = path.exists().then(|| Header::of(&SafeFile::open(&path)?)).transpose()?.flatten();
+                    if let Some(header) = header {
+                        check_same(&path, &Header { shards: shard.header.shards, ..header }, shard)?;
+                    }
+                }
                 // Pictures that were added may be from elsewhere.
                 let all = |of: fn(&Header) -> &String| {
                     let mut texts: Vec<&str> = shards.iter().map(|shard| of(&shard.header).as_str()).collect();
@@ -348,10 +356,11 @@ impl vae::Source for Dataset {
 }
 
 /// An error if a shard's header is known to say something else than the first one's.
-fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
-    let (header, ours) = (&shard.header, &first.header);
+fn check_same(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
+    let ours = &first.header;
     type Show = fn(&Header) -> String;
-    let fields: [(_, _, Show); 8] = [
+    let tags = |header: &Header| header.vocabulary.map(|print| print.tags);
+    let fields: [(_, _, Show); 9] = [
         ("kind", header.kind != ours.kind, |h| format!("{:?}", h.kind)),
         ("height", header.height != ours.height, |h| h.height.to_string()),
         ("width", header.width != ours.width, |h| h.width.to_string()),
@@ -361,10 +370,14 @@ fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
         ("autoencoder", differ(&header.autoencoder, &ours.autoencoder), |h| {
             h.autoencoder.as_ref().map(ToString::to_string).unwrap_or_default()
         }),
+        // Whoever renames tags does so for all shards.
+        ("the vocabulary that it was made with", differ(&tags(header), &tags(ours)), |h| {
+            h.vocabulary.map_or_else(String::new, |print| print.tags.to_string())
+        }),
         ("shards", header.shards < ours.shards, |h| h.shards.to_string()),
     ];
     let Some((what, _, show)) = fields.into_iter().find(|(_, differs, _)| *differs) else { return Ok(()) };
-    let (path, first) = (shard.file.path().into(), first.file.path().into());
+    let (path, first) = (path.into(), first.file.path().into());
     Err(DatasetError::Differs { path, first, what, found: show(header), expected: show(ours) })
 }
 
@@ -390,7 +403,7 @@ pub(super) fn open_shards(
         }
         let shard = Shard::open(&path, vocabulary)?;
         if let Some(first) = shards.first() {
-            check_same(&shard, first)?;
+            check_same(&path, &shard.header, first)?;
         }
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });
