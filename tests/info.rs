@@ -238,7 +238,8 @@ fn runs_and_checkpoints_tell_how_far_they_are() {
         .stdout(contains("snapshots      2, the newest snapshot-000000016-0.100.safetensors"));
     let about = json(&[shown]);
     let lines = fs::read_to_string(run.join("stats.jsonl")).unwrap();
-    let loss = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).last();
+    let loss =
+        lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).next_back();
     assert_eq!((about["kind"].as_str(), about["latest"]["loss"].as_f64()), (Some("run"), loss));
 
     let newest = run.join("checkpoint-000000016.safetensors");
