@@ -1,7 +1,7 @@
 //! A dataset: a directory of memory-mapped shards `train-00000.safetensors`, `validation-00000.safetensors`,
 //! `test-...` ([`shard`](super::shard)), and `vocabulary.json` beside them.
 //!
-//! A dataset that grows has more shards; what is written meanwhile comes into force at one moment ([`pending`](super::pending)).
+//! A dataset that grows has more shards; what is written meanwhile comes into force at one moment (`pending.rs`).
 //!
 //! Or a zip of EDM2's own ([`edm2`](super::edm2)), which has a train split only.
 //!

@@ -135,6 +135,9 @@ impl SafeFile {
         if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {
             return Err(malformed(format!("it is {kind}")));
         }
+        if prefix.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace()) {
+            return Err(malformed("it is text; an error that the download gave in place of the file, perhaps".into()));
+        }
         let header_length = u64::from_le_bytes(*prefix);
         if header_length > MAX_HEADER || header_length > rest.len() as u64 {
             return Err(malformed(format!(

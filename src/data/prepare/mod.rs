@@ -27,7 +27,7 @@ mod report;
 mod settings;
 mod there;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -46,7 +46,6 @@ use super::pending::Pending;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
 use crate::condition::vocabulary::Vocabulary;
-use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
 use plan::{Plan, date};
 use render::{Conditions, Renderer};
@@ -82,10 +81,10 @@ pub fn prepare(
     let enlarge = records.enlarge();
     let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
     // Before anything is written: a dataset made otherwise stays as it is.
-    set_aside(out, true, report)?;
+    set_aside(out, plan.jobs.iter().map(|job| &*job.name), report)?;
     let existing = plan.existing(out, report)?;
     if !existing.contains(&true) {
-        set_aside(out, false, report)?;
+        set_aside(out, [VOCABULARY_FILE, SUMMARY_FILE], report)?;
     }
     plan.settle_vocabulary(out, existing.contains(&true), report)?;
     make(
@@ -209,26 +208,26 @@ fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     Ok(())
 }
 
-/// Sets aside what bears the name of a shard and is none, or that of the other files of a dataset: it may be somebody's.
-fn set_aside(out: &Path, shards: bool, report: Report) -> Result<(), PrepareError> {
-    let mut names: Vec<_> = fs::read_dir(out).at(out)?.flatten().map(|entry| entry.file_name()).collect();
-    names.sort();
-    for name in names.iter().filter_map(|name| name.to_str()).filter(|name| is_shard(name) == shards) {
-        let path = out.join(name);
-        let why = match name {
-            VOCABULARY_FILE => Vocabulary::load(&path).err().map(|why| why.to_string()),
-            SUMMARY_FILE => {
+/// Sets aside what lies where a file of the dataset will be written and is none: it may be somebody's.
+fn set_aside<'a>(out: &Path, names: impl IntoIterator<Item = &'a str>, report: Report) -> Result<(), PrepareError> {
+    for path in names.into_iter().map(|name| out.join(name)).filter(|path| path.is_file()) {
+        let foreign = match path.file_name().and_then(|name| name.to_str()) {
+            Some(VOCABULARY_FILE) => Vocabulary::load(&path).is_err(),
+            Some(SUMMARY_FILE) => {
                 let summary = input::text(&path).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
-                let known = summary.is_some_and(|summary| summary.get("records").is_some());
-                (!known).then(|| format!("{}: not the summary of a dataset", path.display()))
+                summary.is_none_or(|summary| summary.get("records").is_none())
             }
-            _ if shards => SafeFile::open(&path).err().map(|why| why.to_string()),
-            _ => None,
+            // One that begins as a shard does and is damaged is made again.
+            _ => {
+                let head = File::open(&path).and_then(|file| input::head(&file)).at(&path)?;
+                !input::kind(&head).is_some_and(|kind| kind.contains("safetensors"))
+            }
         };
-        if let Some(why) = why {
-            let aside = free_name(&path, "damaged");
+        if foreign {
+            let aside = free_name(&path, "foreign");
             fs::rename(&path, &aside).at(&path)?;
-            report(Event::Damaged { why: &format!("{why}; set aside as {}", aside.display()) });
+            let text = format!("{}: not of a dataset; set aside as {}", path.display(), aside.display());
+            report(Event::Warning { text: &text });
         }
     }
     Ok(())
