@@ -584,8 +584,13 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
     write_json(&link, &hello(world, false)).map_err(failed)?;
     let watch = dial().and_then(|watch| write_json(&watch, &hello(world, true)).map(|()| watch));
-    // Rank 0 may have ended since: then it has said why.
-    let names = match read_json(&link).map_err(failed)? {
+    // Rank 0 may have ended since: then it has said why, to whichever of the two it heard first.
+    let answer = read_json(&link).or_else(|cause| {
+        let Ok(watch) = &watch else { return Err(cause) };
+        watch.set_read_timeout(Some(GREETING))?;
+        read_json(watch)
+    });
+    let names = match answer.map_err(failed)? {
         Answer::Welcome(names) if names.len() == world.size => names,
         Answer::Welcome(_) => return Err(CollectiveError::Unfit("rank 0 names others than all ranks".into())),
         Answer::Refused(why) => return Err(CollectiveError::Unfit(format!("rank 0 refuses: {why}"))),
