@@ -242,7 +242,7 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"tags": ["cat"], "complete": true}), "m has no condition model"),
         (json!({"like": ["aGVsbG8="]}), "m takes no pictures"),
         (json!({"steps": 3}), "unknown field `steps`"),
-        (json!([1]), "invalid type"),
+        (json!([1]), "no object"),
         (json!({"outdir": "/tmp"}), "unknown field `outdir`"),
     ] {
         let answer = server.post("/api/v1/generate", &wanted);
@@ -299,10 +299,10 @@ fn pictures_are_uploaded_to_draw_others_like_them_but_no_bombs() {
     }
     let said = server.post("/api/v1/generate", &json!({"like": ["?"]})).expect(422);
     assert!(said["detail"].as_str().unwrap().contains("a picture: "), "{said}");
-    // What only decoding shows fails alone.
+    // What only decoding shows is refused before it is taken, too.
     let cut = &fs::read(place.path("drawing.png")).unwrap()[..200];
-    let said = server.post("/api/v1/generate?wait=true", &json!({"like": [BASE64_STANDARD.encode(cut)]})).expect(500);
-    assert!(said["detail"].as_str().unwrap().contains("upload 0"), "{said}");
+    let said = server.post("/api/v1/generate?wait=true", &json!({"like": [BASE64_STANDARD.encode(cut)]})).expect(422);
+    assert!(said["detail"].as_str().unwrap().contains("a picture: "), "{said}");
     server.post("/api/v1/generate?wait=true", &json!({})).expect(200);
 }
 

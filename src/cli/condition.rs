@@ -146,6 +146,8 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     );
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
     let (place, print) = (progress_path(&args.out), data.fingerprint());
+    // What a killed one left of it goes, too.
+    let _kept = super::claim(&place, true)?;
     let mut learning = if place.exists() {
         let learning = Learning::load(&place, &data, &how, print)?;
         note!("going on after {} of {} passes: {}", learning.passes(), how.epochs, place.display());

@@ -84,7 +84,7 @@ impl DeviceArgs {
 /// It exists and `overwrite` was not given, or it cannot be written.
 pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
     let text = path.as_os_str().to_string_lossy();
-    if path.is_dir() || text.ends_with(std::path::is_separator) || text.ends_with("/.") || path.file_name().is_none() {
+    if text.ends_with(std::path::is_separator) || text.ends_with("/.") || path.file_name().is_none() {
         bail!("{}: the name of a directory, expected that of a file", path.display());
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());

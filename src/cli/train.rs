@@ -418,8 +418,6 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     };
     positive("duration", settings.duration as f64)?;
     positive("batch", settings.batch as f64)?;
-    let Settings { batch, duration, .. } = settings;
-    ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     positive("lr", settings.lr)?;
     // Devices compute in f32.
     ensure!(settings.lr <= f64::from(f32::MAX), "--lr is {:e}, expected a number that f32 can hold", settings.lr);
@@ -442,6 +440,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         ensure!(!settings.ema[..k].contains(&std), "--ema {std} is given twice");
         ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
     }
+    let Settings { batch, duration, .. } = settings;
+    ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     let usual = Plan::new(&args.outdir, &settings, device);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
     let share = settings.batch.div_ceil(ranks as u64);

@@ -131,9 +131,7 @@ impl Dataset {
                 for other in Split::ALL.into_iter().filter(|other| *other != split) {
                     let path = view.path(&other.shard_name(0));
                     let header = path.exists().then(|| Header::of(&SafeFile::open(&path)?)).transpose()?.flatten();
-                    if let Some(header) = header {
-                        check_same(&path, &Header { shards: shard.header.shards, ..header }, shard)?;
-                    }
+                    check_tags(&path, header.as_ref().unwrap_or(&shard.header), shard)?;
                 }
                 // Pictures that were added may be from elsewhere.
                 let all = |of: fn(&Header) -> &String| {
@@ -356,11 +354,22 @@ impl vae::Source for Dataset {
 }
 
 /// An error if a shard's header is known to say something else than the first one's.
+/// Whether two shards were made with the same vocabulary, as all of a dataset are: whoever renames tags does so for all.
+fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
+    let [found, expected] = [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags));
+    if !differ(&found, &expected) {
+        return Ok(());
+    }
+    let [found, expected] = [found, expected].map(|print| print.map_or_else(String::new, |print| print.to_string()));
+    let (path, first) = (path.into(), first.file.path().into());
+    Err(DatasetError::Differs { path, first, what: "the vocabulary that it was made with", found, expected })
+}
+
 fn check_same(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
     let ours = &first.header;
     type Show = fn(&Header) -> String;
-    let tags = |header: &Header| header.vocabulary.map(|print| print.tags);
-    let fields: [(_, _, Show); 9] = [
+    check_tags(path, header, first)?;
+    let fields: [(_, _, Show); 8] = [
         ("kind", header.kind != ours.kind, |h| format!("{:?}", h.kind)),
         ("height", header.height != ours.height, |h| h.height.to_string()),
         ("width", header.width != ours.width, |h| h.width.to_string()),
@@ -369,10 +378,6 @@ fn check_same(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
         ("conditioning", header.conditioning.differs(&ours.conditioning), |h| json!(h.conditioning).to_string()),
         ("autoencoder", differ(&header.autoencoder, &ours.autoencoder), |h| {
             h.autoencoder.as_ref().map(ToString::to_string).unwrap_or_default()
-        }),
-        // Whoever renames tags does so for all shards.
-        ("the vocabulary that it was made with", differ(&tags(header), &tags(ours)), |h| {
-            h.vocabulary.map_or_else(String::new, |print| print.tags.to_string())
         }),
         ("shards", header.shards < ours.shards, |h| h.shards.to_string()),
     ];

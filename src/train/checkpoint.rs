@@ -216,7 +216,11 @@ impl Checkpoint {
         self.check(&table)?;
         let meta = self.file.metadata().get("edm2k").map_or("", String::as_str);
         let meta = serde_json::from_str(meta).map_err(|why| self.damaged(format!("metadata \"edm2k\": {why}")))?;
-        let meta = ModelMeta { ema_std: average.map(|i| self.state.settings.ema[i]), ..meta };
+        let meta = ModelMeta {
+            ema_std: average.map(|i| self.state.settings.ema[i]),
+            options: average.map(|_| self.state.settings.fingerprint()),
+            ..meta
+        };
         let slot = average.map_or(Slot::Weight, Slot::Ema);
         // In the order of the table.
         let saved = tensors(&table, self.state.settings.ema.len()).into_iter().filter(|(of, ..)| *of == slot);

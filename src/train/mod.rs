@@ -62,9 +62,9 @@ use crate::collective::{Collective, CollectiveError, agree, share};
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
-use crate::formats::fingerprint::{Fingerprint, Identity, settle};
+use crate::formats::fingerprint::{Fingerprint, Identity, differ, settle};
 use crate::formats::{At, DirLock, FileError, LockError, free_name};
-use crate::model::file::save;
+use crate::model::file::{ModelFile, save};
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
 use crate::sample::SampleError;
@@ -533,8 +533,9 @@ pub fn train<B: TrainingBackend>(
         state = Some(match newest(backend, settings, plan, data.train, event)? {
             Some(state) => state,
             None => {
-                // What a run without a checkpoint has made may be another's, or of other options.
-                set_aside(dir, event).at(dir)?;
+                if has_others(dir, settings).at(dir)? {
+                    set_aside(dir, event).at(dir)?;
+                }
                 model.upload(backend, Slot::Weight)?;
                 (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
                 let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
@@ -614,6 +615,24 @@ fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
     files.iter().try_for_each(|name| fs::rename(dir.join(name), old.join(name)))?;
     event(Event::Note(format!("set aside {} files of the run before in {}", files.len(), old.display())));
     Ok(())
+}
+
+/// Whether a directory without a checkpoint has snapshots of another run, or of one with other options. Those of this run
+/// will be written again, with the same bits.
+fn has_others(dir: &Path, settings: &Settings) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("snapshot-") {
+            let ours = |file: ModelFile| {
+                let ModelMeta { options, data, .. } = file.meta;
+                options == Some(settings.fingerprint()) && !differ(&data, &settings.data.content)
+            };
+            if !ModelFile::open(entry.path()).is_ok_and(ours) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
