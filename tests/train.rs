@@ -986,6 +986,7 @@ fn bad_input_is_one_clear_line() {
         ("run", "--duration 1x", "'1x' is not a number of images"),
         ("run", "--duration 0", "--duration is 0"),
         ("run", "--duration 8 --batch 0", "--batch is 0"),
+        ("run", "--duration 8 --batch 16", "--batch is 16, more than the whole run"),
         ("run", "--duration 8 --lr NaN", "--lr is NaN"),
         ("run", "--duration 8 --lr 1e39", "--lr is 1e39"),
         ("run", "--duration 8 --decay inf", "--decay is inf"),
@@ -995,7 +996,7 @@ fn bad_input_is_one_clear_line() {
         ("run", "--duration 8 --cond-dropout 2", "--cond-dropout is 2"),
         ("run", "--duration 8 --preset edm2", "preset 'edm2' is unknown, expected one of edm2-img512-xxs"),
         ("run", "--duration 8 --init nowhere.safetensors", "nowhere.safetensors: No such file"),
-        ("file/run", "--duration 8", "file/run: Not a directory"),
+        ("file/run", "--duration 8 --batch 8", "file/run: Not a directory"),
     ];
     for (out, options, message) in cases {
         let output = place.train(out, options).output().unwrap();
