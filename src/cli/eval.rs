@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use indicatif::ProgressBar;
 use serde_json::json;
 
 use edm2k::collective::{Collective, agree, share};
@@ -19,7 +18,7 @@ use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
 use super::ranks::{self, Ranks};
-use super::say::{self, out};
+use super::say::out;
 use super::{DeviceArgs, claim};
 
 /// Measure the loss of a model by noise level.
@@ -86,10 +85,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     });
     agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
     let own = share((images * SIGMAS.len()) as u64, ranks.met().rank(), ranks.size());
-    let bar = match ranks.first() {
-        true => say::bar(own.end - own.start, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left"),
-        false => ProgressBar::hidden(),
-    };
+    let bar = ranks.bar(own.end - own.start, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
     let device = ranks.open(&args.device)?;
     device.check_forward(config, [height, width], images.min(batch), 1)?;
     let (first, progress) = (ranks.first(), &mut |n| bar.inc(n));

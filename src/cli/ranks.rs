@@ -1,12 +1,13 @@
 //! Commands that several processes do together, as a launcher started them: `torchrun`, `srun`, `mpirun`.
 
 use anyhow::ensure;
+use indicatif::ProgressBar;
 
 use edm2k::collective::{Alone, Collective, Star, World, agree, limit};
 use edm2k::{Device, DeviceName};
 
 use super::DeviceArgs;
-use super::say::note;
+use super::say::{self, note};
 
 /// This process among those that do the same, and what it has to do with them.
 pub struct Ranks {
@@ -47,6 +48,11 @@ impl Ranks {
     /// Whether this is the one that speaks and writes for all.
     pub fn first(&self) -> bool {
         self.met.rank() == 0
+    }
+
+    /// A bar that the first of them shows for all ([`say::bar`]).
+    pub fn bar(&self, length: u64, template: &str) -> ProgressBar {
+        if self.first() { say::bar(length, template) } else { ProgressBar::hidden() }
     }
 
     /// Opens the device: of several cards the one with this rank's number on its machine.

@@ -11,7 +11,6 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Error, bail, ensure};
-use indicatif::ProgressBar;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -26,7 +25,7 @@ use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
-use super::say::{self, note, out};
+use super::say::{note, out};
 
 /// Make images.
 #[derive(clap::Args)]
@@ -541,8 +540,8 @@ fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<
     Ok(pictures)
 }
 
-/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are watched where
-/// they are kept, and on the CPU, where each takes so long that people want to see it.
+/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
+/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
 fn draw(
     mut pipeline: Pipeline,
     request: &Request,
@@ -559,10 +558,7 @@ fn draw(
     let shape = [height, width, pipeline.net().config.img_channels];
     let watched = save_steps || pipeline.device().runtime().is_none();
     let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
-    let bar = match ranks.first() {
-        true => say::bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)"),
-        false => ProgressBar::hidden(),
-    };
+    let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
     bar.set_message(format!("0 of {count} images"));
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();

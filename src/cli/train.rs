@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, bail, ensure};
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
-use super::say::{self, above, note, results};
+use super::say::{above, note, results};
 use super::signals::Requests;
 use edm2k::Device;
 use edm2k::backend::BackendError;
@@ -199,13 +198,10 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let terminal = std::io::stderr().is_terminal();
     // One rank speaks for all, unless another has something of its own to say.
     let rank = ranks.met().rank();
-    let bar = match rank {
-        0 => say::bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}"),
-        _ => {
-            notes.clear();
-            ProgressBar::hidden()
-        }
-    };
+    let bar = ranks.bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}");
+    if rank > 0 {
+        notes.clear();
+    }
     notes.iter().for_each(|note| above(&bar, note));
     let (mut seen, mut saved) = (None, false);
     let mut show = |event: Event| match event {

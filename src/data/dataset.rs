@@ -130,8 +130,11 @@ impl Dataset {
             Some(shard) => {
                 for other in Split::ALL.into_iter().filter(|other| *other != split) {
                     let path = view.path(&other.shard_name(0));
-                    let header = path.exists().then(|| Header::of(&SafeFile::open(&path)?)).transpose()?.flatten();
-                    check_tags(&path, header.as_ref().unwrap_or(&shard.header), shard)?;
+                    if path.exists()
+                        && let Some(header) = Header::of(&SafeFile::open(&path).map_err(ShardError::File)?)?
+                    {
+                        check_tags(&path, &header, shard)?;
+                    }
                 }
                 // Pictures that were added may be from elsewhere.
                 let all = |of: fn(&Header) -> &String| {
@@ -353,22 +356,23 @@ impl vae::Source for Dataset {
     }
 }
 
-/// An error if a shard's header is known to say something else than the first one's.
-/// Whether two shards were made with the same vocabulary, as all of a dataset are: whoever renames tags does so for all.
+/// An error if two shards were made with other vocabularies, which no dataset's are: whoever renames tags does so for all.
 fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
-    let [found, expected] = [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags));
-    if !differ(&found, &expected) {
-        return Ok(());
+    match [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags)) {
+        [Some(found), Some(expected)] if found != expected => {
+            let (path, first) = (path.into(), first.file.path().into());
+            let [found, expected] = [found, expected].map(|print| print.to_string());
+            Err(DatasetError::Differs { path, first, what: "the vocabulary that it was made with", found, expected })
+        }
+        _ => Ok(()),
     }
-    let [found, expected] = [found, expected].map(|print| print.map_or_else(String::new, |print| print.to_string()));
-    let (path, first) = (path.into(), first.file.path().into());
-    Err(DatasetError::Differs { path, first, what: "the vocabulary that it was made with", found, expected })
 }
 
-fn check_same(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
-    let ours = &first.header;
+/// An error if a shard's header is known to say something else than the first one's.
+fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
+    let (header, ours) = (&shard.header, &first.header);
+    check_tags(shard.file.path(), header, first)?;
     type Show = fn(&Header) -> String;
-    check_tags(path, header, first)?;
     let fields: [(_, _, Show); 8] = [
         ("kind", header.kind != ours.kind, |h| format!("{:?}", h.kind)),
         ("height", header.height != ours.height, |h| h.height.to_string()),
@@ -382,7 +386,7 @@ fn check_same(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
         ("shards", header.shards < ours.shards, |h| h.shards.to_string()),
     ];
     let Some((what, _, show)) = fields.into_iter().find(|(_, differs, _)| *differs) else { return Ok(()) };
-    let (path, first) = (path.into(), first.file.path().into());
+    let (path, first) = (shard.file.path().into(), first.file.path().into());
     Err(DatasetError::Differs { path, first, what, found: show(header), expected: show(ours) })
 }
 
@@ -408,7 +412,7 @@ pub(super) fn open_shards(
         }
         let shard = Shard::open(&path, vocabulary)?;
         if let Some(first) = shards.first() {
-            check_same(&path, &shard.header, first)?;
+            check_same(&shard, first)?;
         }
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });

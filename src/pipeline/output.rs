@@ -75,12 +75,11 @@ impl OutDir {
         let steps = own.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
         let names = own.iter().map(|name| picture_name(name)).chain(steps);
         let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
-        match names.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok()) {
-            Some(path) if !overwrite => Err(OutputError::Exists { path }),
-            _ => match names.iter().map(|name| dir.join(name)).find(|path| path.is_dir()) {
-                Some(path) => Err(OutputError::Directory { path }),
-                None => Ok(out),
-            },
+        let in_the_way = |path: &PathBuf| path.is_dir() || !overwrite && path.symlink_metadata().is_ok();
+        match names.iter().map(|name| dir.join(name)).find(in_the_way) {
+            None => Ok(out),
+            Some(path) if overwrite => Err(OutputError::Directory { path }),
+            Some(path) => Err(OutputError::Exists { path }),
         }
     }
 

@@ -253,7 +253,8 @@ impl Request {
     }
 }
 
-/// An uploaded picture that can be decoded later: it is small enough, and whole.
+/// An uploaded picture that can be decoded when its turn comes: it is small enough, and whole. Decoded, a queue of them would
+/// take much more room.
 fn picture(base64: &str) -> Result<Bytes, Refusal> {
     // What a page reads of a file begins so.
     let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);

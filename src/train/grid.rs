@@ -99,16 +99,7 @@ pub fn write<B: NetworkBackend>(
     if ranks.rank() > 0 {
         return Ok(false);
     }
-    let samples: Vec<f32> = all
-        .iter()
-        .flatten()
-        .copied()
-        .collect::<Vec<u8>>()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|x| f32::from_le_bytes(*x))
-        .collect();
+    let samples: Vec<f32> = bytemuck::pod_collect_to_vec(&all.concat());
     let mut pictures = Vec::with_capacity(rows * (1 + SAMPLES));
     for (&i, samples) in chosen.iter().zip(samples.chunks(SAMPLES * numel)) {
         let mut image = vec![0.0; numel];

@@ -547,7 +547,7 @@ pub fn train<B: TrainingBackend>(
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
-        let stats_path = dir.join("stats.jsonl");
+        let stats_path = dir.join(stats::FILE);
         let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
         if let Some(aside) = foreign {
             let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
@@ -601,7 +601,7 @@ pub fn train<B: TrainingBackend>(
 
 /// Moves what a run has made into a folder of its own.
 fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
-    let made = ["checkpoint-", "snapshot-", "grid-", "stats.jsonl", "loss.svg", "events.out.tfevents."];
+    let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, "loss.svg", "events.out.tfevents."];
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -905,7 +905,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
         let Some(Files { stats, events }) = &mut self.files else { return Ok(()) };
-        let path = self.plan.outdir.join("stats.jsonl");
+        let path = self.plan.outdir.join(stats::FILE);
         stats.write(line).at(path)?;
         let Some(events) = events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();

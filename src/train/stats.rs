@@ -13,8 +13,7 @@ use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::formats::free_name;
-use crate::formats::{input, write_atomically};
+use crate::formats::{free_name, input, write_atomically};
 
 /// What an interval of training looked like.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -1,7 +1,8 @@
 //! The loss on images that are not learnt from: at random noise levels while training, and level by level.
 //!
 //! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
-//! the same noisy images. Ranks share them, and add up what all have found in the order of the images. Cost: a forward pass for each image and level.
+//! the same noisy images. Ranks share them, and add up what all have found in the order of the images. Cost: a forward
+//! pass for each image and level.
 
 use super::{Settings, batch};
 use crate::backend::{BackendError, NetworkBackend};
@@ -42,8 +43,8 @@ pub struct Loss {
     pub logvar: f64,
 }
 
-/// Mean loss of the prepared weights, which are the same on all ranks, on the first images of a split, each at a few noise levels, drawn as in
-/// training.
+/// Mean loss of the prepared weights, which are the same on all ranks, on the first images of a split, each at a few noise
+/// levels, drawn as in training.
 pub fn loss<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,
@@ -133,11 +134,9 @@ fn losses<B: NetworkBackend>(
         }
         progress(n as u64);
     }
-    let bytes: Vec<u8> = found.iter().flat_map(|x: &f64| x.to_le_bytes()).collect();
-    let all = ranks.gather(&bytes)?.concat();
+    let all: Vec<f64> = bytemuck::pod_collect_to_vec(&ranks.gather(bytemuck::cast_slice::<f64, u8>(&found))?.concat());
     let mut sums = vec![Loss::default(); draws];
-    for (k, found) in all.as_chunks::<24>().0.iter().enumerate() {
-        let [loss, error, logvar] = [0, 8, 16].map(|at| f64::from_le_bytes(std::array::from_fn(|i| found[at + i])));
+    for (k, [loss, error, logvar]) in all.as_chunks().0.iter().enumerate() {
         let sum = &mut sums[k % draws];
         sum.loss += loss;
         sum.error += error;

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use half::f16;
-
 use serde::{Deserialize, Serialize};
 
 use super::net::Linear;

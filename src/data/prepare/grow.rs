@@ -14,11 +14,10 @@ use super::render::{Codec, Conditions, feature};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::Settings;
 use super::there::There;
-use super::{Tally, make, spare};
+use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
-use crate::data::pending::Pending;
 use crate::data::shard::{Header, Notes, Row, Rows, Shard, VOCABULARY_FILE, VocabularyPrint};
-use crate::formats::{At, DirLock};
+use crate::formats::At;
 
 /// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
 /// gone on with by the same one.
@@ -31,18 +30,11 @@ pub fn add(
     mut codec: Option<Codec>,
     report: Report,
 ) -> Result<Summary, PrepareError> {
-    settings.check(codec.as_ref().map_or(1, |codec| codec.factor))?;
     let out = &settings.out;
-    let lock = DirLock::exclusive(out)?;
-    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
-    let pending = Pending::new(out)?;
-    spare(records.metadata(), out)?;
+    let (_lock, pending) = owned(records, settings, codec.as_ref(), report)?;
     let there = There::open(out, "add to")?;
     let conditions = Conditions::open(settings)?;
-    let mut listing = records.read(settings, report)?;
-    if listing.read == 0 {
-        return Err(PrepareError::NoRecords { path: records.metadata().into() });
-    }
+    let mut listing = listed(records, settings, report)?;
     let mut tally = Tally::default();
     let mut known = HashSet::new();
     for (split, _, shard) in there.shards() {
@@ -78,7 +70,8 @@ pub fn add(
     let existing = plan.jobs.iter().map(made).collect::<Result<Vec<_>, _>>()?;
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
-    make(&plan, &existing, &path, &listing, settings, enlarge, &conditions, codec.as_mut(), &mut tally, report)?;
+    let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
+    make(&plan, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
         pending.commit()?
@@ -106,18 +99,11 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
 /// # Errors
 /// As [`prepare`](super::prepare()); an image has no record, or no feature.
 pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Result<Summary, PrepareError> {
-    settings.check(1)?;
     let out = &settings.out;
-    let lock = DirLock::exclusive(out)?;
-    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
-    let pending = Pending::new(out)?;
-    spare(records.metadata(), out)?;
+    let (_lock, pending) = owned(records, settings, None, report)?;
     let there = There::open(out, "change the tags of")?;
     let conditions = Conditions::open(settings)?;
-    let mut listing = records.read(settings, report)?;
-    if listing.read == 0 {
-        return Err(PrepareError::NoRecords { path: records.metadata().into() });
-    }
+    let mut listing = listed(records, settings, report)?;
     let ids = || there.shards().flat_map(|(.., shard)| &shard.ids).copied();
     let all_have = |path: &Path, lack, has: &dyn Fn(i64) -> bool| {
         let mut lacking = ids().filter(|&id| !has(id));

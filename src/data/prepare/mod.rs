@@ -61,17 +61,10 @@ pub fn prepare(
     mut codec: Option<Codec>,
     report: Report,
 ) -> Result<Summary, PrepareError> {
-    settings.check(codec.as_ref().map_or(1, |codec| codec.factor))?;
     let out = &settings.out;
-    let lock = DirLock::exclusive(out)?;
-    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
-    Pending::new(out)?;
-    spare(records.metadata(), out)?;
+    let (_lock, _) = owned(records, settings, codec.as_ref(), report)?;
     let conditions = Conditions::open(settings)?;
-    let mut listing = records.read(settings, report)?;
-    if listing.read == 0 {
-        return Err(PrepareError::NoRecords { path: records.metadata().into() });
-    }
+    let mut listing = listed(records, settings, report)?;
     conditions.select(&mut listing);
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
     if listing.records.is_empty() {
@@ -80,26 +73,40 @@ pub fn prepare(
 
     let enlarge = records.enlarge();
     let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
-    // Before anything is written: a dataset made otherwise stays as it is.
+    // Before anything is written: a dataset made otherwise stays as it is, but for what is none of its files.
     set_aside(out, plan.jobs.iter().map(|job| &*job.name), report)?;
     let existing = plan.existing(out, report)?;
     if !existing.contains(&true) {
         set_aside(out, [VOCABULARY_FILE, SUMMARY_FILE], report)?;
     }
     plan.settle_vocabulary(out, existing.contains(&true), report)?;
-    make(
-        &plan,
-        &existing,
-        &|name| out.join(name),
-        &listing,
-        settings,
-        enlarge,
-        &conditions,
-        codec.as_mut(),
-        &mut tally,
-        report,
-    )?;
+    let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
+    make(&plan, &existing, &|name| out.join(name), &renderer, codec.as_mut(), &mut tally, report)?;
     tally.finish(&listing, 0, plan.vocabulary, out)
+}
+
+/// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
+fn owned(
+    records: &dyn Records,
+    settings: &Settings,
+    codec: Option<&Codec>,
+    report: Report,
+) -> Result<(DirLock, Pending), PrepareError> {
+    settings.check(codec.map_or(1, |codec| codec.factor))?;
+    let lock = DirLock::exclusive(&settings.out)?;
+    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    let pending = Pending::new(&settings.out)?;
+    spare(records.metadata(), &settings.out)?;
+    Ok((lock, pending))
+}
+
+/// The records, of which there are some.
+fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<Listing, PrepareError> {
+    let listing = records.read(settings, report)?;
+    if listing.read == 0 {
+        return Err(PrepareError::NoRecords { path: records.metadata().into() });
+    }
+    Ok(listing)
 }
 
 /// What there is by now.
@@ -140,29 +147,35 @@ impl Tally {
     }
 }
 
-/// Makes the shards that do not exist, and counts them all.
-#[allow(clippy::too_many_arguments)] // what the stages before have made
-fn make(
-    plan: &Plan,
-    existing: &[bool],
-    path: &dyn Fn(&str) -> PathBuf,
+/// What makes the content of a plan's shards.
+fn rendering<'a>(
+    plan: &'a Plan,
     listing: &Listing,
-    settings: &Settings,
+    settings: &'a Settings,
     enlarge: Option<bool>,
-    conditions: &Conditions,
-    mut codec: Option<&mut Codec>,
-    tally: &mut Tally,
-    report: Report,
-) -> Result<(), PrepareError> {
-    report(Event::Start(listing.records.len()));
-    let renderer = Renderer {
+    conditions: &'a Conditions,
+) -> Renderer<'a> {
+    Renderer {
         settings,
         enlarge: enlarge.unwrap_or(true),
         vocabulary: &plan.vocabulary,
         places: listing.places(&plan.vocabulary),
         conditions,
         made_with: &plan.made_with,
-    };
+    }
+}
+
+/// Makes the shards that do not exist, and counts them all.
+fn make(
+    plan: &Plan,
+    existing: &[bool],
+    path: &dyn Fn(&str) -> PathBuf,
+    renderer: &Renderer,
+    mut codec: Option<&mut Codec>,
+    tally: &mut Tally,
+    report: Report,
+) -> Result<(), PrepareError> {
+    report(Event::Start(plan.jobs.iter().map(|job| job.members.len()).sum()));
     for (job, &kept) in plan.jobs.iter().zip(existing) {
         let path = path(&job.name);
         if kept {
