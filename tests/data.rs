@@ -371,6 +371,51 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
 }
 
 #[test]
+fn what_is_no_dataset_s_is_set_aside_and_never_written_over() {
+    let shop = gallery();
+    let out = shop.dir.path().join("out");
+    fs::create_dir(&out).unwrap();
+    for name in ["train-00000.safetensors", "vocabulary.json", "summary.json"] {
+        fs::write(out.join(name), format!("somebody's {name}")).unwrap();
+    }
+    shop.prepare();
+    for name in ["train-00000.safetensors", "vocabulary.json", "summary.json"] {
+        let kept = fs::read_to_string(out.join(format!("{name}.foreign"))).unwrap();
+        assert_eq!(kept, format!("somebody's {name}"));
+    }
+    assert_eq!(Dataset::open(&out, Split::Train).unwrap().len(), 32);
+
+    // The dataset's own shards as its metadata.
+    let metadata = out.join("train-00000.safetensors");
+    let before = fs::read(&metadata).unwrap();
+    let folder = Folder { metadata: metadata.clone(), ..shop.folder() };
+    let said = prepare(&folder, &shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(said.contains("expected another file"), "{said}");
+    assert!(fs::read(&metadata).unwrap() == before);
+}
+
+#[test]
+fn shards_of_another_vocabulary_are_refused_in_any_split() {
+    let shop = gallery();
+    shop.prepare();
+    let mut other = gallery();
+    other.lines.iter_mut().for_each(|line| *line = line.replace("\"a\"", "\"z\""));
+    other.prepare();
+    let (ours, theirs) = (shop.dir.path().join("out"), other.dir.path().join("out"));
+    for (name, split) in [
+        ("train-00001.safetensors", Split::Train),
+        ("validation-00000.safetensors", Split::Train),
+        ("test-00000.safetensors", Split::Validation),
+    ] {
+        let kept = fs::read(ours.join(name)).unwrap();
+        fs::copy(theirs.join(name), ours.join(name)).unwrap();
+        let said = Dataset::open(&ours, split).unwrap_err().to_string();
+        assert!(said.contains(name) && said.contains("vocabulary"), "{said}");
+        fs::write(ours.join(name), kept).unwrap();
+    }
+}
+
+#[test]
 fn a_picture_that_was_replaced_is_noticed_whatever_its_length_and_date() {
     let mut shop = Workshop::new();
     for id in 2..7 {
@@ -476,6 +521,15 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
 }
 
 /// The metadata of the first preparation.
+/// The command that prepares what [`grown`] has, with more options.
+fn command_of(folder: &Folder, out: &Path, more: &[&str]) -> Vec<String> {
+    let options = "--size 16x16 --vocabulary 8 --validation-modulus 10 --shard-size 4 --licence CC0";
+    let paths = [("--images", &*folder.images), ("--metadata", &*folder.metadata), ("--out", out)];
+    let paths = paths.into_iter().flat_map(|(option, path)| [option, path.to_str().unwrap()]);
+    let all = ["prepare"].into_iter().chain(paths).chain(options.split(' ')).chain(["--source", "made up"]);
+    all.chain(more.iter().copied()).map(String::from).collect()
+}
+
 fn gallery_of(shop: &Workshop) -> Folder {
     let metadata = shop.dir.path().join("first.jsonl");
     fs::write(&metadata, shop.lines[..41].join("\n")).unwrap();
@@ -531,30 +585,8 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
         shop.image(id, solid(18, 18, [id as u8, 3, 9]), &["a"]);
     }
     let (folder, settings) = (shop.folder(), shop.settings());
-    let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata, place) = (path(&folder.images), path(&folder.metadata), path(&out));
-    let arguments = [
-        "prepare",
-        "--add",
-        "--images",
-        &images,
-        "--metadata",
-        &metadata,
-        "--out",
-        &place,
-        "--size",
-        "16x16",
-        "--vocabulary",
-        "8",
-        "--validation-modulus",
-        "10",
-        "--shard-size",
-        "4",
-        "--source",
-        "made up",
-        "--licence",
-        "CC0",
-    ];
+    let arguments = command_of(&folder, &out, &["--add"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let (old, first) = (content(&out), read_dir(&out));
     let pending = |least: usize| fs::read_dir(out.join("pending")).is_ok_and(|files| files.count() >= least);
     let mut states = Vec::new();
@@ -680,30 +712,10 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
 fn the_command_adds_and_retags() {
     let shop = grown();
     let (folder, out) = (shop.folder(), shop.settings().out);
-    let path = |path: &Path| path.to_str().unwrap().to_string();
-    let (images, metadata, place) = (path(&folder.images), path(&folder.metadata), path(&out));
-    let common = [
-        "prepare",
-        "--images",
-        &images,
-        "--metadata",
-        &metadata,
-        "--out",
-        &place,
-        "--size",
-        "16x16",
-        "--vocabulary",
-        "8",
-        "--validation-modulus",
-        "10",
-        "--shard-size",
-        "4",
-        "--source",
-        "made up",
-        "--licence",
-        "CC0",
-    ];
-    let run = |more: &[&str]| here(&[&common, more].concat()).assert();
+    let run = |more: &[&str]| {
+        let arguments = command_of(&folder, &out, more);
+        here(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).assert()
+    };
     let text = printed(run(&["--add"]));
     assert!(
         text.contains("train            34 images") && text.contains("skipped          41 there already"),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::{Config, Model, ModelMeta, Precision, file::save};
 use edm2k::train::posthoc::{mismatch, solve_posthoc};
@@ -178,6 +179,18 @@ fn what_cannot_be_reconstructed_is_one_clear_line() {
         |meta| (meta.images_seen, meta.ema_std, meta.seed) = (7, Some(0.1), None),
         |_| 1.0,
     );
+    snapshot(
+        &file("optional"),
+        &config(8),
+        |meta| (meta.images_seen, meta.ema_std, meta.options) = (7, Some(0.1), Some(Fingerprint::of(["another rate"]))),
+        |_| 1.0,
+    );
+    snapshot(
+        &file("chosen"),
+        &config(8),
+        |meta| (meta.images_seen, meta.ema_std, meta.options) = (9, Some(0.1), Some(Fingerprint::of(["a rate"]))),
+        |_| 1.0,
+    );
     snapshot(&file("raw"), &config(8), |meta| meta.images_seen = 5, |_| 1.0);
     snapshot(&file("timeless"), &config(8), |meta| meta.ema_std = Some(0.1), |_| 1.0);
     snapshot(&file("wide"), &config(8), at(9, 0.5), |_| 1.0);
@@ -189,7 +202,7 @@ fn what_cannot_be_reconstructed_is_one_clear_line() {
         let files: Vec<&str> = files.iter().map(|file| text(file)).collect();
         refused(&[&["ema", "--out", text(&out)], &files[..], options].concat())
     };
-    let cases: [(&[&str], &[&str], &str); 17] = [
+    let cases: [(&[&str], &[&str], &str); 18] = [
         (&["a", "b"], &["--std", "0.3"], "--std is 0.3, expected above 0 and at most 0.2887"),
         (&["a", "b"], &["--std", "0"], "--std is 0, expected above 0"),
         (&["a", "b"], &["--std", "NaN"], "--std is NaN, expected above 0"),
@@ -202,6 +215,7 @@ fn what_cannot_be_reconstructed_is_one_clear_line() {
         (&["a", "f"], &["--std", "0.07", "--at", "1000"], "snapshots up to 1000 images: 1, expected 2 or more"),
         (&["a", "c"], &["--std", "0.07"], "c is not of the same run as "),
         (&["a", "seeded"], &["--std", "0.07"], "they differ in seed"),
+        (&["optional", "chosen"], &["--std", "0.07"], "they differ in options"),
         (&["a", "b", "d"], &["--std", "0.07"], "are the same average (std 0.1 at 1000 images)"),
         (&["e", "f"], &["--std", "0.07"], "the 2 snapshots are too much alike to be combined"),
         (&["a", "raw"], &["--std", "0.07"], "raw: no usable ema_std in its metadata"),

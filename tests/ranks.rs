@@ -10,6 +10,10 @@ use std::sync::atomic::AtomicBool;
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
+#[path = "common/command.rs"]
+mod command;
+
+use command::{succeed, text};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Slot, TrainingBackend, Values};
 use edm2k::collective::{Collective, CollectiveError, Star, World};
@@ -275,16 +279,6 @@ fn outputs(children: Vec<Child>) -> Vec<Output> {
     let waiting = children.into_iter().map(|child| thread::spawn(|| child.wait_with_output().unwrap()));
     let waiting: Vec<_> = waiting.collect();
     waiting.into_iter().map(|output| output.join().unwrap()).collect()
-}
-
-fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-fn succeed(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", text(&output));
-    text(&output)
 }
 
 /// The options of a run of 12 steps with everything that there is beside; 10 images do not go into 4 shares.

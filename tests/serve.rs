@@ -250,6 +250,11 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         assert!(said["detail"].as_str().unwrap().contains(message), "{wanted}\nsaid: {said}\nexpected: {message}");
         document().check("Error", &said);
     }
+    // What the framework refuses has the same form.
+    for (path, described) in [("/api/v1/jobs/abc", "/api/v1/jobs/{id}"), ("/api/v1/prompt", "/api/v1/prompt")] {
+        let said = server.get(path).expect(400);
+        document().check_answer(described, "get", 400, &said);
+    }
     for model in ["n", "../m", "/etc/passwd", "m.safetensors", ""] {
         let said = server.post("/api/v1/generate", &json!({"model": model})).expect(404);
         assert!(said["detail"].as_str().unwrap().starts_with("there is no model"), "{said}");
@@ -585,6 +590,8 @@ fn clients_of_a1111_are_served() {
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "n"})).status, 200);
     assert_eq!(get("/sdapi/v1/options")["sd_model_checkpoint"], "n");
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "/etc/passwd"})).status, 404);
+    let nothing = json!({"prompt": null, "negative_prompt": null, "seed": null, "steps": 2, "override_settings": null, "send_images": false});
+    assert_eq!(server.post("/sdapi/v1/txt2img", &nothing).expect(200)["images"], json!([]));
     let said = server.post("/sdapi/v1/txt2img", &json!({"prompt": "masterpiece"})).expect(422);
     assert!(said["detail"].as_str().unwrap().contains("unknown tag \"masterpiece\""), "{said}");
     let said = server.post("/sdapi/v1/txt2img", &json!({"negative_prompt": "(blurry:1.4)"})).expect(422);
@@ -652,6 +659,7 @@ fn runs_are_shown_while_they_go_and_their_snapshots_draw() {
         .unwrap();
     image::RgbImage::new(8, 8).save(place.path("runs/mine/grid-000000064.png")).unwrap();
     tiny(&place.path("runs/mine/snapshot-000000064-0.100.safetensors"), 8);
+    std::os::unix::fs::symlink(place.path("m.safetensors"), place.path("runs/mine/grid-000000128.png")).unwrap();
     let server = place.serve("--model m.safetensors --runs runs");
     let get = |path: &str, described: &str| {
         let answer = server.get(path).expect(200);
@@ -684,7 +692,14 @@ fn runs_are_shown_while_they_go_and_their_snapshots_draw() {
 
     let grid = server.get("/api/v1/runs/mine/grids/grid-000000064.png");
     assert_eq!((grid.status, grid.header("content-type")), (200, Some("image/png")));
-    for path in ["mine/grids/stats.jsonl", "mine/grids/..%2F..%2Fm.safetensors", "..", "no%20run", "mine/grids/.."] {
+    for path in [
+        "mine/grids/stats.jsonl",
+        "mine/grids/grid-000000128.png",
+        "mine/grids/..%2F..%2Fm.safetensors",
+        "..",
+        "no%20run",
+        "mine/grids/..",
+    ] {
         assert_eq!(server.get(&format!("/api/v1/runs/{path}")).status, 404, "{path}");
     }
     let model = runs[0]["snapshots"][0]["model"].as_str().unwrap();

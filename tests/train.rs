@@ -5,11 +5,15 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+#[path = "common/command.rs"]
+mod command;
+
+use command::{succeed, text};
 use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
@@ -131,17 +135,6 @@ fn checkpoints(dir: &Path) -> Vec<PathBuf> {
 fn leftovers(dir: &Path) -> Vec<PathBuf> {
     let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     paths.filter(|path| path.extension().is_some_and(|ending| ending == "tmp")).collect()
-}
-
-fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-/// Runs to the end; what it said.
-fn succeed(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", text(&output));
-    text(&output)
 }
 
 /// Runs into an error; what it said.
@@ -536,6 +529,31 @@ fn without_a_whole_checkpoint_a_run_does_not_begin_anew_unasked() {
     assert!(said.contains("set aside"), "{said}");
     assert!(before == files(&place.path("run/before.restart")), "something was lost");
     assert_same(&reference, &place.newest("run"));
+}
+
+#[test]
+fn snapshots_of_other_options_are_not_written_over() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --checkpoint 0 --snapshot 8 --status 8 --grid 0 --validate 0";
+    let files = |dir: &str| -> Vec<PathBuf> {
+        let mut paths: Vec<_> = fs::read_dir(place.path(dir)).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.is_file() && path.extension().is_some_and(|ending| ending != "lock"));
+        paths
+    };
+    let without_checkpoints = || {
+        for path in files("run").iter().filter(|path| path.to_string_lossy().contains("checkpoint-")) {
+            fs::remove_file(path).unwrap();
+        }
+    };
+    succeed(&mut place.train("run", options));
+    without_checkpoints();
+    let before = files("run").len();
+    // The same run makes the same files again.
+    assert!(!succeed(&mut place.train("run", options)).contains("set aside"));
+    without_checkpoints();
+    let said = succeed(&mut place.train("run", &format!("{options} --lr 0.02")));
+    assert!(said.contains("set aside"), "{said}");
+    assert_eq!(files("run/before.restart").len(), before);
 }
 
 #[test]

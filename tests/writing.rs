@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
 
+#[path = "common/command.rs"]
+mod command;
+
 use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically};
 use edm2k::model::file::save;
 use edm2k::model::{Config, Model, Precision};
@@ -145,7 +148,7 @@ fn output(dir: &Path, arguments: &str) -> Output {
 }
 
 fn said(output: &Output) -> String {
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = command::text(output);
     assert!(!text.contains("panicked"), "{text}");
     text
 }
@@ -183,6 +186,8 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
         // All of these would otherwise work for hours first.
         (&format!("condition train --epochs 60000 --data {data} --out folder"), "folder exists"),
         (&format!("condition train --epochs 60000 --data {data} --overwrite --out folder"), "it is a directory"),
+        (&format!("condition train --epochs 60000 --data {data} --out folder/new/"), "the name of a directory"),
+        (&format!("condition train --epochs 60000 --data {data} --out folder/new/."), "the name of a directory"),
         (&format!("eval --model m --data {data} --images 100000 --plot keep.svg"), "keep.svg exists"),
         (&format!("eval --model m --data {data} --images 100000 --plot nowhere/x.svg"), "the directory does not exist"),
         ("sample --model m --steps 10000 --outdir m", "m: "),
@@ -195,6 +200,10 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
     assert_eq!(fs::read(dir.join("keep.svg")).unwrap(), b"keep");
     assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
     assert_eq!(names(dir), ["folder", "keep.svg", "m", "pipe"]);
+    fs::create_dir_all(dir.join("pictures/000001.png")).unwrap();
+    let output_ = output(dir, "sample --model m --steps 10000 --outdir pictures --overwrite --seeds 0-1");
+    assert!(said(&output_).contains("000001.png is a directory"), "{}", said(&output_));
+    assert_eq!(names(&dir.join("pictures")), ["000001.png"]);
     // The dataset's own files as its metadata.
     fs::create_dir(dir.join("d")).unwrap();
     let own = r#"{"id": 1, "file": "a.png", "tags": ["a"]}"#;
