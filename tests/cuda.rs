@@ -202,15 +202,15 @@ fn a_fault_names_the_device_the_error_and_the_last_kernel() {
     assert!(memory.write(0, &[1]).is_err() && gpu.allocate(1 << 20, "a test").is_err());
 }
 
-/// A directory with a driver of our own.
+/// A directory with a driver of our own, compiled with these flags too.
 #[cfg(feature = "emulator")]
-fn emulators_driver() -> tempfile::TempDir {
+fn emulators_driver(more: &[&str]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let library = dir.path().join("libcuda.so.1");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver.cpp");
     let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", source, "-ldl", "-o"];
-    let made = Process::new(compiler).args(flags).arg(&library).output().unwrap();
+    let made = Process::new(compiler).args(flags).arg(&library).args(more).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     dir
 }
@@ -218,7 +218,7 @@ fn emulators_driver() -> tempfile::TempDir {
 /// This file's tests with that driver; what they print, and whether they passed.
 #[cfg(feature = "emulator")]
 fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
-    let dir = emulators_driver();
+    let dir = emulators_driver(&[]);
     let mut child = Process::new(std::env::current_exe().unwrap());
     child.args(tests).args(["--nocapture", "--skip", "emulators_driver"]).envs(variables.iter().copied());
     child.env("LD_LIBRARY_PATH", dir.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
@@ -252,10 +252,15 @@ fn old_drivers_and_cards_are_refused_by_the_emulators_driver_too() {
 #[cfg(feature = "emulator")]
 #[test]
 fn with_the_emulators_driver_broken_the_cpu_computes_and_says_why() {
-    let (driver, rubble) = (emulators_driver(), tempfile::tempdir().unwrap());
+    let (driver, rubble) = (emulators_driver(&[]), tempfile::tempdir().unwrap());
+    let without = |function: &str| emulators_driver(&[&format!("-D{function}=lacking")]);
+    let (hollow, old) = (without("cuInit"), without("cuGraphUpload"));
     std::fs::write(rubble.path().join("libcuda.so.1"), "no library").unwrap();
     for (libraries, variable, why) in [
         (&rubble, "NONE", "the NVIDIA driver does not load: "),
+        (&hollow, "NONE", "the NVIDIA driver does not load: its library has no function cuInit"),
+        (&old, "NONE", "the NVIDIA driver does not load: its library has no function cuGraphUpload"),
+        (&old, "DRIVER_OLD", "the NVIDIA driver is for CUDA 11.4, needs 12.4 or newer"),
         (&driver, "DRIVER_BROKEN", "the NVIDIA driver does not start: "),
         (&driver, "DRIVER_OLD", "the NVIDIA driver is for CUDA 11.4, needs 12.4 or newer"),
     ] {

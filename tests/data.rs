@@ -416,6 +416,37 @@ fn shards_of_another_vocabulary_are_refused_in_any_split() {
 }
 
 #[test]
+fn a_shard_of_a_sibling_with_the_same_records_is_refused() {
+    let of_shade = |shade: u8| {
+        let mut shop = Workshop::new();
+        for id in 2..7 {
+            let name = format!("{id}.bmp"); // of one length
+            solid(16, 16, [id, 7, shade]).save(shop.file(&name)).unwrap();
+            shop.record(id.into(), &name, &["x"]);
+        }
+        shop.prepare();
+        shop
+    };
+    let [ours, theirs] = [1, 2].map(of_shade);
+    let (name, summary) = ("train-00001.safetensors", ours.dir.path().join("out/summary.json"));
+    let path = ours.dir.path().join("out").join(name);
+    let own = fs::read(&path).unwrap();
+    fs::copy(theirs.dir.path().join("out").join(name), &path).unwrap();
+    let said = Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap_err().to_string();
+    assert!(said.contains(name) && said.contains("not the shard that summary.json beside it knows"), "{said}");
+    let said = prepare(&ours.folder(), &ours.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(said.contains(name) && said.contains("not the shard that summary.json"), "{said}");
+    // The advice is right, and so is the summary that it makes.
+    fs::remove_file(&path).unwrap();
+    ours.prepare();
+    assert!(fs::read(&path).unwrap() == own);
+    Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap();
+    // A dataset need not have one.
+    fs::remove_file(summary).unwrap();
+    Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap();
+}
+
+#[test]
 fn a_picture_that_was_replaced_is_noticed_whatever_its_length_and_date() {
     let mut shop = Workshop::new();
     for id in 2..7 {
@@ -746,7 +777,7 @@ fn unusable_settings_and_metadata_are_named() {
         ("{\"id\": 1,", "line 2: EOF"),
         ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: invalid type: string"),
         ("{\"id\": 1, \"tags\": []}", "line 2: missing field `file`"),
-        ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: tag \"a,b\" contains a comma"),
+        ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: a tag: \"a,b\" contains a comma"),
         ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),
     ] {
         let metadata = shop.dir.path().join("bad.jsonl");
@@ -754,6 +785,19 @@ fn unusable_settings_and_metadata_are_named() {
         let text = fails_of(Folder { metadata, ..shop.folder() }, base());
         assert!(text.contains("bad.jsonl line 2") && text.contains(expected), "{text}");
     }
+    let metadata = shop.dir.path().join("misspelt.jsonl");
+    let lines = shop.lines.join("\n").replace("\"tags\"", "\"repeat\": 4, \"caption\": \"?\", \"tags\"");
+    fs::write(&metadata, lines).unwrap();
+    let warnings = Mutex::new(Vec::new());
+    let report = |event: Event| {
+        if let Event::Warning { text } = event {
+            warnings.lock().unwrap().push(text.to_owned());
+        }
+    };
+    prepare(&Folder { metadata, ..shop.folder() }, &base(), None, &report).unwrap();
+    let warnings = warnings.into_inner().unwrap();
+    let expected = "misspelt.jsonl: nothing reads \"caption\", \"repeat\"; only id, file, tags, flip and repeats count";
+    assert!(warnings.len() == 1 && warnings[0].ends_with(expected), "{warnings:?}");
     let empty = shop.dir.path().join("empty.jsonl");
     fs::write(&empty, "\n\n").unwrap();
     assert!(fails_of(Folder { metadata: empty, ..shop.folder() }, base()).contains("empty.jsonl: no records"));

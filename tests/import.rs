@@ -381,6 +381,8 @@ fn tensors_that_are_not_what_they_say_are_refused_with_their_place() {
         (flipped, "entry 'data/0' of a zip is damaged: its CRC differs"),
         (b"PK\x03\x04".to_vec(), "a damaged zip"),
         (vec![], "it is empty, expected a pickle"),
+        (b"\x80\x02}.".to_vec(), "expected the number that begins a PyTorch file"),
+        (whole[..15].to_vec(), "the file ends here, expected more of what torch.save writes"),
     ] {
         let found = refusal(&ops.clone().with(at, &bytes_op(&blob)).bytes());
         assert!(found.contains(message) && found.contains("x.pkl: ema.unet.emb_noise.weight: "), "{found}\n{message}");

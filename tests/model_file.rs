@@ -123,11 +123,16 @@ fn damage_is_named() {
     let config = tiny(5);
     let model = Model::init(&config, 3).unwrap();
     type Damage = fn(&mut Tensors, &mut Metadata);
-    let cases: [(&str, Damage); 8] = [
+    let cases: [(&str, Damage); 9] = [
         ("\"config\": it is missing", |_, m| drop(m.remove("config"))),
         ("\"config\": unknown field `colour`", |_, m| drop(m.insert("config".into(), r#"{"colour": 1}"#.into()))),
         ("\"edm2k\": 1 tags in the vocabulary, expected label_dim = 5", |_, m| {
             drop(m.insert("edm2k".into(), r#"{"height":8,"width":8,"encoder":"rgb","vocabulary":["a"]}"#.into()))
+        }),
+        ("\"edm2k\": tag 2 of the vocabulary: \"a\" is already tag 0", |_, m| {
+            let vocabulary = r#"["a","b","a","c","d"]"#;
+            let text = format!(r#"{{"height":8,"width":8,"encoder":"rgb","vocabulary":{vocabulary}}}"#);
+            drop(m.insert("edm2k".into(), text))
         }),
         ("image of 8x7", |_, m| drop(m.insert("edm2k".into(), r#"{"height":7,"width":8,"encoder":"rgb"}"#.into()))),
         ("tensor unet.out_conv.weight is missing", |t, _| t.retain(|t| t.0 != "unet.out_conv.weight")),

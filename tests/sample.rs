@@ -829,6 +829,7 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --tags |,|", "has no tag");
     bench.fails("--outdir o --seeds 5-1", "'5-1' runs backwards");
     bench.fails("--outdir o --seeds 1,x", "'x' is not a seed");
+    bench.fails("--outdir o --seeds 18446744073709551615", "is more than the largest seed, 9223372036854775807");
     bench.fails("--outdir o --seeds 0-99999999999", "more than 1000000 seeds");
     bench.fails("--outdir o --size 17x16", "an image of 17x16");
     bench.fails("--outdir o --steps 0", "steps = 0");

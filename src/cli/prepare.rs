@@ -93,7 +93,8 @@ pub struct PrepareArgs {
     /// Largest share of an image that cropping to the shape may take; others are dropped
     #[arg(long, value_name = "SHARE", default_value_t = 0.05)]
     max_crop: f64,
-    /// Tags in the vocabulary: the most frequent ones; the width of the condition, unless it is a feature
+    /// Tags in the vocabulary: the most frequent ones of the records for training, whether their pictures turn out to be
+    /// usable or not; the width of the condition, unless it is a feature
     #[arg(long, value_name = "N", default_value_t = 1024)]
     vocabulary: usize,
     /// id % N == 0 is validation, id % N == 1 is test

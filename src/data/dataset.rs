@@ -16,8 +16,8 @@ use serde_json::json;
 
 use super::edm2::{Archive, ArchiveError};
 use super::pending::View;
+use super::shard::{Contents, SUMMARY_FILE, Shard, ShardError, check_whole};
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
-use super::shard::{Shard, ShardError, check_whole};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -402,6 +402,7 @@ pub(super) fn open_shards(
 ) -> Result<Vec<Shard>, DatasetError> {
     let numbers = find_shards(view, split)?;
     let Some(&last) = numbers.last() else { return Err(DatasetError::NoShards { dir: dir.into(), split }) };
+    let contents = Contents::read(&view.path(SUMMARY_FILE));
     let (mut shards, mut seen, mut expected) = (Vec::<Shard>::new(), HashSet::new(), last as usize + 1);
     while shards.len() < expected {
         let name = split.shard_name(shards.len());
@@ -414,6 +415,7 @@ pub(super) fn open_shards(
         if let Some(first) = shards.first() {
             check_same(&shard, first)?;
         }
+        contents.check(&shard.file)?;
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });
         }

@@ -33,10 +33,13 @@ use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
+use crate::formats::input;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 
 /// Name of the vocabulary's file, beside the shards.
 pub const VOCABULARY_FILE: &str = "vocabulary.json";
+/// Name of the summary's file, beside the shards too.
+pub const SUMMARY_FILE: &str = "summary.json";
 
 const HEADER: &str = "dataset";
 const CHECKSUMS: &str = "checksums";
@@ -158,6 +161,38 @@ pub enum ShardError {
         shard.with_file_name(VOCABULARY_FILE).display(), shard.display()
     )]
     OtherVocabulary { shard: PathBuf, found: Fingerprint, expected: Fingerprint },
+    #[error(
+        "{}: not the shard that {SUMMARY_FILE} beside it knows ({expected}, found {found}): it is of another dataset, or \
+         was made anew elsewhere; without it `edm2k prepare` makes it again", path.display()
+    )]
+    OtherShard { path: PathBuf, found: Fingerprint, expected: Fingerprint },
+}
+
+/// What a dataset's shards hold, by the names of their files, as its summary says: a shard by itself does not tell that it
+/// is of another dataset whose records are the same.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Contents {
+    #[serde(default)]
+    shards: BTreeMap<String, Fingerprint>,
+}
+
+impl Contents {
+    /// Those of a summary; a dataset need not have one, and older ones say nothing of shards.
+    pub fn read(summary: &Path) -> Self {
+        input::text(summary).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+    }
+
+    /// An error if the summary knows another shard of this name.
+    pub fn check(&self, file: &SafeFile) -> Result<(), ShardError> {
+        let path = file.path();
+        let expected = path.file_name().and_then(|name| self.shards.get(name.to_str()?));
+        match (expected, Checksums::read(file)?.map(|sums| sums.content())) {
+            (Some(&expected), Some(found)) if found != expected => {
+                Err(ShardError::OtherShard { path: path.into(), found, expected })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Whether a shard was prepared, and nothing was left of its images.
@@ -196,6 +231,11 @@ impl Checksums {
             true => Ok(Some(sums)),
             false => Err(malformed(format!("its {CHECKSUMS} are of other tensors"))),
         }
+    }
+
+    /// Of all that the shard's tensors hold.
+    fn content(&self) -> Fingerprint {
+        Fingerprint::of(self.tensors.iter().flat_map(|(name, sum)| [name.clone(), format!("{sum:?}")]))
     }
 
     fn check(&self, file: &SafeFile, tensor: &str) -> Result<(), SafeError> {
@@ -271,9 +311,7 @@ impl Shard {
         if let Some(sums) = &sums {
             file.names().filter(|name| *name != pixels).try_for_each(|name| sums.check(&file, name))?;
         }
-        let content = sums.map(|sums| {
-            Fingerprint::of(sums.tensors.iter().flat_map(|(name, sum)| [name.clone(), format!("{sum:?}")]))
-        });
+        let content = sums.map(|sums| sums.content());
 
         // Exponent bits all set: infinite or not a number.
         let conditions = file.bytes("conditions")?;

@@ -207,19 +207,23 @@ impl<'a> Description<'a> {
 fn read_legacy(bytes: &[u8], base: usize) -> Result<(Pickle<'_>, Pickle<'_>, usize)> {
     let mut at = 0;
     let mut next = || {
+        if at > 0 && at == bytes.len() {
+            let what = "the file ends here, expected more of what torch.save writes".into();
+            return Err(PickleError { offset: base + at, what });
+        }
         let pickle = Pickle::parse(&bytes[at..], base + at)?;
         at += pickle.end();
         Ok(pickle)
     };
-    let (magic, version, machine, object, keys) = (next()?, next()?, next()?, next()?, next()?);
-    for (pickle, value, expected) in [
-        (&magic, MAGIC, "the number that begins a PyTorch file"),
-        (&version, Value::Int(1001), "version 1001 of PyTorch's files"),
-    ] {
+    for (value, expected) in
+        [(MAGIC, "the number that begins a PyTorch file"), (Value::Int(1001), "version 1001 of PyTorch's files")]
+    {
+        let pickle = next()?;
         if pickle[pickle.root()] != value {
             return Err(pickle.unexpected(pickle.root(), expected));
         }
     }
+    let (machine, object, keys) = (next()?, next()?, next()?);
     let Value::Dict(facts) = &machine[machine.root()] else {
         return Err(machine.unexpected(machine.root(), "a dictionary of the machine's types"));
     };

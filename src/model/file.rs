@@ -225,6 +225,7 @@ impl ModelFile {
             let what = format!("{tags} tags in the vocabulary, expected label_dim = {}", config.label_dim);
             return Err(metadata("edm2k", what));
         }
+        meta.tags().map_err(|cause| metadata("edm2k", cause.to_string()))?;
 
         if let Some(name) = file.names().find(|name| table.find(name).is_none()) {
             return Err(ModelError::Unknown { path: path.into(), name: name.into() });

@@ -248,9 +248,10 @@ pub struct WrongSeeds(String);
 /// [`WrongSeeds`]: a part is no number or range, a seed is repeated, or there are more than a million.
 pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
     const MOST: usize = 1_000_000;
-    let number = |text: &str, part: &str| {
-        let seed = text.trim().parse::<u64>().ok().filter(|&seed| seed <= i64::MAX as u64);
-        seed.ok_or_else(|| WrongSeeds(format!("'{part}' is not a seed or a range of seeds such as 0-15")))
+    let number = |text: &str, part: &str| match text.trim().parse::<u64>() {
+        Ok(seed) if seed <= i64::MAX as u64 => Ok(seed),
+        Ok(_) => Err(WrongSeeds(format!("'{part}' is more than the largest seed, {}", i64::MAX))),
+        Err(_) => Err(WrongSeeds(format!("'{part}' is not a seed or a range of seeds such as 0-15"))),
     };
     let mut seeds = Vec::new();
     for part in list.split(',').map(str::trim) {

@@ -403,25 +403,33 @@ impl Settings {
     }
 }
 
-/// What differs between two values of one type, a text for each field that does.
-fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &Value, &Value) -> String) -> String {
-    let fields = |x: &T| match serde_json::to_value(x) {
-        Ok(Value::Object(fields)) => fields,
-        _ => Default::default(),
+/// What differs between two values of one type, a text for each field that does; a field within one has both names.
+fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> String) -> String {
+    let [a, b] = [a, b].map(|value| serde_json::to_value(value).unwrap_or_default());
+    let mut lines = Vec::new();
+    each_difference("", &a, &b, &mut |key, a, b| lines.push(line(key, a, b)));
+    lines.join("; ")
+}
+
+fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {
+    let file = |value: &Value| Identity::deserialize(value).ok();
+    let shown = |value: &Value| match value {
+        Value::Null => "none".into(),
+        Value::String(text) => text.clone(),
+        other => file(other).map_or_else(|| other.to_string(), |file| file.to_string()),
     };
-    let other = fields(b);
-    let lines = fields(a).into_iter().filter(|(key, value)| other.get(key) != Some(value));
-    let line = |(key, value): (String, Value)| match (&value, other.get(&key).unwrap_or(&Value::Null)) {
-        (Value::Object(a), Value::Object(b)) => {
-            let differs = |a: &serde_json::Map<String, Value>, b: &serde_json::Map<String, Value>| {
-                let fields = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
-                Value::Object(fields.map(|(k, v)| (k.clone(), v.clone())).collect())
-            };
-            line(&key, &differs(a, b), &differs(b, a))
+    match (a, b) {
+        (Value::Object(fields), Value::Object(others)) if file(a).is_none() => {
+            let (a, b) = (fields, others);
+            for name in a.keys().chain(b.keys().filter(|name| !a.contains_key(*name))) {
+                let [a, b] = [a, b].map(|fields| fields.get(name).unwrap_or(&Value::Null));
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                each_difference(&key, a, b, each);
+            }
         }
-        (a, b) => line(&key, a, b),
-    };
-    lines.map(line).collect::<Vec<_>>().join("; ")
+        (a, b) if a != b => each(key, &shown(a), &shown(b)),
+        _ => {}
+    }
 }
 
 /// What every rank must have been given alike.
@@ -434,7 +442,7 @@ struct Given {
 impl Given {
     /// Whether this is what another rank was given; texts are JSON.
     fn differences(ours: &str, theirs: &str) -> String {
-        let line = |key: &str, ours: &Value, theirs: &Value| format!("{key} is {theirs} there, {ours} here");
+        let line = |key: &str, ours: &str, theirs: &str| format!("{key} is {theirs} there, {ours} here");
         let (Ok(ours), Ok(mut theirs)) = (serde_json::from_str::<Self>(ours), serde_json::from_str::<Self>(theirs))
         else {
             return "it is another version".into();
@@ -533,7 +541,7 @@ pub fn train<B: TrainingBackend>(
         state = Some(match newest(backend, settings, plan, data.train, event)? {
             Some(state) => state,
             None => {
-                if has_others(dir, settings).at(dir)? {
+                if is_of_another(dir, settings).at(dir)? {
                     set_aside(dir, event).at(dir)?;
                 }
                 model.upload(backend, Slot::Weight)?;
@@ -617,22 +625,30 @@ fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a directory without a checkpoint has snapshots of another run, or of one with other options. Those of this run
-/// will be written again, with the same bits.
-fn has_others(dir: &Path, settings: &Settings) -> io::Result<bool> {
+/// Whether a directory without a checkpoint has something of another run, or of one with other options. Snapshots say of
+/// which they are; those of this run will be written again, with the same bits. Statistics and pictures without any may be
+/// of anything.
+fn is_of_another(dir: &Path, settings: &Settings) -> io::Result<bool> {
+    let (mut own, mut others) = (false, false);
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("snapshot-") {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("snapshot-") {
             let ours = |file: ModelFile| {
                 let ModelMeta { options, data, .. } = file.meta;
                 options == Some(settings.fingerprint()) && !differ(&data, &settings.data.content)
             };
+            own = true;
             if !ModelFile::open(entry.path()).is_ok_and(ours) {
                 return Ok(true);
             }
         }
+        // A run that was killed before it wrote a line has a file of them.
+        let has =
+            |name: &str| name == stats::FILE && entry.metadata().is_ok_and(|about| about.is_file() && about.len() > 0);
+        others |= name.starts_with("grid-") || has(&name);
     }
-    Ok(false)
+    Ok(others && !own)
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.

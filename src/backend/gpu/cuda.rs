@@ -40,6 +40,20 @@ include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// The first driver version with all functions called here, as the driver counts: CUDA 12.4.
 const OLDEST_DRIVER: i32 = 12040;
+/// The functions that are called here, and cudarc panics where one is missing; the first four serve to ask for the version.
+/// Tensor maps' are for cards whose drivers have them.
+#[rustfmt::skip]
+const FUNCTIONS: [&str; 44] = [
+    "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuCtxSetCurrent", "cuDeviceGet",
+    "cuDeviceGetAttribute", "cuDeviceGetCount", "cuDeviceGetName", "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain", "cuDeviceTotalMem_v2", "cuEventCreate", "cuEventDestroy_v2",
+    "cuEventElapsedTime", "cuEventRecord", "cuEventSynchronize", "cuFuncGetAttribute", "cuFuncGetParamInfo",
+    "cuFuncSetAttribute", "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch", "cuGraphUpload", "cuLaunchKernel", "cuMemAlloc_v2", "cuMemFreeHost", "cuMemFree_v2",
+    "cuMemGetInfo_v2", "cuMemHostAlloc", "cuMemcpyDtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuStreamBeginCapture_v2",
+    "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamEndCapture", "cuStreamSynchronize", "cuStreamWaitEvent",
+];
 /// Bytes of the ring of uploads. A write is cut into pieces of a quarter at most.
 const RING: usize = 32 << 20;
 /// Bytes of the pinned memory that reads pass through.
@@ -114,6 +128,15 @@ fn start_driver() -> Result<(), DeviceError> {
             None => Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into())),
         };
     }
+    // SAFETY: it is loaded; the functions are looked up, not called.
+    let library = unsafe { sys::culib() };
+    let has_all =
+        |names: &[&str]| match names.iter().find(|name| unsafe { library.get::<fn()>(name.as_bytes()) }.is_err()) {
+            Some(name) => unavailable(format!("the NVIDIA driver does not load: its library has no function {name}")),
+            None => Ok(()),
+        };
+    let (first, others) = FUNCTIONS.split_at(4);
+    has_all(first)?;
     match result::init() {
         Ok(()) => {}
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => {
@@ -128,7 +151,7 @@ fn start_driver() -> Result<(), DeviceError> {
         let [found, needed] = [version, OLDEST_DRIVER].map(|v| format!("{}.{}", v / 1000, v % 1000 / 10));
         return unavailable(format!("the NVIDIA driver is for CUDA {found}, needs {needed} or newer"));
     }
-    Ok(())
+    has_all(others)
 }
 
 fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
@@ -781,6 +804,16 @@ mod tests {
     fn card(capability: (u32, u32)) -> CardInfo {
         let (ordinal, name) = (1, "NVIDIA Test 1".into());
         CardInfo { ordinal, name, capability, sms: 1, memory: 0, shared: 0 }
+    }
+
+    #[test]
+    fn the_driver_is_asked_for_all_functions_that_the_emulators_has() {
+        let source = include_str!("../../../tests/driver.cpp");
+        let words = source.split(|c: char| !(c.is_alphanumeric() || c == '_'));
+        let of_the_driver =
+            |word: &&str| word.strip_prefix("cu").is_some_and(|rest| rest.starts_with(char::is_uppercase));
+        let defined: std::collections::BTreeSet<_> = words.filter(of_the_driver).collect();
+        assert_eq!(defined, FUNCTIONS.into());
     }
 
     #[test]

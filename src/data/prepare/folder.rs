@@ -2,15 +2,16 @@
 //! each, with an optional `"flip": true` where mirroring the picture leaves its meaning, and an optional `"repeats": 4`
 //! where training shall show it that often in an epoch. Records are ordered by id.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::records::{Listing, Place, Record, Records, read_lines};
-use super::report::{PrepareError, Report};
+use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::formats::{At, input};
@@ -33,6 +34,9 @@ struct Line {
     flip: bool,
     #[serde(default = "once")]
     repeats: NonZeroU8,
+    /// What else it says.
+    #[serde(flatten)]
+    others: BTreeMap<String, IgnoredAny>,
 }
 
 fn once() -> NonZeroU8 {
@@ -44,19 +48,20 @@ impl Records for Folder {
         &self.metadata
     }
 
-    fn read(&self, _: &Settings, _: Report) -> Result<Listing, PrepareError> {
+    fn read(&self, _: &Settings, report: Report) -> Result<Listing, PrepareError> {
         fs::read_dir(&self.images).at(&self.images)?;
         let mut listing = Listing::default();
-        let mut ids = HashSet::new();
+        let (mut ids, mut unread) = (HashSet::new(), BTreeSet::new());
         read_lines(&self.metadata, |text, _| -> Result<(), String> {
             let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
-            let Line { id, file, tags, flip, repeats } = serde_json::from_str(text).map_err(|error| {
+            let Line { id, file, tags, flip, repeats, others } = serde_json::from_str(text).map_err(|error| {
                 let error = input::in_one_line(&error);
                 format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
             })?;
             for tag in &tags {
-                check_tag(tag).map_err(|what| format!("tag {what}"))?;
+                check_tag(tag).map_err(|what| format!("a tag: {what}"))?;
             }
+            unread.extend(others.into_keys());
             if !ids.insert(id) {
                 return Err(format!("id {id} occurs twice"));
             }
@@ -64,6 +69,17 @@ impl Records for Folder {
             listing.records.push(Record { id, file, place, tags, flip, repeats });
             Ok(())
         })?;
+        if !unread.is_empty() {
+            // A misspelt name would change what training sees.
+            let (shown, more) = (
+                unread.iter().take(5).map(|name| format!("{name:?}")).collect::<Vec<_>>(),
+                unread.len() - 5.min(unread.len()),
+            );
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let (path, shown) = (self.metadata.display(), shown.join(", "));
+            let text = format!("{path}: nothing reads {shown}{more}; only id, file, tags, flip and repeats count");
+            report(Event::Warning { text: &text });
+        }
         listing.read = listing.records.len();
         listing.records.sort_unstable_by_key(|record| record.id);
         Ok(listing)

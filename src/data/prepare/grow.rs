@@ -16,7 +16,7 @@ use super::settings::Settings;
 use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
-use crate::data::shard::{Header, Notes, Row, Rows, Shard, VOCABULARY_FILE, VocabularyPrint};
+use crate::data::shard::{Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint};
 use crate::formats::At;
 
 /// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
@@ -74,11 +74,14 @@ pub fn add(
     make(&plan, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
-        pending.commit()?
+        let summary = tally.finish(&listing, skipped, plan.vocabulary, &path(SUMMARY_FILE))?;
+        pending.commit()?;
+        Ok(summary)
     } else {
-        pending.discard()?
+        pending.discard()?;
+        tally.shards.retain(|name, _| out.join(name).exists());
+        tally.finish(&listing, skipped, plan.vocabulary, &out.join(SUMMARY_FILE))
     }
-    tally.finish(&listing, skipped, plan.vocabulary, out)
 }
 
 /// An error if conditions of a new shard would be others than those that are there.
@@ -182,6 +185,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     vocabulary.save(&pending.path(VOCABULARY_FILE))?;
     let skipped = listing.records.len() - ids().count();
+    let summary = tally.finish(&listing, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
     pending.commit()?;
-    tally.finish(&listing, skipped, vocabulary, out)
+    Ok(summary)
 }

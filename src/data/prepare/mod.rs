@@ -27,6 +27,7 @@ mod report;
 mod settings;
 mod there;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -38,14 +39,16 @@ pub use folder::Folder;
 pub use grow::{add, retag};
 pub use records::{Listing, Place, Record, Records, Tags, read_lines};
 pub use render::{Codec, Encode};
-pub use report::{Counts, Event, PrepareError, Report, SUMMARY_FILE, Summary};
+pub use report::{Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 
 use super::dataset::Split;
 use super::pending::Pending;
+pub use super::shard::SUMMARY_FILE;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
 use crate::condition::vocabulary::Vocabulary;
+use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
 use plan::{Plan, date};
 use render::{Conditions, Renderer};
@@ -81,8 +84,13 @@ pub fn prepare(
     }
     plan.settle_vocabulary(out, existing.contains(&true), report)?;
     let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
+    let summary = out.join(SUMMARY_FILE);
+    if existing.contains(&false) && summary.exists() {
+        // What it says of a shard may not be true of the one that is made now.
+        fs::remove_file(&summary).at(&summary)?;
+    }
     make(&plan, &existing, &|name| out.join(name), &renderer, codec.as_mut(), &mut tally, report)?;
-    tally.finish(&listing, 0, plan.vocabulary, out)
+    tally.finish(&listing, 0, plan.vocabulary, &summary)
 }
 
 /// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
@@ -114,12 +122,14 @@ fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<
 struct Tally {
     splits: [Counts; 3],
     dropped: Drops,
+    shards: BTreeMap<String, Fingerprint>,
 }
 
 impl Tally {
     /// Counts a shard.
     fn count(&mut self, split: Split, shard: &Shard, notes: &Notes) {
         let images = shard.ids.len();
+        self.shards.extend(shard.content.map(|content| (fingerprint::name(shard.file.path()), content)));
         let sum = &mut self.splits[split as usize];
         sum.kept += images;
         sum.enlarged += notes.enlarged;
@@ -133,16 +143,16 @@ impl Tally {
         listing: &Listing,
         skipped: usize,
         vocabulary: Vocabulary,
-        out: &Path,
+        path: &Path,
     ) -> Result<Summary, PrepareError> {
-        let Self { splits, dropped } = self;
+        let Self { splits, dropped, shards } = self;
         if splits.iter().all(|counts| counts.kept == 0) {
             return Err(PrepareError::NothingKept { records: listing.read, dropped });
         }
         let splits = Split::ALL.map(|split| (split, splits[split as usize]));
         let (records, unusable_tags) = (listing.read, listing.unusable_tags);
-        let summary = Summary { records, skipped, splits, dropped, unusable_tags, vocabulary };
-        summary.save(out)?;
+        let summary = Summary { records, skipped, splits, dropped, unusable_tags, vocabulary, shards };
+        summary.save(path)?;
         Ok(summary)
     }
 }

@@ -16,7 +16,9 @@ use super::there::There;
 use crate::codec::LATENTS;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
-use crate::data::shard::{self, Header, Kind, Notes, VOCABULARY_FILE, VocabularyPrint, check_whole};
+use crate::data::shard::{
+    self, Contents, Header, Kind, Notes, SUMMARY_FILE, VOCABULARY_FILE, VocabularyPrint, check_whole,
+};
 use crate::formats::At;
 use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
@@ -132,6 +134,7 @@ impl<'a> Plan<'a> {
             let added = file.as_ref().is_ok_and(|file| Notes::settings(file).is_some());
             return Err(if added { PrepareError::Added { path } } else { PrepareError::Stray { path } });
         }
+        let contents = Contents::read(&out.join(SUMMARY_FILE));
         let total = files.iter().flatten().count() as u64;
         let mut done = 0;
         let whole = |(job, file): (&Job, Option<SafeFile>)| {
@@ -140,7 +143,10 @@ impl<'a> Plan<'a> {
             done += 1;
             report(Event::Reading { what: "shards that are there", done, total });
             match checked {
-                Ok(notes) => check_pictures(job, &file, &notes).map(|()| true),
+                Ok(notes) => {
+                    contents.check(&file)?;
+                    check_pictures(job, &file, &notes).map(|()| true)
+                }
                 Err(why) => {
                     report(Event::Damaged { why: &why.to_string() });
                     Ok(false)

@@ -12,14 +12,12 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::{DatasetError, Split};
 use crate::data::features::FeatureError;
 use crate::data::shard::{Drops, ShardError};
+use crate::formats::fingerprint::Fingerprint;
 use crate::formats::safetensors::SafeError;
 use crate::formats::tar::TarError;
 use crate::formats::{At, FileError, LockError, write_atomically};
 use crate::memory::TooLarge;
 use crate::onnx::OnnxError;
-
-/// Name of the summary's file.
-pub const SUMMARY_FILE: &str = "summary.json";
 
 /// What stops the preparation.
 #[derive(Debug, thiserror::Error)]
@@ -145,27 +143,29 @@ pub struct Summary {
     pub unusable_tags: usize,
     /// The vocabulary.
     pub vocabulary: Vocabulary,
+    /// What each shard holds, by its file's name; not of those of older versions.
+    pub shards: BTreeMap<String, Fingerprint>,
 }
 
 impl Serialize for Summary {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let splits: BTreeMap<_, _> = self.splits.iter().map(|(split, counts)| (split.to_string(), counts)).collect();
-        let mut all = serializer.serialize_struct("Summary", 6)?;
+        let mut all = serializer.serialize_struct("Summary", 7)?;
         all.serialize_field("records", &self.records)?;
         all.serialize_field("skipped", &self.skipped)?;
         all.serialize_field("splits", &splits)?;
         all.serialize_field("dropped", &self.dropped)?;
         all.serialize_field("unusable_tags", &self.unusable_tags)?;
         all.serialize_field("vocabulary", &self.vocabulary.len())?;
+        all.serialize_field("shards", &self.shards)?;
         all.end()
     }
 }
 
 impl Summary {
-    /// Writes `summary.json` into the dataset's directory.
-    pub(super) fn save(&self, out: &Path) -> Result<(), PrepareError> {
-        let path = out.join(SUMMARY_FILE);
-        let written = write_atomically(&path, |out| {
+    /// Writes `summary.json`.
+    pub(super) fn save(&self, path: &Path) -> Result<(), PrepareError> {
+        let written = write_atomically(path, |out| {
             serde_json::to_writer_pretty(&mut *out, self)?;
             out.write_all(b"\n")
         });
