@@ -78,7 +78,7 @@ pub fn add(
     } else {
         pending.discard()?
     }
-    tally.finish(&listing, skipped, plan.vocabulary, out)
+    tally.finish(&listing, settings, skipped, plan.vocabulary)
 }
 
 /// An error if conditions of a new shard would be others than those that are there.
@@ -156,8 +156,8 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
                 Conditions::Known(features) => feature(features.get(*id).unwrap_or_default()).unwrap_or_default(),
                 _ => vocabulary.multi_hot(&tags),
             };
-            let (image, flip, repeats) = (shard.image(i), record.flip, record.repeats);
-            rows.push(&Row { id: *id, image, condition: &condition, tags: &tags, flip, repeats });
+            let (image, shape, flip, repeats) = (shard.image(i), shard.shapes[i], record.flip, record.repeats);
+            rows.push(&Row { id: *id, image, shape, condition: &condition, tags: &tags, flip, repeats });
         }
         let mut notes = Notes::read(&shard.file)?;
         for key in ["records", "vocabulary", "features", "tagger"] {
@@ -183,5 +183,5 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     vocabulary.save(&pending.path(VOCABULARY_FILE))?;
     let skipped = listing.records.len() - ids().count();
     pending.commit()?;
-    tally.finish(&listing, skipped, vocabulary, out)
+    tally.finish(&listing, settings, skipped, vocabulary)
 }
