@@ -777,7 +777,7 @@ proptest! {
     ) {
         let mut shop = Workshop::new();
         shop.image(2, solid(width, height, [90, 180, 20]), &["x"]);
-        let settings = Settings { size: target, max_crop, ..shop.settings() };
+        let settings = Settings { sizes: vec![target], max_crop, ..shop.settings() };
         let lost = {
             let (w, h) = (f64::from(width) / f64::from(target[0]), f64::from(height) / f64::from(target[1]));
             1.0 - w.min(h) / w.max(h)
