@@ -44,7 +44,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Of one command on a damaged file: of processor time, since others may use the machine too; six times as long by the clock.
 SECONDS, BYTES = 10, 2 << 30
-SHARES = {"kills": 4, "signals": 1, "ranks": 1, "disks": 1, "writers": 1, "damage": 5, "options": 2}
+SHARES = {"kills": 4, "sizes": 1, "signals": 1, "ranks": 1, "disks": 1, "writers": 1, "damage": 5, "options": 2}
 
 # 16x16 pictures in the formats that Python does not write.
 PICTURES = {
@@ -317,12 +317,13 @@ CONFIG = """{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn
     "channels_per_head": 8}"""
 GOLDEN = "configs.json lr_schedule.json ops.safetensors phema.json phema.safetensors precond.json tolerances.json".split()
 PREPARE = "prepare --size 8x8 --shard-size 8 --vocabulary 16 --validation-modulus 5 --max-crop 0.9 "
+SIZES = PREPARE.replace("--size 8x8", "--sizes 8x8,16x8,8x16") + "--images shapes --metadata shapes.jsonl "
 SAMPLE = "sample --model model.safetensors --device cpu "
 
 
-def train(out):
+def train(out, data="data"):
     intervals = "--grid 80 --validate 40 --snapshot 40 --checkpoint 16 --status 8"
-    return f"train --data data --config config.json --device cpu --batch 8 --rampup 8 {intervals} --outdir {out}"
+    return f"train --data {data} --config config.json --device cpu --batch 8 --rampup 8 {intervals} --outdir {out}"
 
 
 class Place:
@@ -337,6 +338,13 @@ class Place:
             (self.dir / f"pics/{i}.png").write_bytes(png(8, 8, r.randbytes(192)))
             tags = sorted({f"t{r.randrange(6)}" for _ in range(3)})
             lines.append(json.dumps({"id": i * 7 + 2, "file": f"{i}.png", "tags": tags}))
+        (self.dir / "shapes").mkdir()
+        shapes = []
+        for i in range(40):
+            width, height = ((8, 8), (16, 8), (8, 16), (9, 8))[r.choice((0, 0, 0, 1, 2, 3))]
+            (self.dir / f"shapes/{i}.png").write_bytes(png(width, height, r.randbytes(3 * width * height)))
+            shapes.append(json.dumps({"id": i * 7 + 2, "file": f"{i}.png", "tags": [f"t{i % 5}"]}))
+        (self.dir / "shapes.jsonl").write_text("\n".join(shapes) + "\n")
         for name, text in PICTURES.items():
             (self.dir / name).write_bytes(base64.b64decode(text))
         (self.dir / "a.bmp").write_bytes(bmp(16, 16, r.randbytes(768)))
@@ -380,6 +388,7 @@ class Place:
         shutil.move(self.dir / "0000.tar", self.dir / "dan/0000.tar")
         (self.dir / "posts.json").write_text("\n".join(posts) + "\n")
         self.do((PREPARE + "--images pics --metadata meta.jsonl --out data").split())
+        self.do((SIZES + "--out sizes").split())
         self.do(f"{train('run')} --duration 64".split())
         shutil.copy(next((self.dir / "run").glob("snapshot-*64-0.050*")), self.dir / "model.safetensors")
         shutil.copy(ROOT / "tests/golden/official_style_snapshot_nosrc.pkl", self.dir / "snapshot.pkl")
@@ -411,6 +420,8 @@ class Place:
         commands = {
             "train": f"{train('out')} --duration 160",
             "prepare": PREPARE + "--images pics --metadata meta.jsonl --out out",
+            "train on sizes": f"{train('out', 'sizes')} --duration 160",
+            "prepare sizes": SIZES + "--out out",
             "sample": SAMPLE + "--outdir out --steps 4 --seeds 0-11 --batch 2 --overwrite",
             "export": "export model.safetensors --out out/x --overwrite",
             "import": f"import {snapshot} --out out/x --overwrite",
@@ -496,20 +507,25 @@ class Campaign:
 
     def kills(self, number, r):
         # Half of all are training's.
-        name = r.choice(list(self.place.writers()) + ["train"] * 7)
+        self.kill("kills", number, r, r.choice(list(self.place.writers()) + ["train"] * 7))
+
+    def sizes(self, number, r):
+        self.kill("sizes", number, r, r.choice(["train on sizes", "prepare sizes"]))
+
+    def kill(self, part, number, r, name):
         arguments = self.place.writers()[name]
         _, seconds = self.reference(name, arguments)
         directory = self.place.folder(self.scratch)
-        for _ in range(r.choice([1, 1, 2, 3, 6]) if name in ("train", "prepare") else 1):
+        for _ in range(r.choice([1, 1, 2, 3, 6]) if name.split()[0] in ("train", "prepare") else 1):
             at = r.uniform(0, 1.1 * seconds)
             result = run([self.place.edm2k, *arguments], directory, signals=[(at, signal.SIGKILL)])
             if result.code == 0:
                 break
             if result.code != -9:
-                self.fail("kills", number, f"{name} ended by {result.code}", result.text)
-            self.add("kills of train" if name == "train" else "kills of others")
-            self.half_files("kills", number, name, arguments, directory)
-        self.finish("kills", number, name, arguments, directory)
+                self.fail(part, number, f"{name} ended by {result.code}", result.text)
+            self.add("kills of train" if name.startswith("train") else "kills of others")
+            self.half_files(part, number, name, arguments, directory)
+        self.finish(part, number, name, arguments, directory)
         shutil.rmtree(directory)
 
     def signals(self, number, r):
@@ -718,6 +734,12 @@ class Campaign:
                 "condition train --data data --epochs 1 --out out/v",
                 f"{train('out/r')} --duration 16",
             ),
+            "shard of sizes": (
+                "sizes/train-00000.safetensors",
+                "info sizes",
+                "info --check sizes",
+                f"{train('out/r', 'sizes')} --duration 16",
+            ),
             "vocabulary": ("data/vocabulary.json", "condition tags --data data", "info data"),
             "checkpoint": (f"run/{checkpoint}", f"{train('run')} --duration 72"),
             "statistics": ("run/stats.jsonl", f"{train('run')} --duration 72"),
@@ -795,7 +817,8 @@ class Campaign:
             "info": ["info", "model.safetensors"],
             "condition tags": ["condition", "tags", "--data", "data"],
         }
-        base["train"] = [*base["train"], "-n"]
+        for name in ("train", "train on sizes"):
+            base[name] = [*base[name], "-n"]
         name = r.choice(list(base))
         arguments = list(base[name])
         words = 2 if name.startswith("condition") else 1

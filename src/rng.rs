@@ -34,6 +34,8 @@ pub enum Purpose {
     Class = 11,
     /// Which activations of a training image are dropped.
     Mask = 12,
+    /// When a group of training images of one size is shown.
+    Group = 13,
 }
 
 /// A stream of random numbers: `step` tells apart draws of one image for one purpose (below 2^24).

@@ -65,7 +65,7 @@ impl Workshop {
             features: None,
             tagger: None,
             out: self.dir.path().join("out"),
-            size: [16, 16],
+            sizes: vec![[16, 16]],
             background: [255; 3],
             max_crop: 0.05,
             vocabulary: 8,
@@ -357,7 +357,7 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
         assert!(read_dir(&out) == before, "files were changed");
     };
     let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
-    differs(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    differs(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
     differs(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
     differs(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
     let changed = shop.lines[3].replace("\"all\"", "\"other\"");
@@ -577,7 +577,7 @@ fn what_does_not_fit_a_dataset_is_not_added_to_it() {
         assert!(error.contains(expected), "{error}; expected {expected}");
         assert!(read_dir(&out) == before, "files were changed");
     };
-    refused(Settings { size: [8, 16], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    refused(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
     refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
     let ids: Vec<i64> = (-20..210).collect();
     write_features(shop.dir.path(), &ids, 4, &vec![1.0; 4 * ids.len()], None);
@@ -728,7 +728,11 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     refused(&other, &settings, "other.jsonl: no record for 3 images of the dataset, such as id ");
     write_features(shop.dir.path(), &ids[1..], 6, &values[6..], None);
     refused(&shop.folder(), &with, "full.safetensors: no feature for 1 images of the dataset, such as id -20");
-    refused(&shop.folder(), &Settings { size: [8, 16], ..settings.clone() }, "made before with size 16x16, now 8x16");
+    refused(
+        &shop.folder(),
+        &Settings { sizes: vec![[8, 16]], ..settings.clone() },
+        "made before with size 16x16, now 8x16",
+    );
 
     // A kill before the mark: as it was.
     fs::create_dir(out.join("pending")).unwrap();
@@ -768,7 +772,7 @@ fn unusable_settings_and_metadata_are_named() {
     let fails_of = |folder, settings| prepare(&folder, &settings, None, &|_| ()).unwrap_err().to_string();
     let fails = |settings| fails_of(shop.folder(), settings);
     let base = || shop.settings();
-    assert!(fails(Settings { size: [0, 4], ..base() }).contains("the size is 0x4, expected sides"));
+    assert!(fails(Settings { sizes: vec![[0, 4]], ..base() }).contains("the size is 0x4, expected sides"));
     assert!(fails(Settings { max_crop: f64::NAN, ..base() }).contains("crop is NaN, expected"));
     assert!(fails(Settings { validation_modulus: 2, ..base() }).contains("at least 3"));
     assert!(fails(Settings { shard_size: 0, ..base() }).contains("shard size is 0"));
@@ -817,7 +821,7 @@ proptest! {
     ) {
         let mut shop = Workshop::new();
         shop.image(2, solid(width, height, [90, 180, 20]), &["x"]);
-        let settings = Settings { size: target, max_crop, ..shop.settings() };
+        let settings = Settings { sizes: vec![target], max_crop, ..shop.settings() };
         let lost = {
             let (w, h) = (f64::from(width) / f64::from(target[0]), f64::from(height) / f64::from(target[1]));
             1.0 - w.min(h) / w.max(h)

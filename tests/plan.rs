@@ -39,6 +39,26 @@ fn activations_grow_with_the_batch_and_parameters_do_not() {
     assert!((2 * a.workspace..5 * a.workspace).contains(&b.workspace), "{a:?}, {b:?}");
 }
 
+/// Each size of images has a plan of its own, all in one workspace: that of the largest.
+#[test]
+fn sizes_have_a_plan_each_in_one_workspace() {
+    let preset = preset("1girl-xs").unwrap();
+    let (net, table) = Precond::new(&preset.config).unwrap();
+    let planned = |sizes: &[[usize; 2]]| {
+        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+        let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
+        for [height, width] in sizes {
+            rehearse(&mut gpu, &net, 0.0, [4, *height, *width]).unwrap();
+        }
+        gpu.costs().map(|cost| cost.workspace).collect::<Vec<_>>()
+    };
+    let [large, small] = [planned(&[[88, 64]])[0], planned(&[[64, 64]])[0]];
+    assert!(small < large);
+    // The larger one's workspace takes the place of the smaller one's, whose plan is made anew when it is needed.
+    let all = planned(&[[64, 64], [88, 64], [64, 64], [88, 64], [64, 64]]);
+    assert_eq!(all, [large, small]);
+}
+
 /// Networks that the CPU takes and the kernels do not: a line that says why, no panic.
 #[test]
 fn what_the_kernels_cannot_do_is_said() {

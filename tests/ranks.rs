@@ -219,20 +219,27 @@ impl Place {
 
     /// A dataset of noise.
     fn prepare(&self, name: &str, seed: u64) {
+        self.prepare_sizes(name, seed, &[[8, 8]]);
+    }
+
+    /// One of pictures of several sizes (width and height), more of the first ones.
+    fn prepare_sizes(&self, name: &str, seed: u64, sizes: &[[usize; 2]]) {
         let pictures = self.path(&format!("pictures-{name}"));
         fs::create_dir(&pictures).unwrap();
         let mut lines = String::new();
         for i in 0..48 {
-            let mut noise = vec![0.0; 8 * 8 * 3];
+            let [width, height] = sizes[[0, 0, 1, 0, 2, 1][i as usize % 6] % sizes.len()];
+            let mut noise = vec![0.0; width * height * 3];
             Stream::new(seed, Purpose::Init, i).normals(&mut noise);
             let rgb = noise.iter().map(|x| (x * 64.0 + 128.0) as u8).collect();
-            Picture::new(8, 8, rgb).save(&pictures.join(format!("{i}.png")), &[]).unwrap();
+            Picture::new(height, width, rgb).save(&pictures.join(format!("{i}.png")), &[]).unwrap();
             let line = json!({"id": i * 7 + 2, "file": format!("{i}.png"), "tags": [format!("t{}", i % 5)]});
             lines += &format!("{line}\n");
         }
         fs::write(self.path("meta.jsonl"), lines).unwrap();
         let mut prepare = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        prepare.args("prepare --size 8x8 --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl".split(' '));
+        prepare.args("prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes".split(' '));
+        prepare.arg(sizes.iter().map(|[width, height]| format!("{width}x{height}")).collect::<Vec<_>>().join(","));
         prepare.arg("--images").arg(&pictures).args(["--out", name]).current_dir(self.dir.path());
         succeed(&mut prepare);
     }
@@ -361,6 +368,23 @@ fn several_ranks_compute_what_one_does() {
         println!("{size}: grids differ by {far}");
         // Samples in another order, or none, are 50 levels away on average.
         assert!(far < 5.0, "grids differ by {far} of 255");
+    }
+}
+
+/// An image's size follows from its number too, whoever shows it; shares cut groups of one size.
+#[test]
+fn several_ranks_train_on_several_sizes_as_one_does() {
+    let place = Place::new();
+    place.prepare_sizes("sizes", 0, &[[8, 8], [16, 8], [8, 16]]);
+    let options = |out: &str| options(out, 120).replace("--data data", "--data sizes");
+    place.run(1, &options("one"));
+    for size in [2, 4] {
+        let out = format!("of-{size}");
+        place.run(size, &options(&out));
+        let far = distance(&place.newest("one"), &place.newest(&out));
+        println!("{size}: {far:?}");
+        assert!(far.0 < 5e-3, "{size} ranks: {far:?}");
+        assert_near(&place.path("one"), &place.path(&out));
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,7 +21,8 @@ use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::batch::Batches;
+use edm2k::train::batch::Batch;
+use edm2k::train::order::Order;
 use edm2k::train::{DataIdentity, Event, LearningRate, Outcome, Plan, Schedule, Settings, Splits, ema, train};
 use half::f16;
 use serde_json::{Value, json};
@@ -256,6 +258,12 @@ fn settings(data: &Dataset) -> Settings {
     }
 }
 
+/// The images of these numbers at once.
+fn batch(data: &Dataset, s: &Settings, numbers: Range<u64>) -> Batch {
+    let shown = Order::new(data, s).micro_batches(numbers, u64::MAX);
+    Batch::of(data, s, &shown[0]).unwrap()
+}
+
 #[test]
 fn batches_do_not_depend_on_how_they_are_cut() {
     let place = Place::new();
@@ -264,10 +272,11 @@ fn batches_do_not_depend_on_how_they_are_cut() {
         let data = place.dataset(Split::Train);
         let s = settings(&data);
         // 30..50 crosses the end of an epoch of 37.
-        let whole = Batches::new(&data, &s).get(30, 20).unwrap();
-        let mut cut = Batches::new(&data, &s);
-        cut.get(900, 1).unwrap();
-        let parts = [(30, 3), (33, 16), (49, 1)].map(|(first, n)| cut.get(first, n).unwrap());
+        let whole = batch(&data, &s, 30..50);
+        let mut cut = Order::new(&data, &s);
+        cut.micro_batches(900..901, 1);
+        let parts =
+            [30..33, 33..49, 49..50].map(|numbers| Batch::of(&data, &s, &cut.micro_batches(numbers, 20)[0]).unwrap());
         assert_eq!(whole.clean, parts.iter().flat_map(|p| p.clean.clone()).collect::<Vec<_>>());
         assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
         assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());
@@ -283,8 +292,8 @@ fn each_time_training_draws_another_latent_of_an_image() {
     let s = Settings { flip: false, ..settings(&data) };
     let numel = 4 * SIZE * SIZE;
     let n = 200;
-    let drawn = Batches::new(&data, &s).get(0, n).unwrap().clean;
-    let other = Batches::new(&data, &Settings { seed: 6, ..s }).get(0, 1).unwrap().clean;
+    let drawn = batch(&data, &s, 0..n as u64).clean;
+    let other = batch(&data, &Settings { seed: 6, ..s }, 0..1).clean;
     assert_ne!(other, drawn[..numel], "another seed, another latent");
     let (mut sum, mut squares) = (0.0, 0.0);
     let mut mean = vec![0.0; numel];
@@ -309,7 +318,7 @@ fn noise_dropout_and_mirroring_happen_as_often_as_asked() {
     let data = place.dataset(Split::Train);
     let s = settings(&data);
     let n = 37 * 100;
-    let batch = Batches::new(&data, &s).get(0, n).unwrap();
+    let batch = batch(&data, &s, 0..n as u64);
     let numel = 3 * SIZE * SIZE;
     let originals: Vec<Vec<f32>> = (0..data.len())
         .map(|i| {

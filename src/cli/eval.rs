@@ -74,20 +74,23 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let (config, dir) = (&model.net.config, args.data.display());
     Domain::of_dataset(&data).check(&dir, &Domain::of_model(config, &model.meta), args.model.display())?;
-    let [height, width, _] = data.shape();
-    config.check_size(height, width).with_context(|| dir.to_string())?;
+    let sizes = data.header().all_sizes();
+    let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
+    checked.with_context(|| dir.to_string())?;
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
+    let identity = DataIdentity::of(&data);
+    let largest = identity.largest();
     let given = json!({
         "model": Identity::of_file(&args.model).context("--model")?.to_string(), "split": args.split.to_string(),
-        "data": DataIdentity::of(&data), "images": images, "precision": args.device.math().precision.name(),
+        "data": identity, "images": images, "precision": args.device.math().precision.name(),
     });
     agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
     let own = share((images * SIGMAS.len()) as u64, ranks.met().rank(), ranks.size());
     let bar = ranks.bar(own.end - own.start, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
     let device = ranks.open(&args.device)?;
-    device.check_forward(config, [height, width], images.min(batch), 1)?;
+    device.check_forward(config, largest, images.min(batch), 1)?;
     let (first, progress) = (ranks.first(), &mut |n| bar.inc(n));
     let measuring = Measuring { model: &model, data: &data, images, batch, progress, ranks: ranks.met() };
     let levels = device.run(measuring)?;

@@ -1,6 +1,6 @@
 //! `edm2k fid`: the Fréchet distance of what a model makes, or has made, from a dataset.
 
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -95,18 +95,19 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let references = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(references > 1, "{}: {references} image, expected 2 at least", args.data.display());
-    let [height, width, channels] = data.shape();
     let batch = usize::from(args.batch);
-    let request = |pipeline: &Pipeline, numbers: Range<usize>| Request {
+    let size = |i: usize| [data.shape_of(i)[0], data.shape_of(i)[1]];
+    // Each is of the size of the image that has its condition; those of a request are of one size.
+    let request = |pipeline: &Pipeline, numbers: &[usize]| Request {
         conditions: match pipeline.net().config.label_dim {
             0 => Vec::new(),
             _ => numbers
-                .clone()
+                .iter()
                 .map(|number| Condition::of_image(&data, number % references, &args.data, args.split))
                 .collect(),
         },
-        seeds: numbers.map(|number| number as u64).collect(),
-        size: Some([height, width]),
+        seeds: numbers.iter().map(|&number| number as u64).collect(),
+        size: Some(size(numbers[0] % references)),
         sampler: sampler.clone(),
         batch,
         ..Request::default()
@@ -124,7 +125,11 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
             let dir = args.data.display();
             Domain::of_dataset(&data).check(&dir, &pipeline.domain(), model.display())?;
             let count = args.count as usize;
-            pipeline.check(&request(&pipeline, 0..count.min(batch))).with_context(|| dir.to_string())?;
+            for [height, width] in data.header().all_sizes() {
+                let size = Some([height, width]);
+                let request = Request { size, ..request(&pipeline, &(0..count.min(batch)).collect::<Vec<_>>()) };
+                pipeline.check(&request).with_context(|| dir.to_string())?;
+            }
             (Source::Model(pipeline.into()), count)
         }
         (None, None) => bail!("--model is missing"),
@@ -132,9 +137,9 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let mut viewer = viewer(&args, &data, &device)?;
 
     let reference = |i: usize, viewer: &mut Viewer| {
-        let mut image = vec![0.0; height * width * channels];
+        let mut image = vec![0.0; data.shape_of(i).iter().product()];
         data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image)?;
-        Ok::<_, anyhow::Error>(viewer.picture([height, width], &image)?)
+        Ok::<_, anyhow::Error>(viewer.picture(size(i), &image)?)
     };
     let first = reference(0, &mut viewer)?;
     let wanted = args.network_node.as_deref().map_or(Wanted::Output, Wanted::Named);
@@ -168,12 +173,14 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
         }
         Source::Model(mut pipeline) => {
             bar.set_message("sampling:");
-            for first in (0..count).step_by(batch) {
-                let request = request(&pipeline, first..count.min(first + batch));
-                let images = pipeline.generate(&request)?;
-                let pictures = images.iter().map(|image| viewer.picture([height, width], &image.values));
+            let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
+            (0..count).for_each(|number| by_size.entry(size(number % references)).or_default().push(number));
+            for (size, numbers) in by_size.iter().flat_map(|(size, all)| all.chunks(batch).map(move |all| (*size, all)))
+            {
+                let images = pipeline.generate(&request(&pipeline, numbers))?;
+                let pictures = images.iter().map(|image| viewer.picture(size, &image.values));
                 let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
-                look.at(&mut made, &pictures, first, "those made")?;
+                look.at(&mut made, &pictures, numbers[0], "those made")?;
             }
         }
     }
@@ -205,7 +212,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
 
 /// How what the dataset has, and the model makes, becomes a picture.
 fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Viewer> {
-    let [height, width, channels] = data.shape();
+    let channels = data.header().channels;
     let dir = args.data.display();
     match (data.header().kind, &args.vae) {
         (Kind::Images, None) if channels == 3 => Ok(Viewer::Pixels),
@@ -215,7 +222,8 @@ fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Vie
             let made_by = data.header().autoencoder.as_ref();
             let (viewer, warning) = Viewer::open(device, vae, &dir.to_string(), made_by).context("--vae")?;
             warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
-            viewer.check([height, width]).context("--vae")?;
+            let sizes = data.header().all_sizes();
+            sizes.into_iter().try_for_each(|size| viewer.check(size)).context("--vae")?;
             Ok(viewer)
         }
         (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),

@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{self, Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary};
+use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary};
 use edm2k::{Backends, Work};
 
 use super::DeviceArgs;
@@ -36,6 +36,8 @@ Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
+  edm2k prepare --images photos --metadata photos.jsonl --out data --vae sd-vae-ft-mse.safetensors \\
+      --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
 
@@ -66,8 +68,13 @@ pub struct PrepareArgs {
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
-    #[arg(long, value_name = "WxH", value_parser = super::parse_size, required_unless_present = "danbooru")]
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size,
+          required_unless_present_any = ["danbooru", "sizes"])]
     size: Option<[usize; 2]>,
+    /// Several sizes: each image gets the one that crops it least, or of those alike the one that resamples least, or
+    /// is listed first. Training takes images of one size at a time
+    #[arg(long, value_name = "WxH,...", value_delimiter = ',', value_parser = super::parse_size, conflicts_with = "size")]
+    sizes: Vec<[usize; 2]>,
     /// Store latents: an SD-VAE, or a TAESD with an encoder
     #[arg(long, value_name = "FILE")]
     vae: Option<PathBuf>,
@@ -142,12 +149,13 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         }),
         None => Box::new(Folder { images: args.images.unwrap_or_default(), metadata: args.metadata }),
     };
-    let [height, width] = args.size.unwrap_or([704, 512]).map(|side| side as u32); // at most 65536
+    let sizes = if args.sizes.is_empty() { vec![args.size.unwrap_or([704, 512])] } else { args.sizes };
+    let sizes = sizes.iter().map(|[height, width]| [*width as u32, *height as u32]).collect(); // at most 65536
     let settings = Settings {
         features: args.features.map(|features| (features, args.feature_ids)),
         tagger: args.tagger.map(|tagger| (tagger, args.tagger_node)),
         out: args.out,
-        size: [width, height],
+        sizes,
         background: args.background,
         max_crop: args.max_crop,
         vocabulary: args.vocabulary,
@@ -249,6 +257,9 @@ fn print(settings: &Settings, summary: &Summary, skipped: &str) {
             }
         }
         out!("{line}");
+    }
+    for Bucket { size, images } in summary.sizes.iter().filter(|_| summary.sizes.len() > 1) {
+        out!("  {size:10} {images:>8} images");
     }
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {

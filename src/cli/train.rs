@@ -26,7 +26,7 @@ use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::grid::Show;
 use edm2k::train::{
-    Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
+    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
 };
 
 /// Train a network, or go on with a run.
@@ -182,7 +182,8 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     if let Some(v) = &validation {
         let dir = args.data.display();
         Domain::of_dataset(v).check(format!("{dir} (validation)"), &Domain::of_dataset(&data), "the training split")?;
-        ensure!(v.shape() == data.shape(), "{dir}: the validation split is not of the same size");
+        let sizes = |data: &Dataset| data.header().all_sizes();
+        ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }
     let device = ranks.open(&args.device)?;
     let Resolved { settings, plan, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
@@ -268,7 +269,7 @@ fn viewer(
             Some(viewer)
         }
     };
-    viewer.iter().try_for_each(|viewer| viewer.check([header.height, header.width]))?;
+    header.all_sizes().iter().try_for_each(|&size| viewer.iter().try_for_each(|viewer| viewer.check(size)))?;
     Ok(viewer)
 }
 
@@ -285,8 +286,7 @@ fn fitting(device: &Device, most: u64, needed: impl Fn(u64) -> Option<u64>) -> O
 
 /// The network that the arguments ask for, fitted to the dataset.
 fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Option<&Model>) -> anyhow::Result<Config> {
-    let [height, width, channels] = data.shape();
-    let dim = data.condition_dim();
+    let (channels, dim) = (data.shape()[2], data.condition_dim());
     let config = match (&args.config, preset, init) {
         (Some(path), ..) => read_config(path, data).with_context(|| path.display().to_string())?,
         (None, Some(preset), _) => Config { img_channels: channels, label_dim: dim, ..preset.config.clone() },
@@ -294,7 +294,9 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
         (None, None, None) => bail!("give a network: --preset, --config or --init"),
     };
     config.validate()?;
-    config.check_size(height, width).with_context(|| format!("the dataset {}", args.data.display()))?;
+    let sizes = data.header().all_sizes();
+    let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
+    checked.with_context(|| format!("the dataset {}", args.data.display()))?;
     Ok(config)
 }
 
@@ -316,7 +318,7 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
 
 /// Refuses what this machine has no room for, before any of it is made.
 fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool) -> anyhow::Result<()> {
-    let [height, width, channels] = data.shape();
+    let ([height, width], channels) = (DataIdentity::of(data).largest(), config.img_channels);
     let (_, table) = Precond::new(config)?;
     // A GPU computes, but images, weights and checkpoints pass through here.
     let batch_gpu = args.batch_gpu.unwrap_or(1).min(args.batch.unwrap_or(u64::MAX));
@@ -473,7 +475,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
 
 /// The resolved configuration as JSON.
 fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyhow::Result<String> {
-    let [height, width, _] = settings.data.shape;
+    let [height, width] = settings.data.largest();
     let profiles = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
     let gpu = plan_on_gpu(settings, plan.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
@@ -489,15 +491,15 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyh
     }))?)
 }
 
-/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
+/// Memory, launches and traffic of a micro-batch on a GPU (of several sizes, of the one that needs most memory), by the plan that a card of 128 multiprocessors (a
 /// GeForce RTX 4090) would get; none is needed for it.
 fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
     let card = Card { sms: 128, capability: 89 };
     let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;
-    let [height, width, _] = settings.data.shape;
-    let n = batch_gpu as usize;
-    edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [n, height, width])?;
-    let cost = gpu.costs().next().unwrap_or_default();
+    for [height, width] in settings.data.all_sizes() {
+        edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [batch_gpu as usize, height, width])?;
+    }
+    let cost = gpu.costs().max_by_key(|cost| cost.workspace).unwrap_or_default();
     let total = gpu.param_bytes() + cost.workspace;
     Ok(json!({
         "parameters_bytes": gpu.param_bytes(),

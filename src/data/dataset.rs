@@ -5,8 +5,11 @@
 //!
 //! Or a zip of EDM2's own ([`edm2`](super::edm2)), which has a train split only.
 //!
+//! Images may be of several sizes ([`Dataset::buckets`]), wherever they stand in the shards.
+//!
 //! Opening a split costs one pass over its conditions. Reading an image touches its own bytes only.
 
+use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -86,6 +89,8 @@ pub enum DatasetError {
 /// One split of a dataset, opened and checked. Cheap to read at random, from any thread.
 pub struct Dataset {
     header: Header,
+    /// How many images there are of each of the header's sizes.
+    counts: Vec<usize>,
     source: Source,
     vocabulary: Vocabulary,
 }
@@ -116,7 +121,8 @@ impl Dataset {
             }
             let archive = Archive::open(dir)?;
             let (header, vocabulary) = (archive.header.clone(), Vocabulary::default());
-            return Ok(Self { header, source: Source::Zip(archive.into()), vocabulary });
+            let counts = vec![header.count];
+            return Ok(Self { header, counts, source: Source::Zip(archive.into()), vocabulary });
         }
         let view = View::of(dir);
         let vocabulary = Vocabulary::load(&view.path(VOCABULARY_FILE))?;
@@ -144,8 +150,14 @@ impl Dataset {
                     texts.join("; ")
                 };
                 let (source, licence) = (all(|header| &header.source), all(|header| &header.licence));
-                let header = Header { count, shards: shards.len(), source, licence, ..shard.header.clone() };
-                Ok(Self { header, source: Source::Shards(shards, first), vocabulary })
+                let sizes = shard.header.all_sizes();
+                let mut counts = vec![0; sizes.len()];
+                shards.iter().flat_map(|shard| &shard.shapes).for_each(|&shape| counts[usize::from(shape)] += 1);
+                let most = (0..sizes.len()).max_by_key(|&at| (counts[at], Reverse(at))).unwrap_or(0);
+                let [height, width] = sizes[most];
+                let number = shards.len();
+                let header = Header { height, width, count, shards: number, source, licence, ..shard.header.clone() };
+                Ok(Self { header, counts, source: Source::Shards(shards, first), vocabulary })
             }
             None => Err(DatasetError::Empty { dir: dir.into(), split }),
         }
@@ -157,9 +169,24 @@ impl Dataset {
         self.header.count
     }
 
-    /// Height, width and channels of each image.
+    /// Height, width and channels of each image; where there are several sizes, of those that are most frequent.
     pub fn shape(&self) -> [usize; 3] {
         [self.header.height, self.header.width, self.header.channels]
+    }
+
+    /// Height, width and channels of image `i`.
+    ///
+    /// # Panics
+    /// If `i` is not below [`Dataset::len`].
+    pub fn shape_of(&self, i: usize) -> [usize; 3] {
+        let Some((shard, row)) = self.at(i).filter(|_| !self.header.sizes.is_empty()) else { return self.shape() };
+        let [height, width] = self.header.sizes[usize::from(shard.shapes[row])];
+        [height, width, self.header.channels]
+    }
+
+    /// Height and width of each size that images of the dataset may have, and how many of this split have it.
+    pub fn buckets(&self) -> Vec<([usize; 2], usize)> {
+        self.header.all_sizes().into_iter().zip(self.counts.iter().copied()).collect()
     }
 
     /// Width D of the conditions.
@@ -269,7 +296,7 @@ impl Dataset {
         self.at(i).map_or(1, |(shard, row)| shard.repeats[row].into())
     }
 
-    /// Writes image `i` in model space, `[H, W, C]`: pixels as x / 127.5 - 1, which is
+    /// Writes image `i` in model space, `[H, W, C]` of its own [shape](Self::shape_of): pixels as x / 127.5 - 1, which is
     /// EDM2's `StandardRGBEncoder`; of latents one that is drawn with the numbers of `noise`.
     ///
     /// # Errors
@@ -278,7 +305,7 @@ impl Dataset {
     /// # Panics
     /// If `out` is not H * W * C long.
     pub fn image(&self, i: usize, noise: Stream, out: &mut [f32]) -> Result<(), DatasetError> {
-        let [height, width, channels] = self.shape();
+        let [height, width, channels] = self.shape_of(i);
         let area = height * width;
         assert_eq!(out.len(), area * channels, "length of the image's buffer");
         let stored = match (&self.source, self.at(i)) {
@@ -373,10 +400,11 @@ fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
     let (header, ours) = (&shard.header, &first.header);
     check_tags(shard.file.path(), header, first)?;
     type Show = fn(&Header) -> String;
-    let fields: [(_, _, Show); 8] = [
+    let fields: [(_, _, Show); 9] = [
         ("kind", header.kind != ours.kind, |h| format!("{:?}", h.kind)),
         ("height", header.height != ours.height, |h| h.height.to_string()),
         ("width", header.width != ours.width, |h| h.width.to_string()),
+        ("sizes", header.sizes != ours.sizes, |h| format!("{:?}", h.sizes)),
         ("channels", header.channels != ours.channels, |h| h.channels.to_string()),
         ("condition_dim", header.condition_dim != ours.condition_dim, |h| h.condition_dim.to_string()),
         ("conditioning", header.conditioning.differs(&ours.conditioning), |h| json!(h.conditioning).to_string()),

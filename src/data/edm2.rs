@@ -89,6 +89,7 @@ impl Archive {
             kind: if channels == LATENTS { Kind::Latents } else { Kind::Images },
             height,
             width,
+            sizes: Vec::new(),
             channels,
             condition_dim,
             conditioning: Conditioning::Tags,

@@ -14,6 +14,10 @@
 //! | `flips` | U8 | `[N]` | optional: 1 where mirroring leaves the meaning; default 0 |
 //! | `repeats` | U8 | `[N]` | optional: times that training shows the image in an epoch; default 1 |
 //!
+//! Images of a dataset may be of several sizes, those of [`Header::sizes`]. Then `shapes`, U8 `[N]`, has the place there of
+//! each one's size, and instead of `images` or `latents` there is a tensor for each size, `images.512x704` say (width
+//! times height), with the images of that size in their order. Which images a shard holds does not depend on their sizes.
+//!
 //! The metadata's `dataset` is a JSON [`Header`], its `checksums` the fingerprints of all tensors and of the rest of
 //! the metadata (`Checksums`); shards of older versions have none. The rest are `Notes` of the shard's making.
 //! Everything is checked when a shard is opened, except the values of pixels and latents, which are only read when
@@ -21,6 +25,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::iter::repeat;
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +45,9 @@ use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 pub const VOCABULARY_FILE: &str = "vocabulary.json";
 /// Name of the summary's file, beside the shards too.
 pub const SUMMARY_FILE: &str = "summary.json";
+
+/// Most sizes that images of a dataset may have.
+pub const MAX_SIZES: usize = 64;
 
 const HEADER: &str = "dataset";
 const CHECKSUMS: &str = "checksums";
@@ -74,10 +82,13 @@ impl Kind {
 pub struct Header {
     /// Pixels or latents.
     pub kind: Kind,
-    /// Height of the images or latents.
+    /// Height of the images or latents; in a shard of several sizes the first one's, in an open dataset the most frequent one's.
     pub height: usize,
-    /// Width of the images or latents.
+    /// Width of the images or latents, likewise.
     pub width: usize,
+    /// Height and width of each size that images may have, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sizes: Vec<[usize; 2]>,
     /// Their channels.
     pub channels: usize,
     /// Width D of the conditions.
@@ -102,10 +113,26 @@ pub struct Header {
 }
 
 impl Header {
-    /// What an image takes in a shard.
+    /// Height and width of each size that images may have; one at least.
+    pub fn all_sizes(&self) -> Vec<[usize; 2]> {
+        if self.sizes.is_empty() { vec![[self.height, self.width]] } else { self.sizes.clone() }
+    }
+
+    /// What an image takes in a shard at most.
     pub(super) fn image_bytes(&self) -> u128 {
         let (_, dtype, planes) = self.kind.tensor();
-        (planes * self.channels * dtype.bitsize() / 8) as u128 * self.height as u128 * self.width as u128
+        let area = self.all_sizes().iter().map(|[height, width]| *height as u128 * *width as u128).max();
+        (planes * self.channels * dtype.bitsize() / 8) as u128 * area.unwrap_or(0)
+    }
+
+    /// The tensors of the images: of each size the name, and the shape of an image there.
+    fn pixels(&self) -> Vec<(String, [usize; 3])> {
+        let (name, _, planes) = self.kind.tensor();
+        let of = |&[height, width]: &[usize; 2]| {
+            let name = if self.sizes.is_empty() { name.to_owned() } else { format!("{name}.{width}x{height}") };
+            (name, [planes * self.channels, height, width])
+        };
+        self.all_sizes().iter().map(of).collect()
     }
 
     /// That of a file; none if it is no shard.
@@ -125,6 +152,12 @@ impl Header {
         ] {
             if size == 0 || size > 1 << 20 {
                 return Err(wrong(format!("{what} is {size}, expected 1 to {}", 1 << 20)));
+            }
+        }
+        for (at, &size) in header.sizes.iter().enumerate() {
+            let sides = size.iter().all(|side| (1..=1 << 20).contains(side));
+            if !sides || header.sizes[..at].contains(&size) || header.sizes.len() > MAX_SIZES {
+                return Err(wrong(format!("sizes are {:?}, expected up to {MAX_SIZES} different ones", header.sizes)));
             }
         }
         Ok(Some(header))
@@ -270,6 +303,12 @@ pub(super) struct Shard {
     pub ids: Vec<i64>,
     pub flips: Vec<u8>,
     pub repeats: Vec<u8>,
+    /// The size of each image: its place among all.
+    pub shapes: Vec<u8>,
+    /// The row of each image in the tensor of its size.
+    rows: Vec<u32>,
+    /// Names of these tensors.
+    pixels: Vec<String>,
     tag_offsets: Vec<usize>, // [N + 1]
     tag_indices: Vec<u32>,
 }
@@ -301,15 +340,37 @@ impl Shard {
             let expected = format!("{dtype} {shape:?}");
             Err(file.unexpected(name, format!("{} {:?}", found.0, found.1), expected))
         };
-        let (pixels, dtype, planes) = header.kind.tensor();
-        is(pixels, dtype, &[n, planes * header.channels, header.height, header.width])?;
+        let pixels = header.pixels();
+        let bytes_of = |name: &str, allowed: std::ops::RangeInclusive<u8>, expected: &str| {
+            is(name, Dtype::U8, &[n])?;
+            let bytes = file.bytes(name)?;
+            match bytes.iter().position(|b| !allowed.contains(b)) {
+                Some(at) => Err(file.unexpected(name, format!("{} at {at}", bytes[at]), expected)),
+                None => Ok(bytes.to_vec()),
+            }
+        };
+        let shapes = match header.sizes.len() {
+            0 => None,
+            sizes => Some(bytes_of("shapes", 0..=sizes as u8 - 1, &format!("places among {sizes} sizes"))?),
+        };
+        let mut counts = vec![0; pixels.len()];
+        let mut row = |&shape: &u8| {
+            counts[usize::from(shape)] += 1;
+            counts[usize::from(shape)] - 1
+        };
+        let rows: Option<Vec<u32>> = shapes.as_ref().map(|shapes| shapes.iter().map(&mut row).collect());
+        for (shape, (name, [planes, height, width])) in pixels.iter().enumerate() {
+            let images = if shapes.is_some() { counts[shape] as usize } else { n };
+            is(name, header.kind.tensor().1, &[images, *planes, *height, *width])?;
+        }
         is("conditions", Dtype::F16, &[n, header.condition_dim])?;
         is("ids", Dtype::I64, &[n])?;
         is("tag_offsets", Dtype::I64, &[n.saturating_add(1)])?;
 
         let sums = Checksums::read(&file)?;
         if let Some(sums) = &sums {
-            file.names().filter(|name| *name != pixels).try_for_each(|name| sums.check(&file, name))?;
+            let others = file.names().filter(|name| pixels.iter().all(|(pixels, _)| pixels != name));
+            others.collect::<Vec<_>>().into_iter().try_for_each(|name| sums.check(&file, name))?;
         }
         let content = sums.map(|sums| sums.content());
 
@@ -346,23 +407,15 @@ impl Shard {
             return Err(file.unexpected("tag_offsets", found, expected).into());
         }
 
-        let optional = |name: &str, default: u8, allowed: std::ops::RangeInclusive<u8>, expected: &str| {
-            if !file.contains(name) {
-                return Ok(vec![default; n]);
-            }
-            is(name, Dtype::U8, &[n])?;
-            let bytes = file.bytes(name)?;
-            if let Some(at) = bytes.iter().position(|b| !allowed.contains(b)) {
-                let found = format!("{} at {at}", bytes[at]);
-                return Err(file.unexpected(name, found, expected));
-            }
-            Ok(bytes.to_vec())
-        };
-        let flips = optional("flips", 0, 0..=1, "0 or 1")?;
-        let repeats = optional("repeats", 1, 1..=u8::MAX, "1 to 255")?;
+        let flips = if file.contains("flips") { bytes_of("flips", 0..=1, "0 or 1")? } else { vec![0; n] };
+        let all = 1..=u8::MAX;
+        let repeats = if file.contains("repeats") { bytes_of("repeats", all, "1 to 255")? } else { vec![1; n] };
         let ids = file.i64("ids")?;
         let tag_offsets = offsets.into_iter().map(|offset| offset as usize).collect();
-        Ok(Self { file, header, content, ids, flips, repeats, tag_offsets, tag_indices })
+        let shapes = shapes.unwrap_or_else(|| vec![0; n]);
+        let rows = rows.unwrap_or_else(|| (0..n as u32).collect());
+        let pixels = pixels.into_iter().map(|(name, _)| name).collect();
+        Ok(Self { file, header, content, ids, flips, repeats, shapes, rows, pixels, tag_offsets, tag_indices })
     }
 
     /// Places in the vocabulary of the tags of image `i` of this shard.
@@ -372,7 +425,8 @@ impl Shard {
 
     /// [`Row::image`] of image `i`.
     pub fn image(&self, i: usize) -> &[u8] {
-        self.row(self.header.kind.tensor().0, i)
+        let name = &self.pixels[usize::from(self.shapes[i])];
+        self.row(name, self.rows[i] as usize)
     }
 
     /// The condition of image `i`, `[D]` in f16.
@@ -381,9 +435,9 @@ impl Shard {
     }
 
     fn row(&self, tensor: &str, i: usize) -> &[u8] {
-        // Name and size were checked when the shard was opened.
+        // Names and sizes were checked when the shard was opened.
         let bytes = self.file.bytes(tensor).unwrap_or_default();
-        let length = bytes.len() / self.ids.len();
+        let length = bytes.len() / self.file.shape(tensor).map_or(1, |shape| shape[0]);
         &bytes[i * length..][..length]
     }
 }
@@ -393,6 +447,8 @@ pub(super) struct Row<'a> {
     pub id: i64,
     /// Pixels `[C, H, W]` in u8, or moments of latents [2C, H, W] in f16.
     pub image: &'a [u8],
+    /// Place of its size among all.
+    pub shape: u8,
     /// `[D]`.
     pub condition: &'a [f32],
     /// Places in the vocabulary, ascending.
@@ -404,7 +460,9 @@ pub(super) struct Row<'a> {
 /// The images of a shard that is being made.
 #[derive(Default)]
 pub(super) struct Rows {
-    images: Vec<u8>,
+    /// Of each size.
+    images: Vec<Vec<u8>>,
+    shapes: Vec<u8>,
     conditions: Vec<u8>,
     ids: Vec<u8>,
     flips: Vec<u8>,
@@ -416,7 +474,10 @@ pub(super) struct Rows {
 impl Rows {
     /// Adds an image.
     pub fn push(&mut self, row: &Row) {
-        self.images.extend(row.image);
+        let shape = usize::from(row.shape);
+        self.images.resize_with(self.images.len().max(shape + 1), Vec::new);
+        self.images[shape].extend(row.image);
+        self.shapes.push(row.shape);
         self.conditions.extend(row.condition.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
         self.ids.extend(row.id.to_le_bytes());
         self.flips.push(row.flip.into());
@@ -432,18 +493,31 @@ impl Rows {
     pub fn write(&self, path: &Path, header: &Header, notes: &Notes) -> Result<(), SafeError> {
         let n = self.flips.len();
         let header = Header { count: n, ..header.clone() };
-        let (tensor, dtype, planes) = header.kind.tensor();
-        let image = [n, planes * header.channels, header.height, header.width];
+        let of_shape = |(shape, (name, [planes, height, width])): (u8, (String, [usize; 3]))| {
+            let images = self.shapes.iter().filter(|&&of| of == shape).count();
+            (name, [images, planes, height, width])
+        };
+        let pixels: Vec<(String, [usize; 4])> = (0..).zip(header.pixels()).map(of_shape).collect();
+        let images = self.images.iter().map(Vec::as_slice).chain(repeat(&[][..]));
         let offsets = [&0i64.to_le_bytes(), &self.tag_ends[..]].concat();
-        let tensors: [TensorOut; 7] = [
-            (tensor, dtype, &image, &self.images),
-            ("conditions", Dtype::F16, &[n, header.condition_dim], &self.conditions),
-            ("ids", Dtype::I64, &[n], &self.ids),
-            ("tag_offsets", Dtype::I64, &[n + 1], &offsets),
-            ("tag_indices", Dtype::I32, &[self.tag_indices.len() / 4], &self.tag_indices),
-            ("flips", Dtype::U8, &[n], &self.flips),
-            ("repeats", Dtype::U8, &[n], &self.repeats),
-        ];
+        let (count, ends, conditions) = ([n], [n + 1], [n, header.condition_dim]);
+        let indices = [self.tag_indices.len() / 4];
+        let mut tensors: Vec<TensorOut> = pixels
+            .iter()
+            .zip(images)
+            .map(|((name, shape), images)| (&**name, header.kind.tensor().1, &shape[..], images))
+            .collect();
+        tensors.extend::<[TensorOut; 6]>([
+            ("conditions", Dtype::F16, &conditions, &self.conditions),
+            ("ids", Dtype::I64, &count, &self.ids),
+            ("tag_offsets", Dtype::I64, &ends, &offsets),
+            ("tag_indices", Dtype::I32, &indices, &self.tag_indices),
+            ("flips", Dtype::U8, &count, &self.flips),
+            ("repeats", Dtype::U8, &count, &self.repeats),
+        ]);
+        if !header.sizes.is_empty() {
+            tensors.push(("shapes", Dtype::U8, &count, &self.shapes));
+        }
         let mut metadata = notes.metadata();
         metadata.insert(HEADER.into(), json!(header).to_string());
         let sum =

@@ -1,4 +1,4 @@
-//! Cropping and resizing to the size that a dataset has:
+//! Cropping and resizing to the size that a dataset has, or to the one of several that suits a picture best:
 //!
 //! 1. crop to the target's shape, about the centre;
 //! 2. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
@@ -27,6 +27,30 @@ pub fn crop(from: [u32; 2], to: [u32; 2]) -> Crop {
     let size = [scale * width, scale * height];
     let lost = 1.0 - (size[0] * size[1]) / (from_width * from_height);
     Crop { size, lost, enlarged: from[0] < to[0] || from[1] < to[1] }
+}
+
+/// Of several targets the one that crops an image of `from` least, and how. Of those that crop alike it is the one that
+/// resamples least, and of those the first.
+///
+/// # Panics
+/// If there is no target.
+pub fn choose(from: [u32; 2], targets: &[[u32; 2]]) -> (usize, Crop) {
+    // Fractions of whole numbers below 2^64: no rounding decides.
+    let less = |a: [u128; 2], b: [u128; 2]| (a[0] * b[1]).cmp(&(b[0] * a[1]));
+    let ranked = |&[width, height]: &[u32; 2]| {
+        let [[from_width, from_height], [width, height]] = [from, [width, height]].map(|size| size.map(u128::from));
+        // What scales width and height, both times the target's area.
+        let (across, down) = (from_width * height, from_height * width);
+        let kept = [across.min(down), across.max(down)];
+        let [a, b] = if across <= down { [from_width, width] } else { [from_height, height] };
+        (kept, [a.max(b), a.min(b)])
+    };
+    let all = targets.iter().map(ranked).enumerate();
+    let best = all.min_by(|(_, (kept, factor)), (_, (other_kept, other_factor))| {
+        less(*other_kept, *kept).then(less(*factor, *other_factor))
+    });
+    let (at, _) = best.expect("there are targets");
+    (at, crop(from, targets[at]))
 }
 
 impl Crop {

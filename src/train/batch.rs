@@ -1,11 +1,10 @@
-//! Training batches: which images, mirrored or not, with which noise and labels.
+//! Training batches: images, mirrored or not, with which noise and labels.
 //!
-//! Everything random is a function of the run's seed and the image's number in the run (images seen before
-//! it), so neither the size of a micro-batch nor a restart changes anything, and there is no state to save.
-//! Each epoch is a permutation of the dataset, images that it wants repeated counted as often (Fisher-Yates
-//! with numbers keyed by the epoch).
+//! Everything random is a function of the run's seed and the image's number in the run, as is which image that is
+//! ([`order`](super::order)).
 
 use super::Settings;
+use super::order::Shown;
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::rng::{Purpose, Stream, mask_key};
 
@@ -13,6 +12,8 @@ use crate::rng::{Purpose, Stream, mask_key};
 pub struct Batch {
     /// Number of images.
     pub n: usize,
+    /// Height, width and channels of each.
+    pub shape: [usize; 3],
     /// Clean images [n, h, w, c].
     pub clean: Vec<f32>,
     /// clean + sigma * noise [n, h, w, c].
@@ -25,54 +26,28 @@ pub struct Batch {
     pub keys: Option<Vec<f32>>,
 }
 
-/// Makes the batches of a run.
-pub struct Batches<'a> {
-    data: &'a Dataset,
-    settings: &'a Settings,
-    /// Every image as often as an epoch shows it.
-    images: Vec<u32>,
-    epoch: u64,
-    order: Vec<u32>,
-}
-
-impl<'a> Batches<'a> {
-    /// Batches of a training split with no more than 2^32 images.
-    pub fn new(data: &'a Dataset, settings: &'a Settings) -> Self {
-        let images: Vec<u32> = (0..data.len()).flat_map(|i| std::iter::repeat_n(i as u32, data.repeats(i))).collect();
-        let order = permutation(settings.seed, 0, images.len());
-        Self { data, settings, images, epoch: 0, order }
-    }
-
-    /// Index in the dataset of image number `k` of the run.
-    fn index(&mut self, k: u64) -> usize {
-        let len = self.images.len() as u64;
-        if k / len != self.epoch {
-            self.epoch = k / len;
-            self.order = permutation(self.settings.seed, self.epoch, self.images.len());
-        }
-        self.images[self.order[(k % len) as usize] as usize] as usize
-    }
-
-    /// Images number `first` to `first + n` of the run.
+impl Batch {
+    /// Makes a batch of images of a run, which are of one size.
     ///
     /// # Errors
     /// [`DatasetError`]: a damaged image.
-    pub fn get(&mut self, first: u64, n: usize) -> Result<Batch, DatasetError> {
-        let s = self.settings;
-        let [h, w, c] = self.data.shape();
+    ///
+    /// # Panics
+    /// If there is no image, or they are of several sizes.
+    pub fn of(data: &Dataset, s: &Settings, shown: &[Shown]) -> Result<Self, DatasetError> {
+        let n = shown.len();
+        let shape @ [h, w, c] = data.shape_of(shown[0].image);
         let numel = h * w * c;
         let dim = s.config.label_dim;
         let mut clean = vec![0.0; n * numel];
         let mut noisy = vec![0.0; n * numel];
         let mut sigma = vec![0.0; n];
         let mut labels = (dim > 0).then(|| vec![0.0; n * dim]);
-        for j in 0..n {
-            let k = first + j as u64;
-            let i = self.index(k);
+        for (j, &Shown { number: k, image: i }) in shown.iter().enumerate() {
             let stream = |purpose| Stream::new(s.seed, purpose, k);
             let image = &mut clean[j * numel..][..numel];
-            self.data.image(i, stream(Purpose::Latent), image)?;
-            if s.flip && self.data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
+            data.image(i, stream(Purpose::Latent), image)?;
+            if s.flip && data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
                 mirror(image, w, c);
             }
             sigma[j] = noise_level(s, stream(Purpose::TrainSigma));
@@ -81,11 +56,11 @@ impl<'a> Batches<'a> {
             noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + sigma[j] * *x);
             let dropped = k >= s.cond_dropout_from && f64::from(stream(Purpose::Dropout).uniform()) < s.cond_dropout;
             if let (Some(labels), false) = (&mut labels, dropped) {
-                self.data.condition(i, &mut labels[j * dim..][..dim]);
+                data.condition(i, &mut labels[j * dim..][..dim]);
             }
         }
-        let keys = (s.dropout > 0.0).then(|| (first..first + n as u64).flat_map(|k| mask_key(s.seed, k)).collect());
-        Ok(Batch { n, clean, noisy, sigma, labels, keys })
+        let keys = (s.dropout > 0.0).then(|| shown.iter().flat_map(|shown| mask_key(s.seed, shown.number)).collect());
+        Ok(Self { n, shape, clean, noisy, sigma, labels, keys })
     }
 }
 
@@ -104,33 +79,9 @@ fn mirror(image: &mut [f32], w: usize, c: usize) {
     }
 }
 
-/// The order of `len` images in an epoch.
-fn permutation(seed: u64, epoch: u64, len: usize) -> Vec<u32> {
-    let stream = Stream::new(seed, Purpose::Order, epoch);
-    let mut order: Vec<u32> = (0..len as u32).collect();
-    for i in (1..len).rev() {
-        let word = stream.block(i as u32 / 4)[i % 4];
-        // A word scaled to 0..=i; its bias is below 2^-32 * len, nothing that training could notice.
-        order.swap(i, ((u64::from(word) * (i as u64 + 1)) >> 32) as usize);
-    }
-    order
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_epoch_shows_each_image_once_and_in_another_order_than_the_last() {
-        let a = permutation(1, 0, 1001);
-        let mut sorted = a.clone();
-        sorted.sort_unstable();
-        assert!(sorted.iter().enumerate().all(|(i, &x)| i == x as usize));
-        for other in [permutation(1, 1, 1001), permutation(2, 0, 1001)] {
-            // Two random permutations agree in one place on average.
-            assert!(a.iter().zip(&other).filter(|(a, b)| a == b).count() < 10);
-        }
-    }
 
     #[test]
     fn mirroring_reverses_pixels_and_keeps_channels() {

@@ -1,5 +1,6 @@
 //! The sample grid: what the network makes of a few conditions, one to a row, the image that the condition
-//! belongs to first. The same conditions and seeds each time, so that grids of a run can be leafed through.
+//! belongs to first. The same conditions and seeds each time, so that grids of a run can be leafed through. Of several sizes
+//! of images they show the most frequent one.
 
 use std::path::Path;
 
@@ -69,8 +70,9 @@ pub fn write<B: NetworkBackend>(
     if !guided || dim == 0 {
         config.guidance = 1.0;
     }
-    let rows = ROWS.min(data.len());
-    let chosen: Vec<usize> = (0..rows).map(|row| row * data.len() / rows).collect();
+    let all: Vec<usize> = (0..data.len()).filter(|&i| data.shape_of(i) == data.shape()).collect();
+    let rows = ROWS.min(all.len());
+    let chosen: Vec<usize> = (0..rows).map(|row| all[row * all.len() / rows]).collect();
     let jobs: Vec<(usize, u64)> = chosen.iter().flat_map(|&i| (0..SAMPLES as u64).map(move |seed| (i, seed))).collect();
     let own = share(jobs.len() as u64, ranks.rank(), ranks.size());
     let mut sample = || -> Result<Vec<f32>, SampleError> {

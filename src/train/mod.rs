@@ -47,6 +47,7 @@ pub mod ema;
 pub mod events;
 pub mod grid;
 pub mod memory;
+pub mod order;
 pub mod posthoc;
 pub mod schedule;
 pub mod stats;
@@ -68,9 +69,10 @@ use crate::model::file::{ModelFile, save};
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
 use crate::sample::SampleError;
-use batch::{Batch, Batches};
+use batch::Batch;
 use checkpoint::Checkpoint;
 use events::Events;
+use order::Order;
 use stats::StatsFile;
 
 /// Everything that decides what a run computes; a run may only be resumed with the same.
@@ -127,8 +129,11 @@ const EPS: f64 = 1e-8;
 pub struct DataIdentity {
     /// Number of images.
     pub images: usize,
-    /// Height, width, channels.
+    /// Height, width, channels; where there are several sizes, of the most frequent one.
     pub shape: [usize; 3],
+    /// Height and width of each size that there are images of, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sizes: Vec<[usize; 2]>,
     /// Width of the conditions.
     pub condition_dim: usize,
     /// CRC-32 of the ids in order, each as often as an epoch shows it.
@@ -155,9 +160,12 @@ impl DataIdentity {
         (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
         let ids = hasher.finalize();
         let Header { kind, conditioning, autoencoder, .. } = data.header().clone();
+        let there = data.buckets().into_iter().filter(|(_, images)| *images > 0);
+        let sizes: Vec<_> = there.map(|(size, _)| size).collect();
         Self {
             images: data.len(),
             shape: data.shape(),
+            sizes: if sizes.len() > 1 { sizes } else { Vec::new() },
             condition_dim: data.condition_dim(),
             ids,
             kind,
@@ -166,6 +174,17 @@ impl DataIdentity {
             vocabulary: Some(data.vocabulary().fingerprint()),
             content: data.fingerprint(),
         }
+    }
+
+    /// Height and width of each size that there are images of; one at least.
+    pub fn all_sizes(&self) -> Vec<[usize; 2]> {
+        if self.sizes.is_empty() { vec![[self.shape[0], self.shape[1]]] } else { self.sizes.clone() }
+    }
+
+    /// The size with most pixels: what it has room for, the others have.
+    pub fn largest(&self) -> [usize; 2] {
+        let [height, width, _] = self.shape;
+        self.all_sizes().into_iter().max_by_key(|[height, width]| height * width).unwrap_or([height, width])
     }
 
     /// Takes over from `then` what is not known to differ.
@@ -219,7 +238,7 @@ impl Plan {
     /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
     pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
         let every = |times: u64| (settings.duration / times).max(1);
-        let ([height, width, _], on_gpu) = (settings.data.shape, device.runtime().is_some());
+        let ([height, width], on_gpu) = (settings.data.largest(), device.runtime().is_some());
         Self {
             outdir: outdir.into(),
             batch_gpu: memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
@@ -469,7 +488,7 @@ impl Given {
 pub struct Splits<'a> {
     /// To learn from.
     pub train: &'a Dataset,
-    /// To watch the loss on, of the same shape.
+    /// To watch the loss on, of the same sizes.
     pub validation: Option<&'a Dataset>,
 }
 
@@ -567,17 +586,15 @@ pub fn train<B: TrainingBackend>(
     let batch_gpu = plan.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
-    let (mut source, nimg) = (Batches::new(data.train, settings), state.nimg);
+    let (mut order, nimg) = (Order::new(data.train, settings), state.nimg);
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let mut micro_batches = (nimg..).step_by(settings.batch as usize).flat_map(|first| {
-                let own = share(settings.batch, rank, size);
-                let end = first + own.end;
-                let firsts = (first + own.start..end).step_by(plan.batch_gpu as usize);
-                firsts.map(move |first| (first, plan.batch_gpu.min(end - first) as usize))
-            });
+            let own = share(settings.batch, rank, size);
+            let mut micro_batches = (nimg..)
+                .step_by(settings.batch as usize)
+                .flat_map(|first| order.micro_batches(first + own.start..first + own.end, plan.batch_gpu));
             // It ends when nobody waits for batches any more.
-            micro_batches.find(|&(first, n)| sender.send(source.get(first, n)).is_err());
+            micro_batches.find(|shown| sender.send(Batch::of(data.train, settings, shown)).is_err());
         });
         let mut run = Run {
             backend,
@@ -825,7 +842,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// One optimizer step; returns its learning rate, and whether some rank is to stop.
     fn step(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<(f64, bool), TrainError> {
         let s = self.settings;
-        let [h, w, c] = self.data.train.shape();
+        let numel = |[h, w, c]: [usize; 3]| (h * w * c) as f64;
+        let usual = numel(self.data.train.shape());
         let lr = s.learning_rate().at(self.state.nimg);
         let end = self.state.nimg + s.batch;
         let mut losses = Vec::new();
@@ -833,6 +851,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let own = share(s.batch, self.ranks.rank(), self.ranks.size());
         while seen < (own.end - own.start) as usize {
             let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
+            let [h, w, c] = batch.shape;
             let mut first = 0;
             while first < batch.n {
                 let n = self.batch_gpu.min(batch.n - first);
@@ -847,7 +866,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
                 match micro_batch(b, &self.net, s.dropout, &inputs) {
                     Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
                     made => {
-                        losses.push(made?);
+                        losses.push((made?, usual / numel(batch.shape)));
                         first += n;
                     }
                 }
@@ -869,8 +888,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         })?;
         // Only now: a device computes on while the host gets the next micro-batch ready.
         let mut loss = 0.0;
-        for per_image in losses {
-            loss += self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+        for (per_image, weight) in losses {
+            loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         let said =
             Said { loss, grad_norm: stats.grad_norm, stop: stop.load(Ordering::Relaxed), rounds: self.own_rounds() };
@@ -889,7 +908,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         if stats.grad_norm.is_finite() {
             sums.images += s.batch;
             sums.steps += 1;
-            sums.loss += loss / (h * w * c) as f64;
+            sums.loss += loss / usual;
             sums.grad_norm += stats.grad_norm;
         }
         Ok((lr, said.iter().any(|rank| rank.stop)))
@@ -1060,7 +1079,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
 /// What a rank says after a step.
 struct Said {
-    /// Sum over its images.
+    /// Sum over its images, of each as if it had as many elements as the most frequent size has.
     loss: f64,
     grad_norm: f64,
     stop: bool,

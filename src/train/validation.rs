@@ -4,6 +4,8 @@
 //! the same noisy images. Ranks share them, and add up what all have found in the order of the images. Cost: a forward
 //! pass for each image and level.
 
+use std::collections::BTreeMap;
+
 use super::{Settings, batch};
 use crate::backend::{BackendError, NetworkBackend};
 use crate::collective::{Collective, CollectiveError, share};
@@ -91,21 +93,23 @@ fn losses<B: NetworkBackend>(
     progress: &mut dyn FnMut(u64),
     ranks: &mut dyn Collective,
 ) -> Result<Vec<Loss>, ValidationError> {
-    let [h, w, c] = data.shape();
-    let (numel, dim) = (h * w * c, net.config.label_dim);
+    let dim = net.config.label_dim;
     let sd2 = net.config.sigma_data.powi(2);
     let total = images * draws;
     let own = share(total as u64, ranks.rank(), ranks.size());
     let (begin, end) = (own.start as usize, own.end as usize);
-    let mut found = Vec::with_capacity(3 * (end - begin));
-    for first in (begin..end).step_by(batch) {
-        let n = batch.min(end - first);
+    // A batch is of one size.
+    let mut by_size: BTreeMap<[usize; 3], Vec<usize>> = BTreeMap::new();
+    (begin..end).for_each(|k| by_size.entry(data.shape_of(k / draws)).or_default().push(k));
+    let batches = by_size.iter().flat_map(|(shape, all)| all.chunks(batch).map(move |all| (*shape, all)));
+    let mut found = vec![[0.0; 3]; end - begin];
+    for ([h, w, c], all) in batches {
+        let (n, numel) = (all.len(), h * w * c);
         let mut clean = vec![0.0; n * numel];
         let mut noisy = vec![0.0; n * numel];
         let mut labels = vec![0.0; n * dim];
-        let levels: Vec<f32> = (first..first + n).map(|k| sigma(k as u64)).collect();
-        for j in 0..n {
-            let k = first + j;
+        let levels: Vec<f32> = all.iter().map(|&k| sigma(k as u64)).collect();
+        for (j, &k) in all.iter().enumerate() {
             let image = &mut clean[j * numel..][..numel];
             // The same latent at every level.
             data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image)?;
@@ -125,16 +129,17 @@ fn losses<B: NetworkBackend>(
             Ok(vec![denoised, net.logvar(b, &inputs[1]).1])
         })?;
         let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
-        for j in 0..n {
+        for (j, k) in all.iter().enumerate() {
             let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
             let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
             let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
             let error = (s2 + sd2) / (s2 * sd2) * square;
-            found.extend([error / logvar.exp() + logvar, error, logvar]);
+            found[k - begin] = [error / logvar.exp() + logvar, error, logvar];
         }
         progress(n as u64);
     }
-    let all: Vec<f64> = bytemuck::pod_collect_to_vec(&ranks.gather(bytemuck::cast_slice::<f64, u8>(&found))?.concat());
+    let all: Vec<f64> =
+        bytemuck::pod_collect_to_vec(&ranks.gather(bytemuck::cast_slice::<[f64; 3], u8>(&found))?.concat());
     let mut sums = vec![Loss::default(); draws];
     for (k, [loss, error, logvar]) in all.as_chunks().0.iter().enumerate() {
         let sum = &mut sums[k % draws];

@@ -17,6 +17,15 @@ pub struct Part {
     name: String,
     images: usize,
     header: Header,
+    /// How many have which width and height; of a dataset of one size empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    buckets: Vec<Bucket>,
+}
+
+#[derive(Serialize)]
+struct Bucket {
+    size: String,
+    images: usize,
 }
 
 #[derive(Serialize)]
@@ -55,7 +64,15 @@ impl DatasetInfo {
                         checked.unknown += checked.shards - before - known;
                     }
                     let header = data.header().clone();
-                    info.parts.push(Part { name: split.to_string(), images: data.len(), header });
+                    let named = |([height, width], images): ([usize; 2], usize)| Bucket {
+                        size: format!("{width}x{height}"),
+                        images,
+                    };
+                    let buckets = match header.sizes.len() {
+                        0 => Vec::new(),
+                        _ => data.buckets().into_iter().map(named).collect(),
+                    };
+                    info.parts.push(Part { name: split.to_string(), images: data.len(), header, buckets });
                 }
                 Err(
                     e @ (DatasetError::NoShards { .. } | DatasetError::NoSplit { .. } | DatasetError::Empty { .. }),
@@ -76,7 +93,7 @@ impl DatasetInfo {
             false => None,
         };
         let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let part = Part { name, images: header.count, header };
+        let part = Part { name, images: header.count, header, buckets: Vec::new() };
         Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked })
     }
 
@@ -85,15 +102,29 @@ impl DatasetInfo {
             out!("{}", serde_json::to_value(self)?);
             return Ok(());
         }
-        for Part { name, images, .. } in &self.parts {
+        for Part { name, images, buckets, .. } in &self.parts {
             out!("{name:15}{images} images");
+            for Bucket { size, images } in buckets {
+                out!("{:15}{images:>8} of {size}", "");
+            }
         }
         if let Some(Part { header, .. }) = self.parts.first() {
             let Header {
-                kind, height, width, channels, condition_dim, conditioning, autoencoder, source, licence, ..
+                kind,
+                sizes,
+                height,
+                width,
+                channels,
+                condition_dim,
+                conditioning,
+                autoencoder,
+                source,
+                licence,
+                ..
             } = header;
             let kind = serde_json::json!(kind);
-            out!("{:15}{width} x {height} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
+            let size = if sizes.is_empty() { format!("{width} x {height}") } else { format!("{} sizes", sizes.len()) };
+            out!("{:15}{size} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
             out!("condition      {condition_dim} values");
             out!("conditions are {conditioning}");
             if let Some(autoencoder) = autoencoder {

@@ -119,7 +119,8 @@ fn show_state(state: &State) {
     out!("averages       {}", if widths.is_empty() { "none".into() } else { widths.join(", ") });
     out!("learning rate  {} ({:?}), {} at this moment", s.lr, s.schedule, s.learning_rate().at(done));
     let [height, width, channels] = data.shape;
-    out!("image          {width} x {height} (width x height), {channels} channels");
+    let sizes = if data.sizes.is_empty() { String::new() } else { format!("{} sizes, most ", data.sizes.len()) };
+    out!("image          {sizes}{width} x {height} (width x height), {channels} channels");
     out!("data           {} images, conditions of {} values: {}", data.images, data.condition_dim, data.conditioning);
     if let Some(content) = data.content {
         out!("               {content} (fingerprint of the training split)");

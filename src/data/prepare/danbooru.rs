@@ -28,7 +28,7 @@ use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::data::shard::Drop;
 use crate::formats::{At, input, tar};
-use crate::pictures::fit::crop;
+use crate::pictures::fit::choose;
 
 /// The posts, and which to take of them.
 #[derive(Clone, Debug)]
@@ -135,7 +135,7 @@ impl Danbooru {
             |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
         let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
         let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
-        let crop = crop(size, settings.size);
+        let (_, crop) = choose(size, &settings.sizes);
         let reasons = [
             (self.require.iter().any(lacks), Drop::LacksTags),
             (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),

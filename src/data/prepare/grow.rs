@@ -74,13 +74,13 @@ pub fn add(
     make(&plan, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
-        let summary = tally.finish(&listing, skipped, plan.vocabulary, &path(SUMMARY_FILE))?;
+        let summary = tally.finish(&listing, settings, skipped, plan.vocabulary, &path(SUMMARY_FILE))?;
         pending.commit()?;
         Ok(summary)
     } else {
         pending.discard()?;
         tally.shards.retain(|name, _| out.join(name).exists());
-        tally.finish(&listing, skipped, plan.vocabulary, &out.join(SUMMARY_FILE))
+        tally.finish(&listing, settings, skipped, plan.vocabulary, &out.join(SUMMARY_FILE))
     }
 }
 
@@ -159,8 +159,8 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
                 Conditions::Known(features) => feature(features.get(*id).unwrap_or_default()).unwrap_or_default(),
                 _ => vocabulary.multi_hot(&tags),
             };
-            let (image, flip, repeats) = (shard.image(i), record.flip, record.repeats);
-            rows.push(&Row { id: *id, image, condition: &condition, tags: &tags, flip, repeats });
+            let (image, shape, flip, repeats) = (shard.image(i), shard.shapes[i], record.flip, record.repeats);
+            rows.push(&Row { id: *id, image, shape, condition: &condition, tags: &tags, flip, repeats });
         }
         let mut notes = Notes::read(&shard.file)?;
         for key in ["records", "vocabulary", "features", "tagger"] {
@@ -185,7 +185,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     vocabulary.save(&pending.path(VOCABULARY_FILE))?;
     let skipped = listing.records.len() - ids().count();
-    let summary = tally.finish(&listing, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
+    let summary = tally.finish(&listing, settings, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
     pending.commit()?;
     Ok(summary)
 }

@@ -2,8 +2,8 @@
 //!
 //! 1. read: the [`Records`] of a [`Folder`] or of [`Danbooru`], or of another source;
 //! 2. plan: they are ordered and cut into shards, before anything is decoded, and compared with what is there;
-//! 3. render: each picture is decoded, cropped and resized ([`pictures`](crate::pictures)); one that would lose more
-//!    than the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is
+//! 3. render: each picture is decoded, cropped and resized ([`pictures`](crate::pictures)), of several sizes to the one that
+//!    crops it least ([`choose`](crate::pictures::fit::choose)); one that would lose more than the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is
 //!    its tags, or a feature divided by its norm: that in a file ([`features`](super::features)), or what a tagger
 //!    makes of the picture before it is cropped and resized;
 //! 4. write: the shards ([`shard`](super::shard)), one after the other, and `summary.json` ([`Summary`]).
@@ -39,7 +39,7 @@ pub use folder::Folder;
 pub use grow::{add, retag};
 pub use records::{Listing, Place, Record, Records, Tags, read_lines};
 pub use render::{Codec, Encode};
-pub use report::{Counts, Event, PrepareError, Report, Summary};
+pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 
 use super::dataset::Split;
@@ -90,7 +90,7 @@ pub fn prepare(
         fs::remove_file(&summary).at(&summary)?;
     }
     make(&plan, &existing, &|name| out.join(name), &renderer, codec.as_mut(), &mut tally, report)?;
-    tally.finish(&listing, 0, plan.vocabulary, &summary)
+    tally.finish(&listing, settings, 0, plan.vocabulary, &summary)
 }
 
 /// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
@@ -121,6 +121,8 @@ fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<
 #[derive(Default)]
 struct Tally {
     splits: [Counts; 3],
+    /// Images of each size.
+    sizes: Vec<usize>,
     dropped: Drops,
     shards: BTreeMap<String, Fingerprint>,
 }
@@ -135,23 +137,29 @@ impl Tally {
         sum.enlarged += notes.enlarged;
         sum.untagged += (0..images).filter(|&i| shard.tags(i).is_empty()).count();
         sum.unapplied += notes.unapplied.len();
+        self.sizes.resize(shard.header.all_sizes().len(), 0);
+        shard.shapes.iter().for_each(|&shape| self.sizes[usize::from(shape)] += 1);
     }
 
     /// Writes the summary.
     fn finish(
         self,
         listing: &Listing,
+        settings: &Settings,
         skipped: usize,
         vocabulary: Vocabulary,
         path: &Path,
     ) -> Result<Summary, PrepareError> {
-        let Self { splits, dropped, shards } = self;
+        let Self { splits, sizes, dropped, shards } = self;
         if splits.iter().all(|counts| counts.kept == 0) {
             return Err(PrepareError::NothingKept { records: listing.read, dropped });
         }
         let splits = Split::ALL.map(|split| (split, splits[split as usize]));
+        let sizes = settings.sizes.iter().zip(sizes);
+        let sizes =
+            sizes.map(|([width, height], images)| Bucket { size: format!("{width}x{height}"), images }).collect();
         let (records, unusable_tags) = (listing.read, listing.unusable_tags);
-        let summary = Summary { records, skipped, splits, dropped, unusable_tags, vocabulary, shards };
+        let summary = Summary { records, skipped, splits, sizes, dropped, unusable_tags, vocabulary, shards };
         summary.save(path)?;
         Ok(summary)
     }

@@ -67,15 +67,19 @@ impl<'a> Plan<'a> {
                 expected: "at least 1".into(),
             });
         }
-        let [width, height] = settings.size.map(|side| side as usize);
         let (kind, factor, channels) = match codec {
             None => (Kind::Images, 1, 3),
             Some(codec) => (Kind::Latents, codec.factor, LATENTS),
         };
+        let stored = |[width, height]: &[u32; 2]| [*height as usize / factor, *width as usize / factor];
+        let sizes: Vec<[usize; 2]> = settings.sizes.iter().map(stored).collect();
+        let [height, width] = sizes[0];
         let header = Header {
             kind,
-            height: height / factor,
-            width: width / factor,
+            height,
+            width,
+            // A dataset of one size is what it was before there could be several.
+            sizes: if sizes.len() > 1 { sizes } else { Vec::new() },
             channels,
             condition_dim: conditions.width().unwrap_or(vocabulary.len()),
             conditioning: conditions.conditioning(),
@@ -87,8 +91,9 @@ impl<'a> Plan<'a> {
             licence: settings.licence.clone(),
         };
         let images = listing.records.len().min(settings.shard_size);
-        let decoded = 3 * width as u128 * height as u128 * images.min(CHUNK) as u128;
-        let what = format!("making shards of {images} images of {width}x{height}");
+        let area = settings.sizes.iter().map(|[width, height]| u128::from(*width) * u128::from(*height)).max();
+        let decoded = 3 * area.unwrap_or(0) * images.min(CHUNK) as u128;
+        let what = format!("making shards of {images} images of {}", settings.named_sizes());
         memory::check(what, images as u128 * header.image_bytes() + decoded)?;
 
         let mut jobs = Vec::new();
@@ -209,10 +214,9 @@ pub(super) fn made_with(
         add(&[u8::from(record.flip), record.repeats.get()]);
         add(&record.place.length().to_le_bytes());
     }
-    let [width, height] = settings.size;
     let [r, g, b] = settings.background;
     let Value::Object(mut all) = json!({
-        "size": format!("{width}x{height}"),
+        "size": settings.named_sizes(),
         "background": format!("#{r:02x}{g:02x}{b:02x}"),
         "max-crop": settings.max_crop,
         "vocabulary": settings.vocabulary,

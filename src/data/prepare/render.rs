@@ -84,6 +84,8 @@ impl Conditions {
 struct Ready {
     /// At the target's size.
     picture: Picture,
+    /// Which of the targets that is.
+    shape: u8,
     /// Whether it was smaller.
     enlarged: bool,
     /// See [`Image`].
@@ -159,7 +161,8 @@ impl Renderer<'_> {
                     Ok((image, ready)) => {
                         let &&Record { id, flip, repeats, .. } = record;
                         let (image, condition, tags): (&Vec<u8>, _, _) = (&image, &ready.condition, &ready.tags);
-                        rows.push(&Row { id, image, condition, tags, flip, repeats });
+                        let shape = ready.shape;
+                        rows.push(&Row { id, image, shape, condition, tags, flip, repeats });
                         enlarged += usize::from(ready.enlarged);
                         unapplied.extend(ready.unapplied.map(|profile| Unapplied { file: file(), profile }));
                     }
@@ -172,11 +175,12 @@ impl Renderer<'_> {
     }
 
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
-        let Settings { size, background, max_crop, .. } = self.settings;
+        let Settings { sizes, background, max_crop, .. } = self.settings;
         let unreadable = |why: PictureError| (Drop::Unreadable, why.to_string());
         let Image { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
-        let crop = fit::crop([width, height], *size);
+        let (shape, crop) = fit::choose([width, height], sizes);
+        let size = sizes[shape];
         if !crop.within(*max_crop) {
             let lost = 100.0 * crop.lost;
             let why = format!("{width}x{height} loses {lost:.1} % by cropping to {}x{}", size[0], size[1]);
@@ -197,8 +201,8 @@ impl Renderer<'_> {
                 feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
             }
         };
-        let picture = fit::fit(image, crop, *size).map_err(unreadable)?;
-        Ok(Ready { picture, enlarged: crop.enlarged, unapplied, tags, condition })
+        let picture = fit::fit(image, crop, size).map_err(unreadable)?;
+        Ok(Ready { picture, shape: shape as u8, enlarged: crop.enlarged, unapplied, tags, condition })
     }
 }
 

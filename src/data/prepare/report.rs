@@ -127,6 +127,15 @@ pub struct Counts {
     pub unapplied: usize,
 }
 
+/// Images of one size, of all splits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Bucket {
+    /// Width and height in pixels, such as 512x704.
+    pub size: String,
+    /// How many there are.
+    pub images: usize,
+}
+
 /// What was made; in JSON as `summary.json` has it.
 #[derive(Debug)]
 pub struct Summary {
@@ -137,6 +146,8 @@ pub struct Summary {
     pub skipped: usize,
     /// Counts of train, validation and test, in this order, of all the dataset.
     pub splits: [(Split, Counts); 3],
+    /// The same images by their sizes.
+    pub sizes: Vec<Bucket>,
     /// What is not in the dataset, and why.
     pub dropped: Drops,
     /// Danbooru: distinct tags that cannot be tags here, as commas separate them.
@@ -154,6 +165,9 @@ impl Serialize for Summary {
         all.serialize_field("records", &self.records)?;
         all.serialize_field("skipped", &self.skipped)?;
         all.serialize_field("splits", &splits)?;
+        if self.sizes.len() > 1 {
+            all.serialize_field("sizes", &self.sizes)?;
+        }
         all.serialize_field("dropped", &self.dropped)?;
         all.serialize_field("unusable_tags", &self.unusable_tags)?;
         all.serialize_field("vocabulary", &self.vocabulary.len())?;

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use super::report::PrepareError;
 use crate::data::dataset::Split;
+use crate::data::shard::MAX_SIZES;
+#[cfg(doc)]
+use crate::pictures::fit;
 
 /// What to make of the records.
 #[derive(Debug, Clone)]
@@ -14,8 +17,8 @@ pub struct Settings {
     pub tagger: Option<(PathBuf, Option<String>)>,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
-    /// Target width and height in pixels.
-    pub size: [u32; 2],
+    /// Target width and height in pixels; of several, each picture gets the one that [crops it least](fit::choose).
+    pub sizes: Vec<[u32; 2]>,
     /// sRGB colour behind transparent images.
     pub background: [u8; 3],
     /// Largest share of an image's area that cropping may take.
@@ -42,21 +45,31 @@ impl Settings {
         }
     }
 
+    /// The sizes as a user writes them.
+    pub(super) fn named_sizes(&self) -> String {
+        let all: Vec<String> = self.sizes.iter().map(|[width, height]| format!("{width}x{height}")).collect();
+        all.join(",")
+    }
+
     /// Refuses what cannot be made; `factor` is how many pixels the codec has for a latent, 1 without one.
     pub(super) fn check(&self, factor: usize) -> Result<(), PrepareError> {
         let wrong =
             |what, found: String, expected: &str| Err(PrepareError::Setting { what, found, expected: expected.into() });
-        let [width, height] = self.size;
-        let size = format!("{width}x{height}");
-        if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
-            return wrong("the size", size, "sides of 1 to 16384");
+        if !(1..=MAX_SIZES).contains(&self.sizes.len()) {
+            return wrong("the number of sizes", self.sizes.len().to_string(), &format!("1 to {MAX_SIZES}"));
         }
-        if !width.is_multiple_of(factor as u32) || !height.is_multiple_of(factor as u32) {
-            return wrong(
-                "the size",
-                size,
-                &format!("multiples of the {factor} pixels that the codec has for a latent"),
-            );
+        for (at, &[width, height]) in self.sizes.iter().enumerate() {
+            let size = format!("{width}x{height}");
+            if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
+                return wrong("the size", size, "sides of 1 to 16384");
+            }
+            if !width.is_multiple_of(factor as u32) || !height.is_multiple_of(factor as u32) {
+                let expected = format!("multiples of the {factor} pixels that the codec has for a latent");
+                return wrong("the size", size, &expected);
+            }
+            if self.sizes[..at].contains(&[width, height]) {
+                return wrong("the list of sizes", self.named_sizes(), &format!("{size} once"));
+            }
         }
         if !(0.0..1.0).contains(&self.max_crop) {
             return wrong("the largest crop", self.max_crop.to_string(), "a share from 0 below 1");

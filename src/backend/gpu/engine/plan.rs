@@ -3,6 +3,9 @@
 //! A body is recorded three times over: first to learn which tensors are asked for through `mp_silu`, so that the kernel
 //! that makes one writes its activation too; then to learn how much memory that takes; then in that memory, into a graph
 //! that is replayed from then on.
+//!
+//! All plans lie in one allocation, which the largest one decides: so a plan for each size of images costs a graph, and no
+//! memory for activations. Where a larger one comes, the smaller ones are recorded anew when they are needed.
 
 use super::super::runtime::Graph;
 use super::*;
@@ -118,15 +121,11 @@ impl<P> Gpu<P> {
         inputs: &[Tensor],
         body: &mut Body<Self, E>,
     ) -> Result<Plan, E> {
-        let own = |x: &Tensor| -> Result<Tensor, E> {
-            Ok(Tensor::new(x.shape(), x.format(), None, Buffer::Own(self.allocate::<E>(x.bytes(), "inputs")?)))
-        };
-        let inputs = inputs.iter().map(own).collect::<Result<Vec<_>, _>>()?;
         // Any address will do until the size is known.
         let nowhere = DevicePtr(1 << 40);
-        let (first, _) = self.trace(nowhere, HashMap::new(), &inputs, body)?;
+        let (first, ..) = self.trace(nowhere, HashMap::new(), inputs, body)?;
         let known = first.asked;
-        let (measured, _) = self.trace(nowhere, known.clone(), &inputs, body)?;
+        let (measured, ..) = self.trace(nowhere, known.clone(), inputs, body)?;
         let bytes = measured.workspace.peak();
         if self.workspace.as_ref().is_none_or(|w| w.bytes() < bytes) {
             // The other plans are of the old workspace.
@@ -135,7 +134,7 @@ impl<P> Gpu<P> {
             self.workspace = Some(self.allocate::<E>(bytes, "activations")?);
         }
         let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
-        let (recording, made) = self.trace(base, known, &inputs, body)?;
+        let (recording, inputs, made) = self.trace(base, known, inputs, body)?;
         let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
         let Recording { operations, accumulates, constants, .. } = recording;
         let commands: Vec<Command> = operations.iter().flat_map(|(_, commands)| commands).cloned().collect();
@@ -150,16 +149,19 @@ impl<P> Gpu<P> {
         Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, graph, operations, cost, accumulates })
     }
 
-    /// Records `body` in a workspace at `base`.
+    /// Records `body` in a workspace at `base`, which begins with places for inputs like these; those, and what is made.
     fn trace<E: From<BackendError>>(
         &mut self,
         base: DevicePtr,
         known: HashMap<usize, f64>,
         inputs: &[Tensor],
         body: &mut Body<Self, E>,
-    ) -> Result<(Recording, Vec<Tensor>), E> {
+    ) -> Result<(Recording, Vec<Tensor>, Vec<Tensor>), E> {
+        let workspace = Workspace::new(base);
+        let place = |x: &Tensor| Tensor::new(x.shape(), x.format(), None, Buffer::Place(workspace.place(x.bytes())));
+        let inputs: Vec<Tensor> = inputs.iter().map(place).collect();
         self.recording = Some(Recording {
-            workspace: Workspace::new(base),
+            workspace,
             operations: Vec::new(),
             numbers: 0,
             asked: HashMap::new(),
@@ -167,9 +169,9 @@ impl<P> Gpu<P> {
             constants: Vec::new(),
             accumulates: false,
         });
-        let made = body(self, inputs);
+        let made = body(self, &inputs);
         let recording = self.recording.take().expect("put there above");
         self.check().map_err(BackendError::from)?;
-        Ok((recording, made?))
+        Ok((recording, inputs, made?))
     }
 }

@@ -1,0 +1,181 @@
+//! Which image of the dataset each image of a run is.
+//!
+//! The images of a run are numbered from 0, and all about one follows from the run's seed and its number: here which image
+//! it is, in [`batch`](super::batch) its noise, its mirroring and its condition. So neither the size of micro-batches,
+//! nor the number of ranks, nor a restart changes anything, and there is no state to save.
+//!
+//! Each epoch is a permutation of the dataset (Fisher-Yates with numbers keyed by the epoch), in which an image with
+//! `repeats` is as often as that.
+//!
+//! **Several sizes.** A device takes images of one size at a time. So the images of a size, a *bucket*, have an order of
+//! their own, epoch after epoch as above, and a run's numbers are cut into *groups*: G images that follow each other are of one
+//! bucket, where G is the largest divisor of `--batch` up to [`MOST`], so that a step is a whole number of groups. Group m
+//! of a bucket shows its next G images, which may be the last of an epoch and the first of the next; a bucket of fewer
+//! images than G is shown more than once by a group.
+//!
+//! Whose group comes next: group m of a bucket of n images has the time (m + u) / n, where u in [0, 1) is drawn for (bucket,
+//! m), and groups come in the order of their times. So until the time t each bucket has had n t groups, less or more than
+//! one: it is drawn in proportion to its size, at random places, and at any moment of a run every image has been shown
+//! as often as any other, give or take the share of a group in its bucket's epoch and one.
+//!
+//! **Micro-batches.** What a rank has of a step is sorted by bucket and cut into micro-batches of one bucket each: the sum
+//! of a step's gradients does not depend on the order of its images, up to rounding. Finding the place of the first number
+//! after a restart walks through all groups before it, some 20 million a second.
+
+use std::ops::Range;
+
+use super::Settings;
+use crate::data::dataset::Dataset;
+use crate::rng::{Purpose, Stream};
+
+/// Most images of a group. Fewer would make a step more even, and more would fill larger micro-batches.
+pub const MOST: u64 = 16;
+
+/// An image of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// Its number in the run.
+    pub number: u64,
+    /// Which one of the dataset it is.
+    pub image: usize,
+}
+
+/// The images of a run.
+pub struct Order {
+    seed: u64,
+    /// G.
+    group: u64,
+    /// Those that have images.
+    buckets: Vec<Bucket>,
+    /// How many groups have been placed, and the last of them: its bucket, and its number there.
+    placed: u64,
+    last: (usize, u64),
+}
+
+/// The images of one size.
+struct Bucket {
+    /// Every image as often as an epoch shows it.
+    images: Vec<u32>,
+    /// An epoch, and its permutation.
+    epoch: Option<(u64, Vec<u32>)>,
+    /// m of the next group that is to be placed, and m + u in 2^-32.
+    groups: u64,
+    due: u64,
+}
+
+impl Order {
+    /// The order of a run on a training split with no more than 2^32 images.
+    pub fn new(data: &Dataset, settings: &Settings) -> Self {
+        let sizes = data.buckets();
+        let mut images = vec![Vec::new(); sizes.len()];
+        for i in 0..data.len() {
+            let [height, width, _] = data.shape_of(i);
+            let bucket = sizes.iter().position(|(size, _)| *size == [height, width]).unwrap_or(0);
+            images[bucket].extend(std::iter::repeat_n(i as u32, data.repeats(i)));
+        }
+        images.retain(|images| !images.is_empty());
+        let buckets = images.into_iter().map(|images| Bucket { images, epoch: None, groups: 0, due: 0 }).collect();
+        let group = (1..=MOST).rev().find(|&group| settings.batch.is_multiple_of(group)).unwrap_or(1);
+        let mut order = Self { seed: settings.seed, group, buckets, placed: 0, last: (0, 0) };
+        order.rewind();
+        order
+    }
+
+    /// Goes back to where no group has been placed.
+    fn rewind(&mut self) {
+        self.placed = 0;
+        for (number, bucket) in self.buckets.iter_mut().enumerate() {
+            bucket.groups = 0;
+            bucket.due = due(self.seed, number, 0);
+        }
+    }
+
+    /// The bucket of a group, and the group's number there.
+    fn group(&mut self, group: u64) -> (usize, u64) {
+        if group + 1 < self.placed {
+            self.rewind();
+        }
+        while self.placed <= group {
+            // (m + u) / n, compared without division; of two that are equal the first bucket's.
+            let time = |a: &Bucket, b: &Bucket| u128::from(a.due) * b.images.len() as u128;
+            let earlier = |a: &usize, b: &usize| {
+                let (a, b) = (&self.buckets[*a], &self.buckets[*b]);
+                time(a, b).cmp(&time(b, a))
+            };
+            let next = (0..self.buckets.len()).min_by(earlier).unwrap_or(0);
+            let bucket = &mut self.buckets[next];
+            self.last = (next, bucket.groups);
+            bucket.groups += 1;
+            bucket.due = due(self.seed, next, bucket.groups);
+            self.placed += 1;
+        }
+        self.last
+    }
+
+    /// The image of this number, and its bucket.
+    fn at(&mut self, number: u64) -> (Shown, usize) {
+        let (bucket, place) = match self.buckets.len() {
+            1 => (0, number),
+            _ => {
+                let (bucket, group) = self.group(number / self.group);
+                (bucket, group * self.group + number % self.group)
+            }
+        };
+        let Bucket { images, epoch, .. } = &mut self.buckets[bucket];
+        let (wanted, place) = (place / images.len() as u64, (place % images.len() as u64) as usize);
+        let made = || {
+            let stream = Stream { step: bucket as u32, ..Stream::new(self.seed, Purpose::Order, wanted) };
+            (wanted, permutation(stream, images.len()))
+        };
+        let (_, order) = match epoch {
+            Some(epoch) if epoch.0 == wanted => epoch,
+            other => other.insert(made()),
+        };
+        (Shown { number, image: images[order[place] as usize] as usize }, bucket)
+    }
+
+    /// The images of these numbers in micro-batches of `most` at most, each of one size.
+    pub fn micro_batches(&mut self, numbers: Range<u64>, most: u64) -> Vec<Vec<Shown>> {
+        let mut by_bucket = vec![Vec::new(); self.buckets.len()];
+        for number in numbers {
+            let (shown, bucket) = self.at(number);
+            by_bucket[bucket].push(shown);
+        }
+        by_bucket.iter().flat_map(|shown| shown.chunks(most as usize)).map(<[Shown]>::to_vec).collect()
+    }
+}
+
+/// m + u of a bucket's group m, in 2^-32.
+fn due(seed: u64, bucket: usize, group: u64) -> u64 {
+    let stream = Stream { step: bucket as u32, ..Stream::new(seed, Purpose::Group, group) };
+    (group << 32) + u64::from(stream.block(0)[0])
+}
+
+/// A random order of `len` images.
+fn permutation(stream: Stream, len: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..len as u32).collect();
+    for i in (1..len).rev() {
+        let word = stream.block(i as u32 / 4)[i % 4];
+        // A word scaled to 0..=i; its bias is below 2^-32 * len, nothing that training could notice.
+        order.swap(i, ((u64::from(word) * (i as u64 + 1)) >> 32) as usize);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_shows_each_image_once_and_in_another_order_than_the_last() {
+        let of = |seed, epoch| permutation(Stream::new(seed, Purpose::Order, epoch), 1001);
+        let a = of(1, 0);
+        let mut sorted = a.clone();
+        sorted.sort_unstable();
+        assert!(sorted.iter().enumerate().all(|(i, &x)| i == x as usize));
+        for other in [of(1, 1), of(2, 0)] {
+            // Two random permutations agree in one place on average.
+            assert!(a.iter().zip(&other).filter(|(a, b)| a == b).count() < 10);
+        }
+    }
+}
