@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
+use edm2k::collective::Part;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Kind, Split};
@@ -65,6 +66,7 @@ impl Workshop {
             features: None,
             tagger: None,
             out: self.dir.path().join("out"),
+            part: Part::WHOLE,
             sizes: vec![[16, 16]],
             background: [255; 3],
             max_crop: 0.05,

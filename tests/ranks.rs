@@ -558,7 +558,7 @@ fn what_differs_between_ranks_is_named() {
     let said = with("--keep 7 --ema 0.1");
     assert!(said.contains("rank 1 differs from rank 0: ema is [0.1] there, [0.05,0.1] here; keep is 7 there, 3 here"));
     let said = with("--data other");
-    assert!(said.contains("rank 1 differs from rank 0: data is ") && said.contains("content"), "{said}");
+    assert!(said.contains("rank 1 differs from rank 0: data.content is "), "{said}");
     let said = with("--lr nan");
     assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
 }
@@ -666,4 +666,73 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     ranks
         .iter()
         .for_each(|output| assert!(text(output).contains("a launcher has started 2 ranks"), "{}", text(output)));
+}
+
+// ---- preparing ------------------------------------------------------------------------------
+
+#[test]
+fn ranks_and_parts_prepare_the_dataset_that_one_process_prepares() {
+    let place = Place::new();
+    fs::create_dir(place.path("pictures")).unwrap();
+    let mut lines = String::new();
+    for id in 0..23u8 {
+        let picture = image::RgbImage::from_fn(8, 8, |x, y| image::Rgb([10 * id, 16 * x as u8, 16 * y as u8]));
+        picture.save(place.path(&format!("pictures/{id}.png"))).unwrap();
+        lines += &format!("{}\n", json!({"id": id, "file": format!("{id}.png"), "tags": [format!("t{}", id % 3)]}));
+    }
+    fs::write(place.path("pictures/22.png"), "no picture").unwrap();
+    fs::write(place.path("all.jsonl"), lines).unwrap();
+    let prepare = |out: &str, more: &str| {
+        let from = "prepare --images pictures --metadata all.jsonl --size 8x8 --shard-size 4 --validation-modulus 7";
+        format!("{from} --out {out} {more}")
+    };
+    let whole = place.run(1, &prepare("one", ""));
+    let expected = files(&place.path("one"));
+    assert_eq!(expected.len(), 8, "{:?}", expected.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    let same = |out: &str| {
+        let found = files(&place.path(out));
+        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
+        assert!(found.len() == expected.len() && differ.is_empty(), "{differ:?}");
+    };
+    let ended = outputs(place.start(3, &prepare("ranks", "")));
+    ended.iter().for_each(|output| assert!(output.status.success(), "{}", text(output)));
+    // Rank 0 speaks for all, and whoever finds something wrong.
+    let said = text(&ended[0]);
+    let wrong: Vec<_> = ended[1..].iter().map(text).filter(|said| !said.is_empty()).collect();
+    assert!(wrong.len() == 1 && wrong[0].starts_with("unreadable: 22.png: "), "{wrong:?}");
+    let of_all = |said: &str| said.lines().filter(|line| line.starts_with("  ")).map(str::to_owned).collect::<Vec<_>>();
+    assert!(of_all(&said) == of_all(&whole) && of_all(&said).len() == 5, "{said}\n{whole}");
+    same("ranks");
+
+    let part = |part: &str| succeed(&mut place.rank(0, 1, 0, &prepare("parts", &format!("--part {part}"))));
+    let said = part("3/3");
+    assert!(said.contains("of part 3/3: parts. Shards of part 1/3, 2/3 are still missing"), "{said}");
+    assert!(!place.path("parts/summary.json").exists());
+    // Tags that somebody renames meanwhile stay so.
+    let vocabulary = fs::read_to_string(place.path("parts/vocabulary.json")).unwrap();
+    fs::write(place.path("parts/vocabulary.json"), vocabulary.replace("t1", "one")).unwrap();
+    assert!(part("1/3").contains("Shards of part 2/3 are still missing"));
+    assert!(fs::read_to_string(place.path("parts/vocabulary.json")).unwrap().contains("\"one\""));
+    fs::write(place.path("parts/vocabulary.json"), vocabulary).unwrap();
+    assert!(Dataset::open(&place.path("parts"), Split::Train).is_err(), "a shard is missing");
+    let fails = |line: &str| {
+        let output = place.rank(0, 1, 0, line).output().unwrap();
+        assert!(!output.status.success());
+        text(&output)
+    };
+    let other = fails(&prepare("parts", "--part 2/3 --background #000000"));
+    assert!(other.contains("made before with background #ffffff, now #000000"), "{other}");
+    assert_eq!(of_all(&part("2/3")), of_all(&whole));
+    same("parts");
+    // A shard that is lost is made by its part again, and the others make nothing.
+    fs::remove_file(place.path("parts/train-00001.safetensors")).unwrap();
+    assert!(part("1/3").contains("Shards of part 2/3 are still missing"));
+    part("2/3");
+    same("parts");
+
+    assert!(fails(&prepare("wrong", "--part 4/3")).contains("is not a part"));
+    assert!(fails(&prepare("wrong", "--part 1/2 --add")).contains("cannot be used with"));
+    for output in outputs(place.start(2, &prepare("one", "--add"))) {
+        assert!(text(&output).contains("--add and --retag are done by one process"), "{}", text(&output));
+    }
 }

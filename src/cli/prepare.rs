@@ -5,16 +5,17 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::Context;
-use indicatif::ProgressBar;
+use anyhow::{Context, ensure};
 
 use edm2k::backend::BackendError;
 use edm2k::codec::{CodecError, CodecFile};
+use edm2k::collective::Part;
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary};
 use edm2k::{Backends, Work};
 
 use super::DeviceArgs;
+use super::ranks::{self, Ranks};
 use super::say::{self, above, note, out};
 
 /// Make a dataset of images and their tags.
@@ -40,6 +41,9 @@ Examples:
       --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
+
+Several processes can make one dataset, on one machine or on several that see the same --out: with
+--part 1/2 and --part 2/2, or by a launcher (torchrun, srun, mpirun; docs/scale.md), a GPU each.
 
 The same command again keeps the shards that are whole and makes the missing ones. With --add the
 pictures of METADATA whose ids the dataset does not have yet become new shards of it; with --retag
@@ -75,6 +79,9 @@ pub struct PrepareArgs {
     /// is listed first. Training takes images of one size at a time
     #[arg(long, value_name = "WxH,...", value_delimiter = ',', value_parser = super::parse_size, conflicts_with = "size")]
     sizes: Vec<[usize; 2]>,
+    /// Make only part K of N of the shards; the last of all parts to end writes the summary
+    #[arg(long, value_name = "K/N", conflicts_with_all = ["add", "retag"])]
+    part: Option<Part>,
     /// Store latents: an SD-VAE, or a TAESD with an encoder
     #[arg(long, value_name = "FILE")]
     vae: Option<PathBuf>,
@@ -137,8 +144,18 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
         .ok_or_else(|| "expected a colour such as #ffffff".into())
 }
 
-/// Prepares the dataset, showing progress on stderr and the summary on stdout.
+/// Prepares the dataset, alone or with the ranks that a launcher started.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
+    ranks::together(|ranks| make(args, ranks))
+}
+
+/// Makes its part, showing progress on stderr and the summary on stdout.
+fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
+    let part = ranks.part(args.part)?;
+    ensure!(
+        part == Part::WHOLE || !(args.add || args.retag),
+        "--add and --retag are done by one process, without a launcher"
+    );
     let records: Box<dyn Records> = match args.danbooru {
         Some(images) => Box::new(Danbooru {
             images,
@@ -155,6 +172,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         features: args.features.map(|features| (features, args.feature_ids)),
         tagger: args.tagger.map(|tagger| (tagger, args.tagger_node)),
         out: args.out,
+        part,
         sizes,
         background: args.background,
         max_crop: args.max_crop,
@@ -164,7 +182,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         source: args.source,
         licence: args.licence,
     };
-    let bar = ProgressBar::no_length();
+    let (bar, first) = (ranks.bar(0, ""), ranks.first());
     let looking = say::style("{human_pos} of {human_len} {msg}, {eta} left");
     let making = say::style("{human_pos} of {human_len} images, {per_sec}, {eta} left");
     let terminal = std::io::stderr().is_terminal();
@@ -199,6 +217,8 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         Event::Renamed { tags, was, now } => {
             say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));
         }
+        // One speaks for all, but of what is wrong.
+        Event::Shard { .. } if !first => {}
         Event::Shard { name, images, kept } => {
             let begun = since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));
             let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
@@ -212,7 +232,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
         None => make(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let mut encode = args.device.open()?.run(Encoding(&file)).context("--vae")?;
+            let mut encode = ranks.open(&args.device)?.run(Encoding(&file)).context("--vae")?;
             let autoencoder = file.autoencoder().context("--vae")?;
             let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
             make(
@@ -226,7 +246,21 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
     let skipped = if args.add { "there already" } else { "not of the dataset" };
-    print(&settings, &summary, skipped);
+    // Of several, those that ended last know all.
+    let text = if summary.lacking.is_empty() { shown(&settings, &summary, skipped) } else { String::new() };
+    let told = ranks.met().gather(text.as_bytes())?;
+    if !first {
+        return Ok(());
+    }
+    if let Some(text) = told.iter().find(|text| !text.is_empty()) {
+        String::from_utf8_lossy(text).lines().for_each(|line| out!("{line}"));
+        return Ok(());
+    }
+    let lacking: Vec<_> = summary.lacking.iter().map(|&number| Part { number, ..part }.to_string()).collect();
+    let (dir, lacking) = (settings.out.display(), lacking.join(", "));
+    ensure!(ranks.size() == 1, "{dir}: shards of part {lacking} are missing: do all ranks see this directory?");
+    let images: usize = summary.splits.iter().map(|(_, counts)| counts.kept).sum();
+    out!("{images} images of part {part}: {dir}. Shards of part {lacking} are still missing");
     Ok(())
 }
 
@@ -243,8 +277,10 @@ impl Work for Encoding<'_> {
     }
 }
 
-fn print(settings: &Settings, summary: &Summary, skipped: &str) {
-    out!("{}:", settings.out.display());
+/// A summary, for people.
+fn shown(settings: &Settings, summary: &Summary, skipped: &str) -> String {
+    let mut lines = Vec::new();
+    lines.push(format!("{}:", settings.out.display()));
     for (split, counts) in summary.splits {
         let mut line = format!("  {:10} {:>8} images", split.to_string(), counts.kept);
         for (number, what) in [
@@ -256,23 +292,27 @@ fn print(settings: &Settings, summary: &Summary, skipped: &str) {
                 line += &format!(", {number} {what}");
             }
         }
-        out!("{line}");
+        lines.push(line);
     }
     for Bucket { size, images } in summary.sizes.iter().filter(|_| summary.sizes.len() > 1) {
-        out!("  {size:10} {images:>8} images");
+        lines.push(format!("  {size:10} {images:>8} images"));
     }
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
-        out!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count);
+        lines.push(format!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count));
     }
     if summary.skipped > 0 {
-        out!("  {:10} {:>8} {skipped}", "skipped", summary.skipped);
+        lines.push(format!("  {:10} {:>8} {skipped}", "skipped", summary.skipped));
     }
     for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
         let head = if number == 0 { "dropped" } else { "" };
-        out!("  {head:10} {count:>8} {drop}");
+        lines.push(format!("  {head:10} {count:>8} {drop}"));
     }
     if summary.unusable_tags > 0 {
-        out!("  {:10} {:>8} tags with a comma in them or a space at an end", "left out", summary.unusable_tags);
+        lines.push(format!(
+            "  {:10} {:>8} tags with a comma in them or a space at an end",
+            "left out", summary.unusable_tags
+        ));
     }
+    lines.join("\n")
 }

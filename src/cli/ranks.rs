@@ -1,9 +1,9 @@
 //! Commands that several processes do together, as a launcher started them: `torchrun`, `srun`, `mpirun`.
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use indicatif::ProgressBar;
 
-use edm2k::collective::{Alone, Collective, Star, World, agree, limit};
+use edm2k::collective::{Alone, Collective, Part, Star, World, agree, limit};
 use edm2k::{Device, DeviceName};
 
 use super::DeviceArgs;
@@ -48,6 +48,18 @@ impl Ranks {
     /// Whether this is the one that speaks and writes for all.
     pub fn first(&self) -> bool {
         self.met.rank() == 0
+    }
+
+    /// This one's part of the work, among ranks or as somebody `asked` for.
+    ///
+    /// # Errors
+    /// Both.
+    pub fn part(&self, asked: Option<Part>) -> anyhow::Result<Part> {
+        match asked {
+            Some(part) if self.size() == 1 => Ok(part),
+            Some(_) => bail!("--part: a launcher has started {} ranks, each for its part", self.size()),
+            None => Ok(Part { number: self.met.rank(), of: self.size() }),
+        }
     }
 
     /// A bar that the first of them shows for all ([`say::bar`]).

@@ -10,11 +10,11 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Error, bail, ensure};
+use anyhow::{Context, Error, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use edm2k::collective::{agree, share};
+use edm2k::collective::{Part, agree, share};
 use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::memory;
@@ -162,7 +162,7 @@ pub struct SampleArgs {
     sampler: SamplerArgs,
 
     /// Make only part K of N of the images; the last of all parts to end makes the grid
-    #[arg(long, value_name = "K/N", value_parser = parse_part)]
+    #[arg(long, value_name = "K/N")]
     part: Option<Part>,
 }
 
@@ -242,28 +242,11 @@ struct Resolved {
     part: Part,
 }
 
-/// Part `number` of `of`, counted from 0.
-#[derive(Clone, Copy)]
-struct Part {
-    number: usize,
-    of: usize,
-}
-
-impl Part {
-    /// Numbers of its images: whole batches, so that an image has the neighbours that it would have in one process.
-    fn range(self, request: &Request) -> Range<usize> {
-        let (count, batch) = (request.seeds.len(), request.batch.max(1));
-        let batches = share(count.div_ceil(batch) as u64, self.number, self.of);
-        (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
-    }
-}
-
-fn parse_part(text: &str) -> Result<Part, String> {
-    let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse::<u16>().ok()?, n.parse::<u16>().ok()?)));
-    match numbers {
-        Some((k, n)) if (1..=n).contains(&k) => Ok(Part { number: usize::from(k) - 1, of: n.into() }),
-        _ => Err(format!("'{text}' is not a part, expected K/N with K from 1 to N, such as 2/4")),
-    }
+/// Numbers of the images of a part: whole batches, so that an image has the neighbours that it would have in one process.
+fn images_of(part: Part, request: &Request) -> Range<usize> {
+    let (count, batch) = (request.seeds.len(), request.batch.max(1));
+    let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
+    (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
 }
 
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
@@ -271,7 +254,7 @@ fn parse_part(text: &str) -> Result<Part, String> {
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together(|ranks| {
         let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
-        let (own, dir) = (part.range(&request), &args.outdir);
+        let (own, dir) = (images_of(part, &request), &args.outdir);
         let out = OutDir::claim(dir, args.overwrite, &request.seeds, own, kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
@@ -336,11 +319,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         warn(&mut pipeline, "--from ");
     }
     pipeline.check(&request)?;
-    let part = match args.part {
-        Some(part) if ranks.size() == 1 => part,
-        Some(_) => bail!("--part: a launcher has started {} ranks, each for its part", ranks.size()),
-        None => Part { number: ranks.met().rank(), of: ranks.size() },
-    };
+    let part = ranks.part(args.part)?;
     let one_file = "latents of all images go into one file, which one process makes; --vae FILE makes pictures of them";
     ensure!(part.of == 1 || kept != Kept::Latents, "parts: {one_file}");
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
@@ -551,7 +530,7 @@ fn draw(
     out: &OutDir,
     ranks: &mut Ranks,
 ) -> anyhow::Result<()> {
-    let (own, save_steps) = (part.range(request), args.save_steps);
+    let (own, save_steps) = (images_of(part, request), args.save_steps);
     let count = own.len();
     let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
@@ -656,7 +635,7 @@ fn gathered(
     }
     let (mut pictures, mut missing) = (Vec::new(), Vec::new());
     for number in 0..part.of {
-        let range = Part { number, ..part }.range(request);
+        let range = images_of(Part { number, ..part }, request);
         for image in range {
             match out.written(image, &request.about(common, image)) {
                 Some(picture) => pictures.push(picture),
@@ -672,9 +651,9 @@ fn gathered(
         ranks.size() == 1,
         "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
     );
-    let mut parts: Vec<_> = missing.iter().map(|(number, _)| format!("{}/{}", number + 1, part.of)).collect();
+    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
     parts.dedup();
-    let own = part.range(request).len();
+    let own = images_of(part, request).len();
     out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
     Ok(None)
 }

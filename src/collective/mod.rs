@@ -13,6 +13,8 @@
 //!
 //! Every rank makes the same calls in the same order; each call is a meeting that no rank leaves before all have come.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::backend::{DeviceError, Values};
@@ -107,6 +109,39 @@ impl Collective for Alone {
 
     fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
         Ok(vec![own.to_vec()])
+    }
+}
+
+/// One of several parts that work is done in, by ranks or by processes that do not know of each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which one, from 0.
+    pub number: usize,
+    /// How many there are.
+    pub of: usize,
+}
+
+impl Part {
+    /// All of the work.
+    pub const WHOLE: Self = Self { number: 0, of: 1 };
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.number + 1, self.of)
+    }
+}
+
+/// As people write it, counted from 1: `2/4`.
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse::<u16>().ok()?, n.parse::<u16>().ok()?)));
+        match numbers {
+            Some((k, n)) if (1..=n).contains(&k) => Ok(Self { number: usize::from(k) - 1, of: n.into() }),
+            _ => Err(format!("'{text}' is not a part, expected K/N with K from 1 to N, such as 2/4")),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::formats::{At, FileError, write_atomically};
@@ -70,6 +71,20 @@ impl Pending {
         let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
         if pending.folder.join(MARKER).exists() {
             pending.put_in_place()?;
+        }
+        Ok(pending)
+    }
+
+    /// For one of several processes, which leaves what is pending alone.
+    ///
+    /// # Errors
+    /// Something is in force, and not all in its place.
+    pub fn none(dir: &Path) -> Result<Self, FileError> {
+        let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
+        if pending.folder.join(MARKER).exists() {
+            let cause =
+                io::Error::other("a killed process began to move it into place: prepare without --part ends that");
+            return Err(FileError { path: pending.folder, cause });
         }
         Ok(pending)
     }

@@ -71,7 +71,7 @@ pub fn add(
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
     let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
-    make(&plan, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
+    make(&plan, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
         let summary = tally.finish(&listing, settings, skipped, plan.vocabulary, &path(SUMMARY_FILE))?;

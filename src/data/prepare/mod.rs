@@ -15,6 +15,8 @@
 //! number of threads; one that is there already, and whole, is kept. Shards that were made with other settings, or of
 //! other pictures, stop everything, unless no image is in any of them.
 //!
+//! Several processes can make the shards of one dataset ([`Settings::part`]): all plan the same, and each makes its own.
+//!
 //! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
 
 mod danbooru;
@@ -27,7 +29,7 @@ mod report;
 mod settings;
 mod there;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -47,10 +49,12 @@ use super::pending::Pending;
 pub use super::shard::SUMMARY_FILE;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
+use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
+use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
-use plan::{Plan, date};
+use plan::{Job, Plan, check_settings, date};
 use render::{Conditions, Renderer};
 
 /// Prepares a dataset: of pictures, or with a codec of their latents.
@@ -66,6 +70,7 @@ pub fn prepare(
 ) -> Result<Summary, PrepareError> {
     let out = &settings.out;
     let (_lock, _) = owned(records, settings, codec.as_ref(), report)?;
+    let part = settings.part;
     let conditions = Conditions::open(settings)?;
     let mut listing = listed(records, settings, report)?;
     conditions.select(&mut listing);
@@ -78,7 +83,7 @@ pub fn prepare(
     let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
     // Before anything is written: a dataset made otherwise stays as it is, but for what is none of its files.
     set_aside(out, plan.jobs.iter().map(|job| &*job.name), report)?;
-    let existing = plan.existing(out, report)?;
+    let existing = plan.existing(out, part, report)?;
     if !existing.contains(&true) {
         set_aside(out, [VOCABULARY_FILE, SUMMARY_FILE], report)?;
     }
@@ -89,8 +94,21 @@ pub fn prepare(
         // What it says of a shard may not be true of the one that is made now.
         fs::remove_file(&summary).at(&summary)?;
     }
-    make(&plan, &existing, &|name| out.join(name), &renderer, codec.as_mut(), &mut tally, report)?;
-    tally.finish(&listing, settings, 0, plan.vocabulary, &summary)
+    make(&plan, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
+    let mut lacking = BTreeSet::new();
+    for (at, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
+        match SafeFile::open(out.join(&job.name)) {
+            Ok(file) => check_settings(&file, &plan.made_with)?,
+            Err(_) => drop(lacking.insert(at % part.of)),
+        }
+    }
+    if lacking.is_empty() {
+        for (_, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
+            tally.open(job, &out.join(&job.name), &plan.vocabulary)?;
+        }
+        return tally.finish(&listing, settings, 0, plan.vocabulary, &summary);
+    }
+    Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, plan.vocabulary) })
 }
 
 /// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
@@ -101,9 +119,12 @@ fn owned(
     report: Report,
 ) -> Result<(DirLock, Pending), PrepareError> {
     settings.check(codec.map_or(1, |codec| codec.factor))?;
-    let lock = DirLock::exclusive(&settings.out)?;
-    lock.warning().iter().for_each(|text| report(Event::Warning { text }));
-    let pending = Pending::new(&settings.out)?;
+    let alone = settings.part == Part::WHOLE;
+    let lock = if alone { DirLock::exclusive(&settings.out)? } else { DirLock::shared(&settings.out)? };
+    if settings.part.number == 0 {
+        lock.warning().iter().for_each(|text| report(Event::Warning { text }));
+    }
+    let pending = if alone { Pending::new(&settings.out)? } else { Pending::none(&settings.out)? };
     spare(records.metadata(), &settings.out)?;
     Ok((lock, pending))
 }
@@ -141,6 +162,15 @@ impl Tally {
         shard.shapes.iter().for_each(|&shape| self.sizes[usize::from(shape)] += 1);
     }
 
+    /// Counts a shard that is there; what is noted in it.
+    fn open(&mut self, job: &Job, path: &Path, vocabulary: &Vocabulary) -> Result<(usize, Notes), PrepareError> {
+        let shard = Shard::open(path, vocabulary)?;
+        let notes = Notes::read(&shard.file)?;
+        notes.dropped.iter().for_each(|dropped| self.dropped.add(dropped.drop));
+        self.count(job.split, &shard, &notes);
+        Ok((shard.ids.len(), notes))
+    }
+
     /// Writes the summary.
     fn finish(
         self,
@@ -150,18 +180,22 @@ impl Tally {
         vocabulary: Vocabulary,
         path: &Path,
     ) -> Result<Summary, PrepareError> {
-        let Self { splits, sizes, dropped, shards } = self;
-        if splits.iter().all(|counts| counts.kept == 0) {
-            return Err(PrepareError::NothingKept { records: listing.read, dropped });
+        if self.splits.iter().all(|counts| counts.kept == 0) {
+            return Err(PrepareError::NothingKept { records: listing.read, dropped: self.dropped });
         }
+        let summary = self.summary(listing, settings, skipped, vocabulary);
+        summary.save(path)?;
+        Ok(summary)
+    }
+
+    fn summary(self, listing: &Listing, settings: &Settings, skipped: usize, vocabulary: Vocabulary) -> Summary {
+        let Self { splits, sizes, dropped, shards } = self;
         let splits = Split::ALL.map(|split| (split, splits[split as usize]));
         let sizes = settings.sizes.iter().zip(sizes);
         let sizes =
             sizes.map(|([width, height], images)| Bucket { size: format!("{width}x{height}"), images }).collect();
-        let (records, unusable_tags) = (listing.read, listing.unusable_tags);
-        let summary = Summary { records, skipped, splits, sizes, dropped, unusable_tags, vocabulary, shards };
-        summary.save(path)?;
-        Ok(summary)
+        let (records, unusable_tags, lacking) = (listing.read, listing.unusable_tags, Vec::new());
+        Summary { records, skipped, splits, sizes, dropped, unusable_tags, vocabulary, shards, lacking }
     }
 }
 
@@ -183,18 +217,21 @@ fn rendering<'a>(
     }
 }
 
-/// Makes the shards that do not exist, and counts them all.
+/// Makes the shards of a part that do not exist, and counts all of the part.
+#[allow(clippy::too_many_arguments)] // all that a preparation has by then
 fn make(
     plan: &Plan,
     existing: &[bool],
     path: &dyn Fn(&str) -> PathBuf,
+    part: Part,
     renderer: &Renderer,
     mut codec: Option<&mut Codec>,
     tally: &mut Tally,
     report: Report,
 ) -> Result<(), PrepareError> {
-    report(Event::Start(plan.jobs.iter().map(|job| job.members.len()).sum()));
-    for (job, &kept) in plan.jobs.iter().zip(existing) {
+    let jobs = || plan.jobs.iter().zip(existing).skip(part.number).step_by(part.of);
+    report(Event::Start(jobs().map(|(job, _)| job.members.len()).sum()));
+    for (job, &kept) in jobs() {
         let path = path(&job.name);
         if kept {
             report(Event::Done(job.members.len()));
@@ -204,17 +241,12 @@ fn make(
             rows.write(&path, &job.header, &notes)?;
             date(&path, begun)?;
         }
-        let shard = Shard::open(&path, &plan.vocabulary)?;
-        let notes = Notes::read(&shard.file)?;
-        for Dropped { drop, file, why, .. } in &notes.dropped {
-            tally.dropped.add(*drop);
-            if *drop == Drop::Unreadable {
-                report(Event::Unreadable { file, why });
-            }
+        let (images, notes) = tally.open(job, &path, &plan.vocabulary)?;
+        for Dropped { file, why, .. } in notes.dropped.iter().filter(|dropped| dropped.drop == Drop::Unreadable) {
+            report(Event::Unreadable { file, why });
         }
         notes.unapplied.iter().for_each(|Unapplied { file, profile }| report(Event::Unapplied { file, profile }));
-        report(Event::Shard { name: &job.name, images: shard.ids.len(), kept });
-        tally.count(job.split, &shard, &notes);
+        report(Event::Shard { name: &job.name, images, kept });
     }
     Ok(())
 }

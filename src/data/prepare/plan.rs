@@ -14,6 +14,7 @@ use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use super::there::There;
 use crate::codec::LATENTS;
+use crate::collective::Part;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
 use crate::data::shard::{
@@ -112,9 +113,9 @@ impl<'a> Plan<'a> {
         Ok(Self { vocabulary, jobs, made_with })
     }
 
-    /// Which of the shards are there and whole. Those that hold no image are made again, whatever they were made with;
-    /// any other that was made otherwise is an error.
-    pub fn existing(&self, out: &Path, report: Report) -> Result<Vec<bool>, PrepareError> {
+    /// Which of the shards are there and, of those of a part, whole. Those that hold no image are made again, whatever they
+    /// were made with; any other that was made otherwise is an error.
+    pub fn existing(&self, out: &Path, part: Part, report: Report) -> Result<Vec<bool>, PrepareError> {
         let mut there = HashMap::new();
         for entry in fs::read_dir(out).at(out)? {
             let entry = entry.at(out)?;
@@ -124,11 +125,14 @@ impl<'a> Plan<'a> {
             }
         }
         // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
+        let names: Vec<String> = there.keys().cloned().collect();
         if there.values().all(|file| file.as_ref().is_ok_and(shard::holds_nothing)) {
-            for name in there.keys() {
+            // What another part has just made so may stay.
+            let made_so = |file: &SafeFile| Notes::settings(file).as_ref() == Some(&self.made_with);
+            there.retain(|_, file| part != Part::WHOLE && file.as_ref().is_ok_and(made_so));
+            for name in names.iter().filter(|name| !there.contains_key(*name)) {
                 fs::remove_file(out.join(name)).at(out.join(name))?;
             }
-            return Ok(vec![false; self.jobs.len()]);
         }
         let files: Vec<_> = self.jobs.iter().map(|job| there.remove(&job.name).and_then(Result::ok)).collect();
         files.iter().flatten().try_for_each(|file| check_settings(file, &self.made_with))?;
@@ -140,10 +144,14 @@ impl<'a> Plan<'a> {
             return Err(if added { PrepareError::Added { path } } else { PrepareError::Stray { path } });
         }
         let contents = Contents::read(&out.join(SUMMARY_FILE));
-        let total = files.iter().flatten().count() as u64;
+        let own = |at: usize| at % part.of == part.number;
+        let total = files.iter().enumerate().filter(|(at, file)| own(*at) && file.is_some()).count() as u64;
         let mut done = 0;
-        let whole = |(job, file): (&Job, Option<SafeFile>)| {
+        let whole = |(at, (job, file)): (usize, (&Job, Option<SafeFile>))| {
             let Some(file) = file else { return Ok(false) };
+            if !own(at) {
+                return Ok(true);
+            }
             let checked = check_whole(&file).and_then(|_| Notes::read(&file));
             done += 1;
             report(Event::Reading { what: "shards that are there", done, total });
@@ -158,7 +166,7 @@ impl<'a> Plan<'a> {
                 }
             }
         };
-        self.jobs.iter().zip(files).map(whole).collect()
+        self.jobs.iter().zip(files).enumerate().map(whole).collect()
     }
 
     /// Writes the vocabulary; but beside shards it is theirs, and somebody may have renamed tags in it.
@@ -266,7 +274,7 @@ pub(super) const COMMON: [&str; 7] =
     ["size", "background", "max-crop", "validation-modulus", "enlarge", "vae", "tagger"];
 
 /// An error if a shard was made otherwise, in any setting.
-fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
+pub(super) fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
     check_some_settings(file, now, &|_| true)
 }
 

@@ -156,12 +156,15 @@ pub struct Summary {
     pub vocabulary: Vocabulary,
     /// What each shard holds, by its file's name; not of those of older versions.
     pub shards: BTreeMap<String, Fingerprint>,
+    /// Numbers of the parts whose shards are not all there. While there are any, the rest is of this part alone, and
+    /// `summary.json` is not written.
+    pub lacking: Vec<usize>,
 }
 
 impl Serialize for Summary {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let splits: BTreeMap<_, _> = self.splits.iter().map(|(split, counts)| (split.to_string(), counts)).collect();
-        let mut all = serializer.serialize_struct("Summary", 7)?;
+        let mut all = serializer.serialize_struct("Summary", 8)?;
         all.serialize_field("records", &self.records)?;
         all.serialize_field("skipped", &self.skipped)?;
         all.serialize_field("splits", &splits)?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::report::PrepareError;
+use crate::collective::Part;
 use crate::data::dataset::Split;
 use crate::data::shard::MAX_SIZES;
 #[cfg(doc)]
@@ -17,6 +18,9 @@ pub struct Settings {
     pub tagger: Option<(PathBuf, Option<String>)>,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
+    /// Which of the shards to make: every `of`th, from `number` on. Whichever process finds that no other part lacks any
+    /// writes the summary.
+    pub part: Part,
     /// Target width and height in pixels; of several, each picture gets the one that [crops it least](fit::choose).
     pub sizes: Vec<[u32; 2]>,
     /// sRGB colour behind transparent images.
