@@ -271,6 +271,17 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
 }
 
 #[test]
+fn features_that_are_all_alike_are_refused() {
+    let tagged = scenes();
+    let mut rows = Rows { kind: Kind::Dense, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
+    let train = |rows: &Rows| Vae::train(rows, &Training { epochs: 1, ..Training::default() }, |_, _| ());
+    let said = train(&rows).err().unwrap().to_string();
+    assert!(said.contains("features are the same, so there is nothing to learn"), "{said}");
+    rows.dense[0] = 0.5;
+    train(&rows).unwrap();
+}
+
+#[test]
 fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));
@@ -283,7 +294,7 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
             fs::read(&path).unwrap()
         };
         let whole = bytes(Vae::train(&rows, &how, |_, _| ()).unwrap());
-        let mut first = Learning::new(&rows, &how);
+        let mut first = Learning::new(&rows, &how).unwrap();
         first.pass(&mut |_| ()).unwrap();
         first.pass(&mut |_| ()).unwrap();
         first.save(&progress, None).unwrap();

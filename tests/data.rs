@@ -438,6 +438,34 @@ fn a_shard_of_a_sibling_with_the_same_records_is_refused() {
     assert!(said.contains(name) && said.contains("not the shard that summary.json beside it knows"), "{said}");
     let said = prepare(&ours.folder(), &ours.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(said.contains(name) && said.contains("not the shard that summary.json"), "{said}");
+    // Nor may a shard be there that does not say what it holds.
+    let strip = |path: &Path| {
+        let file = SafeFile::open(path).unwrap();
+        let names: Vec<String> = file.names().map(str::to_owned).collect();
+        let all: Vec<_> = names
+            .iter()
+            .map(|name| (&**name, file.dtype(name).unwrap(), file.shape(name).unwrap(), file.bytes(name).unwrap()))
+            .collect();
+        let mut metadata = file.metadata().clone();
+        metadata.remove("checksums");
+        metadata.get_mut("dataset").map(|header| *header = header.replace("\"vocabulary\":", "\"then\":"));
+        let aside = path.with_extension("stripped");
+        safetensors::write(&aside, &all, &metadata).unwrap();
+        fs::rename(aside, path).unwrap();
+    };
+    strip(&path);
+    let said = Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap_err().to_string();
+    assert!(said.contains("found none"), "{said}");
+    // What the summary says is not to be lost without a word.
+    let whole = fs::read(&summary).unwrap();
+    fs::write(&summary, &whole[..whole.len() / 2]).unwrap();
+    for said in [
+        Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap_err().to_string(),
+        prepare(&ours.folder(), &ours.settings(), None, &|_| ()).unwrap_err().to_string(),
+    ] {
+        assert!(said.contains("summary.json: damaged ("), "{said}");
+    }
+    fs::write(&summary, whole).unwrap();
     // The advice is right, and so is the summary that it makes.
     fs::remove_file(&path).unwrap();
     ours.prepare();
@@ -476,6 +504,20 @@ fn a_picture_that_was_replaced_is_noticed_whatever_its_length_and_date() {
     let error = kept().unwrap_err().to_string();
     assert!(error.contains("train-00000.safetensors: made when 5.bmp was another picture; remove this"), "{error}");
     fs::remove_file(shop.dir.path().join("out/train-00000.safetensors")).unwrap();
+    assert_eq!(kept().unwrap(), 1);
+    // Another folder's pictures, older than the shards.
+    for id in 2..7 {
+        let path = shop.file(&format!("{id}.bmp"));
+        solid(16, 16, [id, 70, 90]).save(&path).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_modified(long_ago).unwrap();
+    }
+    fs::remove_file(shop.dir.path().join("out/train-00000.safetensors")).unwrap();
+    let error = kept().unwrap_err().to_string();
+    assert!(error.contains("train-00001.safetensors: made when "), "{error}");
+    for id in [2, 3, 4, 6] {
+        solid(16, 16, [id, 7, 9]).save(shop.file(&format!("{id}.bmp"))).unwrap();
+    }
+    solid(16, 16, [200, 7, 9]).save(&path).unwrap();
     assert_eq!(kept().unwrap(), 1);
     assert_eq!(pixels(&shop.open(Split::Train), 5)[0], [200, 7, 9]);
 }
@@ -592,6 +634,63 @@ fn what_does_not_fit_a_dataset_is_not_added_to_it() {
     let error = add(&shop.folder(), &nowhere, None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("nowhere: no dataset is there, expected one to add to"), "{error}");
     assert!(!nowhere.out.exists());
+}
+
+#[test]
+fn a_folder_of_the_name_that_changes_wait_in_is_left_alone_if_it_is_somebody_s() {
+    let shop = gallery();
+    shop.prepare();
+    let out = shop.dir.path().join("out");
+    let pending = out.join("pending");
+    let refused = |expected: &str| {
+        for change in [
+            add(&shop.folder(), &shop.settings(), None, &|_| ()).map(|_| ()),
+            retag(&shop.folder(), &shop.settings(), &|_| ()).map(|_| ()),
+        ] {
+            let said = change.unwrap_err().to_string();
+            assert!(said.contains("pending: ") && said.contains(expected), "{said}");
+        }
+    };
+    fs::create_dir(&pending).unwrap();
+    fs::write(pending.join("mine.png"), "mine").unwrap();
+    refused("it has \"mine.png\"");
+    assert_eq!(fs::read(pending.join("mine.png")).unwrap(), b"mine");
+    fs::write(pending.join("ready"), "").unwrap();
+    let said = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(said.contains("it has \"mine.png\"") && pending.join("mine.png").exists(), "{said}");
+    let elsewhere = shop.dir.path().join("elsewhere");
+    fs::rename(&pending, &elsewhere).unwrap();
+    fs::remove_file(elsewhere.join("ready")).unwrap();
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(&elsewhere, &pending).unwrap();
+        refused("not a folder");
+        fs::remove_file(&pending).unwrap();
+    }
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 1);
+}
+
+#[test]
+fn what_was_dropped_is_looked_at_again_once_its_file_is_another() {
+    let mut shop = gallery();
+    fs::write(shop.file("300.png"), "half a picture").unwrap();
+    shop.record(300, "300.png", &["a"]);
+    fs::write(shop.file("301.png"), "no picture").unwrap();
+    shop.record(301, "301.png", &["a"]);
+    let first = shop.prepare();
+    assert_eq!(first.dropped.0[&Drop::Unreadable], 2);
+    let images = |summary: &Summary| summary.splits.iter().map(|(_, counts)| counts.kept).sum::<usize>();
+    let unchanged = add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap();
+    assert_eq!(
+        (images(&unchanged), unchanged.skipped, &unchanged.dropped),
+        (images(&first), images(&first), &first.dropped)
+    );
+    solid(16, 16, [9, 9, 9]).save(shop.file("300.png")).unwrap();
+    for _ in 0..2 {
+        let mended = add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap();
+        assert_eq!((images(&mended), mended.dropped.0[&Drop::Unreadable]), (images(&first) + 1, 1));
+        assert!(Split::ALL.iter().any(|&split| shop.open(split).find(300).is_some()));
+    }
 }
 
 /// The program, killed as soon as something is true; whether it had not ended before.

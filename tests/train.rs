@@ -563,22 +563,84 @@ fn snapshots_of_other_options_are_not_written_over() {
     let said = succeed(&mut place.train("run", &format!("{options} --lr 0.02")));
     assert!(said.contains("set aside"), "{said}");
     assert_eq!(files("run/before.restart").len(), before);
+
+    // Nor are those of another beginning averaged with them.
+    let init = |run: &str| format!("{options} --init {run}/snapshot-000000016-0.050.safetensors");
+    succeed(&mut place.train("a", &init("run")));
+    succeed(&mut place.train("b", &init("run/before.restart")));
+    let mut ema = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    ema.current_dir(place.dir.path()).args(["ema", "a", "b", "--std", "0.07", "--out", "averages"]);
+    let said = fail(&mut ema);
+    assert!(said.contains("is not of the same run as") && said.contains("they differ in options"), "{said}");
 }
 
 #[test]
-fn statistics_of_nobody_knows_which_options_are_set_aside() {
+fn what_a_run_left_before_its_first_checkpoint_is_its_own_or_set_aside() {
     let place = Place::new();
     let options = "--duration 16 --batch 8 --checkpoint 0 --snapshot 0 --status 8 --grid 0 --validate 0";
     succeed(&mut place.train("run", options));
-    let before = fs::read(place.path("run/stats.jsonl")).unwrap();
-    fs::remove_file(place.newest("run")).unwrap();
-    let said = succeed(&mut place.train("run", &format!("{options} --lr 0.02")));
-    assert!(said.contains("set aside 2 files of the run before"), "{said}");
-    assert!(fs::read(place.path("run/before.restart/stats.jsonl")).unwrap() == before);
+    let without_checkpoint = || {
+        fs::remove_file(place.newest("run")).unwrap();
+        fs::read(place.path("run/stats.jsonl")).unwrap()
+    };
+    // As if it had been killed before.
+    without_checkpoint();
+    let said = succeed(&mut place.train("run", options));
+    assert!(
+        said.contains("no checkpoint is left in run: the run begins again") && !said.contains("set aside"),
+        "{said}"
+    );
+    assert_eq!(stats(&place.path("run")).len(), 2);
+
+    fs::write(place.path("wide.json"), CONFIG.replace("\"num_blocks\": 1", "\"num_blocks\": 2")).unwrap();
+    let others = [format!("{options} --lr 0.02"), format!("{options} --lr 0.02 --config wide.json")];
+    for (other, aside) in others.iter().zip(["before.restart", "before.restart-2"]) {
+        let before = without_checkpoint();
+        let said = succeed(&mut place.train("run", other));
+        assert!(said.contains("set aside 3 files of the run before"), "{said}");
+        assert!(fs::read(place.path("run").join(aside).join("stats.jsonl")).unwrap() == before);
+    }
+    // Nobody knows of which options it is.
+    without_checkpoint();
+    fs::write(place.path("run/training_options.json"), "my options").unwrap();
+    let said = succeed(&mut place.train("run", &others[1]));
+    assert!(said.contains("set aside 3 files of the run before"), "{said}");
     // A run that was killed before it wrote a line left nothing to set aside.
-    fs::remove_file(place.newest("run")).unwrap();
+    without_checkpoint();
+    fs::remove_file(place.path("run/loss.svg")).unwrap();
     fs::write(place.path("run/stats.jsonl"), "").unwrap();
     assert!(!succeed(&mut place.train("run", options)).contains("set aside"));
+}
+
+#[test]
+fn statistics_are_not_written_through_a_link() {
+    let place = Place::new();
+    fs::create_dir(place.path("run")).unwrap();
+    fs::write(place.path("victim"), "").unwrap();
+    std::os::unix::fs::symlink("../victim", place.path("run/stats.jsonl")).unwrap();
+    succeed(&mut place.train("run", "--duration 16 --batch 8 --status 8 --grid 0 --validate 0 --snapshot 0"));
+    assert_eq!(fs::read(place.path("victim")).unwrap(), b"");
+    assert_eq!(stats(&place.path("run")).len(), 2);
+}
+
+#[test]
+fn a_checkpoint_called_otherwise_than_what_it_is_of_is_set_aside() {
+    let place = Place::new();
+    let options = "--duration 16 --batch 8 --checkpoint 8 --grid 0 --validate 0 --snapshot 0";
+    succeed(&mut place.train("run", options));
+    let newest = fs::read(place.newest("run")).unwrap();
+    let (first, far) =
+        (place.path("run/checkpoint-000000008.safetensors"), place.path("run/checkpoint-000000999.safetensors"));
+    fs::copy(&first, &far).unwrap();
+    fs::copy(&first, place.path("run/checkpoint-20.safetensors")).unwrap();
+    let said = succeed(&mut place.train("run", options));
+    assert!(
+        said.contains("it is of 8 images, not of as many as its name says")
+            && said.contains("resuming from run/checkpoint-000000016"),
+        "{said}"
+    );
+    assert!(!far.exists() && fs::read(place.newest("run")).unwrap() == newest);
+    assert!(place.path("run/checkpoint-20.safetensors").exists(), "a copy that is somebody's");
 }
 
 #[test]

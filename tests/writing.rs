@@ -182,6 +182,7 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
         ("export m --overwrite --out pipe", "pipe: it is not a regular file"),
         ("export m --overwrite --out /dev/null", "/dev/null: it is not a regular file"),
         ("export m --out m", "m exists; give --overwrite"),
+        (&format!("eval --model m --data {data} --plot ./m --overwrite"), "would replace m, which is read"),
         ("export m --out nowhere/x", "nowhere: the directory does not exist"),
         // All of these would otherwise work for hours first.
         (&format!("condition train --epochs 60000 --data {data} --out folder"), "folder exists"),

@@ -135,7 +135,7 @@ fn progress_path(out: &Path) -> PathBuf {
 }
 
 fn train(args: &TrainArgs) -> anyhow::Result<()> {
-    let _claim = super::claim(&args.out, args.overwrite)?;
+    let _claim = super::claim(&args.out, args.overwrite, &[])?;
     let data = Dataset::open(&args.data, Split::Train)?;
     let (width, known) = (data.condition_dim(), data.vocabulary().len());
     let tags = data.header().conditioning == Conditioning::Tags;
@@ -147,13 +147,13 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
     let (place, print) = (progress_path(&args.out), data.fingerprint());
     // What a killed one left of it goes, too.
-    let _kept = super::claim(&place, true)?;
+    let _kept = super::claim(&place, true, &[])?;
     let mut learning = if place.exists() {
         let learning = Learning::load(&place, &data, &how, print)?;
         note!("going on after {} of {} passes: {}", learning.passes(), how.epochs, place.display());
         learning
     } else {
-        Learning::new(&data, &how)
+        Learning::new(&data, &how)?
     };
     let rows = data.len() as u64;
     let bar = say::bar(rows * how.epochs as u64, "{human_pos} of {human_len} conditions, {per_sec}, {eta} left, {msg}");
@@ -181,7 +181,8 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
-    let _claim = args.out.as_ref().map(|out| super::claim(out, args.overwrite)).transpose()?;
+    let claimed = |out: &PathBuf| super::claim(out, args.overwrite, &[&args.model]);
+    let _claim = args.out.as_ref().map(claimed).transpose()?;
     let vae = Vae::load(&args.model).context("--model")?;
     let vocabulary = vae.vocabulary();
     let width = vae.header().width;

@@ -53,11 +53,12 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
             false => snapshots.push(path.clone()),
         }
     }
-    let snapshots = snapshots.iter().map(ModelFile::open).collect::<Result<Vec<_>, _>>()?;
-    let job = Reconstruction::new(snapshots, &args.std, args.at)?;
+    let inputs: Vec<&Path> = snapshots.iter().map(PathBuf::as_path).collect();
+    let files = snapshots.iter().map(ModelFile::open).collect::<Result<Vec<_>, _>>()?;
+    let job = Reconstruction::new(files, &args.std, args.at)?;
     let paths: Vec<PathBuf> = args.std.iter().map(|&std| args.out.join(file_name(job.at(), std))).collect();
     fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
-    let _claims = paths.iter().map(|path| claim(path, args.overwrite)).collect::<Result<Vec<_>, _>>()?;
+    let _claims = paths.iter().map(|path| claim(path, args.overwrite, &inputs)).collect::<Result<Vec<_>, _>>()?;
 
     let bar = say::bar(job.values(), "{human_pos} of {human_len} values, {per_sec}, {eta} left");
     job.write(&paths, &mut |values| bar.inc(values))?;

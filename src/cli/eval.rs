@@ -69,7 +69,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
 /// Prints the table to stdout, showing progress on stderr.
 fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let plot = args.plot.as_ref().filter(|_| ranks.first());
-    let _claim = plot.map(|plot| claim(plot, args.overwrite)).transpose()?;
+    let _claim = plot.map(|plot| claim(plot, args.overwrite, &[&args.model, &args.data])).transpose()?;
     let model = Model::load(&args.model).context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let (config, dir) = (&model.net.config, args.data.display());

@@ -35,7 +35,7 @@ pub struct ImportArgs {
 
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
-    let _claim = super::claim(&args.out, args.overwrite)?;
+    let _claim = super::claim(&args.out, args.overwrite, &[&args.snapshot])?;
     let Snapshot { mut model, precision } = Snapshot::open(&args.snapshot)?;
     let classes = model.net.config.label_dim;
     if let Some(width) = args.condition_dim {

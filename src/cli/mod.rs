@@ -81,8 +81,8 @@ impl DeviceArgs {
 /// Claims an output before the work, so that it is known then that it can be written, and that nothing is lost.
 ///
 /// # Errors
-/// It exists and `overwrite` was not given, or it cannot be written.
-pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
+/// It exists and `overwrite` was not given, or it cannot be written; it is one of the `inputs`, which would be lost.
+pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
     let text = path.as_os_str().to_string_lossy();
     if text.ends_with(std::path::is_separator) || text.ends_with("/.") || path.file_name().is_none() {
         bail!("{}: the name of a directory, expected that of a file", path.display());
@@ -90,6 +90,10 @@ pub fn claim(path: &Path, overwrite: bool) -> anyhow::Result<Claim> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     if let Some(parent) = parent.filter(|parent| !parent.exists()) {
         bail!("{}: the directory does not exist", parent.display());
+    }
+    let place = path.canonicalize().ok();
+    if let Some(input) = inputs.iter().find(|input| place.is_some() && input.canonicalize().ok() == place) {
+        bail!("{}: what is to be written would replace {}, which is read", path.display(), input.display());
     }
     match Claim::new(path, overwrite) {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => {

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Error, ensure};
+use anyhow::{Context, Error, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -377,7 +377,8 @@ fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
         if !line.starts_with('{') {
             return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
         }
-        let prompt: Prompt = serde_json::from_str(line).with_context(|| name.clone())?;
+        let prompt: Prompt =
+            serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
         let most = i64::MAX as u64 - u64::from(u16::MAX);
         ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
         Ok((name, prompt))

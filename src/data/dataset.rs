@@ -18,7 +18,7 @@ use half::f16;
 use serde_json::json;
 
 use super::edm2::{Archive, ArchiveError};
-use super::pending::View;
+use super::pending::{self, View};
 use super::shard::{Contents, SUMMARY_FILE, Shard, ShardError, check_whole};
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use crate::condition::vae;
@@ -124,6 +124,17 @@ impl Dataset {
             let counts = vec![header.count];
             return Ok(Self { header, counts, source: Source::Zip(archive.into()), vocabulary });
         }
+        // What comes into force while it is being opened may be half seen.
+        loop {
+            let before = pending::moment(dir);
+            match Self::of_shards(dir, split) {
+                Err(_) if pending::moment(dir) != before => {}
+                opened => return opened,
+            }
+        }
+    }
+
+    fn of_shards(dir: &Path, split: Split) -> Result<Self, DatasetError> {
         let view = View::of(dir);
         let vocabulary = Vocabulary::load(&view.path(VOCABULARY_FILE))?;
         let shards = open_shards(dir, &view, split, &vocabulary)?;
@@ -430,7 +441,7 @@ pub(super) fn open_shards(
 ) -> Result<Vec<Shard>, DatasetError> {
     let numbers = find_shards(view, split)?;
     let Some(&last) = numbers.last() else { return Err(DatasetError::NoShards { dir: dir.into(), split }) };
-    let contents = Contents::read(&view.path(SUMMARY_FILE));
+    let contents = Contents::read(&view.path(SUMMARY_FILE))?;
     let (mut shards, mut seen, mut expected) = (Vec::<Shard>::new(), HashSet::new(), last as usize + 1);
     while shards.len() < expected {
         let name = split.shard_name(shards.len());

@@ -9,8 +9,10 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use crate::formats::{At, FileError, write_atomically};
+use super::shard::{SUMMARY_FILE, VOCABULARY_FILE};
+use crate::formats::{At, FileError, atomic, write_atomically};
 
 /// Name of the folder.
 const FOLDER: &str = "pending";
@@ -48,6 +50,19 @@ impl View {
     }
 }
 
+/// What differs when something has come into force in between.
+pub(super) fn moment(dir: &Path) -> (bool, Option<SystemTime>) {
+    let changed = |path: PathBuf| path.metadata().and_then(|about| about.modified()).ok();
+    (dir.join(FOLDER).join(MARKER).exists(), changed(dir.join(VOCABULARY_FILE)))
+}
+
+/// Whether a file is called as those are that are put into the folder.
+fn is_of_a_dataset(name: &str) -> bool {
+    let shard = |rest: &str| rest.len() >= 5 && rest.bytes().all(|byte| byte.is_ascii_digit());
+    let number = name.strip_suffix(".safetensors").and_then(|name| name.rsplit_once('-'));
+    [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || number.is_some_and(|(_, digits)| shard(digits))
+}
+
 fn names(dir: &Path) -> Result<BTreeSet<String>, FileError> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir(dir).at(dir)? {
@@ -70,9 +85,33 @@ impl Pending {
     pub fn new(dir: &Path) -> Result<Self, FileError> {
         let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
         if pending.folder.join(MARKER).exists() {
+            pending.own_names()?;
             pending.put_in_place()?;
         }
         Ok(pending)
+    }
+
+    /// The names of what is in the folder; an error if one is not of a dataset: the folder is somebody's own, or leads to it.
+    fn own_names(&self) -> Result<BTreeSet<String>, FileError> {
+        let foreign = |what: String| {
+            let what = format!("{what}, where the dataset puts what is not yet in force; move it away");
+            FileError { path: self.folder.clone(), cause: io::Error::other(what) }
+        };
+        match self.folder.symlink_metadata() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            Ok(about) if !about.is_dir() => return Err(foreign("not a folder".into())),
+            about => about.map(drop).at(&self.folder)?,
+        }
+        let mut own = BTreeSet::new();
+        for entry in fs::read_dir(&self.folder).at(&self.folder)? {
+            let entry = entry.at(&self.folder)?;
+            let (name, is_file) = (entry.file_name(), entry.file_type().is_ok_and(|of| of.is_file()));
+            match name.to_str().filter(|name| is_file && (is_of_a_dataset(name) || atomic::is_temporary(name))) {
+                Some(name) => drop(own.insert(name.to_owned())),
+                None => return Err(foreign(format!("it has {name:?}"))),
+            }
+        }
+        Ok(own)
     }
 
     /// For one of several processes, which leaves what is pending alone.
@@ -94,8 +133,9 @@ impl Pending {
     /// # Errors
     /// It cannot be made, or a file not removed.
     pub fn begin(&self, wanted: impl Fn(&str) -> bool) -> Result<(), FileError> {
+        let own = self.own_names()?;
         fs::create_dir_all(&self.folder).at(&self.folder)?;
-        for name in names(&self.folder)?.iter().filter(|name| !wanted(name)) {
+        for name in own.iter().filter(|name| !wanted(name)) {
             let path = self.folder.join(name);
             fs::remove_file(&path).at(&path)?;
         }
@@ -107,12 +147,13 @@ impl Pending {
         self.folder.join(name)
     }
 
-    /// Removes the folder with all that is in it.
+    /// Removes the folder with what [`begin`](Self::begin) found to be its own and was put into it since.
     ///
     /// # Errors
     /// That is not possible.
     pub fn discard(&self) -> Result<(), FileError> {
-        if self.folder.exists() { fs::remove_dir_all(&self.folder).at(&self.folder) } else { Ok(()) }
+        self.begin(|_| false)?;
+        fs::remove_dir(&self.folder).at(&self.folder)
     }
 
     /// Makes it count.

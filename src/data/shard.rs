@@ -25,6 +25,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::io;
 use std::iter::repeat;
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
@@ -196,9 +197,11 @@ pub enum ShardError {
     OtherVocabulary { shard: PathBuf, found: Fingerprint, expected: Fingerprint },
     #[error(
         "{}: not the shard that {SUMMARY_FILE} beside it knows ({expected}, found {found}): it is of another dataset, or \
-         was made anew elsewhere; without it `edm2k prepare` makes it again", path.display()
+         was made anew elsewhere; remove the shard, and `edm2k prepare` makes it again", path.display()
     )]
-    OtherShard { path: PathBuf, found: Fingerprint, expected: Fingerprint },
+    OtherShard { path: PathBuf, found: String, expected: Fingerprint },
+    #[error("{}: damaged ({what}); remove it, and nobody knows which shards were made together", path.display())]
+    Summary { path: PathBuf, what: String },
 }
 
 /// What a dataset's shards hold, by the names of their files, as its summary says: a shard by itself does not tell that it
@@ -211,16 +214,28 @@ pub(super) struct Contents {
 
 impl Contents {
     /// Those of a summary; a dataset need not have one, and older ones say nothing of shards.
-    pub fn read(summary: &Path) -> Self {
-        input::text(summary).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+    ///
+    /// # Errors
+    /// [`ShardError::Summary`]: there is one, and it is damaged.
+    pub fn read(summary: &Path) -> Result<Self, ShardError> {
+        let damaged = |what: String| ShardError::Summary { path: summary.into(), what };
+        match input::text(summary) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            text => {
+                let text = text.map_err(|error| damaged(error.to_string()))?;
+                serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))
+            }
+        }
     }
 
     /// An error if the summary knows another shard of this name.
     pub fn check(&self, file: &SafeFile) -> Result<(), ShardError> {
         let path = file.path();
         let expected = path.file_name().and_then(|name| self.shards.get(name.to_str()?));
-        match (expected, Checksums::read(file)?.map(|sums| sums.content())) {
-            (Some(&expected), Some(found)) if found != expected => {
+        let found = Checksums::read(file)?.map(|sums| sums.content());
+        match expected {
+            Some(&expected) if found != Some(expected) => {
+                let found = found.map_or("none".into(), |found| found.to_string());
                 Err(ShardError::OtherShard { path: path.into(), found, expected })
             }
             _ => Ok(()),

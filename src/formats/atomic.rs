@@ -221,6 +221,11 @@ fn stem(path: &Path) -> String {
     name[..name.floor_char_boundary(200)].to_owned()
 }
 
+/// Whether a file is called as those are that [`AtomicFile`] writes before they are whole.
+pub fn is_temporary(name: &str) -> bool {
+    stem_of_temporary(name).is_some()
+}
+
 /// The stem in a temporary name: `STEM.0123456789abcdef.tmp`.
 fn stem_of_temporary(name: &str) -> Option<&str> {
     let (stem, digits) = name.strip_suffix(".tmp")?.rsplit_once('.')?;

@@ -123,8 +123,12 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
         [b'%', b'P', b'D', b'F', ..] => "a PDF",
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "text in UTF-16; save it as UTF-8",
         _ if head.get(257..262) == Some(b"ustar") => "a tar archive",
-        // The fields of the version and the producer.
-        [0x08, 1..=20, 0x12, ..] => "an ONNX file",
+        // The version, and then a field of a model: the producer, the graph or another.
+        [0x08, 1..=20, 0x12 | 0x1a | 0x22 | 0x28 | 0x32 | 0x3a | 0x42, ..] => "an ONNX file",
+        [b'R', b'a', b'r', b'!', ..] | [b'7', b'z', 0xbc, 0xaf, ..] => "an archive (RAR, 7z); unpack it",
+        [b'(', b'd' | b'l', b'p', ..] | [b'}', b'q', 0 | 1, ..] | [b'c', b'c', b'o', b'p', b'y', ..] => {
+            "a Python pickle of an old protocol; save it as safetensors"
+        }
         _ if begins(b"{") || begins(b"[") => "text in JSON",
         _ if begins(b"<?xml") => "XML; an error that the download gave in place of the file, perhaps",
         _ => return None,
@@ -151,6 +155,10 @@ mod tests {
             (b"\xff\xfe{\0", "UTF-16"),
             (b" {\"a\": 1}", "JSON"),
             (b"\x08\x08\x12\x07pytorch", "ONNX"),
+            (b"\x08\x0a\x3a\x40\x12\x07", "ONNX"),
+            (b"Rar!\x1a\x07\x01\x00", "RAR"),
+            (b"(dp0\nVa\np1\n", "pickle"),
+            (b"}q\x00X\x01", "pickle"),
         ] {
             assert!(kind(bytes).is_some_and(|kind| kind.contains(part)), "{part}: {:?}", kind(bytes));
         }

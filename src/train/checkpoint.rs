@@ -93,10 +93,11 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        let number = path
-            .file_name()
-            .and_then(|name| name.to_str()?.strip_prefix("checkpoint-")?.strip_suffix(".safetensors"))
-            .and_then(|digits| digits.parse::<u64>().ok());
+        let digits =
+            path.file_name().and_then(|name| name.to_str()?.strip_prefix("checkpoint-")?.strip_suffix(".safetensors"));
+        // Not a copy that somebody made and called otherwise.
+        let number =
+            digits.and_then(|digits| digits.parse::<u64>().ok()).filter(|&number| self::path(dir, number) == path);
         found.extend(number.map(|number| (number, path)));
     }
     found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
@@ -268,6 +269,9 @@ impl Checkpoint {
 fn damage(path: &Path, error: SafeError) -> CheckpointError {
     match error {
         SafeError::Io(error) => error.into(),
-        other => CheckpointError::Damaged { path: path.into(), what: other.to_string() },
+        other => {
+            let (text, name) = (other.to_string(), format!("{}: ", path.display()));
+            CheckpointError::Damaged { path: path.into(), what: text.strip_prefix(&name).unwrap_or(&text).into() }
+        }
     }
 }

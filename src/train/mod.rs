@@ -8,7 +8,7 @@
 //! does.
 //!
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
-//! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`.
+//! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`, and `training_options.json`, the [`Settings`].
 //!
 //! On several ranks ([`Collective`]) each takes its share of every step's images, the gradients are summed once a step,
 //! and every rank takes the same step with them. Since all that is random is a function of an image's number, such a run
@@ -31,8 +31,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -63,9 +64,9 @@ use crate::collective::{Collective, CollectiveError, agree, share};
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
 use crate::device::{Backends, Device, Work};
-use crate::formats::fingerprint::{Fingerprint, Identity, differ, settle};
-use crate::formats::{At, DirLock, FileError, LockError, free_name};
-use crate::model::file::{ModelFile, save};
+use crate::formats::fingerprint::{Fingerprint, Identity, settle};
+use crate::formats::{At, DirLock, FileError, LockError, free_name, input, write_atomically};
+use crate::model::file::save;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precision, Precond};
 use crate::params::ParamId;
 use crate::sample::SampleError;
@@ -119,6 +120,8 @@ fn is_zero(x: &f64) -> bool {
     *x == 0.0
 }
 
+/// Name of the file of a run's [`Settings`].
+const OPTIONS_FILE: &str = "training_options.json";
 /// Adam's decay rates of the two moments.
 const BETAS: (f64, f64) = (0.9, 0.99);
 /// Adam's eps.
@@ -397,11 +400,15 @@ impl Settings {
     }
 
     /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network
-    /// and its data, and of what may change in a run, its length and the name of what it began from, nothing is in it.
+    /// and its data, nothing is in it, nor of what may change in a run: its length, unless the learning rate depends on it,
+    /// and the name of what it began from.
     fn fingerprint(&self) -> Fingerprint {
         let mut options = serde_json::to_value(self).unwrap_or_default();
         if let Some(options) = options.as_object_mut() {
-            options.retain(|name, _| !["config", "data", "init", "duration"].contains(&&**name));
+            let kept = |name: &str| name == "duration" && self.schedule == Schedule::Linear;
+            options.retain(|name, _| kept(name) || !["config", "data", "init", "duration"].contains(&&**name));
+            let began = self.init.as_ref().and_then(|init| init.fingerprint);
+            options.extend(began.map(|print| ("init".to_owned(), format!("{print:?}").into())));
         }
         Fingerprint::of([options.to_string()])
     }
@@ -425,16 +432,24 @@ impl Settings {
 /// What differs between two values of one type, a text for each field that does; a field within one has both names.
 fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> String) -> String {
     let [a, b] = [a, b].map(|value| serde_json::to_value(value).unwrap_or_default());
-    let mut lines = Vec::new();
-    each_difference("", &a, &b, &mut |key, a, b| lines.push(line(key, a, b)));
-    lines.join("; ")
+    let (mut text, mut others) = (String::new(), Vec::new());
+    each_difference("", &a, &b, &mut |key, a, b| {
+        let line = line(key, a, b);
+        // All are named, and as many as a message has room for shown.
+        if text.len() + line.len() < 150 || text.is_empty() {
+            text += &format!("{}{line}", if text.is_empty() { "" } else { "; " });
+        } else {
+            others.push(key.to_owned());
+        }
+    });
+    if others.is_empty() { text } else { format!("{text}; and {}", others.join(", ")) }
 }
 
 fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {
     let file = |value: &Value| Identity::deserialize(value).ok();
     let shown = |value: &Value| match value {
-        Value::Null => "none".into(),
-        Value::String(text) => text.clone(),
+        Value::Null => "not given".into(),
+        Value::String(text) => Fingerprint::deserialize(value).map_or_else(|_| text.clone(), |print| print.to_string()),
         other => file(other).map_or_else(|| other.to_string(), |file| file.to_string()),
     };
     match (a, b) {
@@ -560,9 +575,7 @@ pub fn train<B: TrainingBackend>(
         state = Some(match newest(backend, settings, plan, data.train, event)? {
             Some(state) => state,
             None => {
-                if is_of_another(dir, settings).at(dir)? {
-                    set_aside(dir, event).at(dir)?;
-                }
+                begin_anew(dir, settings, event).at(dir)?;
                 model.upload(backend, Slot::Weight)?;
                 (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
                 let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
@@ -574,6 +587,9 @@ pub fn train<B: TrainingBackend>(
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
+        let options = dir.join(OPTIONS_FILE);
+        let text = serde_json::to_string_pretty(settings).unwrap_or_default();
+        write_atomically(&options, |out| writeln!(out, "{text}")).at(&options)?;
         let stats_path = dir.join(stats::FILE);
         let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
         if let Some(aside) = foreign {
@@ -624,14 +640,20 @@ pub fn train<B: TrainingBackend>(
     })
 }
 
-/// Moves what a run has made into a folder of its own.
-fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
-    let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, "loss.svg", "events.out.tfevents."];
+/// Names of the files in a directory that runs make.
+fn made_by_runs(dir: &Path) -> io::Result<Vec<OsString>> {
+    let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, OPTIONS_FILE, "loss.svg", "events.out.tfevents."];
     let mut files = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();
         files.extend(made.iter().any(|start| name.to_string_lossy().starts_with(start)).then_some(name));
     }
+    Ok(files)
+}
+
+/// Moves what a run has made into a folder of its own.
+fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let files = made_by_runs(dir)?;
     if files.is_empty() {
         return Ok(());
     }
@@ -642,30 +664,24 @@ fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a directory without a checkpoint has something of another run, or of one with other options. Snapshots say of
-/// which they are; those of this run will be written again, with the same bits. Statistics and pictures without any may be
-/// of anything.
-fn is_of_another(dir: &Path, settings: &Settings) -> io::Result<bool> {
-    let (mut own, mut others) = (false, false);
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("snapshot-") {
-            let ours = |file: ModelFile| {
-                let ModelMeta { options, data, .. } = file.meta;
-                options == Some(settings.fingerprint()) && !differ(&data, &settings.data.content)
-            };
-            own = true;
-            if !ModelFile::open(entry.path()).is_ok_and(ours) {
-                return Ok(true);
-            }
+/// Sets aside what a directory without a checkpoint has of another run, or of one with other options: what the options'
+/// file beside it does not vouch for. Of this run, all will be written again, with the same bits.
+fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let options = dir.join(OPTIONS_FILE);
+    let then = input::text(&options).ok().and_then(|text| serde_json::from_str::<Settings>(&text).ok());
+    // A run that was killed before it wrote a line has a file of them.
+    let nothing = |name: &Path| name.symlink_metadata().is_ok_and(|about| about.is_file() && about.len() == 0);
+    let made = made_by_runs(dir)?.into_iter().filter(|name| name != OPTIONS_FILE && !nothing(&dir.join(name)));
+    if made.count() > 0 {
+        match then.as_ref().is_some_and(|then| then.differences(settings).is_empty()) {
+            true => event(Event::Note(format!("no checkpoint is left in {}: the run begins again", dir.display()))),
+            false => set_aside(dir, event)?,
         }
-        // A run that was killed before it wrote a line has a file of them.
-        let has =
-            |name: &str| name == stats::FILE && entry.metadata().is_ok_and(|about| about.is_file() && about.len() > 0);
-        others |= name.starts_with("grid-") || has(&name);
     }
-    Ok(others && !own)
+    if options.symlink_metadata().is_ok() && then.is_none() {
+        fs::rename(&options, free_name(&options, "foreign"))?;
+    }
+    Ok(())
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
@@ -684,6 +700,11 @@ fn newest<B: TrainingBackend>(
             let mut asked = settings.clone();
             if plan.keep_rampup {
                 asked.rampup = checkpoint.state.settings.rampup;
+            }
+            let nimg = checkpoint.state.nimg;
+            if checkpoint::path(dir, nimg) != path {
+                let what = format!("it is of {nimg} images, not of as many as its name says");
+                return Err(CheckpointError::Damaged { path: path.clone(), what }.into());
             }
             let then = &checkpoint.state.settings.data;
             if let (Some(then_print), Some(now_print)) = (then.content, settings.data.content)

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::formats::{free_name, input, write_atomically};
+use crate::system;
 
 /// What an interval of training looked like.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -99,18 +100,18 @@ impl StatsFile {
     /// it, also where that is now.
     pub fn open(path: &Path, nimg: u64) -> io::Result<(Self, Option<PathBuf>)> {
         let mut aside = None;
-        match path.metadata() {
+        match path.symlink_metadata() {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
             Ok(about) if about.is_file() => aside = Self::clean(path, nimg)?,
-            // A folder, a pipe: not ours.
+            // A folder, a pipe, a link to elsewhere: not ours.
             Ok(_) => {
                 let place = free_name(path, "damaged");
                 fs::rename(path, &place)?;
                 aside = Some(place);
             }
         }
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        let file = system::no_follow(OpenOptions::new().create(true).append(true)).open(path)?;
         Ok((Self { path: path.into(), file }, aside))
     }
 
@@ -252,5 +253,5 @@ fn images(x: f64) -> String {
 
 /// Peak memory of this process in MiB, where the system tells.
 pub fn peak_mib() -> Option<f64> {
-    Some(crate::system::peak_memory()? as f64 / f64::from(1 << 20))
+    Some(system::peak_memory()? as f64 / f64::from(1 << 20))
 }

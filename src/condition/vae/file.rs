@@ -30,6 +30,8 @@ pub enum VaeError {
     Damaged { path: PathBuf, what: String },
     #[error("{}: of a training with {what} {then}, now {now}; give the same, or remove it to begin anew", path.display())]
     OtherTraining { path: PathBuf, what: &'static str, then: String, now: String },
+    #[error("all {0} features are the same, so there is nothing to learn: are they of the right output of the tagger?")]
+    Alike(usize),
     #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
     Diverged(usize),
 }
@@ -172,7 +174,7 @@ impl<'a, S: Source> Learning<'a, S> {
         let file = SafeFile::open(path).map_err(|why| damaged(why.to_string()))?;
         let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
         let then: Progress = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
-        let mut now = Self::new(source, how);
+        let mut now = Self::new(source, how)?;
         let other =
             |what, then: String, now: String| Err(VaeError::OtherTraining { path: path.into(), what, then, now });
         if then.how != *how {

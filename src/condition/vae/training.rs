@@ -116,9 +116,12 @@ pub struct Learning<'a, S> {
 impl<'a, S: Source> Learning<'a, S> {
     /// Begins to learn. Features are read once, for their means.
     ///
+    /// # Errors
+    /// [`VaeError::Alike`].
+    ///
     /// # Panics
     /// If there are no rows.
-    pub fn new(source: &'a S, how: &Training) -> Self {
+    pub fn new(source: &'a S, how: &Training) -> Result<Self, VaeError> {
         let (count, width) = (source.count(), source.width());
         assert!(count > 0 && width > 0, "conditions to learn from");
         let vocabulary = source.vocabulary();
@@ -133,9 +136,12 @@ impl<'a, S: Source> Learning<'a, S> {
         let mut vae = Vae::init(header, vocabulary.clone(), how.seed);
         if source.kind() == Kind::Dense {
             (vae.mean, vae.std) = moments(source);
+            if count > 1 && vae.std.iter().all(|&std| std <= LEAST_STD) {
+                return Err(VaeError::Alike(count));
+            }
         }
         let adam = Adam::new(vae.params.len());
-        Self { source, how: how.clone(), vae, adam, passes: 0 }
+        Ok(Self { source, how: how.clone(), vae, adam, passes: 0 })
     }
 
     /// Passes over the rows that are done.
@@ -213,7 +219,7 @@ impl Vae {
         how: &Training,
         mut progress: impl FnMut(usize, Loss),
     ) -> Result<Self, VaeError> {
-        let mut learning = Learning::new(source, how);
+        let mut learning = Learning::new(source, how)?;
         while !learning.is_done() {
             let loss = learning.pass(&mut |_| ())?;
             progress(learning.passes() - 1, loss);
@@ -274,6 +280,9 @@ fn shuffled(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     order
 }
 
+/// Standard deviation of a feature that is always the same.
+const LEAST_STD: f32 = 1e-6;
+
 /// Mean and standard deviation of each feature.
 fn moments(source: &impl Source) -> (Vec<f32>, Vec<f32>) {
     let (width, n) = (source.width(), source.count() as f64);
@@ -286,7 +295,11 @@ fn moments(source: &impl Source) -> (Vec<f32>, Vec<f32>) {
             squares[c] += f64::from(x) * f64::from(x);
         }
     }
-    let std = sum.iter().zip(&squares).map(|(s, q)| ((q - s * s / n) / n).max(1e-12).sqrt() as f32);
+    let std = sum
+        .iter()
+        .zip(&squares)
+        .map(|(s, q)| ((q - s * s / n) / n).max(0.0).sqrt() as f32)
+        .map(|std| std.max(LEAST_STD));
     let std = std.collect();
     (sum.iter().map(|s| (s / n) as f32).collect(), std)
 }

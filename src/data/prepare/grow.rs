@@ -10,14 +10,17 @@ use half::f16;
 
 use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with};
 use super::records::{Record, Records};
-use super::render::{Codec, Conditions, feature};
+use super::render::{Codec, Conditions, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::Settings;
 use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
-use crate::data::shard::{Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint};
+use crate::data::shard::{
+    Drop, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
+};
 use crate::formats::At;
+use crate::formats::fingerprint::Fingerprint;
 
 /// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
 /// gone on with by the same one.
@@ -36,18 +39,30 @@ pub fn add(
     let conditions = Conditions::open(settings)?;
     let mut listing = listed(records, settings, report)?;
     let mut tally = Tally::default();
-    let mut known = HashSet::new();
+    let (mut known, mut refused) = (HashSet::new(), HashMap::new());
+    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
     for (split, _, shard) in there.shards() {
         let notes = Notes::read(&shard.file)?;
         tally.count(split, shard, &notes);
         known.extend(&shard.ids);
-        known.extend(notes.dropped.iter().map(|dropped| dropped.id));
+        refused.extend(refusals(&places, shard, &notes));
     }
-    let before = listing.records.len();
+    // What was dropped is looked at again if its file is another by now.
+    let skipped = places.keys().filter(|id| known.contains(*id)).count();
+    let mut dropped = Drops::default();
+    for (id, (drop, then)) in refused {
+        let again = match (places.get(&id), then) {
+            (Some(&place), Some(then)) => print(&listing.records[place].read()?) != then,
+            _ => false,
+        };
+        if !again && known.insert(id) {
+            dropped.add(drop);
+        }
+    }
     listing.records.retain(|record| !known.contains(&record.id));
-    let skipped = before - listing.records.len();
     conditions.select(&mut listing);
     tally.dropped = std::mem::take(&mut listing.dropped);
+    dropped.0.into_iter().for_each(|(drop, count)| *tally.dropped.0.entry(drop).or_default() += count);
 
     let enlarge = records.enlarge();
     let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, Some(&there))?;
@@ -82,6 +97,22 @@ pub fn add(
         tally.shards.retain(|name, _| out.join(name).exists());
         tally.finish(&listing, settings, skipped, plan.vocabulary, &out.join(SUMMARY_FILE))
     }
+}
+
+/// The records that were dropped from a shard, each with the reason and, if that is known, what its file was; `places` are
+/// those of all records in their listing.
+fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
+    let dropped = notes.dropped.iter().map(|dropped| dropped.id);
+    let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
+    members.sort_unstable_by_key(|id| places.get(id));
+    // The files are noted in the order of the records; of other records nobody knows which is whose.
+    let known = members.len() == notes.pictures.len() && members.iter().all(|id| places.contains_key(id));
+    let files: HashMap<_, _> = members.into_iter().zip(&notes.pictures).filter(|_| known).collect();
+    notes
+        .dropped
+        .iter()
+        .map(|dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file))))
+        .collect()
 }
 
 /// An error if conditions of a new shard would be others than those that are there.

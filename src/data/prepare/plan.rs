@@ -28,6 +28,9 @@ use crate::memory;
 /// Clocks of file systems, and of machines that share them, may be so far apart.
 const SLACK: Duration = Duration::from_secs(2);
 
+/// Pictures of a shard that are compared whatever their dates: another folder's may be older.
+const LOOKED_AT: usize = 4;
+
 /// A shard to be made.
 pub(super) struct Job<'a> {
     pub split: Split,
@@ -143,7 +146,8 @@ impl<'a> Plan<'a> {
             let added = file.as_ref().is_ok_and(|file| Notes::settings(file).is_some());
             return Err(if added { PrepareError::Added { path } } else { PrepareError::Stray { path } });
         }
-        let contents = Contents::read(&out.join(SUMMARY_FILE));
+        let any = files.iter().any(Option::is_some);
+        let contents = if any { Contents::read(&out.join(SUMMARY_FILE))? } else { Contents::default() };
         let own = |at: usize| at % part.of == part.number;
         let total = files.iter().enumerate().filter(|(at, file)| own(*at) && file.is_some()).count() as u64;
         let mut done = 0;
@@ -306,17 +310,20 @@ pub(super) fn check_some_settings(
     Ok(())
 }
 
-/// An error if a shard was made of other pictures. Those whose files are newer than the shard are read again: dates are
-/// a reason to look, as they change with copying, and contents decide.
+/// An error if a shard was made of other pictures. Those whose files are newer than the shard are read again, and
+/// [`LOOKED_AT`] others: dates are a reason to look, as they change with copying, and contents decide.
 fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let (path, begun) = (file.path(), SystemTime::now());
     let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
     let newer = |(record, _): &(&&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
-    let suspects: Vec<_> = job.members.iter().zip(&notes.pictures).filter(newer).collect();
+    let pairs = || job.members.iter().zip(&notes.pictures);
+    let suspects: Vec<_> = pairs().filter(newer).collect();
+    let others = pairs().step_by(job.members.len().div_ceil(LOOKED_AT).max(1));
+    let looked_at: Vec<_> = suspects.iter().copied().chain(others).collect();
     let replaced = |(record, then): &(&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
         Ok((print(&record.read()?) != **then).then(|| record.file.clone()))
     };
-    let found: Result<Vec<_>, _> = suspects.par_iter().map(replaced).collect();
+    let found: Result<Vec<_>, _> = looked_at.par_iter().map(replaced).collect();
     match found?.into_iter().flatten().next() {
         Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file }),
         None if suspects.is_empty() => Ok(()),
