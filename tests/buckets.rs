@@ -294,7 +294,7 @@ fn pictures_are_added_and_retagged_at_their_sizes() {
     let said = place.prepare("data", "--add");
     let data = place.open("data", Split::Train);
     assert_eq!(data.len(), before + 3);
-    assert_eq!(place.open("data", Split::Validation).find(5005).is_some(), true);
+    assert!(place.open("data", Split::Validation).find(5005).is_some());
     for (id, shape) in [(5002, [16, 8, 3]), (5003, [8, 8, 3]), (5004, [8, 16, 3])] {
         assert_eq!(data.shape_of(data.find(id).unwrap()), shape);
     }
@@ -594,5 +594,6 @@ fn the_emulator_trains_on_several_sizes() {
     train("emulated", "emulated");
     let far = distance(&newest(&place.path("cpu")), &newest(&place.path("emulated")));
     println!("{far:.1e}");
-    assert!(far < 5e-2, "{far}");
+    // 6e-4 by rounding; with the pictures of one size cropped to the other, 2.
+    assert!(far < 5e-3, "{far}");
 }
