@@ -188,8 +188,11 @@ fn pictures_are_stored_at_their_sizes_and_counted() {
         }
         let buckets: HashMap<_, _> = data.buckets().into_iter().collect();
         assert_eq!(buckets, counted, "{split}");
-        let most = counted.iter().max_by_key(|(_, count)| **count).unwrap().0;
-        assert_eq!(data.shape(), [most[0], most[1], 3], "{split}");
+        // Of sizes that are alike the first.
+        let count =
+            |[width, height]: &[u32; 2]| counted.get(&[*height as usize, *width as usize]).copied().unwrap_or(0);
+        let [width, height] = SIZES.iter().rev().max_by_key(|size| count(size)).unwrap();
+        assert_eq!(data.shape(), [*height as usize, *width as usize, 3], "{split}");
     }
     let train = place.open("data", Split::Train);
     assert_eq!(train.buckets().iter().map(|of| of.1).sum::<usize>(), 49);
@@ -291,7 +294,7 @@ fn pictures_are_added_and_retagged_at_their_sizes() {
     let said = place.prepare("data", "--add");
     let data = place.open("data", Split::Train);
     assert_eq!(data.len(), before + 3);
-    assert_eq!(place.open("data", Split::Validation).find(5005).is_some(), true);
+    assert!(place.open("data", Split::Validation).find(5005).is_some());
     for (id, shape) in [(5002, [16, 8, 3]), (5003, [8, 8, 3]), (5004, [8, 16, 3])] {
         assert_eq!(data.shape_of(data.find(id).unwrap()), shape);
     }
@@ -393,10 +396,11 @@ fn an_image_follows_from_its_number_alone() {
     }
     for (ranks, most) in [(1, 1), (1, 2), (1, 4), (2, 4), (3, 7), (1, 40)] {
         let mut all = Vec::new();
+        // Whatever was asked for before.
+        let mut order = Order::new(&data, &s);
         for step in [3, 2, 90, 0] {
             for rank in 0..ranks {
                 let own = edm2k::collective::share(40, rank, ranks);
-                let mut order = Order::new(&data, &s);
                 let batches = order.micro_batches(step * 40 + own.start..step * 40 + own.end, most);
                 for batch in &batches {
                     assert!(!batch.is_empty() && batch.len() as u64 <= most);
@@ -590,5 +594,6 @@ fn the_emulator_trains_on_several_sizes() {
     train("emulated", "emulated");
     let far = distance(&newest(&place.path("cpu")), &newest(&place.path("emulated")));
     println!("{far:.1e}");
-    assert!(far < 5e-2, "{far}");
+    // 6e-4 by rounding; with the pictures of one size cropped to the other, 2.
+    assert!(far < 5e-3, "{far}");
 }

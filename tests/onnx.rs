@@ -774,6 +774,44 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     }
 }
 
+/// Each image of a dataset of several sizes is looked at as it is, and what a model makes is of the size of the image whose
+/// condition it has.
+#[test]
+fn fid_of_several_sizes_is_of_pictures_of_these_sizes() {
+    let bench = Bench::new();
+    fs::write(bench.path("colour.onnx"), mean_colour()).unwrap();
+    for dir in ["photos", "all"] {
+        fs::create_dir(bench.path(dir)).unwrap();
+    }
+    let mut lines = String::new();
+    let sizes = [[32, 32], [48, 32], [32, 32], [32, 48], [48, 32]];
+    for (id, [width, height]) in (2..).zip(sizes) {
+        let photo = resize(&picture(32, 20 + id), [height, width]);
+        photo.save(&bench.path(&format!("photos/{id}.png")), &[]).unwrap();
+        lines += &format!("{}\n", json!({"id": id, "file": format!("{id}.png"), "tags": [format!("t{id}")]}));
+    }
+    fs::write(bench.path("lines.jsonl"), lines).unwrap();
+    bench.says("prepare --images photos --metadata lines.jsonl --out data --sizes 32x32,48x32,32x48");
+    let fid = |options: &str| {
+        let line = format!("fid --network colour.onnx --data data --split train --json {options}");
+        let found: Value = serde_json::from_str(&bench.says(&line).0).unwrap();
+        found["frechet_distance"].as_f64().unwrap()
+    };
+    assert!(fid("--generated photos").abs() < 1e-3);
+
+    bench.model("model", 5, 32, Conditioning::Tags);
+    let options = "--steps 3 --solver euler --guidance 2 --device cpu";
+    for number in 0..7 {
+        let (id, [width, height]) = (2 + number % 5, sizes[number % 5]);
+        let row = format!("--row data:{id} --seeds {number} --size {width}x{height} --outdir made-{number}");
+        bench.says(&format!("sample --model model --precision f32 {options} {row}"));
+        let made = bench.path(&format!("made-{number}/{number:06}.png"));
+        fs::copy(made, bench.path(&format!("all/{number}.png"))).unwrap();
+    }
+    let (found, expected) = (fid(&format!("--model model --count 7 --batch 2 {options}")), fid("--generated all"));
+    assert!((found - expected).abs() < 1e-3 * expected, "{found}, expected {expected}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 

@@ -491,8 +491,8 @@ fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyh
     }))?)
 }
 
-/// Memory, launches and traffic of a micro-batch on a GPU (of several sizes, of the one that needs most memory), by the plan that a card of 128 multiprocessors (a
-/// GeForce RTX 4090) would get; none is needed for it.
+/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
+/// GeForce RTX 4090) would get; none is needed for it. Of several sizes of images it is the one that needs most memory.
 fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
     let card = Card { sms: 128, capability: 89 };
     let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;

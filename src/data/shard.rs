@@ -83,7 +83,8 @@ impl Kind {
 pub struct Header {
     /// Pixels or latents.
     pub kind: Kind,
-    /// Height of the images or latents; in a shard of several sizes the first one's, in an open dataset the most frequent one's.
+    /// Height of the images or latents; of several sizes in a shard the first one's, in an open dataset the most frequent
+    /// one's.
     pub height: usize,
     /// Width of the images or latents, likewise.
     pub width: usize,
@@ -384,8 +385,8 @@ impl Shard {
 
         let sums = Checksums::read(&file)?;
         if let Some(sums) = &sums {
-            let others = file.names().filter(|name| pixels.iter().all(|(pixels, _)| pixels != name));
-            others.collect::<Vec<_>>().into_iter().try_for_each(|name| sums.check(&file, name))?;
+            let small = |name: &&str| pixels.iter().all(|(pixels, _)| pixels != name);
+            file.names().filter(small).try_for_each(|name| sums.check(&file, name))?;
         }
         let content = sums.map(|sums| sums.content());
 

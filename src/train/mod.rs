@@ -1,7 +1,7 @@
 //! Training as in EDM2: loss with learned uncertainty, Adam, forced weight normalisation, power-function
 //! moving averages; statistics, validation, snapshots and checkpoints on intervals.
 //!
-//! A step over images t .. t + batch of the run: micro-batches ([`batch`]) go forward and backward, their
+//! A step over images t .. t + batch of the run ([`order`]): micro-batches ([`batch`]) go forward and backward, their
 //! gradients add up, then one pass over the parameters ([`TrainingBackend::optimizer_step`]) with the learning rate at
 //! t and the moving averages at t + batch. What a step does depends on the parameters, the moments and t
 //! alone, all of which a checkpoint holds to the bit; so a run that was stopped ends where one that was not

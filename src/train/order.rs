@@ -20,7 +20,8 @@
 //!
 //! **Micro-batches.** What a rank has of a step is sorted by bucket and cut into micro-batches of one bucket each: the sum
 //! of a step's gradients does not depend on the order of its images, up to rounding. Finding the place of the first number
-//! after a restart walks through all groups before it, some 20 million a second.
+//! after a restart walks through all groups before it: with ten sizes some 8 million a second on one core, which is more
+//! than a hundred million images where G is 16.
 
 use std::ops::Range;
 

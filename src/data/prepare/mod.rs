@@ -2,10 +2,11 @@
 //!
 //! 1. read: the [`Records`] of a [`Folder`] or of [`Danbooru`], or of another source;
 //! 2. plan: they are ordered and cut into shards, before anything is decoded, and compared with what is there;
-//! 3. render: each picture is decoded, cropped and resized ([`pictures`](crate::pictures)), of several sizes to the one that
-//!    crops it least ([`choose`](crate::pictures::fit::choose)); one that would lose more than the given share of its area by cropping is dropped. Then a codec may make latents of it. The condition is
-//!    its tags, or a feature divided by its norm: that in a file ([`features`](super::features)), or what a tagger
-//!    makes of the picture before it is cropped and resized;
+//! 3. render: each picture is decoded, cropped and resized ([`pictures`](crate::pictures)), of several sizes to the one
+//!    that crops it least ([`choose`](crate::pictures::fit::choose)); one that would lose more than the given share of its
+//!    area by that is dropped. Then a codec may make latents of it. The condition is its tags, or a feature divided by
+//!    its norm: that in a file ([`features`](super::features)), or what a tagger makes of the picture before it is
+//!    cropped and resized;
 //! 4. write: the shards ([`shard`](super::shard)), one after the other, and `summary.json` ([`Summary`]).
 //!
 //! Splits follow from the id alone: `id % M == 0` is validation, `== 1` test. So they stay
