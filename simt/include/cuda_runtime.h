@@ -70,7 +70,7 @@ namespace simt {
 cudaError_t allocate(void** p, size_t bytes);
 cudaError_t allocate_host(void** p, size_t bytes);
 cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, const void* from, size_t bytes);
-cudaError_t allow_dynamic(int attribute, int value);
+cudaError_t set_attribute(const void* kernel, int attribute, int value);
 }  // namespace simt
 
 template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) { return simt::allocate(reinterpret_cast<void**>(p), bytes); }
@@ -101,7 +101,9 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }
-template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute attribute, int value) { return simt::allow_dynamic(attribute, value); }
+template <class F> cudaError_t cudaFuncSetAttribute(F kernel, cudaFuncAttribute attribute, int value) {
+    return simt::set_attribute((const void*)kernel, attribute, value);
+}
 template <class F> cudaError_t cudaFuncSetCacheConfig(F, cudaFuncCache) { return cudaSuccess; }
 template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int threads, size_t) {
     return *blocks = threads > 0 && threads <= 1024 ? 1536 / threads : 0, cudaSuccess;

@@ -151,12 +151,12 @@ SIMT_MINMAX_SIGNS(long long)
 #undef SIMT_MINMAX
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
-inline double min(double a, double b) { return simt_fmin(a, b); }
-inline double max(double a, double b) { return simt_fmax(a, b); }
-inline double min(float a, double b) { return simt_fmin(double(a), b); }
-inline double max(float a, double b) { return simt_fmax(double(a), b); }
-inline double min(double a, float b) { return simt_fmin(a, double(b)); }
-inline double max(double a, float b) { return simt_fmax(a, double(b)); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
+inline double min(float a, double b) { return fmin(double(a), b); }
+inline double max(float a, double b) { return fmax(double(a), b); }
+inline double min(double a, float b) { return fmin(a, double(b)); }
+inline double max(double a, float b) { return fmax(a, double(b)); }
 inline unsigned umin(unsigned a, unsigned b) { return min(a, b); }
 inline unsigned umax(unsigned a, unsigned b) { return max(a, b); }
 

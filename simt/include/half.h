@@ -1,10 +1,10 @@
 // __half and __nv_bfloat16 for the host compiler, under the names of cuda_fp16.h and
 // cuda_bf16.h and with their bits.
 //
-// Conversions to 16 bits round to nearest even; every NaN becomes 0x7fff, as in cvt.rn.
+// Conversions to 16 bits round to nearest even; every NaN becomes 0x7fff, as in cvt.rn, but for poison.
 // Arithmetic is done in f32 and rounded once: for + - * that is correctly rounded, since
 // f32 carries more than twice the bits (24 >= 2 * 11 + 2); fma needs round-to-odd first.
-// tests/emulator.rs proves the conversions over all 65,536 and all 2^32 inputs.
+// tests/emulator.rs proves the conversions over all 65,536 halves, and over all floats that rounding can tell apart.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,8 +20,11 @@ inline To bit_cast(const From& from) {
     return to;
 }
 
-// Poison remains poison.
+// Memory that nobody has written holds NaNs with all the upper bits set, which no computation makes. They remain such.
+inline bool is_poison(float x) { return bit_cast<uint32_t>(x) >= 0xffff0000u; }
+inline bool is_poison(double x) { return bit_cast<uint64_t>(x) >= 0xffff000000000000u; }
 inline float half_nan(uint16_t h) { return bit_cast<float>(h == 0xffff ? 0xffffffffu : 0x7fffffffu); }
+inline uint16_t nan_to_16_bits(float f) { return is_poison(f) ? 0xffff : 0x7fff; }
 
 // In integers, for processors without F16C.
 inline float half_to_float_portable(uint16_t h) {
@@ -35,7 +38,7 @@ inline float half_to_float_portable(uint16_t h) {
 }
 
 inline uint16_t float_to_half_portable(float f) {
-    if (f != f) return 0x7fff;
+    if (f != f) return nan_to_16_bits(f);
     uint32_t x = bit_cast<uint32_t>(f), sign = x >> 16 & 0x8000;
     x &= 0x7fffffff;
     if (x >= 0x47800000) return sign | 0x7c00;  // 65536 and more
@@ -52,7 +55,7 @@ inline float half_to_float(uint16_t h) {
     return (h & 0x7fff) > 0x7c00 ? half_nan(h) : __builtin_ia32_vcvtph2ps(short8{short(h)})[0];
 }
 inline uint16_t float_to_half(float f) {
-    return f != f ? 0x7fff : uint16_t(__builtin_ia32_vcvtps2ph(float4_{f}, 0 /* to nearest even */)[0]);
+    return f != f ? nan_to_16_bits(f) : uint16_t(__builtin_ia32_vcvtps2ph(float4_{f}, 0 /* to nearest even */)[0]);
 }
 #else
 inline float half_to_float(uint16_t h) { return half_to_float_portable(h); }
@@ -62,7 +65,7 @@ inline uint16_t float_to_half(float f) { return float_to_half_portable(f); }
 inline float bfloat16_to_float(uint16_t b) { return bit_cast<float>(uint32_t(b) << 16); }
 
 inline uint16_t float_to_bfloat16(float f) {
-    if (f != f) return 0x7fff;
+    if (f != f) return nan_to_16_bits(f);
     uint32_t x = bit_cast<uint32_t>(f);
     return (x + 0x7fff + (x >> 16 & 1)) >> 16;
 }

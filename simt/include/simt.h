@@ -5,6 +5,14 @@
 // barrier or a warp collective; there a thread deposits pointers to its own variables and lets
 // another run, and the last to arrive computes for all.
 #pragma once
+// Before math.h: a maximum must not hide a read of unwritten memory. Whoever calls one of these by whatever name calls what
+// simt.cpp has under the name behind asm.
+extern "C" {
+float fmaxf(float, float) noexcept asm("simt_fmaxf");
+float fminf(float, float) noexcept asm("simt_fminf");
+double fmax(double, double) noexcept asm("simt_fmax");
+double fmin(double, double) noexcept asm("simt_fmin");
+}
 #include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
 #include <stdlib.h>
 
@@ -53,29 +61,6 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-
-// Memory that nobody has written holds NaNs with all the upper bits set, which no computation makes. fmaxf and fminf prefer a
-// number to a NaN, but not to these: a maximum must not hide a read of unwritten memory.
-namespace simt {
-inline bool is_poison(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits >= 0xffff0000u; }
-inline bool is_poison(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits >= 0xffff000000000000u; }
-}  // namespace simt
-#define SIMT_KEEPS_POISON(name, T)                                         \
-    inline T simt_##name(T a, T b) {                                       \
-        if (__builtin_expect(__builtin_isunordered(a, b), 0)) {            \
-            if (simt::is_poison(a)) return a;                              \
-            if (simt::is_poison(b)) return b;                              \
-        }                                                                  \
-        return name(a, b);                                                 \
-    }                                                                      \
-    namespace std { using ::simt_##name; }
-SIMT_KEEPS_POISON(fmaxf, float)
-SIMT_KEEPS_POISON(fminf, float)
-SIMT_KEEPS_POISON(fmax, double)
-SIMT_KEEPS_POISON(fmin, double)
-#undef SIMT_KEEPS_POISON
-#define fmaxf(a, b) simt_fmaxf(a, b)
-#define fminf(a, b) simt_fminf(a, b)
 
 #include "half.h"
 
@@ -150,6 +135,7 @@ int lane();
 // Addresses in shared memory as PTX has them, in 32 bits.
 uint32_t shared_offset(const void* p);
 void* shared_pointer(uint32_t offset);
+void* dynamic_shared();
 bool is_shared_address(const void* p);
 
 // Hopper (hopper.cpp); ../hopper.cuh explains what each computes. Addresses are in shared memory.

@@ -42,6 +42,7 @@ struct Launch {
     const Kernel* kernel;
     dim3 grid, block;
     unsigned smem;
+    size_t shared_most;  // static and dynamic together
     uint64_t blocks;
     Order order;
     uint64_t seed;
@@ -202,7 +203,8 @@ std::string source_lines(uintptr_t pc);  // of an instruction and the calls it w
 
 // The runtime API (runtime.cpp): what a launch of the host's said; 0, 1 refused, 2 fault.
 void launched(int code);
-extern size_t dynamic_allowed;
+// By its address; whether it may have so much.
+bool allow_dynamic(const void* kernel, size_t bytes);
 
 // A function or an object of this library, from its symbol table.
 struct Symbol {

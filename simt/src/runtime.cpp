@@ -45,11 +45,9 @@ cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, cons
     return sticky;
 }
 
-cudaError_t allow_dynamic(int attribute, int value) {
+cudaError_t set_attribute(const void* kernel, int attribute, int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || size_t(value) > kSharedMax) return note(cudaErrorInvalidValue);
-    dynamic_allowed = std::max(dynamic_allowed, size_t(value));
-    return cudaSuccess;
+    return value < 0 || !allow_dynamic(kernel, size_t(value)) ? note(cudaErrorInvalidValue) : cudaSuccess;
 }
 
 // A range that is not wholly inside one allocation of the device, if it begins in one.

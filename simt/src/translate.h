@@ -3,6 +3,7 @@
 //   kernel<<<grid, block>>>(a, b)       simt::launch("kernel", simt::Config(grid, block), [=](auto... p) { kernel(p...); }, a, b)
 //   asm("cp.async...", ...)             the emulator's twins of PTX instructions
 //   extern __shared__ float s[];        extern __shared__ float s[] asm("smem");
+//                                       in a template: a reference to the block's dynamic shared memory
 //
 // Lines stay where they are, and headers of the system and of simt as they are.
 #pragma once
@@ -302,6 +303,38 @@ public:
 
 // ---- sources ------------------------------------------------------------------------------------------
 
+// Whether what opens a brace behind `text` is a template and no full specialisation.
+inline bool heads_template(const string& text) {
+    const size_t before = text.find_last_of(";{}");
+    const string head = text.substr(before == text.npos ? 0 : before + 1);
+    for (size_t at = 0; (at = head.find("template", at)) != head.npos; at += 8) {
+        const size_t open = head.find_first_not_of(" \t\n", at + 8);
+        if ((at && is_word(head[at - 1])) || open == head.npos || head[open] != '<') continue;
+        if (head[head.find_first_not_of(" \t\n", open + 1)] != '>') return true;
+    }
+    return false;
+}
+
+// Of "extern ... thread_local float s[]": "typedef float simt_of_s[]; simt_of_s& s = ...".
+inline string dynamic_reference(const string& declaration) {
+    string type;  // without `extern`, `thread_local` and attributes: what is left is type, name and bounds
+    for (size_t i = 0; i < declaration.size();) {
+        size_t end = i;
+        while (end < declaration.size() && is_word(declaration[end])) end++;
+        const string word = declaration.substr(i, end - i);
+        if (word == "__attribute__" || word == "alignas") i = skip_brackets(declaration, declaration.find('(', i));
+        else if (word == "extern" || word == "thread_local") i = end;
+        else if (end > i) type += word, i = end;
+        else type += declaration[i] == '\n' ? ' ' : declaration[i], i++;
+    }
+    const size_t bounds = type.find('['), last = type.find_last_not_of(" \t", bounds - 1), first = type.find_last_of(" \t*&", last) + 1;
+    if (bounds == type.npos) return declaration;
+    const string name = type.substr(first, last + 1 - first);
+    const string newlines = string(size_t(std::count(declaration.begin(), declaration.end(), '\n')), '\n');
+    return "typedef " + trim(type.substr(0, first)) + " simt_of_" + name + trim(type.substr(bounds)) + "; simt_of_" + name + "& " + name +
+           " = *(simt_of_" + name + "*)simt::dynamic_shared()" + newlines;
+}
+
 // `skipped(file)`: whether a header stays as it is.
 inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
     Result r;
@@ -309,6 +342,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
     string file;
     int line = 0;
     bool skip = false;
+    std::vector<bool> templates;  // of each open brace, whether it opens a template's body
     auto lines_of = [](const string& text) { return string(size_t(std::count(text.begin(), text.end(), '\n')), '\n'); };
     auto one_line = [](string text) {
         for (char& c : text)
@@ -379,6 +413,8 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 continue;
             }
         }
+        if (s[i] == '{') templates.push_back(heads_template(out));
+        if (s[i] == '}' && !templates.empty()) templates.pop_back();
         if (!is_word(s[i])) {
             out += s[i++];
             continue;
@@ -399,7 +435,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 const size_t close = skip_brackets(s, at);
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
-                if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line + 1) + ": inline PTX that the emulator does not know: " + unknown);
+                if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;
@@ -412,7 +448,9 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
             const string declaration = s.substr(i, stop - i);
             if (declaration.find("thread_local") != declaration.npos && declaration.find_first_of("{\"") == declaration.find("\"global-dynamic")) {
                 line += int(lines_of(declaration).size());
-                out += declaration + " asm(\"smem\")";
+                // Of a template's local declarations the compiler forgets the name behind asm.
+                const bool in_template = std::find(templates.begin(), templates.end(), true) != templates.end();
+                out += in_template ? dynamic_reference(declaration) : declaration + " asm(\"smem\")";
                 i = stop;
                 continue;
             }
