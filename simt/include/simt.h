@@ -5,6 +5,11 @@
 // barrier or a warp collective; there a thread deposits pointers to its own variables and lets
 // another run, and the last to arrive computes for all.
 #pragma once
+#include <cstddef>
+// std::cyl_bessel_i and the like are two thirds of math.h. simt-check asks for them where a file names one.
+#ifndef SIMT_SPECIAL_FUNCTIONS
+#undef _GLIBCXX_USE_STD_SPEC_FUNCS
+#endif
 // Before math.h: a maximum must not hide a read of unwritten memory. Whoever calls one of these by whatever name calls what
 // simt.cpp has under the name behind asm.
 extern "C" {
@@ -16,7 +21,6 @@ double fmin(double, double) noexcept asm("simt_fmin");
 #include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
 #include <stdlib.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>

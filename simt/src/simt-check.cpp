@@ -153,7 +153,7 @@ static vector<fs::path> in_parallel(const vector<std::function<fs::path()>>& wor
 
 // Where simt is: the directory above the one that holds this program, or $SIMT_HOME.
 static fs::path home() {
-    if (const char* set = getenv("SIMT_HOME")) return set;
+    if (const char* set = getenv("SIMT_HOME")) return fs::weakly_canonical(set);  // as the preprocessor will name its headers
     for (fs::path p = fs::read_symlink("/proc/self/exe").parent_path(); p.has_relative_path(); p = p.parent_path())
         for (const fs::path& candidate : {p, p / "share/simt"})
             if (fs::exists(candidate / "include/simt.h")) return candidate;
@@ -197,40 +197,52 @@ struct Compiler {
         return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
     }
 
-    fs::path kernels(const string& source, bool checked) {
-        const string name = fs::path(source).filename().string() + (checked ? ".checked" : "");
-        const string place = std::to_string(std::hash<string>()(source));  // two files may have one name
-        const fs::path input = directory / (name + "." + place + ".ii"), expanded = input.string() + "." + std::to_string(getpid()) + ".ii";
+    translate::Result translated(const string& source, const fs::path& made, const string& flag) {
+        const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         vector<string> c = {cxx, "-E", "-x", "c++", "-include", (simt / "include/simt.h").string(), "-I" + (simt / "include").string()};
-        const vector<string> f = flags(checked);
+        const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), options.flags.begin(), options.flags.end());
+        if (!flag.empty()) c.push_back(flag);
         c.insert(c.end(), {source, "-o", expanded.string()});
         command(c);
-        const string own = (simt / "include").string();
-        const translate::Result result = translate::source(read_file(expanded), [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+        const string text = read_file(expanded), own = (simt / "include").string();
         fs::remove(expanded);
-        if (!checked || options.builds.size() == 1)
-            for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
-        std::ofstream(input, std::ios::binary) << result.text;
-        vector<string> words = f;
+        return translate::source(text, [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+    }
+
+    // Of the user's source: what the compiler reads, the same in both builds.
+    fs::path translated(const string& source) {
+        // Two files may have one name.
+        const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
+        translate::Result result = translated(source, made, {});
+        if (result.special_functions) result = translated(source, made, "-DSIMT_SPECIAL_FUNCTIONS");
+        for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
+        std::ofstream(made, std::ios::binary) << result.text;
+        return made;
+    }
+
+    fs::path kernels(const fs::path& source, bool checked) {
+        vector<string> words = flags(checked);
         if (checked) words.insert(words.end(), kCheckedKernel.begin(), kCheckedKernel.end());
         for (const string& flag : options.flags)
             if (flag[1] != 'I' && flag[1] != 'D') words.push_back(flag);
         words.insert(words.end(), {"-x", "c++-cpp-output"});
-        return object(name, result.text, words, input);
+        return object(source.stem().stem().string() + (checked ? ".checked" : ""), read_file(source), words, source);
     }
 
     // The builds' libraries. Into `to`, if it is given, goes that of the only build.
     vector<fs::path> libraries(const fs::path& to = {}) {
-        vector<std::function<fs::path()>> objects, links;
+        vector<std::function<fs::path()>> translations, objects, links;
+        for (const string& source : options.sources) translations.push_back([=] { return translated(source); });
+        const vector<fs::path> sources = in_parallel(translations);
         // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
         for (const string& build : options.builds) {
             const bool checked = build == "checked";
             for (const auto& e : fs::directory_iterator(simt / "src"))
                 if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check")
                     objects.push_back([=, source = e.path()] { return runtime(source, checked); });
-            for (const string& source : options.sources) objects.push_back([=] { return kernels(source, checked); });
+            for (const fs::path& source : sources) objects.push_back([=] { return kernels(source, checked); });
         }
         const vector<fs::path> all = in_parallel(objects);
         const size_t each = all.size() / options.builds.size();

@@ -9,6 +9,7 @@
 #pragma once
 #include <algorithm>
 #include <cctype>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <string>
@@ -21,6 +22,7 @@ using std::string;
 struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
+    bool special_functions = false;  // whether it may call some of C++17's
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -303,6 +305,13 @@ public:
 
 // ---- sources ------------------------------------------------------------------------------------------
 
+// "cyl_bessel_i", "cyl_bessel_if", ...
+inline bool is_special_function(const string& word) {
+    static const char* const beginnings[] = {"assoc_l", "beta", "comp_ellint_", "cyl_bessel_", "cyl_neumann", "ellint_", "expint", "hermite",
+        "laguerre", "legendre", "riemann_zeta", "sph_"};
+    return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
+}
+
 // Whether what opens a brace behind `text` is a template and no full specialisation.
 inline bool heads_template(const string& text) {
     const size_t before = text.find_last_of(";{}");
@@ -422,6 +431,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         size_t end = i;
         while (end < s.size() && is_word(s[end])) end++;
         const string word = s.substr(i, end - i);
+        if (!skip) r.special_functions |= is_special_function(word);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
