@@ -263,7 +263,7 @@ fn simt_check_runs_other_peoples_kernels_unchanged() {
     let here = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
     let tool = here.join("simt-check");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let words = ["-std=c++17", "-O0", "simt/src/simt-check.cpp", "-pthread", "-ldl", "-o"];
+    let words = ["-std=c++17", "-O1", "simt/src/simt-check.cpp", "-pthread", "-ldl", "-o"];
     let made = std::process::Command::new(compiler).args(words).arg(&tool).status().unwrap();
     let simt = std::path::absolute("simt").unwrap();
     let mut run = std::process::Command::new("simt/tests/run");

@@ -36,7 +36,8 @@ double fmin(double, double) noexcept asm("simt_fmin");
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
+// By this mark the source step knows them. Nothing else says it, and it changes nothing.
+#define __constant__ __attribute__((aligned(sizeof(char))))
 #define __managed__
 // Each access asks __tls_get_addr where the variable is; that is a function of ours, simt.cpp.
 #define __shared__ __attribute__((tls_model("global-dynamic"))) thread_local
@@ -48,19 +49,27 @@ double fmin(double, double) noexcept asm("simt_fmin");
 // ---- vector types ---------------------------------------------------------------------------
 
 #define SIMT_VECTORS(T, name, align2, align4)                                                 \
+    struct name##1 { T x; };                                                                  \
     struct alignas(align2) name##2 { T x, y; };                                               \
     struct name##3 { T x, y, z; };                                                            \
     struct alignas(align4) name##4 { T x, y, z, w; };                                         \
+    inline name##1 make_##name##1(T x) { return {x}; }                                        \
     inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                \
     inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                        \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(float, float, 8, 16)
+SIMT_VECTORS(double, double, 16, 16)
+SIMT_VECTORS(signed char, char, 2, 4)
+SIMT_VECTORS(unsigned char, uchar, 2, 4)
+SIMT_VECTORS(short, short, 4, 8)
+SIMT_VECTORS(unsigned short, ushort, 4, 8)
 SIMT_VECTORS(int, int, 8, 16)
 SIMT_VECTORS(unsigned, uint, 8, 16)
-SIMT_VECTORS(unsigned short, ushort, 4, 8)
-SIMT_VECTORS(unsigned char, uchar, 2, 4)
+SIMT_VECTORS(long, long, 16, 16)
+SIMT_VECTORS(unsigned long, ulong, 16, 16)
+SIMT_VECTORS(long long, longlong, 16, 16)
+SIMT_VECTORS(unsigned long long, ulonglong, 16, 16)
 #undef SIMT_VECTORS
-struct alignas(16) double2 { double x, y; };
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -129,6 +138,10 @@ float warp_reduce(float value, bool maximum, Where at);
 enum class Shuffle { index, up, down, lane_xor };
 void shuffle(Shuffle kind, uint32_t mask, void* value, size_t size, int operand, int width, Where at);
 uint32_t ballot(uint32_t mask, bool predicate, Where at);
+// The lanes that have this lane's bits; those of the mask if all have, else none.
+uint32_t match(uint32_t mask, uint64_t bits, bool all, Where at);
+// The lanes of the warp that come to this line before the others of the warp wait or leave.
+uint32_t converged(Where at);
 
 // `apply` changes the word by the operand; `before` receives what was there.
 void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void* word, const void* operand), Where at);
@@ -140,7 +153,10 @@ int lane();
 uint32_t shared_offset(const void* p);
 void* shared_pointer(uint32_t offset);
 void* dynamic_shared();
-bool is_shared_address(const void* p);
+enum class Space { none, global, shared, constant, local };
+Space space_of(const void* p);
+// A __constant__ variable, which kernels may not write.
+bool add_constant(const void* variable, size_t bytes);
 
 // Hopper (hopper.cpp); ../hopper.cuh explains what each computes. Addresses are in shared memory.
 void mbarrier_init(uintptr_t barrier, uint32_t arrivals, Where at);
@@ -148,6 +164,7 @@ void mbarrier_init_fence(Where at);
 void mbarrier_arrive(uintptr_t barrier, uint32_t bytes, Where at);
 void mbarrier_wait(uintptr_t barrier, uint32_t parity, Where at);
 void named_barrier(int id, int threads, Where at);
+void named_arrive(int id, int threads, Where at);
 bool use_named_barriers();  // simt-check calls it where a file has any, before main
 void async_fence(Where at);
 struct Box {  // where a bulk copy begins: x, y, or c, w, h, n with offsets

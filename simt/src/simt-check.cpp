@@ -345,14 +345,48 @@ static void write_junit(const Options& o, const vector<Run>& runs) {
     f << "</testsuite>\n";
 }
 
+// The kinds of findings, by what is in their texts; the first that fits.
+struct Rule {
+    const char *id, *description;
+    vector<const char*> texts;
+};
+static const vector<Rule> kRules = {
+    {"unknown-ptx", "Inline PTX that the emulator does not know", {"inline PTX"}},
+    {"missing-fence", "Shared memory that wgmma or a bulk copy meets without a proxy fence", {"missing proxy fence"}},
+    {"asynchronous-copy", "A copy or product in flight that nobody has waited for", {"is still writing", "in flight", "while wgmma", "no wgmma_wait", "no mbarrier_wait"}},
+    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: "}},
+    {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
+    {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
+    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch"}},
+    {"misaligned", "An address that is not a multiple of what the access needs", {"misaligned", "not aligned", "not a multiple of"}},
+    {"constant", "A write to a __constant__ variable", {"of the __constant__ variable"}},
+    {"out-of-bounds", "An access beyond an array, an allocation or a device's memory", {"out of bounds", "out of the array's bounds", "illegal access", "not in shared memory"}},
+    {"warp-mask", "A warp-wide operation with a mask that does not fit the lanes", {"shuffle: lane", "in its mask"}},
+    {"stack-overflow", "More local memory than a thread has", {"stack overflow"}},
+    {"arithmetic", "A division by zero, a shift or a conversion that is not defined", {"integer division by zero", "shift by", "conversion out of range"}},
+    {"assertion", "An assertion or a trap of the kernel", {"assertion failed", "__trap()"}},
+    {"hopper", "A wrong use of mbarriers, bulk copies, wgmma or named barriers", {"mbarrier", "wgmma", "bulk", "named_", "tensor map"}},
+    {"other", "Another error in a kernel", {""}},
+};
+
+static const Rule& rule_of(const string& finding) {
+    for (const Rule& r : kRules)
+        for (const char* text : r.texts)
+            if (finding.find(text) != finding.npos) return r;
+    return kRules.back();
+}
+
 // "kernel k, block (0,0,0), thread (1,0,0), file.cu:12, called at ...: what"
 static void write_sarif(const Options& o, const std::set<string>& findings) {
     std::ofstream f(o.sarif);
-    f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check"}}, "results": [)";
+    f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check", "rules": [)";
+    for (const Rule& r : kRules)
+        f << (&r == &kRules[0] ? "" : ",") << "\n{\"id\": \"" << r.id << "\", \"shortDescription\": {\"text\": \"" << r.description << "\"}}";
+    f << "\n]}}, \"results\": [";
     bool first = true;
     for (const string& finding : findings) {
         const size_t place = finding.find("), ", finding.find("thread (")), colon = finding.find(':', place);
-        f << (first ? "" : ",") << "\n{\"ruleId\": \"kernel\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
+        f << (first ? "" : ",") << "\n{\"ruleId\": \"" << rule_of(finding).id << "\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
         if (place != finding.npos && colon != finding.npos && atoi(finding.c_str() + colon + 1) > 0)
             f << ", \"locations\": [{\"physicalLocation\": {\"artifactLocation\": {\"uri\": \"" << escaped(finding.substr(place + 3, colon - place - 3), false)
               << "\"}, \"region\": {\"startLine\": " << atoi(finding.c_str() + colon + 1) << "}}}]";

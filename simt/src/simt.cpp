@@ -25,6 +25,7 @@
 #include <set>
 #include <thread>
 
+#include "cuda_runtime.h"
 #include "machine.h"
 
 namespace simt {
@@ -144,7 +145,36 @@ static Thread* pick_or_progress(Machine& m) {
     return next;
 }
 
+// What lanes wait in that ask who is with them: nobody waits for anybody else.
+static const Op kConverged = {"__activemask", nullptr};
+
+// Lets the lanes of a warp go on that have asked at one line, if no other lane of it can run.
+static void complete_converged(Machine& m, int warp) {
+    Warp& w = m.warps[warp];
+    if (w.ready || !w.asking) return;
+    const Thread& first = m.threads[warp * 32 + __builtin_ctz(w.asking)];
+    uint32_t lanes = 0;
+    for (uint32_t l = w.asking; l; l &= l - 1) {
+        Thread& t = m.threads[warp * 32 + __builtin_ctz(l)];
+        if (t.at.line == first.at.line && t.at.file == first.at.file) lanes |= l & -l;
+    }
+    for (uint32_t l = lanes; l; l &= l - 1) *static_cast<uint32_t*>(m.threads[warp * 32 + __builtin_ctz(l)].data) = lanes;
+    w.asking &= ~lanes;
+    make_ready(m, warp, lanes);
+}
+
+uint32_t converged(Where at) {
+    Machine& m = *current();
+    Thread& t = *m.self;
+    uint32_t lanes = 0;
+    t.op = &kConverged, t.mask = 0, t.data = &lanes, t.at = at, t.state = State::waiting;
+    m.warps[t.linear / 32].asking |= 1u << (t.linear & 31);
+    wait(m);
+    return lanes;
+}
+
 void wait(Machine& m) {
+    complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
     if (!next) deadlock(m);
     if (next == &t) return;
@@ -166,6 +196,7 @@ static void leave(Machine& m, Thread& t) {
     const int warp = t.linear / 32;
     m.warps[warp].exited |= 1u << (t.linear & 31);
     if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+    complete_converged(m, warp);
     if (m.launch->strict) return;
     if (m.at_barrier) complete_barrier(m);
     for (uint32_t rest = m.warps[warp].waiting; rest;) {
@@ -352,6 +383,11 @@ const Symbol* find_object(uintptr_t a) {
     return it == objects.begin() || a >= std::prev(it)->end ? nullptr : &*std::prev(it);
 }
 
+std::string variable_name(uintptr_t a) {
+    const Symbol* object = find_object(a);
+    return object ? plain_name(object->name) : "of no name";
+}
+
 // The block's copy of a __shared__ variable: its first use in a block gives it a place.
 static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     if (v.dynamic) return uintptr_t(m.dynamic);
@@ -417,7 +453,28 @@ uint32_t shared_offset(const void* p) {
 }
 void* dynamic_shared() { return current()->dynamic; }
 void* shared_pointer(uint32_t offset) { return reinterpret_cast<void*>(current()->statics + offset); }
-bool is_shared_address(const void* p) { return current()->is_shared(uintptr_t(p)); }
+
+struct Range { uintptr_t begin, end; };
+// Variables register before main, in any order of files.
+static std::vector<Range>& constants() {
+    static auto& list = *new std::vector<Range>;
+    return list;
+}
+bool add_constant(const void* variable, size_t bytes) {
+    constants().push_back({uintptr_t(variable), uintptr_t(variable) + bytes});
+    return true;
+}
+
+Space space_of(const void* p) {
+    const Machine& m = *current();
+    const uintptr_t a = uintptr_t(p);
+    if (m.is_shared(a)) return Space::shared;
+    if (a - m.base < m.statics - m.base) return Space::local;
+    for (const Range& r : constants())
+        if (a - r.begin < r.end - r.begin) return Space::constant;
+    const Allocation* in = find_allocation(a);
+    return (in && a < in->end) || find_object(a) ? Space::global : Space::none;
+}
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at) {
     Machine& m = *current();
@@ -524,7 +581,7 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     }
     for (int w = 0; w * 32 < count; w++) {
         const uint32_t lanes = count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1;
-        warps[w] = {lanes, 0, ~lanes};
+        warps[w] = {lanes, 0, ~lanes, 0};
         ready_warps |= 1u << w;
     }
     warp = choose(ready_warps, *this);
@@ -847,16 +904,28 @@ static void record(const char* kind, const std::string& text) {
     }
 }
 
-static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
-static int refuse(const char* format, ...) {
+static int note_refusal(const char* format, va_list args) {
     char text[512];
-    va_list args;
-    va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
-    va_end(args);
     last_error = text;
     record("refused", text);
     return 1;
+}
+
+static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
+static int refuse(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    const int code = note_refusal(format, args);
+    va_end(args);
+    return code;
+}
+
+void refused(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    note_refusal(format, args);
+    va_end(args);
 }
 
 static Launch& the_launch() {
@@ -1029,13 +1098,17 @@ static std::map<std::string, size_t>& max_dynamic() {
     return map;
 }
 
+const char* kernel_name(const void* kernel) {
+    static std::set<std::string> names;
+    for (const Symbol& f : image().functions)
+        if (f.begin == uintptr_t(kernel)) return names.insert(base_name(plain_name(f.name))).first->c_str();
+    return "of no name";
+}
+
 bool allow_dynamic(const void* kernel, size_t bytes) {
     if (bytes > kSharedMax) return false;
-    for (const Symbol& f : image().functions) {
-        if (f.begin != uintptr_t(kernel)) continue;
-        size_t& allowed = max_dynamic()[base_name(plain_name(f.name))];
-        allowed = std::max(allowed, bytes);
-    }
+    size_t& allowed = max_dynamic()[kernel_name(kernel)];
+    allowed = std::max(allowed, bytes);
     return true;
 }
 
