@@ -312,6 +312,7 @@ public:
         unknown = ptx.unknown;
         if (!unknown.empty())
             return "simt::trap(\"inline PTX that the emulator does not know: " + unknown + "\", {})";
+        if (ptx.code.empty()) return "__asm__ __volatile__(\"\" ::: \"memory\")";  // of the host's code: the compiler stops here
         return "({ " + ptx.declarations + ptx.code + "})";
     }
 };
