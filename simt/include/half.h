@@ -23,8 +23,13 @@ inline To bit_cast(const From& from) {
 // Memory that nobody has written holds NaNs with all the upper bits set, which no computation makes. They remain such.
 inline bool is_poison(float x) { return bit_cast<uint32_t>(x) >= 0xffff0000u; }
 inline bool is_poison(double x) { return bit_cast<uint64_t>(x) >= 0xffff000000000000u; }
-inline float half_nan(uint16_t h) { return bit_cast<float>(h == 0xffff ? 0xffffffffu : 0x7fffffffu); }
-inline uint16_t nan_to_16_bits(float f) { return is_poison(f) ? 0xffff : 0x7fff; }
+// The compiler must not see that a value is NaN: of fmaxf it would leave the other operand.
+inline uint32_t hidden(uint32_t bits) {
+    asm("" : "+r"(bits));
+    return bits;
+}
+inline float half_nan(uint16_t h) { return bit_cast<float>(hidden(h == 0xffff ? 0xffffffffu : 0x7fffffffu)); }
+inline uint16_t nan_to_16_bits(float f) { return uint16_t(hidden(is_poison(f) ? 0xffff : 0x7fff)); }
 
 // In integers, for processors without F16C.
 inline float half_to_float_portable(uint16_t h) {
