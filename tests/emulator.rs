@@ -175,6 +175,7 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
         ("fence_too_early",         Nowhere,                         Error("race between blocks: read of bytes ")),
         ("poison_in_maximum",       Poison,                          Poison),
         ("half_poison_in_maximum",  Poison,                          Poison),
+        ("poison_in_every_extreme", Poison,                          Poison),
         ("missing_lanes",           Error("divergent shuffle: waits for thread"), Error("divergent shuffle: waits for thread")),
         ("mixed_collectives",       Error("mixed collectives: "),    Error("mixed collectives: ")),
         ("lane_not_in_mask",        Error("lane 3 is not in its mask 0xfffffff7"), Error("lane 3 is not in its mask 0xfffffff7")),
@@ -259,12 +260,14 @@ fn a_report_names_the_helper_and_who_calls_it() {
 /// The product on its own: `simt-check`, without this crate, on kernels that know nothing of either.
 #[test]
 fn simt_check_runs_other_peoples_kernels_unchanged() {
-    let tool = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("simt-check");
+    let here = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let tool = here.join("simt-check");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let words = ["-std=c++17", "-O1", "simt/src/simt-check.cpp", "-pthread", "-ldl", "-o"];
     let made = std::process::Command::new(compiler).args(words).arg(&tool).status().unwrap();
     let simt = std::path::absolute("simt").unwrap();
-    let run = std::process::Command::new("simt/tests/run").arg(&tool).env("SIMT_HOME", simt).output().unwrap();
+    let mut run = std::process::Command::new("simt/tests/run");
+    let run = run.arg(&tool).env("SIMT_HOME", simt).env("KEEP", here.join("simt-check.d")).output().unwrap();
     let said = String::from_utf8_lossy(&run.stdout);
     assert!(made.success() && run.status.success(), "{said}");
 }
@@ -303,6 +306,9 @@ fn launches_are_refused_that_a_device_would_refuse() {
         refused("softmax", one, one, 0, &args[..2], "arguments of [8, 8] bytes, expected [8, 8, 4]");
         let error = d.allow_shared("softmax", (99 << 10) + 1).unwrap_err().to_string();
         assert!(error.contains("at most 101376"), "{error}");
+        let error = launch(&d, "softmax", 1, 128, 48 << 10, &args).unwrap_err().to_string();
+        assert!(error.contains("32 bytes of static and 49152 of dynamic shared memory, more than 48 KB"), "{error}");
+        launch(&d, "softmax", 1, 128, (48 << 10) - 32, &args).unwrap();
         d.allow_shared("softmax", 99 << 10).unwrap();
         let error = launch(&d, "softmax", 1, 128, 99 << 10, &args).unwrap_err().to_string();
         assert!(error.contains("32 bytes of static and 101376 of dynamic shared memory, more than 99 KB"), "{error}");
@@ -343,14 +349,18 @@ fn every_half_and_bf16_widens_exactly() {
     }
 }
 
-/// All 2^32 floats, against the crate `half` (for bf16: the definition), and the emulator's integer
-/// path against the processor's instruction.
+/// Every sign and exponent with every mantissa that rounding can tell apart, and 2^24 floats of any kind, against the crate `half`
+/// (for bf16: the definition), and the emulator's integer path against the processor's instruction.
+///
+/// A rounding keeps upper bits, looks at the next one, and asks of the rest whether it is zero. A normal half keeps the upper
+/// 19 bits, all else fewer: so all 2^20 patterns of the upper 20 bits, with lower ones that are zero, that are not, and that carry.
 #[test]
 fn every_float_narrows_to_the_nearest_even_half_and_bf16() {
     const CHUNK: usize = 1 << 18; // all that belongs to it stays in the cache
     const PER_THREAD: i32 = (CHUNK / (16 * 128)) as i32;
     let d = Emulator::new(Build::Normal).unwrap();
-    let (h, b, differ) = (d.alloc(2 * CHUNK).unwrap(), d.alloc(2 * CHUNK).unwrap(), filled(&d, &[0u32]));
+    let (bits, differ) = (d.alloc(4 * CHUNK).unwrap(), filled(&d, &[0u32]));
+    let (h, b) = (d.alloc(2 * CHUNK).unwrap(), d.alloc(2 * CHUNK).unwrap());
     let (mut floats, mut halves) = (vec![0f32; CHUNK], vec![f16::ZERO; CHUNK]);
     let (mut got, mut expected) = (vec![0u16; CHUNK], vec![0u16; CHUNK]);
     let compare = |name: &str, floats: &[f32], got: &[u16], expected: &[u16]| {
@@ -359,16 +369,23 @@ fn every_float_narrows_to_the_nearest_even_half_and_bf16() {
             panic!("{name} of {x:e} = {:#010x} is {got:#06x}, expected {expected:#06x}", x.to_bits());
         }
     };
-    for first in (0..1u64 << 32).step_by(CHUNK).map(|f| f as u32) {
-        let args = [Arg::of(&first), h.arg(), b.arg(), Arg::of(&PER_THREAD)];
-        launch(&d, "probe_narrow", 16, 128, 0, &args).unwrap();
-        let args = [Arg::of(&first), differ.arg(), Arg::of(&PER_THREAD)];
-        launch(&d, "probe_portable", 16, 128, 0, &args).unwrap();
+    let mut random = Random(8);
+    let tails = [0, 1, 0x7ff, 0x800, 0x801, 0xfff];
+    let mut patterns = (0..1u32 << 20)
+        .flat_map(|upper| tails.map(|tail| upper << 12 | tail))
+        .chain(std::iter::from_fn(|| Some(random.bits() as u32)));
+    let chunks = ((tails.len() << 20) + (1 << 24)) / CHUNK;
+    for _ in 0..chunks {
+        floats.fill_with(|| f32::from_bits(patterns.next().unwrap()));
+        bits.upload(0, &floats).unwrap();
+        launch(&d, "probe_narrow", 16, 128, 0, &[bits.arg(), h.arg(), b.arg(), Arg::of(&PER_THREAD)]).unwrap();
+        launch(&d, "probe_portable", 16, 128, 0, &[bits.arg(), differ.arg(), Arg::of(&PER_THREAD)]).unwrap();
 
-        floats.iter_mut().zip(0u32..).for_each(|(x, i)| *x = f32::from_bits(first + i));
+        // What the emulator calls poison stays it.
+        let nan = |x: &f32| if x.to_bits() >= 0xffff_0000 { 0xffff } else { 0x7fff };
         halves.convert_from_f32_slice(&floats);
         for ((e, x), h) in expected.iter_mut().zip(&floats).zip(&halves) {
-            *e = if x.is_nan() { 0x7fff } else { h.to_bits() };
+            *e = if x.is_nan() { nan(x) } else { h.to_bits() };
         }
         h.download(0, &mut got).unwrap();
         compare("half", &floats, &got, &expected);
@@ -377,11 +394,12 @@ fn every_float_narrows_to_the_nearest_even_half_and_bf16() {
             // The bits that go, against half of their range; a tie goes to even.
             let (kept, rest) = (x.to_bits() >> 16, x.to_bits() & 0xffff);
             let up = u32::from(rest > 0x8000) | (u32::from(rest == 0x8000) & kept);
-            *e = if x.is_nan() { 0x7fff } else { (kept + up) as u16 };
+            *e = if x.is_nan() { nan(x) } else { (kept + up) as u16 };
         }
         b.download(0, &mut got).unwrap();
         compare("bf16", &floats, &got, &expected);
     }
+    launch(&d, "probe_portable_halves", 512, 128, 0, &[differ.arg()]).unwrap();
     assert_eq!(read::<u32>(&differ), [0], "integer conversions that differ from the processor's");
 }
 

@@ -353,6 +353,32 @@ template <bool BUG> __device__ void half_poison_in_maximum(Plant p) {
 }
 PLANT(half_poison_in_maximum);
 
+// Shows as poison only if each of them gives poison on, and a second one does not lose what the first gave.
+template <bool BUG> __device__ void poison_in_every_extreme(Plant p) {
+    INDICES;
+    if (!BUG) p.scratch[i] = 0;
+    const float x = p.scratch[i], y = p.in[i];
+    bool kept = true;
+    auto keep = [&](auto extreme, auto x, auto y) {
+        const float a = extreme(extreme(x, y), y), b = extreme(y, extreme(y, x));
+        kept = kept && a != a && b != b;
+    };
+    auto types = [&](auto extreme) {
+        keep(extreme, x, y), keep(extreme, double(x), double(y)), keep(extreme, x, double(y)), keep(extreme, double(x), y);
+    };
+    types([](auto a, auto b) { return fmax(a, b); }), types([](auto a, auto b) { return fmin(a, b); });
+    types([](auto a, auto b) { return max(a, b); }), types([](auto a, auto b) { return min(a, b); });
+    types([](auto a, auto b) { return fmaxf(a, b); }), types([](auto a, auto b) { return fminf(a, b); });
+    auto halves = [&](auto x, auto y) {
+        keep([](auto a, auto b) { return __hmax(a, b); }, x, y), keep([](auto a, auto b) { return __hmin(a, b); }, x, y);
+    };
+    halves(__float2half(x), __float2half(y)), halves(__float2bfloat16(x), __float2bfloat16(y));
+    keep([](__half a, __half b) { return __low2half(__hmax2(__half2half2(a), __half2half2(b))); }, __float2half(x), __float2half(y));
+    keep([](__half a, __half b) { return __high2half(__hmin2(__half2half2(a), __half2half2(b))); }, __float2half(x), __float2half(y));
+    p.out[i] = BUG && kept ? x : 2 * y;
+}
+PLANT(poison_in_every_extreme);
+
 template <bool BUG> __device__ void missing_lanes(Plant p) {
     INDICES;
     float x = 0;
@@ -541,17 +567,17 @@ extern "C" __global__ void probe_warp(const float* in, float* out) {
 }
 KERNEL_EXPORT(probe_warp);
 
-// Conversions of the 32-bit patterns first + i, and of the 16-bit patterns i.
-extern "C" __global__ void probe_narrow(uint32_t first, uint16_t* half_bits, uint16_t* bf16_bits, int per_thread) {
-    const uint32_t begin = (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
-    for (uint32_t i = begin; i < begin + per_thread; i++) {
-        const float f = __uint_as_float(first + i);
-        half_bits[i] = __half_as_ushort(__float2half_rn(f));
-        bf16_bits[i] = __bfloat16_as_ushort(__float2bfloat16_rn(f));
+// Conversions of floats.
+extern "C" __global__ void probe_narrow(const float* floats, uint16_t* half_bits, uint16_t* bf16_bits, int per_thread) {
+    const int begin = (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
+    for (int i = begin; i < begin + per_thread; i++) {
+        half_bits[i] = __half_as_ushort(__float2half_rn(floats[i]));
+        bf16_bits[i] = __bfloat16_as_ushort(__float2bfloat16_rn(floats[i]));
     }
 }
 KERNEL_EXPORT(probe_narrow);
 
+// And of the 16-bit patterns i.
 extern "C" __global__ void probe_widen(float* from_half, float* from_bf16) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     from_half[i] = __half2float(__ushort_as_half(uint16_t(i)));
@@ -560,19 +586,19 @@ extern "C" __global__ void probe_widen(float* from_half, float* from_bf16) {
 KERNEL_EXPORT(probe_widen);
 
 #ifdef SIMT_EMULATOR
-// Where the emulator's conversion in integers differs from the processor's.
-extern "C" void probe_portable(uint32_t first, uint32_t* differ, int per_thread) {
-    const uint32_t begin = first + (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
+// Where the emulator's conversions in integers differ from the processor's.
+extern "C" void probe_portable(const float* floats, uint32_t* differ, int per_thread) {
+    const int begin = (blockIdx.x * blockDim.x + threadIdx.x) * per_thread;
     uint32_t count = 0;
-    for (uint32_t i = begin; i < begin + per_thread; i++) {
-        const float f = __uint_as_float(i);
-        count += simt::float_to_half_portable(f) != simt::float_to_half(f);
-        if (i < 65536)
-            count += __float_as_uint(simt::half_to_float_portable(i)) != __float_as_uint(simt::half_to_float(i));
-    }
+    for (int i = begin; i < begin + per_thread; i++) count += simt::float_to_half_portable(floats[i]) != simt::float_to_half(floats[i]);
     if (count) atomicAdd(differ, count);
 }
 KERNEL_EXPORT(probe_portable);
+extern "C" void probe_portable_halves(uint32_t* differ) {
+    const uint16_t i = uint16_t(blockIdx.x * blockDim.x + threadIdx.x);
+    if (__float_as_uint(simt::half_to_float_portable(i)) != __float_as_uint(simt::half_to_float(i))) atomicAdd(differ, 1);
+}
+KERNEL_EXPORT(probe_portable_halves);
 #endif
 
 // x op y by operators of halves: sum, difference, product, quotient, and x * y + z, which rounds twice.

@@ -16,12 +16,16 @@ struct thread_block {
 };
 inline thread_block this_thread_block() { return {}; }
 
-// Of all blocks; only its indices, since blocks that wait for each other need a cooperative launch.
+// Of all blocks. Blocks run one after the other: only a grid of one block can wait for itself.
 struct grid_group {
     static unsigned long long block_rank() { return (blockIdx.z * (unsigned long long)gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
     static unsigned long long thread_rank() { return block_rank() * thread_block::size() + thread_block::thread_rank(); }
     static unsigned long long size() { return (unsigned long long)gridDim.x * gridDim.y * gridDim.z * thread_block::size(); }
-    void sync(SIMT_WHERE) const { simt::trap("grid.sync(): the emulator runs blocks one after the other", at); }
+    void sync(SIMT_WHERE) const {
+        if (gridDim.x * gridDim.y * gridDim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
+        __syncthreads(at);
+    }
+    static bool is_valid() { return true; }
 };
 inline grid_group this_grid() { return {}; }
 
@@ -41,23 +45,37 @@ struct thread_block_tile {
     template <class T> T shfl_up(T v, unsigned i, SIMT_WHERE) const { return __shfl_up_sync(mask(), v, i, N, at); }
     int any(int predicate, SIMT_WHERE) const { return __any_sync(mask(), predicate, at); }
     int all(int predicate, SIMT_WHERE) const { return __all_sync(mask(), predicate, at); }
+    template <class T> unsigned match_any(T v, SIMT_WHERE) const { return __match_any_sync(mask(), v, at) >> thread_block::thread_rank() % 32 / N * N; }
+    template <class T> unsigned match_all(T v, int& all, SIMT_WHERE) const { return __match_all_sync(mask(), v, &all, at) >> thread_block::thread_rank() % 32 / N * N; }
     unsigned ballot(int predicate, SIMT_WHERE) const { return __ballot_sync(mask(), predicate, at) >> thread_block::thread_rank() % 32 / N * N; }
 };
 template <unsigned N, class Group> thread_block_tile<N> tiled_partition(const Group&) { return {}; }
 
-// Alone is a legal answer.
+// The lanes of a warp that came to one coalesced_threads() before the others of the warp wait or leave.
 struct coalesced_group {
-    static unsigned thread_rank() { return 0; }
-    static unsigned size() { return 1; }
-    static unsigned num_threads() { return 1; }
-    void sync() const {}
-    template <class T> T shfl(T v, int) const { return v; }
-    template <class T> T shfl_down(T v, unsigned) const { return v; }
-    int any(int predicate) const { return predicate != 0; }
-    int all(int predicate) const { return predicate != 0; }
-    unsigned ballot(int predicate) const { return predicate != 0; }
+    uint32_t lanes;
+    uint32_t mask() const { return lanes; }
+    unsigned thread_rank() const { return unsigned(__popc(lanes & ((1u << simt::lane()) - 1))); }
+    unsigned size() const { return unsigned(__popc(lanes)); }
+    unsigned num_threads() const { return size(); }
+    void sync(SIMT_WHERE) const { __syncwarp(lanes, at); }
+    template <class T> T shfl(T v, int rank, SIMT_WHERE) const { return __shfl_sync(lanes, v, int(__fns(lanes, 0, rank % int(size()) + 1)), 32, at); }
+    template <class T> T shfl_down(T v, unsigned by, SIMT_WHERE) const { return shfl(v, int(thread_rank() + by < size() ? thread_rank() + by : thread_rank()), at); }
+    template <class T> T shfl_up(T v, unsigned by, SIMT_WHERE) const { return shfl(v, int(thread_rank() < by ? thread_rank() : thread_rank() - by), at); }
+    int any(int predicate, SIMT_WHERE) const { return __any_sync(lanes, predicate, at); }
+    int all(int predicate, SIMT_WHERE) const { return __all_sync(lanes, predicate, at); }
+    unsigned ballot(int predicate, SIMT_WHERE) const { return by_rank(__ballot_sync(lanes, predicate, at)); }
+    template <class T> unsigned match_any(T v, SIMT_WHERE) const { return by_rank(__match_any_sync(lanes, v, at)); }
+    template <class T> unsigned match_all(T v, int& all, SIMT_WHERE) const { return by_rank(__match_all_sync(lanes, v, &all, at)); }
+
+private:
+    unsigned by_rank(uint32_t votes) const {
+        unsigned ranks = 0;
+        for (unsigned i = 0; i < size(); i++) ranks |= (votes >> __fns(lanes, 0, int(i) + 1) & 1) << i;
+        return ranks;
+    }
 };
-inline coalesced_group coalesced_threads() { return {}; }
+inline coalesced_group coalesced_threads(SIMT_WHERE) { return {simt::converged(at)}; }
 
 template <class Group> void sync(const Group& g, SIMT_WHERE) { g.sync(at); }
 
@@ -73,14 +91,25 @@ T reduce(const thread_block_tile<N, P>& g, T v, F f, SIMT_WHERE) {
     for (unsigned i = N / 2; i; i /= 2) v = f(v, g.shfl_xor(v, i, at));
     return v;
 }
-template <class T, class F> T reduce(const coalesced_group&, T v, F) { return v; }
-template <unsigned N, class P, class T, class F>
-T inclusive_scan(const thread_block_tile<N, P>& g, T v, F f, SIMT_WHERE) {
-    for (unsigned i = 1; i < N; i *= 2) {
+template <class T, class F>
+T reduce(const coalesced_group& g, T v, F f, SIMT_WHERE) {
+    T sum = g.shfl(v, 0, at);
+    for (unsigned i = 1; i < g.size(); i++) sum = f(sum, g.shfl(v, int(i), at));
+    return sum;
+}
+template <class Group, class T, class F = plus<T>>
+T inclusive_scan(const Group& g, T v, F f = {}, SIMT_WHERE) {
+    for (unsigned i = 1; i < g.size(); i *= 2) {
         const T before = g.shfl_up(v, i, at);
         if (g.thread_rank() >= i) v = f(before, v);
     }
     return v;
+}
+// The first thread has T().
+template <class Group, class T, class F = plus<T>>
+T exclusive_scan(const Group& g, T v, F f = {}, SIMT_WHERE) {
+    const T before = g.shfl_up(inclusive_scan(g, v, f, at), 1, at);
+    return g.thread_rank() == 0 ? T() : before;
 }
 
 }  // namespace cooperative_groups

@@ -67,10 +67,12 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 namespace simt {
+cudaError_t refuse_untyped(const char* call);
 cudaError_t allocate(void** p, size_t bytes);
 cudaError_t allocate_host(void** p, size_t bytes);
 cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, const void* from, size_t bytes);
-cudaError_t allow_dynamic(int attribute, int value);
+const char* kernel_name(const void* kernel);  // of its symbol
+cudaError_t set_attribute(const void* kernel, int attribute, int value);
 }  // namespace simt
 
 template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) { return simt::allocate(reinterpret_cast<void**>(p), bytes); }
@@ -93,6 +95,14 @@ template <class T> cudaError_t cudaMemcpyToSymbol(T& symbol, const void* from, s
 template <class T> cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes, size_t offset = 0, cudaMemcpyKind = cudaMemcpyDeviceToHost) {
     return simt::copy_symbol((void*)&symbol, sizeof symbol, offset, to, nullptr, bytes);
 }
+template <class T>
+cudaError_t cudaMemcpyToSymbolAsync(T& symbol, const void* from, size_t bytes, size_t offset = 0, cudaMemcpyKind = cudaMemcpyHostToDevice, cudaStream_t = nullptr) {
+    return cudaMemcpyToSymbol(symbol, from, bytes, offset);
+}
+template <class T>
+cudaError_t cudaMemcpyFromSymbolAsync(void* to, const T& symbol, size_t bytes, size_t offset = 0, cudaMemcpyKind = cudaMemcpyDeviceToHost, cudaStream_t = nullptr) {
+    return cudaMemcpyFromSymbol(to, symbol, bytes, offset);
+}
 template <class T> cudaError_t cudaGetSymbolAddress(void** p, const T& symbol) { return *p = (void*)&symbol, cudaSuccess; }
 template <class T> cudaError_t cudaGetSymbolSize(size_t* bytes, const T& symbol) { return *bytes = sizeof symbol, cudaSuccess; }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
@@ -101,10 +111,33 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }
-template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute attribute, int value) { return simt::allow_dynamic(attribute, value); }
+template <class F> cudaError_t cudaFuncSetAttribute(F kernel, cudaFuncAttribute attribute, int value) {
+    return simt::set_attribute((const void*)kernel, attribute, value);
+}
 template <class F> cudaError_t cudaFuncSetCacheConfig(F, cudaFuncCache) { return cudaSuccess; }
 template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int threads, size_t) {
     return *blocks = threads > 0 && threads <= 1024 ? 1536 / threads : 0, cudaSuccess;
+}
+// Of a kernel as such. Behind a void* nobody knows its parameters any more.
+namespace simt {
+template <class... A, size_t... I>
+cudaError_t launch_kernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared, std::index_sequence<I...>) {
+    (void)arguments;
+    launch(kernel_name((const void*)kernel), Config(grid, block, shared), [=](auto... a) { kernel(a...); }, *static_cast<std::decay_t<A>*>(arguments[I])...);
+    return cudaGetLastError();
+}
+}  // namespace simt
+template <class... A>
+cudaError_t cudaLaunchKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
+    return simt::launch_kernel(kernel, grid, block, arguments, shared, std::index_sequence_for<A...>());
+}
+template <class... A>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
+    return cudaLaunchKernel(kernel, grid, block, arguments, shared);
+}
+inline cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t = 0, cudaStream_t = nullptr) { return simt::refuse_untyped("cudaLaunchKernel"); }
+inline cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t = 0, cudaStream_t = nullptr) {
+    return simt::refuse_untyped("cudaLaunchCooperativeKernel");
 }
 inline cudaError_t cudaProfilerStart() { return cudaSuccess; }
 inline cudaError_t cudaProfilerStop() { return cudaSuccess; }

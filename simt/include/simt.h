@@ -5,10 +5,22 @@
 // barrier or a warp collective; there a thread deposits pointers to its own variables and lets
 // another run, and the last to arrive computes for all.
 #pragma once
+#include <cstddef>
+// std::cyl_bessel_i and the like are two thirds of math.h. simt-check asks for them where a file names one.
+#ifndef SIMT_SPECIAL_FUNCTIONS
+#undef _GLIBCXX_USE_STD_SPEC_FUNCS
+#endif
+// Before math.h: a maximum must not hide a read of unwritten memory. Whoever calls one of these by whatever name calls what
+// simt.cpp has under the name behind asm.
+extern "C" {
+float fmaxf(float, float) noexcept asm("simt_fmaxf");
+float fminf(float, float) noexcept asm("simt_fminf");
+double fmax(double, double) noexcept asm("simt_fmax");
+double fmin(double, double) noexcept asm("simt_fmin");
+}
 #include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
 #include <stdlib.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -24,7 +36,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
+// By this mark the source step knows them. Nothing else says it, and it changes nothing.
+#define __constant__ __attribute__((aligned(sizeof(char))))
 #define __managed__
 // Each access asks __tls_get_addr where the variable is; that is a function of ours, simt.cpp.
 #define __shared__ __attribute__((tls_model("global-dynamic"))) thread_local
@@ -36,46 +49,31 @@
 // ---- vector types ---------------------------------------------------------------------------
 
 #define SIMT_VECTORS(T, name, align2, align4)                                                 \
+    struct name##1 { T x; };                                                                  \
     struct alignas(align2) name##2 { T x, y; };                                               \
     struct name##3 { T x, y, z; };                                                            \
     struct alignas(align4) name##4 { T x, y, z, w; };                                         \
+    inline name##1 make_##name##1(T x) { return {x}; }                                        \
     inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                \
     inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                        \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(float, float, 8, 16)
+SIMT_VECTORS(double, double, 16, 16)
+SIMT_VECTORS(signed char, char, 2, 4)
+SIMT_VECTORS(unsigned char, uchar, 2, 4)
+SIMT_VECTORS(short, short, 4, 8)
+SIMT_VECTORS(unsigned short, ushort, 4, 8)
 SIMT_VECTORS(int, int, 8, 16)
 SIMT_VECTORS(unsigned, uint, 8, 16)
-SIMT_VECTORS(unsigned short, ushort, 4, 8)
-SIMT_VECTORS(unsigned char, uchar, 2, 4)
+SIMT_VECTORS(long, long, 16, 16)
+SIMT_VECTORS(unsigned long, ulong, 16, 16)
+SIMT_VECTORS(long long, longlong, 16, 16)
+SIMT_VECTORS(unsigned long long, ulonglong, 16, 16)
 #undef SIMT_VECTORS
-struct alignas(16) double2 { double x, y; };
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-
-// Memory that nobody has written holds NaNs with all the upper bits set, which no computation makes. fmaxf and fminf prefer a
-// number to a NaN, but not to these: a maximum must not hide a read of unwritten memory.
-namespace simt {
-inline bool is_poison(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits >= 0xffff0000u; }
-inline bool is_poison(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits >= 0xffff000000000000u; }
-}  // namespace simt
-#define SIMT_KEEPS_POISON(name, T)                                         \
-    inline T simt_##name(T a, T b) {                                       \
-        if (__builtin_expect(__builtin_isunordered(a, b), 0)) {            \
-            if (simt::is_poison(a)) return a;                              \
-            if (simt::is_poison(b)) return b;                              \
-        }                                                                  \
-        return name(a, b);                                                 \
-    }                                                                      \
-    namespace std { using ::simt_##name; }
-SIMT_KEEPS_POISON(fmaxf, float)
-SIMT_KEEPS_POISON(fminf, float)
-SIMT_KEEPS_POISON(fmax, double)
-SIMT_KEEPS_POISON(fmin, double)
-#undef SIMT_KEEPS_POISON
-#define fmaxf(a, b) simt_fmaxf(a, b)
-#define fminf(a, b) simt_fminf(a, b)
 
 #include "half.h"
 
@@ -140,6 +138,10 @@ float warp_reduce(float value, bool maximum, Where at);
 enum class Shuffle { index, up, down, lane_xor };
 void shuffle(Shuffle kind, uint32_t mask, void* value, size_t size, int operand, int width, Where at);
 uint32_t ballot(uint32_t mask, bool predicate, Where at);
+// The lanes that have this lane's bits; those of the mask if all have, else none.
+uint32_t match(uint32_t mask, uint64_t bits, bool all, Where at);
+// The lanes of the warp that come to this line before the others of the warp wait or leave.
+uint32_t converged(Where at);
 
 // `apply` changes the word by the operand; `before` receives what was there.
 void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void* word, const void* operand), Where at);
@@ -150,7 +152,11 @@ int lane();
 // Addresses in shared memory as PTX has them, in 32 bits.
 uint32_t shared_offset(const void* p);
 void* shared_pointer(uint32_t offset);
-bool is_shared_address(const void* p);
+void* dynamic_shared();
+enum class Space { none, global, shared, constant, local };
+Space space_of(const void* p);
+// A __constant__ variable, which kernels may not write.
+bool add_constant(const void* variable, size_t bytes);
 
 // Hopper (hopper.cpp); ../hopper.cuh explains what each computes. Addresses are in shared memory.
 void mbarrier_init(uintptr_t barrier, uint32_t arrivals, Where at);
@@ -158,6 +164,7 @@ void mbarrier_init_fence(Where at);
 void mbarrier_arrive(uintptr_t barrier, uint32_t bytes, Where at);
 void mbarrier_wait(uintptr_t barrier, uint32_t parity, Where at);
 void named_barrier(int id, int threads, Where at);
+void named_arrive(int id, int threads, Where at);
 bool use_named_barriers();  // simt-check calls it where a file has any, before main
 void async_fence(Where at);
 struct Box {  // where a bulk copy begins: x, y, or c, w, h, n with offsets

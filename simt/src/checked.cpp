@@ -102,6 +102,7 @@ struct Checker {
         uint32_t arrived[kParties], over[kParties];  // clocks: of all arrivals; of those before the phase was over
     };
     std::vector<Barrier> barriers;
+    uint32_t named[16][kParties] = {};  // clocks of those who have come to a named barrier and do not wait
     uint32_t group_clock[kParties];                // of the group whose products run
     std::vector<uint32_t> products[kMaxGroups];  // of each warp group: epochs of its committed groups that ran
     // Sets of readers from several warps, and which set comes of a set and a reader: in this phase.
@@ -145,6 +146,7 @@ void check_block_start() {
     for (int i = 0; i < current()->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
     if (current()->launch->kernel->hopper) {
         c.barriers.clear(), forget_readers(c);
+        memset(c.named, 0, sizeof c.named);
         for (auto& epochs : c.products) epochs.clear();
     }
 }
@@ -217,12 +219,11 @@ void check_warp_step(uint32_t mask) {
     if (mask == 0xffffffffu) count_conflicts(checker(), current()->self->linear / 32);
 }
 
-// All of them know from now on what one of them knew.
-static void meet(Checker& c, const int* threads, int count) {
+// All of them know from now on what one of them knew, and what is in `known`.
+static void meet(Checker& c, const int* threads, int count, uint32_t* known) {
     // Without mbarriers nobody knows of another warp.
     const bool hopper = current()->launch->kernel->hopper;
     const int first = hopper ? 0 : threads[0] & ~31, end = hopper ? kParties : first + 32;
-    uint32_t known[kParties] = {};
     for (int i = 0; i < count; i++)
         for (int p = first; p < end; p++) known[p] = std::max(known[p], c.clocks[threads[i]][p]);
     c.epoch++;
@@ -235,26 +236,31 @@ static void meet(Checker& c, const int* threads, int count) {
 void check_sync(uint32_t mask) {
     int threads[32], count = 0;
     for (uint32_t l = mask; l; l &= l - 1) threads[count++] = (current()->self->linear & ~31) + __builtin_ctz(l);
-    meet(checker(), threads, count);
+    uint32_t known[kParties] = {};
+    meet(checker(), threads, count, known);
 }
 
-void check_meeting(const Thread* const* who, int count) {
+void check_meeting(const Thread* const* who, int count, int barrier) {
+    Checker& c = checker();
     int threads[kMaxThreads] = {};
     for (int i = 0; i < count; i++) threads[i] = who[i]->linear;
-    meet(checker(), threads, count);
-    const uint32_t now = checker().stamp++;
-    for (int i = 0; i < count; i++) checker().met[who[i]->linear] = now;
+    if (count) meet(c, threads, count, c.named[barrier]);
+    memset(c.named[barrier], 0, sizeof c.named[barrier]);
+    const uint32_t now = c.stamp++;
+    for (int i = 0; i < count; i++) c.met[who[i]->linear] = now;
 }
 
 static void join(uint32_t* to, const uint32_t* from) {
     for (int p = 0; p < kParties; p++) to[p] = std::max(to[p], from[p]);
 }
 
-void check_release(const Thread& t, int barrier) {
+static void release(const Thread& t, uint32_t* known) {
     Checker& c = checker();
-    join(c.barriers[barrier].arrived, c.clocks[t.linear]);
+    join(known, c.clocks[t.linear]);
     set_epoch(c, t.linear, ++c.epoch);  // what it does next is not covered
 }
+void check_release(const Thread& t, int barrier) { release(t, checker().barriers[barrier].arrived); }
+void check_named_arrival(const Thread& t, int barrier) { release(t, checker().named[barrier]); }
 
 void check_phase_over(int barrier) {
     Checker::Barrier& b = checker().barriers[barrier];
@@ -673,7 +679,10 @@ static const Allocation* device_variable(uintptr_t a) {
     if (!object) return nullptr;
     std::lock_guard<std::mutex> lock(mutex);
     auto [it, fresh] = variables.try_emplace(object->begin);
-    if (fresh) it->second = {object->begin, object->end, 0, 0, make_shadow(object->end - object->begin)};
+    if (fresh) {
+        const bool constant = space_of(reinterpret_cast<void*>(a)) == Space::constant;
+        it->second = {object->begin, object->end, 0, 0, make_shadow(object->end - object->begin), constant};
+    }
     return &it->second;
 }
 
@@ -697,6 +706,8 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
         }
         last = *found, checker().last_serial = launch.serial;
     }
+    if (last.constant && access != Access::read)
+        FAIL(t, site, "%s of the __constant__ variable %s, which kernels only read", verb(access), variable_name(a).c_str());
     if (!last.shadow) return;
     const uint32_t serial = launch.serial << 4;
     const uint32_t block = block_number();

@@ -60,7 +60,9 @@ struct WarpGroup {
 
 struct NamedBarrier {
     int threads = 0;
-    std::vector<const Thread*> waiting;
+    std::vector<const Thread*> waiting, arrived;  // the latter do not wait
+
+    void clear() { waiting.clear(), arrived.clear(); }
 };
 
 struct Hopper {
@@ -202,29 +204,37 @@ void mbarrier_wait(uintptr_t address, uint32_t parity, Where at) {
     check_acquire(t, index);
 }
 
-void named_barrier(int id, int threads, Where at) {
-    Hopper& h = hopper("named_barrier", at);
+// The calling thread comes to a named barrier, and waits or not.
+static void come(const char* name, int id, int threads, bool waits, Where at) {
+    Hopper& h = hopper(name, at);
     Machine& m = *current();
     const Thread& t = *m.self;
-    if (id < 1 || id > 15) fail(t, at, "named_barrier: id %d, expected 1 to 15 (0 is __syncthreads)", id);
+    if (id < 1 || id > 15) fail(t, at, "%s: id %d, expected 1 to 15 (0 is __syncthreads)", name, id);
     if (threads <= 0 || threads % 32 || threads > m.count)
-        fail(t, at, "named_barrier %d: %d threads, expected whole warps, at most the block's %d threads", id, threads, m.count);
+        fail(t, at, "%s %d: %d threads, expected whole warps, at most the block's %d threads", name, id, threads, m.count);
     NamedBarrier& b = h.named[id];
-    if (b.waiting.empty()) b.threads = threads;
-    if (b.threads != threads)
-        fail(t, at, "named_barrier %d: %d threads, but another thread waits with %d", id, threads, b.threads);
-    b.waiting.push_back(&t);
-    if (int(b.waiting.size()) == threads) {
+    if (b.waiting.empty() && b.arrived.empty()) b.threads = threads;
+    if (b.threads != threads) fail(t, at, "%s %d: %d threads, but another thread came with %d", name, id, threads, b.threads);
+    if (std::find(b.arrived.begin(), b.arrived.end(), &t) != b.arrived.end())
+        fail(t, at, "%s %d: the thread has arrived already, and not all others have", name, id);
+    (waits ? b.waiting : b.arrived).push_back(&t);
+    if (!waits) check_named_arrival(t, id);
+    if (int(b.waiting.size() + b.arrived.size()) == threads) {
         uint32_t lanes[kMaxWarps] = {};
-        for (const Thread* other : b.waiting) lanes[other->linear / 32] |= 1u << (other->linear & 31);
-        for (const Thread* other : b.waiting)
-            if (lanes[other->linear / 32] != ~0u) fail(*other, at, "named_barrier %d: not all lanes of the warp take part", id);
-        check_meeting(b.waiting.data(), threads);
+        for (const auto* list : {&b.waiting, &b.arrived})
+            for (const Thread* other : *list) lanes[other->linear / 32] |= 1u << (other->linear & 31);
+        for (const auto* list : {&b.waiting, &b.arrived})
+            for (const Thread* other : *list)
+                if (lanes[other->linear / 32] != ~0u) fail(*other, at, "%s %d: not all lanes of the warp take part", name, id);
+        check_meeting(b.waiting.data(), int(b.waiting.size()), id);
         for (const Thread* other : b.waiting) ready(m, *other);
-        b.waiting.clear();
+        b.clear();
     }
-    block(m, kNamedBarrier, at);
+    if (waits) block(m, kNamedBarrier, at);
 }
+
+void named_barrier(int id, int threads, Where at) { come("named_barrier", id, threads, true, at); }
+void named_arrive(int id, int threads, Where at) { come("named_arrive", id, threads, false, at); }
 
 void async_fence(Where at) {
     hopper("fence_async_shared", at);
@@ -546,7 +556,7 @@ void hopper_block_start(Machine& m) {
     Hopper& h = *m.hopper;
     h.barriers.clear(), h.copies.clear();
     for (WarpGroup& g : h.groups) g = {};
-    for (NamedBarrier& b : h.named) b.waiting.clear();
+    for (NamedBarrier& b : h.named) b.clear();
     for (int i = 0; i < m.count; i++) {
         Thread& t = m.threads[i];
         t.accumulators.clear(), t.products.clear();
@@ -605,7 +615,7 @@ void hopper_deadlock(Machine& m) {
             for (int id = 1; id < 16; id++) {
                 const NamedBarrier& b = h.named[id];
                 if (std::find(b.waiting.begin(), b.waiting.end(), t) != b.waiting.end())
-                    fail(*t, t->at, "deadlock: named_barrier %d: %zu of %d threads have come", id, b.waiting.size(), b.threads);
+                    fail(*t, t->at, "deadlock: named_barrier %d: %zu of %d threads have come", id, b.waiting.size() + b.arrived.size(), b.threads);
             }
         if (t->op == &kCommit)
             for (const Thread* other = &m.threads[t->linear / kGroup * kGroup]; ; other++)

@@ -42,6 +42,7 @@ struct Launch {
     const Kernel* kernel;
     dim3 grid, block;
     unsigned smem;
+    size_t shared_most;  // static and dynamic together
     uint64_t blocks;
     Order order;
     uint64_t seed;
@@ -103,6 +104,7 @@ struct Thread {
 
 struct Warp {
     uint32_t ready, waiting, exited;  // the last with those beyond the block's last thread
+    uint32_t asking;                  // who is with them (simt::converged)
 };
 
 struct Fault {
@@ -197,12 +199,15 @@ void hopper_deadlock(Machine& m);
 struct Allocation {
     uintptr_t begin, end, map, map_end;
     void* shadow;  // checked build: one GlobalCell for every four bytes
+    bool constant = false;
 };
 std::string source_lines(uintptr_t pc);  // of an instruction and the calls it was inlined by, "file:line\n" each
 
-// The runtime API (runtime.cpp): what a launch of the host's said; 0, 1 refused, 2 fault.
+// The runtime API (runtime.cpp): why a call was refused, to cudaGetErrorString and the report; what a launch of the host's said; 0, 1 refused, 2 fault.
+void refused(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void launched(int code);
-extern size_t dynamic_allowed;
+// By its address; whether it may have so much.
+bool allow_dynamic(const void* kernel, size_t bytes);
 
 // A function or an object of this library, from its symbol table.
 struct Symbol {
@@ -210,6 +215,7 @@ struct Symbol {
     uintptr_t begin, end;
 };
 const Symbol* find_object(uintptr_t address);
+std::string variable_name(uintptr_t address);  // of the variable that is there
 
 const Allocation* find_allocation(uintptr_t address);  // that holds it, or the nearest below
 std::string describe_address(uintptr_t address);
@@ -239,7 +245,9 @@ void check_mbarrier_used(const Thread& thread, int barrier, Where at);
 void check_release(const Thread& thread, int barrier);
 void check_phase_over(int barrier);
 void check_acquire(const Thread& thread, int barrier);
-void check_meeting(const Thread* const* threads, int count);  // at a named barrier
+// At a named barrier: who does not wait; and those who do, whom it lets go.
+void check_named_arrival(const Thread& thread, int barrier);
+void check_meeting(const Thread* const* threads, int count, int barrier);
 // A bulk copy begins to write a tile (`map` names its source), and has written it.
 void check_bulk_issued(const Thread& thread, int barrier, uint32_t map, uintptr_t address, size_t bytes, Where at);
 void check_bulk_landed(int barrier, uintptr_t address, size_t bytes);
@@ -267,7 +275,8 @@ inline void check_mbarrier_used(const Thread&, int, Where) {}
 inline void check_release(const Thread&, int) {}
 inline void check_phase_over(int) {}
 inline void check_acquire(const Thread&, int) {}
-inline void check_meeting(const Thread* const*, int) {}
+inline void check_named_arrival(const Thread&, int) {}
+inline void check_meeting(const Thread* const*, int, int) {}
 inline void check_bulk_issued(const Thread&, int, uint32_t, uintptr_t, size_t, Where) {}
 inline void check_bulk_landed(int, uintptr_t, size_t) {}
 inline void check_products_begin(int) {}

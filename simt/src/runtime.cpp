@@ -37,25 +37,37 @@ cudaError_t allocate_host(void** p, size_t bytes) {
     return note(*p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 
+// A copy that does not fit is refused, as on a device, and is a finding: few programs ask whether it was.
+template <class... A>
+static cudaError_t refuse(const char* format, A... arguments) {
+    refused(format, arguments...);
+    fprintf(stderr, "%s\n", emu_last_error());
+    return note(cudaErrorInvalidValue);
+}
+
 cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, const void* from, size_t bytes) {
-    if (offset > size || bytes > size - offset) return note(cudaErrorInvalidValue);
+    if (sticky) return sticky;
+    if (offset > size || bytes > size - offset)
+        return refuse("%s: %zu bytes from byte %zu on of the variable %s of %zu bytes", from ? "cudaMemcpyToSymbol" : "cudaMemcpyFromSymbol", bytes, offset,
+                      variable_name(uintptr_t(symbol)).c_str(), size);
     unsigned char* at = static_cast<unsigned char*>(symbol) + offset;
     if (from) memcpy(at, from, bytes);
     else memcpy(to, at, bytes);
-    return sticky;
-}
-
-cudaError_t allow_dynamic(int attribute, int value) {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || size_t(value) > kSharedMax) return note(cudaErrorInvalidValue);
-    dynamic_allowed = std::max(dynamic_allowed, size_t(value));
     return cudaSuccess;
 }
 
-// A range that is not wholly inside one allocation of the device, if it begins in one.
-static bool leaves(const void* p, size_t bytes) {
+cudaError_t refuse_untyped(const char* call) { return refuse("%s of a void*: the emulator needs the kernel itself, whose type says its parameters", call); }
+
+cudaError_t set_attribute(const void* kernel, int attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    return value < 0 || !allow_dynamic(kernel, size_t(value)) ? note(cudaErrorInvalidValue) : cudaSuccess;
+}
+
+// Refuses a range that begins in an allocation of the device and is not wholly inside.
+static cudaError_t check_range(const char* call, const char* what, const void* p, size_t bytes) {
     const Allocation* a = find_allocation(uintptr_t(p));
-    return a && uintptr_t(p) < a->map_end && (uintptr_t(p) >= a->end || uintptr_t(p) + bytes > a->end) && bytes;
+    if (!bytes || !a || uintptr_t(p) >= a->map_end || (uintptr_t(p) < a->end && uintptr_t(p) + bytes <= a->end)) return cudaSuccess;
+    return refuse("%s: %s %zu bytes from byte %zu on of an allocation of %zu bytes", call, what, bytes, size_t(uintptr_t(p) - a->begin), size_t(a->end - a->begin));
 }
 
 }  // namespace simt
@@ -112,7 +124,8 @@ cudaError_t cudaFree(void* p) { return note(emu_free(p) ? cudaErrorInvalidValue 
 cudaError_t cudaFreeHost(void* p) { return free(p), cudaSuccess; }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
     if (sticky) return sticky;
-    if (simt::leaves(to, bytes) || simt::leaves(from, bytes)) return note(cudaErrorInvalidValue);
+    if (cudaError_t e = simt::check_range("cudaMemcpy", "to", to, bytes)) return e;
+    if (cudaError_t e = simt::check_range("cudaMemcpy", "from", from, bytes)) return e;
     memmove(to, from, bytes);
     return cudaSuccess;
 }
@@ -123,7 +136,7 @@ cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t fro
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     if (sticky) return sticky;
-    if (simt::leaves(to, bytes)) return note(cudaErrorInvalidValue);
+    if (cudaError_t e = simt::check_range("cudaMemset", "to", to, bytes)) return e;
     memset(to, value, bytes);
     return cudaSuccess;
 }

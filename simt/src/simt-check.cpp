@@ -153,7 +153,7 @@ static vector<fs::path> in_parallel(const vector<std::function<fs::path()>>& wor
 
 // Where simt is: the directory above the one that holds this program, or $SIMT_HOME.
 static fs::path home() {
-    if (const char* set = getenv("SIMT_HOME")) return set;
+    if (const char* set = getenv("SIMT_HOME")) return fs::weakly_canonical(set);  // as the preprocessor will name its headers
     for (fs::path p = fs::read_symlink("/proc/self/exe").parent_path(); p.has_relative_path(); p = p.parent_path())
         for (const fs::path& candidate : {p, p / "share/simt"})
             if (fs::exists(candidate / "include/simt.h")) return candidate;
@@ -197,40 +197,52 @@ struct Compiler {
         return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
     }
 
-    fs::path kernels(const string& source, bool checked) {
-        const string name = fs::path(source).filename().string() + (checked ? ".checked" : "");
-        const string place = std::to_string(std::hash<string>()(source));  // two files may have one name
-        const fs::path input = directory / (name + "." + place + ".ii"), expanded = input.string() + "." + std::to_string(getpid()) + ".ii";
+    translate::Result translated(const string& source, const fs::path& made, const string& flag) {
+        const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         vector<string> c = {cxx, "-E", "-x", "c++", "-include", (simt / "include/simt.h").string(), "-I" + (simt / "include").string()};
-        const vector<string> f = flags(checked);
+        const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), options.flags.begin(), options.flags.end());
+        if (!flag.empty()) c.push_back(flag);
         c.insert(c.end(), {source, "-o", expanded.string()});
         command(c);
-        const string own = (simt / "include").string();
-        const translate::Result result = translate::source(read_file(expanded), [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+        const string text = read_file(expanded), own = (simt / "include").string();
         fs::remove(expanded);
-        if (!checked || options.builds.size() == 1)
-            for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
-        std::ofstream(input, std::ios::binary) << result.text;
-        vector<string> words = f;
+        return translate::source(text, [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+    }
+
+    // Of the user's source: what the compiler reads, the same in both builds.
+    fs::path translated(const string& source) {
+        // Two files may have one name.
+        const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
+        translate::Result result = translated(source, made, {});
+        if (result.special_functions) result = translated(source, made, "-DSIMT_SPECIAL_FUNCTIONS");
+        for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
+        std::ofstream(made, std::ios::binary) << result.text;
+        return made;
+    }
+
+    fs::path kernels(const fs::path& source, bool checked) {
+        vector<string> words = flags(checked);
         if (checked) words.insert(words.end(), kCheckedKernel.begin(), kCheckedKernel.end());
         for (const string& flag : options.flags)
             if (flag[1] != 'I' && flag[1] != 'D') words.push_back(flag);
         words.insert(words.end(), {"-x", "c++-cpp-output"});
-        return object(name, result.text, words, input);
+        return object(source.stem().stem().string() + (checked ? ".checked" : ""), read_file(source), words, source);
     }
 
     // The builds' libraries. Into `to`, if it is given, goes that of the only build.
     vector<fs::path> libraries(const fs::path& to = {}) {
-        vector<std::function<fs::path()>> objects, links;
+        vector<std::function<fs::path()>> translations, objects, links;
+        for (const string& source : options.sources) translations.push_back([=] { return translated(source); });
+        const vector<fs::path> sources = in_parallel(translations);
         // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
         for (const string& build : options.builds) {
             const bool checked = build == "checked";
             for (const auto& e : fs::directory_iterator(simt / "src"))
                 if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check")
                     objects.push_back([=, source = e.path()] { return runtime(source, checked); });
-            for (const string& source : options.sources) objects.push_back([=] { return kernels(source, checked); });
+            for (const fs::path& source : sources) objects.push_back([=] { return kernels(source, checked); });
         }
         const vector<fs::path> all = in_parallel(objects);
         const size_t each = all.size() / options.builds.size();
@@ -333,14 +345,48 @@ static void write_junit(const Options& o, const vector<Run>& runs) {
     f << "</testsuite>\n";
 }
 
+// The kinds of findings, by what is in their texts; the first that fits.
+struct Rule {
+    const char *id, *description;
+    vector<const char*> texts;
+};
+static const vector<Rule> kRules = {
+    {"unknown-ptx", "Inline PTX that the emulator does not know", {"inline PTX"}},
+    {"missing-fence", "Shared memory that wgmma or a bulk copy meets without a proxy fence", {"missing proxy fence"}},
+    {"asynchronous-copy", "A copy or product in flight that nobody has waited for", {"is still writing", "in flight", "while wgmma", "no wgmma_wait", "no mbarrier_wait"}},
+    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: "}},
+    {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
+    {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
+    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch"}},
+    {"misaligned", "An address that is not a multiple of what the access needs", {"misaligned", "not aligned", "not a multiple of"}},
+    {"constant", "A write to a __constant__ variable", {"of the __constant__ variable"}},
+    {"out-of-bounds", "An access beyond an array, an allocation or a device's memory", {"out of bounds", "out of the array's bounds", "illegal access", "not in shared memory"}},
+    {"warp-mask", "A warp-wide operation with a mask that does not fit the lanes", {"shuffle: lane", "in its mask"}},
+    {"stack-overflow", "More local memory than a thread has", {"stack overflow"}},
+    {"arithmetic", "A division by zero, a shift or a conversion that is not defined", {"integer division by zero", "shift by", "conversion out of range"}},
+    {"assertion", "An assertion or a trap of the kernel", {"assertion failed", "__trap()"}},
+    {"hopper", "A wrong use of mbarriers, bulk copies, wgmma or named barriers", {"mbarrier", "wgmma", "bulk", "named_", "tensor map"}},
+    {"other", "Another error in a kernel", {""}},
+};
+
+static const Rule& rule_of(const string& finding) {
+    for (const Rule& r : kRules)
+        for (const char* text : r.texts)
+            if (finding.find(text) != finding.npos) return r;
+    return kRules.back();
+}
+
 // "kernel k, block (0,0,0), thread (1,0,0), file.cu:12, called at ...: what"
 static void write_sarif(const Options& o, const std::set<string>& findings) {
     std::ofstream f(o.sarif);
-    f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check"}}, "results": [)";
+    f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check", "rules": [)";
+    for (const Rule& r : kRules)
+        f << (&r == &kRules[0] ? "" : ",") << "\n{\"id\": \"" << r.id << "\", \"shortDescription\": {\"text\": \"" << r.description << "\"}}";
+    f << "\n]}}, \"results\": [";
     bool first = true;
     for (const string& finding : findings) {
         const size_t place = finding.find("), ", finding.find("thread (")), colon = finding.find(':', place);
-        f << (first ? "" : ",") << "\n{\"ruleId\": \"kernel\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
+        f << (first ? "" : ",") << "\n{\"ruleId\": \"" << rule_of(finding).id << "\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
         if (place != finding.npos && colon != finding.npos && atoi(finding.c_str() + colon + 1) > 0)
             f << ", \"locations\": [{\"physicalLocation\": {\"artifactLocation\": {\"uri\": \"" << escaped(finding.substr(place + 3, colon - place - 3), false)
               << "\"}, \"region\": {\"startLine\": " << atoi(finding.c_str() + colon + 1) << "}}}]";

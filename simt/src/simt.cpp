@@ -21,9 +21,11 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <thread>
 
+#include "cuda_runtime.h"
 #include "machine.h"
 
 namespace simt {
@@ -143,7 +145,36 @@ static Thread* pick_or_progress(Machine& m) {
     return next;
 }
 
+// What lanes wait in that ask who is with them: nobody waits for anybody else.
+static const Op kConverged = {"__activemask", nullptr};
+
+// Lets the lanes of a warp go on that have asked at one line, if no other lane of it can run.
+static void complete_converged(Machine& m, int warp) {
+    Warp& w = m.warps[warp];
+    if (w.ready || !w.asking) return;
+    const Thread& first = m.threads[warp * 32 + __builtin_ctz(w.asking)];
+    uint32_t lanes = 0;
+    for (uint32_t l = w.asking; l; l &= l - 1) {
+        Thread& t = m.threads[warp * 32 + __builtin_ctz(l)];
+        if (t.at.line == first.at.line && t.at.file == first.at.file) lanes |= l & -l;
+    }
+    for (uint32_t l = lanes; l; l &= l - 1) *static_cast<uint32_t*>(m.threads[warp * 32 + __builtin_ctz(l)].data) = lanes;
+    w.asking &= ~lanes;
+    make_ready(m, warp, lanes);
+}
+
+uint32_t converged(Where at) {
+    Machine& m = *current();
+    Thread& t = *m.self;
+    uint32_t lanes = 0;
+    t.op = &kConverged, t.mask = 0, t.data = &lanes, t.at = at, t.state = State::waiting;
+    m.warps[t.linear / 32].asking |= 1u << (t.linear & 31);
+    wait(m);
+    return lanes;
+}
+
 void wait(Machine& m) {
+    complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
     if (!next) deadlock(m);
     if (next == &t) return;
@@ -165,6 +196,7 @@ static void leave(Machine& m, Thread& t) {
     const int warp = t.linear / 32;
     m.warps[warp].exited |= 1u << (t.linear & 31);
     if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+    complete_converged(m, warp);
     if (m.launch->strict) return;
     if (m.at_barrier) complete_barrier(m);
     for (uint32_t rest = m.warps[warp].waiting; rest;) {
@@ -273,6 +305,9 @@ void fence() { check_fence(); }
 
 static size_t max_shared(const Kernel& k) { return k.hopper ? kSharedMaxHopper : kSharedMax; }
 
+// How a program asks for more than 48 KB.
+static const char* opt_in(const Kernel& k) { return k.function ? " (emu_set_max_dyn_smem)" : " (cudaFuncSetAttribute)"; }
+
 // This library's symbol table, read from its file.
 struct Image {
     uintptr_t base = 0;
@@ -283,6 +318,14 @@ struct Image {
 
     Image();
 };
+
+static std::string plain_name(const std::string& symbol) {
+    int failed = 0;
+    char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &failed);
+    const std::string plain = failed ? symbol : text;
+    free(text);
+    return plain;
+}
 
 static const Image& image() {
     static const Image& image = *new Image;
@@ -324,10 +367,7 @@ Image::Image() {
             if (strstr(name, "4simt") || !strncmp(name, "__", 2) || (guard && type != STT_TLS)) continue;  // the emulator's, the compiler's
             if (type == STT_OBJECT && y.st_size) objects.push_back({name, base + y.st_value, base + y.st_value + y.st_size});
             if (type != STT_TLS || y.st_value >= tls_size || variable_at[y.st_value]) continue;
-            int failed = 0;
-            char* plain = abi::__cxa_demangle(name, nullptr, nullptr, &failed);
-            std::string text = failed ? name : plain;
-            free(plain);
+            std::string text = plain_name(name);
             if (const size_t scope = text.rfind("::"); scope != text.npos) text.erase(0, scope + 2);
             variables.push_back({text, y.st_value, y.st_size, !strcmp(name, "smem"), guard});
             variable_at[y.st_value] = uint16_t(variables.size());
@@ -343,6 +383,11 @@ const Symbol* find_object(uintptr_t a) {
     return it == objects.begin() || a >= std::prev(it)->end ? nullptr : &*std::prev(it);
 }
 
+std::string variable_name(uintptr_t a) {
+    const Symbol* object = find_object(a);
+    return object ? plain_name(object->name) : "of no name";
+}
+
 // The block's copy of a __shared__ variable: its first use in a block gives it a place.
 static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     if (v.dynamic) return uintptr_t(m.dynamic);
@@ -356,9 +401,9 @@ static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     m.static_bytes = (m.static_bytes + 15) / 16 * 16 + v.bytes;
     if (m.static_bytes > kSharedDefault || begin + v.bytes > kStaticArea)
         fail_at_pc(caller, "%zu bytes of static shared memory, more than 48 KB", m.static_bytes);
-    if (size_t most = max_shared(*m.launch->kernel); m.static_bytes + m.launch->smem > most)
-        fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than %zu KB", m.static_bytes,
-                   m.launch->smem, most >> 10);
+    if (const size_t most = m.launch->shared_most; m.static_bytes + m.launch->smem > most)
+        fail_at_pc(caller, "%zu bytes of static and %u of dynamic shared memory, more than %zu KB%s", m.static_bytes, m.launch->smem,
+                   most >> 10, most == kSharedDefault ? opt_in(*m.launch->kernel) : "");
     m.static_end = begin + v.bytes;
     if (m.launch->poison) memset(reinterpret_cast<void*>(m.statics + begin), kPoison, v.bytes);
     m.variables.push_back({&v, m.statics + begin, m.statics + begin + v.bytes});
@@ -383,6 +428,20 @@ extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* 
     return everyones(index);
 }
 
+// fmaxf and the like of the kernels (simt.h): they prefer a number to a NaN, but not to poison, and 0 to -0.
+template <class T>
+static T extreme(T a, T b, bool most) {
+    if (a != a || b != b) return is_poison(a) ? a : is_poison(b) || a != a ? b : a;
+    if (a == b) return std::signbit(a) == most ? b : a;
+    return (a < b) == most ? b : a;
+}
+extern "C" {
+float simt_fmaxf(float a, float b) { return extreme(a, b, true); }
+float simt_fminf(float a, float b) { return extreme(a, b, false); }
+double simt_fmax(double a, double b) { return extreme(a, b, true); }
+double simt_fmin(double a, double b) { return extreme(a, b, false); }
+}
+
 // The name that all dynamic shared memory has: `extern __shared__ float anything[]` becomes another name of it.
 extern "C" {
 __attribute__((used)) thread_local unsigned char smem[1];
@@ -392,8 +451,30 @@ uint32_t shared_offset(const void* p) {
     if (!current()->is_shared(uintptr_t(p))) trap("the address is not in shared memory", {});
     return uint32_t(uintptr_t(p) - current()->statics);
 }
+void* dynamic_shared() { return current()->dynamic; }
 void* shared_pointer(uint32_t offset) { return reinterpret_cast<void*>(current()->statics + offset); }
-bool is_shared_address(const void* p) { return current()->is_shared(uintptr_t(p)); }
+
+struct Range { uintptr_t begin, end; };
+// Variables register before main, in any order of files.
+static std::vector<Range>& constants() {
+    static auto& list = *new std::vector<Range>;
+    return list;
+}
+bool add_constant(const void* variable, size_t bytes) {
+    constants().push_back({uintptr_t(variable), uintptr_t(variable) + bytes});
+    return true;
+}
+
+Space space_of(const void* p) {
+    const Machine& m = *current();
+    const uintptr_t a = uintptr_t(p);
+    if (m.is_shared(a)) return Space::shared;
+    if (a - m.base < m.statics - m.base) return Space::local;
+    for (const Range& r : constants())
+        if (a - r.begin < r.end - r.begin) return Space::constant;
+    const Allocation* in = find_allocation(a);
+    return (in && a < in->end) || find_object(a) ? Space::global : Space::none;
+}
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at) {
     Machine& m = *current();
@@ -500,7 +581,7 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     }
     for (int w = 0; w * 32 < count; w++) {
         const uint32_t lanes = count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1;
-        warps[w] = {lanes, 0, ~lanes};
+        warps[w] = {lanes, 0, ~lanes, 0};
         ready_warps |= 1u << w;
     }
     warp = choose(ready_warps, *this);
@@ -794,7 +875,7 @@ public:
 
 struct KernelState {
     Kernel kernel;
-    size_t max_dynamic = kSharedDefault;
+    std::optional<size_t> max_dynamic;  // if somebody asked
 };
 
 // Kernels register before main, in any order of files: hence not a plain global.
@@ -823,16 +904,28 @@ static void record(const char* kind, const std::string& text) {
     }
 }
 
-static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
-static int refuse(const char* format, ...) {
+static int note_refusal(const char* format, va_list args) {
     char text[512];
-    va_list args;
-    va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
-    va_end(args);
     last_error = text;
     record("refused", text);
     return 1;
+}
+
+static int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
+static int refuse(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    const int code = note_refusal(format, args);
+    va_end(args);
+    return code;
+}
+
+void refused(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    note_refusal(format, args);
+    va_end(args);
 }
 
 static Launch& the_launch() {
@@ -841,7 +934,7 @@ static Launch& the_launch() {
 }
 
 // Its parameters are there already.
-static int start(Launch& l, const Kernel& k, size_t dynamic_allowed, dim3 grid, dim3 block, size_t smem) {
+static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, dim3 grid, dim3 block, size_t smem) {
 #ifdef __AVX2__
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
         return refuse("the emulator was compiled for a processor with AVX2 and FMA");
@@ -852,11 +945,12 @@ static int start(Launch& l, const Kernel& k, size_t dynamic_allowed, dim3 grid, 
         return refuse("kernel %s: a block of %ux%ux%u threads; at most 1024, and 1024x1024x64", k.name, bx, by, bz);
     if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535)
         return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", k.name, gx, gy, gz);
-    if (smem > dynamic_allowed)
-        return refuse("kernel %s: %zu bytes of dynamic shared memory, %zu allowed (emu_set_max_dyn_smem)", k.name, smem, dynamic_allowed);
+    if (const size_t allowed = max_dynamic.value_or(kSharedDefault); smem > allowed)
+        return refuse("kernel %s: %zu bytes of dynamic shared memory, %zu allowed%s", k.name, smem, allowed, opt_in(k));
     static std::set<std::string> recorded;
     if (recorded.insert(k.name).second) record("launched", k.name);
     l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
+    l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.blocks = uint64_t(gx) * gy * gz;
     l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.serial++;
     l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
@@ -974,10 +1068,7 @@ void* emu_function(const char* name, const char* types) {
     };
     std::string seen;
     for (const Symbol& f : image().functions) {
-        int failed = 0;
-        char* text = abi::__cxa_demangle(f.name.c_str(), nullptr, nullptr, &failed);
-        std::string full = failed ? f.name : text;  // `extern "C"`: no types
-        free(text);
+        const std::string full = plain_name(f.name);  // of `extern "C"`: no types
         const size_t open = full.find('(');
         std::string called = full.substr(0, open);
         if (called.compare(0, 5, "void ") == 0) called.erase(0, 5);
@@ -994,7 +1085,33 @@ void* emu_function(const char* name, const char* types) {
 
 namespace simt {
 
-size_t dynamic_allowed = kSharedDefault;  // of kernels that no line registers
+// "scale" of "void (anonymous namespace)::scale<float>(float*)": a launch says no more of a kernel that is certain.
+static std::string base_name(std::string text) {
+    for (const std::string scope = "(anonymous namespace)::"; text.find(scope) != text.npos;) text.erase(text.find(scope), scope.size());
+    text.erase(std::min(text.find_first_of("<("), text.size()));
+    return text.substr(text.find_last_of(" :") + 1);
+}
+
+// What kernels that no line registers were allowed, by their base names.
+static std::map<std::string, size_t>& max_dynamic() {
+    static auto& map = *new std::map<std::string, size_t>;
+    return map;
+}
+
+const char* kernel_name(const void* kernel) {
+    static std::set<std::string> names;
+    for (const Symbol& f : image().functions)
+        if (f.begin == uintptr_t(kernel)) return names.insert(base_name(plain_name(f.name))).first->c_str();
+    return "of no name";
+}
+
+bool allow_dynamic(const void* kernel, size_t bytes) {
+    if (bytes > kSharedMax) return false;
+    size_t& allowed = max_dynamic()[kernel_name(kernel)];
+    allowed = std::max(allowed, bytes);
+    return true;
+}
+
 static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }
 
@@ -1004,7 +1121,8 @@ void run(const char* name, const Config& config, void (*thunk)(const Kernel&, co
     const Kernel kernel = {names.insert(name).first->c_str(), named_barriers, thunk, nullptr, 0, nullptr, nullptr};
     Launch& l = the_launch();
     memcpy(l.params, params, bytes);
-    launched(start(l, kernel, dynamic_allowed, config.grid, config.block, config.shared));
+    const auto allowed = max_dynamic().find(base_name(name));
+    launched(start(l, kernel, allowed == max_dynamic().end() ? std::nullopt : std::optional(allowed->second), config.grid, config.block, config.shared));
 }
 
 }  // namespace simt

@@ -3,11 +3,14 @@
 //   kernel<<<grid, block>>>(a, b)       simt::launch("kernel", simt::Config(grid, block), [=](auto... p) { kernel(p...); }, a, b)
 //   asm("cp.async...", ...)             the emulator's twins of PTX instructions
 //   extern __shared__ float s[];        extern __shared__ float s[] asm("smem");
+//                                       in a template: a reference to the block's dynamic shared memory
+//   __constant__ float taps[7];         the same, and a line that says where it is
 //
 // Lines stay where they are, and headers of the system and of simt as they are.
 #pragma once
 #include <algorithm>
 #include <cctype>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <string>
@@ -20,6 +23,7 @@ using std::string;
 struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
+    bool special_functions = false;  // whether it may call some of C++17's
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -220,6 +224,8 @@ class Ptx {
         if (name == "mul" && n == 3 && !type.empty() && !has(op, "hi") && !has(op, "wide")) return set(bits(1) + " * " + bits(2));
         if ((name == "shl" || name == "shr") && n == 3 && !type.empty())
             return set("(" + value(a[2]) + ") > sizeof(" + type + ") * 8 - 1 ? 0 : " + bits(1) + (name == "shl" ? " << " : " >> ") + "(" + value(a[2]) + ")");
+        if ((name == "min" || name == "max") && n == 3 && type == "float" && has(op, "NaN"))
+            return set("isnan(" + bits(1) + ") || isnan(" + bits(2) + ") ? NAN : " + name + "(" + bits(1) + ", " + bits(2) + ")");
         if ((name == "min" || name == "max") && n == 3 && !type.empty()) return set(name + "(" + bits(1) + ", " + bits(2) + ")");
         if ((name == "fma" || name == "mad") && n == 4 && type == "float") return set("fmaf(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ")");
         if (name == "mad" && n == 4 && has(op, "lo")) return set(bits(1) + " * " + bits(2) + " + " + bits(3));
@@ -241,7 +247,17 @@ class Ptx {
             }
             return text;
         }
-        if ((name == "bar" || name == "barrier") && (has(op, "sync")) && n >= 1) {
+        if (op == "bar.warp.sync" && n == 1) return "__syncwarp(" + value(a[0]) + ");";
+        if ((name == "bar" || name == "barrier") && has(op, "arrive") && n == 2)
+            return "simt::named_arrive(int(" + value(a[0]) + "), int(" + value(a[1]) + "), {});";
+        if ((name == "bar" || name == "barrier") && has(op, "red") && n == 3 && trim(a[1]) == "0") {
+            string predicate = trim(a[2]);
+            const bool negated = predicate[0] == '!';
+            predicate = string(negated ? "!" : "") + value(negated ? predicate.substr(1) : predicate);
+            const string call = has(op, "popc") ? "__syncthreads_count(" : has(op, "and") ? "__syncthreads_and(" : has(op, "or") ? "__syncthreads_or(" : "";
+            if (!call.empty()) return value(a[0]) + " = " + call + predicate + ");";
+        }
+        if ((name == "bar" || name == "barrier") && has(op, "sync") && n >= 1) {
             if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
             return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
         }
@@ -296,11 +312,94 @@ public:
         unknown = ptx.unknown;
         if (!unknown.empty())
             return "simt::trap(\"inline PTX that the emulator does not know: " + unknown + "\", {})";
+        if (ptx.code.empty()) return "__asm__ __volatile__(\"\" ::: \"memory\")";  // of the host's code: the compiler stops here
         return "({ " + ptx.declarations + ptx.code + "})";
     }
 };
 
 // ---- sources ------------------------------------------------------------------------------------------
+
+// "cyl_bessel_i", "cyl_bessel_if", ...
+inline bool is_special_function(const string& word) {
+    static const char* const beginnings[] = {"assoc_l", "beta", "comp_ellint_", "cyl_bessel_", "cyl_neumann", "ellint_", "expint", "hermite",
+        "laguerre", "legendre", "riemann_zeta", "sph_"};
+    return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
+}
+
+enum class Scope { file, in_template, other };
+
+// What is in the braces that open behind `text`. A full specialisation is no template.
+inline Scope scope_behind(const string& text) {
+    const size_t before = text.find_last_of(";{}");
+    const string head = text.substr(before == text.npos ? 0 : before + 1);
+    Scope scope = Scope::other;
+    for (size_t i = 0, end; i < head.size(); i = end) {
+        end = i + 1;
+        if (!is_word(head[i])) continue;
+        while (end < head.size() && is_word(head[end])) end++;
+        const string word = head.substr(i, end - i);
+        if (word == "namespace" || (word == "extern" && trim(head.substr(end)).compare(0, 3, "\"C\"") == 0)) scope = Scope::file;
+        if (word != "template") continue;
+        const size_t open = head.find_first_not_of(" \t\n", end);
+        if (open != head.npos && head[open] == '<' && head[head.find_first_not_of(" \t\n", open + 1)] != '>') return Scope::in_template;
+    }
+    return scope;
+}
+
+// What __constant__ is after the preprocessor (simt.h).
+static const char kConstantMark[] = "__attribute__((aligned(sizeof(char))))";
+
+// The names that "Filter filter, taps[7] = {...}" declares.
+inline std::vector<string> declared_names(const string& s) {
+    std::vector<string> names;
+    string word;
+    int angles = 0;
+    bool initialiser = false, type_body = false;
+    for (size_t i = 0; i < s.size();) {
+        size_t end = i + 1;
+        if (is_word(s[i])) {
+            while (end < s.size() && is_word(s[end])) end++;
+            const string found = s.substr(i, end - i);
+            type_body |= found == "struct" || found == "class" || found == "union" || found == "enum";
+            if (found == "__attribute__" || found == "alignas") end = skip_brackets(s, s.find('(', end));
+            else if (!angles && !initialiser) word = found;
+        } else if (s[i] == '"' || s[i] == '\'') {
+            end = skip_literal(s, i);
+        } else if (s[i] == '{' && type_body && !initialiser) {
+            end = skip_brackets(s, i), type_body = false;
+        } else if (!initialiser && (s[i] == '<' || s[i] == '>')) {
+            angles += s[i] == '<' ? 1 : -1;
+        } else if (s[i] == '[' || s[i] == '{' || s[i] == '(' || s[i] == '=') {
+            if (s[i] != '=') end = skip_brackets(s, i);
+            initialiser |= angles == 0;
+        } else if (s[i] == ',' && !angles) {
+            names.push_back(word), initialiser = false;
+        }
+        i = end;
+    }
+    names.push_back(word);
+    return names;
+}
+
+// Of "extern ... thread_local float s[]": "typedef float simt_of_s[]; simt_of_s& s = ...".
+inline string dynamic_reference(const string& declaration) {
+    string type;  // without `extern`, `thread_local` and attributes: what is left is type, name and bounds
+    for (size_t i = 0; i < declaration.size();) {
+        size_t end = i;
+        while (end < declaration.size() && is_word(declaration[end])) end++;
+        const string word = declaration.substr(i, end - i);
+        if (word == "__attribute__" || word == "alignas") i = skip_brackets(declaration, declaration.find('(', i));
+        else if (word == "extern" || word == "thread_local") i = end;
+        else if (end > i) type += word, i = end;
+        else type += declaration[i] == '\n' ? ' ' : declaration[i], i++;
+    }
+    const size_t bounds = type.find('['), last = type.find_last_not_of(" \t", bounds - 1), first = type.find_last_of(" \t*&", last) + 1;
+    if (bounds == type.npos) return declaration;
+    const string name = type.substr(first, last + 1 - first);
+    const string newlines = string(size_t(std::count(declaration.begin(), declaration.end(), '\n')), '\n');
+    return "typedef " + trim(type.substr(0, first)) + " simt_of_" + name + trim(type.substr(bounds)) + "; simt_of_" + name + "& " + name +
+           " = *(simt_of_" + name + "*)simt::dynamic_shared()" + newlines;
+}
 
 // `skipped(file)`: whether a header stays as it is.
 inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
@@ -309,6 +408,11 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
     string file;
     int line = 0;
     bool skip = false;
+    std::vector<Scope> scopes;  // of the open braces
+    auto in_scope = [&](Scope scope) { return std::find(scopes.begin(), scopes.end(), scope) != scopes.end(); };
+    bool named_barriers = false;
+    size_t constant_end = 0;  // where the declaration of a __constant__ variable ends, and what comes behind
+    string constant_lines;
     auto lines_of = [](const string& text) { return string(size_t(std::count(text.begin(), text.end(), '\n')), '\n'); };
     auto one_line = [](string text) {
         for (char& c : text)
@@ -379,6 +483,13 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 continue;
             }
         }
+        if (s[i] == '{') scopes.push_back(scope_behind(out));
+        if (s[i] == '}' && !scopes.empty()) scopes.pop_back();
+        if (i && i == constant_end) {
+            out += ";" + constant_lines;
+            i++;
+            continue;
+        }
         if (!is_word(s[i])) {
             out += s[i++];
             continue;
@@ -386,6 +497,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         size_t end = i;
         while (end < s.size() && is_word(s[end])) end++;
         const string word = s.substr(i, end - i);
+        if (!skip) r.special_functions |= is_special_function(word);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
@@ -399,7 +511,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 const size_t close = skip_brackets(s, at);
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
-                if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line + 1) + ": inline PTX that the emulator does not know: " + unknown);
+                if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;
@@ -407,12 +519,26 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 continue;
             }
         }
+        if (!skip) named_barriers |= word == "__barrier_sync" || word == "__barrier_sync_count";
+        if (!skip && word == "__attribute__" && s.compare(i, strlen(kConstantMark), kConstantMark) == 0 && !in_scope(Scope::other) && !in_scope(Scope::in_template)) {
+            size_t stop = i;
+            while (stop < s.size() && s[stop] != ';')
+                stop = s[stop] == '(' || s[stop] == '{' || s[stop] == '[' ? skip_brackets(s, stop) : s[stop] == '"' ? skip_literal(s, stop) : stop + 1;
+            const size_t begin = out.find_last_of(";{}");
+            const string head = out.substr(begin == out.npos ? 0 : begin + 1);
+            if (head.find("extern") == head.npos && head.find("template") == head.npos) {
+                constant_end = stop, constant_lines.clear();
+                for (const string& name : declared_names(s.substr(i, stop - i)))
+                    constant_lines += " static const bool simt_constant_" + name + " = simt::add_constant(&" + name + ", sizeof " + name + ");";
+            }
+        }
         if (!skip && word == "extern") {
             const size_t stop = s.find(';', i);
             const string declaration = s.substr(i, stop - i);
             if (declaration.find("thread_local") != declaration.npos && declaration.find_first_of("{\"") == declaration.find("\"global-dynamic")) {
                 line += int(lines_of(declaration).size());
-                out += declaration + " asm(\"smem\")";
+                // Of a template's local declarations the compiler forgets the name behind asm.
+                out += in_scope(Scope::in_template) ? dynamic_reference(declaration) : declaration + " asm(\"smem\")";
                 i = stop;
                 continue;
             }
@@ -420,7 +546,8 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         out += word;
         i = end;
     }
-    if (out.find("simt::named_barrier(int(") != out.npos) out += "\nstatic const bool simt_barriers = simt::use_named_barriers();\n";
+    named_barriers |= out.find("simt::named_barrier(int(") != out.npos || out.find("simt::named_arrive(int(") != out.npos;
+    if (named_barriers) out += "\nstatic const bool simt_barriers = simt::use_named_barriers();\n";
     return r;
 }
 

@@ -218,6 +218,29 @@ uint32_t ballot(uint32_t mask, bool predicate, Where at) {
     return lane.result;
 }
 
+struct MatchLane {
+    uint64_t bits;
+    uint32_t result;
+};
+
+static void run_match(void* const* lanes, uint32_t mask, const void* imm) {
+    const bool all = *static_cast<const bool*>(imm);
+    auto lane = [&](int i) { return static_cast<MatchLane*>(lanes[i]); };
+    for (uint32_t l = mask; l; l &= l - 1) {
+        MatchLane& mine = *lane(__builtin_ctz(l));
+        mine.result = 0;
+        for (uint32_t o = mask; o; o &= o - 1) mine.result |= uint32_t(lane(__builtin_ctz(o))->bits == mine.bits) << __builtin_ctz(o);
+        if (all && mine.result != mask) mine.result = 0;
+    }
+}
+
+uint32_t match(uint32_t mask, uint64_t bits, bool all, Where at) {
+    static const Op any_op = {"match_any", run_match}, all_op = {"match_all", run_match};
+    MatchLane lane = {bits, 0};
+    collective(all ? all_op : any_op, mask, &lane, &all, at);
+    return lane.result;
+}
+
 // The butterfly of ptx.cuh in one rendezvous: the same operations in the same order.
 static void run_reduce(void* const* lanes, uint32_t, const void* imm) {
     float v[32], w[32];
@@ -268,6 +291,23 @@ static void update(void* address, void* before, const void* operand, void (*appl
     memcpy(before, &seen, sizeof seen);
 }
 
+static bool exchange16(void* address, uint64_t* seen, const uint64_t* next) {
+    bool same;
+    asm volatile("lock cmpxchg16b %1" : "=@ccz"(same), "+m"(*static_cast<unsigned __int128*>(address)), "+a"(seen[0]), "+d"(seen[1])
+                 : "b"(next[0]), "c"(next[1]));
+    return same;
+}
+
+static void update16(void* address, void* before, const void* operand, void (*apply)(void*, const void*)) {
+    uint64_t seen[2], next[2];
+    memcpy(seen, address, 16);
+    do {
+        memcpy(next, seen, 16);
+        apply(next, operand);
+    } while (!exchange16(address, seen, next));
+    memcpy(before, seen, 16);
+}
+
 void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void*, const void*), Where at) {
     const Thread& t = *current()->self;
     const uintptr_t a = uintptr_t(address);
@@ -276,6 +316,7 @@ void atomic(void* address, size_t bytes, void* before, const void* operand, void
     current()->fault_where = &at;
     if (bytes == 2) update<uint16_t>(address, before, operand, apply);
     else if (bytes == 4) update<uint32_t>(address, before, operand, apply);
+    else if (bytes == 16) update16(address, before, operand, apply);
     else update<uint64_t>(address, before, operand, apply);
     current()->fault_where = nullptr;
     check_atomic_done(a);
