@@ -151,7 +151,7 @@ fn what_does_not_fit_is_one_clear_line() {
         write(&model, &file(name));
     };
     made("right", &|_| {});
-    made("words", &|model| model.meta.vocabulary[1] = "cat".into());
+    made("words", &|model| model.meta.vocabulary[1] = "face of a cat".into());
     made("latents", &|model| model.meta.encoder = Encoder::SdVae);
     let config = |change: &dyn Fn(&mut Config)| {
         let mut config = model().net.config;
