@@ -590,18 +590,18 @@ fn what_a_run_left_before_its_first_checkpoint_is_its_own_or_set_aside() {
     assert!(said.contains("/run: the run begins again") && !said.contains("set aside"), "{said}");
     assert_eq!(stats(&place.path("run")).len(), 2);
 
-    fs::write(place.path("wide.json"), CONFIG.replace("\"num_blocks\": 1", "\"num_blocks\": 2")).unwrap();
-    let others = [format!("{options} --lr 0.02"), format!("{options} --lr 0.02 --config wide.json")];
-    for (other, aside) in others.iter().zip(["before.restart", "before.restart-2"]) {
+    let other = format!("{options} --lr 0.02");
+    for (config, aside) in [("\"num_blocks\": 1", "before.restart"), ("\"num_blocks\": 2", "before.restart-2")] {
         let before = without_checkpoint();
-        let said = succeed(&mut place.train("run", other));
+        fs::write(place.path("config.json"), CONFIG.replace("\"num_blocks\": 1", config)).unwrap();
+        let said = succeed(&mut place.train("run", &other));
         assert!(said.contains("set aside 3 files of the run before"), "{said}");
         assert!(fs::read(place.path("run").join(aside).join("stats.jsonl")).unwrap() == before);
     }
     // Nobody knows of which options it is.
     without_checkpoint();
     fs::write(place.path("run/training_options.json"), "my options").unwrap();
-    let said = succeed(&mut place.train("run", &others[1]));
+    let said = succeed(&mut place.train("run", &other));
     assert!(said.contains("set aside 3 files of the run before"), "{said}");
     // A run that was killed before it wrote a line left nothing to set aside.
     without_checkpoint();
