@@ -448,7 +448,8 @@ fn a_shard_of_a_sibling_with_the_same_records_is_refused() {
             .collect();
         let mut metadata = file.metadata().clone();
         metadata.remove("checksums");
-        metadata.get_mut("dataset").map(|header| *header = header.replace("\"vocabulary\":", "\"then\":"));
+        let header = metadata["dataset"].replace("\"vocabulary\":", "\"then\":");
+        metadata.insert("dataset".into(), header);
         let aside = path.with_extension("stripped");
         safetensors::write(&aside, &all, &metadata).unwrap();
         fs::rename(aside, path).unwrap();
