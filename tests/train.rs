@@ -572,7 +572,7 @@ fn snapshots_of_other_options_are_not_written_over() {
     let mut ema = Command::new(env!("CARGO_BIN_EXE_edm2k"));
     ema.current_dir(place.dir.path()).args(["ema", "a", "b", "--std", "0.07", "--out", "averages"]);
     let said = fail(&mut ema);
-    assert!(said.contains("is not of the same run as") && said.contains("they differ in options"), "{said}");
+    assert!(said.contains("is not of the same run as") && said.contains("they differ in began_from"), "{said}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let (config, dir) = (&model.net.config, args.data.display());
     Domain::of_dataset(&data).check(&dir, &Domain::of_model(config, &model.meta), args.model.display())?;
-    let sizes = data.header().all_sizes();
+    let sizes = data.sizes();
     let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
     checked.with_context(|| dir.to_string())?;
     let images = data.len().min(args.images as usize);

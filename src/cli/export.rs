@@ -67,7 +67,9 @@ fn parse_average(text: &str) -> Result<Average, String> {
 
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
-    let _claim = super::claim(&args.out, args.overwrite, &[])?;
+    // A model may become one of another precision in its place; a checkpoint is more than that.
+    let checkpoint: Vec<&Path> = args.from_checkpoint.iter().map(PathBuf::as_path).collect();
+    let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {
         (_, Some(path)) => (of_checkpoint(path, args.ema)?, Precision::F16),
         (Some(path), None) => (Model::load(path)?, Precision::F32),

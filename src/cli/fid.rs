@@ -125,7 +125,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
             let dir = args.data.display();
             Domain::of_dataset(&data).check(&dir, &pipeline.domain(), model.display())?;
             let count = args.count as usize;
-            for [height, width] in data.header().all_sizes() {
+            for [height, width] in data.sizes() {
                 let size = Some([height, width]);
                 let request = Request { size, ..request(&pipeline, &(0..count.min(batch)).collect::<Vec<_>>()) };
                 pipeline.check(&request).with_context(|| dir.to_string())?;
@@ -159,16 +159,17 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     bar.set_message("dataset:");
     let (mut dataset, mut made) = (Moments::new(features), Moments::new(features));
     for first in (0..references).step_by(CHUNK) {
-        let chunk = first..references.min(first + CHUNK);
-        let pictures: Vec<Picture> = chunk.map(|i| reference(i, &mut viewer)).collect::<Result<_, _>>()?;
-        look.at(&mut dataset, &pictures, first, "the dataset")?;
+        let chunk: Vec<usize> = (first..references.min(first + CHUNK)).collect();
+        let pictures = chunk.iter().map(|&i| reference(i, &mut viewer)).collect::<Result<Vec<_>, _>>()?;
+        look.at(&mut dataset, &pictures, &chunk, "the dataset")?;
     }
     match source {
         Source::Files(files) => {
             bar.set_message("generated:");
             for (number, chunk) in files.chunks(CHUNK).enumerate() {
                 let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
-                look.at(&mut made, &pictures, number * CHUNK, "those generated")?;
+                let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
+                look.at(&mut made, &pictures, &numbers, "those generated")?;
             }
         }
         Source::Model(mut pipeline) => {
@@ -180,7 +181,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
                 let images = pipeline.generate(&request(&pipeline, numbers))?;
                 let pictures = images.iter().map(|image| viewer.picture(size, &image.values));
                 let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
-                look.at(&mut made, &pictures, numbers[0], "those made")?;
+                look.at(&mut made, &pictures, numbers, "those made")?;
             }
         }
     }
@@ -222,7 +223,7 @@ fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Vie
             let made_by = data.header().autoencoder.as_ref();
             let (viewer, warning) = Viewer::open(device, vae, &dir.to_string(), made_by).context("--vae")?;
             warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
-            let sizes = data.header().all_sizes();
+            let sizes = data.sizes();
             sizes.into_iter().try_for_each(|size| viewer.check(size)).context("--vae")?;
             Ok(viewer)
         }
@@ -242,12 +243,12 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// Adds the features of pictures: RGB from 0 to 255. `first` and `what` say which these are, in errors.
-    fn at(&self, moments: &mut Moments, pictures: &[Picture], first: usize, what: &str) -> anyhow::Result<()> {
+    /// Adds the features of pictures: RGB from 0 to 255. Their numbers and `what` say which these are, in errors.
+    fn at(&self, moments: &mut Moments, pictures: &[Picture], numbers: &[usize], what: &str) -> anyhow::Result<()> {
         let features = |(i, picture): (usize, &Picture)| {
             let picture = resize(picture, self.network.size());
             let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x)).collect();
-            let features = self.network.features(&values, &format!("image {} of {what}", first + i));
+            let features = self.network.features(&values, &format!("image {} of {what}", numbers[i]));
             self.bar.inc(1);
             features
         };

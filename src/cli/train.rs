@@ -269,7 +269,7 @@ fn viewer(
             Some(viewer)
         }
     };
-    header.all_sizes().iter().try_for_each(|&size| viewer.iter().try_for_each(|viewer| viewer.check(size)))?;
+    data.sizes().iter().try_for_each(|&size| viewer.iter().try_for_each(|viewer| viewer.check(size)))?;
     Ok(viewer)
 }
 
@@ -294,7 +294,7 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
         (None, None, None) => bail!("give a network: --preset, --config or --init"),
     };
     config.validate()?;
-    let sizes = data.header().all_sizes();
+    let sizes = data.sizes();
     let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
     checked.with_context(|| format!("the dataset {}", args.data.display()))?;
     Ok(config)

@@ -195,6 +195,11 @@ impl Dataset {
         [height, width, self.header.channels]
     }
 
+    /// Height and width of each size that images of the split do have.
+    pub fn sizes(&self) -> Vec<[usize; 2]> {
+        self.buckets().into_iter().filter(|(_, images)| *images > 0).map(|(size, _)| size).collect()
+    }
+
     /// Height and width of each size that images of the dataset may have, and how many of this split have it.
     pub fn buckets(&self) -> Vec<([usize; 2], usize)> {
         self.header.all_sizes().into_iter().zip(self.counts.iter().copied()).collect()

@@ -51,16 +51,18 @@ impl View {
 }
 
 /// What differs when something has come into force in between.
-pub(super) fn moment(dir: &Path) -> (bool, Option<SystemTime>) {
-    let changed = |path: PathBuf| path.metadata().and_then(|about| about.modified()).ok();
-    (dir.join(FOLDER).join(MARKER).exists(), changed(dir.join(VOCABULARY_FILE)))
+pub(super) fn moment(dir: &Path) -> (bool, [Option<SystemTime>; 2]) {
+    let changed = |name| dir.join(name).metadata().and_then(|about| about.modified()).ok();
+    (dir.join(FOLDER).join(MARKER).exists(), [VOCABULARY_FILE, SUMMARY_FILE].map(changed))
 }
 
 /// Whether a file is called as those are that are put into the folder.
 fn is_of_a_dataset(name: &str) -> bool {
-    let shard = |rest: &str| rest.len() >= 5 && rest.bytes().all(|byte| byte.is_ascii_digit());
-    let number = name.strip_suffix(".safetensors").and_then(|name| name.rsplit_once('-'));
-    [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || number.is_some_and(|(_, digits)| shard(digits))
+    let digits = |rest: &str| rest.len() >= 5 && rest.bytes().all(|byte| byte.is_ascii_digit());
+    let shard = |name: &str| {
+        ["train-", "validation-", "test-"].iter().any(|split| name.strip_prefix(split).is_some_and(digits))
+    };
+    [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || name.strip_suffix(".safetensors").is_some_and(shard)
 }
 
 fn names(dir: &Path) -> Result<BTreeSet<String>, FileError> {
@@ -106,8 +108,12 @@ impl Pending {
         for entry in fs::read_dir(&self.folder).at(&self.folder)? {
             let entry = entry.at(&self.folder)?;
             let (name, is_file) = (entry.file_name(), entry.file_type().is_ok_and(|of| of.is_file()));
-            match name.to_str().filter(|name| is_file && (is_of_a_dataset(name) || atomic::is_temporary(name))) {
+            let known =
+                |name: &str| is_of_a_dataset(name) || atomic::stem_of_temporary(name).is_some_and(is_of_a_dataset);
+            match name.to_str().filter(|name| is_file && known(name)) {
                 Some(name) => drop(own.insert(name.to_owned())),
+                // What a desktop puts into any folder.
+                None if is_file && [".DS_Store", "Thumbs.db", "desktop.ini"].iter().any(|of| name == *of) => {}
                 None => return Err(foreign(format!("it has {name:?}"))),
             }
         }
@@ -153,7 +159,7 @@ impl Pending {
     /// That is not possible.
     pub fn discard(&self) -> Result<(), FileError> {
         self.begin(|_| false)?;
-        fs::remove_dir(&self.folder).at(&self.folder)
+        self.remove_folder()
     }
 
     /// Makes it count.
@@ -167,7 +173,7 @@ impl Pending {
     }
 
     fn put_in_place(&self) -> Result<(), FileError> {
-        for name in names(&self.folder)?.iter().filter(|name| *name != MARKER) {
+        for name in self.own_names()?.iter().filter(|name| *name != MARKER) {
             let from = self.folder.join(name);
             fs::rename(&from, self.dir.join(name)).at(&from)?;
         }
@@ -177,6 +183,13 @@ impl Pending {
         }
         let marker = self.folder.join(MARKER);
         fs::remove_file(&marker).at(&marker)?;
-        fs::remove_dir(&self.folder).at(&self.folder)
+        self.remove_folder()
+    }
+
+    fn remove_folder(&self) -> Result<(), FileError> {
+        match fs::remove_dir(&self.folder) {
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            removed => removed.at(&self.folder),
+        }
     }
 }

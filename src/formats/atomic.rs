@@ -221,13 +221,8 @@ fn stem(path: &Path) -> String {
     name[..name.floor_char_boundary(200)].to_owned()
 }
 
-/// Whether a file is called as those are that [`AtomicFile`] writes before they are whole.
-pub fn is_temporary(name: &str) -> bool {
-    stem_of_temporary(name).is_some()
-}
-
 /// The stem in a temporary name: `STEM.0123456789abcdef.tmp`.
-fn stem_of_temporary(name: &str) -> Option<&str> {
+pub(crate) fn stem_of_temporary(name: &str) -> Option<&str> {
     let (stem, digits) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
     (digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit())).then_some(stem)
 }

@@ -90,6 +90,9 @@ pub struct ModelMeta {
     /// Of the options of the training run that a moving average is of; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<Fingerprint>,
+    /// Of the weights that it began from; none if it began from none, or if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began_from: Option<Fingerprint>,
     /// Where the training images are from.
     #[serde(default)]
     pub source: String,
@@ -128,6 +131,7 @@ impl ModelMeta {
         settle(&mut self.autoencoder, &then.autoencoder);
         settle(&mut self.data, &then.data);
         settle(&mut self.options, &then.options);
+        settle(&mut self.began_from, &then.began_from);
         if !self.conditioning.differs(&then.conditioning) {
             self.conditioning.clone_from(&then.conditioning);
         }

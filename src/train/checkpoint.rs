@@ -220,6 +220,7 @@ impl Checkpoint {
         let meta = ModelMeta {
             ema_std: average.map(|i| self.state.settings.ema[i]),
             options: average.map(|_| self.state.settings.fingerprint()),
+            began_from: average.and_then(|_| self.state.settings.began_from()),
             ..meta
         };
         let slot = average.map_or(Slot::Weight, Slot::Ema);

@@ -399,18 +399,19 @@ impl Settings {
         }
     }
 
-    /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network
-    /// and its data, nothing is in it, nor of what may change in a run: its length, unless the learning rate depends on it,
-    /// and the name of what it began from.
+    /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network,
+    /// its data and what it began from, and of what may change in a run, its length, nothing is in it.
     fn fingerprint(&self) -> Fingerprint {
         let mut options = serde_json::to_value(self).unwrap_or_default();
         if let Some(options) = options.as_object_mut() {
-            let kept = |name: &str| name == "duration" && self.schedule == Schedule::Linear;
-            options.retain(|name, _| kept(name) || !["config", "data", "init", "duration"].contains(&&**name));
-            let began = self.init.as_ref().and_then(|init| init.fingerprint);
-            options.extend(began.map(|print| ("init".to_owned(), format!("{print:?}").into())));
+            options.retain(|name, _| !["config", "data", "init", "duration"].contains(&&**name));
         }
         Fingerprint::of([options.to_string()])
+    }
+
+    /// Of what the run began from.
+    fn began_from(&self) -> Option<Fingerprint> {
+        self.init.as_ref()?.fingerprint
     }
 
     /// The options that keep a run of `self` from being gone on with under `other`, with both values.
@@ -587,9 +588,7 @@ pub fn train<B: TrainingBackend>(
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
-        let options = dir.join(OPTIONS_FILE);
-        let text = serde_json::to_string_pretty(settings).unwrap_or_default();
-        write_atomically(&options, |out| writeln!(out, "{text}")).at(&options)?;
+        write_options(dir, settings).at(dir)?;
         let stats_path = dir.join(stats::FILE);
         let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
         if let Some(aside) = foreign {
@@ -673,15 +672,26 @@ fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> 
     let nothing = |name: &Path| name.symlink_metadata().is_ok_and(|about| about.is_file() && about.len() == 0);
     let made = made_by_runs(dir)?.into_iter().filter(|name| name != OPTIONS_FILE && !nothing(&dir.join(name)));
     if made.count() > 0 {
-        match then.as_ref().is_some_and(|then| then.differences(settings).is_empty()) {
+        // Without a checkpoint it needs what it began from.
+        let same =
+            |then: &Settings| then.init.is_none() == settings.init.is_none() && then.differences(settings).is_empty();
+        match then.as_ref().is_some_and(same) {
             true => event(Event::Note(format!("no checkpoint is left in {}: the run begins again", dir.display()))),
             false => set_aside(dir, event)?,
         }
     }
-    if options.symlink_metadata().is_ok() && then.is_none() {
-        fs::rename(&options, free_name(&options, "foreign"))?;
-    }
     Ok(())
+}
+
+/// Writes the options' file; one that is somebody's own is set aside.
+fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
+    let path = dir.join(OPTIONS_FILE);
+    let ours = input::text(&path).is_ok_and(|text| serde_json::from_str::<Settings>(&text).is_ok());
+    if path.symlink_metadata().is_ok() && !ours {
+        fs::rename(&path, free_name(&path, "foreign"))?;
+    }
+    let text = serde_json::to_string_pretty(settings)?;
+    write_atomically(&path, |out| writeln!(out, "{text}"))
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
@@ -811,7 +821,8 @@ struct Run<'a, 's, B: TrainingBackend> {
     show: Option<&'a mut grid::Show<'s>>,
     /// Images at a time: the plan's, until the device has no memory for them.
     batch_gpu: usize,
-    /// Micro-batches of a step, of the rank that has most: on all ranks the same, as their weights are.
+    /// Micro-batches of a step, of the rank that has most, if all images were of one size: on all ranks the same, as their
+    /// weights are.
     rounds: usize,
     /// The same in validation and sample grids.
     batch_aside: usize,
@@ -1057,7 +1068,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
                 .map(|id| self.backend.read_param(Slot::Ema(i), ParamId(id)))
                 .collect::<Result<Vec<_>, _>>()?;
             let options = Some(self.settings.fingerprint());
-            let meta = ModelMeta { images_seen: self.state.nimg, ema_std: Some(std), options, ..self.meta.clone() };
+            let (images_seen, began_from) = (self.state.nimg, self.settings.began_from());
+            let meta = ModelMeta { images_seen, ema_std: Some(std), options, began_from, ..self.meta.clone() };
             let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
             let path = self.plan.outdir.join(name);
             match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {

@@ -128,13 +128,14 @@ fn start_driver() -> Result<(), DeviceError> {
             None => Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into())),
         };
     }
-    // SAFETY: it is loaded; the functions are looked up, not called.
+    // SAFETY: it loads, as was seen above.
     let library = unsafe { sys::culib() };
-    let has_all =
-        |names: &[&str]| match names.iter().find(|name| unsafe { library.get::<fn()>(name.as_bytes()) }.is_err()) {
-            Some(name) => unavailable(format!("the NVIDIA driver does not load: its library has no function {name}")),
-            None => Ok(()),
-        };
+    // SAFETY: what is found is not called.
+    let lacks = |name: &&&str| unsafe { library.get::<fn()>(name.as_bytes()) }.is_err();
+    let has_all = |names: &[&str]| match names.iter().find(lacks) {
+        Some(name) => unavailable(format!("the NVIDIA driver does not load: its library has no function {name}")),
+        None => Ok(()),
+    };
     let (first, others) = FUNCTIONS.split_at(4);
     has_all(first)?;
     match result::init() {

@@ -5,8 +5,10 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::f16;
+use rayon::prelude::*;
 
 use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with};
 use super::records::{Record, Records};
@@ -50,14 +52,22 @@ pub fn add(
     // What was dropped is looked at again if its file is another by now.
     let skipped = places.keys().filter(|id| known.contains(*id)).count();
     let mut dropped = Drops::default();
-    for (id, (drop, then)) in refused {
-        let again = match (places.get(&id), then) {
-            (Some(&place), Some(then)) => print(&listing.records[place].read()?) != then,
+    let refused: Vec<_> = refused.into_iter().filter(|(id, _)| !known.contains(id)).collect();
+    let (done, total) = (AtomicU64::new(0), refused.len() as u64);
+    let another = |(id, (_, then)): &(i64, (Drop, Option<Fingerprint>))| -> Result<bool, PrepareError> {
+        let record = places.get(id).map(|&place| &listing.records[place]);
+        let another = match (record, then) {
+            (Some(record), Some(then)) => print(&record.read()?) != *then,
             _ => false,
         };
-        if !again && known.insert(id) {
-            dropped.add(drop);
-        }
+        let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+        report(Event::Reading { what: "pictures that were dropped", done, total });
+        Ok(another)
+    };
+    let again = refused.par_iter().map(another).collect::<Result<Vec<_>, _>>()?;
+    for ((id, (drop, _)), _) in refused.into_iter().zip(again).filter(|(_, again)| !again) {
+        dropped.add(drop);
+        known.insert(id);
     }
     listing.records.retain(|record| !known.contains(&record.id));
     conditions.select(&mut listing);

@@ -32,6 +32,7 @@ mod there;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -49,11 +50,10 @@ use super::dataset::Split;
 use super::pending::Pending;
 pub use super::shard::SUMMARY_FILE;
 pub use super::shard::{Drop, Drops};
-use super::shard::{Dropped, Notes, Shard, Unapplied, VOCABULARY_FILE};
+use super::shard::{Dropped, Notes, Shard, ShardError, Unapplied, VOCABULARY_FILE};
 use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
-use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
 use plan::{Job, Plan, check_settings, date};
 use render::{Conditions, Renderer};
@@ -93,14 +93,17 @@ pub fn prepare(
     let summary = out.join(SUMMARY_FILE);
     if existing.contains(&false) && summary.exists() {
         // What it says of a shard may not be true of the one that is made now.
-        fs::remove_file(&summary).at(&summary)?;
+        gone(fs::remove_file(&summary)).at(&summary)?;
     }
     make(&plan, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
     let mut lacking = BTreeSet::new();
     for (at, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
-        match SafeFile::open(out.join(&job.name)) {
-            Ok(file) => check_settings(&file, &plan.made_with)?,
-            Err(_) => drop(lacking.insert(at % part.of)),
+        let opened = Shard::open(&out.join(&job.name), &plan.vocabulary);
+        match opened.and_then(|shard| Notes::read(&shard.file).map(|_| shard).map_err(ShardError::File)) {
+            Ok(shard) => check_settings(&shard.file, &plan.made_with)?,
+            // Missing or damaged: it is for its part to make.
+            Err(ShardError::File(_) | ShardError::Header { .. }) => drop(lacking.insert(at % part.of)),
+            Err(other) => return Err(other.into()),
         }
     }
     if lacking.is_empty() {
@@ -110,6 +113,14 @@ pub fn prepare(
         return tally.finish(&listing, settings, 0, plan.vocabulary, &summary);
     }
     Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, plan.vocabulary) })
+}
+
+/// What another part has taken away in the meantime is gone too.
+fn gone(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
 }
 
 /// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
@@ -289,7 +300,7 @@ fn set_aside<'a>(out: &Path, names: impl IntoIterator<Item = &'a str>, report: R
         };
         if foreign {
             let aside = free_name(&path, "foreign");
-            fs::rename(&path, &aside).at(&path)?;
+            gone(fs::rename(&path, &aside)).at(&path)?;
             let text = format!("{}: not of a dataset; set aside as {}", path.display(), aside.display());
             report(Event::Warning { text: &text });
         }

@@ -133,8 +133,10 @@ impl<'a> Plan<'a> {
             // What another part has just made so may stay.
             let made_so = |file: &SafeFile| Notes::settings(file).as_ref() == Some(&self.made_with);
             there.retain(|_, file| part != Part::WHOLE && file.as_ref().is_ok_and(made_so));
-            for name in names.iter().filter(|name| !there.contains_key(*name)) {
-                fs::remove_file(out.join(name)).at(out.join(name))?;
+            // Each part removes its own, which no other will have made again; the first what is nobody's.
+            let of = |name: &String| self.jobs.iter().position(|job| job.name == *name).map_or(0, |at| at % part.of);
+            for name in names.iter().filter(|name| !there.contains_key(*name) && of(name) == part.number) {
+                super::gone(fs::remove_file(out.join(name))).at(out.join(name))?;
             }
         }
         let files: Vec<_> = self.jobs.iter().map(|job| there.remove(&job.name).and_then(Result::ok)).collect();
