@@ -336,8 +336,17 @@ fn sizes_are_checked_before_anything_is_made() {
     let mut odd = Place::with([4, 2, 1]);
     odd.picture(2002, [8, 9], 1);
     odd.run(&prepare("data", "--sizes 8x8,8x9"));
-    let said = odd.refuses("train --data data --outdir run --config config.json --duration 8 --batch 8");
+    let train = "train --data data --outdir run --config config.json --duration 8 --batch 8";
+    let said = odd.refuses(train);
     assert!(said.contains("the dataset data: ") && said.contains("8x9"), "{said}");
+    // A size that no image has does not count.
+    let even = Place::with([4, 2, 1]);
+    even.run(&prepare("data", "--sizes 8x8,16x8,8x16,9x900"));
+    assert_eq!(
+        (even.open("data", Split::Train).buckets().len(), even.open("data", Split::Train).sizes().len()),
+        (4, 3)
+    );
+    even.run(train);
 }
 
 #[test]

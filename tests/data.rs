@@ -655,6 +655,11 @@ fn a_folder_of_the_name_that_changes_wait_in_is_left_alone_if_it_is_somebody_s()
     fs::create_dir(&pending).unwrap();
     fs::write(pending.join("mine.png"), "mine").unwrap();
     refused("it has \"mine.png\"");
+    for name in ["checkpoint-000004096.safetensors", "model-00001.safetensors", "x.0123456789abcdef.tmp"] {
+        fs::rename(pending.join("mine.png"), pending.join(name)).unwrap();
+        refused(name);
+        fs::rename(pending.join(name), pending.join("mine.png")).unwrap();
+    }
     assert_eq!(fs::read(pending.join("mine.png")).unwrap(), b"mine");
     fs::write(pending.join("ready"), "").unwrap();
     let said = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();

@@ -730,6 +730,19 @@ fn ranks_and_parts_prepare_the_dataset_that_one_process_prepares() {
     part("2/3");
     same("parts");
 
+    // A damaged one is its part's to make again, and no other fails for it.
+    let (shard, damaged) = (place.path("parts/train-00000.safetensors"), place.path("ranks/train-00000.safetensors"));
+    let mut bytes = fs::read(&shard).unwrap();
+    let ids = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    bytes[ids + 1] ^= 1;
+    fs::write(&shard, &bytes).unwrap();
+    fs::write(&damaged, &bytes).unwrap();
+    assert!(part("2/3").contains("Shards of part 1/3 are still missing"));
+    part("1/3");
+    same("parts");
+    outputs(place.start(3, &prepare("ranks", ""))).iter().for_each(|output| assert!(output.status.success()));
+    same("ranks");
+
     assert!(fails(&prepare("wrong", "--part 4/3")).contains("is not a part"));
     assert!(fails(&prepare("wrong", "--part 1/2 --add")).contains("cannot be used with"));
     for output in outputs(place.start(2, &prepare("one", "--add"))) {

@@ -603,6 +603,13 @@ fn what_a_run_left_before_its_first_checkpoint_is_its_own_or_set_aside() {
     fs::write(place.path("run/training_options.json"), "my options").unwrap();
     let said = succeed(&mut place.train("run", &other));
     assert!(said.contains("set aside 3 files of the run before"), "{said}");
+    // One that began from weights cannot begin again without them.
+    succeed(&mut place.train("other", &other.replace("--snapshot 0", "--snapshot 16")));
+    let start = place.path("other/snapshot-000000016-0.050.safetensors");
+    succeed(&mut place.train("begun", &format!("{other} --init {}", start.display())));
+    fs::remove_file(place.newest("begun")).unwrap();
+    let said = succeed(&mut place.train("begun", &other));
+    assert!(said.contains("set aside 3 files of the run before"), "{said}");
     // A run that was killed before it wrote a line left nothing to set aside.
     without_checkpoint();
     fs::remove_file(place.path("run/loss.svg")).unwrap();
