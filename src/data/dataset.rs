@@ -459,7 +459,7 @@ pub(super) fn open_shards(
         if let Some(first) = shards.first() {
             check_same(&shard, first)?;
         }
-        contents.check(&shard.file)?;
+        contents.check(&path, shard.content)?;
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });
         }

@@ -87,7 +87,6 @@ impl Pending {
     pub fn new(dir: &Path) -> Result<Self, FileError> {
         let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
         if pending.folder.join(MARKER).exists() {
-            pending.own_names()?;
             pending.put_in_place()?;
         }
         Ok(pending)

@@ -233,12 +233,9 @@ impl Contents {
         }
     }
 
-    /// An error if the summary knows another shard of this name.
-    pub fn check(&self, file: &SafeFile) -> Result<(), ShardError> {
-        let path = file.path();
-        let expected = path.file_name().and_then(|name| self.shards.get(name.to_str()?));
-        let found = Checksums::read(file)?.map(|sums| sums.content());
-        match expected {
+    /// An error if the summary knows another shard of this name than one of such content.
+    pub fn check(&self, path: &Path, found: Option<Fingerprint>) -> Result<(), ShardError> {
+        match path.file_name().and_then(|name| self.shards.get(name.to_str()?)) {
             Some(&expected) if found != Some(expected) => {
                 let found = found.map_or("none".into(), |found| found.to_string());
                 Err(ShardError::OtherShard { path: path.into(), found, expected })
@@ -246,6 +243,11 @@ impl Contents {
             _ => Ok(()),
         }
     }
+}
+
+/// Of all that a shard's tensors hold; none if it is of an older version, which kept no checksums.
+pub(super) fn content(file: &SafeFile) -> Result<Option<Fingerprint>, SafeError> {
+    Ok(Checksums::read(file)?.map(|sums| sums.content()))
 }
 
 /// Whether a shard was prepared, and nothing was left of its images.

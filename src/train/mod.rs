@@ -163,8 +163,7 @@ impl DataIdentity {
         (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
         let ids = hasher.finalize();
         let Header { kind, conditioning, autoencoder, .. } = data.header().clone();
-        let there = data.buckets().into_iter().filter(|(_, images)| *images > 0);
-        let sizes: Vec<_> = there.map(|(size, _)| size).collect();
+        let sizes = data.sizes();
         Self {
             images: data.len(),
             shape: data.shape(),

@@ -295,13 +295,8 @@ fn moments(source: &impl Source) -> (Vec<f32>, Vec<f32>) {
             squares[c] += f64::from(x) * f64::from(x);
         }
     }
-    let std = sum
-        .iter()
-        .zip(&squares)
-        .map(|(s, q)| ((q - s * s / n) / n).max(0.0).sqrt() as f32)
-        .map(|std| std.max(LEAST_STD));
-    let std = std.collect();
-    (sum.iter().map(|s| (s / n) as f32).collect(), std)
+    let std = |(s, q): (&f64, &f64)| (((q - s * s / n) / n).max(0.0).sqrt() as f32).max(LEAST_STD);
+    (sum.iter().map(|s| (s / n) as f32).collect(), sum.iter().zip(&squares).map(std).collect())
 }
 
 /// Adam (0.9, 0.999).

@@ -55,7 +55,7 @@ use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
-use plan::{Job, Plan, check_settings, date};
+use plan::{Plan, check_settings, date};
 use render::{Conditions, Renderer};
 
 /// Prepares a dataset: of pictures, or with a codec of their latents.
@@ -96,20 +96,21 @@ pub fn prepare(
         gone(fs::remove_file(&summary)).at(&summary)?;
     }
     make(&plan, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
-    let mut lacking = BTreeSet::new();
+    let (mut lacking, mut others) = (BTreeSet::new(), Vec::new());
     for (at, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
         let opened = Shard::open(&out.join(&job.name), &plan.vocabulary);
-        match opened.and_then(|shard| Notes::read(&shard.file).map(|_| shard).map_err(ShardError::File)) {
-            Ok(shard) => check_settings(&shard.file, &plan.made_with)?,
+        match opened.and_then(|shard| Ok((Notes::read(&shard.file)?, shard))) {
+            Ok((notes, shard)) => {
+                check_settings(&shard.file, &plan.made_with)?;
+                others.push((job.split, shard, notes));
+            }
             // Missing or damaged: it is for its part to make.
             Err(ShardError::File(_) | ShardError::Header { .. }) => drop(lacking.insert(at % part.of)),
             Err(other) => return Err(other.into()),
         }
     }
     if lacking.is_empty() {
-        for (_, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
-            tally.open(job, &out.join(&job.name), &plan.vocabulary)?;
-        }
+        others.iter().for_each(|(split, shard, notes)| tally.add(*split, shard, notes));
         return tally.finish(&listing, settings, 0, plan.vocabulary, &summary);
     }
     Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, plan.vocabulary) })
@@ -174,13 +175,10 @@ impl Tally {
         shard.shapes.iter().for_each(|&shape| self.sizes[usize::from(shape)] += 1);
     }
 
-    /// Counts a shard that is there; what is noted in it.
-    fn open(&mut self, job: &Job, path: &Path, vocabulary: &Vocabulary) -> Result<(usize, Notes), PrepareError> {
-        let shard = Shard::open(path, vocabulary)?;
-        let notes = Notes::read(&shard.file)?;
+    /// Counts a shard, and what was dropped from it.
+    fn add(&mut self, split: Split, shard: &Shard, notes: &Notes) {
         notes.dropped.iter().for_each(|dropped| self.dropped.add(dropped.drop));
-        self.count(job.split, &shard, &notes);
-        Ok((shard.ids.len(), notes))
+        self.count(split, shard, notes);
     }
 
     /// Writes the summary.
@@ -253,12 +251,14 @@ fn make(
             rows.write(&path, &job.header, &notes)?;
             date(&path, begun)?;
         }
-        let (images, notes) = tally.open(job, &path, &plan.vocabulary)?;
+        let shard = Shard::open(&path, &plan.vocabulary)?;
+        let notes = Notes::read(&shard.file)?;
+        tally.add(job.split, &shard, &notes);
         for Dropped { file, why, .. } in notes.dropped.iter().filter(|dropped| dropped.drop == Drop::Unreadable) {
             report(Event::Unreadable { file, why });
         }
         notes.unapplied.iter().for_each(|Unapplied { file, profile }| report(Event::Unapplied { file, profile }));
-        report(Event::Shard { name: &job.name, images, kept });
+        report(Event::Shard { name: &job.name, images: shard.ids.len(), kept });
     }
     Ok(())
 }

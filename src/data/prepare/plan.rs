@@ -163,7 +163,7 @@ impl<'a> Plan<'a> {
             report(Event::Reading { what: "shards that are there", done, total });
             match checked {
                 Ok(notes) => {
-                    contents.check(&file)?;
+                    contents.check(file.path(), shard::content(&file)?)?;
                     check_pictures(job, &file, &notes).map(|()| true)
                 }
                 Err(why) => {
