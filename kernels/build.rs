@@ -19,12 +19,16 @@ const ARCHS: &str = "80,86,89,90,120";
 const FLAGS: &[&str] = &[
     "-std=c++17",
     "-O3",
-    "-lineinfo", // compute-sanitizer names source lines
     "-fatbin",
     "--compress-mode=size", // a tenth
     "-Werror=all-warnings",
     "-Xptxas=-warn-spills,-Werror",
 ];
+
+/// With it compute-sanitizer names source lines. It is half of a fatbin, so the package's have none.
+const LINES: &str = "-lineinfo";
+/// Whether to make the package's.
+const CARRY: &str = "EDM2K_CARRY_KERNELS";
 
 /// Where the package has compiled kernels, and the version of what compiled them.
 const CARRIED: &str = "compiled";
@@ -163,9 +167,10 @@ fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Resul
     let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
     let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("fatbins");
     fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
+    let lines = env::var_os(CARRY).is_none().then_some(LINES);
     let fatbin = |Kernel { name, flags, files, .. }: &Kernel| {
         let mut hasher = DefaultHasher::new();
-        (version, env::var_os("NVCC_CCBIN"), flags, files).hash(&mut hasher);
+        (version, env::var_os("NVCC_CCBIN"), lines, flags, files).hash(&mut hasher);
         kept.join(format!("{name}-{:016x}", hasher.finish()))
     };
     let fatbins: Vec<PathBuf> = kernels.iter().map(fatbin).collect();
@@ -182,6 +187,7 @@ fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Resul
                 while let Some((kernel, fatbin)) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
                     let partial = out.join(format!("{}.partial", kernel.name));
                     let mut arguments = kernel.flags.clone();
+                    arguments.extend(lines.map(String::from));
                     arguments.push(format!("--threads={threads}"));
                     arguments.push("-o".into());
                     arguments.extend([&partial, &kernel.source].map(|path| path.display().to_string()));
@@ -203,7 +209,7 @@ fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Resul
 /// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler. `structs` is what asserts the
 /// layout of the structs that host and device share.
 pub fn build(structs: &Path) -> Result<(), String> {
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS", "EDM2K_CARRY_KERNELS"] {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS", CARRY] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed=kernels");
@@ -215,7 +221,7 @@ pub fn build(structs: &Path) -> Result<(), String> {
         Err(_) if Path::new(CARRIED).is_dir() => carried(&kernels)?,
         Err(none) => return Err(none),
     };
-    if env::var_os("EDM2K_CARRY_KERNELS").is_some() {
+    if env::var_os(CARRY).is_some() {
         carry(&kernels, &made, &version).map_err(|e| format!("{CARRIED}: {e}"))?;
     }
 

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+#[path = "common/autoencoder.rs"]
+mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
 
@@ -794,6 +796,40 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     for (name, value) in expected.as_object().unwrap() {
         assert_eq!(&json["settings"][name], value, "{name}");
     }
+}
+
+#[test]
+fn grids_take_a_hundredth_of_the_operations_at_most() {
+    let place = Place::new();
+    let dry = |options: &str| -> Value {
+        serde_json::from_str(&succeed(&mut place.train("run", &format!("--batch 8 -n {options}")))).unwrap()
+    };
+    let interval = |options: &str| dry(options)["plan"]["grid"].as_u64().unwrap();
+    assert_eq!(interval("--duration 1M"), 20_000);
+    // 24 samples of 16 steps; an image costs three passes in training, and guidance takes two in sampling.
+    assert_eq!(interval("--duration 100k"), 100 * 24 * 16 / 3);
+    assert_eq!(interval("--duration 100k --cond-dropout 0.1"), 100 * 24 * 32 / 3);
+    assert_eq!(interval("--duration 100k --grid 50"), 50);
+
+    // 30 pictures of latents, too. The levels of a TAESD begin with its layers 6, 11 and 16, which enlarge: each pixel of
+    // their result sees 4 of the 9 that their weights are for.
+    fs::remove_file(place.path("data").join(Split::Validation.shard_name(0))).unwrap();
+    write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 9, true);
+    let taesd = autoencoder::taesd(8);
+    autoencoder::write(&place.path("taesd.safetensors"), &taesd);
+    let macs = taesd.iter().filter(|(_, (shape, _))| shape.len() == 4).map(|(name, (shape, _))| {
+        let Some(layer) = name.strip_prefix("decoder.layers.") else { return 0 };
+        let layer: usize = layer.split('.').next().unwrap().parse().unwrap();
+        let level = [6, 11, 16].iter().filter(|first| **first <= layer).count();
+        let taps = if [6, 11, 16].contains(&layer) { 4 } else { 9 };
+        (shape[0] * shape[1] * taps) << (2 * level)
+    });
+    let picture = 30 * macs.sum::<usize>() * SIZE * SIZE;
+    let options = format!("--duration 100k --vae {}", place.path("taesd.safetensors").display());
+    let config = serde_json::from_value(dry(&options)["settings"]["config"].clone()).unwrap();
+    let (net, table) = edm2k::model::Precond::new(&config).unwrap();
+    let pass = net.macs(&table, SIZE, SIZE) as usize;
+    assert_eq!(interval(&options), 100 * (24 * 16 * pass + picture).div_ceil(3 * pass) as u64);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
+use edm2k::codec::CodecFile;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::input;
@@ -24,7 +25,7 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
-use edm2k::train::grid::Show;
+use edm2k::train::grid::{self, Show};
 use edm2k::train::{
     DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
 };
@@ -114,7 +115,7 @@ pub struct TrainArgs {
     /// Interval of the validation loss, 0 = never [default: 100 in the whole run]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     validate: Option<u64>,
-    /// Interval of sample grids, 0 = never [default: 50 in the whole run]
+    /// Interval of sample grids, 0 = never [default: 50 in the whole run, fewer if they took over 1 % of it]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     grid: Option<u64>,
     /// Autoencoder that makes pictures of latents for the sample grids: an SD-VAE, or a TAESD, which is quicker
@@ -441,6 +442,10 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let Settings { batch, duration, .. } = settings;
     ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     let usual = Plan::new(&args.outdir, &settings, device);
+    let [height, width, _] = settings.data.shape;
+    let picture = |path| CodecFile::open(path)?.decoder_macs([height, width]);
+    let picture = args.vae.as_ref().map(picture).transpose().context("--vae")?.unwrap_or(0);
+    let seldom = grid::SHARE.saturating_mul(grid::cost(&settings, picture));
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
     let share = settings.batch.div_ceil(ranks as u64);
     let mut batch_gpu = args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu).min(share);
@@ -460,7 +465,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         batch_gpu,
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
-        grid: args.grid.unwrap_or(usual.grid),
+        grid: args.grid.unwrap_or(usual.grid.max(seldom)),
         tensorboard: args.tensorboard,
         snapshot: args.snapshot.unwrap_or(usual.snapshot),
         checkpoint: args.checkpoint.unwrap_or(usual.checkpoint),

@@ -254,20 +254,36 @@ impl CodecFile {
         Ok(Encoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
     }
 
-    /// Loads the half that makes images.
-    pub fn decoder<B: CodecBackend>(&self, b: &mut B) -> Result<Decoder<B>> {
-        let (net, table) = match &self.kind {
+    fn decoder_net(&self) -> Result<(DecoderNet, Layers)> {
+        match &self.kind {
             Kind::SdVae(config) => {
                 let (net, table) = sd_vae::Decoder::new(config);
-                (DecoderNet::SdVae(net), table)
+                Ok((DecoderNet::SdVae(net), table))
             }
             Kind::Taesd { channels, decoder: Some((prefix, first)), .. } => {
                 let (net, table) = taesd::Decoder::new(prefix, *first, *channels);
-                (DecoderNet::Taesd(net), table)
+                Ok((DecoderNet::Taesd(net), table))
             }
-            Kind::Taesd { decoder: None, .. } => return Err(self.half("encoder", "decoder")),
-        };
+            Kind::Taesd { decoder: None, .. } => Err(self.half("encoder", "decoder")),
+        }
+    }
+
+    /// Loads the half that makes images.
+    ///
+    /// # Errors
+    /// [`CodecError::Half`] if the file lacks it, [`CodecError::File`] if a weight is no finite number.
+    pub fn decoder<B: CodecBackend>(&self, b: &mut B) -> Result<Decoder<B>> {
+        let (net, table) = self.decoder_net()?;
         Ok(Decoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
+    }
+
+    /// Multiply-adds of decoding a latent of [height, width].
+    ///
+    /// # Errors
+    /// [`CodecError::Half`] if the file lacks the decoder.
+    pub fn decoder_macs(&self, [height, width]: [usize; 2]) -> Result<u64> {
+        let (net, table) = self.decoder_net()?;
+        Ok(net.macs(&table, (height * width) as u64))
     }
 
     /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
@@ -341,6 +357,15 @@ enum EncoderNet {
 enum DecoderNet {
     SdVae(sd_vae::Decoder),
     Taesd(taesd::Decoder),
+}
+
+impl DecoderNet {
+    fn macs(&self, table: &Layers, pixels: u64) -> u64 {
+        match self {
+            Self::SdVae(net) => net.macs(table, pixels),
+            Self::Taesd(net) => net.macs(table, pixels),
+        }
+    }
 }
 
 /// The distribution of an image's latents before EDM2's scaling, [h, w, 4] each.

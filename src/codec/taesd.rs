@@ -117,4 +117,15 @@ impl Decoder {
         b.trim();
         image
     }
+
+    /// Multiply-adds of decoding `pixels` latent pixels; of enlarged images those of the original's pixels.
+    pub fn macs(&self, t: &Layers, mut pixels: u64) -> u64 {
+        let blocks = |blocks: &[Block]| -> u64 { blocks.iter().flat_map(|block| block.0).map(|id| t.macs(id)).sum() };
+        let mut macs = (t.macs(self.conv_in) + blocks(&self.blocks)) * pixels;
+        for level in &self.levels {
+            pixels *= 4;
+            macs += (t.macs(level.resize) + blocks(&level.blocks)) * pixels;
+        }
+        macs + t.macs(self.conv_out) * pixels
+    }
 }

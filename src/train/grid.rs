@@ -10,16 +10,20 @@ use crate::backend::NetworkBackend;
 use crate::codec::CodecError;
 use crate::collective::{Collective, CollectiveError, share};
 use crate::data::dataset::{Dataset, DatasetError};
-use crate::model::Precond;
+use crate::model::{Config, Precond};
 use crate::pictures::Picture;
 use crate::pictures::png::PngError;
 use crate::rng::{Purpose, Stream};
 use crate::sample::{Batch, SampleError, Sampler, SamplerConfig};
+use crate::train::Settings;
 
 /// Conditions.
 const ROWS: usize = 6;
 /// Samples of each.
 const SAMPLES: usize = 4;
+
+/// Of the time of a run, at most the hundredth part for grids.
+pub const SHARE: u64 = 100;
 
 /// Makes a picture of an image [height, width, channels] in model space.
 pub type Show<'a> = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError> + 'a;
@@ -50,9 +54,29 @@ pub enum GridError {
     },
 }
 
-/// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
-/// them: each rank samples its share, rank 0 writes. Whether this one has written it.
+/// Training images that take as long as a grid does, by multiply-adds: those of training are three forward passes each.
+/// `picture` are the multiply-adds of making a picture of an image.
+pub fn cost(settings: &Settings, picture: u64) -> u64 {
+    // A network that cannot be draws nothing.
+    let Ok((net, table)) = Precond::new(&settings.config) else { return 0 };
+    let [height, width, _] = settings.data.shape;
+    let pass = u128::from(net.macs(&table, height, width));
+    let sampler = sampler(settings.cond_dropout > 0.0, &settings.config);
+    let passes = sampler.steps * if sampler.guidance == 1.0 { 1 } else { 2 };
+    let samples = (ROWS * SAMPLES * passes) as u128 * pass;
+    let pictures = (ROWS * (1 + SAMPLES)) as u128 * u128::from(picture);
+    u64::try_from((samples + pictures).div_ceil(3 * pass.max(1))).unwrap_or(u64::MAX)
+}
+
 /// Guidance needs a network that was trained without conditions too: `guided` says whether it was.
+fn sampler(guided: bool, config: &Config) -> SamplerConfig {
+    let usual = SamplerConfig::default();
+    let guidance = if guided && config.label_dim > 0 { usual.guidance } else { 1.0 };
+    SamplerConfig { guidance, ..usual }
+}
+
+/// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
+/// them: each rank samples its share, rank 0 writes. Whether this one has written it. `guided` as in [`sampler`].
 #[allow(clippy::too_many_arguments)] // a run's, taken apart
 pub fn write<B: NetworkBackend>(
     path: &Path,
@@ -66,10 +90,7 @@ pub fn write<B: NetworkBackend>(
 ) -> Result<bool, GridError> {
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
-    let mut config = SamplerConfig::default();
-    if !guided || dim == 0 {
-        config.guidance = 1.0;
-    }
+    let config = sampler(guided, &net.config);
     let all: Vec<usize> = (0..data.len()).filter(|&i| data.shape_of(i) == data.shape()).collect();
     let rows = ROWS.min(all.len());
     let chosen: Vec<usize> = (0..rows).map(|row| all[row * all.len() / rows]).collect();

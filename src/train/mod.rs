@@ -236,7 +236,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics.
+    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics;
+    /// fewer grids, so that all but the one at the end take a hundredth of the time at most (see [`grid::cost`]).
     /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
     pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
         let every = |times: u64| (settings.duration / times).max(1);
@@ -246,7 +247,7 @@ impl Plan {
             batch_gpu: memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
             status: every(500),
             validate: every(100),
-            grid: every(50),
+            grid: every(50).max(grid::SHARE.saturating_mul(grid::cost(settings, 0))),
             tensorboard: false,
             snapshot: every(10),
             checkpoint: every(50),
