@@ -7,6 +7,7 @@
 
 struct ConvFprop {
     const void *x, *skip, *weight;  // skip: null if cb = 0
+    const void *main_x, *main_skip, *main_weight;  // of the main path's convolution; null: none
     const float* scale;             // null: none
     const void* residual;           // null: none
     void *y, *pre, *act;            // pre, act: null if not wanted
@@ -14,8 +15,10 @@ struct ConvFprop {
     unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
+    int main_ca, main_cb;
     int scale_stride, steps_per_split, splits;
-    float wa, wb, clip, act_scale;
+    float wa, wb, to_main, clip, act_scale;
+    int padding;
 };
 
 // What follows the product, for 8 channels of a pixel.

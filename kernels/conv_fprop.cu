@@ -10,9 +10,14 @@
 //     y <- wb y                                   a gain
 //     y <- mp_silu(y scale[image][co])            the modulation by the embedding; pre = y before
 //     y <- clip(wa residual + wb y)               mp_sum (eq. 88)
+//     y <- clip(wb (main + to_main y))            the same, where the main path is a 1x1 convolution: wb is mp_sum's wa,
+//                                                 and to_main its wb / wa
 //
 // and optionally act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
 // never applied on the way in.
+//
+// The main path's products are further steps of k, after the others: so they are neither rounded to 16 bits nor written and
+// read, and need no launch of their own. In this order the first loop keeps its registers.
 //
 // Small maps split k over blocks; each writes its f32 sums, and whichever block of a tile comes last adds all of them in
 // their order, so that every run gives the same bits, and does the same rest.
@@ -44,14 +49,25 @@ template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     extern __shared__ __align__(128) unsigned char smem[];
     const TilePixels<Tile::BM> tile(p.tiles);
-    const ConvProduct<T> product = {static_cast<const T*>(p.x), static_cast<const T*>(p.skip), static_cast<const T*>(p.weight),
-                                    p.ca, p.cb, p.cout, same_window(p.tiles.height, p.tiles.width, p.taps),
-                                    tile.first, tile.count};
-    const int first = blockIdx.z * p.steps_per_split;
-    const int last = min(first + p.steps_per_split, product.steps(p.ca) + product.steps(p.cb));
+    auto product = [&](const void* x, const void* skip, const void* weight, int ca, int cb, int taps) {
+        return ConvProduct<T>{static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb,
+                              p.cout, same_window(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
+    };
+    const ConvProduct<T> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
+    const int steps = own.steps(p.ca) + own.steps(p.cb);
+    int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
 
     typename Tile::Accumulators acc = {};
-    multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
+    if (first < steps) multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, own, first, min(last, steps));
+    if (p.main_weight) {
+        const ConvProduct<T> main = product(p.main_x, p.main_skip, p.main_weight, p.main_ca, p.main_cb, 1);
+        first = max(first - steps, 0), last = min(last - steps, main.steps(p.main_ca) + main.steps(p.main_cb));
+        scale_sums(acc, p.to_main);
+        if (first < last) {
+            __syncthreads();  // all have left the pipeline's last stage
+            multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, main, first, last);
+        }
+    }
 
     emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
         const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;

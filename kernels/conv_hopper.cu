@@ -104,6 +104,14 @@ __device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, 
     if (lane == 0) mbarrier_arrive(previous);
 }
 
+template <int M, int N>
+__device__ __forceinline__ void scale_sums(float (&acc)[M][N], float factor) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int e = 0; e < N; e++) acc[i][e] *= factor;
+}
+
 // sink(row, column, v) for the values of a group's tile of 64 x N, as emit_rows.
 template <int N, class Sink>
 __device__ __forceinline__ void emit_group(const float (&acc)[N / 2], float* out, Sink&& sink) {
@@ -144,11 +152,15 @@ __device__ __forceinline__ bool group_comes_last(unsigned* arrived, int splits, 
 struct HopperPixels {
     TensorMap x, skip;      // im2col, or for one tap boxes of [pixels][channels], tiles of m pixels; skip: not read if cb = 0
     TensorMap weight;       // boxes of 64 by n of [columns][taps (ca + cb)]
+    TensorMap main_x, main_skip, main_weight;  // of the main path's convolution, of one tap; not read if it has no steps
     int ca, cb, taps;
+    int main_ca, main_cb;
     int side;               // taps of a row
     int up, left;           // where tap 0 lies from the pixel
     int pixels_n;           // tiles along n
     int tiles, steps_per_split, steps;  // all tiles with their splits; steps of the whole sum
+    int own_steps;          // before those of the main path
+    float to_main;          // what the sums are multiplied by before those
 };
 
 // Runs through the block's tiles. `Work` says where tile t begins and takes its results:
@@ -181,13 +193,21 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             int c = (second ? step - steps_x : step) * BK % channels;
             for (int left = steps_of(t); left > 0; left--) {
                 const smem_addr full = pipe.begin(), stage = pipe.at();
+                if (step >= p.own_steps) {
+                    const int at = (step - p.own_steps) * BK;
+                    const bool other = at >= p.main_ca;
+                    tma_load_2d(stage, other ? p.main_skip : p.main_x, full, other ? at - p.main_ca : at, pixel);
+                    tma_load_2d(stage + A_BYTES, p.main_weight, full, at, n);
+                    pipe.advance(), step++;
+                    continue;
+                }
                 const TensorMap& from = second ? p.skip : p.x;
                 if (p.taps == 1)
                     tma_load_2d(stage, from, full, c, pixel);
                 else
                     tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
                 tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, n);
-                pipe.advance();
+                pipe.advance(), step++;
                 if ((c += BK) == channels) {
                     c = 0;
                     if (++tap == p.taps) second = true, channels = p.cb, tap = 0;
@@ -211,9 +231,17 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
 #pragma unroll
             for (int e = 0; e < N / 2; e++) acc[i][e] = 0.0f;
         if (taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
-        consume<T, N, false>(acc, pipe, 0, 64 * ROW_BYTES, A_BYTES, steps_of(t), [&] {
-            if (threadIdx.x % 32 == 0) mbarrier_arrive(pipe.turn(2 - group));
-        });
+        const int own = min(steps_of(t), max(p.own_steps - first_step(t), 0)), main = steps_of(t) - own;
+        // One loop for both: wgmma holds its registers.
+        for (bool of_main = own == 0;; of_main = true) {
+            const bool last = of_main || main == 0;
+            consume<T, N, false>(acc, pipe, 0, 64 * ROW_BYTES, A_BYTES, of_main ? main : own, [&] {
+                if (last && threadIdx.x % 32 == 0) mbarrier_arrive(pipe.turn(2 - group));
+            });
+            if (of_main) break;
+            scale_sums(acc, p.to_main);
+            if (last) break;
+        }
         const int tile = t / splits, m = tile / p.pixels_n, n = tile % p.pixels_n * N;
         work.begin();
 #pragma unroll

@@ -9,7 +9,9 @@ use std::ops::Deref;
 
 use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::conv::{self, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, Scales, Through, Wgrad};
+use edm2k::backend::gpu::conv::{
+    self, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, MainPath, Scales, Through, Wgrad,
+};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, NetworkBackend, Operand, OperandGrad, Scale, Slot, TrainingBackend};
@@ -197,10 +199,48 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     // mp_sum, clipped where it matters.
     let (wa, wb) = mp_sum_weights(0.3);
     let (wa, wb) = (wa as f32, wb as f32);
-    go(bench, Epilogue::MpSum { residual: residual.at(), wa, wb, clip: Some(1.5) }, None);
+    go(bench, Epilogue::MpSum { main: MainPath::Tensor(residual.at()), wa, wb, clip: Some(1.5) }, None);
     let residual_cpu = cpu.upload(case.tensor(cout), &residual.values);
     let expected = cpu.conv_mp_sum(id, operand, &residual_cpu, 0.3, Some(1.5));
     bench.same_in_rows(&format!("conv_mp_sum {case:?}"), &y, expected.values(), cout);
+}
+
+/// `convs_mp_sum`: the main path reads the same two tensors, one of another width, or one alone.
+fn check_onto(bench: &mut Bench, case: Case) {
+    let (mut cpu, id, [weight, _]) = with_weight(bench, case);
+    let x = bench.random(case.pixels() * case.ca, case.ca, 1.0);
+    let skip = bench.random(case.pixels() * case.cb.max(1), case.cb.max(1), 1.0);
+    let y = bench.room(case.pixels() * padded(case.cout) * 2);
+    let cat = case.scales();
+    let on_device = |case: &Case, x: &Both, skip: &Both| (x.at(), (case.cb != 0).then(|| skip.at()));
+    for main in [case, Case { ca: padded(case.cin()), cb: 64, ..case }, Case { ca: 128, cb: 0, ..case }] {
+        let main = Case { taps: 1, ..main };
+        let (mut main_cpu, main_id, [main_weight, _]) = with_weight(bench, main);
+        let main_x = bench.random(main.pixels() * main.ca, main.ca, 1.0);
+        let main_skip = bench.random(main.pixels() * main.cb.max(1), main.cb.max(1), 1.0);
+        let channels = [padded(main.ca), padded(main.cb)];
+        let fprop = Fprop::and_main(case.shape(), channels, bench.math, bench.card).unwrap();
+        let scratch = bench.room(fprop.scratch_bytes());
+        let (wa, wb) = mp_sum_weights(0.3);
+        let path = MainPath::Conv { inputs: on_device(&main, &main_x, &main_skip), weight: at(&main_weight) };
+        let epilogue = Epilogue::MpSum { main: path, wa: wa as f32, wb: wb as f32, clip: Some(1.5) };
+        let inputs = on_device(&case, &x, &skip);
+        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), None, bench.memory(&scratch));
+        bench.go(launch.map(|launch| vec![launch]));
+
+        let upload = |cpu: &mut Cpu<f32>, case: &Case, x: &Both, skip: &Both| {
+            let skip = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
+            (cpu.upload(case.tensor(case.ca), &x.values), skip)
+        };
+        let (a, b) = upload(&mut main_cpu, &main, &main_x, &main_skip);
+        let scales = main.scales();
+        let operand = Operand { x: &a, x_scale: scales.0, skip: b.as_ref().map(|b| (b, scales.1)), silu: false };
+        let onto = main_cpu.conv(main_id, operand);
+        let (a, b) = upload(&mut cpu, &case, &x, &skip);
+        let operand = Operand { x: &a, x_scale: cat.0, skip: b.as_ref().map(|b| (b, cat.1)), silu: false };
+        let expected = cpu.conv_mp_sum(id, operand, &onto, 0.3, Some(1.5));
+        bench.same_in_rows(&format!("convs_mp_sum {case:?} {main:?}"), &y, expected.values(), case.cout);
+    }
 }
 
 /// `conv_dgrad` with and without mp_silu and accumulation, and `conv_dgrad_scale_silu`.
@@ -354,6 +394,11 @@ fn forward_is_the_twins() {
 }
 
 #[test]
+fn two_convolutions_are_the_twins() {
+    for_all(check_onto);
+}
+
+#[test]
 fn input_gradient_is_the_twins() {
     for_all(check_dgrad);
 }
@@ -370,6 +415,7 @@ fn any_thread_order_and_all_checks_pass() {
             let mut bench = Bench::new(device.clone(), math, card);
             for case in [case(1, 3, 5, 24, 16, 24, 9), case(2, 1, 3, 64, 64, 72, 9), case(3, 1, 3, 136, 0, 8, 1)] {
                 check_fprop(&mut bench, case);
+                check_onto(&mut bench, case);
                 check_dgrad(&mut bench, case);
                 check_wgrad(&mut bench, case);
             }
@@ -425,4 +471,7 @@ fn what_the_kernels_cannot_do_is_refused() {
     let memory = conv::Memory { scratch: none, arrived: none };
     let error = two.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
     assert!(error.what.contains("a second input"), "{error}");
+    let main = Fprop::and_main(good, [8, 0], Precision::F16.into(), card).unwrap();
+    let error = main.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
+    assert!(error.what.contains("of the main path and called without"), "{error}");
 }

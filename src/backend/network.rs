@@ -193,6 +193,19 @@ pub trait NetworkBackend: Backend {
         t: f64,
         clip: Option<f64>,
     ) -> Self::Tensor;
+    /// `mp_sum(main, conv, t)` of two convolutions, of `main` without padding and of `x`, clipped likewise. A device may compute
+    /// both at once.
+    fn convs_mp_sum(
+        &mut self,
+        w: ParamId,
+        x: Operand<Self::Tensor>,
+        main: (ParamId, Operand<Self::Tensor>),
+        t: f64,
+        clip: Option<f64>,
+    ) -> Self::Tensor {
+        let main = self.conv(main.0, main.1);
+        self.conv_mp_sum(w, x, &main, t, clip)
+    }
     /// `x`, with what `masks` zero in a layer set to zero, the rest times `factor`. Vector v of an image are the channels
     /// 8 k to 8 k + 7 of pixel p, v = p ceil(c / 8) + k.
     fn dropout(&mut self, x: &Self::Tensor, masks: &Masks<Self::Tensor>, layer: u32, factor: f64) -> Self::Tensor;

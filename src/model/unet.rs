@@ -195,13 +195,15 @@ impl Block {
             act = b.dropout(&act, masks, self.mask_layer(), masks.gain());
             *pre = b.dropout(pre, masks, self.mask_layer(), 1.0);
         }
-        let main = match (cfg.flavor, self.conv_skip) {
-            (Flavor::Decoder, Some(w)) => b.conv(w, self.operand(&x, skip, false)),
-            _ => x.clone(),
-        };
         let clip = Some(cfg.clip_act);
         let res_clip = if self.attn.is_some() { None } else { clip };
-        let res = b.conv_mp_sum(self.conv_res1, Operand::plain(&act), &main, cfg.res_balance, res_clip);
+        let (w, operand, t) = (self.conv_res1, Operand::plain(&act), cfg.res_balance);
+        let res = match (cfg.flavor, self.conv_skip) {
+            (Flavor::Decoder, Some(main)) => {
+                b.convs_mp_sum(w, operand, (main, self.operand(&x, skip, false)), t, res_clip)
+            }
+            _ => b.conv_mp_sum(w, operand, &x, t, res_clip),
+        };
 
         let attn = self.attn.map(|(w_qkv, w_proj)| {
             let qkv = b.conv(w_qkv, Operand::plain(&res));

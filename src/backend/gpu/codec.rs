@@ -141,8 +141,8 @@ pub fn convolve(
     check([1, side * side, padded(cin), cout])?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
-    let (tiles, steps) = tiles::of_inputs(side * side, [cin, 0]);
-    let hopper = stride == 1 && tiles::by_wgmma(math, [cin, 0], cout);
+    let (tiles, steps) = tiles::of_inputs(&[(side * side, cin)]);
+    let hopper = stride == 1 && tiles::by_wgmma(math, &[cin], cout);
     let tiles = if hopper { &tiles::HOPPER } else { tiles };
     // The sum is never split: the images are large.
     let whole = Product { groups: phases, rows: pixels, columns: cout, steps: 1 };
@@ -180,6 +180,7 @@ pub fn convolve(
             precision,
             x: Images { at: x, n, h, w, channels: cin },
             skip: None,
+            main: None,
             window: conv_hopper::Window { side, up: before - phase / 2, left: before - phase % 2 },
             weight: weight.offset(phase * cout * side * side * cin * 2),
             columns: cout,

@@ -120,8 +120,22 @@ pub enum Epilogue {
     Gain(f32),
     /// y = mp_silu(conv * scale); and `pre` = conv, if it is wanted.
     ScaleSilu { scale: Scales, pre: Option<DevicePtr> },
-    /// y = wa * residual + wb * conv, within +-clip.
-    MpSum { residual: DevicePtr, wa: f32, wb: f32, clip: Option<f32> },
+    /// y = wa * main + wb * conv, within +-clip.
+    MpSum { main: MainPath, wa: f32, wb: f32, clip: Option<f32> },
+}
+
+/// What `mp_sum` adds a convolution to.
+#[derive(Clone, Copy, Debug)]
+pub enum MainPath {
+    /// A tensor [n, h, w, cout].
+    Tensor(DevicePtr),
+    /// A convolution of one tap that is computed with it, see [`Fprop::and_main`].
+    Conv {
+        /// As those of [`Fprop::launch`].
+        inputs: (DevicePtr, Option<DevicePtr>),
+        /// `[cout][ca + cb]`.
+        weight: DevicePtr,
+    },
 }
 
 /// A product's kernel: which loop, its numbers, tile and split.
@@ -136,18 +150,12 @@ struct Kernel {
 }
 
 impl Kernel {
-    /// For a product of neighbours whose tensors have so many channels.
-    fn of_pixels(
-        math: Math,
-        card: Card,
-        taps: usize,
-        channels: [usize; 2],
-        groups: usize,
-        product: [usize; 2],
-    ) -> Self {
+    /// For a product of neighbours, of so many taps and channels of each tensor.
+    fn of_pixels(math: Math, card: Card, inputs: &[(usize, usize)], groups: usize, product: [usize; 2]) -> Self {
         let [rows, columns] = product;
-        let (mut tiles, steps) = tiles::of_inputs(taps, channels);
-        let hopper = tiles::by_wgmma(math, channels, columns);
+        let (mut tiles, steps) = tiles::of_inputs(inputs);
+        let channels: Vec<usize> = inputs.iter().map(|&(_, channels)| channels).collect();
+        let hopper = tiles::by_wgmma(math, &channels, columns);
         if hopper {
             tiles = &tiles::HOPPER;
         }
@@ -182,6 +190,7 @@ impl Kernel {
             precision: self.precision,
             x: shape.images(x, ca),
             skip: (cb > 0).then(|| shape.images(skip, cb)),
+            main: None,
             window: Window::same(shape.taps),
             weight,
             columns,
@@ -206,15 +215,32 @@ fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) 
 #[derive(Clone, Debug)]
 pub struct Fprop {
     shape: ConvShape,
+    /// Channels of the main path's two inputs, if it is a convolution too.
+    main: Option<[usize; 2]>,
     kernel: Kernel,
 }
 
 impl Fprop {
     /// Chooses tile and split.
     pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
+        Self::of(shape, None, math, card)
+    }
+
+    /// The same for a convolution and that of the main path to which [`Epilogue::MpSum`] adds it: of one tap, and `main`
+    /// channels of its inputs.
+    pub fn and_main(shape: ConvShape, main: [usize; 2], math: Math, card: Card) -> Result<Self, ConvError> {
+        Self::of(shape, Some(main), math, card)
+    }
+
+    fn of(shape: ConvShape, main: Option<[usize; 2]>, math: Math, card: Card) -> Result<Self, ConvError> {
         shape.check()?;
+        let mut inputs = vec![(shape.taps, shape.ca), (shape.taps, shape.cb)];
+        if let Some([ca, cb]) = main {
+            ConvShape { ca, cb, taps: 1, ..shape }.check()?;
+            inputs.extend([(1, ca), (1, cb)]);
+        }
         let product = [shape.pixels(), shape.cout];
-        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, shape.taps, [shape.ca, shape.cb], 1, product) })
+        Ok(Self { shape, main, kernel: Kernel::of_pixels(math, card, &inputs, 1, product) })
     }
 
     /// The name of the instance chosen.
@@ -242,19 +268,36 @@ impl Fprop {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
         let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
-        let (mut wa, mut wb, mut clip) = (0.0, 1.0, None);
+        let (mut wa, mut wb, mut to_main, mut clip, mut main) = (0.0, 1.0, 1.0, None, None);
         match epilogue {
             Epilogue::Gain(gain) => wb = gain,
             Epilogue::ScaleSilu { scale: given, pre: wanted } => (scale, pre) = (given, wanted),
-            Epilogue::MpSum { residual: from, wa: a, wb: b, clip: limit } => {
+            Epilogue::MpSum { main: MainPath::Tensor(from), wa: a, wb: b, clip: limit } => {
                 (residual, wa, wb, clip) = (from, a, b, limit);
             }
+            Epilogue::MpSum { main: MainPath::Conv { inputs, weight }, wa: a, wb: b, clip: limit } => {
+                (main, wb, to_main, clip) = (Some((inputs, weight)), a, b / a, limit);
+            }
         }
+        let main = match (self.main, main) {
+            (None, None) => None,
+            (Some([ca, cb]), Some(((x, skip), weight))) => {
+                let of = ConvShape { ca, cb, taps: 1, ..*shape };
+                Some((of, x, second(&of, skip)?, weight))
+            }
+            _ => {
+                let what = "planned with a convolution of the main path and called without, or the reverse";
+                return Err(ConvError { shape: *shape, what });
+            }
+        };
         let tiles_m = shape.pixels().div_ceil(tile.m);
         let params = ConvFprop {
             x,
             skip,
             weight,
+            main_x: main.map_or(DevicePtr::NULL, |(_, x, ..)| x),
+            main_skip: main.map_or(DevicePtr::NULL, |(_, _, skip, _)| skip),
+            main_weight: main.map_or(DevicePtr::NULL, |(.., weight)| weight),
             scale: scale.all,
             residual,
             y,
@@ -273,17 +316,27 @@ impl Fprop {
             cb: int(shape.cb),
             cout: int(shape.cout),
             taps: int(shape.taps),
+            main_ca: int(main.map_or(0, |(of, ..)| of.ca)),
+            main_cb: int(main.map_or(0, |(of, ..)| of.cb)),
             scale_stride: int(scale.stride),
             steps_per_split: int(steps_per_split),
             splits: int(splits),
             wa,
             wb,
+            to_main,
             clip: clip.unwrap_or(f32::INFINITY),
             act_scale: act.map_or(1.0, |a| a.1),
+            padding: 0,
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
         Ok(if self.kernel.hopper {
-            let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
+            let mut product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
+            product.main = main.map(|(of, x, skip, weight)| conv_hopper::MainPath {
+                x: of.images(x, of.ca),
+                skip: (of.cb > 0).then(|| of.images(skip, of.cb)),
+                weight,
+                to_main,
+            });
             conv_hopper::pixels(self.kernel.name("fprop"), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
             self.kernel.launch("fprop", grid, &params)
@@ -343,7 +396,7 @@ impl Dgrad {
         }
         let groups = if scaled { shape.n } else { 1 };
         let product = [shape.pixels() / groups, shape.cin()];
-        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, shape.taps, [shape.cout, 0], groups, product), scaled })
+        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, &[(shape.taps, shape.cout)], groups, product), scaled })
     }
 
     /// The name of the instance chosen.
@@ -457,7 +510,7 @@ impl Wgrad {
         shape.check()?;
         let steps = shape.pixels().div_ceil(tiles::STEP);
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
-        let hopper = tiles::by_wgmma(math, [shape.ca, shape.cb], shape.cout);
+        let hopper = tiles::by_wgmma(math, &[shape.ca, shape.cb], shape.cout);
         let tiles = if hopper { &tiles::HOPPER_GRADIENT } else { &tiles::GRADIENT };
         Ok(Self { shape, kernel: Kernel::new(math, card, hopper, tiles, product) })
     }

@@ -37,12 +37,24 @@ pub(super) struct Images {
     pub channels: usize,
 }
 
+/// A convolution of one tap that a product goes on with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MainPath {
+    pub x: Images,
+    pub skip: Option<Images>,
+    /// `[columns][ca + cb]`.
+    pub weight: DevicePtr,
+    /// Factor of the sums before it.
+    pub to_main: f32,
+}
+
 /// A product of pixels by channels.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pixels {
     pub precision: Precision,
     pub x: Images,
     pub skip: Option<Images>,
+    pub main: Option<MainPath>,
     pub window: Window,
     /// `[columns][taps][ca + cb]`.
     pub weight: DevicePtr,
@@ -84,33 +96,48 @@ fn behind<A: NoUninit, P: NoUninit>(copies: &A, conv: &P) -> Vec<u8> {
 pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, card: Card, conv: &P) -> Launch {
     let Choice { tile, splits, steps_per_split } = *choice;
     let taps = p.window.side * p.window.side;
-    let (ca, cb) = (p.x.channels, p.skip.map_or(0, |skip| skip.channels));
+    let second = |skip: Option<Images>| skip.map_or(0, |skip| skip.channels);
+    let (ca, cb) = (p.x.channels, second(p.skip));
+    let (main_ca, main_cb) = p.main.map_or((0, 0), |main| (main.x.channels, second(main.skip)));
+    let own_steps = taps * (ca + cb) / STEP;
     let tiles_n = p.columns.div_ceil(tile.n);
     let tiles = p.tiles_m * tiles_n * splits;
     let params = HopperPixels {
         ca: int(ca),
         cb: int(cb),
         taps: int(taps),
+        main_ca: int(main_ca),
+        main_cb: int(main_cb),
         side: int(p.window.side),
         up: int(p.window.up),
         left: int(p.window.left),
         pixels_n: int(tiles_n),
         tiles: int(tiles),
         steps_per_split: int(steps_per_split),
-        steps: int(taps * (ca + cb) / STEP),
+        steps: int(own_steps + (main_ca + main_cb) / STEP),
+        own_steps: int(own_steps),
+        to_main: p.main.map_or(1.0, |main| main.to_main),
         ..Zeroable::zeroed()
     };
-    let row = taps * (ca + cb);
-    let weight = TensorMapSpec::Tiled {
-        at: p.weight,
+    let weight = |at, row: usize| TensorMapSpec::Tiled {
+        at,
         precision: p.precision,
         size: [row as u32, p.columns as u32],
         stride: 2 * row as u64,
         tile: [STEP as u32, tile.n as u32],
     };
-    let of = |x: &Images| images(p.precision, x, p.window, tile.m);
-    let mut maps = vec![(offset_of!(HopperPixels, x), of(&p.x)), (offset_of!(HopperPixels, weight), weight)];
-    maps.extend(p.skip.map(|skip| (offset_of!(HopperPixels, skip), of(&skip))));
+    let of = |x: &Images, window| images(p.precision, x, window, tile.m);
+    let mut maps = vec![
+        (offset_of!(HopperPixels, x), of(&p.x, p.window)),
+        (offset_of!(HopperPixels, weight), weight(p.weight, taps * (ca + cb))),
+    ];
+    maps.extend(p.skip.map(|skip| (offset_of!(HopperPixels, skip), of(&skip, p.window))));
+    if let Some(MainPath { x, skip, weight: at, .. }) = p.main {
+        let point = Window::same(1);
+        maps.push((offset_of!(HopperPixels, main_x), of(&x, point)));
+        maps.push((offset_of!(HopperPixels, main_weight), weight(at, main_ca + main_cb)));
+        maps.extend(skip.map(|skip| (offset_of!(HopperPixels, main_skip), of(&skip, point))));
+    }
     let grid = [tiles.min(card.sms.max(1)) as u32, 1, 1];
     Launch::with_maps(kernel, grid, tile.threads, tile.shared, behind(&params, conv), maps)
 }

@@ -71,14 +71,14 @@ pub static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::H
 /// Tiles of `hopper_wgrad_*`.
 pub static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, 0));
 
-/// The tiles of pixels for input channels of so many, and the steps of the whole sum.
-pub fn of_inputs(taps: usize, channels: [usize; 2]) -> (&'static [Tile], usize) {
-    let tiles = if channels.iter().all(|c| c.is_multiple_of(STEP)) { &PIXELS } else { &FLAT };
-    (tiles, channels.iter().map(|c| (taps * c).div_ceil(STEP)).sum())
+/// The tiles of pixels for inputs of so many taps and channels, and the steps of the whole sum.
+pub fn of_inputs(inputs: &[(usize, usize)]) -> (&'static [Tile], usize) {
+    let tiles = if inputs.iter().all(|(_, c)| c.is_multiple_of(STEP)) { &PIXELS } else { &FLAT };
+    (tiles, inputs.iter().map(|(taps, c)| (taps * c).div_ceil(STEP)).sum())
 }
 
 /// Whether a product goes by Hopper's loop: if asked for, and whole steps of channels make at least a step of columns.
-pub fn by_wgmma(math: Math, channels: [usize; 2], columns: usize) -> bool {
+pub fn by_wgmma(math: Math, channels: &[usize], columns: usize) -> bool {
     math.conv_loop == ConvLoop::Wgmma && channels.iter().all(|c| c.is_multiple_of(STEP)) && columns >= STEP
 }
 

@@ -1,6 +1,6 @@
 //! What all convolutions of the network have in common.
 
-use super::super::conv::{self, ConvShape, Epilogue, Fprop, Inputs, Scales};
+use super::super::conv::{self, ConvShape, Epilogue, Fprop, Inputs, MainPath, Scales};
 use super::*;
 
 impl Gpu {
@@ -72,23 +72,58 @@ impl Gpu {
         w: ParamId,
         x: &Operand<Tensor>,
         epilogue: Epilogue,
-        (y, active): (&Tensor, Option<(Tensor, f64)>),
+        to: (&Tensor, Option<(Tensor, f64)>),
         also: impl IntoIterator<Item = &'a Tensor>,
     ) {
         let shape = self.conv_shape(w, x);
         let (a, skip) = self.multiplied(w, x);
         let Some(conv) = self.fits(Fprop::new(shape, self.math, self.card)) else { return };
+        let work = self.work_of(w, shape.taps, to.0).with([&a]).with(&skip).with(also);
+        self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue, to, work);
+    }
+
+    /// Runs a forward convolution and that of the main path, to which `epilogue` adds it, into `y`.
+    pub(super) fn fprop_onto(
+        &mut self,
+        w: ParamId,
+        x: &Operand<Tensor>,
+        (main_w, main): (ParamId, &Operand<Tensor>),
+        epilogue: impl FnOnce(MainPath) -> Epilogue,
+        to: (&Tensor, Option<(Tensor, f64)>),
+    ) {
+        let (shape, of_main) = (self.conv_shape(w, x), self.conv_shape(main_w, main));
+        let (a, skip) = self.multiplied(w, x);
+        let (main_a, main_skip) = self.multiplied(main_w, main);
+        let conv = Fprop::and_main(shape, [of_main.ca, of_main.cb], self.math, self.card);
+        let Some(conv) = self.fits(conv) else { return };
+        let inputs = (main_a.ptr(), main_skip.as_ref().map(Tensor::ptr));
+        let main = MainPath::Conv { inputs, weight: self.params.effective(main_w) };
+        let work = self.work_of(w, shape.taps, to.0).with([&a, &main_a]).with(&skip).with(&main_skip);
+        let work = work.sums(shape.taps * self.params.dims(w)[1] + self.params.dims(main_w)[1]);
+        let work = work.bytes(self.params.effective_bytes(main_w));
+        self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue(main), to, work);
+    }
+
+    fn work_of(&self, w: ParamId, taps: usize, y: &Tensor) -> Work {
+        let name = if taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
+        Work::new(name, y.shape()).sums(taps * self.params.dims(w)[1]).bytes(self.params.effective_bytes(w))
+    }
+
+    fn launch_fprop(
+        &mut self,
+        conv: Fprop,
+        (a, skip): (&Tensor, Option<&Tensor>),
+        w: ParamId,
+        epilogue: Epilogue,
+        (y, active): (&Tensor, Option<(Tensor, f64)>),
+        work: Work,
+    ) {
         let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
-        let inputs = (a.ptr(), skip.as_ref().map(Tensor::ptr));
+        let inputs = (a.ptr(), skip.map(Tensor::ptr));
         let launch = conv.launch(inputs, self.params.effective(w), epilogue, y.ptr(), act, memory);
-        let name = if shape.taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
-        let work =
-            Work::new(name, y.shape()).sums(shape.taps * self.params.dims(w)[1]).bytes(self.params.effective_bytes(w));
-        self.go_if(
-            work.with([&a, y]).with(&skip).with(active.as_ref().map(|(t, _)| t)).with(also),
-            launch.map(|launch| [launch]),
-        );
+        let work = work.with([y]).with(active.as_ref().map(|(t, _)| t));
+        self.go_if(work, launch.map(|launch| [launch]));
         if let Some((t, factor)) = active {
             y.set_active(factor, t);
         }

@@ -1,7 +1,7 @@
 //! The forward pass as launches.
 
 use super::super::attention::Attention;
-use super::super::conv::Epilogue;
+use super::super::conv::{Epilogue, MainPath};
 use super::super::embedding::{self, EmbedLayers, LabelLayer, ScaleTable};
 use super::super::precond;
 use super::super::structs;
@@ -62,6 +62,11 @@ impl Gpu {
         }
         y
     }
+}
+
+fn mp_sum(main: MainPath, t: f64, clip: Option<f64>) -> Epilogue {
+    let (wa, wb) = mp_sum_weights(t);
+    Epilogue::MpSum { main, wa: wa as f32, wb: wb as f32, clip: clip.map(|clip| clip as f32) }
 }
 
 impl NetworkBackend for Gpu {
@@ -205,16 +210,28 @@ impl NetworkBackend for Gpu {
     }
 
     fn conv_mp_sum(&mut self, w: ParamId, x: Operand<Tensor>, residual: &Tensor, t: f64, clip: Option<f64>) -> Tensor {
-        let (wa, wb) = mp_sum_weights(t);
         let residual = self.half(residual);
         let (y, active) = self.activation(residual.shape(), Format::Half);
-        let epilogue = Epilogue::MpSum {
-            residual: residual.ptr(),
-            wa: wa as f32,
-            wb: wb as f32,
-            clip: clip.map(|clip| clip as f32),
-        };
+        let epilogue = mp_sum(MainPath::Tensor(residual.ptr()), t, clip);
         self.fprop(w, &x, epilogue, (&y, active), [&residual]);
+        y
+    }
+
+    fn convs_mp_sum(
+        &mut self,
+        w: ParamId,
+        x: Operand<Tensor>,
+        (main, of): (ParamId, Operand<Tensor>),
+        t: f64,
+        clip: Option<f64>,
+    ) -> Tensor {
+        if mp_sum_weights(t).0 == 0.0 {
+            // Nothing of the main path is left, and nothing could be brought to its scale.
+            let main = self.conv(main, of);
+            return self.conv_mp_sum(w, x, &main, t, clip);
+        }
+        let (y, active) = self.activation(self.output_shape(w, &x), Format::Half);
+        self.fprop_onto(w, &x, (main, &of), |main| mp_sum(main, t, clip), (&y, active));
         y
     }
 
