@@ -17,7 +17,7 @@ struct ConvFprop {
     int pixels, ca, cb, cout, taps;
     int main_ca, main_cb;
     int scale_stride, steps_per_split, splits;
-    float wa, wb, to_main, clip, act_scale;
+    float wa, gain, to_main, clip, act_scale;
     int padding;
 };
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channe
         if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            const float sum = p.wa * r[e] + p.wb * v[e];
+            const float sum = p.wa * r[e] + p.gain * v[e];
             v[e] = sum > p.clip ? p.clip : sum < -p.clip ? -p.clip : sum;  // NaN passes
         }
     }

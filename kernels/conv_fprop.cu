@@ -5,28 +5,29 @@
 //
 // (the scales of the two inputs are in w, or in what mp_silu made of the inputs)
 //
-// and then one of (wb, clip: 1 and infinity where there is none)
+// and then one of (gain, clip: 1 and infinity where there is none)
 //
-//     y <- wb y                                   a gain
+//     y <- gain y
 //     y <- mp_silu(y scale[image][co])            the modulation by the embedding; pre = y before
-//     y <- clip(wa residual + wb y)               mp_sum (eq. 88)
-//     y <- clip(wb (main + to_main y))            the same, where the main path is a 1x1 convolution: wb is mp_sum's wa,
+//     y <- clip(wa residual + gain y)             mp_sum (eq. 88)
+//     y <- clip(gain (main + to_main y))          the same, where the main path is a 1x1 convolution: gain is then mp_sum's wa,
 //                                                 and to_main its wb / wa
 //
 // and optionally act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
 // never applied on the way in.
 //
 // The main path's products are further steps of k, after the others: so they are neither rounded to 16 bits nor written and
-// read, and need no launch of their own. In this order the first loop keeps its registers.
+// read, and need no launch of their own. In the other order the loop of 3x3 would issue 0.5 instructions more for each HMMA.
 //
 // Small maps split k over blocks; each writes its f32 sums, and whichever block of a tile comes last adds all of them in
 // their order, so that every run gives the same bits, and does the same rest.
 //
-// x [n, h, w, ca], skip [n, h, w, cb], w [cout][taps][ca + cb], y, pre, act, residual [n, h, w, cout], all
+// x [n, h, w, ca], skip [n, h, w, cb], w [cout][taps][ca + cb]; main_x [n, h, w, main_ca], main_skip [n, h, w, main_cb],
+// main_weight [cout][main_ca + main_cb]; y, pre, act, residual [n, h, w, cout], all
 // 16-bit; scale [n][scale_stride] f32; partial [splits][n h w][cout] f32; arrived [tiles], zeros. Channels:
 // multiples of 8.
 //
-// Operations: 2 n h w taps cin cout. Bytes: x, skip, w, residual once, y (pre, act) once from DRAM; a
+// Operations: 2 n h w (taps cin + main_cin) cout. Bytes: x, skip, w, residual once, y (pre, act) once from DRAM; a
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
 

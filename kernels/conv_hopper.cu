@@ -2,7 +2,8 @@
 // mma.sync reaches at two thirds of their rate: operands come by bulk tensor copies and are multiplied by wgmma from
 // shared memory. Parameters, results and what follows a product are the same; the words fprop, dgrad, wgrad too.
 //
-// PIXELS BY CHANNELS (fprop, dgrad, codec): D[pixel][channel], k = (tap, channel of the input).
+// PIXELS BY CHANNELS (fprop, dgrad, codec): D[pixel][channel], k = (tap, channel of the input), and in fprop then the channels
+// of the main path.
 //     A  128 (or 64) pixels by 64 channels of one tap: one im2col copy walks over row and image ends by itself and fills
 //        zeros; for 1x1 a box of the matrix [pixels][channels]. Both inputs of a concatenation have a map of their own.
 //     B  rows of 64 values of the weight [channels][taps][input channels]: a box of that matrix.
@@ -152,7 +153,7 @@ __device__ __forceinline__ bool group_comes_last(unsigned* arrived, int splits, 
 struct HopperPixels {
     TensorMap x, skip;      // im2col, or for one tap boxes of [pixels][channels], tiles of m pixels; skip: not read if cb = 0
     TensorMap weight;       // boxes of 64 by n of [columns][taps (ca + cb)]
-    TensorMap main_x, main_skip, main_weight;  // of the main path's convolution, of one tap; not read if it has no steps
+    TensorMap main_x, main_skip, main_weight;  // of the main path's convolution, of one tap; not read if main_ca = 0, main_cb = 0
     int ca, cb, taps;
     int main_ca, main_cb;
     int side;               // taps of a row
@@ -187,31 +188,30 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             const int column = pixel % work.columns;
             const int steps_x = p.taps * p.ca / BK;
             int step = first_step(t);
-            bool second = step >= steps_x;
+            bool second = p.cb > 0 && step >= steps_x;
             int channels = second ? p.cb : p.ca;
             int tap = (second ? step - steps_x : step) * BK / channels;
             int c = (second ? step - steps_x : step) * BK % channels;
             for (int left = steps_of(t); left > 0; left--) {
                 const smem_addr full = pipe.begin(), stage = pipe.at();
-                if (step >= p.own_steps) {
+                if (step < p.own_steps) {
+                    const TensorMap& from = second ? p.skip : p.x;
+                    if (p.taps == 1)
+                        tma_load_2d(stage, from, full, c, pixel);
+                    else
+                        tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
+                    tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, n);
+                    if ((c += BK) == channels) {
+                        c = 0;
+                        if (++tap == p.taps) second = true, channels = p.cb, tap = 0;
+                    }
+                } else {
                     const int at = (step - p.own_steps) * BK;
                     const bool other = at >= p.main_ca;
                     tma_load_2d(stage, other ? p.main_skip : p.main_x, full, other ? at - p.main_ca : at, pixel);
                     tma_load_2d(stage + A_BYTES, p.main_weight, full, at, n);
-                    pipe.advance(), step++;
-                    continue;
                 }
-                const TensorMap& from = second ? p.skip : p.x;
-                if (p.taps == 1)
-                    tma_load_2d(stage, from, full, c, pixel);
-                else
-                    tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
-                tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, n);
                 pipe.advance(), step++;
-                if ((c += BK) == channels) {
-                    c = 0;
-                    if (++tap == p.taps) second = true, channels = p.cb, tap = 0;
-                }
             }
         }
         return;

@@ -210,22 +210,22 @@ fn check_onto(bench: &mut Bench, case: Case) {
     let (mut cpu, id, [weight, _]) = with_weight(bench, case);
     let x = bench.random(case.pixels() * case.ca, case.ca, 1.0);
     let skip = bench.random(case.pixels() * case.cb.max(1), case.cb.max(1), 1.0);
-    let y = bench.room(case.pixels() * padded(case.cout) * 2);
+    let [y, extra] = [(); 2].map(|()| bench.room(case.pixels() * padded(case.cout) * 2));
     let cat = case.scales();
     let on_device = |case: &Case, x: &Both, skip: &Both| (x.at(), (case.cb != 0).then(|| skip.at()));
-    for main in [case, Case { ca: padded(case.cin()), cb: 64, ..case }, Case { ca: 128, cb: 0, ..case }] {
-        let main = Case { taps: 1, ..main };
+    for (ca, cb) in [(case.ca, case.cb), (padded(case.cin()), 64), (256, 128), (128, 0)] {
+        let main = Case { ca, cb, taps: 1, ..case };
         let (mut main_cpu, main_id, [main_weight, _]) = with_weight(bench, main);
         let main_x = bench.random(main.pixels() * main.ca, main.ca, 1.0);
         let main_skip = bench.random(main.pixels() * main.cb.max(1), main.cb.max(1), 1.0);
-        let channels = [padded(main.ca), padded(main.cb)];
-        let fprop = Fprop::and_main(case.shape(), channels, bench.math, bench.card).unwrap();
+        let fprop = Fprop::and_main(case.shape(), main.shape(), bench.math, bench.card).unwrap();
         let scratch = bench.room(fprop.scratch_bytes());
         let (wa, wb) = mp_sum_weights(0.3);
         let path = MainPath::Conv { inputs: on_device(&main, &main_x, &main_skip), weight: at(&main_weight) };
         let epilogue = Epilogue::MpSum { main: path, wa: wa as f32, wb: wb as f32, clip: Some(1.5) };
         let inputs = on_device(&case, &x, &skip);
-        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), None, bench.memory(&scratch));
+        let act = Some((at(&extra), 0.875));
+        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), act, bench.memory(&scratch));
         bench.go(launch.map(|launch| vec![launch]));
 
         let upload = |cpu: &mut Cpu<f32>, case: &Case, x: &Both, skip: &Both| {
@@ -240,6 +240,8 @@ fn check_onto(bench: &mut Bench, case: Case) {
         let operand = Operand { x: &a, x_scale: cat.0, skip: b.as_ref().map(|b| (b, cat.1)), silu: false };
         let expected = cpu.conv_mp_sum(id, operand, &onto, 0.3, Some(1.5));
         bench.same_in_rows(&format!("convs_mp_sum {case:?} {main:?}"), &y, expected.values(), case.cout);
+        let activated: Vec<f32> = expected.values().iter().map(|&y| mp_silu(0.875 * y)).collect();
+        bench.same_in_rows(&format!("activated {case:?} {main:?}"), &extra, &activated, case.cout);
     }
 }
 
@@ -362,7 +364,11 @@ const CASES: &[Case] = &[
 ];
 
 /// Few multiprocessors: large tiles, whole sums. Many: small tiles, split sums.
-const CARDS: [Card; 2] = [Card { sms: 1, capability: 90 }, Card { sms: 128, capability: 90 }];
+const CARDS: [Card; 3] = [card_of(1), card_of(128), card_of(8)];
+
+const fn card_of(sms: usize) -> Card {
+    Card { sms, capability: 90 }
+}
 
 /// Every loop and type.
 const MATHS: [Math; 5] = [
@@ -471,7 +477,19 @@ fn what_the_kernels_cannot_do_is_refused() {
     let memory = conv::Memory { scratch: none, arrived: none };
     let error = two.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
     assert!(error.what.contains("a second input"), "{error}");
-    let main = Fprop::and_main(good, [8, 0], Precision::F16.into(), card).unwrap();
-    let error = main.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
-    assert!(error.what.contains("of the main path and called without"), "{error}");
+    let refused =
+        |conv: &Fprop, epilogue| conv.launch((none, None), none, epilogue, none, None, memory).unwrap_err().what;
+    let onto = |wa| {
+        let main = MainPath::Conv { inputs: (none, None), weight: none };
+        Epilogue::MpSum { main, wa, wb: 1.0, clip: None }
+    };
+    let one = Fprop::new(good, Precision::F16.into(), card).unwrap();
+    let main = Fprop::and_main(good, ConvShape { taps: 1, ..good }, Precision::F16.into(), card).unwrap();
+    assert!(refused(&main, Epilogue::Gain(1.0)).contains("of the main path and called without"));
+    assert!(refused(&one, onto(1.0)).contains("or the reverse"));
+    assert!(refused(&main, onto(0.0)).contains("does not count"));
+    for bad in [good, ConvShape { taps: 1, cout: 16, ..good }] {
+        let error = Fprop::and_main(good, bad, Precision::F16.into(), card).unwrap_err();
+        assert!(error.shape == bad && error.what.contains("not of one tap"), "{error}");
+    }
 }

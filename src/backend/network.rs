@@ -193,8 +193,8 @@ pub trait NetworkBackend: Backend {
         t: f64,
         clip: Option<f64>,
     ) -> Self::Tensor;
-    /// `mp_sum(main, conv, t)` of two convolutions, of `main` without padding and of `x`, clipped likewise. A device may compute
-    /// both at once.
+    /// `mp_sum(main, conv, t)` of two convolutions, that of `main` of one tap, clipped likewise. A device may compute both at
+    /// once.
     fn convs_mp_sum(
         &mut self,
         w: ParamId,

@@ -211,12 +211,12 @@ fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) 
     Launch::new(kernel, [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, 0, params)
 }
 
-/// A forward convolution (`conv`, `conv_scale_silu`, `conv_mp_sum` of [`crate::backend::Backend`]).
+/// A forward convolution (`conv`, `conv_scale_silu`, `conv_mp_sum`, `convs_mp_sum` of [`crate::backend::NetworkBackend`]).
 #[derive(Clone, Debug)]
 pub struct Fprop {
     shape: ConvShape,
-    /// Channels of the main path's two inputs, if it is a convolution too.
-    main: Option<[usize; 2]>,
+    /// The main path's, if it is one too.
+    main: Option<ConvShape>,
     kernel: Kernel,
 }
 
@@ -226,18 +226,22 @@ impl Fprop {
         Self::of(shape, None, math, card)
     }
 
-    /// The same for a convolution and that of the main path to which [`Epilogue::MpSum`] adds it: of one tap, and `main`
-    /// channels of its inputs.
-    pub fn and_main(shape: ConvShape, main: [usize; 2], math: Math, card: Card) -> Result<Self, ConvError> {
+    /// The same for a convolution and that of the main path, of one tap, to which [`Epilogue::MpSum`] adds it.
+    pub fn and_main(shape: ConvShape, main: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
+        if main != (ConvShape { ca: main.ca, cb: main.cb, taps: 1, ..shape }) {
+            return Err(ConvError {
+                shape: main,
+                what: "it is not of one tap, or its result is not of the same shape",
+            });
+        }
         Self::of(shape, Some(main), math, card)
     }
 
-    fn of(shape: ConvShape, main: Option<[usize; 2]>, math: Math, card: Card) -> Result<Self, ConvError> {
-        shape.check()?;
-        let mut inputs = vec![(shape.taps, shape.ca), (shape.taps, shape.cb)];
-        if let Some([ca, cb]) = main {
-            ConvShape { ca, cb, taps: 1, ..shape }.check()?;
-            inputs.extend([(1, ca), (1, cb)]);
+    fn of(shape: ConvShape, main: Option<ConvShape>, math: Math, card: Card) -> Result<Self, ConvError> {
+        let mut inputs = Vec::new();
+        for of in std::iter::once(&shape).chain(&main) {
+            of.check()?;
+            inputs.extend([(of.taps, of.ca), (of.taps, of.cb)]);
         }
         let product = [shape.pixels(), shape.cout];
         Ok(Self { shape, main, kernel: Kernel::of_pixels(math, card, &inputs, 1, product) })
@@ -268,36 +272,39 @@ impl Fprop {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
         let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
-        let (mut wa, mut wb, mut to_main, mut clip, mut main) = (0.0, 1.0, 1.0, None, None);
+        let (mut wa, mut gain, mut to_main, mut clip, mut main) = (0.0, 1.0, 1.0, None, None);
         match epilogue {
-            Epilogue::Gain(gain) => wb = gain,
+            Epilogue::Gain(given) => gain = given,
             Epilogue::ScaleSilu { scale: given, pre: wanted } => (scale, pre) = (given, wanted),
             Epilogue::MpSum { main: MainPath::Tensor(from), wa: a, wb: b, clip: limit } => {
-                (residual, wa, wb, clip) = (from, a, b, limit);
+                (residual, wa, gain, clip) = (from, a, b, limit);
             }
             Epilogue::MpSum { main: MainPath::Conv { inputs, weight }, wa: a, wb: b, clip: limit } => {
-                (main, wb, to_main, clip) = (Some((inputs, weight)), a, b / a, limit);
+                (main, gain, to_main, clip) = (Some((inputs, weight)), a, b / a, limit);
             }
         }
+        let wrong = |what| Err(ConvError { shape: *shape, what });
         let main = match (self.main, main) {
             (None, None) => None,
-            (Some([ca, cb]), Some(((x, skip), weight))) => {
-                let of = ConvShape { ca, cb, taps: 1, ..*shape };
-                Some((of, x, second(&of, skip)?, weight))
+            (Some(_), Some(_)) if !to_main.is_finite() => {
+                return wrong("a main path that does not count is no scale for the sums");
             }
-            _ => {
-                let what = "planned with a convolution of the main path and called without, or the reverse";
-                return Err(ConvError { shape: *shape, what });
+            (Some(of), Some(((x, skip), weight))) => {
+                let skip = second(&of, skip)?;
+                Some(conv_hopper::Onto { x: of.images(x, of.ca), skip: of.images(skip, of.cb), weight, to_main })
             }
+            _ => return wrong("planned with a convolution of the main path and called without, or the reverse"),
         };
+        let null = Images { at: DevicePtr::NULL, channels: 0, ..shape.images(x, 0) };
+        let (main_x, main_skip) = main.map_or((null, null), |main| (main.x, main.skip));
         let tiles_m = shape.pixels().div_ceil(tile.m);
         let params = ConvFprop {
             x,
             skip,
             weight,
-            main_x: main.map_or(DevicePtr::NULL, |(_, x, ..)| x),
-            main_skip: main.map_or(DevicePtr::NULL, |(_, _, skip, _)| skip),
-            main_weight: main.map_or(DevicePtr::NULL, |(.., weight)| weight),
+            main_x: main_x.at,
+            main_skip: main_skip.at,
+            main_weight: main.map_or(DevicePtr::NULL, |main| main.weight),
             scale: scale.all,
             residual,
             y,
@@ -316,13 +323,13 @@ impl Fprop {
             cb: int(shape.cb),
             cout: int(shape.cout),
             taps: int(shape.taps),
-            main_ca: int(main.map_or(0, |(of, ..)| of.ca)),
-            main_cb: int(main.map_or(0, |(of, ..)| of.cb)),
+            main_ca: int(main_x.channels),
+            main_cb: int(main_skip.channels),
             scale_stride: int(scale.stride),
             steps_per_split: int(steps_per_split),
             splits: int(splits),
             wa,
-            wb,
+            gain,
             to_main,
             clip: clip.unwrap_or(f32::INFINITY),
             act_scale: act.map_or(1.0, |a| a.1),
@@ -330,13 +337,8 @@ impl Fprop {
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
         Ok(if self.kernel.hopper {
-            let mut product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
-            product.main = main.map(|(of, x, skip, weight)| conv_hopper::MainPath {
-                x: of.images(x, of.ca),
-                skip: (of.cb > 0).then(|| of.images(skip, of.cb)),
-                weight,
-                to_main,
-            });
+            let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
+            let product = Pixels { main, ..product };
             conv_hopper::pixels(self.kernel.name("fprop"), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
             self.kernel.launch("fprop", grid, &params)

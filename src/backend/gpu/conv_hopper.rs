@@ -39,9 +39,10 @@ pub(super) struct Images {
 
 /// A convolution of one tap that a product goes on with.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct MainPath {
+pub(super) struct Onto {
     pub x: Images,
-    pub skip: Option<Images>,
+    /// Of no channels, if there is none.
+    pub skip: Images,
     /// `[columns][ca + cb]`.
     pub weight: DevicePtr,
     /// Factor of the sums before it.
@@ -54,7 +55,7 @@ pub(super) struct Pixels {
     pub precision: Precision,
     pub x: Images,
     pub skip: Option<Images>,
-    pub main: Option<MainPath>,
+    pub main: Option<Onto>,
     pub window: Window,
     /// `[columns][taps][ca + cb]`.
     pub weight: DevicePtr,
@@ -96,9 +97,8 @@ fn behind<A: NoUninit, P: NoUninit>(copies: &A, conv: &P) -> Vec<u8> {
 pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, card: Card, conv: &P) -> Launch {
     let Choice { tile, splits, steps_per_split } = *choice;
     let taps = p.window.side * p.window.side;
-    let second = |skip: Option<Images>| skip.map_or(0, |skip| skip.channels);
-    let (ca, cb) = (p.x.channels, second(p.skip));
-    let (main_ca, main_cb) = p.main.map_or((0, 0), |main| (main.x.channels, second(main.skip)));
+    let (ca, cb) = (p.x.channels, p.skip.map_or(0, |skip| skip.channels));
+    let (main_ca, main_cb) = p.main.map_or((0, 0), |main| (main.x.channels, main.skip.channels));
     let own_steps = taps * (ca + cb) / STEP;
     let tiles_n = p.columns.div_ceil(tile.n);
     let tiles = p.tiles_m * tiles_n * splits;
@@ -132,11 +132,11 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         (offset_of!(HopperPixels, weight), weight(p.weight, taps * (ca + cb))),
     ];
     maps.extend(p.skip.map(|skip| (offset_of!(HopperPixels, skip), of(&skip, p.window))));
-    if let Some(MainPath { x, skip, weight: at, .. }) = p.main {
-        let point = Window::same(1);
-        maps.push((offset_of!(HopperPixels, main_x), of(&x, point)));
+    if let Some(Onto { x, skip, weight: at, .. }) = p.main {
         maps.push((offset_of!(HopperPixels, main_weight), weight(at, main_ca + main_cb)));
-        maps.extend(skip.map(|skip| (offset_of!(HopperPixels, main_skip), of(&skip, point))));
+        let inputs = [(offset_of!(HopperPixels, main_x), x), (offset_of!(HopperPixels, main_skip), skip)];
+        let read = inputs.iter().filter(|(_, images)| images.channels > 0);
+        maps.extend(read.map(|(place, images)| (*place, of(images, Window::same(1)))));
     }
     let grid = [tiles.min(card.sms.max(1)) as u32, 1, 1];
     Launch::with_maps(kernel, grid, tile.threads, tile.shared, behind(&params, conv), maps)

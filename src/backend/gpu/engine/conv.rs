@@ -78,7 +78,7 @@ impl Gpu {
         let shape = self.conv_shape(w, x);
         let (a, skip) = self.multiplied(w, x);
         let Some(conv) = self.fits(Fprop::new(shape, self.math, self.card)) else { return };
-        let work = self.work_of(w, shape.taps, to.0).with([&a]).with(&skip).with(also);
+        let work = self.work_of(shape.taps, &[w], to.0).with([&a]).with(&skip).with(also);
         self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue, to, work);
     }
 
@@ -94,19 +94,18 @@ impl Gpu {
         let (shape, of_main) = (self.conv_shape(w, x), self.conv_shape(main_w, main));
         let (a, skip) = self.multiplied(w, x);
         let (main_a, main_skip) = self.multiplied(main_w, main);
-        let conv = Fprop::and_main(shape, [of_main.ca, of_main.cb], self.math, self.card);
-        let Some(conv) = self.fits(conv) else { return };
+        let Some(conv) = self.fits(Fprop::and_main(shape, of_main, self.math, self.card)) else { return };
         let inputs = (main_a.ptr(), main_skip.as_ref().map(Tensor::ptr));
         let main = MainPath::Conv { inputs, weight: self.params.effective(main_w) };
-        let work = self.work_of(w, shape.taps, to.0).with([&a, &main_a]).with(&skip).with(&main_skip);
-        let work = work.sums(shape.taps * self.params.dims(w)[1] + self.params.dims(main_w)[1]);
-        let work = work.bytes(self.params.effective_bytes(main_w));
+        let work = self.work_of(shape.taps, &[w, main_w], to.0).with([&a, &main_a]).with(&skip).with(&main_skip);
         self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue(main), to, work);
     }
 
-    fn work_of(&self, w: ParamId, taps: usize, y: &Tensor) -> Work {
+    /// What convolutions into one result cost, the first of `taps`, without what they read and write.
+    fn work_of(&self, taps: usize, weights: &[ParamId], y: &Tensor) -> Work {
         let name = if taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
-        Work::new(name, y.shape()).sums(taps * self.params.dims(w)[1]).bytes(self.params.effective_bytes(w))
+        let sums = weights.iter().map(|&w| self.params.dims(w)).map(|[_, cin, taps]| cin * taps).sum();
+        Work::new(name, y.shape()).sums(sums).bytes(weights.iter().map(|&w| self.params.effective_bytes(w)).sum())
     }
 
     fn launch_fprop(
@@ -122,8 +121,7 @@ impl Gpu {
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
         let inputs = (a.ptr(), skip.map(Tensor::ptr));
         let launch = conv.launch(inputs, self.params.effective(w), epilogue, y.ptr(), act, memory);
-        let work = work.with([y]).with(active.as_ref().map(|(t, _)| t));
-        self.go_if(work, launch.map(|launch| [launch]));
+        self.go_if(work.with([y]).with(active.as_ref().map(|(t, _)| t)), launch.map(|launch| [launch]));
         if let Some((t, factor)) = active {
             y.set_active(factor, t);
         }
