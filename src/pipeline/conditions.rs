@@ -141,6 +141,8 @@ pub enum ConditionError {
     OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
     #[error("{}: its conditions are {made_of}, not classes", model.display())]
     NotClasses { model: PathBuf, made_of: Box<Conditioning> },
+    #[error("{}: its conditions are tags, not classes; --tags takes their names", model.display())]
+    ClassOfTags { model: PathBuf },
     #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
     Class { model: PathBuf, class: usize, classes: usize },
     #[error("the weighted sum of these conditions is zero")]
@@ -338,7 +340,7 @@ impl Pipeline {
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
     }
 
-    /// The condition of a class: one-hot. That of a tag too, by its place.
+    /// The condition of a class: one-hot.
     ///
     /// # Errors
     /// [`ConditionError`]: a model of other conditions, or of fewer classes.
@@ -347,6 +349,9 @@ impl Pipeline {
         let (model, made_of) = (self.path.clone(), &self.meta.conditioning);
         if let Conditioning::Features { .. } = made_of {
             return Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() });
+        }
+        if !self.meta.vocabulary.is_empty() {
+            return Err(ConditionError::ClassOfTags { model });
         }
         let mut values = vec![0.0; classes];
         *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;
