@@ -834,6 +834,19 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --size 17x16", "an image of 17x16");
     bench.fails("--outdir o --steps 0", "steps = 0");
     bench.fails("--outdir o --guidance nan", "guidance = NaN");
+    // What f32 has no room for is refused, and said without hundreds of digits.
+    bench.fails("--outdir o --guidance 1e300", "guidance = 1e300, expected -1000000 to 1000000");
+    bench.fails("--outdir o --rho 1e-300", "rho = 1e-300, expected 0.1 to 100");
+    bench.fails("--outdir o --sigma-min 1e-300", "sigma_min = 1e-300, expected 1e-30 to 1000000");
+    bench.fails("--outdir o --sigma-min 90", "sigma_max = 80, expected more than sigma_min = 90, up to 1000000");
+    bench.fails("--outdir o --solver heun --S-noise 1e300", "S_noise = 1e300, expected 0 to 1000000");
+    // Places of tags are no classes.
+    for class in ["3", "random"] {
+        bench.fails(
+            &format!("--outdir o --class {class}"),
+            "--class: m.safetensors: its conditions are tags, not classes; --tags",
+        );
+    }
     bench.fails("--outdir o --guidance-interval 5,1", "guidance interval = 5,1");
     bench.fails("--outdir o --S-churn 3", "0 with dpmpp_2m");
     bench.fails("--outdir o --random-conditions 3", "--condition-model");
