@@ -188,6 +188,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     }
     let device = ranks.open(&args.device)?;
     let Resolved { settings, plan, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
+    notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
     if args.dry_run {
         if ranks.first() {
             results(&describe(&settings, &plan, &model, args.device.math())?);
@@ -250,6 +251,11 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
     }
     Ok(outcome)
+}
+
+/// A warning of a dataset's [`Dataset::doubt`].
+pub(super) fn doubt(data: &Dataset) -> Option<String> {
+    data.doubt().map(|doubt| format!("warning: {doubt}"))
 }
 
 /// What shows images in the sample grids.
