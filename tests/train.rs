@@ -509,6 +509,10 @@ fn a_damaged_checkpoint_is_set_aside_for_an_older_one() {
         name.starts_with("checkpoint-000000096.safetensors.damaged")
     });
     assert_eq!(aside.count(), 5, "one replaced another");
+    // A run that is over stays as it is, whatever shorter one is asked for.
+    let written = fs::read(place.path("whole/training_options.json")).unwrap();
+    succeed(&mut place.train("whole", &options.replace("--duration 96", "--duration 64")));
+    assert!(written == fs::read(place.path("whole/training_options.json")).unwrap());
 }
 
 #[cfg(unix)]
@@ -1198,8 +1202,14 @@ fn bad_input_is_one_clear_line() {
     let configs = [
         ("{", "config.json: EOF"),
         (r#"{"model_channels": 8, "colour": 1}"#, "unknown field `colour`"),
-        (r#"{"model_channels": 8, "sigma_data": 1e-320, "channels_per_head": 8}"#, "config.json: sigma_data = 1e-320, expected 1e-6 to 1e6"),
-        (r#"{"model_channels": 8, "clip_act": 0, "channels_per_head": 8}"#, "config.json: clip_act = 0, expected 1e-6 to 1e38"),
+        (
+            r#"{"model_channels": 8, "sigma_data": 1e-320, "channels_per_head": 8}"#,
+            "config.json: sigma_data = 1e-320, expected 1e-6 to 1e6",
+        ),
+        (
+            r#"{"model_channels": 8, "clip_act": 0, "channels_per_head": 8}"#,
+            "config.json: clip_act = 0, expected 1e-6 to 1e38",
+        ),
         (r#"{"model_channels": 7}"#, "config.json: model_channels = 7"),
         (r#"{"model_channels": 8, "label_dim": 7}"#, "label_dim = 7, but the dataset's conditions have 6"),
         (r#"{"model_channels": 8, "img_channels": 4}"#, "img_channels = 4, but the dataset's images have 3"),
@@ -1213,6 +1223,8 @@ fn bad_input_is_one_clear_line() {
         let said = fail(&mut place.train("run", "--duration 8"));
         assert!(said.contains(message), "{said}\nexpected {message}");
     }
+    let said = fail(&mut train_on(&place, "config.json", "run", "--duration 8"));
+    assert!(said.contains("config.json: it is text in JSON, expected the directory of a dataset"), "{said}");
     assert!(!place.path("run").exists());
 }
 

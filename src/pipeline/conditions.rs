@@ -322,7 +322,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// [`ConditionError`]: there is no such image, or its condition means something else.
-    pub fn row(&self, dataset: impl AsRef<Path>, id: i64) -> Result<Condition> {
+    pub fn row(&mut self, dataset: impl AsRef<Path>, id: i64) -> Result<Condition> {
         self.width()?;
         let dir = dataset.as_ref();
         for split in Split::ALL {
@@ -335,7 +335,16 @@ impl Pipeline {
             let Some(i) = data.find(id) else { continue };
             let theirs = Domain::of_conditions(data.condition_dim(), data.meaning());
             theirs.check(dir.display(), &self.domain(), self.path.display())?;
-            return Ok(Condition::of_image(&data, i, dir, split));
+            let condition = Condition::of_image(&data, i, dir, split);
+            // Of the data that it was trained on they are what it knows.
+            if let Conditioning::Features { fingerprint: None, .. } = data.header().conditioning
+                && (self.meta.data.is_none() || self.meta.data != data.fingerprint())
+            {
+                let model = self.path.display();
+                let text = "nobody said what made its features, which may be others than those of";
+                self.warnings.push(format!("{}: {text} {model}", dir.display()));
+            }
+            return Ok(condition);
         }
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
     }
