@@ -542,7 +542,7 @@ fn what_stands_where_a_checkpoint_should_be_is_set_aside_but_one_that_cannot_be_
         fs::write(&reference, &whole).unwrap();
         assert_same(&reference, &path);
     }
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
     // Who may read everything cannot be kept from it.
     if fs::File::open(&path).is_err() {
         let said = fail(&mut place.train("run", options));
