@@ -1,5 +1,6 @@
 //! The command line of edm2k.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -77,8 +78,13 @@ fn refuse(error: &clap::Error) -> ExitCode {
     let odd = |line: &str| say::shortened(&say::escaped(line)) != line;
     if error.use_stderr() && plain.lines().any(odd) {
         plain.lines().for_each(|line| note!("{line}"));
-    } else {
-        let _ = error.print();
+        return ExitCode::from(error.exit_code() as u8);
     }
-    ExitCode::from(error.exit_code() as u8)
+    match error.print().and_then(|()| io::stdout().flush()) {
+        Err(why) if !error.use_stderr() && why.kind() != io::ErrorKind::BrokenPipe => {
+            note!("edm2k: error: the help could not be printed: {why}");
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::from(error.exit_code() as u8),
+    }
 }

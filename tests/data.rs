@@ -472,9 +472,37 @@ fn a_shard_of_a_sibling_with_the_same_records_is_refused() {
     ours.prepare();
     assert!(fs::read(&path).unwrap() == own);
     Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap();
-    // A dataset need not have one.
-    fs::remove_file(summary).unwrap();
-    Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap();
+    assert_eq!(Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap().doubt(), None);
+    // A dataset need not have one, but then nothing vouches for it; and it comes again.
+    fs::remove_file(&summary).unwrap();
+    let doubt = Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap().doubt().unwrap();
+    assert!(doubt.contains("train-00000.safetensors: no summary.json beside it knows it"), "{doubt}");
+    let told = edm2k(ours.dir.path(), &["info", "out", "--check"]).output().unwrap();
+    let told = String::from_utf8_lossy(&told.stdout);
+    assert!(told.contains("  out/train-00000.safetensors: no summary.json beside it knows it"), "{told}");
+    ours.prepare();
+    assert_eq!(Dataset::open(&ours.dir.path().join("out"), Split::Train).unwrap().doubt(), None);
+}
+
+#[test]
+fn without_a_summary_a_shard_of_other_records_of_the_same_images_is_refused() {
+    let tagged = |first: &str, last: &str| {
+        let mut shop = Workshop::new();
+        for (id, tags) in [(2, vec![first]), (3, vec![first]), (4, vec!["x", "y"]), (5, vec![last]), (6, vec![last])] {
+            shop.image(id, solid(16, 16, [id as u8, 7, 1]), &tags);
+        }
+        shop.prepare();
+        shop
+    };
+    let [ours, theirs] = [tagged("x", "y"), tagged("y", "x")];
+    let [ours, theirs] = [&ours, &theirs].map(|shop| shop.dir.path().join("out"));
+    let name = "train-00001.safetensors";
+    fs::remove_file(ours.join("summary.json")).unwrap();
+    Dataset::open(&ours, Split::Train).unwrap();
+    fs::copy(theirs.join(name), ours.join(name)).unwrap();
+    let said = Dataset::open(&ours, Split::Train).unwrap_err().to_string();
+    let names = said.contains(name) && said.contains("train-00000.safetensors");
+    assert!(names && said.contains("the list of records that it is of is 5 ("), "{said}");
 }
 
 #[test]

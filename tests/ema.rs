@@ -202,13 +202,14 @@ fn what_cannot_be_reconstructed_is_one_clear_line() {
         let files: Vec<&str> = files.iter().map(|file| text(file)).collect();
         refused(&[&["ema", "--out", text(&out)], &files[..], options].concat())
     };
-    let cases: [(&[&str], &[&str], &str); 18] = [
-        (&["a", "b"], &["--std", "0.3"], "--std is 0.3, expected above 0 and at most 0.2887"),
-        (&["a", "b"], &["--std", "0"], "--std is 0, expected above 0"),
-        (&["a", "b"], &["--std", "NaN"], "--std is NaN, expected above 0"),
+    let cases: [(&[&str], &[&str], &str); 19] = [
+        (&["a", "b"], &["--std", "0.3"], "--std is 0.3, expected 1e-6 to 0.2887"),
+        (&["a", "b"], &["--std", "0"], "--std is 0, expected 1e-6"),
+        (&["a", "b"], &["--std", "NaN"], "--std is NaN, expected 1e-6"),
         (&["a", "b"], &["--std", "0.07,0.07"], "--std 0.07 is given twice"),
         (&["a", "b"], &["--std", "0.002"], "no combination of the 2 snapshots comes near std 0.002: "),
-        (&["a", "b"], &["--std", "1e-200"], "no combination of the 2 snapshots comes near std 0.000"),
+        (&["a", "b"], &["--std", "1e-6"], "no combination of the 2 snapshots comes near std 1e-6: "),
+        (&["a", "b"], &["--std", "1e-200"], "--std is 1e-200, expected 1e-6 to 0.2887"),
         (&["a", "b"], &["--std", "0.28"], "136 % of its profile are missed, expected at most 50 %"),
         (&["a", "b"], &["--std", "0.07", "--at", "2k"], "no snapshot at 2000 images; the nearest is at 1000"),
         (&["a"], &["--std", "0.07"], "snapshots up to 1000 images: 1, expected 2 or more"),

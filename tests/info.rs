@@ -95,7 +95,7 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
 
     let said = refused(&file("picture.png", b"\x89PNG\r\n\x1a\n, or so"));
     assert!(said.contains("not a whole safetensors file"), "{said}");
-    assert!(refused(&file("empty", b"")).contains("0 bytes, expected a header of 8 at least"));
+    assert!(refused(&file("empty", b"")).contains("it is empty"));
     let tensors = [("x", edm2k::formats::safetensors::Dtype::U8, &[1][..], &[1][..])];
     let other = dir.path().join("other.safetensors");
     edm2k::formats::safetensors::write(&other, &tensors, &Default::default()).unwrap();
@@ -147,9 +147,12 @@ fn files_of_another_kind_are_called_what_they_are() {
     let dir = tempfile::tempdir().unwrap();
     let zip = b"PK\x03\x04\x14\0\0\0archive/data.pkl";
     for (name, bytes, expected) in [
-        ("m.ckpt", &zip[..], "not a file of weights: byte 0: a damaged zip"),
+        ("m.ckpt", &zip[..], "not a file of weights: a damaged zip"),
         ("m.pkl", b"\x80\x02}q\0.........", "`edm2k import` reads NVIDIA's snapshots"),
         ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "not a file of weights"),
+        ("m.json", b"{\"a\":1}", "it is text in JSON"),
+        ("m.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0", "it is a video (MP4 or QuickTime)"),
+        ("m.avif", b"\0\0\0\x1cftypavif\0\0\0\0", "it is an image (AVIF)"),
         ("m.html", b"<!doctype html><title>Sign in</title>", "it is a web page (HTML)"),
         ("m.lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "it is a Git LFS pointer"),
     ] {
@@ -157,6 +160,13 @@ fn files_of_another_kind_are_called_what_they_are() {
         fs::write(&path, bytes).unwrap();
         let said = refused(&path);
         assert!(said.contains(expected) && said.len() < 350, "{said}");
+    }
+    // A help that nobody gets is a failure.
+    for asked in ["--help", "--version"] {
+        let full = fs::File::options().write(true).open("/dev/full");
+        let Ok(full) = full else { continue };
+        let status = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k")).arg(asked).stdout(full).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{asked}");
     }
     // Nor does a pipe hang, or a device fill the memory.
     let pipe = dir.path().join("pipe");

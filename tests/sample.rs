@@ -689,6 +689,19 @@ fn conditions_of_another_vocabulary_are_refused() {
         run(&format!("condition sample --model {name}.safetensors --count 2 --out {name}-c.safetensors")).success();
     }
     bench.sample("--outdir a --row same:2").success();
+    // Of features nobody may have said what made them.
+    let (ids, features): (Vec<u8>, Vec<u8>) =
+        ((2..7i64).flat_map(i64::to_le_bytes).collect(), [1.0f32.to_le_bytes(); 25].concat());
+    let both = [("ids", Dtype::I64, &[5][..], &ids[..]), ("features", Dtype::F32, &[5, 5][..], &features[..])];
+    safetensors::write(bench.path("f.safetensors"), &both, &HashMap::new()).unwrap();
+    run("prepare --images images --metadata same.jsonl --out dense --size 16x16 --features f.safetensors").success();
+    let (mut model, _) = tiny();
+    model.meta.conditioning = Dataset::open(&bench.path("dense"), Split::Train).unwrap().header().conditioning.clone();
+    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32)
+        .unwrap();
+    run("sample --model f-m.safetensors --steps 2 --outdir f --row dense:2")
+        .success()
+        .stderr(predicates::str::contains("warning: dense: nobody said what made its features"));
     bench.sample("--outdir b --conditions same-c.safetensors").success();
     bench.sample("--outdir c --random-conditions 1 --condition-model same.safetensors").success();
     run("condition sample --model same.safetensors --data same").success();
@@ -776,6 +789,14 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
     assert_eq!((&about["from"], &about["sampler"]["strength"]), (&json!("drawing.png"), &json!(0.05)));
     bench.fails("--outdir e --from drawing.png --strength 2", "strength = 2, expected a number above 0, up to 1");
     bench.fails("--outdir e --strength 0.5", "--from");
+    let chunk = |kind: &[u8], data: &[u8]| {
+        let both = [kind, data].concat();
+        [&(data.len() as u32).to_be_bytes()[..], &both, &crc32fast::hash(&both).to_be_bytes()].concat()
+    };
+    let head = [&100_000u32.to_be_bytes()[..], &100_000u32.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
+    let bomb = [&b"\x89PNG\r\n\x1a\n"[..], &chunk(b"IHDR", &head), &chunk(b"IDAT", &[0x78, 0x9c, 3, 0, 0, 0, 0, 1])];
+    fs::write(bench.path("bomb.png"), bomb.concat()).unwrap();
+    bench.fails("--outdir e --from bomb.png", "--from: bomb.png: 100000x100000 is more than 67108864 pixels");
     bench.fails("--outdir e --from missing.png", "--from: missing.png: ");
     bench.fails("--outdir e --from m.safetensors", "--from: m.safetensors: ");
     assert!(!bench.path("e").exists());
@@ -834,6 +855,19 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --size 17x16", "an image of 17x16");
     bench.fails("--outdir o --steps 0", "steps = 0");
     bench.fails("--outdir o --guidance nan", "guidance = NaN");
+    // What f32 has no room for is refused, and said without hundreds of digits.
+    bench.fails("--outdir o --guidance 1e300", "guidance = 1e300, expected -1000000 to 1000000");
+    bench.fails("--outdir o --rho 1e-300", "rho = 1e-300, expected 0.1 to 100");
+    bench.fails("--outdir o --sigma-min 1e-300", "sigma_min = 1e-300, expected 1e-30 to 1000000");
+    bench.fails("--outdir o --sigma-min 90", "sigma_max = 80, expected more than sigma_min = 90, up to 1000000");
+    bench.fails("--outdir o --solver heun --S-noise 1e300", "S_noise = 1e300, expected 0 to 1000000");
+    // Places of tags are no classes.
+    for class in ["3", "random"] {
+        bench.fails(
+            &format!("--outdir o --class {class}"),
+            "--class: m.safetensors: its conditions are tags, not classes; --tags",
+        );
+    }
     bench.fails("--outdir o --guidance-interval 5,1", "guidance interval = 5,1");
     bench.fails("--outdir o --S-churn 3", "0 with dpmpp_2m");
     bench.fails("--outdir o --random-conditions 3", "--condition-model");

@@ -509,6 +509,50 @@ fn a_damaged_checkpoint_is_set_aside_for_an_older_one() {
         name.starts_with("checkpoint-000000096.safetensors.damaged")
     });
     assert_eq!(aside.count(), 5, "one replaced another");
+    // A run that is over stays as it is, whatever shorter one is asked for.
+    let written = fs::read(place.path("whole/training_options.json")).unwrap();
+    succeed(&mut place.train("whole", &options.replace("--duration 96", "--duration 64")));
+    assert!(written == fs::read(place.path("whole/training_options.json")).unwrap());
+}
+
+#[cfg(unix)]
+#[test]
+fn what_stands_where_a_checkpoint_should_be_is_set_aside_but_one_that_cannot_be_read_now_stops_the_run() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let place = Place::new();
+    let options = "--duration 96 --batch 8 --checkpoint 32 --grid 0 --validate 0 --snapshot 0";
+    succeed(&mut place.train("run", options));
+    let path = place.newest("run");
+    let whole = fs::read(&path).unwrap();
+    type Make = fn(&Path);
+    let cases: [(&str, &str, Make); 5] = [
+        ("a link to nothing", "it is a link that leads nowhere", |path| symlink("nothing", path).unwrap()),
+        ("a link to a folder", "not a regular file", |path| symlink("/tmp", path).unwrap()),
+        ("a folder", "not a regular file", |path| fs::create_dir(path).unwrap()),
+        ("a pipe", "not a regular file", |path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success())),
+        ("a socket", "not a regular file", |path| drop(std::os::unix::net::UnixListener::bind(path).unwrap())),
+    ];
+    for (what, message, make) in cases {
+        fs::remove_file(&path).unwrap();
+        make(&path);
+        let said = succeed(&mut place.train("run", options));
+        let names = said.contains(&format!("{}: damaged", path.display())) && said.contains(message);
+        assert!(names && said.contains("set aside as"), "{what}: {said}");
+        let reference = place.path("reference.safetensors");
+        fs::write(&reference, &whole).unwrap();
+        assert_same(&reference, &path);
+    }
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+    // Who may read everything cannot be kept from it.
+    if fs::File::open(&path).is_err() {
+        let said = fail(&mut place.train("run", options));
+        assert!(said.contains("Permission denied") && path.exists(), "{said}");
+    }
+    // Of a link in a loop nobody knows what it is: it stays, and so does the run.
+    fs::remove_file(&path).unwrap();
+    symlink(&path, &path).unwrap();
+    fail(&mut place.train("run", options));
+    assert!(path.is_symlink());
 }
 
 #[test]
@@ -1135,10 +1179,15 @@ fn bad_input_is_one_clear_line() {
         ("run", "--duration 8 --batch 16", "--batch is 16, more than the whole run"),
         ("run", "--duration 8 --lr NaN", "--lr is NaN"),
         ("run", "--duration 8 --lr 1e39", "--lr is 1e39"),
+        ("run", "--duration 8 --lr 1e-46", "--lr is 1e-46, expected a number that f32 can hold, 1.2e-38 to 3.4e38"),
+        ("run", "--duration 8 --p-std 1e-300", "--p-std is 1e-300, expected a number that f32 can hold"),
         ("run", "--duration 8 --decay inf", "--decay is inf"),
+        ("run", "--duration 8 --decay 1e-300", "--decay is 1e-300, expected 0 or a number from 1e-6"),
         ("run", "--duration 8 --p-mean inf", "--p-mean inf"),
         ("run", "--duration 8 --p-std 20", "--p-std 20"),
+        ("run", "--duration 8 --p-std 1e30", "make noise levels up to e^7e30, expected at most e^80"),
         ("run", "--duration 8 --ema 0.5", "--ema is 0.5"),
+        ("run", "--duration 8 --ema 0.05,1e-300", "--ema is 1e-300, expected 1e-6 to 0.2887"),
         ("run", "--duration 8 --cond-dropout 2", "--cond-dropout is 2"),
         ("run", "--duration 8 --preset edm2", "preset 'edm2' is unknown, expected one of edm2-img512-xxs"),
         ("run", "--duration 8 --init nowhere.safetensors", "nowhere.safetensors: No such file"),
@@ -1153,6 +1202,15 @@ fn bad_input_is_one_clear_line() {
     let configs = [
         ("{", "config.json: EOF"),
         (r#"{"model_channels": 8, "colour": 1}"#, "unknown field `colour`"),
+        (
+            r#"{"model_channels": 8, "sigma_data": 1e-320, "channels_per_head": 8}"#,
+            "config.json: sigma_data = 1e-320, expected 1e-6 to 1e6",
+        ),
+        (
+            r#"{"model_channels": 8, "clip_act": 0, "channels_per_head": 8}"#,
+            "config.json: clip_act = 0, expected 1e-6 to 1e38",
+        ),
+        (r#"{"model_channels": 7}"#, "config.json: model_channels = 7"),
         (r#"{"model_channels": 8, "label_dim": 7}"#, "label_dim = 7, but the dataset's conditions have 6"),
         (r#"{"model_channels": 8, "img_channels": 4}"#, "img_channels = 4, but the dataset's images have 3"),
         (
@@ -1165,6 +1223,8 @@ fn bad_input_is_one_clear_line() {
         let said = fail(&mut place.train("run", "--duration 8"));
         assert!(said.contains(message), "{said}\nexpected {message}");
     }
+    let said = fail(&mut train_on(&place, "config.json", "run", "--duration 8"));
+    assert!(said.contains("config.json: it is text in JSON, expected the directory of a dataset"), "{said}");
     assert!(!place.path("run").exists());
 }
 

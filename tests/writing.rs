@@ -29,6 +29,19 @@ fn put(path: &Path, text: &str) -> std::io::Result<()> {
 }
 
 #[test]
+fn a_lock_file_that_holds_something_is_somebody_s_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(".edm2k.lock");
+    drop(DirLock::exclusive(dir.path()).unwrap());
+    assert!(!path.exists());
+    fs::write(&path, "mine").unwrap();
+    let lock = DirLock::exclusive(dir.path()).unwrap();
+    assert!(matches!(DirLock::exclusive(dir.path()), Err(LockError::Busy { .. })));
+    drop(lock);
+    assert_eq!(fs::read_to_string(path).unwrap(), "mine");
+}
+
+#[test]
 fn only_files_are_replaced_and_their_permissions_stay() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
+use edm2k::formats::short;
 use edm2k::model::ModelFile;
-use edm2k::train::ema::{MAX_STD, name_of};
+use edm2k::train::ema::{MAX_STD, MIN_STD, name_of};
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;
@@ -42,10 +43,7 @@ pub struct EmaArgs {
 
 /// Writes the files, showing progress on stderr and what was written on stdout.
 pub fn run(args: EmaArgs) -> anyhow::Result<()> {
-    for (k, &std) in args.std.iter().enumerate() {
-        ensure!(std > 0.0 && std <= MAX_STD, "--std is {std}, expected above 0 and at most {MAX_STD:.4}");
-        ensure!(!args.std[..k].contains(&std), "--std {std} is given twice");
-    }
+    check_widths("--std", &args.std)?;
     let mut snapshots = Vec::new();
     for path in &args.snapshots {
         match path.is_dir() {
@@ -66,6 +64,16 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     for ((path, std), missed) in paths.iter().zip(&args.std).zip(job.mismatch()) {
         let (at, from, missed) = (job.at(), job.snapshots(), 100.0 * missed);
         out!("{}: std {std} at {at} images, from {from} snapshots, {missed:.1} % off", path.display());
+    }
+    Ok(())
+}
+
+/// Checks the widths that an option gives.
+pub(super) fn check_widths(option: &str, stds: &[f64]) -> anyhow::Result<()> {
+    for (k, &std) in stds.iter().enumerate() {
+        let known = (MIN_STD..=MAX_STD).contains(&std);
+        ensure!(known, "{option} is {}, expected {} to {MAX_STD:.4}", short(std), short(MIN_STD));
+        ensure!(!stds[..k].contains(&std), "{option} {std} is given twice");
     }
     Ok(())
 }

@@ -18,7 +18,8 @@ use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
 use super::ranks::{self, Ranks};
-use super::say::out;
+use super::say::{note, out};
+use super::train::doubt;
 use super::{DeviceArgs, claim};
 
 /// Measure the loss of a model by noise level.
@@ -72,6 +73,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let _claim = plot.map(|plot| claim(plot, args.overwrite, &[&args.model, &args.data])).transpose()?;
     let model = Model::load(&args.model).context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
+    doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
     let (config, dir) = (&model.net.config, args.data.display());
     Domain::of_dataset(&data).check(&dir, &Domain::of_model(config, &model.meta), args.model.display())?;
     let sizes = data.sizes();

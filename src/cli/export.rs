@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, ensure};
 
 use edm2k::formats::safetensors::SafeFile;
+use edm2k::formats::short;
 use edm2k::model::file::save;
 use edm2k::model::{Model, Precision};
 use edm2k::train::checkpoint::{self, Checkpoint};
@@ -91,7 +92,7 @@ fn of_checkpoint(path: &Path, wanted: Option<Average>) -> anyhow::Result<Model> 
         None => (!averages.is_empty()).then_some(0),
         Some(Average::Std(std)) => match averages.iter().position(|&known| known == std) {
             Some(place) => Some(place),
-            None => bail!("--ema {std}: the averages in {shown} are {averages:?}"),
+            None => bail!("--ema {}: the averages in {shown} are {averages:?}", short(std)),
         },
     };
     Ok(checkpoint.model(average)?)

@@ -457,7 +457,7 @@ fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Conditi
     args.class.iter().map(of).collect()
 }
 
-fn row(text: &str, pipeline: &Pipeline) -> anyhow::Result<Condition> {
+fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
     let (dataset, id) = text.rsplit_once(':').context("expected DATASET:ID")?;
     let id = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
     Ok(pipeline.row(dataset, id)?)

@@ -20,14 +20,14 @@ use edm2k::backend::gpu::tiles::Card;
 use edm2k::codec::CodecFile;
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::formats::fingerprint::Identity;
-use edm2k::formats::input;
+use edm2k::formats::{input, short};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::grid::{self, Show};
 use edm2k::train::{
-    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, ema, memory, meta_of,
+    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
 
 /// Train a network, or go on with a run.
@@ -188,6 +188,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     }
     let device = ranks.open(&args.device)?;
     let Resolved { settings, plan, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
+    notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
     if args.dry_run {
         if ranks.first() {
             results(&describe(&settings, &plan, &model, args.device.math())?);
@@ -252,6 +253,11 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     Ok(outcome)
 }
 
+/// A warning of a dataset's [`Dataset::doubt`].
+pub(super) fn doubt(data: &Dataset) -> Option<String> {
+    data.doubt().map(|doubt| format!("warning: {doubt}"))
+}
+
 /// What shows images in the sample grids.
 fn viewer(
     args: &TrainArgs,
@@ -294,7 +300,11 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
         (None, None, Some(model)) => Config { img_channels: channels, label_dim: dim, ..model.net.config.clone() },
         (None, None, None) => bail!("give a network: --preset, --config or --init"),
     };
-    config.validate()?;
+    let checked = config.validate().map_err(anyhow::Error::from);
+    match &args.config {
+        Some(path) => checked.with_context(|| path.display().to_string())?,
+        None => checked?,
+    }
     let sizes = data.sizes();
     let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
     checked.with_context(|| format!("the dataset {}", args.data.display()))?;
@@ -412,33 +422,34 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         ..edm2
     };
     let positive = |name, x: f64| {
-        ensure!(x > 0.0 && x.is_finite(), "--{name} is {x}, expected a positive number");
+        ensure!(x > 0.0 && x.is_finite(), "--{name} is {}, expected a positive number", short(x));
+        // Devices compute in f32.
+        let held = (x as f32).is_normal();
+        ensure!(held, "--{name} is {}, expected a number that f32 can hold, 1.2e-38 to 3.4e38", short(x));
         Ok(())
     };
     positive("duration", settings.duration as f64)?;
     positive("batch", settings.batch as f64)?;
     positive("lr", settings.lr)?;
-    // Devices compute in f32.
-    ensure!(settings.lr <= f64::from(f32::MAX), "--lr is {:e}, expected a number that f32 can hold", settings.lr);
     positive("p-std", settings.p_std)?;
     // Noise levels are f32, and no draw is more than seven standard deviations away.
     let farthest = settings.p_mean.abs() + 7.0 * settings.p_std;
     ensure!(
         farthest <= 80.0,
-        "--p-mean {} and --p-std {} make noise levels up to e^{farthest:.0}, expected at most e^80",
-        settings.p_mean,
-        settings.p_std
+        "--p-mean {} and --p-std {} make noise levels up to e^{}, expected at most e^80",
+        short(settings.p_mean),
+        short(settings.p_std),
+        short(farthest.round())
     );
     let decay = settings.decay;
-    ensure!(decay >= 0.0 && decay.is_finite(), "--decay is {decay}, expected 0 or more");
+    // The rate falls with the square root of it.
+    let some = decay == 0.0 || (1e-6..f64::INFINITY).contains(&decay);
+    ensure!(some, "--decay is {}, expected 0 or a number from 1e-6", short(decay));
     let p = settings.dropout;
-    ensure!((0.0..=0.95).contains(&p), "--dropout is {p}, expected 0 to 0.95");
+    ensure!((0.0..=0.95).contains(&p), "--dropout is {}, expected 0 to 0.95", short(p));
     let p = settings.cond_dropout;
-    ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {p}, expected 0 to 1");
-    for (k, &std) in settings.ema.iter().enumerate() {
-        ensure!(!settings.ema[..k].contains(&std), "--ema {std} is given twice");
-        ensure!(std > 0.0 && std <= ema::MAX_STD, "--ema is {std}, expected above 0 and at most {:.4}", ema::MAX_STD);
-    }
+    ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {}, expected 0 to 1", short(p));
+    super::ema::check_widths("--ema", &settings.ema)?;
     let Settings { batch, duration, .. } = settings;
     ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     let usual = Plan::new(&args.outdir, &settings, device);

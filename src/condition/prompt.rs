@@ -8,6 +8,7 @@
 //!
 //! A condition has norm 1 whatever the weights: they say which of its tags count more, and a tag alone cannot.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use super::vocabulary::{Vocabulary, VocabularyError};
@@ -16,6 +17,9 @@ use super::vocabulary::{Vocabulary, VocabularyError};
 const MOST: f32 = 10.0;
 /// Weight of round brackets without a number.
 const EMPHASIS: f32 = 1.1;
+
+/// Most brackets around each other: more than weights have room for, and few enough to try all readings of.
+const DEEPEST: usize = 32;
 
 /// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.
 ///
@@ -71,7 +75,8 @@ impl Vocabulary {
     /// The tags of a text, with their weights: [`Prompt`] says how people write them.
     ///
     /// # Errors
-    /// [`VocabularyError::Unknown`] for the first unknown tag, [`VocabularyError::Weight`], [`VocabularyError::Bracket`].
+    /// [`VocabularyError::Unknown`] for the first unknown tag, [`VocabularyError::Weight`], [`VocabularyError::Bracket`],
+    /// [`VocabularyError::Deep`].
     pub fn parse(&self, text: &str) -> Result<Prompt, VocabularyError> {
         parse(self, text)
     }
@@ -107,14 +112,22 @@ impl Vocabulary {
     }
 }
 
-/// One closing bracket, and its number.
-type Closing = (char, Option<f32>);
+/// A closing bracket at the end of a part.
+struct Closing {
+    bracket: char,
+    /// Where what it closes ends.
+    end: usize,
+    /// The number before a round one, and where what stands before that ends.
+    number: Option<(f32, usize)>,
+}
 
-/// A reading of a part of a prompt: how many brackets it opens, its tag, and those that it closes, outermost first.
+/// A reading of a part of a prompt: how many brackets it opens, its tag, how many brackets it closes, and whether the
+/// innermost one of these has its number.
 struct Reading<'a> {
     opens: usize,
     tag: &'a str,
-    closes: Vec<Closing>,
+    closes: usize,
+    numbered: bool,
 }
 
 /// Reads a prompt.
@@ -122,10 +135,16 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
     let mut tags: Vec<(u32, f32)> = Vec::new();
     let mut open: Vec<(char, usize)> = Vec::new();
     let unbalanced = |bracket| VocabularyError::Bracket { bracket, text: text.trim().into() };
+    let deep = || VocabularyError::Deep { most: DEEPEST, text: text.trim().into() };
     for part in text.split([',', '\n']).map(str::trim).filter(|part| !part.is_empty()) {
-        let readings = readings(part);
+        let closings = closings(part);
+        let brackets = part.chars().take_while(|c| matches!(c, '(' | '[')).count();
+        if brackets.max(closings.len()) > DEEPEST {
+            return Err(deep());
+        }
+        let readings = readings(part, brackets, &closings);
         let known = readings.iter().find_map(|reading| {
-            let closes = reading.closes.len() <= open.len() + reading.opens;
+            let closes = reading.closes <= open.len() + reading.opens;
             Some((reading, lookup(vocabulary, reading.tag).filter(|_| closes)?))
         });
         let (reading, tag) = match known {
@@ -139,15 +158,19 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
                 let balanced = |tag: &str| tag.matches('(').count() == tag.matches(')').count();
                 let all: Vec<&Reading> = readings.iter().filter(meant).collect();
                 let first = all.iter().position(|reading| balanced(reading.tag)).unwrap_or(all.len() - 1);
-                let weighed = all.get(first + 1).filter(|next| next.closes.len() == all[first].closes.len());
+                let weighed = all.get(first + 1).filter(|next| next.closes == all[first].closes);
                 let reading = weighed.copied().unwrap_or(all[first]);
                 let tag = unescaped(reading.tag);
                 (reading, if tag.is_empty() { None } else { Some(vocabulary.index(&tag)?) })
             }
         };
         open.extend(part.chars().take(reading.opens).map(|bracket| (bracket, tags.len())));
+        if open.len() > DEEPEST {
+            return Err(deep());
+        }
         tags.extend(tag.map(|tag| (tag, 1.0)));
-        for &(bracket, weight) in reading.closes.iter().rev() {
+        for (at, &Closing { bracket, number, .. }) in closings[..reading.closes].iter().enumerate().rev() {
+            let weight = number.map(|(number, _)| number).filter(|_| reading.numbered || at + 1 < reading.closes);
             let matching = if bracket == ')' { '(' } else { '[' };
             let (_, first) = open.pop().filter(|(opened, _)| *opened == matching).ok_or(unbalanced(bracket))?;
             let weight = weight.unwrap_or(if bracket == ')' { EMPHASIS } else { 1.0 / EMPHASIS });
@@ -163,24 +186,32 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
     }
 }
 
-/// All readings of a part, those with the fewest brackets first.
-fn readings(part: &str) -> Vec<Reading<'_>> {
-    let brackets = part.chars().take_while(|c| matches!(c, '(' | '[')).count();
+/// The brackets that close at the end of a part, outermost first; one more than may be, if there are more.
+fn closings(part: &str) -> Vec<Closing> {
+    let (mut left, mut all) = (part, Vec::new());
+    while let Some(bracket @ (')' | ']')) = left.chars().last().filter(|_| all.len() <= DEEPEST && !ends_escaped(left))
+    {
+        left = left[..left.len() - 1].trim_end();
+        let end = left.len();
+        let number = left.rsplit_once(':').filter(|_| bracket == ')');
+        let number = number.and_then(|(before, number)| Some((number.trim().parse().ok()?, before.trim_end().len())));
+        left = &left[..number.map_or(end, |(_, before)| before)];
+        all.push(Closing { bracket, end, number });
+    }
+    all
+}
+
+/// All readings of a part that begins with so many brackets, those with the fewest brackets first.
+fn readings<'a>(part: &'a str, brackets: usize, closings: &[Closing]) -> Vec<Reading<'a>> {
     let mut all = Vec::new();
     for opens in 0..=brackets {
-        let (mut tag, mut closes) = (part[opens..].trim_start(), Vec::new());
-        all.push(Reading { opens, tag, closes: closes.clone() });
-        while let Some(bracket @ (')' | ']')) = tag.chars().last().filter(|_| !ends_escaped(tag)) {
-            tag = tag[..tag.len() - 1].trim_end();
-            closes.push((bracket, None));
-            all.push(Reading { opens, tag, closes: closes.clone() });
-            let number = tag.rsplit_once(':').and_then(|(tag, number)| Some((tag, number.trim().parse().ok()?)));
-            if let (')', Some((before, number))) = (bracket, number) {
-                tag = before.trim_end();
-                closes.pop();
-                closes.push((bracket, Some(number)));
-                all.push(Reading { opens, tag, closes: closes.clone() });
-            }
+        // Of "( )" what opens and what closes meet.
+        let tag = |end: usize| part[opens..end.max(opens)].trim_start();
+        all.push(Reading { opens, tag: tag(part.len()), closes: 0, numbered: false });
+        for (closes, closing) in (1..).zip(closings) {
+            all.push(Reading { opens, tag: tag(closing.end), closes, numbered: false });
+            let numbered = closing.number.map(|(_, end)| Reading { opens, tag: tag(end), closes, numbered: true });
+            all.extend(numbered);
         }
     }
     all
@@ -214,9 +245,10 @@ fn unescaped(text: &str) -> String {
 }
 
 fn lookup(vocabulary: &Vocabulary, tag: &str) -> Option<u32> {
-    let plain = unescaped(tag);
+    let plain = if tag.contains('\\') { unescaped(tag).into() } else { Cow::from(tag) };
+    let with = |from: char, to: &str| plain.contains(from).then(|| vocabulary.get(&plain.replace(from, to))).flatten();
     let known = vocabulary.get(tag).or_else(|| vocabulary.get(&plain));
-    known.or_else(|| vocabulary.get(&plain.replace('_', " "))).or_else(|| vocabulary.get(&plain.replace(' ', "_")))
+    known.or_else(|| with('_', " ")).or_else(|| with(' ', "_"))
 }
 
 #[cfg(test)]
@@ -283,6 +315,37 @@ mod tests {
         assert_eq!(wrong("(smile]"), "the bracket ] has no partner in \"(smile]\"");
         assert_eq!(wrong("(smile:-1)"), "weight -1 in \"(smile:-1)\", expected 0 to 10");
         assert_eq!(wrong("(smile:NaN)"), "weight NaN in \"(smile:NaN)\", expected 0 to 10");
+    }
+
+    #[test]
+    fn any_number_of_brackets_is_read_at_once() {
+        let many = |text: &str| text.repeat(50_000);
+        for (open, close) in [("(", ")"), ("[", "]"), ("([", "])"), ("( ", " )")] {
+            let (opened, closed) = (many(open), many(close));
+            for text in [
+                format!("{opened}smile{closed}"),
+                format!("{opened}unknown{closed}"),
+                format!("{opened}smile"),
+                format!("smile{closed}"),
+                format!("{opened}smile:1.1{}", many(":1.1)")),
+                format!("({opened}smile{close}"),
+                many(&format!("{open}smile,")),
+                many(&format!("smile{close},")),
+                many(&format!("{open}smile,")) + &many(&format!("smile{close},")),
+                format!("{opened}{closed}"),
+                opened.clone(),
+                closed.clone(),
+            ] {
+                let error = read(&text).unwrap_err();
+                assert!(error.chars().count() < 300, "{error}");
+            }
+        }
+        let deep = |n: usize| format!("{}smile{}", "[".repeat(n), "]".repeat(n));
+        assert_eq!(read(&deep(DEEPEST)).unwrap().len(), 1);
+        assert!(read(&deep(DEEPEST + 1)).unwrap_err().starts_with("more than 32 brackets around each other in \"[["));
+        // What many parts may each be read as.
+        let parts = many(&format!("{}smile{}, ", "(".repeat(20), ")".repeat(20)));
+        assert_eq!(read(&parts[..4000 * 47]).unwrap().len(), 1);
     }
 
     #[test]

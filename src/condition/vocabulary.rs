@@ -9,6 +9,7 @@
 //! On disk: a JSON list of `{"tag", "count"}`, most frequent first; the place in the list
 //! is the index in the vector.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, FileError, input, write_atomically};
+
+/// Bytes of the longest text that known tags are compared with.
+const LONGEST: usize = 256;
 
 /// One entry of a vocabulary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,12 +36,14 @@ pub struct Tag {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum VocabularyError {
-    #[error("unknown tag \"{tag}\"{}", suggest(nearest))]
+    #[error("unknown tag \"{}\"{}", beginning(tag), suggest(nearest))]
     Unknown { tag: String, nearest: Vec<String> },
-    #[error("weight {weight} in {part:?}, expected 0 to {most}")]
+    #[error("weight {weight} in {:?}, expected 0 to {most}", beginning(part))]
     Weight { weight: f32, most: f32, part: String },
-    #[error("the bracket {bracket} has no partner in {text:?}")]
+    #[error("the bracket {bracket} has no partner in {:?}", beginning(text))]
     Bracket { bracket: char, text: String },
+    #[error("more than {most} brackets around each other in {:?}", beginning(text))]
+    Deep { most: usize, text: String },
     #[error("tag {index} of the vocabulary: {cause}")]
     Entry { index: u32, cause: NoTag },
     #[error("tag {index} of the vocabulary: \"{tag}\" is already tag {first}")]
@@ -48,6 +54,14 @@ pub enum VocabularyError {
     Json { path: PathBuf, cause: serde_json::Error },
     #[error("{}: {cause}", path.display())]
     File { path: PathBuf, cause: Box<VocabularyError> },
+}
+
+/// A text, or as much of it as a message has room for.
+fn beginning(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(100) {
+        Some((end, _)) => format!("{}…", &text[..end]).into(),
+        None => text.into(),
+    }
 }
 
 fn suggest(nearest: &[String]) -> String {
@@ -169,6 +183,10 @@ impl Vocabulary {
     /// Known tags like this text: equal but for case, one beginning with the other, or few
     /// edits apart; best first, at most `most`.
     pub fn nearest(&self, text: &str, most: usize) -> Vec<String> {
+        // Nothing known is like that, and a comparison takes as long as both are.
+        if text.len() > LONGEST {
+            return Vec::new();
+        }
         let text = text.to_lowercase();
         let mut scored: Vec<_> = self
             .tags

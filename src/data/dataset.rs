@@ -12,6 +12,7 @@
 use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -19,14 +20,14 @@ use serde_json::json;
 
 use super::edm2::{Archive, ArchiveError};
 use super::pending::{self, View};
-use super::shard::{Contents, SUMMARY_FILE, Shard, ShardError, check_whole};
+use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, ShardError, check_whole};
 pub use super::shard::{Header, Kind, VOCABULARY_FILE};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
-use crate::formats::FileError;
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::SafeFile;
+use crate::formats::{At, FileError, input};
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -123,6 +124,12 @@ impl Dataset {
             let (header, vocabulary) = (archive.header.clone(), Vocabulary::default());
             let counts = vec![header.count];
             return Ok(Self { header, counts, source: Source::Zip(archive.into()), vocabulary });
+        }
+        if dir.is_file() {
+            let what = input::open(dir).and_then(|file| input::head(&file)).at(dir)?;
+            let what = input::kind(&what).unwrap_or("a file");
+            let text = format!("it is {what}, expected the directory of a dataset, or a zip called .zip");
+            return Err(FileError { path: dir.into(), cause: io::Error::other(text) }.into());
         }
         // What comes into force while it is being opened may be half seen.
         loop {
@@ -239,6 +246,16 @@ impl Dataset {
         let contents: Option<Vec<_>> = self.shards().iter().map(|shard| shard.content).collect();
         let contents = contents.unwrap_or_default();
         (1..contents.len()).any(|n| of_contents(&contents[..n]) == then)
+    }
+
+    /// What to say of shards of which nothing tells that they were made together.
+    pub fn doubt(&self) -> Option<String> {
+        let shards = self.shards();
+        let unknown = shards.iter().find(|shard| !shard.vouched).filter(|_| shards.len() > 1)?;
+        let (path, of) = (unknown.file.path().display(), "nothing tells that its shards belong together");
+        Some(format!(
+            "{path}: no {SUMMARY_FILE} beside it knows it, so {of}; `edm2k prepare` as before checks and writes it"
+        ))
     }
 
     /// Whether tags have been renamed in the vocabulary's file since the shards were made.
@@ -411,6 +428,19 @@ fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
     }
 }
 
+/// An error if two shards are of one call, as they know of as many, but not of the same records.
+fn check_together(shard: &Shard, before: &Shard) -> Result<(), DatasetError> {
+    let of_one_call = shard.header.shards == before.header.shards;
+    let records = |shard: &Shard| Notes::settings(&shard.file)?.get("records")?.as_str().map(str::to_owned);
+    match (records(shard), records(before)) {
+        (Some(found), Some(expected)) if of_one_call && found != expected => {
+            let (path, first) = (shard.file.path().into(), before.file.path().into());
+            Err(DatasetError::Differs { path, first, what: "the list of records that it is of", found, expected })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// An error if a shard's header is known to say something else than the first one's.
 fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
     let (header, ours) = (&shard.header, &first.header);
@@ -455,11 +485,14 @@ pub(super) fn open_shards(
             let (dir, found) = (dir.into(), numbers.len());
             return Err(DatasetError::MissingShard { dir, name, found, expected });
         }
-        let shard = Shard::open(&path, vocabulary)?;
+        let mut shard = Shard::open(&path, vocabulary)?;
         if let Some(first) = shards.first() {
             check_same(&shard, first)?;
         }
-        contents.check(&path, shard.content)?;
+        shard.vouched = contents.check(&path, shard.content)?;
+        if let Some(before) = shards.last() {
+            check_together(&shard, before)?;
+        }
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });
         }

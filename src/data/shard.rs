@@ -233,14 +233,14 @@ impl Contents {
         }
     }
 
-    /// An error if the summary knows another shard of this name than one of such content.
-    pub fn check(&self, path: &Path, found: Option<Fingerprint>) -> Result<(), ShardError> {
+    /// Whether the summary knows this shard; an error if it knows another one of its name than one of such content.
+    pub fn check(&self, path: &Path, found: Option<Fingerprint>) -> Result<bool, ShardError> {
         match path.file_name().and_then(|name| self.shards.get(name.to_str()?)) {
             Some(&expected) if found != Some(expected) => {
                 let found = found.map_or("none".into(), |found| found.to_string());
                 Err(ShardError::OtherShard { path: path.into(), found, expected })
             }
-            _ => Ok(()),
+            known => Ok(known.is_some()),
         }
     }
 }
@@ -322,6 +322,8 @@ pub(super) struct Shard {
     pub header: Header,
     /// Of its tensors; none if it is of an older version, which kept no checksums.
     pub content: Option<Fingerprint>,
+    /// Whether the summary beside it knows it.
+    pub vouched: bool,
     pub ids: Vec<i64>,
     pub flips: Vec<u8>,
     pub repeats: Vec<u8>,
@@ -437,7 +439,8 @@ impl Shard {
         let shapes = shapes.unwrap_or_else(|| vec![0; n]);
         let rows = rows.unwrap_or_else(|| (0..n as u32).collect());
         let pixels = pixels.into_iter().map(|(name, _)| name).collect();
-        Ok(Self { file, header, content, ids, flips, repeats, shapes, rows, pixels, tag_offsets, tag_indices })
+        let vouched = false;
+        Ok(Self { file, header, content, vouched, ids, flips, repeats, shapes, rows, pixels, tag_offsets, tag_indices })
     }
 
     /// Places in the vocabulary of the tags of image `i` of this shard.

@@ -114,7 +114,7 @@ pub struct DirLock {
     guarded: bool,
 }
 
-/// Name of the file that is locked. Some network file systems lock no directories.
+/// Name of the file that is locked, which holds nothing. Some network file systems lock no directories.
 const LOCK_FILE: &str = ".edm2k.lock";
 
 /// Why a directory cannot be written in.
@@ -174,7 +174,9 @@ impl Drop for DirLock {
     fn drop(&mut self) {
         // One of several leaves the file to the others.
         let path = self.dir.join(LOCK_FILE);
-        if self.guarded && self.file.try_lock().is_ok() && is_at(&self.file, &path) {
+        // What holds something is somebody's own.
+        let ours = self.file.metadata().is_ok_and(|about| about.len() == 0);
+        if self.guarded && ours && self.file.try_lock().is_ok() && is_at(&self.file, &path) {
             let _ = fs::remove_file(&path);
             if self.created {
                 // Of a call that came to nothing, nothing stays; one that has something in it does.

@@ -82,6 +82,11 @@ pub fn in_one_line(error: &serde_json::Error) -> String {
     }
 }
 
+/// Whether a file begins like text, whatever that says.
+pub fn is_text(head: &[u8]) -> bool {
+    !head.is_empty() && head.iter().take(HEAD).all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
+}
+
 /// What a file is by its first bytes ([`HEAD`] are enough), with what to do about it where something else was
 /// expected; none if they tell nothing.
 pub fn kind(bytes: &[u8]) -> Option<&'static str> {
@@ -117,6 +122,10 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
         [0xff, 0xd8, 0xff, ..] => "an image (JPEG)",
         [b'G', b'I', b'F', b'8', ..] => "an image (GIF)",
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "an image (WebP)",
+        [_, _, _, _, b'f', b't', b'y', b'p', b'a', b'v', b'i', b'f' | b's', ..] => "an image (AVIF)",
+        [_, _, _, _, b'f', b't', b'y', b'p', b'h', b'e', b'i' | b'v', ..]
+        | [_, _, _, _, b'f', b't', b'y', b'p', b'm', b'i' | b's', b'f', b'1', ..] => "an image (HEIF)",
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => "a video (MP4 or QuickTime)",
         [0x89, b'H', b'D', b'F', ..] => "an HDF5 file",
         [b'P', b'A', b'R', b'1', ..] => "a Parquet table",
         [b'G', b'G', b'U', b'F', ..] => "a GGUF file",
@@ -156,6 +165,9 @@ mod tests {
             (b" {\"a\": 1}", "JSON"),
             (b"\x08\x08\x12\x07pytorch", "ONNX"),
             (b"\x08\x0a\x3a\x40\x12\x07", "ONNX"),
+            (b"\0\0\0\x18ftypmp42", "MP4"),
+            (b"\0\0\0\x1cftypavif", "AVIF"),
+            (b"\0\0\0\x18ftypheic", "HEIF"),
             (b"Rar!\x1a\x07\x01\x00", "RAR"),
             (b"(dp0\nVa\np1\n", "pickle"),
             (b"}q\x00X\x01", "pickle"),

@@ -39,6 +39,12 @@ impl<T> At<T> for io::Result<T> {
     }
 }
 
+/// A number as people read it: `{:e}` where it would begin or end in many zeros.
+pub fn short(x: f64) -> String {
+    let plain = x == 0.0 || !x.is_finite() || (1e-5..1e16).contains(&x.abs());
+    if plain { x.to_string() } else { format!("{x:e}") }
+}
+
 /// A name for something that is set aside: `path` with an ending that nothing has yet.
 pub(crate) fn free_name(path: &Path, ending: &str) -> PathBuf {
     let name = |number: u32| {

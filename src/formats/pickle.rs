@@ -19,12 +19,17 @@ pub const MAX_OPCODES: usize = 1 << 20;
 
 /// Why bytes are not a pickle, or not one of what they should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("byte {offset}: {what}")]
+#[error("{}{what}", place(*offset))]
 pub struct PickleError {
     /// Where.
     pub offset: usize,
     /// What was found there, and what was expected.
     pub what: String,
+}
+
+/// What the beginning is needs no place.
+fn place(offset: usize) -> String {
+    if offset == 0 { String::new() } else { format!("byte {offset}: ") }
 }
 
 type Result<T, E = PickleError> = std::result::Result<T, E>;

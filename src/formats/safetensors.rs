@@ -124,6 +124,9 @@ impl SafeFile {
             _ => FileError { path: path.clone(), cause }.into(),
         })?;
         let length = file.metadata().at(&path)?.len();
+        if let Some(kind) = input::kind(&input::head(&file).at(&path)?).filter(|_| length < 8) {
+            return Err(malformed(format!("it is {kind}")));
+        }
         if length < 8 {
             return Err(malformed(format!("{length} bytes, expected a header of 8 at least")));
         }
@@ -135,7 +138,7 @@ impl SafeFile {
         if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {
             return Err(malformed(format!("it is {kind}")));
         }
-        if prefix.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace()) {
+        if input::is_text(prefix) {
             return Err(malformed("it is text; an error that the download gave in place of the file, perhaps".into()));
         }
         let header_length = u64::from_le_bytes(*prefix);

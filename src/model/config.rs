@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::formats::short;
+
 /// Largest side of an image or latent.
 pub const MAX_SIDE: usize = 1 << 16;
 
@@ -196,16 +198,17 @@ impl Config {
             if value > 0.0 && value < 1.0 {
                 return Ok(());
             }
-            Err(ConfigError::Field { field, found: value.to_string(), expected: "a number between 0 and 1".into() })
+            Err(ConfigError::Field { field, found: short(value), expected: "a number between 0 and 1".into() })
         };
         unit("label_balance", self.label_balance)?;
         unit("concat_balance", self.concat_balance)?;
         unit("res_balance", self.res_balance)?;
         unit("attn_balance", self.attn_balance)?;
-        for (field, value) in [("clip_act", self.clip_act), ("sigma_data", self.sigma_data)] {
-            if !(value > 0.0 && value.is_finite()) {
-                let expected = "a positive number".into();
-                return Err(ConfigError::Field { field, found: value.to_string(), expected });
+        // Devices compute in f32, and of sigma_data with its square.
+        for (field, value, most) in [("clip_act", self.clip_act, 1e38), ("sigma_data", self.sigma_data, 1e6)] {
+            if !(1e-6..=most).contains(&value) {
+                let expected = format!("1e-6 to {most:e}");
+                return Err(ConfigError::Field { field, found: short(value), expected });
             }
         }
         Ok(())

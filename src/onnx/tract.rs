@@ -139,6 +139,9 @@ fn read(path: &Path) -> Result<ModelProto, OnnxError> {
     if let Some(kind) = input::kind(&first).filter(|kind| !kind.contains("ONNX")) {
         return Err(OnnxError::NotOnnx { path: path.into(), what: format!("it is {kind}") });
     }
+    if input::is_text(&first) {
+        return Err(OnnxError::NotOnnx { path: path.into(), what: "it is text".into() });
+    }
     guarded(|| tract_onnx::onnx().proto_model_for_path(path)).map_err(|what| match first[..] {
         // Fields are written in order: the first is that of the version.
         [0x08, ..] => OnnxError::Damaged { path: path.into(), what },

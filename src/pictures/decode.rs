@@ -10,7 +10,7 @@ use std::io::Cursor;
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
 use moxcms::Layout;
 
 use super::colour::{space, to_srgb};
@@ -52,7 +52,14 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
     let mut limits = image::Limits::default();
     limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
     reader.limits(limits);
-    let mut decoder = reader.into_decoder()?;
+    let size = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    let mut decoder = match reader.into_decoder() {
+        Err(ImageError::Limits(why)) => {
+            let (width, height) = size.into_dimensions().map_err(|_| ImageError::Limits(why))?;
+            return Err(PictureError::TooLarge { width, height });
+        }
+        made => made?,
+    };
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(PictureError::TooLarge { width, height });

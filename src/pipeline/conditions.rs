@@ -141,6 +141,8 @@ pub enum ConditionError {
     OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
     #[error("{}: its conditions are {made_of}, not classes", model.display())]
     NotClasses { model: PathBuf, made_of: Box<Conditioning> },
+    #[error("{}: its conditions are tags, not classes; --tags takes their names", model.display())]
+    ClassOfTags { model: PathBuf },
     #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
     Class { model: PathBuf, class: usize, classes: usize },
     #[error("the weighted sum of these conditions is zero")]
@@ -320,7 +322,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// [`ConditionError`]: there is no such image, or its condition means something else.
-    pub fn row(&self, dataset: impl AsRef<Path>, id: i64) -> Result<Condition> {
+    pub fn row(&mut self, dataset: impl AsRef<Path>, id: i64) -> Result<Condition> {
         self.width()?;
         let dir = dataset.as_ref();
         for split in Split::ALL {
@@ -333,12 +335,21 @@ impl Pipeline {
             let Some(i) = data.find(id) else { continue };
             let theirs = Domain::of_conditions(data.condition_dim(), data.meaning());
             theirs.check(dir.display(), &self.domain(), self.path.display())?;
-            return Ok(Condition::of_image(&data, i, dir, split));
+            let condition = Condition::of_image(&data, i, dir, split);
+            // Of the data that it was trained on they are what it knows.
+            if let Conditioning::Features { fingerprint: None, .. } = data.header().conditioning
+                && (self.meta.data.is_none() || self.meta.data != data.fingerprint())
+            {
+                let model = self.path.display();
+                let text = "nobody said what made its features, which may be others than those of";
+                self.warnings.push(format!("{}: {text} {model}", dir.display()));
+            }
+            return Ok(condition);
         }
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
     }
 
-    /// The condition of a class: one-hot. That of a tag too, by its place.
+    /// The condition of a class: one-hot.
     ///
     /// # Errors
     /// [`ConditionError`]: a model of other conditions, or of fewer classes.
@@ -347,6 +358,9 @@ impl Pipeline {
         let (model, made_of) = (self.path.clone(), &self.meta.conditioning);
         if let Conditioning::Features { .. } = made_of {
             return Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() });
+        }
+        if !self.meta.vocabulary.is_empty() {
+            return Err(ConditionError::ClassOfTags { model });
         }
         let mut values = vec![0.0; classes];
         *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;

@@ -33,6 +33,7 @@ use std::f64::consts::FRAC_PI_2;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, BackendError, NetworkBackend, Shape};
+use crate::formats::short;
 use crate::model::{ConfigError, Precond};
 use crate::rng::{Purpose, Stream};
 
@@ -144,26 +145,29 @@ impl SamplerConfig {
     /// # Errors
     /// [`SampleError::Setting`] naming the first that makes no sense.
     pub fn validate(&self) -> Result<(), SampleError> {
-        let check = |ok: bool, name, found: String, expected| match ok {
+        let check = |ok: bool, name, found: String, expected: &str| match ok {
             true => Ok(()),
-            false => Err(SampleError::Setting { name, found, expected }),
+            false => Err(SampleError::Setting { name, found, expected: expected.into() }),
         };
-        let number = |ok: bool, name, value: f64, expected| check(ok, name, value.to_string(), expected);
+        // Devices compute in f32, so what is next to 0 there or next to infinity is none of these numbers.
+        let number = |ok: bool, name, value: f64, expected: &str| check(ok, name, short(value), expected);
         check((1..=10_000).contains(&self.steps), "steps", self.steps.to_string(), "1 to 10000")?;
-        number(self.sigma_min > 0.0, "sigma_min", self.sigma_min, "a number above 0")?;
-        let sigma_max = self.sigma_max;
-        number(sigma_max > self.sigma_min && sigma_max <= 1e6, "sigma_max", sigma_max, "sigma_min to 1000000")?;
+        let (sigma_min, sigma_max) = (self.sigma_min, self.sigma_max);
+        number((1e-30..=1e6).contains(&sigma_min), "sigma_min", sigma_min, "1e-30 to 1000000")?;
+        let range = format!("more than sigma_min = {}, up to 1000000", short(sigma_min));
+        number(sigma_max > sigma_min && sigma_max <= 1e6, "sigma_max", sigma_max, &range)?;
         number((0.1..=100.0).contains(&self.rho), "rho", self.rho, "0.1 to 100")?;
         number(self.strength > 0.0 && self.strength <= 1.0, "strength", self.strength, "a number above 0, up to 1")?;
-        number(self.guidance.is_finite(), "guidance", self.guidance, "a finite number")?;
+        number(self.guidance.abs() <= 1e6, "guidance", self.guidance, "-1000000 to 1000000")?;
         if let Some((low, high)) = self.guidance_interval {
-            check(0.0 <= low && low < high, "guidance interval", format!("{low},{high}"), "0 <= low < high")?;
+            let found = format!("{},{}", short(low), short(high));
+            check(0.0 <= low && low < high, "guidance interval", found, "0 <= low < high")?;
         }
         let Churn { s_churn, s_min, s_max, s_noise } = self.churn;
         number(s_churn >= 0.0 && s_churn.is_finite(), "S_churn", s_churn, "a number from 0")?;
         number(s_min >= 0.0, "S_min", s_min, "a number from 0")?;
-        number(s_max >= s_min, "S_max", s_max, "a number from S_min")?;
-        number(s_noise >= 0.0 && s_noise.is_finite(), "S_noise", s_noise, "a number from 0")?;
+        number(s_max >= s_min, "S_max", s_max, &format!("a number from S_min = {}", short(s_min)))?;
+        number((0.0..=1e6).contains(&s_noise), "S_noise", s_noise, "0 to 1000000")?;
         if self.solver == Solver::Dpmpp2m {
             number(s_churn == 0.0, "S_churn", s_churn, "0 with dpmpp_2m, which adds no noise (heun and euler do)")?;
         }
@@ -211,7 +215,7 @@ impl SamplerConfig {
 pub enum SampleError {
     /// A setting makes no sense.
     #[error("{name} = {found}, expected {expected}")]
-    Setting { name: &'static str, found: String, expected: &'static str },
+    Setting { name: &'static str, found: String, expected: String },
     #[error(transparent)]
     Size(#[from] ConfigError),
     /// The conditions do not fit the network or the seeds.

@@ -181,7 +181,10 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a checkpoint and checks its metadata.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let file = SafeFile::open(path).map_err(|error| damage(path, error))?;
+        let file = SafeFile::open(path).map_err(|error| match (error, instead(path)) {
+            (SafeError::Io(_), Some(what)) => CheckpointError::Damaged { path: path.into(), what: what.into() },
+            (error, _) => damage(path, error),
+        })?;
         let checksums = file.i64(CHECKSUMS).map_err(|error| damage(path, error))?;
         if checksums.last() != Some(&i64::from(metadata_checksum(file.metadata()))) {
             return Err(CheckpointError::Damaged { path: path.into(), what: "checksum of the metadata".into() });
@@ -263,6 +266,15 @@ impl Checkpoint {
             backend.write_param(slot, id, &values)?;
         }
         Ok(())
+    }
+}
+
+/// What stands in the place of a file, and will not become one by trying again.
+fn instead(path: &Path) -> Option<&'static str> {
+    match path.metadata() {
+        Ok(about) if !about.is_file() => Some("it is not a regular file"),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_symlink() => Some("it is a link that leads nowhere"),
+        _ => None,
     }
 }
 

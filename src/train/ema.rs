@@ -7,6 +7,9 @@
 /// Widest profile: gamma = 0, a plain average over all of training.
 pub const MAX_STD: f64 = 0.288_675_134_594_812_9; // 1 / sqrt(12)
 
+/// Narrowest profile: of a million images it averages about one.
+pub const MIN_STD: f64 = 1e-6;
+
 /// Exponent gamma of the profile with relative standard deviation `std`, in (0, [`MAX_STD`]]: the
 /// largest real root of g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2).
 pub fn std_to_exp(std: f64) -> f64 {

@@ -588,7 +588,10 @@ pub fn train<B: TrainingBackend>(
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
-        write_options(dir, settings).at(dir)?;
+        // Of a run that is over nothing is written anew.
+        if state.nimg < settings.duration {
+            write_options(dir, settings).at(dir)?;
+        }
         let stats_path = dir.join(stats::FILE);
         let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
         if let Some(aside) = foreign {

@@ -14,6 +14,7 @@ use nalgebra::DMatrix;
 use serde_json::Value;
 
 use super::ema::{MAX_STD, std_to_exp};
+use crate::formats::short;
 use crate::model::{ModelError, ModelFile, ModelMeta, ModelWriter, Precision};
 
 /// A profile: time at which it ends, in images, and its relative standard deviation.
@@ -101,8 +102,8 @@ pub enum PosthocError {
     #[error("the {snapshots} snapshots are too much alike to be combined")]
     Alike { snapshots: usize },
     #[error(
-        "no combination of the {snapshots} snapshots comes near std {std}: {:.0} % of its profile are missed, \
-         expected at most {:.0} %", 100.0 * mismatch, 100.0 * MAX_MISMATCH
+        "no combination of the {snapshots} snapshots comes near std {}: {:.0} % of its profile are missed, \
+         expected at most {:.0} %", short(*std), 100.0 * mismatch, 100.0 * MAX_MISMATCH
     )]
     OutOfReach { snapshots: usize, std: f64, mismatch: f64 },
 }

@@ -45,6 +45,9 @@ pub struct Checked {
     shards: usize,
     /// Of these, those without checksums, of an older version: of them only the small parts were looked at.
     unknown: usize,
+    /// What [`Dataset::doubt`] says of the splits.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    doubts: Vec<String>,
 }
 
 impl DatasetInfo {
@@ -62,6 +65,7 @@ impl DatasetInfo {
                         let before = checked.shards;
                         let known = data.check(&mut || checked.shards += 1)?;
                         checked.unknown += checked.shards - before - known;
+                        checked.doubts.extend(data.doubt());
                     }
                     let header = data.header().clone();
                     let named = |([height, width], images): ([usize; 2], usize)| Bucket {
@@ -89,7 +93,7 @@ impl DatasetInfo {
     /// One shard, of which the caller has the header already.
     pub fn of_shard(file: &SafeFile, header: Header, check: bool) -> anyhow::Result<Self> {
         let checked = match check {
-            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(file)?) }),
+            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(file)?), ..Checked::default() }),
             false => None,
         };
         let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -140,9 +144,10 @@ impl DatasetInfo {
             let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
             out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
         }
-        if let Some(Checked { shards, unknown }) = self.checked {
-            let unknown = if unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
+        if let Some(Checked { shards, unknown, doubts }) = &self.checked {
+            let unknown = if *unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
             out!("checked        {shards} shards are whole{unknown}");
+            doubts.iter().for_each(|doubt| out!("               {doubt}"));
         }
         Ok(())
     }
