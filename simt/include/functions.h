@@ -13,7 +13,7 @@ void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_WHERE);
 inline void __trap(SIMT_WHERE) { simt::trap("__trap() was called", at); }
 inline void __threadfence() { simt::fence(); }
 inline void __threadfence_system() { simt::fence(); }
-inline void __threadfence_block() {}
+inline void __threadfence_block() { simt::fence(false); }
 inline void __nanosleep(unsigned) {}
 inline void __prof_trigger(int) {}
 // The source step looks for their names.

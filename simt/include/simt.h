@@ -115,7 +115,7 @@ struct Op {
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
-void fence();
+void fence(bool of_device = true);  // else of the block
 [[noreturn]] void trap(const char* message, Where at);
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at);

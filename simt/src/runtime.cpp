@@ -1,9 +1,9 @@
 // CUDA's runtime API, as far as cuda_runtime.h has it, on the emulator's memory and launches.
-#include "cuda_runtime.h"
+#include "machine.h"
 
 #include <chrono>
 
-#include "machine.h"
+#include "cuda_runtime.h"
 
 extern "C" {
 void* emu_malloc(size_t bytes);

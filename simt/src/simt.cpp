@@ -25,8 +25,8 @@
 #include <set>
 #include <thread>
 
-#include "cuda_runtime.h"
 #include "machine.h"
+#include "cuda_runtime.h"
 
 namespace simt {
 
@@ -213,6 +213,7 @@ static void fiber() {
         Thread& t = *m.self;
         t.state = State::ready;
         m.launch->kernel->thunk(*m.launch->kernel, m.launch->params);
+        check_thread_end();
         t.state = State::done;
         if (!t.copies.empty())
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
@@ -299,7 +300,7 @@ static bool complete_collective(Machine& m, int warp, const Thread& t) {
     return true;
 }
 
-void fence() { check_fence(); }
+void fence(bool of_device) { check_fence(of_device); }
 
 // ---- shared memory and cp.async ---------------------------------------------------------------
 
@@ -666,16 +667,21 @@ static std::string place(const std::string& first, void* const* stack, int depth
     return text;
 }
 
+static std::string head(const Thread& t) {
+    Machine& m = *current();
+    char text[256];
+    snprintf(text, sizeof text, "kernel %s, block (%u,%u,%u), thread (%u,%u,%u), ", m.launch->kernel->name, m.view.block.x, m.view.block.y,
+             m.view.block.z, t.index.x, t.index.y, t.index.z);
+    return text;
+}
+
 [[noreturn]] static void report(const Thread& t, const std::string& where, const char* format, va_list args) {
     Machine& m = *current();
     char text[512];
     vsnprintf(text, sizeof text, format, args);
-    char head[256];
-    snprintf(head, sizeof head, "kernel %s, block (%u,%u,%u), thread (%u,%u,%u), ", m.launch->kernel->name,
-             m.view.block.x, m.view.block.y, m.view.block.z, t.index.x, t.index.y, t.index.z);
     {
         std::lock_guard<std::mutex> lock(m.launch->mutex);
-        if (m.launch->error.empty()) m.launch->error = head + where + ": " + text;
+        if (m.launch->error.empty()) m.launch->error = head(t) + where + ": " + text;
     }
     m.launch->failed = true;
     void* ignored;
@@ -691,16 +697,33 @@ void fail(const Thread& t, Where at, const char* format, ...) {
     report(t, place(relative(at.file) + ":" + std::to_string(at.line), stack, depth), format, args);
 }
 
-void fail_at_pc(uintptr_t pc, const char* format, ...) {
-    va_list args;
-    va_start(args, format);
+static std::string place_at_pc(uintptr_t pc) {
     void* stack[64];
     int depth = backtrace(stack, 64);
     // What the stack has above the instruction is the emulator's.
     void** from = std::find(stack, stack + depth, reinterpret_cast<void*>(pc));
     if (from == stack + depth) stack[0] = reinterpret_cast<void*>(pc), from = stack, depth = 1;
-    report(*current()->self, place("", from, int(stack + depth - from)), format, args);
+    return place("", from, int(stack + depth - from));
 }
+
+void fail_at_pc(uintptr_t pc, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    report(*current()->self, place_at_pc(pc), format, args);
+}
+
+static void report(const Thread& t, const std::string& where, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    report(t, where, format, args);
+}
+void fail_earlier(const Thread& t, uintptr_t pc, const std::string& text) {
+    void* stack = reinterpret_cast<void*>(pc);
+    report(t, place("", &stack, 1), "%s", text.c_str());
+    __builtin_unreachable();
+}
+
+std::string finding_at_pc(uintptr_t pc, const std::string& text) { return head(*current()->self) + place_at_pc(pc) + ": " + text; }
 
 void trap(const char* message, Where at) { fail(*current()->self, at, "%s", message); }
 
@@ -958,7 +981,8 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     static Pool& pool = *new Pool;
     pool.run(l, threads);
     conflicts = l.conflicts;
-    if (!l.failed) return 0;
+    if (!l.failed) l.error = check_launch_end(l);
+    if (l.error.empty()) return 0;
     last_error = l.error;
     record("fault", l.error);
     return 2;

@@ -261,7 +261,7 @@ class Ptx {
             if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
             return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
         }
-        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? ";" : "simt::fence();";
+        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? "simt::fence(false);" : "simt::fence();";
         if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
         if (name == "trap") return "__trap();";
         return "";
