@@ -18,6 +18,16 @@ float fminf(float, float) noexcept asm("simt_fminf");
 double fmax(double, double) noexcept asm("simt_fmax");
 double fmin(double, double) noexcept asm("simt_fmin");
 }
+#ifndef SIMT_RUNTIME
+// Of a size that only the running kernel knows, they are checked as loads and stores are; malloc in a kernel is the device's.
+extern "C" {
+void* memcpy(void*, const void*, __SIZE_TYPE__) noexcept asm("simt_memcpy");
+void* memmove(void*, const void*, __SIZE_TYPE__) noexcept asm("simt_memmove");
+void* memset(void*, int, __SIZE_TYPE__) noexcept asm("simt_memset");
+void* malloc(__SIZE_TYPE__) noexcept asm("simt_malloc");
+void free(void*) noexcept asm("simt_free");
+}
+#endif
 #include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
 #include <stdlib.h>
 
@@ -115,6 +125,7 @@ struct Op {
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
+void let_others_run();
 void fence(bool of_device = true);  // else of the block
 [[noreturn]] void trap(const char* message, Where at);
 

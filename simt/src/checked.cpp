@@ -131,6 +131,8 @@ struct Checker {
     std::vector<Acquire> acquired;
     // Within the block: what each thread knew at its last fence, and what atomics on an address have told.
     bool fenced = false;
+    void* polled = nullptr;
+    unsigned polls = 0;
     std::vector<uint32_t> at_fence[kMaxThreads];
     std::map<uintptr_t, std::vector<uint32_t>> told;
     // Each thread's last plain reads, for the atomics that follow.
@@ -400,6 +402,7 @@ static void settle(Checker& c) {
     const std::string race = std::exchange(c.store.race, "");
     if (!same) fail_earlier(*c.store.thread, c.store.pc, race);
 }
+void check_freed() { checker().last_serial = 0; }
 void check_thread_end() { settle(checker()); }
 
 static inline void note_read(Checker& c, const Thread& t, uintptr_t a, Site site) {
@@ -911,6 +914,16 @@ static inline void hook(void* address, size_t bytes, Access access, void* pc, bo
     if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc), relaxed});
 }
 
+// Who reads one place so often by itself waits for another thread.
+static void volatile_read(void* p, size_t bytes, void* pc) {
+    hook(p, bytes, Access::read, pc, true);
+    Machine* m = current();
+    if (!m || !m->self) return;
+    Checker& c = checker();
+    if (c.polled != p) c.polled = p, c.polls = 0;
+    if (++c.polls % 64 == 0) let_others_run();
+}
+
 void check_range(const void* address, size_t bytes, Access access, uintptr_t pc) {
     Machine& m = *current();
     if (bytes) check(*m.self, uintptr_t(address), bytes, access, {nullptr, pc});
@@ -946,7 +959,7 @@ HOOK(__tsan_unaligned_write4, 4, write)
 HOOK(__tsan_unaligned_write8, 8, write)
 HOOK(__tsan_unaligned_write16, 16, write)
 #define VOLATILE(bytes)                                                                                                          \
-    void __tsan_volatile_read##bytes(void* p) { hook(p, bytes, Access::read, __builtin_return_address(0), true); }               \
+    void __tsan_volatile_read##bytes(void* p) { volatile_read(p, bytes, __builtin_return_address(0)); }                          \
     void __tsan_unaligned_volatile_read##bytes(void* p) { hook(p, bytes, Access::read, __builtin_return_address(0), true); }     \
     void __tsan_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }                   \
     void __tsan_unaligned_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }

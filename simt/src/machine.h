@@ -221,6 +221,7 @@ struct Symbol {
 const Symbol* find_object(uintptr_t address);
 std::string variable_name(uintptr_t address);  // of the variable that is there
 
+bool was_freed(uintptr_t address);  // and nothing is there now
 const Allocation* find_allocation(uintptr_t address);  // that holds it, or the nearest below
 std::string describe_address(uintptr_t address);
 
@@ -241,6 +242,7 @@ void check_atomic_done(uintptr_t address);
 void check_launch_start(Launch& launch);
 std::string check_launch_end(Launch& launch);  // a finding, or nothing
 void check_thread_end();
+void check_freed();  // by a kernel: what was there is not remembered
 void check_range(const void* address, size_t bytes, Access access, uintptr_t pc);  // of memcpy and the like
 void check_warp_step(uint32_t mask);
 void check_access(const Thread& thread, uintptr_t address, size_t bytes, Access access, Where at);
@@ -275,6 +277,7 @@ inline void check_atomic_done(uintptr_t) {}
 inline void check_launch_start(Launch&) {}
 inline std::string check_launch_end(Launch&) { return ""; }
 inline void check_thread_end() {}
+inline void check_freed() {}
 inline void check_range(const void*, size_t, Access, uintptr_t) {}
 inline void check_warp_step(uint32_t) {}
 inline void check_access(const Thread&, uintptr_t, size_t, Access, Where) {}

@@ -108,7 +108,8 @@ static Options parse(int argc, char** argv) {
 static const vector<string> kFlags = {"-std=c++17", "-O2", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-fno-math-errno",
     "-ffp-contract=off", "-fstack-clash-protection", "-fno-gnu-unique", "-fno-extern-tls-init", "-mtls-dialect=gnu", "-fno-threadsafe-statics"};
 static const vector<string> kCheckedKernel = {
-    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1"};
+    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1",
+    "-fno-optimize-sibling-calls"};
 
 static string read_file(const fs::path& path) {
     std::ifstream file(path, std::ios::binary);

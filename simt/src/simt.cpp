@@ -173,18 +173,22 @@ uint32_t converged(Where at) {
     return lanes;
 }
 
+static void go_to(Machine& m, Thread& next) {
+    Thread& t = *m.self;
+    if (next.state == State::fresh) {
+        next.stack = m.free_stacks.back();
+        m.free_stacks.pop_back();
+        next.sp = fresh_stack(m, next.stack);
+    }
+    become(m, next);
+    simt_switch(&t.sp, next.sp);
+}
+
 void wait(Machine& m) {
     complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
     if (!next) deadlock(m);
-    if (next == &t) return;
-    if (next->state == State::fresh) {
-        next->stack = m.free_stacks.back();
-        m.free_stacks.pop_back();
-        next->sp = fresh_stack(m, next->stack);
-    }
-    become(m, *next);
-    simt_switch(&t.sp, next->sp);
+    if (next != &t) go_to(m, *next);
 }
 
 static bool complete_barrier(Machine& m);
@@ -230,6 +234,24 @@ static void fiber() {
         m.free_stacks.push_back(stack);  // nobody takes it before the switch
         if (next) become(m, *next);
         simt_switch(&ignored, next ? next->sp : m.scheduler_sp);
+    }
+}
+
+// The next thread of the block in turn goes on, so that who waits in a loop for another does not wait for ever.
+void let_others_run() {
+    Machine* running = current();
+    if (!running || !running->self) return;
+    Machine& m = *running;
+    Thread& t = *m.self;
+    for (int i = 1; i < m.count; i++) {
+        Thread& next = m.threads[(t.linear + i) % m.count];
+        Warp& w = m.warps[next.linear / 32];
+        const uint32_t lane = 1u << (next.linear & 31);
+        if (!(w.ready & lane)) continue;
+        w.ready &= ~lane;
+        if (!w.ready) m.ready_warps &= ~(1u << next.linear / 32);
+        make_ready(m, t.linear / 32, 1u << (t.linear & 31));
+        return go_to(m, next);
     }
 }
 
@@ -794,8 +816,17 @@ static void install_handlers() {
 // ---- global memory ----------------------------------------------------------------------------
 
 static std::map<uintptr_t, Allocation> allocations;
+static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends
+static std::recursive_mutex allocations_mutex;  // kernels allocate too
+
+bool was_freed(uintptr_t a) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    auto it = freed.upper_bound(a);
+    return it != freed.begin() && a < std::prev(it)->second;
+}
 
 const Allocation* find_allocation(uintptr_t address) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
     auto it = allocations.upper_bound(address);
     return it == allocations.begin() ? nullptr : &std::prev(it)->second;
 }
@@ -819,6 +850,7 @@ std::string describe_address(uintptr_t a) {
         return "below the static shared memory";
     }
     if (a < kPage) return "a null pointer";
+    if (was_freed(a)) return "memory that has been freed";
     const Allocation* below = find_allocation(a);
     auto above = allocations.upper_bound(a);
     uintptr_t past = below ? a - below->end : UINTPTR_MAX, before = above == allocations.end() ? UINTPTR_MAX : above->first - a;
@@ -1042,8 +1074,7 @@ int emu_set_max_dyn_smem(const char* name, size_t bytes) {
 uint64_t emu_bank_conflicts() { return conflicts; }
 
 // Aligned to 256 bytes, filled with NaN, with unmapped pages before and behind.
-void* emu_malloc(size_t bytes) {
-    std::lock_guard<std::mutex> lock(big_lock);
+static void* allocate_device(size_t bytes) {
     size_t room = (bytes + 255) / 256 * 256, pages = (std::max<size_t>(room, 1) + kPage - 1) / kPage * kPage;
     size_t size = pages + 2 * kPage;
     void* map = room < bytes ? MAP_FAILED : mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -1054,20 +1085,57 @@ void* emu_malloc(size_t bytes) {
     }
     uintptr_t begin = uintptr_t(map) + kPage + pages - room;
     if (poison) memset(reinterpret_cast<void*>(begin), kPoison, room);
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    for (auto it = freed.lower_bound(uintptr_t(map)); it != freed.end() && it->first < uintptr_t(map) + size;) it = freed.erase(it);
     allocations[begin] = {begin, begin + bytes, uintptr_t(map), uintptr_t(map) + size, make_shadow(bytes)};
     return reinterpret_cast<void*>(begin);
+}
+
+static bool free_device(void* p) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    auto it = allocations.find(uintptr_t(p));
+    if (it == allocations.end()) return false;
+    const Allocation& a = it->second;
+    free_shadow(a.shadow, a.end - a.begin);
+    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
+    freed[a.begin] = a.end;
+    allocations.erase(it);
+    return true;
+}
+
+void* emu_malloc(size_t bytes) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    return allocate_device(bytes);
+}
+
+// What kernels' files call by the names of the C library (simt.h): on the host it is that.
+static Thread* running() {
+    Machine* m = current();
+    return m ? m->self : nullptr;
+}
+void* simt_memcpy(void* to, const void* from, size_t bytes) {
+    if (running()) check_range(from, bytes, Access::read, uintptr_t(__builtin_return_address(0))), check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memcpy(to, from, bytes);
+}
+void* simt_memmove(void* to, const void* from, size_t bytes) {
+    if (running()) check_range(from, bytes, Access::read, uintptr_t(__builtin_return_address(0))), check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memmove(to, from, bytes);
+}
+void* simt_memset(void* to, int value, size_t bytes) {
+    if (running()) check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memset(to, value, bytes);
+}
+void* simt_malloc(size_t bytes) { return running() ? allocate_device(bytes) : malloc(bytes); }
+void simt_free(void* p) {
+    if (!running()) return free(p);
+    if (p && !free_device(p)) trap("free: not what malloc returned, or freed before", {});
+    if (p) check_freed();
 }
 
 int emu_free(void* p) {
     if (!p) return 0;
     std::lock_guard<std::mutex> lock(big_lock);
-    auto it = allocations.find(uintptr_t(p));
-    if (it == allocations.end()) return refuse("emu_free: %p was not allocated, or freed before", p);
-    const Allocation& a = it->second;
-    free_shadow(a.shadow, a.end - a.begin);
-    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
-    allocations.erase(it);
-    return 0;
+    return free_device(p) ? 0 : refuse("emu_free: %p was not allocated, or freed before", p);
 }
 
 int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
