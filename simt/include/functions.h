@@ -386,6 +386,24 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     for (int i = 0; i < 4; i++) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
     return result;
 }
+namespace simt {
+// As PTX has it: bit 3 of a selection repeats the byte's sign.
+inline unsigned prmt(unsigned x, unsigned y, unsigned selector) {
+    const unsigned bytes = __byte_perm(x, y, selector);
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        const unsigned byte = bytes >> 8 * i & 0xff;
+        result |= (selector >> 4 * i & 8 ? byte & 0x80 ? 0xffu : 0u : byte) << 8 * i;
+    }
+    return result;
+}
+inline unsigned lop3(unsigned a, unsigned b, unsigned c, unsigned table) {
+    unsigned result = 0;
+    for (unsigned i = 0; i < 8; i++)
+        if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+    return result;
+}
+}  // namespace simt
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
     return unsigned(((uint64_t(high) << 32 | low) << (by & 31)) >> 32);
 }

@@ -47,9 +47,9 @@ struct Launch {
     uint64_t blocks;
     Order order;
     uint64_t seed;
-    bool poison, strict;
+    bool poison, strict, undefined;
     uint32_t serial;  // which launch, in the shadow of global memory
-    alignas(64) unsigned char params[4096];
+    alignas(64) unsigned char params[32768];
     std::atomic<uint64_t> next{0}, conflicts{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;

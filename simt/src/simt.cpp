@@ -261,7 +261,7 @@ void barrier(Where at) {
     t.op = nullptr, t.at = at, t.mask = 0, t.state = State::waiting;
     if (!m.at_barrier++) m.first_at_barrier = &t;
     const Thread& first = *m.first_at_barrier;
-    if (first.at.line != at.line || strcmp(first.at.file, at.file))
+    if (first.at.line != at.line || first.at.nth != at.nth || strcmp(first.at.file, at.file))
         fail(t, at, "mixed barriers: thread (%u,%u,%u) waits in another, at %s:%d", first.index.x, first.index.y,
              first.index.z, first.at.file, first.at.line);
     complete_barrier(m);
@@ -946,7 +946,7 @@ static thread_local std::string last_error;
 static int threads = std::max(1u, std::thread::hardware_concurrency());
 static Order order = Order::forward;
 static uint64_t seed = 0;
-static bool poison = true, strict = false;
+static bool poison = true, strict = false, undefined = false;
 static uint64_t conflicts = 0;
 
 // Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
@@ -1007,7 +1007,7 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.blocks = uint64_t(gx) * gy * gz;
-    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.serial++;
+    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined, l.serial++;
     l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
     check_launch_start(l);
     static Pool& pool = *new Pool;
@@ -1031,7 +1031,8 @@ extern "C" {
 const char* emu_last_error() { return last_error.c_str(); }
 
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
-// order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left.
+// order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left; undefined: 1 if a shuffle
+// from a lane that is not there gives poison and is no error.
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -1040,6 +1041,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "seed") seed = value;
     else if (k == "poison" && value <= 1) poison = value;
     else if (k == "strict" && value <= 1) strict = value;
+    else if (k == "undefined" && value <= 1) undefined = value;
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
 }
@@ -1145,8 +1147,8 @@ int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned
     if (it == kernels().end()) return refuse("no kernel named %s", name);
     const Kernel& k = it->second.kernel;
     Launch& l = the_launch();
-    if (k.offsets[k.nargs] > sizeof l.params)
-        return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], sizeof l.params);
+    constexpr size_t most = 4096;
+    if (k.offsets[k.nargs] > most) return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], most);
     for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
     return start(l, k, it->second.max_dynamic, {gx, gy, gz}, {bx, by, bz}, smem);
 }
@@ -1208,6 +1210,7 @@ static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }
 
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
+    if (running()) fail_at_pc(uintptr_t(__builtin_return_address(0)), "a kernel launches a kernel: the emulator has no dynamic parallelism");
     std::lock_guard<std::mutex> lock(big_lock);
     static std::set<std::string> names;  // an error message may name it later
     const Kernel kernel = {names.insert(name).first->c_str(), named_barriers, thunk, nullptr, 0, nullptr, nullptr};
