@@ -205,7 +205,7 @@ struct Compiler {
         const fs::path prelude = expanded.string() + ".h";
         std::ofstream text_of_prelude(prelude);
         vector<string> words;
-        for (const char* header : {"simt.h", "cuda_runtime.h", "cooperative_groups.h", "mma.h"})
+        for (const char* header : {"simt.h", "cuda_runtime.h", "cooperative_groups.h"})
             text_of_prelude << "#include \"" << (simt / "include" / header).string() << "\"\n";
         for (const string& word : options.flags) {
             if (word.compare(0, 2, "-D") || word[2] == '_') { words.push_back(word); continue; }
