@@ -33,8 +33,14 @@ template <unsigned N, class Parent = void>
 struct thread_block_tile {
     static_assert(N >= 1 && N <= 32 && (N & (N - 1)) == 0, "a tile has 1, 2, 4, 8, 16 or 32 threads");
     static unsigned thread_rank() { return thread_block::thread_rank() % N; }
-    static unsigned meta_group_rank() { return thread_block::thread_rank() / N; }
-    static unsigned meta_group_size() { return (thread_block::size() + N - 1) / N; }
+    static unsigned meta_group_rank() {
+        if constexpr (std::is_void_v<Parent>) return thread_block::thread_rank() / N;
+        else return Parent::thread_rank() / N;
+    }
+    static unsigned meta_group_size() {
+        if constexpr (std::is_void_v<Parent>) return (thread_block::size() + N - 1) / N;
+        else return Parent::size() / N;
+    }
     static constexpr unsigned size() { return N; }
     static constexpr unsigned num_threads() { return N; }
     static uint32_t mask() { return (N == 32 ? ~0u : (1u << N % 32) - 1) << thread_block::thread_rank() % 32 / N * N; }
@@ -50,6 +56,7 @@ struct thread_block_tile {
     unsigned ballot(int predicate, SIMT_WHERE) const { return __ballot_sync(mask(), predicate, at) >> thread_block::thread_rank() % 32 / N * N; }
 };
 template <unsigned N, class Group> thread_block_tile<N> tiled_partition(const Group&) { return {}; }
+template <unsigned N, unsigned M, class P> thread_block_tile<N, thread_block_tile<M>> tiled_partition(const thread_block_tile<M, P>&) { return {}; }
 
 // The lanes of a warp that came to one coalesced_threads() before the others of the warp wait or leave.
 struct coalesced_group {

@@ -6,18 +6,37 @@
 #include <cstdio>
 #include <cstdlib>
 
+// X(name, number, what cudaGetErrorString says)
+#define SIMT_ERRORS(X) \
+    X(InvalidValue, 1, "invalid argument") \
+    X(MemoryAllocation, 2, "out of memory") \
+    X(InitializationError, 3, "initialization error") \
+    X(InvalidConfiguration, 9, "invalid configuration argument") \
+    X(InvalidPitchValue, 12, "invalid pitch argument") \
+    X(InvalidSymbol, 13, "invalid device symbol") \
+    X(InvalidDevicePointer, 17, "invalid device pointer") \
+    X(InvalidMemcpyDirection, 21, "invalid copy direction for memcpy") \
+    X(InvalidDeviceFunction, 98, "invalid device function") \
+    X(NoDevice, 100, "no CUDA-capable device is detected") \
+    X(InvalidDevice, 101, "invalid device ordinal") \
+    X(InvalidResourceHandle, 400, "invalid resource handle") \
+    X(NotReady, 600, "device not ready") \
+    X(IllegalAddress, 700, "an illegal memory access was encountered") \
+    X(LaunchOutOfResources, 701, "too many resources requested for launch") \
+    X(LaunchTimeout, 702, "the launch timed out and was terminated") \
+    X(Assert, 710, "device-side assert triggered") \
+    X(HostMemoryAlreadyRegistered, 712, "part or all of the requested memory range is already mapped") \
+    X(HostMemoryNotRegistered, 713, "pointer does not correspond to a registered memory region") \
+    X(MisalignedAddress, 716, "misaligned address") \
+    X(LaunchFailure, 719, "unspecified launch failure") \
+    X(CooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch") \
+    X(NotSupported, 801, "operation not supported") \
+    X(Unknown, 999, "unknown error")
 enum cudaError_t {
     cudaSuccess = 0,
-    cudaErrorInvalidValue = 1,
-    cudaErrorMemoryAllocation = 2,
-    cudaErrorInvalidConfiguration = 9,
-    cudaErrorInvalidSymbol = 13,
-    cudaErrorNoDevice = 100,
-    cudaErrorInvalidDevice = 101,
-    cudaErrorNotReady = 600,
-    cudaErrorIllegalAddress = 700,
-    cudaErrorLaunchFailure = 719,
-    cudaErrorUnknown = 999,
+#define SIMT_ERROR(name, number, text) cudaError##name = number,
+    SIMT_ERRORS(SIMT_ERROR)
+#undef SIMT_ERROR
 };
 typedef cudaError_t cudaError;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
@@ -32,7 +51,7 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1, cudaHostAllocDefault = 0, cudaMemAttachGlobal = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1, cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostAllocMapped = 2, cudaHostAllocWriteCombined = 4, cudaMemAttachGlobal = 1, cudaDeviceMapHost = 8 };
 struct simt_event { double milliseconds; };
 typedef struct simt_stream* cudaStream_t;
 typedef simt_event* cudaEvent_t;
@@ -79,11 +98,12 @@ template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) { return simt::al
 template <class T> cudaError_t cudaMallocManaged(T** p, size_t bytes, unsigned = 1) { return cudaMalloc(p, bytes); }
 template <class T> cudaError_t cudaMallocAsync(T** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
 template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) { return simt::allocate_host(reinterpret_cast<void**>(p), bytes); }
-template <class T> cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned) { return cudaMallocHost(p, bytes); }
+template <class T> cudaError_t cudaHostAlloc(T** p, size_t bytes, unsigned = 0) { return cudaMallocHost(p, bytes); }
 template <class T> cudaError_t cudaMallocPitch(T** p, size_t* pitch, size_t width, size_t height) {
     *pitch = (width + 511) / 512 * 512;
     return cudaMalloc(p, *pitch * height);
 }
+template <class T> cudaError_t cudaHostGetDevicePointer(T** device, void* host, unsigned) { return *device = static_cast<T*>(host), cudaSuccess; }
 inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
     return cudaMemcpy(to, from, bytes, kind);

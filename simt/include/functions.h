@@ -13,8 +13,8 @@ void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_WHERE);
 inline void __trap(SIMT_WHERE) { simt::trap("__trap() was called", at); }
 inline void __threadfence() { simt::fence(); }
 inline void __threadfence_system() { simt::fence(); }
-inline void __threadfence_block() {}
-inline void __nanosleep(unsigned) {}
+inline void __threadfence_block() { simt::fence(false); }
+inline void __nanosleep(unsigned) { simt::let_others_run(); }
 inline void __prof_trigger(int) {}
 // The source step looks for their names.
 inline void __barrier_sync_count(unsigned id, unsigned threads, SIMT_WHERE) { simt::named_barrier(int(id), int(threads), at); }
@@ -314,21 +314,21 @@ inline double __ll2double_rn(long long x) { return double(x); }
 inline double __ull2double_rn(unsigned long long x) { return double(x); }
 inline float __double2float_rn(double x) { return float(x); }
 
-// ---- conversions: they saturate, and NaN gives 0 ------------------------------------------------------
+// ---- conversions: they saturate; NaN gives 0, but the top bit from a double or to 64 bits --------------
 
 namespace simt {
-template <class T>
+template <class T, class From>
 inline T saturate(double x) {
     constexpr double low = double(std::numeric_limits<T>::min()), high = double(std::numeric_limits<T>::max());
-    if (x != x) return 0;
+    if (x != x) return sizeof(From) == 8 || sizeof(T) == 8 ? T(1ull << (sizeof(T) * 8 - 1)) : T(0);
     return x <= low ? std::numeric_limits<T>::min() : x >= high ? std::numeric_limits<T>::max() : T(x);
 }
 }  // namespace simt
 #define SIMT_TO_INTEGER(from, From, to, To)                                                   \
-    inline To __##from##2##to##_rn(From x) { return simt::saturate<To>(nearbyint(double(x))); } \
-    inline To __##from##2##to##_rz(From x) { return simt::saturate<To>(trunc(double(x))); }     \
-    inline To __##from##2##to##_rd(From x) { return simt::saturate<To>(floor(double(x))); }     \
-    inline To __##from##2##to##_ru(From x) { return simt::saturate<To>(ceil(double(x))); }
+    inline To __##from##2##to##_rn(From x) { return simt::saturate<To, From>(nearbyint(double(x))); } \
+    inline To __##from##2##to##_rz(From x) { return simt::saturate<To, From>(trunc(double(x))); }     \
+    inline To __##from##2##to##_rd(From x) { return simt::saturate<To, From>(floor(double(x))); }     \
+    inline To __##from##2##to##_ru(From x) { return simt::saturate<To, From>(ceil(double(x))); }
 #define SIMT_TO_INTEGERS(from, From)                     \
     SIMT_TO_INTEGER(from, From, int, int)                \
     SIMT_TO_INTEGER(from, From, uint, unsigned)          \
@@ -342,10 +342,10 @@ SIMT_TO_INTEGER(half, __half, ushort, unsigned short)
 SIMT_TO_INTEGERS(bfloat16, __nv_bfloat16)
 SIMT_TO_INTEGER(bfloat16, __nv_bfloat16, short, short)
 SIMT_TO_INTEGER(bfloat16, __nv_bfloat16, ushort, unsigned short)
-inline signed char __half2char_rz(__half x) { return simt::saturate<signed char>(trunc(double(x))); }
-inline unsigned char __half2uchar_rz(__half x) { return simt::saturate<unsigned char>(trunc(double(x))); }
-inline signed char __bfloat162char_rz(__nv_bfloat16 x) { return simt::saturate<signed char>(trunc(double(x))); }
-inline unsigned char __bfloat162uchar_rz(__nv_bfloat16 x) { return simt::saturate<unsigned char>(trunc(double(x))); }
+inline signed char __half2char_rz(__half x) { return simt::saturate<signed char, __half>(trunc(double(x))); }
+inline unsigned char __half2uchar_rz(__half x) { return simt::saturate<unsigned char, __half>(trunc(double(x))); }
+inline signed char __bfloat162char_rz(__nv_bfloat16 x) { return simt::saturate<signed char, __nv_bfloat16>(trunc(double(x))); }
+inline unsigned char __bfloat162uchar_rz(__nv_bfloat16 x) { return simt::saturate<unsigned char, __nv_bfloat16>(trunc(double(x))); }
 #undef SIMT_TO_INTEGERS
 #undef SIMT_TO_INTEGER
 
@@ -386,6 +386,24 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     for (int i = 0; i < 4; i++) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
     return result;
 }
+namespace simt {
+// As PTX has it: bit 3 of a selection repeats the byte's sign.
+inline unsigned prmt(unsigned x, unsigned y, unsigned selector) {
+    const unsigned bytes = __byte_perm(x, y, selector);
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        const unsigned byte = bytes >> 8 * i & 0xff;
+        result |= (selector >> 4 * i & 8 ? byte & 0x80 ? 0xffu : 0u : byte) << 8 * i;
+    }
+    return result;
+}
+inline unsigned lop3(unsigned a, unsigned b, unsigned c, unsigned table) {
+    unsigned result = 0;
+    for (unsigned i = 0; i < 8; i++)
+        if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+    return result;
+}
+}  // namespace simt
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
     return unsigned(((uint64_t(high) << 32 | low) << (by & 31)) >> 32);
 }

@@ -18,6 +18,16 @@ float fminf(float, float) noexcept asm("simt_fminf");
 double fmax(double, double) noexcept asm("simt_fmax");
 double fmin(double, double) noexcept asm("simt_fmin");
 }
+#ifndef SIMT_RUNTIME
+// Of a size that only the running kernel knows, they are checked as loads and stores are; malloc in a kernel is the device's.
+extern "C" {
+void* memcpy(void*, const void*, __SIZE_TYPE__) noexcept asm("simt_memcpy");
+void* memmove(void*, const void*, __SIZE_TYPE__) noexcept asm("simt_memmove");
+void* memset(void*, int, __SIZE_TYPE__) noexcept asm("simt_memset");
+void* malloc(__SIZE_TYPE__) noexcept asm("simt_malloc");
+void free(void*) noexcept asm("simt_free");
+}
+#endif
 #include <math.h>  // not cmath: isnan and friends in the global namespace, as in CUDA
 #include <stdlib.h>
 
@@ -43,7 +53,12 @@ double fmin(double, double) noexcept asm("simt_fmin");
 #define __shared__ __attribute__((tls_model("global-dynamic"))) thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ __inline__ __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __CUDACC__ 1
+#define __CUDACC_VER_MAJOR__ 12
+#define __CUDACC_VER_MINOR__ 4
+#define CUDART_VERSION 12040
 #define __align__(n) __attribute__((aligned(n)))
 
 // ---- vector types ---------------------------------------------------------------------------
@@ -86,7 +101,8 @@ namespace simt {
 struct Where {
     const char* file;
     int line;
-    constexpr Where(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+    int nth;  // of several barriers on the line, as the source step counts them
+    constexpr Where(const char* file = __builtin_FILE(), int line = __builtin_LINE(), int nth = 0) : file(file), line(line), nth(nth) {}
 };
 #define SIMT_WHERE simt::Where at = {}
 
@@ -115,7 +131,8 @@ struct Op {
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
-void fence();
+void let_others_run();
+void fence(bool of_device = true);  // else of the block
 [[noreturn]] void trap(const char* message, Where at);
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at);
@@ -218,6 +235,11 @@ struct Config {
 };
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
 
+// A literal 0 among a launch's arguments.
+struct Zero {
+    template <class T> operator T() const { return T(0); }
+};
+
 template <class F, class... A>
 struct Call {
     F call;
@@ -228,10 +250,10 @@ struct Call {
     }
 };
 template <class F, class... A>
-void launch(const char* name, const Config& config, F call, const A&... arguments) {
+void launch(const char* name, const Config& config, F call, A&&... arguments) {
     using C = Call<F, std::decay_t<A>...>;
-    static_assert(sizeof(C) <= 4096, "at most 4096 bytes of arguments");
-    const C packed = {call, {arguments...}};
+    static_assert(sizeof(C) <= 32764, "at most 32764 bytes of arguments");
+    const C packed = {call, std::tuple<std::decay_t<A>...>(arguments...)};
     run(name, config, C::thunk, &packed, sizeof packed);
 }
 

@@ -13,7 +13,13 @@
 // group", and only a wgmma_wait is.
 //
 // Lanes of one warp may store to one address by one instruction: one of them wins. Thread orders let another
-// lane win, and so differing values show in the result.
+// lane win, and so differing values show in the result. Any threads may store what is there already: whether they did is
+// looked at when the store is over (settle).
+//
+// Fences and atomics order as well: what a thread did before a fence is known to whoever meets a later atomic of that
+// thread by an atomic on the same address. A plain read of what atomics change is suspect: it is no race if it is
+// volatile, or if a thread goes on from that instruction to an atomic on the same address, as loops of atomicCAS do and
+// "if (v > *best) atomicMax(best, v)". That is known when the launch is over.
 //
 // Global memory has a cell for every four bytes, which finds races between blocks of one launch. Blocks are
 // ordered as "the last block reduces" needs it: writes, a fence, an atomic; in the other block an atomic on the same
@@ -25,17 +31,19 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <set>
 
 #include "machine.h"
 
 namespace simt {
 
 constexpr uint32_t kInFlight = 0xffffffffu;  // as an epoch: a cp.async that has not landed
+constexpr uint32_t kUnknownReaders = 0xffffffffu;  // of several warps
 constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff, kMbarrier = 0xfffe;
 
 struct alignas(32) SharedCell {
     uint32_t write_phase, write_epoch, read_phase, read_epoch;
-    uint32_t readers;  // lanes of read_warp; if that is kManyWarps, in a Hopper kernel, a set of Checker::sets
+    uint32_t readers;  // lanes of read_warp; if that is kManyWarps a set of Checker::sets, or kUnknownReaders
     uint16_t writer, read_warp;
     uint32_t proxy;    // the writer's async fences before the write; of a bulk copy: its map
     uint32_t pc;       // of the write, from the library's start
@@ -75,6 +83,9 @@ struct Releases {
     std::atomic<bool> any{false};
     std::mutex mutex;
     std::map<uintptr_t, Place> places;
+    // Plain reads of what atomics change, by their instructions, and those that an atomic has followed.
+    std::map<uintptr_t, std::string> suspects;
+    std::set<uintptr_t> followed;
 };
 
 // Another block's releases, as a thread's atomic has met them.
@@ -118,6 +129,23 @@ struct Checker {
     bool any_fence = false;
     uint32_t fence[kMaxThreads] = {}, barrier_before_fence[kMaxThreads] = {};
     std::vector<Acquire> acquired;
+    // Within the block: what each thread knew at its last fence, and what atomics on an address have told.
+    bool fenced = false;
+    void* polled = nullptr;
+    unsigned polls = 0;
+    std::vector<uint32_t> at_fence[kMaxThreads];
+    std::map<uintptr_t, std::vector<uint32_t>> told;
+    // Each thread's last plain reads, for the atomics that follow.
+    struct Read { uintptr_t address, pc; } reads[kMaxThreads][8];
+    uint8_t next_read[kMaxThreads] = {};
+    // A store that meets another thread's: what was there before, and what to say if that changes.
+    struct Store {
+        size_t bytes = 0;
+        uintptr_t address, pc;
+        const Thread* thread;
+        unsigned char before[64];
+        std::string race;
+    } store;
 };
 
 static Checker& checker() {
@@ -133,7 +161,16 @@ static Checker& checker() {
 
 static void set_epoch(Checker& c, int thread, uint32_t epoch) { c.epochs[thread] = c.clocks[thread][thread] = epoch; }
 
-static void forget_readers(Checker& c) { c.sets.assign(1, {}), c.next_sets.clear(); }
+static void forget_readers(Checker& c) {
+    if (c.sets.size() != 1) c.sets.assign(1, {});
+    c.next_sets.clear();
+}
+
+// Whether each reader's time counts: threads know of other warps.
+static bool exact(const Checker& c) { return c.fenced || current()->launch->kernel->hopper; }
+
+static void settle(Checker& c);
+
 
 void check_block_start() {
     Checker& c = checker();
@@ -143,9 +180,16 @@ void check_block_start() {
     c.stamp = 1, c.last_barrier = 0, c.acquired.clear();
     if (c.any_fence) memset(c.fence, 0, sizeof c.fence), c.any_fence = false;
     memset(c.met, 0, sizeof c.met);
+    if (c.fenced) {
+        for (auto& known : c.at_fence) known.clear();
+        c.told.clear(), c.fenced = false;
+    }
+    memset(c.reads, 0, sizeof c.reads);
+    c.store.bytes = 0, c.store.race.clear();
     for (int i = 0; i < current()->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
+    forget_readers(c);
     if (current()->launch->kernel->hopper) {
-        c.barriers.clear(), forget_readers(c);
+        c.barriers.clear();
         memset(c.named, 0, sizeof c.named);
         for (auto& epochs : c.products) epochs.clear();
     }
@@ -202,11 +246,12 @@ void check_block_end() {
 
 void check_barrier() {
     Checker& c = checker();
+    settle(c);
     c.phase++;
     c.last_barrier = c.stamp++;
     check_block_end();
-    if (!current()->launch->kernel->hopper) return;
     forget_readers(c);
+    if (!current()->launch->kernel->hopper) return;
     // Phases do not order the parties: who knows of them tells the others.
     for (int i = kArrivals; i < kParties; i++) {
         uint32_t known = 0;
@@ -216,14 +261,14 @@ void check_barrier() {
 }
 
 void check_warp_step(uint32_t mask) {
+    settle(checker());
     if (mask == 0xffffffffu) count_conflicts(checker(), current()->self->linear / 32);
 }
 
 // All of them know from now on what one of them knew, and what is in `known`.
 static void meet(Checker& c, const int* threads, int count, uint32_t* known) {
-    // Without mbarriers nobody knows of another warp.
-    const bool hopper = current()->launch->kernel->hopper;
-    const int first = hopper ? 0 : threads[0] & ~31, end = hopper ? kParties : first + 32;
+    // Without mbarriers and fences nobody knows of another warp.
+    const int first = exact(c) ? 0 : threads[0] & ~31, end = exact(c) ? kParties : first + 32;
     for (int i = 0; i < count; i++)
         for (int p = first; p < end; p++) known[p] = std::max(known[p], c.clocks[threads[i]][p]);
     c.epoch++;
@@ -289,6 +334,7 @@ void check_products_over(const Thread& t, int group, int committed) {
 struct Site {  // of an access: a line if a runtime function made it, else a program counter
     const Where* where;
     uintptr_t pc;
+    bool relaxed = false;  // a volatile read
 };
 
 #define FAIL(thread, site, ...) \
@@ -305,7 +351,7 @@ static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Ac
     FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
 }
 
-[[noreturn]] static void race(const Thread& t, Site site, Access access, const char* other, int thread, uintptr_t a) {
+static std::string race_text(Access access, const char* other, int thread, uintptr_t a) {
     Machine& m = *current();
     char who[64] = "threads of several warps";
     if (thread >= kProducts) snprintf(who, sizeof who, "a wgmma of warp group %d", thread - kProducts);
@@ -316,9 +362,71 @@ static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Ac
     std::string array = "dynamic shared memory";
     for (const auto& v : m.variables)
         if (v.variable && a >= v.begin && a < v.end) offset = a - v.begin, array = "the shared array " + v.variable->name;
-    FAIL(t, site, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array.c_str(), who, other,
-         thread < kArrivals ? "" : thread < kProducts ? ": no mbarrier_wait for it" : ": no wgmma_wait for it");
+    char text[512];
+    snprintf(text, sizeof text, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array.c_str(), who, other,
+             thread < kArrivals ? "" : thread < kProducts ? ": no mbarrier_wait for it" : ": no wgmma_wait for it");
+    return text;
+}
+
+[[noreturn]] static void race(const Thread& t, Site site, Access access, const char* other, int thread, uintptr_t a) {
+    FAIL(t, site, "%s", race_text(access, other, thread, a).c_str());
     __builtin_unreachable();
+}
+
+// A plain read of what atomics change.
+template <class Text>
+static void suspect(Site site, Text text) {
+    if (site.relaxed) return;
+    Releases& r = *current()->launch->releases;
+    std::lock_guard<std::mutex> lock(r.mutex);
+    std::string& finding = r.suspects[site.pc];
+    if (finding.empty()) finding = finding_at_pc(site.pc, text());
+}
+
+// A store that meets another thread's is about to happen.
+template <class Text>
+static void stores(Checker& c, const Thread& t, Site site, Text text) {
+    if (c.store.bytes || !c.store.race.empty()) return;
+    c.store.race = text(), c.store.thread = &t, c.store.pc = site.pc;
+}
+static void remember_store(Checker& c, uintptr_t a, size_t bytes) {
+    if (bytes > sizeof c.store.before) fail_at_pc(c.store.pc, "%s", c.store.race.c_str());
+    c.store.bytes = bytes, c.store.address = a;
+    memcpy(c.store.before, reinterpret_cast<void*>(a), bytes);
+}
+
+static void settle(Checker& c) {
+    if (!c.store.bytes) return;
+    const bool same = !memcmp(reinterpret_cast<void*>(c.store.address), c.store.before, c.store.bytes);
+    c.store.bytes = 0;
+    const std::string race = std::exchange(c.store.race, "");
+    if (!same) fail_earlier(*c.store.thread, c.store.pc, race);
+}
+void check_freed() { checker().last_serial = 0; }
+void check_thread_end() { settle(checker()); }
+
+static inline void note_read(Checker& c, const Thread& t, uintptr_t a, Site site) {
+    c.reads[t.linear][c.next_read[t.linear]++ % 8] = {a, site.pc};
+}
+
+// An atomic of thread t on an address: the reads of it that came before are no race.
+static void follow(Checker& c, int t, uintptr_t a) {
+    for (const auto& read : c.reads[t]) {
+        if (read.address != a || !read.pc) continue;
+        Releases& r = *current()->launch->releases;
+        std::lock_guard<std::mutex> lock(r.mutex);
+        r.followed.insert(read.pc);
+    }
+}
+
+// The compiler copies code: its copies count as one.
+std::string check_launch_end(Launch& l) {
+    for (const auto& [pc, finding] : l.releases->suspects) {
+        bool followed = l.releases->followed.count(pc);
+        for (uintptr_t other : l.releases->followed) followed = followed || source_lines(other - 1) == source_lines(pc - 1);
+        if (!followed) return finding;
+    }
+    return "";
 }
 
 static uintptr_t image_begin();
@@ -348,8 +456,7 @@ static bool same_instruction(Checker& c, const SharedCell& cell, const Thread& t
 // What a cell says before an access by `self` (or by none) that would come after `clock`: not in flight, written,
 // ordered.
 static inline void require_written(Checker& c, const SharedCell& cell, const Thread& t, int self, const uint32_t* clock, uintptr_t a, Access access, Site site) {
-    const bool written = cell.write_phase >= c.first_phase;
-    if (!written) {
+    if (cell.write_phase < c.first_phase) {
         if (access != Access::write) FAIL(t, site, "%s of shared memory that nobody has written", verb(access));
         return;
     }
@@ -362,7 +469,10 @@ static inline void require_written(Checker& c, const SharedCell& cell, const Thr
     if ((cell.write_phase != c.phase && !copied) || cell.writer == self) return;
     bool ordered = cell.writer == kAtomic ? access == Access::atomic : clock[cell.writer] >= cell.write_epoch;
     if (!ordered && access == Access::write) ordered = same_instruction(c, cell, t, a, site);
-    if (!ordered) race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
+    if (ordered) return;
+    if (!site.where && cell.writer == kAtomic && access == Access::read) return suspect(site, [&] { return race_text(access, "wrote", -1, a); });
+    if (!site.where && cell.writer < kMaxThreads && access == Access::write) return stores(c, t, site, [&] { return race_text(access, "wrote", cell.writer, a); });
+    race(t, site, access, "wrote", cell.writer == kAtomic ? -1 : cell.writer, a);
 }
 
 // The set of `set` and a reader.
@@ -399,10 +509,11 @@ static inline void add_reader(Checker& c, SharedCell& cell, Readers r, const uin
         cell.read_phase = c.phase, cell.read_warp = r.warp, cell.readers = r.lanes, cell.read_epoch = r.epoch;
         return;
     }
-    if (!current()->launch->kernel->hopper) {
-        cell.read_warp = kManyWarps;
+    if (!exact(c)) {
+        cell.read_warp = kManyWarps, cell.readers = kUnknownReaders;
         return;
     }
+    if (cell.read_warp == kManyWarps && cell.readers == kUnknownReaders) return;
     uint32_t set = cell.readers;
     if (cell.read_warp != kManyWarps) {
         set = 0;
@@ -412,7 +523,8 @@ static inline void add_reader(Checker& c, SharedCell& cell, Readers r, const uin
 }
 
 static inline void require_read(Checker& c, const SharedCell& cell, const Thread& t, uintptr_t a, Access access, Site site) {
-    if (cell.read_phase != c.phase) return;
+    // An atomic after a plain read: that the read was a race shows where it comes later.
+    if (cell.read_phase != c.phase || access == Access::atomic) return;
     const uint32_t* clock = c.clocks[t.linear];
     auto check = [&](const Readers& r) {
         for (uint32_t l = r.lanes; l; l &= l - 1) {
@@ -421,7 +533,7 @@ static inline void require_read(Checker& c, const SharedCell& cell, const Thread
         }
     };
     if (cell.read_warp != kManyWarps) return check({cell.read_epoch, cell.readers, cell.read_warp});
-    if (!current()->launch->kernel->hopper) race(t, site, access, "read", -1, a);
+    if (cell.readers == kUnknownReaders) race(t, site, access, "read", -1, a);
     for (const Readers& r : c.sets[cell.readers]) check(r);
 }
 
@@ -462,8 +574,15 @@ static inline void shared_byte(Checker& c, SharedCell& cell, const Thread& t, ui
 static void shared_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
     Checker& c = checker();
     require_shared_bounds(t, a, bytes, access, site);
+    // Parts of a wide read that nobody has written are a struct's padding, if others were.
+    bool padded = false;
+    if (access == Access::read && !site.where && bytes > 1)
+        for (size_t i = 0; i < bytes; i++) padded |= c.cells[a - current()->statics + i].write_phase >= c.first_phase;
+    if (access == Access::read && !site.where) note_read(c, t, a, site);
     Neighbours neighbours;
-    neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) { shared_byte(c, cell, t, here, access, site); });
+    neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) {
+        if (!padded || cell.write_phase >= c.first_phase) shared_byte(c, cell, t, here, access, site);
+    });
     // ldmatrix counts its own.
     if (access != Access::atomic && !site.where && c.log[t.linear].size() < 4096)
         c.log[t.linear].push_back({site.pc, a, bytes});
@@ -576,12 +695,16 @@ static uint32_t block_number() {
     return b.x + grid.x * (b.y + grid.y * b.z);
 }
 
+static std::string block_race_text(Access access, const char* other, uint32_t block, const Allocation& in, uintptr_t a) {
+    char text[256];
+    const std::string who = block >= kManyBlocks ? "other blocks" : "block " + std::to_string(block) + " of the grid";
+    snprintf(text, sizeof text, "race between blocks: %s of bytes %zu..+4 of an allocation, which %s %s in this launch", verb(access),
+             (a - in.begin) & ~size_t(3), who.c_str(), other);
+    return text;
+}
+
 [[noreturn]] static void block_race(const Thread& t, Site site, Access access, const char* other, uint32_t block, const Allocation& in, uintptr_t a) {
-    if (block >= kManyBlocks)
-        FAIL(t, site, "race between blocks: %s of bytes %zu..+4 of an allocation, which other blocks %s in this launch",
-             verb(access), (a - in.begin) & ~size_t(3), other);
-    FAIL(t, site, "race between blocks: %s of bytes %zu..+4 of an allocation, which block %u of the grid %s in this launch",
-         verb(access), (a - in.begin) & ~size_t(3), block, other);
+    FAIL(t, site, "%s", block_race_text(access, other, block, in, a).c_str());
     __builtin_unreachable();
 }
 
@@ -618,24 +741,49 @@ static bool met_since(const Checker& c, int a, int b, uint32_t then) {
     return then <= c.last_barrier || (c.met[a] == c.met[b] && then < c.met[a]);
 }
 
-void check_fence() {
+void check_fence(bool of_device) {
     Checker& c = checker();
+    settle(c);
     const int t = current()->self->linear;
-    c.any_fence = true;
-    c.fence[t] = c.stamp++, c.barrier_before_fence[t] = c.last_barrier;
+    if (of_device) {
+        c.any_fence = true;
+        c.fence[t] = c.stamp++, c.barrier_before_fence[t] = c.last_barrier;
+    }
+    // What it does next is not covered.
+    c.fenced = true;
+    c.at_fence[t].assign(c.clocks[t], c.clocks[t] + kMaxThreads);
+    set_epoch(c, t, ++c.epoch);
+}
+
+// What atomics and fences order within a block.
+static void meet_at(Checker& c, int t, uintptr_t a) {
+    auto join = [](auto& to, const auto& from) {
+        for (size_t i = 0; i < from.size(); i++) to[i] = std::max<uint32_t>(to[i], from[i]);
+    };
+    std::vector<uint32_t>& told = c.told[a];
+    join(c.clocks[t], told);
+    if (c.at_fence[t].empty()) return;
+    told.resize(kMaxThreads);
+    join(told, c.at_fence[t]);
 }
 
 void check_atomic_done(uintptr_t a) {
     Machine& m = *current();
     Checker& c = checker();
     Releases& releases = *m.launch->releases;
-    if (m.launch->blocks == 1 || (!c.any_fence && !releases.any) || m.is_shared(a)) return;
     const int t = m.self->linear;
+    follow(c, t, a);
+    if (c.fenced) meet_at(c, t, a);
+    if (m.launch->blocks == 1 || (!c.any_fence && !releases.any) || m.is_shared(a)) return;
     std::lock_guard<std::mutex> lock(releases.mutex);
     Releases::Place& place = releases.places[a];
     place.atomics++;
     c.stamp++;
-    if (!place.blocks.empty()) c.acquired.push_back({a, t, c.stamp, place.atomics, place.blocks});
+    if (!place.blocks.empty()) {
+        // A later one of the same thread and place knows more.
+        c.acquired.erase(std::remove_if(c.acquired.begin(), c.acquired.end(), [&](const Acquire& q) { return q.place == a && q.thread == t && !met_since(c, t, t, q.stamp); }), c.acquired.end());
+        c.acquired.push_back({a, t, c.stamp, place.atomics, place.blocks});
+    }
     if (!c.any_fence) return;
     releases.any = true;
     Release& r = place.blocks[block_number()];
@@ -708,6 +856,7 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
     }
     if (last.constant && access != Access::read)
         FAIL(t, site, "%s of the __constant__ variable %s, which kernels only read", verb(access), variable_name(a).c_str());
+    if (access == Access::read && !site.where) note_read(checker(), t, a, site);
     if (!last.shadow) return;
     const uint32_t serial = launch.serial << 4;
     const uint32_t block = block_number();
@@ -724,13 +873,19 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
             who = now;
         };
         if (meets(cell.write_tag) && cell.writer != block && (cell.writer != kAtomicBlocks || access != Access::atomic))
-            if (launch.blocks > 1 && !is_released(t, a, cell.writer, cell.stamp)) block_race(t, site, access, "wrote", cell.writer, last, a);
+            if (launch.blocks > 1 && !is_released(t, a, cell.writer, cell.stamp)) {
+                const auto text = [&] { return block_race_text(access, "wrote", cell.writer, last, a); };
+                if (!site.where && cell.writer == kAtomicBlocks && access == Access::read) suspect(site, text);
+                else if (!site.where && cell.writer != kAtomicBlocks && access == Access::write) stores(checker(), t, site, text);
+                else block_race(t, site, access, "wrote", cell.writer, last, a);
+            }
         if (access == Access::read) {
-            bool other = meets(cell.read_tag) && cell.reader != block;
+            // Of readers in order the last one counts.
+            bool other = meets(cell.read_tag) && cell.reader != block && !is_released(t, a, cell.reader, 0);
             merge(cell.read_tag, cell.reader, other ? kManyBlocks : block);
             continue;
         }
-        if (meets(cell.read_tag) && cell.reader != block && !is_released(t, a, cell.reader, 0)) block_race(t, site, access, "read", cell.reader, last, a);
+        if (access == Access::write && meets(cell.read_tag) && cell.reader != block && !is_released(t, a, cell.reader, 0)) block_race(t, site, access, "read", cell.reader, last, a);
         merge(cell.write_tag, cell.writer, access == Access::atomic ? kAtomicBlocks : block);
         cell.stamp = checker().stamp << 10 | t.linear;
     }
@@ -744,17 +899,34 @@ static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access acce
                 FAIL(t, site, "%s of accumulators while wgmma adds to them: no wgmma_wait", verb(access));
         return;
     }
+    settle(checker());
     if (m.is_shared(a)) shared_access(t, a, bytes, access, site);
     else global_access(t, a, bytes, access, site);
+    if (!checker().store.race.empty()) remember_store(checker(), a, bytes);
 }
 
 void check_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Where at) {
     check(t, a, bytes, access, {&at, 0});
 }
 
-static inline void hook(void* address, size_t bytes, Access access, void* pc) {
+static inline void hook(void* address, size_t bytes, Access access, void* pc, bool relaxed = false) {
     Machine* m = current();
-    if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc)});
+    if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc), relaxed});
+}
+
+// Who reads one place so often by itself waits for another thread.
+static void volatile_read(void* p, size_t bytes, void* pc) {
+    hook(p, bytes, Access::read, pc, true);
+    Machine* m = current();
+    if (!m || !m->self) return;
+    Checker& c = checker();
+    if (c.polled != p) c.polled = p, c.polls = 0;
+    if (++c.polls % 64 == 0) let_others_run();
+}
+
+void check_range(const void* address, size_t bytes, Access access, uintptr_t pc) {
+    Machine& m = *current();
+    if (bytes) check(*m.self, uintptr_t(address), bytes, access, {nullptr, pc});
 }
 
 }  // namespace simt
@@ -786,6 +958,12 @@ HOOK(__tsan_unaligned_write2, 2, write)
 HOOK(__tsan_unaligned_write4, 4, write)
 HOOK(__tsan_unaligned_write8, 8, write)
 HOOK(__tsan_unaligned_write16, 16, write)
+#define VOLATILE(bytes)                                                                                                          \
+    void __tsan_volatile_read##bytes(void* p) { volatile_read(p, bytes, __builtin_return_address(0)); }                          \
+    void __tsan_unaligned_volatile_read##bytes(void* p) { hook(p, bytes, Access::read, __builtin_return_address(0), true); }     \
+    void __tsan_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }                   \
+    void __tsan_unaligned_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }
+VOLATILE(1) VOLATILE(2) VOLATILE(4) VOLATILE(8) VOLATILE(16)
 void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, Access::read, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, Access::write, __builtin_return_address(0)); }
 void __tsan_vptr_update(void** p, void*) { hook(p, 8, Access::write, __builtin_return_address(0)); }

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#define SIMT_RUNTIME  // its own memcpy and malloc are the host's
 #include "simt.h"
 
 namespace simt {
@@ -46,9 +47,9 @@ struct Launch {
     uint64_t blocks;
     Order order;
     uint64_t seed;
-    bool poison, strict;
+    bool poison, strict, undefined;
     uint32_t serial;  // which launch, in the shadow of global memory
-    alignas(64) unsigned char params[4096];
+    alignas(64) unsigned char params[32768];
     std::atomic<uint64_t> next{0}, conflicts{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
@@ -195,6 +196,9 @@ void hopper_deadlock(Machine& m);
 // Ends the launch with an error that names kernel, block, thread and source line.
 [[noreturn]] void fail(const Thread& thread, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
 [[noreturn]] void fail_at_pc(uintptr_t pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
+// Of an instruction before this one, maybe another thread's; and what such an error would say of the running one.
+[[noreturn]] void fail_earlier(const Thread& thread, uintptr_t pc, const std::string& text);
+std::string finding_at_pc(uintptr_t pc, const std::string& text);
 
 struct Allocation {
     uintptr_t begin, end, map, map_end;
@@ -217,6 +221,7 @@ struct Symbol {
 const Symbol* find_object(uintptr_t address);
 std::string variable_name(uintptr_t address);  // of the variable that is there
 
+bool was_freed(uintptr_t address);  // and nothing is there now
 const Allocation* find_allocation(uintptr_t address);  // that holds it, or the nearest below
 std::string describe_address(uintptr_t address);
 
@@ -232,9 +237,13 @@ void check_block_start();
 void check_block_end();
 void check_barrier();
 void check_sync(uint32_t mask);
-void check_fence();
+void check_fence(bool of_device);  // else of the block
 void check_atomic_done(uintptr_t address);
 void check_launch_start(Launch& launch);
+std::string check_launch_end(Launch& launch);  // a finding, or nothing
+void check_thread_end();
+void check_freed();  // by a kernel: what was there is not remembered
+void check_range(const void* address, size_t bytes, Access access, uintptr_t pc);  // of memcpy and the like
 void check_warp_step(uint32_t mask);
 void check_access(const Thread& thread, uintptr_t address, size_t bytes, Access access, Where at);
 void check_copy_issued(const Thread& thread, uintptr_t address, size_t bytes, Where at);
@@ -263,9 +272,13 @@ inline void check_block_start() {}
 inline void check_block_end() {}
 inline void check_barrier() {}
 inline void check_sync(uint32_t) {}
-inline void check_fence() {}
+inline void check_fence(bool) {}
 inline void check_atomic_done(uintptr_t) {}
 inline void check_launch_start(Launch&) {}
+inline std::string check_launch_end(Launch&) { return ""; }
+inline void check_thread_end() {}
+inline void check_freed() {}
+inline void check_range(const void*, size_t, Access, uintptr_t) {}
 inline void check_warp_step(uint32_t) {}
 inline void check_access(const Thread&, uintptr_t, size_t, Access, Where) {}
 inline void check_copy_issued(const Thread&, uintptr_t, size_t, Where) {}

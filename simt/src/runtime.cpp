@@ -1,9 +1,9 @@
 // CUDA's runtime API, as far as cuda_runtime.h has it, on the emulator's memory and launches.
-#include "cuda_runtime.h"
+#include "machine.h"
 
 #include <chrono>
 
-#include "machine.h"
+#include "cuda_runtime.h"
 
 extern "C" {
 void* emu_malloc(size_t bytes);
@@ -33,8 +33,7 @@ cudaError_t allocate(void** p, size_t bytes) {
 }
 
 cudaError_t allocate_host(void** p, size_t bytes) {
-    *p = malloc(bytes);
-    return note(*p ? cudaSuccess : cudaErrorMemoryAllocation);
+    return allocate(p, bytes);  // kernels may use it
 }
 
 // A copy that does not fit is refused, as on a device, and is a finding: few programs ask whether it was.
@@ -65,23 +64,34 @@ cudaError_t set_attribute(const void* kernel, int attribute, int value) {
 
 // Refuses a range that begins in an allocation of the device and is not wholly inside.
 static cudaError_t check_range(const char* call, const char* what, const void* p, size_t bytes) {
+    if (bytes && !p) return refuse("%s: %zu bytes %s a null pointer", call, bytes, what);
+    if (bytes && was_freed(uintptr_t(p))) return refuse("%s: %zu bytes %s memory that has been freed", call, bytes, what);
     const Allocation* a = find_allocation(uintptr_t(p));
     if (!bytes || !a || uintptr_t(p) >= a->map_end || (uintptr_t(p) < a->end && uintptr_t(p) + bytes <= a->end)) return cudaSuccess;
-    return refuse("%s: %s %zu bytes from byte %zu on of an allocation of %zu bytes", call, what, bytes, size_t(uintptr_t(p) - a->begin), size_t(a->end - a->begin));
+    return refuse("%s: %zu bytes %s an allocation of %zu bytes, from byte %zu on", call, bytes, what, size_t(a->end - a->begin), size_t(uintptr_t(p) - a->begin));
 }
 
 }  // namespace simt
 
 const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaErrorInvalidConfiguration || error == cudaErrorLaunchFailure) return emu_last_error();
     switch (error) {
         case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorMemoryAllocation: return "out of memory";
-        case cudaErrorInvalidConfiguration: case cudaErrorLaunchFailure: return emu_last_error();
-        default: return "unknown error";
+#define SIMT_ERROR(name, number, text) case cudaError##name: return text;
+        SIMT_ERRORS(SIMT_ERROR)
+#undef SIMT_ERROR
     }
+    return "unrecognized error code";
 }
-const char* cudaGetErrorName(cudaError_t error) { return error ? "cudaError" : "cudaSuccess"; }
+const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "cudaSuccess";
+#define SIMT_ERROR(name, number, text) case cudaError##name: return "cudaError" #name;
+        SIMT_ERRORS(SIMT_ERROR)
+#undef SIMT_ERROR
+    }
+    return "unrecognized error code";
+}
 cudaError_t cudaGetLastError() {
     const cudaError_t error = last;
     last = sticky;
@@ -120,8 +130,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = size_t(4) << 30, cudaSuccess; }
-cudaError_t cudaFree(void* p) { return note(emu_free(p) ? cudaErrorInvalidValue : sticky); }
-cudaError_t cudaFreeHost(void* p) { return free(p), cudaSuccess; }
+cudaError_t cudaFree(void* p) {
+    if (p && simt::was_freed(uintptr_t(p))) return simt::refuse("cudaFree: this memory has been freed before");
+    if (!emu_free(p)) return note(sticky);
+    return simt::refuse("cudaFree: %p is not what an allocation returned", p);
+}
+cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
     if (sticky) return sticky;
     if (cudaError_t e = simt::check_range("cudaMemcpy", "to", to, bytes)) return e;
@@ -130,6 +144,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind) {
+    if (width > to_pitch || width > from_pitch) return simt::refuse("cudaMemcpy2D: rows of %zu bytes with pitches of %zu and %zu", width, to_pitch, from_pitch), note(cudaErrorInvalidPitchValue);
     for (size_t y = 0; y < height; y++)
         if (cudaError_t e = cudaMemcpy(static_cast<char*>(to) + y * to_pitch, static_cast<const char*>(from) + y * from_pitch, width, kind)) return e;
     return cudaSuccess;

@@ -63,7 +63,7 @@ static Options parse(int argc, char** argv) {
     Options o;
     auto number = [](const string& name, const string& text) {
         const int value = atoi(text.c_str());
-        if (value < 1) usage(name + ": a number from 1, found " + text);
+        if (value < 1 || text.find_first_not_of("0123456789") != text.npos) usage(name + ": a number from 1, found " + text);
         return value;
     };
     for (int i = 1; i < argc; i++) {
@@ -108,7 +108,8 @@ static Options parse(int argc, char** argv) {
 static const vector<string> kFlags = {"-std=c++17", "-O2", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-fwrapv", "-fno-math-errno",
     "-ffp-contract=off", "-fstack-clash-protection", "-fno-gnu-unique", "-fno-extern-tls-init", "-mtls-dialect=gnu", "-fno-threadsafe-statics"};
 static const vector<string> kCheckedKernel = {
-    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero", "--param=tsan-instrument-func-entry-exit=0"};
+    "-fsanitize=thread,alignment,shift,bounds,float-cast-overflow,integer-divide-by-zero", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1",
+    "-fno-optimize-sibling-calls"};
 
 static string read_file(const fs::path& path) {
     std::ifstream file(path, std::ios::binary);
@@ -199,15 +200,28 @@ struct Compiler {
 
     translate::Result translated(const string& source, const fs::path& made, const string& flag) {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
-        vector<string> c = {cxx, "-E", "-x", "c++", "-include", (simt / "include/simt.h").string(), "-I" + (simt / "include").string()};
+        // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
+        // of theirs be one of its names; those with an underscore are for system headers.
+        const fs::path prelude = expanded.string() + ".h";
+        std::ofstream text_of_prelude(prelude);
+        vector<string> words;
+        for (const char* header : {"simt.h", "cuda_runtime.h", "cooperative_groups.h"})
+            text_of_prelude << "#include \"" << (simt / "include" / header).string() << "\"\n";
+        for (const string& word : options.flags) {
+            if (word.compare(0, 2, "-D") || word[2] == '_') { words.push_back(word); continue; }
+            const size_t equals = word.find('=');
+            text_of_prelude << "#define " << word.substr(2, equals - 2) << " " << (equals == word.npos ? "1" : word.substr(equals + 1)) << "\n";
+        }
+        text_of_prelude.close();
+        vector<string> c = {cxx, "-E", "-x", "c++", "-include", prelude.string(), "-I" + (simt / "include").string()};
         const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
-        c.insert(c.end(), options.flags.begin(), options.flags.end());
+        c.insert(c.end(), words.begin(), words.end());
         if (!flag.empty()) c.push_back(flag);
         c.insert(c.end(), {source, "-o", expanded.string()});
         command(c);
         const string text = read_file(expanded), own = (simt / "include").string();
-        fs::remove(expanded);
+        fs::remove(expanded), fs::remove(prelude);
         return translate::source(text, [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
     }
 
@@ -277,7 +291,7 @@ struct Run {
     if (!handle) fprintf(stderr, "%s\n", dlerror()), _exit(127);
     auto* config = reinterpret_cast<int (*)(const char*, uint64_t)>(dlsym(handle, "emu_config"));
     config("order", run.order == "forward" ? 0 : run.order == "reversed" ? 1 : 2);
-    config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict);
+    config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict), config("undefined", !o.strict);
     auto* entry = reinterpret_cast<int (*)(int, char**)>(dlsym(handle, "main"));
     if (!entry) fprintf(stderr, "simt-check: no main() in the files; --run names a program that has one\n"), _exit(126);
     vector<char*> arguments;

@@ -25,8 +25,8 @@
 #include <set>
 #include <thread>
 
-#include "cuda_runtime.h"
 #include "machine.h"
+#include "cuda_runtime.h"
 
 namespace simt {
 
@@ -173,18 +173,22 @@ uint32_t converged(Where at) {
     return lanes;
 }
 
+static void go_to(Machine& m, Thread& next) {
+    Thread& t = *m.self;
+    if (next.state == State::fresh) {
+        next.stack = m.free_stacks.back();
+        m.free_stacks.pop_back();
+        next.sp = fresh_stack(m, next.stack);
+    }
+    become(m, next);
+    simt_switch(&t.sp, next.sp);
+}
+
 void wait(Machine& m) {
     complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
     if (!next) deadlock(m);
-    if (next == &t) return;
-    if (next->state == State::fresh) {
-        next->stack = m.free_stacks.back();
-        m.free_stacks.pop_back();
-        next->sp = fresh_stack(m, next->stack);
-    }
-    become(m, *next);
-    simt_switch(&t.sp, next->sp);
+    if (next != &t) go_to(m, *next);
 }
 
 static bool complete_barrier(Machine& m);
@@ -213,6 +217,7 @@ static void fiber() {
         Thread& t = *m.self;
         t.state = State::ready;
         m.launch->kernel->thunk(*m.launch->kernel, m.launch->params);
+        check_thread_end();
         t.state = State::done;
         if (!t.copies.empty())
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
@@ -232,13 +237,31 @@ static void fiber() {
     }
 }
 
+// The next thread of the block in turn goes on, so that who waits in a loop for another does not wait for ever.
+void let_others_run() {
+    Machine* running = current();
+    if (!running || !running->self) return;
+    Machine& m = *running;
+    Thread& t = *m.self;
+    for (int i = 1; i < m.count; i++) {
+        Thread& next = m.threads[(t.linear + i) % m.count];
+        Warp& w = m.warps[next.linear / 32];
+        const uint32_t lane = 1u << (next.linear & 31);
+        if (!(w.ready & lane)) continue;
+        w.ready &= ~lane;
+        if (!w.ready) m.ready_warps &= ~(1u << next.linear / 32);
+        make_ready(m, t.linear / 32, 1u << (t.linear & 31));
+        return go_to(m, next);
+    }
+}
+
 void barrier(Where at) {
     Machine& m = *current();
     Thread& t = *m.self;
     t.op = nullptr, t.at = at, t.mask = 0, t.state = State::waiting;
     if (!m.at_barrier++) m.first_at_barrier = &t;
     const Thread& first = *m.first_at_barrier;
-    if (first.at.line != at.line || strcmp(first.at.file, at.file))
+    if (first.at.line != at.line || first.at.nth != at.nth || strcmp(first.at.file, at.file))
         fail(t, at, "mixed barriers: thread (%u,%u,%u) waits in another, at %s:%d", first.index.x, first.index.y,
              first.index.z, first.at.file, first.at.line);
     complete_barrier(m);
@@ -299,7 +322,7 @@ static bool complete_collective(Machine& m, int warp, const Thread& t) {
     return true;
 }
 
-void fence() { check_fence(); }
+void fence(bool of_device) { check_fence(of_device); }
 
 // ---- shared memory and cp.async ---------------------------------------------------------------
 
@@ -666,16 +689,21 @@ static std::string place(const std::string& first, void* const* stack, int depth
     return text;
 }
 
+static std::string head(const Thread& t) {
+    Machine& m = *current();
+    char text[256];
+    snprintf(text, sizeof text, "kernel %s, block (%u,%u,%u), thread (%u,%u,%u), ", m.launch->kernel->name, m.view.block.x, m.view.block.y,
+             m.view.block.z, t.index.x, t.index.y, t.index.z);
+    return text;
+}
+
 [[noreturn]] static void report(const Thread& t, const std::string& where, const char* format, va_list args) {
     Machine& m = *current();
     char text[512];
     vsnprintf(text, sizeof text, format, args);
-    char head[256];
-    snprintf(head, sizeof head, "kernel %s, block (%u,%u,%u), thread (%u,%u,%u), ", m.launch->kernel->name,
-             m.view.block.x, m.view.block.y, m.view.block.z, t.index.x, t.index.y, t.index.z);
     {
         std::lock_guard<std::mutex> lock(m.launch->mutex);
-        if (m.launch->error.empty()) m.launch->error = head + where + ": " + text;
+        if (m.launch->error.empty()) m.launch->error = head(t) + where + ": " + text;
     }
     m.launch->failed = true;
     void* ignored;
@@ -691,16 +719,33 @@ void fail(const Thread& t, Where at, const char* format, ...) {
     report(t, place(relative(at.file) + ":" + std::to_string(at.line), stack, depth), format, args);
 }
 
-void fail_at_pc(uintptr_t pc, const char* format, ...) {
-    va_list args;
-    va_start(args, format);
+static std::string place_at_pc(uintptr_t pc) {
     void* stack[64];
     int depth = backtrace(stack, 64);
     // What the stack has above the instruction is the emulator's.
     void** from = std::find(stack, stack + depth, reinterpret_cast<void*>(pc));
     if (from == stack + depth) stack[0] = reinterpret_cast<void*>(pc), from = stack, depth = 1;
-    report(*current()->self, place("", from, int(stack + depth - from)), format, args);
+    return place("", from, int(stack + depth - from));
 }
+
+void fail_at_pc(uintptr_t pc, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    report(*current()->self, place_at_pc(pc), format, args);
+}
+
+static void report(const Thread& t, const std::string& where, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    report(t, where, format, args);
+}
+void fail_earlier(const Thread& t, uintptr_t pc, const std::string& text) {
+    void* stack = reinterpret_cast<void*>(pc);
+    report(t, place("", &stack, 1), "%s", text.c_str());
+    __builtin_unreachable();
+}
+
+std::string finding_at_pc(uintptr_t pc, const std::string& text) { return head(*current()->self) + place_at_pc(pc) + ": " + text; }
 
 void trap(const char* message, Where at) { fail(*current()->self, at, "%s", message); }
 
@@ -771,8 +816,17 @@ static void install_handlers() {
 // ---- global memory ----------------------------------------------------------------------------
 
 static std::map<uintptr_t, Allocation> allocations;
+static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends
+static std::recursive_mutex allocations_mutex;  // kernels allocate too
+
+bool was_freed(uintptr_t a) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    auto it = freed.upper_bound(a);
+    return it != freed.begin() && a < std::prev(it)->second;
+}
 
 const Allocation* find_allocation(uintptr_t address) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
     auto it = allocations.upper_bound(address);
     return it == allocations.begin() ? nullptr : &std::prev(it)->second;
 }
@@ -796,6 +850,7 @@ std::string describe_address(uintptr_t a) {
         return "below the static shared memory";
     }
     if (a < kPage) return "a null pointer";
+    if (was_freed(a)) return "memory that has been freed";
     const Allocation* below = find_allocation(a);
     auto above = allocations.upper_bound(a);
     uintptr_t past = below ? a - below->end : UINTPTR_MAX, before = above == allocations.end() ? UINTPTR_MAX : above->first - a;
@@ -891,7 +946,7 @@ static thread_local std::string last_error;
 static int threads = std::max(1u, std::thread::hardware_concurrency());
 static Order order = Order::forward;
 static uint64_t seed = 0;
-static bool poison = true, strict = false;
+static bool poison = true, strict = false, undefined = false;
 static uint64_t conflicts = 0;
 
 // Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
@@ -952,13 +1007,14 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.blocks = uint64_t(gx) * gy * gz;
-    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.serial++;
+    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined, l.serial++;
     l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
     check_launch_start(l);
     static Pool& pool = *new Pool;
     pool.run(l, threads);
     conflicts = l.conflicts;
-    if (!l.failed) return 0;
+    if (!l.failed) l.error = check_launch_end(l);
+    if (l.error.empty()) return 0;
     last_error = l.error;
     record("fault", l.error);
     return 2;
@@ -975,7 +1031,8 @@ extern "C" {
 const char* emu_last_error() { return last_error.c_str(); }
 
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
-// order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left.
+// order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left; undefined: 1 if a shuffle
+// from a lane that is not there gives poison and is no error.
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -984,6 +1041,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "seed") seed = value;
     else if (k == "poison" && value <= 1) poison = value;
     else if (k == "strict" && value <= 1) strict = value;
+    else if (k == "undefined" && value <= 1) undefined = value;
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
 }
@@ -1018,8 +1076,7 @@ int emu_set_max_dyn_smem(const char* name, size_t bytes) {
 uint64_t emu_bank_conflicts() { return conflicts; }
 
 // Aligned to 256 bytes, filled with NaN, with unmapped pages before and behind.
-void* emu_malloc(size_t bytes) {
-    std::lock_guard<std::mutex> lock(big_lock);
+static void* allocate_device(size_t bytes) {
     size_t room = (bytes + 255) / 256 * 256, pages = (std::max<size_t>(room, 1) + kPage - 1) / kPage * kPage;
     size_t size = pages + 2 * kPage;
     void* map = room < bytes ? MAP_FAILED : mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -1030,20 +1087,57 @@ void* emu_malloc(size_t bytes) {
     }
     uintptr_t begin = uintptr_t(map) + kPage + pages - room;
     if (poison) memset(reinterpret_cast<void*>(begin), kPoison, room);
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    for (auto it = freed.lower_bound(uintptr_t(map)); it != freed.end() && it->first < uintptr_t(map) + size;) it = freed.erase(it);
     allocations[begin] = {begin, begin + bytes, uintptr_t(map), uintptr_t(map) + size, make_shadow(bytes)};
     return reinterpret_cast<void*>(begin);
+}
+
+static bool free_device(void* p) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    auto it = allocations.find(uintptr_t(p));
+    if (it == allocations.end()) return false;
+    const Allocation& a = it->second;
+    free_shadow(a.shadow, a.end - a.begin);
+    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
+    freed[a.begin] = a.end;
+    allocations.erase(it);
+    return true;
+}
+
+void* emu_malloc(size_t bytes) {
+    std::lock_guard<std::mutex> lock(big_lock);
+    return allocate_device(bytes);
+}
+
+// What kernels' files call by the names of the C library (simt.h): on the host it is that.
+static Thread* running() {
+    Machine* m = current();
+    return m ? m->self : nullptr;
+}
+void* simt_memcpy(void* to, const void* from, size_t bytes) {
+    if (running()) check_range(from, bytes, Access::read, uintptr_t(__builtin_return_address(0))), check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memcpy(to, from, bytes);
+}
+void* simt_memmove(void* to, const void* from, size_t bytes) {
+    if (running()) check_range(from, bytes, Access::read, uintptr_t(__builtin_return_address(0))), check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memmove(to, from, bytes);
+}
+void* simt_memset(void* to, int value, size_t bytes) {
+    if (running()) check_range(to, bytes, Access::write, uintptr_t(__builtin_return_address(0)));
+    return memset(to, value, bytes);
+}
+void* simt_malloc(size_t bytes) { return running() ? allocate_device(bytes) : malloc(bytes); }
+void simt_free(void* p) {
+    if (!running()) return free(p);
+    if (p && !free_device(p)) trap("free: not what malloc returned, or freed before", {});
+    if (p) check_freed();
 }
 
 int emu_free(void* p) {
     if (!p) return 0;
     std::lock_guard<std::mutex> lock(big_lock);
-    auto it = allocations.find(uintptr_t(p));
-    if (it == allocations.end()) return refuse("emu_free: %p was not allocated, or freed before", p);
-    const Allocation& a = it->second;
-    free_shadow(a.shadow, a.end - a.begin);
-    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
-    allocations.erase(it);
-    return 0;
+    return free_device(p) ? 0 : refuse("emu_free: %p was not allocated, or freed before", p);
 }
 
 int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
@@ -1053,8 +1147,8 @@ int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned
     if (it == kernels().end()) return refuse("no kernel named %s", name);
     const Kernel& k = it->second.kernel;
     Launch& l = the_launch();
-    if (k.offsets[k.nargs] > sizeof l.params)
-        return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], sizeof l.params);
+    constexpr size_t most = 4096;
+    if (k.offsets[k.nargs] > most) return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], most);
     for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
     return start(l, k, it->second.max_dynamic, {gx, gy, gz}, {bx, by, bz}, smem);
 }
@@ -1116,6 +1210,7 @@ static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }
 
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
+    if (running()) fail_at_pc(uintptr_t(__builtin_return_address(0)), "a kernel launches a kernel: the emulator has no dynamic parallelism");
     std::lock_guard<std::mutex> lock(big_lock);
     static std::set<std::string> names;  // an error message may name it later
     const Kernel kernel = {names.insert(name).first->c_str(), named_barriers, thunk, nullptr, 0, nullptr, nullptr};

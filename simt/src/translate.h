@@ -82,7 +82,8 @@ inline std::vector<string> split(const string& s, char separator) {
 class Ptx {
     std::vector<string> operands;  // expressions, outputs first
     std::map<string, string> names;  // [name] operands
-    string declarations, code, unknown;
+    string declarations, code;
+    mutable string unknown;
 
     static string text_of(const string& literals) {
         string text;
@@ -91,10 +92,19 @@ class Ptx {
             const size_t end = skip_literal(literals, i);
             for (size_t k = i + 1; k + 1 < end; k++) {
                 if (literals[k] != '\\') { text += literals[k]; continue; }
-                text += literals[++k] == 'n' || literals[k] == 't' ? ' ' : literals[k];
+                text += literals[++k] == 'n' ? '\n' : literals[k] == 't' ? ' ' : literals[k];
             }
             i = end;
         }
+        return text;
+    }
+
+    static string without_comments(string text) {
+        for (const auto& [begin, end] : {std::pair<string, string>("/*", "*/"), {"//", "\n"}})
+            for (size_t at; (at = text.find(begin)) != text.npos;) {
+                const size_t stop = text.find(end, at);
+                text.replace(at, stop == text.npos ? text.npos : stop + end.size() - at, " ");
+            }
         return text;
     }
 
@@ -124,6 +134,7 @@ class Ptx {
                 return it == names.end() ? "0" : operands[stoi(it->second)];
             }
             auto it = special.find(name);
+            if (it == special.end() && declarations.find(" simt_" + name + " ") == declarations.npos) unknown = token;
             return it == special.end() ? "simt_" + name : it->second;
         }
         if (isdigit((unsigned char)token[0]) || token[0] == '-') {
@@ -172,12 +183,31 @@ class Ptx {
         return it == types.end() ? "" : it->second;
     }
 
+    // Whether each part of an operation is one that its translation heeds, or one that changes no value here.
+    static bool understood(const std::vector<string>& parts) {
+        static const string types = " f32 f64 b64 u64 s64 b32 u32 s32 b16 u16 s16 b8 u8 s8 ";
+        static const string memory = " global shared shared::cta volatile relaxed acquire release weak cta gpu sys ca cg cs cv lu wb wt nc v2 v4 ";
+        static const std::map<string, string> known = {{"add", "rn ftz"}, {"sub", "rn ftz"}, {"mul", "lo hi wide rn ftz"}, {"fma", "rn ftz"},
+            {"mad", "lo rn ftz"}, {"min", "NaN ftz"}, {"max", "NaN ftz"}, {"setp", "eq ne lt le gt ge equ neu ltu leu gtu geu ftz"},
+            {"ex2", "approx ftz"}, {"lg2", "approx ftz"}, {"rcp", "approx rn ftz"}, {"sqrt", "approx rn ftz"}, {"rsqrt", "approx ftz"},
+            {"tanh", "approx"}, {"sin", "approx ftz"}, {"cos", "approx ftz"}, {"abs", "ftz"}, {"neg", "ftz"}, {"and", ""}, {"or", ""},
+            {"xor", ""}, {"not", ""}, {"shl", ""}, {"shr", ""}, {"prmt", ""}, {"selp", ""}, {"mov", ""}, {"popc", ""}, {"brev", ""},
+            {"clz", ""}, {"lop3", ""}, {"ld", memory}, {"st", memory}, {"ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"}};
+        const auto it = known.find(parts[0]);
+        if (it == known.end()) return true;
+        const string all = types + it->second + " ";
+        for (size_t i = 1; i < parts.size(); i++)
+            if (parts[i].find("L1::") && parts[i].find("L2::") && all.find(" " + parts[i] + " ") == all.npos) return false;
+        return true;
+    }
+
     // The C++ of one instruction, or nothing if there is none.
     string instruction(const string& op, const std::vector<string>& a) const {
         const std::vector<string> parts = split(op, '.');
         const string& name = parts[0];
         const string type = type_of(op);
         const auto n = a.size();
+        if (!understood(parts)) return "";
         auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
         auto set = [&](const string& expression) { return "simt::set_register(" + value(a[0]) + ", " + type + "(" + expression + "));"; };
         if (name == "mma" && n == 4 && (has(op, "m16n8k16") || has(op, "m16n8k8")) && (has(op, "f16") || has(op, "bf16"))) {
@@ -206,24 +236,43 @@ class Ptx {
             if (has(op, "shared") && has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(simt::shared_offset((const void*)(" + value(a[1]) + "))));";
             if (has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(" + value(a[1]) + "));";
         }
-        if (name == "cvt" && n == 3 && parts.size() > 2 && parts[1] == "rn" && (has(op, "f16x2") || has(op, "bf16x2"))) {
+        if (name == "cvt" && n == 3 && parts.size() == 4 && parts[1] == "rn" && (has(op, "f16x2") || has(op, "bf16x2"))) {
             const string narrow = has(op, "f16x2") ? "simt::float_to_half" : "simt::float_to_bfloat16";
             return "simt::set_register(" + value(a[0]) + ", uint32_t(" + narrow + "(" + value(a[2]) + ") | uint32_t(" + narrow + "(" + value(a[1]) + ")) << 16));";
         }
         if (name == "cvt" && n == 2 && op == "cvt.rn.f16.f32") return "simt::set_register(" + value(a[0]) + ", simt::float_to_half(" + value(a[1]) + "));";
         if (name == "cvt" && n == 2 && parts.size() == 3 && parts[1][0] != 'f' && parts[2][0] != 'f')
             return "simt::set_register(" + value(a[0]) + ", " + type_of("x." + parts[1]) + "(simt::register_as<" + type + ">(" + value(a[1]) + ")));";
-        if (name == "mov" && n == 2 && !type.empty()) return set(bits(1));
+        if (name == "cvt" && n == 2 && op == "cvt.f32.f16") return "simt::set_register(" + value(a[0]) + ", simt::half_to_float(uint16_t(" + value(a[1]) + ")));";
+        if (name == "mov" && n == 2 && type == "uint64_t" && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
+            const bool packs = trim(a[1])[0] == '{';
+            const std::vector<string> halves = list(a[packs ? 1 : 0]);
+            if (halves.size() != 2) return "";
+            if (packs) return set("simt::register_as<uint32_t>(" + halves[0] + ") | uint64_t(simt::register_as<uint32_t>(" + halves[1] + ")) << 32");
+            return "const uint64_t simt_w = " + bits(1) + "; simt::set_register(" + halves[0] + ", uint32_t(simt_w)); simt::set_register(" + halves[1] + ", uint32_t(simt_w >> 32));";
+        }
+        if (name == "mov" && n == 2 && !type.empty() && trim(a[0])[0] != '{' && trim(a[1])[0] != '{') return set(bits(1));
+        if (n == 2 && name == "not" && !type.empty()) return set("~" + bits(1));
+        if (n == 2 && (name == "popc" || name == "brev" || name == "clz") && type == "uint32_t") return set("__" + name + "(" + bits(1) + ")");
+        if (n == 5 && name == "lop3") return set("simt::lop3(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ", " + value(a[4]) + ")");
+        if (n == 3 && name == "mul" && has(op, "hi") && (type == "uint32_t" || type == "int32_t")) return set((type[0] == 'u' ? "__umulhi(" : "__mulhi(") + bits(1) + ", " + bits(2) + ")");
+        if (n == 3 && name == "mul" && has(op, "wide") && (type == "uint32_t" || type == "int32_t")) {
+            const string wide = type[0] == 'u' ? "uint64_t(" : "int64_t(";
+            return "simt::set_register(" + value(a[0]) + ", " + wide + bits(1) + ") * " + wide + bits(2) + "));";
+        }
         if (name == "setp" && n == 3 && !type.empty()) {
-            static const std::map<string, string> compare = {{"eq", "=="}, {"ne", "!="}, {"lt", "<"}, {"le", "<="}, {"gt", ">"}, {"ge", ">="}};
+            static const std::map<string, string> compare = {{"eq", "=="}, {"ne", "!="}, {"neu", "!="}, {"lt", "<"}, {"le", "<="}, {"gt", ">"}, {"ge", ">="}};
             auto it = compare.find(parts[1]);
+            if (parts.size() != 3 && !(parts.size() == 4 && parts[2] == "ftz")) return "";
+            // A NaN is unequal to nothing, but by neu.
+            if (parts[1] == "ne" && (type == "float" || type == "double")) return value(a[0]) + " = " + bits(1) + " < " + bits(2) + " || " + bits(1) + " > " + bits(2) + ";";
             if (it != compare.end()) return value(a[0]) + " = " + bits(1) + " " + it->second + " " + bits(2) + ";";
         }
         static const std::map<string, string> binary = {{"add", "+"}, {"sub", "-"}, {"and", "&"}, {"or", "|"}, {"xor", "^"}};
         if (auto it = binary.find(name); it != binary.end() && n == 3 && !type.empty()) return set(bits(1) + " " + it->second + " " + bits(2));
         if (name == "mul" && n == 3 && !type.empty() && !has(op, "hi") && !has(op, "wide")) return set(bits(1) + " * " + bits(2));
         if ((name == "shl" || name == "shr") && n == 3 && !type.empty())
-            return set("(" + value(a[2]) + ") > sizeof(" + type + ") * 8 - 1 ? 0 : " + bits(1) + (name == "shl" ? " << " : " >> ") + "(" + value(a[2]) + ")");
+            return set("(" + value(a[2]) + ") > sizeof(" + type + ") * 8 - 1 ? " + (name == "shr" && type[0] == 'i' ? bits(1) + " < 0 ? -1 : 0" : "0") + " : " + bits(1) + (name == "shl" ? " << " : " >> ") + "(" + value(a[2]) + ")");
         if ((name == "min" || name == "max") && n == 3 && type == "float" && has(op, "NaN"))
             return set("isnan(" + bits(1) + ") || isnan(" + bits(2) + ") ? NAN : " + name + "(" + bits(1) + ", " + bits(2) + ")");
         if ((name == "min" || name == "max") && n == 3 && !type.empty()) return set(name + "(" + bits(1) + ", " + bits(2) + ")");
@@ -233,7 +282,7 @@ class Ptx {
             {"rsqrt", "rsqrtf"}, {"tanh", "tanhf"}, {"sin", "sinf"}, {"cos", "cosf"}, {"abs", "fabsf"}};
         if (auto it = functions.find(name); it != functions.end() && n == 2 && type == "float") return set(it->second + "(" + bits(1) + ")");
         if (name == "neg" && n == 2 && !type.empty()) return set("-" + bits(1));
-        if (name == "prmt" && n == 4) return set("__byte_perm(" + value(a[1]) + ", " + value(a[2]) + ", " + value(a[3]) + ")");
+        if (name == "prmt" && n == 4) return set("simt::prmt(" + value(a[1]) + ", " + value(a[2]) + ", " + value(a[3]) + ")");
         if (name == "selp" && n == 4) return set(value(a[3]) + " ? " + bits(1) + " : " + bits(2));
         if ((name == "ld" || name == "st") && n == 2 && !type.empty() && (has(op, "global") || has(op, "shared"))) {
             const string at = address(a[name == "ld" ? 1 : 0]);
@@ -261,7 +310,7 @@ class Ptx {
             if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
             return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
         }
-        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? ";" : "simt::fence();";
+        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? "simt::fence(false);" : "simt::fence();";
         if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
         if (name == "trap") return "__trap();";
         return "";
@@ -271,7 +320,7 @@ class Ptx {
         s = trim(s);
         while (!s.empty() && (s[0] == '{' || s[0] == '}')) s = trim(s.substr(1));
         while (!s.empty() && s.back() == '}' && s.find('{') == s.npos) s = trim(s.substr(0, s.size() - 1));
-        if (s.empty() || s.compare(0, 2, "//") == 0) return;
+        if (s.empty()) return;
         if (s.compare(0, 4, ".reg") == 0) {
             const size_t kind = s.find('.', 4), after = s.find_first_of(" \t", kind);
             const string type = s.compare(kind, 5, ".pred") == 0 ? "bool" : type_of("x" + s.substr(kind, after - kind));
@@ -280,13 +329,13 @@ class Ptx {
         }
         string condition;
         if (s[0] == '@') {
-            const size_t space = s.find_first_of(" \t");
+            const size_t space = s.find_first_of(" \t\n");
             string predicate = s.substr(1, space - 1);
             const bool negated = predicate[0] == '!';
             condition = string("if (") + (negated ? "!" : "") + value(negated ? predicate.substr(1) : predicate) + ") ";
             s = trim(s.substr(space));
         }
-        const size_t space = s.find_first_of(" \t");
+        const size_t space = s.find_first_of(" \t\n");
         const string op = s.substr(0, space);
         std::vector<string> arguments;
         if (space != s.npos) arguments = split(s.substr(space), ',');
@@ -301,7 +350,7 @@ public:
         Ptx ptx;
         const std::vector<string> sections = split(text, ':');
         for (size_t i = 1; i < sections.size() && i < 3; i++) ptx.add_operands(sections[i]);
-        const string instructions = text_of(sections[0]);
+        const string instructions = without_comments(text_of(sections[0]));
         // Braces of a block are no list: a list follows an operation on its line.
         string flat = trim(instructions);
         if (!flat.empty() && flat[0] == '{') {
@@ -401,6 +450,23 @@ inline string dynamic_reference(const string& declaration) {
            " = *(simt_of_" + name + "*)simt::dynamic_shared()" + newlines;
 }
 
+// The bracket that the one at i closes.
+inline size_t open_before(const string& s, size_t i) {
+    int depth = 0;
+    for (;; i--) {
+        depth += s[i] == ')' || s[i] == ']';
+        depth -= s[i] == '(' || s[i] == '[';
+        if (!depth || !i) return i;
+    }
+}
+
+// A literal 0 or NULL may be for a pointer: as a copy it would be an int.
+inline string launch_arguments(const string& text) {
+    string all;
+    for (const string& part : split(text, ',')) all += (all.empty() ? "" : ",") + (trim(part) == "0" || trim(part) == "__null" ? "simt::Zero{}" : part);
+    return all;
+}
+
 // `skipped(file)`: whether a header stays as it is.
 inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
     Result r;
@@ -411,10 +477,17 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
     std::vector<Scope> scopes;  // of the open braces
     auto in_scope = [&](Scope scope) { return std::find(scopes.begin(), scopes.end(), scope) != scopes.end(); };
     bool named_barriers = false;
+    int barrier_line = -1, barriers = 0;  // so many on this line
     size_t constant_end = 0;  // where the declaration of a __constant__ variable ends, and what comes behind
     string constant_lines;
     auto lines_of = [](const string& text) { return string(size_t(std::count(text.begin(), text.end(), '\n')), '\n'); };
     auto one_line = [](string text) {
+        // Behind a macro of a system header comes where the line is from: "# 12 "file"".
+        for (size_t at = 0; (at = text.find('#', at)) != text.npos;) {
+            const size_t end = std::min(text.find('\n', at), text.size());
+            if ((at == 0 || text[at - 1] == '\n') && at + 2 < text.size() && isdigit((unsigned char)text[at + 2])) text.erase(at, end - at);
+            else at++;
+        }
         for (char& c : text)
             if (c == '\n') c = ' ';
         return text;
@@ -455,6 +528,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
             if (from != out.npos && out[from] == '>') {
                 int depth = 0;
                 do {
+                    if (out[from] == ')') from = open_before(out, from);
                     depth += out[from] == '>';
                     depth -= out[from] == '<';
                 } while (depth && from--);
@@ -462,7 +536,16 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
             } else {
                 from++;
             }
-            while (from && (is_word(out[from - 1]) || (from > 1 && out[from - 1] == ':' && out[from - 2] == ':'))) from -= out[from - 1] == ':' ? 2 : 1;
+            // (*f), fs[i], s.k, p->k
+            auto brackets = [&] {
+                while (from && (out[from - 1] == ')' || out[from - 1] == ']')) from = open_before(out, from - 1);
+            };
+            brackets();
+            while (from && (out[from - 1] == '.' || (from > 1 && out[from - 1] == '>' && out[from - 2] == '-') || is_word(out[from - 1]) || (from > 1 && out[from - 1] == ':' && out[from - 2] == ':'))) {
+                const bool member = out[from - 1] == '.' || out[from - 1] == '>';
+                from -= out[from - 1] == ':' || out[from - 1] == '>' ? 2 : 1;
+                if (member) brackets();
+            }
             const string kernel = trim(out.substr(from));
             size_t end = i + 3;
             while (end < s.size() && s.compare(end, 3, ">>>") != 0)
@@ -478,7 +561,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 line += int(lines_of(s.substr(i, close - i)).size());
                 out.erase(from);
                 out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](auto... simt_p) { " + one_line(kernel) +
-                       "(simt_p...); }" + (none ? "" : ", " + one_line(arguments)) + ")" + newlines;
+                       "(simt_p...); }" + (none ? "" : ", " + launch_arguments(one_line(arguments))) + ")" + newlines;
                 i = close;
                 continue;
             }
@@ -516,6 +599,25 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 line += int(newlines.size());
                 out += one_line(call) + newlines;
                 i = close;
+                continue;
+            }
+        }
+        // `inline __forceinline__` is `inline` twice.
+        if (!skip && (word == "inline" || word == "__inline__")) {
+            const size_t begin = out.find_last_of(";{}\n");
+            const string head = out.substr(begin == out.npos ? 0 : begin + 1);
+            if (head.find("inline ") != head.npos || head.find("__inline__") != head.npos) {
+                i = end;
+                continue;
+            }
+        }
+        if (!skip && word == "__syncthreads") {
+            const size_t open = s.find_first_not_of(" \t", end);
+            barriers = line == barrier_line ? barriers + 1 : 0;
+            barrier_line = line;
+            if (barriers && open < s.size() && s.compare(open, 2, "()") == 0) {
+                out += "__syncthreads({__builtin_FILE(), __builtin_LINE(), " + std::to_string(barriers) + "})";
+                i = open + 2;
                 continue;
             }
         }

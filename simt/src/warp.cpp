@@ -187,6 +187,10 @@ static void run_shuffle(void* const* lanes, uint32_t mask, const void* imm) {
             case Shuffle::down: from = i + lane.operand > last ? i : i + lane.operand; break;
             case Shuffle::lane_xor: from = (i ^ lane.operand) > last ? i : i ^ lane.operand; break;
         }
+        if (!(mask >> from & 1) && current()->launch->undefined) {
+            memset(lane.value, kPoison, shape.size);  // CUDA: an undefined value, which nobody may use
+            continue;
+        }
         if (!(mask >> from & 1)) fail(lane_thread(i), shape.at, "shuffle: lane %d reads lane %d, %s", i, from, lane_thread(i).mask >> from & 1 ? "which has left the kernel" : "which is not in the mask");
         memcpy(lane.value, &before[from], shape.size);
     }
