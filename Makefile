@@ -53,8 +53,8 @@ test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU i
 
 test-kernels: nvcc ## run the CUDA kernels' tests
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
-		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels \
-		--test engine --test cuda --test kernel_report
+		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels --test codec_kernels \
+		--test emulator --test engine --test cuda --test first_kernel --test kernel_report
 
 quick: ## the inner loop, without kernels: formatting, types, unit tests
 	@$(CARGO) fmt --all --check

@@ -302,7 +302,7 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(norm.to_string(), "a group norm of 30 channels in 32 groups");
 }
 
-/// A decoder of the published size and a tiny latent, on the engine, within DESIGN's bounds for a network.
+/// A decoder of the published size and a tiny latent, on the engine, within a network's bounds.
 #[test]
 fn a_whole_decoder() {
     let Some(runtime) = common::runtime() else { return };

@@ -11,6 +11,32 @@
 //!
 //! A server listens on loopback unless it has a token (`guard`); what it takes on is bounded (`request`, `queue`),
 //! and so are connections and how long a request may take to arrive. Nothing is written but pictures to an outdir.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::sync::atomic::{AtomicBool, Ordering};
+//!
+//! use edm2k::serve::{Files, Options, serve};
+//!
+//! let stop = Arc::new(AtomicBool::new(false));
+//! let options = Options {
+//!     files: Files { models: vec!["demo/emoji.safetensors".into()], ..Files::default() },
+//!     listen: "127.0.0.1:0".parse()?,
+//!     runs: None,
+//!     outdir: None,
+//!     hosts: vec![],
+//!     token: None,
+//!     batch: 4,
+//! };
+//! let mut said = String::new();
+//! let device = edm2k::Device::open("cpu")?;
+//! serve(options, device, stop.clone(), &mut |text| {
+//!     said += text;
+//!     stop.store(true, Ordering::Relaxed); // what would else wait for Ctrl-C
+//! })?;
+//! assert!(said.contains("http://127.0.0.1:"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod a1111;
 mod api;

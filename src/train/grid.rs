@@ -68,7 +68,7 @@ pub fn cost(settings: &Settings, picture: u64) -> u64 {
     u64::try_from((samples + pictures).div_ceil(3 * pass.max(1))).unwrap_or(u64::MAX)
 }
 
-/// Guidance needs a network that was trained without conditions too: `guided` says whether it was.
+/// What `guided` makes of the usual sampler.
 fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     let usual = SamplerConfig::default();
     let guidance = if guided && config.label_dim > 0 { usual.guidance } else { 1.0 };
@@ -76,7 +76,8 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
 }
 
 /// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
-/// them: each rank samples its share, rank 0 writes. Whether this one has written it. `guided` as in [`sampler`].
+/// them: each rank samples its share, rank 0 writes. Whether this one has written it. Guidance needs a network that
+/// was trained without conditions too: `guided` says whether it was.
 #[allow(clippy::too_many_arguments)] // a run's, taken apart
 pub fn write<B: NetworkBackend>(
     path: &Path,
