@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use edm2k::formats::short;
 use edm2k::model::ModelFile;
-use edm2k::train::ema::{MAX_STD, MIN_STD, name_of};
+use edm2k::train::ema::name_of;
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;
 use super::say::{self, out};
-use super::train::parse_images;
+use super::train::{check_widths, parse_images};
 
 /// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
 #[derive(clap::Args)]
@@ -64,16 +63,6 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     for ((path, std), missed) in paths.iter().zip(&args.std).zip(job.mismatch()) {
         let (at, from, missed) = (job.at(), job.snapshots(), 100.0 * missed);
         out!("{}: std {std} at {at} images, from {from} snapshots, {missed:.1} % off", path.display());
-    }
-    Ok(())
-}
-
-/// Checks the widths that an option gives.
-pub(super) fn check_widths(option: &str, stds: &[f64]) -> anyhow::Result<()> {
-    for (k, &std) in stds.iter().enumerate() {
-        let known = (MIN_STD..=MAX_STD).contains(&std);
-        ensure!(known, "{option} is {}, expected {} to {MAX_STD:.4}", short(std), short(MIN_STD));
-        ensure!(!stds[..k].contains(&std), "{option} {std} is given twice");
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
+use edm2k::train::ema::{MAX_STD, MIN_STD};
 use edm2k::train::grid::{self, Show};
 use edm2k::train::{
     DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
@@ -258,6 +259,16 @@ pub(super) fn doubt(data: &Dataset) -> Option<String> {
     data.doubt().map(|doubt| format!("warning: {doubt}"))
 }
 
+/// Checks the widths that an option gives.
+pub(super) fn check_widths(option: &str, stds: &[f64]) -> anyhow::Result<()> {
+    for (k, &std) in stds.iter().enumerate() {
+        let known = (MIN_STD..=MAX_STD).contains(&std);
+        ensure!(known, "{option} is {}, expected {} to {MAX_STD:.4}", short(std), short(MIN_STD));
+        ensure!(!stds[..k].contains(&std), "{option} {std} is given twice");
+    }
+    Ok(())
+}
+
 /// What shows images in the sample grids.
 fn viewer(
     args: &TrainArgs,
@@ -449,7 +460,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     ensure!((0.0..=0.95).contains(&p), "--dropout is {}, expected 0 to 0.95", short(p));
     let p = settings.cond_dropout;
     ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {}, expected 0 to 1", short(p));
-    super::ema::check_widths("--ema", &settings.ema)?;
+    check_widths("--ema", &settings.ema)?;
     let Settings { batch, duration, .. } = settings;
     ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     let usual = Plan::new(&args.outdir, &settings, device);
