@@ -506,7 +506,9 @@ fn distance(a: &Path, b: &Path) -> f64 {
     let of = |name: &str| {
         let (a, b) = (a.f32(name).unwrap(), b.f32(name).unwrap());
         let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        (difference / a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().max(1e-30)).sqrt()
+        // A gain began at 0 and is still small.
+        let whole = if a.len() == 1 { 1.0 } else { a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().max(1e-30) };
+        (difference / whole).sqrt()
     };
     a.names().filter(|name| name.starts_with("weight.")).map(of).fold(0.0, f64::max)
 }

@@ -433,7 +433,10 @@ fn a_network_that_is_not_edm2s_is_refused_with_the_place() {
         (nth_last(0, "model_channels", b"\x8c\x01a"), "ema._init_kwargs: invalid type: string \"a\", expected usize"),
         (nth_last(0, "channels_per_head", b"K\x08"), "num_heads: found 2, expected 4"),
         (nth_last(0, "use_fp16", b"\x89\x8c\x05gamma\x89"), "ema._init_kwargs: unknown field `gamma`"),
-        (nth_last(0, "sigma_data", b"G\xbf\xf0\0\0\0\0\0\0"), "ema._init_kwargs: sigma_data = -1, expected a positive"),
+        (
+            nth_last(0, "sigma_data", b"G\xbf\xf0\0\0\0\0\0\0"),
+            "ema._init_kwargs: sigma_data = -1, expected 1e-6 to 1e6",
+        ),
         (
             nth_last(1, "img_channels", b"K\x03"),
             "ema.unet.out_conv.weight: found shape [4, 16, 3, 3], expected [3, 16, 3, 3]",
@@ -508,10 +511,10 @@ fn files_that_are_no_pickles_are_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let golden = fs::read(GOLDEN).unwrap();
     for (name, content, message) in [
-        ("empty.pkl", &b""[..], "byte 0: it is empty, expected a pickle"),
-        ("page.pkl", b"<html>", "byte 0: it is a web page (HTML)"),
-        ("old.pkl", b"\x80\x01.", "byte 0: protocol 1, expected 2 to 5"),
-        ("new.pkl", b"\x80\x06.", "byte 0: protocol 6, expected 2 to 5"),
+        ("empty.pkl", &b""[..], ": it is empty, expected a pickle"),
+        ("page.pkl", b"<html>", ": it is a web page (HTML)"),
+        ("old.pkl", b"\x80\x01.", ": protocol 1, expected 2 to 5"),
+        ("new.pkl", b"\x80\x06.", ": protocol 6, expected 2 to 5"),
         ("half.pkl", &golden[..golden.len() / 2], "but only"),
         ("short.pkl", &golden[..golden.len() - 1], "but only"),
         ("long.pkl", &[&golden[..], b"x"].concat(), "byte 397848: 1 bytes after its end"),
