@@ -25,10 +25,8 @@ const FLAGS: &[&str] = &[
     "-Xptxas=-warn-spills,-Werror",
 ];
 
-/// With it compute-sanitizer names source lines. It is half of a fatbin, so the package's have none.
+/// With it compute-sanitizer names source lines. It is half of a fatbin: for those who compile for one architecture.
 const LINES: &str = "-lineinfo";
-/// Whether to make the package's.
-const CARRY: &str = "EDM2K_CARRY_KERNELS";
 
 /// Where the package has compiled kernels, and the version of what compiled them.
 const CARRIED: &str = "compiled";
@@ -158,7 +156,13 @@ fn architectures() -> Result<BTreeSet<u32>, String> {
 }
 
 /// Compiles what has not been compiled yet; where the fatbins are, and the version of the compiler.
-fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Result<(Vec<PathBuf>, String), String> {
+fn compile(
+    kernels: &[Kernel],
+    lines: Option<&str>,
+    structs: &Path,
+    nvcc: &Path,
+    out: &Path,
+) -> Result<(Vec<PathBuf>, String), String> {
     let asserted = structs.with_extension("ptx").display().to_string();
     let flags = ["-std=c++17", "-x", "cu", "-ptx", "-o"].map(String::from);
     output(nvcc, &[&flags[..], &[asserted, structs.display().to_string()]].concat())?;
@@ -167,7 +171,6 @@ fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Resul
     let version = version.ok_or_else(|| format!("{} --version says: {said}", nvcc.display()))?;
     let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("fatbins");
     fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-    let lines = env::var_os(CARRY).is_none().then_some(LINES);
     let fatbin = |Kernel { name, flags, files, .. }: &Kernel| {
         let mut hasher = DefaultHasher::new();
         (version, env::var_os("NVCC_CCBIN"), lines, flags, files).hash(&mut hasher);
@@ -209,7 +212,7 @@ fn compile(kernels: &[Kernel], structs: &Path, nvcc: &Path, out: &Path) -> Resul
 /// Writes `fatbins.rs` to OUT_DIR: the fatbins, for which architectures, and by which compiler. `structs` is what asserts the
 /// layout of the structs that host and device share.
 pub fn build(structs: &Path) -> Result<(), String> {
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS", CARRY] {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "EDM2K_CUDA_ARCHS", "EDM2K_CARRY_KERNELS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed=kernels");
@@ -217,11 +220,11 @@ pub fn build(structs: &Path) -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let kernels = kernels(&archs)?;
     let (made, version) = match find_nvcc() {
-        Ok(nvcc) => compile(&kernels, structs, &nvcc, &out)?,
+        Ok(nvcc) => compile(&kernels, (archs.len() == 1).then_some(LINES), structs, &nvcc, &out)?,
         Err(_) if Path::new(CARRIED).is_dir() => carried(&kernels)?,
         Err(none) => return Err(none),
     };
-    if env::var_os(CARRY).is_some() {
+    if env::var_os("EDM2K_CARRY_KERNELS").is_some() {
         carry(&kernels, &made, &version).map_err(|e| format!("{CARRIED}: {e}"))?;
     }
 
