@@ -17,7 +17,7 @@ use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
-use edm2k::codec::CodecFile;
+use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::{input, short};
@@ -464,10 +464,13 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let Settings { batch, duration, .. } = settings;
     ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
     let usual = Plan::new(&args.outdir, &settings, device);
-    let [height, width, _] = settings.data.shape;
-    let picture = |path| CodecFile::open(path)?.decoder_macs([height, width]);
-    let picture = args.vae.as_ref().map(picture).transpose().context("--vae")?.unwrap_or(0);
-    let seldom = grid::SHARE.saturating_mul(grid::cost(&settings, picture));
+    // With an autoencoder a grid costs its pictures, too.
+    let with_pictures = |path| {
+        let [height, width, _] = settings.data.shape;
+        let picture = CodecFile::open(path)?.decoder_macs([height, width])?;
+        Ok::<_, CodecError>(grid::SHARE.saturating_mul(grid::cost(&settings, picture)))
+    };
+    let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
     let share = settings.batch.div_ceil(ranks as u64);
     let mut batch_gpu = args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu).min(share);
