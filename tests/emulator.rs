@@ -248,6 +248,21 @@ fn barriers_do_not_wait_for_threads_that_have_left() {
     }
 }
 
+/// Small allocations where a large one was: what lies behind one is its guard page, not what was freed.
+#[test]
+fn what_was_freed_hides_no_overrun_of_what_came_after() {
+    for build in BUILDS {
+        let d = device(build, Order::Forward);
+        drop(d.alloc(1 << 24).unwrap());
+        let mut kept = Vec::new();
+        for _ in 0..32 {
+            let error = run_plant(&d, "global_overrun_bug").0.unwrap_err().to_string();
+            assert!(error.contains("past the end of an allocation of 1024 bytes"), "{build:?}: {error}");
+            kept.extend((0..32).map(|_| d.alloc(1024).unwrap()));
+        }
+    }
+}
+
 #[test]
 fn a_report_names_the_helper_and_who_calls_it() {
     let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();

@@ -816,7 +816,7 @@ static void install_handlers() {
 // ---- global memory ----------------------------------------------------------------------------
 
 static std::map<uintptr_t, Allocation> allocations;
-static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends
+static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends, less what was mapped since
 static std::recursive_mutex allocations_mutex;  // kernels allocate too
 
 bool was_freed(uintptr_t a) {
@@ -1075,6 +1075,23 @@ int emu_set_max_dyn_smem(const char* name, size_t bytes) {
 // ldmatrix; in the checked build in every access.
 uint64_t emu_bank_conflicts() { return conflicts; }
 
+// A new mapping, its guard pages too: an access there is one beside what lives there now. What was
+// freed there may have begun before it and ended behind it.
+static void no_longer_freed(uintptr_t begin, uintptr_t end) {
+    auto it = freed.upper_bound(begin);
+    if (it != freed.begin()) --it;
+    while (it != freed.end() && it->first < end) {
+        const auto [first, last] = *it;
+        if (last <= begin) {
+            ++it;
+            continue;
+        }
+        it = freed.erase(it);
+        if (first < begin) freed[first] = begin;
+        if (end < last) freed[end] = last;
+    }
+}
+
 // Aligned to 256 bytes, filled with NaN, with unmapped pages before and behind.
 static void* allocate_device(size_t bytes) {
     size_t room = (bytes + 255) / 256 * 256, pages = (std::max<size_t>(room, 1) + kPage - 1) / kPage * kPage;
@@ -1088,7 +1105,7 @@ static void* allocate_device(size_t bytes) {
     uintptr_t begin = uintptr_t(map) + kPage + pages - room;
     if (poison) memset(reinterpret_cast<void*>(begin), kPoison, room);
     std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
-    for (auto it = freed.lower_bound(uintptr_t(map)); it != freed.end() && it->first < uintptr_t(map) + size;) it = freed.erase(it);
+    no_longer_freed(uintptr_t(map), uintptr_t(map) + size);
     allocations[begin] = {begin, begin + bytes, uintptr_t(map), uintptr_t(map) + size, make_shadow(bytes)};
     return reinterpret_cast<void*>(begin);
 }
