@@ -35,6 +35,10 @@
 //    Shared memory: (64 + 2 * 16) rows: 96 KB at width 512, of 99 KB that sm_86, sm_89 and sm_120 allow.
 //    2 T^2 c multiply-adds; reads 2 T c ceil(T / 64) values from L2: T = 5632, c = 512: 32 G, 1 GB.
 //
+// 5. BYTES: trunc(255 clamp(scale x + shift, 0, 1)) of a picture's three channels, so that an eighth of what the padded
+//    16-bit picture takes crosses the bus, and the host only writes the file. Whether all was finite is told by block.
+//    Reads 16 bytes a pixel and writes 3: 512x704: 6.8 MB, 7 us at 1 TB/s.
+//
 // LAYOUT  x [n, h, w, cin], y, residual [n, oh, ow, cout]    16-bit
 //         w [phases][cout][taps][cin]                        16-bit; rows of padded outputs are zero
 //         bias [cout], scales and weights of norms [n][2][c] f32; c is not padded there, cout is
@@ -396,3 +400,46 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
 ATTENTION(128)
 ATTENTION(256)
 ATTENTION(512)
+
+// ---- 5. bytes -----------------------------------------------------------------------------------
+
+struct CodecBytes {
+    const void* x;      // [pixels][3], padded to 8
+    uint32_t* words;    // the bytes, [pixels][3], four to a word; those behind the last pixel are 0
+    uint32_t* strange;  // of each block: whether it met what is no finite number
+    int pixels;
+    float scale, shift;
+    int padding;
+};
+
+constexpr int BYTES_THREADS = 256;
+constexpr int BYTES_PIXELS = 4;  // of a thread: three words
+
+template <class T>
+__device__ __forceinline__ void codec_bytes(const CodecBytes& p) {
+    const int first = (blockIdx.x * BYTES_THREADS + threadIdx.x) * BYTES_PIXELS;
+    uint32_t words[3] = {};
+    bool strange = false;
+#pragma unroll
+    for (int i = 0; i < BYTES_PIXELS; i++) {
+        if (first + i >= p.pixels) break;
+        float x[8];
+        read8<T>(p.x, first + i, x);
+#pragma unroll
+        for (int c = 0; c < 3; c++) {
+            strange |= !(fabsf(x[c]) < INFINITY);
+            const float y = fminf(fmaxf(fmaf(x[c], p.scale, p.shift), 0.0f), 1.0f);  // 0 for a NaN
+            words[(i * 3 + c) / 4] |= uint32_t(255.0f * y) << (i * 3 + c) % 4 * 8;
+        }
+    }
+    if (first < p.pixels) {
+        uint32_t* to = p.words + size_t(first) / BYTES_PIXELS * 3;
+#pragma unroll
+        for (int i = 0; i < 3; i++) to[i] = words[i];
+    }
+    const int any = __syncthreads_or(strange);
+    if (threadIdx.x == 0) p.strange[blockIdx.x] = any;
+}
+
+PLAIN(codec_bytes_f16, codec_bytes<__half>, CodecBytes)
+PLAIN(codec_bytes_bf16, codec_bytes<__nv_bfloat16>, CodecBytes)

@@ -18,6 +18,7 @@ use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::{self as codecs, Decoder};
+use edm2k::pictures::Picture;
 use edm2k::rng::{Purpose, Stream};
 
 const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve];
@@ -165,6 +166,40 @@ impl Bench {
     }
 }
 
+impl Bench {
+    /// A picture of values about [0, 1] in 8 bits, which is the CPU's to the bit; and whether one that is no finite number
+    /// is noticed, in the first and the last place.
+    fn bytes(&mut self, [n, h, w]: [usize; 3], stretch: [f32; 2]) {
+        let count = n * h * w * 3;
+        let mut values: Vec<f32> = self.normals(count).iter().map(|x| 0.5 + 0.4 * x).collect();
+        // Where the bytes change, and where they stop.
+        for (value, i) in values.iter_mut().zip(0..768).skip(3) {
+            *value = (i as f32 / 3.0 - stretch[1]) / 255.0 / stretch[0];
+        }
+        let mut spoil = vec![None, Some((0, f32::NAN)), Some((count - 1, f32::INFINITY))];
+        spoil.push(Some((count / 2, f32::NEG_INFINITY)));
+        for spoilt in spoil {
+            let mut values = values.clone();
+            if let Some((at, value)) = spoilt {
+                values[at] = value;
+            }
+            let x = self.both(&values, 3);
+            let tensor = self.cpu.upload([n, h, w, 3], &x.values);
+            let (want, finite) = self.cpu.download_rgb(&tensor, stretch).unwrap();
+            assert_eq!(finite, spoilt.is_none());
+            let pixels = n * h * w;
+            let [words, blocks] = codec::bytes_words(pixels);
+            let to = self.kernels.alloc(4 * (words + blocks));
+            self.run_loops([&codec::bytes(self.precision, pixels, x.memory.ptr(), stretch, to.ptr())]);
+            let mut got = vec![0u8; 4 * (words + blocks)];
+            to.download(0, &mut got);
+            let what = format!("{n} pictures of {h}x{w} in bytes, {stretch:?}, {spoilt:?}");
+            assert_eq!(got[..count], want, "{what}");
+            assert_eq!(got[4 * words..].iter().all(|&x| x == 0), finite, "{what}");
+        }
+    }
+}
+
 /// Every device in both types.
 fn benches(devices: Vec<Kernels>) -> impl Iterator<Item = Bench> {
     common::Bench::of(devices).map(Bench::new)
@@ -231,6 +266,15 @@ fn attention_of_any_width_and_number_of_pixels() {
 }
 
 #[test]
+fn pictures_in_bytes() {
+    for mut bench in benches(common::plain()) {
+        for (size, stretch) in [([1, 1, 1], [1.0, 0.0]), ([2, 5, 7], [2.0, -1.0]), ([1, 33, 41], [1.0, 0.0])] {
+            bench.bytes(size, stretch);
+        }
+    }
+}
+
+#[test]
 fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
     for mut bench in checked() {
         for reach in REACHES {
@@ -249,6 +293,7 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
             bench.attention([2, 5, 7, c], 1.0);
         }
         bench.attention([1, 7, 11, 8], 1.0);
+        bench.bytes([1, 33, 35], [1.0, 0.0]);
     }
 }
 
@@ -312,6 +357,7 @@ fn a_whole_decoder() {
     let mut cpu = Cpu::<f32, ()>::for_codec();
     let (decoder, _) = Decoder::random(&mut cpu, size[0], size[1]).unwrap();
     let want = decoder.image(&mut cpu, size, &latent).unwrap();
+    let picture = decoder.decode(&mut cpu, size, &latent).unwrap();
     drop(decoder);
     for (precision, bound) in [(Precision::F16, 5e-3), (Precision::Bf16, 4e-2)] {
         let mut gpu = Gpu::for_codec(runtime.clone(), precision).unwrap();
@@ -321,6 +367,14 @@ fn a_whole_decoder() {
             let got = decoder.image(&mut gpu, size, &latent).unwrap();
             assert_same(&format!("picture in {precision:?}"), &got, &want, bound);
         }
+        let got = decoder.decode(&mut gpu, size, &latent).unwrap();
+        assert_eq!((got.height(), got.width()), (picture.height(), picture.width()));
+        let bytes = |picture: &Picture| picture.rgb().iter().map(|&x| f32::from(x)).collect::<Vec<_>>();
+        assert_same(&format!("bytes in {precision:?}"), &bytes(&got), &bytes(&picture), bound);
+        // Beyond f16, within bf16.
+        let huge = decoder.decode(&mut gpu, size, &[1e30; 24]);
+        assert_eq!(matches!(huge, Err(codecs::CodecError::Overflow)), precision == Precision::F16);
+        assert_eq!(huge.is_ok(), precision == Precision::Bf16);
         // What is larger comes into another workspace.
         let other = decoder.image(&mut gpu, [3, 3], &[latent.clone(), latent[..12].to_vec()].concat()).unwrap();
         assert_eq!(other.len(), 3 * 3 * 64 * 3);

@@ -3,7 +3,7 @@
 //! Their networks are ordinary ones: convolutions with biases, group norms, SiLU or ReLU. So their
 //! weights are used as stored; a device holds them in whatever layout its convolution reads.
 
-use super::Backend;
+use super::{Backend, BackendError};
 
 /// Where a convolution reads, and how large its result is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +88,17 @@ pub trait CodecBackend: Backend {
     /// Self-attention over the pixels with one head: softmax(q k / sqrt(c)) v, [n, h, w, c]. `qkv` is [n, h, w, 3 c]:
     /// q, k, v one after the other. The scores of all pixels with all others are never held at once.
     fn self_attention(&mut self, qkv: &Self::Tensor) -> Self::Tensor;
+    /// Waits for the device and copies an image [n, h, w, 3] to the host in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)),
+    /// 0 where that is no number; and whether all of x is finite. The scale is a power of two, so that its product is exact.
+    ///
+    /// # Errors
+    /// The device's.
+    fn download_rgb(&mut self, x: &Self::Tensor, [scale, shift]: [f32; 2]) -> Result<(Vec<u8>, bool), BackendError> {
+        let values = self.download(x)?;
+        // The cast truncates, and makes 0 of a NaN.
+        let rgb = values.iter().map(|x| ((x * scale + shift).clamp(0.0, 1.0) * 255.0) as u8).collect();
+        Ok((rgb, values.iter().all(|x| x.is_finite())))
+    }
     /// Gives memory that no tensor holds back to the system: for when sizes change for good.
     fn trim(&mut self);
 }

@@ -519,13 +519,11 @@ impl<B: CodecBackend> Decoder<B> {
                 *x = (*x - shift) / scale;
             }
         }
-        let values = self.image(b, [height, width], &raw)?;
-        let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
-        if finite(&raw) && !finite(&values) {
+        let image = self.run(b, [height, width], &raw)?;
+        let (rgb, finite) = b.download_rgb(&image, self.stretch())?;
+        if !finite && raw.iter().all(|x| x.is_finite()) {
             return Err(CodecError::Overflow);
         }
-        // The cast truncates, and makes 0 of a NaN.
-        let rgb = values.iter().map(|x| (x.clamp(0.0, 1.0) * 255.0) as u8).collect();
         Ok(Picture::new(height * self.factor, width * self.factor, rgb))
     }
 
@@ -536,7 +534,21 @@ impl<B: CodecBackend> Decoder<B> {
     ///
     /// # Panics
     /// As [`Decoder::decode`].
-    pub fn image(&self, b: &mut B, [height, width]: [usize; 2], raw: &[f32]) -> Result<Vec<f32>> {
+    pub fn image(&self, b: &mut B, size: [usize; 2], raw: &[f32]) -> Result<Vec<f32>> {
+        let image = self.run(b, size, raw)?;
+        let [scale, shift] = self.stretch();
+        Ok(b.download(&image)?.into_iter().map(|x| scale * x + shift).collect())
+    }
+
+    /// The scale and the shift of what the network makes.
+    fn stretch(&self) -> [f32; 2] {
+        match &self.net {
+            DecoderNet::SdVae(_) => [1.0, 0.0],
+            DecoderNet::Taesd(_) => [2.0, -1.0],
+        }
+    }
+
+    fn run(&self, b: &mut B, [height, width]: [usize; 2], raw: &[f32]) -> Result<B::Tensor> {
         let scaled: Vec<f32>;
         let z = match &self.net {
             DecoderNet::SdVae(_) => raw,
@@ -552,12 +564,7 @@ impl<B: CodecBackend> Decoder<B> {
             }])
         };
         let z = b.upload([1, height, width, LATENTS], z);
-        let made = b.planned::<BackendError>(&self.weights.plan, &[z], body)?;
-        let mut image = b.download(&made[0])?;
-        if let DecoderNet::Taesd(_) = &self.net {
-            image.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
-        }
-        Ok(image)
+        Ok(b.planned::<BackendError>(&self.weights.plan, &[z], body)?.remove(0))
     }
 
     /// Convolutions of the network.

@@ -9,12 +9,12 @@ use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
 use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::runtime::{PARAMETERS, Runtime};
-use super::structs::{CodecAttention, CodecConv, CodecNorm, CodecNormalise};
-use super::tables::codec::{ATTENTION, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
+use super::structs::{CodecAttention, CodecBytes, CodecConv, CodecNorm, CodecNormalise};
+use super::tables::codec::{ATTENTION, BYTES_PIXELS, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
 use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Choice, Product};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::backend::{DeviceError, Shape};
+use crate::backend::{BackendError, DeviceError, Shape};
 use half::{bf16, f16};
 use std::rc::Rc;
 
@@ -302,6 +302,29 @@ pub fn self_attention(
     Ok(Launch::new(kernel, grid, THREADS, shared as u32, &params))
 }
 
+/// Words of an image of so many pixels in 8 bits as [`bytes`] writes it: its bytes, and what its blocks say.
+pub fn bytes_words(pixels: usize) -> [usize; 2] {
+    let threads = pixels.div_ceil(BYTES_PIXELS);
+    [3 * threads, threads.div_ceil(THREADS as usize)]
+}
+
+/// x [pixels, 3] in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)); behind it, of each block, whether it met what is no
+/// finite number.
+pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: [f32; 2], to: DevicePtr) -> Launch {
+    let [words, _] = bytes_words(pixels);
+    let params = CodecBytes {
+        x,
+        words: to,
+        strange: to.offset(4 * words),
+        pixels: int(pixels),
+        scale,
+        shift,
+        padding: 0,
+    };
+    let kernel = precision.pick(["codec_bytes_f16", "codec_bytes_bf16"]);
+    Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), THREADS, &params)
+}
+
 /// A kernel on the device.
 pub struct Conv {
     reach: Reach,
@@ -408,6 +431,23 @@ impl CodecBackend for Gpu<Loaded> {
         let work = Work::new("codec_attention", out.shape()).sums(2 * h * w);
         self.go_if(work.with([&qkv, &out]), launch.map(|launch| [launch]));
         out
+    }
+
+    fn download_rgb(&mut self, x: &Tensor, stretch: [f32; 2]) -> Result<(Vec<u8>, bool), BackendError> {
+        let (x, [n, h, w, c]) = (self.half(x), x.shape());
+        assert_eq!(c, 3, "channels of a picture");
+        let pixels = n * h * w;
+        let [words, blocks] = bytes_words(pixels);
+        let out = self.scratch(4 * (words + blocks));
+        let launch = bytes(self.precision, pixels, x.ptr(), stretch, out.ptr());
+        self.go(Work::new("codec_bytes", x.shape()).with([&x, &out]), [launch]);
+        self.check()?;
+        let (memory, first) = out.memory().expect("nothing is downloaded while a plan is made");
+        let mut rgb = vec![0; 4 * (words + blocks)];
+        memory.read(first, &mut rgb)?;
+        let finite = rgb[4 * words..].iter().all(|&x| x == 0);
+        rgb.truncate(3 * pixels);
+        Ok((rgb, finite))
     }
 
     /// Nothing: a plan's tensors share one place, and outside of plans memory is free with the last handle.

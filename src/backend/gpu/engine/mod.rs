@@ -167,7 +167,7 @@ impl<P> Gpu<P> {
     }
 
     /// The error that nobody was told yet.
-    fn check(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn check(&mut self) -> Result<(), DeviceError> {
         self.failed.take().map_or(Ok(()), Err)
     }
 
