@@ -153,6 +153,27 @@ fn damage_is_named() {
         assert!(error.contains(&names[i]) && error.contains(expected), "{error}");
     }
 
+    // Other numbers under the old checksum, which look like latents too; and no numbers at all under the right one.
+    let latents = [("a.npy", npy("(8, 2, 3)", &[0.25; 48])), ("b.npy", npy("(8, 2, 3)", &[0.5; 48]))]
+        .map(|(name, x)| (name.into(), x));
+    write(&path, &latents, None, false);
+    let mut file = fs::read(&path).unwrap();
+    let place = file.windows(4).position(|bytes| bytes == 0.5f32.to_le_bytes()).unwrap();
+    file[place..place + 4].copy_from_slice(&0.75f32.to_le_bytes());
+    fs::write(&path, &file).unwrap();
+    let data = Dataset::open(&path, Split::Train).unwrap();
+    let read = data.image(1, NOISE, &mut [0.0; 24]).unwrap_err().to_string();
+    let checked = data.check(&mut || panic!("a damaged archive is no whole one")).unwrap_err().to_string();
+    for error in [read, checked, refused_in_one_line(edm2k(dir.path(), &["info", "--check", "d.zip"]).assert())] {
+        assert!(error.contains("d.zip: entry b.npy: checksum ") && error.contains("it is damaged"), "{error}");
+    }
+    assert!(data.image(0, NOISE, &mut [0.0; 24]).is_ok());
+    write(&path, &[latents[0].clone(), ("b.npy".into(), npy("(8, 2, 3)", &[f32::NAN; 48]))], None, false);
+    let data = Dataset::open(&path, Split::Train).unwrap();
+    let error = data.image(1, NOISE, &mut [0.0; 24]).unwrap_err().to_string();
+    assert!(error.contains("entry b.npy: a value of NaN, expected finite numbers"), "{error}");
+    assert_eq!(data.check(&mut || ()).unwrap(), 1);
+
     // Every shorter file is refused, and no byte makes a panic.
     write(&path, &images, Some(labels(&names)), true);
     let good = fs::read(&path).unwrap();

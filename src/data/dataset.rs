@@ -263,13 +263,18 @@ impl Dataset {
         self.header.vocabulary.is_some_and(|made_with| made_with.tags != self.vocabulary.fingerprint())
     }
 
-    /// Reads all images too and compares them with the checksums; how many shards have some. `progress` is told after
-    /// each.
+    /// Reads all images too and compares them with the checksums; how many shards, or zips, have some. `progress` is told
+    /// after each.
     ///
     /// # Errors
-    /// The first damaged tensor.
+    /// The first damaged tensor or image.
     pub fn check(&self, progress: &mut dyn FnMut()) -> Result<usize, DatasetError> {
         let mut known = 0;
+        if let Source::Zip(archive) = &self.source {
+            archive.check()?;
+            known += 1;
+            progress();
+        }
         for shard in self.shards() {
             known += usize::from(check_whole(&shard.file).map_err(ShardError::File)?);
             progress();

@@ -108,6 +108,14 @@ impl Archive {
         self.zip.fingerprint()
     }
 
+    /// Compares all images with their checksums.
+    ///
+    /// # Errors
+    /// The first damaged one.
+    pub fn check(&self) -> Result<(), ArchiveError> {
+        self.images.iter().try_for_each(|&at| Ok(self.zip.bytes(&self.zip.entries()[at as usize]).map(drop)?))
+    }
+
     /// See [`Dataset::image`](super::dataset::Dataset::image).
     ///
     /// # Errors
@@ -170,6 +178,9 @@ fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, ArchiveError> {
         return Ok(Pixels::Picture(decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?.picture));
     }
     let (shape, moments) = npy::floats(bytes).map_err(wrong)?;
+    if let Some(value) = moments.iter().find(|x| !x.is_finite()) {
+        return Err(wrong(format!("a value of {value}, expected finite numbers")));
+    }
     match shape[..] {
         [planes, height, width] if planes == 2 * LATENTS && height > 0 && width > 0 => {
             Ok(Pixels::Latents { shape: [height, width], moments })

@@ -74,10 +74,10 @@ impl Zip {
         Fingerprint::of(self.entries.iter().map(|entry| format!("{} {:08x}", entry.name, entry.checksum)))
     }
 
-    /// The bytes of an entry.
+    /// The bytes of an entry, compared with its checksum.
     ///
     /// # Errors
-    /// [`ZipError::Entry`]: it is compressed, or the archive is damaged.
+    /// [`ZipError::Entry`]: it is compressed, or damaged.
     pub fn bytes(&self, entry: &Entry) -> Result<&[u8], ZipError> {
         let wrong = |what: String| ZipError::Entry { path: self.path.clone(), name: entry.name.to_string(), what };
         if !entry.stored {
@@ -86,6 +86,12 @@ impl Zip {
         let found = self.archive.get_entry(entry.place).map_err(|error| wrong(error.to_string()))?;
         let (from, to) = found.compressed_data_range();
         let bytes = self.archive.get_ref().get(from as usize..to as usize);
-        bytes.ok_or_else(|| wrong("the archive ends within it".into()))
+        let bytes = bytes.ok_or_else(|| wrong("the archive ends within it".into()))?;
+        match (crc32fast::hash(bytes), entry.checksum) {
+            (found, expected) if found != expected => {
+                Err(wrong(format!("checksum {found:08x}, expected {expected:08x}: it is damaged")))
+            }
+            _ => Ok(bytes),
+        }
     }
 }

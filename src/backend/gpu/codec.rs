@@ -312,15 +312,8 @@ pub fn bytes_words(pixels: usize) -> [usize; 2] {
 /// finite number.
 pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: [f32; 2], to: DevicePtr) -> Launch {
     let [words, _] = bytes_words(pixels);
-    let params = CodecBytes {
-        x,
-        words: to,
-        strange: to.offset(4 * words),
-        pixels: int(pixels),
-        scale,
-        shift,
-        padding: 0,
-    };
+    let params =
+        CodecBytes { x, words: to, strange: to.offset(4 * words), pixels: int(pixels), scale, shift, padding: 0 };
     let kernel = precision.pick(["codec_bytes_f16", "codec_bytes_bf16"]);
     Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), THREADS, &params)
 }
