@@ -28,7 +28,8 @@ impl Requests {
             }
             interrupted |= interrupt;
             if !stop.swap(true, Ordering::Relaxed) {
-                note!("{answer}; a second Ctrl-C quits at once");
+                // By a thread of its own: where nobody reads what is printed, the second Ctrl-C still is heeded.
+                std::thread::spawn(move || note!("{answer}; a second Ctrl-C quits at once"));
             }
         });
         requests
