@@ -68,12 +68,8 @@ impl Features {
             Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
         };
         let anonymous = Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None };
-        let fingerprint = |path: &Path| Fingerprint::of_file(path).at(path);
-        let mut identity = Identity { name: fingerprint::name(path), fingerprint: Some(fingerprint(path)?) };
         let (shape, ids_shape, ids, values, conditioning) = if path.extension().is_some_and(|end| end == "npy") {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
-            let ids = Some(fingerprint(ids_path)?);
-            identity.fingerprint = Some(Fingerprint::of([identity.fingerprint, ids].map(|of| format!("{of:?}"))));
             let (shape, values) = npy::read(path)?;
             let (ids_shape, ids) = npy::read_i64(ids_path)?;
             (shape, ids_shape, ids, Values::Read(values), anonymous)
@@ -110,6 +106,13 @@ impl Features {
                 return Err(FeatureError::RepeatedId { path: ids_path.unwrap_or(path).into(), id });
             }
         }
+        // Contents last: what is no file of features need not be read to its end.
+        let content = |path: &Path| Fingerprint::of_file(path).at(path);
+        let fingerprint = match ids_path {
+            None => content(path)?,
+            Some(ids) => Fingerprint::of([Some(content(path)?), Some(content(ids)?)].map(|of| format!("{of:?}"))),
+        };
+        let identity = Identity { name: fingerprint::name(path), fingerprint: Some(fingerprint) };
         Ok(Self { rows, width, values, conditioning, identity })
     }
 

@@ -26,11 +26,27 @@ pub fn space(bytes: &[u8], icc: Option<&[u8]>) -> Option<Space> {
     if let Some(icc) = icc {
         return Some(ColorProfile::new_from_slice(icc).map_err(|_| "a damaged one".into()));
     }
+    if reader.is_some() && has_profile(bytes) {
+        return Some(Err("one that cannot be unpacked".into()));
+    }
     let chunks = chunks.filter(|chunks| chunks.srgb.is_none())?;
     match (chunks.gama_chunk, chunks.chrm_chunk) {
         (None, None) => None,
         (gamma, primaries) => Some(of_gamma(gamma, primaries)),
     }
+}
+
+/// Whether a PNG has a profile, even one that its decoder passed over.
+fn has_profile(png: &[u8]) -> bool {
+    let mut rest = png.get(8..).unwrap_or_default();
+    while let Some((&[a, b, c, d, ref name @ ..], after)) = rest.split_first_chunk::<8>() {
+        match name {
+            b"iCCP" => return true,
+            b"IDAT" => return false,
+            _ => rest = after.get(u32::from_be_bytes([a, b, c, d]) as usize + 4..).unwrap_or_default(),
+        }
+    }
+    false
 }
 
 /// The space of a PNG's `cICP`: numbers of ITU-T H.273.

@@ -8,6 +8,7 @@
 
 use std::io::Cursor;
 use std::path::Path;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
@@ -20,6 +21,9 @@ use crate::formats::input;
 /// Most pixels that an image may have: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
 
+/// Bytes that a decoder may take for what is no pixel: a colour profile above all.
+const METADATA: u64 = 16 << 20;
+
 /// Longest image file: no decoder should need more than the largest image.
 pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
 
@@ -30,6 +34,29 @@ pub struct Image {
     pub picture: Picture,
     /// The colour space that it says and that could not be converted: its colours were taken for sRGB.
     pub unapplied: Option<String>,
+}
+
+/// A part of the pixels that all threads together decode at once, [`MAX_PIXELS`]: memory does not grow with the cores.
+struct Share(u64);
+
+static TAKEN: Mutex<u64> = Mutex::new(0);
+static GIVEN_BACK: Condvar = Condvar::new();
+
+impl Share {
+    /// Waits until there are so many left.
+    fn take(pixels: u64) -> Self {
+        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = GIVEN_BACK.wait_while(taken, |taken| *taken + pixels > MAX_PIXELS);
+        *waited.unwrap_or_else(PoisonError::into_inner) += pixels;
+        Self(pixels)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) -= self.0;
+        GIVEN_BACK.notify_all();
+    }
 }
 
 /// The picture in a file, on a background if it is transparent.
@@ -50,8 +77,8 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
         return Err(PictureError::Kind(input::kind(bytes).unwrap_or("no image of a known kind")));
     }
     let mut limits = image::Limits::default();
-    limits.max_alloc = Some(16 * MAX_PIXELS); // what the largest allowed image needs
-    reader.limits(limits);
+    limits.max_alloc = Some(METADATA);
+    reader.limits(limits.clone());
     let size = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut decoder = match reader.into_decoder() {
         Err(ImageError::Limits(why)) => {
@@ -61,9 +88,13 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
         made => made?,
     };
     let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > MAX_PIXELS {
         return Err(PictureError::TooLarge { width, height });
     }
+    let _share = Share::take(pixels);
+    limits.max_alloc = Some(METADATA + 16 * pixels);
+    decoder.set_limits(limits)?;
     // A damaged tag is no reason to lose the picture.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let profile = decoder.icc_profile().unwrap_or(None);
@@ -94,4 +125,40 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
         (rgb, unapplied)
     };
     Ok(Image { picture: Picture::new(height, width, rgb), unapplied })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_profile_that_cannot_be_unpacked_is_named() {
+        let mut png = Vec::new();
+        let encoder = image::codecs::png::PngEncoder::new(&mut png);
+        image::ImageEncoder::write_image(encoder, &[7; 12], 2, 2, image::ExtendedColorType::Rgb8).unwrap();
+        assert_eq!(decode(&png, [0; 3]).unwrap().unapplied, None);
+        // Behind IHDR; what it holds is not compressed.
+        let body = b"iCCPname\0\0no profile";
+        let chunk = [&(body.len() as u32 - 4).to_be_bytes(), &body[..], &crc32fast::hash(body).to_be_bytes()].concat();
+        png.splice(33..33, chunk);
+        let image = decode(&png, [0; 3]).unwrap();
+        assert_eq!(image.unapplied.as_deref(), Some("one that cannot be unpacked"));
+        assert_eq!(image.picture.rgb(), [7; 12]);
+    }
+
+    #[test]
+    fn large_pictures_wait_for_each_other() {
+        let all = Share::take(MAX_PIXELS);
+        let (done, waits) = mpsc::channel();
+        let other = std::thread::spawn(move || {
+            let _one = Share::take(1);
+            done.send(()).unwrap();
+        });
+        assert!(waits.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(all);
+        waits.recv_timeout(Duration::from_secs(10)).unwrap();
+        other.join().unwrap();
+    }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::{Domain, Mismatch, Pipeline};
+use super::{Domain, Mismatch, Pipeline, learned_from};
 use crate::condition::prompt::Prompt;
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::{Vae, VaeError};
@@ -188,7 +188,9 @@ impl Pipeline {
         let path = path.as_ref();
         let vae = Vae::load(path)?;
         self.width()?;
-        Domain::of_condition_model(&vae).check(path.display(), &self.domain(), self.path.display())?;
+        let theirs = Domain::of_condition_model(&vae);
+        theirs.check(path.display(), &self.domain(), self.path.display())?;
+        self.warnings.extend(theirs.doubt(path.display(), &self.domain(), self.path.display()));
         self.inventor = Some((path.into(), vae));
         Ok(self)
     }
@@ -336,14 +338,8 @@ impl Pipeline {
             let theirs = Domain::of_conditions(data.condition_dim(), data.meaning());
             theirs.check(dir.display(), &self.domain(), self.path.display())?;
             let condition = Condition::of_image(&data, i, dir, split);
-            // Of the data that it was trained on they are what it knows.
-            if let Conditioning::Features { fingerprint: None, .. } = data.header().conditioning
-                && (self.meta.data.is_none() || self.meta.data != data.fingerprint())
-            {
-                let model = self.path.display();
-                let text = "nobody said what made its features, which may be others than those of";
-                self.warnings.push(format!("{}: {text} {model}", dir.display()));
-            }
+            let doubt = theirs.doubt(dir.display(), &self.domain(), self.path.display());
+            self.warnings.extend(doubt.filter(|_| !learned_from(&self.meta, dir)));
             return Ok(condition);
         }
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })

@@ -2,11 +2,12 @@
 //! conditions.
 
 use std::fmt::Display;
+use std::path::Path;
 
 use crate::codec::Autoencoder;
 use crate::condition::vae::Vae;
-use crate::condition::{Meaning, OtherMeaning};
-use crate::data::dataset::{Dataset, Kind};
+use crate::condition::{Conditioning, Meaning, OtherMeaning};
+use crate::data::dataset::{Dataset, Kind, Split};
 use crate::formats::fingerprint::differ;
 use crate::model::{Config, Encoder, ModelMeta};
 
@@ -83,6 +84,17 @@ impl Domain {
         self.differences(name, other, other_name).into_iter().next().map_or(Ok(()), Err)
     }
 
+    /// What to say where both are of features, and nobody knows whether one network made them.
+    pub fn doubt(&self, name: impl Display, other: &Self, other_name: impl Display) -> Option<String> {
+        let anonymous = |domain: &Self| match domain.meaning.conditioning {
+            Some(Conditioning::Features { fingerprint, .. }) => Some(fingerprint.is_none()),
+            _ => None,
+        };
+        let unknown = anonymous(self)? | anonymous(other)?;
+        let text = "nobody said what made its features, which may be others than those of";
+        unknown.then(|| format!("{name}: {text} {other_name}"))
+    }
+
     /// All that is known to differ; meanings are compared of conditions whether they are of one width or not.
     pub fn differences(&self, name: impl Display, other: &Self, other_name: impl Display) -> Vec<Mismatch> {
         let names = || (name.to_string(), other_name.to_string());
@@ -114,4 +126,10 @@ impl Domain {
         }
         all
     }
+}
+
+/// Whether a model learned from this dataset, of which it knows the conditions then.
+pub fn learned_from(meta: &ModelMeta, dataset: &Path) -> bool {
+    let of = |split| Dataset::open(dataset, split).ok().and_then(|data| data.fingerprint());
+    meta.data.is_some() && Split::ALL.into_iter().any(|split| of(split) == meta.data)
 }

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 pub use conditions::{Condition, ConditionError};
-pub use domain::{Domain, Mismatch};
+pub use domain::{Domain, Mismatch, learned_from};
 pub use output::{Kept, OutDir, OutputError};
 pub use viewer::Viewer;
 

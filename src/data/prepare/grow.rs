@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use half::f16;
 use rayon::prelude::*;
 
-use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with};
+use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with, replaced};
 use super::records::{Record, Records};
 use super::render::{Codec, Conditions, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
@@ -19,7 +19,7 @@ use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
 use crate::data::shard::{
-    Drop, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
+    Drop, Dropped, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
 };
 use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
@@ -45,6 +45,7 @@ pub fn add(
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
     for (split, _, shard) in there.shards() {
         let notes = Notes::read(&shard.file)?;
+        check_same(&listing.records, &places, shard, &notes)?;
         tally.count(split, shard, &notes);
         known.extend(&shard.ids);
         refused.extend(refusals(&places, shard, &notes));
@@ -109,20 +110,46 @@ pub fn add(
     }
 }
 
-/// The records that were dropped from a shard, each with the reason and, if that is known, what its file was; `places` are
-/// those of all records in their listing.
-fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
+/// The ids of a shard's records, those that were dropped from it included, each with what its file was; none if the
+/// records are others by now. `places` are those of all records in their listing.
+fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Option<Vec<(i64, &'a Fingerprint)>> {
     let dropped = notes.dropped.iter().map(|dropped| dropped.id);
     let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
     members.sort_unstable_by_key(|id| places.get(id));
     // The files are noted in the order of the records; of other records nobody knows which is whose.
     let known = members.len() == notes.pictures.len() && members.iter().all(|id| places.contains_key(id));
-    let files: HashMap<_, _> = members.into_iter().zip(&notes.pictures).filter(|_| known).collect();
-    notes
-        .dropped
-        .iter()
-        .map(|dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file))))
-        .collect()
+    known.then(|| members.into_iter().zip(&notes.pictures).collect())
+}
+
+/// The records that were dropped from a shard, each with the reason and, if that is known, what its file was.
+fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
+    let files: HashMap<_, _> = files(places, shard, notes).into_iter().flatten().collect();
+    let refusal = |dropped: &Dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file)));
+    notes.dropped.iter().map(refusal).collect()
+}
+
+/// An error if a picture that is in a shard is another by now; it may be gone.
+fn check_same(
+    records: &[Record],
+    places: &HashMap<i64, usize>,
+    shard: &Shard,
+    notes: &Notes,
+) -> Result<(), PrepareError> {
+    let kept: HashSet<_> = shard.ids.iter().collect();
+    let files = files(places, shard, notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
+    let pairs: Vec<_> = files.map(|(id, then)| (&records[places[&id]], then)).collect();
+    let path = shard.file.path();
+    let now = |record: &Record| match record.read() {
+        Ok(read @ Ok(_)) => Ok(Some(print(&read))),
+        _ => Ok(None),
+    };
+    match replaced(path, &pairs, &now)?.replaced {
+        None => Ok(()),
+        Some(file) => {
+            let advice = "give it an id of its own as a new picture, or prepare the dataset anew";
+            Err(PrepareError::OtherPicture { path: path.into(), file, advice })
+        }
+    }
 }
 
 /// An error if conditions of a new shard would be others than those that are there.
@@ -158,6 +185,10 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     };
     let known: HashSet<i64> = listing.records.iter().map(|record| record.id).collect();
     all_have(records.metadata(), "no record", &|id| known.contains(&id))?;
+    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
+    for (.., shard) in there.shards() {
+        check_same(&listing.records, &places, shard, &Notes::read(&shard.file)?)?;
+    }
     if let (Conditions::Known(features), Some((path, _))) = (&conditions, &settings.features) {
         all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }

@@ -312,26 +312,47 @@ pub(super) fn check_some_settings(
     Ok(())
 }
 
-/// An error if a shard was made of other pictures. Those whose files are newer than the shard are read again, and
-/// [`LOOKED_AT`] others: dates are a reason to look, as they change with copying, and contents decide.
+/// An error if a shard was made of other pictures than it would be now; see [`replaced`].
 fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let (path, begun) = (file.path(), SystemTime::now());
-    let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
-    let newer = |(record, _): &(&&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
-    let pairs = || job.members.iter().zip(&notes.pictures);
-    let suspects: Vec<_> = pairs().filter(newer).collect();
-    let others = pairs().step_by(job.members.len().div_ceil(LOOKED_AT).max(1));
-    let looked_at: Vec<_> = suspects.iter().copied().chain(others).collect();
-    let replaced = |(record, then): &(&&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
-        Ok((print(&record.read()?) != **then).then(|| record.file.clone()))
-    };
-    let found: Result<Vec<_>, _> = looked_at.par_iter().map(replaced).collect();
-    match found?.into_iter().flatten().next() {
-        Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file }),
-        None if suspects.is_empty() => Ok(()),
+    let pairs: Vec<_> = job.members.iter().copied().zip(&notes.pictures).collect();
+    match replaced(path, &pairs, &|record| Ok(Some(print(&record.read()?))))? {
+        Looked { replaced: Some(file), .. } => {
+            let advice = "remove this shard, and it is made anew";
+            Err(PrepareError::OtherPicture { path: path.into(), file, advice })
+        }
         // Next time there is no reason to look.
-        None => date(path, begun),
+        Looked { suspects: true, .. } => date(path, begun),
+        Looked { .. } => Ok(()),
     }
+}
+
+/// What a look at the pictures of a shard has found.
+pub(super) struct Looked {
+    /// One that is another by now.
+    pub replaced: Option<String>,
+    /// Whether dates were a reason to look.
+    pub suspects: bool,
+}
+
+/// Compares pictures of a shard with what they were when it was made. Those whose files are newer than the shard are read
+/// again, and [`LOOKED_AT`] others: dates are a reason to look, as they change with copying, and contents decide. Of a
+/// picture that `now` has nothing of nothing is said.
+pub(super) fn replaced(
+    path: &Path,
+    pairs: &[(&Record, &Fingerprint)],
+    now: &(dyn Fn(&Record) -> Result<Option<Fingerprint>, PrepareError> + Sync),
+) -> Result<Looked, PrepareError> {
+    let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
+    let newer = |(record, _): &&(&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
+    let suspects: Vec<_> = pairs.iter().filter(newer).collect();
+    let others = pairs.iter().step_by(pairs.len().div_ceil(LOOKED_AT).max(1));
+    let looked_at: Vec<_> = suspects.iter().copied().chain(others).collect();
+    let other = |(record, then): &&(&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
+        Ok(now(record)?.filter(|now| now != *then).map(|_| record.file.clone()))
+    };
+    let found: Vec<_> = looked_at.par_iter().map(other).collect::<Result<_, _>>()?;
+    Ok(Looked { replaced: found.into_iter().flatten().next(), suspects: !suspects.is_empty() })
 }
 
 /// Gives a shard the time at which its pictures began to be read: what changed since is newer.

@@ -41,10 +41,10 @@ pub enum PrepareError {
     )]
     OtherSettings { path: PathBuf, what: String, found: String, now: String },
     #[error(
-        "{}: made when {file} was another picture; remove this shard, and it is made anew",
+        "{}: made when {file} was another picture; {advice}",
         path.display()
     )]
-    OtherPicture { path: PathBuf, file: String },
+    OtherPicture { path: PathBuf, file: String, advice: &'static str },
     #[error(
         "{}: made before with records {found}, now {now}; --add adds pictures that are new, --retag changes tags and \
          conditions; or remove the dataset, or choose another directory", path.display()
