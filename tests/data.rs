@@ -12,7 +12,7 @@ use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::collective::Part;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
-use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::decode::decode;
@@ -152,7 +152,7 @@ fn colours_survive_resizing_and_layouts_are_as_documented() {
     assert!(tags(5).is_empty());
     assert_eq!([2, 3, 4, 5].map(|id| dataset.flip_allowed(dataset.find(id).unwrap())), [false, false, false, true]);
     assert_eq!([2, 3, 4, 5].map(|id| dataset.repeats(dataset.find(id).unwrap())), [1, 1, 1, 3]);
-    assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Kind::Images, "CC0"));
+    assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Representation::Images, "CC0"));
     for i in 0..dataset.len() {
         let mut condition = vec![f32::NAN; dataset.condition_dim()];
         dataset.condition(i, &mut condition);
@@ -1001,7 +1001,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         assert!(said.contains("train             5 images\n") && said.contains("1 of too different a shape"), "{said}");
 
         let dataset = Dataset::open(&out, Split::Train).unwrap();
-        assert_eq!((dataset.header().kind, dataset.shape()), (Kind::Latents, [16 / factor, 16 / factor, 4]));
+        assert_eq!((dataset.header().kind, dataset.shape()), (Representation::Latents, [16 / factor, 16 / factor, 4]));
         let mut cpu = Cpu::<f32, ()>::for_codec();
         let encoder = CodecFile::open(&vae).unwrap().encoder(&mut cpu).unwrap();
         let shard = SafeFile::open(out.join("train-00000.safetensors")).unwrap();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use edm2k::condition::Conditioning;
-use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::model::{Encoder, Model};
 use edm2k::pictures::png::read_text;
 use image::ImageReader;
@@ -96,7 +96,7 @@ fn pipeline(device: &'static str) {
         assert!(said.contains(&format!("{:10} {count:>8} images", split.to_string())), "{split}: {said}");
         let data = Dataset::open(&place.path("data"), split).unwrap();
         assert_eq!((data.len(), data.shape(), data.condition_dim()), (count, [22, 16, 4], WIDTH));
-        assert_eq!(data.header().kind, Kind::Latents);
+        assert_eq!(data.header().kind, Representation::Latents);
         let Conditioning::Features { source, node, fingerprint: Some(_) } = &data.header().conditioning else {
             panic!("{:?}", data.header().conditioning);
         };

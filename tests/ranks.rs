@@ -23,7 +23,7 @@ use edm2k::model::{Config, Model};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::{Event, Outcome, Plan, Settings, Splits, train};
+use edm2k::train::{Event, Execution, Outcome, Settings, Splits, train};
 use serde_json::{Value, json};
 
 // ---- meeting --------------------------------------------------------------------------------
@@ -420,18 +420,18 @@ fn all_ranks_have_the_same_bits() {
     config["label_dim"] = data.condition_dim().into();
     let config: Config = serde_json::from_value(config).unwrap();
     let settings = Settings { batch: 7, rampup: 0, ..Settings::new(&data, config.clone(), 63) };
-    let usual = Plan::new(place.path("run"), &settings, &edm2k::Device::open("cpu").unwrap());
+    let usual = Execution::new(place.path("run"), &settings, &edm2k::Device::open("cpu").unwrap());
     // One takes its images one by one.
     let all = on_ranks(3, |ranks| {
         let data = Dataset::open(&place.path("data"), Split::Train).unwrap();
         let model = Model::init(&config, ranks.rank() as u64).unwrap(); // rank 0's counts
         let mut backend = Cpu::<f32>::for_training(&model.table, 2);
         let (table, batch_gpu) = (model.table.clone(), if ranks.rank() == 1 { 1 } else { 3 });
-        let plan = Plan { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
+        let execution = Execution { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
         let splits = Splits { train: &data, validation: None };
         let stop = AtomicBool::new(false);
         let mut event = |_: Event| {};
-        let done = train(&mut backend, model, &settings, &plan, splits, None, &stop, &mut event, ranks);
+        let done = train(&mut backend, model, &settings, &execution, splits, None, &stop, &mut event, ranks);
         assert_eq!(done.unwrap(), Outcome::Finished);
         ranks.leave(None);
         let slots = [Slot::Weight, Slot::AdamM, Slot::AdamV, Slot::Ema(0), Slot::Ema(1)];

@@ -25,7 +25,7 @@ use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batch;
 use edm2k::train::order::Order;
-use edm2k::train::{DataIdentity, Event, LearningRate, Outcome, Plan, Schedule, Settings, Splits, ema, train};
+use edm2k::train::{DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, ema, train};
 use half::f16;
 use serde_json::{Value, json};
 
@@ -995,7 +995,7 @@ fn averages_of_nearly_the_same_width_have_files_of_their_own() {
 }
 
 /// Trains on in `run` up to `duration` images, eight a step, or until `stop_at`; what it noted.
-fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> String {
+fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Execution) -> String {
     let data = place.dataset(Split::Train);
     let settings = Settings { batch: 8, duration, ..settings(&data) };
     let model = Model::init(&settings.config, 0).unwrap();
@@ -1007,14 +1007,14 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> Str
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note, &mut Alone).unwrap();
+    let outcome = train(&mut backend, model, &settings, execution, splits, None, &stop, &mut note, &mut Alone).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }
 
 /// Training alone, and the last checkpoint.
-fn plain_plan(place: &Place) -> Plan {
-    Plan {
+fn usual_execution(place: &Place) -> Execution {
+    Execution {
         outdir: place.path("run"),
         batch_gpu: 8,
         status: 0,
@@ -1033,29 +1033,29 @@ fn plain_plan(place: &Place) -> Plan {
 #[test]
 fn another_device_on_the_way_is_said() {
     let place = Place::new();
-    let plan = plain_plan(&place);
-    go_on(&place, 8, None, &Plan { computed_on: "a GPU, f16".into(), ..plan.clone() });
-    let said = go_on(&place, 16, None, &plan);
+    let execution = usual_execution(&place);
+    go_on(&place, 8, None, &Execution { computed_on: "a GPU, f16".into(), ..execution.clone() });
+    let said = go_on(&place, 16, None, &execution);
     assert!(said.contains("computed on a GPU, f16 so far, on the CPU, f32 from here"), "{said}");
-    assert!(!go_on(&place, 24, None, &plan).contains("so far"));
+    assert!(!go_on(&place, 24, None, &execution).contains("so far"));
 }
 
 #[test]
 fn a_checkpoint_that_a_stop_made_goes_with_the_next_and_counts_for_none() {
     let place = Place::new();
-    let plan = Plan { checkpoint: 32, keep: 2, ..plain_plan(&place) };
+    let execution = Execution { checkpoint: 32, keep: 2, ..usual_execution(&place) };
     let there = || {
         let of = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap()[11..].parse::<u64>().unwrap();
         checkpoints(&place.path("run")).iter().map(of).collect::<Vec<_>>()
     };
     // What comes with a step is heeded after the next.
-    go_on(&place, 128, Some(32), &plan);
+    go_on(&place, 128, Some(32), &execution);
     assert_eq!(there(), [32, 40]);
-    go_on(&place, 128, Some(56), &plan);
+    go_on(&place, 128, Some(56), &execution);
     assert_eq!(there(), [32, 64], "where a checkpoint was due anyway, none is a stop's");
-    go_on(&place, 128, Some(72), &plan);
+    go_on(&place, 128, Some(72), &execution);
     assert_eq!(there(), [32, 64, 80]);
-    go_on(&place, 128, None, &plan);
+    go_on(&place, 128, None, &execution);
     assert_eq!(there(), [96, 128]);
 }
 

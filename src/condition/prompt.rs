@@ -245,9 +245,11 @@ fn unescaped(text: &str) -> String {
 }
 
 fn lookup(vocabulary: &Vocabulary, tag: &str) -> Option<u32> {
-    let plain = if tag.contains('\\') { unescaped(tag).into() } else { Cow::from(tag) };
-    let with = |from: char, to: &str| plain.contains(from).then(|| vocabulary.get(&plain.replace(from, to))).flatten();
-    let known = vocabulary.get(tag).or_else(|| vocabulary.get(&plain));
+    let unescaped_tag = if tag.contains('\\') { unescaped(tag).into() } else { Cow::from(tag) };
+    let with = |from: char, to: &str| {
+        unescaped_tag.contains(from).then(|| vocabulary.get(&unescaped_tag.replace(from, to))).flatten()
+    };
+    let known = vocabulary.get(tag).or_else(|| vocabulary.get(&unescaped_tag));
     known.or_else(|| with('_', " ")).or_else(|| with(' ', "_"))
 }
 

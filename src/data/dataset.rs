@@ -21,7 +21,7 @@ use serde_json::json;
 use super::edm2::{Archive, ArchiveError};
 use super::pending::{self, View};
 use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, ShardError, check_whole};
-pub use super::shard::{Header, Kind, VOCABULARY_FILE};
+pub use super::shard::{Header, Representation, VOCABULARY_FILE};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -321,7 +321,7 @@ impl Dataset {
     /// Whether mirroring image `i` leaves its meaning and its tags as they are.
     pub fn flip_allowed(&self, i: usize) -> bool {
         // Latents of a mirrored picture are not mirrored latents.
-        self.at(i).map_or(self.header.kind == Kind::Images, |(shard, row)| shard.flips[row] == 1)
+        self.at(i).map_or(self.header.kind == Representation::Images, |(shard, row)| shard.flips[row] == 1)
     }
 
     /// How often training shows image `i` in an epoch; at least 1.
@@ -346,14 +346,14 @@ impl Dataset {
             (_, at) => at.map_or(&[][..], |(shard, row)| shard.image(row)),
         };
         match self.header.kind {
-            Kind::Images => {
+            Representation::Images => {
                 for (c, plane) in stored.chunks_exact(area).enumerate() {
                     for (place, &x) in plane.iter().enumerate() {
                         out[place * channels + c] = to_model(x);
                     }
                 }
             }
-            Kind::Latents => {
+            Representation::Latents => {
                 let (mean, std) = stored.split_at(stored.len() / 2);
                 let pairs = mean.as_chunks::<2>().0.iter().zip(std.as_chunks::<2>().0);
                 noise.normals(out);
@@ -384,10 +384,10 @@ impl Dataset {
 
 /// Its conditions are what a model of them learns from; of each only what is asked for is read.
 impl vae::Source for Dataset {
-    fn kind(&self) -> vae::Kind {
+    fn kind(&self) -> vae::ConditionKind {
         match self.header.conditioning {
-            Conditioning::Tags => vae::Kind::Tags,
-            Conditioning::Features { .. } => vae::Kind::Dense,
+            Conditioning::Tags => vae::ConditionKind::Tags,
+            Conditioning::Features { .. } => vae::ConditionKind::Dense,
         }
     }
 

@@ -61,19 +61,19 @@ const PICTURES: &str = "pictures";
 /// What the pixels of a dataset are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum Representation {
     /// U8 pixels; the model sees x / 127.5 - 1.
     Images,
     /// F16 means and standard deviations of latents, in the model's scale; the model sees mean + std * noise.
     Latents,
 }
 
-impl Kind {
+impl Representation {
     /// Name and type of the tensor, and how many planes it has for each channel.
     pub(super) fn tensor(self) -> (&'static str, Dtype, usize) {
         match self {
-            Kind::Images => ("images", Dtype::U8, 1),
-            Kind::Latents => ("latents", Dtype::F16, 2),
+            Representation::Images => ("images", Dtype::U8, 1),
+            Representation::Latents => ("latents", Dtype::F16, 2),
         }
     }
 }
@@ -82,7 +82,7 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     /// Pixels or latents.
-    pub kind: Kind,
+    pub kind: Representation,
     /// Height of the images or latents; of several sizes in a shard the first one's, in an open dataset the most frequent
     /// one's.
     pub height: usize,

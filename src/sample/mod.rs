@@ -319,7 +319,7 @@ impl Batch<'_> {
 
 /// A network on its device, and optionally another one that guides it.
 pub struct Sampler<'a, B: NetworkBackend> {
-    /// Device that holds the network, prepared for evaluation.
+    /// Device that holds the network, its effective weights made for evaluation.
     pub backend: &'a mut B,
     /// The network.
     pub net: &'a Precond,
@@ -515,7 +515,7 @@ impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
             let reference = halves.swap_remove(1);
             return Ok(Guided::new(halves.swap_remove(0), reference, self.config.guidance));
         }
-        let Some((other, net, scales)) = self.other.as_mut().filter(|_| guides) else { return Ok(Guided::plain(d)) };
+        let Some((other, net, scales)) = self.other.as_mut().filter(|_| guides) else { return Ok(Guided::unguided(d)) };
         let there = other.upload(self.shape, &b.download(x)?);
         let scales = scales.at(*other, net, sigma)?;
         let reference = evaluate(*other, net, &there, sigma, scales)?;

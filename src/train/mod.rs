@@ -14,7 +14,7 @@
 //! and every rank takes the same step with them. Since all that is random is a function of an image's number, such a run
 //! computes what one rank does, but for the rounding of sums. Rank 0 reads and writes; validation and grids are shared.
 //!
-//! A run is [`Settings`], which decide what it computes, and a [`Plan`], which decides what it does beside; see
+//! A run is [`Settings`], which decide what it computes, and an [`Execution`], which decides what it does beside; see
 //! [`Training`] and `examples/train.rs`.
 //!
 //! ```
@@ -62,7 +62,7 @@ use crate::backend::{BackendError, Masks, Normalization, Slot, Step, TrainingBac
 use crate::codec::Autoencoder;
 use crate::collective::{Collective, CollectiveError, agree, share};
 use crate::condition::Conditioning;
-use crate::data::dataset::{Dataset, DatasetError, Header, Kind};
+use crate::data::dataset::{Dataset, DatasetError, Header, Representation};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::{At, DirLock, FileError, LockError, free_name, input, write_atomically};
@@ -142,7 +142,7 @@ pub struct DataIdentity {
     /// CRC-32 of the ids in order, each as often as an epoch shows it.
     pub ids: u32,
     /// Pixels or latents.
-    pub kind: Kind,
+    pub kind: Representation,
     /// What the conditions are made of.
     pub conditioning: Conditioning,
     /// What latents are of; none of pixels, or if nobody said.
@@ -207,7 +207,7 @@ fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error
 
 /// What a run does beside training: intervals are in images, 0 = never.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Plan {
+pub struct Execution {
     /// Where everything goes.
     #[serde(serialize_with = "as_shown")]
     pub outdir: PathBuf,
@@ -235,7 +235,7 @@ pub struct Plan {
     pub computed_on: String,
 }
 
-impl Plan {
+impl Execution {
     /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics;
     /// fewer grids, so that all but the one at the end take a hundredth of the time at most (see [`grid::cost`]).
     /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
@@ -270,7 +270,7 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
     ModelMeta {
         height: header.height,
         width: header.width,
-        encoder: if header.kind == Kind::Latents { Encoder::SdVae } else { Encoder::Rgb },
+        encoder: if header.kind == Representation::Latents { Encoder::SdVae } else { Encoder::Rgb },
         vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
         conditioning: header.conditioning.clone(),
         autoencoder: header.autoencoder.clone(),
@@ -471,7 +471,7 @@ fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, 
 #[derive(Serialize, Deserialize)]
 struct Given {
     settings: Settings,
-    plan: Plan,
+    execution: Execution,
 }
 
 impl Given {
@@ -489,12 +489,14 @@ impl Given {
             theirs.settings.init = Some(ours.clone());
         }
         // Cards may have room for different numbers of images, and different numbers; not for other types of values.
-        theirs.plan.batch_gpu = ours.plan.batch_gpu;
-        let numbers = |plan: &Plan| plan.computed_on.split_once(", ").map(|(_, numbers)| numbers.to_owned());
-        if numbers(&ours.plan) == numbers(&theirs.plan) {
-            theirs.plan.computed_on.clone_from(&ours.plan.computed_on);
+        theirs.execution.batch_gpu = ours.execution.batch_gpu;
+        let numbers =
+            |execution: &Execution| execution.computed_on.split_once(", ").map(|(_, numbers)| numbers.to_owned());
+        if numbers(&ours.execution) == numbers(&theirs.execution) {
+            theirs.execution.computed_on.clone_from(&ours.execution.computed_on);
         }
-        let all = [differing(&ours.settings, &theirs.settings, line), differing(&ours.plan, &theirs.plan, line)];
+        let all =
+            [differing(&ours.settings, &theirs.settings, line), differing(&ours.execution, &theirs.execution, line)];
         all.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
@@ -515,7 +517,7 @@ pub struct Training<'a> {
     /// What it computes.
     pub settings: &'a Settings,
     /// What it does beside.
-    pub plan: &'a Plan,
+    pub execution: &'a Execution,
     /// The images.
     pub splits: Splits<'a>,
     /// Makes the pictures of sample grids; without it there are none.
@@ -533,14 +535,14 @@ impl Work for Training<'_> {
 
     /// See [`train`].
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let Self { model, settings, plan, splits, show, stop, event, ranks } = self;
+        let Self { model, settings, execution, splits, show, stop, event, ranks } = self;
         let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
-        train(&mut backend, model, settings, plan, splits, show, stop, event, ranks)
+        train(&mut backend, model, settings, execution, splits, show, stop, event, ranks)
     }
 }
 
 /// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole
-/// checkpoint in `plan.outdir`, and from `model` if there is none.
+/// checkpoint in `execution.outdir`, and from `model` if there is none.
 ///
 /// `backend` was made for the model's table and as many moving averages as `settings.ema` has.
 ///
@@ -551,35 +553,35 @@ pub fn train<B: TrainingBackend>(
     backend: &mut B,
     model: Model,
     settings: &Settings,
-    plan: &Plan,
+    execution: &Execution,
     data: Splits,
     show: Option<&mut grid::Show>,
     stop: &AtomicBool,
     event: &mut dyn FnMut(Event),
     ranks: &mut dyn Collective,
 ) -> Result<Outcome, TrainError> {
-    let dir = plan.outdir.as_path();
+    let dir = execution.outdir.as_path();
     let (rank, size) = (ranks.rank(), ranks.size());
     if settings.batch < size as u64 {
         return Err(TrainError::FewImages { batch: settings.batch, ranks: size });
     }
-    let given = serde_json::to_string(&Given { settings: settings.clone(), plan: plan.clone() });
+    let given = serde_json::to_string(&Given { settings: settings.clone(), execution: execution.clone() });
     agree(ranks, &given.unwrap_or_default(), Given::differences)?;
     // Rank 0 alone reads and writes: no other needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if rank == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
         held.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
-        if plan.restart {
+        if execution.restart {
             set_aside(dir, event).at(dir)?;
         }
-        state = Some(match newest(backend, settings, plan, data.train, event)? {
+        state = Some(match newest(backend, settings, execution, data.train, event)? {
             Some(state) => state,
             None => {
                 begin_anew(dir, settings, event).at(dir)?;
                 model.upload(backend, Slot::Weight)?;
                 (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
-                let (settings, computed_on) = (settings.clone(), plan.computed_on.clone());
+                let (settings, computed_on) = (settings.clone(), execution.computed_on.clone());
                 State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on, stopgap: false }
             }
         });
@@ -598,10 +600,10 @@ pub fn train<B: TrainingBackend>(
             let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
             event(Event::Note(text));
         }
-        let events = plan.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
+        let events = execution.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
         files = Some(Files { stats, events });
     }
-    let batch_gpu = plan.batch_gpu.min(settings.batch) as usize;
+    let batch_gpu = execution.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
     let (mut order, nimg) = (Order::new(data.train, settings), state.nimg);
@@ -610,7 +612,7 @@ pub fn train<B: TrainingBackend>(
             let own = share(settings.batch, rank, size);
             let mut micro_batches = (nimg..)
                 .step_by(settings.batch as usize)
-                .flat_map(|first| order.micro_batches(first + own.start..first + own.end, plan.batch_gpu));
+                .flat_map(|first| order.micro_batches(first + own.start..first + own.end, execution.batch_gpu));
             // It ends when nobody waits for batches any more.
             micro_batches.find(|shown| sender.send(Batch::of(data.train, settings, shown)).is_err());
         });
@@ -619,7 +621,7 @@ pub fn train<B: TrainingBackend>(
             net: model.net,
             meta: model.meta,
             settings,
-            plan,
+            execution,
             batches,
             data,
             before: state.seconds,
@@ -634,7 +636,7 @@ pub fn train<B: TrainingBackend>(
             ranks,
         };
         run.rounds = run.agreed_rounds()?;
-        run.backend.prepare(Slot::Weight, Normalization::Train { rounds: run.rounds })?;
+        run.backend.make_effective(Slot::Weight, Normalization::Train { rounds: run.rounds })?;
         let outcome = run.go(stop, event)?;
         // What rank 0 wrote last is there before any rank ends.
         run.ranks.barrier()?;
@@ -701,17 +703,17 @@ fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
 fn newest<B: TrainingBackend>(
     backend: &mut B,
     settings: &Settings,
-    plan: &Plan,
+    execution: &Execution,
     data: &Dataset,
     event: &mut dyn FnMut(Event),
 ) -> Result<Option<State>, TrainError> {
-    let dir = plan.outdir.as_path();
+    let dir = execution.outdir.as_path();
     let table = backend.table().clone();
     let mut damaged = Vec::new();
     for path in checkpoint::list(dir).at(dir)? {
         let opened = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
             let mut asked = settings.clone();
-            if plan.keep_rampup {
+            if execution.keep_rampup {
                 asked.rampup = checkpoint.state.settings.rampup;
             }
             let nimg = checkpoint.state.nimg;
@@ -749,13 +751,13 @@ fn newest<B: TrainingBackend>(
         checkpoint.load(backend)?;
         event(Event::Note(format!("resuming from {}", path.display())));
         let before = &checkpoint.state.computed_on;
-        if !before.is_empty() && *before != plan.computed_on {
-            let now = &plan.computed_on;
+        if !before.is_empty() && *before != execution.computed_on {
+            let now = &execution.computed_on;
             event(Event::Note(format!(
                 "warning: computed on {before} so far, on {now} from here: it rounds otherwise"
             )));
         }
-        return Ok(Some(State { settings, computed_on: plan.computed_on.clone(), ..checkpoint.state }));
+        return Ok(Some(State { settings, computed_on: execution.computed_on.clone(), ..checkpoint.state }));
     }
     let more = damaged.len().saturating_sub(1);
     match damaged.into_iter().next() {
@@ -811,7 +813,7 @@ struct Run<'a, 's, B: TrainingBackend> {
     net: Precond,
     meta: ModelMeta,
     settings: &'a Settings,
-    plan: &'a Plan,
+    execution: &'a Execution,
     batches: Receiver<Result<Batch, DatasetError>>,
     data: Splits<'a>,
     state: State,
@@ -822,7 +824,7 @@ struct Run<'a, 's, B: TrainingBackend> {
     /// Of rank 0.
     files: Option<Files>,
     show: Option<&'a mut grid::Show<'s>>,
-    /// Images at a time: the plan's, until the device has no memory for them.
+    /// Images at a time: the execution's, until the device has no memory for them.
     batch_gpu: usize,
     /// Micro-batches of a step, of the rank that has most, if all images were of one size: on all ranks the same, as their
     /// weights are.
@@ -851,19 +853,19 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             event(Event::Step(nimg));
             let writes = self.files.is_some();
             // The checkpoint comes last: what it promises to have been done has been.
-            if due(self.plan.status) && writes {
+            if due(self.execution.status) && writes {
                 self.status(lr, event)?;
             }
-            if due(self.plan.validate) {
+            if due(self.execution.validate) {
                 self.validate(event)?;
             }
-            if due(self.plan.grid) {
+            if due(self.execution.grid) {
                 self.grid(event)?;
             }
-            if due(self.plan.snapshot) && writes {
+            if due(self.execution.snapshot) && writes {
                 self.snapshot(event)?;
             }
-            let regular = due(self.plan.checkpoint) || done;
+            let regular = due(self.execution.checkpoint) || done;
             if (regular || stopped) && writes {
                 self.state.stopgap = !regular;
                 self.checkpoint(event)?;
@@ -969,13 +971,13 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     fn diverged(&self, what: String) -> TrainError {
-        let last = checkpoint::list(&self.plan.outdir).ok().and_then(|all| all.into_iter().next());
+        let last = checkpoint::list(&self.execution.outdir).ok().and_then(|all| all.into_iter().next());
         TrainError::Diverged { nimg: self.state.nimg, what, lr: self.settings.lr, last }
     }
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
         let Some(Files { stats, events }) = &mut self.files else { return Ok(()) };
-        let path = self.plan.outdir.join(stats::FILE);
+        let path = self.execution.outdir.join(stats::FILE);
         stats.write(line).at(path)?;
         let Some(events) = events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();
@@ -1023,14 +1025,14 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         mut work: impl FnMut(&mut Self, usize) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
         let begun = Instant::now();
-        self.backend.prepare(Slot::Ema(0), Normalization::Eval)?;
+        self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
         let halved = |why: &TrainError, n| {
             event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
         };
         let done = memory::halving(&mut batch, TrainError::is_out_of_memory, |n| work(self, n), halved);
         self.batch_aside = batch;
-        self.backend.prepare(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
+        self.backend.make_effective(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
         done
     }
@@ -1038,7 +1040,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Samples of the first moving average as a picture.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(show) = self.show.take() else { return Ok(()) };
-        let path = self.plan.outdir.join(format!("grid-{:09}.png", self.state.nimg));
+        let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
         let written = self.with_average(event, |run, batch| {
@@ -1074,7 +1076,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let (images_seen, began_from) = (self.state.nimg, self.settings.began_from());
             let meta = ModelMeta { images_seen, ema_std: Some(std), options, began_from, ..self.meta.clone() };
             let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
-            let path = self.plan.outdir.join(name);
+            let path = self.execution.outdir.join(name);
             match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {
                 Err(ModelError::NotFinite { name, value, .. }) => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
@@ -1088,7 +1090,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// Writes a checkpoint, unless the run has diverged, and tidies up.
     fn checkpoint(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        let dir = &self.plan.outdir;
+        let dir = &self.execution.outdir;
         let path = checkpoint::path(dir, self.state.nimg);
         let meta = ModelMeta { images_seen: self.state.nimg, ..self.meta.clone() };
         match checkpoint::save(&path, self.backend, &meta, &self.state) {
@@ -1101,8 +1103,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// Removes the checkpoints that are not to be kept, and draws the losses.
     fn tidy(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        let dir = &self.plan.outdir;
-        for old in checkpoint::superseded(dir, self.plan.keep).at(dir)? {
+        let dir = &self.execution.outdir;
+        for old in checkpoint::superseded(dir, self.execution.keep).at(dir)? {
             fs::remove_file(&old).at(&old)?;
         }
         // No run ends for want of a picture.
