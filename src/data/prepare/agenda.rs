@@ -123,7 +123,7 @@ impl<'a> Agenda<'a> {
         for entry in fs::read_dir(out).at(out)? {
             let entry = entry.at(out)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if super::is_shard(&name) {
+            if Split::names(&name) {
                 there.insert(name, SafeFile::open(entry.path()));
             }
         }

@@ -263,16 +263,11 @@ fn make(
     Ok(())
 }
 
-/// Whether a file of this name in a dataset's directory is one of its shards.
-fn is_shard(name: &str) -> bool {
-    name.ends_with(".safetensors") && Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")))
-}
-
 /// Refuses metadata that lies where the dataset's own files will.
 fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     let place = metadata.canonicalize().ok();
     let there = place.as_deref().and_then(Path::parent).map(Path::to_path_buf) == out.canonicalize().ok();
-    let ours = |name: &str| is_shard(name) || [VOCABULARY_FILE, SUMMARY_FILE].contains(&name);
+    let ours = |name: &str| Split::names(name) || [VOCABULARY_FILE, SUMMARY_FILE].contains(&name);
     if there && place.as_deref().is_some_and(|place| ours(&fingerprint::name(place))) {
         return Err(PrepareError::Setting {
             what: "the metadata",
