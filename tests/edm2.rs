@@ -236,5 +236,5 @@ fn the_presets_are_those_of_the_authors() {
     assert_eq!((with("edm2-img512-xs-guid-fid").guidance, with("edm2-img512-s-autog-dino").guidance), (1.4, 2.45));
     assert_eq!((with("edm2-img64-s-fid").guidance, with("edm2-img64-s-fid").steps), (1.0, 32));
     assert!(PRESETS.iter().all(|preset| preset.config().solver == Solver::Heun && preset.config().validate().is_ok()));
-    assert!(preset("edm2").unwrap_err().contains("edm2-img512-xxl-autog-fid"));
+    assert!(preset("edm2").unwrap_err().to_string().contains("edm2-img512-xxl-autog-fid"));
 }

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Error, anyhow, ensure};
+use anyhow::{Context, anyhow, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -453,7 +453,7 @@ fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Conditi
         let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
         return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
     }
-    let of = |text: &String| Ok(condition(pipeline.class(names.find(text).map_err(Error::msg)?)?));
+    let of = |text: &String| Ok(condition(pipeline.class(names.find(text)?)?));
     args.class.iter().map(of).collect()
 }
 
