@@ -26,7 +26,10 @@ use tempfile::TempDir;
 mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 use command::{edm2k, here, printed, refused};
+use place::files;
 
 /// A folder with images, the metadata, and settings for a 16x16 dataset.
 struct Workshop {
@@ -288,14 +291,6 @@ fn gallery() -> Workshop {
     shop
 }
 
-fn read_dir(dir: &Path) -> HashMap<String, Vec<u8>> {
-    fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
-        .collect()
-}
-
 #[test]
 fn splits_follow_from_the_id_alone() {
     let shop = gallery();
@@ -323,7 +318,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     let shop = gallery();
     shop.prepare();
     let out = shop.dir.path().join("out");
-    let whole = read_dir(&out);
+    let whole = files(&out);
     assert_eq!(whole.len(), 9 + 1 + 1 + 2, "{:?}", whole.keys());
 
     fs::remove_file(out.join("train-00002.safetensors")).unwrap();
@@ -344,7 +339,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
         .unwrap()
     });
     assert_eq!(redone.into_inner().unwrap(), [2, 5, 6].map(|number| format!("train-{number:05}.safetensors")));
-    assert!(read_dir(&out) == whole, "the resumed dataset differs");
+    assert!(files(&out) == whole, "the resumed dataset differs");
 }
 
 #[test]
@@ -352,11 +347,11 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     let shop = gallery();
     shop.prepare();
     let out = shop.dir.path().join("out");
-    let before = read_dir(&out);
+    let before = files(&out);
     let differs_of = |folder: &Folder, settings: Settings, expected: &str| {
         let text = prepare(folder, &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
-        assert!(read_dir(&out) == before, "files were changed");
+        assert!(files(&out) == before, "files were changed");
     };
     let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
     differs(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
@@ -588,7 +583,7 @@ fn grown() -> Workshop {
 fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     let shop = grown();
     let out = shop.dir.path().join("out");
-    let (before, old) = (read_dir(&out), content(&out));
+    let (before, old) = (files(&out), content(&out));
     let print = shop.open(Split::Train).fingerprint().unwrap();
     let error = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("made before with records 41 (") && error.contains("--add adds"), "{error}");
@@ -600,7 +595,7 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 2)]), "one of them long since");
     assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [34, 4, 7]);
     assert_eq!(counts(&summary, Split::Train).untagged, 1);
-    let after = read_dir(&out);
+    let after = files(&out);
     for (name, bytes) in before.iter().filter(|(name, _)| *name != "summary.json") {
         assert!(after[name] == *bytes, "{name} has changed");
     }
@@ -644,11 +639,11 @@ fn gallery_of(shop: &Workshop) -> Folder {
 fn what_does_not_fit_a_dataset_is_not_added_to_it() {
     let shop = grown();
     let out = shop.dir.path().join("out");
-    let before = read_dir(&out);
+    let before = files(&out);
     let refused = |settings: Settings, expected: &str| {
         let error = add(&shop.folder(), &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}; expected {expected}");
-        assert!(read_dir(&out) == before, "files were changed");
+        assert!(files(&out) == before, "files were changed");
     };
     refused(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
     refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
@@ -753,7 +748,7 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     let (folder, settings) = (shop.folder(), shop.settings());
     let arguments = command_of(&folder, &out, &["--add"]);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (old, first) = (content(&out), read_dir(&out));
+    let (old, first) = (content(&out), files(&out));
     let pending = |least: usize| fs::read_dir(out.join("pending")).is_ok_and(|files| files.count() >= least);
     let mut states = Vec::new();
     for least in [1, 5, 12, 20] {
@@ -772,8 +767,8 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     assert!(!out.join("pending").exists());
 
     // A kill between the moment at which it counts and the last file's move.
-    let files = read_dir(&out);
-    let mut added: Vec<_> = files.keys().filter(|name| !first.contains_key(*name)).collect();
+    let there = files(&out);
+    let mut added: Vec<_> = there.keys().filter(|name| !first.contains_key(*name)).collect();
     added.sort();
     assert!(added.len() > 25, "{added:?}");
     fs::create_dir(out.join("pending")).unwrap();
@@ -789,7 +784,7 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     assert!(content(&out) == whole, "with the mark, and some in their places");
     add(&folder, &settings, None, &|_| ()).unwrap();
     assert!(content(&out) == whole && !out.join("pending").exists());
-    assert_eq!(read_dir(&out).len(), files.len());
+    assert_eq!(files(&out).len(), there.len());
 }
 
 #[test]
@@ -853,11 +848,11 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
         assert!(*was == now && *image == kept && !words.contains("first"), "{id}");
     }
 
-    let (files, state) = (read_dir(&out), content(&out));
+    let (there, state) = (files(&out), content(&out));
     let refused = |folder: &Folder, settings: &Settings, expected: &str| {
         let error = retag(folder, settings, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}; expected {expected}");
-        assert!(read_dir(&out) == files);
+        assert!(files(&out) == there);
     };
     fs::write(&metadata, lines[3..].join("\n")).unwrap();
     refused(&other, &settings, "other.jsonl: no record for 3 images of the dataset, such as id ");

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 
 use command::{succeed, text};
 use edm2k::backend::cpu::Cpu;
@@ -24,6 +26,7 @@ use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{Event, Execution, Outcome, Settings, Splits, train};
+use place::{Place, assert_same_tensors, files, signal, stats};
 use serde_json::{Value, json};
 
 // ---- meeting --------------------------------------------------------------------------------
@@ -200,21 +203,12 @@ const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_block
     "attn_resolutions": [4], "channels_per_head": 8}"#;
 
 /// A directory with a small dataset and a config.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let place = Self { dir };
+        let place = Self::empty();
         place.prepare("data", 0);
         fs::write(place.path("config.json"), CONFIG).unwrap();
         place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     /// A dataset of noise.
@@ -237,17 +231,15 @@ impl Place {
             lines += &format!("{line}\n");
         }
         fs::write(self.path("meta.jsonl"), lines).unwrap();
-        let mut prepare = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        prepare.args("prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes".split(' '));
+        let mut prepare = self.command("prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes");
         prepare.arg(sizes.iter().map(|[width, height]| format!("{width}x{height}")).collect::<Vec<_>>().join(","));
-        prepare.arg("--images").arg(&pictures).args(["--out", name]).current_dir(self.dir.path());
+        prepare.arg("--images").arg(&pictures).args(["--out", name]);
         succeed(&mut prepare);
     }
 
     /// `edm2k` with these arguments, as rank number `rank` of `size`; alone for a size of 1.
     fn rank(&self, rank: usize, size: usize, port: u16, arguments: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        command.args(arguments.split_whitespace()).current_dir(self.dir.path());
+        let mut command = self.command(arguments);
         command.env("RAYON_NUM_THREADS", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
         if size > 1 {
             command
@@ -275,11 +267,6 @@ impl Place {
         }
         text(&ended[0])
     }
-
-    fn newest(&self, out: &str) -> PathBuf {
-        let all = edm2k::train::checkpoint::list(&self.path(out)).unwrap_or_default();
-        all.into_iter().next().expect("a checkpoint")
-    }
 }
 
 fn outputs(children: Vec<Child>) -> Vec<Output> {
@@ -296,32 +283,9 @@ fn options(out: &str, duration: u64) -> String {
     )
 }
 
-/// The relative distance of two runs' weights, the worst of all parameters.
-fn distance(a: &Path, b: &Path) -> (f64, String) {
-    let (a, b) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    let mut worst = (0.0, String::new());
-    for name in a.names().filter(|name| name.starts_with("weight.") || name.starts_with("ema")) {
-        let (a, b) = (a.f32(name).unwrap(), b.f32(name).unwrap());
-        let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        let size = a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
-        let error = (difference / size.max(1e-30)).sqrt();
-        if error > worst.0 {
-            worst = (error, name.to_owned());
-        }
-    }
-    worst
-}
-
-fn assert_same_tensors(a: &Path, b: &Path) {
-    let (fa, fb) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    for name in fa.names().filter(|&name| name != "checksums") {
-        assert!(fa.bytes(name).unwrap() == fb.bytes(name).unwrap(), "{name} differs: {} {}", a.display(), b.display());
-    }
-}
-
-fn stats(dir: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(dir.join("stats.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+/// The relative distance of two runs' weights and averages, that of the worst, and its name.
+fn distance(place: &Place, one: &str, other: &str) -> (f64, String) {
+    place::distance(&place.newest(one), &place.newest(other), &["weight.", "ema"], 1e-15)
 }
 
 /// Two runs' statistics are of the same images, and say the same but for rounding.
@@ -348,7 +312,7 @@ fn several_ranks_compute_what_one_does() {
         let out = format!("of-{size}");
         let said = place.run(size, &options(&out, 120));
         assert!(said.contains(&format!("{size} ranks on the CPU: gradients go through rank 0, which is for tests")));
-        let far = distance(&place.newest("one"), &place.newest(&out));
+        let far = distance(&place, "one", &out);
         println!("{size}: {far:?}");
         // See `the_size_of_micro_batches_changes_rounding_only`. With a rank's share left out or taken twice, each step's
         // gradient is another one: 1e-1.
@@ -381,7 +345,7 @@ fn several_ranks_train_on_several_sizes_as_one_does() {
     for size in [2, 4] {
         let out = format!("of-{size}");
         place.run(size, &options(&out));
-        let far = distance(&place.newest("one"), &place.newest(&out));
+        let far = distance(&place, "one", &out);
         println!("{size}: {far:?}");
         assert!(far.0 < 5e-3, "{size} ranks: {far:?}");
         assert_near(&place.path("one"), &place.path(&out));
@@ -405,7 +369,7 @@ fn several_ranks_on_the_emulator_compute_what_one_does() {
     place.run(1, &options("one"));
     let said = place.run(2, &options("two"));
     assert!(said.contains("2 ranks on the emulator"), "{said}");
-    let far = distance(&place.newest("one"), &place.newest("two"));
+    let far = distance(&place, "one", "two");
     println!("{far:?}");
     // The same micro-batches: what differs is the order in which their gradients are added, and what Adam makes of it.
     assert!(far.0 < 5e-3, "{far:?}");
@@ -451,7 +415,7 @@ fn a_run_goes_on_with_other_numbers_of_ranks() {
     place.run(2, &options("some", 80));
     let said = place.run(1, &options("some", 120));
     assert!(said.contains("resuming from"), "{said}");
-    let far = distance(&place.newest("one"), &place.newest("some"));
+    let far = distance(&place, "one", "some");
     assert!(far.0 < 5e-3, "{far:?}");
     assert_near(&place.path("one"), &place.path("some"));
 }
@@ -466,10 +430,6 @@ fn under_way(place: &Place) {
         assert!(begun.elapsed() < Duration::from_secs(60), "the run does not begin");
         sleep(Duration::from_millis(5));
     }
-}
-
-fn signal(child: &Child, signal: &str) {
-    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }
 
 #[test]
@@ -605,16 +565,6 @@ fn ranks_evaluate_as_one_does() {
 }
 
 // ---- sampling -------------------------------------------------------------------------------
-
-/// The files of a directory with their contents.
-fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
-    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
-    let mut all: Vec<_> =
-        entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect();
-    all.retain(|(name, _)| name != ".edm2k.lock");
-    all.sort();
-    all
-}
 
 #[test]
 fn ranks_and_parts_make_the_files_that_one_process_makes() {
