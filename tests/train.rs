@@ -1065,7 +1065,7 @@ fn two_signals_of_one_request_are_one_request() {
     for signals in [["-TERM", "-HUP"], ["-HUP", "-HUP"], ["-TERM", "-TERM"], ["-TERM", "-INT"]] {
         let place = Place::new();
         let child = under_way(&place, heeding(&mut place.train("run", ENDLESS), None));
-        signals.iter().for_each(|signal| signal(&child, signal));
+        signals.iter().for_each(|name| signal(&child, name));
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{signals:?}: {}", text(&output));
         assert!(text(&output).contains("stopped after"), "{}", text(&output));

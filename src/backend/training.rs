@@ -3,7 +3,7 @@
 //! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1);
 //! [`Step::grad_scale`] brings in the 1/batch.
 
-use super::gpu::runtime::Memory;
+use super::memory::Memory;
 use super::{BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
 use crate::params::ParamId;
 
