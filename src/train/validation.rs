@@ -13,7 +13,7 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
 
-/// Most images of the validation split that are looked at while training.
+/// So many images of the validation split are looked at while training.
 const IMAGES: usize = 1024;
 /// Noise levels for each of them.
 const DRAWS: usize = 4;
