@@ -19,7 +19,7 @@ use edm2k::pictures::Picture;
 use edm2k::pictures::decode;
 use edm2k::pictures::fit::choose;
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::order::{MOST, Order};
+use edm2k::train::order::{MAX_GROUP, Order};
 use edm2k::train::{DataIdentity, Settings};
 use place::{Place, assert_same_tensors, distance, files};
 use proptest::prelude::*;
@@ -453,7 +453,7 @@ fn a_size_with_fewer_images_than_a_group_is_not_shown_more_often() {
     place.prepare("data", "");
     let data = place.open("data", Split::Train);
     let s = settings(&data, 32);
-    assert_eq!(MOST, 16);
+    assert_eq!(MAX_GROUP, 16);
     let mut seen = vec![0u64; data.len()];
     let steps = 4000;
     shown(&mut Order::new(&data, &s), 0..32 * steps, 1000).iter().for_each(|(_, image)| seen[*image] += 1);

@@ -14,11 +14,11 @@ use std::cmp::Ordering;
 use super::vocabulary::{Vocabulary, VocabularyError};
 
 /// Largest weight.
-const MOST: f32 = 10.0;
+const MAX_WEIGHT: f32 = 10.0;
 /// Weight of round brackets without a number.
 const EMPHASIS: f32 = 1.1;
 
-/// Most brackets around each other: more than weights have room for, and few enough to try all readings of.
+/// So many brackets may be around each other: more than weights have room for, and few enough to try all readings of.
 const DEEPEST: usize = 32;
 
 /// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.
@@ -174,8 +174,8 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
             let matching = if bracket == ')' { '(' } else { '[' };
             let (_, first) = open.pop().filter(|(opened, _)| *opened == matching).ok_or(unbalanced(bracket))?;
             let weight = weight.unwrap_or(if bracket == ')' { EMPHASIS } else { 1.0 / EMPHASIS });
-            if !(0.0..=MOST).contains(&weight) {
-                return Err(VocabularyError::Weight { weight, most: MOST, part: part.into() });
+            if !(0.0..=MAX_WEIGHT).contains(&weight) {
+                return Err(VocabularyError::Weight { weight, most: MAX_WEIGHT, part: part.into() });
             }
             tags[first..].iter_mut().for_each(|(_, w)| *w *= weight);
         }

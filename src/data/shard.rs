@@ -47,7 +47,7 @@ pub const VOCABULARY_FILE: &str = "vocabulary.json";
 /// Name of the summary's file, beside the shards too.
 pub const SUMMARY_FILE: &str = "summary.json";
 
-/// Most sizes that images of a dataset may have.
+/// Images of a dataset may have so many sizes.
 pub const MAX_SIZES: usize = 64;
 
 /// Which images: those to learn from, to watch the loss on, or to leave alone until the end.

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Index;
 
-/// Most opcodes that are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
+/// So many opcodes are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
 /// than 150 MB.
 pub const MAX_OPCODES: usize = 1 << 20;
 

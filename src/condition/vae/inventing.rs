@@ -8,7 +8,7 @@ use crate::rng::{Purpose, Stream};
 
 /// Times that an invented condition is encoded and decoded again.
 const ROUNDS: u32 = 3;
-/// Most steps of a latent towards the given tags.
+/// A latent takes up to so many steps towards the given tags.
 const APPROACH: usize = 20;
 /// Anchors near another one, any of which it may be mixed with.
 const NEAR: usize = 6;

@@ -10,7 +10,7 @@ use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
 use crate::rng::{Purpose, Stream};
 
-/// Most rows whose codes are kept as anchors.
+/// The codes of up to so many rows are kept as anchors.
 const ANCHORS: usize = 256;
 
 /// Conditions to learn from, wherever they are: one row is asked for at a time.
