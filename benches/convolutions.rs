@@ -83,7 +83,7 @@ fn main() {
             values
         };
         b.write_param(Slot::Weight, id, &random(table[id].numel(), 0)).expect("as many values as the weight has");
-        b.prepare(Slot::Weight, Normalization::Eval).expect("the weight is held");
+        b.make_effective(Slot::Weight, Normalization::Eval).expect("the weight is held");
         let x = b.upload([1, h, w, cin], &random(h * w * cin, 1));
         let g = b.upload([1, h, w, cout], &random(h * w * cout, 2));
         let macs = (h * w * table[id].numel()) as f64;
@@ -92,8 +92,8 @@ fn main() {
             let share = 100.0 * macs / rate / seconds;
             println!("{name:<22} {what:>14} {:9.2} {:8.1} {share:6.0} %", seconds * 1e3, macs / seconds * 1e-9);
         };
-        report("forward", time(|| drop(b.conv(id, Operand::plain(&x)))));
-        report("input grad", time(|| drop(b.conv_dgrad(id, &g, 1.0, Operand::plain(&x), None))));
-        report("weight grad", time(|| b.conv_wgrad(id, Operand::plain(&x), &g, 1.0)));
+        report("forward", time(|| drop(b.conv(id, Operand::of(&x)))));
+        report("input grad", time(|| drop(b.conv_dgrad(id, &g, 1.0, Operand::of(&x), None))));
+        report("weight grad", time(|| b.conv_wgrad(id, Operand::of(&x), &g, 1.0)));
     }
 }

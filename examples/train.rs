@@ -15,7 +15,7 @@ use edm2k::Device;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Model};
-use edm2k::train::{Event, Plan, Settings, Splits, Training, meta_of};
+use edm2k::train::{Event, Execution, Settings, Splits, Training, meta_of};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     model.meta = meta_of(&data, &config, settings.seed);
 
     let device = Device::open("auto")?;
-    let plan = Plan::new(outdir, &settings, &device);
+    let execution = Execution::new(outdir, &settings, &device);
     println!("training {:.1} M parameters on {device}", model.table.trained_values() as f64 / 1e6);
     let mut event = |event: Event| match event {
         Event::Status(s) => println!("{} images, loss {:.4}, {:.1} images/s", s.nimg, s.loss, s.images_per_s),
@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     device.run(Training {
         model,
         settings: &settings,
-        plan: &plan,
+        execution: &execution,
         splits,
         show: None,
         stop: &stop,

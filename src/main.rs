@@ -74,10 +74,10 @@ fn main() -> ExitCode {
 
 /// Says what is wrong with the arguments, or what was asked about them: help, version.
 fn refuse(error: &clap::Error) -> ExitCode {
-    let plain = error.render().to_string();
+    let text = error.render().to_string();
     let odd = |line: &str| say::shortened(&say::escaped(line)) != line;
-    if error.use_stderr() && plain.lines().any(odd) {
-        plain.lines().for_each(|line| note!("{line}"));
+    if error.use_stderr() && text.lines().any(odd) {
+        text.lines().for_each(|line| note!("{line}"));
         return ExitCode::from(error.exit_code() as u8);
     }
     match error.print().and_then(|()| io::stdout().flush()) {

@@ -103,7 +103,7 @@ fn every_head_size_and_any_number_of_tokens() {
         shape(1, 16, 22, 1, 64),
         shape(1, 7, 11, 2, 128),
     ];
-    for device in Bench::of(common::plain()) {
+    for device in Bench::of(common::once()) {
         shapes.iter().for_each(|s| device.check(s));
     }
 }
@@ -132,7 +132,7 @@ fn every_kernel_and_token_counts_around_its_tiles() {
         ("forward_3", "grad_q_6", many(128, 17)),
         ("forward_6", "grad_q_6", many(128, 49)),
     ];
-    for device in Bench::of(common::plain()) {
+    for device in Bench::of(common::once()) {
         for (forward, grad_q, s) in &cases {
             let attention = Attention::new(s.images, s.width, s.heads, s.c, device.precision).unwrap();
             let none = DevicePtr::NULL;
@@ -148,7 +148,7 @@ fn every_kernel_and_token_counts_around_its_tiles() {
 /// however large they are. The gradients of such q and k are zero but for rounding: they lie along q and k.
 #[test]
 fn the_largest_and_the_smallest_scores() {
-    for device in Bench::of(common::plain()) {
+    for device in Bench::of(common::once()) {
         for c in [16, 32, 64, 128] {
             for (images, tokens) in [(1, 1), (1, 49), (64, 49)] {
                 let s = shape(images, 1, tokens, 2, c);
@@ -200,7 +200,7 @@ fn no_races_no_unwritten_reads_nothing_out_of_bounds() {
 
 #[test]
 fn the_same_bits_in_every_run() {
-    for kernels in common::plain() {
+    for kernels in common::once() {
         let device = Bench::new(kernels, Precision::F16);
         let attention = Attention::new(1, 77, 1, 32, Precision::F16).unwrap();
         let [x, g] = [(96, 1), (32, 2)].map(|(c, seed)| device.both(&normals(77 * c, seed, 1.0), c).memory);

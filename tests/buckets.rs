@@ -1,15 +1,16 @@
 //! Datasets of several sizes: which one a picture gets, what is stored, in which order training shows them, and that a run
 //! on them goes on to the bit.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::Write as _;
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 
 use command::{edm2k, refused_in_one_line, succeed};
 use edm2k::data::dataset::{Dataset, Split};
@@ -18,8 +19,9 @@ use edm2k::pictures::Picture;
 use edm2k::pictures::decode;
 use edm2k::pictures::fit::choose;
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::order::{MOST, Order};
+use edm2k::train::order::{MAX_GROUP, Order};
 use edm2k::train::{DataIdentity, Settings};
+use place::{Place, assert_same_tensors, distance, files};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -30,22 +32,18 @@ const CONFIG: &str = r#"{"model_channels": 16, "channel_mult": [1, 2], "num_bloc
 const SIZES: [[u32; 2]; 3] = [[8, 8], [16, 8], [8, 16]];
 
 /// A directory with pictures, each of one colour, and lines that describe them.
-struct Place {
-    dir: tempfile::TempDir,
-    lines: String,
-}
-
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("pictures")).unwrap();
-        fs::write(dir.path().join("config.json"), CONFIG).unwrap();
-        Self { dir, lines: String::new() }
+        let place = Self::empty();
+        fs::create_dir(place.path("pictures")).unwrap();
+        fs::write(place.path("config.json"), CONFIG).unwrap();
+        fs::write(place.path("meta.jsonl"), "").unwrap();
+        place
     }
 
     /// With so many training pictures of each size, and a fifth as many for validation, of all in turn.
     fn with(counts: [usize; 3]) -> Self {
-        let mut place = Self::new();
+        let place = Self::new();
         let mut left = counts;
         let mut id = 0;
         while left.iter().any(|&left| left > 0) {
@@ -61,11 +59,7 @@ impl Place {
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn picture(&mut self, id: i64, [width, height]: [u32; 2], repeats: u8) {
+    fn picture(&self, id: i64, [width, height]: [u32; 2], repeats: u8) {
         let (width, height) = (width as usize, height as usize);
         let mut noise = vec![0.0; width * height * 3];
         Stream::new(3, Purpose::Init, id as u64).normals(&mut noise);
@@ -73,14 +67,7 @@ impl Place {
         let name = format!("{id}.png");
         Picture::new(height, width, rgb).save(&self.path("pictures").join(&name), &[]).unwrap();
         let line = json!({"id": id, "file": name, "tags": [format!("t{}", id % 4)], "repeats": repeats});
-        self.lines += &format!("{line}\n");
-        fs::write(self.path("meta.jsonl"), &self.lines).unwrap();
-    }
-
-    fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        command.args(arguments.split_whitespace()).current_dir(self.dir.path());
-        command
+        writeln!(File::options().append(true).open(self.path("meta.jsonl")).unwrap(), "{line}").unwrap();
     }
 
     fn run(&self, arguments: &str) -> String {
@@ -88,15 +75,11 @@ impl Place {
     }
 
     fn refuses(&self, arguments: &str) -> String {
-        refused_in_one_line(edm2k(self.dir.path(), &arguments.split_whitespace().collect::<Vec<_>>()).assert())
+        refused_in_one_line(edm2k(self.dir(), &arguments.split_whitespace().collect::<Vec<_>>()).assert())
     }
 
     fn prepare(&self, out: &str, more: &str) -> String {
         self.run(&prepare(out, &format!("--sizes 8x8,16x8,8x16 {more}")))
-    }
-
-    fn open(&self, name: &str, split: Split) -> Dataset {
-        Dataset::open(&self.path(name), split).unwrap()
     }
 }
 
@@ -105,13 +88,6 @@ fn prepare(out: &str, more: &str) -> String {
         "prepare --images pictures --metadata meta.jsonl --out {out} --validation-modulus 5 --shard-size 7 \
          --vocabulary 8 {more}"
     )
-}
-
-/// Files of a directory with their bytes.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()).filter(|entry| entry.path().is_file());
-    let all = entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()));
-    all.filter(|(name, _)| name != ".edm2k.lock").collect()
 }
 
 /// Bytes of an image as it was in its picture, `[H, W, C]`.
@@ -165,7 +141,7 @@ fn of_sizes_that_crop_alike_the_nearest_is_taken_and_then_the_first() {
 
 #[test]
 fn pictures_are_stored_at_their_sizes_and_counted() {
-    let mut place = Place::with([30, 12, 6]);
+    let place = Place::with([30, 12, 6]);
     // Between two shapes.
     place.picture(1002, [13, 9], 1);
     let said = place.prepare("data", "--max-crop 0.3");
@@ -283,7 +259,7 @@ fn a_shard_whose_sizes_do_not_fit_its_images_is_refused() {
 
 #[test]
 fn pictures_are_added_and_retagged_at_their_sizes() {
-    let mut place = Place::with([12, 6, 3]);
+    let place = Place::with([12, 6, 3]);
     place.prepare("data", "");
     let before = place.open("data", Split::Train).len();
     for (id, size) in [(5002, SIZES[2]), (5003, SIZES[0]), (5004, SIZES[1]), (5005, SIZES[2])] {
@@ -300,7 +276,8 @@ fn pictures_are_added_and_retagged_at_their_sizes() {
     }
     assert!(said.contains("  8x16"), "{said}");
     let all: Vec<_> = (0..data.len()).map(|i| (data.id(i), data.shape_of(i), pixels(&data, i))).collect();
-    fs::write(place.path("meta.jsonl"), place.lines.replace("\"t1\"", "\"other\"")).unwrap();
+    let lines = fs::read_to_string(place.path("meta.jsonl")).unwrap();
+    fs::write(place.path("meta.jsonl"), lines.replace("\"t1\"", "\"other\"")).unwrap();
     place.prepare("data", "--retag");
     let data = place.open("data", Split::Train);
     assert!(data.vocabulary().get("other").is_some());
@@ -333,7 +310,7 @@ fn sizes_are_checked_before_anything_is_made() {
     let said = place.refuses(&prepare("data", "--vae taesd.safetensors --sizes 64x64,64x68"));
     assert!(said.contains("the size is 64x68, expected multiples of the 8 pixels"), "{said}");
     // The network has two levels.
-    let mut odd = Place::with([4, 2, 1]);
+    let odd = Place::with([4, 2, 1]);
     odd.picture(2002, [8, 9], 1);
     odd.run(&prepare("data", "--sizes 8x8,8x9"));
     let train = "train --data data --outdir run --config config.json --duration 8 --batch 8";
@@ -351,7 +328,7 @@ fn sizes_are_checked_before_anything_is_made() {
 
 #[test]
 fn latents_are_stored_at_their_sizes() {
-    let mut place = Place::new();
+    let place = Place::new();
     autoencoder::write(&place.path("taesd.safetensors"), &autoencoder::taesd(8));
     for (id, size) in [(2, [64, 64]), (3, [64, 128]), (4, [128, 64]), (7, [64, 128])] {
         place.picture(id, size, 1);
@@ -436,7 +413,7 @@ fn an_image_follows_from_its_number_alone() {
 
 #[test]
 fn every_image_is_seen_as_often_as_any_other() {
-    let mut place = Place::with([40, 25, 17]);
+    let place = Place::with([40, 25, 17]);
     place.picture(7002, SIZES[0], 3);
     place.prepare("data", "");
     let data = place.open("data", Split::Train);
@@ -476,7 +453,7 @@ fn a_size_with_fewer_images_than_a_group_is_not_shown_more_often() {
     place.prepare("data", "");
     let data = place.open("data", Split::Train);
     let s = settings(&data, 32);
-    assert_eq!(MOST, 16);
+    assert_eq!(MAX_GROUP, 16);
     let mut seen = vec![0u64; data.len()];
     let steps = 4000;
     shown(&mut Order::new(&data, &s), 0..32 * steps, 1000).iter().for_each(|(_, image)| seen[*image] += 1);
@@ -489,28 +466,9 @@ fn a_size_with_fewer_images_than_a_group_is_not_shown_more_often() {
 
 // ---- from pictures to pictures ---------------------------------------------------------------
 
-fn newest(dir: &Path) -> PathBuf {
-    edm2k::train::checkpoint::list(dir).unwrap().remove(0)
-}
-
-fn assert_same_tensors(a: &Path, b: &Path) {
-    let (a, b) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    for name in a.names().filter(|&name| name != "checksums") {
-        assert!(a.bytes(name).unwrap() == b.bytes(name).unwrap(), "{name} differs");
-    }
-}
-
-/// The relative distance of two checkpoints' weights, the worst of all parameters.
-fn distance(a: &Path, b: &Path) -> f64 {
-    let (a, b) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    let of = |name: &str| {
-        let (a, b) = (a.f32(name).unwrap(), b.f32(name).unwrap());
-        let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        // A gain began at 0 and is still small.
-        let whole = if a.len() == 1 { 1.0 } else { a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().max(1e-30) };
-        (difference / whole).sqrt()
-    };
-    a.names().filter(|name| name.starts_with("weight.")).map(of).fold(0.0, f64::max)
+/// The relative distance of two runs' weights. A gain began at 0 and is still small; all others have larger norms than 1.
+fn far(place: &Place, one: &str, other: &str) -> f64 {
+    distance(&place.newest(one), &place.newest(other), &["weight."], 1.0).0
 }
 
 fn train(out: &str, duration: u64, more: &str) -> String {
@@ -532,7 +490,7 @@ fn a_run_on_several_sizes_goes_on_to_the_bit() {
         fs::create_dir(&resumed).unwrap();
         fs::copy(checkpoint, resumed.join(checkpoint.file_name().unwrap())).unwrap();
         place.run(&train("resumed", 96, "--device cpu"));
-        assert_same_tensors(&newest(&place.path("whole")), &newest(&resumed));
+        assert_same_tensors(&place.newest("whole"), &place.newest("resumed"));
         fs::remove_dir_all(&resumed).unwrap();
     }
 
@@ -540,7 +498,7 @@ fn a_run_on_several_sizes_goes_on_to_the_bit() {
     for batch_gpu in [1, 2, 4] {
         let out = format!("gpu-{batch_gpu}");
         place.run(&train(&out, 96, &format!("--device cpu --batch-gpu {batch_gpu}")));
-        let far = distance(&newest(&place.path("whole")), &newest(&place.path(&out)));
+        let far = far(&place, "whole", &out);
         println!("{batch_gpu}: {far:.1e}");
         assert!(far < 5e-3, "{batch_gpu} at a time: {far}");
     }
@@ -603,7 +561,7 @@ fn the_emulator_trains_on_several_sizes() {
     };
     train("cpu", "cpu");
     train("emulated", "emulated");
-    let far = distance(&newest(&place.path("cpu")), &newest(&place.path("emulated")));
+    let far = far(&place, "cpu", "emulated");
     println!("{far:.1e}");
     // 6e-4 by rounding; with the pictures of one size cropped to the other, 2.
     assert!(far < 5e-3, "{far}");

@@ -213,7 +213,7 @@ fn checked() -> impl Iterator<Item = Bench> {
 
 #[test]
 fn convolutions_of_every_reach() {
-    for mut bench in benches(common::plain()) {
+    for mut bench in benches(common::once()) {
         for (reach, sms) in REACHES.into_iter().flat_map(|reach| [(reach, 1), (reach, 500)]) {
             bench.card = Card { sms, capability: 90 };
             // The first and last layers' channels, odd ones, several tiles each way, several images.
@@ -231,7 +231,7 @@ fn convolutions_of_every_reach() {
 
 #[test]
 fn inputs_on_their_way() {
-    for mut bench in benches(common::plain()) {
+    for mut bench in benches(common::once()) {
         for shape in [[1, 1, 1, 3], [3, 5, 7, 4], [2, 8, 11, 64], [2, 3, 5, 17]] {
             bench.normalise(shape);
         }
@@ -240,7 +240,7 @@ fn inputs_on_their_way() {
 
 #[test]
 fn group_norms() {
-    for mut bench in benches(common::plain()) {
+    for mut bench in benches(common::once()) {
         bench.group_norm([2, 8, 11, 128], 32, 0.0);
         bench.group_norm([1, 1, 1, 32], 4, 0.0);
         bench.group_norm([3, 7, 5, 24], 3, 2.0);
@@ -254,7 +254,7 @@ fn group_norms() {
 
 #[test]
 fn attention_of_any_width_and_number_of_pixels() {
-    for mut bench in benches(common::plain()) {
+    for mut bench in benches(common::once()) {
         bench.attention([1, 1, 1, 8], 1.0);
         bench.attention([3, 5, 7, 32], 1.0);
         bench.attention([1, 9, 11, 136], 1.0);
@@ -299,7 +299,7 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
 
 #[test]
 fn the_same_bits_in_every_run() {
-    for device in common::plain() {
+    for device in common::once() {
         let mut bench = Bench::new(common::Bench::new(device, Precision::F16));
         let shape = [1, 33, 40, 64];
         let (x, affine) = (bench.random(shape), bench.normals(128));

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use edm2k::condition::prompt::Prompt;
 use edm2k::condition::unit_norm;
-use edm2k::condition::vae::{Kind, Learning, Rows, Training, Vae};
+use edm2k::condition::vae::{ConditionKind, Learning, Rows, Training, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
@@ -38,7 +38,7 @@ fn scenes() -> Rows {
     }
     let vocabulary = Vocabulary::most_frequent(sets.iter().map(|set| set.iter().copied()), 64).unwrap();
     let tags = sets.iter().map(|set| vocabulary.parse(&set.join(",")).unwrap().places()).collect();
-    Rows { kind: Kind::Tags, vocabulary, tags, dense: Vec::new(), conditioning: None }
+    Rows { kind: ConditionKind::Tags, vocabulary, tags, dense: Vec::new(), conditioning: None }
 }
 
 static SCENES: LazyLock<(Rows, Vae)> = LazyLock::new(|| {
@@ -129,7 +129,7 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
     }
     assert!(dense.chunks_mut(6).all(unit_norm));
     let (vocabulary, tags) = (Vocabulary::default(), vec![vec![]; count as usize]);
-    let rows = Rows { kind: Kind::Dense, vocabulary, tags, dense, conditioning: None };
+    let rows = Rows { kind: ConditionKind::Dense, vocabulary, tags, dense, conditioning: None };
     let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let invented = vae.invent(&Prompt::default(), 1000, 3).conditions;
@@ -186,7 +186,7 @@ fn features_invented_for_tags_are_like_those_of_images_that_have_them() {
     let width = 48;
     let tagged = scenes();
     let dense = features(&tagged, width);
-    let rows = Rows { kind: Kind::Dense, dense, ..tagged };
+    let rows = Rows { kind: ConditionKind::Dense, dense, ..tagged };
     let how = Training { latent: 8, hidden: 64, epochs: 80, batch: 32, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
@@ -273,7 +273,7 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
 #[test]
 fn features_that_are_all_alike_are_refused() {
     let tagged = scenes();
-    let mut rows = Rows { kind: Kind::Dense, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
+    let mut rows = Rows { kind: ConditionKind::Dense, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
     let train = |rows: &Rows| Vae::train(rows, &Training { epochs: 1, ..Training::default() }, |_, _| ());
     let said = train(&rows).err().unwrap().to_string();
     assert!(said.contains("features are the same, so there is nothing to learn"), "{said}");
@@ -287,7 +287,7 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));
     let tagged = scenes();
     let dense = features(&tagged, 12);
-    for rows in [scenes(), Rows { kind: Kind::Dense, dense, ..tagged }] {
+    for rows in [scenes(), Rows { kind: ConditionKind::Dense, dense, ..tagged }] {
         let how = Training { latent: 4, hidden: 8, epochs: 4, batch: 32, ..Training::default() };
         let bytes = |vae: Vae| {
             vae.save(&path).unwrap();

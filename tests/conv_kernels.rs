@@ -147,7 +147,7 @@ fn with_weight(bench: &mut Bench, case: Case) -> (Cpu<f32>, ParamId, [Memory; 2]
         weights[0][(co * taps + tap) * wide + c] = bench.narrow(&[value * scale as f32])[0];
         weights[1][(c * taps + taps - 1 - tap) * padded(cout) + co] = bench.narrow(&[value])[0];
     }
-    // Without `prepare` what is written is what the convolution multiplies.
+    // Without `make_effective` what is written is what the convolution multiplies.
     let mut cpu = Cpu::for_sampling(&table);
     cpu.write_param(Slot::Weight, id, &torch).unwrap();
     (cpu, id, weights.map(|weight| bench.upload(&weight)))
@@ -384,7 +384,7 @@ const fn math(precision: Precision, accum: Accum, conv_loop: ConvLoop) -> Math {
 }
 
 fn for_all(check: fn(&mut Bench, Case)) {
-    for device in common::plain() {
+    for device in common::once() {
         for math in MATHS {
             for card in CARDS {
                 let mut bench = Bench::new(device.clone(), math, card);

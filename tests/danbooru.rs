@@ -1,13 +1,12 @@
 //! Claims about danbooru2023 as it is published: archives are read in place or refused with the reason, and of the
 //! posts those that pass the filter become a dataset, the others a count.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use assert_cmd::Command;
-use edm2k::data::dataset::{Dataset, Split};
+use assert_cmd::assert::OutputAssertExt as _;
+use edm2k::data::dataset::Split;
 use edm2k::formats::tar::{Member, TarError, index};
 use edm2k::rng::{Purpose, Stream};
 use proptest::prelude::*;
@@ -15,7 +14,10 @@ use serde_json::Value;
 
 #[path = "common/danbooru.rs"]
 mod danbooru;
+#[path = "common/place.rs"]
+mod place;
 use danbooru::{DROPPED, Danbooru, KEPT};
+use place::{Place, files};
 
 // ---- archives -------------------------------------------------------------------------------
 
@@ -184,27 +186,17 @@ fn what_is_wrong_with_an_archive_is_said_with_the_place() {
 // ---- the command ----------------------------------------------------------------------------
 
 /// A miniature of the data set, as archives.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
 impl Place {
     fn new(all: &Danbooru) -> Self {
-        let place = Self { dir: tempfile::tempdir().unwrap() };
+        let place = Self::empty();
         all.write_tars(&place.path("danbooru"));
-        all.write_posts(place.dir.path());
+        all.write_posts(place.dir());
         place
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     fn prepare(&self, out: &str, options: &str) -> assert_cmd::assert::Assert {
-        let mut command = Command::cargo_bin("edm2k").unwrap();
-        command.current_dir(self.dir.path());
-        command.args("prepare --danbooru danbooru --metadata posts.json --size 64x88 --shard-size 5 --out".split(' '));
-        command.arg(out).args(options.split_whitespace()).assert()
+        let from = "prepare --danbooru danbooru --metadata posts.json --size 64x88 --shard-size 5";
+        self.command(&format!("{from} --out {out} {options}")).assert()
     }
 
     /// What it says on stderr.
@@ -216,18 +208,9 @@ impl Place {
         others[0].to_owned()
     }
 
-    fn open(&self, out: &str, split: Split) -> Dataset {
-        Dataset::open(&self.path(out), split).unwrap()
-    }
-
     fn summary(&self, out: &str) -> Value {
         serde_json::from_slice(&fs::read(self.path(out).join("summary.json")).unwrap()).unwrap()
     }
-}
-
-fn shards(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap()).filter(|entry| entry.path().is_file());
-    entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
 }
 
 #[test]
@@ -286,7 +269,7 @@ fn a_folder_of_files_gives_the_same_shards_as_the_archives() {
     fs::remove_dir_all(place.path("danbooru")).unwrap();
     all.write_files(&place.path("danbooru"));
     place.prepare("files", "").success();
-    assert!(shards(&place.path("archives")) == shards(&place.path("files")));
+    assert!(files(&place.path("archives")) == files(&place.path("files")));
 }
 
 #[test]
@@ -330,7 +313,7 @@ fn a_tag_that_commas_would_split_is_left_out_and_counted() {
 fn a_killed_run_is_gone_on_with_and_gives_the_same_bytes() {
     let place = Place::new(&Danbooru::miniature());
     place.prepare("out", "").success();
-    let whole = shards(&place.path("out"));
+    let whole = files(&place.path("out"));
     assert_eq!(whole.len(), 6 + 1 + 1 + 2, "{:?}", whole.keys());
     for name in ["train-00001.safetensors", "train-00004.safetensors", "validation-00000.safetensors", "summary.json"] {
         fs::remove_file(place.path("out").join(name)).unwrap();
@@ -340,7 +323,7 @@ fn a_killed_run_is_gone_on_with_and_gives_the_same_bytes() {
     let said = String::from_utf8(again.get_output().stderr.clone()).unwrap();
     assert!(said.contains("train-00000.safetensors: 5 images (was there)"), "{said}");
     assert!(said.contains("train-00001.safetensors: 4 images (") && said.contains(" a second)"), "{said}");
-    assert!(shards(&place.path("out")) == whole);
+    assert!(files(&place.path("out")) == whole);
     assert!(place.fails("--rating g,s").contains("made before with records 36 ("), "another filter");
 }
 
@@ -355,14 +338,14 @@ fn headers_of_archives_are_read_once_and_again_when_they_change() {
     // Of files that have only just changed nothing is noted.
     std::thread::sleep(std::time::Duration::from_millis(2100));
     assert!(!said(&place).contains(noted));
-    let whole = shards(&place.path("out"));
+    let whole = files(&place.path("out"));
     let notes = || fs::read_dir(place.path("out/archives")).unwrap().map(|entry| entry.unwrap().path());
     assert!(notes().count() > 2);
     for name in ["train-00001.safetensors", "validation-00000.safetensors"] {
         fs::remove_file(place.path("out").join(name)).unwrap();
     }
     assert!(said(&place).contains(noted));
-    assert!(shards(&place.path("out")) == whole, "by the notes, the same pictures are found");
+    assert!(files(&place.path("out")) == whole, "by the notes, the same pictures are found");
 
     // A damaged note is made again.
     let note = notes().min().unwrap();
@@ -406,7 +389,7 @@ fn bad_input_is_one_clear_line_and_nothing_is_lost() {
     let all = Danbooru::miniature();
     let place = Place::new(&all);
     place.prepare("out", "").success();
-    let before = shards(&place.path("out"));
+    let before = files(&place.path("out"));
     let posts = fs::read_to_string(place.path("posts.json")).unwrap();
     let wrong_line = |line: &str, expected: &str| {
         let mut lines: Vec<&str> = posts.lines().collect();
@@ -442,12 +425,10 @@ fn bad_input_is_one_clear_line_and_nothing_is_lost() {
 
     fs::create_dir(place.path("empty")).unwrap();
     fs::File::create(place.path("empty/notes.txt")).unwrap().write_all(b"x").unwrap();
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    let args = ["prepare", "--danbooru", "empty", "--metadata", "posts.json", "--out", "new"];
-    let failed = command.current_dir(place.dir.path()).args(args).assert().failure();
+    let failed = place.command("prepare --danbooru empty --metadata posts.json --out new").assert().failure();
     let said = String::from_utf8(failed.get_output().stderr.clone()).unwrap();
     // At the size that danbooru has by default nothing of these posts is left, before any folder is looked into.
     assert!(said.contains("empty: neither archives (.tar) nor images named by their ids, such as 1003.png"), "{said}");
     assert!(place.fails("--require nobody_has_this").contains("none of the 52 images could be kept (52 without"));
-    assert!(shards(&place.path("out")) == before, "the dataset was changed");
+    assert!(files(&place.path("out")) == before, "the dataset was changed");
 }

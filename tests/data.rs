@@ -12,7 +12,7 @@ use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
 use edm2k::collective::Part;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
-use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::decode::decode;
@@ -26,7 +26,10 @@ use tempfile::TempDir;
 mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 use command::{edm2k, here, printed, refused};
+use place::files;
 
 /// A folder with images, the metadata, and settings for a 16x16 dataset.
 struct Workshop {
@@ -152,7 +155,7 @@ fn colours_survive_resizing_and_layouts_are_as_documented() {
     assert!(tags(5).is_empty());
     assert_eq!([2, 3, 4, 5].map(|id| dataset.flip_allowed(dataset.find(id).unwrap())), [false, false, false, true]);
     assert_eq!([2, 3, 4, 5].map(|id| dataset.repeats(dataset.find(id).unwrap())), [1, 1, 1, 3]);
-    assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Kind::Images, "CC0"));
+    assert_eq!((dataset.header().kind, dataset.header().licence.as_str()), (Representation::Images, "CC0"));
     for i in 0..dataset.len() {
         let mut condition = vec![f32::NAN; dataset.condition_dim()];
         dataset.condition(i, &mut condition);
@@ -288,14 +291,6 @@ fn gallery() -> Workshop {
     shop
 }
 
-fn read_dir(dir: &Path) -> HashMap<String, Vec<u8>> {
-    fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
-        .collect()
-}
-
 #[test]
 fn splits_follow_from_the_id_alone() {
     let shop = gallery();
@@ -323,7 +318,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
     let shop = gallery();
     shop.prepare();
     let out = shop.dir.path().join("out");
-    let whole = read_dir(&out);
+    let whole = files(&out);
     assert_eq!(whole.len(), 9 + 1 + 1 + 2, "{:?}", whole.keys());
 
     fs::remove_file(out.join("train-00002.safetensors")).unwrap();
@@ -344,7 +339,7 @@ fn resuming_redoes_only_what_is_missing_and_gives_the_same_bytes() {
         .unwrap()
     });
     assert_eq!(redone.into_inner().unwrap(), [2, 5, 6].map(|number| format!("train-{number:05}.safetensors")));
-    assert!(read_dir(&out) == whole, "the resumed dataset differs");
+    assert!(files(&out) == whole, "the resumed dataset differs");
 }
 
 #[test]
@@ -352,11 +347,11 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     let shop = gallery();
     shop.prepare();
     let out = shop.dir.path().join("out");
-    let before = read_dir(&out);
+    let before = files(&out);
     let differs_of = |folder: &Folder, settings: Settings, expected: &str| {
         let text = prepare(folder, &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
-        assert!(read_dir(&out) == before, "files were changed");
+        assert!(files(&out) == before, "files were changed");
     };
     let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
     differs(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
@@ -588,7 +583,7 @@ fn grown() -> Workshop {
 fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     let shop = grown();
     let out = shop.dir.path().join("out");
-    let (before, old) = (read_dir(&out), content(&out));
+    let (before, old) = (files(&out), content(&out));
     let print = shop.open(Split::Train).fingerprint().unwrap();
     let error = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("made before with records 41 (") && error.contains("--add adds"), "{error}");
@@ -600,7 +595,7 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 2)]), "one of them long since");
     assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [34, 4, 7]);
     assert_eq!(counts(&summary, Split::Train).untagged, 1);
-    let after = read_dir(&out);
+    let after = files(&out);
     for (name, bytes) in before.iter().filter(|(name, _)| *name != "summary.json") {
         assert!(after[name] == *bytes, "{name} has changed");
     }
@@ -644,11 +639,11 @@ fn gallery_of(shop: &Workshop) -> Folder {
 fn what_does_not_fit_a_dataset_is_not_added_to_it() {
     let shop = grown();
     let out = shop.dir.path().join("out");
-    let before = read_dir(&out);
+    let before = files(&out);
     let refused = |settings: Settings, expected: &str| {
         let error = add(&shop.folder(), &settings, None, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}; expected {expected}");
-        assert!(read_dir(&out) == before, "files were changed");
+        assert!(files(&out) == before, "files were changed");
     };
     refused(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
     refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
@@ -753,7 +748,7 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     let (folder, settings) = (shop.folder(), shop.settings());
     let arguments = command_of(&folder, &out, &["--add"]);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (old, first) = (content(&out), read_dir(&out));
+    let (old, first) = (content(&out), files(&out));
     let pending = |least: usize| fs::read_dir(out.join("pending")).is_ok_and(|files| files.count() >= least);
     let mut states = Vec::new();
     for least in [1, 5, 12, 20] {
@@ -772,8 +767,8 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     assert!(!out.join("pending").exists());
 
     // A kill between the moment at which it counts and the last file's move.
-    let files = read_dir(&out);
-    let mut added: Vec<_> = files.keys().filter(|name| !first.contains_key(*name)).collect();
+    let there = files(&out);
+    let mut added: Vec<_> = there.keys().filter(|name| !first.contains_key(*name)).collect();
     added.sort();
     assert!(added.len() > 25, "{added:?}");
     fs::create_dir(out.join("pending")).unwrap();
@@ -789,7 +784,7 @@ fn a_growth_that_is_killed_leaves_the_old_dataset_and_goes_on() {
     assert!(content(&out) == whole, "with the mark, and some in their places");
     add(&folder, &settings, None, &|_| ()).unwrap();
     assert!(content(&out) == whole && !out.join("pending").exists());
-    assert_eq!(read_dir(&out).len(), files.len());
+    assert_eq!(files(&out).len(), there.len());
 }
 
 #[test]
@@ -853,11 +848,11 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
         assert!(*was == now && *image == kept && !words.contains("first"), "{id}");
     }
 
-    let (files, state) = (read_dir(&out), content(&out));
+    let (there, state) = (files(&out), content(&out));
     let refused = |folder: &Folder, settings: &Settings, expected: &str| {
         let error = retag(folder, settings, &|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}; expected {expected}");
-        assert!(read_dir(&out) == files);
+        assert!(files(&out) == there);
     };
     fs::write(&metadata, lines[3..].join("\n")).unwrap();
     refused(&other, &settings, "other.jsonl: no record for 3 images of the dataset, such as id ");
@@ -1001,7 +996,7 @@ fn latents_are_stored_as_the_network_is_to_see_them() {
         assert!(said.contains("train             5 images\n") && said.contains("1 of too different a shape"), "{said}");
 
         let dataset = Dataset::open(&out, Split::Train).unwrap();
-        assert_eq!((dataset.header().kind, dataset.shape()), (Kind::Latents, [16 / factor, 16 / factor, 4]));
+        assert_eq!((dataset.header().kind, dataset.shape()), (Representation::Latents, [16 / factor, 16 / factor, 4]));
         let mut cpu = Cpu::<f32, ()>::for_codec();
         let encoder = CodecFile::open(&vae).unwrap().encoder(&mut cpu).unwrap();
         let shard = SafeFile::open(out.join("train-00000.safetensors")).unwrap();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
+use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
 use edm2k::model::Model;
 use edm2k::pictures::png;
 use edm2k::rng::{Purpose, Stream};
@@ -69,7 +69,7 @@ fn an_archive_is_read_in_place() {
         write(&path, &images, Some(labels(&names)), wide);
         let data = Dataset::open(&path, Split::Train).unwrap();
         assert_eq!((data.len(), data.shape(), data.condition_dim()), (9, [8, 8, 3], CLASSES));
-        assert_eq!((data.header().kind, data.id(4), data.find(4)), (Kind::Images, 4, Some(4)));
+        assert_eq!((data.header().kind, data.id(4), data.find(4)), (Representation::Images, 4, Some(4)));
         for i in 0..9 {
             let (mut image, mut condition) = (vec![0.0; 192], vec![0.5; CLASSES]);
             data.image(i, NOISE, &mut image).unwrap();
@@ -105,7 +105,7 @@ fn latents_are_scaled_as_edm2_scales_them() {
     let images = vec![("00000/img-mean-std-00000000.npy".to_owned(), npy("(8, 2, 3)", &values))];
     write(&path, &images, None, false);
     let data = Dataset::open(&path, Split::Train).unwrap();
-    assert_eq!((data.shape(), data.header().kind), ([2, 3, 4], Kind::Latents));
+    assert_eq!((data.shape(), data.header().kind), ([2, 3, 4], Representation::Latents));
     let (mut noise, mut image) = (vec![0.0; 24], vec![0.0; 24]);
     NOISE.normals(&mut noise);
     data.image(0, NOISE, &mut image).unwrap();
@@ -257,5 +257,5 @@ fn the_presets_are_those_of_the_authors() {
     assert_eq!((with("edm2-img512-xs-guid-fid").guidance, with("edm2-img512-s-autog-dino").guidance), (1.4, 2.45));
     assert_eq!((with("edm2-img64-s-fid").guidance, with("edm2-img64-s-fid").steps), (1.0, 32));
     assert!(PRESETS.iter().all(|preset| preset.config().solver == Solver::Heun && preset.config().validate().is_ok()));
-    assert!(preset("edm2").unwrap_err().contains("edm2-img512-xxl-autog-fid"));
+    assert!(preset("edm2").unwrap_err().to_string().contains("edm2-img512-xxl-autog-fid"));
 }

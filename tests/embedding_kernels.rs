@@ -103,7 +103,7 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let noise_weight = d.upload(&d.random_weights(&mut cpu, noise_id, noise, emb, 2));
     let label_weight =
         label_id.zip(label).map(|(id, channels)| d.upload(&d.random_weights(&mut cpu, id, channels, emb, 3)));
-    cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    cpu.make_effective(Slot::Weight, Normalization::Eval).unwrap();
 
     // From 0.002 to 80, where c_noise freq reaches some 30.
     let sigmas: Vec<f32> = (0..n).map(|i| 0.002 * 40_000f32.powf(i as f32 / n.max(2) as f32)).collect();
@@ -254,7 +254,7 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
         start.extend([7.0; 8]);
     }
     placed.reverse();
-    cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    cpu.make_effective(Slot::Weight, Normalization::Eval).unwrap();
 
     let scales = ScaleTable::new(emb, &placed);
     assert_eq!(scales.channels(), channels);

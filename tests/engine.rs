@@ -24,7 +24,7 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
 use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
-use edm2k::train::{self, DataIdentity, Event, Plan, Schedule, Settings, Splits, Status};
+use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
@@ -175,7 +175,7 @@ fn run_telling<B: TrainingBackend>(
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
-    let plan = Plan {
+    let execution = Execution {
         outdir: outdir.into(),
         batch_gpu,
         status: 1,
@@ -196,7 +196,7 @@ fn run_telling<B: TrainingBackend>(
         other => tell(other),
     };
     let stop = AtomicBool::new(false);
-    train::train(backend, model, settings, &plan, splits, None, &stop, &mut event, &mut Alone).unwrap();
+    train::train(backend, model, settings, &execution, splits, None, &stop, &mut event, &mut Alone).unwrap();
     seen
 }
 

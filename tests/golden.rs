@@ -189,7 +189,7 @@ impl<'a> Maker<'a> {
             b.write_param(Slot::Weight, id, &self.weights[id.0]).unwrap();
             b.write_param(Slot::Ema(0), id, &self.weights[id.0]).unwrap();
         }
-        b.prepare(Slot::Weight, how).unwrap();
+        b.make_effective(Slot::Weight, how).unwrap();
         b
     }
 

@@ -74,7 +74,7 @@ impl Net {
 
     fn set(&mut self, i: usize, values: &[f64]) {
         self.b.set_param(Slot::Weight, self.ids[i], values).unwrap();
-        self.b.prepare(Slot::Weight, Normalization::Eval).unwrap();
+        self.b.make_effective(Slot::Weight, Normalization::Eval).unwrap();
     }
 
     fn tensor(&self, seed: u64, shape: Shape) -> T {
@@ -155,16 +155,16 @@ fn clipped_mp_sum_with_a_convolution() {
     let (x, residual, p) = (net.tensor(1, [1, 3, 5, 3]), net.tensor(2, [1, 3, 5, 5]), net.tensor(3, [1, 3, 5, 5]));
     let (t, clip) = (0.3, 0.8);
     let loss = |b: &mut B, x: &T, residual: &T| {
-        let y = b.conv_mp_sum(w, Operand::plain(x), residual, t, Some(clip));
+        let y = b.conv_mp_sum(w, Operand::of(x), residual, t, Some(clip));
         dot(y.values(), p.values())
     };
-    let out = net.b.conv_mp_sum(w, Operand::plain(&x), &residual, t, Some(clip));
+    let out = net.b.conv_mp_sum(w, Operand::of(&x), &residual, t, Some(clip));
     let clipped = out.values().iter().filter(|y| y.abs() >= clip).count();
     assert!((10..out.values().len() - 10).contains(&clipped), "{clipped} of {} clipped", out.values().len());
     let (wa, wb) = mp_sum_weights(t);
     let g = net.b.clip_backward(p.clone(), &out, clip);
-    let gx = net.b.conv_dgrad(w, &g, wb, Operand::plain(&x), None).x;
-    net.b.conv_wgrad(w, Operand::plain(&x), &g, wb);
+    let gx = net.b.conv_dgrad(w, &g, wb, Operand::of(&x), None).x;
+    net.b.conv_wgrad(w, Operand::of(&x), &g, wb);
     let gr = net.b.linear_combination(&[(&g, wa)]);
     check("mp_sum: x", x.values(), gx.values(), |v| {
         let x = reshaped(&net.b, &x, v);
@@ -191,9 +191,9 @@ fn convolution_of_scaled_mp_silu() {
     let gain = 0.8;
     let loss = |b: &mut B, pre: &T, scales: &T| {
         let scale = Scale { all: scales, offset };
-        let (act, kept) = b.conv_scale_silu(first, Operand::plain(pre), scale, false);
+        let (act, kept) = b.conv_scale_silu(first, Operand::of(pre), scale, false);
         assert!(kept.is_none());
-        let y = b.conv(second, Operand::plain(&act));
+        let y = b.conv(second, Operand::of(&act));
         gain * dot(y.values(), p.values())
     };
     let mut gscales = net.b.zero_scales_grad(&scales);
@@ -372,13 +372,13 @@ fn network(rate: f64) {
     let masks = (rate > 0.0).then(|| Masks { keys: net.b.tensor([2, 1, 1, 2], &keys), rate });
     let pass = |b: &mut B| model.train_forward(b, &clean, &noisy, &sigma, Some(&labels), masks.as_ref());
 
-    net.b.prepare(Slot::Weight, Normalization::Train { rounds: 1 }).unwrap();
+    net.b.make_effective(Slot::Weight, Normalization::Train { rounds: 1 }).unwrap();
     let first = pass(&mut net.b);
     model.backward(&mut net.b, first);
     let grads = net.grads(1);
     for (id, _) in table.iter() {
         net.values[id.0] = net.b.param(Slot::Weight, id).unwrap();
     }
-    net.b.prepare(Slot::Weight, Normalization::Eval).unwrap();
+    net.b.make_effective(Slot::Weight, Normalization::Eval).unwrap();
     net.check_params("network", &grads, |b| pass(b).per_image.values().iter().sum());
 }

@@ -4,11 +4,11 @@
 #![cfg(feature = "onnx")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use assert_cmd::Command;
+use assert_cmd::assert::OutputAssertExt as _;
 use edm2k::condition::Conditioning;
-use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::dataset::{Representation, Split};
 use edm2k::model::{Encoder, Model};
 use edm2k::pictures::png::read_text;
 use image::ImageReader;
@@ -16,26 +16,26 @@ use serde_json::Value;
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
+#[path = "common/command.rs"]
+mod command;
 #[path = "common/danbooru.rs"]
 mod danbooru;
 #[path = "common/onnx.rs"]
 mod onnx;
+#[path = "common/place.rs"]
+mod place;
+use command::printed;
 use danbooru::{Danbooru, KEPT};
+use place::Place;
 
 /// Width of the tagger's features.
 const WIDTH: usize = 24;
 
-/// A directory, and the device that its commands run on.
-struct Place {
-    dir: tempfile::TempDir,
-    device: &'static str,
-}
-
 impl Place {
     /// What a user of the guide has downloaded.
-    fn new(device: &'static str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let at = dir.path();
+    fn new() -> Self {
+        let place = Self::empty();
+        let at = place.dir();
         let posts = Danbooru::miniature();
         fs::create_dir(at.join("danbooru")).unwrap();
         posts.write_tars(&at.join("danbooru"));
@@ -46,37 +46,19 @@ impl Place {
         danbooru::picture(5, 70, 50).save(at.join("drawing.png")).unwrap();
         let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
         fs::copy(snapshot, at.join("edm2.pkl")).unwrap();
-        Self { dir, device }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        place
     }
 
     /// Runs a command, its words separated by spaces ('_' stands for a space in a word); what it prints.
     fn run(&self, command: &str) -> String {
-        let mut edm2k = Command::cargo_bin("edm2k").unwrap();
-        edm2k.args(command.split_whitespace().map(|word| word.replace('_', " "))).current_dir(self.dir.path());
-        let output = edm2k.assert().success().get_output().clone();
-        String::from_utf8(output.stdout).unwrap()
+        let mut edm2k = self.command("");
+        edm2k.args(command.split_whitespace().map(|word| word.replace('_', " ")));
+        printed(edm2k.assert())
     }
 
-    /// One that has a --device.
-    fn compute(&self, command: &str) -> String {
-        self.run(&format!("{command} --device {}", self.device))
-    }
-
-    /// The files of a directory by name.
+    /// The files of a directory whose names end so, with their bytes.
     fn files(&self, dir: &str, ending: &str) -> Vec<(String, Vec<u8>)> {
-        let mut files: Vec<_> = fs::read_dir(self.path(dir))
-            .unwrap()
-            .map(|entry| entry.unwrap())
-            .map(|entry| (entry.file_name().into_string().unwrap(), entry.path()))
-            .filter(|(name, _)| name.ends_with(ending))
-            .map(|(name, path)| (name, fs::read(path).unwrap()))
-            .collect();
-        files.sort();
-        files
+        place::files(&self.path(dir)).into_iter().filter(|(name, _)| name.ends_with(ending)).collect()
     }
 
     fn prepare(&self, out: &str) -> String {
@@ -88,15 +70,16 @@ impl Place {
 }
 
 fn pipeline(device: &'static str) {
-    let place = Place::new(device);
+    let place = Place::new();
+    let compute = |command: &str| place.run(&format!("{command} --device {device}"));
 
     // The pictures.
     let said = place.prepare("data");
     for (split, count) in KEPT {
         assert!(said.contains(&format!("{:10} {count:>8} images", split.to_string())), "{split}: {said}");
-        let data = Dataset::open(&place.path("data"), split).unwrap();
+        let data = place.open("data", split);
         assert_eq!((data.len(), data.shape(), data.condition_dim()), (count, [22, 16, 4], WIDTH));
-        assert_eq!(data.header().kind, Kind::Latents);
+        assert_eq!(data.header().kind, Representation::Latents);
         let Conditioning::Features { source, node, fingerprint: Some(_) } = &data.header().conditioning else {
             panic!("{:?}", data.header().conditioning);
         };
@@ -119,12 +102,12 @@ fn pipeline(device: &'static str) {
     place.run(&format!("import edm2.pkl --condition-dim {WIDTH} --out start.safetensors"));
     let train = "train --init start.safetensors --data data --outdir run --duration 40 --batch 2 --rampup 0 --lr 0.003 \
                  --cond-dropout 0.5 --cond-dropout-from 20 --snapshot 4 --checkpoint 20 --validate 20 --status 2 --grid 20 --vae vae.safetensors";
-    place.compute(train);
+    compute(train);
     let snapshots = place.files("run", "0.100.safetensors");
     assert_eq!(snapshots.len(), 10);
     fs::remove_file(place.path("run/checkpoint-000000040.safetensors")).unwrap();
     fs::remove_file(place.path("run").join(&snapshots[9].0)).unwrap();
-    place.compute(train);
+    compute(train);
     assert!(place.files("run", "0.100.safetensors") == snapshots, "resuming changed the snapshots");
     // Rows of an image and four samples, as pictures.
     let grids = place.files("run", ".png");
@@ -142,7 +125,7 @@ fn pipeline(device: &'static str) {
     // Another average, and how good it is.
     place.run("ema run --std 0.08 --out averages");
     let average = "averages/ema-000000040-0.080.safetensors";
-    let eval = place.compute(&format!("eval --model {average} --data data --split validation --plot loss.svg --json"));
+    let eval = compute(&format!("eval --model {average} --data data --split validation --plot loss.svg --json"));
     serde_json::from_str::<Value>(&eval).unwrap();
     assert!(fs::read_to_string(place.path("loss.svg")).unwrap().contains("<svg"));
 
@@ -158,7 +141,7 @@ fn pipeline(device: &'static str) {
     ];
     let mut conditions = Vec::new();
     for (name, options) in ways {
-        place.compute(&format!("{sample} {name} {options}"));
+        compute(&format!("{sample} {name} {options}"));
         for seed in 0..2 {
             let path = place.path(name).join(format!("{seed:06}.png"));
             let picture = ImageReader::open(&path).unwrap().decode().unwrap();
@@ -168,7 +151,7 @@ fn pipeline(device: &'static str) {
             let about: Value = serde_json::from_str(about).unwrap();
             conditions.push(about["condition"].to_string());
         }
-        place.compute(&format!("{sample} {name}-again {options}"));
+        compute(&format!("{sample} {name}-again {options}"));
         let (first, second) = (place.files(name, ".png"), place.files(&format!("{name}-again"), ".png"));
         assert!(first == second, "{name}: the same command made another picture");
     }

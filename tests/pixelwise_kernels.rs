@@ -392,7 +392,7 @@ fn three_optimizer_steps() {
             }
         }
         let rounds = 3;
-        cpu.prepare(Slot::Weight, Normalization::Train { rounds }).unwrap();
+        cpu.make_effective(Slot::Weight, Normalization::Train { rounds }).unwrap();
 
         let rows = layout.rows(|id| table[id].trained());
         let weight = d.upload(&layout.arena(&mut cpu, Slot::Weight));
@@ -428,7 +428,7 @@ fn three_optimizer_steps() {
                 }
                 let x = cpu.upload([1, 3, 3, cin], &x);
                 let g = cpu.upload([1, 3, 3, cout], &normals(9 * cout, seed + 100, 1.0));
-                cpu.conv_wgrad(id, Operand::plain(&x), &g, 1.0);
+                cpu.conv_wgrad(id, Operand::of(&x), &g, 1.0);
             }
             let image = cpu.upload([1, 1, 2, 4], &normals(8, number, 1.0));
             let one = cpu.upload([1, 1, 1, 1], &[1.0]);
@@ -501,11 +501,11 @@ fn effective_weights_of_weights_and_averages() {
             d.same32("gains and buffers", &read(&plain), &want_plain, 0.0);
 
             // And as the twin's convolution sees them: the response to a one in each channel.
-            cpu.prepare(slot, how).unwrap();
+            cpu.make_effective(slot, how).unwrap();
             let id = table.find("linear.weight").unwrap();
             let identity: Vec<f32> = (0..136 * 136).map(|i| if i % 137 == 0 { 1.0 } else { 0.0 }).collect();
             let x = cpu.upload([1, 1, 136, 136], &identity);
-            let y = cpu.conv(id, Operand::plain(&x));
+            let y = cpu.conv(id, Operand::of(&x));
             let response = cpu.download(&y).unwrap();
             let transposed: Vec<f32> = (0..8 * 136).map(|i| response[i % 136 * 8 + i / 136]).collect();
             let first = layout.first[id.0];
@@ -568,7 +568,7 @@ fn preconditioning_and_loss() {
             let values = n * h * w * c;
             let mut cpu = Cpu::<f32>::for_training(&table, 0);
             cpu.set_param(Slot::Weight, gain_id, &[0.8]).unwrap();
-            cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+            cpu.make_effective(Slot::Weight, Normalization::Eval).unwrap();
             let sigmas: Vec<f32> = (0..n).map(|i| 0.2 + 1.7 * i as f32).collect();
             let logvars: Vec<f32> = (0..n).map(|i| 0.4 - 0.5 * i as f32).collect();
             let (clean, noisy) = (normals(values, 91, 0.5), normals(values, 92, 1.0));
@@ -672,7 +672,7 @@ fn logvar_and_its_gradient() {
         for (id, values) in [(freqs, &frequencies), (phases, &offsets), (weight, &stored)] {
             cpu.set_param(Slot::Weight, id, values).unwrap();
         }
-        cpu.prepare(Slot::Weight, Normalization::Eval).unwrap();
+        cpu.make_effective(Slot::Weight, Normalization::Eval).unwrap();
         let rms = (stored.iter().map(|x| x * x).sum::<f32>() / 136.0).sqrt();
         let effective: Vec<f32> = stored.iter().map(|x| x / (1e-4 + rms) / 136f32.sqrt()).collect();
         let [f, p, w] = [d.upload(&frequencies), d.upload(&offsets), d.upload(&d.narrow(&effective))];

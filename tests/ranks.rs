@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, sleep};
@@ -12,18 +12,20 @@ use std::time::{Duration, Instant};
 
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 
 use command::{succeed, text};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Slot, TrainingBackend, Values};
 use edm2k::collective::{Collective, CollectiveError, Star, World};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::{Config, Model};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::{Event, Outcome, Plan, Settings, Splits, train};
+use edm2k::train::{Event, Execution, Outcome, Settings, Splits, train};
+use place::{Place, assert_same_tensors, files, signal, stats};
 use serde_json::{Value, json};
 
 // ---- meeting --------------------------------------------------------------------------------
@@ -200,21 +202,12 @@ const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_block
     "attn_resolutions": [4], "channels_per_head": 8}"#;
 
 /// A directory with a small dataset and a config.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let place = Self { dir };
+        let place = Self::empty();
         place.prepare("data", 0);
         fs::write(place.path("config.json"), CONFIG).unwrap();
         place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     /// A dataset of noise.
@@ -237,17 +230,15 @@ impl Place {
             lines += &format!("{line}\n");
         }
         fs::write(self.path("meta.jsonl"), lines).unwrap();
-        let mut prepare = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        prepare.args("prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes".split(' '));
+        let mut prepare = self.command("prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes");
         prepare.arg(sizes.iter().map(|[width, height]| format!("{width}x{height}")).collect::<Vec<_>>().join(","));
-        prepare.arg("--images").arg(&pictures).args(["--out", name]).current_dir(self.dir.path());
+        prepare.arg("--images").arg(&pictures).args(["--out", name]);
         succeed(&mut prepare);
     }
 
     /// `edm2k` with these arguments, as rank number `rank` of `size`; alone for a size of 1.
     fn rank(&self, rank: usize, size: usize, port: u16, arguments: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        command.args(arguments.split_whitespace()).current_dir(self.dir.path());
+        let mut command = self.command(arguments);
         command.env("RAYON_NUM_THREADS", "1").stdout(Stdio::piped()).stderr(Stdio::piped());
         if size > 1 {
             command
@@ -275,11 +266,6 @@ impl Place {
         }
         text(&ended[0])
     }
-
-    fn newest(&self, out: &str) -> PathBuf {
-        let all = edm2k::train::checkpoint::list(&self.path(out)).unwrap_or_default();
-        all.into_iter().next().expect("a checkpoint")
-    }
 }
 
 fn outputs(children: Vec<Child>) -> Vec<Output> {
@@ -296,32 +282,9 @@ fn options(out: &str, duration: u64) -> String {
     )
 }
 
-/// The relative distance of two runs' weights, the worst of all parameters.
-fn distance(a: &Path, b: &Path) -> (f64, String) {
-    let (a, b) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    let mut worst = (0.0, String::new());
-    for name in a.names().filter(|name| name.starts_with("weight.") || name.starts_with("ema")) {
-        let (a, b) = (a.f32(name).unwrap(), b.f32(name).unwrap());
-        let difference = a.iter().zip(&b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
-        let size = a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
-        let error = (difference / size.max(1e-30)).sqrt();
-        if error > worst.0 {
-            worst = (error, name.to_owned());
-        }
-    }
-    worst
-}
-
-fn assert_same_tensors(a: &Path, b: &Path) {
-    let (fa, fb) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    for name in fa.names().filter(|&name| name != "checksums") {
-        assert!(fa.bytes(name).unwrap() == fb.bytes(name).unwrap(), "{name} differs: {} {}", a.display(), b.display());
-    }
-}
-
-fn stats(dir: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(dir.join("stats.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+/// The relative distance of two runs' weights and averages, that of the worst, and its name.
+fn distance(place: &Place, one: &str, other: &str) -> (f64, String) {
+    place::distance(&place.newest(one), &place.newest(other), &["weight.", "ema"], 1e-15)
 }
 
 /// Two runs' statistics are of the same images, and say the same but for rounding.
@@ -348,7 +311,7 @@ fn several_ranks_compute_what_one_does() {
         let out = format!("of-{size}");
         let said = place.run(size, &options(&out, 120));
         assert!(said.contains(&format!("{size} ranks on the CPU: gradients go through rank 0, which is for tests")));
-        let far = distance(&place.newest("one"), &place.newest(&out));
+        let far = distance(&place, "one", &out);
         println!("{size}: {far:?}");
         // See `the_size_of_micro_batches_changes_rounding_only`. With a rank's share left out or taken twice, each step's
         // gradient is another one: 1e-1.
@@ -381,7 +344,7 @@ fn several_ranks_train_on_several_sizes_as_one_does() {
     for size in [2, 4] {
         let out = format!("of-{size}");
         place.run(size, &options(&out));
-        let far = distance(&place.newest("one"), &place.newest(&out));
+        let far = distance(&place, "one", &out);
         println!("{size}: {far:?}");
         assert!(far.0 < 5e-3, "{size} ranks: {far:?}");
         assert_near(&place.path("one"), &place.path(&out));
@@ -405,7 +368,7 @@ fn several_ranks_on_the_emulator_compute_what_one_does() {
     place.run(1, &options("one"));
     let said = place.run(2, &options("two"));
     assert!(said.contains("2 ranks on the emulator"), "{said}");
-    let far = distance(&place.newest("one"), &place.newest("two"));
+    let far = distance(&place, "one", "two");
     println!("{far:?}");
     // The same micro-batches: what differs is the order in which their gradients are added, and what Adam makes of it.
     assert!(far.0 < 5e-3, "{far:?}");
@@ -420,18 +383,18 @@ fn all_ranks_have_the_same_bits() {
     config["label_dim"] = data.condition_dim().into();
     let config: Config = serde_json::from_value(config).unwrap();
     let settings = Settings { batch: 7, rampup: 0, ..Settings::new(&data, config.clone(), 63) };
-    let usual = Plan::new(place.path("run"), &settings, &edm2k::Device::open("cpu").unwrap());
+    let usual = Execution::new(place.path("run"), &settings, &edm2k::Device::open("cpu").unwrap());
     // One takes its images one by one.
     let all = on_ranks(3, |ranks| {
         let data = Dataset::open(&place.path("data"), Split::Train).unwrap();
         let model = Model::init(&config, ranks.rank() as u64).unwrap(); // rank 0's counts
         let mut backend = Cpu::<f32>::for_training(&model.table, 2);
         let (table, batch_gpu) = (model.table.clone(), if ranks.rank() == 1 { 1 } else { 3 });
-        let plan = Plan { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
+        let execution = Execution { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
         let splits = Splits { train: &data, validation: None };
         let stop = AtomicBool::new(false);
         let mut event = |_: Event| {};
-        let done = train(&mut backend, model, &settings, &plan, splits, None, &stop, &mut event, ranks);
+        let done = train(&mut backend, model, &settings, &execution, splits, None, &stop, &mut event, ranks);
         assert_eq!(done.unwrap(), Outcome::Finished);
         ranks.leave(None);
         let slots = [Slot::Weight, Slot::AdamM, Slot::AdamV, Slot::Ema(0), Slot::Ema(1)];
@@ -451,7 +414,7 @@ fn a_run_goes_on_with_other_numbers_of_ranks() {
     place.run(2, &options("some", 80));
     let said = place.run(1, &options("some", 120));
     assert!(said.contains("resuming from"), "{said}");
-    let far = distance(&place.newest("one"), &place.newest("some"));
+    let far = distance(&place, "one", "some");
     assert!(far.0 < 5e-3, "{far:?}");
     assert_near(&place.path("one"), &place.path("some"));
 }
@@ -466,10 +429,6 @@ fn under_way(place: &Place) {
         assert!(begun.elapsed() < Duration::from_secs(60), "the run does not begin");
         sleep(Duration::from_millis(5));
     }
-}
-
-fn signal(child: &Child, signal: &str) {
-    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }
 
 #[test]
@@ -606,16 +565,6 @@ fn ranks_evaluate_as_one_does() {
 
 // ---- sampling -------------------------------------------------------------------------------
 
-/// The files of a directory with their contents.
-fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
-    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
-    let mut all: Vec<_> =
-        entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect();
-    all.retain(|(name, _)| name != ".edm2k.lock");
-    all.sort();
-    all
-}
-
 #[test]
 fn ranks_and_parts_make_the_files_that_one_process_makes() {
     let place = Place::new();
@@ -631,9 +580,8 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     assert_eq!(expected.len(), 12, "with the grid");
     let same = |out: &str| {
         let found = files(&place.path(out));
-        let names = |files: &[(String, Vec<u8>)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
-        assert_eq!(names(&found), names(&expected));
-        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
+        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+        let differ: Vec<_> = found.keys().filter(|name| found[*name] != expected[*name]).collect();
         assert!(differ.is_empty(), "{differ:?}");
     };
     let said = place.run(3, &sample("ranks", ""));
@@ -688,10 +636,10 @@ fn ranks_and_parts_prepare_the_dataset_that_one_process_prepares() {
     };
     let whole = place.run(1, &prepare("one", ""));
     let expected = files(&place.path("one"));
-    assert_eq!(expected.len(), 8, "{:?}", expected.iter().map(|(name, _)| name).collect::<Vec<_>>());
+    assert_eq!(expected.len(), 8, "{:?}", expected.keys());
     let same = |out: &str| {
         let found = files(&place.path(out));
-        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| &a.0).collect();
+        let differ: Vec<_> = found.iter().zip(&expected).filter(|(a, b)| a != b).map(|(a, _)| a.0).collect();
         assert!(found.len() == expected.len() && differ.is_empty(), "{differ:?}");
     };
     let ended = outputs(place.start(3, &prepare("ranks", "")));

@@ -11,7 +11,7 @@ use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::CodecFile;
-use edm2k::condition::vae::{Kind, Rows, Training, Vae};
+use edm2k::condition::vae::{ConditionKind, Rows, Training, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
@@ -74,7 +74,7 @@ impl Denoise<Cpu<f32>> for Replay {
         assert_close(&format!("input of evaluation {i}"), &b.download(x)?, input, BOUND);
         let d = b.upload(self.shape, &self.d_cond[i]);
         Ok(match &self.d_uncond {
-            None => Guided::plain(d),
+            None => Guided::unguided(d),
             Some(d_uncond) => {
                 let reference = b.upload(self.shape, &d_uncond[i]);
                 Guided::new(d, reference, self.guidance)
@@ -156,7 +156,7 @@ impl Denoise<Cpu<f32>> for Gaussian {
     fn denoise(&mut self, b: &mut Cpu<f32>, x: &T, sigma: f64) -> Result<Guided<T>, SampleError> {
         self.calls += 1;
         let factor = self.variance / (self.variance + sigma * sigma);
-        Ok(Guided::plain(b.linear_combination(&[(x, factor)])))
+        Ok(Guided::unguided(b.linear_combination(&[(x, factor)])))
     }
     fn noise(&mut self, b: &mut Cpu<f32>, step: usize) -> T {
         unit_noise(b, Purpose::Churn, step as u32)
@@ -304,7 +304,7 @@ impl Denoise<Cpu<f32>> for Halves<'_> {
         let d = self.net.denoise(b, x, &sigmas, Some(&labels));
         let without = self.net.denoise(b, x, &sigmas, None);
         let guides = self.config.guides(sigma);
-        Ok(if guides { Guided::new(d, without, self.config.guidance) } else { Guided::plain(d) })
+        Ok(if guides { Guided::new(d, without, self.config.guidance) } else { Guided::unguided(d) })
     }
 
     fn noise(&mut self, _: &mut Cpu<f32>, _: usize) -> T {
@@ -807,7 +807,7 @@ fn invented_conditions_are_mixed() {
     let bench = Bench::new();
     let tags = ["cat", "dog", "heart", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
     let rows = Rows {
-        kind: Kind::Tags,
+        kind: ConditionKind::Tags,
         vocabulary: Vocabulary::new(tags.to_vec()).unwrap(),
         tags: vec![vec![0, 1], vec![2], vec![3, 4]],
         dense: Vec::new(),
@@ -874,8 +874,13 @@ fn mistakes_are_one_clear_line() {
     bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
     let tags = ["heart", "cat", "dog", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
     let vocabulary = Vocabulary::new(tags.to_vec()).unwrap();
-    let rows =
-        Rows { kind: Kind::Tags, vocabulary, tags: vec![vec![0, 1], vec![2]], dense: Vec::new(), conditioning: None };
+    let rows = Rows {
+        kind: ConditionKind::Tags,
+        vocabulary,
+        tags: vec![vec![0, 1], vec![2]],
+        dense: Vec::new(),
+        conditioning: None,
+    };
     let how = Training { epochs: 1, ..Training::default() };
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
     let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\"; ";

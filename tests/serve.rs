@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,40 +18,35 @@ use serde_json::{Value, json};
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
+#[path = "common/place.rs"]
+mod place;
 #[path = "common/server.rs"]
 mod server;
+use place::Place;
 use server::{Server, message, of_width, tiny};
 
 /// A directory with models.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        tiny(&dir.path().join("m.safetensors"), 3);
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        let place = Self::empty();
+        tiny(&place.path("m.safetensors"), 3);
+        place
     }
 
     fn serve(&self, arguments: &str) -> Server {
-        Server::start(self.dir.path(), &arguments.split_whitespace().collect::<Vec<_>>())
+        Server::start(self.dir(), &arguments.split_whitespace().collect::<Vec<_>>())
     }
 
     /// What `edm2k` says with these arguments ('|' quotes), which it fails or succeeds with.
     fn edm2k(&self, arguments: &str) -> (bool, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        let mut command = self.command("");
         for (i, part) in arguments.split('|').enumerate() {
             match i % 2 {
                 0 => command.args(part.split_whitespace()),
                 _ => command.arg(part),
             };
         }
-        let output = command.current_dir(self.dir.path()).stdin(Stdio::null()).output().unwrap();
+        let output = command.stdin(Stdio::null()).output().unwrap();
         (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
@@ -493,7 +488,7 @@ fn memory_stays_flat_over_a_thousand_jobs() {
 fn speed_of_the_queue() {
     let place = Place::new();
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/emoji.safetensors").display().to_string();
-    let server = Server::start(place.dir.path(), &["--model", &demo]);
+    let server = Server::start(place.dir(), &["--model", &demo]);
     let ask = |seed: usize, steps: usize| {
         let wanted = json!({"tags": ["red, heart"], "seeds": seed.to_string(), "sampler": {"steps": steps}});
         server.post("/api/v1/generate?wait=true", &wanted).expect(200);
@@ -783,17 +778,14 @@ fn the_examples_of_the_guide_run() {
     let [model, conditions] =
         ["emoji.safetensors", "conditions.safetensors"].map(|name| demo.join(name).display().to_string());
     let arguments = ["--model", &model, "--condition-model", &conditions, "--runs", "runs"];
-    let server = Server::start(place.dir.path(), &arguments);
+    let server = Server::start(place.dir(), &arguments);
     let blocks = guide.split("```sh\n").skip(1).filter_map(|block| block.split("```").next());
     let examples: Vec<&str> = blocks.filter(|block| block.contains("curl")).collect();
     assert!(examples.len() >= 5, "docs/serve.md has {} examples", examples.len());
     for example in examples {
         let script = example.replace("localhost:7860", &server.address);
-        let output = Command::new("bash")
-            .args(["-euo", "pipefail", "-c", &script])
-            .current_dir(place.dir.path())
-            .output()
-            .unwrap();
+        let output =
+            Command::new("bash").args(["-euo", "pipefail", "-c", &script]).current_dir(place.dir()).output().unwrap();
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success() && !out.contains("\"detail\""), "{script}\n{out}\n{err}");
     }

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 mod autoencoder;
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
 
 use command::{succeed, text};
 use edm2k::backend::cpu::Cpu;
@@ -25,8 +27,9 @@ use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batch;
 use edm2k::train::order::Order;
-use edm2k::train::{DataIdentity, Event, LearningRate, Outcome, Plan, Schedule, Settings, Splits, ema, train};
+use edm2k::train::{DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, ema, train};
 use half::f16;
+use place::{Place, assert_same_tensors, signal, stats};
 use serde_json::{Value, json};
 
 const CONFIG: &str = r#"{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
@@ -42,30 +45,18 @@ fn golden(name: &str) -> Value {
 // ---- a dataset and the command line ---------------------------------------------------------
 
 /// A directory with a dataset of noise, every second image mirrorable, and a config.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let data = dir.path().join("data");
+        let place = Self::empty();
+        let data = place.path("data");
         fs::create_dir(&data).unwrap();
         let tags: Vec<_> = (0..DIM).map(|i| json!({"tag": format!("t{i}"), "count": 1})).collect();
         fs::write(data.join("vocabulary.json"), serde_json::to_string(&tags).unwrap()).unwrap();
         for (split, first, n) in [(Split::Train, 0, 37), (Split::Validation, 1000, 5)] {
             write_shard(&data.join(split.shard_name(0)), first, n, false);
         }
-        fs::write(dir.path().join("config.json"), CONFIG).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn dataset(&self, split: Split) -> Dataset {
-        Dataset::open(&self.path("data"), split).unwrap()
+        fs::write(place.path("config.json"), CONFIG).unwrap();
+        place
     }
 
     /// `edm2k train` on the dataset into `out`; later options are added to the basic ones.
@@ -78,11 +69,6 @@ impl Place {
         command.args(options.split_whitespace());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
-    }
-
-    /// Newest checkpoint of a run.
-    fn newest(&self, out: &str) -> PathBuf {
-        checkpoints(&self.path(out)).pop().expect("a checkpoint")
     }
 }
 
@@ -156,21 +142,11 @@ fn state(checkpoint: &Path) -> Value {
 
 /// Every tensor, and every counter but the time, are the same to the bit.
 fn assert_same(a: &Path, b: &Path) {
-    let (fa, fb) = (SafeFile::open(a).unwrap(), SafeFile::open(b).unwrap());
-    assert!(fa.names().eq(fb.names()));
-    // Of the metadata's checksum the time is a part.
-    for name in fa.names().filter(|&name| name != "checksums") {
-        assert!(fa.bytes(name).unwrap() == fb.bytes(name).unwrap(), "{name} differs: {} {}", a.display(), b.display());
-    }
+    assert_same_tensors(a, b);
     let (sa, sb) = (state(a), state(b));
     for key in ["nimg", "step", "sums", "settings"] {
         assert_eq!(sa[key], sb[key], "{key}");
     }
-}
-
-fn stats(dir: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(dir.join("stats.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// What the statistics say, without what depends on the machine's speed.
@@ -271,7 +247,7 @@ fn batches_do_not_depend_on_how_they_are_cut() {
     let place = Place::new();
     for latents in [false, true] {
         write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37, latents);
-        let data = place.dataset(Split::Train);
+        let data = place.open("data", Split::Train);
         let s = settings(&data);
         // 30..50 crosses the end of an epoch of 37.
         let whole = batch(&data, &s, 30..50);
@@ -290,7 +266,7 @@ fn batches_do_not_depend_on_how_they_are_cut() {
 fn each_time_training_draws_another_latent_of_an_image() {
     let place = Place::new();
     write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 1, true);
-    let data = place.dataset(Split::Train);
+    let data = place.open("data", Split::Train);
     let s = Settings { flip: false, ..settings(&data) };
     let numel = 4 * SIZE * SIZE;
     let n = 200;
@@ -317,7 +293,7 @@ fn each_time_training_draws_another_latent_of_an_image() {
 #[test]
 fn noise_dropout_and_mirroring_happen_as_often_as_asked() {
     let place = Place::new();
-    let data = place.dataset(Split::Train);
+    let data = place.open("data", Split::Train);
     let s = settings(&data);
     let n = 37 * 100;
     let batch = batch(&data, &s, 0..n as u64);
@@ -460,7 +436,7 @@ fn ctrl_c_saves_and_the_same_command_goes_on() {
         assert!(begun.elapsed() < Duration::from_secs(60), "no statistics appear");
         sleep(Duration::from_millis(1));
     }
-    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    signal(&child, "-INT");
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", text(&output));
     assert!(text(&output).contains("the same command again goes on"), "{}", text(&output));
@@ -616,7 +592,7 @@ fn snapshots_of_other_options_are_not_written_over() {
     succeed(&mut place.train("a", &init("run")));
     succeed(&mut place.train("b", &init("run/before.restart")));
     let mut ema = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-    ema.current_dir(place.dir.path()).args(["ema", "a", "b", "--std", "0.07", "--out", "averages"]);
+    ema.current_dir(place.dir()).args(["ema", "a", "b", "--std", "0.07", "--out", "averages"]);
     let said = fail(&mut ema);
     assert!(said.contains("is not of the same run as") && said.contains("they differ in began_from"), "{said}");
 }
@@ -795,7 +771,7 @@ fn that_latents_have_no_sample_grids_is_said_once() {
 #[test]
 fn fine_tuning_names_the_parameters_that_start_afresh() {
     let place = Place::new();
-    let config = edm2k::model::Config { label_dim: 11, ..settings(&place.dataset(Split::Train)).config };
+    let config = edm2k::model::Config { label_dim: 11, ..settings(&place.open("data", Split::Train)).config };
     let old = Model::init(&config, 77).unwrap();
     let init = place.path("init.safetensors");
     edm2k::model::file::save(&init, &config, &old.meta, &old.table, &old.weights, Precision::F16).unwrap();
@@ -826,7 +802,7 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     let place = Place::new();
     let said = succeed(&mut place.train("run", "--duration 1.5k --batch 32 --batch-gpu 4 -n"));
     let json: Value = serde_json::from_str(&said).unwrap();
-    let (_, table) = edm2k::model::Precond::new(&settings(&place.dataset(Split::Train)).config).unwrap();
+    let (_, table) = edm2k::model::Precond::new(&settings(&place.open("data", Split::Train)).config).unwrap();
     assert_eq!(json["parameters"], table.trained_values());
     assert_eq!(json["settings"]["duration"], 1500);
     assert_eq!(json["plan"]["batch_gpu"], 4);
@@ -936,9 +912,7 @@ fn a_finished_run_goes_on_with_a_longer_duration() {
     succeed(&mut place.train("run", &format!("--duration 320 {options}")));
     succeed(&mut place.train("straight", &format!("--duration 320 --rampup 16 {options}")));
     let (a, b) = (place.newest("run"), place.newest("straight"));
-    let (fa, fb) = (SafeFile::open(&a).unwrap(), SafeFile::open(&b).unwrap());
-    let tensors = || fa.names().filter(|&name| name != "checksums");
-    assert!(tensors().all(|name| fa.bytes(name).unwrap() == fb.bytes(name).unwrap()));
+    assert_same_tensors(&a, &b);
     assert_eq!(state(&a)["settings"]["rampup"], 16);
     let said = fail(&mut place.train("run", &format!("--duration 480 --rampup 48 {options}")));
     assert!(said.contains("rampup was 16, now 48"), "{said}");
@@ -995,8 +969,8 @@ fn averages_of_nearly_the_same_width_have_files_of_their_own() {
 }
 
 /// Trains on in `run` up to `duration` images, eight a step, or until `stop_at`; what it noted.
-fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> String {
-    let data = place.dataset(Split::Train);
+fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Execution) -> String {
+    let data = place.open("data", Split::Train);
     let settings = Settings { batch: 8, duration, ..settings(&data) };
     let model = Model::init(&settings.config, 0).unwrap();
     let mut backend = Cpu::<f32>::for_training(&model.table, 1);
@@ -1007,14 +981,14 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, plan: &Plan) -> Str
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, plan, splits, None, &stop, &mut note, &mut Alone).unwrap();
+    let outcome = train(&mut backend, model, &settings, execution, splits, None, &stop, &mut note, &mut Alone).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }
 
 /// Training alone, and the last checkpoint.
-fn plain_plan(place: &Place) -> Plan {
-    Plan {
+fn usual_execution(place: &Place) -> Execution {
+    Execution {
         outdir: place.path("run"),
         batch_gpu: 8,
         status: 0,
@@ -1033,29 +1007,29 @@ fn plain_plan(place: &Place) -> Plan {
 #[test]
 fn another_device_on_the_way_is_said() {
     let place = Place::new();
-    let plan = plain_plan(&place);
-    go_on(&place, 8, None, &Plan { computed_on: "a GPU, f16".into(), ..plan.clone() });
-    let said = go_on(&place, 16, None, &plan);
+    let execution = usual_execution(&place);
+    go_on(&place, 8, None, &Execution { computed_on: "a GPU, f16".into(), ..execution.clone() });
+    let said = go_on(&place, 16, None, &execution);
     assert!(said.contains("computed on a GPU, f16 so far, on the CPU, f32 from here"), "{said}");
-    assert!(!go_on(&place, 24, None, &plan).contains("so far"));
+    assert!(!go_on(&place, 24, None, &execution).contains("so far"));
 }
 
 #[test]
 fn a_checkpoint_that_a_stop_made_goes_with_the_next_and_counts_for_none() {
     let place = Place::new();
-    let plan = Plan { checkpoint: 32, keep: 2, ..plain_plan(&place) };
+    let execution = Execution { checkpoint: 32, keep: 2, ..usual_execution(&place) };
     let there = || {
         let of = |path: &PathBuf| path.file_stem().unwrap().to_str().unwrap()[11..].parse::<u64>().unwrap();
         checkpoints(&place.path("run")).iter().map(of).collect::<Vec<_>>()
     };
     // What comes with a step is heeded after the next.
-    go_on(&place, 128, Some(32), &plan);
+    go_on(&place, 128, Some(32), &execution);
     assert_eq!(there(), [32, 40]);
-    go_on(&place, 128, Some(56), &plan);
+    go_on(&place, 128, Some(56), &execution);
     assert_eq!(there(), [32, 64], "where a checkpoint was due anyway, none is a stop's");
-    go_on(&place, 128, Some(72), &plan);
+    go_on(&place, 128, Some(72), &execution);
     assert_eq!(there(), [32, 64, 80]);
-    go_on(&place, 128, None, &plan);
+    go_on(&place, 128, None, &execution);
     assert_eq!(there(), [96, 128]);
 }
 
@@ -1086,16 +1060,12 @@ fn heeding(command: &mut Command, ignored: Option<libc::c_int>) -> &mut Command 
     unsafe { command.pre_exec(reset) }
 }
 
-fn send(child: &Child, signal: &str) {
-    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
-}
-
 #[test]
 fn two_signals_of_one_request_are_one_request() {
     for signals in [["-TERM", "-HUP"], ["-HUP", "-HUP"], ["-TERM", "-TERM"], ["-TERM", "-INT"]] {
         let place = Place::new();
         let child = under_way(&place, heeding(&mut place.train("run", ENDLESS), None));
-        signals.iter().for_each(|signal| send(&child, signal));
+        signals.iter().for_each(|name| signal(&child, name));
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{signals:?}: {}", text(&output));
         assert!(text(&output).contains("stopped after"), "{}", text(&output));
@@ -1109,10 +1079,10 @@ fn a_second_ctrl_c_quits_at_once() {
     // A step of minutes.
     let options = ENDLESS.replace("--batch 8", "--batch 200k --batch-gpu 8");
     let mut child = under_way(&place, heeding(&mut place.train("run", &options), None));
-    send(&child, "-INT");
+    signal(&child, "-INT");
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains("a second Ctrl-C quits at once")));
-    send(&child, "-INT");
+    signal(&child, "-INT");
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(checkpoints(&place.path("run")).len(), 0);
 }
@@ -1121,10 +1091,10 @@ fn a_second_ctrl_c_quits_at_once() {
 fn a_signal_that_the_parent_ignores_stays_ignored() {
     let place = Place::new();
     let child = under_way(&place, heeding(&mut place.train("run", ENDLESS), Some(libc::SIGHUP)));
-    send(&child, "-HUP");
+    signal(&child, "-HUP");
     sleep(Duration::from_millis(300));
     assert_eq!(checkpoints(&place.path("run")).len(), 0, "it stopped at a SIGHUP that it was told to ignore");
-    send(&child, "-TERM");
+    signal(&child, "-TERM");
     assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
     assert_eq!(checkpoints(&place.path("run")).len(), 1);
 }
@@ -1250,7 +1220,7 @@ fn prepare(place: &Place, name: &str, shade: u8, exchanged: bool) {
 
 fn train_on(place: &Place, data: &str, out: &str, options: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-    command.current_dir(place.dir.path()).args(["train", "--data", data, "--outdir", out, "--config", "config.json"]);
+    command.current_dir(place.dir()).args(["train", "--data", data, "--outdir", out, "--config", "config.json"]);
     command.args("--batch 8 --grid 0 --validate 0 --snapshot 8 --rampup 8".split_whitespace());
     command.args(options.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -1273,7 +1243,7 @@ fn a_run_goes_on_with_the_same_images_and_tags_only() {
     // Snapshots of two datasets are not of one run.
     succeed(&mut train_on(&place, "shade", "other", "--duration 24"));
     let mut ema = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-    ema.current_dir(place.dir.path()).args(["ema", "run", "other", "--std", "0.07", "--out", "averages"]);
+    ema.current_dir(place.dir()).args(["ema", "run", "other", "--std", "0.07", "--out", "averages"]);
     let said = fail(&mut ema);
     assert!(said.contains("is not of the same run as") && said.contains("they differ in data"), "{said}");
     // A tag renamed: the snapshots would not fit together.
@@ -1343,7 +1313,7 @@ fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on(
     let place = Place::new();
     prepare(&place, "set", 10, false);
     prepare(&place, "others", 10, true);
-    let config = edm2k::model::Config { label_dim: 8, ..settings(&place.dataset(Split::Train)).config };
+    let config = edm2k::model::Config { label_dim: 8, ..settings(&place.open("data", Split::Train)).config };
     let save = |name: &str, seed: u64| {
         let mut model = Model::init(&config, seed).unwrap();
         model.meta.vocabulary = (2..10).map(|i| format!("t{i}")).collect();
@@ -1393,7 +1363,7 @@ fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on(
 fn a_path_that_is_not_utf8_can_be_started_from() {
     use std::os::unix::ffi::OsStrExt;
     let place = Place::new();
-    let config = settings(&place.dataset(Split::Train)).config;
+    let config = settings(&place.open("data", Split::Train)).config;
     let model = Model::init(&config, 1).unwrap();
     let path = place.path("").join(std::ffi::OsStr::from_bytes(b"bad\xff.safetensors"));
     edm2k::model::file::save(&path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();

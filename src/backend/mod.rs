@@ -39,6 +39,7 @@ use std::fmt::Debug;
 pub mod codec;
 pub mod cpu;
 pub mod gpu;
+pub mod memory;
 mod network;
 mod training;
 

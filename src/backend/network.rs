@@ -32,7 +32,7 @@ impl<T> Copy for Operand<'_, T> {}
 
 impl<'a, T> Operand<'a, T> {
     /// `x` as it is.
-    pub fn plain(x: &'a T) -> Self {
+    pub fn of(x: &'a T) -> Self {
         Self { x, x_scale: 1.0, skip: None, silu: false }
     }
 

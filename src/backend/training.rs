@@ -3,7 +3,7 @@
 //! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1);
 //! [`Step::grad_scale`] brings in the 1/batch.
 
-use super::gpu::runtime::Memory;
+use super::memory::Memory;
 use super::{BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
 use crate::params::ParamId;
 
@@ -107,11 +107,11 @@ pub trait TrainingBackend: NetworkBackend {
     /// Reads one slot of a parameter, values in PyTorch's order.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
     /// Gives all values of a slot to `exchange`, part by part, which may replace them: by the sum of the gradients over
-    /// several devices, or by the weights of another. After a change of the weights [`prepare`](Self::prepare) is due.
+    /// several devices, or by the weights of another. After a change of the weights [`make_effective`](Self::make_effective) is due.
     fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
     /// Makes the effective weights from a slot ([`Slot::Weight`] or [`Slot::Ema`]). To be called
     /// before the first forward pass and after every change of that slot.
-    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;
+    fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;
 
     /// EDM2's loss (eq. 14, 15) with gradients; that of `out_gain` is accumulated.
     fn loss(&mut self, input: LossInput<Self::Tensor>) -> Loss<Self::Tensor>;

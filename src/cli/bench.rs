@@ -233,7 +233,7 @@ impl Bench<'_> {
             Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
             b.write_param(Slot::Weight, id, &values)?;
         }
-        Ok(b.prepare(Slot::Weight, how)?)
+        Ok(b.make_effective(Slot::Weight, how)?)
     }
 
     /// Seconds of repeated runs after one that warms up.

@@ -13,7 +13,7 @@ use edm2k::formats::write_atomically;
 use edm2k::model::Model;
 use edm2k::pipeline::{Domain, learned_from};
 use edm2k::train::DataIdentity;
-use edm2k::train::stats::plot;
+use edm2k::train::stats::{PlotError, plot};
 use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
 use edm2k::{Backends, Work};
 
@@ -147,7 +147,7 @@ impl Work for Measuring<'_> {
 }
 
 /// Loss and error over the noise level, which is drawn logarithmically.
-fn draw(levels: &[Loss]) -> Result<String, edm2k::train::stats::PlotError> {
+fn draw(levels: &[Loss]) -> Result<String, PlotError> {
     let curve = |value: fn(&Loss) -> f64| -> Vec<(f64, f64)> {
         let points = SIGMAS.iter().zip(levels).map(|(sigma, level)| (sigma.log10(), value(level)));
         points.filter(|point| point.1.is_finite()).collect()

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use edm2k::Device;
-use edm2k::data::dataset::{Dataset, Kind, Split};
+use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::frechet::{Moments, distance};
 use edm2k::onnx::{Network, Wanted};
 use edm2k::pictures::bicubic::resize;
@@ -216,10 +216,10 @@ fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Vie
     let channels = data.header().channels;
     let dir = args.data.display();
     match (data.header().kind, &args.vae) {
-        (Kind::Images, None) if channels == 3 => Ok(Viewer::Pixels),
-        (Kind::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
-        (Kind::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Kind::Latents, Some(vae)) => {
+        (Representation::Images, None) if channels == 3 => Ok(Viewer::Pixels),
+        (Representation::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
+        (Representation::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
+        (Representation::Latents, Some(vae)) => {
             let made_by = data.header().autoencoder.as_ref();
             let (viewer, warning) = Viewer::open(device, vae, &dir.to_string(), made_by).context("--vae")?;
             warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
@@ -227,7 +227,7 @@ fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Vie
             sizes.into_iter().try_for_each(|size| viewer.check(size)).context("--vae")?;
             Ok(viewer)
         }
-        (Kind::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
+        (Representation::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
     }
 }
 

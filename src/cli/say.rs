@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Most characters of a line on stderr.
+/// A line on stderr has so many characters at most.
 const LONGEST: usize = 299;
 
 /// Prints a line of results to stdout; as `println!`.

@@ -18,7 +18,7 @@ use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::codec::{CodecError, CodecFile};
-use edm2k::data::dataset::{Dataset, DatasetError, Kind, Split};
+use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::{input, short};
 use edm2k::model::config::{Preset, preset};
@@ -28,7 +28,7 @@ use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::ema::{MAX_STD, MIN_STD};
 use edm2k::train::grid::{self, Show};
 use edm2k::train::{
-    DataIdentity, Event, Outcome, Plan, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
+    DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
 
 /// Train a network, or go on with a run.
@@ -161,7 +161,7 @@ pub(super) fn parse_images(text: &str) -> Result<u64, String> {
 /// What the arguments and the dataset come to.
 struct Resolved {
     settings: Settings,
-    plan: Plan,
+    execution: Execution,
     model: Model,
     notes: Vec<String>,
 }
@@ -188,11 +188,11 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }
     let device = ranks.open(&args.device)?;
-    let Resolved { settings, plan, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
+    let Resolved { settings, execution, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
     notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
     if args.dry_run {
         if ranks.first() {
-            results(&describe(&settings, &plan, &model, args.device.math())?);
+            results(&describe(&settings, &execution, &model, args.device.math())?);
         }
         return Ok(Outcome::Finished);
     }
@@ -243,8 +243,8 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let stop = &requests.stop;
     let mut picture = viewer.as_mut().map(|viewer| |size, image: &[f32]| viewer.picture(size, image));
     let pictures = picture.as_mut().map(|picture| picture as &mut Show);
-    let (settings, plan, event, ranks) = (&settings, &plan, &mut show, ranks.met());
-    let training = Training { model, settings, plan, splits, show: pictures, stop, event, ranks };
+    let (settings, execution, event, ranks) = (&settings, &execution, &mut show, ranks.met());
+    let training = Training { model, settings, execution, splits, show: pictures, stop, event, ranks };
     let outcome = device.run(training);
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
@@ -278,10 +278,10 @@ fn viewer(
 ) -> anyhow::Result<Option<Viewer>> {
     let (header, of) = (data.header(), args.data.display().to_string());
     let viewer = match (&args.vae, header.kind) {
-        (None, Kind::Images) => (header.channels == 3).then_some(Viewer::Pixels),
-        (None, Kind::Latents) => None,
-        (Some(_), Kind::Images) => bail!("--vae: the images of {of} are pixels"),
-        (Some(path), Kind::Latents) => {
+        (None, Representation::Images) => (header.channels == 3).then_some(Viewer::Pixels),
+        (None, Representation::Latents) => None,
+        (Some(_), Representation::Images) => bail!("--vae: the images of {of} are pixels"),
+        (Some(path), Representation::Latents) => {
             let (viewer, warning) = Viewer::open(device, path, &of, header.autoencoder.as_ref()).context("--vae")?;
             notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
             Some(viewer)
@@ -401,10 +401,10 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         }
     };
     let header = data.header();
-    if header.kind == Kind::Latents && args.grid != Some(0) && args.vae.is_none() {
+    if header.kind == Representation::Latents && args.grid != Some(0) && args.vae.is_none() {
         notes.push("no sample grids: the images are latents, and there is no --vae to show them".to_owned());
     }
-    let mirrored = args.flip && header.kind == Kind::Latents;
+    let mirrored = args.flip && header.kind == Representation::Latents;
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
     model.meta = meta_of(data, &config, args.seed);
 
@@ -463,7 +463,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     check_widths("--ema", &settings.ema)?;
     let Settings { batch, duration, .. } = settings;
     ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
-    let usual = Plan::new(&args.outdir, &settings, device);
+    let usual = Execution::new(&args.outdir, &settings, device);
     // With an autoencoder a grid costs its pictures, too.
     let with_pictures = |path| {
         let [height, width, _] = settings.data.shape;
@@ -486,7 +486,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         notes.push(format!("{fits} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"));
         batch_gpu = fits;
     }
-    let plan = Plan {
+    let execution = Execution {
         batch_gpu,
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
@@ -499,20 +499,20 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         restart: args.restart,
         ..usual
     };
-    positive("batch-gpu", plan.batch_gpu as f64)?;
-    Ok(Resolved { settings, plan, model, notes })
+    positive("batch-gpu", execution.batch_gpu as f64)?;
+    Ok(Resolved { settings, execution, model, notes })
 }
 
 /// The resolved configuration as JSON.
-fn describe(settings: &Settings, plan: &Plan, model: &Model, math: Math) -> anyhow::Result<String> {
+fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Math) -> anyhow::Result<String> {
     let [height, width] = settings.data.largest();
     let profiles = settings.ema.len();
-    let memory = memory::estimate(&settings.config, &model.table, height, width, plan.batch_gpu, profiles);
-    let gpu = plan_on_gpu(settings, plan.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
-    let newest = if plan.outdir.is_dir() { checkpoint::list(&plan.outdir)?.into_iter().next() } else { None };
+    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, profiles);
+    let gpu = plan_on_gpu(settings, execution.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
+    let newest = if execution.outdir.is_dir() { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
-        "plan": plan,
+        "plan": execution,
         "parameters": model.table.trained_values(),
         "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
         "memory_bytes": memory,

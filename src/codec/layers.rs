@@ -191,7 +191,7 @@ impl<B: CodecBackend> Weights<B> {
     }
 
     /// A convolution of x as it is, with nothing after it.
-    pub fn plain(&self, b: &mut B, id: ConvId, x: &B::Tensor) -> B::Tensor {
+    pub fn conv_alone(&self, b: &mut B, id: ConvId, x: &B::Tensor) -> B::Tensor {
         self.conv(b, id, x, Before::Nothing, After::NOTHING)
     }
 

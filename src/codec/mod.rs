@@ -135,11 +135,11 @@ impl fmt::Display for Network {
 #[derive(Debug)]
 pub struct CodecFile {
     file: SafeFile,
-    kind: Kind,
+    architecture: Architecture,
 }
 
 #[derive(Debug)]
-enum Kind {
+enum Architecture {
     SdVae(sd_vae::Config),
     /// Channels, and prefixes of what there is; the number of the decoder's first layer.
     Taesd {
@@ -160,11 +160,11 @@ impl CodecFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let file = sd_vae::known_names(weights::open(path)?);
         let has = |name: &str| file.contains(name);
-        let kind = if has("decoder.conv_in.weight") || has("encoder.conv_in.weight") {
+        let architecture = if has("decoder.conv_in.weight") || has("encoder.conv_in.weight") {
             let config = sd_vae::Config::of(&file)?;
             let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
             check(&file, &tables.each_ref(), &config.describe())?;
-            Kind::SdVae(config)
+            Architecture::SdVae(config)
         } else {
             let (encoder, decoder) = if has("decoder.layers.0.weight") || has("encoder.layers.0.weight") {
                 (Some("encoder.layers."), Some(("decoder.layers.", 0)))
@@ -193,9 +193,9 @@ impl CodecFile {
             .flatten()
             .collect();
             check(&file, &tables.iter().collect::<Vec<_>>(), &format!("a TAESD of {channels} channels"))?;
-            Kind::Taesd { channels, encoder, decoder }
+            Architecture::Taesd { channels, encoder, decoder }
         };
-        Ok(Self { file, kind })
+        Ok(Self { file, architecture })
     }
 
     /// Whether a file has tensors that only autoencoders have; `open` says whether it is whole.
@@ -213,25 +213,25 @@ impl CodecFile {
 
     /// Whether it has an encoder, and whether a decoder.
     pub fn halves(&self) -> [bool; 2] {
-        match &self.kind {
-            Kind::SdVae(_) => [true; 2],
-            Kind::Taesd { encoder, decoder, .. } => [encoder.is_some(), decoder.is_some()],
+        match &self.architecture {
+            Architecture::SdVae(_) => [true; 2],
+            Architecture::Taesd { encoder, decoder, .. } => [encoder.is_some(), decoder.is_some()],
         }
     }
 
     /// Channels of its levels, from the image on.
     pub fn channels(&self) -> Vec<usize> {
-        match &self.kind {
-            Kind::SdVae(config) => config.channels.clone(),
-            Kind::Taesd { channels, .. } => vec![*channels],
+        match &self.architecture {
+            Architecture::SdVae(config) => config.channels.clone(),
+            Architecture::Taesd { channels, .. } => vec![*channels],
         }
     }
 
     /// Pixels of the image for one of the latent, in each direction.
     pub fn factor(&self) -> usize {
-        match &self.kind {
-            Kind::SdVae(config) => config.factor(),
-            Kind::Taesd { .. } => taesd::FACTOR,
+        match &self.architecture {
+            Architecture::SdVae(config) => config.factor(),
+            Architecture::Taesd { .. } => taesd::FACTOR,
         }
     }
 
@@ -240,31 +240,31 @@ impl CodecFile {
     /// # Errors
     /// [`CodecError::Half`] if the file lacks it, [`CodecError::File`] if a weight is no finite number.
     pub fn encoder<B: CodecBackend>(&self, b: &mut B) -> Result<Encoder<B>> {
-        let (net, table) = match &self.kind {
-            Kind::SdVae(config) => {
+        let (net, table) = match &self.architecture {
+            Architecture::SdVae(config) => {
                 let (net, table) = sd_vae::Encoder::new(config);
                 (EncoderNet::SdVae(net), table)
             }
-            Kind::Taesd { channels, encoder: Some(prefix), .. } => {
+            Architecture::Taesd { channels, encoder: Some(prefix), .. } => {
                 let (net, table) = taesd::Encoder::new(prefix, *channels);
                 (EncoderNet::Taesd(net), table)
             }
-            Kind::Taesd { encoder: None, .. } => return Err(self.half("decoder", "encoder")),
+            Architecture::Taesd { encoder: None, .. } => return Err(self.half("decoder", "encoder")),
         };
         Ok(Encoder { net, weights: table.load_file(b, &self.file)?, factor: self.factor(), depth: table.len() })
     }
 
     fn decoder_net(&self) -> Result<(DecoderNet, Layers)> {
-        match &self.kind {
-            Kind::SdVae(config) => {
+        match &self.architecture {
+            Architecture::SdVae(config) => {
                 let (net, table) = sd_vae::Decoder::new(config);
                 Ok((DecoderNet::SdVae(net), table))
             }
-            Kind::Taesd { channels, decoder: Some((prefix, first)), .. } => {
+            Architecture::Taesd { channels, decoder: Some((prefix, first)), .. } => {
                 let (net, table) = taesd::Decoder::new(prefix, *first, *channels);
                 Ok((DecoderNet::Taesd(net), table))
             }
-            Kind::Taesd { decoder: None, .. } => Err(self.half("encoder", "decoder")),
+            Architecture::Taesd { decoder: None, .. } => Err(self.half("encoder", "decoder")),
         }
     }
 
@@ -288,9 +288,9 @@ impl CodecFile {
 
     /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
     pub fn decoder_bytes(&self, [height, width]: [usize; 2]) -> u128 {
-        let channels = match &self.kind {
-            Kind::SdVae(config) => config.channels[0],
-            Kind::Taesd { channels, .. } => *channels,
+        let channels = match &self.architecture {
+            Architecture::SdVae(config) => config.channels[0],
+            Architecture::Taesd { channels, .. } => *channels,
         };
         let pixels = (height * self.factor()) as u128 * (width * self.factor()) as u128;
         2 * 4 * pixels * channels as u128
@@ -298,9 +298,9 @@ impl CodecFile {
 
     /// Its kind.
     pub fn network(&self) -> Network {
-        match self.kind {
-            Kind::SdVae(_) => Network::SdVae,
-            Kind::Taesd { .. } => Network::Taesd,
+        match self.architecture {
+            Architecture::SdVae(_) => Network::SdVae,
+            Architecture::Taesd { .. } => Network::Taesd,
         }
     }
 
@@ -309,10 +309,10 @@ impl CodecFile {
     /// # Errors
     /// [`CodecError::File`] if a weight is of an unknown element type.
     pub fn autoencoder(&self) -> Result<Option<Autoencoder>> {
-        let table = match &self.kind {
-            Kind::SdVae(config) => sd_vae::Encoder::new(config).1,
-            Kind::Taesd { channels, encoder: Some(prefix), .. } => taesd::Encoder::new(prefix, *channels).1,
-            Kind::Taesd { encoder: None, .. } => return Ok(None),
+        let table = match &self.architecture {
+            Architecture::SdVae(config) => sd_vae::Encoder::new(config).1,
+            Architecture::Taesd { channels, encoder: Some(prefix), .. } => taesd::Encoder::new(prefix, *channels).1,
+            Architecture::Taesd { encoder: None, .. } => return Ok(None),
         };
         // By their places, as some are called otherwise in older files.
         let mut hasher = Hasher::default();

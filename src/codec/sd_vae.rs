@@ -169,7 +169,7 @@ impl Resnet {
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: B::Tensor) -> B::Tensor {
         let h = w.norm_silu_conv(b, self.norm1, self.conv1, &x, After::NOTHING);
         let residual = match self.shortcut {
-            Some(shortcut) => w.plain(b, shortcut, &x),
+            Some(shortcut) => w.conv_alone(b, shortcut, &x),
             None => x,
         };
         w.norm_silu_conv(b, self.norm2, self.conv2, &h, After::add(residual))
@@ -234,7 +234,7 @@ impl Level {
         }
         if let Some(resize) = self.resize {
             b.trim();
-            x = w.plain(b, resize, &x);
+            x = w.conv_alone(b, resize, &x);
         }
         x
     }
@@ -278,13 +278,13 @@ impl Encoder {
     /// Pixels [n, h, w, 3], height and width multiples of the factor, to the result before and after `quant_conv`:
     /// [n, h, w, 8] each, four channels of means, four of log variances.
     pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: &B::Tensor) -> [B::Tensor; 2] {
-        let mut x = w.plain(b, self.conv_in, x);
+        let mut x = w.conv_alone(b, self.conv_in, x);
         for level in &self.levels {
             x = level.forward(b, w, x);
         }
         let x = self.middle.forward(b, w, x);
         let out = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, After::NOTHING);
-        let moments = w.plain(b, self.quant, &out);
+        let moments = w.conv_alone(b, self.quant, &out);
         b.trim();
         [out, moments]
     }
@@ -327,8 +327,8 @@ impl Decoder {
 
     /// Latents [n, h, w, 4] to pixels [n, factor h, factor w, 3].
     pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, z: &B::Tensor) -> B::Tensor {
-        let z = w.plain(b, self.post_quant, z);
-        let x = w.plain(b, self.conv_in, &z);
+        let z = w.conv_alone(b, self.post_quant, z);
+        let x = w.conv_alone(b, self.conv_in, &z);
         let mut x = self.middle.forward(b, w, x);
         for level in &self.levels {
             x = level.forward(b, w, x);

@@ -42,7 +42,7 @@ struct Level {
 impl Level {
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: &B::Tensor) -> B::Tensor {
         b.trim();
-        let x = w.plain(b, self.resize, x);
+        let x = w.conv_alone(b, self.resize, x);
         self.blocks.iter().fold(x, |x, block| block.forward(b, w, x))
     }
 }
@@ -77,7 +77,7 @@ impl Encoder {
         let x = w.conv(b, self.conv_in, x, Before::Affine(&half), After::NOTHING);
         let x = self.first.forward(b, w, x);
         let x = self.levels.iter().fold(x, |x, level| level.forward(b, w, &x));
-        let latents = w.plain(b, self.conv_out, &x);
+        let latents = w.conv_alone(b, self.conv_out, &x);
         b.trim();
         latents
     }
@@ -112,7 +112,7 @@ impl Decoder {
         let x = w.conv(b, self.conv_in, z, Before::SoftClip, After::RELU);
         let x = self.blocks.iter().fold(x, |x, block| block.forward(b, w, x));
         let x = self.levels.iter().fold(x, |x, level| level.forward(b, w, &x));
-        let image = w.plain(b, self.conv_out, &x);
+        let image = w.conv_alone(b, self.conv_out, &x);
         drop(x);
         b.trim();
         image

@@ -132,15 +132,20 @@ impl fmt::Display for Part {
     }
 }
 
+/// What does not name a part.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a part, expected K/N with K from 1 to N, such as 2/4")]
+pub struct NoPart(String);
+
 /// As people write it, counted from 1: `2/4`.
 impl FromStr for Part {
-    type Err = String;
+    type Err = NoPart;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, NoPart> {
         let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse::<u16>().ok()?, n.parse::<u16>().ok()?)));
         match numbers {
             Some((k, n)) if (1..=n).contains(&k) => Ok(Self { number: usize::from(k) - 1, of: n.into() }),
-            _ => Err(format!("'{text}' is not a part, expected K/N with K from 1 to N, such as 2/4")),
+            _ => Err(NoPart(text.into())),
         }
     }
 }

@@ -7,6 +7,18 @@ use std::path::Path;
 use super::vocabulary::VocabularyError;
 use crate::formats::{At, input};
 
+/// Why a text names no class.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ClassError {
+    #[error("\"{name}\" is the name of several classes: {}", classes.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))]
+    Several { name: String, classes: Vec<usize> },
+    #[error("\"{0}\" is no number, and there are no names of classes")]
+    NoNames(String),
+    #[error("unknown class \"{name}\"{}", nearest.iter().map(|near| format!(", did you mean \"{near}\"?")).collect::<String>())]
+    Unknown { name: String, nearest: Option<String> },
+}
+
 /// The names, looked up without regard to case.
 #[derive(Clone, Debug, Default)]
 pub struct Classes {
@@ -52,27 +64,23 @@ impl Classes {
     /// The class of a number, of a whole line, or of one of a line's names.
     ///
     /// # Errors
-    /// There is none of this name, or several; then these are named.
-    pub fn find(&self, text: &str) -> Result<usize, String> {
+    /// See [`ClassError`].
+    pub fn find(&self, text: &str) -> Result<usize, ClassError> {
         if let Ok(number) = text.parse() {
             return Ok(number);
         }
         if let Some(number) = self.lines.iter().position(|line| line == text) {
             return Ok(number);
         }
-        let lower = text.to_lowercase();
+        let (name, lower) = (text.to_owned(), text.to_lowercase());
         match self.named.get(&lower).map(Vec::as_slice) {
             Some([one]) => Ok(*one),
-            Some(several) => {
-                let numbers: Vec<String> = several.iter().map(ToString::to_string).collect();
-                Err(format!("\"{text}\" is the name of several classes: {}", numbers.join(", ")))
-            }
-            None if self.is_empty() => Err(format!("\"{text}\" is no number, and there are no names of classes")),
+            Some(several) => Err(ClassError::Several { name, classes: several.into() }),
+            None if self.is_empty() => Err(ClassError::NoNames(name)),
             None => {
                 let score = |name: &String| strsim::jaro_winkler(name, &lower);
                 let best = self.named.keys().max_by(|a, b| score(a).total_cmp(&score(b)).then(b.cmp(a)));
-                let best = best.filter(|name| score(name) > 0.8).map(|name| format!(", did you mean \"{name}\"?"));
-                Err(format!("unknown class \"{text}\"{}", best.unwrap_or_default()))
+                Err(ClassError::Unknown { name, nearest: best.filter(|name| score(name) > 0.8).cloned() })
             }
         }
     }
@@ -90,13 +98,11 @@ mod tests {
         }
         // A whole line before a name of two.
         assert_eq!(classes.find("crane"), Ok(2));
-        assert_eq!(classes.find("Crane").unwrap_err(), "\"Crane\" is the name of several classes: 2, 3");
-        assert_eq!(classes.find("goldfsh").unwrap_err(), "unknown class \"goldfsh\", did you mean \"goldfish\"?");
-        assert_eq!(classes.find("zeppelin").unwrap_err(), "unknown class \"zeppelin\"");
-        assert_eq!(
-            Classes::default().find("cat").unwrap_err(),
-            "\"cat\" is no number, and there are no names of classes"
-        );
+        let refused = |classes: &Classes, text| classes.find(text).unwrap_err().to_string();
+        assert_eq!(refused(&classes, "Crane"), "\"Crane\" is the name of several classes: 2, 3");
+        assert_eq!(refused(&classes, "goldfsh"), "unknown class \"goldfsh\", did you mean \"goldfish\"?");
+        assert_eq!(refused(&classes, "zeppelin"), "unknown class \"zeppelin\"");
+        assert_eq!(refused(&Classes::default(), "cat"), "\"cat\" is no number, and there are no names of classes");
         assert_eq!((classes.name(1), classes.name(4), classes.len()), (Some("goldfish"), None, 4));
     }
 }

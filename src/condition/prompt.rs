@@ -14,11 +14,11 @@ use std::cmp::Ordering;
 use super::vocabulary::{Vocabulary, VocabularyError};
 
 /// Largest weight.
-const MOST: f32 = 10.0;
+const MAX_WEIGHT: f32 = 10.0;
 /// Weight of round brackets without a number.
 const EMPHASIS: f32 = 1.1;
 
-/// Most brackets around each other: more than weights have room for, and few enough to try all readings of.
+/// So many brackets may be around each other: more than weights have room for, and few enough to try all readings of.
 const DEEPEST: usize = 32;
 
 /// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.
@@ -174,8 +174,8 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
             let matching = if bracket == ')' { '(' } else { '[' };
             let (_, first) = open.pop().filter(|(opened, _)| *opened == matching).ok_or(unbalanced(bracket))?;
             let weight = weight.unwrap_or(if bracket == ')' { EMPHASIS } else { 1.0 / EMPHASIS });
-            if !(0.0..=MOST).contains(&weight) {
-                return Err(VocabularyError::Weight { weight, most: MOST, part: part.into() });
+            if !(0.0..=MAX_WEIGHT).contains(&weight) {
+                return Err(VocabularyError::Weight { weight, most: MAX_WEIGHT, part: part.into() });
             }
             tags[first..].iter_mut().for_each(|(_, w)| *w *= weight);
         }
@@ -245,9 +245,11 @@ fn unescaped(text: &str) -> String {
 }
 
 fn lookup(vocabulary: &Vocabulary, tag: &str) -> Option<u32> {
-    let plain = if tag.contains('\\') { unescaped(tag).into() } else { Cow::from(tag) };
-    let with = |from: char, to: &str| plain.contains(from).then(|| vocabulary.get(&plain.replace(from, to))).flatten();
-    let known = vocabulary.get(tag).or_else(|| vocabulary.get(&plain));
+    let unescaped_tag = if tag.contains('\\') { unescaped(tag).into() } else { Cow::from(tag) };
+    let with = |from: char, to: &str| {
+        unescaped_tag.contains(from).then(|| vocabulary.get(&unescaped_tag.replace(from, to))).flatten()
+    };
+    let known = vocabulary.get(tag).or_else(|| vocabulary.get(&unescaped_tag));
     known.or_else(|| with('_', " ")).or_else(|| with(' ', "_"))
 }
 

@@ -21,7 +21,7 @@ use serde_json::json;
 use super::edm2::{Archive, ArchiveError};
 use super::pending::{self, View};
 use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, ShardError, check_whole};
-pub use super::shard::{Header, Kind, VOCABULARY_FILE};
+pub use super::shard::{Header, Representation, Split, VOCABULARY_FILE};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -30,36 +30,6 @@ use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, FileError, input};
 use crate::pictures::to_model;
 use crate::rng::Stream;
-
-/// Which images: those to learn from, to watch the loss on, or to leave alone until the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-#[allow(missing_docs)]
-pub enum Split {
-    Train,
-    Validation,
-    Test,
-}
-
-impl Split {
-    /// All splits.
-    pub const ALL: [Split; 3] = [Split::Train, Split::Validation, Split::Test];
-
-    /// Name of the split's shard of this number.
-    pub fn shard_name(self, number: usize) -> String {
-        format!("{self}-{number:05}.safetensors")
-    }
-}
-
-impl fmt::Display for Split {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Split::Train => "train",
-            Split::Validation => "validation",
-            Split::Test => "test",
-        })
-    }
-}
 
 /// What can be wrong with a dataset.
 #[derive(Debug, thiserror::Error)]
@@ -326,7 +296,7 @@ impl Dataset {
     /// Whether mirroring image `i` leaves its meaning and its tags as they are.
     pub fn flip_allowed(&self, i: usize) -> bool {
         // Latents of a mirrored picture are not mirrored latents.
-        self.at(i).map_or(self.header.kind == Kind::Images, |(shard, row)| shard.flips[row] == 1)
+        self.at(i).map_or(self.header.kind == Representation::Images, |(shard, row)| shard.flips[row] == 1)
     }
 
     /// How often training shows image `i` in an epoch; at least 1.
@@ -351,14 +321,14 @@ impl Dataset {
             (_, at) => at.map_or(&[][..], |(shard, row)| shard.image(row)),
         };
         match self.header.kind {
-            Kind::Images => {
+            Representation::Images => {
                 for (c, plane) in stored.chunks_exact(area).enumerate() {
                     for (place, &x) in plane.iter().enumerate() {
                         out[place * channels + c] = to_model(x);
                     }
                 }
             }
-            Kind::Latents => {
+            Representation::Latents => {
                 let (mean, std) = stored.split_at(stored.len() / 2);
                 let pairs = mean.as_chunks::<2>().0.iter().zip(std.as_chunks::<2>().0);
                 noise.normals(out);
@@ -389,10 +359,10 @@ impl Dataset {
 
 /// Its conditions are what a model of them learns from; of each only what is asked for is read.
 impl vae::Source for Dataset {
-    fn kind(&self) -> vae::Kind {
+    fn kind(&self) -> vae::ConditionKind {
         match self.header.conditioning {
-            Conditioning::Tags => vae::Kind::Tags,
-            Conditioning::Features { .. } => vae::Kind::Dense,
+            Conditioning::Tags => vae::ConditionKind::Tags,
+            Conditioning::Features { .. } => vae::ConditionKind::Dense,
         }
     }
 
@@ -482,7 +452,7 @@ pub(super) fn open_shards(
     let numbers = find_shards(view, split)?;
     let Some(&last) = numbers.last() else { return Err(DatasetError::NoShards { dir: dir.into(), split }) };
     let contents = Contents::read(&view.path(SUMMARY_FILE))?;
-    let (mut shards, mut seen, mut expected) = (Vec::<Shard>::new(), HashSet::new(), last as usize + 1);
+    let (mut shards, mut seen, mut expected) = (Vec::<Shard>::new(), HashSet::new(), last + 1);
     while shards.len() < expected {
         let name = split.shard_name(shards.len());
         let path = view.path(&name);
@@ -513,14 +483,8 @@ fn of_contents(shards: &[Fingerprint]) -> Fingerprint {
 }
 
 /// The numbers of the shards of a split that are there, ascending.
-fn find_shards(view: &View, split: Split) -> Result<Vec<u32>, DatasetError> {
-    let prefix = format!("{split}-");
-    let number = |name: &String| -> Option<u32> {
-        let digits = name.strip_prefix(&prefix)?.strip_suffix(".safetensors")?;
-        let number = digits.parse().ok()?;
-        (digits.len() >= 5 && digits.bytes().all(|b| b.is_ascii_digit())).then_some(number)
-    };
-    let mut numbers: Vec<u32> = view.names()?.iter().filter_map(number).collect();
+fn find_shards(view: &View, split: Split) -> Result<Vec<usize>, DatasetError> {
+    let mut numbers: Vec<_> = view.names()?.iter().filter_map(|name| split.shard_number(name)).collect();
     numbers.sort_unstable();
     Ok(numbers)
 }

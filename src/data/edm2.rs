@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::shard::{Header, Kind};
+use super::shard::{Header, Representation};
 use crate::codec::{LATENTS, scale_and_shift};
 use crate::condition::Conditioning;
 use crate::formats::fingerprint::Fingerprint;
@@ -86,7 +86,7 @@ impl Archive {
             Pixels::Latents { shape: [height, width], .. } => [height, width, LATENTS],
         };
         let header = Header {
-            kind: if channels == LATENTS { Kind::Latents } else { Kind::Images },
+            kind: if channels == LATENTS { Representation::Latents } else { Representation::Images },
             height,
             width,
             sizes: Vec::new(),
@@ -127,10 +127,12 @@ impl Archive {
             Err(entry_error(&self.zip, entry, format!("{found}, but the archive's first is of {width}x{height}")))
         };
         match (pixels(&self.zip, entry)?, self.header.kind) {
-            (Pixels::Picture(picture), Kind::Images) if [picture.height(), picture.width()] == [height, width] => {
+            (Pixels::Picture(picture), Representation::Images)
+                if [picture.height(), picture.width()] == [height, width] =>
+            {
                 out.iter_mut().zip(picture.rgb()).for_each(|(x, &pixel)| *x = to_model(pixel));
             }
-            (Pixels::Latents { shape, moments }, Kind::Latents) if shape == [height, width] => {
+            (Pixels::Latents { shape, moments }, Representation::Latents) if shape == [height, width] => {
                 noise.normals(out);
                 let (mean, std) = moments.split_at(out.len());
                 for (at, (mean, std)) in mean.iter().zip(std).enumerate() {

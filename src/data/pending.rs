@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::shard::{SUMMARY_FILE, VOCABULARY_FILE};
+use super::shard::{SUMMARY_FILE, Split, VOCABULARY_FILE};
 use crate::formats::{At, FileError, atomic, write_atomically};
 
 /// Name of the folder.
@@ -58,11 +58,7 @@ pub(super) fn moment(dir: &Path) -> (bool, [Option<SystemTime>; 2]) {
 
 /// Whether a file is called as those are that are put into the folder.
 fn is_of_a_dataset(name: &str) -> bool {
-    let digits = |rest: &str| rest.len() >= 5 && rest.bytes().all(|byte| byte.is_ascii_digit());
-    let shard = |name: &str| {
-        ["train-", "validation-", "test-"].iter().any(|split| name.strip_prefix(split).is_some_and(digits))
-    };
-    [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || name.strip_suffix(".safetensors").is_some_and(shard)
+    [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || Split::names(name)
 }
 
 fn names(dir: &Path) -> Result<BTreeSet<String>, FileError> {

@@ -1,4 +1,4 @@
-//! A shard of a dataset: the one place that knows the names, types and shapes of its tensors and the keys of its
+//! A shard of a dataset: the one place that knows its name, the names, types and shapes of its tensors, and the keys of its
 //! metadata, for those who write it and those who read it.
 //!
 //! Tensors of a shard with N images:
@@ -47,8 +47,51 @@ pub const VOCABULARY_FILE: &str = "vocabulary.json";
 /// Name of the summary's file, beside the shards too.
 pub const SUMMARY_FILE: &str = "summary.json";
 
-/// Most sizes that images of a dataset may have.
+/// Images of a dataset may have so many sizes.
 pub const MAX_SIZES: usize = 64;
+
+/// Which images: those to learn from, to watch the loss on, or to leave alone until the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[allow(missing_docs)]
+pub enum Split {
+    Train,
+    Validation,
+    Test,
+}
+
+impl Split {
+    /// All splits.
+    pub const ALL: [Split; 3] = [Split::Train, Split::Validation, Split::Test];
+
+    /// Name of the split's shard of this number, from 0.
+    pub fn shard_name(self, number: usize) -> String {
+        format!("{self}-{number:05}.safetensors")
+    }
+
+    /// The number of the split's shard of this name; none if no shard of it is called so. What only begins like one, as
+    /// `train-old.safetensors` does, is somebody's own.
+    pub fn shard_number(self, name: &str) -> Option<usize> {
+        let digits = name.strip_prefix(&format!("{self}-"))?.strip_suffix(".safetensors")?;
+        let number = digits.parse::<u32>().ok()? as usize;
+        (self.shard_name(number) == name).then_some(number)
+    }
+
+    /// Whether a shard of any split is called so.
+    pub(super) fn names(name: &str) -> bool {
+        Self::ALL.iter().any(|split| split.shard_number(name).is_some())
+    }
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Split::Train => "train",
+            Split::Validation => "validation",
+            Split::Test => "test",
+        })
+    }
+}
 
 const HEADER: &str = "dataset";
 const CHECKSUMS: &str = "checksums";
@@ -61,19 +104,19 @@ const PICTURES: &str = "pictures";
 /// What the pixels of a dataset are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum Representation {
     /// U8 pixels; the model sees x / 127.5 - 1.
     Images,
     /// F16 means and standard deviations of latents, in the model's scale; the model sees mean + std * noise.
     Latents,
 }
 
-impl Kind {
+impl Representation {
     /// Name and type of the tensor, and how many planes it has for each channel.
     pub(super) fn tensor(self) -> (&'static str, Dtype, usize) {
         match self {
-            Kind::Images => ("images", Dtype::U8, 1),
-            Kind::Latents => ("latents", Dtype::F16, 2),
+            Representation::Images => ("images", Dtype::U8, 1),
+            Representation::Latents => ("latents", Dtype::F16, 2),
         }
     }
 }
@@ -82,7 +125,7 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     /// Pixels or latents.
-    pub kind: Kind,
+    pub kind: Representation,
     /// Height of the images or latents; of several sizes in a shard the first one's, in an open dataset the most frequent
     /// one's.
     pub height: usize,
@@ -682,5 +725,37 @@ impl fmt::Display for Drops {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts: Vec<_> = self.0.iter().map(|(drop, count)| format!("{count} {drop}")).collect();
         f.write_str(&parts.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_recognised_by_the_names_that_they_are_given() {
+        for number in [0, 7, 99_999, 100_000, u32::MAX as usize] {
+            for split in Split::ALL {
+                assert_eq!(split.shard_number(&split.shard_name(number)), Some(number));
+                assert!(Split::names(&split.shard_name(number)));
+            }
+        }
+        assert_eq!(Split::Test.shard_number("train-00000.safetensors"), None);
+        for odd in [
+            "train-old.safetensors",
+            "train-.safetensors",
+            "train-0.safetensors",
+            "train-000001.safetensors",
+            "train-+0001.safetensors",
+            "train--0001.safetensors",
+            "train-4294967296.safetensors",
+            "train-00000.safetensors.tmp",
+            "train-00000",
+            "TRAIN-00000.safetensors",
+            "other-00000.safetensors",
+            "",
+        ] {
+            assert!(!Split::names(odd), "{odd}");
+        }
     }
 }

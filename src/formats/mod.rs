@@ -41,8 +41,8 @@ impl<T> At<T> for io::Result<T> {
 
 /// A number as people read it: `{:e}` where it would begin or end in many zeros.
 pub fn short(x: f64) -> String {
-    let plain = x == 0.0 || !x.is_finite() || (1e-5..1e16).contains(&x.abs());
-    if plain { x.to_string() } else { format!("{x:e}") }
+    let in_full = x == 0.0 || !x.is_finite() || (1e-5..1e16).contains(&x.abs());
+    if in_full { x.to_string() } else { format!("{x:e}") }
 }
 
 /// A name for something that is set aside: `path` with an ending that nothing has yet.

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Index;
 
-/// Most opcodes that are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
+/// So many opcodes are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
 /// than 150 MB.
 pub const MAX_OPCODES: usize = 1 << 20;
 
@@ -153,9 +153,11 @@ impl<'a> Pickle<'a> {
             Value::Tuple(items) => format!("a tuple of {}", items.len()),
             Value::Dict(items) => format!("a dictionary of {}", items.len()),
             Value::Set => "a set".into(),
-            Value::Global { module, name } => format!("the name {}.{}", plain(module), plain(name)),
+            Value::Global { module, name } => format!("the name {}.{}", printable(module), printable(name)),
             Value::Call { callee, .. } => match self.global(*callee) {
-                Some((module, name)) => format!("a call of {}.{} (which is not run)", plain(module), plain(name)),
+                Some((module, name)) => {
+                    format!("a call of {}.{} (which is not run)", printable(module), printable(name))
+                }
                 None => "a call of something that has no name".into(),
             },
             Value::Persistent(_) => "a reference to another file".into(),
@@ -171,7 +173,7 @@ impl<'a> Index<Id> for Pickle<'a> {
 }
 
 /// The start of a text, without what could spoil a terminal.
-fn plain(text: &str) -> String {
+fn printable(text: &str) -> String {
     const SHOWN: usize = 60;
     let shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
     shown + if text.chars().nth(SHOWN).is_some() { "..." } else { "" }
@@ -179,7 +181,7 @@ fn plain(text: &str) -> String {
 
 /// The same in quotes, as messages show what a pickle says.
 pub fn quoted(text: &str) -> String {
-    format!("'{}'", plain(text))
+    format!("'{}'", printable(text))
 }
 
 /// The stack machine.

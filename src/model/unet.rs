@@ -178,7 +178,7 @@ impl Block {
             (Flavor::Encoder, resample) => match self.conv_skip {
                 None => b.pixel_norm(input, resample == Resample::Down),
                 Some(w) => {
-                    let wide = b.conv(w, Operand::plain(input));
+                    let wide = b.conv(w, Operand::of(input));
                     let x = b.pixel_norm(&wide, false);
                     normed_from = Some(wide);
                     x
@@ -197,7 +197,7 @@ impl Block {
         }
         let clip = Some(cfg.clip_act);
         let res_clip = if self.attn.is_some() { None } else { clip };
-        let (w, operand, t) = (self.conv_res1, Operand::plain(&act), cfg.res_balance);
+        let (w, operand, t) = (self.conv_res1, Operand::of(&act), cfg.res_balance);
         let res = match (cfg.flavor, self.conv_skip) {
             (Flavor::Decoder, Some(main)) => {
                 b.convs_mp_sum(w, operand, (main, self.operand(&x, skip, false)), t, res_clip)
@@ -206,9 +206,9 @@ impl Block {
         };
 
         let attn = self.attn.map(|(w_qkv, w_proj)| {
-            let qkv = b.conv(w_qkv, Operand::plain(&res));
+            let qkv = b.conv(w_qkv, Operand::of(&res));
             let y = b.attention(&qkv, cfg.heads);
-            let out = b.conv_mp_sum(w_proj, Operand::plain(&y), &res, cfg.attn_balance, clip);
+            let out = b.conv_mp_sum(w_proj, Operand::of(&y), &res, cfg.attn_balance, clip);
             AttnTape { qkv, y, out }
         });
         let out = attn.as_ref().map_or(&res, |a| &a.out).clone();
@@ -238,12 +238,12 @@ impl Block {
             (Some((w_qkv, w_proj)), Some(AttnTape { qkv, y, out })) => {
                 let (wa, wb) = mp_sum_weights(cfg.attn_balance);
                 let g = b.clip_backward(grad, &out, cfg.clip_act);
-                b.conv_wgrad(w_proj, Operand::plain(&y), &g, wb);
-                let gy = b.conv_dgrad(w_proj, &g, wb, Operand::plain(&y), None).x;
+                b.conv_wgrad(w_proj, Operand::of(&y), &g, wb);
+                let gy = b.conv_dgrad(w_proj, &g, wb, Operand::of(&y), None).x;
                 let gqkv = b.attention_backward(&qkv, cfg.heads, &gy);
-                b.conv_wgrad(w_qkv, Operand::plain(&res), &gqkv, 1.0);
+                b.conv_wgrad(w_qkv, Operand::of(&res), &gqkv, 1.0);
                 let acc = OperandGrad { x: g, skip: None };
-                b.conv_dgrad(w_qkv, &gqkv, 1.0, Operand::plain(&res), Some((acc, wa))).x
+                b.conv_dgrad(w_qkv, &gqkv, 1.0, Operand::of(&res), Some((acc, wa))).x
             }
             _ => b.clip_backward(grad, &res, cfg.clip_act),
         };
@@ -251,7 +251,7 @@ impl Block {
         // d/d pre, through the second convolution.
         let (wa, wb) = mp_sum_weights(cfg.res_balance);
         let scale = Scale { all: scales, offset: self.emb.offset };
-        b.conv_wgrad(self.conv_res1, Operand::plain(&act), &grad, wb);
+        b.conv_wgrad(self.conv_res1, Operand::of(&act), &grad, wb);
         let gain = wb * masks.as_ref().map_or(1.0, Masks::gain);
         let mut gpre = b.conv_dgrad_scale_silu(self.conv_res1, &grad, gain, &pre, scale, grad_scales);
         if let Some(masks) = &masks {
@@ -265,9 +265,9 @@ impl Block {
         b.conv_wgrad(self.conv_res0, silu_in, &gpre, 1.0);
         let main = match (cfg.flavor, self.conv_skip) {
             (Flavor::Decoder, Some(w)) => {
-                let plain_in = self.operand(&x, skip.as_ref(), false);
-                b.conv_wgrad(w, plain_in, &grad, wa);
-                (b.conv_dgrad(w, &grad, wa, plain_in, None), 1.0)
+                let operand = self.operand(&x, skip.as_ref(), false);
+                b.conv_wgrad(w, operand, &grad, wa);
+                (b.conv_dgrad(w, &grad, wa, operand, None), 1.0)
             }
             _ => (OperandGrad { x: grad, skip: None }, wa),
         };
@@ -279,9 +279,9 @@ impl Block {
                 let x = match (self.conv_skip, normed_from) {
                     (Some(w), Some(wide)) => {
                         let gwide = b.pixel_norm_backward(&wide, &g.x, false, None);
-                        b.conv_wgrad(w, Operand::plain(&input), &gwide, 1.0);
+                        b.conv_wgrad(w, Operand::of(&input), &gwide, 1.0);
                         let acc = acc.map(|x| (OperandGrad { x, skip: None }, 1.0));
-                        b.conv_dgrad(w, &gwide, 1.0, Operand::plain(&input), acc).x
+                        b.conv_dgrad(w, &gwide, 1.0, Operand::of(&input), acc).x
                     }
                     _ => b.pixel_norm_backward(&input, &g.x, resample == Resample::Down, acc),
                 };
@@ -399,7 +399,7 @@ impl UNet {
         mut tape: Option<&mut Tape<B::Tensor>>,
         probe: &mut dyn FnMut(&str, &B::Tensor),
     ) -> B::Tensor {
-        let mut x = b.conv(self.conv_in, Operand::plain(input));
+        let mut x = b.conv(self.conv_in, Operand::of(input));
         probe(&self.conv_in_name, &x);
         let mut skips = vec![x.clone()];
         for block in &self.encoder {
@@ -412,7 +412,7 @@ impl UNet {
             x = block.forward(b, &x, skip.as_ref(), scales, tape.as_deref_mut());
             probe(&block.name, &x);
         }
-        let raw = b.conv(self.conv_out, Operand::plain(&x));
+        let raw = b.conv(self.conv_out, Operand::of(&x));
         if let Some(tape) = tape {
             tape.ends = Some(Ends { input: input.clone(), scales: scales.clone(), last: x });
         }
@@ -430,8 +430,8 @@ impl UNet {
         let (mut blocks, ends) = (tape.blocks, tape.ends);
         let Ends { input, scales, last } = ends.expect("a forward pass fills its tape");
         let mut grad_scales = b.zero_scales_grad(&scales);
-        b.conv_wgrad(self.conv_out, Operand::plain(&last), grad_raw, 1.0);
-        let mut grad = b.conv_dgrad(self.conv_out, grad_raw, 1.0, Operand::plain(&last), None).x;
+        b.conv_wgrad(self.conv_out, Operand::of(&last), grad_raw, 1.0);
+        let mut grad = b.conv_dgrad(self.conv_out, grad_raw, 1.0, Operand::of(&last), None).x;
         drop(last);
 
         // The decoder pops skip connections last in, first out; so its gradients are consumed
@@ -452,7 +452,7 @@ impl UNet {
             let tape = blocks.pop().expect("one tape entry for each block");
             grad = block.backward(b, tape, &scales, grad, &mut grad_scales, Some(next_skip())).x;
         }
-        b.conv_wgrad(self.conv_in, Operand::plain(&input), &grad, 1.0);
+        b.conv_wgrad(self.conv_in, Operand::of(&input), &grad, 1.0);
         b.emb_scales_backward(&self.emb_layers, emb, &grad_scales)
     }
 

@@ -22,10 +22,10 @@ use crate::formats::fingerprint::Fingerprint;
 #[cfg(feature = "onnx")]
 mod tract;
 
-/// Most elements of a tensor inside a network: 2^28, 1 GiB in f32.
+/// A tensor inside a network has so many elements at most: 2^28, 1 GiB in f32.
 pub const MAX_ELEMENTS: usize = 1 << 28;
 
-/// Most nodes of a network: taggers have up to 5,000, and time grows faster than their number.
+/// A network has so many nodes at most: taggers have up to 5,000, and time grows faster than their number.
 pub const MAX_NODES: usize = 20_000;
 
 /// Largest height and width of a network's images.
@@ -149,7 +149,7 @@ pub struct Network {
     size: [usize; 2],
     width: usize,
     fingerprint: Fingerprint,
-    plan: tract::Plan,
+    runnable: tract::Runnable,
 }
 
 impl Network {
@@ -196,10 +196,10 @@ impl Network {
         let [height, width] = self.size;
         assert_eq!(image.len(), height * width * 3, "values of an image of {width}x{height}");
         let features = match self.layout {
-            Layout::Last => self.plan.run(&[1, height, width, 3], image),
+            Layout::Last => self.runnable.run(&[1, height, width, 3], image),
             Layout::First => {
                 let planes: Vec<f32> = (0..3).flat_map(|c| image.iter().skip(c).step_by(3).copied()).collect();
-                self.plan.run(&[1, 3, height, width], &planes)
+                self.runnable.run(&[1, 3, height, width], &planes)
             }
         };
         let features = features.map_err(|what| OnnxError::Run { path: self.path.clone(), what })?;
@@ -215,9 +215,9 @@ impl Network {
 mod tract {
     use super::{About, Network, OnnxError, Path, Wanted};
 
-    pub enum Plan {}
+    pub enum Runnable {}
 
-    impl Plan {
+    impl Runnable {
         pub fn run(&self, _: &[usize], _: &[f32]) -> Result<Vec<f32>, String> {
             match *self {}
         }

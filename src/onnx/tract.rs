@@ -1,4 +1,4 @@
-//! From an ONNX file to a plan of tract's: choose the tensor, cut the graph down to what it needs, fix the shapes.
+//! From an ONNX file to a network of tract's: choose the tensor, cut the graph down to what it needs, fix the shapes.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -21,9 +21,9 @@ use crate::formats::{At, FileError, input};
 use super::{About, Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Port, Wanted};
 
 /// A graph of fixed shapes, ready to run from any thread.
-pub struct Plan(Arc<TypedRunnableModel>);
+pub struct Runnable(Arc<TypedRunnableModel>);
 
-impl Plan {
+impl Runnable {
     /// The output for an input of this shape, flat; what went wrong otherwise.
     pub fn run(&self, shape: &[usize], values: &[f32]) -> Result<Vec<f32>, String> {
         guarded(|| {
@@ -125,8 +125,8 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         let found = format!("[{}]", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
         return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
     }
-    let plan = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
-    Ok(Network { path: path.into(), node, layout, size, width, fingerprint, plan: Plan(plan) })
+    let runnable = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
+    Ok(Network { path: path.into(), node, layout, size, width, fingerprint, runnable: Runnable(runnable) })
 }
 
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {

@@ -18,7 +18,7 @@ use super::colour::{space, to_srgb};
 use super::{Picture, PictureError, jpeg};
 use crate::formats::input;
 
-/// Most pixels that an image may have: 64 Mi.
+/// An image may have so many pixels: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
 
 /// Bytes that a decoder may take for what is no pixel: a colour profile above all.
@@ -65,6 +65,15 @@ impl Drop for Share {
 /// The file cannot be read, or is no image.
 pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, PictureError> {
     decode(&input::read(path, MAX_BYTES)?, background)
+}
+
+/// Width and height that an image file's head says, in pixels; nothing is decoded.
+///
+/// # Errors
+/// It is of no known kind, or its head is damaged.
+pub fn size(bytes: &[u8]) -> Result<[u32; 2], PictureError> {
+    let (width, height) = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_dimensions()?;
+    Ok([width, height])
 }
 
 /// Decodes an image file, on a background if it is transparent.

@@ -1,4 +1,4 @@
-//! Whether a JPEG is whole. Decoders fill with grey what a truncated file lacks, and say nothing.
+//! A picture as a JPEG, and whether a JPEG is whole. Decoders fill with grey what a truncated file lacks, and say nothing.
 //!
 //! A file is a list of segments, `FF` and a marker, most with a length. A scan (`DA`) is followed by its data: Huffman
 //! codes of blocks of 8x8 coefficients, in which a byte `FF` is followed by 00, cut by restart markers (`D0` to `D7`).
@@ -10,6 +10,13 @@
 //! bytes that are left when the last block is read, are signs of damage too, though decoders pass over both.
 //!
 //! Source: ITU-T T.81. Cost: about that of reading the codes in decoding; 8 bytes a block of a progressive file.
+
+use std::io;
+
+use image::codecs::jpeg::JpegEncoder;
+use image::{ExtendedColorType, ImageEncoder as _};
+
+use super::Picture;
 
 /// Bytes behind the last unit of a scan that an encoder may have filled up with.
 const PADDING: usize = 2;
@@ -52,6 +59,22 @@ struct Frame {
     ac: [Codes; 4],
     /// Units between two restart markers; 0 = no such markers.
     interval: usize,
+}
+
+impl Picture {
+    /// The picture as a JPEG file in memory, of a quality from 1 to 100.
+    ///
+    /// # Errors
+    /// A side is longer than JPEG allows, 65535 pixels.
+    pub fn jpeg(&self, quality: u8) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let too_large = |_| io::Error::new(io::ErrorKind::InvalidInput, "too large for a JPEG");
+        let width = u32::try_from(self.width).map_err(too_large)?;
+        let height = u32::try_from(self.height).map_err(too_large)?;
+        let encoder = JpegEncoder::new_with_quality(&mut bytes, quality);
+        encoder.write_image(&self.rgb, width, height, ExtendedColorType::Rgb8).map_err(io::Error::other)?;
+        Ok(bytes)
+    }
 }
 
 /// Whether all of an image is there; a missing end marker does not matter. Of a file that is no JPEG of the usual

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::codec::Autoencoder;
 use crate::condition::vae::Vae;
 use crate::condition::{Conditioning, Meaning, OtherMeaning};
-use crate::data::dataset::{Dataset, Kind, Split};
+use crate::data::dataset::{Dataset, Representation, Split};
 use crate::formats::fingerprint::differ;
 use crate::model::{Config, Encoder, ModelMeta};
 
@@ -58,7 +58,7 @@ impl Domain {
     pub fn of_dataset(data: &Dataset) -> Self {
         let header = data.header();
         Self {
-            encoder: Some(if header.kind == Kind::Images { Encoder::Rgb } else { Encoder::SdVae }),
+            encoder: Some(if header.kind == Representation::Images { Encoder::Rgb } else { Encoder::SdVae }),
             channels: header.channels,
             width: header.condition_dim,
             meaning: data.meaning(),

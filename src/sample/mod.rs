@@ -251,7 +251,7 @@ pub struct WrongSeeds(String);
 /// # Errors
 /// [`WrongSeeds`]: a part is no number or range, a seed is repeated, or there are more than a million.
 pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
-    const MOST: usize = 1_000_000;
+    const MAX_SEEDS: usize = 1_000_000;
     let number = |text: &str, part: &str| match text.trim().parse::<u64>() {
         Ok(seed) if seed <= i64::MAX as u64 => Ok(seed),
         Ok(_) => Err(WrongSeeds(format!("'{part}' is more than the largest seed, {}", i64::MAX))),
@@ -264,8 +264,8 @@ pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
         if first > last {
             return Err(WrongSeeds(format!("'{part}' runs backwards")));
         }
-        if last - first >= (MOST - seeds.len()) as u64 {
-            return Err(WrongSeeds(format!("'{part}' makes more than {MOST} seeds")));
+        if last - first >= (MAX_SEEDS - seeds.len()) as u64 {
+            return Err(WrongSeeds(format!("'{part}' makes more than {MAX_SEEDS} seeds")));
         }
         seeds.extend(first..=last);
     }
@@ -319,7 +319,7 @@ impl Batch<'_> {
 
 /// A network on its device, and optionally another one that guides it.
 pub struct Sampler<'a, B: NetworkBackend> {
-    /// Device that holds the network, prepared for evaluation.
+    /// Device that holds the network, its effective weights made for evaluation.
     pub backend: &'a mut B,
     /// The network.
     pub net: &'a Precond,
@@ -436,7 +436,7 @@ struct Evaluation;
 #[derive(Clone, Debug, PartialEq)]
 struct Ahead(Vec<f64>, usize);
 
-/// Most images whose scales are made at a time.
+/// The scales of so many images are made at a time.
 const AHEAD: usize = 256;
 
 /// What a network takes from noise levels and conditions. Both are known before the first step, so the scales of many levels
@@ -515,7 +515,7 @@ impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
             let reference = halves.swap_remove(1);
             return Ok(Guided::new(halves.swap_remove(0), reference, self.config.guidance));
         }
-        let Some((other, net, scales)) = self.other.as_mut().filter(|_| guides) else { return Ok(Guided::plain(d)) };
+        let Some((other, net, scales)) = self.other.as_mut().filter(|_| guides) else { return Ok(Guided::unguided(d)) };
         let there = other.upload(self.shape, &b.download(x)?);
         let scales = scales.at(*other, net, sigma)?;
         let reference = evaluate(*other, net, &there, sigma, scales)?;

@@ -26,16 +26,17 @@ impl Preset {
     }
 }
 
+/// No preset has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("preset '{0}' is unknown, expected one of {names}", names = PRESETS.map(|preset| preset.name).join(", "))]
+pub struct UnknownPreset(String);
+
 /// The preset of this name.
 ///
 /// # Errors
-/// There is none; the message names those that there are.
-pub fn preset(name: &str) -> Result<Preset, String> {
-    let found = PRESETS.iter().find(|preset| preset.name == name);
-    found.copied().ok_or_else(|| {
-        let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).collect();
-        format!("preset '{name}' is unknown, expected one of {}", names.join(", "))
-    })
+/// [`UnknownPreset`]; the message names those that there are.
+pub fn preset(name: &str) -> Result<Preset, UnknownPreset> {
+    PRESETS.into_iter().find(|preset| preset.name == name).ok_or_else(|| UnknownPreset(name.into()))
 }
 
 const fn alone(name: &'static str, net: &'static str) -> Preset {

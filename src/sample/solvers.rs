@@ -18,7 +18,7 @@ pub struct Guided<T> {
 
 impl<T> Guided<T> {
     /// Without guidance.
-    pub fn plain(d: T) -> Self {
+    pub fn unguided(d: T) -> Self {
         Self { d, weight: 1.0, reference: None }
     }
 

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use super::Server;
 use super::api::{Input, finished};
 use super::queue::{Stage, View};
-use super::request::{Card, MOST_IMAGES, Refusal, Wanted};
+use super::request::{Card, MAX_IMAGES, Refusal, Wanted};
 use crate::sample::{SamplerConfig, Solver};
 
 type App = State<Arc<Server>>;
@@ -122,8 +122,8 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let (_, card) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
     let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
     let images = asked.batch_size.saturating_mul(asked.n_iter);
-    if !(1..=MOST_IMAGES).contains(&images) {
-        return Err(Refusal::Invalid(format!("{images} images, expected 1 to {MOST_IMAGES}")));
+    if !(1..=MAX_IMAGES).contains(&images) {
+        return Err(Refusal::Invalid(format!("{images} images, expected 1 to {MAX_IMAGES}")));
     }
     // Clients show a seed, and some keep it in 32 bits.
     let first = u64::try_from(asked.seed).unwrap_or_else(|_| {

@@ -20,16 +20,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::queue::{Job, Stage, View};
-use super::request::{Card, MOST_AREA, MOST_IMAGES, MOST_WORK, Refusal, Request, Tags, Wanted};
+use super::request::{Card, MAX_AREA, MAX_IMAGES, MAX_WORK, Refusal, Request, Tags, Wanted};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 
 /// Largest body of a request.
-const MOST_BODY: usize = 24 << 20;
+const MAX_BODY: usize = 24 << 20;
 /// Bytes of one that is too large that are read before the connection is cut.
-const MOST_DROPPED: usize = 256 << 20;
+const MAX_DROPPED: usize = 256 << 20;
 /// Largest body from somebody who has not said the token yet.
-const MOST_SESSION: usize = 1 << 12;
+const MAX_SESSION: usize = 1 << 12;
 /// Seconds in which it must arrive.
 const BODY_SECONDS: u64 = 30;
 /// Time between two events of a job, at least: nobody sees more.
@@ -74,10 +74,10 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// A body of JSON: of that type, of `MOST` bytes at most, and there in time.
-pub struct Input<T, const MOST: usize = MOST_BODY>(pub T);
+/// A body of JSON: of that type, of `MAX` bytes at most, and there in time.
+pub struct Input<T, const MAX: usize = MAX_BODY>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync, const MOST: usize> FromRequest<S> for Input<T, MOST> {
+impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for Input<T, MAX> {
     type Rejection = Refusal;
 
     async fn from_request(request: HttpRequest, _: &S) -> Result<Self, Refusal> {
@@ -86,7 +86,7 @@ impl<T: DeserializeOwned, S: Send + Sync, const MOST: usize> FromRequest<S> for 
         if !kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
             return Err(Refusal::Media);
         }
-        let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MOST));
+        let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
         // A list would be taken for the fields in their order.
         if body.trim_ascii_start().first() != Some(&b'{') {
@@ -102,7 +102,7 @@ async fn read(body: Body, most: usize) -> Result<Vec<u8>, Refusal> {
     while let Some(part) = parts.next().await {
         let part = part.map_err(|error| Refusal::Invalid(format!("the body broke off: {error}")))?;
         length += part.len();
-        if length > MOST_DROPPED {
+        if length > MAX_DROPPED {
             break;
         } else if length > most {
             bytes = Vec::new();
@@ -119,7 +119,7 @@ struct Session {
     token: String,
 }
 
-async fn session(State(app): App, Input(Session { token }): Input<Session, MOST_SESSION>) -> Result<Response, Refusal> {
+async fn session(State(app): App, Input(Session { token }): Input<Session, MAX_SESSION>) -> Result<Response, Refusal> {
     if !app.guard.knows(&token) {
         return Err(Refusal::Token);
     }
@@ -137,7 +137,7 @@ async fn server(State(app): App) -> Json<Value> {
         "batch": app.batch,
         "runs": app.runs.is_some(),
         "waiting": app.queue.open().len(),
-        "limits": {"images": MOST_IMAGES, "area": MOST_AREA, "work": MOST_WORK, "body": MOST_BODY},
+        "limits": {"images": MAX_IMAGES, "area": MAX_AREA, "work": MAX_WORK, "body": MAX_BODY},
     }))
 }
 

@@ -81,7 +81,7 @@ use request::{Card, Refusal, Tags};
 use runs::Runs;
 
 /// Connections at a time; more wait until the system's own queue is full.
-const MOST_CONNECTIONS: usize = 400;
+const MAX_CONNECTIONS: usize = 400;
 /// Seconds for the head of a request to arrive, and for a connection to be idle.
 const HEAD_SECONDS: u64 = 10;
 /// Seconds for answers to get out when the server stops.
@@ -374,7 +374,7 @@ fn router(server: Arc<Server>) -> Router {
 async fn http(listener: TcpListener, server: Arc<Server>, stop: &AtomicBool) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let router = router(server.clone());
-    let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let (stopping, stopped) = watch::channel(());
     let mut tick = tokio::time::interval(Duration::from_millis(100));
     let next = async || {
@@ -401,7 +401,7 @@ async fn http(listener: TcpListener, server: Arc<Server>, stop: &AtomicBool) -> 
     drop(listener);
     server.queue.close();
     drop(stopping);
-    let all = room.acquire_many(MOST_CONNECTIONS as u32);
+    let all = room.acquire_many(MAX_CONNECTIONS as u32);
     let _ = tokio::time::timeout(Duration::from_secs(LAST_SECONDS), all).await;
     Ok(())
 }

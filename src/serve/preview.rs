@@ -6,11 +6,8 @@
 //! latents have), and the mean colour that it makes of each tile's middle is what the map has to predict. Many tiles in
 //! one picture, as the decoder normalises over all of it: a flat picture alone would look like none that it knows.
 
-use std::io::Cursor;
-
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use image::codecs::jpeg::JpegEncoder;
 use nalgebra::{DMatrix, SMatrix};
 
 use crate::codec::{FINAL_STD, LATENTS};
@@ -21,8 +18,10 @@ use crate::rng::{Purpose, Stream};
 const TILES: usize = 8;
 /// Latent pixels along each side of a tile.
 const TILE: usize = 4;
-/// Most pixels of a preview that is sent as it is; larger ones are JPEG.
-const MOST_PLAIN: usize = 1 << 16;
+/// Previews of up to so many pixels are sent as PNG, larger ones as JPEG.
+const MAX_PNG: usize = 1 << 16;
+/// The JPEG's quality.
+const QUALITY: u8 = 80;
 
 /// The map.
 #[derive(Clone, Debug)]
@@ -80,21 +79,9 @@ impl Linear {
 
 /// A picture as a `data:` URL; none if it cannot be one.
 pub fn data_url(picture: &Picture) -> Option<String> {
-    let (kind, bytes) = if picture.width() * picture.height() <= MOST_PLAIN {
-        ("png", picture.png(&[]).ok()?)
-    } else {
-        let mut bytes = Cursor::new(Vec::new());
-        let [width, height] = [picture.width(), picture.height()].map(u32::try_from);
-        let encoder = JpegEncoder::new_with_quality(&mut bytes, 80);
-        image::ImageEncoder::write_image(
-            encoder,
-            picture.rgb(),
-            width.ok()?,
-            height.ok()?,
-            image::ExtendedColorType::Rgb8,
-        )
-        .ok()?;
-        ("jpeg", bytes.into_inner())
+    let (kind, bytes) = match picture.width() * picture.height() {
+        ..=MAX_PNG => ("png", picture.png(&[]).ok()?),
+        _ => ("jpeg", picture.jpeg(QUALITY).ok()?),
     };
     Some(format!("data:image/{kind};base64,{}", BASE64_STANDARD.encode(bytes)))
 }

@@ -1,6 +1,5 @@
 //! What is asked for, checked before it waits: a request that is taken fails by the device or the disk alone.
 
-use std::io::Cursor;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,7 +7,6 @@ use axum::body::Bytes;
 use axum::http::StatusCode;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use image::{ImageError, ImageReader};
 use serde::{Deserialize, Serialize};
 
 use crate::condition::prompt::Prompt;
@@ -18,16 +16,16 @@ use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
 use crate::sample::{SamplerConfig, parse_seeds};
 
-/// Most images of a job.
-pub const MOST_IMAGES: usize = 64;
-/// Most pixels of a picture, in pictures of the size that the model learned from.
-pub const MOST_AREA: usize = 4;
-/// Most pixels times steps of a job, in such pictures and steps.
-pub const MOST_WORK: usize = 4096;
+/// A job has so many images at most.
+pub const MAX_IMAGES: usize = 64;
+/// A picture has at most so many times the pixels of one that the model learned from.
+pub const MAX_AREA: usize = 4;
+/// A job takes at most so many steps, each of one such picture.
+pub const MAX_WORK: usize = 4096;
 /// Longest text of tags.
-const MOST_TEXT: usize = 1 << 14;
-/// Most pixels of an uploaded picture: it is decoded beside others.
-const MOST_PIXELS: u64 = 1 << 24;
+const MAX_TEXT: usize = 1 << 14;
+/// An uploaded picture has so many pixels at most: it is decoded beside others.
+const MAX_PIXELS: u64 = 1 << 24;
 
 /// Why a request was refused; the answer is its status, and its message as JSON.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +119,7 @@ impl Card {
     /// # Errors
     /// [`Refusal::Invalid`]: it is too long, or has an unknown tag.
     pub fn prompt(&self, text: &str) -> Result<Prompt, Refusal> {
-        ensure(text.len() <= MOST_TEXT, || format!("{} bytes of tags, expected {MOST_TEXT} at most", text.len()))?;
+        ensure(text.len() <= MAX_TEXT, || format!("{} bytes of tags, expected {MAX_TEXT} at most", text.len()))?;
         self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))
     }
 }
@@ -201,9 +199,9 @@ impl Request {
 
         let most =
             |what, found, most: usize| ensure(found <= most, || format!("{found} {what}, expected {most} at most"));
-        most("sets of tags", tags.len(), MOST_IMAGES)?;
-        most("pictures", like.len(), MOST_IMAGES)?;
-        most("invented conditions", invent, MOST_IMAGES)?;
+        most("sets of tags", tags.len(), MAX_IMAGES)?;
+        most("pictures", like.len(), MAX_IMAGES)?;
+        most("invented conditions", invent, MAX_IMAGES)?;
         ensure((tags.is_empty() && negative.is_none()) || model.tags != Tags::No, || format!("{name} takes no tags"))?;
         ensure(like.is_empty() || model.like, || format!("{name} takes no pictures"))?;
         let invents = invent > 0 || complete;
@@ -217,23 +215,23 @@ impl Request {
         let rows = tags.len() + like.len() + invent;
         let per_condition = wanted.per_condition.unwrap_or(1);
         ensure(per_condition > 0, || "per_condition is 0".into())?;
-        most("images of a condition", per_condition, MOST_IMAGES)?;
+        most("images of a condition", per_condition, MAX_IMAGES)?;
         let seeds = match &wanted.seeds {
             Some(list) => parse_seeds(list).map_err(|error| invalid(&error))?,
             None => (0..(rows.max(1) * per_condition) as u64).collect(),
         };
-        most("images", seeds.len(), MOST_IMAGES)?;
+        most("images", seeds.len(), MAX_IMAGES)?;
 
         let size = [wanted.height.unwrap_or(model.meta.height), wanted.width.unwrap_or(model.meta.width)];
         model.config.check_size(size[0], size[1]).map_err(|error| invalid(&error))?;
         let area = |[height, width]: [usize; 2]| height.saturating_mul(width);
         let (ours, native) = (area(size), area(model.size()));
-        ensure(ours <= native.saturating_mul(MOST_AREA), || {
+        ensure(ours <= native.saturating_mul(MAX_AREA), || {
             let [height, width] = model.size();
-            format!("{}x{} is more than {MOST_AREA} times {name}'s {width}x{height}", size[1], size[0])
+            format!("{}x{} is more than {MAX_AREA} times {name}'s {width}x{height}", size[1], size[0])
         })?;
         let work = ours.saturating_mul(seeds.len()).saturating_mul(sampler.taken());
-        ensure(work <= native.saturating_mul(MOST_WORK), || {
+        ensure(work <= native.saturating_mul(MAX_WORK), || {
             let steps = sampler.taken();
             format!("{} images of {steps} steps are too much at this size; ask for fewer of either", seeds.len())
         })?;
@@ -258,15 +256,12 @@ impl Request {
 fn picture(base64: &str) -> Result<Bytes, Refusal> {
     // What a page reads of a file begins so.
     let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);
-    let bytes = BASE64_STANDARD.decode(base64).map_err(|error| Refusal::Invalid(format!("a picture: {error}")))?;
-    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format().map_err(ImageError::IoError);
-    let size = reader.and_then(ImageReader::into_dimensions);
-    let (width, height) = size.map_err(|error| Refusal::Invalid(format!("a picture: {error}")))?;
-    ensure(u64::from(width) * u64::from(height) <= MOST_PIXELS, || {
-        format!("a picture of {width}x{height}, expected {MOST_PIXELS} pixels at most")
+    let refused = |why: &dyn std::fmt::Display| Refusal::Invalid(format!("a picture: {why}"));
+    let bytes = BASE64_STANDARD.decode(base64).map_err(|why| refused(&why))?;
+    let [width, height] = decode::size(&bytes).map_err(|why| refused(&why))?;
+    ensure(u64::from(width) * u64::from(height) <= MAX_PIXELS, || {
+        format!("a picture of {width}x{height}, expected {MAX_PIXELS} pixels at most")
     })?;
-    match decode::decode(&bytes, Tagger::BACKGROUND) {
-        Ok(_) => Ok(bytes.into()),
-        Err(why) => Err(Refusal::Invalid(format!("a picture: {why}"))),
-    }
+    decode::decode(&bytes, Tagger::BACKGROUND).map_err(|why| refused(&why))?;
+    Ok(bytes.into())
 }

@@ -15,9 +15,9 @@ use crate::train::checkpoint;
 use crate::train::stats::FILE as STATS;
 
 /// Largest file of statistics, and largest grid, that is read.
-const MOST_BYTES: u64 = 1 << 26;
-/// Most points of a curve in one answer: more than a screen has pixels.
-const MOST_POINTS: usize = 4000;
+const MAX_BYTES: u64 = 1 << 26;
+/// A curve has up to so many points in one answer: more than a screen has pixels.
+const MAX_POINTS: usize = 4000;
 
 /// Where runs are.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ impl Runs {
         let end = text.iter().rposition(|&byte| byte == b'\n').map_or(from, |at| (at + 1).max(from));
         let points = points(&text[from..end]);
         let (checks, curve): (Vec<_>, Vec<_>) = points.into_iter().partition(|p| p.get("validation_loss").is_some());
-        let every = curve.len().div_ceil(MOST_POINTS).max(1);
+        let every = curve.len().div_ceil(MAX_POINTS).max(1);
         let last = curve.len().wrapping_sub(1);
         let curve = curve.into_iter().enumerate().filter(|(i, _)| i % every == 0 || *i == last).map(|(_, point)| point);
         Ok(Stats { points: curve.chain(checks).collect(), next: end as u64, anew })
@@ -181,7 +181,7 @@ impl Runs {
 fn read(path: &Path) -> Result<Vec<u8>, Refusal> {
     // Not the path: it is nobody's business.
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    input::read(path, MOST_BYTES).map_err(|error| Refusal::Failed(format!("{name}: {error}")))
+    input::read(path, MAX_BYTES).map_err(|error| Refusal::Failed(format!("{name}: {error}")))
 }
 
 fn points(text: &[u8]) -> Vec<Value> {

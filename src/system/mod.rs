@@ -62,7 +62,7 @@ pub fn memory_limit() -> Option<u64> {
     side::memory_limit()
 }
 
-/// Most bytes of memory that this process has had.
+/// How many bytes of memory this process has had at its peak.
 pub fn peak_memory() -> Option<u64> {
     side::peak_memory()
 }

@@ -75,7 +75,7 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     SamplerConfig { guidance, ..usual }
 }
 
-/// Samples with the prepared weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
+/// Samples with the effective weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
 /// them: each rank samples its share, rank 0 writes. Whether this one has written it. Guidance needs a network that
 /// was trained without conditions too: `guided` says whether it was.
 #[allow(clippy::too_many_arguments)] // a run's, taken apart

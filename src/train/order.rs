@@ -9,7 +9,7 @@
 //!
 //! **Several sizes.** A device takes images of one size at a time. So the images of a size, a *bucket*, have an order of
 //! their own, epoch after epoch as above, and a run's numbers are cut into *groups*: G images that follow each other are of one
-//! bucket, where G is the largest divisor of `--batch` up to [`MOST`], so that a step is a whole number of groups. Group m
+//! bucket, where G is the largest divisor of `--batch` up to [`MAX_GROUP`], so that a step is a whole number of groups. Group m
 //! of a bucket shows its next G images, which may be the last of an epoch and the first of the next; a bucket of fewer
 //! images than G is shown more than once by a group.
 //!
@@ -29,8 +29,8 @@ use super::Settings;
 use crate::data::dataset::Dataset;
 use crate::rng::{Purpose, Stream};
 
-/// Most images of a group. Fewer would make a step more even, and more would fill larger micro-batches.
-pub const MOST: u64 = 16;
+/// A group has up to so many images. Fewer would make a step more even, and more would fill larger micro-batches.
+pub const MAX_GROUP: u64 = 16;
 
 /// An image of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ impl Order {
         }
         images.retain(|images| !images.is_empty());
         let buckets = images.into_iter().map(|images| Bucket { images, epoch: None, groups: 0, due: 0 }).collect();
-        let group = (1..=MOST).rev().find(|&group| settings.batch.is_multiple_of(group)).unwrap_or(1);
+        let group = (1..=MAX_GROUP).rev().find(|&group| settings.batch.is_multiple_of(group)).unwrap_or(1);
         let mut order = Self { seed: settings.seed, group, buckets, placed: 0, last: (0, 0) };
         order.rewind();
         order

@@ -196,10 +196,15 @@ fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, PlotEr
 }
 
 /// Why a picture could not be drawn.
-pub type PlotError = Box<dyn std::error::Error + Send + Sync>;
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct PlotError(#[from] DrawingAreaErrorKind<io::Error>);
 
 /// Draws curves as SVG: the horizontal axis with its name, range, and how its numbers are written; the vertical
 /// one with the range of the points; up to two named curves.
+///
+/// # Errors
+/// [`PlotError`], of the library that draws.
 pub fn plot(
     (x_name, x_range, x_label): (&str, Range<f64>, &dyn Fn(f64) -> String),
     (y_name, y_range): (&str, Range<f64>),

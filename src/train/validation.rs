@@ -13,7 +13,7 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
 
-/// Most images of the validation split that are looked at while training.
+/// So many images of the validation split are looked at while training.
 const IMAGES: usize = 1024;
 /// Noise levels for each of them.
 const DRAWS: usize = 4;
@@ -45,7 +45,7 @@ pub struct Loss {
     pub logvar: f64,
 }
 
-/// Mean loss of the prepared weights, which are the same on all ranks, on the first images of a split, each at a few noise
+/// Mean loss of the effective weights, which are the same on all ranks, on the first images of a split, each at a few noise
 /// levels, drawn as in training.
 pub fn loss<B: NetworkBackend>(
     b: &mut B,
@@ -61,7 +61,7 @@ pub fn loss<B: NetworkBackend>(
     Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
 }
 
-/// Losses of the prepared weights on the first `images` of a split at each of [`SIGMAS`]; `progress` is told how
+/// Losses of the effective weights on the first `images` of a split at each of [`SIGMAS`]; `progress` is told how
 /// many more images have been denoised.
 pub fn loss_by_level<B: NetworkBackend>(
     b: &mut B,

@@ -64,7 +64,7 @@ pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open("tiny_forward.safetensors")?;
     s.case("tiny_forward", |s| {
         let (net, table, mut b) = network(s, &parameters, None)?;
-        b.prepare(Slot::Weight, normalization(0))?;
+        b.make_effective(Slot::Weight, normalization(0))?;
         for set in f.cases() {
             s.case(&format!("tiny_forward/{set}"), |s| forward_set(s, f, &set, &parameters, &net, &table, &mut b))?;
         }
@@ -274,7 +274,7 @@ pub(super) fn gradients<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open("tiny_grads.safetensors")?;
     s.case("tiny_grads", |s| {
         let (net, table, mut b) = network(s, &parameters, Some(0))?;
-        b.prepare(Slot::Weight, normalization(ROUNDS))?;
+        b.make_effective(Slot::Weight, normalization(ROUNDS))?;
         let batch = Batch::new(f, "", &net, &mut b)?;
         check_sigma(s, f, "", -0.4, 1.0)?;
         let losses = pass(&net, &mut b, &batch)?;
@@ -378,7 +378,7 @@ pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
             let values = b.read_param(Slot::Weight, id)?;
             (0..t.ema_stds.len()).try_for_each(|ema| b.write_param(Slot::Ema(ema), id, &values))?;
         }
-        b.prepare(Slot::Weight, normalization(ROUNDS))?;
+        b.make_effective(Slot::Weight, normalization(ROUNDS))?;
         let mut open = Undetermined::default();
         for (i, step) in t.steps.iter().enumerate() {
             let name = format!("tiny_train_step{}.safetensors", i + 1);
@@ -553,7 +553,7 @@ fn accumulated_step<B: TrainingBackend>(s: &mut Session<B>, init: &Golden, t: &T
     }
     s.case(&f.stem, |s| {
         let (net, table, mut b) = t.network(s, init, 0)?;
-        b.prepare(Slot::Weight, normalization(rounds))?;
+        b.make_effective(Slot::Weight, normalization(rounds))?;
         let batches: Result<Vec<_>> = (0..rounds).map(|i| Batch::new(f, &format!("data{i}."), &net, &mut b)).collect();
         let batches = batches?;
         let total = batches.iter().map(|batch| batch.images.shape[0]).sum();

@@ -64,13 +64,13 @@ fn balance(case: &str) -> Option<f64> {
     (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())).then(|| format!("0.{digits}").parse().ok())?
 }
 
-/// A backend that holds one weight, prepared as for a step of so many micro-batches (0 = evaluation).
+/// A backend that holds one weight, made effective as for a step of so many micro-batches (0 = evaluation).
 fn with_weight<B: TrainingBackend>(s: &Session<B>, w: &Array, rounds: usize) -> Result<(B, ParamId)> {
     let mut table = ParamTable::default();
     let id = push(&mut table, "layer", &w.shape);
     let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, id, &w.f32())?;
-    b.prepare(Slot::Weight, normalization(rounds))?;
+    b.make_effective(Slot::Weight, normalization(rounds))?;
     Ok((b, id))
 }
 
@@ -148,7 +148,7 @@ fn mp_silu<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
     let [n, .., channels] = x.nhwc();
     let ones = b.upload([n, 1, 1, channels], &vec![1.0; n * channels]);
     let scale = Scale { all: &ones, offset: 0 };
-    let (y, pre) = b.conv_scale_silu(id, Operand::plain(&tx), scale, true);
+    let (y, pre) = b.conv_scale_silu(id, Operand::of(&tx), scale, true);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
 
     let gy = f.shaped(&format!("{c}.gy"), &x.shape)?.upload(&mut b);
@@ -171,14 +171,14 @@ fn mp_sum<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result
     let other = f.shaped(&format!("{c}.b"), &a.shape)?;
     let (mut b, id) = with_identity(s, a.nhwc()[3])?;
     let (ta, tb) = (a.upload(&mut b), other.upload(&mut b));
-    let y = b.conv_mp_sum(id, Operand::plain(&tb), &ta, t, None);
+    let y = b.conv_mp_sum(id, Operand::of(&tb), &ta, t, None);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
 
     let gy = f.shaped(&format!("{c}.gy"), &a.shape)?.upload(&mut b);
     let (wa, wb) = mp_sum_weights(t);
     let ga = b.linear_combination(&[(&gy, wa)]);
     s.check(f, &format!("{c}.g_a"), What::Gradient, &download(&mut b, &ga)?)?;
-    let gb = b.conv_dgrad(id, &gy, wb, Operand::plain(&tb), None).x;
+    let gb = b.conv_dgrad(id, &gy, wb, Operand::of(&tb), None).x;
     s.check(f, &format!("{c}.g_b"), What::Gradient, &download(&mut b, &gb)?)
 }
 
@@ -220,7 +220,7 @@ fn fourier<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
     b.write_param(Slot::Weight, tf, &freqs.f32())?;
     b.write_param(Slot::Weight, tp, &phases.f32())?;
     b.write_param(Slot::Weight, weight, &vec![1.0; freqs.values.len()])?;
-    b.prepare(Slot::Weight, normalization(0))?;
+    b.make_effective(Slot::Weight, normalization(0))?;
     let sigma: Vec<f32> = x.values.iter().map(|x| (4.0 * x).exp() as f32).collect();
     let sigma = b.upload([sigma.len(), 1, 1, 1], &sigma);
     let (features, _) = b.logvar(&Logvar { freqs: tf, phases: tp, weight }, &sigma);
@@ -332,7 +332,7 @@ fn weight_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> R
         }
     }
     let (tx, tg) = (x.upload(&mut b), g.upload(&mut b));
-    b.conv_wgrad(id, Operand::plain(&tx), &tg, ((cin * k * k) as f64).sqrt());
+    b.conv_wgrad(id, Operand::of(&tx), &tg, ((cin * k * k) as f64).sqrt());
     still_step(&mut b, 0, 1.0)?;
     s.check(f, &format!("{c}.g_w"), What::Gradient, &param(&mut b, Slot::Grad, id)?)
 }
@@ -342,15 +342,15 @@ fn conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
     let scales = row_scales(&w);
     let (mut b, id) = with_weight(s, &w, 0)?;
     let tx = x.upload(&mut b);
-    let y = b.conv(id, Operand::plain(&tx));
+    let y = b.conv(id, Operand::of(&tx));
     let got = Array::new(&[x.shape[0], w.shape[0], x.shape[2], x.shape[3]], download(&mut b, &y)?);
     s.check(f, &format!("{c}.y"), What::Forward, &got.scale_channels(|o| scales[o]).values)?;
     let Some(gy) = gy else { return Ok(()) };
     let scaled = gy.scale_channels(|o| scales[o]).upload(&mut b);
-    let gx = b.conv_dgrad(id, &scaled, 1.0, Operand::plain(&tx), None).x;
+    let gx = b.conv_dgrad(id, &scaled, 1.0, Operand::of(&tx), None).x;
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
     let tg = gy.upload(&mut b);
-    b.conv_wgrad(id, Operand::plain(&tx), &tg, 1.0);
+    b.conv_wgrad(id, Operand::of(&tx), &tg, 1.0);
     projected_gradient(s, f, c, b, id, &w)
 }
 
@@ -379,7 +379,7 @@ fn with_emb_layer<B: TrainingBackend>(s: &Session<B>, w: &Array, gain: f64, roun
     let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, weight, &w.f32())?;
-    b.prepare(Slot::Weight, normalization(rounds))?;
+    b.make_effective(Slot::Weight, normalization(rounds))?;
     Ok((b, EmbLayer { weight, gain: gain_id, offset: 0, channels: w.shape[0] }))
 }
 
@@ -455,10 +455,10 @@ fn mp_conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
     let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, id, &w.f32())?;
-    b.prepare(Slot::Weight, normalization(rounds(c)))?;
+    b.make_effective(Slot::Weight, normalization(rounds(c)))?;
 
     let tx = x.upload(&mut b);
-    let raw = b.conv(id, Operand::plain(&tx));
+    let raw = b.conv(id, Operand::of(&tx));
     let shape = b.shape(&raw);
     let noisy = b.upload(shape, &vec![0.0; shape.iter().product()]);
     let sigma = b.upload([shape[0], 1, 1, 1], &vec![SIGMA as f32; shape[0]]);
@@ -482,9 +482,9 @@ fn mp_conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
         out_gain: gain_id,
         sigma_data: SIGMA,
     });
-    let gx = b.conv_dgrad(id, &loss.grad_raw, 1.0, Operand::plain(&tx), None).x;
+    let gx = b.conv_dgrad(id, &loss.grad_raw, 1.0, Operand::of(&tx), None).x;
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
-    b.conv_wgrad(id, Operand::plain(&tx), &loss.grad_raw, 1.0);
+    b.conv_wgrad(id, Operand::of(&tx), &loss.grad_raw, 1.0);
     after_step(s, f, c, b, id, gain_id)
 }
 
@@ -569,14 +569,14 @@ fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
     let mut b = (s.device.training)(&table, 0)?;
     b.write_param(Slot::Weight, qkv_id, &w_qkv.f32())?;
     b.write_param(Slot::Weight, proj_id, &w_proj.f32())?;
-    b.prepare(Slot::Weight, normalization(0))?;
+    b.make_effective(Slot::Weight, normalization(0))?;
     let tx = x.upload(&mut b);
-    let qkv = b.conv(qkv_id, Operand::plain(&tx));
+    let qkv = b.conv(qkv_id, Operand::of(&tx));
     let o = b.attention(&qkv, heads);
     s.check(f, &format!("{c}.o"), What::Forward, &download(&mut b, &o)?)?;
-    let z = b.conv(proj_id, Operand::plain(&o));
+    let z = b.conv(proj_id, Operand::of(&o));
     s.check(f, &format!("{c}.z"), What::Forward, &download(&mut b, &z)?)?;
-    let y = b.conv_mp_sum(proj_id, Operand::plain(&o), &tx, BALANCE, None);
+    let y = b.conv_mp_sum(proj_id, Operand::of(&o), &tx, BALANCE, None);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
 
     // Token j's v becomes sqrt(c) times unit vector j: the output's channel j is the weight of token j.
@@ -605,12 +605,12 @@ fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
 
     let gy = f.shaped(&format!("{c}.gy"), &x.shape)?.upload(&mut b);
     let (wa, wb) = mp_sum_weights(BALANCE);
-    b.conv_wgrad(proj_id, Operand::plain(&o), &gy, wb);
-    let go = b.conv_dgrad(proj_id, &gy, wb, Operand::plain(&o), None).x;
+    b.conv_wgrad(proj_id, Operand::of(&o), &gy, wb);
+    let go = b.conv_dgrad(proj_id, &gy, wb, Operand::of(&o), None).x;
     let gqkv = b.attention_backward(&qkv, heads, &go);
-    b.conv_wgrad(qkv_id, Operand::plain(&tx), &gqkv, 1.0);
+    b.conv_wgrad(qkv_id, Operand::of(&tx), &gqkv, 1.0);
     let residual = crate::backend::OperandGrad { x: gy, skip: None };
-    let gx = b.conv_dgrad(qkv_id, &gqkv, 1.0, Operand::plain(&tx), Some((residual, wa))).x;
+    let gx = b.conv_dgrad(qkv_id, &gqkv, 1.0, Operand::of(&tx), Some((residual, wa))).x;
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
     still_step(&mut b, 0, 1.0)?;
     s.check(f, &format!("{c}.g_w_qkv"), What::Gradient, &param(&mut b, Slot::Grad, qkv_id)?)?;
@@ -702,7 +702,7 @@ fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: Block
     let mut table = ParamTable::default();
     let block = Block::new(&mut table, "", c, cfg, &mut 0);
     let mut b = s.load(f, &format!("{c}.param."), &table, Some(0))?;
-    b.prepare(Slot::Weight, normalization(rounds))?;
+    b.make_effective(Slot::Weight, normalization(rounds))?;
 
     let (tx, temb) = (x.upload(&mut b), emb.upload(&mut b));
     let layers = [block.emb_layer()];

@@ -24,7 +24,7 @@ pub(super) fn samplers<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open("samplers.safetensors")?;
     s.case("samplers", |s| {
         let (net, _, mut b) = network(s, &parameters, None)?;
-        b.prepare(Slot::Weight, normalization(0))?;
+        b.make_effective(Slot::Weight, normalization(0))?;
         for case in f.cases() {
             s.case(&format!("samplers/{case}"), |s| sampler(s, f, &case, &net, &mut b))?;
         }
@@ -165,7 +165,7 @@ impl<B: TrainingBackend> Denoise<B> for Recorded<B::Tensor> {
         let d = self.conditional[call].upload(b);
         let guided = match self.unconditional.get(call) {
             Some(reference) => Guided::new(d, reference.upload(b), self.guidance),
-            None => Guided::plain(d),
+            None => Guided::unguided(d),
         };
         self.guided.push(guided.clone());
         Ok(guided)
@@ -193,7 +193,7 @@ impl<B: TrainingBackend> Denoise<B> for Live<'_, B::Tensor> {
         let sigma = b.upload([self.n, 1, 1, 1], &vec![sigma as f32; self.n]);
         let d = self.net.denoise(b, x, &sigma, self.labels.as_ref());
         if self.guidance == 1.0 {
-            return Ok(Guided::plain(d));
+            return Ok(Guided::unguided(d));
         }
         let reference = self.net.denoise(b, x, &sigma, None);
         Ok(Guided::new(d, reference, self.guidance))

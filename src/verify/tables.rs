@@ -37,7 +37,7 @@ pub(super) fn precond<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     for (id, value) in [(gain, 1.0), (freqs, FREQ), (phases, phase), (weight, 1.0)] {
         b.write_param(Slot::Weight, id, &[value])?;
     }
-    b.prepare(Slot::Weight, normalization(0))?;
+    b.make_effective(Slot::Weight, normalization(0))?;
     let one = b.upload([1; 4], &[1.0]);
     let zero = b.upload([1; 4], &[0.0]);
 

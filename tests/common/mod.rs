@@ -84,7 +84,7 @@ fn on_gpu() -> Option<Kernels> {
 }
 
 /// The emulator as it runs by default, and a GPU.
-pub fn plain() -> Vec<Kernels> {
+pub fn once() -> Vec<Kernels> {
     every_order().into_iter().take(1).chain(on_gpu()).collect()
 }
 

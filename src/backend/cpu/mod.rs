@@ -296,7 +296,7 @@ impl<T: Real> NetworkBackend for Cpu<T> {
     }
 
     fn normalize(&mut self) -> Result<(), BackendError> {
-        self.prepare(Slot::Weight, Normalization::Eval)
+        self.make_effective(Slot::Weight, Normalization::Eval)
     }
 
     fn precond_input(&mut self, x: &Tensor<T>, sigma: &Tensor<T>, sigma_data: f64) -> Tensor<T> {

@@ -17,8 +17,8 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         self.params.all.iter_mut().try_for_each(|p| p.exchange(slot, exchange))
     }
 
-    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        self.params.all.iter_mut().try_for_each(|p| p.prepare(source, how))
+    fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+        self.params.all.iter_mut().try_for_each(|p| p.make_effective(source, how))
     }
 
     fn loss(&mut self, i: LossInput<Tensor<T>>) -> Loss<Tensor<T>> {

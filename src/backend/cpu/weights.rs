@@ -201,8 +201,8 @@ impl<T: Real> Param<T> {
         Ok(())
     }
 
-    /// See [`crate::backend::TrainingBackend::prepare`].
-    pub fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+    /// See [`crate::backend::TrainingBackend::make_effective`].
+    pub fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.packed.take();
         let cols = self.dims().0;
         let Some(training) = &self.training else {
@@ -324,7 +324,7 @@ impl<T: Real> Param<T> {
                 ema.iter_mut().zip(w).for_each(|(e, &w)| *e += (w - *e) * rest);
             });
         }
-        self.prepare(Slot::Weight, Normalization::Train { rounds: step.rounds })?;
+        self.make_effective(Slot::Weight, Normalization::Train { rounds: step.rounds })?;
         Ok(StepStats { grad_norm: norms.iter().sum(), nonfinite: bad.into_inner() })
     }
 }

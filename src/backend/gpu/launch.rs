@@ -4,22 +4,8 @@
 use std::borrow::Cow;
 
 use crate::backend::DeviceError;
-use bytemuck::{NoUninit, Pod, Zeroable};
-
-/// An address in device memory, as kernels take it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-#[repr(transparent)]
-pub struct DevicePtr(pub u64);
-
-impl DevicePtr {
-    /// What kernels take for "not there".
-    pub const NULL: Self = Self(0);
-
-    /// The address `bytes` further.
-    pub fn offset(self, bytes: usize) -> Self {
-        Self(self.0 + bytes as u64)
-    }
-}
+pub use crate::backend::memory::DevicePtr;
+use bytemuck::NoUninit;
 
 /// A size as kernels take it.
 ///

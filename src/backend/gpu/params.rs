@@ -351,7 +351,7 @@ impl Params {
         Ok(())
     }
 
-    /// See [`crate::backend::TrainingBackend::prepare`].
+    /// See [`crate::backend::TrainingBackend::make_effective`].
     pub fn prepare(&mut self, runtime: &dyn Runtime, slot: Slot, how: Normalization) -> Result<(), BackendError> {
         let source = self.arena(slot)?.ptr();
         let to = self.all_effective();

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use super::launch::{DevicePtr, Launch, TensorMap, TensorMapSpec};
 use super::tiles::Card;
 use crate::backend::DeviceError;
+pub use crate::backend::memory::Memory;
 
 /// One thing that a device does. Pointers are to live memory of that device, as large as whoever made the
 /// command says.
@@ -29,19 +30,6 @@ impl From<Launch> for Command {
     fn from(launch: Launch) -> Self {
         Self::Launch(launch)
     }
-}
-
-/// A range of device memory, aligned to 256 bytes; when dropped it is free for others, after the commands given before.
-pub trait Memory {
-    /// Its address.
-    fn ptr(&self) -> DevicePtr;
-    /// Its size.
-    fn bytes(&self) -> usize;
-    /// Copies to the device, `offset` bytes from the start, after the commands given before. `values` may be
-    /// changed as soon as this returns.
-    fn write(&self, offset: usize, values: &[u8]) -> Result<(), DeviceError>;
-    /// Waits for the commands given before and copies from the device, `offset` bytes from the start.
-    fn read(&self, offset: usize, values: &mut [u8]) -> Result<(), DeviceError>;
 }
 
 /// Commands made ready to run again and again.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::net::Linear;
 use super::training::Adam;
-use super::{Header, Kind, Learning, Source, Training, Vae};
+use super::{ConditionKind, Header, Learning, Source, Training, Vae};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -59,7 +59,7 @@ impl Vae {
                 return Err(wrong(format!("{what} is {size}, expected 1 to {}", 1 << 16)));
             }
         }
-        if v > 1 << 16 || (header.kind == Kind::Tags && v != header.width) {
+        if v > 1 << 16 || (header.kind == ConditionKind::Tags && v != header.width) {
             return Err(wrong(format!("{v} tags in the vocabulary, expected {}", header.width)));
         }
         let vocabulary = Vocabulary::new(header.vocabulary.clone())
@@ -74,7 +74,7 @@ impl Vae {
             return Err(file.unexpected("anchors", "none", "one at least").into());
         }
         vae.anchors = read_tensor(&file, "anchors", &[count, 2 * vae.header.latent])?;
-        if kind == Kind::Dense {
+        if kind == ConditionKind::Dense {
             vae.mean = read_tensor(&file, "mean", &[vae.header.width])?;
             vae.std = read_tensor(&file, "std", &[vae.header.width])?;
         }
@@ -98,7 +98,7 @@ impl Vae {
         }
         let codes = 2 * self.header.latent;
         tensors.push(("anchors", Dtype::F16, vec![self.anchors.len() / codes, codes], half(&self.anchors)));
-        if self.header.kind == Kind::Dense {
+        if self.header.kind == ConditionKind::Dense {
             tensors.push(("mean", Dtype::F32, vec![self.header.width], full(&self.mean)));
             tensors.push(("std", Dtype::F32, vec![self.header.width], full(&self.std)));
         }

@@ -1,6 +1,6 @@
 //! How it invents.
 
-use super::{Kind, Vae, tag_input};
+use super::{ConditionKind, Vae, tag_input};
 use crate::condition::prompt::Prompt;
 use crate::condition::unit_norm;
 use crate::real::{mp_silu, mp_silu_grad};
@@ -8,7 +8,7 @@ use crate::rng::{Purpose, Stream};
 
 /// Times that an invented condition is encoded and decoded again.
 const ROUNDS: u32 = 3;
-/// Most steps of a latent towards the given tags.
+/// A latent takes up to so many steps towards the given tags.
 const APPROACH: usize = 20;
 /// Anchors near another one, any of which it may be mixed with.
 const NEAR: usize = 6;
@@ -18,7 +18,7 @@ const NEAR: usize = 6;
 pub struct Invented {
     /// [count, D], ready for the network.
     pub conditions: Vec<f32>,
-    /// [`Kind::Tags`]: the tags of each, those that were asked for with their weights; else only these.
+    /// [`ConditionKind::Tags`]: the tags of each, those that were asked for with their weights; else only these.
     pub tags: Vec<Prompt>,
 }
 
@@ -42,7 +42,7 @@ impl Vae {
                 let (mean, logvar) = code.split_at(z);
                 row.iter_mut().zip(mean).zip(logvar).for_each(|((x, m), l)| *x = m + (0.5f32 * l).exp() * *x);
             }
-            if self.header.kind == Kind::Dense {
+            if self.header.kind == ConditionKind::Dense {
                 latent.chunks_mut(z).for_each(|z| self.approach(z, given));
             }
             let out = self.decode(&latent, &asked);
@@ -52,7 +52,7 @@ impl Vae {
                 let (x, c) = input.split_at_mut(d);
                 c.copy_from_slice(&asked);
                 match self.header.kind {
-                    Kind::Tags => {
+                    ConditionKind::Tags => {
                         let mut tags: Vec<u32> = (0..d as u32).filter(|&t| out[t as usize] > 0.0).collect();
                         if tags.is_empty() && given.tags().is_empty() {
                             tags.extend((0..d as u32).max_by(|&a, &b| out[a as usize].total_cmp(&out[b as usize])));
@@ -62,7 +62,7 @@ impl Vae {
                         invented.conditions.extend(self.vocabulary.condition(&prompt));
                         invented.tags.push(prompt);
                     }
-                    Kind::Dense => {
+                    ConditionKind::Dense => {
                         let moments = || self.std.iter().zip(&self.mean);
                         let mut feature: Vec<f32> = out.iter().zip(moments()).map(|(&x, (s, m))| x * s + m).collect();
                         // Zeros, which have no direction, would be no condition; they do not occur.

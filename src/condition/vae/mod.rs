@@ -9,7 +9,7 @@
 //! loss         = -ln p(x | out) + beta * KL(N(mean, exp(logvar)) | N(0, 1))
 //! ```
 //!
-//! [`Kind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
+//! [`ConditionKind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
 //! logits are `out`; dense features are normal variables with mean `out` and the one variance that fits
 //! the batch best. Since features do not say what tags they have, their `out` is longer: V logits of the
 //! row's tags follow, and the loss counts these too, so that z knows them. In training c is empty for half of the rows, so that one network serves both to
@@ -50,7 +50,7 @@ pub use training::{Learning, Rows, Source, Training};
 /// What a condition is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ConditionKind {
     /// Tags, as [`Vocabulary::multi_hot`] lays them out.
     Tags,
     /// Features of a tagger or another network, of norm 1 ([`unit_norm`](crate::condition::unit_norm)).
@@ -62,14 +62,14 @@ pub enum Kind {
 #[serde(deny_unknown_fields)]
 pub struct Header {
     /// What a condition is made of.
-    pub kind: Kind,
+    pub kind: ConditionKind,
     /// D: width of a condition.
     pub width: usize,
     /// Z: latent variables.
     pub latent: usize,
     /// H: width of the hidden layer.
     pub hidden: usize,
-    /// The V tags that can be asked for. With [`Kind::Tags`], V = D.
+    /// The V tags that can be asked for. With [`ConditionKind::Tags`], V = D.
     pub vocabulary: Vec<Tag>,
     /// What made the conditions; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,7 +83,7 @@ pub struct Vae<T: Real = f32> {
     params: Vec<T>,
     /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
     anchors: Vec<T>,
-    /// [`Kind::Dense`]: mean and standard deviation of each feature, `[D]`. Else empty.
+    /// [`ConditionKind::Dense`]: mean and standard deviation of each feature, `[D]`. Else empty.
     mean: Vec<f32>,
     std: Vec<f32>,
 }
@@ -103,14 +103,16 @@ impl<T: Real> Vae<T> {
     pub fn meaning(&self) -> Meaning {
         let Header { kind, conditioning, vocabulary, .. } = &self.header;
         let unsaid = || match kind {
-            Kind::Tags => Conditioning::Tags,
-            Kind::Dense => Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None },
+            ConditionKind::Tags => Conditioning::Tags,
+            ConditionKind::Dense => {
+                Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None }
+            }
         };
         Meaning {
             conditioning: Some(conditioning.clone().unwrap_or_else(unsaid)),
             tags: match kind {
-                Kind::Tags => vocabulary.iter().map(|tag| tag.tag.clone()).collect(),
-                Kind::Dense => Vec::new(),
+                ConditionKind::Tags => vocabulary.iter().map(|tag| tag.tag.clone()).collect(),
+                ConditionKind::Dense => Vec::new(),
             },
         }
     }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Header, Kind, Vae};
+use super::{ConditionKind, Header, Vae};
 use crate::condition::vocabulary::Vocabulary;
 use crate::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
@@ -70,8 +70,8 @@ impl<T: Real> Vae<T> {
     /// Width of `out`, and how many of its values are features: those before the logits of tags.
     pub(super) fn outputs(&self) -> (usize, usize) {
         match self.header.kind {
-            Kind::Tags => (self.header.width, 0),
-            Kind::Dense => (self.header.width + self.header.vocabulary.len(), self.header.width),
+            ConditionKind::Tags => (self.header.width, 0),
+            ConditionKind::Dense => (self.header.width + self.header.vocabulary.len(), self.header.width),
         }
     }
 
@@ -220,8 +220,8 @@ mod tests {
     #[test]
     fn gradients_are_those_of_finite_differences() {
         let (d, z, h, n) = (7, 3, 5, 4);
-        for kind in [Kind::Tags, Kind::Dense] {
-            let v = if kind == Kind::Tags { d } else { 2 };
+        for kind in [ConditionKind::Tags, ConditionKind::Dense] {
+            let v = if kind == ConditionKind::Tags { d } else { 2 };
             let tags = (0..v).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect::<Vec<_>>();
             let vocabulary = Vocabulary::new(tags.clone()).unwrap();
             let header = Header { kind, width: d, latent: z, hidden: h, vocabulary: tags, conditioning: None };

@@ -4,19 +4,19 @@ use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::net::{Batch, Loss};
-use super::{Header, Kind, Vae, VaeError, tag_input};
+use super::{ConditionKind, Header, Vae, VaeError, tag_input};
 use crate::condition::Conditioning;
 use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
 use crate::rng::{Purpose, Stream};
 
-/// Most rows whose codes are kept as anchors.
+/// The codes of up to so many rows are kept as anchors.
 const ANCHORS: usize = 256;
 
 /// Conditions to learn from, wherever they are: one row is asked for at a time.
 pub trait Source: Sync {
     /// What they are.
-    fn kind(&self) -> Kind;
+    fn kind(&self) -> ConditionKind;
     /// The tags.
     fn vocabulary(&self) -> &Vocabulary;
     /// What made them; none if nobody said.
@@ -27,26 +27,26 @@ pub trait Source: Sync {
     fn width(&self) -> usize;
     /// Tags of a row, places in the vocabulary.
     fn tags(&self, row: usize) -> &[u32];
-    /// [`Kind::Dense`]: writes a row, `[D]`.
+    /// [`ConditionKind::Dense`]: writes a row, `[D]`.
     fn dense(&self, row: usize, out: &mut [f32]);
 }
 
 /// Conditions in memory.
 pub struct Rows {
     /// What they are.
-    pub kind: Kind,
+    pub kind: ConditionKind,
     /// The tags.
     pub vocabulary: Vocabulary,
     /// Tags of each row, places in the vocabulary.
     pub tags: Vec<Vec<u32>>,
-    /// [`Kind::Dense`]: the rows, [N, D]. [`Kind::Tags`]: empty, as the tags say it all.
+    /// [`ConditionKind::Dense`]: the rows, [N, D]. [`ConditionKind::Tags`]: empty, as the tags say it all.
     pub dense: Vec<f32>,
     /// What made them; none if nobody said.
     pub conditioning: Option<Conditioning>,
 }
 
 impl Source for Rows {
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> ConditionKind {
         self.kind
     }
 
@@ -64,8 +64,8 @@ impl Source for Rows {
 
     fn width(&self) -> usize {
         match self.kind {
-            Kind::Tags => self.vocabulary.len(),
-            Kind::Dense => self.dense.len() / self.tags.len().max(1),
+            ConditionKind::Tags => self.vocabulary.len(),
+            ConditionKind::Dense => self.dense.len() / self.tags.len().max(1),
         }
     }
 
@@ -134,7 +134,7 @@ impl<'a, S: Source> Learning<'a, S> {
             conditioning: source.conditioning(),
         };
         let mut vae = Vae::init(header, vocabulary.clone(), how.seed);
-        if source.kind() == Kind::Dense {
+        if source.kind() == ConditionKind::Dense {
             (vae.mean, vae.std) = moments(source);
             if count > 1 && vae.std.iter().all(|&std| std <= LEAST_STD) {
                 return Err(VaeError::Alike(count));
@@ -243,8 +243,8 @@ impl Vae {
             let (target, target_tags) = batch.target[i * outputs..][..outputs].split_at_mut(features);
             tags.iter().for_each(|&tag| target_tags[tag as usize] = 1.0);
             match rows.kind() {
-                Kind::Tags => tag_input(&Prompt::of(tags), v, input),
-                Kind::Dense => {
+                ConditionKind::Tags => tag_input(&Prompt::of(tags), v, input),
+                ConditionKind::Dense => {
                     rows.dense(row, input);
                     for ((x, y), (mean, std)) in input.iter_mut().zip(target).zip(self.mean.iter().zip(&self.std)) {
                         *x = (*x - mean) / std;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use half::f16;
 use rayon::prelude::*;
 
-use super::plan::{COMMON, Plan, check_some_settings, count_tags, date, is_made, made_with, replaced};
+use super::agenda::{Agenda, COMMON, check_some_settings, count_tags, date, is_made, made_with, replaced};
 use super::records::{Record, Records};
 use super::render::{Codec, Conditions, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
@@ -76,11 +76,11 @@ pub fn add(
     dropped.0.into_iter().for_each(|(drop, count)| *tally.dropped.0.entry(drop).or_default() += count);
 
     let enlarge = records.enlarge();
-    let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, Some(&there))?;
+    let agenda = Agenda::new(&listing, settings, enlarge, codec.as_ref(), &conditions, Some(&there))?;
     for (.., shard) in there.shards() {
-        check_some_settings(&shard.file, &plan.made_with, &|key| COMMON.contains(&key))?;
+        check_some_settings(&shard.file, &agenda.made_with, &|key| COMMON.contains(&key))?;
     }
-    if let Some((shard, job)) = there.shards().map(|(.., shard)| shard).next().zip(plan.jobs.first()) {
+    if let Some((shard, job)) = there.shards().map(|(.., shard)| shard).next().zip(agenda.jobs.first()) {
         check_conditions(shard, &job.header)?;
     }
     if there
@@ -90,23 +90,23 @@ pub fn add(
         let text = format!("tags are renamed in {VOCABULARY_FILE}: new pictures have those that are called as there");
         report(Event::Warning { text: &text });
     }
-    pending.begin(|name| plan.jobs.iter().any(|job| job.name == name))?;
+    pending.begin(|name| agenda.jobs.iter().any(|job| job.name == name))?;
     let path = |name: &str| pending.path(name);
-    let made = |job| is_made(job, &path(&job.name), &plan.made_with);
-    let existing = plan.jobs.iter().map(made).collect::<Result<Vec<_>, _>>()?;
+    let made = |job| is_made(job, &path(&job.name), &agenda.made_with);
+    let existing = agenda.jobs.iter().map(made).collect::<Result<Vec<_>, _>>()?;
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
-    let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
-    make(&plan, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
+    let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
+    make(&agenda, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
-        let summary = tally.finish(&listing, settings, skipped, plan.vocabulary, &path(SUMMARY_FILE))?;
+        let summary = tally.finish(&listing, settings, skipped, agenda.vocabulary, &path(SUMMARY_FILE))?;
         pending.commit()?;
         Ok(summary)
     } else {
         pending.discard()?;
         tally.shards.retain(|name, _| out.join(name).exists());
-        tally.finish(&listing, settings, skipped, plan.vocabulary, &out.join(SUMMARY_FILE))
+        tally.finish(&listing, settings, skipped, agenda.vocabulary, &out.join(SUMMARY_FILE))
     }
 }
 

@@ -1,7 +1,7 @@
 //! From images and their tags to the shards of a [`dataset`](super::dataset), in four stages:
 //!
 //! 1. read: the [`Records`] of a [`Folder`] or of [`Danbooru`], or of another source;
-//! 2. plan: they are ordered and cut into shards, before anything is decoded, and compared with what is there;
+//! 2. agenda: they are ordered and cut into shards, before anything is decoded, and compared with what is there;
 //! 3. render: each picture is decoded, cropped and resized ([`pictures`](crate::pictures)), of several sizes to the one
 //!    that crops it least ([`choose`](crate::pictures::fit::choose)); one that would lose more than the given share of its
 //!    area by that is dropped. Then a codec may make latents of it. The condition is its tags, or a feature divided by
@@ -16,14 +16,14 @@
 //! number of threads; one that is there already, and whole, is kept. Shards that were made with other settings, or of
 //! other pictures, stop everything, unless no image is in any of them.
 //!
-//! Several processes can make the shards of one dataset ([`Settings::part`]): all plan the same, and each makes its own.
+//! Several processes can make the shards of one dataset ([`Settings::part`]): all come to the same agenda, and each makes its own.
 //!
 //! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
 
+mod agenda;
 mod danbooru;
 mod folder;
 mod grow;
-mod plan;
 mod records;
 mod render;
 mod report;
@@ -55,7 +55,7 @@ use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
-use plan::{Plan, check_settings, date};
+use agenda::{Agenda, check_settings, date};
 use render::{Conditions, Renderer};
 
 /// Prepares a dataset: of pictures, or with a codec of their latents.
@@ -81,27 +81,27 @@ pub fn prepare(
     }
 
     let enlarge = records.enlarge();
-    let plan = Plan::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
+    let agenda = Agenda::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
     // Before anything is written: a dataset made otherwise stays as it is, but for what is none of its files.
-    set_aside(out, plan.jobs.iter().map(|job| &*job.name), report)?;
-    let existing = plan.existing(out, part, report)?;
+    set_aside(out, agenda.jobs.iter().map(|job| &*job.name), report)?;
+    let existing = agenda.existing(out, part, report)?;
     if !existing.contains(&true) {
         set_aside(out, [VOCABULARY_FILE, SUMMARY_FILE], report)?;
     }
-    plan.settle_vocabulary(out, existing.contains(&true), report)?;
-    let renderer = rendering(&plan, &listing, settings, enlarge, &conditions);
+    agenda.settle_vocabulary(out, existing.contains(&true), report)?;
+    let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
     let summary = out.join(SUMMARY_FILE);
     if existing.contains(&false) && summary.exists() {
         // What it says of a shard may not be true of the one that is made now.
         gone(fs::remove_file(&summary)).at(&summary)?;
     }
-    make(&plan, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
+    make(&agenda, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
     let (mut lacking, mut others) = (BTreeSet::new(), Vec::new());
-    for (at, job) in plan.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
-        let opened = Shard::open(&out.join(&job.name), &plan.vocabulary);
+    for (at, job) in agenda.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
+        let opened = Shard::open(&out.join(&job.name), &agenda.vocabulary);
         match opened.and_then(|shard| Ok((Notes::read(&shard.file)?, shard))) {
             Ok((notes, shard)) => {
-                check_settings(&shard.file, &plan.made_with)?;
+                check_settings(&shard.file, &agenda.made_with)?;
                 others.push((job.split, shard, notes));
             }
             // Missing or damaged: it is for its part to make.
@@ -111,9 +111,9 @@ pub fn prepare(
     }
     if lacking.is_empty() {
         others.iter().for_each(|(split, shard, notes)| tally.add(*split, shard, notes));
-        return tally.finish(&listing, settings, 0, plan.vocabulary, &summary);
+        return tally.finish(&listing, settings, 0, agenda.vocabulary, &summary);
     }
-    Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, plan.vocabulary) })
+    Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, agenda.vocabulary) })
 }
 
 /// What another part has taken away in the meantime is gone too.
@@ -209,9 +209,9 @@ impl Tally {
     }
 }
 
-/// What makes the content of a plan's shards.
+/// What makes the content of an agenda's shards.
 fn rendering<'a>(
-    plan: &'a Plan,
+    agenda: &'a Agenda,
     listing: &Listing,
     settings: &'a Settings,
     enlarge: Option<bool>,
@@ -220,17 +220,17 @@ fn rendering<'a>(
     Renderer {
         settings,
         enlarge: enlarge.unwrap_or(true),
-        vocabulary: &plan.vocabulary,
-        places: listing.places(&plan.vocabulary),
+        vocabulary: &agenda.vocabulary,
+        places: listing.places(&agenda.vocabulary),
         conditions,
-        made_with: &plan.made_with,
+        made_with: &agenda.made_with,
     }
 }
 
 /// Makes the shards of a part that do not exist, and counts all of the part.
 #[allow(clippy::too_many_arguments)] // all that a preparation has by then
 fn make(
-    plan: &Plan,
+    agenda: &Agenda,
     existing: &[bool],
     path: &dyn Fn(&str) -> PathBuf,
     part: Part,
@@ -239,7 +239,7 @@ fn make(
     tally: &mut Tally,
     report: Report,
 ) -> Result<(), PrepareError> {
-    let jobs = || plan.jobs.iter().zip(existing).skip(part.number).step_by(part.of);
+    let jobs = || agenda.jobs.iter().zip(existing).skip(part.number).step_by(part.of);
     report(Event::Start(jobs().map(|(job, _)| job.members.len()).sum()));
     for (job, &kept) in jobs() {
         let path = path(&job.name);
@@ -251,7 +251,7 @@ fn make(
             rows.write(&path, &job.header, &notes)?;
             date(&path, begun)?;
         }
-        let shard = Shard::open(&path, &plan.vocabulary)?;
+        let shard = Shard::open(&path, &agenda.vocabulary)?;
         let notes = Notes::read(&shard.file)?;
         tally.add(job.split, &shard, &notes);
         for Dropped { file, why, .. } in notes.dropped.iter().filter(|dropped| dropped.drop == Drop::Unreadable) {
@@ -263,16 +263,11 @@ fn make(
     Ok(())
 }
 
-/// Whether a file of this name in a dataset's directory is one of its shards.
-fn is_shard(name: &str) -> bool {
-    name.ends_with(".safetensors") && Split::ALL.iter().any(|split| name.starts_with(&format!("{split}-")))
-}
-
 /// Refuses metadata that lies where the dataset's own files will.
 fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     let place = metadata.canonicalize().ok();
     let there = place.as_deref().and_then(Path::parent).map(Path::to_path_buf) == out.canonicalize().ok();
-    let ours = |name: &str| is_shard(name) || [VOCABULARY_FILE, SUMMARY_FILE].contains(&name);
+    let ours = |name: &str| Split::names(name) || [VOCABULARY_FILE, SUMMARY_FILE].contains(&name);
     if there && place.as_deref().is_some_and(|place| ours(&fingerprint::name(place))) {
         return Err(PrepareError::Setting {
             what: "the metadata",

@@ -25,7 +25,7 @@ impl TrainingBackend for Gpu {
         self.params.exchange(slot, exchange)
     }
 
-    fn prepare(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
+    fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
         self.params.prepare(&*self.runtime, source, how)
     }
 
@@ -139,7 +139,7 @@ impl TrainingBackend for Gpu {
         scale: Scale<Tensor>,
         grad_scales: &mut Tensor,
     ) -> Tensor {
-        let operand = Operand::plain(pre);
+        let operand = Operand::of(pre);
         let shape = self.conv_shape(w, &operand);
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.plain(pre.shape(), Format::Half);

@@ -18,7 +18,7 @@ use crate::collective::Part;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
 use crate::data::shard::{
-    self, Contents, Header, Kind, Notes, SUMMARY_FILE, VOCABULARY_FILE, VocabularyPrint, check_whole,
+    self, Contents, Header, Notes, Representation, SUMMARY_FILE, VOCABULARY_FILE, VocabularyPrint, check_whole,
 };
 use crate::formats::At;
 use crate::formats::fingerprint::{Fingerprint, Identity};
@@ -41,7 +41,7 @@ pub(super) struct Job<'a> {
 }
 
 /// What is to be made.
-pub(super) struct Plan<'a> {
+pub(super) struct Agenda<'a> {
     /// Counted on the training images.
     pub vocabulary: Vocabulary,
     pub jobs: Vec<Job<'a>>,
@@ -49,7 +49,7 @@ pub(super) struct Plan<'a> {
     pub made_with: Map<String, Value>,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> Agenda<'a> {
     /// Cuts the records into shards; those that are added to a dataset follow on its own, and use its vocabulary.
     pub fn new(
         listing: &'a Listing,
@@ -72,8 +72,8 @@ impl<'a> Plan<'a> {
             });
         }
         let (kind, factor, channels) = match codec {
-            None => (Kind::Images, 1, 3),
-            Some(codec) => (Kind::Latents, codec.factor, LATENTS),
+            None => (Representation::Images, 1, 3),
+            Some(codec) => (Representation::Latents, codec.factor, LATENTS),
         };
         let stored = |[width, height]: &[u32; 2]| [*height as usize / factor, *width as usize / factor];
         let sizes: Vec<[usize; 2]> = settings.sizes.iter().map(stored).collect();
@@ -123,7 +123,7 @@ impl<'a> Plan<'a> {
         for entry in fs::read_dir(out).at(out)? {
             let entry = entry.at(out)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if super::is_shard(&name) {
+            if Split::names(&name) {
                 there.insert(name, SafeFile::open(entry.path()));
             }
         }

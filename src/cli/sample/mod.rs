@@ -1,31 +1,25 @@
 //! `edm2k sample`: images from conditions.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::io::IsTerminal;
-use std::ops::Range;
-use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread;
-use std::time::Instant;
+use std::path::PathBuf;
 
-use anyhow::{Context, Error, anyhow, ensure};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use anyhow::{Context, ensure};
+use serde_json::json;
 
-use edm2k::collective::{Part, agree, share};
-use edm2k::condition::classes::Classes;
-use edm2k::formats::input;
+use edm2k::collective::{Part, agree};
 use edm2k::memory;
-use edm2k::pictures::Picture;
-use edm2k::pipeline::{Condition, Image, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{Preset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
-use super::say::{note, out};
+use super::say::note;
+
+mod draw;
+mod wanted;
+
+use draw::{draw, images_of};
+use wanted::wanted;
 
 /// Make images.
 #[derive(clap::Args)]
@@ -242,13 +236,6 @@ struct Resolved {
     part: Part,
 }
 
-/// Numbers of the images of a part: whole batches, so that an image has the neighbours that it would have in one process.
-fn images_of(part: Part, request: &Request) -> Range<usize> {
-    let (count, batch) = (request.seeds.len(), request.batch.max(1));
-    let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
-    (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
-}
-
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
@@ -355,306 +342,4 @@ fn seeds(args: &SampleArgs, of_prompts: &[Option<u64>]) -> anyhow::Result<Vec<u6
         seeds.extend(first..first + each);
     }
     Ok(seeds)
-}
-
-/// What --class takes for any.
-const ANY: &str = "random";
-
-/// A line of --prompts.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Prompt {
-    tags: String,
-    negative: Option<String>,
-    seed: Option<u64>,
-}
-
-/// The lines of a file of prompts that are not empty, each with what to call it.
-fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
-    let text = input::text(path).with_context(|| path.display().to_string())?;
-    let read = |(number, line): (usize, &str)| {
-        let name = format!("{} line {number}", path.display());
-        if !line.starts_with('{') {
-            return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
-        }
-        let prompt: Prompt =
-            serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
-        let most = i64::MAX as u64 - u64::from(u16::MAX);
-        ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
-        Ok((name, prompt))
-    };
-    (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()).map(read).collect()
-}
-
-/// The conditions that the arguments ask for, in the order of the help, with their seeds where they have some.
-fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Condition, Option<u64>)>> {
-    let (mut all, seed) = (Vec::new(), args.condition_seed);
-    let some = !args.tags.is_empty() || args.prompts.is_some();
-    ensure!(some || !args.complete, "--complete: there are no --tags or --prompts");
-    let of_tags = |pipeline: &Pipeline, text: &str| {
-        if args.complete { pipeline.complete(text, seed) } else { pipeline.tags(text, seed) }
-    };
-    for text in &args.tags {
-        all.push((of_tags(pipeline, text).context("--tags")?, None));
-    }
-    for (name, prompt) in args.prompts.as_deref().map(prompts).transpose().context("--prompts")?.unwrap_or_default() {
-        let made = || -> anyhow::Result<Condition> {
-            let condition = of_tags(pipeline, &prompt.tags)?;
-            let negative = prompt.negative.as_deref().map(|text| pipeline.tags(text, seed)).transpose()?;
-            Ok(negative.iter().fold(condition, Condition::away_from))
-        };
-        all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
-    }
-    let mut others = Vec::new();
-    if !args.class.is_empty() {
-        others.extend(classes(args, pipeline).context("--class")?);
-    }
-    for path in &args.like {
-        others.push(pipeline.like(path).context("--like")?);
-    }
-    for text in &args.mix {
-        others.push(mix(text, seed, pipeline).with_context(|| format!("--mix {text}"))?);
-    }
-    for row in &args.row {
-        others.push(self::row(row, pipeline).with_context(|| format!("--row {row}"))?);
-    }
-    if let Some(path) = &args.conditions {
-        others.extend(pipeline.conditions(path).context("--conditions")?);
-    }
-    if let Some(count) = args.random_conditions {
-        others.extend(pipeline.invent(count.into(), seed).context("--random-conditions")?);
-    }
-    let alone = all.is_empty() && args.row.is_empty() && args.conditions.is_none() && args.random_conditions.is_none();
-    let alone = alone && args.like.is_empty() && args.mix.is_empty();
-    ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
-    all.extend(others.into_iter().map(|condition| (condition, None)));
-    if let Some(text) = &args.negative {
-        let negative = pipeline.tags(text, seed).context("--negative")?;
-        if all.is_empty() {
-            all.push((pipeline.none().context("--negative")?, None));
-        }
-        for (condition, _) in all.iter_mut().filter(|(condition, _)| condition.away.is_empty()) {
-            *condition = condition.clone().away_from(&negative);
-        }
-    }
-    Ok(all)
-}
-
-/// The conditions of --class.
-fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
-    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
-    let condition = |condition: Condition| {
-        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
-        name.map_or(condition.clone(), |name| condition.named("name", name))
-    };
-    if args.class.iter().any(|class| class == ANY) {
-        let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
-        ensure!(alone, "\"{ANY}\" goes alone");
-        let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
-        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
-    }
-    let of = |text: &String| Ok(condition(pipeline.class(names.find(text).map_err(Error::msg)?)?));
-    args.class.iter().map(of).collect()
-}
-
-fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
-    let (dataset, id) = text.rsplit_once(':').context("expected DATASET:ID")?;
-    let id = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
-    Ok(pipeline.row(dataset, id)?)
-}
-
-/// The condition of a --mix.
-fn mix(text: &str, seed: u64, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
-    let mut parts = Vec::new();
-    for part in text.split(',').map(str::trim) {
-        let (source, weight) = part.rsplit_once(':').with_context(|| format!("'{part}', expected SOURCE:WEIGHT"))?;
-        let weight: f64 = weight.parse().ok().with_context(|| format!("'{weight}' is not a weight"))?;
-        ensure!(weight.is_finite(), "'{weight}' is not a weight");
-        let number = source.strip_prefix("random-").and_then(|number| number.parse::<u16>().ok());
-        let condition = match number {
-            Some(number) => pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into()),
-            None if Path::new(source).is_file() || !source.contains(':') => pipeline.like(source)?,
-            None => row(source, pipeline)?,
-        };
-        parts.push((condition, weight));
-    }
-    Ok(Condition::mix(&parts)?)
-}
-
-/// Most images of a grid: above, nobody looks at it.
-const GRID: usize = 1024;
-/// Bytes of pictures that are kept for it.
-const GRID_BYTES: usize = 1 << 32;
-
-/// What was seen of the steps of a batch: of each image the pictures, or the latents one after the other.
-#[derive(Default)]
-struct Steps {
-    pictures: BTreeMap<usize, Vec<Picture>>,
-    latents: BTreeMap<usize, Vec<f32>>,
-}
-
-impl Steps {
-    fn keep(&mut self, step: &mut Step, pictures: bool) -> Result<(), PipelineError> {
-        if pictures {
-            for (number, picture) in (step.first..).zip(step.pictures()?) {
-                self.pictures.entry(number).or_default().push(picture);
-            }
-            return Ok(());
-        }
-        let values = step.denoised()?;
-        for (number, image) in (step.first..).zip(values.chunks(values.len() / step.images)) {
-            self.latents.entry(number).or_default().extend_from_slice(image);
-        }
-        Ok(())
-    }
-}
-
-/// Writes images and the pictures of their steps; returns the first pictures, for a grid.
-fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<Vec<Picture>> {
-    let mut pictures: Vec<Picture> = Vec::new();
-    for (image, steps) in made {
-        out.save(&image, &steps)?;
-        pictures.extend(image.picture);
-        pictures.truncate(most_of_grid(&pictures));
-    }
-    Ok(pictures)
-}
-
-/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
-/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
-fn draw(
-    mut pipeline: Pipeline,
-    request: &Request,
-    kept: Kept,
-    part: Part,
-    args: &SampleArgs,
-    out: &OutDir,
-    ranks: &mut Ranks,
-) -> anyhow::Result<()> {
-    let (own, save_steps) = (images_of(part, request), args.save_steps);
-    let count = own.len();
-    let mut about = pipeline.parameters(request);
-    let [height, width] = pipeline.size(request);
-    let shape = [height, width, pipeline.net().config.img_channels];
-    let watched = save_steps || pipeline.device().runtime().is_none();
-    let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
-    let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
-    bar.set_message(format!("0 of {count} images"));
-    let terminal = std::io::stderr().is_terminal();
-    let started = Instant::now();
-    let steps = RefCell::new(Steps::default());
-    let mut images = pipeline.images(request)?.only(own.clone());
-    if watched {
-        images = images.watched(|step| {
-            bar.inc(1);
-            if save_steps { steps.borrow_mut().keep(step, kept == Kept::Steps) } else { Ok(()) }
-        });
-    }
-    let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
-    let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
-        // Pictures are compressed and written while the next are made.
-        let (sender, made) = sync_channel(request.batch);
-        let writer = scope.spawn(move || write(made, out));
-        for image in images {
-            let image = image?;
-            let done = image.number + 1 - own.start;
-            if kept == Kept::Latents {
-                latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
-                latents.push(image);
-            } else {
-                let of_steps = steps.borrow_mut().pictures.remove(&image.number).unwrap_or_default();
-                if sender.send((image, of_steps)).is_err() {
-                    break; // the writer says why
-                }
-            }
-            if done.is_multiple_of(request.batch) || done == count {
-                if !watched {
-                    bar.inc(request.sampler.taken() as u64);
-                }
-                bar.set_message(format!("{done} of {count} images"));
-                if !terminal && ranks.first() {
-                    note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
-                }
-            }
-        }
-        drop(sender);
-        writer.join().unwrap_or_else(|panic| resume_unwind(panic))
-    })?;
-    bar.finish_and_clear();
-    let seconds = started.elapsed().as_secs_f64();
-    let rate = bar.length().unwrap_or(0) as f64 / seconds;
-    if part.of > 1 {
-        match gathered(request, &about, part, args, out, ranks)? {
-            Some(all) => pictures = all,
-            None => return Ok(()),
-        }
-    }
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    let target = if kept == Kept::Latents {
-        out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
-        about["per_condition"] = request.per_condition.into();
-        about["conditions"] = json!(origins);
-        out.save_latents(&latents, &latent_steps, shape, &about)?
-    } else {
-        // A row for each condition if they are grouped.
-        let columns = match request.per_condition {
-            1 if args.interpolate.is_some() => pictures.len(),
-            1 => (pictures.len() as f64).sqrt().ceil() as usize,
-            per_condition => per_condition,
-        };
-        about["seeds"] = json!(request.seeds[..pictures.len()]);
-        about["per_condition"] = request.per_condition.into();
-        about["conditions"] = json!(origins);
-        out.save_grid(&pictures, columns, &about)?
-    };
-    let [height, width] = pictures.first().map_or([height, width], |picture| [picture.height(), picture.width()]);
-    let (target, device) = (target.display(), pipeline.device());
-    let count = request.seeds.len();
-    out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}");
-    Ok(())
-}
-
-/// How many pictures make a grid, all as large as the first.
-fn most_of_grid(pictures: &[Picture]) -> usize {
-    let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
-    most.clamp(1, GRID)
-}
-
-/// The pictures of all parts that the grid is made of, for the process that makes it: rank 0, or whichever finds that
-/// no part is missing.
-fn gathered(
-    request: &Request,
-    common: &Value,
-    part: Part,
-    args: &SampleArgs,
-    out: &OutDir,
-    ranks: &mut Ranks,
-) -> anyhow::Result<Option<Vec<Picture>>> {
-    ranks.met().barrier()?;
-    if !ranks.first() {
-        return Ok(None);
-    }
-    let (mut pictures, mut missing) = (Vec::new(), Vec::new());
-    for number in 0..part.of {
-        let range = images_of(Part { number, ..part }, request);
-        for image in range {
-            match out.written(image, &request.about(common, image)) {
-                Some(picture) => pictures.push(picture),
-                None => missing.push((number, request.seeds[image])),
-            }
-            // All are looked for, though the grid has no room for all.
-            pictures.truncate(most_of_grid(&pictures));
-        }
-    }
-    let Some(&(first, seed)) = missing.first() else { return Ok(Some(pictures)) };
-    let (dir, count) = (args.outdir.display(), missing.len());
-    ensure!(
-        ranks.size() == 1,
-        "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
-    );
-    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
-    parts.dedup();
-    let own = images_of(part, request).len();
-    out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
-    Ok(None)
 }

@@ -1,0 +1,206 @@
+//! Images made and written, and the grid of them; by several processes, each its part.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+
+use edm2k::collective::{Part, share};
+use edm2k::pictures::Picture;
+use edm2k::pipeline::{Image, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+
+use super::SampleArgs;
+use crate::cli::ranks::Ranks;
+use crate::cli::say::{note, out};
+
+/// Numbers of the images of a part: whole batches, so that an image has the neighbours that it would have in one process.
+pub fn images_of(part: Part, request: &Request) -> Range<usize> {
+    let (count, batch) = (request.seeds.len(), request.batch.max(1));
+    let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
+    (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
+}
+
+/// A grid has up to so many images: nobody looks at a larger one.
+const GRID: usize = 1024;
+/// Bytes of pictures that are kept for it.
+const GRID_BYTES: usize = 1 << 32;
+
+/// What was seen of the steps of a batch: of each image the pictures, or the latents one after the other.
+#[derive(Default)]
+struct Steps {
+    pictures: BTreeMap<usize, Vec<Picture>>,
+    latents: BTreeMap<usize, Vec<f32>>,
+}
+
+impl Steps {
+    fn keep(&mut self, step: &mut Step, pictures: bool) -> Result<(), PipelineError> {
+        if pictures {
+            for (number, picture) in (step.first..).zip(step.pictures()?) {
+                self.pictures.entry(number).or_default().push(picture);
+            }
+            return Ok(());
+        }
+        let values = step.denoised()?;
+        for (number, image) in (step.first..).zip(values.chunks(values.len() / step.images)) {
+            self.latents.entry(number).or_default().extend_from_slice(image);
+        }
+        Ok(())
+    }
+}
+
+/// Writes images and the pictures of their steps; returns the first pictures, for a grid.
+fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<Vec<Picture>> {
+    let mut pictures: Vec<Picture> = Vec::new();
+    for (image, steps) in made {
+        out.save(&image, &steps)?;
+        pictures.extend(image.picture);
+        pictures.truncate(most_of_grid(&pictures));
+    }
+    Ok(pictures)
+}
+
+/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
+/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
+pub fn draw(
+    mut pipeline: Pipeline,
+    request: &Request,
+    kept: Kept,
+    part: Part,
+    args: &SampleArgs,
+    out: &OutDir,
+    ranks: &mut Ranks,
+) -> anyhow::Result<()> {
+    let (own, save_steps) = (images_of(part, request), args.save_steps);
+    let count = own.len();
+    let mut about = pipeline.parameters(request);
+    let [height, width] = pipeline.size(request);
+    let shape = [height, width, pipeline.net().config.img_channels];
+    let watched = save_steps || pipeline.device().runtime().is_none();
+    let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
+    let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
+    bar.set_message(format!("0 of {count} images"));
+    let terminal = std::io::stderr().is_terminal();
+    let started = Instant::now();
+    let steps = RefCell::new(Steps::default());
+    let mut images = pipeline.images(request)?.only(own.clone());
+    if watched {
+        images = images.watched(|step| {
+            bar.inc(1);
+            if save_steps { steps.borrow_mut().keep(step, kept == Kept::Steps) } else { Ok(()) }
+        });
+    }
+    let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
+    let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
+        // Pictures are compressed and written while the next are made.
+        let (sender, made) = sync_channel(request.batch);
+        let writer = scope.spawn(move || write(made, out));
+        for image in images {
+            let image = image?;
+            let done = image.number + 1 - own.start;
+            if kept == Kept::Latents {
+                latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
+                latents.push(image);
+            } else {
+                let of_steps = steps.borrow_mut().pictures.remove(&image.number).unwrap_or_default();
+                if sender.send((image, of_steps)).is_err() {
+                    break; // the writer says why
+                }
+            }
+            if done.is_multiple_of(request.batch) || done == count {
+                if !watched {
+                    bar.inc(request.sampler.taken() as u64);
+                }
+                bar.set_message(format!("{done} of {count} images"));
+                if !terminal && ranks.first() {
+                    note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
+                }
+            }
+        }
+        drop(sender);
+        writer.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let rate = bar.length().unwrap_or(0) as f64 / seconds;
+    if part.of > 1 {
+        match gathered(request, &about, part, args, out, ranks)? {
+            Some(all) => pictures = all,
+            None => return Ok(()),
+        }
+    }
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    let target = if kept == Kept::Latents {
+        out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
+        about["per_condition"] = request.per_condition.into();
+        about["conditions"] = json!(origins);
+        out.save_latents(&latents, &latent_steps, shape, &about)?
+    } else {
+        // A row for each condition if they are grouped.
+        let columns = match request.per_condition {
+            1 if args.interpolate.is_some() => pictures.len(),
+            1 => (pictures.len() as f64).sqrt().ceil() as usize,
+            per_condition => per_condition,
+        };
+        about["seeds"] = json!(request.seeds[..pictures.len()]);
+        about["per_condition"] = request.per_condition.into();
+        about["conditions"] = json!(origins);
+        out.save_grid(&pictures, columns, &about)?
+    };
+    let [height, width] = pictures.first().map_or([height, width], |picture| [picture.height(), picture.width()]);
+    let (target, device) = (target.display(), pipeline.device());
+    let count = request.seeds.len();
+    out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}");
+    Ok(())
+}
+
+/// How many pictures make a grid, all as large as the first.
+fn most_of_grid(pictures: &[Picture]) -> usize {
+    let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
+    most.clamp(1, GRID)
+}
+
+/// The pictures of all parts that the grid is made of, for the process that makes it: rank 0, or whichever finds that
+/// no part is missing.
+fn gathered(
+    request: &Request,
+    common: &Value,
+    part: Part,
+    args: &SampleArgs,
+    out: &OutDir,
+    ranks: &mut Ranks,
+) -> anyhow::Result<Option<Vec<Picture>>> {
+    ranks.met().barrier()?;
+    if !ranks.first() {
+        return Ok(None);
+    }
+    let (mut pictures, mut missing) = (Vec::new(), Vec::new());
+    for number in 0..part.of {
+        let range = images_of(Part { number, ..part }, request);
+        for image in range {
+            match out.written(image, &request.about(common, image)) {
+                Some(picture) => pictures.push(picture),
+                None => missing.push((number, request.seeds[image])),
+            }
+            // All are looked for, though the grid has no room for all.
+            pictures.truncate(most_of_grid(&pictures));
+        }
+    }
+    let Some(&(first, seed)) = missing.first() else { return Ok(Some(pictures)) };
+    let (dir, count) = (args.outdir.display(), missing.len());
+    ensure!(
+        ranks.size() == 1,
+        "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
+    );
+    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
+    parts.dedup();
+    let own = images_of(part, request).len();
+    out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
+    Ok(None)
+}

@@ -1,0 +1,136 @@
+//! The conditions that the arguments of `edm2k sample` ask for.
+
+use std::path::Path;
+
+use anyhow::{Context, anyhow, ensure};
+use serde::Deserialize;
+
+use edm2k::condition::classes::Classes;
+use edm2k::formats::input;
+use edm2k::pipeline::{Condition, Pipeline};
+
+use super::{SampleArgs, Seeds};
+
+/// What --class takes for any.
+const ANY: &str = "random";
+
+/// A line of --prompts.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Prompt {
+    tags: String,
+    negative: Option<String>,
+    seed: Option<u64>,
+}
+
+/// The lines of a file of prompts that are not empty, each with what to call it.
+fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
+    let text = input::text(path).with_context(|| path.display().to_string())?;
+    let read = |(number, line): (usize, &str)| {
+        let name = format!("{} line {number}", path.display());
+        if !line.starts_with('{') {
+            return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
+        }
+        let prompt: Prompt =
+            serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
+        let most = i64::MAX as u64 - u64::from(u16::MAX);
+        ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
+        Ok((name, prompt))
+    };
+    (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty()).map(read).collect()
+}
+
+/// The conditions that the arguments ask for, in the order of the help, with their seeds where they have some.
+pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<(Condition, Option<u64>)>> {
+    let (mut all, seed) = (Vec::new(), args.condition_seed);
+    let some = !args.tags.is_empty() || args.prompts.is_some();
+    ensure!(some || !args.complete, "--complete: there are no --tags or --prompts");
+    let of_tags = |pipeline: &Pipeline, text: &str| {
+        if args.complete { pipeline.complete(text, seed) } else { pipeline.tags(text, seed) }
+    };
+    for text in &args.tags {
+        all.push((of_tags(pipeline, text).context("--tags")?, None));
+    }
+    for (name, prompt) in args.prompts.as_deref().map(prompts).transpose().context("--prompts")?.unwrap_or_default() {
+        let made = || -> anyhow::Result<Condition> {
+            let condition = of_tags(pipeline, &prompt.tags)?;
+            let negative = prompt.negative.as_deref().map(|text| pipeline.tags(text, seed)).transpose()?;
+            Ok(negative.iter().fold(condition, Condition::away_from))
+        };
+        all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
+    }
+    let mut others = Vec::new();
+    if !args.class.is_empty() {
+        others.extend(classes(args, pipeline).context("--class")?);
+    }
+    for path in &args.like {
+        others.push(pipeline.like(path).context("--like")?);
+    }
+    for text in &args.mix {
+        others.push(mix(text, seed, pipeline).with_context(|| format!("--mix {text}"))?);
+    }
+    for row in &args.row {
+        others.push(self::row(row, pipeline).with_context(|| format!("--row {row}"))?);
+    }
+    if let Some(path) = &args.conditions {
+        others.extend(pipeline.conditions(path).context("--conditions")?);
+    }
+    if let Some(count) = args.random_conditions {
+        others.extend(pipeline.invent(count.into(), seed).context("--random-conditions")?);
+    }
+    let alone = all.is_empty() && args.row.is_empty() && args.conditions.is_none() && args.random_conditions.is_none();
+    let alone = alone && args.like.is_empty() && args.mix.is_empty();
+    ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
+    all.extend(others.into_iter().map(|condition| (condition, None)));
+    if let Some(text) = &args.negative {
+        let negative = pipeline.tags(text, seed).context("--negative")?;
+        if all.is_empty() {
+            all.push((pipeline.none().context("--negative")?, None));
+        }
+        for (condition, _) in all.iter_mut().filter(|(condition, _)| condition.away.is_empty()) {
+            *condition = condition.clone().away_from(&negative);
+        }
+    }
+    Ok(all)
+}
+
+/// The conditions of --class.
+fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
+    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
+    let condition = |condition: Condition| {
+        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+        name.map_or(condition.clone(), |name| condition.named("name", name))
+    };
+    if args.class.iter().any(|class| class == ANY) {
+        let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
+        ensure!(alone, "\"{ANY}\" goes alone");
+        let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
+        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
+    }
+    let of = |text: &String| Ok(condition(pipeline.class(names.find(text)?)?));
+    args.class.iter().map(of).collect()
+}
+
+fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
+    let (dataset, id) = text.rsplit_once(':').context("expected DATASET:ID")?;
+    let id = id.parse().ok().with_context(|| format!("'{id}' is not an id"))?;
+    Ok(pipeline.row(dataset, id)?)
+}
+
+/// The condition of a --mix.
+fn mix(text: &str, seed: u64, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
+    let mut parts = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        let (source, weight) = part.rsplit_once(':').with_context(|| format!("'{part}', expected SOURCE:WEIGHT"))?;
+        let weight: f64 = weight.parse().ok().with_context(|| format!("'{weight}' is not a weight"))?;
+        ensure!(weight.is_finite(), "'{weight}' is not a weight");
+        let number = source.strip_prefix("random-").and_then(|number| number.parse::<u16>().ok());
+        let condition = match number {
+            Some(number) => pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into()),
+            None if Path::new(source).is_file() || !source.contains(':') => pipeline.like(source)?,
+            None => row(source, pipeline)?,
+        };
+        parts.push((condition, weight));
+    }
+    Ok(Condition::mix(&parts)?)
+}

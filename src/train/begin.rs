@@ -1,0 +1,160 @@
+//! How a run begins: with what its directory has of it, or anew, and on all ranks alike.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use super::checkpoint::{self, Checkpoint};
+use super::step::with_values;
+use super::{CheckpointError, Event, Execution, Settings, State, TrainError, stats};
+use crate::backend::{Slot, TrainingBackend};
+use crate::collective::{Collective, CollectiveError};
+use crate::data::dataset::Dataset;
+use crate::formats::{At, free_name, input, write_atomically};
+
+/// Name of the file of a run's [`Settings`].
+const OPTIONS_FILE: &str = "training_options.json";
+
+/// Names of the files in a directory that runs make.
+fn made_by_runs(dir: &Path) -> io::Result<Vec<OsString>> {
+    let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, OPTIONS_FILE, "loss.svg", "events.out.tfevents."];
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        files.extend(made.iter().any(|start| name.to_string_lossy().starts_with(start)).then_some(name));
+    }
+    Ok(files)
+}
+
+/// Moves what a run has made into a folder of its own.
+pub(super) fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let files = made_by_runs(dir)?;
+    if files.is_empty() {
+        return Ok(());
+    }
+    let old = free_name(&dir.join("before"), "restart");
+    fs::create_dir(&old)?;
+    files.iter().try_for_each(|name| fs::rename(dir.join(name), old.join(name)))?;
+    event(Event::Note(format!("set aside {} files of the run before in {}", files.len(), old.display())));
+    Ok(())
+}
+
+/// Sets aside what a directory without a checkpoint has of another run, or of one with other options: what the options'
+/// file beside it does not vouch for. Of this run, all will be written again, with the same bits.
+pub(super) fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let options = dir.join(OPTIONS_FILE);
+    let then = input::text(&options).ok().and_then(|text| serde_json::from_str::<Settings>(&text).ok());
+    // A run that was killed before it wrote a line has a file of them.
+    let nothing = |name: &Path| name.symlink_metadata().is_ok_and(|about| about.is_file() && about.len() == 0);
+    let made = made_by_runs(dir)?.into_iter().filter(|name| name != OPTIONS_FILE && !nothing(&dir.join(name)));
+    if made.count() > 0 {
+        // Without a checkpoint it needs what it began from.
+        let same =
+            |then: &Settings| then.init.is_none() == settings.init.is_none() && then.differences(settings).is_empty();
+        match then.as_ref().is_some_and(same) {
+            true => event(Event::Note(format!("no checkpoint is left in {}: the run begins again", dir.display()))),
+            false => set_aside(dir, event)?,
+        }
+    }
+    Ok(())
+}
+
+/// Writes the options' file; one that is somebody's own is set aside.
+pub(super) fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
+    let path = dir.join(OPTIONS_FILE);
+    let ours = input::text(&path).is_ok_and(|text| serde_json::from_str::<Settings>(&text).is_ok());
+    if path.symlink_metadata().is_ok() && !ours {
+        fs::rename(&path, free_name(&path, "foreign"))?;
+    }
+    let text = serde_json::to_string_pretty(settings)?;
+    write_atomically(&path, |out| writeln!(out, "{text}"))
+}
+
+/// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
+pub(super) fn newest<B: TrainingBackend>(
+    backend: &mut B,
+    settings: &Settings,
+    execution: &Execution,
+    data: &Dataset,
+    event: &mut dyn FnMut(Event),
+) -> Result<Option<State>, TrainError> {
+    let dir = execution.outdir.as_path();
+    let table = backend.table().clone();
+    let mut damaged = Vec::new();
+    for path in checkpoint::list(dir).at(dir)? {
+        let opened = Checkpoint::open(&path).map_err(TrainError::from).and_then(|checkpoint| {
+            let mut asked = settings.clone();
+            if execution.keep_rampup {
+                asked.rampup = checkpoint.state.settings.rampup;
+            }
+            let nimg = checkpoint.state.nimg;
+            if checkpoint::path(dir, nimg) != path {
+                let what = format!("it is of {nimg} images, not of as many as its name says");
+                return Err(CheckpointError::Damaged { path: path.clone(), what }.into());
+            }
+            let then = &checkpoint.state.settings.data;
+            if let (Some(then_print), Some(now_print)) = (then.content, settings.data.content)
+                && data.grown_from(then_print)
+            {
+                let (path, then, now) = (path.clone(), then.images, data.len());
+                return Err(TrainError::Grown { path, then, then_print, now, now_print });
+            }
+            asked.init = asked.init.or_else(|| checkpoint.state.settings.init.clone());
+            let differences = checkpoint.state.settings.differences(&asked);
+            if !differences.is_empty() {
+                return Err(TrainError::Settings { path: path.clone(), differences });
+            }
+            checkpoint.check(&table)?;
+            Ok((checkpoint, asked))
+        });
+        let (checkpoint, settings) = match opened {
+            Err(TrainError::Checkpoint(error @ CheckpointError::Damaged { .. })) => {
+                damaged.push((path, error));
+                continue;
+            }
+            other => other?,
+        };
+        for (path, error) in damaged {
+            let aside = free_name(&path, "damaged");
+            fs::rename(&path, &aside).at(&path)?;
+            event(Event::Note(format!("{error}; set aside as {}", aside.display())));
+        }
+        checkpoint.load(backend)?;
+        event(Event::Note(format!("resuming from {}", path.display())));
+        let before = &checkpoint.state.computed_on;
+        if !before.is_empty() && *before != execution.computed_on {
+            let now = &execution.computed_on;
+            event(Event::Note(format!(
+                "warning: computed on {before} so far, on {now} from here: it rounds otherwise"
+            )));
+        }
+        return Ok(Some(State { settings, computed_on: execution.computed_on.clone(), ..checkpoint.state }));
+    }
+    let more = damaged.len().saturating_sub(1);
+    match damaged.into_iter().next() {
+        None => Ok(None),
+        Some((_, first)) => Err(TrainError::AllDamaged { dir: dir.into(), first, more }),
+    }
+}
+
+/// Has all ranks begin where rank 0 does: with its state and what its device holds.
+pub(super) fn begin_together<B: TrainingBackend>(
+    backend: &mut B,
+    ranks: &mut dyn Collective,
+    state: Option<State>,
+) -> Result<State, TrainError> {
+    let state = match state {
+        Some(state) if ranks.size() == 1 => return Ok(state),
+        state => state,
+    };
+    let text = state.map(|state| serde_json::to_string(&state).unwrap_or_default()).unwrap_or_default();
+    let state: State = serde_json::from_slice(&ranks.gather(text.as_bytes())?[0])
+        .map_err(|cause| CollectiveError::Differs(format!("what rank 0 begins with: {cause}")))?;
+    let averages = (0..state.settings.ema.len()).map(Slot::Ema);
+    for slot in [Slot::Weight, Slot::AdamM, Slot::AdamV].into_iter().chain(averages) {
+        with_values(backend, slot, |values| ranks.broadcast(values))?;
+    }
+    ranks.barrier()?;
+    Ok(state)
+}

@@ -1,0 +1,352 @@
+//! What a run is told: [`Settings`] decide what it computes, and an [`Execution`] what it does beside. Both are compared:
+//! with those of the run that is gone on with, and with what the other ranks were given.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+
+use super::{LearningRate, Schedule, grid, memory};
+use crate::codec::Autoencoder;
+use crate::condition::Conditioning;
+use crate::data::dataset::{Dataset, Header, Representation};
+use crate::device::Device;
+use crate::formats::fingerprint::{Fingerprint, Identity, settle};
+use crate::model::{Config, Encoder, ModelMeta};
+
+/// Everything that decides what a run computes; a run may only be resumed with the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The network.
+    pub config: Config,
+    /// The training images.
+    pub data: DataIdentity,
+    /// Weights that the run starts from, if not fresh ones.
+    pub init: Option<Identity>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Images to train on; the last step may go past it. Matters to the `linear` schedule only.
+    pub duration: u64,
+    /// Images per optimizer step.
+    pub batch: u64,
+    /// Reference learning rate.
+    pub lr: f64,
+    /// Shape of the learning rate.
+    pub schedule: Schedule,
+    /// Batches after which `edm2`'s learning rate falls; 0 = never.
+    pub decay: f64,
+    /// Images over which the learning rate rises; 0 = none.
+    pub rampup: u64,
+    /// Mean of ln(sigma).
+    pub p_mean: f64,
+    /// Standard deviation of ln(sigma).
+    pub p_std: f64,
+    /// Relative standard deviations of the moving averages.
+    pub ema: Vec<f64>,
+    /// Share of the images that are shown without their condition.
+    pub cond_dropout: f64,
+    /// Images after which that begins.
+    pub cond_dropout_from: u64,
+    /// Whether half of the images that allow it are mirrored.
+    pub flip: bool,
+    /// Share of the activations that are zeroed before each block's second convolution.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub dropout: f64,
+}
+
+fn is_zero(x: &f64) -> bool {
+    *x == 0.0
+}
+
+impl Settings {
+    /// EDM2's, for a network of this config on these images; none of them mirrored or without its condition.
+    pub fn new(data: &Dataset, config: Config, duration: u64) -> Self {
+        Self {
+            config,
+            data: DataIdentity::of(data),
+            init: None,
+            seed: 0,
+            duration,
+            batch: 128,
+            lr: 0.01,
+            schedule: Schedule::Edm2,
+            decay: 70_000.0,
+            rampup: 10_000_000.min(duration / 10),
+            p_mean: -0.4,
+            p_std: 1.0,
+            ema: vec![0.05, 0.10],
+            cond_dropout: 0.0,
+            cond_dropout_from: 0,
+            flip: false,
+            dropout: 0.0,
+        }
+    }
+
+    /// The learning rate over time.
+    pub fn learning_rate(&self) -> LearningRate {
+        LearningRate {
+            schedule: self.schedule,
+            reference: self.lr,
+            decay: self.decay,
+            rampup: self.rampup as f64,
+            batch: self.batch as f64,
+            duration: self.duration as f64,
+        }
+    }
+
+    /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network,
+    /// its data and what it began from, and of what may change in a run, its length, nothing is in it.
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        let mut options = serde_json::to_value(self).unwrap_or_default();
+        if let Some(options) = options.as_object_mut() {
+            options.retain(|name, _| !["config", "data", "init", "duration"].contains(&&**name));
+        }
+        Fingerprint::of([options.to_string()])
+    }
+
+    /// Of what the run began from.
+    pub(super) fn began_from(&self) -> Option<Fingerprint> {
+        self.init.as_ref()?.fingerprint
+    }
+
+    /// The options that keep a run of `self` from being gone on with under `other`, with both values.
+    pub(super) fn differences(&self, other: &Self) -> String {
+        let mut other = other.clone();
+        other.data.settle(&self.data);
+        // Whoever goes on needs no file to start from. Where it lies, and what it is called, does not matter.
+        let same = |then: &Identity| other.init.as_ref().is_none_or(|now| !now.differs(then));
+        if self.init.as_ref().is_some_and(same) {
+            other.init.clone_from(&self.init);
+        }
+        if self.schedule != Schedule::Linear {
+            other.duration = self.duration;
+        }
+        differing(self, &other, |key, then, now| format!("{key} was {then}, now {now}"))
+    }
+}
+
+/// What tells one training split from another, wherever it lies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataIdentity {
+    /// Number of images.
+    pub images: usize,
+    /// Height, width, channels; where there are several sizes, of the most frequent one.
+    pub shape: [usize; 3],
+    /// Height and width of each size that there are images of, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sizes: Vec<[usize; 2]>,
+    /// Width of the conditions.
+    pub condition_dim: usize,
+    /// CRC-32 of the ids in order, each as often as an epoch shows it.
+    pub ids: u32,
+    /// Pixels or latents.
+    pub kind: Representation,
+    /// What the conditions are made of.
+    pub conditioning: Conditioning,
+    /// What latents are of; none of pixels, or if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoencoder: Option<Autoencoder>,
+    /// Of the tags; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<Fingerprint>,
+    /// Of all images and conditions; none if nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Fingerprint>,
+}
+
+impl DataIdentity {
+    /// The identity of a split.
+    pub fn of(data: &Dataset) -> Self {
+        let mut hasher = crc32fast::Hasher::new();
+        (0..data.len()).for_each(|i| hasher.update(&data.id(i).to_le_bytes().repeat(data.repeats(i))));
+        let ids = hasher.finalize();
+        let Header { kind, conditioning, autoencoder, .. } = data.header().clone();
+        let sizes = data.sizes();
+        Self {
+            images: data.len(),
+            shape: data.shape(),
+            sizes: if sizes.len() > 1 { sizes } else { Vec::new() },
+            condition_dim: data.condition_dim(),
+            ids,
+            kind,
+            conditioning,
+            autoencoder,
+            vocabulary: Some(data.vocabulary().fingerprint()),
+            content: data.fingerprint(),
+        }
+    }
+
+    /// Height and width of each size that there are images of; one at least.
+    pub fn all_sizes(&self) -> Vec<[usize; 2]> {
+        if self.sizes.is_empty() { vec![[self.shape[0], self.shape[1]]] } else { self.sizes.clone() }
+    }
+
+    /// The size with most pixels: what it has room for, the others have.
+    pub fn largest(&self) -> [usize; 2] {
+        let [height, width, _] = self.shape;
+        self.all_sizes().into_iter().max_by_key(|[height, width]| height * width).unwrap_or([height, width])
+    }
+
+    /// Takes over from `then` what is not known to differ.
+    fn settle(&mut self, then: &Self) {
+        settle(&mut self.autoencoder, &then.autoencoder);
+        settle(&mut self.vocabulary, &then.vocabulary);
+        settle(&mut self.content, &then.content);
+        if !self.conditioning.differs(&then.conditioning) {
+            self.conditioning.clone_from(&then.conditioning);
+        }
+    }
+}
+
+/// Paths need not be UTF-8, JSON does.
+fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// What a run does beside training: intervals are in images, 0 = never.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Execution {
+    /// Where everything goes.
+    #[serde(serialize_with = "as_shown")]
+    pub outdir: PathBuf,
+    /// Images per micro-batch; changes results by rounding only.
+    pub batch_gpu: u64,
+    /// Interval of statistics.
+    pub status: u64,
+    /// Interval of the validation loss.
+    pub validate: u64,
+    /// Interval of sample grids.
+    pub grid: u64,
+    /// Whether statistics go into an event file of TensorBoard's too.
+    pub tensorboard: bool,
+    /// Interval of snapshots.
+    pub snapshot: u64,
+    /// Interval of checkpoints.
+    pub checkpoint: u64,
+    /// Checkpoints to keep.
+    pub keep: usize,
+    /// Whether a run that is gone on with keeps its ramp-up, as no other was asked for.
+    pub keep_rampup: bool,
+    /// Whether to begin anew, with what the directory has set aside.
+    pub restart: bool,
+    /// Device and number type, for people.
+    pub computed_on: String,
+}
+
+impl Execution {
+    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics;
+    /// fewer grids, so that all but the one at the end take a hundredth of the time at most (see [`grid::cost`]).
+    /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
+    pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
+        let every = |times: u64| (settings.duration / times).max(1);
+        let ([height, width], on_gpu) = (settings.data.largest(), device.runtime().is_some());
+        Self {
+            outdir: outdir.into(),
+            batch_gpu: memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
+            status: every(500),
+            validate: every(100),
+            grid: every(50).max(grid::SHARE.saturating_mul(grid::cost(settings, 0))),
+            tensorboard: false,
+            snapshot: every(10),
+            checkpoint: every(50),
+            keep: 3,
+            keep_rampup: true,
+            restart: false,
+            computed_on: device.to_string(),
+        }
+    }
+}
+
+/// What a model that learns from these images says of itself.
+pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
+    let header = data.header();
+    // Places of features have no names.
+    let tags = match header.conditioning {
+        Conditioning::Tags => data.vocabulary().tags(),
+        Conditioning::Features { .. } => &[],
+    };
+    ModelMeta {
+        height: header.height,
+        width: header.width,
+        encoder: if header.kind == Representation::Latents { Encoder::SdVae } else { Encoder::Rgb },
+        vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
+        conditioning: header.conditioning.clone(),
+        autoencoder: header.autoencoder.clone(),
+        data: data.fingerprint(),
+        seed: Some(seed),
+        source: header.source.clone(),
+        licence: header.licence.clone(),
+        ..ModelMeta::default()
+    }
+}
+
+/// What differs between two values of one type, a text for each field that does; a field within one has both names.
+fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> String) -> String {
+    let [a, b] = [a, b].map(|value| serde_json::to_value(value).unwrap_or_default());
+    let (mut text, mut others) = (String::new(), Vec::new());
+    each_difference("", &a, &b, &mut |key, a, b| {
+        let line = line(key, a, b);
+        // All are named, and as many as a message has room for shown.
+        if text.len() + line.len() < 150 || text.is_empty() {
+            text += &format!("{}{line}", if text.is_empty() { "" } else { "; " });
+        } else {
+            others.push(key.to_owned());
+        }
+    });
+    if others.is_empty() { text } else { format!("{text}; and {}", others.join(", ")) }
+}
+
+fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {
+    let file = |value: &Value| Identity::deserialize(value).ok();
+    let shown = |value: &Value| match value {
+        Value::Null => "not given".into(),
+        Value::String(text) => Fingerprint::deserialize(value).map_or_else(|_| text.clone(), |print| print.to_string()),
+        other => file(other).map_or_else(|| other.to_string(), |file| file.to_string()),
+    };
+    match (a, b) {
+        (Value::Object(fields), Value::Object(others)) if file(a).is_none() => {
+            let (a, b) = (fields, others);
+            for name in a.keys().chain(b.keys().filter(|name| !a.contains_key(*name))) {
+                let [a, b] = [a, b].map(|fields| fields.get(name).unwrap_or(&Value::Null));
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                each_difference(&key, a, b, each);
+            }
+        }
+        (a, b) if a != b => each(key, &shown(a), &shown(b)),
+        _ => {}
+    }
+}
+
+/// What every rank must have been given alike.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Given {
+    pub settings: Settings,
+    pub execution: Execution,
+}
+
+impl Given {
+    /// Whether this is what another rank was given; texts are JSON.
+    pub fn differences(ours: &str, theirs: &str) -> String {
+        let line = |key: &str, ours: &str, theirs: &str| format!("{key} is {theirs} there, {ours} here");
+        let (Ok(ours), Ok(mut theirs)) = (serde_json::from_str::<Self>(ours), serde_json::from_str::<Self>(theirs))
+        else {
+            return "it is another version".into();
+        };
+        // Where a file lies, and what it is called, does not matter.
+        if let (Some(ours), Some(init)) = (&ours.settings.init, &theirs.settings.init)
+            && !init.differs(ours)
+        {
+            theirs.settings.init = Some(ours.clone());
+        }
+        // Cards may have room for different numbers of images, and different numbers; not for other types of values.
+        theirs.execution.batch_gpu = ours.execution.batch_gpu;
+        let numbers =
+            |execution: &Execution| execution.computed_on.split_once(", ").map(|(_, numbers)| numbers.to_owned());
+        if numbers(&ours.execution) == numbers(&theirs.execution) {
+            theirs.execution.computed_on.clone_from(&ours.execution.computed_on);
+        }
+        let all =
+            [differing(&ours.settings, &theirs.settings, line), differing(&ours.execution, &theirs.execution, line)];
+        all.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
+    }
+}

@@ -1,0 +1,211 @@
+//! One optimizer step of a run, on all its ranks: micro-batches, the sum of their gradients, Adam; and what ranks tell each
+//! other after it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Event, Run, TrainError, ema};
+use crate::backend::{BackendError, Masks, Slot, Step, TrainingBackend, Values};
+use crate::collective::{Collective, CollectiveError, share};
+use crate::model::Precond;
+
+/// Adam's decay rates of the two moments.
+const BETAS: (f64, f64) = (0.9, 0.99);
+/// Adam's eps.
+const EPS: f64 = 1e-8;
+
+impl<B: TrainingBackend> Run<'_, '_, B> {
+    /// One optimizer step; returns its learning rate, and whether some rank is to stop.
+    pub(super) fn step(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<(f64, bool), TrainError> {
+        let s = self.settings;
+        let numel = |[h, w, c]: [usize; 3]| (h * w * c) as f64;
+        let usual = numel(self.data.train.shape());
+        let lr = s.learning_rate().at(self.state.nimg);
+        let end = self.state.nimg + s.batch;
+        let mut losses = Vec::new();
+        let mut seen = 0;
+        let own = share(s.batch, self.ranks.rank(), self.ranks.size());
+        while seen < (own.end - own.start) as usize {
+            let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
+            let [h, w, c] = batch.shape;
+            let mut first = 0;
+            while first < batch.n {
+                let n = self.batch_gpu.min(batch.n - first);
+                let b = &mut *self.backend;
+                let mut upload = |[h, w, c]: [usize; 3], values: &[f32]| {
+                    b.upload([n, h, w, c], &values[first * h * w * c..][..n * h * w * c])
+                };
+                let mut inputs = vec![upload([h, w, c], &batch.clean), upload([h, w, c], &batch.noisy)];
+                inputs.push(upload([1, 1, 1], &batch.sigma));
+                inputs.extend(batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)));
+                inputs.extend(batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)));
+                match micro_batch(b, &self.net, s.dropout, &inputs) {
+                    Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
+                    made => {
+                        losses.push((made?, usual / numel(batch.shape)));
+                        first += n;
+                    }
+                }
+            }
+            seen += batch.n;
+        }
+        if self.ranks.size() > 1 {
+            with_values(self.backend, Slot::Grad, |values| self.ranks.all_reduce(values))?;
+        }
+        let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
+        let stats = self.backend.optimizer_step(&Step {
+            lr,
+            betas: BETAS,
+            eps: EPS,
+            step: self.state.step + 1,
+            grad_scale: 1.0 / s.batch as f64,
+            rounds: self.rounds,
+            ema_betas: &betas,
+        })?;
+        // Only now: a device computes on while the host gets the next micro-batch ready.
+        let mut loss = 0.0;
+        for (per_image, weight) in losses {
+            loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
+        }
+        let said =
+            Said { loss, grad_norm: stats.grad_norm, stop: stop.load(Ordering::Relaxed), rounds: self.own_rounds() };
+        let said = said.of_all(self.ranks)?;
+        let loss: f64 = said.iter().map(|rank| rank.loss).sum();
+        self.rounds = said.iter().map(|rank| rank.rounds).max().unwrap_or(1);
+        self.state.nimg = end;
+        if !loss.is_finite() {
+            return Err(self.diverged(format!("the loss is {loss}")));
+        }
+        self.state.step += 1;
+        self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
+        let sums = &mut self.state.sums;
+        sums.nonfinite += stats.nonfinite;
+        // One overflow would hide all other steps of the interval.
+        if stats.grad_norm.is_finite() {
+            sums.images += s.batch;
+            sums.steps += 1;
+            sums.loss += loss / usual;
+            sums.grad_norm += stats.grad_norm;
+        }
+        Ok((lr, said.iter().any(|rank| rank.stop)))
+    }
+
+    /// Micro-batches of a step on the rank with the largest share, if all took as many images at a time as this one.
+    fn own_rounds(&self) -> usize {
+        let largest = self.settings.batch.div_ceil(self.ranks.size() as u64) as usize;
+        largest.div_ceil(self.batch_gpu)
+    }
+
+    /// The same of all ranks: the most.
+    pub(super) fn agreed_rounds(&mut self) -> Result<usize, CollectiveError> {
+        let own = Said { loss: 0.0, grad_norm: 0.0, stop: false, rounds: self.own_rounds() };
+        Ok(own.of_all(self.ranks)?.iter().map(|rank| rank.rounds).max().unwrap_or(1))
+    }
+
+    /// Takes fewer images at a time from here on, as the device has no memory for `n`.
+    fn halve(&mut self, n: usize, why: &BackendError, event: &mut dyn FnMut(Event)) {
+        // The step at hand counts as many rounds as all ranks do; the next one has more.
+        self.batch_gpu = n.div_ceil(2);
+        event(Event::Note(format!("warning: {why}; going on with --batch-gpu {}", self.batch_gpu)));
+    }
+}
+
+/// What a rank says after a step.
+struct Said {
+    /// Sum over its images, of each as if it had as many elements as the most frequent size has.
+    loss: f64,
+    grad_norm: f64,
+    stop: bool,
+    rounds: usize,
+}
+
+impl Said {
+    /// What all say, in their order. The gradients were the same on all, and so must be what each makes of them: a rank
+    /// that has lost its way would go on unseen.
+    fn of_all(&self, ranks: &mut dyn Collective) -> Result<Vec<Self>, CollectiveError> {
+        let own = [self.loss.to_bits(), self.grad_norm.to_bits(), u64::from(self.stop), self.rounds as u64];
+        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let all = ranks.gather(&bytes)?;
+        let said = |said: &Vec<u8>| {
+            let [loss, grad_norm, stop, rounds] = said.as_chunks::<8>().0 else { return None };
+            let [loss, grad_norm] = [loss, grad_norm].map(|bits| f64::from_le_bytes(*bits));
+            Some(Self {
+                loss,
+                grad_norm,
+                stop: u64::from_le_bytes(*stop) > 0,
+                rounds: u64::from_le_bytes(*rounds) as usize,
+            })
+        };
+        let all: Option<Vec<Self>> = all.iter().map(said).collect();
+        let all = all.ok_or_else(|| CollectiveError::Differs("ranks are at different steps".into()))?;
+        let bits = all[0].grad_norm.to_bits();
+        match all.iter().position(|rank| rank.grad_norm.to_bits() != bits) {
+            None => Ok(all),
+            Some(rank) => Err(CollectiveError::Differs(format!(
+                "rank {rank} computes otherwise than rank 0: the gradient's norm is {:e} there, {:e} here (cards of one kind, \
+                 and one edm2k, compute alike)",
+                all[rank].grad_norm, all[0].grad_norm
+            ))),
+        }
+    }
+}
+
+/// The plan of a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MicroBatch {
+    /// See [`Settings::dropout`](super::Settings::dropout).
+    pub dropout: f64,
+}
+
+/// Forward and backward of clean images, noisy ones, noise levels, with dropout the keys of its masks, and (unless
+/// unconditional) labels; the loss of each image. The gradients add up in the backend.
+pub fn micro_batch<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    dropout: f64,
+    inputs: &[B::Tensor],
+) -> Result<B::Tensor, BackendError> {
+    let mut made = b.planned::<BackendError>(&MicroBatch { dropout }, inputs, &mut |b, inputs| {
+        let (images, rest) = inputs.split_at(3);
+        let (keys, labels) = rest.split_at(usize::from(dropout > 0.0));
+        let masks = keys.first().map(|keys| Masks { keys: keys.clone(), rate: dropout });
+        let pass = net.train_forward(b, &images[0], &images[1], &images[2], labels.first(), masks.as_ref());
+        let per_image = pass.per_image.clone();
+        net.backward(b, pass);
+        Ok(vec![per_image])
+    })?;
+    Ok(made.swap_remove(0))
+}
+
+/// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs. Where its
+/// gradients matter, they are to be cleared.
+///
+/// # Errors
+/// The device does not have the memory.
+pub fn rehearse<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    dropout: f64,
+    [n, h, w]: [usize; 3],
+) -> Result<(), BackendError> {
+    let dim = net.config.label_dim;
+    let image = b.upload([n, h, w, net.config.img_channels], &vec![0.0; n * h * w * net.config.img_channels]);
+    let mut inputs = vec![image.clone(), image, b.upload([n, 1, 1, 1], &vec![1.0; n])];
+    inputs.extend((dropout > 0.0).then(|| b.upload([n, 1, 1, 2], &vec![0.0; 2 * n])));
+    inputs.extend((dim > 0).then(|| b.upload([n, 1, 1, dim], &vec![0.0; n * dim])));
+    micro_batch(b, net, dropout, &inputs).map(|_| ())
+}
+
+/// Gives the values of a slot to a call of all ranks.
+pub(super) fn with_values<B: TrainingBackend>(
+    backend: &mut B,
+    slot: Slot,
+    mut call: impl FnMut(Values) -> Result<(), CollectiveError>,
+) -> Result<(), TrainError> {
+    let mut done = Ok(());
+    backend.exchange(slot, &mut |values| {
+        if done.is_ok() {
+            done = call(values);
+        }
+    })?;
+    Ok(done?)
+}
