@@ -873,6 +873,42 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     assert!(content(&out) == state && !out.join("pending").exists());
 }
 
+/// New tags would go onto old pictures.
+#[test]
+fn a_dataset_of_other_pictures_is_neither_added_to_nor_retagged() {
+    let shop = grown();
+    let out = shop.dir.path().join("out");
+    let there = files(&out);
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    let refused = |what: &str| {
+        let tries =
+            [add(&shop.folder(), &shop.settings(), None, &|_| ()), retag(&shop.folder(), &shop.settings(), &|_| ())];
+        for error in tries.map(|tried| tried.unwrap_err().to_string()) {
+            assert!(error.contains(": made when ") && error.contains("; give it an id of its own"), "{what}: {error}");
+        }
+        assert!(files(&out) == there, "{what}");
+    };
+    // One that is newer than its shard.
+    let (path, bytes) = (shop.file("7.png"), fs::read(shop.file("7.png")).unwrap());
+    solid(18, 18, [1, 2, 3]).save(&path).unwrap();
+    refused("replaced");
+    fs::write(&path, &bytes).unwrap();
+    // Two that have each other's names.
+    let (other, old) = (shop.file("10.png"), fs::read(shop.file("10.png")).unwrap());
+    fs::write(&path, &old).unwrap();
+    fs::write(&other, &bytes).unwrap();
+    refused("exchanged");
+    fs::write(&path, &bytes).unwrap();
+    fs::write(&other, &old).unwrap();
+    // All of them, older than the shards.
+    for id in (0..40).map(|i| i * 3 - 20) {
+        let path = shop.file(&format!("{id}.png"));
+        solid(18, 18, [1, 2, id as u8]).save(&path).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_modified(long_ago).unwrap();
+    }
+    refused("of another folder");
+}
+
 #[test]
 fn the_command_adds_and_retags() {
     let shop = grown();

@@ -258,7 +258,7 @@ fn runs_and_checkpoints_tell_how_far_they_are() {
     info(&["--check", name]).success().stdout(contains("checked        all tensors are whole"));
     let about = json(&[name]);
     assert_eq!((about["kind"].as_str(), about["state"]["nimg"].as_u64()), (Some("checkpoint"), Some(16)));
-    refused_in_one_line(info(&["--check", shown]));
+    info(&["--check", shown]).success().stdout(contains("checked        all checkpoints are whole"));
 
     // A flipped bit is found by who reads all of it.
     let good = fs::read(&newest).unwrap();
@@ -267,6 +267,8 @@ fn runs_and_checkpoints_tell_how_far_they_are() {
     bad[middle] ^= 1;
     fs::write(&newest, &bad).unwrap();
     assert!(refused_in_one_line(info(&["--check", name])).contains("damaged: checksum of tensor "));
+    let checked = info(&["--check", shown]).code(1).stdout(contains("damaged: checksum of tensor "));
+    checked.stderr(contains("1 of 2 checkpoints are damaged"));
     // One in the metadata by everybody; the run has an older checkpoint.
     let at = good.windows(8).position(|bytes| bytes == br#"\"nimg\""#).unwrap();
     let mut bad = good.clone();

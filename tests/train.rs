@@ -1087,6 +1087,41 @@ fn a_second_ctrl_c_quits_at_once() {
     assert_eq!(checkpoints(&place.path("run")).len(), 0);
 }
 
+/// `edm2k train | less`, and nobody scrolls.
+#[test]
+fn a_second_ctrl_c_quits_where_nobody_reads_what_is_printed() {
+    let place = Place::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut command = place.train("run", &ENDLESS.replace("--status 0", "--status 8"));
+    heeding(&mut command, None).stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let written = || fs::metadata(place.path("run/stats.jsonl")).map_or(0, |about| about.len());
+    // Until the pipe is full.
+    let mut before = 0;
+    let begun = Instant::now();
+    while before == 0 || written() != before {
+        assert!(begun.elapsed() < Duration::from_secs(100), "the run does not begin, or does not wait for its reader");
+        before = written();
+        sleep(Duration::from_secs(1));
+    }
+    signal(&child, "-INT");
+    sleep(Duration::from_millis(300));
+    assert_eq!(child.try_wait().unwrap(), None);
+    signal(&child, "-INT");
+    let begun = Instant::now();
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if begun.elapsed() > Duration::from_secs(10) => break None,
+            None => sleep(Duration::from_millis(10)),
+        }
+    };
+    drop(reader);
+    let _ = child.kill();
+    assert_eq!(status.and_then(|status| status.code()), Some(130));
+}
+
 #[test]
 fn a_signal_that_the_parent_ignores_stays_ignored() {
     let place = Place::new();

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{ErrorKind, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -59,9 +60,15 @@ fn only_files_are_replaced_and_their_permissions_stay() {
     fs::create_dir(path("folder")).unwrap();
     assert!(Command::new("mkfifo").arg(path("pipe")).status().unwrap().success());
     symlink("/dev/null", path("device")).unwrap();
-    for (name, message) in
-        [("folder", "it is a directory"), ("pipe", "not a regular file"), ("device", "not a regular file")]
-    {
+    // As /dev/stdout does, whatever that is at the moment.
+    let redirected = fs::File::create(path("redirected")).unwrap();
+    symlink(format!("/proc/self/fd/{}", redirected.as_raw_fd()), path("stdout")).unwrap();
+    for (name, message) in [
+        ("folder", "it is a directory"),
+        ("pipe", "not a regular file"),
+        ("device", "not a regular file"),
+        ("stdout", "it stands for an open file"),
+    ] {
         let error = put(&path(name), "new").unwrap_err();
         assert!(error.to_string().contains(message), "{name}: {error}");
         assert!(Claim::new(&path(name), true).is_err(), "{name}");
@@ -75,7 +82,7 @@ fn only_files_are_replaced_and_their_permissions_stay() {
         assert!(path("link").symlink_metadata().unwrap().is_file());
         fs::remove_file(path("link")).unwrap();
     }
-    assert_eq!(names(dir.path()), ["device", "folder", "pipe", "private", "private.tmp"]);
+    assert_eq!(names(dir.path()), ["device", "folder", "pipe", "private", "private.tmp", "redirected", "stdout"]);
     assert_eq!(fs::read(path("private")).unwrap(), b"new");
     // The longest name that file systems take.
     put(&path(&"n".repeat(255)), "long").unwrap();

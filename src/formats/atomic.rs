@@ -146,7 +146,7 @@ impl DirLock {
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false);
-            let file = system::no_follow(&mut options).open(&path).at(dir)?;
+            let file = system::no_follow(&mut options).open(&path).at(&path)?;
             let guarded = match lock(&file) {
                 Ok(()) => true,
                 Err(TryLockError::WouldBlock) => return Err(LockError::Busy { dir: dir.into() }),

@@ -172,8 +172,10 @@ impl Config {
         range("num_blocks", self.num_blocks, 1, 64)?;
         range("channels_per_head", self.channels_per_head, 1, 512)?;
         range("logvar_channels", self.logvar_channels, 1, 4096)?;
-        for &m in self.channel_mult.iter().chain(&self.channel_mult_noise).chain(&self.channel_mult_emb) {
-            range("channel_mult", m, 1, 64)?;
+        let mults = self.channel_mult.iter().map(|m| ("channel_mult", m));
+        let mults = mults.chain(self.channel_mult_noise.iter().map(|m| ("channel_mult_noise", m)));
+        for (name, &m) in mults.chain(self.channel_mult_emb.iter().map(|m| ("channel_mult_emb", m))) {
+            range(name, m, 1, 64)?;
         }
         let divisor = 1 << (self.channel_mult.len() - 1);
         if !self.img_resolution.is_multiple_of(divisor) {

@@ -55,7 +55,7 @@ pub struct InfoArgs {
     /// Image or latent that the multiply-adds are counted for [default: what the model was made for]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
-    /// Read all of a dataset, a shard or a checkpoint and compare it with the checksums that it was written with
+    /// Read all of a dataset, a shard, a checkpoint or a run's checkpoints and compare it with the checksums that it was written with
     #[arg(long, requires = "path")]
     check: bool,
     /// One JSON object instead of text
@@ -252,8 +252,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         Ok(())
     };
     if path.is_dir() && run::is_one(path)? {
-        unchecked("a run")?;
-        return run::show(path, args.json);
+        return run::show(path, args.check, args.json);
     }
     if path.is_dir() || ends("zip") {
         return DatasetInfo::open(path, args.check)?.show(args.json);

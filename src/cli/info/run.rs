@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use anyhow::ensure;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -44,12 +45,18 @@ struct Run {
     latest: Map<String, Value>,
 }
 
-/// Shows a run. Of its checkpoints the metadata alone is read.
-pub fn show(dir: &Path, json: bool) -> anyhow::Result<()> {
+/// Shows a run. Of its checkpoints the metadata alone is read; with `check` all of them, and an error is that one is damaged.
+pub fn show(dir: &Path, check: bool, json: bool) -> anyhow::Result<()> {
     let (mut state, mut damaged, mut checkpoints) = (None, Vec::new(), Vec::new());
     for path in checkpoint::list(dir).at(dir)? {
         checkpoints.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
-        match Checkpoint::open(&path) {
+        let whole = |checkpoint: Checkpoint| {
+            if check {
+                checkpoint.check(&checkpoint.network()?.1)?;
+            }
+            Ok(checkpoint)
+        };
+        match Checkpoint::open(&path).and_then(whole) {
             Ok(checkpoint) => state = state.or(Some(checkpoint.state)),
             Err(why @ CheckpointError::Damaged { .. }) => damaged.push(why.to_string()),
             Err(why) => return Err(why.into()),
@@ -59,26 +66,36 @@ pub fn show(dir: &Path, json: bool) -> anyhow::Result<()> {
     let latest = if path.is_file() { stats::latest(&path).at(&path)? } else { Map::new() };
     let snapshots = names(dir, "snapshot-", ".safetensors")?;
     let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest };
-    if json {
-        out!("{}", serde_json::to_value(&run)?);
-        return Ok(());
+    match json {
+        true => out!("{}", serde_json::to_value(&run)?),
+        false => run.show(check),
     }
-    match &run.state {
-        Some(state) => show_state(state),
-        None => out!(
-            "trained on     {} images, and no whole checkpoint to go on from",
-            run.latest.get("nimg").unwrap_or(&json!(0))
-        ),
-    }
-    for (key, what) in [("loss", "loss"), ("validation_loss", "validation"), ("images_per_s", "speed")] {
-        if let Some(value) = run.latest.get(key).and_then(Value::as_f64) {
-            out!("{what:15}{value:.5}{}", if key == "images_per_s" { " images/s" } else { "" });
+    let (damaged, all) = (run.damaged.len(), run.checkpoints.len());
+    ensure!(!check || damaged == 0, "{}: {damaged} of {all} checkpoints are damaged", dir.display());
+    Ok(())
+}
+
+impl Run {
+    fn show(&self, check: bool) {
+        match &self.state {
+            Some(state) => show_state(state),
+            None => out!(
+                "trained on     {} images, and no whole checkpoint to go on from",
+                self.latest.get("nimg").unwrap_or(&json!(0))
+            ),
+        }
+        for (key, what) in [("loss", "loss"), ("validation_loss", "validation"), ("images_per_s", "speed")] {
+            if let Some(value) = self.latest.get(key).and_then(Value::as_f64) {
+                out!("{what:15}{value:.5}{}", if key == "images_per_s" { " images/s" } else { "" });
+            }
+        }
+        out!("checkpoints    {}{}", self.checkpoints.len(), newest(self.checkpoints.first()));
+        self.damaged.iter().for_each(|why| out!("damaged        {why}"));
+        out!("snapshots      {}{}", self.snapshots.len(), newest(self.snapshots.last()));
+        if check && self.damaged.is_empty() {
+            out!("checked        all checkpoints are whole");
         }
     }
-    out!("checkpoints    {}{}", run.checkpoints.len(), newest(run.checkpoints.first()));
-    run.damaged.iter().for_each(|why| out!("damaged        {why}"));
-    out!("snapshots      {}{}", run.snapshots.len(), newest(run.snapshots.last()));
-    Ok(())
 }
 
 fn newest(name: Option<&String>) -> String {
