@@ -37,6 +37,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -350,6 +351,11 @@ class Place:
         (self.dir / "a.bmp").write_bytes(bmp(16, 16, r.randbytes(768)))
         (self.dir / "a.png").write_bytes(png(16, 16, r.randbytes(768)))
         (self.dir / "meta.jsonl").write_text("\n".join(lines) + "\n")
+        with zipfile.ZipFile(self.dir / "edm2.zip", "w") as archive:
+            names = [f"00000/img{i:08}.png" for i in range(24)]
+            for i, name in enumerate(names):
+                archive.write(self.dir / f"pics/{i}.png", name)
+            archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 5] for i, name in enumerate(names)]}))
         (self.dir / "config.json").write_text(CONFIG)
         values = [r.random() for _ in range(48 * 5)]
         (self.dir / "f.npy").write_bytes(npy("<f4", (48, 5), struct.pack("<240f", *values)))
@@ -740,6 +746,12 @@ class Campaign:
                 "info --check sizes",
                 f"{train('out/r', 'sizes')} --duration 16",
             ),
+            "archive": (
+                "edm2.zip",
+                "info edm2.zip",
+                "info --check edm2.zip",
+                f"{train('out/r', 'edm2.zip')} --duration 16",
+            ),
             "vocabulary": ("data/vocabulary.json", "condition tags --data data", "info data"),
             "checkpoint": (f"run/{checkpoint}", f"{train('run')} --duration 72"),
             "statistics": ("run/stats.jsonl", f"{train('run')} --duration 72"),
@@ -789,6 +801,9 @@ class Campaign:
             if safetensors(directory / "run" / end) != self.undamaged(arguments, end):
                 self.add("different")
                 self.fail("damage", number, "a run that goes on from a damaged checkpoint ends otherwise", result.text)
+        if kind == "archive" and "--check" in arguments and result.code == 0 and not whole_archive(path):
+            self.add("different")
+            self.fail("damage", number, "a damaged archive is said to be whole", result.text)
         self.add("damaged files")
         self.add("refused" if result.code else "taken")
         what = complaint(result)
@@ -896,6 +911,15 @@ def mutate(r, data):
                 other = DIGITS if kind == 8 else [*WORDS, r.choice(found).group()]
                 data[match.start() : match.end()] = r.choice(other)
     return bytes(data)
+
+
+def whole_archive(path):
+    """Whether Python's reader finds nothing wrong with a zip's entries, or cannot read it at all."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:
+        return True
 
 
 def with_checksums(data):

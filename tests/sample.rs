@@ -699,9 +699,22 @@ fn conditions_of_another_vocabulary_are_refused() {
     model.meta.conditioning = Dataset::open(&bench.path("dense"), Split::Train).unwrap().header().conditioning.clone();
     save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32)
         .unwrap();
-    run("sample --model f-m.safetensors --steps 2 --outdir f --row dense:2")
-        .success()
-        .stderr(predicates::str::contains("warning: dense: nobody said what made its features"));
+    let doubts = |line: &str, name: &str| {
+        let said = run(line).success().get_output().stderr.clone();
+        String::from_utf8_lossy(&said).contains(&format!("warning: {name}: nobody said what made its features"))
+    };
+    run("condition train --data dense --out f-c.safetensors --epochs 1").success();
+    let sample = "sample --model f-m.safetensors --steps 2 --outdir";
+    let (row, eval) =
+        (format!("{sample} f --row dense:2"), "eval --model f-m.safetensors --split train --data dense --images 1");
+    assert!(doubts(&row, "dense") && doubts(eval, "dense"));
+    let invent = format!("{sample} g --random-conditions 1 --condition-model f-c.safetensors");
+    assert!(doubts(&invent, "f-c.safetensors"));
+    // Of the dataset that a model learned from they are what it knows.
+    model.meta.data = Dataset::open(&bench.path("dense"), Split::Train).unwrap().fingerprint();
+    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32)
+        .unwrap();
+    assert!(!doubts(&row.replace(" f ", " h "), "dense") && !doubts(eval, "dense"));
     bench.sample("--outdir b --conditions same-c.safetensors").success();
     bench.sample("--outdir c --random-conditions 1 --condition-model same.safetensors").success();
     run("condition sample --model same.safetensors --data same").success();

@@ -121,7 +121,8 @@ impl Settings {
         if self.schedule != Schedule::Linear {
             other.duration = self.duration;
         }
-        let why = |key| if key == "duration" { ", which decides the learning rates of --schedule linear" } else { "" };
+        let why =
+            |key: &str| if key == "duration" { ", which decides the learning rates of --schedule linear" } else { "" };
         differing(self, &other, |key, then, now| format!("{key} was {then}, now {now}{}", why(key)))
     }
 }
