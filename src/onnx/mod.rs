@@ -36,8 +36,8 @@ const MAX_SIDE: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum OnnxError {
-    #[error("this edm2k was built without ONNX (cargo feature `onnx`)")]
-    NotBuilt,
+    #[error("{}: this edm2k was built without ONNX (cargo feature `onnx`)", path.display())]
+    NotBuilt { path: PathBuf },
     #[error(transparent)]
     Io(#[from] FileError),
     #[error("{}: not an ONNX file: {what}", path.display())]
@@ -223,11 +223,11 @@ mod tract {
         }
     }
 
-    pub fn open(_: &Path, _: Wanted, _: Option<[usize; 2]>) -> Result<Network, OnnxError> {
-        Err(OnnxError::NotBuilt)
+    pub fn open(path: &Path, _: Wanted, _: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+        Err(OnnxError::NotBuilt { path: path.into() })
     }
 
-    pub fn about(_: &Path) -> Result<About, OnnxError> {
-        Err(OnnxError::NotBuilt)
+    pub fn about(path: &Path) -> Result<About, OnnxError> {
+        Err(OnnxError::NotBuilt { path: path.into() })
     }
 }

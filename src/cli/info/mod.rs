@@ -7,7 +7,7 @@ mod run;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde::Serialize;
 
 use edm2k::backend::DeviceError;
@@ -260,7 +260,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     let head = input::head(&input::open(path).at(path)?).at(path)?;
     if ends("onnx") || input::kind(&head).is_some_and(|kind| kind.contains("ONNX")) {
         unchecked("an ONNX file")?;
-        return parts::onnx(path, args.json).with_context(|| path.display().to_string());
+        return parts::onnx(path, args.json);
     }
     let file = weights::open(path)?;
     if let Some(header) = Header::of(&file)? {

@@ -170,7 +170,9 @@ impl<'a, S: Source> Learning<'a, S> {
     /// # Errors
     /// [`VaeError::OtherTraining`] says what differs; [`VaeError::Damaged`].
     pub fn load(path: &Path, source: &'a S, how: &Training, data: Option<Fingerprint>) -> Result<Self, VaeError> {
-        let damaged = |what: String| VaeError::Damaged { path: path.into(), what };
+        // The file is named once.
+        let name = format!("{}: ", path.display());
+        let damaged = |what: String| VaeError::Damaged { path: path.into(), what: what.replacen(&name, "", 1) };
         let file = SafeFile::open(path).map_err(|why| damaged(why.to_string()))?;
         let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
         let then: Progress = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
