@@ -690,8 +690,8 @@ fn conditions_of_another_vocabulary_are_refused() {
     }
     bench.sample("--outdir a --row same:2").success();
     // Of features nobody may have said what made them.
-    let (ids, features): (Vec<u8>, Vec<u8>) =
-        ((2..7i64).flat_map(i64::to_le_bytes).collect(), [1.0f32.to_le_bytes(); 25].concat());
+    let ids: Vec<u8> = (2..7i64).flat_map(i64::to_le_bytes).collect();
+    let features: Vec<u8> = (0..25u8).flat_map(|i| (1.0 + f32::from(i % 7)).to_le_bytes()).collect();
     let both = [("ids", Dtype::I64, &[5][..], &ids[..]), ("features", Dtype::F32, &[5, 5][..], &features[..])];
     safetensors::write(bench.path("f.safetensors"), &both, &HashMap::new()).unwrap();
     run("prepare --images images --metadata same.jsonl --out dense --size 16x16 --features f.safetensors").success();
