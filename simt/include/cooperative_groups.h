@@ -5,24 +5,24 @@
 namespace cooperative_groups {
 
 struct thread_block {
-    static unsigned thread_rank() { return (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x; }
-    static unsigned size() { return blockDim.x * blockDim.y * blockDim.z; }
+    static unsigned thread_rank() { return (simt::view()->thread.z * simt::view()->block_dim.y + simt::view()->thread.y) * simt::view()->block_dim.x + simt::view()->thread.x; }
+    static unsigned size() { return simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z; }
     static unsigned num_threads() { return size(); }
-    static dim3 group_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
-    static dim3 thread_index() { return {threadIdx.x, threadIdx.y, threadIdx.z}; }
-    static dim3 dim_threads() { return blockDim; }
-    static dim3 group_dim() { return blockDim; }
+    static dim3 group_index() { return {simt::view()->block.x, simt::view()->block.y, simt::view()->block.z}; }
+    static dim3 thread_index() { return {simt::view()->thread.x, simt::view()->thread.y, simt::view()->thread.z}; }
+    static dim3 dim_threads() { return simt::view()->block_dim; }
+    static dim3 group_dim() { return simt::view()->block_dim; }
     void sync(SIMT_WHERE) const { __syncthreads(at); }
 };
 inline thread_block this_thread_block() { return {}; }
 
 // Of all blocks. Blocks run one after the other: only a grid of one block can wait for itself.
 struct grid_group {
-    static unsigned long long block_rank() { return (blockIdx.z * (unsigned long long)gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
+    static unsigned long long block_rank() { return (simt::view()->block.z * (unsigned long long)simt::view()->grid_dim.y + simt::view()->block.y) * simt::view()->grid_dim.x + simt::view()->block.x; }
     static unsigned long long thread_rank() { return block_rank() * thread_block::size() + thread_block::thread_rank(); }
-    static unsigned long long size() { return (unsigned long long)gridDim.x * gridDim.y * gridDim.z * thread_block::size(); }
+    static unsigned long long size() { return (unsigned long long)simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z * thread_block::size(); }
     void sync(SIMT_WHERE) const {
-        if (gridDim.x * gridDim.y * gridDim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
+        if (simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
         __syncthreads(at);
     }
     static bool is_valid() { return true; }

@@ -153,8 +153,6 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
         return {atomicAdd(&p->x, v.x, at), atomicAdd(&p->y, v.y, at), atomicAdd(&p->z, v.z, at), atomicAdd(&p->w, v.w, at)}; \
     }
 namespace simt {
-template <class T> struct Same { using type = T; };
-template <class T> using Plain = typename Same<T>::type;  // of which no T is deduced
 template <class T> constexpr bool is_16_bytes = sizeof(T) == 16 && alignof(T) >= 16 && std::is_trivially_copyable_v<T>;
 template <class T> constexpr bool has_atomic_cas = is_16_bytes<T> || std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
     std::is_same_v<T, unsigned short> || std::is_same_v<T, unsigned long long>;

@@ -235,6 +235,9 @@ struct Config {
 };
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
 
+template <class T> struct Same { using type = T; };
+template <class T> using Plain = typename Same<T>::type;  // of which no T is deduced
+
 // A literal 0 among a launch's arguments.
 struct Zero {
     template <class T> operator T() const { return T(0); }
@@ -255,6 +258,12 @@ void launch(const char* name, const Config& config, F call, A&&... arguments) {
     static_assert(sizeof(C) <= 32764, "at most 32764 bytes of arguments");
     const C packed = {call, std::tuple<std::decay_t<A>...>(arguments...)};
     run(name, config, C::thunk, &packed, sizeof packed);
+}
+
+// Of a kernel that is no template's: its parameters say what an argument in braces is.
+template <class... P>
+void launch_as(const char* name, const Config& config, void (*kernel)(P...), Plain<std::decay_t<P>>... arguments) {
+    launch(name, config, [=](auto... a) { kernel(a...); }, arguments...);
 }
 
 template <class... A>
@@ -301,10 +310,13 @@ struct Register {
 
 // ---- built-in variables and functions -------------------------------------------------------
 
+// simt-check's source step puts these in their places, so that a program's own variables may have the names.
+#if !defined(SIMT_SOURCE_STEP) && !defined(SIMT_RUNTIME)
 #define threadIdx (simt::view()->thread)
 #define blockIdx (simt::view()->block)
 #define blockDim (simt::view()->block_dim)
 #define gridDim (simt::view()->grid_dim)
+#endif
 constexpr int warpSize = 32;
 
 #include "functions.h"

@@ -236,6 +236,7 @@ struct Compiler {
         // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
         // of theirs be one of its names; those with an underscore are for system headers.
         std::ostringstream text_of_prelude;
+        text_of_prelude << "#define SIMT_SOURCE_STEP 1\n";
         vector<string> words;
         // To read cooperative_groups.h costs a third of a small file's time: for files that name it.
         const bool groups = read_file(source).find("cooperative_groups") != string::npos;
@@ -270,6 +271,7 @@ struct Compiler {
         const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
         translate::Result result = translated(source, made, {});
         if (result.special_functions) result = translated(source, made, "-DSIMT_SPECIAL_FUNCTIONS");
+        if (!result.missing.empty()) throw Impossible{result.missing[0] + "\n"};
         for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
         std::ofstream(made, std::ios::binary) << result.text;
         return made;
@@ -449,7 +451,7 @@ static const vector<Rule> kRules = {
     {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: "}},
     {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
     {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
-    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch"}},
+    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch", "cudaFree", "cudaEvent", "cudaDevice"}},
     {"misaligned", "An address that is not a multiple of what the access needs", {"misaligned", "not aligned", "not a multiple of"}},
     {"constant", "A write to a __constant__ variable", {"of the __constant__ variable"}},
     {"out-of-bounds", "An access beyond an array, an allocation or a device's memory", {"out of bounds", "out of the array's bounds", "illegal access", "not in shared memory"}},

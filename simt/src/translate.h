@@ -4,6 +4,7 @@
 //   asm("cp.async...", ...)             the emulator's twins of PTX instructions
 //   extern __shared__ float s[];        extern __shared__ float s[] asm("smem");
 //                                       in a template: a reference to the block's dynamic shared memory
+//   threadIdx.x                         simt::view()->thread.x
 //   __constant__ float taps[7];         the same, and a line that says where it is
 //
 // Lines stay where they are, and headers of the system and of simt as they are.
@@ -23,6 +24,7 @@ using std::string;
 struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
+    std::vector<string> missing;  // "file:line: error: name: what the emulator has not"
     bool special_functions = false;  // whether it may call some of C++17's
 };
 
@@ -121,11 +123,11 @@ class Ptx {
     string value(string token) const {
         token = trim(token);
         static const std::map<string, string> special = {
-            {"laneid", "uint32_t(simt::lane())"}, {"warpid", "(threadIdx.x / 32)"}, {"smid", "0u"}, {"nsmid", "4u"},
+            {"laneid", "uint32_t(simt::lane())"}, {"warpid", "(simt::view()->thread.x / 32)"}, {"smid", "0u"}, {"nsmid", "4u"},
             {"clock", "uint32_t(clock64())"}, {"clock64", "uint64_t(clock64())"}, {"globaltimer", "uint64_t(clock64())"},
-            {"tid.x", "threadIdx.x"}, {"tid.y", "threadIdx.y"}, {"tid.z", "threadIdx.z"}, {"ntid.x", "blockDim.x"},
-            {"ctaid.x", "blockIdx.x"}, {"ctaid.y", "blockIdx.y"}, {"ctaid.z", "blockIdx.z"}, {"nctaid.x", "gridDim.x"},
-            {"lanemask_lt", "((1u << simt::lane()) - 1)"}};
+            {"lanemask_eq", "(1u << simt::lane())"}, {"lanemask_lt", "((1u << simt::lane()) - 1)"}, {"lanemask_le", "(~0u >> (31 - simt::lane()))"},
+            {"lanemask_gt", "~(~0u >> (31 - simt::lane()))"}, {"lanemask_ge", "~((1u << simt::lane()) - 1)"}};
+        static const std::map<string, string> vectors = {{"tid", "thread"}, {"ntid", "block_dim"}, {"ctaid", "block"}, {"nctaid", "grid_dim"}};
         if (token[0] == '%') {
             const string name = token.substr(token.find_first_not_of('%'));
             if (isdigit((unsigned char)name[0])) return size_t(stoi(name)) < operands.size() ? operands[stoi(name)] : "0";
@@ -133,6 +135,8 @@ class Ptx {
                 auto it = names.find(name.substr(1, name.size() - 2));
                 return it == names.end() ? "0" : operands[stoi(it->second)];
             }
+            if (name.size() > 2 && name[name.size() - 2] == '.')
+                if (const auto v = vectors.find(name.substr(0, name.size() - 2)); v != vectors.end()) return "(simt::view()->" + v->second + "." + name.back() + ")";
             auto it = special.find(name);
             if (it == special.end() && declarations.find(" simt_" + name + " ") == declarations.npos) unknown = token;
             return it == special.end() ? "simt_" + name : it->second;
@@ -308,7 +312,7 @@ class Ptx {
         }
         if ((name == "bar" || name == "barrier") && has(op, "sync") && n >= 1) {
             if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
-            return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
+            return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z") + "), {});";
         }
         if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? "simt::fence(false);" : "simt::fence();";
         if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
@@ -373,6 +377,20 @@ inline bool is_special_function(const string& word) {
     static const char* const beginnings[] = {"assoc_l", "beta", "comp_ellint_", "cyl_bessel_", "cyl_neumann", "ellint_", "expint", "hermite",
         "laguerre", "legendre", "riemann_zeta", "sph_"};
     return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
+}
+
+// What of CUDA the emulator has not, by how the names begin; else nothing.
+inline const char* missing_part(const string& word) {
+    static const std::pair<const char*, const char*> parts[] = {
+        {"cudaGraphics", "graphics interoperability"}, {"cudaGraph", "graphs"}, {"cudaStreamBeginCapture", "graphs"}, {"cudaStreamEndCapture", "graphs"},
+        {"cudaTexture", "textures"}, {"cudaCreateTexture", "textures"}, {"cudaBindTexture", "textures"}, {"tex1D", "textures"}, {"tex2D", "textures"},
+        {"tex3D", "textures"}, {"texCubemap", "textures"}, {"cudaSurface", "surfaces"}, {"cudaCreateSurface", "surfaces"}, {"surf1D", "surfaces"},
+        {"surf2D", "surfaces"}, {"surf3D", "surfaces"}, {"cudaMallocArray", "arrays for textures"}, {"cudaMalloc3DArray", "arrays for textures"},
+        {"cudaMallocMipmapped", "arrays for textures"}, {"cudaIpc", "memory between processes"}, {"cudaMemPool", "memory pools"},
+        {"cudaImportExternal", "external memory"}};
+    for (const auto& [beginning, part] : parts)
+        if (word.compare(0, strlen(beginning), beginning) == 0) return part;
+    return nullptr;
 }
 
 enum class Scope { file, in_template, other };
@@ -460,15 +478,76 @@ inline size_t open_before(const string& s, size_t i) {
     }
 }
 
+// threadIdx and its like become what they stand for, but where the program has a variable of its own by that name:
+// "dim3 gridDim(8), blockDim(32);" hides the built-in one until its braces close.
+inline string with_built_in(const string& s, const std::function<bool(const string&)>& skipped) {
+    static const std::map<string, string> built_in = {{"threadIdx", "(simt::view()->thread)"}, {"blockIdx", "(simt::view()->block)"},
+        {"blockDim", "(simt::view()->block_dim)"}, {"gridDim", "(simt::view()->grid_dim)"}};
+    string out;
+    bool skip = false;
+    int braces = 0, brackets = 0;
+    std::vector<std::pair<string, int>> hidden;  // in so many braces, and more
+    auto end_hiding = [&](int at_least) {
+        hidden.erase(std::remove_if(hidden.begin(), hidden.end(), [&](const auto& h) { return h.second >= at_least; }), hidden.end());
+    };
+    auto declares = [&](size_t end) {
+        const size_t last = out.find_last_not_of(" \t\n"), next = s.find_first_not_of(" \t\n", end);
+        if (last == out.npos || next == s.npos || s[next] == '.') return false;
+        if (out[last] == ',') return s[next] == '(' || s[next] == '{' || s[next] == '=' || (!brackets && (s[next] == ';' || s[next] == ','));
+        if (out[last] == '&' || out[last] == '*' || out[last] == '>') return !last || out[last - 1] != '-' || out[last] != '>';
+        size_t begin = last + 1;
+        while (begin && is_word(out[begin - 1])) begin--;
+        static const char* const others[] = {"return", "case", "else", "do", "throw", "sizeof", "co_return"};
+        return begin <= last && std::none_of(std::begin(others), std::end(others), [&](const char* w) { return out.compare(begin, last + 1 - begin, w) == 0; });
+    };
+    for (size_t i = 0; i < s.size();) {
+        size_t end = i + 1;
+        if (s[i] == '#' && (i == 0 || s[i - 1] == '\n')) {
+            end = std::min(s.find('\n', i), s.size());
+            const string marker = s.substr(i, end - i);
+            const size_t open = marker.find('"'), close = marker.rfind('"');
+            if (open != close && isdigit((unsigned char)marker[2]))
+                skip = marker.find(" 3", close) != marker.npos || skipped(marker.substr(open + 1, close - open - 1));
+        } else if (s[i] == '"' && i && s[i - 1] == 'R') {
+            const size_t open = s.find('(', i);
+            end = std::min(s.find(")" + s.substr(i + 1, open - i - 1) + "\"", open), s.size());
+        } else if (s[i] == '"' || (s[i] == '\'' && !(i && isdigit((unsigned char)s[i - 1])))) {
+            end = std::min(skip_literal(s, i), s.size());
+        } else if (is_word(s[i])) {
+            while (end < s.size() && is_word(s[end])) end++;
+            const auto it = skip ? built_in.end() : built_in.find(s.substr(i, end - i));
+            const size_t before = out.find_last_not_of(" \t\n");
+            const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-'));
+            if (it != built_in.end() && !member) {
+                const bool is_hidden = std::any_of(hidden.begin(), hidden.end(), [&](const auto& h) { return h.first == it->first; });
+                if (!is_hidden && declares(end)) hidden.emplace_back(it->first, braces + (brackets > 0));  // a parameter, in the function's braces
+                else if (!is_hidden) {
+                    out += it->second;
+                    i = end;
+                    continue;
+                }
+            }
+        } else if (!skip) {
+            braces += s[i] == '{', brackets += s[i] == '(', brackets -= s[i] == ')';
+            if (s[i] == '}') end_hiding(braces--);
+            if (s[i] == ';' && !brackets) end_hiding(braces + 1);  // of a declaration with no body
+        }
+        out += s.substr(i, end - i);
+        i = end;
+    }
+    return out;
+}
+
 // A literal 0 or NULL may be for a pointer: as a copy it would be an int.
-inline string launch_arguments(const string& text) {
+inline string launch_arguments(const std::vector<string>& parts) {
     string all;
-    for (const string& part : split(text, ',')) all += (all.empty() ? "" : ",") + (trim(part) == "0" || trim(part) == "__null" ? "simt::Zero{}" : part);
+    for (const string& part : parts) all += (all.empty() ? "" : ",") + (trim(part) == "0" || trim(part) == "__null" ? "simt::Zero{}" : part);
     return all;
 }
 
 // `skipped(file)`: whether a header stays as it is.
-inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
+inline Result source(const string& preprocessed, const std::function<bool(const string&)>& skipped) {
+    const string s = with_built_in(preprocessed, skipped);
     Result r;
     string& out = r.text;
     string file;
@@ -560,8 +639,11 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 const string newlines = lines_of(out.substr(from)) + lines_of(s.substr(i, close - i));
                 line += int(lines_of(s.substr(i, close - i)).size());
                 out.erase(from);
-                out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](auto... simt_p) { " + one_line(kernel) +
-                       "(simt_p...); }" + (none ? "" : ", " + launch_arguments(one_line(arguments))) + ")" + newlines;
+                const std::vector<string> parts = none ? std::vector<string>() : split(one_line(arguments), ',');
+                const bool braces = std::any_of(parts.begin(), parts.end(), [](const string& part) { return trim(part)[0] == '{'; });
+                const string call = braces ? one_line(kernel) : "[=](auto... simt_p) { " + one_line(kernel) + "(simt_p...); }";
+                out += string(braces ? "simt::launch_as" : "simt::launch") + "(\"" + quoted + "\", simt::Config(" + one_line(config) + "), " + call + (none ? "" : ", ") +
+                       launch_arguments(parts) + ")" + newlines;
                 i = close;
                 continue;
             }
@@ -581,6 +663,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         while (end < s.size() && is_word(s[end])) end++;
         const string word = s.substr(i, end - i);
         if (!skip) r.special_functions |= is_special_function(word);
+        if (const char* part = skip ? nullptr : missing_part(word)) r.missing.push_back(file + ":" + std::to_string(line) + ": error: " + word + ": the emulator has no " + part);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
