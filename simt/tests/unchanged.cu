@@ -7,6 +7,13 @@
 #define N 16
 #define T float
 #include <cooperative_groups.h>
+#include <cuComplex.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+#include <driver_types.h>
+#include <library_types.h>
+#include <vector_functions.h>
 namespace cg = cooperative_groups;
 
 inline __forceinline__ __device__ T twice(T x) { return x + x; }
@@ -36,7 +43,72 @@ __global__ void numbers(int* out, double nan) {
     cg::this_grid().sync();
     __barrier_sync(0);
     __barrier_sync_count(1, 32);
-    if (out[0] == 5) asm("add.rz.f32 %0, %1, %2;" : "=f"(*(float*)out) : "f"(1.0f), "f"(2.0f));
+    if (out[0] == 5) asm("fns.b32 %0, %1, 0, 1;" : "=r"(out[0]) : "r"(6));
+}
+
+// PTX, against the same in C++. `wrong` counts.
+#define U(n, text, expected, ...) { unsigned u; asm(text : "=r"(u) : __VA_ARGS__); if (u != unsigned(expected)) atomicExch(wrong, n); }
+#define F(n, text, expected, ...) { float f; asm(text : "=f"(f) : __VA_ARGS__); if (f != (expected)) atomicExch(wrong, n); }
+#define H(n, text, expected, ...) { unsigned short h; asm(text : "=h"(h) : __VA_ARGS__); if (h != (expected)) atomicExch(wrong, n); }
+__global__ void instructions(unsigned* words, float* real, int* wrong) {
+    const unsigned t = threadIdx.x, x = 0x12345678u * (t + 1);
+    U(1, "bfe.u32 %0, %1, 4, 12;", x >> 4 & 0xfff, "r"(x))
+    U(2, "bfe.s32 %0, %1, 28, 8;", int(x) >> 28, "r"(x))
+    U(3, "bfi.b32 %0, %1, %2, 8, 4;", (x & ~0xf00u) | (t & 15) << 8, "r"(t), "r"(x))
+    U(4, "shf.l.wrap.b32 %0, %1, %2, 5;", x << 5 | t >> 27, "r"(t), "r"(x))
+    U(5, "bfind.u32 %0, %1;", 31 - __clz(x), "r"(x))
+    U(6, "add.sat.s32 %0, %1, %2;", INT_MAX, "r"(INT_MAX - 1), "r"(t + 2))
+    U(7, "mad.lo.u32 %0, %1, %2, 7;", x * t + 7, "r"(x), "r"(t))
+    U(8, "rem.u32 %0, %1, 1000;", x % 1000, "r"(x))
+    U(9, "{ .reg .pred p, q; setp.lt.u32 p|q, %1, 5; selp.u32 %0, 1, 2, p; @q add.u32 %0, %0, 10; }", t < 5 ? 1 : 12, "r"(t))
+    U(10, "{ .reg .pred p, q; setp.ge.u32 p, %1, 5; setp.lt.and.u32 q, %1, 9, p; selp.u32 %0, 1, 0, q; }", t >= 5 && t < 9, "r"(t))
+    U(11, "mov.u32 %0, %%lanemask_le;", (2u << t) - 1, "r"(t))
+    // Lanes.
+    U(20, "shfl.sync.down.b32 %0, %1, 3, 31, 0xffffffff;", t + 3 < 32 ? t + 3 : t, "r"(t))
+    U(21, "{ .reg .pred p; shfl.sync.up.b32 %0|p, %1, 1, 0x1800, -1; @!p mov.b32 %0, 99; }", t % 8 ? t - 1 : 99, "r"(t))
+    F(22, "shfl.sync.bfly.b32 %0, %1, 16, 0x1f, -1;", float(t ^ 16), "f"(float(t)))
+    U(23, "shfl.sync.idx.b32 %0, %1, 7, 0x1f, -1;", 7, "r"(t))
+    U(24, "{ .reg .pred p; setp.gt.u32 p, %1, 29; vote.sync.ballot.b32 %0, p, -1; }", 0xc0000000u, "r"(t))
+    U(25, "{ .reg .pred p, q; setp.gt.u32 p, %1, 29; vote.sync.any.pred q, p, -1; selp.u32 %0, 1, 0, q; }", 1, "r"(t))
+    U(26, "{ .reg .pred p, q; setp.gt.u32 p, %1, 29; vote.sync.uni.pred q, !p, -1; selp.u32 %0, 1, 0, q; }", 0, "r"(t))
+    U(27, "redux.sync.add.u32 %0, %1, -1;", 496, "r"(t))
+    U(28, "match.any.sync.b32 %0, %1, -1;", 0x11111111u << t % 4, "r"(t % 4))
+    // Conversions and rounding.
+    const float y = 2.5f + float(t) - 16, third = 1.0f / 3;
+    U(40, "cvt.rni.s32.f32 %0, %1;", __float2int_rn(y), "f"(y))
+    U(41, "cvt.rmi.s32.f32 %0, %1;", __float2int_rd(y), "f"(y))
+    U(42, "cvt.rzi.u32.f32 %0, %1;", y < 0 ? 0 : unsigned(y), "f"(y))
+    U(43, "cvt.sat.u8.s32 %0, %1;", 255, "r"(300))
+    U(44, "cvt.s32.s8 %0, %1;", -1, "r"(255))
+    F(45, "cvt.rz.f32.s32 %0, %1;", 16777216, "r"(16777217))
+    F(46, "cvt.rp.f32.u64 %0, %1;", 16777218, "l"(16777217ull))
+    F(47, "cvt.rpi.f32.f32 %0, %1;", ceilf(y), "f"(y))
+    F(48, "cvt.sat.f32.f32 %0, %1;", y < 0 ? 0 : y > 1 ? 1 : y, "f"(y))
+    F(49, "cvt.rm.f32.f64 %0, %1;", __double2float_rd(0.1), "d"(0.1))
+    H(50, "cvt.rz.f16.f32 %0, %1;", __half_as_ushort(__float2half_rz(third)), "f"(third))
+    H(51, "cvt.rn.bf16.f32 %0, %1;", __bfloat16_as_ushort(__float2bfloat16(third)), "f"(third))
+    F(52, "cvt.f32.bf16 %0, %1;", 1.5f, "h"((unsigned short)0x3fc0))
+    H(53, "cvt.rn.f16.s32 %0, %1;", __half_as_ushort(__int2half_rn(int(t))), "r"(t))
+    H(59, "cvt.rn.f16.f64 %0, %1;", __half_as_ushort(__double2half(0.1)), "d"(0.1))
+    F(54, "add.rz.f32 %0, %1, %2;", __fadd_rz(third, y), "f"(third), "f"(y))
+    F(55, "mul.rp.ftz.f32 %0, %1, %2;", __fmul_ru(third, y), "f"(third), "f"(y))
+    F(56, "fma.rn.sat.f32 %0, %1, %2, %3;", __saturatef(third * y), "f"(third), "f"(y), "f"(0.0f))
+    F(57, "div.rn.f32 %0, %1, %2;", y / third, "f"(y), "f"(third))
+    U(58, "fma.rn.f16x2 %0, %1, %1, %1;", 0x46004000, "r"(0x40003c00))  // (2, 1)
+    // Atomics.
+    __shared__ unsigned total;
+    if (t == 0) total = 5;
+    __syncthreads();
+    const unsigned at = (unsigned)__cvta_generic_to_shared(&total);
+    asm volatile("red.shared.add.u32 [%0], %1;" :: "r"(at), "r"(2) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" :: "l"(real), "f"(0.5f) : "memory");
+    unsigned before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1+4], %2;" : "=r"(before) : "l"(words), "r"(1) : "memory");
+    if (before > 31) atomicExch(wrong, 60);
+    asm volatile("atom.global.max.s32 _, [%0+8], %1;" :: "l"(words), "r"(t) : "memory");
+    asm volatile("atom.global.cas.b32 %0, [%1+12], 0, %2;" : "=r"(before) : "l"(words), "r"(t + 1) : "memory");
+    __syncthreads();
+    if (t == 0) words[0] = total;
 }
 
 struct Point { int x, y; };
@@ -174,9 +246,22 @@ static void wrong_calls() {
     cudaLaunchKernel((void*)point, 1, 1, arguments);
 }
 
+static void ptx() {
+    unsigned *words, got[4] = {};
+    float *real, sum = 0;
+    int *wrong, which = 0;
+    CALL(cudaMalloc(&words, 16)), CALL(cudaMalloc(&real, 4)), CALL(cudaMalloc(&wrong, 4));
+    CALL(cudaMemset(words, 0, 16)), CALL(cudaMemset(real, 0, 4)), CALL(cudaMemset(wrong, 0, 4));
+    instructions<<<1, 32>>>(words, real, wrong);
+    CALL(cudaMemcpy(got, words, 16, cudaMemcpyDeviceToHost)), CALL(cudaMemcpy(&sum, real, 4, cudaMemcpyDeviceToHost)), CALL(cudaMemcpy(&which, wrong, 4, cudaMemcpyDeviceToHost));
+    EXPECT(got[0] == 69 && got[1] == 32 && got[2] == 31 && got[3] > 0 && got[3] <= 32 && sum == 16);
+    EXPECT(which == 0);
+    if (which) printf("instruction %d\n", which);
+}
+
 int main(int argc, char**) {
     if (argc > 1) return wrong_calls(), 0;
-    launches(), memory(), queries();
+    launches(), memory(), queries(), ptx();
     if (failed) return 1;
     T *out, h[N];
     cudaMalloc(&out, sizeof h);
