@@ -132,6 +132,7 @@ void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where 
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
 void let_others_run();
+bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
 [[noreturn]] void trap(const char* message, Where at);
 

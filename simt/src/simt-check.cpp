@@ -231,6 +231,18 @@ struct Compiler {
         return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
     }
 
+    // Whether a file of the program's names __CUDA_ARCH__.
+    static bool asks_for_architecture(const string& text, const std::function<bool(const string&)>& skipped) {
+        std::set<string> seen;
+        std::istringstream lines(text);
+        for (string line; std::getline(lines, line);) {
+            if (line[0] != '#') continue;
+            const translate::Marker marker(line);
+            if (marker.line && !marker.system && !skipped(marker.file) && seen.insert(marker.file).second && fs::is_regular_file(marker.file) && read_file(marker.file).find("__CUDA_ARCH__") != string::npos) return true;
+        }
+        return false;
+    }
+
     translate::Result translated(const string& source, const fs::path& made, const string& flag) {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
@@ -259,10 +271,20 @@ struct Compiler {
         c.insert(c.end(), words.begin(), words.end());
         if (!flag.empty()) c.push_back(flag);
         c.insert(c.end(), {source, "-o", expanded.string()});
-        command(c, expanded);
-        const string text = read_file(expanded), own = (simt / "include").string();
-        fs::remove(expanded);
-        return translate::source(text, [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+        auto preprocessed = [&] {
+            command(c, expanded);
+            const string text = read_file(expanded);
+            fs::remove(expanded);
+            return text;
+        };
+        string text = preprocessed();
+        const string own = (simt / "include").string();
+        auto skipped = [&](const string& file) { return file.compare(0, own.size(), own) == 0; };
+        if (asks_for_architecture(text, skipped)) {
+            c.push_back("-D__CUDA_ARCH__=860");
+            text = translate::merged(preprocessed(), text, skipped);
+        }
+        return translate::source(text, skipped);
     }
 
     // Of the user's source: what the compiler reads, the same in both builds.

@@ -1251,6 +1251,8 @@ bool unregister_host(void* p) {
     return true;
 }
 
+bool on_device() { return running() != nullptr; }
+
 static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }
 

@@ -15,6 +15,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace translate {
@@ -642,6 +643,119 @@ inline size_t open_before(const string& s, size_t i) {
     }
 }
 
+// "# 12 "file" 3": where the next line is from. Line 0: another directive.
+inline bool is_marker(const string& s, size_t i) { return s[i] == '#' && (i == 0 || s[i - 1] == '\n'); }
+struct Marker {
+    int line = 0;
+    string file;
+    bool system = false;
+    explicit Marker(const string& text) {
+        const size_t open = text.find('"'), close = text.rfind('"');
+        if (open == close || !isdigit((unsigned char)text[2])) return;
+        line = stoi(text.substr(2)), file = text.substr(open + 1, close - open - 1), system = text.find(" 3", close) != text.npos;
+    }
+};
+
+// Behind the marker, the literal, the word or the character that begins at i.
+inline size_t token_end(const string& s, size_t i) {
+    size_t end = i + 1;
+    if (is_marker(s, i)) {
+        end = s.find('\n', i);
+    } else if (s[i] == '"' && i && s[i - 1] == 'R') {
+        const size_t open = s.find('(', i);
+        const string close = ")" + s.substr(i + 1, open - i - 1) + "\"";
+        end = s.find(close, open);
+        if (end != s.npos) end += close.size();
+    } else if (s[i] == '"' || (s[i] == '\'' && !(i && isdigit((unsigned char)s[i - 1])))) {  // not 1'000
+        end = skip_literal(s, i);
+    } else {
+        while (is_word(s[i]) && end < s.size() && is_word(s[end])) end++;
+    }
+    return std::min(end, s.size());
+}
+
+// A function's braces and what is in them.
+struct Body {
+    size_t begin, end;
+    int line, last_line, nth;  // of several that begin on the line
+    string file;
+};
+
+// Whether braces behind this are a function's, and no class's, namespace's or initialiser's.
+inline bool is_function_head(string head) {
+    for (const char* attribute : {"__attribute__", "alignas"})
+        for (size_t at; (at = head.find(attribute)) != head.npos;) {
+            const size_t open = head.find('(', at);
+            head.erase(at, open == head.npos ? head.npos : skip_brackets(head, open) - at);
+        }
+    const size_t last = head.rfind(')');
+    if (last == head.npos) return false;
+    const string behind = head.substr(last);
+    for (const char* word : {"class ", "struct ", "union ", "enum ", "namespace ", "="})
+        if (behind.find(word) != behind.npos) return false;
+    return true;
+}
+
+inline std::vector<Body> bodies(const string& s, const std::function<bool(const string&)>& skipped) {
+    std::vector<Body> all;
+    string file;
+    int line = 0;
+    bool skip = false;
+    for (size_t i = 0, end; i < s.size(); i = end) {
+        end = token_end(s, i);
+        auto see = [&](size_t at, size_t stop) {
+            if (is_marker(s, at)) {
+                const Marker marker(s.substr(at, stop - at));
+                if (marker.line) line = marker.line - 1, file = marker.file, skip = marker.system || skipped(marker.file);
+            } else {
+                line += int(std::count(s.begin() + long(at), s.begin() + long(stop), '\n'));
+            }
+        };
+        see(i, end);
+        if (skip || s[i] != '{' || !i) continue;
+        const size_t before = s.find_last_of(";{}", i - 1), head = before == s.npos ? 0 : before + 1;
+        if (!is_function_head(s.substr(head, i - head))) continue;
+        Body body = {i, end, line, line, 0, file};
+        if (!all.empty() && all.back().line == line && all.back().file == file) body.nth = all.back().nth + 1;
+        for (int depth = 1; depth && end < s.size();) {
+            const size_t stop = token_end(s, end);
+            see(end, stop);
+            depth += (s[end] == '{') - (s[end] == '}');
+            end = stop;
+        }
+        body.end = end, body.last_line = line;
+        all.push_back(body);
+    }
+    return all;
+}
+
+// Of a file that asks for __CUDA_ARCH__, preprocessed with it and without: where the two differ within a function, it
+// does the one on the device and the other on the host. What is outside of functions is the device's.
+inline string merged(const string& device, const string& host, const std::function<bool(const string&)>& skipped) {
+    auto plain = [](const string& text) {
+        string all;
+        for (size_t i = 0, end; i < text.size(); i = end) {
+            end = token_end(text, i);
+            if (!is_marker(text, i) && !isspace((unsigned char)text[i])) all += text.substr(i, end - i) + (is_word(text[i]) ? " " : "");
+        }
+        return all;
+    };
+    auto marker = [](int line, const string& file) { return "\n# " + std::to_string(line) + " \"" + file + "\"\n"; };
+    std::map<std::tuple<string, int, int>, string> on_host;
+    for (const Body& b : bodies(host, skipped)) on_host[{b.file, b.line, b.nth}] = host.substr(b.begin, b.end - b.begin);
+    string all;
+    size_t done = 0;
+    for (const Body& b : bodies(device, skipped)) {
+        const auto it = on_host.find({b.file, b.line, b.nth});
+        const string here = device.substr(b.begin, b.end - b.begin);
+        if (it == on_host.end() || plain(it->second) == plain(here)) continue;
+        all += device.substr(done, b.begin - done) + "{ if (!__builtin_is_constant_evaluated() && simt::on_device()) " + here + " else " + marker(b.line, b.file) + it->second +
+               "}" + marker(b.last_line, b.file);
+        done = b.end;
+    }
+    return all + device.substr(done);
+}
+
 // threadIdx and its like become what they stand for, but where the program has a variable of its own by that name:
 // "dim3 gridDim(8), blockDim(32);" hides the built-in one until its braces close.
 inline string with_built_in(const string& s, const std::function<bool(const string&)>& skipped) {
@@ -665,20 +779,11 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
         return begin <= last && std::none_of(std::begin(others), std::end(others), [&](const char* w) { return out.compare(begin, last + 1 - begin, w) == 0; });
     };
     for (size_t i = 0; i < s.size();) {
-        size_t end = i + 1;
-        if (s[i] == '#' && (i == 0 || s[i - 1] == '\n')) {
-            end = std::min(s.find('\n', i), s.size());
-            const string marker = s.substr(i, end - i);
-            const size_t open = marker.find('"'), close = marker.rfind('"');
-            if (open != close && isdigit((unsigned char)marker[2]))
-                skip = marker.find(" 3", close) != marker.npos || skipped(marker.substr(open + 1, close - open - 1));
-        } else if (s[i] == '"' && i && s[i - 1] == 'R') {
-            const size_t open = s.find('(', i);
-            end = std::min(s.find(")" + s.substr(i + 1, open - i - 1) + "\"", open), s.size());
-        } else if (s[i] == '"' || (s[i] == '\'' && !(i && isdigit((unsigned char)s[i - 1])))) {
-            end = std::min(skip_literal(s, i), s.size());
+        const size_t end = token_end(s, i);
+        if (is_marker(s, i)) {
+            const Marker marker(s.substr(i, end - i));
+            if (marker.line) skip = marker.system || skipped(marker.file);
         } else if (is_word(s[i])) {
-            while (end < s.size() && is_word(s[end])) end++;
             const auto it = skip ? built_in.end() : built_in.find(s.substr(i, end - i));
             const size_t before = out.find_last_not_of(" \t\n");
             const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-'));

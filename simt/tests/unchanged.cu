@@ -120,6 +120,36 @@ __global__ void many(int* out, char a, short b, unsigned c, long long d, bool e,
 __global__ void fill(int* out, int value) { out[blockIdx.x * blockDim.x + threadIdx.x] = value; }
 __device__ int counter;
 
+// As for nvcc, device code has an architecture, and host code has none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 600
+static __device__ double atomicAdd(double* address, double value) { return *address += value; }
+#endif
+template <class V> struct __align__(16) Place {
+    V architecture;
+    __host__ __device__ Place() : architecture(V(0)) {
+#ifdef __CUDA_ARCH__
+        architecture = V(__CUDA_ARCH__);
+        atomicAdd(&counter, blockDim.x);
+#else
+        printf("%s", ""), architecture = V(1);
+#endif
+    }
+    __host__ __device__ V twice() const { return 2 * architecture; }
+};
+__host__ __device__ constexpr int lanes() {
+#ifndef __CUDA_ARCH__
+    return 1;
+#else
+    return 32;
+#endif
+}
+__global__ void where(int* out) {
+#if __CUDA_ARCH__ >= 800
+    out[0] = Place<int>().twice();
+    out[1] = lanes();
+#endif
+}
+
 static int failed = 0;
 #define EXPECT(condition) void((condition) || failed++ || printf("line %d: " #condition "\n", __LINE__))
 #define CALL(expression) EXPECT((expression) == cudaSuccess)
@@ -152,6 +182,9 @@ static void launches() {
     CALL(cudaLaunchKernelEx(&config, fill, out, 3));
     CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     EXPECT(got[N - 1] == 3);
+    where<<<1, 7>>>(out);
+    CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
+    EXPECT(got[0] == 2 * 860 && got[1] == 32 && Place<int>().twice() == 2 && lanes() == 1);
     CALL(cudaFree(out));
 }
 
