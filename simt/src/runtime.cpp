@@ -59,7 +59,7 @@ static Whose whose(const void* p) {
     return find_object(uintptr_t(p)) ? Whose::both : Whose::host;
 }
 // Refuses a copy whose kind contradicts its pointers; null stands for a variable of the device.
-static cudaError_t check_kind(const char* call, const void* to, const void* from, cudaMemcpyKind kind) {
+static cudaError_t refuse_direction(const char* call, const void* to, const void* from, cudaMemcpyKind kind) {
     static const char* const names[] = {"cudaMemcpyHostToHost", "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost", "cudaMemcpyDeviceToDevice"};
     if (unsigned(kind) > cudaMemcpyDefault) return note(cudaErrorInvalidMemcpyDirection);
     if (kind == cudaMemcpyDefault) return cudaSuccess;
@@ -77,7 +77,7 @@ cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, cons
     const char* call = from ? "cudaMemcpyToSymbol" : "cudaMemcpyFromSymbol";
     if (offset > size || bytes > size - offset)
         return refuse("%s: %zu bytes from byte %zu on of the variable %s of %zu bytes", call, bytes, offset, variable_name(uintptr_t(symbol)).c_str(), size);
-    if (cudaError_t e = check_kind(call, to, from, kind)) return e;
+    if (cudaError_t e = refuse_direction(call, to, from, kind)) return e;
     unsigned char* at = static_cast<unsigned char*>(symbol) + offset;
     if (from) memcpy(at, from, bytes);
     else memcpy(to, at, bytes);
@@ -146,7 +146,7 @@ cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3
     return cudaGetLastError();
 }
 
-cudaError_t check_launch(const cudaLaunchConfig_t& config) {
+cudaError_t refuse_clusters(const cudaLaunchConfig_t& config) {
     for (unsigned i = 0; i < config.numAttrs; i++) {
         const auto& cluster = config.attrs[i].val.clusterDim;
         if (config.attrs[i].id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) return refuse("cudaLaunchKernelEx: the emulator has no clusters");
@@ -172,7 +172,7 @@ cudaError_t set_attribute(const void* kernel, int attribute, int value) {
 }
 
 // Refuses a range that begins in an allocation of the device and is not wholly inside.
-static cudaError_t check_range(const char* call, const char* what, const void* p, size_t bytes) {
+static cudaError_t refuse_outside(const char* call, const char* what, const void* p, size_t bytes) {
     if (bytes && !p) return refuse("%s: %zu bytes %s a null pointer", call, bytes, what);
     if (bytes && was_freed(uintptr_t(p))) return refuse("%s: %zu bytes %s memory that has been freed", call, bytes, what);
     const Allocation* a = find_allocation(uintptr_t(p));
@@ -252,10 +252,10 @@ cudaError_t cudaFree(void* p) { return free_of("cudaFree", p, false); }
 cudaError_t cudaFreeHost(void* p) { return free_of("cudaFreeHost", p, true); }
 static cudaError_t copy(const char* call, void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     if (sticky) return sticky;
-    if (cudaError_t e = simt::check_range(call, "to", to, bytes)) return e;
-    if (cudaError_t e = simt::check_range(call, "from", from, bytes)) return e;
+    if (cudaError_t e = simt::refuse_outside(call, "to", to, bytes)) return e;
+    if (cudaError_t e = simt::refuse_outside(call, "from", from, bytes)) return e;
     if (!bytes) return cudaSuccess;
-    if (cudaError_t e = simt::check_kind(call, to, from, kind)) return e;
+    if (cudaError_t e = simt::refuse_direction(call, to, from, kind)) return e;
     memmove(to, from, bytes);
     return cudaSuccess;
 }
@@ -280,7 +280,7 @@ cudaError_t cudaMemcpy3D(const cudaMemcpy3DParms* p) {
 }
 static cudaError_t set(const char* call, void* to, int value, size_t bytes) {
     if (sticky) return sticky;
-    if (cudaError_t e = simt::check_range(call, "to", to, bytes)) return e;
+    if (cudaError_t e = simt::refuse_outside(call, "to", to, bytes)) return e;
     if (bytes && simt::whose(to) == simt::Whose::host) return simt::refuse("%s: to memory of the host", call);
     memset(to, value, bytes);
     return cudaSuccess;
@@ -310,7 +310,7 @@ cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
 cudaError_t cudaHostUnregister(void* p) { return note(simt::unregister_host(p) ? cudaSuccess : cudaErrorHostMemoryNotRegistered); }
 // Advice changes nothing, but must be of managed memory.
 static cudaError_t advise(const char* call, const void* p, size_t bytes) {
-    if (cudaError_t e = simt::check_range(call, "of", p, bytes)) return e;
+    if (cudaError_t e = simt::refuse_outside(call, "of", p, bytes)) return e;
     const simt::Allocation* a = simt::find_allocation(uintptr_t(p));
     const bool managed = a && uintptr_t(p) < a->end ? a->home == simt::Home::managed : simt::find_object(uintptr_t(p)) != nullptr;
     return managed ? cudaSuccess : simt::refuse("%s: not of managed memory", call);

@@ -221,14 +221,21 @@ struct Compiler {
         return f;
     }
 
-    fs::path runtime(const fs::path& source, bool checked) {
-        vector<string> f = flags(checked);
-        f.push_back("-I" + (simt / "include").string());
+    string headers() const {
         string text;
         for (const fs::path& d : {simt / "src", simt / "include"})
             for (const auto& e : fs::directory_iterator(d))
-                if (e.path().extension() == ".h" || e.path() == source) text += read_file(e.path());
-        return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
+                if (e.path().extension() == ".h") text += read_file(e.path());
+        return text;
+    }
+
+    // What has no part in the checks is the same in both builds.
+    fs::path runtime(const fs::path& source, bool checked) {
+        const string text = read_file(source);
+        checked &= text.find("check_") != text.npos || text.find("kChecked") != text.npos;
+        vector<string> f = flags(checked);
+        f.push_back("-I" + (simt / "include").string());
+        return object(source.stem().string() + (checked ? ".checked" : ""), headers() + text, f, source);
     }
 
     // Whether a file of the program's names __CUDA_ARCH__.
@@ -247,7 +254,8 @@ struct Compiler {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
         // of theirs be one of its names; those with an underscore are for system headers.
-        std::ostringstream text_of_prelude;
+        const fs::path prelude = expanded.string() + ".h";
+        std::ofstream text_of_prelude(prelude);
         text_of_prelude << "#define SIMT_SOURCE_STEP 1\n";
         vector<string> words;
         // To read cooperative_groups.h costs a third of a small file's time: for files that name it.
@@ -259,22 +267,23 @@ struct Compiler {
             const size_t equals = word.find('=');
             text_of_prelude << "#define " << word.substr(2, equals - 2) << " " << (equals == word.npos ? "1" : word.substr(equals + 1)) << "\n";
         }
-        // The preprocessor's output names it, and must be the same the next time: objects are known by that.
-        const fs::path prelude = directory / ("prelude-" + std::to_string(std::hash<string>()(text_of_prelude.str())) + ".h");
-        if (!fs::exists(prelude)) {
-            std::ofstream(expanded) << text_of_prelude.str();
-            fs::rename(expanded, prelude);
-        }
+        text_of_prelude.close();
         vector<string> c = {cxx, "-E", "-x", "c++", "-include", prelude.string(), "-I" + (simt / "include").string()};
         const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), words.begin(), words.end());
         if (!flag.empty()) c.push_back(flag);
         c.insert(c.end(), {source, "-o", expanded.string()});
+        struct Remover {
+            fs::path path;
+            ~Remover() { fs::remove(path); }
+        } remover{prelude};
         auto preprocessed = [&] {
             command(c, expanded);
-            const string text = read_file(expanded);
+            string text = read_file(expanded);
             fs::remove(expanded);
+            // Objects are known by this text: it must not name a file of this process's.
+            for (size_t at; (at = text.find(prelude.string())) != text.npos;) text.replace(at, prelude.string().size(), "<command-line>");
             return text;
         };
         string text = preprocessed();
