@@ -322,12 +322,15 @@ struct Compiler {
         vector<std::function<fs::path()>> translations, objects, links;
         for (const string& source : options.sources) translations.push_back([=] { return translated(source); });
         const vector<fs::path> sources = in_parallel(translations);
-        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
+        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented. And what
+        // takes long before the rest, lest one processor be left with it.
+        vector<fs::path> own;
+        for (const auto& e : fs::directory_iterator(simt / "src"))
+            if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") own.push_back(e.path());
+        std::sort(own.begin(), own.end(), [](const fs::path& a, const fs::path& b) { return fs::file_size(a) > fs::file_size(b); });
         for (const string& build : options.builds) {
             const bool checked = build == "checked";
-            for (const auto& e : fs::directory_iterator(simt / "src"))
-                if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check")
-                    objects.push_back([=, source = e.path()] { return runtime(source, checked); });
+            for (const fs::path& source : own) objects.push_back([=] { return runtime(source, checked); });
             for (const fs::path& source : sources) objects.push_back([=] { return kernels(source, checked); });
         }
         const vector<fs::path> all = in_parallel(objects);
