@@ -786,7 +786,10 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
         } else if (is_word(s[i])) {
             const auto it = skip ? built_in.end() : built_in.find(s.substr(i, end - i));
             const size_t before = out.find_last_not_of(" \t\n");
-            const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-'));
+            const size_t next = s.find_first_not_of(" \t\n", end);
+            // s.gridDim, p->gridDim, and a constructor's ": gridDim(8)"
+            const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-') ||
+                                                       (out[before] == ':' && next != s.npos && (s[next] == '(' || s[next] == '{')));
             if (it != built_in.end() && !member) {
                 const bool is_hidden = std::any_of(hidden.begin(), hidden.end(), [&](const auto& h) { return h.first == it->first; });
                 if (!is_hidden && declares(end)) hidden.emplace_back(it->first, braces + (brackets > 0));  // a parameter, in the function's braces

@@ -154,6 +154,18 @@ static int failed = 0;
 #define EXPECT(condition) void((condition) || failed++ || printf("line %d: " #condition "\n", __LINE__))
 #define CALL(expression) EXPECT((expression) == cudaSuccess)
 
+struct Shape {
+    Shape(int blocks, int threads) : gridDim(blocks), blockDim(threads) {}
+    dim3 gridDim, blockDim;
+};
+__global__ void piped(cuComplex* out, const cuComplex* in) {
+    __shared__ cuComplex numbers[2];
+    __pipeline_memcpy_async(&numbers[threadIdx.x], &in[threadIdx.x], sizeof numbers[0]);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    out[threadIdx.x] = cuCmulf(numbers[threadIdx.x], cuConjf(numbers[threadIdx.x]));
+}
+
 static void launches() {
     int *out, got[N] = {};
     CALL(cudaMalloc(&out, sizeof got));
@@ -182,6 +194,13 @@ static void launches() {
     CALL(cudaLaunchKernelEx(&config, fill, out, 3));
     CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     EXPECT(got[N - 1] == 3);
+    const Shape shape(1, 2);
+    cuComplex numbers[2] = {make_cuComplex(3, 4), make_cuComplex(0, 2)}, *complex;
+    CALL(cudaMalloc(&complex, 2 * sizeof numbers)), CALL(cudaMemcpy(complex, numbers, sizeof numbers, cudaMemcpyHostToDevice));
+    piped<<<shape.gridDim, shape.blockDim>>>(complex + 2, complex);
+    CALL(cudaMemcpy(numbers, complex + 2, sizeof numbers, cudaMemcpyDeviceToHost));
+    EXPECT(numbers[0].x == 25 && numbers[0].y == 0 && cuCabsf(numbers[1]) == 4 && cuCdivf(numbers[0], numbers[1]).x == 6.25f);
+    static_assert(CUDA_R_16F == 2, "");
     where<<<1, 7>>>(out);
     CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     EXPECT(got[0] == 2 * 860 && got[1] == 32 && Place<int>().twice() == 2 && lanes() == 1);
