@@ -250,7 +250,7 @@ struct Compiler {
         return false;
     }
 
-    translate::Result translated(const string& source, const fs::path& made, const string& flag) {
+    translate::Result translated(const string& source, const fs::path& made, const vector<string>& parts_of_headers) {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
         // of theirs be one of its names; those with an underscore are for system headers.
@@ -272,7 +272,8 @@ struct Compiler {
         const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), words.begin(), words.end());
-        if (!flag.empty()) c.push_back(flag);
+        for (const string& part : parts_of_headers)
+            if (!part.empty()) c.push_back(part);
         c.insert(c.end(), {source, "-o", expanded.string()});
         struct Remover {
             fs::path path;
@@ -301,7 +302,8 @@ struct Compiler {
         // Two files may have one name.
         const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
         translate::Result result = translated(source, made, {});
-        if (result.special_functions) result = translated(source, made, "-DSIMT_SPECIAL_FUNCTIONS");
+        if (result.special_functions || result.simd)
+            result = translated(source, made, {result.special_functions ? "-DSIMT_SPECIAL_FUNCTIONS" : "", result.simd ? "-DSIMT_SIMD" : ""});
         if (!result.missing.empty()) throw Impossible{result.missing[0] + "\n"};
         for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
         std::ofstream(made, std::ios::binary) << result.text;

@@ -27,6 +27,7 @@ struct Result {
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
     std::vector<string> missing;  // "file:line: error: name: what the emulator has not"
     bool special_functions = false;  // whether it may call some of C++17's
+    bool simd = false;               // and those of simd.h
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -558,6 +559,11 @@ inline const char* missing_part(const string& word) {
     return nullptr;
 }
 
+// "__vadd2", "__dp4a", ...
+inline bool is_simd_function(const string& word) {
+    return (word.compare(0, 3, "__v") == 0 && word.compare(0, 10, "__volatile")) || word.compare(0, 4, "__dp") == 0;
+}
+
 enum class Scope { file, in_template, other };
 
 // What is in the braces that open behind `text`. A full specialisation is no template.
@@ -934,7 +940,7 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
         size_t end = i;
         while (end < s.size() && is_word(s[end])) end++;
         const string word = s.substr(i, end - i);
-        if (!skip) r.special_functions |= is_special_function(word);
+        if (!skip) r.special_functions |= is_special_function(word), r.simd |= is_simd_function(word);
         if (const char* part = skip ? nullptr : missing_part(word)) r.missing.push_back(file + ":" + std::to_string(line) + ": error: " + word + ": the emulator has no " + part);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
@@ -950,6 +956,7 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
                 if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
+                r.simd |= call.find("__dp4a") != call.npos;
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;

@@ -63,6 +63,7 @@ __global__ void instructions(unsigned* words, float* real, int* wrong) {
     U(9, "{ .reg .pred p, q; setp.lt.u32 p|q, %1, 5; selp.u32 %0, 1, 2, p; @q add.u32 %0, %0, 10; }", t < 5 ? 1 : 12, "r"(t))
     U(10, "{ .reg .pred p, q; setp.ge.u32 p, %1, 5; setp.lt.and.u32 q, %1, 9, p; selp.u32 %0, 1, 0, q; }", t >= 5 && t < 9, "r"(t))
     U(11, "mov.u32 %0, %%lanemask_le;", (2u << t) - 1, "r"(t))
+    U(12, "dp4a.u32.u32 %0, %1, %2, 5;", (x & 255) * 4 + (x >> 8 & 255) * 3 + (x >> 16 & 255) * 2 + (x >> 24) + 5, "r"(x), "r"(0x01020304))
     // Lanes.
     U(20, "shfl.sync.down.b32 %0, %1, 3, 31, 0xffffffff;", t + 3 < 32 ? t + 3 : t, "r"(t))
     U(21, "{ .reg .pred p; shfl.sync.up.b32 %0|p, %1, 1, 0x1800, -1; @!p mov.b32 %0, 99; }", t % 8 ? t - 1 : 99, "r"(t))
