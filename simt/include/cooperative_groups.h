@@ -5,26 +5,31 @@
 namespace cooperative_groups {
 
 struct thread_block {
-    static unsigned thread_rank() { return (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x; }
-    static unsigned size() { return blockDim.x * blockDim.y * blockDim.z; }
+    static unsigned thread_rank() { return (simt::view()->thread.z * simt::view()->block_dim.y + simt::view()->thread.y) * simt::view()->block_dim.x + simt::view()->thread.x; }
+    static unsigned size() { return simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z; }
     static unsigned num_threads() { return size(); }
-    static dim3 group_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
-    static dim3 thread_index() { return {threadIdx.x, threadIdx.y, threadIdx.z}; }
-    static dim3 dim_threads() { return blockDim; }
-    static dim3 group_dim() { return blockDim; }
+    static dim3 group_index() { return {simt::view()->block.x, simt::view()->block.y, simt::view()->block.z}; }
+    static dim3 thread_index() { return {simt::view()->thread.x, simt::view()->thread.y, simt::view()->thread.z}; }
+    static dim3 dim_threads() { return simt::view()->block_dim; }
+    static dim3 group_dim() { return simt::view()->block_dim; }
     void sync(SIMT_WHERE) const { __syncthreads(at); }
 };
 inline thread_block this_thread_block() { return {}; }
 
 // Of all blocks. Blocks run one after the other: only a grid of one block can wait for itself.
 struct grid_group {
-    static unsigned long long block_rank() { return (blockIdx.z * (unsigned long long)gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
+    static unsigned long long block_rank() { return (simt::view()->block.z * (unsigned long long)simt::view()->grid_dim.y + simt::view()->block.y) * simt::view()->grid_dim.x + simt::view()->block.x; }
     static unsigned long long thread_rank() { return block_rank() * thread_block::size() + thread_block::thread_rank(); }
-    static unsigned long long size() { return (unsigned long long)gridDim.x * gridDim.y * gridDim.z * thread_block::size(); }
+    static unsigned long long size() { return (unsigned long long)simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z * thread_block::size(); }
     void sync(SIMT_WHERE) const {
-        if (gridDim.x * gridDim.y * gridDim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
+        if (simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
         __syncthreads(at);
     }
+    static unsigned long long num_threads() { return size(); }
+    static unsigned long long num_blocks() { return size() / thread_block::size(); }
+    static dim3 group_dim() { return simt::view()->grid_dim; }
+    static dim3 dim_blocks() { return simt::view()->grid_dim; }
+    static dim3 block_index() { return thread_block::group_index(); }
     static bool is_valid() { return true; }
 };
 inline grid_group this_grid() { return {}; }
@@ -61,6 +66,9 @@ template <unsigned N, unsigned M, class P> thread_block_tile<N, thread_block_til
 // The lanes of a warp that came to one coalesced_threads() before the others of the warp wait or leave.
 struct coalesced_group {
     uint32_t lanes;
+    unsigned part = 0, parts = 1;  // of the group that it is a part of
+    unsigned meta_group_rank() const { return part; }
+    unsigned meta_group_size() const { return parts; }
     uint32_t mask() const { return lanes; }
     unsigned thread_rank() const { return unsigned(__popc(lanes & ((1u << simt::lane()) - 1))); }
     unsigned size() const { return unsigned(__popc(lanes)); }
@@ -83,6 +91,60 @@ private:
     }
 };
 inline coalesced_group coalesced_threads(SIMT_WHERE) { return {simt::converged(at)}; }
+
+// Any of these: the block, or lanes of a warp.
+struct thread_group {
+    uint32_t lanes;  // 0: the block
+    thread_group(const thread_block&) : lanes(0) {}
+    thread_group(const coalesced_group& g) : lanes(g.lanes) {}
+    template <unsigned N, class P> thread_group(const thread_block_tile<N, P>& g) : lanes(g.mask()) {}
+    unsigned thread_rank() const { return lanes ? coalesced_group{lanes}.thread_rank() : thread_block::thread_rank(); }
+    unsigned size() const { return lanes ? coalesced_group{lanes}.size() : thread_block::size(); }
+    unsigned num_threads() const { return size(); }
+    static bool is_valid() { return true; }
+    void sync(SIMT_WHERE) const {
+        if (lanes) __syncwarp(lanes, at);
+        else __syncthreads(at);
+    }
+};
+// Of `n` threads, which the running program chooses, by their ranks in the group.
+inline coalesced_group tiled_partition(const coalesced_group& g, unsigned n, SIMT_WHERE) {
+    if (n < 1 || n > 32 || (n & (n - 1))) simt::trap("tiled_partition: a tile has 1, 2, 4, 8, 16 or 32 threads", at);
+    coalesced_group tile = {0, g.thread_rank() / n, (g.size() + n - 1) / n};
+    for (unsigned i = 0, rank = 0; i < 32; i++)
+        if (g.lanes >> i & 1 && rank++ / n == tile.part) tile.lanes |= 1u << i;
+    return tile;
+}
+inline thread_group tiled_partition(const thread_group& g, unsigned n, SIMT_WHERE) { return tiled_partition(coalesced_group{g.lanes ? g.lanes : ~0u}, n, at); }
+inline thread_group tiled_partition(const thread_block& g, unsigned n, SIMT_WHERE) { return tiled_partition(thread_group(g), n, at); }
+// Those that have the same.
+template <class Group> coalesced_group binary_partition(const Group& g, bool predicate, SIMT_WHERE) {
+    const uint32_t yes = __ballot_sync(g.mask(), predicate, at);
+    return {predicate ? yes : g.mask() & ~yes};
+}
+template <class Group, class T> coalesced_group labeled_partition(const Group& g, T label, SIMT_WHERE) { return {__match_any_sync(g.mask(), label, at)}; }
+
+template <class Group> unsigned thread_rank(const Group& g) { return unsigned(g.thread_rank()); }
+template <class Group> unsigned group_size(const Group& g) { return unsigned(g.size()); }
+
+// Copies by cp.async where they may be; wait() is for all of them.
+template <class Group>
+void memcpy_async(const Group& g, void* to, const void* from, size_t bytes, SIMT_WHERE) {
+    const size_t all = uintptr_t(to) | uintptr_t(from) | bytes, unit = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 1;
+    const bool shared = simt::space_of(to) == simt::Space::shared;
+    for (size_t i = g.thread_rank() * unit; i < bytes; i += g.size() * unit) {
+        unsigned char* at_to = static_cast<unsigned char*>(to) + i;
+        const unsigned char* at_from = static_cast<const unsigned char*>(from) + i;
+        if (shared && unit > 1) simt::cp_async(at_to, at_from, int(unit), int(unit), at);
+        else memcpy(at_to, at_from, unit);
+    }
+    simt::cp_async_commit();
+}
+template <unsigned N, class Group> void wait_prior(const Group& g, SIMT_WHERE) {
+    simt::cp_async_wait(int(N));
+    g.sync(at);
+}
+template <class Group> void wait(const Group& g, SIMT_WHERE) { wait_prior<0>(g, at); }
 
 template <class Group> void sync(const Group& g, SIMT_WHERE) { g.sync(at); }
 

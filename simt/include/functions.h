@@ -153,8 +153,6 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
         return {atomicAdd(&p->x, v.x, at), atomicAdd(&p->y, v.y, at), atomicAdd(&p->z, v.z, at), atomicAdd(&p->w, v.w, at)}; \
     }
 namespace simt {
-template <class T> struct Same { using type = T; };
-template <class T> using Plain = typename Same<T>::type;  // of which no T is deduced
 template <class T> constexpr bool is_16_bytes = sizeof(T) == 16 && alignof(T) >= 16 && std::is_trivially_copyable_v<T>;
 template <class T> constexpr bool has_atomic_cas = is_16_bytes<T> || std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
     std::is_same_v<T, unsigned short> || std::is_same_v<T, unsigned long long>;
@@ -397,6 +395,33 @@ inline unsigned prmt(unsigned x, unsigned y, unsigned selector) {
     }
     return result;
 }
+// `length` bits from `begin` on: of a, with the sign of the last; and of b those of a.
+template <class T>
+inline T extracted(T a, unsigned begin, unsigned length) {
+    constexpr unsigned size = sizeof(T) * 8;
+    begin &= 255, length &= 255;
+    using U = std::make_unsigned_t<T>;
+    const U sign = std::is_signed_v<T> && length ? U(a) >> (begin + length > size ? size - 1 : begin + length - 1) & 1 : 0;
+    U result = 0;
+    for (unsigned i = 0; i < size; i++) result |= (i < length && begin + i < size ? U(a) >> (begin + i) & 1 : sign) << i;
+    return T(result);
+}
+template <class T>
+inline T inserted(T a, T b, unsigned begin, unsigned length) {
+    constexpr unsigned size = sizeof(T) * 8;
+    begin &= 255, length &= 255;
+    for (unsigned i = 0; i < length && begin + i < size; i++) b = (b & ~(T(1) << (begin + i))) | (a >> i & 1) << (begin + i);
+    return b;
+}
+// The nearest whole number of type T.
+template <class T, class From>
+inline T clamped(From x) {
+    using L = std::numeric_limits<T>;
+    if constexpr (std::is_signed_v<From>) {
+        if (x < 0 && (!std::is_signed_v<T> || int64_t(x) < int64_t(L::min()))) return L::min();
+    }
+    return x > 0 && uint64_t(x) > uint64_t(L::max()) ? L::max() : T(x);
+}
 inline unsigned lop3(unsigned a, unsigned b, unsigned c, unsigned table) {
     unsigned result = 0;
     for (unsigned i = 0; i < 8; i++)
@@ -438,4 +463,7 @@ inline unsigned __usad(unsigned a, unsigned b, unsigned c) { return c + (a > b ?
 // Of no meaning here but that it grows; clock() is the host's.
 inline long long clock64() { return (long long)__builtin_ia32_rdtsc(); }
 
+// A fifth of the time to read all this: simt-check asks for them where a file names one.
+#if defined(SIMT_SIMD) || !(defined(SIMT_SOURCE_STEP) || defined(SIMT_RUNTIME))
 #include "simd.h"
+#endif

@@ -132,6 +132,7 @@ void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where 
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
 void let_others_run();
+bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
 [[noreturn]] void trap(const char* message, Where at);
 
@@ -235,6 +236,9 @@ struct Config {
 };
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
 
+template <class T> struct Same { using type = T; };
+template <class T> using Plain = typename Same<T>::type;  // of which no T is deduced
+
 // A literal 0 among a launch's arguments.
 struct Zero {
     template <class T> operator T() const { return T(0); }
@@ -255,6 +259,12 @@ void launch(const char* name, const Config& config, F call, A&&... arguments) {
     static_assert(sizeof(C) <= 32764, "at most 32764 bytes of arguments");
     const C packed = {call, std::tuple<std::decay_t<A>...>(arguments...)};
     run(name, config, C::thunk, &packed, sizeof packed);
+}
+
+// Of a kernel that is no template's: its parameters say what an argument in braces is.
+template <class... P>
+void launch_as(const char* name, const Config& config, void (*kernel)(P...), Plain<std::decay_t<P>>... arguments) {
+    launch(name, config, [=](auto... a) { kernel(a...); }, arguments...);
 }
 
 template <class... A>
@@ -301,10 +311,13 @@ struct Register {
 
 // ---- built-in variables and functions -------------------------------------------------------
 
+// simt-check's source step puts these in their places, so that a program's own variables may have the names.
+#if !defined(SIMT_SOURCE_STEP) && !defined(SIMT_RUNTIME)
 #define threadIdx (simt::view()->thread)
 #define blockIdx (simt::view()->block)
 #define blockDim (simt::view()->block_dim)
 #define gridDim (simt::view()->grid_dim)
+#endif
 constexpr int warpSize = 32;
 
 #include "functions.h"

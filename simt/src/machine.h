@@ -200,18 +200,27 @@ void hopper_deadlock(Machine& m);
 [[noreturn]] void fail_earlier(const Thread& thread, uintptr_t pc, const std::string& text);
 std::string finding_at_pc(uintptr_t pc, const std::string& text);
 
+enum class Home : uint8_t { device, pinned, managed, registered };  // the last is the host's own memory
+
 struct Allocation {
     uintptr_t begin, end, map, map_end;
     void* shadow;  // checked build: one GlobalCell for every four bytes
     bool constant = false;
+    Home home = Home::device;
 };
 std::string source_lines(uintptr_t pc);  // of an instruction and the calls it was inlined by, "file:line\n" each
 
 // The runtime API (runtime.cpp): why a call was refused, to cudaGetErrorString and the report; what a launch of the host's said; 0, 1 refused, 2 fault.
 void refused(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void launched(int code);
-// By its address; whether it may have so much.
+// By its address; whether it may have so much; and how much it may have.
 bool allow_dynamic(const void* kernel, size_t bytes);
+size_t allowed_dynamic(const void* kernel);
+std::string kernel_signature(const void* kernel);  // "void scale<float>(float*, int)"
+// Of memory that an allocation returned; and the host's own, of which kernels may know from now on, or no more.
+void set_home(const void* p, Home home);
+void register_host(void* p, size_t bytes);
+bool unregister_host(void* p);
 
 // A function or an object of this library, from its symbol table.
 struct Symbol {

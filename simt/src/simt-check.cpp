@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <functional>
 #include <iterator>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -54,10 +56,11 @@ struct Options {
     bool strict = false;
 };
 
-[[noreturn]] static void usage(const string& message) {
-    fprintf(stderr, "simt-check: %s (see --help)\n", message.c_str());
-    exit(3);
-}
+// Why nothing could be checked, in lines: exit code 3.
+struct Impossible {
+    string why;
+};
+[[noreturn]] static void usage(const string& message) { throw Impossible{"simt-check: " + message + " (see --help)"}; }
 
 static Options parse(int argc, char** argv) {
     Options o;
@@ -122,25 +125,40 @@ static string quoted(const string& word) {
     return text + "'";
 }
 
-struct DoesNotCompile {};  // the compiler has said why
+// Libraries of NVIDIA's that are no part of the emulator, by how their headers begin.
+static const std::pair<const char*, const char*> kLibraries[] = {
+    {"cub/", "CUB"}, {"thrust/", "Thrust"}, {"cuda/", "libcu++"}, {"nv/", "libcu++"}, {"cutlass/", "CUTLASS"}, {"cute/", "CUTLASS"},
+    {"cublas", "cuBLAS"}, {"cudnn", "cuDNN"}, {"cufft", "cuFFT"}, {"curand", "cuRAND"}, {"cusparse", "cuSPARSE"}, {"cusolver", "cuSOLVER"},
+    {"nvml", "NVML"}, {"nvrtc", "NVRTC"}, {"nccl", "NCCL"}, {"npp", "NPP"}, {"nvToolsExt", "NVTX"}, {"nvtx3/", "NVTX"},
+    {"texture_", "textures"}, {"cuda_texture_types", "textures"}, {"surface_", "surfaces"}, {"cuda_surface_types", "surfaces"},
+    {"cuda_gl_interop", "graphics interoperability"}, {"cuda_fp8", "8-bit floats"}, {"cuda_fp6", "6-bit floats"}, {"cuda_fp4", "4-bit floats"}};
 
-static void command(const vector<string>& words) {
-    string text;
-    for (const string& w : words) text += quoted(w) + " ";
-    if (system(text.c_str())) throw DoesNotCompile();
+// Of what the compiler says, one line where a header of such a library is all that is missing.
+static string clearer(const string& said) {
+    const string before = ": fatal error: ";
+    const size_t at = said.find(before), colon = said.find(": No such file", at);
+    if (at == said.npos || colon == said.npos) return said;
+    const string header = said.substr(at + before.size(), colon - at - before.size());
+    for (const auto& [beginning, library] : kLibraries)
+        if (header.compare(0, strlen(beginning), beginning) == 0) {
+            const size_t line = said.rfind('\n', at) + 1;
+            return said.substr(line, said.rfind(':', at - 1) - line) + ": error: " + header + ": the emulator has no " + library + "\n";
+        }
+    return said;
 }
 
 // Does the work on all processors.
 static vector<fs::path> in_parallel(const vector<std::function<fs::path()>>& work) {
     vector<fs::path> results(work.size());
+    vector<string> failures(work.size());
     std::atomic<size_t> next{0};
     std::atomic<bool> failed{false};
     auto worker = [&] {
         for (size_t i; (i = next++) < work.size() && !failed;) {
             try {
                 results[i] = work[i]();
-            } catch (DoesNotCompile) {
-                failed = true;
+            } catch (const Impossible& e) {
+                failures[i] = e.why, failed = true;
             }
         }
     };
@@ -148,8 +166,11 @@ static vector<fs::path> in_parallel(const vector<std::function<fs::path()>>& wor
     for (unsigned i = 1; i < std::min<size_t>(std::thread::hardware_concurrency(), work.size()); i++) threads.emplace_back(worker);
     worker();
     for (std::thread& t : threads) t.join();
-    if (failed) throw DoesNotCompile();
-    return results;
+    if (!failed) return results;
+    string all;  // both builds say the same
+    for (const string& why : failures)
+        if (all.find(why) == all.npos) all += why;
+    throw Impossible{all};
 }
 
 // Where simt is: the directory above the one that holds this program, or $SIMT_HOME.
@@ -166,6 +187,18 @@ struct Compiler {
     fs::path simt, directory;
     string cxx;
 
+    // The compiler, which makes `made`.
+    void command(const vector<string>& words, const fs::path& made) const {
+        const fs::path said = directory / (made.filename().string() + "." + std::to_string(getpid()) + ".said");
+        string text = "LC_ALL=C ";
+        for (const string& w : words) text += quoted(w) + " ";
+        const int code = system((text + "2> " + quoted(said.string())).c_str());
+        const string why = read_file(said);
+        fs::remove(said);
+        if (code) throw Impossible{clearer(why)};
+        fprintf(stderr, "%s", why.c_str());
+    }
+
     // An object of the same bytes by the same compiler and flags is not made again.
     fs::path object(const string& name, const string& text, const vector<string>& words, const fs::path& input) {
         string all = cxx + text;
@@ -176,7 +209,7 @@ struct Compiler {
         vector<string> c = {cxx};
         c.insert(c.end(), words.begin(), words.end());
         c.insert(c.end(), {"-c", input.string(), "-o", partial.string()});
-        command(c);
+        command(c, partial);
         fs::rename(partial, made);
         return made;
     }
@@ -188,22 +221,42 @@ struct Compiler {
         return f;
     }
 
-    fs::path runtime(const fs::path& source, bool checked) {
-        vector<string> f = flags(checked);
-        f.push_back("-I" + (simt / "include").string());
+    string headers() const {
         string text;
         for (const fs::path& d : {simt / "src", simt / "include"})
             for (const auto& e : fs::directory_iterator(d))
-                if (e.path().extension() == ".h" || e.path() == source) text += read_file(e.path());
-        return object(source.stem().string() + (checked ? ".checked" : ""), text, f, source);
+                if (e.path().extension() == ".h") text += read_file(e.path());
+        return text;
     }
 
-    translate::Result translated(const string& source, const fs::path& made, const string& flag) {
+    // What has no part in the checks is the same in both builds.
+    fs::path runtime(const fs::path& source, bool checked) {
+        const string text = read_file(source);
+        checked &= text.find("check_") != text.npos || text.find("kChecked") != text.npos;
+        vector<string> f = flags(checked);
+        f.push_back("-I" + (simt / "include").string());
+        return object(source.stem().string() + (checked ? ".checked" : ""), headers() + text, f, source);
+    }
+
+    // Whether a file of the program's names __CUDA_ARCH__.
+    static bool asks_for_architecture(const string& text, const std::function<bool(const string&)>& skipped) {
+        std::set<string> seen;
+        std::istringstream lines(text);
+        for (string line; std::getline(lines, line);) {
+            if (line[0] != '#') continue;
+            const translate::Marker marker(line);
+            if (marker.line && !marker.system && !skipped(marker.file) && seen.insert(marker.file).second && fs::is_regular_file(marker.file) && read_file(marker.file).find("__CUDA_ARCH__") != string::npos) return true;
+        }
+        return false;
+    }
+
+    translate::Result translated(const string& source, const fs::path& made, const vector<string>& parts_of_headers) {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
         // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
         // of theirs be one of its names; those with an underscore are for system headers.
         const fs::path prelude = expanded.string() + ".h";
         std::ofstream text_of_prelude(prelude);
+        text_of_prelude << "#define SIMT_SOURCE_STEP 1\n";
         vector<string> words;
         // To read cooperative_groups.h costs a third of a small file's time: for files that name it.
         const bool groups = read_file(source).find("cooperative_groups") != string::npos;
@@ -219,12 +272,29 @@ struct Compiler {
         const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), words.begin(), words.end());
-        if (!flag.empty()) c.push_back(flag);
+        for (const string& part : parts_of_headers)
+            if (!part.empty()) c.push_back(part);
         c.insert(c.end(), {source, "-o", expanded.string()});
-        command(c);
-        const string text = read_file(expanded), own = (simt / "include").string();
-        fs::remove(expanded), fs::remove(prelude);
-        return translate::source(text, [&](const string& file) { return file.compare(0, own.size(), own) == 0; });
+        struct Remover {
+            fs::path path;
+            ~Remover() { fs::remove(path); }
+        } remover{prelude};
+        auto preprocessed = [&] {
+            command(c, expanded);
+            string text = read_file(expanded);
+            fs::remove(expanded);
+            // Objects are known by this text: it must not name a file of this process's.
+            for (size_t at; (at = text.find(prelude.string())) != text.npos;) text.replace(at, prelude.string().size(), "<command-line>");
+            return text;
+        };
+        string text = preprocessed();
+        const string own = (simt / "include").string();
+        auto skipped = [&](const string& file) { return file.compare(0, own.size(), own) == 0; };
+        if (asks_for_architecture(text, skipped)) {
+            c.push_back("-D__CUDA_ARCH__=860");
+            text = translate::merged(preprocessed(), text, skipped);
+        }
+        return translate::source(text, skipped);
     }
 
     // Of the user's source: what the compiler reads, the same in both builds.
@@ -232,7 +302,9 @@ struct Compiler {
         // Two files may have one name.
         const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
         translate::Result result = translated(source, made, {});
-        if (result.special_functions) result = translated(source, made, "-DSIMT_SPECIAL_FUNCTIONS");
+        if (result.special_functions || result.simd)
+            result = translated(source, made, {result.special_functions ? "-DSIMT_SPECIAL_FUNCTIONS" : "", result.simd ? "-DSIMT_SIMD" : ""});
+        if (!result.missing.empty()) throw Impossible{result.missing[0] + "\n"};
         for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
         std::ofstream(made, std::ios::binary) << result.text;
         return made;
@@ -252,12 +324,15 @@ struct Compiler {
         vector<std::function<fs::path()>> translations, objects, links;
         for (const string& source : options.sources) translations.push_back([=] { return translated(source); });
         const vector<fs::path> sources = in_parallel(translations);
-        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
+        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented. And what
+        // takes long before the rest, lest one processor be left with it.
+        vector<fs::path> own;
+        for (const auto& e : fs::directory_iterator(simt / "src"))
+            if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") own.push_back(e.path());
+        std::sort(own.begin(), own.end(), [](const fs::path& a, const fs::path& b) { return fs::file_size(a) > fs::file_size(b); });
         for (const string& build : options.builds) {
             const bool checked = build == "checked";
-            for (const auto& e : fs::directory_iterator(simt / "src"))
-                if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check")
-                    objects.push_back([=, source = e.path()] { return runtime(source, checked); });
+            for (const fs::path& source : own) objects.push_back([=] { return runtime(source, checked); });
             for (const fs::path& source : sources) objects.push_back([=] { return kernels(source, checked); });
         }
         const vector<fs::path> all = in_parallel(objects);
@@ -268,7 +343,13 @@ struct Compiler {
                 vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o", library.string()};
                 for (size_t i = b * each; i < (b + 1) * each; i++) c.push_back(all[i].string());
                 c.push_back("-ldl");
-                command(c);
+                // What it was last made of.
+                const fs::path stamp = library.string() + ".of";
+                string objects;
+                for (const string& word : c) objects += word + "\n";
+                if (to.empty() && read_file(stamp) == objects) return library;
+                command(c, library);
+                if (to.empty()) std::ofstream(stamp, std::ios::binary) << objects;
                 return library;
             });
         return in_parallel(links);
@@ -295,7 +376,7 @@ struct Run {
     config("order", run.order == "forward" ? 0 : run.order == "reversed" ? 1 : 2);
     config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict), config("undefined", !o.strict);
     auto* entry = reinterpret_cast<int (*)(int, char**)>(dlsym(handle, "main"));
-    if (!entry) fprintf(stderr, "simt-check: no main() in the files; --run names a program that has one\n"), _exit(126);
+    if (!entry) _exit(126);
     vector<char*> arguments;
     string self = o.sources[0];
     arguments.push_back(self.data());
@@ -319,16 +400,26 @@ static Run execute(const Options& o, const fs::path& library, Run run, const fs:
     run.seconds = double(ended.tv_sec - begun.tv_sec) + 1e-9 * double(ended.tv_nsec - begun.tv_nsec);
     if (WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM) run.failure = "main() did not end within " + std::to_string(o.timeout) + " s";
     else if (WIFSIGNALED(status)) run.failure = string("main() was ended by ") + strsignal(WTERMSIG(status));
-    else if (WEXITSTATUS(status) == 126) exit(3);
+    else if (WEXITSTATUS(status) == 126) usage("no main() in the files; --run names a program that has one");
     else if (WEXITSTATUS(status)) run.failure = "main() returned " + std::to_string(WEXITSTATUS(status));
+    // A template's bare name is that of all its instances.
+    auto is_wanted = [&](const string& name) { return name == o.kernel || name.compare(0, o.kernel.size() + 1, o.kernel + "<") == 0; };
+    // "kernel scale<float, 2>, block ..." and "kernel scale<float, 2>: ..."
+    auto is_of = [&](const string& text) {
+        if (text.compare(0, 7, "kernel ")) return false;
+        int angles = 0;
+        size_t end = 7;
+        while (end < text.size() && (angles || (text[end] != ',' && text.compare(end, 2, ": ")))) angles += (text[end] == '<') - (text[end] == '>'), end++;
+        return is_wanted(text.substr(7, end - 7));
+    };
     std::ifstream lines(report);
     for (string line; std::getline(lines, line);) {
         const size_t space = line.find(' ');
         const string kind = line.substr(0, space), text = line.substr(space + 1);
         if (kind == "launched") run.launched.insert(text);
-        else if (o.kernel.empty() || text.compare(0, 8 + o.kernel.size(), "kernel " + o.kernel + (kind == "fault" ? "," : ":")) == 0) run.findings.push_back(text);
+        else if (o.kernel.empty() || is_of(text)) run.findings.push_back(text);
     }
-    if (!o.kernel.empty() && !run.launched.count(o.kernel)) run.findings.push_back("kernel " + o.kernel + ": was never run");
+    if (!o.kernel.empty() && std::none_of(run.launched.begin(), run.launched.end(), is_wanted)) run.findings.push_back("kernel " + o.kernel + ": was never run");
     return run;
 }
 
@@ -347,18 +438,39 @@ static string escaped(const string& text, bool xml) {
     return out;
 }
 
-static void write_junit(const Options& o, const vector<Run>& runs) {
-    std::ofstream f(o.junit);
+// A report that cannot be written is known before the work.
+static FILE* claimed(const char* option, const string& path) {
+    FILE* file = path.empty() ? nullptr : fopen(path.c_str(), "w");
+    if (!file && !path.empty()) throw Impossible{string("simt-check: ") + option + " " + path + ": cannot be written: " + strerror(errno)};
+    return file;
+}
+
+struct Reports {
+    const Options& options;
+    FILE* junit = claimed("--junit", options.junit);
+    FILE* sarif = claimed("--sarif", options.sarif);
+
+    void write(const vector<Run>& runs, const string& impossible) const;
+};
+
+static string junit_of(const Options& o, const vector<Run>& runs, const string& impossible) {
+    std::ostringstream f;
     size_t failures = 0;
     for (const Run& r : runs) failures += !r.findings.empty() || !r.failure.empty();
-    f << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"simt-check\" tests=\"" << runs.size() << "\" failures=\"" << failures << "\">\n";
+    f << "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"simt-check\" tests=\"" << runs.size() + !impossible.empty() << "\" failures=\"" << failures
+      << "\" errors=\"" << !impossible.empty() << "\">\n";
+    auto begin = [&](const string& name, double seconds) {
+        f << "  <testcase classname=\"" << escaped(o.sources[0], true) << "\" name=\"" << name << "\" time=\"" << seconds << "\">";
+    };
     for (const Run& r : runs) {
-        f << "  <testcase classname=\"" << escaped(o.sources[0], true) << "\" name=\"" << r.name() << "\" time=\"" << r.seconds << "\">";
+        begin(r.name(), r.seconds);
         for (const string& finding : r.findings) f << "<failure message=\"" << escaped(finding, true) << "\"/>";
         if (r.findings.empty() && !r.failure.empty()) f << "<failure message=\"" << escaped(r.failure, true) << "\"/>";
         f << "</testcase>\n";
     }
+    if (!impossible.empty()) begin("compile", 0), f << "<error message=\"" << escaped(impossible, true) << "\"/></testcase>\n";
     f << "</testsuite>\n";
+    return f.str();
 }
 
 // The kinds of findings, by what is in their texts; the first that fits.
@@ -367,13 +479,15 @@ struct Rule {
     vector<const char*> texts;
 };
 static const vector<Rule> kRules = {
+    {"program", "main() failed: returned another number than 0, or was ended", {"main() returned", "main() was ended"}},
+    {"compile", "A file that cannot be compiled or found", {"error: ", "simt-check: "}},
     {"unknown-ptx", "Inline PTX that the emulator does not know", {"inline PTX"}},
     {"missing-fence", "Shared memory that wgmma or a bulk copy meets without a proxy fence", {"missing proxy fence"}},
     {"asynchronous-copy", "A copy or product in flight that nobody has waited for", {"is still writing", "in flight", "while wgmma", "no wgmma_wait", "no mbarrier_wait"}},
     {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: "}},
     {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
     {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
-    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch"}},
+    {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch", "cudaFree", "cudaEvent", "cudaDevice"}},
     {"misaligned", "An address that is not a multiple of what the access needs", {"misaligned", "not aligned", "not a multiple of"}},
     {"constant", "A write to a __constant__ variable", {"of the __constant__ variable"}},
     {"out-of-bounds", "An access beyond an array, an allocation or a device's memory", {"out of bounds", "out of the array's bounds", "illegal access", "not in shared memory"}},
@@ -392,27 +506,50 @@ static const Rule& rule_of(const string& finding) {
     return kRules.back();
 }
 
-// "kernel k, block (0,0,0), thread (1,0,0), file.cu:12, called at ...: what"
-static void write_sarif(const Options& o, const std::set<string>& findings) {
-    std::ofstream f(o.sarif);
+// The file and the line of "kernel k, block (0,0,0), thread (1,0,0), file.cu:12, called at ...: what", or of "file.cu:12:5: error: what".
+static std::pair<string, int> place_of(const string& finding) {
+    const size_t thread = finding.find("thread ("), behind = finding.find("), ", thread), begin = thread == finding.npos ? 0 : behind + 3;
+    const size_t colon = finding.find(':', begin);
+    const bool found = colon != finding.npos && (thread == finding.npos ? finding.find("error: ") != finding.npos : behind != finding.npos);
+    return {found ? finding.substr(begin, colon - begin) : "", found ? atoi(finding.c_str() + colon + 1) : 0};
+}
+
+static string sarif_of(const std::set<string>& findings) {
+    std::ostringstream f;
     f << R"({"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [{"tool": {"driver": {"name": "simt-check", "rules": [)";
     for (const Rule& r : kRules)
         f << (&r == &kRules[0] ? "" : ",") << "\n{\"id\": \"" << r.id << "\", \"shortDescription\": {\"text\": \"" << r.description << "\"}}";
     f << "\n]}}, \"results\": [";
     bool first = true;
     for (const string& finding : findings) {
-        const size_t place = finding.find("), ", finding.find("thread (")), colon = finding.find(':', place);
+        const auto [file, line] = place_of(finding);
         f << (first ? "" : ",") << "\n{\"ruleId\": \"" << rule_of(finding).id << "\", \"level\": \"error\", \"message\": {\"text\": \"" << escaped(finding, false) << "\"}";
-        if (place != finding.npos && colon != finding.npos && atoi(finding.c_str() + colon + 1) > 0)
-            f << ", \"locations\": [{\"physicalLocation\": {\"artifactLocation\": {\"uri\": \"" << escaped(finding.substr(place + 3, colon - place - 3), false)
-              << "\"}, \"region\": {\"startLine\": " << atoi(finding.c_str() + colon + 1) << "}}}]";
+        if (line > 0)
+            f << ", \"locations\": [{\"physicalLocation\": {\"artifactLocation\": {\"uri\": \"" << escaped(file, false) << "\"}, \"region\": {\"startLine\": " << line << "}}}]";
         f << "}";
         first = false;
     }
     f << "\n]}]}\n";
+    return f.str();
 }
 
-static int check(const Options& o) {
+void Reports::write(const vector<Run>& runs, const string& impossible) const {
+    std::set<string> all;
+    for (const Run& r : runs) {
+        all.insert(r.findings.begin(), r.findings.end());
+        if (r.findings.empty() && !r.failure.empty()) all.insert(r.failure);
+    }
+    // Of what a compiler says, the lines with errors; of other reasons, all.
+    std::istringstream lines(impossible);
+    for (string line; std::getline(lines, line);)
+        if (rule_of(line).id == string("compile")) all.insert(line);
+    if (!impossible.empty() && all.empty()) all.insert("simt-check: " + impossible);
+    if (junit) fputs(junit_of(options, runs, impossible).c_str(), junit), fclose(junit);
+    if (sarif) fputs(sarif_of(all).c_str(), sarif), fclose(sarif);
+}
+
+// Into `runs`, as far as it comes.
+static int check(const Options& o, vector<Run>& runs) {
     for (const string& s : o.sources)
         if (!fs::exists(s)) usage("no file " + s);
     string temporary = "/tmp/simt-check-XXXXXX";
@@ -427,24 +564,19 @@ static int check(const Options& o) {
     const vector<fs::path> libraries = compiler.libraries(o.library);
     if (!o.library.empty()) return 0;
 
-    vector<Run> runs;
-    std::set<string> all;
-    bool failed = false;
     for (size_t b = 0; b < libraries.size(); b++)
         for (const string& order : o.orders)
             for (int seed = order == "random" ? 1 : 0; seed <= (order == "random" ? o.seeds : 0); seed++) {
                 Run wanted;
                 wanted.build = o.builds[b], wanted.order = order, wanted.seed = seed;
                 runs.push_back(execute(o, libraries[b], wanted, compiler.directory / "report"));
-                const Run& r = runs.back();
-                all.insert(r.findings.begin(), r.findings.end());
-                failed |= !r.failure.empty();
             }
-    if (!o.junit.empty()) write_junit(o, runs);
-    if (!o.sarif.empty()) write_sarif(o, all);
-    std::set<string> kernels;
+    std::set<string> kernels, all;
+    bool failed = false;
     for (const Run& r : runs) {
         kernels.insert(r.launched.begin(), r.launched.end());
+        all.insert(r.findings.begin(), r.findings.end());
+        failed |= !r.failure.empty();
         printf("%-20s %s\n", r.name().c_str(), !r.findings.empty() ? r.findings[0].c_str() : !r.failure.empty() ? r.failure.c_str() : "ok");
     }
     printf("simt-check: %zu kernels, %zu runs, %zu findings\n", kernels.size(), runs.size(), all.size());
@@ -452,10 +584,24 @@ static int check(const Options& o) {
 }
 
 int main(int argc, char** argv) {
-    const Options options = parse(argc, argv);
-    try {
-        return check(options);
-    } catch (DoesNotCompile) {
+    auto say = [](const Impossible& e) {
+        fprintf(stderr, "%s%s", e.why.c_str(), e.why.empty() || e.why.back() == '\n' ? "" : "\n");
         return 3;
+    };
+    try {
+        const Options options = parse(argc, argv);
+        const Reports reports{options};
+        vector<Run> runs;
+        string impossible;
+        int code;
+        try {
+            code = check(options, runs);
+        } catch (const Impossible& e) {
+            impossible = e.why, code = say(e);
+        }
+        reports.write(runs, impossible);
+        return code;
+    } catch (const Impossible& e) {
+        return say(e);
     }
 }

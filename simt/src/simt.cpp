@@ -1113,7 +1113,7 @@ static void* allocate_device(size_t bytes) {
 static bool free_device(void* p) {
     std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
     auto it = allocations.find(uintptr_t(p));
-    if (it == allocations.end()) return false;
+    if (it == allocations.end() || it->second.home == Home::registered) return false;
     const Allocation& a = it->second;
     free_shadow(a.shadow, a.end - a.begin);
     munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
@@ -1209,11 +1209,16 @@ static std::map<std::string, size_t>& max_dynamic() {
     return map;
 }
 
+std::string kernel_signature(const void* kernel) {
+    for (const Symbol& f : image().functions)
+        if (f.begin == uintptr_t(kernel)) return plain_name(f.name);
+    return "";
+}
+
 const char* kernel_name(const void* kernel) {
     static std::set<std::string> names;
-    for (const Symbol& f : image().functions)
-        if (f.begin == uintptr_t(kernel)) return names.insert(base_name(plain_name(f.name))).first->c_str();
-    return "of no name";
+    const std::string signature = kernel_signature(kernel);
+    return signature.empty() ? "of no name" : names.insert(base_name(signature)).first->c_str();
 }
 
 bool allow_dynamic(const void* kernel, size_t bytes) {
@@ -1222,6 +1227,31 @@ bool allow_dynamic(const void* kernel, size_t bytes) {
     allowed = std::max(allowed, bytes);
     return true;
 }
+size_t allowed_dynamic(const void* kernel) {
+    const auto it = max_dynamic().find(kernel_name(kernel));
+    return it == max_dynamic().end() ? kSharedDefault : it->second;
+}
+
+void set_home(const void* p, Home home) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    allocations.at(uintptr_t(p)).home = home;
+}
+void register_host(void* p, size_t bytes) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    const uintptr_t begin = uintptr_t(p), end = begin + bytes;
+    no_longer_freed(begin, end);
+    allocations[begin] = {begin, end, begin, end, make_shadow(bytes), false, Home::registered};
+}
+bool unregister_host(void* p) {
+    std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+    const auto it = allocations.find(uintptr_t(p));
+    if (it == allocations.end() || it->second.home != Home::registered) return false;
+    free_shadow(it->second.shadow, it->second.end - it->second.begin);
+    allocations.erase(it);
+    return true;
+}
+
+bool on_device() { return running() != nullptr; }
 
 static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }

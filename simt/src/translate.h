@@ -4,6 +4,7 @@
 //   asm("cp.async...", ...)             the emulator's twins of PTX instructions
 //   extern __shared__ float s[];        extern __shared__ float s[] asm("smem");
 //                                       in a template: a reference to the block's dynamic shared memory
+//   threadIdx.x                         simt::view()->thread.x
 //   __constant__ float taps[7];         the same, and a line that says where it is
 //
 // Lines stay where they are, and headers of the system and of simt as they are.
@@ -14,6 +15,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace translate {
@@ -23,7 +25,9 @@ using std::string;
 struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
+    std::vector<string> missing;  // "file:line: error: name: what the emulator has not"
     bool special_functions = false;  // whether it may call some of C++17's
+    bool simd = false;               // and those of simd.h
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -121,11 +125,11 @@ class Ptx {
     string value(string token) const {
         token = trim(token);
         static const std::map<string, string> special = {
-            {"laneid", "uint32_t(simt::lane())"}, {"warpid", "(threadIdx.x / 32)"}, {"smid", "0u"}, {"nsmid", "4u"},
+            {"laneid", "uint32_t(simt::lane())"}, {"warpid", "(simt::view()->thread.x / 32)"}, {"smid", "0u"}, {"nsmid", "4u"},
             {"clock", "uint32_t(clock64())"}, {"clock64", "uint64_t(clock64())"}, {"globaltimer", "uint64_t(clock64())"},
-            {"tid.x", "threadIdx.x"}, {"tid.y", "threadIdx.y"}, {"tid.z", "threadIdx.z"}, {"ntid.x", "blockDim.x"},
-            {"ctaid.x", "blockIdx.x"}, {"ctaid.y", "blockIdx.y"}, {"ctaid.z", "blockIdx.z"}, {"nctaid.x", "gridDim.x"},
-            {"lanemask_lt", "((1u << simt::lane()) - 1)"}};
+            {"lanemask_eq", "(1u << simt::lane())"}, {"lanemask_lt", "((1u << simt::lane()) - 1)"}, {"lanemask_le", "(~0u >> (31 - simt::lane()))"},
+            {"lanemask_gt", "~(~0u >> (31 - simt::lane()))"}, {"lanemask_ge", "~((1u << simt::lane()) - 1)"}};
+        static const std::map<string, string> vectors = {{"tid", "thread"}, {"ntid", "block_dim"}, {"ctaid", "block"}, {"nctaid", "grid_dim"}};
         if (token[0] == '%') {
             const string name = token.substr(token.find_first_not_of('%'));
             if (isdigit((unsigned char)name[0])) return size_t(stoi(name)) < operands.size() ? operands[stoi(name)] : "0";
@@ -133,6 +137,8 @@ class Ptx {
                 auto it = names.find(name.substr(1, name.size() - 2));
                 return it == names.end() ? "0" : operands[stoi(it->second)];
             }
+            if (name.size() > 2 && name[name.size() - 2] == '.')
+                if (const auto v = vectors.find(name.substr(0, name.size() - 2)); v != vectors.end()) return "(simt::view()->" + v->second + "." + name.back() + ")";
             auto it = special.find(name);
             if (it == special.end() && declarations.find(" simt_" + name + " ") == declarations.npos) unknown = token;
             return it == special.end() ? "simt_" + name : it->second;
@@ -151,12 +157,12 @@ class Ptx {
         for (const string& t : split(token, ',')) values.push_back(value(t));
         return values;
     }
-    // [a] or [a + 16]
+    // [a] or [a + 16], in bytes
     string address(string token) const {
         token = trim(token);
         token = token.substr(1, token.size() - 2);
         const size_t plus = token.find('+');
-        return plus == token.npos ? value(token) : "(" + value(token.substr(0, plus)) + " + " + trim(token.substr(plus + 1)) + ")";
+        return plus == token.npos ? value(token) : "(simt::register_as<uint64_t>(" + value(token.substr(0, plus)) + ") + " + trim(token.substr(plus + 1)) + ")";
     }
     static string joined(const std::vector<string>& values) {
         string text;
@@ -177,7 +183,7 @@ class Ptx {
     static string type_of(const string& op) {
         static const std::map<string, string> types = {{"f32", "float"}, {"f64", "double"}, {"b64", "uint64_t"}, {"u64", "uint64_t"},
             {"s64", "int64_t"}, {"b32", "uint32_t"}, {"u32", "uint32_t"}, {"s32", "int32_t"}, {"b16", "uint16_t"}, {"u16", "uint16_t"},
-            {"s16", "int16_t"}, {"b8", "uint8_t"}, {"u8", "uint8_t"}, {"s8", "int8_t"}};
+            {"s16", "int16_t"}, {"b8", "uint8_t"}, {"u8", "uint8_t"}, {"s8", "int8_t"}, {"pred", "bool"}, {"f16x2", "__half2"}, {"bf16x2", "__nv_bfloat162"}};
         const std::vector<string> parts = split(op, '.');
         auto it = types.find(parts.back());
         return it == types.end() ? "" : it->second;
@@ -186,19 +192,141 @@ class Ptx {
     // Whether each part of an operation is one that its translation heeds, or one that changes no value here.
     static bool understood(const std::vector<string>& parts) {
         static const string types = " f32 f64 b64 u64 s64 b32 u32 s32 b16 u16 s16 b8 u8 s8 ";
-        static const string memory = " global shared shared::cta volatile relaxed acquire release weak cta gpu sys ca cg cs cv lu wb wt nc v2 v4 ";
-        static const std::map<string, string> known = {{"add", "rn ftz"}, {"sub", "rn ftz"}, {"mul", "lo hi wide rn ftz"}, {"fma", "rn ftz"},
-            {"mad", "lo rn ftz"}, {"min", "NaN ftz"}, {"max", "NaN ftz"}, {"setp", "eq ne lt le gt ge equ neu ltu leu gtu geu ftz"},
-            {"ex2", "approx ftz"}, {"lg2", "approx ftz"}, {"rcp", "approx rn ftz"}, {"sqrt", "approx rn ftz"}, {"rsqrt", "approx ftz"},
-            {"tanh", "approx"}, {"sin", "approx ftz"}, {"cos", "approx ftz"}, {"abs", "ftz"}, {"neg", "ftz"}, {"and", ""}, {"or", ""},
-            {"xor", ""}, {"not", ""}, {"shl", ""}, {"shr", ""}, {"prmt", ""}, {"selp", ""}, {"mov", ""}, {"popc", ""}, {"brev", ""},
-            {"clz", ""}, {"lop3", ""}, {"ld", memory}, {"st", memory}, {"ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"}};
+        static const string memory = " global shared shared::cta const local volatile relaxed acquire release weak cta gpu sys ca cg cs cv lu wb wt nc v2 v4 ";
+        static const string atomic = " global shared shared::cta relaxed acquire release acq_rel cta gpu sys noftz f16x2 bf16x2 add exch cas min max and or xor inc dec ";
+        static const string half2 = " f16x2 bf16x2 rn ", rounding = " rn rz rm rp ftz sat ";
+        static const std::map<string, string> known = {{"add", rounding + half2}, {"sub", rounding + half2}, {"mul", "lo hi wide" + rounding + half2},
+            {"fma", rounding + half2}, {"mad", "lo wide" + rounding}, {"div", "approx full" + rounding}, {"rem", ""}, {"min", "NaN ftz" + half2}, {"max", "NaN ftz" + half2},
+            {"setp", "eq ne lt le gt ge lo ls hi hs neu ftz and or xor"}, {"ex2", "approx ftz"}, {"lg2", "approx ftz"}, {"rcp", "approx" + rounding},
+            {"sqrt", "approx" + rounding}, {"rsqrt", "approx ftz"}, {"tanh", "approx"}, {"sin", "approx ftz"}, {"cos", "approx ftz"}, {"abs", "ftz" + half2},
+            {"neg", "ftz" + half2}, {"and", "pred"}, {"or", "pred"}, {"xor", "pred"}, {"not", "pred"}, {"shl", ""}, {"shr", ""}, {"prmt", ""}, {"selp", ""},
+            {"mov", "pred"}, {"popc", ""}, {"brev", ""}, {"clz", ""}, {"bfind", ""}, {"lop3", ""}, {"bfe", ""}, {"bfi", ""}, {"shf", "l r wrap clamp"}, {"sad", ""},
+            {"dp4a", ""}, {"mul24", "lo"}, {"ld", memory}, {"st", memory}, {"atom", atomic}, {"red", atomic}, {"shfl", "sync idx up down bfly"},
+            {"vote", "sync all any uni ballot pred"}, {"match", "sync any all"}, {"redux", "sync add min max and or xor"}, {"activemask", ""},
+            {"cvt", "f16 bf16 f16x2 bf16x2 rni rzi rmi rpi" + rounding}, {"ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"}};
         const auto it = known.find(parts[0]);
         if (it == known.end()) return true;
-        const string all = types + it->second + " ";
+        const string all = types + " " + it->second + " ";
         for (size_t i = 1; i < parts.size(); i++)
             if (parts[i].find("L1::") && parts[i].find("L2::") && all.find(" " + parts[i] + " ") == all.npos) return false;
         return true;
+    }
+
+    // p or !p
+    string predicate(string token) const {
+        token = trim(token);
+        return token[0] == '!' ? "!" + value(token.substr(1)) : value(token);
+    }
+    string pointer_of(const string& op, const string& token) const {
+        const string at = address(token);
+        return has(op, "shared") || has(op, "shared::cta") ? "simt::shared_pointer(uint32_t(" + at + "))" : "(void*)(" + at + ")";
+    }
+    static string fence_of(const string& op) { return has(op, "cta") ? "simt::fence(false);" : "simt::fence();"; }
+    static string mode_of(const string& op) { return has(op, "rz") ? "rz" : has(op, "rm") ? "rd" : has(op, "rp") ? "ru" : "rn"; }
+
+    // Of floats, with a rounding mode or `.sat`; and whole numbers with `.sat`.
+    string arithmetic(const string& op, const std::vector<string>& a) const {
+        static const std::map<string, string> names = {{"add", "add"}, {"sub", "sub"}, {"mul", "mul"}, {"fma", "fma"}, {"mad", "fma"}, {"div", "div"}, {"rcp", "rcp"}, {"sqrt", "sqrt"}};
+        const auto it = names.find(split(op, '.')[0]);
+        const string type = type_of(op), mode = mode_of(op);
+        const bool saturates = has(op, "sat");
+        if (it == names.end() || a.size() < 2 || (mode == "rn" && !saturates)) return "";
+        string arguments;
+        for (size_t i = 1; i < a.size(); i++) arguments += (i > 1 ? ", " : "") + string("simt::register_as<") + type + ">(" + value(a[i]) + ")";
+        string result;
+        if (type == "float") result = (it->second == "fma" ? "__fmaf_" : "__f" + it->second + "_") + mode + "(" + arguments + ")";
+        if (type == "double" && !saturates) result = (it->second == "fma" ? "__fma_" : "__d" + it->second + "_") + mode + "(" + arguments + ")";
+        if (type == "float" && saturates) result = "__saturatef(" + result + ")";
+        if (type == "int32_t" && saturates && (it->second == "add" || it->second == "sub"))
+            result = "simt::clamped<int32_t>(int64_t(simt::register_as<int32_t>(" + value(a[1]) + "))" + (it->second == "add" ? " + " : " - ") + "simt::register_as<int32_t>(" + value(a[2]) + "))";
+        return result.empty() ? "" : "simt::set_register(" + value(a[0]) + ", " + result + ");";
+    }
+
+    // cvt.mode.to.from
+    string conversion(const std::vector<string>& parts, const std::vector<string>& a) const {
+        if (parts.size() < 3 || a.size() < 2) return "";
+        const string to = parts[parts.size() - 2], from = parts.back();
+        string mode, op;
+        for (const string& p : parts) {
+            op += (op.empty() ? "" : ".") + p;
+            if (&p < &parts[parts.size() - 2] && (p == "rni" || p == "rzi" || p == "rmi" || p == "rpi")) mode = p;
+        }
+        const bool saturates = has(op, "sat");
+        const string nearest = mode_of(op);  // of a float
+        auto done = [&](const string& expression) { return "simt::set_register(" + value(a[0]) + ", " + expression + ");"; };
+        auto narrow = [&](const string& x, const string& kind, const string& of) {
+            return "simt::bit_cast<uint16_t>(__" + of + "2" + (kind[0] == 'b' ? "bfloat16" : "half") + "_" + nearest + "(" + x + "))";
+        };
+        if (to == "f16x2" || to == "bf16x2")
+            return a.size() != 3 || from != "f32" || saturates ? "" : done("uint32_t(" + narrow(value(a[2]), to, "float") + " | uint32_t(" + narrow(value(a[1]), to, "float") + ") << 16)");
+        if (a.size() != 2) return "";
+        static const std::map<string, string> integers = {{"s32", "int"}, {"u32", "uint"}, {"s64", "ll"}, {"u64", "ull"}, {"s16", "short"}, {"u16", "ushort"}};
+        const bool to_float = to[0] == 'f' || to[0] == 'b', from_float = from[0] == 'f' || from[0] == 'b';
+        const string to_type = type_of("x." + to);
+        // 16 bits become a float, which holds them exactly.
+        const string source = from == "f16" ? "simt::half_to_float(uint16_t(" + value(a[1]) + "))" : from == "bf16" ? "__uint_as_float(uint32_t(uint16_t(" + value(a[1]) + ")) << 16)"
+                            : "simt::register_as<" + type_of("x." + from) + ">(" + value(a[1]) + ")";
+        if (!to_float && !from_float) return done(saturates ? "simt::clamped<" + to_type + ">(" + source + ")" : to_type + "(" + source + ")");
+        static const std::map<string, string> whole = {{"rni", "nearbyint"}, {"rzi", "trunc"}, {"rmi", "floor"}, {"rpi", "ceil"}};
+        const auto rounded = whole.find(mode);
+        if (!to_float) return rounded == whole.end() ? "" : done("simt::saturate<" + to_type + ", " + (from == "f64" ? "double" : "float") + ">(" + rounded->second + "(double(" + source + ")))");
+        if (!from_float) {
+            const auto it = integers.find(from);
+            if (it == integers.end() || saturates) return "";
+            if (to == "f16" || to == "bf16") return done(narrow(source, to, it->second));
+            if (from == "s16" || from == "u16" || (to == "f64" && from[1] == '3')) return done((to == "f32" ? "float(" : "double(") + source + ")");
+            return done("__" + it->second + "2" + (to == "f32" ? "float_" : "double_") + nearest + "(" + source + ")");
+        }
+        if (rounded != whole.end()) return to == from && (to == "f32" || to == "f64") && !saturates ? done(rounded->second + (to == "f32" ? "f(" : "(") + source + ")") : "";
+        if (to == "f32") {
+            const string single = from == "f64" ? "__double2float_" + nearest + "(" + source + ")" : source;
+            return done(saturates ? "__saturatef(" + single + ")" : single);
+        }
+        if (saturates) return "";
+        if (to == "f64") return done("double(" + source + ")");
+        if (from == "f64") return nearest != "rn" ? "" : done(string("simt::bit_cast<uint16_t>(__double2") + (to == "f16" ? "half" : "bfloat16") + "(" + source + "))");
+        return done(narrow(source, to, "float"));
+    }
+
+    string atomic(const string& op, const std::vector<string>& parts, const std::vector<string>& a) const {
+        static const std::map<string, string> calls = {{"add", "atomicAdd"}, {"exch", "atomicExch"}, {"cas", "atomicCAS"}, {"min", "atomicMin"}, {"max", "atomicMax"},
+            {"and", "atomicAnd"}, {"or", "atomicOr"}, {"xor", "atomicXor"}, {"inc", "atomicInc"}, {"dec", "atomicDec"}};
+        static const std::map<string, string> types = {{"u32", "unsigned"}, {"b32", "unsigned"}, {"s32", "int"}, {"u64", "unsigned long long"}, {"b64", "unsigned long long"},
+            {"s64", "unsigned long long"}, {"f32", "float"}, {"f64", "double"}, {"f16x2", "__half2"}, {"bf16x2", "__nv_bfloat162"}, {"b16", "unsigned short"}};
+        const auto t = types.find(parts.back());
+        const bool returns = parts[0] == "atom";
+        const size_t first = returns ? 2 : 1;
+        if (t == types.end() || a.size() < first + 1) return "";
+        const string call = [&] {
+            for (const string& p : parts)
+                if (const auto it = calls.find(p); it != calls.end()) return it->second;
+            return string();
+        }();
+        const bool extreme = call == "atomicMin" || call == "atomicMax";
+        if (call.empty() || (call == "atomicCAS") != (a.size() == first + 2)) return "";
+        if (t->first == "b16" ? call != "atomicCAS" : (t->second[0] == '_' || t->second == "float" || t->second == "double") && call != "atomicAdd" && (call != "atomicExch" || t->first != "f32")) return "";
+        const string type = t->first == "s64" && extreme ? "long long" : t->second;
+        string arguments;
+        for (size_t i = first; i < a.size(); i++)
+            arguments += ", " + (type[0] == '_' ? "simt::bit_cast<" + type + ">(uint32_t(" + value(a[i]) + "))" : "simt::register_as<simt::Plain<" + type + ">>(" + value(a[i]) + ")");
+        const bool releases = has(op, "release") || has(op, "acq_rel");
+        const string text = (releases ? fence_of(op) + " " : "") + "const auto simt_old = " + call + "((" + type + "*)" + pointer_of(op, a[first - 1]) + arguments + "); ";
+        if (!returns || trim(a[0]) == "_") return text;
+        return text + "simt::set_register(" + value(a[0]) + ", " + (type[0] == '_' ? "simt::bit_cast<uint32_t>(simt_old)" : "simt_old") + ");";
+    }
+
+    // The fourth operand holds 32 less the width, and which lane is the last.
+    string shuffle(const string& op, const std::vector<string>& a) const {
+        const string last = trim(a[3]);
+        const bool up = has(op, "up");
+        if (isdigit((unsigned char)last[0]) && (strtoul(last.c_str(), nullptr, 0) & 31) != (up ? 0 : 31)) return "";
+        const std::vector<string> to = split(a[0], '|');
+        const string call = has(op, "idx") ? "__shfl_sync" : up ? "__shfl_up_sync" : has(op, "down") ? "__shfl_down_sync" : "__shfl_xor_sync";
+        string text = "const unsigned simt_by = " + value(a[2]) + "; const int simt_width = 32 - (" + value(a[3]) + " >> 8 & 31), simt_lane = simt::lane() % simt_width; ";
+        const string source = has(op, "idx") ? "true" : up ? "simt_lane >= int(simt_by)" : has(op, "down") ? "simt_lane + int(simt_by) < simt_width" : "(simt_lane ^ int(simt_by)) < simt_width";
+        text += "const uint32_t simt_v = " + call + "(" + value(a[4]) + ", simt::register_as<uint32_t>(" + value(a[1]) + "), simt_by, simt_width); ";
+        text += "simt::set_register(" + value(to[0]) + ", simt_v); ";
+        return text + (to.size() > 1 ? value(to[1]) + " = " + source + ";" : "");
     }
 
     // The C++ of one instruction, or nothing if there is none.
@@ -236,14 +364,44 @@ class Ptx {
             if (has(op, "shared") && has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(simt::shared_offset((const void*)(" + value(a[1]) + "))));";
             if (has(op, "to")) return "simt::set_register(" + value(a[0]) + ", uint64_t(" + value(a[1]) + "));";
         }
-        if (name == "cvt" && n == 3 && parts.size() == 4 && parts[1] == "rn" && (has(op, "f16x2") || has(op, "bf16x2"))) {
-            const string narrow = has(op, "f16x2") ? "simt::float_to_half" : "simt::float_to_bfloat16";
-            return "simt::set_register(" + value(a[0]) + ", uint32_t(" + narrow + "(" + value(a[2]) + ") | uint32_t(" + narrow + "(" + value(a[1]) + ")) << 16));";
+        if (name == "cvt") return conversion(parts, a);
+        if (name == "atom" || name == "red") return atomic(op, parts, a);
+        if (name == "shfl" && (n == 5) && type == "uint32_t") return shuffle(op, a);
+        if (name == "vote" && n == 3) {
+            const string ballot = "__ballot_sync(" + value(a[2]) + ", " + predicate(a[1]) + ")";
+            if (has(op, "ballot")) return "simt::set_register(" + value(a[0]) + ", " + ballot + ");";
+            if (has(op, "uni")) return "const uint32_t simt_b = " + ballot + "; " + value(a[0]) + " = simt_b == 0 || simt_b == uint32_t(" + value(a[2]) + ");";
+            if (has(op, "all") || has(op, "any")) return value(a[0]) + " = __" + (has(op, "all") ? "all" : "any") + "_sync(" + value(a[2]) + ", " + predicate(a[1]) + ");";
         }
-        if (name == "cvt" && n == 2 && op == "cvt.rn.f16.f32") return "simt::set_register(" + value(a[0]) + ", simt::float_to_half(" + value(a[1]) + "));";
-        if (name == "cvt" && n == 2 && parts.size() == 3 && parts[1][0] != 'f' && parts[2][0] != 'f')
-            return "simt::set_register(" + value(a[0]) + ", " + type_of("x." + parts[1]) + "(simt::register_as<" + type + ">(" + value(a[1]) + ")));";
-        if (name == "cvt" && n == 2 && op == "cvt.f32.f16") return "simt::set_register(" + value(a[0]) + ", simt::half_to_float(uint16_t(" + value(a[1]) + ")));";
+        if (name == "match" && n == 3 && (type == "uint32_t" || type == "uint64_t")) {
+            const std::vector<string> to = split(a[0], '|');
+            const string word = type == "uint32_t" ? "unsigned(" + bits(1) + ")" : "(unsigned long long)(" + bits(1) + ")";
+            if (has(op, "any")) return "simt::set_register(" + value(a[0]) + ", __match_any_sync(" + value(a[2]) + ", " + word + "));";
+            return "int simt_all; simt::set_register(" + value(to[0]) + ", __match_all_sync(" + value(a[2]) + ", " + word + ", &simt_all)); " +
+                   (to.size() > 1 ? value(to[1]) + " = simt_all != 0;" : "");
+        }
+        if (name == "redux" && n == 3 && (type == "uint32_t" || type == "int32_t") && parts.size() == 4)
+            return set("__reduce_" + parts[2] + "_sync(" + value(a[2]) + ", " + (type[0] == 'u' ? "unsigned(" : "int(") + bits(1) + "))");
+        if (name == "activemask" && n == 1) return "simt::set_register(" + value(a[0]) + ", __activemask());";
+        if (name == "bfe" && n == 4 && !type.empty()) return set("simt::extracted(" + bits(1) + ", " + value(a[2]) + ", " + value(a[3]) + ")");
+        if (name == "bfi" && n == 5 && !type.empty()) return set("simt::inserted(" + bits(1) + ", " + bits(2) + ", " + value(a[3]) + ", " + value(a[4]) + ")");
+        if (name == "shf" && n == 4) return set("__funnelshift_" + parts[1] + (has(op, "clamp") ? "c(" : "(") + bits(1) + ", " + bits(2) + ", " + value(a[3]) + ")");
+        if (name == "bfind" && n == 2 && type == "uint32_t") return set(bits(1) + " ? 31 - __clz(" + bits(1) + ") : -1");
+        if (name == "sad" && n == 4 && (type == "uint32_t" || type == "int32_t")) return set((type[0] == 'u' ? "__usad(" : "__sad(") + bits(1) + ", " + bits(2) + ", " + bits(3) + ")");
+        if (name == "dp4a" && n == 4 && parts.size() == 3 && parts[1] == parts[2]) return set("__dp4a(" + string(type[0] == 'u' ? "unsigned(" : "int(") + bits(1) + "), " + bits(2) + ", " + bits(3) + ")");
+        if (name == "mul24" && n == 3 && (type == "uint32_t" || type == "int32_t")) return set((type[0] == 'u' ? "__umul24(" : "__mul24(") + bits(1) + ", " + bits(2) + ")");
+        if (type == "__half2" || type == "__nv_bfloat162") {
+            static const std::map<string, string> pairs = {{"add", "__hadd2"}, {"sub", "__hsub2"}, {"mul", "__hmul2"}, {"fma", "__hfma2"}, {"min", "__hmin2"},
+                {"max", "__hmax2"}, {"neg", "__hneg2"}, {"abs", "__habs2"}};
+            const auto it = pairs.find(name);
+            if (it == pairs.end() || has(op, "sat") || has(op, "ftz") || has(op, "rz") || has(op, "rm") || has(op, "rp")) return "";
+            string arguments;
+            for (size_t i = 1; i < n; i++) arguments += (i > 1 ? ", " : "") + string("simt::bit_cast<") + type + ">(uint32_t(" + value(a[i]) + "))";
+            const bool nan = has(op, "NaN");
+            return "simt::set_register(" + value(a[0]) + ", simt::bit_cast<uint32_t>(" + it->second + (nan ? "_nan(" : "(") + arguments + ")));";
+        }
+        if (const string rounded = arithmetic(op, a); !rounded.empty()) return rounded;
+        if (has(op, "sat") || has(op, "rz") || has(op, "rm") || has(op, "rp")) return "";
         if (name == "mov" && n == 2 && type == "uint64_t" && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
             const bool packs = trim(a[1])[0] == '{';
             const std::vector<string> halves = list(a[packs ? 1 : 0]);
@@ -252,7 +410,7 @@ class Ptx {
             return "const uint64_t simt_w = " + bits(1) + "; simt::set_register(" + halves[0] + ", uint32_t(simt_w)); simt::set_register(" + halves[1] + ", uint32_t(simt_w >> 32));";
         }
         if (name == "mov" && n == 2 && !type.empty() && trim(a[0])[0] != '{' && trim(a[1])[0] != '{') return set(bits(1));
-        if (n == 2 && name == "not" && !type.empty()) return set("~" + bits(1));
+        if (n == 2 && name == "not" && !type.empty()) return set((type == "bool" ? "!" : "~") + bits(1));
         if (n == 2 && (name == "popc" || name == "brev" || name == "clz") && type == "uint32_t") return set("__" + name + "(" + bits(1) + ")");
         if (n == 5 && name == "lop3") return set("simt::lop3(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ", " + value(a[4]) + ")");
         if (n == 3 && name == "mul" && has(op, "hi") && (type == "uint32_t" || type == "int32_t")) return set((type[0] == 'u' ? "__umulhi(" : "__mulhi(") + bits(1) + ", " + bits(2) + ")");
@@ -260,13 +418,19 @@ class Ptx {
             const string wide = type[0] == 'u' ? "uint64_t(" : "int64_t(";
             return "simt::set_register(" + value(a[0]) + ", " + wide + bits(1) + ") * " + wide + bits(2) + "));";
         }
-        if (name == "setp" && n == 3 && !type.empty()) {
-            static const std::map<string, string> compare = {{"eq", "=="}, {"ne", "!="}, {"neu", "!="}, {"lt", "<"}, {"le", "<="}, {"gt", ">"}, {"ge", ">="}};
-            auto it = compare.find(parts[1]);
-            if (parts.size() != 3 && !(parts.size() == 4 && parts[2] == "ftz")) return "";
+        if (name == "setp" && (n == 3 || n == 4) && !type.empty()) {
+            static const std::map<string, string> compare = {{"eq", "=="}, {"ne", "!="}, {"neu", "!="}, {"lt", "<"}, {"le", "<="}, {"gt", ">"}, {"ge", ">="},
+                {"lo", "<"}, {"ls", "<="}, {"hi", ">"}, {"hs", ">="}};
+            const auto it = compare.find(parts[1]);
+            const string with = has(op, "and") ? "&" : has(op, "or") ? "|" : has(op, "xor") ? "^" : "";
+            if (it == compare.end() || with.empty() != (n == 3)) return "";
             // A NaN is unequal to nothing, but by neu.
-            if (parts[1] == "ne" && (type == "float" || type == "double")) return value(a[0]) + " = " + bits(1) + " < " + bits(2) + " || " + bits(1) + " > " + bits(2) + ";";
-            if (it != compare.end()) return value(a[0]) + " = " + bits(1) + " " + it->second + " " + bits(2) + ";";
+            const bool ordered = parts[1] == "ne" && (type == "float" || type == "double");
+            const string result = ordered ? "(" + bits(1) + " < " + bits(2) + " || " + bits(1) + " > " + bits(2) + ")" : "(" + bits(1) + " " + it->second + " " + bits(2) + ")";
+            const std::vector<string> to = split(a[0], '|');
+            const string third = n == 4 ? " " + with + " " + predicate(a[3]) : "";
+            if (to.size() == 1) return value(to[0]) + " = " + result + third + ";";
+            return "const bool simt_c = " + result + "; " + value(to[0]) + " = simt_c" + third + "; " + value(to[1]) + " = !simt_c" + third + ";";
         }
         static const std::map<string, string> binary = {{"add", "+"}, {"sub", "-"}, {"and", "&"}, {"or", "|"}, {"xor", "^"}};
         if (auto it = binary.find(name); it != binary.end() && n == 3 && !type.empty()) return set(bits(1) + " " + it->second + " " + bits(2));
@@ -277,6 +441,14 @@ class Ptx {
             return set("isnan(" + bits(1) + ") || isnan(" + bits(2) + ") ? NAN : " + name + "(" + bits(1) + ", " + bits(2) + ")");
         if ((name == "min" || name == "max") && n == 3 && !type.empty()) return set(name + "(" + bits(1) + ", " + bits(2) + ")");
         if ((name == "fma" || name == "mad") && n == 4 && type == "float") return set("fmaf(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ")");
+        if (name == "fma" && n == 4 && type == "double") return set("fma(" + bits(1) + ", " + bits(2) + ", " + bits(3) + ")");
+        if (name == "mad" && n == 4 && has(op, "wide") && (type == "uint32_t" || type == "int32_t")) {
+            const string wide = type[0] == 'u' ? "uint64_t" : "int64_t";
+            return "simt::set_register(" + value(a[0]) + ", " + wide + "(" + bits(1) + ") * " + wide + "(" + bits(2) + ") + simt::register_as<" + wide + ">(" + value(a[3]) + "));";
+        }
+        if ((name == "div" || name == "rem") && n == 3 && !type.empty()) return set(bits(1) + (name == "div" ? " / " : " % ") + bits(2));
+        if (name == "abs" && n == 2 && type != "float" && !type.empty()) return set("(" + bits(1) + " < 0 ? -" + bits(1) + " : " + bits(1) + ")");
+        if ((name == "sqrt" || name == "rcp") && n == 2 && type == "double") return set((name == "sqrt" ? "sqrt(" : "1.0 / (") + bits(1) + ")");
         if (name == "mad" && n == 4 && has(op, "lo")) return set(bits(1) + " * " + bits(2) + " + " + bits(3));
         static const std::map<string, string> functions = {{"ex2", "exp2f"}, {"lg2", "log2f"}, {"rcp", "__frcp_rn"}, {"sqrt", "sqrtf"},
             {"rsqrt", "rsqrtf"}, {"tanh", "tanhf"}, {"sin", "sinf"}, {"cos", "cosf"}, {"abs", "fabsf"}};
@@ -284,11 +456,12 @@ class Ptx {
         if (name == "neg" && n == 2 && !type.empty()) return set("-" + bits(1));
         if (name == "prmt" && n == 4) return set("simt::prmt(" + value(a[1]) + ", " + value(a[2]) + ", " + value(a[3]) + ")");
         if (name == "selp" && n == 4) return set(value(a[3]) + " ? " + bits(1) + " : " + bits(2));
-        if ((name == "ld" || name == "st") && n == 2 && !type.empty() && (has(op, "global") || has(op, "shared"))) {
-            const string at = address(a[name == "ld" ? 1 : 0]);
-            const string pointer = has(op, "shared") ? "simt::shared_pointer(uint32_t(" + at + "))" : "(void*)(" + at + ")";
+        if ((name == "ld" || name == "st") && n == 2 && !type.empty()) {
+            const string pointer = pointer_of(op, a[name == "ld" ? 1 : 0]);
+            const bool is_volatile = has(op, "volatile") || has(op, "relaxed") || has(op, "acquire") || has(op, "release");
             const std::vector<string> values = list(a[name == "ld" ? 0 : 1]);
-            string text = type + "* simt_p = (" + type + "*)" + pointer + "; ";
+            const string element_type = is_volatile ? "volatile " + type : type;
+            string text = (has(op, "release") ? fence_of(op) + " " : "") + element_type + "* simt_p = (" + element_type + "*)" + pointer + "; ";
             for (size_t i = 0; i < values.size(); i++) {
                 const string element = "simt_p[" + std::to_string(i) + "]";
                 text += name == "ld" ? "simt::set_register(" + values[i] + ", " + element + "); "
@@ -300,17 +473,14 @@ class Ptx {
         if ((name == "bar" || name == "barrier") && has(op, "arrive") && n == 2)
             return "simt::named_arrive(int(" + value(a[0]) + "), int(" + value(a[1]) + "), {});";
         if ((name == "bar" || name == "barrier") && has(op, "red") && n == 3 && trim(a[1]) == "0") {
-            string predicate = trim(a[2]);
-            const bool negated = predicate[0] == '!';
-            predicate = string(negated ? "!" : "") + value(negated ? predicate.substr(1) : predicate);
             const string call = has(op, "popc") ? "__syncthreads_count(" : has(op, "and") ? "__syncthreads_and(" : has(op, "or") ? "__syncthreads_or(" : "";
-            if (!call.empty()) return value(a[0]) + " = " + call + predicate + ");";
+            if (!call.empty()) return value(a[0]) + " = " + call + predicate(a[2]) + ");";
         }
         if ((name == "bar" || name == "barrier") && has(op, "sync") && n >= 1) {
             if (n == 1 && trim(a[0]) == "0") return "simt::barrier({});";
-            return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "blockDim.x * blockDim.y * blockDim.z") + "), {});";
+            return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z") + "), {});";
         }
-        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return has(op, "cta") ? "simt::fence(false);" : "simt::fence();";
+        if ((name == "membar" || name == "fence") && !has(op, "proxy")) return fence_of(op);
         if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
         if (name == "trap") return "__trap();";
         return "";
@@ -373,6 +543,25 @@ inline bool is_special_function(const string& word) {
     static const char* const beginnings[] = {"assoc_l", "beta", "comp_ellint_", "cyl_bessel_", "cyl_neumann", "ellint_", "expint", "hermite",
         "laguerre", "legendre", "riemann_zeta", "sph_"};
     return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
+}
+
+// What of CUDA the emulator has not, by how the names begin; else nothing.
+inline const char* missing_part(const string& word) {
+    static const std::pair<const char*, const char*> parts[] = {
+        {"cudaGraphics", "graphics interoperability"}, {"cudaGraph", "graphs"}, {"cudaStreamBeginCapture", "graphs"}, {"cudaStreamEndCapture", "graphs"},
+        {"cudaTexture", "textures"}, {"cudaCreateTexture", "textures"}, {"cudaBindTexture", "textures"}, {"tex1D", "textures"}, {"tex2D", "textures"},
+        {"tex3D", "textures"}, {"texCubemap", "textures"}, {"cudaSurface", "surfaces"}, {"cudaCreateSurface", "surfaces"}, {"surf1D", "surfaces"},
+        {"surf2D", "surfaces"}, {"surf3D", "surfaces"}, {"cudaMallocArray", "arrays for textures"}, {"cudaMalloc3DArray", "arrays for textures"},
+        {"cudaMallocMipmapped", "arrays for textures"}, {"cudaIpc", "memory between processes"}, {"cudaMemPool", "memory pools"},
+        {"cudaImportExternal", "external memory"}};
+    for (const auto& [beginning, part] : parts)
+        if (word.compare(0, strlen(beginning), beginning) == 0) return part;
+    return nullptr;
+}
+
+// "__vadd2", "__dp4a", ...
+inline bool is_simd_function(const string& word) {
+    return (word.compare(0, 3, "__v") == 0 && word.compare(0, 10, "__volatile")) || word.compare(0, 4, "__dp") == 0;
 }
 
 enum class Scope { file, in_template, other };
@@ -460,15 +649,183 @@ inline size_t open_before(const string& s, size_t i) {
     }
 }
 
-// A literal 0 or NULL may be for a pointer: as a copy it would be an int.
-inline string launch_arguments(const string& text) {
+// "# 12 "file" 3": where the next line is from. Line 0: another directive.
+inline bool is_marker(const string& s, size_t i) { return s[i] == '#' && (i == 0 || s[i - 1] == '\n'); }
+struct Marker {
+    int line = 0;
+    string file;
+    bool system = false;
+    explicit Marker(const string& text) {
+        const size_t open = text.find('"'), close = text.rfind('"');
+        if (open == close || !isdigit((unsigned char)text[2])) return;
+        line = stoi(text.substr(2)), file = text.substr(open + 1, close - open - 1), system = text.find(" 3", close) != text.npos;
+    }
+};
+
+// Behind the marker, the literal, the word or the character that begins at i.
+inline size_t token_end(const string& s, size_t i) {
+    size_t end = i + 1;
+    if (is_marker(s, i)) {
+        end = s.find('\n', i);
+    } else if (s[i] == '"' && i && s[i - 1] == 'R') {
+        const size_t open = s.find('(', i);
+        const string close = ")" + s.substr(i + 1, open - i - 1) + "\"";
+        end = s.find(close, open);
+        if (end != s.npos) end += close.size();
+    } else if (s[i] == '"' || (s[i] == '\'' && !(i && isdigit((unsigned char)s[i - 1])))) {  // not 1'000
+        end = skip_literal(s, i);
+    } else {
+        while (is_word(s[i]) && end < s.size() && is_word(s[end])) end++;
+    }
+    return std::min(end, s.size());
+}
+
+// A function's braces and what is in them.
+struct Body {
+    size_t begin, end;
+    int line, last_line, nth;  // of several that begin on the line
+    string file;
+};
+
+// Whether braces behind this are a function's, and no class's, namespace's or initialiser's.
+inline bool is_function_head(string head) {
+    for (const char* attribute : {"__attribute__", "alignas"})
+        for (size_t at; (at = head.find(attribute)) != head.npos;) {
+            const size_t open = head.find('(', at);
+            head.erase(at, open == head.npos ? head.npos : skip_brackets(head, open) - at);
+        }
+    const size_t last = head.rfind(')');
+    if (last == head.npos) return false;
+    const string behind = head.substr(last);
+    for (const char* word : {"class ", "struct ", "union ", "enum ", "namespace ", "="})
+        if (behind.find(word) != behind.npos) return false;
+    return true;
+}
+
+inline std::vector<Body> bodies(const string& s, const std::function<bool(const string&)>& skipped) {
+    std::vector<Body> all;
+    string file;
+    int line = 0;
+    bool skip = false;
+    for (size_t i = 0, end; i < s.size(); i = end) {
+        end = token_end(s, i);
+        auto see = [&](size_t at, size_t stop) {
+            if (is_marker(s, at)) {
+                const Marker marker(s.substr(at, stop - at));
+                if (marker.line) line = marker.line - 1, file = marker.file, skip = marker.system || skipped(marker.file);
+            } else {
+                line += int(std::count(s.begin() + long(at), s.begin() + long(stop), '\n'));
+            }
+        };
+        see(i, end);
+        if (skip || s[i] != '{' || !i) continue;
+        const size_t before = s.find_last_of(";{}", i - 1), head = before == s.npos ? 0 : before + 1;
+        if (!is_function_head(s.substr(head, i - head))) continue;
+        Body body = {i, end, line, line, 0, file};
+        if (!all.empty() && all.back().line == line && all.back().file == file) body.nth = all.back().nth + 1;
+        for (int depth = 1; depth && end < s.size();) {
+            const size_t stop = token_end(s, end);
+            see(end, stop);
+            depth += (s[end] == '{') - (s[end] == '}');
+            end = stop;
+        }
+        body.end = end, body.last_line = line;
+        all.push_back(body);
+    }
+    return all;
+}
+
+// Of a file that asks for __CUDA_ARCH__, preprocessed with it and without: where the two differ within a function, it
+// does the one on the device and the other on the host. What is outside of functions is the device's.
+inline string merged(const string& device, const string& host, const std::function<bool(const string&)>& skipped) {
+    auto plain = [](const string& text) {
+        string all;
+        for (size_t i = 0, end; i < text.size(); i = end) {
+            end = token_end(text, i);
+            if (!is_marker(text, i) && !isspace((unsigned char)text[i])) all += text.substr(i, end - i) + (is_word(text[i]) ? " " : "");
+        }
+        return all;
+    };
+    auto marker = [](int line, const string& file) { return "\n# " + std::to_string(line) + " \"" + file + "\"\n"; };
+    std::map<std::tuple<string, int, int>, string> on_host;
+    for (const Body& b : bodies(host, skipped)) on_host[{b.file, b.line, b.nth}] = host.substr(b.begin, b.end - b.begin);
     string all;
-    for (const string& part : split(text, ',')) all += (all.empty() ? "" : ",") + (trim(part) == "0" || trim(part) == "__null" ? "simt::Zero{}" : part);
+    size_t done = 0;
+    for (const Body& b : bodies(device, skipped)) {
+        const auto it = on_host.find({b.file, b.line, b.nth});
+        const string here = device.substr(b.begin, b.end - b.begin);
+        if (it == on_host.end() || plain(it->second) == plain(here)) continue;
+        all += device.substr(done, b.begin - done) + "{ if (!__builtin_is_constant_evaluated() && simt::on_device()) " + here + " else " + marker(b.line, b.file) + it->second +
+               "}" + marker(b.last_line, b.file);
+        done = b.end;
+    }
+    return all + device.substr(done);
+}
+
+// threadIdx and its like become what they stand for, but where the program has a variable of its own by that name:
+// "dim3 gridDim(8), blockDim(32);" hides the built-in one until its braces close.
+inline string with_built_in(const string& s, const std::function<bool(const string&)>& skipped) {
+    static const std::map<string, string> built_in = {{"threadIdx", "(simt::view()->thread)"}, {"blockIdx", "(simt::view()->block)"},
+        {"blockDim", "(simt::view()->block_dim)"}, {"gridDim", "(simt::view()->grid_dim)"}};
+    string out;
+    bool skip = false;
+    int braces = 0, brackets = 0;
+    std::vector<std::pair<string, int>> hidden;  // in so many braces, and more
+    auto end_hiding = [&](int at_least) {
+        hidden.erase(std::remove_if(hidden.begin(), hidden.end(), [&](const auto& h) { return h.second >= at_least; }), hidden.end());
+    };
+    auto declares = [&](size_t end) {
+        const size_t last = out.find_last_not_of(" \t\n"), next = s.find_first_not_of(" \t\n", end);
+        if (last == out.npos || next == s.npos || s[next] == '.') return false;
+        if (out[last] == ',') return s[next] == '(' || s[next] == '{' || s[next] == '=' || (!brackets && (s[next] == ';' || s[next] == ','));
+        if (out[last] == '&' || out[last] == '*' || out[last] == '>') return !last || out[last - 1] != '-' || out[last] != '>';
+        size_t begin = last + 1;
+        while (begin && is_word(out[begin - 1])) begin--;
+        static const char* const others[] = {"return", "case", "else", "do", "throw", "sizeof", "co_return"};
+        return begin <= last && std::none_of(std::begin(others), std::end(others), [&](const char* w) { return out.compare(begin, last + 1 - begin, w) == 0; });
+    };
+    for (size_t i = 0; i < s.size();) {
+        const size_t end = token_end(s, i);
+        if (is_marker(s, i)) {
+            const Marker marker(s.substr(i, end - i));
+            if (marker.line) skip = marker.system || skipped(marker.file);
+        } else if (is_word(s[i])) {
+            const auto it = skip ? built_in.end() : built_in.find(s.substr(i, end - i));
+            const size_t before = out.find_last_not_of(" \t\n");
+            const size_t next = s.find_first_not_of(" \t\n", end);
+            // s.gridDim, p->gridDim, and a constructor's ": gridDim(8)"
+            const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-') ||
+                                                       (out[before] == ':' && next != s.npos && (s[next] == '(' || s[next] == '{')));
+            if (it != built_in.end() && !member) {
+                const bool is_hidden = std::any_of(hidden.begin(), hidden.end(), [&](const auto& h) { return h.first == it->first; });
+                if (!is_hidden && declares(end)) hidden.emplace_back(it->first, braces + (brackets > 0));  // a parameter, in the function's braces
+                else if (!is_hidden) {
+                    out += it->second;
+                    i = end;
+                    continue;
+                }
+            }
+        } else if (!skip) {
+            braces += s[i] == '{', brackets += s[i] == '(', brackets -= s[i] == ')';
+            if (s[i] == '}') end_hiding(braces--);
+            if (s[i] == ';' && !brackets) end_hiding(braces + 1);  // of a declaration with no body
+        }
+        out += s.substr(i, end - i);
+        i = end;
+    }
+    return out;
+}
+
+// A literal 0 or NULL may be for a pointer: as a copy it would be an int.
+inline string launch_arguments(const std::vector<string>& parts) {
+    string all;
+    for (const string& part : parts) all += (all.empty() ? "" : ",") + (trim(part) == "0" || trim(part) == "__null" ? "simt::Zero{}" : part);
     return all;
 }
 
 // `skipped(file)`: whether a header stays as it is.
-inline Result source(const string& s, const std::function<bool(const string&)>& skipped) {
+inline Result source(const string& preprocessed, const std::function<bool(const string&)>& skipped) {
+    const string s = with_built_in(preprocessed, skipped);
     Result r;
     string& out = r.text;
     string file;
@@ -560,8 +917,11 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 const string newlines = lines_of(out.substr(from)) + lines_of(s.substr(i, close - i));
                 line += int(lines_of(s.substr(i, close - i)).size());
                 out.erase(from);
-                out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](auto... simt_p) { " + one_line(kernel) +
-                       "(simt_p...); }" + (none ? "" : ", " + launch_arguments(one_line(arguments))) + ")" + newlines;
+                const std::vector<string> parts = none ? std::vector<string>() : split(one_line(arguments), ',');
+                const bool braces = std::any_of(parts.begin(), parts.end(), [](const string& part) { return trim(part)[0] == '{'; });
+                const string call = braces ? one_line(kernel) : "[=](auto... simt_p) { " + one_line(kernel) + "(simt_p...); }";
+                out += string(braces ? "simt::launch_as" : "simt::launch") + "(\"" + quoted + "\", simt::Config(" + one_line(config) + "), " + call + (none ? "" : ", ") +
+                       launch_arguments(parts) + ")" + newlines;
                 i = close;
                 continue;
             }
@@ -580,7 +940,8 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
         size_t end = i;
         while (end < s.size() && is_word(s[end])) end++;
         const string word = s.substr(i, end - i);
-        if (!skip) r.special_functions |= is_special_function(word);
+        if (!skip) r.special_functions |= is_special_function(word), r.simd |= is_simd_function(word);
+        if (const char* part = skip ? nullptr : missing_part(word)) r.missing.push_back(file + ":" + std::to_string(line) + ": error: " + word + ": the emulator has no " + part);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
@@ -595,6 +956,7 @@ inline Result source(const string& s, const std::function<bool(const string&)>& 
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
                 if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
+                r.simd |= call.find("__dp4a") != call.npos;
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;

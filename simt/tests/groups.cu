@@ -3,6 +3,7 @@
 // expect normal: main() returned 1|ok
 // expect checked: of dynamic shared memory|read of shared memory that nobody has written
 #include <cooperative_groups.h>
+#include <cooperative_groups/memcpy_async.h>
 #include <cooperative_groups/reduce.h>
 #include <cuda_runtime.h>
 #include <vector>
@@ -28,7 +29,50 @@ __global__ void dot(const float* __restrict__ a, const float* __restrict__ b, fl
     }
 }
 
+// A function of any group.
+__device__ int sum_of_ranks(const cg::thread_group& g, int* values) {
+    values[threadIdx.x] = int(g.thread_rank());
+    g.sync();
+    int sum = 0;
+    const int first = int(threadIdx.x - g.thread_rank());
+    for (unsigned i = 0; i < g.size(); i++) sum += values[first + int(i)];
+    g.sync();
+    return sum;
+}
+
+__global__ void partitions(const int* in, int* wrong, int tile_size) {
+    __shared__ int values[64], copied[64];
+    auto expect = [=](bool right, int which) { if (!right) atomicMax(wrong, which); };
+    const cg::thread_block block = cg::this_thread_block();
+    const int t = int(block.thread_rank());
+    const cg::thread_group tile = cg::tiled_partition(block, tile_size), half = cg::tiled_partition(tile, tile_size / 2);
+    expect(sum_of_ranks(block, values) == 63 * 32, 1);
+    block.sync();
+    expect(tile.size() == 8 && int(tile.thread_rank()) == t % 8 && sum_of_ranks(tile, values) == 28 && half.size() == 4 && sum_of_ranks(half, values) == 6, 2);
+    const auto warp = cg::tiled_partition<32>(block);
+    const auto odd = cg::binary_partition(warp, t % 2), same = cg::labeled_partition(warp, t % 4);
+    expect(odd.size() == 16 && cg::thread_rank(odd) == unsigned(t % 32 / 2) && cg::reduce(same, 1, cg::plus<int>()) == 8, 3);
+    if (t % 2) {
+        const auto quarter = cg::tiled_partition(cg::coalesced_threads(), 4);
+        expect(quarter.size() == 4 && int(quarter.meta_group_rank()) == t % 32 / 8 && quarter.meta_group_size() == 4 && quarter.shfl(t, 0) == t / 8 * 8 + 1, 4);
+    }
+    cg::memcpy_async(block, copied, in, sizeof copied);
+    cg::wait(block);
+    expect(copied[63 - t] == 63 - t, 5);
+    const auto grid = cg::this_grid();
+    expect(grid.num_blocks() == 1 && grid.num_threads() == 64, 6);
+    grid.sync();
+}
+
 int main() {
+    int numbers[64], *in, *wrong, which = 0;
+    for (int i = 0; i < 64; i++) numbers[i] = i;
+    cudaMalloc(&in, sizeof numbers), cudaMalloc(&wrong, 4);
+    cudaMemcpy(in, numbers, sizeof numbers, cudaMemcpyHostToDevice), cudaMemset(wrong, 0, 4);
+    partitions<<<1, 64>>>(in, wrong, 8);
+    cudaMemcpy(&which, wrong, 4, cudaMemcpyDeviceToHost);
+    if (which) return printf("check %d failed\n", which), 1;
+
     const int n = 1000;
     std::vector<float> a(n), b(n, 2.0f);
     float expected = 0, got = 0;
