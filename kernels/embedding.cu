@@ -173,7 +173,7 @@ constexpr int SCALES_ROWS = 4;  // of a warp; a block has a tile
 struct ScaleTile {
     long long weight;     // first value among the effective weights
     long long grad;       // and in the arena of gradients
-    long long gain;       // the layer's gain among the plain values
+    long long gain;       // the layer's gain among the exact values
     long long gain_grad;  // and its gradient
     int channel;          // of the first row in the joint product
     int rows;             // 1..TILE
@@ -184,7 +184,7 @@ struct ScaleTile {
 struct EmbScales {
     const ScaleTile* tiles;
     const void* weights;  // effective
-    const float* plain;   // gains
+    const float* exact;   // gains
     const float* emb;     // [n, emb_channels]
     float* out;           // [n, channels]
     int images, emb_channels, channels;
@@ -203,7 +203,7 @@ __device__ __forceinline__ void emb_scales(const EmbScales& p) {
     const float sum = scattered_sums(sums);
     const int c = row + threadIdx.x % 32 / IMAGES, image = threadIdx.x % IMAGES;
     if (c < tile.rows && image < images)
-        p.out[size_t(first + image) * p.channels + tile.channel + c] = p.plain[tile.gain] * sum + 1.0f;
+        p.out[size_t(first + image) * p.channels + tile.channel + c] = p.exact[tile.gain] * sum + 1.0f;
 }
 
 // ---- gradients ----------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ KERNEL_EXPORT(embed_backward);
 struct EmbScalesBackward {
     const ScaleTile* tiles;  // [count]
     const void* weights;     // effective
-    const float* plain;      // gains
+    const float* exact;      // gains
     const float* emb;        // [n, emb_channels]
     const float* grad;       // of the scales, [n, channels]
     float* grads;            // arena of the parameters' gradients, added to
@@ -308,7 +308,7 @@ __device__ __forceinline__ void emb_scales_wgrad(const EmbScalesBackward& p) {
     __shared__ __align__(16) float staged[STAGED][TILE];
     __shared__ __align__(16) float scratch[1][32];
     const ScaleTile tile = p.tiles[blockIdx.x];
-    const float gain = p.plain[tile.gain];
+    const float gain = p.exact[tile.gain];
     const int k = blockIdx.y * CHUNK + 4 * (threadIdx.x % 32);
     auto gradient = [&](int image, int row) {
         return row < tile.rows ? p.grad[size_t(image) * p.channels + tile.channel + row] : 0.0f;
@@ -342,7 +342,7 @@ __device__ __forceinline__ void emb_scales_dgrad(const EmbScalesBackward& p) {
     float sums[IMAGES][4] = {};
     for (int t = blockIdx.x; t < p.count; t += p.splits) {
         const ScaleTile tile = p.tiles[t];
-        const float gain = p.plain[tile.gain];
+        const float gain = p.exact[tile.gain];
         if (t >= p.splits) __syncthreads();  // the last tile's gradients may still be read
 #pragma unroll
         for (int i = warp; i < IMAGES; i += GRAD_WARPS) {

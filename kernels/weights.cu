@@ -31,9 +31,9 @@ constexpr int MAX_EMAS = 4;
 
 struct WeightRow {
     long long first;      // its first value in the f32 arenas
-    long long effective;  // its first value in `effective`; of plain values in `plain`
+    long long effective;  // its first value in `effective`; of a gain or a buffer in `exact`
     int length;           // with padding, a multiple of 8
-    int fan_in;           // K, without padding; 0: plain values, which are not normalised
+    int fan_in;           // K, without padding; 0: a gain or a buffer, used as it is stored
     int cin, split;       // of its channels, with padding, those from split on have another scale; multiples of 4
     float scales[2];
 };
@@ -63,17 +63,17 @@ struct WeightStep {
     float* v;
     float* emas[MAX_EMAS];
     void* effective;
-    float* plain;
+    float* exact;
     RowStats* stats;             // [blocks]
     int ema_count;
     int rounds;
 };
 
-struct WeightPrepare {
+struct WeightEffective {
     const WeightRow* rows;  // [blocks]
     const float* source;    // stored weights or an average
     void* effective;
-    float* plain;
+    float* exact;
     int rounds;             // normalisations in all: 1, or for training those of the step + 1
     int padding;
 };
@@ -97,7 +97,7 @@ __device__ __forceinline__ int vector_start(int v) { return 4 * (v * int(blockDi
 
 template <class T, int V>
 __device__ __forceinline__ void write_effective(const WeightRow& row, const float (&w)[V][4], float squares, int rounds,
-                                                void* effective, float* plain) {
+                                                void* effective, float* exact) {
     const float count = float(max(row.fan_in, 1));
     float rms = sqrtf(squares / count);
     const float factor = normalized(rms, rounds) / sqrtf(count);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_effective(const WeightRow& row, const floa
         const int i = vector_start(v);
         if (i >= row.length) break;
         if (row.fan_in == 0) {
-            write4(plain + row.effective + i, w[v]);
+            write4(exact + row.effective + i, w[v]);
         } else {
             const float f = factor * (i % row.cin < row.split ? row.scales[0] : row.scales[1]);
             uint2 packed = make_uint2(pack2<T>(w[v][0] * f, w[v][1] * f), pack2<T>(w[v][2] * f, w[v][3] * f));
@@ -190,11 +190,11 @@ __device__ __forceinline__ void weight_step(const WeightStep& p) {
     }
     block_sum(after, scratch);
     if (threadIdx.x == 0) p.stats[blockIdx.x] = {after[0], unsigned(after[1])};
-    write_effective<T>(row, w, after[2], p.rounds + 1, p.effective, p.plain);
+    write_effective<T>(row, w, after[2], p.rounds + 1, p.effective, p.exact);
 }
 
 template <class T, int V>
-__device__ __forceinline__ void weight_prepare(const WeightPrepare& p) {
+__device__ __forceinline__ void weight_effective(const WeightEffective& p) {
     __shared__ __align__(16) float scratch[1][32];
     const WeightRow row = p.rows[blockIdx.x];
     float w[V][4];
@@ -208,7 +208,7 @@ __device__ __forceinline__ void weight_prepare(const WeightPrepare& p) {
         for (int j = 0; j < 4; j++) squares[0] += w[v][j] * w[v][j];
     }
     block_sum(squares, scratch);
-    write_effective<T>(row, w, squares[0], p.rounds, p.effective, p.plain);
+    write_effective<T>(row, w, squares[0], p.rounds, p.effective, p.exact);
 }
 
 // A line is an instance of both in each 16-bit type, and a line of the table from which src/backend/gpu/weights.rs takes the
@@ -219,8 +219,8 @@ __device__ __forceinline__ void weight_prepare(const WeightPrepare& p) {
 #define ROWS(vectors, threads)                                                                                             \
     INSTANCE(weight_step, WeightStep, __half, f16, vectors, threads)                                                       \
     INSTANCE(weight_step, WeightStep, __nv_bfloat16, bf16, vectors, threads)                                               \
-    INSTANCE(weight_prepare, WeightPrepare, __half, f16, vectors, threads)                                                 \
-    INSTANCE(weight_prepare, WeightPrepare, __nv_bfloat16, bf16, vectors, threads)
+    INSTANCE(weight_effective, WeightEffective, __half, f16, vectors, threads)                                                 \
+    INSTANCE(weight_effective, WeightEffective, __nv_bfloat16, bf16, vectors, threads)
 
 ROWS(8, 512)
 ROWS(16, 512)

@@ -235,13 +235,13 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
     const NAN: u16 = 0xffff;
     let row = emb.next_multiple_of(8);
     let mut placed = Vec::new();
-    let (mut weights, mut plain, mut start) = (vec![NAN; 8], vec![f32::NAN; 3], vec![7.0; 16]);
+    let (mut weights, mut exact, mut start) = (vec![NAN; 8], vec![f32::NAN; 3], vec![7.0; 16]);
     for (i, (layer, &(count, gain))) in ids.iter().zip(layers).enumerate().rev() {
         cpu.set_param(Slot::Weight, layer.gain, &[gain]).unwrap();
         let at = ScaleLayer {
             weight: weights.len(),
             grad: start.len(),
-            gain: plain.len(),
+            gain: exact.len(),
             gain_grad: start.len() + count * row + 3,
             offset: layer.offset,
             channels: count,
@@ -249,7 +249,7 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
         placed.push(at);
         weights.extend(d.random_weights(&mut cpu, layer.weight, emb, count, 10 + i as u64));
         weights.extend([NAN; 16]);
-        plain.extend([gain, f32::NAN, f32::NAN]);
+        exact.extend([gain, f32::NAN, f32::NAN]);
         start.extend(in_rows(&normals(count * emb, 20 + i as u64, 3.0), emb));
         start.extend([7.0; 8]);
     }
@@ -259,8 +259,8 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
     let scales = ScaleTable::new(emb, &placed);
     assert_eq!(scales.channels(), channels);
     let [weights, tiles] = [d.upload(&weights), d.upload(scales.tiles())];
-    let plain = d.upload(&plain);
-    let effective = Effective { weights: weights.ptr(), plain: plain.ptr() };
+    let exact = d.upload(&exact);
+    let effective = Effective { weights: weights.ptr(), exact: exact.ptr() };
     let (emb_values, grad_values) = (normals(n * emb, 7, 1.0), normals(n * channels, 8, 1.0));
     let (twin_emb, twin_grad) =
         (cpu.upload([n, 1, 1, emb], &emb_values), cpu.upload([n, 1, 1, channels], &grad_values));
@@ -285,7 +285,7 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
         let memory = EmbScalesBackward {
             tiles: tiles.ptr(),
             weights: effective.weights,
-            plain: effective.plain,
+            exact: effective.exact,
             emb: emb_memory.ptr(),
             grad: grad.ptr(),
             grads: arena.ptr(),

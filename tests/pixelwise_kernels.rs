@@ -234,21 +234,21 @@ fn casts_from_and_to_f32() {
 struct Layout {
     table: ParamTable,
     first: Vec<usize>,
-    plain: Vec<usize>,
+    exact: Vec<usize>,
     values: usize,
-    plain_values: usize,
+    exact_values: usize,
 }
 
 impl Layout {
     fn new(table: &ParamTable) -> Self {
-        let mut l = Self { table: table.clone(), first: vec![], plain: vec![], values: 0, plain_values: 0 };
+        let mut l = Self { table: table.clone(), first: vec![], exact: vec![], values: 0, exact_values: 0 };
         for (id, _) in table.iter() {
             let (cout, row) = l.rows_of(id);
             l.first.push(l.values);
-            l.plain.push(l.plain_values);
+            l.exact.push(l.exact_values);
             l.values += cout * row;
             if l.fan_in(id) == 0 {
-                l.plain_values += row;
+                l.exact_values += row;
             }
         }
         l
@@ -274,7 +274,7 @@ impl Layout {
         for (id, _) in self.table.iter().filter(|(id, _)| wanted(*id)) {
             let (count, length) = self.rows_of(id);
             let fan_in = self.fan_in(id);
-            let effective = if fan_in == 0 { self.plain[id.0] } else { self.first[id.0] };
+            let effective = if fan_in == 0 { self.exact[id.0] } else { self.first[id.0] };
             let cat = self.table[id].cat;
             let cin = match self.table[id].kind {
                 ParamKind::Weight { cin, .. } => cin.next_multiple_of(8),
@@ -314,13 +314,13 @@ impl Layout {
         arena
     }
 
-    /// Effective weights of an arena of stored ones, by the formula in f64; and the plain values.
+    /// Effective weights of an arena of stored ones, by the formula in f64; and the exact values.
     fn effective(&self, stored: &[f32], rounds: usize) -> (Vec<f32>, Vec<f32>) {
-        let (mut weights, mut plain) = (vec![0.0; self.values], vec![0.0; self.plain_values]);
+        let (mut weights, mut exact) = (vec![0.0; self.values], vec![0.0; self.exact_values]);
         for row in self.rows(|_| true).rows() {
             let (from, to, n) = (row.first as usize, row.effective as usize, row.length as usize);
             if row.fan_in == 0 {
-                plain[to..to + n].copy_from_slice(&stored[from..from + n]);
+                exact[to..to + n].copy_from_slice(&stored[from..from + n]);
                 continue;
             }
             let mut w: Vec<f64> = stored[from..from + n].iter().map(|&x| x.into()).collect();
@@ -336,7 +336,7 @@ impl Layout {
                 .enumerate()
                 .for_each(|(i, (to, x))| *to = (x / root * scale(i)) as f32);
         }
-        (weights, plain)
+        (weights, exact)
     }
 }
 
@@ -399,7 +399,7 @@ fn three_optimizer_steps() {
         let emas = [0, 1].map(|k| d.upload(&layout.arena(&mut cpu, Slot::Ema(k))));
         let [grad, m, v] = [0; 3].map(|_| d.zeros(4 * layout.values));
         let effective = d.zeros(2 * layout.values);
-        let plain = d.zeros(4 * layout.plain_values);
+        let exact = d.zeros(4 * layout.exact_values);
         let (row_memory, scalars) = (d.upload(rows.rows()), d.zeros(size_of::<StepScalars>()));
         let (stats, totals) = (d.zeros(8 * rows.rows().len()), d.zeros(size_of::<StepTotals>()));
         let memory = WeightStep {
@@ -411,7 +411,7 @@ fn three_optimizer_steps() {
             v: v.ptr(),
             emas: [emas[0].ptr(), emas[1].ptr(), DevicePtr::NULL, DevicePtr::NULL],
             effective: effective.ptr(),
-            plain: plain.ptr(),
+            exact: exact.ptr(),
             stats: stats.ptr(),
             ema_count: 2,
             rounds: rounds as i32,
@@ -468,10 +468,10 @@ fn three_optimizer_steps() {
             let total = read::<StepTotals>(&totals)[0];
             assert_eq!((total.nonfinite, total.nonfinite > 0), (twin.nonfinite, number == 2), "{}", d.name);
             d.same32("gradient norm", &[total.grad_norm as f32], &[twin.grad_norm as f32], F32);
-            let (want, want_plain) = layout.effective(&stored, rounds + 1);
+            let (want, want_exact) = layout.effective(&stored, rounds + 1);
             d.same16(&format!("effective weights after step {number}"), &effective, &want);
-            let at = layout.plain[gain.0];
-            d.same32("gain", &read::<f32>(&plain)[at..at + 8], &want_plain[at..at + 8], F32);
+            let at = layout.exact[gain.0];
+            d.same32("gain", &read::<f32>(&exact)[at..at + 8], &want_exact[at..at + 8], F32);
         }
     });
 }
@@ -493,12 +493,12 @@ fn effective_weights_of_weights_and_averages() {
         {
             let stored = layout.arena(&mut cpu, slot);
             let source = d.upload(&stored);
-            let (effective, plain) = (d.zeros(2 * layout.values), d.zeros(4 * layout.plain_values));
-            let to = Effective { weights: effective.ptr(), plain: plain.ptr() };
-            d.run(&weights::prepare(d.precision, &all, rows.ptr(), source.ptr(), how, to));
-            let (want, want_plain) = layout.effective(&stored, rounds);
+            let (effective, exact) = (d.zeros(2 * layout.values), d.zeros(4 * layout.exact_values));
+            let to = Effective { weights: effective.ptr(), exact: exact.ptr() };
+            d.run(&weights::make_effective(d.precision, &all, rows.ptr(), source.ptr(), how, to));
+            let (want, want_exact) = layout.effective(&stored, rounds);
             d.same16(&format!("effective weights of {slot:?}"), &effective, &want);
-            d.same32("gains and buffers", &read(&plain), &want_plain, 0.0);
+            d.same32("gains and buffers", &read(&exact), &want_exact, 0.0);
 
             // And as the twin's convolution sees them: the response to a one in each channel.
             cpu.make_effective(slot, how).unwrap();

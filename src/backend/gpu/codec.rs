@@ -364,7 +364,7 @@ impl Gpu<Loaded> {
             Before::AffineSilu(_) => Before::AffineSilu(&affine),
             Before::SoftClip => Before::SoftClip,
         };
-        let y = self.plain(x.shape(), Format::Half);
+        let y = self.unset(x.shape(), Format::Half);
         let launch = normalise(self.precision, x.shape(), x.ptr(), before, y.ptr());
         self.go_if(Work::new("codec_normalise", x.shape()).with([x, &y]), launch);
         y
@@ -408,7 +408,7 @@ impl CodecBackend for Gpu<Loaded> {
 
     fn group_norm(&mut self, x: &Tensor, affine: &Tensor, groups: usize, eps: f64) -> Tensor {
         let (x, [n, _, _, c]) = (self.half(x), x.shape());
-        let scales = self.plain([n, 1, 2, c], Format::F32);
+        let scales = self.unset([n, 1, 2, c], Format::F32);
         let scratch = self.scratch(group_norm_scratch(x.shape()));
         self.keep(&[affine]);
         let (from, to) = (affine.ptr(), scales.ptr());
@@ -419,7 +419,7 @@ impl CodecBackend for Gpu<Loaded> {
 
     fn self_attention(&mut self, qkv: &Tensor) -> Tensor {
         let (qkv, [n, h, w, c]) = (self.half(qkv), qkv.shape());
-        let out = self.plain([n, h, w, c / 3], Format::Half);
+        let out = self.unset([n, h, w, c / 3], Format::Half);
         let launch = self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr());
         let work = Work::new("codec_attention", out.shape()).sums(2 * h * w);
         self.go_if(work.with([&qkv, &out]), launch.map(|launch| [launch]));

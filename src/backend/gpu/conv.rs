@@ -357,7 +357,7 @@ pub struct Memory {
 }
 
 /// A counter for each tile whose sum may come in parts.
-pub const ARRIVED_BYTES: usize = tiles::MOST_SPLIT * 4;
+pub const ARRIVED_BYTES: usize = tiles::MAX_SPLIT_TILES * 4;
 
 /// f32 sums of all splits, if there are several.
 fn partial_bytes(choice: &Choice, values: usize) -> usize {

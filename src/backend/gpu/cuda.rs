@@ -271,7 +271,7 @@ impl Device {
                     |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
                 let found = self.modules.iter().find_map(find);
                 let function = found.ok_or_else(|| self.wrong(format!("there is no kernel {}", launch.kernel)))?;
-                let kernel = self.require(self.prepare(function, launch.shared > 0))?;
+                let kernel = self.require(self.load(function, launch.shared > 0))?;
                 self.kernels.borrow_mut().insert(launch.kernel.to_string(), kernel);
                 kernel
             }
@@ -285,7 +285,7 @@ impl Device {
     }
 
     /// Loads a kernel's code, which must not happen during a capture, and lets it use all shared memory.
-    fn prepare(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<Kernel, DriverError> {
+    fn load(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<Kernel, DriverError> {
         let (mut at, mut params) = (0, 0);
         // SAFETY: a live function, attributes that exist; each writes or reads one integer.
         unsafe {

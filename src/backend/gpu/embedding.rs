@@ -136,7 +136,7 @@ pub struct ScaleLayer {
     pub weight: usize,
     /// And in the arena of gradients, a multiple of 8.
     pub grad: usize,
-    /// Its gain among the plain values.
+    /// Its gain among the exact values.
     pub gain: usize,
     /// And the gain's gradient in the arena of gradients.
     pub gain_grad: usize,
@@ -217,7 +217,7 @@ pub fn emb_scales(
     let params = EmbScales {
         tiles,
         weights: effective.weights,
-        plain: effective.plain,
+        exact: effective.exact,
         emb,
         out,
         images: n as i32,

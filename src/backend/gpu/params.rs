@@ -23,8 +23,8 @@ use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
 struct Place {
     /// Its first value in the f32 arenas and, for weights, among the effective ones.
     first: usize,
-    /// Its first value among the plain ones, for gains and buffers.
-    plain: usize,
+    /// Its first value among the exact ones, for gains and buffers.
+    exact: usize,
     rows: usize,
     taps: usize,
     cin: usize,
@@ -91,7 +91,7 @@ pub struct Params {
     values: usize,
     weight: Rc<dyn Memory>,
     effective: Rc<dyn Memory>,
-    plain: Rc<dyn Memory>,
+    exact: Rc<dyn Memory>,
     all_rows: RowTable,
     all_rows_memory: Rc<dyn Memory>,
     turned: Option<TurnedWeights>,
@@ -100,16 +100,16 @@ pub struct Params {
     scale_tables: HashMap<Vec<ParamId>, TwoSided<ScaleTable>>,
 }
 
-fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
+fn place(spec: &ParamSpec, first: usize, exact: usize) -> Place {
     match spec.kind {
         ParamKind::Weight { cout, cin, taps } => {
             let split = spec.cat.map_or(cin, |cat| cat.split);
             let scales = spec.cat.map_or([1.0; 2], |cat| [cat.scales.0 as f32, cat.scales.1 as f32]);
-            Place { first, plain, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }
+            Place { first, exact, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }
         }
         _ => {
             let cin = spec.numel();
-            Place { first, plain, rows: 1, taps: 1, cin, heads: 0, weight: false, split: cin, scales: [1.0; 2] }
+            Place { first, exact, rows: 1, taps: 1, cin, heads: 0, weight: false, split: cin, scales: [1.0; 2] }
         }
     }
 }
@@ -117,7 +117,7 @@ fn place(spec: &ParamSpec, first: usize, plain: usize) -> Place {
 fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> + use<> {
     let p = *p;
     let (length, fan_in) = (p.stride(), if p.weight { p.taps * p.cin } else { 0 });
-    let effective = if p.weight { p.first } else { p.plain };
+    let effective = if p.weight { p.first } else { p.exact };
     (0..p.rows).map(move |row| WeightRow {
         first: (p.first + row * length) as i64,
         effective: (effective + row * length) as i64,
@@ -170,16 +170,16 @@ impl Params {
             let (found, most) = (emas.unwrap_or(0), weights::MAX_EMAS);
             return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU (--ema)")));
         }
-        let (mut values, mut plain) = (0, 0);
+        let (mut values, mut exact) = (0, 0);
         let mut places = Vec::new();
         for (_, spec) in table.iter() {
-            let p = place(spec, values, plain);
+            let p = place(spec, values, exact);
             if p.stride() > weights::MAX_ROW {
                 let (name, found, most) = (&spec.name, p.stride(), weights::MAX_ROW);
                 return Err(DeviceError::Unavailable(format!("{name}: rows of {found} values, at most {most}")));
             }
             values += padded(p.rows) * p.stride();
-            plain += if p.weight { 0 } else { p.stride() };
+            exact += if p.weight { 0 } else { p.stride() };
             places.push(p);
         }
         let all_rows = RowTable::new(places.iter().flat_map(rows_of).collect());
@@ -210,7 +210,7 @@ impl Params {
             values,
             weight: filled(runtime, values * 4)?,
             effective: filled(runtime, values * 2)?,
-            plain: filled(runtime, plain * 4)?,
+            exact: filled(runtime, exact * 4)?,
             all_rows_memory: uploaded(runtime, all_rows.rows())?,
             all_rows,
             turned,
@@ -275,8 +275,8 @@ impl Params {
     }
 
     /// A gain's or buffer's values, f32.
-    pub fn plain(&self, id: ParamId) -> DevicePtr {
-        self.plain.ptr().offset(self.first_plain(id) * 4)
+    pub fn exact(&self, id: ParamId) -> DevicePtr {
+        self.exact.ptr().offset(self.first_exact(id) * 4)
     }
 
     /// Where the gradient of the effective values is accumulated, f32.
@@ -289,7 +289,7 @@ impl Params {
 
     /// The arenas of effective values.
     pub fn all_effective(&self) -> Effective {
-        Effective { weights: self.effective.ptr(), plain: self.plain.ptr() }
+        Effective { weights: self.effective.ptr(), exact: self.exact.ptr() }
     }
 
     /// The arena of gradients, in which a parameter begins at [`Params::first`].
@@ -305,9 +305,9 @@ impl Params {
         self.places[id.0].first
     }
 
-    /// A gain's or buffer's first value among the plain ones.
-    pub fn first_plain(&self, id: ParamId) -> usize {
-        self.places[id.0].plain
+    /// A gain's or buffer's first value among the exact ones.
+    pub fn first_exact(&self, id: ParamId) -> usize {
+        self.places[id.0].exact
     }
 
     fn arena(&self, slot: Slot) -> Result<&Rc<dyn Memory>, BackendError> {
@@ -352,11 +352,16 @@ impl Params {
     }
 
     /// See [`crate::backend::TrainingBackend::make_effective`].
-    pub fn prepare(&mut self, runtime: &dyn Runtime, slot: Slot, how: Normalization) -> Result<(), BackendError> {
+    pub fn make_effective(
+        &mut self,
+        runtime: &dyn Runtime,
+        slot: Slot,
+        how: Normalization,
+    ) -> Result<(), BackendError> {
         let source = self.arena(slot)?.ptr();
         let to = self.all_effective();
         let rows = self.all_rows_memory.ptr();
-        for launch in weights::prepare(self.precision, &self.all_rows, rows, source, how, to) {
+        for launch in weights::make_effective(self.precision, &self.all_rows, rows, source, how, to) {
             // SAFETY: the arenas have the rows of the table.
             unsafe { runtime.run(&launch.into())? };
         }
@@ -382,7 +387,7 @@ impl Params {
         let place = |layer: &EmbLayer| ScaleLayer {
             weight: self.first(layer.weight),
             grad: self.first(layer.weight),
-            gain: self.first_plain(layer.gain),
+            gain: self.first_exact(layer.gain),
             gain_grad: self.first(layer.gain),
             offset: layer.offset,
             channels: layer.channels,
@@ -411,7 +416,7 @@ impl Params {
                 v: t.v.ptr(),
                 emas,
                 effective: self.effective.ptr(),
-                plain: self.plain.ptr(),
+                exact: self.exact.ptr(),
                 stats: t.stats.ptr(),
                 ema_count: t.emas.len() as i32,
                 rounds: step.rounds as i32,

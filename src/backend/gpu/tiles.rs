@@ -120,7 +120,7 @@ const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
 const MAX_SPLITS: usize = 32;
 /// Most tiles whose sums are in parts: so many are enough for any card.
-pub const MOST_SPLIT: usize = 1 << 14;
+pub const MAX_SPLIT_TILES: usize = 1 << 14;
 /// Cost of writing and reading one f32 partial sum, in steps of one value of a tile: 8 bytes through
 /// the L2 cache against 64 multiply-adds on the tensor cores.
 const PARTIAL_COST: f64 = 3.0;
@@ -137,7 +137,7 @@ pub fn choose(tiles: &'static [Tile], product: Product, card: Card) -> Choice {
     let mut best: Option<(f64, Choice)> = None;
     for tile in tiles {
         let tiles = groups * rows.div_ceil(tile.m) * columns.div_ceil(tile.n);
-        let most = if tiles > MOST_SPLIT { 1 } else { MAX_SPLITS };
+        let most = if tiles > MAX_SPLIT_TILES { 1 } else { MAX_SPLITS };
         for wanted in 1..=most.min((steps / MIN_STEPS).max(1)) {
             let steps_per_split = steps.div_ceil(wanted);
             let choice = Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };

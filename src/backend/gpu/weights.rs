@@ -2,11 +2,11 @@
 //!
 //! Stored weights, gradients, moments and averages are f32 arenas of equal offsets, each parameter
 //! `[cout][tap][cin]` with cin padded by zeros so that a row is a multiple of 8 values; the effective
-//! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of plain values,
+//! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of exact values,
 //! whose effective copy is f32.
 
 use super::launch::{DevicePtr, Launch, Precision};
-use super::structs::{ReduceStats, StepScalars, TurnTile, WeightPrepare, WeightRow, WeightStep, WeightTurn};
+use super::structs::{ReduceStats, StepScalars, TurnTile, WeightEffective, WeightRow, WeightStep, WeightTurn};
 use super::tables::weights::ROWS;
 use crate::backend::{Normalization, Step};
 
@@ -126,7 +126,7 @@ pub struct Effective {
     /// 16-bit effective weights.
     pub weights: DevicePtr,
     /// f32 gains and buffers.
-    pub plain: DevicePtr,
+    pub exact: DevicePtr,
 }
 
 /// One step over all rows of `table`; effective weights are then those of the next one. `memory` has the addresses: of the
@@ -149,7 +149,7 @@ pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePt
 
 /// Effective weights from `source`, an arena of stored weights or of an average. `rows` is the address of
 /// `table`'s rows.
-pub fn prepare(
+pub fn make_effective(
     p: Precision,
     table: &RowTable,
     rows: DevicePtr,
@@ -162,9 +162,9 @@ pub fn prepare(
         Normalization::Train { rounds } => rounds as i32 + 1,
     };
     let launch = |(first, count, threads, vectors): (usize, usize, u32, usize)| {
-        let kernel = format!("weight_prepare_{vectors}_{}", p.name());
+        let kernel = format!("weight_effective_{vectors}_{}", p.name());
         let rows = rows.offset(first * size_of::<WeightRow>());
-        let params = WeightPrepare { rows, source, effective: to.weights, plain: to.plain, rounds, padding: 0 };
+        let params = WeightEffective { rows, source, effective: to.weights, exact: to.exact, rounds, padding: 0 };
         Launch::new(kernel, [count as u32, 1, 1], threads, 0, &params)
     };
     table.launches().map(launch).collect()

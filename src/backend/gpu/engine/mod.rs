@@ -244,7 +244,7 @@ impl<P> Gpu<P> {
     }
 
     /// A tensor of any content that nobody asks for the activation of.
-    pub(super) fn plain(&mut self, shape: Shape, format: Format) -> Tensor {
+    pub(super) fn unset(&mut self, shape: Shape, format: Format) -> Tensor {
         let buffer = self.buffer(bytes_of(shape, format));
         Tensor::new(shape, format, None, buffer)
     }
@@ -258,13 +258,13 @@ impl<P> Gpu<P> {
         let buffer = self.buffer(bytes_of(shape, format));
         let x = Tensor::new(shape, format, number, buffer);
         let known = self.recording.as_ref().and_then(|r| r.known.get(&number?).copied());
-        let active = known.map(|factor| (self.plain(shape, Format::Half), factor));
+        let active = known.map(|factor| (self.unset(shape, Format::Half), factor));
         (x, active)
     }
 
     /// Scratch memory; free for others when dropped.
     pub(super) fn scratch(&mut self, bytes: usize) -> Tensor {
-        self.plain([1, 1, 1, bytes.div_ceil(4)], Format::F32)
+        self.unset([1, 1, 1, bytes.div_ceil(4)], Format::F32)
     }
 
     /// Room for a sum with `acc`: its own place where nobody else reads it, else a new one; then `acc` is returned too, to
@@ -272,7 +272,7 @@ impl<P> Gpu<P> {
     pub(super) fn sum_into(&mut self, acc: Option<Tensor>, shape: Shape) -> (Tensor, Option<Tensor>) {
         match acc {
             Some(acc) if acc.is_unique() => (acc, None),
-            acc => (self.plain(shape, Format::Half), acc),
+            acc => (self.unset(shape, Format::Half), acc),
         }
     }
 
@@ -281,7 +281,7 @@ impl<P> Gpu<P> {
         if let Some(made) = x.active(scale) {
             return made;
         }
-        let out = self.plain(x.shape(), Format::Half);
+        let out = self.unset(x.shape(), Format::Half);
         let work = Work::new("mp_silu", x.shape()).with([x, &out]);
         self.go(work, [pixelwise::activate(self.precision, x.shape(), x.ptr(), scale, out.ptr())]);
         x.set_active(scale, out.clone());
@@ -306,7 +306,7 @@ impl<P> Gpu<P> {
         match x.format() {
             Format::Half => x.clone(),
             Format::F32 => {
-                let out = self.plain(x.shape(), Format::Half);
+                let out = self.unset(x.shape(), Format::Half);
                 let [n, h, w, c] = x.shape();
                 let work = Work::new("narrow", x.shape()).with([x, &out]);
                 self.go(work, [pixelwise::narrow(self.precision, n * h * w, c, x.ptr(), out.ptr())]);
@@ -322,7 +322,7 @@ impl<P> Gpu<P> {
             return x.clone();
         }
         let half = self.half(x);
-        let out = self.plain(x.shape(), Format::F32);
+        let out = self.unset(x.shape(), Format::F32);
         let [n, h, w, c] = x.shape();
         let work = Work::new("widen", x.shape()).with([x, &out]);
         self.go(work, [pixelwise::widen(self.precision, n * h * w, c, half.ptr(), out.ptr())]);
@@ -338,7 +338,7 @@ impl<P> Gpu<P> {
         }
         let x = if x.format() == Format::F32 { self.half(x) } else { x.clone() };
         let c = x.shape()[3];
-        let (out, mut bits) = (self.plain(x.shape(), format), vec![0u16; x.bytes() / 2]);
+        let (out, mut bits) = (self.unset(x.shape(), format), vec![0u16; x.bytes() / 2]);
         let (Some((from, first)), Some((to, _))) = (x.memory(), out.memory()) else {
             self.unsupported("q, k and v of a convolution that is not their layer");
             return out;
@@ -423,7 +423,7 @@ impl<P> Backend for Gpu<P> {
         let float = terms.iter().all(|(t, _)| t.format() == Format::F32);
         let held: Vec<Tensor> = terms.iter().map(|(t, _)| if float { (*t).clone() } else { self.half(t) }).collect();
         let from: Vec<(DevicePtr, f64)> = held.iter().zip(terms).map(|(t, (_, f))| (t.ptr(), *f)).collect();
-        let out = if float { self.plain(shape, Format::F32) } else { self.activation(shape, Format::Half).0 };
+        let out = if float { self.unset(shape, Format::F32) } else { self.activation(shape, Format::Half).0 };
         let launch = match float {
             true => pixelwise::combine_f32(shape.iter().product(), &from, out.ptr()),
             false => pixelwise::combine(self.precision, shape, &from, out.ptr()),
@@ -437,7 +437,7 @@ impl<P> Backend for Gpu<P> {
             return parts;
         }
         let [n, h, w, c] = x.shape();
-        let out: Vec<_> = (0..parts).map(|_| self.plain([n / parts, h, w, c], x.format())).collect();
+        let out: Vec<_> = (0..parts).map(|_| self.unset([n / parts, h, w, c], x.format())).collect();
         let bytes = x.bytes() / parts;
         let copy = |(i, to): (usize, &Tensor)| Command::Copy { from: x.ptr().offset(i * bytes), to: to.ptr(), bytes };
         self.go(Work::new("split", x.shape()).bytes(2 * x.bytes()), out.iter().enumerate().map(copy));

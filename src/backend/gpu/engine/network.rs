@@ -17,8 +17,8 @@ impl Gpu {
             balance: p.label_balance,
         });
         EmbedLayers {
-            freqs: self.params.plain(p.freqs),
-            phases: self.params.plain(p.phases),
+            freqs: self.params.exact(p.freqs),
+            phases: self.params.exact(p.phases),
             noise: self.params.effective(p.noise),
             label,
             noise_channels,
@@ -79,13 +79,13 @@ impl NetworkBackend for Gpu {
     }
 
     fn normalize(&mut self) -> Result<(), BackendError> {
-        self.params.prepare(&*self.runtime, Slot::Weight, Normalization::Eval)
+        self.params.make_effective(&*self.runtime, Slot::Weight, Normalization::Eval)
     }
 
     fn precond_input(&mut self, x: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
         let (x, [images, h, w, c], n) = (self.float(x), x.shape(), sigma.shape()[0]);
         let (p, shape) = (self.precision, [n, h, w, c]);
-        let out = self.plain([n, h, w, c + 1], Format::Half);
+        let out = self.unset([n, h, w, c + 1], Format::Half);
         let launch = precond::precond_input(p, shape, images, x.ptr(), sigma.ptr(), sigma_data, out.ptr());
         self.go(Work::new("precond_input", out.shape()).with([&x, &out]), [launch]);
         out
@@ -100,8 +100,8 @@ impl NetworkBackend for Gpu {
         sigma_data: f64,
     ) -> Tensor {
         let (x, raw) = (self.float(x), self.half(raw));
-        let out = self.plain(raw.shape(), Format::F32);
-        let gain = self.params.plain(out_gain);
+        let out = self.unset(raw.shape(), Format::F32);
+        let gain = self.params.exact(out_gain);
         let (p, shape, images) = (self.precision, raw.shape(), x.shape()[0]);
         let launch =
             precond::precond_output(p, shape, images, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
@@ -115,7 +115,7 @@ impl NetworkBackend for Gpu {
         if layers.noise_channels > embedding::MAX_FEATURES {
             self.unsupported(format!("{} noise channels, at most {}", layers.noise_channels, embedding::MAX_FEATURES));
         }
-        let mut vector = |channels| self.plain([n, 1, 1, channels], Format::F32);
+        let mut vector = |channels| self.unset([n, 1, 1, channels], Format::F32);
         let features = vector(layers.noise_channels);
         let [pre, emb] = [0; 2].map(|_| vector(layers.emb_channels));
         if self.failed.is_none() {
@@ -129,7 +129,7 @@ impl NetworkBackend for Gpu {
 
     fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Tensor) -> Tensor {
         let n = emb.shape()[0];
-        let out = self.plain([n, 1, 1, layers.iter().map(|layer| layer.channels).sum()], Format::F32);
+        let out = self.unset([n, 1, 1, layers.iter().map(|layer| layer.channels).sum()], Format::F32);
         let Some((table, tiles)) = self.scale_table(layers) else { return out };
         let effective = self.params.all_effective();
         let launch = embedding::emb_scales(self.precision, n, &table, tiles, effective, emb.ptr(), out.ptr());
@@ -141,12 +141,12 @@ impl NetworkBackend for Gpu {
 
     fn logvar(&mut self, p: &Logvar, sigma: &Tensor) -> (Tensor, Tensor) {
         let (n, channels) = (sigma.shape()[0], self.params.dims(p.weight)[1]);
-        let features = self.plain([n, 1, 1, channels], Format::F32);
-        let logvar = self.plain([n, 1, 1, 1], Format::F32);
+        let features = self.unset([n, 1, 1, channels], Format::F32);
+        let logvar = self.unset([n, 1, 1, 1], Format::F32);
         let params = structs::Logvar {
             sigma: sigma.ptr(),
-            freqs: self.params.plain(p.freqs),
-            phases: self.params.plain(p.phases),
+            freqs: self.params.exact(p.freqs),
+            phases: self.params.exact(p.phases),
             weight: self.params.effective(p.weight),
             features: features.ptr(),
             logvar: logvar.ptr(),
@@ -162,7 +162,7 @@ impl NetworkBackend for Gpu {
         let (x, [n, h, w, c]) = (self.half(x), x.shape());
         let shape = if down { [n, h / 2, w / 2, c] } else { [n, h, w, c] };
         if !self.normable(c) {
-            return self.plain(shape, Format::Half);
+            return self.unset(shape, Format::Half);
         }
         let name = if down { "pixel_norm_down" } else { "pixel_norm" };
         let p = self.precision;
@@ -171,7 +171,7 @@ impl NetworkBackend for Gpu {
 
     fn dropout(&mut self, x: &Tensor, masks: &Masks<Tensor>, layer: u32, factor: f64) -> Tensor {
         let (x, shape) = (self.half(x), x.shape());
-        let out = self.plain(shape, Format::Half);
+        let out = self.unset(shape, Format::Half);
         let rate = (masks.threshold(), layer, factor);
         let launch = pixelwise::dropout(self.precision, shape, x.ptr(), masks.keys.ptr(), rate, out.ptr());
         self.go(Work::new("dropout", shape).with([&x, &masks.keys, &out]), [launch]);
@@ -202,8 +202,8 @@ impl NetworkBackend for Gpu {
         keep: bool,
     ) -> (Tensor, Option<Tensor>) {
         let shape = self.output_shape(w, &x);
-        let y = self.plain(shape, Format::Half);
-        let pre = keep.then(|| self.plain(shape, Format::Half));
+        let y = self.unset(shape, Format::Half);
+        let pre = keep.then(|| self.unset(shape, Format::Half));
         let epilogue = Epilogue::ScaleSilu { scale: self.scales(&scale), pre: pre.as_ref().map(Tensor::ptr) };
         self.fprop(w, &x, epilogue, (&y, None), &pre);
         (y, pre)
@@ -238,7 +238,7 @@ impl NetworkBackend for Gpu {
     fn attention(&mut self, qkv: &Tensor, heads: usize) -> Tensor {
         let [n, h, w, c] = qkv.shape();
         let qkv = self.reordered(qkv, heads);
-        let out = self.plain([n, h, w, c / 3], Format::Half);
+        let out = self.unset([n, h, w, c / 3], Format::Half);
         let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
         let launch = attention.map(|attention| [attention.forward(qkv.ptr(), out.ptr())]);
         self.go_if(Work::new("attention", out.shape()).sums(2 * h * w).with([&qkv, &out]), launch);

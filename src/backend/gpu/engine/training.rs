@@ -26,7 +26,7 @@ impl TrainingBackend for Gpu {
     }
 
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
-        self.params.prepare(&*self.runtime, source, how)
+        self.params.make_effective(&*self.runtime, source, how)
     }
 
     fn loss(&mut self, i: LossInput<Tensor>) -> Loss<Tensor> {
@@ -35,8 +35,8 @@ impl TrainingBackend for Gpu {
         let n = shape[0];
         let [clean, noisy] = [i.clean, i.noisy].map(|t| self.float(t));
         let raw = self.half(i.raw);
-        let grad_raw = self.plain(shape, Format::Half);
-        let [per_image, grad_logvar] = [0; 2].map(|_| self.plain([n, 1, 1, 1], Format::F32));
+        let grad_raw = self.unset(shape, Format::Half);
+        let [per_image, grad_logvar] = [0; 2].map(|_| self.unset([n, 1, 1, 1], Format::F32));
         let partial = self.scratch(precond::loss_scratch(shape));
         let memory = LossParams {
             clean: clean.ptr(),
@@ -44,7 +44,7 @@ impl TrainingBackend for Gpu {
             raw: raw.ptr(),
             sigma: i.sigma.ptr(),
             logvar: i.logvar.ptr(),
-            gain: self.params.plain(i.out_gain),
+            gain: self.params.exact(i.out_gain),
             grad_raw: grad_raw.ptr(),
             partial: partial.ptr(),
             per_image: per_image.ptr(),
@@ -142,7 +142,7 @@ impl TrainingBackend for Gpu {
         let operand = Operand::of(pre);
         let shape = self.conv_shape(w, &operand);
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
-        let gx = self.plain(pre.shape(), Format::Half);
+        let gx = self.unset(pre.shape(), Format::Half);
         let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, self.card)) else { return gx };
         let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
@@ -186,7 +186,7 @@ impl TrainingBackend for Gpu {
 
     fn upsample_backward(&mut self, grad: &Tensor) -> Tensor {
         let (grad, [n, h, w, c]) = (self.half(grad), grad.shape());
-        let out = self.plain([n, h / 2, w / 2, c], Format::Half);
+        let out = self.unset([n, h / 2, w / 2, c], Format::Half);
         let launch = pixelwise::upsample_backward(self.precision, out.shape(), grad.ptr(), out.ptr());
         self.go(Work::new("upsample_backward", out.shape()).with([&grad, &out]), [launch]);
         out
@@ -195,7 +195,7 @@ impl TrainingBackend for Gpu {
     fn attention_backward(&mut self, qkv: &Tensor, heads: usize, grad: &Tensor) -> Tensor {
         let [n, h, w, c] = qkv.shape();
         let (ordered, grad) = (self.reordered(qkv, heads), self.half(grad));
-        let out = self.plain(qkv.shape(), Format::Qkv { heads });
+        let out = self.unset(qkv.shape(), Format::Qkv { heads });
         let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
         let scratch = self.scratch(attention.map_or(0, |attention| attention.scratch_bytes()));
         let launches = attention.map(|a| a.backward(ordered.ptr(), grad.ptr(), out.ptr(), scratch.ptr()));
@@ -205,7 +205,7 @@ impl TrainingBackend for Gpu {
     }
 
     fn zero_scales_grad(&mut self, scales: &Tensor) -> Tensor {
-        let zeros = self.plain(scales.shape(), Format::F32);
+        let zeros = self.unset(scales.shape(), Format::F32);
         let work = Work::new("zero", zeros.shape()).with([&zeros]);
         self.go(work, [Command::Zero { at: zeros.ptr(), bytes: zeros.bytes() }]);
         zeros
@@ -214,14 +214,14 @@ impl TrainingBackend for Gpu {
     fn emb_scales_backward(&mut self, layers: &[EmbLayer], emb: &Tensor, grad_scales: &Tensor) -> Tensor {
         self.accumulating();
         let n = emb.shape()[0];
-        let grad_emb = self.plain(emb.shape(), Format::F32);
+        let grad_emb = self.unset(emb.shape(), Format::F32);
         let Some((table, tiles)) = self.scale_table(layers) else { return grad_emb };
         let scratch = self.scratch(table.scratch(n));
         let effective = self.params.all_effective();
         let memory = EmbScalesBackward {
             tiles,
             weights: effective.weights,
-            plain: effective.plain,
+            exact: effective.exact,
             emb: emb.ptr(),
             grad: grad_scales.ptr(),
             grads: self.params.all_grads(),
