@@ -24,7 +24,7 @@ use edm2k::model::{Config, Model};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::{Event, Execution, Outcome, Settings, Splits, train};
+use edm2k::train::{Event, Execution, Outcome, Settings, Splits, Training, train};
 use place::{Place, assert_same_tensors, files, signal, stats};
 use serde_json::{Value, json};
 
@@ -393,8 +393,9 @@ fn all_ranks_have_the_same_bits() {
         let execution = Execution { batch_gpu, validate: 0, grid: 0, ..usual.clone() };
         let splits = Splits { train: &data, validation: None };
         let stop = AtomicBool::new(false);
-        let mut event = |_: Event| {};
-        let done = train(&mut backend, model, &settings, &execution, splits, None, &stop, &mut event, ranks);
+        let (settings, execution, event) = (&settings, &execution, &mut |_: Event| {});
+        let training = Training { model, settings, execution, splits, show: None, stop: &stop, event, ranks };
+        let done = train(&mut backend, training);
         assert_eq!(done.unwrap(), Outcome::Finished);
         ranks.leave(None);
         let slots = [Slot::Weight, Slot::AdamM, Slot::AdamV, Slot::Ema(0), Slot::Ema(1)];

@@ -27,7 +27,9 @@ use edm2k::model::{Model, Precision};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batch;
 use edm2k::train::order::Order;
-use edm2k::train::{DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, ema, train};
+use edm2k::train::{
+    DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, Training, ema, train,
+};
 use half::f16;
 use place::{Place, assert_same_tensors, signal, stats};
 use serde_json::{Value, json};
@@ -981,7 +983,9 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Executi
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };
-    let outcome = train(&mut backend, model, &settings, execution, splits, None, &stop, &mut note, &mut Alone).unwrap();
+    let (settings, stop, event, ranks) = (&settings, &stop, &mut note, &mut Alone);
+    let training = Training { model, settings, execution, splits, show: None, stop, event, ranks };
+    let outcome = train(&mut backend, training).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
 }

@@ -192,9 +192,8 @@ impl Work for Training<'_> {
 
     /// See [`train`].
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let Self { model, settings, execution, splits, show, stop, event, ranks } = self;
-        let mut backend = backends.training(&model.table, settings.ema.len()).map_err(BackendError::from)?;
-        train(&mut backend, model, settings, execution, splits, show, stop, event, ranks)
+        let made = backends.training(&self.model.table, self.settings.ema.len());
+        train(&mut made.map_err(BackendError::from)?, self)
     }
 }
 
@@ -205,18 +204,8 @@ impl Work for Training<'_> {
 ///
 /// # Errors
 /// See [`TrainError`]. Whatever was saved before stays.
-#[allow(clippy::too_many_arguments)] // those of a [`Training`]
-pub fn train<B: TrainingBackend>(
-    backend: &mut B,
-    model: Model,
-    settings: &Settings,
-    execution: &Execution,
-    data: Splits,
-    show: Option<&mut grid::Show>,
-    stop: &AtomicBool,
-    event: &mut dyn FnMut(Event),
-    ranks: &mut dyn Collective,
-) -> Result<Outcome, TrainError> {
+pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<Outcome, TrainError> {
+    let Training { model, settings, execution, splits: data, show, stop, event, ranks } = training;
     let dir = execution.outdir.as_path();
     let (rank, size) = (ranks.rank(), ranks.size());
     if settings.batch < size as u64 {
