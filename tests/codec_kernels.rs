@@ -267,7 +267,7 @@ fn attention_of_any_width_and_number_of_pixels() {
 
 #[test]
 fn pictures_in_bytes() {
-    for mut bench in benches(common::plain()) {
+    for mut bench in benches(common::once()) {
         for (size, stretch) in [([1, 1, 1], [1.0, 0.0]), ([2, 5, 7], [2.0, -1.0]), ([1, 33, 41], [1.0, 0.0])] {
             bench.bytes(size, stretch);
         }
