@@ -883,8 +883,10 @@ fn a_dataset_of_other_pictures_is_neither_added_to_nor_retagged() {
     let refused = |what: &str| {
         let tries =
             [add(&shop.folder(), &shop.settings(), None, &|_| ()), retag(&shop.folder(), &shop.settings(), &|_| ())];
-        for error in tries.map(|tried| tried.unwrap_err().to_string()) {
-            assert!(error.contains(": made when ") && error.contains("; give it an id of its own"), "{what}: {error}");
+        let advice =
+            ["; give it an id of its own", "; if only its file was written anew, give --images an empty folder"];
+        for (error, advice) in tries.map(|tried| tried.unwrap_err().to_string()).into_iter().zip(advice) {
+            assert!(error.contains(": made when ") && error.contains(advice), "{what}: {error}");
         }
         assert!(files(&out) == there, "{what}");
     };

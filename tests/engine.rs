@@ -24,7 +24,7 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
 use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
-use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status};
+use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status, Training};
 use edm2k::verify::{Bounds, Device, Outcome, verify};
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
@@ -196,7 +196,9 @@ fn run_telling<B: TrainingBackend>(
         other => tell(other),
     };
     let stop = AtomicBool::new(false);
-    train::train(backend, model, settings, &execution, splits, None, &stop, &mut event, &mut Alone).unwrap();
+    let (execution, stop, event, ranks) = (&execution, &stop, &mut event, &mut Alone);
+    let training = Training { model, settings, execution, splits, show: None, stop, event, ranks };
+    train::train(backend, training).unwrap();
     seen
 }
 

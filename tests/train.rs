@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -1097,17 +1098,22 @@ fn a_second_ctrl_c_quits_where_nobody_reads_what_is_printed() {
     let place = Place::new();
     let (reader, writer) = std::io::pipe().unwrap();
     let mut command = place.train("run", &ENDLESS.replace("--status 0", "--status 8"));
+    let watch = writer.try_clone().unwrap();
     heeding(&mut command, None).stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut child = command.spawn().unwrap();
     drop(command);
-    let written = || fs::metadata(place.path("run/stats.jsonl")).map_or(0, |about| about.len());
-    // Until the pipe is full.
-    let mut before = 0;
+    // Until the pipe has no room, and nobody makes some.
+    let full = || {
+        let mut asked = libc::pollfd { fd: watch.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one record.
+        unsafe { libc::poll(&mut asked, 1, 0) == 0 }
+    };
     let begun = Instant::now();
-    while before == 0 || written() != before {
-        assert!(begun.elapsed() < Duration::from_secs(100), "the run does not begin, or does not wait for its reader");
-        before = written();
-        sleep(Duration::from_secs(1));
+    while !(0..10).all(|_| {
+        sleep(Duration::from_millis(50));
+        full()
+    }) {
+        assert!(begun.elapsed() < Duration::from_secs(300), "the run does not begin, or does not wait for its reader");
     }
     signal(&child, "-INT");
     sleep(Duration::from_millis(300));

@@ -29,7 +29,8 @@ impl Requests {
             interrupted |= interrupt;
             if !stop.swap(true, Ordering::Relaxed) {
                 // By a thread of its own: where nobody reads what is printed, the second Ctrl-C still is heeded.
-                std::thread::spawn(move || note!("{answer}; a second Ctrl-C quits at once"));
+                // Where there can be none, only this line is lost.
+                let _ = std::thread::Builder::new().spawn(move || note!("{answer}; a second Ctrl-C quits at once"));
             }
         });
         requests

@@ -26,12 +26,9 @@ pub fn space(bytes: &[u8], icc: Option<&[u8]>) -> Option<Space> {
     if let Some(icc) = icc {
         return Some(ColorProfile::new_from_slice(icc).map_err(|_| "a damaged one".into()));
     }
-    if reader.is_some() && has_profile(bytes) {
-        return Some(Err("one that cannot be unpacked".into()));
-    }
     let chunks = chunks.filter(|chunks| chunks.srgb.is_none())?;
     match (chunks.gama_chunk, chunks.chrm_chunk) {
-        (None, None) => None,
+        (None, None) => has_profile(bytes).then(|| Err("one that cannot be unpacked".into())),
         (gamma, primaries) => Some(of_gamma(gamma, primaries)),
     }
 }

@@ -21,8 +21,8 @@ use crate::formats::input;
 /// An image may have so many pixels: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
 
-/// Bytes that a decoder may take for what is no pixel: a colour profile above all.
-const METADATA: u64 = 16 << 20;
+/// Bytes that a decoder may take for what is no pixel, a colour profile or texts, and for a row of a PNG.
+const METADATA: u64 = 64 << 20;
 
 /// Longest image file: no decoder should need more than the largest image.
 pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
@@ -36,7 +36,8 @@ pub struct Image {
     pub unapplied: Option<String>,
 }
 
-/// A part of the pixels that all threads together decode at once, [`MAX_PIXELS`]: memory does not grow with the cores.
+/// A part of the pixels that all threads together decode at once, [`MAX_PIXELS`]: what that takes does not grow with the
+/// cores.
 struct Share(u64);
 
 static TAKEN: Mutex<u64> = Mutex::new(0);
@@ -91,8 +92,12 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
     let size = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut decoder = match reader.into_decoder() {
         Err(ImageError::Limits(why)) => {
-            let (width, height) = size.into_dimensions().map_err(|_| ImageError::Limits(why))?;
-            return Err(PictureError::TooLarge { width, height });
+            return Err(match size.into_dimensions() {
+                Ok((width, height)) if u64::from(width) * u64::from(height) > MAX_PIXELS => {
+                    PictureError::TooLarge { width, height }
+                }
+                _ => ImageError::Limits(why).into(),
+            });
         }
         made => made?,
     };

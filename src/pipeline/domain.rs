@@ -86,13 +86,20 @@ impl Domain {
 
     /// What to say where both are of features, and nobody knows whether one network made them.
     pub fn doubt(&self, name: impl Display, other: &Self, other_name: impl Display) -> Option<String> {
-        let anonymous = |domain: &Self| match domain.meaning.conditioning {
-            Some(Conditioning::Features { fingerprint, .. }) => Some(fingerprint.is_none()),
+        let anonymous = |domain: &Self| match &domain.meaning.conditioning {
+            Some(Conditioning::Features { source, fingerprint, .. }) => {
+                Some(source.is_empty() && fingerprint.is_none())
+            }
             _ => None,
         };
-        let unknown = anonymous(self)? | anonymous(other)?;
-        let text = "nobody said what made its features, which may be others than those of";
-        unknown.then(|| format!("{name}: {text} {other_name}"))
+        let text = |name: &dyn Display, other: &dyn Display| {
+            format!("{name}: nobody said what made its features, which may be others than those of {other}")
+        };
+        match (anonymous(self)?, anonymous(other)?) {
+            (true, _) => Some(text(&name, &other_name)),
+            (false, true) => Some(text(&other_name, &name)),
+            (false, false) => None,
+        }
     }
 
     /// All that is known to differ; meanings are compared of conditions whether they are of one width or not.

@@ -92,7 +92,7 @@ impl Run {
         out!("checkpoints    {}{}", self.checkpoints.len(), newest(self.checkpoints.first()));
         self.damaged.iter().for_each(|why| out!("damaged        {why}"));
         out!("snapshots      {}{}", self.snapshots.len(), newest(self.snapshots.last()));
-        if check && self.damaged.is_empty() {
+        if check && self.damaged.is_empty() && !self.checkpoints.is_empty() {
             out!("checked        all checkpoints are whole");
         }
     }
