@@ -1008,6 +1008,20 @@ void refused(const char* format, ...) {
     va_end(args);
 }
 
+// Not the parenthesis of "k<(Mode)1>" or of "(anonymous namespace)::".
+size_t parameters_of(const std::string& signature) {
+    static const std::string nameless = "(anonymous namespace)";
+    int angles = 0, inner = 0;
+    for (size_t i = 0; i < signature.size(); i++) {
+        const char c = signature[i];
+        if (!angles && signature.compare(i, nameless.size(), nameless) == 0) i += nameless.size() - 1;
+        else if (!angles && c == '(') return i;
+        else if (c == '(' || c == ')') inner += c == '(' ? 1 : -1;
+        else if (!inner) angles += (c == '<') - (c == '>');
+    }
+    return signature.npos;
+}
+
 static Launch& the_launch() {
     static Launch& launch = *new Launch;
     return launch;
@@ -1192,7 +1206,7 @@ void* emu_function(const char* name, const char* types) {
     std::string seen;
     for (const Symbol& f : image().functions) {
         const std::string full = plain_name(f.name);  // of `extern "C"`: no types
-        const size_t open = full.find('(');
+        const size_t open = parameters_of(full);
         std::string called = full.substr(0, open);
         if (called.compare(0, 5, "void ") == 0) called.erase(0, 5);
         if (called != name) continue;
