@@ -795,9 +795,11 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
         const string head = out.substr(statement == out.npos ? 0 : statement + 1);
         for (size_t i = 0, end; i < head.size(); i = end) {
             end = token_end(head, i);
-            if (is_one_of(head.substr(i, end - i), {"struct", "class", "union", "enum", "namespace"}) || head.compare(i, 2, "->") == 0) return false;
+            if (is_one_of(head.substr(i, end - i), {"struct", "class", "union", "enum", "namespace"})) return false;
         }
-        return true;
+        // ") -> type {"
+        const size_t arrow = head.rfind("->");
+        return arrow == head.npos || head.find_first_of("()=?", arrow) != head.npos || split(head.substr(arrow), '<')[0].find(',') != head.npos;
     };
     auto declares = [&](size_t end) {
         const size_t last = out.find_last_not_of(" \t\n"), next = s.find_first_not_of(" \t\n", end);

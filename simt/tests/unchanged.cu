@@ -178,10 +178,15 @@ __device__ unsigned product(const dim3* size) { return size->x * size->y; }
 __global__ void names(unsigned* out, surf2DView tex2DWidth) {
     const unsigned odd = 0xdead'beefu + u8'"' + L'\'';
     const uint3 all[] = {threadIdx, blockIdx, threadIdx};
+    struct Both { uint3 thread; dim3 grid; };
+    const auto both = [](const dim3* size) -> Both { return size->x ? Both{threadIdx, gridDim} : Both{}; };
+    if (both(&gridDim).grid.x != 1) return;
     out[threadIdx.x] = odd + unsigned(tex2DWidth.tex3D) + all[2].x * 256 + all[1].x + product(&blockDim) * 65536;
 }
 enum class Mode { one = 1 };
+namespace {
 template <Mode M> __global__ void moded(int* out) { *out = int(M); }
+}  // namespace
 
 static void launches() {
     int *out, got[N] = {};
