@@ -115,7 +115,11 @@ inline coalesced_group tiled_partition(const coalesced_group& g, unsigned n, SIM
         if (g.lanes >> i & 1 && rank++ / n == tile.part) tile.lanes |= 1u << i;
     return tile;
 }
-inline thread_group tiled_partition(const thread_group& g, unsigned n, SIMT_WHERE) { return tiled_partition(coalesced_group{g.lanes ? g.lanes : ~0u}, n, at); }
+// Of a block, the lanes of the warp that it has.
+inline thread_group tiled_partition(const thread_group& g, unsigned n, SIMT_WHERE) {
+    const unsigned here = thread_block::size() - thread_block::thread_rank() / 32 * 32;
+    return tiled_partition(coalesced_group{g.lanes ? g.lanes : here < 32 ? (1u << here) - 1 : ~0u}, n, at);
+}
 inline thread_group tiled_partition(const thread_block& g, unsigned n, SIMT_WHERE) { return tiled_partition(thread_group(g), n, at); }
 // Those that have the same.
 template <class Group> coalesced_group binary_partition(const Group& g, bool predicate, SIMT_WHERE) {

@@ -295,7 +295,9 @@ template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWith
 // The block for which most threads are resident, the largest of several.
 template <class S, class F> cudaError_t cudaOccupancyMaxPotentialBlockSizeVariableSMem(int* grid, int* block, F, S shared_of, int limit = 0) {
     *grid = *block = 0;
-    for (int threads = limit > 0 && limit < 1024 ? limit / 32 * 32 : 1024, most = 0; threads > 0; threads -= 32) {
+    if (limit < 1 || limit > 1024) limit = 1024;
+    for (int warps = (limit + 31) / 32, most = 0; warps > 0; warps--) {
+        const int threads = warps * 32 < limit ? warps * 32 : limit;
         const int blocks = simt::resident_blocks(threads, shared_of(threads));
         if (blocks * threads > most) most = blocks * threads, *block = threads, *grid = 4 * blocks;
     }

@@ -216,6 +216,7 @@ void launched(int code);
 // By its address; whether it may have so much; and how much it may have.
 bool allow_dynamic(const void* kernel, size_t bytes);
 size_t allowed_dynamic(const void* kernel);
+size_t parameters_of(const std::string& signature);  // where their parenthesis is; npos, of `extern "C"`
 std::string kernel_signature(const void* kernel);  // "void scale<float>(float*, int)"
 // Of memory that an allocation returned; and the host's own, of which kernels may know from now on, or no more.
 void set_home(const void* p, Home home);

@@ -107,7 +107,7 @@ cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3
     static const std::pair<const char*, int> scalars[] = {{"int", 4}, {"unsigned int", 4}, {"long", 8}, {"unsigned long", 8}, {"long long", 8},
         {"unsigned long long", 8}, {"bool", 1}, {"char", -1}, {"signed char", -1}, {"unsigned char", 1}, {"short", -2}, {"unsigned short", 2}, {"__half", 2}, {"__nv_bfloat16", 2}};
     const std::string signature = kernel_signature(kernel);
-    const size_t open = signature.find('(', signature.find("(anonymous namespace)::") == 0 ? 23 : 0);
+    const size_t open = parameters_of(signature);
     if (signature.empty() || open == signature.npos)
         return refuse("%s of a void*: %s; pass the kernel itself, whose type says its parameters", call, signature.empty() ? "there is no kernel" : "a kernel that is extern \"C\"");
     Words words = {};
@@ -325,13 +325,12 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     else *attributes = {a->home == simt::Home::managed ? cudaMemoryTypeManaged : cudaMemoryTypeHost, 0, q, q};
     return cudaSuccess;
 }
-static size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 64, 0};  // the stack's and the heap's are larger
+static size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 64, 0};  // what a program asks for; the stack has always 64 KB, the heap what there is
 cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit limit) {
     return unsigned(limit) < std::size(limits) ? *value = limits[limit], cudaSuccess : note(cudaErrorInvalidValue);
 }
 cudaError_t cudaDeviceSetLimit(cudaLimit limit, size_t value) {
     if (unsigned(limit) >= std::size(limits)) return note(cudaErrorInvalidValue);
-    if (limit == cudaLimitStackSize && value > simt::kStack) return simt::refuse("cudaDeviceSetLimit: a stack of %zu bytes; the emulator's threads have %zu", value, simt::kStack);
     return limits[limit] = value, cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) { return *stream = new simt_stream{flags, priority}, cudaSuccess; }

@@ -125,25 +125,87 @@ static string quoted(const string& word) {
     return text + "'";
 }
 
-// Libraries of NVIDIA's that are no part of the emulator, by how their headers begin.
+// What is no part of the emulator: by the names of headers; where one ends in '/', by how they begin.
 static const std::pair<const char*, const char*> kLibraries[] = {
-    {"cub/", "CUB"}, {"thrust/", "Thrust"}, {"cuda/", "libcu++"}, {"nv/", "libcu++"}, {"cutlass/", "CUTLASS"}, {"cute/", "CUTLASS"},
-    {"cublas", "cuBLAS"}, {"cudnn", "cuDNN"}, {"cufft", "cuFFT"}, {"curand", "cuRAND"}, {"cusparse", "cuSPARSE"}, {"cusolver", "cuSOLVER"},
-    {"nvml", "NVML"}, {"nvrtc", "NVRTC"}, {"nccl", "NCCL"}, {"npp", "NPP"}, {"nvToolsExt", "NVTX"}, {"nvtx3/", "NVTX"},
-    {"texture_", "textures"}, {"cuda_texture_types", "textures"}, {"surface_", "surfaces"}, {"cuda_surface_types", "surfaces"},
-    {"cuda_gl_interop", "graphics interoperability"}, {"cuda_fp8", "8-bit floats"}, {"cuda_fp6", "6-bit floats"}, {"cuda_fp4", "4-bit floats"}};
+    {"CUB", "cub/"}, {"Thrust", "thrust/"}, {"libcu++", "cuda/std/ cuda/experimental/ nv/target"}, {"CUTLASS", "cutlass/ cute/"},
+    {"cuBLAS", "cublas.h cublas_api.h cublas_v2.h cublasLt.h cublasXt.h"},
+    {"cuDNN", "cudnn.h cudnn_adv.h cudnn_adv_infer.h cudnn_adv_train.h cudnn_backend.h cudnn_cnn.h cudnn_cnn_infer.h cudnn_cnn_train.h cudnn_frontend.h "
+              "cudnn_graph.h cudnn_ops.h cudnn_ops_infer.h cudnn_ops_train.h cudnn_version.h"},
+    {"cuFFT", "cufft.h cufftw.h cufftXt.h"},
+    {"cuRAND", "curand.h curand_discrete.h curand_discrete2.h curand_globals.h curand_kernel.h curand_lognormal.h curand_mrg32k3a.h curand_mtgp32.h "
+               "curand_mtgp32_host.h curand_mtgp32_kernel.h curand_normal.h curand_philox4x32_x.h curand_poisson.h curand_precalc.h curand_uniform.h"},
+    {"cuSPARSE", "cusparse.h cusparse_v2.h cusparseLt.h"}, {"cuSOLVER", "cusolver_common.h cusolverDn.h cusolverMg.h cusolverRf.h cusolverSp.h"},
+    {"NVML", "nvml.h"}, {"NVRTC", "nvrtc.h"}, {"NCCL", "nccl.h"},
+    {"NPP", "npp.h nppcore.h nppdefs.h nppi.h nppi_arithmetic_and_logical_operations.h nppi_color_conversion.h nppi_data_exchange_and_initialization.h "
+            "nppi_filtering_functions.h nppi_geometry_transforms.h nppi_linear_transforms.h nppi_morphological_operations.h nppi_statistics_functions.h "
+            "nppi_support_functions.h nppi_threshold_and_compare_operations.h npps.h npps_arithmetic_and_logical_operations.h npps_conversion_functions.h "
+            "npps_filtering_functions.h npps_initialization.h npps_statistics_functions.h npps_support_functions.h"},
+    {"NVTX", "nvToolsExt.h nvToolsExtCuda.h nvToolsExtCudaRt.h nvToolsExtSync.h nvtx3/"},
+    {"textures", "texture_fetch_functions.h texture_indirect_functions.h texture_types.h cuda_texture_types.h"},
+    {"surfaces", "surface_functions.h surface_indirect_functions.h surface_types.h cuda_surface_types.h"},
+    {"graphics interoperability", "cuda_gl_interop.h cuda_egl_interop.h cuda_vdpau_interop.h"},
+    {"8-bit floats", "cuda_fp8.h"}, {"6-bit floats", "cuda_fp6.h"}, {"4-bit floats", "cuda_fp4.h"}};
 
-// Of what the compiler says, one line where a header of such a library is all that is missing.
-static string clearer(const string& said) {
-    const string before = ": fatal error: ";
-    const size_t at = said.find(before), colon = said.find(": No such file", at);
-    if (at == said.npos || colon == said.npos) return said;
-    const string header = said.substr(at + before.size(), colon - at - before.size());
-    for (const auto& [beginning, library] : kLibraries)
-        if (header.compare(0, strlen(beginning), beginning) == 0) {
-            const size_t line = said.rfind('\n', at) + 1;
-            return said.substr(line, said.rfind(':', at - 1) - line) + ": error: " + header + ": the emulator has no " + library + "\n";
+static const char* library_of(const string& header) {
+    // libcu++'s own have no extension: cuda/atomic.
+    if (header.compare(0, 5, "cuda/") == 0 && header.find_first_of("./", 5) == header.npos) return "libcu++";
+    for (const auto& [library, names] : kLibraries) {
+        std::istringstream words(names);
+        for (string name; words >> name;)
+            if (name.back() == '/' ? header.compare(0, name.size(), name) == 0 : header == name) return library;
+    }
+    return nullptr;
+}
+
+// What of CUDA the emulator has not, by how names begin that the compiler does not know. Where such a name goes on, it does
+// so by another word: tex2DLod and cudaGraph_t are such names, text and cudaGraphite are none.
+static const char* missing_part(const string& name) {
+    static const std::pair<const char*, const char*> parts[] = {
+        {"cudaGraphics", "graphics interoperability"}, {"cudaGraph", "graphs"}, {"cudaStreamBeginCapture", "graphs"}, {"cudaStreamEndCapture", "graphs"},
+        {"cudaTexture", "textures"}, {"cudaCreateTexture", "textures"}, {"cudaBindTexture", "textures"},
+        {"cudaSurface", "surfaces"}, {"cudaCreateSurface", "surfaces"}, {"cudaMallocArray", "arrays for textures"}, {"cudaMalloc3DArray", "arrays for textures"},
+        {"cudaMallocMipmapped", "arrays for textures"}, {"cudaIpc", "memory between processes"}, {"cudaMemPool", "memory pools"},
+        {"cudaImportExternal", "external memory"}};
+    for (const auto& [beginning, part] : parts)
+        if (name.compare(0, strlen(beginning), beginning) == 0 && !islower((unsigned char)name[strlen(beginning)])) return part;
+    for (const bool texture : {true, false})
+        for (const char* dimensions : {"1D", "2D", "3D", "Cubemap"}) {
+            const string beginning = string(texture ? "tex" : "surf") + dimensions;
+            if (name.compare(0, beginning.size(), beginning)) continue;
+            string rest = name.substr(beginning.size());
+            if (rest.compare(0, 7, "Layered") == 0) rest.erase(0, 7);
+            for (const char* known : {"", "Lod", "Grad", "fetch", "gather", "read", "write"})
+                if (rest == known) return texture ? "textures" : "surfaces";
         }
+    return nullptr;
+}
+
+// Of what the compiler says, one line where all that is missing is a header of such a library, or a part of CUDA. That a program
+// has names of its own that look like CUDA's is no error.
+static string clearer(const string& said) {
+    std::istringstream lines(said);
+    for (string line; std::getline(lines, line);) {
+        auto answer = [&](size_t at, const string& name, const char* part) {  // "file:line:column", without the column
+            return line.substr(0, line.rfind(':', at - 1)) + ": error: " + name + ": the emulator has no " + part + "\n";
+        };
+        const string fatal = ": fatal error: ", error = ": error: ";
+        size_t at = line.find(fatal);
+        if (const size_t colon = line.find(": No such file", at); at != line.npos && colon != line.npos) {
+            const string header = line.substr(at + fatal.size(), colon - at - fatal.size());
+            if (const char* library = library_of(header)) return answer(at, header, library);
+        }
+        at = line.find(error);
+        const size_t open = at == line.npos ? at : line.find('\'', at), close = open == line.npos ? open : line.find('\'', open + 1);
+        if (close == line.npos) continue;
+        const string before = line.substr(at + error.size(), open - at - error.size()), behind = line.substr(close + 1);
+        auto begins = [](const string& text, std::initializer_list<const char*> beginnings) {
+            return std::any_of(beginnings.begin(), beginnings.end(), [&](const char* b) { return text.compare(0, strlen(b), b) == 0; });
+        };
+        const bool unknown = (before.empty() && begins(behind, {" was not declared", " does not name a type", " has not been declared"})) ||
+                             begins(before, {"use of undeclared identifier", "unknown type name", "there are no arguments to"});
+        const string name = line.substr(open + 1, close - open - 1);
+        if (const char* part = unknown ? missing_part(name) : nullptr) return answer(at, name, part);
+    }
     return said;
 }
 
@@ -304,7 +366,6 @@ struct Compiler {
         translate::Result result = translated(source, made, {});
         if (result.special_functions || result.simd)
             result = translated(source, made, {result.special_functions ? "-DSIMT_SPECIAL_FUNCTIONS" : "", result.simd ? "-DSIMT_SIMD" : ""});
-        if (!result.missing.empty()) throw Impossible{result.missing[0] + "\n"};
         for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
         std::ofstream(made, std::ios::binary) << result.text;
         return made;
@@ -347,8 +408,13 @@ struct Compiler {
                 const fs::path stamp = library.string() + ".of";
                 string objects;
                 for (const string& word : c) objects += word + "\n";
-                if (to.empty() && read_file(stamp) == objects) return library;
-                command(c, library);
+                if (to.empty() && fs::exists(library) && read_file(stamp) == objects) return library;
+                // Whoever is stopped here leaves no library that is taken for whole.
+                if (to.empty()) fs::remove(stamp);
+                const fs::path partial = library.string() + "." + std::to_string(getpid());
+                *std::find(c.begin(), c.end(), library.string()) = partial.string();
+                command(c, partial);
+                fs::rename(partial, library);
                 if (to.empty()) std::ofstream(stamp, std::ios::binary) << objects;
                 return library;
             });

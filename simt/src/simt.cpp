@@ -19,6 +19,7 @@
 #include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
+#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
@@ -816,8 +817,32 @@ static void install_handlers() {
 // ---- global memory ----------------------------------------------------------------------------
 
 static std::map<uintptr_t, Allocation> allocations;
-static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends, less what was mapped since
+static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends
 static std::recursive_mutex allocations_mutex;  // kernels allocate too
+
+// What is freed keeps its addresses, lest the host's next memory be there and be called freed: the latest of it.
+struct Kept {
+    uintptr_t map, map_end, begin;
+};
+static std::deque<Kept> kept;  // the oldest first
+static size_t kept_bytes = 0;
+constexpr size_t kKeptBytes = size_t(64) << 30, kKeptRanges = 16384;  // a process has 65530 mappings
+
+static void forget_freed(size_t bytes, size_t ranges) {
+    for (; kept_bytes > bytes || kept.size() > ranges; kept.pop_front()) {
+        const Kept& k = kept.front();
+        freed.erase(k.begin), kept_bytes -= k.map_end - k.map;
+        munmap(reinterpret_cast<void*>(k.map), k.map_end - k.map);
+    }
+}
+static void keep_freed(const Allocation& a) {
+    // A new mapping over it: the same bits as guard pages, which it becomes one with.
+    if (mmap(reinterpret_cast<void*>(a.map), a.map_end - a.map, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+        return void(munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map));
+    kept.push_back({a.map, a.map_end, a.begin}), kept_bytes += a.map_end - a.map;
+    freed[a.begin] = a.end;
+    forget_freed(kKeptBytes, kKeptRanges);
+}
 
 bool was_freed(uintptr_t a) {
     std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
@@ -983,6 +1008,20 @@ void refused(const char* format, ...) {
     va_end(args);
 }
 
+// Not the parenthesis of "k<(Mode)1>" or of "(anonymous namespace)::".
+size_t parameters_of(const std::string& signature) {
+    static const std::string nameless = "(anonymous namespace)";
+    int angles = 0, inner = 0;
+    for (size_t i = 0; i < signature.size(); i++) {
+        const char c = signature[i];
+        if (!angles && signature.compare(i, nameless.size(), nameless) == 0) i += nameless.size() - 1;
+        else if (!angles && c == '(') return i;
+        else if (c == '(' || c == ')') inner += c == '(' ? 1 : -1;
+        else if (!inner) angles += (c == '<') - (c == '>');
+    }
+    return signature.npos;
+}
+
 static Launch& the_launch() {
     static Launch& launch = *new Launch;
     return launch;
@@ -1075,28 +1114,17 @@ int emu_set_max_dyn_smem(const char* name, size_t bytes) {
 // ldmatrix; in the checked build in every access.
 uint64_t emu_bank_conflicts() { return conflicts; }
 
-// A new mapping, its guard pages too: an access there is one beside what lives there now. What was
-// freed there may have begun before it and ended behind it.
-static void no_longer_freed(uintptr_t begin, uintptr_t end) {
-    auto it = freed.upper_bound(begin);
-    if (it != freed.begin()) --it;
-    while (it != freed.end() && it->first < end) {
-        const auto [first, last] = *it;
-        if (last <= begin) {
-            ++it;
-            continue;
-        }
-        it = freed.erase(it);
-        if (first < begin) freed[first] = begin;
-        if (end < last) freed[end] = last;
-    }
-}
-
 // Aligned to 256 bytes, filled with NaN, with unmapped pages before and behind.
 static void* allocate_device(size_t bytes) {
     size_t room = (bytes + 255) / 256 * 256, pages = (std::max<size_t>(room, 1) + kPage - 1) / kPage * kPage;
     size_t size = pages + 2 * kPage;
-    void* map = room < bytes ? MAP_FAILED : mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    auto reserve = [&] { return room < bytes ? MAP_FAILED : mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); };
+    void* map = reserve();
+    if (map == MAP_FAILED) {
+        std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
+        forget_freed(0, 0);
+        map = reserve();
+    }
     if (map == MAP_FAILED || mprotect(static_cast<char*>(map) + kPage, pages, PROT_READ | PROT_WRITE)) {
         if (map != MAP_FAILED) munmap(map, size);
         refuse("out of memory: %zu bytes", bytes);
@@ -1105,7 +1133,6 @@ static void* allocate_device(size_t bytes) {
     uintptr_t begin = uintptr_t(map) + kPage + pages - room;
     if (poison) memset(reinterpret_cast<void*>(begin), kPoison, room);
     std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
-    no_longer_freed(uintptr_t(map), uintptr_t(map) + size);
     allocations[begin] = {begin, begin + bytes, uintptr_t(map), uintptr_t(map) + size, make_shadow(bytes)};
     return reinterpret_cast<void*>(begin);
 }
@@ -1116,8 +1143,7 @@ static bool free_device(void* p) {
     if (it == allocations.end() || it->second.home == Home::registered) return false;
     const Allocation& a = it->second;
     free_shadow(a.shadow, a.end - a.begin);
-    munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map);
-    freed[a.begin] = a.end;
+    keep_freed(a);
     allocations.erase(it);
     return true;
 }
@@ -1180,7 +1206,7 @@ void* emu_function(const char* name, const char* types) {
     std::string seen;
     for (const Symbol& f : image().functions) {
         const std::string full = plain_name(f.name);  // of `extern "C"`: no types
-        const size_t open = full.find('(');
+        const size_t open = parameters_of(full);
         std::string called = full.substr(0, open);
         if (called.compare(0, 5, "void ") == 0) called.erase(0, 5);
         if (called != name) continue;
@@ -1239,7 +1265,6 @@ void set_home(const void* p, Home home) {
 void register_host(void* p, size_t bytes) {
     std::lock_guard<std::recursive_mutex> lock(allocations_mutex);
     const uintptr_t begin = uintptr_t(p), end = begin + bytes;
-    no_longer_freed(begin, end);
     allocations[begin] = {begin, end, begin, end, make_shadow(bytes), false, Home::registered};
 }
 bool unregister_host(void* p) {

@@ -25,7 +25,6 @@ using std::string;
 struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
-    std::vector<string> missing;  // "file:line: error: name: what the emulator has not"
     bool special_functions = false;  // whether it may call some of C++17's
     bool simd = false;               // and those of simd.h
 };
@@ -44,12 +43,20 @@ inline size_t skip_literal(const string& s, size_t i) {
     return i + 1;
 }
 
+// Whether a literal begins at i: not where 0xdead'beef has a separator.
+inline bool is_literal(const string& s, size_t i) {
+    if (s[i] != '\'') return s[i] == '"';
+    size_t begin = i;
+    while (begin && (is_word(s[begin - 1]) || s[begin - 1] == '\'')) begin--;
+    return begin == i || !isdigit((unsigned char)s[begin]) || i + 1 >= s.size() || !is_word(s[i + 1]);
+}
+
 // Behind the bracket that closes the one at i.
 inline size_t skip_brackets(const string& s, size_t i) {
     int depth = 0;
     while (i < s.size()) {
         const char c = s[i];
-        if (c == '"' || c == '\'') {
+        if (is_literal(s, i)) {
             i = skip_literal(s, i);
             continue;
         }
@@ -66,7 +73,7 @@ inline std::vector<string> split(const string& s, char separator) {
     std::vector<string> parts(1);
     for (size_t i = 0; i < s.size();) {
         size_t end = i + 1;
-        if (s[i] == '"' || s[i] == '\'') end = skip_literal(s, i);
+        if (is_literal(s, i)) end = skip_literal(s, i);
         else if (s[i] == '(' || s[i] == '[' || s[i] == '{') end = skip_brackets(s, i);
         else if (s[i] == ':' && separator == ':' && i + 1 < s.size() && s[i + 1] == ':' ) {
             // `::` is two empty sections of asm, or a scope: a name before it says which.
@@ -545,20 +552,6 @@ inline bool is_special_function(const string& word) {
     return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
 }
 
-// What of CUDA the emulator has not, by how the names begin; else nothing.
-inline const char* missing_part(const string& word) {
-    static const std::pair<const char*, const char*> parts[] = {
-        {"cudaGraphics", "graphics interoperability"}, {"cudaGraph", "graphs"}, {"cudaStreamBeginCapture", "graphs"}, {"cudaStreamEndCapture", "graphs"},
-        {"cudaTexture", "textures"}, {"cudaCreateTexture", "textures"}, {"cudaBindTexture", "textures"}, {"tex1D", "textures"}, {"tex2D", "textures"},
-        {"tex3D", "textures"}, {"texCubemap", "textures"}, {"cudaSurface", "surfaces"}, {"cudaCreateSurface", "surfaces"}, {"surf1D", "surfaces"},
-        {"surf2D", "surfaces"}, {"surf3D", "surfaces"}, {"cudaMallocArray", "arrays for textures"}, {"cudaMalloc3DArray", "arrays for textures"},
-        {"cudaMallocMipmapped", "arrays for textures"}, {"cudaIpc", "memory between processes"}, {"cudaMemPool", "memory pools"},
-        {"cudaImportExternal", "external memory"}};
-    for (const auto& [beginning, part] : parts)
-        if (word.compare(0, strlen(beginning), beginning) == 0) return part;
-    return nullptr;
-}
-
 // "__vadd2", "__dp4a", ...
 inline bool is_simd_function(const string& word) {
     return (word.compare(0, 3, "__v") == 0 && word.compare(0, 10, "__volatile")) || word.compare(0, 4, "__dp") == 0;
@@ -601,7 +594,7 @@ inline std::vector<string> declared_names(const string& s) {
             type_body |= found == "struct" || found == "class" || found == "union" || found == "enum";
             if (found == "__attribute__" || found == "alignas") end = skip_brackets(s, s.find('(', end));
             else if (!angles && !initialiser) word = found;
-        } else if (s[i] == '"' || s[i] == '\'') {
+        } else if (is_literal(s, i)) {
             end = skip_literal(s, i);
         } else if (s[i] == '{' && type_body && !initialiser) {
             end = skip_brackets(s, i), type_body = false;
@@ -672,10 +665,10 @@ inline size_t token_end(const string& s, size_t i) {
         const string close = ")" + s.substr(i + 1, open - i - 1) + "\"";
         end = s.find(close, open);
         if (end != s.npos) end += close.size();
-    } else if (s[i] == '"' || (s[i] == '\'' && !(i && isdigit((unsigned char)s[i - 1])))) {  // not 1'000
+    } else if (is_literal(s, i)) {
         end = skip_literal(s, i);
     } else {
-        while (is_word(s[i]) && end < s.size() && is_word(s[end])) end++;
+        while (is_word(s[i]) && end < s.size() && (is_word(s[end]) || (s[end] == '\'' && !is_literal(s, end)))) end++;
     }
     return std::min(end, s.size());
 }
@@ -770,19 +763,57 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
     string out;
     bool skip = false;
     int braces = 0, brackets = 0;
+    std::vector<bool> values;      // of the open braces: whether there is an initialiser in them
+    int initialisers = -1;         // in so many braces: behind the colon of a constructor
+    bool no_constructor = false;   // a statement with a question mark, or a case
     std::vector<std::pair<string, int>> hidden;  // in so many braces, and more
     auto end_hiding = [&](int at_least) {
         hidden.erase(std::remove_if(hidden.begin(), hidden.end(), [&](const auto& h) { return h.second >= at_least; }), hidden.end());
     };
+    auto is_one_of = [](const string& word, std::initializer_list<const char*> words) {
+        return std::any_of(words.begin(), words.end(), [&](const char* w) { return word == w; });
+    };
+    auto word_before = [&](size_t end) {  // that ends there
+        size_t begin = end;
+        while (begin && is_word(out[begin - 1])) begin--;
+        return out.substr(begin, end - begin);
+    };
+    // Whether a brace that opens here is an initialiser's. A lambda's, a function's, a class's is none.
+    auto opens_values = [&] {
+        const size_t last = out.find_last_not_of(" \t\n");
+        if (last == out.npos) return false;
+        const char c = out[last];
+        if (c == '=' || c == ',' || c == '(' || c == '[') return true;
+        if (c == '{') return !values.empty() && values.back();
+        if (c == ']') {
+            const size_t open = open_before(out, last), name = open ? out.find_last_not_of(" \t\n", open - 1) : out.npos;
+            return name != out.npos && (is_word(out[name]) || out[name] == ']') && word_before(name + 1) != "return";
+        }
+        if (!is_word(c) && c != '>') return false;
+        if (is_one_of(word_before(last + 1), {"else", "do", "try", "const", "noexcept", "override", "final", "mutable"})) return false;
+        const size_t statement = out.find_last_of(";{}");
+        const string head = out.substr(statement == out.npos ? 0 : statement + 1);
+        for (size_t i = 0, end; i < head.size(); i = end) {
+            end = token_end(head, i);
+            if (is_one_of(head.substr(i, end - i), {"struct", "class", "union", "enum", "namespace"})) return false;
+        }
+        // ") -> type {"
+        const size_t arrow = head.rfind("->");
+        return arrow == head.npos || head.find_first_of("()=?", arrow) != head.npos || split(head.substr(arrow), '<')[0].find(',') != head.npos;
+    };
     auto declares = [&](size_t end) {
         const size_t last = out.find_last_not_of(" \t\n"), next = s.find_first_not_of(" \t\n", end);
         if (last == out.npos || next == s.npos || s[next] == '.') return false;
-        if (out[last] == ',') return s[next] == '(' || s[next] == '{' || s[next] == '=' || (!brackets && (s[next] == ';' || s[next] == ','));
-        if (out[last] == '&' || out[last] == '*' || out[last] == '>') return !last || out[last - 1] != '-' || out[last] != '>';
-        size_t begin = last + 1;
-        while (begin && is_word(out[begin - 1])) begin--;
-        static const char* const others[] = {"return", "case", "else", "do", "throw", "sizeof", "co_return"};
-        return begin <= last && std::none_of(std::begin(others), std::end(others), [&](const char* w) { return out.compare(begin, last + 1 - begin, w) == 0; });
+        size_t type = last;  // before a * or a &, which may be operators
+        while (type != out.npos && (out[type] == '&' || out[type] == '*')) type = type ? out.find_last_not_of(" \t\n", type - 1) : out.npos;
+        if (type == out.npos) return false;
+        if (out[type] == ',') {
+            if (!values.empty() && values.back()) return false;
+            return (type == last && (s[next] == '(' || s[next] == '{' || s[next] == '=')) || (!brackets && (s[next] == ';' || s[next] == ',' || s[next] == '='));
+        }
+        if (out[type] == '>') return !type || out[type - 1] != '-';
+        const string word = word_before(type + 1);
+        return !word.empty() && !is_one_of(word, {"return", "case", "else", "do", "throw", "sizeof", "co_return"});
     };
     for (size_t i = 0; i < s.size();) {
         const size_t end = token_end(s, i);
@@ -790,12 +821,14 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
             const Marker marker(s.substr(i, end - i));
             if (marker.line) skip = marker.system || skipped(marker.file);
         } else if (is_word(s[i])) {
+            if (!skip && s.compare(i, end - i, "case") == 0) no_constructor = true;
             const auto it = skip ? built_in.end() : built_in.find(s.substr(i, end - i));
             const size_t before = out.find_last_not_of(" \t\n");
             const size_t next = s.find_first_not_of(" \t\n", end);
             // s.gridDim, p->gridDim, and a constructor's ": gridDim(8)"
             const bool member = before != out.npos && (out[before] == '.' || (before && out[before] == '>' && out[before - 1] == '-') ||
-                                                       (out[before] == ':' && next != s.npos && (s[next] == '(' || s[next] == '{')));
+                                                       ((out[before] == ':' || (out[before] == ',' && initialisers == braces && !brackets)) &&
+                                                        next != s.npos && (s[next] == '(' || s[next] == '{')));
             if (it != built_in.end() && !member) {
                 const bool is_hidden = std::any_of(hidden.begin(), hidden.end(), [&](const auto& h) { return h.first == it->first; });
                 if (!is_hidden && declares(end)) hidden.emplace_back(it->first, braces + (brackets > 0));  // a parameter, in the function's braces
@@ -806,6 +839,20 @@ inline string with_built_in(const string& s, const std::function<bool(const stri
                 }
             }
         } else if (!skip) {
+            if (s[i] == ':' && !brackets && !no_constructor && initialisers < 0 && i && s[i - 1] != ':' && s[end] != ':') {
+                const size_t before = out.find_last_not_of(" \t\n");
+                if (before != out.npos && (out[before] == ')' || word_before(before + 1) == "noexcept")) initialisers = braces;
+            }
+            if (s[i] == '{') {
+                const size_t before = out.find_last_not_of(" \t\n");
+                const bool body = initialisers == braces && !brackets && before != out.npos && !is_word(out[before]) && out[before] != '>';
+                if (body) initialisers = -1;
+                values.push_back(!body && opens_values());
+            }
+            if (s[i] == '}' && !values.empty()) values.pop_back();
+            if (s[i] == ';' && initialisers == braces) initialisers = -1;
+            if (strchr(";{}", s[i])) no_constructor = false;
+            if (s[i] == '?') no_constructor = true;
             braces += s[i] == '{', brackets += s[i] == '(', brackets -= s[i] == ')';
             if (s[i] == '}') end_hiding(braces--);
             if (s[i] == ';' && !brackets) end_hiding(braces + 1);  // of a declaration with no body
@@ -864,8 +911,7 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
             i = end;
             continue;
         }
-        if (s[i] == '"' || s[i] == '\'') {
-            if (s[i] == '\'' && i && isdigit((unsigned char)s[i - 1])) { out += s[i++]; continue; }  // 1'000
+        if (is_literal(s, i)) {
             if (s[i] == '"' && i && s[i - 1] == 'R') {
                 const size_t open = s.find('(', i);
                 const size_t end = s.find(")" + s.substr(i + 1, open - i - 1) + "\"", open);
@@ -937,11 +983,9 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
             out += s[i++];
             continue;
         }
-        size_t end = i;
-        while (end < s.size() && is_word(s[end])) end++;
+        const size_t end = token_end(s, i);
         const string word = s.substr(i, end - i);
         if (!skip) r.special_functions |= is_special_function(word), r.simd |= is_simd_function(word);
-        if (const char* part = skip ? nullptr : missing_part(word)) r.missing.push_back(file + ":" + std::to_string(line) + ": error: " + word + ": the emulator has no " + part);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {

@@ -64,12 +64,21 @@ __global__ void partitions(const int* in, int* wrong, int tile_size) {
     grid.sync();
 }
 
+// The last tile has 16 threads.
+__global__ void short_tile(int* wrong) {
+    __shared__ int values[48];
+    const cg::thread_group tile = cg::tiled_partition(cg::this_thread_block(), 32);
+    const bool last = threadIdx.x >= 32;
+    if (tile.size() != (last ? 16 : 32) || tile.thread_rank() != threadIdx.x % 32 || sum_of_ranks(tile, values) != (last ? 120 : 496)) *wrong = 7;
+}
+
 int main() {
     int numbers[64], *in, *wrong, which = 0;
     for (int i = 0; i < 64; i++) numbers[i] = i;
     cudaMalloc(&in, sizeof numbers), cudaMalloc(&wrong, 4);
     cudaMemcpy(in, numbers, sizeof numbers, cudaMemcpyHostToDevice), cudaMemset(wrong, 0, 4);
     partitions<<<1, 64>>>(in, wrong, 8);
+    short_tile<<<1, 48>>>(wrong);
     cudaMemcpy(&which, wrong, 4, cudaMemcpyDeviceToHost);
     if (which) return printf("check %d failed\n", which), 1;
 

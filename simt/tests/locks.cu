@@ -4,6 +4,7 @@
 // expect checked: race between blocks: read
 #include <cuda_runtime.h>
 #include <cstring>
+#include <vector>
 
 struct Wide { double d; int i; };
 
@@ -79,8 +80,35 @@ __global__ void flags(volatile int* flag, int* out) {
 #define EITHER(condition) if (condition) __syncthreads(); else __syncthreads()
 __global__ void divergent() { EITHER(threadIdx.x < 32); }
 
+// The host's memory, where the C library may take it from addresses that the device's just had.
+static bool after_a_free() {
+    for (const size_t n : {size_t(8) << 20, size_t(24) << 20}) {
+        float *e, *d;
+        cudaMalloc(&e, n), cudaMalloc(&d, n);
+        cudaFree(d);
+        std::vector<float> h(n / 4);
+        if (cudaMemcpy(e, h.data(), n, cudaMemcpyHostToDevice) || cudaMemcpy(h.data(), e, n, cudaMemcpyDeviceToHost) || cudaFree(e)) return false;
+    }
+    return true;
+}
+// More than the emulator remembers.
+static bool after_many_frees() {
+    for (int i = 0; i < 20000; i++) {
+        int* p;
+        if (cudaMalloc(&p, 4) || cudaFree(p)) return false;
+    }
+    std::vector<std::vector<int>> h(200, std::vector<int>(100000));  // each with a mapping of its own
+    int* p;
+    cudaMalloc(&p, 400000);
+    for (auto& one : h)
+        if (cudaMemcpy(p, one.data(), 400000, cudaMemcpyHostToDevice)) return false;
+    return true;
+}
+
 int main(int argc, char** argv) {
     const int bug = argc > 1 ? atoi(argv[1]) : 0;
+    if (bug == 9) return !after_many_frees();
+    if (!bug && !after_a_free()) return 1;
     int *words, *pinned, w[40] = {};
     double* cas;
     float *sum, s = 0;

@@ -167,6 +167,27 @@ __global__ void piped(cuComplex* out, const cuComplex* in) {
     out[threadIdx.x] = cuCmulf(numbers[threadIdx.x], cuConjf(numbers[threadIdx.x]));
 }
 
+// Beside the same names of the program's own, and of textures.
+struct Sizes {
+    Sizes(dim3 grid, dim3 block);
+    dim3 gridDim, blockDim;
+};
+Sizes::Sizes(dim3 grid, dim3 block) : gridDim{grid}, blockDim(block) {}
+struct surf2DView { int tex3D; };
+__device__ unsigned product(const dim3* size) { return size->x * size->y; }
+__global__ void names(unsigned* out, surf2DView tex2DWidth) {
+    const unsigned odd = 0xdead'beefu + u8'"' + L'\'';
+    const uint3 all[] = {threadIdx, blockIdx, threadIdx};
+    struct Both { uint3 thread; dim3 grid; };
+    const auto both = [](const dim3* size) -> Both { return size->x ? Both{threadIdx, gridDim} : Both{}; };
+    if (both(&gridDim).grid.x != 1) return;
+    out[threadIdx.x] = odd + unsigned(tex2DWidth.tex3D) + all[2].x * 256 + all[1].x + product(&blockDim) * 65536;
+}
+enum class Mode { one = 1 };
+namespace {
+template <Mode M> __global__ void moded(int* out) { *out = int(M); }
+}  // namespace
+
 static void launches() {
     int *out, got[N] = {};
     CALL(cudaMalloc(&out, sizeof got));
@@ -202,6 +223,13 @@ static void launches() {
     CALL(cudaMemcpy(numbers, complex + 2, sizeof numbers, cudaMemcpyDeviceToHost));
     EXPECT(numbers[0].x == 25 && numbers[0].y == 0 && cuCabsf(numbers[1]) == 4 && cuCdivf(numbers[0], numbers[1]).x == 6.25f);
     static_assert(CUDA_R_16F == 2, "");
+    names<<<Sizes(1, 2).gridDim, Sizes(1, 2).blockDim>>>((unsigned*)out, surf2DView{0'1});
+    CALL(cudaMemcpy(got, out, 8, cudaMemcpyDeviceToHost));
+    EXPECT(got[1] - got[0] == 256 && unsigned(got[0]) == 0xdead'beefu + '"' + '\'' + 1 + 0x2'0000);
+    void* moded_arguments[] = {&out};
+    CALL(cudaLaunchKernel((const void*)moded<Mode::one>, 1, 1, moded_arguments));
+    CALL(cudaMemcpy(got, out, 4, cudaMemcpyDeviceToHost));
+    EXPECT(got[0] == 1);
     where<<<1, 7>>>(out);
     CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     EXPECT(got[0] == 2 * 860 && got[1] == 32 && Place<int>().twice() == 2 && lanes() == 1);
@@ -264,9 +292,15 @@ static void queries() {
     EXPECT(value == 1);
     CALL(cudaOccupancyMaxPotentialBlockSize(&grid, &block, fill, 0, 0));
     EXPECT(block == 768 && grid == 8);
+    for (const int most : {16, 48}) {
+        CALL(cudaOccupancyMaxPotentialBlockSize(&grid, &block, fill, 0, most));
+        EXPECT(block == most && grid == 64);
+    }
     size_t limit;
     CALL(cudaDeviceSetLimit(cudaLimitMallocHeapSize, 1 << 26)), CALL(cudaDeviceGetLimit(&limit, cudaLimitMallocHeapSize));
     EXPECT(limit == 1 << 26);
+    CALL(cudaDeviceSetLimit(cudaLimitStackSize, 1 << 20)), CALL(cudaDeviceGetLimit(&limit, cudaLimitStackSize));
+    EXPECT(limit == 1 << 20);
 
     cudaStream_t stream;
     cudaEvent_t event, later;
