@@ -1361,9 +1361,11 @@ fn a_bad_record_is_one_bad_record() {
         shop.record(id, file, &["x"]);
     }
     shop.lines.push(r#"{"id": 33, "file": "/dev/zero", "tags": ["x"]}"#.into());
+    // A regular file that has nothing to say, or to nobody but root.
+    shop.lines.push(r#"{"id": 34, "file": "/proc/kmsg", "tags": ["x"]}"#.into());
     let (summary, listed) = shop.prepare_listing(&shop.settings());
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
-    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 1)]));
+    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 2)]));
     let listed = listed.join("\n");
     for expected in ["pipe.png: it is a pipe, not a regular file", "folder.png: it is a directory", "it is a device"] {
         assert!(listed.contains(expected), "{listed}");

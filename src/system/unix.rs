@@ -10,7 +10,8 @@ use std::ptr::{null, null_mut};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
-pub const OF_THE_FILE: &[i32] = &[libc::ELOOP, libc::EISDIR, libc::ENXIO];
+/// The last one is of the system's own files, such as /proc/kmsg.
+pub const OF_THE_FILE: &[i32] = &[libc::ELOOP, libc::EISDIR, libc::ENXIO, libc::EAGAIN];
 
 pub fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
