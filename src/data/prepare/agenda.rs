@@ -112,7 +112,7 @@ impl<'a> Agenda<'a> {
                 Job { split, name, members, header: header.clone() }
             }));
         }
-        let made_with = made_with(listing, settings, enlarge, codec, conditions);
+        let made_with = made_with(Some(listing), settings, enlarge, codec, conditions);
         Ok(Self { vocabulary, jobs, made_with })
     }
 
@@ -164,7 +164,7 @@ impl<'a> Agenda<'a> {
             match checked {
                 Ok(notes) => {
                     contents.check(file.path(), shard::content(&file)?)?;
-                    check_pictures(job, &file, &notes).map(|()| true)
+                    check_job(job, &file, &notes).map(|()| true)
                 }
                 Err(why) => {
                     report(Event::Damaged { why: &why.to_string() });
@@ -192,7 +192,7 @@ pub(super) fn is_made(job: &Job, path: &Path, made_with: &Map<String, Value>) ->
         return Ok(false);
     }
     let Ok(notes) = Notes::read(&file) else { return Ok(false) };
-    match check_pictures(job, &file, &notes) {
+    match check_job(job, &file, &notes) {
         Err(PrepareError::OtherPicture { .. }) => Ok(false),
         checked => checked.map(|()| true),
     }
@@ -205,29 +205,15 @@ pub(super) fn count_tags(listing: &Listing, settings: &Settings) -> Result<Vocab
     Vocabulary::most_frequent(sets, settings.vocabulary)
 }
 
-/// Everything that shards' bytes depend on. Of an image file that is its length, its date changing with copying; see
-/// [`check_pictures`] for the rest.
+/// Everything that shards' bytes depend on; without a listing, all but the records. Of an image file that is its length, its
+/// date changing with copying; see [`check_pictures`] for the rest.
 pub(super) fn made_with(
-    listing: &Listing,
+    listing: Option<&Listing>,
     settings: &Settings,
     enlarge: Option<bool>,
     codec: Option<&Codec>,
     conditions: &Conditions,
 ) -> Map<String, Value> {
-    // FNV-1a, 64 bits: it recognises a change, nobody attacks it.
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut add = |bytes: &[u8]| {
-        for &byte in bytes.iter().chain(&[0]) {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    };
-    for record in &listing.records {
-        add(&record.id.to_le_bytes());
-        add(record.file.as_bytes());
-        record.tags.iter().for_each(|&tag| add(listing.tags.name(tag).as_bytes()));
-        add(&[u8::from(record.flip), record.repeats.get()]);
-        add(&record.place.length().to_le_bytes());
-    }
     let [r, g, b] = settings.background;
     let Value::Object(mut all) = json!({
         "size": settings.named_sizes(),
@@ -238,7 +224,6 @@ pub(super) fn made_with(
         "shard-size": settings.shard_size,
         "source": settings.source,
         "licence": settings.licence,
-        "records": format!("{} ({hash:016x})", listing.records.len()),
     }) else {
         unreachable!("braces make an object")
     };
@@ -252,9 +237,34 @@ pub(super) fn made_with(
             (None, Some(json!({"name": name, "fingerprint": network.fingerprint(), "node": node})))
         }
     };
-    let others = [("enlarge", enlarge.map(Value::from)), ("vae", vae), ("features", known), ("tagger", tagger)];
+    let records = listing.map(|listing| Value::from(format!("{} ({:016x})", listing.records.len(), hash(listing))));
+    let others = [
+        ("records", records),
+        ("enlarge", enlarge.map(Value::from)),
+        ("vae", vae),
+        ("features", known),
+        ("tagger", tagger),
+    ];
     all.extend(others.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
     all
+}
+
+/// FNV-1a, 64 bits: it recognises a change, nobody attacks it.
+fn hash(listing: &Listing) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        for &byte in bytes.iter().chain(&[0]) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    for record in &listing.records {
+        add(&record.id.to_le_bytes());
+        add(record.file.as_bytes());
+        record.tags.iter().for_each(|&tag| add(listing.tags.name(tag).as_bytes()));
+        add(&[u8::from(record.flip), record.repeats.get()]);
+        add(&record.place.length().to_le_bytes());
+    }
+    hash
 }
 
 /// Whether a setting is the same. Files are recognised by their content; older versions noted `NAME (CRC)`, and after a
@@ -312,47 +322,38 @@ pub(super) fn check_some_settings(
     Ok(())
 }
 
-/// An error if a shard was made of other pictures than it would be now; see [`replaced`].
-fn check_pictures(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
-    let (path, begun) = (file.path(), SystemTime::now());
+/// [`check_pictures`] of a shard that this job would make.
+fn check_job(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let pairs: Vec<_> = job.members.iter().copied().zip(&notes.pictures).collect();
-    match replaced(path, &pairs, &|record| Ok(Some(print(&record.read()?))))? {
-        Looked { replaced: Some(file), .. } => {
-            let advice = "remove this shard, and it is made anew";
-            Err(PrepareError::OtherPicture { path: path.into(), file, advice })
-        }
-        // Next time there is no reason to look.
-        Looked { suspects: true, .. } => date(path, begun),
-        Looked { .. } => Ok(()),
-    }
+    let now = |record: &Record| Ok(Some(print(&record.read()?)));
+    check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")
 }
 
-/// What a look at the pictures of a shard has found.
-pub(super) struct Looked {
-    /// One that is another by now.
-    pub replaced: Option<String>,
-    /// Whether dates were a reason to look.
-    pub suspects: bool,
-}
-
-/// Compares pictures of a shard with what they were when it was made. Those whose files are newer than the shard are read
-/// again, and [`LOOKED_AT`] others: dates are a reason to look, as they change with copying, and contents decide. Of a
-/// picture that `now` has nothing of nothing is said.
-pub(super) fn replaced(
+/// An error, with `advice`, if a shard was made of other pictures than those that there are `now`; of what is none of these
+/// nothing is said. Those whose files are newer than the shard are read again, and [`LOOKED_AT`] others: dates are a reason to
+/// look, as they change with copying, and contents decide.
+pub(super) fn check_pictures(
     path: &Path,
     pairs: &[(&Record, &Fingerprint)],
     now: &(dyn Fn(&Record) -> Result<Option<Fingerprint>, PrepareError> + Sync),
-) -> Result<Looked, PrepareError> {
+    advice: &'static str,
+) -> Result<(), PrepareError> {
+    let begun = SystemTime::now();
     let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
     let newer = |(record, _): &&(&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);
     let suspects: Vec<_> = pairs.iter().filter(newer).collect();
     let others = pairs.iter().step_by(pairs.len().div_ceil(LOOKED_AT).max(1));
     let looked_at: Vec<_> = suspects.iter().copied().chain(others).collect();
-    let other = |(record, then): &&(&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
+    let replaced = |(record, then): &&(&Record, &Fingerprint)| -> Result<Option<String>, PrepareError> {
         Ok(now(record)?.filter(|now| now != *then).map(|_| record.file.clone()))
     };
-    let found: Vec<_> = looked_at.par_iter().map(other).collect::<Result<_, _>>()?;
-    Ok(Looked { replaced: found.into_iter().flatten().next(), suspects: !suspects.is_empty() })
+    let found: Result<Vec<_>, _> = looked_at.par_iter().map(replaced).collect();
+    match found?.into_iter().flatten().next() {
+        Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file, advice }),
+        None if suspects.is_empty() => Ok(()),
+        // Next time there is no reason to look.
+        None => date(path, begun),
+    }
 }
 
 /// Gives a shard the time at which its pictures began to be read: what changed since is newer.

@@ -6,13 +6,12 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::agenda::{Agenda, COMMON, Looked, check_some_settings, count_tags, date, is_made, made_with, replaced};
-use super::records::{Listing, Record, Records};
+use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, is_made, made_with};
+use super::records::{Record, Records};
 use super::render::{Codec, Conditions, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::Settings;
@@ -41,16 +40,20 @@ pub fn add(
     let there = There::open(out, "add to")?;
     let conditions = Conditions::open(settings)?;
     let mut listing = listed(records, settings, report)?;
-    let now = made_with(&listing, settings, records.enlarge(), codec.as_ref(), &conditions);
+    let now = made_with(None, settings, records.enlarge(), codec.as_ref(), &conditions);
     for (.., shard) in there.shards() {
         check_some_settings(&shard.file, &now, &|key| COMMON.contains(&key))?;
     }
-    check_same(&listing, &there, "give it an id of its own as a new picture, or prepare the dataset anew", report)?;
+    let advice = "give it an id of its own as a new picture, or prepare the dataset anew";
     let mut tally = Tally::default();
     let (mut known, mut refused) = (HashSet::new(), HashMap::new());
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
+    let (mut done, total) = (0, there.shards().count() as u64);
     for (split, _, shard) in there.shards() {
         let notes = Notes::read(&shard.file)?;
+        check_same(&listing.records, &places, shard, &notes, advice)?;
+        done += 1;
+        report(Event::Reading { what: "pictures that are there", done, total });
         tally.count(split, shard, &notes);
         known.extend(&shard.ids);
         refused.extend(refusals(&places, shard, &notes));
@@ -130,31 +133,22 @@ fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(
     notes.dropped.iter().map(refusal).collect()
 }
 
-/// An error if a picture of the dataset is another by now; it may be gone. `advice` says what to do then.
-fn check_same(listing: &Listing, there: &There, advice: &'static str, report: Report) -> Result<(), PrepareError> {
-    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
+/// An error, with `advice`, if a picture that is in a shard is another by now; it may be gone.
+fn check_same(
+    records: &[Record],
+    places: &HashMap<i64, usize>,
+    shard: &Shard,
+    notes: &Notes,
+    advice: &'static str,
+) -> Result<(), PrepareError> {
+    let kept: HashSet<_> = shard.ids.iter().collect();
+    let files = files(places, shard, notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
+    let pairs: Vec<_> = files.map(|(id, then)| (&records[places[&id]], then)).collect();
     let now = |record: &Record| match record.read() {
         Ok(read @ Ok(_)) => Ok(Some(print(&read))),
         _ => Ok(None),
     };
-    let (mut done, total) = (0, there.shards().count() as u64);
-    for (.., shard) in there.shards() {
-        let (path, begun, notes) = (shard.file.path(), SystemTime::now(), Notes::read(&shard.file)?);
-        let kept: HashSet<_> = shard.ids.iter().collect();
-        let files = files(&places, shard, &notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
-        let pairs: Vec<_> = files.map(|(id, then)| (&listing.records[places[&id]], then)).collect();
-        match replaced(path, &pairs, &now)? {
-            Looked { replaced: Some(file), .. } => {
-                return Err(PrepareError::OtherPicture { path: path.into(), file, advice });
-            }
-            // Next time there is no reason to look.
-            Looked { suspects: true, .. } => date(path, begun)?,
-            Looked { .. } => {}
-        }
-        done += 1;
-        report(Event::Reading { what: "pictures that are there", done, total });
-    }
-    Ok(())
+    check_pictures(shard.file.path(), &pairs, &now, advice)
 }
 
 /// An error if conditions of a new shard would be others than those that are there.
@@ -194,14 +188,20 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }
     conditions.select(&mut listing);
-    let now = made_with(&listing, settings, records.enlarge(), None, &conditions);
+    let now = made_with(Some(&listing), settings, records.enlarge(), None, &conditions);
     // What only encoding depends on may be left away.
     let counts = |key: &str| COMMON.contains(&key) && !["vae", "tagger"].contains(&key);
     for (.., shard) in there.shards() {
         check_some_settings(&shard.file, &now, &counts)?;
     }
     let advice = "if only its file was written anew, give --images an empty folder: no picture is needed";
-    check_same(&listing, &there, advice, report)?;
+    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
+    let (mut done, total) = (0, there.shards().count() as u64);
+    for (.., shard) in there.shards() {
+        check_same(&listing.records, &places, shard, &Notes::read(&shard.file)?, advice)?;
+        done += 1;
+        report(Event::Reading { what: "pictures that are there", done, total });
+    }
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
     let by_id: HashMap<i64, &Record> = listing.records.iter().map(|record| (record.id, record)).collect();
     let vocabulary = count_tags(&listing, settings)?;
