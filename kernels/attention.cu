@@ -698,8 +698,11 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
 //   C          channels of a head
 //   warps      of a block; several of one C from the fewest on
 //   blocks     that share the registers (64 K) of a multiprocessor
-#define INSTANCE(name, call, warps, blocks)                                                                             \
-    extern "C" __global__ void __launch_bounds__(warps * 32, blocks) attention_##name(AttentionParams p) { call(p); }   \
+#define INSTANCE(name, call, warps, blocks)                                                                \
+    extern "C" __global__ void __launch_bounds__(warps * 32, blocks) attention_##name(AttentionParams p) { \
+        begin_kernel();                                                                                    \
+        call(p);                                                                                           \
+    }                                                                                                      \
     KERNEL_EXPORT(attention_##name);
 #define FORWARD(C, warps, blocks)                                                                                       \
     INSTANCE(forward_##warps##_f16_c##C, (attention_forward<__half, C, warps>), warps, blocks)                          \

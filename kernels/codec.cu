@@ -67,9 +67,9 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     });
 }
 
-#define CONV(name, T, flat, blocks, ...)                                                        \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ CodecConv p) { codec_conv<T, Tile<__VA_ARGS__>, flat>(p); } \
+#define CONV(name, T, flat, blocks, ...)                                                                         \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)                             \
+        name(const __grid_constant__ CodecConv p) { begin_kernel(); codec_conv<T, Tile<__VA_ARGS__>, flat>(p); } \
     KERNEL_EXPORT(name);
 #define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
     CONV(codec_conv_f16_##m##x##n, __half, false, blocks, m, n, stages, wm, wn)                 \
@@ -213,8 +213,8 @@ __device__ __forceinline__ void codec_scales(const CodecNorm& p) {
     }
 }
 
-#define PLAIN(name, T, Params)                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) name(Params p) { T(p); }                  \
+#define PLAIN(name, T, Params)                                                                 \
+    extern "C" __global__ void __launch_bounds__(256) name(Params p) { begin_kernel(); T(p); } \
     KERNEL_EXPORT(name);
 PLAIN(codec_normalise_f16, codec_normalise<__half>, CodecNormalise)
 PLAIN(codec_normalise_bf16, codec_normalise<__nv_bfloat16>, CodecNormalise)
@@ -388,10 +388,11 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
 
 // A line is an instance in each 16-bit type, for so many channels at most: a line of the table from which
 // src/backend/gpu/codec.rs takes the first that is wide enough.
-#define INSTANCE(name, T, width)                                                                \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) name(CodecAttention p) {    \
-        codec_attention<T, width>(p);                                                           \
-    }                                                                                           \
+#define INSTANCE(name, T, width)                                                             \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) name(CodecAttention p) { \
+        begin_kernel();                                                                      \
+        codec_attention<T, width>(p);                                                        \
+    }                                                                                        \
     KERNEL_EXPORT(name);
 #define ATTENTION(width)                                                                        \
     INSTANCE(codec_attention_f16_c##width, __half, width)                                       \

@@ -91,6 +91,7 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
 
 // scale_grad from sums: one thread a channel, blockIdx.y the image.
 extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __grid_constant__ ConvDgrad p) {
+    begin_kernel();
     const int channel = blockIdx.x * 128 + threadIdx.x;
     if (channel >= p.ca) return;
     float sum = 0;
@@ -100,9 +101,12 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
 }
 KERNEL_EXPORT(conv_dgrad_scale_sums);
 
-#define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ ConvDgrad p) { conv_dgrad<T, Tile<__VA_ARGS__>, f16_sums, flat>(p); } \
+#define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) \
+        name(const __grid_constant__ ConvDgrad p) {                                  \
+        begin_kernel();                                                              \
+        conv_dgrad<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \
+    }                                                                                \
     KERNEL_EXPORT(name);
 #define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
     INSTANCE(conv_dgrad_f16_##m##x##n, __half, false, false, blocks, m, n, stages, wm, wn)      \

@@ -81,9 +81,12 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     if (p.partial) add_parts<T, Tile>(p, smem);
 }
 
-#define INSTANCE(name, T, f16_sums, flat, blocks, ...)                                          \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ ConvFprop p) { conv_fprop<T, Tile<__VA_ARGS__>, f16_sums, flat>(p); } \
+#define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) \
+        name(const __grid_constant__ ConvFprop p) {                                  \
+        begin_kernel();                                                              \
+        conv_fprop<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \
+    }                                                                                \
     KERNEL_EXPORT(name);
 #define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
     INSTANCE(conv_fprop_f16_##m##x##n, __half, false, false, blocks, m, n, stages, wm, wn)      \

@@ -172,6 +172,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
     extern __shared__ __align__(128) unsigned char smem[];
     Pipe pipe(rounded_to_1024(smem), GROUP_WARPS);
+    begin_kernel();  // its barriers are ready by then
     // A tile's part of the sum.
     const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
     auto first_step = [&](int t) { return t % splits * p.steps_per_split; };
@@ -400,6 +401,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     const ConvWgrad& p = h.conv;
     extern __shared__ __align__(128) unsigned char smem[];
     Pipeline<STAGES, 2 * A_BYTES> pipe(rounded_to_1024(smem), 2 * GROUP_WARPS);
+    begin_kernel();
     const int all = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
     const int steps = min(p.steps_per_split, all - first), cin = p.ca + p.cb;
 

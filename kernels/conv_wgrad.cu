@@ -85,6 +85,7 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
 
 // One thread for 8 weights.
 extern "C" __global__ void __launch_bounds__(256) conv_wgrad_reduce(const __grid_constant__ ConvWgrad p) {
+    begin_kernel();
     const size_t at = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8, values = size_t(p.cout) * p.taps * (p.ca + p.cb);
     if (at >= values) return;
     float v[8], sum[8];
@@ -96,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(256) conv_wgrad_reduce(const __grid
 }
 KERNEL_EXPORT(conv_wgrad_reduce);
 
-#define INSTANCE(name, T, f16_sums, blocks, ...)                                                \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)            \
-        name(const __grid_constant__ ConvWgrad p) { conv_wgrad<T, Tile<__VA_ARGS__>, f16_sums>(p); } \
+#define INSTANCE(name, T, f16_sums, blocks, ...)                                                                     \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks)                                 \
+        name(const __grid_constant__ ConvWgrad p) { begin_kernel(); conv_wgrad<T, Tile<__VA_ARGS__>, f16_sums>(p); } \
     KERNEL_EXPORT(name);
 #define PIXELS(...)
 #define FLAT(...)

@@ -261,6 +261,7 @@ struct EmbedBackward {
 
 // A block has 32 rows and 128 channels of one of the weights.
 extern "C" __global__ void __launch_bounds__(128) embed_backward(EmbedBackward p) {
+    begin_kernel();
     __shared__ __align__(16) float staged[STAGED][TILE];
     const bool noise = int(blockIdx.y) < p.noise_chunks;
     const int chunk = noise ? blockIdx.y : blockIdx.y - p.noise_chunks;
@@ -389,6 +390,7 @@ __device__ __forceinline__ void emb_scales_dgrad(const EmbScalesBackward& p) {
 
 // A thread has 4 channels of an image, and, in the order of the tiles, the gain of a layer.
 extern "C" __global__ void __launch_bounds__(128) emb_scales_reduce(EmbScalesBackward p) {
+    begin_kernel();
     const int thread = blockIdx.x * blockDim.x + threadIdx.x;
     if (thread < p.count && p.tiles[thread].layer_tiles > 0) {
         float sum = 0;
@@ -415,10 +417,13 @@ extern "C" __global__ void __launch_bounds__(128) emb_scales_reduce(EmbScalesBac
 }
 KERNEL_EXPORT(emb_scales_reduce);
 
-#define KERNEL(name, Params, threads)                                                                      \
-    extern "C" __global__ void __launch_bounds__(threads) name##_f16(Params p) { name<__half>(p); }          \
-    KERNEL_EXPORT(name##_f16);                                                                             \
-    extern "C" __global__ void __launch_bounds__(threads) name##_bf16(Params p) { name<__nv_bfloat16>(p); }  \
+#define KERNEL(name, Params, threads)                                                                               \
+    extern "C" __global__ void __launch_bounds__(threads) name##_f16(Params p) { begin_kernel(); name<__half>(p); } \
+    KERNEL_EXPORT(name##_f16);                                                                                      \
+    extern "C" __global__ void __launch_bounds__(threads) name##_bf16(Params p) {                                   \
+        begin_kernel();                                                                                             \
+        name<__nv_bfloat16>(p);                                                                                     \
+    }                                                                                                               \
     KERNEL_EXPORT(name##_bf16)
 KERNEL(embed, EmbedParams, 128);
 KERNEL(emb_scales, EmbScales, 256);

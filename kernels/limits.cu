@@ -29,7 +29,13 @@ __device__ __forceinline__ void mma_rate(const MmaRate& p) {
     if (sum < 0.0f) p.out[0] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256) mma_rate_f16(MmaRate p) { mma_rate<__half>(p); }
+extern "C" __global__ void __launch_bounds__(256) mma_rate_f16(MmaRate p) {
+    begin_kernel();
+    mma_rate<__half>(p);
+}
 KERNEL_EXPORT(mma_rate_f16);
-extern "C" __global__ void __launch_bounds__(256) mma_rate_bf16(MmaRate p) { mma_rate<__nv_bfloat16>(p); }
+extern "C" __global__ void __launch_bounds__(256) mma_rate_bf16(MmaRate p) {
+    begin_kernel();
+    mma_rate<__nv_bfloat16>(p);
+}
 KERNEL_EXPORT(mma_rate_bf16);

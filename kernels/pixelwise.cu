@@ -277,6 +277,7 @@ __device__ __forceinline__ void combine(const Combine& p) {
 }
 
 extern "C" __global__ void combine_f32(Combine p) {
+    begin_kernel();
     const size_t first = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     const size_t values = size_t(p.values);
     if (first >= values) return;
@@ -362,10 +363,10 @@ __device__ __forceinline__ void widen(const Cast& p) {
     }
 }
 
-#define KERNEL(name, Params)                                                              \
-    extern "C" __global__ void name##_f16(Params p) { name<__half>(p); }                   \
-    KERNEL_EXPORT(name##_f16);                                                            \
-    extern "C" __global__ void name##_bf16(Params p) { name<__nv_bfloat16>(p); }           \
+#define KERNEL(name, Params)                                                                     \
+    extern "C" __global__ void name##_f16(Params p) { begin_kernel(); name<__half>(p); }         \
+    KERNEL_EXPORT(name##_f16);                                                                   \
+    extern "C" __global__ void name##_bf16(Params p) { begin_kernel(); name<__nv_bfloat16>(p); } \
     KERNEL_EXPORT(name##_bf16)
 KERNEL(pixel_norm, PixelNorm);
 KERNEL(pixel_norm_backward, PixelNormBackward);

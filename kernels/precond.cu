@@ -66,6 +66,7 @@ struct Noise {
 };
 
 extern "C" __global__ void add_noise(Noise p) {
+    begin_kernel();
     const int blocks = (p.values + 3) / 4, thread = blockIdx.x * blockDim.x + threadIdx.x;
     const int image = thread / blocks, position = thread % blocks;
     if (image >= p.images) return;
@@ -235,6 +236,7 @@ __device__ __forceinline__ void loss(const LossParams& p) {
 
 // One block: each thread sums the chunks of its images, then the block the gradient of the gain.
 extern "C" __global__ void loss_reduce(LossParams p) {
+    begin_kernel();
     __shared__ __align__(16) float scratch[1][32];
     const float values = float(p.pixels) * float(p.channels);
     float gain[1] = {};
@@ -285,6 +287,7 @@ struct LogvarBackward {
 };
 
 extern "C" __global__ void logvar_backward(LogvarBackward p) {
+    begin_kernel();
     const int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= p.channels) return;
     float sum = 0;
@@ -293,10 +296,10 @@ extern "C" __global__ void logvar_backward(LogvarBackward p) {
 }
 KERNEL_EXPORT(logvar_backward);
 
-#define KERNEL(name, Params)                                                     \
-    extern "C" __global__ void name##_f16(Params p) { name<__half>(p); }          \
-    KERNEL_EXPORT(name##_f16);                                                   \
-    extern "C" __global__ void name##_bf16(Params p) { name<__nv_bfloat16>(p); }  \
+#define KERNEL(name, Params)                                                                     \
+    extern "C" __global__ void name##_f16(Params p) { begin_kernel(); name<__half>(p); }         \
+    KERNEL_EXPORT(name##_f16);                                                                   \
+    extern "C" __global__ void name##_bf16(Params p) { begin_kernel(); name<__nv_bfloat16>(p); } \
     KERNEL_EXPORT(name##_bf16)
 KERNEL(precond_input, PrecondInput);
 KERNEL(precond_output, PrecondOutput);

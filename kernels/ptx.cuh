@@ -34,6 +34,18 @@
 #define KERNEL_EXPORT(kernel) static_assert(true, "")
 #endif
 
+// The first thing that a kernel does, before it touches global memory. On sm_90 and newer a launch of a plan may
+// begin while the one before it ends (programmatic dependent launch): here it waits until that one is over and what it
+// wrote is there. Only then may the next one begin, so that two at most are under way.
+__device__ __forceinline__ void begin_kernel() {
+#ifdef SIMT_EMULATOR
+    simt::wait_for_launches(), simt::let_next_launch_begin();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // An address in shared memory as ldmatrix and cp.async take it. Offsets in bytes may be added; the
 // low 7 bits are those of the offset into `extern __shared__ __align__(128)` memory, so that a swizzle may be xor'ed in.
 #ifdef SIMT_EMULATOR

@@ -213,8 +213,11 @@ __device__ __forceinline__ void weight_effective(const WeightEffective& p) {
 
 // A line is an instance of both in each 16-bit type, and a line of the table from which src/backend/gpu/weights.rs takes the
 // first whose threads hold a row: so many vectors of 4 values each, and threads at most.
-#define INSTANCE(name, Params, T, type, vectors, threads)                                                                  \
-    extern "C" __global__ void __launch_bounds__(threads) name##_##vectors##_##type(Params p) { name<T, vectors>(p); }     \
+#define INSTANCE(name, Params, T, type, vectors, threads)                                       \
+    extern "C" __global__ void __launch_bounds__(threads) name##_##vectors##_##type(Params p) { \
+        begin_kernel();                                                                         \
+        name<T, vectors>(p);                                                                    \
+    }                                                                                           \
     KERNEL_EXPORT(name##_##vectors##_##type);
 #define ROWS(vectors, threads)                                                                                             \
     INSTANCE(weight_step, WeightStep, __half, f16, vectors, threads)                                                       \
@@ -239,6 +242,7 @@ struct ReduceStats {
 
 // The statistics of all rows; one block of 1024 threads, the same bits in every run.
 extern "C" __global__ void __launch_bounds__(1024) weight_stats(ReduceStats p) {
+    begin_kernel();
     __shared__ __align__(16) StepTotals warps[32];
     StepTotals sum = {0.0, 0};
     for (int i = threadIdx.x; i < p.count; i += blockDim.x) {
@@ -277,6 +281,7 @@ struct WeightTurn {
 
 // 256 threads; the same for both types, which are only moved.
 extern "C" __global__ void __launch_bounds__(256) weight_turn(const __grid_constant__ WeightTurn p) {
+    begin_kernel();
     __shared__ __align__(16) uint4 rows[64 * 8];  // [co][8 chunks of c], swizzled
     const TurnTile t = p.tiles[blockIdx.x];
     const uint16_t* from = static_cast<const uint16_t*>(p.effective) + t.from;

@@ -129,6 +129,32 @@ fn a_graph_runs_as_often_as_it_is_told_and_not_before() {
     assert!(seconds.len() == 5 && seconds.iter().all(|&s| s > 0.0 && s < 1.0), "{seconds:?}");
 }
 
+/// With EDM2K_OVERLAP=1 a launch may begin while the one before it ends; it must not show.
+#[test]
+fn launches_of_a_graph_see_what_those_before_wrote() {
+    let Some(gpu) = common::gpu() else { return };
+    let n = (1 << 16) + 3;
+    let [a, b, far] = [0; 3].map(|_| gpu.allocate(4 * n, "a test").unwrap());
+    let copy = |from: &dyn Memory, factor, to: &dyn Memory| {
+        Command::from(pixelwise::combine_f32(n, &[(from.ptr(), factor)], to.ptr()))
+    };
+    // Each reads what the last one wrote, or writes what it read; one in between touches other memory.
+    let mut commands = Vec::new();
+    for _ in 0..20 {
+        commands.extend([copy(&*a, 2.0, &*b), copy(&*far, 1.0, &*far), copy(&*b, 0.5, &*a), copy(&*a, 1.5, &*a)]);
+        commands.push(copy(&*a, 2.0 / 3.0, &*a));
+    }
+    let graph = unsafe { gpu.record(commands).unwrap() };
+    for turn in 0..5 {
+        let values: Vec<f32> = (0..n).map(|i| ((i + turn) % 1001 * 3) as f32).collect();
+        a.write(0, bytemuck::cast_slice(&values)).unwrap();
+        graph.run().unwrap();
+        let found = floats(&*a);
+        let wrong = found.iter().zip(&values).position(|(x, y)| (x - y).abs() > 1e-3 * y);
+        assert!(wrong.is_none(), "turn {turn}, value {}", wrong.unwrap());
+    }
+}
+
 #[test]
 fn dropped_memory_is_given_out_again_only_after_what_was_done_with_it() {
     let Some(gpu) = common::gpu() else { return };
@@ -220,8 +246,9 @@ fn emulators_driver(more: &[&str]) -> tempfile::TempDir {
 fn with_driver(tests: &[&str], variables: &[(&str, &str)]) -> (String, bool) {
     let dir = emulators_driver(&[]);
     let mut child = Process::new(std::env::current_exe().unwrap());
-    child.args(tests).args(["--nocapture", "--skip", "emulators_driver"]).envs(variables.iter().copied());
+    child.args(tests).args(["--nocapture", "--skip", "emulators_driver"]);
     child.env("LD_LIBRARY_PATH", dir.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
+    child.envs(variables.iter().copied());
     let out = child.env_remove("EDM2K_NO_GPU").output().unwrap();
     (String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned(), out.status.success())
 }
@@ -232,7 +259,23 @@ fn all_of_it_with_the_emulators_driver() {
     for early in [&[][..], &[("DRIVER_EARLY", "1")]] {
         // NCCL wants a card.
         let (said, passed) = with_driver(&["--skip", "nccl_sums"], early);
-        assert!(passed && !said.contains("skipped") && said.contains("10 passed"), "{said}");
+        assert!(passed && !said.contains("skipped") && said.contains("11 passed"), "{said}");
+    }
+}
+
+/// Launches overlap where kernels wait by themselves, and the checked kernels find nothing wrong with it.
+#[cfg(feature = "emulator")]
+#[test]
+fn launches_overlap_with_the_emulators_driver() {
+    let test = ["launches_of_a_graph_see_what_those_before_wrote"];
+    let checked = ("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY_CHECKED"));
+    for (variables, overlaps) in [
+        (&[checked, ("EDM2K_OVERLAP", "1")][..], 99),
+        (&[checked, ("EDM2K_OVERLAP", "0")], 0),
+        (&[checked, ("EDM2K_OVERLAP", "1"), ("DRIVER_OLD_CODE", "1")], 0),
+    ] {
+        let (said, passed) = with_driver(&test, variables);
+        assert!(passed && said.contains("1 passed") && said.contains(&format!("{overlaps} launches overlap")), "{said}");
     }
 }
 

@@ -6,6 +6,7 @@
 // the device run when they are given, long before the kernels given earlier on other streams. What a real
 // driver refuses during a capture is refused, and ends the capture; a fault is sticky.
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -33,11 +34,12 @@ struct Record { bool done = false; struct Stream* stream = nullptr; };  // one r
 struct Stream {
     std::deque<Work> queue;
     bool capturing = false, broken = false;
+    bool after_launch = false;  // the last work given is a kernel
     std::vector<Work> captured;
 };
 struct Event { std::shared_ptr<Record> last; };
 struct Graph { std::vector<Work> work; };
-struct Function { std::string name; int allowed = 48 << 10; bool loaded = false; };
+struct Function { std::string name; int allowed = 48 << 10; bool loaded = false; int ptx = getenv("DRIVER_OLD_CODE") ? 80 : 90; };
 
 std::recursive_mutex lock;
 std::map<std::string, Function> functions;
@@ -48,6 +50,10 @@ std::set<Event*> events;
 std::set<Graph*> graphs;
 size_t used;
 int fault;
+struct Overlaps {  // launches that need not wait for the one before
+    unsigned count = 0;
+    ~Overlaps() { if (getenv("EDM2K_OVERLAP")) fprintf(stderr, "%u launches overlap\n", count); }
+} overlaps;
 thread_local Stream* capture;  // of this thread
 thread_local void* current;
 char context[1];
@@ -59,6 +65,7 @@ struct Emulator {
         get<int(const char*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void**)>("emu_launch");
     int (*info)(const char*, int*, size_t*, int) = get<int(const char*, int*, size_t*, int)>("emu_kernel_info");
     int (*allow)(const char*, size_t) = get<int(const char*, size_t)>("emu_set_max_dyn_smem");
+    int (*config)(const char*, uint64_t) = get<int(const char*, uint64_t)>("emu_config");
     void* (*malloc)(size_t) = get<void*(size_t)>("emu_malloc");
     int (*free)(void*) = get<int(void*)>("emu_free");
 };
@@ -89,6 +96,7 @@ int give(Stream* s, Work work) {
     if (!current) return INVALID_CONTEXT;
     if (!streams.count(s)) return INVALID_HANDLE;
     if (fault) return fault;
+    s->after_launch = false;
     if (s->capturing) s->captured.push_back(std::move(work));
     else s->queue.push_back(std::move(work));
     return SUCCESS;
@@ -154,7 +162,7 @@ API cuFuncGetParamInfo(Function* f, size_t i, size_t* offset, size_t* size) {
     if (emulator().info(f->name.c_str(), &count, sizes, 8) || i >= size_t(count)) return INVALID_VALUE;
     return *offset = 0, *size = sizes[i], SUCCESS;
 }
-API cuFuncGetAttribute(int* value, int, Function* f) { return *value = 0, f->loaded = true, SUCCESS; }
+API cuFuncGetAttribute(int* value, int which, Function* f) { return *value = which == 5 ? f->ptx : 0, f->loaded = true, SUCCESS; }
 API cuFuncSetAttribute(Function* f, int which, int value) {
     if (which != 8) return which == 9 && value <= 100 ? SUCCESS : INVALID_VALUE;
     if (value > SHARED) return INVALID_VALUE;
@@ -270,26 +278,39 @@ API cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, Stream* s) {
         return memset(reinterpret_cast<void*>(at), value, bytes), int(SUCCESS);
     });
 }
-API cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, Stream* s, void** params, void**) {
+struct Attribute { int id; char pad[4]; union { int overlap; char all[64]; }; };
+struct Config { unsigned grid[3], block[3], shared; Stream* stream; Attribute* attributes; unsigned count; };
+API cuLaunchKernelEx(const Config* c, Function* f, void** params, void**) {
     LOCK;
+    Stream* s = c->stream;
     if (!f->loaded && s->capturing) return s->broken = true, int(UNSUPPORTED);  // it would be loaded now
+    const auto [gx, gy, gz] = c->grid;
+    const auto [bx, by, bz] = c->block;
+    const unsigned shared = c->shared;
     if (!gx || !gy || !gz || bx * by * bz > 1024 || int(shared) > f->allowed) return INVALID_VALUE;
+    bool overlap = false;  // programmatic stream serialization, which only follows a launch
+    for (unsigned i = 0; i < c->count; i++) {
+        if (c->attributes[i].id != 6 || f->ptx < 90 || !s->after_launch) return INVALID_VALUE;
+        overlap = c->attributes[i].overlap;
+    }
+    overlaps.count += overlap;
     int count;
     size_t sizes[8];
     emulator().info(f->name.c_str(), &count, sizes, 8);
     const char* from = static_cast<const char*>(params[0]);
     std::vector<char> copy(from, from + sizes[0]);
-    return give(s, [=]() mutable {
+    TRY(give(s, [=]() mutable {
         void* args[] = {copy.data()};
+        emulator().config("overlap", overlap);
         return emulator().launch(f->name.c_str(), gx, gy, gz, bx, by, bz, shared, args) ? int(ILLEGAL_ADDRESS) : 0;
-    });
+    }));
+    return s->after_launch = true, int(SUCCESS);
 }
 
 API cuStreamBeginCapture_v2(Stream* s, unsigned mode) {
     LOCK;
     if (capture || !streams.count(s) || mode != 1) return INVALID_VALUE;  // thread-local
-    s->capturing = true, s->broken = false, s->captured.clear(), capture = s;
+    s->capturing = true, s->broken = s->after_launch = false, s->captured.clear(), capture = s;
     return SUCCESS;
 }
 API cuStreamEndCapture(Stream* s, Graph** graph) {

@@ -260,6 +260,34 @@ fn every_loop_trains_as_the_cpu_does() {
     }
 }
 
+/// As on cards that let a launch begin while the one before it ends: the checked kernels see that each waits for that one
+/// before it touches what that one wrote. Forward, backward, a step, samples; both loops.
+#[cfg(feature = "emulator")]
+#[test]
+fn the_launches_of_every_plan_wait_for_each_other() {
+    let checked: Rc<dyn Runtime> = Rc::new(Emulated::new(Emulator::new(Build::Checked).unwrap(), u64::MAX));
+    let data = emoji();
+    let json = serde_json::json!({
+        "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
+        "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [16], "channels_per_head": 64,
+    });
+    let config: Config = serde_json::from_value(json).unwrap();
+    let settings = Settings { config, dropout: 0.2, ..settings(&data, 2, 4) };
+    let mut model = Model::init(&settings.config, 3).unwrap();
+    model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
+    let dir = tempfile::tempdir().unwrap();
+    for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
+        let math = Math { precision: Precision::F16, accum: Some(Accum::F32), conv_loop };
+        let mut gpu = Gpu::for_training(checked.clone(), math, &model.table, 2).unwrap();
+        run(&mut gpu, &dir.path().join(format!("{conv_loop:?}")), &settings, 1);
+        let mut gpu = loaded(Gpu::for_sampling(checked.clone(), math, &model.table).unwrap(), &model);
+        let mut sampler = Sampler { backend: &mut gpu, net: &model.net, gnet: None };
+        let labels = vec![0.1; settings.config.label_dim];
+        let batch = Batch { labels: &labels, seeds: &[7], size: [16, 8], ..Batch::default() };
+        sampler.run(&batch, &SamplerConfig { steps: 2, ..SamplerConfig::default() }, None).unwrap();
+    }
+}
+
 #[test]
 fn a_resumed_run_ends_in_the_same_bits() {
     let Some(runtime) = common::runtime() else { return };

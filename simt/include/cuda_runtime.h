@@ -199,7 +199,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 namespace simt {
 cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared);
 #ifndef gridDim
-cudaError_t refuse_clusters(const cudaLaunchConfig_t& config);
+cudaError_t heed_attributes(const cudaLaunchConfig_t& config);
 #endif
 cudaError_t allocate(void** p, size_t bytes);
 cudaError_t allocate_host(void** p, size_t bytes);
@@ -331,12 +331,12 @@ inline cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, di
 #ifndef gridDim
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-    if (const cudaError_t e = simt::refuse_clusters(*config)) return e;
+    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
     simt::launch_as(simt::kernel_name((const void*)kernel), simt::Config(config->gridDim, config->blockDim, config->dynamicSmemBytes), kernel, std::forward<A>(arguments)...);
     return cudaGetLastError();
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
-    if (const cudaError_t e = simt::refuse_clusters(*config)) return e;
+    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
     return simt::launch_untyped("cudaLaunchKernelExC", kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes);
 }
 #endif

@@ -15,6 +15,8 @@ inline void __threadfence() { simt::fence(); }
 inline void __threadfence_system() { simt::fence(); }
 inline void __threadfence_block() { simt::fence(false); }
 inline void __nanosleep(unsigned) { simt::let_others_run(); }
+inline void cudaGridDependencySynchronize() { simt::wait_for_launches(); }
+inline void cudaTriggerProgrammaticLaunchCompletion() { simt::let_next_launch_begin(); }
 inline void __prof_trigger(int) {}
 // The source step looks for their names.
 inline void __barrier_sync_count(unsigned id, unsigned threads, SIMT_WHERE) { simt::named_barrier(int(id), int(threads), at); }

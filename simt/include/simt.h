@@ -134,6 +134,9 @@ int barrier_count(bool predicate, Where at);  // of the threads that came
 void let_others_run();
 bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
+// Programmatic dependent launch: returns when the launches before this one are over; lets the next one begin.
+void wait_for_launches();
+void let_next_launch_begin();
 [[noreturn]] void trap(const char* message, Where at);
 
 void cp_async(void* dst, const void* src, int bytes, int copied, Where at);

@@ -126,6 +126,10 @@ struct Checker {
     // was, and of each thread its last fence and the barrier before it.
     uint32_t stamp = 1, last_barrier = 0;
     uint32_t met[kMaxThreads] = {};  // when a thread's last named barrier was
+    // Threads that have waited for the launches before, when, and those that know of it.
+    struct Wait { int thread; uint32_t phase, epoch; };
+    std::vector<Wait> waits;
+    std::vector<bool> knows_waited;
     bool any_fence = false;
     uint32_t fence[kMaxThreads] = {}, barrier_before_fence[kMaxThreads] = {};
     std::vector<Acquire> acquired;
@@ -184,6 +188,7 @@ void check_block_start() {
         for (auto& known : c.at_fence) known.clear();
         c.told.clear(), c.fenced = false;
     }
+    if (current()->launch->overlaps()) c.waits.clear(), c.knows_waited.assign(kMaxThreads, false);
     memset(c.reads, 0, sizeof c.reads);
     c.store.bytes = 0, c.store.race.clear();
     for (int i = 0; i < current()->count; i++) set_epoch(c, i, c.epoch), c.log[i].clear();
@@ -672,6 +677,35 @@ void check_operand(const Thread& t, int group, const uintptr_t* pieces, int coun
         });
 }
 
+// ---- launches that overlap ----------------------------------------------------------------------
+
+void check_waited() {
+    Checker& c = checker();
+    const int t = current()->self->linear;
+    c.waits.push_back({t, c.phase, c.epochs[t]});
+    c.knows_waited[t] = true;
+}
+
+// It has waited, or a thread that has is ordered before it.
+bool knows_waited(const Thread& t) {
+    Checker& c = checker();
+    if (c.knows_waited[t.linear]) return true;
+    for (const auto& wait : c.waits)
+        if (wait.phase < c.phase || c.clocks[t.linear][wait.thread] >= wait.epoch) return c.knows_waited[t.linear] = true;
+    return false;
+}
+
+static void require_over(const Thread& t, Site site, Access access, uint32_t mask, uint32_t write_tag, uint32_t read_tag) {
+    const Launch& l = *current()->launch;
+    const bool waited = knows_waited(t);
+    const Serials may_run = waited ? l.left : l.running;
+    const auto meets = [&](uint32_t tag) { return (tag & mask) && (tag >> 4) - may_run.from < may_run.to - may_run.from; };
+    const bool written = meets(write_tag);
+    if (!written && (access == Access::read || !meets(read_tag))) return;
+    FAIL(t, site, "race between launches: %s of what a launch %s, which may still run: %s", verb(access), written ? "before has written" : "before has read",
+         waited ? "the one in between did not wait for it" : "no cudaGridDependencySynchronize before");
+}
+
 // ---- global memory ----------------------------------------------------------------------------
 
 void check_launch_start(Launch& l) {
@@ -866,6 +900,7 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
         uint32_t mask = 0;
         for (uintptr_t i = 0; i < 4; i++)
             if (word * 4 + i - (a - last.begin) < bytes) mask |= 1u << i;
+        if (launch.overlaps()) require_over(t, site, access, mask, cell.write_tag, cell.read_tag);
         auto meets = [&](uint32_t tag) { return (tag ^ serial) < 16 && (tag & mask); };
         auto merge = [&](uint32_t& tag, uint32_t& who, uint32_t now) {
             bool same_launch = (tag ^ serial) < 16;

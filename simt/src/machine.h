@@ -39,6 +39,8 @@ struct Releases;
 
 enum class Order { forward, reversed, random };
 
+struct Serials { uint32_t from, to; };  // of launches, without the last
+
 struct Launch {
     const Kernel* kernel;
     dim3 grid, block;
@@ -48,7 +50,12 @@ struct Launch {
     Order order;
     uint64_t seed;
     bool poison, strict, undefined;
-    uint32_t serial;  // which launch, in the shadow of global memory
+    uint32_t serial = 0;  // which launch, in the shadow of global memory
+    // Programmatic dependent launch: those that may still run when this one begins, and when its threads have waited.
+    Serials running{1, 1}, left{1, 1};
+    std::atomic<bool> waited{false};  // some thread has
+    std::atomic<bool> early{false};   // some thread let the next launch begin before it had
+    bool overlaps() const { return running.from != running.to; }
     alignas(64) unsigned char params[32768];
     std::atomic<uint64_t> next{0}, conflicts{0};
     std::atomic<bool> failed{false};
@@ -213,6 +220,9 @@ std::string source_lines(uintptr_t pc);  // of an instruction and the calls it w
 // The runtime API (runtime.cpp): why a call was refused, to cudaGetErrorString and the report; what a launch of the host's said; 0, 1 refused, 2 fault.
 void refused(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void launched(int code);
+// The next launch need not wait for the last; or the last is over before it.
+void overlap_next();
+void launches_are_over();
 // By its address; whether it may have so much; and how much it may have.
 bool allow_dynamic(const void* kernel, size_t bytes);
 size_t allowed_dynamic(const void* kernel);
@@ -250,6 +260,8 @@ void check_sync(uint32_t mask);
 void check_fence(bool of_device);  // else of the block
 void check_atomic_done(uintptr_t address);
 void check_launch_start(Launch& launch);
+void check_waited();  // for the launches before
+bool knows_waited(const Thread& thread);
 std::string check_launch_end(Launch& launch);  // a finding, or nothing
 void check_thread_end();
 void check_freed();  // by a kernel: what was there is not remembered
@@ -285,6 +297,8 @@ inline void check_sync(uint32_t) {}
 inline void check_fence(bool) {}
 inline void check_atomic_done(uintptr_t) {}
 inline void check_launch_start(Launch&) {}
+inline void check_waited() {}
+inline bool knows_waited(const Thread&) { return true; }
 inline std::string check_launch_end(Launch&) { return ""; }
 inline void check_thread_end() {}
 inline void check_freed() {}

@@ -79,6 +79,7 @@ cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, cons
         return refuse("%s: %zu bytes from byte %zu on of the variable %s of %zu bytes", call, bytes, offset, variable_name(uintptr_t(symbol)).c_str(), size);
     if (cudaError_t e = refuse_direction(call, to, from, kind)) return e;
     unsigned char* at = static_cast<unsigned char*>(symbol) + offset;
+    launches_are_over();
     if (from) memcpy(at, from, bytes);
     else memcpy(to, at, bytes);
     return cudaSuccess;
@@ -146,10 +147,12 @@ cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3
     return cudaGetLastError();
 }
 
-cudaError_t refuse_clusters(const cudaLaunchConfig_t& config) {
+cudaError_t heed_attributes(const cudaLaunchConfig_t& config) {
     for (unsigned i = 0; i < config.numAttrs; i++) {
-        const auto& cluster = config.attrs[i].val.clusterDim;
-        if (config.attrs[i].id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) return refuse("cudaLaunchKernelEx: the emulator has no clusters");
+        const auto& [id, value] = config.attrs[i];
+        const auto& cluster = value.clusterDim;
+        if (id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) return refuse("cudaLaunchKernelEx: the emulator has no clusters");
+        if (id == cudaLaunchAttributeProgrammaticStreamSerialization && value.programmaticStreamSerializationAllowed) overlap_next();
     }
     return cudaSuccess;
 }
@@ -207,7 +210,7 @@ cudaError_t cudaGetLastError() {
     return error;
 }
 cudaError_t cudaPeekAtLastError() { return last; }
-cudaError_t cudaDeviceSynchronize() { return sticky; }
+cudaError_t cudaDeviceSynchronize() { return simt::launches_are_over(), sticky; }
 cudaError_t cudaDeviceReset() { return last = sticky = cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return note(device ? cudaErrorInvalidDevice : cudaSuccess); }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -256,6 +259,7 @@ static cudaError_t copy(const char* call, void* to, const void* from, size_t byt
     if (cudaError_t e = simt::refuse_outside(call, "from", from, bytes)) return e;
     if (!bytes) return cudaSuccess;
     if (cudaError_t e = simt::refuse_direction(call, to, from, kind)) return e;
+    simt::launches_are_over();
     memmove(to, from, bytes);
     return cudaSuccess;
 }
@@ -282,6 +286,7 @@ static cudaError_t set(const char* call, void* to, int value, size_t bytes) {
     if (sticky) return sticky;
     if (cudaError_t e = simt::refuse_outside(call, "to", to, bytes)) return e;
     if (bytes && simt::whose(to) == simt::Whose::host) return simt::refuse("%s: to memory of the host", call);
+    simt::launches_are_over();
     memset(to, value, bytes);
     return cudaSuccess;
 }

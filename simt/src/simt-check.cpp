@@ -550,7 +550,7 @@ static const vector<Rule> kRules = {
     {"unknown-ptx", "Inline PTX that the emulator does not know", {"inline PTX"}},
     {"missing-fence", "Shared memory that wgmma or a bulk copy meets without a proxy fence", {"missing proxy fence"}},
     {"asynchronous-copy", "A copy or product in flight that nobody has waited for", {"is still writing", "in flight", "while wgmma", "no wgmma_wait", "no mbarrier_wait"}},
-    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: "}},
+    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: ", "race between launches: "}},
     {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
     {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
     {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch", "cudaFree", "cudaEvent", "cudaDevice"}},

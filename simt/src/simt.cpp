@@ -325,6 +325,16 @@ static bool complete_collective(Machine& m, int warp, const Thread& t) {
 
 void fence(bool of_device) { check_fence(of_device); }
 
+void wait_for_launches() {
+    Launch& l = *current()->launch;
+    l.waited = true;
+    if (l.overlaps()) check_waited();
+}
+void let_next_launch_begin() {
+    Launch& l = *current()->launch;
+    if (l.overlaps() && !knows_waited(*current()->self)) l.early = true;
+}
+
 // ---- shared memory and cp.async ---------------------------------------------------------------
 
 static size_t max_shared(const Kernel& k) { return k.hopper ? kSharedMaxHopper : kSharedMax; }
@@ -972,6 +982,7 @@ static int threads = std::max(1u, std::thread::hardware_concurrency());
 static Order order = Order::forward;
 static uint64_t seed = 0;
 static bool poison = true, strict = false, undefined = false;
+static bool overlap = false, between = false;  // of the next launch: it need not wait for the last; but the host does
 static uint64_t conflicts = 0;
 
 // Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
@@ -1027,6 +1038,21 @@ static Launch& the_launch() {
     return launch;
 }
 
+void overlap_next() { overlap = true; }
+void launches_are_over() { between = true; }
+
+// Which launches may still run beside the one that begins now. It waits for the last one alone: of those before that one
+// it knows that they are over only if that one has waited for them.
+static void place_launch(Launch& l, bool beside_last) {
+    const uint32_t last = l.serial++;
+    const bool first_waits = l.waited || !l.overlaps();
+    const Serials running = {first_waits && !l.early ? last : l.running.from, l.serial};
+    l.left = {l.running.from, first_waits ? l.running.from : last};
+    l.running = running;
+    if (!beside_last) l.running = l.left = {l.serial, l.serial};
+    l.waited = l.early = false;
+}
+
 // Its parameters are there already.
 static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, dim3 grid, dim3 block, size_t smem) {
 #ifdef __AVX2__
@@ -1046,7 +1072,9 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.blocks = uint64_t(gx) * gy * gz;
-    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined, l.serial++;
+    l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined;
+    place_launch(l, overlap && !between);
+    overlap = between = false;
     l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
     check_launch_start(l);
     static Pool& pool = *new Pool;
@@ -1071,7 +1099,8 @@ const char* emu_last_error() { return last_error.c_str(); }
 
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
 // order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left; undefined: 1 if a shuffle
-// from a lane that is not there gives poison and is no error.
+// from a lane that is not there gives poison and is no error; overlap: 1 if the next launch may begin while the last one
+// still runs (programmatic dependent launch).
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -1081,6 +1110,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "poison" && value <= 1) poison = value;
     else if (k == "strict" && value <= 1) strict = value;
     else if (k == "undefined" && value <= 1) undefined = value;
+    else if (k == "overlap" && value <= 1) overlap = value;
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
 }

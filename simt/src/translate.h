@@ -488,7 +488,9 @@ class Ptx {
             return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z") + "), {});";
         }
         if ((name == "membar" || name == "fence") && !has(op, "proxy")) return fence_of(op);
-        if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
+        if (op == "griddepcontrol.wait") return "simt::wait_for_launches();";
+        if (op == "griddepcontrol.launch_dependents") return "simt::let_next_launch_begin();";
+        if (name == "prefetch" || name == "prefetchu" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
         if (name == "trap") return "__trap();";
         return "";
     }

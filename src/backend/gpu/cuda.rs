@@ -49,7 +49,7 @@ const FUNCTIONS: [&str; 44] = [
     "cuDevicePrimaryCtxRetain", "cuDeviceTotalMem_v2", "cuEventCreate", "cuEventDestroy_v2",
     "cuEventElapsedTime", "cuEventRecord", "cuEventSynchronize", "cuFuncGetAttribute", "cuFuncGetParamInfo",
     "cuFuncSetAttribute", "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiateWithFlags",
-    "cuGraphLaunch", "cuGraphUpload", "cuLaunchKernel", "cuMemAlloc_v2", "cuMemFreeHost", "cuMemFree_v2",
+    "cuGraphLaunch", "cuGraphUpload", "cuLaunchKernelEx", "cuMemAlloc_v2", "cuMemFreeHost", "cuMemFree_v2",
     "cuMemGetInfo_v2", "cuMemHostAlloc", "cuMemcpyDtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuStreamBeginCapture_v2",
     "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamEndCapture", "cuStreamSynchronize", "cuStreamWaitEvent",
@@ -191,6 +191,8 @@ struct Kernel {
     function: sys::CUfunction,
     /// Bytes of its params struct.
     params: usize,
+    /// Whether its code waits for the launch before it (`begin_kernel` of `kernels/ptx.cuh`): that for sm_90 and newer does.
+    waits: bool,
 }
 
 /// A range of the ring in use, until its event.
@@ -220,6 +222,8 @@ struct Device {
     commands: sys::CUstream,
     uploads: sys::CUstream,
     modules: Vec<sys::CUmodule>,
+    /// Whether the launches of a graph may overlap.
+    overlap: bool,
     kernels: RefCell<HashMap<String, Kernel>>,
     /// For messages: the device tells of a fault later.
     last_kernel: RefCell<String>,
@@ -288,7 +292,7 @@ impl Device {
     fn load(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<Kernel, DriverError> {
         let (mut at, mut params) = (0, 0);
         // SAFETY: a live function, attributes that exist; each writes or reads one integer.
-        unsafe {
+        let compiled_for = unsafe {
             sys::cuFuncGetParamInfo(function, 0, &mut at, &mut params).result()?;
             let fixed = FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             let fixed = result::function::get_function_attribute(function, fixed)?;
@@ -299,8 +303,9 @@ impl Device {
                 let share = FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
                 result::function::set_function_attribute(function, share, 100)?;
             }
-        }
-        Ok(Kernel { function, params })
+            result::function::get_function_attribute(function, FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
+        };
+        Ok(Kernel { function, params, waits: compiled_for >= 90 })
     }
 
     /// See [`Runtime::tensor_map`].
@@ -364,11 +369,12 @@ impl Device {
         Ok(map)
     }
 
-    /// Gives a command to the first stream.
+    /// Gives a command to the first stream. If `beside`, a kernel that waits by itself may begin while the launch that was
+    /// given last ends.
     ///
     /// # Safety
     /// See [`Command`]; and the device is bound.
-    unsafe fn give(&self, command: &Command) -> Result<(), DeviceError> {
+    unsafe fn give(&self, command: &Command, beside: bool) -> Result<(), DeviceError> {
         match command {
             Command::Launch(launch) => {
                 let kernel = self.kernel(launch)?;
@@ -376,16 +382,31 @@ impl Device {
                 last.clear();
                 last.push_str(&launch.kernel);
                 drop(last);
-                let [x, y, z] = launch.grid;
                 let bytes = launch.params(|spec| self.tensor_map(spec))?;
                 let mut params = [bytes.as_ptr().cast_mut().cast::<c_void>()];
+                let mut overlap = sys::CUlaunchAttribute {
+                    id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                    pad: [0; 4],
+                    value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+                };
+                let [x, y, z] = launch.grid;
+                let config = sys::CUlaunchConfig {
+                    gridDimX: x,
+                    gridDimY: y,
+                    gridDimZ: z,
+                    blockDimX: launch.block,
+                    blockDimY: 1,
+                    blockDimZ: 1,
+                    sharedMemBytes: launch.shared,
+                    hStream: self.commands,
+                    attrs: &mut overlap,
+                    numAttrs: u32::from(beside && kernel.waits),
+                };
+                let (function, extra) = (kernel.function, std::ptr::null_mut());
                 // SAFETY: the parameters have the size that the kernel reads, during the call; what they
                 // point to is the caller's promise.
-                let launched = unsafe {
-                    let block = (launch.block, 1, 1);
-                    result::launch_kernel(kernel.function, (x, y, z), block, launch.shared, self.commands, &mut params)
-                };
-                launched.map_err(|e| {
+                let launched = unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), extra) };
+                launched.result().map_err(|e| {
                     let shape =
                         format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
                     self.wrong(format!("launch of {}, {shape}: {}", launch.kernel, describe(e)))
@@ -517,6 +538,7 @@ impl Cuda {
             commands: std::ptr::null_mut(),
             uploads: std::ptr::null_mut(),
             modules: Vec::new(),
+            overlap: std::env::var_os("EDM2K_OVERLAP").is_some_and(|value| value == "1"),
             kernels: RefCell::default(),
             last_kernel: RefCell::default(),
             ring: RefCell::new(Ring {
@@ -710,7 +732,7 @@ impl Runtime for Cuda {
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {
         self.0.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { self.0.give(command) }
+        unsafe { self.0.give(command, false) }
     }
 
     unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
@@ -725,7 +747,12 @@ impl Runtime for Cuda {
         let graph = unsafe {
             let here = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             device.require(result::stream::begin_capture(device.commands, here))?;
-            let given = commands.iter().try_for_each(|command| device.give(command));
+            let mut beside = false;
+            let given = commands.iter().try_for_each(|command| {
+                let given = device.give(command, beside);
+                beside = device.overlap && matches!(command, Command::Launch(_));
+                given
+            });
             let captured = result::stream::end_capture(device.commands);
             device.last_kernel.replace(before);
             if let (Err(e), captured) = (given, &captured) {

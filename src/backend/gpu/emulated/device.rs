@@ -27,12 +27,14 @@ impl Emulated {
         Self { emulator, limit, used: Rc::default() }
     }
 
+    /// As a launch beside the last one, if `beside`.
+    ///
     /// # Safety
     /// See [`Command`].
-    unsafe fn launch(&self, command: &Command) -> Result<(), EmulatorError> {
+    unsafe fn launch(&self, command: &Command, beside: bool) -> Result<(), EmulatorError> {
         match command {
             // SAFETY: the caller's promise.
-            Command::Launch(l) => unsafe { self.emulator.run(l) }.map(|_| ()),
+            Command::Launch(l) => unsafe { self.emulator.run_beside(l, beside) }.map(|_| ()),
             Command::Zero { at, bytes } => {
                 // SAFETY: the caller's promise; device memory is host memory here.
                 unsafe { std::ptr::write_bytes(at.0 as *mut u8, 0, *bytes) };
@@ -83,8 +85,13 @@ struct Recorded {
 
 impl Graph for Recorded {
     fn run(&self) -> Result<(), DeviceError> {
-        // SAFETY: promised to `record`.
-        self.commands.iter().try_for_each(|c| unsafe { self.device.launch(c) }).map_err(failed)
+        let mut beside = false;
+        let mut run = |command| {
+            let before = std::mem::replace(&mut beside, matches!(command, &Command::Launch(_)));
+            // SAFETY: promised to `record`.
+            unsafe { self.device.launch(command, before) }
+        };
+        self.commands.iter().try_for_each(&mut run).map_err(failed)
     }
 }
 
@@ -119,7 +126,7 @@ impl Runtime for Emulated {
 
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError> {
         // SAFETY: the caller's promise.
-        unsafe { self.launch(command) }.map_err(failed)
+        unsafe { self.launch(command, false) }.map_err(failed)
     }
 
     unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {

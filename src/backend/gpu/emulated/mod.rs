@@ -308,6 +308,21 @@ impl Emulator {
         shared: u32,
         args: &[Arg],
     ) -> Result<Counters> {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(kernel, grid, block, shared, args, false) }
+    }
+
+    /// # Safety
+    /// As [`Emulator::launch`].
+    unsafe fn start(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        args: &[Arg],
+        beside: bool,
+    ) -> Result<Counters> {
         let expected = self.parameters(kernel)?;
         if !args.iter().map(|a| a.0.len()).eq(expected.iter().copied()) {
             let found = args.iter().map(|a| a.0.len()).collect();
@@ -330,6 +345,10 @@ impl Emulator {
                 self.api.require(unsafe { (self.api.config)(key.as_ptr(), value) })?;
             }
             *settings = Some(self.settings);
+        }
+        if beside {
+            // SAFETY: a C string.
+            self.api.require(unsafe { (self.api.config)(c"overlap".as_ptr(), 1) })?;
         }
         let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
         // SAFETY: the arguments have the sizes that the kernel reads; their meaning is the caller's.
@@ -356,6 +375,16 @@ impl Emulator {
     /// # Safety
     /// As [`Emulator::launch`].
     pub unsafe fn run(&self, l: &Launch) -> Result<Counters> {
+        // SAFETY: the caller's promise.
+        unsafe { self.run_beside(l, false) }
+    }
+
+    /// The same; if `beside`, as a launch that may begin while the one before it still runs: it is a fault if the kernel
+    /// touches what that one has written before it has waited (`begin_kernel` of `kernels/ptx.cuh`).
+    ///
+    /// # Safety
+    /// As [`Emulator::launch`].
+    pub unsafe fn run_beside(&self, l: &Launch, beside: bool) -> Result<Counters> {
         // As on a card: what is above 48 KB, with static shared memory, is asked for.
         if l.shared > 0 {
             self.allow_shared(&l.kernel, l.shared as usize)?;
@@ -363,7 +392,7 @@ impl Emulator {
         let encode = |spec: &TensorMapSpec| spec.check().map(|()| tensor_map(spec));
         let params = l.params(encode).map_err(|e| EmulatorError::Refused(e.to_string()))?;
         // SAFETY: the caller's promise.
-        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
+        unsafe { self.start(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)], beside) }
     }
 }
 
