@@ -77,7 +77,13 @@ tests() {
     gpu engine 145 1 engine:: &
     gpu conv 90 2 conv_kernels:: &
     { gpu attention 60 2 attention_kernels::; gpu codec 60 2 codec_kernels::; } &
-    { gpu cuda 60 1 cuda::; gpu pixelwise 60 2 pixelwise_kernels::; gpu embedding 60 2 embedding_kernels::; } &
+    {
+        gpu cuda 60 1 cuda::
+        # On cards of 9.0 and newer: launches that begin while the one before them ends.
+        EDM2K_OVERLAP=1 gpu cuda-overlap 60 1 cuda::
+        EDM2K_OVERLAP=1 run verify-overlap 60 bin/edm2k verify tests/golden --device cuda
+    } &
+    { gpu pixelwise 60 2 pixelwise_kernels::; gpu embedding 60 2 embedding_kernels::; } &
     {
         run verify-f16 60 bin/edm2k verify tests/golden --device cuda
         run verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
@@ -86,7 +92,8 @@ tests() {
 }
 
 bench() {
-    run bench 90 bin/edm2k bench --device cuda --kernels
+    run bench 65 bin/edm2k bench --device cuda --kernels
+    EDM2K_OVERLAP=1 run bench-overlap 30 bin/edm2k bench --device cuda
 }
 
 peers() {

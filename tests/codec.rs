@@ -589,7 +589,7 @@ fn an_overflow_of_f16_is_reported() {
     write(&dir.path().join("vae"), &large);
     let file = CodecFile::open(dir.path().join("vae")).unwrap();
     let decode = |precision| {
-        let runtime = Emulated::new(Emulator::new(Build::Normal).unwrap(), u64::MAX);
+        let runtime = Emulated::new(Emulator::new(Build::Checked).unwrap(), u64::MAX);
         let mut gpu = Gpu::for_codec(std::rc::Rc::new(runtime), precision).unwrap();
         file.decoder(&mut gpu).unwrap().decode(&mut gpu, [2, 2], &[0.5; 16])
     };
