@@ -131,6 +131,8 @@ struct Op {
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
+void grid_barrier(Where at);
+bool is_cooperative();  // the launch
 void let_others_run();
 bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
@@ -231,8 +233,9 @@ void add_kernel(const Kernel&);
 struct Config {
     dim3 grid, block;
     size_t shared;
+    bool cooperative;
     template <class Stream = void*>
-    Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}) : grid(grid), block(block), shared(shared) {}
+    Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}, bool cooperative = false) : grid(grid), block(block), shared(shared), cooperative(cooperative) {}
 };
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
 

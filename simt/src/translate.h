@@ -870,6 +870,31 @@ inline string launch_arguments(const std::vector<string>& parts) {
     return all;
 }
 
+// The parts of a list, of which "f<a, b>(c)" is one.
+inline std::vector<string> elements(const string& list) {
+    std::vector<string> all;
+    auto open_angles = [](const string& s) { return std::count(s.begin(), s.end(), '<') - std::count(s.begin(), s.end(), '>'); };
+    for (const string& part : split(list, ','))
+        if (!all.empty() && open_angles(all.back()) > 0 && open_angles(part) < 0) all.back() += "," + part;
+        else all.push_back(part);
+    if (trim(all.back()).empty()) all.pop_back();  // behind the last comma
+    return all;
+}
+
+// Of "{a, {b, .c = d}}" what the kernel gets, "{simt_0, {simt_1, .c = simt_2}}"; `values` are those of the launch.
+inline string in_braces(const string& argument, std::vector<string>& values) {
+    const string text = trim(argument);
+    const size_t begin = text[0] == '.' ? text.find_first_not_of(" \t\n=", std::min(text.find('='), text.find('{'))) : 0;
+    if (begin && begin != text.npos) return text.substr(0, begin) + in_braces(text.substr(begin), values);
+    if (text[0] != '{') {
+        values.push_back(text);
+        return "simt_" + std::to_string(values.size() - 1);
+    }
+    string all;
+    for (const string& part : elements(text.substr(1, text.size() - 2))) all += (all.empty() ? "" : ", ") + in_braces(part, values);
+    return "{" + all + "}";
+}
+
 // `skipped(file)`: whether a header stays as it is.
 inline Result source(const string& preprocessed, const std::function<bool(const string&)>& skipped) {
     const string s = with_built_in(preprocessed, skipped);
@@ -965,9 +990,16 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 out.erase(from);
                 const std::vector<string> parts = none ? std::vector<string>() : split(one_line(arguments), ',');
                 const bool braces = std::any_of(parts.begin(), parts.end(), [](const string& part) { return trim(part)[0] == '{'; });
-                const string call = braces ? one_line(kernel) : "[=](auto... simt_p) { " + one_line(kernel) + "(simt_p...); }";
-                out += string(braces ? "simt::launch_as" : "simt::launch") + "(\"" + quoted + "\", simt::Config(" + one_line(config) + "), " + call + (none ? "" : ", ") +
-                       launch_arguments(parts) + ")" + newlines;
+                std::vector<string> values;
+                string parameters = "auto... simt_p", passed = "simt_p...";
+                if (braces) {
+                    parameters.clear(), passed.clear();
+                    for (const string& part : elements(one_line(arguments))) passed += (passed.empty() ? "" : ", ") + in_braces(part, values);
+                    for (size_t k = 0; k < values.size(); k++) parameters += (k ? ", auto simt_" : "auto simt_") + std::to_string(k);
+                }
+                const string all = launch_arguments(braces ? values : parts);
+                out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](" + parameters + ") { " + one_line(kernel) + "(" + passed + "); }" +
+                       (all.empty() ? "" : ", ") + all + ")" + newlines;
                 i = close;
                 continue;
             }
@@ -1006,6 +1038,25 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 out += one_line(call) + newlines;
                 i = close;
                 continue;
+            }
+        }
+        // The type of a kernel says its parameters: "(void*)kernel" is the kernel.
+        if (!skip && (word == "cudaLaunchKernel" || word == "cudaLaunchCooperativeKernel" || word == "cudaLaunchKernelExC")) {
+            const size_t open = s.find_first_not_of(" \t\n", end);
+            const size_t comma = word != "cudaLaunchKernelExC" || open == s.npos || s[open] != '(' ? open : open + 1 + split(s.substr(open + 1, skip_brackets(s, open) - open - 2), ',')[0].size();
+            const size_t at = comma == s.npos ? comma : s.find_first_not_of(" \t\n", comma + 1);
+            if (at != s.npos && s[open] == '(') {
+                size_t stop = at;
+                for (const char* cast : {"(void*)", "(void *)", "(const void*)", "(const void *)", "(void const*)", "reinterpret_cast<void*>", "reinterpret_cast<void *>",
+                                         "reinterpret_cast<const void*>", "reinterpret_cast<const void *>"})
+                    if (s.compare(at, strlen(cast), cast) == 0) stop = at + strlen(cast);
+                const string passed = s.substr(i, at - i);
+                if (stop > at) {
+                    line += int(lines_of(passed).size());
+                    out += passed;
+                    i = stop;
+                    continue;
+                }
             }
         }
         // `inline __forceinline__` is `inline` twice.
