@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -94,7 +95,14 @@ class Ptx {
     std::vector<string> operands;  // expressions, outputs first
     std::map<string, string> names;  // [name] operands
     string declarations, code;
+    std::set<string> labels, passed;  // all, and those that are before this place
     mutable string unknown;
+
+    static string label_name(const string& text) {
+        string name = "simt_at_";
+        for (char c : text) name += is_word(c) ? c : '_';
+        return name;
+    }
 
     static string text_of(const string& literals) {
         string text;
@@ -249,6 +257,20 @@ class Ptx {
         return result.empty() ? "" : "simt::set_register(" + value(a[0]) + ", " + result + ");";
     }
 
+    // What sets the carry (`.cc`) or takes it (`addc`): it is the thread's, from one asm statement to the next.
+    string carried(const std::vector<string>& parts, const std::vector<string>& a) const {
+        static const string names = " add addc sub subc mad madc ";
+        const string &name = parts[0], type = type_of("x." + parts.back());
+        const bool takes = name.back() == 'c', product = name[0] == 'm', sets = parts[parts.size() - 2] == "cc";
+        const size_t modifiers = (product ? 2 : 1) + sets;
+        if (names.find(" " + name + " ") == string::npos || !(takes || sets) || type.find("int") == string::npos) return "";
+        if (parts.size() != modifiers + 1 || a.size() != (product ? 4 : 3) || (product && parts[1] != "lo" && parts[1] != "hi")) return "";
+        auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
+        const string first = product ? "simt::product_" + parts[1] + "(" + bits(1) + ", " + bits(2) + ")" : bits(1);
+        return "simt::set_register(" + value(a[0]) + ", simt::" + (name[0] == 's' ? "subtracted" : "added") + "(" + first + ", " + bits(product ? 3 : 2) + ", " +
+               (takes ? "true, " : "false, ") + (sets ? "true));" : "false));");
+    }
+
     // cvt.mode.to.from
     string conversion(const std::vector<string>& parts, const std::vector<string>& a) const {
         if (parts.size() < 3 || a.size() < 2) return "";
@@ -342,6 +364,7 @@ class Ptx {
         const string& name = parts[0];
         const string type = type_of(op);
         const auto n = a.size();
+        if (const string with_carry = carried(parts, a); !with_carry.empty()) return with_carry;
         if (!understood(parts)) return "";
         auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
         auto set = [&](const string& expression) { return "simt::set_register(" + value(a[0]) + ", " + type + "(" + expression + "));"; };
@@ -409,12 +432,19 @@ class Ptx {
         }
         if (const string rounded = arithmetic(op, a); !rounded.empty()) return rounded;
         if (has(op, "sat") || has(op, "rz") || has(op, "rm") || has(op, "rp")) return "";
-        if (name == "mov" && n == 2 && type == "uint64_t" && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
+        if (name == "mov" && n == 2 && (type == "uint32_t" || type == "uint64_t") && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
             const bool packs = trim(a[1])[0] == '{';
-            const std::vector<string> halves = list(a[packs ? 1 : 0]);
-            if (halves.size() != 2) return "";
-            if (packs) return set("simt::register_as<uint32_t>(" + halves[0] + ") | uint64_t(simt::register_as<uint32_t>(" + halves[1] + ")) << 32");
-            return "const uint64_t simt_w = " + bits(1) + "; simt::set_register(" + halves[0] + ", uint32_t(simt_w)); simt::set_register(" + halves[1] + ", uint32_t(simt_w >> 32));";
+            const std::vector<string> pieces = list(a[packs ? 1 : 0]);
+            const size_t size = (type == "uint32_t" ? 32 : 64) / pieces.size();
+            if (size != 8 && size != 16 && size != 32) return "";
+            const string piece = "uint" + std::to_string(size) + "_t";
+            string text;
+            for (size_t i = 0; i < pieces.size(); i++) {
+                const string by = std::to_string(i * size);
+                if (packs) text += (i ? " | " : "") + type + "(simt::register_as<" + piece + ">(" + pieces[i] + ")) << " + by;
+                else if (pieces[i] != "simt__") text += " simt::set_register(" + pieces[i] + ", " + piece + "(simt_w >> " + by + "));";
+            }
+            return packs ? set(text) : "const " + type + " simt_w = " + bits(1) + ";" + text;
         }
         if (name == "mov" && n == 2 && !type.empty() && trim(a[0])[0] != '{' && trim(a[1])[0] != '{') return set(bits(1));
         if (n == 2 && name == "not" && !type.empty()) return set((type == "bool" ? "!" : "~") + bits(1));
@@ -488,7 +518,7 @@ class Ptx {
             return "simt::named_barrier(int(" + value(a[0]) + "), int(" + (n > 1 ? value(a[1]) : "simt::view()->block_dim.x * simt::view()->block_dim.y * simt::view()->block_dim.z") + "), {});";
         }
         if ((name == "membar" || name == "fence") && !has(op, "proxy")) return fence_of(op);
-        if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
+        if (name == "prefetch" || name == "prefetchu" || name == "griddepcontrol" || name == "nanosleep") return ";";
         if (name == "trap") return "__trap();";
         return "";
     }
@@ -498,10 +528,21 @@ class Ptx {
         while (!s.empty() && (s[0] == '{' || s[0] == '}')) s = trim(s.substr(1));
         while (!s.empty() && s.back() == '}' && s.find('{') == s.npos) s = trim(s.substr(0, s.size() - 1));
         if (s.empty()) return;
+        if (const size_t colon = s.find(':'); colon != s.npos && s.find_first_of(" \t\n.,{[") > colon) {
+            const string label = label_name(s.substr(0, colon));
+            labels.insert(label), passed.insert(label);
+            code += label + ":; ";
+            return statement(s.substr(colon + 1));
+        }
         if (s.compare(0, 4, ".reg") == 0) {
             const size_t kind = s.find('.', 4), after = s.find_first_of(" \t", kind);
             const string type = s.compare(kind, 5, ".pred") == 0 ? "bool" : type_of("x" + s.substr(kind, after - kind));
-            for (const string& name : split(s.substr(after), ',')) declarations += (type.empty() ? "uint64_t" : type) + " simt_" + trim(name.substr(name.find_first_not_of(" \t%"))) + " = 0; ";
+            for (const string& part : split(s.substr(after), ',')) {
+                const string name = trim(part.substr(part.find_first_not_of(" \t%")));
+                const size_t angle = name.find('<');  // r<3>: r0, r1 and r2
+                for (int i = 0; i < (angle == name.npos ? 1 : atoi(name.c_str() + angle + 1)); i++)
+                    declarations += (type.empty() ? "uint64_t" : type) + " simt_" + name.substr(0, angle) + (angle == name.npos ? "" : std::to_string(i)) + " = 0; ";
+            }
             return;
         }
         string condition;
@@ -516,6 +557,13 @@ class Ptx {
         const string op = s.substr(0, space);
         std::vector<string> arguments;
         if (space != s.npos) arguments = split(s.substr(space), ',');
+        if ((op == "bra" || op == "bra.uni") && arguments.size() == 1) {
+            const string label = label_name(trim(arguments[0]));
+            labels.insert(label);
+            // A loop may wait for another thread.
+            code += condition + "{ " + (passed.count(label) ? "simt::let_others_run(); " : "") + "goto " + label + "; } ";
+            return;
+        }
         const string translated = instruction(op, arguments);
         if (translated.empty()) unknown = op;
         else code += condition + "{ " + translated + " } ";
@@ -539,6 +587,10 @@ public:
         if (!unknown.empty())
             return "simt::trap(\"inline PTX that the emulator does not know: " + unknown + "\", {})";
         if (ptx.code.empty()) return "__asm__ __volatile__(\"\" ::: \"memory\")";  // of the host's code: the compiler stops here
+        for (const string& label : ptx.labels) {
+            if (!ptx.passed.count(label)) return unknown = "bra", "simt::trap(\"inline PTX that the emulator does not know: bra\", {})";
+            ptx.declarations = "__label__ " + label + "; " + ptx.declarations;
+        }
         return "({ " + ptx.declarations + ptx.code + "})";
     }
 };
