@@ -685,42 +685,47 @@ static bool is_own(const std::string& file) {
     return file.compare(0, home.size() + 4, home + "src/") == 0 || file.compare(0, home.size() + 8, home + "include/") == 0;
 }
 
-// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files.
-static std::string find_source_lines(uintptr_t pc) {
-    Dl_info info, own;
-    if (!dladdr(reinterpret_cast<void*>(pc), &info) || !dladdr(reinterpret_cast<void*>(add_kernel), &own)) return "";
-    if (info.dli_fbase != own.dli_fbase) return "";
-    char buffer[1024];
-    snprintf(buffer, sizeof buffer, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
-             size_t(pc - uintptr_t(info.dli_fbase)));
-    std::string found;
-    if (FILE* pipe = popen(buffer, "r")) {
-        while (fgets(buffer, sizeof buffer, pipe)) {
-            const std::string line = relative(std::string(buffer, strcspn(buffer, " \n")));
-            if (line[0] == '?' || line.find(":?") != line.npos || line.compare(0, 8, "/usr/inc") == 0) continue;
-            const std::string file = line.substr(0, line.rfind(':'));
-            if (!is_own(file)) found += line + "\n";
-        }
-        pclose(pipe);
-    }
-    return found;
-}
-
-std::string source_lines(uintptr_t pc) {
+// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files. One call for all that are not known.
+static const std::string& source_lines(const std::vector<uintptr_t>& pcs) {
     static std::map<uintptr_t, std::string> known;
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
-    auto it = known.find(pc);
-    return it != known.end() ? it->second : known[pc] = find_source_lines(pc);
+    Dl_info info, own;
+    dladdr(reinterpret_cast<void*>(add_kernel), &own);
+    std::string command = "addr2line -a -i -e '" + std::string(own.dli_fname) + "'";
+    char buffer[1024];
+    bool any = false;
+    for (const uintptr_t pc : pcs) {
+        if (!known.try_emplace(pc).second || !dladdr(reinterpret_cast<void*>(pc), &info) || info.dli_fbase != own.dli_fbase) continue;
+        snprintf(buffer, sizeof buffer, " 0x%zx", size_t(pc - uintptr_t(own.dli_fbase)));
+        command += buffer, any = true;
+    }
+    if (FILE* pipe = any ? popen((command + " 2>/dev/null").c_str(), "r") : nullptr) {
+        std::string* found = nullptr;
+        while (fgets(buffer, sizeof buffer, pipe)) {
+            if (buffer[0] == '0') {  // an address; its lines follow
+                found = &known[uintptr_t(own.dli_fbase) + strtoull(buffer, nullptr, 16)];
+                continue;
+            }
+            const std::string line = relative(std::string(buffer, strcspn(buffer, " \n")));
+            if (!found || line[0] == '?' || line.find(":?") != line.npos || line.compare(0, 8, "/usr/inc") == 0) continue;
+            if (!is_own(line.substr(0, line.rfind(':')))) *found += line + "\n";
+        }
+        pclose(pipe);
+    }
+    return known[pcs[0]];
 }
+std::string source_lines(uintptr_t pc) { return source_lines(std::vector<uintptr_t>{pc}); }
 
 // Where a thread is: the innermost line, "file:line", and who calls it, as far as that is in the kernel's sources.
 // `stack` has the return addresses, from the innermost one; `first` goes before if it is not among them.
 static std::string place(const std::string& first, void* const* stack, int depth, uintptr_t exact_pc = 0) {
     std::vector<std::string> lines;
-    for (int i = 0; i < depth; i++) {
-        const uintptr_t pc = uintptr_t(stack[i]);
-        const std::string all = source_lines(pc == exact_pc ? pc : pc - 1);  // a call returns behind itself
+    std::vector<uintptr_t> pcs;
+    for (int i = 0; i < depth; i++) pcs.push_back(uintptr_t(stack[i]) - (uintptr_t(stack[i]) != exact_pc));  // a call returns behind itself
+    if (depth) source_lines(pcs);
+    for (const uintptr_t pc : pcs) {
+        const std::string all = source_lines(pc);
         for (size_t at = 0, end; (end = all.find('\n', at)) != all.npos; at = end + 1) lines.push_back(all.substr(at, end - at));
     }
     auto known = std::find(lines.begin(), lines.end(), first);

@@ -27,7 +27,6 @@ struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
     bool special_functions = false;  // whether it may call some of C++17's
-    bool simd = false;               // and those of simd.h
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -604,11 +603,6 @@ inline bool is_special_function(const string& word) {
     return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
 }
 
-// "__vadd2", "__dp4a", ...
-inline bool is_simd_function(const string& word) {
-    return (word.compare(0, 3, "__v") == 0 && word.compare(0, 10, "__volatile")) || word.compare(0, 4, "__dp") == 0;
-}
-
 enum class Scope { file, in_template, other };
 
 // What is in the braces that open behind `text`. A full specialisation is no template.
@@ -1069,7 +1063,7 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
         }
         const size_t end = token_end(s, i);
         const string word = s.substr(i, end - i);
-        if (!skip) r.special_functions |= is_special_function(word), r.simd |= is_simd_function(word);
+        if (!skip) r.special_functions |= is_special_function(word);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
@@ -1084,7 +1078,6 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
                 if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
-                r.simd |= call.find("__dp4a") != call.npos;
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;
