@@ -16,21 +16,18 @@ struct thread_block {
 };
 inline thread_block this_thread_block() { return {}; }
 
-// Of all blocks. Blocks run one after the other: only a grid of one block can wait for itself.
+// Of all blocks.
 struct grid_group {
     static unsigned long long block_rank() { return (simt::view()->block.z * (unsigned long long)simt::view()->grid_dim.y + simt::view()->block.y) * simt::view()->grid_dim.x + simt::view()->block.x; }
     static unsigned long long thread_rank() { return block_rank() * thread_block::size() + thread_block::thread_rank(); }
     static unsigned long long size() { return (unsigned long long)simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z * thread_block::size(); }
-    void sync(SIMT_WHERE) const {
-        if (simt::view()->grid_dim.x * simt::view()->grid_dim.y * simt::view()->grid_dim.z > 1) simt::trap("grid.sync(): the emulator runs blocks one after the other", at);
-        __syncthreads(at);
-    }
+    void sync(SIMT_WHERE) const { simt::grid_barrier(at); }
     static unsigned long long num_threads() { return size(); }
     static unsigned long long num_blocks() { return size() / thread_block::size(); }
     static dim3 group_dim() { return simt::view()->grid_dim; }
     static dim3 dim_blocks() { return simt::view()->grid_dim; }
     static dim3 block_index() { return thread_block::group_index(); }
-    static bool is_valid() { return true; }
+    static bool is_valid() { return simt::is_cooperative(); }
 };
 inline grid_group this_grid() { return {}; }
 

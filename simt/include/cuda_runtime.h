@@ -197,9 +197,10 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 namespace simt {
-cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared);
+cudaError_t launch_untyped(const char* call, const void* kernel, const Config& config, void** arguments);
 #ifndef gridDim
 cudaError_t heed_attributes(const cudaLaunchConfig_t& config);
+Config config_of(const cudaLaunchConfig_t& config);
 #endif
 cudaError_t allocate(void** p, size_t bytes);
 cudaError_t allocate_host(void** p, size_t bytes);
@@ -308,36 +309,42 @@ template <class F> cudaError_t cudaOccupancyMaxPotentialBlockSize(int* grid, int
 }
 namespace simt {
 template <class... A, size_t... I>
-cudaError_t launch_kernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared, std::index_sequence<I...>) {
+cudaError_t launch_kernel(void (*kernel)(A...), const Config& config, void** arguments, std::index_sequence<I...>) {
     (void)arguments;
-    launch(kernel_name((const void*)kernel), Config(grid, block, shared), [=](auto... a) { kernel(a...); }, *static_cast<std::decay_t<A>*>(arguments[I])...);
+    launch(kernel_name((const void*)kernel), config, [=](auto... a) { kernel(a...); }, *static_cast<std::decay_t<A>*>(arguments[I])...);
     return cudaGetLastError();
 }
 }  // namespace simt
+// Of a kernel, and of a void* that is one. The source step takes casts to void* away.
 template <class... A>
-cudaError_t cudaLaunchKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
-    return simt::launch_kernel(kernel, grid, block, arguments, shared, std::index_sequence_for<A...>());
+cudaError_t cudaLaunchKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t stream = nullptr) {
+    return simt::launch_kernel(kernel, {grid, block, shared, stream}, arguments, std::index_sequence_for<A...>());
 }
 template <class... A>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
-    return cudaLaunchKernel(kernel, grid, block, arguments, shared);
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t stream = nullptr) {
+    return simt::launch_kernel(kernel, {grid, block, shared, stream, true}, arguments, std::index_sequence_for<A...>());
 }
-inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
-    return simt::launch_untyped("cudaLaunchKernel", kernel, grid, block, arguments, shared);
+inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t stream = nullptr) {
+    return simt::launch_untyped("cudaLaunchKernel", kernel, {grid, block, shared, stream}, arguments);
 }
-inline cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t = nullptr) {
-    return simt::launch_untyped("cudaLaunchCooperativeKernel", kernel, grid, block, arguments, shared);
+inline cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared = 0, cudaStream_t stream = nullptr) {
+    return simt::launch_untyped("cudaLaunchCooperativeKernel", kernel, {grid, block, shared, stream, true}, arguments);
 }
 #ifndef gridDim
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
     if (const cudaError_t e = simt::heed_attributes(*config)) return e;
-    simt::launch_as(simt::kernel_name((const void*)kernel), simt::Config(config->gridDim, config->blockDim, config->dynamicSmemBytes), kernel, std::forward<A>(arguments)...);
+    simt::launch_as(simt::kernel_name((const void*)kernel), simt::config_of(*config), kernel, std::forward<A>(arguments)...);
     return cudaGetLastError();
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
     if (const cudaError_t e = simt::heed_attributes(*config)) return e;
-    return simt::launch_untyped("cudaLaunchKernelExC", kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes);
+    return simt::launch_untyped("cudaLaunchKernelExC", kernel, simt::config_of(*config), arguments);
+}
+template <class... A>
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, void (*kernel)(A...), void** arguments) {
+    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
+    return simt::launch_kernel(kernel, simt::config_of(*config), arguments, std::index_sequence_for<A...>());
 }
 #endif
 inline cudaError_t cudaProfilerStart() { return cudaSuccess; }

@@ -465,7 +465,6 @@ inline unsigned __usad(unsigned a, unsigned b, unsigned c) { return c + (a > b ?
 // Of no meaning here but that it grows; clock() is the host's.
 inline long long clock64() { return (long long)__builtin_ia32_rdtsc(); }
 
-// A fifth of the time to read all this: simt-check asks for them where a file names one.
-#if defined(SIMT_SIMD) || !(defined(SIMT_SOURCE_STEP) || defined(SIMT_RUNTIME))
+#ifndef SIMT_RUNTIME
 #include "simd.h"
 #endif

@@ -112,6 +112,7 @@ typedef uint32_t Vector16 __attribute__((vector_size(16), may_alias));
 struct View {
     uint3 thread, block;
     dim3 block_dim, grid_dim;
+    mutable bool carry;  // of inline PTX: from `add.cc` to `addc`
 };
 // It lies where the reservation begins that holds the stacks of an OS thread's fibers, aligned to its size: the stack
 // pointer says where.
@@ -131,6 +132,8 @@ struct Op {
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at);
 void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
+void grid_barrier(Where at);
+bool is_cooperative();  // the launch
 void let_others_run();
 bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
@@ -218,6 +221,27 @@ inline void set_register(To& to, T value) {
     else to = register_as<To>(value);
 }
 
+// PTX with a carry, or a borrow: `takes` it in, `sets` it.
+template <class T>
+inline T added(T a, T b, bool takes, bool sets) {
+    std::make_unsigned_t<T> x = a, y = b, all;
+    const bool one = takes && view()->carry, over = __builtin_add_overflow(x, y, &all), more = __builtin_add_overflow(all, one, &all);
+    if (sets) view()->carry = over || more;
+    return T(all);
+}
+template <class T>
+inline T subtracted(T a, T b, bool takes, bool sets) {
+    std::make_unsigned_t<T> x = a, y = b, all;
+    const bool one = takes && view()->carry, under = __builtin_sub_overflow(x, y, &all), more = __builtin_sub_overflow(all, one, &all);
+    if (sets) view()->carry = under || more;
+    return T(all);
+}
+template <class T> inline T product_lo(T a, T b) { return T(std::make_unsigned_t<T>(a) * std::make_unsigned_t<T>(b)); }
+template <class T> inline T product_hi(T a, T b) {
+    using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+    return T(Wide(a) * Wide(b) >> sizeof(T) * 8);
+}
+
 // Kernels register themselves by name before main; the argument types come from the signature.
 struct Kernel {
     const char* name;
@@ -234,8 +258,9 @@ void add_kernel(const Kernel&);
 struct Config {
     dim3 grid, block;
     size_t shared;
+    bool cooperative;
     template <class Stream = void*>
-    Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}) : grid(grid), block(block), shared(shared) {}
+    Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}, bool cooperative = false) : grid(grid), block(block), shared(shared), cooperative(cooperative) {}
 };
 void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char* params), const void* params, size_t bytes);
 

@@ -93,6 +93,7 @@ struct Acquire {
     uintptr_t place;
     int thread;
     uint32_t stamp, atomics;
+    uint32_t serial;
     std::map<uint32_t, Release> blocks;
 };
 
@@ -102,7 +103,7 @@ struct BankAccess {
 };
 
 struct Checker {
-    std::vector<SharedCell> cells;
+    SharedCell* cells;  // of each byte
     uint32_t phase = 0, first_phase = 0, epoch = 0;
     uint32_t epochs[kMaxThreads] = {};  // now: clocks[i][i], side by side for the cache
     // [thread][thread or party]: its last epoch known to be over
@@ -135,8 +136,6 @@ struct Checker {
     std::vector<Acquire> acquired;
     // Within the block: what each thread knew at its last fence, and what atomics on an address have told.
     bool fenced = false;
-    void* polled = nullptr;
-    unsigned polls = 0;
     std::vector<uint32_t> at_fence[kMaxThreads];
     std::map<uintptr_t, std::vector<uint32_t>> told;
     // Each thread's last plain reads, for the atomics that follow.
@@ -156,7 +155,9 @@ static Checker& checker() {
     Machine& m = *current();
     if (!m.checker) {
         m.checker = new Checker;
-        m.checker->cells.resize(m.end - m.statics);
+        void* cells = mmap(nullptr, (m.end - m.statics) * sizeof(SharedCell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (cells == MAP_FAILED) throw std::bad_alloc();
+        m.checker->cells = static_cast<SharedCell*>(cells);
     }
     return *m.checker;
 }
@@ -713,6 +714,12 @@ void check_launch_start(Launch& l) {
     l.releases = new Releases;
 }
 
+// What was before is another launch's.
+void check_grid_barrier(Launch& l) {
+    l.serial++;
+    l.releases->places.clear();
+}
+
 void* make_shadow(size_t bytes) {
     size_t size = std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell);
     void* shadow = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -816,7 +823,7 @@ void check_atomic_done(uintptr_t a) {
     if (!place.blocks.empty()) {
         // A later one of the same thread and place knows more.
         c.acquired.erase(std::remove_if(c.acquired.begin(), c.acquired.end(), [&](const Acquire& q) { return q.place == a && q.thread == t && !met_since(c, t, t, q.stamp); }), c.acquired.end());
-        c.acquired.push_back({a, t, c.stamp, place.atomics, place.blocks});
+        c.acquired.push_back({a, t, c.stamp, place.atomics, m.launch->serial, place.blocks});
     }
     if (!c.any_fence) return;
     releases.any = true;
@@ -836,7 +843,7 @@ static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t s
     Checker& c = checker();
     const Launch& l = *current()->launch;
     for (const Acquire& q : c.acquired) {
-        if (q.thread != t.linear && !met_since(c, q.thread, t.linear, q.stamp)) continue;
+        if (q.serial != l.serial || (q.thread != t.linear && !met_since(c, q.thread, t.linear, q.stamp))) continue;
         if (block < kManyBlocks) {
             auto told = q.blocks.find(block);
             if (told == q.blocks.end()) continue;
@@ -949,14 +956,10 @@ static inline void hook(void* address, size_t bytes, Access access, void* pc, bo
     if (m && m->self) check(*m->self, uintptr_t(address), bytes, access, {nullptr, uintptr_t(pc), relaxed});
 }
 
-// Who reads one place so often by itself waits for another thread.
 static void volatile_read(void* p, size_t bytes, void* pc) {
     hook(p, bytes, Access::read, pc, true);
     Machine* m = current();
-    if (!m || !m->self) return;
-    Checker& c = checker();
-    if (c.polled != p) c.polled = p, c.polls = 0;
-    if (++c.polls % 64 == 0) let_others_run();
+    if (m && m->self) let_others_run_if_polled(*m, uintptr_t(p));
 }
 
 void check_range(const void* address, size_t bytes, Access access, uintptr_t pc) {

@@ -50,7 +50,10 @@ struct Launch {
     Order order;
     uint64_t seed;
     bool poison, strict, undefined;
-    uint32_t serial = 0;  // which launch, in the shadow of global memory
+    bool cooperative;    // all blocks are there together and may wait for each other
+    int64_t absent;      // a block that has left, while others wait for it; else -1
+    uint32_t serial = 0;  // which launch, in the shadow of global memory; each barrier of the grid begins another
+    uint32_t first = 0;   // its own before those
     // Programmatic dependent launch: those that may still run when this one begins, and when its threads have waited.
     Serials running{1, 1}, left{1, 1};
     std::atomic<bool> waited{false};  // some thread has
@@ -150,12 +153,17 @@ struct Machine {
     uint64_t block_serial = 0;
     void* scheduler_sp;
     std::vector<int> free_stacks;
+    int open_stacks = 0;
     Thread threads[kMaxThreads];
     Warp warps[kMaxWarps];
     uint32_t ready_warps;
     int warp;  // that ran last
     int count, alive, at_barrier;
     int votes, counted;  // of the barrier that fills, and of the last
+    bool at_grid;        // all wait for the other blocks
+    unsigned yields;     // of threads that wait in a loop
+    // So often a thread asked for one word by itself, and then others run.
+    struct { uintptr_t address; const Thread* thread; unsigned times; } polled;
     Thread* first_at_barrier;
     uint64_t random;
     const Where* fault_where = nullptr;  // blames this line, not the program counter
@@ -168,7 +176,9 @@ struct Machine {
     alignas(32) float b_rows[kMaxTiles][16][8];
 
     Machine();
-    void run_block(Launch& launch, uint64_t linear);
+    void begin_block(Launch& launch, uint64_t linear);
+    void run();      // until the block has ended, or waits for others: then some of its threads are alive
+    void abandon();  // what is left of a block of a launch that has failed
     bool is_shared(uintptr_t a) const { return a - statics < end - statics; }
     int lane() const { return self->linear & 31; }
 };
@@ -192,6 +202,11 @@ inline Machine* current() {
 int choose(uint32_t set, Machine& m);
 void make_ready(Machine& m, int warp, uint32_t lanes);
 void wait(Machine& m);
+// Who reads one place so often by itself, volatile or by atomics, waits for another thread.
+inline void let_others_run_if_polled(Machine& m, uintptr_t address) {
+    if (m.polled.address != address || m.polled.thread != m.self) m.polled = {address, m.self, 0};
+    if (++m.polled.times % 64 == 0) let_others_run();
+}
 
 // Hopper (hopper.cpp): before a block; when a thread leaves; lets one asynchronous thing happen, if any is
 // in flight; fails if a wait of Hopper's is what nothing will end.
@@ -262,6 +277,7 @@ void check_atomic_done(uintptr_t address);
 void check_launch_start(Launch& launch);
 void check_waited();  // for the launches before
 bool knows_waited(const Thread& thread);
+void check_grid_barrier(Launch& launch);  // all blocks have met
 std::string check_launch_end(Launch& launch);  // a finding, or nothing
 void check_thread_end();
 void check_freed();  // by a kernel: what was there is not remembered
@@ -299,6 +315,7 @@ inline void check_atomic_done(uintptr_t) {}
 inline void check_launch_start(Launch&) {}
 inline void check_waited() {}
 inline bool knows_waited(const Thread&) { return true; }
+inline void check_grid_barrier(Launch&) {}
 inline std::string check_launch_end(Launch&) { return ""; }
 inline void check_thread_end() {}
 inline void check_freed() {}

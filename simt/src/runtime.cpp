@@ -25,6 +25,7 @@ namespace simt {
 
 void launched(int code) {
     if (code == 1) last = cudaErrorInvalidConfiguration;
+    if (code == 3) last = cudaErrorCooperativeLaunchTooLarge;
     if (code == 2) last = sticky = cudaErrorLaunchFailure;
     if (code) fprintf(stderr, "%s\n", emu_last_error());
 }
@@ -104,7 +105,7 @@ void call_words(const Kernel&, const unsigned char* params) {
 }
 }  // namespace
 
-cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared) {
+cudaError_t launch_untyped(const char* call, const void* kernel, const Config& config, void** arguments) {
     static const std::pair<const char*, int> scalars[] = {{"int", 4}, {"unsigned int", 4}, {"long", 8}, {"unsigned long", 8}, {"long long", 8},
         {"unsigned long long", 8}, {"bool", 1}, {"char", -1}, {"signed char", -1}, {"unsigned char", 1}, {"short", -2}, {"unsigned short", 2}, {"__half", 2}, {"__nv_bfloat16", 2}};
     const std::string signature = kernel_signature(kernel);
@@ -143,7 +144,7 @@ cudaError_t launch_untyped(const char* call, const void* kernel, dim3 grid, dim3
         type.clear();
         if (c == ')') break;
     }
-    run(kernel_name(kernel), Config(grid, block, shared), call_words, &words, sizeof words);
+    run(kernel_name(kernel), config, call_words, &words, sizeof words);
     return cudaGetLastError();
 }
 
@@ -155,6 +156,12 @@ cudaError_t heed_attributes(const cudaLaunchConfig_t& config) {
         if (id == cudaLaunchAttributeProgrammaticStreamSerialization && value.programmaticStreamSerializationAllowed) overlap_next();
     }
     return cudaSuccess;
+}
+
+Config config_of(const cudaLaunchConfig_t& config) {
+    bool cooperative = false;
+    for (unsigned i = 0; i < config.numAttrs; i++) cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative;
+    return {config.gridDim, config.blockDim, config.dynamicSmemBytes, config.stream, cooperative};
 }
 
 cudaError_t function_attributes(cudaFuncAttributes* a, const void* kernel) {
@@ -186,7 +193,7 @@ static cudaError_t refuse_outside(const char* call, const char* what, const void
 }  // namespace simt
 
 const char* cudaGetErrorString(cudaError_t error) {
-    if (error == cudaErrorInvalidConfiguration || error == cudaErrorLaunchFailure) return emu_last_error();
+    if (error == cudaErrorInvalidConfiguration || error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchFailure) return emu_last_error();
     switch (error) {
         case cudaSuccess: return "no error";
 #define SIMT_ERROR(name, number, text) case cudaError##name: return text;

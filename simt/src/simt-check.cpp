@@ -14,6 +14,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
@@ -45,6 +46,8 @@ The files, and the driver if there is one, have a main() together. It runs once 
     -I, -D, -std, -O  for the compiler ($CXX, else c++)
     --library FILE    only makes the shared library, of the one build that --build names
     --keep DIR        where to compile; it stays, and what has not changed is not compiled again
+
+The emulator itself is compiled once, and kept in $XDG_CACHE_HOME/simt-check or ~/.cache/simt-check.
 
 Exit code: 0 nothing found, 1 findings in kernels, 2 main() failed or hung, 3 does not compile or wrong options.
 )";
@@ -244,10 +247,21 @@ static fs::path home() {
     usage("cannot find include/simt.h: set SIMT_HOME");
 }
 
+// For what is the same for all programs. Where it cannot be made, that is where the program is compiled.
+static fs::path cache(const fs::path& otherwise) {
+    const char *set = getenv("XDG_CACHE_HOME"), *user = getenv("HOME");
+    if (!set && !user) return otherwise;
+    const fs::path directory = (set ? fs::path(set) : fs::path(user) / ".cache") / "simt-check";
+    std::error_code error;
+    fs::create_directories(directory, error);
+    return access(directory.c_str(), W_OK) ? otherwise : fs::absolute(directory);
+}
+
 struct Compiler {
     const Options& options;
     fs::path simt, directory;
     string cxx;
+    fs::path shared = {};
 
     // The compiler, which makes `made`.
     void command(const vector<string>& words, const fs::path& made) const {
@@ -261,19 +275,27 @@ struct Compiler {
         fprintf(stderr, "%s", why.c_str());
     }
 
-    // An object of the same bytes by the same compiler and flags is not made again.
-    fs::path object(const string& name, const string& text, const vector<string>& words, const fs::path& input) {
+    // What is made of the same bytes by the same compiler and flags.
+    fs::path made_of(const fs::path& name, const string& text, const vector<string>& words) const {
         string all = cxx + text;
         for (const string& w : words) all += '\n' + w;
-        const fs::path made = directory / (name + "-" + std::to_string(std::hash<string>()(all)) + ".o");
+        return name.string() + "-" + std::to_string(std::hash<string>()(all));
+    }
+
+    // It is not made again.
+    fs::path make(const fs::path& made, const vector<string>& words, const fs::path& input) const {
         if (fs::exists(made)) return made;
         const fs::path partial = made.string() + "." + std::to_string(getpid());
         vector<string> c = {cxx};
         c.insert(c.end(), words.begin(), words.end());
-        c.insert(c.end(), {"-c", input.string(), "-o", partial.string()});
+        c.insert(c.end(), {input.string(), "-o", partial.string()});
         command(c, partial);
         fs::rename(partial, made);
         return made;
+    }
+    fs::path object(const fs::path& name, const string& text, vector<string> words, const fs::path& input) const {
+        words.push_back("-c");
+        return make(made_of(name, text, words).string() + ".o", words, input);
     }
 
     vector<string> flags(bool checked) const {
@@ -297,7 +319,27 @@ struct Compiler {
         checked &= text.find("check_") != text.npos || text.find("kChecked") != text.npos;
         vector<string> f = flags(checked);
         f.push_back("-I" + (simt / "include").string());
-        return object(source.stem().string() + (checked ? ".checked" : ""), headers() + text, f, source);
+        return object(shared / (source.stem().string() + (checked ? ".checked" : "")), headers() + text, f, source);
+    }
+
+    // What every file begins with, as nvcc has its runtime API before the first line. The compiler has read it before: to read
+    // it takes longer than most files' own lines.
+    fs::path prelude(bool special_functions) const {
+        vector<string> words = flags(false);
+        for (const string& word : options.flags)
+            if (word.compare(0, 4, "-std") == 0 || word.compare(0, 3, "-D_") == 0) words.push_back(word);
+        if (special_functions) words.push_back("-DSIMT_SPECIAL_FUNCTIONS");
+        words.insert(words.end(), {"-DSIMT_SOURCE_STEP", "-x", "c++-header"});
+        const fs::path header = made_of(shared / "prelude", headers(), words).string() + ".h", partial = header.string() + "." + std::to_string(getpid());
+        static std::mutex one;  // of all files
+        const std::lock_guard<std::mutex> lock(one);
+        if (fs::exists(header.string() + ".gch")) return header;
+        std::ofstream text(partial);
+        for (const char* name : {"simt.h", "cuda_runtime.h", "cooperative_groups.h"}) text << "#include \"" << (simt / "include" / name).string() << "\"\n";
+        text.close();
+        fs::rename(partial, header);
+        make(header.string() + ".gch", words, header);
+        return header;
     }
 
     // Whether a file of the program's names __CUDA_ARCH__.
@@ -312,41 +354,35 @@ struct Compiler {
         return false;
     }
 
-    translate::Result translated(const string& source, const fs::path& made, const vector<string>& parts_of_headers) {
+    translate::Result translated(const string& source, const fs::path& made, bool special_functions) {
         const fs::path expanded = made.string() + "." + std::to_string(getpid()) + ".ii";
-        // As nvcc does, with the runtime API before the first line. A program's own macros come behind it, lest a T or an N
-        // of theirs be one of its names; those with an underscore are for system headers.
-        const fs::path prelude = expanded.string() + ".h";
-        std::ofstream text_of_prelude(prelude);
-        text_of_prelude << "#define SIMT_SOURCE_STEP 1\n";
+        // A program's own macros come behind the prelude, lest a T or an N of theirs be one of its names; those with an
+        // underscore are for system headers.
+        const fs::path macros = expanded.string() + ".h";
+        std::ofstream text_of_macros(macros);
         vector<string> words;
-        // To read cooperative_groups.h costs a third of a small file's time: for files that name it.
-        const bool groups = read_file(source).find("cooperative_groups") != string::npos;
-        for (const char* header : {"simt.h", "cuda_runtime.h", "cooperative_groups.h"})
-            if (groups || strcmp(header, "cooperative_groups.h")) text_of_prelude << "#include \"" << (simt / "include" / header).string() << "\"\n";
         for (const string& word : options.flags) {
             if (word.compare(0, 2, "-D") || word[2] == '_') { words.push_back(word); continue; }
             const size_t equals = word.find('=');
-            text_of_prelude << "#define " << word.substr(2, equals - 2) << " " << (equals == word.npos ? "1" : word.substr(equals + 1)) << "\n";
+            text_of_macros << "#define " << word.substr(2, equals - 2) << " " << (equals == word.npos ? "1" : word.substr(equals + 1)) << "\n";
         }
-        text_of_prelude.close();
-        vector<string> c = {cxx, "-E", "-x", "c++", "-include", prelude.string(), "-I" + (simt / "include").string()};
+        text_of_macros.close();
+        vector<string> c = {cxx, "-E", "-fpch-preprocess", "-x", "c++", "-DSIMT_SOURCE_STEP", "-include", prelude(special_functions).string(), "-include", macros.string(), "-I" + (simt / "include").string()};
         const vector<string> f = flags(false);
         c.insert(c.end(), f.begin(), f.end());
         c.insert(c.end(), words.begin(), words.end());
-        for (const string& part : parts_of_headers)
-            if (!part.empty()) c.push_back(part);
+        if (special_functions) c.push_back("-DSIMT_SPECIAL_FUNCTIONS");
         c.insert(c.end(), {source, "-o", expanded.string()});
         struct Remover {
             fs::path path;
             ~Remover() { fs::remove(path); }
-        } remover{prelude};
+        } remover{macros};
         auto preprocessed = [&] {
             command(c, expanded);
             string text = read_file(expanded);
             fs::remove(expanded);
             // Objects are known by this text: it must not name a file of this process's.
-            for (size_t at; (at = text.find(prelude.string())) != text.npos;) text.replace(at, prelude.string().size(), "<command-line>");
+            for (size_t at; (at = text.find(macros.string())) != text.npos;) text.replace(at, macros.string().size(), "<command-line>");
             return text;
         };
         string text = preprocessed();
@@ -363,9 +399,8 @@ struct Compiler {
     fs::path translated(const string& source) {
         // Two files may have one name.
         const fs::path made = directory / (fs::path(source).filename().string() + "." + std::to_string(std::hash<string>()(source)) + ".ii");
-        translate::Result result = translated(source, made, {});
-        if (result.special_functions || result.simd)
-            result = translated(source, made, {result.special_functions ? "-DSIMT_SPECIAL_FUNCTIONS" : "", result.simd ? "-DSIMT_SIMD" : ""});
+        translate::Result result = translated(source, made, false);
+        if (result.special_functions) result = translated(source, made, true);
         for (const string& line : std::set<string>(result.unknown.begin(), result.unknown.end())) fprintf(stderr, "%s: an error if a thread comes there\n", line.c_str());
         std::ofstream(made, std::ios::binary) << result.text;
         return made;
@@ -377,32 +412,33 @@ struct Compiler {
         for (const string& flag : options.flags)
             if (flag[1] != 'I' && flag[1] != 'D') words.push_back(flag);
         words.insert(words.end(), {"-x", "c++-cpp-output"});
-        return object(source.stem().stem().string() + (checked ? ".checked" : ""), read_file(source), words, source);
+        return object(directory / (source.stem().stem().string() + (checked ? ".checked" : "")), read_file(source), words, source);
     }
 
     // The builds' libraries. Into `to`, if it is given, goes that of the only build.
     vector<fs::path> libraries(const fs::path& to = {}) {
-        vector<std::function<fs::path()>> translations, objects, links;
-        for (const string& source : options.sources) translations.push_back([=] { return translated(source); });
-        const vector<fs::path> sources = in_parallel(translations);
-        // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented. And what
-        // takes long before the rest, lest one processor be left with it.
+        vector<std::function<fs::path()>> first, second, links;
+        for (const string& source : options.sources) first.push_back([=] { return translated(source); });
+        // What takes long before the rest, lest one processor be left with it.
         vector<fs::path> own;
         for (const auto& e : fs::directory_iterator(simt / "src"))
             if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") own.push_back(e.path());
         std::sort(own.begin(), own.end(), [](const fs::path& a, const fs::path& b) { return fs::file_size(a) > fs::file_size(b); });
-        for (const string& build : options.builds) {
-            const bool checked = build == "checked";
-            for (const fs::path& source : own) objects.push_back([=] { return runtime(source, checked); });
-            for (const fs::path& source : sources) objects.push_back([=] { return kernels(source, checked); });
-        }
-        const vector<fs::path> all = in_parallel(objects);
-        const size_t each = all.size() / options.builds.size();
+        for (const fs::path& source : own)
+            for (const string& build : options.builds) first.push_back([=] { return runtime(source, build == "checked"); });
+        vector<fs::path> sources = in_parallel(first);
+        const vector<fs::path> runtimes(sources.begin() + long(options.sources.size()), sources.end());
+        sources.resize(options.sources.size());
+        for (const string& build : options.builds)
+            for (const fs::path& source : sources) second.push_back([=] { return kernels(source, build == "checked"); });
+        const vector<fs::path> programs = in_parallel(second);
         for (size_t b = 0; b < options.builds.size(); b++)
             links.push_back([&, b] {
                 const fs::path library = to.empty() ? directory / ("lib" + options.builds[b] + ".so") : to;
                 vector<string> c = {cxx, "-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o", library.string()};
-                for (size_t i = b * each; i < (b + 1) * each; i++) c.push_back(all[i].string());
+                // The runtime first: of an inline function that both have, its copy must be the one that is not instrumented.
+                for (size_t i = b; i < runtimes.size(); i += options.builds.size()) c.push_back(runtimes[i].string());
+                for (size_t i = 0; i < sources.size(); i++) c.push_back(programs[b * sources.size() + i].string());
                 c.push_back("-ldl");
                 // What it was last made of.
                 const fs::path stamp = library.string() + ".of";
@@ -623,6 +659,7 @@ static int check(const Options& o, vector<Run>& runs) {
     Compiler compiler{o, home(), {}, getenv("CXX") ? getenv("CXX") : "c++"};
     compiler.directory = fs::absolute(o.keep.empty() ? temporary : o.keep);
     fs::create_directories(compiler.directory);
+    compiler.shared = cache(compiler.directory);
     struct Cleaner {
         string path;
         ~Cleaner() { if (!path.empty()) fs::remove_all(path); }

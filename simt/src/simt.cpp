@@ -116,7 +116,11 @@ static void become(Machine& m, Thread& t) {
     m.view.thread = t.index;
 }
 
+// What threads wait in for all blocks of the grid.
+static const Op kGridSync = {"grid.sync()", nullptr};
+
 static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads"; }
+static bool is_barrier(const Op* op) { return !op || op == &kGridSync; }
 
 [[noreturn]] static void deadlock(Machine& m) {
     if (m.launch->kernel->hopper) hopper_deadlock(m);
@@ -124,7 +128,7 @@ static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads
     while (waits->state != State::waiting) waits++;
     const bool exits_count = m.launch->strict || (waits->op && waits->op->whole_warp);
     for (Thread* t = m.threads; t < m.threads + m.count; t++) {
-        bool awaited = !waits->op || (t->linear / 32 == waits->linear / 32 && waits->mask >> (t->linear & 31) & 1);
+        bool awaited = is_barrier(waits->op) || (t->linear / 32 == waits->linear / 32 && waits->mask >> (t->linear & 31) & 1);
         bool joined = t->state == State::waiting && t->op == waits->op && t->mask == waits->mask;
         if (!awaited || joined || (t->state == State::done && !exits_count)) continue;
         if (t->state == State::done)
@@ -174,25 +178,27 @@ uint32_t converged(Where at) {
     return lanes;
 }
 
-static void go_to(Machine& m, Thread& next) {
-    Thread& t = *m.self;
+// From what runs here, whose stack pointer goes to `save`.
+static void go_to(Machine& m, void** save, Thread& next) {
     if (next.state == State::fresh) {
         next.stack = m.free_stacks.back();
         m.free_stacks.pop_back();
         next.sp = fresh_stack(m, next.stack);
     }
     become(m, next);
-    simt_switch(&t.sp, next.sp);
+    simt_switch(save, next.sp);
 }
 
 void wait(Machine& m) {
     complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
+    if (!next && m.at_grid) return simt_switch(&t.sp, m.scheduler_sp);
     if (!next) deadlock(m);
-    if (next != &t) go_to(m, *next);
+    if (next != &t) go_to(m, &t.sp, *next);
 }
 
 static bool complete_barrier(Machine& m);
+static uint3 coordinates(uint64_t linear, dim3 size);
 static bool complete_collective(Machine& m, int warp, const Thread& arrived);
 
 // Barriers and warps wait only for threads that have not left, unless the launch is strict.
@@ -224,7 +230,7 @@ static void fiber() {
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
         leave(m, t);
         Thread* next = pick_or_progress(m);
-        if (!next && m.alive) deadlock(m);
+        if (!next && m.alive && !m.at_grid) deadlock(m);
         void* ignored;
         int stack = t.stack;
         if (next && next->state == State::fresh) {
@@ -238,13 +244,15 @@ static void fiber() {
     }
 }
 
-// The next thread of the block in turn goes on, so that who waits in a loop for another does not wait for ever.
+// The next thread of the block in turn goes on, so that who waits in a loop for another does not wait for ever; and other
+// blocks, if nobody else of this one can run, or all have waited.
 void let_others_run() {
     Machine* running = current();
     if (!running || !running->self) return;
     Machine& m = *running;
     Thread& t = *m.self;
-    for (int i = 1; i < m.count; i++) {
+    const bool blocks_too = m.launch->blocks > 1 && ++m.yields % unsigned(m.count) == 0;
+    for (int i = 1; i < m.count && !blocks_too; i++) {
         Thread& next = m.threads[(t.linear + i) % m.count];
         Warp& w = m.warps[next.linear / 32];
         const uint32_t lane = 1u << (next.linear & 31);
@@ -252,22 +260,37 @@ void let_others_run() {
         w.ready &= ~lane;
         if (!w.ready) m.ready_warps &= ~(1u << next.linear / 32);
         make_ready(m, t.linear / 32, 1u << (t.linear & 31));
-        return go_to(m, next);
+        return go_to(m, &t.sp, next);
     }
+    if (m.launch->blocks == 1) return;
+    make_ready(m, t.linear / 32, 1u << (t.linear & 31));
+    simt_switch(&t.sp, m.scheduler_sp);
 }
 
-void barrier(Where at) {
+static void arrive(const Op* op, Where at) {
     Machine& m = *current();
     Thread& t = *m.self;
-    t.op = nullptr, t.at = at, t.mask = 0, t.state = State::waiting;
+    t.op = op, t.at = at, t.mask = 0, t.state = State::waiting;
     if (!m.at_barrier++) m.first_at_barrier = &t;
     const Thread& first = *m.first_at_barrier;
-    if (first.at.line != at.line || first.at.nth != at.nth || strcmp(first.at.file, at.file))
+    if (first.op != op || first.at.line != at.line || first.at.nth != at.nth || strcmp(first.at.file, at.file))
         fail(t, at, "mixed barriers: thread (%u,%u,%u) waits in another, at %s:%d", first.index.x, first.index.y,
              first.index.z, first.at.file, first.at.line);
     complete_barrier(m);
     wait(m);
 }
+void barrier(Where at) { arrive(nullptr, at); }
+
+void grid_barrier(Where at) {
+    const Launch& l = *current()->launch;
+    Thread& t = *current()->self;
+    if (!l.cooperative) fail(t, at, "grid.sync() in a kernel that was not launched by cudaLaunchCooperativeKernel");
+    arrive(&kGridSync, at);
+    if (l.absent < 0) return;
+    const uint3 absent = coordinates(uint64_t(l.absent), l.grid);
+    fail(t, at, "divergent grid.sync(): waits for block (%u,%u,%u), which has left the kernel", absent.x, absent.y, absent.z);
+}
+bool is_cooperative() { return current()->launch->cooperative; }
 
 int barrier_count(bool predicate, Where at) {
     current()->votes += predicate;
@@ -275,14 +298,23 @@ int barrier_count(bool predicate, Where at) {
     return current()->counted;  // the next barrier waits for this thread
 }
 
+static void pass_barrier(Machine& m);
 static bool complete_barrier(Machine& m) {
     if (m.at_barrier != (m.launch->strict ? m.count : m.alive)) return false;
     m.at_barrier = 0;
     m.counted = m.votes, m.votes = 0;
     check_barrier();
+    const Thread& first = *m.first_at_barrier;
+    m.at_grid = first.op == &kGridSync;
+    if (!m.at_grid) pass_barrier(m);
+    // It is the one that waits for the other blocks.
+    else if (m.threads[0].state == State::done) fail(first, first.at, "divergent grid.sync(): waits for thread (0,0,0), which has left the kernel");
+    return true;
+}
+
+static void pass_barrier(Machine& m) {
     for (int w = 0; w * 32 < m.count; w++) make_ready(m, w, ~m.warps[w].exited);
     m.warp = choose(m.ready_warps, m);
-    return true;
 }
 
 void collective(const Op& op, uint32_t mask, void* data, const void* imm, Where at) {
@@ -567,6 +599,10 @@ static View& reserve() {
     return *reinterpret_cast<View*>(base);
 }
 
+static void open(uintptr_t at, size_t bytes) {
+    if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
+}
+
 Machine::Machine() : view(reserve()) {
     places.resize(image().variables.size());
     size_t stack_area = kPage + (kMaxThreads + 1) * (kPage + kStack);
@@ -580,11 +616,7 @@ Machine::Machine() : view(reserve()) {
     statics_guard = statics + kStaticArea;
     end = statics_guard + kPage + dynamic_area;
     dynamic_end = end;
-    auto open = [](uintptr_t at, size_t bytes) {
-        if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
-    };
-    for (int i = -1; i < kMaxThreads; i++) open(stacks + i * (kPage + kStack) + kPage, kStack);
-    for (int i = kMaxThreads - 1; i >= 0; i--) free_stacks.push_back(i);
+    open(stacks - kStack, kStack);
     open(statics, kStaticArea);
     open(statics_guard + kPage, dynamic_area);
 }
@@ -593,12 +625,12 @@ static uint3 coordinates(uint64_t linear, dim3 size) {
     return {unsigned(linear % size.x), unsigned(linear / size.x % size.y), unsigned(linear / size.x / size.y)};
 }
 
-void Machine::run_block(Launch& l, uint64_t linear) {
+void Machine::begin_block(Launch& l, uint64_t linear) {
     launch = &l;
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
-    ready_warps = 0, at_barrier = votes = 0, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
+    ready_warps = 0, at_barrier = votes = 0, at_grid = false, yields = 0, polled = {}, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
     uintptr_t begin = (dynamic_end - l.smem) & ~uintptr_t(127);
     // A driver promises no more than 128: whoever needs 1024 must round up.
@@ -608,6 +640,11 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     block_serial++;
     variables.clear();
     variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
+    // Only as many as a launch needs: each is a mapping of its own, of which a process has 65530.
+    for (; open_stacks < count; open_stacks++) {
+        open(stacks + open_stacks * (kPage + kStack) + kPage, kStack);
+        free_stacks.insert(free_stacks.begin(), open_stacks);
+    }
     for (int i = 0; i < count; i++) {
         Thread& t = threads[i];
         t.linear = i, t.index = coordinates(i, l.block), t.state = State::fresh, t.stack = -1;
@@ -622,19 +659,24 @@ void Machine::run_block(Launch& l, uint64_t linear) {
     pthread_setspecific(machine_key, this);
     check_block_start();
     if (l.kernel->hopper) hopper_block_start(*this);
-    Thread* first = pick(*this);
-    first->stack = free_stacks.back();
-    free_stacks.pop_back();
-    become(*this, *first);
-    simt_switch(&scheduler_sp, fresh_stack(*this, first->stack));
-    if (!l.failed) check_block_end();
+    pthread_setspecific(machine_key, nullptr);
+}
+
+void Machine::run() {
+    pthread_setspecific(machine_key, this);
+    go_to(*this, &scheduler_sp, *pick(*this));
+    if (!launch->failed && !alive) check_block_end();
     pthread_setspecific(machine_key, nullptr);
     self = nullptr;
-    if (!l.failed) return;
-    // Fibers that were abandoned: nothing on their stacks owns anything.
+    if (launch->failed) abandon();
+}
+
+// Nothing on its fibers' stacks owns anything.
+void Machine::abandon() {
     for (int i = 0; i < count; i++) threads[i].copies.clear(), threads[i].groups.clear();
     free_stacks.clear();
-    for (int i = kMaxThreads - 1; i >= 0; i--) free_stacks.push_back(i);
+    for (int i = open_stacks - 1; i >= 0; i--) free_stacks.push_back(i);
+    alive = 0;
 }
 
 // ---- faults -----------------------------------------------------------------------------------
@@ -653,42 +695,47 @@ static bool is_own(const std::string& file) {
     return file.compare(0, home.size() + 4, home + "src/") == 0 || file.compare(0, home.size() + 8, home + "include/") == 0;
 }
 
-// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files.
-static std::string find_source_lines(uintptr_t pc) {
-    Dl_info info, own;
-    if (!dladdr(reinterpret_cast<void*>(pc), &info) || !dladdr(reinterpret_cast<void*>(add_kernel), &own)) return "";
-    if (info.dli_fbase != own.dli_fbase) return "";
-    char buffer[1024];
-    snprintf(buffer, sizeof buffer, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
-             size_t(pc - uintptr_t(info.dli_fbase)));
-    std::string found;
-    if (FILE* pipe = popen(buffer, "r")) {
-        while (fgets(buffer, sizeof buffer, pipe)) {
-            const std::string line = relative(std::string(buffer, strcspn(buffer, " \n")));
-            if (line[0] == '?' || line.find(":?") != line.npos || line.compare(0, 8, "/usr/inc") == 0) continue;
-            const std::string file = line.substr(0, line.rfind(':'));
-            if (!is_own(file)) found += line + "\n";
-        }
-        pclose(pipe);
-    }
-    return found;
-}
-
-std::string source_lines(uintptr_t pc) {
+// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files. One call for all that are not known.
+static const std::string& source_lines(const std::vector<uintptr_t>& pcs) {
     static std::map<uintptr_t, std::string> known;
     static std::mutex mutex;
     std::lock_guard<std::mutex> lock(mutex);
-    auto it = known.find(pc);
-    return it != known.end() ? it->second : known[pc] = find_source_lines(pc);
+    Dl_info info, own;
+    dladdr(reinterpret_cast<void*>(add_kernel), &own);
+    std::string command = "addr2line -a -i -e '" + std::string(own.dli_fname) + "'";
+    char buffer[1024];
+    bool any = false;
+    for (const uintptr_t pc : pcs) {
+        if (!known.try_emplace(pc).second || !dladdr(reinterpret_cast<void*>(pc), &info) || info.dli_fbase != own.dli_fbase) continue;
+        snprintf(buffer, sizeof buffer, " 0x%zx", size_t(pc - uintptr_t(own.dli_fbase)));
+        command += buffer, any = true;
+    }
+    if (FILE* pipe = any ? popen((command + " 2>/dev/null").c_str(), "r") : nullptr) {
+        std::string* found = nullptr;
+        while (fgets(buffer, sizeof buffer, pipe)) {
+            if (buffer[0] == '0') {  // an address; its lines follow
+                found = &known[uintptr_t(own.dli_fbase) + strtoull(buffer, nullptr, 16)];
+                continue;
+            }
+            const std::string line = relative(std::string(buffer, strcspn(buffer, " \n")));
+            if (!found || line[0] == '?' || line.find(":?") != line.npos || line.compare(0, 8, "/usr/inc") == 0) continue;
+            if (!is_own(line.substr(0, line.rfind(':')))) *found += line + "\n";
+        }
+        pclose(pipe);
+    }
+    return known[pcs[0]];
 }
+std::string source_lines(uintptr_t pc) { return source_lines(std::vector<uintptr_t>{pc}); }
 
 // Where a thread is: the innermost line, "file:line", and who calls it, as far as that is in the kernel's sources.
 // `stack` has the return addresses, from the innermost one; `first` goes before if it is not among them.
 static std::string place(const std::string& first, void* const* stack, int depth, uintptr_t exact_pc = 0) {
     std::vector<std::string> lines;
-    for (int i = 0; i < depth; i++) {
-        const uintptr_t pc = uintptr_t(stack[i]);
-        const std::string all = source_lines(pc == exact_pc ? pc : pc - 1);  // a call returns behind itself
+    std::vector<uintptr_t> pcs;
+    for (int i = 0; i < depth; i++) pcs.push_back(uintptr_t(stack[i]) - (uintptr_t(stack[i]) != exact_pc));  // a call returns behind itself
+    if (depth) source_lines(pcs);
+    for (const uintptr_t pc : pcs) {
+        const std::string all = source_lines(pc);
         for (size_t at = 0, end; (end = all.find('\n', at)) != all.npos; at = end + 1) lines.push_back(all.substr(at, end - at));
     }
     auto known = std::find(lines.begin(), lines.end(), first);
@@ -910,10 +957,51 @@ static uint64_t block_at(const Launch& l, uint64_t i) {
     return uint64_t(((unsigned __int128)i * step + l.seed) % l.blocks);
 }
 
-static void run_blocks(Machine& m, Launch& l) {
-    install_handlers();
-    for (uint64_t i; !l.failed && (i = l.next++) < l.blocks;) m.run_block(l, block_at(l, i));
-}
+// What one OS thread needs to run blocks, one after the other. One that waits for others keeps its machine, and they go on.
+class Worker {
+    static constexpr size_t kTogether = 64;  // four multiprocessors, 16 blocks each
+    std::vector<Machine*> idle;
+    std::deque<Machine*> waiting;
+
+    // All blocks that there are wait for the grid's barrier.
+    void meet(Launch& l) {
+        check_grid_barrier(l);
+        if (waiting.size() < l.blocks) {
+            std::set<uint64_t> here;
+            for (const Machine* m : waiting) here.insert(m->view.block.x + l.grid.x * (m->view.block.y + uint64_t(l.grid.y) * m->view.block.z));
+            for (l.absent = 0; here.count(uint64_t(l.absent)); l.absent++) {}
+        }
+        for (Machine* m : waiting) m->at_grid = false, pass_barrier(*m);
+        // The next to go on is any of them.
+        if (l.order == Order::random) std::rotate(waiting.begin(), waiting.begin() + long(waiting[0]->random % waiting.size()), waiting.end());
+    }
+
+public:
+    void run(Launch& l) {
+        install_handlers();
+        while (!l.failed) {
+            uint64_t i;
+            Machine* m;
+            if (waiting.size() < kTogether && (i = l.next++) < l.blocks) {
+                if (idle.empty()) idle.push_back(new Machine);
+                m = idle.back(), idle.pop_back();
+                m->begin_block(l, block_at(l, i));
+            } else if (!waiting.empty()) {
+                const auto can_run = [](const Machine* m) { return !m->at_grid; };
+                if (std::none_of(waiting.begin(), waiting.end(), can_run)) meet(l);
+                const auto next = std::find_if(waiting.begin(), waiting.end(), can_run);
+                m = *next, waiting.erase(next);
+            } else {
+                break;
+            }
+            m->run();
+            if (m->alive) waiting.push_back(m);
+            else idle.push_back(m);
+        }
+        for (Machine* m : waiting) m->abandon(), idle.push_back(m);
+        waiting.clear();
+    }
+};
 
 // Without a name of its own the static below would be one for both builds in a process (a unique
 // symbol, even to dlopen).
@@ -928,7 +1016,7 @@ class Pool {
     int started = 0, wanted = 0, running = 0;
 
     void helper(int id) {
-        Machine m;
+        Worker worker;
         std::unique_lock<std::mutex> lock(mutex);
         for (uint64_t seen = 0;;) {
             wake.wait(lock, [&] { return generation != seen && launch && id < wanted; });
@@ -936,7 +1024,7 @@ class Pool {
             Launch* l = launch;
             running++;
             lock.unlock();
-            run_blocks(m, *l);
+            worker.run(*l);
             lock.lock();
             if (!--running) finished.notify_one();
         }
@@ -944,7 +1032,7 @@ class Pool {
 
 public:
     void run(Launch& l, int threads) {
-        static Machine& own = *new Machine;
+        static Worker& own = *new Worker;
         int helpers = int(std::min<uint64_t>(threads, l.blocks)) - 1;
         if (helpers > 0) {
             std::lock_guard<std::mutex> lock(mutex);
@@ -952,7 +1040,7 @@ public:
             launch = &l, wanted = helpers, generation++;
             wake.notify_all();
         }
-        run_blocks(own, l);
+        own.run(l);
         if (helpers > 0) {
             std::unique_lock<std::mutex> lock(mutex);
             launch = nullptr;  // who has not woken yet is not needed
@@ -1044,41 +1132,47 @@ void launches_are_over() { between = true; }
 // Which launches may still run beside the one that begins now. It waits for the last one alone: of those before that one
 // it knows that they are over only if that one has waited for them.
 static void place_launch(Launch& l, bool beside_last) {
-    const uint32_t last = l.serial++;
-    const bool first_waits = l.waited || !l.overlaps();
-    const Serials running = {first_waits && !l.early ? last : l.running.from, l.serial};
-    l.left = {l.running.from, first_waits ? l.running.from : last};
-    l.running = running;
-    if (!beside_last) l.running = l.left = {l.serial, l.serial};
+    const uint32_t last = l.first, before_last = l.running.from;
+    const bool last_waited = l.waited || !l.overlaps();
+    l.first = ++l.serial;
+    l.running = {!beside_last ? l.first : last_waited && !l.early ? last : before_last, l.first};
+    l.left = {before_last, beside_last && !last_waited ? last : before_last};
     l.waited = l.early = false;
 }
 
 // Its parameters are there already.
-static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, dim3 grid, dim3 block, size_t smem) {
+static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, const Config& config) {
+    const bool beside = std::exchange(overlap, false);
 #ifdef __AVX2__
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
         return refuse("the emulator was compiled for a processor with AVX2 and FMA");
 #endif
-    const auto [gx, gy, gz] = grid;
-    const auto [bx, by, bz] = block;
+    const auto [gx, gy, gz] = config.grid;
+    const auto [bx, by, bz] = config.block;
+    const size_t smem = config.shared;
     if (!bx || !by || !bz || bx > 1024 || by > 1024 || bz > 64 || uint64_t(bx) * by * bz > kMaxThreads)
         return refuse("kernel %s: a block of %ux%ux%u threads; at most 1024, and 1024x1024x64", k.name, bx, by, bz);
     if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535)
         return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", k.name, gx, gy, gz);
     if (const size_t allowed = max_dynamic.value_or(kSharedDefault); smem > allowed)
         return refuse("kernel %s: %zu bytes of dynamic shared memory, %zu allowed%s", k.name, smem, allowed, opt_in(k));
+    l.blocks = uint64_t(gx) * gy * gz;
+    if (const int most = 4 * resident_blocks(int(bx * by * bz), smem); config.cooperative && l.blocks > uint64_t(most)) {
+        refuse("kernel %s: a cooperative launch of %llu blocks, of which %d are resident together (cudaOccupancyMaxActiveBlocksPerMultiprocessor)", k.name,
+               (unsigned long long)l.blocks, most);
+        return 3;
+    }
     static std::set<std::string> recorded;
     if (recorded.insert(k.name).second) record("launched", k.name);
-    l.kernel = &k, l.grid = grid, l.block = block, l.smem = unsigned(smem);
+    l.kernel = &k, l.grid = config.grid, l.block = config.block, l.smem = unsigned(smem), l.cooperative = config.cooperative, l.absent = -1;
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
-    l.blocks = uint64_t(gx) * gy * gz;
     l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined;
-    place_launch(l, overlap && !between);
-    overlap = between = false;
+    place_launch(l, beside && !between);
+    between = false;
     l.next = 0, l.conflicts = 0, l.failed = false, l.error.clear();
     check_launch_start(l);
     static Pool& pool = *new Pool;
-    pool.run(l, threads);
+    pool.run(l, l.cooperative ? 1 : threads);
     conflicts = l.conflicts;
     if (!l.failed) l.error = check_launch_end(l);
     if (l.error.empty()) return 0;
@@ -1223,7 +1317,7 @@ int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned
     constexpr size_t most = 4096;
     if (k.offsets[k.nargs] > most) return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], most);
     for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
-    return start(l, k, it->second.max_dynamic, {gx, gy, gz}, {bx, by, bz}, smem);
+    return start(l, k, it->second.max_dynamic, Config({gx, gy, gz}, {bx, by, bz}, smem));
 }
 
 // A function of the kernels' sources by its name, "scale" or "scale<float>", whose parameters have the types that
@@ -1319,7 +1413,7 @@ void run(const char* name, const Config& config, void (*thunk)(const Kernel&, co
     Launch& l = the_launch();
     memcpy(l.params, params, bytes);
     const auto allowed = max_dynamic().find(base_name(name));
-    launched(start(l, kernel, allowed == max_dynamic().end() ? std::nullopt : std::optional(allowed->second), config.grid, config.block, config.shared));
+    launched(start(l, kernel, allowed == max_dynamic().end() ? std::nullopt : std::optional(allowed->second), config));
 }
 
 }  // namespace simt

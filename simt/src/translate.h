@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -26,7 +27,6 @@ struct Result {
     string text;
     std::vector<string> unknown;  // "file:line: instruction", of PTX that has no twin
     bool special_functions = false;  // whether it may call some of C++17's
-    bool simd = false;               // and those of simd.h
 };
 
 inline bool is_word(char c) { return isalnum((unsigned char)c) || c == '_'; }
@@ -94,7 +94,14 @@ class Ptx {
     std::vector<string> operands;  // expressions, outputs first
     std::map<string, string> names;  // [name] operands
     string declarations, code;
+    std::set<string> labels, passed;  // all, and those that are before this place
     mutable string unknown;
+
+    static string label_name(const string& text) {
+        string name = "simt_at_";
+        for (char c : text) name += is_word(c) ? c : '_';
+        return name;
+    }
 
     static string text_of(const string& literals) {
         string text;
@@ -249,6 +256,20 @@ class Ptx {
         return result.empty() ? "" : "simt::set_register(" + value(a[0]) + ", " + result + ");";
     }
 
+    // What sets the carry (`.cc`) or takes it (`addc`): it is the thread's, from one asm statement to the next.
+    string carried(const std::vector<string>& parts, const std::vector<string>& a) const {
+        static const string names = " add addc sub subc mad madc ";
+        const string &name = parts[0], type = type_of("x." + parts.back());
+        const bool takes = name.back() == 'c', product = name[0] == 'm', sets = parts[parts.size() - 2] == "cc";
+        const size_t modifiers = (product ? 2 : 1) + sets;
+        if (names.find(" " + name + " ") == string::npos || !(takes || sets) || type.find("int") == string::npos) return "";
+        if (parts.size() != modifiers + 1 || a.size() != (product ? 4 : 3) || (product && parts[1] != "lo" && parts[1] != "hi")) return "";
+        auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
+        const string first = product ? "simt::product_" + parts[1] + "(" + bits(1) + ", " + bits(2) + ")" : bits(1);
+        return "simt::set_register(" + value(a[0]) + ", simt::" + (name[0] == 's' ? "subtracted" : "added") + "(" + first + ", " + bits(product ? 3 : 2) + ", " +
+               (takes ? "true, " : "false, ") + (sets ? "true));" : "false));");
+    }
+
     // cvt.mode.to.from
     string conversion(const std::vector<string>& parts, const std::vector<string>& a) const {
         if (parts.size() < 3 || a.size() < 2) return "";
@@ -342,6 +363,7 @@ class Ptx {
         const string& name = parts[0];
         const string type = type_of(op);
         const auto n = a.size();
+        if (const string with_carry = carried(parts, a); !with_carry.empty()) return with_carry;
         if (!understood(parts)) return "";
         auto bits = [&](size_t i) { return "simt::register_as<" + type + ">(" + value(a[i]) + ")"; };
         auto set = [&](const string& expression) { return "simt::set_register(" + value(a[0]) + ", " + type + "(" + expression + "));"; };
@@ -409,12 +431,19 @@ class Ptx {
         }
         if (const string rounded = arithmetic(op, a); !rounded.empty()) return rounded;
         if (has(op, "sat") || has(op, "rz") || has(op, "rm") || has(op, "rp")) return "";
-        if (name == "mov" && n == 2 && type == "uint64_t" && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
+        if (name == "mov" && n == 2 && (type == "uint32_t" || type == "uint64_t") && (trim(a[0])[0] == '{' || trim(a[1])[0] == '{')) {
             const bool packs = trim(a[1])[0] == '{';
-            const std::vector<string> halves = list(a[packs ? 1 : 0]);
-            if (halves.size() != 2) return "";
-            if (packs) return set("simt::register_as<uint32_t>(" + halves[0] + ") | uint64_t(simt::register_as<uint32_t>(" + halves[1] + ")) << 32");
-            return "const uint64_t simt_w = " + bits(1) + "; simt::set_register(" + halves[0] + ", uint32_t(simt_w)); simt::set_register(" + halves[1] + ", uint32_t(simt_w >> 32));";
+            const std::vector<string> pieces = list(a[packs ? 1 : 0]);
+            const size_t size = (type == "uint32_t" ? 32 : 64) / pieces.size();
+            if (size != 8 && size != 16 && size != 32) return "";
+            const string piece = "uint" + std::to_string(size) + "_t";
+            string text;
+            for (size_t i = 0; i < pieces.size(); i++) {
+                const string by = std::to_string(i * size);
+                if (packs) text += (i ? " | " : "") + type + "(simt::register_as<" + piece + ">(" + pieces[i] + ")) << " + by;
+                else if (pieces[i] != "simt__") text += " simt::set_register(" + pieces[i] + ", " + piece + "(simt_w >> " + by + "));";
+            }
+            return packs ? set(text) : "const " + type + " simt_w = " + bits(1) + ";" + text;
         }
         if (name == "mov" && n == 2 && !type.empty() && trim(a[0])[0] != '{' && trim(a[1])[0] != '{') return set(bits(1));
         if (n == 2 && name == "not" && !type.empty()) return set((type == "bool" ? "!" : "~") + bits(1));
@@ -490,7 +519,7 @@ class Ptx {
         if ((name == "membar" || name == "fence") && !has(op, "proxy")) return fence_of(op);
         if (op == "griddepcontrol.wait") return "simt::wait_for_launches();";
         if (op == "griddepcontrol.launch_dependents") return "simt::let_next_launch_begin();";
-        if (name == "prefetch" || name == "prefetchu" || name == "nanosleep" || name == "bra") return name == "bra" ? "" : ";";
+        if (name == "prefetch" || name == "prefetchu" || name == "nanosleep") return ";";
         if (name == "trap") return "__trap();";
         return "";
     }
@@ -500,10 +529,21 @@ class Ptx {
         while (!s.empty() && (s[0] == '{' || s[0] == '}')) s = trim(s.substr(1));
         while (!s.empty() && s.back() == '}' && s.find('{') == s.npos) s = trim(s.substr(0, s.size() - 1));
         if (s.empty()) return;
+        if (const size_t colon = s.find(':'); colon != s.npos && s.find_first_of(" \t\n.,{[") > colon) {
+            const string label = label_name(s.substr(0, colon));
+            labels.insert(label), passed.insert(label);
+            code += label + ":; ";
+            return statement(s.substr(colon + 1));
+        }
         if (s.compare(0, 4, ".reg") == 0) {
             const size_t kind = s.find('.', 4), after = s.find_first_of(" \t", kind);
             const string type = s.compare(kind, 5, ".pred") == 0 ? "bool" : type_of("x" + s.substr(kind, after - kind));
-            for (const string& name : split(s.substr(after), ',')) declarations += (type.empty() ? "uint64_t" : type) + " simt_" + trim(name.substr(name.find_first_not_of(" \t%"))) + " = 0; ";
+            for (const string& part : split(s.substr(after), ',')) {
+                const string name = trim(part.substr(part.find_first_not_of(" \t%")));
+                const size_t angle = name.find('<');  // r<3>: r0, r1 and r2
+                for (int i = 0; i < (angle == name.npos ? 1 : atoi(name.c_str() + angle + 1)); i++)
+                    declarations += (type.empty() ? "uint64_t" : type) + " simt_" + name.substr(0, angle) + (angle == name.npos ? "" : std::to_string(i)) + " = 0; ";
+            }
             return;
         }
         string condition;
@@ -518,6 +558,13 @@ class Ptx {
         const string op = s.substr(0, space);
         std::vector<string> arguments;
         if (space != s.npos) arguments = split(s.substr(space), ',');
+        if ((op == "bra" || op == "bra.uni") && arguments.size() == 1) {
+            const string label = label_name(trim(arguments[0]));
+            labels.insert(label);
+            // A loop may wait for another thread.
+            code += condition + "{ " + (passed.count(label) ? "simt::let_others_run(); " : "") + "goto " + label + "; } ";
+            return;
+        }
         const string translated = instruction(op, arguments);
         if (translated.empty()) unknown = op;
         else code += condition + "{ " + translated + " } ";
@@ -541,6 +588,10 @@ public:
         if (!unknown.empty())
             return "simt::trap(\"inline PTX that the emulator does not know: " + unknown + "\", {})";
         if (ptx.code.empty()) return "__asm__ __volatile__(\"\" ::: \"memory\")";  // of the host's code: the compiler stops here
+        for (const string& label : ptx.labels) {
+            if (!ptx.passed.count(label)) return unknown = "bra", "simt::trap(\"inline PTX that the emulator does not know: bra\", {})";
+            ptx.declarations = "__label__ " + label + "; " + ptx.declarations;
+        }
         return "({ " + ptx.declarations + ptx.code + "})";
     }
 };
@@ -552,11 +603,6 @@ inline bool is_special_function(const string& word) {
     static const char* const beginnings[] = {"assoc_l", "beta", "comp_ellint_", "cyl_bessel_", "cyl_neumann", "ellint_", "expint", "hermite",
         "laguerre", "legendre", "riemann_zeta", "sph_"};
     return std::any_of(std::begin(beginnings), std::end(beginnings), [&](const char* b) { return word.compare(0, strlen(b), b) == 0; });
-}
-
-// "__vadd2", "__dp4a", ...
-inline bool is_simd_function(const string& word) {
-    return (word.compare(0, 3, "__v") == 0 && word.compare(0, 10, "__volatile")) || word.compare(0, 4, "__dp") == 0;
 }
 
 enum class Scope { file, in_template, other };
@@ -872,6 +918,31 @@ inline string launch_arguments(const std::vector<string>& parts) {
     return all;
 }
 
+// The parts of a list, of which "f<a, b>(c)" is one.
+inline std::vector<string> elements(const string& list) {
+    std::vector<string> all;
+    auto open_angles = [](const string& s) { return std::count(s.begin(), s.end(), '<') - std::count(s.begin(), s.end(), '>'); };
+    for (const string& part : split(list, ','))
+        if (!all.empty() && open_angles(all.back()) > 0 && open_angles(part) < 0) all.back() += "," + part;
+        else all.push_back(part);
+    if (trim(all.back()).empty()) all.pop_back();  // behind the last comma
+    return all;
+}
+
+// Of "{a, {b, .c = d}}" what the kernel gets, "{simt_0, {simt_1, .c = simt_2}}"; `values` are those of the launch.
+inline string in_braces(const string& argument, std::vector<string>& values) {
+    const string text = trim(argument);
+    const size_t begin = text[0] == '.' ? text.find_first_not_of(" \t\n=", std::min(text.find('='), text.find('{'))) : 0;
+    if (begin && begin != text.npos) return text.substr(0, begin) + in_braces(text.substr(begin), values);
+    if (text[0] != '{') {
+        values.push_back(text);
+        return "simt_" + std::to_string(values.size() - 1);
+    }
+    string all;
+    for (const string& part : elements(text.substr(1, text.size() - 2))) all += (all.empty() ? "" : ", ") + in_braces(part, values);
+    return "{" + all + "}";
+}
+
 // `skipped(file)`: whether a header stays as it is.
 inline Result source(const string& preprocessed, const std::function<bool(const string&)>& skipped) {
     const string s = with_built_in(preprocessed, skipped);
@@ -967,9 +1038,16 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 out.erase(from);
                 const std::vector<string> parts = none ? std::vector<string>() : split(one_line(arguments), ',');
                 const bool braces = std::any_of(parts.begin(), parts.end(), [](const string& part) { return trim(part)[0] == '{'; });
-                const string call = braces ? one_line(kernel) : "[=](auto... simt_p) { " + one_line(kernel) + "(simt_p...); }";
-                out += string(braces ? "simt::launch_as" : "simt::launch") + "(\"" + quoted + "\", simt::Config(" + one_line(config) + "), " + call + (none ? "" : ", ") +
-                       launch_arguments(parts) + ")" + newlines;
+                std::vector<string> values;
+                string parameters = "auto... simt_p", passed = "simt_p...";
+                if (braces) {
+                    parameters.clear(), passed.clear();
+                    for (const string& part : elements(one_line(arguments))) passed += (passed.empty() ? "" : ", ") + in_braces(part, values);
+                    for (size_t k = 0; k < values.size(); k++) parameters += (k ? ", auto simt_" : "auto simt_") + std::to_string(k);
+                }
+                const string all = launch_arguments(braces ? values : parts);
+                out += "simt::launch(\"" + quoted + "\", simt::Config(" + one_line(config) + "), [=](" + parameters + ") { " + one_line(kernel) + "(" + passed + "); }" +
+                       (all.empty() ? "" : ", ") + all + ")" + newlines;
                 i = close;
                 continue;
             }
@@ -987,7 +1065,7 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
         }
         const size_t end = token_end(s, i);
         const string word = s.substr(i, end - i);
-        if (!skip) r.special_functions |= is_special_function(word), r.simd |= is_simd_function(word);
+        if (!skip) r.special_functions |= is_special_function(word);
         if (!skip && (word == "asm" || word == "__asm__" || word == "__asm")) {
             size_t at = end;
             for (;;) {
@@ -1002,12 +1080,30 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 string unknown;
                 const string call = Ptx::translated(s.substr(at + 1, close - at - 2), unknown);
                 if (!unknown.empty()) r.unknown.push_back(file + ":" + std::to_string(line) + ": inline PTX that the emulator does not know: " + unknown);
-                r.simd |= call.find("__dp4a") != call.npos;
                 const string newlines = lines_of(s.substr(i, close - i));
                 line += int(newlines.size());
                 out += one_line(call) + newlines;
                 i = close;
                 continue;
+            }
+        }
+        // The type of a kernel says its parameters: "(void*)kernel" is the kernel.
+        if (!skip && (word == "cudaLaunchKernel" || word == "cudaLaunchCooperativeKernel" || word == "cudaLaunchKernelExC")) {
+            const size_t open = s.find_first_not_of(" \t\n", end);
+            const size_t comma = word != "cudaLaunchKernelExC" || open == s.npos || s[open] != '(' ? open : open + 1 + split(s.substr(open + 1, skip_brackets(s, open) - open - 2), ',')[0].size();
+            const size_t at = comma == s.npos ? comma : s.find_first_not_of(" \t\n", comma + 1);
+            if (at != s.npos && s[open] == '(') {
+                size_t stop = at;
+                for (const char* cast : {"(void*)", "(void *)", "(const void*)", "(const void *)", "(void const*)", "reinterpret_cast<void*>", "reinterpret_cast<void *>",
+                                         "reinterpret_cast<const void*>", "reinterpret_cast<const void *>"})
+                    if (s.compare(at, strlen(cast), cast) == 0) stop = at + strlen(cast);
+                const string passed = s.substr(i, at - i);
+                if (stop > at) {
+                    line += int(lines_of(passed).size());
+                    out += passed;
+                    i = stop;
+                    continue;
+                }
             }
         }
         // `inline __forceinline__` is `inline` twice.

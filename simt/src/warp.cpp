@@ -313,17 +313,19 @@ static void update16(void* address, void* before, const void* operand, void (*ap
 }
 
 void atomic(void* address, size_t bytes, void* before, const void* operand, void (*apply)(void*, const void*), Where at) {
-    const Thread& t = *current()->self;
+    Machine& m = *current();
+    const Thread& t = *m.self;
     const uintptr_t a = uintptr_t(address);
     if (a % bytes) fail(t, at, "atomic: the address is not a multiple of %zu", bytes);
     check_access(t, a, bytes, Access::atomic, at);
-    current()->fault_where = &at;
+    m.fault_where = &at;
     if (bytes == 2) update<uint16_t>(address, before, operand, apply);
     else if (bytes == 4) update<uint32_t>(address, before, operand, apply);
     else if (bytes == 16) update16(address, before, operand, apply);
     else update<uint64_t>(address, before, operand, apply);
-    current()->fault_where = nullptr;
+    m.fault_where = nullptr;
     check_atomic_done(a);
+    let_others_run_if_polled(m, a);
 }
 
 int lane() { return current()->lane(); }

@@ -77,7 +77,9 @@ int main() {
     for (int i = 0; i < 64; i++) numbers[i] = i;
     cudaMalloc(&in, sizeof numbers), cudaMalloc(&wrong, 4);
     cudaMemcpy(in, numbers, sizeof numbers, cudaMemcpyHostToDevice), cudaMemset(wrong, 0, 4);
-    partitions<<<1, 64>>>(in, wrong, 8);
+    int tile = 8;
+    void* arguments[] = {&in, &wrong, &tile};
+    cudaLaunchCooperativeKernel((void*)partitions, 1, 64, arguments, 0, 0);
     short_tile<<<1, 48>>>(wrong);
     cudaMemcpy(&which, wrong, 4, cudaMemcpyDeviceToHost);
     if (which) return printf("check %d failed\n", which), 1;

@@ -96,6 +96,24 @@ __global__ void instructions(unsigned* words, float* real, int* wrong) {
     F(56, "fma.rn.sat.f32 %0, %1, %2, %3;", __saturatef(third * y), "f"(third), "f"(y), "f"(0.0f))
     F(57, "div.rn.f32 %0, %1, %2;", y / third, "f"(y), "f"(third))
     U(58, "fma.rn.f16x2 %0, %1, %1, %1;", 0x46004000, "r"(0x40003c00))  // (2, 1)
+    // Carries go from one statement to the next. Loops, halves of a word.
+    using Wide = unsigned __int128;
+    unsigned long long low = 0x9e3779b97f4a7c15u * (t + 1), high = 0xbf58476d1ce4e5b9u * (t + 7), got[2];
+    const Wide one = Wide(high) << 64 | low, other = Wide(low * 3) << 64 | ~high;
+    auto expect = [&](Wide all, int which) { if (got[0] != (unsigned long long)all || got[1] != (unsigned long long)(all >> 64)) atomicExch(wrong, which); };
+    asm volatile("add.cc.u64 %0, %1, %2;" : "=l"(got[0]) : "l"(low), "l"(~high));
+    asm volatile("addc.u64 %0, %1, %2;" : "=l"(got[1]) : "l"(high), "l"(low * 3));
+    expect(one + other, 30);
+    asm volatile("sub.cc.u64 %0, %2, %4;\n\tsubc.u64 %1, %3, %5;" : "=&l"(got[0]), "=&l"(got[1]) : "l"(low), "l"(high), "l"(~high), "l"(low * 3));
+    expect(one - other, 31);
+    const unsigned a0 = unsigned(low), a1 = unsigned(low >> 32), b0 = unsigned(high), b1 = unsigned(high >> 32);
+    asm("{ .reg .u32 r<4>;\n mul.lo.u32 r0, %2, %4; mul.hi.u32 r1, %2, %4;\n mad.lo.cc.u32 r1, %2, %5, r1; madc.hi.u32 r2, %2, %5, 0;\n"
+        " mad.lo.cc.u32 r1, %3, %4, r1; madc.hi.cc.u32 r2, %3, %4, r2; madc.hi.u32 r3, %3, %5, 0;\n mad.lo.cc.u32 r2, %3, %5, r2; addc.u32 r3, r3, 0;\n"
+        " mov.b64 %0, {r0, r1}; mov.b64 %1, {r2, r3}; }" : "=l"(got[0]), "=l"(got[1]) : "r"(a0), "r"(a1), "r"(b0), "r"(b1));
+    expect(Wide(low) * high, 32);
+    U(33, "{ .reg .pred p; .reg .u32 n; mov.u32 n, %1; mov.u32 %0, 0; LOOP_%=: setp.eq.u32 p, n, 0; @p bra DONE_%=; add.u32 %0, %0, n; sub.u32 n, n, 1; bra.uni LOOP_%=; DONE_%=: }", t * (t + 1) / 2, "r"(t))
+    U(34, "{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, l}; }", x << 16 | x >> 16, "r"(x))
+    U(35, "{ .reg .pred p; setp.lt.u32 p, %1, 5; mov.u32 %0, 9; @!p ld.global.nc.u32 %0, [%2]; }", t < 5 ? 9 : words[5], "r"(t), "l"(words + 5))
     // Atomics.
     __shared__ unsigned total;
     if (t == 0) total = 5;
@@ -113,6 +131,9 @@ __global__ void instructions(unsigned* words, float* real, int* wrong) {
 }
 
 struct Point { int x, y; };
+template <class E, bool FIRST> E pick(E a, E b) { return FIRST ? a : b; }
+struct Deep { Point first; float more; };
+template <class E> __global__ void deep(Deep d, Point empty, E* out) { out[threadIdx.x] = E(d.first.x * 100 + d.first.y * 10 + d.more) + empty.x; }
 __global__ void point(Point p, int* out) { out[threadIdx.x] = p.x * 10 + p.y + int(blockDim.x); }
 // More parameters than there are registers.
 __global__ void many(int* out, char a, short b, unsigned c, long long d, bool e, float f, double g, float h, float i, float j, float k, float l, float m, float n, int o) {
@@ -196,6 +217,15 @@ static void launches() {
     point<<<{1}, {N}, 0, 0>>>(Point{1, 2}, out);
     CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDefault));
     EXPECT(got[N - 1] == 12 + N);
+    int columns = 3;
+    deep<<<1, N>>>({{columns, pick<int, true>(4, 2)}, .more = 5}, {}, out);
+    CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDefault));
+    EXPECT(got[N - 1] == 345);
+    Point other = {6, 7};
+    void* of_point[] = {&other, &out};
+    CALL(cudaLaunchKernel((const void*)point, 1, N, of_point, 0, 0));
+    CALL(cudaMemcpy(got, out, sizeof got, cudaMemcpyDefault));
+    EXPECT(got[N - 1] == 67 + N);
 
     char a = -1;
     short b = -2;
@@ -330,15 +360,16 @@ static void wrong_calls() {
     cudaEventCreate(&event), cudaEventElapsedTime(&milliseconds, event, event);
     Point p = {};
     void* arguments[] = {&p, &device};
-    cudaLaunchKernel((void*)point, 1, 1, arguments);
+    void* only_its_address = (void*)point;
+    cudaLaunchKernel(only_its_address, 1, 1, arguments);
 }
 
 static void ptx() {
     unsigned *words, got[4] = {};
     float *real, sum = 0;
     int *wrong, which = 0;
-    CALL(cudaMalloc(&words, 16)), CALL(cudaMalloc(&real, 4)), CALL(cudaMalloc(&wrong, 4));
-    CALL(cudaMemset(words, 0, 16)), CALL(cudaMemset(real, 0, 4)), CALL(cudaMemset(wrong, 0, 4));
+    CALL(cudaMalloc(&words, 24)), CALL(cudaMalloc(&real, 4)), CALL(cudaMalloc(&wrong, 4));
+    CALL(cudaMemset(words, 0, 24)), CALL(cudaMemset(real, 0, 4)), CALL(cudaMemset(wrong, 0, 4));
     instructions<<<1, 32>>>(words, real, wrong);
     CALL(cudaMemcpy(got, words, 16, cudaMemcpyDeviceToHost)), CALL(cudaMemcpy(&sum, real, 4, cudaMemcpyDeviceToHost)), CALL(cudaMemcpy(&which, wrong, 4, cudaMemcpyDeviceToHost));
     EXPECT(got[0] == 69 && got[1] == 32 && got[2] == 31 && got[3] > 0 && got[3] <= 32 && sum == 16);
