@@ -81,7 +81,7 @@ struct Releases {
         std::map<uint32_t, Release> blocks;
     };
     std::atomic<bool> any{false};
-    std::mutex mutex;
+    std::recursive_mutex mutex;
     std::map<uintptr_t, Place> places;
     // Plain reads of what atomics change, by their instructions, and those that an atomic has followed.
     std::map<uintptr_t, std::string> suspects;
@@ -384,7 +384,7 @@ template <class Text>
 static void suspect(Site site, Text text) {
     if (site.relaxed) return;
     Releases& r = *current()->launch->releases;
-    std::lock_guard<std::mutex> lock(r.mutex);
+    std::lock_guard lock(r.mutex);
     std::string& finding = r.suspects[site.pc];
     if (finding.empty()) finding = finding_at_pc(site.pc, text());
 }
@@ -420,7 +420,7 @@ static void follow(Checker& c, int t, uintptr_t a) {
     for (const auto& read : c.reads[t]) {
         if (read.address != a || !read.pc) continue;
         Releases& r = *current()->launch->releases;
-        std::lock_guard<std::mutex> lock(r.mutex);
+        std::lock_guard lock(r.mutex);
         r.followed.insert(read.pc);
     }
 }
@@ -808,15 +808,18 @@ static void meet_at(Checker& c, int t, uintptr_t a) {
     join(told, c.at_fence[t]);
 }
 
+// An atomic and what it tells are one: another OS thread's block that sees the one must know the other.
+void check_atomic_begin() { current()->launch->releases->mutex.lock(); }
+
 void check_atomic_done(uintptr_t a) {
     Machine& m = *current();
     Checker& c = checker();
     Releases& releases = *m.launch->releases;
+    std::lock_guard lock(releases.mutex, std::adopt_lock);
     const int t = m.self->linear;
     follow(c, t, a);
     if (c.fenced) meet_at(c, t, a);
     if (m.launch->blocks == 1 || (!c.any_fence && !releases.any) || m.is_shared(a)) return;
-    std::lock_guard<std::mutex> lock(releases.mutex);
     Releases::Place& place = releases.places[a];
     place.atomics++;
     c.stamp++;
@@ -852,7 +855,7 @@ static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t s
         } else {
             // Atomics, or reads by several blocks: all blocks that there are have told, or this is the place
             // where they tell, and nobody came later.
-            std::lock_guard<std::mutex> lock(l.releases->mutex);
+            std::lock_guard lock(l.releases->mutex);
             if (q.blocks.size() + 1 >= l.blocks) return true;
             if (q.place == a && l.releases->places[a].atomics == q.atomics) return true;
         }

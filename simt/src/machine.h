@@ -273,6 +273,7 @@ void check_block_end();
 void check_barrier();
 void check_sync(uint32_t mask);
 void check_fence(bool of_device);  // else of the block
+void check_atomic_begin();
 void check_atomic_done(uintptr_t address);
 void check_launch_start(Launch& launch);
 void check_waited();  // for the launches before
@@ -311,6 +312,7 @@ inline void check_block_end() {}
 inline void check_barrier() {}
 inline void check_sync(uint32_t) {}
 inline void check_fence(bool) {}
+inline void check_atomic_begin() {}
 inline void check_atomic_done(uintptr_t) {}
 inline void check_launch_start(Launch&) {}
 inline void check_waited() {}

@@ -318,6 +318,7 @@ void atomic(void* address, size_t bytes, void* before, const void* operand, void
     const uintptr_t a = uintptr_t(address);
     if (a % bytes) fail(t, at, "atomic: the address is not a multiple of %zu", bytes);
     check_access(t, a, bytes, Access::atomic, at);
+    check_atomic_begin();
     m.fault_where = &at;
     if (bytes == 2) update<uint16_t>(address, before, operand, apply);
     else if (bytes == 4) update<uint32_t>(address, before, operand, apply);
