@@ -796,39 +796,39 @@ void check_fence(bool of_device) {
     set_epoch(c, t, ++c.epoch);
 }
 
-// What atomics and fences order within a block.
-static void meet_at(Checker& c, int t, uintptr_t a) {
-    auto join = [](auto& to, const auto& from) {
-        for (size_t i = 0; i < from.size(); i++) to[i] = std::max<uint32_t>(to[i], from[i]);
-    };
-    std::vector<uint32_t>& told = c.told[a];
-    join(c.clocks[t], told);
-    if (c.at_fence[t].empty()) return;
-    told.resize(kMaxThreads);
-    join(told, c.at_fence[t]);
+static void join_known(std::vector<uint32_t>& to, const std::vector<uint32_t>& from) {
+    to.resize(std::max(to.size(), from.size()));
+    for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
 }
 
-// An atomic and what it tells are one: another OS thread's block that sees the one must know the other.
-void check_atomic_begin() { current()->launch->releases->mutex.lock(); }
-
-void check_atomic_done(uintptr_t a) {
-    Machine& m = *current();
-    Checker& c = checker();
+// A thread has read what others may have told it by atomics, and volatile stores, behind their fences.
+static void learn(Checker& c, int t, uintptr_t a) {
+    const Machine& m = *current();
+    if (const auto told = c.told.find(a); c.fenced && told != c.told.end())
+        for (size_t i = 0; i < told->second.size(); i++) c.clocks[t][i] = std::max(c.clocks[t][i], told->second[i]);
     Releases& releases = *m.launch->releases;
-    std::lock_guard lock(releases.mutex, std::adopt_lock);
-    const int t = m.self->linear;
-    follow(c, t, a);
-    if (c.fenced) meet_at(c, t, a);
-    if (m.launch->blocks == 1 || (!c.any_fence && !releases.any) || m.is_shared(a)) return;
-    Releases::Place& place = releases.places[a];
-    place.atomics++;
-    c.stamp++;
-    if (!place.blocks.empty()) {
-        // A later one of the same thread and place knows more.
-        c.acquired.erase(std::remove_if(c.acquired.begin(), c.acquired.end(), [&](const Acquire& q) { return q.place == a && q.thread == t && !met_since(c, t, t, q.stamp); }), c.acquired.end());
-        c.acquired.push_back({a, t, c.stamp, place.atomics, m.launch->serial, place.blocks});
+    if (m.launch->blocks == 1 || !releases.any || m.is_shared(a)) return;
+    std::lock_guard lock(releases.mutex);
+    const auto place = releases.places.find(a);
+    if (place == releases.places.end() || place->second.blocks.empty()) return;
+    // A later one of the same thread and place knows more.
+    const auto known = std::find_if(c.acquired.begin(), c.acquired.end(), [&](const Acquire& q) { return q.place == a && q.thread == t && !met_since(c, t, t, q.stamp); });
+    if (known != c.acquired.end()) {
+        if (known->serial == m.launch->serial && known->atomics == place->second.atomics) return;
+        c.acquired.erase(known);
     }
-    if (!c.any_fence) return;
+    c.acquired.push_back({a, t, ++c.stamp, place->second.atomics, m.launch->serial, place->second.blocks});
+}
+
+// It tells what came before its fence, and what it had learnt before that.
+static void tell(Checker& c, int t, uintptr_t a) {
+    Machine& m = *current();
+    if (!c.at_fence[t].empty()) join_known(c.told[a], c.at_fence[t]);
+    if (m.launch->blocks == 1 || !c.any_fence || m.is_shared(a)) return;
+    Releases& releases = *m.launch->releases;
+    std::lock_guard lock(releases.mutex);
+    Releases::Place& place = releases.places[a];
+    c.stamp++;
     releases.any = true;
     Release& r = place.blocks[block_number()];
     r.of.resize(m.count);
@@ -838,6 +838,29 @@ void check_atomic_done(uintptr_t a) {
         r.of[i] = std::max(r.of[i], c.fence[i]);
         r.all = std::max(r.all, c.barrier_before_fence[i]);
     }
+    for (const Acquire& q : c.acquired) {
+        if (q.serial != m.launch->serial || q.stamp > c.fence[t] || (q.thread != t && !met_since(c, q.thread, t, q.stamp))) continue;
+        for (const auto& [block, release] : q.blocks) {
+            Release& known = place.blocks[block];
+            join_known(known.of, release.of);
+            known.all = std::max(known.all, release.all);
+        }
+    }
+}
+
+// An atomic and what it tells are one: a block on another OS thread that sees the one must know the other.
+void check_atomic_begin() { current()->launch->releases->mutex.lock(); }
+
+void check_atomic_done(uintptr_t a) {
+    Machine& m = *current();
+    Checker& c = checker();
+    Releases& releases = *m.launch->releases;
+    std::lock_guard lock(releases.mutex, std::adopt_lock);
+    const int t = m.self->linear;
+    follow(c, t, a);
+    if (m.launch->blocks > 1 && (c.any_fence || releases.any) && !m.is_shared(a)) releases.places[a].atomics++;
+    learn(c, t, a);
+    if (c.fenced) tell(c, t, a);
 }
 
 // Whether a thread may know that another block's access is over: of the write with this stamp, or of all that the
@@ -851,7 +874,7 @@ static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t s
             auto told = q.blocks.find(block);
             if (told == q.blocks.end()) continue;
             const uint32_t when = stamp / 1024, thread = stamp % 1024;
-            if (!stamp || when <= told->second.all || when <= told->second.of[thread]) return true;
+            if (!stamp || when <= told->second.all || (thread < told->second.of.size() && when <= told->second.of[thread])) return true;
         } else {
             // Atomics, or reads by several blocks: all blocks that there are have told, or this is the place
             // where they tell, and nobody came later.
@@ -960,9 +983,19 @@ static inline void hook(void* address, size_t bytes, Access access, void* pc, bo
 }
 
 static void volatile_read(void* p, size_t bytes, void* pc) {
-    hook(p, bytes, Access::read, pc, true);
     Machine* m = current();
-    if (m && m->self) let_others_run_if_polled(*m, uintptr_t(p));
+    if (!m || !m->self) return;
+    let_others_run_if_polled(*m, uintptr_t(p));
+    hook(p, bytes, Access::read, pc, true);
+    learn(checker(), m->self->linear, uintptr_t(p));
+}
+
+// A flag: behind a fence it tells others, as an atomic does.
+static void volatile_write(void* p, size_t bytes, void* pc) {
+    Machine* m = current();
+    const bool tells = m && m->self && !checker().at_fence[m->self->linear].empty();
+    hook(p, bytes, tells ? Access::atomic : Access::write, pc);
+    if (tells) check_atomic_done(uintptr_t(p));
 }
 
 void check_range(const void* address, size_t bytes, Access access, uintptr_t pc) {
@@ -1002,7 +1035,7 @@ HOOK(__tsan_unaligned_write16, 16, write)
 #define VOLATILE(bytes)                                                                                                          \
     void __tsan_volatile_read##bytes(void* p) { volatile_read(p, bytes, __builtin_return_address(0)); }                          \
     void __tsan_unaligned_volatile_read##bytes(void* p) { hook(p, bytes, Access::read, __builtin_return_address(0), true); }     \
-    void __tsan_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }                   \
+    void __tsan_volatile_write##bytes(void* p) { volatile_write(p, bytes, __builtin_return_address(0)); }                        \
     void __tsan_unaligned_volatile_write##bytes(void* p) { hook(p, bytes, Access::write, __builtin_return_address(0)); }
 VOLATILE(1) VOLATILE(2) VOLATILE(4) VOLATILE(8) VOLATILE(16)
 void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, Access::read, __builtin_return_address(0)); }

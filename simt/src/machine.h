@@ -51,6 +51,7 @@ struct Launch {
     uint64_t seed;
     bool poison, strict, undefined;
     bool cooperative;    // all blocks are there together and may wait for each other
+    bool spins;          // some thread waits in a loop that asks for nothing of the emulator's
     int64_t absent;      // a block that has left, while others wait for it; else -1
     uint32_t serial = 0;  // which launch, in the shadow of global memory; each barrier of the grid begins another
     uint32_t first = 0;   // its own before those
@@ -161,9 +162,10 @@ struct Machine {
     int count, alive, at_barrier;
     int votes, counted;  // of the barrier that fills, and of the last
     bool at_grid;        // all wait for the other blocks
-    unsigned yields;     // of threads that wait in a loop
+    std::vector<Thread*> yielded;  // they wait in loops, until nobody else can run
     // So often a thread asked for one word by itself, and then others run.
     struct { uintptr_t address; const Thread* thread; unsigned times; } polled;
+    struct { const Thread* thread; unsigned times; } ticked;  // so often in a row the clock has met one thread
     Thread* first_at_barrier;
     uint64_t random;
     const Where* fault_where = nullptr;  // blames this line, not the program counter

@@ -318,7 +318,7 @@ struct Compiler {
         const string text = read_file(source);
         checked &= text.find("check_") != text.npos || text.find("kChecked") != text.npos;
         vector<string> f = flags(checked);
-        f.push_back("-I" + (simt / "include").string());
+        f.insert(f.end(), {"-g0", "-I" + (simt / "include").string()});  // no finding names its lines, and it is linked sooner
         return object(shared / (source.stem().string() + (checked ? ".checked" : "")), headers() + text, f, source);
     }
 
@@ -423,7 +423,7 @@ struct Compiler {
         vector<fs::path> own;
         for (const auto& e : fs::directory_iterator(simt / "src"))
             if (e.path().extension() == ".cpp" && e.path().stem() != "simt-check") own.push_back(e.path());
-        std::sort(own.begin(), own.end(), [](const fs::path& a, const fs::path& b) { return fs::file_size(a) > fs::file_size(b); });
+        std::sort(own.begin(), own.end(), [](const fs::path& a, const fs::path& b) { return fs::file_size(a) > fs::file_size(b); });  // boundary.cpp is the last
         for (const fs::path& source : own)
             for (const string& build : options.builds) first.push_back([=] { return runtime(source, build == "checked"); });
         vector<fs::path> sources = in_parallel(first);
@@ -476,7 +476,7 @@ struct Run {
     if (!handle) fprintf(stderr, "%s\n", dlerror()), _exit(127);
     auto* config = reinterpret_cast<int (*)(const char*, uint64_t)>(dlsym(handle, "emu_config"));
     config("order", run.order == "forward" ? 0 : run.order == "reversed" ? 1 : 2);
-    config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict), config("undefined", !o.strict);
+    config("seed", uint64_t(run.seed)), config("threads", uint64_t(o.threads)), config("strict", o.strict), config("undefined", !o.strict), config("ticking", 1);
     auto* entry = reinterpret_cast<int (*)(int, char**)>(dlsym(handle, "main"));
     if (!entry) _exit(126);
     vector<char*> arguments;

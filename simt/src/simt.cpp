@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -92,9 +93,15 @@ int choose(uint32_t set, Machine& m) {
     return (__builtin_ctz(set >> by | set << (-by & 31)) + by) & 31;
 }
 
+static void ready_yielded(Machine& m) {
+    for (const Thread* t : m.yielded) make_ready(m, t->linear / 32, 1u << (t->linear & 31));
+    m.yielded.clear();
+}
+
 // Takes the next thread that can run; null if none can. A warp runs on for as long as one of its
 // lanes can, so that a collective's operands are still in the cache, and one warp runs far ahead.
 static Thread* pick(Machine& m) {
+    if (!m.ready_warps) ready_yielded(m);
     if (!m.ready_warps) return nullptr;
     if (m.launch->order == Order::random || !m.warps[m.warp].ready) m.warp = choose(m.ready_warps, m);
     Warp& w = m.warps[m.warp];
@@ -244,27 +251,16 @@ static void fiber() {
     }
 }
 
-// The next thread of the block in turn goes on, so that who waits in a loop for another does not wait for ever; and other
-// blocks, if nobody else of this one can run, or all have waited.
+// So that who waits in a loop for another does not wait for ever: all others of the block that can run do, and then other blocks.
 void let_others_run() {
     Machine* running = current();
     if (!running || !running->self) return;
     Machine& m = *running;
     Thread& t = *m.self;
-    const bool blocks_too = m.launch->blocks > 1 && ++m.yields % unsigned(m.count) == 0;
-    for (int i = 1; i < m.count && !blocks_too; i++) {
-        Thread& next = m.threads[(t.linear + i) % m.count];
-        Warp& w = m.warps[next.linear / 32];
-        const uint32_t lane = 1u << (next.linear & 31);
-        if (!(w.ready & lane)) continue;
-        w.ready &= ~lane;
-        if (!w.ready) m.ready_warps &= ~(1u << next.linear / 32);
-        make_ready(m, t.linear / 32, 1u << (t.linear & 31));
-        return go_to(m, &t.sp, next);
-    }
-    if (m.launch->blocks == 1) return;
-    make_ready(m, t.linear / 32, 1u << (t.linear & 31));
-    simt_switch(&t.sp, m.scheduler_sp);
+    m.yielded.push_back(&t);
+    while (!m.ready_warps && m.launch->kernel->hopper && hopper_progress(m, true)) {}
+    if (!m.ready_warps && m.launch->blocks > 1) return simt_switch(&t.sp, m.scheduler_sp);
+    if (Thread* next = pick(m); next != &t) go_to(m, &t.sp, *next);
 }
 
 static void arrive(const Op* op, Where at) {
@@ -376,7 +372,7 @@ static const char* opt_in(const Kernel& k) { return k.function ? " (emu_set_max_
 
 // This library's symbol table, read from its file.
 struct Image {
-    uintptr_t base = 0;
+    uintptr_t base = 0, code_end = 0;
     size_t tls_module = 0, tls_size = 0;
     std::vector<Variable> variables;
     std::vector<uint16_t> variable_at;  // by offset: its number + 1
@@ -406,8 +402,11 @@ Image::Image() {
         Image& self = *static_cast<Image*>(p);
         if (i->dlpi_addr != self.base) return 0;
         self.tls_module = i->dlpi_tls_modid;
-        for (int k = 0; k < i->dlpi_phnum; k++)
-            if (i->dlpi_phdr[k].p_type == PT_TLS) self.tls_size = i->dlpi_phdr[k].p_memsz;
+        for (int k = 0; k < i->dlpi_phnum; k++) {
+            const auto& part = i->dlpi_phdr[k];
+            if (part.p_type == PT_TLS) self.tls_size = part.p_memsz;
+            if (part.p_type == PT_LOAD && part.p_flags & PF_X) self.code_end = self.base + part.p_vaddr + part.p_memsz;
+        }
         return 1;
     }, this);
     const int file = open(info.dli_fname, O_RDONLY);
@@ -630,7 +629,7 @@ void Machine::begin_block(Launch& l, uint64_t linear) {
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
-    ready_warps = 0, at_barrier = votes = 0, at_grid = false, yields = 0, polled = {}, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
+    ready_warps = 0, at_barrier = votes = 0, at_grid = false, polled = {}, ticked = {}, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
     uintptr_t begin = (dynamic_end - l.smem) & ~uintptr_t(127);
     // A driver promises no more than 128: whoever needs 1024 must round up.
@@ -638,6 +637,7 @@ void Machine::begin_block(Launch& l, uint64_t linear) {
     dynamic = reinterpret_cast<unsigned char*>(begin);
     if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));
     block_serial++;
+    yielded.clear();
     variables.clear();
     variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
     // Only as many as a launch needs: each is a mapping of its own, of which a process has 65530.
@@ -869,6 +869,29 @@ static void install_handlers() {
     own.reset(new unsigned char[64 << 10]);
     stack = {own.get(), 0, 64 << 10};
     sigaltstack(&stack, nullptr);
+}
+
+// A thread that runs for half a second by itself waits for another in a loop: others run. It must be in the program's
+// code, for what the emulator and libraries are doing must not be done twice.
+extern "C" void simt_code_ends();
+static void on_tick(int, siginfo_t*, void* context) {
+    Machine* m = current();
+    if (!m || !m->self) return;
+    if (m->ticked.thread != m->self) m->ticked = {m->self, 0};
+    const auto pc = uintptr_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+    if (++m->ticked.times < (m->launch->spins ? 1 : 50) || pc < uintptr_t(simt_code_ends) || pc >= image().code_end) return;
+    m->launch->spins = true;
+    m->ticked = {};
+    let_others_run();
+}
+static void start_ticking() {
+    image();
+    struct sigaction action = {};
+    action.sa_sigaction = on_tick;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART;
+    sigaction(SIGVTALRM, &action, nullptr);
+    const itimerval every = {{0, 10000}, {0, 10000}};
+    setitimer(ITIMER_VIRTUAL, &every, nullptr);
 }
 
 // ---- global memory ----------------------------------------------------------------------------
@@ -1164,7 +1187,7 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     }
     static std::set<std::string> recorded;
     if (recorded.insert(k.name).second) record("launched", k.name);
-    l.kernel = &k, l.grid = config.grid, l.block = config.block, l.smem = unsigned(smem), l.cooperative = config.cooperative, l.absent = -1;
+    l.kernel = &k, l.grid = config.grid, l.block = config.block, l.smem = unsigned(smem), l.cooperative = config.cooperative, l.absent = -1, l.spins = false;
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined;
     place_launch(l, beside && !between);
@@ -1194,7 +1217,7 @@ const char* emu_last_error() { return last_error.c_str(); }
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
 // order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left; undefined: 1 if a shuffle
 // from a lane that is not there gives poison and is no error; overlap: 1 if the next launch may begin while the last one
-// still runs (programmatic dependent launch).
+// still runs (programmatic dependent launch); ticking: 1 if a clock (SIGVTALRM) stops threads that wait in loops.
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -1205,6 +1228,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "strict" && value <= 1) strict = value;
     else if (k == "undefined" && value <= 1) undefined = value;
     else if (k == "overlap" && value <= 1) overlap = value;
+    else if (k == "ticking" && value == 1) start_ticking();
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
 }

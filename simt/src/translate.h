@@ -1138,9 +1138,22 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                     constant_lines += " static const bool simt_constant_" + name + " = simt::add_constant(&" + name + ", sizeof " + name + ");";
             }
         }
+        // "__shared__ alignas(16) float s[64]": the compiler wants the alignment first.
+        if (!skip && word == "alignas") {
+            const size_t before = out.find_last_of(";{}"), head = before == out.npos ? 0 : before + 1, begin = out.find_first_not_of(" \t\n", head);
+            const size_t close = skip_brackets(s, s.find('(', end));
+            if (begin != out.npos && out.find("thread_local", begin) != out.npos && out.find('#', begin) == out.npos) {
+                out.insert(begin, one_line(s.substr(i, close - i)) + " ");
+                i = close;
+                continue;
+            }
+        }
         if (!skip && word == "extern") {
             const size_t stop = s.find(';', i);
-            const string declaration = s.substr(i, stop - i);
+            string declaration = s.substr(i, stop - i);
+            // Dynamic shared memory has the alignment that it has.
+            if (const size_t at = declaration.find("alignas"); at != declaration.npos && declaration.find("thread_local") < at)
+                declaration.erase(at, skip_brackets(declaration, declaration.find('(', at)) - at);
             if (declaration.find("thread_local") != declaration.npos && declaration.find_first_of("{\"") == declaration.find("\"global-dynamic")) {
                 line += int(lines_of(declaration).size());
                 // Of a template's local declarations the compiler forgets the name behind asm.

@@ -57,6 +57,26 @@ __global__ void relay(volatile int* turn, int* count, int* order) {
     __syncthreads();
 }
 
+// A barrier of flags that asks for nothing but their values: block 1 waits for all, and all for block 1.
+__global__ void by_hand(volatile int* here, volatile int* go, int* values, bool fences) {
+    const int block = int(blockIdx.x), t = int(threadIdx.x), blocks = int(gridDim.x);
+    values[block] = block * 3;
+    __syncthreads();
+    if (fences) __threadfence();
+    if (t == 0) here[block] = 1;
+    if (block == 1) {
+        if (t < blocks)
+            while (here[t] == 0) {}
+        __syncthreads();
+        if (fences) __threadfence();
+        if (t < blocks) go[t] = 1;
+    }
+    if (t == 0)
+        while (go[block] == 0) {}
+    __syncthreads();
+    if (t == 0) values[blocks + block] = values[(block + 1) % blocks];
+}
+
 int main(int argc, char** argv) {
     const int n = 1000, steps = 7, wrong = argc > 1 ? atoi(argv[1]) : 0;
     std::vector<float> heat(n), next(n), got(n);
@@ -86,6 +106,15 @@ int main(int argc, char** argv) {
     cudaMemcpy(on_host, order, sizeof on_host, cudaMemcpyDeviceToHost);
     for (int i = 0; i < 9; i++)
         if (on_host[i] != 8 - i) return 3;
+
+    if (wrong >= 5) {
+        int *flags, *values, on_host[10];
+        cudaMalloc(&flags, 40), cudaMemset(flags, 0, 40), cudaMalloc(&values, 40);
+        by_hand<<<5, 40>>>(flags, flags + 5, values, wrong == 5);
+        if (cudaMemcpy(on_host, values, 40, cudaMemcpyDeviceToHost)) return 4;
+        for (int i = 0; i < 5; i++)
+            if (on_host[5 + i] != (i + 1) % 5 * 3) return 5;
+    }
 
     void* out[] = {&order};
     cudaLaunchConfig_t config = {};

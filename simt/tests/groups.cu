@@ -10,7 +10,7 @@
 
 namespace cg = cooperative_groups;
 
-extern __shared__ float sums[];
+extern __shared__ alignas(16) float sums[];
 
 __global__ void dot(const float* __restrict__ a, const float* __restrict__ b, float* out, int n) {
     cg::thread_block block = cg::this_thread_block();

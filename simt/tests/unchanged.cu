@@ -115,7 +115,7 @@ __global__ void instructions(unsigned* words, float* real, int* wrong) {
     U(34, "{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, l}; }", x << 16 | x >> 16, "r"(x))
     U(35, "{ .reg .pred p; setp.lt.u32 p, %1, 5; mov.u32 %0, 9; @!p ld.global.nc.u32 %0, [%2]; }", t < 5 ? 9 : words[5], "r"(t), "l"(words + 5))
     // Atomics.
-    __shared__ unsigned total;
+    __shared__ alignas(16) unsigned total;
     if (t == 0) total = 5;
     __syncthreads();
     const unsigned at = (unsigned)__cvta_generic_to_shared(&total);
