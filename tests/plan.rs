@@ -10,7 +10,7 @@ use edm2k::model::Precond;
 use edm2k::model::config::preset;
 use edm2k::train::rehearse;
 
-fn seed_network(batch: usize) -> (usize, Cost) {
+fn network_of_1girl_xs(batch: usize) -> (usize, Cost) {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
     let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
@@ -22,8 +22,8 @@ fn seed_network(batch: usize) -> (usize, Cost) {
 
 /// EDM2-XS at 64x88, 40 images at a time, two moving averages: a GeForce card of 16 GB trains it.
 #[test]
-fn training_the_seed_s_network_fits_16_gb() {
-    let (parameters, cost) = seed_network(40);
+fn training_1girl_xs_fits_16_gb() {
+    let (parameters, cost) = network_of_1girl_xs(40);
     println!("parameters {parameters}, {cost:?}");
     let total = (parameters + cost.workspace) as f64;
     assert!(total < 15e9, "{total} bytes, {cost:?}");
@@ -33,7 +33,7 @@ fn training_the_seed_s_network_fits_16_gb() {
 
 #[test]
 fn activations_grow_with_the_batch_and_parameters_do_not() {
-    let ((one, a), (two, b)) = (seed_network(1), seed_network(4));
+    let ((one, a), (two, b)) = (network_of_1girl_xs(1), network_of_1girl_xs(4));
     println!("{a:?}\n{b:?}");
     assert_eq!(one, two);
     assert!((2 * a.workspace..5 * a.workspace).contains(&b.workspace), "{a:?}, {b:?}");
