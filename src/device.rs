@@ -201,10 +201,10 @@ impl Device {
         }
     }
 
-    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::passes`]), that this
+    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::copies`]), that this
     /// machine has no room for; a GPU knows its own memory.
     ///
-    /// [`SamplerConfig::passes`]: crate::sample::SamplerConfig::passes
+    /// [`SamplerConfig::copies`]: crate::sample::SamplerConfig::copies
     pub fn check_forward(
         &self,
         config: &Config,

@@ -13,7 +13,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! From the top: [`pipeline`] makes pictures of a model file and [`train`] makes model files of a dataset, both on a
+//! From the top: [`pipeline`] makes pictures from a model file and [`train`] makes model files from a dataset, both on a
 //! [`Device`]. Below them, [`sample`] has the solvers, [`condition`] what images are asked to show, [`data`] datasets,
 //! [`pictures`] pixels, [`codec`] latents. The network of [`model`] is written once, in the operations of
 //! [`backend`], which the CPU and GPUs implement. What else is public, the command line and the tests use; it is not

@@ -385,7 +385,7 @@ fn a_whole_decoder() {
 /// What [`codecs::Decoder`] needs of a GPU for a picture of 512x704, by its plan.
 #[test]
 fn a_decode_of_512x704_fits_in_2_gb() {
-    let mut gpu = Gpu::for_codec(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16).unwrap();
+    let mut gpu = Gpu::for_codec(Rc::new(Imagined::rtx_4090()), Precision::F16).unwrap();
     let (decoder, _) = Decoder::random(&mut gpu, 88, 64).unwrap();
     decoder.image(&mut gpu, [88, 64], &vec![0.0; 88 * 64 * codecs::RAW_MEAN.len()]).unwrap();
     let cost = gpu.costs().next().unwrap();

@@ -5,7 +5,6 @@ use std::rc::Rc;
 use edm2k::backend::gpu::engine::{Cost, Gpu};
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Imagined;
-use edm2k::backend::gpu::tiles::Card;
 use edm2k::model::Precond;
 use edm2k::model::config::preset;
 use edm2k::train::rehearse;
@@ -13,7 +12,7 @@ use edm2k::train::rehearse;
 fn network_of_1girl_xs(batch: usize) -> (usize, Cost) {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
-    let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+    let runtime = Rc::new(Imagined::rtx_4090());
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
     rehearse(&mut gpu, &net, 0.0, [batch, preset.size[0], preset.size[1]]).unwrap();
     let cost = gpu.costs().next().unwrap();
@@ -45,7 +44,7 @@ fn sizes_have_a_plan_each_in_one_workspace() {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
     let planned = |sizes: &[[usize; 2]]| {
-        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+        let runtime = Rc::new(Imagined::rtx_4090());
         let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
         for [height, width] in sizes {
             rehearse(&mut gpu, &net, 0.0, [4, *height, *width]).unwrap();
@@ -65,7 +64,7 @@ fn what_the_kernels_cannot_do_is_said() {
     let refused = |json: serde_json::Value, emas: usize| {
         let config = serde_json::from_value(json).unwrap();
         let (net, table) = Precond::new(&config).unwrap();
-        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+        let runtime = Rc::new(Imagined::rtx_4090());
         match Gpu::for_training(runtime, Precision::F16, &table, emas) {
             Err(why) => why.to_string(),
             Ok(mut gpu) => rehearse(&mut gpu, &net, 0.0, [1, 8, 8]).unwrap_err().to_string(),

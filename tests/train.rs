@@ -808,7 +808,7 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     let (_, table) = edm2k::model::Precond::new(&settings(&place.open("data", Split::Train)).config).unwrap();
     assert_eq!(json["parameters"], table.trained_values());
     assert_eq!(json["settings"]["duration"], 1500);
-    assert_eq!(json["plan"]["batch_gpu"], 4);
+    assert_eq!(json["execution"]["batch_gpu"], 4);
     assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
     assert!(!place.path("run").exists());
 
@@ -827,7 +827,7 @@ fn grids_take_a_hundredth_of_the_operations_at_most() {
     let dry = |options: &str| -> Value {
         serde_json::from_str(&succeed(&mut place.train("run", &format!("--batch 8 -n {options}")))).unwrap()
     };
-    let interval = |options: &str| dry(options)["plan"]["grid"].as_u64().unwrap();
+    let interval = |options: &str| dry(options)["execution"]["grid"].as_u64().unwrap();
     assert_eq!(interval("--duration 1M"), 20_000);
     // 24 samples of 16 steps; an image costs three passes in training, and guidance takes two in sampling.
     assert_eq!(interval("--duration 100k"), 100 * 24 * 16 / 3);

@@ -1,4 +1,4 @@
-//! `edm2k ema`: moving averages of any width, made of the snapshots of a run after it.
+//! `edm2k ema`: moving averages of any width, made from the snapshots of a run after it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 
 use edm2k::model::ModelFile;
+use edm2k::train::check_widths;
 use edm2k::train::ema::name_of;
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;
 use super::say::{self, out};
-use super::train::{check_widths, parse_images};
+use super::train::parse_images;
 
-/// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
+/// Make moving averages of other widths from a run's snapshots (post-hoc EMA).
 #[derive(clap::Args)]
 #[command(after_help = "\
 Snapshots of two widths at ten times or more are enough for widths from 0.02 to 0.25. How well the average
@@ -42,7 +43,7 @@ pub struct EmaArgs {
 
 /// Writes the files, showing progress on stderr and what was written on stdout.
 pub fn run(args: EmaArgs) -> anyhow::Result<()> {
-    check_widths("--std", &args.std)?;
+    check_widths("std", &args.std)?;
     let mut snapshots = Vec::new();
     for path in &args.snapshots {
         match path.is_dir() {

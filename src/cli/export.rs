@@ -12,7 +12,7 @@ use edm2k::train::checkpoint::{self, Checkpoint};
 
 use super::say::out;
 
-/// Write a model's weights for NVIDIA's code, or make a model of a run's checkpoint.
+/// Write a model's weights for NVIDIA's code, or make a model from a run's checkpoint.
 #[derive(clap::Args)]
 #[command(
     after_help = "\

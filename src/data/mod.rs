@@ -2,7 +2,7 @@
 //!
 //! ```
 //! use edm2k::data::dataset::{Dataset, Split};
-//! use edm2k::rng::{Purpose, Stream};
+//! use edm2k::data::{Purpose, Stream};
 //!
 //! let data = Dataset::open("tests/data/emoji".as_ref(), Split::Train)?;
 //! let mut image = vec![0.0; data.shape().iter().product()];
@@ -18,3 +18,5 @@ pub mod features;
 mod pending;
 pub mod prepare;
 pub mod shard;
+
+pub use crate::rng::{Purpose, Stream};

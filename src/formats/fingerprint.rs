@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::formats::input;
 
-/// Of a content: two with the same one are the same.
+/// The fingerprint of a content: equal ones mean equal contents.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(u128);
 
@@ -150,8 +150,7 @@ pub fn differ<T: PartialEq>(a: &Option<T>, b: &Option<T>) -> bool {
     matches!((a, b), (Some(a), Some(b)) if a != b)
 }
 
-/// Makes `now` what was noted `then`, unless both are known and not the same: so that comparing all of two records
-/// finds the known differences only.
+/// Replaces `now` by `then` unless both are known and differ, so that comparing afterwards finds known differences only.
 pub fn settle<T: PartialEq + Clone>(now: &mut Option<T>, then: &Option<T>) {
     if !differ(now, then) {
         now.clone_from(then);

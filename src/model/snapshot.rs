@@ -34,13 +34,13 @@ use crate::formats::torch::{Storages, Tensor};
 use crate::formats::{At, FileError, input};
 use crate::params::ParamTable;
 
-/// A network has so many modules at most.
+/// Most modules of a network.
 const MAX_MODULES: usize = 1 << 14;
 
 /// Longest name of a module or tensor.
 const MAX_NAME: usize = 200;
 
-/// So many entries of dictionaries are looked at, over all look-ups; EDM2's networks take about 40,000.
+/// Most entries of dictionaries that are looked at, over all look-ups; EDM2's networks take about 40,000.
 const MAX_LOOKED_AT: usize = 1 << 24;
 
 /// Options of the official network that this project does without.

@@ -162,7 +162,7 @@ impl Painter {
         for image in pipeline.images(&request)?.watched(watch) {
             let image = image?;
             let (job, index) = images[image.number];
-            let failed = |error: std::io::Error| server.queue.fail(job, error.to_string());
+            let failed = |error: PipelineError| server.queue.fail(job, error.to_string());
             let Ok(png) = image.png().map_err(failed) else { continue };
             if let Some(dir) = &self.outdir {
                 let path = dir.join(format!("{:06}-{:06}.png", job.id, image.seed));

@@ -1,4 +1,5 @@
-//! What is asked for, checked before it waits: a request that is taken fails by the device or the disk alone.
+//! What is asked for, checked before it waits: once taken, a request can fail only because of the device or the
+//! disk.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,15 +17,15 @@ use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
 use crate::sample::{SamplerConfig, parse_seeds};
 
-/// A job has so many images at most.
+/// Most images of a job.
 pub const MAX_IMAGES: usize = 64;
-/// A picture has at most so many times the pixels of one that the model learned from.
+/// Largest area of a picture, as a multiple of that of one that the model learned from.
 pub const MAX_AREA: usize = 4;
-/// A job takes at most so many steps, each of one such picture.
+/// Most steps of a job, each of one such picture.
 pub const MAX_WORK: usize = 4096;
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
-/// An uploaded picture has so many pixels at most: it is decoded beside others.
+/// Most pixels of an uploaded picture: it is decoded beside others.
 const MAX_PIXELS: u64 = 1 << 24;
 
 /// Why a request was refused; the answer is its status, and its message as JSON.

@@ -25,7 +25,7 @@ pub struct Runs {
     dir: PathBuf,
 }
 
-/// A run, in a few numbers; none that is not known.
+/// A run in a few numbers; `None` where one is not known.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
     /// Of its directory.

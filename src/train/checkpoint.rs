@@ -104,7 +104,7 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
-/// The checkpoints in a directory that a run removes which keeps `keep`: the older ones, and those that only a stop
+/// The checkpoints in a directory that a run keeping `keep` of them removes: the older ones, and those that only a stop
 /// made, as a run without stops has none. The newest one always stays.
 ///
 /// # Errors

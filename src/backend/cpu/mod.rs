@@ -55,8 +55,7 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; autoencoders
-    /// that are loaded from now on too. Sampling is twice as fast, where the processor [can](bf16_is_available).
+    /// From now on forward convolutions, also of autoencoders loaded later, round to bfloat16 and sum in f32. Sampling is twice as fast, where the processor [can](bf16_is_available).
     ///
     /// # Panics
     /// Where it cannot.

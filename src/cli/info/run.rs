@@ -38,7 +38,7 @@ struct Run {
     /// Of the newest whole checkpoint; none without one.
     state: Option<State>,
     checkpoints: Vec<String>,
-    /// Those that cannot be gone on from, and why.
+    /// Those that cannot be resumed from, with the reason.
     damaged: Vec<String>,
     snapshots: Vec<String>,
     /// The newest value of each statistic.

@@ -1,4 +1,4 @@
-//! Its file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
+//! The condition model's file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! How it invents.
+//! Inventing conditions with a trained condition model.
 
 use super::{ConditionKind, Vae, tag_input};
 use crate::condition::prompt::Prompt;

@@ -1,4 +1,4 @@
-//! The network, forward and backward.
+//! The condition model's network, forward and backward.
 
 use rayon::prelude::*;
 

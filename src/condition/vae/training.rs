@@ -1,4 +1,4 @@
-//! How it learns: pass by pass over rows that are read one at a time, so that they need not be in memory.
+//! Training of a condition model: pass by pass over rows that are read one at a time, so that they need not be in memory.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -103,8 +103,8 @@ impl Default for Training {
     }
 }
 
-/// A training that is under way. Between two passes it can be [saved](Self::save), and [gone on with](Self::load) to the
-/// same bits: order and noise are functions of the seed, the pass and the row.
+/// A training that is under way. Between two passes it can be [saved](Self::save), and [resumed](Self::load) to the same
+/// bits: order and noise are functions of the seed, the pass and the row.
 pub struct Learning<'a, S> {
     pub(super) source: &'a S,
     pub(super) how: Training,

@@ -25,7 +25,7 @@ use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
 
 /// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
-/// gone on with by the same one.
+/// resumed by the same one.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); there is no dataset, or one made in another way.

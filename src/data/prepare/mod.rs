@@ -42,7 +42,7 @@ pub use danbooru::Danbooru;
 pub use folder::Folder;
 pub use grow::{add, retag};
 pub use records::{Listing, Place, Record, Records, Tags, read_lines};
-pub use render::{Codec, Encode};
+pub use render::{Codec, Encode, encoder};
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 
@@ -151,7 +151,7 @@ fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<
     Ok(listing)
 }
 
-/// What there is by now.
+/// What the shards counted so far hold.
 #[derive(Default)]
 struct Tally {
     splits: [Counts; 3],
