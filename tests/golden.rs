@@ -68,8 +68,8 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
         return eprintln!("skipped: this processor has no AVX-512 BF16");
     }
     let device: Device<Cpu> = Device {
-        sampling: &|table| Ok(Cpu::for_sampling(table).in_bf16()),
-        training: &|table, averages| Ok(Cpu::for_training(table, averages).in_bf16()),
+        sampling: &|table| Ok(Cpu::for_sampling(table).with_bf16(true)),
+        training: &|table, averages| Ok(Cpu::for_training(table, averages).with_bf16(true)),
         bounds: Bounds::of(Precision::Bf16),
     };
     for (dir, at_least) in [("tests/golden", 900), ("tests/golden_odd", 300)] {
@@ -80,7 +80,7 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
             Outcome::Check(check) if check.name.ends_with("D_x") => worst = check.error.max(worst),
             _ => {}
         };
-        let codec = || Ok(Cpu::<f32, ()>::for_codec().in_bf16());
+        let codec = || Ok(Cpu::<f32, ()>::for_codec().with_bf16(true));
         let summary = verify(Path::new(dir), &device, &codec, &mut note).unwrap();
         assert!(failed.is_empty(), "{dir}:\n{}", failed.join("\n"));
         assert!(summary.ok >= at_least, "only {} checks in {dir}", summary.ok);

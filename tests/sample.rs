@@ -22,7 +22,7 @@ use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
 use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
+use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, solve};
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
@@ -83,9 +83,6 @@ impl Denoise<Cpu<f32>> for Replay {
     }
     fn noise(&mut self, _: &mut Cpu<f32>, step: usize) -> T {
         panic!("no churn was asked for, but noise for step {step} was")
-    }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
     }
 }
 
@@ -160,9 +157,6 @@ impl Denoise<Cpu<f32>> for Gaussian {
     }
     fn noise(&mut self, b: &mut Cpu<f32>, step: usize) -> T {
         unit_noise(b, Purpose::Churn, step as u32)
-    }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
     }
 }
 
@@ -309,10 +303,6 @@ impl Denoise<Cpu<f32>> for Halves<'_> {
 
     fn noise(&mut self, _: &mut Cpu<f32>, _: usize) -> T {
         unreachable!("there is no churn")
-    }
-
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
     }
 }
 

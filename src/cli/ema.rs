@@ -1,12 +1,12 @@
 //! `edm2k ema`: moving averages of any width, made from the snapshots of a run after it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
 use edm2k::model::ModelFile;
 use edm2k::train::check_widths;
+use edm2k::train::checkpoint::snapshots;
 use edm2k::train::ema::name_of;
 use edm2k::train::posthoc::Reconstruction;
 
@@ -55,7 +55,7 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     let files = snapshots.iter().map(ModelFile::open).collect::<Result<Vec<_>, _>>()?;
     let job = Reconstruction::new(files, &args.std, args.at)?;
     let paths: Vec<PathBuf> = args.std.iter().map(|&std| args.out.join(file_name(job.at(), std))).collect();
-    fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
     let _claims = paths.iter().map(|path| claim(path, args.overwrite, &inputs)).collect::<Result<Vec<_>, _>>()?;
 
     let bar = say::bar(job.values(), "{human_pos} of {human_len} values, {per_sec}, {eta} left");
@@ -70,16 +70,9 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
 
 /// The snapshots in the directory of a run, in order.
 fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
-    let mut found: Vec<PathBuf> =
-        entries.with_context(|| dir.display().to_string())?.iter().map(|e| e.path()).collect();
-    found.retain(|path| {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("snapshot-") && name.ends_with(".safetensors")
-    });
+    let found = snapshots(dir).with_context(|| dir.display().to_string())?;
     ensure!(!found.is_empty(), "{}: no snapshot-*.safetensors in it", dir.display());
-    found.sort();
-    Ok(found)
+    Ok(found.into_iter().map(|name| dir.join(name)).collect())
 }
 
 /// As snapshots are called.

@@ -175,11 +175,15 @@ impl<'a> Network<'a> {
                 }
             }
         }
-        out!("config");
-        if let serde_json::Value::Object(fields) = serde_json::to_value(self.config)? {
-            fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
-        }
+        show_config(self.config);
         Ok(())
+    }
+}
+
+fn show_config(config: &Config) {
+    out!("config");
+    if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(config) {
+        fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
     }
 }
 
