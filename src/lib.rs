@@ -19,6 +19,8 @@
 //! [`backend`], which the CPU and GPUs implement. What else is public, the command line and the tests use; it is not
 //! meant for others and may change at any time.
 //!
+//! Examples that read `demo/` and `tests/` run in a checkout; the crate's file has neither.
+//!
 //! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
 //! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked.
 
