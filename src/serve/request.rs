@@ -88,7 +88,7 @@ pub enum Tags {
 
 /// What a model is, as far as requests are concerned.
 #[derive(Debug)]
-pub struct Card {
+pub struct Offer {
     /// What requests call it.
     pub name: String,
     /// Where it is.
@@ -109,7 +109,7 @@ pub struct Card {
     pub factor: usize,
 }
 
-impl Card {
+impl Offer {
     /// [height, width] of the images that it learned from.
     pub fn size(&self) -> [usize; 2] {
         [self.meta.height, self.meta.width]
@@ -159,7 +159,7 @@ pub struct Wanted {
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The model.
-    pub model: Arc<Card>,
+    pub model: Arc<Offer>,
     /// Tags of conditions.
     pub tags: Vec<String>,
     /// Tags that guidance leads away from.
@@ -191,7 +191,7 @@ impl Request {
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
-    pub fn new(wanted: Wanted, model: Arc<Card>) -> Result<Self, Refusal> {
+    pub fn new(wanted: Wanted, model: Arc<Offer>) -> Result<Self, Refusal> {
         let Wanted { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
         let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
