@@ -38,6 +38,7 @@ use std::fmt::Debug;
 pub mod codec;
 pub mod cpu;
 pub mod gpu;
+#[doc(hidden)]
 pub mod memory;
 mod network;
 mod training;

@@ -13,10 +13,12 @@
 //! ```
 
 pub mod dataset;
+#[doc(hidden)]
 pub mod edm2;
 pub mod features;
 mod pending;
 pub mod prepare;
+#[doc(hidden)]
 pub mod shard;
 
 pub use crate::rng::{Purpose, Stream};
