@@ -39,17 +39,23 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+#[doc(hidden)]
 pub mod batch;
 mod begin;
 pub mod checkpoint;
 pub mod ema;
+#[doc(hidden)]
 pub mod events;
+#[doc(hidden)]
 pub mod grid;
+#[doc(hidden)]
 pub mod memory;
+#[doc(hidden)]
 pub mod order;
 pub mod posthoc;
 pub mod schedule;
 mod settings;
+#[doc(hidden)]
 pub mod stats;
 mod step;
 pub mod validation;
@@ -68,7 +74,7 @@ use crate::device::{Backends, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::save;
-use crate::model::{Model, ModelError, ModelMeta, Precision, Precond};
+use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
 use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::Batch;
@@ -476,7 +482,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let meta = ModelMeta { images_seen, ema_std: Some(std), options, began_from, ..self.meta.clone() };
             let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
             let path = self.execution.outdir.join(name);
-            match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {
+            match save(&path, &self.settings.config, &meta, &table, &weights, Stored::F16) {
                 Err(ModelError::NotFinite { name, value, .. }) => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }
