@@ -308,6 +308,12 @@ impl Denoise<Cpu<f32>> for Halves<'_> {
     }
 }
 
+#[test]
+fn latents_have_no_picture() {
+    let image = Image { number: 0, seed: 0, values: vec![0.0; 4], picture: None, about: Value::Null };
+    assert!(matches!(image.png(), Err(PipelineError::NoPicture)));
+}
+
 /// Condition and no condition go through the network as one batch.
 #[test]
 fn a_guided_batch_is_its_two_halves() {

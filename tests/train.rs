@@ -20,6 +20,7 @@ mod command;
 mod place;
 
 use command::{succeed, text};
+use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
@@ -29,7 +30,7 @@ use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batch;
 use edm2k::train::order::Order;
 use edm2k::train::{
-    DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, Training, ema, train,
+    DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, TrainError, Training, ema, train,
 };
 use half::f16;
 use place::{Place, assert_same_tensors, signal, stats};
@@ -989,6 +990,33 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Executi
     let outcome = train(&mut backend, training).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
+}
+
+/// A program is refused what the command line is refused, in the same words, before anything is written.
+#[test]
+fn settings_that_cannot_be_computed_are_refused() {
+    let place = Place::new();
+    let data = place.open("data", Split::Train);
+    let good = Settings { batch: 8, duration: 16, ..settings(&data) };
+    assert!(good.validate().is_ok());
+    for (bad, batch_gpu, message) in [
+        (Settings { lr: f64::NAN, ..good.clone() }, 3, "--lr is NaN, expected a positive number"),
+        (Settings { batch: 0, ..good.clone() }, 3, "--batch is 0, expected a positive number"),
+        (Settings { p_mean: f64::NAN, ..good.clone() }, 3, "--p-mean NaN and --p-std "),
+        (Settings { cond_dropout: -0.1, ..good.clone() }, 3, "--cond-dropout is -0.1, expected 0 to 1"),
+        (Settings { duration: 7, ..good.clone() }, 3, "--batch is 8, more than the whole run"),
+        (good, 0, "--batch-gpu is 0, expected a positive number"),
+    ] {
+        let device = Device::open("cpu").unwrap();
+        let execution = Execution { batch_gpu, ..Execution::new(place.path("refused"), &bad, &device) };
+        let splits = Splits { train: &data, validation: None };
+        let (model, stop) = (Model::init(&bad.config, 0).unwrap(), AtomicBool::new(false));
+        let (settings, execution, event, ranks) = (&bad, &execution, &mut |_: Event| {}, &mut Alone);
+        let training = Training { model, settings, execution, splits, show: None, stop: &stop, event, ranks };
+        let refused = device.run(training).unwrap_err();
+        assert!(matches!(refused, TrainError::Setting(_)) && refused.to_string().contains(message), "{refused}");
+        assert!(!place.path("refused").exists());
+    }
 }
 
 /// Training alone, and the last checkpoint.

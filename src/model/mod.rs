@@ -21,3 +21,5 @@ pub use config::{Config, ConfigError};
 pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
 pub use precond::Precond;
 pub use snapshot::{Snapshot, SnapshotError};
+
+pub use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};

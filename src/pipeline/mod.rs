@@ -40,7 +40,7 @@ use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::name;
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::memory::TooLarge;
+pub use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{Picture, PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};

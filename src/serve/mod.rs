@@ -86,7 +86,7 @@ const MAX_CONNECTIONS: usize = 400;
 const HEAD_SECONDS: u64 = 10;
 /// Seconds for answers to get out when the server stops.
 const LAST_SECONDS: u64 = 3;
-/// Cards of snapshots that are remembered.
+/// Offers of snapshots that are remembered.
 const SNAPSHOTS: usize = 16;
 
 /// The page: paths, kinds and contents.
@@ -352,9 +352,8 @@ impl Drop for Closes {
 /// The highest number of a job in the names of a directory's pictures; makes the directory.
 fn last_number(dir: &Path) -> io::Result<u64> {
     std::fs::create_dir_all(dir)?;
-    let names = std::fs::read_dir(dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let number = |name: String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
-    Ok(names.filter_map(number).max().unwrap_or(0))
+    let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
+    Ok(crate::formats::names(dir)?.iter().filter_map(number).max().unwrap_or(0))
 }
 
 fn router(server: Arc<Server>) -> Router {
