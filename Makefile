@@ -56,9 +56,10 @@ test-kernels: nvcc ## run the CUDA kernels' tests
 		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels --test codec_kernels \
 		--test emulator --test engine --test cuda --test first_kernel --test kernel_report
 
-quick: ## the inner loop, without kernels: formatting, types, unit tests
+quick: ## the inner loop, without kernels: formatting, the library's unit tests, types of the program
 	@$(CARGO) fmt --all --check
 	@CARGO_INCREMENTAL=1 $(CARGO) test --release --locked --no-default-features --lib --quiet
+	@CARGO_INCREMENTAL=1 $(CARGO) check --release --locked --no-default-features --features cli,serve --bins --quiet
 
 hooks: ## run `make quick` before each commit from now on
 	@git config core.hooksPath scripts/hooks

@@ -1,5 +1,5 @@
-//! Makes the Rust side of the kernels' structs, and compiles the kernels: with nvcc (feature `cuda`), and for the emulator
-//! (feature `emulator`).
+//! Makes the Rust side of the kernels' structs, and compiles the kernels: with nvcc (feature `cuda`), and for the
+//! emulator (feature `emulator`).
 
 #[path = "kernels/structs.rs"]
 mod structs;

@@ -12,20 +12,22 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::Device;
-use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::model::{Config, Model};
-use edm2k::train::{Event, Execution, Settings, Splits, Training, meta_of};
+use edm2k::train::{Alone, Event, Execution, Settings, Splits, Training, meta_of};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let [data, outdir, images] = &arguments[..] else { return Err("expected DATASET OUTDIR IMAGES".into()) };
     let data = Dataset::open(Path::new(data), Split::Train)?;
     let [height, width, channels] = data.shape();
-    let config: Config = serde_json::from_value(serde_json::json!({
-        "img_resolution": height.min(width), "img_channels": channels, "label_dim": data.condition_dim(),
-        "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "channels_per_head": 16,
-    }))?;
+    let config = Config {
+        channel_mult: vec![1, 2],
+        num_blocks: 1,
+        attn_resolutions: vec![16],
+        channels_per_head: 16,
+        ..Config::new(height.min(width), channels, data.condition_dim(), 16)
+    };
 
     let settings = Settings { batch: 32, ..Settings::new(&data, config.clone(), images.parse()?) };
     let mut model = Model::init(&config, settings.seed)?;

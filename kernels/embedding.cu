@@ -169,7 +169,7 @@ __device__ __forceinline__ void embed(const EmbedParams& p) {
 
 constexpr int SCALES_ROWS = 4;  // of a warp; a block has a tile
 
-// Rows of one layer; ScaleTile of src/backend/gpu/embedding.rs.
+// Rows of one layer.
 struct ScaleTile {
     long long weight;     // first value among the effective weights
     long long grad;       // and in the arena of gradients

@@ -5,6 +5,7 @@
 
 Parts, each for its share of the time:
   kills     SIGKILL at random moments of every command that writes; then the same command again
+  sizes     the same of prepare and train on pictures of several sizes
   signals   SIGTERM, SIGHUP, SIGINT, one or two, at random moments of training; then the same command again
   ranks     SIGKILL, or a stop and a kill, to one of several ranks that train together; then the same command again
   disks     a full disk at every stage (a small tmpfs as root, else a limit on the size of files)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Makes a wheel of the executable: scripts/wheel.py target/release/edm2k target/wheel
 
-`pip install` then puts `edm2k` on the PATH. Nothing in it is Python's; so one wheel serves every version. Its tag says
-which C library it needs at least: the executable's own symbol versions say that, as readelf shows them.
+`pip install` then puts `edm2k` on the PATH. Nothing in it is Python's; so one wheel serves every version. On Linux its tag
+says which C library it needs at least: the executable's own symbol versions say that, as readelf shows them. Of an
+executable for Windows, edm2k.exe, it makes a wheel too; nobody has installed one yet.
 """
 
 import base64
@@ -25,6 +26,8 @@ def readelf(option, path):
 
 def platform(path):
     """The platform tag, such as manylinux_2_34_x86_64."""
+    if path.suffix == ".exe":
+        return "win_amd64"
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic", path)))
     if needed - ALLOWED:
         sys.exit(f"wheel: {path} needs {sorted(needed - ALLOWED)}, which manylinux does not promise")
@@ -35,15 +38,22 @@ def platform(path):
     return f"manylinux_{major}_{minor}_{machine[name]}"
 
 
+def stripped(program, aside):
+    """What an executable of Linux is without its symbols."""
+    subprocess.run(["strip", "-o", aside, program], check=True)
+    binary = aside.read_bytes()
+    aside.unlink()
+    return binary
+
+
 def main():
     program, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
     root = pathlib.Path(__file__).resolve().parent.parent
-    package = tomllib.loads((root / "Cargo.toml").read_text())["package"]
+    package = tomllib.loads((root / "Cargo.toml").read_text("utf-8"))["package"]
     name, version = package["name"], package["version"]
     tag = f"py3-none-{platform(program)}"
-    stripped = out / "stripped"
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["strip", "-o", stripped, program], check=True)
+    binary = program.read_bytes() if program.suffix == ".exe" else stripped(program, out / "stripped")
 
     about = f"{name}-{version}.dist-info"
     metadata = f"""Metadata-Version: 2.1
@@ -54,15 +64,14 @@ License: {package["license"]}
 Requires-Python: >=3.8
 Description-Content-Type: text/markdown
 
-{(root / "README.md").read_text()}"""
+{(root / "README.md").read_text("utf-8")}"""
     wheel = f"Wheel-Version: 1.0\nGenerator: scripts/wheel.py\nRoot-Is-Purelib: false\nTag: {tag}\n"
     files = [
-        (f"{name}-{version}.data/scripts/{name}", stripped.read_bytes(), 0o755),
+        (f"{name}-{version}.data/scripts/{name}{program.suffix}", binary, 0o755),
         (f"{about}/METADATA", metadata.encode(), 0o644),
         (f"{about}/WHEEL", wheel.encode(), 0o644),
         *((f"{about}/{path.name}", path.read_bytes(), 0o644) for path in sorted(root.glob("LICENSE-*"))),
     ]
-    stripped.unlink()
     record = ""
     for path, data, _ in files:
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

@@ -201,10 +201,10 @@ impl Device {
         }
     }
 
-    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::passes`]), that this
+    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::copies`]), that this
     /// machine has no room for; a GPU knows its own memory.
     ///
-    /// [`SamplerConfig::passes`]: crate::sample::SamplerConfig::passes
+    /// [`SamplerConfig::copies`]: crate::sample::SamplerConfig::copies
     pub fn check_forward(
         &self,
         config: &Config,
@@ -270,24 +270,18 @@ struct OnCpu {
     bf16: bool,
 }
 
-impl OnCpu {
-    fn rounded<P>(&self, cpu: Cpu<f32, P>) -> Cpu<f32, P> {
-        if self.bf16 { cpu.in_bf16() } else { cpu }
-    }
-}
-
 impl Backends for OnCpu {
     type Network = Cpu<f32>;
     type Codec = Cpu<f32, ()>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Cpu<f32>, DeviceError> {
-        Ok(self.rounded(Cpu::for_sampling(table)))
+        Ok(Cpu::for_sampling(table).with_bf16(self.bf16))
     }
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Cpu<f32>, DeviceError> {
-        Ok(self.rounded(Cpu::for_training(table, averages)))
+        Ok(Cpu::for_training(table, averages).with_bf16(self.bf16))
     }
     fn codec(&self) -> Result<Cpu<f32, ()>, DeviceError> {
-        Ok(self.rounded(Cpu::for_codec()))
+        Ok(Cpu::for_codec().with_bf16(self.bf16))
     }
 }
 

@@ -76,16 +76,26 @@ fn paths_after(text: &str, start: &str) -> Vec<Vec<String>> {
     found
 }
 
+/// The names that src/lib.rs hands on, each with the module that it is from.
+fn handed_on() -> BTreeMap<String, String> {
+    let text = program(&root().join("src/lib.rs"));
+    let all = paths_after(&text, "pub use ");
+    all.into_iter().map(|path| (path[path.len() - 1].clone(), path[0].clone())).collect()
+}
+
 /// Every file's module with the modules that it names, as deep as files go.
 fn imports() -> Graph {
     let mut files = Vec::new();
     sources(&root().join("src"), &mut files);
     let known: BTreeSet<Vec<String>> = files.iter().map(|file| module(file)).collect();
+    let handed_on = handed_on();
     let mut graph = Graph::new();
     for file in &files {
         let (own, text) = (module(file), program(file));
         let mut named = paths_after(&text, "crate::");
         named.extend(paths_after(&text, "edm2k::"));
+        let from = |path: &Vec<String>| Some(vec![handed_on.get(path.first()?)?.clone()]);
+        named.extend(named.iter().filter_map(from).collect::<Vec<_>>());
         for ups in 1..=3 {
             let start = "super::".repeat(ups);
             let above = &own[..own.len().saturating_sub(ups)];

@@ -3,14 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use assert_cmd::Command;
 use edm2k::backend::Backend;
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, TAESD_SCALE};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::Config;
-use edm2k::model::file::{Encoder, Model, Precision, save};
+use edm2k::model::file::{Encoder, Model, Stored, save};
 use edm2k::pictures::{Picture, png::read_text};
 use serde_json::json;
 
@@ -18,8 +17,11 @@ use serde_json::json;
 mod autoencoder;
 #[path = "common/close.rs"]
 mod close;
+#[path = "common/command.rs"]
+mod command;
 use autoencoder::{File, normals, sd_vae, taesd, write};
 use close::assert_close;
+use command::edm2k;
 
 // ---- a naive autoencoder: [C, H, W] in f64, every sum written out -------------------------------------------
 
@@ -562,13 +564,12 @@ fn tiny_model(path: &Path, channels: usize, encoder: Encoder) {
     let mut model = Model::init(&config, 3).unwrap();
     model.meta.encoder = encoder;
     (model.meta.height, model.meta.width) = (6, 4);
-    save(path, &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    save(path, &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
 }
 
 fn sample(dir: &Path, model: &str, more: &[&str]) -> assert_cmd::assert::Assert {
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    command.current_dir(dir).args(["sample", "--steps", "2", "--seeds", "0-1", "--overwrite", "--model", model]);
-    command.args(more).assert()
+    let arguments = ["sample", "--steps", "2", "--seeds", "0-1", "--overwrite", "--model", model];
+    edm2k(dir, &arguments).args(more).assert()
 }
 
 fn size(path: &Path) -> (u32, u32) {
@@ -593,9 +594,9 @@ fn an_overflow_of_f16_is_reported() {
         let mut gpu = Gpu::for_codec(std::rc::Rc::new(runtime), precision).unwrap();
         file.decoder(&mut gpu).unwrap().decode(&mut gpu, [2, 2], &[0.5; 16])
     };
-    let error = decode(launch::Precision::F16).unwrap_err().to_string();
+    let error = decode(launch::Stored::F16).unwrap_err().to_string();
     assert!(error.contains("no finite numbers") && error.contains("--precision bf16"), "{error}");
-    decode(launch::Precision::Bf16).unwrap();
+    decode(launch::Stored::Bf16).unwrap();
 }
 
 #[test]
@@ -675,7 +676,7 @@ fn latents_are_decoded_by_what_made_them() {
     tiny_model(&at("latent"), 4, Encoder::SdVae);
     let mut model = Model::load(at("latent")).unwrap();
     model.meta.autoencoder = made_by;
-    save(at("latent"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    save(at("latent"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
     let said = |vae: &str, code: i32| {
         let out = sample(dir.path(), "latent", &["--outdir", "o", "--vae", vae]).code(code);
         String::from_utf8_lossy(&out.get_output().stderr).into_owned()

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use common::{Both, Kernels, Memory, PRECISIONS, assert_same, normals, padded};
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::codec::{self, CodecError};
+use edm2k::backend::gpu::codec::{self, ShapeError};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Math, Precision};
 use edm2k::backend::gpu::runtime::Imagined;
@@ -324,7 +324,7 @@ fn what_no_kernel_takes_is_refused() {
     let (p, null) = (Precision::F16, DevicePtr::NULL);
     let attention = |c| codec::self_attention(p, [1, 2, 2, c], null, null).unwrap_err().to_string();
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
-    assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), CodecError::Width(520));
+    assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), ShapeError::Width(520));
     let conv = |reach, shape| {
         codec::convolve(
             p.into(),
@@ -340,9 +340,9 @@ fn what_no_kernel_takes_is_refused() {
         )
         .unwrap_err()
     };
-    assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), CodecError::Odd([1, 3, 4, 8]));
-    assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), CodecError::Shape([1, 40000, 8, 8]));
-    assert_eq!(conv(Reach::Same, [1, 0, 4, 8]), CodecError::Shape([1, 0, 4, 8]));
+    assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), ShapeError::Odd([1, 3, 4, 8]));
+    assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), ShapeError::Shape([1, 40000, 8, 8]));
+    assert_eq!(conv(Reach::Same, [1, 0, 4, 8]), ShapeError::Shape([1, 0, 4, 8]));
     let norm = codec::group_norm(p, [1, 2, 2, 30], 32, 1e-6, null, null, null, null).unwrap_err();
     assert_eq!(norm.to_string(), "a group norm of 30 channels in 32 groups");
 }
@@ -373,7 +373,7 @@ fn a_whole_decoder() {
         assert_same(&format!("bytes in {precision:?}"), &bytes(&got), &bytes(&picture), bound);
         // Beyond f16, within bf16.
         let huge = decoder.decode(&mut gpu, size, &[1e30; 24]);
-        assert_eq!(matches!(huge, Err(codecs::CodecError::Overflow)), precision == Precision::F16);
+        assert_eq!(matches!(huge, Err(codecs::ShapeError::Overflow)), precision == Precision::F16);
         assert_eq!(huge.is_ok(), precision == Precision::Bf16);
         // What is larger comes into another workspace.
         let other = decoder.image(&mut gpu, [3, 3], &[latent.clone(), latent[..12].to_vec()].concat()).unwrap();
@@ -385,7 +385,7 @@ fn a_whole_decoder() {
 /// What [`codecs::Decoder`] needs of a GPU for a picture of 512x704, by its plan.
 #[test]
 fn a_decode_of_512x704_fits_in_2_gb() {
-    let mut gpu = Gpu::for_codec(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16).unwrap();
+    let mut gpu = Gpu::for_codec(Rc::new(Imagined::rtx_4090()), Precision::F16).unwrap();
     let (decoder, _) = Decoder::random(&mut gpu, 88, 64).unwrap();
     decoder.image(&mut gpu, [88, 64], &vec![0.0; 88 * 64 * codecs::RAW_MEAN.len()]).unwrap();
     let cost = gpu.costs().next().unwrap();

@@ -129,7 +129,7 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
     }
     assert!(dense.chunks_mut(6).all(unit_norm));
     let (vocabulary, tags) = (Vocabulary::default(), vec![vec![]; count as usize]);
-    let rows = Rows { kind: ConditionKind::Dense, vocabulary, tags, dense, conditioning: None };
+    let rows = Rows { kind: ConditionKind::Features, vocabulary, tags, dense, conditioning: None };
     let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let invented = vae.invent(&Prompt::default(), 1000, 3).conditions;
@@ -186,7 +186,7 @@ fn features_invented_for_tags_are_like_those_of_images_that_have_them() {
     let width = 48;
     let tagged = scenes();
     let dense = features(&tagged, width);
-    let rows = Rows { kind: ConditionKind::Dense, dense, ..tagged };
+    let rows = Rows { kind: ConditionKind::Features, dense, ..tagged };
     let how = Training { latent: 8, hidden: 64, epochs: 80, batch: 32, ..Training::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
@@ -273,7 +273,7 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
 #[test]
 fn features_that_are_all_alike_are_refused() {
     let tagged = scenes();
-    let mut rows = Rows { kind: ConditionKind::Dense, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
+    let mut rows = Rows { kind: ConditionKind::Features, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
     let train = |rows: &Rows| Vae::train(rows, &Training { epochs: 1, ..Training::default() }, |_, _| ());
     let said = train(&rows).err().unwrap().to_string();
     assert!(said.contains("features are the same, so there is nothing to learn"), "{said}");
@@ -287,7 +287,7 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));
     let tagged = scenes();
     let dense = features(&tagged, 12);
-    for rows in [scenes(), Rows { kind: ConditionKind::Dense, dense, ..tagged }] {
+    for rows in [scenes(), Rows { kind: ConditionKind::Features, dense, ..tagged }] {
         let how = Training { latent: 4, hidden: 8, epochs: 4, batch: 32, ..Training::default() };
         let bytes = |vae: Vae| {
             vae.save(&path).unwrap();

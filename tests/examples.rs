@@ -4,6 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+#[path = "common/command.rs"]
+mod command;
+use command::here;
+
 fn run(example: &str, arguments: &[&str], environment: &[(&str, &Path)]) -> String {
     let tests = std::env::current_exe().unwrap();
     let path = tests.ancestors().nth(2).unwrap().join("examples").join(example);
@@ -25,9 +29,7 @@ fn sample_draws_what_the_command_draws() {
     let tags = ["green, heart", "cat, face"];
     let out = run("sample", &tags, &[("STEPS", Path::new("2")), ("OUTDIR", &ours)]);
     assert!(out.contains("step 2 of 2, noise level 0.002"), "{out}");
-    let mut command = assert_cmd::Command::cargo_bin("edm2k").unwrap();
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command.args(["sample", "--model", "demo/emoji.safetensors", "--steps", "2", "--save-steps"]);
+    let mut command = here(&["sample", "--model", "demo/emoji.safetensors", "--steps", "2", "--save-steps"]);
     command.args(tags.iter().flat_map(|tags| ["--tags", tags])).arg("--outdir").arg(&theirs).assert().success();
     for name in ["000000.png", "000001.png"] {
         assert!(fs::read(ours.join(name)).unwrap() == fs::read(theirs.join(name)).unwrap(), "{name}");

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use assert_cmd::Command;
 use edm2k::backend::cpu::{Cpu, bf16_is_available};
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::{Backend, NetworkBackend, Normalization, Slot, Step, TrainingBackend};
@@ -14,6 +13,10 @@ use edm2k::params::{ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
 use serde_json::json;
+
+#[path = "common/command.rs"]
+mod command;
+use command::{here, printed, refused};
 
 fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
     replay_within(dir, Bounds::F32)
@@ -68,8 +71,8 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
         return eprintln!("skipped: this processor has no AVX-512 BF16");
     }
     let device: Device<Cpu> = Device {
-        sampling: &|table| Ok(Cpu::for_sampling(table).in_bf16()),
-        training: &|table, averages| Ok(Cpu::for_training(table, averages).in_bf16()),
+        sampling: &|table| Ok(Cpu::for_sampling(table).with_bf16(true)),
+        training: &|table, averages| Ok(Cpu::for_training(table, averages).with_bf16(true)),
         bounds: Bounds::of(Precision::Bf16),
     };
     for (dir, at_least) in [("tests/golden", 900), ("tests/golden_odd", 300)] {
@@ -80,7 +83,7 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
             Outcome::Check(check) if check.name.ends_with("D_x") => worst = check.error.max(worst),
             _ => {}
         };
-        let codec = || Ok(Cpu::<f32, ()>::for_codec().in_bf16());
+        let codec = || Ok(Cpu::<f32, ()>::for_codec().with_bf16(true));
         let summary = verify(Path::new(dir), &device, &codec, &mut note).unwrap();
         assert!(failed.is_empty(), "{dir}:\n{}", failed.join("\n"));
         assert!(summary.ok >= at_least, "only {} checks in {dir}", summary.ok);
@@ -330,9 +333,8 @@ fn another_network_is_replayed_and_a_wrong_number_is_found() {
     maker.tolerances();
     assert_all_ok(dir.path(), 200);
 
-    let verify = || Command::cargo_bin("edm2k").unwrap().arg("verify").arg(dir.path()).assert();
-    let out = verify().success();
-    let out = String::from_utf8_lossy(&out.get_output().stdout).into_owned();
+    let verify = || here(&["verify"]).arg(dir.path()).assert();
+    let out = printed(verify());
     assert!(out.contains("skip samplers.safetensors: samplers.safetensors is absent"), "{out}");
     assert!(out.contains("skip tiny_train_step2.safetensors"), "{out}");
 
@@ -442,8 +444,7 @@ fn rows_smaller_than_the_rest_may_lose_what_the_rest_loses() {
 fn directories_that_cannot_be_replayed_are_one_clear_line() {
     let dir = tempfile::tempdir().unwrap();
     let says = |what: &str| {
-        let out = Command::cargo_bin("edm2k").unwrap().arg("verify").arg(dir.path().join("set")).assert().code(1);
-        let err = String::from_utf8_lossy(&out.get_output().stderr).into_owned();
+        let err = refused(here(&["verify"]).arg(dir.path().join("set")).assert().code(1));
         assert!(err.contains(what) && err.lines().count() == 1, "{what}: {err}");
     };
     says("No such file");

@@ -9,12 +9,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use assert_cmd::Command;
 use edm2k::formats::pickle::{Id, MAX_OPCODES, Pickle, Value};
 use edm2k::formats::safetensors::{Dtype, SafeFile};
-use edm2k::model::{Config, Encoder, Model, Precision, Snapshot};
+use edm2k::model::{Config, Encoder, Model, Snapshot, Stored};
 use half::{bf16, f16};
 use predicates::str::contains;
+
+#[path = "common/command.rs"]
+mod command;
+use command::{here, refused};
 
 /// Counts the bytes that each thread holds.
 struct Counting;
@@ -216,7 +219,7 @@ fn the_official_snapshots_give_every_tensor_and_the_config() {
             snapshots += 1;
             let Snapshot { model, precision } = Snapshot::open(&path).unwrap();
             assert_eq!(model.net.config, config);
-            assert_eq!(precision, Precision::F16);
+            assert_eq!(precision, Stored::F16);
             assert_eq!(model.meta.encoder, Encoder::SdVae);
             assert_eq!([model.meta.height, model.meta.width], [config.img_resolution; 2]);
             assert_eq!((model.meta.images_seen, model.meta.ema_std), (0, None));
@@ -236,12 +239,11 @@ fn the_official_snapshots_give_every_tensor_and_the_config() {
 fn an_imported_model_is_exported_under_the_official_names_and_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
-    let edm2k = || Command::cargo_bin("edm2k").unwrap();
     fs::copy(GOLDEN, path("edm2-img512-xs-2147483-0.135.pkl")).unwrap();
     let imported = path("imported.safetensors");
     let import = |out: &Path| {
-        let mut command = edm2k();
-        command.arg("import").arg(path("edm2-img512-xs-2147483-0.135.pkl")).arg("--out").arg(out);
+        let mut command = here(&["import"]);
+        command.arg(path("edm2-img512-xs-2147483-0.135.pkl")).arg("--out").arg(out);
         command
     };
     import(&imported).assert().success().stdout(contains("imported a network of 0.2 M parameters"));
@@ -253,8 +255,8 @@ fn an_imported_model_is_exported_under_the_official_names_and_comes_back() {
 
     let golden = SafeFile::open("tests/golden/official_style_snapshot.safetensors").unwrap();
     let export = |from: &Path, to: &Path, dtype: &str| {
-        let mut command = edm2k();
-        command.arg("export").arg(from).arg("--out").arg(to).args(["--dtype", dtype]);
+        let mut command = here(&["export"]);
+        command.arg(from).arg("--out").arg(to).args(["--dtype", dtype]);
         command
     };
     let (single, half) = (path("single.safetensors"), path("half.safetensors"));
@@ -278,8 +280,7 @@ fn another_condition_has_a_fresh_embedding_and_the_rest_stays() {
     let dir = tempfile::tempdir().unwrap();
     let import = |width: &str| {
         let out = dir.path().join(format!("{width}.safetensors"));
-        let mut command = Command::cargo_bin("edm2k").unwrap();
-        command.args(["import", GOLDEN, "--condition-dim", width, "--out"]).arg(&out).assert().success();
+        here(&["import", GOLDEN, "--condition-dim", width, "--out"]).arg(&out).assert().success();
         Model::load(out).unwrap()
     };
     let snapshot = Snapshot::open(Path::new(GOLDEN)).unwrap().model;
@@ -298,12 +299,7 @@ fn another_condition_has_a_fresh_embedding_and_the_rest_stays() {
         let variance = fresh.iter().map(|x| x * x).sum::<f32>() / fresh.len() as f32;
         assert!((variance - 1.0).abs() < 5.0 * (2.0f32 / 512.0).sqrt(), "{variance}");
     }
-    let mut command = Command::cargo_bin("edm2k").unwrap();
-    command
-        .args(["import", GOLDEN, "--condition-dim", "0", "--out", "x"])
-        .assert()
-        .failure()
-        .stderr(contains("1..=1048576"));
+    here(&["import", GOLDEN, "--condition-dim", "0", "--out", "x"]).assert().failure().stderr(contains("1..=1048576"));
 }
 
 #[test]
@@ -315,9 +311,9 @@ fn storages_of_every_kind_are_read() {
     let brains: Vec<u8> = numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
     let singles: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
     for (kind, data, precision) in [
-        ("HalfStorage", &halves, Precision::F16),
-        ("BFloat16Storage", &brains, Precision::F32),
-        ("FloatStorage", &singles, Precision::F32),
+        ("HalfStorage", &halves, Stored::F16),
+        ("BFloat16Storage", &brains, Stored::F32),
+        ("FloatStorage", &singles, Stored::F32),
     ] {
         for blob in [legacy(kind, 512, data), zip(kind, 512, data, b"little")] {
             let read = parse(&ops.clone().with(at, &bytes_op(&blob)).bytes()).unwrap();
@@ -469,9 +465,7 @@ fn nothing_that_a_pickle_names_is_run() {
     let call = [text_op("os"), text_op("system"), vec![0x93], text_op(&order), b"\x85R".to_vec()].concat();
     let import = |ops: Ops| {
         fs::write(&pickle, ops.bytes()).unwrap();
-        let mut command = Command::cargo_bin("edm2k").unwrap();
-        command.arg("import").arg(&pickle).arg("--out").arg(&out);
-        command.assert()
+        here(&["import"]).arg(&pickle).arg("--out").arg(&out).assert()
     };
     let ops = Ops::golden();
 
@@ -522,9 +516,7 @@ fn files_that_are_no_pickles_are_refused_in_one_line() {
     ] {
         let (path, out) = (dir.path().join(name), dir.path().join("out.safetensors"));
         fs::write(&path, content).unwrap();
-        let mut command = Command::cargo_bin("edm2k").unwrap();
-        let assert = command.arg("import").arg(&path).arg("--out").arg(&out).assert().failure();
-        let error = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+        let error = refused(here(&["import"]).arg(&path).arg("--out").arg(&out).assert());
         assert!(error.contains(name) && error.contains(message) && error.lines().count() == 1, "{error}\n{message}");
         assert!(!out.exists());
     }

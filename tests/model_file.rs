@@ -5,7 +5,7 @@ use std::path::Path;
 
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::file::save;
-use edm2k::model::{Config, Encoder, Model, ModelMeta, Precision};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, Stored};
 use edm2k::params::ParamKind;
 
 fn tiny(label_dim: usize) -> Config {
@@ -46,7 +46,7 @@ fn f32_files_give_back_every_bit_and_f16_files_the_nearest_half() {
     let dir = tempfile::tempdir().unwrap();
     let config = tiny(5);
     let model = Model::init(&config, 3).unwrap();
-    for precision in [Precision::F32, Precision::F16] {
+    for precision in [Stored::F32, Stored::F16] {
         let path = dir.path().join("model.safetensors");
         save(&path, &config, &meta(&config), &model.table, &model.weights, precision).unwrap();
         let read = Model::load(&path).unwrap();
@@ -54,7 +54,7 @@ fn f32_files_give_back_every_bit_and_f16_files_the_nearest_half() {
         assert_eq!(read.net.config, config);
         for ((_, spec), (a, b)) in model.table.iter().zip(model.weights.iter().zip(&read.weights)) {
             for (a, b) in a.iter().zip(b) {
-                let want = if precision == Precision::F16 { half::f16::from_f32(*a).to_f32() } else { *a };
+                let want = if precision == Stored::F16 { half::f16::from_f32(*a).to_f32() } else { *a };
                 assert_eq!(want.to_bits(), b.to_bits(), "{}", spec.name);
             }
         }
@@ -108,7 +108,7 @@ fn a_file_of_another_program_is_taken_to_be_square() {
     let path = dir.path().join("model.safetensors");
     let config = Config { img_channels: 4, ..tiny(0) };
     let model = Model::init(&config, 3).unwrap();
-    save(&path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();
+    save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
     tamper(&path, |_, metadata| {
         metadata.remove("edm2k");
     });
@@ -148,7 +148,7 @@ fn damage_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     for (message, damage) in cases {
-        save(&path, &config, &meta(&config), &model.table, &model.weights, Precision::F32).unwrap();
+        save(&path, &config, &meta(&config), &model.table, &model.weights, Stored::F32).unwrap();
         tamper(&path, damage);
         let error = Model::load(&path).err().expect(message).to_string();
         assert!(error.contains(message) && error.contains("model.safetensors"), "{error}\nexpected {message}");
@@ -162,7 +162,7 @@ fn weights_too_large_for_f16_are_not_saved_as_infinity() {
     let config = tiny(0);
     let mut model = Model::init(&config, 3).unwrap();
     model.weights[3][1] = 1e6;
-    let error = save(&path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap_err();
+    let error = save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap_err();
     assert!(error.to_string().contains("unet.emb_noise.weight: found inf at 1"), "{error}");
     assert!(!path.exists());
 }

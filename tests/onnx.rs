@@ -3,20 +3,22 @@
 //! `fid`.
 #![cfg(feature = "onnx")]
 
+#[path = "common/command.rs"]
+mod command;
 #[path = "common/onnx.rs"]
 mod onnx;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use assert_cmd::Command;
 use assert_cmd::assert::Assert;
+use command::edm2k;
 use edm2k::condition::Conditioning;
 use edm2k::condition::tagger::Tagger;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::{self, Dtype};
-use edm2k::model::{Config, Model, Precision, file::save};
+use edm2k::model::{Config, Model, Stored, file::save};
 use edm2k::onnx::{Network, Wanted};
 use edm2k::pictures::{Picture, bicubic::resize, png};
 use edm2k::rng::{Purpose, Stream};
@@ -406,7 +408,7 @@ impl Bench {
 
     /// Runs a command line, split at spaces.
     fn run(&self, line: &str) -> Assert {
-        Command::cargo_bin("edm2k").unwrap().args(line.split_whitespace()).current_dir(self.dir.path()).assert()
+        edm2k(self.dir.path(), &line.split_whitespace().collect::<Vec<_>>()).assert()
     }
 
     /// What a command says that fails with one line, maybe after a warning.
@@ -436,7 +438,7 @@ impl Bench {
             }
         }
         model.meta.conditioning = conditioning;
-        save(self.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+        save(self.path(name), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
     }
 }
 

@@ -5,15 +5,14 @@ use std::rc::Rc;
 use edm2k::backend::gpu::engine::{Cost, Gpu};
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Imagined;
-use edm2k::backend::gpu::tiles::Card;
 use edm2k::model::Precond;
 use edm2k::model::config::preset;
 use edm2k::train::rehearse;
 
-fn seed_network(batch: usize) -> (usize, Cost) {
+fn network_of_1girl_xs(batch: usize) -> (usize, Cost) {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
-    let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+    let runtime = Rc::new(Imagined::rtx_4090());
     let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
     rehearse(&mut gpu, &net, 0.0, [batch, preset.size[0], preset.size[1]]).unwrap();
     let cost = gpu.costs().next().unwrap();
@@ -22,8 +21,8 @@ fn seed_network(batch: usize) -> (usize, Cost) {
 
 /// EDM2-XS at 64x88, 40 images at a time, two moving averages: a GeForce card of 16 GB trains it.
 #[test]
-fn training_the_seed_s_network_fits_16_gb() {
-    let (parameters, cost) = seed_network(40);
+fn training_1girl_xs_fits_16_gb() {
+    let (parameters, cost) = network_of_1girl_xs(40);
     println!("parameters {parameters}, {cost:?}");
     let total = (parameters + cost.workspace) as f64;
     assert!(total < 15e9, "{total} bytes, {cost:?}");
@@ -33,7 +32,7 @@ fn training_the_seed_s_network_fits_16_gb() {
 
 #[test]
 fn activations_grow_with_the_batch_and_parameters_do_not() {
-    let ((one, a), (two, b)) = (seed_network(1), seed_network(4));
+    let ((one, a), (two, b)) = (network_of_1girl_xs(1), network_of_1girl_xs(4));
     println!("{a:?}\n{b:?}");
     assert_eq!(one, two);
     assert!((2 * a.workspace..5 * a.workspace).contains(&b.workspace), "{a:?}, {b:?}");
@@ -45,7 +44,7 @@ fn sizes_have_a_plan_each_in_one_workspace() {
     let preset = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&preset.config).unwrap();
     let planned = |sizes: &[[usize; 2]]| {
-        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+        let runtime = Rc::new(Imagined::rtx_4090());
         let mut gpu = Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap();
         for [height, width] in sizes {
             rehearse(&mut gpu, &net, 0.0, [4, *height, *width]).unwrap();
@@ -65,7 +64,7 @@ fn what_the_kernels_cannot_do_is_said() {
     let refused = |json: serde_json::Value, emas: usize| {
         let config = serde_json::from_value(json).unwrap();
         let (net, table) = Precond::new(&config).unwrap();
-        let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+        let runtime = Rc::new(Imagined::rtx_4090());
         match Gpu::for_training(runtime, Precision::F16, &table, emas) {
             Err(why) => why.to_string(),
             Ok(mut gpu) => rehearse(&mut gpu, &net, 0.0, [1, 8, 8]).unwrap_err().to_string(),

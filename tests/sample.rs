@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use assert_cmd::Command;
 use serde_json::{Value, json};
 
 use edm2k::Device;
@@ -16,19 +15,22 @@ use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::file::{Encoder, Model, Precision, save};
+use edm2k::model::file::{Encoder, Model, Stored, save};
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
 use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, Step, solve};
+use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, solve};
 
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
 #[path = "common/close.rs"]
 mod close;
+#[path = "common/command.rs"]
+mod command;
 use close::assert_close;
+use command::edm2k;
 
 type T = <Cpu<f32> as Backend>::Tensor;
 
@@ -83,9 +85,6 @@ impl Denoise<Cpu<f32>> for Replay {
     }
     fn noise(&mut self, _: &mut Cpu<f32>, step: usize) -> T {
         panic!("no churn was asked for, but noise for step {step} was")
-    }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
     }
 }
 
@@ -160,9 +159,6 @@ impl Denoise<Cpu<f32>> for Gaussian {
     }
     fn noise(&mut self, b: &mut Cpu<f32>, step: usize) -> T {
         unit_noise(b, Purpose::Churn, step as u32)
-    }
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
     }
 }
 
@@ -310,10 +306,12 @@ impl Denoise<Cpu<f32>> for Halves<'_> {
     fn noise(&mut self, _: &mut Cpu<f32>, _: usize) -> T {
         unreachable!("there is no churn")
     }
+}
 
-    fn after(&mut self, _: &mut Cpu<f32>, _: Step<T>) -> Result<(), SampleError> {
-        Ok(())
-    }
+#[test]
+fn latents_have_no_picture() {
+    let image = Image { number: 0, seed: 0, values: vec![0.0; 4], picture: None, about: Value::Null };
+    assert!(matches!(image.png(), Err(PipelineError::NoPicture)));
 }
 
 /// Condition and no condition go through the network as one batch.
@@ -484,7 +482,7 @@ impl Bench {
         let (mut model, _) = tiny();
         model.meta.vocabulary = ["cat", "dog", "heart", "red", "smiling face"].map(String::from).to_vec();
         let path = dir.path().join("m.safetensors");
-        save(path, &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+        save(path, &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
         Self { dir }
     }
 
@@ -499,10 +497,7 @@ impl Bench {
             0 => part.split_whitespace().map(String::from).collect(),
             _ => vec![part.to_owned()],
         });
-        Command::cargo_bin("edm2k")
-            .unwrap()
-            .current_dir(self.dir.path())
-            .args(["sample", "--model", "m.safetensors"])
+        edm2k(self.dir.path(), &["sample", "--model", "m.safetensors"])
             .args(if own_steps { &[][..] } else { &["--steps", "2"] })
             .args(arguments)
             .assert()
@@ -671,9 +666,7 @@ fn conditions_come_from_files_and_datasets() {
 fn conditions_of_another_vocabulary_are_refused() {
     let bench = Bench::new();
     fs::create_dir(bench.path("images")).unwrap();
-    let run = |line: &str| {
-        Command::cargo_bin("edm2k").unwrap().current_dir(bench.dir.path()).args(line.split_whitespace()).assert()
-    };
+    let run = |line: &str| edm2k(bench.dir.path(), &line.split_whitespace().collect::<Vec<_>>()).assert();
     let tags = ["cat", "dog", "heart", "red", "smiling face"];
     // Each of the first tags is on one image more than the next, so that this is their order.
     for (name, last) in [("same", "smiling face"), ("other", "crying face")] {
@@ -697,7 +690,7 @@ fn conditions_of_another_vocabulary_are_refused() {
     run("prepare --images images --metadata same.jsonl --out dense --size 16x16 --features f.safetensors").success();
     let (mut model, _) = tiny();
     model.meta.conditioning = Dataset::open(&bench.path("dense"), Split::Train).unwrap().header().conditioning.clone();
-    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32)
+    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32)
         .unwrap();
     let doubts = |line: &str, name: &str| {
         let said = run(line).success().get_output().stderr.clone();
@@ -712,7 +705,7 @@ fn conditions_of_another_vocabulary_are_refused() {
     assert!(doubts(&invent, "f-c.safetensors"));
     // Of the dataset that a model learned from they are what it knows.
     model.meta.data = Dataset::open(&bench.path("dense"), Split::Train).unwrap().fingerprint();
-    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Precision::F32)
+    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32)
         .unwrap();
     assert!(!doubts(&row.replace(" f ", " h "), "dense") && !doubts(eval, "dense"));
     bench.sample("--outdir b --conditions same-c.safetensors").success();
@@ -909,7 +902,7 @@ fn latents_are_kept_as_they_are() {
     let config = Config { img_channels: 4, ..tiny().0.net.config };
     let model = Model::init(&config, 1).unwrap();
     let path = bench.path("m.safetensors");
-    save(path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();
+    save(path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
     bench
         .sample("--outdir o --seeds 1,9 --save-steps --size 8x12")
         .success()
@@ -929,7 +922,7 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     let config = Config { img_channels: 4, ..tiny().0.net.config };
     let mut model = Model::init(&config, 1).unwrap();
     model.meta.encoder = Encoder::SdVae;
-    save(bench.path("m.safetensors"), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    save(bench.path("m.safetensors"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
     autoencoder::write(&bench.path("vae.safetensors"), &autoencoder::sd_vae(&[32, 32], 1));
     let picture = Picture::new(32, 32, (0..32 * 32 * 3).map(|i| (i * 7 % 256) as u8).collect());
     picture.save(&bench.path("a.png"), &[]).unwrap();

@@ -20,16 +20,17 @@ mod command;
 mod place;
 
 use command::{succeed, text};
+use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::{Model, Precision};
+use edm2k::model::{Model, Stored};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::batch::Batch;
 use edm2k::train::order::Order;
 use edm2k::train::{
-    DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, Training, ema, train,
+    DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, TrainError, Training, ema, train,
 };
 use half::f16;
 use place::{Place, assert_same_tensors, signal, stats};
@@ -777,7 +778,7 @@ fn fine_tuning_names_the_parameters_that_start_afresh() {
     let config = edm2k::model::Config { label_dim: 11, ..settings(&place.open("data", Split::Train)).config };
     let old = Model::init(&config, 77).unwrap();
     let init = place.path("init.safetensors");
-    edm2k::model::file::save(&init, &config, &old.meta, &old.table, &old.weights, Precision::F16).unwrap();
+    edm2k::model::file::save(&init, &config, &old.meta, &old.table, &old.weights, Stored::F16).unwrap();
     // The learning rate of the first step of a ramp is zero: what is saved is where it began.
     let options = format!("--duration 8 --batch 8 --rampup 8 --grid 0 --init {}", init.display());
     let said = succeed(&mut place.train("run", &options));
@@ -808,7 +809,7 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     let (_, table) = edm2k::model::Precond::new(&settings(&place.open("data", Split::Train)).config).unwrap();
     assert_eq!(json["parameters"], table.trained_values());
     assert_eq!(json["settings"]["duration"], 1500);
-    assert_eq!(json["plan"]["batch_gpu"], 4);
+    assert_eq!(json["execution"]["batch_gpu"], 4);
     assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
     assert!(!place.path("run").exists());
 
@@ -827,7 +828,7 @@ fn grids_take_a_hundredth_of_the_operations_at_most() {
     let dry = |options: &str| -> Value {
         serde_json::from_str(&succeed(&mut place.train("run", &format!("--batch 8 -n {options}")))).unwrap()
     };
-    let interval = |options: &str| dry(options)["plan"]["grid"].as_u64().unwrap();
+    let interval = |options: &str| dry(options)["execution"]["grid"].as_u64().unwrap();
     assert_eq!(interval("--duration 1M"), 20_000);
     // 24 samples of 16 steps; an image costs three passes in training, and guidance takes two in sampling.
     assert_eq!(interval("--duration 100k"), 100 * 24 * 16 / 3);
@@ -989,6 +990,33 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Executi
     let outcome = train(&mut backend, training).unwrap();
     assert_eq!(outcome == Outcome::Stopped, stop_at.is_some());
     said
+}
+
+/// A program is refused what the command line is refused, in the same words, before anything is written.
+#[test]
+fn settings_that_cannot_be_computed_are_refused() {
+    let place = Place::new();
+    let data = place.open("data", Split::Train);
+    let good = Settings { batch: 8, duration: 16, ..settings(&data) };
+    assert!(good.validate().is_ok());
+    for (bad, batch_gpu, message) in [
+        (Settings { lr: f64::NAN, ..good.clone() }, 3, "--lr is NaN, expected a positive number"),
+        (Settings { batch: 0, ..good.clone() }, 3, "--batch is 0, expected a positive number"),
+        (Settings { p_mean: f64::NAN, ..good.clone() }, 3, "--p-mean NaN and --p-std "),
+        (Settings { cond_dropout: -0.1, ..good.clone() }, 3, "--cond-dropout is -0.1, expected 0 to 1"),
+        (Settings { duration: 7, ..good.clone() }, 3, "--batch is 8, more than the whole run"),
+        (good, 0, "--batch-gpu is 0, expected a positive number"),
+    ] {
+        let device = Device::open("cpu").unwrap();
+        let execution = Execution { batch_gpu, ..Execution::new(place.path("refused"), &bad, &device) };
+        let splits = Splits { train: &data, validation: None };
+        let (model, stop) = (Model::init(&bad.config, 0).unwrap(), AtomicBool::new(false));
+        let (settings, execution, event, ranks) = (&bad, &execution, &mut |_: Event| {}, &mut Alone);
+        let training = Training { model, settings, execution, splits, show: None, stop: &stop, event, ranks };
+        let refused = device.run(training).unwrap_err();
+        assert!(matches!(refused, TrainError::Setting(_)) && refused.to_string().contains(message), "{refused}");
+        assert!(!place.path("refused").exists());
+    }
 }
 
 /// Training alone, and the last checkpoint.
@@ -1362,7 +1390,7 @@ fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on(
     let save = |name: &str, seed: u64| {
         let mut model = Model::init(&config, seed).unwrap();
         model.meta.vocabulary = (2..10).map(|i| format!("t{i}")).collect();
-        edm2k::model::file::save(place.path(name), &config, &model.meta, &model.table, &model.weights, Precision::F16)
+        edm2k::model::file::save(place.path(name), &config, &model.meta, &model.table, &model.weights, Stored::F16)
             .unwrap();
     };
     save("start.safetensors", 1);
@@ -1411,7 +1439,7 @@ fn a_path_that_is_not_utf8_can_be_started_from() {
     let config = settings(&place.open("data", Split::Train)).config;
     let model = Model::init(&config, 1).unwrap();
     let path = place.path("").join(std::ffi::OsStr::from_bytes(b"bad\xff.safetensors"));
-    edm2k::model::file::save(&path, &config, &model.meta, &model.table, &model.weights, Precision::F16).unwrap();
+    edm2k::model::file::save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
     let run = |duration: &str| {
         let mut command = train_on(&place, "data", "run", duration);
         succeed(command.arg("--init").arg(&path))

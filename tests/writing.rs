@@ -16,7 +16,7 @@ mod command;
 
 use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically};
 use edm2k::model::file::save;
-use edm2k::model::{Config, Model, Precision};
+use edm2k::model::{Config, Model, Stored};
 
 fn names(dir: &Path) -> Vec<String> {
     let mut all: Vec<_> =
@@ -181,7 +181,7 @@ fn place() -> tempfile::TempDir {
     let config: Config = serde_json::from_str(config).unwrap();
     let mut model = Model::init(&config, 1).unwrap();
     model.meta.source = "a\nedm2k: all is well\u{1b}[2J".into();
-    save(dir.path().join("m"), &config, &model.meta, &model.table, &model.weights, Precision::F32).unwrap();
+    save(dir.path().join("m"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
     dir
 }
 

@@ -1,6 +1,6 @@
 // Kernels that test the emulator's Hopper and hopper.cuh; none of them is part of the product.
 //
-//   1. Probes, which tests/emulator_hopper.rs compares with plain loops: bulk copies, wgmma.
+//   1. Probes, which tests/emulator/hopper.rs compares with plain loops: bulk copies, wgmma.
 //   2. A pipeline of a producer warp and two warp groups that computes C = A B^T. PLANTS are its errors, each of
 //      which a check must find; pipeline_ok is the same code without any. More plants behind it.
 //   3. Real kernels in the manner of 2: the 3x3 convolution of a batch of images, and its weights' gradient.

@@ -10,7 +10,7 @@ use super::DeviceError;
 pub struct DevicePtr(pub u64);
 
 impl DevicePtr {
-    /// What kernels take for "not there".
+    /// What kernels take for "not there"; the default.
     pub const NULL: Self = Self(0);
 
     /// The address `bytes` further.

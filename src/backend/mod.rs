@@ -23,9 +23,8 @@
 //!
 //! ```
 //! use edm2k::backend::{Backend, cpu::Cpu};
-//! use edm2k::params::ParamTable;
 //!
-//! let mut cpu = Cpu::<f32>::for_sampling(&ParamTable::default()); // of no network
+//! let mut cpu = Cpu::<f32, ()>::for_codec(); // of no network
 //! let x = cpu.upload([1, 1, 2, 1], &[1.0, 2.0]);
 //! let y = cpu.linear_combination(&[(&x, 3.0), (&x, -0.5)]);
 //! assert_eq!(cpu.shape(&y), [1, 1, 2, 1]);
@@ -39,6 +38,7 @@ use std::fmt::Debug;
 pub mod codec;
 pub mod cpu;
 pub mod gpu;
+#[doc(hidden)]
 pub mod memory;
 mod network;
 mod training;
@@ -62,7 +62,7 @@ pub enum DeviceError {
     /// There is no such device.
     #[error("{0}")]
     Absent(String),
-    /// It is not one for which this program was built, or cannot do what is asked.
+    /// This build has no code for it, or it cannot do what is asked.
     #[error("{0}")]
     Unavailable(String),
     /// A kernel did something wrong, or the device was lost.
@@ -144,6 +144,6 @@ pub trait Backend: Sized {
 
     /// The sum of factor times tensor: solver updates and guidance. All of one shape.
     fn linear_combination(&mut self, terms: &[(&Self::Tensor, f64)]) -> Self::Tensor;
-    /// So many tensors of n / `parts` images each, in order.
+    /// Splits n images into `parts` tensors of n / `parts`, in order.
     fn split(&mut self, x: &Self::Tensor, parts: usize) -> Vec<Self::Tensor>;
 }

@@ -45,9 +45,9 @@ impl<'a, T> Operand<'a, T> {
 /// Gradients with respect to the inputs of an [`Operand`].
 #[derive(Clone)]
 pub struct OperandGrad<T> {
-    /// Shape of `Operand::x`.
+    /// With respect to `Operand::x`.
     pub x: T,
-    /// Shape of `Operand::skip`, where there is one.
+    /// With respect to `Operand::skip`, where there is one.
     pub skip: Option<T>,
 }
 
@@ -206,8 +206,8 @@ pub trait NetworkBackend: Backend {
         let main = self.conv(main.0, main.1);
         self.conv_mp_sum(w, x, &main, t, clip)
     }
-    /// `x`, with what `masks` zero in a layer set to zero, the rest times `factor`. Vector v of an image are the channels
-    /// 8 k to 8 k + 7 of pixel p, v = p ceil(c / 8) + k.
+    /// `x`, with what `masks` zero in a layer set to zero, the rest times `factor`. Vector
+    /// v = p ceil(c / 8) + k of an image holds channels 8 k to 8 k + 7 of pixel p.
     fn dropout(&mut self, x: &Self::Tensor, masks: &Masks<Self::Tensor>, layer: u32, factor: f64) -> Self::Tensor;
     /// Self-attention over the pixels: q, k, v are pixel-normalised per head, then
     /// softmax(q k / sqrt(c)) v. `qkv` is [n, h, w, heads * c * 3] with channel

@@ -161,10 +161,7 @@ pub fn median(mut seconds: Vec<f64>) -> f64 {
 
 impl Bench<'_> {
     fn cpu(&mut self, bf16: bool) -> Result<()> {
-        fn rounded<P>(cpu: Cpu<f32, P>, bf16: bool) -> Cpu<f32, P> {
-            if bf16 { cpu.in_bf16() } else { cpu }
-        }
-        let mut b = rounded(Cpu::for_sampling(&self.table), bf16);
+        let mut b = Cpu::<f32>::for_sampling(&self.table).with_bf16(bf16);
         self.load(&mut b, Normalization::Eval)?;
         for n in [1, 2] {
             self.forward(&mut b, n, &|_| peak_mib())?;
@@ -172,7 +169,7 @@ impl Bench<'_> {
         drop(b);
         // Before the training, whose peak would hide this one's.
         if self.net.config.img_channels == LATENTS {
-            self.decoding(&mut rounded(Cpu::for_codec(), bf16), &|_| peak_mib())?;
+            self.decoding(&mut Cpu::<f32, ()>::for_codec().with_bf16(bf16), &|_| peak_mib())?;
         }
         let mut b = Cpu::<f32>::for_training(&self.table, 0);
         self.training(&mut b, 1, 1, &|_| peak_mib())

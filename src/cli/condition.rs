@@ -91,7 +91,7 @@ struct SampleArgs {
     /// Seed of the conditions
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
-    /// Also say the training image with the nearest condition, and its tags
+    /// Also name the training image with the nearest condition, and its tags
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Write the conditions [N, D] for `edm2k sample --conditions`

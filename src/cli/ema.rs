@@ -1,19 +1,20 @@
-//! `edm2k ema`: moving averages of any width, made of the snapshots of a run after it.
+//! `edm2k ema`: moving averages of any width, made from the snapshots of a run after it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
 use edm2k::model::ModelFile;
+use edm2k::train::check_widths;
+use edm2k::train::checkpoint::snapshots;
 use edm2k::train::ema::name_of;
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;
 use super::say::{self, out};
-use super::train::{check_widths, parse_images};
+use super::train::parse_images;
 
-/// Make moving averages of other widths of a run's snapshots (post-hoc EMA).
+/// Make moving averages of other widths from a run's snapshots (post-hoc EMA).
 #[derive(clap::Args)]
 #[command(after_help = "\
 Snapshots of two widths at ten times or more are enough for widths from 0.02 to 0.25. How well the average
@@ -42,7 +43,7 @@ pub struct EmaArgs {
 
 /// Writes the files, showing progress on stderr and what was written on stdout.
 pub fn run(args: EmaArgs) -> anyhow::Result<()> {
-    check_widths("--std", &args.std)?;
+    check_widths("std", &args.std)?;
     let mut snapshots = Vec::new();
     for path in &args.snapshots {
         match path.is_dir() {
@@ -54,7 +55,7 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
     let files = snapshots.iter().map(ModelFile::open).collect::<Result<Vec<_>, _>>()?;
     let job = Reconstruction::new(files, &args.std, args.at)?;
     let paths: Vec<PathBuf> = args.std.iter().map(|&std| args.out.join(file_name(job.at(), std))).collect();
-    fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("--out {}", args.out.display()))?;
     let _claims = paths.iter().map(|path| claim(path, args.overwrite, &inputs)).collect::<Result<Vec<_>, _>>()?;
 
     let bar = say::bar(job.values(), "{human_pos} of {human_len} values, {per_sec}, {eta} left");
@@ -69,16 +70,9 @@ pub fn run(args: EmaArgs) -> anyhow::Result<()> {
 
 /// The snapshots in the directory of a run, in order.
 fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
-    let mut found: Vec<PathBuf> =
-        entries.with_context(|| dir.display().to_string())?.iter().map(|e| e.path()).collect();
-    found.retain(|path| {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("snapshot-") && name.ends_with(".safetensors")
-    });
+    let found = snapshots(dir).with_context(|| dir.display().to_string())?;
     ensure!(!found.is_empty(), "{}: no snapshot-*.safetensors in it", dir.display());
-    found.sort();
-    Ok(found)
+    Ok(found.into_iter().map(|name| dir.join(name)).collect())
 }
 
 /// As snapshots are called.

@@ -7,12 +7,12 @@ use anyhow::{bail, ensure};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::formats::short;
 use edm2k::model::file::save;
-use edm2k::model::{Model, Precision};
+use edm2k::model::{Model, Stored};
 use edm2k::train::checkpoint::{self, Checkpoint};
 
 use super::say::out;
 
-/// Write a model's weights for NVIDIA's code, or make a model of a run's checkpoint.
+/// Write a model's weights for NVIDIA's code, or make a model from a run's checkpoint.
 #[derive(clap::Args)]
 #[command(
     after_help = "\
@@ -45,7 +45,7 @@ pub struct ExportArgs {
     out: PathBuf,
     /// Element type [default: f32; of a checkpoint f16, as snapshots have it]
     #[arg(long, value_name = "TYPE", value_enum)]
-    dtype: Option<Precision>,
+    dtype: Option<Stored>,
     /// Overwrite an existing file
     #[arg(long)]
     overwrite: bool,
@@ -72,8 +72,8 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     let checkpoint: Vec<&Path> = args.from_checkpoint.iter().map(PathBuf::as_path).collect();
     let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {
-        (_, Some(path)) => (of_checkpoint(path, args.ema)?, Precision::F16),
-        (Some(path), None) => (Model::load(path)?, Precision::F32),
+        (_, Some(path)) => (of_checkpoint(path, args.ema)?, Stored::F16),
+        (Some(path), None) => (Model::load(path)?, Stored::F32),
         (None, None) => bail!("give a model, or --from-checkpoint"),
     };
     let dtype = args.dtype.unwrap_or(usual);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::json;
@@ -17,6 +17,7 @@ use edm2k::pictures::bicubic::resize;
 use edm2k::pictures::{Picture, decode};
 use edm2k::pipeline::{Condition, Domain, OutDir, Pipeline, Request, Viewer};
 use edm2k::rng::{Purpose, Stream};
+use edm2k::sample::SamplerConfig;
 
 use super::DeviceArgs;
 use super::sample::SamplerArgs;
@@ -25,10 +26,10 @@ use super::say::{self, note, out};
 /// Pictures that are looked at together.
 const CHUNK: usize = 64;
 
-/// Measure how far the images of a model are from a dataset's: their Frechet distance (FID).
+/// Measure how far the images of a model are from a dataset's: their Fréchet distance (FID).
 #[derive(clap::Args)]
 #[command(after_help = "\
-It is the Frechet distance between the features of images that the model makes and of the dataset's, each set taken
+It is the Fréchet distance between the features of images that the model makes and of the dataset's, each set taken
 for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it is DINOv2. NETWORK is given one image at a
 time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to 255; what else it wants (the range -1 to 1 of Inception,
 ImageNet's mean and deviation of DINOv2) must be part of it: put it in front when exporting. Images are resized to its
@@ -93,105 +94,40 @@ enum Source {
 pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let sampler = args.sampler.config()?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
-    let references = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
-    ensure!(references > 1, "{}: {references} image, expected 2 at least", args.data.display());
-    let batch = usize::from(args.batch);
-    let size = |i: usize| [data.shape_of(i)[0], data.shape_of(i)[1]];
-    // Each is of the size of the image that has its condition; those of a request are of one size.
-    let request = |pipeline: &Pipeline, numbers: &[usize]| Request {
-        conditions: match pipeline.net().config.label_dim {
-            0 => Vec::new(),
-            _ => numbers
-                .iter()
-                .map(|number| Condition::of_image(&data, number % references, &args.data, args.split))
-                .collect(),
-        },
-        seeds: numbers.iter().map(|&number| number as u64).collect(),
-        size: Some(size(numbers[0] % references)),
-        sampler: sampler.clone(),
-        batch,
-        ..Request::default()
-    };
+    let count = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
+    ensure!(count > 1, "{}: {count} image, expected 2 at least", args.data.display());
+    let references = References { args: &args, data, count, sampler };
     let device = args.device.open()?;
-    let (source, count) = match (&args.generated, &args.model) {
-        (Some(dir), _) => {
-            let files = OutDir::pictures(dir).context("--generated")?;
-            let count = files.len();
-            ensure!(count > 1, "--generated: {}: {count} PNG files, expected 2 at least", dir.display());
-            (Source::Files(files), count)
-        }
-        (None, Some(model)) => {
-            let pipeline = Pipeline::load(&device, model).context("--model")?;
-            let dir = args.data.display();
-            Domain::of_dataset(&data).check(&dir, &pipeline.domain(), model.display())?;
-            let count = args.count as usize;
-            for [height, width] in data.sizes() {
-                let size = Some([height, width]);
-                let request = Request { size, ..request(&pipeline, &(0..count.min(batch)).collect::<Vec<_>>()) };
-                pipeline.check(&request).with_context(|| dir.to_string())?;
-            }
-            (Source::Model(pipeline.into()), count)
-        }
-        (None, None) => bail!("--model is missing"),
-    };
-    let mut viewer = viewer(&args, &data, &device)?;
-
-    let reference = |i: usize, viewer: &mut Viewer| {
-        let mut image = vec![0.0; data.shape_of(i).iter().product()];
-        data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image)?;
-        Ok::<_, anyhow::Error>(viewer.picture(size(i), &image)?)
-    };
-    let first = reference(0, &mut viewer)?;
+    let (source, count) = references.source(&device)?;
+    let mut viewer = viewer(&args, &references.data, &device)?;
+    let first = references.picture(0, &mut viewer)?;
     let wanted = args.network_node.as_deref().map_or(Wanted::Output, Wanted::Named);
     let network = Network::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
     let features = network.width();
-    if references.min(count) <= features {
+    if references.count.min(count) <= features {
         note!(
-            "warning: {count} images against {references} have singular covariances of {features} features; the \
-             distance depends much on their number (more than {features} of each are needed, and 50000 are usual)"
+            "warning: {count} images against {} have singular covariances of {features} features; the distance depends \
+             much on their number (more than {features} of each are needed, and 50000 are usual)",
+            references.count
         );
     }
 
-    let all = (references + count) as u64;
-    let bar = say::bar(all, "{msg} {human_pos} of {human_len} images, {per_sec}, {eta} left");
+    let all = references.count + count;
+    let bar = say::bar(all as u64, "{msg} {human_pos} of {human_len} images, {per_sec}, {eta} left");
     let look = Look { network: &network, bar: &bar };
     let started = Instant::now();
-    bar.set_message("dataset:");
-    let (mut dataset, mut made) = (Moments::new(features), Moments::new(features));
-    for first in (0..references).step_by(CHUNK) {
-        let chunk: Vec<usize> = (first..references.min(first + CHUNK)).collect();
-        let pictures = chunk.iter().map(|&i| reference(i, &mut viewer)).collect::<Result<Vec<_>, _>>()?;
-        look.at(&mut dataset, &pictures, &chunk, "the dataset")?;
-    }
-    match source {
-        Source::Files(files) => {
-            bar.set_message("generated:");
-            for (number, chunk) in files.chunks(CHUNK).enumerate() {
-                let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
-                let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
-                look.at(&mut made, &pictures, &numbers, "those generated")?;
-            }
-        }
-        Source::Model(mut pipeline) => {
-            bar.set_message("sampling:");
-            let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
-            (0..count).for_each(|number| by_size.entry(size(number % references)).or_default().push(number));
-            for (size, numbers) in by_size.iter().flat_map(|(size, all)| all.chunks(batch).map(move |all| (*size, all)))
-            {
-                let images = pipeline.generate(&request(&pipeline, numbers))?;
-                let pictures = images.iter().map(|image| viewer.picture(size, &image.values));
-                let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
-                look.at(&mut made, &pictures, numbers, "those made")?;
-            }
-        }
-    }
+    let dataset = references.moments(&look, &mut viewer)?;
+    let made = match source {
+        Source::Files(files) => of_files(&files, &look)?,
+        Source::Model(mut pipeline) => references.of_model(&mut pipeline, count, &look, &mut viewer)?,
+    };
     bar.finish_and_clear();
-    let rate = (references + count) as f64 / started.elapsed().as_secs_f64();
+    let rate = all as f64 / started.elapsed().as_secs_f64();
     let distance = distance(made, dataset);
     ensure!(distance.is_finite(), "{}: the features are too large to compare", network.path().display());
 
     let source = args.generated.as_ref().or(args.model.as_ref()).map(|path| path.display().to_string());
-    let split = args.split.to_string();
+    let (split, References { count: references, sampler, .. }) = (args.split.to_string(), references);
     if args.json {
         let mut all = json!({
             "frechet_distance": distance, "images": count, "references": references,
@@ -211,24 +147,120 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The images of the dataset, the first `count` of the split, and how others are made to be compared with them.
+struct References<'a> {
+    args: &'a FidArgs,
+    data: Dataset,
+    count: usize,
+    sampler: SamplerConfig,
+}
+
+impl References<'_> {
+    fn size(&self, i: usize) -> [usize; 2] {
+        [self.data.shape_of(i)[0], self.data.shape_of(i)[1]]
+    }
+
+    fn picture(&self, i: usize, viewer: &mut Viewer) -> anyhow::Result<Picture> {
+        let mut image = vec![0.0; self.data.shape_of(i).iter().product()];
+        self.data.image(i, Stream::new(0, Purpose::Latent, i as u64), &mut image)?;
+        Ok(viewer.picture(self.size(i), &image)?)
+    }
+
+    /// The request for images of these numbers. Each is of the size of the image that has its condition; those of a request are
+    /// of one size.
+    fn request(&self, pipeline: &Pipeline, numbers: &[usize]) -> Request {
+        let condition =
+            |number: &usize| Condition::of_image(&self.data, number % self.count, &self.args.data, self.args.split);
+        let conditional = pipeline.net().config.label_dim > 0;
+        Request {
+            conditions: numbers.iter().filter(|_| conditional).map(condition).collect(),
+            seeds: numbers.iter().map(|&number| number as u64).collect(),
+            size: Some(self.size(numbers[0] % self.count)),
+            sampler: self.sampler.clone(),
+            batch: usize::from(self.args.batch),
+            ..Request::default()
+        }
+    }
+
+    /// What is compared with the dataset, and how many images that is.
+    fn source(&self, device: &Device) -> anyhow::Result<(Source, usize)> {
+        let args = self.args;
+        if let Some(dir) = &args.generated {
+            let files = OutDir::pictures(dir).context("--generated")?;
+            let count = files.len();
+            ensure!(count > 1, "--generated: {}: {count} PNG files, expected 2 at least", dir.display());
+            return Ok((Source::Files(files), count));
+        }
+        let model = args.model.as_ref().context("--model is missing")?;
+        let pipeline = Pipeline::load(device, model).context("--model")?;
+        let dir = args.data.display();
+        Domain::of_dataset(&self.data).check(&dir, &pipeline.domain(), model.display())?;
+        let count = args.count as usize;
+        let numbers: Vec<usize> = (0..count.min(args.batch.into())).collect();
+        for size in self.data.sizes() {
+            let request = Request { size: Some(size), ..self.request(&pipeline, &numbers) };
+            pipeline.check(&request).with_context(|| dir.to_string())?;
+        }
+        Ok((Source::Model(pipeline.into()), count))
+    }
+
+    /// The features of the dataset's images.
+    fn moments(&self, look: &Look, viewer: &mut Viewer) -> anyhow::Result<Moments> {
+        look.bar.set_message("dataset:");
+        let mut moments = Moments::new(look.network.width());
+        for first in (0..self.count).step_by(CHUNK) {
+            let chunk: Vec<usize> = (first..self.count.min(first + CHUNK)).collect();
+            let pictures = chunk.iter().map(|&i| self.picture(i, viewer)).collect::<Result<Vec<_>, _>>()?;
+            look.at(&mut moments, &pictures, &chunk, "the dataset")?;
+        }
+        Ok(moments)
+    }
+
+    /// The features of `count` images that a model makes, size by size.
+    fn of_model(
+        &self,
+        pipeline: &mut Pipeline,
+        count: usize,
+        look: &Look,
+        viewer: &mut Viewer,
+    ) -> anyhow::Result<Moments> {
+        look.bar.set_message("sampling:");
+        let mut moments = Moments::new(look.network.width());
+        let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
+        (0..count).for_each(|number| by_size.entry(self.size(number % self.count)).or_default().push(number));
+        for (size, all) in &by_size {
+            for numbers in all.chunks(self.args.batch.into()) {
+                let images = pipeline.generate(&self.request(pipeline, numbers))?;
+                let pictures = images.iter().map(|image| viewer.picture(*size, &image.values));
+                let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
+                look.at(&mut moments, &pictures, numbers, "those made")?;
+            }
+        }
+        Ok(moments)
+    }
+}
+
+/// The features of pictures that are there.
+fn of_files(files: &[PathBuf], look: &Look) -> anyhow::Result<Moments> {
+    look.bar.set_message("generated:");
+    let mut moments = Moments::new(look.network.width());
+    for (number, chunk) in files.chunks(CHUNK).enumerate() {
+        let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
+        let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
+        look.at(&mut moments, &pictures, &numbers, "those generated")?;
+    }
+    Ok(moments)
+}
+
 /// How what the dataset has, and the model makes, becomes a picture.
 fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Viewer> {
-    let channels = data.header().channels;
-    let dir = args.data.display();
-    match (data.header().kind, &args.vae) {
-        (Representation::Images, None) if channels == 3 => Ok(Viewer::Pixels),
-        (Representation::Images, None) => bail!("{dir}: images of {channels} channels, expected 3"),
-        (Representation::Images, Some(_)) => bail!("--vae: {dir} has no latents, but pixels"),
-        (Representation::Latents, Some(vae)) => {
-            let made_by = data.header().autoencoder.as_ref();
-            let (viewer, warning) = Viewer::open(device, vae, &dir.to_string(), made_by).context("--vae")?;
-            warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
-            let sizes = data.sizes();
-            sizes.into_iter().try_for_each(|size| viewer.check(size)).context("--vae")?;
-            Ok(viewer)
-        }
-        (Representation::Latents, None) => bail!("{dir}: latents; --vae FILE makes pictures of them"),
-    }
+    let dir = args.data.display().to_string();
+    let (viewer, warning) = Viewer::of(device, data, &dir, args.vae.as_deref()).context("--vae")?;
+    warning.iter().for_each(|warning| note!("warning: --vae {warning}"));
+    viewer.with_context(|| match data.header().kind {
+        Representation::Images => format!("{dir}: images of {} channels, expected 3", data.header().channels),
+        Representation::Latents => format!("{dir}: latents; --vae FILE makes pictures of them"),
+    })
 }
 
 fn open(file: &Path) -> anyhow::Result<Picture> {
@@ -243,7 +275,7 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// Adds the features of pictures: RGB from 0 to 255. Their numbers and `what` say which these are, in errors.
+    /// Adds the features of pictures: RGB from 0 to 255. Errors name them by `numbers` and `what`.
     fn at(&self, moments: &mut Moments, pictures: &[Picture], numbers: &[usize], what: &str) -> anyhow::Result<()> {
         let features = |(i, picture): (usize, &Picture)| {
             let picture = resize(picture, self.network.size());

@@ -7,7 +7,7 @@ use edm2k::model::{Config, Snapshot};
 
 use super::say::out;
 
-/// Make a model file of one of NVIDIA's network snapshots.
+/// Make a model file from one of NVIDIA's network snapshots.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Reads the pickle as data: nothing in it is run. The weights stay as they are, in half precision if they are.

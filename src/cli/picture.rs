@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::file::{Precision, save};
+use edm2k::model::file::{Stored, save};
 use edm2k::model::{Encoder, Model, ModelMeta};
 use edm2k::pipeline::{Condition, Request};
 use edm2k::rng::{Purpose, Stream};
@@ -34,7 +34,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         [meta.height, meta.width] = size;
         meta.encoder = if latents { Encoder::SdVae } else { Encoder::Rgb };
         let model = Model::init(&config, 0)?;
-        save(&path, &config, &meta, &model.table, &model.weights, Precision::F16)?;
+        save(&path, &config, &meta, &model.table, &model.weights, Stored::F16)?;
         command.arg("--model").arg(path);
         if latents && args.vae.is_none() {
             codec::write_random(&vae)?;

@@ -6,19 +6,18 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use indicatif::ProgressBar;
 
-use edm2k::backend::BackendError;
-use edm2k::codec::{CodecError, CodecFile};
+use edm2k::codec::CodecFile;
 use edm2k::collective::Part;
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Encode, Event, Folder, Records, Settings, Summary};
-use edm2k::{Backends, Work};
+use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Event, Folder, Records, Settings, Summary};
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
 use super::say::{self, above, note, out};
 
-/// Make a dataset of images and their tags.
+/// Make a dataset from images and their tags.
 #[derive(clap::Args)]
 #[command(
     after_help = "\
@@ -156,100 +155,26 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         part == Part::WHOLE || !(args.add || args.retag),
         "--add and --retag are done by one process, without a launcher"
     );
-    let records: Box<dyn Records> = match args.danbooru {
-        Some(images) => Box::new(Danbooru {
-            images,
-            posts: args.metadata,
-            require: args.require.split_whitespace().map(str::to_owned).collect(),
-            ratings: args.rating,
-            enlarge: args.enlarge,
-        }),
-        None => Box::new(Folder { images: args.images.unwrap_or_default(), metadata: args.metadata }),
-    };
-    let sizes = if args.sizes.is_empty() { vec![args.size.unwrap_or([704, 512])] } else { args.sizes };
-    let sizes = sizes.iter().map(|[height, width]| [*width as u32, *height as u32]).collect(); // at most 65536
-    let settings = Settings {
-        features: args.features.map(|features| (features, args.feature_ids)),
-        tagger: args.tagger.map(|tagger| (tagger, args.tagger_node)),
-        out: args.out,
-        part,
-        sizes,
-        background: args.background,
-        max_crop: args.max_crop,
-        vocabulary: args.vocabulary,
-        validation_modulus: args.validation_modulus,
-        shard_size: args.shard_size,
-        source: args.source,
-        licence: args.licence,
-    };
-    let (bar, first) = (ranks.bar(0, ""), ranks.first());
-    let looking = say::style("{human_pos} of {human_len} {msg}, {eta} left");
-    let making = say::style("{human_pos} of {human_len} images, {per_sec}, {eta} left");
-    let terminal = std::io::stderr().is_terminal();
-    let say = |text: String| above(&bar, &text);
-    let since = Mutex::new(Instant::now());
-    let report = |event: Event| match event {
-        Event::Reading { what, done, total } => {
-            if bar.message() != what {
-                bar.set_style(looking.clone());
-                bar.set_message(what);
-                bar.reset();
-            }
-            bar.set_length(total);
-            bar.set_position(done);
-            if !terminal && done == total {
-                note!("read {total} {what}");
-            }
-        }
-        Event::Start(records) => {
-            let _ = since.lock().map(|mut since| *since = Instant::now());
-            bar.set_style(making.clone());
-            bar.reset();
-            bar.set_length(records as u64);
-        }
-        Event::Done(records) => bar.inc(records as u64),
-        Event::Warning { text } => say(format!("warning: {text}")),
-        Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
-        Event::Unapplied { file, profile } => {
-            say(format!("{file}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-        }
-        Event::Damaged { why } => say(format!("made again: {why}")),
-        Event::Renamed { tags, was, now } => {
-            say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));
-        }
-        // One speaks for all, but of what is wrong.
-        Event::Shard { .. } if !first => {}
-        Event::Shard { name, images, kept } => {
-            let begun = since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));
-            let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
-            let how = if kept { "was there".to_owned() } else { format!("{:.1} a second", images as f64 / seconds) };
-            say(format!("{name}: {images} images ({how})"));
-        }
-    };
+    let (records, settings) = wanted(&args, part);
+    let progress = Progress::new(ranks);
+    let report = |event: Event| progress.report(event);
     let make = if args.add { prepare::add } else { prepare::prepare };
     let summary = match &args.vae {
         _ if args.retag => prepare::retag(&*records, &settings, &report),
         None => make(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let mut encode = ranks.open(&args.device)?.run(Encoding(&file)).context("--vae")?;
-            let autoencoder = file.autoencoder().context("--vae")?;
-            let autoencoder = autoencoder.with_context(|| format!("--vae {}: it has no encoder", path.display()))?;
-            make(
-                &*records,
-                &settings,
-                Some(Codec { autoencoder, factor: file.factor(), encode: &mut *encode }),
-                &report,
-            )
+            let codec = Codec::open(&ranks.open(&args.device)?, &file).context("--vae")?;
+            make(&*records, &settings, Some(codec), &report)
         }
     };
-    bar.finish_and_clear();
+    progress.bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
     let skipped = if args.add { "there already" } else { "not of the dataset" };
     // Of several, those that ended last know all.
     let text = if summary.lacking.is_empty() { shown(&settings, &summary, skipped) } else { String::new() };
     let told = ranks.met().gather(text.as_bytes())?;
-    if !first {
+    if !ranks.first() {
         return Ok(());
     }
     if let Some(text) = told.iter().find(|text| !text.is_empty()) {
@@ -264,16 +189,95 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An autoencoder's encoder, on whichever device.
-struct Encoding<'a>(&'a CodecFile);
+/// The records and the settings that the arguments ask for.
+fn wanted(args: &PrepareArgs, part: Part) -> (Box<dyn Records>, Settings) {
+    let records: Box<dyn Records> = match args.danbooru.clone() {
+        Some(images) => Box::new(Danbooru {
+            images,
+            posts: args.metadata.clone(),
+            require: args.require.split_whitespace().map(str::to_owned).collect(),
+            ratings: args.rating.clone(),
+            enlarge: args.enlarge,
+        }),
+        None => Box::new(Folder { images: args.images.clone().unwrap_or_default(), metadata: args.metadata.clone() }),
+    };
+    let sizes = if args.sizes.is_empty() { vec![args.size.unwrap_or([704, 512])] } else { args.sizes.clone() };
+    let sizes = sizes.iter().map(|[height, width]| [*width as u32, *height as u32]).collect(); // at most 65536
+    let settings = Settings {
+        features: args.features.clone().map(|features| (features, args.feature_ids.clone())),
+        tagger: args.tagger.clone().map(|tagger| (tagger, args.tagger_node.clone())),
+        out: args.out.clone(),
+        part,
+        sizes,
+        background: args.background,
+        max_crop: args.max_crop,
+        vocabulary: args.vocabulary,
+        validation_modulus: args.validation_modulus,
+        shard_size: args.shard_size,
+        source: args.source.clone(),
+        licence: args.licence.clone(),
+    };
+    (records, settings)
+}
 
-impl Work for Encoding<'_> {
-    type Output = Result<Box<Encode<'static>>, CodecError>;
+/// What is shown of a preparation while it goes.
+struct Progress {
+    bar: ProgressBar,
+    /// Whether it speaks for all.
+    first: bool,
+    terminal: bool,
+    /// When the shard at hand was begun.
+    since: Mutex<Instant>,
+}
 
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut b = backends.codec().map_err(BackendError::from)?;
-        let encoder = self.0.encoder(&mut b)?;
-        Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
+impl Progress {
+    fn new(ranks: &Ranks) -> Self {
+        let (terminal, since) = (std::io::stderr().is_terminal(), Mutex::new(Instant::now()));
+        Self { bar: ranks.bar(0, ""), first: ranks.first(), terminal, since }
+    }
+
+    fn report(&self, event: Event) {
+        let bar = &self.bar;
+        let say = |text: String| above(bar, &text);
+        match event {
+            Event::Reading { what, done, total } => {
+                if bar.message() != what {
+                    bar.set_style(say::style("{human_pos} of {human_len} {msg}, {eta} left"));
+                    bar.set_message(what);
+                    bar.reset();
+                }
+                bar.set_length(total);
+                bar.set_position(done);
+                if !self.terminal && done == total {
+                    note!("read {total} {what}");
+                }
+            }
+            Event::Start(records) => {
+                let _ = self.since.lock().map(|mut since| *since = Instant::now());
+                bar.set_style(say::style("{human_pos} of {human_len} images, {per_sec}, {eta} left"));
+                bar.reset();
+                bar.set_length(records as u64);
+            }
+            Event::Done(records) => bar.inc(records as u64),
+            Event::Warning { text } => say(format!("warning: {text}")),
+            Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
+            Event::Unapplied { file, profile } => {
+                say(format!("{file}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
+            }
+            Event::Damaged { why } => say(format!("made again: {why}")),
+            Event::Renamed { tags, was, now } => {
+                say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));
+            }
+            // One speaks for all, but of what is wrong.
+            Event::Shard { .. } if !self.first => {}
+            Event::Shard { name, images, kept } => {
+                let begun = self.since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));
+                let seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
+                let how =
+                    if kept { "was there".to_owned() } else { format!("{:.1} a second", images as f64 / seconds) };
+                say(format!("{name}: {images} images ({how})"));
+            }
+        }
     }
 }
 

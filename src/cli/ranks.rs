@@ -53,7 +53,7 @@ impl Ranks {
     /// This one's part of the work, among ranks or as somebody `asked` for.
     ///
     /// # Errors
-    /// Both.
+    /// `--part` was given although a launcher started several ranks.
     pub fn part(&self, asked: Option<Part>) -> anyhow::Result<Part> {
         match asked {
             Some(part) if self.size() == 1 => Ok(part),

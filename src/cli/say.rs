@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A line on stderr has so many characters at most.
+/// Most characters of a line on stderr.
 const LONGEST: usize = 299;
 
 /// Prints a line of results to stdout; as `println!`.

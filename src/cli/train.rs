@@ -16,16 +16,14 @@ use edm2k::backend::BackendError;
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Math;
 use edm2k::backend::gpu::runtime::Imagined;
-use edm2k::backend::gpu::tiles::Card;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
 use edm2k::formats::fingerprint::Identity;
-use edm2k::formats::{input, short};
-use edm2k::model::config::{Preset, preset};
+use edm2k::formats::input;
+use edm2k::model::config::{Preset, Recipe, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
-use edm2k::train::ema::{MAX_STD, MIN_STD};
 use edm2k::train::grid::{self, Show};
 use edm2k::train::{
     DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
@@ -197,7 +195,9 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         return Ok(Outcome::Finished);
     }
 
-    let mut viewer = viewer(args, &data, &device, &mut notes)?;
+    let (mut viewer, warning) =
+        Viewer::of(&device, &data, &args.data.display().to_string(), args.vae.as_deref()).context("--vae")?;
+    notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
     ranks.connect(&device)?;
     let terminal = std::io::stderr().is_terminal();
     // One rank speaks for all, unless another has something of its own to say.
@@ -259,40 +259,8 @@ pub(super) fn doubt(data: &Dataset) -> Option<String> {
     data.doubt().map(|doubt| format!("warning: {doubt}"))
 }
 
-/// Checks the widths that an option gives.
-pub(super) fn check_widths(option: &str, stds: &[f64]) -> anyhow::Result<()> {
-    for (k, &std) in stds.iter().enumerate() {
-        let known = (MIN_STD..=MAX_STD).contains(&std);
-        ensure!(known, "{option} is {}, expected {} to {MAX_STD:.4}", short(std), short(MIN_STD));
-        ensure!(!stds[..k].contains(&std), "{option} {std} is given twice");
-    }
-    Ok(())
-}
-
-/// What shows images in the sample grids.
-fn viewer(
-    args: &TrainArgs,
-    data: &Dataset,
-    device: &Device,
-    notes: &mut Vec<String>,
-) -> anyhow::Result<Option<Viewer>> {
-    let (header, of) = (data.header(), args.data.display().to_string());
-    let viewer = match (&args.vae, header.kind) {
-        (None, Representation::Images) => (header.channels == 3).then_some(Viewer::Pixels),
-        (None, Representation::Latents) => None,
-        (Some(_), Representation::Images) => bail!("--vae: the images of {of} are pixels"),
-        (Some(path), Representation::Latents) => {
-            let (viewer, warning) = Viewer::open(device, path, &of, header.autoencoder.as_ref()).context("--vae")?;
-            notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
-            Some(viewer)
-        }
-    };
-    data.sizes().iter().try_for_each(|&size| viewer.iter().try_for_each(|viewer| viewer.check(size)))?;
-    Ok(viewer)
-}
-
-/// Images at a time that the memory of a GPU has room for now: `most`, or half of it, a quarter, ...; what that takes, and
-/// what there is.
+/// How many images at a time fit into the GPU's free memory (`most`, a half, a quarter, ...), the bytes that takes, and the
+/// bytes that are free.
 fn fitting(device: &Device, most: u64, needed: impl Fn(u64) -> Option<u64>) -> Option<(u64, u64, u64)> {
     let free = device.runtime()?.free()?;
     let halves = std::iter::successors(Some(most), |&n| (n > 1).then(|| n.div_ceil(2)));
@@ -370,8 +338,8 @@ fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
     Ok((model, Identity::of_file(path).with_context(|| format!("--init {}", path.display()))?))
 }
 
-/// In what a model to start from means something else than the dataset: it has to relearn that. What has another shape
-/// starts afresh, and is told as that.
+/// Where the model to start from means something else than the dataset, and so has to relearn it. Parameters of another
+/// shape start afresh and are reported apart.
 fn other_meaning(args: &TrainArgs, init: &Model, data: &Dataset) -> Vec<String> {
     let (path, theirs) = (args.init.as_deref().unwrap_or(Path::new("")), Domain::of_dataset(data));
     let all = theirs.differences(args.data.display(), &Domain::of_model(&init.net.config, &init.meta), path.display());
@@ -387,11 +355,48 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
     check_memory(args, &config, data, on_gpu)?;
+    let model = model(args, data, &config, init, &mut notes)?;
+    let kind = data.header().kind;
+    if kind == Representation::Latents && args.grid != Some(0) && args.vae.is_none() {
+        notes.push("no sample grids: the images are latents, and there is no --vae to show them".to_owned());
+    }
+    let mirrored = args.flip && kind == Representation::Latents;
+    ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
+    let settings = settings(args, data, config, preset.as_ref(), start)?;
+    settings.validate()?;
+
+    let recipe = preset.as_ref().and_then(|preset| preset.recipe);
+    let mut execution = execution(args, &settings, device, recipe)?;
+    execution.batch_gpu = execution.batch_gpu.min(settings.batch.div_ceil(ranks as u64));
+    let needed = |n: u64| {
+        let memory = plan_on_gpu(&settings, n, &model, args.device.math()).ok()?;
+        memory["total_bytes"].as_u64()
+    };
+    if args.batch_gpu.is_none()
+        && let Some((fits, takes, free)) = fitting(device, execution.batch_gpu, needed)
+    {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        let (takes, free) = (gb(takes), gb(free));
+        notes.push(format!("{fits} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"));
+        execution.batch_gpu = fits;
+    }
+    execution.validate()?;
+    Ok(Resolved { settings, execution, model, notes })
+}
+
+/// The model that the run begins with: a fresh one, or `init` fitted to the dataset.
+fn model(
+    args: &TrainArgs,
+    data: &Dataset,
+    config: &Config,
+    init: Option<Model>,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<Model> {
     let mut model = match init {
-        None => Model::init(&config, args.seed)?,
+        None => Model::init(config, args.seed)?,
         Some(old) => {
             notes.extend(other_meaning(args, &old, data));
-            let (model, fresh) = old.adapt(&config, args.seed)?;
+            let (model, fresh) = old.adapt(config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
             for p in fresh {
                 let found = p.found.map_or("missing".to_owned(), |shape| format!("{shape:?}"));
@@ -400,29 +405,30 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
             model
         }
     };
-    let header = data.header();
-    if header.kind == Representation::Latents && args.grid != Some(0) && args.vae.is_none() {
-        notes.push("no sample grids: the images are latents, and there is no --vae to show them".to_owned());
-    }
-    let mirrored = args.flip && header.kind == Representation::Latents;
-    ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
-    model.meta = meta_of(data, &config, args.seed);
+    model.meta = meta_of(data, config, args.seed);
+    Ok(model)
+}
 
-    let of = |f: fn(&Preset) -> f64, default: f64| preset.as_ref().map_or(default, f);
-    let recipe = preset.as_ref().and_then(|preset| preset.recipe);
-    let duration = args
-        .duration
-        .or(preset.as_ref().map(|preset| preset.duration))
-        .context("give --duration, the images to train on")?;
-    let edm2 = Settings::new(data, config, duration);
-    let settings = Settings {
-        init: start,
+/// The arguments' settings, else the preset's, else EDM2's.
+fn settings(
+    args: &TrainArgs,
+    data: &Dataset,
+    config: Config,
+    preset: Option<&Preset>,
+    init: Option<Identity>,
+) -> anyhow::Result<Settings> {
+    let of = |f: fn(&Preset) -> f64, default: f64| preset.map_or(default, f);
+    let fine_tunes = preset.is_some_and(|preset| preset.recipe.is_some());
+    let duration = args.duration.or(preset.map(|preset| preset.duration));
+    let edm2 = Settings::new(data, config, duration.context("give --duration, the images to train on")?);
+    Ok(Settings {
+        init,
         seed: args.seed,
-        batch: args.batch.unwrap_or(preset.as_ref().map_or(edm2.batch, |p| p.batch as u64)),
+        batch: args.batch.unwrap_or(preset.map_or(edm2.batch, |p| p.batch as u64)),
         lr: args.lr.unwrap_or(of(|p| p.lr, edm2.lr)),
-        schedule: args.schedule.unwrap_or(if recipe.is_some() { Schedule::Linear } else { edm2.schedule }),
+        schedule: args.schedule.unwrap_or(if fine_tunes { Schedule::Linear } else { edm2.schedule }),
         decay: args.decay.unwrap_or(of(|p| p.decay, edm2.decay)),
-        rampup: args.rampup.unwrap_or(if recipe.is_some() { 0 } else { edm2.rampup }),
+        rampup: args.rampup.unwrap_or(if fine_tunes { 0 } else { edm2.rampup }),
         p_mean: args.p_mean.unwrap_or(of(|p| p.p_mean, edm2.p_mean)),
         p_std: args.p_std.unwrap_or(of(|p| p.p_std, edm2.p_std)),
         ema: args.ema.clone(),
@@ -431,63 +437,27 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         flip: args.flip,
         dropout: args.dropout.unwrap_or(of(|p| p.dropout, 0.0)),
         ..edm2
-    };
-    let positive = |name, x: f64| {
-        ensure!(x > 0.0 && x.is_finite(), "--{name} is {}, expected a positive number", short(x));
-        // Devices compute in f32.
-        let held = (x as f32).is_normal();
-        ensure!(held, "--{name} is {}, expected a number that f32 can hold, 1.2e-38 to 3.4e38", short(x));
-        Ok(())
-    };
-    positive("duration", settings.duration as f64)?;
-    positive("batch", settings.batch as f64)?;
-    positive("lr", settings.lr)?;
-    positive("p-std", settings.p_std)?;
-    // Noise levels are f32, and no draw is more than seven standard deviations away.
-    let farthest = settings.p_mean.abs() + 7.0 * settings.p_std;
-    ensure!(
-        farthest <= 80.0,
-        "--p-mean {} and --p-std {} make noise levels up to e^{}, expected at most e^80",
-        short(settings.p_mean),
-        short(settings.p_std),
-        short(farthest.round())
-    );
-    let decay = settings.decay;
-    // The rate falls with the square root of it.
-    let some = decay == 0.0 || (1e-6..f64::INFINITY).contains(&decay);
-    ensure!(some, "--decay is {}, expected 0 or a number from 1e-6", short(decay));
-    let p = settings.dropout;
-    ensure!((0.0..=0.95).contains(&p), "--dropout is {}, expected 0 to 0.95", short(p));
-    let p = settings.cond_dropout;
-    ensure!((0.0..=1.0).contains(&p), "--cond-dropout is {}, expected 0 to 1", short(p));
-    check_widths("--ema", &settings.ema)?;
-    let Settings { batch, duration, .. } = settings;
-    ensure!(batch <= duration, "--batch is {batch}, more than the whole run: --duration is {duration} images");
-    let usual = Execution::new(&args.outdir, &settings, device);
+    })
+}
+
+/// The arguments' execution, else what suits the settings.
+fn execution(
+    args: &TrainArgs,
+    settings: &Settings,
+    device: &Device,
+    recipe: Option<Recipe>,
+) -> anyhow::Result<Execution> {
+    let usual = Execution::new(&args.outdir, settings, device);
     // With an autoencoder a grid costs its pictures, too.
     let with_pictures = |path| {
         let [height, width, _] = settings.data.shape;
         let picture = CodecFile::open(path)?.decoder_macs([height, width])?;
-        Ok::<_, CodecError>(grid::SHARE.saturating_mul(grid::cost(&settings, picture)))
+        Ok::<_, CodecError>(grid::SHARE.saturating_mul(grid::cost(settings, picture)))
     };
     let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
-    let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| on_gpu);
-    let share = settings.batch.div_ceil(ranks as u64);
-    let mut batch_gpu = args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu).min(share);
-    let needed = |n: u64| {
-        let memory = plan_on_gpu(&settings, n, &model, args.device.math()).ok()?;
-        memory["total_bytes"].as_u64()
-    };
-    if args.batch_gpu.is_none()
-        && let Some((fits, takes, free)) = fitting(device, batch_gpu, needed)
-    {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
-        let (takes, free) = (gb(takes), gb(free));
-        notes.push(format!("{fits} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"));
-        batch_gpu = fits;
-    }
-    let execution = Execution {
-        batch_gpu,
+    let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| device.runtime().is_some());
+    Ok(Execution {
+        batch_gpu: args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu),
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
         grid: args.grid.unwrap_or(usual.grid.max(seldom)),
@@ -498,9 +468,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
         keep_rampup: args.rampup.is_none() && recipe.is_none(),
         restart: args.restart,
         ..usual
-    };
-    positive("batch-gpu", execution.batch_gpu as f64)?;
-    Ok(Resolved { settings, execution, model, notes })
+    })
 }
 
 /// The resolved configuration as JSON.
@@ -512,7 +480,7 @@ fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Mat
     let newest = if execution.outdir.is_dir() { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
-        "plan": execution,
+        "execution": execution,
         "parameters": model.table.trained_values(),
         "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
         "memory_bytes": memory,
@@ -521,11 +489,10 @@ fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Mat
     }))?)
 }
 
-/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a card of 128 multiprocessors (a
-/// GeForce RTX 4090) would get; none is needed for it. Of several sizes of images it is the one that needs most memory.
+/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a GeForce RTX 4090 would
+/// get; none is needed for it. Of several sizes of images it is the one that needs most memory.
 fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
-    let card = Card { sms: 128, capability: 89 };
-    let mut gpu = Gpu::for_training(Rc::new(Imagined::new(card)), math, &model.table, settings.ema.len())?;
+    let mut gpu = Gpu::for_training(Rc::new(Imagined::rtx_4090()), math, &model.table, settings.ema.len())?;
     for [height, width] in settings.data.all_sizes() {
         edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [batch_gpu as usize, height, width])?;
     }

@@ -344,7 +344,7 @@ impl CodecFile {
         }
     }
 
-    fn half(&self, found: &'static str, expected: &'static str) -> CodecError {
+    pub(crate) fn half(&self, found: &'static str, expected: &'static str) -> CodecError {
         CodecError::Half { path: self.file.path().into(), found, expected }
     }
 }

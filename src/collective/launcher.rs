@@ -10,7 +10,7 @@
 
 use super::CollectiveError;
 
-/// This process among its like.
+/// This process among the ranks of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct World {
     /// Its number, from 0.

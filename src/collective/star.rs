@@ -29,7 +29,7 @@ use crate::system;
 const MAGIC: &[u8; 8] = b"edm2krnk";
 /// Longest greeting, and longest reason.
 const MAX_TEXT: usize = 1 << 20;
-/// So many bytes a rank says in a meeting at most.
+/// Most bytes that a rank says in a meeting.
 const MAX_SAID: u64 = 1 << 32;
 /// A greeting comes at once, or it is none.
 const GREETING: Duration = Duration::from_secs(10);

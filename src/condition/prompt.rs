@@ -18,7 +18,7 @@ const MAX_WEIGHT: f32 = 10.0;
 /// Weight of round brackets without a number.
 const EMPHASIS: f32 = 1.1;
 
-/// So many brackets may be around each other: more than weights have room for, and few enough to try all readings of.
+/// Brackets may nest this deep: more than weights have room for, and few enough to try all readings of.
 const DEEPEST: usize = 32;
 
 /// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.

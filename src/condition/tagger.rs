@@ -12,7 +12,8 @@ use std::path::Path;
 
 use super::Conditioning;
 use crate::formats::fingerprint;
-use crate::onnx::{Network, OnnxError, Wanted};
+pub use crate::onnx::OnnxError;
+use crate::onnx::{Network, Wanted};
 use crate::pictures::Picture;
 use crate::pictures::bicubic::within;
 

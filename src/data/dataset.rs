@@ -362,7 +362,7 @@ impl vae::Source for Dataset {
     fn kind(&self) -> vae::ConditionKind {
         match self.header.conditioning {
             Conditioning::Tags => vae::ConditionKind::Tags,
-            Conditioning::Features { .. } => vae::ConditionKind::Dense,
+            Conditioning::Features { .. } => vae::ConditionKind::Features,
         }
     }
 

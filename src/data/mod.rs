@@ -2,7 +2,7 @@
 //!
 //! ```
 //! use edm2k::data::dataset::{Dataset, Split};
-//! use edm2k::rng::{Purpose, Stream};
+//! use edm2k::data::{Purpose, Stream};
 //!
 //! let data = Dataset::open("tests/data/emoji".as_ref(), Split::Train)?;
 //! let mut image = vec![0.0; data.shape().iter().product()];
@@ -13,8 +13,12 @@
 //! ```
 
 pub mod dataset;
+#[doc(hidden)]
 pub mod edm2;
 pub mod features;
 mod pending;
 pub mod prepare;
+#[doc(hidden)]
 pub mod shard;
+
+pub use crate::rng::{Purpose, Stream};

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::shard::{SUMMARY_FILE, Split, VOCABULARY_FILE};
-use crate::formats::{At, FileError, atomic, write_atomically};
+use crate::formats::{At, FileError, atomic, names, write_atomically};
 
 /// Name of the folder.
 const FOLDER: &str = "pending";
@@ -42,9 +42,9 @@ impl View {
     /// # Errors
     /// The folder cannot be listed.
     pub fn names(&self) -> Result<BTreeSet<String>, FileError> {
-        let mut found = names(&self.dir)?;
+        let mut found = names(&self.dir).at(&self.dir)?;
         if let Some(pending) = &self.pending {
-            found.extend(names(pending)?.into_iter().filter(|name| name != MARKER));
+            found.extend(names(pending).at(pending)?.into_iter().filter(|name| name != MARKER));
         }
         Ok(found)
     }
@@ -59,14 +59,6 @@ pub(super) fn moment(dir: &Path) -> (bool, [Option<SystemTime>; 2]) {
 /// Whether a file is called as those are that are put into the folder.
 fn is_of_a_dataset(name: &str) -> bool {
     [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || Split::names(name)
-}
-
-fn names(dir: &Path) -> Result<BTreeSet<String>, FileError> {
-    let mut found = BTreeSet::new();
-    for entry in fs::read_dir(dir).at(dir)? {
-        found.extend(entry.at(dir)?.file_name().into_string().ok());
-    }
-    Ok(found)
 }
 
 /// What one process, which owns the dataset's folder, prepares to come into force.

@@ -11,7 +11,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::{At, FileError};
-use crate::system::{self, is_at};
+use crate::system::{self, is_at, leads_to_open_file};
 
 /// A file that is being written: its path holds either its old content or all of the new one, whenever the
 /// process or the machine dies. What is written goes to a temporary name beside it, which [`commit`](Self::commit)
@@ -218,21 +218,6 @@ fn replaceable(path: &Path) -> io::Result<Option<Permissions>> {
         Ok(about) if about.is_dir() => Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory")),
         Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file, so it is not replaced")),
     }
-}
-
-/// Whether a link leads through one of the system's, as /dev/stdout does, which is no place for a file.
-fn leads_to_open_file(path: &Path) -> bool {
-    let mut path = path.to_owned();
-    // As many links as a system follows.
-    for _ in 0..40 {
-        let Ok(to) = path.read_link() else { return false };
-        let Ok(dir) = parent(&path).canonicalize() else { return false };
-        if dir == Path::new("/dev") || dir.starts_with("/proc") {
-            return true;
-        }
-        path = dir.join(to);
-    }
-    false
 }
 
 /// What the temporary names of a file begin with; short enough for what follows.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::formats::input;
 
-/// Of a content: two with the same one are the same.
+/// The fingerprint of a content: equal ones mean equal contents.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(u128);
 
@@ -91,34 +91,12 @@ impl Hasher {
 
 /// A file: its name for people, its content to recognise it by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Written")]
 pub struct Identity {
     /// Name of the file, without where it lies.
     pub name: String,
-    /// Of its bytes; unknown of what older versions noted.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Of its bytes; none if nobody noted it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
-}
-
-/// As [`Identity`] is written, or was: a path.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Written {
-    Path(String),
-    File {
-        name: String,
-        #[serde(default)]
-        fingerprint: Option<Fingerprint>,
-    },
-}
-
-impl From<Written> for Identity {
-    fn from(written: Written) -> Self {
-        match written {
-            Written::Path(path) => Self { name: name(Path::new(&path)), fingerprint: None },
-            Written::File { name, fingerprint } => Self { name, fingerprint },
-        }
-    }
 }
 
 impl Identity {
@@ -150,8 +128,7 @@ pub fn differ<T: PartialEq>(a: &Option<T>, b: &Option<T>) -> bool {
     matches!((a, b), (Some(a), Some(b)) if a != b)
 }
 
-/// Makes `now` what was noted `then`, unless both are known and not the same: so that comparing all of two records
-/// finds the known differences only.
+/// Replaces `now` by `then` unless both are known and differ, so that comparing afterwards finds known differences only.
 pub fn settle<T: PartialEq + Clone>(now: &mut Option<T>, then: &Option<T>) {
     if !differ(now, then) {
         now.clone_from(then);
@@ -179,8 +156,8 @@ mod tests {
     }
 
     #[test]
-    fn what_older_versions_noted_is_read_and_not_compared() {
-        let old: Identity = serde_json::from_str("\"some/where/start.safetensors\"").unwrap();
+    fn what_nobody_noted_is_not_compared() {
+        let old: Identity = serde_json::from_str("{\"name\": \"start.safetensors\"}").unwrap();
         assert_eq!(old, Identity { name: "start.safetensors".into(), fingerprint: None });
         let new = Identity { name: "x".into(), fingerprint: Some(Fingerprint::of(["x"])) };
         assert!(!old.differs(&new) && !new.differs(&old));

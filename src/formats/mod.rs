@@ -1,5 +1,7 @@
 //! File formats, each read with suspicion and written whole or not at all.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -37,6 +39,15 @@ impl<T> At<T> for io::Result<T> {
     fn at(self, path: impl AsRef<Path>) -> Result<T, FileError> {
         self.map_err(|cause| FileError { path: path.as_ref().into(), cause })
     }
+}
+
+/// The names in a directory, sorted, but for those that are not UTF-8.
+pub fn names(dir: &Path) -> io::Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(dir)? {
+        found.extend(entry?.file_name().into_string().ok());
+    }
+    Ok(found)
 }
 
 /// A number as people read it: `{:e}` where it would begin or end in many zeros.

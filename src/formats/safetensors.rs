@@ -32,7 +32,7 @@ use crate::formats::fingerprint::Fingerprint;
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// A file has so many tensors at most, and a tensor so many sides: a checkpoint of the largest network has 20,000 tensors.
+/// Most tensors of a file, and most sides of a tensor: a checkpoint of the largest network has 20,000 tensors.
 const MAX_TENSORS: usize = 1 << 17;
 const MAX_SIDES: usize = 64;
 

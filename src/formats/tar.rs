@@ -123,8 +123,8 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
 /// An archive that changed less than this ago may change again without a trace: dates of file systems are so coarse.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// As [`index`], but of an archive that has not changed since an earlier call its members are read from what was noted in
-/// the folder `notes` then; whether they were. Its length and its date say whether it has changed.
+/// As [`index`], but reads the members of an unchanged archive from the note that an earlier call left in `notes`. Returns
+/// whether it did. Its length and its date say whether it has changed.
 ///
 /// # Errors
 /// As [`index`]; the note cannot be written. A damaged note is none.

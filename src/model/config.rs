@@ -113,7 +113,7 @@ pub enum ConfigError {
 
 impl Config {
     /// EDM2's defaults at a given size and width.
-    fn edm2(img_resolution: usize, img_channels: usize, label_dim: usize, width: usize) -> Self {
+    pub fn new(img_resolution: usize, img_channels: usize, label_dim: usize, width: usize) -> Self {
         Self {
             img_resolution,
             img_channels,
@@ -298,7 +298,7 @@ pub fn presets() -> Vec<Preset> {
     let dropout = |width| if width >= 256 { 0.1 } else { 0.0 };
     let latents = |(name, width, lr, duration): (_, _, _, u64)| Preset {
         name,
-        config: Config::edm2(64, 4, 1000, width),
+        config: Config::new(64, 4, 1000, width),
         size: [64, 64],
         batch: 2048,
         lr,
@@ -310,11 +310,11 @@ pub fn presets() -> Vec<Preset> {
         recipe: None,
     };
     let rgb = |(name, width, lr, duration)| {
-        let config = Config::edm2(64, 3, 1000, width);
+        let config = Config::new(64, 3, 1000, width);
         Preset { config, decay: 35000.0, p_mean: -0.8, p_std: 1.6, ..latents((name, width, lr, duration)) }
     };
     let girl = Preset {
-        config: Config::edm2(64, 4, 1024, 128),
+        config: Config::new(64, 4, 1024, 128),
         size: [88, 64],
         batch: 2000,
         decay: 0.0,

@@ -41,18 +41,18 @@ pub enum Encoder {
 /// Element type that weights are saved in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-pub enum Precision {
+pub enum Stored {
     /// The weights as they are in training
     F32,
     /// Rounded to half precision
     F16,
 }
 
-impl Precision {
+impl Stored {
     fn dtype(self) -> Dtype {
         match self {
-            Precision::F16 => Dtype::F16,
-            Precision::F32 => Dtype::F32,
+            Stored::F16 => Dtype::F16,
+            Stored::F32 => Dtype::F32,
         }
     }
 }
@@ -348,7 +348,7 @@ pub fn save(
     meta: &ModelMeta,
     table: &ParamTable,
     weights: &[Vec<f32>],
-    precision: Precision,
+    precision: Stored,
 ) -> Result<(), ModelError> {
     let mut writer = ModelWriter::create(path, config, meta, table, precision)?;
     weights.iter().try_for_each(|values| writer.write(values))?;
@@ -361,7 +361,7 @@ pub struct ModelWriter<'a> {
     path: PathBuf,
     file: safetensors::Writer,
     names: Box<dyn Iterator<Item = &'a str> + 'a>,
-    precision: Precision,
+    precision: Stored,
 }
 
 impl<'a> ModelWriter<'a> {
@@ -374,7 +374,7 @@ impl<'a> ModelWriter<'a> {
         config: &Config,
         meta: &ModelMeta,
         table: &'a ParamTable,
-        precision: Precision,
+        precision: Stored,
     ) -> Result<Self, ModelError> {
         let path = path.as_ref().to_path_buf();
         let json = |key, value: serde_json::Result<String>| {
@@ -398,13 +398,13 @@ impl<'a> ModelWriter<'a> {
     pub fn write(&mut self, values: &[f32]) -> Result<(), ModelError> {
         let name = self.names.next().unwrap_or_default();
         let bytes: Vec<u8> = match self.precision {
-            Precision::F16 => {
+            Stored::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
                 let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
                 check_finite(&self.path, name, &rounded, Dtype::F16)?;
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
-            Precision::F32 => {
+            Stored::F32 => {
                 check_finite(&self.path, name, values, Dtype::F32)?;
                 values.iter().flat_map(|x| x.to_le_bytes()).collect()
             }

@@ -18,6 +18,8 @@ pub mod snapshot;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
-pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Precision};
+pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
 pub use precond::Precond;
 pub use snapshot::{Snapshot, SnapshotError};
+
+pub use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};

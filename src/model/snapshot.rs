@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value as Json};
 
 use super::config::Config;
-use super::file::{Encoder, Model, ModelMeta, Precision};
+use super::file::{Encoder, Model, ModelMeta, Stored};
 use super::precond::Precond;
 use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
@@ -34,13 +34,13 @@ use crate::formats::torch::{Storages, Tensor};
 use crate::formats::{At, FileError, input};
 use crate::params::ParamTable;
 
-/// A network has so many modules at most.
+/// Most modules of a network.
 const MAX_MODULES: usize = 1 << 14;
 
 /// Longest name of a module or tensor.
 const MAX_NAME: usize = 200;
 
-/// So many entries of dictionaries are looked at, over all look-ups; EDM2's networks take about 40,000.
+/// Most entries of dictionaries that are looked at, over all look-ups; EDM2's networks take about 40,000.
 const MAX_LOOKED_AT: usize = 1 << 24;
 
 /// Options of the official network that this project does without.
@@ -67,7 +67,7 @@ pub struct Snapshot {
     /// The network with its weights.
     pub model: Model,
     /// Smallest precision that holds its weights as they are.
-    pub precision: Precision,
+    pub precision: Stored,
 }
 
 impl Snapshot {
@@ -347,10 +347,10 @@ impl<'a, 'p> Tree<'a, 'p> {
     }
 
     /// The values of every parameter and buffer, by [`crate::params::ParamId`].
-    fn weights(&self, modules: &[Module<'a, 'p>], table: &ParamTable) -> Result<(Vec<Vec<f32>>, Precision)> {
+    fn weights(&self, modules: &[Module<'a, 'p>], table: &ParamTable) -> Result<(Vec<Vec<f32>>, Stored)> {
         let by_name: HashMap<&str, _> = table.iter().map(|(id, spec)| (spec.name.as_str(), id)).collect();
         let mut weights: Vec<Option<Vec<f32>>> = vec![None; table.len()];
-        let mut precision = Precision::F16;
+        let mut precision = Stored::F16;
         let mut storages = Storages::new();
         for module in modules {
             for kind in ["_parameters", "_buffers"] {
@@ -373,7 +373,7 @@ impl<'a, 'p> Tree<'a, 'p> {
                         return Err(self.error(&at, format!("found {} at {place}, expected numbers", values[place])));
                     }
                     if tensor.dtype != Dtype::F16 {
-                        precision = Precision::F32;
+                        precision = Stored::F32;
                     }
                     if weights[id.0].replace(values).is_some() {
                         return Err(self.error(&at, "it is there twice"));

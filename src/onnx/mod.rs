@@ -22,10 +22,10 @@ use crate::formats::fingerprint::Fingerprint;
 #[cfg(feature = "onnx")]
 mod tract;
 
-/// A tensor inside a network has so many elements at most: 2^28, 1 GiB in f32.
+/// Most elements of a tensor inside a network: 2^28, 1 GiB in f32.
 pub const MAX_ELEMENTS: usize = 1 << 28;
 
-/// A network has so many nodes at most: taggers have up to 5,000, and time grows faster than their number.
+/// Most nodes of a network: taggers have up to 5,000, and time grows faster than their number.
 pub const MAX_NODES: usize = 20_000;
 
 /// Largest height and width of a network's images.

@@ -1,4 +1,4 @@
-//! Bicubic resizing to the byte as Pillow does it, which networks of features were trained with.
+//! Bicubic resizing, byte for byte as Pillow's, with which feature networks were trained.
 //!
 //! Keys' kernel with a = -0.5, widened by the factor of reduction, so that every pixel of the source counts; weights
 //! in fixed point with 22 bits; first along rows, then along columns (newer versions of Pillow take pictures that are

@@ -253,7 +253,7 @@ impl Frame {
         }
     }
 
-    /// Whether there has been all of the image when the file ends, with a marker that says so or without.
+    /// Whether the whole image had come when the file ended, with (`marked`) or without an end marker.
     fn all_there(&self, marked: bool) -> Result<(), String> {
         let whole = |c: &Component| match marked {
             // Some leave the finest bits out on purpose.

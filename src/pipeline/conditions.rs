@@ -244,8 +244,8 @@ impl Pipeline {
         }
     }
 
-    /// The condition of some tags, separated by commas. Of features nobody knows which tags they have: then it is
-    /// [`Pipeline::complete`]'s.
+    /// The condition of some tags, separated by commas. For a model of features, whose tags nobody knows, it is
+    /// invented as by [`Pipeline::complete`].
     ///
     /// # Errors
     /// [`ConditionError`]: no tag, an unknown one, or a model that takes none.
@@ -371,7 +371,7 @@ impl Pipeline {
         self.class(Stream::new(seed, Purpose::Class, 0).below(self.width()?))
     }
 
-    /// No condition: what an image is of that only a negative prompt says something of.
+    /// The empty condition, for an image that has a negative prompt only.
     ///
     /// # Errors
     /// [`ConditionError::Unconditional`].

@@ -102,7 +102,7 @@ impl Domain {
         }
     }
 
-    /// All that is known to differ; meanings are compared of conditions whether they are of one width or not.
+    /// All known differences. Meanings are compared even where widths differ.
     pub fn differences(&self, name: impl Display, other: &Self, other_name: impl Display) -> Vec<Mismatch> {
         let names = || (name.to_string(), other_name.to_string());
         let mut all = Vec::new();

@@ -36,10 +36,11 @@ use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
+use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::name;
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::memory::TooLarge;
+pub use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{Picture, PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
@@ -150,10 +151,10 @@ impl Image {
     /// The PNG file of the picture, with its parameters in a text chunk: what `edm2k sample` writes.
     ///
     /// # Errors
-    /// Latents without an autoencoder have no picture.
-    pub fn png(&self) -> io::Result<Vec<u8>> {
-        let picture = self.picture.as_ref().ok_or_else(|| io::Error::other("latents have no picture"))?;
-        picture.png(&text_of(&self.about.to_string()))
+    /// [`PipelineError::NoPicture`]: latents without an autoencoder have none. [`PipelineError::Png`]: it is too large for one.
+    pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
+        let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
+        picture.png(&text_of(&self.about.to_string())).map_err(PipelineError::Png)
     }
 }
 
@@ -212,6 +213,8 @@ pub enum PipelineError {
     Mismatch(#[from] Mismatch),
     #[error("{} makes no latents of an SD-VAE, but pixels", model.display())]
     NoLatents { model: PathBuf },
+    #[error("{0} has no latents, but pixels")]
+    Pixels(String),
     #[error("condition {number} has {found} values, expected the model's {expected}")]
     ConditionWidth { number: usize, found: usize, expected: usize },
     #[error("{found} seeds to go towards, expected one for each of the {expected} images")]
@@ -232,6 +235,10 @@ pub enum PipelineError {
     Sample(#[from] SampleError),
     #[error(transparent)]
     Backend(#[from] BackendError),
+    #[error("latents have no picture")]
+    NoPicture,
+    #[error("no PNG: {0}")]
+    Png(io::Error),
     /// Whoever watched wanted no more.
     #[error("stopped")]
     Stopped,
@@ -364,12 +371,15 @@ impl Pipeline {
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),
-            Some(codec) => self.device.run(Encoding(&codec, &picture))?,
+            Some(codec) => {
+                let [mean, _] = encoder(&self.device, &codec)?(&picture)?;
+                mean
+            }
         };
         Ok(Beginning { values, name })
     }
 
-    /// What to warn people of since this was last asked: what stands in for something else.
+    /// Warnings since the last call, such as that something stands in for something else.
     pub fn warnings(&mut self) -> Vec<String> {
         std::mem::take(&mut self.warnings)
     }
@@ -436,7 +446,7 @@ impl Pipeline {
             return Err(PipelineError::Towards { found, expected });
         }
         let images = request.seeds.len().min(request.batch.max(1));
-        self.device.check_forward(config, size, images, request.sampler.passes(self.guide.is_none()))?;
+        self.device.check_forward(config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
     }
@@ -512,7 +522,7 @@ pub struct Images<'a> {
     next: usize,
     /// Number of the first image that is not to be made any more.
     end: usize,
-    /// Images that have, of the batch at hand.
+    /// Images of the current batch that were made and not yet handed out.
     made: VecDeque<(usize, Vec<f32>)>,
     spent: Spent,
 }
@@ -540,7 +550,7 @@ impl<'a> Images<'a> {
         self
     }
 
-    /// Makes only those with numbers in `range`, which are what they are among all if it begins with a batch.
+    /// Makes only images `range`. They are those of the whole request if the range begins at a batch.
     #[must_use]
     pub fn only(mut self, range: Range<usize>) -> Self {
         self.end = range.end.min(self.request.seeds.len());
@@ -685,18 +695,5 @@ impl Work for Placing<'_> {
         let backend = backends.loaded(model)?;
         let guide = guide.last().map(|guide| Ok::<_, BackendError>((backends.loaded(guide)?, guide.net.clone())));
         Ok(Box::new(Loaded { backend, net: model.net.clone(), guide: guide.transpose()? }))
-    }
-}
-
-/// The latents of a picture, by an autoencoder on a device.
-struct Encoding<'a>(&'a CodecFile, &'a Picture);
-
-impl Work for Encoding<'_> {
-    type Output = Result<Vec<f32>, CodecError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut b = backends.codec().map_err(BackendError::from)?;
-        let [mean, _] = self.0.encoder(&mut b)?.encode(&mut b, self.1)?.scaled();
-        Ok(mean)
     }
 }

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use super::PipelineError;
 use crate::backend::BackendError;
 use crate::codec::{Autoencoder, CodecError, CodecFile};
+use crate::data::dataset::{Dataset, Representation};
 use crate::device::{Backends, Device, Work};
 use crate::memory::{self, TooLarge};
 use crate::pictures::Picture;
@@ -40,6 +42,31 @@ impl Viewer {
         let warning = file.check_latents(of, made_by)?;
         let decode = device.run(Decoding(&file))?;
         Ok((Self::Latents(Latents { file, decode }.into()), warning))
+    }
+
+    /// For the images of a dataset that is called `of`, of all its sizes; none where they are latents without an autoencoder
+    /// `vae`, or pixels of other than three channels. Also what to warn of, as [`Viewer::open`].
+    ///
+    /// # Errors
+    /// [`PipelineError`]: as [`Viewer::open`] and [`Viewer::check`]; or there is an autoencoder, and no latents.
+    pub fn of(
+        device: &Device,
+        data: &Dataset,
+        of: &str,
+        vae: Option<&Path>,
+    ) -> Result<(Option<Self>, Option<String>), PipelineError> {
+        let header = data.header();
+        let (viewer, warning) = match (header.kind, vae) {
+            (Representation::Images, None) => ((header.channels == 3).then_some(Self::Pixels), None),
+            (Representation::Images, Some(_)) => return Err(PipelineError::Pixels(of.into())),
+            (Representation::Latents, None) => (None, None),
+            (Representation::Latents, Some(path)) => {
+                let (viewer, warning) = Self::open(device, path, of, header.autoencoder.as_ref())?;
+                (Some(viewer), warning)
+            }
+        };
+        data.sizes().iter().try_for_each(|&size| viewer.iter().try_for_each(|viewer| viewer.check(size)))?;
+        Ok((viewer, warning))
     }
 
     /// Refuses pictures of images of [height, width] that this machine has no room for.

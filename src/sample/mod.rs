@@ -198,8 +198,8 @@ impl SamplerConfig {
         sigmas
     }
 
-    /// How often an image is in a batch of the network: twice if it guides itself.
-    pub fn passes(&self, guides_itself: bool) -> usize {
+    /// How often the network sees an image in a batch: twice if it guides itself.
+    pub fn copies(&self, guides_itself: bool) -> usize {
         if guides_itself && self.guidance != 1.0 { 2 } else { 1 }
     }
 
@@ -346,7 +346,7 @@ impl<B: NetworkBackend> Sampler<'_, B> {
         let image = (!batch.from.is_empty()).then(|| b.upload(shape, &batch.from.repeat(shape[0])));
         terms.extend(image.iter().map(|image| (image, 1.0)));
         let mut inputs = vec![b.linear_combination(&terms)];
-        inputs.extend(conditions(b, batch, self.net, config.passes(self.gnet.is_none()) == 2));
+        inputs.extend(conditions(b, batch, self.net, config.copies(self.gnet.is_none()) == 2));
         let net = self.net;
         let scales = |labels: Option<B::Tensor>, b: &B| {
             let images = labels.as_ref().map_or(batch.seeds.len(), |labels| b.shape(labels)[0]);

@@ -61,7 +61,10 @@ pub trait Denoise<B: Backend> {
     /// Unit normal noise for the churn of a step, [n, h, w, c].
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor;
     /// Called after each step.
-    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError>;
+    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
+        let _ = (b, step);
+        Ok(())
+    }
 }
 
 /// Images [n, h, w, c] from noisy ones of the first noise level of a valid `config`, by its solver. (Its guidance is the

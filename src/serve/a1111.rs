@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use super::Server;
 use super::api::{Input, finished};
 use super::queue::{Stage, View};
-use super::request::{Card, MAX_IMAGES, Refusal, Wanted};
+use super::request::{MAX_IMAGES, Offer, Refusal, Wanted};
 use crate::sample::{SamplerConfig, Solver};
 
 type App = State<Arc<Server>>;
@@ -93,16 +93,16 @@ struct Settings {
 }
 
 /// The model that clients have chosen, or another one by its name or title.
-fn chosen(app: &Server, name: Option<&str>) -> Result<(usize, Arc<Card>), Refusal> {
+fn chosen(app: &Server, name: Option<&str>) -> Result<(usize, Arc<Offer>), Refusal> {
     let place = match name.filter(|name| !name.is_empty()) {
         None => app.chosen.load(Ordering::Relaxed),
         Some(name) => {
-            let found = app.cards.iter().position(|card| card.name == name);
+            let found = app.offers.iter().position(|offer| offer.name == name);
             found.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?
         }
     };
-    let card = app.cards.get(place).cloned().ok_or_else(|| Refusal::NotFound("model".into()))?;
-    Ok((place, card))
+    let offer = app.offers.get(place).cloned().ok_or_else(|| Refusal::NotFound("model".into()))?;
+    Ok((place, offer))
 }
 
 fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
@@ -119,7 +119,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     all.retain(|_, value| !value.is_null());
     let asked: TextToImage =
         serde_json::from_value(Value::Object(all)).map_err(|error| Refusal::Invalid(error.to_string()))?;
-    let (_, card) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
+    let (_, offer) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
     let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
     let images = asked.batch_size.saturating_mul(asked.n_iter);
     if !(1..=MAX_IMAGES).contains(&images) {
@@ -131,10 +131,10 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         u64::from(now.as_secs() as u32 ^ now.subsec_nanos())
     });
     let last = first.saturating_add(images as u64 - 1);
-    let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(card.factor));
+    let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(offer.factor));
     let has_tags = asked.prompt.split(',').any(|tag| !tag.trim().is_empty());
     let wanted = Wanted {
-        model: Some(card.name.clone()),
+        model: Some(offer.name.clone()),
         tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
         negative: asked.negative_prompt.clone(),
         seeds: Some(format!("{first}-{last}")),
@@ -152,7 +152,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let job = app.submit(wanted).await?;
     let View { mut pictures, .. } = finished(&job).await?;
     pictures.sort_by_key(|made| made.index);
-    let [height, width] = job.request.size.map(|side| side * card.factor);
+    let [height, width] = job.request.size.map(|side| side * offer.factor);
     let ignored: Vec<&String> =
         asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();
     let parameters = json!({
@@ -180,7 +180,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         "cfg_scale": sampler.guidance,
         "steps": sampler.steps,
         "batch_size": images,
-        "sd_model_name": card.name,
+        "sd_model_name": offer.name,
         "ignored": ignored,
     });
     let sent = if asked.send_images { &pictures[..] } else { &[] };
@@ -252,13 +252,13 @@ async fn interrupt(State(app): App) -> Json<Value> {
 }
 
 async fn models(State(app): App) -> Json<Value> {
-    let model = |card: &Arc<Card>| {
-        let file = card.path.file_name().unwrap_or_default().to_string_lossy();
+    let model = |offer: &Arc<Offer>| {
+        let file = offer.path.file_name().unwrap_or_default().to_string_lossy();
         json!({
-            "title": card.name, "model_name": card.name, "hash": null, "sha256": null, "filename": file, "config": null,
+            "title": offer.name, "model_name": offer.name, "hash": null, "sha256": null, "filename": file, "config": null,
         })
     };
-    Json(app.cards.iter().map(model).collect())
+    Json(app.offers.iter().map(model).collect())
 }
 
 async fn samplers() -> Json<Value> {
@@ -266,8 +266,8 @@ async fn samplers() -> Json<Value> {
 }
 
 async fn options(State(app): App) -> Result<Json<Value>, Refusal> {
-    let (_, card) = chosen(&app, None)?;
-    Ok(Json(json!({"sd_model_checkpoint": card.name, "sd_checkpoint_hash": "", "samples_format": "png"})))
+    let (_, offer) = chosen(&app, None)?;
+    Ok(Json(json!({"sd_model_checkpoint": offer.name, "sd_checkpoint_hash": "", "samples_format": "png"})))
 }
 
 /// Chooses the model; every other option stays what it is.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::queue::{Job, Stage, View};
-use super::request::{Card, MAX_AREA, MAX_IMAGES, MAX_WORK, Refusal, Request, Tags, Wanted};
+use super::request::{MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, Request, Tags, Wanted};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 
@@ -156,20 +156,20 @@ struct ModelView<'a> {
     licence: &'a str,
 }
 
-impl<'a> From<&'a Card> for ModelView<'a> {
-    fn from(card: &'a Card) -> Self {
+impl<'a> From<&'a Offer> for ModelView<'a> {
+    fn from(offer: &'a Offer) -> Self {
         Self {
-            name: &card.name,
-            width: card.meta.width,
-            height: card.meta.height,
-            multiple: 1 << (card.config.channel_mult.len() - 1),
-            factor: card.factor,
-            tags: card.tags,
-            like: card.like,
-            invents: card.invents,
-            images_seen: card.meta.images_seen,
-            source: &card.meta.source,
-            licence: &card.meta.licence,
+            name: &offer.name,
+            width: offer.meta.width,
+            height: offer.meta.height,
+            multiple: 1 << (offer.config.channel_mult.len() - 1),
+            factor: offer.factor,
+            tags: offer.tags,
+            like: offer.like,
+            invents: offer.invents,
+            images_seen: offer.meta.images_seen,
+            source: &offer.meta.source,
+            licence: &offer.meta.licence,
         }
     }
 }
@@ -182,29 +182,29 @@ struct OfModel {
 
 /// With a name, that model alone: also a snapshot of a run.
 async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
-    let cards = match of.model {
-        Some(name) => vec![app.card(Some(name)).await?],
-        None => app.cards.clone(),
+    let offers = match of.model {
+        Some(name) => vec![app.offer(Some(name)).await?],
+        None => app.offers.clone(),
     };
-    Ok(Json(cards.iter().map(|card| ModelView::from(&**card)).collect::<Vec<_>>()).into_response())
+    Ok(Json(offers.iter().map(|offer| ModelView::from(&**offer)).collect::<Vec<_>>()).into_response())
 }
 
 /// All tags of a model, or those like a text.
 async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
-    let card = app.card(of.model).await?;
-    let all = card.vocabulary.tags();
+    let offer = app.offer(of.model).await?;
+    let all = offer.vocabulary.tags();
     // A vocabulary out of a model's file has no counts.
     let counted = all.iter().any(|tag| tag.count > 0);
     let shown = |name: &str, count: u64| json!({"tag": name, "count": counted.then_some(count)});
     let tags: Vec<Value> = match of.near {
         None => all.iter().map(|tag| shown(&tag.tag, tag.count)).collect(),
         Some(text) => {
-            let near = card.vocabulary.nearest(&text.chars().take(100).collect::<String>(), 8);
-            let place = |name: &str| card.vocabulary.get(name).and_then(|place| all.get(place as usize));
+            let near = offer.vocabulary.nearest(&text.chars().take(100).collect::<String>(), 8);
+            let place = |name: &str| offer.vocabulary.get(name).and_then(|place| all.get(place as usize));
             near.iter().filter_map(|name| place(name)).map(|tag| shown(&tag.tag, tag.count)).collect()
         }
     };
-    Ok(Json(json!({"model": card.name, "tags": tags})).into_response())
+    Ok(Json(json!({"model": offer.name, "tags": tags})).into_response())
 }
 
 #[derive(Deserialize)]
@@ -215,10 +215,10 @@ struct OfText {
 
 /// The tags of a prompt with their weights.
 async fn prompt(State(app): App, Query(OfText { model, text }): Query<OfText>) -> Answer<Value> {
-    let card = app.card(model).await?;
-    let read = card.prompt(&text)?;
-    let tags = read.tags().iter().map(|&(tag, weight)| json!({"tag": card.vocabulary.tag(tag), "weight": weight}));
-    Ok(Json(json!({"model": card.name, "tags": tags.collect::<Vec<_>>()})))
+    let offer = app.offer(model).await?;
+    let read = offer.prompt(&text)?;
+    let tags = read.tags().iter().map(|&(tag, weight)| json!({"tag": offer.vocabulary.tag(tag), "weight": weight}));
+    Ok(Json(json!({"model": offer.name, "tags": tags.collect::<Vec<_>>()})))
 }
 
 #[derive(Deserialize)]
@@ -368,12 +368,12 @@ impl Server {
     ///
     /// # Errors
     /// There is none, or its file cannot be read.
-    pub async fn card(self: &Arc<Self>, name: Option<String>) -> Result<Arc<Card>, Refusal> {
+    pub async fn offer(self: &Arc<Self>, name: Option<String>) -> Result<Arc<Offer>, Refusal> {
         let Some(name) = name else {
-            return self.cards.first().cloned().ok_or_else(|| Refusal::NotFound("model".into()));
+            return self.offers.first().cloned().ok_or_else(|| Refusal::NotFound("model".into()));
         };
-        if let Some(card) = self.cards.iter().find(|card| card.name == name) {
-            return Ok(card.clone());
+        if let Some(offer) = self.offers.iter().find(|offer| offer.name == name) {
+            return Ok(offer.clone());
         }
         let server = self.clone();
         let read = move || server.snapshot(&name);
@@ -385,9 +385,9 @@ impl Server {
     /// # Errors
     /// [`Refusal`].
     pub async fn submit(self: &Arc<Self>, wanted: Wanted) -> Result<Arc<Job>, Refusal> {
-        let card = self.card(wanted.model.clone()).await?;
+        let offer = self.offer(wanted.model.clone()).await?;
         // Checking decodes what was uploaded.
-        let request = tokio::task::spawn_blocking(|| Request::new(wanted, card));
+        let request = tokio::task::spawn_blocking(|| Request::new(wanted, offer));
         let request = request.await.map_err(|error| Refusal::Failed(error.to_string()))??;
         self.queue.submit(request)
     }

@@ -23,7 +23,7 @@ use super::request::Refusal;
 
 /// Shortest token: nobody guesses it over a network.
 pub const TOKEN: usize = 16;
-/// What the page proves with that it knows the token.
+/// The cookie by which the page proves that it knows the token.
 const SESSION: &str = "edm2k";
 
 /// The rules.

@@ -77,7 +77,7 @@ use crate::pipeline::{Domain, PipelineError};
 
 use guard::{Guard, Unsafe};
 use queue::{Limits, Queue};
-use request::{Card, Refusal, Tags};
+use request::{Offer, Refusal, Tags};
 use runs::Runs;
 
 /// Connections at a time; more wait until the system's own queue is full.
@@ -86,7 +86,7 @@ const MAX_CONNECTIONS: usize = 400;
 const HEAD_SECONDS: u64 = 10;
 /// Seconds for answers to get out when the server stops.
 const LAST_SECONDS: u64 = 3;
-/// Cards of snapshots that are remembered.
+/// Offers of snapshots that are remembered.
 const SNAPSHOTS: usize = 16;
 
 /// The page: paths, kinds and contents.
@@ -168,9 +168,9 @@ pub enum ServeError {
 
 /// What both threads know.
 struct Server {
-    cards: Vec<Arc<Card>>,
+    offers: Vec<Arc<Offer>>,
     shelf: Shelf,
-    snapshots: Mutex<Vec<Arc<Card>>>,
+    snapshots: Mutex<Vec<Arc<Offer>>>,
     queue: Queue,
     guard: Arc<Guard>,
     runs: Option<Runs>,
@@ -181,21 +181,21 @@ struct Server {
 }
 
 impl Server {
-    /// The card of a run's snapshot.
-    fn snapshot(&self, name: &str) -> Result<Arc<Card>, Refusal> {
+    /// The offer of a run's snapshot.
+    fn snapshot(&self, name: &str) -> Result<Arc<Offer>, Refusal> {
         let path = self.runs.as_ref().and_then(|runs| runs.snapshot(name));
         let path = path.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?;
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(card) = known.iter().find(|card| card.path == path) {
-            return Ok(card.clone());
+        if let Some(offer) = known.iter().find(|offer| offer.path == path) {
+            return Ok(offer.clone());
         }
-        let (card, _) = self.shelf.card(name.into(), &path).map_err(|error| Refusal::Failed(error.to_string()))?;
-        let card = Arc::new(card);
+        let (offer, _) = self.shelf.offer(name.into(), &path).map_err(|error| Refusal::Failed(error.to_string()))?;
+        let offer = Arc::new(offer);
         if known.len() == SNAPSHOTS {
             known.remove(0);
         }
-        known.push(card.clone());
-        Ok(card)
+        known.push(offer.clone());
+        Ok(offer)
     }
 }
 
@@ -218,7 +218,7 @@ impl Shelf {
     }
 
     /// What a model file is, and why the condition model does not go with it, if so.
-    fn card(&self, name: String, path: &Path) -> Result<(Card, Option<String>), ServeError> {
+    fn offer(&self, name: String, path: &Path) -> Result<(Offer, Option<String>), ServeError> {
         let file = ModelFile::open(path)?;
         let (config, meta) = (file.net.config.clone(), file.meta.clone());
         let (model, channels) = (path.to_owned(), config.img_channels);
@@ -251,34 +251,34 @@ impl Shelf {
             (_, None) => meta.tags().map_err(named)?,
         };
         let (like, invents) = (features && self.tagger, invented.is_some());
-        let card = Card { name, path: path.into(), config, meta, vocabulary, tags, like, invents, factor };
-        Ok((card, why.map(|why| why.to_string())))
+        let offer = Offer { name, path: path.into(), config, meta, vocabulary, tags, like, invents, factor };
+        Ok((offer, why.map(|why| why.to_string())))
     }
 
-    /// The cards of the given models, named after their files.
-    fn cards(&self, files: &Files) -> Result<Vec<Arc<Card>>, ServeError> {
-        let mut cards: Vec<Arc<Card>> = Vec::new();
+    /// The offers of the given models, named after their files.
+    fn offers(&self, files: &Files) -> Result<Vec<Arc<Offer>>, ServeError> {
+        let mut offers: Vec<Arc<Offer>> = Vec::new();
         let mut mismatch = None;
         for path in &files.models {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let name = |number: u32| if number == 1 { stem.clone() } else { format!("{stem}-{number}") };
-            let free = |name: &String| cards.iter().all(|card| card.name != *name);
+            let free = |name: &String| offers.iter().all(|offer| offer.name != *name);
             let name = (1..).map(name).find(free).unwrap_or_default();
-            let (card, why) = self.card(name, path)?;
+            let (offer, why) = self.offer(name, path)?;
             mismatch = mismatch.or(why);
-            cards.push(Arc::new(card));
+            offers.push(Arc::new(offer));
         }
-        let used = |path: &Option<PathBuf>, by: &dyn Fn(&Card) -> bool| match path {
-            Some(path) if !cards.iter().any(|card| by(card)) => Err(path.clone()),
+        let used = |path: &Option<PathBuf>, by: &dyn Fn(&Offer) -> bool| match path {
+            Some(path) if !offers.iter().any(|offer| by(offer)) => Err(path.clone()),
             _ => Ok(()),
         };
         let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
-        used(&files.condition_model, &|card| card.invents).map_err(unused(mismatch))?;
-        let latents = |card: &Card| card.meta.encoder == Encoder::SdVae;
+        used(&files.condition_model, &|offer| offer.invents).map_err(unused(mismatch))?;
+        let latents = |offer: &Offer| offer.meta.encoder == Encoder::SdVae;
         used(&files.vae, &latents).map_err(unused(None))?;
         used(&files.preview, &latents).map_err(unused(None))?;
-        used(&files.tagger, &|card| card.like).map_err(unused(None))?;
-        Ok(cards)
+        used(&files.tagger, &|offer| offer.like).map_err(unused(None))?;
+        Ok(offers)
     }
 }
 
@@ -301,7 +301,7 @@ pub fn serve(
     // Numbers go on, so that pictures in an outdir are never replaced.
     let last = options.outdir.as_ref().map(|dir| last_number(dir).map_err(directory(dir))).transpose()?;
     let shelf = Shelf::new(&options.files)?;
-    let cards = shelf.cards(&options.files)?;
+    let offers = shelf.offers(&options.files)?;
     // Before the models, so that a taken port is known at once.
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
@@ -311,9 +311,9 @@ pub fn serve(
     };
     let address = options.listen;
     let (listener, address) = listen(address).map_err(|cause| ServeError::Listen { address, cause })?;
-    let mut painter = paint::Painter::new(device.clone(), options.files, &cards, options.batch, options.outdir, say)?;
+    let mut painter = paint::Painter::new(device.clone(), options.files, &offers, options.batch, options.outdir, say)?;
     let server = Arc::new(Server {
-        cards,
+        offers,
         shelf,
         snapshots: Mutex::default(),
         queue: Queue::new(Limits::default(), last.unwrap_or(0)),
@@ -352,9 +352,8 @@ impl Drop for Closes {
 /// The highest number of a job in the names of a directory's pictures; makes the directory.
 fn last_number(dir: &Path) -> io::Result<u64> {
     std::fs::create_dir_all(dir)?;
-    let names = std::fs::read_dir(dir)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let number = |name: String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
-    Ok(names.filter_map(number).max().unwrap_or(0))
+    let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
+    Ok(crate::formats::names(dir)?.iter().filter_map(number).max().unwrap_or(0))
 }
 
 fn router(server: Arc<Server>) -> Router {

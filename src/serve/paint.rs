@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::preview::{Linear, data_url};
 use super::queue::{Batch, Job, Made, Preview};
-use super::request::{Card, Request};
+use super::request::{Offer, Request};
 use super::{Files, ServeError, Server};
 use crate::Device;
 use crate::condition::tagger::Tagger;
@@ -26,8 +26,8 @@ pub struct Painter {
     files: Files,
     batch: usize,
     /// Those that were given, and the last snapshot of a run.
-    loaded: Vec<(Arc<Card>, Pipeline)>,
-    guest: Option<(Arc<Card>, Pipeline)>,
+    loaded: Vec<(Arc<Offer>, Pipeline)>,
+    guest: Option<(Arc<Offer>, Pipeline)>,
     linear: Option<Linear>,
     /// Of the jobs of the last batch.
     conditions: HashMap<u64, Vec<Condition>>,
@@ -35,15 +35,15 @@ pub struct Painter {
 }
 
 /// Opens a model with all that goes with it.
-fn open(device: &Device, files: &Files, card: &Card) -> Result<Pipeline, PipelineError> {
-    let mut pipeline = Pipeline::load(device, &card.path)?;
-    if let Some(path) = files.condition_model.as_ref().filter(|_| card.invents) {
+fn open(device: &Device, files: &Files, offer: &Offer) -> Result<Pipeline, PipelineError> {
+    let mut pipeline = Pipeline::load(device, &offer.path)?;
+    if let Some(path) = files.condition_model.as_ref().filter(|_| offer.invents) {
         pipeline = pipeline.with_condition_model(path)?;
     }
-    if let Some(path) = files.tagger.as_ref().filter(|_| card.like) {
+    if let Some(path) = files.tagger.as_ref().filter(|_| offer.like) {
         pipeline = pipeline.with_tagger(path, files.tagger_node.as_deref())?;
     }
-    if card.meta.encoder == Encoder::SdVae {
+    if offer.meta.encoder == Encoder::SdVae {
         if let Some(path) = &files.vae {
             pipeline = pipeline.with_codec(path)?;
         }
@@ -63,16 +63,16 @@ impl Painter {
     pub fn new(
         device: Device,
         files: Files,
-        cards: &[Arc<Card>],
+        offers: &[Arc<Offer>],
         batch: usize,
         outdir: Option<PathBuf>,
         say: &mut dyn FnMut(&str),
     ) -> Result<Self, ServeError> {
         let mut loaded = Vec::new();
-        for card in cards {
-            let mut pipeline = open(&device, &files, card)?;
+        for offer in offers {
+            let mut pipeline = open(&device, &files, offer)?;
             pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
-            loaded.push((card.clone(), pipeline));
+            loaded.push((offer.clone(), pipeline));
         }
         let linear = match &files.vae {
             Some(vae) if files.preview.is_none() => {
@@ -98,12 +98,12 @@ impl Painter {
     /// Makes the pictures of a batch.
     fn paint(&mut self, server: &Server, batch: &Batch, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
         let Some((first, _)) = batch.images.first() else { return Ok(()) };
-        let Request { model: card, size, sampler, .. } = &first.request;
-        let place = self.loaded.iter().position(|(known, _)| Arc::ptr_eq(known, card));
-        if place.is_none() && !self.guest.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, card)) {
+        let Request { model: offer, size, sampler, .. } = &first.request;
+        let place = self.loaded.iter().position(|(known, _)| Arc::ptr_eq(known, offer));
+        if place.is_none() && !self.guest.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, offer)) {
             // First, as there may be room for one only.
             self.guest = None;
-            self.guest = Some((card.clone(), open(&self.device, &self.files, card)?));
+            self.guest = Some((offer.clone(), open(&self.device, &self.files, offer)?));
         }
         let pipeline = match (place, &mut self.guest) {
             (Some(place), _) => &mut self.loaded[place].1,
@@ -141,7 +141,7 @@ impl Painter {
             ..pipeline::Request::default()
         };
 
-        let (started, linear) = (Instant::now(), self.linear.as_ref().filter(|_| card.meta.encoder == Encoder::SdVae));
+        let (started, linear) = (Instant::now(), self.linear.as_ref().filter(|_| offer.meta.encoder == Encoder::SdVae));
         let mut spent = Duration::ZERO;
         let watch = |step: &mut Step| {
             if images.iter().all(|(job, _)| job.is_cancelled()) {
@@ -162,7 +162,7 @@ impl Painter {
         for image in pipeline.images(&request)?.watched(watch) {
             let image = image?;
             let (job, index) = images[image.number];
-            let failed = |error: std::io::Error| server.queue.fail(job, error.to_string());
+            let failed = |error: PipelineError| server.queue.fail(job, error.to_string());
             let Ok(png) = image.png().map_err(failed) else { continue };
             if let Some(dir) = &self.outdir {
                 let path = dir.join(format!("{:06}-{:06}.png", job.id, image.seed));

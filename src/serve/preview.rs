@@ -65,7 +65,7 @@ impl Linear {
         Some(Self { map: SMatrix::from_fn(|row, column| map[(row, column)]) })
     }
 
-    /// The picture of a latent [height, width, 4], a pixel for each of its.
+    /// The picture of a latent [height, width, 4], a pixel for each latent pixel.
     pub fn picture(&self, [height, width]: [usize; 2], latent: &[f32]) -> Picture {
         let colour = |z: &[f32]| -> [u8; 3] {
             std::array::from_fn(|c| {

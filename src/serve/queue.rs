@@ -28,9 +28,9 @@ pub struct Limits {
     pub kept: usize,
     /// Bytes of their pictures together.
     pub kept_bytes: usize,
-    /// How long a job goes on that had a watcher and has none.
+    /// How long a job runs on after its last watcher has gone.
     pub patience: Duration,
-    /// How long a job goes on that nobody has asked about.
+    /// How long a job runs on before anybody has asked about it.
     pub unasked: Duration,
 }
 

@@ -1,4 +1,5 @@
-//! What is asked for, checked before it waits: a request that is taken fails by the device or the disk alone.
+//! What is asked for, checked before it waits: once taken, a request can fail only because of the device or the
+//! disk.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,15 +17,15 @@ use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
 use crate::sample::{SamplerConfig, parse_seeds};
 
-/// A job has so many images at most.
+/// Most images of a job.
 pub const MAX_IMAGES: usize = 64;
-/// A picture has at most so many times the pixels of one that the model learned from.
+/// Largest area of a picture, as a multiple of that of one that the model learned from.
 pub const MAX_AREA: usize = 4;
-/// A job takes at most so many steps, each of one such picture.
+/// Most steps of a job, each of one such picture.
 pub const MAX_WORK: usize = 4096;
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
-/// An uploaded picture has so many pixels at most: it is decoded beside others.
+/// Most pixels of an uploaded picture: it is decoded beside others.
 const MAX_PIXELS: u64 = 1 << 24;
 
 /// Why a request was refused; the answer is its status, and its message as JSON.
@@ -87,7 +88,7 @@ pub enum Tags {
 
 /// What a model is, as far as requests are concerned.
 #[derive(Debug)]
-pub struct Card {
+pub struct Offer {
     /// What requests call it.
     pub name: String,
     /// Where it is.
@@ -108,7 +109,7 @@ pub struct Card {
     pub factor: usize,
 }
 
-impl Card {
+impl Offer {
     /// [height, width] of the images that it learned from.
     pub fn size(&self) -> [usize; 2] {
         [self.meta.height, self.meta.width]
@@ -158,7 +159,7 @@ pub struct Wanted {
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The model.
-    pub model: Arc<Card>,
+    pub model: Arc<Offer>,
     /// Tags of conditions.
     pub tags: Vec<String>,
     /// Tags that guidance leads away from.
@@ -190,7 +191,7 @@ impl Request {
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
-    pub fn new(wanted: Wanted, model: Arc<Card>) -> Result<Self, Refusal> {
+    pub fn new(wanted: Wanted, model: Arc<Offer>) -> Result<Self, Refusal> {
         let Wanted { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
         let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());

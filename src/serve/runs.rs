@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::request::Refusal;
-use crate::formats::input;
 use crate::formats::safetensors::SafeFile;
+use crate::formats::{self, input};
 use crate::train::checkpoint;
 use crate::train::stats::FILE as STATS;
 
@@ -25,7 +25,7 @@ pub struct Runs {
     dir: PathBuf,
 }
 
-/// A run, in a few numbers; none that is not known.
+/// A run in a few numbers; `None` where one is not known.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
     /// Of its directory.
@@ -89,13 +89,11 @@ pub struct Stats {
 
 /// The names in a directory that have this beginning and ending, sorted.
 fn names(dir: &Path, start: &str, end: &str) -> Vec<String> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let named = formats::names(dir).unwrap_or_default().into_iter();
+    let named = named.filter(|name| name.starts_with(start) && name.ends_with(end));
     // Of what a link shows, nobody said that it may be shown.
-    let own = entries.filter(|entry| end.is_empty() || entry.file_type().is_ok_and(|kind| kind.is_file()));
-    let names = own.filter_map(|entry| entry.file_name().into_string().ok());
-    let mut names: Vec<_> = names.filter(|name| name.starts_with(start) && name.ends_with(end)).collect();
-    names.sort();
-    names
+    let is_file = |name: &String| dir.join(name).symlink_metadata().is_ok_and(|about| about.is_file());
+    named.filter(|name| end.is_empty() || is_file(name)).collect()
 }
 
 impl Runs {

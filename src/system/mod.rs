@@ -45,6 +45,11 @@ pub fn is_at(file: &File, path: &Path) -> bool {
     side::is_at(file, path)
 }
 
+/// Whether a link leads through one of the system's, as /dev/stdout does, which is no place for a file.
+pub fn leads_to_open_file(path: &Path) -> bool {
+    side::leads_to_open_file(path)
+}
+
 /// When a file was last changed, or put where it is, as far as the system knows.
 pub fn changed(about: &Metadata) -> Option<SystemTime> {
     about.modified().ok().max(side::placed(about))

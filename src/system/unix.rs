@@ -44,6 +44,21 @@ pub fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
+pub fn leads_to_open_file(path: &Path) -> bool {
+    let mut path = path.to_owned();
+    // As many links as a system follows.
+    for _ in 0..40 {
+        let Ok(to) = path.read_link() else { return false };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let Ok(dir) = parent.canonicalize() else { return false };
+        if dir == Path::new("/dev") || dir.starts_with("/proc") {
+            return true;
+        }
+        path = dir.join(to);
+    }
+    false
+}
+
 pub fn placed(about: &Metadata) -> Option<SystemTime> {
     let (seconds, nanoseconds) = (u64::try_from(about.ctime()).ok()?, u32::try_from(about.ctime_nsec()).ok()?);
     SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))

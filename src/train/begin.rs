@@ -1,6 +1,5 @@
 //! How a run begins: with what its directory has of it, or anew, and on all ranks alike.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
@@ -11,20 +10,15 @@ use super::{CheckpointError, Event, Execution, Settings, State, TrainError, stat
 use crate::backend::{Slot, TrainingBackend};
 use crate::collective::{Collective, CollectiveError};
 use crate::data::dataset::Dataset;
-use crate::formats::{At, free_name, input, write_atomically};
+use crate::formats::{At, free_name, input, names, write_atomically};
 
 /// Name of the file of a run's [`Settings`].
 const OPTIONS_FILE: &str = "training_options.json";
 
 /// Names of the files in a directory that runs make.
-fn made_by_runs(dir: &Path) -> io::Result<Vec<OsString>> {
+fn made_by_runs(dir: &Path) -> io::Result<Vec<String>> {
     let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, OPTIONS_FILE, "loss.svg", "events.out.tfevents."];
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        files.extend(made.iter().any(|start| name.to_string_lossy().starts_with(start)).then_some(name));
-    }
-    Ok(files)
+    Ok(names(dir)?.into_iter().filter(|name| made.iter().any(|start| name.starts_with(start))).collect())
 }
 
 /// Moves what a run has made into a folder of its own.

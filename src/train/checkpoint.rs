@@ -6,7 +6,6 @@
 //! the metadata. Written parameter by parameter, so that it costs no second copy of the state in memory.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Settings, Sums};
 use crate::backend::{BackendError, Slot, TrainingBackend};
-use crate::formats::FileError;
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
+use crate::formats::{FileError, names};
 use crate::model::{Model, ModelMeta, Precond};
 use crate::params::{ParamId, ParamTable};
 
@@ -91,20 +90,26 @@ pub fn path(dir: &Path, nimg: u64) -> PathBuf {
 /// If the directory cannot be listed.
 pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let digits =
-            path.file_name().and_then(|name| name.to_str()?.strip_prefix("checkpoint-")?.strip_suffix(".safetensors"));
+    for name in names(dir)? {
+        let digits = name.strip_prefix("checkpoint-").and_then(|name| name.strip_suffix(".safetensors"));
+        let number = digits.and_then(|digits| digits.parse::<u64>().ok());
         // Not a copy that somebody made and called otherwise.
-        let number =
-            digits.and_then(|digits| digits.parse::<u64>().ok()).filter(|&number| self::path(dir, number) == path);
-        found.extend(number.map(|number| (number, path)));
+        found.extend(number.map(|number| (number, path(dir, number))).filter(|(_, path)| path.ends_with(&name)));
     }
     found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
-/// The checkpoints in a directory that a run removes which keeps `keep`: the older ones, and those that only a stop
+/// The names of the snapshots in a directory, in order.
+///
+/// # Errors
+/// If the directory cannot be listed.
+pub fn snapshots(dir: &Path) -> io::Result<Vec<String>> {
+    let snapshot = |name: &String| name.starts_with("snapshot-") && name.ends_with(".safetensors");
+    Ok(names(dir)?.into_iter().filter(snapshot).collect())
+}
+
+/// The checkpoints in a directory that a run keeping `keep` of them removes: the older ones, and those that only a stop
 /// made, as a run without stops has none. The newest one always stays.
 ///
 /// # Errors

@@ -39,35 +39,42 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+#[doc(hidden)]
 pub mod batch;
 mod begin;
 pub mod checkpoint;
 pub mod ema;
+#[doc(hidden)]
 pub mod events;
+#[doc(hidden)]
 pub mod grid;
+#[doc(hidden)]
 pub mod memory;
+#[doc(hidden)]
 pub mod order;
 pub mod posthoc;
 pub mod schedule;
 mod settings;
+#[doc(hidden)]
 pub mod stats;
 mod step;
 pub mod validation;
 
+pub use crate::collective::{Alone, Collective, CollectiveError};
 pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
-pub use settings::{DataIdentity, Execution, Settings, meta_of};
+pub use settings::{DataIdentity, Execution, SettingError, Settings, check_widths, meta_of};
 pub use stats::{Status, Sums, Validation};
 pub use step::{MicroBatch, micro_batch, rehearse};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
-use crate::collective::{Collective, CollectiveError, agree, share};
+use crate::collective::{agree, share};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::device::{Backends, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::save;
-use crate::model::{Model, ModelError, ModelMeta, Precision, Precond};
+use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
 use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::Batch;
@@ -106,6 +113,8 @@ pub enum TrainError {
     Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
     #[error(transparent)]
     Lock(#[from] LockError),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error(transparent)]
     Ranks(#[from] CollectiveError),
     /// Some ranks would have nothing to do.
@@ -183,7 +192,7 @@ pub struct Training<'a> {
     pub stop: &'a AtomicBool,
     /// Is told how it goes.
     pub event: &'a mut dyn FnMut(Event),
-    /// Who else trains the same; [`Alone`](crate::collective::Alone) if nobody does.
+    /// Who else trains the same; [`Alone`] if nobody does.
     pub ranks: &'a mut dyn Collective,
 }
 
@@ -206,6 +215,8 @@ impl Work for Training<'_> {
 /// See [`TrainError`]. Whatever was saved before stays.
 pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<Outcome, TrainError> {
     let Training { model, settings, execution, splits: data, show, stop, event, ranks } = training;
+    settings.validate()?;
+    execution.validate()?;
     let dir = execution.outdir.as_path();
     let (rank, size) = (ranks.rank(), ranks.size());
     if settings.batch < size as u64 {
@@ -412,7 +423,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     /// Does something with the first moving average in the place of the weights, with so many images at a time, fewer if
-    /// the device has no memory for them; what that takes is no time of training.
+    /// the device has no memory for them; its time is not counted as training.
     fn with_average<T>(
         &mut self,
         event: &mut dyn FnMut(Event),
@@ -471,7 +482,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let meta = ModelMeta { images_seen, ema_std: Some(std), options, began_from, ..self.meta.clone() };
             let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
             let path = self.execution.outdir.join(name);
-            match save(&path, &self.settings.config, &meta, &table, &weights, Precision::F16) {
+            match save(&path, &self.settings.config, &meta, &table, &weights, Stored::F16) {
                 Err(ModelError::NotFinite { name, value, .. }) => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }

@@ -7,6 +7,17 @@
 //!
 //! [`Reconstruction`] makes the averages from snapshots: it reads each file once, however many are wanted,
 //! and keeps one parameter of each in memory.
+//!
+//! ```
+//! use edm2k::train::posthoc::{mismatch, solve_posthoc};
+//!
+//! // Averages of two widths, stored after half of a million images and at the end; of a third width there is none.
+//! let stored = [(5e5, 0.05), (1e6, 0.05), (5e5, 0.10), (1e6, 0.10)];
+//! let wanted = [(1e6, 0.08)];
+//! let factors = solve_posthoc(&stored, &wanted).unwrap();
+//! assert!((factors.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+//! assert!(mismatch(&stored, &wanted, &factors)[0] < 0.1);
+//! ```
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +26,7 @@ use serde_json::Value;
 
 use super::ema::{MAX_STD, std_to_exp};
 use crate::formats::short;
-use crate::model::{ModelError, ModelFile, ModelMeta, ModelWriter, Precision};
+use crate::model::{ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
 
 /// A profile: time at which it ends, in images, and its relative standard deviation.
 pub type Profile = (f64, f64);
@@ -205,7 +216,7 @@ impl Reconstruction {
         let ModelFile { meta, net, table, .. } = &self.snapshots[0];
         let create = |(path, &std)| {
             let meta = ModelMeta { images_seen: self.at, ema_std: Some(std), ..meta.clone() };
-            ModelWriter::create(path, &net.config, &meta, table, Precision::F16)
+            ModelWriter::create(path, &net.config, &meta, table, Stored::F16)
         };
         let mut outputs = paths.iter().zip(&self.stds).map(create).collect::<Result<Vec<_>, _>>()?;
         for (id, spec) in table.iter() {

@@ -1,17 +1,19 @@
 //! What a run is told: [`Settings`] decide what it computes, and an [`Execution`] what it does beside. Both are compared:
-//! with those of the run that is gone on with, and with what the other ranks were given.
+//! with those of the run that is resumed, and with what the other ranks were given.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+use super::ema::{MAX_STD, MIN_STD};
 use super::{LearningRate, Schedule, grid, memory};
 use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Representation};
 use crate::device::Device;
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
+use crate::formats::short;
 use crate::model::{Config, Encoder, ModelMeta};
 
 /// Everything that decides what a run computes; a run may only be resumed with the same.
@@ -82,6 +84,30 @@ impl Settings {
         }
     }
 
+    /// Whether it can be computed.
+    ///
+    /// # Errors
+    /// The first setting with which it cannot.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        positive("duration", self.duration as f64)?;
+        positive("batch", self.batch as f64)?;
+        positive("lr", self.lr)?;
+        positive("p-std", self.p_std)?;
+        // Noise levels are f32, and no draw is more than seven standard deviations away.
+        let farthest = self.p_mean.abs() + 7.0 * self.p_std;
+        if farthest.is_nan() || farthest > 80.0 {
+            return Err(SettingError::Noise { p_mean: self.p_mean, p_std: self.p_std, farthest });
+        }
+        // The rate falls with the square root of it.
+        let some = self.decay == 0.0 || (1e-6..f64::INFINITY).contains(&self.decay);
+        check(some, "decay", self.decay, "0 or a number from 1e-6")?;
+        check((0.0..=0.95).contains(&self.dropout), "dropout", self.dropout, "0 to 0.95")?;
+        check((0.0..=1.0).contains(&self.cond_dropout), "cond-dropout", self.cond_dropout, "0 to 1")?;
+        check_widths("ema", &self.ema)?;
+        let Self { batch, duration, .. } = *self;
+        if batch > duration { Err(SettingError::Short { batch, duration }) } else { Ok(()) }
+    }
+
     /// The learning rate over time.
     pub fn learning_rate(&self) -> LearningRate {
         LearningRate {
@@ -94,8 +120,8 @@ impl Settings {
         }
     }
 
-    /// What tells the snapshots of this run from those of one with other options. Of what a model tells itself, its network,
-    /// its data and what it began from, and of what may change in a run, its length, nothing is in it.
+    /// A fingerprint of the options, which tells this run's snapshots from another's. It leaves out what a model file says
+    /// itself (network, data, start) and what may change (the length).
     pub(super) fn fingerprint(&self) -> Fingerprint {
         let mut options = serde_json::to_value(self).unwrap_or_default();
         if let Some(options) = options.as_object_mut() {
@@ -109,7 +135,7 @@ impl Settings {
         self.init.as_ref()?.fingerprint
     }
 
-    /// The options that keep a run of `self` from being gone on with under `other`, with both values.
+    /// The options that keep a run of `self` from being resumed under `other`, with both values.
     pub(super) fn differences(&self, other: &Self) -> String {
         let mut other = other.clone();
         other.data.settle(&self.data);
@@ -125,6 +151,48 @@ impl Settings {
             |key: &str| if key == "duration" { ", which decides the learning rates of --schedule linear" } else { "" };
         differing(self, &other, |key, then, now| format!("{key} was {then}, now {now}{}", why(key)))
     }
+}
+
+/// A setting with which nothing can be computed, under its name on the command line.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum SettingError {
+    #[error("--{option} is {}, expected {expected}", short(*.found))]
+    Range { option: &'static str, found: f64, expected: String },
+    #[error("--{option} {found} is given twice")]
+    Twice { option: &'static str, found: f64 },
+    #[error(
+        "--p-mean {} and --p-std {} make noise levels up to e^{}, expected at most e^80",
+        short(*.p_mean), short(*.p_std), short(.farthest.round())
+    )]
+    Noise { p_mean: f64, p_std: f64, farthest: f64 },
+    #[error("--batch is {batch}, more than the whole run: --duration is {duration} images")]
+    Short { batch: u64, duration: u64 },
+}
+
+fn check(holds: bool, option: &'static str, found: f64, expected: &str) -> Result<(), SettingError> {
+    if holds { Ok(()) } else { Err(SettingError::Range { option, found, expected: expected.into() }) }
+}
+
+fn positive(option: &'static str, x: f64) -> Result<(), SettingError> {
+    check(x > 0.0 && x.is_finite(), option, x, "a positive number")?;
+    // Devices compute in f32.
+    check((x as f32).is_normal(), option, x, "a number that f32 can hold, 1.2e-38 to 3.4e38")
+}
+
+/// Checks the widths of averages that an option gives.
+///
+/// # Errors
+/// One is too small or too large, or there twice.
+pub fn check_widths(option: &'static str, stds: &[f64]) -> Result<(), SettingError> {
+    let expected = format!("{} to {MAX_STD:.4}", short(MIN_STD));
+    for (k, &found) in stds.iter().enumerate() {
+        check((MIN_STD..=MAX_STD).contains(&found), option, found, &expected)?;
+        if stds[..k].contains(&found) {
+            return Err(SettingError::Twice { option, found });
+        }
+    }
+    Ok(())
 }
 
 /// What tells one training split from another, wherever it lies.
@@ -200,7 +268,7 @@ impl DataIdentity {
     }
 }
 
-/// Paths need not be UTF-8, JSON does.
+/// Paths need not be UTF-8; JSON must be.
 fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
@@ -227,7 +295,7 @@ pub struct Execution {
     pub checkpoint: u64,
     /// Checkpoints to keep.
     pub keep: usize,
-    /// Whether a run that is gone on with keeps its ramp-up, as no other was asked for.
+    /// Whether a run that is resumed keeps its ramp-up, as no other was asked for.
     pub keep_rampup: bool,
     /// Whether to begin anew, with what the directory has set aside.
     pub restart: bool,
@@ -256,6 +324,14 @@ impl Execution {
             restart: false,
             computed_on: device.to_string(),
         }
+    }
+
+    /// Whether a run can be carried out so.
+    ///
+    /// # Errors
+    /// There are no images at a time.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        positive("batch-gpu", self.batch_gpu as f64)
     }
 }
 

@@ -41,8 +41,8 @@ use crate::backend::codec::CodecBackend;
 use crate::backend::gpu::launch::Precision;
 use crate::backend::{BackendError, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
 use crate::codec::CodecError;
-use crate::formats::input;
 use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::formats::{input, names};
 use crate::model::{Config, ConfigError};
 use crate::params::{ParamId, ParamTable};
 use crate::sample::SampleError;
@@ -245,10 +245,8 @@ pub fn verify<B: TrainingBackend, C: CodecBackend>(
     codec: &dyn Fn() -> Result<C, DeviceError>,
     report: &mut dyn FnMut(&Outcome),
 ) -> Result<Summary> {
-    let entries = std::fs::read_dir(dir).and_then(|entries| entries.collect::<Result<Vec<_>, _>>());
-    let entries = entries.map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
-    let mut names: Vec<String> = entries.iter().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
+    let names = names(dir).map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
+    let names: Vec<String> = names.into_iter().collect();
     let mut s =
         Session { dir, names: names.clone(), device, report, summary: Summary::default(), tolerances: Value::Null };
     if names.iter().any(|name| name == "tolerances.json") {

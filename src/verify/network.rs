@@ -423,15 +423,15 @@ fn training_step<B: TrainingBackend>(
         }
     }
     if f.file.names().any(|name| name.starts_with("wnorm.")) {
-        // The weights as the forward pass left them: a twin takes the step at learning rate 0.
-        let mut twin = (s.device.training)(table, 0)?;
+        // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
+        let mut second = (s.device.training)(table, 0)?;
         for (id, _) in table.iter() {
             let values = b.read_param(Slot::Weight, id)?;
-            twin.write_param(Slot::Weight, id, &values)?;
+            second.write_param(Slot::Weight, id, &values)?;
         }
-        still_step(&mut twin, ROUNDS, 1.0)?;
+        still_step(&mut second, ROUNDS, 1.0)?;
         for (id, spec) in table.iter() {
-            let got = param(&mut twin, Slot::Weight, id)?;
+            let got = param(&mut second, Slot::Weight, id)?;
             s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
         }
     }

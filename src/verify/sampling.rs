@@ -6,7 +6,7 @@ use super::network::{images, labels, network};
 use super::{Array, Golden, Result, Session, What, download, normalization};
 use crate::backend::{Slot, TrainingBackend};
 use crate::model::Precond;
-use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, Step, solve};
+use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, solve};
 
 /// Settings in the metadata, under the name of the solver.
 #[derive(Deserialize)]
@@ -174,10 +174,6 @@ impl<B: TrainingBackend> Denoise<B> for Recorded<B::Tensor> {
     fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
         unreachable!("no churn")
     }
-
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
-        Ok(())
-    }
 }
 
 /// The network, guided by itself without labels.
@@ -201,9 +197,5 @@ impl<B: TrainingBackend> Denoise<B> for Live<'_, B::Tensor> {
 
     fn noise(&mut self, _: &mut B, _: usize) -> B::Tensor {
         unreachable!("no churn")
-    }
-
-    fn after(&mut self, _: &mut B, _: Step<B::Tensor>) -> Result<(), SampleError> {
-        Ok(())
     }
 }

@@ -55,14 +55,14 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Multiplies in convolutions' forward passes what is rounded to bfloat16, and sums in f32; autoencoders
-    /// that are loaded from now on too. Sampling is twice as fast, where the processor [can](bf16_is_available).
+    /// Whether forward convolutions, also of autoencoders loaded later, round to bfloat16 and sum in f32. Sampling is twice
+    /// as fast so, where the processor [can](bf16_is_available).
     ///
     /// # Panics
     /// Where it cannot.
-    pub fn in_bf16(self) -> Self {
-        assert!(bf16_is_available(), "AVX-512 BF16");
-        Self { bf16: true, ..self }
+    pub fn with_bf16(self, bf16: bool) -> Self {
+        assert!(!bf16 || bf16_is_available(), "AVX-512 BF16");
+        Self { bf16, ..self }
     }
 
     /// A tensor of given values, in full precision.

@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 /// State that only training needs.
 struct Training<T> {
     grad: Vec<T>,
-    /// The gradient is of a finished step: the next one overwrites it.
+    /// Whether the gradient is of a finished step, so that the next one overwrites it.
     stale: bool,
     m: Vec<T>,
     v: Vec<T>,

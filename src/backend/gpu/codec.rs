@@ -30,7 +30,7 @@ const SCORES: usize = QUERIES * SCORE_ROW * 4;
 /// Why the kernels cannot do what is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
-pub enum CodecError {
+pub enum ShapeError {
     /// Of an image, or its channels.
     #[error("an autoencoder's tensor of shape {0:?}: too large, or empty")]
     Shape(Shape),
@@ -46,12 +46,12 @@ pub enum CodecError {
 }
 
 /// Checks that the values of a tensor can be counted in 32 bits.
-fn check(shape: Shape) -> Result<(), CodecError> {
+fn check(shape: Shape) -> Result<(), ShapeError> {
     let [n, h, w, c] = shape;
     let fits = h < 1 << 15 && w < 1 << 15 && c < 1 << 16 && n < 1 << 16;
     match shape.iter().all(|&x| x > 0) && fits && (n * h * w + 2 * w + 2) * padded(c) < 1 << 31 {
         true => Ok(()),
-        false => Err(CodecError::Shape(shape)),
+        false => Err(ShapeError::Shape(shape)),
     }
 }
 
@@ -130,11 +130,11 @@ pub fn convolve(
     residual: Option<DevicePtr>,
     relu: bool,
     y: DevicePtr,
-) -> Result<Vec<Launch>, CodecError> {
+) -> Result<Vec<Launch>, ShapeError> {
     let Window { side, stride, before, phases } = Window::of(reach);
     let [n, h, w, cin] = shape;
     if !h.is_multiple_of(stride) || !w.is_multiple_of(stride) {
-        return Err(CodecError::Odd(shape));
+        return Err(ShapeError::Odd(shape));
     }
     check(shape)?;
     check(result(reach, shape, cout))?;
@@ -152,7 +152,7 @@ pub fn convolve(
         x,
         weight,
         bias,
-        residual: residual.unwrap_or(DevicePtr::NULL),
+        residual: residual.unwrap_or_default(),
         y,
         pixels: int(pixels),
         height: int(h),
@@ -200,7 +200,7 @@ pub fn normalise(
     x: DevicePtr,
     before: Before<DevicePtr>,
     y: DevicePtr,
-) -> Result<Option<Launch>, CodecError> {
+) -> Result<Option<Launch>, ShapeError> {
     check(shape)?;
     let (before, affine) = match before {
         Before::Nothing => return Ok(None),
@@ -251,11 +251,11 @@ pub fn group_norm(
     affine: DevicePtr,
     scales: DevicePtr,
     scratch: DevicePtr,
-) -> Result<[Launch; 2], CodecError> {
+) -> Result<[Launch; 2], ShapeError> {
     check(shape)?;
     let [n, h, w, channels] = shape;
     if groups == 0 || !channels.is_multiple_of(groups) {
-        return Err(CodecError::Groups { channels, groups });
+        return Err(ShapeError::Groups { channels, groups });
     }
     let ((chunk, chunks), vectors) = (chunks(h * w), padded(channels) / 8);
     let params = CodecNorm {
@@ -289,11 +289,11 @@ pub fn self_attention(
     shape: Shape,
     qkv: DevicePtr,
     out: DevicePtr,
-) -> Result<Launch, CodecError> {
+) -> Result<Launch, ShapeError> {
     let [n, h, w, c] = shape;
     check([n, h, w, 3 * c])?;
     let [width] =
-        ATTENTION.into_iter().find(|&[width]| c <= width && c.is_multiple_of(8)).ok_or(CodecError::Width(c))?;
+        ATTENTION.into_iter().find(|&[width]| c <= width && c.is_multiple_of(8)).ok_or(ShapeError::Width(c))?;
     let scale = (std::f64::consts::LOG2_E / (c as f64).sqrt()) as f32;
     let params = CodecAttention { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
     let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);

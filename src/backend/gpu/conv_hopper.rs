@@ -13,9 +13,9 @@ use std::mem::offset_of;
 pub(super) struct Window {
     /// Taps of a row, and rows of taps.
     pub side: usize,
-    /// How far above the pixel tap 0 lies,
+    /// Rows by which tap 0 lies above the pixel.
     pub up: usize,
-    /// and how far to the left.
+    /// Columns by which it lies to the left.
     pub left: usize,
 }
 

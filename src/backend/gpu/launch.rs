@@ -37,7 +37,7 @@ impl Precision {
     }
 }
 
-/// In what the convolutions sum their products.
+/// The type in which convolutions sum their products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Accum {
@@ -206,9 +206,9 @@ pub enum TensorMapSpec {
         size: [u32; 4],
         /// Bytes from pixel to pixel, row to row, image to image; multiples of 16.
         strides: [u64; 3],
-        /// Along width and height, the bases of pixels go from here,
+        /// First base of pixels along width and height.
         lower: [i32; 2],
-        /// to the last pixel plus this: -1 and -1 for a 3x3 convolution, 0 and 0 for 1x1.
+        /// Last base, from the last pixel: -1 and -1 for a 3x3 convolution, 0 and 0 for 1x1.
         upper: [i32; 2],
         /// Channels per pixel: 64.
         channels: u32,

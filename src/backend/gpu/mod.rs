@@ -1,23 +1,43 @@
 //! The CUDA engine: the kernels in `kernels/`, run by a device or by the emulator.
 
+#[doc(hidden)]
 pub mod attention;
+#[doc(hidden)]
 pub mod codec;
+#[doc(hidden)]
 pub mod conv;
 mod conv_hopper;
 #[cfg(feature = "cuda")]
+#[doc(hidden)]
 pub mod cuda;
+#[doc(hidden)]
 pub mod embedding;
 #[cfg(feature = "emulator")]
 pub mod emulated;
+#[doc(hidden)]
 pub mod engine;
+#[doc(hidden)]
 pub mod launch;
+#[doc(hidden)]
 pub mod limits;
+#[doc(hidden)]
 pub mod params;
+#[doc(hidden)]
 pub mod pixelwise;
+#[doc(hidden)]
 pub mod precond;
+#[doc(hidden)]
 pub mod runtime;
+#[doc(hidden)]
 pub mod structs;
+#[doc(hidden)]
 pub mod tables;
+#[doc(hidden)]
 pub mod tensor;
+#[doc(hidden)]
 pub mod tiles;
+#[doc(hidden)]
 pub mod weights;
+
+pub use launch::{DevicePtr, Launch, Math, Precision};
+pub use runtime::Runtime;

@@ -95,6 +95,11 @@ impl Imagined {
     pub fn new(card: Card) -> Self {
         Self { card, next: Cell::new(1 << 40) }
     }
+
+    /// A GeForce RTX 4090.
+    pub fn rtx_4090() -> Self {
+        Self::new(Card { sms: 128, capability: 89 })
+    }
 }
 
 struct Nowhere(DevicePtr, usize);

@@ -61,7 +61,7 @@ pub fn turn(tiles: DevicePtr, count: usize, effective: DevicePtr, turned: Device
 }
 
 impl StepScalars {
-    /// Those of `step`; averages beyond [`MAX_EMAS`] are not there.
+    /// The scalars of `step`. A network has at most [`MAX_EMAS`] averages.
     pub fn new(step: &Step) -> Self {
         let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
         let mut ema_rest = [0.0; MAX_EMAS];

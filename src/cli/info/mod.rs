@@ -16,7 +16,6 @@ use edm2k::backend::gpu::cuda::{self, CardInfo};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::Precision;
 use edm2k::backend::gpu::runtime::Imagined;
-use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError};
 use edm2k::codec::CodecFile;
 use edm2k::condition::Conditioning;
@@ -79,8 +78,7 @@ struct Network<'a> {
     meta: Option<&'a ModelMeta>,
 }
 
-/// What a forward pass of one image takes of a GPU (as the plan for an RTX 4090's 128 multiprocessors has it; none is
-/// needed for it).
+/// What a forward pass of one image takes of a GPU (as the plan for an RTX 4090 has it; none is needed for it).
 #[derive(Serialize)]
 struct GpuCost {
     launches: usize,
@@ -94,8 +92,7 @@ struct GpuCost {
 
 impl GpuCost {
     fn new(net: &Precond, table: &ParamTable, [h, w]: [usize; 2]) -> Result<Self, BackendError> {
-        let mut gpu =
-            Gpu::for_sampling(Rc::new(Imagined::new(Card { sms: 128, capability: 89 })), Precision::F16, table)?;
+        let mut gpu = Gpu::for_sampling(Rc::new(Imagined::rtx_4090()), Precision::F16, table)?;
         let dim = net.config.label_dim;
         let (image, label) = (vec![0.0; h * w * net.config.img_channels], vec![0.0; dim]);
         let mut inputs = vec![gpu.upload([1, h, w, net.config.img_channels], &image), gpu.upload([1; 4], &[1.0])];
@@ -178,11 +175,15 @@ impl<'a> Network<'a> {
                 }
             }
         }
-        out!("config");
-        if let serde_json::Value::Object(fields) = serde_json::to_value(self.config)? {
-            fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
-        }
+        show_config(self.config);
         Ok(())
+    }
+}
+
+fn show_config(config: &Config) {
+    out!("config");
+    if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(config) {
+        fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
     }
 }
 
@@ -217,7 +218,7 @@ fn gpus() -> Result<Vec<String>, DeviceError> {
     Ok(cuda::devices()?.iter().map(in_words).collect())
 }
 
-/// See the other one.
+/// A build without CUDA names none.
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> Result<Vec<String>, DeviceError> {
     Err(DeviceError::Unavailable("this edm2k was built without CUDA (cargo feature `cuda`)".into()))

@@ -1,6 +1,5 @@
 //! What is said of training runs and their checkpoints.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::ensure;
@@ -13,21 +12,10 @@ use edm2k::train::{CheckpointError, Settings, State, stats};
 
 use crate::cli::say::out;
 
-/// The names in a directory that have this beginning and ending, sorted.
-fn names(dir: &Path, start: &str, end: &str) -> anyhow::Result<Vec<String>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).at(dir)? {
-        found.extend(entry.at(dir)?.file_name().into_string().ok());
-    }
-    found.retain(|name| name.starts_with(start) && name.ends_with(end));
-    found.sort();
-    Ok(found)
-}
-
 /// Whether a directory is that of a run.
 pub fn is_one(dir: &Path) -> anyhow::Result<bool> {
     Ok(dir.join(stats::FILE).is_file()
-        || !names(dir, "snapshot-", ".safetensors")?.is_empty()
+        || !checkpoint::snapshots(dir).at(dir)?.is_empty()
         || !checkpoint::list(dir).at(dir)?.is_empty())
 }
 
@@ -38,7 +26,7 @@ struct Run {
     /// Of the newest whole checkpoint; none without one.
     state: Option<State>,
     checkpoints: Vec<String>,
-    /// Those that cannot be gone on from, and why.
+    /// Those that cannot be resumed from, with the reason.
     damaged: Vec<String>,
     snapshots: Vec<String>,
     /// The newest value of each statistic.
@@ -64,7 +52,7 @@ pub fn show(dir: &Path, check: bool, json: bool) -> anyhow::Result<()> {
     }
     let path = dir.join(stats::FILE);
     let latest = if path.is_file() { stats::latest(&path).at(&path)? } else { Map::new() };
-    let snapshots = names(dir, "snapshot-", ".safetensors")?;
+    let snapshots = checkpoint::snapshots(dir).at(dir)?;
     let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest };
     match json {
         true => out!("{}", serde_json::to_value(&run)?),
@@ -148,8 +136,5 @@ fn show_state(state: &State) {
     if let Some(init) = init {
         out!("begun from     {init}");
     }
-    out!("config");
-    if let Ok(Value::Object(fields)) = serde_json::to_value(config) {
-        fields.iter().for_each(|(name, value)| out!("  {name:20} {value}"));
-    }
+    super::show_config(config);
 }

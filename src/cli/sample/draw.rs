@@ -27,7 +27,7 @@ pub fn images_of(part: Part, request: &Request) -> Range<usize> {
     (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
 }
 
-/// A grid has up to so many images: nobody looks at a larger one.
+/// Most images of a grid: nobody looks at a larger one.
 const GRID: usize = 1024;
 /// Bytes of pictures that are kept for it.
 const GRID_BYTES: usize = 1 << 32;

@@ -1,4 +1,4 @@
-//! Its file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
+//! The condition model's file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -74,7 +74,7 @@ impl Vae {
             return Err(file.unexpected("anchors", "none", "one at least").into());
         }
         vae.anchors = read_tensor(&file, "anchors", &[count, 2 * vae.header.latent])?;
-        if kind == ConditionKind::Dense {
+        if kind == ConditionKind::Features {
             vae.mean = read_tensor(&file, "mean", &[vae.header.width])?;
             vae.std = read_tensor(&file, "std", &[vae.header.width])?;
         }
@@ -98,7 +98,7 @@ impl Vae {
         }
         let codes = 2 * self.header.latent;
         tensors.push(("anchors", Dtype::F16, vec![self.anchors.len() / codes, codes], half(&self.anchors)));
-        if self.header.kind == ConditionKind::Dense {
+        if self.header.kind == ConditionKind::Features {
             tensors.push(("mean", Dtype::F32, vec![self.header.width], full(&self.mean)));
             tensors.push(("std", Dtype::F32, vec![self.header.width], full(&self.std)));
         }

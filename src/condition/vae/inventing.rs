@@ -1,4 +1,4 @@
-//! How it invents.
+//! Inventing conditions with a trained condition model.
 
 use super::{ConditionKind, Vae, tag_input};
 use crate::condition::prompt::Prompt;
@@ -42,7 +42,7 @@ impl Vae {
                 let (mean, logvar) = code.split_at(z);
                 row.iter_mut().zip(mean).zip(logvar).for_each(|((x, m), l)| *x = m + (0.5f32 * l).exp() * *x);
             }
-            if self.header.kind == ConditionKind::Dense {
+            if self.header.kind == ConditionKind::Features {
                 latent.chunks_mut(z).for_each(|z| self.approach(z, given));
             }
             let out = self.decode(&latent, &asked);
@@ -62,7 +62,7 @@ impl Vae {
                         invented.conditions.extend(self.vocabulary.condition(&prompt));
                         invented.tags.push(prompt);
                     }
-                    ConditionKind::Dense => {
+                    ConditionKind::Features => {
                         let moments = || self.std.iter().zip(&self.mean);
                         let mut feature: Vec<f32> = out.iter().zip(moments()).map(|(&x, (s, m))| x * s + m).collect();
                         // Zeros, which have no direction, would be no condition; they do not occur.

@@ -54,7 +54,8 @@ pub enum ConditionKind {
     /// Tags, as [`Vocabulary::multi_hot`] lays them out.
     Tags,
     /// Features of a tagger or another network, of norm 1 ([`unit_norm`](crate::condition::unit_norm)).
-    Dense,
+    #[serde(rename = "dense")]
+    Features,
 }
 
 /// Sizes of the layers, and what they work on; the JSON in the file's metadata.
@@ -83,7 +84,7 @@ pub struct Vae<T: Real = f32> {
     params: Vec<T>,
     /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
     anchors: Vec<T>,
-    /// [`ConditionKind::Dense`]: mean and standard deviation of each feature, `[D]`. Else empty.
+    /// [`ConditionKind::Features`]: mean and standard deviation of each feature, `[D]`. Else empty.
     mean: Vec<f32>,
     std: Vec<f32>,
 }
@@ -104,7 +105,7 @@ impl<T: Real> Vae<T> {
         let Header { kind, conditioning, vocabulary, .. } = &self.header;
         let unsaid = || match kind {
             ConditionKind::Tags => Conditioning::Tags,
-            ConditionKind::Dense => {
+            ConditionKind::Features => {
                 Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None }
             }
         };
@@ -112,7 +113,7 @@ impl<T: Real> Vae<T> {
             conditioning: Some(conditioning.clone().unwrap_or_else(unsaid)),
             tags: match kind {
                 ConditionKind::Tags => vocabulary.iter().map(|tag| tag.tag.clone()).collect(),
-                ConditionKind::Dense => Vec::new(),
+                ConditionKind::Features => Vec::new(),
             },
         }
     }

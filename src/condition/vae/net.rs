@@ -1,4 +1,4 @@
-//! The network, forward and backward.
+//! The condition model's network, forward and backward.
 
 use rayon::prelude::*;
 
@@ -71,7 +71,7 @@ impl<T: Real> Vae<T> {
     pub(super) fn outputs(&self) -> (usize, usize) {
         match self.header.kind {
             ConditionKind::Tags => (self.header.width, 0),
-            ConditionKind::Dense => (self.header.width + self.header.vocabulary.len(), self.header.width),
+            ConditionKind::Features => (self.header.width + self.header.vocabulary.len(), self.header.width),
         }
     }
 
@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn gradients_are_those_of_finite_differences() {
         let (d, z, h, n) = (7, 3, 5, 4);
-        for kind in [ConditionKind::Tags, ConditionKind::Dense] {
+        for kind in [ConditionKind::Tags, ConditionKind::Features] {
             let v = if kind == ConditionKind::Tags { d } else { 2 };
             let tags = (0..v).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect::<Vec<_>>();
             let vocabulary = Vocabulary::new(tags.clone()).unwrap();

@@ -1,4 +1,4 @@
-//! How it learns: pass by pass over rows that are read one at a time, so that they need not be in memory.
+//! Training of a condition model: pass by pass over rows that are read one at a time, so that they need not be in memory.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ pub trait Source: Sync {
     fn width(&self) -> usize;
     /// Tags of a row, places in the vocabulary.
     fn tags(&self, row: usize) -> &[u32];
-    /// [`ConditionKind::Dense`]: writes a row, `[D]`.
+    /// [`ConditionKind::Features`]: writes a row, `[D]`.
     fn dense(&self, row: usize, out: &mut [f32]);
 }
 
@@ -39,7 +39,7 @@ pub struct Rows {
     pub vocabulary: Vocabulary,
     /// Tags of each row, places in the vocabulary.
     pub tags: Vec<Vec<u32>>,
-    /// [`ConditionKind::Dense`]: the rows, [N, D]. [`ConditionKind::Tags`]: empty, as the tags say it all.
+    /// [`ConditionKind::Features`]: the rows, [N, D]. [`ConditionKind::Tags`]: empty, as the tags say it all.
     pub dense: Vec<f32>,
     /// What made them; none if nobody said.
     pub conditioning: Option<Conditioning>,
@@ -65,7 +65,7 @@ impl Source for Rows {
     fn width(&self) -> usize {
         match self.kind {
             ConditionKind::Tags => self.vocabulary.len(),
-            ConditionKind::Dense => self.dense.len() / self.tags.len().max(1),
+            ConditionKind::Features => self.dense.len() / self.tags.len().max(1),
         }
     }
 
@@ -103,8 +103,8 @@ impl Default for Training {
     }
 }
 
-/// A training that is under way. Between two passes it can be [saved](Self::save), and [gone on with](Self::load) to the
-/// same bits: order and noise are functions of the seed, the pass and the row.
+/// A training that is under way. Between two passes it can be [saved](Self::save), and [resumed](Self::load) to the same
+/// bits: order and noise are functions of the seed, the pass and the row.
 pub struct Learning<'a, S> {
     pub(super) source: &'a S,
     pub(super) how: Training,
@@ -134,7 +134,7 @@ impl<'a, S: Source> Learning<'a, S> {
             conditioning: source.conditioning(),
         };
         let mut vae = Vae::init(header, vocabulary.clone(), how.seed);
-        if source.kind() == ConditionKind::Dense {
+        if source.kind() == ConditionKind::Features {
             (vae.mean, vae.std) = moments(source);
             if count > 1 && vae.std.iter().all(|&std| std <= LEAST_STD) {
                 return Err(VaeError::Alike(count));
@@ -244,7 +244,7 @@ impl Vae {
             tags.iter().for_each(|&tag| target_tags[tag as usize] = 1.0);
             match rows.kind() {
                 ConditionKind::Tags => tag_input(&Prompt::of(tags), v, input),
-                ConditionKind::Dense => {
+                ConditionKind::Features => {
                     rows.dense(row, input);
                     for ((x, y), (mean, std)) in input.iter_mut().zip(target).zip(self.mean.iter().zip(&self.std)) {
                         *x = (*x - mean) / std;

@@ -1,6 +1,6 @@
 //! The second stage: which shards there will be, what they depend on, and which of them are there.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -20,9 +20,9 @@ use crate::data::dataset::Split;
 use crate::data::shard::{
     self, Contents, Header, Notes, Representation, SUMMARY_FILE, VOCABULARY_FILE, VocabularyPrint, check_whole,
 };
-use crate::formats::At;
 use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
+use crate::formats::{At, names};
 use crate::memory;
 
 /// Clocks of file systems, and of machines that share them, may be so far apart.
@@ -119,13 +119,9 @@ impl<'a> Agenda<'a> {
     /// Which of the shards are there and, of those of a part, whole. Those that hold no image are made again, whatever they
     /// were made with; any other that was made otherwise is an error.
     pub fn existing(&self, out: &Path, part: Part, report: Report) -> Result<Vec<bool>, PrepareError> {
-        let mut there = HashMap::new();
-        for entry in fs::read_dir(out).at(out)? {
-            let entry = entry.at(out)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            if Split::names(&name) {
-                there.insert(name, SafeFile::open(entry.path()));
-            }
+        let mut there = BTreeMap::new();
+        for name in names(out).at(out)?.into_iter().filter(|name| Split::names(name)) {
+            there.insert(name.clone(), SafeFile::open(out.join(name)));
         }
         // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
         let names: Vec<String> = there.keys().cloned().collect();
@@ -267,19 +263,11 @@ fn hash(listing: &Listing) -> u64 {
     hash
 }
 
-/// Whether a setting is the same. Files are recognised by their content; older versions noted `NAME (CRC)`, and after a
-/// comma the tensor: then by their name.
+/// Whether a setting is the same. Files are recognised by their content.
 fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
     match (before, now) {
         (Some(Value::Object(before)), Some(Value::Object(now))) => {
             ["fingerprint", "node"].iter().all(|&key| before.get(key) == now.get(key))
-        }
-        (Some(Value::String(before)), Some(Value::Object(now))) => {
-            let (name, rest) = before.rsplit_once(" (").unwrap_or((before, ""));
-            let node = rest.split_once(", ").map(|(_, node)| node);
-            let of = |key| now.get(key).and_then(Value::as_str);
-            let first = name.split_once(" (").map_or(name, |(first, _)| first);
-            of("name") == Some(first) && of("node").is_none_or(|now| Some(now) == node)
         }
         (before, now) => before == now,
     }

@@ -16,7 +16,7 @@ use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::formats::{At, input};
 
-/// See above.
+/// A folder of pictures, and the file with a line of JSON for each.
 #[derive(Debug, Clone)]
 pub struct Folder {
     /// The folder, which the names of files are relative to.

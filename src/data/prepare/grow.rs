@@ -18,6 +18,7 @@ use super::settings::Settings;
 use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
+use crate::data::dataset::Split;
 use crate::data::shard::{
     Drop, Dropped, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
 };
@@ -25,7 +26,7 @@ use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
 
 /// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
-/// gone on with by the same one.
+/// resumed by the same one.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); there is no dataset, or one made in another way.
@@ -48,16 +49,11 @@ pub fn add(
     let mut tally = Tally::default();
     let (mut known, mut refused) = (HashSet::new(), HashMap::new());
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
-    let (mut done, total) = (0, there.shards().count() as u64);
-    for (split, _, shard) in there.shards() {
-        let notes = Notes::read(&shard.file)?;
-        check_same(&listing.records, &places, shard, &notes, advice)?;
-        done += 1;
-        report(Event::Reading { what: "pictures that are there", done, total });
-        tally.count(split, shard, &notes);
+    compare(&there, &listing.records, &places, advice, report, |split, shard, notes| {
+        tally.count(split, shard, notes);
         known.extend(&shard.ids);
-        refused.extend(refusals(&places, shard, &notes));
-    }
+        refused.extend(refusals(&places, shard, notes));
+    })?;
     // What was dropped is looked at again if its file is another by now.
     let skipped = places.keys().filter(|id| known.contains(*id)).count();
     let mut dropped = Drops::default();
@@ -133,22 +129,29 @@ fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(
     notes.dropped.iter().map(refusal).collect()
 }
 
-/// An error, with `advice`, if a picture that is in a shard is another by now; it may be gone.
-fn check_same(
+/// Shows `each` shard; an error, with `advice`, if a picture that is in one is another by now. It may be gone.
+fn compare<'a>(
+    there: &'a There,
     records: &[Record],
     places: &HashMap<i64, usize>,
-    shard: &Shard,
-    notes: &Notes,
     advice: &'static str,
+    report: Report,
+    mut each: impl FnMut(Split, &'a Shard, &Notes),
 ) -> Result<(), PrepareError> {
-    let kept: HashSet<_> = shard.ids.iter().collect();
-    let files = files(places, shard, notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
-    let pairs: Vec<_> = files.map(|(id, then)| (&records[places[&id]], then)).collect();
-    let now = |record: &Record| match record.read() {
-        Ok(read @ Ok(_)) => Ok(Some(print(&read))),
-        _ => Ok(None),
-    };
-    check_pictures(shard.file.path(), &pairs, &now, advice)
+    let total = there.shards().count() as u64;
+    for (done, (split, _, shard)) in (1..).zip(there.shards()) {
+        let (notes, kept) = (Notes::read(&shard.file)?, shard.ids.iter().collect::<HashSet<_>>());
+        let files = files(places, shard, &notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
+        let pairs: Vec<_> = files.map(|(id, then)| (&records[places[&id]], then)).collect();
+        let now = |record: &Record| match record.read() {
+            Ok(read @ Ok(_)) => Ok(Some(print(&read))),
+            _ => Ok(None),
+        };
+        check_pictures(shard.file.path(), &pairs, &now, advice)?;
+        report(Event::Reading { what: "pictures that are there", done, total });
+        each(split, shard, &notes);
+    }
+    Ok(())
 }
 
 /// An error if conditions of a new shard would be others than those that are there.
@@ -196,12 +199,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     let advice = "if only its file was written anew, give --images an empty folder: no picture is needed";
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
-    let (mut done, total) = (0, there.shards().count() as u64);
-    for (.., shard) in there.shards() {
-        check_same(&listing.records, &places, shard, &Notes::read(&shard.file)?, advice)?;
-        done += 1;
-        report(Event::Reading { what: "pictures that are there", done, total });
-    }
+    compare(&there, &listing.records, &places, advice, report, |_, _, _| {})?;
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
     let by_id: HashMap<i64, &Record> = listing.records.iter().map(|record| (record.id, record)).collect();
     let vocabulary = count_tags(&listing, settings)?;

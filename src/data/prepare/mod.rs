@@ -19,6 +19,33 @@
 //! Several processes can make the shards of one dataset ([`Settings::part`]): all come to the same agenda, and each makes its own.
 //!
 //! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
+//!
+//! ```
+//! use edm2k::data::prepare::{Folder, Part, Settings, prepare};
+//! use edm2k::pictures::Picture;
+//!
+//! let dir = tempfile::tempdir()?;
+//! Picture::new(20, 16, vec![200; 20 * 16 * 3]).save(&dir.path().join("a.png"), &[])?;
+//! let metadata = dir.path().join("a.jsonl");
+//! std::fs::write(&metadata, r#"{"id": 7, "file": "a.png", "tags": ["grey"]}"#)?;
+//! let settings = Settings {
+//!     features: None,
+//!     tagger: None,
+//!     out: dir.path().join("data"),
+//!     part: Part::WHOLE,
+//!     sizes: vec![[16, 16]],
+//!     background: [255; 3],
+//!     max_crop: 0.3,
+//!     vocabulary: 1024,
+//!     validation_modulus: 1000,
+//!     shard_size: 1024,
+//!     source: "made up".into(),
+//!     licence: String::new(),
+//! };
+//! let summary = prepare(&Folder { images: dir.path().into(), metadata }, &settings, None, &|event| println!("{event:?}"))?;
+//! assert_eq!(summary.vocabulary.tags()[0].tag, "grey");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod agenda;
 mod danbooru;
@@ -42,7 +69,7 @@ pub use danbooru::Danbooru;
 pub use folder::Folder;
 pub use grow::{add, retag};
 pub use records::{Listing, Place, Record, Records, Tags, read_lines};
-pub use render::{Codec, Encode};
+pub use render::{Codec, Encode, encoder};
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 
@@ -51,7 +78,7 @@ use super::pending::Pending;
 pub use super::shard::SUMMARY_FILE;
 pub use super::shard::{Drop, Drops};
 use super::shard::{Dropped, Notes, Shard, ShardError, Unapplied, VOCABULARY_FILE};
-use crate::collective::Part;
+pub use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, fingerprint, free_name, input};
@@ -151,7 +178,7 @@ fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<
     Ok(listing)
 }
 
-/// What there is by now.
+/// What the shards counted so far hold.
 #[derive(Default)]
 struct Tally {
     splits: [Counts; 3],

@@ -28,7 +28,7 @@ pub trait Records: Sync {
     /// Reads them, in the order that shards shall have them. What the metadata alone says is dropped here, and counted.
     ///
     /// # Errors
-    /// The metadata is no such file, or the pictures cannot be looked for. One bad picture is none.
+    /// The metadata is no such file, or the pictures cannot be looked for. A single bad picture is not an error.
     fn read(&self, settings: &Settings, report: Report) -> Result<Listing, PrepareError>;
 
     /// Whether pictures that are smaller than the target are taken; none where they always are.

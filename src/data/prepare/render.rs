@@ -11,12 +11,14 @@ use serde_json::{Map, Value};
 use super::records::{Listing, Record};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
-use crate::codec::{Autoencoder, CodecError, LATENTS};
+use crate::backend::BackendError;
+use crate::codec::{Autoencoder, CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::condition::{Conditioning, unit_norm};
 use crate::data::features::Features;
 use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
+use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::pictures::decode::{Image, decode};
 use crate::pictures::{Picture, PictureError, fit};
@@ -25,17 +27,46 @@ use crate::pictures::{Picture, PictureError, fit};
 pub(super) const CHUNK: usize = 64;
 
 /// What makes latents of pictures, wherever it computes.
-pub struct Codec<'a> {
+pub struct Codec {
     /// What its latents are of.
-    pub autoencoder: Autoencoder,
+    pub(super) autoencoder: Autoencoder,
     /// Pixels for a latent, in each direction.
-    pub factor: usize,
-    /// How it does it.
-    pub encode: &'a mut Encode<'a>,
+    pub(super) factor: usize,
+    encode: Box<Encode>,
 }
 
 /// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
-pub type Encode<'a> = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError> + 'a;
+pub type Encode = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>;
+
+impl Codec {
+    /// An autoencoder on a device.
+    ///
+    /// # Errors
+    /// It has no encoder, its weights are damaged, or the device's.
+    pub fn open(device: &Device, file: &CodecFile) -> Result<Self, CodecError> {
+        let encode = encoder(device, file)?;
+        let autoencoder = file.autoencoder()?.ok_or_else(|| file.half("decoder", "encoder"))?;
+        Ok(Self { autoencoder, factor: file.factor(), encode })
+    }
+}
+
+/// An autoencoder's encoder, on a device.
+///
+/// # Errors
+/// As [`Codec::open`].
+pub fn encoder(device: &Device, file: &CodecFile) -> Result<Box<Encode>, CodecError> {
+    struct Encoding<'a>(&'a CodecFile);
+    impl Work for Encoding<'_> {
+        type Output = Result<Box<Encode>, CodecError>;
+
+        fn run<M: Backends>(self, backends: &M) -> Self::Output {
+            let mut b = backends.codec().map_err(BackendError::from)?;
+            let encoder = self.0.encoder(&mut b)?;
+            Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
+        }
+    }
+    device.run(Encoding(file))
+}
 
 /// What conditions are made of.
 pub(super) enum Conditions {
@@ -106,7 +137,7 @@ pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
 /// Why an image is left out, and that in words.
 type Refusal = (Drop, String);
 
-/// Of a picture's file; of one that cannot be read, that of an empty one.
+/// The fingerprint of a picture's file; of an unreadable one, that of no bytes.
 pub(super) fn print(file: &Result<Vec<u8>, String>) -> Fingerprint {
     Fingerprint::of([file.as_deref().unwrap_or_default()])
 }

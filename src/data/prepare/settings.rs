@@ -27,7 +27,7 @@ pub struct Settings {
     pub background: [u8; 3],
     /// Largest share of an image's area that cropping may take.
     pub max_crop: f64,
-    /// The vocabulary has so many tags at most, the most frequent ones.
+    /// Most tags of the vocabulary, which has the most frequent ones.
     pub vocabulary: usize,
     /// M of the splits; at least 3.
     pub validation_modulus: i64,

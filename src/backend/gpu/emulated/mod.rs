@@ -36,7 +36,7 @@ pub enum Build {
     Checked,
 }
 
-/// The order in which threads that could run do run; and blocks.
+/// The order in which threads that can run, and blocks, are run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
     /// Thread 0 first, as far as it can go.

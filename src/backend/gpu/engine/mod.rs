@@ -47,12 +47,12 @@ impl Work {
         Self { name, shape, sums: 0, bytes: 0 }
     }
 
-    /// It reads or writes these,
+    /// Counts the bytes of these tensors, which it reads or writes.
     pub(super) fn with<'a>(self, tensors: impl IntoIterator<Item = &'a Tensor>) -> Self {
         self.bytes(tensors.into_iter().map(Tensor::bytes).sum())
     }
 
-    /// and so many more bytes.
+    /// Counts further bytes.
     pub(super) fn bytes(self, bytes: usize) -> Self {
         Self { bytes: self.bytes + bytes, ..self }
     }
@@ -151,7 +151,7 @@ impl<P> Gpu<P> {
         self.failed.get_or_insert(error);
     }
 
-    /// Keeps the error of something that need not be had at once.
+    /// Keeps an error for the next call that can return one.
     pub(super) fn try_to<T>(&mut self, result: Result<T, DeviceError>) -> Option<T> {
         result.map_err(|e| self.fail(e)).ok()
     }
@@ -243,7 +243,7 @@ impl<P> Gpu<P> {
         }
     }
 
-    /// A tensor of any content that nobody asks for the activation of.
+    /// An uninitialised tensor whose activation nobody asks for.
     pub(super) fn unset(&mut self, shape: Shape, format: Format) -> Tensor {
         let buffer = self.buffer(bytes_of(shape, format));
         Tensor::new(shape, format, None, buffer)

@@ -241,7 +241,7 @@ impl TrainingBackend for Gpu {
         let layers = self.embed_layers(p);
         let n = grad_emb.shape()[0];
         let e = Embedding { features: e.features.ptr(), pre: e.pre.ptr(), emb: e.emb.ptr() };
-        let [noise, label] = [Some(p.noise), p.label].map(|w| w.map_or(DevicePtr::NULL, |w| self.params.grad(w)));
+        let [noise, label] = [Some(p.noise), p.label].map(|w| w.map(|w| self.params.grad(w)).unwrap_or_default());
         let labels = DevicePtr::of(labels.filter(|_| p.label.is_some()));
         let launch = embedding::embed_backward(n, &layers, &e, labels, grad_emb.ptr(), noise, label);
         self.go(Work::new("embed_backward", grad_emb.shape()).bytes(4 * self.embed_bytes(p)), [launch]);
