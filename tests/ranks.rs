@@ -608,7 +608,7 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
         succeed(&mut place.rank(0, 1, 0, &line))
     };
     let said = part("3/3", "");
-    assert!(said.starts_with("35 noisy images of 105: losses. Part 1/3, 2/3 are still missing"), "{said}");
+    assert!(said.starts_with("36 noisy images of 105: losses. Part 1/3, 2/3 are still missing"), "{said}");
     assert!(part("1/3", "").contains("losses. Part 2/3 are still missing"));
     assert!(!place.path("losses.svg").exists());
     // What another model lost is none of it.
@@ -720,7 +720,10 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
         let line = |part: &str, more: &str| sample(&name("parts"), &format!("{steps} --part {part} {more}"));
         let part = |part: &str, more: &str| succeed(&mut place.rank(0, 1, 0, &line(part, more)));
         let said = part("3/3", "");
-        assert!(said.contains("4 images of 10: parts") && said.contains("6 are still missing, of part 1/3, 2/3"), "{said}");
+        assert!(
+            said.contains("4 images of 10: parts") && said.contains("6 are still missing, of part 1/3, 2/3"),
+            "{said}"
+        );
         assert!(part("1/3", "").contains("4 are still missing, of part 2/3"));
         assert!(!place.path(&name("parts")).join("latents.safetensors").exists());
         let again = place.rank(0, 1, 0, &line("1/3", "")).output().unwrap();

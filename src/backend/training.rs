@@ -121,12 +121,7 @@ pub trait TrainingBackend: NetworkBackend {
     /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, part by part, which may replace them: by
     /// the sum of the gradients over several devices, or by the weights of another. After a change of the weights
     /// [`make_effective`](Self::make_effective) is due.
-    fn exchange(
-        &mut self,
-        slot: Slot,
-        bucket: usize,
-        exchange: &mut dyn FnMut(Values),
-    ) -> Result<(), BackendError>;
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
     /// As [`Backend::planned`], of a pass that says when it is done with which gradients. `done` is told so, at least
     /// where another bucket is whole: when the device has been given all that adds to them, and nothing of what follows.
     ///

@@ -180,7 +180,8 @@ fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<V
         let part = Part { number, of };
         let file = SafeFile::open(losses_of(dir, part)).ok();
         let file = file.filter(|file| file.metadata().get("edm2k").is_some_and(|about| *about == given.to_string()));
-        let found = file.and_then(|file| file.f64("losses").ok()).filter(|found| found.len() == 3 * noisy.of(part).len());
+        let found =
+            file.and_then(|file| file.f64("losses").ok()).filter(|found| found.len() == 3 * noisy.of(part).len());
         match found {
             Some(found) => all.extend_from_slice(found.as_chunks().0),
             None => missing.push(part.to_string()),

@@ -82,13 +82,7 @@ pub struct Noisy<'a> {
 }
 
 impl<'a> Noisy<'a> {
-    fn new(
-        data: &'a Dataset,
-        images: usize,
-        draws: usize,
-        together: usize,
-        sigma: impl Fn(u64) -> f32 + 'a,
-    ) -> Self {
+    fn new(data: &'a Dataset, images: usize, draws: usize, together: usize, sigma: impl Fn(u64) -> f32 + 'a) -> Self {
         let mut order: Vec<usize> = (0..images * draws).collect();
         // A batch is of one size.
         order.sort_by_key(|k| data.shape_of(k / draws));

@@ -17,12 +17,7 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         &self.params.buckets
     }
 
-    fn exchange(
-        &mut self,
-        slot: Slot,
-        bucket: usize,
-        exchange: &mut dyn FnMut(Values),
-    ) -> Result<(), BackendError> {
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
         let Params { buckets, all, .. } = &mut self.params;
         buckets.ids()[bucket].iter().try_for_each(|id| all[id.0].exchange(slot, exchange))
     }

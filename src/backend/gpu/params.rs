@@ -358,12 +358,7 @@ impl Params {
     }
 
     /// See [`crate::backend::TrainingBackend::exchange`].
-    pub fn exchange(
-        &self,
-        slot: Slot,
-        bucket: usize,
-        exchange: &mut dyn FnMut(Values),
-    ) -> Result<(), BackendError> {
+    pub fn exchange(&self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
         let first = |bucket: &Vec<ParamId>| bucket.iter().map(|&id| self.first(id)).min().unwrap_or(self.values);
         let buckets = self.buckets.ids();
         let end = bucket.checked_sub(1).map_or(self.values, |before| first(&buckets[before]));

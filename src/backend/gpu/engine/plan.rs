@@ -106,12 +106,7 @@ impl<P> Gpu<P> {
         Ok(self.replay(place, inputs, done).map_err(BackendError::from)?)
     }
 
-    fn replay(
-        &mut self,
-        place: usize,
-        inputs: &[Tensor],
-        done: &mut Done<Self>,
-    ) -> Result<Vec<Tensor>, DeviceError> {
+    fn replay(&mut self, place: usize, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
         let plan = &self.plans[place];
         // All memory that it takes, before anything is added to gradients: who has too little may try again with less.
         let result = |&(_, shape, format): &(DevicePtr, Shape, Format)| {

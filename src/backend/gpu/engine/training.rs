@@ -21,12 +21,7 @@ impl TrainingBackend for Gpu {
         self.params.buckets()
     }
 
-    fn exchange(
-        &mut self,
-        slot: Slot,
-        bucket: usize,
-        exchange: &mut dyn FnMut(Values),
-    ) -> Result<(), BackendError> {
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
         if slot == Slot::Grad {
             self.accumulating();
         }
