@@ -297,7 +297,11 @@ fn nccl_sums_and_broadcasts_with_one_rank() {
     let copy = Command::Copy { from: from.ptr(), to: memory.ptr(), bytes: values.len() };
     // SAFETY: both have as many bytes.
     unsafe { gpu.run(&copy).unwrap() };
-    ranks.all_reduce(Values::Device(&*memory, 0..memory.bytes())).unwrap();
+    // In two pieces, of which the first is summed beside what comes then.
+    let half = values.len() / 2;
+    ranks.all_reduce(Values::Device(&*memory, half..values.len())).unwrap();
+    ranks.all_reduce(Values::Device(&*memory, 0..half)).unwrap();
+    ranks.summed().unwrap();
     assert!(read(&*memory) == values);
     ranks.broadcast(Values::Device(&*memory, 0..memory.bytes())).unwrap();
     assert!(read(&*memory) == values);
@@ -306,6 +310,7 @@ fn nccl_sums_and_broadcasts_with_one_rank() {
     for _ in 0..3 {
         let begun = Instant::now();
         ranks.all_reduce(Values::Device(&*large, 0..large.bytes())).unwrap();
+        ranks.summed().unwrap();
         large.read(0, &mut [0; 4]).unwrap();
         println!("a sum of 500 MiB on one rank: {:.3} ms", begun.elapsed().as_secs_f64() * 1e3);
     }

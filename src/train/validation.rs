@@ -1,7 +1,7 @@
 //! The loss on images that are not learnt from: at random noise levels while training, and level by level.
 //!
 //! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
-//! the same noisy images. Ranks, or other processes, share them, and add up what all have found in the order of the images.
+//! the same noisy images. Ranks, or other processes, share them, and add up what all have found in one order.
 //! Cost: a forward pass for each image and level.
 
 use super::{Settings, batch};
@@ -165,17 +165,15 @@ impl<'a> Noisy<'a> {
 
     /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
     pub fn means(&self, found: &[Found]) -> Vec<Loss> {
-        let mut all = vec![Found::default(); self.order.len()];
-        self.order.iter().zip(found).for_each(|(&k, found)| all[k] = *found);
         let mut sums = vec![Loss::default(); self.draws];
-        // In the order of the images, whoever has measured them.
-        for (k, [loss, error, logvar]) in all.iter().enumerate() {
+        // In one order, whoever has measured them.
+        for (k, [loss, error, logvar]) in self.order.iter().zip(found) {
             let sum = &mut sums[k % self.draws];
             sum.loss += loss;
             sum.error += error;
             sum.logvar += logvar;
         }
-        let mean = |sum: f64| sum / (all.len() / self.draws) as f64;
+        let mean = |sum: f64| sum / (self.order.len() / self.draws) as f64;
         sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()
     }
 }
