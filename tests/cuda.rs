@@ -5,6 +5,9 @@
 #![cfg(feature = "cuda")]
 
 mod common;
+#[cfg(feature = "emulator")]
+#[path = "common/driver.rs"]
+mod driver;
 
 use std::process::Command as Process;
 use std::rc::Rc;
@@ -231,14 +234,7 @@ fn a_fault_names_the_device_the_error_and_the_last_kernel() {
 /// A directory with a driver of our own, compiled with these flags too.
 #[cfg(feature = "emulator")]
 fn emulators_driver(more: &[&str]) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let library = dir.path().join("libcuda.so.1");
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/driver.cpp");
-    let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", source, "-ldl", "-o"];
-    let made = Process::new(compiler).args(flags).arg(&library).args(more).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    dir
+    driver::stand_in("driver.cpp", "libcuda.so.1", more).0
 }
 
 /// This file's tests with that driver; what they print, and whether they passed.
@@ -334,7 +330,7 @@ fn nccl_sums_and_broadcasts_with_one_rank() {
         Err(why) => return eprintln!("skipped: {why}"),
     }
     let gpu: Rc<dyn Runtime> = Rc::new(gpu);
-    let mut ranks = Nccl::new(Box::new(Alone), gpu.clone()).unwrap();
+    let mut ranks = Nccl::new(Box::new(Alone), gpu.beside().unwrap().unwrap()).unwrap();
     assert_eq!((ranks.rank(), ranks.size()), (0, 1));
     let values = noise(4 << 20, 3);
     // Bits of any kind, NaNs among them, may change in a sum; small whole numbers may not.
@@ -344,15 +340,20 @@ fn nccl_sums_and_broadcasts_with_one_rank() {
     let copy = Command::Copy { from: from.ptr(), to: memory.ptr(), bytes: values.len() };
     // SAFETY: both have as many bytes.
     unsafe { gpu.run(&copy).unwrap() };
-    ranks.all_reduce(Values::Device(&*memory)).unwrap();
+    // In two pieces, of which the first is summed beside what comes then.
+    let half = values.len() / 2;
+    ranks.all_reduce(Values::Device(&*memory, half..values.len())).unwrap();
+    ranks.all_reduce(Values::Device(&*memory, 0..half)).unwrap();
+    ranks.summed().unwrap();
     assert!(read(&*memory) == values);
-    ranks.broadcast(Values::Device(&*memory)).unwrap();
+    ranks.broadcast(Values::Device(&*memory, 0..memory.bytes())).unwrap();
     assert!(read(&*memory) == values);
     // What EDM2-XS has of gradients.
     let large = gpu.allocate(500 << 20, "a test").unwrap();
     for _ in 0..3 {
         let begun = Instant::now();
-        ranks.all_reduce(Values::Device(&*large)).unwrap();
+        ranks.all_reduce(Values::Device(&*large, 0..large.bytes())).unwrap();
+        ranks.summed().unwrap();
         large.read(0, &mut [0; 4]).unwrap();
         println!("a sum of 500 MiB on one rank: {:.3} ms", begun.elapsed().as_secs_f64() * 1e3);
     }

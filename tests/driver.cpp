@@ -1,5 +1,5 @@
 // A libcuda.so.1 whose device is the kernels' emulator: as much of the driver as src/backend/gpu/cuda.rs
-// calls, so that that file is tested on machines without a GPU (tests/cuda.rs).
+// calls, so that that file is tested on machines without a GPU (tests/cuda.rs); with nccl.cpp, several of them (tests/ranks.rs).
 //
 // It is as unfriendly as a driver may be. Nothing runs before somebody waits for it, and then only what that
 // takes: a copy from pinned memory reads what is there at the last moment. With DRIVER_EARLY set, copies to
@@ -110,6 +110,13 @@ int forbidden() {
 }
 
 }  // namespace
+
+// For nccl.cpp: work on a stream, which fails if it returns anything but 0.
+extern "C" __attribute__((visibility("default"))) int driver_give(Stream* s, int (*work)(void*), void* about) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (int failed = give(s, [=] { return work(about) ? int(ILLEGAL_ADDRESS) : int(SUCCESS); })) return failed;
+    return getenv("DRIVER_EARLY") ? drain(s) : int(SUCCESS);
+}
 
 #define API extern "C" __attribute__((visibility("default"))) int
 #define LOCK std::lock_guard<std::recursive_mutex> guard(lock)

@@ -16,8 +16,8 @@ use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;
-use edm2k::backend::{Backend, BackendError, NetworkBackend, Shape, Slot, TrainingBackend};
-use edm2k::collective::Alone;
+use edm2k::backend::{Backend, BackendError, NetworkBackend, Normalization, Shape, Slot, TrainingBackend, Values};
+use edm2k::collective::{Alone, Collective, CollectiveError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::config::{Preset, preset};
@@ -161,7 +161,7 @@ fn settings(data: &Dataset, batch: u64, duration: u64) -> Settings {
 
 /// Trains; what each step reported.
 fn run<B: TrainingBackend>(backend: &mut B, outdir: &Path, settings: &Settings, batch_gpu: u64) -> Vec<Status> {
-    run_telling(backend, outdir, settings, batch_gpu, &mut |_| {})
+    run_telling(backend, outdir, settings, batch_gpu, &mut |_| {}, &mut Alone)
 }
 
 /// The same, and everything else that it says.
@@ -171,6 +171,7 @@ fn run_telling<B: TrainingBackend>(
     settings: &Settings,
     batch_gpu: u64,
     tell: &mut dyn FnMut(Event),
+    ranks: &mut dyn Collective,
 ) -> Vec<Status> {
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
@@ -196,7 +197,7 @@ fn run_telling<B: TrainingBackend>(
         other => tell(other),
     };
     let stop = AtomicBool::new(false);
-    let (execution, stop, event, ranks) = (&execution, &stop, &mut event, &mut Alone);
+    let (execution, stop, event) = (&execution, &stop, &mut event);
     let training = Training { model, settings, execution, splits, show: None, stop, event, ranks };
     train::train(backend, training).unwrap();
     seen
@@ -490,6 +491,131 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
     assert_eq!(runs[0], runs[4], "the same inputs, after other batches");
 }
 
+// ---- ranks --------------------------------------------------------------------------------------
+
+/// One of two ranks that are given the same: a sum is twice a value.
+#[derive(Default)]
+struct Twins {
+    /// The bytes of what was summed, in their order.
+    sums: Vec<std::ops::Range<usize>>,
+}
+
+impl Collective for Twins {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn all_reduce(&mut self, values: Values) -> Result<(), CollectiveError> {
+        let Values::Device(memory, bytes) = values else { panic!("values on the host") };
+        let mut copy = vec![0f32; bytes.len() / 4];
+        memory.read(bytes.start, bytemuck::cast_slice_mut(&mut copy))?;
+        copy.iter_mut().for_each(|x| *x *= 2.0);
+        memory.write(bytes.start, bytemuck::cast_slice(&copy))?;
+        self.sums.push(bytes);
+        Ok(())
+    }
+
+    fn broadcast(&mut self, _: Values) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        Ok(vec![own.to_vec(); 2])
+    }
+}
+
+/// The bits of a bucket's gradients, and where they lie if that is in device memory.
+fn gradients<B: TrainingBackend>(b: &mut B, bucket: usize) -> (Vec<u32>, Option<std::ops::Range<usize>>) {
+    let (mut bits, mut place) = (Vec::new(), None);
+    let mut keep = |values: Values| match values {
+        Values::Host(values) => bits.extend(values.iter().map(|x| x.to_bits())),
+        Values::Device(memory, bytes) => {
+            bits.resize(bytes.len() / 4, 0);
+            memory.read(bytes.start, bytemuck::cast_slice_mut(&mut bits)).unwrap();
+            place = Some(bytes);
+        }
+    };
+    b.exchange(Slot::Grad, bucket, &mut keep).unwrap();
+    (bits, place)
+}
+
+/// What a pass says of gradients is true: nothing adds to them any more. The last pass of several, the only one, and one
+/// that is replayed.
+fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, model: &Model) {
+    let values = |n: usize, seed| common::normals(n, seed, 0.5);
+    let inputs = |b: &mut B, [n, h, w]: [usize; 3]| {
+        let (c, dim) = (model.net.config.img_channels, model.net.config.label_dim);
+        let images = [1, 2].map(|seed| b.upload([n, h, w, c], &values(n * h * w * c, seed)));
+        let rest = [([n, 1, 1, 1], vec![0.7; n]), ([n, 1, 1, dim], values(n * dim, 3))];
+        let rest = rest.map(|(shape, values)| b.upload(shape, &values));
+        images.into_iter().chain(rest).collect::<Vec<_>>()
+    };
+    let loaded = || {
+        let mut b = make();
+        model.upload(&mut b, Slot::Weight).unwrap();
+        b.make_effective(Slot::Weight, Normalization::Train { rounds: 1 }).unwrap();
+        b
+    };
+    let (odd, other) = ([3, 16, 8], [1, 8, 20]);
+    for sizes in [&[odd][..], &[other, odd, other, odd]] {
+        let (mut b, mut plain) = (loaded(), loaded());
+        let (mut whole, mut said) = (Vec::new(), Vec::new());
+        for (number, &size) in sizes.iter().enumerate() {
+            let [own, theirs] = [&mut b, &mut plain].map(|b| inputs(b, size));
+            train::shared_micro_batch(&mut b, &model.net, 0.0, &own, &mut |b, done| {
+                if number + 1 == sizes.len() {
+                    let buckets = b.buckets().whole(done);
+                    said.push(buckets);
+                    (whole.len()..buckets).for_each(|bucket| whole.push(gradients(b, bucket)));
+                }
+            })
+            .unwrap();
+            train::micro_batch(&mut plain, &model.net, 0.0, &theirs).unwrap();
+        }
+        let count = b.buckets().ids().len();
+        said.dedup();
+        // Most of them before the pass is over, and the last one when it is.
+        assert!(
+            count >= 12 && said.len() > 6 && said[said.len() - 2] < count && whole.len() == count,
+            "{said:?} of {count}"
+        );
+        let found: Vec<_> = (0..count).map(|bucket| gradients(&mut b, bucket)).collect();
+        let late: Vec<_> = (0..count).filter(|&bucket| found[bucket] != whole[bucket]).collect();
+        assert!(late.is_empty(), "something was added to buckets {late:?} of {count} when they had been called whole");
+        assert!(found.iter().all(|(bits, _)| bits.iter().any(|&bits| f32::from_bits(bits) != 0.0)));
+        // The same bits as in one piece, and all of them.
+        assert!((0..count).all(|bucket| gradients(&mut plain, bucket) == found[bucket]));
+        let values = found.iter().map(|(bits, _)| bits.len()).sum::<usize>();
+        let places: Option<Vec<_>> = found.into_iter().map(|(_, place)| place).collect();
+        match places {
+            None => assert_eq!(values, model.table.trained_values()),
+            // From the end to the beginning, without a gap.
+            Some(places) => {
+                assert!(places.windows(2).all(|pair| pair[1].end == pair[0].start) && places[count - 1].start == 0);
+                assert!(values >= model.table.trained_values());
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_that_are_said_to_be_whole_are() {
+    let config = config(&emoji());
+    let mut model = Model::init(&config, 4).unwrap();
+    // With gains of zero most gradients would be zero.
+    model.weights.iter_mut().filter(|values| values.len() == 1).for_each(|gain| gain[0] = 0.5);
+    gradients_said_to_be_whole_are(|| Cpu::<f32>::for_training(&model.table, 0), &model);
+    let Some(runtime) = common::runtime() else { return };
+    gradients_said_to_be_whole_are(
+        || Gpu::for_training(runtime.clone(), Precision::F16, &model.table, 0).unwrap(),
+        &model,
+    );
+}
+
 /// A card that has no room for eight images goes on with four, and computes what a run computes that had four at first.
 #[cfg(feature = "emulator")]
 #[test]
@@ -511,6 +637,12 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
         Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
     };
     let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);
+    // The same as one of two ranks with half of 16 images, whose sums come once for each bucket, when the last images have
+    // been taken, for which at first there is no room.
+    let two = Settings { batch: 16, duration: 16, ..settings.clone() };
+    let mut twins = [Twins::default(), Twins::default()];
+    let [all, less] = &mut twins;
+    let all = run_telling(&mut on(u64::MAX), &dir.path().join("four-two"), &two, 4, &mut |_| {}, all);
     let mut notes = Vec::new();
     let mut note = |event: Event| {
         if let Event::Note(text) = event {
@@ -518,13 +650,20 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
         }
     };
     let limit = four + (eight - four) / 2;
-    let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note);
-    assert_eq!((found.len(), expected.len()), (3, 3));
-    for (found, expected) in found.iter().zip(&expected) {
+    let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note, &mut Alone);
+    let found_two = run_telling(&mut on(limit as u64), &dir.path().join("less-two"), &two, 8, &mut note, less);
+    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [3, 3, 1, 1]);
+    for Twins { sums } in twins {
+        // Each value once, from the end to the beginning.
+        assert!(sums.len() > 12 && sums[sums.len() - 1].start == 0, "{sums:?}");
+        assert!(sums.windows(2).all(|pair| pair[1].end == pair[0].start), "{sums:?}");
+    }
+    for (found, expected) in found.iter().zip(&expected).chain(found_two.iter().zip(&all)) {
         assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} instead of {}", found.loss, expected.loss);
     }
-    let said = notes.iter().find(|note| note.contains("out of device memory")).unwrap();
-    assert!(said.ends_with("going on with --batch-gpu 4"), "{said}");
+    assert!((found_two[0].grad_norm / all[0].grad_norm - 1.0).abs() < 1e-3, "{:?} {:?}", found_two[0], all[0]);
+    let said: Vec<_> = notes.iter().filter(|note| note.contains("out of device memory")).collect();
+    assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with --batch-gpu 4")), "{said:?}");
 }
 
 #[cfg(feature = "emulator")]

@@ -254,7 +254,7 @@ impl<'a> Maker<'a> {
             (weight / logvar.exp() * f64::from(d - x).powi(2) + logvar) as f32
         });
         let loss: Vec<f32> = loss.collect();
-        self.net.backward(&mut b, pass);
+        self.net.backward(&mut b, pass, &mut |_, _| {});
         let tensors = vec![
             (format!("{prefix}images"), shape.clone(), clean),
             (format!("{prefix}noise_unit"), shape.clone(), noise),

@@ -374,7 +374,7 @@ fn network(rate: f64) {
 
     net.b.make_effective(Slot::Weight, Normalization::Train { rounds: 1 }).unwrap();
     let first = pass(&mut net.b);
-    model.backward(&mut net.b, first);
+    model.backward(&mut net.b, first, &mut |_, _| {});
     let grads = net.grads(1);
     for (id, _) in table.iter() {
         net.values[id.0] = net.b.param(Slot::Weight, id).unwrap();

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 #[path = "common/command.rs"]
 mod command;
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+#[path = "common/driver.rs"]
+mod driver;
 #[path = "common/place.rs"]
 mod place;
 
@@ -20,7 +23,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Slot, TrainingBackend, Values};
 use edm2k::collective::{Collective, CollectiveError, Star, World};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, Model};
+use edm2k::model::{Config, Encoder, Model, ModelMeta, Precision, file::save};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
@@ -374,6 +377,45 @@ fn several_ranks_on_the_emulator_compute_what_one_does() {
     assert!(far.0 < 5e-3, "{far:?}");
 }
 
+/// By the code for cards, on drivers whose cards are the emulator's and an NCCL that sums through files: once with all that a
+/// device does as late as it may be, once with what is on other streams than the kernels at once.
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+#[test]
+fn several_ranks_on_cards_compute_what_one_does() {
+    let place = Place::new();
+    fs::write(place.path("config.json"), CONFIG.replace(": 8", ": 16")).unwrap();
+    let (libraries, _) = driver::stand_in("driver.cpp", "libcuda.so.1", &[]);
+    let (_nccl, nccl) = driver::stand_in("nccl.cpp", "libnccl.so.2", &[]);
+    let train = |out: &str, size: usize, early: bool| {
+        let intervals = "--grid 0 --validate 0 --snapshot 0 --status 7 --checkpoint 0";
+        // Several micro-batches, of which one rank has more than the other.
+        let options = format!(
+            "train --data data --config config.json --outdir {out} --batch 7 --rampup 0 --lr 0.01 --device cuda \
+             --batch-gpu 1 {intervals} --duration 14"
+        );
+        let port = free_port();
+        let ranks = (0..size).map(|rank| {
+            let mut command = place.rank(rank, size, port, &options);
+            command.env("LD_LIBRARY_PATH", libraries.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
+            command.env("EDM2K_NCCL", &nccl).env("TMPDIR", place.dir()).env_remove("EDM2K_NO_GPU");
+            early.then(|| command.env("DRIVER_EARLY", "1"));
+            command.spawn().unwrap()
+        });
+        let ended = outputs(ranks.collect());
+        ended.iter().for_each(|output| assert!(output.status.success(), "{out}: {}", text(output)));
+    };
+    train("one", 1, false);
+    for early in [false, true] {
+        let out = format!("two-{early}");
+        train(&out, 2, early);
+        let far = distance(&place, "one", &out);
+        println!("early {early}: {far:?}");
+        assert!(far.0 < 5e-3, "early {early}: {far:?}");
+        assert_near(&place.path("one"), &place.path(&out));
+    }
+    assert_same_tensors(&place.newest("two-false"), &place.newest("two-true"));
+}
+
 #[test]
 fn all_ranks_have_the_same_bits() {
     let place = Place::new();
@@ -548,19 +590,54 @@ fn what_the_launcher_says_wrongly_is_one_line() {
 }
 
 #[test]
-fn ranks_evaluate_as_one_does() {
+fn ranks_and_parts_evaluate_as_one_process_does() {
     let place = Place::new();
-    place.run(1, &options("run", 40));
-    let model = fs::read_dir(place.path("run")).unwrap().map(|entry| entry.unwrap().path());
-    let model = model.filter(|path| path.display().to_string().contains("snapshot")).min().unwrap();
-    let eval = format!("eval --data data --json --device cpu --batch 4 --model {}", model.display());
-    let (one, three): (Value, Value) = [1, 3].map(|size| serde_json::from_str(&place.run(size, &eval)).unwrap()).into();
-    for (a, b) in one["levels"].as_array().unwrap().iter().zip(three["levels"].as_array().unwrap()) {
-        for key in ["loss", "error", "logvar"] {
-            let (a, b) = (a[key].as_f64().unwrap(), b[key].as_f64().unwrap());
-            // Sums are made in the same order; batches are cut elsewhere.
-            assert!((a - b).abs() <= 1e-5 * a.abs(), "{key}: {a} {b}");
-        }
+    place.prepare_sizes("sizes", 0, &[[8, 8], [16, 8], [8, 16]]);
+    place.run(1, &options("run", 40).replace("--data data", "--data sizes"));
+    let models = fs::read_dir(place.path("run")).unwrap().map(|entry| entry.unwrap().path());
+    let mut models: Vec<_> = models.filter(|path| path.display().to_string().contains("snapshot")).collect();
+    models.sort();
+    let eval = |model: &Path, more: &str| {
+        // Batches of 4 do not go into the images, nor into parts of them.
+        format!("eval --data sizes --device cpu --batch 4 --images 7 --model {} {more}", model.display())
+    };
+    let expected = place.run(1, &eval(&models[0], "--json"));
+    assert_eq!(place.run(3, &eval(&models[0], "--json")), expected);
+
+    let part = |part: &str, more: &str| {
+        let line = eval(&models[0], &format!("--json --outdir losses --plot losses.svg --part {part} {more}"));
+        succeed(&mut place.rank(0, 1, 0, &line))
+    };
+    let said = part("3/3", "");
+    assert!(said.starts_with("36 noisy images of 105: losses. Part 1/3, 2/3 are still missing"), "{said}");
+    assert!(part("1/3", "").contains("losses. Part 2/3 are still missing"));
+    assert!(!place.path("losses.svg").exists());
+    // What another model lost is none of it.
+    let other = eval(&models[1], "--outdir losses --part 1/3 --overwrite");
+    assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("Part 2/3, 3/3 are still missing"));
+    assert!(part("2/3", "").contains("Part 1/3 are still missing"));
+    let fails = |line: &str| {
+        let output = place.rank(0, 1, 0, line).output().unwrap();
+        assert!(!output.status.success());
+        text(&output)
+    };
+    let again = fails(&eval(&models[0], "--outdir losses --part 1/3"));
+    assert!(again.contains("losses-1-of-3.safetensors exists; give --overwrite"), "{again}");
+    assert_eq!(part("1/3", "--overwrite"), expected);
+    assert!(fs::read_to_string(place.path("losses.svg")).unwrap().starts_with("<svg"));
+    // More parts than batches: some have nothing to do.
+    let few = |part: &str| {
+        let line = eval(&models[0], &format!("--json --outdir few --part {part}"));
+        succeed(&mut place.rank(0, 1, 0, &line.replace("--batch 4 --images 7", "--batch 16 --images 1")))
+    };
+    assert!(few("1/2").contains("of 15: few. Part 2/2 are still missing"));
+    let whole = eval(&models[0], "--json").replace("--batch 4 --images 7", "--batch 16 --images 1");
+    assert_eq!(few("2/2"), place.run(1, &whole));
+
+    assert!(fails(&eval(&models[0], "--part 1/2")).contains("--outdir <DIR>"));
+    assert!(fails(&eval(&models[0], "--outdir losses --part 3/2")).contains("is not a part"));
+    for output in outputs(place.start(2, &eval(&models[0], "--outdir losses --part 1/2"))) {
+        assert!(text(&output).contains("a launcher has started 2 ranks"), "{}", text(&output));
     }
 }
 
@@ -615,6 +692,71 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     ranks
         .iter()
         .for_each(|output| assert!(text(output).contains("a launcher has started 2 ranks"), "{}", text(output)));
+}
+
+/// Latents go into one file, whoever makes them.
+#[test]
+fn ranks_and_parts_make_the_latents_that_one_process_makes() {
+    let place = Place::empty();
+    let model = Model::init(&latents(), 3).unwrap();
+    let meta = ModelMeta { height: 8, width: 16, encoder: Encoder::SdVae, ..model.meta };
+    let path = place.path("model.safetensors");
+    save(&path, &model.net.config, &meta, &model.table, &model.weights, Precision::F32).unwrap();
+    // 5 batches.
+    let sample = |out: &str, more: &str| {
+        format!(
+            "sample --model model.safetensors --device cpu --steps 3 --guidance 1 --seeds 0-8,17 --batch 2 --outdir {out} {more}"
+        )
+    };
+    for steps in ["", "--save-steps"] {
+        let name = |of: &str| format!("{of}{steps}");
+        place.run(1, &sample(&name("one"), steps));
+        let expected = files(&place.path(&name("one")));
+        assert_eq!(expected.keys().collect::<Vec<_>>(), ["latents.safetensors"]);
+        let same = |out: &str| assert!(files(&place.path(&name(out))) == expected, "{out}");
+        let said = place.run(3, &sample(&name("ranks"), steps));
+        assert!(said.contains("10 images of 16x8"), "{said}");
+        same("ranks");
+
+        let line = |part: &str, more: &str| sample(&name("parts"), &format!("{steps} --part {part} {more}"));
+        let part = |part: &str, more: &str| succeed(&mut place.rank(0, 1, 0, &line(part, more)));
+        let said = part("3/3", "");
+        assert!(
+            said.contains("4 images of 10: parts") && said.contains("6 are still missing, of part 1/3, 2/3"),
+            "{said}"
+        );
+        assert!(part("1/3", "").contains("4 are still missing, of part 2/3"));
+        assert!(!place.path(&name("parts")).join("latents.safetensors").exists());
+        let again = place.rank(0, 1, 0, &line("1/3", "")).output().unwrap();
+        assert!(text(&again).contains("latents-1-of-3.safetensors exists; give --overwrite"), "{}", text(&again));
+        // Those of other seeds are none of these.
+        let other = line("1/3", "--overwrite").replace("0-8,17", "1-9,17");
+        assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("8 are still missing, of part 2/3, 3/3"));
+        assert!(part("2/3", "").contains("2 are still missing, of part 1/3"));
+        part("1/3", "--overwrite");
+        same("parts");
+        let again = place.rank(0, 1, 0, &line("2/3", "")).output().unwrap();
+        assert!(text(&again).contains("latents.safetensors exists; give --overwrite"), "{}", text(&again));
+        // It is there already, and stays.
+        part("2/3", "--overwrite");
+        same("parts");
+
+        // More parts than batches: the first has no image.
+        for number in 1..=6 {
+            let line = sample(&name("many"), &format!("{steps} --part {number}/6"));
+            succeed(&mut place.rank(0, 1, 0, &line));
+        }
+        same("many");
+    }
+}
+
+/// A network of latents, unconditional.
+fn latents() -> Config {
+    serde_json::from_value(json!({
+        "img_resolution": 16, "img_channels": 4, "label_dim": 0, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+        "attn_resolutions": [], "channels_per_head": 8,
+    }))
+    .unwrap()
 }
 
 // ---- preparing ------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ mod network;
 mod training;
 
 pub use network::{EmbLayer, Embed, Embedding, Logvar, Masks, NetworkBackend, Operand, OperandGrad, Scale};
-pub use training::{Loss, LossInput, Normalization, Slot, Step, StepStats, TrainingBackend, Values};
+pub use training::{Done, Loss, LossInput, Normalization, Pass, Slot, Step, StepStats, TrainingBackend, Values};
 
 /// `[n, height, width, channels]`.
 pub type Shape = [usize; 4];

@@ -4,8 +4,11 @@
 //! [`Step::grad_scale`] brings in the 1/batch.
 
 use super::memory::Memory;
-use super::{BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, Scale};
-use crate::params::ParamId;
+use super::{
+    Backend, BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, PlanKey, Scale,
+};
+use crate::params::{Buckets, ParamId, Whole};
+use std::ops::Range;
 
 /// Inputs of the training loss.
 pub struct LossInput<'a, T> {
@@ -92,13 +95,20 @@ pub struct StepStats {
     pub nonfinite: u64,
 }
 
-/// f32 values of a slot where they are, in an order of the device's own, which is the same for all networks of a table.
+/// f32 values where they are; of a slot in an order of the device's own, which is the same for all networks of a table.
 pub enum Values<'a> {
     /// In main memory.
     Host(&'a mut [f32]),
-    /// In device memory, all of it.
-    Device(&'a dyn Memory),
+    /// In device memory, these of its bytes.
+    Device(&'a dyn Memory, Range<usize>),
 }
+
+/// Is told of which gradients nothing adds to any more.
+pub type Done<'a, B> = dyn FnMut(&mut B, Whole) + 'a;
+
+/// As [`Body`](super::Body), of a pass that accumulates gradients: it says when it is done with which.
+pub type Pass<'a, B, E> =
+    dyn FnMut(&mut B, &[<B as Backend>::Tensor], &mut Done<B>) -> Result<Vec<<B as Backend>::Tensor>, E> + 'a;
 
 /// A device that trains a network.
 pub trait TrainingBackend: NetworkBackend {
@@ -106,9 +116,27 @@ pub trait TrainingBackend: NetworkBackend {
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
     /// Reads one slot of a parameter, values in PyTorch's order.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
-    /// Gives all values of a slot to `exchange`, part by part, which may replace them: by the sum of the gradients over
-    /// several devices, or by the weights of another. After a change of the weights [`make_effective`](Self::make_effective) is due.
-    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
+    /// The portions that [`exchange`](Self::exchange) gives.
+    fn buckets(&self) -> &Buckets;
+    /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, part by part, which may replace them: by
+    /// the sum of the gradients over several devices, or by the weights of another. After a change of the weights
+    /// [`make_effective`](Self::make_effective) is due.
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
+    /// As [`Backend::planned`], of a pass that says when it is done with which gradients. `done` is told so, at least
+    /// where another bucket is whole: when the device has been given all that adds to them, and nothing of what follows.
+    ///
+    /// # Errors
+    /// The device's, or those of `pass`. Where memory does not suffice, nothing has been added to the gradients.
+    fn planned_pass<E: From<BackendError>>(
+        &mut self,
+        key: &dyn PlanKey,
+        inputs: &[Self::Tensor],
+        pass: &mut Pass<Self, E>,
+        done: &mut Done<Self>,
+    ) -> Result<Vec<Self::Tensor>, E> {
+        let _ = key;
+        pass(self, inputs, done)
+    }
     /// Makes the effective weights from a slot ([`Slot::Weight`] or [`Slot::Ema`]). To be called
     /// before the first forward pass and after every change of that slot.
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;

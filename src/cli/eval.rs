@@ -1,20 +1,23 @@
 //! `edm2k eval`: how well a model denoises, by noise level.
 
+use std::collections::HashMap;
+use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use edm2k::collective::{Collective, agree, share};
+use edm2k::collective::{Part, agree};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Identity;
+use edm2k::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use edm2k::formats::write_atomically;
 use edm2k::model::Model;
 use edm2k::pipeline::{Domain, learned_from};
 use edm2k::train::DataIdentity;
 use edm2k::train::stats::{PlotError, plot};
-use edm2k::train::validation::{Loss, SIGMAS, ValidationError, loss_by_level};
+use edm2k::train::validation::{Found, Loss, Noisy, SIGMAS, ValidationError};
 use edm2k::{Backends, Work};
 
 use super::ranks::{self, Ranks};
@@ -24,7 +27,7 @@ use super::{DeviceArgs, claim};
 
 /// Measure the loss of a model by noise level.
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(group(clap::ArgGroup::new("written").args(["plot", "part"]).multiple(true)), after_help = "\
 The error is that of the denoised image, relative to what is achieved by knowing the mean and the size of the
 data only. The loss is what training minimises: error / exp(logvar) + logvar, with the network's own
 expectation logvar of ln(error). Noise is the same in every call, so models can be compared.
@@ -52,9 +55,15 @@ pub struct EvalArgs {
     /// Draw the curves, as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
-    /// Overwrite an existing picture of the curves
-    #[arg(long, requires = "plot")]
+    /// Overwrite an existing picture of the curves, or what this part has left before
+    #[arg(long, requires = "written")]
     overwrite: bool,
+    /// Measure only part K of N of the noisy images; the last of all parts to end prints and draws
+    #[arg(long, value_name = "K/N", requires = "outdir")]
+    part: Option<Part>,
+    /// Directory where the parts leave their losses; created if it is missing
+    #[arg(long, value_name = "DIR", requires = "part")]
+    outdir: Option<PathBuf>,
     /// One JSON object instead of a table
     #[arg(long)]
     json: bool,
@@ -69,8 +78,18 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
 
 /// Prints the table to stdout, showing progress on stderr.
 fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
+    let part = ranks.part(args.part)?;
     let plot = args.plot.as_ref().filter(|_| ranks.first());
-    let _claim = plot.map(|plot| claim(plot, args.overwrite, &[&args.model, &args.data])).transpose()?;
+    let claimed = |path: &PathBuf| claim(path, args.overwrite, &[&args.model, &args.data]);
+    // Of several parts the last one draws, whichever that is.
+    let _plot = plot.filter(|_| args.part.is_none()).map(claimed).transpose()?;
+    let _own = match &args.outdir {
+        Some(dir) => {
+            fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+            Some(claimed(&losses_of(dir, part))?)
+        }
+        None => None,
+    };
     let model = Model::load(&args.model).context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
@@ -89,20 +108,36 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let largest = identity.largest();
     let given = json!({
         "model": Identity::of_file(&args.model).context("--model")?.to_string(), "split": args.split.to_string(),
-        "data": identity, "images": images, "precision": args.device.math().precision.name(),
+        "data": identity, "images": images, "batch": batch, "precision": args.device.math().precision.name(),
     });
     agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
-    let own = share((images * SIGMAS.len()) as u64, ranks.met().rank(), ranks.size());
-    let bar = ranks.bar(own.end - own.start, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
+    let noisy = Noisy::by_level(&data, images, batch);
+    let own = noisy.of(part);
+    let bar = ranks.bar(own.len() as u64, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
     let device = ranks.open(&args.device)?;
     device.check_forward(config, largest, images.min(batch), 1)?;
-    let (first, progress) = (ranks.first(), &mut |n| bar.inc(n));
-    let measuring = Measuring { model: &model, data: &data, images, batch, progress, ranks: ranks.met() };
-    let levels = device.run(measuring)?;
+    let measuring = Measuring { model: &model, noisy: &noisy, own, batch, progress: &mut |n| bar.inc(n) };
+    let found = device.run(measuring)?;
     bar.finish_and_clear();
-    if !first {
+    let found = match &args.outdir {
+        None => bytemuck::pod_collect_to_vec(&ranks.met().gather(bytemuck::cast_slice(&found))?.concat()),
+        Some(dir) => {
+            keep(&losses_of(dir, part), &found, &given).context("--outdir")?;
+            match of_all_parts(dir, part.of, &noisy, &given) {
+                Ok(all) => all,
+                Err(missing) => {
+                    let (own, all, dir) = (found.len(), images * SIGMAS.len(), dir.display());
+                    out!("{own} noisy images of {all}: {dir}. Part {} are still missing", missing.join(", "));
+                    return Ok(());
+                }
+            }
+        }
+    };
+    if !ranks.first() {
         return Ok(());
     }
+    let _plot = plot.filter(|_| args.part.is_some()).map(claimed).transpose()?;
+    let levels = noisy.means(&found);
 
     if args.json {
         let level = |(sigma, level): (&f64, &Loss)| {
@@ -127,22 +162,49 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where a part leaves what it has found.
+fn losses_of(dir: &Path, part: Part) -> PathBuf {
+    dir.join(format!("losses-{}-of-{}.safetensors", part.number + 1, part.of))
+}
+
+/// Leaves what a part has found, and of what.
+fn keep(path: &Path, found: &[Found], given: &Value) -> Result<(), SafeError> {
+    let about = HashMap::from([("edm2k".to_owned(), given.to_string())]);
+    safetensors::write(path, &[("losses", Dtype::F64, &[found.len(), 3], bytemuck::cast_slice(found))], &about)
+}
+
+/// What all parts have found of the same; or the parts of which nothing is there, or something else.
+fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<Found>, Vec<String>> {
+    let (mut all, mut missing) = (Vec::new(), Vec::new());
+    for number in 0..of {
+        let part = Part { number, of };
+        let file = SafeFile::open(losses_of(dir, part)).ok();
+        let file = file.filter(|file| file.metadata().get("edm2k").is_some_and(|about| *about == given.to_string()));
+        let found =
+            file.and_then(|file| file.f64("losses").ok()).filter(|found| found.len() == 3 * noisy.of(part).len());
+        match found {
+            Some(found) => all.extend_from_slice(found.as_chunks().0),
+            None => missing.push(part.to_string()),
+        }
+    }
+    if missing.is_empty() { Ok(all) } else { Err(missing) }
+}
+
 /// The losses of a model, on whichever device.
 struct Measuring<'a> {
     model: &'a Model,
-    data: &'a Dataset,
-    images: usize,
+    noisy: &'a Noisy<'a>,
+    own: &'a [usize],
     batch: usize,
     progress: &'a mut dyn FnMut(u64),
-    ranks: &'a mut dyn Collective,
 }
 
 impl Work for Measuring<'_> {
-    type Output = Result<Vec<Loss>, ValidationError>;
+    type Output = Result<Vec<Found>, ValidationError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let mut backend = backends.loaded(self.model)?;
-        loss_by_level(&mut backend, &self.model.net, self.data, self.images, self.batch, self.progress, self.ranks)
+        self.noisy.measure(&mut backend, &self.model.net, self.own, self.batch, self.progress)
     }
 }
 

@@ -95,17 +95,17 @@ impl Ranks {
         if self.size() == 1 {
             return Ok(());
         }
-        let stream = device.runtime().map(|runtime| runtime.stream()).transpose()?.flatten();
-        let kind = match (device.runtime(), stream) {
+        let beside = device.runtime().map(|runtime| runtime.beside()).transpose()?.flatten();
+        let kind = match (device.runtime(), &beside) {
             (Some(_), Some(_)) => "a GPU of NVIDIA's",
             (Some(_), None) => "the emulator",
             (None, _) => "the CPU",
         };
         agree(self.met(), kind, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
         #[cfg(feature = "cuda")]
-        if let (Some(runtime), Some(_)) = (device.runtime(), stream) {
+        if let Some(beside) = beside {
             let met = std::mem::replace(&mut self.met, Box::new(Alone));
-            self.met = Box::new(edm2k::collective::Nccl::new(met, runtime.clone())?);
+            self.met = Box::new(edm2k::collective::Nccl::new(met, beside)?);
             return Ok(());
         }
         if self.first() {

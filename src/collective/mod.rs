@@ -71,8 +71,13 @@ pub trait Collective {
     /// How many there are.
     fn size(&self) -> usize;
     /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, that is done
-    /// after the commands given before, and nothing waits for it.
+    /// after the commands given before, and beside those given from here on: nobody touches the values, or frees them,
+    /// before [`summed`](Self::summed).
     fn all_reduce(&mut self, values: Values) -> Result<(), CollectiveError>;
+    /// What a device is told from here on comes after all sums that were begun; the host waits for nothing.
+    fn summed(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
     /// Replaces f32 values by those of rank 0.
     fn broadcast(&mut self, values: Values) -> Result<(), CollectiveError>;
     /// What each rank says, in the order of their numbers; meant for little.

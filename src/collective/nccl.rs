@@ -4,19 +4,19 @@
 //! Python environment that this program was installed in or that is active. Its functions are declared here: cudarc's
 //! bindings panic where there is no library, and cannot be told where it is.
 //!
-//! A sum is one call for all gradients, on the stream of the device's commands: after the backward pass, before the
-//! optimizer's step. NCCL cuts it into pieces itself. Whatever it waits for, the ranks watch each other meanwhile.
+//! Its calls go to a stream of their own. A sum of gradients waits for what the device was told before, and runs beside what
+//! it is told then, the rest of the backward pass; the optimizer's step waits for all sums. Whatever NCCL waits for, the
+//! ranks watch each other meanwhile.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use libloading::Library;
 
 use super::{Collective, CollectiveError};
 use crate::backend::Values;
-use crate::backend::gpu::runtime::Runtime;
+use crate::backend::gpu::runtime::Beside;
 
 /// How many bytes NCCL's unique id has, in all its versions.
 const ID: usize = 128;
@@ -139,7 +139,7 @@ pub fn version() -> Result<String, CollectiveError> {
 pub struct Nccl {
     /// What is small goes through it.
     ranks: Box<dyn Collective>,
-    runtime: Rc<dyn Runtime>,
+    beside: Box<dyn Beside>,
     comm: Comm,
     functions: Functions,
     /// All are done together.
@@ -147,11 +147,11 @@ pub struct Nccl {
 }
 
 impl Nccl {
-    /// Joins the cards of ranks that have met; `runtime` is this rank's.
+    /// Joins the cards of ranks that have met; `beside` is of this rank's.
     ///
     /// # Errors
     /// [`CollectiveError::Nccl`]: there is no library, or it refuses. One rank's error is every rank's.
-    pub fn new(mut ranks: Box<dyn Collective>, runtime: Rc<dyn Runtime>) -> Result<Self, CollectiveError> {
+    pub fn new(mut ranks: Box<dyn Collective>, beside: Box<dyn Beside>) -> Result<Self, CollectiveError> {
         let loaded = Functions::load().and_then(|functions| Ok((functions.version()?, functions)));
         // Whoever has no library says so before the others wait for it.
         let said = match &loaded {
@@ -181,23 +181,24 @@ impl Nccl {
         let Ok(bytes) = <[u8; ID]>::try_from(&*all[0]) else { return Err(wrong("rank 0 could not begin")) };
         let id = UniqueId(bytes.map(|x| x as c_char));
         // The device becomes this thread's.
-        runtime.stream()?.ok_or_else(|| wrong("it is for NVIDIA GPUs"))?;
+        beside.stream()?;
         let mut comm = std::ptr::null_mut();
         ranks.waits();
         // SAFETY: the device is this thread's, and all ranks make the call; which of them are alive is watched.
         let joined = unsafe { (functions.comm_init_rank)(&mut comm, ranks.size() as c_int, id, ranks.rank() as c_int) };
         functions.require(joined, "ncclCommInitRank")?;
         ranks.barrier()?;
-        Ok(Self { ranks, runtime, comm, functions, done: Cell::new(false) })
+        Ok(Self { ranks, beside, comm, functions, done: Cell::new(false) })
     }
 
     /// Sums, or takes rank 0's, in device memory.
     fn exchange(&mut self, values: Values, sum: bool) -> Result<(), CollectiveError> {
-        let Values::Device(memory) = values else { return Err(wrong("the values are not on a card")) };
-        let stream = self.runtime.stream()?.ok_or_else(|| wrong("it is for NVIDIA GPUs"))?;
-        let (at, count) = (memory.ptr().0 as *mut c_void, memory.bytes() / 4);
+        let Values::Device(memory, bytes) = values else { return Err(wrong("the values are not on a card")) };
+        let (at, count) = (memory.ptr().offset(bytes.start).0 as *mut c_void, bytes.len() / 4);
+        let stream = self.beside.stream()?;
+        self.beside.follow()?;
         self.ranks.waits();
-        // SAFETY: `count` values of live memory of this device, whose commands on this stream come before and after; all
+        // SAFETY: `count` values of live memory of this device, which commands touch that come before, or after `summed`; all
         // ranks make the same call with as many.
         let done = unsafe {
             match sum {
@@ -232,8 +233,13 @@ impl Collective for Nccl {
         self.exchange(values, true)
     }
 
+    fn summed(&mut self) -> Result<(), CollectiveError> {
+        Ok(self.beside.lead()?)
+    }
+
     fn broadcast(&mut self, values: Values) -> Result<(), CollectiveError> {
-        self.exchange(values, false)
+        self.exchange(values, false)?;
+        Ok(self.beside.lead()?)
     }
 
     fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {

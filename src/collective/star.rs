@@ -228,11 +228,11 @@ impl Star {
         self.waits();
         match values {
             Values::Host(values) => self.exchange(call, values)?,
-            Values::Device(memory) => {
-                let mut copy = vec![0f32; memory.bytes() / 4];
-                memory.read(0, bytemuck::cast_slice_mut(&mut copy))?;
+            Values::Device(memory, bytes) => {
+                let mut copy = vec![0f32; bytes.len() / 4];
+                memory.read(bytes.start, bytemuck::cast_slice_mut(&mut copy))?;
                 self.exchange(call, &mut copy)?;
-                memory.write(0, bytemuck::cast_slice(&copy))?;
+                memory.write(bytes.start, bytemuck::cast_slice(&copy))?;
             }
         }
         self.watch.waiting.store(0, Ordering::Relaxed);

@@ -3,8 +3,8 @@
 
 use super::config::{Config, ConfigError};
 use super::unet::{Tape, UNet};
-use crate::backend::{BackendError, Embed, Embedding, Logvar, LossInput, Masks, NetworkBackend, TrainingBackend};
-use crate::params::{ParamId, ParamTable};
+use crate::backend::{BackendError, Done, Embed, Embedding, Logvar, LossInput, Masks, NetworkBackend, TrainingBackend};
+use crate::params::{ParamId, ParamTable, Whole};
 
 /// The denoiser D(x; sigma, labels) of a [`Config`].
 #[derive(Clone, Debug)]
@@ -185,10 +185,11 @@ impl Precond {
         }
     }
 
-    /// Backward pass: accumulates the gradients of all parameters.
-    pub fn backward<B: TrainingBackend>(&self, b: &mut B, pass: TrainPass<B::Tensor>) {
+    /// Backward pass: accumulates the gradients of all parameters, and tells `done` when nothing adds to which any more.
+    pub fn backward<B: TrainingBackend>(&self, b: &mut B, pass: TrainPass<B::Tensor>, done: &mut Done<B>) {
         b.logvar_backward(&self.logvar, &pass.logvar_features, &pass.grad_logvar);
-        let grad_emb = self.unet.backward(b, pass.tape, &pass.embedding.emb, &pass.grad_raw);
+        let grad_emb = self.unet.backward(b, pass.tape, &pass.embedding.emb, &pass.grad_raw, done);
         b.embed_backward(&self.embed, &pass.embedding, pass.labels.as_ref(), &grad_emb);
+        done(b, Whole::All);
     }
 }

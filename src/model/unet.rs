@@ -7,8 +7,8 @@
 use serde::Deserialize;
 
 use super::config::Config;
-use crate::backend::{EmbLayer, Masks, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
-use crate::params::{Cat, ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
+use crate::backend::{Done, EmbLayer, Masks, NetworkBackend, Operand, OperandGrad, Scale, TrainingBackend};
+use crate::params::{Cat, ParamId, ParamTable, Whole, mp_cat_scales, mp_sum_weights};
 
 /// Which side of the U-Net a block is on; in JSON under its official name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -419,13 +419,15 @@ impl UNet {
         raw
     }
 
-    /// Accumulates the gradients of all weights; returns that of `emb`.
+    /// Accumulates the gradients of all weights; returns that of `emb`. `done` is told after which blocks nothing adds to
+    /// their convolutions' any more.
     pub fn backward<B: TrainingBackend>(
         &self,
         b: &mut B,
         tape: Tape<B::Tensor>,
         emb: &B::Tensor,
         grad_raw: &B::Tensor,
+        done: &mut Done<B>,
     ) -> B::Tensor {
         let (mut blocks, ends) = (tape.blocks, tape.ends);
         let Ends { input, scales, last } = ends.expect("a forward pass fills its tape");
@@ -433,6 +435,7 @@ impl UNet {
         b.conv_wgrad(self.conv_out, Operand::of(&last), grad_raw, 1.0);
         let mut grad = b.conv_dgrad(self.conv_out, grad_raw, 1.0, Operand::of(&last), None).x;
         drop(last);
+        done(b, Whole::ConvsFrom(self.conv_out));
 
         // The decoder pops skip connections last in, first out; so its gradients are consumed
         // in the encoder in the order in which the backward pass produced them, from the end.
@@ -442,6 +445,7 @@ impl UNet {
             let g = block.backward(b, tape, &scales, grad, &mut grad_scales, None);
             grad = g.x;
             skip_grads.extend(g.skip);
+            done(b, Whole::ConvsFrom(block.conv_res0));
         }
         // The last encoder output went into the first decoder block and into a skip connection;
         // every earlier one into the next encoder block and a skip connection.
@@ -451,6 +455,7 @@ impl UNet {
         for block in self.encoder.iter().rev() {
             let tape = blocks.pop().expect("one tape entry for each block");
             grad = block.backward(b, tape, &scales, grad, &mut grad_scales, Some(next_skip())).x;
+            done(b, Whole::ConvsFrom(block.conv_res0));
         }
         b.conv_wgrad(self.conv_in, Operand::of(&input), &grad, 1.0);
         b.emb_scales_backward(&self.emb_layers, emb, &grad_scales)

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{Image, text_of};
-use crate::formats::safetensors::{self, Dtype, SafeError, TensorOut};
+use crate::collective::Part;
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::pictures::png::{PngError, read_text};
 use crate::pictures::{Picture, decode};
@@ -37,13 +38,17 @@ pub enum OutputError {
 type Result<T, E = OutputError> = std::result::Result<T, E>;
 
 /// A directory of images: `000007.png` of seed 7, `000007-2.png` of the second image of that seed, `000007-steps.png` of
-/// the steps to it, `grid.png` of all, or `latents.safetensors`. Others may add their seeds meanwhile.
+/// the steps to it, `grid.png` of all, or `latents.safetensors`, for which each part leaves `latents-2-of-3.safetensors`.
+/// Others may add their seeds meanwhile.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
     lock: DirLock,
     /// What each image is called.
     names: Vec<String>,
+    /// Of the images; which this process makes of them.
+    seeds: Vec<u64>,
+    part: Part,
 }
 
 /// What is written of each image.
@@ -58,23 +63,34 @@ pub enum Kept {
 }
 
 impl OutDir {
-    /// Makes the directory, and refuses to overwrite what is there of the images with numbers in `own`, before anything is
-    /// computed.
+    /// Makes the directory, and refuses to overwrite what is there of the images with numbers in `own`, which are those of a
+    /// part, before anything is computed.
     ///
     /// # Errors
     /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
-    pub fn claim(dir: &Path, overwrite: bool, seeds: &[u64], own: Range<usize>, kept: Kept) -> Result<Self> {
+    pub fn claim(
+        dir: &Path,
+        overwrite: bool,
+        seeds: &[u64],
+        part: Part,
+        own: Range<usize>,
+        kept: Kept,
+    ) -> Result<Self> {
         let mut times = HashMap::new();
         let names = seeds.iter().map(|&seed| {
             let count = times.entry(seed).or_insert(0);
             *count += 1;
             if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
         });
-        let out = Self { dir: dir.into(), overwrite, lock: DirLock::shared(dir)?, names: names.collect() };
+        let (names, lock) = (names.collect(), DirLock::shared(dir)?);
+        let out = Self { dir: dir.into(), overwrite, lock, names, seeds: seeds.into(), part };
         let own = &out.names[own];
         let steps = own.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
         let names = own.iter().map(|name| picture_name(name)).chain(steps);
-        let names: Vec<String> = if kept == Kept::Latents { vec![LATENTS.into()] } else { names.collect() };
+        let names: Vec<String> = match kept {
+            Kept::Latents => vec![LATENTS.into(), latents_name(part)],
+            _ => names.collect(),
+        };
         let in_the_way = |path: &PathBuf| path.is_dir() || !overwrite && path.symlink_metadata().is_ok();
         match names.iter().map(|name| dir.join(name)).find(in_the_way) {
             None => Ok(out),
@@ -130,7 +146,7 @@ impl OutDir {
         Ok(path)
     }
 
-    /// Writes `latents` [N, C, H, W] of the images [H, W, C], their `seeds` `[N]`, and `steps` [N, steps, C, H, W] if
+    /// Writes `latents` [N, C, H, W] of this part's images [H, W, C], their `seeds` `[N]`, and `steps` [N, steps, C, H, W] if
     /// there are some, an image's after the other's. Returns the file's path.
     ///
     /// # Errors
@@ -157,8 +173,46 @@ impl OutDir {
         if !steps.is_empty() {
             tensors.push(("steps", Dtype::F32, &steps_shape, &steps));
         }
-        let path = self.dir.join(LATENTS);
+        let path = self.dir.join(latents_name(self.part));
         safetensors::write(&path, &tensors, &HashMap::from([("edm2k".to_owned(), about.to_string())]))?;
+        Ok(path)
+    }
+
+    /// The latents of the images `own`, which are those of a part, that some process has written, if they say `about` of
+    /// themselves.
+    pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Option<SafeFile> {
+        let file = SafeFile::open(self.dir.join(latents_name(part))).ok()?;
+        let says = file.metadata().get("edm2k").is_some_and(|text| *text == about.to_string());
+        let seeds = file.i64("seeds").ok()?;
+        (says && seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied())).then_some(file)
+    }
+
+    /// Joins the latents of all parts to the file that one process would write, and removes theirs. Fewer have been joined by
+    /// another process already. Returns the file's path.
+    ///
+    /// # Errors
+    /// [`OutputError::Latents`]: a damaged part, among others.
+    pub fn join_latents(&self, parts: Vec<SafeFile>, about: &Value) -> Result<PathBuf> {
+        let path = self.dir.join(LATENTS);
+        if parts.len() == self.part.of {
+            let mut joined = Vec::new();
+            for name in ["latents", "seeds", "steps"] {
+                // One without images has no steps.
+                let having: Vec<_> = parts.iter().filter(|part| part.contains(name)).collect();
+                let Some(first) = having.first() else { continue };
+                let (dtype, mut shape) = (first.dtype(name)?, first.shape(name)?.to_vec());
+                shape[0] = self.seeds.len();
+                let bytes = having.iter().map(|part| part.bytes(name)).collect::<Result<Vec<_>, _>>()?.concat();
+                joined.push((name, dtype, shape, bytes));
+            }
+            let tensors = joined.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, &shape[..], &bytes[..]));
+            let about = HashMap::from([("edm2k".to_owned(), about.to_string())]);
+            safetensors::write(&path, &tensors.collect::<Vec<TensorOut>>(), &about)?;
+        }
+        let paths: Vec<_> = parts.iter().map(|part| part.path().to_owned()).collect();
+        drop(parts);
+        // Another process may have removed them already.
+        paths.iter().for_each(|path| drop(fs::remove_file(path)));
         Ok(path)
     }
 
@@ -188,6 +242,11 @@ fn says(path: &Path, about: &Value) -> bool {
 }
 
 const LATENTS: &str = "latents.safetensors";
+
+/// Of all images, or those of one of several parts.
+fn latents_name(part: Part) -> String {
+    if part == Part::WHOLE { LATENTS.into() } else { format!("latents-{}-of-{}.safetensors", part.number + 1, part.of) }
+}
 
 fn picture_name(name: &str) -> String {
     format!("{name}.png")

@@ -1,12 +1,17 @@
 //! One optimizer step of a run, on all its ranks: micro-batches, the sum of their gradients, Adam; and what ranks tell each
 //! other after it.
+//!
+//! Gradients are summed in [`Buckets`](crate::params::Buckets). The backward pass of a rank's last micro-batch says when
+//! nothing adds to a bucket any more: its sum begins then, beside the rest of the pass. So the ranks sum the same buckets in
+//! the same order, however many micro-batches each of them has. On a CPU, where ranks are for tests, the pass waits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Event, Run, TrainError, ema};
-use crate::backend::{BackendError, Masks, Slot, Step, TrainingBackend, Values};
+use crate::backend::{BackendError, Done, Masks, Slot, Step, TrainingBackend, Values};
 use crate::collective::{Collective, CollectiveError, share};
 use crate::model::Precond;
+use crate::params::Whole;
 
 /// Adam's decay rates of the two moments.
 const BETAS: (f64, f64) = (0.9, 0.99);
@@ -24,7 +29,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let mut losses = Vec::new();
         let mut seen = 0;
         let own = share(s.batch, self.ranks.rank(), self.ranks.size());
-        while seen < (own.end - own.start) as usize {
+        let (own, mut reduction) = ((own.end - own.start) as usize, Reduction::new());
+        while seen < own {
             let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
             let [h, w, c] = batch.shape;
             let mut first = 0;
@@ -38,7 +44,16 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
                 inputs.push(upload([1, 1, 1], &batch.sigma));
                 inputs.extend(batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)));
                 inputs.extend(batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)));
-                match micro_batch(b, &self.net, s.dropout, &inputs) {
+                let last = seen + first + n == own;
+                let made = match self.ranks.size() {
+                    1 => micro_batch(b, &self.net, s.dropout, &inputs),
+                    _ => shared_micro_batch(b, &self.net, s.dropout, &inputs, &mut |b, whole| {
+                        if last {
+                            reduction.go_on(b, self.ranks, whole);
+                        }
+                    }),
+                };
+                match made {
                     Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
                     made => {
                         losses.push((made?, usual / numel(batch.shape)));
@@ -49,7 +64,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             seen += batch.n;
         }
         if self.ranks.size() > 1 {
-            with_values(self.backend, Slot::Grad, |values| self.ranks.all_reduce(values))?;
+            reduction.done?;
+            self.ranks.summed()?;
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&Step {
@@ -109,6 +125,27 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 }
 
+/// The sum of a step's gradients over all ranks.
+struct Reduction {
+    /// Buckets that have been given to it: each once in a step.
+    buckets: usize,
+    done: Result<(), TrainError>,
+}
+
+impl Reduction {
+    fn new() -> Self {
+        Self { buckets: 0, done: Ok(()) }
+    }
+
+    /// Begins the sums of those buckets that are whole now.
+    fn go_on<B: TrainingBackend>(&mut self, backend: &mut B, ranks: &mut dyn Collective, whole: Whole) {
+        while self.done.is_ok() && self.buckets < backend.buckets().whole(whole) {
+            self.done = with_values(backend, Slot::Grad, self.buckets, |values| ranks.all_reduce(values));
+            self.buckets += 1;
+        }
+    }
+}
+
 /// What a rank says after a step.
 struct Said {
     /// Sum over its images, of each as if it had as many elements as the most frequent size has.
@@ -156,6 +193,12 @@ pub struct MicroBatch {
     pub dropout: f64,
 }
 
+/// The plan of a micro-batch whose gradients are summed with those of others while it goes on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct SharedMicroBatch {
+    dropout: f64,
+}
+
 /// Forward and backward of clean images, noisy ones, noise levels, with dropout the keys of its masks, and (unless
 /// unconditional) labels; the loss of each image. The gradients add up in the backend.
 pub fn micro_batch<B: TrainingBackend>(
@@ -164,16 +207,37 @@ pub fn micro_batch<B: TrainingBackend>(
     dropout: f64,
     inputs: &[B::Tensor],
 ) -> Result<B::Tensor, BackendError> {
-    let mut made = b.planned::<BackendError>(&MicroBatch { dropout }, inputs, &mut |b, inputs| {
-        let (images, rest) = inputs.split_at(3);
-        let (keys, labels) = rest.split_at(usize::from(dropout > 0.0));
-        let masks = keys.first().map(|keys| Masks { keys: keys.clone(), rate: dropout });
-        let pass = net.train_forward(b, &images[0], &images[1], &images[2], labels.first(), masks.as_ref());
-        let per_image = pass.per_image.clone();
-        net.backward(b, pass);
-        Ok(vec![per_image])
-    })?;
-    Ok(made.swap_remove(0))
+    let body = &mut |b: &mut B, inputs: &[B::Tensor]| pass(b, net, dropout, inputs, &mut |_, _| {});
+    Ok(b.planned(&MicroBatch { dropout }, inputs, body)?.swap_remove(0))
+}
+
+/// As [`micro_batch`]; `done` is told when nothing that the device was not given yet adds to which gradients any more.
+pub fn shared_micro_batch<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    dropout: f64,
+    inputs: &[B::Tensor],
+    done: &mut Done<B>,
+) -> Result<B::Tensor, BackendError> {
+    let body = &mut |b: &mut B, inputs: &[B::Tensor], done: &mut Done<B>| pass(b, net, dropout, inputs, done);
+    Ok(b.planned_pass(&SharedMicroBatch { dropout }, inputs, body, done)?.swap_remove(0))
+}
+
+/// What both run.
+fn pass<B: TrainingBackend>(
+    b: &mut B,
+    net: &Precond,
+    dropout: f64,
+    inputs: &[B::Tensor],
+    done: &mut Done<B>,
+) -> Result<Vec<B::Tensor>, BackendError> {
+    let (images, rest) = inputs.split_at(3);
+    let (keys, labels) = rest.split_at(usize::from(dropout > 0.0));
+    let masks = keys.first().map(|keys| Masks { keys: keys.clone(), rate: dropout });
+    let pass = net.train_forward(b, &images[0], &images[1], &images[2], labels.first(), masks.as_ref());
+    let per_image = pass.per_image.clone();
+    net.backward(b, pass, done);
+    Ok(vec![per_image])
 }
 
 /// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs. Where its
@@ -195,14 +259,15 @@ pub fn rehearse<B: TrainingBackend>(
     micro_batch(b, net, dropout, &inputs).map(|_| ())
 }
 
-/// Gives the values of a slot to a call of all ranks.
+/// Gives the values of a bucket to a call of all ranks.
 pub(super) fn with_values<B: TrainingBackend>(
     backend: &mut B,
     slot: Slot,
+    bucket: usize,
     mut call: impl FnMut(Values) -> Result<(), CollectiveError>,
 ) -> Result<(), TrainError> {
     let mut done = Ok(());
-    backend.exchange(slot, &mut |values| {
+    backend.exchange(slot, bucket, &mut |values| {
         if done.is_ok() {
             done = call(values);
         }

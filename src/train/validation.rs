@@ -1,14 +1,12 @@
 //! The loss on images that are not learnt from: at random noise levels while training, and level by level.
 //!
 //! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
-//! the same noisy images. Ranks share them, and add up what all have found in the order of the images. Cost: a forward
-//! pass for each image and level.
-
-use std::collections::BTreeMap;
+//! the same noisy images. Ranks, or other processes, share them, and add up what all have found in one order.
+//! Cost: a forward pass for each image and level.
 
 use super::{Settings, batch};
 use crate::backend::{BackendError, NetworkBackend};
-use crate::collective::{Collective, CollectiveError, share};
+use crate::collective::{Collective, CollectiveError, Part, share};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
@@ -56,97 +54,126 @@ pub fn loss<B: NetworkBackend>(
     ranks: &mut dyn Collective,
 ) -> Result<f64, ValidationError> {
     let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
-    let images = data.len().min(IMAGES);
-    let losses = losses(b, net, data, images, DRAWS, sigma, batch, &mut |_| {}, ranks)?;
+    // Ranks may have room for different numbers of images.
+    let noisy = Noisy::new(data, data.len().min(IMAGES), DRAWS, 1, sigma);
+    let own = noisy.of(Part { number: ranks.rank(), of: ranks.size() });
+    let found = noisy.measure(b, net, own, batch, &mut |_| {})?;
+    let all = ranks.gather(bytemuck::cast_slice(&found))?.concat();
+    let losses = noisy.means(&bytemuck::pod_collect_to_vec(&all));
     Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
-}
-
-/// Losses of the effective weights on the first `images` of a split at each of [`SIGMAS`]; `progress` is told how
-/// many more images have been denoised.
-pub fn loss_by_level<B: NetworkBackend>(
-    b: &mut B,
-    net: &Precond,
-    data: &Dataset,
-    images: usize,
-    batch: usize,
-    progress: &mut dyn FnMut(u64),
-    ranks: &mut dyn Collective,
-) -> Result<Vec<Loss>, ValidationError> {
-    losses(b, net, data, images, SIGMAS.len(), |k| SIGMAS[k as usize % SIGMAS.len()] as f32, batch, progress, ranks)
 }
 
 /// The plan of a batch: denoised images and logvar.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Validating;
 
-/// Shows each image `draws` times; time number j of image i with noise k = i * `draws` + j of level `sigma(k)`.
-/// Means over the images for each j.
-#[allow(clippy::too_many_arguments)]
-fn losses<B: NetworkBackend>(
-    b: &mut B,
-    net: &Precond,
-    data: &Dataset,
-    images: usize,
+/// What a noisy image gave: its loss, error and logvar.
+pub type Found = [f64; 3];
+
+/// The first images of a split, each made noisy a few times: time number j of image i with noise k = i * draws + j.
+pub struct Noisy<'a> {
+    data: &'a Dataset,
     draws: usize,
-    sigma: impl Fn(u64) -> f32,
-    batch: usize,
-    progress: &mut dyn FnMut(u64),
-    ranks: &mut dyn Collective,
-) -> Result<Vec<Loss>, ValidationError> {
-    let dim = net.config.label_dim;
-    let sd2 = net.config.sigma_data.powi(2);
-    let total = images * draws;
-    let own = share(total as u64, ranks.rank(), ranks.size());
-    let (begin, end) = (own.start as usize, own.end as usize);
-    // A batch is of one size.
-    let mut by_size: BTreeMap<[usize; 3], Vec<usize>> = BTreeMap::new();
-    (begin..end).for_each(|k| by_size.entry(data.shape_of(k / draws)).or_default().push(k));
-    let batches = by_size.iter().flat_map(|(shape, all)| all.chunks(batch).map(move |all| (*shape, all)));
-    let mut found = vec![[0.0; 3]; end - begin];
-    for ([h, w, c], all) in batches {
-        let (n, numel) = (all.len(), h * w * c);
-        let mut clean = vec![0.0; n * numel];
-        let mut noisy = vec![0.0; n * numel];
-        let mut labels = vec![0.0; n * dim];
-        let levels: Vec<f32> = all.iter().map(|&k| sigma(k as u64)).collect();
-        for (j, &k) in all.iter().enumerate() {
-            let image = &mut clean[j * numel..][..numel];
-            // The same latent at every level.
-            data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image)?;
-            if dim > 0 {
-                data.condition(k / draws, &mut labels[j * dim..][..dim]);
+    sigma: Box<dyn Fn(u64) -> f32 + 'a>,
+    /// Their numbers k, those of images of one size after the other.
+    order: Vec<usize>,
+    /// So many of a size are in one part, if there are as many.
+    together: usize,
+}
+
+impl<'a> Noisy<'a> {
+    fn new(data: &'a Dataset, images: usize, draws: usize, together: usize, sigma: impl Fn(u64) -> f32 + 'a) -> Self {
+        let mut order: Vec<usize> = (0..images * draws).collect();
+        // A batch is of one size.
+        order.sort_by_key(|k| data.shape_of(k / draws));
+        Self { data, draws, sigma: Box::new(sigma), order, together }
+    }
+
+    /// Each image at each of [`SIGMAS`]. Parts are of whole batches: so an image has the neighbours that it would have if
+    /// one process did it all, and gives the same to the bit.
+    pub fn by_level(data: &'a Dataset, images: usize, batch: usize) -> Self {
+        let sigma = |k| SIGMAS[k as usize % SIGMAS.len()] as f32;
+        Self::new(data, images, SIGMAS.len(), batch, sigma)
+    }
+
+    fn batches<'k>(&'k self, numbers: &'k [usize], most: usize) -> impl Iterator<Item = &'k [usize]> {
+        let shape = |k: &usize| self.data.shape_of(k / self.draws);
+        numbers.chunk_by(move |a, b| shape(a) == shape(b)).flat_map(move |same| same.chunks(most))
+    }
+
+    /// The numbers of those in a part.
+    pub fn of(&self, part: Part) -> &[usize] {
+        let lengths: Vec<usize> = self.batches(&self.order, self.together).map(<[usize]>::len).collect();
+        let own = share(lengths.len() as u64, part.number, part.of);
+        let (first, end) = (own.start as usize, own.end as usize);
+        &self.order[lengths[..first].iter().sum()..][..lengths[first..end].iter().sum()]
+    }
+
+    /// What the effective weights make of some of them; `progress` is told how many more have been denoised.
+    ///
+    /// # Errors
+    /// The device's, or a damaged image.
+    pub fn measure<B: NetworkBackend>(
+        &self,
+        b: &mut B,
+        net: &Precond,
+        numbers: &[usize],
+        batch: usize,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<Found>, ValidationError> {
+        let Self { data, draws, .. } = *self;
+        let (dim, sd2) = (net.config.label_dim, net.config.sigma_data.powi(2));
+        let mut found = Vec::with_capacity(numbers.len());
+        for all in self.batches(numbers, batch) {
+            let shape @ [h, w, c] = data.shape_of(all[0] / draws);
+            let (n, numel) = (all.len(), shape.iter().product());
+            let mut clean = vec![0.0; n * numel];
+            let mut noisy = vec![0.0; n * numel];
+            let mut labels = vec![0.0; n * dim];
+            let levels: Vec<f32> = all.iter().map(|&k| (self.sigma)(k as u64)).collect();
+            for (j, &k) in all.iter().enumerate() {
+                let image = &mut clean[j * numel..][..numel];
+                // The same latent at every level.
+                data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image)?;
+                if dim > 0 {
+                    data.condition(k / draws, &mut labels[j * dim..][..dim]);
+                }
+                let noisy = &mut noisy[j * numel..][..numel];
+                Stream::new(0, Purpose::TrainNoise, k as u64).normals(noisy);
+                noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + levels[j] * *x);
             }
-            let noisy = &mut noisy[j * numel..][..numel];
-            Stream::new(0, Purpose::TrainNoise, k as u64).normals(noisy);
-            noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + levels[j] * *x);
+            let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &levels)];
+            if dim > 0 {
+                inputs.push(b.upload([n, 1, 1, dim], &labels));
+            }
+            let made = b.planned::<BackendError>(&Validating, &inputs, &mut |b, inputs| {
+                let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
+                Ok(vec![denoised, net.logvar(b, &inputs[1]).1])
+            })?;
+            let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
+            for j in 0..n {
+                let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
+                let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
+                let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
+                let error = (s2 + sd2) / (s2 * sd2) * square;
+                found.push([error / logvar.exp() + logvar, error, logvar]);
+            }
+            progress(n as u64);
         }
-        let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &levels)];
-        if dim > 0 {
-            inputs.push(b.upload([n, 1, 1, dim], &labels));
-        }
-        let made = b.planned::<BackendError>(&Validating, &inputs, &mut |b, inputs| {
-            let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
-            Ok(vec![denoised, net.logvar(b, &inputs[1]).1])
-        })?;
-        let (denoised, logvar) = (b.download(&made[0])?, b.download(&made[1])?);
-        for (j, k) in all.iter().enumerate() {
-            let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
-            let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
-            let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
-            let error = (s2 + sd2) / (s2 * sd2) * square;
-            found[k - begin] = [error / logvar.exp() + logvar, error, logvar];
-        }
-        progress(n as u64);
+        Ok(found)
     }
-    let all: Vec<f64> =
-        bytemuck::pod_collect_to_vec(&ranks.gather(bytemuck::cast_slice::<[f64; 3], u8>(&found))?.concat());
-    let mut sums = vec![Loss::default(); draws];
-    for (k, [loss, error, logvar]) in all.as_chunks().0.iter().enumerate() {
-        let sum = &mut sums[k % draws];
-        sum.loss += loss;
-        sum.error += error;
-        sum.logvar += logvar;
+
+    /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
+    pub fn means(&self, found: &[Found]) -> Vec<Loss> {
+        let mut sums = vec![Loss::default(); self.draws];
+        // In one order, whoever has measured them.
+        for (k, [loss, error, logvar]) in self.order.iter().zip(found) {
+            let sum = &mut sums[k % self.draws];
+            sum.loss += loss;
+            sum.error += error;
+            sum.logvar += logvar;
+        }
+        let mean = |sum: f64| sum / (self.order.len() / self.draws) as f64;
+        sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()
     }
-    let mean = |sum: f64| sum / images as f64;
-    Ok(sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect())
 }

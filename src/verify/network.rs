@@ -185,7 +185,7 @@ fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) 
     let denoised = download(b, &d)?;
     let logvar = download(b, &pass.logvar)?;
     let per_image = download(b, &pass.per_image)?;
-    net.backward(b, pass);
+    net.backward(b, pass, &mut |_, _| {});
     let size = denoised.len() / logvar.len();
     let data = net.config.sigma_data;
     let element = |(i, (d, clean)): (usize, (&f64, &f64))| {

@@ -13,7 +13,7 @@ mod training;
 mod weights;
 
 use super::*;
-use crate::params::{ParamId, ParamTable, mp_sum_weights};
+use crate::params::{Buckets, ParamId, ParamTable, mp_sum_weights};
 use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
 use crate::rng::dropped;
 use conv::{Filter, Rows, Window};
@@ -38,6 +38,7 @@ pub struct Cpu<T: Real = f32, P = Params<T>> {
 /// A network's parameters.
 pub struct Params<T: Real> {
     table: ParamTable,
+    buckets: Buckets,
     all: Vec<Param<T>>,
 }
 
@@ -90,7 +91,8 @@ impl<T: Real> Cpu<T> {
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
         let all = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
-        Self { params: Params { table: table.clone(), all }, pool: Arc::default(), bf16: false }
+        let params = Params { table: table.clone(), buckets: Buckets::of(table), all };
+        Self { params, pool: Arc::default(), bf16: false }
     }
 
     /// Sets a slot of a parameter in full precision, values in PyTorch's order.

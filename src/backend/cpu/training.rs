@@ -13,8 +13,13 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         Ok(self.param(slot, id)?.into_iter().map(|v| v.wide() as f32).collect())
     }
 
-    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
-        self.params.all.iter_mut().try_for_each(|p| p.exchange(slot, exchange))
+    fn buckets(&self) -> &Buckets {
+        &self.params.buckets
+    }
+
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        let Params { buckets, all, .. } = &mut self.params;
+        buckets.ids()[bucket].iter().try_for_each(|id| all[id.0].exchange(slot, exchange))
     }
 
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {

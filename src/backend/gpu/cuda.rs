@@ -10,6 +10,8 @@
 //!
 //! The caller's buffer is free after the first step; the host waits for the device only when the ring is
 //! full. Everything is on one thread; a device used by another thread in between is bound again.
+//!
+//! A third one ([`Runtime::beside`]) is for NCCL's commands, which wait for others and are waited for by events.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -19,7 +21,7 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
-use super::runtime::{Command, Graph, Memory, Runtime, advice};
+use super::runtime::{Beside, Command, Graph, Memory, Runtime, advice};
 use super::tiles::Card;
 use crate::backend::DeviceError;
 use crate::system;
@@ -780,9 +782,13 @@ impl Runtime for Cuda {
         Ok(Box::new(recorded))
     }
 
-    fn stream(&self) -> Result<Option<*mut c_void>, DeviceError> {
-        self.0.bind()?;
-        Ok(Some(self.0.commands.cast()))
+    fn beside(&self) -> Result<Option<Box<dyn Beside>>, DeviceError> {
+        let device = &self.0;
+        device.bind()?;
+        let mut made = Side { device: device.clone(), stream: std::ptr::null_mut(), event: std::ptr::null_mut() };
+        made.stream = device.require(result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        made.event = device.require(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING))?;
+        Ok(Some(Box::new(made)))
     }
 
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError> {
@@ -801,6 +807,57 @@ impl Runtime for Cuda {
         let seconds = |pair: &[sys::CUevent]| unsafe { result::event::elapsed(pair[0], pair[1]) }.map(f64::from);
         let milliseconds: Result<Vec<f64>, _> = events.0.chunks(2).map(seconds).collect();
         Ok(device.require(milliseconds)?.into_iter().map(|x| x * 1e-3).collect())
+    }
+}
+
+/// A stream beside that of commands.
+struct Side {
+    device: Rc<Device>,
+    stream: sys::CUstream,
+    event: sys::CUevent,
+}
+
+impl Side {
+    /// What `later` is given from here on waits for all that `earlier` was given.
+    fn order(&self, earlier: sys::CUstream, later: sys::CUstream) -> Result<(), DeviceError> {
+        self.device.bind()?;
+        let plainly = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: live streams and a live event. A wait is for what was recorded when it was given: the event may be
+        // recorded anew at once.
+        let ordered = unsafe {
+            result::event::record(self.event, earlier)
+                .and_then(|()| result::stream::wait_event(later, self.event, plainly))
+        };
+        self.device.require(ordered)
+    }
+}
+
+impl Beside for Side {
+    fn stream(&self) -> Result<*mut c_void, DeviceError> {
+        self.device.bind()?;
+        Ok(self.stream.cast())
+    }
+
+    fn follow(&self) -> Result<(), DeviceError> {
+        self.order(self.device.commands, self.stream)
+    }
+
+    fn lead(&self) -> Result<(), DeviceError> {
+        self.order(self.stream, self.device.commands)
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        // SAFETY: made by us, destroyed once; what is under way on them goes on to its end. What was never made is null.
+        unsafe {
+            if !self.event.is_null() {
+                let _ = result::event::destroy(self.event);
+            }
+            if !self.stream.is_null() {
+                let _ = result::stream::destroy(self.stream);
+            }
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 //! A weight is stored as rows `[cout][tap][cin]`, cin padded with zeros to a multiple of 8, so that rows are
 //! what is normalised and what the convolutions read; after the last row there is room up to a multiple of 8
 //! rows, which stays zero. Rows of a qkv layer are in the order of [`attention::row_of`].
+//!
+//! Convolutions come last in an arena, in the table's order: so each of the [`Buckets`] is one range of it.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -16,7 +18,7 @@ use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow, WeightStep};
 use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
-use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
+use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable};
 
 /// Where one parameter lies.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +87,7 @@ type TwoSided<T> = (Rc<T>, Rc<dyn Memory>);
 /// Every parameter of a network, and its training state.
 pub struct Params {
     table: ParamTable,
+    buckets: Buckets,
     places: Vec<Place>,
     precision: Precision,
     /// Values of each f32 arena.
@@ -100,7 +103,9 @@ pub struct Params {
     scale_tables: HashMap<Vec<ParamId>, TwoSided<ScaleTable>>,
 }
 
-fn place(spec: &ParamSpec, first: usize, exact: usize) -> Place {
+/// The place of a parameter, but for where it begins.
+fn place(spec: &ParamSpec) -> Place {
+    let (first, exact) = (0, 0);
     match spec.kind {
         ParamKind::Weight { cout, cin, taps } => {
             let split = spec.cat.map_or(cin, |cat| cat.split);
@@ -171,16 +176,17 @@ impl Params {
             return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU (--ema)")));
         }
         let (mut values, mut exact) = (0, 0);
-        let mut places = Vec::new();
-        for (_, spec) in table.iter() {
-            let p = place(spec, values, exact);
-            if p.stride() > weights::MAX_ROW {
-                let (name, found, most) = (&spec.name, p.stride(), weights::MAX_ROW);
-                return Err(DeviceError::Unavailable(format!("{name}: rows of {found} values, at most {most}")));
+        let mut places: Vec<Place> = table.iter().map(|(_, spec)| place(spec)).collect();
+        for convs in [false, true] {
+            for ((_, spec), p) in table.iter().zip(&mut places).filter(|((_, spec), _)| spec.is_conv() == convs) {
+                if p.stride() > weights::MAX_ROW {
+                    let (name, found, most) = (&spec.name, p.stride(), weights::MAX_ROW);
+                    return Err(DeviceError::Unavailable(format!("{name}: rows of {found} values, at most {most}")));
+                }
+                (p.first, p.exact) = (values, exact);
+                values += padded(p.rows) * p.stride();
+                exact += if p.weight { 0 } else { p.stride() };
             }
-            values += padded(p.rows) * p.stride();
-            exact += if p.weight { 0 } else { p.stride() };
-            places.push(p);
         }
         let all_rows = RowTable::new(places.iter().flat_map(rows_of).collect());
         let training = match emas {
@@ -206,6 +212,7 @@ impl Params {
         let turned = training.is_some().then(|| turned_weights(runtime, table, &places)).transpose()?;
         Ok(Self {
             table: table.clone(),
+            buckets: Buckets::of(table),
             precision,
             values,
             weight: filled(runtime, values * 4)?,
@@ -223,6 +230,11 @@ impl Params {
     /// The table.
     pub fn table(&self) -> &ParamTable {
         &self.table
+    }
+
+    /// The ranges of the arenas that are given away at a time.
+    pub fn buckets(&self) -> &Buckets {
+        &self.buckets
     }
 
     /// Bytes of device memory.
@@ -346,8 +358,11 @@ impl Params {
     }
 
     /// See [`crate::backend::TrainingBackend::exchange`].
-    pub fn exchange(&self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
-        exchange(Values::Device(&**self.arena(slot)?));
+    pub fn exchange(&self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        let first = |bucket: &Vec<ParamId>| bucket.iter().map(|&id| self.first(id)).min().unwrap_or(self.values);
+        let buckets = self.buckets.ids();
+        let end = bucket.checked_sub(1).map_or(self.values, |before| first(&buckets[before]));
+        exchange(Values::Device(&**self.arena(slot)?, 4 * first(&buckets[bucket])..4 * end));
         Ok(())
     }
 

@@ -63,13 +63,23 @@ pub trait Runtime {
     /// # Safety
     /// The commands' pointers are valid as long as the graph is run, see [`Command`].
     unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError>;
-    /// The CUDA stream that commands are given to, on a device that this thread uses from now on, for libraries that give
-    /// commands of their own; none where there is no CUDA.
-    fn stream(&self) -> Result<Option<*mut c_void>, DeviceError> {
+    /// A queue of commands beside this one; none where there is no CUDA.
+    fn beside(&self) -> Result<Option<Box<dyn Beside>>, DeviceError> {
         Ok(None)
     }
     /// Seconds that `work` takes, measured `repeats` times, each time after `before`, which is not counted.
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError>;
+}
+
+/// A queue of commands beside a device's, for libraries that give commands of their own. What is in the two runs at the same
+/// time, but for what one of them is told to wait for.
+pub trait Beside {
+    /// The CUDA stream, on a device that this thread uses from now on.
+    fn stream(&self) -> Result<*mut c_void, DeviceError>;
+    /// What it is given from here on comes after all that the device was given.
+    fn follow(&self) -> Result<(), DeviceError>;
+    /// What the device is given from here on comes after all that this queue was given.
+    fn lead(&self) -> Result<(), DeviceError>;
 }
 
 /// Which option to lower when memory for a purpose does not suffice.

@@ -92,7 +92,7 @@ impl RowTable {
             let length = row.length as usize;
             assert!(length.is_multiple_of(8) && (8..=MAX_ROW).contains(&length), "a row of {length} values");
         }
-        rows.sort_by_key(|r| (block(r.length), r.first));
+        rows.sort_by_key(|r| block(r.length));
         Self { rows }
     }
 

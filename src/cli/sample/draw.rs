@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::ops::Range;
 use std::panic::resume_unwind;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
@@ -96,6 +97,7 @@ pub fn draw(
             if save_steps { steps.borrow_mut().keep(step, kept == Kept::Steps) } else { Ok(()) }
         });
     }
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
     let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
@@ -129,19 +131,26 @@ pub fn draw(
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let rate = bar.length().unwrap_or(0) as f64 / seconds;
-    if part.of > 1 {
-        match gathered(request, &about, part, args, out, ranks)? {
-            Some(all) => pictures = all,
-            None => return Ok(()),
-        }
-    }
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
     let target = if kept == Kept::Latents {
-        out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
         about["per_condition"] = request.per_condition.into();
         about["conditions"] = json!(origins);
-        out.save_latents(&latents, &latent_steps, shape, &about)?
+        let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
+        drop((latents, latent_steps));
+        if part.of > 1 {
+            match joined(request, &about, part, args, out, ranks)? {
+                Some(all) => target = all,
+                None => return Ok(()),
+            }
+        }
+        out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
+        target
     } else {
+        if part.of > 1 {
+            match gathered(request, &about, part, args, out, ranks)? {
+                Some(all) => pictures = all,
+                None => return Ok(()),
+            }
+        }
         // A row for each condition if they are grouped.
         let columns = match request.per_condition {
             1 if args.interpolate.is_some() => pictures.len(),
@@ -166,8 +175,7 @@ fn most_of_grid(pictures: &[Picture]) -> usize {
     most.clamp(1, GRID)
 }
 
-/// The pictures of all parts that the grid is made of, for the process that makes it: rank 0, or whichever finds that
-/// no part is missing.
+/// The pictures of all parts that the grid is made of, for the process that makes it.
 fn gathered(
     request: &Request,
     common: &Value,
@@ -176,23 +184,65 @@ fn gathered(
     out: &OutDir,
     ranks: &mut Ranks,
 ) -> anyhow::Result<Option<Vec<Picture>>> {
-    ranks.met().barrier()?;
-    if !ranks.first() {
-        return Ok(None);
-    }
-    let (mut pictures, mut missing) = (Vec::new(), Vec::new());
-    for number in 0..part.of {
-        let range = images_of(Part { number, ..part }, request);
-        for image in range {
+    let mut pictures = Vec::new();
+    let mut lacking = |part: Part| -> Vec<usize> {
+        let mut missing = Vec::new();
+        for image in images_of(part, request) {
             match out.written(image, &request.about(common, image)) {
                 Some(picture) => pictures.push(picture),
-                None => missing.push((number, request.seeds[image])),
+                None => missing.push(image),
             }
             // All are looked for, though the grid has no room for all.
             pictures.truncate(most_of_grid(&pictures));
         }
+        missing
+    };
+    let ends = ends(request, part, args, ranks, &mut lacking)?;
+    Ok(ends.then_some(pictures))
+}
+
+/// The file of all latents, for the process that makes it.
+fn joined(
+    request: &Request,
+    about: &Value,
+    part: Part,
+    args: &SampleArgs,
+    out: &OutDir,
+    ranks: &mut Ranks,
+) -> anyhow::Result<Option<PathBuf>> {
+    let mut files = Vec::new();
+    let mut lacking = |part: Part| -> Vec<usize> {
+        let (own, all) = (images_of(part, request), 0..request.seeds.len());
+        match out.latents(part, own.clone(), about) {
+            Some(file) => {
+                files.push(file);
+                Vec::new()
+            }
+            // A part that ended at the same moment has joined them.
+            None if out.latents(Part::WHOLE, all, about).is_some() => Vec::new(),
+            None => own.collect(),
+        }
+    };
+    let ends = ends(request, part, args, ranks, &mut lacking)?;
+    Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
+}
+
+/// Whether this process has all parts before it, and is to make of them what one process would make: rank 0, or whichever
+/// finds that no part is `lacking` images. Else it says which do.
+fn ends(
+    request: &Request,
+    part: Part,
+    args: &SampleArgs,
+    ranks: &mut Ranks,
+    lacking: &mut dyn FnMut(Part) -> Vec<usize>,
+) -> anyhow::Result<bool> {
+    ranks.met().barrier()?;
+    if !ranks.first() {
+        return Ok(false);
     }
-    let Some(&(first, seed)) = missing.first() else { return Ok(Some(pictures)) };
+    let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
+    let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
+    let Some(&(first, seed)) = missing.first() else { return Ok(true) };
     let (dir, count) = (args.outdir.display(), missing.len());
     ensure!(
         ranks.size() == 1,
@@ -202,5 +252,5 @@ fn gathered(
     parts.dedup();
     let own = images_of(part, request).len();
     out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
-    Ok(None)
+    Ok(false)
 }

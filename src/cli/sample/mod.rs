@@ -155,7 +155,7 @@ pub struct SampleArgs {
     #[command(flatten)]
     sampler: SamplerArgs,
 
-    /// Make only part K of N of the images; the last of all parts to end makes the grid
+    /// Make only part K of N of the images; the last of all parts to end makes the grid, or the file of all latents
     #[arg(long, value_name = "K/N")]
     part: Option<Part>,
 }
@@ -242,7 +242,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together(|ranks| {
         let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
         let (own, dir) = (images_of(part, &request), &args.outdir);
-        let out = OutDir::claim(dir, args.overwrite, &request.seeds, own, kept).context("--outdir")?;
+        let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
@@ -307,8 +307,6 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
-    let one_file = "latents of all images go into one file, which one process makes; --vae FILE makes pictures of them";
-    ensure!(part.of == 1 || kept != Kept::Latents, "parts: {one_file}");
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
     let given = json!([pipeline.parameters(&request), request.seeds, request.per_condition, request.batch, origins]);
     agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
@@ -316,9 +314,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
         let values = (height * width * pipeline.net().config.img_channels) as u128;
-        // They are written in another order than they are made.
-        let needed = 2 * 4 * request.seeds.len() as u128 * values * (1 + steps);
-        memory::check(format!("keeping {} latents of {width}x{height}", request.seeds.len()), needed)?;
+        // They are written in another order than they are made; and those of all parts are joined.
+        let (own, all) = (images_of(part, &request).len(), request.seeds.len());
+        let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
+        memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
     Ok(Resolved { pipeline, request, kept, part })
 }

@@ -22,7 +22,7 @@ use super::runtime::{Command, Imagined, Memory, Runtime};
 use super::tensor::{Buffer, Format, Tensor, Workspace, bytes_of, padded};
 use super::tiles::Card;
 use crate::backend::*;
-use crate::params::{ParamId, ParamTable};
+use crate::params::{Buckets, ParamId, ParamTable, Whole};
 use half::{bf16, f16};
 use plan::{Plan, Recording};
 
@@ -415,7 +415,7 @@ impl<P> Backend for Gpu<P> {
         inputs: &[Tensor],
         body: &mut Body<Self, E>,
     ) -> Result<Vec<Tensor>, E> {
-        self.run_plan(key, inputs, body)
+        self.run_plan(key, inputs, &mut |b, inputs, _| body(b, inputs), &mut |_, _| {})
     }
 
     fn linear_combination(&mut self, terms: &[(&Tensor, f64)]) -> Tensor {

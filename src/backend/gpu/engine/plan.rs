@@ -4,6 +4,8 @@
 //! that makes one writes its activation too; then to learn how much memory that takes; then in that memory, into a graph
 //! that is replayed from then on.
 //!
+//! A pass that says when it is done with gradients is cut there, into several graphs: between two of them others may be told.
+//!
 //! All plans lie in one allocation, which the largest one decides: so a plan for each size of images costs a graph, and no
 //! memory for activations. Where a larger one comes, the smaller ones are recorded anew when they are needed.
 
@@ -34,6 +36,14 @@ pub(super) struct Recording {
     /// Memory that the commands refer to beside the workspace.
     pub constants: Vec<Tensor>,
     pub accumulates: bool,
+    /// After how many operations which gradients are whole.
+    pub done: Vec<(usize, Whole)>,
+}
+
+/// Commands of a plan that follow each other, and what they are the last to add to.
+pub(super) struct Part {
+    graph: Box<dyn Graph>,
+    done: Option<Whole>,
 }
 
 pub(super) struct Plan {
@@ -42,7 +52,7 @@ pub(super) struct Plan {
     /// Where the results lie in the workspace, until its next use.
     outputs: Vec<(DevicePtr, Shape, Format)>,
     _constants: Vec<Tensor>,
-    pub graph: Box<dyn Graph>,
+    parts: Vec<Part>,
     pub operations: Vec<(Work, Vec<Command>)>,
     cost: Cost,
     accumulates: bool,
@@ -52,6 +62,12 @@ impl Plan {
     fn suits(&self, key: &dyn PlanKey, inputs: &[Tensor]) -> bool {
         let like = |(ours, theirs): (&Tensor, &Tensor)| ours.is_like(theirs);
         self.key.equals(key) && self.inputs.len() == inputs.len() && self.inputs.iter().zip(inputs).all(like)
+    }
+}
+
+impl Graph for Plan {
+    fn run(&self) -> Result<(), DeviceError> {
+        self.parts.iter().try_for_each(|part| part.graph.run())
     }
 }
 
@@ -66,15 +82,16 @@ impl<P> Gpu<P> {
         self.plans.iter().rfind(|plan| plan.key.equals(key))
     }
 
-    /// See [`Backend::planned`].
+    /// See [`Backend::planned`] and [`TrainingBackend::planned_pass`].
     pub(super) fn run_plan<E: From<BackendError>>(
         &mut self,
         key: &dyn PlanKey,
         inputs: &[Tensor],
-        body: &mut Body<Self, E>,
+        body: &mut Pass<Self, E>,
+        done: &mut Done<Self>,
     ) -> Result<Vec<Tensor>, E> {
         if self.recording.is_some() {
-            return body(self, inputs);
+            return body(self, inputs, done);
         }
         self.check().map_err(BackendError::from)?;
         let known = self.plans.iter().position(|plan| plan.suits(key, inputs));
@@ -86,11 +103,18 @@ impl<P> Gpu<P> {
                 self.plans.len() - 1
             }
         };
-        Ok(self.replay(place, inputs).map_err(BackendError::from)?)
+        Ok(self.replay(place, inputs, done).map_err(BackendError::from)?)
     }
 
-    fn replay(&mut self, place: usize, inputs: &[Tensor]) -> Result<Vec<Tensor>, DeviceError> {
-        if self.plans[place].accumulates {
+    fn replay(&mut self, place: usize, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
+        let plan = &self.plans[place];
+        // All memory that it takes, before anything is added to gradients: who has too little may try again with less.
+        let result = |&(_, shape, format): &(DevicePtr, Shape, Format)| {
+            let memory = self.runtime.allocate(bytes_of(shape, format), "results")?;
+            Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
+        };
+        let results = plan.outputs.iter().map(result).collect::<Result<Vec<_>, DeviceError>>()?;
+        if plan.accumulates {
             self.accumulating();
             self.check()?;
         }
@@ -99,15 +123,18 @@ impl<P> Gpu<P> {
             // SAFETY: both are of one shape and format.
             unsafe { self.runtime.run(&Command::Copy { from: from.ptr(), to: to.ptr(), bytes: to.bytes() })? };
         }
-        plan.graph.run()?;
-        let result = |&(from, shape, format): &(DevicePtr, Shape, Format)| {
-            let bytes = bytes_of(shape, format);
-            let memory = self.runtime.allocate(bytes, "results")?;
+        for part in 0..plan.parts.len() {
+            let part = &self.plans[place].parts[part];
+            part.graph.run()?;
+            if let Some(whole) = part.done {
+                done(self, whole);
+            }
+        }
+        for (to, &(from, ..)) in results.iter().zip(&self.plans[place].outputs) {
             // SAFETY: the plan's workspace holds as many bytes there.
-            unsafe { self.runtime.run(&Command::Copy { from, to: memory.ptr(), bytes })? };
-            Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
-        };
-        plan.outputs.iter().map(result).collect()
+            unsafe { self.runtime.run(&Command::Copy { from, to: to.ptr(), bytes: to.bytes() })? };
+        }
+        Ok(results)
     }
 
     /// Device memory, where errors are those of a plan's body.
@@ -119,7 +146,7 @@ impl<P> Gpu<P> {
         &mut self,
         key: &dyn PlanKey,
         inputs: &[Tensor],
-        body: &mut Body<Self, E>,
+        body: &mut Pass<Self, E>,
     ) -> Result<Plan, E> {
         // Any address will do until the size is known.
         let nowhere = DevicePtr(1 << 40);
@@ -136,17 +163,26 @@ impl<P> Gpu<P> {
         let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
         let (recording, inputs, made) = self.trace(base, known, inputs, body)?;
         let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
-        let Recording { operations, accumulates, constants, .. } = recording;
-        let commands: Vec<Command> = operations.iter().flat_map(|(_, commands)| commands).cloned().collect();
+        let Recording { operations, accumulates, constants, done, .. } = recording;
+        let commands = |operations: &[(Work, Vec<Command>)]| -> Vec<Command> {
+            operations.iter().flat_map(|(_, commands)| commands).cloned().collect()
+        };
         let cost = Cost {
-            launches: commands.iter().filter(|c| matches!(c, Command::Launch(_))).count(),
+            launches: commands(&operations).iter().filter(|c| matches!(c, Command::Launch(_))).count(),
             bytes: operations.iter().map(|(work, _)| work.bytes).sum(),
             workspace: bytes,
         };
-        // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
-        // workspace, the parameters or memory that the plan keeps.
-        let graph = unsafe { self.runtime.record(commands) }.map_err(BackendError::from)?;
-        Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, graph, operations, cost, accumulates })
+        let rest = done.last().is_none_or(|&(end, _)| end < operations.len()).then_some((operations.len(), None));
+        let cuts = done.into_iter().map(|(end, whole)| (end, Some(whole))).chain(rest);
+        let (mut parts, mut first) = (Vec::new(), 0);
+        for (end, done) in cuts {
+            let commands = commands(&operations[std::mem::replace(&mut first, end)..end]);
+            // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
+            // workspace, the parameters or memory that the plan keeps.
+            let graph = unsafe { self.runtime.record(commands) }.map_err(BackendError::from)?;
+            parts.push(Part { graph, done });
+        }
+        Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, parts, operations, cost, accumulates })
     }
 
     /// Records `body` in a workspace at `base`, which begins with places for inputs like these; those, and what is made.
@@ -155,7 +191,7 @@ impl<P> Gpu<P> {
         base: DevicePtr,
         known: HashMap<usize, f64>,
         inputs: &[Tensor],
-        body: &mut Body<Self, E>,
+        body: &mut Pass<Self, E>,
     ) -> Result<(Recording, Vec<Tensor>, Vec<Tensor>), E> {
         let workspace = Workspace::new(base);
         let place = |x: &Tensor| Tensor::new(x.shape(), x.format(), None, Buffer::Place(workspace.place(x.bytes())));
@@ -168,8 +204,13 @@ impl<P> Gpu<P> {
             known,
             constants: Vec::new(),
             accumulates: false,
+            done: Vec::new(),
         });
-        let made = body(self, &inputs);
+        let made = body(self, &inputs, &mut |b: &mut Self, whole| {
+            if let Some(r) = &mut b.recording {
+                r.done.push((r.operations.len(), whole));
+            }
+        });
         let recording = self.recording.take().expect("put there above");
         self.check().map_err(BackendError::from)?;
         Ok((recording, inputs, made?))

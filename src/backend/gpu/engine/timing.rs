@@ -31,7 +31,7 @@ impl<P> Gpu<P> {
                 None => kinds.push((*work, 1, commands)),
             }
         }
-        let mut timing = Timing { whole: runtime.time(&*plan.graph, &*flush, repeats)?, kinds: Vec::new() };
+        let mut timing = Timing { whole: runtime.time(plan, &*flush, repeats)?, kinds: Vec::new() };
         for (work, count, commands) in kinds {
             // SAFETY: as when the plan was recorded.
             let graph = unsafe { runtime.record(commands.clone())? };

@@ -17,12 +17,36 @@ impl TrainingBackend for Gpu {
         self.params.read(slot, id)
     }
 
-    fn exchange(&mut self, slot: Slot, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+    fn buckets(&self) -> &Buckets {
+        self.params.buckets()
+    }
+
+    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
         if slot == Slot::Grad {
             self.accumulating();
         }
         self.check()?;
-        self.params.exchange(slot, exchange)
+        self.params.exchange(slot, bucket, exchange)
+    }
+
+    fn planned_pass<E: From<BackendError>>(
+        &mut self,
+        key: &dyn PlanKey,
+        inputs: &[Tensor],
+        pass: &mut Pass<Self, E>,
+        done: &mut Done<Self>,
+    ) -> Result<Vec<Tensor>, E> {
+        // A graph ends where another bucket is whole, and nowhere else.
+        let mut cut = |b: &mut Self, inputs: &[Tensor], done: &mut Done<Self>| {
+            let mut buckets = 0;
+            pass(b, inputs, &mut |b, whole| {
+                let now = b.params.buckets().whole(whole);
+                if std::mem::replace(&mut buckets, now) < now {
+                    done(b, whole);
+                }
+            })
+        };
+        self.run_plan(key, inputs, &mut cut, done)
     }
 
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
