@@ -15,7 +15,7 @@ use edm2k::codec::{Decoder, LATENTS};
 use edm2k::formats::{At, Claim};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
-use edm2k::model::{Config, Model, Precond};
+use edm2k::model::{Model, Precond};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{MicroBatch, micro_batch};
 use edm2k::tuning::{self, Table};
