@@ -431,6 +431,9 @@ fn check_all(bench: &mut Bench, questions: &[Question], check: fn(&mut Bench, Ca
     for round in 0..candidates.iter().map(|(_, all)| all.len()).max().unwrap() {
         let choices = candidates.iter().map(|(question, all)| (*question, all[round.min(all.len() - 1)]));
         bench.by.tuned = Some(Rc::new(Tuned::from_iter(choices)));
+        for (question, all) in &candidates {
+            assert_eq!(bench.by.choose(question), all[round.min(all.len() - 1)]);
+        }
         check(bench, case);
     }
     bench.by.tuned = None;
