@@ -427,7 +427,8 @@ mod tests {
             table.write(&path).unwrap();
             Table::read(&path).unwrap_err().to_string()
         };
-        let cases: [(fn(&mut Choice), &str); 10] = [
+        type Change = fn(&mut Choice);
+        let cases: [(Change, &str); 10] = [
             (|choice| choice.tile = "96x96".into(), "no kernels conv_fprop_f16x2_96x96"),
             (|choice| choice.tile = "flat_64x64".into(), "no kernels conv_fprop_f16x2_flat_64x64"),
             (|choice| choice.kernels = "conv_fprop_f32".into(), "no kernels conv_fprop_f32"),

@@ -226,6 +226,8 @@ pub struct Choice {
     pub steps_per_split: usize,
 }
 
+// The two numbers of the model below, and the speeds of the tiles, are estimates: measured on no card.
+
 /// Fewest steps worth a block of their own: filling its pipeline takes two.
 const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
