@@ -18,13 +18,15 @@ use edm2k::params::ParamTable;
 use edm2k::train::{MicroBatch, rehearse};
 use edm2k::tuning::Table;
 
+/// Seconds of a launch, by how many times were asked for before.
+type Seconds = dyn Fn(&Launch, usize) -> f64;
+
 /// An imagined device that keeps what it is given to run, and whose times are made up.
 struct Watched {
     device: Imagined,
     /// Of the last graph that ran.
     ran: Rc<RefCell<Vec<Launch>>>,
-    /// Seconds of a launch, by how many times were asked for before.
-    seconds: Box<dyn Fn(&Launch, usize) -> f64>,
+    seconds: Box<Seconds>,
     asked: RefCell<usize>,
 }
 
