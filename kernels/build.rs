@@ -14,6 +14,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
+use super::structs::{add_file, digest};
+
 /// The architectures unless EDM2K_CUDA_ARCHS names others, e.g. `89,90`.
 const ARCHS: &str = "80,86,89,90,120";
 const FLAGS: &[&str] = &[
@@ -48,12 +50,9 @@ impl Kernel {
         Ok(Self { name, source, flags, files })
     }
 
-    /// Where the package has it: under a digest that is the same with every compiler of Rust (FNV-1a).
+    /// Where the package has it.
     fn carried(&self) -> PathBuf {
-        // 0xff, which no UTF-8 has, ends each text.
-        let bytes = self.files.values().chain(&self.flags).flat_map(|text| text.bytes().chain([0xff]));
-        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        let digest = bytes.fold(0xcbf2_9ce4_8422_2325, step);
+        let digest = digest(self.files.values().chain(&self.flags));
         Path::new(CARRIED).join(format!("{}-{digest:016x}.fatbin", self.name))
     }
 }
@@ -133,18 +132,6 @@ fn output(nvcc: &Path, arguments: &[String]) -> Result<String, String> {
     let [out, err] = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
     let command = || format!("{} {}", nvcc.display(), arguments.join(" "));
     if output.status.success() { Ok(out) } else { Err(format!("{}\n{out}{err}", command())) }
-}
-
-/// Adds a file and those that it includes with quotes.
-fn add_file(path: PathBuf, files: &mut BTreeMap<PathBuf, String>) -> Result<(), String> {
-    if files.contains_key(&path) {
-        return Ok(());
-    }
-    let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let included = |line: &str| Some(line.trim().strip_prefix("#include \"")?.split('"').next()?.to_owned());
-    let headers: Vec<_> = text.lines().filter_map(included).map(|name| path.with_file_name(name)).collect();
-    files.insert(path, text);
-    headers.into_iter().try_for_each(|header| add_file(header, files))
 }
 
 /// Architectures as numbers, in order.

@@ -3,7 +3,7 @@
 //! size and offsets asserted, and a C++ file that asserts the same of the declarations. So are constants, lines
 //! `constexpr int NAME = NUMBER;`, and tables of instances, lines `NAME(NUMBER, ...)`: those are in `src/backend/gpu/tables.rs`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -205,6 +205,39 @@ fn documented(comment: &str, name: &str) -> String {
     })
 }
 
+/// Adds a file and those that it includes with quotes.
+pub fn add_file(path: PathBuf, files: &mut BTreeMap<PathBuf, String>) -> Result<(), String> {
+    if files.contains_key(&path) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let included = |line: &str| Some(line.trim().strip_prefix("#include \"")?.split('"').next()?.to_owned());
+    let headers: Vec<_> = text.lines().filter_map(included).map(|name| path.with_file_name(name)).collect();
+    files.insert(path, text);
+    headers.into_iter().try_for_each(|header| add_file(header, files))
+}
+
+/// A digest of texts that is the same with every compiler of Rust (FNV-1a).
+pub fn digest<'a>(texts: impl IntoIterator<Item = &'a String>) -> u64 {
+    // 0xff, which no UTF-8 has, ends each text.
+    let bytes = texts.into_iter().flat_map(|text| text.bytes().chain([0xff]));
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+/// The digest of the kernels that have tiles, and of all that they include.
+fn digest_of_tiled(paths: &[PathBuf]) -> Result<u64, String> {
+    let mut tiled = BTreeMap::new();
+    for path in paths.iter().filter(|path| path.extension().is_some_and(|e| e == "cu")) {
+        let mut files = BTreeMap::new();
+        add_file(path.clone(), &mut files)?;
+        if files.contains_key(&path.with_file_name("tiles.cuh")) {
+            tiled.append(&mut files);
+        }
+    }
+    Ok(digest(tiled.values()))
+}
+
 /// Writes `structs.rs`, `tables.rs` and `structs.cpp` to OUT_DIR; the path of the last.
 pub fn build() -> Result<PathBuf, String> {
     println!("cargo:rerun-if-changed=kernels");
@@ -216,7 +249,10 @@ pub fn build() -> Result<PathBuf, String> {
     // Headers first, and in the order of their names, which is that of their inclusion.
     paths.sort_by_key(|path| (is(path, "cu"), path.clone()));
     let (mut known, mut constants, mut structs) = (HashMap::new(), HashMap::new(), Vec::new());
-    let mut modules = String::new();
+    let mut modules = format!(
+        "/// Digest of the sources of all kernels that have tiles.\npub const TILED: &str = \"{:016x}\";\n",
+        digest_of_tiled(&paths)?
+    );
     for path in paths {
         let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         structs.append(&mut read(&path, &text, &mut known, &mut constants)?);

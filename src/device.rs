@@ -102,6 +102,8 @@ pub struct Device {
     /// Whether the CPU multiplies in bf16; none: nobody said.
     bf16: Option<bool>,
     fallback: Option<DeviceError>,
+    /// Why choices of tiles that somebody measured are not used.
+    untuned: Option<String>,
 }
 
 impl Device {
@@ -116,16 +118,23 @@ impl Device {
 
     /// As [`Device::open`].
     pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
-        let on = |runtime, fallback| Self { runtime, math: Math::default(), bf16: None, fallback };
+        let on = |runtime: Option<Rc<dyn Runtime>>| Self {
+            runtime,
+            math: Math::default(),
+            bf16: None,
+            fallback: None,
+            untuned: None,
+        };
+        let on_cuda = |(gpu, untuned): Opened| Self { untuned, ..on(Some(gpu)) };
         match name {
-            DeviceName::Cpu => Ok(on(None, None)),
-            DeviceName::Cuda(ordinal) => Ok(on(Some(cuda(ordinal)?), None)),
-            DeviceName::Emulated => Ok(on(Some(emulated()?), None)),
+            DeviceName::Cpu => Ok(on(None)),
+            DeviceName::Cuda(ordinal) => Ok(on_cuda(cuda(ordinal)?)),
+            DeviceName::Emulated => Ok(on(Some(emulated()?))),
             DeviceName::Auto => match cuda(0) {
-                Ok(gpu) => Ok(on(Some(gpu), None)),
+                Ok(gpu) => Ok(on_cuda(gpu)),
                 // On a machine that never had a GPU, nobody wonders.
-                Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None, None)),
-                Err(why) => Ok(on(None, Some(why))),
+                Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None)),
+                Err(why) => Ok(Self { fallback: Some(why), ..on(None) }),
             },
         }
     }
@@ -193,6 +202,11 @@ impl Device {
         self.fallback.as_ref()
     }
 
+    /// Why tiles that `edm2k tune` measured are not used, if there are such.
+    pub fn untuned(&self) -> Option<&str> {
+        self.untuned.as_deref()
+    }
+
     /// Runs what is written for any backend on this device's.
     pub fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
@@ -231,7 +245,10 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.runtime {
             None => write!(f, "the CPU, {}", self.precision().map_or("f32", Precision::name)),
-            Some(gpu) => write!(f, "{}, {}", gpu.name(), self.math.describe(gpu.card().capability)),
+            Some(gpu) => {
+                let tuned = if gpu.tuned().is_some() { ", tuned" } else { "" };
+                write!(f, "{}, {}{tuned}", gpu.name(), self.math.describe(gpu.card().capability))
+            }
         }
     }
 }
@@ -305,13 +322,22 @@ impl Backends for OnGpu {
     }
 }
 
+/// A GPU with the choices of tiles that were measured on it; and why some are not used.
+type Opened = (Rc<dyn Runtime>, Option<String>);
+
 #[cfg(feature = "cuda")]
-fn cuda(ordinal: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
-    Ok(Rc::new(crate::backend::gpu::cuda::Cuda::new(ordinal)?))
+fn cuda(ordinal: usize) -> Result<Opened, DeviceError> {
+    let gpu = crate::backend::gpu::cuda::Cuda::new(ordinal)?;
+    let (tuned, untuned) = crate::tuning::of(&gpu.origin());
+    let gpu = match tuned {
+        Some(tuned) => gpu.tuned_by(tuned),
+        None => gpu,
+    };
+    Ok((Rc::new(gpu), untuned.map(|why| why.to_string())))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: usize) -> Result<Rc<dyn Runtime>, DeviceError> {
+fn cuda(_: usize) -> Result<Opened, DeviceError> {
     Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
 }
 

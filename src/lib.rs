@@ -54,6 +54,8 @@ pub mod serve;
 pub mod system;
 pub mod train;
 #[doc(hidden)]
+pub mod tuning;
+#[doc(hidden)]
 pub mod verify;
 
 pub use backend::DeviceError;

@@ -32,6 +32,7 @@ enum Command {
     #[cfg(feature = "serve")]
     Serve(Box<cli::serve::ServeArgs>),
     Train(Box<cli::train::TrainArgs>),
+    Tune(cli::tune::TuneArgs),
     Verify(cli::verify::VerifyArgs),
 }
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         #[cfg(feature = "serve")]
         Command::Serve(args) => cli::serve::run(*args),
         Command::Train(args) => cli::train::run(*args),
+        Command::Tune(args) => cli::tune::run(&args),
         Command::Verify(args) => cli::verify::run(args),
     };
     let printed = say::printed();

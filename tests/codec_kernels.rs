@@ -15,11 +15,15 @@ use edm2k::backend::gpu::codec::{self, ShapeError};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Math, Precision};
 use edm2k::backend::gpu::runtime::Imagined;
-use edm2k::backend::gpu::tiles::Card;
+use edm2k::backend::gpu::tiles::{Card, Chooser, Tuned};
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::{self as codecs, Decoder};
 use edm2k::pictures::Picture;
 use edm2k::rng::{Purpose, Stream};
+
+fn card_of(sms: usize) -> Chooser {
+    Card { sms, capability: 90 }.into()
+}
 
 const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve];
 
@@ -27,7 +31,7 @@ const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Do
 struct Bench {
     on: common::Bench,
     /// Few multiprocessors make large tiles, many small ones.
-    card: Card,
+    by: Chooser,
     cpu: Cpu<f32, ()>,
     seed: u64,
 }
@@ -42,7 +46,7 @@ impl Deref for Bench {
 
 impl Bench {
     fn new(on: common::Bench) -> Self {
-        Self { on, card: Card { sms: 1, capability: 90 }, cpu: Cpu::for_codec(), seed: 0 }
+        Self { on, by: card_of(1), cpu: Cpu::for_codec(), seed: 0 }
     }
 
     fn normals(&mut self, count: usize) -> Vec<f32> {
@@ -91,7 +95,7 @@ impl Bench {
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
                 let math = Math { conv_loop, ..self.precision.into() };
                 let run = |residual: Option<DevicePtr>, y: DevicePtr| {
-                    let launches = codec::convolve(math, self.card, reach, shape, cout, from, at, residual, relu, y);
+                    let launches = codec::convolve(math, &self.by, reach, shape, cout, from, at, residual, relu, y);
                     self.run_loops(&launches.unwrap());
                 };
                 let y = self.room(out);
@@ -215,7 +219,7 @@ fn checked() -> impl Iterator<Item = Bench> {
 fn convolutions_of_every_reach() {
     for mut bench in benches(common::once()) {
         for (reach, sms) in REACHES.into_iter().flat_map(|reach| [(reach, 1), (reach, 500)]) {
-            bench.card = Card { sms, capability: 90 };
+            bench.by = card_of(sms);
             // The first and last layers' channels, odd ones, several tiles each way, several images.
             bench.convolve(reach, [1, 2, 2, 3], 8);
             bench.convolve(reach, [2, 6, 10, 4], 136);
@@ -226,6 +230,31 @@ fn convolutions_of_every_reach() {
         bench.convolve(Reach::Same, [2, 1, 1, 5], 9);
         bench.convolve(Reach::Double, [1, 7, 5, 8], 24);
         bench.convolve(Reach::Point, [1, 11, 8, 512], 17);
+    }
+}
+
+/// Whatever `edm2k tune` may choose is right.
+#[test]
+fn convolutions_by_every_tile_that_is_tried() {
+    for mut bench in benches(common::once()) {
+        for reach in REACHES {
+            for (shape, cout) in [([2, 6, 10, 4], 136), ([3, 10, 4, 64], 72)] {
+                let card = bench.by.card;
+                let maths =
+                    [ConvLoop::Mma, ConvLoop::Wgmma].map(|conv_loop| Math { conv_loop, ..bench.precision.into() });
+                let questions = maths.map(|math| codec::question(math, card, reach, shape, cout));
+                let rounds = questions.map(|question| question.candidates(card).len()).into_iter().max().unwrap();
+                assert!(rounds > 1);
+                for round in 0..rounds {
+                    let nth = |candidates: Vec<_>| candidates[round.min(candidates.len() - 1)];
+                    let choices = questions.map(|question| (question, nth(question.candidates(card))));
+                    assert!(choices.iter().all(|(_, choice)| choice.splits == 1), "the kernels know no parts");
+                    bench.by.tuned = Some(Rc::new(Tuned::from_iter(choices)));
+                    bench.convolve(reach, shape, cout);
+                }
+                bench.by.tuned = None;
+            }
+        }
     }
 }
 
@@ -279,10 +308,10 @@ fn any_thread_order_no_races_no_unwritten_reads_nothing_out_of_bounds() {
     for mut bench in checked() {
         for reach in REACHES {
             bench.convolve(reach, [2, 4, 6, 3], 9);
-            bench.card = Card { sms: 500, capability: 90 };
+            bench.by = card_of(500);
             bench.convolve(reach, [1, 6, 2, 40], 24);
             bench.convolve(reach, [1, 4, 6, 64], 72);
-            bench.card = Card { sms: 1, capability: 90 };
+            bench.by = card_of(1);
         }
         bench.convolve(Reach::Same, [1, 6, 4, 8], 136);
         bench.normalise([2, 3, 5, 17]);

@@ -6,6 +6,7 @@
 mod common;
 
 use std::ops::Deref;
+use std::rc::Rc;
 
 use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
@@ -13,7 +14,7 @@ use edm2k::backend::gpu::conv::{
     self, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, MainPath, Scales, Through, Wgrad,
 };
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
-use edm2k::backend::gpu::tiles::Card;
+use edm2k::backend::gpu::tiles::{Card, Chooser, Question, Tuned};
 use edm2k::backend::{Backend, NetworkBackend, Operand, OperandGrad, Scale, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable, mp_sum_weights};
 
@@ -35,7 +36,7 @@ impl Random {
 struct Bench {
     on: common::Bench,
     math: Math,
-    card: Card,
+    by: Chooser,
     random: Random,
     /// Of tiles whose sums come in parts, one after the other.
     arrived: Memory,
@@ -64,7 +65,7 @@ impl Bench {
         let name = format!("{} {math:?}", kernels.name);
         let on = common::Bench { kernels, precision: math.precision, name };
         let arrived = on.upload(&[0u32; conv::ARRIVED_BYTES / 4]);
-        Self { on, math, card, random: Random(0x9e37_79b9_7f4a_7c15), arrived }
+        Self { on, math, by: card.into(), random: Random(0x9e37_79b9_7f4a_7c15), arrived }
     }
 
     /// Random values of this magnitude.
@@ -165,7 +166,7 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let x = bench.random(pixels * case.ca, case.ca, 1.0);
     let skip = bench.random(pixels * case.cb.max(1), case.cb.max(1), 1.0);
     let residual = bench.random(pixels * cout, cout, 1.0);
-    let fprop = Fprop::new(case.shape(), bench.math, bench.card).unwrap();
+    let fprop = Fprop::new(case.shape(), bench.math, &bench.by).unwrap();
     let (y, extra) = (bench.room(pixels * padded(cout) * 2), bench.room(pixels * padded(cout) * 2));
     let scratch = bench.room(fprop.scratch_bytes());
 
@@ -205,6 +206,16 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     bench.same_in_rows(&format!("conv_mp_sum {case:?}"), &y, expected.values(), cout);
 }
 
+/// Main paths: of the same two tensors, of others, or of one alone.
+fn mains(case: Case) -> [Case; 4] {
+    [(case.ca, case.cb), (padded(case.cin()), 64), (256, 128), (128, 0)].map(|(ca, cb)| Case {
+        ca,
+        cb,
+        taps: 1,
+        ..case
+    })
+}
+
 /// `convs_mp_sum`: the main path reads the same two tensors, one of another width, or one alone.
 fn check_onto(bench: &mut Bench, case: Case) {
     let (mut cpu, id, [weight, _]) = with_weight(bench, case);
@@ -213,12 +224,11 @@ fn check_onto(bench: &mut Bench, case: Case) {
     let [y, extra] = [(); 2].map(|()| bench.room(case.pixels() * padded(case.cout) * 2));
     let cat = case.scales();
     let on_device = |case: &Case, x: &Both, skip: &Both| (x.at(), (case.cb != 0).then(|| skip.at()));
-    for (ca, cb) in [(case.ca, case.cb), (padded(case.cin()), 64), (256, 128), (128, 0)] {
-        let main = Case { ca, cb, taps: 1, ..case };
+    for main in mains(case) {
         let (mut main_cpu, main_id, [main_weight, _]) = with_weight(bench, main);
         let main_x = bench.random(main.pixels() * main.ca, main.ca, 1.0);
         let main_skip = bench.random(main.pixels() * main.cb.max(1), main.cb.max(1), 1.0);
-        let fprop = Fprop::and_main(case.shape(), main.shape(), bench.math, bench.card).unwrap();
+        let fprop = Fprop::and_main(case.shape(), main.shape(), bench.math, &bench.by).unwrap();
         let scratch = bench.room(fprop.scratch_bytes());
         let (wa, wb) = mp_sum_weights(0.3);
         let path = MainPath::Conv { inputs: on_device(&main, &main_x, &main_skip), weight: at(&main_weight) };
@@ -260,7 +270,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let skip_cpu = (cb != 0).then(|| cpu.upload(case.tensor(cb), &skip.values));
     let inputs = case.inputs(&x, &skip);
 
-    let dgrad = Dgrad::new(case.shape(), false, bench.math, bench.card).unwrap();
+    let dgrad = Dgrad::new(case.shape(), false, bench.math, &bench.by).unwrap();
     let scratch = bench.room(dgrad.scratch_bytes());
     for (silu, accumulate) in [(false, false), (true, true)] {
         let through = if silu { Through::Silu } else { Through::Linear };
@@ -290,7 +300,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
         return;
     }
 
-    let dgrad = Dgrad::new(case.shape(), true, bench.math, bench.card).unwrap();
+    let dgrad = Dgrad::new(case.shape(), true, bench.math, &bench.by).unwrap();
     let scratch = bench.room(dgrad.scratch_bytes());
     let stride = padded(ca) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
@@ -317,7 +327,7 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
     let id = table.conv("conv".into(), cin, cout, if taps == 9 { 3 } else { 1 });
     let mut cpu: Cpu<f32> = Cpu::for_training(&table, 0);
     let (a, b) = case.scales();
-    let wgrad = Wgrad::new(case.shape(), bench.math, bench.card).unwrap();
+    let wgrad = Wgrad::new(case.shape(), bench.math, &bench.by).unwrap();
     let dw = bench.upload(&vec![0.0; padded(cout) * taps * wide]);
     let scratch = bench.room(wgrad.scratch_bytes());
     for gain in [0.8, -1.5f32] {
@@ -412,6 +422,51 @@ fn input_gradient_is_the_twins() {
 #[test]
 fn weight_gradient_is_the_twins() {
     for_all(check_wgrad);
+}
+
+/// Checks with each of the candidates of these products in turn.
+fn check_all(bench: &mut Bench, questions: &[Question], check: fn(&mut Bench, Case), case: Case) {
+    let card = bench.by.card;
+    let candidates: Vec<_> = questions.iter().map(|question| (*question, question.candidates(card))).collect();
+    for round in 0..candidates.iter().map(|(_, all)| all.len()).max().unwrap() {
+        let choices = candidates.iter().map(|(question, all)| (*question, all[round.min(all.len() - 1)]));
+        bench.by.tuned = Some(Rc::new(Tuned::from_iter(choices)));
+        for (question, all) in &candidates {
+            assert_eq!(bench.by.choose(question), all[round.min(all.len() - 1)]);
+        }
+        check(bench, case);
+    }
+    bench.by.tuned = None;
+}
+
+/// Whatever `edm2k tune` may choose is right: every tile, and every number of parts of a sum.
+#[test]
+fn every_choice_that_is_tried_is_the_twins() {
+    let mut splits = std::collections::BTreeSet::new();
+    for device in common::once() {
+        for math in MATHS {
+            let mut bench = Bench::new(device.clone(), math, card_of(40));
+            let cases = [case(3, 8, 11, 136, 0, 136, 9), case(2, 5, 3, 128, 64, 192, 9), case(1, 37, 29, 64, 0, 72, 1)];
+            for case in cases {
+                let (shape, by) = (case.shape(), bench.by.clone());
+                let fprop = Fprop::new(shape, math, &by).unwrap().question();
+                let onto = mains(case).map(|main| Fprop::and_main(shape, main.shape(), math, &by).unwrap().question());
+                let mut dgrads = vec![Dgrad::new(shape, false, math, &by).unwrap().question()];
+                dgrads.extend(Dgrad::new(shape, true, math, &by).map(|scaled| scaled.question()));
+                let wgrad = Wgrad::new(shape, math, &by).unwrap().question();
+                for question in onto.iter().chain(&dgrads).chain([&fprop, &wgrad]) {
+                    let candidates = question.candidates(by.card);
+                    assert_eq!(candidates[0], by.choose(question), "the model's is among them");
+                    splits.extend(candidates.iter().map(|choice| choice.splits));
+                }
+                check_all(&mut bench, &[fprop], check_fprop, case);
+                check_all(&mut bench, &onto, check_onto, case);
+                check_all(&mut bench, &dgrads, check_dgrad, case);
+                check_all(&mut bench, &[wgrad], check_wgrad, case);
+            }
+        }
+    }
+    assert!(splits.len() > 5, "{splits:?}");
 }
 
 #[test]

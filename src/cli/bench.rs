@@ -8,14 +8,14 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::{Cost, Gpu, Work};
+use edm2k::backend::gpu::engine::{Cost, Gpu, Work, median};
 use edm2k::backend::gpu::limits::{self, Limits};
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Normalization, PlanKey, Shape, Slot, Step, TrainingBackend};
 use edm2k::codec::{CodecPlan, Decoder, LATENTS};
-use edm2k::model::Precond;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
+use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::stats::peak_mib;
@@ -153,16 +153,28 @@ fn mib(parameters: usize, plans: impl Iterator<Item = Cost>) -> Option<f64> {
     Some((parameters + plans.map(|cost| cost.workspace).max().unwrap_or(0)) as f64 / f64::from(1 << 20))
 }
 
-/// The middle one.
-pub fn median(mut seconds: Vec<f64>) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
+/// Random parameters, one at a time: the peak is to be that of the network, not of its making.
+pub fn load_random<B: TrainingBackend>(b: &mut B, table: &ParamTable, how: Normalization) -> Result<()> {
+    for (id, spec) in table.iter() {
+        let mut values = vec![0.0; spec.numel()];
+        Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
+        b.write_param(Slot::Weight, id, &values)?;
+    }
+    Ok(b.make_effective(Slot::Weight, how)?)
+}
+
+/// So many images, noise levels and labels.
+pub fn random_inputs(config: &Config, [h, w]: [usize; 2], n: usize) -> [(Shape, Vec<f32>); 3] {
+    let mut x = vec![0.0; n * h * w * config.img_channels];
+    Stream::new(0, Purpose::SampleNoise, 0).normals(&mut x);
+    let dim = config.label_dim;
+    [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n]), ([n, 1, 1, dim], vec![0.03; n * dim])]
 }
 
 impl Bench<'_> {
     fn cpu(&mut self, bf16: bool) -> Result<()> {
         let mut b = Cpu::<f32>::for_sampling(&self.table).with_bf16(bf16);
-        self.load(&mut b, Normalization::Eval)?;
+        load_random(&mut b, &self.table, Normalization::Eval)?;
         for n in [1, 2] {
             self.forward(&mut b, n, &|_| peak_mib())?;
         }
@@ -200,7 +212,7 @@ impl Bench<'_> {
         self.limits = Some(limits);
         let memory = |b: &Gpu| mib(b.param_bytes(), b.costs());
         let mut b = Gpu::for_sampling(runtime.clone(), math, &self.table)?;
-        self.load(&mut b, Normalization::Eval)?;
+        load_random(&mut b, &self.table, Normalization::Eval)?;
         for n in [1, 2, 8] {
             self.forward(&mut b, n, &memory)?;
             if self.args.kernels && n == 1 {
@@ -223,16 +235,6 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Random parameters, one at a time: the peak is to be that of the network, not of its making.
-    fn load<B: TrainingBackend>(&self, b: &mut B, how: Normalization) -> Result<()> {
-        for (id, spec) in self.table.iter() {
-            let mut values = vec![0.0; spec.numel()];
-            Stream { seed: 0, purpose: Purpose::Init, step: id.0 as u32, image: 0 }.normals(&mut values);
-            b.write_param(Slot::Weight, id, &values)?;
-        }
-        Ok(b.make_effective(Slot::Weight, how)?)
-    }
-
     /// Seconds of repeated runs after one that warms up.
     fn time(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<Vec<f64>> {
         run()?;
@@ -246,7 +248,7 @@ impl Bench<'_> {
 
     fn row(&mut self, what: String, [macs, images]: [f64; 2], times: Vec<f64>, memory_mib: Option<f64>) {
         let fastest_s = times.iter().copied().fold(f64::INFINITY, f64::min);
-        let median_s = median(times);
+        let median_s = median(&times);
         let (gmac_per_s, images_per_s) = (macs / median_s * 1e-9, images / median_s);
         let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib };
         if !self.args.json {
@@ -263,17 +265,8 @@ impl Bench<'_> {
         self.rows.push(row);
     }
 
-    /// Images, noise levels and labels.
-    fn inputs(&self, n: usize) -> [(Shape, Vec<f32>); 3] {
-        let ([h, w], config) = (self.size, &self.net.config);
-        let mut x = vec![0.0; n * h * w * config.img_channels];
-        Stream::new(0, Purpose::SampleNoise, 0).normals(&mut x);
-        let dim = config.label_dim;
-        [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n]), ([n, 1, 1, dim], vec![0.03; n * dim])]
-    }
-
     fn forward<B: TrainingBackend>(&mut self, b: &mut B, n: usize, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
-        let inputs = self.inputs(n);
+        let inputs = random_inputs(&self.net.config, self.size, n);
         let given = if self.net.config.label_dim > 0 { 3 } else { 2 };
         let macs = self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * n as f64;
         let net = self.net.clone();
@@ -296,8 +289,8 @@ impl Bench<'_> {
         rounds: usize,
         memory: &dyn Fn(&B) -> Option<f64>,
     ) -> Result<()> {
-        self.load(b, Normalization::Train { rounds })?;
-        let [(images, x), (levels, sigma), (dims, labels)] = self.inputs(n);
+        load_random(b, &self.table, Normalization::Train { rounds })?;
+        let [(images, x), (levels, sigma), (dims, labels)] = random_inputs(&self.net.config, self.size, n);
         let conditional = self.net.config.label_dim > 0;
         let total = (n * rounds) as f64;
         let macs = 3.0 * self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * total;
@@ -325,9 +318,9 @@ impl Bench<'_> {
     fn time_kernels<P>(&mut self, b: &mut Gpu<P>, plan: &'static str, key: &dyn PlanKey) -> Result<()> {
         let Some(limits) = self.limits else { return Ok(()) };
         let timing = b.time(key, self.args.repeats as usize)?;
-        let whole = median(timing.whole);
+        let whole = median(&timing.whole);
         let row = |(work, count, seconds): (Work, usize, Vec<f64>)| {
-            let median_s = median(seconds);
+            let median_s = median(&seconds);
             let (macs, bytes) = (work.macs() as f64, work.bytes as f64);
             let floor = (macs / limits.macs_per_s).max(bytes / limits.bytes_per_s);
             KernelRow {

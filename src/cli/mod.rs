@@ -17,6 +17,7 @@ pub mod say;
 pub mod serve;
 pub mod signals;
 pub mod train;
+pub mod tune;
 pub mod verify;
 
 use std::io::ErrorKind;
@@ -70,6 +71,7 @@ impl DeviceArgs {
             (_, Some(why)) => note!("warning: computing on the CPU: {why}"),
             _ => {}
         }
+        device.untuned().iter().for_each(|why| note!("warning: {why}"));
         let device = device.with_math(self.math());
         match self.precision {
             Some(numbers) => device.with_numbers(numbers).context("--precision"),

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use edm2k::backend::gpu::engine::median;
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::file::{Stored, save};
@@ -15,7 +16,7 @@ use edm2k::rng::{Purpose, Stream};
 use edm2k::{Device, Pipeline};
 use serde_json::{Value, json};
 
-use super::bench::{BenchArgs, median};
+use super::bench::BenchArgs;
 use super::say::{self, out};
 
 /// Has a process of its own draw, so that its start counts too. Without a model it draws with random weights.
@@ -97,14 +98,15 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
     let whole = |parts: &Parts| parts.iter().map(|(_, seconds)| seconds).sum::<f64>();
     let after: Vec<f64> = pictures.iter().map(whole).collect();
     let fastest = after.iter().copied().fold(f64::INFINITY, f64::min);
-    let part = |i: usize| (pictures[0][i].0, median(pictures.iter().map(|picture| picture[i].1).collect()));
+    let seconds = |i: usize| pictures.iter().map(|picture| picture[i].1).collect::<Vec<_>>();
+    let part = |i: usize| (pictures[0][i].0, median(&seconds(i)));
     let of_after: Parts = (0..3).map(part).collect();
     report(
         args,
         &device,
         &pipeline,
         &request,
-        [(whole(&parts), whole(&parts), parts), (median(after), fastest, of_after)],
+        [(whole(&parts), whole(&parts), parts), (median(&after), fastest, of_after)],
     );
     Ok(())
 }

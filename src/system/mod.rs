@@ -3,7 +3,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 #[cfg_attr(unix, path = "unix.rs")]
@@ -53,6 +53,11 @@ pub fn leads_to_open_file(path: &Path) -> bool {
 /// When a file was last changed, or put where it is, as far as the system knows.
 pub fn changed(about: &Metadata) -> Option<SystemTime> {
     about.modified().ok().max(side::placed(about))
+}
+
+/// Where this user's programs keep what can be made again.
+pub fn cache() -> Option<PathBuf> {
+    side::cache().filter(|path| path.is_absolute())
 }
 
 // ---- memory ----
@@ -109,4 +114,9 @@ pub fn why_not_loaded(library: &str) -> Option<String> {
 /// Whether this machine has a card of NVIDIA's, driver or not.
 pub fn has_nvidia_hardware() -> bool {
     side::has_nvidia_hardware()
+}
+
+/// The version of NVIDIA's driver, where the system tells it.
+pub fn nvidia_driver() -> Option<String> {
+    side::nvidia_driver().filter(|version| !version.is_empty())
 }

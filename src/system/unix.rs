@@ -5,7 +5,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::{null, null_mut};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
@@ -62,6 +62,13 @@ pub fn leads_to_open_file(path: &Path) -> bool {
 pub fn placed(about: &Metadata) -> Option<SystemTime> {
     let (seconds, nanoseconds) = (u64::try_from(about.ctime()).ok()?, u32::try_from(about.ctime_nsec()).ok()?);
     SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))
+}
+
+pub fn cache() -> Option<PathBuf> {
+    // A relative one is to be ignored, says the specification of these directories.
+    let named = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let usual = if cfg!(target_os = "macos") { "Library/Caches" } else { ".cache" };
+    named.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(usual)))
 }
 
 pub fn memory() -> Option<u64> {
@@ -215,6 +222,10 @@ pub fn has_nvidia_hardware() -> bool {
     };
     let devices = fs::read_dir("/sys/bus/pci/devices");
     Path::new("/dev/nvidiactl").exists() || devices.is_ok_and(|all| all.flatten().any(of_nvidia))
+}
+
+pub fn nvidia_driver() -> Option<String> {
+    Some(fs::read_to_string("/sys/module/nvidia/version").ok()?.trim().to_owned())
 }
 
 #[cfg(test)]

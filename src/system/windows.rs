@@ -6,7 +6,7 @@ use std::mem::{size_of, zeroed};
 use std::os::windows::ffi::OsStrExt;
 use std::os::windows::fs::OpenOptionsExt;
 use std::os::windows::io::AsRawHandle;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -80,6 +80,10 @@ pub fn leads_to_open_file(_: &Path) -> bool {
 
 pub fn placed(about: &Metadata) -> Option<SystemTime> {
     about.created().ok()
+}
+
+pub fn cache() -> Option<PathBuf> {
+    std::env::var_os("LOCALAPPDATA").map(PathBuf::from)
 }
 
 pub fn memory() -> Option<u64> {
@@ -193,6 +197,10 @@ pub fn has_nvidia_hardware() -> bool {
         RegCloseKey(key);
         found == Some(true)
     }
+}
+
+pub fn nvidia_driver() -> Option<String> {
+    None
 }
 
 fn wide(text: &str) -> Vec<u16> {

@@ -7,12 +7,12 @@
 
 use super::conv_hopper::{self, Images, Pixels};
 use super::engine::{Gpu, Work};
-use super::launch::{DevicePtr, Launch, Math, Precision, int};
+use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision, int};
 use super::runtime::{PARAMETERS, Runtime};
 use super::structs::{CodecAttention, CodecBytes, CodecConv, CodecNorm, CodecNormalise};
 use super::tables::codec::{ATTENTION, BYTES_PIXELS, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
 use super::tensor::{Buffer, Format, Tensor, padded};
-use super::tiles::{self, Card, Choice, Product};
+use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::backend::{BackendError, DeviceError, Shape};
 use half::{bf16, f16};
@@ -113,6 +113,17 @@ fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
     values.iter().map(bits).collect()
 }
 
+/// What a convolution of x of `shape` is chosen a tile for.
+pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cout: usize) -> Question {
+    let Window { side, stride, phases, .. } = Window::of(reach);
+    // Bulk copies take every pixel's neighbours, not every other one's.
+    let math = if stride == 1 { math } else { Math { conv_loop: ConvLoop::Mma, ..math } };
+    let (cin, columns, taps) = (padded(cin), padded(cout), side * side);
+    let rows = n * (h / stride) * (w / stride);
+    let product = Product { groups: phases, rows, columns, steps: tiles::steps_of(&[(taps, cin)]) };
+    Question { kernels: Kernels::new(Kind::Codec, math, card, &[cin], columns), taps, product }
+}
+
 /// y = max(0?, residual + bias + conv of x [n, h, w, cin]); `weight` from [`pack`], `bias` f32 with padded
 /// channels; `residual` has the shape of the result and may be `y`. Zeros where x, weight and bias are padded stay.
 ///
@@ -121,7 +132,7 @@ fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
 #[allow(clippy::too_many_arguments, reason = "the operation has them")]
 pub fn convolve(
     math: Math,
-    card: Card,
+    by: impl Into<Chooser>,
     reach: Reach,
     shape: Shape,
     cout: usize,
@@ -141,13 +152,10 @@ pub fn convolve(
     check([1, side * side, padded(cin), cout])?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
-    let (tiles, steps) = tiles::of_inputs(&[(side * side, cin)]);
-    let hopper = stride == 1 && tiles::by_wgmma(math, &[cin], cout);
-    let tiles = if hopper { &tiles::HOPPER } else { tiles };
-    // The sum is never split: the images are large.
-    let whole = Product { groups: phases, rows: pixels, columns: cout, steps: 1 };
-    let choice = Choice { splits: 1, steps_per_split: steps, ..tiles::choose(tiles, whole, card) };
-    let tile = choice.tile;
+    let by = by.into();
+    let question = question(math, by.card, reach, shape, cout);
+    let choice = by.choose(&question);
+    let (kernel, tile) = (question.kernels.instance(choice.tile), choice.tile);
     let params = CodecConv {
         x,
         weight,
@@ -170,8 +178,7 @@ pub fn convolve(
         padding: 0,
     };
     let precision = math.precision;
-    if !hopper {
-        let kernel = format!("codec_conv_{}_{}", precision.name(), tile.name);
+    if !question.kernels.hopper {
         let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases].map(|x| int(x) as u32);
         return Ok(vec![Launch::new(kernel, grid, tile.threads, tile.shared, &params)]);
     }
@@ -186,8 +193,7 @@ pub fn convolve(
             columns: cout,
             tiles_m: pixels.div_ceil(tile.m),
         };
-        let kernel = format!("hopper_codec_{}_{}", precision.name(), tile.name);
-        conv_hopper::pixels(kernel, &product, &choice, card, &CodecConv { phase: int(phase), ..params })
+        conv_hopper::pixels(kernel.clone(), &product, &choice, by.card, &CodecConv { phase: int(phase), ..params })
     };
     Ok((0..phases).map(launch).collect())
 }
@@ -396,11 +402,12 @@ impl CodecBackend for Gpu<Loaded> {
         assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
         self.keep(&[weight, bias]);
         let from = residual.as_ref().map(Tensor::ptr);
-        let (math, card, side) = (self.math, self.card, Window::of(*reach).side);
+        let (math, by, side) = (self.math, self.chooser.clone(), Window::of(*reach).side);
         let work = Work::new("codec_conv", shape).sums(side * side * cin).with([&x, weight]).with(&residual);
+        let work = work.of(question(math, by.card, *reach, x.shape(), *cout));
         let (y, held) = self.sum_into(residual, shape);
         let at = (weight.ptr(), bias.ptr());
-        let launches = convolve(math, card, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr());
+        let launches = convolve(math, by, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr());
         self.go_if(work.with([&y]), launches);
         drop(held);
         y

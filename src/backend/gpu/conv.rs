@@ -8,7 +8,7 @@
 use super::conv_hopper::{self, Images, Pixels, Window};
 use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::structs::{ConvDgrad, ConvFprop, ConvWgrad, PixelTiles};
-use super::tiles::{self, Card, Choice, Product, Tile};
+use super::tiles::{self, Card, Choice, Chooser, Kernels, Kind, Product, Question};
 use bytemuck::NoUninit;
 
 /// A convolution of [n, h, w, ca] and, unless cb is 0, [n, h, w, cb] to [n, h, w, cout]. Channels are
@@ -138,42 +138,43 @@ pub enum MainPath {
     },
 }
 
-/// A product's kernel: which loop, its numbers, tile and split.
+/// A product's kernel: which it is, its tile and split.
 #[derive(Clone, Debug)]
 struct Kernel {
-    hopper: bool,
-    precision: Precision,
-    /// The numbers as they stand in the kernel's name.
-    math: &'static str,
-    card: Card,
+    question: Question,
     choice: Choice,
+    precision: Precision,
+    card: Card,
 }
 
 impl Kernel {
     /// For a product of neighbours, of so many taps and channels of each tensor.
-    fn of_pixels(math: Math, card: Card, inputs: &[(usize, usize)], groups: usize, product: [usize; 2]) -> Self {
-        let [rows, columns] = product;
-        let (mut tiles, steps) = tiles::of_inputs(inputs);
+    fn of_pixels(
+        kind: Kind,
+        math: Math,
+        by: impl Into<Chooser>,
+        inputs: &[(usize, usize)],
+        groups: usize,
+        [rows, columns]: [usize; 2],
+    ) -> Self {
+        let by = by.into();
         let channels: Vec<usize> = inputs.iter().map(|&(_, channels)| channels).collect();
-        let hopper = tiles::by_wgmma(math, &channels, columns);
-        if hopper {
-            tiles = &tiles::HOPPER;
-        }
-        Self::new(math, card, hopper, tiles, Product { groups, rows, columns, steps })
+        let kernels = Kernels::new(kind, math, by.card, &channels, columns);
+        let product = Product { groups, rows, columns, steps: tiles::steps_of(inputs) };
+        Self::new(math, &by, Question { kernels, taps: inputs[0].0, product })
     }
 
-    fn new(math: Math, card: Card, hopper: bool, tiles: &'static [Tile], product: Product) -> Self {
-        let choice = tiles::choose(tiles, product, card);
-        Self { hopper, precision: math.precision, math: math.name(card.capability), card, choice }
+    fn new(math: Math, by: &Chooser, question: Question) -> Self {
+        Self { question, choice: by.choose(&question), precision: math.precision, card: by.card }
     }
 
-    /// The name of an instance.
-    fn name(&self, kind: &str) -> String {
-        let Self { precision, math, choice, .. } = self;
-        match self.hopper {
-            true => format!("hopper_{kind}_{}_{}", precision.name(), choice.tile.name),
-            false => format!("conv_{kind}_{math}_{}", choice.tile.name),
-        }
+    fn hopper(&self) -> bool {
+        self.question.kernels.hopper
+    }
+
+    /// The name of the instance.
+    fn name(&self) -> String {
+        self.question.kernels.instance(self.choice.tile)
     }
 
     /// What bulk copies read of a convolution or of the gradient of its input.
@@ -199,10 +200,10 @@ impl Kernel {
     }
 
     /// A launch of the loop for every card.
-    fn launch(&self, kind: &str, grid: [usize; 2], params: &impl NoUninit) -> Launch {
+    fn launch(&self, grid: [usize; 2], params: &impl NoUninit) -> Launch {
         let Choice { tile, splits, .. } = self.choice;
         let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(splits) as u32];
-        Launch::new(self.name(kind), grid, tile.threads, tile.shared, params)
+        Launch::new(self.name(), grid, tile.threads, tile.shared, params)
     }
 }
 
@@ -222,34 +223,39 @@ pub struct Fprop {
 
 impl Fprop {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
-        Self::of(shape, None, math, card)
+    pub fn new(shape: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
+        Self::of(shape, None, math, by)
     }
 
     /// The same for a convolution and that of the main path, of one tap, to which [`Epilogue::MpSum`] adds it.
-    pub fn and_main(shape: ConvShape, main: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
+    pub fn and_main(shape: ConvShape, main: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         if main != (ConvShape { ca: main.ca, cb: main.cb, taps: 1, ..shape }) {
             return Err(ConvError {
                 shape: main,
                 what: "it is not of one tap, or its result is not of the same shape",
             });
         }
-        Self::of(shape, Some(main), math, card)
+        Self::of(shape, Some(main), math, by)
     }
 
-    fn of(shape: ConvShape, main: Option<ConvShape>, math: Math, card: Card) -> Result<Self, ConvError> {
+    fn of(shape: ConvShape, main: Option<ConvShape>, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         let mut inputs = Vec::new();
         for of in std::iter::once(&shape).chain(&main) {
             of.check()?;
             inputs.extend([(of.taps, of.ca), (of.taps, of.cb)]);
         }
         let product = [shape.pixels(), shape.cout];
-        Ok(Self { shape, main, kernel: Kernel::of_pixels(math, card, &inputs, 1, product) })
+        Ok(Self { shape, main, kernel: Kernel::of_pixels(Kind::Fprop, math, by, &inputs, 1, product) })
     }
 
     /// The name of the instance chosen.
     pub fn kernel(&self) -> String {
-        self.kernel.name("fprop")
+        self.kernel.name()
+    }
+
+    /// What tile and split were chosen for.
+    pub fn question(&self) -> Question {
+        self.kernel.question
     }
 
     /// Bytes of scratch memory.
@@ -336,12 +342,12 @@ impl Fprop {
             padding: 0,
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
-        Ok(if self.kernel.hopper {
+        Ok(if self.kernel.hopper() {
             let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
             let product = Pixels { main, ..product };
-            conv_hopper::pixels(self.kernel.name("fprop"), &product, &self.kernel.choice, self.kernel.card, &params)
+            conv_hopper::pixels(self.kernel.name(), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
-            self.kernel.launch("fprop", grid, &params)
+            self.kernel.launch(grid, &params)
         })
     }
 }
@@ -391,19 +397,25 @@ pub struct Dgrad {
 
 impl Dgrad {
     /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
-    pub fn new(shape: ConvShape, scaled: bool, math: Math, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, scaled: bool, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
             return Err(ConvError { shape, what: "a scaled input is one tensor" });
         }
         let groups = if scaled { shape.n } else { 1 };
         let product = [shape.pixels() / groups, shape.cin()];
-        Ok(Self { shape, kernel: Kernel::of_pixels(math, card, &[(shape.taps, shape.cout)], groups, product), scaled })
+        let kernel = Kernel::of_pixels(Kind::Dgrad, math, by, &[(shape.taps, shape.cout)], groups, product);
+        Ok(Self { shape, kernel, scaled })
     }
 
     /// The name of the instance chosen.
     pub fn kernel(&self) -> String {
-        self.kernel.name("dgrad")
+        self.kernel.name()
+    }
+
+    /// What tile and split were chosen for.
+    pub fn question(&self) -> Question {
+        self.kernel.question
     }
 
     fn groups(&self) -> usize {
@@ -484,12 +496,12 @@ impl Dgrad {
             acc_factor: acc.map_or(0.0, |a| a.1),
         };
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
-        let mut launches = vec![if self.kernel.hopper {
+        let mut launches = vec![if self.kernel.hopper() {
             let product =
                 self.kernel.pixels(shape, [grad, DevicePtr::NULL], [shape.cout, 0], turned, shape.cin(), grid[0]);
-            conv_hopper::pixels(self.kernel.name("dgrad"), &product, &self.kernel.choice, self.kernel.card, &params)
+            conv_hopper::pixels(self.kernel.name(), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
-            self.kernel.launch("dgrad", grid, &params)
+            self.kernel.launch(grid, &params)
         }];
         if self.scaled {
             let grid = [shape.ca.div_ceil(128), shape.n];
@@ -508,18 +520,23 @@ pub struct Wgrad {
 
 impl Wgrad {
     /// Chooses tile and split.
-    pub fn new(shape: ConvShape, math: Math, card: Card) -> Result<Self, ConvError> {
+    pub fn new(shape: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         shape.check()?;
         let steps = shape.pixels().div_ceil(tiles::STEP);
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
-        let hopper = tiles::by_wgmma(math, &[shape.ca, shape.cb], shape.cout);
-        let tiles = if hopper { &tiles::HOPPER_GRADIENT } else { &tiles::GRADIENT };
-        Ok(Self { shape, kernel: Kernel::new(math, card, hopper, tiles, product) })
+        let by = by.into();
+        let kernels = Kernels::new(Kind::Wgrad, math, by.card, &[shape.ca, shape.cb], shape.cout);
+        Ok(Self { shape, kernel: Kernel::new(math, &by, Question { kernels, taps: shape.taps, product }) })
     }
 
     /// The name of the instance chosen.
     pub fn kernel(&self) -> String {
-        self.kernel.name("wgrad")
+        self.kernel.name()
+    }
+
+    /// What tile and split were chosen for.
+    pub fn question(&self) -> Question {
+        self.kernel.question
     }
 
     fn values(&self) -> usize {
@@ -563,14 +580,14 @@ impl Wgrad {
             gain,
         };
         let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
-        let mut launches = vec![if self.kernel.hopper {
+        let mut launches = vec![if self.kernel.hopper() {
             let images = |at, channels| shape.images(at, channels);
             let skip = (shape.cb > 0).then(|| images(skip, shape.cb));
             let tensors = (images(inputs.x, shape.ca), skip, images(grad, shape.cout));
             let Kernel { precision, choice, .. } = &self.kernel;
-            conv_hopper::weights(self.kernel.name("wgrad"), *precision, tensors, shape.taps, choice, &params)
+            conv_hopper::weights(self.kernel.name(), *precision, tensors, shape.taps, choice, &params)
         } else {
-            self.kernel.launch("wgrad", grid, &params)
+            self.kernel.launch(grid, &params)
         }];
         if splits > 1 {
             launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, &params));

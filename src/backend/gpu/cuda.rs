@@ -21,8 +21,8 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
-use super::runtime::{Beside, Command, Graph, Memory, Runtime, advice};
-use super::tiles::Card;
+use super::runtime::{Beside, Command, Graph, Memory, Origin, Runtime, advice};
+use super::tiles::{Card, Tuned};
 use crate::backend::DeviceError;
 use crate::system;
 
@@ -147,14 +147,25 @@ fn start_driver() -> Result<(), DeviceError> {
         }
         Err(e) => return unavailable(format!("the NVIDIA driver does not start: {}", describe(e))),
     }
-    let mut version: c_int = 0;
-    // SAFETY: writes one integer.
-    let told = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
-    if told.is_err() || version < OLDEST_DRIVER {
-        let [found, needed] = [version, OLDEST_DRIVER].map(|v| format!("{}.{}", v / 1000, v % 1000 / 10));
+    let version = driver_version();
+    if version < OLDEST_DRIVER {
+        let [found, needed] = [version, OLDEST_DRIVER].map(in_words);
         return unavailable(format!("the NVIDIA driver is for CUDA {found}, needs {needed} or newer"));
     }
     has_all(others)
+}
+
+/// The newest CUDA that the driver knows, as it counts; 0 if it does not say.
+fn driver_version() -> c_int {
+    let mut version: c_int = 0;
+    // SAFETY: writes one integer; the library is loaded, and has the function.
+    let told = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+    told.map_or(0, |()| version)
+}
+
+/// CUDA's version as people write it.
+fn in_words(version: c_int) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
@@ -510,9 +521,9 @@ impl Drop for Device {
     }
 }
 
-/// A GPU. Clones are the same one.
+/// A GPU, and the choices of tiles that were measured on it. Clones are the same one.
 #[derive(Clone)]
-pub struct Cuda(Rc<Device>);
+pub struct Cuda(Rc<Device>, Option<Rc<Tuned>>);
 
 impl Cuda {
     /// Opens the device that the driver counts as `ordinal`.
@@ -568,7 +579,13 @@ impl Cuda {
         made.ring.get_mut().device = place;
         made.ring.get_mut().pinned = made.require(pinned(RING))?.cast();
         made.download = made.require(pinned(DOWNLOAD))?.cast();
-        Ok(Self(Rc::new(made)))
+        Ok(Self(Rc::new(made), None))
+    }
+
+    /// The same, with these choices of tiles.
+    #[must_use]
+    pub fn tuned_by(self, tuned: Tuned) -> Self {
+        Self(self.0, Some(Rc::new(tuned)))
     }
 
     /// What it is.
@@ -711,6 +728,17 @@ impl Runtime for Cuda {
     fn card(&self) -> Card {
         let CardInfo { sms, capability: (major, minor), .. } = self.0.info;
         Card { sms, capability: major * 10 + minor }
+    }
+
+    fn origin(&self) -> Origin {
+        let archs: Vec<_> = ARCHS.iter().map(u32::to_string).collect();
+        let compiled = format!("CUDA {COMPILER} for {}", archs.join(" "));
+        let driver = system::nvidia_driver().unwrap_or_else(|| format!("for CUDA {}", in_words(driver_version())));
+        Origin::new(&self.0.info.name, self.card(), driver, &compiled)
+    }
+
+    fn tuned(&self) -> Option<Rc<Tuned>> {
+        self.1.clone()
     }
 
     fn name(&self) -> String {

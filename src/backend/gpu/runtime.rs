@@ -9,7 +9,8 @@ use std::ffi::c_void;
 use std::rc::Rc;
 
 use super::launch::{DevicePtr, Launch, TensorMap, TensorMapSpec};
-use super::tiles::Card;
+use super::tables::TILED;
+use super::tiles::{Card, Tuned};
 use crate::backend::DeviceError;
 pub use crate::backend::memory::Memory;
 
@@ -38,10 +39,32 @@ pub trait Graph {
     fn run(&self) -> Result<(), DeviceError>;
 }
 
+/// What times are times of: they say nothing of another card, and little of another driver or other kernels.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Origin {
+    /// The card's name, and how many multiprocessors it has.
+    pub card: String,
+    /// The driver's version.
+    pub driver: String,
+    /// Digest of the kernels' sources, and what compiled them.
+    pub kernels: String,
+}
+
+impl Origin {
+    pub(super) fn new(name: &str, card: Card, driver: String, compiled: &str) -> Self {
+        let card = format!("{name}, {} multiprocessors", card.sms);
+        Self { card, driver, kernels: format!("{TILED}, {compiled}") }
+    }
+}
+
 /// A device.
 pub trait Runtime {
     /// What tiles are chosen for.
     fn card(&self) -> Card;
+    /// What its times are times of.
+    fn origin(&self) -> Origin;
+    /// Choices of tiles that were measured on it; none: they are those of a model.
+    fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
     fn name(&self) -> String;
     /// Bytes of memory that nobody uses; none if that is unknown.
@@ -97,13 +120,20 @@ pub(super) const PARAMETERS: &str = "parameters";
 /// A device that is not there: it gives out addresses and computes nothing.
 pub struct Imagined {
     card: Card,
+    tuned: Option<Rc<Tuned>>,
     next: Cell<u64>,
 }
 
 impl Imagined {
     /// With the properties of a card.
     pub fn new(card: Card) -> Self {
-        Self { card, next: Cell::new(1 << 40) }
+        Self { card, tuned: None, next: Cell::new(1 << 40) }
+    }
+
+    /// The same, with choices as if they had been measured.
+    #[must_use]
+    pub fn tuned_by(self, tuned: Tuned) -> Self {
+        Self { tuned: Some(Rc::new(tuned)), ..self }
     }
 
     /// A GeForce RTX 4090.
@@ -144,6 +174,14 @@ impl Graph for Nothing {
 impl Runtime for Imagined {
     fn card(&self) -> Card {
         self.card
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new("an imagined device", self.card, "none".into(), "not compiled")
+    }
+
+    fn tuned(&self) -> Option<Rc<Tuned>> {
+        self.tuned.clone()
     }
 
     fn name(&self) -> String {

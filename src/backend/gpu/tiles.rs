@@ -1,7 +1,12 @@
-//! The tiles of the convolution kernels, and which of them a shape gets.
+//! The tiles of the convolution kernels, and which of them a shape gets: the one that was measured to be the fastest on
+//! the card ([`Tuned`]), or where nobody has measured, the one that a model of the costs says is.
 //!
 //! The list is `kernels/tiles.cuh`, from which the kernels are instantiated too.
 
+use std::collections::HashMap;
+use std::fmt;
+use std::rc::Rc;
+use std::str::FromStr;
 use std::sync::LazyLock;
 
 use super::launch::{ConvLoop, Math};
@@ -10,8 +15,6 @@ use super::tables::{self, tiles as lines};
 /// One instance of a product kernel: what a block computes and what it takes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tile {
-    /// The end of the kernel's name.
-    pub name: String,
     /// Rows of the result (pixels; in wgrad output channels).
     pub m: usize,
     /// Columns of the result (channels; in wgrad taps and input channels).
@@ -24,13 +27,19 @@ pub struct Tile {
     pub speed: f64,
 }
 
+impl fmt::Display for Tile {
+    /// The end of the kernel's name.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.m, self.n)
+    }
+}
+
 /// Summands of a step.
 pub const STEP: usize = tables::conv::BK;
 
 /// Tiles for every card, of their lines: m, n, stages, warps along both, blocks for both kinds of sums, speed.
-fn tiles(lines: &[[usize; 8]], prefix: &str) -> Vec<Tile> {
+fn tiles(lines: &[[usize; 8]]) -> Vec<Tile> {
     let tile = |&[m, n, stages, warps_m, warps_n, _, _, speed]: &[usize; 8]| Tile {
-        name: format!("{prefix}{m}x{n}"),
         m,
         n,
         threads: (32 * warps_m * warps_n) as u32,
@@ -41,11 +50,11 @@ fn tiles(lines: &[[usize; 8]], prefix: &str) -> Vec<Tile> {
 }
 
 /// Tiles of pixels by channels, for channels in multiples of [`STEP`].
-pub static PIXELS: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::PIXELS, ""));
+static PIXELS: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::PIXELS));
 /// The same for channels in multiples of 8.
-pub static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::FLAT, "flat_"));
+static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::FLAT));
 /// Tiles of `conv_wgrad_*`.
-pub static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::GRADIENT, ""));
+static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::GRADIENT));
 
 /// Bytes of dynamic shared memory of a Hopper kernel's pipeline (`Pipeline` of `kernels/conv_hopper.cu`): stages with two barriers
 /// each, two more barriers, and what rounding up to 1024 loses.
@@ -56,7 +65,6 @@ fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
 /// Tiles for Hopper, of their lines: m, n, stages, speed.
 fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: usize) -> Vec<Tile> {
     let tile = |&[m, n, stages, speed]: &[usize; 4]| Tile {
-        name: format!("{m}x{n}"),
         m,
         n,
         threads,
@@ -67,19 +75,104 @@ fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: usize) -> Vec<Tile> 
 }
 
 /// Tiles of `hopper_fprop_*` and its sisters: three groups of threads, of which two have 64 rows of 72 floats for the way out.
-pub static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, 2 * 64 * 72 * 4));
+static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, 2 * 64 * 72 * 4));
 /// Tiles of `hopper_wgrad_*`.
-pub static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, 0));
+static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, 0));
 
-/// The tiles of pixels for inputs of so many taps and channels, and the steps of the whole sum.
-pub fn of_inputs(inputs: &[(usize, usize)]) -> (&'static [Tile], usize) {
-    let tiles = if inputs.iter().all(|(_, c)| c.is_multiple_of(STEP)) { &PIXELS } else { &FLAT };
-    (tiles, inputs.iter().map(|(taps, c)| (taps * c).div_ceil(STEP)).sum())
+/// Which product a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // what the kernels' files are called
+pub enum Kind {
+    Fprop,
+    Dgrad,
+    Wgrad,
+    Codec,
 }
 
-/// Whether a product goes by Hopper's loop: if asked for, and whole steps of channels make at least a step of columns.
-pub fn by_wgmma(math: Math, channels: &[usize], columns: usize) -> bool {
-    math.conv_loop == ConvLoop::Wgmma && channels.iter().all(|c| c.is_multiple_of(STEP)) && columns >= STEP
+/// Kernels that differ in nothing but their tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kernels {
+    /// What they compute.
+    pub kind: Kind,
+    /// By Hopper's loop.
+    pub hopper: bool,
+    /// For channels that are no multiples of [`STEP`].
+    pub flat: bool,
+    /// Their numbers, as in their names.
+    math: &'static str,
+}
+
+impl Kernels {
+    /// Those that multiply tensors of so many `channels` for a result of so many `columns` (of wgrad: of output
+    /// channels). Hopper's loop takes a product if it is asked for, and whole steps of channels make at least a step of
+    /// columns.
+    pub fn new(kind: Kind, math: Math, card: Card, channels: &[usize], columns: usize) -> Self {
+        let whole = channels.iter().all(|c| c.is_multiple_of(STEP));
+        let hopper = math.conv_loop == ConvLoop::Wgmma && whole && columns >= STEP;
+        let alike = hopper || kind == Kind::Codec;
+        let math = if alike { math.precision.name() } else { math.name(card.capability) };
+        Self { kind, hopper, flat: !whole && kind != Kind::Wgrad, math }
+    }
+
+    /// All that there are.
+    fn all() -> impl Iterator<Item = Self> {
+        let kinds = [Kind::Fprop, Kind::Dgrad, Kind::Wgrad, Kind::Codec];
+        let of = |kind| ["f16", "bf16", "f16x2"].map(move |math| (kind, math));
+        let loops = [(false, false), (false, true), (true, false)];
+        let all = kinds
+            .into_iter()
+            .flat_map(of)
+            .flat_map(move |(kind, math)| loops.map(|(hopper, flat)| Self { kind, hopper, flat, math }));
+        all.filter(|k| !(k.flat && k.kind == Kind::Wgrad))
+            .filter(|k| !(k.math == "f16x2" && (k.hopper || k.kind == Kind::Codec)))
+    }
+
+    /// Their tiles.
+    pub fn tiles(self) -> &'static [Tile] {
+        match (self.hopper, self.kind, self.flat) {
+            (true, Kind::Wgrad, _) => &HOPPER_GRADIENT,
+            (true, ..) => &HOPPER,
+            (_, Kind::Wgrad, _) => &GRADIENT,
+            (.., true) => &FLAT,
+            (.., false) => &PIXELS,
+        }
+    }
+
+    /// The name of the instance with this tile.
+    pub fn instance(self, tile: &Tile) -> String {
+        format!("{self}_{tile}")
+    }
+}
+
+impl fmt::Display for Kernels {
+    /// The beginning of their names.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Fprop => "fprop",
+            Kind::Dgrad => "dgrad",
+            Kind::Wgrad => "wgrad",
+            Kind::Codec => "codec",
+        };
+        match self.hopper {
+            true => write!(f, "hopper_{kind}_{}", self.math),
+            false if self.kind == Kind::Codec => write!(f, "codec_conv_{}", self.math),
+            false => write!(f, "conv_{kind}_{}", self.math),
+        }?;
+        f.write_str(if self.flat { "_flat" } else { "" })
+    }
+}
+
+impl FromStr for Kernels {
+    type Err = Unfit;
+
+    fn from_str(name: &str) -> Result<Self, Unfit> {
+        Self::all().find(|kernels| kernels.to_string() == name).ok_or_else(|| Unfit(format!("no kernels {name}")))
+    }
+}
+
+/// The steps of the whole sum for inputs of so many taps and channels.
+pub fn steps_of(inputs: &[(usize, usize)]) -> usize {
+    inputs.iter().map(|(taps, c)| (taps * c).div_ceil(STEP)).sum()
 }
 
 /// What a choice depends on besides the shape.
@@ -92,7 +185,7 @@ pub struct Card {
 }
 
 /// A product of `m x n` values, in tiles that do not cross groups of rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Product {
     /// Number of groups of rows.
     pub groups: usize,
@@ -102,6 +195,24 @@ pub struct Product {
     pub columns: usize,
     /// Steps of the whole sum.
     pub steps: usize,
+}
+
+impl Product {
+    /// How many tiles it has.
+    fn tiles(&self, tile: &Tile) -> usize {
+        self.groups.saturating_mul(self.rows.div_ceil(tile.m)).saturating_mul(self.columns.div_ceil(tile.n))
+    }
+}
+
+/// What a tile is chosen for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Question {
+    /// The kernels that compute it.
+    pub kernels: Kernels,
+    /// Taps of the convolution: neighbours are read again and again, from a cache.
+    pub taps: usize,
+    /// Its size.
+    pub product: Product,
 }
 
 /// A tile and the number of parts of the sum.
@@ -115,6 +226,8 @@ pub struct Choice {
     pub steps_per_split: usize,
 }
 
+// The two numbers of the model below, and the speeds of the tiles, are estimates: measured on no card.
+
 /// Fewest steps worth a block of their own: filling its pipeline takes two.
 const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
@@ -125,27 +238,131 @@ pub const MAX_SPLIT_TILES: usize = 1 << 14;
 /// the L2 cache against 64 multiply-adds on the tensor cores.
 const PARTIAL_COST: f64 = 3.0;
 
-/// The cheapest tile and split: the steps that the busiest multiprocessor works on, and the sums of the parts.
-pub fn choose(tiles: &'static [Tile], product: Product, card: Card) -> Choice {
-    let Product { groups, rows, columns, steps } = product;
-    let cost = |c: &Choice| {
-        let blocks = groups * rows.div_ceil(c.tile.m) * columns.div_ceil(c.tile.n) * c.splits;
-        let busiest = blocks.div_ceil(card.sms.max(1)) * c.steps_per_split * c.tile.m * c.tile.n;
-        let partial = if c.splits > 1 { PARTIAL_COST * (c.splits * groups * rows * columns) as f64 } else { 0.0 };
-        busiest as f64 / c.tile.speed + partial / card.sms.max(1) as f64
-    };
-    let mut best: Option<(f64, Choice)> = None;
-    for tile in tiles {
-        let tiles = groups * rows.div_ceil(tile.m) * columns.div_ceil(tile.n);
-        let most = if tiles > MAX_SPLIT_TILES { 1 } else { MAX_SPLITS };
-        for wanted in 1..=most.min((steps / MIN_STEPS).max(1)) {
-            let steps_per_split = steps.div_ceil(wanted);
-            let choice = Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };
-            let cost = cost(&choice);
-            if best.is_none_or(|(least, _)| cost < least) {
-                best = Some((cost, choice));
+/// Blocks for each multiprocessor from which on more parts of a sum are not tried: the most that one holds at a time
+/// (four, tiles.cuh), twice.
+const ENOUGH_BLOCKS: usize = 8;
+/// Parts of a sum that are tried.
+const TRIED_SPLITS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, MAX_SPLITS];
+
+impl Question {
+    /// A tile with the sum in about `wanted` parts; none if its sum cannot be cut so.
+    fn choice(&self, tile: &'static Tile, wanted: usize) -> Option<Choice> {
+        let steps = self.product.steps;
+        // Images of codecs are large, and their kernels know no parts.
+        let whole = self.kernels.kind == Kind::Codec || self.product.tiles(tile) > MAX_SPLIT_TILES;
+        let most = if whole { 1 } else { MAX_SPLITS.min((steps / MIN_STEPS).max(1)) };
+        let steps_per_split = steps.div_ceil(wanted.max(1)).max(1);
+        let choice = || Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };
+        (1..=most).contains(&wanted).then(choice)
+    }
+
+    /// All tiles and splits.
+    fn choices(&self) -> impl Iterator<Item = Choice> {
+        let tiles = self.kernels.tiles().iter();
+        tiles.flat_map(move |tile| (1..=MAX_SPLITS).map_while(move |wanted| self.choice(tile, wanted)))
+    }
+
+    /// The cheapest tile and split by a model: the steps that the busiest multiprocessor works on, and the sums of the
+    /// parts.
+    pub fn cheapest(&self, card: Card) -> Choice {
+        let sms = card.sms.max(1);
+        let Product { groups, rows, columns, .. } = self.product;
+        let cost = |c: &Choice| {
+            let blocks = self.product.tiles(c.tile) * c.splits;
+            let busiest = blocks.div_ceil(sms) * c.steps_per_split * c.tile.m * c.tile.n;
+            let partial = if c.splits > 1 { PARTIAL_COST * (c.splits * groups * rows * columns) as f64 } else { 0.0 };
+            busiest as f64 / c.tile.speed + partial / sms as f64
+        };
+        self.choices().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("the tables are not empty")
+    }
+
+    /// What is worth timing on a card: the model's choice first, then every other tile, with the whole sum and with as
+    /// many parts as leave some multiprocessor with little to do.
+    pub fn candidates(&self, card: Card) -> Vec<Choice> {
+        let mut candidates = vec![self.cheapest(card)];
+        for tile in self.kernels.tiles() {
+            let mut blocks = 0;
+            for wanted in TRIED_SPLITS {
+                let Some(choice) = self.choice(tile, wanted) else { break };
+                if blocks >= ENOUGH_BLOCKS * card.sms {
+                    break;
+                }
+                blocks = self.product.tiles(tile) * choice.splits;
+                if !candidates.contains(&choice) {
+                    candidates.push(choice);
+                }
             }
         }
+        candidates
     }
-    best.map(|(_, choice)| choice).expect("the tables are not empty")
+}
+
+/// Why a table of choices is none of these kernels.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there are {0}")]
+pub struct Unfit(String);
+
+/// Choices that were measured.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tuned(HashMap<Question, Choice>);
+
+impl Tuned {
+    /// Takes a choice in, of a tile by its name and of so many parts of the sum.
+    ///
+    /// # Errors
+    /// The kernels have no such tile, or their sums do not come in so many parts.
+    pub fn add(&mut self, question: Question, tile: &str, splits: usize) -> Result<(), Unfit> {
+        let kernels = question.kernels;
+        let known = kernels.tiles().iter().find(|known| known.to_string() == tile);
+        let tile = known.ok_or_else(|| Unfit(format!("no kernels {kernels}_{tile}")))?;
+        let choice = question.choice(tile, splits).filter(|choice| choice.splits == splits);
+        let choice = choice.ok_or_else(|| {
+            let Product { groups, rows, columns, steps } = question.product;
+            Unfit(format!("no {splits} parts of {steps} steps of {groups}x{rows}x{columns} in {kernels}_{tile}"))
+        })?;
+        self.0.insert(question, choice);
+        Ok(())
+    }
+
+    /// Whether there is a choice for it.
+    pub fn has(&self, question: &Question) -> bool {
+        self.0.contains_key(question)
+    }
+}
+
+impl FromIterator<(Question, Choice)> for Tuned {
+    /// Of choices among [`Question::candidates`].
+    fn from_iter<I: IntoIterator<Item = (Question, Choice)>>(choices: I) -> Self {
+        Self(choices.into_iter().collect())
+    }
+}
+
+/// What tiles are chosen by.
+#[derive(Clone, Debug)]
+pub struct Chooser {
+    /// The card.
+    pub card: Card,
+    /// What was measured on it, if anything was.
+    pub tuned: Option<Rc<Tuned>>,
+}
+
+impl From<Card> for Chooser {
+    /// By the model alone.
+    fn from(card: Card) -> Self {
+        Self { card, tuned: None }
+    }
+}
+
+impl From<&Chooser> for Chooser {
+    fn from(other: &Chooser) -> Self {
+        other.clone()
+    }
+}
+
+impl Chooser {
+    /// Tile and split.
+    pub fn choose(&self, question: &Question) -> Choice {
+        let measured = self.tuned.as_ref().and_then(|tuned| tuned.0.get(question).copied());
+        measured.unwrap_or_else(|| question.cheapest(self.card))
+    }
 }

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use super::{Emulator, EmulatorError, Memory as Allocation, tensor_map};
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::{DevicePtr, TensorMap, TensorMapSpec};
-use crate::backend::gpu::runtime::{Command, Graph, Memory, Runtime, advice};
-use crate::backend::gpu::tiles::Card;
+use crate::backend::gpu::runtime::{Command, Graph, Memory, Origin, Runtime, advice};
+use crate::backend::gpu::tiles::{Card, Tuned};
 
 /// The emulator as a device.
 #[derive(Clone)]
@@ -15,6 +15,7 @@ pub struct Emulated {
     emulator: Emulator,
     limit: u64,
     used: Rc<Cell<u64>>,
+    tuned: Option<Rc<Tuned>>,
 }
 
 fn failed(e: EmulatorError) -> DeviceError {
@@ -24,7 +25,13 @@ fn failed(e: EmulatorError) -> DeviceError {
 impl Emulated {
     /// A device of `limit` bytes.
     pub fn new(emulator: Emulator, limit: u64) -> Self {
-        Self { emulator, limit, used: Rc::default() }
+        Self { emulator, limit, used: Rc::default(), tuned: None }
+    }
+
+    /// The same, with these choices of tiles.
+    #[must_use]
+    pub fn tuned_by(self, tuned: Tuned) -> Self {
+        Self { tuned: Some(Rc::new(tuned)), ..self }
     }
 
     /// As a launch beside the last one, if `beside`.
@@ -98,6 +105,14 @@ impl Graph for Recorded {
 impl Runtime for Emulated {
     fn card(&self) -> Card {
         Card { sms: 4, capability: 90 }
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new("the emulator", self.card(), "none".into(), "for the CPU")
+    }
+
+    fn tuned(&self) -> Option<Rc<Tuned>> {
+        self.tuned.clone()
     }
 
     fn name(&self) -> String {

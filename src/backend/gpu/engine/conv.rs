@@ -77,7 +77,7 @@ impl Gpu {
     ) {
         let shape = self.conv_shape(w, x);
         let (a, skip) = self.multiplied(w, x);
-        let Some(conv) = self.fits(Fprop::new(shape, self.math, self.card)) else { return };
+        let Some(conv) = self.fits(Fprop::new(shape, self.math, &self.chooser)) else { return };
         let work = self.work_of(shape.taps, &[w], to.0).with([&a]).with(&skip).with(also);
         self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue, to, work);
     }
@@ -94,7 +94,7 @@ impl Gpu {
         let (shape, of_main) = (self.conv_shape(w, x), self.conv_shape(main_w, main));
         let (a, skip) = self.multiplied(w, x);
         let (main_a, main_skip) = self.multiplied(main_w, main);
-        let Some(conv) = self.fits(Fprop::and_main(shape, of_main, self.math, self.card)) else { return };
+        let Some(conv) = self.fits(Fprop::and_main(shape, of_main, self.math, &self.chooser)) else { return };
         let inputs = (main_a.ptr(), main_skip.as_ref().map(Tensor::ptr));
         let main = MainPath::Conv { inputs, weight: self.params.effective(main_w) };
         let work = self.work_of(shape.taps, &[w, main_w], to.0).with([&a, &main_a]).with(&skip).with(&main_skip);
@@ -120,6 +120,7 @@ impl Gpu {
         let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
         let inputs = (a.ptr(), skip.map(Tensor::ptr));
+        let work = work.of(conv.question());
         let launch = conv.launch(inputs, self.params.effective(w), epilogue, y.ptr(), act, memory);
         self.go_if(work.with([y]).with(active.as_ref().map(|(t, _)| t)), launch.map(|launch| [launch]));
         if let Some((t, factor)) = active {

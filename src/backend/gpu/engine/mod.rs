@@ -20,14 +20,14 @@ use super::params::Params;
 use super::pixelwise;
 use super::runtime::{Command, Imagined, Memory, Runtime};
 use super::tensor::{Buffer, Format, Tensor, Workspace, bytes_of, padded};
-use super::tiles::Card;
+use super::tiles::{Chooser, Question};
 use crate::backend::*;
 use crate::params::{Buckets, ParamId, ParamTable, Whole};
 use half::{bf16, f16};
 use plan::{Plan, Recording};
 
 pub use plan::Cost;
-pub use timing::Timing;
+pub use timing::{Timing, Trial, median};
 
 /// One operation of a plan: what it is, and what it takes at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -40,11 +40,13 @@ pub struct Work {
     pub sums: usize,
     /// Bytes of the tensors and weights that it reads and writes, each once.
     pub bytes: usize,
+    /// What a tile was chosen for, where it has any.
+    pub product: Option<Question>,
 }
 
 impl Work {
     pub(super) fn new(name: &'static str, shape: Shape) -> Self {
-        Self { name, shape, sums: 0, bytes: 0 }
+        Self { name, shape, sums: 0, bytes: 0, product: None }
     }
 
     /// Counts the bytes of these tensors, which it reads or writes.
@@ -61,6 +63,10 @@ impl Work {
         Self { sums, ..self }
     }
 
+    pub(super) fn of(self, product: Question) -> Self {
+        Self { product: Some(product), ..self }
+    }
+
     /// Multiply-adds.
     pub fn macs(&self) -> usize {
         self.shape.iter().product::<usize>() * self.sums
@@ -72,7 +78,7 @@ pub struct Gpu<P = Params> {
     pub(super) runtime: Rc<dyn Runtime>,
     pub(super) math: Math,
     pub(super) precision: Precision,
-    pub(super) card: Card,
+    pub(super) chooser: Chooser,
     pub(super) params: P,
     recording: Option<Recording>,
     plans: Vec<Plan>,
@@ -130,12 +136,13 @@ impl<P> Gpu<P> {
         let arrived = runtime.allocate(ARRIVED_BYTES, "counters")?;
         // SAFETY: the whole of that memory.
         unsafe { runtime.run(&Command::Zero { at: arrived.ptr(), bytes: ARRIVED_BYTES })? };
+        let chooser = Chooser { card, tuned: runtime.tuned() };
         Ok(Self {
             arrived,
             runtime,
             math,
             precision: math.precision,
-            card,
+            chooser,
             params,
             recording: None,
             plans: Vec::new(),
@@ -216,7 +223,7 @@ impl<P> Gpu<P> {
     pub(super) fn own(&mut self, bytes: usize, purpose: &'static str) -> Rc<dyn Memory> {
         let memory = self.runtime.allocate(bytes, purpose);
         self.try_to(memory).unwrap_or_else(|| {
-            let nowhere = Imagined::new(self.card).allocate(bytes, purpose);
+            let nowhere = Imagined::new(self.chooser.card).allocate(bytes, purpose);
             nowhere.expect("an imagined device has memory")
         })
     }

@@ -94,12 +94,13 @@ impl TrainingBackend for Gpu {
         let shape = self.conv_shape(w, &x);
         let (inputs, held) = self.inputs(&x);
         let grad = self.as_output_of(w, grad);
-        let Some(conv) = self.fits(Wgrad::new(shape, self.math, self.card)) else { return };
+        let Some(conv) = self.fits(Wgrad::new(shape, self.math, &self.chooser)) else { return };
         let scratch = self.scratch(conv.scratch_bytes());
         let launches = conv.launches(inputs, grad.ptr(), gain as f32, self.params.grad(w), scratch.ptr());
         let [rows, cin, taps] = self.params.dims(w);
         let name = if taps == 9 { "conv3x3_wgrad" } else { "conv1x1_wgrad" };
         let work = Work::new(name, [1, rows, taps, cin]).sums(shape.pixels()).bytes(4 * self.params.effective_bytes(w));
+        let work = work.of(conv.question());
         self.go_if(work.with(&held).with([&grad]), launches);
     }
 
@@ -140,7 +141,7 @@ impl TrainingBackend for Gpu {
             }
             None => (None, acc_skip),
         };
-        let Some(conv) = self.fits(Dgrad::new(shape, false, self.math, self.card)) else {
+        let Some(conv) = self.fits(Dgrad::new(shape, false, self.math, &self.chooser)) else {
             return OperandGrad { x: gx, skip: gskip };
         };
         let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
@@ -148,7 +149,7 @@ impl TrainingBackend for Gpu {
         let (turned, gain) = (self.turned(w), gain as f32);
         let acc = factor.map(|factor| (acc_ptrs, factor));
         let launches = conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, memory);
-        let work = work.with([&gx]).with(&gskip);
+        let work = work.of(conv.question()).with([&gx]).with(&gskip);
         self.go_if(if x.silu { work.with([&gx]).with(&gskip) } else { work }, launches);
         drop((held_x, held_skip));
         OperandGrad { x: gx, skip: gskip }
@@ -167,14 +168,14 @@ impl TrainingBackend for Gpu {
         let shape = self.conv_shape(w, &operand);
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.unset(pre.shape(), Format::Half);
-        let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, self.card)) else { return gx };
+        let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, &self.chooser)) else { return gx };
         let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
             Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
         let (turned, to) = (self.turned(w), (gx.ptr(), DevicePtr::NULL));
         let launches = conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, memory);
-        let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout);
+        let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout).of(conv.question());
         self.go_if(work.bytes(self.params.effective_bytes(w)).with([&grad, &pre, &gx]), launches);
         gx
     }
