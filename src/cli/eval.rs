@@ -179,7 +179,7 @@ fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<V
     for number in 0..of {
         let part = Part { number, of };
         let file = SafeFile::open(losses_of(dir, part)).ok();
-        let file = file.filter(|file| file.metadata().get("edm2k").is_some_and(|about| *about == given.to_string()));
+        let file = file.filter(|file| file.metadata().get("edm2k") == Some(&given.to_string()));
         let found =
             file.and_then(|file| file.f64("losses").ok()).filter(|found| found.len() == 3 * noisy.of(part).len());
         match found {

@@ -182,7 +182,7 @@ impl OutDir {
     /// themselves.
     pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Option<SafeFile> {
         let file = SafeFile::open(self.dir.join(latents_name(part))).ok()?;
-        let says = file.metadata().get("edm2k").is_some_and(|text| *text == about.to_string());
+        let says = file.metadata().get("edm2k") == Some(&about.to_string());
         let seeds = file.i64("seeds").ok()?;
         (says && seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied())).then_some(file)
     }
