@@ -257,7 +257,6 @@ fn a_measurement_leaves_the_device_as_it_was() {
 #[cfg(feature = "cli")]
 mod on_the_command_line {
     use super::command::{here, refused_in_one_line};
-    use super::*;
 
     #[test]
     fn without_a_gpu_it_is_one_line() {
@@ -274,6 +273,7 @@ mod on_the_command_line {
     #[test]
     fn it_measures_writes_and_measures_more() {
         use super::command::printed;
+        use super::{Runtime, Table};
         use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
         use edm2k::model::file::{Precision as Kept, save};
         use edm2k::model::{Model, ModelMeta};
