@@ -594,9 +594,9 @@ fn an_overflow_of_f16_is_reported() {
         let mut gpu = Gpu::for_codec(std::rc::Rc::new(runtime), precision).unwrap();
         file.decoder(&mut gpu).unwrap().decode(&mut gpu, [2, 2], &[0.5; 16])
     };
-    let error = decode(launch::Stored::F16).unwrap_err().to_string();
+    let error = decode(launch::Precision::F16).unwrap_err().to_string();
     assert!(error.contains("no finite numbers") && error.contains("--precision bf16"), "{error}");
-    decode(launch::Stored::Bf16).unwrap();
+    decode(launch::Precision::Bf16).unwrap();
 }
 
 #[test]

@@ -402,7 +402,7 @@ fn a_whole_decoder() {
         assert_same(&format!("bytes in {precision:?}"), &bytes(&got), &bytes(&picture), bound);
         // Beyond f16, within bf16.
         let huge = decoder.decode(&mut gpu, size, &[1e30; 24]);
-        assert_eq!(matches!(huge, Err(codecs::ShapeError::Overflow)), precision == Precision::F16);
+        assert_eq!(matches!(huge, Err(codecs::CodecError::Overflow)), precision == Precision::F16);
         assert_eq!(huge.is_ok(), precision == Precision::Bf16);
         // What is larger comes into another workspace.
         let other = decoder.image(&mut gpu, [3, 3], &[latent.clone(), latent[..12].to_vec()].concat()).unwrap();
