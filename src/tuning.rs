@@ -33,9 +33,9 @@ struct Choice {
     steps: usize,
     tile: String,
     splits: usize,
-    /// Median seconds of a launch,
+    /// Median seconds of the operation.
     seconds: f64,
-    /// and with the model's choice.
+    /// The same with the model's choice.
     model_seconds: f64,
 }
 
@@ -272,11 +272,11 @@ fn shipped_for(text: &str, origin: &Origin) -> Option<Tuned> {
 }
 
 /// The choices for a device: this user's, or else those that come with the program; and why this user's are not used,
-/// where there are some. EDM2K_UNTUNED, set to anything, makes it the model's.
+/// where there are some. EDM2K_UNTUNED=1 makes it the model's.
 pub fn of(origin: &Origin) -> (Option<Tuned>, Option<TuningError>) {
-    match std::env::var_os("EDM2K_UNTUNED") {
-        Some(_) => (None, None),
-        None => found(directory().as_deref(), SHIPPED, origin),
+    match std::env::var_os("EDM2K_UNTUNED").is_some_and(|value| value == "1") {
+        true => (None, None),
+        false => found(directory().as_deref(), SHIPPED, origin),
     }
 }
 

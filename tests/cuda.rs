@@ -271,7 +271,10 @@ fn launches_overlap_with_the_emulators_driver() {
         (&[checked, ("EDM2K_OVERLAP", "1"), ("DRIVER_OLD_CODE", "1")], 0),
     ] {
         let (said, passed) = with_driver(&test, variables);
-        assert!(passed && said.contains("1 passed") && said.contains(&format!("{overlaps} launches overlap")), "{said}");
+        assert!(
+            passed && said.contains("1 passed") && said.contains(&format!("{overlaps} launches overlap")),
+            "{said}"
+        );
     }
 }
 

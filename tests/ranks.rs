@@ -605,17 +605,21 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     assert_eq!(place.run(3, &eval(&models[0], "--json")), expected);
 
     let part = |part: &str, more: &str| {
-        let line = eval(&models[0], &format!("--json --outdir losses --plot losses.svg --part {part} {more}"));
+        let line = eval(&models[0], &format!("--outdir losses --plot losses.svg --part {part} {more}"));
         succeed(&mut place.rank(0, 1, 0, &line))
     };
     let said = part("3/3", "");
-    assert!(said.starts_with("36 noisy images of 105: losses. Part 1/3, 2/3 are still missing"), "{said}");
-    assert!(part("1/3", "").contains("losses. Part 2/3 are still missing"));
+    assert!(said.starts_with("36 noisy images of 105: losses. Still missing: part 1/3, 2/3"), "{said}");
+    assert!(part("1/3", "").contains("losses. Still missing: part 2/3"));
     assert!(!place.path("losses.svg").exists());
     // What another model lost is none of it.
     let other = eval(&models[1], "--outdir losses --part 1/3 --overwrite");
-    assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("Part 2/3, 3/3 are still missing"));
-    assert!(part("2/3", "").contains("Part 1/3 are still missing"));
+    assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("Still missing: part 2/3 ("));
+    let said = part("2/3", "");
+    let why = "part 1/3 (losses/losses-1-of-3.safetensors is of other options, data or another model)";
+    assert!(said.contains(why), "{said}");
+    fs::write(place.path("losses/losses-1-of-3.safetensors"), "damaged").unwrap();
+    assert!(part("2/3", "--overwrite").contains("part 1/3 (losses/losses-1-of-3.safetensors: "));
     let fails = |line: &str| {
         let output = place.rank(0, 1, 0, line).output().unwrap();
         assert!(!output.status.success());
@@ -623,14 +627,14 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     };
     let again = fails(&eval(&models[0], "--outdir losses --part 1/3"));
     assert!(again.contains("losses-1-of-3.safetensors exists; give --overwrite"), "{again}");
-    assert_eq!(part("1/3", "--overwrite"), expected);
+    assert_eq!(part("1/3", "--json --overwrite"), expected);
     assert!(fs::read_to_string(place.path("losses.svg")).unwrap().starts_with("<svg"));
     // More parts than batches: some have nothing to do.
     let few = |part: &str| {
         let line = eval(&models[0], &format!("--json --outdir few --part {part}"));
         succeed(&mut place.rank(0, 1, 0, &line.replace("--batch 4 --images 7", "--batch 16 --images 1")))
     };
-    assert!(few("1/2").contains("of 15: few. Part 2/2 are still missing"));
+    assert!(few("1/2").is_empty(), "a JSON object is all that --json prints");
     let whole = eval(&models[0], "--json").replace("--batch 4 --images 7", "--batch 16 --images 1");
     assert_eq!(few("2/2"), place.run(1, &whole));
 
@@ -702,6 +706,7 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
     let meta = ModelMeta { height: 8, width: 16, encoder: Encoder::SdVae, ..model.meta };
     let path = place.path("model.safetensors");
     save(&path, &model.net.config, &meta, &model.table, &model.weights, Stored::F32).unwrap();
+    let other = Model::init(&latents(), 4).unwrap();
     // 5 batches.
     let sample = |out: &str, more: &str| {
         format!(
@@ -730,16 +735,25 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
         let again = place.rank(0, 1, 0, &line("1/3", "")).output().unwrap();
         assert!(text(&again).contains("latents-1-of-3.safetensors exists; give --overwrite"), "{}", text(&again));
         // Those of other seeds are none of these.
-        let other = line("1/3", "--overwrite").replace("0-8,17", "1-9,17");
-        assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("8 are still missing, of part 2/3, 3/3"));
+        let seeds = line("1/3", "--overwrite").replace("0-8,17", "1-9,17");
+        assert!(succeed(&mut place.rank(0, 1, 0, &seeds)).contains("8 are still missing, of part 2/3, 3/3"));
         assert!(part("2/3", "").contains("2 are still missing, of part 1/3"));
         part("1/3", "--overwrite");
         same("parts");
         let again = place.rank(0, 1, 0, &line("2/3", "")).output().unwrap();
         assert!(text(&again).contains("latents.safetensors exists; give --overwrite"), "{}", text(&again));
-        // It is there already, and stays.
+        // It is there already, and stays; of another model under the same name it is none.
         part("2/3", "--overwrite");
         same("parts");
+        let weights = fs::read(&path).unwrap();
+        save(&path, &other.net.config, &meta, &other.table, &other.weights, Stored::F32).unwrap();
+        assert!(part("2/3", "--overwrite").contains("6 are still missing, of part 1/3, 3/3"));
+        assert!(place.path(&name("parts")).join("latents-2-of-3.safetensors").exists());
+        part("1/3", "--overwrite");
+        part("3/3", "--overwrite");
+        assert!(files(&place.path(&name("parts"))).keys().eq(expected.keys()));
+        assert!(files(&place.path(&name("parts"))) != expected);
+        fs::write(&path, weights).unwrap();
 
         // More parts than batches: the first has no image.
         for number in 1..=6 {

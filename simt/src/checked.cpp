@@ -995,7 +995,7 @@ static void volatile_write(void* p, size_t bytes, void* pc) {
     Machine* m = current();
     const bool tells = m && m->self && !checker().at_fence[m->self->linear].empty();
     hook(p, bytes, tells ? Access::atomic : Access::write, pc);
-    if (tells) check_atomic_done(uintptr_t(p));
+    if (tells) check_atomic_begin(), check_atomic_done(uintptr_t(p));
 }
 
 void check_range(const void* address, size_t bytes, Access access, uintptr_t pc) {

@@ -876,7 +876,7 @@ static void install_handlers() {
 extern "C" void simt_code_ends();
 static void on_tick(int, siginfo_t*, void* context) {
     Machine* m = current();
-    if (!m || !m->self) return;
+    if (!m || !m->self || m->fault_where) return;  // nor in the middle of an atomic
     if (m->ticked.thread != m->self) m->ticked = {m->self, 0};
     const auto pc = uintptr_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
     if (++m->ticked.times < (m->launch->spins ? 1 : 50) || pc < uintptr_t(simt_code_ends) || pc >= image().code_end) return;
@@ -1110,6 +1110,7 @@ static int note_refusal(const char* format, va_list args) {
     char text[512];
     vsnprintf(text, sizeof text, format, args);
     last_error = text;
+    overlap = false;
     record("refused", text);
     return 1;
 }

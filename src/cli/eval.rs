@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, agree};
@@ -81,14 +81,14 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let part = ranks.part(args.part)?;
     let plot = args.plot.as_ref().filter(|_| ranks.first());
     let claimed = |path: &PathBuf| claim(path, args.overwrite, &[&args.model, &args.data]);
-    // Of several parts the last one draws, whichever that is.
-    let _plot = plot.filter(|_| args.part.is_none()).map(claimed).transpose()?;
-    let _own = match &args.outdir {
-        Some(dir) => {
-            fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-            Some(claimed(&losses_of(dir, part))?)
+    // Of several parts the last one draws, whichever that is: it claims the file when it knows.
+    let _plot = match plot {
+        Some(path) if args.part.is_some() => {
+            let free = args.overwrite || path.symlink_metadata().is_err();
+            ensure!(free, "{} exists; give --overwrite, or another name", path.display());
+            None
         }
-        None => None,
+        plot => plot.map(claimed).transpose()?,
     };
     let model = Model::load(&args.model).context("--model")?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
@@ -114,6 +114,13 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let noisy = Noisy::by_level(&data, images, batch);
     let own = noisy.of(part);
     let bar = ranks.bar(own.len() as u64, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
+    let _own = match &args.outdir {
+        Some(dir) => {
+            fs::create_dir_all(dir).with_context(|| format!("--outdir {}", dir.display()))?;
+            Some(claimed(&losses_of(dir, part))?)
+        }
+        None => None,
+    };
     let device = ranks.open(&args.device)?;
     device.check_forward(config, largest, images.min(batch), 1)?;
     let measuring = Measuring { model: &model, noisy: &noisy, own, batch, progress: &mut |n| bar.inc(n) };
@@ -127,7 +134,13 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
                 Ok(all) => all,
                 Err(missing) => {
                     let (own, all, dir) = (found.len(), images * SIGMAS.len(), dir.display());
-                    out!("{own} noisy images of {all}: {dir}. Part {} are still missing", missing.join(", "));
+                    let said =
+                        format!("{own} noisy images of {all}: {dir}. Still missing: part {}", missing.join(", "));
+                    if args.json {
+                        note!("{said}");
+                    } else {
+                        out!("{said}");
+                    }
                     return Ok(());
                 }
             }
@@ -136,7 +149,6 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     if !ranks.first() {
         return Ok(());
     }
-    let _plot = plot.filter(|_| args.part.is_some()).map(claimed).transpose()?;
     let levels = noisy.means(&found);
 
     if args.json {
@@ -156,6 +168,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
     }
     if let Some(path) = plot {
+        let _claimed = args.part.map(|_| claimed(path)).transpose()?;
         let svg = draw(&levels).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }
@@ -173,18 +186,21 @@ fn keep(path: &Path, found: &[Found], given: &Value) -> Result<(), SafeError> {
     safetensors::write(path, &[("losses", Dtype::F64, &[found.len(), 3], bytemuck::cast_slice(found))], &about)
 }
 
-/// What all parts have found of the same; or the parts of which nothing is there, or something else.
+/// What all parts have found of the same; or the parts of which nothing is there, or what is there instead.
 fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<Found>, Vec<String>> {
     let (mut all, mut missing) = (Vec::new(), Vec::new());
     for number in 0..of {
         let part = Part { number, of };
-        let file = SafeFile::open(losses_of(dir, part)).ok();
-        let file = file.filter(|file| file.metadata().get("edm2k") == Some(&given.to_string()));
-        let found =
-            file.and_then(|file| file.f64("losses").ok()).filter(|found| found.len() == 3 * noisy.of(part).len());
-        match found {
-            Some(found) => all.extend_from_slice(found.as_chunks().0),
-            None => missing.push(part.to_string()),
+        let path = losses_of(dir, part);
+        let of_these = |file: SafeFile| -> Result<Option<Vec<f64>>, SafeError> {
+            let same = file.metadata().get("edm2k") == Some(&given.to_string());
+            Ok(Some(file.f64("losses")?).filter(|found| same && found.len() == 3 * noisy.of(part).len()))
+        };
+        match SafeFile::open(&path).and_then(of_these) {
+            Ok(Some(found)) => all.extend_from_slice(found.as_chunks().0),
+            Ok(None) => missing.push(format!("{part} ({} is of other options, data or another model)", path.display())),
+            Err(_) if !path.exists() => missing.push(part.to_string()),
+            Err(why) => missing.push(format!("{part} ({why})")),
         }
     }
     if missing.is_empty() { Ok(all) } else { Err(missing) }

@@ -21,7 +21,7 @@ use edm2k::train::{MicroBatch, micro_batch};
 use edm2k::tuning::{self, Table};
 
 use super::bench::{load_random, random_inputs};
-use super::say::{self, note, out};
+use super::say::{self, out};
 
 /// Measure which tiles of the convolutions are the fastest on a GPU, for the sizes of one network.
 #[derive(Args)]
@@ -58,7 +58,7 @@ pub struct TuneArgs {
     /// Measure training too, with so many images at a time, as of `train`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     batch_gpu: Option<u16>,
-    /// Times that each choice is measured; the fastest and the guess four times as often
+    /// Times that each choice is measured; the fastest and the guess three times as often
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     repeats: u16,
     /// Measure, and write nothing
@@ -74,6 +74,8 @@ struct Tuning<'a> {
     runtime: Rc<dyn Runtime>,
     net: Precond,
     size: [usize; 2],
+    /// Where the table is written, after each plan.
+    path: Option<PathBuf>,
     table: Table,
     known: HashSet<Question>,
 }
@@ -105,10 +107,8 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     };
     // From before the work: another process that measured on this card meanwhile would spoil both.
     let _claim = path.as_ref().map(|path| Claim::new(path, true).at(path)).transpose()?;
-    let before = path.as_ref().map_or(Ok(None), |path| Table::read(path)).unwrap_or_else(|why| {
-        note!("warning: {why}");
-        None
-    });
+    // What is wrong with it was said when the device was opened.
+    let before = path.as_ref().and_then(|path| Table::read(path).ok().flatten());
     let table = before.filter(|table| table.origin == origin).unwrap_or_else(|| Table::new(origin));
     out!(
         "{name} at {}x{} on {}, {}",
@@ -118,7 +118,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         device.math().describe(runtime.card().capability)
     );
     let (net, _) = Precond::new(&config)?;
-    let mut tuning = Tuning { args, runtime, net, size, table, known: HashSet::new() };
+    let mut tuning = Tuning { args, runtime, net, size, path, table, known: HashSet::new() };
     tuning.sampling()?;
     if config.img_channels == LATENTS {
         tuning.decoding()?;
@@ -126,8 +126,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     if let Some(images) = args.batch_gpu {
         tuning.training(images.into())?;
     }
-    if let Some(path) = path {
-        tuning.table.write(&path)?;
+    if let Some(path) = &tuning.path {
         out!("{}: {} choices", path.display(), tuning.table.len());
     }
     Ok(())
@@ -226,7 +225,7 @@ impl Tuning<'_> {
         if !trials.is_empty() {
             out!("  together {:.0} us as guessed, {:.0} us as chosen", guessed * 1e6, chosen * 1e6);
         }
-        Ok(())
+        Ok(self.path.as_ref().map_or(Ok(()), |path| self.table.write(path))?)
     }
 
     fn print(&self, trial: &Trial, seconds: [f64; 2], taken: bool) {

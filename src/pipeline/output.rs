@@ -46,8 +46,9 @@ pub struct OutDir {
     lock: DirLock,
     /// What each image is called.
     names: Vec<String>,
-    /// Of the images; which this process makes of them.
+    /// Seeds of the images.
     seeds: Vec<u64>,
+    /// Which of them this process makes.
     part: Part,
 }
 
@@ -187,8 +188,26 @@ impl OutDir {
         (says && seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied())).then_some(file)
     }
 
-    /// Joins the latents of all parts to the file that one process would write, and removes theirs. Fewer have been joined by
-    /// another process already. Returns the file's path.
+    /// Whether the file of all images has, of the images `own`, what that of their part has.
+    ///
+    /// # Errors
+    /// [`OutputError::Latents`].
+    pub fn holds(&self, all: &SafeFile, own: Range<usize>, part: &SafeFile) -> Result<bool> {
+        for name in ["latents", "steps"] {
+            let bytes = |file: &'_ SafeFile| -> Result<Vec<u8>> {
+                Ok(if file.contains(name) { file.bytes(name)?.to_vec() } else { Vec::new() })
+            };
+            let (all, known) = (bytes(all)?, bytes(part)?);
+            let row = all.len() / self.seeds.len().max(1);
+            if all[own.start * row..own.end * row] != known {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Joins the latents of all parts to the file that one process would write, and removes theirs. Given fewer files than
+    /// parts, it only removes them: another process has joined them. Returns the file's path.
     ///
     /// # Errors
     /// [`OutputError::Latents`]: a damaged part, among others.

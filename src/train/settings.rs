@@ -416,10 +416,13 @@ impl Given {
         {
             theirs.settings.init = Some(ours.clone());
         }
-        // Cards may have room for different numbers of images, and different numbers; not for other types of values.
+        // Cards may have room for different numbers of images, different numbers, and tiles that were measured or not;
+        // but not other types of values.
         theirs.execution.batch_gpu = ours.execution.batch_gpu;
-        let numbers =
-            |execution: &Execution| execution.computed_on.split_once(", ").map(|(_, numbers)| numbers.to_owned());
+        let numbers = |execution: &Execution| {
+            let numbers = execution.computed_on.split_once(", ").map(|(_, numbers)| numbers);
+            numbers.map(|numbers| numbers.trim_end_matches(", tuned").to_owned())
+        };
         if numbers(&ours.execution) == numbers(&theirs.execution) {
             theirs.execution.computed_on.clone_from(&ours.execution.computed_on);
         }

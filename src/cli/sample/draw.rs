@@ -211,15 +211,20 @@ fn joined(
     ranks: &mut Ranks,
 ) -> anyhow::Result<Option<PathBuf>> {
     let mut files = Vec::new();
+    // A part that ended at the same moment may have joined them, this one's too; else the file is an older one.
+    let is_joined = || {
+        let Some(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
+        let own = images_of(part, request);
+        out.latents(part, own.clone(), about).is_none_or(|file| out.holds(&all, own, &file).unwrap_or(false))
+    };
     let mut lacking = |part: Part| -> Vec<usize> {
-        let (own, all) = (images_of(part, request), 0..request.seeds.len());
+        let own = images_of(part, request);
         match out.latents(part, own.clone(), about) {
             Some(file) => {
                 files.push(file);
                 Vec::new()
             }
-            // A part that ended at the same moment has joined them.
-            None if out.latents(Part::WHOLE, all, about).is_some() => Vec::new(),
+            None if is_joined() => Vec::new(),
             None => own.collect(),
         }
     };
