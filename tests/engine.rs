@@ -273,7 +273,7 @@ fn the_launches_of_every_plan_wait_for_each_other() {
         "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [16], "channels_per_head": 64,
     });
     let config: Config = serde_json::from_value(json).unwrap();
-    let settings = Settings { config, dropout: 0.2, ..settings(&data, 2, 4) };
+    let settings = Settings { config, dropout: 0.2, ..settings(&data, 1, 1) };
     let mut model = Model::init(&settings.config, 3).unwrap();
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
     let dir = tempfile::tempdir().unwrap();

@@ -6,6 +6,8 @@ use super::*;
 
 /// More than the second-level cache of any card.
 const FLUSH_BYTES: usize = 256 << 20;
+/// As much for a small card: none has more of that cache for each multiprocessor.
+const FLUSH_BYTES_OF_SM: usize = 2 << 20;
 
 /// Measured seconds of a plan, one number for each repeat.
 #[derive(Clone, Debug, Default)]
@@ -55,8 +57,9 @@ impl<P> Gpu<P> {
 
     /// What empties the cache.
     fn flush(&self) -> Result<Flush, DeviceError> {
-        let memory = self.runtime.allocate(FLUSH_BYTES, "flushing the cache")?;
-        let flush = Command::Zero { at: memory.ptr(), bytes: FLUSH_BYTES };
+        let bytes = FLUSH_BYTES.min(self.chooser.card.sms * FLUSH_BYTES_OF_SM);
+        let memory = self.runtime.allocate(bytes, "flushing the cache")?;
+        let flush = Command::Zero { at: memory.ptr(), bytes };
         // SAFETY: the whole of that memory.
         Ok(Flush { graph: unsafe { self.runtime.record(vec![flush])? }, _memory: memory })
     }
