@@ -199,8 +199,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 namespace simt {
 cudaError_t launch_untyped(const char* call, const void* kernel, const Config& config, void** arguments);
 #ifndef gridDim
-cudaError_t heed_attributes(const cudaLaunchConfig_t& config);
-Config config_of(const cudaLaunchConfig_t& config);
+cudaError_t read_config(const cudaLaunchConfig_t& from, Config& config);
 #endif
 cudaError_t allocate(void** p, size_t bytes);
 cudaError_t allocate_host(void** p, size_t bytes);
@@ -333,18 +332,21 @@ inline cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, di
 #ifndef gridDim
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
-    simt::launch_as(simt::kernel_name((const void*)kernel), simt::config_of(*config), kernel, std::forward<A>(arguments)...);
+    simt::Config read({}, {});
+    if (const cudaError_t e = simt::read_config(*config, read)) return e;
+    simt::launch_as(simt::kernel_name((const void*)kernel), read, kernel, std::forward<A>(arguments)...);
     return cudaGetLastError();
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
-    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
-    return simt::launch_untyped("cudaLaunchKernelExC", kernel, simt::config_of(*config), arguments);
+    simt::Config read({}, {});
+    if (const cudaError_t e = simt::read_config(*config, read)) return e;
+    return simt::launch_untyped("cudaLaunchKernelExC", kernel, read, arguments);
 }
 template <class... A>
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, void (*kernel)(A...), void** arguments) {
-    if (const cudaError_t e = simt::heed_attributes(*config)) return e;
-    return simt::launch_kernel(kernel, simt::config_of(*config), arguments, std::index_sequence_for<A...>());
+    simt::Config read({}, {});
+    if (const cudaError_t e = simt::read_config(*config, read)) return e;
+    return simt::launch_kernel(kernel, read, arguments, std::index_sequence_for<A...>());
 }
 #endif
 inline cudaError_t cudaProfilerStart() { return cudaSuccess; }

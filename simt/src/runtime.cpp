@@ -148,20 +148,16 @@ cudaError_t launch_untyped(const char* call, const void* kernel, const Config& c
     return cudaGetLastError();
 }
 
-cudaError_t heed_attributes(const cudaLaunchConfig_t& config) {
-    for (unsigned i = 0; i < config.numAttrs; i++) {
-        const auto& [id, value] = config.attrs[i];
+cudaError_t read_config(const cudaLaunchConfig_t& from, Config& config) {
+    config = {from.gridDim, from.blockDim, from.dynamicSmemBytes, from.stream};
+    for (unsigned i = 0; i < from.numAttrs; i++) {
+        const auto& [id, value] = from.attrs[i];
         const auto& cluster = value.clusterDim;
         if (id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) return refuse("cudaLaunchKernelEx: the emulator has no clusters");
         if (id == cudaLaunchAttributeProgrammaticStreamSerialization && value.programmaticStreamSerializationAllowed) overlap_next();
+        if (id == cudaLaunchAttributeCooperative && value.cooperative) config.cooperative = true;
     }
     return cudaSuccess;
-}
-
-Config config_of(const cudaLaunchConfig_t& config) {
-    bool cooperative = false;
-    for (unsigned i = 0; i < config.numAttrs; i++) cooperative |= config.attrs[i].id == cudaLaunchAttributeCooperative && config.attrs[i].val.cooperative;
-    return {config.gridDim, config.blockDim, config.dynamicSmemBytes, config.stream, cooperative};
 }
 
 cudaError_t function_attributes(cudaFuncAttributes* a, const void* kernel) {
