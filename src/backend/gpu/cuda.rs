@@ -21,7 +21,7 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
-use super::runtime::{Beside, Command, Graph, Memory, Origin, Runtime, advice};
+use super::runtime::{Beside, Command, Graph, Memory, Origin, Runtime, advice, behind_launches};
 use super::tiles::{Card, Tuned};
 use crate::backend::DeviceError;
 use crate::system;
@@ -777,12 +777,8 @@ impl Runtime for Cuda {
         let graph = unsafe {
             let here = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             device.require(result::stream::begin_capture(device.commands, here))?;
-            let mut beside = false;
-            let given = commands.iter().try_for_each(|command| {
-                let given = device.give(command, beside);
-                beside = device.overlap && matches!(command, Command::Launch(_));
-                given
-            });
+            let mut commands = behind_launches(&commands);
+            let given = commands.try_for_each(|(command, beside)| device.give(command, beside && device.overlap));
             let captured = result::stream::end_capture(device.commands);
             device.last_kernel.replace(before);
             if let (Err(e), captured) = (given, &captured) {

@@ -33,6 +33,13 @@ impl From<Launch> for Command {
     }
 }
 
+/// Each command, and whether a launch comes right before it: then it may begin while that one ends, if it is one itself.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(super) fn behind_launches(commands: &[Command]) -> impl Iterator<Item = (&Command, bool)> {
+    let launches = commands.iter().map(|command| matches!(command, Command::Launch(_)));
+    commands.iter().zip(std::iter::once(false).chain(launches))
+}
+
 /// Commands made ready to run again and again.
 pub trait Graph {
     /// Runs them once, after the commands given before.

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{Emulator, EmulatorError, Memory as Allocation, tensor_map};
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::{DevicePtr, TensorMap, TensorMapSpec};
-use crate::backend::gpu::runtime::{Command, Graph, Memory, Origin, Runtime, advice};
+use crate::backend::gpu::runtime::{Command, Graph, Memory, Origin, Runtime, advice, behind_launches};
 use crate::backend::gpu::tiles::{Card, Tuned};
 
 /// The emulator as a device.
@@ -41,7 +41,7 @@ impl Emulated {
     unsafe fn launch(&self, command: &Command, beside: bool) -> Result<(), EmulatorError> {
         match command {
             // SAFETY: the caller's promise.
-            Command::Launch(l) => unsafe { self.emulator.run_beside(l, beside) }.map(|_| ()),
+            Command::Launch(l) => unsafe { self.emulator.clone().with_launches_beside(beside).run(l) }.map(|_| ()),
             Command::Zero { at, bytes } => {
                 // SAFETY: the caller's promise; device memory is host memory here.
                 unsafe { std::ptr::write_bytes(at.0 as *mut u8, 0, *bytes) };
@@ -92,13 +92,9 @@ struct Recorded {
 
 impl Graph for Recorded {
     fn run(&self) -> Result<(), DeviceError> {
-        let mut beside = false;
-        let mut run = |command| {
-            let before = std::mem::replace(&mut beside, matches!(command, &Command::Launch(_)));
-            // SAFETY: promised to `record`.
-            unsafe { self.device.launch(command, before) }
-        };
-        self.commands.iter().try_for_each(&mut run).map_err(failed)
+        // SAFETY: promised to `record`.
+        let run = |(command, beside)| unsafe { self.device.launch(command, beside) };
+        behind_launches(&self.commands).try_for_each(run).map_err(failed)
     }
 }
 

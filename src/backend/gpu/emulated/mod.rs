@@ -175,6 +175,7 @@ fn c_name(name: &str) -> Result<CString> {
 pub struct Emulator {
     api: &'static Api,
     settings: Settings,
+    beside: bool,
 }
 
 /// How launches run.
@@ -193,7 +194,7 @@ impl Emulator {
 
     fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { api, settings: Settings { order: Order::Forward, threads, strict_exits: false } }
+        Self { api, settings: Settings { order: Order::Forward, threads, strict_exits: false }, beside: false }
     }
 
     /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
@@ -256,6 +257,12 @@ impl Emulator {
         Self { settings: Settings { strict_exits: strict, ..self.settings }, ..self }
     }
 
+    /// The same device; if `beside`, its launches may begin while the ones before them still run: it is a fault if a kernel
+    /// touches what those have written before it has waited (`begin_kernel` of `kernels/ptx.cuh`).
+    pub fn with_launches_beside(self, beside: bool) -> Self {
+        Self { beside, ..self }
+    }
+
     /// The exported kernels in alphabetical order.
     pub fn kernels(&self) -> Vec<String> {
         (0..)
@@ -308,21 +315,6 @@ impl Emulator {
         shared: u32,
         args: &[Arg],
     ) -> Result<Counters> {
-        // SAFETY: the caller's promise.
-        unsafe { self.start(kernel, grid, block, shared, args, false) }
-    }
-
-    /// # Safety
-    /// As [`Emulator::launch`].
-    unsafe fn start(
-        &self,
-        kernel: &str,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared: u32,
-        args: &[Arg],
-        beside: bool,
-    ) -> Result<Counters> {
         let expected = self.parameters(kernel)?;
         if !args.iter().map(|a| a.0.len()).eq(expected.iter().copied()) {
             let found = args.iter().map(|a| a.0.len()).collect();
@@ -346,7 +338,7 @@ impl Emulator {
             }
             *settings = Some(self.settings);
         }
-        if beside {
+        if self.beside {
             // SAFETY: a C string.
             self.api.require(unsafe { (self.api.config)(c"overlap".as_ptr(), 1) })?;
         }
@@ -375,16 +367,6 @@ impl Emulator {
     /// # Safety
     /// As [`Emulator::launch`].
     pub unsafe fn run(&self, l: &Launch) -> Result<Counters> {
-        // SAFETY: the caller's promise.
-        unsafe { self.run_beside(l, false) }
-    }
-
-    /// The same; if `beside`, as a launch that may begin while the one before it still runs: it is a fault if the kernel
-    /// touches what that one has written before it has waited (`begin_kernel` of `kernels/ptx.cuh`).
-    ///
-    /// # Safety
-    /// As [`Emulator::launch`].
-    pub unsafe fn run_beside(&self, l: &Launch, beside: bool) -> Result<Counters> {
         // As on a card: what is above 48 KB, with static shared memory, is asked for.
         if l.shared > 0 {
             self.allow_shared(&l.kernel, l.shared as usize)?;
@@ -392,7 +374,7 @@ impl Emulator {
         let encode = |spec: &TensorMapSpec| spec.check().map(|()| tensor_map(spec));
         let params = l.params(encode).map_err(|e| EmulatorError::Refused(e.to_string()))?;
         // SAFETY: the caller's promise.
-        unsafe { self.start(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)], beside) }
+        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
     }
 }
 
