@@ -4,9 +4,9 @@
 //! to the user's cache. Where there is none, one of those in `kernels/tuned.json` serves, if somebody has measured
 //! these kernels on such a card; and where there is none either, the model of [`Question::cheapest`].
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -15,7 +15,7 @@ use crate::backend::gpu::engine::{Trial, median};
 use crate::backend::gpu::runtime::Origin;
 use crate::backend::gpu::tiles::{Product, Question, Tuned, Unfit};
 use crate::formats::fingerprint::Fingerprint;
-use crate::formats::{At, FileError, input, write_atomically};
+use crate::formats::{At, FileError, input, names, write_atomically};
 use crate::system;
 
 /// The tables that come with the program.
@@ -228,9 +228,8 @@ fn own(dir: &Path, origin: &Origin) -> Result<Option<Tuned>, TuningError> {
     let Some(table) = Table::read(&path)? else {
         // One of the same card says that somebody had measured.
         let beginning = format!("tiles-{}-", slug(&origin.card));
-        let names = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        let like = |name: &str| name.starts_with(&beginning) && name.ends_with(".json");
-        let old = names.filter_map(|name| name.into_string().ok()).filter(|name| like(name)).min();
+        let like = |name: &String| name.starts_with(&beginning) && name.ends_with(".json");
+        let old = names(dir).unwrap_or_default().into_iter().find(like);
         return old.map_or(Ok(None), |name| Err(TuningError::Old { path: dir.join(name) }));
     };
     if table.origin != *origin {
@@ -317,6 +316,7 @@ mod tests {
     use crate::backend::gpu::launch::Precision;
     use crate::backend::gpu::tables::TILED;
     use crate::backend::gpu::tiles::{Card, Chooser};
+    use std::fs;
     use std::rc::Rc;
 
     const CARD: Card = Card { sms: 24, capability: 89 };
