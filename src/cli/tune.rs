@@ -15,7 +15,7 @@ use edm2k::codec::{Decoder, LATENTS};
 use edm2k::formats::{At, Claim};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
-use edm2k::model::{Model, Precond};
+use edm2k::model::{Config, Model, Precond};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{MicroBatch, micro_batch};
 use edm2k::tuning::{self, Table};
@@ -72,7 +72,7 @@ pub struct TuneArgs {
 struct Tuning<'a> {
     args: &'a TuneArgs,
     runtime: Rc<dyn Runtime>,
-    net: Precond,
+    config: Config,
     size: [usize; 2],
     /// Where the table is written, after each plan.
     path: Option<PathBuf>,
@@ -117,10 +117,10 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         table.origin.card,
         device.math().describe(runtime.card().capability)
     );
-    let (net, _) = Precond::new(&config)?;
-    let mut tuning = Tuning { args, runtime, net, size, path, table, known: HashSet::new() };
+    let latents = config.img_channels == LATENTS;
+    let mut tuning = Tuning { args, runtime, config, size, path, table, known: HashSet::new() };
     tuning.sampling()?;
-    if config.img_channels == LATENTS {
+    if latents {
         tuning.decoding()?;
     }
     if let Some(images) = args.batch_gpu {
@@ -140,7 +140,7 @@ fn in_words(Choice { tile, splits, .. }: &Choice) -> String {
 impl Tuning<'_> {
     fn sampling(&mut self) -> Result<()> {
         let math = self.args.device.math();
-        let (net, table) = Precond::new(&self.net.config)?;
+        let (net, table) = Precond::new(&self.config)?;
         let mut b = Gpu::for_sampling(self.runtime.clone(), math, &table)?;
         load_random(&mut b, &table, Normalization::Eval)?;
         let mut batches: Vec<usize> = self.args.batch.iter().flat_map(|&n| [n.into(), 2 * usize::from(n)]).collect();
@@ -171,7 +171,7 @@ impl Tuning<'_> {
     }
 
     fn training(&mut self, n: usize) -> Result<()> {
-        let (net, table) = Precond::new(&self.net.config)?;
+        let (net, table) = Precond::new(&self.config)?;
         let mut b = Gpu::for_training(self.runtime.clone(), self.args.device.math(), &table, 0)?;
         load_random(&mut b, &table, Normalization::Train { rounds: 1 })?;
         let [(images, x), (levels, sigma), (dims, labels)] = random_inputs(&net.config, self.size, n);
