@@ -177,7 +177,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
 
 /// Where a part leaves what it has found.
 fn losses_of(dir: &Path, part: Part) -> PathBuf {
-    dir.join(format!("losses-{}-of-{}.safetensors", part.number + 1, part.of))
+    dir.join(part.file("losses"))
 }
 
 /// Leaves what a part has found, and of what.

@@ -129,6 +129,11 @@ pub struct Part {
 impl Part {
     /// All of the work.
     pub const WHOLE: Self = Self { number: 0, of: 1 };
+
+    /// What it leaves for the others: `losses-2-of-4.safetensors`.
+    pub fn file(self, what: &str) -> String {
+        format!("{what}-{}-of-{}.safetensors", self.number + 1, self.of)
+    }
 }
 
 impl fmt::Display for Part {

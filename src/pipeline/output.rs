@@ -194,12 +194,10 @@ impl OutDir {
     /// [`OutputError::Latents`].
     pub fn holds(&self, all: &SafeFile, own: Range<usize>, part: &SafeFile) -> Result<bool> {
         for name in ["latents", "steps"] {
-            let bytes = |file: &'_ SafeFile| -> Result<Vec<u8>> {
-                Ok(if file.contains(name) { file.bytes(name)?.to_vec() } else { Vec::new() })
-            };
-            let (all, known) = (bytes(all)?, bytes(part)?);
+            let [all, known] = [all, part].map(|file| if file.contains(name) { file.bytes(name) } else { Ok(&[][..]) });
+            let (all, known) = (all?, known?);
             let row = all.len() / self.seeds.len().max(1);
-            if all[own.start * row..own.end * row] != known {
+            if all[own.start * row..own.end * row] != *known {
                 return Ok(false);
             }
         }
@@ -264,7 +262,7 @@ const LATENTS: &str = "latents.safetensors";
 
 /// Of all images, or those of one of several parts.
 fn latents_name(part: Part) -> String {
-    if part == Part::WHOLE { LATENTS.into() } else { format!("latents-{}-of-{}.safetensors", part.number + 1, part.of) }
+    if part == Part::WHOLE { LATENTS.into() } else { part.file("latents") }
 }
 
 fn picture_name(name: &str) -> String {
