@@ -60,11 +60,17 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     const T* weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
     const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
                                     window, first, min(Tile::BM, p.pixels - first)};
+    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
+        prefetch<T>(p, first + row, phase, blockIdx.y * Tile::BN + column);
+    });
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin));
-    emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        finish<T>(p, first + row, phase, blockIdx.y * Tile::BN + column, v);
-    });
+    emit<Tile>(
+        acc, smem,
+        [&](int row, int column) { return fetch<T>(p, first + row, phase, blockIdx.y * Tile::BN + column); },
+        [&](int row, int column, float (&v)[8], const uint4& residual) {
+            finish<T>(p, first + row, phase, blockIdx.y * Tile::BN + column, v, residual);
+        });
 }
 
 #define CONV(name, T, flat, blocks, ...)                                                                         \

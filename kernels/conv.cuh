@@ -329,60 +329,89 @@ constexpr int OUT_ROW = COLUMNS + 8;
 //     1st load    0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
 //     2nd load    4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
 
-// Calls f(row, column) for the 8 columns in each of a warp's 16 rows of COLUMNS that are this lane's. Its column is always the
-// same.
-template <int COLUMNS, class F>
-__device__ __forceinline__ void visit_rows(F&& f) {
-    constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS;
-#pragma unroll
-    for (int pass = 0; pass < 16 / ROWS; pass++) f(threadIdx.x % 32 / CHUNKS + pass * ROWS, threadIdx.x % CHUNKS * 8);
-}
+// Of a warp's 16 rows of COLUMNS, 8 columns in each of PASSES rows are this lane's. Its column is always the same.
+template <int COLUMNS>
+struct OutRows {
+    static constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, PASSES = 16 / ROWS;
+    static __device__ __forceinline__ int row(int pass) { return threadIdx.x % 32 / CHUNKS + pass * ROWS; }
+    static __device__ __forceinline__ int column() { return threadIdx.x % CHUNKS * 8; }
+};
 
-// The same for a block's tile.
-template <class Tile, class F>
-__device__ __forceinline__ void visit(F&& f) {
-#pragma unroll
-    for (int i = 0; i < Tile::WM / 16; i++)
-        visit_rows<Tile::WN>([&](int row, int column) { f(Tile::warp_m() + i * 16 + row, Tile::warp_n() + column); });
-}
-
-// Calls sink(row, column, v) for the values of a warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of
-// accumulators, four for each 8 columns; v are those of columns column .. column + 8. A thread's column is the same in
-// all its calls. `out` is 16 rows of OUT_ROW floats of the warp's own.
-template <int COLUMNS, class Sink>
-__device__ __forceinline__ void emit_rows(const float (&acc)[COLUMNS / 8][4], float* out, Sink&& sink) {
-    constexpr int ROW = OUT_ROW<COLUMNS>;
+// A warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of accumulators, four for each 8 columns, go to
+// `out`, 16 rows of OUT_ROW floats of the warp's own.
+template <int COLUMNS>
+__device__ __forceinline__ void stage_rows(const float (&acc)[COLUMNS / 8][4], float* out) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * ROW + j * 8 + lane % 4 * 2) =
+            *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * OUT_ROW<COLUMNS> + j * 8 + lane % 4 * 2) =
                 make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
+}
+
+// What a kernel fetches that needs nothing.
+struct Nothing {};
+
+// f(row, column) for the first of each 64 columns in each row, 128 bytes of 16-bit values, of a tile that so many threads share:
+// to prefetch, before the product, what is fetched after it.
+template <int ROWS, int COLUMNS, int THREADS, class F>
+__device__ __forceinline__ void for_lines(F&& f) {
+    constexpr int LINES = (COLUMNS + 63) / 64;
+    for (int i = threadIdx.x % THREADS; i < ROWS * LINES; i += THREADS) f(i / LINES, i % LINES * 64);
+}
+
+// Calls sink(row, column, v, fetch(row, column)) for the rows that `stage` puts in `out`; v are the values of columns
+// column .. column + 8. What is to be fetched for several rows is asked for before the first of them is taken: the memory is
+// a thousand cycles away, and the stores of a row would hold up the loads of the next.
+template <int COLUMNS, class Stage, class Fetch, class Sink>
+__device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fetch, Sink&& sink) {
+    using Rows = OutRows<COLUMNS>;
+    using Fetched = decltype(fetch(0, 0));
+    constexpr int AT_ONCE = Rows::PASSES * sizeof(Fetched) <= 64 ? Rows::PASSES : Rows::PASSES / 2;  // 16 registers
+    Fetched fetched[AT_ONCE];
+    const int column = Rows::column();
+    auto fetch_from = [&](int pass) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) fetched[i] = fetch(Rows::row(pass + i), column);
+    };
+    fetch_from(0);
+    stage();
     __syncwarp();
-    visit_rows<COLUMNS>([&](int row, int column) {
+#pragma unroll
+    for (int pass = 0; pass < Rows::PASSES; pass++) {
+        const int row = Rows::row(pass);
+        if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
         // Half of the lanes read their upper four first: 8 lanes then meet no bank twice.
         const int upper = COLUMNS == 64 ? column / 32 : row % 2;
-        const float* from = out + row * ROW + column;
+        const float* from = out + row * OUT_ROW<COLUMNS> + column;
         const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
         const uint4 low = upper ? q : p, high = upper ? p : q;
         float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
                       __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
-        sink(row, column, v);
-    });
+        sink(row, column, v, fetched[pass % AT_ONCE]);
+    }
     __syncwarp();
 }
 
-// The same for a block's tile.
-template <class Tile, class Sink>
-__device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Sink&& sink) {
+// The same for a block's tile. There is one copy of what follows a product, not one for each 16 rows: a kernel's code
+// comes from memory too, and of a small product it was most of the time.
+template <class Tile, class Fetch, class Sink>
+__device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Fetch&& fetch, Sink&& sink) {
     float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * OUT_ROW<Tile::WN>;
     __syncthreads();  // all have left the pipeline's last stage
+#pragma unroll 1
+    for (int part = 0; part < Tile::WM / 16; part++) {
+        const int m = Tile::warp_m() + part * 16, n = Tile::warp_n();
+        auto stage = [&] {
 #pragma unroll
-    for (int i = 0; i < Tile::WM / 16; i++)
-        emit_rows<Tile::WN>(acc[i], out, [&](int row, int column, float (&v)[8]) {
-            sink(Tile::warp_m() + i * 16 + row, Tile::warp_n() + column, v);
-        });
+            for (int i = 0; i < Tile::WM / 16; i++)  // registers have no index
+                if (i == part) stage_rows<Tile::WN>(acc[i], out);
+        };
+        emit_rows<Tile::WN>(
+            out, stage, [&](int row, int column) { return fetch(m + row, n + column); },
+            [&](int row, int column, float (&v)[8], auto& fetched) { sink(m + row, n + column, v, fetched); });
+    }
 }
 
 __device__ __forceinline__ void load8(const float* from, float (&v)[8]) {
@@ -422,5 +451,47 @@ __device__ __forceinline__ void sum_splits(const float* partial, size_t at, size
         load8(partial + s * stride + at, u);
 #pragma unroll
         for (int e = 0; e < 8; e++) v[e] += u[e];
+    }
+}
+
+// The same for a warp's 16 rows of COLUMNS; as emit_rows, all rows' at a time. place(row, column) is negative where there is
+// nothing.
+template <int COLUMNS, class Place, class Fetch, class Sink>
+__device__ __forceinline__ void sum_rows(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
+    using Rows = OutRows<COLUMNS>;
+    decltype(fetch(0, 0)) fetched[Rows::PASSES];
+    const int column = Rows::column();
+    int at[Rows::PASSES];
+    float v[Rows::PASSES][8] = {};
+#pragma unroll
+    for (int pass = 0; pass < Rows::PASSES; pass++) {
+        fetched[pass] = fetch(Rows::row(pass), column);
+        at[pass] = place(Rows::row(pass), column);
+    }
+#pragma unroll 2
+    for (int s = 0; s < splits; s++) {
+        float u[Rows::PASSES][8];
+#pragma unroll
+        for (int pass = 0; pass < Rows::PASSES; pass++) load8(partial + s * stride + max(at[pass], 0), u[pass]);
+#pragma unroll
+        for (int pass = 0; pass < Rows::PASSES; pass++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[pass][e] += u[pass][e];
+    }
+#pragma unroll
+    for (int pass = 0; pass < Rows::PASSES; pass++)
+        if (at[pass] >= 0) sink(Rows::row(pass), column, v[pass], fetched[pass]);
+}
+
+// The same for a block's tile.
+template <class Tile, class Place, class Fetch, class Sink>
+__device__ __forceinline__ void sum(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
+#pragma unroll 1
+    for (int part = 0; part < Tile::WM / 16; part++) {
+        const int m = Tile::warp_m() + part * 16, n = Tile::warp_n();
+        sum_rows<Tile::WN>(
+            partial, stride, splits, [&](int row, int column) { return place(m + row, n + column); },
+            [&](int row, int column) { return fetch(m + row, n + column); },
+            [&](int row, int column, float (&v)[8], auto& fetched) { sink(m + row, n + column, v, fetched); });
     }
 }

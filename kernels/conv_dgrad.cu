@@ -44,45 +44,62 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
 }
 
 // The last block of a tile. A function of its own: what it needs would take registers from the product.
+// The block's place in the result.
+template <class T, class Tile>
+struct DgradTile : TilePixels<Tile::BM> {
+    const ConvDgrad& p;
+    const int cin;
+    __device__ __forceinline__ explicit DgradTile(const ConvDgrad& p) : TilePixels<Tile::BM>(p.tiles), p(p), cin(p.ca + p.cb) {}
+    __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
+    __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
+    __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < cin; }
+    __device__ __forceinline__ DgradFetched fetch(int row, int column) const {
+        return inside(row, column) ? ::fetch<T>(p, pixel(row), channel(column)) : DgradFetched{};
+    }
+};
+
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
-    const TilePixels<Tile::BM> tile(p.tiles);
-    const int cin = p.ca + p.cb;
+    const DgradTile<T, Tile> tile(p);
     float sums[8] = {};
-    visit<Tile>([&](int row, int column) {
-        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-        if (row >= tile.count || channel >= cin) return;
-        float v[8];
-        sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
-        finish<T>(p, pixel, channel, v, sums);
-    });
+    sum<Tile>(
+        p.partial, size_t(p.pixels) * tile.cin, p.splits,
+        [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * tile.cin + tile.channel(column) : -1; },
+        [&](int row, int column) { return tile.fetch(row, column); },
+        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
+            finish<T>(p, tile.pixel(row), tile.channel(column), v, fetched, sums);
+        });
     if (p.scale) add_up<Tile>(p, smem, sums);
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const int cin = p.ca + p.cb;
-    const TilePixels<Tile::BM> tile(p.tiles);
+    const DgradTile<T, Tile> tile(p);
     const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
-                                    p.cout, 0, cin, same_window(p.tiles.height, p.tiles.width, p.taps),
+                                    p.cout, 0, tile.cin, same_window(p.tiles.height, p.tiles.width, p.taps),
                                     tile.first, tile.count};
     const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
+    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
+        if (tile.inside(row, column)) prefetch<T>(p, tile.pixel(row), tile.channel(column));
+    });
 
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
 
     float sums[8] = {};
-    emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-        if (row >= tile.count || channel >= cin) return;
-        if (p.partial)
-            store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * cin + channel, v);
-        else
-            finish<T>(p, pixel, channel, v, sums);
-    });
+    emit<Tile>(
+        acc, smem, [&](int row, int column) { return p.partial ? DgradFetched{} : tile.fetch(row, column); },
+        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
+            if (!tile.inside(row, column)) return;
+            const int pixel = tile.pixel(row), channel = tile.channel(column);
+            if (p.partial)
+                store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
+            else
+                finish<T>(p, pixel, channel, v, fetched, sums);
+        });
     if (p.partial)
         add_parts<T, Tile>(p, smem);
     else if (p.scale)

@@ -21,9 +21,18 @@ struct ConvFprop {
     int padding;
 };
 
-// What follows the product, for 8 channels of a pixel.
+// What follows the product, for 8 channels of a pixel; `residual` is fetched before, and the line that it lies in prefetched.
 template <class T>
-__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channel, float (&v)[8]) {
+__device__ __forceinline__ uint4 fetch(const ConvFprop& p, int pixel, int channel) {
+    if (!p.residual) return {};
+    return load16(static_cast<const T*>(p.residual) + size_t(pixel) * p.cout + channel);
+}
+template <class T>
+__device__ __forceinline__ void prefetch(const ConvFprop& p, int pixel, int channel) {
+    if (p.residual) prefetch_line(static_cast<const T*>(p.residual) + size_t(pixel) * p.cout + channel);
+}
+template <class T>
+__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channel, float (&v)[8], const uint4& residual) {
     const size_t at = size_t(pixel) * p.cout + channel;
     if (p.scale) {
         if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
@@ -32,8 +41,8 @@ __device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channe
 #pragma unroll
         for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * s[e]);
     } else {
-        float r[8] = {};
-        if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
+        float r[8];
+        unpack8<T>(residual, r);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             const float sum = p.wa * r[e] + p.gain * v[e];
@@ -65,19 +74,40 @@ struct ConvDgrad {
     float x_scale, skip_scale, gain, acc_factor;
 };
 
-// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
+// What is fetched before: 8 values of the input and of the gradient that is added to; zeros where there is none.
+struct DgradFetched {
+    uint4 x, acc;
+};
+// Where 8 channels of a pixel lie in the tensor that they belong to.
+__device__ __forceinline__ size_t place(const ConvDgrad& p, int pixel, int channel) {
+    return channel >= p.ca ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
+}
 template <class T>
-__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], float (&sums)[8]) {
+__device__ __forceinline__ DgradFetched fetch(const ConvDgrad& p, int pixel, int channel) {
     const bool second = channel >= p.ca;
-    const size_t at = second ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
+    const size_t at = place(p, pixel, channel);
     const T* x = static_cast<const T*>(second ? p.skip : p.x);
     const T* acc = static_cast<const T*>(second ? p.acc_skip : p.acc_x);
+    return {x ? load16(x + at) : uint4{}, acc ? load16(acc + at) : uint4{}};
+}
+template <class T>
+__device__ __forceinline__ void prefetch(const ConvDgrad& p, int pixel, int channel) {
+    const bool second = channel >= p.ca;
+    const size_t at = place(p, pixel, channel);
+    if (second ? p.skip : p.x) prefetch_line(static_cast<const T*>(second ? p.skip : p.x) + at);
+    if (second ? p.acc_skip : p.acc_x) prefetch_line(static_cast<const T*>(second ? p.acc_skip : p.acc_x) + at);
+}
+// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
+template <class T>
+__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], const DgradFetched& fetched,
+                                       float (&sums)[8]) {
+    const bool second = channel >= p.ca;
     const float input_scale = second ? p.skip_scale : p.x_scale;
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] *= p.gain * input_scale;
-    if (x) {
+    if (second ? p.skip : p.x) {
         float in[8];
-        unpack8<T>(load16(x + at), in);
+        unpack8<T>(fetched.x, in);
         if (p.scale) {
             float s[8];
             load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
@@ -91,13 +121,11 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channe
             for (int e = 0; e < 8; e++) v[e] *= mp_silu_grad(in[e] * input_scale);
         }
     }
-    if (acc) {
-        float a[8];
-        unpack8<T>(load16(acc + at), a);
+    float a[8];
+    unpack8<T>(fetched.acc, a);
 #pragma unroll
-        for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
-    }
-    store16(static_cast<T*>(second ? p.gskip : p.gx) + at, pack8<T>(v));
+    for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
+    store16(static_cast<T*>(second ? p.gskip : p.gx) + place(p, pixel, channel), pack8<T>(v));
 }
 
 // ---- conv_wgrad ---------------------------------------------------------------------------------
@@ -141,21 +169,34 @@ struct CodecConv {
     int padding;
 };
 
-// What follows the product, for 8 channels of a pixel; of an enlarged image, in one of its four places.
-template <class T>
-__device__ __forceinline__ void finish(const CodecConv& p, int pixel, int phase, int channel, float (&v)[8]) {
-    if (pixel >= p.pixels || channel >= p.cout) return;
-    int place = pixel;
+// Where 8 channels of a pixel lie; of an enlarged image, in one of its four places.
+__device__ __forceinline__ size_t place(const CodecConv& p, int pixel, int phase, int channel) {
     if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
-        place = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
-    const size_t at = size_t(place) * p.cout + channel;
-    float bias[8], r[8] = {};
+        pixel = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
+    return size_t(pixel) * p.cout + channel;
+}
+// What follows the product, for 8 channels of a pixel; `residual` is fetched before.
+template <class T>
+__device__ __forceinline__ uint4 fetch(const CodecConv& p, int pixel, int phase, int channel) {
+    if (!p.residual || pixel >= p.pixels || channel >= p.cout) return {};
+    return load16(static_cast<const T*>(p.residual) + place(p, pixel, phase, channel));
+}
+template <class T>
+__device__ __forceinline__ void prefetch(const CodecConv& p, int pixel, int phase, int channel) {
+    if (p.residual && pixel < p.pixels && channel < p.cout)
+        prefetch_line(static_cast<const T*>(p.residual) + place(p, pixel, phase, channel));
+}
+template <class T>
+__device__ __forceinline__ void finish(const CodecConv& p, int pixel, int phase, int channel, float (&v)[8],
+                                       const uint4& residual) {
+    if (pixel >= p.pixels || channel >= p.cout) return;
+    float bias[8], r[8];
     load8(p.bias + channel, bias);
-    if (p.residual) unpack8<T>(load16(static_cast<const T*>(p.residual) + at), r);
+    unpack8<T>(residual, r);
 #pragma unroll
     for (int e = 0; e < 8; e++) {
         const float sum = r[e] + (v[e] + bias[e]);
         v[e] = p.relu && sum < 0.0f ? 0.0f : sum;  // NaN passes
     }
-    store16(static_cast<T*>(p.y) + at, pack8<T>(v));
+    store16(static_cast<T*>(p.y) + place(p, pixel, phase, channel), pack8<T>(v));
 }

@@ -32,24 +32,37 @@
 #include "conv_finish.cuh"
 
 // The last block of a tile. A function of its own: what it needs would take registers from the product.
+// The block's place in the result.
+template <class T, class Tile>
+struct FpropTile : TilePixels<Tile::BM> {
+    const ConvFprop& p;
+    __device__ __forceinline__ explicit FpropTile(const ConvFprop& p) : TilePixels<Tile::BM>(p.tiles), p(p) {}
+    __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
+    __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
+    __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < p.cout; }
+    __device__ __forceinline__ uint4 fetch(int row, int column) const {
+        return inside(row, column) ? ::fetch<T>(p, pixel(row), channel(column)) : uint4{};
+    }
+};
+
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
-    const TilePixels<Tile::BM> tile(p.tiles);
-    visit<Tile>([&](int row, int column) {
-        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-        if (row >= tile.count || channel >= p.cout) return;
-        float v[8];
-        sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
-        finish<T>(p, pixel, channel, v);
-    });
+    const FpropTile<T, Tile> tile(p);
+    sum<Tile>(
+        p.partial, size_t(p.pixels) * p.cout, p.splits,
+        [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * p.cout + tile.channel(column) : -1; },
+        [&](int row, int column) { return tile.fetch(row, column); },
+        [&](int row, int column, float (&v)[8], const uint4& residual) {
+            finish<T>(p, tile.pixel(row), tile.channel(column), v, residual);
+        });
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const TilePixels<Tile::BM> tile(p.tiles);
+    const FpropTile<T, Tile> tile(p);
     auto product = [&](const void* x, const void* skip, const void* weight, int ca, int cb, int taps) {
         return ConvProduct<T>{static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb,
                               p.cout, same_window(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
@@ -57,6 +70,9 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     const ConvProduct<T> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
     const int steps = own.steps(p.ca) + own.steps(p.cb);
     int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
+    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
+        if (tile.inside(row, column)) prefetch<T>(p, tile.pixel(row), tile.channel(column));
+    });
 
     typename Tile::Accumulators acc = {};
     if (first < steps) multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, own, first, min(last, steps));
@@ -70,14 +86,16 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
-    emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        const int pixel = tile.first + row, channel = blockIdx.y * Tile::BN + column;
-        if (row >= tile.count || channel >= p.cout) return;
-        if (p.partial)
-            store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
-        else
-            finish<T>(p, pixel, channel, v);
-    });
+    emit<Tile>(
+        acc, smem, [&](int row, int column) { return p.partial ? uint4{} : tile.fetch(row, column); },
+        [&](int row, int column, float (&v)[8], const uint4& residual) {
+            if (!tile.inside(row, column)) return;
+            const int pixel = tile.pixel(row), channel = tile.channel(column);
+            if (p.partial)
+                store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
+            else
+                finish<T>(p, pixel, channel, v, residual);
+        });
     if (p.partial) add_parts<T, Tile>(p, smem);
 }
 

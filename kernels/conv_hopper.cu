@@ -29,6 +29,9 @@ constexpr int GROUP = 128;        // threads of a warp group
 constexpr int GROUP_WARPS = 4;
 constexpr int OUT_COLUMNS = 64;   // of a warp's way out
 constexpr int OUT_BYTES = GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS> * 4;  // of a group
+// The same, and behind it sums of a tile's columns by each warp.
+template <int N>
+constexpr int BESIDE_BYTES = OUT_BYTES + GROUP_WARPS * N * 4;
 
 // Stages in shared memory and their barriers: `full` when a step's bytes are there, `empty` when all who read it are done.
 template <int STAGES, int STAGE_BYTES>
@@ -113,30 +116,48 @@ __device__ __forceinline__ void scale_sums(float (&acc)[M][N], float factor) {
         for (int e = 0; e < N; e++) acc[i][e] *= factor;
 }
 
-// sink(row, column, v) for the values of a group's tile of 64 x N, as emit_rows.
-template <int N, class Sink>
-__device__ __forceinline__ void emit_group(const float (&acc)[N / 2], float* out, Sink&& sink) {
+// Runs through a group's TILES tiles of 64 x N in parts of a warp's 16 rows by OUT_COLUMNS: f(row, column, part), where part
+// counts the columns' parts; `begin()` comes before the parts of some columns and `end(part)` after them. One copy of f for
+// all, see emit.
+template <int TILES, int N, class Begin, class F, class End>
+__device__ __forceinline__ void for_parts(Begin&& begin, F&& f, End&& end) {
     const int warp = threadIdx.x / 32 % GROUP_WARPS;
-#pragma unroll
-    for (int c = 0; c < N / OUT_COLUMNS; c++) {
-        float part[OUT_COLUMNS / 8][4];
-#pragma unroll
-        for (int j = 0; j < OUT_COLUMNS / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) part[j][e] = acc[c * OUT_COLUMNS / 2 + j * 4 + e];
-        emit_rows<OUT_COLUMNS>(part, out + warp * 16 * OUT_ROW<OUT_COLUMNS>, [&](int row, int column, float (&v)[8]) {
-            sink(warp * 16 + row, c, column, v);
-        });
+#pragma unroll 1
+    for (int part = 0; part < N / OUT_COLUMNS; part++) {
+        begin();
+#pragma unroll 1
+        for (int i = 0; i < TILES; i++) f(i * 64 + warp * 16, part * OUT_COLUMNS, i * (N / OUT_COLUMNS) + part);
+        end(part);
     }
 }
 
-// f(row, part, column) for the values that emit_group gives this thread.
-template <int N, class F>
-__device__ __forceinline__ void visit_group(F&& f) {
-    const int warp = threadIdx.x / 32 % GROUP_WARPS;
+// Puts a warp's 16 rows by OUT_COLUMNS of the part `at`, see for_parts, in `out`.
+template <int TILES, int N>
+__device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int at, float* out) {
 #pragma unroll
-    for (int c = 0; c < N / OUT_COLUMNS; c++)
-        visit_rows<OUT_COLUMNS>([&](int row, int column) { f(warp * 16 + row, c, column); });
+    for (int i = 0; i < TILES * N / OUT_COLUMNS; i++) {  // registers have no index
+        if (i != at) continue;
+        float part[OUT_COLUMNS / 8][4];
+#pragma unroll
+        for (int j = 0; j < OUT_COLUMNS / 2; j++)
+            part[j / 4][j % 4] = acc[i / (N / OUT_COLUMNS)][i % (N / OUT_COLUMNS) * (OUT_COLUMNS / 2) + j];
+        stage_rows<OUT_COLUMNS>(part, out);
+    }
+}
+
+// Gives a group's tiles to `work`: fetch and take as emit_rows' fetch and sink, the rest as for_parts.
+template <int TILES, int N, class Work>
+__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], float* out, Work&& work) {
+    float* const rows = out + threadIdx.x / 32 % GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS>;
+    for_parts<TILES, N>(
+        [&] { work.begin(); },
+        [&](int m, int n, int at) {
+            emit_rows<OUT_COLUMNS>(
+                rows, [&] { stage_part<TILES, N>(acc, at, rows); },
+                [&](int row, int column) { return work.fetch(m + row, n + column); },
+                [&](int row, int column, float (&v)[8], auto& fetched) { work.take(m + row, n + column, v, fetched); });
+        },
+        [&](int part) { work.end(part, out); });
 }
 
 // comes_last for a group's part of a tile.
@@ -164,8 +185,8 @@ struct HopperPixels {
     float to_main;          // what the sums are multiplied by before those
 };
 
-// Runs through the block's tiles. `Work` says where tile t begins and takes its results:
-//     pixel(t) -> first pixel, in the order of the images;  begin(t); row(...): see emit_group; end(t)
+// Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
+//     pixel(m) -> first pixel, in the order of the images;  at(m, n, split) before a tile; see emit_group; over(out, group)
 template <class T, int M, int N, int STAGES, class Work>
 __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
     constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
@@ -219,13 +240,16 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     }
     registers_take<232>();
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + STAGES * (A_BYTES + N * ROW_BYTES) +
-                                                STAGES * 16 + 16 + (group - 1) * OUT_BYTES);
+                                                STAGES * 16 + 16 + (group - 1) * BESIDE_BYTES<N>);
     int taken = 0;  // tiles of both groups
     for (int t = blockIdx.x; t < p.tiles; t += gridDim.x, taken++) {
         if (taken % 2 != group - 1) {
             pipe.skip(steps_of(t));
             continue;
         }
+        const int tile = t / splits;
+        work.at(tile / p.pixels_n, tile % p.pixels_n * N, t % splits);
+        for_lines<M, N, GROUP>([&](int row, int column) { work.prefetch(row, column); });
         float acc[TILES][N / 2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
@@ -243,32 +267,25 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             scale_sums(acc, p.to_main);
             if (last) break;
         }
-        const int tile = t / splits, m = tile / p.pixels_n, n = tile % p.pixels_n * N;
-        work.begin();
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-            emit_group<N>(acc[i], out, [&](int row, int part, int column, float (&v)[8]) {
-                work.row(m, i * 64 + row, n + part * OUT_COLUMNS + column, t % splits, part, v);
-            });
-        work.end(m, n, out, group);
+        emit_group<TILES, N>(acc, out, work);
+        work.over(out, group);
     }
 }
 
-// Of a way out without sums.
-struct NoSums {
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ void end(int, int, float*, int) {}
-};
-
-// The first pixel of a row of tiles, and how many of its rows are pixels.
+// Where a tile lies: its first pixel, and how many of its rows are pixels.
 template <int M>
-struct HopperTiles {
+struct HopperTile {
     const PixelTiles& tiles;
     int rows, columns;
-    __device__ __forceinline__ explicit HopperTiles(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
+    int m, first, count, channel, split;  // of the present tile
+    __device__ __forceinline__ explicit HopperTile(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
     __device__ __forceinline__ int in_group(int m) const { return m % tiles.tiles_per_group * M; }
     __device__ __forceinline__ int pixel(int m) const { return m / tiles.tiles_per_group * tiles.group + in_group(m); }
-    __device__ __forceinline__ int count(int m) const { return min(M, tiles.group - in_group(m)); }
+    __device__ __forceinline__ void at(int m_, int n, int split_) {
+        m = m_, first = pixel(m), count = min(M, tiles.group - in_group(m)), channel = n, split = split_;
+    }
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void end(int, float*) {}
 };
 
 struct HopperFprop {
@@ -277,31 +294,44 @@ struct HopperFprop {
 };
 
 template <class T, int M, int N>
-struct FpropWork : HopperTiles<M> {
+struct FpropWork : HopperTile<M> {
     const ConvFprop& p;
-    __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTiles<M>(p.tiles), p(p) {}
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ void row(int m, int row, int channel, int split, int, float (&v)[8]) {
-        if (row >= this->count(m) || channel >= p.cout) return;
-        const int pixel = this->pixel(m) + row;
+    __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTile<M>(p.tiles), p(p) {}
+    __device__ __forceinline__ bool inside(int row, int column) const {
+        return row < this->count && this->channel + column < p.cout;
+    }
+    __device__ __forceinline__ uint4 fetch(int row, int column) const {
+        return inside(row, column) ? ::fetch<T>(p, this->first + row, this->channel + column) : uint4{};
+    }
+    __device__ __forceinline__ void prefetch(int row, int column) const {
+        if (inside(row, column)) ::prefetch<T>(p, this->first + row, this->channel + column);
+    }
+    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
+        if (!inside(row, column)) return;
+        const int pixel = this->first + row, channel = this->channel + column;
         if (p.partial)
-            store8(p.partial + (size_t(split) * p.pixels + pixel) * p.cout + channel, v);
+            store8(p.partial + (size_t(this->split) * p.pixels + pixel) * p.cout + channel, v);
         else
-            finish<T>(p, pixel, channel, v);
+            finish<T>(p, pixel, channel, v, residual);
     }
     // The whole sums, if they came in parts.
-    __device__ __forceinline__ void end(int m, int n, float* out, int group) {
+    __device__ __forceinline__ void over(float* out, int group) {
         if (!p.partial) return;
-        if (!group_comes_last(p.arrived + m * ((p.cout + N - 1) / N) + n / N, p.splits, out, group)) return;
-#pragma unroll
-        for (int i = 0; i < M / 64; i++)
-            visit_group<N>([&](int in_tile, int part, int column) {
-                const int row = i * 64 + in_tile, channel = n + part * OUT_COLUMNS + column, pixel = this->pixel(m) + row;
-                if (row >= this->count(m) || channel >= p.cout) return;
-                float v[8];
-                sum_splits(p.partial, size_t(pixel) * p.cout + channel, size_t(p.pixels) * p.cout, p.splits, v);
-                finish<T>(p, pixel, channel, v);
-            });
+        if (!group_comes_last(p.arrived + this->m * ((p.cout + N - 1) / N) + this->channel / N, p.splits, out, group)) return;
+        for_parts<M / 64, N>(
+            [] {},
+            [&](int m, int n, int) {
+                sum_rows<OUT_COLUMNS>(
+                    p.partial, size_t(p.pixels) * p.cout, p.splits,
+                    [&](int row, int column) {
+                        return inside(m + row, n + column) ? (this->first + m + row) * p.cout + this->channel + n + column : -1;
+                    },
+                    [&](int row, int column) { return fetch(m + row, n + column); },
+                    [&](int row, int column, float (&v)[8], const uint4& residual) {
+                        finish<T>(p, this->first + m + row, this->channel + n + column, v, residual);
+                    });
+            },
+            [](int) {});
     }
 };
 
@@ -311,62 +341,70 @@ struct HopperDgrad {
 };
 
 template <class T, int M, int N>
-struct DgradWork : HopperTiles<M> {
+struct DgradWork : HopperTile<M> {
     const ConvDgrad& p;
-    float sums[N / OUT_COLUMNS][8];  // of gu x, of this thread's channels in each part
-    __device__ __forceinline__ explicit DgradWork(const ConvDgrad& p) : HopperTiles<M>(p.tiles), p(p) {}
+    const int cin;
+    float sums[8];  // of gu x, of this thread's channels in a part
+    __device__ __forceinline__ explicit DgradWork(const ConvDgrad& p) : HopperTile<M>(p.tiles), p(p), cin(p.ca + p.cb) {}
+    __device__ __forceinline__ bool inside(int row, int column) const {
+        return row < this->count && this->channel + column < cin;
+    }
+    __device__ __forceinline__ DgradFetched fetch(int row, int column) const {
+        return inside(row, column) ? ::fetch<T>(p, this->first + row, this->channel + column) : DgradFetched{};
+    }
+    __device__ __forceinline__ void prefetch(int row, int column) const {
+        if (inside(row, column)) ::prefetch<T>(p, this->first + row, this->channel + column);
+    }
     __device__ __forceinline__ void begin() {
 #pragma unroll
-        for (int part = 0; part < N / OUT_COLUMNS; part++)
-#pragma unroll
-            for (int e = 0; e < 8; e++) sums[part][e] = 0.0f;
+        for (int e = 0; e < 8; e++) sums[e] = 0.0f;
     }
-    __device__ __forceinline__ void row(int m, int row, int channel, int split, int part, float (&v)[8]) {
-        const int cin = p.ca + p.cb;
-        if (row >= this->count(m) || channel >= cin) return;
-        const int pixel = this->pixel(m) + row;
+    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const DgradFetched& fetched) {
+        if (!inside(row, column)) return;
+        const int pixel = this->first + row, channel = this->channel + column;
         if (p.partial)
-            store8(p.partial + (size_t(split) * p.pixels + pixel) * cin + channel, v);
+            store8(p.partial + (size_t(this->split) * p.pixels + pixel) * cin + channel, v);
         else
-            finish<T>(p, pixel, channel, v, sums[part]);
+            finish<T>(p, pixel, channel, v, fetched, sums);
     }
-    // The tile's sums: over the lanes with the same channels, then over the group's warps, in their order.
-    __device__ __forceinline__ void end(int m, int n, float* of_warps, int group) {
-        const int warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32, cin = p.ca + p.cb;
-        if (p.partial) {
-            if (!group_comes_last(p.arrived + m * ((cin + N - 1) / N) + n / N, p.splits, of_warps, group)) return;
+    __device__ __forceinline__ static float* of_warps(float* out) { return out + OUT_BYTES / 4; }
+    // The tile's sums: over the lanes with the same channels, and below over the group's warps, in their order.
+    __device__ __forceinline__ void end(int part, float* out) {
+        if (!p.scale) return;
+        const int warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32;
 #pragma unroll
-            for (int i = 0; i < M / 64; i++)
-                visit_group<N>([&](int in_tile, int part, int column) {
-                    const int row = i * 64 + in_tile, channel = n + part * OUT_COLUMNS + column;
-                    const int pixel = this->pixel(m) + row;
-                    if (row >= this->count(m) || channel >= cin) return;
-                    float v[8];
-                    sum_splits(p.partial, size_t(pixel) * cin + channel, size_t(p.pixels) * cin, p.splits, v);
-                    finish<T>(p, pixel, channel, v, sums[part]);
-                });
+        for (int e = 0; e < 8; e++)
+#pragma unroll
+            for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
+        if (lane < 8) store8(of_warps(out) + warp * N + part * OUT_COLUMNS + lane * 8, sums);
+    }
+    __device__ __forceinline__ void over(float* out, int group) {
+        if (p.partial) {
+            if (!group_comes_last(p.arrived + this->m * ((cin + N - 1) / N) + this->channel / N, p.splits, out, group)) return;
+            for_parts<M / 64, N>(
+                [&] { begin(); },
+                [&](int m, int n, int) {
+                    sum_rows<OUT_COLUMNS>(
+                        p.partial, size_t(p.pixels) * cin, p.splits,
+                        [&](int row, int column) {
+                            return inside(m + row, n + column) ? (this->first + m + row) * cin + this->channel + n + column : -1;
+                        },
+                        [&](int row, int column) { return fetch(m + row, n + column); },
+                        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
+                            finish<T>(p, this->first + m + row, this->channel + n + column, v, fetched, sums);
+                        });
+                },
+                [&](int part) { end(part, out); });
         }
         if (!p.scale) return;
-#pragma unroll
-        for (int part = 0; part < N / OUT_COLUMNS; part++)
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-#pragma unroll
-                for (int by = 8; by < 32; by *= 2)
-                    sums[part][e] += __shfl_xor_sync(0xffffffffu, sums[part][e], by);
-        named_barrier(group, GROUP);  // all have left the way out
-        if (lane < 8)
-#pragma unroll
-            for (int part = 0; part < N / OUT_COLUMNS; part++)
-                store8(of_warps + warp * N + part * OUT_COLUMNS + lane * 8, sums[part]);
         named_barrier(group, GROUP);
-        for (int column = threadIdx.x % GROUP; column < N && n + column < cin; column += GROUP) {
+        for (int column = threadIdx.x % GROUP; column < N && this->channel + column < cin; column += GROUP) {
             float sum = 0;
 #pragma unroll
-            for (int w = 0; w < GROUP_WARPS; w++) sum += of_warps[w * N + column];
-            p.sums[size_t(m) * cin + n + column] = sum;
+            for (int w = 0; w < GROUP_WARPS; w++) sum += of_warps(out)[w * N + column];
+            p.sums[size_t(this->m) * cin + this->channel + column] = sum;
         }
-        named_barrier(group, GROUP);  // before the next tile's way out
+        named_barrier(group, GROUP);  // before the next tile's
     }
 };
 
@@ -376,14 +414,25 @@ struct HopperCodec {
 };
 
 template <class T, int M>
-struct CodecWork : NoSums {
+struct CodecWork {
     const CodecConv& p;
     int rows, columns;
+    int first, channel;
     __device__ __forceinline__ explicit CodecWork(const CodecConv& p) : p(p), rows(p.rows), columns(p.columns) {}
     __device__ __forceinline__ int pixel(int m) const { return m * M; }
-    __device__ __forceinline__ void row(int m, int row, int channel, int, int, float (&v)[8]) {
-        finish<T>(p, m * M + row, p.phase, channel, v);
+    __device__ __forceinline__ void at(int m, int n, int) { first = m * M, channel = n; }
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ uint4 fetch(int row, int column) const {
+        return ::fetch<T>(p, first + row, p.phase, channel + column);
     }
+    __device__ __forceinline__ void prefetch(int row, int column) const {
+        ::prefetch<T>(p, first + row, p.phase, channel + column);
+    }
+    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
+        finish<T>(p, first + row, p.phase, channel + column, v, residual);
+    }
+    __device__ __forceinline__ void end(int, float*) {}
+    __device__ __forceinline__ void over(float*, int) {}
 };
 
 // ---- weights ------------------------------------------------------------------------------------------
@@ -392,6 +441,17 @@ struct HopperWgrad {
     TensorMap grad;     // boxes of 64 channels by 64 of [pixels][cout]
     TensorMap x, skip;  // im2col, or for one tap boxes of [pixels][channels], tiles of 64 pixels
     ConvWgrad conv;
+};
+
+struct WgradWork {
+    const ConvWgrad& p;
+    int co, n, split;  // of the tile's first value
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ Nothing fetch(int, int) const { return {}; }
+    __device__ __forceinline__ void take(int row, int column, float (&v)[8], Nothing) {
+        finish(p, co + row, n + column, split, v);
+    }
+    __device__ __forceinline__ void end(int, float*) {}
 };
 
 // 128 output channels by 128 columns a block.
@@ -438,9 +498,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the way out takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
-    emit_group<128>(acc[0], out, [&](int row, int part, int column, float (&v)[8]) {
-        finish(p, blockIdx.x * 128 + group * 64 + row, blockIdx.y * 128 + part * OUT_COLUMNS + column, blockIdx.z, v);
-    });
+    emit_group<1, 128>(acc, out, WgradWork{p, int(blockIdx.x * 128 + group * 64), int(blockIdx.y * 128), int(blockIdx.z)});
 }
 
 // ---- instances ------------------------------------------------------------------------------------

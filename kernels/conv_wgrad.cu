@@ -78,9 +78,11 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
     WgradLoad<T, Tile> load(p, first);
     multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load);
 
-    emit<Tile>(acc, smem, [&](int row, int column, float (&v)[8]) {
-        finish(p, blockIdx.x * Tile::BM + row, blockIdx.y * Tile::BN + column, blockIdx.z, v);
-    });
+    emit<Tile>(
+        acc, smem, [](int, int) { return Nothing{}; },
+        [&](int row, int column, float (&v)[8], Nothing) {
+            finish(p, blockIdx.x * Tile::BM + row, blockIdx.y * Tile::BN + column, blockIdx.z, v);
+        });
 }
 
 // One thread for 8 weights.

@@ -17,11 +17,12 @@ __device__ __forceinline__ uint4 philox4x32_10(uint4 c, unsigned k0, unsigned k1
 constexpr float NORM_EPS = 1e-4f;
 
 // SiLU divided by the magnitude of its output for unit normal input (EDM2 eq. 81).
-__device__ __forceinline__ float mp_silu(float x) { return x / ((1.0f + __expf(-x)) * 0.596f); }
+// Divided with an error of two units in the last place; the exact division costs a kernel a function and a branch.
+__device__ __forceinline__ float mp_silu(float x) { return __fdividef(x, (1.0f + __expf(-x)) * 0.596f); }
 
 // Its derivative.
 __device__ __forceinline__ float mp_silu_grad(float x) {
-    float s = 1.0f / (1.0f + __expf(-x));
+    float s = __fdividef(1.0f, 1.0f + __expf(-x));
     return s * (1.0f + x * (1.0f - s)) * (1.0f / 0.596f);
 }
 

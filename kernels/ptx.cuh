@@ -94,9 +94,12 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits) {
 #ifdef SIMT_EMULATOR
 inline uint4 load16(const void* p) { return simt::bit_cast<uint4>(*static_cast<const simt::Vector16*>(p)); }
 inline void store16(void* p, uint4 v) { *static_cast<simt::Vector16*>(p) = simt::bit_cast<simt::Vector16>(v); }
+inline void prefetch_line(const void*) {}
 #else
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+// Brings the 128 bytes around p, in global memory, into the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 #endif
 
 template <class T>

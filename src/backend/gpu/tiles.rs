@@ -62,22 +62,24 @@ fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
     1024 + stages * ((m + n) * STEP * 2 + 16) + 16
 }
 
-/// Tiles for Hopper, of their lines: m, n, stages, speed.
-fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: usize) -> Vec<Tile> {
+/// Tiles for Hopper, of their lines: m, n, stages, speed; `beside` says what a kernel of n columns has beside its pipeline.
+fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: fn(usize) -> usize) -> Vec<Tile> {
     let tile = |&[m, n, stages, speed]: &[usize; 4]| Tile {
         m,
         n,
         threads,
-        shared: (hopper_shared(stages, m, n) + beside) as u32,
+        shared: (hopper_shared(stages, m, n) + beside(n)) as u32,
         speed: speed as f64 / 100.0,
     };
     lines.iter().map(tile).collect()
 }
 
-/// Tiles of `hopper_fprop_*` and its sisters: three groups of threads, of which two have 64 rows of 72 floats for the way out.
-static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, 2 * 64 * 72 * 4));
+/// Tiles of `hopper_fprop_*` and its sisters: three groups of threads, of which two have 64 rows of 72 floats for the way out,
+/// and four of sums.
+static HOPPER: LazyLock<Vec<Tile>> =
+    LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, |n| 2 * (64 * 72 + 4 * n) * size_of::<f32>()));
 /// Tiles of `hopper_wgrad_*`.
-static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, 0));
+static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, |_| 0));
 
 /// Which product a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
