@@ -93,7 +93,7 @@ impl Bench {
             let at = (packed.memory.ptr(), on_device.ptr());
             let (from, what) = (x.memory.ptr(), format!("{reach:?} of {shape:?} to {cout}, {after}"));
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
-                let math = Math { conv_loop, ..self.precision.into() };
+                let math = Math { conv_loop: Some(conv_loop), ..self.precision.into() };
                 let run = |residual: Option<DevicePtr>, y: DevicePtr| {
                     let launches = codec::convolve(math, &self.by, reach, shape, cout, from, at, residual, relu, y);
                     self.run_loops(&launches.unwrap());
@@ -240,8 +240,8 @@ fn convolutions_by_every_tile_that_is_tried() {
         for reach in REACHES {
             for (shape, cout) in [([2, 6, 10, 4], 136), ([3, 10, 4, 64], 72)] {
                 let card = bench.by.card;
-                let maths =
-                    [ConvLoop::Mma, ConvLoop::Wgmma].map(|conv_loop| Math { conv_loop, ..bench.precision.into() });
+                let maths = [ConvLoop::Mma, ConvLoop::Wgmma]
+                    .map(|conv_loop| Math { conv_loop: Some(conv_loop), ..bench.precision.into() });
                 let questions = maths.map(|math| codec::question(math, card, reach, shape, cout));
                 let rounds = questions.map(|question| question.candidates(card).len()).into_iter().max().unwrap();
                 assert!(rounds > 1);

@@ -390,7 +390,7 @@ const MATHS: [Math; 5] = [
 ];
 
 const fn math(precision: Precision, accum: Accum, conv_loop: ConvLoop) -> Math {
-    Math { precision, accum: Some(accum), conv_loop }
+    Math { precision, accum: Some(accum), conv_loop: Some(conv_loop) }
 }
 
 fn for_all(check: fn(&mut Bench, Case)) {

@@ -249,7 +249,7 @@ fn every_loop_trains_as_the_cpu_does() {
     let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
     let hopper = (runtime.card().capability == 90).then_some((Accum::F32, ConvLoop::Wgmma));
     for (accum, conv_loop) in [(Accum::F32, ConvLoop::Mma), (Accum::F16x2, ConvLoop::Mma)].into_iter().chain(hopper) {
-        let math = Math { precision: Precision::F16, accum: Some(accum), conv_loop };
+        let math = Math { precision: Precision::F16, accum: Some(accum), conv_loop: Some(conv_loop) };
         let mut gpu = Gpu::for_training(runtime.clone(), math, &table, 2).unwrap();
         let found = run(&mut gpu, &dir.path().join(format!("{accum:?} {conv_loop:?}")), &settings, batch);
         assert_eq!((found.len(), expected.len()), (steps, steps));
@@ -278,7 +278,7 @@ fn the_launches_of_every_plan_wait_for_each_other() {
     model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
     let dir = tempfile::tempdir().unwrap();
     for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
-        let math = Math { precision: Precision::F16, accum: Some(Accum::F32), conv_loop };
+        let math = Math { precision: Precision::F16, accum: Some(Accum::F32), conv_loop: Some(conv_loop) };
         let mut gpu = Gpu::for_training(checked.clone(), math, &model.table, 2).unwrap();
         run(&mut gpu, &dir.path().join(format!("{conv_loop:?}")), &settings, 1);
         let mut gpu = loaded(Gpu::for_sampling(checked.clone(), math, &model.table).unwrap(), &model);

@@ -9,6 +9,7 @@ use clap::Args;
 use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::engine::{Cost, Gpu, Work, median};
+use edm2k::backend::gpu::launch::ConvLoop;
 use edm2k::backend::gpu::limits::{self, Limits};
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Normalization, PlanKey, Shape, Slot, Step, TrainingBackend};
@@ -34,8 +35,8 @@ Examples:
 Times are medians of repeated runs after one that warms up. Multiply-adds are what EDM2 calls
 \"Gflops\". On the CPU, peak memory is that of the whole process up to the end of the measurement,
 weights included; training there is in f32. A training step includes Adam's moments but no moving
-averages; on a GPU it is two micro-batches. The limits of a card, an mma.sync loop and a copy of
-memory, are measured in the same run.";
+averages; on a GPU it is two micro-batches. The limits of a card, a loop of its products and a copy
+of memory, are measured in the same run.";
 
 /// Measure forward passes and training steps of a network.
 #[derive(Args)]
@@ -204,10 +205,14 @@ impl Bench<'_> {
 
     fn gpu(&mut self, runtime: Rc<dyn Runtime>) -> Result<()> {
         let (math, repeats) = (self.args.device.math(), self.args.repeats as usize);
-        let limits = limits::measure(&*runtime, math.precision, repeats)?;
+        let limits = limits::measure(&*runtime, math, repeats)?;
         if !self.args.json {
             let (tflops, bandwidth) = (limits.macs_per_s * 2e-12, limits.bytes_per_s * 1e-9);
-            out!("limits measured: {tflops:.1} TFLOP/s (mma.sync, f32 sums), {bandwidth:.0} GB/s (copy)");
+            let loops = match math.conv_loop(runtime.card().capability) {
+                ConvLoop::Mma => "mma.sync",
+                ConvLoop::Wgmma => "wgmma",
+            };
+            out!("limits measured: {tflops:.1} TFLOP/s ({loops}, f32 sums), {bandwidth:.0} GB/s (copy)");
         }
         self.limits = Some(limits);
         let memory = |b: &Gpu| mib(b.param_bytes(), b.costs());

@@ -43,9 +43,9 @@ pub struct DeviceArgs {
     /// Sums of convolutions in f16 on a GPU: f32, or f16 in two levels; default: f16x2 on GeForce cards, f32 elsewhere
     #[arg(long, value_enum)]
     pub accum: Option<Accum>,
-    /// Loop of convolutions on a GPU
-    #[arg(long, value_enum, default_value_t)]
-    pub conv_loop: ConvLoop,
+    /// Loop of convolutions on a GPU; default: wgmma on Hopper (H100, H200), mma elsewhere
+    #[arg(long, value_enum)]
+    pub conv_loop: Option<ConvLoop>,
 }
 
 impl DeviceArgs {

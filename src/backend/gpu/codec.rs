@@ -117,7 +117,7 @@ fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
 pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cout: usize) -> Question {
     let Window { side, stride, phases, .. } = Window::of(reach);
     // Bulk copies take every pixel's neighbours, not every other one's.
-    let math = if stride == 1 { math } else { Math { conv_loop: ConvLoop::Mma, ..math } };
+    let math = if stride == 1 { math } else { Math { conv_loop: Some(ConvLoop::Mma), ..math } };
     let (cin, columns, taps) = (padded(cin), padded(cout), side * side);
     let rows = n * (h / stride) * (w / stride);
     let product = Product { groups: phases, rows, columns, steps: tiles::steps_of(&[(taps, cin)]) };

@@ -56,14 +56,20 @@ impl Accum {
 }
 
 /// The loop that convolutions are computed by, where channels are multiples of 64.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum ConvLoop {
     /// mma.sync, on every card
-    #[default]
     Mma,
-    /// Bulk copies and wgmma, on Hopper (H100, H200) alone; sums in f32. Not tried on a card yet
+    /// Bulk copies and wgmma, on Hopper (H100, H200) alone; sums in f32
     Wgmma,
+}
+
+impl ConvLoop {
+    /// The faster one on cards of this compute capability.
+    pub fn fastest(capability: u32) -> Self {
+        if capability == 90 { Self::Wgmma } else { Self::Mma }
+    }
 }
 
 /// How the network is computed.
@@ -73,12 +79,12 @@ pub struct Math {
     pub precision: Precision,
     /// The type of sums in convolutions; none: the fastest on the card.
     pub accum: Option<Accum>,
-    /// The loop of convolutions.
-    pub conv_loop: ConvLoop,
+    /// The loop of convolutions; none: the fastest on the card.
+    pub conv_loop: Option<ConvLoop>,
 }
 
 impl Default for Math {
-    /// f16, with the sums that are the fastest on the card.
+    /// f16, with the sums and the loop that are the fastest on the card.
     fn default() -> Self {
         Precision::F16.into()
     }
@@ -86,14 +92,19 @@ impl Default for Math {
 
 impl From<Precision> for Math {
     fn from(precision: Precision) -> Self {
-        Self { precision, accum: None, conv_loop: ConvLoop::default() }
+        Self { precision, accum: None, conv_loop: None }
     }
 }
 
 impl Math {
-    /// For people: the types, and the loop if it is not the usual one.
+    /// The loop of convolutions on a card of this compute capability.
+    pub fn conv_loop(self, capability: u32) -> ConvLoop {
+        self.conv_loop.unwrap_or(ConvLoop::fastest(capability))
+    }
+
+    /// For people: the types, and the loop if it is not the one for every card.
     pub fn describe(self, capability: u32) -> String {
-        let conv_loop = if self.conv_loop == ConvLoop::Wgmma { ", wgmma" } else { "" };
+        let conv_loop = if self.conv_loop(capability) == ConvLoop::Wgmma { ", wgmma" } else { "" };
         match self.name(capability) {
             "f16x2" => format!("f16, sums in two levels{conv_loop}"),
             name => format!("{name}{conv_loop}"),

@@ -1,42 +1,57 @@
 //! What a card can do at most, measured: multiply-adds of its tensor cores, and bytes of its memory.
 
-use super::launch::{Launch, Precision};
-use super::runtime::{Command, Runtime};
-use super::structs::MmaRate;
-use super::tables::limits::CHAINS;
+use super::launch::{ConvLoop, Launch, Math};
+use super::runtime::Runtime;
+use super::structs::{CopyRate, MmaRate, WgmmaRate};
+use super::tables::limits::{CHAINS, COPIES};
 use crate::backend::DeviceError;
 
 /// The most that a card reached.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Limits {
-    /// Multiply-adds a second of mma.sync.m16n8k16 with f32 sums (`kernels/limits.cu`).
+    /// Multiply-adds a second with f32 sums: of mma.sync.m16n8k16 (`kernels/limits.cu`), or where convolutions are computed by
+    /// wgmma, of wgmma.m64n256k16 (`kernels/limits_hopper.cu`).
     pub macs_per_s: f64,
     /// Bytes a second of a copy within device memory, read and written ones.
     pub bytes_per_s: f64,
 }
 
 const THREADS: u32 = 256;
-/// Blocks for each multiprocessor: enough to hide the latency of every instruction.
+/// Blocks of mma.sync for each multiprocessor: enough to hide the latency of every instruction.
 const BLOCKS: u32 = 4;
-const ROUNDS: i32 = 4096;
+const MMA_ROUNDS: i32 = 4096;
+const WGMMA_ROUNDS: i32 = 1024;
+/// Shared memory of a block of wgmma: operands of 128 and 256 rows of 128 bytes, aligned to 1024.
+const WGMMA_SHARED: u32 = 1024 + (128 + 256) * 128;
 /// More than any cache holds.
 const COPY_BYTES: usize = 512 << 20;
 
 /// Measures both, the best of `repeats`.
-pub fn measure(runtime: &dyn Runtime, precision: Precision, repeats: usize) -> Result<Limits, DeviceError> {
+pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limits, DeviceError> {
     let memory = runtime.allocate(2 * COPY_BYTES, "measuring the memory")?;
     let (from, to) = (memory.ptr(), memory.ptr().offset(COPY_BYTES));
-    let blocks = BLOCKS * runtime.card().sms as u32;
-    let params = MmaRate { out: from, rounds: ROUNDS, padding: 0 };
-    let kernel = precision.pick(["mma_rate_f16", "mma_rate_bf16"]);
-    let launch = Launch::new(kernel, [blocks, 1, 1], THREADS, 0, &params);
-    let best = |command: Command| -> Result<f64, DeviceError> {
-        // SAFETY: both halves of the memory above; the kernel writes one float at most.
-        let (work, nothing) = unsafe { (runtime.record(vec![command])?, runtime.record(vec![])?) };
+    let card = runtime.card();
+    let best = |launch: Launch| -> Result<f64, DeviceError> {
+        // SAFETY: both halves of the memory above; a kernel of products writes one float at most.
+        let (work, nothing) = unsafe { (runtime.record(vec![launch.into()])?, runtime.record(vec![])?) };
         Ok(runtime.time(&*work, &*nothing, repeats)?.into_iter().fold(f64::INFINITY, f64::min))
     };
-    let warps = u64::from(blocks * THREADS / 32);
-    let macs = warps * ROUNDS as u64 * CHAINS as u64 * 16 * 8 * 16;
-    let copy = Command::Copy { from, to, bytes: COPY_BYTES };
-    Ok(Limits { macs_per_s: macs as f64 / best(launch.into())?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
+    let (products, macs) = match math.conv_loop(card.capability) {
+        ConvLoop::Mma => {
+            let blocks = BLOCKS * card.sms as u32;
+            let params = MmaRate { out: from, rounds: MMA_ROUNDS, padding: 0 };
+            let kernel = math.precision.pick(["mma_rate_f16", "mma_rate_bf16"]);
+            let macs = u64::from(blocks * THREADS / 32) * MMA_ROUNDS as u64 * CHAINS as u64 * 16 * 8 * 16;
+            (Launch::new(kernel, [blocks, 1, 1], THREADS, 0, &params), macs)
+        }
+        ConvLoop::Wgmma => {
+            let params = WgmmaRate { out: from, rounds: WGMMA_ROUNDS, padding: 0 };
+            let kernel = math.precision.pick(["wgmma_rate_f16", "wgmma_rate_bf16"]);
+            let macs = card.sms as u64 * WGMMA_ROUNDS as u64 * 128 * 256 * 64;
+            (Launch::new(kernel, [card.sms as u32, 1, 1], THREADS, WGMMA_SHARED, &params), macs)
+        }
+    };
+    let blocks = COPY_BYTES / (THREADS as usize * COPIES as usize * 16);
+    let copy = Launch::new("copy_rate", [blocks as u32, 1, 1], THREADS, 0, &CopyRate { from, to });
+    Ok(Limits { macs_per_s: macs as f64 / best(products)?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
 }

@@ -110,7 +110,7 @@ impl Kernels {
     /// columns.
     pub fn new(kind: Kind, math: Math, card: Card, channels: &[usize], columns: usize) -> Self {
         let whole = channels.iter().all(|c| c.is_multiple_of(STEP));
-        let hopper = math.conv_loop == ConvLoop::Wgmma && whole && columns >= STEP;
+        let hopper = math.conv_loop(card.capability) == ConvLoop::Wgmma && whole && columns >= STEP;
         let alike = hopper || kind == Kind::Codec;
         let math = if alike { math.precision.name() } else { math.name(card.capability) };
         Self { kind, hopper, flat: !whole && kind != Kind::Wgrad, math }

@@ -127,7 +127,7 @@ impl Gpu {
 impl<P> Gpu<P> {
     pub(super) fn new(runtime: Rc<dyn Runtime>, math: Math, params: P) -> Result<Self, DeviceError> {
         let card = runtime.card();
-        if math.conv_loop == ConvLoop::Wgmma && card.capability != 90 {
+        if math.conv_loop == Some(ConvLoop::Wgmma) && card.capability != 90 {
             let (name, found) = (runtime.name(), card.capability);
             let what =
                 format!("{name}: compute capability {}.{}, wgmma (--conv-loop) needs 9.0", found / 10, found % 10);
