@@ -76,7 +76,7 @@ struct ConvDgrad {
 
 // What is fetched before: 8 values of the input and of the gradient that is added to; zeros where there is none.
 struct DgradFetched {
-    uint4 x, acc;
+    uint4 x = {}, acc = {};
 };
 // Where 8 channels of a pixel lie in the tensor that they belong to.
 __device__ __forceinline__ size_t place(const ConvDgrad& p, int pixel, int channel) {
