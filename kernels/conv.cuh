@@ -378,7 +378,7 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-#pragma unroll
+#pragma unroll 1
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
@@ -389,7 +389,10 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
         const uint4 low = upper ? q : p, high = upper ? p : q;
         float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
                       __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
-        sink(row, column, v, fetched[pass % AT_ONCE]);
+        sink(row, column, v, fetched[0]);
+        // Registers have no index: the next row's come to the front.
+#pragma unroll
+        for (int i = 1; i < AT_ONCE; i++) fetched[i - 1] = fetched[i];
     }
     __syncwarp();
 }
@@ -478,9 +481,16 @@ __device__ __forceinline__ void sum_rows(const float* partial, size_t stride, in
 #pragma unroll
             for (int e = 0; e < 8; e++) v[pass][e] += u[pass][e];
     }
+#pragma unroll 1
+    for (int pass = 0; pass < Rows::PASSES; pass++) {
+        if (at[0] >= 0) sink(Rows::row(pass), column, v[0], fetched[0]);
 #pragma unroll
-    for (int pass = 0; pass < Rows::PASSES; pass++)
-        if (at[pass] >= 0) sink(Rows::row(pass), column, v[pass], fetched[pass]);
+        for (int i = 1; i < Rows::PASSES; i++) {
+            fetched[i - 1] = fetched[i], at[i - 1] = at[i];
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[i - 1][e] = v[i][e];
+        }
+    }
 }
 
 // The same for a block's tile.

@@ -44,10 +44,7 @@ __device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channe
         float r[8];
         unpack8<T>(residual, r);
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const float sum = p.wa * r[e] + p.gain * v[e];
-            v[e] = sum > p.clip ? p.clip : sum < -p.clip ? -p.clip : sum;  // NaN passes
-        }
+        for (int e = 0; e < 8; e++) v[e] = clipped(p.wa * r[e] + p.gain * v[e], p.clip);
     }
     store16(static_cast<T*>(p.y) + at, pack8<T>(v));
     if (p.act) {
