@@ -171,9 +171,18 @@ struct PixelTiles {
 template <int BM>
 struct TilePixels {
     int first, count;  // valid pixels first .. first + count of a tile, count <= BM
-    __device__ __forceinline__ explicit TilePixels(const PixelTiles& t) {
-        const int in_group = blockIdx.x % t.tiles_per_group * BM;
-        first = blockIdx.x / t.tiles_per_group * t.group + in_group, count = min(BM, t.group - in_group);
+    int first_image, before, per_image;  // the first one's image, the pixels of it before the tile, and of an image
+    TilePixels() = default;
+    __device__ __forceinline__ TilePixels(const PixelTiles& t, int m) : per_image(t.height * t.width) {
+        const int in_group = m % t.tiles_per_group * BM;
+        first = m / t.tiles_per_group * t.group + in_group, count = min(BM, t.group - in_group);
+        first_image = first / per_image, before = first - first_image * per_image;
+    }
+    // Of a row; a tile has few images, and a division for each row would be as long as mp_silu.
+    __device__ __forceinline__ int image(int row) const {
+        int image = first_image;
+        for (int at = before + row; at >= per_image; at -= per_image) image++;
+        return image;
     }
 };
 
@@ -378,7 +387,7 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-#pragma unroll 1
+#pragma unroll 2  // so that one row's instructions fill the other's waits
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);

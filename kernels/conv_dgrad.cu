@@ -49,7 +49,7 @@ template <class T, class Tile>
 struct DgradTile : TilePixels<Tile::BM> {
     const ConvDgrad& p;
     const int cin;
-    __device__ __forceinline__ explicit DgradTile(const ConvDgrad& p) : TilePixels<Tile::BM>(p.tiles), p(p), cin(p.ca + p.cb) {}
+    __device__ __forceinline__ explicit DgradTile(const ConvDgrad& p) : TilePixels<Tile::BM>(p.tiles, blockIdx.x), p(p), cin(p.ca + p.cb) {}
     __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
     __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
     __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < cin; }
@@ -69,7 +69,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
         [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * tile.cin + tile.channel(column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-            finish<T>(p, tile.pixel(row), tile.channel(column), v, fetched, sums);
+            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, fetched, sums);
         });
     if (p.scale) add_up<Tile>(p, smem, sums);
 }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
             if (p.partial)
                 store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
             else
-                finish<T>(p, pixel, channel, v, fetched, sums);
+                finish<T>(p, pixel, tile.image(row), channel, v, fetched, sums);
         });
     if (p.partial)
         add_parts<T, Tile>(p, smem);

@@ -32,12 +32,13 @@ __device__ __forceinline__ void prefetch(const ConvFprop& p, int pixel, int chan
     if (p.residual) prefetch_line(static_cast<const T*>(p.residual) + size_t(pixel) * p.cout + channel);
 }
 template <class T>
-__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int channel, float (&v)[8], const uint4& residual) {
+__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int image, int channel, float (&v)[8],
+                                       const uint4& residual) {
     const size_t at = size_t(pixel) * p.cout + channel;
     if (p.scale) {
         if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
         float s[8];
-        load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
+        load8(p.scale + size_t(image) * p.scale_stride + channel, s);
 #pragma unroll
         for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * s[e]);
     } else {
@@ -96,8 +97,8 @@ __device__ __forceinline__ void prefetch(const ConvDgrad& p, int pixel, int chan
 }
 // What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
 template <class T>
-__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channel, float (&v)[8], const DgradFetched& fetched,
-                                       float (&sums)[8]) {
+__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image, int channel, float (&v)[8],
+                                       const DgradFetched& fetched, float (&sums)[8]) {
     const bool second = channel >= p.ca;
     const float input_scale = second ? p.skip_scale : p.x_scale;
 #pragma unroll
@@ -107,7 +108,7 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int channe
         unpack8<T>(fetched.x, in);
         if (p.scale) {
             float s[8];
-            load8(p.scale + size_t(pixel / (p.tiles.height * p.tiles.width)) * p.scale_stride + channel, s);
+            load8(p.scale + size_t(image) * p.scale_stride + channel, s);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const float gu = v[e] * mp_silu_grad(in[e] * s[e]);

@@ -36,7 +36,7 @@
 template <class T, class Tile>
 struct FpropTile : TilePixels<Tile::BM> {
     const ConvFprop& p;
-    __device__ __forceinline__ explicit FpropTile(const ConvFprop& p) : TilePixels<Tile::BM>(p.tiles), p(p) {}
+    __device__ __forceinline__ explicit FpropTile(const ConvFprop& p) : TilePixels<Tile::BM>(p.tiles, blockIdx.x), p(p) {}
     __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
     __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
     __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < p.cout; }
@@ -55,7 +55,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned
         [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * p.cout + tile.channel(column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, tile.pixel(row), tile.channel(column), v, residual);
+            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, residual);
         });
 }
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
             if (p.partial)
                 store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
             else
-                finish<T>(p, pixel, channel, v, residual);
+                finish<T>(p, pixel, tile.image(row), channel, v, residual);
         });
     if (p.partial) add_parts<T, Tile>(p, smem);
 }

@@ -7,7 +7,7 @@
 //     A  128 (or 64) pixels by 64 channels of one tap: one im2col copy walks over row and image ends by itself and fills
 //        zeros; for 1x1 a box of the matrix [pixels][channels]. Both inputs of a concatenation have a map of their own.
 //     B  rows of 64 values of the weight [channels][taps][input channels]: a box of that matrix.
-//     A block lives as long as there are tiles: tile i, i + blocks, ... One producer thread runs ahead through
+//     A block lives as long as there are tiles: tile i, i + blocks, ... Two producer threads, of A and of B, run ahead through
 //     the steps of all of them. Two groups of 128 threads take tiles in turn: while one writes out its
 //     result, the other multiplies, so that the tensor cores see neither prologue nor epilogue. A group that came early
 //     would take the barriers of its stages, which know phases by their parity only, for those of one round before: so it
@@ -40,10 +40,10 @@ struct Pipeline {
     int stage = 0;
     uint32_t parity = 0;
 
-    // By all threads of the block; `readers` arrivals empty a stage.
-    __device__ __forceinline__ Pipeline(smem_addr first, int readers) : first(first) {
+    // By all threads of the block; `readers` arrivals empty a stage, which so many producers fill.
+    __device__ __forceinline__ Pipeline(smem_addr first, int producers, int readers) : first(first) {
         if (threadIdx.x == 0) {
-            for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), 1), mbarrier_init(empty(s), readers);
+            for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), producers), mbarrier_init(empty(s), readers);
             for (int g = 0; g < 2; g++) mbarrier_init(turn(g), GROUP_WARPS);
             fence_mbarrier_init();
         }
@@ -62,10 +62,10 @@ struct Pipeline {
         const int to = stage + steps;
         stage = to % STAGES, parity ^= to / STAGES & 1;
     }
-    // The producer's next stage, whose copies are to arrive at the barrier returned.
-    __device__ __forceinline__ smem_addr begin() {
+    // A producer's next stage, in which its copies of so many bytes are to arrive at the barrier returned.
+    __device__ __forceinline__ smem_addr begin(int bytes) {
         mbarrier_wait(empty(stage), parity ^ 1);
-        mbarrier_expect(full(stage), STAGE_BYTES);
+        mbarrier_expect(full(stage), bytes);
         return full(stage);
     }
 };
@@ -86,14 +86,15 @@ __device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, 
     smem_addr previous = 0;
     for (int step = 0; step < steps; step++) {
         mbarrier_wait(pipe.full(pipe.stage), pipe.parity);
+        const uint64_t of_a = wgmma_descriptor(pipe.at() + a, LEADING, STRIDE);
+        const uint64_t of_b = wgmma_descriptor(pipe.at() + b, LEADING, STRIDE);
         wgmma_hold(acc);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < BK / 16; k++)
 #pragma unroll
             for (int i = 0; i < TILES; i++)
-                wgmma<T, N, MN_MAJOR>(acc[i], wgmma_descriptor(pipe.at() + a + i * a_tile + k * NEXT_K, LEADING, STRIDE),
-                                      wgmma_descriptor(pipe.at() + b + k * NEXT_K, LEADING, STRIDE));
+                wgmma<T, N, MN_MAJOR>(acc[i], of_a + (i * a_tile + k * NEXT_K) / 16, of_b + k * NEXT_K / 16);
         wgmma_commit();
         wgmma_hold(acc);
         // The products of the step before are over; those of this one run on.
@@ -185,6 +186,49 @@ struct HopperPixels {
     float to_main;          // what the sums are multiplied by before those
 };
 
+// Where a step of 64 summands lies: first all taps of x, then those of skip, then the channels of main_x and of main_skip.
+// Counted on from step to step: the producers have as long as a step's products take, 256 to 512 cycles.
+struct StepWalk {
+    const HopperPixels& p;
+    int segment, channels;  // which of the four inputs, and its channels
+    int c, off_w, off_h;    // channel and tap
+    int k;                  // column of the weights
+
+    __device__ __forceinline__ StepWalk(const HopperPixels& p, int step) : p(p), segment(0) {
+        int at = step * BK;
+        for (; segment < 3 && at >= length(segment); segment++) at -= length(segment);
+        channels = channels_of(segment);
+        const int tap = channels ? at / channels : 0;
+        c = at - tap * channels, off_w = tap % p.side, off_h = tap / p.side;
+        k = first_column() + tap * (p.ca + p.cb) + c;
+    }
+    __device__ __forceinline__ int channels_of(int s) const {
+        return s == 0 ? p.ca : s == 1 ? p.cb : s == 2 ? p.main_ca : p.main_cb;
+    }
+    __device__ __forceinline__ int length(int s) const { return channels_of(s) * (s < 2 ? p.taps : 1); }
+    __device__ __forceinline__ int first_column() const { return segment == 1 ? p.ca : segment == 3 ? p.main_ca : 0; }
+    __device__ __forceinline__ bool neighbours() const { return segment < 2 && p.taps > 1; }
+    __device__ __forceinline__ const TensorMap* input() const {
+        return segment == 0 ? &p.x : segment == 1 ? &p.skip : segment == 2 ? &p.main_x : &p.main_skip;
+    }
+    __device__ __forceinline__ const TensorMap* weights() const { return segment < 2 ? &p.weight : &p.main_weight; }
+    __device__ __forceinline__ void next() {
+        c += BK, k += BK;
+        if (c < channels) return;
+        c = 0;
+        if (segment < 2) {
+            k += p.ca + p.cb - channels;
+            if (++off_w < p.side) return;
+            off_w = 0;
+            if (++off_h < p.side) return;
+            off_h = 0;
+        }
+        do segment++;
+        while (segment < 3 && channels_of(segment) == 0);
+        channels = channels_of(segment), k = first_column();
+    }
+};
+
 // Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
 //     pixel(m) -> first pixel, in the order of the images;  at(m, n, split) before a tile; see emit_group; over(out, group)
 template <class T, int M, int N, int STAGES, class Work>
@@ -192,48 +236,33 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
     extern __shared__ __align__(128) unsigned char smem[];
-    Pipe pipe(rounded_to_1024(smem), GROUP_WARPS);
+    Pipe pipe(rounded_to_1024(smem), 2, GROUP_WARPS);
     begin_kernel();  // its barriers are ready by then
     // A tile's part of the sum.
     const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
     auto first_step = [&](int t) { return t % splits * p.steps_per_split; };
     auto steps_of = [&](int t) { return min(p.steps_per_split, p.steps - first_step(t)); };
 
-    const int group = threadIdx.x / GROUP;
+    // The same for all lanes, as a shuffle tells the compiler.
+    const int group = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0);
     if (group == 0) {
         registers_release<40>();
-        if (threadIdx.x != 0) return;
+        const int warp = threadIdx.x / 32;
+        if (threadIdx.x % 32 != 0 || warp > 1) return;
         for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
-            const int tile = t / splits, n = tile % p.pixels_n * N;
-            const int pixel = work.pixel(tile / p.pixels_n);
-            const int image = pixel / (work.rows * work.columns), row = pixel / work.columns % work.rows;
-            const int column = pixel % work.columns;
-            const int steps_x = p.taps * p.ca / BK;
-            int step = first_step(t);
-            bool second = p.cb > 0 && step >= steps_x;
-            int channels = second ? p.cb : p.ca;
-            int tap = (second ? step - steps_x : step) * BK / channels;
-            int c = (second ? step - steps_x : step) * BK % channels;
+            const int tile = t / splits, n = tile % p.pixels_n * N, pixel = work.pixel(tile / p.pixels_n);
+            const int image = pixel / (work.rows * work.columns);
+            const int row = pixel / work.columns % work.rows - p.up, column = pixel % work.columns - p.left;
+            StepWalk walk(p, first_step(t));
             for (int left = steps_of(t); left > 0; left--) {
-                const smem_addr full = pipe.begin(), stage = pipe.at();
-                if (step < p.own_steps) {
-                    const TensorMap& from = second ? p.skip : p.x;
-                    if (p.taps == 1)
-                        tma_load_2d(stage, from, full, c, pixel);
-                    else
-                        tma_load_im2col(stage, from, full, c, column - p.left, row - p.up, image, tap % p.side, tap / p.side);
-                    tma_load_2d(stage + A_BYTES, p.weight, full, tap * (p.ca + p.cb) + (second ? p.ca : 0) + c, n);
-                    if ((c += BK) == channels) {
-                        c = 0;
-                        if (++tap == p.taps) second = true, channels = p.cb, tap = 0;
-                    }
-                } else {
-                    const int at = (step - p.own_steps) * BK;
-                    const bool other = at >= p.main_ca;
-                    tma_load_2d(stage, other ? p.main_skip : p.main_x, full, other ? at - p.main_ca : at, pixel);
-                    tma_load_2d(stage + A_BYTES, p.main_weight, full, at, n);
-                }
-                pipe.advance(), step++;
+                const smem_addr full = pipe.begin(warp == 0 ? A_BYTES : N * ROW_BYTES), stage = pipe.at();
+                if (warp == 1)
+                    tma_load_2d(stage + A_BYTES, *walk.weights(), full, walk.k, n);
+                else if (walk.neighbours())
+                    tma_load_im2col(stage, *walk.input(), full, walk.c, column, row, image, walk.off_w, walk.off_h);
+                else
+                    tma_load_2d(stage, *walk.input(), full, walk.c, pixel);
+                pipe.advance(), walk.next();
             }
         }
         return;
@@ -272,17 +301,17 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     }
 }
 
-// Where a tile lies: its first pixel, and how many of its rows are pixels.
+// Where the present tile lies.
 template <int M>
-struct HopperTile {
+struct HopperTile : TilePixels<M> {
     const PixelTiles& tiles;
     int rows, columns;
-    int m, first, count, channel, split;  // of the present tile
+    int m, channel, split;
     __device__ __forceinline__ explicit HopperTile(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
-    __device__ __forceinline__ int in_group(int m) const { return m % tiles.tiles_per_group * M; }
-    __device__ __forceinline__ int pixel(int m) const { return m / tiles.tiles_per_group * tiles.group + in_group(m); }
+    __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(tiles, m).first; }
     __device__ __forceinline__ void at(int m_, int n, int split_) {
-        m = m_, first = pixel(m), count = min(M, tiles.group - in_group(m)), channel = n, split = split_;
+        static_cast<TilePixels<M>&>(*this) = TilePixels<M>(tiles, m_);
+        m = m_, channel = n, split = split_;
     }
     __device__ __forceinline__ void begin() {}
     __device__ __forceinline__ void end(int, float*) {}
@@ -312,7 +341,7 @@ struct FpropWork : HopperTile<M> {
         if (p.partial)
             store8(p.partial + (size_t(this->split) * p.pixels + pixel) * p.cout + channel, v);
         else
-            finish<T>(p, pixel, channel, v, residual);
+            finish<T>(p, pixel, this->image(row), channel, v, residual);
     }
     // The whole sums, if they came in parts.
     __device__ __forceinline__ void over(float* out, int group) {
@@ -328,7 +357,7 @@ struct FpropWork : HopperTile<M> {
                     },
                     [&](int row, int column) { return fetch(m + row, n + column); },
                     [&](int row, int column, float (&v)[8], const uint4& residual) {
-                        finish<T>(p, this->first + m + row, this->channel + n + column, v, residual);
+                        finish<T>(p, this->first + m + row, this->image(m + row), this->channel + n + column, v, residual);
                     });
             },
             [](int) {});
@@ -365,7 +394,7 @@ struct DgradWork : HopperTile<M> {
         if (p.partial)
             store8(p.partial + (size_t(this->split) * p.pixels + pixel) * cin + channel, v);
         else
-            finish<T>(p, pixel, channel, v, fetched, sums);
+            finish<T>(p, pixel, this->image(row), channel, v, fetched, sums);
     }
     __device__ __forceinline__ static float* of_warps(float* out) { return out + OUT_BYTES / 4; }
     // The tile's sums: over the lanes with the same channels, and below over the group's warps, in their order.
@@ -391,7 +420,8 @@ struct DgradWork : HopperTile<M> {
                         },
                         [&](int row, int column) { return fetch(m + row, n + column); },
                         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-                            finish<T>(p, this->first + m + row, this->channel + n + column, v, fetched, sums);
+                            finish<T>(p, this->first + m + row, this->image(m + row), this->channel + n + column, v, fetched,
+                                      sums);
                         });
                 },
                 [&](int part) { end(part, out); });
@@ -460,34 +490,45 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     constexpr int A_BYTES = 128 * ROW_BYTES, BLOCK = BK * ROW_BYTES;  // a block: 64 channels of BK pixels
     const ConvWgrad& p = h.conv;
     extern __shared__ __align__(128) unsigned char smem[];
-    Pipeline<STAGES, 2 * A_BYTES> pipe(rounded_to_1024(smem), 2 * GROUP_WARPS);
+    Pipeline<STAGES, 2 * A_BYTES> pipe(rounded_to_1024(smem), 1, 2 * GROUP_WARPS);
     begin_kernel();
     const int all = (p.pixels + BK - 1) / BK, first = blockIdx.z * p.steps_per_split;
     const int steps = min(p.steps_per_split, all - first), cin = p.ca + p.cb;
 
-    const int warp = threadIdx.x / 32;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // as above
     if (warp == 2 * GROUP_WARPS) {
         if (threadIdx.x % 32 != 0) return;
-        for (int step = first; step < first + steps; step++) {
-            const int pixel = step * BK, image = pixel / (p.height * p.width);
-            const int row = pixel / p.width % p.height, column = pixel % p.width;
-            const smem_addr full = pipe.begin(), stage = pipe.at();
+        // 64 columns are channels of one input at one tap; those beyond the last repeat it and are never stored.
+        const TensorMap* from[2];
+        int c[2], tap_x[2], tap_y[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int n = min(int(blockIdx.y) * 128 + j * 64, p.taps * cin - 64), tap = n / cin;
+            const bool second = n % cin >= p.ca;
+            c[j] = n % cin - (second ? p.ca : 0), from[j] = second ? &h.skip : &h.x;
+            tap_x[j] = tap % 3, tap_y[j] = tap / 3;
+        }
+        // The first pixel, and how far the next step's is from it.
+        int pixel = first * BK, image = pixel / (p.height * p.width);
+        int row = pixel / p.width % p.height, column = pixel % p.width;
+        const int next_column = BK % p.width, next_row = BK / p.width % p.height, next_image = BK / p.width / p.height;
+        for (int left = steps; left > 0; left--) {
+            const smem_addr full = pipe.begin(2 * A_BYTES), stage = pipe.at();
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 tma_load_2d(stage + i * BLOCK, h.grad, full, blockIdx.x * 128 + i * 64, pixel);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                // 64 columns are channels of one input at one tap; those beyond the last repeat it and are never stored.
-                const int n = min(int(blockIdx.y) * 128 + j * 64, p.taps * cin - 64), tap = n / cin, c = n % cin;
-                const bool second = c >= p.ca;
-                const TensorMap& from = second ? h.skip : h.x;
                 const smem_addr to = stage + A_BYTES + j * BLOCK;
                 if (p.taps == 1)
-                    tma_load_2d(to, from, full, second ? c - p.ca : c, pixel);
+                    tma_load_2d(to, *from[j], full, c[j], pixel);
                 else
-                    tma_load_im2col(to, from, full, second ? c - p.ca : c, column - 1, row - 1, image, tap % 3, tap / 3);
+                    tma_load_im2col(to, *from[j], full, c[j], column - 1, row - 1, image, tap_x[j], tap_y[j]);
             }
-            pipe.advance();
+            pipe.advance(), pixel += BK;
+            column += next_column, row += next_row, image += next_image;
+            if (column >= p.width) column -= p.width, row++;
+            if (row >= p.height) row -= p.height, image++;
         }
         return;
     }
