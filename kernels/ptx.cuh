@@ -135,6 +135,64 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
     return make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
 }
 
+// ---- clusters: blocks of a launch that run together (Launch::in_clusters_of), from sm_90 on ------
+//
+// Without one, and on older cards, a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a
+// barrier for all threads of all blocks: what was done before the arrival is there after the wait, in shared memory of
+// other blocks too. Each half is one instruction for the whole warp. Before a block reads another's shared memory all must
+// have met once, since it may not have begun; and after the last read once more, since it may end.
+
+#ifdef SIMT_EMULATOR
+
+inline unsigned cluster_rank() { return simt::cluster_rank(); }
+inline unsigned cluster_size() { return simt::cluster_size(); }
+inline void cluster_arrive(SIMT_WHERE) { simt::cluster_arrive(at); }
+inline void cluster_wait(SIMT_WHERE) { simt::cluster_wait(at); }
+inline uint4 load16_of(smem_addr address, unsigned rank, SIMT_WHERE) {
+    return simt::bit_cast<uint4>(simt::cluster_load16(address, rank, at));
+}
+
+#elif __CUDA_ARCH__ >= 900
+
+// The block's number among those of its cluster, from 0 on along x, and how many they are.
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// 16 bytes, aligned to 16, of the shared memory of the block of this rank, at the address that they have in this block.
+__device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned rank) {
+    uint4 v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n"
+        "}" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "r"(rank) : "memory");
+    return v;
+}
+
+#else
+
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+__device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+#endif
+
 // ---- mma.sync.m16n8k16 --------------------------------------------------------------------------
 
 template <class T> constexpr bool is_half = false;

@@ -158,6 +158,30 @@ fn launches_of_a_graph_see_what_those_before_wrote() {
     }
 }
 
+/// At once and in a graph, where they may overlap too.
+#[test]
+fn launches_run_in_clusters_on_cards_that_have_them() {
+    let Some(gpu) = common::gpu() else { return };
+    if gpu.card().capability < 90 {
+        return;
+    }
+    let n = 1003;
+    let [a, b] = [0; 2].map(|_| gpu.allocate(4 * n, "a test").unwrap());
+    // Blocks beyond the last value do nothing.
+    let double = |from: &dyn Memory, to: &dyn Memory, blocks| {
+        let launch = pixelwise::combine_f32(n, &[(from.ptr(), 2.0)], to.ptr());
+        Command::from(Launch { grid: [16, 1, 1], ..launch }.in_clusters_of(blocks))
+    };
+    let values: Vec<f32> = (0..n).map(|i| (i * 7 % 101) as f32).collect();
+    a.write(0, bytemuck::cast_slice(&values)).unwrap();
+    unsafe { gpu.run(&double(&*a, &*b, 8)).unwrap() };
+    let graph = unsafe { gpu.record(vec![double(&*b, &*a, 2), double(&*a, &*b, 4)]).unwrap() };
+    graph.run().unwrap();
+    assert!(floats(&*b).iter().zip(&values).all(|(x, y)| *x == 8.0 * y));
+    let error = message(unsafe { gpu.run(&double(&*a, &*b, 3)) });
+    assert!(error.contains("[16, 1, 1] blocks of") && error.contains("clusters of 3: "), "{error}");
+}
+
 #[test]
 fn dropped_memory_is_given_out_again_only_after_what_was_done_with_it() {
     let Some(gpu) = common::gpu() else { return };
@@ -255,7 +279,7 @@ fn all_of_it_with_the_emulators_driver() {
     for early in [&[][..], &[("DRIVER_EARLY", "1")]] {
         // NCCL wants a card.
         let (said, passed) = with_driver(&["--skip", "nccl_sums"], early);
-        assert!(passed && !said.contains("skipped") && said.contains("11 passed"), "{said}");
+        assert!(passed && !said.contains("skipped") && said.contains("12 passed"), "{said}");
     }
 }
 
@@ -263,14 +287,16 @@ fn all_of_it_with_the_emulators_driver() {
 #[cfg(feature = "emulator")]
 #[test]
 fn launches_overlap_with_the_emulators_driver() {
-    let test = ["launches_of_a_graph_see_what_those_before_wrote"];
+    let graph = "launches_of_a_graph_see_what_those_before_wrote";
+    let clusters = "launches_run_in_clusters_on_cards_that_have_them";
     let checked = ("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY_CHECKED"));
-    for (variables, overlaps) in [
-        (&[checked, ("EDM2K_OVERLAP", "1")][..], 99),
-        (&[checked, ("EDM2K_OVERLAP", "0")], 0),
-        (&[checked, ("EDM2K_OVERLAP", "1"), ("DRIVER_OLD_CODE", "1")], 0),
+    for (test, variables, overlaps) in [
+        (graph, &[checked, ("EDM2K_OVERLAP", "1")][..], 99),
+        (graph, &[checked, ("EDM2K_OVERLAP", "0")], 0),
+        (graph, &[checked, ("EDM2K_OVERLAP", "1"), ("DRIVER_OLD_CODE", "1")], 0),
+        (clusters, &[checked, ("EDM2K_OVERLAP", "1")], 1),
     ] {
-        let (said, passed) = with_driver(&test, variables);
+        let (said, passed) = with_driver(&[test], variables);
         assert!(
             passed && said.contains("1 passed") && said.contains(&format!("{overlaps} launches overlap")),
             "{said}"

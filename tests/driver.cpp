@@ -23,7 +23,7 @@
 namespace {
 
 enum Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-              INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, UNSUPPORTED = 900, INVALIDATED = 901, UNKNOWN = 999 };
+              INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, UNSUPPORTED = 900, INVALIDATED = 901, INVALID_CLUSTER = 912, UNKNOWN = 999 };
 
 constexpr size_t TOTAL = size_t(2) << 30;
 constexpr int SHARED = 99 << 10;
@@ -285,7 +285,7 @@ API cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, Stream* s) {
         return memset(reinterpret_cast<void*>(at), value, bytes), int(SUCCESS);
     });
 }
-struct Attribute { int id; char pad[4]; union { int overlap; char all[64]; }; };
+struct Attribute { int id; char pad[4]; union { int overlap; unsigned cluster[3]; char all[64]; }; };
 struct Config { unsigned grid[3], block[3], shared; Stream* stream; Attribute* attributes; unsigned count; };
 API cuLaunchKernelEx(const Config* c, Function* f, void** params, void**) {
     LOCK;
@@ -296,9 +296,18 @@ API cuLaunchKernelEx(const Config* c, Function* f, void** params, void**) {
     const unsigned shared = c->shared;
     if (!gx || !gy || !gz || bx * by * bz > 1024 || int(shared) > f->allowed) return INVALID_VALUE;
     bool overlap = false;  // programmatic stream serialization, which only follows a launch
+    unsigned cluster = 1;  // blocks along x
     for (unsigned i = 0; i < c->count; i++) {
-        if (c->attributes[i].id != 6 || f->ptx < 90 || !s->after_launch) return INVALID_VALUE;
-        overlap = c->attributes[i].overlap;
+        const Attribute& a = c->attributes[i];
+        if (f->ptx < 90) return INVALID_VALUE;
+        if (a.id == 4) {
+            if (!a.cluster[0] || a.cluster[0] > 8 || gx % a.cluster[0] || a.cluster[1] != 1 || a.cluster[2] != 1) return INVALID_CLUSTER;
+            cluster = a.cluster[0];
+        } else if (a.id == 6 && s->after_launch) {
+            overlap = a.overlap;
+        } else {
+            return INVALID_VALUE;
+        }
     }
     overlaps.count += overlap;
     int count;
@@ -309,6 +318,7 @@ API cuLaunchKernelEx(const Config* c, Function* f, void** params, void**) {
     TRY(give(s, [=]() mutable {
         void* args[] = {copy.data()};
         emulator().config("overlap", overlap);
+        emulator().config("cluster", cluster);
         return emulator().launch(f->name.c_str(), gx, gy, gz, bx, by, bz, shared, args) ? int(ILLEGAL_ADDRESS) : 0;
     }));
     return s->after_launch = true, int(SUCCESS);

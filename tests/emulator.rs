@@ -130,7 +130,8 @@ fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bo
         one: 1,
         padding: 0,
     };
-    let result = launch(d, kernel, 4, 64, shared, &[Arg::of(&plant)]);
+    let d = d.clone().with_clusters_of(if kernel.starts_with("cluster") { 4 } else { 1 });
+    let result = launch(&d, kernel, 4, 64, shared, &[Arg::of(&plant)]);
     let y: Vec<f32> = read(&out);
     let right = y.iter().zip(&input).all(|(y, x)| *y == 2.0 * x);
     (result, right, y.iter().any(|y| y.is_nan()))
@@ -189,6 +190,18 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
         ("bank_conflicts",          Nowhere,                         Conflicts(4 * 32 * 31)),
         // 4 blocks x 2 warps, 8 rows in one bank group.
         ("ldmatrix_bank_conflicts", Conflicts(4 * 2 * 7),            Conflicts(4 * 2 * 7)),
+        ("cluster_read_too_early",  Poison,                          Error("read of shared memory that nobody has written, byte ")),
+        ("cluster_overwritten_too_early", Result,                    Error("race between blocks of a cluster: ")),
+        ("cluster_block_leaves",    Error("of the cluster, which has ended"), Error("of the cluster, which has ended")),
+        ("cluster_block_leaves_early", Error("has ended"),           Error("has ended")),
+        ("cluster_rank_beyond",     Error("rank 4, but the cluster has 4 blocks"), Error("rank 4, but the cluster has 4 blocks")),
+        ("cluster_load_beyond",     Error("0 bytes past the end of the shared array s of 256 bytes"), Error("0 bytes past the end of the shared array s of 256 bytes")),
+        ("cluster_misaligned_load", Error("not a multiple of 16"),   Error("not a multiple of 16")),
+        ("cluster_arrives_twice",   Error("the thread has arrived before"), Error("the thread has arrived before")),
+        ("cluster_wait_alone",      Error("cluster_wait: the thread has not arrived"), Error("cluster_wait: the thread has not arrived")),
+        ("cluster_mixed_arrivals",  Error("another thread of the warp arrives by another cluster_arrive"), Error("another thread of the warp arrives by another cluster_arrive")),
+        ("cluster_exited_thread",   Error("waits for thread (63,0,0) of block (2,0,0), which has left"), Error("waits for thread (63,0,0) of block (2,0,0), which has left")),
+        ("cluster_divergent",       Error("waits for thread (32,0,0) of block (2,0,0), which is in __syncthreads"), Error("waits for thread (32,0,0) of block (2,0,0), which is in __syncthreads")),
     ];
     let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();
     assert_eq!(source.matches("\nPLANT(").count(), bugs.len(), "every planted bug is in the table");
@@ -198,7 +211,8 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
             let d = device(build, order);
             for (name, normal, checked) in bugs {
                 // That a barrier waits for those who have left is no rule of CUDA's, but one that can be asked for.
-                let d = d.clone().with_strict_exits(["exited_thread", "divergent_barrier"].contains(name));
+                let strict = ["exited_thread", "divergent_barrier", "cluster_exited_thread"];
+                let d = d.clone().with_strict_exits(strict.contains(name));
                 let shows = [normal, checked][b];
                 let (result, right, nan) = run_plant(&d, &format!("{name}_bug"));
                 let context =
@@ -328,6 +342,11 @@ fn launches_are_refused_that_a_device_would_refuse() {
         let error = launch(&d, "softmax", 1, 128, 99 << 10, &args).unwrap_err().to_string();
         assert!(error.contains("32 bytes of static and 101376 of dynamic shared memory, more than 99 KB"), "{error}");
         launch(&d, "softmax", 1, 128, 64 << 10, &args).unwrap();
+        for (blocks, cluster) in [(4, 3), (16, 16), (4, 0)] {
+            let error = launch(&d.clone().with_clusters_of(cluster), "softmax", blocks, 128, 0, &args).unwrap_err();
+            let words = format!("clusters of {cluster}x1x1 blocks in a grid of {blocks}x1x1; at most 8 blocks");
+            assert!(matches!(&error, EmulatorError::Refused(e) if e.contains(&words)), "{error}");
+        }
         assert!(x.upload(60, &[0u8; 5]).is_err());
         assert!(d.kernels().contains(&"softmax".to_string()));
     }

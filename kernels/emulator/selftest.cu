@@ -471,6 +471,138 @@ template <bool BUG> __device__ void ldmatrix_bank_conflicts(Plant p) {
 }
 PLANT(ldmatrix_bank_conflicts);
 
+// In clusters of four blocks: each has what the block of the rank before it needs.
+__device__ __forceinline__ float for_the_one_before(const Plant& p) { return p.in[(cluster_rank() + 3) % 4 * 64 + threadIdx.x]; }
+__device__ __forceinline__ float of_the_next(const float* s, unsigned rank, SIMT_WHERE) {
+    float values[4];
+    const uint4 bits = load16_of(smem_address(s + threadIdx.x / 4 * 4), rank, at);
+    memcpy(values, &bits, 16);
+    return values[threadIdx.x % 4];
+}
+
+template <bool BUG> __device__ void cluster_read_too_early(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    if (BUG) __syncthreads();
+    else cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s, (cluster_rank() + 1) % 4);
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_read_too_early);
+
+template <bool BUG> __device__ void cluster_overwritten_too_early(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s, (cluster_rank() + 1) % 4);
+    cluster_arrive();
+    if (BUG) s[t] = 0;
+    cluster_wait();
+    if (!BUG) s[t] = 0;
+}
+PLANT(cluster_overwritten_too_early);
+
+// Threads that have left are not awaited.
+template <bool BUG> __device__ void cluster_block_leaves(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    if (BUG && cluster_rank() == 1) {
+        p.out[i] = 2 * p.in[i];
+        return;
+    }
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s, (cluster_rank() + 1) % 4);
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_block_leaves);
+
+// The others have read when it leaves, but it does not know that.
+template <bool BUG> __device__ void cluster_block_leaves_early(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s, (cluster_rank() + 1) % 4);
+    cluster_arrive();
+    if (!BUG) cluster_wait();
+}
+PLANT(cluster_block_leaves_early);
+
+template <bool BUG> __device__ void cluster_rank_beyond(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s, (cluster_rank() + 1) % (cluster_size() + BUG));
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_rank_beyond);
+
+template <bool BUG> __device__ void cluster_load_beyond(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s + (BUG && t == 63 ? 4 : 0), (cluster_rank() + 1) % 4);
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_load_beyond);
+
+template <bool BUG> __device__ void cluster_misaligned_load(Plant p) {
+    INDICES;
+    alignas(16) __shared__ float s[64];
+    s[t] = for_the_one_before(p);
+    cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * of_the_next(s + (BUG && t == 5), (cluster_rank() + 1) % 4);
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_misaligned_load);
+
+template <bool BUG> __device__ void cluster_arrives_twice(Plant p) {
+    INDICES;
+    cluster_arrive();
+    if (BUG && t >= 32) cluster_arrive();
+    cluster_wait();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(cluster_arrives_twice);
+
+template <bool BUG> __device__ void cluster_wait_alone(Plant p) {
+    INDICES;
+    cluster_arrive(), cluster_wait();
+    if (BUG && t >= 32) cluster_wait();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(cluster_wait_alone);
+
+template <bool BUG> __device__ void cluster_mixed_arrivals(Plant p) {
+    INDICES;
+    if (BUG && t == 9) cluster_arrive();
+    else cluster_arrive();
+    cluster_wait();
+    p.out[i] = 2 * p.in[i];
+}
+PLANT(cluster_mixed_arrivals);
+
+template <bool BUG> __device__ void cluster_exited_thread(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i];
+    if (BUG && i == 191) return;
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_exited_thread);
+
+template <bool BUG> __device__ void cluster_divergent(Plant p) {
+    INDICES;
+    p.out[i] = 2 * p.in[i];
+    if (BUG && cluster_rank() == 2 && t >= 32) __syncthreads();
+    cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_divergent);
+
 // ---- 2. probes ----------------------------------------------------------------------------------
 
 // d[16][8] += a[16][16] * b[16][8], one warp; registers filled element by element as the PTX ISA

@@ -1,4 +1,4 @@
-// Cooperative groups: the block, tiles of a warp, and whoever has come together.
+// Cooperative groups: the grid, the cluster, the block, tiles of a warp, and whoever has come together.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -30,6 +30,31 @@ struct grid_group {
     static bool is_valid() { return simt::is_cooperative(); }
 };
 inline grid_group this_grid() { return {}; }
+
+// Of the blocks of a cluster. A pointer to another block's shared memory is one like others.
+struct cluster_group {
+    struct arrival_token {};
+    static unsigned block_rank() { return simt::cluster_rank(); }
+    static unsigned num_blocks() { return simt::cluster_size(); }
+    static unsigned thread_rank() { return block_rank() * thread_block::size() + thread_block::thread_rank(); }
+    static unsigned size() { return num_blocks() * thread_block::size(); }
+    static unsigned num_threads() { return size(); }
+    static dim3 dim_blocks() { return simt::cluster_dim(); }
+    static dim3 block_index() {
+        const dim3 size = dim_blocks();
+        return {simt::view()->block.x % size.x, simt::view()->block.y % size.y, simt::view()->block.z % size.z};
+    }
+    static dim3 dim_threads() {
+        const dim3 blocks = dim_blocks(), threads = thread_block::dim_threads();
+        return {blocks.x * threads.x, blocks.y * threads.y, blocks.z * threads.z};
+    }
+    arrival_token barrier_arrive(SIMT_WHERE) const { return simt::cluster_arrive(at), arrival_token(); }
+    void barrier_wait(SIMT_WHERE) const { simt::cluster_wait(at); }
+    void barrier_wait(arrival_token&&, SIMT_WHERE) const { simt::cluster_wait(at); }
+    void sync(SIMT_WHERE) const { simt::cluster_arrive(at), simt::cluster_wait(at); }
+    template <class T> T* map_shared_rank(T* p, int rank, SIMT_WHERE) const { return (T*)simt::cluster_pointer((const void*)p, unsigned(rank), at); }
+};
+inline cluster_group this_cluster() { return {}; }
 
 template <unsigned N, class Parent = void>
 struct thread_block_tile {

@@ -39,6 +39,7 @@
     X(LaunchFailure, 719, "unspecified launch failure") \
     X(CooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch") \
     X(NotSupported, 801, "operation not supported") \
+    X(InvalidClusterSize, 912, "cluster misconfiguration") \
     X(Unknown, 999, "unknown error")
 enum cudaError_t {
     cudaSuccess = 0,
@@ -81,7 +82,7 @@ enum cudaFuncCache { cudaFuncCachePreferNone, cudaFuncCachePreferShared, cudaFun
     X(ComputePreemptionSupported, 90, p.computePreemptionSupported) X(CooperativeLaunch, 95, p.cooperativeLaunch) \
     X(MaxSharedMemoryPerBlockOptin, 97, p.sharedMemPerBlockOptin) X(HostRegisterSupported, 99, p.hostRegisterSupported) \
     X(MaxBlocksPerMultiprocessor, 106, p.maxBlocksPerMultiProcessor) X(ReservedSharedMemoryPerBlock, 111, p.reservedSharedMemPerBlock) \
-    X(MemoryPoolsSupported, 115, p.memoryPoolsSupported)
+    X(MemoryPoolsSupported, 115, p.memoryPoolsSupported) X(ClusterLaunch, 120, p.clusterLaunch)
 enum cudaDeviceAttr {
 #define SIMT_ATTRIBUTE(name, number, value) cudaDevAttr##name = number,
     SIMT_ATTRIBUTES(SIMT_ATTRIBUTE)
@@ -112,7 +113,7 @@ struct cudaDeviceProp {
         pciDomainID, tccDriver, unifiedAddressing, streamPrioritiesSupported, globalL1CacheSupported, localL1CacheSupported, managedMemory, isMultiGpuBoard,
         multiGpuBoardGroupID, hostNativeAtomicSupported, singleToDoublePrecisionPerfRatio, pageableMemoryAccess, concurrentManagedAccess,
         computePreemptionSupported, canUseHostPointerForRegisteredMem, cooperativeLaunch, cooperativeMultiDeviceLaunch, pageableMemoryAccessUsesHostPageTables,
-        directManagedMemAccessFromHost, hostRegisterSupported, memoryPoolsSupported;
+        directManagedMemAccessFromHost, hostRegisterSupported, memoryPoolsSupported, clusterLaunch;
     int maxTexture1D, maxTexture1DLinear, maxTexture2D[2], maxTexture3D[3], maxTexture1DLayered[2], maxTexture2DLayered[3];  // 0: there are none
     size_t totalGlobalMem, totalConstMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor, reservedSharedMemPerBlock, memPitch,
         textureAlignment, texturePitchAlignment, surfaceAlignment;

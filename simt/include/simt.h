@@ -53,6 +53,9 @@ void free(void*) noexcept asm("simt_free");
 #define __shared__ __attribute__((tls_model("global-dynamic"))) thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
+#ifdef SIMT_SOURCE_STEP
+#define __cluster_dims__(...) simt_cluster_dims(__VA_ARGS__)  // the source step takes it out
+#endif
 #define __forceinline__ __inline__ __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __CUDACC__ 1
@@ -134,6 +137,17 @@ void barrier(Where at);
 int barrier_count(bool predicate, Where at);  // of the threads that came
 void grid_barrier(Where at);
 bool is_cooperative();  // the launch
+// Clusters (clusters.cpp): the block's rank in its cluster and the number of blocks there, 0 and 1 without one; the barrier of
+// all their threads, in two halves; 16 bytes of a block's shared memory, at the address that they have in this block's; and
+// where that block has what `p` points to.
+unsigned cluster_rank();
+unsigned cluster_size();
+void cluster_arrive(Where at);
+void cluster_wait(Where at);
+Vector16 cluster_load16(uintptr_t address, unsigned rank, Where at);
+void* cluster_pointer(const void* p, unsigned rank, Where at);
+dim3 cluster_dim();
+bool add_cluster_dims(const char* kernel, dim3 dims);  // of a kernel that has __cluster_dims__
 void let_others_run();
 bool on_device();  // whether a kernel is running here
 void fence(bool of_device = true);  // else of the block
@@ -259,6 +273,7 @@ struct Config {
     dim3 grid, block;
     size_t shared;
     bool cooperative;
+    dim3 cluster;  // blocks of one
     template <class Stream = void*>
     Config(dim3 grid, dim3 block, size_t shared = 0, Stream = {}, bool cooperative = false) : grid(grid), block(block), shared(shared), cooperative(cooperative) {}
 };

@@ -24,6 +24,10 @@
 // Global memory has a cell for every four bytes, which finds races between blocks of one launch. Blocks are
 // ordered as "the last block reduces" needs it: writes, a fence, an atomic; in the other block an atomic on the same
 // address, then reads. Barriers carry both sides to the block's other threads.
+//
+// Between the blocks of a cluster only its barrier orders: what a thread did before its n-th arrival is over for whoever knows
+// that the n-th meeting was. The blocks' clocks have nothing in common but the number of meetings, so that of each byte of
+// shared memory a second cell (Across) has how many arrivals its thread had behind it at each kind of access.
 #ifdef SIMT_CHECKED
 #include <link.h>
 #include <sys/mman.h>
@@ -39,7 +43,7 @@ namespace simt {
 
 constexpr uint32_t kInFlight = 0xffffffffu;  // as an epoch: a cp.async that has not landed
 constexpr uint32_t kUnknownReaders = 0xffffffffu;  // of several warps
-constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff, kMbarrier = 0xfffe;
+constexpr uint16_t kManyWarps = 0xffff, kAtomic = 0xffff, kMbarrier = 0xfffe, kOtherBlock = 0xfffd;
 
 struct alignas(32) SharedCell {
     uint32_t write_phase, write_epoch, read_phase, read_epoch;
@@ -53,6 +57,24 @@ struct alignas(32) SharedCell {
         memcpy(a, this, 32), memcpy(b, &other, 32);
         return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
     }
+};
+
+// An access from another block of the cluster.
+struct Far {
+    uint32_t meeting;       // the first one after it; 0: there was none
+    uint32_t phase, epoch;  // of its own block
+    uint16_t rank, thread;
+    bool atomic;
+
+    bool by_atomic(Access now) const { return atomic && now == Access::atomic; }
+};
+constexpr uint16_t kManyRanks = 0xffff, kManyThreads = 0xffff;
+
+// A byte of shared memory between blocks.
+struct Across {
+    uint32_t block;        // first_phase of the block that this is of
+    uint32_t wrote, atomic, read;  // by its own threads: the first meetings after it
+    Far far_wrote, far_read;
 };
 
 struct Readers {  // lanes of one warp that read at one epoch
@@ -136,6 +158,14 @@ struct Checker {
     std::vector<Acquire> acquired;
     // Within the block: what each thread knew at its last fence, and what atomics on an address have told.
     bool fenced = false;
+    // Clusters: of shared memory's bytes; what all had done when they arrived; each thread's stamps at its last two arrivals; and
+    // the last access from another block, of the thread of that number, and where it was.
+    Across* across = nullptr;
+    uint32_t arrived[kParties], met_then[kParties];
+    uint32_t arrived_at[2][kMaxThreads];
+    Far last_far;
+    uintptr_t last_far_pc;
+    Where last_far_at;
     std::vector<uint32_t> at_fence[kMaxThreads];
     std::map<uintptr_t, std::vector<uint32_t>> told;
     // Each thread's last plain reads, for the atomics that follow.
@@ -151,13 +181,18 @@ struct Checker {
     } store;
 };
 
+// One for each byte of a block's shared memory; zeros.
+static void* make_cells(const Machine& m, size_t bytes) {
+    void* cells = mmap(nullptr, (m.end - m.statics) * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (cells == MAP_FAILED) throw std::bad_alloc();
+    return cells;
+}
+
 static Checker& checker() {
     Machine& m = *current();
     if (!m.checker) {
         m.checker = new Checker;
-        void* cells = mmap(nullptr, (m.end - m.statics) * sizeof(SharedCell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (cells == MAP_FAILED) throw std::bad_alloc();
-        m.checker->cells = static_cast<SharedCell*>(cells);
+        m.checker->cells = static_cast<SharedCell*>(make_cells(m, sizeof(SharedCell)));
     }
     return *m.checker;
 }
@@ -172,7 +207,7 @@ static void forget_readers(Checker& c) {
 }
 
 // Whether each reader's time counts: threads know of other warps.
-static bool exact(const Checker& c) { return c.fenced || current()->launch->kernel->hopper; }
+static bool exact(const Checker& c) { return c.fenced || current()->launch->kernel->hopper || current()->launch->has_clusters(); }
 
 static void settle(Checker& c);
 
@@ -199,6 +234,10 @@ void check_block_start() {
         memset(c.named, 0, sizeof c.named);
         for (auto& epochs : c.products) epochs.clear();
     }
+    if (!current()->launch->has_clusters()) return;
+    if (!c.across) c.across = static_cast<Across*>(make_cells(*current(), sizeof *c.across));
+    memset(c.arrived, 0, sizeof c.arrived), memset(c.arrived_at, 0, sizeof c.arrived_at), c.last_far = {};
+    for (int i = 0; i < current()->count; i++) c.clocks[i][kMeetings] = 0;
 }
 
 // Wavefronts of one warp-wide access beyond the least possible: a wavefront serves 128 bytes, so
@@ -257,7 +296,7 @@ void check_barrier() {
     c.last_barrier = c.stamp++;
     check_block_end();
     forget_readers(c);
-    if (!current()->launch->kernel->hopper) return;
+    if (!current()->launch->kernel->hopper && !current()->launch->has_clusters()) return;
     // Phases do not order the parties: who knows of them tells the others.
     for (int i = kArrivals; i < kParties; i++) {
         uint32_t known = 0;
@@ -313,6 +352,19 @@ static void release(const Thread& t, uint32_t* known) {
 void check_release(const Thread& t, int barrier) { release(t, checker().barriers[barrier].arrived); }
 void check_named_arrival(const Thread& t, int barrier) { release(t, checker().named[barrier]); }
 
+void check_cluster_arrival(const Thread& t) {
+    Checker& c = *current()->checker;
+    settle(c);
+    release(t, c.arrived);
+    c.arrived_at[t.arrivals % 2][t.linear] = c.stamp++;
+}
+void check_cluster_met(const Machine& m) { memcpy(m.checker->met_then, m.checker->arrived, sizeof m.checker->met_then); }
+void check_cluster_wait(const Thread& t) {
+    Checker& c = checker();
+    join(c.clocks[t.linear], c.met_then);
+    c.clocks[t.linear][kMeetings] = t.waits;
+}
+
 void check_phase_over(int barrier) {
     Checker::Barrier& b = checker().barriers[barrier];
     memcpy(b.over, b.arrived, sizeof b.over);
@@ -348,13 +400,22 @@ struct Site {  // of an access: a line if a runtime function made it, else a pro
 
 static const char* verb(Access a) { return a == Access::read ? "read" : a == Access::write ? "write" : "atomic"; }
 
-static void require_shared_bounds(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
-    for (const auto& v : current()->variables)
+static void require_shared_bounds(const Machine& m, const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    for (const auto& v : m.variables)
         if (a >= v.begin && a + bytes <= v.end) return;
     uintptr_t bad = a;  // the first byte that lies in no array
-    for (const auto& v : current()->variables)
+    for (const auto& v : m.variables)
         if (a >= v.begin && a < v.end) bad = v.end;
-    FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_address(bad).c_str());
+    FAIL(t, site, "out of bounds: %s of %zu bytes, %s", verb(access), bytes, describe_shared(m, bad).c_str());
+}
+
+// "byte 7 of the shared array sums"
+static std::string shared_byte_name(const Machine& m, uintptr_t a) {
+    size_t offset = a - m.variables[0].begin;
+    std::string array = "dynamic shared memory";
+    for (const auto& v : m.variables)
+        if (v.variable && a >= v.begin && a < v.end) offset = a - v.begin, array = "the shared array " + v.variable->name;
+    return "byte " + std::to_string(offset) + " of " + array;
 }
 
 static std::string race_text(Access access, const char* other, int thread, uintptr_t a) {
@@ -364,12 +425,8 @@ static std::string race_text(Access access, const char* other, int thread, uintp
     else if (thread >= kArrivals) snprintf(who, sizeof who, "a bulk copy");
     else if (thread >= 0)
         snprintf(who, sizeof who, "thread (%u,%u,%u)", m.threads[thread].index.x, m.threads[thread].index.y, m.threads[thread].index.z);
-    size_t offset = a - m.variables[0].begin;
-    std::string array = "dynamic shared memory";
-    for (const auto& v : m.variables)
-        if (v.variable && a >= v.begin && a < v.end) offset = a - v.begin, array = "the shared array " + v.variable->name;
     char text[512];
-    snprintf(text, sizeof text, "race: %s of byte %zu of %s, which %s %s with no barrier between%s", verb(access), offset, array.c_str(), who, other,
+    snprintf(text, sizeof text, "race: %s of %s, which %s %s with no barrier between%s", verb(access), shared_byte_name(m, a).c_str(), who, other,
              thread < kArrivals ? "" : thread < kProducts ? ": no mbarrier_wait for it" : ": no wgmma_wait for it");
     return text;
 }
@@ -459,6 +516,11 @@ static bool same_instruction(Checker& c, const SharedCell& cell, const Thread& t
     return execution(c.log[cell.writer], pc, a, theirs) == mine;
 }
 
+// Whether all atomics of the block's threads on a byte were before a meeting of the cluster that `clock` knows of.
+static bool atomics_met(const Checker& c, uintptr_t a, const uint32_t* clock) {
+    return current()->launch->has_clusters() && c.across[a - current()->statics].atomic <= clock[kMeetings];
+}
+
 // What a cell says before an access by `self` (or by none) that would come after `clock`: not in flight, written,
 // ordered.
 static inline void require_written(Checker& c, const SharedCell& cell, const Thread& t, int self, const uint32_t* clock, uintptr_t a, Access access, Site site) {
@@ -467,13 +529,14 @@ static inline void require_written(Checker& c, const SharedCell& cell, const Thr
         return;
     }
     if (cell.writer == kMbarrier) FAIL(t, site, "%s of shared memory that is an mbarrier", verb(access));
+    if (cell.writer == kOtherBlock) return;  // between_blocks says whether it is over
     const bool copied = cell.writer >= kArrivals && cell.writer < kProducts;
     if (cell.write_epoch == kInFlight) {
         if (copied) FAIL(t, site, "%s of shared memory that a bulk copy is still writing: no mbarrier_wait for it", verb(access));
         FAIL(t, site, "%s of shared memory that a cp.async is still writing: no cp_async_wait by its thread", verb(access));
     }
     if ((cell.write_phase != c.phase && !copied) || cell.writer == self) return;
-    bool ordered = cell.writer == kAtomic ? access == Access::atomic : clock[cell.writer] >= cell.write_epoch;
+    bool ordered = cell.writer == kAtomic ? access == Access::atomic || atomics_met(c, a, clock) : clock[cell.writer] >= cell.write_epoch;
     if (!ordered && access == Access::write) ordered = same_instruction(c, cell, t, a, site);
     if (ordered) return;
     if (!site.where && cell.writer == kAtomic && access == Access::read) return suspect(site, [&] { return race_text(access, "wrote", -1, a); });
@@ -577,9 +640,103 @@ static inline void shared_byte(Checker& c, SharedCell& cell, const Thread& t, ui
     cell.read_phase = 0;
 }
 
+// A race of threads of two blocks of a cluster: `by` is one of the block of this rank, or none.
+[[noreturn]] static void cluster_race(const Machine& owner, const Thread& t, Site site, Access access, const char* other, unsigned rank, int by, uintptr_t a) {
+    std::string who = "threads of several blocks";
+    if (rank != kManyRanks) {
+        const Machine& m = *owner.cluster->blocks[rank];
+        const uint3 block = m.view.block;
+        char text[96];
+        if (by < m.count) snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", m.threads[by].index.x, m.threads[by].index.y, m.threads[by].index.z, block.x, block.y, block.z);
+        else snprintf(text, sizeof text, "block (%u,%u,%u)", block.x, block.y, block.z);
+        who = text;
+    }
+    const uint3 block = owner.view.block;
+    FAIL(t, site, "race between blocks of a cluster: %s of %s of block (%u,%u,%u), which %s %s with no cluster_arrive and cluster_wait between", verb(access),
+         shared_byte_name(owner, a).c_str(), block.x, block.y, block.z, who.c_str(), other);
+    __builtin_unreachable();
+}
+
+// Whether an access from another block is over for this thread: it has met the cluster since then, or its own block.
+static bool is_over(const Far& far, const Thread& t) {
+    const Checker& c = checker();
+    if (far.meeting <= c.clocks[t.linear][kMeetings]) return true;
+    if (far.rank != current()->rank) return false;
+    return far.phase != c.phase || far.thread == t.linear || (far.thread != kManyThreads && c.clocks[t.linear][far.thread] >= far.epoch);
+}
+
+// An access of `owner`'s shared memory, by a thread of that block or of another, and those from the other side.
+static void between_blocks(const Machine& owner, const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    Checker &c = *owner.checker, &mine = checker();
+    const bool far = &owner != current();
+    const uint32_t meeting = t.arrivals + 1, known = mine.clocks[t.linear][kMeetings];
+    for (; bytes; a++, bytes--) {
+        Across& across = c.across[a - owner.statics];
+        if (across.block != c.first_phase) across = {c.first_phase, 0, 0, 0, {}, {}};
+        SharedCell& cell = c.cells[a - owner.statics];
+        if (far && std::max(across.wrote, access == Access::atomic ? 0 : across.atomic) > known) cluster_race(owner, t, site, access, "wrote", owner.rank, cell.writer, a);
+        if (far && access != Access::read && across.read > known) cluster_race(owner, t, site, access, "read", owner.rank, kManyThreads, a);
+        const Far &wrote = across.far_wrote, &read = across.far_read;
+        if (wrote.meeting && !wrote.by_atomic(access) && !is_over(wrote, t)) cluster_race(owner, t, site, access, "wrote", wrote.rank, wrote.thread, a);
+        if (read.meeting && access != Access::read && !is_over(read, t)) cluster_race(owner, t, site, access, "read", read.rank, read.thread, a);
+        if (!far) {
+            uint32_t& last = access == Access::read ? across.read : access == Access::write ? across.wrote : across.atomic;
+            last = std::max(last, meeting);
+            continue;
+        }
+        Far now = {meeting, mine.phase, mine.epochs[t.linear], uint16_t(current()->rank), t.linear, access == Access::atomic};
+        if (access == Access::read) {
+            // Of readers in order the last one counts.
+            if (read.meeting && !is_over(read, t)) {
+                if (read.rank != now.rank) now.rank = kManyRanks;
+                now.thread = kManyThreads, now.meeting = std::max(now.meeting, read.meeting);
+            }
+            across.far_read = now;
+        } else {
+            across.far_wrote = now;
+            cell.write_phase = c.phase, cell.writer = kOtherBlock, cell.read_phase = 0;
+        }
+    }
+}
+
+static void other_shared_access(const Machine& owner, const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
+    const uint3 block = owner.view.block;
+    if (!owner.alive) FAIL(t, site, "%s of the shared memory of block (%u,%u,%u), rank %u of the cluster, which has ended", verb(access), block.x, block.y, block.z, owner.rank);
+    require_shared_bounds(owner, t, a, bytes, access, site);
+    Checker& c = *owner.checker;
+    const SharedCell* cells = &c.cells[a - owner.statics];
+    for (size_t i = 0; i < bytes; i++) {
+        const bool written = cells[i].write_phase >= c.first_phase;
+        if (written && cells[i].writer == kMbarrier) FAIL(t, site, "%s of another block's shared memory that is an mbarrier", verb(access));
+        if (written && cells[i].write_epoch == kInFlight) FAIL(t, site, "%s of another block's shared memory that a copy is still writing", verb(access));
+        // Parts of a wide read may be a struct's padding.
+        if (!written && access != Access::write && (site.where || std::none_of(cells, cells + bytes, [&](const SharedCell& s) { return s.write_phase >= c.first_phase; })))
+            FAIL(t, site, "%s of shared memory that nobody has written, %s of block (%u,%u,%u)", verb(access), shared_byte_name(owner, a + i).c_str(), block.x, block.y, block.z);
+    }
+    between_blocks(owner, t, a, bytes, access, site);
+    if (t.arrivals + 1 < c.last_far.meeting) return;
+    c.last_far = {t.arrivals + 1, 0, 0, uint16_t(current()->rank), t.linear, false};
+    c.last_far_pc = site.pc;
+    if (site.where) c.last_far_at = *site.where;
+}
+
+// Some thread of the block must have met the cluster after the last access from another block.
+void check_cluster_end(const Thread& t) {
+    const Checker& c = *current()->checker;
+    for (int i = 0; i < current()->count; i++)
+        if (c.last_far.meeting <= c.clocks[i][kMeetings]) return;
+    const Machine& m = *current()->cluster->blocks[c.last_far.rank];
+    const Thread& by = m.threads[c.last_far.thread];
+    char text[256];
+    snprintf(text, sizeof text, "the block has ended, with no cluster_wait after this access of its shared memory by thread (%u,%u,%u) of block (%u,%u,%u)", by.index.x,
+             by.index.y, by.index.z, m.view.block.x, m.view.block.y, m.view.block.z);
+    if (c.last_far_pc) fail_earlier(t, c.last_far_pc, text);
+    fail(t, c.last_far_at, "%s", text);
+}
+
 static void shared_access(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
     Checker& c = checker();
-    require_shared_bounds(t, a, bytes, access, site);
+    require_shared_bounds(*current(), t, a, bytes, access, site);
     // Parts of a wide read that nobody has written are a struct's padding, if others were.
     bool padded = false;
     if (access == Access::read && !site.where && bytes > 1)
@@ -589,6 +746,7 @@ static void shared_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
     neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) {
         if (!padded || cell.write_phase >= c.first_phase) shared_byte(c, cell, t, here, access, site);
     });
+    if (current()->launch->has_clusters()) between_blocks(*current(), t, a, bytes, access, site);
     // ldmatrix counts its own.
     if (access != Access::atomic && !site.where && c.log[t.linear].size() < 4096)
         c.log[t.linear].push_back({site.pc, a, bytes});
@@ -608,6 +766,8 @@ void check_copy_landed(const Thread& t, uintptr_t a, size_t bytes) {
         cell.write_phase = c.phase, cell.write_epoch = c.epochs[t.linear], cell.writer = t.linear;
         cell.proxy = t.async_fences;
     });
+    if (!current()->launch->has_clusters()) return;
+    for (size_t i = 0; i < bytes; i++) c.across[a - current()->statics + i].wrote = t.arrivals + 1;
 }
 
 // ---- shared memory: Hopper ----------------------------------------------------------------------
@@ -640,6 +800,7 @@ static void require_fence(Checker& c, const SharedCell& cell, const Thread& t, W
 
 void check_bulk_issued(const Thread& t, int barrier, uint32_t map, uintptr_t a, size_t bytes, Where at) {
     Checker& c = checker();
+    if (current()->launch->has_clusters()) between_blocks(*current(), t, a, bytes, Access::write, {&at, 0});
     Neighbours neighbours;
     neighbours.each(c, a, bytes, [&](SharedCell& cell, uintptr_t here) {
         require_written(c, cell, t, t.linear, c.clocks[t.linear], here, Access::write, {&at, 0});
@@ -730,11 +891,12 @@ void free_shadow(void* shadow, size_t bytes) {
     if (shadow) munmap(shadow, std::max<size_t>(1, (bytes + 3) / 4) * sizeof(GlobalCell));
 }
 
-static uint32_t block_number() {
-    const uint3 b = current()->view.block;
-    const dim3 grid = current()->launch->grid;
+static uint32_t number_of(const Machine& m) {
+    const uint3 b = m.view.block;
+    const dim3 grid = m.launch->grid;
     return b.x + grid.x * (b.y + grid.y * b.z);
 }
+static uint32_t block_number() { return number_of(*current()); }
 
 static std::string block_race_text(Access access, const char* other, uint32_t block, const Allocation& in, uintptr_t a) {
     char text[256];
@@ -868,6 +1030,11 @@ void check_atomic_done(uintptr_t a) {
 static bool is_released(const Thread& t, uintptr_t a, uint32_t block, uint32_t stamp) {
     Checker& c = checker();
     const Launch& l = *current()->launch;
+    // The meetings of a cluster, too.
+    if (const uint32_t known = l.has_clusters() && block < kManyBlocks ? c.clocks[t.linear][kMeetings] : 0)
+        for (const Machine* m : current()->cluster->blocks)
+            if (const Thread& by = m->threads[stamp % 1024]; number_of(*m) == block)
+                if (stamp / 1024 <= m->checker->arrived_at[known % 2][stamp % 1024] || (by.state == State::done && by.arrivals <= known)) return true;
     for (const Acquire& q : c.acquired) {
         if (q.serial != l.serial || (q.thread != t.linear && !met_since(c, q.thread, t.linear, q.stamp))) continue;
         if (block < kManyBlocks) {
@@ -959,6 +1126,13 @@ static void global_access(const Thread& t, uintptr_t a, size_t bytes, Access acc
     }
 }
 
+// The block of the cluster in whose shared memory this is, or null.
+static const Machine* owner(const Machine& m, uintptr_t a) {
+    for (const Machine* other : m.cluster->blocks)
+        if (other->is_shared(a)) return other;
+    return nullptr;
+}
+
 static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access access, Site site) {
     Machine& m = *current();
     if (a - m.base < m.statics - kPage - m.base) {  // local memory
@@ -969,6 +1143,7 @@ static inline void check(const Thread& t, uintptr_t a, size_t bytes, Access acce
     }
     settle(checker());
     if (m.is_shared(a)) shared_access(t, a, bytes, access, site);
+    else if (const Machine* other = m.launch->has_clusters() ? owner(m, a) : nullptr) other_shared_access(*other, t, a, bytes, access, site);
     else global_access(t, a, bytes, access, site);
     if (!checker().store.race.empty()) remember_store(checker(), a, bytes);
 }

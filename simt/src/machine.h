@@ -34,6 +34,7 @@ constexpr size_t kStaticArea = 64 << 10, kStaticGap = 64;  // the latter in the 
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type, -1 in every integer
 
 constexpr int kMaxTiles = 16;              // of each side, in one mma_tile
+constexpr unsigned kMaxCluster = 8;        // blocks that every card with clusters allows
 
 struct Releases;
 
@@ -43,10 +44,11 @@ struct Serials { uint32_t from, to; };  // of launches, without the last
 
 struct Launch {
     const Kernel* kernel;
-    dim3 grid, block;
+    dim3 grid, block, cluster;
     unsigned smem;
     size_t shared_most;  // static and dynamic together
-    uint64_t blocks;
+    uint64_t blocks, clusters;
+    bool has_clusters() const { return clusters < blocks; }
     Order order;
     uint64_t seed;
     bool poison, strict, undefined;
@@ -61,7 +63,7 @@ struct Launch {
     std::atomic<bool> early{false};   // some thread let the next launch begin before it had
     bool overlaps() const { return running.from != running.to; }
     alignas(64) unsigned char params[32768];
-    std::atomic<uint64_t> next{0}, conflicts{0};
+    std::atomic<uint64_t> next{0}, conflicts{0};  // the former of the clusters
     std::atomic<bool> failed{false};
     std::mutex mutex;
     std::string error;
@@ -112,11 +114,14 @@ struct Thread {
     int committed = 0, needed = 0;  // groups; those that it waits for
     bool fenced = false;
     uint32_t async_fences = 0;
+    uint32_t arrivals = 0, waits = 0;  // at the cluster's barrier
 };
 
 struct Warp {
     uint32_t ready, waiting, exited;  // the last with those beyond the block's last thread
     uint32_t asking;                  // who is with them (simt::converged)
+    Where arrived;                    // the lane that came last to the cluster's barrier, for the time of this number
+    uint32_t arrivals;
 };
 
 struct Fault {
@@ -135,6 +140,16 @@ struct Variable {
 
 struct Checker;  // checked.cpp
 struct Hopper;   // hopper.cpp
+struct Machine;
+
+// Blocks that run together, by their rank, on one OS thread. A block by itself is one too.
+struct Cluster {
+    std::vector<Machine*> blocks;
+    size_t left;          // blocks that have not ended: until then all machines are theirs
+    uint32_t meetings;    // so often the barrier was complete
+    unsigned awaited;     // threads that it awaits
+    bool stuck;           // and that will not come
+};
 
 struct Machine {
     View& view;  // at the reservation's begin
@@ -162,6 +177,11 @@ struct Machine {
     int count, alive, at_barrier;
     int votes, counted;  // of the barrier that fills, and of the last
     bool at_grid;        // all wait for the other blocks
+    Cluster own, *cluster;  // that of the block of rank 0
+    unsigned rank;
+    int at_cluster;      // threads that wait for the cluster's other threads
+    bool parked;         // no thread can run before these have come
+    bool goes_on;        // the cluster has begun, or its barrier is complete: it runs before other clusters begin
     std::vector<Thread*> yielded;  // they wait in loops, until nobody else can run
     // So often a thread asked for one word by itself, and then others run.
     struct { uintptr_t address; const Thread* thread; unsigned times; } polled;
@@ -178,9 +198,11 @@ struct Machine {
     alignas(32) float b_rows[kMaxTiles][16][8];
 
     Machine();
-    void begin_block(Launch& launch, uint64_t linear);
+    void begin_block(Launch& launch, uint64_t linear, Cluster& cluster, unsigned rank);
     void run();      // until the block has ended, or waits for others: then some of its threads are alive
     void abandon();  // what is left of a block of a launch that has failed
+    // Where the block has its copy of a __shared__ variable, dynamic shared memory if null; `caller` for messages.
+    uintptr_t shared_variable(const Variable* v, uintptr_t caller);
     bool is_shared(uintptr_t a) const { return a - statics < end - statics; }
     int lane() const { return self->linear & 31; }
 };
@@ -204,6 +226,7 @@ inline Machine* current() {
 int choose(uint32_t set, Machine& m);
 void make_ready(Machine& m, int warp, uint32_t lanes);
 void wait(Machine& m);
+void block_barrier(const Op& op, Where at);  // of all threads, each in a call of this
 // Who reads one place so often by itself, volatile or by atomics, waits for another thread.
 inline void let_others_run_if_polled(Machine& m, uintptr_t address) {
     if (m.polled.address != address || m.polled.thread != m.self) m.polled = {address, m.self, 0};
@@ -216,6 +239,13 @@ void hopper_block_start(Machine& m);
 void hopper_thread_end(Machine& m, const Thread& t);
 bool hopper_progress(Machine& m, bool stuck);
 void hopper_deadlock(Machine& m);
+
+// Clusters (clusters.cpp). What threads wait in; when a thread leaves; and lets those who wait say so, if nobody else of the
+// cluster can come.
+extern const Op kClusterWait;
+void cluster_thread_end(Machine& m, Thread& t);
+void end_cluster_deadlock(Cluster& cluster);
+const char* name_of(const Op* op);  // null: __syncthreads
 
 // Ends the launch with an error that names kernel, block, thread and source line.
 [[noreturn]] void fail(const Thread& thread, Where at, const char* format, ...) __attribute__((format(printf, 3, 4)));
@@ -261,6 +291,7 @@ std::string variable_name(uintptr_t address);  // of the variable that is there
 bool was_freed(uintptr_t address);  // and nothing is there now
 const Allocation* find_allocation(uintptr_t address);  // that holds it, or the nearest below
 std::string describe_address(uintptr_t address);
+std::string describe_shared(const Machine& m, uintptr_t address);  // that lies in a block's reservation
 
 // ---- the checked build (checked.cpp); empty functions otherwise ------------------------------
 
@@ -268,7 +299,8 @@ enum class Access { read, write, atomic };
 // What is ordered with threads but is none: what arrives at the i-th mbarrier, and the products of the i-th
 // warp group.
 constexpr int kMaxBarriers = 64, kMaxGroups = kMaxThreads / 128;
-constexpr int kArrivals = kMaxThreads, kProducts = kArrivals + kMaxBarriers, kParties = kProducts + kMaxGroups;
+// The last of them are the cluster's barriers, of which a clock has the number.
+constexpr int kArrivals = kMaxThreads, kProducts = kArrivals + kMaxBarriers, kMeetings = kProducts + kMaxGroups, kParties = kMeetings + 1;
 #ifdef SIMT_CHECKED
 void check_block_start();
 void check_block_end();
@@ -298,6 +330,11 @@ void check_acquire(const Thread& thread, int barrier);
 // At a named barrier: who does not wait; and those who do, whom it lets go.
 void check_named_arrival(const Thread& thread, int barrier);
 void check_meeting(const Thread* const* threads, int count, int barrier);
+// At the cluster's barrier: a thread has arrived, or left; all have; its wait is over; and its block has ended by it.
+void check_cluster_arrival(const Thread& thread);
+void check_cluster_met(const Machine& m);
+void check_cluster_wait(const Thread& thread);
+void check_cluster_end(const Thread& thread);
 // A bulk copy begins to write a tile (`map` names its source), and has written it.
 void check_bulk_issued(const Thread& thread, int barrier, uint32_t map, uintptr_t address, size_t bytes, Where at);
 void check_bulk_landed(int barrier, uintptr_t address, size_t bytes);
@@ -335,6 +372,10 @@ inline void check_phase_over(int) {}
 inline void check_acquire(const Thread&, int) {}
 inline void check_named_arrival(const Thread&, int) {}
 inline void check_meeting(const Thread* const*, int, int) {}
+inline void check_cluster_arrival(const Thread&) {}
+inline void check_cluster_met(const Machine&) {}
+inline void check_cluster_wait(const Thread&) {}
+inline void check_cluster_end(const Thread&) {}
 inline void check_bulk_issued(const Thread&, int, uint32_t, uintptr_t, size_t, Where) {}
 inline void check_bulk_landed(int, uintptr_t, size_t) {}
 inline void check_products_begin(int) {}

@@ -26,6 +26,7 @@ namespace simt {
 void launched(int code) {
     if (code == 1) last = cudaErrorInvalidConfiguration;
     if (code == 3) last = cudaErrorCooperativeLaunchTooLarge;
+    if (code == 4) last = cudaErrorInvalidClusterSize;
     if (code == 2) last = sticky = cudaErrorLaunchFailure;
     if (code) fprintf(stderr, "%s\n", emu_last_error());
 }
@@ -152,8 +153,7 @@ cudaError_t read_config(const cudaLaunchConfig_t& from, Config& config) {
     config = {from.gridDim, from.blockDim, from.dynamicSmemBytes, from.stream};
     for (unsigned i = 0; i < from.numAttrs; i++) {
         const auto& [id, value] = from.attrs[i];
-        const auto& cluster = value.clusterDim;
-        if (id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z > 1) return refuse("cudaLaunchKernelEx: the emulator has no clusters");
+        if (id == cudaLaunchAttributeClusterDimension) config.cluster = {value.clusterDim.x, value.clusterDim.y, value.clusterDim.z};
         if (id == cudaLaunchAttributeProgrammaticStreamSerialization && value.programmaticStreamSerializationAllowed) overlap_next();
         if (id == cudaLaunchAttributeCooperative && value.cooperative) config.cooperative = true;
     }
@@ -189,7 +189,8 @@ static cudaError_t refuse_outside(const char* call, const char* what, const void
 }  // namespace simt
 
 const char* cudaGetErrorString(cudaError_t error) {
-    if (error == cudaErrorInvalidConfiguration || error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchFailure) return emu_last_error();
+    for (const auto launch : {cudaErrorInvalidConfiguration, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize, cudaErrorLaunchFailure})
+        if (error == launch) return emu_last_error();
     switch (error) {
         case cudaSuccess: return "no error";
 #define SIMT_ERROR(name, number, text) case cudaError##name: return text;
@@ -227,7 +228,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->textureAlignment = p->surfaceAlignment = 512, p->texturePitchAlignment = 32;
     for (int* yes : {&p->deviceOverlap, &p->asyncEngineCount, &p->canMapHostMemory, &p->concurrentKernels, &p->unifiedAddressing, &p->streamPrioritiesSupported,
                      &p->globalL1CacheSupported, &p->localL1CacheSupported, &p->managedMemory, &p->concurrentManagedAccess, &p->computePreemptionSupported,
-                     &p->canUseHostPointerForRegisteredMem, &p->cooperativeLaunch, &p->hostRegisterSupported, &p->memoryPoolsSupported})
+                     &p->canUseHostPointerForRegisteredMem, &p->cooperativeLaunch, &p->clusterLaunch, &p->hostRegisterSupported, &p->memoryPoolsSupported})
         *yes = 1;
     for (int i = 0; i < 3; i++) p->maxThreadsDim[i] = i < 2 ? 1024 : 64, p->maxGridSize[i] = i ? 65535 : 0x7fffffff;
     p->totalGlobalMem = size_t(4) << 30, p->totalConstMem = 64 << 10;

@@ -586,7 +586,7 @@ static const vector<Rule> kRules = {
     {"unknown-ptx", "Inline PTX that the emulator does not know", {"inline PTX"}},
     {"missing-fence", "Shared memory that wgmma or a bulk copy meets without a proxy fence", {"missing proxy fence"}},
     {"asynchronous-copy", "A copy or product in flight that nobody has waited for", {"is still writing", "in flight", "while wgmma", "no wgmma_wait", "no mbarrier_wait"}},
-    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: ", "race between launches: "}},
+    {"race", "Two accesses, a write among them, that nothing orders", {"race: ", "race between blocks: ", "race between blocks of a cluster: ", "race between launches: "}},
     {"uninitialised", "A read of memory that nobody has written", {"that nobody has written"}},
     {"deadlock", "Threads that wait for each other or for threads that do not come", {"divergent ", "mixed barriers", "mixed collectives", "deadlock", "waits for a lane", "main() did not end"}},
     {"launch", "A launch or a call that a device refuses", {"bytes of dynamic shared memory", "bytes of static", "a block of", "a grid of", "was never run", "bytes of arguments", "cudaMem", "cudaLaunch", "cudaFree", "cudaEvent", "cudaDevice"}},
@@ -597,6 +597,7 @@ static const vector<Rule> kRules = {
     {"stack-overflow", "More local memory than a thread has", {"stack overflow"}},
     {"arithmetic", "A division by zero, a shift or a conversion that is not defined", {"integer division by zero", "shift by", "conversion out of range"}},
     {"assertion", "An assertion or a trap of the kernel", {"assertion failed", "__trap()"}},
+    {"cluster", "A wrong use of a cluster's barrier or of another block's shared memory", {"cluster", "another block's"}},
     {"hopper", "A wrong use of mbarriers, bulk copies, wgmma or named barriers", {"mbarrier", "wgmma", "bulk", "named_", "tensor map"}},
     {"other", "Another error in a kernel", {""}},
 };

@@ -126,8 +126,8 @@ static void become(Machine& m, Thread& t) {
 // What threads wait in for all blocks of the grid.
 static const Op kGridSync = {"grid.sync()", nullptr};
 
-static const char* name_of(const Op* op) { return op ? op->name : "__syncthreads"; }
-static bool is_barrier(const Op* op) { return !op || op == &kGridSync; }
+const char* name_of(const Op* op) { return op ? op->name : "__syncthreads"; }
+static bool is_barrier(const Op* op) { return !op || op == &kGridSync || op == &kClusterWait; }
 
 [[noreturn]] static void deadlock(Machine& m) {
     if (m.launch->kernel->hopper) hopper_deadlock(m);
@@ -196,10 +196,16 @@ static void go_to(Machine& m, void** save, Thread& next) {
     simt_switch(save, next.sp);
 }
 
+// No thread of the block can run: whether another block may change that.
+static bool waits_for_blocks(Machine& m) {
+    m.parked = m.at_cluster > 0;
+    return m.parked || m.at_grid;
+}
+
 void wait(Machine& m) {
     complete_converged(m, m.self->linear / 32);
     Thread &t = *m.self, *next = pick_or_progress(m);
-    if (!next && m.at_grid) return simt_switch(&t.sp, m.scheduler_sp);
+    if (!next && waits_for_blocks(m)) return simt_switch(&t.sp, m.scheduler_sp);
     if (!next) deadlock(m);
     if (next != &t) go_to(m, &t.sp, *next);
 }
@@ -214,6 +220,7 @@ static void leave(Machine& m, Thread& t) {
     const int warp = t.linear / 32;
     m.warps[warp].exited |= 1u << (t.linear & 31);
     if (m.launch->kernel->hopper) hopper_thread_end(m, t);
+    if (m.launch->has_clusters()) cluster_thread_end(m, t);
     complete_converged(m, warp);
     if (m.launch->strict) return;
     if (m.at_barrier) complete_barrier(m);
@@ -237,7 +244,7 @@ static void fiber() {
             fail(t, t.copies.back().at, "the thread has left the kernel with this cp.async in flight");
         leave(m, t);
         Thread* next = pick_or_progress(m);
-        if (!next && m.alive && !m.at_grid) deadlock(m);
+        if (!next && m.alive && !waits_for_blocks(m)) deadlock(m);
         void* ignored;
         int stack = t.stack;
         if (next && next->state == State::fresh) {
@@ -276,6 +283,7 @@ static void arrive(const Op* op, Where at) {
     wait(m);
 }
 void barrier(Where at) { arrive(nullptr, at); }
+void block_barrier(const Op& op, Where at) { arrive(&op, at); }
 
 void grid_barrier(Where at) {
     const Launch& l = *current()->launch;
@@ -475,6 +483,13 @@ static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     return m.statics + begin;
 }
 
+uintptr_t Machine::shared_variable(const Variable* v, uintptr_t caller) {
+    if (!v) return uintptr_t(dynamic);
+    Place& place = places[size_t(v - image().variables.data())];
+    if (place.block != block_serial) place = {block_serial, place_shared(*this, *v, caller)};
+    return place.begin;
+}
+
 // What the compiler calls for the address of a thread_local variable. Being hidden, this serves this library alone; a
 // thread_local variable that is none of a kernel's is where it always is.
 struct TlsIndex { size_t module, offset; };
@@ -483,10 +498,7 @@ extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* 
         const Image& i = image();
         const uint16_t number = index->module == i.tls_module && index->offset < i.tls_size ? i.variable_at[index->offset] : 0;
         if (number) {
-            Machine::Place& place = m->places[number - 1];
-            if (place.block != m->block_serial)
-                place = {m->block_serial, place_shared(*m, i.variables[number - 1], uintptr_t(__builtin_return_address(0)))};
-            return reinterpret_cast<void*>(place.begin);
+            return reinterpret_cast<void*>(m->shared_variable(&i.variables[number - 1], uintptr_t(__builtin_return_address(0))));
         }
     }
     static void* (*const everyones)(TlsIndex*) = reinterpret_cast<void* (*)(TlsIndex*)>(dlsym(RTLD_NEXT, "__tls_get_addr"));
@@ -624,8 +636,9 @@ static uint3 coordinates(uint64_t linear, dim3 size) {
     return {unsigned(linear % size.x), unsigned(linear / size.x % size.y), unsigned(linear / size.x / size.y)};
 }
 
-void Machine::begin_block(Launch& l, uint64_t linear) {
+void Machine::begin_block(Launch& l, uint64_t linear, Cluster& with, unsigned as) {
     launch = &l;
+    cluster = &with, rank = as, at_cluster = 0, parked = goes_on = false;
     view.block = coordinates(linear, l.grid);
     view.block_dim = l.block, view.grid_dim = l.grid;
     count = alive = l.block.x * l.block.y * l.block.z;
@@ -649,10 +662,11 @@ void Machine::begin_block(Launch& l, uint64_t linear) {
         Thread& t = threads[i];
         t.linear = i, t.index = coordinates(i, l.block), t.state = State::fresh, t.stack = -1;
         t.groups.clear();
+        t.arrivals = t.waits = 0;
     }
     for (int w = 0; w * 32 < count; w++) {
         const uint32_t lanes = count - w * 32 >= 32 ? ~0u : (1u << (count - w * 32)) - 1;
-        warps[w] = {lanes, 0, ~lanes, 0};
+        warps[w] = {lanes, 0, ~lanes, 0, {}, 0};
         ready_warps |= 1u << w;
     }
     warp = choose(ready_warps, *this);
@@ -936,24 +950,29 @@ const Allocation* find_allocation(uintptr_t address) {
     return it == allocations.begin() ? nullptr : &std::prev(it)->second;
 }
 
+static std::string relative_to(uintptr_t a, const char* what, uintptr_t begin, uintptr_t end) {
+    char text[256];
+    if (a >= end)
+        snprintf(text, sizeof text, "%zu bytes past the end of %s of %zu bytes", a - end, what, end - begin);
+    else
+        snprintf(text, sizeof text, "%zu bytes before %s of %zu bytes", begin - a, what, end - begin);
+    return text;
+}
+
+std::string describe_shared(const Machine& m, uintptr_t a) {
+    if (a >= m.statics_guard) return relative_to(a, "dynamic shared memory", m.variables[0].begin, m.variables[0].end);
+    const Machine::Static* nearest = nullptr;
+    for (const auto& v : m.variables)
+        if (v.begin <= a && v.variable && (!nearest || v.begin > nearest->begin)) nearest = &v;
+    if (nearest) return relative_to(a, ("the shared array " + nearest->variable->name).c_str(), nearest->begin, nearest->end);
+    return "below the static shared memory";
+}
+
 std::string describe_address(uintptr_t a) {
     Machine& m = *current();
     char text[256];
-    auto relative = [&](const char* what, uintptr_t begin, uintptr_t end) {
-        if (a >= end)
-            snprintf(text, sizeof text, "%zu bytes past the end of %s of %zu bytes", a - end, what, end - begin);
-        else
-            snprintf(text, sizeof text, "%zu bytes before %s of %zu bytes", begin - a, what, end - begin);
-        return std::string(text);
-    };
-    if (a - (m.statics - kPage) < m.end + kPage - (m.statics - kPage)) {
-        if (a >= m.statics_guard) return relative("dynamic shared memory", m.variables[0].begin, m.variables[0].end);
-        const Machine::Static* nearest = nullptr;
-        for (const auto& v : m.variables)
-            if (v.begin <= a && v.variable && (!nearest || v.begin > nearest->begin)) nearest = &v;
-        if (nearest) return relative(("the shared array " + nearest->variable->name).c_str(), nearest->begin, nearest->end);
-        return "below the static shared memory";
-    }
+    const auto relative = [&](const char* what, uintptr_t begin, uintptr_t end) { return relative_to(a, what, begin, end); };
+    if (a - (m.statics - kPage) < m.end + kPage - (m.statics - kPage)) return describe_shared(m, a);
     if (a < kPage) return "a null pointer";
     if (was_freed(a)) return "memory that has been freed";
     const Allocation* below = find_allocation(a);
@@ -968,16 +987,22 @@ std::string describe_address(uintptr_t a) {
 
 // ---- launches over OS threads -----------------------------------------------------------------
 
-static uint64_t block_at(const Launch& l, uint64_t i) {
+static uint64_t cluster_at(const Launch& l, uint64_t i) {
     switch (l.order) {
         case Order::forward: return i;
-        case Order::reversed: return l.blocks - 1 - i;
+        case Order::reversed: return l.clusters - 1 - i;
         case Order::random: break;
     }
-    uint64_t step = (l.seed * 2654435761u + 12345) % l.blocks | 1;  // coprime: a permutation
+    uint64_t step = (l.seed * 2654435761u + 12345) % l.clusters | 1;  // coprime: a permutation
     auto gcd = [](uint64_t a, uint64_t b) { while (b) std::swap(a %= b, b); return a; };
-    while (gcd(step, l.blocks) != 1) step += 2;
-    return uint64_t(((unsigned __int128)i * step + l.seed) % l.blocks);
+    while (gcd(step, l.clusters) != 1) step += 2;
+    return uint64_t(((unsigned __int128)i * step + l.seed) % l.clusters);
+}
+
+// The number of a block in the grid, of a rank in a cluster.
+static uint64_t block_of(const Launch& l, uint64_t cluster, unsigned rank) {
+    const uint3 first = coordinates(cluster, {l.grid.x / l.cluster.x, l.grid.y / l.cluster.y, l.grid.z / l.cluster.z}), in = coordinates(rank, l.cluster);
+    return first.x * l.cluster.x + in.x + l.grid.x * (first.y * l.cluster.y + in.y + uint64_t(l.grid.y) * (first.z * l.cluster.z + in.z));
 }
 
 // What one OS thread needs to run blocks, one after the other. One that waits for others keeps its machine, and they go on.
@@ -995,34 +1020,68 @@ class Worker {
             for (l.absent = 0; here.count(uint64_t(l.absent)); l.absent++) {}
         }
         for (Machine* m : waiting) m->at_grid = false, pass_barrier(*m);
-        // The next to go on is any of them.
+        mix(l);
+    }
+
+    // The next to go on is any of them.
+    void mix(const Launch& l) {
         if (l.order == Order::random) std::rotate(waiting.begin(), waiting.begin() + long(waiting[0]->random % waiting.size()), waiting.end());
     }
+
+    // All blocks of the cluster wait for their turn.
+    void begin(Launch& l, uint64_t number) {
+        const size_t size = l.blocks / l.clusters;
+        for (; idle.size() < size; idle.push_back(new Machine)) {}
+        Cluster& cluster = idle.back()->own;
+        cluster.blocks.assign(idle.rbegin(), idle.rbegin() + long(size));
+        idle.resize(idle.size() - size);
+        cluster.left = size, cluster.meetings = 0, cluster.awaited = unsigned(size) * l.block.x * l.block.y * l.block.z, cluster.stuck = false;
+        for (unsigned rank = 0; rank < size; rank++) {
+            Machine* m = cluster.blocks[rank];
+            m->begin_block(l, block_of(l, number, rank), cluster, rank);
+            m->goes_on = true;
+            waiting.insert(l.order == Order::reversed ? waiting.begin() : waiting.end(), m);
+        }
+        if (size > 1) mix(l);
+    }
+
+    // Of those that wait one that `may`, which waits no more; else null.
+    template <class F>
+    Machine* take(F may) {
+        const auto next = std::find_if(waiting.begin(), waiting.end(), may);
+        if (next == waiting.end()) return nullptr;
+        Machine* m = *next;
+        waiting.erase(next);
+        return m;
+    }
+
+    // Its blocks have ended, or will not go on.
+    void end(Cluster& cluster) { idle.insert(idle.end(), cluster.blocks.rbegin(), cluster.blocks.rend()); }
 
 public:
     void run(Launch& l) {
         install_handlers();
+        const size_t most = std::max<size_t>(kTogether, l.blocks / l.clusters);
+        const auto goes_on = [](const Machine* m) { return m->goes_on; };
+        const auto can_run = [](const Machine* m) { return !m->at_grid && !m->parked; };
         while (!l.failed) {
-            uint64_t i;
-            Machine* m;
-            if (waiting.size() < kTogether && (i = l.next++) < l.blocks) {
-                if (idle.empty()) idle.push_back(new Machine);
-                m = idle.back(), idle.pop_back();
-                m->begin_block(l, block_at(l, i));
-            } else if (!waiting.empty()) {
-                const auto can_run = [](const Machine* m) { return !m->at_grid; };
-                if (std::none_of(waiting.begin(), waiting.end(), can_run)) meet(l);
-                const auto next = std::find_if(waiting.begin(), waiting.end(), can_run);
-                m = *next, waiting.erase(next);
-            } else {
-                break;
-            }
+            Machine* m = take(goes_on);
+            if (!m && waiting.size() + l.blocks / l.clusters <= most)
+                if (const uint64_t i = l.next++; i < l.clusters) begin(l, cluster_at(l, i)), m = take(goes_on);
+            if (!m && waiting.empty()) break;
+            if (!m && std::none_of(waiting.begin(), waiting.end(), can_run)) meet(l);
+            if (!m) m = take(can_run);
+            m->goes_on = false;
             m->run();
+            Cluster& cluster = *m->cluster;
             if (m->alive) waiting.push_back(m);
-            else idle.push_back(m);
+            else if (!--cluster.left) end(cluster);
+            if (l.has_clusters() && cluster.left) end_cluster_deadlock(cluster);
         }
-        for (Machine* m : waiting) m->abandon(), idle.push_back(m);
-        waiting.clear();
+        while (Machine* m = take([](const Machine*) { return true; })) {
+            m->abandon();
+            if (!--m->cluster->left) end(*m->cluster);
+        }
     }
 };
 
@@ -1056,7 +1115,7 @@ class Pool {
 public:
     void run(Launch& l, int threads) {
         static Worker& own = *new Worker;
-        int helpers = int(std::min<uint64_t>(threads, l.blocks)) - 1;
+        int helpers = int(std::min<uint64_t>(threads, l.clusters)) - 1;
         if (helpers > 0) {
             std::lock_guard<std::mutex> lock(mutex);
             for (; started < helpers; started++) std::thread(&Pool::helper, this, started).detach();
@@ -1094,6 +1153,7 @@ static Order order = Order::forward;
 static uint64_t seed = 0;
 static bool poison = true, strict = false, undefined = false;
 static bool overlap = false, between = false;  // of the next launch: it need not wait for the last; but the host does
+static unsigned along_x = 1;  // of the next launch by emu_launch: blocks of a cluster
 static uint64_t conflicts = 0;
 
 // Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
@@ -1110,7 +1170,7 @@ static int note_refusal(const char* format, va_list args) {
     char text[512];
     vsnprintf(text, sizeof text, format, args);
     last_error = text;
-    overlap = false;
+    overlap = false, along_x = 1;
     record("refused", text);
     return 1;
 }
@@ -1180,7 +1240,13 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
         return refuse("kernel %s: a grid of %ux%ux%u blocks; at most 2147483647x65535x65535, at least 1", k.name, gx, gy, gz);
     if (const size_t allowed = max_dynamic.value_or(kSharedDefault); smem > allowed)
         return refuse("kernel %s: %zu bytes of dynamic shared memory, %zu allowed%s", k.name, smem, allowed, opt_in(k));
-    l.blocks = uint64_t(gx) * gy * gz;
+    const auto [cx, cy, cz] = config.cluster;
+    if (!cx || !cy || !cz || cx > kMaxCluster || cy > kMaxCluster || cz > kMaxCluster || cx * cy * cz > kMaxCluster || gx % cx || gy % cy || gz % cz) {
+        refuse("kernel %s: clusters of %ux%ux%u blocks in a grid of %ux%ux%u; at most %u blocks, and the grid's sizes must be multiples", k.name, cx, cy, cz,
+               gx, gy, gz, kMaxCluster);
+        return 4;
+    }
+    l.blocks = uint64_t(gx) * gy * gz, l.clusters = l.blocks / (cx * cy * cz);
     if (const int most = 4 * resident_blocks(int(bx * by * bz), smem); config.cooperative && l.blocks > uint64_t(most)) {
         refuse("kernel %s: a cooperative launch of %llu blocks, of which %d are resident together (cudaOccupancyMaxActiveBlocksPerMultiprocessor)", k.name,
                (unsigned long long)l.blocks, most);
@@ -1188,7 +1254,7 @@ static int start(Launch& l, const Kernel& k, std::optional<size_t> max_dynamic, 
     }
     static std::set<std::string> recorded;
     if (recorded.insert(k.name).second) record("launched", k.name);
-    l.kernel = &k, l.grid = config.grid, l.block = config.block, l.smem = unsigned(smem), l.cooperative = config.cooperative, l.absent = -1, l.spins = false;
+    l.kernel = &k, l.grid = config.grid, l.block = config.block, l.cluster = config.cluster, l.smem = unsigned(smem), l.cooperative = config.cooperative, l.absent = -1, l.spins = false;
     l.shared_most = max_dynamic ? max_shared(k) : kSharedDefault;
     l.order = order, l.seed = seed, l.poison = poison, l.strict = strict, l.undefined = undefined;
     place_launch(l, beside && !between);
@@ -1218,7 +1284,7 @@ const char* emu_last_error() { return last_error.c_str(); }
 // threads: OS threads for blocks; order: 0 forward, 1 reversed, 2 random; seed: of the random
 // order; poison: 0 or 1; strict: 1 if barriers and warps must not be short of threads that left; undefined: 1 if a shuffle
 // from a lane that is not there gives poison and is no error; overlap: 1 if the next launch may begin while the last one
-// still runs (programmatic dependent launch); ticking: 1 if a clock (SIGVTALRM) stops threads that wait in loops.
+// still runs (programmatic dependent launch); cluster: blocks along x of a cluster, of the next launch; ticking: 1 if a clock (SIGVTALRM) stops threads that wait in loops.
 int emu_config(const char* key, uint64_t value) {
     std::lock_guard<std::mutex> lock(big_lock);
     std::string k = key;
@@ -1229,6 +1295,7 @@ int emu_config(const char* key, uint64_t value) {
     else if (k == "strict" && value <= 1) strict = value;
     else if (k == "undefined" && value <= 1) undefined = value;
     else if (k == "overlap" && value <= 1) overlap = value;
+    else if (k == "cluster" && value <= UINT_MAX) along_x = unsigned(value);
     else if (k == "ticking" && value == 1) start_ticking();
     else return refuse("emu_config: no setting %s = %llu", key, (unsigned long long)value);
     return 0;
@@ -1335,6 +1402,8 @@ int emu_free(void* p) {
 int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                unsigned smem, void** args) {
     std::lock_guard<std::mutex> lock(big_lock);
+    Config config({gx, gy, gz}, {bx, by, bz}, smem);
+    config.cluster.x = std::exchange(along_x, 1);
     auto it = kernels().find(std::string_view(name));
     if (it == kernels().end()) return refuse("no kernel named %s", name);
     const Kernel& k = it->second.kernel;
@@ -1342,7 +1411,8 @@ int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned
     constexpr size_t most = 4096;
     if (k.offsets[k.nargs] > most) return refuse("kernel %s: %zu bytes of arguments, at most %zu", name, k.offsets[k.nargs], most);
     for (int i = 0; i < k.nargs; i++) memcpy(l.params + k.offsets[i], args[i], k.sizes[i]);
-    return start(l, k, it->second.max_dynamic, Config({gx, gy, gz}, {bx, by, bz}, smem));
+    const int code = start(l, k, it->second.max_dynamic, config);
+    return code > 2 ? 1 : code;
 }
 
 // A function of the kernels' sources by its name, "scale" or "scale<float>", whose parameters have the types that
@@ -1383,6 +1453,13 @@ static std::map<std::string, size_t>& max_dynamic() {
     static auto& map = *new std::map<std::string, size_t>;
     return map;
 }
+
+// And what __cluster_dims__ says of them, before main.
+static std::map<std::string, dim3>& cluster_dims() {
+    static auto& map = *new std::map<std::string, dim3>;
+    return map;
+}
+bool add_cluster_dims(const char* kernel, dim3 dims) { return cluster_dims()[kernel] = dims, true; }
 
 std::string kernel_signature(const void* kernel) {
     for (const Symbol& f : image().functions)
@@ -1430,7 +1507,7 @@ bool on_device() { return running() != nullptr; }
 static bool named_barriers = false;
 bool use_named_barriers() { return named_barriers = true; }
 
-void run(const char* name, const Config& config, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
+void run(const char* name, const Config& given, void (*thunk)(const Kernel&, const unsigned char*), const void* params, size_t bytes) {
     if (running()) fail_at_pc(uintptr_t(__builtin_return_address(0)), "a kernel launches a kernel: the emulator has no dynamic parallelism");
     std::lock_guard<std::mutex> lock(big_lock);
     static std::set<std::string> names;  // an error message may name it later
@@ -1438,6 +1515,9 @@ void run(const char* name, const Config& config, void (*thunk)(const Kernel&, co
     Launch& l = the_launch();
     memcpy(l.params, params, bytes);
     const auto allowed = max_dynamic().find(base_name(name));
+    Config config = given;
+    if (const auto own = cluster_dims().find(base_name(name)); own != cluster_dims().end() && config.cluster.x * config.cluster.y * config.cluster.z == 1)
+        config.cluster = own->second;
     launched(start(l, kernel, allowed == max_dynamic().end() ? std::nullopt : std::optional(allowed->second), config));
 }
 

@@ -628,6 +628,14 @@ inline Scope scope_behind(const string& text) {
 // What __constant__ is after the preprocessor (simt.h).
 static const char kConstantMark[] = "__attribute__((aligned(sizeof(char))))";
 
+// The word that ends before `end`, and begins behind `from`.
+inline string word_before(const string& s, size_t from, size_t end) {
+    while (end > from && end <= s.size() && !is_word(s[end - 1])) end--;
+    size_t begin = std::min(end, s.size());
+    while (begin > from && is_word(s[begin - 1])) begin--;
+    return s.substr(begin, end - begin);
+}
+
 // The names that "Filter filter, taps[7] = {...}" declares.
 inline std::vector<string> declared_names(const string& s) {
     std::vector<string> names;
@@ -1137,6 +1145,20 @@ inline Result source(const string& preprocessed, const std::function<bool(const 
                 for (const string& name : declared_names(s.substr(i, stop - i)))
                     constant_lines += " static const bool simt_constant_" + name + " = simt::add_constant(&" + name + ", sizeof " + name + ");";
             }
+        }
+        // "simt_cluster_dims(2, 1, 1) void kernel(int* to)": a line before it says so. The parenthesis of the parameters is the first that is no attribute's.
+        if (!skip && word == "simt_cluster_dims") {
+            const size_t close = skip_brackets(s, s.find('(', end));
+            size_t open = s.find('(', close);
+            while (open != s.npos && word_before(s, close, open) == "__attribute__") open = s.find('(', skip_brackets(s, open));
+            const string kernel = word_before(s, close, open);
+            const size_t before = out.find_last_of(";{}");
+            out.insert(before == out.npos ? 0 : before + 1, "static const bool simt_cluster_" + kernel + "_" + std::to_string(line) + " = simt::add_cluster_dims(\"" + kernel + "\", dim3" +
+                           one_line(s.substr(end, close - end)) + "); ");
+            const string newlines = lines_of(s.substr(i, close - i));
+            line += int(newlines.size()), out += newlines;
+            i = close;
+            continue;
         }
         // "__shared__ alignas(16) float s[64]": the compiler wants the alignment first.
         if (!skip && word == "alignas") {

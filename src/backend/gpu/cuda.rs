@@ -28,6 +28,7 @@ use crate::system;
 
 use sys::CUdevice_attribute as Attribute;
 use sys::CUfunction_attribute as FunctionAttribute;
+use sys::CUlaunchAttributeID as AttributeId;
 
 /// Aligned as the driver wants its input.
 #[repr(C, align(16))]
@@ -397,11 +398,18 @@ impl Device {
                 drop(last);
                 let bytes = launch.params(|spec| self.tensor_map(spec))?;
                 let mut params = [bytes.as_ptr().cast_mut().cast::<c_void>()];
-                let mut overlap = sys::CUlaunchAttribute {
-                    id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                    pad: [0; 4],
-                    value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-                };
+                let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+                let mut attributes = Vec::new();
+                if launch.cluster > 1 {
+                    let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+                    let value = sys::CUlaunchAttributeValue { clusterDim: size };
+                    attributes.push(attribute(AttributeId::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value));
+                }
+                if beside && kernel.waits {
+                    let id = AttributeId::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                    let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+                    attributes.push(attribute(id, value));
+                }
                 let [x, y, z] = launch.grid;
                 let config = sys::CUlaunchConfig {
                     gridDimX: x,
@@ -412,16 +420,17 @@ impl Device {
                     blockDimZ: 1,
                     sharedMemBytes: launch.shared,
                     hStream: self.commands,
-                    attrs: &mut overlap,
-                    numAttrs: u32::from(beside && kernel.waits),
+                    attrs: attributes.as_mut_ptr(),
+                    numAttrs: attributes.len() as u32,
                 };
                 let (function, extra) = (kernel.function, std::ptr::null_mut());
                 // SAFETY: the parameters have the size that the kernel reads, during the call; what they
                 // point to is the caller's promise.
                 let launched = unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), extra) };
                 launched.result().map_err(|e| {
-                    let shape =
-                        format!("{:?} blocks of {} threads, {} bytes", launch.grid, launch.block, launch.shared);
+                    let Launch { grid, block, shared, cluster, .. } = launch;
+                    let clusters = if *cluster > 1 { format!(", clusters of {cluster}") } else { String::new() };
+                    let shape = format!("{grid:?} blocks of {block} threads, {shared} bytes{clusters}");
                     self.wrong(format!("launch of {}, {shape}: {}", launch.kernel, describe(e)))
                 })
             }

@@ -131,6 +131,8 @@ pub struct Launch {
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// Blocks of a cluster, which follow each other along x and run together; 1: no clusters.
+    pub cluster: u32,
     params: Box<[u8]>,
     /// Tensor maps in the params struct: where each lies, and what it says.
     maps: Vec<(usize, TensorMapSpec)>,
@@ -157,7 +159,13 @@ impl Launch {
         params: Vec<u8>,
         maps: Vec<(usize, TensorMapSpec)>,
     ) -> Self {
-        Self { kernel: kernel.into(), grid, block, shared, params: params.into(), maps }
+        Self { kernel: kernel.into(), grid, block, shared, cluster: 1, params: params.into(), maps }
+    }
+
+    /// The same launch in clusters of `blocks` blocks along x, at most 8, of which the grid's are a multiple. Cards older
+    /// than compute capability 9.0 refuse more than 1.
+    pub fn in_clusters_of(self, blocks: u32) -> Self {
+        Self { cluster: blocks, ..self }
     }
 
     /// One thread for each of `items`, in blocks of `block`.

@@ -176,6 +176,7 @@ pub struct Emulator {
     api: &'static Api,
     settings: Settings,
     beside: bool,
+    cluster: u32,
 }
 
 /// How launches run.
@@ -194,7 +195,8 @@ impl Emulator {
 
     fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { api, settings: Settings { order: Order::Forward, threads, strict_exits: false }, beside: false }
+        let settings = Settings { order: Order::Forward, threads, strict_exits: false };
+        Self { api, settings, beside: false, cluster: 1 }
     }
 
     /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
@@ -261,6 +263,11 @@ impl Emulator {
     /// touches what those have written before it has waited (`begin_kernel` of `kernels/ptx.cuh`).
     pub fn with_launches_beside(self, beside: bool) -> Self {
         Self { beside, ..self }
+    }
+
+    /// The same device; its launches are in clusters of `blocks` blocks along x ([`Launch::in_clusters_of`]).
+    pub fn with_clusters_of(self, blocks: u32) -> Self {
+        Self { cluster: blocks, ..self }
     }
 
     /// The exported kernels in alphabetical order.
@@ -338,9 +345,14 @@ impl Emulator {
             }
             *settings = Some(self.settings);
         }
+        // What holds for one launch alone.
         if self.beside {
             // SAFETY: a C string.
             self.api.require(unsafe { (self.api.config)(c"overlap".as_ptr(), 1) })?;
+        }
+        if self.cluster != 1 {
+            // SAFETY: a C string.
+            self.api.require(unsafe { (self.api.config)(c"cluster".as_ptr(), self.cluster.into()) })?;
         }
         let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
         // SAFETY: the arguments have the sizes that the kernel reads; their meaning is the caller's.
@@ -373,8 +385,9 @@ impl Emulator {
         }
         let encode = |spec: &TensorMapSpec| spec.check().map(|()| tensor_map(spec));
         let params = l.params(encode).map_err(|e| EmulatorError::Refused(e.to_string()))?;
+        let device = self.clone().with_clusters_of(l.cluster);
         // SAFETY: the caller's promise.
-        unsafe { self.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
+        unsafe { device.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
     }
 }
 
