@@ -111,9 +111,10 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
     begin_kernel();
     const int channel = blockIdx.x * 128 + threadIdx.x;
     if (channel >= p.ca) return;
+    // A row of sums for each tile, or for each block of a tile's cluster.
+    const int rows = p.tiles.tiles_per_group * (p.partial ? 1 : p.splits);
     float sum = 0;
-    for (int tile = 0; tile < p.tiles.tiles_per_group; tile++)
-        sum += p.sums[(size_t(blockIdx.y) * p.tiles.tiles_per_group + tile) * p.ca + channel];
+    for (int row = 0; row < rows; row++) sum += p.sums[(size_t(blockIdx.y) * rows + row) * p.ca + channel];
     p.scale_grad[size_t(blockIdx.y) * p.scale_stride + channel] = sum;
 }
 KERNEL_EXPORT(conv_dgrad_scale_sums);

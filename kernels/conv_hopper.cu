@@ -8,10 +8,13 @@
 //        zeros; for 1x1 a box of the matrix [pixels][channels]. Both inputs of a concatenation have a map of their own.
 //     B  rows of 64 values of the weight [channels][taps][input channels]: a box of that matrix.
 //     A block lives as long as there are tiles: tile i, i + blocks, ... Two producer threads, of A and of B, run ahead through
-//     the steps of all of them. Two groups of 128 threads take tiles in turn: while one writes out its
-//     result, the other multiplies, so that the tensor cores see neither prologue nor epilogue. A group that came early
-//     would take the barriers of its stages, which know phases by their parity only, for those of one round before: so it
-//     waits for its turn.
+//     the steps of all of them. Two groups of 128 threads multiply:
+//       IN TURN   each a tile of its own: while one writes out its result, the other multiplies, so that the tensor cores see
+//                 neither prologue nor epilogue. A group that came early would take the barriers of its stages, which know
+//                 phases by their parity only, for those of one round before: so it waits for its turn.
+//       TOGETHER  each half the rows of a larger tile, which reads less of the L2 cache and of shared memory for a product.
+//     SPLITS: the steps of a tile's sum are shared by a cluster of up to 8 blocks, a tile and cluster. Each leaves its sums in
+//     its shared memory, and each takes its share of the rows: adds what all have of them, in the order of the blocks, and goes on.
 // WEIGHTS (wgrad): D[output channel][(tap, channel)], k = pixel; both operands lie as rows of k ("MN-major").
 //     A  64 pixels by 128 output channels of grad, two boxes; B 64 pixels by 128 columns, two im2col copies, each of one tap.
 //     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. Pixels are split to fill the card.
@@ -29,13 +32,12 @@ constexpr int GROUP = 128;        // threads of a warp group
 constexpr int GROUP_WARPS = 4;
 constexpr int OUT_COLUMNS = 64;   // of a warp's way out
 constexpr int OUT_BYTES = GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS> * 4;  // of a group
-// The same, and behind it sums of a tile's columns by each warp.
-template <int N>
-constexpr int BESIDE_BYTES = OUT_BYTES + GROUP_WARPS * N * 4;
 
 // Stages in shared memory and their barriers: `full` when a step's bytes are there, `empty` when all who read it are done.
 template <int STAGES, int STAGE_BYTES>
 struct Pipeline {
+    static constexpr int BYTES = STAGES * (STAGE_BYTES + 16) + 16;
+
     smem_addr first;
     int stage = 0;
     uint32_t parity = 0;
@@ -146,27 +148,54 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
     }
 }
 
-// Gives a group's tiles to `work`: fetch and take as emit_rows' fetch and sink, the rest as for_parts.
+// Gives a group's tiles, rows `m` and on, to `work`: fetch and take as emit_rows' fetch and sink, the rest as for_parts. `out`
+// is the group's own, `sums` the warp's.
 template <int TILES, int N, class Work>
-__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], float* out, Work&& work) {
+__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Work&& work) {
     float* const rows = out + threadIdx.x / 32 % GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS>;
     for_parts<TILES, N>(
         [&] { work.begin(); },
         [&](int m, int n, int at) {
+            m += first;
             emit_rows<OUT_COLUMNS>(
                 rows, [&] { stage_part<TILES, N>(acc, at, rows); },
                 [&](int row, int column) { return work.fetch(m + row, n + column); },
                 [&](int row, int column, float (&v)[8], auto& fetched) { work.take(m + row, n + column, v, fetched); });
         },
-        [&](int part) { work.end(part, out); });
+        [&](int part) { work.end(part, sums); });
 }
 
-// comes_last for a group's part of a tile.
-__device__ __forceinline__ bool group_comes_last(unsigned* arrived, int splits, float* flag, int group) {
-    const bool last =
-        comes_last(arrived, splits, flag, threadIdx.x % GROUP == 0, [&] { named_barrier(group, GROUP); });
-    named_barrier(group, GROUP);  // the flag lies where the next way out does
-    return last;
+// Adds up what the blocks of a cluster have of a tile of M x N, this block's in `out`, and gives its share of the rows to `work`.
+// By the 8 warps of both groups.
+template <int M, int N, class Work>
+__device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work&& work) {
+    constexpr int PARTS = N / OUT_COLUMNS;  // a warp takes four rows of one of them at a time
+    const int blocks = cluster_size(), lane = threadIdx.x % 32;
+    const int worker = cluster_rank() * 2 * GROUP_WARPS + threadIdx.x / 32 - GROUP_WARPS;
+    const int part = worker % PARTS, column = part * OUT_COLUMNS + lane % 8 * 8;  // the same each time
+    static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
+    work.clear(sums);
+    work.begin();
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll 1
+    for (int at = worker; at < M / 4 * PARTS; at += blocks * 2 * GROUP_WARPS) {
+        const int row = at / PARTS * 4 + lane / 8;
+        const smem_addr from = smem_address(out + row * OUT_ROW<N> + column);
+        const auto fetched = work.fetch(row, column);
+        float v[8] = {};
+#pragma unroll 4
+        for (int block = 0; block < blocks; block++) {
+            const uint4 low = load16_of(from, block), high = load16_of(from + 16, block);
+            v[0] += __uint_as_float(low.x), v[1] += __uint_as_float(low.y), v[2] += __uint_as_float(low.z);
+            v[3] += __uint_as_float(low.w), v[4] += __uint_as_float(high.x), v[5] += __uint_as_float(high.y);
+            v[6] += __uint_as_float(high.z), v[7] += __uint_as_float(high.w);
+        }
+        work.take(row, column, v, fetched);
+    }
+    work.end(part, sums);
+    cluster_arrive();
+    cluster_wait();  // the others have read this block's
 }
 
 // ---- pixels by channels ---------------------------------------------------------------------------
@@ -230,13 +259,15 @@ struct StepWalk {
 };
 
 // Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
-//     pixel(m) -> first pixel, in the order of the images;  at(m, n, split) before a tile; see emit_group; over(out, group)
-template <class T, int M, int N, int STAGES, class Work>
+//     pixel(m) -> first pixel, in the order of the images;  at(m, n) before a tile; see emit_group; over(...) after it, with what
+//     the warps first .. last left in `sums`, a row of N each, by as many threads
+template <class T, int M, int N, int STAGES, bool TOGETHER, class Work>
 __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
-    constexpr int TILES = M / 64, A_BYTES = M * ROW_BYTES;
+    constexpr int GROUP_M = TOGETHER ? M / 2 : M, TILES = GROUP_M / 64, A_BYTES = M * ROW_BYTES;
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
+    static_assert(M * OUT_ROW<N> * 4 <= STAGES * (A_BYTES + N * ROW_BYTES), "a tile's sums fit the pipeline's memory");
     extern __shared__ __align__(128) unsigned char smem[];
-    Pipe pipe(rounded_to_1024(smem), 2, GROUP_WARPS);
+    Pipe pipe(rounded_to_1024(smem), 2, TOGETHER ? 2 * GROUP_WARPS : GROUP_WARPS);
     begin_kernel();  // its barriers are ready by then
     // A tile's part of the sum.
     const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
@@ -268,36 +299,54 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
         return;
     }
     registers_take<232>();
-    float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + STAGES * (A_BYTES + N * ROW_BYTES) +
-                                                STAGES * 16 + 16 + (group - 1) * BESIDE_BYTES<N>);
-    int taken = 0;  // tiles of both groups
+    const int warp = threadIdx.x / 32 - GROUP_WARPS;  // of both groups
+    unsigned char* const stages = smem + (pipe.first - smem_address(smem));
+    float* const out = reinterpret_cast<float*>(stages + Pipe::BYTES + (group - 1) * OUT_BYTES);
+    float* const sums = reinterpret_cast<float*>(stages + Pipe::BYTES + 2 * OUT_BYTES);
+    const int first = TOGETHER ? (group - 1) * GROUP_M : 0;  // of the group's rows
+    int taken = 0;
     for (int t = blockIdx.x; t < p.tiles; t += gridDim.x, taken++) {
-        if (taken % 2 != group - 1) {
+        if (!TOGETHER && taken % 2 != group - 1) {
             pipe.skip(steps_of(t));
             continue;
         }
         const int tile = t / splits;
-        work.at(tile / p.pixels_n, tile % p.pixels_n * N, t % splits);
-        for_lines<M, N, GROUP>([&](int row, int column) { work.prefetch(row, column); });
+        work.at(tile / p.pixels_n, tile % p.pixels_n * N);
+        for_lines<GROUP_M, N, GROUP>([&](int row, int column) { work.prefetch(first + row, column); });
         float acc[TILES][N / 2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int e = 0; e < N / 2; e++) acc[i][e] = 0.0f;
-        if (taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
+        if (!TOGETHER && taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
         const int own = min(steps_of(t), max(p.own_steps - first_step(t), 0)), main = steps_of(t) - own;
         // One loop for both: wgmma holds its registers.
         for (bool of_main = own == 0;; of_main = true) {
             const bool last = of_main || main == 0;
-            consume<T, N, false>(acc, pipe, 0, 64 * ROW_BYTES, A_BYTES, of_main ? main : own, [&] {
-                if (last && threadIdx.x % 32 == 0) mbarrier_arrive(pipe.turn(2 - group));
+            consume<T, N, false>(acc, pipe, first * ROW_BYTES, 64 * ROW_BYTES, A_BYTES, of_main ? main : own, [&] {
+                if (!TOGETHER && last && threadIdx.x % 32 == 0) mbarrier_arrive(pipe.turn(2 - group));
             });
             if (of_main) break;
             scale_sums(acc, p.to_main);
             if (last) break;
         }
-        emit_group<TILES, N>(acc, out, work);
-        work.over(out, group);
+        if (splits > 1) {
+            if (TOGETHER) named_barrier(3, 2 * GROUP);  // both have left the pipeline
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                stage_rows<N>(reinterpret_cast<const float(&)[N / 8][4]>(acc[i]),
+                              reinterpret_cast<float*>(stages) + (first + i * 64 + warp % GROUP_WARPS * 16) * OUT_ROW<N>);
+        } else {
+            emit_group<TILES, N>(acc, first, out, sums + warp * N, work);
+            const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, threads = TOGETHER ? 2 * GROUP : GROUP;
+            work.over(sums, from, TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS, TOGETHER ? 3 : group, threads, work.m);
+        }
+    }
+    if (splits > 1) {  // one tile a block
+        const int tile = blockIdx.x / splits;
+        work.at(tile / p.pixels_n, tile % p.pixels_n * N);
+        emit_cluster<M, N>(reinterpret_cast<const float*>(stages), sums + warp * N, work);
+        work.over(sums, 0, 2 * GROUP_WARPS, 3, 2 * GROUP, work.m * splits + cluster_rank());
     }
 }
 
@@ -306,15 +355,17 @@ template <int M>
 struct HopperTile : TilePixels<M> {
     const PixelTiles& tiles;
     int rows, columns;
-    int m, channel, split;
+    int m, channel;
     __device__ __forceinline__ explicit HopperTile(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
     __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(tiles, m).first; }
-    __device__ __forceinline__ void at(int m_, int n, int split_) {
+    __device__ __forceinline__ void at(int m_, int n) {
         static_cast<TilePixels<M>&>(*this) = TilePixels<M>(tiles, m_);
-        m = m_, channel = n, split = split_;
+        m = m_, channel = n;
     }
     __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void clear(float*) {}
     __device__ __forceinline__ void end(int, float*) {}
+    __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
 struct HopperFprop {
@@ -337,30 +388,7 @@ struct FpropWork : HopperTile<M> {
     }
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
         if (!inside(row, column)) return;
-        const int pixel = this->first + row, channel = this->channel + column;
-        if (p.partial)
-            store8(p.partial + (size_t(this->split) * p.pixels + pixel) * p.cout + channel, v);
-        else
-            finish<T>(p, pixel, this->image(row), channel, v, residual);
-    }
-    // The whole sums, if they came in parts.
-    __device__ __forceinline__ void over(float* out, int group) {
-        if (!p.partial) return;
-        if (!group_comes_last(p.arrived + this->m * ((p.cout + N - 1) / N) + this->channel / N, p.splits, out, group)) return;
-        for_parts<M / 64, N>(
-            [] {},
-            [&](int m, int n, int) {
-                sum_rows<OUT_COLUMNS>(
-                    p.partial, size_t(p.pixels) * p.cout, p.splits,
-                    [&](int row, int column) {
-                        return inside(m + row, n + column) ? (this->first + m + row) * p.cout + this->channel + n + column : -1;
-                    },
-                    [&](int row, int column) { return fetch(m + row, n + column); },
-                    [&](int row, int column, float (&v)[8], const uint4& residual) {
-                        finish<T>(p, this->first + m + row, this->image(m + row), this->channel + n + column, v, residual);
-                    });
-            },
-            [](int) {});
+        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, residual);
     }
 };
 
@@ -390,51 +418,32 @@ struct DgradWork : HopperTile<M> {
     }
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const DgradFetched& fetched) {
         if (!inside(row, column)) return;
-        const int pixel = this->first + row, channel = this->channel + column;
-        if (p.partial)
-            store8(p.partial + (size_t(this->split) * p.pixels + pixel) * cin + channel, v);
-        else
-            finish<T>(p, pixel, this->image(row), channel, v, fetched, sums);
+        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, fetched, sums);
     }
-    __device__ __forceinline__ static float* of_warps(float* out) { return out + OUT_BYTES / 4; }
-    // The tile's sums: over the lanes with the same channels, and below over the group's warps, in their order.
-    __device__ __forceinline__ void end(int part, float* out) {
+    __device__ __forceinline__ void clear(float* of_warp) {
+        if (p.scale)
+            for (int i = threadIdx.x % 32; i < N; i += 32) of_warp[i] = 0.0f;
+        __syncwarp();
+    }
+    // The sums over the lanes with the same channels, and below over the warps, in their order.
+    __device__ __forceinline__ void end(int part, float* of_warp) {
         if (!p.scale) return;
-        const int warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int e = 0; e < 8; e++)
 #pragma unroll
             for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-        if (lane < 8) store8(of_warps(out) + warp * N + part * OUT_COLUMNS + lane * 8, sums);
+        if (lane < 8) store8(of_warp + part * OUT_COLUMNS + lane * 8, sums);
     }
-    __device__ __forceinline__ void over(float* out, int group) {
-        if (p.partial) {
-            if (!group_comes_last(p.arrived + this->m * ((cin + N - 1) / N) + this->channel / N, p.splits, out, group)) return;
-            for_parts<M / 64, N>(
-                [&] { begin(); },
-                [&](int m, int n, int) {
-                    sum_rows<OUT_COLUMNS>(
-                        p.partial, size_t(p.pixels) * cin, p.splits,
-                        [&](int row, int column) {
-                            return inside(m + row, n + column) ? (this->first + m + row) * cin + this->channel + n + column : -1;
-                        },
-                        [&](int row, int column) { return fetch(m + row, n + column); },
-                        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-                            finish<T>(p, this->first + m + row, this->image(m + row), this->channel + n + column, v, fetched,
-                                      sums);
-                        });
-                },
-                [&](int part) { end(part, out); });
-        }
+    __device__ __forceinline__ void over(const float* of_warps, int first, int last, int barrier, int threads, int row) {
         if (!p.scale) return;
-        named_barrier(group, GROUP);
-        for (int column = threadIdx.x % GROUP; column < N && this->channel + column < cin; column += GROUP) {
+        named_barrier(barrier, threads);
+        for (int column = threadIdx.x % threads; column < N && this->channel + column < cin; column += threads) {
             float sum = 0;
-#pragma unroll
-            for (int w = 0; w < GROUP_WARPS; w++) sum += of_warps(out)[w * N + column];
-            p.sums[size_t(this->m) * cin + this->channel + column] = sum;
+            for (int w = first; w < last; w++) sum += of_warps[w * N + column];
+            p.sums[size_t(row) * cin + this->channel + column] = sum;
         }
-        named_barrier(group, GROUP);  // before the next tile's
+        named_barrier(barrier, threads);  // before the next tile's
     }
 };
 
@@ -447,11 +456,12 @@ template <class T, int M>
 struct CodecWork {
     const CodecConv& p;
     int rows, columns;
-    int first, channel;
+    int m, first, channel;
     __device__ __forceinline__ explicit CodecWork(const CodecConv& p) : p(p), rows(p.rows), columns(p.columns) {}
     __device__ __forceinline__ int pixel(int m) const { return m * M; }
-    __device__ __forceinline__ void at(int m, int n, int) { first = m * M, channel = n; }
+    __device__ __forceinline__ void at(int m_, int n) { m = m_, first = m * M, channel = n; }
     __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void clear(float*) {}
     __device__ __forceinline__ uint4 fetch(int row, int column) const {
         return ::fetch<T>(p, first + row, p.phase, channel + column);
     }
@@ -462,7 +472,7 @@ struct CodecWork {
         finish<T>(p, first + row, p.phase, channel + column, v, residual);
     }
     __device__ __forceinline__ void end(int, float*) {}
-    __device__ __forceinline__ void over(float*, int) {}
+    __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
 // ---- weights ------------------------------------------------------------------------------------------
@@ -539,41 +549,42 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the way out takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
-    emit_group<1, 128>(acc, out, WgradWork{p, int(blockIdx.x * 128 + group * 64), int(blockIdx.y * 128), int(blockIdx.z)});
+    emit_group<1, 128>(acc, group * 64, out, nullptr,
+                       WgradWork{p, int(blockIdx.x * 128), int(blockIdx.y * 128), int(blockIdx.z)});
 }
 
 // ---- instances ------------------------------------------------------------------------------------
 
-#define FPROP(name, T, m, n, stages)                                                                              \
+#define FPROP(name, T, m, n, stages, together)                                                                    \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperFprop p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, FpropWork<T, m, n>(p.conv));                                      \
+        hopper_pixels<T, m, n, stages, together>(p.pixels, FpropWork<T, m, n>(p.conv));                            \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
-#define DGRAD(name, T, m, n, stages)                                                                              \
+#define DGRAD(name, T, m, n, stages, together)                                                                    \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperDgrad p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, DgradWork<T, m, n>(p.conv));                                     \
+        hopper_pixels<T, m, n, stages, together>(p.pixels, DgradWork<T, m, n>(p.conv));                            \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
-#define CODEC(name, T, m, n, stages)                                                                              \
+#define CODEC(name, T, m, n, stages, together)                                                                    \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperCodec p) {      \
-        hopper_pixels<T, m, n, stages>(p.pixels, CodecWork<T, m>(p.conv));                                        \
+        hopper_pixels<T, m, n, stages, together>(p.pixels, CodecWork<T, m>(p.conv));                               \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
-#define WGRAD(name, T, stages)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, 2) name(const __grid_constant__ HopperWgrad p) { \
+#define WGRAD(name, T, stages, blocks)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(2 * GROUP + 32, blocks) name(const __grid_constant__ HopperWgrad p) { \
         hopper_wgrad<T, stages>(p);                                                                               \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
-#define HOPPER(m, n, stages, speed)                                  \
-    FPROP(hopper_fprop_f16_##m##x##n, __half, m, n, stages)          \
-    FPROP(hopper_fprop_bf16_##m##x##n, __nv_bfloat16, m, n, stages)  \
-    DGRAD(hopper_dgrad_f16_##m##x##n, __half, m, n, stages)          \
-    DGRAD(hopper_dgrad_bf16_##m##x##n, __nv_bfloat16, m, n, stages)  \
-    CODEC(hopper_codec_f16_##m##x##n, __half, m, n, stages)          \
-    CODEC(hopper_codec_bf16_##m##x##n, __nv_bfloat16, m, n, stages)
-#define HOPPER_GRADIENT(m, n, stages, speed)                         \
-    WGRAD(hopper_wgrad_f16_##m##x##n, __half, stages)                \
-    WGRAD(hopper_wgrad_bf16_##m##x##n, __nv_bfloat16, stages)
+#define HOPPER(m, n, stages, together, speed)                                  \
+    FPROP(hopper_fprop_f16_##m##x##n, __half, m, n, stages, together)          \
+    FPROP(hopper_fprop_bf16_##m##x##n, __nv_bfloat16, m, n, stages, together)  \
+    DGRAD(hopper_dgrad_f16_##m##x##n, __half, m, n, stages, together)          \
+    DGRAD(hopper_dgrad_bf16_##m##x##n, __nv_bfloat16, m, n, stages, together)  \
+    CODEC(hopper_codec_f16_##m##x##n, __half, m, n, stages, together)          \
+    CODEC(hopper_codec_bf16_##m##x##n, __nv_bfloat16, m, n, stages, together)
+#define HOPPER_GRADIENT(m, n, stages, blocks, speed)                 \
+    WGRAD(hopper_wgrad_f16_##m##x##n, __half, stages, blocks)        \
+    WGRAD(hopper_wgrad_bf16_##m##x##n, __nv_bfloat16, stages, blocks)
 #define PIXELS(...)
 #define FLAT(...)
 #define GRADIENT(...)

@@ -5,8 +5,9 @@
 //   PIXELS     conv_fprop, conv_dgrad, codec_conv: pixels by channels, where channels are multiples of 64
 //   FLAT       the same for any multiple of 8: k is flat over taps and channels, so that 8 channels are 72 products
 //   GRADIENT   conv_wgrad: output channels by (tap, input channel)
-//   HOPPER     hopper_fprop, hopper_dgrad, hopper_codec: PIXELS on sm_90a (conv_hopper.cu); m, n, stages, speed
-//   HOPPER_GRADIENT  hopper_wgrad
+//   HOPPER     hopper_fprop, hopper_dgrad, hopper_codec: PIXELS on sm_90a (conv_hopper.cu); m, n, stages, whether two groups of
+//              threads work together on a tile, speed
+//   HOPPER_GRADIENT  hopper_wgrad; m, n, stages, blocks of a multiprocessor, speed
 //
 //   m, n       the result's rows and columns; a step is 64 summands
 //   stages     steps of both operands in shared memory, 128 (m + n) bytes each
@@ -24,7 +25,9 @@ FLAT(  128, 128,   3,     2, 4,   2, 1,    100)
 FLAT(   64,  64,   3,     2, 2,   3, 3,     70)
 GRADIENT(128, 128, 3,     2, 4,   2, 1,    100)
 GRADIENT( 64,  64, 3,     2, 2,   4, 3,     65)
-HOPPER(128, 128,   5,                       100)
-HOPPER( 64, 256,   4,                       100)
-HOPPER( 64, 128,   6,                        80)
-HOPPER_GRADIENT(128, 128, 3,                100)
+HOPPER(128, 256,   3,     1,                100)
+HOPPER(256, 128,   3,     1,                100)
+HOPPER(128, 128,   5,     0,                 90)
+HOPPER( 64, 128,   6,     0,                 60)
+HOPPER( 64,  64,   8,     0,                 45)
+HOPPER_GRADIENT(128, 128, 3,     2,         100)

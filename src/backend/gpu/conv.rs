@@ -199,6 +199,16 @@ impl Kernel {
         }
     }
 
+    /// Whether the sums come in parts that lie in device memory; a cluster's blocks have them in shared memory.
+    fn in_parts(&self) -> bool {
+        self.choice.splits > 1 && !self.question.kernels.in_clusters()
+    }
+
+    /// Bytes of the f32 sums of all parts, if there are several.
+    fn partial_bytes(&self, values: usize) -> usize {
+        if self.in_parts() { self.choice.splits * values * 4 } else { 0 }
+    }
+
     /// A launch of the loop for every card.
     fn launch(&self, grid: [usize; 2], params: &impl NoUninit) -> Launch {
         let Choice { tile, splits, .. } = self.choice;
@@ -260,7 +270,7 @@ impl Fprop {
 
     /// Bytes of scratch memory.
     pub fn scratch_bytes(&self) -> usize {
-        partial_bytes(&self.kernel.choice, self.shape.pixels() * self.shape.cout)
+        self.kernel.partial_bytes(self.shape.pixels() * self.shape.cout)
     }
 
     /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. x [n, h, w, ca] and skip [n, h, w, cb]
@@ -316,7 +326,7 @@ impl Fprop {
             y,
             pre: pre.unwrap_or(DevicePtr::NULL),
             act: act.map_or(DevicePtr::NULL, |a| a.0),
-            partial: if splits > 1 { memory.scratch } else { DevicePtr::NULL },
+            partial: if self.kernel.in_parts() { memory.scratch } else { DevicePtr::NULL },
             arrived: memory.arrived,
             tiles: PixelTiles {
                 height: int(shape.h),
@@ -364,11 +374,6 @@ pub struct Memory {
 
 /// A counter for each tile whose sum may come in parts.
 pub const ARRIVED_BYTES: usize = tiles::MAX_SPLIT_TILES * 4;
-
-/// f32 sums of all splits, if there are several.
-fn partial_bytes(choice: &Choice, values: usize) -> usize {
-    if choice.splits > 1 { choice.splits * values * 4 } else { 0 }
-}
 
 /// How the gradient of a convolution's input goes on.
 #[derive(Clone, Copy, Debug)]
@@ -429,8 +434,10 @@ impl Dgrad {
     /// Bytes of scratch memory: partial sums, then the tiles' sums for the gradient of the scales.
     pub fn scratch_bytes(&self) -> usize {
         let tiles = self.groups() * self.tiles_per_group();
-        let sums = if self.scaled { tiles * self.shape.ca * 4 } else { 0 };
-        partial_bytes(&self.kernel.choice, self.shape.pixels() * self.shape.cin()) + sums
+        // Each block of a cluster has sums of its own.
+        let rows = if self.kernel.in_parts() { tiles } else { tiles * self.kernel.choice.splits };
+        let sums = if self.scaled { rows * self.shape.ca * 4 } else { 0 };
+        self.kernel.partial_bytes(self.shape.pixels() * self.shape.cin()) + sums
     }
 
     /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
@@ -461,7 +468,7 @@ impl Dgrad {
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group();
-        let partial = partial_bytes(&self.kernel.choice, shape.pixels() * shape.cin());
+        let partial = self.kernel.partial_bytes(shape.pixels() * shape.cin());
         let params = ConvDgrad {
             grad,
             turned,
@@ -474,7 +481,7 @@ impl Dgrad {
             gskip,
             scale_grad,
             sums: if self.scaled { memory.scratch.offset(partial) } else { DevicePtr::NULL },
-            partial: if splits > 1 { memory.scratch } else { DevicePtr::NULL },
+            partial: if self.kernel.in_parts() { memory.scratch } else { DevicePtr::NULL },
             arrived: memory.arrived,
             tiles: PixelTiles {
                 height: int(shape.h),
@@ -545,7 +552,7 @@ impl Wgrad {
 
     /// Bytes of scratch memory.
     pub fn scratch_bytes(&self) -> usize {
-        partial_bytes(&self.kernel.choice, self.values())
+        self.kernel.partial_bytes(self.values())
     }
 
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
@@ -565,7 +572,7 @@ impl Wgrad {
             skip,
             grad,
             dw,
-            partial: if splits > 1 { scratch } else { DevicePtr::NULL },
+            partial: if self.kernel.in_parts() { scratch } else { DevicePtr::NULL },
             height: int(shape.h),
             width: int(shape.w),
             pixels: int(shape.pixels()),

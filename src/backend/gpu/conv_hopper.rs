@@ -138,8 +138,10 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         let read = inputs.iter().filter(|(_, images)| images.channels > 0);
         maps.extend(read.map(|(place, images)| (*place, of(images, Window::same(1)))));
     }
-    let grid = [tiles.min(card.sms.max(1)) as u32, 1, 1];
-    Launch::with_maps(kernel, grid, tile.threads, tile.shared, behind(&params, conv), maps)
+    // A block has many tiles, or a cluster one.
+    let blocks = if splits > 1 { tiles } else { tiles.min(card.sms.max(1)) };
+    Launch::with_maps(kernel, [blocks as u32, 1, 1], tile.threads, tile.shared, behind(&params, conv), maps)
+        .in_clusters_of(splits as u32)
 }
 
 /// A launch of the gradient of a weight, from pixels of `x`, `skip` and `grad`.

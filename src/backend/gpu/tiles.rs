@@ -25,6 +25,10 @@ pub struct Tile {
     pub shared: u32,
     /// Speed of its inner loop relative to the largest tile.
     pub speed: f64,
+    /// Blocks that a multiprocessor holds at a time.
+    pub blocks: usize,
+    /// Of Hopper's tiles of pixels: whether both groups of threads work on it, or take tiles in turn.
+    pub together: bool,
 }
 
 impl fmt::Display for Tile {
@@ -39,12 +43,14 @@ pub const STEP: usize = tables::conv::BK;
 
 /// Tiles for every card, of their lines: m, n, stages, warps along both, blocks for both kinds of sums, speed.
 fn tiles(lines: &[[usize; 8]]) -> Vec<Tile> {
-    let tile = |&[m, n, stages, warps_m, warps_n, _, _, speed]: &[usize; 8]| Tile {
+    let tile = |&[m, n, stages, warps_m, warps_n, blocks, _, speed]: &[usize; 8]| Tile {
         m,
         n,
         threads: (32 * warps_m * warps_n) as u32,
         shared: (stages * (m + n) * STEP * 2) as u32,
         speed: speed as f64 / 100.0,
+        blocks,
+        together: false,
     };
     lines.iter().map(tile).collect()
 }
@@ -62,24 +68,33 @@ fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
     1024 + stages * ((m + n) * STEP * 2 + 16) + 16
 }
 
-/// Tiles for Hopper, of their lines: m, n, stages, speed; `beside` says what a kernel of n columns has beside its pipeline.
-fn hopper_tiles(lines: &[[usize; 4]], threads: u32, beside: fn(usize) -> usize) -> Vec<Tile> {
-    let tile = |&[m, n, stages, speed]: &[usize; 4]| Tile {
+/// Tiles of `hopper_fprop_*` and its sisters, of their lines: three groups of threads, of which two have 64 rows of 72 floats
+/// for the way out, and four rows of sums.
+static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
+    let tile = |&[m, n, stages, together, speed]: &[usize; 5]| Tile {
         m,
         n,
-        threads,
-        shared: (hopper_shared(stages, m, n) + beside(n)) as u32,
+        threads: 384,
+        shared: (hopper_shared(stages, m, n) + 2 * (64 * 72 + 4 * n) * size_of::<f32>()) as u32,
         speed: speed as f64 / 100.0,
+        blocks: 1,
+        together: together == 1,
     };
-    lines.iter().map(tile).collect()
-}
-
-/// Tiles of `hopper_fprop_*` and its sisters: three groups of threads, of which two have 64 rows of 72 floats for the way out,
-/// and four of sums.
-static HOPPER: LazyLock<Vec<Tile>> =
-    LazyLock::new(|| hopper_tiles(&lines::HOPPER, 384, |n| 2 * (64 * 72 + 4 * n) * size_of::<f32>()));
+    lines::HOPPER.iter().map(tile).collect()
+});
 /// Tiles of `hopper_wgrad_*`.
-static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| hopper_tiles(&lines::HOPPER_GRADIENT, 288, |_| 0));
+static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| {
+    let tile = |&[m, n, stages, blocks, speed]: &[usize; 5]| Tile {
+        m,
+        n,
+        threads: 288,
+        shared: hopper_shared(stages, m, n) as u32,
+        speed: speed as f64 / 100.0,
+        blocks,
+        together: false,
+    };
+    lines::HOPPER_GRADIENT.iter().map(tile).collect()
+});
 
 /// Which product a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,6 +142,11 @@ impl Kernels {
             .flat_map(move |(kind, math)| loops.map(|(hopper, flat)| Self { kind, hopper, flat, math }));
         all.filter(|k| !(k.flat && k.kind == Kind::Wgrad))
             .filter(|k| !(k.math == "f16x2" && (k.hopper || k.kind == Kind::Codec)))
+    }
+
+    /// Whether a cluster of blocks adds up the parts of a sum.
+    pub fn in_clusters(self) -> bool {
+        self.hopper && self.kind != Kind::Wgrad
     }
 
     /// Their tiles.
@@ -228,17 +248,32 @@ pub struct Choice {
     pub steps_per_split: usize,
 }
 
-// The two numbers of the model below, and the speeds of the tiles, are estimates: measured on no card.
-
 /// Fewest steps worth a block of their own: filling its pipeline takes two.
 const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
 const MAX_SPLITS: usize = 32;
+/// Most parts of a sum that a cluster of blocks adds up.
+const MAX_CLUSTER: usize = 8;
 /// Most tiles whose sums are in parts: so many are enough for any card.
 pub const MAX_SPLIT_TILES: usize = 1 << 14;
-/// Cost of writing and reading one f32 partial sum, in steps of one value of a tile: 8 bytes through
-/// the L2 cache against 64 multiply-adds on the tensor cores.
-const PARTIAL_COST: f64 = 3.0;
+
+// The numbers of the models below, as the speeds of the tiles. Those of Hopper's loop follow what an H200 took (docs/performance.md);
+// the others are estimates, of no card.
+
+/// Share of a multiprocessor's speed that a block has which is alone on it, where it could hold more: this much of it and them.
+const ALONE: f64 = 0.65;
+/// What the last block of a tile adds for each part of its sum, and once, in steps of the tile.
+const PART_STEPS: f64 = 1.0;
+const LAST_STEPS: f64 = 4.0;
+/// What a second kernel takes for a part of one value of a weight's gradient, in steps of one value, divided by the
+/// multiprocessors: 8 bytes.
+const REDUCED_STEPS: f64 = 20.0;
+/// Cycles of a step of one value on Hopper's tensor cores.
+const HOPPER_STEP: f64 = 1.0 / 32.0;
+/// Cycles in which a warp takes four rows of 64 values out of its sums, and what is done with them.
+const HOPPER_ROWS: f64 = 600.0;
+/// Cycles until a cluster's blocks have met, twice, and read each other's sums.
+const HOPPER_CLUSTER: f64 = 4000.0;
 
 /// Blocks for each multiprocessor from which on more parts of a sum are not tried: the most that one holds at a time
 /// (four, tiles.cuh), twice.
@@ -252,7 +287,8 @@ impl Question {
         let steps = self.product.steps;
         // Images of codecs are large, and their kernels know no parts.
         let whole = self.kernels.kind == Kind::Codec || self.product.tiles(tile) > MAX_SPLIT_TILES;
-        let most = if whole { 1 } else { MAX_SPLITS.min((steps / MIN_STEPS).max(1)) };
+        let most = if self.kernels.in_clusters() { MAX_CLUSTER } else { MAX_SPLITS };
+        let most = if whole { 1 } else { most.min((steps / MIN_STEPS).max(1)) };
         let steps_per_split = steps.div_ceil(wanted.max(1)).max(1);
         let choice = || Choice { tile, splits: steps.div_ceil(steps_per_split), steps_per_split };
         (1..=most).contains(&wanted).then(choice)
@@ -267,15 +303,42 @@ impl Question {
     /// The cheapest tile and split by a model: the steps that the busiest multiprocessor works on, and the sums of the
     /// parts.
     pub fn cheapest(&self, card: Card) -> Choice {
-        let sms = card.sms.max(1);
-        let Product { groups, rows, columns, .. } = self.product;
-        let cost = |c: &Choice| {
-            let blocks = self.product.tiles(c.tile) * c.splits;
-            let busiest = blocks.div_ceil(sms) * c.steps_per_split * c.tile.m * c.tile.n;
-            let partial = if c.splits > 1 { PARTIAL_COST * (c.splits * groups * rows * columns) as f64 } else { 0.0 };
-            busiest as f64 / c.tile.speed + partial / sms as f64
-        };
+        let cost = |c: &Choice| if self.kernels.in_clusters() { self.hopper_cost(c, card) } else { self.cost(c, card) };
         self.choices().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("the tables are not empty")
+    }
+
+    /// Steps of one value.
+    fn cost(&self, c: &Choice, card: Card) -> f64 {
+        let (sms, values) = (card.sms.max(1), (c.tile.m * c.tile.n) as f64);
+        let blocks = self.product.tiles(c.tile) * c.splits;
+        // The last wave may leave multiprocessors with fewer blocks than they hold.
+        let (full, rest) = (blocks / (sms * c.tile.blocks), blocks % (sms * c.tile.blocks));
+        let last = if rest > 0 { (rest.div_ceil(sms) as f64).max(ALONE * c.tile.blocks as f64) } else { 0.0 };
+        let busiest = ((full * c.tile.blocks) as f64 + last) * c.steps_per_split as f64 * values / c.tile.speed;
+        let parts = match (c.splits, self.kernels.kind) {
+            (1, _) => 0.0,
+            (splits, Kind::Wgrad) => {
+                let Product { groups, rows, columns, .. } = self.product;
+                REDUCED_STEPS * (splits * groups * rows * columns) as f64 / sms as f64
+            }
+            (splits, _) => (PART_STEPS * splits as f64 + LAST_STEPS) * values,
+        };
+        busiest + parts
+    }
+
+    /// Cycles, of kernels of pixels by Hopper's loop.
+    fn hopper_cost(&self, c: &Choice, card: Card) -> f64 {
+        let values = (c.tile.m * c.tile.n) as f64;
+        let waves = (self.product.tiles(c.tile) * c.splits).div_ceil(card.sms.max(1)) as f64;
+        let product = c.steps_per_split as f64 * values * HOPPER_STEP / c.tile.speed;
+        // By the four warps of a group, or the eight of both.
+        let out = values / (4.0 * 64.0) / 4.0 * HOPPER_ROWS;
+        match (c.splits, c.tile.together) {
+            (1, true) => waves * (product + out / 2.0),
+            // While one group takes its sums out, the other multiplies.
+            (1, false) => product.max((product + out) / 2.0) * (waves - 1.0) + product + out,
+            (splits, _) => waves * (product + HOPPER_CLUSTER + out / (2 * splits) as f64),
+        }
     }
 
     /// What is worth timing on a card: the model's choice first, then every other tile, with the whole sum and with as
@@ -283,13 +346,16 @@ impl Question {
     pub fn candidates(&self, card: Card) -> Vec<Choice> {
         let mut candidates = vec![self.cheapest(card)];
         for tile in self.kernels.tiles() {
+            let tiles = self.product.tiles(tile);
+            // And what fills all multiprocessors once.
+            let full = (card.sms * tile.blocks / tiles.max(1)).max(1);
             let mut blocks = 0;
-            for wanted in TRIED_SPLITS {
-                let Some(choice) = self.choice(tile, wanted) else { break };
-                if blocks >= ENOUGH_BLOCKS * card.sms {
-                    break;
+            for wanted in TRIED_SPLITS.into_iter().chain([full]) {
+                let Some(choice) = self.choice(tile, wanted) else { continue };
+                if blocks >= ENOUGH_BLOCKS * card.sms && wanted != full {
+                    continue;
                 }
-                blocks = self.product.tiles(tile) * choice.splits;
+                blocks = blocks.max(tiles * choice.splits);
                 if !candidates.contains(&choice) {
                     candidates.push(choice);
                 }
