@@ -387,7 +387,8 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-#pragma unroll 2  // so that one row's instructions fill the other's waits
+    // Two of four at a time: one row's instructions fill the other's waits.
+#pragma unroll(Rows::PASSES == 4 ? 2 : 1)
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
@@ -482,9 +483,10 @@ __device__ __forceinline__ void sum_rows(const float* partial, size_t stride, in
     }
 #pragma unroll 2
     for (int s = 0; s < splits; s++) {
-        float u[Rows::PASSES][8];
+        float u[Rows::PASSES][8] = {};
 #pragma unroll
-        for (int pass = 0; pass < Rows::PASSES; pass++) load8(partial + s * stride + max(at[pass], 0), u[pass]);
+        for (int pass = 0; pass < Rows::PASSES; pass++)
+            if (at[pass] >= 0) load8(partial + s * stride + at[pass], u[pass]);
 #pragma unroll
         for (int pass = 0; pass < Rows::PASSES; pass++)
 #pragma unroll

@@ -259,10 +259,10 @@ impl Bench<'_> {
         if !self.args.json {
             let memory = row.memory_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
             out!(
-                "{:<24} {:9.4} s (fastest {:.4}) {:9.1} GMAC/s {:9.2} images/s   memory {memory}",
+                "{:<24} {:10.3} ms (fastest {:.3}) {:9.1} GMAC/s {:9.2} images/s   memory {memory}",
                 row.what,
-                row.median_s,
-                row.fastest_s,
+                row.median_s * 1e3,
+                row.fastest_s * 1e3,
                 row.gmac_per_s,
                 row.images_per_s
             );
@@ -344,7 +344,7 @@ impl Bench<'_> {
         if !self.args.json {
             let apart: f64 = kernels.iter().map(|k| k.median_s * k.count as f64).sum();
             out!("");
-            out!("{plan}: {whole:.5} s with a cold cache; its operations one by one {apart:.5} s");
+            out!("{plan}: {:.3} ms with a cold cache; its operations one by one {:.3} ms", whole * 1e3, apart * 1e3);
             out!("  {:<26} {:<22} count   microseconds  TFLOP/s   GB/s  of the limit", "operation", "result");
             for k in &kernels {
                 out!(
