@@ -169,8 +169,9 @@ fn launches_run_in_clusters_on_cards_that_have_them() {
     let [a, b] = [0; 2].map(|_| gpu.allocate(4 * n, "a test").unwrap());
     // Blocks beyond the last value do nothing.
     let double = |from: &dyn Memory, to: &dyn Memory, blocks| {
-        let launch = pixelwise::combine_f32(n, &[(from.ptr(), 2.0)], to.ptr());
-        Command::from(Launch { grid: [16, 1, 1], ..launch }.in_clusters_of(blocks))
+        let mut launch = pixelwise::combine_f32(n, &[(from.ptr(), 2.0)], to.ptr());
+        launch.grid = [16, 1, 1];
+        Command::from(launch.in_clusters_of(blocks))
     };
     let values: Vec<f32> = (0..n).map(|i| (i * 7 % 101) as f32).collect();
     a.write(0, bytemuck::cast_slice(&values)).unwrap();

@@ -194,6 +194,7 @@ fn each_planted_bug_is_caught_and_its_clean_twin_passes_in_all_thread_orders() {
         ("cluster_overwritten_too_early", Result,                    Error("race between blocks of a cluster: ")),
         ("cluster_block_leaves",    Error("of the cluster, which has ended"), Error("of the cluster, which has ended")),
         ("cluster_block_leaves_early", Error("has ended"),           Error("has ended")),
+        ("cluster_meeting_to_come", Nowhere,                         Error("read of ")),
         ("cluster_rank_beyond",     Error("rank 4, but the cluster has 4 blocks"), Error("rank 4, but the cluster has 4 blocks")),
         ("cluster_load_beyond",     Error("0 bytes past the end of the shared array s of 256 bytes"), Error("0 bytes past the end of the shared array s of 256 bytes")),
         ("cluster_misaligned_load", Error("not a multiple of 16"),   Error("not a multiple of 16")),

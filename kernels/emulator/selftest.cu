@@ -531,6 +531,18 @@ template <bool BUG> __device__ void cluster_block_leaves_early(Plant p) {
 }
 PLANT(cluster_block_leaves_early);
 
+// Warp 1 has waited for the first meeting alone, even if warp 0 is on its way to the second.
+template <bool BUG> __device__ void cluster_meeting_to_come(Plant p) {
+    INDICES;
+    __shared__ float s[64];
+    cluster_arrive(), cluster_wait();
+    if (t < 32) s[t] = p.in[i], s[t + 32] = p.in[i + 32];
+    if (!BUG || t < 32) cluster_arrive(), cluster_wait();
+    p.out[i] = 2 * s[t];
+    if (BUG && t >= 32) cluster_arrive(), cluster_wait();
+}
+PLANT(cluster_meeting_to_come);
+
 template <bool BUG> __device__ void cluster_rank_beyond(Plant p) {
     INDICES;
     alignas(16) __shared__ float s[64];

@@ -483,11 +483,15 @@ static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     return m.statics + begin;
 }
 
-uintptr_t Machine::shared_variable(const Variable* v, uintptr_t caller) {
-    if (!v) return uintptr_t(dynamic);
-    Place& place = places[size_t(v - image().variables.data())];
-    if (place.block != block_serial) place = {block_serial, place_shared(*this, *v, caller)};
+// That of a number.
+static inline uintptr_t shared_place(Machine& m, size_t number, uintptr_t caller) {
+    Machine::Place& place = m.places[number];
+    if (place.block != m.block_serial) place = {m.block_serial, place_shared(m, image().variables[number], caller)};
     return place.begin;
+}
+
+uintptr_t Machine::shared_variable(const Variable* v, uintptr_t caller) {
+    return v ? shared_place(*this, size_t(v - image().variables.data()), caller) : uintptr_t(dynamic);
 }
 
 // What the compiler calls for the address of a thread_local variable. Being hidden, this serves this library alone; a
@@ -497,9 +501,7 @@ extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* 
     if (Machine* m = current(); m && m->self) {
         const Image& i = image();
         const uint16_t number = index->module == i.tls_module && index->offset < i.tls_size ? i.variable_at[index->offset] : 0;
-        if (number) {
-            return reinterpret_cast<void*>(m->shared_variable(&i.variables[number - 1], uintptr_t(__builtin_return_address(0))));
-        }
+        if (number) return reinterpret_cast<void*>(shared_place(*m, number - 1u, uintptr_t(__builtin_return_address(0))));
     }
     static void* (*const everyones)(TlsIndex*) = reinterpret_cast<void* (*)(TlsIndex*)>(dlsym(RTLD_NEXT, "__tls_get_addr"));
     return everyones(index);
