@@ -73,8 +73,7 @@ impl Bench {
         let weight = self.normals(cout * cin * side * side);
         let weight: Vec<f32> = weight.iter().map(|x| (x * 8.0).round().clamp(-31.0, 31.0) / 8.0).collect();
         let bias: Vec<f32> = self.normals(cout).iter().map(|x| x * fan_in.sqrt()).collect();
-        let packed = codec::pack(reach, cin, &weight);
-        let packed = self.both(&packed, packed.len());
+        let packed = self.upload(&codec::pack(self.precision, reach, cin, &weight));
         let mut wide = bias.clone();
         wide.resize(padded(cout), 0.0);
         let on_device = self.upload(&wide);
@@ -90,7 +89,7 @@ impl Bench {
             let tr = add.then(|| self.cpu.upload(out, &residual.values));
             let want = self.cpu.convolve(&conv, &tx, Before::Nothing, After { residual: tr, relu });
             let want = self.cpu.download(&want).unwrap();
-            let at = (packed.memory.ptr(), on_device.ptr());
+            let at = (packed.ptr(), on_device.ptr());
             let (from, what) = (x.memory.ptr(), format!("{reach:?} of {shape:?} to {cout}, {after}"));
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
                 let math = Math { conv_loop: Some(conv_loop), ..self.precision.into() };

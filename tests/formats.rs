@@ -203,6 +203,51 @@ proptest! {
     }
 }
 
+#[test]
+fn long_tensors_have_the_values_of_their_elements() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    // Every half there is, the order of the shares that threads take, and an odd end.
+    let bits: Vec<u16> = (0..=u16::MAX).chain((0..777).map(|i| i * 31)).collect();
+    let halves: Vec<u8> = bits.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let singles: Vec<f32> = (0..bits.len()).map(|i| i as f32 * 0.25 - 7.0).collect();
+    let bytes: Vec<u8> = singles.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let doubles: Vec<u8> = singles.iter().flat_map(|&x| (f64::from(x) * (1.0 + 1e-12)).to_le_bytes()).collect();
+    let mut broken = bytes.clone();
+    for at in [66_000, 65_999, 66_200] {
+        broken[4 * at..4 * (at + 1)].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+    }
+    let shape = [bits.len()];
+    safetensors::write(
+        &path,
+        &[
+            ("half", Dtype::F16, &shape, &halves),
+            ("brain", Dtype::BF16, &shape, &halves),
+            ("single", Dtype::F32, &shape, &bytes),
+            ("double", Dtype::F64, &shape, &doubles),
+            ("broken", Dtype::F32, &shape, &broken),
+        ],
+        &HashMap::new(),
+    )
+    .unwrap();
+    let file = SafeFile::open(&path).unwrap();
+    let same = |name: &str, widen: fn(u16) -> f32| {
+        for (&bits, found) in bits.iter().zip(file.f32(name).unwrap()) {
+            assert_eq!(found.to_bits(), widen(bits).to_bits(), "{name} {bits:04x}");
+        }
+        let wide = file.f64(name).unwrap();
+        assert!(wide.iter().zip(&bits).all(|(x, &bits)| x.is_nan() || *x == f64::from(widen(bits))), "{name}");
+        assert_eq!(wide.len(), bits.len());
+    };
+    same("half", |bits| f16::from_bits(bits).to_f32());
+    same("brain", |bits| bf16::from_bits(bits).to_f32());
+    // Not `assert_eq`, which would print them all.
+    assert!(file.finite_f32("single").unwrap() == singles);
+    assert!(file.f32("double").unwrap() == singles);
+    let text = file.finite_f32("broken").unwrap_err().to_string();
+    assert!(text.contains("tensor broken: found -inf at 65999, expected finite numbers"), "{text}");
+}
+
 // ---- PNG ----
 
 fn gradient(height: usize, width: usize) -> Vec<f32> {
@@ -225,6 +270,24 @@ fn pictures_invert_model_space_exactly_and_survive_their_file_with_their_text() 
     assert_eq!(read.into_raw(), picture.rgb());
     let found = png::read_text(&path).unwrap();
     assert_eq!(found, text.map(|(keyword, text)| (keyword.to_string(), text.to_string())));
+}
+
+#[test]
+fn a_picture_s_file_is_hardly_larger_than_its_pixels_and_small_where_there_is_little_to_see() {
+    let (height, width) = (61, 47);
+    let mut state = 7u32;
+    let mut noise = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    let noisy = Picture::new(height, width, (0..height * width * 3).map(|_| noise()).collect());
+    let flat = Picture::new(height, width, (0..height * width * 3).map(|i| (i / (width * 3)) as u8).collect());
+    for (picture, most) in [(&noisy, height * (width * 3 + 1) + 100), (&flat, height * width * 3 / 10)] {
+        let png = picture.png(&[]).unwrap();
+        assert!(png.len() <= most, "{} bytes, at most {most}", png.len());
+        assert_eq!(image::load_from_memory(&png).unwrap().into_rgb8().into_raw(), picture.rgb());
+        assert_eq!(png, picture.png(&[]).unwrap(), "the same picture gives the same bytes");
+    }
 }
 
 #[test]

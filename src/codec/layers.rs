@@ -118,9 +118,11 @@ impl Layers {
         get: &mut dyn FnMut(&str) -> Result<Vec<f32>, CodecError>,
     ) -> Result<Weights<B>, CodecError> {
         let mut join = |names: &[String], part: &str| -> Result<Vec<f32>, CodecError> {
-            let mut all = Vec::new();
-            for name in names {
-                all.append(&mut get(&format!("{name}.{part}"))?);
+            let mut parts = names.iter().map(|name| get(&format!("{name}.{part}")));
+            // Of one name, as nearly all are, nothing is copied.
+            let mut all = parts.next().unwrap_or(Ok(Vec::new()))?;
+            for part in parts {
+                all.append(&mut part?);
             }
             Ok(all)
         };

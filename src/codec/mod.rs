@@ -34,6 +34,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use half::vec::HalfFloatVecExt;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::BackendError;
@@ -317,8 +318,8 @@ impl CodecFile {
         // By their places, as some are called otherwise in older files.
         let mut hasher = Hasher::default();
         for (name, _) in table.tensors() {
-            let halves: Vec<u8> = self.file.f32(&name)?.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
-            hasher.add(&halves);
+            let halves = Vec::<f16>::from_f32_slice(&self.file.f32(&name)?);
+            hasher.add(bytemuck::cast_slice(&halves));
         }
         let (network, name) = (self.network(), fingerprint::name(self.file.path()));
         Ok(Some(Autoencoder { network, name, fingerprint: hasher.finish() }))

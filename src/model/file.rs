@@ -22,7 +22,7 @@ use crate::codec::Autoencoder;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
-use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
+use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, not_finite};
 use crate::formats::weights;
 use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
@@ -422,7 +422,7 @@ impl<'a> ModelWriter<'a> {
 }
 
 fn check_finite(path: &Path, name: &str, values: &[f32], dtype: Dtype) -> Result<(), ModelError> {
-    match values.iter().position(|x| !x.is_finite()) {
+    match not_finite(values) {
         None => Ok(()),
         Some(at) => Err(ModelError::NotFinite { path: path.into(), name: name.into(), at, value: values[at], dtype }),
     }

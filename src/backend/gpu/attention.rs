@@ -139,3 +139,8 @@ impl Attention {
 pub fn row_of(row: usize, heads: usize, head_size: usize) -> usize {
     row % 3 * heads * head_size + row / 3
 }
+
+/// The row of the official weight that lies at row `at` of the kernels' order: the inverse of [`row_of`].
+pub fn row_at(at: usize, heads: usize, head_size: usize) -> usize {
+    at % (heads * head_size) * 3 + at / (heads * head_size)
+}

@@ -15,7 +15,9 @@ use super::tensor::{Buffer, Format, Tensor, padded};
 use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
 use crate::backend::{BackendError, DeviceError, Shape};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::rc::Rc;
 
 /// Threads of all kernels but the convolutions.
@@ -24,6 +26,8 @@ const THREADS: u32 = 256;
 const CHUNKS: usize = 1024;
 /// Pixels of a chunk, at least.
 const CHUNK: usize = 64;
+/// Values that a thread packs at a time, at least.
+const PACKED: usize = 1 << 15;
 /// Bytes of the scores that the attention's warps exchange.
 const SCORES: usize = QUERIES * SCORE_ROW * 4;
 
@@ -86,31 +90,31 @@ fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
     }
 }
 
-/// A weight `[cout, cin, side, side]` as the kernel reads it, `[phases][cout][taps][cin]` with padded channels.
-pub fn pack(reach: Reach, cin: usize, weight: &[f32]) -> Vec<f32> {
+/// A weight `[cout, cin, side, side]` as the kernel reads it, `[phases][cout][taps][cin]` with padded channels, in 16 bits.
+pub fn pack(precision: Precision, reach: Reach, cin: usize, weight: &[f32]) -> Vec<u16> {
     let Window { side, phases, .. } = Window::of(reach);
-    let given = reach.side();
-    let (taps, cout) = (side * side, weight.len() / (cin * given * given));
-    let mut packed = vec![0.0; phases * padded(cout) * taps * padded(cin)];
-    for (i, &value) in weight.iter().enumerate() {
-        let (co, ci, y, x) = (i / (cin * given * given), i / (given * given) % cin, i / given % given, i % given);
-        for phase in 0..phases {
-            // In half p of an enlarged pixel, tap t of three falls on tap (t + 1 - p) div 2 of two.
-            let place = |t: usize, p: usize| if phases == 4 { (t + 1 - p) / 2 } else { t };
-            let tap = place(y, phase / 2) * side + place(x, phase % 2);
-            packed[((phase * padded(cout) + co) * taps + tap) * padded(cin) + ci] += value;
+    let (given, taps, wide) = (reach.side(), side * side, padded(cin));
+    let kernels = weight.len() / (cin * given * given);
+    let row = taps * wide;
+    let mut packed = vec![0; phases * padded(kernels) * row];
+    let pack_row = |values: &mut Vec<f32>, (at, bits): (usize, &mut [u16])| {
+        let (phase, co) = (at / padded(kernels), at % padded(kernels));
+        // In half p of an enlarged pixel, tap t of three falls on tap (t + 1 - p) div 2 of two.
+        let place = |t: usize, p: usize| if phases == 4 { (t + 1 - p) / 2 } else { t };
+        let tap = |i: usize| place(i / given, phase / 2) * side + place(i % given, phase % 2);
+        values.fill(0.0);
+        for (i, tap) in (0..given * given).map(tap).enumerate() {
+            let from = weight[co * cin * given * given + i..].iter().step_by(given * given);
+            values[tap * wide..].iter_mut().zip(from.take(cin)).for_each(|(to, x)| *to += x);
         }
-    }
-    packed
-}
-
-/// Values as 16 bits.
-fn narrow(precision: Precision, values: &[f32]) -> Vec<u16> {
-    let bits = |&x: &f32| match precision {
-        Precision::F16 => f16::from_f32(x).to_bits(),
-        Precision::Bf16 => bf16::from_f32(x).to_bits(),
+        match precision {
+            Precision::F16 => bits.reinterpret_cast_mut::<f16>().convert_from_f32_slice(values),
+            Precision::Bf16 => bits.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(values),
+        }
     };
-    values.iter().map(bits).collect()
+    let rows = packed.par_chunks_mut(row).enumerate().with_min_len((PACKED / row).max(1));
+    rows.filter(|(at, _)| at % padded(kernels) < kernels).for_each_init(|| vec![0.0; row], pack_row);
+    packed
 }
 
 /// What a convolution of x of `shape` is chosen a tile for.
@@ -382,7 +386,7 @@ impl CodecBackend for Gpu<Loaded> {
 
     fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv {
         let cout = weight.len() / (cin * reach.side() * reach.side());
-        let bits = narrow(self.precision, &pack(reach, cin, weight));
+        let bits = pack(self.precision, reach, cin, weight);
         let buffer = self.load(bytemuck::cast_slice(&bits));
         let weight = Tensor::new([1, 1, 1, bits.len()], Format::Half, None, buffer);
         let mut values = bias.map_or(vec![0.0; cout], <[f32]>::to_vec);
@@ -452,4 +456,34 @@ impl CodecBackend for Gpu<Loaded> {
 
     /// Nothing: a plan's tensors share one place, and outside of plans memory is free with the last handle.
     fn trim(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packed_weight_has_each_value_where_the_kernel_reads_it() {
+        let [cin, cout] = [11, 13];
+        for reach in [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve] {
+            let Window { side, phases, .. } = Window::of(reach);
+            let given = reach.side();
+            let weight: Vec<f32> = (0..cout * cin * given * given).map(|i| (i as f32 * 0.7).sin()).collect();
+            // Value by value, in PyTorch's order.
+            let mut want = vec![0.0f32; phases * padded(cout) * side * side * padded(cin)];
+            for (i, &value) in weight.iter().enumerate() {
+                let (co, ci) = (i / (cin * given * given), i / (given * given) % cin);
+                let (y, x) = (i / given % given, i % given);
+                for phase in 0..phases {
+                    let place = |t: usize, p: usize| if phases == 4 { (t + 1 - p) / 2 } else { t };
+                    let tap = place(y, phase / 2) * side + place(x, phase % 2);
+                    want[((phase * padded(cout) + co) * side * side + tap) * padded(cin) + ci] += value;
+                }
+            }
+            let f16: Vec<u16> = want.iter().map(|&x| f16::from_f32(x).to_bits()).collect();
+            let bf16: Vec<u16> = want.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+            assert_eq!(pack(Precision::F16, reach, cin, &weight), f16, "{reach:?}");
+            assert_eq!(pack(Precision::Bf16, reach, cin, &weight), bf16, "{reach:?}");
+        }
+    }
 }

@@ -19,6 +19,7 @@ use std::ffi::{CString, c_int, c_void};
 use std::rc::Rc;
 
 use cudarc::driver::{DriverError, result, sys};
+use rayon::prelude::*;
 
 use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec};
 use super::runtime::{Beside, Command, Graph, Memory, Origin, Runtime, advice, behind_launches};
@@ -59,6 +60,8 @@ const FUNCTIONS: [&str; 44] = [
 ];
 /// Bytes of the ring of uploads. A write is cut into pieces of a quarter at most.
 const RING: usize = 32 << 20;
+/// Bytes that a thread copies into it at a time.
+const PIECE: usize = 1 << 20;
 /// Bytes of the pinned memory that reads pass through.
 const DOWNLOAD: usize = 8 << 20;
 const OUT_OF_MEMORY: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
@@ -473,7 +476,8 @@ impl Device {
         // destination is the caller's promise.
         let done = unsafe {
             let pinned = std::slice::from_raw_parts_mut(ring.pinned.add(first), values.len());
-            pinned.copy_from_slice(values);
+            let pieces = pinned.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE));
+            pieces.for_each(|(to, from)| to.copy_from_slice(from));
             result::memcpy_htod_async(place, pinned, self.uploads)
                 .and_then(|()| result::event::record(arrived, self.uploads))
                 .and_then(|()| {

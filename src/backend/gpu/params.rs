@@ -10,6 +10,8 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use rayon::prelude::*;
+
 use super::attention;
 use super::embedding::{ScaleLayer, ScaleTable};
 use super::launch::{DevicePtr, Launch, Precision};
@@ -19,6 +21,9 @@ use super::tensor::padded;
 use super::weights::{self, Effective, RowTable, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
 use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable};
+
+/// Values that a thread brings into another order at a time, at least.
+const SHARE: usize = 1 << 15;
 
 /// Where one parameter lies.
 #[derive(Clone, Copy, Debug)]
@@ -43,17 +48,42 @@ impl Place {
         if self.weight { self.taps * padded(self.cin) } else { padded(self.cin) }
     }
 
-    /// For each value in PyTorch's order, its place.
-    fn map(&self, mut each: impl FnMut(usize, usize)) {
+    /// Values of a row in PyTorch's order, `[cin][tap]`.
+    fn official(&self) -> usize {
+        self.cin * self.taps
+    }
+
+    /// Rows that a thread takes at a time, at least.
+    fn share(&self) -> usize {
+        (SHARE / self.stride()).max(1)
+    }
+
+    /// Values in PyTorch's order as they are stored.
+    fn store(&self, values: &[f32]) -> Vec<f32> {
         let Self { rows, taps, cin, heads, .. } = *self;
-        for row in 0..rows {
-            let to = if heads > 0 { attention::row_of(row, heads, rows / 3 / heads) } else { row };
-            for i in 0..cin {
-                for tap in 0..taps {
-                    each((row * cin + i) * taps + tap, to * self.stride() + tap * padded(cin) + i);
-                }
+        let mut stored = vec![0.0; rows * self.stride()];
+        stored.par_chunks_mut(self.stride()).enumerate().with_min_len(self.share()).for_each(|(at, to)| {
+            let row = if heads > 0 { attention::row_at(at, heads, rows / 3 / heads) } else { at };
+            let from = &values[row * self.official()..][..self.official()];
+            for (tap, to) in to.chunks_mut(padded(cin)).enumerate() {
+                to.iter_mut().zip(from[tap..].iter().step_by(taps)).for_each(|(to, &x)| *to = x);
             }
-        }
+        });
+        stored
+    }
+
+    /// Stored values in PyTorch's order.
+    fn restore(&self, stored: &[f32]) -> Vec<f32> {
+        let Self { rows, taps, cin, heads, .. } = *self;
+        let mut values = vec![0.0; rows * self.official()];
+        values.par_chunks_mut(self.official()).enumerate().with_min_len(self.share()).for_each(|(row, to)| {
+            let at = if heads > 0 { attention::row_of(row, heads, rows / 3 / heads) } else { row };
+            let from = &stored[at * self.stride()..][..self.stride()];
+            for (tap, from) in from.chunks(padded(cin)).enumerate() {
+                to[tap..].iter_mut().step_by(taps).zip(from).for_each(|(to, &x)| *to = x);
+            }
+        });
+        values
     }
 }
 
@@ -342,9 +372,7 @@ impl Params {
             return Err(BackendError::ParamSize { name: spec.name.clone(), found, expected });
         }
         let p = &self.places[id.0];
-        let mut stored = vec![0.0f32; p.rows * p.stride()];
-        p.map(|from, to| stored[to] = values[from]);
-        Ok(self.arena(slot)?.write(p.first * 4, bytemuck::cast_slice(&stored))?)
+        Ok(self.arena(slot)?.write(p.first * 4, bytemuck::cast_slice(&p.store(values)))?)
     }
 
     /// See [`crate::backend::TrainingBackend::read_param`].
@@ -352,9 +380,7 @@ impl Params {
         let p = &self.places[id.0];
         let mut stored = vec![0.0f32; p.rows * p.stride()];
         self.arena(slot)?.read(p.first * 4, bytemuck::cast_slice_mut(&mut stored))?;
-        let mut values = vec![0.0; self.table[id].numel()];
-        p.map(|to, from| values[to] = stored[from]);
-        Ok(values)
+        Ok(p.restore(&stored))
     }
 
     /// See [`crate::backend::TrainingBackend::exchange`].
@@ -447,5 +473,29 @@ impl Params {
         t.totals.read(0, &mut totals)?;
         let totals: StepTotals = bytemuck::pod_read_unaligned(&totals);
         Ok(StepStats { grad_norm: totals.grad_norm, nonfinite: totals.nonfinite })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_values_lie_in_the_kernels_rows_and_come_back() {
+        // A convolution, a linear layer, one of two heads' q, k and v, and a vector.
+        for (rows, cin, taps, heads, weight) in
+            [(10, 13, 9, 0, true), (7, 24, 1, 0, true), (2 * 3 * 5, 11, 1, 2, true), (1, 19, 1, 0, false)]
+        {
+            let p = Place { first: 0, exact: 0, rows, taps, cin, heads, weight, split: cin, scales: [1.0; 2] };
+            let values: Vec<f32> = (0..rows * cin * taps).map(|i| i as f32 + 0.5).collect();
+            let mut want = vec![0.0; rows * p.stride()];
+            for (i, &value) in values.iter().enumerate() {
+                let (row, c, tap) = (i / taps / cin, i / taps % cin, i % taps);
+                let at = if heads > 0 { attention::row_of(row, heads, rows / 3 / heads) } else { row };
+                want[at * p.stride() + tap * padded(cin) + c] = value;
+            }
+            assert_eq!(p.store(&values), want, "{p:?}");
+            assert_eq!(p.restore(&want), values, "{p:?}");
+        }
     }
 }
