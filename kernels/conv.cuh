@@ -373,11 +373,12 @@ __device__ __forceinline__ void for_lines(F&& f) {
 // Calls sink(row, column, v, fetch(row, column)) for the rows that `stage` puts in `out`; v are the values of columns
 // column .. column + 8. What is to be fetched for several rows is asked for before the first of them is taken: the memory is
 // a thousand cycles away, and the stores of a row would hold up the loads of the next.
-template <int COLUMNS, class Stage, class Fetch, class Sink>
+// At most so many BYTES are fetched at once: they are registers.
+template <int COLUMNS, int BYTES, class Stage, class Fetch, class Sink>
 __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fetch, Sink&& sink) {
     using Rows = OutRows<COLUMNS>;
     using Fetched = decltype(fetch(0, 0));
-    constexpr int AT_ONCE = Rows::PASSES * sizeof(Fetched) <= 64 ? Rows::PASSES : Rows::PASSES / 2;  // 16 registers
+    constexpr int AT_ONCE = Rows::PASSES * sizeof(Fetched) <= BYTES ? Rows::PASSES : Rows::PASSES / 2;
     Fetched fetched[AT_ONCE];
     const int column = Rows::column();
     auto fetch_from = [&](int pass) {
@@ -387,8 +388,8 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-    // Two of four at a time: one row's instructions fill the other's waits.
-#pragma unroll(Rows::PASSES == 4 ? 2 : 1)
+    // Where there are registers, two at a time: one row's instructions fill the other's waits.
+#pragma unroll(BYTES > 64 ? 2 : 1)
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
@@ -421,7 +422,7 @@ __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, uns
             for (int i = 0; i < Tile::WM / 16; i++)  // registers have no index
                 if (i == part) stage_rows<Tile::WN>(acc[i], out);
         };
-        emit_rows<Tile::WN>(
+        emit_rows<Tile::WN, 64>(
             out, stage, [&](int row, int column) { return fetch(m + row, n + column); },
             [&](int row, int column, float (&v)[8], auto& fetched) { sink(m + row, n + column, v, fetched); });
     }
@@ -454,6 +455,17 @@ __device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* f
     __threadfence();
     return true;
 }
+
+// The embedding's scales of 8 channels, of the image that was asked for last.
+struct ImageScales {
+    int image = -1;
+    float s[8];
+    __device__ __forceinline__ void of(const float* scale, int stride, int wanted, int channel) {
+        if (wanted == image) return;
+        image = wanted;
+        load8(scale + size_t(image) * stride + channel, s);
+    }
+};
 
 // Sum over splits of partial[split][at .. at + 8], in their order.
 __device__ __forceinline__ void sum_splits(const float* partial, size_t at, size_t stride, int splits, float (&v)[8]) {

@@ -69,7 +69,8 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
         [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * tile.cin + tile.channel(column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, fetched, sums);
+            ImageScales scales;  // for this row alone: registers are short here
+            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, fetched, scales, sums);
         });
     if (p.scale) add_up<Tile>(p, smem, sums);
 }
@@ -96,9 +97,9 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
             if (!tile.inside(row, column)) return;
             const int pixel = tile.pixel(row), channel = tile.channel(column);
             if (p.partial)
-                store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
-            else
-                finish<T>(p, pixel, tile.image(row), channel, v, fetched, sums);
+                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
+            ImageScales scales;  // as above
+            finish<T>(p, pixel, tile.image(row), channel, v, fetched, scales, sums);
         });
     if (p.partial)
         add_parts<T, Tile>(p, smem);

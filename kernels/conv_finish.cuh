@@ -21,7 +21,8 @@ struct ConvFprop {
     int padding;
 };
 
-// What follows the product, for 8 channels of a pixel; `residual` is fetched before, and the line that it lies in prefetched.
+// What follows the product, for 8 channels of a pixel; `residual` is fetched before, and the line that it lies in prefetched;
+// `scales` is one for all pixels of these channels.
 template <class T>
 __device__ __forceinline__ uint4 fetch(const ConvFprop& p, int pixel, int channel) {
     if (!p.residual) return {};
@@ -33,14 +34,13 @@ __device__ __forceinline__ void prefetch(const ConvFprop& p, int pixel, int chan
 }
 template <class T>
 __device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int image, int channel, float (&v)[8],
-                                       const uint4& residual) {
+                                       const uint4& residual, ImageScales& scales) {
     const size_t at = size_t(pixel) * p.cout + channel;
     if (p.scale) {
         if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
-        float s[8];
-        load8(p.scale + size_t(image) * p.scale_stride + channel, s);
+        scales.of(p.scale, p.scale_stride, image, channel);
 #pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * s[e]);
+        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * scales.s[e]);
     } else {
         float r[8];
         unpack8<T>(residual, r);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void prefetch(const ConvDgrad& p, int pixel, int chan
 // What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
 template <class T>
 __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image, int channel, float (&v)[8],
-                                       const DgradFetched& fetched, float (&sums)[8]) {
+                                       const DgradFetched& fetched, ImageScales& scales, float (&sums)[8]) {
     const bool second = channel >= p.ca;
     const float input_scale = second ? p.skip_scale : p.x_scale;
 #pragma unroll
@@ -107,12 +107,11 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image,
         float in[8];
         unpack8<T>(fetched.x, in);
         if (p.scale) {
-            float s[8];
-            load8(p.scale + size_t(image) * p.scale_stride + channel, s);
+            scales.of(p.scale, p.scale_stride, image, channel);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                const float gu = v[e] * mp_silu_grad(in[e] * s[e]);
-                sums[e] += gu * in[e], v[e] = gu * s[e];
+                const float gu = v[e] * mp_silu_grad(in[e] * scales.s[e]);
+                sums[e] += gu * in[e], v[e] = gu * scales.s[e];
             }
         } else {
 #pragma unroll

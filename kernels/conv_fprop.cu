@@ -50,12 +50,13 @@ __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
     const FpropTile<T, Tile> tile(p);
+    ImageScales scales;
     sum<Tile>(
         p.partial, size_t(p.pixels) * p.cout, p.splits,
         [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * p.cout + tile.channel(column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, residual);
+            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, residual, scales);
         });
 }
 
@@ -86,6 +87,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
+    ImageScales scales;
     emit<Tile>(
         acc, smem, [&](int row, int column) { return p.partial ? uint4{} : tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
@@ -94,7 +96,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
             if (p.partial)
                 store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
             else
-                finish<T>(p, pixel, tile.image(row), channel, v, residual);
+                finish<T>(p, pixel, tile.image(row), channel, v, residual, scales);
         });
     if (p.partial) add_parts<T, Tile>(p, smem);
 }

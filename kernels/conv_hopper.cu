@@ -157,7 +157,7 @@ __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int
         [&] { work.begin(); },
         [&](int m, int n, int at) {
             m += first;
-            emit_rows<OUT_COLUMNS>(
+            emit_rows<OUT_COLUMNS, 128>(
                 rows, [&] { stage_part<TILES, N>(acc, at, rows); },
                 [&](int row, int column) { return work.fetch(m + row, n + column); },
                 [&](int row, int column, float (&v)[8], auto& fetched) { work.take(m + row, n + column, v, fetched); });
@@ -356,13 +356,14 @@ struct HopperTile : TilePixels<M> {
     const PixelTiles& tiles;
     int rows, columns;
     int m, channel;
+    ImageScales scales;
     __device__ __forceinline__ explicit HopperTile(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
     __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(tiles, m).first; }
     __device__ __forceinline__ void at(int m_, int n) {
         static_cast<TilePixels<M>&>(*this) = TilePixels<M>(tiles, m_);
         m = m_, channel = n;
     }
-    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void begin() { scales.image = -1; }
     __device__ __forceinline__ void clear(float*) {}
     __device__ __forceinline__ void end(int, float*) {}
     __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
@@ -388,7 +389,7 @@ struct FpropWork : HopperTile<M> {
     }
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
         if (!inside(row, column)) return;
-        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, residual);
+        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, residual, this->scales);
     }
 };
 
@@ -413,12 +414,13 @@ struct DgradWork : HopperTile<M> {
         if (inside(row, column)) ::prefetch<T>(p, this->first + row, this->channel + column);
     }
     __device__ __forceinline__ void begin() {
+        this->scales.image = -1;
 #pragma unroll
         for (int e = 0; e < 8; e++) sums[e] = 0.0f;
     }
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const DgradFetched& fetched) {
         if (!inside(row, column)) return;
-        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, fetched, sums);
+        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, fetched, this->scales, sums);
     }
     __device__ __forceinline__ void clear(float* of_warp) {
         if (p.scale)

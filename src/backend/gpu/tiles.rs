@@ -272,8 +272,11 @@ const REDUCED_STEPS: f64 = 20.0;
 const HOPPER_STEP: f64 = 1.0 / 32.0;
 /// Cycles in which a warp takes four rows of 64 values out of its sums, and what is done with them.
 const HOPPER_ROWS: f64 = 600.0;
-/// Cycles until a cluster's blocks have met, twice, and read each other's sums.
-const HOPPER_CLUSTER: f64 = 4000.0;
+/// Cycles in which the blocks of a cluster add up their sums: once, for each block, and for each value of each block.
+const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.1];
+/// Clusters of 1, 2, ... blocks, each alone on its multiprocessor, that run at a time, for each multiprocessor. A cluster does
+/// not cross the card's groups of them (GPCs), which are of unequal sizes.
+const HOPPER_CLUSTERS: [f64; MAX_CLUSTER] = [1.0, 0.5, 0.3, 0.2, 0.16, 0.13, 0.11, 0.1];
 
 /// Blocks for each multiprocessor from which on more parts of a sum are not tried: the most that one holds at a time
 /// (four, tiles.cuh), twice.
@@ -329,7 +332,8 @@ impl Question {
     /// Cycles, of kernels of pixels by Hopper's loop.
     fn hopper_cost(&self, c: &Choice, card: Card) -> f64 {
         let values = (c.tile.m * c.tile.n) as f64;
-        let waves = (self.product.tiles(c.tile) * c.splits).div_ceil(card.sms.max(1)) as f64;
+        let at_a_time = (card.sms.max(1) as f64 * HOPPER_CLUSTERS[c.splits - 1]).floor().max(1.0);
+        let waves = (self.product.tiles(c.tile) as f64 / at_a_time).ceil();
         let product = c.steps_per_split as f64 * values * HOPPER_STEP / c.tile.speed;
         // By the four warps of a group, or the eight of both.
         let out = values / (4.0 * 64.0) / 4.0 * HOPPER_ROWS;
@@ -337,7 +341,11 @@ impl Question {
             (1, true) => waves * (product + out / 2.0),
             // While one group takes its sums out, the other multiplies.
             (1, false) => product.max((product + out) / 2.0) * (waves - 1.0) + product + out,
-            (splits, _) => waves * (product + HOPPER_CLUSTER + out / (2 * splits) as f64),
+            (splits, _) => {
+                let [once, block, value] = HOPPER_ADD;
+                let add = once + splits as f64 * (block + value * values);
+                waves * (product + add + out / (2 * splits) as f64)
+            }
         }
     }
 
