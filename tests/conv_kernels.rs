@@ -490,7 +490,8 @@ fn every_instance_exists_and_is_chosen_for_some_shape() {
     use edm2k::backend::gpu::emulated::{Build, Emulator};
     let exported = Emulator::new(Build::Normal).unwrap().kernels();
     let mut chosen = std::collections::BTreeSet::new();
-    let mut large = [(128, 128), (128, 4), (4, 128), (256, 256)].map(|(ca, cout)| case(1, 64, 64, ca, 0, cout, 9)).to_vec();
+    let mut large =
+        [(128, 128), (128, 4), (4, 128), (256, 256)].map(|(ca, cout)| case(1, 64, 64, ca, 0, cout, 9)).to_vec();
     large.push(case(4, 64, 64, 256, 0, 256, 9));
     for sms in [1, 2, 8, 16, 128] {
         let card = Card { sms, capability: 90 };

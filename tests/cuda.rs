@@ -117,7 +117,7 @@ fn a_graph_runs_as_often_as_it_is_told_and_not_before() {
         Command::Copy { from: sum.ptr(), to: copy.ptr(), bytes: 4 * n },
         Command::Zero { at: a.ptr(), bytes: 4 * n },
     ];
-    let graph = unsafe { gpu.record(commands).unwrap() };
+    let graph = unsafe { gpu.record(commands, false).unwrap() };
     assert!(floats(&*sum).iter().all(|&x| x == 7.0));
     for turn in 1..=3 {
         a.write(0, bytemuck::cast_slice(&vec![1f32; n])).unwrap();
@@ -126,7 +126,7 @@ fn a_graph_runs_as_often_as_it_is_told_and_not_before() {
         assert!(floats(&*a).iter().all(|&x| x == 0.0));
     }
     // A graph of nothing is one too.
-    let nothing = unsafe { gpu.record(Vec::new()).unwrap() };
+    let nothing = unsafe { gpu.record(Vec::new(), false).unwrap() };
     nothing.run().unwrap();
     let seconds = gpu.time(&*graph, &*nothing, 5).unwrap();
     assert!(seconds.len() == 5 && seconds.iter().all(|&s| s > 0.0 && s < 1.0), "{seconds:?}");
@@ -147,7 +147,7 @@ fn launches_of_a_graph_see_what_those_before_wrote() {
         commands.extend([copy(&*a, 2.0, &*b), copy(&*far, 1.0, &*far), copy(&*b, 0.5, &*a), copy(&*a, 1.5, &*a)]);
         commands.push(copy(&*a, 2.0 / 3.0, &*a));
     }
-    let graph = unsafe { gpu.record(commands).unwrap() };
+    let graph = unsafe { gpu.record(commands, false).unwrap() };
     for turn in 0..5 {
         let values: Vec<f32> = (0..n).map(|i| ((i + turn) % 1001 * 3) as f32).collect();
         a.write(0, bytemuck::cast_slice(&values)).unwrap();
@@ -176,7 +176,7 @@ fn launches_run_in_clusters_on_cards_that_have_them() {
     let values: Vec<f32> = (0..n).map(|i| (i * 7 % 101) as f32).collect();
     a.write(0, bytemuck::cast_slice(&values)).unwrap();
     unsafe { gpu.run(&double(&*a, &*b, 8)).unwrap() };
-    let graph = unsafe { gpu.record(vec![double(&*b, &*a, 2), double(&*a, &*b, 4)]).unwrap() };
+    let graph = unsafe { gpu.record(vec![double(&*b, &*a, 2), double(&*a, &*b, 4)], false).unwrap() };
     graph.run().unwrap();
     assert!(floats(&*b).iter().zip(&values).all(|(x, y)| *x == 8.0 * y));
     let error = message(unsafe { gpu.run(&double(&*a, &*b, 3)) });
@@ -228,7 +228,7 @@ fn launches_that_cannot_be_are_named() {
     let error = message(unsafe { gpu.run(&large.clone().into()) });
     assert!(error.contains("launch of combine_f32") && error.contains("2048 threads"), "{error}");
     // A capture that fails leaves the stream usable.
-    let error = message(unsafe { gpu.record(vec![good.clone().into(), large.into(), good.clone().into()]) });
+    let error = message(unsafe { gpu.record(vec![good.clone().into(), large.into(), good.clone().into()], false) });
     assert!(error.contains("launch of combine_f32"), "{error}");
     unsafe { gpu.run(&good.into()).unwrap() };
     read(&*memory);

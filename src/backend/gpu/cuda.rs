@@ -239,8 +239,8 @@ struct Device {
     commands: sys::CUstream,
     uploads: sys::CUstream,
     modules: Vec<sys::CUmodule>,
-    /// Whether the launches of a graph may overlap.
-    overlap: bool,
+    /// Whether the launches of all graphs, or of none, may overlap (EDM2K_OVERLAP); otherwise of those for which it is asked.
+    overlap: Option<bool>,
     kernels: RefCell<HashMap<String, Kernel>>,
     /// For messages: the device tells of a fault later.
     last_kernel: RefCell<String>,
@@ -564,7 +564,7 @@ impl Cuda {
             commands: std::ptr::null_mut(),
             uploads: std::ptr::null_mut(),
             modules: Vec::new(),
-            overlap: std::env::var_os("EDM2K_OVERLAP").is_some_and(|value| value == "1"),
+            overlap: std::env::var_os("EDM2K_OVERLAP").map(|value| value == "1"),
             kernels: RefCell::default(),
             last_kernel: RefCell::default(),
             ring: RefCell::new(Ring {
@@ -778,7 +778,7 @@ impl Runtime for Cuda {
         unsafe { self.0.give(command, false) }
     }
 
-    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+    unsafe fn record(&self, commands: Vec<Command>, overlap: bool) -> Result<Box<dyn Graph>, DeviceError> {
         let device = &self.0;
         device.bind()?;
         let launches = || commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
@@ -791,7 +791,8 @@ impl Runtime for Cuda {
             let here = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             device.require(result::stream::begin_capture(device.commands, here))?;
             let mut commands = behind_launches(&commands);
-            let given = commands.try_for_each(|(command, beside)| device.give(command, beside && device.overlap));
+            let overlap = device.overlap.unwrap_or(overlap);
+            let given = commands.try_for_each(|(command, beside)| device.give(command, beside && overlap));
             let captured = result::stream::end_capture(device.commands);
             device.last_kernel.replace(before);
             if let (Err(e), captured) = (given, &captured) {

@@ -33,7 +33,7 @@ pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limi
     let card = runtime.card();
     let best = |launch: Launch| -> Result<f64, DeviceError> {
         // SAFETY: both halves of the memory above; a kernel of products writes one float at most.
-        let (work, nothing) = unsafe { (runtime.record(vec![launch.into()])?, runtime.record(vec![])?) };
+        let (work, nothing) = unsafe { (runtime.record(vec![launch.into()], false)?, runtime.record(vec![], false)?) };
         Ok(runtime.time(&*work, &*nothing, repeats)?.into_iter().fold(f64::INFINITY, f64::min))
     };
     let (products, macs) = match math.conv_loop(card.capability) {

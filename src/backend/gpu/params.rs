@@ -465,7 +465,7 @@ impl Params {
             let mut launches = weights::step(self.precision, &t.rows, memory, t.totals.ptr());
             launches.extend(turning);
             // SAFETY: the arenas have the rows of the table and live as long as the graph.
-            let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect())? };
+            let graph = unsafe { runtime.record(launches.into_iter().map(Command::from).collect(), false)? };
             t.graphs.insert(step.rounds, graph);
         }
         t.graphs[&step.rounds].run()?;

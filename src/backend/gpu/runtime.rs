@@ -88,11 +88,12 @@ pub trait Runtime {
     /// # Safety
     /// The command's pointers are valid, see [`Command`].
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError>;
-    /// Makes commands ready; nothing runs yet. Kernels are looked up here, once.
+    /// Makes commands ready; nothing runs yet. Kernels are looked up here, once. With `overlap` a launch may begin while the one
+    /// before it ends, on cards that can (compute capability 9.0 and newer); each still waits for the other's results.
     ///
     /// # Safety
     /// The commands' pointers are valid as long as the graph is run, see [`Command`].
-    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError>;
+    unsafe fn record(&self, commands: Vec<Command>, overlap: bool) -> Result<Box<dyn Graph>, DeviceError>;
     /// A queue of commands beside this one; none where there is no CUDA.
     fn beside(&self) -> Result<Option<Box<dyn Beside>>, DeviceError> {
         Ok(None)
@@ -214,7 +215,7 @@ impl Runtime for Imagined {
         Ok(())
     }
 
-    unsafe fn record(&self, _: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+    unsafe fn record(&self, _: Vec<Command>, _: bool) -> Result<Box<dyn Graph>, DeviceError> {
         Ok(Box::new(Nothing))
     }
 

@@ -140,7 +140,7 @@ impl Runtime for Emulated {
         unsafe { self.launch(command, false) }.map_err(failed)
     }
 
-    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+    unsafe fn record(&self, commands: Vec<Command>, _: bool) -> Result<Box<dyn Graph>, DeviceError> {
         Ok(Box::new(Recorded { device: self.clone(), commands }))
     }
 

@@ -61,7 +61,7 @@ impl<P> Gpu<P> {
         let memory = self.runtime.allocate(bytes, "flushing the cache")?;
         let flush = Command::Zero { at: memory.ptr(), bytes };
         // SAFETY: the whole of that memory.
-        Ok(Flush { graph: unsafe { self.runtime.record(vec![flush])? }, _memory: memory })
+        Ok(Flush { graph: unsafe { self.runtime.record(vec![flush], false)? }, _memory: memory })
     }
 
     /// Each kind of operation that is `wanted`, how many there are, and the seconds of one.
@@ -82,7 +82,7 @@ impl<P> Gpu<P> {
         }
         let time = |(work, count, commands): (Work, usize, &Vec<Command>)| {
             // SAFETY: as when the plan was recorded.
-            let graph = unsafe { self.runtime.record(commands.clone())? };
+            let graph = unsafe { self.runtime.record(commands.clone(), false)? };
             Ok((work, count, self.runtime.time(&*graph, &*flush.graph, repeats)?))
         };
         kinds.into_iter().map(time).collect()
