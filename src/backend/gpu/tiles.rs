@@ -324,7 +324,10 @@ impl Question {
                 let Product { groups, rows, columns, .. } = self.product;
                 REDUCED_STEPS * (splits * groups * rows * columns) as f64 / sms as f64
             }
-            (splits, _) => (PART_STEPS * splits as f64 + LAST_STEPS) * values,
+            (splits, _) => {
+                let last_blocks = self.product.tiles(c.tile).div_ceil(sms * c.tile.blocks) as f64;
+                (PART_STEPS * splits as f64 + LAST_STEPS) * values * last_blocks
+            }
         };
         busiest + parts
     }
