@@ -47,8 +47,9 @@
 // An H100 takes 5.9 cycles an HMMA and processing unit, and 4 an ldmatrix.x4 and multiprocessor. So forward is
 // bound by tensor cores and instructions about alike; the gradient by reading fragments from shared memory: 8 cycles
 // an HMMA of each unit, 74 % of the rate of mma.sync at best. A GeForce card takes 32 cycles an HMMA with
-// f32 sums, and is bound by them. Projection, never timed, H100, 40 images of 16x22 with 6 heads: forward 25 to
-// 30 us (tensor cores 12, copies 18), gradient 95 to 115 us (shared memory 80, tensor cores 54, copies 31).
+// f32 sums, and is bound by them. By these numbers 40 images of 16x22 with 6 heads would take an H100 25 to 30 us forward (tensor
+// cores 12, copies 18), the gradient 95 to 115 us (shared memory 80, tensor cores 54, copies 31). An H200 took 45 to 51
+// and 166 to 206 us (docs/performance.md): why, has not been looked into.
 #include "math.cuh"
 
 struct AttentionParams {

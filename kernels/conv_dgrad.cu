@@ -12,8 +12,8 @@
 //     gx[p][c] = gu scale[image][c],  gu = g gain mp_silu'(x scale)          it was mp_silu(x scale),
 //     scale_grad[image][c] = sum over the image of gu x                      scaled by the embedding
 //
-// The last sum is deterministic: tiles do not cross images, each writes one row of `sums`, and
-// conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
+// The last sum is deterministic: tiles do not cross images, each writes one row of `sums` (on Hopper each block of the cluster
+// that shares its sums), and conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
 //
 // grad [n, h, w, cout], turned [ca + cb][taps][cout], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
 // all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32;

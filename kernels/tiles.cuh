@@ -13,8 +13,8 @@
 //   stages     steps of both operands in shared memory, 128 (m + n) bytes each
 //   warps      along m and along n
 //   blocks     that the registers of a multiprocessor hold (launch bounds), with sums in f32, and in f16 in two levels
-//   speed      of the inner loop in percent of the first line: it reads more shared memory for a product. Estimates, not
-//              measured; only decide which tile is chosen
+//   speed      of the inner loop in percent of the first line: it reads more shared memory, and L2 cache, for a product. Of
+//              Hopper's as an H200 took them, the others are estimates; they only decide which tile is chosen
 //
 //        m    n   stages  warps   blocks   speed
 PIXELS(128, 128,   3,     2, 4,   2, 1,    100)
