@@ -263,9 +263,13 @@ fn shipped(text: &str) -> Result<Vec<Table>, String> {
     all.tables.into_iter().map(|shipped| Table::of(shipped.table)).collect()
 }
 
-/// What comes with the program for these kernels on such a card, with whichever driver.
+/// What comes with the program for these kernels on such a card, with whichever driver, and for whichever other cards they were
+/// compiled too.
 fn shipped_for(text: &str, origin: &Origin) -> Option<Tuned> {
-    let alike = |of: &Origin| of.card == origin.card && of.kernels == origin.kernels;
+    fn compiled(of: &Origin) -> &str {
+        of.kernels.split(" for ").next().unwrap_or_default()
+    }
+    let alike = |of: &Origin| of.card == origin.card && compiled(of) == compiled(origin);
     let tables = shipped(text).expect("a test reads them");
     tables.iter().find(|table| alike(&table.origin))?.tuned().ok()
 }

@@ -78,7 +78,7 @@ impl Runtime for Watched {
     unsafe fn run(&self, _: &Command) -> Result<(), DeviceError> {
         Ok(())
     }
-    unsafe fn record(&self, commands: Vec<Command>) -> Result<Box<dyn Graph>, DeviceError> {
+    unsafe fn record(&self, commands: Vec<Command>, _: bool) -> Result<Box<dyn Graph>, DeviceError> {
         let launch = |command| if let Command::Launch(launch) = command { Some(launch) } else { None };
         let launches = commands.into_iter().filter_map(launch).collect();
         Ok(Box::new(Given { launches, ran: self.ran.clone() }))

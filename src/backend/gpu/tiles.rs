@@ -262,11 +262,9 @@ pub const MAX_SPLIT_TILES: usize = 1 << 14;
 
 /// Share of a multiprocessor's speed that a block has which is alone on it, where it could hold more: this much of it and them.
 const ALONE: f64 = 0.65;
-/// What the last block of a tile adds for each part of its sum, and once, in steps of the tile.
-const PART_STEPS: f64 = 1.0;
-const LAST_STEPS: f64 = 4.0;
-/// What a second kernel takes for a part of one value of a weight's gradient, in steps of one value, divided by the
-/// multiprocessors: 8 bytes.
+/// What a part of one value takes, written and read, in steps of one value, divided by the multiprocessors: within a kernel,
+/// and by a second one.
+const PARTIAL_STEPS: f64 = 3.0;
 const REDUCED_STEPS: f64 = 20.0;
 /// Cycles of a step of one value on Hopper's tensor cores.
 const HOPPER_STEP: f64 = 1.0 / 32.0;
@@ -313,23 +311,18 @@ impl Question {
     /// Steps of one value.
     fn cost(&self, c: &Choice, card: Card) -> f64 {
         let (sms, values) = (card.sms.max(1), (c.tile.m * c.tile.n) as f64);
+        let Product { groups, rows, columns, .. } = self.product;
         let blocks = self.product.tiles(c.tile) * c.splits;
-        // The last wave may leave multiprocessors with fewer blocks than they hold.
-        let (full, rest) = (blocks / (sms * c.tile.blocks), blocks % (sms * c.tile.blocks));
-        let last = if rest > 0 { (rest.div_ceil(sms) as f64).max(ALONE * c.tile.blocks as f64) } else { 0.0 };
-        let busiest = ((full * c.tile.blocks) as f64 + last) * c.steps_per_split as f64 * values / c.tile.speed;
-        let parts = match (c.splits, self.kernels.kind) {
-            (1, _) => 0.0,
-            (splits, Kind::Wgrad) => {
-                let Product { groups, rows, columns, .. } = self.product;
-                REDUCED_STEPS * (splits * groups * rows * columns) as f64 / sms as f64
-            }
-            (splits, _) => {
-                let last_blocks = self.product.tiles(c.tile).div_ceil(sms * c.tile.blocks) as f64;
-                (PART_STEPS * splits as f64 + LAST_STEPS) * values * last_blocks
-            }
+        let (busiest, part) = if self.kernels.kind == Kind::Wgrad {
+            // The last wave may leave multiprocessors with fewer blocks than they hold.
+            let (full, rest) = (blocks / (sms * c.tile.blocks), blocks % (sms * c.tile.blocks));
+            let last = if rest > 0 { (rest.div_ceil(sms) as f64).max(ALONE * c.tile.blocks as f64) } else { 0.0 };
+            ((full * c.tile.blocks) as f64 + last, REDUCED_STEPS)
+        } else {
+            (blocks.div_ceil(sms) as f64, PARTIAL_STEPS)
         };
-        busiest + parts
+        let parts = if c.splits > 1 { part * (c.splits * groups * rows * columns) as f64 / sms as f64 } else { 0.0 };
+        busiest * c.steps_per_split as f64 * values / c.tile.speed + parts
     }
 
     /// Cycles, of kernels of pixels by Hopper's loop.
