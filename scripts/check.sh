@@ -79,21 +79,27 @@ tests() {
     { gpu attention 60 2 attention_kernels::; gpu codec 60 2 codec_kernels::; } &
     {
         gpu cuda 60 1 cuda::
-        # On cards of 9.0 and newer: launches that begin while the one before them ends.
+        # On cards of 9.0 and newer: all launches of a graph begin while the one before them ends, or none.
         EDM2K_OVERLAP=1 gpu cuda-overlap 60 1 cuda::
         EDM2K_OVERLAP=1 run verify-overlap 60 bin/edm2k verify tests/golden --device cuda
+        EDM2K_OVERLAP=0 run verify-in-turn 60 bin/edm2k verify tests/golden --device cuda
     } &
     { gpu pixelwise 60 2 pixelwise_kernels::; gpu embedding 60 2 embedding_kernels::; } &
     {
         run verify-f16 60 bin/edm2k verify tests/golden --device cuda
         run verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
+        run verify-mma 60 bin/edm2k verify tests/golden --device cuda --conv-loop mma --accum f32
+        run verify-f16x2 60 bin/edm2k verify tests/golden --device cuda --conv-loop mma --accum f16x2
     } &
     wait
 }
 
 bench() {
     run bench 65 bin/edm2k bench --device cuda --kernels
-    EDM2K_OVERLAP=1 run bench-overlap 30 bin/edm2k bench --device cuda
+    # By the loop for every card, which on Hopper is not the default; and without overlapping launches.
+    run bench-mma 30 bin/edm2k bench --device cuda --conv-loop mma
+    EDM2K_OVERLAP=0 run bench-in-turn 30 bin/edm2k bench --device cuda
+    run picture 30 bin/edm2k bench --picture --device cuda
 }
 
 peers() {
