@@ -171,11 +171,18 @@ struct PixelTiles {
 template <int BM>
 struct TilePixels {
     int first, count;  // valid pixels first .. first + count of a tile, count <= BM
-    int first_image, before, per_image;  // the first one's image, the pixels of it before the tile, and of an image
     TilePixels() = default;
-    __device__ __forceinline__ TilePixels(const PixelTiles& t, int m) : per_image(t.height * t.width) {
+    __device__ __forceinline__ TilePixels(const PixelTiles& t, int m) {
         const int in_group = m % t.tiles_per_group * BM;
         first = m / t.tiles_per_group * t.group + in_group, count = min(BM, t.group - in_group);
+    }
+};
+
+// Which image they are of. Made after the product, whose loop needs the registers.
+struct TileImages {
+    int first_image, before, per_image;  // the first one's image, the pixels of it before the tile, and of an image
+    TileImages() = default;
+    __device__ __forceinline__ TileImages(const PixelTiles& t, int first) : per_image(t.height * t.width) {
         first_image = first / per_image, before = first - first_image * per_image;
     }
     // Of a row; a tile has few images, and a division for each row would be as long as mp_silu.
@@ -241,6 +248,7 @@ struct ConvLoad {
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++)
             row_of[j] = min(int(blockIdx.y) * Tile::BN + row + j * STRIDE, p.columns - 1) * row_values + (FLAT ? 0 : chunk * 8);
+        keep(row_of);
         to = row * ROW_BYTES + (chunk ^ (row & 7)) * 16;
         weight = p.weight;
     }
@@ -388,8 +396,8 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-    // Where there are registers, two at a time: one row's instructions fill the other's waits.
-#pragma unroll(BYTES > 64 ? 2 : 1)
+    // Where there are registers, on Hopper or if nothing is fetched, two at a time: one row's instructions fill the other's waits.
+#pragma unroll(BYTES > 64 || sizeof(Fetched) == sizeof(Nothing) ? 2 : 1)
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);

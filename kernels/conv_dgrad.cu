@@ -63,6 +63,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
     const DgradTile<T, Tile> tile(p);
+    const TileImages images(p.tiles, tile.first);
     float sums[8] = {};
     sum<Tile>(
         p.partial, size_t(p.pixels) * tile.cin, p.splits,
@@ -70,7 +71,7 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
             ImageScales scales;  // for this row alone: registers are short here
-            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, fetched, scales, sums);
+            finish<T>(p, tile.pixel(row), images.image(row), tile.channel(column), v, fetched, scales, sums);
         });
     if (p.scale) add_up<Tile>(p, smem, sums);
 }
@@ -90,6 +91,7 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
 
+    const TileImages images(p.tiles, tile.first);
     float sums[8] = {};
     emit<Tile>(
         acc, smem, [&](int row, int column) { return p.partial ? DgradFetched{} : tile.fetch(row, column); },
@@ -99,7 +101,7 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
             if (p.partial)
                 return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
             ImageScales scales;  // as above
-            finish<T>(p, pixel, tile.image(row), channel, v, fetched, scales, sums);
+            finish<T>(p, pixel, images.image(row), channel, v, fetched, scales, sums);
         });
     if (p.partial)
         add_parts<T, Tile>(p, smem);

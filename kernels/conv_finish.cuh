@@ -140,12 +140,16 @@ __device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int sp
     const int cin = p.ca + p.cb, columns = p.taps * cin;
     if (co >= p.cout || n >= columns) return;
     const float factor = p.gain * (n % cin >= p.ca ? p.skip_scale : p.x_scale);
-    const size_t at = size_t(co) * columns + n;
-    float sum[8] = {};
-    if (!p.partial) load8(p.dw + at, sum);
+    float* const to = (p.partial ? p.partial + size_t(split) * p.cout * columns : p.dw) + (co * columns + n);
 #pragma unroll
-    for (int e = 0; e < 8; e++) sum[e] += v[e] * factor;
-    store8(p.partial ? p.partial + size_t(split) * p.cout * columns + at : p.dw + at, sum);
+    for (int e = 0; e < 8; e++) v[e] *= factor;
+    if (!p.partial) {
+        float sum[8];
+        load8(to, sum);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] += sum[e];
+    }
+    store8(to, v);
 }
 
 // ---- codec_conv ---------------------------------------------------------------------------------

@@ -50,13 +50,14 @@ __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
     const FpropTile<T, Tile> tile(p);
+    const TileImages images(p.tiles, tile.first);
     ImageScales scales;
     sum<Tile>(
         p.partial, size_t(p.pixels) * p.cout, p.splits,
         [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * p.cout + tile.channel(column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, tile.pixel(row), tile.image(row), tile.channel(column), v, residual, scales);
+            finish<T>(p, tile.pixel(row), images.image(row), tile.channel(column), v, residual, scales);
         });
 }
 
@@ -87,16 +88,16 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
-    ImageScales scales;
+    const TileImages images(p.tiles, tile.first);
     emit<Tile>(
         acc, smem, [&](int row, int column) { return p.partial ? uint4{} : tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
             if (!tile.inside(row, column)) return;
             const int pixel = tile.pixel(row), channel = tile.channel(column);
             if (p.partial)
-                store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
-            else
-                finish<T>(p, pixel, tile.image(row), channel, v, residual, scales);
+                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
+            ImageScales scales;  // for this row alone: registers are short here
+            finish<T>(p, pixel, images.image(row), channel, v, residual, scales);
         });
     if (p.partial) add_parts<T, Tile>(p, smem);
 }

@@ -354,7 +354,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
 
 // Where the present tile lies.
 template <int M>
-struct HopperTile : TilePixels<M> {
+struct HopperTile : TilePixels<M>, TileImages {
     const PixelTiles& tiles;
     int rows, columns;
     int m, channel;
@@ -363,6 +363,7 @@ struct HopperTile : TilePixels<M> {
     __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(tiles, m).first; }
     __device__ __forceinline__ void at(int m_, int n) {
         static_cast<TilePixels<M>&>(*this) = TilePixels<M>(tiles, m_);
+        static_cast<TileImages&>(*this) = TileImages(tiles, this->first);
         m = m_, channel = n;
     }
     __device__ __forceinline__ void begin() { scales.image = -1; }

@@ -95,6 +95,8 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits) {
 inline uint4 load16(const void* p) { return simt::bit_cast<uint4>(*static_cast<const simt::Vector16*>(p)); }
 inline void store16(void* p, uint4 v) { *static_cast<simt::Vector16*>(p) = simt::bit_cast<simt::Vector16>(v); }
 inline void prefetch_line(const void*) {}
+template <int N>
+inline void keep(int (&)[N]) {}
 inline float exp2_of(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float clipped(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
@@ -103,6 +105,12 @@ __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<con
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 // Brings the 128 bytes around p, in global memory, into the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+// Numbers that the compiler shall keep in registers, rather than compute again in a loop.
+template <int N>
+__device__ __forceinline__ void keep(int (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i]));
+}
 // One instruction each: an error of two units in the last place, and denormals are zeros.
 __device__ __forceinline__ float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
