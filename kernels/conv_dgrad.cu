@@ -16,7 +16,7 @@
 // that shares its sums), and conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
 //
 // grad [n, h, w, cout], turned [ca + cb][taps][cout], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
-// all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32; partial [splits][n h w][ca + cb] f32;
+// all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32 ([tiles][splits][ca] of clusters); partial [splits][n h w][ca + cb] f32;
 // arrived [tiles], zeros. Channels: multiples of 8.
 //
 // Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).

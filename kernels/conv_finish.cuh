@@ -11,7 +11,7 @@ struct ConvFprop {
     const float* scale;             // null: none
     const void* residual;           // null: none
     void *y, *pre, *act;            // pre, act: null if not wanted
-    float* partial;                 // null: one split
+    float* partial;                 // null: one split, or a cluster adds
     unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
@@ -64,7 +64,7 @@ struct ConvDgrad {
     const float* scale;            // null: none
     void *gx, *gskip;
     float *scale_grad, *sums;  // with scale
-    float* partial;            // null: one split
+    float* partial;            // null: one split, or a cluster adds
     unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;

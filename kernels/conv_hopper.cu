@@ -4,7 +4,7 @@
 //
 // PIXELS BY CHANNELS (fprop, dgrad, codec): D[pixel][channel], k = (tap, channel of the input), and in fprop then the channels
 // of the main path.
-//     A  128 (or 64) pixels by 64 channels of one tap: one im2col copy walks over row and image ends by itself and fills
+//     A  64 to 256 pixels by 64 channels of one tap: one im2col copy walks over row and image ends by itself and fills
 //        zeros; for 1x1 a box of the matrix [pixels][channels]. Both inputs of a concatenation have a map of their own.
 //     B  rows of 64 values of the weight [channels][taps][input channels]: a box of that matrix.
 //     A block lives as long as there are tiles: tile i, i + blocks, ... Two producer threads, of A and of B, run ahead through
@@ -178,6 +178,7 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work
     static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
     work.clear(sums);
     work.begin();
+    __syncwarp();  // a warp arrives as one
     cluster_arrive();
     cluster_wait();
 #pragma unroll 1
@@ -196,6 +197,7 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work
         work.take(row, column, v, fetched);
     }
     work.end(part, sums);
+    __syncwarp();
     cluster_arrive();
     cluster_wait();  // the others have read this block's
 }
@@ -218,7 +220,7 @@ struct HopperPixels {
 };
 
 // Where a step of 64 summands lies: first all taps of x, then those of skip, then the channels of main_x and of main_skip.
-// Counted on from step to step: the producers have as long as a step's products take, 256 to 512 cycles.
+// Counted on from step to step: the producers have as long as a step's products take, 128 cycles of 64 x 64 to 1024 of 128 x 256.
 struct StepWalk {
     const HopperPixels& p;
     int segment, channels;  // which of the four inputs, and its channels
@@ -262,7 +264,7 @@ struct StepWalk {
 
 // Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
 //     pixel(m) -> first pixel, in the order of the images;  at(m, n) before a tile; see emit_group; over(...) after it, with what
-//     the warps first .. last left in `sums`, a row of N each, by as many threads
+//     the warps first .. last left in `sums`, a row of N each, for a row of the kernel's sums: by so many threads, which meet at a barrier
 template <class T, int M, int N, int STAGES, bool TOGETHER, class Work>
 __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
     constexpr int GROUP_M = TOGETHER ? M / 2 : M, TILES = GROUP_M / 64, A_BYTES = M * ROW_BYTES;
@@ -333,7 +335,8 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             if (last) break;
         }
         if (splits > 1) {
-            if (TOGETHER) named_barrier(3, 2 * GROUP);  // both have left the pipeline
+            // All who read a stage have left it: a warp waits for its own products only.
+            named_barrier(TOGETHER ? 3 : group, TOGETHER ? 2 * GROUP : GROUP);
 #pragma unroll
             for (int i = 0; i < TILES; i++)
                 stage_rows<N>(reinterpret_cast<const float(&)[N / 8][4]>(acc[i]),

@@ -20,11 +20,11 @@ constexpr float LOG2_E = 1.44269504f;
 
 // SiLU divided by the magnitude of its output for unit normal input (EDM2 eq. 81).
 // Seven instructions, right to a few units in the last place: the exact division alone would be a function of its own.
-__device__ __forceinline__ float mp_silu(float x) { return x * reciprocal((1.0f + exp2_of(x * -LOG2_E)) * 0.596f); }
+__device__ __forceinline__ float mp_silu(float x) { return x * reciprocal_fast((1.0f + exp2_fast(x * -LOG2_E)) * 0.596f); }
 
 // Its derivative.
 __device__ __forceinline__ float mp_silu_grad(float x) {
-    float s = reciprocal(1.0f + exp2_of(x * -LOG2_E));
+    float s = reciprocal_fast(1.0f + exp2_fast(x * -LOG2_E));
     return s * (1.0f + x * (1.0f - s)) * (1.0f / 0.596f);
 }
 

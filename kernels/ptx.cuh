@@ -97,8 +97,6 @@ inline void store16(void* p, uint4 v) { *static_cast<simt::Vector16*>(p) = simt:
 inline void prefetch_line(const void*) {}
 template <int N>
 inline void keep(int (&)[N]) {}
-inline float exp2_of(float x) { return exp2f(x); }
-inline float reciprocal(float x) { return 1.0f / x; }
 inline float clipped(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 #else
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
@@ -110,15 +108,6 @@ template <int N>
 __device__ __forceinline__ void keep(int (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i]));
-}
-// One instruction each: an error of two units in the last place, and denormals are zeros.
-__device__ __forceinline__ float exp2_of(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-}
-__device__ __forceinline__ float reciprocal(float x) {
-    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
 }
 // x within +-limit; NaN passes.
 __device__ __forceinline__ float clipped(float x, float limit) {

@@ -42,6 +42,16 @@ macro_rules! fatbin {
 }
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Whether `kernels/*_hopper.cu` are among them.
+pub(super) const HAS_HOPPER: bool = {
+    let (mut i, mut has) = (0, false);
+    while i < ARCHS.len() {
+        has |= ARCHS[i] == 90;
+        i += 1;
+    }
+    has
+};
+
 /// The first driver version with all functions called here, as the driver counts: CUDA 12.4.
 const OLDEST_DRIVER: i32 = 12040;
 /// The functions that are called here, and cudarc panics where one is missing; the first four serve to ask for the version.

@@ -66,9 +66,9 @@ pub enum ConvLoop {
 }
 
 impl ConvLoop {
-    /// The faster one on cards of this compute capability.
+    /// The faster one on cards of this compute capability, of those that this program was compiled for.
     pub fn fastest(capability: u32) -> Self {
-        if capability == 90 { Self::Wgmma } else { Self::Mma }
+        if capability == 90 && super::HAS_HOPPER { Self::Wgmma } else { Self::Mma }
     }
 }
 

@@ -39,5 +39,11 @@ pub mod tiles;
 #[doc(hidden)]
 pub mod weights;
 
+/// Whether Hopper's kernels are there: a program may have been compiled for other cards alone (EDM2K_CUDA_ARCHS).
+#[cfg(feature = "cuda")]
+const HAS_HOPPER: bool = cuda::HAS_HOPPER;
+#[cfg(not(feature = "cuda"))]
+const HAS_HOPPER: bool = true;
+
 pub use launch::{DevicePtr, Launch, Math, Precision};
 pub use runtime::Runtime;

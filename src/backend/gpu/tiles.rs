@@ -242,7 +242,7 @@ pub struct Question {
 pub struct Choice {
     /// The instance.
     pub tile: &'static Tile,
-    /// Parts of the sum, each its own blocks, of which the last adds them up.
+    /// Parts of the sum, each its own blocks. The last of them adds them up, or their cluster does, or a second kernel.
     pub splits: usize,
     /// Steps of each part but the last.
     pub steps_per_split: usize,
@@ -254,7 +254,7 @@ const MIN_STEPS: usize = 4;
 const MAX_SPLITS: usize = 32;
 /// Most parts of a sum that a cluster of blocks adds up.
 const MAX_CLUSTER: usize = 8;
-/// Most tiles whose sums are in parts: so many are enough for any card.
+/// Most tiles whose sums are in parts: as many counters as there are, and enough for any card.
 pub const MAX_SPLIT_TILES: usize = 1 << 14;
 
 // The numbers of the models below, as the speeds of the tiles. Those of Hopper's loop follow what an H200 took (docs/performance.md);
@@ -301,14 +301,13 @@ impl Question {
         tiles.flat_map(move |tile| (1..=MAX_SPLITS).map_while(move |wanted| self.choice(tile, wanted)))
     }
 
-    /// The cheapest tile and split by a model: the steps that the busiest multiprocessor works on, and the sums of the
-    /// parts.
+    /// The cheapest tile and split by a model.
     pub fn cheapest(&self, card: Card) -> Choice {
         let cost = |c: &Choice| if self.kernels.in_clusters() { self.hopper_cost(c, card) } else { self.cost(c, card) };
         self.choices().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("the tables are not empty")
     }
 
-    /// Steps of one value.
+    /// Steps of one value that the busiest multiprocessor works on, and those that the parts of a sum cost.
     fn cost(&self, c: &Choice, card: Card) -> f64 {
         let (sms, values) = (card.sms.max(1), (c.tile.m * c.tile.n) as f64);
         let Product { groups, rows, columns, .. } = self.product;

@@ -179,8 +179,8 @@ impl<P> Gpu<P> {
             let commands = commands(&operations[std::mem::replace(&mut first, end)..end]);
             // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
             // workspace, the parameters or memory that the plan keeps.
-            // Launches of training are long, and lose more to their successors' early blocks than a start costs (measured,
-            // docs/performance.md).
+            // Launches of training are long, and lose more to their successors' early blocks than a start costs. So do a decode's,
+            // but a step of sampling is what a picture has 16 of (measured, docs/performance.md).
             let overlap = !accumulates;
             let graph = unsafe { self.runtime.record(commands, overlap) }.map_err(BackendError::from)?;
             parts.push(Part { graph, done });
