@@ -43,7 +43,6 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
     p.sums[size_t(blockIdx.x) * cin + channel] = sum;
 }
 
-// The last block of a tile. A function of its own: what it needs would take registers from the product.
 // The block's place in the result.
 template <class T, class Tile>
 struct DgradTile : TilePixels<Tile::BM> {
@@ -58,6 +57,7 @@ struct DgradTile : TilePixels<Tile::BM> {
     }
 };
 
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;

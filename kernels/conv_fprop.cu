@@ -31,7 +31,6 @@
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
 
-// The last block of a tile. A function of its own: what it needs would take registers from the product.
 // The block's place in the result.
 template <class T, class Tile>
 struct FpropTile : TilePixels<Tile::BM> {
@@ -45,6 +44,7 @@ struct FpropTile : TilePixels<Tile::BM> {
     }
 };
 
+// The last block of a tile. A function of its own: what it needs would take registers from the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;

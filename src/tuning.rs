@@ -1,7 +1,7 @@
 //! Tables of tiles that were measured: what is in them, where they lie, and for whom they count.
 //!
-//! A table is of one card, one driver and one set of kernels ([`Origin`]), and serves no other. `edm2k tune` writes it
-//! to the user's cache. Where there is none, one of those in `kernels/tuned.json` serves, if somebody has measured
+//! A table is of one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache, where it
+//! serves no other. Where there is none, one of those in `kernels/tuned.json` serves, if somebody has measured
 //! these kernels on such a card; and where there is none either, the model of [`Question::cheapest`].
 
 use std::io;
