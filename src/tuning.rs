@@ -491,6 +491,10 @@ mod tests {
         let look = |origin: &Origin| found(Some(dir.path()), &text, origin).0.map(|tuned| chosen(tuned, 1));
         assert_eq!(look(&origin("1.2.3")), Some(trial(1).fastest.0));
         assert_eq!(look(&origin("9.9")), Some(trial(1).fastest.0), "whichever the driver");
+        let compiled = |kernels: String| Origin { kernels, ..origin("1.2.3") };
+        let more = compiled(format!("{} for 80 90", origin("1.2.3").kernels));
+        assert_eq!(look(&more), Some(trial(1).fastest.0), "for whichever other cards they were compiled");
+        assert_eq!(look(&compiled(format!("{}1 for 90", origin("1.2.3").kernels))), None, "another compiler");
         assert_eq!(look(&Origin { kernels: "f".into(), ..origin("1.2.3") }), None);
         assert_eq!(look(&Origin { card: "f".into(), ..origin("1.2.3") }), None);
         // One's own says that for this size, the model is right.

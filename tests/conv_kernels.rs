@@ -446,7 +446,13 @@ fn every_choice_that_is_tried_is_the_twins() {
     for device in common::once() {
         for math in MATHS {
             let mut bench = Bench::new(device.clone(), math, card_of(40));
-            let cases = [case(1, 8, 11, 136, 0, 136, 9), case(1, 5, 3, 128, 64, 128, 9), case(1, 19, 13, 64, 0, 72, 1)];
+            let cases = [
+                case(1, 8, 11, 136, 0, 136, 9),
+                case(1, 5, 3, 128, 64, 128, 9),
+                case(1, 19, 13, 64, 0, 72, 1),
+                // Tiles of several images, each with sums of its own for the gradient of its scales.
+                case(3, 5, 3, 64, 0, 128, 9),
+            ];
             for case in cases {
                 let (shape, by) = (case.shape(), bench.by.clone());
                 let fprop = Fprop::new(shape, math, &by).unwrap().question();
