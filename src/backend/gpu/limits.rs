@@ -51,7 +51,7 @@ pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limi
             (Launch::new(kernel, [card.sms as u32, 1, 1], THREADS, WGMMA_SHARED, &params), macs)
         }
     };
-    let blocks = COPY_BYTES / (THREADS as usize * COPIES as usize * 16);
+    let blocks = COPY_BYTES / (THREADS as usize * COPIES * 16);
     let copy = Launch::new("copy_rate", [blocks as u32, 1, 1], THREADS, 0, &CopyRate { from, to });
     Ok(Limits { macs_per_s: macs as f64 / best(products)?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
 }
