@@ -177,6 +177,8 @@ pub struct Emulator {
     settings: Settings,
     beside: bool,
     cluster: u32,
+    /// Whether a launch asks for its shared memory by itself.
+    asks: bool,
 }
 
 /// How launches run.
@@ -196,7 +198,7 @@ impl Emulator {
     fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let settings = Settings { order: Order::Forward, threads, strict_exits: false };
-        Self { api, settings, beside: false, cluster: 1 }
+        Self { api, settings, beside: false, cluster: 1, asks: false }
     }
 
     /// Compiles a kernel file and loads it in place of this project's kernels: for kernels under development. It may
@@ -345,7 +347,10 @@ impl Emulator {
             }
             *settings = Some(self.settings);
         }
-        // What holds for one launch alone.
+        // What holds for one launch alone: other threads launch the same kernels with other sizes.
+        if self.asks && shared > 0 {
+            self.allow_shared(kernel, shared as usize)?;
+        }
         if self.beside {
             // SAFETY: a C string.
             self.api.require(unsafe { (self.api.config)(c"overlap".as_ptr(), 1) })?;
@@ -379,13 +384,10 @@ impl Emulator {
     /// # Safety
     /// As [`Emulator::launch`].
     pub unsafe fn run(&self, l: &Launch) -> Result<Counters> {
-        // As on a card: what is above 48 KB, with static shared memory, is asked for.
-        if l.shared > 0 {
-            self.allow_shared(&l.kernel, l.shared as usize)?;
-        }
         let encode = |spec: &TensorMapSpec| spec.check().map(|()| tensor_map(spec));
         let params = l.params(encode).map_err(|e| EmulatorError::Refused(e.to_string()))?;
-        let device = self.clone().with_clusters_of(l.cluster);
+        // As on a card: what is above 48 KB, with static shared memory, is asked for.
+        let device = Self { asks: true, cluster: l.cluster, ..self.clone() };
         // SAFETY: the caller's promise.
         unsafe { device.launch(&l.kernel, l.grid, [l.block, 1, 1], l.shared, &[Arg::bytes(&params)]) }
     }
