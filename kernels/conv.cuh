@@ -367,6 +367,11 @@ __device__ __forceinline__ void stage_rows(const float (&acc)[COLUMNS / 8][4], f
                 make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
 }
 
+__device__ __forceinline__ void floats8(const uint4& a, const uint4& b, float (&v)[8]) {
+    v[0] = __uint_as_float(a.x), v[1] = __uint_as_float(a.y), v[2] = __uint_as_float(a.z), v[3] = __uint_as_float(a.w);
+    v[4] = __uint_as_float(b.x), v[5] = __uint_as_float(b.y), v[6] = __uint_as_float(b.z), v[7] = __uint_as_float(b.w);
+}
+
 // What a kernel fetches that needs nothing.
 struct Nothing {};
 
@@ -406,8 +411,8 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
         const float* from = out + row * OUT_ROW<COLUMNS> + column;
         const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
         const uint4 low = upper ? q : p, high = upper ? p : q;
-        float v[8] = {__uint_as_float(low.x),  __uint_as_float(low.y),  __uint_as_float(low.z),  __uint_as_float(low.w),
-                      __uint_as_float(high.x), __uint_as_float(high.y), __uint_as_float(high.z), __uint_as_float(high.w)};
+        float v[8];
+        floats8(low, high, v);
         sink(row, column, v, fetched[0]);
         // Registers have no index: the next row's come to the front.
 #pragma unroll
@@ -436,29 +441,23 @@ __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, uns
     }
 }
 
-__device__ __forceinline__ void load8(const float* from, float (&v)[8]) {
-    const uint4 a = load16(from), b = load16(from + 4);
-    v[0] = __uint_as_float(a.x), v[1] = __uint_as_float(a.y), v[2] = __uint_as_float(a.z), v[3] = __uint_as_float(a.w);
-    v[4] = __uint_as_float(b.x), v[5] = __uint_as_float(b.y), v[6] = __uint_as_float(b.z), v[7] = __uint_as_float(b.w);
-}
+__device__ __forceinline__ void load8(const float* from, float (&v)[8]) { floats8(load16(from), load16(from + 4), v); }
 __device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
     store16(to, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
     store16(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])));
 }
 
-// Whether this is the last of `count` groups of threads that each store a part of the same sums; then it sees what all of them
-// stored. `arrived` is 0 before the first and after the last. `sync` waits for the threads of a group, `first` is one of them,
-// and `flag` is shared memory that nobody uses.
-template <class Sync>
-__device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* flag, bool first, Sync&& sync) {
+// Whether this is the last of `count` blocks that each store a part of the same sums; then it sees what all of them stored.
+// `arrived` is 0 before the first and after the last; `flag` is shared memory that nobody uses.
+__device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* flag) {
     volatile int* const last = static_cast<int*>(flag);
     __threadfence();
-    sync();
-    if (first) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
         *last = atomicAdd(arrived, 1u) == unsigned(count - 1);
         if (*last) atomicAdd(arrived, 0u - count);
     }
-    sync();
+    __syncthreads();
     if (!*last) return false;
     __threadfence();
     return true;
@@ -475,20 +474,8 @@ struct ImageScales {
     }
 };
 
-// Sum over splits of partial[split][at .. at + 8], in their order.
-__device__ __forceinline__ void sum_splits(const float* partial, size_t at, size_t stride, int splits, float (&v)[8]) {
-    load8(partial + at, v);
-#pragma unroll 4
-    for (int s = 1; s < splits; s++) {
-        float u[8];
-        load8(partial + s * stride + at, u);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] += u[e];
-    }
-}
-
-// The same for a warp's 16 rows of COLUMNS; as emit_rows, all rows' at a time. place(row, column) is negative where there is
-// nothing.
+// As emit_rows, of sums over splits of partial[split stride + place(row, column)], in their order, all rows' at a time.
+// `place` is negative where there is nothing.
 template <int COLUMNS, class Place, class Fetch, class Sink>
 __device__ __forceinline__ void sum_rows(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
     using Rows = OutRows<COLUMNS>;

@@ -61,7 +61,7 @@ struct DgradTile : TilePixels<Tile::BM> {
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
-    if (!comes_last(arrived, p.splits, smem, threadIdx.x == 0, [] { __syncthreads(); })) return;
+    if (!comes_last(arrived, p.splits, smem)) return;
     const DgradTile<T, Tile> tile(p);
     const TileImages images(p.tiles, tile.first);
     float sums[8] = {};

@@ -189,10 +189,10 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work
         float v[8] = {};
 #pragma unroll 4
         for (int block = 0; block < blocks; block++) {
-            const uint4 low = load16_of(from, block), high = load16_of(from + 16, block);
-            v[0] += __uint_as_float(low.x), v[1] += __uint_as_float(low.y), v[2] += __uint_as_float(low.z);
-            v[3] += __uint_as_float(low.w), v[4] += __uint_as_float(high.x), v[5] += __uint_as_float(high.y);
-            v[6] += __uint_as_float(high.z), v[7] += __uint_as_float(high.w);
+            float u[8];
+            floats8(load16_of(from, block), load16_of(from + 16, block), u);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] += u[e];
         }
         work.take(row, column, v, fetched);
     }
@@ -355,9 +355,16 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     }
 }
 
+// Of a way out without sums.
+struct NoSums {
+    __device__ __forceinline__ void clear(float*) {}
+    __device__ __forceinline__ void end(int, float*) {}
+    __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
+};
+
 // Where the present tile lies.
 template <int M>
-struct HopperTile : TilePixels<M>, TileImages {
+struct HopperTile : TilePixels<M>, TileImages, NoSums {
     const PixelTiles& tiles;
     int rows, columns;
     int m, channel;
@@ -370,9 +377,6 @@ struct HopperTile : TilePixels<M>, TileImages {
         m = m_, channel = n;
     }
     __device__ __forceinline__ void begin() { scales.image = -1; }
-    __device__ __forceinline__ void clear(float*) {}
-    __device__ __forceinline__ void end(int, float*) {}
-    __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
 struct HopperFprop {
@@ -380,7 +384,7 @@ struct HopperFprop {
     ConvFprop conv;
 };
 
-template <class T, int M, int N>
+template <class T, int M>
 struct FpropWork : HopperTile<M> {
     const ConvFprop& p;
     __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTile<M>(p.tiles), p(p) {}
@@ -461,7 +465,7 @@ struct HopperCodec {
 };
 
 template <class T, int M>
-struct CodecWork {
+struct CodecWork : NoSums {
     const CodecConv& p;
     int rows, columns;
     int m, first, channel;
@@ -469,7 +473,6 @@ struct CodecWork {
     __device__ __forceinline__ int pixel(int m) const { return m * M; }
     __device__ __forceinline__ void at(int m_, int n) { m = m_, first = m * M, channel = n; }
     __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ void clear(float*) {}
     __device__ __forceinline__ uint4 fetch(int row, int column) const {
         return ::fetch<T>(p, first + row, p.phase, channel + column);
     }
@@ -479,8 +482,6 @@ struct CodecWork {
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
         finish<T>(p, first + row, p.phase, channel + column, v, residual);
     }
-    __device__ __forceinline__ void end(int, float*) {}
-    __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
 // ---- weights ------------------------------------------------------------------------------------------
@@ -565,7 +566,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
 
 #define FPROP(name, T, m, n, stages, together)                                                                    \
     extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) name(const __grid_constant__ HopperFprop p) {      \
-        hopper_pixels<T, m, n, stages, together>(p.pixels, FpropWork<T, m, n>(p.conv));                            \
+        hopper_pixels<T, m, n, stages, together>(p.pixels, FpropWork<T, m>(p.conv));                               \
     }                                                                                                             \
     KERNEL_EXPORT_HOPPER(name);
 #define DGRAD(name, T, m, n, stages, together)                                                                    \

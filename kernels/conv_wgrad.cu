@@ -85,6 +85,18 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
         });
 }
 
+// Sum over splits of partial[split][at .. at + 8], in their order.
+__device__ __forceinline__ void sum_splits(const float* partial, size_t at, size_t stride, int splits, float (&v)[8]) {
+    load8(partial + at, v);
+#pragma unroll 4
+    for (int s = 1; s < splits; s++) {
+        float u[8];
+        load8(partial + s * stride + at, u);
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] += u[e];
+    }
+}
+
 // One thread for 8 weights.
 extern "C" __global__ void __launch_bounds__(256) conv_wgrad_reduce(const __grid_constant__ ConvWgrad p) {
     begin_kernel();

@@ -134,7 +134,7 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
 
 // ---- clusters: blocks of a launch that run together (Launch::in_clusters_of), from sm_90 on ------
 //
-// Without one, and on older cards, a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a
+// Without one a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a
 // barrier for all threads of all blocks: what was done before the arrival is there after the wait, in shared memory of
 // other blocks too. Each half is one instruction for the whole warp. Before a block reads another's shared memory all must
 // have met once, since it may not have begun; and after the last read once more, since it may end.
@@ -173,18 +173,6 @@ __device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned rank) {
         "mapa.shared::cluster.u32 there, %4, %5;\n"
         "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n"
         "}" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "r"(rank) : "memory");
-    return v;
-}
-
-#else
-
-__device__ __forceinline__ unsigned cluster_rank() { return 0; }
-__device__ __forceinline__ unsigned cluster_size() { return 1; }
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
-__device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
     return v;
 }
 
