@@ -15,7 +15,6 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use half::f16;
 use serde_json::json;
 
 use super::edm2::{Archive, ArchiveError};
@@ -26,7 +25,7 @@ use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
-use crate::formats::safetensors::SafeFile;
+use crate::formats::safetensors::{SafeFile, widen};
 use crate::formats::{At, FileError, input};
 use crate::pictures::to_model;
 use crate::rng::Stream;
@@ -329,12 +328,15 @@ impl Dataset {
                 }
             }
             Representation::Latents => {
-                let (mean, std) = stored.split_at(stored.len() / 2);
-                let pairs = mean.as_chunks::<2>().0.iter().zip(std.as_chunks::<2>().0);
                 noise.normals(out);
-                for (at, (&mean, &std)) in pairs.enumerate() {
-                    let x = &mut out[at % area * channels + at / area];
-                    *x = f16::from_le_bytes(mean).to_f32() + f16::from_le_bytes(std).to_f32() * *x;
+                let (means, stds) = stored.split_at(stored.len() / 2);
+                let (mut mean, mut std) = (vec![0.0; area], vec![0.0; area]);
+                let planes = means.chunks_exact(2 * area).zip(stds.chunks_exact(2 * area));
+                for (c, (means, stds)) in planes.enumerate() {
+                    widen(means, &mut mean);
+                    widen(stds, &mut std);
+                    let pixels = out.chunks_exact_mut(channels).zip(mean.iter().zip(&std));
+                    pixels.for_each(|(pixel, (mean, std))| pixel[c] = mean + std * pixel[c]);
                 }
             }
         }
@@ -351,9 +353,7 @@ impl Dataset {
             (Source::Zip(archive), _) => return archive.condition(i, out),
             (_, at) => at.map_or(&[][..], |(shard, row)| shard.condition(row)),
         };
-        for (x, &bytes) in out.iter_mut().zip(stored.as_chunks::<2>().0) {
-            *x = f16::from_le_bytes(bytes).to_f32();
-        }
+        widen(stored, out);
     }
 }
 

@@ -9,12 +9,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use half::f16;
-
 use crate::condition::Conditioning;
 use crate::formats::fingerprint::{self, Fingerprint, Identity};
 use crate::formats::npy::{self, NpyError};
-use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
+use crate::formats::safetensors::{Dtype, SafeError, SafeFile, widen};
 use crate::formats::{At, FileError};
 
 /// Key of the [`Conditioning`] in a file's metadata.
@@ -145,10 +143,12 @@ impl Features {
                 // Name and size were checked when the file was opened.
                 let bytes = file.bytes("features").unwrap_or_default();
                 let row = &bytes[row * (bytes.len() / self.rows.len())..][..bytes.len() / self.rows.len()];
+                let mut values = vec![0.0; self.width];
                 match row.len() / self.width {
-                    2 => row.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-                    _ => row.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+                    2 => widen(row, &mut values),
+                    _ => values.iter_mut().zip(row.as_chunks().0).for_each(|(x, &b)| *x = f32::from_le_bytes(b)),
                 }
+                values
             }
         })
     }

@@ -394,6 +394,11 @@ fn each<const N: usize, T>(from: &[[u8; N]], to: &mut [T], convert: impl Fn([u8;
     to.iter_mut().zip(from).for_each(|(to, &from)| *to = convert(from));
 }
 
+/// Writes f16 values, little-endian and of any alignment, as f32.
+pub fn widen(f16s: &[u8], to: &mut [f32]) {
+    halves(f16s.as_chunks().0, to, f16::from_le_bytes, |x| x);
+}
+
 /// Of 16 bits each, widened many at a time, which is what the machine has instructions for.
 fn halves<H: Copy + Default, T>(from: &[[u8; 2]], to: &mut [T], half: impl Fn([u8; 2]) -> H, single: impl Fn(f32) -> T)
 where

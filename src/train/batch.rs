@@ -1,7 +1,10 @@
 //! Training batches: images, mirrored or not, with which noise and labels.
 //!
+//! The images of a batch are made on all threads: one alone makes 1,500 latents of 64x88 a second, and a card may take more.
 //! Everything random is a function of the run's seed and the image's number in the run, as is which image that is
 //! ([`order`](super::order)).
+
+use rayon::prelude::*;
 
 use super::Settings;
 use super::order::Shown;
@@ -26,6 +29,45 @@ pub struct Batch {
     pub keys: Option<Vec<f32>>,
 }
 
+/// An image, as it is to be shown.
+pub(super) struct Showing {
+    /// Which one of the dataset it is.
+    pub image: usize,
+    /// Which latent of its distribution.
+    pub latent: Stream,
+    /// Whether left and right are exchanged.
+    pub mirrored: bool,
+    /// Noise level.
+    pub sigma: f32,
+    /// The noise.
+    pub noise: Stream,
+    /// Whether with its condition.
+    pub conditioned: bool,
+}
+
+impl Showing {
+    /// Writes the image, clean and noisy, and its condition unless there is no room for it.
+    fn make(
+        &self,
+        data: &Dataset,
+        clean: &mut [f32],
+        noisy: &mut [f32],
+        condition: &mut [f32],
+    ) -> Result<(), DatasetError> {
+        data.image(self.image, self.latent, clean)?;
+        if self.mirrored {
+            let [_, w, c] = data.shape_of(self.image);
+            mirror(clean, w, c);
+        }
+        self.noise.normals(noisy);
+        noisy.iter_mut().zip(clean).for_each(|(x, clean)| *x = *clean + self.sigma * *x);
+        if self.conditioned && !condition.is_empty() {
+            data.condition(self.image, condition);
+        }
+        Ok(())
+    }
+}
+
 impl Batch {
     /// Makes a batch of images of a run, which are of one size.
     ///
@@ -35,32 +77,37 @@ impl Batch {
     /// # Panics
     /// If there is no image, or they are of several sizes.
     pub fn of(data: &Dataset, s: &Settings, shown: &[Shown]) -> Result<Self, DatasetError> {
-        let n = shown.len();
-        let shape @ [h, w, c] = data.shape_of(shown[0].image);
-        let numel = h * w * c;
-        let dim = s.config.label_dim;
-        let mut clean = vec![0.0; n * numel];
-        let mut noisy = vec![0.0; n * numel];
-        let mut sigma = vec![0.0; n];
-        let mut labels = (dim > 0).then(|| vec![0.0; n * dim]);
-        for (j, &Shown { number: k, image: i }) in shown.iter().enumerate() {
-            let stream = |purpose| Stream::new(s.seed, purpose, k);
-            let image = &mut clean[j * numel..][..numel];
-            data.image(i, stream(Purpose::Latent), image)?;
-            if s.flip && data.flip_allowed(i) && stream(Purpose::Flip).uniform() < 0.5 {
-                mirror(image, w, c);
+        let showing = |&Shown { number, image }: &Shown| {
+            let stream = |purpose| Stream::new(s.seed, purpose, number);
+            let dropped =
+                number >= s.cond_dropout_from && f64::from(stream(Purpose::Dropout).uniform()) < s.cond_dropout;
+            Showing {
+                image,
+                latent: stream(Purpose::Latent),
+                mirrored: s.flip && data.flip_allowed(image) && stream(Purpose::Flip).uniform() < 0.5,
+                sigma: noise_level(s, stream(Purpose::TrainSigma)),
+                noise: stream(Purpose::TrainNoise),
+                conditioned: !dropped,
             }
-            sigma[j] = noise_level(s, stream(Purpose::TrainSigma));
-            let noisy = &mut noisy[j * numel..][..numel];
-            stream(Purpose::TrainNoise).normals(noisy);
-            noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + sigma[j] * *x);
-            let dropped = k >= s.cond_dropout_from && f64::from(stream(Purpose::Dropout).uniform()) < s.cond_dropout;
-            if let (Some(labels), false) = (&mut labels, dropped) {
-                data.condition(i, &mut labels[j * dim..][..dim]);
-            }
-        }
+        };
+        let showings: Vec<_> = shown.iter().map(showing).collect();
         let keys = (s.dropout > 0.0).then(|| shown.iter().flat_map(|shown| mask_key(s.seed, shown.number)).collect());
-        Ok(Self { n, shape, clean, noisy, sigma, labels, keys })
+        Ok(Self { keys, ..Self::showing(data, s.config.label_dim, &showings)? })
+    }
+
+    /// Makes a batch of images of one size, on all threads; without keys.
+    pub(super) fn showing(data: &Dataset, label_dim: usize, showings: &[Showing]) -> Result<Self, DatasetError> {
+        let n = showings.len();
+        let shape @ [h, w, c] = data.shape_of(showings[0].image);
+        let numel = h * w * c;
+        let (mut clean, mut noisy, mut labels) = (vec![0.0; n * numel], vec![0.0; n * numel], vec![0.0; n * label_dim]);
+        let mut conditions = labels.chunks_mut(label_dim.max(1));
+        let room = clean.chunks_mut(numel).zip(noisy.chunks_mut(numel));
+        let room: Vec<_> = room.map(|(clean, noisy)| (clean, noisy, conditions.next().unwrap_or_default())).collect();
+        let images = showings.par_iter().zip(room);
+        images.try_for_each(|(showing, (clean, noisy, condition))| showing.make(data, clean, noisy, condition))?;
+        let sigma = showings.iter().map(|showing| showing.sigma).collect();
+        Ok(Self { n, shape, clean, noisy, sigma, labels: (label_dim > 0).then_some(labels), keys: None })
     }
 }
 

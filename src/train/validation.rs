@@ -4,7 +4,8 @@
 //! the same noisy images. Ranks, or other processes, share them, and add up what all have found in one order.
 //! Cost: a forward pass for each image and level.
 
-use super::{Settings, batch};
+use super::Settings;
+use super::batch::{self, Batch, Showing};
 use crate::backend::{BackendError, NetworkBackend};
 use crate::collective::{Collective, CollectiveError, Part, share};
 use crate::data::dataset::{Dataset, DatasetError};
@@ -125,27 +126,21 @@ impl<'a> Noisy<'a> {
         let (dim, sd2) = (net.config.label_dim, net.config.sigma_data.powi(2));
         let mut found = Vec::with_capacity(numbers.len());
         for all in self.batches(numbers, batch) {
-            let shape @ [h, w, c] = data.shape_of(all[0] / draws);
-            let (n, numel) = (all.len(), shape.iter().product());
-            let mut clean = vec![0.0; n * numel];
-            let mut noisy = vec![0.0; n * numel];
-            let mut labels = vec![0.0; n * dim];
-            let levels: Vec<f32> = all.iter().map(|&k| (self.sigma)(k as u64)).collect();
-            for (j, &k) in all.iter().enumerate() {
-                let image = &mut clean[j * numel..][..numel];
-                // The same latent at every level.
-                data.image(k / draws, Stream::new(0, Purpose::Latent, (k / draws) as u64), image)?;
-                if dim > 0 {
-                    data.condition(k / draws, &mut labels[j * dim..][..dim]);
-                }
-                let noisy = &mut noisy[j * numel..][..numel];
-                Stream::new(0, Purpose::TrainNoise, k as u64).normals(noisy);
-                noisy.iter_mut().zip(image).for_each(|(x, clean)| *x = *clean + levels[j] * *x);
-            }
-            let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &levels)];
-            if dim > 0 {
-                inputs.push(b.upload([n, 1, 1, dim], &labels));
-            }
+            let showing = |&k: &usize| Showing {
+                image: k / draws,
+                // The same at every level.
+                latent: Stream::new(0, Purpose::Latent, (k / draws) as u64),
+                mirrored: false,
+                sigma: (self.sigma)(k as u64),
+                noise: Stream::new(0, Purpose::TrainNoise, k as u64),
+                conditioned: true,
+            };
+            let showings: Vec<_> = all.iter().map(showing).collect();
+            let Batch { n, shape: shape @ [h, w, c], clean, noisy, sigma, labels, .. } =
+                Batch::showing(data, dim, &showings)?;
+            let numel = shape.iter().product();
+            let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &sigma)];
+            inputs.extend(labels.map(|labels| b.upload([n, 1, 1, dim], &labels)));
             let made = b.planned::<BackendError>(&Validating, &inputs, &mut |b, inputs| {
                 let denoised = net.denoise(b, &inputs[0], &inputs[1], inputs.get(2));
                 Ok(vec![denoised, net.logvar(b, &inputs[1]).1])
@@ -154,7 +149,7 @@ impl<'a> Noisy<'a> {
             for j in 0..n {
                 let (d, y) = (&denoised[j * numel..][..numel], &clean[j * numel..][..numel]);
                 let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
-                let (s2, logvar) = (f64::from(levels[j]).powi(2), f64::from(logvar[j]));
+                let (s2, logvar) = (f64::from(sigma[j]).powi(2), f64::from(logvar[j]));
                 let error = (s2 + sd2) / (s2 * sd2) * square;
                 found.push([error / logvar.exp() + logvar, error, logvar]);
             }
