@@ -1,7 +1,8 @@
 //! Compiles the kernels with nvcc, as part of the build script (feature `cuda`).
 //!
 //! Makes one fatbin of each file: machine code of every architecture, and the PTX of the lowest, which the
-//! driver compiles for cards that came later; of `*_hopper.cu` machine code for sm_90a alone. Fatbins lie in the target
+//! driver compiles for cards that have none (there launches do not overlap, as code for sm_80 does not wait); of
+//! `*_hopper.cu` machine code for sm_90a alone, which the driver of any other card refuses to load. Fatbins lie in the target
 //! directory under a hash of all that went into them, so that debug, release and every set of features share them.
 //!
 //! The published package has them in `compiled/` (`make package`), each under the digest of its sources and flags. They
@@ -219,12 +220,12 @@ pub fn build(structs: &Path) -> Result<(), String> {
     for (kernel, made) in kernels.iter().zip(&made) {
         let copy = out.join(format!("{}.fatbin", kernel.name));
         fs::copy(made, &copy).map_err(|e| format!("{}: {e}", copy.display()))?;
-        fatbins.push(format!("fatbin!({copy:?})"));
+        fatbins.push(format!("({:?}, fatbin!({copy:?}))", kernel.name));
     }
     let archs: Vec<_> = archs.iter().map(u32::to_string).collect();
     let code = format!(
         "const COMPILER: &str = {version:?};\nconst ARCHS: &[u32] = &[{}];\n\
-         static FATBINS: &[&Fatbin<[u8]>] = &[{}];\n",
+         static FATBINS: &[(&str, &Fatbin<[u8]>)] = &[{}];\n",
         archs.join(", "),
         fatbins.join(", ")
     );

@@ -2,30 +2,18 @@
 //
 //     d += a b in m64n256k16, 16-bit inputs from shared memory, f32 sums: two groups of 128 threads, 64 rows each
 //
-// Multiply-adds: blocks * rounds * 128 * 256 * 64. The numbers are random: a card at its limit of power is faster on zeros.
+// Multiply-adds: blocks * rounds * 128 * 256 * 64.
 #include "hopper.cuh"
 #include "math.cuh"
 
-struct WgmmaRate {
-    float* out;  // written only if a sum is what none can be, so that the compiler keeps the loop
-    int rounds;
-    int padding;
-};
-
 template <class T>
-__device__ __forceinline__ void wgmma_rate(const WgmmaRate& p) {
+__device__ __forceinline__ void wgmma_rate(const Rate& p) {
     constexpr int ROW = 128, A_BYTES = 64 * ROW, B_BYTES = 256 * ROW, STRIDE = 8 * ROW;
     extern __shared__ __align__(128) unsigned char smem[];
     const smem_addr tiles = (smem_address(smem) + 1023) & ~smem_addr(1023);
     begin_kernel();
-    // Signs and mantissas of numbers between 0.25 and 1.
     uint4* const to = reinterpret_cast<uint4*>(smem + (tiles - smem_address(smem)));
-    for (int i = threadIdx.x; i < (2 * A_BYTES + B_BYTES) / 16; i += 256) {
-        uint4 bits = philox4x32_10(make_uint4(i, 0, 0, 0), 0, 0);
-        const uint32_t exponent = is_half<T> ? 0x38003800u : 0x3f003f00u;
-        to[i] = make_uint4((bits.x & 0x83ff83ffu) | exponent, (bits.y & 0x83ff83ffu) | exponent,
-                           (bits.z & 0x83ff83ffu) | exponent, (bits.w & 0x83ff83ffu) | exponent);
-    }
+    for (int i = threadIdx.x; i < (2 * A_BYTES + B_BYTES) / 16; i += 256) to[i] = random8<T>(i);
     fence_async_shared();
     __syncthreads();
     float d[128] = {};
@@ -48,7 +36,7 @@ __device__ __forceinline__ void wgmma_rate(const WgmmaRate& p) {
     if (sum < 0.0f) p.out[0] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1) wgmma_rate_f16(WgmmaRate p) { wgmma_rate<__half>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) wgmma_rate_f16(Rate p) { wgmma_rate<__half>(p); }
 KERNEL_EXPORT_HOPPER(wgmma_rate_f16);
-extern "C" __global__ void __launch_bounds__(256, 1) wgmma_rate_bf16(WgmmaRate p) { wgmma_rate<__nv_bfloat16>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) wgmma_rate_bf16(Rate p) { wgmma_rate<__nv_bfloat16>(p); }
 KERNEL_EXPORT_HOPPER(wgmma_rate_bf16);

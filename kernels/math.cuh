@@ -13,6 +13,22 @@ __device__ __forceinline__ uint4 philox4x32_10(uint4 c, unsigned k0, unsigned k1
     return c;
 }
 
+// What kernels that measure a rate take (limits.cu, limits_hopper.cu).
+struct Rate {
+    float* out;  // written only if a sum is what none can be, so that the compiler keeps the loop
+    int rounds;
+    int padding;
+};
+
+// Eight random values of T, of either sign and magnitudes from 0.5 to 2.
+template <class T>
+__device__ __forceinline__ uint4 random8(unsigned number) {
+    const uint4 bits = philox4x32_10(make_uint4(number, 0, 0, 0), 0, 0);
+    const uint32_t exponent = is_half<T> ? 0x38003800u : 0x3f003f00u;
+    return make_uint4((bits.x & 0x83ff83ffu) | exponent, (bits.y & 0x83ff83ffu) | exponent,
+                      (bits.z & 0x83ff83ffu) | exponent, (bits.w & 0x83ff83ffu) | exponent);
+}
+
 // eps of every normalisation, added to the root mean square (EDM2 eq. 30 and 66).
 constexpr float NORM_EPS = 1e-4f;
 

@@ -247,7 +247,7 @@ impl fmt::Display for Device {
             None => write!(f, "the CPU, {}", self.precision().map_or("f32", Precision::name)),
             Some(gpu) => {
                 let tuned = if gpu.tuned().is_some() { ", tuned" } else { "" };
-                write!(f, "{}, {}{tuned}", gpu.name(), self.math.describe(gpu.card().capability))
+                write!(f, "{}, {}{tuned}", gpu.name(), self.math.describe(gpu.card()))
             }
         }
     }

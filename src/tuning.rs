@@ -323,7 +323,7 @@ mod tests {
     use std::fs;
     use std::rc::Rc;
 
-    const CARD: Card = Card { sms: 24, capability: 89 };
+    const CARD: Card = Card::new(24, 89);
 
     fn origin(driver: &str) -> Origin {
         let [card, kernels] = ["A card of tests, 24 multiprocessors", "0123456789abcdef, CUDA 1.2"].map(String::from);

@@ -22,7 +22,7 @@ use edm2k::pictures::Picture;
 use edm2k::rng::{Purpose, Stream};
 
 fn card_of(sms: usize) -> Chooser {
-    Card { sms, capability: 90 }.into()
+    Card::new(sms, 90).into()
 }
 
 const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve];
@@ -354,19 +354,7 @@ fn what_no_kernel_takes_is_refused() {
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
     assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), ShapeError::Width(520));
     let conv = |reach, shape| {
-        codec::convolve(
-            p.into(),
-            Card { sms: 1, capability: 90 },
-            reach,
-            shape,
-            8,
-            null,
-            (null, null),
-            None,
-            false,
-            null,
-        )
-        .unwrap_err()
+        codec::convolve(p.into(), Card::new(1, 90), reach, shape, 8, null, (null, null), None, false, null).unwrap_err()
     };
     assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), ShapeError::Odd([1, 3, 4, 8]));
     assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), ShapeError::Shape([1, 40000, 8, 8]));

@@ -377,7 +377,7 @@ const CASES: &[Case] = &[
 const CARDS: [Card; 3] = [card_of(1), card_of(128), card_of(8)];
 
 const fn card_of(sms: usize) -> Card {
-    Card { sms, capability: 90 }
+    Card::new(sms, 90)
 }
 
 /// Every loop and type.
@@ -500,7 +500,7 @@ fn every_instance_exists_and_is_chosen_for_some_shape() {
         [(128, 128), (128, 4), (4, 128), (256, 256)].map(|(ca, cout)| case(1, 64, 64, ca, 0, cout, 9)).to_vec();
     large.push(case(4, 64, 64, 256, 0, 256, 9));
     for sms in [1, 2, 8, 16, 128] {
-        let card = Card { sms, capability: 90 };
+        let card = Card::new(sms, 90);
         for case in CASES.iter().chain(&large) {
             for math in MATHS {
                 let shape = case.shape();

@@ -130,8 +130,13 @@ API cuDeviceGetName(char* name, int size, int device) {
     return strncpy(name, "Emulated Card", size), device == 7 ? SUCCESS : INVALID_DEVICE;
 }
 API cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, SUCCESS; }
+// Its compute capability.
+int card() {
+    const char* set = getenv("DRIVER_CARD");
+    return set ? atoi(set) : 90;
+}
 API cuDeviceGetAttribute(int* value, int which, int) {
-    const std::map<int, int> known = {{75, getenv("DRIVER_OLD_CARD") ? 7 : 9}, {76, 0}, {16, 4}, {97, SHARED},
+    const std::map<int, int> known = {{75, card() / 10}, {76, card() % 10}, {16, 4}, {97, SHARED}, {81, SHARED + 1024},
                                       {38, 1 << 20}, {13, 1000000}, {36, 1000000}, {37, 256}};
     auto it = known.find(which);
     return it == known.end() ? INVALID_VALUE : (*value = it->second, SUCCESS);
@@ -148,9 +153,24 @@ API cuGetErrorName(int error, const char** name) {
 }
 API cuGetErrorString(int, const char** text) { return *text = "an emulated error", SUCCESS; }
 
+// Whether a fatbin has code for the card: machine code of its generation, or PTX for it or an older one.
+bool fits(const char* image) {
+    struct Header { uint32_t magic; uint16_t version, bytes; uint64_t rest; } header;
+    struct Entry { uint16_t kind, version; uint32_t bytes; uint64_t rest; uint32_t more[3], arch; } entry;
+    memcpy(&header, image, sizeof header);
+    const char *at = image + header.bytes, *end = at + header.rest;
+    for (; at < end; at += entry.bytes + entry.rest) {
+        memcpy(&entry, at, sizeof entry);
+        const bool ptx = entry.kind == 1, generation = int(entry.arch) / 10 == card() / 10;
+        if (int(entry.arch) <= card() && (ptx || generation)) return true;
+    }
+    return false;
+}
+
 API cuModuleLoadData(void** module, const void* image) {
     static int modules;
     if (uintptr_t(image) % 8 || *static_cast<const uint32_t*>(image) != 0xba55ed50) return 200;  // no fatbin
+    if (!fits(static_cast<const char*>(image))) return 209;
     return *module = &modules + ++modules, SUCCESS;
 }
 API cuModuleUnload(void*) { return SUCCESS; }

@@ -352,7 +352,7 @@ fn a_sampled_image_is_the_cpu_s() {
 fn launches_of_a_picture() {
     let Preset { config, size, .. } = preset("1girl-xs").unwrap();
     let (net, table) = Precond::new(&config).unwrap();
-    let runtime = Rc::new(Imagined::new(Card { sms: 128, capability: 89 }));
+    let runtime = Rc::new(Imagined::new(Card::new(128, 89)));
     let launches = |steps: usize, guidance: f64| {
         let mut gpu = Gpu::for_sampling(runtime.clone(), Precision::F16, &table).unwrap();
         let config = SamplerConfig { steps, guidance, ..SamplerConfig::default() };
@@ -624,7 +624,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let settings = settings(&data, 8, 24);
     let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
     let needed = |n: usize| {
-        let card = Rc::new(Imagined::new(Card { sms: 4, capability: 90 }));
+        let card = Rc::new(Imagined::new(Card::new(4, 90)));
         let mut gpu = Gpu::for_training(card, Precision::F16, &table, 2).unwrap();
         train::rehearse(&mut gpu, &net, 0.0, [n, 32, 32]).unwrap();
         gpu.param_bytes() + gpu.costs().next().unwrap().workspace

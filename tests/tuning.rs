@@ -32,7 +32,7 @@ struct Watched {
 
 impl Watched {
     fn new(tuned: Option<Tuned>, seconds: impl Fn(&Launch, usize) -> f64 + 'static) -> Rc<Self> {
-        let device = Imagined::new(Card { sms: 24, capability: 89 });
+        let device = Imagined::new(Card::new(24, 89));
         let device = match tuned {
             Some(tuned) => device.tuned_by(tuned),
             None => device,
@@ -150,7 +150,7 @@ fn a_table_s_choice_is_taken_by_exactly_the_plan_s_products_of_that_size() {
     assert_eq!(launches(Some(Tuned::default())), usual);
     for trial in &all {
         let kernels = trial.question.kernels;
-        let others = trial.question.candidates(Card { sms: 24, capability: 89 });
+        let others = trial.question.candidates(Card::new(24, 89));
         for choice in others.iter().filter(|choice| choice.tile != trial.model.0.tile).take(3) {
             let tuned = Tuned::from_iter([(trial.question, *choice)]);
             let changed = launches(Some(tuned));
@@ -184,7 +184,7 @@ fn the_fastest_choice_is_found() {
     let mut table = Table::new(Watched::new(None, |_, _| 0.0).origin());
     let mut taken = 0;
     for trial in &found {
-        let candidates = trial.question.candidates(Card { sms: 24, capability: 89 });
+        let candidates = trial.question.candidates(Card::new(24, 89));
         assert_eq!(trial.model.0, candidates[0]);
         match fastest(&candidates, &is_wanted) {
             Some(choice) => {
@@ -232,7 +232,7 @@ fn an_accident_is_no_gain() {
 fn a_measurement_leaves_the_device_as_it_was() {
     let (net, table) = network();
     let trial = trials(&HashSet::new(), |_, _| 1.0).remove(0);
-    let others = trial.question.candidates(Card { sms: 24, capability: 89 });
+    let others = trial.question.candidates(Card::new(24, 89));
     let choice = others.into_iter().find(|choice| choice.tile != trial.model.0.tile).unwrap();
     let runtime = Watched::new(Some(Tuned::from_iter([(trial.question, choice)])), |_, _| 1.0);
     let mut gpu = Gpu::for_training(runtime.clone(), Precision::F16, &table, 0).unwrap();

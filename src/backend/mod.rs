@@ -124,6 +124,12 @@ pub trait Backend: Sized {
     /// Waits for the device and copies a tensor to the host.
     fn download(&mut self, t: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
 
+    /// Waits until the device has done what it had been given when this was called the last time. Who calls it after each
+    /// step sees the device's pace, and one step of work is under way meanwhile.
+    fn pace(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Runs `body` on `inputs` and returns what it returns.
     ///
     /// A device may record what `body` asks for when it first meets `key` with inputs of these shapes, and replay that

@@ -208,11 +208,12 @@ impl Bench<'_> {
         let limits = limits::measure(&*runtime, math, repeats)?;
         if !self.args.json {
             let (tflops, bandwidth) = (limits.macs_per_s * 2e-12, limits.bytes_per_s * 1e-9);
-            let loops = match math.conv_loop(runtime.card().capability) {
-                ConvLoop::Mma => "mma.sync",
-                ConvLoop::Wgmma => "wgmma",
+            let products = match (math.conv_loop(runtime.card()), math.name(runtime.card())) {
+                (ConvLoop::Wgmma, _) => "wgmma, f32 sums",
+                (ConvLoop::Mma, "f16x2") => "mma.sync, f16 sums",
+                (ConvLoop::Mma, _) => "mma.sync, f32 sums",
             };
-            out!("limits measured: {tflops:.1} TFLOP/s ({loops}, f32 sums), {bandwidth:.0} GB/s (copy)");
+            out!("limits measured: {tflops:.1} TFLOP/s ({products}), {bandwidth:.0} GB/s (copy)");
         }
         self.limits = Some(limits);
         let memory = |b: &Gpu| mib(b.param_bytes(), b.costs());

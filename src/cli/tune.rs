@@ -110,13 +110,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     // What is wrong with it was said when the device was opened.
     let before = path.as_ref().and_then(|path| Table::read(path).ok().flatten());
     let table = before.filter(|table| table.origin == origin).unwrap_or_else(|| Table::new(origin));
-    out!(
-        "{name} at {}x{} on {}, {}",
-        size[1],
-        size[0],
-        table.origin.card,
-        device.math().describe(runtime.card().capability)
-    );
+    out!("{name} at {}x{} on {}, {}", size[1], size[0], table.origin.card, device.math().describe(runtime.card()));
     let latents = config.img_channels == LATENTS;
     let mut tuning = Tuning { args, runtime, config, size, path, table, known: HashSet::new() };
     tuning.sampling()?;

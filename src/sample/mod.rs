@@ -328,8 +328,8 @@ pub struct Sampler<'a, B: NetworkBackend> {
 }
 
 impl<B: NetworkBackend> Sampler<'_, B> {
-    /// Samples one batch. `observe` is called after each step. Without it, another network and churn, the whole batch is one
-    /// plan of the device; else each evaluation is. Returns [seeds, height, width, channels] in model space.
+    /// Samples one batch. `observe` is called after each step, when the one before it is done. Without it, another network and
+    /// churn, the whole batch is one plan of the device; else each evaluation is. Returns [seeds, height, width, channels] in model space.
     ///
     /// # Errors
     /// [`SampleError`]; settings and shapes are checked before anything is computed.
@@ -528,6 +528,9 @@ impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
     }
 
     fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
-        self.observe.as_mut().map_or(Ok(()), |observe| observe(b, step))
+        let Some(observe) = &mut self.observe else { return Ok(()) };
+        // A device is given all steps in no time: whoever watches is to see them as they are done.
+        b.pace()?;
+        observe(b, step)
     }
 }

@@ -150,7 +150,7 @@ fn im2col_copies_walk_over_rows_and_images() {
 fn tensor_maps_are_refused_that_the_driver_would_refuse() {
     let d = device(Build::Normal, Order::Forward);
     let x = d.alloc(1 << 16).unwrap();
-    let devices: [&dyn Runtime; 2] = [&Emulated::new(d.clone(), 0), &Imagined::new(Card { sms: 1, capability: 90 })];
+    let devices: [&dyn Runtime; 2] = [&Emulated::new(d.clone(), 0), &Imagined::new(Card::new(1, 90))];
     for device in devices {
         let tiled = |offset, columns, stride, tile| {
             let (at, size) = (x.ptr().offset(offset), [columns, 16]);

@@ -13,7 +13,7 @@
 //!
 //! A third one ([`Runtime::beside`]) is for NCCL's commands, which wait for others and are waited for by events.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_int, c_void};
 use std::rc::Rc;
@@ -70,11 +70,15 @@ const FUNCTIONS: [&str; 44] = [
 ];
 /// Bytes of the ring of uploads. A write is cut into pieces of a quarter at most.
 const RING: usize = 32 << 20;
+/// Pieces that may be under way. Small ones would take an event each until the ring is full.
+const MOST_IN_FLIGHT: usize = 64;
 /// Bytes that a thread copies into it at a time.
 const PIECE: usize = 1 << 20;
 /// Bytes of the pinned memory that reads pass through.
 const DOWNLOAD: usize = 8 << 20;
 const OUT_OF_MEMORY: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+/// A purpose of memory; how much it takes, the driver does not say.
+const GRAPH: &str = "a graph";
 /// Allocations start at multiples of this.
 const ALIGNMENT: usize = 256;
 
@@ -93,12 +97,28 @@ pub struct CardInfo {
     pub memory: u64,
     /// Most bytes of shared memory of a block.
     pub shared: u32,
+    /// Bytes of shared memory of a multiprocessor.
+    pub shared_of_sm: u32,
 }
 
 impl CardInfo {
+    /// What tiles are chosen for. That f32 sums halve the rate of its products is a property of what is sold for games: cards
+    /// of the same chips for work have other names.
+    fn card(&self) -> Card {
+        let usual = Card::new(self.sms, self.capability.0 * 10 + self.capability.1);
+        let halves_f32_sums = usual.halves_f32_sums && self.name.contains("GeForce");
+        Card { halves_f32_sums, shared: self.shared_of_sm as usize, ..usual }
+    }
+
     /// For people: name and ordinal.
     fn label(&self) -> String {
         format!("{} (cuda:{})", self.name, self.ordinal)
+    }
+
+    /// Whether it runs the kernels of a file. Of `*_hopper.cu` there is code for sm_90a alone, and the driver of another card
+    /// refuses to load that.
+    fn runs(&self, file: &str) -> bool {
+        self.capability == (9, 0) || !file.ends_with("_hopper")
     }
 
     /// Whether this program has code for the card, whose `archs` are 80 for sm_80 and so on.
@@ -197,6 +217,7 @@ fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
         // SAFETY: `device` is one.
         memory: unsafe { result::device::total_mem(device)? } as u64,
         shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        shared_of_sm: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
     };
     Ok((device, info))
 }
@@ -210,6 +231,16 @@ pub fn devices() -> Result<Vec<CardInfo>, DeviceError> {
     let count = result::device::get_count();
     let list = count.and_then(|n| (0..n as usize).map(|i| Ok(card_info(i)?.1)).collect::<Result<Vec<_>, _>>());
     list.map_err(|e| DeviceError::Unavailable(format!("the NVIDIA driver lists no devices: {}", describe(e))))
+}
+
+/// What is said where a kernel is in none of the files.
+fn no_kernel(name: &str) -> String {
+    match HAS_HOPPER {
+        false if name.starts_with("hopper_") => {
+            "this edm2k has no wgmma: it was compiled without 90 (EDM2K_CUDA_ARCHS)".into()
+        }
+        _ => format!("there is no kernel {name}"),
+    }
 }
 
 /// A kernel ready to be launched.
@@ -257,6 +288,8 @@ struct Device {
     ring: RefCell<Ring>,
     /// Pinned.
     download: *mut u8,
+    /// Recorded by the last [`Runtime::pace`], and the next one's.
+    paces: Cell<[sys::CUevent; 2]>,
     /// Dropped memory by its size. All commands are on one stream: whatever its next owner does with it comes after
     /// what its last one did.
     kept: RefCell<HashMap<usize, Vec<sys::CUdeviceptr>>>,
@@ -301,7 +334,7 @@ impl Device {
                 let find =
                     |module: &sys::CUmodule| unsafe { result::module::get_function(*module, name.clone()?) }.ok();
                 let found = self.modules.iter().find_map(find);
-                let function = found.ok_or_else(|| self.wrong(format!("there is no kernel {}", launch.kernel)))?;
+                let function = found.ok_or_else(|| self.wrong(no_kernel(&launch.kernel)))?;
                 let kernel = self.require(self.load(function, launch.shared > 0))?;
                 self.kernels.borrow_mut().insert(launch.kernel.to_string(), kernel);
                 kernel
@@ -468,8 +501,9 @@ impl Device {
         let length = values.len().next_multiple_of(ALIGNMENT);
         let first = if ring.next + length > RING { 0 } else { ring.next };
         let end = first + length;
-        while ring.in_flight.iter().any(|piece| piece.first < end && first < piece.end) {
-            let oldest = ring.in_flight.pop_front().expect("one of them overlaps");
+        let overlaps = |ring: &Ring| ring.in_flight.iter().any(|piece| piece.first < end && first < piece.end);
+        while ring.in_flight.len() >= MOST_IN_FLIGHT || overlaps(&ring) {
+            let oldest = ring.in_flight.pop_front().expect("there is one");
             // SAFETY: an event of ours that was recorded.
             let left = unsafe { result::event::synchronize(oldest.left) };
             ring.events.push(oldest.left);
@@ -520,7 +554,8 @@ impl Drop for Device {
         let ring = self.ring.get_mut();
         // SAFETY: all made by us, destroyed once, and idle. What was never made is null.
         unsafe {
-            for event in ring.events.drain(..).chain(ring.in_flight.drain(..).map(|piece| piece.left)) {
+            let of_the_ring = ring.events.drain(..).chain(ring.in_flight.drain(..).map(|piece| piece.left));
+            for event in of_the_ring.chain(self.paces.get()).filter(|event| !event.is_null()) {
                 let _ = result::event::destroy(event);
             }
             if ring.device != 0 {
@@ -585,13 +620,17 @@ impl Cuda {
                 events: Vec::new(),
             }),
             download: std::ptr::null_mut(),
+            paces: Cell::new([std::ptr::null_mut(); 2]),
             kept: RefCell::default(),
         };
         made.bind()?;
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking);
         made.commands = made.require(stream())?;
         made.uploads = made.require(stream())?;
-        for fatbin in FATBINS {
+        for event in made.paces.get_mut() {
+            *event = made.require(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING))?;
+        }
+        for (_, fatbin) in FATBINS.iter().filter(|(name, _)| made.info.runs(name)) {
             // SAFETY: a fatbin, aligned, that lives as long as the program.
             let module = unsafe { result::module::load_data(fatbin.0.as_ptr().cast()) };
             made.modules.push(module.map_err(|e| made.no_code(e))?);
@@ -622,12 +661,18 @@ impl Device {
     fn no_code(&self, error: DriverError) -> DeviceError {
         let archs: Vec<_> = ARCHS.iter().map(|arch| format!("sm_{arch}")).collect();
         let (major, minor) = self.info.capability;
-        DeviceError::Unavailable(format!(
+        let mut what = format!(
             "{}, sm_{major}{minor}: the driver refuses the kernels, which CUDA {COMPILER} compiled for {} and newer: {}",
             self.info.label(),
             archs.join(", "),
             describe(error)
-        ))
+        );
+        let version = driver_version();
+        let major = COMPILER.split('.').next().and_then(|major| major.parse::<c_int>().ok());
+        if major > Some(version / 1000) {
+            what += &format!("; the driver is for CUDA {}: a newer one may help", in_words(version));
+        }
+        DeviceError::Unavailable(what)
     }
 
     /// Device memory of at least 1 byte.
@@ -637,14 +682,23 @@ impl Device {
             return Ok(at);
         }
         // SAFETY: memory of any content.
-        let ask = || unsafe { result::malloc_sync(bytes) };
-        let mut got = ask();
-        if got == Err(OUT_OF_MEMORY) {
+        self.with_memory(|| unsafe { result::malloc_sync(bytes) }, bytes, purpose)
+    }
+
+    /// What takes so much of the device's memory; where that does not suffice, again without what is kept.
+    fn with_memory<T>(
+        &self,
+        take: impl Fn() -> Result<T, DriverError>,
+        bytes: usize,
+        purpose: &'static str,
+    ) -> Result<T, DeviceError> {
+        let mut got = take();
+        if matches!(got, Err(OUT_OF_MEMORY)) {
             self.wait()?;
             self.free_kept();
-            got = ask();
+            got = take();
         }
-        if got != Err(OUT_OF_MEMORY) {
+        if !matches!(got, Err(OUT_OF_MEMORY)) {
             return self.require(got);
         }
         let (free, total) = self.require(result::mem_get_info())?;
@@ -749,8 +803,7 @@ impl Drop for Recorded {
 
 impl Runtime for Cuda {
     fn card(&self) -> Card {
-        let CardInfo { sms, capability: (major, minor), .. } = self.0.info;
-        Card { sms, capability: major * 10 + minor }
+        self.0.info.card()
     }
 
     fn origin(&self) -> Origin {
@@ -769,6 +822,7 @@ impl Runtime for Cuda {
     }
 
     fn free(&self) -> Option<u64> {
+        self.0.bind().ok()?;
         self.0.require(result::mem_get_info()).ok().map(|(free, _)| free as u64)
     }
 
@@ -776,6 +830,23 @@ impl Runtime for Cuda {
         let room = bytes.max(1).next_multiple_of(ALIGNMENT);
         let at = self.0.allocate(room, purpose)?;
         Ok(Rc::new(Allocation { device: self.0.clone(), at, bytes, room }))
+    }
+
+    fn give_back(&self) -> Result<(), DeviceError> {
+        self.0.wait()?;
+        self.0.free_kept();
+        Ok(())
+    }
+
+    fn pace(&self) -> Result<(), DeviceError> {
+        let device = &self.0;
+        device.bind()?;
+        let [last, now] = device.paces.get();
+        // SAFETY: live events and a live stream; of an event that was never recorded nothing is waited for.
+        let paced =
+            unsafe { result::event::record(now, device.commands).and_then(|()| result::event::synchronize(last)) };
+        device.paces.set([now, last]);
+        device.require(paced)
     }
 
     fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap, DeviceError> {
@@ -813,20 +884,14 @@ impl Runtime for Cuda {
             }
             let captured = device.require(captured)?;
             let ready = || result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
-            let ready = ready().or_else(|e| match e == OUT_OF_MEMORY {
-                true => device.wait().map_or(Err(e), |()| {
-                    device.free_kept();
-                    ready()
-                }),
-                false => Err(e),
-            });
+            let ready = device.with_memory(ready, 1, GRAPH);
             let _ = result::graph::destroy(captured);
-            device.require(ready)?
+            ready?
         };
         let last_kernel = launches().next_back().map(|launch| launch.kernel.to_string()).unwrap_or_default();
         let recorded = Recorded { device: device.clone(), graph, last_kernel };
         // SAFETY: a live graph and stream.
-        device.require(unsafe { result::graph::upload(graph, device.commands) })?;
+        device.with_memory(|| unsafe { result::graph::upload(graph, device.commands) }, 1, GRAPH)?;
         Ok(Box::new(recorded))
     }
 
@@ -936,7 +1001,30 @@ mod tests {
 
     fn card(capability: (u32, u32)) -> CardInfo {
         let (ordinal, name) = (1, "NVIDIA Test 1".into());
-        CardInfo { ordinal, name, capability, sms: 1, memory: 0, shared: 0 }
+        CardInfo { ordinal, name, capability, sms: 1, memory: 0, shared: 0, shared_of_sm: 0 }
+    }
+
+    #[test]
+    fn code_for_hopper_alone_is_loaded_on_hopper_alone() {
+        for capability in [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)] {
+            assert!(card(capability).runs("conv_fprop") && !card(capability).runs("conv_hopper"), "{capability:?}");
+        }
+        assert!(card((9, 0)).runs("conv_fprop") && card((9, 0)).runs("limits_hopper"));
+    }
+
+    #[test]
+    fn sums_are_in_two_levels_on_cards_that_halve_the_rate_of_f32() {
+        let halves = |name: &str, capability| CardInfo { name: name.into(), ..card(capability) }.card().halves_f32_sums;
+        for (name, capability) in
+            [("GeForce RTX 3090", (8, 6)), ("GeForce RTX 4060 Ti", (8, 9)), ("GeForce RTX 5090", (12, 0))]
+        {
+            assert!(halves(&format!("NVIDIA {name}"), capability), "{name}");
+        }
+        for (name, capability) in
+            [("RTX A6000", (8, 6)), ("L40S", (8, 9)), ("RTX 6000 Ada Generation", (8, 9)), ("H100 80GB HBM3", (9, 0))]
+        {
+            assert!(!halves(&format!("NVIDIA {name}"), capability), "{name}");
+        }
     }
 
     #[test]

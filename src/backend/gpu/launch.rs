@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 
+use super::tiles::Card;
 use crate::backend::DeviceError;
 pub use crate::backend::memory::DevicePtr;
 use bytemuck::NoUninit;
@@ -48,10 +49,9 @@ pub enum Accum {
 }
 
 impl Accum {
-    /// The faster one on cards of this compute capability (86 is 8.6): tensor cores of GeForce cards run at half their
-    /// rate with f32 sums.
-    pub fn fastest(capability: u32) -> Self {
-        if matches!(capability, 86 | 89 | 120..=129) { Self::F16x2 } else { Self::F32 }
+    /// The faster one on a card.
+    pub fn fastest(card: Card) -> Self {
+        if card.halves_f32_sums { Self::F16x2 } else { Self::F32 }
     }
 }
 
@@ -66,9 +66,9 @@ pub enum ConvLoop {
 }
 
 impl ConvLoop {
-    /// The faster one on cards of this compute capability, of those that this program was compiled for.
-    pub fn fastest(capability: u32) -> Self {
-        if capability == 90 && super::HAS_HOPPER { Self::Wgmma } else { Self::Mma }
+    /// The faster one on a card, of those that this program was compiled for.
+    pub fn fastest(card: Card) -> Self {
+        if card.capability == 90 && super::HAS_HOPPER { Self::Wgmma } else { Self::Mma }
     }
 }
 
@@ -97,23 +97,23 @@ impl From<Precision> for Math {
 }
 
 impl Math {
-    /// The loop of convolutions on a card of this compute capability.
-    pub fn conv_loop(self, capability: u32) -> ConvLoop {
-        self.conv_loop.unwrap_or(ConvLoop::fastest(capability))
+    /// The loop of convolutions on a card.
+    pub fn conv_loop(self, card: Card) -> ConvLoop {
+        self.conv_loop.unwrap_or(ConvLoop::fastest(card))
     }
 
     /// For people: the types, and the loop if it is not the one for every card.
-    pub fn describe(self, capability: u32) -> String {
-        let conv_loop = if self.conv_loop(capability) == ConvLoop::Wgmma { ", wgmma" } else { "" };
-        match self.name(capability) {
+    pub fn describe(self, card: Card) -> String {
+        let conv_loop = if self.conv_loop(card) == ConvLoop::Wgmma { ", wgmma" } else { "" };
+        match self.name(card) {
             "f16x2" => format!("f16, sums in two levels{conv_loop}"),
             name => format!("{name}{conv_loop}"),
         }
     }
 
-    /// As it stands in the names of convolution kernels, for a card of this compute capability.
-    pub fn name(self, capability: u32) -> &'static str {
-        match (self.precision, self.accum.unwrap_or(Accum::fastest(capability))) {
+    /// As it stands in the names of convolution kernels, on a card.
+    pub fn name(self, card: Card) -> &'static str {
+        match (self.precision, self.accum.unwrap_or(Accum::fastest(card))) {
             (Precision::F16, Accum::F16x2) => "f16x2",
             (precision, _) => precision.name(),
         }

@@ -2,15 +2,15 @@
 
 use super::launch::{ConvLoop, Launch, Math};
 use super::runtime::Runtime;
-use super::structs::{CopyRate, MmaRate, WgmmaRate};
+use super::structs::{CopyRate, Rate};
 use super::tables::limits::{CHAINS, COPIES};
 use crate::backend::DeviceError;
 
 /// The most that a card reached.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Limits {
-    /// Multiply-adds a second with f32 sums: of mma.sync.m16n8k16 (`kernels/limits.cu`), or where convolutions are computed by
-    /// wgmma, of wgmma.m64n256k16 (`kernels/limits_hopper.cu`).
+    /// Multiply-adds a second with sums of the type that convolutions have: of mma.sync.m16n8k16 (`kernels/limits.cu`), or where
+    /// they are computed by wgmma, of wgmma.m64n256k16 (`kernels/limits_hopper.cu`).
     pub macs_per_s: f64,
     /// Bytes a second of a copy within device memory, read and written ones.
     pub bytes_per_s: f64,
@@ -36,17 +36,17 @@ pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limi
         let (work, nothing) = unsafe { (runtime.record(vec![launch.into()], false)?, runtime.record(vec![], false)?) };
         Ok(runtime.time(&*work, &*nothing, repeats)?.into_iter().fold(f64::INFINITY, f64::min))
     };
-    let (products, macs) = match math.conv_loop(card.capability) {
+    let (products, macs) = match math.conv_loop(card) {
         ConvLoop::Mma => {
             let blocks = BLOCKS * card.sms as u32;
-            let params = MmaRate { out: from, rounds: MMA_ROUNDS, padding: 0 };
-            let kernel = math.precision.pick(["mma_rate_f16", "mma_rate_bf16"]);
+            let params = Rate { out: from, rounds: MMA_ROUNDS, padding: 0 };
+            let kernel = format!("mma_rate_{}", math.name(card));
             let macs = u64::from(blocks * THREADS / 32) * MMA_ROUNDS as u64 * CHAINS as u64 * 16 * 8 * 16;
             (Launch::new(kernel, [blocks, 1, 1], THREADS, 0, &params), macs)
         }
         ConvLoop::Wgmma => {
-            let params = WgmmaRate { out: from, rounds: WGMMA_ROUNDS, padding: 0 };
-            let kernel = math.precision.pick(["wgmma_rate_f16", "wgmma_rate_bf16"]);
+            let params = Rate { out: from, rounds: WGMMA_ROUNDS, padding: 0 };
+            let kernel = format!("wgmma_rate_{}", math.precision.name());
             let macs = card.sms as u64 * WGMMA_ROUNDS as u64 * 128 * 256 * 64;
             (Launch::new(kernel, [card.sms as u32, 1, 1], THREADS, WGMMA_SHARED, &params), macs)
         }

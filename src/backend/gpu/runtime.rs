@@ -78,6 +78,14 @@ pub trait Runtime {
     fn free(&self) -> Option<u64>;
     /// Memory of any content (0 bytes are allowed).
     fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, DeviceError>;
+    /// Gives memory back that was dropped and is kept for the next allocation of its size. Waits for all commands.
+    fn give_back(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// See [`Backend::pace`](crate::backend::Backend::pace).
+    fn pace(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// Encodes how bulk copies find their tiles. The memory must live as long as kernels use the map.
     ///
     /// # Errors
@@ -146,7 +154,7 @@ impl Imagined {
 
     /// A GeForce RTX 4090.
     pub fn rtx_4090() -> Self {
-        Self::new(Card { sms: 128, capability: 89 })
+        Self::new(Card::new(128, 89))
     }
 }
 

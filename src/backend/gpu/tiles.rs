@@ -25,8 +25,8 @@ pub struct Tile {
     pub shared: u32,
     /// Speed of its inner loop relative to the largest tile.
     pub speed: f64,
-    /// Blocks that a multiprocessor holds at a time.
-    pub blocks: usize,
+    /// Blocks for which a multiprocessor has the registers, with sums in f32 and with sums in two levels.
+    pub blocks: [usize; 2],
     /// Of Hopper's tiles of pixels: whether both groups of threads work on it, or take tiles in turn.
     pub together: bool,
 }
@@ -43,13 +43,13 @@ pub const STEP: usize = tables::conv::BK;
 
 /// Tiles for every card, of their lines: m, n, stages, warps along both, blocks for both kinds of sums, speed.
 fn tiles(lines: &[[usize; 8]]) -> Vec<Tile> {
-    let tile = |&[m, n, stages, warps_m, warps_n, blocks, _, speed]: &[usize; 8]| Tile {
+    let tile = |&[m, n, stages, warps_m, warps_n, blocks, blocks_f16x2, speed]: &[usize; 8]| Tile {
         m,
         n,
         threads: (32 * warps_m * warps_n) as u32,
         shared: (stages * (m + n) * STEP * 2) as u32,
         speed: speed as f64 / 100.0,
-        blocks,
+        blocks: [blocks, blocks_f16x2],
         together: false,
     };
     lines.iter().map(tile).collect()
@@ -77,7 +77,7 @@ static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
         threads: 384,
         shared: (hopper_shared(stages, m, n) + 2 * (64 * 72 + 4 * n) * size_of::<f32>()) as u32,
         speed: speed as f64 / 100.0,
-        blocks: 1,
+        blocks: [1; 2],
         together: together == 1,
     };
     lines::HOPPER.iter().map(tile).collect()
@@ -90,7 +90,7 @@ static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| {
         threads: 288,
         shared: hopper_shared(stages, m, n) as u32,
         speed: speed as f64 / 100.0,
-        blocks,
+        blocks: [blocks; 2],
         together: false,
     };
     lines::HOPPER_GRADIENT.iter().map(tile).collect()
@@ -125,9 +125,9 @@ impl Kernels {
     /// columns.
     pub fn new(kind: Kind, math: Math, card: Card, channels: &[usize], columns: usize) -> Self {
         let whole = channels.iter().all(|c| c.is_multiple_of(STEP));
-        let hopper = math.conv_loop(card.capability) == ConvLoop::Wgmma && whole && columns >= STEP;
+        let hopper = math.conv_loop(card) == ConvLoop::Wgmma && whole && columns >= STEP;
         let alike = hopper || kind == Kind::Codec;
-        let math = if alike { math.precision.name() } else { math.name(card.capability) };
+        let math = if alike { math.precision.name() } else { math.name(card) };
         Self { kind, hopper, flat: !whole && kind != Kind::Wgrad, math }
     }
 
@@ -147,6 +147,12 @@ impl Kernels {
     /// Whether a cluster of blocks adds up the parts of a sum.
     pub fn in_clusters(self) -> bool {
         self.hopper && self.kind != Kind::Wgrad
+    }
+
+    /// Blocks with this tile that a multiprocessor holds at a time. Each takes 1 KB of shared memory more than it asks for.
+    fn blocks(self, tile: &Tile, card: Card) -> usize {
+        let registers = tile.blocks[usize::from(self.math == "f16x2")];
+        registers.min(card.shared / (tile.shared as usize + 1024)).max(1)
     }
 
     /// Their tiles.
@@ -204,6 +210,23 @@ pub struct Card {
     pub sms: usize,
     /// Compute capability: 89 is 8.9.
     pub capability: u32,
+    /// Whether its tensor cores take twice the time for f32 sums: GeForce's do, those of other cards of the same compute
+    /// capability (RTX 6000, L40S) do not.
+    pub halves_f32_sums: bool,
+    /// Bytes of shared memory of a multiprocessor.
+    pub shared: usize,
+}
+
+impl Card {
+    /// A card of this compute capability: a GeForce if there are any.
+    pub const fn new(sms: usize, capability: u32) -> Self {
+        let shared = match capability {
+            80 | 87 => 164 << 10,
+            90..=119 => 228 << 10,
+            _ => 100 << 10,
+        };
+        Self { sms, capability, halves_f32_sums: matches!(capability, 86 | 89 | 120), shared }
+    }
 }
 
 /// A product of `m x n` values, in tiles that do not cross groups of rows.
@@ -260,10 +283,10 @@ pub const MAX_SPLIT_TILES: usize = 1 << 14;
 // The numbers of the models below, as the speeds of the tiles. Those of Hopper's loop follow what an H200 took (docs/performance.md);
 // the others are estimates, of no card.
 
-/// Share of a multiprocessor's speed that a block has which is alone on it, where it could hold more: this much of it and them.
+/// Speed of a block that is alone on a multiprocessor which could hold more, as a share of the full one.
 const ALONE: f64 = 0.65;
-/// What a part of one value takes, written and read, in steps of one value, divided by the multiprocessors: within a kernel,
-/// and by a second one.
+/// Cost of writing and reading a part of one value's sum, in steps of one value, divided by the multiprocessors: where the
+/// kernel itself adds the parts, and where a second one does.
 const PARTIAL_STEPS: f64 = 3.0;
 const REDUCED_STEPS: f64 = 20.0;
 /// Cycles of a step of one value on Hopper's tensor cores.
@@ -276,8 +299,8 @@ const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.1];
 /// not cross the card's groups of them (GPCs), which are of unequal sizes.
 const HOPPER_CLUSTERS: [f64; MAX_CLUSTER] = [1.0, 0.5, 0.3, 0.2, 0.16, 0.13, 0.11, 0.1];
 
-/// Blocks for each multiprocessor from which on more parts of a sum are not tried: the most that one holds at a time
-/// (four, tiles.cuh), twice.
+/// Blocks for each multiprocessor from which on more parts of a sum are not tried: the most that one of any card holds at a
+/// time (four, tiles.cuh), twice.
 const ENOUGH_BLOCKS: usize = 8;
 /// Parts of a sum that are tried.
 const TRIED_SPLITS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, MAX_SPLITS];
@@ -314,9 +337,10 @@ impl Question {
         let blocks = self.product.tiles(c.tile) * c.splits;
         let (busiest, part) = if self.kernels.kind == Kind::Wgrad {
             // The last wave may leave multiprocessors with fewer blocks than they hold.
-            let (full, rest) = (blocks / (sms * c.tile.blocks), blocks % (sms * c.tile.blocks));
-            let last = if rest > 0 { (rest.div_ceil(sms) as f64).max(ALONE * c.tile.blocks as f64) } else { 0.0 };
-            ((full * c.tile.blocks) as f64 + last, REDUCED_STEPS)
+            let held = self.kernels.blocks(c.tile, card);
+            let (full, rest) = (blocks / (sms * held), blocks % (sms * held));
+            let last = if rest > 0 { (rest.div_ceil(sms) as f64).max(ALONE * held as f64) } else { 0.0 };
+            ((full * held) as f64 + last, REDUCED_STEPS)
         } else {
             (blocks.div_ceil(sms) as f64, PARTIAL_STEPS)
         };
@@ -351,7 +375,7 @@ impl Question {
         for tile in self.kernels.tiles() {
             let tiles = self.product.tiles(tile);
             // And what fills all multiprocessors once.
-            let full = (card.sms * tile.blocks / tiles.max(1)).max(1);
+            let full = (card.sms * self.kernels.blocks(tile, card) / tiles.max(1)).max(1);
             let mut blocks = 0;
             for wanted in TRIED_SPLITS.into_iter().chain([full]) {
                 let Some(choice) = self.choice(tile, wanted) else { continue };

@@ -100,7 +100,7 @@ impl Graph for Recorded {
 
 impl Runtime for Emulated {
     fn card(&self) -> Card {
-        Card { sms: 4, capability: 90 }
+        Card::new(4, 90)
     }
 
     fn origin(&self) -> Origin {

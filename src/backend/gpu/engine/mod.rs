@@ -416,6 +416,11 @@ impl<P> Backend for Gpu<P> {
         Ok(values)
     }
 
+    fn pace(&mut self) -> Result<(), BackendError> {
+        self.check()?;
+        Ok(self.runtime.pace()?)
+    }
+
     fn planned<E: From<BackendError>>(
         &mut self,
         key: &dyn PlanKey,

@@ -12,6 +12,9 @@
 use super::super::runtime::Graph;
 use super::*;
 
+/// Most plans that are kept: those that were used last. A server is asked for ever other numbers of steps, and each is one.
+const MOST_PLANS: usize = 32;
+
 /// What a plan costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Cost {
@@ -72,12 +75,12 @@ impl Graph for Plan {
 }
 
 impl<P> Gpu<P> {
-    /// Costs of the plans so far, in the order in which they were made.
+    /// Costs of the plans, in the order in which they were last used.
     pub fn costs(&self) -> impl Iterator<Item = Cost> {
         self.plans.iter().map(|plan| plan.cost)
     }
 
-    /// The last plan made of this key, for inputs of any shape.
+    /// The last plan used of this key, for inputs of any shape.
     pub(super) fn plan(&self, key: &dyn PlanKey) -> Option<&Plan> {
         self.plans.iter().rfind(|plan| plan.key.equals(key))
     }
@@ -95,18 +98,19 @@ impl<P> Gpu<P> {
         }
         self.check().map_err(BackendError::from)?;
         let known = self.plans.iter().position(|plan| plan.suits(key, inputs));
-        let place = match known {
-            Some(place) => place,
-            None => {
-                let plan = self.record(key, inputs, body)?;
-                self.plans.push(plan);
-                self.plans.len() - 1
-            }
+        let plan = match known {
+            Some(place) => self.plans.remove(place),
+            None => self.record(key, inputs, body)?,
         };
-        Ok(self.replay(place, inputs, done).map_err(BackendError::from)?)
+        if self.plans.len() == MOST_PLANS {
+            self.plans.remove(0);
+        }
+        self.plans.push(plan);
+        Ok(self.replay_last(inputs, done).map_err(BackendError::from)?)
     }
 
-    fn replay(&mut self, place: usize, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
+    fn replay_last(&mut self, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
+        let place = self.plans.len() - 1;
         let plan = &self.plans[place];
         // All memory that it takes, before anything is added to gradients: who has too little may try again with less.
         let result = |&(_, shape, format): &(DevicePtr, Shape, Format)| {
@@ -158,6 +162,7 @@ impl<P> Gpu<P> {
             // The other plans are of the old workspace.
             self.plans.clear();
             self.workspace = None;
+            self.runtime.give_back().map_err(BackendError::from)?;
             self.workspace = Some(self.allocate::<E>(bytes, "activations")?);
         }
         let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
@@ -177,11 +182,11 @@ impl<P> Gpu<P> {
         let (mut parts, mut first) = (Vec::new(), 0);
         for (end, done) in cuts {
             let commands = commands(&operations[std::mem::replace(&mut first, end)..end]);
-            // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
-            // workspace, the parameters or memory that the plan keeps.
             // Launches of training are long, and lose more to their successors' early blocks than a start costs. So do a decode's,
             // but a step of sampling is what a picture has 16 of (measured, docs/performance.md).
             let overlap = !accumulates;
+            // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
+            // workspace, the parameters or memory that the plan keeps.
             let graph = unsafe { self.runtime.record(commands, overlap) }.map_err(BackendError::from)?;
             parts.push(Part { graph, done });
         }
