@@ -627,9 +627,9 @@ impl Cuda {
         let stream = || result::stream::create(result::stream::StreamKind::NonBlocking);
         made.commands = made.require(stream())?;
         made.uploads = made.require(stream())?;
-        for event in made.paces.get_mut() {
-            *event = made.require(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING))?;
-        }
+        let event = || made.require(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING));
+        made.paces.set([event()?, std::ptr::null_mut()]);
+        made.paces.set([made.paces.get()[0], event()?]);
         for (_, fatbin) in FATBINS.iter().filter(|(name, _)| made.info.runs(name)) {
             // SAFETY: a fatbin, aligned, that lives as long as the program.
             let module = unsafe { result::module::load_data(fatbin.0.as_ptr().cast()) };
