@@ -19,7 +19,7 @@ use crate::system;
 /// What computes, as `--device` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceName {
-    /// `auto`: the first GPU if there is one, else the processor.
+    /// `auto`: the first GPU that can be used, else the processor.
     Auto,
     /// `cpu`: this machine's processor.
     Cpu,
@@ -107,7 +107,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens a device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, or `emulated`.
+    /// Opens a device: `auto` (the first GPU that can be used), `cpu`, `cuda`, `cuda:N`, or `emulated`.
     ///
     /// # Errors
     /// [`DeviceError`]: the name is none, the device is not there, or this program was built without what it needs.
@@ -130,7 +130,7 @@ impl Device {
             DeviceName::Cpu => Ok(on(None)),
             DeviceName::Cuda(ordinal) => Ok(on_cuda(cuda(ordinal)?)),
             DeviceName::Emulated => Ok(on(Some(emulated()?))),
-            DeviceName::Auto => match cuda(0) {
+            DeviceName::Auto => match any_cuda() {
                 Ok(gpu) => Ok(on_cuda(gpu)),
                 // On a machine that never had a GPU, nobody wonders.
                 Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None)),
@@ -334,6 +334,11 @@ fn cuda(ordinal: usize) -> Result<Opened, DeviceError> {
         None => gpu,
     };
     Ok((Rc::new(gpu), untuned.map(|why| why.to_string())))
+}
+
+/// The first card that can be used; of none what is wrong with the first.
+fn any_cuda() -> Result<Opened, DeviceError> {
+    cuda(0).or_else(|why| (1..Device::cards()).find_map(|ordinal| cuda(ordinal).ok()).ok_or(why))
 }
 
 #[cfg(not(feature = "cuda"))]

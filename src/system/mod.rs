@@ -106,7 +106,10 @@ pub fn host_name() -> Option<String> {
 
 // ---- devices ----
 
-/// Loads a library, to learn why that fails; none if it does not. Nothing is done with it.
+/// The library that NVIDIA's driver brings.
+pub const CUDA_DRIVER: &str = side::CUDA_DRIVER;
+
+/// Why a library that is there does not load; none if it does, or is not there. Nothing is done with it.
 pub fn why_not_loaded(library: &str) -> Option<String> {
     side::why_not_loaded(library)
 }

@@ -203,6 +203,8 @@ pub fn host_name() -> Option<String> {
     known.then(|| text.to_string_lossy().into_owned())
 }
 
+pub const CUDA_DRIVER: &str = "libcuda.so.1";
+
 pub fn why_not_loaded(library: &str) -> Option<String> {
     let name = CString::new(library).ok()?;
     // SAFETY: a library runs its own start and no more; the text is the loader's until its next call in this thread.
@@ -211,7 +213,11 @@ pub fn why_not_loaded(library: &str) -> Option<String> {
             return None;
         }
         let text = libc::dlerror();
-        Some(if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() })
+        let text = if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() };
+        // glibc and macOS have their own words. Of a library that it needs, glibc gives that one's name.
+        let of_itself = text.starts_with(&format!("{library}: ")) || text.starts_with("dlopen(");
+        let missing = of_itself && text.to_lowercase().contains("no such file");
+        (!missing).then_some(text)
     }
 }
 

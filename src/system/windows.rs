@@ -12,7 +12,8 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use windows_sys::Win32::Foundation::{
-    ERROR_DIRECTORY, ERROR_INVALID_NAME, ERROR_NO_MORE_ITEMS, ERROR_SUCCESS, EXCEPTION_IN_PAGE_ERROR, FreeLibrary,
+    ERROR_DIRECTORY, ERROR_INVALID_NAME, ERROR_MOD_NOT_FOUND, ERROR_NO_MORE_ITEMS, ERROR_SUCCESS,
+    EXCEPTION_IN_PAGE_ERROR, FreeLibrary,
 };
 use windows_sys::Win32::Storage::FileSystem::{
     BY_HANDLE_FILE_INFORMATION, FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_TYPE_CHAR,
@@ -159,13 +160,17 @@ pub fn host_name() -> Option<String> {
     std::env::var("COMPUTERNAME").ok()
 }
 
+pub const CUDA_DRIVER: &str = "nvcuda.dll";
+
 pub fn why_not_loaded(library: &str) -> Option<String> {
     let name = wide(library);
     // SAFETY: a text that ends with 0; a library runs its own start and no more.
     unsafe {
         let library = LoadLibraryW(name.as_ptr());
         if library.is_null() {
-            return Some(io::Error::last_os_error().to_string());
+            let why = io::Error::last_os_error();
+            let missing = why.raw_os_error() == Some(ERROR_MOD_NOT_FOUND as i32);
+            return (!missing).then(|| why.to_string());
         }
         FreeLibrary(library);
     }

@@ -146,22 +146,14 @@ fn describe(error: DriverError) -> String {
     }
 }
 
-/// Why the driver's library cannot be loaded although it is there.
-fn broken_library() -> Option<String> {
-    let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
-    let why = system::why_not_loaded(library)?;
-    let missing = why.starts_with("libcuda.so.1: cannot open") && why.contains("No such file");
-    (!missing).then_some(why)
-}
-
 /// Loads the driver, once.
 fn start_driver() -> Result<(), DeviceError> {
     let unavailable = |what: String| Err(DeviceError::Unavailable(what));
     // SAFETY: opens the library as any of cudarc's functions would, which panic where it is missing.
     if !unsafe { sys::is_culib_present() } {
-        return match broken_library() {
+        return match system::why_not_loaded(system::CUDA_DRIVER) {
             Some(why) => unavailable(format!("the NVIDIA driver does not load: {why}")),
-            None => Err(DeviceError::Absent("no NVIDIA driver found (libcuda.so.1)".into())),
+            None => Err(DeviceError::Absent(format!("no NVIDIA driver found ({})", system::CUDA_DRIVER))),
         };
     }
     // SAFETY: it loads, as was seen above.
