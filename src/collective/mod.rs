@@ -1,8 +1,9 @@
-//! Several processes, one for each card, that work on one thing: who they are, and how values come together.
+//! Several processes, one for each card, that do one thing together: which process is which, and how their values are
+//! exchanged.
 //!
-//! A launcher that people have (torchrun, Slurm, mpirun) starts the processes, which are called ranks and numbered from 0;
-//! [`launcher`] reads from the environment who this one is. The ranks find each other by sockets at one address, and
-//! watch each other through them ([`star`]): what is small goes that way. What is large, the gradients, is summed behind
+//! A launcher that people have (torchrun, Slurm, mpirun) starts the processes, which are called ranks and numbered from
+//! 0; [`launcher`] reads from the environment who this one is. The ranks find each other by sockets at one address, and
+//! watch each other through them ([`star`]). Small values go that way. The gradients, which are large, are summed by a
 //! [`Collective`], of which there are three:
 //!
 //! ```text
@@ -39,7 +40,7 @@ pub enum CollectiveError {
     /// Nobody is at the address, or it cannot be listened at.
     #[error("{0}")]
     Address(String),
-    /// Those that came are not the ranks of this run.
+    /// Processes that came are not ranks of this run.
     #[error("{0}")]
     Unfit(String),
     /// Ranks that have not come within the limit.
@@ -48,7 +49,7 @@ pub enum CollectiveError {
     /// A rank is gone. The text names it.
     #[error("{0}")]
     Lost(String),
-    /// Ranks that should do the same do not.
+    /// Ranks that should do the same do something else.
     #[error("{0}")]
     Differs(String),
     /// NCCL is not there, or failed.
@@ -70,11 +71,11 @@ pub trait Collective {
     fn rank(&self) -> usize;
     /// How many there are.
     fn size(&self) -> usize;
-    /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, that is done
-    /// after the commands given before, and beside those given from here on: nobody touches the values, or frees them,
-    /// before [`summed`](Self::summed).
+    /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, the sum is
+    /// made after the commands given before, and beside those given from here on. So the values must not be touched or
+    /// freed before [`summed`](Self::summed).
     fn all_reduce(&mut self, values: Values) -> Result<(), CollectiveError>;
-    /// What a device is told from here on comes after all sums that were begun; the host waits for nothing.
+    /// From here on, what a device is told waits for all sums that were begun. The host waits for nothing.
     fn summed(&mut self) -> Result<(), CollectiveError> {
         Ok(())
     }
