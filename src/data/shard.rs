@@ -512,12 +512,12 @@ impl Shard {
     }
 }
 
-/// What a shard will hold of an image.
+/// What a shard will hold for one image.
 pub(super) struct Row<'a> {
     pub id: i64,
     /// Pixels `[C, H, W]` in u8, or moments of latents [2C, H, W] in f16.
     pub image: &'a [u8],
-    /// Place of its size among all.
+    /// Its size, as a place in [`Header::all_sizes`].
     pub shape: u8,
     /// `[D]`.
     pub condition: &'a [f32],
@@ -530,7 +530,7 @@ pub(super) struct Row<'a> {
 /// The images of a shard that is being made.
 #[derive(Default)]
 pub(super) struct Rows {
-    /// Of each size.
+    /// The bytes of the images of each size.
     images: Vec<Vec<u8>>,
     shapes: Vec<u8>,
     conditions: Vec<u8>,
@@ -599,11 +599,12 @@ impl Rows {
     }
 }
 
-/// What the maker of a shard notes in it: what it was made with, and what should be in it and is not.
+/// What the maker of a shard notes in it: what it was made with, and what was to be in it and is not.
 pub(super) struct Notes {
     /// Settings by name.
     pub settings: Map<String, Value>,
-    /// Of the files of all pictures that were looked at, those that were dropped included; older shards have none.
+    /// Fingerprints of the files of all pictures that were looked at, including those that were dropped. Older shards
+    /// have none.
     pub pictures: Vec<Fingerprint>,
     /// Records that were dropped when their pictures were looked at.
     pub dropped: Vec<Dropped>,
@@ -614,12 +615,12 @@ pub(super) struct Notes {
 }
 
 impl Notes {
-    /// The settings that a shard was made with; none if it is not of [`prepare`](super::prepare).
+    /// The settings that a shard was made with; none if [`prepare`](super::prepare) did not make it.
     pub fn settings(file: &SafeFile) -> Option<Map<String, Value>> {
         serde_json::from_str(file.metadata().get(SETTINGS)?).ok()
     }
 
-    /// Those of a shard.
+    /// The notes of a shard.
     ///
     /// # Errors
     /// Some are missing or damaged.
@@ -631,7 +632,7 @@ impl Notes {
             settings: Self::settings(file).ok_or_else(|| malformed(format!("its metadata lacks {SETTINGS}")))?,
             dropped: serde_json::from_str(text(DROPPED)?).map_err(parsed)?,
             enlarged: text(ENLARGED)?.parse().map_err(|_| malformed(format!("{ENLARGED} is no number")))?,
-            // Older shards did not look.
+            // Older versions did not look at colour profiles.
             unapplied: text(PROFILES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
             pictures: text(PICTURES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
         })
@@ -665,7 +666,7 @@ pub(super) struct Dropped {
     pub why: String,
 }
 
-/// Why a record is not in the dataset; the first that applies.
+/// Why a record is not in the dataset. The first reason that applies counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Drop {
@@ -687,7 +688,7 @@ pub enum Drop {
     Repeated,
     /// Danbooru: no file bears its id.
     NoFile,
-    /// No feature is known of it, or one that is zero or no number.
+    /// No feature is known for it, or only one that is zero or not a number.
     NoFeature,
     /// It could not be decoded.
     Unreadable,

@@ -18,10 +18,10 @@ use super::colour::{space, to_srgb};
 use super::{Picture, PictureError, jpeg};
 use crate::formats::input;
 
-/// An image may have so many pixels: 64 Mi.
+/// The most pixels that an image may have: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
 
-/// Bytes that a decoder may take for what is no pixel, a colour profile or texts, and for a row of a PNG.
+/// The most bytes that a decoder may take for what is not pixels (a colour profile, texts) and for a row of a PNG.
 const METADATA: u64 = 64 << 20;
 
 /// Longest image file: no decoder should need more than the largest image.
