@@ -27,7 +27,7 @@ pub struct PickleError {
     pub what: String,
 }
 
-/// What the beginning is needs no place.
+/// An offset as messages mention it. What concerns the beginning needs none.
 fn place(offset: usize) -> String {
     if offset == 0 { String::new() } else { format!("byte {offset}: ") }
 }
