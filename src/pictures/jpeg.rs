@@ -328,7 +328,7 @@ impl Reader<'_> {
         }
         let &(length, symbol) = codes.get((self.bits >> 48) as usize)?;
         self.take(length.into());
-        // No code: that of the end, if it is the end.
+        // Bits that are no code are damage, unless the data has ended here.
         (length > 0 || self.made_up > 0).then(|| {
             if length == 0 {
                 self.made_up = u32::MAX;

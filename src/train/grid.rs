@@ -75,9 +75,9 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     SamplerConfig { guidance, ..usual }
 }
 
-/// Samples with the effective weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
-/// them: each rank samples its share, rank 0 writes. Whether this one has written it. Guidance needs a network that
-/// was trained without conditions too: `guided` says whether it was.
+/// Samples with the effective weights of `backend`, at most `batch` images at a time, and writes the grid of the
+/// pictures that `show` makes. Each rank samples its share, and rank 0 writes. Returns whether this rank has written
+/// it. Guidance needs a network that was also trained without conditions; `guided` says whether it was.
 #[allow(clippy::too_many_arguments)] // a run's, taken apart
 pub fn write<B: NetworkBackend>(
     path: &Path,
@@ -112,7 +112,7 @@ pub fn write<B: NetworkBackend>(
         Ok(samples)
     };
     let own = sample();
-    // Whoever fails comes to the meeting all the same, and the others do not wait for nothing.
+    // A rank that failed takes part in this too, so that the others do not wait in vain.
     let all = ranks.gather(bytemuck::cast_slice(own.as_deref().unwrap_or_default()))?;
     own?;
     let lengths = (0..ranks.size()).map(|rank| share(jobs.len() as u64, rank, ranks.size()));
