@@ -1,5 +1,5 @@
 // What Hopper does beside its threads: bulk tensor copies and the products of warp groups (wgmma),
-// and the mbarriers that tell of them. ../hopper.cuh explains each.
+// and the mbarriers that tell of them. kernels/hopper.cuh explains each.
 //
 // A copy or a group of products, once issued, is in flight until no thread can go on without it; then it
 // happens, one at a time, products first (in the random order also at any moment before, and any
