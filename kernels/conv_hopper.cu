@@ -25,8 +25,8 @@
 // FLOOR  of a step of 64 by tile m x n: 64 m n / 2048 cycles of the tensor cores (a multiprocessor, 2048 multiply-adds a
 // cycle); its 128 (m + n) bytes come from the L2 cache at 64 bytes a cycle, and wgmma reads 128 (m + n m / 64) from shared
 // memory at 128. 128 x 128: 512 cycles, 512 and 384. 64 x 128: 256, 384 and 192. 128 x 256: 1024, 768 and 640. On an H200 a
-// step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, what follows
-// it is the bound: 16 bytes a thread, 4 rows of a warp at a time, some 600 cycles each.
+// step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, the
+// epilogue is the bound: 16 bytes a thread, 4 rows of a warp at a time, some 600 cycles each.
 #include "conv_finish.cuh"
 #include "hopper.cuh"
 

@@ -101,6 +101,6 @@ pub trait CodecBackend: Backend {
         let rgb = values.iter().map(|x| ((x * scale + shift).clamp(0.0, 1.0) * 255.0) as u8).collect();
         Ok((rgb, values.iter().all(|x| x.is_finite())))
     }
-    /// Gives the memory that no tensor holds back to the system. Call it when the sizes of what follows are others.
+    /// Gives the memory that no tensor holds back to the system. Call it when other sizes come from now on.
     fn trim(&mut self);
 }
