@@ -4,22 +4,20 @@
 //     q^ = q / (eps + rms(q)), likewise k^, v^        per token and head, over its C channels
 //     out[i] = sum_j P[i][j] v^[j],   P = softmax_j(q^[i] . k^[j] / sqrt(C))
 //
-// Since |q^|, |k^| <= sqrt(C), scores are bounded by sqrt(C): exp(score) is within e^+-8 for C = 64 and
-// needs no running maximum. exp(score) itself is a normal fp16 number (C = 128: half of it), and its
-// sum over any number of tokens that fits memory is far from f32's limits. So a block passes over the
-// keys once, divides by the sum at its end, and never rescales what it has; and what warps make of
-// different keys is simply added.
+// Since |q^|, |k^| <= sqrt(C), scores are bounded by sqrt(C): exp(score) is within e^+-8 for C = 64 and needs no running
+// maximum. exp(score) itself is a normal fp16 number (C = 128: half of it), and its sum over any number of tokens that fits
+// memory is far from f32's limits. So a block passes over the keys once, divides by the sum at the end, and never rescales
+// what it has. What several warps make of different keys is simply added.
 //
 // The gradient, with dP = dout v^T, D[i] = sum_j P[i][j] dP[i][j], dS = P (dP - D):
 //
 //     dq^ = dS k^ / sqrt(C)     dk^ = dS^T q^ / sqrt(C)     dv^ = P^T dout
 //
-// and each through its norm: dx = dx^ / (eps + r) - x^ (dx^ . x^) / (C r), r = rms(x). Nothing is kept
-// from the forward pass. `grad_q` finds the sums of exp and D in a first pass over the keys and dq in
-// a second one, and leaves the sums for `grad_kv`, which passes over the queries. No atomics: the
-// same bits in every run. P and dS enter the products times 64: small probabilities (1/352) and small
-// gradients stay normal numbers, and |64 dS| <= 128 C rms(dout) stays finite. log2(64 / sum) and -D are
-// what the accumulators of the scores and of dP begin with, so that P = 2^s and dS = P dP.
+// and each through its norm: dx = dx^ / (eps + r) - x^ (dx^ . x^) / (C r), r = rms(x). Nothing is kept from the forward
+// pass. `grad_q` finds the sums of exp and D in a first pass over the keys and dq in a second one, and leaves the sums for
+// `grad_kv`, which passes over the queries. No atomics: the same bits in every run. P and dS enter the products times 64:
+// small probabilities (1/352) and small gradients stay normal numbers, and |64 dS| <= 128 C rms(dout) stays finite. The
+// accumulators of the scores and of dP begin with log2(64 / sum) and -D, so that P = 2^s and dS = P dP.
 //
 // LAYOUT  qkv, its gradient   [images, tokens, 3, heads, C]   16-bit, all of q, then k, then v
 //         out, its gradient   [images, tokens, heads, C]      16-bit
@@ -31,12 +29,12 @@
 //     forward  2 N T^2 C multiply-adds; reads 6 N T C bytes, writes 2 N T C (the floor)
 //     grad_q   5 N T^2 C; reads 8 N T C, writes 2 N T C + 8 N T       (floor of the gradient: reads
 //     grad_kv  4 N T^2 C; reads 8 N T C + 8 N T, writes 4 N T C        8 N T C, writes 6 N T C)
-// What a block does not own is read again by every block, from L2, and normalised again: this is why
-// blocks are large.
+// Rows that a block does not own are read again by every block, from L2, and normalised again. This is why blocks are
+// large.
 //
-// Scores stay in registers: the accumulators of one product are the A fragments of the next. Whoever
-// copied a row normalises it in place. C = 64 in f16, counted in the machine code of sm_90, without the mask
-// of columns behind the last token, which whole tiles skip; a tile is what lies between two barriers:
+// Scores stay in registers: the accumulators of one product are the A fragments of the next. The thread that copied a row
+// normalises it in place. C = 64 in f16, counted in the machine code of sm_90, without the mask of columns behind the last
+// token, which whole tiles skip; a tile is what lies between two barriers:
 //
 //                 a warp's   a block's  instructions an HMMA          ldmatrix   registers   blocks of a
 //                 rows       rows       products alone   whole tile   an HMMA                multiprocessor
@@ -84,8 +82,8 @@ constexpr int RESIDENT = 4;  // streamed tiles that grad_q keeps, if there are n
 // 16 M rows x C columns of a warp, in f32.
 template <int C, int M>
 using Accumulator = float[Head<C>::kHalves][M][Head<C>::kWide][4];
-// The same rows, normalised, as A fragments. What lane holds row g, columns 2t, 2t + 1 of an
-// accumulator holds these of the fragment.
+// The same rows, normalised, as A fragments. The lane that holds row g, columns 2t and 2t + 1 of an accumulator holds the
+// same of the fragment.
 template <int C, int M>
 using Fragments = uint32_t[C / 16][M][4];
 
@@ -98,7 +96,7 @@ __device__ __forceinline__ int at(int row, int chunk) {
     else return swizzle<C * 2>(row, chunk);
 }
 
-// One head of one image, and where a thread stands.
+// One head of one image, and the place of a thread in it.
 template <class T, int C>
 struct Block {
     int tokens, width, out_width;  // elements from one token to the next in qkv, in out
@@ -146,8 +144,8 @@ __device__ __forceinline__ void fetch(smem_addr tile, const T* x, int stride, in
     });
 }
 
-// Normalises the rows of a tile, times `gain`, each thread what it has fetched. `rms`, if given,
-// receives each row's.
+// Normalises the rows of a tile, times `gain`; each thread takes what it has fetched. `rms`, if given, receives the rms of
+// each row.
 template <int ROWS, int THREADS, class T, int C>
 __device__ __forceinline__ void normalise(unsigned char* tile, float gain, int thread, float* rms = nullptr) {
     for_rows<ROWS, THREADS, C>(thread, [&](int row, int chunk) {
@@ -268,8 +266,8 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// acc holds the gradient of normalised rows over `gain`; makes of it the gradient of the rows before.
-// `y` are the normalised rows times `y_gain`.
+// acc holds the gradient of normalised rows, divided by `gain`. This turns it into the gradient of the rows before the
+// norm. `y` are the normalised rows times `y_gain`.
 template <class T, int C>
 __device__ __forceinline__ void norm_backward(Accumulator<C, 1>& acc, float gain, const Fragments<C, 1>& y,
                                               float y_gain, const float* rms, int lane) {
@@ -339,7 +337,8 @@ __device__ __forceinline__ void attend(Accumulator<C, M>& acc, float (&sum)[M][2
         for (int j = 0; j < N; j++) s[m][j][0] = s[m][j][1] = s[m][j][2] = s[m][j][3] = -kShift<C>;
     times_rows<T, C>(s, q, keys, b);
     exponentiate(s, first, b.tokens, b.lane);
-    // The smallest, 6e-6, have 7 bits in fp16: where a row has no others, the sum must be of what is multiplied.
+    // The smallest ones, 6e-6, have 7 bits in fp16. Where a row has only such, the sum must be of the rounded values that
+    // are multiplied.
     if constexpr (C == 128 && is_half<T>)
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -354,8 +353,8 @@ __device__ __forceinline__ void attend(Accumulator<C, M>& acc, float (&sum)[M][2
     times_columns<T, C>(acc, s, values, b);
 }
 
-// A block owns WARPS * 16 M queries; all keys pass through two stages of shared memory, k then v; the queries
-// begin where the second stage is, and leave it for registers before its first tile comes.
+// A block owns WARPS * 16 M queries. All keys pass through two stages of shared memory, k then v. The queries come first
+// into the place of the second stage, and are in registers before its first tile comes.
 template <class T, int C, int WARPS>
 __device__ void attention_forward(const AttentionParams& p) {
     using H = Head<C>;
@@ -398,7 +397,7 @@ __device__ void attention_forward(const AttentionParams& p) {
             attend<T, C, M>(acc, sum, a, keys, keys + kTile, first + key, b);
         }
     }
-    __syncthreads();  // the way out leads through the stages
+    __syncthreads();  // the results leave through the stages
     if (idle) return;
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -413,9 +412,9 @@ __device__ void attention_forward(const AttentionParams& p) {
     write_rows<T, C, M>(acc, smem + own * H::kRow, static_cast<T*>(p.out) + b.out, b.out_width, row0 + own, b);
 }
 
-// For few images: a block owns 16 M queries, and each of its warps takes other keys, kStep at a time, into a
-// slot of its own. No score has a maximum, so the warps' products and sums are simply added. Shared memory:
-// a slot of k, v for each warp, which later holds its product; q; the sums [warp][query].
+// For few images: a block owns 16 M queries, and each of its warps takes different keys, kStep at a time, into a slot of
+// its own. No running maximum is needed, so the warps' products and sums are simply added. Shared memory: a slot of k, v
+// for each warp, which later holds its product; q; the sums [warp][query].
 template <class T, int C, int WARPS>
 __device__ void attention_forward_split(const AttentionParams& p) {
     using H = Head<C>;
@@ -506,8 +505,8 @@ __device__ void attention_forward_split(const AttentionParams& p) {
 
 // ---- gradient -----------------------------------------------------------------------------------
 
-// dq, and the sums. A block owns WARPS * 16 queries. Shared memory: min(tiles, 4) stages of k, v; q and dout
-// of the block begin where the second is; then rms of q. Where all tiles fit the second pass finds them.
+// Makes dq, and the sums. A block owns WARPS * 16 queries. Shared memory: min(tiles, 4) stages of k, v; q and dout of the
+// block come first into the place of the second; then rms of q. Where all tiles fit, the second pass finds them there.
 template <class T, int C, int WARPS>
 __device__ void attention_grad_q(const AttentionParams& p) {
     using H = Head<C>;
@@ -607,8 +606,8 @@ __device__ void attention_grad_q(const AttentionParams& p) {
     write_rows<T, C, 1>(acc, smem + own * H::kRow, static_cast<T*>(p.out) + b.qkv, b.width, row0 + own, b);
 }
 
-// dk and dv. A block owns 16 keys for each warp. Shared memory: two stages of q [48][C], dout [48][C], {log2(64 / sum)}
-// [48], {-D} [48]; k and v of the block begin where the second is.
+// Makes dk and dv. A block owns 16 keys for each warp. Shared memory: two stages of q [48][C], dout [48][C], {log2(64 /
+// sum)} [48], {-D} [48]; k and v of the block come first into the place of the second.
 template <class T, int C, int WARPS>
 __device__ void attention_grad_kv(const AttentionParams& p) {
     using H = Head<C>;
@@ -629,7 +628,7 @@ __device__ void attention_grad_kv(const AttentionParams& p) {
         fetch<QUERIES, kThreads, T, C>(stage + kTile, grad, b.out_width, first, b.tokens, threadIdx.x);
         if (threadIdx.x < 2 * QUERIES) {
             const int which = threadIdx.x / QUERIES, row = threadIdx.x % QUERIES;
-            // Behind the last token all is 0, so that P = 1 times 0.
+            // Behind the last token q and dout are 0, so that P = 1 is multiplied by 0.
             const float2* from = p.sums + b.sums + min(first + row, b.tokens - 1);
             cp_async<4>(stage + 2 * kTile + threadIdx.x * 4, reinterpret_cast<const float*>(from) + which, first + row < b.tokens);
         }

@@ -1,8 +1,8 @@
 //! Compiles the kernels with nvcc, as part of the build script (feature `cuda`).
 //!
-//! Makes one fatbin of each file: machine code of every architecture, and the PTX of the lowest, which the
-//! driver compiles for cards that have none (there launches do not overlap, as code for sm_80 does not wait); of
-//! `*_hopper.cu` machine code for sm_90a alone, which the driver of any other card refuses to load. Fatbins lie in the target
+//! Makes one fatbin of each file. It has the machine code for every architecture, and the PTX for the lowest, which the
+//! driver compiles for cards that have none. There launches do not overlap, as code for sm_80 does not wait. `*_hopper.cu`
+//! gives machine code for sm_90a alone, which the driver of any other card refuses to load. Fatbins lie in the target
 //! directory under a hash of all that went into them, so that debug, release and every set of features share them.
 //!
 //! The published package has them in `compiled/` (`make package`), each under the digest of its sources and flags. They
@@ -17,7 +17,7 @@ use std::{env, fs, thread};
 
 use super::structs::{add_file, digest};
 
-/// The architectures unless EDM2K_CUDA_ARCHS names others, e.g. `89,90`.
+/// The architectures, unless EDM2K_CUDA_ARCHS names others, such as `89,90`.
 const ARCHS: &str = "80,86,89,90,120";
 const FLAGS: &[&str] = &[
     "-std=c++17",
@@ -28,10 +28,11 @@ const FLAGS: &[&str] = &[
     "-Xptxas=-warn-spills,-Werror",
 ];
 
-/// With it compute-sanitizer names source lines. It is half of a fatbin: for those who compile for one architecture.
+/// With this flag compute-sanitizer names source lines. It takes half of a fatbin, so it is used where one architecture is
+/// compiled for.
 const LINES: &str = "-lineinfo";
 
-/// Where the package has compiled kernels, and the version of what compiled them.
+/// The place of compiled kernels in the package, and the file with the version of their compiler.
 const CARRIED: &str = "compiled";
 
 /// A kernel file and how it is compiled.
@@ -51,7 +52,7 @@ impl Kernel {
         Ok(Self { name, source, flags, files })
     }
 
-    /// Where the package has it.
+    /// Where the package has it, compiled.
     fn carried(&self) -> PathBuf {
         let digest = digest(self.files.values().chain(&self.flags));
         Path::new(CARRIED).join(format!("{}-{digest:016x}.fatbin", self.name))
@@ -63,12 +64,12 @@ fn kernels(archs: &BTreeSet<u32>) -> Result<Vec<Kernel>, String> {
     let common = FLAGS.iter().map(|flag| flag.to_string());
     let every = archs.iter().enumerate().map(|(i, arch)| {
         let code = if i == 0 { format!("[sm_{arch},compute_{arch}]") } else { format!("sm_{arch}") };
-        // One PTX for all of a generation: half the time goes into making it, and nothing here asks for more.
+        // One PTX serves all cards that come later. Making it takes half of the time, and nothing here asks for more.
         let first = archs.iter().find(|first| *first / 10 == arch / 10).unwrap_or(arch);
         format!("-gencode=arch=compute_{first},code={code}")
     });
     let every: Vec<String> = common.clone().chain(every).collect();
-    // What only Hopper has runs on no other card, not even a later one.
+    // Code for Hopper's own instructions runs on no other card, not even a later one.
     let hopper: Vec<String> = common.chain(["-gencode=arch=compute_90a,code=sm_90a".into()]).collect();
     let entries = fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
     let sources = entries.flatten().map(|entry| entry.path()).filter(|p| p.extension().is_some_and(|e| e == "cu"));
@@ -143,7 +144,7 @@ fn architectures() -> Result<BTreeSet<u32>, String> {
     list.split(',').map(number).collect::<Option<_>>().ok_or_else(wrong)
 }
 
-/// Compiles what has not been compiled yet; where the fatbins are, and the version of the compiler.
+/// Compiles what has not been compiled yet. Returns where the fatbins are, and the version of the compiler.
 fn compile(
     kernels: &[Kernel],
     lines: Option<&str>,
@@ -166,7 +167,7 @@ fn compile(
     };
     let fatbins: Vec<PathBuf> = kernels.iter().map(fatbin).collect();
 
-    // The largest sources first, so that none is left alone at the end.
+    // The largest sources come first, so that none is left alone at the end.
     let mut stale: Vec<_> = kernels.iter().zip(&fatbins).filter(|(_, fatbin)| !fatbin.exists()).collect();
     stale.sort_by_key(|(kernel, _)| fs::metadata(&kernel.source).map_or(0, |m| m.len()));
     let processes: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);

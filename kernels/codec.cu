@@ -55,7 +55,7 @@ template <class T, class Tile, bool FLAT>
 __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     extern __shared__ __align__(128) unsigned char smem[];
     const int taps = p.side * p.side, phase = blockIdx.z, first = blockIdx.x * Tile::BM;
-    // The upper and left half of an enlarged pixel looks back by one, the other does not.
+    // The upper and the left half of an enlarged pixel look back by one pixel, the other halves do not.
     const Window window = {p.height, p.width, p.rows, p.columns, p.side, p.stride, p.before - phase / 2, p.before - phase % 2};
     const T* weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
     const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
@@ -104,7 +104,7 @@ struct CodecNormalise {
     int padding;
 };
 
-// One thread for a vector.
+// One thread works on one vector.
 template <class T>
 __device__ __forceinline__ void codec_normalise(const CodecNormalise& p) {
     const int i = blockIdx.x * 256 + threadIdx.x;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void codec_sums(const CodecNorm& p) {
 #pragma unroll
     for (int e = 0; e < 8; e++) parts[0][e][threadIdx.x] = sum[e], parts[1][e][threadIdx.x] = squares[e];
     __syncthreads();
-    // One thread for a channel; its rows in their order.
+    // One thread works on one channel, and takes its rows in their order.
     if (int(threadIdx.x) >= vectors * 8) return;
     const int e = threadIdx.x / vectors;
     float s = 0.0f, q = 0.0f;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void codec_sums(const CodecNorm& p) {
     to[8 * p.vectors] = fmaxf(q - s * mean, 0.0f);
 }
 
-// A block for a group of an image. Grid: [groups, n].
+// One block works on one group of an image. Grid: [groups, n].
 __device__ __forceinline__ void codec_scales(const CodecNorm& p) {
     __shared__ __align__(16) float scratch[1][32];
     const int per = p.channels / p.groups, first = blockIdx.x * per, parts = p.chunks * per;
@@ -284,7 +284,7 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
         fetch_tokens<KEYS, WIDTH>(values, v, p, first);
         cp_async_commit();
 
-        // Scores of 16 rows with 8 keys; two sums, so that one product need not wait for the other.
+        // Scores of 16 rows with 8 keys. There are two sums, so that one product need not wait for the other.
         float s[2][1][1][4] = {};
 #pragma unroll 4
         for (int c = 0; c < WIDTH / 32; c++) {
@@ -367,7 +367,8 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
         }
     }
 
-    // Out through the queries' rows, 16 bytes a lane; a warp has its half of its rows for itself once all have left.
+    // The result leaves through the queries' rows, 16 bytes a lane. Once all have left these, a warp has its half of its
+    // rows for itself.
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -392,7 +393,7 @@ __device__ __forceinline__ void codec_attention(const CodecAttention& p) {
     }
 }
 
-// A line is an instance in each 16-bit type, for so many channels at most: a line of the table from which
+// A line is an instance in each 16-bit type, for so many channels at most. The lines are also the table from which
 // src/backend/gpu/codec.rs takes the first that is wide enough.
 #define INSTANCE(name, T, width)                                                             \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) name(CodecAttention p) { \

@@ -24,10 +24,10 @@
 // SUMS are f32, or f16 in two levels: the 64 products of a step are summed in f16, which GeForce cards do at twice the
 // rate, and each step's sum is added to f32 registers (docs/performance.md: error, and why nothing overflows).
 //
-// A block makes one tile of D, with STAGES - 1 steps in flight. In shared memory an operand lies as memory gives it:
-// rows of m or n, 64 values of k each (KMajor); or rows of k, 64 values of m or n each, one block of 64 after the other
-// (KRows; read by ldmatrix.trans). The result passes through shared memory once more, so that global memory is
-// touched 16 bytes a thread, 8 channels of one pixel at a time.
+// A block makes one tile of D, with STAGES - 1 steps in flight. In shared memory an operand lies as memory gives it: rows
+// of m or n, 64 values of k each (KMajor); or rows of k, 64 values of m or n each, one block of 64 after the other (KRows;
+// read by ldmatrix.trans). The result passes through shared memory once more, so that each thread reads and writes global
+// memory 16 bytes, 8 channels of one pixel, at a time.
 //
 // Bytes a step through shared memory: 128 (BM + BN), read WARPS_N and WARPS_M times; operations: 128 BM BN.
 // Instructions for each HMMA of the loop: counted by scripts/kernel-report, listed in docs/kernels.md.
@@ -45,7 +45,7 @@ struct Tile {
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // a warp's part
     static constexpr int A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
     static_assert(WM % 16 == 0 && WN % 16 == 0 && WM <= 64 && WN <= 64, "a warp's part is made of 16 x 16 fragments");
-    static_assert(WARPS_M * WARPS_N * 16 * (WN + 8) * 4 <= STAGES * STAGE_BYTES, "the way out fits the pipeline's memory");
+    static_assert(WARPS_M * WARPS_N * 16 * (WN + 8) * 4 <= STAGES * STAGE_BYTES, "the epilogue fits the pipeline's memory");
 
     using Accumulators = float[WM / 16][WN / 8][4];
     static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / WARPS_N * WM; }
@@ -66,8 +66,8 @@ struct Tile {
 //     row 6     6 7 4 5 2 3 0 1      changes by an xor of 32 bytes: rows and columns of a fragment keep one base address.
 //     row 7     7 6 5 4 3 2 1 0
 
-// Where a lane reads its rows of 16 x 16 fragments i of an operand's part from `first` on, at summand 16 k of a step; as
-// operand A, or as B, whose fragments are pairs (ptx.cuh).
+// Where a lane reads its rows of the 16 x 16 fragments i of an operand, from row `first` on, at summand 16 k of a step. It
+// reads them as operand A, or as B, whose fragments are pairs (ptx.cuh).
 template <bool B>
 struct KMajor {
     static constexpr bool TRANS = false;
@@ -157,7 +157,7 @@ struct Window {
     int side, stride, up, left;
     __device__ __forceinline__ int taps() const { return side * side; }
 };
-// Of a convolution that keeps the size.
+// The window of a convolution that keeps the size.
 __device__ __forceinline__ Window same_window(int height, int width, int taps) {
     const int side = taps == 9 ? 3 : 1;
     return {height, width, height, width, side, 1, side / 2, side / 2};
@@ -178,14 +178,14 @@ struct TilePixels {
     }
 };
 
-// Which image they are of. Made after the product, whose loop needs the registers.
+// Which images the tile's pixels are of. It is made after the product, whose loop needs the registers.
 struct TileImages {
     int first_image, before, per_image;  // the first one's image, the pixels of it before the tile, and of an image
     TileImages() = default;
     __device__ __forceinline__ TileImages(const PixelTiles& t, int first) : per_image(t.height * t.width) {
         first_image = first / per_image, before = first - first_image * per_image;
     }
-    // Of a row; a tile has few images, and a division for each row would be as long as mp_silu.
+    // The image of a row. A tile has few images, and a division for each row would take as long as mp_silu.
     __device__ __forceinline__ int image(int row) const {
         int image = first_image;
         for (int at = before + row; at >= per_image; at -= per_image) image++;
@@ -262,7 +262,7 @@ struct ConvLoad {
         k = t * (p.ca + p.cb) + (second ? p.ca : 0) + channel;
         left = second || p.cb == 0 ? 0 : p.window.taps() - t;
     }
-    // Goes on with the second input, whose window keeps the size.
+    // Goes on with the second input. Its window keeps the size.
     __device__ __forceinline__ void second_input(const ConvProduct<T>& p) {
         const int first = p.first + threadIdx.x / CHUNKS - p.window.up * p.window.width - p.window.left;
 #pragma unroll
@@ -288,7 +288,7 @@ struct ConvLoad {
         for (int j = 0; j < COLUMNS; j++)
             cp_async(a + Tile::A_BYTES + j * STRIDE * ROW_BYTES, weight + (row_of[j] + k), there);
     }
-    // The channels of the next tap in a row follow on those of this one.
+    // The channels of the next tap in a row follow those of this tap in memory.
     __device__ __forceinline__ void advance(const ConvProduct<T>& p) {
         channel += BK, delta += BK, k += BK;
         if constexpr (FLAT) {
@@ -326,13 +326,14 @@ __device__ __forceinline__ void scale_sums(float (&acc)[M][N][4], float factor) 
             for (int e = 0; e < 4; e++) acc[i][j][e] *= factor;
 }
 
-// ---- the way out --------------------------------------------------------------------------------
+// ---- the epilogue -------------------------------------------------------------------------------
 
-// Floats of a row of the way out: 8 rows of float2 meet no bank twice.
+// Floats of a row in the epilogue's shared memory, such that 8 rows of float2 meet no bank twice.
 template <int COLUMNS>
 constexpr int OUT_ROW = COLUMNS + 8;
 
-// What a warp holds of 16 rows by 8 columns j, two values in each lane, and how it lies in `out`, in rows of COLUMNS + 8 floats:
+// What a warp holds of 16 rows by the 8 columns j, two values in each lane, and how it lies in `out`, in rows of COLUMNS +
+// 8 floats:
 //
 //     column   8j + 0 1    2 3    4 5    6 7        With 64 columns, rows are 72 floats apart, so that row r begins in bank
 //     row 0     lane  0      1      2      3        8 r % 32. Half a warp writes at once, four rows of eight floats: banks
@@ -346,7 +347,7 @@ constexpr int OUT_ROW = COLUMNS + 8;
 //     1st load    0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
 //     2nd load    4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
 
-// Of a warp's 16 rows of COLUMNS, 8 columns in each of PASSES rows are this lane's. Its column is always the same.
+// Which of a warp's 16 rows of COLUMNS belong to this lane: 8 columns in each of PASSES rows, always the same columns.
 template <int COLUMNS>
 struct OutRows {
     static constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, PASSES = 16 / ROWS;
@@ -354,8 +355,8 @@ struct OutRows {
     static __device__ __forceinline__ int column() { return threadIdx.x % CHUNKS * 8; }
 };
 
-// A warp's 16 rows of COLUMNS (16, 32 or 64), which it holds as fragments of accumulators, four for each 8 columns, go to
-// `out`, 16 rows of OUT_ROW floats of the warp's own.
+// Writes a warp's 16 rows of COLUMNS (16, 32 or 64) to `out`, 16 rows of OUT_ROW floats that are the warp's own. The warp
+// holds them as fragments of accumulators, four for each 8 columns.
 template <int COLUMNS>
 __device__ __forceinline__ void stage_rows(const float (&acc)[COLUMNS / 8][4], float* out) {
     const int lane = threadIdx.x % 32;
@@ -372,11 +373,11 @@ __device__ __forceinline__ void floats8(const uint4& a, const uint4& b, float (&
     v[4] = __uint_as_float(b.x), v[5] = __uint_as_float(b.y), v[6] = __uint_as_float(b.z), v[7] = __uint_as_float(b.w);
 }
 
-// What a kernel fetches that needs nothing.
+// What an epilogue fetches if it needs nothing.
 struct Nothing {};
 
-// f(row, column) for the first of each 64 columns in each row, 128 bytes of 16-bit values, of a tile that so many threads share:
-// to prefetch, before the product, what is fetched after it.
+// Calls f(row, column) for the first of each 64 columns in each row, which are 128 bytes of 16-bit values, of a tile that
+// THREADS threads share. It serves to prefetch, before the product, what is fetched after it.
 template <int ROWS, int COLUMNS, int THREADS, class F>
 __device__ __forceinline__ void for_lines(F&& f) {
     constexpr int LINES = (COLUMNS + 63) / 64;
@@ -384,9 +385,9 @@ __device__ __forceinline__ void for_lines(F&& f) {
 }
 
 // Calls sink(row, column, v, fetch(row, column)) for the rows that `stage` puts in `out`; v are the values of columns
-// column .. column + 8. What is to be fetched for several rows is asked for before the first of them is taken: the memory is
-// a thousand cycles away, and the stores of a row would hold up the loads of the next.
-// At most so many BYTES are fetched at once: they are registers.
+// column .. column + 8. What several rows need is asked for before the first of them is taken: the memory is a thousand
+// cycles away, and the stores of one row would hold up the loads of the next. At most BYTES bytes are fetched at once,
+// since they take registers.
 template <int COLUMNS, int BYTES, class Stage, class Fetch, class Sink>
 __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fetch, Sink&& sink) {
     using Rows = OutRows<COLUMNS>;
@@ -401,12 +402,13 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
     fetch_from(0);
     stage();
     __syncwarp();
-    // Where there are registers, on Hopper or if nothing is fetched, two at a time: one row's instructions fill the other's waits.
+    // Where there are registers for it, on Hopper or if nothing is fetched, two rows go at a time: the instructions of one
+    // fill the waits of the other.
 #pragma unroll(BYTES > 64 || sizeof(Fetched) == sizeof(Nothing) ? 2 : 1)
     for (int pass = 0; pass < Rows::PASSES; pass++) {
         const int row = Rows::row(pass);
         if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
-        // Half of the lanes read their upper four first: 8 lanes then meet no bank twice.
+        // Half of the lanes read their upper four floats first, so that 8 lanes meet no bank twice.
         const int upper = COLUMNS == 64 ? column / 32 : row % 2;
         const float* from = out + row * OUT_ROW<COLUMNS> + column;
         const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
@@ -414,15 +416,15 @@ __device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fet
         float v[8];
         floats8(low, high, v);
         sink(row, column, v, fetched[0]);
-        // Registers have no index: the next row's come to the front.
+        // Registers cannot be indexed, so what was fetched for the next row moves to the front.
 #pragma unroll
         for (int i = 1; i < AT_ONCE; i++) fetched[i - 1] = fetched[i];
     }
     __syncwarp();
 }
 
-// The same for a block's tile. There is one copy of what follows a product, not one for each 16 rows: a kernel's code
-// comes from memory too, and of a small product it was most of the time.
+// The same for a block's tile. There is one copy of the epilogue's code, not one for each 16 rows. Code comes from memory
+// too, and with a small product that was most of the time.
 template <class Tile, class Fetch, class Sink>
 __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Fetch&& fetch, Sink&& sink) {
     float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * OUT_ROW<Tile::WN>;
@@ -447,8 +449,8 @@ __device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
     store16(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])));
 }
 
-// Whether this is the last of `count` blocks that each store a part of the same sums; then it sees what all of them stored.
-// `arrived` is 0 before the first and after the last; `flag` is shared memory that nobody uses.
+// Whether this is the last of `count` blocks that each store a part of the same sums. If so, it sees what all of them have
+// stored. `arrived` is 0 before the first block and after the last. `flag` is shared memory that nobody else uses.
 __device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* flag) {
     volatile int* const last = static_cast<int*>(flag);
     __threadfence();
@@ -463,7 +465,7 @@ __device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* f
     return true;
 }
 
-// The embedding's scales of 8 channels, of the image that was asked for last.
+// The embedding's scales of 8 channels, kept for the image that was asked for last.
 struct ImageScales {
     int image = -1;
     float s[8];
@@ -474,8 +476,8 @@ struct ImageScales {
     }
 };
 
-// As emit_rows, of sums over splits of partial[split stride + place(row, column)], in their order, all rows' at a time.
-// `place` is negative where there is nothing.
+// As emit_rows, for sums in parts: the sum over `splits` parts of partial[split stride + place(row, column)], in their
+// order. The parts of all rows are fetched at a time. `place` is negative where there is nothing.
 template <int COLUMNS, class Place, class Fetch, class Sink>
 __device__ __forceinline__ void sum_rows(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
     using Rows = OutRows<COLUMNS>;

@@ -3,17 +3,18 @@
 //     g[p][c] = sum over t, co of turned[c][t][co] * grad[neighbour t of p][co]
 //     turned[c][t][co] = w[co][taps - 1 - t][c]
 //
-// so that it is conv_fprop on a copy of the weights, transposed and turned, which the optimizer's step writes
-// (weights.cu): 2 bytes a weight once a step, against a loop that is the same for both. The columns c < ca belong to x,
-// the others to skip; then, with s = x_scale or skip_scale (1 where the scales are in the weights),
+// So it is conv_fprop on a copy of the weights, transposed and turned, which the optimizer's step writes (weights.cu). That
+// costs 2 bytes a weight once a step, and the loop is the same for both. The columns c < ca belong to x, the others to
+// skip. Then, with s = x_scale or skip_scale (1 where the scales are in the weights),
 //
 //     gx[p][c] = g gain s + acc_factor acc                                   a linear input
 //     gx[p][c] = g gain s mp_silu'(s x[p][c]) + acc_factor acc               the input was mp_silu(s x)
 //     gx[p][c] = gu scale[image][c],  gu = g gain mp_silu'(x scale)          it was mp_silu(x scale),
 //     scale_grad[image][c] = sum over the image of gu x                      scaled by the embedding
 //
-// The last sum is deterministic: tiles do not cross images, each writes one row of `sums` (on Hopper each block of the cluster
-// that shares its sums), and conv_dgrad_scale_sums adds them in order. Few pixels: k is split as in fprop.
+// The last sum is deterministic. Tiles do not cross images; each writes one row of `sums` (on Hopper each block of the
+// cluster that shares the tile's sum does), and conv_dgrad_scale_sums adds them in order. For few pixels k is cut into
+// parts, as in fprop.
 //
 // grad [n, h, w, cout], turned [ca + cb][taps][cout], x, gx, acc_x [n, h, w, ca], skip, gskip, acc_skip [n, h, w, cb],
 // all 16-bit; scale, scale_grad [n][scale_stride] f32; sums [tiles][ca] f32 ([tiles][splits][ca] of clusters); partial [splits][n h w][ca + cb] f32;
@@ -22,7 +23,7 @@
 // Operations: 2 n h w taps cin cout. Bytes: grad, turned, x, acc read once, gx written once (DRAM).
 #include "conv_finish.cuh"
 
-// The sums of a tile: over the lanes with the same channels, then over the warps of a column.
+// The sums of a tile, made over the lanes with the same channels, then over the warps of a column.
 template <class Tile>
 __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, float (&sums)[8]) {
     constexpr int CHUNKS = Tile::WN / 8;
@@ -57,7 +58,7 @@ struct DgradTile : TilePixels<Tile::BM> {
     }
 };
 
-// The last block of a tile. A function of its own: what it needs would take registers from the product.
+// What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
     begin_kernel();
     const int channel = blockIdx.x * 128 + threadIdx.x;
     if (channel >= p.ca) return;
-    // A row of sums for each tile, or for each block of a tile's cluster.
+    // There is a row of sums for each tile, or for each block of a tile's cluster.
     const int rows = p.tiles.tiles_per_group * (p.partial ? 1 : p.splits);
     float sum = 0;
     for (int row = 0; row < rows; row++) sum += p.sums[(size_t(blockIdx.y) * rows + row) * p.ca + channel];

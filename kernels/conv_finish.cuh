@@ -1,5 +1,5 @@
-// What the convolutions are asked for, and what follows their products: common to the loop for every card (conv_fprop.cu,
-// conv_dgrad.cu, conv_wgrad.cu and codec.cu, which explain it) and the one for Hopper (conv_hopper.cu).
+// The parameters and the epilogues of the convolutions. They are common to the loop for every card (conv_fprop.cu,
+// conv_dgrad.cu, conv_wgrad.cu and codec.cu, which explain them) and the one for Hopper (conv_hopper.cu).
 #pragma once
 #include "conv.cuh"
 
@@ -11,7 +11,7 @@ struct ConvFprop {
     const float* scale;             // null: none
     const void* residual;           // null: none
     void *y, *pre, *act;            // pre, act: null if not wanted
-    float* partial;                 // null: one split, or a cluster adds
+    float* partial;                 // null: one part, or a cluster adds
     unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
@@ -21,8 +21,8 @@ struct ConvFprop {
     int padding;
 };
 
-// What follows the product, for 8 channels of a pixel; `residual` is fetched before, and the line that it lies in prefetched;
-// `scales` is one for all pixels of these channels.
+// The epilogue for 8 channels of a pixel. `residual` is fetched before, and its line is prefetched. `scales` serves all
+// pixels of these channels.
 template <class T>
 __device__ __forceinline__ uint4 fetch(const ConvFprop& p, int pixel, int channel) {
     if (!p.residual) return {};
@@ -64,7 +64,7 @@ struct ConvDgrad {
     const float* scale;            // null: none
     void *gx, *gskip;
     float *scale_grad, *sums;  // with scale
-    float* partial;            // null: one split, or a cluster adds
+    float* partial;            // null: one part, or a cluster adds
     unsigned* arrived;
     PixelTiles tiles;
     int pixels, ca, cb, cout, taps;
@@ -72,11 +72,12 @@ struct ConvDgrad {
     float x_scale, skip_scale, gain, acc_factor;
 };
 
-// What is fetched before: 8 values of the input and of the gradient that is added to; zeros where there is none.
+// What is fetched before the epilogue: 8 values of the input, and of the gradient to which the result is added; zeros where
+// there is none.
 struct DgradFetched {
     uint4 x = {}, acc = {};
 };
-// Where 8 channels of a pixel lie in the tensor that they belong to.
+// Where 8 channels of a pixel lie in the tensor to which they belong.
 __device__ __forceinline__ size_t place(const ConvDgrad& p, int pixel, int channel) {
     return channel >= p.ca ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
 }
@@ -95,7 +96,7 @@ __device__ __forceinline__ void prefetch(const ConvDgrad& p, int pixel, int chan
     if (second ? p.skip : p.x) prefetch_line(static_cast<const T*>(second ? p.skip : p.x) + at);
     if (second ? p.acc_skip : p.acc_x) prefetch_line(static_cast<const T*>(second ? p.acc_skip : p.acc_x) + at);
 }
-// What follows the product, for 8 channels of a pixel; adds gu x to `sums`.
+// The epilogue for 8 channels of a pixel; adds gu x to `sums`.
 template <class T>
 __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image, int channel, float (&v)[8],
                                        const DgradFetched& fetched, ImageScales& scales, float (&sums)[8]) {
@@ -129,13 +130,13 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image,
 
 struct ConvWgrad {
     const void *x, *skip, *grad;  // skip: null if cb = 0
-    float *dw, *partial;          // partial: null if one split
+    float *dw, *partial;          // partial: null if one part
     int height, width, pixels, ca, cb, cout, taps;
     int steps_per_split, splits;
     float x_scale, skip_scale, gain;
 };
 
-// What follows the product, for 8 weights of a row: adds them to dw, or stores them as the part of a split.
+// The epilogue for 8 weights of a row: adds them to dw, or stores them as a part of the sum.
 __device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int split, float (&v)[8]) {
     const int cin = p.ca + p.cb, columns = p.taps * cin;
     if (co >= p.cout || n >= columns) return;
@@ -170,13 +171,13 @@ struct CodecConv {
     int padding;
 };
 
-// Where 8 channels of a pixel lie; of an enlarged image, in one of its four places.
+// Where 8 channels of a pixel lie; in an enlarged image, those of one of its four places.
 __device__ __forceinline__ size_t place(const CodecConv& p, int pixel, int phase, int channel) {
     if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
         pixel = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
     return size_t(pixel) * p.cout + channel;
 }
-// What follows the product, for 8 channels of a pixel; `residual` is fetched before.
+// The epilogue for 8 channels of a pixel; `residual` is fetched before.
 template <class T>
 __device__ __forceinline__ uint4 fetch(const CodecConv& p, int pixel, int phase, int channel) {
     if (!p.residual || pixel >= p.pixels || channel >= p.cout) return {};

@@ -16,11 +16,11 @@
 // and optionally act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
 // never applied on the way in.
 //
-// The main path's products are further steps of k, after the others: so they are neither rounded to 16 bits nor written and
-// read, and need no launch of their own. In the other order the loop of 3x3 would issue 0.5 instructions more for each HMMA.
+// The main path's products are further steps of k, after the others. So they are neither rounded to 16 bits nor written and
+// read, and need no launch of their own. In the other order the 3x3 loop would issue 0.5 more instructions for each HMMA.
 //
-// Small maps split k over blocks; each writes its f32 sums, and whichever block of a tile comes last adds all of them in
-// their order, so that every run gives the same bits, and does the same rest.
+// On small maps k is cut into parts for several blocks. Each writes its f32 sums, and whichever block of a tile comes last
+// adds them all in their order, so that every run gives the same bits. That block then runs the epilogue.
 //
 // x [n, h, w, ca], skip [n, h, w, cb], w [cout][taps][ca + cb]; main_x [n, h, w, main_ca], main_skip [n, h, w, main_cb],
 // main_weight [cout][main_ca + main_cb]; y, pre, act, residual [n, h, w, cout], all
@@ -44,7 +44,7 @@ struct FpropTile : TilePixels<Tile::BM> {
     }
 };
 
-// The last block of a tile. A function of its own: what it needs would take registers from the product.
+// What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;

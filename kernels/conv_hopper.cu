@@ -1,6 +1,6 @@
 // The convolutions of conv_fprop.cu, conv_dgrad.cu, conv_wgrad.cu and codec.cu on Hopper's tensor cores (sm_90a), which
-// mma.sync reaches at two thirds of their rate: operands come by bulk tensor copies and are multiplied by wgmma from
-// shared memory. Parameters, results and what follows a product are the same; the words fprop, dgrad, wgrad too.
+// mma.sync reaches at two thirds of their rate: operands come by bulk tensor copies and are multiplied by wgmma from shared
+// memory. Parameters, results and epilogues are the same, and so are the words fprop, dgrad, wgrad.
 //
 // PIXELS BY CHANNELS (fprop, dgrad, codec): D[pixel][channel], k = (tap, channel of the input), and in fprop then the channels
 // of the main path.
@@ -19,23 +19,24 @@
 //     A  64 pixels by 128 output channels of grad, two boxes; B 64 pixels by 128 columns, two im2col copies, each of one tap.
 //     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. Pixels are split to fill the card.
 //
-// A tile that is cut off by the last pixel or channel needs no care but on the way out: copies fill zeros there.
+// A tile that is cut off by the last pixel or channel needs care only in the epilogue, since copies fill zeros there.
 // Channels of inputs are multiples of 64, of results multiples of 8. Accumulators are f32, 128 registers a thread at most.
 //
 // FLOOR  of a step of 64 by tile m x n: 64 m n / 2048 cycles of the tensor cores (a multiprocessor, 2048 multiply-adds a
 // cycle); its 128 (m + n) bytes come from the L2 cache at 64 bytes a cycle, and wgmma reads 128 (m + n m / 64) from shared
 // memory at 128. 128 x 128: 512 cycles, 512 and 384. 64 x 128: 256, 384 and 192. 128 x 256: 1024, 768 and 640. On an H200 a
-// step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, what follows
-// it is the bound: 16 bytes a thread, 4 rows of a warp at a time, some 600 cycles each.
+// step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, the
+// epilogue is the bound: 16 bytes a thread, 4 rows of a warp at a time, some 600 cycles each.
 #include "conv_finish.cuh"
 #include "hopper.cuh"
 
 constexpr int GROUP = 128;        // threads of a warp group
 constexpr int GROUP_WARPS = 4;
-constexpr int OUT_COLUMNS = 64;   // of a warp's way out
+constexpr int OUT_COLUMNS = 64;   // of a warp's epilogue
 constexpr int OUT_BYTES = GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS> * 4;  // of a group
 
-// Stages in shared memory and their barriers: `full` when a step's bytes are there, `empty` when all who read it are done.
+// Stages in shared memory and their barriers: `full` when a step's bytes are there, `empty` when all readers are done with
+// it.
 template <int STAGES, int STAGE_BYTES>
 struct Pipeline {
     static constexpr int BYTES = STAGES * (STAGE_BYTES + 16) + 16;
@@ -44,7 +45,7 @@ struct Pipeline {
     int stage = 0;
     uint32_t parity = 0;
 
-    // By all threads of the block; `readers` arrivals empty a stage, which so many producers fill.
+    // Called by all threads of the block. So many producers fill a stage, and `readers` arrivals empty it.
     __device__ __forceinline__ Pipeline(smem_addr first, int producers, int readers) : first(first) {
         if (threadIdx.x == 0) {
             for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), producers), mbarrier_init(empty(s), readers);
@@ -55,18 +56,19 @@ struct Pipeline {
     }
     __device__ __forceinline__ smem_addr full(int s) const { return first + STAGES * STAGE_BYTES + s * 16; }
     __device__ __forceinline__ smem_addr empty(int s) const { return full(s) + 8; }
-    // Of two groups that take turns: the other one's products are all under way.
+    // For two groups that take turns: passed when the other group's products are all under way.
     __device__ __forceinline__ smem_addr turn(int group) const { return full(STAGES) + group * 8; }
     __device__ __forceinline__ smem_addr at() const { return first + stage * STAGE_BYTES; }
     __device__ __forceinline__ void advance() {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
-    // Skips steps that others read.
+    // Skips steps that another group reads.
     __device__ __forceinline__ void skip(int steps) {
         const int to = stage + steps;
         stage = to % STAGES, parity ^= to / STAGES & 1;
     }
-    // A producer's next stage, in which its copies of so many bytes are to arrive at the barrier returned.
+    // Waits for a producer's next stage and expects so many bytes there. Returns the barrier at which its copies are to
+    // arrive.
     __device__ __forceinline__ smem_addr begin(int bytes) {
         mbarrier_wait(empty(stage), parity ^ 1);
         mbarrier_expect(full(stage), bytes);
@@ -101,7 +103,7 @@ __device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, 
                 wgmma<T, N, MN_MAJOR>(acc[i], of_a + (i * a_tile + k * NEXT_K) / 16, of_b + k * NEXT_K / 16);
         wgmma_commit();
         wgmma_hold(acc);
-        // The products of the step before are over; those of this one run on.
+        // The products of the step before are over, while those of this one run on.
         wgmma_wait<1>();
         if (step > 0 && lane == 0) mbarrier_arrive(previous);
         previous = pipe.empty(pipe.stage);
@@ -121,9 +123,9 @@ __device__ __forceinline__ void scale_sums(float (&acc)[M][N], float factor) {
         for (int e = 0; e < N; e++) acc[i][e] *= factor;
 }
 
-// Runs through a group's TILES tiles of 64 x N in parts of a warp's 16 rows by OUT_COLUMNS: f(row, column, part), where part
-// counts the columns' parts; `begin()` comes before the parts of some columns and `end(part)` after them. One copy of f for
-// all, see emit.
+// Runs through a group's TILES tiles of 64 x N in pieces of a warp's 16 rows by OUT_COLUMNS, and calls f(row, column,
+// piece) for each, where `piece` counts them. `begin()` is called before the pieces of some columns, and `end(part)` after
+// them. There is one copy of f's code for all, see emit.
 template <int TILES, int N, class Begin, class F, class End>
 __device__ __forceinline__ void for_parts(Begin&& begin, F&& f, End&& end) {
     const int warp = threadIdx.x / 32 % GROUP_WARPS;
@@ -136,7 +138,7 @@ __device__ __forceinline__ void for_parts(Begin&& begin, F&& f, End&& end) {
     }
 }
 
-// Puts a warp's 16 rows by OUT_COLUMNS of the part `at`, see for_parts, in `out`.
+// Puts a warp's 16 rows by OUT_COLUMNS of piece `at`, see for_parts, into `out`.
 template <int TILES, int N>
 __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int at, float* out) {
 #pragma unroll
@@ -150,8 +152,8 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
     }
 }
 
-// Gives a group's tiles, rows `m` and on, to `work`: fetch and take as emit_rows' fetch and sink, the rest as for_parts. `out`
-// is the group's own, `sums` the warp's.
+// Gives a group's tiles, whose rows begin at `first`, to `work`. Its fetch and take are as emit_rows' fetch and sink, its
+// begin and end as those of for_parts. `out` is the group's own, `sums` the warp's.
 template <int TILES, int N, class Work>
 __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Work&& work) {
     float* const rows = out + threadIdx.x / 32 % GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS>;
@@ -167,8 +169,8 @@ __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int
         [&](int part) { work.end(part, sums); });
 }
 
-// Adds up what the blocks of a cluster have of a tile of M x N, this block's in `out`, and gives its share of the rows to `work`.
-// By the 8 warps of both groups.
+// Adds up the parts that the blocks of a cluster have of a tile of M x N, this block's own in `out`, and gives its share of
+// the rows to `work`. All 8 warps of both groups call it.
 template <int M, int N, class Work>
 __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work&& work) {
     constexpr int PARTS = N / OUT_COLUMNS;  // a warp takes four rows of one of them at a time
@@ -220,7 +222,8 @@ struct HopperPixels {
 };
 
 // Where a step of 64 summands lies: first all taps of x, then those of skip, then the channels of main_x and of main_skip.
-// Counted on from step to step: the producers have as long as a step's products take, 128 cycles of 64 x 64 to 1024 of 128 x 256.
+// It is counted on from step to step and not divided anew, as a producer has no longer than a step's products take: from
+// 128 cycles for 64 x 64 to 1024 for 128 x 256.
 struct StepWalk {
     const HopperPixels& p;
     int segment, channels;  // which of the four inputs, and its channels
@@ -278,7 +281,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     auto first_step = [&](int t) { return t % splits * p.steps_per_split; };
     auto steps_of = [&](int t) { return min(p.steps_per_split, p.steps - first_step(t)); };
 
-    // The same for all lanes, as a shuffle tells the compiler.
+    // It is the same in all lanes, which the shuffle tells the compiler.
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / GROUP, 0);
     if (group == 0) {
         registers_release<40>();
@@ -324,7 +327,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             for (int e = 0; e < N / 2; e++) acc[i][e] = 0.0f;
         if (!TOGETHER && taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
         const int own = min(steps_of(t), max(p.own_steps - first_step(t), 0)), main = steps_of(t) - own;
-        // One loop for both: wgmma holds its registers.
+        // One loop serves both, since wgmma holds its registers.
         for (bool of_main = own == 0;; of_main = true) {
             const bool last = of_main || main == 0;
             consume<T, N, false>(acc, pipe, first * ROW_BYTES, 64 * ROW_BYTES, A_BYTES, of_main ? main : own, [&] {
@@ -355,14 +358,14 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     }
 }
 
-// Of a way out without sums.
+// For an epilogue without sums.
 struct NoSums {
     __device__ __forceinline__ void clear(float*) {}
     __device__ __forceinline__ void end(int, float*) {}
     __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
-// Where the present tile lies.
+// Where the current tile lies.
 template <int M>
 struct HopperTile : TilePixels<M>, TileImages, NoSums {
     const PixelTiles& tiles;
@@ -437,7 +440,7 @@ struct DgradWork : HopperTile<M> {
             for (int i = threadIdx.x % 32; i < N; i += 32) of_warp[i] = 0.0f;
         __syncwarp();
     }
-    // The sums over the lanes with the same channels, and below over the warps, in their order.
+    // Sums over the lanes with the same channels; below, over the warps in their order.
     __device__ __forceinline__ void end(int part, float* of_warp) {
         if (!p.scale) return;
         const int lane = threadIdx.x % 32;
@@ -517,7 +520,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // as above
     if (warp == 2 * GROUP_WARPS) {
         if (threadIdx.x % 32 != 0) return;
-        // 64 columns are channels of one input at one tap; those beyond the last repeat it and are never stored.
+        // 64 columns are channels of one input at one tap. Columns beyond the last repeat it and are never stored.
         const TensorMap* from[2];
         int c[2], tap_x[2], tap_y[2];
 #pragma unroll
@@ -527,7 +530,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
             c[j] = n % cin - (second ? p.ca : 0), from[j] = second ? &h.skip : &h.x;
             tap_x[j] = tap % 3, tap_y[j] = tap / 3;
         }
-        // The first pixel, and how far the next step's is from it.
+        // The first pixel, and how far from it the next step's lies.
         int pixel = first * BK, image = pixel / (p.height * p.width);
         int row = pixel / p.width % p.height, column = pixel % p.width;
         const int next_column = BK % p.width, next_row = BK / p.width % p.height, next_image = BK / p.width / p.height;
@@ -556,7 +559,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
 #pragma unroll
     for (int e = 0; e < 64; e++) acc[0][e] = 0.0f;
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
-    named_barrier(1, 2 * GROUP);  // the way out takes the place of the stages
+    named_barrier(1, 2 * GROUP);  // the epilogue takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
     emit_group<1, 128>(acc, group * 64, out, nullptr,
                        WgradWork{p, int(blockIdx.x * 128), int(blockIdx.y * 128), int(blockIdx.z)});

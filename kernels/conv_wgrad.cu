@@ -5,8 +5,8 @@
 // in = x (s = x_scale) for c < ca, skip (s = skip_scale) from there. As a product: m = co, n = (t, c),
 // k = pixel. Both operands lie in memory as rows of k, so ldmatrix.trans reads both.
 //
-// Pixels are split over blocks to fill the card; each split writes its f32 sums, and conv_wgrad_reduce
-// adds them to dw in a fixed order: the same bits in every run.
+// Pixels are cut into parts for several blocks, to fill the card. Each part writes its f32 sums, and conv_wgrad_reduce adds
+// them to dw in a fixed order, so that every run gives the same bits.
 //
 // grad [n, h, w, cout], x [n, h, w, ca], skip [n, h, w, cb] 16-bit; dw [cout][taps][ca + cb] f32;
 // partial [splits][cout][taps][ca + cb] f32. Channels: multiples of 8.
@@ -15,10 +15,10 @@
 // ceil(taps cin / BN) times, x taps ceil(cout / BM) times), dw read and written, partial written and read.
 #include "conv_finish.cuh"
 
-// Copies the next BK pixels of grad and of the input's neighbours. A thread keeps its column of 8 channels, and with
-// it its tap, and takes every STRIDE-th pixel. Whether a neighbour is inside is asked of two numbers that each wrap by
-// themselves, by one minimum of unsigned numbers: the pixel's x, which must not be the edge that the tap looks over; and
-// its place in the image, counted from the first row that has such a neighbour, which must lie among those rows.
+// Copies the next BK pixels of grad and of the input's neighbours. A thread keeps its column of 8 channels, and with it its
+// tap, and takes every STRIDE-th pixel. Whether a neighbour is inside is seen from two numbers. Each wraps around by
+// itself, by one minimum of unsigned numbers. One is the pixel's x, which must not be the edge that the tap looks over. The
+// other is its place in the image, counted from the first row that has such a neighbour, which must lie among those rows.
 template <class T, class Tile>
 struct WgradLoad {
     static constexpr int COLUMNS = Tile::BN / 8, STRIDE = Tile::THREADS / COLUMNS, ROWS = BK / STRIDE;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
         });
 }
 
-// Sum over splits of partial[split][at .. at + 8], in their order.
+// Sum of partial[split][at .. at + 8] over the parts, in their order.
 __device__ __forceinline__ void sum_splits(const float* partial, size_t at, size_t stride, int splits, float (&v)[8]) {
     load8(partial + at, v);
 #pragma unroll 4

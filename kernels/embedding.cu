@@ -33,7 +33,7 @@ constexpr int CHUNK = 128; // channels of a warp, 4 for each lane
 // Values of a weight's row.
 __device__ __forceinline__ int padded(int channels) { return (channels + 7) / 8 * 8; }
 
-// Values k .. k + 3, k < channels, of a row of f32 [channels]; beyond its end zeros.
+// Values k .. k + 3, k < channels, of a row of f32 [channels]; zeros beyond its end.
 __device__ __forceinline__ void read_row(const float* row, int k, int channels, float (&x)[4]) {
     if (channels % 4 == 0) {
         read4(row + k, x);
@@ -86,8 +86,8 @@ __device__ __forceinline__ void add_products(float (&sums)[ROWS * IMAGES], const
     }
 }
 
-// Sums over the warp of N values (a power of two up to 32) of each lane: lane l gets that of value
-// l / (32 / N). In each step a lane gives half of its values away: 31 shuffles for N = 32 instead of 160.
+// Sums N values (a power of two up to 32) of each lane over the warp. Lane l gets the sum of value l / (32 / N). In each
+// step a lane gives half of its values away, which takes 31 shuffles for N = 32 instead of 160.
 template <int N, int BY = 16>
 __device__ __forceinline__ float scattered_sums(const float (&x)[N]) {
     float kept[N > 1 ? N / 2 : 1];
@@ -129,7 +129,7 @@ struct EmbedParams {
     int padding;
 };
 
-// A block has 8 rows and 8 images, whose features it computes itself; block 0 of the rows writes them.
+// A block has 8 rows and 8 images. It computes the images' features itself, and block 0 of the rows writes them.
 template <class T>
 __device__ __forceinline__ void embed(const EmbedParams& p) {
     extern __shared__ __align__(128) unsigned char smem[];
@@ -388,7 +388,7 @@ __device__ __forceinline__ void emb_scales_dgrad(const EmbScalesBackward& p) {
     }
 }
 
-// A thread has 4 channels of an image, and, in the order of the tiles, the gain of a layer.
+// A thread adds up 4 channels of an image, and also the gain of a layer, in the order of the tiles.
 extern "C" __global__ void __launch_bounds__(128) emb_scales_reduce(EmbScalesBackward p) {
     begin_kernel();
     const int thread = blockIdx.x * blockDim.x + threadIdx.x;

@@ -1,11 +1,10 @@
-// What only Hopper has (sm_90a): mbarriers, bulk tensor copies, wgmma, register reallocation. Beside
-// ptx.cuh and in its manner: each piece of inline PTX with its twin for the emulator. A kernel that
-// uses any of it is exported by KERNEL_EXPORT_HOPPER.
+// What only Hopper has (sm_90a): mbarriers, bulk tensor copies, wgmma, register reallocation. As in ptx.cuh, each piece of
+// inline PTX has its twin for the emulator beside it. A kernel that uses any of it is exported by KERNEL_EXPORT_HOPPER.
 //
-// A PIPELINE. Stages in shared memory, each with two mbarriers. A producer, one thread of its own warp,
-// waits until a stage is empty, expects its bytes on `full`, and starts bulk copies that count down
-// those bytes. Consumers, warp groups of 128 threads, wait for `full`, multiply by wgmma, and arrive at
-// `empty` when a wait says that the products which read the stage are over.
+// A PIPELINE. Stages in shared memory, each with two mbarriers. A producer is one thread of a warp of its own
+// (conv_hopper.cu has two producers, one for each operand). It waits until a stage is empty, expects its bytes on `full`,
+// and starts bulk copies that count down those bytes. Consumers, warp groups of 128 threads, wait for `full`, multiply by
+// wgmma, and arrive at `empty` when a wait says that the products which read the stage are over.
 //
 //     producer                                     consumer
 //     mbarrier_wait(empty[s], parity ^ 1);         mbarrier_wait(full[s], parity);
@@ -14,10 +13,10 @@
 //                                                  wgmma_commit(); wgmma_hold(acc);
 //                                                  wgmma_wait<1>(); mbarrier_arrive(empty[previous]);
 //
-// PHASES. An mbarrier is in phase 0 at first. Its phase is over when all arrivals and all expected bytes
-// have come; then the next begins with as many arrivals awaited. mbarrier_wait(bar, parity) returns when
-// the phase of that parity is over: a stage's k-th use waits with k % 2. On a fresh barrier parity 1
-// returns at once, as if a phase -1 were over, which is how a producer finds its stages empty at first.
+// PHASES. An mbarrier is in phase 0 at first. Its phase is over when all arrivals and all expected bytes have come. Then
+// the next phase begins, which awaits as many arrivals. mbarrier_wait(bar, parity) returns when the phase of that parity is
+// over: a stage's k-th use waits with k % 2. On a fresh barrier parity 1 returns at once, as if a phase -1 were over, which
+// is how a producer finds its stages empty at first.
 //
 // SWIZZLE. Tiles in shared memory are rows of 128 bytes; 16-byte chunk c of row r lies at chunk
 // c ^ (r % 8), as swizzle<128>(r, c) says, if the tile begins at a multiple of 1024. Bulk copies write
@@ -47,8 +46,8 @@
 #define KERNEL_EXPORT_HOPPER(kernel) static_assert(true, "")
 #endif
 
-// How a bulk copy finds its tile: made by the host (Runtime::tensor_map). It lies in a params struct
-// that the kernel takes as `const __grid_constant__`, and goes from function to function by reference.
+// What tells a bulk copy where its tile lies. The host makes it (Runtime::tensor_map). It lies in a params struct that the
+// kernel takes as `const __grid_constant__`, and is passed between functions by reference only.
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
 };
@@ -67,20 +66,20 @@ inline void fence_async_shared(SIMT_WHERE) { simt::async_fence(at); }
 
 #else
 
-// Makes a barrier whose phases await so many arrivals. One thread does so, then says
-// fence_mbarrier_init, and all meet at __syncthreads before anyone else uses it.
+// Makes a barrier whose phases await so many arrivals. One thread does so and calls fence_mbarrier_init. All threads then
+// meet at __syncthreads before any other uses the barrier.
 __device__ __forceinline__ void mbarrier_init(smem_addr bar, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
 }
-// Shows barriers made by this thread to the bulk copies.
+// Makes barriers that this thread has made visible to the bulk copies.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// One arrival. What this thread did before is seen by whoever waits for the phase.
+// One arrival. Whoever waits for the phase sees what this thread did before.
 __device__ __forceinline__ void mbarrier_arrive(smem_addr bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
 }
-// One arrival, and the phase awaits so many bytes of bulk copies more.
+// One arrival. The phase also awaits so many more bytes of bulk copies.
 __device__ __forceinline__ void mbarrier_expect(smem_addr bar, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
 }
@@ -100,8 +99,8 @@ __device__ __forceinline__ void mbarrier_wait(smem_addr bar, uint32_t parity) {
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
-// Shows this thread's stores to shared memory (and its finished cp.async) to wgmma and bulk copies that
-// come after; before the barrier that the others wait at.
+// Makes this thread's stores to shared memory (and its finished cp.async) visible to wgmma and bulk copies that come after.
+// Call it before the barrier that the others wait at.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #endif
@@ -121,7 +120,7 @@ inline void tma_load_im2col(smem_addr dst, const TensorMap& map, smem_addr bar, 
 
 #else
 
-// Brings the map itself near.
+// Prefetches the map itself.
 __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -169,7 +168,7 @@ inline void wgmma_hold(float (&)[M][N]) {}
 
 #else
 
-// Says where an operand lies, see above. Adding BYTES / 16 moves it by BYTES.
+// The descriptor of an operand, see above. Adding BYTES / 16 to it moves it by BYTES.
 __device__ __forceinline__ uint64_t wgmma_descriptor(smem_addr tile, uint32_t leading_bytes, uint32_t stride_bytes) {
     return uint64_t((tile & 0x3ffff) >> 4) | uint64_t(leading_bytes >> 4) << 16 | uint64_t(stride_bytes >> 4) << 32 |
            uint64_t(1) << 62;  // the 128-byte swizzle
@@ -210,9 +209,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(smem_addr tile, uint32_t le
         if constexpr (!is_half<T> && MN_MAJOR) HOPPER_ISSUE(n, regs, next, "bf16.bf16", "1, 1");  \
     }
 
-// D[64][N] += A[64][16] * B[16][N], T = __half or __nv_bfloat16, both operands K-major or both MN-major.
-// Asynchronous: between here and the wgmma_wait after its commit nobody may touch d, nor write what a
-// and b point to.
+// D[64][N] += A[64][16] * B[16][N], T = __half or __nv_bfloat16, both operands K-major or both MN-major. It is
+// asynchronous: between here and the wgmma_wait after its commit nobody may touch d, or write what a and b point to.
 template <class T, int N, bool MN_MAJOR>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
     static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256,
@@ -227,15 +225,15 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
     HOPPER_WGMMA(256, 128, 129)
 }
 
-// Before the first wgmma, and whenever the accumulators were touched since the last: orders registers.
+// Orders registers. Needed before the first wgmma, and whenever the accumulators were touched since the last one.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes a group of the products issued since the last commit.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most GROUPS_LEFT groups are still in flight.
 template <int GROUPS_LEFT>
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(GROUPS_LEFT) : "memory"); }
-// Keeps the compiler from moving accumulators across: before wgmma_fence, after wgmma_commit, and after the wait
-// that precedes their use. Costs no instruction.
+// Keeps the compiler from moving accumulators across this place. Call it before wgmma_fence, after wgmma_commit, and after
+// the wait that precedes their use. It costs no instruction.
 template <int N>
 __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 #pragma unroll
@@ -251,8 +249,8 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[M][N]) {
 
 // ---- registers ----------------------------------------------------------------------------------
 
-// By all warps of a warp group: from now on N registers a thread, fewer or more than before. What the
-// producer's group gives up the consumers' groups take. Needs __launch_bounds__.
+// By all warps of a warp group: from now on each thread has N registers, fewer or more than before. The consumers' groups
+// take what the producer's group gives up. Needs __launch_bounds__.
 template <int N>
 __device__ __forceinline__ void registers_release() {
     static_assert(N % 8 == 0 && N >= 24 && N <= 256, "a multiple of 8 from 24 to 256");

@@ -10,10 +10,9 @@
 //     combine               sum of factor times tensor: solver steps, guidance (f32), gradients (16 bits)
 //     narrow, widen         f32 [pixels, c] to 16 bits with c padded by zeros to a multiple of 8, and back
 //
-// Layout: NHWC, channels a multiple of 8, so that every access is 16 bytes. Arithmetic is f32. Forward
-// operations write both y and mp_silu(y), the input of the residual branch, where `silu` is not null.
-// A pixel of pixel_norm belongs to 1 to 32 neighbouring lanes, which read it twice, the second time
-// from L1.
+// Layout: NHWC, channels a multiple of 8, so that every access is 16 bytes. Arithmetic is f32. Forward operations write
+// both y and mp_silu(y), the input of the residual branch, where `silu` is not null. In pixel_norm, 1 to 32 neighbouring
+// lanes share a pixel. They read it twice, the second time from L1.
 //
 // Bytes a value, 16 bits, b = a value of the larger image (all operations are bound by these):
 //     pixel_norm 2 + 2 (+ 2 with silu); down: 2 b + 1/2 b (+ 1/2 b); backward 2 + 2 + 2 (+ 2 with acc)
@@ -148,7 +147,7 @@ struct Upsample {
     int padding;
 };
 
-// First of the 2x2 vectors in the large image that belong to vector `i` of the small one.
+// Place of the first of the 2x2 vectors in the large image that belong to vector `i` of the small one.
 __device__ __forceinline__ size_t large_index(const Upsample& p, int i) {
     const int pixel = i / p.vectors;
     return size_t(pixel / p.width) * 4 * p.width * p.vectors + size_t(pixel % p.width) * 2 * p.vectors + i % p.vectors;
@@ -232,7 +231,7 @@ struct Dropout {
     int padding;
 };
 
-// Eight values take one Philox block, 16 bits each.
+// Eight values use one Philox block, 16 bits each.
 template <class T>
 __device__ __forceinline__ void dropout(const Dropout& p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;

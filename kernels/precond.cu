@@ -1,4 +1,4 @@
-// What stands before and after the U-Net: noise, preconditioning, the loss and its gradients, logvar.
+// What comes before and after the U-Net: noise, preconditioning, the loss and its gradients, logvar.
 //
 //     noise            noisy = clean + sigma n, n from Philox, the same bits as src/rng.rs
 //     precond_input    [c_in x, 1, 0 ...],  c_in = 1 / sqrt(sigma_data^2 + sigma^2)        (EDM eq. 7)
@@ -17,7 +17,7 @@
 // Bytes a pixel of 4 channels: noise 16 + 16; input 16 + 16; output 16 + 8 + 16; loss 16 + 16 + 8 + 16.
 #include "math.cuh"
 
-// A float whose operations round once each and never fuse, as on the CPU.
+// A float whose operations round once each and are never fused, as on the CPU.
 struct Exact {
     float v;
     __device__ __forceinline__ Exact(float v) : v(v) {}
@@ -234,7 +234,7 @@ __device__ __forceinline__ void loss(const LossParams& p) {
     if (threadIdx.x == 0) p.partial[blockIdx.x] = make_float2(sums[0], sums[1]);
 }
 
-// One block: each thread sums the chunks of its images, then the block the gradient of the gain.
+// For one block. Each thread sums the chunks of its images; then the block sums the gradient of the gain.
 extern "C" __global__ void loss_reduce(LossParams p) {
     begin_kernel();
     __shared__ __align__(16) float scratch[1][32];
@@ -265,7 +265,7 @@ struct Logvar {
     int padding;
 };
 
-// A warp for each noise level.
+// One warp works on one noise level.
 template <class T>
 __device__ __forceinline__ void logvar(const Logvar& p) {
     const float c_noise = logf(p.sigma[blockIdx.x]) / 4.0f;

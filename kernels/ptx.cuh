@@ -34,9 +34,9 @@
 #define KERNEL_EXPORT(kernel) static_assert(true, "")
 #endif
 
-// The first thing that a kernel does, before it touches global memory. On sm_90 and newer a launch of a plan may
-// begin while the one before it ends (programmatic dependent launch): here it waits until that one is over and what it
-// wrote is there. Only then may the next one begin, so that two at most are under way.
+// Every kernel calls this first, before it touches global memory. On sm_90 and newer a launch of a plan may begin while the
+// one before it ends (programmatic dependent launch). Here it waits until that one is over and its writes are there. Only
+// then may the next one begin, so that at most two are under way.
 __device__ __forceinline__ void begin_kernel() {
 #ifdef SIMT_EMULATOR
     simt::wait_for_launches(), simt::let_next_launch_begin();
@@ -103,13 +103,13 @@ __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<con
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 // Brings the 128 bytes around p, in global memory, into the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// Numbers that the compiler shall keep in registers, rather than compute again in a loop.
+// Makes the compiler keep these numbers in registers, where it might compute them again in a loop.
 template <int N>
 __device__ __forceinline__ void keep(int (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i]));
 }
-// x within +-limit; NaN passes.
+// x clipped to +-limit; NaN stays NaN.
 __device__ __forceinline__ float clipped(float x, float limit) {
     asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-limit));
@@ -134,10 +134,10 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
 
 // ---- clusters: blocks of a launch that run together (Launch::in_clusters_of), from sm_90 on ------
 //
-// Without one a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a
-// barrier for all threads of all blocks: what was done before the arrival is there after the wait, in shared memory of
-// other blocks too. Each half is one instruction for the whole warp. Before a block reads another's shared memory all must
-// have met once, since it may not have begun; and after the last read once more, since it may end.
+// Without one a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a barrier for all
+// threads of all blocks: what was done before the arrival is there after the wait, in shared memory of other blocks too.
+// Each half is one instruction for the whole warp. Before a block reads another's shared memory, all must have met once,
+// since the other may not have begun. They must meet again after the last read, since the other may end.
 
 #ifdef SIMT_EMULATOR
 
@@ -151,7 +151,7 @@ inline uint4 load16_of(smem_addr address, unsigned rank, SIMT_WHERE) {
 
 #elif __CUDA_ARCH__ >= 900
 
-// The block's number among those of its cluster, from 0 on along x, and how many they are.
+// The block's number in its cluster, from 0 on along x, and how many blocks the cluster has.
 __device__ __forceinline__ unsigned cluster_rank() {
     unsigned rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -164,7 +164,8 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// 16 bytes, aligned to 16, of the shared memory of the block of this rank, at the address that they have in this block.
+// Reads 16 bytes, aligned to 16, of the shared memory of the block with this rank, at the address that they would have in
+// this block.
 __device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned rank) {
     uint4 v;
     asm volatile(
@@ -185,7 +186,7 @@ template <> constexpr bool is_half<__half> = true;
 
 #ifdef SIMT_EMULATOR
 
-// The tile calls meet once for the whole tile; see the other branch for what they compute.
+// On the emulator, a call for a tile meets once for the whole tile. The other branch shows what it computes.
 template <class T, int M, int N>
 inline void mma_tile(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
     simt::mma(d, a[0], b[0], {M, N, is_half<T> ? simt::Element::f16 : simt::Element::bf16, simt::Accumulator::f32}, at);
@@ -237,7 +238,7 @@ __device__ __forceinline__ void mma_tile(float (&d)[M][N][4], const uint32_t (&a
 #pragma unroll
         for (int j = 0; j < N; j++) mma<T>(d[i][j], a[i], b[j]);
 }
-// The same with sums in f16; where it is the FIRST product, d = a * b, and no zero is moved into a register.
+// The same with sums in f16. Where it is the FIRST product, d = a * b, so that no zero need be moved into a register.
 template <bool FIRST, int M, int N>
 __device__ __forceinline__ void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
 #pragma unroll
@@ -331,7 +332,7 @@ __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_gr
 
 // ---- approximate functions ----------------------------------------------------------------------
 
-// One instruction each, at most 2 units in the last place off; denormals are zeros.
+// One instruction each, wrong by at most 2 units in the last place. Denormals count as zero.
 #ifdef SIMT_EMULATOR
 
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -360,7 +361,7 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 // ---- warp reductions ----------------------------------------------------------------------------
 
-// Over all 32 lanes, the same result in each.
+// Reductions over all 32 lanes, with the same result in each.
 #ifdef SIMT_EMULATOR
 
 inline float warp_sum(float x, SIMT_WHERE) { return simt::warp_reduce(x, false, at); }

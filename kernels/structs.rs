@@ -1,14 +1,15 @@
-//! What host and device share, declared once: in the kernels' files. A struct of `kernels/*.cu` and `*.cuh` that is plain data,
-//! fields and nothing else, is part of it; the build script makes the Rust side of it, for `src/backend/gpu/structs.rs`, with
-//! size and offsets asserted, and a C++ file that asserts the same of the declarations. So are constants, lines
-//! `constexpr int NAME = NUMBER;`, and tables of instances, lines `NAME(NUMBER, ...)`: those are in `src/backend/gpu/tables.rs`.
+//! What host and device share is declared once, in the kernels' files. A struct in `kernels/*.cu` and `*.cuh` that is plain
+//! data, with fields and nothing else, is shared. The build script makes the Rust side of it, for
+//! `src/backend/gpu/structs.rs`, with size and offsets asserted, and a C++ file that asserts the same of the declarations.
+//! Also shared are constants, in lines `constexpr int NAME = NUMBER;`, and tables of instances, in lines
+//! `NAME(NUMBER, ...)`. Their Rust side is for `src/backend/gpu/tables.rs`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// Size, alignment and name in Rust of what a field may be, beside pointers and other structs.
+/// Size, alignment and Rust name of the types that a field may have, beside pointers and other structs.
 const TYPES: &[(&str, usize, usize, &str)] = &[
     ("int", 4, 4, "i32"),
     ("int32_t", 4, 4, "i32"),
@@ -91,7 +92,7 @@ impl Layout<'_> {
         Ok(())
     }
 
-    /// Makes what C++ leaves between fields one of its own, as no byte of a struct may be undefined.
+    /// Makes a field of the padding that C++ leaves between fields, as no byte of a struct may be undefined.
     fn pad(&mut self, align: usize) {
         let gap = self.size.next_multiple_of(align) - self.size;
         if gap > 0 {
@@ -193,7 +194,7 @@ fn tables(path: &Path, text: &str) -> Result<String, String> {
     Ok(if items.is_empty() { items } else { module() })
 }
 
-/// A comment as documentation: brackets and angles are no links and no HTML.
+/// A comment as documentation, in which brackets make no links and angles no HTML.
 fn documented(comment: &str, name: &str) -> String {
     let text = if comment.is_empty() { name } else { comment };
     text.chars().fold(String::new(), |mut text, c| {
@@ -219,7 +220,7 @@ pub fn add_file(path: PathBuf, files: &mut BTreeMap<PathBuf, String>) -> Result<
 
 /// A digest of texts that is the same with every compiler of Rust (FNV-1a).
 pub fn digest<'a>(texts: impl IntoIterator<Item = &'a String>) -> u64 {
-    // 0xff, which no UTF-8 has, ends each text.
+    // Each text ends with 0xff, which does not occur in UTF-8.
     let bytes = texts.into_iter().flat_map(|text| text.bytes().chain([0xff]));
     let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     bytes.fold(0xcbf2_9ce4_8422_2325, step)
@@ -238,7 +239,7 @@ fn digest_of_tiled(paths: &[PathBuf]) -> Result<u64, String> {
     Ok(digest(tiled.values()))
 }
 
-/// Writes `structs.rs`, `tables.rs` and `structs.cpp` to OUT_DIR; the path of the last.
+/// Writes `structs.rs`, `tables.rs` and `structs.cpp` to OUT_DIR. Returns the path of the last.
 pub fn build() -> Result<PathBuf, String> {
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
@@ -246,7 +247,7 @@ pub fn build() -> Result<PathBuf, String> {
     let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     let is = |path: &PathBuf, extension: &str| path.extension().is_some_and(|e| e == extension);
     paths.retain(|path| is(path, "cu") || is(path, "cuh"));
-    // Headers first, and in the order of their names, which is that of their inclusion.
+    // Headers come first, in the order of their names, which is also the order of their inclusion.
     paths.sort_by_key(|path| (is(path, "cu"), path.clone()));
     let (mut known, mut constants, mut structs) = (HashMap::new(), HashMap::new(), Vec::new());
     let mut modules = format!(

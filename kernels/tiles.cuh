@@ -1,6 +1,6 @@
-// The tiles of the convolutions: one line is one instance of each kernel of its kind, and one line of the table from
-// which src/backend/gpu/tiles.rs chooses (the build script reads this file). No include guard: each kernel file includes it after it has
-// defined the macros.
+// The tiles of the convolutions. A line is one instance of each kernel of its kind, and one line of the table from which
+// src/backend/gpu/tiles.rs chooses (the build script reads this file). There is no include guard, as each kernel file
+// includes it after it has defined the macros.
 //
 //   PIXELS     conv_fprop, conv_dgrad, codec_conv: pixels by channels, where channels are multiples of 64
 //   FLAT       the same for any multiple of 8: k is flat over taps and channels, so that 8 channels are 72 products

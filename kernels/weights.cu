@@ -38,7 +38,7 @@ struct WeightRow {
     float scales[2];
 };
 
-// Of one step; in device memory, so that a captured graph serves every step.
+// The scalars of one step. They are in device memory, so that a captured graph serves every step.
 struct StepScalars {
     float grad_scale;
     float rate;           // lr / (1 - beta1^t)
@@ -78,7 +78,7 @@ struct WeightEffective {
     int padding;
 };
 
-// Factor of a row of this rms after `rounds` normalisations; rms becomes its rms then.
+// Factor of a row of this rms after `rounds` normalisations. `rms` becomes the row's rms after them.
 __device__ __forceinline__ float normalized(float& rms, int rounds) {
     float factor = 1.0f;
     if (rms == 0.0f) return factor;  // zeros stay zeros, whereas the factor could overflow
@@ -92,7 +92,7 @@ __device__ __forceinline__ float normalized(float& rms, int rounds) {
 
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 
-// First value of this thread's vector `v`.
+// Place of the first value of this thread's vector `v`.
 __device__ __forceinline__ int vector_start(int v) { return 4 * (v * int(blockDim.x) + int(threadIdx.x)); }
 
 template <class T, int V>
@@ -211,8 +211,9 @@ __device__ __forceinline__ void weight_effective(const WeightEffective& p) {
     write_effective<T>(row, w, squares[0], p.rounds, p.effective, p.exact);
 }
 
-// A line is an instance of both in each 16-bit type, and a line of the table from which src/backend/gpu/weights.rs takes the
-// first whose threads hold a row: so many vectors of 4 values each, and threads at most.
+// A line is an instance of both kernels in each 16-bit type: how many vectors of 4 values a thread has, and how many
+// threads there are at most. The lines are also the table from which src/backend/gpu/weights.rs takes the first whose
+// threads hold a row.
 #define INSTANCE(name, Params, T, type, vectors, threads)                                       \
     extern "C" __global__ void __launch_bounds__(threads) name##_##vectors##_##type(Params p) { \
         begin_kernel();                                                                         \
@@ -240,7 +241,7 @@ struct ReduceStats {
     int padding;
 };
 
-// The statistics of all rows; one block of 1024 threads, the same bits in every run.
+// Adds up the statistics of all rows, by one block of 1024 threads, so that every run gives the same bits.
 extern "C" __global__ void __launch_bounds__(1024) weight_stats(ReduceStats p) {
     begin_kernel();
     __shared__ __align__(16) StepTotals warps[32];
@@ -266,7 +267,7 @@ KERNEL_EXPORT(weight_stats);
 
 // ---- the copy for conv_dgrad ------------------------------------------------------------------
 
-// 64 x 64 weights of one tap.
+// A tile of 64 x 64 weights of one tap.
 struct TurnTile {
     long long from, to;      // the weight's first value among the effective and the turned ones
     int cout, cin, taps;     // with padding
@@ -279,7 +280,7 @@ struct WeightTurn {
     void* turned;
 };
 
-// 256 threads; the same for both types, which are only moved.
+// For 256 threads. It serves both 16-bit types, as values are only moved.
 extern "C" __global__ void __launch_bounds__(256) weight_turn(const __grid_constant__ WeightTurn p) {
     begin_kernel();
     __shared__ __align__(16) uint4 rows[64 * 8];  // [co][8 chunks of c], swizzled

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! with means m and covariances S (divided by n - 1). The trace of the root is the sum of the roots of the eigenvalues
-//! of S1^(1/2) S2 S1^(1/2), which is symmetric and has those of S1 S2; all in f64. Rounding may make eigenvalues of
-//! degenerate covariances a little negative: these count as 0.
+//! of S1 S2. S1^(1/2) S2 S1^(1/2) has the same eigenvalues and is symmetric, so they are computed of that, all in f64.
+//! Rounding may make eigenvalues of degenerate covariances a little negative: these count as 0.
 //!
 //! Cost, of D features: D^2 multiply-adds for each image, about 10 D^3 for the distance on one core, 8 D^2 bytes for
 //! each set and a few times that for the distance. For D = 2048 the distance takes 13 s and 0.3 GB.
@@ -21,7 +21,7 @@ const BLOCK: usize = 64;
 /// Mean and covariance of features, without keeping the features.
 pub struct Moments {
     count: usize,
-    /// The first features: sums are of the differences to it, which loses fewer digits.
+    /// The first features. Sums are of the differences to them, which loses fewer digits.
     shift: DVector<f64>,
     sum: DVector<f64>,
     square: DMatrix<f64>, // [D, D]: sum of the outer products
@@ -29,7 +29,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Of no features yet, D wide.
+    /// The moments of no features yet; each will have D values.
     pub fn new(width: usize) -> Self {
         Self {
             count: 0,
@@ -103,7 +103,7 @@ fn between(m1: &DVector<f64>, s1: DMatrix<f64>, m2: &DVector<f64>, s2: DMatrix<f
     for (i, mut column) in product.column_iter_mut().enumerate() {
         column.iter_mut().zip(&roots).for_each(|(x, root)| *x *= root * roots[i]);
     }
-    // Rounding must not make it lopsided.
+    // Rounding must not leave it asymmetric.
     product = (&product + product.transpose()) / 2.0;
     let root: f64 = product.symmetric_eigenvalues().iter().map(|x| x.max(0.0).sqrt()).sum();
     let distance = (m1 - m2).norm_squared() + traces - 2.0 * root;
@@ -127,7 +127,7 @@ mod tests {
         (&random + random.transpose()).symmetric_eigen().eigenvectors
     }
 
-    /// Of covariances with the same eigenvectors, whose roots are those of their eigenvalues.
+    /// The distance for covariances with the same eigenvectors, whose roots follow from the eigenvalues.
     fn expected(m1: &[f64], s1: &[f64], m2: &[f64], s2: &[f64]) -> f64 {
         let means: f64 = m1.iter().zip(m2).map(|(a, b)| (a - b).powi(2)).sum();
         means + s1.iter().zip(s2).map(|(a, b)| (a.sqrt() - b.sqrt()).powi(2)).sum::<f64>()
@@ -141,7 +141,7 @@ mod tests {
             let (mut s1, mut s2) = (squares(3), squares(4));
             for degenerate in [false, true] {
                 if degenerate {
-                    // Directions that one, the other, and neither of them has.
+                    // Directions in which one, the other, or neither of them varies.
                     (0..n).for_each(|i| match i % 5 {
                         0 => s1[i] = 0.0,
                         1 => s2[i] = 0.0,
@@ -155,7 +155,7 @@ mod tests {
                     let turned = |m: &[f64]| &v * DVector::from_row_slice(m);
                     let spread = |s: &[f64]| &v * diagonal(s) * v.transpose();
                     let found = between(&turned(&m1), spread(&s1), &turned(&m2), spread(&s2));
-                    // An eigenvalue of 0 is known to 1e-16 of the largest, so its root to 1e-8.
+                    // An eigenvalue of 0 is computed to 1e-16 of the largest, so its root to 1e-8.
                     let bound = if degenerate { 1e-7 } else { 1e-12 } * n as f64;
                     assert!((found - expected).abs() < bound, "{n}: {found}, expected {expected}");
                     let back = between(&turned(&m2), spread(&s2), &turned(&m1), spread(&s1));
@@ -225,7 +225,8 @@ mod tests {
         }
         let expected = expected(&[0.0; 4], &[1.0; 4], &shift, &scale.map(|x| x * x));
         let found = distance(one, other);
-        // Four standard deviations of the estimate: errors of means and deviations, 1 / sqrt(n) large, propagated.
+        // Four standard deviations of the estimate. It follows from the errors of means and deviations, which are 1 /
+        // sqrt(n).
         assert!((found - expected).abs() < 0.06, "{found}, expected {expected}");
     }
 }

@@ -13,13 +13,13 @@
 //! # Ok(()) }
 //! ```
 //!
-//! From the top: [`pipeline`] makes pictures from a model file and [`train`] makes model files from a dataset, both on a
-//! [`Device`]. Below them, [`sample`] has the solvers, [`condition`] what images are asked to show, [`data`] datasets,
-//! [`pictures`] pixels, [`codec`] latents. The network of [`model`] is written once, in the operations of
-//! [`backend`], which the CPU and GPUs implement. What else is public, the command line and the tests use; it is not
-//! meant for others and may change at any time.
+//! From the top: [`pipeline`] makes pictures from a model file and [`train`] makes model files from a dataset, both on
+//! a [`Device`]. Below them, [`sample`] has the solvers, [`condition`] what images are asked to show, [`data`]
+//! datasets, [`pictures`] pixels, [`codec`] latents. The network of [`model`] is written once, in the operations of
+//! [`backend`], which the CPU and GPUs implement. Everything else that is public is there for the command line and the
+//! tests. It is not meant for others and may change at any time.
 //!
-//! Examples that read `demo/` and `tests/` run in a checkout; the crate's file has neither.
+//! Examples that read `demo/` and `tests/` run in a checkout only, since the published crate has neither.
 //!
 //! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
 //! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked.

@@ -1,5 +1,5 @@
-//! The memory of this machine, asked about before it is filled: a size out of a file or an option that no machine has
-//! room for is an error of one line, not an abort.
+//! The memory of this machine, which is asked for before it is filled. So a size in a file or an option for which no
+//! machine has room becomes an error of one line, not an abort.
 
 use crate::system;
 
@@ -7,18 +7,18 @@ use crate::system;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} needs {} of memory at least, {whose} {}", shown(*needed), shown((*there).into()))]
 pub struct TooLarge {
-    /// What.
+    /// What needs the memory.
     pub what: String,
     /// Bytes that it needs.
     pub needed: u128,
     /// Bytes that there are.
     pub there: u64,
-    /// Who says so, in words: this machine, or a limit on this process.
+    /// What sets that limit, in words: this machine, or a limit on this process.
     pub whose: &'static str,
 }
 
-/// Fails if this machine has not so many bytes of main memory, or this process may not use them; where the system does
-/// not tell, nothing fails.
+/// Fails if this machine does not have so many bytes of main memory, or this process may not use so many. Where the
+/// system does not tell, it never fails.
 pub fn check(what: impl Into<String>, needed: u128) -> Result<(), TooLarge> {
     let of = |there: Option<u64>, whose| there.map(|there| (there, whose));
     let limits = [of(system::memory(), "this machine has"), of(system::memory_limit(), "this process is limited to")];

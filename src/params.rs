@@ -1,9 +1,9 @@
-//! What a network and the devices that compute it have in common: the table of parameters, and the constants of
+//! What a network and the devices that compute it both need: the table of parameters, and the constants of
 //! magnitude-preserving operations.
 //!
-//! A network is built by pushing its parameters into a table, names and shapes as in the official `state_dict`; a device
-//! allocates what the table lists and refers to it by [`ParamId`]. Files are read and written through the table too, so a
-//! name stands in exactly one place.
+//! A network is built by pushing its parameters into a table, with names and shapes as in the official `state_dict`. A
+//! device allocates what the table lists and refers to it by [`ParamId`]. Files are read and written through the table
+//! too, so each name stands in exactly one place.
 
 /// Weights of a and b in `mp_sum(a, b, t)` (EDM2 eq. 88): lerp, divided by the norm of its weights.
 pub fn mp_sum_weights(t: f64) -> (f64, f64) {
@@ -49,7 +49,7 @@ pub struct ParamSpec {
     /// Attention heads of a layer whose output channel `(head * c + i) * 3 + {q, k, v}` is the official
     /// order; 0 for every other parameter.
     pub heads: usize,
-    /// Of a convolution of an `mp_cat` that does not go through `mp_silu`: the scales that a device may multiply into
+    /// For a convolution of an `mp_cat` that does not go through `mp_silu`: its scales. A device may multiply them into
     /// the effective weight once, instead of into the inputs each time.
     pub cat: Option<Cat>,
 }
@@ -167,30 +167,30 @@ impl std::ops::Index<ParamId> for ParamTable {
     }
 }
 
-/// Of which gradients a backward pass says that nothing adds to them any more.
+/// The gradients that a backward pass says are complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whole {
-    /// Those of the convolutions from this one on, in the order of the table.
+    /// Those of this convolution and all after it, in the order of the table.
     ConvsFrom(ParamId),
     /// All.
     All,
 }
 
-/// Parameters in portions that several devices sum or send at a time, in the order in which a backward pass is done with their
-/// gradients: convolutions from the end of the table, and last the first ones with all other parameters, whose gradients
-/// come out of what all blocks leave behind.
+/// Parameters in portions that several devices sum or send at a time, in the order in which a backward pass completes
+/// their gradients. Convolutions come from the end of the table. The last portion has the first convolutions and all
+/// other parameters, whose gradients depend on what all blocks leave behind.
 #[derive(Clone, Debug)]
 pub struct Buckets(Vec<Vec<ParamId>>);
 
 impl Buckets {
-    /// Most values of a bucket of more than one parameter, but for the last one: 32 MiB. Between eight cards such a sum takes
-    /// 0.2 ms over NVLink and 2 over PCIe, many times what it takes to begin one.
+    /// The most values of a bucket that has more than one parameter, but for the last bucket: 32 MiB. Between eight
+    /// cards such a sum takes 0.2 ms over NVLink and 2 ms over PCIe, many times what it takes to begin one.
     const LARGEST: usize = 8 << 20;
-    /// So many buckets there are at least, if there are as many convolutions: what a small network sums after its pass is to
-    /// be little too.
+    /// The fewest buckets, if there are as many convolutions. So a small network has little left to sum after its pass
+    /// too.
     const FEWEST: usize = 16;
 
-    /// Those of a table.
+    /// The buckets of a table.
     pub fn of(table: &ParamTable) -> Self {
         let most = Self::LARGEST.min(table.iter().map(|(_, spec)| spec.numel()).sum::<usize>() / Self::FEWEST);
         let (convs, others): (Vec<_>, Vec<_>) = table.iter().partition(|(_, spec)| spec.is_conv());
@@ -213,7 +213,7 @@ impl Buckets {
         &self.0
     }
 
-    /// How many of them are whole, the first ones.
+    /// How many buckets are complete; these are the first ones.
     pub fn whole(&self, whole: Whole) -> usize {
         let last = self.0.len() - 1;
         match whole {

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-/// f32, the working precision, or f64, in which finite differences prove the gradients.
+/// A number type: f32, the working precision, or f64, in which finite differences prove the gradients.
 pub trait Real: num_traits::Float + num_traits::NumAssign + std::fmt::Debug + Default + Send + Sync + 'static {
     /// Rounds a scalar to this type.
     fn of(x: f64) -> Self;
@@ -42,7 +42,8 @@ impl Real for f32 {
     fn wide(self) -> f64 {
         f64::from(self)
     }
-    /// To 2 ulp between -87 and 88, constant beyond. x = n ln 2 + r, |r| <= ln(2)/2, Taylor in r.
+    /// Exact to 2 ulp between -87 and 88, constant beyond. With x = n ln 2 + r and |r| <= ln(2)/2, it is a Taylor
+    /// series in r.
     #[inline(always)]
     fn exp_simd(self) -> Self {
         let x = if self < -87.0 { -87.0 } else { self };
@@ -88,7 +89,7 @@ pub fn for_rows<T: Real>(out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) 
 /// A matrix in memory: `data[row * rows + column * cols]`.
 #[derive(Clone, Copy)]
 pub struct Mat<'a, T> {
-    /// Its values; may reach beyond the matrix.
+    /// Its values; the slice may reach beyond the matrix.
     pub data: &'a [T],
     /// Distance between rows.
     pub rows: usize,

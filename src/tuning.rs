@@ -1,8 +1,8 @@
-//! Tables of tiles that were measured: what is in them, where they lie, and for whom they count.
+//! Tables of tiles that were measured: what is in them, where they lie, and for which cards they count.
 //!
-//! A table is of one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache, where it
-//! serves no other. Where there is none, one of those in `kernels/tuned.json` serves, if somebody has measured
-//! these kernels on such a card; and where there is none either, the model of [`Question::cheapest`].
+//! A table is of one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache,
+//! under a name that belongs to these. Where there is none, one of the tables in `kernels/tuned.json` is used, if
+//! somebody has measured these kernels on such a card. Otherwise the model of [`Question::cheapest`] chooses.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -46,17 +46,17 @@ impl Choice {
     }
 }
 
-/// What a card was measured to be fastest with.
+/// The choices with which a card was measured to be the fastest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
-    /// What it is a table of.
+    /// The card, driver and kernels that it is of.
     pub origin: Origin,
     /// When it was measured last, `YYYY-MM-DD`.
     date: String,
     choices: Vec<Choice>,
 }
 
-/// As it is written.
+/// A table as it is written to a file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -64,7 +64,8 @@ struct Written {
     driver: String,
     kernels: String,
     date: String,
-    /// Of all the rest: a digit that changed by accident would be a choice that nobody has measured.
+    /// Fingerprint of all the rest. Without it, a digit that changed by accident would become a choice that nobody has
+    /// measured.
     fingerprint: Fingerprint,
     choices: Vec<Choice>,
 }
@@ -86,18 +87,18 @@ pub enum TuningError {
     Old { path: PathBuf },
 }
 
-/// Three quarters of some times are less than the second of these, and three quarters more than the first.
+/// The lower and the upper quartile of some times.
 fn quartiles(seconds: &[f64]) -> (f64, f64) {
     let mut sorted = seconds.to_vec();
     sorted.sort_by(f64::total_cmp);
     (sorted[sorted.len() / 4], sorted[sorted.len() - 1 - sorted.len() / 4])
 }
 
-/// The least gain that is worth another rounding.
+/// The least gain for which it is worth to round differently.
 const LEAST_GAIN: f64 = 0.02;
 
-/// Whether times are less than the model's by more than the noise: three quarters of them are below three quarters of
-/// the model's, and the median is 2 % less at least.
+/// Whether times are less than the model's by more than the noise: three quarters of them must be below three quarters
+/// of the model's, and the median at least 2 % less.
 pub fn beats(model: &[f64], other: &[f64]) -> bool {
     !model.is_empty()
         && !other.is_empty()
@@ -106,7 +107,7 @@ pub fn beats(model: &[f64], other: &[f64]) -> bool {
 }
 
 impl Table {
-    /// Nothing measured yet.
+    /// A table in which nothing has been measured yet.
     pub fn new(origin: Origin) -> Self {
         Self { origin, date: today(), choices: Vec::new() }
     }
@@ -121,8 +122,8 @@ impl Table {
         self.choices.is_empty()
     }
 
-    /// Takes in what was found out about a product, in the place of what was known of it; whether another choice than
-    /// the model's is faster.
+    /// Takes in what was found out about a product, in the place of what was known of it. Returns whether another
+    /// choice than the model's is faster.
     pub fn take(&mut self, trial: &Trial) -> bool {
         self.date = today();
         let Question { kernels, taps, product: Product { groups, rows, columns, steps } } = trial.question;
@@ -148,10 +149,10 @@ impl Table {
         true
     }
 
-    /// The choices, as those who choose want them.
+    /// The choices, in the form in which tiles are looked up.
     ///
     /// # Errors
-    /// The kernels have no such tile, or it has no such parts.
+    /// The kernels have no such tile, or no such number of parts for it.
     pub fn tuned(&self) -> Result<Tuned, Unfit> {
         let mut tuned = Tuned::default();
         self.choices.iter().try_for_each(|choice| tuned.add(choice.question()?, &choice.tile, choice.splits))?;
@@ -164,7 +165,7 @@ impl Table {
         Fingerprint::of([card, driver, kernels, &self.date].into_iter().cloned().chain(choices))
     }
 
-    /// What it says, if it says what was written.
+    /// The table in a file, if the file is as it was written.
     fn of(written: Written) -> Result<Self, String> {
         let Written { card, driver, kernels, date, fingerprint, choices } = written;
         let table = Self { origin: Origin { card, driver, kernels }, date, choices };
@@ -178,7 +179,7 @@ impl Table {
     /// Reads a table; none if there is no such file.
     ///
     /// # Errors
-    /// It cannot be read, or is not as it was written.
+    /// The file cannot be read, or is not as it was written.
     pub fn read(path: &Path) -> Result<Option<Self>, TuningError> {
         let text = match input::text(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -189,10 +190,10 @@ impl Table {
         written.and_then(Self::of).map(Some).map_err(damaged)
     }
 
-    /// Writes it whole or not at all, a line for each choice.
+    /// Writes the table, whole or not at all, with a line for each choice.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's.
     pub fn write(&self, path: &Path) -> Result<(), FileError> {
         let Origin { card, driver, kernels } = &self.origin;
         let head = json!({
@@ -226,7 +227,7 @@ pub fn directory() -> Option<PathBuf> {
 fn own(dir: &Path, origin: &Origin) -> Result<Option<Tuned>, TuningError> {
     let path = path_in(dir, origin);
     let Some(table) = Table::read(&path)? else {
-        // One of the same card says that somebody had measured.
+        // A table of the same card shows that it was tuned with another driver or other kernels.
         let beginning = format!("tiles-{}-", slug(&origin.card));
         let like = |name: &String| name.starts_with(&beginning) && name.ends_with(".json");
         let old = names(dir).unwrap_or_default().into_iter().find(like);
@@ -263,8 +264,8 @@ fn shipped(text: &str) -> Result<Vec<Table>, String> {
     all.tables.into_iter().map(|shipped| Table::of(shipped.table)).collect()
 }
 
-/// What comes with the program for these kernels on such a card, with whichever driver, and for whichever other cards they were
-/// compiled too.
+/// The table that comes with the program for these kernels on such a card. Its driver does not matter, nor for which
+/// other cards the kernels were compiled.
 fn shipped_for(text: &str, origin: &Origin) -> Option<Tuned> {
     fn compiled(of: &Origin) -> &str {
         of.kernels.split(" for ").next().unwrap_or_default()
@@ -274,8 +275,8 @@ fn shipped_for(text: &str, origin: &Origin) -> Option<Tuned> {
     tables.iter().find(|table| alike(&table.origin))?.tuned().ok()
 }
 
-/// The choices for a device: this user's, or else those that come with the program; and why this user's are not used,
-/// where there are some. EDM2K_UNTUNED=1 makes it the model's.
+/// The choices for a device: this user's, or else those that come with the program. Also returns why this user's are
+/// not used, if there are some. With EDM2K_UNTUNED=1 there are none, and the model chooses.
 pub fn of(origin: &Origin) -> (Option<Tuned>, Option<TuningError>) {
     match std::env::var_os("EDM2K_UNTUNED").is_some_and(|value| value == "1") {
         true => (None, None),
@@ -290,13 +291,13 @@ fn found(dir: Option<&Path>, with_the_program: &str, origin: &Origin) -> (Option
     }
 }
 
-/// The day in Greenwich, `YYYY-MM-DD`.
+/// Today's date in UTC, `YYYY-MM-DD`.
 fn today() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     date(seconds / 86_400)
 }
 
-/// A day so many days after 1970 began.
+/// The date so many days after 1 January 1970.
 fn date(mut days: u64) -> String {
     let leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
     let mut year = 1970;
@@ -465,17 +466,17 @@ mod tests {
         assert!(!used && said.contains("another driver or other kernels") && said.contains("edm2k tune"), "{said}");
         let (used, said) = look(&Origin { kernels: "f".into(), ..origin("1.2.3") });
         assert!(!used && said.contains("another driver or other kernels"), "{said}");
-        // Of another card, nobody has measured this one.
+        // The table is of another card, and nobody has measured this one.
         let other = Origin { card: "A card of tests, 25 multiprocessors".into(), ..origin("1.2.3") };
         assert_eq!(look(&other), (false, String::new()));
-        // A table that was copied under the name of another.
+        // Here a table was copied under the name of another.
         fs::copy(&path, path_in(dir.path(), &other)).unwrap();
         let (used, said) = look(&other);
         assert!(!used && said.contains("24 multiprocessors") && said.contains("25 multiprocessors"), "{said}");
         assert_eq!(found(None, SHIPPED, &origin("1.2.3")).0, None, "a system without caches");
     }
 
-    /// What the file of shipped tables is with this one in it.
+    /// A file of shipped tables with this one in it.
     fn with_the_program(table: &Table) -> String {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("table.json");
@@ -497,13 +498,13 @@ mod tests {
         assert_eq!(look(&compiled(format!("{}1 for 90", origin("1.2.3").kernels))), None, "another compiler");
         assert_eq!(look(&Origin { kernels: "f".into(), ..origin("1.2.3") }), None);
         assert_eq!(look(&Origin { card: "f".into(), ..origin("1.2.3") }), None);
-        // One's own says that for this size, the model is right.
+        // The user's own table says that the model is right for this size.
         Table::new(origin("1.2.3")).write(&path_in(dir.path(), &origin("1.2.3"))).unwrap();
         assert_eq!(look(&origin("1.2.3")), Some(question(1).cheapest(CARD)));
     }
 
-    /// Every number in them is somebody's measurement: of a card, on a day, of the kernels of a commit; of these
-    /// kernels.
+    /// Every number in them was measured by somebody, on a card, on a day, with the kernels of a commit, which are the
+    /// present ones.
     #[test]
     fn shipped_tables_say_where_they_are_from() {
         let all: AllShipped = serde_json::from_str(SHIPPED).unwrap();
@@ -532,7 +533,7 @@ mod tests {
         assert!(!beats(&times(1.0, 0.05), &times(0.9, 0.05)), "their quartiles overlap");
         // A quartile is 16 % away from its median: either side's noise alone hides 10 %.
         assert!(!beats(&times(1.0, 0.08), &times(0.9, 0.0)) && !beats(&times(1.0, 0.0), &times(0.9, 0.08)));
-        // One interruption in seven is no reason, for or against.
+        // One interruption in seven repeats must decide nothing.
         let [mut slow, mut fast] = [times(1.0, 0.01), times(0.9, 0.01)];
         (slow[2], fast[4]) = (50.0, 50.0);
         assert!(beats(&slow, &fast));

@@ -1,8 +1,8 @@
 //! Compiles the kernels for the emulator, as part of the build script (feature `emulator`).
 //!
-//! Makes two shared objects in OUT_DIR from the same sources: `libemulator.so` and
-//! `libemulator_checked.so`, whose kernels are instrumented (see README.md). They are loaded at run
-//! time, so their equal symbols never meet. Objects are kept until a file that they include changes.
+//! Makes two shared objects in OUT_DIR from the same sources: `libemulator.so` and `libemulator_checked.so`, whose kernels
+//! are instrumented (see simt/README.md). They are loaded at run time, so that their equal symbols never meet. Objects are
+//! kept until a file that they include changes.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -41,7 +41,7 @@ struct Object {
 }
 
 impl Object {
-    /// Of how it is compiled and of every file of ours that went into it last time.
+    /// Digest of how it is compiled and of every file of ours that went into it last time.
     fn fingerprint(&self) -> Option<String> {
         let rule = fs::read_to_string(self.object.with_extension("d")).ok()?;
         let mut hasher = DefaultHasher::new();
@@ -84,8 +84,8 @@ fn sources(directory: &str, extension: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Builds both libraries and tells their paths to the crate as `EMULATOR_LIBRARY` and
-/// `EMULATOR_LIBRARY_CHECKED`. `structs` is what asserts the layout of the structs that host and device share.
+/// Builds both libraries and gives the crate their paths as `EMULATOR_LIBRARY` and `EMULATOR_LIBRARY_CHECKED`. `structs` is
+/// the file that asserts the layout of the structs that host and device share.
 pub fn build(structs: &Path) -> Result<(), String> {
     for name in ["CXX", "CXXFLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
@@ -98,7 +98,7 @@ pub fn build(structs: &Path) -> Result<(), String> {
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
-    // For all builds of this checkout: they differ in the crate's features, not in the kernels.
+    // One place serves all builds of this checkout, as they differ in the crate's features and not in the kernels.
     let kept = out.ancestors().nth(4).ok_or("OUT_DIR is not below a target directory")?.join("emulator");
     fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
     let here = env::current_dir().map_err(|e| e.to_string())?;
@@ -145,7 +145,7 @@ pub fn build(structs: &Path) -> Result<(), String> {
         libraries.push((if checked { "_checked" } else { "" }, objects));
     }
 
-    // The largest sources first, so that no job is left alone at the end.
+    // The largest sources come first, so that no job is left alone at the end.
     let mut stale: Vec<&Object> = libraries.iter().flat_map(|l| &l.1).filter(|o| o.is_stale()).collect();
     stale.sort_by_key(|o| fs::metadata(&o.source).map_or(0, |m| m.len()));
     let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -175,7 +175,7 @@ pub fn build(structs: &Path) -> Result<(), String> {
         arguments.push("-ldl".into());
         run(&compiler, &arguments)?;
         println!("cargo:rustc-env=EMULATOR_LIBRARY{}={}", suffix.to_uppercase(), library.display());
-        // What makes a library of a source that comes later, in lines: the compiler, its flags, and the runtime.
+        // How to make a library of another source later, in lines: the compiler, its flags, and the runtime.
         let extra: &[&str] = if suffix.is_empty() { &[] } else { &["-DSIMT_CHECKED"] };
         let checked = if suffix.is_empty() { &[] } else { CHECKED_KERNEL_FLAGS };
         let runtime = objects.iter().filter(|o| o.source.extension().is_some_and(|e| e == "cpp"));

@@ -1,5 +1,5 @@
-// Thread block clusters: their barrier, and each other's shared memory. The blocks of a cluster are resident together on
-// one OS thread (simt.cpp), so that all here is done by one at a time.
+// Thread block clusters: their barrier, and access to the shared memory of other blocks. The blocks of a cluster are
+// resident together on one OS thread (simt.cpp), so that only one of them runs at a time.
 #include "machine.h"
 
 namespace simt {
@@ -12,7 +12,7 @@ dim3 cluster_dim() { return current()->launch->cluster; }
 
 // ---- the barrier --------------------------------------------------------------------------------
 
-// All that are awaited have come: who waits goes on.
+// All that are awaited have come, so those who wait go on.
 static void pass(Cluster& cluster) {
     cluster.meetings++;
     cluster.awaited = 0;
@@ -37,7 +37,7 @@ void cluster_arrive(Where at) {
     Machine& m = *current();
     Thread& t = *m.self;
     if (t.arrivals != t.waits) fail(t, at, "cluster_arrive: the thread has arrived before, and has not waited since");
-    // The instruction is one for the whole warp (.aligned).
+    // All lanes of the warp must execute the instruction together (.aligned).
     Warp& w = m.warps[t.linear / 32];
     if (w.arrivals == t.arrivals + 1 && (w.arrived.line != at.line || strcmp(w.arrived.file, at.file)))
         fail(t, at, "mixed barriers: another thread of the warp arrives by another cluster_arrive, at %s:%d", w.arrived.file, w.arrived.line);
@@ -65,7 +65,7 @@ void cluster_wait(Where at) {
     Thread& t = *m.self;
     if (t.arrivals == t.waits) fail(t, at, "cluster_wait: the thread has not arrived");
     t.waits++;
-    // A block by itself.
+    // A block without a cluster is one by itself.
     if (!m.launch->has_clusters()) return block_barrier(kClusterWait, at);
     if (m.cluster->meetings < t.waits) {
         t.op = &kClusterWait, t.at = at, t.mask = 0, t.state = State::waiting;
@@ -80,7 +80,7 @@ void cluster_thread_end(Machine& m, Thread& t) {
     if (!m.launch->strict && t.arrivals == m.cluster->meetings) come(m, t);
     if (m.alive) return;
     check_cluster_end(t);
-    // Whoever reads what is left of it finds that nobody has written it.
+    // A read of it afterwards finds that nobody has written it.
     if (m.launch->poison)
         for (const auto& v : m.variables) memset(reinterpret_cast<void*>(v.begin), kPoison, v.end - v.begin);
 }

@@ -1,10 +1,10 @@
-// What Hopper does beside its threads: bulk tensor copies and the products of warp groups (wgmma),
-// and the mbarriers that tell of them. ../hopper.cuh explains each.
+// What Hopper does beside its threads: bulk tensor copies and the products of warp groups (wgmma). Also the mbarriers by
+// which threads learn of them. kernels/hopper.cuh explains each.
 //
-// A copy or a group of products, once issued, is in flight until no thread can go on without it; then it
-// happens, one at a time, products first (in the random order also at any moment before, and any
-// first). Until then a copy's destination and a product's accumulators are poison. So a read too early
-// finds NaN, and so does a product whose operands are overwritten too early.
+// A copy or a group of products, once issued, is in flight until no thread can go on without it. Then they happen one at a
+// time, products first (in the random order also at any moment before, and in any order). Until then a copy's destination
+// and a product's accumulators are poison. So a read that comes too early finds NaN, and so does a product whose operands
+// are overwritten too early.
 #include <algorithm>
 #include <deque>
 
@@ -152,7 +152,7 @@ static std::string describe(const Mbarrier& b) {
     return "phase " + std::to_string(b.phase) + " (parity " + std::to_string(b.phase & 1) + ") of the mbarrier at " + place(b.address);
 }
 
-// Turns the phase if all has come; `thread` brought the last of it.
+// Turns the phase if everything has come; `thread` brought the last of it.
 static void turn(Machine& m, int index, const Thread& thread, Where at) {
     Hopper& h = *m.hopper;
     Mbarrier& b = h.barriers[index];
@@ -243,7 +243,7 @@ void async_fence(Where at) {
 
 // ---- bulk copies ------------------------------------------------------------------------------
 
-// Calls row(r, bytes before, source, bytes) for each row of the box; what is outside is zeros.
+// Calls row(r, bytes before, source, bytes) for each row of the box. Zeros stand for what is outside.
 template <class F>
 static void for_rows(const Map& map, const Box& box, F row) {
     const int first = box.at[0], from = std::max(first, 0);
@@ -599,7 +599,7 @@ void hopper_deadlock(Machine& m) {
     const Thread* waits = nullptr;
     for (const Thread* t = m.threads; t < m.threads + m.count; t++) {
         if (t->state != State::waiting || t->op != &kMbarrierWait) continue;
-        // First of all a barrier that lacks bytes alone: that is where it began.
+        // Name first a barrier that lacks nothing but bytes, as that is where the trouble began.
         const Mbarrier& b = h.barriers[intptr_t(t->data)];
         if (!waits || (!b.pending && b.bytes)) waits = t;
         if (!b.pending && b.bytes) break;

@@ -45,7 +45,8 @@ static cudaError_t allocate_at(Home home, void** p, size_t bytes) {
 cudaError_t allocate_host(void** p, size_t bytes) { return allocate_at(Home::pinned, p, bytes); }
 cudaError_t allocate_managed(void** p, size_t bytes) { return allocate_at(Home::managed, p, bytes); }
 
-// A copy that does not fit is refused, as on a device, and is a finding: few programs ask whether it was.
+// A copy that does not fit is refused, as on a device. It is also a finding, since few programs ask whether a copy was
+// refused.
 template <class... A>
 static cudaError_t refuse(const char* format, A... arguments) {
     refused(format, arguments...);
@@ -53,7 +54,7 @@ static cudaError_t refuse(const char* format, A... arguments) {
     return note(cudaErrorInvalidValue);
 }
 
-// Whose memory a copy's kind may call it. A variable of the program may be the host's or the device's.
+// As whose memory a copy's kind may name this pointer. A variable of the program may be the host's or the device's.
 enum class Whose { host, device, both };
 static Whose whose(const void* p) {
     const Allocation* a = find_allocation(uintptr_t(p));
@@ -87,8 +88,9 @@ cudaError_t copy_symbol(void* symbol, size_t size, size_t offset, void* to, cons
     return cudaSuccess;
 }
 
-// A kernel of which only the address is known: its symbol says what its parameters are. Whole numbers, pointers and
-// floats have their registers, and what finds none is on the stack in its order (System V ABI): so one call fits all.
+// A kernel of which only the address is known. Its symbol says what its parameters are. By the System V ABI, whole numbers,
+// pointers and floats have their registers, and those that find none are on the stack in their order. So one call serves
+// all signatures.
 namespace {
 struct Words {
     const void* function;
@@ -177,7 +179,7 @@ cudaError_t set_attribute(const void* kernel, int attribute, int value) {
     return value < 0 || !allow_dynamic(kernel, size_t(value)) ? note(cudaErrorInvalidValue) : cudaSuccess;
 }
 
-// Refuses a range that begins in an allocation of the device and is not wholly inside.
+// Refuses a range that begins in an allocation of the device and does not end in it.
 static cudaError_t refuse_outside(const char* call, const char* what, const void* p, size_t bytes) {
     if (bytes && !p) return refuse("%s: %zu bytes %s a null pointer", call, bytes, what);
     if (bytes && was_freed(uintptr_t(p))) return refuse("%s: %zu bytes %s memory that has been freed", call, bytes, what);
@@ -317,7 +319,7 @@ cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
     return cudaSuccess;
 }
 cudaError_t cudaHostUnregister(void* p) { return note(simt::unregister_host(p) ? cudaSuccess : cudaErrorHostMemoryNotRegistered); }
-// Advice changes nothing, but must be of managed memory.
+// Advice changes nothing, but it must be about managed memory.
 static cudaError_t advise(const char* call, const void* p, size_t bytes) {
     if (cudaError_t e = simt::refuse_outside(call, "of", p, bytes)) return e;
     const simt::Allocation* a = simt::find_allocation(uintptr_t(p));

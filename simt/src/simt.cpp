@@ -32,8 +32,8 @@
 
 namespace simt {
 
-// Not thread_local: the thread_local variables of this library are the kernels' __shared__ ones.
-// Until it is made, an invalid key, of which everyone has null.
+// This cannot be thread_local, since the thread_local variables of this library are the kernels' __shared__ ones. Until the
+// key is made it is an invalid one, for which every thread has null.
 pthread_key_t machine_key = PTHREAD_KEYS_MAX;
 __attribute__((constructor(101))) static void make_key() { pthread_key_create(&machine_key, nullptr); }
 Reservation reservations[kReservations];
@@ -148,7 +148,7 @@ static bool is_barrier(const Op* op) { return !op || op == &kGridSync || op == &
     fail(*waits, waits->at, "%s: waits for a lane beyond the block's last thread", name_of(waits->op));
 }
 
-// As pick; what is asynchronous happens as late as it may: when no thread can run.
+// As pick. What is asynchronous happens as late as it may: when no thread can run.
 static Thread* pick_or_progress(Machine& m) {
     if (!m.launch->kernel->hopper) return pick(m);
     if (m.launch->order == Order::random) hopper_progress(m, false);
@@ -157,10 +157,10 @@ static Thread* pick_or_progress(Machine& m) {
     return next;
 }
 
-// What lanes wait in that ask who is with them: nobody waits for anybody else.
+// Where lanes wait that ask which others are with them. None of them waits for any other.
 static const Op kConverged = {"__activemask", nullptr};
 
-// Lets the lanes of a warp go on that have asked at one line, if no other lane of it can run.
+// Lets the lanes of a warp that have asked at one line go on, if no other lane of the warp can run.
 static void complete_converged(Machine& m, int warp) {
     Warp& w = m.warps[warp];
     if (w.ready || !w.asking) return;
@@ -185,7 +185,7 @@ uint32_t converged(Where at) {
     return lanes;
 }
 
-// From what runs here, whose stack pointer goes to `save`.
+// Switches away from what runs here, whose stack pointer goes to `save`.
 static void go_to(Machine& m, void** save, Thread& next) {
     if (next.state == State::fresh) {
         next.stack = m.free_stacks.back();
@@ -196,7 +196,7 @@ static void go_to(Machine& m, void** save, Thread& next) {
     simt_switch(save, next.sp);
 }
 
-// No thread of the block can run: whether another block may change that.
+// Called when no thread of the block can run. Returns whether another block may change that.
 static bool waits_for_blocks(Machine& m) {
     m.parked = m.at_cluster > 0;
     return m.parked || m.at_grid;
@@ -258,7 +258,8 @@ static void fiber() {
     }
 }
 
-// So that who waits in a loop for another does not wait for ever: all others of the block that can run do, and then other blocks.
+// Lets all other threads of the block that can run do so, and then other blocks. So a thread that waits in a loop for
+// another one does not wait for ever.
 void let_others_run() {
     Machine* running = current();
     if (!running || !running->self) return;
@@ -311,7 +312,7 @@ static bool complete_barrier(Machine& m) {
     const Thread& first = *m.first_at_barrier;
     m.at_grid = first.op == &kGridSync;
     if (!m.at_grid) pass_barrier(m);
-    // It is the one that waits for the other blocks.
+    // This thread is the one that waits for the other blocks.
     else if (m.threads[0].state == State::done) fail(first, first.at, "divergent grid.sync(): waits for thread (0,0,0), which has left the kernel");
     return true;
 }
@@ -467,7 +468,7 @@ static uintptr_t place_shared(Machine& m, const Variable& v, uintptr_t caller) {
     // In CUDA a shared variable's constructor does nothing.
     static unsigned char constructed[8] = {1};
     if (v.guard) return uintptr_t(constructed);
-    // Its offset has its alignment, which the symbol table does not say.
+    // The symbol table does not have the alignment, so it is taken from the offset.
     const size_t align = v.offset ? std::clamp<size_t>(v.offset & -v.offset, 16, 1024) : 1024;
     // The checked build leaves a gap, so that an overrun does not land in the next array.
     const size_t gap = kChecked && m.static_end ? kStaticGap : 0, begin = (m.static_end + gap + align - 1) / align * align;
@@ -494,8 +495,8 @@ uintptr_t Machine::shared_variable(const Variable* v, uintptr_t caller) {
     return v ? shared_place(*this, size_t(v - image().variables.data()), caller) : uintptr_t(dynamic);
 }
 
-// What the compiler calls for the address of a thread_local variable. Being hidden, this serves this library alone; a
-// thread_local variable that is none of a kernel's is where it always is.
+// The compiler calls this for the address of a thread_local variable. It is hidden, and so serves this library alone. A
+// thread_local variable that is not a kernel's is where it always is.
 struct TlsIndex { size_t module, offset; };
 extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* index) {
     if (Machine* m = current(); m && m->self) {
@@ -507,7 +508,7 @@ extern "C" __attribute__((visibility("hidden"))) void* __tls_get_addr(TlsIndex* 
     return everyones(index);
 }
 
-// fmaxf and the like of the kernels (simt.h): they prefer a number to a NaN, but not to poison, and 0 to -0.
+// The kernels' fmaxf and the like (simt.h). They prefer a number to a NaN, but not to poison, and 0 to -0.
 template <class T>
 static T extreme(T a, T b, bool most) {
     if (a != a || b != b) return is_poison(a) ? a : is_poison(b) || a != a ? b : a;
@@ -622,7 +623,8 @@ Machine::Machine() : view(reserve()) {
     size_t dynamic_area = (kSharedMaxHopper + kPage) / kPage * kPage;
     static_assert(kPage + (kMaxThreads + 1) * (kPage + kStack) + kPage + kStaticArea + 2 * kPage + kSharedMaxHopper + kPage <= kReservation);
     base = uintptr_t(&view);
-    // Another machine's slot, 512 GB away, is left to it: then current() asks the slow way.
+    // If another machine, whose memory is 512 GB away, has this slot, it keeps it, and current() finds this machine the
+    // slow way.
     if (Reservation& r = reservations[base / kReservation % kReservations]; !r.begin) r = {base, this};
     stacks = base + 2 * kPage + kStack;  // the first is for faults
     statics = base + stack_area + kPage;
@@ -647,7 +649,7 @@ void Machine::begin_block(Launch& l, uint64_t linear, Cluster& with, unsigned as
     ready_warps = 0, at_barrier = votes = 0, at_grid = false, polled = {}, ticked = {}, static_end = static_bytes = 0, fault_where = nullptr, fault_thread = nullptr;
     random = (l.seed + 1) * 0x9e3779b97f4a7c15u ^ (linear + 1) * 0xbf58476d1ce4e5b9u;
     uintptr_t begin = (dynamic_end - l.smem) & ~uintptr_t(127);
-    // A driver promises no more than 128: whoever needs 1024 must round up.
+    // A driver promises no more than 128, so a kernel that needs 1024 must round up.
     if (l.kernel->hopper && begin % 1024 == 0) begin -= 128;
     dynamic = reinterpret_cast<unsigned char*>(begin);
     if (l.poison) memset(dynamic, kPoison, dynamic_end - uintptr_t(dynamic));
@@ -655,7 +657,7 @@ void Machine::begin_block(Launch& l, uint64_t linear, Cluster& with, unsigned as
     yielded.clear();
     variables.clear();
     variables.push_back({nullptr, uintptr_t(dynamic), uintptr_t(dynamic) + l.smem});
-    // Only as many as a launch needs: each is a mapping of its own, of which a process has 65530.
+    // Made only for as many as a launch needs, since each is a mapping of its own, and a process may have 65530.
     for (; open_stacks < count; open_stacks++) {
         open(stacks + open_stacks * (kPage + kStack) + kPage, kStack);
         free_stacks.insert(free_stacks.begin(), open_stacks);
@@ -687,7 +689,7 @@ void Machine::run() {
     if (launch->failed) abandon();
 }
 
-// Nothing on its fibers' stacks owns anything.
+// Fibers can be dropped, as nothing on their stacks owns anything.
 void Machine::abandon() {
     for (int i = 0; i < count; i++) threads[i].copies.clear(), threads[i].groups.clear();
     free_stacks.clear();
@@ -711,7 +713,8 @@ static bool is_own(const std::string& file) {
     return file.compare(0, home.size() + 4, home + "src/") == 0 || file.compare(0, home.size() + 8, home + "include/") == 0;
 }
 
-// From binutils' addr2line, which g++ needs anyhow; without the emulator's own files. One call for all that are not known.
+// Source lines from addr2line of binutils, which g++ needs anyway, without those of the emulator's own files. One call
+// serves all addresses that are not known yet.
 static const std::string& source_lines(const std::vector<uintptr_t>& pcs) {
     static std::map<uintptr_t, std::string> known;
     static std::mutex mutex;
@@ -796,7 +799,7 @@ void fail(const Thread& t, Where at, const char* format, ...) {
 static std::string place_at_pc(uintptr_t pc) {
     void* stack[64];
     int depth = backtrace(stack, 64);
-    // What the stack has above the instruction is the emulator's.
+    // Everything on the stack above the instruction belongs to the emulator.
     void** from = std::find(stack, stack + depth, reinterpret_cast<void*>(pc));
     if (from == stack + depth) stack[0] = reinterpret_cast<void*>(pc), from = stack, depth = 1;
     return place("", from, int(stack + depth - from));
@@ -887,8 +890,8 @@ static void install_handlers() {
     sigaltstack(&stack, nullptr);
 }
 
-// A thread that runs for half a second by itself waits for another in a loop: others run. It must be in the program's
-// code, for what the emulator and libraries are doing must not be done twice.
+// A thread that runs for half a second by itself is taken to wait for another in a loop, and others run. It must be in the
+// program's own code, since what the emulator and libraries are doing must not be done twice.
 extern "C" void simt_code_ends();
 static void on_tick(int, siginfo_t*, void* context) {
     Machine* m = current();
@@ -916,7 +919,8 @@ static std::map<uintptr_t, Allocation> allocations;
 static std::map<uintptr_t, uintptr_t> freed;  // beginnings and ends
 static std::recursive_mutex allocations_mutex;  // kernels allocate too
 
-// What is freed keeps its addresses, lest the host's next memory be there and be called freed: the latest of it.
+// What was freed most recently keeps its addresses. Otherwise the host's next memory might lie there and be taken for freed
+// memory.
 struct Kept {
     uintptr_t map, map_end, begin;
 };
@@ -932,7 +936,7 @@ static void forget_freed(size_t bytes, size_t ranges) {
     }
 }
 static void keep_freed(const Allocation& a) {
-    // A new mapping over it: the same bits as guard pages, which it becomes one with.
+    // It is mapped anew with the permissions of guard pages, so that it becomes one mapping with them.
     if (mmap(reinterpret_cast<void*>(a.map), a.map_end - a.map, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
         return void(munmap(reinterpret_cast<void*>(a.map), a.map_end - a.map));
     kept.push_back({a.map, a.map_end, a.begin}), kept_bytes += a.map_end - a.map;
@@ -1007,7 +1011,8 @@ static uint64_t block_of(const Launch& l, uint64_t cluster, unsigned rank) {
     return first.x * l.cluster.x + in.x + l.grid.x * (first.y * l.cluster.y + in.y + uint64_t(l.grid.y) * (first.z * l.cluster.z + in.z));
 }
 
-// What one OS thread needs to run blocks, one after the other. One that waits for others keeps its machine, and they go on.
+// What one OS thread needs to run blocks, one after the other. A block that waits for others keeps its machine while they
+// go on.
 class Worker {
     static constexpr size_t kTogether = 64;  // four multiprocessors, 16 blocks each
     std::vector<Machine*> idle;
@@ -1047,7 +1052,7 @@ class Worker {
         if (size > 1) mix(l);
     }
 
-    // Of those that wait one that `may`, which waits no more; else null.
+    // Returns one of the waiting ones that `may` go on, which then waits no more; else null.
     template <class F>
     Machine* take(F may) {
         const auto next = std::find_if(waiting.begin(), waiting.end(), may);
@@ -1087,8 +1092,8 @@ public:
     }
 };
 
-// Without a name of its own the static below would be one for both builds in a process (a unique
-// symbol, even to dlopen).
+// Without a name of its own, the static below would be shared by both builds in a process (it would be a unique symbol,
+// even for dlopen).
 namespace {
 
 // Helpers beside the launching thread, which live as long as the process.
@@ -1140,7 +1145,7 @@ struct KernelState {
     std::optional<size_t> max_dynamic;  // if somebody asked
 };
 
-// Kernels register before main, in any order of files: hence not a plain global.
+// Kernels register before main, in any order of files, so this cannot be a plain global.
 static std::map<std::string, KernelState, std::less<>>& kernels() {
     static auto& map = *new std::map<std::string, KernelState, std::less<>>;
     return map;
@@ -1158,7 +1163,7 @@ static bool overlap = false, between = false;  // of the next launch: it need no
 static unsigned along_x = 1;  // of the next launch by emu_launch: blocks of a cluster
 static uint64_t conflicts = 0;
 
-// Findings go to the file that SIMT_REPORT names, a line each; the names of kernels that ran as well.
+// Findings go to the file that SIMT_REPORT names, one a line, and so do the names of kernels that ran.
 static void record(const char* kind, const std::string& text) {
     static const char* const path = getenv("SIMT_REPORT");
     if (!path) return;
@@ -1215,8 +1220,8 @@ static Launch& the_launch() {
 void overlap_next() { overlap = true; }
 void launches_are_over() { between = true; }
 
-// Which launches may still run beside the one that begins now. It waits for the last one alone: of those before that one
-// it knows that they are over only if that one has waited for them.
+// Which launches may still run beside the one that begins now. It waits for the last one only. Of those before that one it
+// knows that they are over only if that one has waited for them.
 static void place_launch(Launch& l, bool beside_last) {
     const uint32_t last = l.first, before_last = l.running.from;
     const bool last_waited = l.waited || !l.overlaps();
@@ -1371,7 +1376,7 @@ void* emu_malloc(size_t bytes) {
     return allocate_device(bytes);
 }
 
-// What kernels' files call by the names of the C library (simt.h): on the host it is that.
+// Functions that kernels' files call by names of the C library (simt.h). On the host they are those of the C library.
 static Thread* running() {
     Machine* m = current();
     return m ? m->self : nullptr;
@@ -1417,8 +1422,8 @@ int emu_launch(const char* name, unsigned gx, unsigned gy, unsigned gz, unsigned
     return code > 2 ? 1 : code;
 }
 
-// A function of the kernels' sources by its name, "scale" or "scale<float>", whose parameters have the types that
-// `types` lists ("float*, int"; null: any). Null, and an error that says what there is, if there is none.
+// A function of the kernels' sources by its name, "scale" or "scale<float>", whose parameters have the types that `types`
+// lists ("float*, int"; null: any). If there is none: null, and an error that says which there are.
 void* emu_function(const char* name, const char* types) {
     auto plain = [](std::string text) {
         for (size_t at; (at = text.find(" const")) != text.npos;) text.erase(at, 6);
@@ -1443,20 +1448,21 @@ void* emu_function(const char* name, const char* types) {
 
 namespace simt {
 
-// "scale" of "void (anonymous namespace)::scale<float>(float*)": a launch says no more of a kernel that is certain.
+// "scale" of "void (anonymous namespace)::scale<float>(float*)". More than this base name is not certain in what a launch
+// says of a kernel.
 static std::string base_name(std::string text) {
     for (const std::string scope = "(anonymous namespace)::"; text.find(scope) != text.npos;) text.erase(text.find(scope), scope.size());
     text.erase(std::min(text.find_first_of("<("), text.size()));
     return text.substr(text.find_last_of(" :") + 1);
 }
 
-// What kernels that no line registers were allowed, by their base names.
+// How much shared memory was allowed to kernels that no line registers, by their base names.
 static std::map<std::string, size_t>& max_dynamic() {
     static auto& map = *new std::map<std::string, size_t>;
     return map;
 }
 
-// And what __cluster_dims__ says of them, before main.
+// And their __cluster_dims__, which are noted before main.
 static std::map<std::string, dim3>& cluster_dims() {
     static auto& map = *new std::map<std::string, dim3>;
     return map;

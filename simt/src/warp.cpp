@@ -111,7 +111,7 @@ struct LdmatrixShape {
     Where at;
 };
 
-// Wavefronts beyond the first; the same row twice is one access.
+// Wavefronts beyond the first one. The same row twice counts as one access.
 static int row_conflicts(const uintptr_t* addresses) {
     int used[8] = {}, most = 1;
     for (int r = 0; r < 8; r++)
@@ -283,7 +283,7 @@ void reduce(uint32_t mask, void* value, size_t bytes, void (*combine)(void*, con
 
 // ---- atomics ----------------------------------------------------------------------------------
 
-// Blocks run on several OS threads, so these are atomic for the CPU too.
+// Blocks run on several OS threads, so these must be atomic on the CPU too.
 template <class Bits>
 static void update(void* address, void* before, const void* operand, void (*apply)(void*, const void*)) {
     Bits* bits = static_cast<Bits*>(address);

@@ -1,4 +1,4 @@
-//! The operations that the codecs ([`crate::codec`]) are written in, one kernel each.
+//! The operations of which the codecs ([`crate::codec`]) are made, one kernel each.
 //!
 //! Their networks are ordinary ones: convolutions with biases, group norms, SiLU or ReLU. So their
 //! weights are used as stored; a device holds them in whatever layout its convolution reads.
@@ -27,7 +27,7 @@ impl Reach {
     }
 }
 
-/// What happens to the input of a convolution as it is read. Zeros around the image stay zeros.
+/// What happens to the input of a convolution as it is read. The zeros around the image stay zeros.
 pub enum Before<'a, T> {
     /// Nothing.
     Nothing,
@@ -49,7 +49,7 @@ impl<T> Copy for Before<'_, T> {}
 
 /// What happens to the result of a convolution and its bias: residual + y, then max(0, y).
 pub struct After<T> {
-    /// To be added; may be overwritten with the result.
+    /// What is added to y. The result may be written over it.
     pub residual: Option<T>,
     /// Whether negative values become zero.
     pub relu: bool,
@@ -82,14 +82,16 @@ pub trait CodecBackend: Backend {
         before: Before<Self::Tensor>,
         after: After<Self::Tensor>,
     ) -> Self::Tensor;
-    /// Group norm as the scale and shift of each image and channel, [n, 1, 2, c]: the mean over the image and
-    /// the group's channels becomes 0, the variance (plus eps) 1, then times weight plus bias: `affine` [1, 1, 2, c].
+    /// Group norm, as a scale and a shift for each image and channel, [n, 1, 2, c]. They make the mean over the image
+    /// and the group's channels 0 and the variance (plus eps) 1, and then apply the weight and the bias in `affine`
+    /// [1, 1, 2, c].
     fn group_norm(&mut self, x: &Self::Tensor, affine: &Self::Tensor, groups: usize, eps: f64) -> Self::Tensor;
     /// Self-attention over the pixels with one head: softmax(q k / sqrt(c)) v, [n, h, w, c]. `qkv` is [n, h, w, 3 c]:
     /// q, k, v one after the other. The scores of all pixels with all others are never held at once.
     fn self_attention(&mut self, qkv: &Self::Tensor) -> Self::Tensor;
-    /// Waits for the device and copies an image [n, h, w, 3] to the host in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)),
-    /// 0 where that is no number; and whether all of x is finite. The scale is a power of two, so that its product is exact.
+    /// Waits for the device and copies an image [n, h, w, 3] to the host in 8 bits: trunc(255 clamp(scale x + shift, 0,
+    /// 1)), and 0 for NaN. Also says whether all of x is finite. The scale must be a power of two, so that its product
+    /// is exact.
     ///
     /// # Errors
     /// The device's.
@@ -99,6 +101,6 @@ pub trait CodecBackend: Backend {
         let rgb = values.iter().map(|x| ((x * scale + shift).clamp(0.0, 1.0) * 255.0) as u8).collect();
         Ok((rgb, values.iter().all(|x| x.is_finite())))
     }
-    /// Gives memory that no tensor holds back to the system: for when sizes change for good.
+    /// Gives the memory that no tensor holds back to the system. Call it when other sizes come from now on.
     fn trim(&mut self);
 }

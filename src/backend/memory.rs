@@ -19,7 +19,8 @@ impl DevicePtr {
     }
 }
 
-/// A range of device memory, aligned to 256 bytes; when dropped it is free for others, after the commands given before.
+/// A range of device memory, aligned to 256 bytes. When dropped it becomes free for others, once the commands given
+/// before have run.
 pub trait Memory {
     /// Its address.
     fn ptr(&self) -> DevicePtr;

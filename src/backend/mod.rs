@@ -1,7 +1,7 @@
-//! The operations that networks are written in, and the devices that compute them.
+//! The operations of which networks are made, and the devices that compute them.
 //!
-//! A device offers *fused* operations, those that a GPU wants as one kernel each. They come in parts, so that whoever uses
-//! some does not see the others:
+//! A device offers *fused* operations, those that a GPU wants as one kernel each. They come in several traits, so that
+//! whoever uses some does not see the others:
 //!
 //! ```text
 //! Backend            tensors and their sums, plans       the solvers
@@ -10,8 +10,8 @@
 //!  └ CodecBackend    ordinary convolutions               the autoencoders; it owns no network
 //! ```
 //!
-//! [`cpu::Cpu`] implements each operation by plain composition in f32 (or f64), readable against the paper, and is the
-//! reference of every kernel; [`gpu`] has the kernels.
+//! [`cpu::Cpu`] implements each operation by plain composition in f32 (or f64), which can be read beside the paper.
+//! Every kernel is compared with it. The kernels are in [`gpu`].
 //!
 //! Conventions, for all backends:
 //!
@@ -85,17 +85,18 @@ pub enum BackendError {
 }
 
 impl BackendError {
-    /// Whether fewer images at a time may help.
+    /// Whether it may help to take fewer images at a time.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, Self::Device(DeviceError::OutOfMemory { .. }))
     }
 }
 
-/// What tells one plan of a device from another, beside the shapes of its inputs: a value of a type of the caller's.
+/// What tells one plan of a device from another, beside the shapes of its inputs. It is a value of any type that the
+/// caller chooses.
 pub trait PlanKey: Any + Debug {
     /// Whether the other one is of the same type and value.
     fn equals(&self, other: &dyn PlanKey) -> bool;
-    /// For a device to keep.
+    /// A copy that a device can keep.
     fn boxed(&self) -> Box<dyn PlanKey>;
 }
 
@@ -112,7 +113,8 @@ impl<K: Any + Debug + Clone + PartialEq> PlanKey for K {
 /// What [`Backend::planned`] runs: from inputs on the device to results on it.
 pub type Body<'a, B, E> = dyn FnMut(&mut B, &[<B as Backend>::Tensor]) -> Result<Vec<<B as Backend>::Tensor>, E> + 'a;
 
-/// What every device does: it holds tensors and adds them up, and may plan what is asked of it again and again.
+/// What every device does: it holds tensors and adds them up. It may record what is asked of it again and again as a
+/// plan.
 pub trait Backend: Sized {
     /// Handle of a tensor on the device.
     type Tensor: Clone;
@@ -133,8 +135,8 @@ pub trait Backend: Sized {
     /// Runs `body` on `inputs` and returns what it returns.
     ///
     /// A device may record what `body` asks for when it first meets `key` with inputs of these shapes, and replay that
-    /// from then on. So what `body` does depends on nothing else, and it downloads nothing; it may be called several
-    /// times. A plan within a plan is part of it.
+    /// from then on. So what `body` does must depend on nothing else, and it must download nothing. It may be called
+    /// several times. A plan within a plan becomes part of that one.
     ///
     /// # Errors
     /// The device's, or those of `body`.
@@ -148,7 +150,7 @@ pub trait Backend: Sized {
         body(self, inputs)
     }
 
-    /// The sum of factor times tensor: solver updates and guidance. All of one shape.
+    /// The sum of factor times tensor over `terms`, all of one shape. Solver updates and guidance are made of it.
     fn linear_combination(&mut self, terms: &[(&Self::Tensor, f64)]) -> Self::Tensor;
     /// Splits n images into `parts` tensors of n / `parts`, in order.
     fn split(&mut self, x: &Self::Tensor, parts: usize) -> Vec<Self::Tensor>;

@@ -1,4 +1,4 @@
-//! What a network's forward pass is made of.
+//! The operations of a network's forward pass.
 //!
 //! * Convolutions are 3x3 with zero padding or 1x1, by the weight's shape, without bias.
 //! * *Weights* are the effective ones that [`NetworkBackend::normalize`] made from the stored ones:
@@ -101,7 +101,7 @@ pub struct Embed {
 pub struct Embedding<T> {
     /// Fourier features [n, 1, 1, noise_channels].
     pub features: T,
-    /// Before the last `mp_silu`, [n, 1, 1, emb_channels].
+    /// The embedding before its last `mp_silu`, [n, 1, 1, emb_channels].
     pub pre: T,
     /// The embedding [n, 1, 1, emb_channels].
     pub emb: T,
@@ -118,12 +118,12 @@ pub struct Masks<T> {
 }
 
 impl<T> Masks<T> {
-    /// What [`rng::dropped`](crate::rng::dropped) compares with.
+    /// The threshold that [`rng::dropped`](crate::rng::dropped) compares with.
     pub fn threshold(&self) -> u32 {
         (self.rate * 65536.0).round() as u32
     }
 
-    /// By which the rest is multiplied, so that the mean stays.
+    /// The factor of what is not zeroed, so that the mean stays the same.
     pub fn gain(&self) -> f64 {
         65536.0 / (65536.0 - f64::from(self.threshold()))
     }
@@ -150,8 +150,9 @@ pub trait NetworkBackend: Backend {
     /// change of a parameter.
     fn normalize(&mut self) -> Result<(), BackendError>;
 
-    /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1], for noise levels [n, 1, 1, 1].
-    /// Of fewer than n images x, a divisor of n, image i is x[i modulo their number]: what is guided by itself is there twice.
+    /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1], for noise levels
+    /// [n, 1, 1, 1]. x may have fewer than n images, a divisor of n: then image i is x[i modulo their number]. So an
+    /// image that is guided by its own network is there once, and computed twice.
     fn precond_input(&mut self, x: &Self::Tensor, sigma: &Self::Tensor, sigma_data: f64) -> Self::Tensor;
     /// D(x; sigma) = c_skip * x + c_out * out_gain * raw (EDM eq. 7), of x as in [`NetworkBackend::precond_input`].
     fn precond_output(
@@ -162,8 +163,8 @@ pub trait NetworkBackend: Backend {
         out_gain: ParamId,
         sigma_data: f64,
     ) -> Self::Tensor;
-    /// Embedding of the noise level c_noise = ln(sigma)/4 and the labels [n, 1, 1, label_dim], or fewer that are taken in
-    /// turn; no labels = zeros.
+    /// Embedding of the noise level c_noise = ln(sigma)/4 and of the labels [n, 1, 1, label_dim]. Where there are fewer
+    /// labels than n, they are taken in turn; without any they are zeros.
     fn embed(&mut self, p: &Embed, sigma: &Self::Tensor, labels: Option<&Self::Tensor>) -> Embedding<Self::Tensor>;
     /// All `emb_linear` layers as one product: `emb_gain * (W emb) + 1`, [n, 1, 1, sum of channels].
     fn emb_scales(&mut self, layers: &[EmbLayer], emb: &Self::Tensor) -> Self::Tensor;
@@ -173,7 +174,7 @@ pub trait NetworkBackend: Backend {
     fn pixel_norm(&mut self, x: &Self::Tensor, down: bool) -> Self::Tensor;
     /// Nearest-neighbour upsampling by 2.
     fn upsample(&mut self, x: &Self::Tensor) -> Self::Tensor;
-    /// Convolution, nothing after it.
+    /// Convolution with no epilogue.
     fn conv(&mut self, w: ParamId, x: Operand<Self::Tensor>) -> Self::Tensor;
     /// Convolution, then `mp_silu(pre * scale)` per image and channel. Returns that, and `pre` if
     /// `keep` (the backward pass needs it).
@@ -193,8 +194,8 @@ pub trait NetworkBackend: Backend {
         t: f64,
         clip: Option<f64>,
     ) -> Self::Tensor;
-    /// `mp_sum(main, conv, t)` of two convolutions, that of `main` of one tap, clipped likewise. A device may compute both at
-    /// once.
+    /// `mp_sum(main, conv, t)` of two convolutions, where that of `main` has one tap; clipped as in
+    /// [`conv_mp_sum`](Self::conv_mp_sum). A device may compute both at once.
     fn convs_mp_sum(
         &mut self,
         w: ParamId,
@@ -206,8 +207,8 @@ pub trait NetworkBackend: Backend {
         let main = self.conv(main.0, main.1);
         self.conv_mp_sum(w, x, &main, t, clip)
     }
-    /// `x`, with what `masks` zero in a layer set to zero, the rest times `factor`. Vector
-    /// v = p ceil(c / 8) + k of an image holds channels 8 k to 8 k + 7 of pixel p.
+    /// `x`, where the values that `masks` drops in this layer are zero, and all others are multiplied by `factor`.
+    /// Vector v = p ceil(c / 8) + k of an image holds channels 8 k to 8 k + 7 of pixel p.
     fn dropout(&mut self, x: &Self::Tensor, masks: &Masks<Self::Tensor>, layer: u32, factor: f64) -> Self::Tensor;
     /// Self-attention over the pixels: q, k, v are pixel-normalised per head, then
     /// softmax(q k / sqrt(c)) v. `qkv` is [n, h, w, heads * c * 3] with channel

@@ -1,7 +1,7 @@
 //! What learning adds: loss, backward pass, optimizer.
 //!
-//! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1);
-//! [`Step::grad_scale`] brings in the 1/batch.
+//! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1).
+//! The factor 1/batch comes in as [`Step::grad_scale`].
 
 use super::memory::Memory;
 use super::{
@@ -43,8 +43,7 @@ pub struct Loss<T> {
 pub enum Slot {
     /// The stored (not normalised) weight, as Adam left it.
     Weight,
-    /// Gradient with respect to the *stored* weight, after [`TrainingBackend::optimizer_step`];
-    /// what the last step used.
+    /// Gradient with respect to the *stored* weight that the last [`TrainingBackend::optimizer_step`] used.
     Grad,
     /// Adam's first moment.
     AdamM,
@@ -95,18 +94,19 @@ pub struct StepStats {
     pub nonfinite: u64,
 }
 
-/// f32 values where they are; of a slot in an order of the device's own, which is the same for all networks of a table.
+/// f32 values in the memory where they lie. Those of a slot are in an order of the device's own, which is the same for
+/// all networks with the same table.
 pub enum Values<'a> {
     /// In main memory.
     Host(&'a mut [f32]),
-    /// In device memory, these of its bytes.
+    /// In device memory, at this range of its bytes.
     Device(&'a dyn Memory, Range<usize>),
 }
 
-/// Is told of which gradients nothing adds to any more.
+/// Called with the gradients that are complete.
 pub type Done<'a, B> = dyn FnMut(&mut B, Whole) + 'a;
 
-/// As [`Body`](super::Body), of a pass that accumulates gradients: it says when it is done with which.
+/// As [`Body`](super::Body), for a pass that accumulates gradients. It calls [`Done`] with those that are complete.
 pub type Pass<'a, B, E> =
     dyn FnMut(&mut B, &[<B as Backend>::Tensor], &mut Done<B>) -> Result<Vec<<B as Backend>::Tensor>, E> + 'a;
 
@@ -116,14 +116,15 @@ pub trait TrainingBackend: NetworkBackend {
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
     /// Reads one slot of a parameter, values in PyTorch's order.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
-    /// The portions that [`exchange`](Self::exchange) gives.
+    /// The portions in which [`exchange`](Self::exchange) gives out the values of a slot.
     fn buckets(&self) -> &Buckets;
-    /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, part by part, which may replace them: by
-    /// the sum of the gradients over several devices, or by the weights of another. After a change of the weights
-    /// [`make_effective`](Self::make_effective) is due.
+    /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, one part after the other.
+    /// `exchange` may replace them: by the sum of the gradients over several devices, or by the weights of another
+    /// device. Call [`make_effective`](Self::make_effective) after a change of the weights.
     fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
-    /// As [`Backend::planned`], of a pass that says when it is done with which gradients. `done` is told so, at least
-    /// where another bucket is whole: when the device has been given all that adds to them, and nothing of what follows.
+    /// As [`Backend::planned`], for a pass that says which gradients are complete. `done` is called with them, at least
+    /// where another bucket is complete. At that moment the device has been given everything that adds to them, and
+    /// nothing of what follows.
     ///
     /// # Errors
     /// The device's, or those of `pass`. Where memory does not suffice, nothing has been added to the gradients.
@@ -141,7 +142,7 @@ pub trait TrainingBackend: NetworkBackend {
     /// before the first forward pass and after every change of that slot.
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;
 
-    /// EDM2's loss (eq. 14, 15) with gradients; that of `out_gain` is accumulated.
+    /// EDM2's loss (eq. 14, 15) with its gradients; the gradient of `out_gain` is accumulated.
     fn loss(&mut self, input: LossInput<Self::Tensor>) -> Loss<Self::Tensor>;
     /// Accumulates the gradient of the logvar layer.
     fn logvar_backward(&mut self, p: &Logvar, features: &Self::Tensor, grad: &Self::Tensor);
@@ -200,8 +201,8 @@ pub trait TrainingBackend: NetworkBackend {
         grad_emb: &Self::Tensor,
     );
 
-    /// One pass over all parameters: zeroes non-finite gradients, projects them through the weight
-    /// normalisation, Adam, the moving averages; clears the gradients and makes the effective
-    /// weights of the next step (as [`Normalization::Train`] with the same rounds).
+    /// One pass over all parameters. It zeroes gradients that are not finite, projects them through the weight
+    /// normalisation, and updates the weights by Adam and the moving averages. It clears the gradients and makes the
+    /// effective weights of the next step (as [`Normalization::Train`] with the same rounds).
     fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError>;
 }

@@ -94,9 +94,9 @@ struct Row {
 struct KernelRow {
     plan: &'static str,
     name: &'static str,
-    /// Of the result.
+    /// Shape of the result.
     shape: Shape,
-    /// How many the plan has.
+    /// How many operations of this kind the plan has.
     count: usize,
     median_s: f64,
     tflop_per_s: f64,
@@ -149,12 +149,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Of the parameters and the largest workspace of a device.
+/// MiB of the parameters and the largest workspace of a device.
 fn mib(parameters: usize, plans: impl Iterator<Item = Cost>) -> Option<f64> {
     Some((parameters + plans.map(|cost| cost.workspace).max().unwrap_or(0)) as f64 / f64::from(1 << 20))
 }
 
-/// Random parameters, one at a time: the peak is to be that of the network, not of its making.
+/// Loads random parameters one at a time, so that the memory's peak is that of the network and not of making it.
 pub fn load_random<B: TrainingBackend>(b: &mut B, table: &ParamTable, how: Normalization) -> Result<()> {
     for (id, spec) in table.iter() {
         let mut values = vec![0.0; spec.numel()];
@@ -164,7 +164,7 @@ pub fn load_random<B: TrainingBackend>(b: &mut B, table: &ParamTable, how: Norma
     Ok(b.make_effective(Slot::Weight, how)?)
 }
 
-/// So many images, noise levels and labels.
+/// Random inputs of a pass: n images, noise levels and labels.
 pub fn random_inputs(config: &Config, [h, w]: [usize; 2], n: usize) -> [(Shape, Vec<f32>); 3] {
     let mut x = vec![0.0; n * h * w * config.img_channels];
     Stream::new(0, Purpose::SampleNoise, 0).normals(&mut x);
@@ -180,7 +180,7 @@ impl Bench<'_> {
             self.forward(&mut b, n, &|_| peak_mib())?;
         }
         drop(b);
-        // Before the training, whose peak would hide this one's.
+        // This comes before the training, whose peak of memory would hide its own.
         if self.net.config.img_channels == LATENTS {
             self.decoding(&mut Cpu::<f32, ()>::for_codec().with_bf16(bf16), &|_| peak_mib())?;
         }
@@ -320,7 +320,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Each kind of operation of the plan `key` against the card's limits, the dearest first.
+    /// Times each kind of operation of the plan `key` and compares it with the card's limits; the kind that takes the
+    /// longest comes first.
     fn time_kernels<P>(&mut self, b: &mut Gpu<P>, plan: &'static str, key: &dyn PlanKey) -> Result<()> {
         let Some(limits) = self.limits else { return Ok(()) };
         let timing = b.time(key, self.args.repeats as usize)?;

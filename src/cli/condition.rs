@@ -127,7 +127,7 @@ fn tags(args: &TagsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where a training under way is kept: beside the model, until that is there.
+/// Where the progress of a training is kept: beside the model, until the model is there.
 fn progress_path(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
     name.push(".progress");
@@ -146,7 +146,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     );
     let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
     let (place, print) = (progress_path(&args.out), data.fingerprint());
-    // What a killed one left of it goes, too.
+    // This also removes what a killed training left half written.
     let _kept = super::claim(&place, true, &[])?;
     let mut learning = if place.exists() {
         let learning = Learning::load(&place, &data, &how, print)?;

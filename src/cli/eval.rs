@@ -81,7 +81,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let part = ranks.part(args.part)?;
     let plot = args.plot.as_ref().filter(|_| ranks.first());
     let claimed = |path: &PathBuf| claim(path, args.overwrite, &[&args.model, &args.data]);
-    // Of several parts the last one draws, whichever that is: it claims the file when it knows.
+    // Of several parts the last to end draws, and claims the file when it knows that it is the last.
     let _plot = match plot {
         Some(path) if args.part.is_some() => {
             let free = args.overwrite || path.symlink_metadata().is_err();
@@ -180,13 +180,14 @@ fn losses_of(dir: &Path, part: Part) -> PathBuf {
     dir.join(part.file("losses"))
 }
 
-/// Leaves what a part has found, and of what.
+/// Writes what a part has found, and with which options, data and model.
 fn keep(path: &Path, found: &[Found], given: &Value) -> Result<(), SafeError> {
     let about = HashMap::from([("edm2k".to_owned(), given.to_string())]);
     safetensors::write(path, &[("losses", Dtype::F64, &[found.len(), 3], bytemuck::cast_slice(found))], &about)
 }
 
-/// What all parts have found of the same; or the parts of which nothing is there, or what is there instead.
+/// What all parts of the same measurement have found; else a message that says which parts are missing, or do not
+/// belong to it.
 fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<Found>, Vec<String>> {
     let (mut all, mut missing) = (Vec::new(), Vec::new());
     for number in 0..of {

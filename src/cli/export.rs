@@ -68,7 +68,7 @@ fn parse_average(text: &str) -> Result<Average, String> {
 
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
-    // A model may become one of another precision in its place; a checkpoint is more than that.
+    // A model may be replaced by itself in another precision. A checkpoint may not be: it holds more than a model.
     let checkpoint: Vec<&Path> = args.from_checkpoint.iter().map(PathBuf::as_path).collect();
     let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {

@@ -82,7 +82,7 @@ pub struct FidArgs {
     sampler: SamplerArgs,
 }
 
-/// Where the images are from that are compared with the dataset's.
+/// The source of the images that are compared with the dataset's.
 enum Source {
     /// Files.
     Files(Vec<PathBuf>),
@@ -147,7 +147,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The images of the dataset, the first `count` of the split, and how others are made to be compared with them.
+/// The images of the dataset (the first `count` of the split), and how images are made that are compared with them.
 struct References<'a> {
     args: &'a FidArgs,
     data: Dataset,
@@ -166,8 +166,8 @@ impl References<'_> {
         Ok(viewer.picture(self.size(i), &image)?)
     }
 
-    /// The request for images of these numbers. Each is of the size of the image that has its condition; those of a request are
-    /// of one size.
+    /// The request for the images with these numbers. Each has the size of the dataset's image whose condition it has;
+    /// all of one request must have the same size.
     fn request(&self, pipeline: &Pipeline, numbers: &[usize]) -> Request {
         let condition =
             |number: &usize| Condition::of_image(&self.data, number % self.count, &self.args.data, self.args.split);
@@ -252,7 +252,7 @@ fn of_files(files: &[PathBuf], look: &Look) -> anyhow::Result<Moments> {
     Ok(moments)
 }
 
-/// How what the dataset has, and the model makes, becomes a picture.
+/// What turns the dataset's images, and those that the model makes, into pictures.
 fn viewer(args: &FidArgs, data: &Dataset, device: &Device) -> anyhow::Result<Viewer> {
     let dir = args.data.display().to_string();
     let (viewer, warning) = Viewer::of(device, data, &dir, args.vae.as_deref()).context("--vae")?;
@@ -268,7 +268,7 @@ fn open(file: &Path) -> anyhow::Result<Picture> {
     image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 
-/// The network, and who watches.
+/// The network whose features are compared, and the progress bar.
 struct Look<'a> {
     network: &'a Network,
     bar: &'a ProgressBar,

@@ -39,7 +39,8 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let Snapshot { mut model, precision } = Snapshot::open(&args.snapshot)?;
     let classes = model.net.config.label_dim;
     if let Some(width) = args.condition_dim {
-        // By way of a network without labels, so that the embedding is fresh even if the width is the old one.
+        // The model is first made one without labels, so that the embedding is a fresh one even if its width stays the
+        // same.
         let meta = model.meta.clone();
         for label_dim in [0, width as usize] {
             let config = Config { label_dim, ..model.net.config.clone() };

@@ -80,7 +80,8 @@ impl DeviceArgs {
     }
 }
 
-/// Claims an output before the work, so that it is known then that it can be written, and that nothing is lost.
+/// Claims an output before the work begins. So it is known by then that the output can be written, and that nothing
+/// will be lost.
 ///
 /// # Errors
 /// It exists and `overwrite` was not given, or it cannot be written; it is one of the `inputs`, which would be lost.

@@ -148,7 +148,7 @@ pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
     ranks::together(|ranks| make(args, ranks))
 }
 
-/// Makes its part, showing progress on stderr and the summary on stdout.
+/// Makes this process's part; shows progress on stderr and the summary on stdout.
 fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let part = ranks.part(args.part)?;
     ensure!(
@@ -171,7 +171,7 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     progress.bar.finish_and_clear();
     let summary = summary.context("cannot prepare the dataset")?;
     let skipped = if args.add { "there already" } else { "not of the dataset" };
-    // Of several, those that ended last know all.
+    // Of several parts only the last to end knows what all have made.
     let text = if summary.lacking.is_empty() { shown(&settings, &summary, skipped) } else { String::new() };
     let told = ranks.met().gather(text.as_bytes())?;
     if !ranks.first() {
@@ -223,7 +223,7 @@ fn wanted(args: &PrepareArgs, part: Part) -> (Box<dyn Records>, Settings) {
 /// What is shown of a preparation while it goes.
 struct Progress {
     bar: ProgressBar,
-    /// Whether it speaks for all.
+    /// Whether this process speaks for all.
     first: bool,
     terminal: bool,
     /// When the shard at hand was begun.
@@ -268,7 +268,7 @@ impl Progress {
             Event::Renamed { tags, was, now } => {
                 say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));
             }
-            // One speaks for all, but of what is wrong.
+            // The first speaks for all; but each says itself what is wrong.
             Event::Shard { .. } if !self.first => {}
             Event::Shard { name, images, kept } => {
                 let begun = self.since.lock().map(|mut since| std::mem::replace(&mut *since, Instant::now()));

@@ -9,15 +9,15 @@ use edm2k::{Device, DeviceName};
 use super::DeviceArgs;
 use super::say::{self, note};
 
-/// This process among those that do the same, and what it has to do with them.
+/// This process among those that a launcher started with it, and how it reaches them.
 pub struct Ranks {
-    /// Who it is; none: there are no others.
+    /// Which of them it is; none if there are no others.
     world: Option<World>,
     met: Box<dyn Collective>,
 }
 
-/// Does work with the ranks that a launcher started, if one did; what this one fails with, the others are told. A rank that
-/// is lost ends this process.
+/// Does work together with the ranks that a launcher started, if one did. If this rank fails, the others are told why.
+/// If another rank is lost, this process ends.
 pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
     let met: Box<dyn Collective> = match &world {
@@ -35,7 +35,7 @@ pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow
 }
 
 impl Ranks {
-    /// Who they are to each other.
+    /// The connection between them, once they have met.
     pub fn met(&mut self) -> &mut dyn Collective {
         &mut *self.met
     }
@@ -50,7 +50,7 @@ impl Ranks {
         self.met.rank() == 0
     }
 
-    /// This one's part of the work, among ranks or as somebody `asked` for.
+    /// This process's part of the work: by its rank, or the part that somebody `asked` for.
     ///
     /// # Errors
     /// `--part` was given although a launcher started several ranks.
@@ -75,7 +75,7 @@ impl Ranks {
         let Some(World { local, .. }) = self.world else { return args.open() };
         let device = match args.device {
             DeviceName::Auto | DeviceName::Cuda(0) => match Device::cards() {
-                // None; or the one that the launcher lets this rank see.
+                // There is no card, or only the one that the launcher lets this rank see.
                 0 | 1 => args.device,
                 cards => {
                     ensure!(local < cards, "this is rank number {local} of this machine, which shows it {cards} GPUs");
@@ -87,7 +87,8 @@ impl Ranks {
         args.open_as(device)
     }
 
-    /// From here on, gradients are summed between the cards by NCCL. On other devices they go by rank 0, for tests.
+    /// From here on, gradients are summed between the cards by NCCL. On other devices they are summed by way of rank 0,
+    /// which is for tests.
     ///
     /// # Errors
     /// There is no NCCL, or ranks have different kinds of devices.

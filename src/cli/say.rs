@@ -1,8 +1,8 @@
 //! The one way to print: results to stdout ([`out!`]), the rest to stderr ([`note!`]), a line each.
 //!
-//! A place that cannot be printed to (a full disk, a reader that went away) stops no work: of stderr it is ignored, of
-//! stdout it is an error once the work is done. Names and texts from files cannot move the cursor or begin a line of
-//! their own, as control characters are escaped, and a message on stderr is short whatever it quotes.
+//! Where nothing can be printed (the disk is full, the reader has gone), the work goes on. For stderr that is ignored;
+//! for stdout it is an error once the work is done. Names and texts from files cannot move the cursor or begin a line
+//! of their own, as control characters are escaped, and a message on stderr is short whatever it quotes.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
@@ -93,7 +93,8 @@ fn escape(text: &mut String, c: char) {
     text.push_str(&format!("\\u{:04x}", u32::from(c)));
 }
 
-/// The beginning and the end: a message has the name at its front, and what was expected at its end.
+/// The beginning and the end of a text that is too long: a message has the name at its front, and what was expected at
+/// its end.
 pub fn shortened(text: &str) -> String {
     let count = text.chars().count();
     if count <= LONGEST {

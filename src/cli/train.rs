@@ -200,7 +200,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
     ranks.connect(&device)?;
     let terminal = std::io::stderr().is_terminal();
-    // One rank speaks for all, unless another has something of its own to say.
+    // Rank 0 speaks for all, unless another rank has something of its own to say.
     let rank = ranks.met().rank();
     let bar = ranks.bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}");
     if rank > 0 {
@@ -265,7 +265,7 @@ fn fitting(device: &Device, most: u64, needed: impl Fn(u64) -> Option<u64>) -> O
     let free = device.runtime()?.free()?;
     let halves = std::iter::successors(Some(most), |&n| (n > 1).then(|| n.div_ceil(2)));
     let mut tried = halves.map_while(|n| Some((n, needed(n)?)));
-    // What the driver and fragments take.
+    // A twentieth is left for what the driver and fragmentation take.
     let fits = tried.find(|&(n, needed)| n == 1 || needed <= free / 20 * 19)?;
     Some((fits.0, fits.1, free))
 }
@@ -310,7 +310,7 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
 fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool) -> anyhow::Result<()> {
     let ([height, width], channels) = (DataIdentity::of(data).largest(), config.img_channels);
     let (_, table) = Precond::new(config)?;
-    // A GPU computes, but images, weights and checkpoints pass through here.
+    // Even if a GPU computes, images, weights and checkpoints pass through this machine's memory.
     let batch_gpu = args.batch_gpu.unwrap_or(1).min(args.batch.unwrap_or(u64::MAX));
     let all = memory::estimate(config, &table, height, width, batch_gpu, args.ema.len());
     let host = 4 * table.iter().map(|(_, spec)| spec.numel() as u128).sum::<u128>()
@@ -323,8 +323,8 @@ fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool)
     Ok(())
 }
 
-/// The model to start from, and what a run notes of it. A run that has begun needs the network alone, which its
-/// checkpoints know: then the file may be gone.
+/// The model to start from, and the identity of its file, which the run notes. A run that has begun needs only the
+/// network, which its checkpoints know, so by then the file may be gone.
 fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
     let begun = || checkpoint::list(outdir).ok()?.iter().find_map(|path| Checkpoint::open(path).ok());
     if !path.exists()
@@ -338,8 +338,8 @@ fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
     Ok((model, Identity::of_file(path).with_context(|| format!("--init {}", path.display()))?))
 }
 
-/// Where the model to start from means something else than the dataset, and so has to relearn it. Parameters of another
-/// shape start afresh and are reported apart.
+/// Warnings of what the model to start from has to relearn, since it means something else than the dataset does.
+/// Parameters of another shape start afresh and are reported elsewhere.
 fn other_meaning(args: &TrainArgs, init: &Model, data: &Dataset) -> Vec<String> {
     let (path, theirs) = (args.init.as_deref().unwrap_or(Path::new("")), Domain::of_dataset(data));
     let all = theirs.differences(args.data.display(), &Domain::of_model(&init.net.config, &init.meta), path.display());
@@ -409,7 +409,7 @@ fn model(
     Ok(model)
 }
 
-/// The arguments' settings, else the preset's, else EDM2's.
+/// The settings: of the arguments, else of the preset, else EDM2's.
 fn settings(
     args: &TrainArgs,
     data: &Dataset,
@@ -440,7 +440,7 @@ fn settings(
     })
 }
 
-/// The arguments' execution, else what suits the settings.
+/// How the run is executed: as the arguments say, else as suits the settings.
 fn execution(
     args: &TrainArgs,
     settings: &Settings,
@@ -489,8 +489,8 @@ fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Mat
     }))?)
 }
 
-/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a GeForce RTX 4090 would
-/// get; none is needed for it. Of several sizes of images it is the one that needs most memory.
+/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a GeForce RTX 4090 would get. No GPU is
+/// needed for it. If images have several sizes, the plan is that of the size which needs the most memory.
 fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
     let mut gpu = Gpu::for_training(Rc::new(Imagined::rtx_4090()), math, &model.table, settings.ema.len())?;
     for [height, width] in settings.data.all_sizes() {

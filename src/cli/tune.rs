@@ -105,9 +105,10 @@ pub fn run(args: &TuneArgs) -> Result<()> {
             Some(tuning::path_in(&dir, &origin))
         }
     };
-    // From before the work: another process that measured on this card meanwhile would spoil both.
+    // Claimed before the work, since another process that measured on this card meanwhile would spoil both
+    // measurements.
     let _claim = path.as_ref().map(|path| Claim::new(path, true).at(path)).transpose()?;
-    // What is wrong with it was said when the device was opened.
+    // If something is wrong with the table, that was said when the device was opened.
     let before = path.as_ref().and_then(|path| Table::read(path).ok().flatten());
     let table = before.filter(|table| table.origin == origin).unwrap_or_else(|| Table::new(origin));
     out!("{name} at {}x{} on {}, {}", size[1], size[0], table.origin.card, device.math().describe(runtime.card()));

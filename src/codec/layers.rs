@@ -23,7 +23,8 @@ pub struct NormId(usize);
 
 /// A convolution.
 pub struct ConvSpec {
-    /// Names without `.weight` and `.bias`; several are computed as one, their channels one after the other.
+    /// Names without `.weight` and `.bias`. Layers of several names are computed as one, with their channels one after
+    /// the other.
     names: Vec<String>,
     cin: usize,
     /// Output channels of each name.
@@ -56,7 +57,7 @@ impl Layers {
         self.push(ConvSpec { names: vec![name.into()], cin, cout, bias: false, reach })
     }
 
-    /// Linear layers of the same input, as one 1x1 convolution.
+    /// Several linear layers with the same input, as one 1x1 convolution.
     pub fn linear(&mut self, names: Vec<String>, cin: usize, cout: usize) -> ConvId {
         self.push(ConvSpec { names, cin, cout, bias: true, reach: Reach::Point })
     }
@@ -119,7 +120,7 @@ impl Layers {
     ) -> Result<Weights<B>, CodecError> {
         let mut join = |names: &[String], part: &str| -> Result<Vec<f32>, CodecError> {
             let mut parts = names.iter().map(|name| get(&format!("{name}.{part}")));
-            // Of one name, as nearly all are, nothing is copied.
+            // With one name, which nearly all have, nothing is copied.
             let mut all = parts.next().unwrap_or(Ok(Vec::new()))?;
             for part in parts {
                 all.append(&mut part?);
@@ -173,7 +174,7 @@ pub struct CodecPlan(usize);
 
 /// The weights of a [`Layers`] table on a device.
 pub struct Weights<B: CodecBackend> {
-    /// Of what is done with them.
+    /// The plan of what is done with these weights.
     pub plan: CodecPlan,
     convs: Vec<B::Conv>,
     norms: Vec<B::Tensor>,

@@ -10,11 +10,12 @@
 //! pixel   = trunc(255 * clamp(decode(raw), 0, 1))
 //! ```
 //!
-//! TAESD takes images for which the SD-VAE would be fed 2 t - 1, and latents times 0.18215: so t = (v + 1) / 2 and
-//! raw = latents / 0.18215 make it stand in for the SD-VAE. It has no std: its latents are certain.
+//! TAESD takes an image t where the SD-VAE takes 2 t - 1, and its latents are those of the SD-VAE times 0.18215. So it
+//! can stand in for the SD-VAE with t = (v + 1) / 2 and raw = latents / 0.18215. It has no std, since it gives one
+//! latent and no distribution.
 //!
 //! Everything about a file is checked when it is opened; [`CodecFile::encoder`] and [`CodecFile::decoder`] read the
-//! half that is needed. Images pass one at a time: activations, not weights, are what needs memory.
+//! half that is needed. Images pass one at a time, because activations need more memory than weights.
 //!
 //! ```
 //! use edm2k::codec::{CodecError, CodecFile, Moments};
@@ -96,8 +97,9 @@ pub struct Autoencoder {
     pub network: Network,
     /// Name of its file, for people.
     pub name: String,
-    /// Of the weights of its encoder, rounded to f16: they alone decide what latents are. So a file in half precision
-    /// has it too, and so has an autoencoder of which only the decoder was trained further.
+    /// Fingerprint of the weights of its encoder, rounded to f16, as they alone decide what latents are. So a file in
+    /// half precision has the same fingerprint, and so has an autoencoder of which only the decoder was trained
+    /// further.
     pub fingerprint: Fingerprint,
 }
 
@@ -107,7 +109,7 @@ pub struct Autoencoder {
 pub enum Network {
     /// That of Stable Diffusion.
     SdVae,
-    /// Which stands in for it.
+    /// The small autoencoder that can stand in for it.
     Taesd,
 }
 
@@ -142,7 +144,7 @@ pub struct CodecFile {
 #[derive(Debug)]
 enum Architecture {
     SdVae(sd_vae::Config),
-    /// Channels, and prefixes of what there is; the number of the decoder's first layer.
+    /// Its channels, the prefix of the names in each half that is there, and the number of the decoder's first layer.
     Taesd {
         channels: usize,
         encoder: Option<&'static str>,
@@ -151,10 +153,10 @@ enum Architecture {
 }
 
 impl CodecFile {
-    /// Opens a file and checks that it has all tensors of its network, in the right shapes, and no others.
-    /// It is safetensors or what `torch.save` writes: an SD-VAE under the names of `diffusers` or those of its first authors,
-    /// also as part of a whole Stable Diffusion checkpoint (`first_stage_model.`), or a TAESD under those or those of its author (an encoder or a
-    /// decoder alone); the tensors tell.
+    /// Opens a file and checks that it has all tensors of its network, in the right shapes, and no others. The file is
+    /// safetensors or what `torch.save` writes. It may be an SD-VAE under the names of `diffusers` or of its first
+    /// authors, also as part of a whole Stable Diffusion checkpoint (`first_stage_model.`). Or it is a TAESD under the
+    /// names of `diffusers`, or under those of its author (an encoder or a decoder alone). Its tensors tell which.
     ///
     /// # Errors
     /// See [`CodecError`]; the message names the file and the tensor.
@@ -315,7 +317,7 @@ impl CodecFile {
             Architecture::Taesd { channels, encoder: Some(prefix), .. } => taesd::Encoder::new(prefix, *channels).1,
             Architecture::Taesd { encoder: None, .. } => return Ok(None),
         };
-        // By their places, as some are called otherwise in older files.
+        // Weights are counted by their places in the table, as some have other names in older files.
         let mut hasher = Hasher::default();
         for (name, _) in table.tensors() {
             let halves = Vec::<f16>::from_f32_slice(&self.file.f32(&name)?);
@@ -325,8 +327,8 @@ impl CodecFile {
         Ok(Some(Autoencoder { network, name, fingerprint: hasher.finish() }))
     }
 
-    /// Checks that this is what made some latents, if that is known. A TAESD may stand in for an SD-VAE, and the other
-    /// way round, with a warning that is returned.
+    /// Checks that this autoencoder made some latents, if it is known which one did. A TAESD may stand in for an
+    /// SD-VAE, and the other way round; then a warning is returned.
     ///
     /// # Errors
     /// [`CodecError::OtherLatents`].
@@ -458,7 +460,7 @@ fn halves(values: &[f32]) -> (Vec<f32>, Vec<f32>) {
     (first.concat(), last.concat())
 }
 
-/// Random values of a tensor, such that what it makes is about as large as what it is given.
+/// Random values of a weight, scaled so that its layer's output is about as large as its input.
 fn random(shape: &[usize]) -> Vec<f32> {
     let mut values = vec![0.0; shape.iter().product()];
     Stream::new(0, Purpose::Init, values.len() as u64).normals(&mut values);
@@ -573,13 +575,13 @@ impl<B: CodecBackend> Decoder<B> {
         self.depth
     }
 
-    /// Of its plan on a device.
+    /// The key of its plan on a device.
     pub fn plan(&self) -> CodecPlan {
         self.weights.plan
     }
 }
 
-/// By which EDM2 scales and then shifts a channel of raw latents, rounded as it does.
+/// The factor and the shift that EDM2 applies to a channel of raw latents, rounded as EDM2 rounds them.
 pub(crate) fn scale_and_shift(channel: usize) -> (f32, f32) {
     let scale = FINAL_STD / RAW_STD[channel];
     (scale, -RAW_MEAN[channel] * scale)

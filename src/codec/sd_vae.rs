@@ -26,8 +26,9 @@ pub const LATENTS: usize = 4;
 /// What stands before an autoencoder's names in a checkpoint of Stable Diffusion.
 pub const PART: &str = "first_stage_model.";
 
-/// A file under the names of `diffusers`, of one under those of the latent diffusion model's authors (`encoder.down.0.block.0`),
-/// perhaps with `first_stage_model.` before them, where the rest of the file is left out. Others stay as they are.
+/// Renames the tensors of a file to the names of `diffusers`, if they have those of the latent diffusion model's
+/// authors (`encoder.down.0.block.0`). Before these may stand `first_stage_model.`; then the rest of the file is left
+/// out. Other files stay as they are.
 pub fn known_names(file: SafeFile) -> SafeFile {
     let whole = file.names().any(|name| name.starts_with(PART));
     let file = if whole { file.renamed(|name| name.strip_prefix(PART).map(str::to_owned)) } else { file };
@@ -38,7 +39,7 @@ pub fn known_names(file: SafeFile) -> SafeFile {
     file.renamed(|name| renamed(name, levels))
 }
 
-/// The name of `diffusers`; none of what a network in training has beside.
+/// The name that `diffusers` has for it; none for what only a network in training has.
 fn renamed(name: &str, levels: usize) -> Option<String> {
     if ["loss.", "model_ema."].iter().any(|other| name.starts_with(other)) {
         return None;
@@ -55,7 +56,7 @@ fn renamed(name: &str, levels: usize) -> Option<String> {
         [side, "down", level, "downsample", ref rest @ ..] => {
             format!("{side}.down_blocks.{level}.downsamplers.0.{}", rest.join("."))
         }
-        // They count from the image on, `diffusers` from the latent on.
+        // The authors count levels from the image on, `diffusers` from the latent on.
         [side, "up", level, what, ref rest @ ..] => {
             let level = levels.checked_sub(level.parse::<usize>().ok()? + 1)?;
             match (what, rest) {
@@ -100,17 +101,17 @@ pub struct Config {
     pub channels: Vec<usize>,
     /// `layers_per_block`: resnets of a level of the encoder; the decoder has one more.
     pub layers: usize,
-    /// Of the attention.
+    /// How the attention's layers are called.
     pub naming: Naming,
 }
 
 impl Config {
-    /// Of stabilityai/sd-vae-ft-mse and all autoencoders of Stable Diffusion 1 and 2.
+    /// The config of stabilityai/sd-vae-ft-mse and of all autoencoders of Stable Diffusion 1 and 2.
     pub fn published() -> Self {
         Self { channels: vec![128, 256, 512, 512], layers: 2, naming: Naming::New }
     }
 
-    /// What a file implies.
+    /// The config that a file's tensors imply.
     ///
     /// # Errors
     /// If it has no level at all, or one whose width is no multiple of 32.
@@ -165,7 +166,7 @@ impl Resnet {
         }
     }
 
-    /// Takes `x`, so that its memory is free, or overwritten with the result, as early as can be.
+    /// Takes ownership of `x`, so that its memory is freed, or overwritten with the result, as early as possible.
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: B::Tensor) -> B::Tensor {
         let h = w.norm_silu_conv(b, self.norm1, self.conv1, &x, After::NOTHING);
         let residual = match self.shortcut {

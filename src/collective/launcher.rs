@@ -6,7 +6,8 @@
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
-//! The first that is there counts. `MASTER_ADDR` and `MASTER_PORT` count everywhere; `EDM2K_PORT` comes before them.
+//! The first of these whose variables are set counts. `MASTER_ADDR` and `MASTER_PORT` count under every launcher;
+//! `EDM2K_PORT` is looked at before them.
 
 use super::CollectiveError;
 
@@ -27,7 +28,7 @@ pub struct World {
     pub job: String,
 }
 
-/// Ports that are made up lie from here on: below those that systems give out by themselves.
+/// The first of the ports that are derived from a job's name. They lie below those that systems give out by themselves.
 const FIRST_PORT: u64 = 15_000;
 const PORTS: u64 = 15_000;
 
@@ -37,14 +38,14 @@ impl World {
     /// # Errors
     /// [`CollectiveError::Environment`]: a variable is missing, or no number, or says what cannot be.
     pub fn of_environment() -> Result<Option<Self>, CollectiveError> {
-        // What is not UTF-8 is no number and no name.
+        // A value that is not UTF-8 is no number and no name.
         Self::of(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
 
-    /// The same of any environment.
+    /// The same for any environment, which `get` looks up.
     pub fn of(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, CollectiveError> {
         let wrong = |what: String| Err(CollectiveError::Environment(what));
-        // In a batch script, SLURM_PROCID is set too; what srun starts is a step.
+        // A batch script has SLURM_PROCID too. Only what srun starts is a step.
         let of_srun = |name: &&str| get(name).is_some() && get("SLURM_STEP_ID").is_some();
         let names = match () {
             () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
@@ -109,7 +110,7 @@ impl World {
                     "RANK is set, but MASTER_PORT is not, expected a free port of the machine of rank 0".into(),
                 );
             }
-            // Other jobs on the machine have other names.
+            // The port follows from the job's name, so other jobs on the machine get other ports.
             (None, None) => (FIRST_PORT + u64::from(crc32fast::hash(job.as_bytes())) % PORTS) as u16,
         };
         Ok(Some(Self { rank, size, local, address, port, job }))

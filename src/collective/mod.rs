@@ -1,8 +1,9 @@
-//! Several processes, one for each card, that work on one thing: who they are, and how values come together.
+//! Several processes, one for each card, that do one thing together: which process is which, and how their values are
+//! exchanged.
 //!
-//! A launcher that people have (torchrun, Slurm, mpirun) starts the processes, which are called ranks and numbered from 0;
-//! [`launcher`] reads from the environment who this one is. The ranks find each other by sockets at one address, and
-//! watch each other through them ([`star`]): what is small goes that way. What is large, the gradients, is summed behind
+//! A launcher that people have (torchrun, Slurm, mpirun) starts the processes, which are called ranks and numbered from
+//! 0; [`launcher`] reads from the environment who this one is. The ranks find each other by sockets at one address, and
+//! watch each other through them ([`star`]). Small values go that way. The gradients, which are large, are summed by a
 //! [`Collective`], of which there are three:
 //!
 //! ```text
@@ -39,7 +40,7 @@ pub enum CollectiveError {
     /// Nobody is at the address, or it cannot be listened at.
     #[error("{0}")]
     Address(String),
-    /// Those that came are not the ranks of this run.
+    /// Processes that came are not ranks of this run.
     #[error("{0}")]
     Unfit(String),
     /// Ranks that have not come within the limit.
@@ -48,7 +49,7 @@ pub enum CollectiveError {
     /// A rank is gone. The text names it.
     #[error("{0}")]
     Lost(String),
-    /// Ranks that should do the same do not.
+    /// Ranks that should do the same do something else.
     #[error("{0}")]
     Differs(String),
     /// NCCL is not there, or failed.
@@ -70,25 +71,27 @@ pub trait Collective {
     fn rank(&self) -> usize;
     /// How many there are.
     fn size(&self) -> usize;
-    /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, that is done
-    /// after the commands given before, and beside those given from here on: nobody touches the values, or frees them,
-    /// before [`summed`](Self::summed).
+    /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, the sum is
+    /// made after the commands given before, and beside those given from here on. So the values must not be touched or
+    /// freed before [`summed`](Self::summed).
     fn all_reduce(&mut self, values: Values) -> Result<(), CollectiveError>;
-    /// What a device is told from here on comes after all sums that were begun; the host waits for nothing.
+    /// From here on, what a device is told waits for all sums that were begun. The host waits for nothing.
     fn summed(&mut self) -> Result<(), CollectiveError> {
         Ok(())
     }
     /// Replaces f32 values by those of rank 0.
     fn broadcast(&mut self, values: Values) -> Result<(), CollectiveError>;
-    /// What each rank says, in the order of their numbers; meant for little.
+    /// Returns what each rank gave, in the order of their numbers. It is meant for small messages.
     fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
     /// Returns when all ranks have come here.
     fn barrier(&mut self) -> Result<(), CollectiveError> {
         self.gather(&[]).map(|_| ())
     }
-    /// From now on this rank may wait for others, in a library that has no limit of its own; until the next `gather`.
+    /// From now on, and until the next `gather`, this rank may wait for others in a library that has no limit of its
+    /// own.
     fn waits(&self) {}
-    /// Parts from the others: done together, or `failed` for a reason that they are told. From now on nobody is missed.
+    /// Says goodbye to the others: because all are done, or because this one `failed` for a reason, which they are
+    /// told. From now on nobody waits for it.
     fn leave(&self, _failed: Option<&str>) {}
 }
 
@@ -117,7 +120,7 @@ impl Collective for Alone {
     }
 }
 
-/// One of several parts that work is done in, by ranks or by processes that do not know of each other.
+/// One of the parts into which work is divided among ranks, or among processes that do not know of each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Which one, from 0.
@@ -130,7 +133,7 @@ impl Part {
     /// All of the work.
     pub const WHOLE: Self = Self { number: 0, of: 1 };
 
-    /// What it leaves for the others: `losses-2-of-4.safetensors`.
+    /// The name of the file that it leaves for the others: `losses-2-of-4.safetensors`.
     pub fn file(self, what: &str) -> String {
         format!("{what}-{}-of-{}.safetensors", self.number + 1, self.of)
     }
@@ -142,7 +145,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// What does not name a part.
+/// A text that names no part.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a part, expected K/N with K from 1 to N, such as 2/4")]
 pub struct NoPart(String);
@@ -160,8 +163,8 @@ impl FromStr for Part {
     }
 }
 
-/// What of `total` things is the share of part number `part` of `parts`: ranges that follow each other, of lengths that
-/// differ by one at most.
+/// Which of `total` things are the share of part number `part` of `parts`. The shares are ranges that follow each
+/// other, and their lengths differ by one at most.
 ///
 /// ```
 /// use edm2k::collective::share;
@@ -173,8 +176,8 @@ pub fn share(total: u64, part: usize, parts: usize) -> std::ops::Range<u64> {
     cut(part)..cut(part + 1)
 }
 
-/// Sees to it that all ranks say the same `about`; where texts differ, `differences` tells what that means, given rank 0's
-/// text and the other, and is empty where it means nothing.
+/// Checks that all ranks give the same `about`. Where a text differs from rank 0's, `differences` is given that rank's
+/// text and rank 0's, and says what differs; an empty answer means that it does not matter.
 ///
 /// # Errors
 /// [`CollectiveError::Differs`] names the first rank that differs; the same on all ranks.

@@ -1,12 +1,12 @@
-//! Sums between cards by NVIDIA's NCCL, which is loaded when it is wanted.
+//! Sums between cards by NVIDIA's NCCL, which is loaded when it is first needed.
 //!
 //! The library is `EDM2K_NCCL`, or the system's `libnccl.so.2`, or that of the wheel `nvidia-nccl-cu13` (or `-cu12`) in the
 //! Python environment that this program was installed in or that is active. Its functions are declared here: cudarc's
 //! bindings panic where there is no library, and cannot be told where it is.
 //!
-//! Its calls go to a stream of their own. A sum of gradients waits for what the device was told before, and runs beside what
-//! it is told then, the rest of the backward pass; the optimizer's step waits for all sums. Whatever NCCL waits for, the
-//! ranks watch each other meanwhile.
+//! Its calls go to a stream of their own. A sum of gradients waits for what the device was given before. It runs beside
+//! what the device is given after that, which is the rest of the backward pass. The optimizer's step waits for all
+//! sums. While NCCL waits for whatever it may be, the ranks watch each other.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -44,7 +44,7 @@ struct Functions {
     comm_abort: unsafe extern "C" fn(Comm) -> c_int,
     all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int,
     broadcast: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int,
-    /// Keeps the code of the others; dropped last.
+    /// Keeps the functions' code loaded; dropped last.
     _library: Library,
 }
 
@@ -54,7 +54,7 @@ fn candidates() -> Vec<PathBuf> {
         return vec![path.into()];
     }
     let mut all = vec![PathBuf::from("libnccl.so.2")];
-    // .../bin/edm2k of an environment, and the one that is active.
+    // The environment that has this program as .../bin/edm2k, and the one that is active.
     let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].map(|name| std::env::var_os(name).map(PathBuf::from));
     for environment in own.into_iter().chain(active.into_iter().flatten()) {
@@ -104,7 +104,7 @@ impl Functions {
         }
     }
 
-    /// An error where a call says so; `what` it was for.
+    /// Turns the result of a call into an error, if it is one. `what` says what the call was for.
     fn require(&self, result: c_int, what: &str) -> Result<(), CollectiveError> {
         if result == 0 {
             return Ok(());
@@ -114,7 +114,7 @@ impl Functions {
         Err(wrong(&format!("{what}: {text} (NCCL_DEBUG=INFO says more)")))
     }
 
-    /// As people write it.
+    /// NCCL's version as people write it.
     fn version(&self) -> Result<String, CollectiveError> {
         let mut version = 0;
         // SAFETY: writes one integer.
@@ -127,33 +127,33 @@ fn wrong(what: &str) -> CollectiveError {
     CollectiveError::Nccl(what.into())
 }
 
-/// Which NCCL there is.
+/// The version of the NCCL that is found.
 ///
 /// # Errors
-/// [`CollectiveError::Nccl`]: none, with where it was looked for.
+/// [`CollectiveError::Nccl`]: there is none; it says where NCCL was looked for.
 pub fn version() -> Result<String, CollectiveError> {
     Functions::load()?.version()
 }
 
 /// Ranks with a card each.
 pub struct Nccl {
-    /// What is small goes through it.
+    /// The connection for small values.
     ranks: Box<dyn Collective>,
     beside: Box<dyn Beside>,
     comm: Comm,
     functions: Functions,
-    /// All are done together.
+    /// Whether all ranks said that they are done.
     done: Cell<bool>,
 }
 
 impl Nccl {
-    /// Joins the cards of ranks that have met; `beside` is of this rank's.
+    /// Joins the cards of ranks that have met. `beside` is a queue of this rank's card.
     ///
     /// # Errors
     /// [`CollectiveError::Nccl`]: there is no library, or it refuses. One rank's error is every rank's.
     pub fn new(mut ranks: Box<dyn Collective>, beside: Box<dyn Beside>) -> Result<Self, CollectiveError> {
         let loaded = Functions::load().and_then(|functions| Ok((functions.version()?, functions)));
-        // Whoever has no library says so before the others wait for it.
+        // A rank without the library says so before the others wait for it.
         let said = match &loaded {
             Ok((version, _)) => version.clone(),
             Err(why) => format!("!{why}"),
@@ -180,7 +180,7 @@ impl Nccl {
         made?;
         let Ok(bytes) = <[u8; ID]>::try_from(&*all[0]) else { return Err(wrong("rank 0 could not begin")) };
         let id = UniqueId(bytes.map(|x| x as c_char));
-        // The device becomes this thread's.
+        // This makes the device the current one of this thread.
         beside.stream()?;
         let mut comm = std::ptr::null_mut();
         ranks.waits();
@@ -191,7 +191,7 @@ impl Nccl {
         Ok(Self { ranks, beside, comm, functions, done: Cell::new(false) })
     }
 
-    /// Sums, or takes rank 0's, in device memory.
+    /// Sums values in device memory, or replaces them by rank 0's.
     fn exchange(&mut self, values: Values, sum: bool) -> Result<(), CollectiveError> {
         let Values::Device(memory, bytes) = values else { return Err(wrong("the values are not on a card")) };
         let (at, count) = (memory.ptr().offset(bytes.start).0 as *mut c_void, bytes.len() / 4);
@@ -210,7 +210,7 @@ impl Nccl {
         self.check()
     }
 
-    /// The error of a call whose work came later.
+    /// The error of a call that failed after it had returned.
     fn check(&self) -> Result<(), CollectiveError> {
         let mut error = 0;
         // SAFETY: a live communicator; writes one integer.

@@ -1,15 +1,17 @@
-//! Sockets between ranks: every rank has two to rank 0, one for what is said and one to watch each other.
+//! Sockets between ranks. Every rank has two to rank 0: one for messages, and one by which the two watch each other.
 //!
-//! **Meeting.** Rank 0 listens, the others call until somebody answers, in any order, up to a limit. Each says its number,
-//! how many it counts, its job and version: who does not fit is named, and nobody waits for who cannot come any more.
+//! **Meeting.** Rank 0 listens. The others call until it answers, in any order, up to a time limit. Each says its
+//! number, how many ranks it expects, its job and its version. One that does not fit is named, and nobody goes on
+//! waiting for a rank that cannot come any more.
 //!
-//! **Watching.** A thread for each socket sends a sign of life every two seconds. A rank that dies closes its sockets, one
-//! that fails says why before, and a machine that is lost falls silent: rank 0 tells all others which rank it was. What
-//! a rank waits for then is cut off; if that does not end it in ten seconds, [`Star::join`]'s `on_lost` is called.
+//! **Watching.** A thread for each socket sends a sign of life every two seconds. A rank that dies closes its sockets,
+//! one that fails says why before, and a machine that is lost falls silent: rank 0 tells all others which rank it was.
+//! Then the sockets on which a rank waits are cut off. If that does not end the rank in ten seconds, the `on_lost` of
+//! [`Star::join`] is called.
 //!
-//! **Summing**, by [`Collective`] for [`Star`], is for tests on one machine: every value goes through rank 0, which adds them
-//! up in the order of the ranks and sends all the same bits. On N ranks that is 8 (N - 1) bytes a value through one
-//! socket after the other, which no one would train with; `Nccl` is for that.
+//! **Summing**, by [`Collective`] for [`Star`], is for tests on one machine: every value goes through rank 0, which
+//! adds them up in the order of the ranks and sends all the same bits. On N ranks that is 8 (N - 1) bytes a value
+//! through one socket after the other, too slow to train with. `Nccl` is for training.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, ToSocketAddrs};
@@ -25,22 +27,23 @@ use super::{Collective, CollectiveError, World};
 use crate::backend::Values;
 use crate::system;
 
-/// What a call begins with: nobody takes another service for a rank.
+/// The first bytes of a call, so that nobody takes another service for a rank.
 const MAGIC: &[u8; 8] = b"edm2krnk";
 /// Longest greeting, and longest reason.
 const MAX_TEXT: usize = 1 << 20;
 /// Most bytes that a rank says in a meeting.
 const MAX_SAID: u64 = 1 << 32;
-/// A greeting comes at once, or it is none.
+/// How long a caller may take for its greeting.
 const GREETING: Duration = Duration::from_secs(10);
 const BEAT: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_secs(1);
-/// Ticks without a sign of life until a rank is given up. Ticks, since a process that was stopped for a while (a job that
-/// Slurm suspends) counts one for all that time.
+/// Ticks without a sign of life until a rank is given up. Ticks are counted, not time: a process that was stopped for a
+/// while (a job that Slurm suspends) counts one tick for all of that.
 const SILENT: u32 = 30;
-/// What a rank has to end by itself once another is lost.
+/// How long a rank may take to end by itself once another is lost.
 const GRACE: Duration = Duration::from_secs(10);
-/// Longest time that ranks wait for each other. A checkpoint may take minutes; this is for what nobody foresaw.
+/// The longest time that ranks wait for each other. A checkpoint may take minutes; this limit is for what nobody
+/// foresaw.
 const LONGEST: Duration = Duration::from_secs(1800);
 /// Values that are summed at a time.
 const CHUNK: usize = 1 << 16;
@@ -68,7 +71,7 @@ struct Hello {
     name: String,
 }
 
-/// What it is answered, once all have come.
+/// The answer to a call, once all ranks have come.
 #[derive(Serialize, Deserialize)]
 enum Answer {
     /// The names of all.
@@ -92,7 +95,7 @@ struct Watch {
     /// The ranks at the other end, and the sockets to them.
     peers: Vec<(usize, TcpStream)>,
     names: Vec<String>,
-    /// The sockets for what is said, to be cut off.
+    /// The sockets for messages, which are cut off when a rank is lost.
     links: Vec<TcpStream>,
     /// Who was lost first, and that somebody waits for it.
     verdict: Mutex<Option<String>>,
@@ -100,7 +103,7 @@ struct Watch {
     /// This rank has said goodbye.
     left: AtomicBool,
     begun: Instant,
-    /// Milliseconds after `begun` since when this rank waits for others; 0: it does not.
+    /// Since when this rank has been waiting for others, in milliseconds after `begun`; 0 if it is not waiting.
     waiting: AtomicU64,
     on_lost: Box<dyn Fn(&str) + Send + Sync>,
 }
@@ -113,8 +116,8 @@ pub struct Star {
 }
 
 impl Star {
-    /// Meets the other ranks. `on_lost` is called in a thread of its own, with the name of a rank that is gone, if this one
-    /// does not end by itself: it should end the process.
+    /// Meets the other ranks. If another rank is lost and this one does not end by itself, `on_lost` is called in a
+    /// thread of its own, with the name of the lost rank. It should end the process.
     ///
     /// # Errors
     /// [`CollectiveError::Address`], [`CollectiveError::Unfit`], [`CollectiveError::Missing`].
@@ -150,7 +153,7 @@ impl Star {
         Ok(Self { world, links, watch })
     }
 
-    /// What to say of a socket that does not work: the watching threads know more.
+    /// The error for a socket that does not work. The watching threads may know the cause better.
     fn broken(&self, peer: usize, cause: &io::Error) -> CollectiveError {
         let verdict = self.watch.verdict.lock().expect("no thread panics with it");
         let waited = self.watch.reached.wait_timeout_while(verdict, GRACE, |verdict| verdict.is_none());
@@ -188,7 +191,7 @@ impl Star {
         Ok(bytes)
     }
 
-    /// Receives a call of as many values as this rank has.
+    /// Receives a call with as many values as this rank has.
     fn receive_values(&mut self, peer: usize, call: Call, values: &mut [f32]) -> Result<(), CollectiveError> {
         let (found, expected) = (self.expect(peer, call)?, size_of_val(values) as u64);
         if found != expected {
@@ -197,11 +200,11 @@ impl Star {
         }
         let got = self.links[peer].read_exact(bytemuck::cast_slice_mut(values));
         got.map_err(|cause| self.broken(peer, &cause))?;
-        // On the way, and on all machines that there are cards for, values are little-endian.
+        // Values are little-endian on the wire, and on all machines for which there are cards.
         Ok(())
     }
 
-    /// Sums, or takes rank 0's.
+    /// Sums values, or replaces them by rank 0's.
     fn exchange(&mut self, call: Call, values: &mut [f32]) -> Result<(), CollectiveError> {
         let mut other = vec![0.0; CHUNK.min(values.len())];
         for values in values.chunks_mut(CHUNK) {
@@ -306,7 +309,7 @@ impl Drop for Star {
     }
 }
 
-/// The parts of what rank 0 joins: lengths, then contents.
+/// Takes apart what rank 0 has joined: lengths, then contents.
 fn taken_apart(joined: &[u8], count: usize) -> Option<Vec<Vec<u8>>> {
     let (lengths, mut rest) = joined.split_at_checked(8 * count)?;
     let mut all = Vec::with_capacity(count);
@@ -321,7 +324,8 @@ fn taken_apart(joined: &[u8], count: usize) -> Option<Vec<Vec<u8>>> {
 // ---- watching -------------------------------------------------------------------------------
 
 impl Watch {
-    /// Sends a letter and a text to everybody at the other end; who is not there any more does not mind.
+    /// Sends a letter and a text to every rank at the other end. Errors are ignored: a rank that is gone needs no
+    /// message.
     fn tell(&self, letter: u8, text: &str) {
         let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
         let message = [&[letter][..], &(text.len() as u32).to_le_bytes(), text].concat();
@@ -375,7 +379,7 @@ impl Watch {
         }
     }
 
-    /// Tells everybody who is gone, the first time, and sees to it that this rank ends.
+    /// The first time that a rank is lost, tells every other one which it was, and sees to it that this rank ends.
     fn lost(&self, who: String) {
         if self.left.load(Ordering::SeqCst) {
             return;
@@ -386,7 +390,8 @@ impl Watch {
                 return;
             }
             *verdict = Some(who.clone());
-            // Before this rank can learn of it, and end: the others would only know that this one has.
+            // Tell the others before this rank learns of it and ends. Otherwise they would only see that this one is
+            // gone.
             self.tell(b'F', &who);
         }
         self.reached.notify_all();
@@ -414,7 +419,7 @@ fn first_message(said: &mut Vec<u8>) -> Option<(u8, String)> {
 
 // ---- meeting --------------------------------------------------------------------------------
 
-/// Sockets for what is said and for watching, in the order of the ranks at the other end, and the names of all ranks.
+/// Sockets for messages and for watching, in the order of the ranks at the other end, and the names of all ranks.
 type Met = (Vec<TcpStream>, Vec<TcpStream>, Vec<String>);
 
 fn hello(world: &World, watch: bool) -> Hello {
@@ -444,7 +449,8 @@ fn read_json<T: for<'a> Deserialize<'a>>(mut stream: &TcpStream) -> io::Result<T
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Listens where the address says; on all of the machine's addresses unless it is only about this machine.
+/// Listens at the address: at the loopback address if all ranks are on this machine, else at all of the machine's
+/// addresses.
 fn listen(world: &World) -> Result<TcpListener, CollectiveError> {
     let World { address, port, .. } = world;
     let loopback = (&**address, *port).to_socket_addrs().is_ok_and(|mut all| all.all(|at| at.ip().is_loopback()));
@@ -465,7 +471,7 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     let listener = listen(world)?;
     let broken = |cause: io::Error| CollectiveError::Address(format!("{}:{}: {cause}", world.address, world.port));
     listener.set_nonblocking(true).map_err(broken)?;
-    // Of each other rank, for what is said and for watching.
+    // The two sockets of each other rank: for messages and for watching.
     let mut come: Vec<[Option<TcpStream>; 2]> = (1..world.size).map(|_| [None, None]).collect();
     let mut names = vec![hello(world, false).name];
     names.resize(world.size, String::new());
@@ -481,7 +487,7 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         match listener.accept() {
             Ok((stream, _)) => {
                 let sender = sender.clone();
-                // Whoever says nothing holds up nobody.
+                // Each caller is read in a thread of its own, so that one who says nothing holds up nobody.
                 std::thread::spawn(move || {
                     let greeting = stream
                         .set_nonblocking(false)
@@ -490,7 +496,7 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
                     greeting.map(|hello| sender.send((stream, hello)))
                 });
             }
-            // None at the moment; or one that has gone already.
+            // Nobody calls at the moment, or a caller has gone already.
             Err(_) => sleep(Duration::from_millis(10)),
         }
         let Ok((stream, caller)) = callers.try_recv() else { continue };
@@ -551,7 +557,7 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         let mut last = io::Error::new(ErrorKind::NotFound, "no such machine");
         for place in (&**address, *port).to_socket_addrs()? {
             match TcpStream::connect_timeout(&place, Duration::from_secs(5)) {
-                // Where nobody listens, a socket may be given that very port, and reach itself.
+                // Where nobody listens, a socket may be given that very port as its own, and then connect to itself.
                 Ok(stream) if stream.local_addr().ok() != stream.peer_addr().ok() => return Ok(stream),
                 Ok(_) => last = ErrorKind::ConnectionRefused.into(),
                 Err(why) => last = why,
@@ -584,7 +590,7 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
     write_json(&link, &hello(world, false)).map_err(failed)?;
     let watch = dial().and_then(|watch| write_json(&watch, &hello(world, true)).map(|()| watch));
-    // Rank 0 may have ended since: then it has said why, to whichever of the two it heard first.
+    // Rank 0 may have ended since. Then it has said why, on whichever of the two sockets it heard first.
     let answer = read_json(&link).or_else(|cause| {
         let Ok(watch) = &watch else { return Err(cause) };
         watch.set_read_timeout(Some(GREETING))?;

@@ -1,5 +1,5 @@
 //! Names of the classes of a class-conditional model: a text file with a line for each, such as `tench, Tinca tinca`.
-//! Each name between commas is one of the class.
+//! The names between commas all name that class.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -34,7 +34,7 @@ impl Classes {
         Ok(Self::new(text.lines()))
     }
 
-    /// Of the lines of such a file.
+    /// The names in the lines of such a file.
     pub fn new<'a>(lines: impl IntoIterator<Item = &'a str>) -> Self {
         let mut classes = Self::default();
         for (number, line) in lines.into_iter().enumerate() {
@@ -96,7 +96,7 @@ mod tests {
         for (text, class) in [("3", 3), ("tench", 0), ("tinca TINCA", 0), ("tench, Tinca tinca", 0), ("bird", 3)] {
             assert_eq!(classes.find(text), Ok(class));
         }
-        // A whole line before a name of two.
+        // A whole line counts before a name that two classes have.
         assert_eq!(classes.find("crane"), Ok(2));
         let refused = |classes: &Classes, text| classes.find(text).unwrap_err().to_string();
         assert_eq!(refused(&classes, "Crane"), "\"Crane\" is the name of several classes: 2, 3");

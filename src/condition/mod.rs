@@ -41,14 +41,14 @@ pub enum Conditioning {
         source: String,
         /// Name of the tensor in it; empty if nobody said.
         node: String,
-        /// Content of that file; none if nobody said.
+        /// Fingerprint of that file's content; none if nobody said.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fingerprint: Option<Fingerprint>,
     },
 }
 
 impl Conditioning {
-    /// Whether two are known to be different things. What a file is called does not matter where its content is known.
+    /// Whether the two are known to be different. Where a file's content is known, its name does not matter.
     pub fn differs(&self, other: &Self) -> bool {
         let named = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;
         match (self, other) {
@@ -89,12 +89,13 @@ impl fmt::Display for Conditioning {
 /// Key of a [`Meaning`] in the metadata of a file of conditions.
 pub const MEANING_KEY: &str = "meaning";
 
-/// What the places of a condition mean: what a dataset, a model and a condition model must agree in.
+/// What the places of a condition mean. A dataset, a model and a condition model that are used together must agree in
+/// it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meaning {
     /// What it is made of; none if nobody said.
     pub conditioning: Option<Conditioning>,
-    /// The tags in order; empty of features, or if nobody said.
+    /// The tags in order; empty for features, or if nobody said.
     pub tags: Vec<String>,
 }
 
@@ -150,8 +151,8 @@ pub enum OtherMeaning {
     Tag { name: String, other: String, tag: Box<str>, wanted: Box<str>, count: usize, common: usize },
 }
 
-/// Divides a vector by its L2 norm, as the network is to see it. Whether there is one: zeros, or a number that is not
-/// finite, are left as they are.
+/// Divides a vector by its L2 norm, as the network is to see it. Returns whether that was possible: a vector of zeros,
+/// or one with a number that is not finite, stays as it is.
 #[must_use]
 pub fn unit_norm(values: &mut [f32]) -> bool {
     let norm = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();

@@ -1,12 +1,13 @@
 //! Prompts: tags with weights, as people write them.
 //!
-//! Tags are separated by commas or line ends. What stands in the vocabulary as it is written is that tag, so `:)`,
-//! `^_^` and `saber (fate)` need no care. Else brackets weigh what is in them, one tag or several: `(blue hair:1.3)` by
-//! 1.3, `(blue hair)` by 1.1, `[blue hair]` by 1 / 1.1; they nest, and their weights multiply. A backslash takes the next
-//! character's meaning away, as in `saber \(fate\)` or `\-_-`. A tag that is unknown with underscores is looked for with
-//! spaces, and the other way round. The larger one of two weights of a tag counts.
+//! Tags are separated by commas or line ends. A text that stands in the vocabulary exactly as it is written is that
+//! tag, so `:)`, `^_^` and `saber (fate)` need no care. Otherwise brackets weigh what is in them, one tag or several:
+//! `(blue hair:1.3)` by 1.3, `(blue hair)` by 1.1, `[blue hair]` by 1 / 1.1. They nest, and their weights multiply. A
+//! backslash takes the next character's meaning away, as in `saber \(fate\)` or `\-_-`. A tag that is unknown with
+//! underscores is looked for with spaces, and the other way round. If a tag has two weights, the larger one counts.
 //!
-//! A condition has norm 1 whatever the weights: they say which of its tags count more, and a tag alone cannot.
+//! A condition has norm 1 whatever the weights are. They say which of its tags count more, so the weight of a single
+//! tag has no effect.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -18,7 +19,7 @@ const MAX_WEIGHT: f32 = 10.0;
 /// Weight of round brackets without a number.
 const EMPHASIS: f32 = 1.1;
 
-/// Brackets may nest this deep: more than weights have room for, and few enough to try all readings of.
+/// How deep brackets may nest: deeper than any weight needs, and few enough that all readings can be tried.
 const DEEPEST: usize = 32;
 
 /// Some tags of a vocabulary, with weights above 0: sorted by their places, each once.
@@ -58,7 +59,7 @@ impl Prompt {
         self.0.iter().map(|(tag, _)| *tag).collect()
     }
 
-    /// The same with other tags, of weight 1, where it does not have them already.
+    /// The same prompt with other tags added at weight 1, where it does not have them already.
     #[must_use]
     pub fn with(&self, others: &[u32]) -> Self {
         let lacks = |tag: &u32| self.0.binary_search_by_key(tag, |(own, _)| *own).is_err();
@@ -81,7 +82,7 @@ impl Vocabulary {
         parse(self, text)
     }
 
-    /// What [`Vocabulary::parse`] reads as this prompt; places beyond the end are left out.
+    /// A text that [`Vocabulary::parse`] reads as this prompt. Places beyond the end are left out.
     pub fn text(&self, prompt: &Prompt) -> String {
         let word = |&(place, weight): &(u32, f32)| {
             let tag = self.tag(place)?;
@@ -115,9 +116,9 @@ impl Vocabulary {
 /// A closing bracket at the end of a part.
 struct Closing {
     bracket: char,
-    /// Where what it closes ends.
+    /// Where the text that it closes ends.
     end: usize,
-    /// The number before a round one, and where what stands before that ends.
+    /// For a round bracket: the number before it, and where the text before that number ends.
     number: Option<(f32, usize)>,
 }
 
@@ -153,7 +154,7 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
                 if let Some(bracket) = odd(text) {
                     return Err(unbalanced(bracket));
                 }
-                // What people probably meant: as few brackets in the tag as there can be, and no number.
+                // The reading that people probably meant: with as few brackets in the tag as possible, and no number.
                 let meant = |reading: &&Reading| reading.opens == readings[readings.len() - 1].opens;
                 let balanced = |tag: &str| tag.matches('(').count() == tag.matches(')').count();
                 let all: Vec<&Reading> = readings.iter().filter(meant).collect();
@@ -186,7 +187,8 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
     }
 }
 
-/// The brackets that close at the end of a part, outermost first; one more than may be, if there are more.
+/// The brackets that close at the end of a part, outermost first. If there are more than [`DEEPEST`], one more than
+/// that.
 fn closings(part: &str) -> Vec<Closing> {
     let (mut left, mut all) = (part, Vec::new());
     while let Some(bracket @ (')' | ']')) = left.chars().last().filter(|_| all.len() <= DEEPEST && !ends_escaped(left))
@@ -205,7 +207,7 @@ fn closings(part: &str) -> Vec<Closing> {
 fn readings<'a>(part: &'a str, brackets: usize, closings: &[Closing]) -> Vec<Reading<'a>> {
     let mut all = Vec::new();
     for opens in 0..=brackets {
-        // Of "( )" what opens and what closes meet.
+        // In "( )" the opening and the closing part overlap.
         let tag = |end: usize| part[opens..end.max(opens)].trim_start();
         all.push(Reading { opens, tag: tag(part.len()), closes: 0, numbered: false });
         for (closes, closing) in (1..).zip(closings) {
@@ -217,7 +219,7 @@ fn readings<'a>(part: &'a str, brackets: usize, closings: &[Closing]) -> Vec<Rea
     all
 }
 
-/// The round bracket that a text has more of than of its partner.
+/// Which of the two round brackets a text has more of, if it has more of one.
 fn odd(text: &str) -> Option<char> {
     let count = |bracket: char| {
         let places = text.char_indices().filter(|(_, c)| *c == bracket);
@@ -230,7 +232,7 @@ fn odd(text: &str) -> Option<char> {
     }
 }
 
-/// Whether the last character follows a backslash that is none itself.
+/// Whether the last character follows a backslash that is not itself escaped.
 fn ends_escaped(text: &str) -> bool {
     text.chars().rev().skip(1).take_while(|&c| c == '\\').count() % 2 == 1
 }
@@ -345,7 +347,7 @@ mod tests {
         let deep = |n: usize| format!("{}smile{}", "[".repeat(n), "]".repeat(n));
         assert_eq!(read(&deep(DEEPEST)).unwrap().len(), 1);
         assert!(read(&deep(DEEPEST + 1)).unwrap_err().starts_with("more than 32 brackets around each other in \"[["));
-        // What many parts may each be read as.
+        // Many parts, each of which has many readings.
         let parts = many(&format!("{}smile{}, ", "(".repeat(20), ")".repeat(20)));
         assert_eq!(read(&parts[..4000 * 47]).unwrap().len(), 1);
     }

@@ -1,12 +1,13 @@
-//! Features of a picture from a WD tagger: what its classifier looks at.
+//! Features of a picture from a WD tagger: the vector that its classifier is given.
 //!
-//! A tagger pools what it sees into one vector, 768 or 1024 wide, of which a last product makes the probabilities of
-//! tags. The vector says more than the tags: divided by its norm ([`unit_norm`](super::unit_norm)), it is the
-//! condition of a model.
+//! A tagger pools what it sees into one vector, 768 or 1024 wide. Its last layer makes the probabilities of tags out of
+//! that. The vector says more than the tags: divided by its norm ([`unit_norm`](super::unit_norm)), it is the condition
+//! of a model.
 //!
-//! What the tagger is shown, as those who trained it do: the picture on white, padded by white to a square about its
-//! centre, resized to the network's side (448) by Pillow's bicubic filter, and then values 0 to 255 in the order blue,
-//! green, red, [1, H, W, 3] in f32. A network whose input is [1, 3, H, W] gets the same values in that layout.
+//! The tagger is shown a picture as its authors show it. The picture stands on white, padded by white to a square about
+//! its centre, and is resized to the network's side (448) by Pillow's bicubic filter. The values are 0 to 255 in the
+//! order blue, green, red, [1, H, W, 3] in f32. A network whose input is [1, 3, H, W] gets the same values in that
+//! layout.
 
 use std::path::Path;
 
@@ -49,7 +50,7 @@ impl Tagger {
         fingerprint::name(self.network.path())
     }
 
-    /// What conditions made of the features are.
+    /// What conditions that are made of these features consist of.
     pub fn conditioning(&self) -> Conditioning {
         Conditioning::Features {
             source: self.source(),
@@ -58,7 +59,7 @@ impl Tagger {
         }
     }
 
-    /// The features of a picture, of which nothing has been cut off. `name` says which it is, in errors.
+    /// The features of a whole picture, which must not have been cropped. `name` names it in errors.
     ///
     /// # Errors
     /// [`OnnxError::Run`], [`OnnxError::NotFinite`].

@@ -1,10 +1,9 @@
 //! The tag vocabulary: a fixed, ordered list of tags, and the conditions made of it.
 //!
-//! A set of k tags becomes the D-wide vector with 1/sqrt(k) at each tag and 0 elsewhere:
-//! a multi-hot vector of norm 1. EDM2 feeds `emb_label` with `sqrt(D) * one_hot`, so that
-//! the embedding has unit variance; at norm 1 that stays true for any number of tags, and
-//! an image with many tags does not drown the noise embedding. One tag alone gives exactly
-//! EDM2's class label. No tag gives zeros, which is what EDM2 calls unconditional.
+//! A set of k tags becomes the D-wide vector with 1/sqrt(k) at each tag and 0 elsewhere: a multi-hot vector of norm 1.
+//! EDM2 feeds `emb_label` with `sqrt(D) * one_hot`, so that the embedding has unit variance; with norm 1 that stays
+//! true for any number of tags, and many tags do not drown the noise embedding. One tag alone gives exactly EDM2's
+//! class label. No tag gives zeros, which is what EDM2 calls unconditional.
 //!
 //! On disk: a JSON list of `{"tag", "count"}`, most frequent first; the place in the list
 //! is the index in the vector.
@@ -183,7 +182,7 @@ impl Vocabulary {
     /// Known tags like this text: equal but for case, one beginning with the other, or few
     /// edits apart; best first, at most `most`.
     pub fn nearest(&self, text: &str, most: usize) -> Vec<String> {
-        // Nothing known is like that, and a comparison takes as long as both are.
+        // No known tag is like such a long text, and comparing takes as long as the product of both lengths.
         if text.len() > LONGEST {
             return Vec::new();
         }
@@ -207,12 +206,12 @@ impl Vocabulary {
         indices.iter().filter_map(|&index| self.tag(index)).collect::<Vec<_>>().join(", ")
     }
 
-    /// Of the tags in their order: what conditions made of them mean.
+    /// Fingerprint of the tags in their order. It says what conditions made of them mean.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(self.tags.iter().map(|tag| &tag.tag))
     }
 
-    /// Of how many images have each tag, in their order: that stays what it is when somebody renames tags, and tells
+    /// Fingerprint of the tags' counts, in their order. It stays the same when somebody renames tags, and so tells
     /// whether a vocabulary belongs to some shards.
     pub fn fingerprint_of_counts(&self) -> Fingerprint {
         Fingerprint::of(self.tags.iter().map(|tag| tag.count.to_le_bytes()))

@@ -3,7 +3,7 @@
 //!
 //! A dataset that grows has more shards; what is written meanwhile comes into force at one moment (`pending.rs`).
 //!
-//! Or a zip of EDM2's own ([`edm2`](super::edm2)), which has a train split only.
+//! A dataset may also be one of EDM2's zips ([`edm2`](super::edm2)), which has a train split only.
 //!
 //! Images may be of several sizes ([`Dataset::buckets`]), wherever they stand in the shards.
 //!
@@ -100,7 +100,8 @@ impl Dataset {
             let text = format!("it is {what}, expected the directory of a dataset, or a zip called .zip");
             return Err(FileError { path: dir.into(), cause: io::Error::other(text) }.into());
         }
-        // What comes into force while it is being opened may be half seen.
+        // A change that comes into force while the dataset is being opened may be seen by half. Then it is opened once
+        // more.
         loop {
             let before = pending::moment(dir);
             match Self::of_shards(dir, split) {
@@ -129,7 +130,7 @@ impl Dataset {
                         check_tags(&path, &header, shard)?;
                     }
                 }
-                // Pictures that were added may be from elsewhere.
+                // Pictures that were added may have another source and licence.
                 let all = |of: fn(&Header) -> &String| {
                     let mut texts: Vec<&str> = shards.iter().map(|shard| of(&shard.header).as_str()).collect();
                     let mut seen = HashSet::new();
@@ -156,7 +157,7 @@ impl Dataset {
         self.header.count
     }
 
-    /// Height, width and channels of each image; where there are several sizes, of those that are most frequent.
+    /// Height, width and channels of the images; where there are several sizes, those of the most frequent one.
     pub fn shape(&self) -> [usize; 3] {
         [self.header.height, self.header.width, self.header.channels]
     }
@@ -201,7 +202,7 @@ impl Dataset {
         Meaning { conditioning: Some(self.header.conditioning.clone()), tags }
     }
 
-    /// Of all images and conditions; none if a shard is of an older version, which kept no checksums.
+    /// Fingerprint of all images and conditions; none if a shard is of an older version, which kept no checksums.
     pub fn fingerprint(&self) -> Option<Fingerprint> {
         let shards = match &self.source {
             Source::Shards(shards, _) => shards.iter().map(|shard| shard.content).collect::<Option<Vec<_>>>()?,
@@ -210,14 +211,14 @@ impl Dataset {
         Some(of_contents(&shards))
     }
 
-    /// Whether this is what was once `then`, and has shards beside that.
+    /// Whether this dataset once had the fingerprint `then`, and has grown by shards since.
     pub fn grown_from(&self, then: Fingerprint) -> bool {
         let contents: Option<Vec<_>> = self.shards().iter().map(|shard| shard.content).collect();
         let contents = contents.unwrap_or_default();
         (1..contents.len()).any(|n| of_contents(&contents[..n]) == then)
     }
 
-    /// What to say of shards of which nothing tells that they were made together.
+    /// A warning, if nothing tells whether the shards were made together.
     pub fn doubt(&self) -> Option<String> {
         let shards = self.shards();
         let unknown = shards.iter().find(|shard| !shard.vouched).filter(|_| shards.len() > 1)?;
@@ -232,8 +233,8 @@ impl Dataset {
         self.header.vocabulary.is_some_and(|made_with| made_with.tags != self.vocabulary.fingerprint())
     }
 
-    /// Reads all images too and compares them with the checksums; how many shards, or zips, have some. `progress` is told
-    /// after each.
+    /// Reads all images too and compares everything with the checksums. Returns how many shards, or zips, have
+    /// checksums. `progress` is called after each.
     ///
     /// # Errors
     /// The first damaged tensor or image.
@@ -303,11 +304,11 @@ impl Dataset {
         self.at(i).map_or(1, |(shard, row)| shard.repeats[row].into())
     }
 
-    /// Writes image `i` in model space, `[H, W, C]` of its own [shape](Self::shape_of): pixels as x / 127.5 - 1, which is
-    /// EDM2's `StandardRGBEncoder`; of latents one that is drawn with the numbers of `noise`.
+    /// Writes image `i` in model space, `[H, W, C]` of its own [shape](Self::shape_of): pixels as x / 127.5 - 1, which
+    /// is EDM2's `StandardRGBEncoder`; for latents, one that is drawn with the numbers of `noise`.
     ///
     /// # Errors
-    /// [`DatasetError::Archive`]: a damaged image, which a zip's are only known to be when they are read.
+    /// [`DatasetError::Archive`]: an image of a zip is damaged, which is only found out when it is read.
     ///
     /// # Panics
     /// If `out` is not H * W * C long.
@@ -357,7 +358,7 @@ impl Dataset {
     }
 }
 
-/// Its conditions are what a model of them learns from; of each only what is asked for is read.
+/// A condition model learns from a dataset's conditions. Only those that are asked for are read.
 impl vae::Source for Dataset {
     fn kind(&self) -> vae::ConditionKind {
         match self.header.conditioning {
@@ -391,7 +392,8 @@ impl vae::Source for Dataset {
     }
 }
 
-/// An error if two shards were made with other vocabularies, which no dataset's are: whoever renames tags does so for all.
+/// An error if two shards were made with different vocabularies. Those of one dataset never are: renaming tags changes
+/// the vocabulary's file, which all shards share.
 fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
     match [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags)) {
         [Some(found), Some(expected)] if found != expected => {
@@ -403,7 +405,7 @@ fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
     }
 }
 
-/// An error if two shards are of one call, as they know of as many, but not of the same records.
+/// An error if two shards are of one call (they know of equally many shards) but not of the same records.
 fn check_together(shard: &Shard, before: &Shard) -> Result<(), DatasetError> {
     let of_one_call = shard.header.shards == before.header.shards;
     let records = |shard: &Shard| Notes::settings(&shard.file)?.get("records")?.as_str().map(str::to_owned);
@@ -471,7 +473,7 @@ pub(super) fn open_shards(
         if let Some(&id) = shard.ids.iter().find(|&&id| !seen.insert(id)) {
             return Err(DatasetError::RepeatedId { path, id });
         }
-        // A shard that was added knows of more of them than those before it.
+        // A shard that was added knows of more shards than those before it.
         expected = expected.max(shard.header.shards);
         shards.push(shard);
     }

@@ -46,9 +46,9 @@ pub struct Archive {
     zip: Zip,
     /// Places of the images among the entries.
     images: Vec<u32>,
-    /// Class of each; empty without labels.
+    /// The class of each image; empty if there are no labels.
     classes: Vec<u32>,
-    /// Of its contents.
+    /// The header that a shard with its contents would have.
     pub header: Header,
 }
 
@@ -103,7 +103,7 @@ impl Archive {
         Ok(Self { zip, images, classes, header })
     }
 
-    /// Of the names, checksums and order of the images, and the labels.
+    /// Fingerprint of the names, checksums and order of the images, and of the labels.
     pub fn fingerprint(&self) -> Fingerprint {
         self.zip.fingerprint()
     }
@@ -159,7 +159,7 @@ impl Archive {
     }
 }
 
-/// What an entry shows.
+/// The content of an entry.
 enum Pixels {
     Picture(crate::pictures::Picture),
     /// [height, width]; means and standard deviations, [8, height, width].

@@ -104,7 +104,7 @@ impl Features {
                 return Err(FeatureError::RepeatedId { path: ids_path.unwrap_or(path).into(), id });
             }
         }
-        // Contents last: what is no file of features need not be read to its end.
+        // The fingerprint comes last, since a file that has no features need not be read to its end.
         let content = |path: &Path| Fingerprint::of_file(path).at(path);
         let fingerprint = match ids_path {
             None => content(path)?,
@@ -124,7 +124,7 @@ impl Features {
         &self.conditioning
     }
 
-    /// Tells one file from another, or two of features and ids.
+    /// The identity of the file, or of the two files of features and of ids.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }

@@ -1,9 +1,10 @@
 //! Changes of many files of a dataset that come into force at one moment.
 //!
-//! New files are written into the folder `pending` in the dataset's. A marker in it, written last, is that moment: from
-//! then on whoever opens the dataset takes a file from there if there is one of its name, and otherwise from the
-//! dataset's folder. Then the files are moved to their places, and the folder goes. A process that dies before the
-//! marker leaves the dataset as it was; one that dies after it leaves the new one, and the next `prepare` ends the moving.
+//! New files are written into the folder `pending` in the dataset's. The moment is when a marker is written there, as
+//! the last file. From then on, whoever opens the dataset takes a file from that folder if there is one of its name,
+//! and otherwise from the dataset's folder. Then the files are moved to their places, and the folder goes. A process
+//! that dies before the marker leaves the dataset as it was; one that dies after it leaves the new one, and the next
+//! `prepare` moves the rest.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -16,7 +17,7 @@ use crate::formats::{At, FileError, atomic, names, write_atomically};
 
 /// Name of the folder.
 const FOLDER: &str = "pending";
-/// Name of the file that makes it count.
+/// Name of the marker, which puts the folder's content in force.
 const MARKER: &str = "ready";
 
 /// A dataset's folder, with what is pending in it if that is in force.
@@ -50,25 +51,25 @@ impl View {
     }
 }
 
-/// What differs when something has come into force in between.
+/// A value that changes when something comes into force.
 pub(super) fn moment(dir: &Path) -> (bool, [Option<SystemTime>; 2]) {
     let changed = |name| dir.join(name).metadata().and_then(|about| about.modified()).ok();
     (dir.join(FOLDER).join(MARKER).exists(), [VOCABULARY_FILE, SUMMARY_FILE].map(changed))
 }
 
-/// Whether a file is called as those are that are put into the folder.
+/// Whether a file has a name that files of a dataset have.
 fn is_of_a_dataset(name: &str) -> bool {
     [VOCABULARY_FILE, SUMMARY_FILE, MARKER].contains(&name) || Split::names(name)
 }
 
-/// What one process, which owns the dataset's folder, prepares to come into force.
+/// The changes that one process prepares. It owns the dataset's folder.
 pub(super) struct Pending {
     dir: PathBuf,
     folder: PathBuf,
 }
 
 impl Pending {
-    /// Ends the moving that a killed process began, and keeps what another wrote without the marker.
+    /// Ends the moving that a killed process began. What a process wrote and did not mark is kept.
     ///
     /// # Errors
     /// A file cannot be moved.
@@ -80,7 +81,8 @@ impl Pending {
         Ok(pending)
     }
 
-    /// The names of what is in the folder; an error if one is not of a dataset: the folder is somebody's own, or leads to it.
+    /// The names of the files in the folder. It is an error if one is no name of a dataset's file: then the folder is
+    /// somebody's own, or a link to one.
     fn own_names(&self) -> Result<BTreeSet<String>, FileError> {
         let foreign = |what: String| {
             let what = format!("{what}, where the dataset puts what is not yet in force; move it away");
@@ -99,7 +101,7 @@ impl Pending {
                 |name: &str| is_of_a_dataset(name) || atomic::stem_of_temporary(name).is_some_and(is_of_a_dataset);
             match name.to_str().filter(|name| is_file && known(name)) {
                 Some(name) => drop(own.insert(name.to_owned())),
-                // What a desktop puts into any folder.
+                // Files that a desktop puts into any folder.
                 None if is_file && [".DS_Store", "Thumbs.db", "desktop.ini"].iter().any(|of| name == *of) => {}
                 None => return Err(foreign(format!("it has {name:?}"))),
             }
@@ -107,10 +109,10 @@ impl Pending {
         Ok(own)
     }
 
-    /// For one of several processes, which leaves what is pending alone.
+    /// Makes no changes: for one of several processes, which must leave what is pending alone.
     ///
     /// # Errors
-    /// Something is in force, and not all in its place.
+    /// Something is in force, and not all of it has been moved to its place.
     pub fn none(dir: &Path) -> Result<Self, FileError> {
         let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
         if pending.folder.join(MARKER).exists() {
@@ -121,7 +123,7 @@ impl Pending {
         Ok(pending)
     }
 
-    /// Makes the folder, and removes all from it but what is wanted.
+    /// Makes the folder, and removes all files from it that are not `wanted`.
     ///
     /// # Errors
     /// It cannot be made, or a file not removed.
@@ -140,7 +142,8 @@ impl Pending {
         self.folder.join(name)
     }
 
-    /// Removes the folder with what [`begin`](Self::begin) found to be its own and was put into it since.
+    /// Removes the folder, with the files that [`begin`](Self::begin) found to be the dataset's and those that were put
+    /// into it since.
     ///
     /// # Errors
     /// That is not possible.
@@ -149,10 +152,11 @@ impl Pending {
         self.remove_folder()
     }
 
-    /// Makes it count.
+    /// Puts the new files in force, and moves them to their places.
     ///
     /// # Errors
-    /// Before the moment, the dataset is the old one; after it, the new one.
+    /// A file cannot be written or moved. If that happens before the marker is written, the dataset is the old one; if
+    /// after, the new one.
     pub fn commit(self) -> Result<(), FileError> {
         let marker = self.folder.join(MARKER);
         write_atomically(&marker, |_| Ok(())).at(&marker)?;

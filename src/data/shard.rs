@@ -1,5 +1,5 @@
-//! A shard of a dataset: the one place that knows its name, the names, types and shapes of its tensors, and the keys of its
-//! metadata, for those who write it and those who read it.
+//! A shard of a dataset. Those who write it and those who read it take from here its name, the names, types and shapes
+//! of its tensors, and the keys of its metadata; no other place knows them.
 //!
 //! Tensors of a shard with N images:
 //!
@@ -14,9 +14,10 @@
 //! | `flips` | U8 | `[N]` | optional: 1 where mirroring leaves the meaning; default 0 |
 //! | `repeats` | U8 | `[N]` | optional: times that training shows the image in an epoch; default 1 |
 //!
-//! Images of a dataset may be of several sizes, those of [`Header::sizes`]. Then `shapes`, U8 `[N]`, has the place there of
-//! each one's size, and instead of `images` or `latents` there is a tensor for each size, `images.512x704` say (width
-//! times height), with the images of that size in their order. Which images a shard holds does not depend on their sizes.
+//! Images of a dataset may be of several sizes, those of [`Header::sizes`]. Then `shapes`, U8 `[N]`, says which of them
+//! each image has. Instead of `images` or `latents` there is a tensor for each size, such as `images.512x704` (width
+//! times height), with the images of that size in their order. Which images a shard holds does not depend on their
+//! sizes.
 //!
 //! The metadata's `dataset` is a JSON [`Header`], its `checksums` the fingerprints of all tensors and of the rest of
 //! the metadata (`Checksums`); shards of older versions have none. The rest are `Notes` of the shard's making.
@@ -47,7 +48,7 @@ pub const VOCABULARY_FILE: &str = "vocabulary.json";
 /// Name of the summary's file, beside the shards too.
 pub const SUMMARY_FILE: &str = "summary.json";
 
-/// Images of a dataset may have so many sizes.
+/// The most sizes that the images of a dataset may have.
 pub const MAX_SIZES: usize = 64;
 
 /// Which images: those to learn from, to watch the loss on, or to leave alone until the end.
@@ -101,7 +102,7 @@ const PROFILES: &str = "profiles";
 const ENLARGED: &str = "enlarged";
 const PICTURES: &str = "pictures";
 
-/// What the pixels of a dataset are.
+/// How a dataset keeps its pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Representation {
@@ -126,8 +127,8 @@ impl Representation {
 pub struct Header {
     /// Pixels or latents.
     pub kind: Representation,
-    /// Height of the images or latents; of several sizes in a shard the first one's, in an open dataset the most frequent
-    /// one's.
+    /// Height of the images or latents. If there are several sizes, a shard has that of the first one here, an open
+    /// dataset that of the most frequent one.
     pub height: usize,
     /// Width of the images or latents, likewise.
     pub width: usize,
@@ -138,13 +139,13 @@ pub struct Header {
     pub channels: usize,
     /// Width D of the conditions.
     pub condition_dim: usize,
-    /// What they are made of.
+    /// What the conditions are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
-    /// What latents are of; none of pixels, or if nobody said.
+    /// The autoencoder that made the latents; none for pixels, or if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Of the vocabulary that the tags are places in; none if nobody said.
+    /// Fingerprints of the vocabulary that the tags are places in; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vocabulary: Option<VocabularyPrint>,
     /// Images in this shard.
@@ -163,14 +164,14 @@ impl Header {
         if self.sizes.is_empty() { vec![[self.height, self.width]] } else { self.sizes.clone() }
     }
 
-    /// What an image takes in a shard at most.
+    /// The most bytes that an image takes in a shard.
     pub(super) fn image_bytes(&self) -> u128 {
         let (_, dtype, planes) = self.kind.tensor();
         let area = self.all_sizes().iter().map(|[height, width]| *height as u128 * *width as u128).max();
         (planes * self.channels * dtype.bitsize() / 8) as u128 * area.unwrap_or(0)
     }
 
-    /// The tensors of the images: of each size the name, and the shape of an image there.
+    /// The tensors of the images: for each size its name, and the shape of one image in it.
     fn pixels(&self) -> Vec<(String, [usize; 3])> {
         let (name, _, planes) = self.kind.tensor();
         let of = |&[height, width]: &[usize; 2]| {
@@ -180,7 +181,7 @@ impl Header {
         self.all_sizes().iter().map(of).collect()
     }
 
-    /// That of a file; none if it is no shard.
+    /// The header of a file; none if it is no shard.
     ///
     /// # Errors
     /// [`ShardError::Header`].
@@ -219,7 +220,7 @@ pub struct VocabularyPrint {
 }
 
 impl VocabularyPrint {
-    /// Of a vocabulary.
+    /// The fingerprints of a vocabulary.
     pub fn of(vocabulary: &Vocabulary) -> Self {
         Self { tags: vocabulary.fingerprint(), counts: vocabulary.fingerprint_of_counts() }
     }
@@ -248,8 +249,8 @@ pub enum ShardError {
     Summary { path: PathBuf, what: String },
 }
 
-/// What a dataset's shards hold, by the names of their files, as its summary says: a shard by itself does not tell that it
-/// is of another dataset whose records are the same.
+/// What a dataset's shards hold, by the names of their files, as its summary says. It is needed because a shard by
+/// itself does not tell that it belongs to another dataset with the same records.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Contents {
     #[serde(default)]
@@ -257,7 +258,7 @@ pub(super) struct Contents {
 }
 
 impl Contents {
-    /// Those of a summary; a dataset need not have one, and older ones say nothing of shards.
+    /// Reads them from a summary. A dataset need not have one, and older ones say nothing of shards.
     ///
     /// # Errors
     /// [`ShardError::Summary`]: there is one, and it is damaged.
@@ -268,7 +269,7 @@ impl Contents {
             text => {
                 let text = text.map_err(|error| damaged(error.to_string()))?;
                 let summary: Value = serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
-                // Other programs' summaries may call something else so.
+                // A summary of another program may call something else `shards`.
                 let known = summary.get("shards").is_some_and(Value::is_object);
                 let contents = known.then(|| serde_json::from_value(summary)).transpose();
                 contents.map(Option::unwrap_or_default).map_err(|error| damaged(error.to_string()))
@@ -276,7 +277,8 @@ impl Contents {
         }
     }
 
-    /// Whether the summary knows this shard; an error if it knows another one of its name than one of such content.
+    /// Whether the summary knows this shard. It is an error if the summary says that a shard of this name has another
+    /// content.
     pub fn check(&self, path: &Path, found: Option<Fingerprint>) -> Result<bool, ShardError> {
         match path.file_name().and_then(|name| self.shards.get(name.to_str()?)) {
             Some(&expected) if found != Some(expected) => {
@@ -288,12 +290,12 @@ impl Contents {
     }
 }
 
-/// Of all that a shard's tensors hold; none if it is of an older version, which kept no checksums.
+/// Fingerprint of all that a shard's tensors hold; none if it is of an older version, which kept no checksums.
 pub(super) fn content(file: &SafeFile) -> Result<Option<Fingerprint>, SafeError> {
     Ok(Checksums::read(file)?.map(|sums| sums.content()))
 }
 
-/// Whether a shard was prepared, and nothing was left of its images.
+/// Whether a shard was prepared, and all of its images were dropped.
 pub(super) fn holds_nothing(file: &SafeFile) -> bool {
     file.metadata().contains_key(SETTINGS) && file.shape("ids").is_ok_and(|shape| shape == [0])
 }
@@ -301,7 +303,7 @@ pub(super) fn holds_nothing(file: &SafeFile) -> bool {
 /// Fingerprints of all that is in a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Checksums {
-    /// Of the metadata but these.
+    /// Of the metadata without these checksums.
     metadata: Fingerprint,
     /// Of each tensor.
     tensors: BTreeMap<String, Fingerprint>,
@@ -313,10 +315,10 @@ impl Checksums {
         Fingerprint::of(others.into_iter().flat_map(|(key, value)| [key, value]))
     }
 
-    /// Those that a shard has; none if it is of an older version.
+    /// The checksums that a shard has; none if it is of an older version.
     fn read(file: &SafeFile) -> Result<Option<Self>, SafeError> {
         let malformed = |what: String| SafeError::Malformed { path: file.path().into(), what };
-        // Every version that noted the vocabulary noted them too.
+        // Every version that noted the vocabulary also wrote checksums.
         let newer = file.metadata().get(HEADER).is_some_and(|header| header.contains("\"vocabulary\":"));
         let Some(text) = file.metadata().get(CHECKSUMS) else {
             return if newer { Err(malformed(format!("its {CHECKSUMS} are missing"))) } else { Ok(None) };
@@ -331,7 +333,7 @@ impl Checksums {
         }
     }
 
-    /// Of all that the shard's tensors hold.
+    /// Fingerprint of all that the shard's tensors hold.
     fn content(&self) -> Fingerprint {
         Fingerprint::of(self.tensors.iter().flat_map(|(name, sum)| [name.clone(), format!("{sum:?}")]))
     }
@@ -347,7 +349,7 @@ impl Checksums {
     }
 }
 
-/// Reads all of a shard; whether it has checksums to compare with.
+/// Reads all of a shard and compares it with its checksums. Returns whether it has any.
 ///
 /// # Errors
 /// [`SafeError`] names the tensor that is damaged.
@@ -363,14 +365,14 @@ pub fn check_whole(file: &SafeFile) -> Result<bool, SafeError> {
 pub(super) struct Shard {
     pub file: SafeFile,
     pub header: Header,
-    /// Of its tensors; none if it is of an older version, which kept no checksums.
+    /// Fingerprint of its tensors; none if it is of an older version, which kept no checksums.
     pub content: Option<Fingerprint>,
     /// Whether the summary beside it knows it.
     pub vouched: bool,
     pub ids: Vec<i64>,
     pub flips: Vec<u8>,
     pub repeats: Vec<u8>,
-    /// The size of each image: its place among all.
+    /// The size of each image, as its place in [`Header::all_sizes`].
     pub shapes: Vec<u8>,
     /// The row of each image in the tensor of its size.
     rows: Vec<u32>,
@@ -510,12 +512,12 @@ impl Shard {
     }
 }
 
-/// What a shard will hold of an image.
+/// What a shard will hold for one image.
 pub(super) struct Row<'a> {
     pub id: i64,
     /// Pixels `[C, H, W]` in u8, or moments of latents [2C, H, W] in f16.
     pub image: &'a [u8],
-    /// Place of its size among all.
+    /// Its size, as a place in [`Header::all_sizes`].
     pub shape: u8,
     /// `[D]`.
     pub condition: &'a [f32],
@@ -528,7 +530,7 @@ pub(super) struct Row<'a> {
 /// The images of a shard that is being made.
 #[derive(Default)]
 pub(super) struct Rows {
-    /// Of each size.
+    /// The bytes of the images of each size.
     images: Vec<Vec<u8>>,
     shapes: Vec<u8>,
     conditions: Vec<u8>,
@@ -597,11 +599,12 @@ impl Rows {
     }
 }
 
-/// What the maker of a shard notes in it: what it was made with, and what should be in it and is not.
+/// What the maker of a shard notes in it: what it was made with, and what was to be in it and is not.
 pub(super) struct Notes {
     /// Settings by name.
     pub settings: Map<String, Value>,
-    /// Of the files of all pictures that were looked at, those that were dropped included; older shards have none.
+    /// Fingerprints of the files of all pictures that were looked at, including those that were dropped. Older shards
+    /// have none.
     pub pictures: Vec<Fingerprint>,
     /// Records that were dropped when their pictures were looked at.
     pub dropped: Vec<Dropped>,
@@ -612,12 +615,12 @@ pub(super) struct Notes {
 }
 
 impl Notes {
-    /// The settings that a shard was made with; none if it is not of [`prepare`](super::prepare).
+    /// The settings that a shard was made with; none if [`prepare`](super::prepare) did not make it.
     pub fn settings(file: &SafeFile) -> Option<Map<String, Value>> {
         serde_json::from_str(file.metadata().get(SETTINGS)?).ok()
     }
 
-    /// Those of a shard.
+    /// The notes of a shard.
     ///
     /// # Errors
     /// Some are missing or damaged.
@@ -629,7 +632,7 @@ impl Notes {
             settings: Self::settings(file).ok_or_else(|| malformed(format!("its metadata lacks {SETTINGS}")))?,
             dropped: serde_json::from_str(text(DROPPED)?).map_err(parsed)?,
             enlarged: text(ENLARGED)?.parse().map_err(|_| malformed(format!("{ENLARGED} is no number")))?,
-            // Older shards did not look.
+            // Older versions did not look at colour profiles.
             unapplied: text(PROFILES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
             pictures: text(PICTURES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
         })
@@ -663,7 +666,7 @@ pub(super) struct Dropped {
     pub why: String,
 }
 
-/// Why a record is not in the dataset; the first that applies.
+/// Why a record is not in the dataset. The first reason that applies counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Drop {
@@ -685,7 +688,7 @@ pub enum Drop {
     Repeated,
     /// Danbooru: no file bears its id.
     NoFile,
-    /// No feature is known of it, or one that is zero or no number.
+    /// No feature is known for it, or only one that is zero or not a number.
     NoFeature,
     /// It could not be decoded.
     Unreadable,

@@ -1,8 +1,9 @@
-//! Writing: a path holds its old content or all of the new one, whoever dies meanwhile, and however many write.
+//! Writing files. A path holds its old content or all of the new one, whichever process dies meanwhile, and however
+//! many write.
 //!
-//! A file is written under a name that no one else has ([`AtomicFile`]), synced and renamed. A command whose work
-//! takes long holds a [`Claim`] on its output from before the work, or a [`DirLock`] on its directory. All three rest
-//! on locks of the system, which end with their process: what a killed one left is recognised, and removed.
+//! A file is written under a name that no one else has ([`AtomicFile`]), synced and renamed. A command whose work takes
+//! long holds a [`Claim`] on its output from before the work, or a [`DirLock`] on its directory. All three use locks of
+//! the system, which end with their process. So what a killed process left is recognised, and removed.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
@@ -17,8 +18,8 @@ use crate::system::{self, is_at, leads_to_open_file};
 /// process or the machine dies. What is written goes to a temporary name beside it, which [`commit`](Self::commit)
 /// syncs and renames, and which is removed if that never happens.
 ///
-/// The new file may be read and written by those who might the old one. Of a symbolic link the link is replaced, not
-/// what it leads to. What is no regular file is never replaced.
+/// The new file has the permissions of the old one. A symbolic link is replaced itself, not what it leads to. Anything
+/// that is no regular file is never replaced.
 pub struct AtomicFile {
     path: PathBuf,
     temporary: PathBuf,
@@ -30,7 +31,7 @@ impl AtomicFile {
     /// Begins to write.
     ///
     /// # Errors
-    /// The path holds something else than a file; whatever creating the temporary file reports.
+    /// The path holds something other than a file; or whatever creating the temporary file reports.
     pub fn create(path: &Path) -> io::Result<Self> {
         let permissions = replaceable(path)?;
         let (temporary, file) = create_temporary(path, permissions)?;
@@ -81,8 +82,8 @@ pub fn write_atomically(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> 
     file.commit()
 }
 
-/// The right to write a file, held from before the work that makes it until it is written: that it can be written is
-/// known early, and two processes do not both work for one path.
+/// The right to write a file, held from before the work that makes it until it is written. So it is known early that
+/// the file can be written, and two processes do not work for the same path.
 pub struct Claim {
     _probe: AtomicFile,
 }
@@ -98,7 +99,8 @@ impl Claim {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists"));
         }
         let claim = Self { _probe: AtomicFile::create(path)? };
-        // Both of two that come at the same moment may be refused, never neither. One of those found is its own.
+        // Of two that come at the same moment both may be refused, but never neither. One of the files found is its
+        // own.
         match remove_abandoned(parent(path), |other| other == stem(path))? {
             0 | 1 => Ok(claim),
             _ => Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process is writing it")),
@@ -128,13 +130,13 @@ pub enum LockError {
 }
 
 impl DirLock {
-    /// Creates the directory if it is missing, sees that one can write in it, keeps everyone else from it, and removes
-    /// what killed processes left half written.
+    /// Creates the directory if it is missing, checks that files can be written in it, keeps all other processes from
+    /// it, and removes what killed processes left half written.
     pub fn exclusive(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock)
     }
 
-    /// As [`exclusive`](Self::exclusive), but beside others who call this one.
+    /// As [`exclusive`](Self::exclusive), but shared with other processes that call `shared`.
     pub fn shared(dir: &Path) -> Result<Self, LockError> {
         Self::new(dir, File::try_lock_shared)
     }
@@ -153,7 +155,7 @@ impl DirLock {
                 Err(TryLockError::Error(cause)) if cause.kind() == io::ErrorKind::Unsupported => false,
                 Err(TryLockError::Error(cause)) => return Err(FileError { path: dir.into(), cause }.into()),
             };
-            // Whoever had it may have removed it between the opening and the locking.
+            // The process that had the lock may have removed the file between the opening and the locking.
             if guarded && !is_at(&file, &path) {
                 continue;
             }
@@ -163,7 +165,7 @@ impl DirLock {
         }
     }
 
-    /// What to say where the file system has no locks.
+    /// A warning, if the file system has no locks.
     pub fn warning(&self) -> Option<String> {
         let text = "its file system has no locks, so see to it that nothing else writes here";
         (!self.guarded).then(|| format!("{}: {text}", self.dir.display()))
@@ -172,14 +174,14 @@ impl DirLock {
 
 impl Drop for DirLock {
     fn drop(&mut self) {
-        // One of several leaves the file to the others.
+        // If others still share the lock, the file is left to them.
         let path = self.dir.join(LOCK_FILE);
-        // What holds something is somebody's own.
+        // A file that holds something is somebody's own.
         let ours = self.file.metadata().is_ok_and(|about| about.len() == 0);
         if self.guarded && ours && self.file.try_lock().is_ok() && is_at(&self.file, &path) {
             let _ = fs::remove_file(&path);
             if self.created {
-                // Of a call that came to nothing, nothing stays; one that has something in it does.
+                // If nothing was written, the directory goes too. One that has something in it stays.
                 let _ = fs::remove_dir(&self.dir);
             }
         }
@@ -211,7 +213,7 @@ fn replaceable(path: &Path) -> io::Result<Option<Permissions>> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it stands for an open file, so it is not replaced"));
     }
     match path.metadata() {
-        // A link that leads nowhere.
+        // It is a link that leads nowhere.
         Err(e) if missing(&e) => Ok(None),
         Err(e) => Err(e),
         Ok(about) if about.is_file() => Ok(Some(about.permissions())),
@@ -242,14 +244,14 @@ fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result
         let mut how = OpenOptions::new();
         how.write(true).create_new(true);
         if permissions.is_some() {
-            // Not readable by more people than the old one, not even for a moment.
+            // Nobody may read it who could not read the old one, not even for a moment.
             system::private(&mut how);
         }
         let file = match how.open(&temporary) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other?,
         };
-        // Without locks, nothing here is taken for abandoned.
+        // On a file system without locks, no file is taken for abandoned.
         let _ = file.try_lock();
         // Somebody may have seen it before it was locked, and removed it.
         if !is_at(&file, &temporary) {
@@ -262,7 +264,8 @@ fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result
     }
 }
 
-/// Removes the temporary files of killed processes whose stems are wanted; how many living ones there are.
+/// Removes the temporary files of killed processes whose stems are `wanted`. Returns how many of living processes there
+/// are.
 fn remove_abandoned(dir: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<usize> {
     let mut alive = 0;
     for entry in fs::read_dir(dir)? {

@@ -1,8 +1,8 @@
 //! Fingerprints: what files, tensors and datasets are recognised by, wherever they lie and whatever they are called.
 //!
 //! A fingerprint is the first 128 bits of BLAKE3 of a content. It is computed where the content is read or written
-//! anyway, and stored: in shards, models, condition models and checkpoints. Where two things meet, their fingerprints
-//! are compared; what made one of them may be older than fingerprints, and what is unknown is not compared.
+//! anyway, and stored: in shards, models, condition models and checkpoints. Where two things are used together, their
+//! fingerprints are compared. A file that is older than fingerprints has none, and is not compared.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -17,14 +17,14 @@ use crate::formats::input;
 pub struct Fingerprint(u128);
 
 impl Fingerprint {
-    /// Of some parts: where one ends and the next begins matters too.
+    /// The fingerprint of some parts. It also depends on where one ends and the next begins.
     pub fn of<T: AsRef<[u8]>>(parts: impl IntoIterator<Item = T>) -> Self {
         let mut hasher = Hasher::default();
         parts.into_iter().for_each(|part| hasher.add(part.as_ref()));
         hasher.finish()
     }
 
-    /// Of all bytes of a file.
+    /// The fingerprint of all bytes of a file.
     pub fn of_file(path: &Path) -> io::Result<Self> {
         let mut file = input::open(path)?;
         let mut buffer = vec![0; 1 << 22];
@@ -39,7 +39,7 @@ impl Fingerprint {
 }
 
 impl fmt::Display for Fingerprint {
-    /// Its first digits, which tell things apart for people.
+    /// Writes its first digits, which are enough for people to tell things apart.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:012x}", self.0 >> 80)
     }
@@ -74,7 +74,7 @@ impl Hasher {
     /// Adds a part, and its length.
     pub fn add(&mut self, part: &[u8]) {
         self.0.update(&(part.len() as u64).to_le_bytes());
-        // Threads pay off from here on, says the library.
+        // The library says that threads pay off from here on.
         if part.len() < 128 << 10 {
             self.0.update(part)
         } else {
@@ -82,19 +82,19 @@ impl Hasher {
         };
     }
 
-    /// Of all parts so far.
+    /// The fingerprint of all parts so far.
     pub fn finish(&self) -> Fingerprint {
         let bytes: [u8; 16] = self.0.finalize().as_bytes()[..16].try_into().expect("a hash has 32 bytes");
         Fingerprint(u128::from_be_bytes(bytes))
     }
 }
 
-/// A file: its name for people, its content to recognise it by.
+/// A file, by its name, for people, and by its content, which is what it is recognised by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Name of the file, without where it lies.
     pub name: String,
-    /// Of its bytes; none if nobody noted it.
+    /// Fingerprint of its bytes; none if nobody noted it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
 }
@@ -105,7 +105,7 @@ impl Identity {
         Ok(Self { name: name(path), fingerprint: Some(Fingerprint::of_file(path)?) })
     }
 
-    /// Whether two are known to be of different content.
+    /// Whether the two are known to have different contents.
     pub fn differs(&self, other: &Self) -> bool {
         differ(&self.fingerprint, &other.fingerprint)
     }
@@ -128,7 +128,8 @@ pub fn differ<T: PartialEq>(a: &Option<T>, b: &Option<T>) -> bool {
     matches!((a, b), (Some(a), Some(b)) if a != b)
 }
 
-/// Replaces `now` by `then` unless both are known and differ, so that comparing afterwards finds known differences only.
+/// Replaces `now` by `then` unless both are known and differ. A comparison afterwards then finds only differences that
+/// are known.
 pub fn settle<T: PartialEq + Clone>(now: &mut Option<T>, then: &Option<T>) {
     if !differ(now, then) {
         now.clone_from(then);
@@ -151,7 +152,7 @@ mod tests {
         assert_ne!(Fingerprint::of(["ab", "c"]), Fingerprint::of(["a", "bc"]));
         let long = vec![7; 3 << 20];
         assert_eq!(Fingerprint::of([&long]), Fingerprint::of([&long]));
-        // BLAKE3 of nothing begins so.
+        // The BLAKE3 hash of nothing begins with these digits.
         assert_eq!(format!("{:?}", write("d", b"").fingerprint.unwrap()), "af1349b9f5f9a1a6a0404dea36dcc949");
     }
 

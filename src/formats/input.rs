@@ -1,4 +1,4 @@
-//! Input files: opened in one way, and called what they are when they are something else.
+//! Input files. All are opened in the same way. If one is something else than was expected, the error says what it is.
 //!
 //! Only regular files are read: a pipe that nobody writes to would never end, nor would `/dev/zero`.
 
@@ -11,7 +11,7 @@ use crate::system;
 /// Longest text that is read whole, such as a vocabulary or a config.
 const MAX_TEXT: u64 = 1 << 28;
 
-/// What some editors put before text in UTF-8.
+/// The mark that some editors put before text in UTF-8.
 pub const MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// How many bytes [`kind`] looks at.
@@ -60,7 +60,7 @@ pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 /// The text of a file in UTF-8, without the mark that some editors put before it.
 ///
 /// # Errors
-/// As [`read`]; bytes that are no text, called what they are.
+/// As [`read`]; or the bytes are no text, and the error says what they are.
 pub fn text(path: &Path) -> io::Result<String> {
     let mut bytes = read(path, MAX_TEXT)?;
     if let Some(kind) = kind(&bytes).filter(|kind| !kind.contains("JSON")) {
@@ -72,7 +72,7 @@ pub fn text(path: &Path) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|_| io::Error::other("it is no text in UTF-8"))
 }
 
-/// What an error in JSON says, for a text whose line is known already.
+/// An error in JSON, without the line number, for a text whose line is known already.
 pub fn in_one_line(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let (line, column) = (error.line(), error.column());
@@ -82,13 +82,13 @@ pub fn in_one_line(error: &serde_json::Error) -> String {
     }
 }
 
-/// Whether a file begins like text, whatever that says.
+/// Whether a file begins like text, whatever the text says.
 pub fn is_text(head: &[u8]) -> bool {
     !head.is_empty() && head.iter().take(HEAD).all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
 }
 
-/// What a file is by its first bytes ([`HEAD`] are enough), with what to do about it where something else was
-/// expected; none if they tell nothing.
+/// What a file is, judged by its first bytes ([`HEAD`] are enough), with advice for where something else was expected.
+/// None if the bytes do not tell.
 pub fn kind(bytes: &[u8]) -> Option<&'static str> {
     let head = &bytes[..bytes.len().min(HEAD)];
     let has = |part: &[u8]| head.windows(part.len()).any(|window| window == part);
@@ -96,7 +96,7 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
     let begins = |start: &[u8]| text.get(..start.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(start));
     Some(match head {
         [] => "empty",
-        // First, as the length that it begins with may look like anything.
+        // This comes first, since the length that such a file begins with may look like anything.
         [_, _, _, _, _, 0, 0, 0, b'{', ..] => "a safetensors file",
         _ if begins(b"version https://git-lfs") => {
             "a Git LFS pointer, not the file that it stands for; `git lfs pull` or a download fetches that"

@@ -1,9 +1,9 @@
 //! Files mapped into memory.
 //!
-//! Whoever reads a mapped file that was truncated meanwhile, or whose disk fails, is sent a signal: a mapping has no
-//! other way to report an error. So the first mapping installs a handler that looks up whose file it was, says so and
-//! ends the process with status 1. What a command writes is whole or not there at any moment, so nothing is lost that
-//! had been saved.
+//! Reading a mapped file that was truncated meanwhile, or whose disk fails, raises a signal, since a mapping has no
+//! other way to report an error. So the first mapping installs a handler. It looks up which file it was, prints that,
+//! and ends the process with status 1. At any moment what a command writes is either whole or not there, so nothing
+//! that had been saved is lost.
 
 use std::fs::File;
 use std::io;
@@ -30,7 +30,7 @@ impl Mapped {
     /// Whatever the system reports.
     ///
     /// # Safety
-    /// As [`Mmap::map`]: the file's bytes do not change while they are mapped. That it is truncated is allowed.
+    /// As [`Mmap::map`]: the file's bytes must not change while they are mapped. The file may be truncated.
     pub unsafe fn new(file: &File, path: &Path) -> io::Result<Self> {
         // SAFETY: the caller's promise.
         let map = unsafe { Mmap::map(file) }?;
@@ -65,8 +65,8 @@ impl Drop for Mapped {
     }
 }
 
-/// A mapping as the handler sees it: it may neither lock nor allocate, so entries live forever, in a list that only
-/// grows at its head. Those of ended mappings are used again.
+/// A mapping as the handler sees it. The handler may neither lock nor allocate. So entries live forever, in a list that
+/// only grows at its head, and those of ended mappings are used again.
 struct Entry {
     start: AtomicUsize,
     /// 0: not in use.
@@ -107,8 +107,8 @@ fn enlist(start: usize, length: usize, message: String) -> &'static Entry {
     }
 }
 
-/// Whose mapping an address is in. Small files may lie side by side: of those that an address could be in, counted up to
-/// whole pages, it is the one that begins last.
+/// The message of the mapping that an address is in. Mappings are counted up to whole pages, so an address may seem to
+/// be in several small files that lie side by side. Then it is in the one that begins last.
 fn whose(at: usize) -> Option<&'static str> {
     // SAFETY: entries are never freed, nor are messages of mappings in use.
     unsafe {
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn of_files_side_by_side_the_right_one_is_named() {
-        // No mapping of this process is down there.
+        // No mapping of this process lies at such low addresses.
         let (low, high) = (1 << 20, (1 << 20) + 4096);
         for (start, length, name) in [(high, 100, "high"), (low, 4000, "low"), (high + 4096, 50, "highest")] {
             enlist(start, length, name.into());

@@ -1,4 +1,4 @@
-//! File formats, each read with suspicion and written whole or not at all.
+//! File formats. Each is read without trusting what the file says, and written whole or not at all.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,7 +28,7 @@ pub struct FileError {
     pub cause: io::Error,
 }
 
-/// Says of an error of the system which file it is about.
+/// Adds to an error of the system which file it is about.
 pub trait At<T> {
     /// # Errors
     /// That of `self`, with the path.
@@ -50,13 +50,13 @@ pub fn names(dir: &Path) -> io::Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// A number as people read it: `{:e}` where it would begin or end in many zeros.
+/// A number as people read it: as `{:e}` where it would otherwise begin or end in many zeros.
 pub fn short(x: f64) -> String {
     let in_full = x == 0.0 || !x.is_finite() || (1e-5..1e16).contains(&x.abs());
     if in_full { x.to_string() } else { format!("{x:e}") }
 }
 
-/// A name for something that is set aside: `path` with an ending that nothing has yet.
+/// A name for something that is set aside: `path` with an ending such that no file has that name yet.
 pub(crate) fn free_name(path: &Path, ending: &str) -> PathBuf {
     let name = |number: u32| {
         let mut name = path.as_os_str().to_owned();

@@ -1,4 +1,4 @@
-//! NumPy's `.npy` files, as conditions and their ids are often kept in.
+//! NumPy's `.npy` files, in which conditions and their ids are often kept.
 //!
 //! Layout: `\x93NUMPY`, version (2 bytes), length of the header (2 bytes, from version 2 on 4), the header
 //! `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 1024), }` in ASCII, then the values.

@@ -1,10 +1,10 @@
 //! Python pickles of protocols 2 to 5, read as data: nothing that they name is imported, nothing that they call
 //! is run.
 //!
-//! A pickle is a program for a stack machine: `\x80` version, opcodes of one byte with their arguments, `.`.
-//! Here each opcode that makes something appends a [`Value`] to one list, and values refer to each other by
-//! their place in it. A call (of whatever) is only recorded: the callee's name, its arguments, and the state and
-//! items that are given to it later. Cycles and any depth of nesting are therefore harmless, to read and to drop.
+//! A pickle is a program for a stack machine: `\x80` version, opcodes of one byte with their arguments, `.`. Here each
+//! opcode that makes something appends a [`Value`] to one list, and values refer to each other by their places in it. A
+//! call, whatever it calls, is only recorded: the callee's name, its arguments, and the state and items that are given
+//! to it later. So cycles and any depth of nesting are harmless, both to read and to drop.
 //!
 //! Cost: text and bytes are slices of the input. An opcode makes one value, one stack entry or one memo entry, and
 //! there are at most [`MAX_OPCODES`]; time is linear in the input.
@@ -13,21 +13,21 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Index;
 
-/// So many opcodes are read. Snapshots of EDM2's networks have about 40,000; at this many, what is kept takes less
-/// than 150 MB.
+/// The most opcodes that are read. Snapshots of EDM2's networks have about 40,000. With this many, what is kept takes
+/// less than 150 MB.
 pub const MAX_OPCODES: usize = 1 << 20;
 
-/// Why bytes are not a pickle, or not one of what they should be.
+/// Why bytes are not a pickle, or not a pickle of what was expected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{what}", place(*offset))]
 pub struct PickleError {
-    /// Where.
+    /// The offset at which it was found.
     pub offset: usize,
     /// What was found there, and what was expected.
     pub what: String,
 }
 
-/// What the beginning is needs no place.
+/// An offset as messages mention it. What concerns the beginning needs none.
 fn place(offset: usize) -> String {
     if offset == 0 { String::new() } else { format!("byte {offset}: ") }
 }
@@ -60,7 +60,7 @@ pub enum Value<'a> {
     List(Vec<Id>),
     /// A `tuple`.
     Tuple(Vec<Id>),
-    /// A `dict`: keys and values as they were set; of a key that occurs twice, Python keeps the last value.
+    /// A `dict`: keys and values as they were set; if a key occurs twice, Python keeps the last value.
     Dict(Vec<(Id, Id)>),
     /// A `set` or `frozenset`; its members are not kept.
     Set,
@@ -133,7 +133,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// The arguments of a call of a global whose module and name are one of these; `None` for anything else.
+    /// The arguments of a call, if it calls a global whose module and name are among these; `None` for anything else.
     pub fn call_of(&self, id: Id, globals: &[(&str, &str)]) -> Option<&[Id]> {
         let Value::Call { callee, args, .. } = &self[id] else { return None };
         let Value::Tuple(args) = &self[*args] else { return None };
@@ -270,7 +270,7 @@ impl<'a> Reader<'a> {
             }
             0x92 => {
                 let (keywords, args, callee) = (self.pop()?, self.pop()?, self.pop()?);
-                // Not the arguments themselves, so that keywords are never overlooked.
+                // A tuple of both, not the arguments themselves, so that keywords are never overlooked.
                 self.push(Value::Tuple(vec![args, keywords]));
                 Value::Call { callee, args: self.pop()?, state: None, items: Vec::new() }
             }
@@ -346,7 +346,7 @@ impl<'a> Reader<'a> {
                 self.put(key)
             }
             0x94 => self.put(self.memo.len() as u32),
-            // A frame says how much to read ahead, which matters to streams only.
+            // A frame says how much to read ahead. Only a stream needs that.
             0x95 => {
                 let (length, left) = (self.length64()?, self.input.len() - self.at);
                 if length > left {
@@ -456,7 +456,7 @@ impl<'a> Reader<'a> {
         Ok(id)
     }
 
-    /// Everything above the last mark, which goes too.
+    /// Takes everything above the last mark off the stack, and the mark too.
     fn pop_mark(&mut self) -> Result<Vec<Id>> {
         let mark = self.marks.pop().ok_or_else(|| self.error("there is no mark on the stack".into()))?;
         Ok(self.stack.split_off(mark))

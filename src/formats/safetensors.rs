@@ -5,11 +5,10 @@
 //! `{"__metadata__": {string: string}, name: {"dtype", "shape", "data_offsets": [begin, end]}}`,
 //! then the tensors' bytes, little-endian, row-major, without holes.
 //!
-//! Opening costs the header only; nothing in it is believed before it has been checked
-//! against the file's length, so a truncated or hostile file is an error, never a panic
-//! or an allocation as large as the file claims to be.
-//! Writing sorts tensors by the size of their elements (then as given) and metadata by
-//! key: the same content always makes the same bytes, and every tensor is aligned.
+//! Opening reads the header only. Nothing in it is believed before it has been checked against the file's length. So a
+//! truncated or hostile file is an error, never a panic or an allocation as large as the file claims to be. Writing
+//! sorts tensors by the size of their elements (then as given) and metadata by key: the same content always makes the
+//! same bytes, and every tensor is aligned.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -34,7 +33,7 @@ use crate::formats::fingerprint::Fingerprint;
 /// Longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Most tensors of a file, and most sides of a tensor: a checkpoint of the largest network has 20,000 tensors.
+/// The most tensors of a file, and the most sides of a tensor. A checkpoint of the largest network has 20,000 tensors.
 const MAX_TENSORS: usize = 1 << 17;
 const MAX_SIDES: usize = 64;
 
@@ -194,8 +193,8 @@ impl SafeFile {
         Ok(Self { path, bytes: Bytes::Mapped(map), data_start, metadata, tensors })
     }
 
-    /// The tensors of a file of another format, as if they were in one of this: names, types, shapes, and bytes one after
-    /// the other. Of several with one name the last counts.
+    /// The tensors of a file of another format, as if they were in one of this format. Each has its name, type, shape
+    /// and bytes. If several have one name, the last counts.
     ///
     /// # Errors
     /// [`SafeError::Tensor`]: bytes that do not make the shape.
@@ -214,7 +213,7 @@ impl SafeFile {
         Ok(Self { path, bytes, data_start: 0, metadata, tensors: known })
     }
 
-    /// The same with other names; what `name` gives none for is left out.
+    /// The same file with other names. Tensors for which `name` returns none are left out.
     #[must_use]
     pub fn renamed(mut self, name: impl Fn(&str) -> Option<String>) -> Self {
         let old = std::mem::take(&mut self.tensors);
@@ -297,10 +296,10 @@ impl SafeFile {
         self.floats(name, |x| x, |x| x as f32)
     }
 
-    /// As [`SafeFile::f32`], all of it finite.
+    /// As [`SafeFile::f32`], where all values must be finite.
     ///
     /// # Errors
-    /// As [`SafeFile::f32`]; [`SafeError::Unexpected`] for an infinity or what is no number.
+    /// As [`SafeFile::f32`]; [`SafeError::Unexpected`] for an infinity or a NaN.
     pub fn finite_f32(&self, name: &str) -> Result<Vec<f32>> {
         let values = self.f32(name)?;
         match not_finite(&values) {
@@ -366,9 +365,9 @@ impl SafeFile {
     }
 }
 
-/// Where the first value is that is no finite number.
+/// The place of the first value that is not finite.
 pub fn not_finite(values: &[f32]) -> Option<usize> {
-    // Without an early end it is SIMD code; and nearly always there is none.
+    // Without an early exit this becomes SIMD code, and there is nearly never a value to stop at.
     let finite = |values: &[f32]| values.iter().fold(true, |all, x| all & x.is_finite());
     match values.par_chunks(SHARE).all(finite) {
         true => None,
@@ -399,7 +398,7 @@ pub fn widen(f16s: &[u8], to: &mut [f32]) {
     halves(f16s.as_chunks().0, to, f16::from_le_bytes, |x| x);
 }
 
-/// Of 16 bits each, widened many at a time, which is what the machine has instructions for.
+/// Widens values of 16 bits many at a time, as the machine has instructions for that.
 fn halves<H: Copy + Default, T>(from: &[[u8; 2]], to: &mut [T], half: impl Fn([u8; 2]) -> H, single: impl Fn(f32) -> T)
 where
     [H]: HalfFloatSliceExt,
@@ -420,8 +419,8 @@ fn byte_length(dtype: Dtype, shape: &[usize]) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// The header, read straight into what is kept of it, so that a hostile one costs little more than its own size. A
-/// repeated key is an error, where a plain map would keep the last one and let two readers disagree on the content.
+/// The header. It is read straight into what is kept of it, so that a hostile one costs little more than its own size.
+/// A repeated key is an error: a plain map would keep the last one, and two readers could disagree on the content.
 #[derive(Default)]
 struct Header {
     metadata: HashMap<String, String>,
@@ -497,7 +496,7 @@ pub fn write(path: impl AsRef<Path>, tensors: &[TensorOut], metadata: &HashMap<S
 pub struct Writer {
     path: PathBuf,
     file: AtomicFile,
-    /// What is still to come, the next one last: name, what it is, bytes.
+    /// The tensors that are still to come, the next one last: name, type and shape in words, bytes.
     expected: Vec<(String, String, usize)>,
 }
 

@@ -1,11 +1,12 @@
 //! Tar archives, read in place: the headers say where each file lies, and nothing is unpacked.
 //!
 //! Layout: blocks of 512 bytes. A header has the name (100 bytes), at 124 the size (12), at 148 a checksum (8), at 156
-//! the type, at 345 what stands before the name (155, POSIX only); numbers are octal digits, or base 256 if their
-//! first bit is set. The content follows, padded to whole blocks; a block of zeros ends the archive. Long names stand
-//! in a member of their own before the file's (GNU type `L`, POSIX type `x`).
+//! the type, at 345 a prefix of the name (155, POSIX only); numbers are octal digits, or base 256 if their first bit is
+//! set. The content follows, padded to whole blocks; a block of zeros ends the archive. Long names stand in a member of
+//! their own before the file's (GNU type `L`, POSIX type `x`).
 //!
-//! Cost: one read of 512 bytes a member. [`index_noted`] keeps what it finds in a file of its own, and does not look again.
+//! Cost: one read of 512 bytes a member. [`index_noted`] writes what it finds to a file, and reads only that the next
+//! time.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -42,10 +43,10 @@ pub enum TarError {
     Damaged { path: PathBuf, at: u64, what: String },
 }
 
-/// Tells `visit` each regular file of an archive, in order.
+/// Calls `visit` with each regular file of an archive, in order.
 ///
 /// # Errors
-/// [`TarError`]; members before the damage have been told.
+/// [`TarError`]; `visit` has been called with the members before the damage.
 pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError> {
     let damage = |at, what| TarError::Damaged { path: path.into(), at, what };
     let mut archive = input::open(path).at(path)?;
@@ -54,7 +55,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         return Err(damage(0, "it is empty".into()));
     }
     let mut at = 0;
-    // What an extension says of the file after it.
+    // What an extension has said of the file that follows it.
     let (mut long_name, mut long_size) = (None, None);
     while at < length {
         let damaged = |what: String| damage(at, what);
@@ -111,7 +112,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
             }
             b'0' | 0 | b'7' if !name.ends_with('/') => visit(Member { name, offset, size }),
             b'S' => return Err(damaged(format!("member {name} is a sparse file, which is not known here"))),
-            // Folders, links, devices, long names of links, attributes of the archive.
+            // Passed over: folders, links, devices, long names of links, attributes of the archive.
             _ => {}
         }
         // The last member's padding may be missing.
@@ -120,14 +121,15 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
     Ok(())
 }
 
-/// An archive that changed less than this ago may change again without a trace: dates of file systems are so coarse.
+/// An archive that changed less than this ago may change again without getting another date, since dates of file
+/// systems are coarse.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// As [`index`], but reads the members of an unchanged archive from the note that an earlier call left in `notes`. Returns
-/// whether it did. Its length and its date say whether it has changed.
+/// As [`index`], but reads the members of an unchanged archive from the note that an earlier call left in `notes`.
+/// Returns whether it did so. An archive's length and date say whether it has changed.
 ///
 /// # Errors
-/// As [`index`]; the note cannot be written. A damaged note is none.
+/// As [`index`]; or the note cannot be written. A damaged note counts as none.
 pub fn index_noted(path: &Path, notes: &Path, visit: &mut dyn FnMut(Member)) -> Result<bool, TarError> {
     let about = fs::metadata(path).at(path)?;
     let changed = system::changed(&about);
@@ -158,7 +160,7 @@ pub fn index_noted(path: &Path, notes: &Path, visit: &mut dyn FnMut(Member)) -> 
     Ok(false)
 }
 
-/// The members in a note; none if it is damaged, or of an archive with another stamp.
+/// The members in a note; none if the note is damaged, or belongs to an archive with another stamp.
 fn read_note(note: &Path, stamp: &str) -> Option<Vec<Member>> {
     let text = fs::read(note).ok()?;
     let end = text.iter().position(|&byte| byte == b'\n')?;

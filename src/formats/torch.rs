@@ -7,8 +7,9 @@
 //! entries, `NAME/data.pkl` with the description and `NAME/data/KEY` with the elements.
 //! The description is a persistent id: `('storage', torch.HalfStorage, key, 'cpu', number of elements)`.
 //!
-//! What `torch.save` makes of a dictionary of tensors has the same two forms ([`state_dict`]): there a storage is the persistent
-//! id itself, and the older format has the elements of all storages at its end, in the order of the list of keys.
+//! A dictionary of tensors that `torch.save` wrote ([`state_dict`]) has the same two forms. There a storage is the
+//! persistent id itself, and in the older format the elements of all storages stand at the end, in the order of the
+//! list of keys.
 //!
 //! Elements stay where they are in the input until they are asked for.
 
@@ -25,7 +26,7 @@ const MAGIC: Value = Value::Long(&[0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa
 
 type Result<T, E = PickleError> = std::result::Result<T, E>;
 
-/// Storages read so far, by where they begin, so that one that several tensors share is read once.
+/// The storages read so far, by the offsets at which they begin. So a storage that several tensors share is read once.
 pub type Storages<'a> = HashMap<usize, (Dtype, &'a [u8])>;
 
 /// A tensor: a view of a storage.
@@ -41,10 +42,10 @@ pub struct Tensor<'a> {
 }
 
 impl<'a> Tensor<'a> {
-    /// The tensor or parameter that a value of a pickle is.
+    /// Reads the tensor or parameter that a value of a pickle describes.
     ///
     /// # Errors
-    /// If it is none, or reaches beyond its storage, or has more elements than that.
+    /// If the value is none, or reaches beyond its storage, or has more elements than the storage.
     pub fn read(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
         Self::read_with(pickle, id, storages, &Outside::default())
     }
@@ -91,7 +92,7 @@ impl<'a> Tensor<'a> {
         Err(pickle.error(id, format!("a tensor that is not within the {values} elements of its storage: {view}")))
     }
 
-    /// Whether it lies within its storage, and has no more elements than that, so that what it takes is
+    /// Whether it lies within its storage, and has no more elements than the storage, so that the memory for it is
     /// bounded by the input.
     fn fits(&self) -> bool {
         let values = self.storage.len() / size(self.dtype);
@@ -133,7 +134,7 @@ impl<'a> Tensor<'a> {
         let next = |_| {
             let value = convert(elements[place]);
             for (at, (&side, &stride)) in index.iter_mut().zip(self.shape.iter().zip(&self.strides)).rev() {
-                // The stride of a side of 1 means nothing, and may be anything.
+                // The stride of a side of length 1 has no meaning, and may be any number.
                 (*at, place) = (*at + 1, place.wrapping_add(stride));
                 if *at < side {
                     break;
@@ -193,7 +194,7 @@ impl<'a> Description<'a> {
         Ok(Self { dtype, key, numel })
     }
 
-    /// Checks that these are the storage's elements, and all of them.
+    /// Checks that `data` has all of the storage's elements, and nothing else.
     fn check(&self, data: &[u8], offset: usize) -> Result<()> {
         if self.numel.checked_mul(size(self.dtype)) == Some(data.len()) {
             return Ok(());
@@ -235,7 +236,7 @@ fn read_legacy(bytes: &[u8], base: usize) -> Result<(Pickle<'_>, Pickle<'_>, usi
     Ok((object, keys, at))
 }
 
-/// Element type and elements of what `torch.save` made of a storage; `base` is where that is in the file.
+/// Element type and elements of a storage that `torch.save` wrote; `base` is its offset in the file.
 fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
     if bytes.starts_with(b"PK") {
         return read_zip(bytes, base);
@@ -314,8 +315,8 @@ impl<'a> Outside<'a> {
 /// Name, element type, shape and bytes of a tensor.
 pub type Named = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// The tensors of a dictionary that `torch.save` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in it.
-/// Nothing in the file runs; what is no tensor is left out.
+/// The tensors of a dictionary that `torch.save` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in
+/// it. Nothing in the file runs; entries that are no tensors are left out.
 ///
 /// # Errors
 /// The file is damaged, or has no tensors.
@@ -332,7 +333,7 @@ pub fn state_dict(bytes: &[u8]) -> Result<Vec<Named>> {
     for &(key, value) in entries {
         let (Value::Text(name), true) = (&pickle[key], is_tensor(&pickle, value)) else { continue };
         let tensor = Tensor::read_with(&pickle, value, &mut storages, &outside)?;
-        // Views of one storage could make more of it than the file has.
+        // Several views of one storage could together be larger than the file.
         total += tensor.shape.iter().product::<usize>() * size(tensor.dtype);
         if total > 4 * bytes.len() {
             return Err(pickle.error(value, "tensors of four times the file's size".into()));

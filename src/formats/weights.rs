@@ -8,7 +8,7 @@ use super::safetensors::{Result, SafeError, SafeFile};
 use super::torch;
 use super::{At, input};
 
-/// Opens a file of weights; a `module.` before all names is left away.
+/// Opens a file of weights. A `module.` before all names is removed.
 ///
 /// The file must not be changed while it is read.
 ///

@@ -69,7 +69,7 @@ impl Zip {
         &self.entries
     }
 
-    /// Of the names and checksums of all entries.
+    /// Fingerprint of the names and checksums of all entries.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(self.entries.iter().map(|entry| format!("{} {:08x}", entry.name, entry.checksum)))
     }

@@ -206,7 +206,7 @@ impl Config {
         unit("concat_balance", self.concat_balance)?;
         unit("res_balance", self.res_balance)?;
         unit("attn_balance", self.attn_balance)?;
-        // Devices compute in f32, and of sigma_data with its square.
+        // Devices compute in f32, and need the square of sigma_data.
         for (field, value, most) in [("clip_act", self.clip_act, 1e38), ("sigma_data", self.sigma_data, 1e6)] {
             if !(1e-6..=most).contains(&value) {
                 let expected = format!("1e-6 to {most:e}");
@@ -216,8 +216,8 @@ impl Config {
         Ok(())
     }
 
-    /// Bytes that a forward pass of `images` holds at once, at least: the image, what the first level works on, and what
-    /// the encoder keeps for the decoder, in f32.
+    /// The fewest bytes that a forward pass of `images` holds at once: the image, what the first level works on, and
+    /// what the encoder keeps for the decoder, in f32.
     pub fn forward_bytes(&self, images: usize, height: usize, width: usize) -> u128 {
         let pixels = |level: usize| (height as u128 * width as u128) >> (2 * level);
         let kept = self.level_channels().into_iter().enumerate();
@@ -264,7 +264,7 @@ pub struct Preset {
     pub dropout: f64,
     /// Images to train on.
     pub duration: u64,
-    /// What `1girl-xs` says beyond EDM2's settings.
+    /// What the preset `1girl-xs` sets beyond EDM2's settings.
     pub recipe: Option<Recipe>,
 }
 

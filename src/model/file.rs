@@ -1,10 +1,10 @@
 //! Model files: the parameters of a network in one safetensors file, under their official names.
 //!
-//! Metadata: `config` is the [`Config`] as JSON; `edm2k` is [`ModelMeta`] as JSON, so that sampling
-//! needs nothing but the file. A file without `edm2k` (made by other programs) is taken to be of square
-//! images of `img_resolution`, latents if they have four channels. Without `config` too, as others store a `state_dict`, in
-//! safetensors or by `torch.save`, the shapes of its tensors tell what they can, and the rest is EDM2's.
-//! Weights are stored as the optimizer left them, not normalised, in f16 or f32.
+//! Metadata: `config` is the [`Config`] as JSON; `edm2k` is [`ModelMeta`] as JSON, so that sampling needs nothing but
+//! the file. A file without `edm2k`, which another program made, is taken to be of square images of `img_resolution`,
+//! and of latents if they have four channels. A file without `config` too is a bare `state_dict`, in safetensors or by
+//! `torch.save`. Then the shapes of its tensors tell what they can, and the rest is as in EDM2. Weights are stored as
+//! the optimizer left them, not normalised, in f16 or f32.
 
 use std::collections::HashMap;
 use std::f32::consts::TAU;
@@ -62,9 +62,9 @@ impl Stored {
 pub struct ModelMeta {
     /// Height of the images or latents that the network was trained on.
     pub height: usize,
-    /// Their width.
+    /// Width of these images or latents.
     pub width: usize,
-    /// What they are.
+    /// Whether they are pixels or latents.
     pub encoder: Encoder,
     /// Tags of the condition's channels, in order; empty if conditions are not made of tags.
     #[serde(default)]
@@ -72,10 +72,10 @@ pub struct ModelMeta {
     /// What conditions are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
-    /// What latents are of; none of pixels, or if nobody said.
+    /// The autoencoder that made the latents; none for pixels, or if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Of the training split that it learned from last; none if nobody said.
+    /// Fingerprint of the training split that it learned from last; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Fingerprint>,
     /// Images seen in training.
@@ -87,10 +87,10 @@ pub struct ModelMeta {
     /// Seed of the training run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Of the options of the training run that a moving average is of; none if nobody said.
+    /// For a moving average: fingerprint of the options of its training run; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<Fingerprint>,
-    /// Of the weights that it began from; none if it began from none, or if nobody said.
+    /// Fingerprint of the weights that its training began from; none if it began from fresh ones, or if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began_from: Option<Fingerprint>,
     /// Where the training images are from.
@@ -118,7 +118,7 @@ impl ModelMeta {
         Meaning { conditioning: (!unsaid).then(|| self.conditioning.clone()), tags: self.vocabulary.clone() }
     }
 
-    /// The tags of its conditions, whose counts it does not know.
+    /// The tags of its conditions. Their counts are not known here.
     ///
     /// # Errors
     /// [`VocabularyError`]: they cannot be those of a vocabulary.
@@ -126,7 +126,8 @@ impl ModelMeta {
         Vocabulary::new(self.vocabulary.iter().map(|tag| Tag { tag: tag.clone(), count: 0 }).collect())
     }
 
-    /// Takes over from `then` what is not known to differ: comparing all of both finds the known differences only.
+    /// Takes over from `then` whatever is not known to differ. A comparison of all fields afterwards then finds only
+    /// known differences.
     pub fn settle(&mut self, then: &Self) {
         settle(&mut self.autoencoder, &then.autoencoder);
         settle(&mut self.data, &then.data);
@@ -184,7 +185,7 @@ pub struct Reinitialised {
     pub expected: Vec<usize>,
 }
 
-/// An open model file: all but the values is known to be right.
+/// An open model file. Everything but the values has been checked.
 pub struct ModelFile {
     /// What the file says beside the config.
     pub meta: ModelMeta,
@@ -264,7 +265,7 @@ impl Model {
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
         let file = ModelFile::open(path)?;
-        // All at once, and then the first error, whoever met one first.
+        // All are read at once. Then the error of the first parameter counts, whichever thread met one first.
         let ids: Vec<ParamId> = file.table.iter().map(|(id, _)| id).collect();
         let weights: Vec<_> = ids.into_par_iter().map(|id| file.values(id)).collect();
         let weights = weights.into_iter().collect::<Result<_, _>>()?;
@@ -303,8 +304,8 @@ impl Model {
         Ok(Self { meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) }, net, table, weights })
     }
 
-    /// The network of another config with this one's parameters, for fine-tuning; those that it lacks or
-    /// has in another shape are fresh, and listed.
+    /// The network of another config with this model's parameters, for fine-tuning. Parameters that this model lacks or
+    /// has in another shape are fresh, and are listed.
     ///
     /// # Errors
     /// If the config is not valid.

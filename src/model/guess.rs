@@ -1,5 +1,5 @@
-//! The config of a network of which only the tensors are known: what their shapes tell, and EDM2's defaults for the rest
-//! (width of the attention heads, balances, clip, sigma_data).
+//! The config of a network of which only the tensors are known. Their shapes tell a part of it; the rest is EDM2's
+//! defaults (width of the attention heads, balances, clip, sigma_data).
 
 use serde_json::json;
 
@@ -9,7 +9,7 @@ use crate::formats::safetensors::{SafeError, SafeFile};
 /// The official name of a tensor that every network has.
 const KNOWN: &str = "unet.emb_fourier.freqs";
 
-/// What stands before the official names; none if this is no EDM2 network.
+/// The prefix before the official names; none if this is no EDM2 network.
 pub fn prefix(file: &SafeFile) -> Option<String> {
     file.names().find_map(|name| name.strip_suffix(KNOWN).map(str::to_owned))
 }
@@ -17,7 +17,7 @@ pub fn prefix(file: &SafeFile) -> Option<String> {
 /// The config of a network in official names.
 ///
 /// # Errors
-/// A tensor is missing, or has a shape that none has; the caller checks all of them.
+/// A tensor is missing, or has a shape that no network gives it. The caller has to check the others.
 pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
     let side = |name: &str, at: usize| -> Result<usize, SafeError> {
         let shape = file.shape(name)?;
@@ -38,7 +38,7 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
         widths.push(side(&format!("{}.conv_res1.weight", block(resolution, 0)), 0)?.max(1));
     }
     let (noise, emb) = (side("unet.emb_fourier.freqs", 0)?, side("unet.emb_noise.weight", 0)?);
-    // The widest that divides all, as multiples are whole: that of the first level, or less.
+    // The largest width of which all others are whole multiples: that of the first level, or less.
     let width = widths.iter().copied().chain([noise, emb]).fold(0, gcd).max(1);
     let attends = |&&resolution: &&usize| {
         (0..64).any(|number| file.contains(&format!("{}.attn_qkv.weight", block(resolution, number))))

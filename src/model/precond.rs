@@ -79,7 +79,8 @@ impl Precond {
         self.denoise_scaled(b, x, sigma, &scales)
     }
 
-    /// What all blocks take from noise levels and labels, [n, 1, 1, channels of all blocks]: the same for whatever images.
+    /// What all blocks take from noise levels and labels, [n, 1, 1, channels of all blocks]. It does not depend on the
+    /// images.
     pub fn scales<B: NetworkBackend>(&self, b: &mut B, sigma: &B::Tensor, labels: Option<&B::Tensor>) -> B::Tensor {
         self.embedded(b, sigma, labels).1
     }
@@ -96,8 +97,8 @@ impl Precond {
         (embedding, scales)
     }
 
-    /// As [`Precond::denoise`], given the [`scales`](Precond::scales) of the noise levels. Of fewer than n images, a divisor
-    /// of n, each is taken in turn.
+    /// As [`Precond::denoise`], given the [`scales`](Precond::scales) of the noise levels. x may have fewer than n
+    /// images, a divisor of n; then they are taken in turn.
     pub fn denoise_scaled<B: NetworkBackend>(
         &self,
         b: &mut B,
@@ -122,7 +123,7 @@ impl Precond {
         (b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data), raw)
     }
 
-    /// As [`Precond::denoise`], as a plan: of images, noise levels and perhaps labels.
+    /// As [`Precond::denoise`], as a plan. `inputs` are images, noise levels and perhaps labels.
     pub fn planned<B: NetworkBackend>(&self, b: &mut B, inputs: &[B::Tensor]) -> Result<B::Tensor, BackendError> {
         let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![self.denoise(b, &t[0], &t[1], t.get(2))]);
         Ok(b.planned::<BackendError>(&Forward, inputs, body)?.swap_remove(0))
@@ -185,7 +186,7 @@ impl Precond {
         }
     }
 
-    /// Backward pass: accumulates the gradients of all parameters, and tells `done` when nothing adds to which any more.
+    /// Backward pass: accumulates the gradients of all parameters, and calls `done` with those that are complete.
     pub fn backward<B: TrainingBackend>(&self, b: &mut B, pass: TrainPass<B::Tensor>, done: &mut Done<B>) {
         b.logvar_backward(&self.logvar, &pass.logvar_features, &pass.grad_logvar);
         let grad_emb = self.unet.backward(b, pass.tape, &pass.embedding.emb, &pass.grad_raw, done);

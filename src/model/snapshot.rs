@@ -15,7 +15,7 @@
 //! program text of its classes is of no interest here. Names and shapes of the tensors are those of the
 //! [`ParamTable`].
 //!
-//! Nothing in the file is run, and what it does not need is not looked at (see [`crate::formats::pickle`]). Memory is
+//! Nothing in the file is run, and what is not needed is not looked at (see [`crate::formats::pickle`]). Memory is
 //! bounded by the file: twice its size for the weights of a file in f16, which become f32.
 
 use std::cell::Cell;
@@ -40,10 +40,10 @@ const MAX_MODULES: usize = 1 << 14;
 /// Longest name of a module or tensor.
 const MAX_NAME: usize = 200;
 
-/// Most entries of dictionaries that are looked at, over all look-ups; EDM2's networks take about 40,000.
+/// The most entries of dictionaries that are looked at, counted over all look-ups. EDM2's networks take about 40,000.
 const MAX_LOOKED_AT: usize = 1 << 24;
 
-/// Options of the official network that this project does without.
+/// Options of the official network that are ignored here.
 const IGNORED: [&str; 3] = ["use_fp16", "dropout", "resample_filter"];
 
 /// Why a file is no snapshot that can be used.
@@ -66,7 +66,7 @@ type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 pub struct Snapshot {
     /// The network with its weights.
     pub model: Model,
-    /// Smallest precision that holds its weights as they are.
+    /// The smallest precision that holds its weights without a change.
     pub precision: Stored,
 }
 
@@ -105,7 +105,7 @@ impl Snapshot {
         let config = tree.config(&modules)?;
         let (net, table) = Precond::new(&config).map_err(|e| tree.error("ema._init_kwargs", e))?;
         let numel: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
-        // Elements have two bytes at least; more could not be read, but would be allocated.
+        // Elements have two bytes at least. More elements could not be read, but would be allocated.
         if numel > bytes.len() / 2 {
             let what = format!("a network of {numel} values, more than the file's {} bytes can hold", bytes.len());
             return Err(tree.error("ema._init_kwargs", what));
@@ -113,7 +113,7 @@ impl Snapshot {
         tree.check_blocks(&modules, &config, &table)?;
         let (weights, precision) = tree.weights(&modules, &table)?;
         let mut meta = ModelMeta::of(&config);
-        // The encoder matters by its class only, and may be of one that is not known here.
+        // Only the encoder's class matters, and it may be one that is not known here.
         let encoder = tree.get(root, "encoder")?.and_then(|id| tree.object("encoder", id).ok());
         match encoder {
             Some(("StabilityVAEEncoder", _)) => meta.encoder = Encoder::SdVae,
@@ -281,7 +281,7 @@ impl<'a, 'p> Tree<'a, 'p> {
         self.json(&format!("{}.{name}", module.at), self.need(&module.at, module.state, name)?)
     }
 
-    /// The network's options: those that it was made with, and over them what the modules say of themselves.
+    /// The network's options: those that it was made with, where the modules' own attributes override them.
     fn config(&self, modules: &[Module<'a, 'p>]) -> Result<Config> {
         let precond = &modules[0];
         let args = self.need("ema", precond.state, "_init_args")?;

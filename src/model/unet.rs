@@ -91,7 +91,7 @@ pub struct Tape<T> {
 }
 
 impl<T> Tape<T> {
-    /// An empty one, of a pass with these activations dropped.
+    /// An empty tape, for a pass in which these activations are dropped.
     pub fn new(masks: Option<Masks<T>>) -> Self {
         Self { masks, blocks: Vec::new(), ends: None }
     }
@@ -105,7 +105,7 @@ pub struct BlockTape<T> {
     normed_from: Option<T>,
     /// Start of the residual branch (after resampling and norm).
     x: T,
-    /// Zero where the activation was dropped.
+    /// Its values are zero where the activation was dropped.
     pre: T,
     act: T,
     masks: Option<Masks<T>>,
@@ -149,7 +149,7 @@ impl Block {
         self.emb
     }
 
-    /// What tells its dropout from that of the other blocks.
+    /// The number that tells this block's dropout from that of the others.
     fn mask_layer(&self) -> u32 {
         self.emb.offset as u32
     }
@@ -255,7 +255,8 @@ impl Block {
         let gain = wb * masks.as_ref().map_or(1.0, Masks::gain);
         let mut gpre = b.conv_dgrad_scale_silu(self.conv_res1, &grad, gain, &pre, scale, grad_scales);
         if let Some(masks) = &masks {
-            // The gradient of the scales has a factor `pre`, which is zero where it should be.
+            // The gradient of the scales needs no mask: it has the factor `pre`, which is zero where the activation was
+            // dropped.
             gpre = b.dropout(&gpre, masks, self.mask_layer(), 1.0);
         }
         drop((act, pre));
@@ -388,9 +389,9 @@ impl UNet {
         &self.emb_layers
     }
 
-    /// Output before `out_gain`, [n, h, w, image channels], for the joint scales of all blocks. `probe` sees every module's
-    /// output under its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass needs, and drops
-    /// what its masks say.
+    /// Output before `out_gain`, [n, h, w, image channels], for the joint scales of all blocks. `probe` sees every
+    /// module's output under its official name (`enc.64x64_conv`, ...). With `tape`, keeps there what the backward pass
+    /// needs, and drops activations as its masks say.
     pub fn forward<B: NetworkBackend>(
         &self,
         b: &mut B,
@@ -419,8 +420,8 @@ impl UNet {
         raw
     }
 
-    /// Accumulates the gradients of all weights; returns that of `emb`. `done` is told after which blocks nothing adds to
-    /// their convolutions' any more.
+    /// Accumulates the gradients of all weights; returns that of `emb`. After each block, `done` is called with the
+    /// convolutions whose gradients are complete.
     pub fn backward<B: TrainingBackend>(
         &self,
         b: &mut B,
@@ -463,7 +464,7 @@ impl UNet {
 
     /// Multiply-adds of one forward pass of an image of `height` x `width` (what EDM2 calls "Gflops").
     pub fn macs(&self, table: &ParamTable, height: usize, width: usize) -> u64 {
-        // Sides and widths may be such that 64 bits do not hold it.
+        // With some sides and widths 64 bits do not hold the result.
         let macs = |id: ParamId, pixels: u128| table[id].numel() as u128 * pixels;
         let mut pixels = height as u128 * width as u128;
         let mut total = macs(self.conv_in, pixels);

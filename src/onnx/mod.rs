@@ -4,13 +4,13 @@
 //! makes any tensor of a graph its output. `ort` is several times faster, but needs the shared library of onnxruntime
 //! on the machine, and the tensor that taggers keep inside would have to be made an output in the file first.
 //!
-//! Of the graph only what the wanted tensor depends on is kept, for one image of a fixed size: what comes after it, and
-//! a batch that is a symbol, play no role. Images are independent, so many are best run on many threads. The weights
-//! are read whole: opening needs about three times the file's size.
+//! Only the part of the graph on which the wanted tensor depends is kept, for one image of a fixed size. So what comes
+//! after that tensor, and a batch size that is a symbol, play no role. Images are independent; to compute many, use
+//! many threads. The weights are read whole, and opening needs about three times the file's size.
 //!
-//! A file is believed as little as others. tract panics on some graphs that make no sense: such a panic is caught
-//! here, kept silent, and becomes an [`OnnxError`]; a graph with a tensor of more than [`MAX_ELEMENTS`], of more
-//! than [`MAX_NODES`], or with a window or a shape as large, is refused before tract sees it.
+//! An ONNX file is trusted as little as any other. tract panics on some graphs that make no sense. Such a panic is
+//! caught here, is not printed, and becomes an [`OnnxError`]. A graph of more than [`MAX_NODES`], or with a tensor of
+//! more than [`MAX_ELEMENTS`], or with a window or a shape that large, is refused before tract sees it.
 
 use std::path::{Path, PathBuf};
 
@@ -81,22 +81,22 @@ fn listed(before: &str, names: &[String]) -> String {
 /// Which tensor has the features.
 #[derive(Clone, Copy, Debug)]
 pub enum Wanted<'a> {
-    /// That of this name.
+    /// The tensor of this name.
     Named(&'a str),
-    /// What the classifier of a WD tagger is given: the nodes' names tell which that is.
+    /// What the classifier of a WD tagger is given. The nodes' names tell which tensor that is.
     Pooled,
     /// The only output.
     Output,
 }
 
-/// What an ONNX file says of its network; nothing is run, and no operator need be known.
+/// What an ONNX file says of its network. Nothing is run, and unknown operators do no harm.
 #[derive(Clone, Debug, Serialize)]
 pub struct About {
-    /// What wrote it; may be empty.
+    /// The program that wrote it; may be empty.
     pub producer: String,
-    /// What it is given, weights left out.
+    /// Its inputs, without the weights.
     pub inputs: Vec<Port>,
-    /// What it gives.
+    /// Its outputs.
     pub outputs: Vec<Port>,
     /// How many operations it has.
     pub nodes: usize,
@@ -117,7 +117,7 @@ pub struct Port {
     pub name: String,
     /// Its element type, in small letters.
     pub kind: String,
-    /// Its sides: numbers, names for what is left open, `?` for what is not said.
+    /// Its sides: numbers, names where the file leaves them open, `?` where it says nothing.
     pub shape: Vec<String>,
 }
 
@@ -125,7 +125,7 @@ impl About {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`OnnxError`]: it is none, or damaged.
+    /// [`OnnxError`]: it is no ONNX file, or damaged.
     pub fn open(path: &Path) -> Result<Self, OnnxError> {
         tract::about(path)
     }
@@ -174,7 +174,7 @@ impl Network {
         &self.node
     }
 
-    /// Of the file, and of those beside it that have weights of it.
+    /// Fingerprint of the file, and of the files beside it that hold its weights.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }

@@ -24,7 +24,7 @@ use super::{About, Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError
 pub struct Runnable(Arc<TypedRunnableModel>);
 
 impl Runnable {
-    /// The output for an input of this shape, flat; what went wrong otherwise.
+    /// The output for an input of this shape, as a flat list; else what went wrong.
     pub fn run(&self, shape: &[usize], values: &[f32]) -> Result<Vec<f32>, String> {
         guarded(|| {
             let input = Tensor::from_shape(shape, values)?;
@@ -86,7 +86,7 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         let (operator, node) = (printable(&bad.op_type), printable(label(bad)));
         return Err(OnnxError::Operator { path: path.into(), operator, node });
     }
-    // tract would look for the end of such a permutation until the memory is full.
+    // With such a permutation tract would never end, and fill the memory.
     if let Some(bad) = graph.node.iter().find(|node| node.op_type == "Transpose" && !permutes(node)) {
         let what = format!("node {}: its perm is no permutation", printable(label(bad)));
         return Err(OnnxError::Damaged { path: path.into(), what });
@@ -143,7 +143,7 @@ fn read(path: &Path) -> Result<ModelProto, OnnxError> {
         return Err(OnnxError::NotOnnx { path: path.into(), what: "it is text".into() });
     }
     guarded(|| tract_onnx::onnx().proto_model_for_path(path)).map_err(|what| match first[..] {
-        // Fields are written in order: the first is that of the version.
+        // Fields are written in order, and the version comes first.
         [0x08, ..] => OnnxError::Damaged { path: path.into(), what },
         _ => OnnxError::NotOnnx { path: path.into(), what },
     })
@@ -157,7 +157,7 @@ fn read_graph(path: &Path) -> Result<(ModelProto, GraphProto), OnnxError> {
     Ok((model, graph))
 }
 
-/// Of the file and, in the order of their names, of those beside it that hold weights.
+/// Fingerprint of the file and, in the order of their names, of the files beside it that hold weights.
 fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError> {
     let own = Fingerprint::of_file(path).at(path)?;
     let places = graph.initializer.iter().flat_map(|tensor| &tensor.external_data);
@@ -215,9 +215,9 @@ fn label(node: &NodeProto) -> &str {
     if node.name.is_empty() { output } else { &node.name }
 }
 
-/// What the classifier of a WD tagger is given. The second version's comes from Keras: it is the first node with a
-/// part `predictions_dense` in its name. The third version's comes from timm: it is the last matrix product below
-/// `core_model/head`.
+/// The tensor that the classifier of a WD tagger is given. In the second version, which comes from Keras, the
+/// classifier is the first node with a part `predictions_dense` in its name. In the third version, which comes from
+/// timm, it is the last matrix product below `core_model/head`.
 fn pooled(graph: &GraphProto) -> Option<&str> {
     let parts = |name: &str| -> Vec<String> {
         name.split(['/', '.']).filter(|part| !part.is_empty()).map(str::to_owned).collect()
@@ -245,7 +245,7 @@ fn permutes(node: &NodeProto) -> bool {
     })
 }
 
-/// Names of all tensors that a node reads; what graphs inside it read may be made outside of it.
+/// Names of all tensors that a node reads. A graph inside it may read tensors that are made outside of it.
 fn inputs(node: &NodeProto) -> Vec<&str> {
     let inner = node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs));
     let inner = inner.flat_map(|graph| graph.node.iter().flat_map(inputs).chain(graph.output.iter().map(|o| &*o.name)));
@@ -326,7 +326,7 @@ fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> R
     Ok((layout, size))
 }
 
-/// Operators that make a tensor whose size is a value of theirs, and the first input that says it.
+/// Operators that make a tensor whose size is the value of an input, and the number of the first input that may say it.
 const SIZED: [(&str, usize); 9] = [
     ("ConstantOfShape", 0),
     ("Expand", 1),
@@ -339,8 +339,8 @@ const SIZED: [(&str, usize); 9] = [
     ("Upsample", 1),
 ];
 
-/// Fails for a window, a border or a shape that no image of [`MAX_SIDE`] has: tract allocates what they say before it
-/// knows better.
+/// Fails for a window, a border or a shape that no image of [`MAX_SIDE`] needs. tract would allocate what they say
+/// before it checks them.
 fn check_numbers(graph: &GraphProto) -> Result<(), String> {
     let numbers = |tensor: &TensorProto| -> Vec<i64> {
         let raw = tensor.raw_data.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes));
@@ -388,7 +388,7 @@ fn check_sizes(shapes: impl Iterator<Item = TVec<TDim>>) -> Result<(), String> {
 }
 
 thread_local! {
-    /// Whether panics of this thread are expected, and so not told.
+    /// Whether panics of this thread are expected, and so are not printed.
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -404,7 +404,7 @@ fn guarded<T>(call: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
         }));
     });
     let before = QUIET.replace(true);
-    // What a panic leaves half done is dropped with the closure.
+    // Whatever a panic leaves half done is dropped with the closure.
     let result = panic::catch_unwind(AssertUnwindSafe(call));
     QUIET.set(before);
     match result {

@@ -1,15 +1,16 @@
-//! Bicubic resizing, byte for byte as Pillow's, with which feature networks were trained.
+//! Bicubic resizing, with the same bytes as Pillow's, as feature networks were trained with that.
 //!
-//! Keys' kernel with a = -0.5, widened by the factor of reduction, so that every pixel of the source counts; weights
-//! in fixed point with 22 bits; first along rows, then along columns (newer versions of Pillow take pictures that are
-//! twice as high as wide the other way round), rounded to 8 bits after each. Cost: about 4
-//! multiply-adds for each value, times the factor where it is a reduction, for each direction.
+//! The kernel is Keys' with a = -0.5. It is widened by the factor of reduction, so that every pixel of the source
+//! counts. Weights are in fixed point with 22 bits. Rows come first, then columns, each rounded to 8 bits (newer
+//! versions of Pillow begin with columns where a picture is twice as high as wide). Cost: about 4 multiply-adds for
+//! each value, times the factor where it is a reduction, for each direction.
 
 use rayon::prelude::*;
 
 use super::Picture;
 
-/// Bits behind the point of a weight: 8 are a pixel's, and sums have a sign and may exceed the largest pixel.
+/// Bits of a weight behind the point: of 32, 8 are for a pixel and 2 for the sign of a sum and for sums above the
+/// largest pixel.
 const BITS: u32 = 32 - 8 - 2;
 
 /// Resizes a picture, whatever that does to its shape.
@@ -20,8 +21,8 @@ pub fn resize(picture: &Picture, size: [usize; 2]) -> Picture {
     within(picture, [picture.height(), picture.width()], 0, size)
 }
 
-/// Resizes a picture in the middle of a canvas of [height, width], all of it of one grey. The canvas is never made: it
-/// may be as high as a long strip is wide.
+/// Resizes a picture that stands in the middle of a canvas of [height, width], which is of one grey. The canvas itself
+/// is never made: for a long strip it would be as high as the strip is wide.
 ///
 /// # Panics
 /// If a side is 0, or the canvas is smaller than the picture.
@@ -39,7 +40,7 @@ pub fn within(picture: &Picture, canvas: [usize; 2], grey: u8, [height, width]: 
     Picture::new(height, width, down.0.par_iter().flat_map_iter(row).collect())
 }
 
-/// What a place of the result is made of.
+/// What one place of the result is made of.
 struct Tap {
     /// First place of the picture that counts.
     first: usize,
@@ -58,11 +59,11 @@ impl Tap {
     }
 }
 
-/// Those of a row or a column.
+/// The taps of a row or a column.
 struct Taps(Vec<Tap>);
 
 impl Taps {
-    /// Of a canvas of `from` places, of which `length` are the picture's, the first of them at `begin`.
+    /// The taps for a canvas of `from` places, of which `length` are the picture's, from `begin` on.
     fn new(from: usize, to: usize, begin: usize, length: usize) -> Self {
         if from == to {
             let own = |place: usize| match place.checked_sub(begin) {
@@ -91,7 +92,7 @@ fn taps(from: usize, to: usize) -> Vec<(usize, Vec<i32>)> {
     (0..to)
         .map(|place| {
             let centre = (place as f64 + 0.5) * scale;
-            // The casts truncate, and make 0 of what is negative.
+            // The casts truncate, and turn negative numbers into 0.
             let first = (centre - reach + 0.5) as usize;
             let end = ((centre + reach + 0.5) as usize).min(from);
             let weights: Vec<f64> = (first..end).map(|x| keys((x as f64 - centre + 0.5) * (1.0 / wide))).collect();

@@ -8,15 +8,15 @@ use moxcms::{
     MatrixCoefficients, ProfileText, ToneReprCurve, TransferCharacteristics, TransformOptions,
 };
 
-/// Levels of 256 by which a profile must move a colour to be another one than sRGB: there are many sRGBs, that differ
-/// in their rounding.
+/// By how many of 256 levels a profile must move a colour to count as another one than sRGB. There are many profiles of
+/// sRGB that differ in their rounding.
 const NOTICEABLE: u8 = 2;
 
-/// A colour space that is not known to be sRGB, or what it is called if it cannot be made sense of.
+/// A colour space that is not known to be sRGB; or its name, if it cannot be understood.
 type Space = Result<ColorProfile, String>;
 
-/// What a file says of its colours; none if it says nothing, or sRGB in so many words. `icc` is its profile. In a PNG
-/// `cICP` goes before that, and without one `gAMA` and `cHRM` count, unless there is `sRGB`.
+/// What a file says of its colours; none if it says nothing, or says sRGB. `icc` is its profile. In a PNG, `cICP`
+/// counts before the profile. Without either, `gAMA` and `cHRM` count, unless there is `sRGB`.
 pub fn space(bytes: &[u8], icc: Option<&[u8]>) -> Option<Space> {
     let reader = png::Decoder::new(Cursor::new(bytes)).read_info().ok();
     let chunks = reader.as_ref().map(|reader| reader.info());
@@ -33,7 +33,7 @@ pub fn space(bytes: &[u8], icc: Option<&[u8]>) -> Option<Space> {
     }
 }
 
-/// Whether a PNG has a profile, even one that its decoder passed over.
+/// Whether a PNG has a profile, even one that its decoder ignored.
 fn has_profile(png: &[u8]) -> bool {
     let mut rest = png.get(8..).unwrap_or_default();
     while let Some((&[a, b, c, d, ref name @ ..], after)) = rest.split_first_chunk::<8>() {
@@ -83,7 +83,7 @@ fn of_gamma(gamma: Option<png::ScaledFloat>, primaries: Option<png::SourceChroma
     let mut profile = named(name.clone());
     match value {
         None => {}
-        // 1/2.2 is what the standard lets sRGB call itself.
+        // The standard lets sRGB call itself 1/2.2.
         Some(gamma) if (gamma - 1.0 / 2.2).abs() < 0.005 => {}
         Some(gamma) if (0.1..=10.0).contains(&gamma) => {
             let curve = ToneReprCurve::Parametric(vec![1.0 / gamma, 1.0, 0.0, 0.0, 0.0]);
@@ -97,7 +97,7 @@ fn of_gamma(gamma: Option<png::ScaledFloat>, primaries: Option<png::SourceChroma
         let at = |(x, y): (png::ScaledFloat, png::ScaledFloat)| Chromaticity::new(x.into_value(), y.into_value());
         let primaries = ColorPrimaries { red: at(red), green: at(green), blue: at(blue) };
         profile.update_rgb_colorimetry(at(white).to_xyyb(), primaries);
-        // Primaries on a line, or a white beyond them.
+        // The primaries lie on a line, or white lies outside of them.
         let matrix = profile.colorant_matrix();
         if !matrix.v.as_flattened().iter().all(|x| x.abs() < 4.0) {
             return Err(name);
@@ -106,7 +106,7 @@ fn of_gamma(gamma: Option<png::ScaledFloat>, primaries: Option<png::SourceChroma
     Ok(profile)
 }
 
-/// sRGB by another name, to be changed.
+/// A copy of sRGB under another name, which the caller changes.
 fn named(name: String) -> ColorProfile {
     let mut profile = ColorProfile::new_srgb();
     profile.cicp = None;
@@ -114,7 +114,7 @@ fn named(name: String) -> ColorProfile {
     profile
 }
 
-/// Converts pixels (RGB, or RGBA) from a colour space; what that is called if it is not possible.
+/// Converts pixels (RGB or RGBA) from a colour space. If that is not possible, returns the space's name.
 pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> Option<String> {
     let profile = match space {
         Ok(profile) => profile,
@@ -126,7 +126,7 @@ pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> 
         Some(ProfileText::Description(text)) => text.ascii_string.clone(),
         None => format!("an unnamed one of {:?}", profile.color_space),
     };
-    // Of a grey image all channels are the same.
+    // In a grey image all channels are the same.
     let channels = if layout == Layout::Rgba { 4 } else { 3 };
     let (from, first) = match (profile.color_space, grey) {
         (DataColorSpace::Rgb, _) => (layout, false),
@@ -139,7 +139,7 @@ pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> 
     let Ok(transform) = profile.create_transform_8bit(from, &srgb, to, TransformOptions::default()) else {
         return Some(name());
     };
-    // All pixels of a lattice, or all greys.
+    // A lattice of colours, or all greys.
     let sample: Vec<u8> = match (first, channels) {
         (true, _) => (0..=255).collect(),
         (false, 3) => lattice().flatten().collect(),
@@ -154,7 +154,7 @@ pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> 
         return None;
     }
     if first {
-        // Grey comes out grey: sRGB and the profile have the same white.
+        // Grey stays grey, since sRGB and the profile have the same white.
         pixels.chunks_exact_mut(channels).for_each(|pixel| {
             let at = 3 * usize::from(pixel[0]);
             pixel[..3].copy_from_slice(&moved[at..at + 3]);

@@ -18,10 +18,10 @@ use super::colour::{space, to_srgb};
 use super::{Picture, PictureError, jpeg};
 use crate::formats::input;
 
-/// An image may have so many pixels: 64 Mi.
+/// The most pixels that an image may have: 64 Mi.
 pub const MAX_PIXELS: u64 = 1 << 26;
 
-/// Bytes that a decoder may take for what is no pixel, a colour profile or texts, and for a row of a PNG.
+/// The most bytes that a decoder may take for what is not pixels (a colour profile, texts) and for a row of a PNG.
 const METADATA: u64 = 64 << 20;
 
 /// Longest image file: no decoder should need more than the largest image.
@@ -32,19 +32,19 @@ pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
 pub struct Image {
     /// Its pixels.
     pub picture: Picture,
-    /// The colour space that it says and that could not be converted: its colours were taken for sRGB.
+    /// The name of its colour space, if that could not be converted; then its colours were taken for sRGB.
     pub unapplied: Option<String>,
 }
 
-/// A part of the pixels that all threads together decode at once, [`MAX_PIXELS`]: what that takes does not grow with the
-/// cores.
+/// A share of the [`MAX_PIXELS`] pixels that all threads together may decode at a time. So the memory for that does not
+/// grow with the number of cores.
 struct Share(u64);
 
 static TAKEN: Mutex<u64> = Mutex::new(0);
 static GIVEN_BACK: Condvar = Condvar::new();
 
 impl Share {
-    /// Waits until there are so many left.
+    /// Waits until so many pixels are left, and takes them.
     fn take(pixels: u64) -> Self {
         let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = GIVEN_BACK.wait_while(taken, |taken| *taken + pixels > MAX_PIXELS);
@@ -71,7 +71,7 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, PictureError> {
 /// Width and height that an image file's head says, in pixels; nothing is decoded.
 ///
 /// # Errors
-/// It is of no known kind, or its head is damaged.
+/// The file is of no known kind, or its head is damaged.
 pub fn size(bytes: &[u8]) -> Result<[u32; 2], PictureError> {
     let (width, height) = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_dimensions()?;
     Ok([width, height])
@@ -153,7 +153,7 @@ mod tests {
         let encoder = image::codecs::png::PngEncoder::new(&mut png);
         image::ImageEncoder::write_image(encoder, &[7; 12], 2, 2, image::ExtendedColorType::Rgb8).unwrap();
         assert_eq!(decode(&png, [0; 3]).unwrap().unapplied, None);
-        // Behind IHDR; what it holds is not compressed.
+        // Behind IHDR. Its content should be compressed, and is not.
         let body = b"iCCPname\0\0no profile";
         let chunk = [&(body.len() as u32 - 4).to_be_bytes(), &body[..], &crc32fast::hash(body).to_be_bytes()].concat();
         png.splice(33..33, chunk);

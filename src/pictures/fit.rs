@@ -1,4 +1,4 @@
-//! Cropping and resizing to the size that a dataset has, or to the one of several that suits a picture best:
+//! Cropping and resizing to a dataset's size; if it has several, to the one that suits the picture best:
 //!
 //! 1. crop to the target's shape, about the centre;
 //! 2. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
@@ -29,17 +29,17 @@ pub fn crop(from: [u32; 2], to: [u32; 2]) -> Crop {
     Crop { size, lost, enlarged: from[0] < to[0] || from[1] < to[1] }
 }
 
-/// Of several targets the one that crops an image of `from` least, and how. Of those that crop alike it is the one that
-/// resamples least, and of those the first.
+/// The one of several targets that crops an image of `from` least, and that crop. Of targets that crop alike it is the
+/// one that resamples least; of those, the first.
 ///
 /// # Panics
 /// If there is no target.
 pub fn choose(from: [u32; 2], targets: &[[u32; 2]]) -> (usize, Crop) {
-    // Fractions of whole numbers below 2^64: no rounding decides.
+    // Compares fractions of whole numbers below 2^64, so that no rounding decides.
     let less = |a: [u128; 2], b: [u128; 2]| (a[0] * b[1]).cmp(&(b[0] * a[1]));
     let ranked = |&[width, height]: &[u32; 2]| {
         let [[from_width, from_height], [width, height]] = [from, [width, height]].map(|size| size.map(u128::from));
-        // What scales width and height, both times the target's area.
+        // The factors by which width and height are scaled, both times the target's area.
         let (across, down) = (from_width * height, from_height * width);
         let kept = [across.min(down), across.max(down)];
         let [a, b] = if across <= down { [from_width, width] } else { [from_height, height] };
@@ -75,7 +75,7 @@ pub fn fit(image: Picture, crop: Crop, [width, height]: [u32; 2]) -> Result<Pict
     }
     let linear: Vec<RGB16> =
         image.rgb().as_chunks::<3>().0.iter().map(|rgb| rgb.map(|x| TO_LINEAR[usize::from(x)]).into()).collect();
-    // Whole pixels: the crop is centred to half a pixel.
+    // The crop is of whole pixels, so it is centred to within half a pixel.
     let whole = |side: f64, from: usize| (side.round() as usize).clamp(1, from);
     let (crop_width, crop_height) = (whole(crop.size[0], image.width()), whole(crop.size[1], image.height()));
     let left = (image.width() - crop_width) / 2;

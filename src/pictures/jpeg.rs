@@ -1,13 +1,14 @@
-//! A picture as a JPEG, and whether a JPEG is whole. Decoders fill with grey what a truncated file lacks, and say nothing.
+//! Writes a picture as a JPEG, and finds out whether a JPEG is whole. Decoders fill what a truncated file lacks with
+//! grey, and say nothing.
 //!
 //! A file is a list of segments, `FF` and a marker, most with a length. A scan (`DA`) is followed by its data: Huffman
 //! codes of blocks of 8x8 coefficients, in which a byte `FF` is followed by 00, cut by restart markers (`D0` to `D7`).
-//! Here the codes are read and nothing is computed of them, so that one sees whether each scan has all its blocks. In
-//! a progressive file how many bits a block takes depends on which of its coefficients are zero so far, so one bit of
-//! each is kept.
+//! Here the codes are read without computing pixels, which shows whether each scan has all its blocks. In a progressive
+//! file, the number of bits of a block depends on which of its coefficients are zero so far. So one bit is kept for
+//! each.
 //!
-//! A damaged code sooner or later makes other codes of those that follow it. So a block with more than its coefficients, or
-//! bytes that are left when the last block is read, are signs of damage too, though decoders pass over both.
+//! After a damaged code, the codes behind it are sooner or later read as other ones. So a block with too many
+//! coefficients, or bytes that are left behind the last block, are signs of damage too, though decoders ignore both.
 //!
 //! Source: ITU-T T.81. Cost: about that of reading the codes in decoding; 8 bytes a block of a progressive file.
 
@@ -18,16 +19,16 @@ use image::{ExtendedColorType, ImageEncoder as _};
 
 use super::Picture;
 
-/// Bytes behind the last unit of a scan that an encoder may have filled up with.
+/// How many bytes an encoder may have added behind the last unit of a scan.
 const PADDING: usize = 2;
 
 /// Length and symbol; length 0 is none.
 type Code = (u8, u8);
 
-/// Codes by their next 16 bits.
+/// The code for each value of the next 16 bits.
 type Codes = Vec<Code>;
 
-/// Those of the first coefficient of a block, and those of the others.
+/// The codes of a block's first coefficient, and those of the others.
 type Tables<'a> = (&'a [Code], &'a [Code]);
 
 /// A component in a scan: its place, and the numbers of its two tables.
@@ -77,15 +78,15 @@ impl Picture {
     }
 }
 
-/// Whether all of an image is there; a missing end marker does not matter. Of a file that is no JPEG of the usual
-/// kinds (baseline and progressive, with Huffman codes) nothing is said.
+/// Checks that all of an image is there. A missing end marker does not matter. A file that is no JPEG of the usual
+/// kinds (baseline and progressive, with Huffman codes) passes unchecked.
 ///
 /// # Errors
 /// What is missing.
 pub fn check(bytes: &[u8]) -> Result<(), String> {
     let (mut at, mut frame) = (2, Frame::default());
     loop {
-        // Whatever is between two segments.
+        // Pass over whatever is between two segments.
         while at < bytes.len() && !matches!(bytes[at..], [0xff, 1..=0xfe, ..]) {
             at += 1;
         }
@@ -121,7 +122,7 @@ pub fn check(bytes: &[u8]) -> Result<(), String> {
 }
 
 impl Frame {
-    /// Reads the frame's header; whether it is of a kind that is known here.
+    /// Reads the frame's header. Returns whether it is of a kind that is known here.
     fn begin(&mut self, marker: u8, segment: &[u8]) -> bool {
         let [8, y1, y0, x1, x0, count, components @ ..] = segment else { return false };
         self.height = usize::from(u16::from_be_bytes([*y1, *y0]));
@@ -130,7 +131,7 @@ impl Frame {
         let new =
             |c: &[u8]| Component { id: c[0], h: (c[1] >> 4).into(), v: (c[1] & 15).into(), ..Component::default() };
         self.components = components.chunks_exact(3).map(new).collect();
-        // A height of 0 is told after the first scan.
+        // A height of 0 means that it is given after the first scan.
         let sane = self.components.iter().all(|c| (1..=4).contains(&c.h) && (1..=4).contains(&c.v));
         if !sane || self.components.len() != usize::from(*count) || *count == 0 || self.width * self.height == 0 {
             return false;
@@ -184,21 +185,21 @@ impl Frame {
         (!members.is_empty() && start <= end && end <= 63).then_some((members, [start, end, bits]))
     }
 
-    /// Reads a scan: where its data ends, or what it lacks; none if its tables are nowhere in the file.
+    /// Reads a scan. Returns where its data ends, or what it lacks; none if its tables are nowhere in the file.
     fn scan(&mut self, header: &[u8], data: &[u8]) -> Option<Result<usize, String>> {
         let Some((members, [start, end, bits])) = self.scan_header(header) else {
             return Some(Err("the header of a scan is damaged".into()));
         };
         let (start, end, first, low) = (usize::from(start), usize::from(end), bits >> 4 == 0, bits & 15);
         let (start, end) = if self.progressive { (start, end) } else { (0, 63) };
-        // Some files of video frames leave out the tables, which everybody knows.
+        // Some files of video frames leave out the tables, since everybody uses the same.
         if self.dc.iter().chain(&self.ac).all(Vec::is_empty) {
             return None;
         }
         let mut reader = Reader { data, ..Reader::default() };
         let alone = members.len() == 1;
         let [across, down] = match (&members[..], self.units()) {
-            // Only the blocks that the image needs.
+            // A scan of one component has only the blocks that the image needs.
             (&[(place, ..)], _) => {
                 let side = |pixels: usize, own: usize, most: usize| (pixels * own).div_ceil(most).div_ceil(8);
                 let (c, all) = (&self.components[place], &self.components);
@@ -208,7 +209,7 @@ impl Frame {
             (_, units) => units,
         };
         let Self { components, dc, ac, progressive, interval, .. } = self;
-        // Blocks that are known to have no more coefficients.
+        // How many of the next blocks are known to have no more coefficients.
         let mut run = 0;
         for unit in 0..across * down {
             if *interval > 0 && unit > 0 && unit % *interval == 0 {
@@ -256,7 +257,7 @@ impl Frame {
     /// Whether the whole image had come when the file ended, with (`marked`) or without an end marker.
     fn all_there(&self, marked: bool) -> Result<(), String> {
         let whole = |c: &Component| match marked {
-            // Some leave the finest bits out on purpose.
+            // Some encoders leave out the finest bits on purpose.
             true => c.missing[0] != 255,
             false => c.missing.iter().all(|&bits| bits == 0),
         };
@@ -277,7 +278,7 @@ struct Reader<'a> {
     bits: u64,
     /// How many there are.
     count: u32,
-    /// How many of them are not of the data.
+    /// How many of these are zeros from behind the end of the data.
     made_up: u32,
 }
 
@@ -327,7 +328,7 @@ impl Reader<'_> {
         }
         let &(length, symbol) = codes.get((self.bits >> 48) as usize)?;
         self.take(length.into());
-        // No code: that of the end, if it is the end.
+        // Bits that are no code are damage, unless the data has ended here.
         (length > 0 || self.made_up > 0).then(|| {
             if length == 0 {
                 self.made_up = u32::MAX;
@@ -355,7 +356,7 @@ impl Reader<'_> {
         (k <= 64).then_some(())
     }
 
-    /// What a scan of a progressive image has of a block.
+    /// Reads the part of a block that a scan of a progressive image has.
     fn part_of_block(
         &mut self,
         (dc, ac): Tables,
@@ -383,7 +384,7 @@ impl Reader<'_> {
                     self.take(bits.into());
                 } else {
                     self.take(u32::from(bits > 0));
-                    // Past so many that are still zero; those that are not have a bit each.
+                    // Skip so many coefficients that are still zero. Each of the others has one bit.
                     while k <= end {
                         if *known >> k & 1 == 1 {
                             self.take(1);
@@ -415,8 +416,8 @@ impl Reader<'_> {
         Some(())
     }
 
-    /// Where the next marker is, or the end, and how many bytes before it have not been read; a marker may be preceded by
-    /// bytes FF.
+    /// Where the next marker is, or the end, and how many bytes before it have not been read. Bytes FF may stand before
+    /// a marker.
     fn end(&self) -> (usize, usize) {
         let marker = |at: &usize| matches!(self.data[*at..], [0xff, 1..=0xfe, ..]);
         let end = (self.at..self.data.len()).find(marker).unwrap_or(self.data.len());
@@ -424,7 +425,7 @@ impl Reader<'_> {
         (end, left + (self.count.saturating_sub(self.made_up) / 8) as usize)
     }
 
-    /// Goes behind the restart marker of this number, if that is what comes next.
+    /// Moves behind the restart marker of this number, if that comes next.
     fn restart(&mut self, number: u8) -> bool {
         let (end, _) = self.end();
         let found = matches!(self.data[end..], [0xff, marker, ..] if marker == 0xd0 + number);
@@ -485,7 +486,8 @@ mod tests {
         }
     }
 
-    /// A hole leaves codes that end too early or too late, nearly always; no checksum says so for certain.
+    /// With a hole in a file, the codes nearly always end too early or too late. It is not certain, as there is no
+    /// checksum.
     #[test]
     fn holes_do_not_pass() {
         for (name, bytes) in WHOLE {

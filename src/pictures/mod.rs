@@ -1,4 +1,5 @@
-//! Pictures: 8-bit sRGB, from image files and to them, and to and from the numbers that a network sees.
+//! Pictures of 8-bit sRGB: read from image files and written to them, and converted to and from the numbers that a
+//! network sees.
 //!
 //! ```
 //! use edm2k::pictures::Picture;
@@ -39,7 +40,7 @@ pub enum PictureError {
 
 /// Pixels between the cells of a grid and around it.
 const GUTTER: usize = 2;
-/// Their grey: apart from both black and white pictures.
+/// The grey of the gutters, which differs from both black and white pictures.
 const GUTTER_GREY: u8 = 0xc0;
 
 /// A pixel's value in model space, -1 to 1: EDM2's `StandardRGBEncoder`.
@@ -72,7 +73,7 @@ impl Picture {
     /// # Panics
     /// If `image` is not H * W * 3 long.
     pub fn from_model(height: usize, width: usize, image: &[f32]) -> Self {
-        // The cast truncates, saturates, and makes 0 of a NaN.
+        // The cast truncates, saturates, and turns NaN into 0.
         Self::new(height, width, image.iter().map(|x| (x * 127.5 + 128.0) as u8).collect())
     }
 

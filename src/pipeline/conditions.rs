@@ -24,20 +24,20 @@ use crate::rng::{Purpose, Stream};
 pub struct Condition {
     /// The vector that the network is given, `[label_dim]`.
     pub values: Vec<f32>,
-    /// Where it is from, for people: what the text chunk of a picture says of it.
+    /// Where it is from, for people. The text chunk of a picture has it.
     pub origin: Value,
-    /// What guidance leads away from, `[label_dim]`; empty: from no condition, or, where another network guides, from what
-    /// that makes of this one.
+    /// What guidance leads away from, `[label_dim]`. If it is empty, that is no condition; or where another network
+    /// guides, what that network makes of this same condition.
     pub away: Vec<f32>,
 }
 
 impl Condition {
-    /// A condition by its values, `[label_dim]`; zeros are none.
+    /// A condition by its values, `[label_dim]`. Zeros mean no condition.
     pub fn new(values: Vec<f32>, origin: Value) -> Self {
         Self { values, origin, away: Vec::new() }
     }
 
-    /// The same, with something more to say of where it is from.
+    /// The same condition, with one more entry in its origin.
     #[must_use]
     pub fn named(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.origin[key] = value.into();
@@ -52,7 +52,7 @@ impl Condition {
         self
     }
 
-    /// Where guidance comes from when another image of its batch has a negative prompt.
+    /// What guidance leads this image away from, when another image of its batch has a negative prompt.
     pub(super) fn reference(&self, other_network: bool) -> Vec<f32> {
         match (self.away.is_empty(), other_network) {
             (false, _) => self.away.clone(),
@@ -61,8 +61,8 @@ impl Condition {
         }
     }
 
-    /// Several conditions in one, each with its weight: their weighted sum, divided by its norm. Guidance leads away from
-    /// what it does of the first.
+    /// Several conditions in one, each with its weight: their weighted sum, divided by its norm. Guidance leads away
+    /// from what the first condition names.
     ///
     /// # Errors
     /// [`ConditionError::Nothing`] if the sum is zero.
@@ -83,8 +83,9 @@ impl Condition {
         Ok(Self { values, origin, away })
     }
 
-    /// The condition at a share of the way from one to another, along the great circle between them; where one of them
-    /// is none, or both are the same, straight on. What guidance leads away from is that of the first.
+    /// The condition at a share of the way from one to another, along the great circle between them. Where one of them
+    /// is zero, or both are the same, the way is a straight line. Guidance leads away from what the first condition
+    /// names.
     ///
     /// # Panics
     /// If they are not equally wide.
@@ -103,7 +104,7 @@ impl Condition {
         Self { values, origin, away: from.away.clone() }
     }
 
-    /// That of image `i` of a split of the dataset in `dir`, without looking whether it suits a model.
+    /// The condition of image `i` of a split of the dataset in `dir`. It is not checked whether it suits a model.
     ///
     /// # Panics
     /// If there is no such image.
@@ -183,7 +184,7 @@ impl Pipeline {
     /// Takes a model of conditions, made by `edm2k condition train`.
     ///
     /// # Errors
-    /// [`ConditionError`]: it is none, or of other conditions.
+    /// [`ConditionError`]: the file is no condition model, or one of other conditions.
     pub fn with_condition_model(mut self, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let vae = Vae::load(path)?;
@@ -195,9 +196,9 @@ impl Pipeline {
         Ok(self)
     }
 
-    /// Takes the tagger whose features the model's conditions are, an ONNX file; `node` names the tensor of the features
-    /// in it, by default what a WD tagger's classifier is given. A file that is only known to have another name is taken
-    /// with a warning.
+    /// Takes the tagger whose features the model's conditions are, an ONNX file; `node` names the tensor of the
+    /// features in it, by default what a WD tagger's classifier is given. If all that is known is that the file has
+    /// another name, it is taken with a warning.
     ///
     /// # Errors
     /// [`ConditionError`]: the model's conditions are no features, or known to be another tagger's.
@@ -225,7 +226,7 @@ impl Pipeline {
         Ok(self)
     }
 
-    /// The tags that the model knows; of a model of features those that its condition model knows.
+    /// The tags that the model knows; for a model of features, those that its condition model knows.
     ///
     /// # Errors
     /// [`ConditionError`]: it knows none.
@@ -244,8 +245,8 @@ impl Pipeline {
         }
     }
 
-    /// The condition of some tags, separated by commas. For a model of features, whose tags nobody knows, it is
-    /// invented as by [`Pipeline::complete`].
+    /// The condition of some tags, separated by commas. A model of features takes no tags, so for it the condition is
+    /// invented, as by [`Pipeline::complete`].
     ///
     /// # Errors
     /// [`ConditionError`]: no tag, an unknown one, or a model that takes none.
@@ -304,7 +305,7 @@ impl Pipeline {
         self.like_picture(&image.picture, &name)
     }
 
-    /// As [`Pipeline::like`], of a picture that is called `shown`.
+    /// As [`Pipeline::like`], for a picture in memory that is called `shown`.
     ///
     /// # Errors
     /// As [`Pipeline::like`].
@@ -363,7 +364,7 @@ impl Pipeline {
         Ok(Condition::new(values, json!({"class": class})))
     }
 
-    /// The condition of any class, as `seed` has it.
+    /// The condition of a class that is drawn by `seed`.
     ///
     /// # Errors
     /// As [`Pipeline::class`].
@@ -398,7 +399,7 @@ impl Pipeline {
         let features = matches!(self.meta.conditioning, Conditioning::Features { .. });
         let mut conditions = Vec::with_capacity(values.len() / width);
         for (row, values) in values.chunks_mut(width).enumerate() {
-            // As `prepare` does; what has norm 1 keeps it.
+            // As `prepare` does. A feature that has norm 1 already stays the same.
             if features && !unit_norm(values) {
                 return wrong(row, "is zero, which is no feature");
             }
@@ -417,13 +418,13 @@ impl Pipeline {
     }
 }
 
-/// The tags of a text that has some.
+/// The tags of a text; an error if it has none.
 fn some_tags(vocabulary: &Vocabulary, text: &str) -> Result<Prompt> {
     let tags = vocabulary.parse(text)?;
     if tags.tags().is_empty() { Err(ConditionError::NoTag { text: text.into() }) } else { Ok(tags) }
 }
 
-/// Shape and values of a file's conditions, and what they mean, as far as the file says it.
+/// Shape and values of a file's conditions, and what they mean, as far as the file says so.
 fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>, Meaning)> {
     if path.extension().is_some_and(|extension| extension == "npy") {
         let (shape, values) = npy::read(path)?;

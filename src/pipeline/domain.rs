@@ -1,5 +1,5 @@
-//! What belongs together: one rule for models, the networks that guide them, datasets, condition models and files of
-//! conditions.
+//! Which things belong together. One rule serves models, the networks that guide them, datasets, condition models and
+//! files of conditions.
 
 use std::fmt::Display;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub struct Domain {
     pub width: usize,
     /// What the places of a condition mean.
     pub meaning: Meaning,
-    /// What latents are of.
+    /// The autoencoder that the latents are of.
     pub autoencoder: Option<Autoencoder>,
 }
 
@@ -76,7 +76,7 @@ impl Domain {
         Self { width, meaning, ..Self::default() }
     }
 
-    /// Checks that what is called `name` here is not known to work on something else than `other` does.
+    /// Checks that this domain, which messages call `name`, is not known to differ from `other`.
     ///
     /// # Errors
     /// The first difference.
@@ -84,7 +84,7 @@ impl Domain {
         self.differences(name, other, other_name).into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// What to say where both are of features, and nobody knows whether one network made them.
+    /// A warning, if both are of features and nobody knows whether one network made them.
     pub fn doubt(&self, name: impl Display, other: &Self, other_name: impl Display) -> Option<String> {
         let anonymous = |domain: &Self| match &domain.meaning.conditioning {
             Some(Conditioning::Features { source, fingerprint, .. }) => {
@@ -135,7 +135,7 @@ impl Domain {
     }
 }
 
-/// Whether a model learned from this dataset, of which it knows the conditions then.
+/// Whether a model learned from this dataset, and so knows its conditions.
 pub fn learned_from(meta: &ModelMeta, dataset: &Path) -> bool {
     let of = |split| Dataset::open(dataset, split).ok().and_then(|data| data.fingerprint());
     meta.data.is_some() && Split::ALL.into_iter().any(|split| of(split) == meta.data)

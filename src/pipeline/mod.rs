@@ -45,7 +45,7 @@ use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{Picture, PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
-/// The program, as text chunks name it.
+/// The program's name and version, as text chunks have them.
 pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 
 /// What is to be made.
@@ -55,9 +55,9 @@ pub struct Request {
     pub conditions: Vec<Condition>,
     /// Images of each condition before the next one; 0 counts as 1.
     pub per_condition: usize,
-    /// One image for each.
+    /// The seed of each image; there are as many images as seeds.
     pub seeds: Vec<u64>,
-    /// Of each image another seed, and the share of its noise, 0 to 1; empty: none.
+    /// For each image another seed, and that seed's share of the noise, 0 to 1. If empty, no image has another seed.
     pub towards: Vec<(u64, f64)>,
     /// What all images begin from, beside noise; see [`SamplerConfig::strength`].
     pub from: Option<Beginning>,
@@ -65,7 +65,7 @@ pub struct Request {
     pub size: Option<[usize; 2]>,
     /// How images come out of noise.
     pub sampler: SamplerConfig,
-    /// Images at a time, 0 counts as 1: changes speed and memory, not the images.
+    /// Images at a time; 0 counts as 1. It changes speed and memory, not the images.
     pub batch: usize,
 }
 
@@ -141,7 +141,7 @@ pub struct Image {
     pub seed: u64,
     /// What the network made, [height, width, channels]: pixels from -1 to 1, or latents.
     pub values: Vec<f32>,
-    /// As a picture; none of latents without an autoencoder.
+    /// The image as a picture; none for latents without an autoencoder.
     pub picture: Option<Picture>,
     /// All parameters that it was made with.
     pub about: Value,
@@ -158,7 +158,7 @@ impl Image {
     }
 }
 
-/// Keywords and texts of the chunks that a PNG carries, of what is known of it.
+/// Keywords and texts of the chunks in which a PNG carries what is known of it.
 fn text_of(about: &str) -> [(&str, &str); 2] {
     [("Software", SOFTWARE), ("edm2k", about)]
 }
@@ -181,7 +181,7 @@ pub struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// What the network takes the images for so far, [images, height, width, channels].
+    /// The denoised images so far, as the network sees them, [images, height, width, channels].
     ///
     /// # Errors
     /// The device's.
@@ -239,22 +239,22 @@ pub enum PipelineError {
     NoPicture,
     #[error("no PNG: {0}")]
     Png(io::Error),
-    /// Whoever watched wanted no more.
+    /// Whoever watched stopped the work.
     #[error("stopped")]
     Stopped,
 }
 
-/// A model on a device with all that makes pictures of it: where conditions come from, a sampler, an autoencoder.
+/// A model on a device, with all that is needed to make pictures: sources of conditions, a sampler, an autoencoder.
 ///
-/// It lives in one thread, as devices do; requests and images go to others. Its weights are put on the device when they
-/// are first needed, see [`Pipeline::ready`].
+/// It stays in one thread, as devices do. Requests and images can be sent to other threads. Its weights are put on the
+/// device when they are first needed, see [`Pipeline::ready`].
 pub struct Pipeline {
     device: Device,
     path: PathBuf,
     meta: ModelMeta,
     net: Precond,
     guide: Option<PathBuf>,
-    /// The model, and what guides it, until they are on the device.
+    /// The model, and the network that guides it, until they are on the device.
     weights: Vec<Model>,
     network: Option<Box<dyn Network>>,
     codec: Option<PathBuf>,
@@ -293,7 +293,7 @@ impl Pipeline {
     /// Takes another network to guide away from (autoguidance); without one, it is the model without its condition.
     ///
     /// # Errors
-    /// [`PipelineError::Model`], or [`PipelineError::Mismatch`] if it is one of other images or conditions.
+    /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions.
     pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let path = path.as_ref();
         let guide = Model::load(path)?;
@@ -307,8 +307,8 @@ impl Pipeline {
     /// Takes the autoencoder that makes pictures of the model's latents: an SD-VAE or TAESD.
     ///
     /// # Errors
-    /// [`PipelineError::NoLatents`], or [`PipelineError::Codec`] if it is none, or known to be another one than that of
-    /// the latents.
+    /// [`PipelineError::NoLatents`]; or [`PipelineError::Codec`] if the file is no autoencoder, or known to be another
+    /// one than that of the latents.
     pub fn with_codec(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         self.viewer = Some(self.viewer_of(path.as_ref())?);
         self.codec = Some(path.as_ref().into());
@@ -334,9 +334,9 @@ impl Pipeline {
         Ok(viewer)
     }
 
-    /// A file for images of a request to begin from: latents [C, H, W] or [1, C, H, W] as .safetensors (the only tensor,
-    /// or the one named "latents"), or a picture, which is cropped and resized to `size` = [height, width] as `prepare`
-    /// does, and encoded by the autoencoder if the model makes latents.
+    /// Reads what the images of a request are to begin from. It may be latents [C, H, W] or [1, C, H, W] as
+    /// .safetensors (the only tensor, or the one named "latents"). Or it is a picture, which is cropped and resized to
+    /// `size` = [height, width] as `prepare` does, and encoded by the autoencoder if the model makes latents.
     ///
     /// # Errors
     /// [`PipelineError`]: it cannot be read, is of another shape, or there is no autoencoder to encode it.
@@ -384,7 +384,7 @@ impl Pipeline {
         std::mem::take(&mut self.warnings)
     }
 
-    /// What computes.
+    /// The device that computes.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -404,12 +404,12 @@ impl Pipeline {
         Domain::of_model(&self.net.config, &self.meta)
     }
 
-    /// Whether pictures come out; else latents, as there is no autoencoder.
+    /// Whether pictures come out. Otherwise latents do, as there is no autoencoder.
     pub fn makes_pictures(&self) -> bool {
         self.viewer.is_some()
     }
 
-    /// Puts the weights on the device, which [`Pipeline::images`] does otherwise.
+    /// Puts the weights on the device. Without this call, [`Pipeline::images`] does so.
     ///
     /// # Errors
     /// The device's: they do not fit, for one.
@@ -478,7 +478,8 @@ impl Pipeline {
         })
     }
 
-    /// Parameters that all images of a request have in common. Of files the names: where they lie is nobody else's business.
+    /// Parameters that all images of a request have in common. Files are given by their names only: where they lie is
+    /// nobody else's business.
     pub fn parameters(&self, request: &Request) -> Value {
         let [height, width] = self.size(request);
         let mut all = json!({
@@ -528,7 +529,7 @@ pub struct Images<'a> {
 }
 
 impl Request {
-    /// What image `number` says of itself, given [what all say](Pipeline::parameters).
+    /// The parameters of image `number`, given [those that all images have](Pipeline::parameters).
     pub fn about(&self, common: &Value, number: usize) -> Value {
         let mut about = common.clone();
         about["seed"] = self.seeds[number].into();
@@ -542,15 +543,16 @@ impl Request {
 }
 
 impl<'a> Images<'a> {
-    /// Has `watch` see each step of each batch; by an error, such as [`PipelineError::Stopped`], it stops the work. On
-    /// a GPU, steps that are watched cost a little more than those that nobody sees.
+    /// Calls `watch` after each step of each batch. It can stop the work by an error, such as
+    /// [`PipelineError::Stopped`]. On a GPU, steps that are watched cost a little more than others.
     #[must_use]
     pub fn watched(mut self, watch: impl FnMut(&mut Step) -> Result<(), PipelineError> + 'a) -> Self {
         self.watch = Some(Box::new(watch));
         self
     }
 
-    /// Makes only images `range`. They are those of the whole request if the range begins at a batch.
+    /// Makes only the images of `range`. They are the same as in the whole request if the range begins where a batch
+    /// does.
     #[must_use]
     pub fn only(mut self, range: Range<usize>) -> Self {
         self.end = range.end.min(self.request.seeds.len());
@@ -640,7 +642,7 @@ impl Iterator for Images<'_> {
     }
 }
 
-/// Sees the index and the noise level of a step, and downloads the denoised images if it wants them.
+/// Called with the index and the noise level of a step. It can download the denoised images.
 type Observer<'a> =
     dyn FnMut(usize, f64, &mut dyn FnMut() -> Result<Vec<f32>, BackendError>) -> Result<(), SampleError> + 'a;
 

@@ -37,9 +37,9 @@ pub enum OutputError {
 
 type Result<T, E = OutputError> = std::result::Result<T, E>;
 
-/// A directory of images: `000007.png` of seed 7, `000007-2.png` of the second image of that seed, `000007-steps.png` of
-/// the steps to it, `grid.png` of all, or `latents.safetensors`, for which each part leaves `latents-2-of-3.safetensors`.
-/// Others may add their seeds meanwhile.
+/// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
+/// `000007-steps.png` for its steps, and `grid.png` for all. Latents are in `latents.safetensors`, for which each part
+/// leaves a file such as `latents-2-of-3.safetensors`. Other processes may add their seeds meanwhile.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
@@ -64,8 +64,8 @@ pub enum Kept {
 }
 
 impl OutDir {
-    /// Makes the directory, and refuses to overwrite what is there of the images with numbers in `own`, which are those of a
-    /// part, before anything is computed.
+    /// Makes the directory. Refuses, before anything is computed, to overwrite the files of this part's images, whose
+    /// numbers are `own`.
     ///
     /// # Errors
     /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
@@ -100,7 +100,7 @@ impl OutDir {
         }
     }
 
-    /// What to say where the file system has no locks.
+    /// A warning, if the file system has no locks.
     pub fn warning(&self) -> Option<String> {
         self.lock.warning()
     }
@@ -108,7 +108,7 @@ impl OutDir {
     /// Writes an image's picture, and the pictures of its steps side by side if there are some.
     ///
     /// # Panics
-    /// If it is not one of those that the directory was claimed for.
+    /// If it is none of the images for which the directory was claimed.
     ///
     /// # Errors
     /// [`OutputError::Meanwhile`], [`OutputError::Png`].
@@ -125,14 +125,15 @@ impl OutDir {
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own)) }
     }
 
-    /// The picture of image `number` that some process has written, if it says `about` of itself: else it is another one.
+    /// The picture of image `number`, if some process has written it with the parameters `about`. A file with other
+    /// parameters is another picture.
     pub fn written(&self, number: usize, about: &Value) -> Option<Picture> {
         let path = self.dir.join(picture_name(&self.names[number]));
         says(&path, about).then(|| decode::open(&path, [255; 3]).ok().map(|image| image.picture))?
     }
 
-    /// Writes a grid of pictures, `columns` to a row, under the first name that is free, or has the same grid already: seeds
-    /// that come later have a grid of their own. Returns its path.
+    /// Writes a grid of pictures, `columns` to a row, under the first name that is free or has the same grid already.
+    /// So seeds that come later get a grid of their own. Returns its path.
     ///
     /// # Errors
     /// [`OutputError::Png`].
@@ -147,8 +148,8 @@ impl OutDir {
         Ok(path)
     }
 
-    /// Writes `latents` [N, C, H, W] of this part's images [H, W, C], their `seeds` `[N]`, and `steps` [N, steps, C, H, W] if
-    /// there are some, an image's after the other's. Returns the file's path.
+    /// Writes `latents` [N, C, H, W] of this part's images [H, W, C], their `seeds` `[N]`, and `steps`
+    /// [N, steps, C, H, W] if there are some, where those of one image follow each other. Returns the file's path.
     ///
     /// # Errors
     /// [`OutputError::Latents`].
@@ -179,8 +180,8 @@ impl OutDir {
         Ok(path)
     }
 
-    /// The latents of the images `own`, which are those of a part, that some process has written, if they say `about` of
-    /// themselves.
+    /// The file of the latents of a part, whose images are `own`, if some process has written it with the parameters
+    /// `about`.
     pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Option<SafeFile> {
         let file = SafeFile::open(self.dir.join(latents_name(part))).ok()?;
         let says = file.metadata().get("edm2k") == Some(&about.to_string());
@@ -188,7 +189,7 @@ impl OutDir {
         (says && seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied())).then_some(file)
     }
 
-    /// Whether the file of all images has, of the images `own`, what that of their part has.
+    /// Whether the file of all images has the same latents for the images `own` as the file of their part.
     ///
     /// # Errors
     /// [`OutputError::Latents`].
@@ -214,7 +215,7 @@ impl OutDir {
         if parts.len() == self.part.of {
             let mut joined = Vec::new();
             for name in ["latents", "seeds", "steps"] {
-                // One without images has no steps.
+                // A part without images has no steps.
                 let having: Vec<_> = parts.iter().filter(|part| part.contains(name)).collect();
                 let Some(first) = having.first() else { continue };
                 let (dtype, mut shape) = (first.dtype(name)?, first.shape(name)?.to_vec());
@@ -233,7 +234,7 @@ impl OutDir {
         Ok(path)
     }
 
-    /// The PNG files of a directory, but for grids and steps; by name.
+    /// The PNG files of a directory, without grids and steps, sorted by name.
     ///
     /// # Errors
     /// [`OutputError::Io`].
@@ -252,7 +253,7 @@ impl OutDir {
     }
 }
 
-/// Whether a PNG says this of itself.
+/// Whether a PNG carries these parameters.
 fn says(path: &Path, about: &Value) -> bool {
     let about = about.to_string();
     read_text(path).is_ok_and(|texts| texts.iter().any(|(key, text)| key == "edm2k" && *text == about))
@@ -260,7 +261,7 @@ fn says(path: &Path, about: &Value) -> bool {
 
 const LATENTS: &str = "latents.safetensors";
 
-/// Of all images, or those of one of several parts.
+/// The name of the file of all latents, or of those of one of several parts.
 fn latents_name(part: Part) -> String {
     if part == Part::WHOLE { LATENTS.into() } else { part.file("latents") }
 }

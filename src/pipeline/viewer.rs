@@ -12,9 +12,9 @@ use crate::pictures::Picture;
 
 /// Makes pictures of images in model space.
 pub enum Viewer {
-    /// Of pixels.
+    /// Of images that are pixels.
     Pixels,
-    /// Of latents, by an autoencoder on a device.
+    /// Of images that are latents, by an autoencoder on a device.
     Latents(Box<Latents>),
 }
 
@@ -27,8 +27,9 @@ pub struct Latents {
 type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
 
 impl Viewer {
-    /// An SD-VAE's or TAESD's file, for the latents of what is called `of`, which are of `made_by` if that is known.
-    /// Also what to warn of: that it is of another kind, which only stands in for that one.
+    /// Opens an SD-VAE's or TAESD's file, for the latents of what messages call `of`. If it is known, `made_by` is the
+    /// autoencoder that made them. Also returns a warning if the file is of another kind, which only stands in for that
+    /// one.
     ///
     /// # Errors
     /// See [`CodecError`].
@@ -44,8 +45,9 @@ impl Viewer {
         Ok((Self::Latents(Latents { file, decode }.into()), warning))
     }
 
-    /// For the images of a dataset that is called `of`, of all its sizes; none where they are latents without an autoencoder
-    /// `vae`, or pixels of other than three channels. Also what to warn of, as [`Viewer::open`].
+    /// A viewer for the images of a dataset that messages call `of`, in all its sizes. None if they are latents and
+    /// there is no autoencoder `vae`, or pixels with other than three channels. Also returns a warning, as
+    /// [`Viewer::open`] does.
     ///
     /// # Errors
     /// [`PipelineError`]: as [`Viewer::open`] and [`Viewer::check`]; or there is an autoencoder, and no latents.

@@ -1,20 +1,20 @@
-//! What EDM2's authors sampled their published networks with: which file, guided by which, how much.
+//! How EDM2's authors sampled their published networks: which file, guided by which other one, and how strongly.
 //!
-//! Names are `edm2-SET-SIZE[-HOW]-METRIC`: `guid` is guidance by a network without condition, `autog` by a smaller one that
-//! was trained for less long, and `fid` or `dino` the metric that it is best by. All take 32 steps of Heun's method. The
-//! files are `NAME-IMAGES-EMA.pkl`: thousands of images seen, and the length of the average, which `edm2k ema` makes of
-//! a run's snapshots.
+//! Names are `edm2-SET-SIZE[-HOW]-METRIC`: `guid` is guidance by a network without condition, `autog` is guidance by a
+//! smaller one that was trained for less long. `fid` or `dino` is the metric by which the network is the best. All take
+//! 32 steps of Heun's method. The files are `NAME-IMAGES-EMA.pkl`: thousands of images seen, and the length of the
+//! average, which `edm2k ema` makes of a run's snapshots.
 
 use super::{SamplerConfig, Solver};
 
-/// One of them.
+/// One of these presets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Preset {
     /// Its name.
     pub name: &'static str,
     /// The network's file, without `.pkl`.
     pub net: &'static str,
-    /// That of the network to guide away from, and the strength of guidance.
+    /// The file of the network to guide away from, and the strength of guidance.
     pub guide: Option<(&'static str, f64)>,
 }
 

@@ -1,9 +1,9 @@
 //! The solvers, independent of what denoises.
 //!
-//! They follow the probability flow of x = y + sigma n from sigma_max to 0 (EDM, Karras et al. 2022,
-//! "Elucidating the Design Space of Diffusion-Based Generative Models", eq. 1 with sigma(t) = t):
-//! dx/dsigma = (x - D(x; sigma)) / sigma. Each update is linear in x and the denoised images, and so is
-//! guidance; so an update is one [`Backend::linear_combination`] whose factors are computed in f64.
+//! They follow the probability flow of x = y + sigma n from sigma_max to 0 (EDM, Karras et al. 2022, "Elucidating the
+//! Design Space of Diffusion-Based Generative Models", eq. 1 with sigma(t) = t): dx/dsigma = (x - D(x; sigma)) / sigma.
+//! Each update is linear in x and the denoised images, and so is guidance. So an update is one
+//! [`Backend::linear_combination`] whose factors are computed in f64.
 
 use super::{Churn, SampleError, SamplerConfig, Solver};
 use crate::backend::Backend;
@@ -67,8 +67,8 @@ pub trait Denoise<B: Backend> {
     }
 }
 
-/// Images [n, h, w, c] from noisy ones of the first noise level of a valid `config`, by its solver. (Its guidance is the
-/// denoiser's business.)
+/// Turns noisy images [n, h, w, c] at the first noise level of a valid `config` into images, by the config's solver.
+/// Guidance is left to the denoiser.
 pub fn solve<B: Backend>(
     b: &mut B,
     denoiser: &mut impl Denoise<B>,
@@ -94,7 +94,7 @@ pub fn levels(config: &SamplerConfig) -> Vec<f64> {
     levels
 }
 
-/// t_hat: the level to which churn raises a step's.
+/// t_hat: the noise level to which churn raises that of a step.
 fn churned(churn: Churn, sigma: f64, of: usize) -> f64 {
     let raises = churn.s_churn > 0.0 && (churn.s_min..=churn.s_max).contains(&sigma);
     let gamma = if raises { (churn.s_churn / of as f64).min(std::f64::consts::SQRT_2 - 1.0) } else { 0.0 };

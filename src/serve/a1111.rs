@@ -36,7 +36,7 @@ pub fn routes() -> Vec<(&'static str, MethodRouter<Arc<Server>>)> {
     ]
 }
 
-/// Names that clients know, of each solver; the first is shown.
+/// The names by which clients know each solver; the first is shown.
 const SAMPLERS: [(Solver, &[&str]); 3] = [
     (Solver::Dpmpp2m, &["DPM++ 2M", "DPM++ 2M Karras", "dpmpp_2m", "k_dpmpp_2m"]),
     (Solver::Heun, &["Heun", "heun", "k_heun"]),
@@ -188,7 +188,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     Ok(Json(json!({"images": images, "parameters": parameters, "info": info.to_string()})))
 }
 
-/// Whether a client wants something by a field: most send all that there are.
+/// Whether the value of a field asks for something. Most clients send all fields that there are.
 fn says_something(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
@@ -243,7 +243,7 @@ async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Ski
     }))
 }
 
-/// Cancels what the device works on.
+/// Cancels the jobs that the device works on.
 async fn interrupt(State(app): App) -> Json<Value> {
     for job in app.queue.open().iter().filter(|job| job.peek().stage == Stage::Running) {
         app.queue.cancel(job, "interrupted");

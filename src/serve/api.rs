@@ -26,15 +26,15 @@ use super::{Runs, Server};
 
 /// Largest body of a request.
 const MAX_BODY: usize = 24 << 20;
-/// Bytes of one that is too large that are read before the connection is cut.
+/// How much of a body that is too large is read before the connection is cut.
 const MAX_DROPPED: usize = 256 << 20;
-/// Largest body from somebody who has not said the token yet.
+/// Largest body from somebody who has not given the token yet.
 const MAX_SESSION: usize = 1 << 12;
-/// Seconds in which it must arrive.
+/// Seconds within which a body must arrive.
 const BODY_SECONDS: u64 = 30;
-/// Time between two events of a job, at least: nobody sees more.
+/// Least time between two events of a job. Nobody would see more.
 const EVENTS: Duration = Duration::from_millis(40);
-/// The description of all this.
+/// The description of this API.
 pub const OPENAPI: &str = include_str!("openapi.json");
 
 type App = State<Arc<Server>>;
@@ -88,7 +88,7 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         }
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
-        // A list would be taken for the fields in their order.
+        // Otherwise a list would be read as the fields in their order.
         if body.trim_ascii_start().first() != Some(&b'{') {
             return Err(Refusal::Invalid("the body is no object".into()));
         }
@@ -96,7 +96,8 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
     }
 }
 
-/// The bytes of a body. What is too large is read on for a while, and dropped: whoever still sends hears no answer.
+/// The bytes of a body. One that is too large is read on for a while and dropped, since a client that is still sending
+/// does not read the answer.
 async fn read(body: Body, most: usize) -> Result<Vec<u8>, Refusal> {
     let (mut parts, mut bytes, mut length) = (body.into_data_stream(), Vec::new(), 0);
     while let Some(part) = parts.next().await {
@@ -180,7 +181,7 @@ struct OfModel {
     near: Option<String>,
 }
 
-/// With a name, that model alone: also a snapshot of a run.
+/// All models; with a name that model alone, which may also be a snapshot of a run.
 async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
     let offers = match of.model {
         Some(name) => vec![app.offer(Some(name)).await?],
@@ -193,7 +194,7 @@ async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, 
 async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
     let offer = app.offer(of.model).await?;
     let all = offer.vocabulary.tags();
-    // A vocabulary out of a model's file has no counts.
+    // A vocabulary from a model's file has no counts.
     let counted = all.iter().any(|tag| tag.count > 0);
     let shown = |name: &str, count: u64| json!({"tag": name, "count": counted.then_some(count)});
     let tags: Vec<Value> = match of.near {
@@ -232,7 +233,7 @@ pub fn picture_url(job: u64, index: usize) -> String {
     format!("/api/v1/jobs/{job}/pictures/{index}")
 }
 
-/// A job as an answer, with the addresses of its pictures; `whole`: with the pictures themselves.
+/// A job as an answer, with the addresses of its pictures; if `whole`, with the pictures too.
 fn shown(view: &View, whole: bool) -> Value {
     let mut json = serde_json::to_value(view).unwrap_or_default();
     for (picture, made) in json["pictures"].as_array_mut().into_iter().flatten().zip(&view.pictures) {
@@ -295,7 +296,7 @@ async fn cancel(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
     Ok(Json(shown(&job.view(), false)))
 }
 
-/// The job as it is, and again whenever that changes; the last event is its end.
+/// The state of a job, and again whenever it changes. The last event is the job's end.
 async fn events(
     State(app): App,
     Path(id): Path<u64>,
@@ -328,7 +329,7 @@ async fn picture(State(app): App, Path((id, index)): Path<(u64, usize)>) -> Resu
     Ok(([(CONTENT_TYPE, "image/png")], Body::from(png)).into_response())
 }
 
-/// Reads something of the runs, where that blocks nobody.
+/// Reads something of the runs, in a thread where that blocks nobody.
 async fn of_runs<T: Send + 'static>(
     app: Arc<Server>,
     read: impl FnOnce(&Runs) -> Result<T, Refusal> + Send + 'static,
@@ -380,13 +381,13 @@ impl Server {
         tokio::task::spawn_blocking(read).await.map_err(|error| Refusal::Failed(error.to_string()))?
     }
 
-    /// Takes a request on.
+    /// Checks a request and puts it into the queue.
     ///
     /// # Errors
     /// [`Refusal`].
     pub async fn submit(self: &Arc<Self>, wanted: Wanted) -> Result<Arc<Job>, Refusal> {
         let offer = self.offer(wanted.model.clone()).await?;
-        // Checking decodes what was uploaded.
+        // Checking decodes what was uploaded, which takes time.
         let request = tokio::task::spawn_blocking(|| Request::new(wanted, offer));
         let request = request.await.map_err(|error| Refusal::Failed(error.to_string()))??;
         self.queue.submit(request)

@@ -1,8 +1,10 @@
-//! Who may talk to the server: nobody whom a web page elsewhere sends, and from other machines only who knows the token.
+//! Who may talk to the server: no request that a web page elsewhere causes, and from other machines only clients that
+//! know the token.
 //!
-//! A page elsewhere can make a browser send requests here. Its Origin is not the Host then, or the browser says itself
-//! that the request crosses sites; if its name was made to resolve to this address (DNS rebinding), the Host is that
-//! name, which is none of ours. What changes something takes JSON only, which no page may send elsewhere unasked.
+//! A page elsewhere can make a browser send requests here. Then the Origin is not the Host, or the browser says itself
+//! that the request crosses sites. If the page's name was made to resolve to this address (DNS rebinding), the Host is
+//! that name, which is none of ours. Requests that change something must be JSON, which no page may send to another
+//! site unasked.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use serde_json::json;
 
 use super::request::Refusal;
 
-/// Shortest token: nobody guesses it over a network.
+/// Length of the shortest token that nobody can guess over a network.
 pub const TOKEN: usize = 16;
 /// The cookie by which the page proves that it knows the token.
 const SESSION: &str = "edm2k";
@@ -31,11 +33,11 @@ const SESSION: &str = "edm2k";
 pub struct Guard {
     /// Names that this server is reached by, beside addresses and localhost.
     hosts: Vec<String>,
-    /// Hash of the token, and what the cookie holds instead of it.
+    /// Hash of the token, and the value that the cookie holds in its place.
     token: Option<(blake3::Hash, String)>,
 }
 
-/// Why a server must not be opened like this.
+/// Why a server must not be opened in this way.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum Unsafe {
@@ -68,13 +70,14 @@ impl Guard {
         self.token.as_ref().is_none_or(|(hash, _)| *hash == blake3::hash(token.as_bytes()))
     }
 
-    /// What a browser keeps after that; no script can read it, and no other site can make it be sent.
+    /// The cookie that a browser keeps after it has given the token. No script can read it, and no other site can have
+    /// it sent.
     pub fn cookie(&self) -> Option<HeaderValue> {
         let (_, session) = self.token.as_ref()?;
         HeaderValue::from_str(&format!("{SESSION}={session}; Path=/; HttpOnly; SameSite=Strict")).ok()
     }
 
-    /// Whether a request is from here.
+    /// Whether a request comes from this server's own page, or from no page.
     fn check_site(&self, headers: &HeaderMap, api: bool) -> Result<(), Refusal> {
         let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("not readable"));
         let host = text(HOST).unwrap_or_default();
@@ -82,7 +85,8 @@ impl Guard {
             let name = host.host();
             let address = name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
             let port = host.as_str() == name || host.port_u16().is_some();
-            // A name is what an attacker's page has; an address cannot be made to be another one.
+            // An attacker's page has a name, which may be made to resolve to any address. An address cannot be made
+            // another one.
             port && !host.as_str().contains('@')
                 && (address
                     || name.eq_ignore_ascii_case("localhost")
@@ -129,13 +133,13 @@ impl Guard {
     }
 }
 
-/// What needs no token: the page, which asks for it, and the place where it is said.
+/// Paths that need no token: the page, which asks for it, and the one to which it is sent.
 fn is_open(path: &str) -> bool {
     !path.starts_with("/api/") && !path.starts_with("/sdapi/") || path == "/api/v1/session"
 }
 
-/// Headers of every answer: nothing is loaded from elsewhere, nothing runs that is not in a file of ours, and nobody shows
-/// the page in a frame.
+/// Headers of every answer. With them a browser loads nothing from elsewhere, runs nothing that is not in a file of
+/// ours, and shows the page in no frame.
 const HEADERS: [(&str, &str); 7] = [
     (
         "content-security-policy",
@@ -150,7 +154,7 @@ const HEADERS: [(&str, &str); 7] = [
     ("cache-control", "no-store"),
 ];
 
-/// Lets through who may talk to the server.
+/// Lets through requests that may reach the server.
 pub async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let api = path.starts_with("/api/") || path.starts_with("/sdapi/");
@@ -171,7 +175,7 @@ pub async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next
     response
 }
 
-/// What the framework refuses, a path or a method, in the words of every other refusal.
+/// Gives what the framework refuses, a path or a method, the form of every other refusal.
 async fn with_detail(response: Response) -> Response {
     let json = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes() == b"application/json");
     if !response.status().is_client_error() || json {

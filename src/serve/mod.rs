@@ -1,7 +1,7 @@
 //! `edm2k serve`: a page and an API to draw with models and to look at training runs.
 //!
-//! Two threads. The one that called [`serve`] owns the device, which lives in one thread, and works through the queue;
-//! the other speaks HTTP. Between them is a queue alone:
+//! Two threads. The thread that called [`serve`] owns the device and works through the queue, as a device stays in one
+//! thread. The other speaks HTTP. Only the queue lies between them:
 //!
 //! ```text
 //! page, clients -> guard -> api, a1111 -> request (checked) -> queue -> paint: Pipeline on the device
@@ -80,13 +80,13 @@ use queue::{Limits, Queue};
 use request::{Offer, Refusal, Tags};
 use runs::Runs;
 
-/// Connections at a time; more wait until the system's own queue is full.
+/// Connections at a time. More of them wait in the system's own queue, until that is full.
 const MAX_CONNECTIONS: usize = 400;
 /// Seconds for the head of a request to arrive, and for a connection to be idle.
 const HEAD_SECONDS: u64 = 10;
 /// Seconds for answers to get out when the server stops.
 const LAST_SECONDS: u64 = 3;
-/// Offers of snapshots that are remembered.
+/// How many offers of snapshots are remembered.
 const SNAPSHOTS: usize = 16;
 
 /// The page: paths, kinds and contents.
@@ -105,11 +105,11 @@ const PAGE: [(&str, &str, &str); 9] = [
 /// The files that pictures are made with.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
-    /// Models, the first of which is what requests get that name none.
+    /// Models. Requests that name none get the first.
     pub models: Vec<PathBuf>,
     /// Autoencoder for models of latents.
     pub vae: Option<PathBuf>,
-    /// TAESD for previews of those.
+    /// TAESD for previews of their latents.
     pub preview: Option<PathBuf>,
     /// Model of conditions.
     pub condition_model: Option<PathBuf>,
@@ -132,7 +132,7 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Names that it is reached by, beside addresses and localhost.
     pub hosts: Vec<String>,
-    /// What clients must know.
+    /// The token that clients must know.
     pub token: Option<String>,
     /// Images at a time.
     pub batch: usize,
@@ -166,7 +166,7 @@ pub enum ServeError {
     Http(io::Error),
 }
 
-/// What both threads know.
+/// What both threads share.
 struct Server {
     offers: Vec<Arc<Offer>>,
     shelf: Shelf,
@@ -199,7 +199,7 @@ impl Server {
     }
 }
 
-/// What there is to go with a model.
+/// What is there to be used with a model.
 struct Shelf {
     /// Pixels for each value of latents.
     factor: Option<usize>,
@@ -217,7 +217,7 @@ impl Shelf {
         })
     }
 
-    /// What a model file is, and why the condition model does not go with it, if so.
+    /// What a model file offers; and if the condition model does not suit it, why not.
     fn offer(&self, name: String, path: &Path) -> Result<(Offer, Option<String>), ServeError> {
         let file = ModelFile::open(path)?;
         let (config, meta) = (file.net.config.clone(), file.meta.clone());
@@ -235,7 +235,7 @@ impl Shelf {
         let features = matches!(meta.conditioning, Conditioning::Features { .. });
         let (tags, vocabulary) = match invented {
             _ if config.label_dim == 0 => (Tags::No, None),
-            // The same tags, and how often there are.
+            // The tags are the same, and here it is known how often each occurs.
             Some(known) if !features && known.tags().iter().map(|tag| &tag.tag).eq(&meta.vocabulary) => {
                 (Tags::Plain, Some(known.clone()))
             }
@@ -282,7 +282,7 @@ impl Shelf {
     }
 }
 
-/// Serves until `stop` is set. `say` is told where, and warnings.
+/// Serves until `stop` is set. `say` is called with the address, and with warnings.
 ///
 /// # Errors
 /// [`ServeError`], before anything is served.
@@ -298,11 +298,11 @@ pub fn serve(
         |cause| ServeError::Directory { path, cause }
     };
     let runs = options.runs.map(|dir| Runs::new(dir.clone()).map_err(directory(&dir))).transpose()?;
-    // Numbers go on, so that pictures in an outdir are never replaced.
+    // Job numbers go on from there, so that pictures in an outdir are never replaced.
     let last = options.outdir.as_ref().map(|dir| last_number(dir).map_err(directory(dir))).transpose()?;
     let shelf = Shelf::new(&options.files)?;
     let offers = shelf.offers(&options.files)?;
-    // Before the models, so that a taken port is known at once.
+    // This comes before the models are opened, so that a taken port is known at once.
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -329,7 +329,7 @@ pub fn serve(
         thread::Builder::new().name("http".into()).spawn(move || {
             let _closes = Closes(server.clone());
             let served = runtime.block_on(http(listener, server, &stop));
-            // A reader of a slow disk is not waited for.
+            // Do not wait for a thread that still reads a slow disk.
             runtime.shutdown_background();
             served
         })
@@ -340,7 +340,7 @@ pub fn serve(
     http.join().unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(ServeError::Http)
 }
 
-/// Whatever ends the thread that speaks HTTP ends the work.
+/// Ends the work when the thread that speaks HTTP ends, for whatever reason.
 struct Closes(Arc<Server>);
 
 impl Drop for Closes {
@@ -368,8 +368,8 @@ fn router(server: Arc<Server>) -> Router {
     router.layer(from_fn_with_state(server.guard.clone(), guard::guard)).with_state(server)
 }
 
-/// Accepts connections until `stop` is set, then ends gracefully: no new work, what runs is cancelled at its next step,
-/// and those who wait are told.
+/// Accepts connections until `stop` is set, then ends gracefully: it takes no new work, cancels what runs at its next
+/// step, and tells those who wait.
 async fn http(listener: TcpListener, server: Arc<Server>, stop: &AtomicBool) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let router = router(server.clone());
@@ -388,7 +388,7 @@ async fn http(listener: TcpListener, server: Arc<Server>, stop: &AtomicBool) -> 
                     Ok((stream, permit)) => {
                         tokio::spawn(connection(stream, router.clone(), stopped.clone(), permit));
                     }
-                    // Out of file descriptors, or the client has gone again.
+                    // There are no file descriptors left, or the client has gone again.
                     Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 }
                 coming.set(next());
@@ -415,7 +415,7 @@ async fn connection(
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(HEAD_SECONDS)).max_buf_size(1 << 16);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
-    // What a client breaks is its own connection.
+    // An error of a client ends that client's connection only.
     tokio::select! {
         _ = connection.as_mut() => return,
         _ = stopped.changed() => connection.as_mut().graceful_shutdown(),

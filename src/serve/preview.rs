@@ -1,10 +1,10 @@
 //! What pictures look like before they are finished.
 //!
-//! Latents without a TAESD are shown by an affine map to colours, `rgb = A z + b` for each of their pixels. It is not a
-//! table of numbers out of somebody's experiments but a least squares fit to the decoder that is at hand: that is shown
-//! one latent of flat tiles, each of a random colour of latent space (normal, of the standard deviation that EDM2's
-//! latents have), and the mean colour that it makes of each tile's middle is what the map has to predict. Many tiles in
-//! one picture, as the decoder normalises over all of it: a flat picture alone would look like none that it knows.
+//! Latents without a TAESD are shown by an affine map to colours, `rgb = A z + b` for each of their pixels. It is
+//! fitted by least squares to the decoder that is at hand, so no table of numbers is needed. The decoder is shown one
+//! latent of flat tiles. Each tile has a random colour of latent space (normal, with the standard deviation of EDM2's
+//! latents). The map has to predict the mean colour that the decoder makes of each tile's middle. All tiles are in one
+//! picture because the decoder normalises over all of it: a picture of one colour would be unlike any that it knows.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -14,11 +14,11 @@ use crate::codec::{FINAL_STD, LATENTS};
 use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
 
-/// Tiles along each side of what the decoder is shown.
+/// Tiles along each side of the latent that the decoder is shown.
 const TILES: usize = 8;
 /// Latent pixels along each side of a tile.
 const TILE: usize = 4;
-/// Previews of up to so many pixels are sent as PNG, larger ones as JPEG.
+/// The most pixels of a preview that is sent as PNG; larger ones are sent as JPEG.
 const MAX_PNG: usize = 1 << 16;
 /// The JPEG's quality.
 const QUALITY: u8 = 80;
@@ -31,7 +31,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Latents, [height, width] and values, that a decoder is to be shown.
+    /// The latent that a decoder is to be shown: [height, width] and values.
     pub fn tiles() -> ([usize; 2], Vec<f32>) {
         let mut colours = vec![0.0; TILES * TILES * LATENTS];
         Stream { seed: 0, purpose: Purpose::SampleNoise, step: 0, image: 0 }.normals(&mut colours);
@@ -41,7 +41,7 @@ impl Linear {
         ([side, side], values.map(|x| FINAL_STD * x).collect())
     }
 
-    /// The map that fits best what a decoder makes of [`Linear::tiles`]; none of a picture of another size.
+    /// The map that best fits what a decoder makes of [`Linear::tiles`]; none if the picture has another size.
     pub fn fit(picture: &Picture) -> Option<Self> {
         let ([side, _], latents) = Self::tiles();
         let factor = picture.width() / side;
@@ -53,7 +53,7 @@ impl Linear {
             let [y, x] = origin(tile);
             if channel == LATENTS { 1.0 } else { f64::from(latents[(y * side + x) * LATENTS + channel]) }
         });
-        // A quarter from each edge, what the neighbours colour is left out.
+        // A quarter is left out at each edge, since neighbouring tiles colour it.
         let (edge, inner) = (TILE * factor / 4, (TILE * factor / 2).max(1));
         let colours = DMatrix::from_fn(TILES * TILES, 3, |tile, channel| {
             let [y, x] = origin(tile).map(|at| at * factor + edge);

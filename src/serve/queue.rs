@@ -1,9 +1,10 @@
 //! Requests in the order that they came, for the one thread that owns the device.
 //!
-//! A job's state is a [`View`] in a channel that keeps the last one only: whoever watches slowly misses previews, never
-//! an end, and costs no memory. Jobs of one shape and setting fill a batch together ([`Queue::next`]); what an image is
-//! made of is its own, so its neighbours do not change it. Everything is bounded: jobs that wait, bytes that were
-//! uploaded, and of what is done the last [`Limits::kept`] jobs and [`Limits::kept_bytes`].
+//! A job's state is a [`View`] in a channel that keeps only the last one. So a slow watcher may miss previews but never
+//! the end, and costs no memory. Jobs of one shape and setting fill a batch together ([`Queue::next`]). An image
+//! depends on its own request only, so its neighbours in the batch do not change it. Everything is bounded: the jobs
+//! that wait, the bytes that were uploaded, and what is kept of jobs that are done ([`Limits::kept`],
+//! [`Limits::kept_bytes`]).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -22,11 +23,11 @@ use super::request::{Refusal, Request};
 pub struct Limits {
     /// Jobs that wait or run.
     pub jobs: usize,
-    /// Bytes of their uploads together.
+    /// Bytes of all their uploads together.
     pub uploads: usize,
     /// Jobs that are done and can still be asked for.
     pub kept: usize,
-    /// Bytes of their pictures together.
+    /// Bytes of all their pictures together.
     pub kept_bytes: usize,
     /// How long a job runs on after its last watcher has gone.
     pub patience: Duration,
@@ -73,7 +74,7 @@ impl Stage {
 /// A finished picture.
 #[derive(Clone, Debug, Serialize)]
 pub struct Made {
-    /// Which of the job's.
+    /// Which of the job's pictures it is.
     pub index: usize,
     /// Its seed.
     pub seed: u64,
@@ -87,7 +88,7 @@ pub struct Made {
 /// What a picture looks like so far.
 #[derive(Clone, Debug, Serialize)]
 pub struct Preview {
-    /// Which of the job's.
+    /// Which of the job's pictures it is.
     pub index: usize,
     /// A `data:` URL.
     pub image: String,
@@ -96,25 +97,25 @@ pub struct Preview {
 /// What is known of a job.
 #[derive(Clone, Debug, Serialize)]
 pub struct View {
-    /// Of the job.
+    /// Number of the job.
     pub id: u64,
     /// Where it stands.
     pub stage: Stage,
     /// Jobs before it.
     pub ahead: usize,
-    /// Steps done, over all of its pictures: each takes `steps` of them.
+    /// Steps that are done, counted over all of its pictures, each of which takes `steps` of them.
     pub done: usize,
     /// Steps in all.
     pub of: usize,
     /// Steps of the device a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<f64>,
-    /// Seconds that are left of it, once it runs.
+    /// Seconds until it is done, once it runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds_left: Option<f64>,
-    /// What is finished.
+    /// The pictures that are finished.
     pub pictures: Vec<Made>,
-    /// Of those that are being made, the last that was shown.
+    /// The last preview of each picture that is being made.
     pub previews: Vec<Preview>,
     /// Why it failed or was cancelled.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,13 +165,14 @@ impl Job {
         }
     }
 
-    /// What is known now; whoever asks is waiting for it.
+    /// What is known of the job now. Asking counts as waiting for it.
     pub fn view(&self) -> watch::Ref<'_, View> {
         *lock(&self.seen) = Instant::now();
         self.peek()
     }
 
-    /// What is known now, for somebody else. While it is held, nothing about the job changes.
+    /// What is known of the job now, for somebody who is not waiting for it. While the result is held, the job's state
+    /// cannot change.
     pub fn peek(&self) -> watch::Ref<'_, View> {
         self.view.borrow()
     }
@@ -201,7 +203,7 @@ impl Job {
         self.cancelled.load(Ordering::Relaxed)
     }
 
-    /// Changes what is known, unless all is said.
+    /// Changes what is known, unless the job has ended.
     pub fn update(&self, change: impl FnOnce(&mut View)) {
         self.view.send_if_modified(|view| {
             let goes_on = !view.stage.is_final();
@@ -228,7 +230,7 @@ impl Job {
         self.peek().pictures.iter().map(|made| made.png.len()).sum()
     }
 
-    /// Whether those who wanted it have gone.
+    /// Whether all who wanted it have gone.
     fn is_abandoned(&self, limits: &Limits) -> bool {
         let mut seen = lock(&self.seen);
         if self.is_watched() {
@@ -256,7 +258,7 @@ impl Batch {
 #[derive(Default)]
 struct State {
     last: u64,
-    /// In order; those at the front may have images at the device already.
+    /// The open jobs in order. Those at the front may have images on the device already.
     open: VecDeque<Arc<Job>>,
     over: VecDeque<Arc<Job>>,
     closed: bool,
@@ -269,13 +271,13 @@ pub struct Queue {
     changed: Condvar,
 }
 
-/// A thread that panicked leaves nothing half done here.
+/// Locks even if a thread has panicked, as it leaves nothing half done here.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Queue {
-    /// An empty one, whose jobs are numbered after `last`.
+    /// An empty queue, whose jobs get numbers after `last`.
     pub fn new(limits: Limits, last: u64) -> Self {
         Self { limits, state: Mutex::new(State { last, ..State::default() }), changed: Condvar::new() }
     }
@@ -308,14 +310,14 @@ impl Queue {
         state.open.iter().chain(&state.over).find(|job| job.id == id).cloned()
     }
 
-    /// What waits or runs, in order.
+    /// The jobs that wait or run, in order.
     pub fn open(&self) -> Vec<Arc<Job>> {
-        // Who waits for an end hears of it a moment before the job is put away.
+        // Those who wait for a job hear of its end a moment before it is put away.
         lock(&self.state).open.iter().filter(|job| !job.is_over()).cloned().collect()
     }
 
     /// Waits for work, and takes up to `most` images of the first job, and of others of its shape and setting if it has
-    /// fewer. None: the queue is closed.
+    /// fewer. None if the queue is closed.
     pub fn next(&self, most: usize) -> Option<Batch> {
         let mut state = lock(&self.state);
         loop {
@@ -345,7 +347,7 @@ impl Queue {
         }
     }
 
-    /// A picture is finished.
+    /// Adds a finished picture to a job.
     pub fn made(&self, job: &Job, made: Made) {
         let mut complete = false;
         job.update(|view| {
@@ -358,12 +360,12 @@ impl Queue {
         }
     }
 
-    /// A job cannot be done.
+    /// Ends a job that cannot be done.
     pub fn fail(&self, job: &Job, why: String) {
         self.end(job, Stage::Failed, Some(why));
     }
 
-    /// Cancels a job; what is finished of it stays.
+    /// Cancels a job. Its finished pictures stay.
     pub fn cancel(&self, job: &Job, why: &str) {
         self.end(job, Stage::Cancelled, Some(why.into()));
     }
@@ -375,7 +377,7 @@ impl Queue {
         }
     }
 
-    /// Takes no more, and cancels what there is.
+    /// Takes no more jobs, and cancels those that are there.
     pub fn close(&self) {
         lock(&self.state).closed = true;
         for job in self.open() {
@@ -389,7 +391,8 @@ impl Queue {
         self.settle(&mut lock(&self.state));
     }
 
-    /// Puts away what is over, forgets the oldest of that, and tells the others how many are ahead.
+    /// Puts away the jobs that have ended, forgets the oldest of those, and tells the others how many are ahead of
+    /// them.
     fn settle(&self, state: &mut State) {
         let (over, open): (VecDeque<_>, _) = state.open.drain(..).partition(|job| job.is_over());
         state.open = open;

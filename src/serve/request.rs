@@ -1,4 +1,4 @@
-//! What is asked for, checked before it waits: once taken, a request can fail only because of the device or the
+//! Requests, which are checked before they wait. Once it is taken, a request can fail only because of the device or the
 //! disk.
 
 use std::path::PathBuf;
@@ -19,13 +19,14 @@ use crate::sample::{SamplerConfig, parse_seeds};
 
 /// Most images of a job.
 pub const MAX_IMAGES: usize = 64;
-/// Largest area of a picture, as a multiple of that of one that the model learned from.
+/// Largest area of a picture, as a multiple of the area that the model learned from.
 pub const MAX_AREA: usize = 4;
-/// Most steps of a job, each of one such picture.
+/// Most steps of a job, counted over all its pictures. A step counts in proportion to the picture's area: as 1 for the
+/// area that the model learned from.
 pub const MAX_WORK: usize = 4096;
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
-/// Most pixels of an uploaded picture: it is decoded beside others.
+/// Most pixels of an uploaded picture, as it may be decoded beside others.
 const MAX_PIXELS: u64 = 1 << 24;
 
 /// Why a request was refused; the answer is its status, and its message as JSON.
@@ -57,7 +58,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// Of HTTP.
+    /// The status of the HTTP answer.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
@@ -78,9 +79,9 @@ impl Refusal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tags {
-    /// Not at all.
+    /// It takes no tags.
     No,
-    /// As they are.
+    /// It takes tags as they are.
     Plain,
     /// The condition model makes a condition of them.
     Invented,
@@ -141,7 +142,7 @@ pub struct Wanted {
     pub like: Vec<String>,
     /// How many conditions the condition model invents.
     pub invent: usize,
-    /// Seed of those.
+    /// Seed of the conditions that are invented.
     pub condition_seed: u64,
     /// Images of each condition.
     pub per_condition: Option<usize>,
@@ -170,11 +171,11 @@ pub struct Request {
     pub like: Vec<Bytes>,
     /// Conditions to invent.
     pub invent: usize,
-    /// Seed of those.
+    /// Seed of the conditions that are invented.
     pub condition_seed: u64,
     /// Images of each condition.
     pub per_condition: usize,
-    /// One for each image.
+    /// The seed of each image.
     pub seeds: Vec<u64>,
     /// [height, width].
     pub size: [usize; 2],
@@ -187,7 +188,7 @@ fn ensure(ok: bool, message: impl FnOnce() -> String) -> Result<(), Refusal> {
 }
 
 impl Request {
-    /// Checks all that is known without computing.
+    /// Checks everything that can be checked without computing.
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
@@ -239,7 +240,7 @@ impl Request {
         Ok(Self { model, tags, negative, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
     }
 
-    /// Whether there is any condition.
+    /// Whether it has any condition.
     pub fn conditioned(&self) -> bool {
         !self.tags.is_empty() || self.negative.is_some() || !self.like.is_empty() || self.invent > 0
     }
@@ -252,10 +253,10 @@ impl Request {
     }
 }
 
-/// An uploaded picture that can be decoded when its turn comes: it is small enough, and whole. Decoded, a queue of them would
-/// take much more room.
+/// Checks that an uploaded picture is small enough and whole, so that it can be decoded when its turn comes. Until then
+/// it is kept as it is, since a queue of decoded pictures would take much more room.
 fn picture(base64: &str) -> Result<Bytes, Refusal> {
-    // What a page reads of a file begins so.
+    // A page gives a file as a `data:` URL, which begins so.
     let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);
     let refused = |why: &dyn std::fmt::Display| Refusal::Invalid(format!("a picture: {why}"));
     let bytes = BASE64_STANDARD.decode(base64).map_err(|why| refused(&why))?;

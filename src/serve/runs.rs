@@ -1,5 +1,5 @@
-//! Training runs, to look at: a directory of run directories, or one of them. Nothing is written, and no path is made of
-//! what a request says: names are looked up among those that are there.
+//! Training runs, to look at: a directory of run directories, or one of them. Nothing is written. No path is made of
+//! what a request says; names are looked up among those that are there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::train::stats::FILE as STATS;
 
 /// Largest file of statistics, and largest grid, that is read.
 const MAX_BYTES: u64 = 1 << 26;
-/// A curve has up to so many points in one answer: more than a screen has pixels.
+/// The most points of a curve in one answer, more than a screen has pixels.
 const MAX_POINTS: usize = 4000;
 
 /// Where runs are.
@@ -28,7 +28,7 @@ pub struct Runs {
 /// A run in a few numbers; `None` where one is not known.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
-    /// Of its directory.
+    /// Name of its directory.
     pub name: String,
     /// Images seen.
     pub nimg: u64,
@@ -44,11 +44,11 @@ pub struct Run {
     pub images_per_s: Option<f64>,
     /// Time that was spent in training.
     pub seconds: Option<f64>,
-    /// At this speed.
+    /// Seconds that it will still take at this speed.
     pub seconds_left: Option<f64>,
-    /// Since its last line of statistics.
+    /// Seconds since its last line of statistics.
     pub quiet_seconds: f64,
-    /// Whether its lines still come as they did.
+    /// Whether its lines of statistics still come at the usual pace.
     pub running: bool,
     /// Its sample grids, oldest first.
     pub grids: Vec<Grid>,
@@ -59,7 +59,7 @@ pub struct Run {
 /// A sample grid.
 #[derive(Clone, Debug, Serialize)]
 pub struct Grid {
-    /// Of the file.
+    /// Name of the file.
     pub name: String,
     /// Images seen.
     pub nimg: u64,
@@ -83,7 +83,7 @@ pub struct Stats {
     pub points: Vec<Value>,
     /// Where the next part begins.
     pub next: u64,
-    /// Whether this begins anew, as the file has become shorter.
+    /// Whether this part begins at the file's start again, as the file has become shorter.
     pub anew: bool,
 }
 
@@ -91,7 +91,7 @@ pub struct Stats {
 fn names(dir: &Path, start: &str, end: &str) -> Vec<String> {
     let named = formats::names(dir).unwrap_or_default().into_iter();
     let named = named.filter(|name| name.starts_with(start) && name.ends_with(end));
-    // Of what a link shows, nobody said that it may be shown.
+    // Links are left out: nobody said that what they lead to may be shown.
     let is_file = |name: &String| dir.join(name).symlink_metadata().is_ok_and(|about| about.is_file());
     named.filter(|name| end.is_empty() || is_file(name)).collect()
 }
@@ -146,7 +146,7 @@ impl Runs {
         // A restarted run drops the lines that are newer than its checkpoint.
         let anew = from > text.len() as u64;
         let from = if anew { 0 } else { from as usize };
-        // A line is there when its end is.
+        // A line counts once its end is there.
         let end = text.iter().rposition(|&byte| byte == b'\n').map_or(from, |at| (at + 1).max(from));
         let points = points(&text[from..end]);
         let (checks, curve): (Vec<_>, Vec<_>) = points.into_iter().partition(|p| p.get("validation_loss").is_some());
@@ -167,7 +167,7 @@ impl Runs {
         read(&dir.join(name))
     }
 
-    /// The file of a snapshot, by what a request calls it; none if there is none.
+    /// The file of a snapshot, by the name that a request gives it; none if there is no such snapshot.
     pub fn snapshot(&self, model: &str) -> Option<PathBuf> {
         self.all().into_iter().find_map(|(run, dir)| {
             let file = snapshots(&run, &dir).into_iter().find(|(snapshot, _)| snapshot.model == model)?.1;
@@ -177,7 +177,7 @@ impl Runs {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Refusal> {
-    // Not the path: it is nobody's business.
+    // The name only: the path is nobody's business.
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     input::read(path, MAX_BYTES).map_err(|error| Refusal::Failed(format!("{name}: {error}")))
 }

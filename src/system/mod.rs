@@ -1,5 +1,5 @@
-//! What depends on the operating system: each thing once, with what it promises, over two sides that keep the promise,
-//! `unix` (Linux and macOS) and `windows`.
+//! What depends on the operating system. Each function stands here once, with what it promises. Two modules keep the
+//! promises: `unix` (Linux and macOS) and `windows`.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -17,7 +17,7 @@ pub fn open(path: &Path) -> io::Result<File> {
     side::open(path)
 }
 
-/// What an open file is if it is not a regular one, in words.
+/// What an open file is, in words, if it is not a regular one.
 pub fn what_instead(file: &File) -> io::Result<Option<&'static str>> {
     side::what_instead(file)
 }
@@ -30,12 +30,12 @@ pub fn is_of_the_file(error: &io::Error) -> bool {
     kinds.contains(&error.kind()) || error.raw_os_error().is_some_and(|code| side::OF_THE_FILE.contains(&code))
 }
 
-/// Of a link, its own file is opened, or nothing: never what it leads to.
+/// Has a link itself opened, or nothing, but never what it leads to.
 pub fn no_follow(how: &mut OpenOptions) -> &mut OpenOptions {
     side::no_follow(how)
 }
 
-/// A file that is created is its owner's alone; where rights are inherited from the directory, those count.
+/// Has a file created so that only its owner may use it. Where rights are inherited from the directory, those count.
 pub fn private(how: &mut OpenOptions) -> &mut OpenOptions {
     side::private(how)
 }
@@ -45,7 +45,8 @@ pub fn is_at(file: &File, path: &Path) -> bool {
     side::is_at(file, path)
 }
 
-/// Whether a link leads through one of the system's, as /dev/stdout does, which is no place for a file.
+/// Whether a link leads to an open file by way of one of the system's links, as /dev/stdout does. That is no place for
+/// a new file.
 pub fn leads_to_open_file(path: &Path) -> bool {
     side::leads_to_open_file(path)
 }
@@ -55,7 +56,7 @@ pub fn changed(about: &Metadata) -> Option<SystemTime> {
     about.modified().ok().max(side::placed(about))
 }
 
-/// Where this user's programs keep what can be made again.
+/// The directory where this user's programs keep what can be made again.
 pub fn cache() -> Option<PathBuf> {
     side::cache().filter(|path| path.is_absolute())
 }
@@ -82,19 +83,19 @@ pub fn advise_huge_pages<T>(values: &mut [T]) {
     side::advise_huge_pages(values);
 }
 
-/// From now on, when a mapped file can no longer be read, `whose` is given the address, and if it knows that, its text
-/// goes to stderr and the process ends with status 1. `whose` may neither lock nor allocate.
+/// From now on, when a mapped file can no longer be read, `whose` is called with the address. If it knows the address,
+/// the text that it returns goes to stderr, and the process ends with status 1. `whose` may neither lock nor allocate.
 pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {
     side::on_lost_page(whose);
 }
 
 // ---- the process ----
 
-/// Calls `heed` in a thread of its own whenever this process is asked to end; with `true` by Ctrl-C. Launchers of jobs ask
-/// by SIGTERM, and before that by SIGUSR1 or SIGUSR2 if told so (`sbatch --signal`). What the parent process wants ignored
-/// stays ignored: `nohup` and shells' background jobs rely on it.
+/// Calls `heed` in a thread of its own whenever this process is asked to end; with `true` if Ctrl-C asks. Launchers of
+/// jobs ask by SIGTERM, and before that by SIGUSR1 or SIGUSR2 if they are told to (`sbatch --signal`). Signals that the
+/// parent process wants ignored stay ignored, since `nohup` and shells' background jobs rely on that.
 ///
-/// To be called before there is a second thread: those begun later leave signals to the one that waits for them.
+/// Call it before there is a second thread. Threads that begin later leave signals to the one that waits for them.
 pub fn on_stop(heed: impl FnMut(bool) + Send + 'static) {
     side::on_stop(heed);
 }
@@ -109,12 +110,12 @@ pub fn host_name() -> Option<String> {
 /// The library that NVIDIA's driver brings.
 pub const CUDA_DRIVER: &str = side::CUDA_DRIVER;
 
-/// Why a library that is there does not load; none if it does, or is not there. Nothing is done with it.
+/// Tries to load a library and returns why that fails; none if it does not fail, or is not there. The library is not used.
 pub fn why_not_loaded(library: &str) -> Option<String> {
     side::why_not_loaded(library)
 }
 
-/// Whether this machine has a card of NVIDIA's, driver or not.
+/// Whether this machine has a card of NVIDIA's, with or without a driver.
 pub fn has_nvidia_hardware() -> bool {
     side::has_nvidia_hardware()
 }

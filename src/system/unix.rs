@@ -10,7 +10,7 @@ use std::ptr::{null, null_mut};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
-/// The last one is of the system's own files, such as /proc/kmsg.
+/// The last one is what the system's own files give, such as /proc/kmsg.
 pub const OF_THE_FILE: &[i32] = &[libc::ELOOP, libc::EISDIR, libc::ENXIO, libc::EAGAIN];
 
 pub fn open(path: &Path) -> io::Result<File> {
@@ -46,7 +46,7 @@ pub fn is_at(file: &File, path: &Path) -> bool {
 
 pub fn leads_to_open_file(path: &Path) -> bool {
     let mut path = path.to_owned();
-    // As many links as a system follows.
+    // Follow as many links as a system does.
     for _ in 0..40 {
         let Ok(to) = path.read_link() else { return false };
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -65,7 +65,7 @@ pub fn placed(about: &Metadata) -> Option<SystemTime> {
 }
 
 pub fn cache() -> Option<PathBuf> {
-    // A relative one is to be ignored, says the specification of these directories.
+    // The specification of these directories says that a relative path is to be ignored.
     let named = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let usual = if cfg!(target_os = "macos") { "Library/Caches" } else { ".cache" };
     named.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(usual)))
@@ -82,7 +82,8 @@ pub fn memory_limit() -> Option<u64> {
 }
 
 /// The smallest limit of this process's control groups and of those around them, of version 2 or 1. A container may see
-/// its own groups under another path than the process's: where there is nothing, the way up ends at what there is.
+/// its own groups under another path than the process's. Paths where nothing is are passed over, and the way up ends at
+/// what is there.
 fn smallest_limit(root: &Path) -> Option<u64> {
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let limits = groups.lines().filter_map(|line| {
@@ -93,7 +94,7 @@ fn smallest_limit(root: &Path) -> Option<u64> {
             _ => return None,
         };
         let ways = Path::new(group.trim_start_matches('/')).ancestors();
-        // Without a limit it says "max", which is no number, or one that no machine has.
+        // Without a limit the file says "max", which is no number, or has a number that no machine reaches.
         let limit = |way: &Path| fs::read_to_string(root.join(mount).join(way).join(file)).ok()?.trim().parse().ok();
         ways.filter_map(limit).min()
     });
@@ -102,7 +103,7 @@ fn smallest_limit(root: &Path) -> Option<u64> {
 
 #[cfg(target_os = "linux")]
 pub fn peak_memory() -> Option<u64> {
-    // What getrusage says includes the parent's, from before this program was started.
+    // The number of getrusage includes the parent's memory from before this program was started.
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
@@ -156,7 +157,7 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
             libc::write(2, text.as_ptr().cast(), text.len());
             libc::_exit(1);
         }
-        // Nobody's mapping: as if there were no handler, once it returns.
+        // The address is in no mapping of ours. Once the handler returns, the signal acts as if there were no handler.
         libc::signal(libc::SIGBUS, libc::SIG_DFL);
     }
 }
@@ -257,7 +258,7 @@ mod tests {
         write("sys/fs/cgroup/user.slice/session/memory.max", "1000000\n");
         assert_eq!(limit(), Some(1_000_000));
 
-        // Version 1, in a container: the path is the host's.
+        // Version 1, in a container, where the path is the host's.
         write("proc/self/cgroup", "5:cpu,cpuacct:/docker/0\n4:memory:/docker/0\n0::/docker/0\n");
         assert_eq!(limit(), None);
         write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");

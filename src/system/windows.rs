@@ -109,7 +109,7 @@ pub fn peak_memory() -> Option<u64> {
     }
 }
 
-/// They take a right that users do not have.
+/// Does nothing: large pages need a right that users do not have.
 pub fn advise_huge_pages<T>(_: &mut [T]) {}
 
 static WHOSE: OnceLock<fn(usize) -> Option<&'static str>> = OnceLock::new();
@@ -137,7 +137,7 @@ unsafe extern "system" fn on_exception(about: *mut EXCEPTION_POINTERS) -> i32 {
 
 static HEED: Mutex<Option<Box<dyn FnMut(bool) + Send>>> = Mutex::new(None);
 
-/// The system calls in a thread of its own. Of a process that ignores Ctrl-C it does not call at all.
+/// The system calls the handler in a thread of its own. If the process ignores Ctrl-C, it does not call it at all.
 pub fn on_stop(heed: impl FnMut(bool) + Send + 'static) {
     *HEED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Box::new(heed));
     // SAFETY: the handler lives as long as the process.
@@ -150,7 +150,7 @@ unsafe extern "system" fn on_control(kind: u32) -> BOOL {
         heed(asked);
     }
     if !asked {
-        // The window closes or the user logs off: the process ends when this returns, or after some seconds.
+        // The window closes or the user logs off. The process ends when this handler returns, or after some seconds.
         std::thread::sleep(Duration::from_secs(60));
     }
     1
@@ -177,7 +177,7 @@ pub fn why_not_loaded(library: &str) -> Option<String> {
     None
 }
 
-/// Devices that have ever been plugged in; of cards the key begins with the maker's number.
+/// Looks at the devices that have ever been plugged in. A card's key begins with its maker's number.
 pub fn has_nvidia_hardware() -> bool {
     let path = wide("SYSTEM\\CurrentControlSet\\Enum\\PCI");
     // SAFETY: texts that end with 0, and a buffer of the length that is told.

@@ -1,4 +1,4 @@
-//! How a run begins: with what its directory has of it, or anew, and on all ranks alike.
+//! How a run begins: from what its directory has of it, or anew, and on all ranks in the same way.
 
 use std::fs;
 use std::io::{self, Write};
@@ -34,16 +34,16 @@ pub(super) fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<
     Ok(())
 }
 
-/// Sets aside what a directory without a checkpoint has of another run, or of one with other options: what the options'
-/// file beside it does not vouch for. Of this run, all will be written again, with the same bits.
+/// Sets aside what a directory without a checkpoint has of another run, or of one with other options. If the options'
+/// file beside it is that of this run, everything stays: it will all be written again, with the same bits.
 pub(super) fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> io::Result<()> {
     let options = dir.join(OPTIONS_FILE);
     let then = input::text(&options).ok().and_then(|text| serde_json::from_str::<Settings>(&text).ok());
-    // A run that was killed before it wrote a line has a file of them.
+    // A run that was killed before it wrote a line of statistics has an empty file of them.
     let nothing = |name: &Path| name.symlink_metadata().is_ok_and(|about| about.is_file() && about.len() == 0);
     let made = made_by_runs(dir)?.into_iter().filter(|name| name != OPTIONS_FILE && !nothing(&dir.join(name)));
     if made.count() > 0 {
-        // Without a checkpoint it needs what it began from.
+        // Without a checkpoint the run needs what it began from.
         let same =
             |then: &Settings| then.init.is_none() == settings.init.is_none() && then.differences(settings).is_empty();
         match then.as_ref().is_some_and(same) {
@@ -54,7 +54,7 @@ pub(super) fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(
     Ok(())
 }
 
-/// Writes the options' file; one that is somebody's own is set aside.
+/// Writes the options' file. A file of that name that is somebody's own is set aside.
 pub(super) fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
     let path = dir.join(OPTIONS_FILE);
     let ours = input::text(&path).is_ok_and(|text| serde_json::from_str::<Settings>(&text).is_ok());
@@ -132,7 +132,7 @@ pub(super) fn newest<B: TrainingBackend>(
     }
 }
 
-/// Has all ranks begin where rank 0 does: with its state and what its device holds.
+/// Has all ranks begin where rank 0 does, with its state and the values that its device holds.
 pub(super) fn begin_together<B: TrainingBackend>(
     backend: &mut B,
     ranks: &mut dyn Collective,

@@ -34,7 +34,7 @@ pub struct State {
     /// Device and number type of the last step, for people.
     #[serde(default)]
     pub computed_on: String,
-    /// Whether it is there only because the run was told to stop: it goes when there is a newer one.
+    /// Whether it is there only because the run was told to stop. Then it is removed when there is a newer one.
     #[serde(default)]
     pub stopgap: bool,
 }
@@ -45,13 +45,13 @@ pub struct State {
 pub enum CheckpointError {
     #[error(transparent)]
     Io(#[from] FileError),
-    /// It is not whole. An older one may be.
+    /// The checkpoint is not whole. An older one may be.
     #[error("{}: damaged: {what}", path.display())]
     Damaged { path: PathBuf, what: String },
     /// It is whole, but of another version of this program.
     #[error("{}: metadata \"train\": {cause}", path.display())]
     State { path: PathBuf, cause: serde_json::Error },
-    /// The run has values that are not finite, which no checkpoint is made of.
+    /// The run has values that are not finite. No checkpoint is made of such values.
     #[error("{what} is not finite")]
     NotFinite { what: String },
     #[error(transparent)]
@@ -68,7 +68,7 @@ pub fn is_one(file: &SafeFile) -> bool {
     file.metadata().contains_key(STATE)
 }
 
-/// What is saved: of each slot every parameter, and the name of its tensor.
+/// What is saved: every parameter of each slot, with the name of its tensor.
 fn tensors(table: &ParamTable, profiles: usize) -> Vec<(Slot, ParamId, &[usize], String)> {
     let fixed = [(Slot::Weight, "weight"), (Slot::AdamM, "adam_m"), (Slot::AdamV, "adam_v")];
     let slots = fixed.map(|(slot, name)| (slot, name.to_owned())).into_iter();
@@ -93,7 +93,7 @@ pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
     for name in names(dir)? {
         let digits = name.strip_prefix("checkpoint-").and_then(|name| name.strip_suffix(".safetensors"));
         let number = digits.and_then(|digits| digits.parse::<u64>().ok());
-        // Not a copy that somebody made and called otherwise.
+        // A copy that somebody made under another name does not count.
         found.extend(number.map(|number| (number, path(dir, number))).filter(|(_, path)| path.ends_with(&name)));
     }
     found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
@@ -109,8 +109,8 @@ pub fn snapshots(dir: &Path) -> io::Result<Vec<String>> {
     Ok(names(dir)?.into_iter().filter(snapshot).collect())
 }
 
-/// The checkpoints in a directory that a run keeping `keep` of them removes: the older ones, and those that only a stop
-/// made, as a run without stops has none. The newest one always stays.
+/// The checkpoints in a directory that a run removes if it keeps `keep` of them. These are the older ones, and those
+/// that were made only because of a stop, since a run without stops does not have them. The newest one always stays.
 ///
 /// # Errors
 /// If the directory cannot be listed.
@@ -199,7 +199,7 @@ impl Checkpoint {
         Ok(Self { state, file, checksums })
     }
 
-    /// The network that it is of, and its parameters.
+    /// The network that the checkpoint is of, and its parameters.
     ///
     /// # Errors
     /// [`CheckpointError::Damaged`]: there is no network of its config.
@@ -212,7 +212,7 @@ impl Checkpoint {
         CheckpointError::Damaged { path: self.file.path().into(), what }
     }
 
-    /// Makes a model of it, as a run's snapshots are: of the moving average of this number, or of the weights
+    /// Makes a model of it, like a run's snapshots: of the moving average with this number, or of the weights
     /// themselves. All of the checkpoint is [checked](Self::check) before.
     ///
     /// # Errors
@@ -232,7 +232,7 @@ impl Checkpoint {
             ..meta
         };
         let slot = average.map_or(Slot::Weight, Slot::Ema);
-        // In the order of the table.
+        // Tensors are read in the order of the table.
         let saved = tensors(&table, self.state.settings.ema.len()).into_iter().filter(|(of, ..)| *of == slot);
         let values = |name: &str| self.file.f32(name).map_err(|error| damage(self.file.path(), error));
         let weights = saved.map(|(.., name)| values(&name)).collect::<Result<_, _>>()?;
@@ -274,7 +274,7 @@ impl Checkpoint {
     }
 }
 
-/// What stands in the place of a file, and will not become one by trying again.
+/// What stands in the place of a file and is none, so that trying again would not help.
 fn instead(path: &Path) -> Option<&'static str> {
     match path.metadata() {
         Ok(about) if !about.is_file() => Some("it is not a regular file"),

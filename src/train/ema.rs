@@ -7,7 +7,7 @@
 /// Widest profile: gamma = 0, a plain average over all of training.
 pub const MAX_STD: f64 = 0.288_675_134_594_812_9; // 1 / sqrt(12)
 
-/// Narrowest profile: of a million images it averages about one.
+/// Narrowest profile: after a million images it averages over about one.
 pub const MIN_STD: f64 = 1e-6;
 
 /// Exponent gamma of the profile with relative standard deviation `std`, in (0, [`MAX_STD`]]: the
@@ -32,7 +32,7 @@ pub fn power_function_beta(std: f64, t: u64, delta: u64) -> f64 {
     (1.0 - delta as f64 / t as f64).powf(std_to_exp(std) + 1.0)
 }
 
-/// A width in the names of files: three decimals, or as many as tell it from every other.
+/// A width as the names of files have it: with three decimals, or as many more as tell it from every other width.
 pub fn name_of(std: f64) -> String {
     let short = format!("{std:.3}");
     if short.parse() == Ok(std) { short } else { std.to_string() }

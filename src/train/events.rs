@@ -5,7 +5,7 @@
 //! session_log = 7. A summary holds values: tag = 1, simple_value = 2 (float). A checksum is the CRC-32C, rotated and
 //! shifted so that a message may hold another one.
 //!
-//! A run that goes on begins another file, whose session log says from which image on the older ones are void.
+//! A run that goes on begins another file. Its session log says from which image on the older files no longer count.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
-/// The file of this process.
+/// The event file that this process writes.
 pub struct Events {
     path: PathBuf,
     file: File,
@@ -93,7 +93,7 @@ fn masked(data: &[u8]) -> [u8; 4] {
     crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
 }
 
-/// CRC-32C (Castagnoli), bit by bit: a line of statistics has some hundred bytes.
+/// CRC-32C (Castagnoli). It is computed bit by bit, as a line of statistics has only some hundred bytes.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })

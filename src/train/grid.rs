@@ -1,6 +1,6 @@
-//! The sample grid: what the network makes of a few conditions, one to a row, the image that the condition
-//! belongs to first. The same conditions and seeds each time, so that grids of a run can be leafed through. Of several sizes
-//! of images they show the most frequent one.
+//! The sample grid: what the network makes of a few conditions, one to a row, the image that the condition belongs to
+//! first. Conditions and seeds are the same each time, so that one can leaf through the grids of a run. If images have
+//! several sizes, grids show the most frequent one.
 
 use std::path::Path;
 
@@ -17,12 +17,12 @@ use crate::rng::{Purpose, Stream};
 use crate::sample::{Batch, SampleError, Sampler, SamplerConfig};
 use crate::train::Settings;
 
-/// Conditions.
+/// Conditions of a grid, one to a row.
 const ROWS: usize = 6;
-/// Samples of each.
+/// Samples of each condition.
 const SAMPLES: usize = 4;
 
-/// Of the time of a run, at most the hundredth part for grids.
+/// Grids may take one part in so many of a run's time.
 pub const SHARE: u64 = 100;
 
 /// Makes a picture of an image [height, width, channels] in model space.
@@ -54,10 +54,10 @@ pub enum GridError {
     },
 }
 
-/// Training images that take as long as a grid does, by multiply-adds: those of training are three forward passes each.
-/// `picture` are the multiply-adds of making a picture of an image.
+/// How many training images take as long as a grid, counted in multiply-adds. A training image costs three forward
+/// passes. `picture` are the multiply-adds of making a picture of an image.
 pub fn cost(settings: &Settings, picture: u64) -> u64 {
-    // A network that cannot be draws nothing.
+    // A config that describes no network draws nothing.
     let Ok((net, table)) = Precond::new(&settings.config) else { return 0 };
     let [height, width, _] = settings.data.shape;
     let pass = u128::from(net.macs(&table, height, width));
@@ -68,16 +68,16 @@ pub fn cost(settings: &Settings, picture: u64) -> u64 {
     u64::try_from((samples + pictures).div_ceil(3 * pass.max(1))).unwrap_or(u64::MAX)
 }
 
-/// What `guided` makes of the usual sampler.
+/// The usual sampler, with or without guidance.
 fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     let usual = SamplerConfig::default();
     let guidance = if guided && config.label_dim > 0 { usual.guidance } else { 1.0 };
     SamplerConfig { guidance, ..usual }
 }
 
-/// Samples with the effective weights of `backend` and writes the grid, at most `batch` images at a time, as `show` has
-/// them: each rank samples its share, rank 0 writes. Whether this one has written it. Guidance needs a network that
-/// was trained without conditions too: `guided` says whether it was.
+/// Samples with the effective weights of `backend`, at most `batch` images at a time, and writes the grid of the
+/// pictures that `show` makes. Each rank samples its share, and rank 0 writes. Returns whether this rank has written
+/// it. Guidance needs a network that was also trained without conditions; `guided` says whether it was.
 #[allow(clippy::too_many_arguments)] // a run's, taken apart
 pub fn write<B: NetworkBackend>(
     path: &Path,
@@ -112,7 +112,7 @@ pub fn write<B: NetworkBackend>(
         Ok(samples)
     };
     let own = sample();
-    // Whoever fails comes to the meeting all the same, and the others do not wait for nothing.
+    // A rank that failed takes part in this too, so that the others do not wait in vain.
     let all = ranks.gather(bytemuck::cast_slice(own.as_deref().unwrap_or_default()))?;
     own?;
     let lengths = (0..ranks.size()).map(|rank| share(jobs.len() as u64, rank, ranks.size()));

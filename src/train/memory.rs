@@ -1,5 +1,5 @@
-//! How much memory training needs, by estimate: what is held for every parameter, and what the backward
-//! pass needs of the forward pass. Temporary buffers of single operations come on top.
+//! An estimate of how much memory training needs: for every parameter, and for what the backward pass needs of the
+//! forward pass. Temporary buffers of single operations come on top.
 
 use serde::Serialize;
 
@@ -15,11 +15,11 @@ pub struct Memory {
     pub activations: u64,
 }
 
-/// Does something with `batch` images at a time, and with half of that as often as the device has no memory for so many;
-/// `batch` is what it was done with then. `halved` is told of each time.
+/// Does `work` with `batch` images at a time. Each time that the device has no memory for so many, it calls `halved`
+/// and tries again with half of them. Afterwards `batch` is the number that worked.
 ///
 /// # Errors
-/// Those of `work`; one image that there is no memory for among them.
+/// Those of `work`, also when there is no memory even for one image.
 pub fn halving<T, E: std::fmt::Display>(
     batch: &mut usize,
     is_out_of_memory: impl Fn(&E) -> bool,
@@ -52,8 +52,8 @@ pub fn estimate(
     Memory { parameters, activations }
 }
 
-/// Values that the backward pass keeps of one image. A block keeps its residual branch before and after
-/// mp_silu and its result, in the encoder also the normalised input; attention adds q, k, v and two more.
+/// Values that are kept for the backward pass of one image. A block keeps its residual branch before and after mp_silu
+/// and its result, in the encoder also the normalised input; attention adds q, k, v and two more.
 fn kept_values(config: &Config, height: usize, width: usize) -> u64 {
     let levels = config.level_channels();
     let area = height as u128 * width as u128;
@@ -71,8 +71,8 @@ fn kept_values(config: &Config, height: usize, width: usize) -> u64 {
     u64::try_from(total).unwrap_or(u64::MAX)
 }
 
-/// Default size of a micro-batch: a power of two whose activations fit into 1 GiB in f32, or on a GPU into 4 GiB
-/// in 16 bits. It depends on no more of the machine, so that the same command computes the same bits on another.
+/// Default size of a micro-batch: a power of two whose activations fit into 1 GiB in f32, or on a GPU into 4 GiB in 16
+/// bits. It depends on nothing else of the machine, so that the same command computes the same bits on another one.
 pub fn default_batch_gpu(config: &Config, height: usize, width: usize, batch: u64, on_gpu: bool) -> u64 {
     let values = if on_gpu { (4 << 30) / 2 } else { (1 << 30) / 4 };
     let fits = values / kept_values(config, height, width).max(1);

@@ -3,16 +3,16 @@
 //!
 //! A step over images t .. t + batch of the run ([`order`]): micro-batches ([`batch`]) go forward and backward, their
 //! gradients add up, then one pass over the parameters ([`TrainingBackend::optimizer_step`]) with the learning rate at
-//! t and the moving averages at t + batch. What a step does depends on the parameters, the moments and t
-//! alone, all of which a checkpoint holds to the bit; so a run that was stopped ends where one that was not
-//! does.
+//! t and the moving averages at t + batch. What a step does depends only on the parameters, the moments and t, all of
+//! which a checkpoint holds to the bit. So a run that was stopped ends with the same bits as one that was not.
 //!
 //! In the output directory: `checkpoint-*.safetensors` (rotated), `snapshot-*-*.safetensors` (kept: post-hoc
 //! averaging needs them), `grid-*.png`, `stats.jsonl`, `loss.svg`, and `training_options.json`, the [`Settings`].
 //!
 //! On several ranks ([`Collective`]) each takes its share of every step's images, the gradients are summed once a step,
-//! and every rank takes the same step with them. Since all that is random is a function of an image's number, such a run
-//! computes what one rank does, but for the rounding of sums. Rank 0 reads and writes; validation and grids are shared.
+//! and every rank takes the same optimizer step with them. Since all that is random is a function of an image's number,
+//! such a run computes what one rank does, but for the rounding of sums. Rank 0 reads and writes; validation and grids
+//! are shared.
 //!
 //! A run is [`Settings`], which decide what it computes, and an [`Execution`], which decides what it does beside; see
 //! [`Training`] and `examples/train.rs`.
@@ -126,7 +126,7 @@ pub enum TrainError {
         dir.display(), if *more > 0 { format!("; {more} more are damaged") } else { String::new() }
     )]
     AllDamaged { dir: PathBuf, first: CheckpointError, more: usize },
-    /// Going on would only make numbers that mean nothing.
+    /// The run has diverged: going on would only make meaningless numbers.
     #[error(
         "the run has diverged after {nimg} images: {what}. Begin in another --outdir with a lower --lr (it was {lr:e}) \
          or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
@@ -135,7 +135,7 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Whether fewer images at a time may help.
+    /// Whether it may help to take fewer images at a time.
     fn is_out_of_memory(&self) -> bool {
         match self {
             Self::Backend(why)
@@ -146,13 +146,13 @@ impl TrainError {
     }
 }
 
-/// What a run tells while it goes.
+/// What a run reports while it goes.
 pub enum Event<'a> {
-    /// A step is done; images seen.
+    /// A step is done; so many images have been seen.
     Step(u64),
     /// A status interval is over.
     Status(&'a Status),
-    /// A file was written, whole.
+    /// A file was written to its end.
     Saved(&'a Path),
     /// Something else worth a line.
     Note(String),
@@ -170,15 +170,15 @@ pub enum Outcome {
 /// The images of a run.
 #[derive(Clone, Copy)]
 pub struct Splits<'a> {
-    /// To learn from.
+    /// The images to learn from.
     pub train: &'a Dataset,
-    /// To watch the loss on, of the same sizes.
+    /// The images to watch the loss on, of the same sizes.
     pub validation: Option<&'a Dataset>,
 }
 
 /// A run, to be done on a device: [`Device::run`](crate::Device::run).
 pub struct Training<'a> {
-    /// To start from.
+    /// The model to start from.
     pub model: Model,
     /// What it computes.
     pub settings: &'a Settings,
@@ -190,9 +190,9 @@ pub struct Training<'a> {
     pub show: Option<&'a mut grid::Show<'a>>,
     /// Whether to stop after the step at hand.
     pub stop: &'a AtomicBool,
-    /// Is told how it goes.
+    /// Called with what happens.
     pub event: &'a mut dyn FnMut(Event),
-    /// Who else trains the same; [`Alone`] if nobody does.
+    /// The ranks that train together; [`Alone`] if there is only this one.
     pub ranks: &'a mut dyn Collective,
 }
 
@@ -224,7 +224,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     }
     let given = serde_json::to_string(&Given { settings: settings.clone(), execution: execution.clone() });
     agree(ranks, &given.unwrap_or_default(), Given::differences)?;
-    // Rank 0 alone reads and writes: no other needs to see its directory.
+    // Only rank 0 reads and writes, so no other rank needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if rank == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
@@ -247,7 +247,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
-        // Of a run that is over nothing is written anew.
+        // Nothing is written anew for a run that has ended.
         if state.nimg < settings.duration {
             write_options(dir, settings).at(dir)?;
         }
@@ -270,7 +270,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
             let mut micro_batches = (nimg..)
                 .step_by(settings.batch as usize)
                 .flat_map(|first| order.micro_batches(first + own.start..first + own.end, execution.batch_gpu));
-            // It ends when nobody waits for batches any more.
+            // This thread ends when nobody waits for batches any more.
             micro_batches.find(|shown| sender.send(Batch::of(data.train, settings, shown)).is_err());
         });
         let mut run = Run {
@@ -295,7 +295,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
         run.rounds = run.agreed_rounds()?;
         run.backend.make_effective(Slot::Weight, Normalization::Train { rounds: run.rounds })?;
         let outcome = run.go(stop, event)?;
-        // What rank 0 wrote last is there before any rank ends.
+        // What rank 0 writes last must be there before any rank ends.
         run.ranks.barrier()?;
         Ok(outcome)
     })
@@ -320,15 +320,15 @@ struct Run<'a, 's, B: TrainingBackend> {
     started: Instant,
     /// When the last status line was written, and after how many images.
     last_status: (Instant, u64),
-    /// Of rank 0.
+    /// What only rank 0 has.
     files: Option<Files>,
     show: Option<&'a mut grid::Show<'s>>,
     /// Images at a time: the execution's, until the device has no memory for them.
     batch_gpu: usize,
-    /// Micro-batches of a step, of the rank that has most, if all images were of one size: on all ranks the same, as their
-    /// weights are.
+    /// Micro-batches of a step on the rank that has the most, if all images were of one size. It is the same on all
+    /// ranks, so that their weights are too.
     rounds: usize,
-    /// The same in validation and sample grids.
+    /// Images at a time in validation and sample grids.
     batch_aside: usize,
     ranks: &'a mut dyn Collective,
 }
@@ -338,7 +338,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         if self.state.nimg >= self.settings.duration {
             if self.files.is_some() {
                 event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
-                // The process that saw the last ones may have been killed before this.
+                // The process that trained on the last images may have been killed before it tidied up.
                 self.tidy(event)?;
             }
             return Ok(Outcome::Finished);
@@ -351,7 +351,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let due = |interval: u64| interval > 0 && (done || nimg / interval > (nimg - batch) / interval);
             event(Event::Step(nimg));
             let writes = self.files.is_some();
-            // The checkpoint comes last: what it promises to have been done has been.
+            // The checkpoint comes last, since it promises that all before it has been done.
             if due(self.execution.status) && writes {
                 self.status(lr, event)?;
             }
@@ -422,8 +422,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Does something with the first moving average in the place of the weights, with so many images at a time, fewer if
-    /// the device has no memory for them; its time is not counted as training.
+    /// Does something with the first moving average in the place of the weights, with `batch_aside` images at a time,
+    /// or fewer if the device has no memory for them. Its time is not counted as training.
     fn with_average<T>(
         &mut self,
         event: &mut dyn FnMut(Event),
@@ -442,7 +442,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         done
     }
 
-    /// Samples of the first moving average as a picture.
+    /// Writes the sample grid of the first moving average.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(show) = self.show.take() else { return Ok(()) };
         let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
@@ -453,7 +453,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         });
         self.show = Some(show);
         match written {
-            // A network can be too young to sample from; it may grow up.
+            // A network may not be trained enough to sample from yet. Later grids may work.
             Err(TrainError::Grid(
                 error @ (grid::GridError::Sample(SampleError::NotFinite { .. }) | grid::GridError::Elsewhere { .. }),
             )) => {
@@ -470,7 +470,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// A model file for each moving average.
+    /// Writes a model file for each moving average.
     fn snapshot(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         for (i, &std) in self.settings.ema.iter().enumerate() {
             let table = self.backend.table().clone();
@@ -512,7 +512,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         for old in checkpoint::superseded(dir, self.execution.keep).at(dir)? {
             fs::remove_file(&old).at(&old)?;
         }
-        // No run ends for want of a picture.
+        // A run does not end because a picture cannot be drawn.
         if let Some(Err(cause)) = self.files.as_ref().map(|files| files.stats.draw()) {
             event(Event::Note(format!("warning: {}: {cause}", dir.join("loss.svg").display())));
         }

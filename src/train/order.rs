@@ -1,27 +1,28 @@
 //! Which image of the dataset each image of a run is.
 //!
-//! The images of a run are numbered from 0, and all about one follows from the run's seed and its number: here which image
-//! it is, in [`batch`](super::batch) its noise, its mirroring and its condition. So neither the size of micro-batches,
-//! nor the number of ranks, nor a restart changes anything, and there is no state to save.
+//! The images of a run are numbered from 0, and everything about one follows from the run's seed and its number. Which
+//! image it is follows here; its noise, its mirroring and its condition in [`batch`](super::batch). So neither the size
+//! of micro-batches, nor the number of ranks, nor a restart changes anything, and there is no state to save.
 //!
-//! Each epoch is a permutation of the dataset (Fisher-Yates with numbers keyed by the epoch), in which an image with
-//! `repeats` is as often as that.
+//! Each epoch is a permutation of the dataset (Fisher-Yates with random numbers keyed by the epoch). An image with
+//! `repeats` is in it so many times.
 //!
-//! **Several sizes.** A device takes images of one size at a time. So the images of a size, a *bucket*, have an order of
-//! their own, epoch after epoch as above, and a run's numbers are cut into *groups*: G images that follow each other are of one
-//! bucket, where G is the largest divisor of `--batch` up to [`MAX_GROUP`], so that a step is a whole number of groups. Group m
-//! of a bucket shows its next G images, which may be the last of an epoch and the first of the next; a bucket of fewer
-//! images than G is shown more than once by a group.
+//! **Several sizes.** A device takes images of one size at a time. So the images of one size, a *bucket*, have an order
+//! of their own, epoch after epoch as above. A run's numbers are cut into *groups* of G images that follow each other
+//! and are of one bucket. G is the largest divisor of `--batch` up to [`MAX_GROUP`], so that a step is a whole number
+//! of groups. Group m of a bucket shows the bucket's next G images, which may be the last of an epoch and the first of
+//! the next. If a bucket has fewer images than G, a group shows some of them more than once.
 //!
-//! Whose group comes next: group m of a bucket of n images has the time (m + u) / n, where u in [0, 1) is drawn for (bucket,
-//! m), and groups come in the order of their times. So until the time t each bucket has had n t groups, less or more than
-//! one: it is drawn in proportion to its size, at random places, and at any moment of a run every image has been shown
-//! as often as any other, give or take the share of a group in its bucket's epoch and one.
+//! Which bucket's group comes next is decided by times: group m of a bucket of n images has the time (m + u) / n, where
+//! u in [0, 1) is drawn for (bucket, m). Groups come in the order of their times. So until the time t each bucket has
+//! had n t groups, give or take one. Buckets come in proportion to their sizes, at random places. At any moment of a
+//! run every image has been shown as often as any other, give or take one and the share of a group in its bucket's
+//! epoch.
 //!
-//! **Micro-batches.** What a rank has of a step is sorted by bucket and cut into micro-batches of one bucket each: the sum
-//! of a step's gradients does not depend on the order of its images, up to rounding. Finding the place of the first number
-//! after a restart walks through all groups before it: with ten sizes some 8 million a second on one core, which is more
-//! than a hundred million images where G is 16.
+//! **Micro-batches.** A rank's share of a step is sorted by bucket and cut into micro-batches of one bucket each. It
+//! may be, since the sum of a step's gradients does not depend on the order of its images, up to rounding. After a
+//! restart, finding the place of the first number means walking through all groups before it. With ten sizes that is
+//! some 8 million groups a second on one core, or more than a hundred million images where G is 16.
 
 use std::ops::Range;
 
@@ -29,7 +30,7 @@ use super::Settings;
 use crate::data::dataset::Dataset;
 use crate::rng::{Purpose, Stream};
 
-/// A group has up to so many images. Fewer would make a step more even, and more would fill larger micro-batches.
+/// The most images of a group. Fewer would make a step more even, and more would fill larger micro-batches.
 pub const MAX_GROUP: u64 = 16;
 
 /// An image of a run.
@@ -37,7 +38,7 @@ pub const MAX_GROUP: u64 = 16;
 pub struct Shown {
     /// Its number in the run.
     pub number: u64,
-    /// Which one of the dataset it is.
+    /// Its index in the dataset.
     pub image: usize,
 }
 
@@ -46,7 +47,7 @@ pub struct Order {
     seed: u64,
     /// G.
     group: u64,
-    /// Those that have images.
+    /// The buckets that have images.
     buckets: Vec<Bucket>,
     /// How many groups have been placed, and the last of them: its bucket, and its number there.
     placed: u64,
@@ -55,11 +56,11 @@ pub struct Order {
 
 /// The images of one size.
 struct Bucket {
-    /// Every image as often as an epoch shows it.
+    /// Every image, as many times as an epoch shows it.
     images: Vec<u32>,
-    /// An epoch, and its permutation.
+    /// The current epoch, and its permutation.
     epoch: Option<(u64, Vec<u32>)>,
-    /// m of the next group that is to be placed, and m + u in 2^-32.
+    /// m of the next group that is to be placed; below it m + u, in units of 2^-32.
     groups: u64,
     due: u64,
 }
@@ -82,7 +83,7 @@ impl Order {
         order
     }
 
-    /// Goes back to where no group has been placed.
+    /// Goes back to the beginning, where no group has been placed.
     fn rewind(&mut self) {
         self.placed = 0;
         for (number, bucket) in self.buckets.iter_mut().enumerate() {
@@ -97,7 +98,7 @@ impl Order {
             self.rewind();
         }
         while self.placed <= group {
-            // (m + u) / n, compared without division; of two that are equal the first bucket's.
+            // Compares (m + u) / n without a division. Of two that are equal, the first bucket's counts.
             let time = |a: &Bucket, b: &Bucket| u128::from(a.due) * b.images.len() as u128;
             let earlier = |a: &usize, b: &usize| {
                 let (a, b) = (&self.buckets[*a], &self.buckets[*b]);
@@ -146,7 +147,7 @@ impl Order {
     }
 }
 
-/// m + u of a bucket's group m, in 2^-32.
+/// m + u of a bucket's group m, in units of 2^-32.
 fn due(seed: u64, bucket: usize, group: u64) -> u64 {
     let stream = Stream { step: bucket as u32, ..Stream::new(seed, Purpose::Group, group) };
     (group << 32) + u64::from(stream.block(0)[0])
@@ -157,7 +158,7 @@ fn permutation(stream: Stream, len: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..len as u32).collect();
     for i in (1..len).rev() {
         let word = stream.block(i as u32 / 4)[i % 4];
-        // A word scaled to 0..=i; its bias is below 2^-32 * len, nothing that training could notice.
+        // The word is scaled to 0..=i. Its bias is below 2^-32 * len, which training cannot notice.
         order.swap(i, ((u64::from(word) * (i as u64 + 1)) >> 32) as usize);
     }
     order

@@ -1,9 +1,9 @@
-//! Post-hoc moving averages (EDM2, section 3.2, appendix C.3 and algorithm 3): the average of any width as
-//! a combination of stored ones.
+//! Post-hoc moving averages (EDM2, section 3.2, appendix C.3 and algorithm 3): the average of any width is made as a
+//! combination of stored ones.
 //!
-//! A profile of exponent gamma that ends at t is p(tau) = (gamma + 1) / t * (tau / t)^gamma on [0, t]. The
-//! coefficients x minimise the L2 distance of sum x_i p_i from the wanted profile, A x = b with the
-//! inner products of the profiles, and are scaled to sum to 1. Cost: n^3 / 3 operations of n profiles.
+//! A profile of exponent gamma that ends at t is p(tau) = (gamma + 1) / t * (tau / t)^gamma on [0, t]. The coefficients
+//! x minimise the L2 distance of sum x_i p_i from the wanted profile, A x = b with the inner products of the profiles,
+//! and are scaled to sum to 1. Cost: n^3 / 3 operations for n profiles.
 //!
 //! [`Reconstruction`] makes the averages from snapshots: it reads each file once, however many are wanted,
 //! and keeps one parameter of each in memory.
@@ -41,7 +41,7 @@ pub fn correlation(a: &[Profile], b: &[Profile]) -> Vec<f64> {
     let with_exp = |profiles: &[Profile]| profiles.iter().map(|&(t, std)| (t, std_to_exp(std))).collect::<Vec<_>>();
     let (a, b) = (with_exp(a), with_exp(b));
     let product = |&(ta, ga): &(f64, f64), &(tb, gb): &(f64, f64)| {
-        // Both live on [0, earlier]; there the later one has fallen to (earlier / later)^gamma.
+        // Only [0, earlier] counts for both. There the later profile has the factor (earlier / later)^gamma.
         let (earlier, later, gamma) = if ta < tb { (ta, tb, gb) } else { (tb, ta, ga) };
         (ga + 1.0) * (gb + 1.0) / ((ga + gb + 1.0) * later) * (earlier / later).powf(gamma)
     };
@@ -55,14 +55,14 @@ pub fn solve_posthoc(inputs: &[Profile], outputs: &[Profile]) -> Option<Vec<f64>
     let a = DMatrix::from_row_slice(n, n, &correlation(inputs, inputs));
     let b = DMatrix::from_row_slice(n, m, &correlation(inputs, outputs));
     let factor = a.clone().cholesky()?;
-    // What rounding leaves of a diagonal element that should vanish.
+    // Such a diagonal element should be zero, and is what rounding left.
     if factor.l_dirty().diagonal().iter().zip(&a.diagonal()).any(|(l, a)| l * l <= 1e-13 * a) {
         return None;
     }
     let mut x = DMatrix::zeros(n, m);
     for (b, mut x) in b.column_iter().zip(x.column_iter_mut()) {
         let mut rest = b.into_owned();
-        // The second round solves for what rounding left over in the first.
+        // The second round corrects what rounding left over in the first.
         for _ in 0..2 {
             x += factor.solve(&rest);
             for (i, rest) in rest.iter_mut().enumerate() {
@@ -93,7 +93,7 @@ pub fn mismatch(inputs: &[Profile], outputs: &[Profile], x: &[f64]) -> Vec<f64> 
     (0..m).map(relative).collect()
 }
 
-/// Largest [`mismatch`] at which what comes out still deserves the name of what was asked for.
+/// The largest [`mismatch`] at which a result still counts as the average that was asked for.
 const MAX_MISMATCH: f64 = 0.5;
 
 /// Why an average cannot be reconstructed.
@@ -204,7 +204,7 @@ impl Reconstruction {
         self.snapshots.iter().flat_map(|file| file.table.iter()).map(|(_, spec)| spec.numel() as u64).sum()
     }
 
-    /// Writes a model file (f16) for each average; `progress` is told how many more values have been read.
+    /// Writes a model file (f16) for each average; `progress` is called with how many more values have been read.
     ///
     /// # Errors
     /// [`ModelError`] of a snapshot or an output.
@@ -234,7 +234,7 @@ impl Reconstruction {
     }
 }
 
-/// What two snapshots of one run have in common but these have not: names of entries of config and metadata.
+/// In what two snapshots differ that those of one run have in common: names of entries of config and metadata.
 fn differences(a: &ModelFile, b: &ModelFile) -> String {
     let entries = |file: &ModelFile| {
         let mut meta = ModelMeta { images_seen: 0, ema_std: None, ..file.meta.clone() };

@@ -1,5 +1,5 @@
-//! What a run is told: [`Settings`] decide what it computes, and an [`Execution`] what it does beside. Both are compared:
-//! with those of the run that is resumed, and with what the other ranks were given.
+//! What a run is told. [`Settings`] decide what it computes, and an [`Execution`] what it does beside that. Both are
+//! compared with those of the run that is resumed, and with those that the other ranks were given.
 
 use std::path::{Path, PathBuf};
 
@@ -61,7 +61,8 @@ fn is_zero(x: &f64) -> bool {
 }
 
 impl Settings {
-    /// EDM2's, for a network of this config on these images; none of them mirrored or without its condition.
+    /// EDM2's settings, for a network of this config on these images. No image is mirrored or shown without its
+    /// condition.
     pub fn new(data: &Dataset, config: Config, duration: u64) -> Self {
         Self {
             config,
@@ -84,10 +85,10 @@ impl Settings {
         }
     }
 
-    /// Whether it can be computed.
+    /// Checks that a run with these settings can be computed.
     ///
     /// # Errors
-    /// The first setting with which it cannot.
+    /// The first setting with which it cannot be computed.
     pub fn validate(&self) -> Result<(), SettingError> {
         positive("duration", self.duration as f64)?;
         positive("batch", self.batch as f64)?;
@@ -98,7 +99,7 @@ impl Settings {
         if farthest.is_nan() || farthest > 80.0 {
             return Err(SettingError::Noise { p_mean: self.p_mean, p_std: self.p_std, farthest });
         }
-        // The rate falls with the square root of it.
+        // The learning rate depends on its square root.
         let some = self.decay == 0.0 || (1e-6..f64::INFINITY).contains(&self.decay);
         check(some, "decay", self.decay, "0 or a number from 1e-6")?;
         check((0.0..=0.95).contains(&self.dropout), "dropout", self.dropout, "0 to 0.95")?;
@@ -120,8 +121,8 @@ impl Settings {
         }
     }
 
-    /// A fingerprint of the options, which tells this run's snapshots from another's. It leaves out what a model file says
-    /// itself (network, data, start) and what may change (the length).
+    /// A fingerprint of the options, which tells this run's snapshots from another's. It leaves out what a model file
+    /// has an entry for (network, data, start) and what may change (the length).
     pub(super) fn fingerprint(&self) -> Fingerprint {
         let mut options = serde_json::to_value(self).unwrap_or_default();
         if let Some(options) = options.as_object_mut() {
@@ -130,7 +131,7 @@ impl Settings {
         Fingerprint::of([options.to_string()])
     }
 
-    /// Of what the run began from.
+    /// The fingerprint of the weights that the run began from.
     pub(super) fn began_from(&self) -> Option<Fingerprint> {
         self.init.as_ref()?.fingerprint
     }
@@ -139,7 +140,7 @@ impl Settings {
     pub(super) fn differences(&self, other: &Self) -> String {
         let mut other = other.clone();
         other.data.settle(&self.data);
-        // Whoever goes on needs no file to start from. Where it lies, and what it is called, does not matter.
+        // A run that goes on needs no file to start from. Where that file lies, and what it is called, does not matter.
         let same = |then: &Identity| other.init.as_ref().is_none_or(|now| !now.differs(then));
         if self.init.as_ref().is_some_and(same) {
             other.init.clone_from(&self.init);
@@ -183,7 +184,7 @@ fn positive(option: &'static str, x: f64) -> Result<(), SettingError> {
 /// Checks the widths of averages that an option gives.
 ///
 /// # Errors
-/// One is too small or too large, or there twice.
+/// A width is too small or too large, or is given twice.
 pub fn check_widths(option: &'static str, stds: &[f64]) -> Result<(), SettingError> {
     let expected = format!("{} to {MAX_STD:.4}", short(MIN_STD));
     for (k, &found) in stds.iter().enumerate() {
@@ -213,13 +214,13 @@ pub struct DataIdentity {
     pub kind: Representation,
     /// What the conditions are made of.
     pub conditioning: Conditioning,
-    /// What latents are of; none of pixels, or if nobody said.
+    /// The autoencoder that made the latents; none for pixels, or if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Of the tags; none if nobody said.
+    /// Fingerprint of the tags; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vocabulary: Option<Fingerprint>,
-    /// Of all images and conditions; none if nobody said.
+    /// Fingerprint of all images and conditions; none if nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<Fingerprint>,
 }
@@ -251,7 +252,7 @@ impl DataIdentity {
         if self.sizes.is_empty() { vec![[self.shape[0], self.shape[1]]] } else { self.sizes.clone() }
     }
 
-    /// The size with most pixels: what it has room for, the others have.
+    /// The size with the most pixels. Memory that suffices for it suffices for all.
     pub fn largest(&self) -> [usize; 2] {
         let [height, width, _] = self.shape;
         self.all_sizes().into_iter().max_by_key(|[height, width]| height * width).unwrap_or([height, width])
@@ -273,7 +274,7 @@ fn as_shown<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error
     serializer.collect_str(&path.display())
 }
 
-/// What a run does beside training: intervals are in images, 0 = never.
+/// What a run does beside training. Intervals are in images; 0 means never.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Execution {
     /// Where everything goes.
@@ -295,18 +296,18 @@ pub struct Execution {
     pub checkpoint: u64,
     /// Checkpoints to keep.
     pub keep: usize,
-    /// Whether a run that is resumed keeps its ramp-up, as no other was asked for.
+    /// Whether a run that is resumed keeps its ramp-up, because no other one was asked for.
     pub keep_rampup: bool,
-    /// Whether to begin anew, with what the directory has set aside.
+    /// Whether to begin anew and set aside what the directory has.
     pub restart: bool,
     /// Device and number type, for people.
     pub computed_on: String,
 }
 
 impl Execution {
-    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of statistics;
-    /// fewer grids, so that all but the one at the end take a hundredth of the time at most (see [`grid::cost`]).
-    /// Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
+    /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of
+    /// statistics. There are fewer grids if all but the one at the end would take more than a hundredth of the time
+    /// (see [`grid::cost`]). Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
     pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
         let every = |times: u64| (settings.duration / times).max(1);
         let ([height, width], on_gpu) = (settings.data.largest(), device.runtime().is_some());
@@ -326,16 +327,16 @@ impl Execution {
         }
     }
 
-    /// Whether a run can be carried out so.
+    /// Checks that a run can be carried out in this way.
     ///
     /// # Errors
-    /// There are no images at a time.
+    /// The number of images at a time is 0.
     pub fn validate(&self) -> Result<(), SettingError> {
         positive("batch-gpu", self.batch_gpu as f64)
     }
 }
 
-/// What a model that learns from these images says of itself.
+/// The metadata of a model that learns from these images.
 pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
     let header = data.header();
     // Places of features have no names.
@@ -358,7 +359,8 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
     }
 }
 
-/// What differs between two values of one type, a text for each field that does; a field within one has both names.
+/// What differs between two values of one type, with a text for each field that differs. A field within another field
+/// is named by both names.
 fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> String) -> String {
     let [a, b] = [a, b].map(|value| serde_json::to_value(value).unwrap_or_default());
     let (mut text, mut others) = (String::new(), Vec::new());
@@ -395,7 +397,7 @@ fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, 
     }
 }
 
-/// What every rank must have been given alike.
+/// What must be the same on every rank.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Given {
     pub settings: Settings,
@@ -403,21 +405,21 @@ pub(super) struct Given {
 }
 
 impl Given {
-    /// Whether this is what another rank was given; texts are JSON.
+    /// How what this rank was given differs from another rank's; both texts are JSON.
     pub fn differences(ours: &str, theirs: &str) -> String {
         let line = |key: &str, ours: &str, theirs: &str| format!("{key} is {theirs} there, {ours} here");
         let (Ok(ours), Ok(mut theirs)) = (serde_json::from_str::<Self>(ours), serde_json::from_str::<Self>(theirs))
         else {
             return "it is another version".into();
         };
-        // Where a file lies, and what it is called, does not matter.
+        // Where the file of --init lies, and what it is called, does not matter.
         if let (Some(ours), Some(init)) = (&ours.settings.init, &theirs.settings.init)
             && !init.differs(ours)
         {
             theirs.settings.init = Some(ours.clone());
         }
-        // Cards may have room for different numbers of images, different numbers, and tiles that were measured or not;
-        // but not other types of values.
+        // Ranks may have different cards, with room for different numbers of images, and tiles that were measured or
+        // not; but all must compute in the same number type.
         theirs.execution.batch_gpu = ours.execution.batch_gpu;
         let numbers = |execution: &Execution| {
             let numbers = execution.computed_on.split_once(", ").map(|(_, numbers)| numbers);

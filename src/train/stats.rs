@@ -1,8 +1,8 @@
 //! Statistics of a run: JSON lines, one for each interval, and their picture.
 //!
-//! Every line has `nimg`, the images seen. After a restart the lines newer than the checkpoint are
-//! dropped, as is a line that was cut off when the process died, so that `nimg` never runs backwards. What else is no
-//! such line was put there by someone else: it is set aside.
+//! Every line has `nimg`, the images seen. After a restart the lines newer than the checkpoint are dropped, as is a
+//! line that was cut off when the process died, so that `nimg` never decreases. Anything else that is no such line was
+//! put there by someone else, and is set aside.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -44,7 +44,7 @@ pub struct Status {
 pub struct Validation {
     /// Images seen.
     pub nimg: u64,
-    /// Mean loss per element, of the first moving average.
+    /// Mean loss per element of the first moving average's weights.
     pub validation_loss: f64,
 }
 
@@ -53,11 +53,11 @@ pub struct Validation {
 pub struct Sums {
     /// Images of the steps with a finite loss and gradient.
     pub images: u64,
-    /// Those steps.
+    /// How many such steps there were.
     pub steps: u64,
-    /// Loss, per element.
+    /// Their losses, per element.
     pub loss: f64,
-    /// Gradient norm.
+    /// Their gradient norms.
     pub grad_norm: f64,
     /// Non-finite gradient values.
     pub nonfinite: u64,
@@ -96,15 +96,15 @@ pub struct StatsFile {
 }
 
 impl StatsFile {
-    /// Opens the file for appending, after dropping the lines newer than `nimg`; if there was something foreign in
-    /// it, also where that is now.
+    /// Opens the file for appending, after dropping the lines newer than `nimg`. If there was something foreign in it,
+    /// also returns where that is now.
     pub fn open(path: &Path, nimg: u64) -> io::Result<(Self, Option<PathBuf>)> {
         let mut aside = None;
         match path.symlink_metadata() {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
             Ok(about) if about.is_file() => aside = Self::clean(path, nimg)?,
-            // A folder, a pipe, a link to elsewhere: not ours.
+            // A folder, a pipe or a link to elsewhere is not ours.
             Ok(_) => {
                 let place = free_name(path, "damaged");
                 fs::rename(path, &place)?;
@@ -115,7 +115,7 @@ impl StatsFile {
         Ok((Self { path: path.into(), file }, aside))
     }
 
-    /// Keeps what lines there are up to `nimg`; where what is foreign went.
+    /// Keeps the lines up to `nimg`. Returns where anything foreign was moved to.
     fn clean(path: &Path, nimg: u64) -> io::Result<Option<PathBuf>> {
         let mut reader = BufReader::new(File::open(path)?);
         let (mut kept, mut foreign, mut changed) = (Vec::new(), false, false);
@@ -135,7 +135,7 @@ impl StatsFile {
                     changed |= !whole;
                 }
                 Some(_) => changed = true,
-                // Cut off, as a kill or a full disk does it.
+                // The line was cut off, as it happens by a kill or a full disk.
                 None if !whole && text.is_some_and(begins_a_line) || line.trim_ascii().is_empty() => changed = true,
                 None => (foreign, changed) = (true, true),
             }

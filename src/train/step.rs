@@ -1,9 +1,10 @@
-//! One optimizer step of a run, on all its ranks: micro-batches, the sum of their gradients, Adam; and what ranks tell each
-//! other after it.
+//! One optimizer step of a run, on all its ranks: micro-batches, the sum of their gradients, Adam. After it the ranks
+//! exchange what they have found.
 //!
-//! Gradients are summed in [`Buckets`](crate::params::Buckets). The backward pass of a rank's last micro-batch says when
-//! nothing adds to a bucket any more: its sum begins then, beside the rest of the pass. So the ranks sum the same buckets in
-//! the same order, however many micro-batches each of them has. On a CPU, where ranks are for tests, the pass waits.
+//! Gradients are summed in [`Buckets`](crate::params::Buckets). The backward pass of a rank's last micro-batch says
+//! when a bucket's gradients are complete. Then its sum begins, beside the rest of the pass. So the ranks sum the same
+//! buckets in the same order, however many micro-batches each of them has. On a CPU, where ranks are for tests, the
+//! pass waits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -77,7 +78,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             rounds: self.rounds,
             ema_betas: &betas,
         })?;
-        // Only now: a device computes on while the host gets the next micro-batch ready.
+        // The losses are read only now, so that the device computes on while the host gets the next micro-batch ready.
         let mut loss = 0.0;
         for (per_image, weight) in losses {
             loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
@@ -95,7 +96,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
         let sums = &mut self.state.sums;
         sums.nonfinite += stats.nonfinite;
-        // One overflow would hide all other steps of the interval.
+        // A step that overflowed is left out: in the mean it would hide all other steps of the interval.
         if stats.grad_norm.is_finite() {
             sums.images += s.batch;
             sums.steps += 1;
@@ -111,7 +112,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         largest.div_ceil(self.batch_gpu)
     }
 
-    /// The same of all ranks: the most.
+    /// The most that any rank has of these micro-batches.
     pub(super) fn agreed_rounds(&mut self) -> Result<usize, CollectiveError> {
         let own = Said { loss: 0.0, grad_norm: 0.0, stop: false, rounds: self.own_rounds() };
         Ok(own.of_all(self.ranks)?.iter().map(|rank| rank.rounds).max().unwrap_or(1))
@@ -119,7 +120,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// Takes fewer images at a time from here on, as the device has no memory for `n`.
     fn halve(&mut self, n: usize, why: &BackendError, event: &mut dyn FnMut(Event)) {
-        // The step at hand counts as many rounds as all ranks do; the next one has more.
+        // This step keeps the number of rounds that all ranks agreed on. The next one will have more.
         self.batch_gpu = n.div_ceil(2);
         event(Event::Note(format!("warning: {why}; going on with --batch-gpu {}", self.batch_gpu)));
     }
@@ -127,7 +128,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
 /// The sum of a step's gradients over all ranks.
 struct Reduction {
-    /// Buckets that have been given to it: each once in a step.
+    /// How many buckets have been given to it in this step, each once.
     buckets: usize,
     done: Result<(), TrainError>,
 }
@@ -137,7 +138,7 @@ impl Reduction {
         Self { buckets: 0, done: Ok(()) }
     }
 
-    /// Begins the sums of those buckets that are whole now.
+    /// Begins the sums of the buckets that have become complete.
     fn go_on<B: TrainingBackend>(&mut self, backend: &mut B, ranks: &mut dyn Collective, whole: Whole) {
         while self.done.is_ok() && self.buckets < backend.buckets().whole(whole) {
             self.done = with_values(backend, Slot::Grad, self.buckets, |values| ranks.all_reduce(values));
@@ -148,7 +149,7 @@ impl Reduction {
 
 /// What a rank says after a step.
 struct Said {
-    /// Sum over its images, of each as if it had as many elements as the most frequent size has.
+    /// Sum of its images' losses, each scaled to the number of elements of the most frequent size.
     loss: f64,
     grad_norm: f64,
     stop: bool,
@@ -156,8 +157,8 @@ struct Said {
 }
 
 impl Said {
-    /// What all say, in their order. The gradients were the same on all, and so must be what each makes of them: a rank
-    /// that has lost its way would go on unseen.
+    /// What all ranks say, in their order. The gradients were the same on all of them, so their results must be the
+    /// same too. It is checked, as a rank with other results would otherwise go on unseen.
     fn of_all(&self, ranks: &mut dyn Collective) -> Result<Vec<Self>, CollectiveError> {
         let own = [self.loss.to_bits(), self.grad_norm.to_bits(), u64::from(self.stop), self.rounds as u64];
         let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -193,14 +194,15 @@ pub struct MicroBatch {
     pub dropout: f64,
 }
 
-/// The plan of a micro-batch whose gradients are summed with those of others while it goes on.
+/// The plan of a micro-batch whose gradients are summed over ranks while it goes on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct SharedMicroBatch {
     dropout: f64,
 }
 
-/// Forward and backward of clean images, noisy ones, noise levels, with dropout the keys of its masks, and (unless
-/// unconditional) labels; the loss of each image. The gradients add up in the backend.
+/// Forward and backward pass. `inputs` are clean images, noisy ones, noise levels, the keys of masks if there is
+/// dropout, and labels unless the network is unconditional. Returns the loss of each image. The gradients add up in the
+/// backend.
 pub fn micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
@@ -211,7 +213,7 @@ pub fn micro_batch<B: TrainingBackend>(
     Ok(b.planned(&MicroBatch { dropout }, inputs, body)?.swap_remove(0))
 }
 
-/// As [`micro_batch`]; `done` is told when nothing that the device was not given yet adds to which gradients any more.
+/// As [`micro_batch`]; `done` is called when the device has been given everything that adds to the named gradients.
 pub fn shared_micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
@@ -223,7 +225,7 @@ pub fn shared_micro_batch<B: TrainingBackend>(
     Ok(b.planned_pass(&SharedMicroBatch { dropout }, inputs, body, done)?.swap_remove(0))
 }
 
-/// What both run.
+/// The pass that both of these run.
 fn pass<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
@@ -240,8 +242,8 @@ fn pass<B: TrainingBackend>(
     Ok(vec![per_image])
 }
 
-/// A micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs. Where its
-/// gradients matter, they are to be cleared.
+/// Runs a micro-batch of [n, height, width] images of zeros, so that a device plans it and knows what it costs. The
+/// caller must clear its gradients, if there is any use for gradients afterwards.
 ///
 /// # Errors
 /// The device does not have the memory.
@@ -259,7 +261,7 @@ pub fn rehearse<B: TrainingBackend>(
     micro_batch(b, net, dropout, &inputs).map(|_| ())
 }
 
-/// Gives the values of a bucket to a call of all ranks.
+/// Gives the values of a bucket to a call that all ranks make.
 pub(super) fn with_values<B: TrainingBackend>(
     backend: &mut B,
     slot: Slot,

@@ -1,8 +1,8 @@
-//! The loss on images that are not learnt from: at random noise levels while training, and level by level.
+//! The loss on images that are not learnt from: while training at random noise levels, in `edm2k eval` level by level.
 //!
-//! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on
-//! the same noisy images. Ranks, or other processes, share them, and add up what all have found in one order.
-//! Cost: a forward pass for each image and level.
+//! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on the
+//! same noisy images. Ranks, or other processes, share them, and add up the results of all in a fixed order. Cost: a
+//! forward pass for each image and level.
 
 use super::Settings;
 use super::batch::{self, Batch, Showing};
@@ -12,7 +12,7 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::Precond;
 use crate::rng::{Purpose, Stream};
 
-/// So many images of the validation split are looked at while training.
+/// How many images of the validation split are looked at while training.
 const IMAGES: usize = 1024;
 /// Noise levels for each of them.
 const DRAWS: usize = 4;
@@ -32,7 +32,7 @@ pub enum ValidationError {
 /// Noise levels of `edm2k eval`, from where nothing is hidden to where everything is.
 pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 80.0];
 
-/// Means over images and their elements.
+/// Means over images and their elements, at one noise level.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Loss {
     /// What training minimises: `error` / exp(`logvar`) + `logvar` (EDM2, eq. 14).
@@ -55,7 +55,7 @@ pub fn loss<B: NetworkBackend>(
     ranks: &mut dyn Collective,
 ) -> Result<f64, ValidationError> {
     let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
-    // Ranks may have room for different numbers of images.
+    // Images are shared out one by one, since ranks may have room for different numbers of them at a time.
     let noisy = Noisy::new(data, data.len().min(IMAGES), DRAWS, 1, sigma);
     let own = noisy.of(Part { number: ranks.rank(), of: ranks.size() });
     let found = noisy.measure(b, net, own, batch, &mut |_| {})?;
@@ -71,14 +71,15 @@ struct Validating;
 /// What a noisy image gave: its loss, error and logvar.
 pub type Found = [f64; 3];
 
-/// The first images of a split, each made noisy a few times: time number j of image i with noise k = i * draws + j.
+/// The first images of a split, each made noisy a few times. The noise number of image i at its j-th time is k = i *
+/// draws + j.
 pub struct Noisy<'a> {
     data: &'a Dataset,
     draws: usize,
     sigma: Box<dyn Fn(u64) -> f32 + 'a>,
-    /// Their numbers k, those of images of one size after the other.
+    /// Their numbers k, sorted so that those of images of one size follow each other.
     order: Vec<usize>,
-    /// So many of a size are in one part, if there are as many.
+    /// How many images of a size are kept together in one part, if there are so many.
     together: usize,
 }
 
@@ -90,8 +91,8 @@ impl<'a> Noisy<'a> {
         Self { data, draws, sigma: Box::new(sigma), order, together }
     }
 
-    /// Each image at each of [`SIGMAS`]. Parts are of whole batches: so an image has the neighbours that it would have if
-    /// one process did it all, and gives the same to the bit.
+    /// Each image at each of [`SIGMAS`]. Parts are made of whole batches. So an image shares its batch with the same
+    /// images as if one process did it all, and gives the same result to the bit.
     pub fn by_level(data: &'a Dataset, images: usize, batch: usize) -> Self {
         let sigma = |k| SIGMAS[k as usize % SIGMAS.len()] as f32;
         Self::new(data, images, SIGMAS.len(), batch, sigma)
@@ -102,7 +103,7 @@ impl<'a> Noisy<'a> {
         numbers.chunk_by(move |a, b| shape(a) == shape(b)).flat_map(move |same| same.chunks(most))
     }
 
-    /// The numbers of those in a part.
+    /// The numbers k in a part.
     pub fn of(&self, part: Part) -> &[usize] {
         let lengths: Vec<usize> = self.batches(&self.order, self.together).map(<[usize]>::len).collect();
         let own = share(lengths.len() as u64, part.number, part.of);
@@ -110,7 +111,7 @@ impl<'a> Noisy<'a> {
         &self.order[lengths[..first].iter().sum()..][..lengths[first..end].iter().sum()]
     }
 
-    /// What the effective weights make of some of them; `progress` is told how many more have been denoised.
+    /// Measures the effective weights on some of them. `progress` is called with how many more have been denoised.
     ///
     /// # Errors
     /// The device's, or a damaged image.
@@ -128,7 +129,7 @@ impl<'a> Noisy<'a> {
         for all in self.batches(numbers, batch) {
             let showing = |&k: &usize| Showing {
                 image: k / draws,
-                // The same at every level.
+                // The drawn latent of an image is the same at every noise level.
                 latent: Stream::new(0, Purpose::Latent, (k / draws) as u64),
                 mirrored: false,
                 sigma: (self.sigma)(k as u64),
@@ -158,10 +159,11 @@ impl<'a> Noisy<'a> {
         Ok(found)
     }
 
-    /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
+    /// For each time that images were shown, the means over the images. `found` has the results of all parts, one after
+    /// the other.
     pub fn means(&self, found: &[Found]) -> Vec<Loss> {
         let mut sums = vec![Loss::default(); self.draws];
-        // In one order, whoever has measured them.
+        // They are added in one order, whichever process has measured them.
         for (k, [loss, error, logvar]) in self.order.iter().zip(found) {
             let sum = &mut sums[k % self.draws];
             sum.loss += loss;

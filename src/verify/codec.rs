@@ -18,7 +18,7 @@ pub(super) fn sd_vae<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b:
     })
 }
 
-/// Both directions of TAESD, whose latents the directory has in its own scale.
+/// Both directions of TAESD. The directory has its latents in TAESD's own scale.
 pub(super) fn taesd<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
     replay(s, b, "taesd", |moments, _| {
         let latents = moments.mean.iter().map(|x| x * TAESD_SCALE).collect();
@@ -79,8 +79,8 @@ fn images(f: &Golden, name: &str, channels: usize) -> Result<Array> {
     }
 }
 
-/// Compares `got` (NHWC) with a tensor of the file. The reference is exact; the rounding of `depth` convolutions
-/// in a row adds up like independent errors.
+/// Compares `got` (NHWC) with a tensor of the file. The reference is exact. The rounding errors of `depth` convolutions
+/// in a row add up as independent ones do.
 fn check<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,

@@ -1,25 +1,24 @@
 //! Replays numbers of the official implementation on a device and measures how far off it is.
 //!
-//! A directory holds safetensors and JSON files in the layout that `tests/golden/README.md` describes:
-//! inputs, parameters and results of single operations, blocks, whole networks, training steps, samplers and
-//! schedules. Each result becomes one [`Check`]: the relative error |got - expected| / |expected| (L2 norm
-//! over the tensor) against a bound. Network, sizes and settings come from the files; what a directory lacks
-//! is skipped by name.
+//! A directory holds safetensors and JSON files in the layout that `tests/golden/README.md` describes: inputs,
+//! parameters and results of single operations, blocks, whole networks, training steps, samplers and schedules. Each
+//! result becomes one [`Check`]: the relative error |got - expected| / |expected| (L2 norm over the tensor) against a
+//! bound. Network, sizes and settings come from the files. What a directory lacks is reported as skipped, by its name.
 //!
 //! # Bounds
 //! `tolerances.json` says how far the official float32 run is from the same computation in float64. A bound is
-//! [`FACTOR`] times that: as much rounding again as the reference has itself, at another order of summation.
-//! A tensor of few values is one draw of that rounding, not its size, so for fewer than [`FEW`] values the worst
-//! tensor of the same quantity counts. Operations that were computed in float64 have no such entry; the floor of
-//! [`Bounds`] is theirs, times sqrt(n) for an autoencoder of n convolutions. No bound exceeds the contract of the
-//! quantity, but that of a tensor of few values of which the reference itself loses more: a sum with cancellation.
+//! [`FACTOR`] times that, since a device rounds as much as the reference does, and sums in another order. A tensor of
+//! few values shows one draw of that rounding and not its size. So for fewer than [`FEW`] values the worst tensor of
+//! the same quantity counts. Operations that were computed in float64 have no such entry. Their bound is the floor of
+//! [`Bounds`], times sqrt(n) for an autoencoder of n convolutions. No bound exceeds the contract of its quantity, with
+//! one exception: a tensor of few values of which the reference itself loses more, as in a sum with cancellation.
 //!
-//! For a device of 16 bits an entry may also have `f16` and `bf16`: how far the official code's own run at that precision
-//! is from its float32, the root mean square of several draws of the rounding (`scripts/golden.py` writes them). Then
-//! the bound is [`OFFICIAL`] times that, or [`OFFICIAL_FEW`] times for a tensor of few values: what this tensor loses
-//! on this draw, a sum with cancellation more than others. The floor is that of an operation, since the official code
-//! computes the embedding and the log-variance in float32 and a device need not. Where there is no such entry, the
-//! bounds of the precision hold.
+//! For a device of 16 bits an entry may also have `f16` and `bf16`: how far the official code's own run at that
+//! precision is from its float32, the root mean square of several draws of the rounding (`scripts/golden.py` writes
+//! them). Then the bound is [`OFFICIAL`] times that, or [`OFFICIAL_FEW`] times for a tensor of few values. So it
+//! follows what this very tensor loses; a sum with cancellation loses more than others. Its floor is that of an
+//! operation, since the official code computes the embedding and the log-variance in float32 and a device need not.
+//! Where there is no such entry, the bounds of the precision hold.
 
 mod codec;
 mod network;
@@ -53,18 +52,19 @@ pub const FACTOR: f64 = 10.0;
 /// A tensor of fewer values says too little about the size of its rounding error.
 pub const FEW: usize = 64;
 
-/// How much more than the official 16-bit run may be lost. Both round the same operations' results, but not at the same
-/// places; the L2 norm of many roundings hardly varies from draw to draw. On the emulator the two differ by 0.5 to 1.7.
+/// How much more than the official 16-bit run may be lost. Both round the results of the same operations, but not at
+/// the same places. The L2 norm of many roundings hardly varies from draw to draw. On the emulator the two differ by
+/// 0.5 to 1.7.
 pub const OFFICIAL: f64 = 3.0;
 
-/// As [`OFFICIAL`] for fewer than [`FEW`] values, where one error is compared with the root mean square of a few draws.
-/// Student's t for 16 of them exceeds this in 2 of 100,000 cases, and a directory has hundreds.
+/// As [`OFFICIAL`], for fewer than [`FEW`] values. There one error is compared with the root mean square of a few
+/// draws. Student's t for 16 draws exceeds this in 2 of 100,000 cases, and a directory has hundreds of such tensors.
 pub const OFFICIAL_FEW: f64 = 6.0;
 
 /// The file of single operations.
 const OPERATIONS: &str = "ops.safetensors";
 
-/// Smallest and largest bound for one quantity: what rounding alone can do at least, and the contract.
+/// Smallest and largest bound for one quantity: what rounding alone may cause, and the contract.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Bound where the reference is exact (computed in float64).
@@ -76,7 +76,7 @@ pub struct Limits {
 /// What a device's arithmetic allows.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Of the official runs that the device is compared with; none if it computes in float32.
+    /// Precision of the official runs that the device is compared with; none if the device computes in float32.
     pub precision: Option<Precision>,
     /// Results of single operations.
     pub operation: Limits,
@@ -109,10 +109,10 @@ impl Bounds {
         }
     };
 
-    /// Devices that round activations and effective weights to 16 bits and sum in f32. f16 has 11 significant
-    /// bits: the rounding of inputs, weights and result, each 2^-11 / sqrt(3) on average, makes an operation's
-    /// 2e-3 at most; the errors of a network's operations add up as independent ones do. bf16 has 8. A sampler's
-    /// images are as close as 40 dB of peak signal to noise asks.
+    /// Devices that round activations and effective weights to 16 bits and sum in f32. f16 has 11 significant bits. The
+    /// rounding of inputs, weights and result, each 2^-11 / sqrt(3) on average, makes 2e-3 at most for an operation.
+    /// The errors of a network's operations add up as independent ones do. bf16 has 8 bits. A sampler's images must be
+    /// as close as a peak signal to noise ratio of 40 dB asks.
     pub fn of(precision: Precision) -> Self {
         let scale = match precision {
             Precision::F16 => 1.0,
@@ -133,9 +133,9 @@ impl Bounds {
 
 /// A kind of device: how to make a backend for a table of parameters, and how exact it is.
 pub struct Device<'a, B> {
-    /// For one network (no gradients).
+    /// Makes a backend for one network, without gradients.
     pub sampling: &'a dyn Fn(&ParamTable) -> Result<B, DeviceError>,
-    /// With gradients, moments and this many moving averages.
+    /// Makes one with gradients, moments and this many moving averages.
     pub training: &'a dyn Fn(&ParamTable, usize) -> Result<B, DeviceError>,
     /// Its bounds.
     pub bounds: Bounds,
@@ -162,7 +162,7 @@ pub struct Check {
     pub error: f64,
     /// Largest error that is ok.
     pub bound: f64,
-    /// Whether it is.
+    /// Whether the error is within it.
     pub ok: bool,
     /// Where it is worst.
     pub worst: Option<Worst>,
@@ -174,7 +174,7 @@ pub struct Check {
 pub enum Outcome {
     /// It was compared.
     Check(Check),
-    /// It was not.
+    /// It was not compared.
     #[allow(missing_docs)] // file, case or tensor, and why
     Skip { name: String, why: String },
 }
@@ -234,8 +234,8 @@ pub enum VerifyError {
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
-/// Replays a directory on a device; `report` sees each outcome as it comes. `codec` makes what runs the
-/// autoencoders.
+/// Replays a directory on a device; `report` is called with each outcome as it comes. `codec` makes the backend that
+/// runs the autoencoders.
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
@@ -288,7 +288,7 @@ pub fn verify<B: TrainingBackend, C: CodecBackend>(
         let used = replays.iter().any(|(needs, _)| needs.contains(&name.as_str()));
         let about = ["README.md", "configs.json", "tolerances.json", "phema.safetensors"];
         let numbered = name.starts_with("tiny_train_step") || name.starts_with("tiny_train_accum");
-        // Read by the tests of the import, which computes nothing.
+        // The tests of `import` read these; there is nothing to compute.
         let snapshot = name.starts_with("official_style_snapshot");
         if !used && !numbered && !snapshot && !about.contains(&name.as_str()) {
             s.skip(&name, "nothing of this program computes it yet");
@@ -323,7 +323,8 @@ impl<B: TrainingBackend> Session<'_, B> {
         (self.report)(&Outcome::Skip { name: name.into(), why: why.into() });
     }
 
-    /// Runs one case; a tensor that it needs and the file lacks skips it, and a network that the device does not take.
+    /// Runs one case. It is skipped if it needs a tensor that the file lacks, or a network that the device does not
+    /// take.
     fn case(&mut self, name: &str, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         match run(self) {
             Err(VerifyError::File(SafeError::Missing { name: tensor, .. })) => {
@@ -427,12 +428,13 @@ impl<B: TrainingBackend> Session<'_, B> {
         self.check_as(f, tensor, tensor.trim_end_matches(".f64"), what, got)
     }
 
-    /// As [`Session::check`], where a tensor that the file lacks is none that is missed.
+    /// As [`Session::check`], but if the file lacks the tensor, nothing is reported.
     fn check_if(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
         if f.has(tensor) { self.check(f, tensor, what, got) } else { Ok(()) }
     }
 
-    /// As [`Session::check`], with the bound of another tensor unless its own says more.
+    /// As [`Session::check`]. But unless the directory says what the official code loses of this tensor, the bound of
+    /// another one, `kin`, counts if it is larger.
     fn check_as(&mut self, f: &Golden, tensor: &str, kin: &str, what: What, got: &[f64]) -> Result<()> {
         if !f.has(tensor) {
             self.skip(format!("{}/{tensor}", f.stem), "absent");
@@ -448,8 +450,8 @@ impl<B: TrainingBackend> Session<'_, B> {
         Ok(())
     }
 
-    /// A backend for training with the file's parameters, named `prefix` + their name in the table, in its
-    /// weights.
+    /// A backend for training, whose weights are the file's parameters. Their names there are `prefix` and the name in
+    /// the table.
     fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<B> {
         let mut b = match averages {
             None => (self.device.sampling)(table)?,
@@ -540,7 +542,7 @@ impl Golden {
         self.file.names().filter(|name| !seen.contains(*name)).map(str::to_owned).collect()
     }
 
-    /// Names of the cases: what stands before the first dot.
+    /// Names of the cases: the parts of tensors' names before the first dot.
     fn cases(&self) -> Vec<String> {
         let cases: BTreeSet<_> = self.file.names().filter_map(|name| name.split_once('.')).map(|n| n.0).collect();
         cases.into_iter().map(str::to_owned).collect()
@@ -633,12 +635,12 @@ fn param<B: TrainingBackend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f
     Ok(b.read_param(slot, id)?.into_iter().map(f64::from).collect())
 }
 
-/// Forced normalisations of a step, as the forward pass saw them.
+/// The forced normalisations of a step, as its forward pass saw them.
 fn normalization(rounds: usize) -> Normalization {
     if rounds == 0 { Normalization::Eval } else { Normalization::Train { rounds } }
 }
 
-/// An optimizer step that leaves the weights as the forward pass saw them; it makes the gradients readable.
+/// An optimizer step that leaves the weights as the forward pass saw them. It is taken to make the gradients readable.
 fn still_step<B: TrainingBackend>(b: &mut B, rounds: usize, grad_scale: f64) -> Result<StepStats> {
     let betas = (0.9, 0.99);
     Ok(b.optimizer_step(&Step { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale, rounds, ema_betas: &[] })?)

@@ -10,7 +10,7 @@ use crate::backend::{Embed, Slot, Step, TrainingBackend};
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
 
-/// Batches are normalised once in training, unless gradients are accumulated.
+/// Weights are normalised once in a training step, unless gradients are accumulated.
 const ROUNDS: usize = 1;
 
 /// The network of a parameter file, on a backend.
@@ -42,7 +42,7 @@ pub(super) fn images(f: &Golden, name: &str, net: &Precond) -> Result<Array> {
     f.shaped(name, &[n, net.config.img_channels, h, w])
 }
 
-/// One value for each of `n` images, whatever the shape that it is stored in.
+/// One value for each of `n` images, in whatever shape they are stored.
 pub(super) fn per_image(f: &Golden, name: &str, n: usize) -> Result<Array> {
     let x = f.array(name)?;
     match x.values.len() == n {
@@ -111,7 +111,7 @@ fn forward_set<B: TrainingBackend>(
     s.check_if(f, &format!("{set}.D_x.f64"), What::Forward, &got)?;
     let (features, logvar) = net.logvar(b, &sigma);
     s.check_if(f, &format!("{set}.logvar"), What::Forward, &download(b, &logvar)?)?;
-    // The c_noise that the features were computed from is not a tensor of the network; the formula is.
+    // The c_noise from which the features were computed is no tensor of the file, so it is computed by its formula.
     let c_noise: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
     s.check_if(f, &format!("{set}.c_noise"), What::Forward, &c_noise)?;
     for (name, buffers, features) in
@@ -128,7 +128,7 @@ fn forward_set<B: TrainingBackend>(
     let find = |name: &str| table.find(name);
     let layers = (find("unet.emb_fourier.freqs"), find("unet.emb_fourier.phases"), find("unet.emb_noise.weight"));
     if let (Some(freqs), Some(phases), Some(noise)) = layers {
-        // Each branch of the embedding alone: without labels, and with all the weight on them.
+        // Checks each branch of the embedding alone: without labels, and with all the weight on them.
         let label = find("unet.emb_label.weight");
         for (name, label, label_balance) in [("emb_noise", None, 0.5), ("emb_label", label, 1.0)] {
             if has(name) {
@@ -166,15 +166,15 @@ impl<T> Batch<T> {
     }
 }
 
-/// What a training pass says of its loss.
+/// What a training pass gives for its loss.
 struct Losses {
     /// `[n, c, h, w]`
     denoised: Vec<f64>,
     /// `[n]`
     logvar: Vec<f64>,
-    /// From those two, [n, c, h, w].
+    /// The loss of each element, computed from those two, [n, c, h, w].
     elements: Vec<f64>,
-    /// As the backend summed it, `[n]`.
+    /// The loss as the backend summed it, `[n]`.
     per_image: Vec<f64>,
 }
 
@@ -198,7 +198,7 @@ fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) 
 }
 
 impl Losses {
-    /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
+    /// Compares with the tensors of a file. The scalar loss is an average over a batch of `total` images.
     fn check<B: TrainingBackend>(
         &self,
         s: &mut Session<B>,
@@ -212,7 +212,7 @@ impl Losses {
         if !f.has(&elements) {
             return Ok(());
         }
-        // The sums that the backend computes itself, against those of the file's elements.
+        // Compares the sums that the backend computes itself with those of the file's elements.
         let expected = f.array(&elements)?;
         let size = expected.values.len() / self.per_image.len().max(1);
         let sums: Vec<f64> = expected.values.chunks(size.max(1)).map(|image| image.iter().sum()).collect();
@@ -248,8 +248,9 @@ fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str,
     Ok(())
 }
 
-/// The first rows of a gradient. Where the directory says how exact the whole is but not these rows, rounding may do
-/// to them what it does to the others: if they are smaller than the average row, then relatively more.
+/// Compares the first rows of a gradient. The directory may say how exact the whole gradient is, but not these rows.
+/// Then the same absolute error is allowed for them as for other rows, which is relatively more if they are smaller
+/// than the average row.
 fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
     let rows = format!("grad_rows.{}", spec.name);
     let norm = format!("gradnorm.{}", spec.name);
@@ -368,7 +369,7 @@ impl Training {
     }
 }
 
-/// All steps in a row, each from what this device made of the one before.
+/// All steps in a row. Each begins with what this device made of the one before.
 pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
@@ -423,7 +424,7 @@ fn training_step<B: TrainingBackend>(
         }
     }
     if f.file.names().any(|name| name.starts_with("wnorm.")) {
-        // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
+        // To see the weights as the forward pass left them, a second backend takes the step at learning rate 0.
         let mut second = (s.device.training)(table, 0)?;
         for (id, _) in table.iter() {
             let values = b.read_param(Slot::Weight, id)?;
@@ -439,7 +440,7 @@ fn training_step<B: TrainingBackend>(
     check_state(s, f, t, table, b, open)
 }
 
-/// Gradients, weights, moments and averages after a step, those that the file has.
+/// Compares gradients, weights, moments and averages after a step, as far as the file has them.
 fn check_state<B: TrainingBackend>(
     s: &mut Session<B>,
     f: &Golden,
@@ -480,10 +481,9 @@ fn check_state<B: TrainingBackend>(
     Ok(())
 }
 
-/// Elements whose gradient in some step is too close to zero for its sign to be known: closer than the bound
-/// of the gradient times its root mean square. Adam's first steps are the gradient's sign times the learning
-/// rate, so rounding decides where such a weight goes; it is left out of the comparison. They are few: a share
-/// of about the bound.
+/// Elements whose gradient in some step is too close to zero for its sign to be known: closer than the bound of the
+/// gradient times its root mean square. Adam's first steps are the gradient's sign times the learning rate, so rounding
+/// decides where such a weight goes; it is left out of the comparison. They are few: their share is about the bound.
 #[derive(Default)]
 struct Undetermined(BTreeMap<String, BTreeSet<usize>>);
 
@@ -515,10 +515,10 @@ impl Undetermined {
     }
 }
 
-/// How much a step of several micro-batches may differ by the eps of the normalisation. The reference projects
-/// the gradient of the first micro-batch at weights that were normalised once, whose rows of rms r have rms
-/// r / (r + eps) then, and those of the others at 1 - eps; a step projects their sum at the latter. The gradient
-/// is inverse to the rms: for each row the two differ by eps |1/r - 1|.
+/// How much a step of several micro-batches may differ by the eps of the normalisation. The reference projects the
+/// gradient of the first micro-batch at weights that were normalised once: a row of rms r then has rms r / (r + eps).
+/// It projects those of the other micro-batches at rms 1 - eps. A step here projects their sum at the latter. The
+/// gradient is inverse to the rms, so for each row the two differ by eps |1/r - 1|.
 fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
     let ParamKind::Weight { cout, .. } = spec.kind else { return Ok(0.0) };
     let w = init.shaped(&spec.name, &spec.shape)?;

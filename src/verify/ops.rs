@@ -1,4 +1,4 @@
-//! Single operations and whole blocks, each through the fused operations that the network is made of.
+//! Single operations and whole blocks, each computed by the fused operations of which the network is made.
 //!
 //! A backend knows effective weights only, normalize(w) / sqrt(fan_in), so:
 //! * an operation without weights goes through a 1x1 convolution whose effective weight is the identity;
@@ -18,14 +18,15 @@ use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
 /// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
 pub(super) const EPS: f64 = 1e-4;
 
-/// Rows this large make eps vanish in f32; f16 can hold it.
+/// In rows this large, eps vanishes in f32. f16 can still hold the number.
 const LARGE: f64 = 32768.0;
 
 pub(super) fn operations<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
     type Replay<'a, B> = fn(&mut Session<'a, B>, &Golden, &str) -> Result<()>;
-    // By what the names of its cases begin with; the longer of two beginnings comes first.
+    // Each replay with the beginning of its cases' names. Where one beginning contains another, the longer one comes
+    // first.
     let replays: [(&str, Replay<B>); 15] = [
         ("mp_silu", mp_silu),
         ("mp_sum_t", mp_sum),
@@ -58,7 +59,7 @@ pub(super) fn operations<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-/// `0.3` of a case named `..._t3`.
+/// The balance in a case's name: `0.3` for `..._t3`.
 fn balance(case: &str) -> Option<f64> {
     let digits = case.rsplit_once("_t")?.1;
     (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())).then(|| format!("0.{digits}").parse().ok())?
@@ -103,7 +104,7 @@ fn weight(f: &Golden, name: &str, conv: bool) -> Result<Array> {
     }
 }
 
-/// Input, weight and (if the file has it) upstream gradient of a layer, of shapes that go together.
+/// Input, weight and (if the file has it) upstream gradient of a layer. Their shapes are checked to fit each other.
 fn layer(f: &Golden, c: &str, conv: bool) -> Result<(Array, Array, Option<Array>)> {
     let w = weight(f, &format!("{c}.w"), conv)?;
     let x = f.images(&format!("{c}.x"))?;
@@ -125,7 +126,7 @@ fn row_scales(w: &Array) -> Vec<f64> {
     w.values.chunks(fan_in).map(|row| (fan_in as f64).sqrt() * (EPS + rms(row))).collect()
 }
 
-/// The gradient `g` with respect to effective weights, through their normalisation, to the stored ones.
+/// Takes the gradient `g` with respect to effective weights through their normalisation, to that of the stored ones.
 fn project(w: &Array, g: &Array) -> Array {
     let fan_in = w.values.len() / w.shape[0];
     let mut out = Vec::with_capacity(g.values.len());
@@ -144,7 +145,7 @@ fn mp_silu<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
     let tx = x.upload(&mut b);
     let y = b.conv(id, Operand::silu(&tx));
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
-    // As the epilogue of a convolution too, with all scales 1.
+    // Also as the epilogue of a convolution, with all scales 1.
     let [n, .., channels] = x.nhwc();
     let ones = b.upload([n, 1, 1, channels], &vec![1.0; n * channels]);
     let scale = Scale { all: &ones, offset: 0 };
@@ -209,7 +210,7 @@ fn mp_cat<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result
     Ok(())
 }
 
-/// Fourier features of any c_noise: the noise level is exp(4 c_noise).
+/// Fourier features of any c_noise. The noise level that gives it is exp(4 c_noise).
 fn fourier<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let (x, freqs) = (f.array(&format!("{c}.x"))?, f.array(&format!("{c}.freqs"))?);
     let phases = f.shaped(&format!("{c}.phases"), &freqs.shape)?;
@@ -258,7 +259,7 @@ fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) ->
     if x.shape.len() != 4 || h % 2 + w % 2 != 0 {
         return Err(f.misshapen(&format!("{c}.x"), &x.shape, "[N, C, H, W] with even H and W"));
     }
-    // Channels [0, channels) of each image, then the further ones.
+    // Each image has its channels [0, channels), then the further ones.
     let widened = |x: &Array, fill: f64| {
         let [n, channels, h, w] = [x.shape[0], x.shape[1], x.shape[2], x.shape[3]];
         let image = channels * h * w;
@@ -296,7 +297,7 @@ fn resample_up<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> R
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)
 }
 
-/// The stored weight after a step that moves nothing, of one and of two micro-batches.
+/// The stored weight after a step that changes nothing, of one micro-batch and of two.
 fn weight_norm_twice<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let w = weight(f, &format!("{c}.w"), true)?;
     for (rounds, name) in [(1, "once"), (2, "twice")] {
@@ -403,7 +404,7 @@ fn linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result
     projected_gradient(s, f, c, b, l.weight, &w)
 }
 
-/// Micro-batches whose forced normalisations a case has seen: 1 if it is in training mode.
+/// How many micro-batches' forced normalisations a case has seen: 1 if it is in training mode.
 fn rounds(case: &str) -> usize {
     usize::from(case.contains("_train"))
 }
@@ -442,9 +443,9 @@ fn after_step<B: TrainingBackend>(
     Ok(())
 }
 
-/// The one convolution with a gain is the network's last: gain and its gradient belong to the
-/// preconditioning and the loss. With noisy image 0, logvar 0 and sigma = sigma_data = 1/2, D = c_out gain
-/// conv(x), and the clean image is chosen so that dL/dD = gy / c_out.
+/// The only convolution with a gain is the network's last, so the gain and its gradient belong to the preconditioning
+/// and the loss. With noisy image 0, logvar 0 and sigma = sigma_data = 1/2, D = c_out gain conv(x), and the clean image
+/// is chosen so that dL/dD = gy / c_out.
 fn mp_conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     const SIGMA: f64 = 0.5;
     let (w, x, gy) = layer(f, c, true)?;
@@ -503,8 +504,8 @@ fn pack_qkv([n, heads, c, tokens]: [usize; 4], at: impl Fn([usize; 5]) -> f64) -
     out
 }
 
-/// The normalised q, k, v exist inside attention only; so attention of the raw ones is compared with softmax
-/// (in f64) of the file's normalised ones.
+/// The normalised q, k, v exist only inside attention. So attention of the raw ones is compared with softmax (in f64)
+/// of the file's normalised ones.
 fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
     let x = f.array(&format!("{c}.x"))?;
     let [n, heads, ch, 3, tokens] = *x.shape else {
@@ -551,7 +552,7 @@ fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
     let [n, h, w, channels] = x.nhwc();
     let w_qkv = f.shaped(&format!("{c}.w_qkv"), &[3 * channels, channels, 1, 1])?;
     let w_proj = f.shaped(&format!("{c}.w_proj"), &[channels, channels, 1, 1])?;
-    // The number of heads stands in the shapes of what is inside.
+    // The number of heads follows from the shapes of the tensors inside.
     let inside = ["q", "k", "v", "probs"].map(|name| format!("{c}.{name}"));
     let Some(inside) = inside.iter().find(|name| f.has(name)) else {
         s.skip(format!("ops/{c}"), "the number of heads is unknown: q, k, v and probs are absent");

@@ -79,7 +79,7 @@ fn sampler<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, case: &str, net: 
         Ok(all.values.chunks(noise.values.len()).map(|x| Array::new(&noise.shape, x.to_vec())).collect())
     };
     let expected = stack("x")?;
-    // The rounding of the trajectory as a whole holds for each of its points.
+    // The bound of the trajectory as a whole is used for each of its points.
     let bound = ["x_final", "x_all"]
         .map(|name| s.bound(What::Sampler, &f.name, &format!("{case}.{name}"), noise.values.len()))
         .into_iter()
@@ -149,7 +149,7 @@ fn compare_all<B: TrainingBackend>(
     }
 }
 
-/// Answers with the denoised images of the file, in the order of the calls, and remembers the inputs.
+/// Returns the denoised images of the file in the order of the calls, and remembers the inputs.
 struct Recorded<T> {
     conditional: Vec<Array>,
     unconditional: Vec<Array>,

@@ -9,8 +9,8 @@ use crate::train::ema::{power_function_beta, std_to_exp};
 use crate::train::posthoc::{correlation, exp_to_std, solve_posthoc};
 use crate::train::schedule::{LearningRate, Schedule};
 
-/// Bound of what both sides compute in f64: rounding is 1e-16, the rest is room for the conditioning
-/// of roots and powers.
+/// Bound of what both sides compute in f64. Rounding is 1e-16; the rest is room for the conditioning of roots and
+/// powers.
 const DOUBLE: f64 = 1e-12;
 
 #[derive(Deserialize)]

@@ -42,7 +42,8 @@ impl<T: Real> Normed<T> {
     }
 }
 
-/// Gradient of y = x / (eps + r), r = rms(x) over `count` values: given y, r and dL/dy, makes dL/dx of it.
+/// Gradient of y = x / (eps + r), where r = rms(x) over `count` values. Turns dL/dy, in `grad`, into dL/dx, given y and
+/// r.
 #[inline(always)]
 pub fn normalize_backward<T: Real>(grad: &mut [T], y: &[T], r: T, count: T) {
     let d = T::of(NORM_EPS) + r;
@@ -62,7 +63,7 @@ fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
     s
 }
 
-/// Makes probabilities of scores.
+/// Turns a row of scores into probabilities.
 #[inline(always)]
 pub fn softmax<T: Real>(row: &mut [T]) {
     let max = row.iter().fold(T::neg_infinity(), |a, &b| a.max(b));

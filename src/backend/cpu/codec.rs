@@ -10,7 +10,7 @@ use crate::real::{Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// A kernel as [`conv::conv`] reads it.
+/// A convolution's weight, as [`conv::conv`] reads it.
 pub struct Conv<T> {
     window: Window,
     weight: Vec<T>,
@@ -19,7 +19,7 @@ pub struct Conv<T> {
 }
 
 impl<T: Real> Cpu<T, ()> {
-    /// For codecs, which own no network.
+    /// A device for codecs, which has no network's parameters.
     pub fn for_codec() -> Self {
         Self { params: (), pool: Arc::default(), bf16: false }
     }
@@ -112,8 +112,8 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
 
     fn group_norm(&mut self, x: &Tensor<T>, affine: &Tensor<T>, groups: usize, eps: f64) -> Tensor<T> {
         let [n, h, w, c] = x.shape();
-        // Mean and sum of squared deviations of each row and channel: the squares of large means, which would
-        // cancel, never arise.
+        // Each row and channel has its mean and its sum of squared deviations. Sums of plain squares would cancel where
+        // the mean is large.
         let mut rows = self.uninit([n, h, 2, c]);
         for_rows(rows.values_mut(), 2 * c, |row, out| {
             let (mean, deviation) = out.split_at_mut(c);

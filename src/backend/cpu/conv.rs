@@ -10,14 +10,14 @@
 //! y[m, :] = sum over dy of  x[m + dy*(w+1) .. + 3, :]  (3C values)  times  W[dy]  (3C x Cout)
 //! ```
 //!
-//! With stride 2 the rows of the left matrix begin two pixels apart, and even and odd image rows are
-//! copied apart, so that the rows that one tap needs follow each other. A 3x3 kernel on an image that
-//! was enlarged by two (nearest neighbour) sees 2x2 pixels of the original, each through the sum of the
-//! taps that fall on it: four products with 2x2 kernels, one for each place in the enlarged pixel.
+//! With stride 2 the rows of the left matrix begin two pixels apart. Even and odd image rows are copied to separate
+//! places, so that the rows that one tap needs follow each other. A 3x3 kernel on an image that was enlarged by two
+//! (nearest neighbour) sees 2x2 pixels of the original, each through the sum of the taps that fall on it: four products
+//! with 2x2 kernels, one for each place in the enlarged pixel.
 //!
-//! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), 1 in w+1 of them wasted on the
-//! zero pixel. The work is cut into bands of image rows, so that a band's input stays in cache; few-pixel
-//! layers are one band and the product itself is spread over the threads.
+//! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), 1 in w+1 of them wasted on the zero pixel.
+//! The work is cut into bands of image rows, so that a band's input stays in cache. A layer of few pixels is one band,
+//! and its product itself is spread over the threads.
 
 use super::bf16::{self, Packed};
 use super::tensor::{Pool, Tensor};
@@ -45,9 +45,9 @@ pub struct Window {
     side: usize,
     /// Pixels from one result to the next in each direction; height and width are multiples of it.
     stride: usize,
-    /// Results in each direction for one pixel, each with a kernel of its own.
+    /// How many results there are for one pixel in each direction; each has a kernel of its own.
     scale: usize,
-    /// Pixels that the first tap of an image's first result lies above and left of the image.
+    /// How many pixels above and to the left of the image the first tap of its first result lies.
     before: usize,
     /// Zero pixels between two rows, and zero rows between two images.
     gap: usize,
@@ -95,8 +95,8 @@ impl<'a, T: Real> Filter<'a, T> {
         Self { weight, packed: None, cout, window }
     }
 
-    /// Its weight for products in bfloat16: a matrix for each row of taps. None for odd numbers of channels, such as the
-    /// first convolution's, whose pairs would reach into the next pixel.
+    /// Its weight for products in bfloat16: a matrix for each row of taps. None if the number of channels is odd, as in
+    /// the first convolution: a pair of values would reach into the next pixel.
     pub fn pack(&self) -> Option<Packed> {
         let Window { side, scale, .. } = self.window;
         let k = self.weight.len() / (scale * scale * side * self.cout);
@@ -108,7 +108,8 @@ impl<'a, T: Real> Filter<'a, T> {
 /// The rows that results `first..first + count` see, with the zero pixels and rows around them, and zero pixels for
 /// one more result after all of them.
 ///
-/// Rows of results are counted over the whole batch; those of [`Window::DOUBLE`] by the pixel that they enlarge.
+/// Rows of results are counted over the whole batch. Those of [`Window::DOUBLE`] are counted in rows of the small
+/// image.
 struct Band<T: Real> {
     data: Tensor<T>,
     window: Window,
@@ -120,12 +121,12 @@ struct Band<T: Real> {
     height: usize,
     /// First row of results that the band is for.
     first: usize,
-    /// Pixels before the odd rows, where the stride parts them from the even ones.
+    /// With stride 2: at which pixel the odd rows begin, behind the even ones.
     odd: usize,
 }
 
 impl<T: Real> Band<T> {
-    /// The row of the first tap of results row `row`, among the rows of the batch with the zeros between images.
+    /// The row that the first tap of results row `row` reads, counted over the batch with the zero rows between images.
     fn top(&self, row: usize) -> usize {
         let Window { stride, gap, .. } = self.window;
         let rows = self.height / stride;
@@ -180,11 +181,12 @@ impl<T: Real> Band<T> {
 /// Below this many pixels a band spends more on packing the weights than its thread gains.
 const MIN_BAND_PIXELS: usize = 512;
 
-/// The same where the weights are packed already: then a band costs its thread nothing but the zero pixels around it.
+/// The same where the weights are packed already. Then all that a band costs in addition is the zero pixels around it.
 const MIN_PACKED_BAND_PIXELS: usize = 64;
 
-/// Cuts `rows` image rows of `width` pixels into bands of about equal height and at least so many pixels, as many for each
-/// thread, and says who shares the work.
+/// Cuts `rows` image rows of `width` pixels into bands of about equal height, with `least` pixels or more, and the same
+/// number of bands for each thread. Returns the rows of a band, and whether all threads share its product or one
+/// computes it.
 fn bands(rows: usize, width: usize, least: usize) -> (usize, Threads) {
     let threads = rayon::current_num_threads();
     if rows * width < threads * least {
@@ -194,8 +196,8 @@ fn bands(rows: usize, width: usize, least: usize) -> (usize, Threads) {
     (rows.div_ceil(count), Threads::One)
 }
 
-/// Longest sum that `gemm` never cuts into parts. Where it cuts longer ones depends on the size of the product,
-/// so on the batch, which the bits of an image must not.
+/// The longest sum that `gemm` never cuts into parts. Where it cuts longer ones depends on the size of the product, and
+/// so on the batch. But the bits of an image must not depend on the batch.
 const MAX_SUM: usize = 512;
 
 /// Convolution of `rows`: calls `done(row, y, out)` for each row of results, where `y` holds its
@@ -221,7 +223,7 @@ pub fn conv<T: Real>(
         let first = i * height;
         let count = height.min(total - first);
         let band = Band::new(pool, &rows, window, first, count);
-        // One row alone would be a product of a vector, which sums in another order.
+        // A product with one row would be one with a vector, which `gemm` sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
         let narrow = packed.zip(T::as_f32(band.data.values()).map(bf16::narrow));
@@ -257,8 +259,8 @@ pub fn conv<T: Real>(
     });
 }
 
-/// The four 2x2 kernels `[py][px]` by which the 3x3 `weight` `[9][C][cout]` sees the pixels of an image that is
-/// enlarged by two: those of the results in the upper left, upper right, lower left, lower right.
+/// The four 2x2 kernels `[py][px]` that the 3x3 `weight` `[9][C][cout]` amounts to on an image that is enlarged by two:
+/// those for the results in the upper left, upper right, lower left and lower right.
 pub fn enlarging<T: Real>(weight: &[T]) -> Vec<T> {
     let tap = weight.len() / 9;
     let mut out = vec![T::zero(); 16 * tap];
@@ -350,7 +352,7 @@ pub fn transpose<T: Real>(pool: &Arc<Pool<T>>, weight: &[T], taps: usize, cin: u
     const TILE: usize = 16;
     let mut out = Tensor::uninit(pool, [1, taps, cout, cin]);
     out.values_mut().par_chunks_mut(TILE * cin).enumerate().for_each(|(i, out)| {
-        // A chunk may reach over the end of a tap where cout is no multiple of the tile.
+        // Where cout is no multiple of the tile, a chunk may reach into the next tap.
         for (j, row) in out.chunks_mut(cin).enumerate() {
             let (tap, co) = ((i * TILE + j) / cout, (i * TILE + j) % cout);
             let from = &weight[(taps - 1 - tap) * cin * cout + co..];

@@ -1,8 +1,8 @@
-//! The CPU backend: plain Rust in f32 (or f64), the reference of every kernel, and the engine of
-//! machines without a GPU.
+//! The CPU backend: plain Rust in f32 or f64. Every CUDA kernel is compared with it, and machines without a GPU compute
+//! by it.
 //!
-//! Each operation is the plain composition of the paper's formulas; what makes it fast is in
-//! `conv` (implicit matrix products) and `tensor` (memory that is reused).
+//! Each operation composes the paper's formulas plainly. What makes it fast is in `conv` (implicit matrix products) and
+//! in `tensor` (memory that is reused).
 
 mod attention;
 mod bf16;
@@ -27,8 +27,8 @@ pub use crate::real::Real;
 pub use bf16::is_available as bf16_is_available;
 pub use tensor::Tensor;
 
-/// Computes on the CPU, on all threads of rayon's pool: a network of which it holds the parameters, or what needs none
-/// (`Cpu<T, ()>`).
+/// A CPU as a device; it computes on all threads of rayon's pool. It holds the parameters of a network, or none
+/// (`Cpu<T, ()>`) for what needs no network.
 pub struct Cpu<T: Real = f32, P = Params<T>> {
     params: P,
     pool: Arc<Pool<T>>,
@@ -56,11 +56,11 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Whether forward convolutions, also of autoencoders loaded later, round to bfloat16 and sum in f32. Sampling is twice
-    /// as fast so, where the processor [can](bf16_is_available).
+    /// Sets whether forward convolutions round their inputs to bfloat16 and sum in f32, also those of autoencoders that
+    /// are loaded later. That makes sampling twice as fast, where the processor [can](bf16_is_available).
     ///
     /// # Panics
-    /// Where it cannot.
+    /// If the processor cannot.
     pub fn with_bf16(self, bf16: bool) -> Self {
         assert!(!bf16 || bf16_is_available(), "AVX-512 BF16");
         Self { bf16, ..self }
@@ -121,7 +121,7 @@ impl<T: Real> Cpu<T> {
         let (cout, cin, _) = param.dims();
         let n = x.shape()[0];
         let mut y = self.uninit([n, 1, 1, cout]);
-        // Image by image: a product of one row takes another path in `gemm` than one of many, and an image
+        // One image at a time: `gemm` computes a product of one row in another way than one of many rows, and an image
         // must not depend on its batch.
         let weight = Mat::new(param.effective(), cout);
         y.values_mut().par_chunks_mut(cout).zip(x.values().par_chunks(cin)).for_each(|(y, x)| {
@@ -190,7 +190,7 @@ fn parts<'a, T: Real>(x: &Operand<'a, Tensor<T>>) -> impl Iterator<Item = (&'a T
     std::iter::once(first).chain(second)
 }
 
-/// Image row `row` of the concatenated, scaled, activated operand.
+/// Writes image row `row` of the operand, concatenated, scaled and activated.
 #[inline(always)]
 fn read_operand<T: Real>(x: &Operand<Tensor<T>>, row: usize, dst: &mut [T]) {
     let [_, _, w, c] = operand_shape(x);

@@ -6,7 +6,7 @@ use crate::system::advise_huge_pages;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Freed buffers by length. Reuse matters: fresh pages cost more than the arithmetic on them.
+/// Freed buffers by length. They are used again because fresh pages cost more than the arithmetic on them.
 #[derive(Default)]
 pub struct Pool<T>(Mutex<HashMap<usize, Vec<Vec<T>>>>);
 
@@ -33,7 +33,7 @@ impl<T: Real> Drop for Buffer<T> {
     }
 }
 
-/// From here on, memory is asked for in large pages, in bytes.
+/// Bytes from which on a buffer is asked for in large pages.
 const HUGE: usize = 4 << 20;
 
 /// Values in NHWC order. Clones share the memory.
@@ -44,7 +44,7 @@ pub struct Tensor<T: Real> {
 }
 
 impl<T: Real> Tensor<T> {
-    /// A tensor whose values are arbitrary: whoever asks for it writes all of them.
+    /// A tensor with arbitrary values. Whoever asks for it must write all of them.
     pub fn uninit(pool: &Arc<Pool<T>>, shape: Shape) -> Self {
         let len = shape.iter().product();
         let free = pool.0.lock().ok().and_then(|mut free| free.get_mut(&len).and_then(Vec::pop));

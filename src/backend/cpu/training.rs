@@ -91,7 +91,7 @@ impl<T: Real> TrainingBackend for Cpu<T> {
     ) -> OperandGrad<Tensor<T>> {
         let [n, height, width, c] = operand_shape(&x);
         let (gain, silu) = (T::of(gain), x.silu);
-        // One row of one part: through the operand's scale and mp_silu, plus what is accumulated.
+        // One row of one part: the gradient through the operand's scale and mp_silu, plus `acc`, to which it is added.
         let mix = |out: &mut [T], g: &[T], x: &[T], scale: T, acc: Option<T>| {
             for ((out, &g), &x) in out.iter_mut().zip(g).zip(x) {
                 let slope = if silu { mp_silu_grad(x * scale) } else { T::one() };

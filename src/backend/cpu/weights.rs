@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 /// State that only training needs.
 struct Training<T> {
     grad: Vec<T>,
-    /// Whether the gradient is of a finished step, so that the next one overwrites it.
+    /// Whether the gradient belongs to a finished step, so that the next one overwrites it.
     stale: bool,
     m: Vec<T>,
     v: Vec<T>,
@@ -43,8 +43,8 @@ pub struct Param<T> {
     training: Option<Training<T>>,
 }
 
-/// Rows of the matrix that are summed before their sum is added to others; fixed, so that the bits do
-/// not depend on the number of threads.
+/// Rows of the matrix whose sum is made before it is added to other sums. It is fixed, so that the bits do not depend
+/// on the number of threads.
 const SUM_ROWS: usize = 32;
 
 /// Sum over rows of f(row index) for each column, in a fixed order.
@@ -92,7 +92,7 @@ fn normalized<T: Real>(mut rms: T, rounds: usize) -> (T, T) {
 }
 
 impl<T: Real> Param<T> {
-    /// Zeros; with room for gradients, moments and `emas` averages if it is to be trained.
+    /// A parameter of zeros, with room for its gradient, moments and so many averages if `training` says how many.
     pub fn new(spec: &ParamSpec, training: Option<usize>) -> Self {
         let zeros = || vec![T::zero(); spec.numel()];
         let training = training.map(|emas| {
@@ -245,8 +245,8 @@ impl<T: Real> Param<T> {
         }
         let rows = grad.len() / cols;
 
-        // Sanitise; then for each column the factor of its forced normalisation, and the projection:
-        // u = x / (eps + r) / sqrt(K), x the forced weight: dL/dx = a g - b x.
+        // First zero what is not finite. Then each column gets the factor of its forced normalisation, and its gradient
+        // is projected: with x the forced weight and u = x / (eps + r) / sqrt(K), dL/dx = a g - b x.
         let bad = std::sync::atomic::AtomicU64::new(0);
         let scale = T::of(step.grad_scale);
         for_rows(grad, cols, |_, row| {

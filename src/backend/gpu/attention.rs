@@ -9,7 +9,7 @@ use super::tables::attention::{FORWARD, GRAD_KV, GRAD_Q, QUERIES, RESIDENT, SPLI
 /// Instances of a kernel: channels of a head, warps of a block, blocks of a multiprocessor.
 type Instances = [[usize; 3]];
 
-/// Whether a kernel has an instance for each head size, all of blocks that can be launched.
+/// Whether a kernel has an instance for each head size, and each instance's blocks can be launched.
 const fn complete(kernel: &Instances) -> bool {
     let (mut size, mut found) = (0, 0);
     while size < SPLIT.len() {
@@ -24,7 +24,8 @@ const fn complete(kernel: &Instances) -> bool {
 }
 const _: () = assert!(complete(&FORWARD) && complete(&SPLIT) && complete(&GRAD_Q) && complete(&GRAD_KV));
 
-/// With fewer blocks than this the forward pass splits the keys among warps: a multiprocessor for each.
+/// With fewer blocks than this, some multiprocessors would have none, so the forward pass splits the keys among the
+/// warps of a block.
 const FEW_BLOCKS: usize = 128;
 
 /// A shape that the kernels do not take.
@@ -119,7 +120,8 @@ impl Attention {
         2 * self.head_size
     }
 
-    /// Shared memory for at most `most` tiles of keys and values, and for `own` bytes behind the first of them.
+    /// Bytes of shared memory for at most `most` tiles of keys and values, and for `own` bytes behind the first of
+    /// them.
     fn stages(&self, most: usize, own: usize) -> usize {
         let keys = if self.head_size == 128 { 48 } else { 96 };
         let stage = 2 * keys * self.row();

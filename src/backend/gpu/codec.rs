@@ -117,10 +117,10 @@ pub fn pack(precision: Precision, reach: Reach, cin: usize, weight: &[f32]) -> V
     packed
 }
 
-/// What a convolution of x of `shape` is chosen a tile for.
+/// The product for which a tile of this convolution is chosen.
 pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cout: usize) -> Question {
     let Window { side, stride, phases, .. } = Window::of(reach);
-    // Bulk copies take every pixel's neighbours, not every other one's.
+    // Bulk copies bring the neighbours of every pixel, and cannot skip every other one. So stride 2 takes mma.sync.
     let math = if stride == 1 { math } else { Math { conv_loop: Some(ConvLoop::Mma), ..math } };
     let (cin, columns, taps) = (padded(cin), padded(cout), side * side);
     let rows = n * (h / stride) * (w / stride);
@@ -128,8 +128,9 @@ pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cou
     Question { kernels: Kernels::new(Kind::Codec, math, card, &[cin], columns), taps, product }
 }
 
-/// y = max(0?, residual + bias + conv of x [n, h, w, cin]); `weight` from [`pack`], `bias` f32 with padded
-/// channels; `residual` has the shape of the result and may be `y`. Zeros where x, weight and bias are padded stay.
+/// y = residual + bias + conv of x [n, h, w, cin], and at least 0 if so asked. `weight` is from [`pack`], `bias` is f32
+/// with padded channels; `residual` has the shape of the result and may be `y`. Where x, weight and bias are padded
+/// with zeros, so is y.
 ///
 /// # Errors
 /// A shape beyond the kernels' limits.
@@ -202,8 +203,8 @@ pub fn convolve(
     Ok((0..phases).map(launch).collect())
 }
 
-/// What becomes of a convolution's input: y of x, both of `shape`; `affine` f32 [n, 1, 2, c], not padded.
-/// Nothing to launch for [`Before::Nothing`].
+/// Makes y of x, both of `shape`: what a convolution reads in place of x. `affine` is f32 [n, 1, 2, c], not padded.
+/// There is nothing to launch for [`Before::Nothing`].
 pub fn normalise(
     precision: Precision,
     shape: Shape,
@@ -312,14 +313,15 @@ pub fn self_attention(
     Ok(Launch::new(kernel, grid, THREADS, shared as u32, &params))
 }
 
-/// Words of an image of so many pixels in 8 bits as [`bytes`] writes it: its bytes, and what its blocks say.
+/// 32-bit words that [`bytes`] writes for so many pixels: those of the bytes, and one of each block, which says whether
+/// all was finite.
 pub fn bytes_words(pixels: usize) -> [usize; 2] {
     let threads = pixels.div_ceil(BYTES_PIXELS);
     [3 * threads, threads.div_ceil(THREADS as usize)]
 }
 
-/// x [pixels, 3] in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)); behind it, of each block, whether it met what is no
-/// finite number.
+/// x [pixels, 3] in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)). Behind that a word of each block says whether it
+/// met a value that is not finite.
 pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: [f32; 2], to: DevicePtr) -> Launch {
     let [words, _] = bytes_words(pixels);
     let params =
@@ -328,7 +330,7 @@ pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: 
     Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), THREADS, &params)
 }
 
-/// A kernel on the device.
+/// A convolution's weight and bias on the device.
 pub struct Conv {
     reach: Reach,
     cin: usize,
@@ -339,14 +341,15 @@ pub struct Conv {
     bias: Tensor,
 }
 
-/// What a device holds of autoencoders: their weights are in [`Conv`]s, here is how large they are.
+/// What a device knows of the autoencoders that it loaded: the bytes of their weights. The weights themselves are in
+/// [`Conv`]s.
 #[derive(Default)]
 pub struct Loaded {
     bytes: usize,
 }
 
 impl Gpu<Loaded> {
-    /// For codecs, which own no network.
+    /// A device for codecs, which has no network's parameters.
     pub fn for_codec(runtime: Rc<dyn Runtime>, math: impl Into<Math>) -> Result<Self, DeviceError> {
         Self::new(runtime, math.into(), Loaded::default())
     }
@@ -362,7 +365,7 @@ impl Gpu<Loaded> {
         self.own_values(bytes, PARAMETERS)
     }
 
-    /// The input of a convolution as it reads it.
+    /// What a convolution reads: its input through `before`.
     fn normalised(&mut self, x: &Tensor, before: Before<Tensor>) -> Tensor {
         let affine = match before {
             Before::Affine(affine) | Before::AffineSilu(affine) => affine.ptr(),
@@ -454,7 +457,7 @@ impl CodecBackend for Gpu<Loaded> {
         Ok((rgb, finite))
     }
 
-    /// Nothing: a plan's tensors share one place, and outside of plans memory is free with the last handle.
+    /// Does nothing: a plan's tensors share one place, and outside of plans memory is freed with the last handle.
     fn trim(&mut self) {}
 }
 
@@ -469,7 +472,7 @@ mod tests {
             let Window { side, phases, .. } = Window::of(reach);
             let given = reach.side();
             let weight: Vec<f32> = (0..cout * cin * given * given).map(|i| (i as f32 * 0.7).sin()).collect();
-            // Value by value, in PyTorch's order.
+            // One value at a time, in PyTorch's order.
             let mut want = vec![0.0f32; phases * padded(cout) * side * side * padded(cin)];
             for (i, &value) in weight.iter().enumerate() {
                 let (co, ci) = (i / (cin * given * given), i / (given * given) % cin);

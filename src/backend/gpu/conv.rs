@@ -57,8 +57,8 @@ impl ConvShape {
         if [self.ca, self.cb, self.cout].iter().any(|c| !c.is_multiple_of(8)) {
             return wrong("channels must be padded to a multiple of 8");
         }
-        // The kernels count the values of a tensor, and those of the weight, in 32 bits.
-        // With room for neighbours that lie outside and are not read.
+        // The kernels count the values of a tensor, and those of the weight, in 32 bits. There must be room left for
+        // the addresses of neighbours that lie outside and are not read.
         let widest = self.ca.max(self.cb).max(self.cout);
         let around = self.pixels().saturating_add(2 * self.w + 2);
         let values = [around.saturating_mul(widest), (self.taps * self.cin()).saturating_mul(self.cout)];
@@ -78,7 +78,7 @@ pub struct ConvError {
     pub what: &'static str,
 }
 
-/// The two inputs and their factors, which the gradients get: the scales of `mp_cat`, or 1.
+/// The two inputs, and the factors that their gradients are multiplied by: the scales of `mp_cat`, or 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {
     /// [n, h, w, ca].
@@ -138,7 +138,7 @@ pub enum MainPath {
     },
 }
 
-/// A product's kernel: which it is, its tile and split.
+/// A product's kernel: which it is, its tile, and in how many parts it sums.
 #[derive(Clone, Debug)]
 struct Kernel {
     question: Question,
@@ -148,7 +148,7 @@ struct Kernel {
 }
 
 impl Kernel {
-    /// For a product of neighbours, of so many taps and channels of each tensor.
+    /// The kernel for a convolution's product, with so many taps and so many channels of each tensor.
     fn of_pixels(
         kind: Kind,
         math: Math,
@@ -177,7 +177,7 @@ impl Kernel {
         self.question.kernels.instance(self.choice.tile)
     }
 
-    /// What bulk copies read of a convolution or of the gradient of its input.
+    /// What bulk copies read for a convolution, or for the gradient of its input.
     fn pixels(
         &self,
         shape: &ConvShape,
@@ -217,7 +217,7 @@ impl Kernel {
     }
 }
 
-/// A launch of a second pass: what follows the parts of a weight's gradient, or the tiles' sums.
+/// A launch of a second pass, which adds up the parts of a weight's gradient, or the tiles' sums.
 fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) -> Launch {
     Launch::new(kernel, [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, 0, params)
 }
@@ -226,18 +226,18 @@ fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) 
 #[derive(Clone, Debug)]
 pub struct Fprop {
     shape: ConvShape,
-    /// The main path's, if it is one too.
+    /// The shape of the main path's convolution, if the main path is one.
     main: Option<ConvShape>,
     kernel: Kernel,
 }
 
 impl Fprop {
-    /// Chooses tile and split.
+    /// Chooses the tile and the number of parts.
     pub fn new(shape: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         Self::of(shape, None, math, by)
     }
 
-    /// The same for a convolution and that of the main path, of one tap, to which [`Epilogue::MpSum`] adds it.
+    /// The same for a convolution together with the main path's, of one tap, to which [`Epilogue::MpSum`] adds it.
     pub fn and_main(shape: ConvShape, main: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         if main != (ConvShape { ca: main.ca, cb: main.cb, taps: 1, ..shape }) {
             return Err(ConvError {
@@ -263,7 +263,7 @@ impl Fprop {
         self.kernel.name()
     }
 
-    /// What tile and split were chosen for.
+    /// The product for which the tile and the number of parts were chosen.
     pub fn question(&self) -> Question {
         self.kernel.question
     }
@@ -273,9 +273,9 @@ impl Fprop {
         self.kernel.partial_bytes(self.shape.pixels() * self.shape.cout)
     }
 
-    /// y [n, h, w, cout]; and with `act`, mp_silu(factor * y) in its address. x [n, h, w, ca] and skip [n, h, w, cb]
-    /// are what the convolution multiplies: where the operand goes through `mp_silu`, pass what is activated; where
-    /// it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`.
+    /// Writes y [n, h, w, cout]; and where `act` is given, mp_silu(factor * y) to its address. x [n, h, w, ca] and skip
+    /// [n, h, w, cb] are what the convolution multiplies. Where the operand goes through `mp_silu`, pass the activated
+    /// tensors. Where it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`.
     pub fn launch(
         &self,
         (x, skip): (DevicePtr, Option<DevicePtr>),
@@ -367,23 +367,23 @@ impl Fprop {
 pub struct Memory {
     /// As many bytes as the convolution asks for, of any content.
     pub scratch: DevicePtr,
-    /// [`ARRIVED_BYTES`] of zeros, which are zeros again afterwards: one of these serves all convolutions that run one after
-    /// the other.
+    /// [`ARRIVED_BYTES`] of zeros, which the kernel leaves as zeros. So one such buffer serves all convolutions that
+    /// run one after the other.
     pub arrived: DevicePtr,
 }
 
-/// A counter for each tile whose sum may come in parts.
+/// Bytes of a counter for each tile whose sum may come in parts.
 pub const ARRIVED_BYTES: usize = tiles::MAX_SPLIT_TILES * 4;
 
-/// How the gradient of a convolution's input goes on.
+/// Through what the gradient of a convolution's input goes on.
 #[derive(Clone, Copy, Debug)]
 pub enum Through {
-    /// The input was linear: nothing but its factors.
+    /// The inputs were multiplied as they are: through their factors alone.
     Linear,
-    /// It was `mp_silu` of the inputs times their factors; these are before it.
+    /// The convolution read `mp_silu` of the inputs times their factors; `inputs` are the tensors before `mp_silu`.
     Silu,
-    /// It was `mp_silu(x * scale)`; x is before it. The gradient of the scales is written too, with
-    /// the same stride.
+    /// The convolution read `mp_silu(x * scale)`; `inputs` has the x before it. The gradient of the scales is written
+    /// too, with the same stride.
     ScaleSilu {
         /// The scales.
         scale: Scales,
@@ -401,7 +401,7 @@ pub struct Dgrad {
 }
 
 impl Dgrad {
-    /// Chooses tile and split; `scaled` if the gradient goes [`Through::ScaleSilu`].
+    /// Chooses the tile and the number of parts; `scaled` says that the gradient goes [`Through::ScaleSilu`].
     pub fn new(shape: ConvShape, scaled: bool, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         shape.check()?;
         if scaled && shape.cb != 0 {
@@ -418,7 +418,7 @@ impl Dgrad {
         self.kernel.name()
     }
 
-    /// What tile and split were chosen for.
+    /// The product for which the tile and the number of parts were chosen.
     pub fn question(&self) -> Question {
         self.kernel.question
     }
@@ -440,10 +440,10 @@ impl Dgrad {
         self.kernel.partial_bytes(self.shape.pixels() * self.shape.cin()) + sums
     }
 
-    /// Gradients gx [n, h, w, ca] and gskip [n, h, w, cb] of `gain` times the convolution, from grad
-    /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip).
-    /// `turned` `[ca + cb][taps][cout]` is the weight transposed, its taps in reverse; where the scales of the inputs are in
-    /// it, those of `inputs` are 1. The inputs' tensors are not read if [`Through::Linear`].
+    /// Writes gx [n, h, w, ca] and gskip [n, h, w, cb]: the gradients of `gain` times the convolution, from grad
+    /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip). `turned`
+    /// `[ca + cb][taps][cout]` is the weight transposed, with its taps in reverse. Where the scales of the inputs are
+    /// in it, those of `inputs` must be 1. With [`Through::Linear`] the tensors of `inputs` are not read.
     #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
     pub fn launches(
         &self,
@@ -526,7 +526,7 @@ pub struct Wgrad {
 }
 
 impl Wgrad {
-    /// Chooses tile and split.
+    /// Chooses the tile and the number of parts.
     pub fn new(shape: ConvShape, math: Math, by: impl Into<Chooser>) -> Result<Self, ConvError> {
         shape.check()?;
         let steps = shape.pixels().div_ceil(tiles::STEP);
@@ -541,7 +541,7 @@ impl Wgrad {
         self.kernel.name()
     }
 
-    /// What tile and split were chosen for.
+    /// The product for which the tile and the number of parts were chosen.
     pub fn question(&self) -> Question {
         self.kernel.question
     }

@@ -1,6 +1,6 @@
-//! Launches of `kernels/conv_hopper.cu`: the convolutions by bulk copies and wgmma. They take the parameters of the other
-//! loop's kernels and, before them, what the copies read; a launch tells which tensor maps that needs, and a device encodes
-//! them when the launch is recorded.
+//! Launches of `kernels/conv_hopper.cu`: the convolutions by bulk copies and wgmma. They take the parameters of the
+//! other loop's kernels and, in front of those, what the copies read. A launch says which tensor maps it needs, and a
+//! device encodes them when it records the launch.
 
 use super::launch::{DevicePtr, Launch, Precision, TensorMap, TensorMapSpec, int};
 use super::structs::{HopperPixels, HopperWgrad};
@@ -15,12 +15,12 @@ pub(super) struct Window {
     pub side: usize,
     /// Rows by which tap 0 lies above the pixel.
     pub up: usize,
-    /// Columns by which it lies to the left.
+    /// Columns by which tap 0 lies to the left of the pixel.
     pub left: usize,
 }
 
 impl Window {
-    /// Of a convolution of 9 taps, or 1.
+    /// The window of a convolution of 9 taps or 1.
     pub fn same(taps: usize) -> Self {
         let side = if taps == 9 { 3 } else { 1 };
         Self { side, up: side / 2, left: side / 2 }
@@ -37,11 +37,11 @@ pub(super) struct Images {
     pub channels: usize,
 }
 
-/// A convolution of one tap that a product goes on with.
+/// A convolution of one tap whose products are further steps of the same sum.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Onto {
     pub x: Images,
-    /// Of no channels, if there is none.
+    /// Has no channels if there is no second input.
     pub skip: Images,
     /// `[columns][ca + cb]`.
     pub weight: DevicePtr,
@@ -64,7 +64,7 @@ pub(super) struct Pixels {
     pub tiles_m: usize,
 }
 
-/// How copies find `pixels` neighbours of 64 channels.
+/// The tensor map by which a copy brings 64 channels of the neighbours of `pixels` pixels.
 fn images(precision: Precision, x: &Images, window: Window, pixels: usize) -> TensorMapSpec {
     let Images { at, n, h, w, channels } = *x;
     let row = 2 * channels as u64;
@@ -79,14 +79,14 @@ fn images(precision: Precision, x: &Images, window: Window, pixels: usize) -> Te
         size: [channels, w, h, n].map(|size| size as u32),
         strides: [row, row * w as u64, row * (w * h) as u64],
         lower: corner,
-        // As many pixels as the image has.
+        // The corners lie so that as many pixels are visited as the image has.
         upper: corner,
         channels: STEP as u32,
         pixels: pixels as u32,
     }
 }
 
-/// The bytes of two structs, one behind the other as C lays them out where both are aligned to 64.
+/// The bytes of two structs, one behind the other, as C lays them out if both are aligned to 64 bytes.
 fn behind<A: NoUninit, P: NoUninit>(copies: &A, conv: &P) -> Vec<u8> {
     let mut bytes = [bytemuck::bytes_of(copies), bytemuck::bytes_of(conv)].concat();
     bytes.resize(bytes.len().next_multiple_of(64), 0);
@@ -138,7 +138,7 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         let read = inputs.iter().filter(|(_, images)| images.channels > 0);
         maps.extend(read.map(|(place, images)| (*place, of(images, Window::same(1)))));
     }
-    // A block has many tiles, or a cluster one.
+    // Without parts a block takes many tiles in turn; with them a cluster takes one.
     let blocks = if splits > 1 { tiles } else { tiles.min(card.sms.max(1)) };
     Launch::with_maps(kernel, [blocks as u32, 1, 1], tile.threads, tile.shared, behind(&params, conv), maps)
         .in_clusters_of(splits as u32)

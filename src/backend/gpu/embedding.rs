@@ -11,7 +11,7 @@ use super::weights::Effective;
 use crate::backend::Embedding;
 use crate::params::mp_sum_weights;
 
-/// Most Fourier features: those of all images that share a read take 48 KB.
+/// The most Fourier features that fit: a block reads the weight once for several images, whose features may take 48 KB.
 pub const MAX_FEATURES: usize = (48 << 10) / 4 / IMAGES;
 
 // ---- embed ------------------------------------------------------------------------------------------
@@ -53,8 +53,8 @@ impl EmbedLayers {
     }
 }
 
-/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [rows, channels], which are taken in turn; labels
-/// [`DevicePtr::NULL`] = zeros.
+/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [rows, channels]. Where there are fewer rows than noise
+/// levels, they are taken in turn. Labels of [`DevicePtr::NULL`] are zeros.
 pub fn embed(
     p: Precision,
     n: usize,
@@ -155,7 +155,7 @@ pub struct ScaleTable {
 }
 
 impl ScaleTable {
-    /// Of the layers, each with `emb_channels` input channels.
+    /// The table of these layers, each with `emb_channels` input channels.
     pub fn new(emb_channels: usize, layers: &[ScaleLayer]) -> Self {
         let stride = emb_channels.next_multiple_of(8);
         let tiles = layers.iter().flat_map(|layer| {
@@ -229,8 +229,8 @@ pub fn emb_scales(
     Launch::new(p.pick(["emb_scales_f16", "emb_scales_bf16"]), grid, 256, 0, &params)
 }
 
-/// Gradients of all layers and gains, and of the embedding. `memory` has the addresses, `gain_sums` that of
-/// [`ScaleTable::scratch`] bytes; sizes, and what lies behind them, are filled in here.
+/// Gradients of all layers and gains, and of the embedding. `memory` has the addresses; its `gain_sums` is that of
+/// [`ScaleTable::scratch`] bytes. The sizes, and the addresses within the scratch memory, are filled in here.
 pub fn emb_scales_backward(p: Precision, n: usize, table: &ScaleTable, memory: EmbScalesBackward) -> [Launch; 3] {
     let (count, chunks, splits) = (table.tiles.len(), table.chunks(), table.splits(n));
     let vectors = table.emb_channels.div_ceil(4);

@@ -1,5 +1,5 @@
-//! Parameters in device memory: where each lies in the arenas of weights, gradients, moments and averages,
-//! and the way between PyTorch's order and the kernels'.
+//! Parameters in device memory: where each lies in the arenas of weights, gradients, moments and averages, and how
+//! values come from PyTorch's order into the kernels' and back.
 //!
 //! A weight is stored as rows `[cout][tap][cin]`, cin padded with zeros to a multiple of 8, so that rows are
 //! what is normalised and what the convolutions read; after the last row there is room up to a multiple of 8
@@ -22,7 +22,7 @@ use super::weights::{self, Effective, RowTable, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
 use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable};
 
-/// Values that a thread brings into another order at a time, at least.
+/// The fewest values that a thread reorders at a time.
 const SHARE: usize = 1 << 15;
 
 /// Where one parameter lies.
@@ -53,7 +53,7 @@ impl Place {
         self.cin * self.taps
     }
 
-    /// Rows that a thread takes at a time, at least.
+    /// The fewest rows that a thread takes at a time.
     fn share(&self) -> usize {
         (SHARE / self.stride()).max(1)
     }
@@ -98,7 +98,7 @@ struct Training {
     scalars: Rc<dyn Memory>,
     stats: Rc<dyn Memory>,
     totals: Rc<dyn Memory>,
-    /// The step by its number of rounds.
+    /// The graph of the optimizer's step, by the step's number of rounds.
     graphs: HashMap<usize, Box<dyn Graph>>,
 }
 
@@ -129,11 +129,11 @@ pub struct Params {
     all_rows_memory: Rc<dyn Memory>,
     turned: Option<TurnedWeights>,
     training: Option<Training>,
-    /// By their weights.
+    /// The tables of `emb_linear` layers, by the layers' weights.
     scale_tables: HashMap<Vec<ParamId>, TwoSided<ScaleTable>>,
 }
 
-/// The place of a parameter, but for where it begins.
+/// The place of a parameter; where it begins is filled in later.
 fn place(spec: &ParamSpec) -> Place {
     let (first, exact) = (0, 0);
     match spec.kind {
@@ -178,7 +178,7 @@ fn uploaded<T: bytemuck::NoUninit>(runtime: &dyn Runtime, values: &[T]) -> Resul
     Ok(memory)
 }
 
-/// Room for the copies, and what the kernel needs to know.
+/// Memory for the copies, and the table that the kernel reads.
 fn turned_weights(runtime: &dyn Runtime, table: &ParamTable, places: &[Place]) -> Result<TurnedWeights, DeviceError> {
     let (mut values, mut first, mut tiles) = (0, Vec::new(), Vec::<TurnTile>::new());
     for ((_, spec), p) in table.iter().zip(places) {
@@ -194,7 +194,7 @@ fn turned_weights(runtime: &dyn Runtime, table: &ParamTable, places: &[Place]) -
 }
 
 impl Params {
-    /// Room for every parameter, all zero; with gradients, moments and `emas` averages if given.
+    /// Memory for every parameter, all zero. If `emas` is given, also for gradients, moments and so many averages.
     pub fn new(
         runtime: &dyn Runtime,
         precision: Precision,
@@ -262,7 +262,7 @@ impl Params {
         &self.table
     }
 
-    /// The ranges of the arenas that are given away at a time.
+    /// The ranges of the arenas that [`Params::exchange`] gives out at a time.
     pub fn buckets(&self) -> &Buckets {
         &self.buckets
     }
@@ -294,8 +294,8 @@ impl Params {
         self.places[id.0].rows * self.places[id.0].stride() * 2
     }
 
-    /// A convolution's effective weight as [`super::conv::Dgrad`] reads it. A network for sampling has the copies from
-    /// the first call on.
+    /// A convolution's effective weight, turned as [`super::conv::Dgrad`] reads it. A network for sampling makes the
+    /// copies at the first call.
     pub fn turned(&mut self, runtime: &dyn Runtime, id: ParamId) -> Result<DevicePtr, DeviceError> {
         if self.turned.is_none() {
             self.turned = Some(turned_weights(runtime, &self.table, &self.places)?);

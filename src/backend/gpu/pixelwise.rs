@@ -23,7 +23,7 @@ fn count([n, h, w, c]: Shape) -> usize {
     n * h * w * vectors(c)
 }
 
-/// A power of two that gives each lane at most one vector, as far as a warp reaches.
+/// The lanes for one pixel: the least power of two that gives each lane at most one vector, and at most a warp.
 fn lanes(vectors: usize) -> usize {
     vectors.next_power_of_two().min(32)
 }
@@ -32,8 +32,8 @@ fn over<P: NoUninit>(precision: Precision, kernels: [&'static str; 2], threads: 
     Launch::over(precision.pick(kernels), threads, BLOCK, params)
 }
 
-/// Pixel norm: y and, unless null, `silu` = mp_silu(y), both of shape `out`; x of twice its height and
-/// width if `down`.
+/// Pixel norm: y and, unless null, `silu` = mp_silu(y), both of shape `out`. If `down`, x has twice that height and
+/// width.
 pub fn pixel_norm(p: Precision, out: Shape, down: bool, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
     let [n, h, w, c] = out;
     assert!(c.is_multiple_of(8), "the norm of {c} channels, expected a multiple of 8");
@@ -119,8 +119,8 @@ pub fn clip_backward(
     over(p, ["clip_backward_f16", "clip_backward_bf16"], count(shape), &params)
 }
 
-/// `out` = x, zero where [`rng::dropped`](crate::rng::dropped) says so of a (threshold, layer), the rest times a factor; `keys`
-/// are f32 [n, 2].
+/// `out` = x, zero where [`rng::dropped`](crate::rng::dropped) says so for this threshold and layer, and times a factor
+/// elsewhere. `keys` are f32 [n, 2].
 pub fn dropout(
     p: Precision,
     shape: Shape,

@@ -17,9 +17,9 @@ impl From<Stream> for NoiseStream {
     }
 }
 
-/// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`]
-/// for each of the `streams` ([`NoiseStream`]s). With `clean` and `sigma` null the noise itself. (Training draws its
-/// noise on the host, ahead of the device.)
+/// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`] for each of the
+/// `streams` ([`NoiseStream`]s). With `clean` and `sigma` null it is the noise itself. (Training draws its noise on the
+/// host, ahead of the device.)
 #[allow(clippy::too_many_arguments)]
 pub fn add_noise(
     images: usize,
@@ -37,8 +37,8 @@ pub fn add_noise(
     Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
 }
 
-/// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x, but of as many images as
-/// there are noise levels; the `x_images` of x are taken in turn.
+/// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x, but with as many images
+/// as there are noise levels; the `x_images` images of x are taken in turn.
 pub fn precond_input(
     p: Precision,
     shape: Shape,

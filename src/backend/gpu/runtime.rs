@@ -14,8 +14,8 @@ use super::tiles::{Card, Tuned};
 use crate::backend::DeviceError;
 pub use crate::backend::memory::Memory;
 
-/// One thing that a device does. Pointers are to live memory of that device, as large as whoever made the
-/// command says.
+/// One thing that a device does. Its pointers must be to live memory of that device, as large as the maker of the
+/// command documents.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the variants say it
 pub enum Command {
@@ -33,7 +33,8 @@ impl From<Launch> for Command {
     }
 }
 
-/// Each command, and whether a launch comes right before it: then it may begin while that one ends, if it is one itself.
+/// Each command, and whether a launch comes right before it. If so, and if the command is a launch itself, it may begin
+/// while that one ends.
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(super) fn behind_launches(commands: &[Command]) -> impl Iterator<Item = (&Command, bool)> {
     let launches = commands.iter().map(|command| matches!(command, Command::Launch(_)));
@@ -46,7 +47,7 @@ pub trait Graph {
     fn run(&self) -> Result<(), DeviceError>;
 }
 
-/// What times are times of: they say nothing of another card, and little of another driver or other kernels.
+/// Under what times were measured. They say nothing of another card, and little of another driver or other kernels.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Origin {
     /// The card's name, and how many multiprocessors it has.
@@ -66,11 +67,11 @@ impl Origin {
 
 /// A device.
 pub trait Runtime {
-    /// What tiles are chosen for.
+    /// The properties for which tiles are chosen.
     fn card(&self) -> Card;
-    /// What its times are times of.
+    /// Under what times on it are measured.
     fn origin(&self) -> Origin;
-    /// Choices of tiles that were measured on it; none: they are those of a model.
+    /// Choices of tiles that were measured on it. Where there are none, a model chooses.
     fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
     fn name(&self) -> String;
@@ -96,8 +97,9 @@ pub trait Runtime {
     /// # Safety
     /// The command's pointers are valid, see [`Command`].
     unsafe fn run(&self, command: &Command) -> Result<(), DeviceError>;
-    /// Makes commands ready; nothing runs yet. Kernels are looked up here, once. With `overlap` a launch may begin while the one
-    /// before it ends, on cards that can (compute capability 9.0 and newer); each still waits for the other's results.
+    /// Makes commands ready; nothing runs yet. Kernels are looked up here, once. With `overlap` a launch may begin
+    /// while the one before it ends, on cards that can (compute capability 9.0 and newer). It still waits for the
+    /// results of the one before.
     ///
     /// # Safety
     /// The commands' pointers are valid as long as the graph is run, see [`Command`].
@@ -110,14 +112,14 @@ pub trait Runtime {
     fn time(&self, work: &dyn Graph, before: &dyn Graph, repeats: usize) -> Result<Vec<f64>, DeviceError>;
 }
 
-/// A queue of commands beside a device's, for libraries that give commands of their own. What is in the two runs at the same
-/// time, but for what one of them is told to wait for.
+/// A queue of commands beside a device's, for libraries that give commands of their own. Both queues run at the same
+/// time, except where one is told to wait for the other.
 pub trait Beside {
     /// The CUDA stream, on a device that this thread uses from now on.
     fn stream(&self) -> Result<*mut c_void, DeviceError>;
-    /// What it is given from here on comes after all that the device was given.
+    /// From here on, what this queue is given waits for all that the device was given.
     fn follow(&self) -> Result<(), DeviceError>;
-    /// What the device is given from here on comes after all that this queue was given.
+    /// From here on, what the device is given waits for all that this queue was given.
     fn lead(&self) -> Result<(), DeviceError>;
 }
 
@@ -141,7 +143,7 @@ pub struct Imagined {
 }
 
 impl Imagined {
-    /// With the properties of a card.
+    /// An imagined device with the properties of this card.
     pub fn new(card: Card) -> Self {
         Self { card, tuned: None, next: Cell::new(1 << 40) }
     }

@@ -1,8 +1,8 @@
 //! Tensors in device memory, and the workspace in which a plan places them.
 //!
-//! A plan's tensors share one allocation. The network drops a handle when nothing reads the tensor any more,
-//! and the place is free for the next one; so the order of calls is the liveness analysis, and the highest
-//! place that was in use is the memory that the plan needs.
+//! A plan's tensors share one allocation. The network drops a handle when nothing reads the tensor any more, and its
+//! place is then free for the next one. So the order of calls is the liveness analysis, and the highest address that
+//! was in use says how much memory the plan needs.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use crate::backend::Shape;
 /// Alignment of every tensor, in bytes.
 const ALIGN: usize = 256;
 
-/// Places within one allocation, whose address may be assumed while its size is not yet known.
+/// Places within one allocation. While its size is not yet known, its address is an assumed one.
 pub struct Workspace {
     base: DevicePtr,
     /// Free ranges below `end`: where each begins, and its length.
@@ -113,7 +113,7 @@ pub enum Format {
     F32,
     /// 16 bits, [n, h, w, c padded with zeros to a multiple of 8]: activations and their gradients.
     Half,
-    /// As `Half`, its channels those of q, k and v of so many heads in the kernels' order
+    /// As `Half`, but the channels are those of q, k and v of so many heads in the kernels' order
     /// ([`super::attention::row_of`]).
     Qkv {
         /// Attention heads.
@@ -149,7 +149,7 @@ impl Tensor {
         self.0.format
     }
 
-    /// Which tensor of its plan it is, if another one may ask for its activation.
+    /// Its number in its plan, if its activation may be asked for.
     pub fn number(&self) -> Option<usize> {
         self.0.number
     }
@@ -172,7 +172,7 @@ impl Tensor {
         }
     }
 
-    /// `parts` tensors of as many images, one after the other in this one. None if that would begin a tensor where kernels
+    /// `parts` tensors of equally many images, one after the other in this one. None if one would begin where kernels
     /// cannot read 16 bytes.
     pub fn parts(&self, parts: usize) -> Option<Vec<Self>> {
         let [n, h, w, c] = self.shape();
@@ -196,7 +196,7 @@ impl Tensor {
         Rc::strong_count(&self.0) == 1 && !matches!(self.0.buffer, Buffer::Part(..))
     }
 
-    /// mp_silu(scale x) of this x, if it was made already.
+    /// mp_silu(scale x), where x is this tensor, if it was made already.
     pub fn active(&self, scale: f64) -> Option<Tensor> {
         self.0.active.borrow().as_ref().filter(|(made, _)| *made == scale).map(|(_, t)| t.clone())
     }

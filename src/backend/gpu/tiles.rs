@@ -69,7 +69,7 @@ fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
 }
 
 /// Tiles of `hopper_fprop_*` and its sisters, of their lines: three groups of threads, of which two have 64 rows of 72 floats
-/// for the way out, and four rows of sums.
+/// for the epilogue, and four rows of sums.
 static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, together, speed]: &[usize; 5]| Tile {
         m,

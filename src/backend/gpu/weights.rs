@@ -12,7 +12,7 @@ use crate::backend::{Normalization, Step};
 
 pub use super::tables::weights::MAX_EMAS;
 
-/// Most values of a row.
+/// The most values that a row may have.
 pub const MAX_ROW: usize = capacity(ROWS[ROWS.len() - 1]);
 
 /// Values of the longest row that an instance takes.
@@ -36,7 +36,7 @@ pub struct Turned {
 }
 
 impl Turned {
-    /// What the kernel works on, one a block.
+    /// The tiles of the weight: each block of the kernel copies one.
     pub fn tiles(&self) -> impl Iterator<Item = TurnTile> {
         let Self { from, to, cout, cin, taps } = *self;
         let tile = move |tap, co, c| TurnTile {
@@ -86,7 +86,7 @@ pub struct RowTable {
 }
 
 impl RowTable {
-    /// Sorts the rows by what they ask of a block.
+    /// Sorts the rows by the size of the block that they need.
     pub fn new(mut rows: Vec<WeightRow>) -> Self {
         for row in &rows {
             let length = row.length as usize;
@@ -129,9 +129,10 @@ pub struct Effective {
     pub exact: DevicePtr,
 }
 
-/// One step over all rows of `table`; effective weights are then those of the next one. `memory` has the addresses: of the
-/// rows, one [`StepScalars`], the arenas, and 8 bytes of scratch for each row in `stats`; and the counts, `rounds` as in
-/// [`Normalization::Train`]. `totals` receives one [`StepTotals`](super::structs::StepTotals).
+/// One optimizer step over all rows of `table`; it also makes the effective weights of the next step. `memory` has the
+/// addresses of the rows, of one [`StepScalars`], of the arenas, and in `stats` of 8 bytes of scratch for each row; it
+/// also has the counts, with `rounds` as in [`Normalization::Train`]. `totals` receives one
+/// [`StepTotals`](super::structs::StepTotals).
 pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePtr) -> Vec<Launch> {
     let launch = |(first, rows, threads, vectors): (usize, usize, u32, usize)| {
         let kernel = format!("weight_step_{vectors}_{}", p.name());

@@ -17,7 +17,7 @@ pub struct Part {
     name: String,
     images: usize,
     header: Header,
-    /// How many have which width and height; of a dataset of one size empty.
+    /// How many images each width and height has; empty if the dataset has one size.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     buckets: Vec<Bucket>,
 }
@@ -43,7 +43,7 @@ pub struct DatasetInfo {
 #[derive(Default, Serialize)]
 pub struct Checked {
     shards: usize,
-    /// Of these, those without checksums, of an older version: of them only the small parts were looked at.
+    /// How many of these have no checksums, since an older version wrote them; only their small parts were looked at.
     unknown: usize,
     /// What [`Dataset::doubt`] says of the splits.
     #[serde(skip_serializing_if = "Vec::is_empty")]

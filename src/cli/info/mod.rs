@@ -78,13 +78,13 @@ struct Network<'a> {
     meta: Option<&'a ModelMeta>,
 }
 
-/// What a forward pass of one image takes of a GPU (as the plan for an RTX 4090 has it; none is needed for it).
+/// What a forward pass of one image takes on a GPU, by the plan for an RTX 4090. No GPU is needed to know it.
 #[derive(Serialize)]
 struct GpuCost {
     launches: usize,
-    /// Read and written by all operations.
+    /// Bytes that all operations together read and write.
     bytes: usize,
-    /// At least: every effective weight once, the image in and out.
+    /// The fewest bytes that it could be: every effective weight once, and the image in and out.
     least_bytes: usize,
     /// Device memory.
     memory_bytes: usize,
@@ -246,7 +246,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         }
         return Ok(());
     };
-    // Errors in opening name the file themselves.
+    // An error in opening names the file itself.
     let ends = |ending: &str| path.extension().is_some_and(|own| own.eq_ignore_ascii_case(ending));
     let unchecked = |what: &str| {
         ensure!(!args.check, "{}: {what}, which has no checksums", path.display());

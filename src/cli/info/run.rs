@@ -23,17 +23,18 @@ pub fn is_one(dir: &Path) -> anyhow::Result<bool> {
 #[derive(Serialize)]
 struct Run {
     kind: &'static str,
-    /// Of the newest whole checkpoint; none without one.
+    /// The state of the newest whole checkpoint, if there is one.
     state: Option<State>,
     checkpoints: Vec<String>,
-    /// Those that cannot be resumed from, with the reason.
+    /// The checkpoints that cannot be resumed from, with the reason.
     damaged: Vec<String>,
     snapshots: Vec<String>,
     /// The newest value of each statistic.
     latest: Map<String, Value>,
 }
 
-/// Shows a run. Of its checkpoints the metadata alone is read; with `check` all of them, and an error is that one is damaged.
+/// Shows a run. Only the metadata of its checkpoints is read; with `check` all of them are read, and a damaged one is
+/// an error.
 pub fn show(dir: &Path, check: bool, json: bool) -> anyhow::Result<()> {
     let (mut state, mut damaged, mut checkpoints) = (None, Vec::new(), Vec::new());
     for path in checkpoint::list(dir).at(dir)? {

@@ -21,19 +21,20 @@ use super::SampleArgs;
 use crate::cli::ranks::Ranks;
 use crate::cli::say::{note, out};
 
-/// Numbers of the images of a part: whole batches, so that an image has the neighbours that it would have in one process.
+/// Numbers of the images of a part. A part is made of whole batches, so that each image shares its batch with the same
+/// images as in one process.
 pub fn images_of(part: Part, request: &Request) -> Range<usize> {
     let (count, batch) = (request.seeds.len(), request.batch.max(1));
     let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
     (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
 }
 
-/// Most images of a grid: nobody looks at a larger one.
+/// The most images of a grid. Nobody looks at a larger one.
 const GRID: usize = 1024;
-/// Bytes of pictures that are kept for it.
+/// The most bytes of pictures that are kept for a grid.
 const GRID_BYTES: usize = 1 << 32;
 
-/// What was seen of the steps of a batch: of each image the pictures, or the latents one after the other.
+/// What a batch looked like after each step: for each image its pictures, or its latents one after the other.
 #[derive(Default)]
 struct Steps {
     pictures: BTreeMap<usize, Vec<Picture>>,
@@ -67,8 +68,9 @@ fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<
     Ok(pictures)
 }
 
-/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
-/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
+/// Makes this part's images and writes them. Steps are watched where they are to be kept, and on the CPU, where each
+/// takes so long that people want to see it. Elsewhere they are not, since a device that runs all steps as one plan
+/// cannot show them.
 pub fn draw(
     mut pipeline: Pipeline,
     request: &Request,
@@ -192,7 +194,7 @@ fn gathered(
                 Some(picture) => pictures.push(picture),
                 None => missing.push(image),
             }
-            // All are looked for, though the grid has no room for all.
+            // All are looked for, even if the grid has no room for them.
             pictures.truncate(most_of_grid(&pictures));
         }
         missing
@@ -211,7 +213,8 @@ fn joined(
     ranks: &mut Ranks,
 ) -> anyhow::Result<Option<PathBuf>> {
     let mut files = Vec::new();
-    // A part that ended at the same moment may have joined them, this one's too; else the file is an older one.
+    // A part that ended at the same moment may have joined all of them, this part's included. Otherwise the file is an
+    // older one.
     let is_joined = || {
         let Some(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
         let own = images_of(part, request);
@@ -232,8 +235,8 @@ fn joined(
     Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
 }
 
-/// Whether this process has all parts before it, and is to make of them what one process would make: rank 0, or whichever
-/// finds that no part is `lacking` images. Else it says which do.
+/// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank 0,
+/// or whichever part finds that no part is `lacking` images. Otherwise it prints which parts are missing.
 fn ends(
     request: &Request,
     part: Part,

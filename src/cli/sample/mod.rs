@@ -232,7 +232,7 @@ struct Resolved {
     pipeline: Pipeline,
     request: Request,
     kept: Kept,
-    /// Of all images.
+    /// This process's part of all images.
     part: Part,
 }
 
@@ -314,7 +314,8 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
         let values = (height * width * pipeline.net().config.img_channels) as u128;
-        // They are written in another order than they are made; and those of all parts are joined.
+        // Latents are written in another order than they are made, and those of all parts are joined, so all are kept
+        // in memory.
         let (own, all) = (images_of(part, &request).len(), request.seeds.len());
         let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;

@@ -11,7 +11,7 @@ use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
 
-/// What --class takes for any.
+/// The value of --class that stands for a random one.
 const ANY: &str = "random";
 
 /// A line of --prompts.
@@ -23,7 +23,7 @@ struct Prompt {
     seed: Option<u64>,
 }
 
-/// The lines of a file of prompts that are not empty, each with what to call it.
+/// The lines of a file of prompts that are not empty, each with the name that messages give it.
 fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
     let text = input::text(path).with_context(|| path.display().to_string())?;
     let read = |(number, line): (usize, &str)| {

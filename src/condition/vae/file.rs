@@ -1,4 +1,5 @@
-//! The condition model's file: safetensors, weights in f16, everything else in the metadata; and that of a training under way, in f32.
+//! The condition model's file: safetensors, with weights in f16 and everything else in the metadata. Also the file of a
+//! training that is under way, in f32.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -123,17 +124,17 @@ impl Vae {
 /// Key of [`Progress`] in the metadata of a training under way.
 const PROGRESS_KEY: &str = "condition_training";
 
-/// What a training under way says of itself.
+/// What the file of a training under way says of it.
 #[derive(Serialize, Deserialize)]
 struct Progress {
     how: Training,
     header: Header,
     rows: usize,
-    /// Of the rows; none if nobody said.
+    /// Fingerprint of the rows; none if nobody said.
     data: Option<Fingerprint>,
     passes: usize,
     steps: i32,
-    /// Of the tensors, in their order here.
+    /// Fingerprint of the tensors, in the order of [`STATE`].
     content: Fingerprint,
 }
 
@@ -141,7 +142,7 @@ struct Progress {
 const STATE: [&str; 3] = ["params", "adam_m", "adam_v"];
 
 impl<'a, S: Source> Learning<'a, S> {
-    /// Saves it, atomically. `data` is what its rows are recognised by.
+    /// Saves the training, atomically. `data` is the fingerprint of its rows.
     ///
     /// # Errors
     /// [`VaeError::File`]; then `path` keeps its old content.

@@ -8,9 +8,9 @@ use crate::rng::{Purpose, Stream};
 
 /// Times that an invented condition is encoded and decoded again.
 const ROUNDS: u32 = 3;
-/// A latent takes up to so many steps towards the given tags.
+/// The most steps that a latent takes towards the given tags.
 const APPROACH: usize = 20;
-/// Anchors near another one, any of which it may be mixed with.
+/// How many of the anchors nearest to one it may be mixed with.
 const NEAR: usize = 6;
 
 /// Conditions that nobody has seen.
@@ -18,7 +18,8 @@ const NEAR: usize = 6;
 pub struct Invented {
     /// [count, D], ready for the network.
     pub conditions: Vec<f32>,
-    /// [`ConditionKind::Tags`]: the tags of each, those that were asked for with their weights; else only these.
+    /// The tags of each condition. For [`ConditionKind::Tags`] all of them, where those that were asked for have their
+    /// weights; else only those that were asked for.
     pub tags: Vec<Prompt>,
 }
 
@@ -65,7 +66,7 @@ impl Vae {
                     ConditionKind::Features => {
                         let moments = || self.std.iter().zip(&self.mean);
                         let mut feature: Vec<f32> = out.iter().zip(moments()).map(|(&x, (s, m))| x * s + m).collect();
-                        // Zeros, which have no direction, would be no condition; they do not occur.
+                        // A vector of zeros has no direction and would be no condition; it does not occur.
                         let _ = unit_norm(&mut feature);
                         x.iter_mut().zip(&feature).zip(moments()).for_each(|((x, f), (s, m))| *x = (f - m) / s);
                         invented.conditions.extend(feature);
@@ -78,9 +79,9 @@ impl Vae {
         invented
     }
 
-    /// Moves a latent to where the decoder, told of no tag, makes the given ones likely: ascent of the weighted sum of
-    /// their ln p, in steps that would bring it to 0 if it were linear, but of length 1 at most (latents have variance 1):
-    /// tags that exclude each other have their optimum elsewhere, where the gradient vanishes.
+    /// Moves a latent to where the decoder, told of no tag, makes the given tags likely. It climbs the weighted sum of
+    /// their ln p. Each step would bring that sum to 0 if it were linear, but has length 1 at most, as latents have
+    /// variance 1. Tags that exclude each other have their optimum below 0, where the gradient vanishes.
     fn approach(&self, latent: &mut [f32], given: &Prompt) {
         let (_, v, z, h) = self.sizes();
         let [_, hidden, output] = self.layers();
@@ -112,8 +113,8 @@ impl Vae {
         }
     }
 
-    /// Codes [count, 2 Z] to begin with: an anchor, drawn by how likely it makes the given tags, mixed with
-    /// one near it.
+    /// Codes [count, 2 Z] to begin with. Each is an anchor mixed with one near it; anchors are drawn by how likely they
+    /// make the given tags.
     fn starts(&self, given: &Prompt, count: usize, seed: u64) -> Vec<f32> {
         let (_, v, z, _) = self.sizes();
         let (outputs, features) = self.outputs();

@@ -9,20 +9,20 @@
 //! loss         = -ln p(x | out) + beta * KL(N(mean, exp(logvar)) | N(0, 1))
 //! ```
 //!
-//! [`ConditionKind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose
-//! logits are `out`; dense features are normal variables with mean `out` and the one variance that fits
-//! the batch best. Since features do not say what tags they have, their `out` is longer: V logits of the
-//! row's tags follow, and the loss counts these too, so that z knows them. In training c is empty for half of the rows, so that one network serves both to
-//! invent freely (z alone) and to complete given tags; the encoder sees c too, so that z learns what c
-//! leaves open, and a z drawn from N(0, 1) does not contradict it.
+//! [`ConditionKind`] says what x is, and so what p is: tags in a multi-hot vector are Bernoulli variables whose logits
+//! are `out`. Dense features are normal variables with mean `out` and one variance, the one that fits the batch best.
+//! Since features do not say what tags they have, their `out` is longer: V logits of the row's tags follow, and the
+//! loss counts these too, so that z knows them. In training c is empty for half of the rows. So one network can both
+//! invent freely (from z alone) and complete given tags. The encoder sees c too, so that z learns what c leaves open,
+//! and a z drawn from N(0, 1) does not contradict c.
 //!
-//! At beta = 1 the latents say too little and conditions come out as a mush of the commonest tags; at a
-//! beta that keeps them apart, most of N(0, 1) is empty. So a condition is not invented from N(0, 1) but
-//! from the codes of some training rows, the anchors: one that makes the given tags likely, mixed with
-//! a neighbour. What that decodes to is encoded and decoded a few times more, which moves it towards the
-//! data (Rezende et al., "Stochastic Backpropagation", 2014, section 6). Tags are those that are likelier
-//! than not: drawing each by itself would put in tags that do not belong together. Of features z is moved,
-//! each time before it is decoded, to where the given tags are likely.
+//! At beta = 1 the latents say too little, and conditions come out as a mush of the commonest tags. At a beta that
+//! keeps conditions apart, most of N(0, 1) is empty. So a condition is not invented from N(0, 1). It comes from the
+//! codes of some training rows, the anchors: an anchor that makes the given tags likely is mixed with a neighbour. What
+//! that decodes to is encoded and decoded a few times more, which moves it towards the data (Rezende et al.,
+//! "Stochastic Backpropagation", 2014, section 6). Tags are those that are likelier than not: drawing each by itself
+//! would put in tags that do not belong together. For features, z is moved each time before it is decoded to where the
+//! given tags are likely.
 //!
 //! The network is in `net`, how it learns in `training`, how it invents in `inventing`, its file in `file`.
 //!
@@ -82,7 +82,7 @@ pub struct Vae<T: Real = f32> {
     header: Header,
     vocabulary: Vocabulary,
     params: Vec<T>,
-    /// Codes (mean, logvar) of some training rows: where the latent space is inhabited, [K, 2 Z].
+    /// Codes (mean, logvar) of some training rows, [K, 2 Z]. They show which regions of the latent space are inhabited.
     anchors: Vec<T>,
     /// [`ConditionKind::Features`]: mean and standard deviation of each feature, `[D]`. Else empty.
     mean: Vec<f32>,
@@ -90,7 +90,7 @@ pub struct Vae<T: Real = f32> {
 }
 
 impl<T: Real> Vae<T> {
-    /// One without parameters.
+    /// A model whose parameters are still to be filled in.
     fn new(header: Header, vocabulary: Vocabulary) -> Self {
         Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() }
     }
@@ -100,7 +100,7 @@ impl<T: Real> Vae<T> {
         &self.header
     }
 
-    /// What the conditions mean that it invents.
+    /// What the conditions that it invents mean.
     pub fn meaning(&self) -> Meaning {
         let Header { kind, conditioning, vocabulary, .. } = &self.header;
         let unsaid = || match kind {
@@ -134,7 +134,7 @@ impl<T: Real> Vae<T> {
     }
 }
 
-/// Normalised input of a prompt: sqrt(V) times its condition, so that its mean square is 1.
+/// Writes the normalised input of a prompt: sqrt(V) times its condition, so that its mean square is 1.
 fn tag_input(prompt: &Prompt, width: usize, out: &mut [f32]) {
     let norm: f32 = prompt.tags().iter().map(|(_, weight)| weight * weight).sum();
     let value = (width as f32 / norm.max(f32::MIN_POSITIVE)).sqrt();

@@ -7,7 +7,7 @@ use crate::condition::vocabulary::Vocabulary;
 use crate::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
 
-/// Mean over the rows of a batch, in nats.
+/// The loss of a batch: means over its rows, in nats.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Loss {
     /// -ln p(x | out).
@@ -41,7 +41,7 @@ pub(super) struct Batch<T> {
     pub n: usize,
     /// [n, D + V]: normalised conditions, then given tags.
     pub input: Vec<T>,
-    /// [n, D], of features [n, D + V]: what the output is measured against.
+    /// [n, D], or for features [n, D + V]: what the output is compared with.
     pub target: Vec<T>,
     /// [n, Z]: unit normal noise.
     pub eps: Vec<T>,
@@ -164,7 +164,7 @@ impl<T: Real> Vae<T> {
         let squares: f64 = pairs.map(|(&l, &t)| ((l - t) * (l - t)).wide()).sum();
         let variance = (squares / (n * features).max(1) as f64).max(1e-12);
         let factor = T::of(1.0 / (variance * n as f64));
-        // From here on `out` is its own gradient.
+        // From here on `out` holds the gradient of the loss with respect to itself.
         let of_tags: f64 = out
             .par_chunks_mut(outputs)
             .zip(batch.target.par_chunks(outputs))

@@ -1,4 +1,5 @@
-//! Training of a condition model: pass by pass over rows that are read one at a time, so that they need not be in memory.
+//! Training of a condition model. It goes over the rows pass by pass and reads them one at a time, so that they need
+//! not be in memory.
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -10,10 +11,10 @@ use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
 use crate::rng::{Purpose, Stream};
 
-/// The codes of up to so many rows are kept as anchors.
+/// The most rows whose codes are kept as anchors.
 const ANCHORS: usize = 256;
 
-/// Conditions to learn from, wherever they are: one row is asked for at a time.
+/// Conditions to learn from, wherever they lie. They are asked for one row at a time.
 pub trait Source: Sync {
     /// What they are.
     fn kind(&self) -> ConditionKind;
@@ -154,7 +155,7 @@ impl<'a, S: Source> Learning<'a, S> {
         self.passes >= self.how.epochs
     }
 
-    /// One more pass; `progress` is told of how many rows more.
+    /// Makes one more pass. `progress` is called with the number of rows that are done since the last call.
     ///
     /// # Errors
     /// [`VaeError::Diverged`].
@@ -207,7 +208,7 @@ impl<'a, S: Source> Learning<'a, S> {
 }
 
 impl Vae {
-    /// Learns all that is to be learnt; `progress(epoch, loss)` after each pass.
+    /// Makes all passes, and calls `progress(epoch, loss)` after each.
     ///
     /// # Errors
     /// [`VaeError::Diverged`].
@@ -227,7 +228,7 @@ impl Vae {
         learning.finish()
     }
 
-    /// Some rows, with the tags and the noise that an epoch gives them; without an epoch, no tags.
+    /// A batch of some rows, with the tags and the noise that an epoch gives them; without an epoch they have no tags.
     fn batch(&self, rows: &impl Source, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
         let (d, v, z, _) = self.sizes();
         let columns = d + v;
@@ -261,7 +262,7 @@ impl Vae {
     }
 }
 
-/// No tag half of the time, else a random part: few mostly, all of them at times.
+/// No tags half of the time, else a random part of them: mostly few, sometimes all.
 fn some_of(tags: &[u32], stream: &Stream) -> Vec<u32> {
     let word = |position: u32, bound: usize| ((u64::from(stream.block(position)[0]) * bound as u64) >> 32) as usize;
     let u = f64::from(stream.block(0)[0]) / 4_294_967_296.0;

@@ -25,10 +25,11 @@ use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, names};
 use crate::memory;
 
-/// Clocks of file systems, and of machines that share them, may be so far apart.
+/// How far apart the clocks of file systems, and of machines that share them, may be.
 const SLACK: Duration = Duration::from_secs(2);
 
-/// Pictures of a shard that are compared whatever their dates: another folder's may be older.
+/// How many pictures of a shard are compared whatever their dates are, since the pictures of another folder may all be
+/// older.
 const LOOKED_AT: usize = 4;
 
 /// A shard to be made.
@@ -36,21 +37,21 @@ pub(super) struct Job<'a> {
     pub split: Split,
     pub name: String,
     pub members: Vec<&'a Record>,
-    /// All but its count.
+    /// The shard's header, but for its count.
     pub header: Header,
 }
 
 /// What is to be made.
 pub(super) struct Agenda<'a> {
-    /// Counted on the training images.
+    /// The vocabulary, counted on the training images.
     pub vocabulary: Vocabulary,
     pub jobs: Vec<Job<'a>>,
-    /// What shards depend on, by name.
+    /// The settings that shards depend on, by name.
     pub made_with: Map<String, Value>,
 }
 
 impl<'a> Agenda<'a> {
-    /// Cuts the records into shards; those that are added to a dataset follow on its own, and use its vocabulary.
+    /// Cuts the records into shards. Shards that are added to a dataset follow its own, and use its vocabulary.
     pub fn new(
         listing: &'a Listing,
         settings: &Settings,
@@ -82,7 +83,7 @@ impl<'a> Agenda<'a> {
             kind,
             height,
             width,
-            // A dataset of one size is what it was before there could be several.
+            // The header of a dataset of one size is as it was before there could be several.
             sizes: if sizes.len() > 1 { sizes } else { Vec::new() },
             channels,
             condition_dim: conditions.width().unwrap_or(vocabulary.len()),
@@ -116,20 +117,21 @@ impl<'a> Agenda<'a> {
         Ok(Self { vocabulary, jobs, made_with })
     }
 
-    /// Which of the shards are there and, of those of a part, whole. Those that hold no image are made again, whatever they
-    /// were made with; any other that was made otherwise is an error.
+    /// Which of the shards are there and, if they belong to this part, whole. A shard that holds no image is made
+    /// again, whatever it was made with. Any other that was made in another way is an error.
     pub fn existing(&self, out: &Path, part: Part, report: Report) -> Result<Vec<bool>, PrepareError> {
         let mut there = BTreeMap::new();
         for name in names(out).at(out)?.into_iter().filter(|name| Split::names(name)) {
             there.insert(name.clone(), SafeFile::open(out.join(name)));
         }
-        // A call that kept nothing, for the wrong folder say, must not stand in the way of the right one.
+        // A call that kept no image, with the wrong folder for example, must not stand in the way of the right one.
         let names: Vec<String> = there.keys().cloned().collect();
         if there.values().all(|file| file.as_ref().is_ok_and(shard::holds_nothing)) {
-            // What another part has just made so may stay.
+            // A shard that another part has just made with the same settings may stay.
             let made_so = |file: &SafeFile| Notes::settings(file).as_ref() == Some(&self.made_with);
             there.retain(|_, file| part != Part::WHOLE && file.as_ref().is_ok_and(made_so));
-            // Each part removes its own, which no other will have made again; the first what is nobody's.
+            // Each part removes its own shards, so that none removes what another has just made again. The first also
+            // removes what belongs to no part.
             let of = |name: &String| self.jobs.iter().position(|job| job.name == *name).map_or(0, |at| at % part.of);
             for name in names.iter().filter(|name| !there.contains_key(*name) && of(name) == part.number) {
                 super::gone(fs::remove_file(out.join(name))).at(out.join(name))?;
@@ -171,7 +173,8 @@ impl<'a> Agenda<'a> {
         self.jobs.iter().zip(files).enumerate().map(whole).collect()
     }
 
-    /// Writes the vocabulary; but beside shards it is theirs, and somebody may have renamed tags in it.
+    /// Writes the vocabulary. But where shards are there, the file is theirs and stays, since somebody may have renamed
+    /// tags in it.
     pub fn settle_vocabulary(&self, out: &Path, shards: bool, report: Report) -> Result<(), PrepareError> {
         let path = out.join(VOCABULARY_FILE);
         match shards && path.exists() {
@@ -181,7 +184,7 @@ impl<'a> Agenda<'a> {
     }
 }
 
-/// Whether a shard that is pending, and so nobody's yet, is what this job would make.
+/// Whether a pending shard, which is not part of the dataset yet, is what this job would make.
 pub(super) fn is_made(job: &Job, path: &Path, made_with: &Map<String, Value>) -> Result<bool, PrepareError> {
     let Ok(file) = SafeFile::open(path) else { return Ok(false) };
     if Notes::settings(&file).as_ref() != Some(made_with) || check_whole(&file).is_err() {
@@ -194,15 +197,15 @@ pub(super) fn is_made(job: &Job, path: &Path, made_with: &Map<String, Value>) ->
     }
 }
 
-/// The most frequent tags of the records that are for training, whether their pictures turn out to be usable or not.
+/// The most frequent tags of the records for training, whether or not their pictures turn out to be usable.
 pub(super) fn count_tags(listing: &Listing, settings: &Settings) -> Result<Vocabulary, VocabularyError> {
     let train = listing.records.iter().filter(|record| settings.split(record.id) == Split::Train);
     let sets = train.map(|record| record.tags.iter().map(|&tag| listing.tags.name(tag)));
     Vocabulary::most_frequent(sets, settings.vocabulary)
 }
 
-/// Everything that shards' bytes depend on; without a listing, all but the records. Of an image file that is its length, its
-/// date changing with copying; see [`check_pictures`] for the rest.
+/// Everything that the bytes of shards depend on; without a listing, all but the records. Image files count by their
+/// lengths, since their dates change with copying. [`check_pictures`] looks at their contents.
 pub(super) fn made_with(
     listing: Option<&Listing>,
     settings: &Settings,
@@ -245,7 +248,7 @@ pub(super) fn made_with(
     all
 }
 
-/// FNV-1a, 64 bits: it recognises a change, nobody attacks it.
+/// FNV-1a of 64 bits. It has to recognise a change, not to withstand an attack.
 fn hash(listing: &Listing) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut add = |bytes: &[u8]| {
@@ -273,16 +276,16 @@ fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
     }
 }
 
-/// Settings that no picture of a dataset may differ in.
+/// Settings that must be the same for all pictures of a dataset.
 pub(super) const COMMON: [&str; 7] =
     ["size", "background", "max-crop", "validation-modulus", "enlarge", "vae", "tagger"];
 
-/// An error if a shard was made otherwise, in any setting.
+/// An error if a shard was made with another value of any setting.
 pub(super) fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
     check_some_settings(file, now, &|_| true)
 }
 
-/// An error if a shard was made otherwise, in a setting that counts.
+/// An error if a shard was made with another value of a setting that counts.
 pub(super) fn check_some_settings(
     file: &SafeFile,
     now: &Map<String, Value>,
@@ -310,16 +313,16 @@ pub(super) fn check_some_settings(
     Ok(())
 }
 
-/// [`check_pictures`] of a shard that this job would make.
+/// Calls [`check_pictures`] for a shard that this job would make.
 fn check_job(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let pairs: Vec<_> = job.members.iter().copied().zip(&notes.pictures).collect();
     let now = |record: &Record| Ok(Some(print(&record.read()?)));
     check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")
 }
 
-/// An error, with `advice`, if a shard was made of other pictures than those that there are `now`; of what is none of these
-/// nothing is said. Those whose files are newer than the shard are read again, and [`LOOKED_AT`] others: dates are a reason to
-/// look, as they change with copying, and contents decide.
+/// An error, with `advice`, if a shard was made of other pictures than those that are there `now`. Pictures that are
+/// not there are not compared. Those whose files are newer than the shard are read again, and [`LOOKED_AT`] others.
+/// Contents decide; a date is only a reason to look, as it changes with copying.
 pub(super) fn check_pictures(
     path: &Path,
     pairs: &[(&Record, &Fingerprint)],
@@ -339,17 +342,18 @@ pub(super) fn check_pictures(
     match found?.into_iter().flatten().next() {
         Some(file) => Err(PrepareError::OtherPicture { path: path.into(), file, advice }),
         None if suspects.is_empty() => Ok(()),
-        // Next time there is no reason to look.
+        // So that next time there is no reason to look.
         None => date(path, begun),
     }
 }
 
-/// Gives a shard the time at which its pictures began to be read: what changed since is newer.
+/// Gives a shard the time at which reading its pictures began. So whatever has changed since then is newer than the
+/// shard.
 pub(super) fn date(path: &Path, begun: SystemTime) -> Result<(), PrepareError> {
     Ok(File::options().write(true).open(path).and_then(|file| file.set_modified(begun)).at(path)?)
 }
 
-/// An error if a vocabulary's file is not what was counted, but for the names of tags.
+/// An error if a vocabulary's file is not what was counted, where other names of tags do not matter.
 fn check_vocabulary(path: &Path, counted: &Vocabulary, report: Report) -> Result<(), PrepareError> {
     let damaged = |what: String| PrepareError::DamagedVocabulary { path: path.into(), what };
     let found = Vocabulary::load(path).map_err(|error| match error {

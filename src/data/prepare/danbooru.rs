@@ -1,15 +1,15 @@
 //! Danbooru2023 as it is published: tar shards `data-0MMM.tar`, `data-1MMM.tar` (MMM = id % 1000) of `<id>.<ext>`, or
 //! a folder of such files, and the posts as JSON lines, in the form that danbooru's own interface gives them.
 //!
-//! Both are looked for in all folders below the one that is given, archives are read in place, and a file belongs to
-//! the post whose id it bears, whatever its ending: copies made smaller, as WebP, do as well. What is in an archive is noted
-//! beside the dataset, so that its headers are read once ([`tar::index_noted`]). The posts, 20 GB of
-//! them, stream by; those that pass the filter stay in memory, a few hundred bytes each.
+//! Both are looked for in the folder that is given and in all below it. Archives are read in place. A file belongs to
+//! the post whose id it bears, whatever its ending is: smaller copies as WebP will do. What is in an archive is noted
+//! beside the dataset, so that its headers are read once ([`tar::index_noted`]). The posts, 20 GB of them, stream by;
+//! those that pass the filter stay in memory, a few hundred bytes each.
 //!
-//! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair"; a face, such as `^_^` or `o_o`, stays as
-//! it is. What cannot be a tag here, for a
-//! comma in it or a space at its end, is left out and counted. Records are ordered by id % 1000, then id: so training
-//! shards read each archive from its beginning to its end.
+//! A tag is danbooru's with spaces for underscores: `blue_hair` becomes "blue hair"; a face, such as `^_^` or `o_o`,
+//! stays as it is. A tag that is not allowed here, because it has a comma or a space at its end, is left out and
+//! counted. Records are ordered by id % 1000, then id. So training shards read each archive from its beginning to its
+//! end.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -45,13 +45,13 @@ pub struct Danbooru {
     pub enlarge: bool,
 }
 
-/// Folder, in that of the dataset, of what is noted of archives.
+/// Folder within the dataset's for the notes of what is in archives.
 const NOTES: &str = "archives";
 
 /// Endings of the names of still images.
 const STILL: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 
-/// What is read of a post. Everything but id and tags may be missing or null: then the post does not pass.
+/// The fields of a post that are read. All but id and tags may be missing or null; then the post does not pass.
 #[derive(Deserialize)]
 struct Post<'a> {
     id: i64,
@@ -129,7 +129,8 @@ impl Records for Danbooru {
 }
 
 impl Danbooru {
-    /// The first reason against a post. That of the tags comes first, so that all others count among the wanted.
+    /// The first reason against a post, if there is one. Missing tags come first, so that the counts of all other
+    /// reasons are of wanted posts.
     fn refuse(&self, post: &Post, settings: &Settings) -> Option<Drop> {
         let is =
             |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
@@ -149,13 +150,13 @@ impl Danbooru {
     }
 }
 
-/// A tag of danbooru's as it is stored: it has words, or is a face.
+/// A danbooru tag as it is stored here: with spaces between its words, but a face unchanged.
 fn readable(tag: &str) -> String {
     let word = tag.split('_').any(|part| part.chars().filter(|c| c.is_alphanumeric()).count() > 1);
     if word { tag.replace('_', " ") } else { tag.into() }
 }
 
-/// The post that a file is of, if it bears the name of one.
+/// The id of the post that a file belongs to, if its name is one.
 fn id_of(name: &str) -> Option<i64> {
     let name = name.rsplit('/').next()?;
     let (stem, ending) = name.split_once('.')?;
@@ -164,8 +165,8 @@ fn id_of(name: &str) -> Option<i64> {
     stem.parse().ok().filter(|_| digits && still)
 }
 
-/// Name and place of the files of the wanted posts. Of several with one id the first counts, in the order of the
-/// archives' paths and then of the files'.
+/// Name and place of the files of the wanted posts. If several have one id, the first counts, in the order of the
+/// archives' paths and then of the files' paths.
 fn find_files<T: Sync>(
     dir: &Path,
     notes: &Path,
@@ -210,7 +211,7 @@ fn find_files<T: Sync>(
     Ok(found)
 }
 
-/// Archives, and files that bear an id, in a folder and below it.
+/// Lists the archives, and the files that bear an id, in a folder and below it.
 fn list(dir: &Path, seen: &mut HashSet<PathBuf>, found: &mut Vec<PathBuf>) -> Result<(), PrepareError> {
     // Links may lead in circles.
     if !seen.insert(fs::canonicalize(dir).at(dir)?) {

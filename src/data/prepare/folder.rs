@@ -34,7 +34,7 @@ struct Line {
     flip: bool,
     #[serde(default = "once")]
     repeats: NonZeroU8,
-    /// What else it says.
+    /// Any other fields.
     #[serde(flatten)]
     others: BTreeMap<String, IgnoredAny>,
 }
@@ -70,7 +70,7 @@ impl Records for Folder {
             Ok(())
         })?;
         if !unread.is_empty() {
-            // A misspelt name would change what training sees.
+            // A misspelt field would change what training sees, so an unknown one is mentioned.
             let (shown, more) = (
                 unread.iter().take(5).map(|name| format!("{name:?}")).collect::<Vec<_>>(),
                 unread.len() - 5.min(unread.len()),

@@ -25,8 +25,8 @@ use crate::data::shard::{
 use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
 
-/// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. A call that was killed is
-/// resumed by the same one.
+/// Adds the pictures of records whose ids are not there yet, as new shards. The vocabulary stays. The same call again
+/// resumes one that was killed.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); there is no dataset, or one made in another way.
@@ -54,7 +54,7 @@ pub fn add(
         known.extend(&shard.ids);
         refused.extend(refusals(&places, shard, notes));
     })?;
-    // What was dropped is looked at again if its file is another by now.
+    // A picture that was dropped is looked at again if its file is another by now.
     let skipped = places.keys().filter(|id| known.contains(*id)).count();
     let mut dropped = Drops::default();
     let refused: Vec<_> = refused.into_iter().filter(|(id, _)| !known.contains(id)).collect();
@@ -99,7 +99,7 @@ pub fn add(
     let old = images(&tally);
     let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
     make(&agenda, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
-    // Shards without a picture would be looked through for ever.
+    // Shards without a picture are not kept: they would be looked through at every call.
     if images(&tally) > old {
         let summary = tally.finish(&listing, settings, skipped, agenda.vocabulary, &path(SUMMARY_FILE))?;
         pending.commit()?;
@@ -111,13 +111,14 @@ pub fn add(
     }
 }
 
-/// The ids of a shard's records, those that were dropped from it included, each with what its file was; none if the
-/// records are others by now. `places` are those of all records in their listing.
+/// The ids of a shard's records, including those that were dropped, each with what its file was. None if the records
+/// are others by now. `places` has the place of every record in its listing.
 fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Option<Vec<(i64, &'a Fingerprint)>> {
     let dropped = notes.dropped.iter().map(|dropped| dropped.id);
     let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
     members.sort_unstable_by_key(|id| places.get(id));
-    // The files are noted in the order of the records; of other records nobody knows which is whose.
+    // The files are noted in the order of the records. If the records are others now, nobody knows which file belongs
+    // to which.
     let known = members.len() == notes.pictures.len() && members.iter().all(|id| places.contains_key(id));
     known.then(|| members.into_iter().zip(&notes.pictures).collect())
 }
@@ -129,7 +130,8 @@ fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(
     notes.dropped.iter().map(refusal).collect()
 }
 
-/// Shows `each` shard; an error, with `advice`, if a picture that is in one is another by now. It may be gone.
+/// Calls `each` with every shard. It is an error, with `advice`, if a picture in one of them is another by now; the
+/// picture's file may be gone.
 fn compare<'a>(
     there: &'a There,
     records: &[Record],
@@ -154,7 +156,7 @@ fn compare<'a>(
     Ok(())
 }
 
-/// An error if conditions of a new shard would be others than those that are there.
+/// An error if a new shard's conditions would mean something else than those that are there.
 fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
     let old = &there.header;
     if old.condition_dim == new.condition_dim && !old.conditioning.differs(&new.conditioning) {
@@ -165,9 +167,9 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
     Err(PrepareError::OtherSettings { path, what, found: show(old), now: show(new) })
 }
 
-/// Gives all images the tags that the records have by now, and conditions: of these tags, or the features of
-/// [`Settings::features`]; without them, features stay as they are. The vocabulary is counted anew. Nothing is decoded or
-/// encoded; disk space for all shards again is needed meanwhile.
+/// Gives all images the tags that the records have by now, and new conditions: made of these tags, or the features of
+/// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
+/// vocabulary is counted anew. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); an image has no record, or no feature.
@@ -192,7 +194,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     conditions.select(&mut listing);
     let now = made_with(Some(&listing), settings, records.enlarge(), None, &conditions);
-    // What only encoding depends on may be left away.
+    // Settings that only matter when pictures are encoded may be left out.
     let counts = |key: &str| COMMON.contains(&key) && !["vae", "tagger"].contains(&key);
     for (.., shard) in there.shards() {
         check_some_settings(&shard.file, &now, &counts)?;
@@ -239,7 +241,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         for key in ["records", "vocabulary", "features", "tagger"] {
             match now.get(key) {
                 Some(value) => notes.settings.insert(key.into(), value.clone()),
-                // Features that stay are still what they were made of.
+                // Features that stay keep their note of what made them.
                 None if keeps.is_some() => None,
                 None => notes.settings.remove(key),
             };
@@ -248,7 +250,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         let header = Header { condition_dim: dim, conditioning, vocabulary: vocabulary_print, ..shard.header.clone() };
         let name = split.shard_name(number);
         rows.write(&pending.path(&name), &header, &notes)?;
-        // It is as old as its pictures.
+        // The new file gets the date of the old one, as it holds the same pictures.
         let about = fs::metadata(shard.file.path()).and_then(|about| about.modified()).at(shard.file.path())?;
         date(&pending.path(&name), about)?;
         let images = shard.ids.len();

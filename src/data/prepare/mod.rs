@@ -9,14 +9,15 @@
 //!    cropped and resized;
 //! 4. write: the shards ([`shard`](super::shard)), one after the other, and `summary.json` ([`Summary`]).
 //!
-//! Splits follow from the id alone: `id % M == 0` is validation, `== 1` test. So they stay
-//! what they are when images are added. The vocabulary is counted on the training images.
+//! Splits follow from the id alone: `id % M == 0` is validation, `== 1` test. So an image stays in its split when
+//! others are added. The vocabulary is counted on the training images.
 //!
-//! A shard depends on its records and the settings only: it is made again with the same bytes, in any order, by any
-//! number of threads; one that is there already, and whole, is kept. Shards that were made with other settings, or of
-//! other pictures, stop everything, unless no image is in any of them.
+//! A shard depends on its records and the settings only. So it is made again with the same bytes, in any order, by any
+//! number of threads. A shard that is there already, and whole, is kept. Shards that were made with other settings, or
+//! of other pictures, stop everything, unless no image is in any of them.
 //!
-//! Several processes can make the shards of one dataset ([`Settings::part`]): all come to the same agenda, and each makes its own.
+//! Several processes can make the shards of one dataset ([`Settings::part`]). All come to the same agenda, and each
+//! makes its own part of it.
 //!
 //! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
 //!
@@ -85,7 +86,7 @@ use crate::formats::{At, DirLock, fingerprint, free_name, input};
 use agenda::{Agenda, check_settings, date};
 use render::{Conditions, Renderer};
 
-/// Prepares a dataset: of pictures, or with a codec of their latents.
+/// Prepares a dataset of pictures, or with a codec one of their latents.
 ///
 /// # Errors
 /// Unusable settings or metadata, an output directory that holds another dataset or cannot
@@ -109,7 +110,8 @@ pub fn prepare(
 
     let enlarge = records.enlarge();
     let agenda = Agenda::new(&listing, settings, enlarge, codec.as_ref(), &conditions, None)?;
-    // Before anything is written: a dataset made otherwise stays as it is, but for what is none of its files.
+    // This comes before anything is written, and moves only what is no file of the dataset. A dataset that was made
+    // with other settings stays as it is.
     set_aside(out, agenda.jobs.iter().map(|job| &*job.name), report)?;
     let existing = agenda.existing(out, part, report)?;
     if !existing.contains(&true) {
@@ -119,7 +121,7 @@ pub fn prepare(
     let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
     let summary = out.join(SUMMARY_FILE);
     if existing.contains(&false) && summary.exists() {
-        // What it says of a shard may not be true of the one that is made now.
+        // The summary may say of a shard what is not true of the one that is made now.
         gone(fs::remove_file(&summary)).at(&summary)?;
     }
     make(&agenda, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
@@ -131,7 +133,7 @@ pub fn prepare(
                 check_settings(&shard.file, &agenda.made_with)?;
                 others.push((job.split, shard, notes));
             }
-            // Missing or damaged: it is for its part to make.
+            // The shard is missing or damaged. The part that it belongs to has to make it.
             Err(ShardError::File(_) | ShardError::Header { .. }) => drop(lacking.insert(at % part.of)),
             Err(other) => return Err(other.into()),
         }
@@ -143,7 +145,7 @@ pub fn prepare(
     Ok(Summary { lacking: lacking.into_iter().collect(), ..tally.summary(&listing, settings, 0, agenda.vocabulary) })
 }
 
-/// What another part has taken away in the meantime is gone too.
+/// Ignores that a file is not there: another part may have removed it in the meantime.
 fn gone(done: io::Result<()>) -> io::Result<()> {
     match done {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -151,7 +153,7 @@ fn gone(done: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Makes a dataset's directory this process's own, once the settings and the metadata's place are found usable.
+/// Takes a dataset's directory for this process, once the settings and the metadata's place have been checked.
 fn owned(
     records: &dyn Records,
     settings: &Settings,
@@ -169,7 +171,7 @@ fn owned(
     Ok((lock, pending))
 }
 
-/// The records, of which there are some.
+/// Reads the records; an error if there are none.
 fn listed(records: &dyn Records, settings: &Settings, report: Report) -> Result<Listing, PrepareError> {
     let listing = records.read(settings, report)?;
     if listing.read == 0 {
@@ -236,7 +238,7 @@ impl Tally {
     }
 }
 
-/// What makes the content of an agenda's shards.
+/// The renderer for an agenda's shards.
 fn rendering<'a>(
     agenda: &'a Agenda,
     listing: &Listing,
@@ -290,7 +292,7 @@ fn make(
     Ok(())
 }
 
-/// Refuses metadata that lies where the dataset's own files will.
+/// Refuses metadata that lies where the dataset's own files will lie.
 fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     let place = metadata.canonicalize().ok();
     let there = place.as_deref().and_then(Path::parent).map(Path::to_path_buf) == out.canonicalize().ok();
@@ -305,7 +307,8 @@ fn spare(metadata: &Path, out: &Path) -> Result<(), PrepareError> {
     Ok(())
 }
 
-/// Sets aside what lies where a file of the dataset will be written and is none: it may be somebody's.
+/// Sets aside anything that lies where a file of the dataset will be written and is no such file. It may be somebody's
+/// own.
 fn set_aside<'a>(out: &Path, names: impl IntoIterator<Item = &'a str>, report: Report) -> Result<(), PrepareError> {
     for path in names.into_iter().map(|name| out.join(name)).filter(|path| path.is_file()) {
         let foreign = match path.file_name().and_then(|name| name.to_str()) {
@@ -314,7 +317,7 @@ fn set_aside<'a>(out: &Path, names: impl IntoIterator<Item = &'a str>, report: R
                 let summary = input::text(&path).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
                 summary.is_none_or(|summary| summary.get("records").is_none())
             }
-            // One that begins as a shard does and is damaged is made again.
+            // A file that begins as a shard does and is damaged is made again.
             _ => {
                 let head = File::open(&path).and_then(|file| input::head(&file)).at(&path)?;
                 !input::kind(&head).is_some_and(|kind| kind.contains("safetensors"))

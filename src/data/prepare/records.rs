@@ -1,4 +1,5 @@
-//! Records: where pictures are and what is known of them. Whoever has some in another form implements [`Records`].
+//! Records: where pictures are and what is known of them. For pictures that are kept in another form, implement
+//! [`Records`].
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -25,13 +26,15 @@ pub trait Records: Sync {
     /// The file that lists them.
     fn metadata(&self) -> &Path;
 
-    /// Reads them, in the order that shards shall have them. What the metadata alone says is dropped here, and counted.
+    /// Reads the records, in the order that shards shall have them. Those that the metadata alone rules out are dropped
+    /// here, and counted.
     ///
     /// # Errors
     /// The metadata is no such file, or the pictures cannot be looked for. A single bad picture is not an error.
     fn read(&self, settings: &Settings, report: Report) -> Result<Listing, PrepareError>;
 
-    /// Whether pictures that are smaller than the target are taken; none where they always are.
+    /// Whether pictures that are smaller than the target are taken; none if the source has no such option and always
+    /// takes them.
     fn enlarge(&self) -> Option<bool> {
         None
     }
@@ -53,7 +56,7 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// Where each of the tags is in a vocabulary, by their numbers.
+    /// For each tag, by its number, its place in a vocabulary.
     pub(super) fn places(&self, vocabulary: &Vocabulary) -> Vec<Option<u32>> {
         self.tags.names().iter().map(|tag| vocabulary.get(tag)).collect()
     }
@@ -76,14 +79,14 @@ pub struct Record {
 }
 
 impl Record {
-    /// Places of its tags in a vocabulary, ascending, by those of [`Listing::places`].
+    /// Places of its tags in a vocabulary, ascending. `places` is from [`Listing::places`].
     pub(super) fn places(&self, places: &[Option<u32>]) -> Vec<u32> {
         let mut tags: Vec<u32> = self.tags.iter().filter_map(|&tag| places[tag as usize]).collect();
         tags.sort_unstable();
         tags
     }
 
-    /// The bytes of its file; or what is wrong with that, which is no image then.
+    /// The bytes of its file; or why it is no image.
     pub(super) fn read(&self) -> Result<Result<Vec<u8>, String>, FileError> {
         self.place.read().at(self.place.path())
     }
@@ -94,7 +97,7 @@ impl Record {
 pub enum Place {
     /// All of a file.
     File(PathBuf),
-    /// So many bytes from an offset in an archive on.
+    /// `size` bytes in an archive, from `offset` on.
     #[allow(missing_docs)]
     Member { tar: Arc<Path>, offset: u64, size: u64 },
 }
@@ -108,10 +111,10 @@ impl Place {
         }
     }
 
-    /// The bytes; or what is wrong with the file, which is no image then.
+    /// The bytes; or why the file is no image.
     ///
     /// # Errors
-    /// The disk failed, or an archive is not there any more: nothing is known of the image.
+    /// The disk failed, or an archive is not there any more. That says nothing of the image.
     fn read(&self) -> io::Result<Result<Vec<u8>, String>> {
         let length = self.length();
         if length > MAX_BYTES {
@@ -132,7 +135,7 @@ impl Place {
         }
     }
 
-    /// When the file that it is in was last changed, or put there; none of a file that is not there.
+    /// When the file that it is in was last changed, or put there; none if there is no such file.
     pub(super) fn changed(&self) -> Option<SystemTime> {
         system::changed(&fs::metadata(self.path()).ok()?)
     }
@@ -146,7 +149,7 @@ impl Place {
     }
 }
 
-/// Tags by number: a tag occurs on a million images, its text once.
+/// Tags by number, so that the text of a tag that a million images have is kept once.
 #[derive(Default)]
 pub struct Tags {
     names: Vec<String>,
@@ -182,8 +185,7 @@ impl Tags {
     }
 }
 
-/// The lines of a JSON-lines file that are not blank, one after the other, to `each` with their number and where they
-/// end in the file.
+/// Calls `each` with every line of a JSON-lines file that is not blank, its number, and where it ends in the file.
 pub fn read_lines<E: Display>(
     path: &Path,
     mut each: impl FnMut(&[u8], u64) -> Result<(), E>,

@@ -26,7 +26,7 @@ use crate::pictures::{Picture, PictureError, fit};
 /// Images that are decoded at a time.
 pub(super) const CHUNK: usize = 64;
 
-/// What makes latents of pictures, wherever it computes.
+/// Makes latents of pictures, on whichever device.
 pub struct Codec {
     /// What its latents are of.
     pub(super) autoencoder: Autoencoder,
@@ -42,7 +42,7 @@ impl Codec {
     /// An autoencoder on a device.
     ///
     /// # Errors
-    /// It has no encoder, its weights are damaged, or the device's.
+    /// The autoencoder has no encoder, or its weights are damaged; or the device's.
     pub fn open(device: &Device, file: &CodecFile) -> Result<Self, CodecError> {
         let encode = encoder(device, file)?;
         let autoencoder = file.autoencoder()?.ok_or_else(|| file.half("decoder", "encoder"))?;
@@ -113,11 +113,11 @@ impl Conditions {
 
 /// An image that can be kept.
 struct Ready {
-    /// At the target's size.
+    /// The picture at its target's size.
     picture: Picture,
-    /// Which of the targets that is.
+    /// Which of the target sizes that is.
     shape: u8,
-    /// Whether it was smaller.
+    /// Whether it was smaller before.
     enlarged: bool,
     /// See [`Image`].
     unapplied: Option<String>,
@@ -137,7 +137,7 @@ pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
 /// Why an image is left out, and that in words.
 type Refusal = (Drop, String);
 
-/// The fingerprint of a picture's file; of an unreadable one, that of no bytes.
+/// The fingerprint of a picture's file; for an unreadable file, that of no bytes.
 pub(super) fn print(file: &Result<Vec<u8>, String>) -> Fingerprint {
     Fingerprint::of([file.as_deref().unwrap_or_default()])
 }
@@ -155,7 +155,8 @@ pub(super) struct Renderer<'a> {
 }
 
 impl Renderer<'_> {
-    /// What a shard of these records holds. A disk that fails is no property of a picture: it stops everything.
+    /// Makes what a shard of these records holds. If the disk fails, that says nothing of a picture, so it stops
+    /// everything.
     pub fn render(
         &self,
         members: &[&Record],

@@ -1,4 +1,4 @@
-//! What a preparation tells: what stops it, what happens meanwhile, and what came of it.
+//! What a preparation reports: what stops it, what happens meanwhile, and what it has made.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -94,7 +94,7 @@ pub type Report<'a> = &'a (dyn Fn(Event) + Sync);
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs)] // the variants say it
 pub enum Event<'a> {
-    /// So much of the input, of this kind, has been looked through, of so much.
+    /// `done` of `total` of the input has been looked through; `what` says what kind of input that is.
     Reading { what: &'static str, done: u64, total: u64 },
     /// So many records will be handled.
     Start(usize),
@@ -108,9 +108,10 @@ pub enum Event<'a> {
     Unapplied { file: &'a str, profile: &'a str },
     /// A shard that was there is damaged, and made again.
     Damaged { why: &'a str },
-    /// So many tags have other names in the vocabulary's file than in the records; those of the first.
+    /// So many tags have other names in the vocabulary's file than in the records; `was` and `now` are those of the
+    /// first.
     Renamed { tags: usize, was: &'a str, now: &'a str },
-    /// A shard of so many images is whole; whether it was there already.
+    /// A shard of so many images is whole; `kept` says whether it was there already.
     Shard { name: &'a str, images: usize, kept: bool },
 }
 
@@ -119,11 +120,11 @@ pub enum Event<'a> {
 pub struct Counts {
     /// Images in the dataset.
     pub kept: usize,
-    /// Of these: smaller than the target, hence enlarged.
+    /// How many of these were smaller than the target, and so were enlarged.
     pub enlarged: usize,
-    /// Of these: no tag in the vocabulary.
+    /// How many of these have no tag in the vocabulary.
     pub untagged: usize,
-    /// Of these: a colour profile that could not be applied, so that the colours were taken for sRGB.
+    /// How many of these have a colour profile that could not be applied, so that their colours were taken for sRGB.
     pub unapplied: usize,
 }
 
@@ -154,10 +155,10 @@ pub struct Summary {
     pub unusable_tags: usize,
     /// The vocabulary.
     pub vocabulary: Vocabulary,
-    /// What each shard holds, by its file's name; not of those of older versions.
+    /// The fingerprint of what each shard holds, by its file's name. Shards of older versions have none.
     pub shards: BTreeMap<String, Fingerprint>,
-    /// Numbers of the parts whose shards are not all there. While there are any, the rest is of this part alone, and
-    /// `summary.json` is not written.
+    /// Numbers of the parts whose shards are not all there. While there are any, the other fields are of this part
+    /// alone, and `summary.json` is not written.
     pub lacking: Vec<usize>,
 }
 

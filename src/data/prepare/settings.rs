@@ -12,14 +12,14 @@ use crate::pictures::fit;
 /// What to make of the records.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Conditions by image id, to take instead of tags; and if it is a `.npy`, that of the ids.
+    /// A file of conditions by image id, to take instead of tags; and if it is a `.npy`, the file of the ids.
     pub features: Option<(PathBuf, Option<PathBuf>)>,
-    /// The tagger whose features of the images are the conditions; and the tensor that has them.
+    /// The tagger whose features of the images are the conditions, and the name of the tensor that has them.
     pub tagger: Option<(PathBuf, Option<String>)>,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
-    /// Which of the shards to make: every `of`th, from `number` on. Whichever process finds that no other part lacks any
-    /// writes the summary.
+    /// Which of the shards to make: every `of`th, from `number` on. A process that finds the shards of all other parts
+    /// there writes the summary.
     pub part: Part,
     /// Target width and height in pixels; of several, each picture gets the one that [crops it least](fit::choose).
     pub sizes: Vec<[u32; 2]>,
@@ -29,7 +29,7 @@ pub struct Settings {
     pub max_crop: f64,
     /// Most tags of the vocabulary, which has the most frequent ones.
     pub vocabulary: usize,
-    /// M of the splits; at least 3.
+    /// M, by which ids are divided to choose a split; at least 3.
     pub validation_modulus: i64,
     /// Records per shard.
     pub shard_size: usize,
@@ -55,7 +55,8 @@ impl Settings {
         all.join(",")
     }
 
-    /// Refuses what cannot be made; `factor` is how many pixels the codec has for a latent, 1 without one.
+    /// Refuses settings that cannot be followed. `factor` is how many pixels the codec has for one latent pixel in each
+    /// direction, 1 without a codec.
     pub(super) fn check(&self, factor: usize) -> Result<(), PrepareError> {
         let wrong =
             |what, found: String, expected: &str| Err(PrepareError::Setting { what, found, expected: expected.into() });

@@ -34,7 +34,7 @@ impl Emulated {
         Self { tuned: Some(Rc::new(tuned)), ..self }
     }
 
-    /// As a launch beside the last one, if `beside`.
+    /// Runs a command; if `beside`, as a launch that may begin while the last one still runs.
     ///
     /// # Safety
     /// See [`Command`].

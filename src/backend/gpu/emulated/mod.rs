@@ -36,15 +36,15 @@ pub enum Build {
     Checked,
 }
 
-/// The order in which threads that can run, and blocks, are run.
+/// In which order blocks, and the threads that can go on, are run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// Thread 0 first, as far as it can go.
+    /// Thread 0 first, as far as it gets.
     #[default]
     Forward,
     /// The last thread first.
     Reversed,
-    /// By a seed, anew at every choice.
+    /// At random by this seed, drawn anew at every choice.
     Random(u64),
 }
 
@@ -93,8 +93,8 @@ impl<'a> Arg<'a> {
 /// What a launch counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Wavefronts of shared-memory accesses beyond the least possible: those of ldmatrix, in the
-    /// checked build of all.
+    /// Wavefronts of shared-memory accesses beyond the fewest possible: in the normal build those of ldmatrix, in the
+    /// checked build those of all accesses.
     pub bank_conflicts: u64,
 }
 
@@ -215,7 +215,7 @@ impl Emulator {
         let failed = |said: String| EmulatorError::Compile { path: source.into(), said };
         let io_failed = |e: std::io::Error| failed(e.to_string());
         let source = std::path::absolute(source).map_err(io_failed)?;
-        // It stays: the lines that a message names are read from it.
+        // The library is kept, since the lines that a message names are read from it.
         let kept = Path::new(env!("EMULATOR_LIBRARY")).with_file_name("own");
         std::fs::create_dir_all(&kept).map_err(io_failed)?;
         let library = kept.join(source.file_stem().unwrap_or_default()).with_extension(format!("{build:?}.so"));
@@ -234,7 +234,8 @@ impl Emulator {
         run(&mut |c| {
             c.args(flags.lines()).arg("-c").arg(&source).arg("-o").arg(&object);
         })?;
-        // Without those flags: they would link the sanitizer that the emulator stands for.
+        // The flags of the sanitizer are left out here: with them the sanitizer would be linked, whose place the
+        // emulator takes.
         let shared = ["-shared", "-pthread", "-Wl,-Bsymbolic,--no-undefined", "-o"];
         run(&mut |c| {
             c.args(shared).arg(&made).arg(&object).args(runtime.lines()).arg("-ldl");
@@ -249,8 +250,8 @@ impl Emulator {
         Self { settings: Settings { order, ..self.settings }, ..self }
     }
 
-    /// The same device with blocks spread over so many OS threads; results of kernels whose blocks
-    /// meet in atomics depend on the order of blocks unless it is 1.
+    /// The same device with blocks spread over so many OS threads. With more than one, the results of kernels whose
+    /// blocks meet in atomics depend on the order of blocks.
     pub fn with_threads(self, threads: usize) -> Self {
         Self { settings: Settings { threads: threads.clamp(1, 1024), ..self.settings }, ..self }
     }
@@ -347,7 +348,7 @@ impl Emulator {
             }
             *settings = Some(self.settings);
         }
-        // What holds for one launch alone: other threads launch the same kernels with other sizes.
+        // Set for this launch alone, since other threads launch the same kernels with other sizes.
         if self.asks && shared > 0 {
             self.allow_shared(kernel, shared as usize)?;
         }

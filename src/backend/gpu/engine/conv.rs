@@ -17,7 +17,7 @@ impl Gpu {
         ConvShape { n, h, w: width, ca: padded(c), cb: padded(skip), cout: padded(rows), taps }
     }
 
-    /// The factors of an operand that neither the weight nor `mp_silu` takes in.
+    /// The factors of an operand's two inputs that are neither in the weight nor in what `mp_silu` made.
     pub(super) fn factors(&mut self, w: ParamId, x: &Operand<Tensor>) -> (f64, f64) {
         let given = (x.x_scale, x.skip.map_or(1.0, |(_, scale)| scale));
         match self.params.table()[w].cat {
@@ -30,7 +30,7 @@ impl Gpu {
         }
     }
 
-    /// What a forward convolution multiplies: the operand with those of its factors that are not in the weight.
+    /// What a forward convolution multiplies: the operand, times those of its factors that are not in the weight.
     pub(super) fn multiplied(&mut self, w: ParamId, x: &Operand<Tensor>) -> (Tensor, Option<Tensor>) {
         let factors = self.factors(w, x);
         let mut part = |x: &Tensor, scale: f64, factor: f64, silu: bool| {
@@ -38,7 +38,7 @@ impl Gpu {
             match silu {
                 true => self.active(&half, scale),
                 false if factor == 1.0 => half,
-                // The network's weights have their factors; only single operations that are tried come here.
+                // In the network these factors are in the weights. Only tests of single operations come here.
                 false => self.linear_combination(&[(&half, factor)]),
             }
         };
@@ -101,7 +101,7 @@ impl Gpu {
         self.launch_fprop(conv, (&a, skip.as_ref()), w, epilogue(main), to, work);
     }
 
-    /// What convolutions into one result cost, the first of `taps`, without what they read and write.
+    /// What convolutions into one result cost, without what they read and write. The first has `taps` taps.
     fn work_of(&self, taps: usize, weights: &[ParamId], y: &Tensor) -> Work {
         let name = if taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
         let sums = weights.iter().map(|&w| self.params.dims(w)).map(|[_, cin, taps]| cin * taps).sum();
@@ -128,7 +128,7 @@ impl Gpu {
         }
     }
 
-    /// A weight's transposed and turned copy.
+    /// The address of a weight's turned copy.
     pub(super) fn turned(&mut self, w: ParamId) -> DevicePtr {
         let turned = self.params.turned(&*self.runtime, w);
         self.try_to(turned).unwrap_or(DevicePtr::NULL)
@@ -143,7 +143,7 @@ impl Gpu {
         Scales { all: scale.all.ptr().offset(scale.offset * 4), stride: scale.all.shape()[3] }
     }
 
-    /// A gradient or activation in the order of the output channels of a weight.
+    /// A gradient or an activation, brought into the order that the output channels of this weight have.
     pub(super) fn as_output_of(&mut self, w: ParamId, x: &Tensor) -> Tensor {
         match self.params.heads(w) {
             0 => self.half(x),

@@ -29,18 +29,18 @@ use plan::{Plan, Recording};
 pub use plan::Cost;
 pub use timing::{Timing, Trial, median};
 
-/// One operation of a plan: what it is, and what it takes at least.
+/// One operation of a plan: what it is, and the least work that it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Work {
     /// Its name.
     pub name: &'static str,
     /// Shape of its result.
     pub shape: Shape,
-    /// Products that are summed for each value of the result; 0 where the operation is none of matrices.
+    /// Products that are summed for each value of the result; 0 where the operation is no matrix product.
     pub sums: usize,
     /// Bytes of the tensors and weights that it reads and writes, each once.
     pub bytes: usize,
-    /// What a tile was chosen for, where it has any.
+    /// The product for which a tile was chosen, where it has a tile.
     pub product: Option<Question>,
 }
 
@@ -85,14 +85,14 @@ pub struct Gpu<P = Params> {
     workspace: Option<Rc<dyn Memory>>,
     /// See [`conv::Memory`](super::conv::Memory).
     arrived: Rc<dyn Memory>,
-    /// Clears the gradients of a finished step, before anything adds to them.
+    /// The command that clears the gradients of a finished step; it runs before anything is added to them again.
     stale: Option<Command>,
     /// The first error since the last call that could return one.
     failed: Option<DeviceError>,
 }
 
 impl Gpu {
-    /// Holds the effective weights only.
+    /// A device that holds a network's effective weights only.
     ///
     /// # Errors
     /// Device memory does not suffice, or the network has rows too long for the kernels.
@@ -106,7 +106,7 @@ impl Gpu {
         Self::new(runtime, math, params)
     }
 
-    /// Holds gradients, Adam's moments and `emas` moving averages too.
+    /// A device that also holds gradients, Adam's moments and `emas` moving averages.
     pub fn for_training(
         runtime: Rc<dyn Runtime>,
         math: impl Into<Math>,
@@ -168,12 +168,12 @@ impl<P> Gpu<P> {
         self.fail(DeviceError::Unavailable(format!("the network does not fit the kernels: {error}")));
     }
 
-    /// What was made for a shape, if the kernels take that.
+    /// What was made for a shape, if the kernels take that shape; else the error is kept.
     pub(super) fn fits<T, E: std::fmt::Display>(&mut self, made: Result<T, E>) -> Option<T> {
         made.map_err(|e| self.unsupported(e)).ok()
     }
 
-    /// The error that nobody was told yet.
+    /// Returns the error that no call has returned yet.
     pub(super) fn check(&mut self) -> Result<(), DeviceError> {
         self.failed.take().map_or(Ok(()), Err)
     }
@@ -250,13 +250,13 @@ impl<P> Gpu<P> {
         }
     }
 
-    /// An uninitialised tensor whose activation nobody asks for.
+    /// An uninitialised tensor whose activation will not be asked for.
     pub(super) fn unset(&mut self, shape: Shape, format: Format) -> Tensor {
         let buffer = self.buffer(bytes_of(shape, format));
         Tensor::new(shape, format, None, buffer)
     }
 
-    /// An activation of any content; and room for mp_silu(factor x) of it where that will be asked for.
+    /// An uninitialised activation x; and where mp_silu(factor x) will be asked for, room for that and the factor.
     fn activation(&mut self, shape: Shape, format: Format) -> (Tensor, Option<(Tensor, f64)>) {
         let number = self.recording.as_mut().map(|r| {
             r.numbers += 1;
@@ -274,8 +274,8 @@ impl<P> Gpu<P> {
         self.unset([1, 1, 1, bytes.div_ceil(4)], Format::F32)
     }
 
-    /// Room for a sum with `acc`: its own place where nobody else reads it, else a new one; then `acc` is returned too, to
-    /// be held until the sum is made.
+    /// Room for a sum with `acc`: the place of `acc` where nobody else reads it, else a new one. With a new one `acc`
+    /// is returned too, and must be held until the sum is made.
     pub(super) fn sum_into(&mut self, acc: Option<Tensor>, shape: Shape) -> (Tensor, Option<Tensor>) {
         match acc {
             Some(acc) if acc.is_unique() => (acc, None),
@@ -283,7 +283,7 @@ impl<P> Gpu<P> {
         }
     }
 
-    /// mp_silu(scale x): what the kernel that made x wrote, else one more launch.
+    /// mp_silu(scale x): either the kernel that made x has written it, or one more launch does.
     fn active(&mut self, x: &Tensor, scale: f64) -> Tensor {
         if let Some(made) = x.active(scale) {
             return made;
@@ -307,8 +307,8 @@ impl<P> Gpu<P> {
         }
     }
 
-    /// x as 16 bits, q, k and v in the official order. The network's activations are that already; images and
-    /// vectors come through here where single operations are tried.
+    /// x as 16 bits, with q, k and v in the official order. The network's activations are so already; images and
+    /// vectors are brought into this form where single operations are tested.
     pub(super) fn half(&mut self, x: &Tensor) -> Tensor {
         match x.format() {
             Format::Half => x.clone(),
@@ -336,8 +336,8 @@ impl<P> Gpu<P> {
         out
     }
 
-    /// q, k and v in the kernels' order for so many heads, or in the official one for 0: by way of the host,
-    /// since the network never asks for another order than it made.
+    /// q, k and v in the kernels' order for so many heads, or in the official order for 0. This goes by way of the
+    /// host, since the network never asks for another order than it made.
     fn reordered(&mut self, x: &Tensor, heads: usize) -> Tensor {
         let format = if heads > 0 { Format::Qkv { heads } } else { Format::Half };
         if x.format() == format {
@@ -372,7 +372,7 @@ fn to_official(pixel: &mut [u16], heads: usize) {
     }
 }
 
-/// And back.
+/// One pixel's q, k and v from the official order to the kernels'.
 fn to_kernels(pixel: &mut [u16], heads: usize) {
     let from = pixel.to_vec();
     for (row, &value) in from.iter().enumerate() {

@@ -46,7 +46,7 @@ impl Gpu {
         whole
     }
 
-    /// A pointwise operation whose kernel writes mp_silu of its result y too, where that will be asked for.
+    /// Runs a pointwise operation. Its kernel also writes mp_silu of its result y, where that will be asked for.
     fn with_active(
         &mut self,
         (name, shape): (&'static str, Shape),
@@ -226,7 +226,7 @@ impl NetworkBackend for Gpu {
         clip: Option<f64>,
     ) -> Tensor {
         if mp_sum_weights(t).0 == 0.0 {
-            // Nothing of the main path is left, and nothing could be brought to its scale.
+            // With wa = 0 nothing of the main path is left, so the sums cannot be divided by its factor.
             let main = self.conv(main, of);
             return self.conv_mp_sum(w, x, &main, t, clip);
         }

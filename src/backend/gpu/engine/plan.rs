@@ -1,13 +1,15 @@
 //! Plans: what is asked of a device again and again, recorded once.
 //!
-//! A body is recorded three times over: first to learn which tensors are asked for through `mp_silu`, so that the kernel
-//! that makes one writes its activation too; then to learn how much memory that takes; then in that memory, into a graph
-//! that is replayed from then on.
+//! A body is recorded three times. The first time shows which tensors are asked for through `mp_silu`, so that the
+//! kernel that makes such a tensor writes its activation too. The second shows how much memory that takes. The third,
+//! in that memory, gives the graph that is replayed from then on.
 //!
-//! A pass that says when it is done with gradients is cut there, into several graphs: between two of them others may be told.
+//! A pass that says when gradients are complete is cut there into several graphs. Between two of them the caller is
+//! told, and may begin to sum these gradients.
 //!
-//! All plans lie in one allocation, which the largest one decides: so a plan for each size of images costs a graph, and no
-//! memory for activations. Where a larger one comes, the smaller ones are recorded anew when they are needed.
+//! All plans share one allocation, as large as the largest of them needs. So a plan for another size of images costs a
+//! graph, and no memory for activations. When a larger plan comes, the smaller ones are recorded anew as they are
+//! needed.
 
 use super::super::runtime::Graph;
 use super::*;
@@ -34,16 +36,16 @@ pub(super) struct Recording {
     pub numbers: usize,
     /// The factors of the activations that were asked for, by the tensor's number.
     pub asked: HashMap<usize, f64>,
-    /// As `asked`, of the first time over.
+    /// As `asked`, from the first recording.
     pub known: HashMap<usize, f64>,
     /// Memory that the commands refer to beside the workspace.
     pub constants: Vec<Tensor>,
     pub accumulates: bool,
-    /// After how many operations which gradients are whole.
+    /// After how many operations which gradients are complete.
     pub done: Vec<(usize, Whole)>,
 }
 
-/// Commands of a plan that follow each other, and what they are the last to add to.
+/// Commands of a plan that follow each other, and the gradients that are complete after them.
 pub(super) struct Part {
     graph: Box<dyn Graph>,
     done: Option<Whole>,
@@ -112,7 +114,8 @@ impl<P> Gpu<P> {
     fn replay_last(&mut self, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
         let place = self.plans.len() - 1;
         let plan = &self.plans[place];
-        // All memory that it takes, before anything is added to gradients: who has too little may try again with less.
+        // Ask for all memory before anything is added to gradients: a caller that has too little may then try again
+        // with fewer images.
         let result = |&(_, shape, format): &(DevicePtr, Shape, Format)| {
             let memory = self.runtime.allocate(bytes_of(shape, format), "results")?;
             Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
@@ -141,7 +144,7 @@ impl<P> Gpu<P> {
         Ok(results)
     }
 
-    /// Device memory, where errors are those of a plan's body.
+    /// Allocates device memory; an error is of the type of the plan's body.
     fn allocate<E: From<BackendError>>(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, E> {
         Ok(self.runtime.allocate(bytes, purpose).map_err(BackendError::from)?)
     }
@@ -159,7 +162,7 @@ impl<P> Gpu<P> {
         let (measured, ..) = self.trace(nowhere, known.clone(), inputs, body)?;
         let bytes = measured.workspace.peak();
         if self.workspace.as_ref().is_none_or(|w| w.bytes() < bytes) {
-            // The other plans are of the old workspace.
+            // The other plans lie in the old workspace.
             self.plans.clear();
             self.workspace = None;
             self.runtime.give_back().map_err(BackendError::from)?;
@@ -182,8 +185,9 @@ impl<P> Gpu<P> {
         let (mut parts, mut first) = (Vec::new(), 0);
         for (end, done) in cuts {
             let commands = commands(&operations[std::mem::replace(&mut first, end)..end]);
-            // Launches of training are long, and lose more to their successors' early blocks than a start costs. So do a decode's,
-            // but a step of sampling is what a picture has 16 of (measured, docs/performance.md).
+            // Launches overlap unless a plan trains. Those of training are long, and lose more to the early blocks of
+            // their successors than a start costs. So do those of a decode; but a picture has one decode and 16 steps of
+            // sampling, which gain (measured, docs/performance.md).
             let overlap = !accumulates;
             // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
             // workspace, the parameters or memory that the plan keeps.
@@ -193,7 +197,8 @@ impl<P> Gpu<P> {
         Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, parts, operations, cost, accumulates })
     }
 
-    /// Records `body` in a workspace at `base`, which begins with places for inputs like these; those, and what is made.
+    /// Records `body` in a workspace at `base`, which begins with places for inputs of these shapes. Returns those
+    /// places and the results.
     fn trace<E: From<BackendError>>(
         &mut self,
         base: DevicePtr,

@@ -6,7 +6,7 @@ use super::*;
 
 /// More than the second-level cache of any card.
 const FLUSH_BYTES: usize = 256 << 20;
-/// As much for a small card: none has more of that cache for each multiprocessor.
+/// The same for a small card, for each multiprocessor: no card has more of that cache for one.
 const FLUSH_BYTES_OF_SM: usize = 2 << 20;
 
 /// Measured seconds of a plan, one number for each repeat.
@@ -14,28 +14,28 @@ const FLUSH_BYTES_OF_SM: usize = 2 << 20;
 pub struct Timing {
     /// Of the whole plan.
     pub whole: Vec<f64>,
-    /// Each kind of operation, how many of it there are, and the seconds of one.
+    /// Each kind of operation, how often it occurs, and the seconds of one.
     pub kinds: Vec<(Work, usize, Vec<f64>)>,
 }
 
-/// What was found out about the tiles of a product. Seconds are of all operations of the plan that it is the product
-/// of, a number for each repeat.
+/// What was found out about the tiles of a product. Seconds are the sum over all operations of the plan that have this
+/// product, one number for each repeat.
 #[derive(Clone, Debug)]
 pub struct Trial {
     /// The product.
     pub question: Question,
-    /// How many operations of the plan it is that of.
+    /// How many operations of the plan have this product.
     pub count: usize,
-    /// What the model of the costs chooses.
+    /// The choice of the model of the costs, and its seconds.
     pub model: (Choice, Vec<f64>),
-    /// The fastest of the candidates.
+    /// The fastest of the candidates, and its seconds.
     pub fastest: (Choice, Vec<f64>),
 }
 
 /// The model's choices and the fastest are timed in turns, so often each.
 const TURNS: usize = 2;
 
-/// The middle one of some times.
+/// The median of some times.
 ///
 /// # Panics
 /// If there are none.
@@ -47,7 +47,7 @@ pub fn median(seconds: &[f64]) -> f64 {
 
 impl<P> Gpu<P> {
     /// Times the last plan made of `key`: the whole, and each kind of operation by itself, as often as asked, each time
-    /// with a cold cache. For every kind of operation how many there are, and the seconds of one.
+    /// with a cold cache. For every kind of operation it returns how often it occurs, and the seconds of one.
     pub fn time(&mut self, key: &dyn PlanKey, repeats: usize) -> Result<Timing, DeviceError> {
         let flush = self.flush()?;
         let Some(plan) = self.plan(key) else { return Ok(Timing::default()) };
@@ -64,7 +64,7 @@ impl<P> Gpu<P> {
         Ok(Flush { graph: unsafe { self.runtime.record(vec![flush], false)? }, _memory: memory })
     }
 
-    /// Each kind of operation that is `wanted`, how many there are, and the seconds of one.
+    /// Times each kind of operation that is `wanted`: how often it occurs, and the seconds of one.
     fn time_kinds(
         &self,
         key: &dyn PlanKey,
@@ -90,7 +90,8 @@ impl<P> Gpu<P> {
 
     /// Times the candidates ([`Question::candidates`]) for the tile of every product of the plan that `make` makes of
     /// `key`, each with a cold cache, `repeats` times; then the fastest once more, in turns with the model's choice.
-    /// Products that `known` says yes to are left out. `passed` is told how many plans of how many were timed.
+    /// Products for which `known` is true are left out. `passed` is called with the number of plans that were timed,
+    /// and of all.
     ///
     /// # Errors
     /// Those of `make`, and the device's.
@@ -162,7 +163,8 @@ impl<P> Gpu<P> {
             }
         }
         let mut trials: Vec<Trial> = trials.into_iter().map(|(trial, _)| trial).collect();
-        // The least of many times is an accident too: it does not count, the next ones do.
+        // The least of many times may be an accident. So the times that made it the fastest do not count, and the next
+        // ones do.
         trials.iter_mut().for_each(|trial| trial.fastest.1.clear());
         for turn in 0..2 * TURNS {
             let of = |trial: &Trial| if turn % 2 == 0 { trial.model.0 } else { trial.fastest.0 };

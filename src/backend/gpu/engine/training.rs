@@ -36,7 +36,7 @@ impl TrainingBackend for Gpu {
         pass: &mut Pass<Self, E>,
         done: &mut Done<Self>,
     ) -> Result<Vec<Tensor>, E> {
-        // A graph ends where another bucket is whole, and nowhere else.
+        // A graph ends where another bucket is complete, and nowhere else.
         let mut cut = |b: &mut Self, inputs: &[Tensor], done: &mut Done<Self>| {
             let mut buckets = 0;
             pass(b, inputs, &mut |b, whole| {
@@ -114,7 +114,7 @@ impl TrainingBackend for Gpu {
     ) -> OperandGrad<Tensor> {
         let shape = self.conv_shape(w, &x);
         let grad = self.as_output_of(w, grad);
-        // The tensors before mp_silu: its slope is computed from them.
+        // Pass the tensors before mp_silu, since its slope is computed from them.
         let a = self.half(x.x);
         let (x_scale, skip_scale) = self.factors(w, &x);
         let skip = x.skip.map(|(skip, _)| (self.half(skip), skip_scale as f32));
