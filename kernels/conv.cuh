@@ -316,14 +316,12 @@ __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsig
     multiply<T, Tile, F16_SUMS, KMajor<false>, KMajor<true>>(acc, smem_address(smem), last - first, load);
 }
 
-template <int M, int N>
-__device__ __forceinline__ void scale_sums(float (&acc)[M][N][4], float factor) {
+// Multiplies sums in an array of any rank.
+__device__ __forceinline__ void scale_sums(float& sum, float factor) { sum *= factor; }
+template <class Sums, int N>
+__device__ __forceinline__ void scale_sums(Sums (&sums)[N], float factor) {
 #pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[i][j][e] *= factor;
+    for (int i = 0; i < N; i++) scale_sums(sums[i], factor);
 }
 
 // ---- the epilogue -------------------------------------------------------------------------------

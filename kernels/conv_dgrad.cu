@@ -46,33 +46,25 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
 
 // The block's place in the result.
 template <class T, class Tile>
-struct DgradTile : TilePixels<Tile::BM> {
-    const ConvDgrad& p;
-    const int cin;
-    __device__ __forceinline__ explicit DgradTile(const ConvDgrad& p) : TilePixels<Tile::BM>(p.tiles, blockIdx.x), p(p), cin(p.ca + p.cb) {}
-    __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
-    __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
-    __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < cin; }
-    __device__ __forceinline__ DgradFetched fetch(int row, int column) const {
-        return inside(row, column) ? ::fetch<T>(p, pixel(row), channel(column)) : DgradFetched{};
-    }
-};
+__device__ __forceinline__ ConvTile<T, ConvDgrad, Tile::BM> tile_of_block(const ConvDgrad& p) {
+    return {p, int(blockIdx.x), int(blockIdx.y) * Tile::BN};
+}
 
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    const DgradTile<T, Tile> tile(p);
+    const auto tile = tile_of_block<T, Tile>(p);
     const TileImages images(p.tiles, tile.first);
     float sums[8] = {};
     sum<Tile>(
-        p.partial, size_t(p.pixels) * tile.cin, p.splits,
-        [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * tile.cin + tile.channel(column) : -1; },
+        p.partial, size_t(p.pixels) * columns_of(p), p.splits,
+        [&](int row, int column) { return tile.inside(row, column) ? tile.index(row, column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
             ImageScales scales;  // for this row alone: registers are short here
-            finish<T>(p, tile.pixel(row), images.image(row), tile.channel(column), v, fetched, scales, sums);
+            finish<T>(p, tile.first + row, images.image(row), tile.channel + column, v, fetched, scales, sums);
         });
     if (p.scale) add_up<Tile>(p, smem, sums);
 }
@@ -80,13 +72,13 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const DgradTile<T, Tile> tile(p);
+    const auto tile = tile_of_block<T, Tile>(p);
     const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
-                                    p.cout, 0, tile.cin, same_window(p.tiles.height, p.tiles.width, p.taps),
+                                    p.cout, 0, columns_of(p), same_window(p.tiles.height, p.tiles.width, p.taps),
                                     tile.first, tile.count};
     const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
     for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        if (tile.inside(row, column)) prefetch<T>(p, tile.pixel(row), tile.channel(column));
+        tile.prefetch(row, column);
     });
 
     typename Tile::Accumulators acc = {};
@@ -98,9 +90,9 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
         acc, smem, [&](int row, int column) { return p.partial ? DgradFetched{} : tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
             if (!tile.inside(row, column)) return;
-            const int pixel = tile.pixel(row), channel = tile.channel(column);
+            const int pixel = tile.first + row, channel = tile.channel + column;
             if (p.partial)
-                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * tile.cin + channel, v);
+                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * columns_of(p) + channel, v);
             ImageScales scales;  // as above
             finish<T>(p, pixel, images.image(row), channel, v, fetched, scales, sums);
         });

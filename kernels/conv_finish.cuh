@@ -126,6 +126,37 @@ __device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image,
     store16(static_cast<T*>(second ? p.gskip : p.gx) + place(p, pixel, channel), pack8<T>(v));
 }
 
+// ---- a tile of either ---------------------------------------------------------------------------
+
+__device__ __forceinline__ int columns_of(const ConvFprop& p) { return p.cout; }
+__device__ __forceinline__ int columns_of(const ConvDgrad& p) { return p.ca + p.cb; }
+
+// A tile of M pixels of the result, from `channel` on; rows and columns are counted from its first value.
+template <class T, class P, int M>
+struct ConvTile : TilePixels<M> {
+    using Fetched = decltype(::fetch<T>(*static_cast<const P*>(nullptr), 0, 0));
+    const P& p;
+    int channel;
+    __device__ __forceinline__ explicit ConvTile(const P& p) : p(p) {}
+    __device__ __forceinline__ ConvTile(const P& p, int m, int n) : p(p) { at(m, n); }
+    __device__ __forceinline__ void at(int m, int n) {
+        static_cast<TilePixels<M>&>(*this) = TilePixels<M>(p.tiles, m), channel = n;
+    }
+    __device__ __forceinline__ bool inside(int row, int column) const {
+        return row < this->count && channel + column < columns_of(p);
+    }
+    // Where a value lies in the result, if nothing divides its columns.
+    __device__ __forceinline__ int index(int row, int column) const {
+        return (this->first + row) * columns_of(p) + channel + column;
+    }
+    __device__ __forceinline__ Fetched fetch(int row, int column) const {
+        return inside(row, column) ? ::fetch<T>(p, this->first + row, channel + column) : Fetched{};
+    }
+    __device__ __forceinline__ void prefetch(int row, int column) const {
+        if (inside(row, column)) ::prefetch<T>(p, this->first + row, channel + column);
+    }
+};
+
 // ---- conv_wgrad ---------------------------------------------------------------------------------
 
 struct ConvWgrad {

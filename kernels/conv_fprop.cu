@@ -33,38 +33,31 @@
 
 // The block's place in the result.
 template <class T, class Tile>
-struct FpropTile : TilePixels<Tile::BM> {
-    const ConvFprop& p;
-    __device__ __forceinline__ explicit FpropTile(const ConvFprop& p) : TilePixels<Tile::BM>(p.tiles, blockIdx.x), p(p) {}
-    __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
-    __device__ __forceinline__ int channel(int column) const { return blockIdx.y * Tile::BN + column; }
-    __device__ __forceinline__ bool inside(int row, int column) const { return row < this->count && channel(column) < p.cout; }
-    __device__ __forceinline__ uint4 fetch(int row, int column) const {
-        return inside(row, column) ? ::fetch<T>(p, pixel(row), channel(column)) : uint4{};
-    }
-};
+__device__ __forceinline__ ConvTile<T, ConvFprop, Tile::BM> tile_of_block(const ConvFprop& p) {
+    return {p, int(blockIdx.x), int(blockIdx.y) * Tile::BN};
+}
 
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    const FpropTile<T, Tile> tile(p);
+    const auto tile = tile_of_block<T, Tile>(p);
     const TileImages images(p.tiles, tile.first);
     ImageScales scales;
     sum<Tile>(
         p.partial, size_t(p.pixels) * p.cout, p.splits,
-        [&](int row, int column) { return tile.inside(row, column) ? tile.pixel(row) * p.cout + tile.channel(column) : -1; },
+        [&](int row, int column) { return tile.inside(row, column) ? tile.index(row, column) : -1; },
         [&](int row, int column) { return tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, tile.pixel(row), images.image(row), tile.channel(column), v, residual, scales);
+            finish<T>(p, tile.first + row, images.image(row), tile.channel + column, v, residual, scales);
         });
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const FpropTile<T, Tile> tile(p);
+    const auto tile = tile_of_block<T, Tile>(p);
     auto product = [&](const void* x, const void* skip, const void* weight, int ca, int cb, int taps) {
         return ConvProduct<T>{static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb,
                               p.cout, same_window(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
@@ -73,7 +66,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     const int steps = own.steps(p.ca) + own.steps(p.cb);
     int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
     for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        if (tile.inside(row, column)) prefetch<T>(p, tile.pixel(row), tile.channel(column));
+        tile.prefetch(row, column);
     });
 
     typename Tile::Accumulators acc = {};
@@ -93,7 +86,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         acc, smem, [&](int row, int column) { return p.partial ? uint4{} : tile.fetch(row, column); },
         [&](int row, int column, float (&v)[8], const uint4& residual) {
             if (!tile.inside(row, column)) return;
-            const int pixel = tile.pixel(row), channel = tile.channel(column);
+            const int pixel = tile.first + row, channel = tile.channel + column;
             if (p.partial)
                 return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
             ImageScales scales;  // for this row alone: registers are short here

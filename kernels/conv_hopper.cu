@@ -115,14 +115,6 @@ __device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, 
     if (lane == 0) mbarrier_arrive(previous);
 }
 
-template <int M, int N>
-__device__ __forceinline__ void scale_sums(float (&acc)[M][N], float factor) {
-#pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int e = 0; e < N; e++) acc[i][e] *= factor;
-}
-
 // Runs through a group's TILES tiles of 64 x N in pieces of a warp's 16 rows by OUT_COLUMNS, and calls f(row, column,
 // piece) for each, where `piece` counts them. `begin()` is called before the pieces of some columns, and `end(part)` after
 // them. There is one copy of f's code for all, see emit.
@@ -320,11 +312,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
         const int tile = t / splits;
         work.at(tile / p.pixels_n, tile % p.pixels_n * N);
         for_lines<GROUP_M, N, GROUP>([&](int row, int column) { work.prefetch(first + row, column); });
-        float acc[TILES][N / 2];
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int e = 0; e < N / 2; e++) acc[i][e] = 0.0f;
+        float acc[TILES][N / 2] = {};
         if (!TOGETHER && taken > 0) mbarrier_wait(pipe.turn(group - 1), (taken - 1) / 2 % 2);
         const int own = min(steps_of(t), max(p.own_steps - first_step(t), 0)), main = steps_of(t) - own;
         // One loop serves both, since wgmma holds its registers.
@@ -365,19 +353,19 @@ struct NoSums {
     __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
-// Where the current tile lies.
-template <int M>
-struct HopperTile : TilePixels<M>, TileImages, NoSums {
-    const PixelTiles& tiles;
+// Where the current tile of a network's convolution lies.
+template <class T, class P, int M>
+struct HopperTile : ConvTile<T, P, M>, TileImages, NoSums {
     int rows, columns;
-    int m, channel;
+    int m;
     ImageScales scales;
-    __device__ __forceinline__ explicit HopperTile(const PixelTiles& t) : tiles(t), rows(t.height), columns(t.width) {}
-    __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(tiles, m).first; }
+    __device__ __forceinline__ explicit HopperTile(const P& p)
+        : ConvTile<T, P, M>(p), rows(p.tiles.height), columns(p.tiles.width) {}
+    __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(this->p.tiles, m).first; }
     __device__ __forceinline__ void at(int m_, int n) {
-        static_cast<TilePixels<M>&>(*this) = TilePixels<M>(tiles, m_);
-        static_cast<TileImages&>(*this) = TileImages(tiles, this->first);
-        m = m_, channel = n;
+        ConvTile<T, P, M>::at(m_, n);
+        static_cast<TileImages&>(*this) = TileImages(this->p.tiles, this->first);
+        m = m_;
     }
     __device__ __forceinline__ void begin() { scales.image = -1; }
 };
@@ -388,21 +376,11 @@ struct HopperFprop {
 };
 
 template <class T, int M>
-struct FpropWork : HopperTile<M> {
-    const ConvFprop& p;
-    __device__ __forceinline__ explicit FpropWork(const ConvFprop& p) : HopperTile<M>(p.tiles), p(p) {}
-    __device__ __forceinline__ bool inside(int row, int column) const {
-        return row < this->count && this->channel + column < p.cout;
-    }
-    __device__ __forceinline__ uint4 fetch(int row, int column) const {
-        return inside(row, column) ? ::fetch<T>(p, this->first + row, this->channel + column) : uint4{};
-    }
-    __device__ __forceinline__ void prefetch(int row, int column) const {
-        if (inside(row, column)) ::prefetch<T>(p, this->first + row, this->channel + column);
-    }
+struct FpropWork : HopperTile<T, ConvFprop, M> {
+    using HopperTile<T, ConvFprop, M>::HopperTile;
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
-        if (!inside(row, column)) return;
-        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, residual, this->scales);
+        if (!this->inside(row, column)) return;
+        finish<T>(this->p, this->first + row, this->image(row), this->channel + column, v, residual, this->scales);
     }
 };
 
@@ -412,37 +390,26 @@ struct HopperDgrad {
 };
 
 template <class T, int M, int N>
-struct DgradWork : HopperTile<M> {
-    const ConvDgrad& p;
-    const int cin;
+struct DgradWork : HopperTile<T, ConvDgrad, M> {
     float sums[8];  // of gu x, of this thread's channels in a part
-    __device__ __forceinline__ explicit DgradWork(const ConvDgrad& p) : HopperTile<M>(p.tiles), p(p), cin(p.ca + p.cb) {}
-    __device__ __forceinline__ bool inside(int row, int column) const {
-        return row < this->count && this->channel + column < cin;
-    }
-    __device__ __forceinline__ DgradFetched fetch(int row, int column) const {
-        return inside(row, column) ? ::fetch<T>(p, this->first + row, this->channel + column) : DgradFetched{};
-    }
-    __device__ __forceinline__ void prefetch(int row, int column) const {
-        if (inside(row, column)) ::prefetch<T>(p, this->first + row, this->channel + column);
-    }
+    using HopperTile<T, ConvDgrad, M>::HopperTile;
     __device__ __forceinline__ void begin() {
         this->scales.image = -1;
 #pragma unroll
         for (int e = 0; e < 8; e++) sums[e] = 0.0f;
     }
     __device__ __forceinline__ void take(int row, int column, float (&v)[8], const DgradFetched& fetched) {
-        if (!inside(row, column)) return;
-        finish<T>(p, this->first + row, this->image(row), this->channel + column, v, fetched, this->scales, sums);
+        if (!this->inside(row, column)) return;
+        finish<T>(this->p, this->first + row, this->image(row), this->channel + column, v, fetched, this->scales, sums);
     }
     __device__ __forceinline__ void clear(float* of_warp) {
-        if (p.scale)
+        if (this->p.scale)
             for (int i = threadIdx.x % 32; i < N; i += 32) of_warp[i] = 0.0f;
         __syncwarp();
     }
     // Sums over the lanes with the same channels; below, over the warps in their order.
     __device__ __forceinline__ void end(int part, float* of_warp) {
-        if (!p.scale) return;
+        if (!this->p.scale) return;
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int e = 0; e < 8; e++)
@@ -451,12 +418,13 @@ struct DgradWork : HopperTile<M> {
         if (lane < 8) store8(of_warp + part * OUT_COLUMNS + lane * 8, sums);
     }
     __device__ __forceinline__ void over(const float* of_warps, int first, int last, int barrier, int threads, int row) {
-        if (!p.scale) return;
+        if (!this->p.scale) return;
+        const int cin = columns_of(this->p);
         named_barrier(barrier, threads);
         for (int column = threadIdx.x % threads; column < N && this->channel + column < cin; column += threads) {
             float sum = 0;
             for (int w = first; w < last; w++) sum += of_warps[w * N + column];
-            p.sums[size_t(row) * cin + this->channel + column] = sum;
+            this->p.sums[size_t(row) * cin + this->channel + column] = sum;
         }
         named_barrier(barrier, threads);  // before the next tile's
     }
@@ -555,9 +523,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
         return;
     }
     const int group = warp / GROUP_WARPS;
-    float acc[1][64];
-#pragma unroll
-    for (int e = 0; e < 64; e++) acc[0][e] = 0.0f;
+    float acc[1][64] = {};
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the epilogue takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
