@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::codec::Loaded;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
 use edm2k::backend::gpu::engine::Gpu;
@@ -25,17 +26,31 @@ use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
 use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
 use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status, Training};
-use edm2k::verify::{Bounds, Device, Outcome, verify};
+use edm2k::verify::{Bounds, Outcome, verify};
+use edm2k::{Backends, DeviceError};
+
+/// Backends of a GPU or the emulator, whichever is there.
+struct On(Rc<dyn Runtime>, Precision);
+
+impl Backends for On {
+    type Network = Gpu;
+    type Codec = Gpu<Loaded>;
+
+    fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {
+        Gpu::for_sampling(self.0.clone(), self.1, table)
+    }
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Gpu, DeviceError> {
+        Gpu::for_training(self.0.clone(), self.1, table, averages)
+    }
+    fn codec(&self) -> Result<Gpu<Loaded>, DeviceError> {
+        Gpu::for_codec(self.0.clone(), self.1)
+    }
+}
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     let Some(runtime) = common::runtime() else { return };
-    let device = Device {
-        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), precision, table),
-        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
-        bounds: Bounds::of(precision),
-    };
     let mut failed = Vec::new();
-    let summary = verify(dir, &device, &|| Gpu::for_codec(runtime.clone(), precision), &mut |outcome| {
+    let summary = verify(dir, &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if matches!(outcome, Outcome::Check(check) if !check.ok) {
             failed.push(outcome.to_string());
         }
@@ -106,13 +121,9 @@ fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
     for name in ["ops.safetensors", "precond.json"] {
         std::fs::copy(Path::new("tests/golden").join(name), dir.path().join(name)).unwrap();
     }
-    let device = Device {
-        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), Precision::F16, table),
-        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), Precision::F16, table, averages),
-        bounds: Bounds::of(Precision::F16),
-    };
     let mut skipped = Vec::new();
-    let summary = verify(dir.path(), &device, &|| Gpu::for_codec(runtime.clone(), Precision::F16), &mut |outcome| {
+    let precision = Precision::F16;
+    let summary = verify(dir.path(), &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if let Outcome::Skip { name, why } = outcome {
             skipped.push(format!("{name}: {why}"));
         }

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
 use crate::backend::{Embed, Slot, Step, TrainingBackend};
+use crate::device::Backends;
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
 
@@ -14,21 +15,21 @@ use crate::params::{ParamKind, ParamSpec, ParamTable};
 const ROUNDS: usize = 1;
 
 /// The network of a parameter file, on a backend.
-pub(super) fn network<B: TrainingBackend>(
-    s: &Session<B>,
+pub(super) fn network<M: Backends>(
+    s: &Session<M>,
     parameters: &Golden,
     averages: Option<usize>,
-) -> Result<(Precond, ParamTable, B)> {
+) -> Result<(Precond, ParamTable, M::Network)> {
     let config = s.config(parameters, "model")?;
     build(s, parameters, &config, averages)
 }
 
-fn build<B: TrainingBackend>(
-    s: &Session<B>,
+fn build<M: Backends>(
+    s: &Session<M>,
     parameters: &Golden,
     config: &Config,
     averages: Option<usize>,
-) -> Result<(Precond, ParamTable, B)> {
+) -> Result<(Precond, ParamTable, M::Network)> {
     let (net, table) = Precond::new(config).map_err(|e| parameters.config_error(e))?;
     let b = s.load(parameters, "", &table, averages)?;
     Ok((net, table, b))
@@ -59,7 +60,7 @@ pub(super) fn labels(f: &Golden, name: &str, n: usize, net: &Precond) -> Result<
     Ok(Some(f.shaped(name, &[n, net.config.label_dim])?))
 }
 
-pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn forward(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_forward.safetensors")?;
     s.case("tiny_forward", |s| {
@@ -75,7 +76,7 @@ pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
 }
 
 fn forward_set<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     set: &str,
     parameters: &Golden,
@@ -199,14 +200,7 @@ fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) 
 
 impl Losses {
     /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
-    fn check<B: TrainingBackend>(
-        &self,
-        s: &mut Session<B>,
-        f: &Golden,
-        suffix: &str,
-        total: usize,
-        what: What,
-    ) -> Result<()> {
+    fn check(&self, s: &mut Session<impl Backends>, f: &Golden, suffix: &str, total: usize, what: What) -> Result<()> {
         let elements = format!("loss_elem{suffix}");
         s.check(f, &elements, what, &self.elements)?;
         if !f.has(&elements) {
@@ -239,7 +233,7 @@ impl Losses {
 }
 
 /// The noise levels of the training distribution.
-fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
+fn check_sigma(s: &mut Session<impl Backends>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
     let normal = format!("{prefix}rnd_normal");
     if f.has(&normal) {
         let got: Vec<f64> = f.array(&normal)?.values.iter().map(|x| (x * std + mean).exp()).collect();
@@ -250,7 +244,7 @@ fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str,
 
 /// The first rows of a gradient. Where the directory says how exact the whole is but not these rows, rounding may do
 /// to them what it does to the others: if they are smaller than the average row, then relatively more.
-fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
+fn check_rows(s: &mut Session<impl Backends>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
     let rows = format!("grad_rows.{}", spec.name);
     let norm = format!("gradnorm.{}", spec.name);
     let expected = f.array(&rows)?;
@@ -269,7 +263,7 @@ fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSp
     Ok(())
 }
 
-pub(super) fn gradients<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_grads.safetensors")?;
     s.case("tiny_grads", |s| {
@@ -338,7 +332,7 @@ struct TrainingStep {
 }
 
 impl Training {
-    fn read<B: TrainingBackend>(s: &Session<B>) -> Result<Self> {
+    fn read(s: &Session<impl Backends>) -> Result<Self> {
         let training: Self = s.json("tiny_train.json")?;
         let wrong = |what: &str| VerifyError::Json { path: s.dir.join("tiny_train.json"), what: what.into() };
         if training.adam.weight_decay != 0.0 {
@@ -351,12 +345,12 @@ impl Training {
     }
 
     /// The network before training.
-    fn network<B: TrainingBackend>(
+    fn network<M: Backends>(
         &self,
-        s: &Session<B>,
+        s: &Session<M>,
         init: &Golden,
         averages: usize,
-    ) -> Result<(Precond, ParamTable, B)> {
+    ) -> Result<(Precond, ParamTable, M::Network)> {
         let mut config = s.config(init, "train")?;
         config.sigma_data = self.sigma_data.unwrap_or(config.sigma_data);
         build(s, init, &config, Some(averages))
@@ -369,7 +363,7 @@ impl Training {
 }
 
 /// All steps in a row, each from what this device made of the one before.
-pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn training(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     s.case("tiny_train", |s| {
@@ -396,7 +390,7 @@ pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
 
 #[allow(clippy::too_many_arguments)] // one training run's state, used in one place
 fn training_step<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     t: &Training,
     step: &TrainingStep,
@@ -424,7 +418,7 @@ fn training_step<B: TrainingBackend>(
     }
     if f.file.names().any(|name| name.starts_with("wnorm.")) {
         // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
-        let mut second = (s.device.training)(table, 0)?;
+        let mut second = s.backends.training(table, 0)?;
         for (id, _) in table.iter() {
             let values = b.read_param(Slot::Weight, id)?;
             second.write_param(Slot::Weight, id, &values)?;
@@ -441,7 +435,7 @@ fn training_step<B: TrainingBackend>(
 
 /// Gradients, weights, moments and averages after a step, those that the file has.
 fn check_state<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     t: &Training,
     table: &ParamTable,
@@ -495,9 +489,9 @@ impl Undetermined {
         self.0.entry(name.to_owned()).or_default().extend(few);
     }
 
-    fn check<B: TrainingBackend>(
+    fn check(
         &self,
-        s: &mut Session<B>,
+        s: &mut Session<impl Backends>,
         f: &Golden,
         tensor: &str,
         spec: &ParamSpec,
@@ -530,7 +524,7 @@ fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
 }
 
 /// One step of several micro-batches.
-pub(super) fn accumulation<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn accumulation(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     let variant = |name: &&String| name.starts_with("tiny_train_accum") && name.ends_with(".safetensors");
@@ -541,7 +535,7 @@ pub(super) fn accumulation<B: TrainingBackend>(s: &mut Session<B>) -> Result<()>
     })
 }
 
-fn accumulated_step<B: TrainingBackend>(s: &mut Session<B>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
+fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
     let rounds = (0..).take_while(|i| f.has(&format!("data{i}.images"))).count();
     let lr = match f.metadata("lr")? {
         Some(lr) => lr,
