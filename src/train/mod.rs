@@ -449,7 +449,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
         let written = self.with_average(event, |run, batch| {
-            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks)?)
+            let (backend, net, ranks) = (&mut *run.backend, &run.net, &mut *run.ranks);
+            Ok(grid::write(&path, grid::With { backend, net, data, guided, batch, ranks }, show)?)
         });
         self.show = Some(show);
         match written {

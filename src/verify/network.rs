@@ -373,105 +373,101 @@ pub(super) fn training(s: &mut Session<impl Backends>) -> Result<()> {
             (0..t.ema_stds.len()).try_for_each(|ema| b.write_param(Slot::Ema(ema), id, &values))?;
         }
         b.make_effective(Slot::Weight, normalization(ROUNDS))?;
-        let mut open = Undetermined::default();
-        for (i, step) in t.steps.iter().enumerate() {
-            let name = format!("tiny_train_step{}.safetensors", i + 1);
+        let mut run = Run { t: &t, net, table, b, open: Undetermined::default() };
+        for number in 1..=t.steps.len() {
+            let name = format!("tiny_train_step{number}.safetensors");
             if !s.dir.join(&name).exists() {
                 s.skip(name, "absent, so the steps from here on cannot be taken");
                 break;
             }
             let f = &s.open(&name)?;
-            training_step(s, f, &t, step, i + 1, &net, &table, &mut b, &mut open)?;
+            run.step(s, f, number)?;
             s.skip_rest(f, "not computed");
         }
         Ok(())
     })
 }
 
-#[allow(clippy::too_many_arguments)] // one training run's state, used in one place
-fn training_step<B: TrainingBackend>(
-    s: &mut Session<impl Backends>,
-    f: &Golden,
-    t: &Training,
-    step: &TrainingStep,
-    number: usize,
-    net: &Precond,
-    table: &ParamTable,
-    b: &mut B,
-    open: &mut Undetermined,
-) -> Result<()> {
-    let batch = Batch::new(f, "data.", net, b)?;
-    check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
-    let losses = pass(net, b, &batch)?;
-    let images = batch.images.shape[0];
-    losses.check(s, f, "", images, What::Training)?;
-    let sum: f64 = losses.per_image.iter().sum();
-    for (name, expected, got) in [
-        ("loss_scalar", step.loss_scalar, sum / images as f64),
-        ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
-    ] {
-        if let Some(expected) = expected {
-            let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
-            let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
-            s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
-        }
-    }
-    if f.file.names().any(|name| name.starts_with("wnorm.")) {
-        // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
-        let mut second = s.backends.training(table, 0)?;
-        for (id, _) in table.iter() {
-            let values = b.read_param(Slot::Weight, id)?;
-            second.write_param(Slot::Weight, id, &values)?;
-        }
-        still_step(&mut second, ROUNDS, 1.0)?;
-        for (id, spec) in table.iter() {
-            let got = param(&mut second, Slot::Weight, id)?;
-            s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
-        }
-    }
-    b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
-    check_state(s, f, t, table, b, open)
+/// A training run from step to step.
+struct Run<'a, B> {
+    t: &'a Training,
+    net: Precond,
+    table: ParamTable,
+    b: B,
+    open: Undetermined,
 }
 
-/// Gradients, weights, moments and averages after a step, those that the file has.
-fn check_state<B: TrainingBackend>(
-    s: &mut Session<impl Backends>,
-    f: &Golden,
-    t: &Training,
-    table: &ParamTable,
-    b: &mut B,
-    open: &mut Undetermined,
-) -> Result<()> {
-    for (_, spec) in table.iter() {
-        let gradient = format!("grad.{}", spec.name);
-        if f.has(&gradient) {
-            let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
-            open.note(&spec.name, &f.shaped(&gradient, &spec.shape)?, bound);
-        }
-    }
-    let mut slots = vec![
-        ("grad".to_owned(), Slot::Grad, What::Gradient),
-        ("weight".to_owned(), Slot::Weight, What::Training),
-        ("adam_m".to_owned(), Slot::AdamM, What::Training),
-        ("adam_v".to_owned(), Slot::AdamV, What::Training),
-    ];
-    for (ema, std) in t.ema_stds.iter().enumerate() {
-        slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
-    }
-    for (prefix, slot, what) in slots {
-        for (id, spec) in table.iter() {
-            let tensor = format!("{prefix}.{}", spec.name);
-            if !f.has(&tensor) {
-                continue;
-            }
-            let got = param(b, slot, id)?;
-            match slot {
-                Slot::Weight | Slot::Ema(_) => open.check(s, f, &tensor, spec, got)?,
-                _ => s.check(f, &tensor, what, &got)?,
+impl<B: TrainingBackend> Run<'_, B> {
+    fn step(&mut self, s: &mut Session<impl Backends>, f: &Golden, number: usize) -> Result<()> {
+        let Self { t, net, table, b, .. } = &mut *self;
+        let step = &t.steps[number - 1];
+        let batch = Batch::new(f, "data.", net, b)?;
+        check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
+        let losses = pass(net, b, &batch)?;
+        let images = batch.images.shape[0];
+        losses.check(s, f, "", images, What::Training)?;
+        let sum: f64 = losses.per_image.iter().sum();
+        for (name, expected, got) in [
+            ("loss_scalar", step.loss_scalar, sum / images as f64),
+            ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
+        ] {
+            if let Some(expected) = expected {
+                let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
+                let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
+                s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
             }
         }
+        if f.file.names().any(|name| name.starts_with("wnorm.")) {
+            // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
+            let mut second = s.backends.training(table, 0)?;
+            for (id, _) in table.iter() {
+                let values = b.read_param(Slot::Weight, id)?;
+                second.write_param(Slot::Weight, id, &values)?;
+            }
+            still_step(&mut second, ROUNDS, 1.0)?;
+            for (id, spec) in table.iter() {
+                let got = param(&mut second, Slot::Weight, id)?;
+                s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
+            }
+        }
+        b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
+        self.check(s, f)
     }
-    Ok(())
+
+    /// Gradients, weights, moments and averages after a step, those that the file has.
+    fn check(&mut self, s: &mut Session<impl Backends>, f: &Golden) -> Result<()> {
+        let Self { t, table, b, open, .. } = self;
+        for (_, spec) in table.iter() {
+            let gradient = format!("grad.{}", spec.name);
+            if f.has(&gradient) {
+                let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
+                open.note(&spec.name, &f.shaped(&gradient, &spec.shape)?, bound);
+            }
+        }
+        let mut slots = vec![
+            ("grad".to_owned(), Slot::Grad, What::Gradient),
+            ("weight".to_owned(), Slot::Weight, What::Training),
+            ("adam_m".to_owned(), Slot::AdamM, What::Training),
+            ("adam_v".to_owned(), Slot::AdamV, What::Training),
+        ];
+        for (ema, std) in t.ema_stds.iter().enumerate() {
+            slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
+        }
+        for (prefix, slot, what) in slots {
+            for (id, spec) in table.iter() {
+                let tensor = format!("{prefix}.{}", spec.name);
+                if !f.has(&tensor) {
+                    continue;
+                }
+                let got = param(b, slot, id)?;
+                match slot {
+                    Slot::Weight | Slot::Ema(_) => open.check(s, f, &tensor, spec, got)?,
+                    _ => s.check(f, &tensor, what, &got)?,
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Elements whose gradient in some step is too close to zero for its sign to be known: closer than the bound

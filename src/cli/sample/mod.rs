@@ -240,13 +240,14 @@ struct Resolved {
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together(|ranks| {
-        let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
-        let (own, dir) = (images_of(part, &request), &args.outdir);
-        let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
+        let resolved = resolve(&args, ranks)?;
+        let Resolved { request, kept, part, .. } = &resolved;
+        let (own, dir) = (images_of(*part, request), &args.outdir);
+        let out = OutDir::claim(dir, args.overwrite, &request.seeds, *part, own, *kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
-        draw(pipeline, &request, kept, part, &args, &out, ranks)
+        draw(resolved, &args, &out, ranks)
     })
 }
 

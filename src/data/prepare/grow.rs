@@ -98,7 +98,7 @@ pub fn add(
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
     let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
-    make(&agenda, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
+    make(&agenda, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
         let summary = tally.finish(&listing, settings, skipped, agenda.vocabulary, &path(SUMMARY_FILE))?;
