@@ -18,7 +18,9 @@ use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Normalization, Shape, Slot, TrainingBackend, Values};
-use edm2k::collective::{Alone, Collective, CollectiveError};
+#[cfg(feature = "emulator")]
+use edm2k::collective::CollectiveError;
+use edm2k::collective::{Alone, Collective};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::config::{Preset, preset};
@@ -505,12 +507,14 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
 // ---- ranks --------------------------------------------------------------------------------------
 
 /// One of two ranks that are given the same: a sum is twice a value.
+#[cfg(feature = "emulator")]
 #[derive(Default)]
 struct Twins {
     /// The bytes of what was summed, in their order.
     sums: Vec<std::ops::Range<usize>>,
 }
 
+#[cfg(feature = "emulator")]
 impl Collective for Twins {
     fn rank(&self) -> usize {
         0
