@@ -564,10 +564,10 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
     let values = |n: usize, seed| common::normals(n, seed, 0.5);
     let inputs = |b: &mut B, [n, h, w]: [usize; 3]| {
         let (c, dim) = (model.net.config.img_channels, model.net.config.label_dim);
-        let images = [1, 2].map(|seed| b.upload([n, h, w, c], &values(n * h * w * c, seed)));
-        let rest = [([n, 1, 1, 1], vec![0.7; n]), ([n, 1, 1, dim], values(n * dim, 3))];
-        let rest = rest.map(|(shape, values)| b.upload(shape, &values));
-        images.into_iter().chain(rest).collect::<Vec<_>>()
+        let [clean, noisy] = [1, 2].map(|seed| b.upload([n, h, w, c], &values(n * h * w * c, seed)));
+        let sigma = b.upload([n, 1, 1, 1], &vec![0.7; n]);
+        let labels = Some(b.upload([n, 1, 1, dim], &values(n * dim, 3)));
+        train::Inputs { clean, noisy, sigma, keys: None, labels }
     };
     let loaded = || {
         let mut b = make();
@@ -581,7 +581,7 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
         let (mut whole, mut said) = (Vec::new(), Vec::new());
         for (number, &size) in sizes.iter().enumerate() {
             let [own, theirs] = [&mut b, &mut plain].map(|b| inputs(b, size));
-            train::shared_micro_batch(&mut b, &model.net, 0.0, &own, &mut |b, done| {
+            train::shared_micro_batch(&mut b, &model.net, 0.0, own, &mut |b, done| {
                 if number + 1 == sizes.len() {
                     let buckets = b.buckets().whole(done);
                     said.push(buckets);
@@ -589,7 +589,7 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
                 }
             })
             .unwrap();
-            train::micro_batch(&mut plain, &model.net, 0.0, &theirs).unwrap();
+            train::micro_batch(&mut plain, &model.net, 0.0, theirs).unwrap();
         }
         let count = b.buckets().ids().len();
         said.dedup();

@@ -65,7 +65,7 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use settings::{DataIdentity, Execution, SettingError, Settings, check_widths, meta_of};
 pub use stats::{Status, Sums, Validation};
-pub use step::{MicroBatch, micro_batch, rehearse, shared_micro_batch};
+pub use step::{Inputs, MicroBatch, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
 use crate::collective::{agree, share};
