@@ -84,9 +84,9 @@ impl<T: Real> Cpu<T> {
         Self::new(table, None)
     }
 
-    /// Holds gradients, Adam's moments and `emas` moving averages too.
-    pub fn for_training(table: &ParamTable, emas: usize) -> Self {
-        Self::new(table, Some(emas))
+    /// Holds gradients, Adam's moments and `averages` moving averages too.
+    pub fn for_training(table: &ParamTable, averages: usize) -> Self {
+        Self::new(table, Some(averages))
     }
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
