@@ -474,8 +474,8 @@ fn execution(
 /// The resolved configuration as JSON.
 fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Math) -> anyhow::Result<String> {
     let [height, width] = settings.data.largest();
-    let profiles = settings.ema.len();
-    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, profiles);
+    let averages = settings.ema.len();
+    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, averages);
     let gpu = plan_on_gpu(settings, execution.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
     let newest = if execution.outdir.is_dir() { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({

@@ -75,20 +75,25 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     SamplerConfig { guidance, ..usual }
 }
 
-/// Samples with the effective weights of `backend`, at most `batch` images at a time, and writes the grid of the
-/// pictures that `show` makes. Each rank samples its share, and rank 0 writes. Returns whether this rank has written
-/// it. Guidance needs a network that was also trained without conditions; `guided` says whether it was.
-#[allow(clippy::too_many_arguments)] // a run's, taken apart
-pub fn write<B: NetworkBackend>(
-    path: &Path,
-    backend: &mut B,
-    net: &Precond,
-    data: &Dataset,
-    show: &mut Show,
-    guided: bool,
-    batch: usize,
-    ranks: &mut dyn Collective,
-) -> Result<bool, GridError> {
+/// What a grid is sampled with.
+pub struct With<'a, B> {
+    /// Its effective weights.
+    pub backend: &'a mut B,
+    /// The network.
+    pub net: &'a Precond,
+    /// Where the conditions come from.
+    pub data: &'a Dataset,
+    /// Whether it was trained without conditions too, which guidance needs.
+    pub guided: bool,
+    /// Most images at a time.
+    pub batch: usize,
+    /// Each samples its share.
+    pub ranks: &'a mut dyn Collective,
+}
+
+/// Samples and writes the grid as `show` has its images; rank 0 writes. Whether this one has written it.
+pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> Result<bool, GridError> {
+    let With { backend, net, data, guided, batch, ranks } = with;
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let config = sampler(guided, &net.config);

@@ -44,10 +44,10 @@ pub fn estimate(
     height: usize,
     width: usize,
     batch_gpu: u64,
-    profiles: usize,
+    averages: usize,
 ) -> Memory {
     let values: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
-    let parameters = 4 * values as u64 * (5 + profiles as u64);
+    let parameters = 4 * values as u64 * (5 + averages as u64);
     let activations = 4u64.saturating_mul(batch_gpu).saturating_mul(kept_values(config, height, width));
     Memory { parameters, activations }
 }

@@ -65,7 +65,7 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use settings::{DataIdentity, Execution, SettingError, Settings, check_widths, meta_of};
 pub use stats::{Status, Sums, Validation};
-pub use step::{MicroBatch, micro_batch, rehearse, shared_micro_batch};
+pub use step::{Inputs, MicroBatch, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
 use crate::collective::{agree, share};
@@ -449,7 +449,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
         let written = self.with_average(event, |run, batch| {
-            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks)?)
+            let (backend, net, ranks) = (&mut *run.backend, &run.net, &mut *run.ranks);
+            Ok(grid::write(&path, grid::With { backend, net, data, guided, batch, ranks }, show)?)
         });
         self.show = Some(show);
         match written {

@@ -164,37 +164,37 @@ pub struct SampleArgs {
 #[derive(clap::Args)]
 pub struct SamplerArgs {
     /// How the differential equation is solved
-    #[arg(long, value_enum, default_value = "dpmpp_2m", help_heading = "Sampler")]
+    #[arg(long, value_enum, default_value_t = SamplerConfig::default().solver, help_heading = "Sampler")]
     solver: Solver,
     /// Steps
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Sampler")]
+    #[arg(long, value_name = "N", default_value_t = SamplerConfig::default().steps, help_heading = "Sampler")]
     steps: usize,
     /// Strength of guidance; 1 = none
-    #[arg(long, value_name = "G", default_value_t = 5.0, help_heading = "Sampler")]
+    #[arg(long, value_name = "G", default_value_t = SamplerConfig::default().guidance, help_heading = "Sampler")]
     guidance: f64,
     /// Guide only at noise levels above LO and up to HI
     #[arg(long, value_name = "LO,HI", value_parser = parse_interval, help_heading = "Sampler")]
     guidance_interval: Option<(f64, f64)>,
     /// Lowest noise level
-    #[arg(long, value_name = "SIGMA", default_value_t = 0.002, help_heading = "Sampler")]
+    #[arg(long, value_name = "SIGMA", default_value_t = SamplerConfig::default().sigma_min, help_heading = "Sampler")]
     sigma_min: f64,
     /// Highest noise level
-    #[arg(long, value_name = "SIGMA", default_value_t = 80.0, help_heading = "Sampler")]
+    #[arg(long, value_name = "SIGMA", default_value_t = SamplerConfig::default().sigma_max, help_heading = "Sampler")]
     sigma_max: f64,
     /// How much the noise levels crowd at the low end
-    #[arg(long, value_name = "RHO", default_value_t = 7.0, help_heading = "Sampler")]
+    #[arg(long, value_name = "RHO", default_value_t = SamplerConfig::default().rho, help_heading = "Sampler")]
     rho: f64,
     /// Noise added back over all steps; for heun and euler
-    #[arg(long = "S-churn", value_name = "X", default_value_t = 0.0, help_heading = "Sampler")]
+    #[arg(long = "S-churn", value_name = "X", default_value_t = Churn::NONE.s_churn, help_heading = "Sampler")]
     s_churn: f64,
     /// Noise level below which none is added
-    #[arg(long = "S-min", value_name = "SIGMA", default_value_t = 0.0, help_heading = "Sampler")]
+    #[arg(long = "S-min", value_name = "SIGMA", default_value_t = Churn::NONE.s_min, help_heading = "Sampler")]
     s_min: f64,
     /// Noise level above which none is added
-    #[arg(long = "S-max", value_name = "SIGMA", default_value_t = f64::INFINITY, help_heading = "Sampler")]
+    #[arg(long = "S-max", value_name = "SIGMA", default_value_t = Churn::NONE.s_max, help_heading = "Sampler")]
     s_max: f64,
     /// Standard deviation of the added noise
-    #[arg(long = "S-noise", value_name = "X", default_value_t = 1.0, help_heading = "Sampler")]
+    #[arg(long = "S-noise", value_name = "X", default_value_t = Churn::NONE.s_noise, help_heading = "Sampler")]
     s_noise: f64,
 }
 
@@ -240,13 +240,14 @@ struct Resolved {
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together(|ranks| {
-        let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
-        let (own, dir) = (images_of(part, &request), &args.outdir);
-        let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
+        let resolved = resolve(&args, ranks)?;
+        let Resolved { request, kept, part, .. } = &resolved;
+        let (own, dir) = (images_of(*part, request), &args.outdir);
+        let out = OutDir::claim(dir, args.overwrite, &request.seeds, *part, own, *kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
-        draw(pipeline, &request, kept, part, &args, &out, ranks)
+        draw(resolved, &args, &out, ranks)
     })
 }
 
