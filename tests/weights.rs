@@ -1,4 +1,4 @@
-//! Weights as people have them: what `torch.save` writes, in both of its forms, autoencoders under their first names, and
+//! Weights as people have them: what `torch.save` writes, in both of its forms, and `pickle.dump`, autoencoders under their first names, and
 //! networks of which only the tensors are known.
 
 use std::collections::BTreeMap;
@@ -48,13 +48,23 @@ impl Pickler {
     /// A tensor whose storage is kept outside, under a key.
     fn tensor(&mut self, key: &str, shape: &[usize]) {
         self.global("torch._utils", "_rebuild_tensor_v2");
-        self.0.extend(b"((");
+        self.0.push(b'(');
+        self.stored(key, shape.iter().product());
+        self.view(shape);
+    }
+
+    fn stored(&mut self, key: &str, numel: usize) {
+        self.0.push(b'(');
         self.text("storage");
         self.global("torch", "FloatStorage");
         self.text(key);
         self.text("cpu");
-        self.int(shape.iter().product());
+        self.int(numel);
         self.0.extend(b"tQ");
+    }
+
+    /// The rest of a tensor's arguments, and its call.
+    fn view(&mut self, shape: &[usize]) {
         self.int(0);
         self.ints(shape);
         let strides: Vec<usize> = (0..shape.len()).map(|side| shape[side + 1..].iter().product()).collect();
@@ -106,14 +116,20 @@ fn torch_zip(tensors: &Tensors, within: Option<&str>) -> Vec<u8> {
     zip(&entries.iter().map(|(name, data)| (&name[..], data.clone())).collect::<Vec<_>>(), false)
 }
 
-/// The form of before 2020: five pickles, then the storages.
-fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
+/// The first three pickles of the form of before 2020.
+fn legacy_start() -> Vec<u8> {
     let mut bytes = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.".to_vec();
     let mut machine = Pickler::new();
     machine.0.extend(b"}(");
     machine.text("little_endian");
     machine.0.extend(b"\x88u");
     bytes.extend(machine.end());
+    bytes
+}
+
+/// The form of before 2020: five pickles, then the storages.
+fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
+    let mut bytes = legacy_start();
     bytes.extend(pickled(tensors, None));
     let mut keys = Pickler::new();
     keys.0.extend(b"](");
@@ -128,12 +144,60 @@ fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
     bytes
 }
 
+/// The dictionary as `pickle.dump` writes it, each storage within it as bytes; at protocol 2 these are texts.
+fn dumped(tensors: &Tensors, protocol: u8, within: Option<&str>) -> Vec<u8> {
+    let mut p = Pickler(vec![0x80, protocol]);
+    p.0.extend(b"}(");
+    if let Some(name) = within {
+        p.text(name);
+        p.0.extend(b"}(");
+    }
+    for (name, (shape, values)) in tensors {
+        p.text(name);
+        p.global("torch._utils", "_rebuild_tensor_v2");
+        p.0.push(b'(');
+        p.global("torch.storage", "_load_from_bytes");
+        let mut alone = storage(values);
+        if protocol == 2 {
+            let text: String = alone.iter().map(|&byte| char::from(byte)).collect();
+            p.global("_codecs", "encode");
+            p.text(&text);
+            p.text("latin1");
+            p.0.extend(b"\x86R");
+        } else {
+            p.0.push(b'B');
+            p.0.extend((alone.len() as u32).to_le_bytes());
+            p.0.append(&mut alone);
+        }
+        p.0.extend(b"\x85R");
+        p.view(shape);
+    }
+    p.0.extend(if within.is_some() { &b"uu"[..] } else { b"u" });
+    p.end()
+}
+
+/// What `torch.save` makes of a storage alone.
+fn storage(values: &[f32]) -> Vec<u8> {
+    let mut bytes = legacy_start();
+    let mut about = Pickler::new();
+    about.stored("0", values.len());
+    bytes.extend(about.end());
+    let mut keys = Pickler::new();
+    keys.0.push(b']');
+    keys.text("0");
+    keys.0.push(b'a');
+    bytes.extend(keys.end());
+    bytes.extend((values.len() as u64).to_le_bytes());
+    bytes.extend(little(values));
+    bytes
+}
+
 fn prefixed(tensors: &Tensors, prefix: &str) -> Tensors {
     tensors.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect()
 }
 
 #[test]
-fn both_forms_of_torch_save_are_read_and_damage_is_an_error() {
+fn what_torch_and_pickle_write_is_read_and_damage_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("w.pt");
     let tensors: Tensors = BTreeMap::from([
@@ -149,7 +213,9 @@ fn both_forms_of_torch_save_are_read_and_damage_is_an_error() {
         assert_eq!((file.shape("b").unwrap(), file.f32("b").unwrap()), (&[][..], vec![-7.5]));
     };
     let wrapped = torch_zip(&prefixed(&tensors, "module."), Some("state_dict"));
-    for bytes in [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped] {
+    let saved = [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped];
+    let dumps = [2, 3, 5].map(|protocol| dumped(&tensors, protocol, None));
+    for bytes in saved.into_iter().chain(dumps).chain([dumped(&tensors, 4, Some("ema"))]) {
         fs::write(&path, &bytes).unwrap();
         same(&weights::open(&path).unwrap());
         for length in (0..bytes.len()).step_by(7) {

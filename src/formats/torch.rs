@@ -8,7 +8,8 @@
 //! The description is a persistent id: `('storage', torch.HalfStorage, key, 'cpu', number of elements)`.
 //!
 //! What `torch.save` makes of a dictionary of tensors has the same two forms ([`state_dict`]): there a storage is the persistent
-//! id itself, and the older format has the elements of all storages at its end, in the order of the list of keys.
+//! id itself, and the older format has the elements of all storages at its end, in the order of the list of keys. What
+//! `pickle.dump` makes of one is a pickle alone.
 //!
 //! Elements stay where they are in the input until they are asked for.
 
@@ -45,11 +46,11 @@ impl<'a> Tensor<'a> {
     ///
     /// # Errors
     /// If it is none, or reaches beyond its storage, or has more elements than that.
-    pub fn read(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
+    pub fn read(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
         Self::read_with(pickle, id, storages, &Outside::default())
     }
 
-    fn read_with(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
+    fn read_with(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
         let tensor = match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
             Some(&[tensor, _, _]) => tensor,
             _ => id,
@@ -71,10 +72,10 @@ impl<'a> Tensor<'a> {
         let (offset, shape, strides): (_, Vec<_>, Vec<_>) = (number(offset)?, sides(shape)?, sides(strides)?);
         let (dtype, storage) =
             match (pickle.call_of(storage, &[("torch.storage", "_load_from_bytes")]), &pickle[storage]) {
-                (Some(&[bytes]), _) => match pickle[bytes] {
-                    Value::Bytes { offset, bytes } => match storages.get(&offset) {
+                (Some(&[bytes]), _) => match &pickle[bytes] {
+                    Value::Bytes { offset, bytes } => match storages.get(offset) {
                         Some(&known) => known,
-                        None => *storages.entry(offset).insert_entry(read_storage(bytes, offset)?).get(),
+                        None => *storages.entry(*offset).insert_entry(read_storage(bytes, *offset)?).get(),
                     },
                     _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
                 },
@@ -314,13 +315,19 @@ impl<'a> Outside<'a> {
 /// Name, element type, shape and bytes of a tensor.
 pub type Named = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// The tensors of a dictionary that `torch.save` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in it.
+/// The tensors of a dictionary that `torch.save` or `pickle.dump` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in it.
 /// Nothing in the file runs; what is no tensor is left out.
 ///
 /// # Errors
 /// The file is damaged, or has no tensors.
 pub fn state_dict(bytes: &[u8]) -> Result<Vec<Named>> {
-    let (pickle, outside) = if bytes.starts_with(b"PK") { zipped(bytes)? } else { legacy(bytes)? };
+    let (pickle, outside) = match bytes {
+        [b'P', b'K', ..] => zipped(bytes)?,
+        _ => match plain(bytes)? {
+            Some(pickle) => (pickle, Outside::default()),
+            None => legacy(bytes)?,
+        },
+    };
     let mut entries =
         dictionary(&pickle, pickle.root()).ok_or_else(|| pickle.unexpected(pickle.root(), "a dictionary"))?;
     let inner = ["state_dict", "model", "ema", "params"].iter().find_map(|wanted| {
@@ -352,6 +359,18 @@ fn dictionary<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [(Id, Id)]> {
         Value::Dict(items) => Some(items),
         Value::Call { items, .. } if pickle.call_of(id, &[("collections", "OrderedDict")]).is_some() => Some(items),
         _ => None,
+    }
+}
+
+/// A pickle alone, which `pickle.dump` writes: its storages are calls within it. None of what `torch.save` writes.
+fn plain(bytes: &[u8]) -> Result<Option<Pickle<'_>>> {
+    let pickle = Pickle::parse(bytes, 0)?;
+    if dictionary(&pickle, pickle.root()).is_none() {
+        return Ok(None);
+    }
+    match bytes.len() - pickle.end() {
+        0 => Ok(Some(pickle)),
+        rest => Err(PickleError { offset: pickle.end(), what: format!("{rest} bytes after the end of the pickle") }),
     }
 }
 

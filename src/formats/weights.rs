@@ -1,5 +1,5 @@
-//! Files of weights as people have them: safetensors, and what `torch.save` writes (`.pt`, `.pth`, `.ckpt`, `.bin`), of which
-//! nothing runs.
+//! Files of weights as people have them: safetensors, and what `torch.save` and `pickle.dump` write (`.pt`, `.pth`, `.ckpt`,
+//! `.bin`, `.pkl`), of which nothing runs.
 
 use std::path::Path;
 
