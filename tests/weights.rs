@@ -15,6 +15,9 @@ mod archive;
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
 use archive::zip;
+#[path = "common/command.rs"]
+mod command;
+use command::{here, printed};
 
 /// Opcodes of protocol 2, as `pickle` writes them.
 struct Pickler(Vec<u8>);
@@ -61,6 +64,27 @@ impl Pickler {
         self.text("cpu");
         self.int(numel);
         self.0.extend(b"tQ");
+    }
+
+    /// A name, and a tensor with its storage.
+    fn alone(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+        self.text(name);
+        self.global("torch._utils", "_rebuild_tensor_v2");
+        self.0.push(b'(');
+        self.global("torch.storage", "_load_from_bytes");
+        let alone = storage(values);
+        if self.0[1] == 2 {
+            self.global("_codecs", "encode");
+            self.text(&alone.iter().map(|&byte| char::from(byte)).collect::<String>());
+            self.text("latin1");
+            self.0.extend(b"\x86R");
+        } else {
+            self.0.push(b'B');
+            self.0.extend((alone.len() as u32).to_le_bytes());
+            self.0.extend(alone);
+        }
+        self.0.extend(b"\x85R");
+        self.view(shape);
     }
 
     /// The rest of a tensor's arguments, and its call.
@@ -144,35 +168,22 @@ fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
     bytes
 }
 
-/// The dictionary as `pickle.dump` writes it, each storage within it as bytes; at protocol 2 these are texts.
-fn dumped(tensors: &Tensors, protocol: u8, within: Option<&str>) -> Vec<u8> {
+/// A dictionary as `pickle.dump` writes it, each storage within it as bytes; at protocol 2 these are texts. Tensors of a part
+/// that has a name are in a dictionary of that name.
+fn dumped(protocol: u8, parts: &[(&str, &Tensors)]) -> Vec<u8> {
     let mut p = Pickler(vec![0x80, protocol]);
     p.0.extend(b"}(");
-    if let Some(name) = within {
-        p.text(name);
-        p.0.extend(b"}(");
-    }
-    for (name, (shape, values)) in tensors {
-        p.text(name);
-        p.global("torch._utils", "_rebuild_tensor_v2");
-        p.0.push(b'(');
-        p.global("torch.storage", "_load_from_bytes");
-        let mut alone = storage(values);
-        if protocol == 2 {
-            let text: String = alone.iter().map(|&byte| char::from(byte)).collect();
-            p.global("_codecs", "encode");
-            p.text(&text);
-            p.text("latin1");
-            p.0.extend(b"\x86R");
-        } else {
-            p.0.push(b'B');
-            p.0.extend((alone.len() as u32).to_le_bytes());
-            p.0.append(&mut alone);
+    for (name, tensors) in parts {
+        if !name.is_empty() {
+            p.text(name);
+            p.0.extend(b"}(");
         }
-        p.0.extend(b"\x85R");
-        p.view(shape);
+        tensors.iter().for_each(|(name, (shape, values))| p.alone(name, shape, values));
+        if !name.is_empty() {
+            p.0.push(b'u');
+        }
     }
-    p.0.extend(if within.is_some() { &b"uu"[..] } else { b"u" });
+    p.0.push(b'u');
     p.end()
 }
 
@@ -214,8 +225,8 @@ fn what_torch_and_pickle_write_is_read_and_damage_is_an_error() {
     };
     let wrapped = torch_zip(&prefixed(&tensors, "module."), Some("state_dict"));
     let saved = [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped];
-    let dumps = [2, 3, 5].map(|protocol| dumped(&tensors, protocol, None));
-    for bytes in saved.into_iter().chain(dumps).chain([dumped(&tensors, 4, Some("ema"))]) {
+    let dumps = [2, 3, 5].map(|protocol| dumped(protocol, &[("", &tensors)]));
+    for bytes in saved.into_iter().chain(dumps).chain([dumped(4, &[("ema", &tensors)])]) {
         fs::write(&path, &bytes).unwrap();
         same(&weights::open(&path).unwrap());
         for length in (0..bytes.len()).step_by(7) {
@@ -344,4 +355,39 @@ fn a_bare_state_dict_of_a_network_has_its_config_read_off_its_shapes() {
     assert!(refused(&other).contains("so this is not a model file"));
     let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
     assert!(refused(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", refused(&snapshot));
+}
+
+#[test]
+fn an_average_of_weights_goes_before_the_weights_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": 64, "channel_mult": [1], "num_blocks": 1,
+    });
+    let config: Config = serde_json::from_value(config).unwrap();
+    let of = |seed: u64| -> (Model, Tensors) {
+        let model = Model::init(&config, seed).unwrap();
+        let named = model.table.iter().zip(&model.weights);
+        let tensors = named.map(|((_, spec), x)| (spec.name.clone(), (spec.shape.clone(), x.clone()))).collect();
+        (model, tensors)
+    };
+    let ((_, raw), (average, ema)) = (of(1), of(2));
+    let path = dir.path().join("both.pt");
+    for (parts, said) in [
+        (vec![("net", &raw), ("ema", &ema)], "'ema', not 'net'"),
+        (vec![("model_ema", &ema), ("model", &raw), ("state_dict", &raw)], "'model_ema', not 'state_dict', 'model'"),
+        (vec![("", &prefixed(&raw, "online.")), ("", &prefixed(&ema, "model_ema."))], "'model_ema.', not 'online.'"),
+    ] {
+        fs::write(&path, dumped(4, &parts)).unwrap();
+        let read = Model::load(&path).unwrap();
+        assert!(read.weights == average.weights, "{said}");
+        assert!(read.doubts[0].contains(&format!("its network is that of {said}")), "{:?}", read.doubts);
+    }
+    // What is called an average and has no tensors is none.
+    fs::write(&path, dumped(4, &[("ema", &Tensors::new()), ("net", &ema)])).unwrap();
+    assert!(Model::load(&path).unwrap().weights == average.weights);
+    let info = printed(here(&["info", path.to_str().unwrap()]).assert());
+    assert!(!info.contains("its network"), "{info}");
+    fs::write(&path, dumped(4, &[("generator", &raw), ("step", &Tensors::new())])).unwrap();
+    let why = weights::open(&path).unwrap_err().to_string();
+    assert!(why.contains("found a dictionary of 'generator', 'step', expected tensors, or some within ema, "), "{why}");
 }

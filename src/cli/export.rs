@@ -10,7 +10,7 @@ use edm2k::model::file::save;
 use edm2k::model::{Model, Stored};
 use edm2k::train::checkpoint::{self, Checkpoint};
 
-use super::say::out;
+use super::say::{note, out};
 
 /// Write a model's weights for NVIDIA's code, or make a model from a run's checkpoint.
 #[derive(clap::Args)]
@@ -76,6 +76,7 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
         (Some(path), None) => (Model::load(path)?, Stored::F32),
         (None, None) => bail!("give a model, or --from-checkpoint"),
     };
+    model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let dtype = args.dtype.unwrap_or(usual);
     save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, dtype)?;
     out!("exported {} tensors: {}", model.table.len(), args.out.display());

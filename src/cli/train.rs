@@ -395,6 +395,7 @@ fn model(
     let mut model = match init {
         None => Model::init(config, args.seed)?,
         Some(old) => {
+            notes.extend(old.doubts.iter().map(|doubt| format!("warning: --init {doubt}")));
             notes.extend(other_meaning(args, &old, data));
             let (model, fresh) = old.adapt(config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");

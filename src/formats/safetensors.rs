@@ -195,11 +195,15 @@ impl SafeFile {
     }
 
     /// The tensors of a file of another format, as if they were in one of this: names, types, shapes, and bytes one after
-    /// the other. Of several with one name the last counts.
+    /// the other, with strings as if they were its header's. Of several tensors with one name the last counts.
     ///
     /// # Errors
     /// [`SafeError::Tensor`]: bytes that do not make the shape.
-    pub fn of(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) -> Result<Self> {
+    pub fn of(
+        path: &Path,
+        tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+        metadata: HashMap<String, String>,
+    ) -> Result<Self> {
         let (mut bytes, mut known) = (Vec::new(), BTreeMap::new());
         for (name, dtype, shape, data) in tensors {
             if byte_length(dtype, &shape) != Some(data.len()) {
@@ -210,7 +214,7 @@ impl SafeFile {
             bytes.extend(data);
             known.insert(name, Info { dtype, shape, data_offsets: (begin, bytes.len()) });
         }
-        let (path, bytes, metadata) = (path.into(), Bytes::Owned(bytes), HashMap::new());
+        let (path, bytes) = (path.into(), Bytes::Owned(bytes));
         Ok(Self { path, bytes, data_start: 0, metadata, tensors: known })
     }
 

@@ -171,6 +171,8 @@ pub struct Model {
     pub table: ParamTable,
     /// Values of each parameter, by [`ParamId`], in PyTorch's order.
     pub weights: Vec<Vec<f32>>,
+    /// What was assumed where its file leaves it open, for people.
+    pub doubts: Vec<String>,
 }
 
 /// A parameter that [`Model::adapt`] could not take over.
@@ -192,6 +194,8 @@ pub struct ModelFile {
     pub net: Precond,
     /// Names and shapes of its parameters.
     pub table: ParamTable,
+    /// What was assumed where the file leaves it open, for people.
+    pub doubts: Vec<String>,
     file: SafeFile,
 }
 
@@ -204,6 +208,9 @@ impl ModelFile {
         let path = path.as_ref();
         let mut file = weights::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
+        let taken = file.metadata().get(weights::TAKEN);
+        let mut doubts: Vec<String> =
+            taken.map(|taken| format!("its network is that of {taken}")).into_iter().collect();
         if file.metadata().contains_key("train") {
             return Err(ModelError::Checkpoint { path: path.into() });
         }
@@ -212,7 +219,10 @@ impl ModelFile {
             None => {
                 let missing = || metadata("config", "it is missing, so this is not a model file".into());
                 let bare = !file.metadata().contains_key("edm2k");
-                let prefix = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+                let (prefix, others) = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+                if !others.is_empty() {
+                    doubts.push(format!("its network is that of '{prefix}', not '{}'", others.join("', '")));
+                }
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
                 guess::config(&file)?
             }
@@ -237,7 +247,8 @@ impl ModelFile {
         for (_, spec) in table.iter() {
             file.expect_shape(&spec.name, &spec.shape)?;
         }
-        Ok(Self { meta, net, table, file })
+        doubts.iter_mut().for_each(|doubt| *doubt = format!("{}: {doubt}", path.display()));
+        Ok(Self { meta, net, table, doubts, file })
     }
 
     /// Where the file is.
@@ -268,8 +279,8 @@ impl Model {
         let ids: Vec<ParamId> = file.table.iter().map(|(id, _)| id).collect();
         let weights: Vec<_> = ids.into_par_iter().map(|id| file.values(id)).collect();
         let weights = weights.into_iter().collect::<Result<_, _>>()?;
-        let ModelFile { meta, net, table, .. } = file;
-        Ok(Self { meta, net, table, weights })
+        let ModelFile { meta, net, table, doubts, .. } = file;
+        Ok(Self { meta, net, table, weights, doubts })
     }
 
     /// A network with fresh parameters: weights N(0, 1), gains 0, Fourier frequencies 2 pi N(0, 1) and
@@ -300,7 +311,13 @@ impl Model {
                 values
             })
             .collect();
-        Ok(Self { meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) }, net, table, weights })
+        Ok(Self {
+            meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) },
+            net,
+            table,
+            weights,
+            doubts: Vec::new(),
+        })
     }
 
     /// The network of another config with this one's parameters, for fine-tuning; those that it lacks or

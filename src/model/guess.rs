@@ -9,9 +9,13 @@ use crate::formats::safetensors::{SafeError, SafeFile};
 /// The official name of a tensor that every network has.
 const KNOWN: &str = "unet.emb_fourier.freqs";
 
-/// What stands before the official names; none if this is no EDM2 network.
-pub fn prefix(file: &SafeFile) -> Option<String> {
-    file.names().find_map(|name| name.strip_suffix(KNOWN).map(str::to_owned))
+/// What stands before the official names, and before those of other networks in the file, which are not taken; none if this is
+/// no EDM2 network. An average of weights goes before the weights.
+pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
+    let mut all: Vec<String> = file.names().filter_map(|name| Some(name.strip_suffix(KNOWN)?.to_owned())).collect();
+    all.sort_by_key(|prefix| !prefix.split(['.', '_']).any(|word| word == "ema"));
+    let others = all.split_off(all.len().min(1));
+    Some((all.pop()?, others))
 }
 
 /// The config of a network in official names.

@@ -120,7 +120,7 @@ impl Snapshot {
             Some(("StandardRGBEncoder", _)) => meta.encoder = Encoder::Rgb,
             _ => {}
         }
-        Ok(Self { model: Model { meta, net, table, weights }, precision })
+        Ok(Self { model: Model { meta, net, table, weights, doubts: Vec::new() }, precision })
     }
 }
 

@@ -271,7 +271,8 @@ impl Pipeline {
     /// # Errors
     /// [`PipelineError::Model`].
     pub fn load(device: &Device, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
-        let model = Model::load(&path)?;
+        let mut model = Model::load(&path)?;
+        let warnings = std::mem::take(&mut model.doubts);
         let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
         Ok(Self {
             device: device.clone(),
@@ -286,7 +287,7 @@ impl Pipeline {
             preview: None,
             inventor: None,
             tagger: None,
-            warnings: Vec::new(),
+            warnings,
         })
     }
 
@@ -296,7 +297,8 @@ impl Pipeline {
     /// [`PipelineError::Model`], or [`PipelineError::Mismatch`] if it is one of other images or conditions.
     pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let path = path.as_ref();
-        let guide = Model::load(path)?;
+        let mut guide = Model::load(path)?;
+        self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check(path.display(), &self.domain(), self.path.display())?;
         self.guide = Some(path.into());

@@ -76,6 +76,9 @@ struct Network<'a> {
     on_a_gpu: Result<GpuCost, String>,
     #[serde(flatten)]
     meta: Option<&'a ModelMeta>,
+    /// What was assumed where the file leaves it open.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    doubts: Vec<String>,
 }
 
 /// What a forward pass of one image takes of a GPU (as the plan for an RTX 4090 has it; none is needed for it).
@@ -121,7 +124,7 @@ impl<'a> Network<'a> {
             Some(_) => GpuCost::new(&net, &table, [height, width]).map_err(|why| why.to_string()),
             None => Err(format!("no: an image of {width}x{height} has more elements than the kernels count")),
         };
-        Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta })
+        Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta, doubts: Vec::new() })
     }
 
     fn show(&self, json: bool) -> anyhow::Result<()> {
@@ -175,6 +178,7 @@ impl<'a> Network<'a> {
                 }
             }
         }
+        self.doubts.iter().for_each(|doubt| out!("note           {doubt}"));
         show_config(self.config);
         Ok(())
     }
@@ -282,6 +286,8 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
-    let network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    let mut network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    let name = format!("{}: ", path.display());
+    network.doubts = model.doubts.iter().map(|doubt| doubt.replacen(&name, "", 1)).collect();
     network.show(args.json)
 }
