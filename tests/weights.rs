@@ -17,7 +17,7 @@ mod autoencoder;
 use archive::zip;
 #[path = "common/command.rs"]
 mod command;
-use command::{here, printed};
+use command::{edm2k, here, printed, refused};
 
 /// Opcodes of protocol 2, as `pickle` writes them.
 struct Pickler(Vec<u8>);
@@ -351,10 +351,51 @@ fn a_bare_state_dict_of_a_network_has_its_config_read_off_its_shapes() {
     // What is none says so, and NVIDIA's snapshots are sent to `import`.
     let other = dir.path().join("other.pt");
     fs::write(&other, torch_zip(&BTreeMap::from([("x".into(), (vec![1], vec![0.0]))]), None)).unwrap();
-    let refused = |path: &Path| ModelFile::open(path).map(|_| ()).unwrap_err().to_string();
-    assert!(refused(&other).contains("so this is not a model file"));
+    let why = |path: &Path| ModelFile::open(path).map(|_| ()).unwrap_err().to_string();
+    assert!(why(&other).contains("so this is not a model file"));
     let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
-    assert!(refused(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", refused(&snapshot));
+    assert!(why(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", why(&snapshot));
+}
+
+#[test]
+fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
+    let dir = tempfile::tempdir().unwrap();
+    for (width, heads) in [(64, 32), (32, 16)] {
+        let config = serde_json::json!({
+            "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": width, "channel_mult": [1],
+            "num_blocks": 1, "channels_per_head": heads,
+        });
+        let config: Config = serde_json::from_value(config).unwrap();
+        let model = Model::init(&config, 1).unwrap();
+        let named = model.table.iter().zip(&model.weights);
+        let tensors = named.map(|((_, spec), x)| (spec.name.clone(), (spec.shape.clone(), x.clone()))).collect();
+        fs::write(dir.path().join("bare.pt"), torch_zip(&tensors, None)).unwrap();
+        let unsaid = "does not say how wide attention heads are";
+        if width == 64 {
+            let said = edm2k(dir.path(), &["sample", "--model", "bare.pt", "--outdir", "out", "--steps", "1"]).assert();
+            let said = String::from_utf8(said.success().get_output().stderr.clone()).unwrap();
+            assert!(said.contains(&format!("warning: bare.pt: it {unsaid}, 64 is assumed")), "{said}");
+            let info = printed(edm2k(dir.path(), &["info", "bare.pt"]).assert());
+            assert!(info.contains(&format!("note           it {unsaid}")), "{info}");
+        } else {
+            let why = refused(edm2k(dir.path(), &["info", "bare.pt"]).assert());
+            assert!(why.contains(&format!("{unsaid}, and as in EDM2 they cannot be: channels_per_head = 64")), "{why}");
+        }
+        let json = format!("{{\"channels_per_head\": {heads}, \"clip_act\": 7}}");
+        fs::write(dir.path().join("net.json"), json).unwrap();
+        let import = ["import", "bare.pt", "--config", "net.json", "--out", "model.safetensors", "--overwrite"];
+        edm2k(dir.path(), &import).assert().success();
+        let read = Model::load(dir.path().join("model.safetensors")).unwrap();
+        assert_eq!((read.net.config.channels_per_head, read.net.config.clip_act), (heads, 7.0));
+        assert!(read.weights == model.weights && read.doubts.is_empty());
+    }
+    let again = ["import", "model.safetensors", "--config", "net.json", "--out", "again.safetensors"];
+    let why = refused(edm2k(dir.path(), &again).assert());
+    assert!(why.contains("metadata \"config\": it is there"), "{why}");
+    fs::write(dir.path().join("net.json"), "{\"heads\": 32}").unwrap();
+    let wrong = ["import", "bare.pt", "--config", "net.json", "--out", "again.safetensors"];
+    let why = refused(edm2k(dir.path(), &wrong).assert());
+    assert!(why.contains("--config net.json: ") && why.contains("unknown field `heads`"), "{why}");
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //! Metadata: `config` is the [`Config`] as JSON; `edm2k` is [`ModelMeta`] as JSON, so that sampling
 //! needs nothing but the file. A file without `edm2k` (made by other programs) is taken to be of square
 //! images of `img_resolution`, latents if they have four channels. Without `config` too, as others store a `state_dict`, in
-//! safetensors or by `torch.save`, the shapes of its tensors tell what they can, and the rest is EDM2's.
+//! safetensors or by `torch.save`, the shapes of its tensors tell what they can, and the rest is EDM2's or said by whoever opens
+//! it.
 //! Weights are stored as the optimizer left them, not normalised, in f16 or f32.
 
 use std::collections::HashMap;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::config::{Config, ConfigError};
 use super::guess;
@@ -150,6 +152,13 @@ pub enum ModelError {
     /// The config does not describe a network, or not one for the image size.
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
+    /// What is assumed of attention heads cannot be.
+    #[error(
+        "{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}; `edm2k import --config` \
+         sets the width",
+        path.display()
+    )]
+    Heads { path: PathBuf, cause: ConfigError },
     /// It holds more than a model.
     #[error("{}: a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it", path.display())]
     Checkpoint { path: PathBuf },
@@ -205,6 +214,14 @@ impl ModelFile {
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        Self::open_with(path, &Map::new())
+    }
+
+    /// The same of a file without a config, of which some of the config's options are `given`.
+    ///
+    /// # Errors
+    /// As [`ModelFile::open`]; the file has a config.
+    pub fn open_with(path: impl AsRef<Path>, given: &Map<String, Value>) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let mut file = weights::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
@@ -215,6 +232,9 @@ impl ModelFile {
             return Err(ModelError::Checkpoint { path: path.into() });
         }
         let config: Config = match file.metadata().get("config") {
+            Some(_) if !given.is_empty() => {
+                return Err(metadata("config", "it is there, so nothing is to be said of the network".into()));
+            }
             Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
                 let missing = || metadata("config", "it is missing, so this is not a model file".into());
@@ -224,7 +244,19 @@ impl ModelFile {
                     doubts.push(format!("its network is that of '{prefix}', not '{}'", others.join("', '")));
                 }
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
-                guess::config(&file)?
+                let config = guess::config(&file, given)?;
+                let config: Config = serde_json::from_value(config).map_err(|e| metadata("config", e.to_string()))?;
+                if !given.contains_key(guess::HEADS) {
+                    doubts.push(format!(
+                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import --config` \
+                         sets another width",
+                        config.channels_per_head
+                    ));
+                    if let Err(cause) = config.validate() {
+                        return Err(ModelError::Heads { path: path.into(), cause });
+                    }
+                }
+                config
             }
         };
         let config_error = |cause| ModelError::Config { path: path.into(), cause };
@@ -256,6 +288,12 @@ impl ModelFile {
         self.file.path()
     }
 
+    /// Smallest precision that holds its weights as they are.
+    pub fn precision(&self) -> Stored {
+        let half = |name| self.file.dtype(name).is_ok_and(|dtype| dtype == Dtype::F16);
+        if self.file.names().all(half) { Stored::F16 } else { Stored::F32 }
+    }
+
     /// Reads the values of a parameter, in PyTorch's order.
     ///
     /// # Errors
@@ -274,7 +312,14 @@ impl Model {
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
-        let file = ModelFile::open(path)?;
+        Self::read(ModelFile::open(path)?)
+    }
+
+    /// Reads the weights of an open model file.
+    ///
+    /// # Errors
+    /// As [`ModelFile::values`].
+    pub fn read(file: ModelFile) -> Result<Self, ModelError> {
         // All at once, and then the first error, whoever met one first.
         let ids: Vec<ParamId> = file.table.iter().map(|(id, _)| id).collect();
         let weights: Vec<_> = ids.into_par_iter().map(|id| file.values(id)).collect();

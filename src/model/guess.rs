@@ -1,9 +1,9 @@
 //! The config of a network of which only the tensors are known: what their shapes tell, and EDM2's defaults for the rest
-//! (width of the attention heads, balances, clip, sigma_data).
+//! (width of the attention heads, balances, clip, sigma_data), where nobody says otherwise.
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::config::Config;
+use super::config::default_channels_per_head;
 use crate::formats::safetensors::{SafeError, SafeFile};
 
 /// The official name of a tensor that every network has.
@@ -18,11 +18,14 @@ pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
     Some((all.pop()?, others))
 }
 
-/// The config of a network in official names.
+/// The option that says how wide attention heads are, which no tensor's shape tells.
+pub const HEADS: &str = "channels_per_head";
+
+/// The config, in JSON, of a network in official names, with options that are `given` over what is read and assumed.
 ///
 /// # Errors
-/// A tensor is missing, or has a shape that none has; the caller checks all of them.
-pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
+/// A tensor is missing, or has a shape that none has; the caller checks all of them, and the options.
+pub fn config(file: &SafeFile, given: &Map<String, Value>) -> Result<Value, SafeError> {
     let side = |name: &str, at: usize| -> Result<usize, SafeError> {
         let shape = file.shape(name)?;
         shape.get(at).copied().ok_or_else(|| file.unexpected(name, format!("shape {shape:?}"), "more sides"))
@@ -49,7 +52,8 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
     };
     let blocks = (0..64).take_while(|&number| file.contains(&format!("{}.conv_res0.weight", block(first, number))));
     let label = "unet.emb_label.weight";
-    let config = json!({
+    let mut config = json!({
+        HEADS: default_channels_per_head(),
         "img_resolution": first,
         "img_channels": side("unet.out_conv.weight", 0)?,
         "label_dim": if file.contains(label) { side(label, 1)? } else { 0 },
@@ -61,7 +65,8 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
         "attn_resolutions": levels.iter().filter(attends).collect::<Vec<_>>(),
         "logvar_channels": side("logvar_fourier.freqs", 0)?,
     });
-    serde_json::from_value(config).map_err(|why| file.unexpected(KNOWN, why, "an EDM2 network"))
+    given.iter().for_each(|(option, value)| config[option] = value.clone());
+    Ok(config)
 }
 
 fn gcd(a: usize, b: usize) -> usize {
