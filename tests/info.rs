@@ -227,6 +227,7 @@ fn a_checkpoint_becomes_the_snapshot_that_its_run_wrote() {
     };
     refused(&[&from[..], &["--ema", "0.2"]].concat(), "--ema 0.2: the averages in ");
     refused(&["--from-checkpoint", "demo/emoji.safetensors"], "emoji.safetensors: no checkpoint of a run");
+    refused(&["demo/emoji.safetensors", "--ema", "0.1"], "--ema says which average of a checkpoint to take");
     refused(&[shown], "a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it");
     let mut bytes = fs::read(&checkpoint).unwrap();
     let middle = bytes.len() / 2;

@@ -38,7 +38,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "FILE", group = "source")]
     from_checkpoint: Option<PathBuf>,
     /// Width of the average to take of a checkpoint, or `none` for the weights themselves [default: the run's first]
-    #[arg(long, value_name = "STD", requires = "from_checkpoint", value_parser = parse_average)]
+    #[arg(long, value_name = "STD", value_parser = parse_average)]
     ema: Option<Average>,
     /// The model, .safetensors
     #[arg(long, value_name = "FILE")]
@@ -70,6 +70,10 @@ fn parse_average(text: &str) -> Result<Average, String> {
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     // A model may become one of another precision in its place; a checkpoint is more than that.
     let checkpoint: Vec<&Path> = args.from_checkpoint.iter().map(PathBuf::as_path).collect();
+    ensure!(
+        args.ema.is_none() || args.from_checkpoint.is_some(),
+        "--ema says which average of a checkpoint to take: give --from-checkpoint, not a model, which has one"
+    );
     let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {
         (_, Some(path)) => (of_checkpoint(path, args.ema)?, Stored::F16),
