@@ -249,6 +249,18 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let presets = format!("sample --model {model} --device cpu --outdir f --preset");
     let said = refused_in_one_line(run(&format!("{presets} edm2-img512-s-guid-fid")));
     assert!(said.contains("there is no --gnet"), "{said}");
+    // What is given goes before what the preset says.
+    let dir = format!("sample --model {model} --device cpu --class 1 --preset edm2-img64-s-fid --outdir");
+    run(&format!("{dir} g --steps 2")).success();
+    run(&format!("{dir} h --steps 2 --guidance 1.5 --solver euler")).success();
+    let sampler = |name: &str| {
+        let text = png::read_text(&at.join(name)).unwrap();
+        let json = &text.iter().find(|(keyword, _)| keyword == "edm2k").unwrap().1;
+        let sampler = serde_json::from_str::<Value>(json).unwrap()["sampler"].clone();
+        [&sampler["solver"], &sampler["steps"], &sampler["guidance"]].map(Value::clone)
+    };
+    assert_eq!(sampler("g/000000.png"), [json!("heun"), json!(2), json!(1.0)]);
+    assert_eq!(sampler("h/000000.png"), [json!("euler"), json!(2), json!(1.5)]);
 }
 
 #[test]

@@ -92,7 +92,7 @@ enum Source {
 
 /// Prints the distance to stdout, showing progress on stderr.
 pub fn run(args: FidArgs) -> anyhow::Result<()> {
-    let sampler = args.sampler.config()?;
+    let sampler = args.sampler.config(&SamplerConfig::default())?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let count = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(count > 1, "{}: {count} image, expected 2 at least", args.data.display());

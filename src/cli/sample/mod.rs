@@ -148,9 +148,9 @@ pub struct SampleArgs {
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
-    /// Solver, steps and guidance that EDM2's authors used, such as edm2-img512-s-autog-fid; says which files they are for
-    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler",
-          conflicts_with_all = ["solver", "steps", "guidance"])]
+    /// Solver, steps and guidance that EDM2's authors used, unless they are given too, such as edm2-img512-s-autog-fid; says
+    /// which files they are for
+    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler")]
     preset: Option<Preset>,
     #[command(flatten)]
     sampler: SamplerArgs,
@@ -163,15 +163,15 @@ pub struct SampleArgs {
 /// How images come out of noise.
 #[derive(clap::Args)]
 pub struct SamplerArgs {
-    /// How the differential equation is solved
-    #[arg(long, value_enum, default_value = "dpmpp_2m", help_heading = "Sampler")]
-    solver: Solver,
-    /// Steps
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Sampler")]
-    steps: usize,
-    /// Strength of guidance; 1 = none
-    #[arg(long, value_name = "G", default_value_t = 5.0, help_heading = "Sampler")]
-    guidance: f64,
+    /// How the differential equation is solved [default: dpmpp_2m]
+    #[arg(long, value_enum, help_heading = "Sampler")]
+    solver: Option<Solver>,
+    /// Steps [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Sampler")]
+    steps: Option<usize>,
+    /// Strength of guidance; 1 = none [default: 5]
+    #[arg(long, value_name = "G", help_heading = "Sampler")]
+    guidance: Option<f64>,
     /// Guide only at noise levels above LO and up to HI
     #[arg(long, value_name = "LO,HI", value_parser = parse_interval, help_heading = "Sampler")]
     guidance_interval: Option<(f64, f64)>,
@@ -199,15 +199,15 @@ pub struct SamplerArgs {
 }
 
 impl SamplerArgs {
-    /// The settings, checked.
-    pub fn config(&self) -> anyhow::Result<SamplerConfig> {
+    /// The settings, checked; solver, steps and guidance are those of `usual` where they are not given.
+    pub fn config(&self, usual: &SamplerConfig) -> anyhow::Result<SamplerConfig> {
         let config = SamplerConfig {
-            solver: self.solver,
-            steps: self.steps,
+            solver: self.solver.unwrap_or(usual.solver),
+            steps: self.steps.unwrap_or(usual.steps),
             sigma_min: self.sigma_min,
             sigma_max: self.sigma_max,
             rho: self.rho,
-            guidance: self.guidance,
+            guidance: self.guidance.unwrap_or(usual.guidance),
             guidance_interval: self.guidance_interval,
             churn: Churn { s_churn: self.s_churn, s_min: self.s_min, s_max: self.s_max, s_noise: self.s_noise },
             ..SamplerConfig::default()
@@ -252,11 +252,9 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
 
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
-    let mut sampler = args.sampler.config()?;
+    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, Preset::config);
+    let mut sampler = args.sampler.config(&usual)?;
     if let Some(preset) = &args.preset {
-        let SamplerConfig { solver, steps, guidance, .. } = preset.config();
-        sampler = SamplerConfig { solver, steps, guidance, ..sampler };
-        sampler.validate()?;
         ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
         let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
         note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
