@@ -174,6 +174,32 @@ fn damage_is_named() {
     assert!(error.contains("entry b.npy: a value of NaN, expected finite numbers"), "{error}");
     assert_eq!(data.check(&mut || ()).unwrap(), 1);
 
+    // What was compressed, by what the directory says of the first entry.
+    write(&path, &images, Some(labels(&names)), false);
+    let mut file = fs::read(&path).unwrap();
+    let place = file.windows(4).rposition(|bytes| bytes == b"PK\x01\x02").unwrap();
+    file[place + 10] = 8;
+    fs::write(&path, &file).unwrap();
+    refuses("it is compressed, expected a stored one: unpack the archive, and pack it by `zip -0 -r`");
+
+    // What an archive is made of, and what has no tags.
+    write(&path, &images, Some(labels(&names)), false);
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    fs::write(dir.path().join("folder/dataset.json"), labels(&names)).unwrap();
+    let error = Dataset::open(&dir.path().join("folder"), Split::Train).unwrap_err().to_string();
+    assert!(error.contains("folder: an unpacked EDM2 dataset: `dataset_tool.py convert` packs it"), "{error}");
+    for (line, expected) in [
+        (
+            "condition train --data d.zip --out c.safetensors",
+            "its conditions are classes, so there is nothing to invent",
+        ),
+        ("condition tags --data d.zip", "d.zip: a zip of EDM2's, whose conditions are classes; it has no tags"),
+        ("condition tags --data folder", "folder: an unpacked EDM2 dataset"),
+    ] {
+        let said = refused_in_one_line(edm2k(dir.path(), &line.split(' ').collect::<Vec<_>>()).assert());
+        assert!(said.contains(expected), "{said}");
+    }
+
     // Every shorter file is refused, and no byte makes a panic.
     write(&path, &images, Some(labels(&names)), true);
     let good = fs::read(&path).unwrap();

@@ -103,7 +103,7 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
     assert!(refused(&dir.path().join("nowhere")).contains("No such file"));
     let folder = dir.path().join("folder");
     fs::create_dir(&folder).unwrap();
-    assert!(refused(&folder).contains("vocabulary.json: No such file"));
+    assert!(refused(&folder).contains("folder: no dataset of edm2k (there is no vocabulary.json in it)"));
 }
 
 #[test]

@@ -10,9 +10,8 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 
 use edm2k::condition::vae::{Learning, Training, Vae};
-use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::condition::{Conditioning, MEANING_KEY};
-use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
+use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::At;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::pipeline::Domain;
@@ -112,7 +111,7 @@ pub fn run(args: ConditionArgs) -> anyhow::Result<()> {
 }
 
 fn tags(args: &TagsArgs) -> anyhow::Result<()> {
-    let vocabulary = Vocabulary::load(&args.data.join(VOCABULARY_FILE))?;
+    let vocabulary = Dataset::tags_of(&args.data)?;
     let text = args.text.as_deref().unwrap_or_default();
     let lower = text.to_lowercase();
     let mut found: Vec<_> = vocabulary.tags().iter().filter(|tag| tag.tag.to_lowercase().contains(&lower)).collect();
@@ -140,6 +139,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let (width, known) = (data.condition_dim(), data.vocabulary().len());
     let tags = data.header().conditioning == Conditioning::Tags;
     let dir = args.data.display();
+    ensure!(!tags || known > 0, "{dir}: its conditions are classes, so there is nothing to invent");
     ensure!(
         !tags || known == width,
         "{dir}: its conditions are {width} wide, expected the {known} tags of the vocabulary"
