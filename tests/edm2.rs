@@ -241,6 +241,16 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let said = printed(run(&format!("eval --model {model} --data data.zip --split train --device cpu")));
     assert!(said.contains("9 images of the train split"), "{said}");
 
+    for (file, expected) in [
+        ("--check data.zip", "conditions are classes (3)\n"),
+        ("--check data.zip", "checked        the archive is whole\n"),
+        (model, "conditions are classes (3)\n"),
+        ("run", "conditions of 3 values: classes (3)\n"),
+    ] {
+        let said = printed(run(&format!("info {file}")));
+        assert!(said.contains(expected) && !said.contains("tags"), "{said}");
+    }
+
     let sample = format!("sample --model {model} --steps 2 --device cpu");
     fs::write(at.join("names.txt"), "tench, Tinca tinca\ngoldfish\nshark\n").unwrap();
     run(&format!("{sample} --outdir a --class 2 --class Goldfish --class-names names.txt")).success();

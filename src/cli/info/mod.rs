@@ -157,8 +157,9 @@ impl<'a> Network<'a> {
             if let Some(autoencoder) = &meta.autoencoder {
                 out!("latents are of {autoencoder}");
             }
-            if matches!(meta.conditioning, Conditioning::Features { .. }) {
-                out!("conditions are {}", meta.conditioning);
+            if self.config.label_dim > 0 {
+                let tags = !meta.vocabulary.is_empty();
+                out!("conditions are {}", made_of(&meta.conditioning, tags, self.config.label_dim));
             }
             if meta.images_seen > 0 {
                 out!("trained on     {} images", meta.images_seen);
@@ -181,6 +182,15 @@ impl<'a> Network<'a> {
         self.doubts.iter().for_each(|doubt| out!("note           {doubt}"));
         show_config(self.config);
         Ok(())
+    }
+}
+
+/// What conditions of this width are made of, in words: classes, if they are neither features nor has anything `tags`.
+fn made_of(conditioning: &Conditioning, tags: bool, width: usize) -> String {
+    match conditioning {
+        Conditioning::Tags if !tags && width == 0 => "none".into(),
+        Conditioning::Tags if !tags => format!("classes ({width})"),
+        _ => conditioning.to_string(),
     }
 }
 
