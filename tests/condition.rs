@@ -362,6 +362,9 @@ fn the_commands_work_together_on_real_tags() {
         assert!((norm - 1.0).abs() < 1e-5, "norm {norm}");
     }
 
+    let images = ["sample", "--model", "c.safetensors", "--outdir", "out"];
+    let said = refused(command::edm2k(dir, &images).assert());
+    assert!(said.contains("a condition model, which --condition-model takes, expected a model of images"), "{said}");
     let unknown = ["sample", "--model", "c.safetensors", "--tags", &format!("{}x", common.tag)];
     let message = refused(edm2k(dir, &unknown));
     assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");

@@ -310,6 +310,11 @@ fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusio
         assert_eq!((opened.network(), opened.factor()), (Network::SdVae, 4));
         assert_eq!(opened.autoencoder().unwrap().unwrap().fingerprint, expected, "the same encoder");
     }
+    // It is called what it is where a model is expected, whatever its names are.
+    for vae in [&path, &ckpt] {
+        let why = Model::load(vae).map(|_| ()).unwrap_err().to_string();
+        assert!(why.contains("an autoencoder, which --vae takes, expected a model of images"), "{why}");
+    }
     renamed.insert("decoder.up.2.block.7.conv1.weight".into(), (vec![1], vec![0.0]));
     fs::write(&ckpt, torch_zip(&renamed, None)).unwrap();
     assert!(CodecFile::open(&ckpt).unwrap_err().to_string().contains("decoder.up_blocks.0.resnets.7.conv1.weight"));
@@ -389,6 +394,12 @@ fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
         assert_eq!((read.net.config.channels_per_head, read.net.config.clip_act), (heads, 7.0));
         assert!(read.weights == model.weights && read.doubts.is_empty());
     }
+    // Without a config it is no snapshot, and needs no import.
+    let why = refused(edm2k(dir.path(), &["import", "bare.pt", "--out", "again.safetensors"]).assert());
+    assert!(why.contains("can be given to --model or --vae as it is"), "{why}");
+    fs::write(dir.path().join("dump.pkl"), dumped(4, &[("net", &Tensors::new())])).unwrap();
+    let why = refused(edm2k(dir.path(), &["import", "dump.pkl", "--out", "again.safetensors"]).assert());
+    assert!(why.contains("it has no ema, as snapshots have; weights alone can be given to --model"), "{why}");
     let again = ["import", "model.safetensors", "--config", "net.json", "--out", "again.safetensors"];
     let why = refused(edm2k(dir.path(), &again).assert());
     assert!(why.contains("metadata \"config\": it is there"), "{why}");

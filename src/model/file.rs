@@ -20,7 +20,8 @@ use super::config::{Config, ConfigError};
 use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
-use crate::codec::Autoencoder;
+use crate::codec::{Autoencoder, CodecFile};
+use crate::condition::vae;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
@@ -159,6 +160,9 @@ pub enum ModelError {
         path.display()
     )]
     Heads { path: PathBuf, cause: ConfigError },
+    /// It is something else.
+    #[error("{}: {what}, expected a model of images", path.display())]
+    Other { path: PathBuf, what: &'static str },
     /// It holds more than a model.
     #[error("{}: a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it", path.display())]
     Checkpoint { path: PathBuf },
@@ -237,7 +241,10 @@ impl ModelFile {
             }
             Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
-                let missing = || metadata("config", "it is missing, so this is not a model file".into());
+                let missing = || match what_instead(&file) {
+                    Some(what) => ModelError::Other { path: path.into(), what },
+                    None => metadata("config", "it is missing, so this is not a model file".into()),
+                };
                 let bare = !file.metadata().contains_key("edm2k");
                 let (prefix, others) = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
                 if !others.is_empty() {
@@ -480,6 +487,15 @@ impl<'a> ModelWriter<'a> {
     /// [`ModelError::File`]; then the path keeps its old content.
     pub fn finish(self) -> Result<(), ModelError> {
         Ok(self.file.finish()?)
+    }
+}
+
+/// What a file that is no model is, with the option that takes it, as far as its tensors and metadata tell.
+fn what_instead(file: &SafeFile) -> Option<&'static str> {
+    match file {
+        _ if vae::is_one(file) => Some("a condition model, which --condition-model takes"),
+        _ if CodecFile::is_one(file) => Some("an autoencoder, which --vae takes"),
+        _ => None,
     }
 }
 
