@@ -929,13 +929,13 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     let mut cpu = Cpu::<f32, ()>::for_codec();
     let codec = CodecFile::open(bench.path("vae.safetensors")).unwrap();
     let [mean, _] = codec.encoder(&mut cpu).unwrap().encode(&mut cpu, &picture).unwrap().scaled();
-    let planes: Vec<f32> = (0..4).flat_map(|c| mean.iter().skip(c).step_by(4).copied()).collect();
-    let write = |name: &str, shape: &[usize]| {
-        let bytes: Vec<u8> = planes.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let mut planes: Vec<f32> = (0..4).flat_map(|c| mean.iter().skip(c).step_by(4).copied()).collect();
+    let write = |name: &str, values: &[f32], shape: &[usize]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         safetensors::write(bench.path(name), &[("x", Dtype::F32, shape, &bytes)], &HashMap::new()).unwrap();
     };
-    write("z.safetensors", &[1, 4, 16, 16]);
-    write("odd.safetensors", &[4, 8, 32]);
+    write("z.safetensors", &planes, &[1, 4, 16, 16]);
+    write("odd.safetensors", &planes, &[4, 8, 32]);
 
     // Latents, with little left to do, are nearly what they were, and noise is not.
     let made = |options: &str, out: &str| {
@@ -962,6 +962,10 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     assert_eq!(bench.about("c/000005.png")["from"], "a.png");
     bench.fails("--outdir f --from a.png", "makes latents, so a picture needs an autoencoder to begin from");
     bench.fails("--outdir f --from odd.safetensors", "odd.safetensors: ");
+    planes[7] = f32::NAN;
+    write("nan.safetensors", &planes, &[1, 4, 16, 16]);
+    let named = "--from: nan.safetensors: tensor x: found NaN at 7, expected finite numbers";
+    bench.fails("--outdir f --from nan.safetensors", named);
     assert!(!bench.path("f").exists());
 }
 

@@ -353,7 +353,7 @@ impl Pipeline {
             if found.strip_prefix(&[1]).unwrap_or(found) != expected {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
-            let (planar, area) = (file.f32(tensor)?, height * width);
+            let (planar, area) = (file.finite_f32(tensor)?, height * width);
             let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
             return Ok(Beginning { values, name });
         }
