@@ -829,6 +829,15 @@ fn invented_conditions_are_mixed() {
     let mixed = bench.about("c/000000.png")["condition"]["mix"].clone();
     assert_eq!((&mixed[0][1], &mixed[1][0]["invented"]), (&json!(0.6), &json!(1)));
     bench.fails("--outdir d --condition-model c.safetensors --mix random-0", "'random-0', expected SOURCE:WEIGHT");
+    for (mix, expected) in [
+        ("random-70000:1", "'random-70000', expected random-0 to random-65535"),
+        ("data:2", "'data:2' has no weight, expected data:2:WEIGHT"),
+        ("cat:0.5,dog:0.5", "cat: there is no such file; tags are mixed by their weights in --tags"),
+        ("a\\,b:c.png:1", "'c.png' is not an id"),
+    ] {
+        fs::create_dir_all(bench.path("data")).unwrap();
+        bench.fails(&format!("--outdir d --condition-model c.safetensors --mix {mix}"), expected);
+    }
     bench.fails("--outdir d --mix random-0:1", "--mix random-0:1: there is no condition model");
     bench.fails("--outdir d --mix a.png:x", "--mix a.png:x: 'x' is not a weight");
     bench.fails(

@@ -104,7 +104,8 @@ pub struct SampleArgs {
     #[arg(long, value_name = "IMAGE", requires = "tagger", help_heading = "Conditions")]
     like: Vec<PathBuf>,
     /// Several conditions in one, such as 'a.png:0.6,b.png:0.4': pictures as --like, DATASET:ID as --row, or random-0,
-    /// random-1, ... as --random-conditions has them, each with its weight; repeatable
+    /// random-1, ... as --random-conditions has them, each with its weight, of which a negative one leads away; a backslash
+    /// before a comma makes it one of a name; repeatable
     #[arg(long, value_name = "SOURCE:WEIGHT,...", help_heading = "Conditions")]
     mix: Vec<String>,
     /// ONNX file of the tagger that made the features the model was trained on

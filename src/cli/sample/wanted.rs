@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
 
 use edm2k::condition::classes::Classes;
@@ -120,17 +120,57 @@ fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
 /// The condition of a --mix.
 fn mix(text: &str, seed: u64, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
     let mut parts = Vec::new();
-    for part in text.split(',').map(str::trim) {
+    for part in parts_of(text) {
+        let part = part.trim();
         let (source, weight) = part.rsplit_once(':').with_context(|| format!("'{part}', expected SOURCE:WEIGHT"))?;
         let weight: f64 = weight.parse().ok().with_context(|| format!("'{weight}' is not a weight"))?;
         ensure!(weight.is_finite(), "'{weight}' is not a weight");
-        let number = source.strip_prefix("random-").and_then(|number| number.parse::<u16>().ok());
-        let condition = match number {
-            Some(number) => pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into()),
-            None if Path::new(source).is_file() || !source.contains(':') => pipeline.like(source)?,
-            None => row(source, pipeline)?,
+        let (path, number) = (Path::new(source), source.strip_prefix("random-"));
+        let dataset = path.is_dir() || source.ends_with(".zip");
+        let condition = match number.filter(|number| number.bytes().all(|byte| byte.is_ascii_digit())) {
+            Some(number) => {
+                let wrong = || format!("'{source}', expected random-0 to random-{}", u16::MAX);
+                let number: u16 = number.parse().ok().with_context(wrong)?;
+                pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into())
+            }
+            None if dataset => bail!("'{part}' has no weight, expected {part}:WEIGHT"),
+            None if path.is_file() => pipeline.like(source)?,
+            None if source.contains(':') => row(source, pipeline)?,
+            None => bail!("{source}: there is no such file; tags are mixed by their weights in --tags"),
         };
         parts.push((condition, weight));
     }
     Ok(Condition::mix(&parts)?)
+}
+
+/// The parts between commas; a backslash before a comma makes it one of a name.
+fn parts_of(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text;
+    while let Some(at) = rest.find(',') {
+        let (before, after) = (&rest[..at], &rest[at + 1..]);
+        let last = parts.last_mut().expect("there is one at least");
+        match before.strip_suffix('\\') {
+            Some(before) => *last += &format!("{before},"),
+            None => {
+                *last += before;
+                parts.push(String::new());
+            }
+        }
+        rest = after;
+    }
+    *parts.last_mut().expect("there is one at least") += rest;
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts_of;
+
+    #[test]
+    fn a_comma_with_a_backslash_is_one_of_a_name() {
+        assert_eq!(parts_of("a.png:1,b.png:2"), ["a.png:1", "b.png:2"]);
+        assert_eq!(parts_of(r"C:\dir\a\,b\,c.png:1, d:7:-0.5"), [r"C:\dir\a,b,c.png:1", " d:7:-0.5"]);
+        assert_eq!(parts_of(""), [""]);
+    }
 }
