@@ -272,7 +272,12 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let pixels = |name: &str| image::open(at.join(name)).unwrap();
     assert!(pixels("d/000000.png") == pixels("a/000000.png"));
 
+    // Away from a class, and away from none.
+    run(&format!("{sample} --outdir n --class 2 --negative Goldfish --class-names names.txt")).success();
+    assert_eq!(condition("n/000000.png")["negative"], json!({"class": 1, "name": "goldfish"}));
+
     for (arguments, expected) in [
+        ("--class 1 --negative 3", "--negative: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class 3", "--class: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class shrk --class-names names.txt", "--class: unknown class \"shrk\", did you mean \"shark\"?"),
         ("--class shark", "--class: \"shark\" is no number, and there are no names of classes"),

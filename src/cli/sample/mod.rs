@@ -87,8 +87,9 @@ pub struct SampleArgs {
     /// where the last two may be left out. --per-condition images of each have its seed and those that follow
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     prompts: Option<PathBuf>,
-    /// Tags to guide away from, instead of from no condition; prompts without a negative of their own get it too
-    #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
+    /// Tags, or of a class-conditional model a class, to guide away from, instead of from no condition; prompts without a
+    /// negative of their own get it too
+    #[arg(long, value_name = "TAGS|CLASS", help_heading = "Conditions")]
     negative: Option<String>,
     /// Class of a class-conditional model: its number, a name of --class-names, or "random", which is another one for each
     /// seed and goes alone; repeatable

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
 
+use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::pipeline::{Condition, Pipeline};
@@ -83,7 +84,12 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
     all.extend(others.into_iter().map(|condition| (condition, None)));
     if let Some(text) = &args.negative {
-        let negative = pipeline.tags(text, seed).context("--negative")?;
+        let classes = pipeline.meta().vocabulary.is_empty() && pipeline.meta().conditioning == Conditioning::Tags;
+        let negative = match classes {
+            true => class(text, &names(args).context("--class-names")?, pipeline),
+            false => pipeline.tags(text, seed).map_err(anyhow::Error::from),
+        };
+        let negative = negative.context("--negative")?;
         if all.is_empty() {
             all.push((pipeline.none().context("--negative")?, None));
         }
@@ -94,21 +100,32 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     Ok(all)
 }
 
+/// The names of --class-names.
+fn names(args: &SampleArgs) -> anyhow::Result<Classes> {
+    Ok(args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default())
+}
+
+/// The condition of a class by its number or name.
+fn class(text: &str, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Condition> {
+    Ok(named(pipeline.class(names.find(text)?)?, names))
+}
+
+/// The condition of a class, with its name if it has one.
+fn named(condition: Condition, names: &Classes) -> Condition {
+    let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+    name.map_or(condition.clone(), |name| condition.named("name", name))
+}
+
 /// The conditions of --class.
 fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
-    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
-    let condition = |condition: Condition| {
-        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
-        name.map_or(condition.clone(), |name| condition.named("name", name))
-    };
+    let names = names(args)?;
     if args.class.iter().any(|class| class == ANY) {
         let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
         ensure!(alone, "\"{ANY}\" goes alone");
         let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
-        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
+        return seeds.into_iter().map(|seed| Ok(named(pipeline.any_class(seed)?, &names))).collect();
     }
-    let of = |text: &String| Ok(condition(pipeline.class(names.find(text)?)?));
-    args.class.iter().map(of).collect()
+    args.class.iter().map(|text| class(text, &names, pipeline)).collect()
 }
 
 fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
