@@ -793,6 +793,12 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
     assert!(little < 12.0 && much > 2.0 * little, "mean difference {little:.1} and {much:.1}");
     let about = bench.about("f/000000.png");
     assert_eq!((&about["from"], &about["sampler"]["strength"]), (&json!("drawing.png"), &json!(0.05)));
+    let said = |size: &str| {
+        let done = bench.sample(&format!("--outdir cut{size} --from drawing.png --tags cat --size {size}")).success();
+        String::from_utf8(done.get_output().stderr.clone()).unwrap()
+    };
+    let cut = "warning: --from drawing.png: 60 % of it is cut off to fit it to 16x32";
+    assert!(said("16x32").contains(cut) && !said("16x16").contains("cut off"));
     bench.fails("--outdir e --from drawing.png --strength 2", "strength = 2, expected a number above 0, up to 1");
     bench.fails("--outdir e --strength 0.5", "--from");
     let chunk = |kind: &[u8], data: &[u8]| {

@@ -370,6 +370,10 @@ impl Pipeline {
         let factor = codec.as_ref().map_or(1, CodecFile::factor);
         let target = [width, height].map(|side| (side * factor) as u32);
         let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
+        if crop.lost > 0.2 {
+            let (lost, [width, height]) = (100.0 * crop.lost, target);
+            self.warnings.push(format!("{name}: {lost:.0} % of it is cut off to fit it to {width}x{height}"));
+        }
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),

@@ -141,7 +141,8 @@ pub struct SampleArgs {
           value_parser = clap::value_parser!(u16).range(2..))]
     interpolate: Option<u16>,
 
-    /// Begin from a picture, or from latents in .safetensors, instead of from noise alone
+    /// Begin from a picture, or from latents in .safetensors, instead of from noise alone. A picture of another shape is
+    /// cropped about its centre
     #[arg(long, value_name = "IMAGE", help_heading = "Sampler")]
     from: Option<PathBuf>,
     /// How much of it may change: the share of the steps that are taken, above 0, up to 1 [default: 0.5]
