@@ -843,7 +843,14 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     assert!(matches!(data.header().conditioning, Conditioning::Features { .. }) && data.condition_dim() == 6);
     // Without a file of features, they stay.
     let featured = content(&out);
-    retag(&shop.folder(), &settings, &|_| ()).unwrap();
+    let told = Mutex::new(String::new());
+    let tell = |event: Event| {
+        if let Event::Warning { text } = event {
+            *told.lock().unwrap() += text;
+        }
+    };
+    retag(&shop.folder(), &settings, &tell).unwrap();
+    assert!(told.lock().unwrap().contains("conditions stay features"), "{told:?}");
     for ((_, _, was, image), (id, words, now, kept)) in featured.iter().zip(content(&out)) {
         assert!(*was == now && *image == kept && !words.contains("first"), "{id}");
     }

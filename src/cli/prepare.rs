@@ -67,7 +67,8 @@ pub struct PrepareArgs {
     /// Add the pictures that are new to the dataset that is there
     #[arg(long)]
     add: bool,
-    /// Give the images that are there other tags, and conditions
+    /// Give the images that are there other tags, and with --features other conditions; what are features do not become
+    /// tags again
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]

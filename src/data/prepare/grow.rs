@@ -209,6 +209,11 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         .then_some(old)
         .flatten()
         .filter(|header| header.conditioning != Conditioning::Tags);
+    if let Some(Header { conditioning, .. }) = &keeps {
+        let text =
+            format!("conditions stay {conditioning}: another dataset, without features, is how they become tags");
+        report(Event::Warning { text: &text });
+    }
     let (dim, conditioning) = match &keeps {
         Some(header) => (header.condition_dim, header.conditioning.clone()),
         None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
