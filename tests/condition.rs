@@ -312,7 +312,7 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
             let error = Learning::load(&progress, rows, how, None).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}; expected {expected}");
         };
-        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with the options");
+        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with seed 0, now 1; give the same");
         let mut bad = good.clone();
         *bad.last_mut().unwrap() ^= 1;
         fs::write(&progress, &bad).unwrap();
@@ -396,7 +396,10 @@ fn a_training_that_is_killed_goes_on_with_the_same_command() {
     child.wait().unwrap();
     assert!(progress.exists() && !dir.path().join("c.safetensors").exists(), "it was killed in time");
     let (code, text) = said(train("c.safetensors", "41"));
-    assert!(code == Some(1) && text.contains("of a training with the options") && text.lines().count() == 1, "{text}");
+    assert!(
+        code == Some(1) && text.contains("of a training with epochs 40, now 41") && text.lines().count() == 1,
+        "{text}"
+    );
     let (code, text) = said(train("c.safetensors", "40"));
     assert!(code == Some(0) && text.contains("going on after "), "{text}");
     let read = |name: &str| fs::read(dir.path().join(name)).unwrap();
