@@ -1,5 +1,7 @@
 //! Training of a condition model: pass by pass over rows that are read one at a time, so that they need not be in memory.
 
+use std::ops::ControlFlow;
+
 use half::f16;
 use serde::{Deserialize, Serialize};
 
@@ -154,14 +156,15 @@ impl<'a, S: Source> Learning<'a, S> {
         self.passes >= self.how.epochs
     }
 
-    /// One more pass; `progress` is told of how many rows more.
+    /// One more pass; `progress` is told of how many rows more, and may break it off. Then there is none, and what is to
+    /// go on is what was saved before.
     ///
     /// # Errors
     /// [`VaeError::Diverged`].
     ///
     /// # Panics
     /// If a tag is not in the vocabulary.
-    pub fn pass(&mut self, progress: &mut dyn FnMut(usize)) -> Result<Loss, VaeError> {
+    pub fn pass(&mut self, progress: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Option<Loss>, VaeError> {
         let Self { source, how, vae, adam, passes: epoch } = self;
         let count = source.count();
         let batch_size = how.batch.min(count);
@@ -181,10 +184,12 @@ impl<'a, S: Source> Learning<'a, S> {
             let share = chunk.len() as f64 / count as f64;
             sum.reconstruction += share * loss.reconstruction;
             sum.kl += share * loss.kl;
-            progress(chunk.len());
+            if progress(chunk.len()).is_break() {
+                return Ok(None);
+            }
         }
         *epoch += 1;
-        Ok(sum)
+        Ok(Some(sum))
     }
 
     /// The model, with the codes of some rows.
@@ -221,7 +226,7 @@ impl Vae {
     ) -> Result<Self, VaeError> {
         let mut learning = Learning::new(source, how)?;
         while !learning.is_done() {
-            let loss = learning.pass(&mut |_| ())?;
+            let loss = learning.pass(&mut |_| ControlFlow::Continue(()))?.unwrap_or_default();
             progress(learning.passes() - 1, loss);
         }
         learning.finish()
