@@ -272,6 +272,12 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let pixels = |name: &str| image::open(at.join(name)).unwrap();
     assert!(pixels("d/000000.png") == pixels("a/000000.png"));
 
+    fs::write(at.join("more.txt"), "tench\ngoldfish\nshark\nray\n").unwrap();
+    for (names, warns) in [("more.txt", true), ("names.txt", false)] {
+        let done = run(&format!("{sample} --outdir w-{names} --class 1 --class-names {names}")).success();
+        let said = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        assert_eq!(said.contains("more.txt: 4 classes, but the model has 3"), warns, "{said}");
+    }
     // Away from a class, and away from none.
     run(&format!("{sample} --outdir n --class 2 --negative Goldfish --class-names names.txt")).success();
     assert_eq!(condition("n/000000.png")["negative"], json!({"class": 1, "name": "goldfish"}));

@@ -11,6 +11,7 @@ use edm2k::formats::input;
 use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
+use crate::cli::say::note;
 
 /// What --class takes for any.
 const ANY: &str = "random";
@@ -60,9 +61,10 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
         };
         all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
     }
+    let names = names(args, pipeline).context("--class-names")?;
     let mut others = Vec::new();
     if !args.class.is_empty() {
-        others.extend(classes(args, pipeline).context("--class")?);
+        others.extend(classes(args, &names, pipeline).context("--class")?);
     }
     for path in &args.like {
         others.push(pipeline.like(path).context("--like")?);
@@ -86,7 +88,7 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     if let Some(text) = &args.negative {
         let classes = pipeline.meta().vocabulary.is_empty() && pipeline.meta().conditioning == Conditioning::Tags;
         let negative = match classes {
-            true => class(text, &names(args).context("--class-names")?, pipeline),
+            true => class(text, &names, pipeline),
             false => pipeline.tags(text, seed).map_err(anyhow::Error::from),
         };
         let negative = negative.context("--negative")?;
@@ -100,9 +102,14 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     Ok(all)
 }
 
-/// The names of --class-names.
-fn names(args: &SampleArgs) -> anyhow::Result<Classes> {
-    Ok(args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default())
+/// The names of --class-names; those of another number of classes than the model has are taken with a warning.
+fn names(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Classes> {
+    let Some(path) = &args.class_names else { return Ok(Classes::default()) };
+    let (names, classes) = (Classes::load(path)?, pipeline.net().config.label_dim);
+    if names.len() != classes {
+        note!("warning: --class-names {}: {} classes, but the model has {classes}", path.display(), names.len());
+    }
+    Ok(names)
 }
 
 /// The condition of a class by its number or name.
@@ -117,15 +124,14 @@ fn named(condition: Condition, names: &Classes) -> Condition {
 }
 
 /// The conditions of --class.
-fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
-    let names = names(args)?;
+fn classes(args: &SampleArgs, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
     if args.class.iter().any(|class| class == ANY) {
         let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
         ensure!(alone, "\"{ANY}\" goes alone");
         let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
-        return seeds.into_iter().map(|seed| Ok(named(pipeline.any_class(seed)?, &names))).collect();
+        return seeds.into_iter().map(|seed| Ok(named(pipeline.any_class(seed)?, names))).collect();
     }
-    args.class.iter().map(|text| class(text, &names, pipeline)).collect()
+    args.class.iter().map(|text| class(text, names, pipeline)).collect()
 }
 
 fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
