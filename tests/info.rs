@@ -370,3 +370,38 @@ fn an_onnx_file_is_refused_by_a_build_without_onnx() {
     fs::write(&path, b"\x08\x08\x12\x07pytorch").unwrap();
     assert!(refused(&path).contains("built without ONNX"));
 }
+
+/// What is wider is wrapped, and then a line that was copied is no command.
+#[test]
+fn no_example_of_a_help_is_wider_than_a_terminal() {
+    let help = |of: &[&str]| printed(here(&[of, &["--help"]].concat()).assert());
+    let names = |help: &str| -> Vec<String> {
+        let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+        let names = commands.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+        names
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| *name != "help")
+            .map(String::from)
+            .collect()
+    };
+    let mut helps = Vec::new();
+    for name in names(&help(&[])) {
+        let text = help(&[&name]);
+        helps.extend(names(&text).iter().map(|inner| help(&[&name, inner])));
+        helps.push(text);
+    }
+    assert!(helps.len() > 12, "{}", helps.len());
+    let mut seen = 0;
+    for text in &helps {
+        let examples = text.lines().skip_while(|line| *line != "Examples:").skip(1).take_while(|line| !line.is_empty());
+        let mut goes_on = false;
+        for line in examples {
+            let begins = ["  edm2k ", "  torchrun ", "  EDM2K_TOKEN="].iter().any(|start| line.starts_with(start));
+            assert!(line.chars().count() <= 98 && begins != goes_on, "{line}");
+            goes_on = line.ends_with('\\');
+            seen += 1;
+        }
+        assert!(!goes_on);
+    }
+    assert!(seen > 40, "{seen} lines");
+}

@@ -19,7 +19,8 @@ use super::say::{note, out};
 Model files already have the official names, shapes and order, and load in the same way; this one writes
 them in f32 (exact) or f16 (half the size), checked. In NVIDIA's edm2 directory, in Python:
 
-  f = safetensors.safe_open(\"FILE\", \"pt\"); net = training.networks_edm2.Precond(**json.loads(f.metadata()[\"config\"]))
+  f = safetensors.safe_open(\"FILE\", \"pt\")
+  net = training.networks_edm2.Precond(**json.loads(f.metadata()[\"config\"]))
   net.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
 
 A checkpoint holds the weights and all their averages. What is made of one of these is the snapshot that
@@ -27,7 +28,8 @@ A checkpoint holds the weights and all their averages. What is made of one of th
 
 Examples:
   edm2k export runs/mine/snapshot-000200000-0.100.safetensors --out official.safetensors
-  edm2k export --from-checkpoint runs/mine/checkpoint-000204800.safetensors --ema 0.10 --out now.safetensors",
+  edm2k export --from-checkpoint runs/mine/checkpoint-000204800.safetensors --ema 0.10 \\
+      --out now.safetensors",
     group(clap::ArgGroup::new("source").required(true))
 )]
 pub struct ExportArgs {

@@ -39,8 +39,8 @@ number i has seed i and the condition of the split's image i modulo their number
 whole training split.
 
 Examples:
-  edm2k fid --network inception.onnx --model emoji.safetensors --data demo/cache/emoji-32 --split train \\
-      --count 5000 --guidance 1
+  edm2k fid --network inception.onnx --model emoji.safetensors \\
+      --data demo/cache/emoji-32 --split train --count 5000 --guidance 1
   edm2k fid --network inception.onnx --generated out --data demo/cache/emoji-32 --split train")]
 pub struct FidArgs {
     /// ONNX file of the network whose features are compared; see below for what it is given

@@ -36,8 +36,8 @@ Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
-  edm2k prepare --images photos --metadata photos.jsonl --out data --vae sd-vae-ft-mse.safetensors \\
-      --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
+  edm2k prepare --images photos --metadata photos.jsonl --out data \\
+      --vae sd-vae-ft-mse.safetensors --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
 

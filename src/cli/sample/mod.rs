@@ -35,24 +35,30 @@ with a dash follows an equals sign: --tags='-_-'.
 
 Examples:
   edm2k sample --model emoji.safetensors --outdir out --tags 'cat, smiling' --seeds 0-15
-  edm2k sample --model emoji.safetensors --outdir out --tags heart --tags 'flag, star' --per-condition 8
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags heart --tags 'flag, star' --per-condition 8
   edm2k sample --model emoji.safetensors --outdir grid --random-conditions 4 --per-condition 4 \\
       --condition-model conditions.safetensors
   edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
       --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
-  edm2k sample --model emoji.safetensors --outdir out --tags '(red:1.5), heart' --negative 'face, arrow'
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags '(red:1.5), heart' --negative 'face, arrow'
   edm2k sample --model emoji.safetensors --outdir out --prompts prompts.txt --per-condition 4
-  edm2k sample --model emoji.safetensors --outdir out --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
-  edm2k sample --model emoji.safetensors --outdir out --tags 'green, heart' --from drawing.png --strength 0.4
-  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors --preset edm2-img512-s-autog-fid \\
-      --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-63 --class random
-  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --guidance 1.4 \\
-      --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
-  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags 'green, heart' --from drawing.png --strength 0.4
+  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors \\
+      --preset edm2-img512-s-autog-fid --vae sd-vae-ft-mse.safetensors --outdir out \\
+      --seeds 0-63 --class random
+  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
+      --guidance 1.4 --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
+  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
+      --outdir out --seeds 0-3
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
       --like picture.png --tagger wd-swinv2-tagger-v3/model.onnx --per-condition 4")]
 pub struct SampleArgs {
-    /// Model file
+    /// Model file; or weights alone (.safetensors, .ckpt, .pt, .pth, .bin), see `edm2k import`
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
     /// Directory of the images; created if it is missing
@@ -64,7 +70,8 @@ pub struct SampleArgs {
     /// Width and height of the images, or latents [default: what the model was trained on]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
-    /// Autoencoder that makes pictures of latents: an SD-VAE, or a TAESD for quick previews
+    /// Autoencoder that makes pictures of latents: an SD-VAE, or a TAESD for quick previews; .safetensors, .ckpt, .pt, .pth or
+    /// .bin, under the names of diffusers or of LDM, alone or in a whole Stable Diffusion checkpoint
     #[arg(long, value_name = "FILE")]
     vae: Option<PathBuf>,
     /// Images at a time; changes speed and memory, not the images
