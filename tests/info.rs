@@ -221,6 +221,9 @@ fn a_checkpoint_becomes_the_snapshot_that_its_run_wrote() {
     }
     fs::remove_file(&out).unwrap();
 
+    let said = refused_in_one_line(info(&[run.join("stats.jsonl").to_str().unwrap()]));
+    assert!(said.contains("stats.jsonl: the statistics of a run; give the run's directory"), "{said}");
+
     let refused = |arguments: &[&str], expected: &str| {
         let said = refused_in_one_line(export(arguments, &out));
         assert!(said.contains(expected) && !out.exists(), "{said}; expected {expected}");

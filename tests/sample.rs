@@ -740,6 +740,11 @@ fn prompts_have_weights_negatives_and_seeds() {
     bench.sample("--outdir c --tags heart --seeds 40").success();
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     assert!(pixels("c/000040.png") != pixels("b/000040.png"));
+    fs::write(bench.path("away.txt"), "{\"negative\": \"heart\"}\n").unwrap();
+    bench.sample("--outdir away --prompts away.txt").success();
+    assert_eq!(bench.about("away/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
+    fs::write(bench.path("away.txt"), "cat\n{\"seed\": 7}\n").unwrap();
+    bench.fails("--outdir e --prompts away.txt", "--prompts: away.txt line 2: neither tags nor negative ones");
     bench.sample("--outdir d --negative heart").success();
     assert_eq!(bench.about("d/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
 

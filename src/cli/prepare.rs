@@ -64,7 +64,8 @@ pub struct PrepareArgs {
     /// Directory of the dataset
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Add the pictures that are new to the dataset that is there
+    /// Add the pictures that are new to the dataset that is there; summary.json then counts all images, and the records
+    /// of this METADATA
     #[arg(long)]
     add: bool,
     /// Give the images that are there other tags, and with --features other conditions; what are features do not become

@@ -25,7 +25,7 @@ use edm2k::formats::{At, input, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
-use edm2k::train::checkpoint;
+use edm2k::train::{checkpoint, stats};
 
 use super::say::out;
 use dataset::DatasetInfo;
@@ -277,6 +277,11 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         unchecked("an ONNX file")?;
         return parts::onnx(path, args.json);
     }
+    ensure!(
+        !ends("jsonl") || stats::latest(path).at(path)?.is_empty(),
+        "{}: the statistics of a run; give the run's directory",
+        path.display()
+    );
     let file = weights::open(path)?;
     if let Some(header) = Header::of(&file)? {
         return DatasetInfo::of_shard(&file, header, args.check)?.show(args.json);

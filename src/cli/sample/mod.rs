@@ -91,7 +91,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     tags: Vec<String>,
     /// File with a prompt on each line: tags as --tags takes them, or {"tags": "...", "negative": "...", "seed": 7},
-    /// where the last two may be left out. --per-condition images of each have its seed and those that follow
+    /// where tags or negative may be left out, and seed. --per-condition images of each have its seed and those that follow
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     prompts: Option<PathBuf>,
     /// Tags, or of a class-conditional model a class, to guide away from, instead of from no condition; prompts without a

@@ -20,7 +20,7 @@ const ANY: &str = "random";
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Prompt {
-    tags: String,
+    tags: Option<String>,
     negative: Option<String>,
     seed: Option<u64>,
 }
@@ -31,11 +31,12 @@ fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
     let read = |(number, line): (usize, &str)| {
         let name = format!("{} line {number}", path.display());
         if !line.starts_with('{') {
-            return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
+            return Ok((name, Prompt { tags: Some(line.into()), negative: None, seed: None }));
         }
         let prompt: Prompt =
             serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
         let most = i64::MAX as u64 - u64::from(u16::MAX);
+        ensure!(prompt.tags.is_some() || prompt.negative.is_some(), "{name}: neither tags nor negative ones");
         ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
         Ok((name, prompt))
     };
@@ -55,7 +56,10 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     }
     for (name, prompt) in args.prompts.as_deref().map(prompts).transpose().context("--prompts")?.unwrap_or_default() {
         let made = || -> anyhow::Result<Condition> {
-            let condition = of_tags(pipeline, &prompt.tags)?;
+            let condition = match &prompt.tags {
+                Some(tags) => of_tags(pipeline, tags)?,
+                None => pipeline.none()?,
+            };
             let negative = prompt.negative.as_deref().map(|text| pipeline.tags(text, seed)).transpose()?;
             Ok(negative.iter().fold(condition, Condition::away_from))
         };
