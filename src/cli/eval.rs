@@ -91,6 +91,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         plot => plot.map(claimed).transpose()?,
     };
     let model = Model::load(&args.model).context("--model")?;
+    model.doubts.iter().filter(|_| ranks.first()).for_each(|doubt| note!("warning: --model {doubt}"));
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
     let (config, dir) = (&model.net.config, args.data.display());

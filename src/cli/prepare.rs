@@ -36,8 +36,8 @@ Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
-  edm2k prepare --images photos --metadata photos.jsonl --out data --vae sd-vae-ft-mse.safetensors \\
-      --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
+  edm2k prepare --images photos --metadata photos.jsonl --out data \\
+      --vae sd-vae-ft-mse.safetensors --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
 
@@ -64,10 +64,12 @@ pub struct PrepareArgs {
     /// Directory of the dataset
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Add the pictures that are new to the dataset that is there
+    /// Add the pictures that are new to the dataset that is there; summary.json then counts all images, and the records
+    /// of this METADATA
     #[arg(long)]
     add: bool,
-    /// Give the images that are there other tags, and conditions
+    /// Give the images that are there other tags, and with --features other conditions; what are features do not become
+    /// tags again
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]

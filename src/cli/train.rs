@@ -39,11 +39,12 @@ Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
 Examples:
   edm2k train --data data/emoji --outdir runs/emoji --config emoji.json \\
       --duration 1M --batch 128 --lr 0.01 --cond-dropout 0.1
-  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs --init edm2-img512-xs.safetensors \\
-      --cond-dropout 0.05 --cond-dropout-from 9M
+  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs \\
+      --init edm2-img512-xs.safetensors --cond-dropout 0.05 --cond-dropout-from 9M
   edm2k train --data data/mine --outdir runs/fine --init edm2-img512-xs.safetensors \\
       --duration 500k --lr 0.002
-  torchrun --no-python --nproc-per-node 8 edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs
+  torchrun --no-python --nproc-per-node 8 edm2k train --data data/mine --outdir runs/xs \\
+      --preset edm2-img512-xs
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
 pub struct TrainArgs {
     /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, as it is
@@ -68,7 +69,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
     /// Images at a time; less needs less memory [default: the preset's, or what fits into 1 GiB of
-    /// activations, on a GPU 4 GiB]
+    /// activations, on a GPU 4 GiB; of that a half, a quarter, ..., until it fits into the card's free memory]. Where memory
+    /// runs out all the same, the run goes on with half as many
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
@@ -395,6 +397,7 @@ fn model(
     let mut model = match init {
         None => Model::init(config, args.seed)?,
         Some(old) => {
+            notes.extend(old.doubts.iter().map(|doubt| format!("warning: --init {doubt}")));
             notes.extend(other_meaning(args, &old, data));
             let (model, fresh) = old.adapt(config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");

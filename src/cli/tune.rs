@@ -36,7 +36,7 @@ Another number of parts is another order of sums: pictures change within roundin
 file they are the same, to the bit. Without the file, or with EDM2K_UNTUNED=1, they are those of the guess.
 
 Examples:
-  edm2k tune                                        the sizes of EDM2-XS on 512x704 images (64x88 latents)
+  edm2k tune                                        the sizes of EDM2-XS on latents of 64x88
   edm2k tune --model runs/mine/snapshot-000200000-0.100.safetensors --batch 1,8
   edm2k tune --preset edm2-img512-s --batch-gpu 32  training with 32 images at a time too
   edm2k tune --dry-run                              measure, and write nothing")]

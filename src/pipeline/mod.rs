@@ -119,7 +119,8 @@ impl Pipeline {
     /// # Errors
     /// [`PipelineError::Model`].
     pub fn load(device: &Device, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
-        let model = Model::load(&path)?;
+        let mut model = Model::load(&path)?;
+        let warnings = std::mem::take(&mut model.doubts);
         let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
         Ok(Self {
             device: device.clone(),
@@ -134,7 +135,7 @@ impl Pipeline {
             preview: None,
             inventor: None,
             tagger: None,
-            warnings: Vec::new(),
+            warnings,
         })
     }
 
@@ -144,7 +145,8 @@ impl Pipeline {
     /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions.
     pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let path = path.as_ref();
-        let guide = Model::load(path)?;
+        let mut guide = Model::load(path)?;
+        self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check(path.display(), &self.domain(), self.path.display())?;
         self.guide = Some(path.into());
@@ -199,7 +201,7 @@ impl Pipeline {
             if found.strip_prefix(&[1]).unwrap_or(found) != expected {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
-            let (planar, area) = (file.f32(tensor)?, height * width);
+            let (planar, area) = (file.finite_f32(tensor)?, height * width);
             let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
             return Ok(Beginning { values, name });
         }
@@ -216,6 +218,10 @@ impl Pipeline {
         let factor = codec.as_ref().map_or(1, CodecFile::factor);
         let target = [width, height].map(|side| (side * factor) as u32);
         let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
+        if crop.lost > 0.2 {
+            let (lost, [width, height]) = (100.0 * crop.lost, target);
+            self.warnings.push(format!("{name}: {lost:.0} % of it is cut off to fit it to {width}x{height}"));
+        }
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),

@@ -236,7 +236,7 @@ impl Checkpoint {
         let saved = tensors(&table, self.state.settings.ema.len()).into_iter().filter(|(of, ..)| *of == slot);
         let values = |name: &str| self.file.f32(name).map_err(|error| damage(self.file.path(), error));
         let weights = saved.map(|(.., name)| values(&name)).collect::<Result<_, _>>()?;
-        Ok(Model { meta, net, table, weights })
+        Ok(Model { meta, net, table, weights, doubts: Vec::new() })
     }
 
     /// Checks every tensor: element type, shape, checksum, and that its values are finite.

@@ -208,6 +208,11 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let vocabulary = count_tags(&listing, settings)?;
     let old = there.shards().next().map(|(.., shard)| &shard.header);
     let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && header.conditioning != Conditioning::Tags);
+    if let Some(Header { conditioning, .. }) = kept {
+        let text =
+            format!("conditions stay {conditioning}: another dataset, without features, is how they become tags");
+        report(Event::Warning { text: &text });
+    }
     let (dim, conditioning) = match kept {
         Some(header) => (header.condition_dim, header.conditioning.clone()),
         None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
