@@ -109,6 +109,15 @@ fn ranks_come_in_any_order() {
     assert_eq!(errors(late.collect(), 20), [None, None, None]);
 }
 
+/// Debian's machines have their own name as 127.0.1.1, which no other can call.
+#[cfg(target_os = "linux")]
+#[test]
+fn rank_0_is_reached_from_elsewhere_though_its_name_means_loopback_to_itself() {
+    let port = free_port();
+    let own = World { address: "127.0.1.1".into(), ..world(0, 2, port) };
+    assert_eq!(errors(vec![(0, own), (200, world(1, 2, port))], 5), [None, None]);
+}
+
 #[test]
 fn who_does_not_come_is_named_to_all_who_came() {
     let port = free_port();

@@ -444,13 +444,13 @@ fn read_json<T: for<'a> Deserialize<'a>>(mut stream: &TcpStream) -> io::Result<T
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Listens where the address says; on all of the machine's addresses unless it is only about this machine.
+/// Listens on all of the machine's addresses, unless the address can only mean this machine. What a name resolves to does
+/// not tell: to itself, many a machine is 127.0.1.1.
 fn listen(world: &World) -> Result<TcpListener, CollectiveError> {
     let World { address, port, .. } = world;
-    let loopback = (&**address, *port).to_socket_addrs().is_ok_and(|mut all| all.all(|at| at.ip().is_loopback()));
-    let listener = match loopback {
-        true => TcpListener::bind((&**address, *port)),
-        false => TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port))
+    let listener = match &**address {
+        "localhost" | "127.0.0.1" | "::1" => TcpListener::bind((&**address, *port)),
+        _ => TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port))),
     };
     listener.map_err(|cause| {
