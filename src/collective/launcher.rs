@@ -74,7 +74,10 @@ impl World {
         let local = number(names[2], size as u64 - 1)? as usize;
         let job = ["TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
         let job = job.iter().find_map(|name| Some(format!("{name}={}", get(name)?))).unwrap_or_default();
-        let job = job + &get("SLURM_STEP_ID").map_or_else(String::new, |step| format!(".{step}"));
+        // Under torchrun and mpirun, which may have been started by one step for each machine, it would tell ranks of one
+        // run apart.
+        let step = get("SLURM_STEP_ID").filter(|_| names[0] == "SLURM_PROCID");
+        let job = job + &step.map_or_else(String::new, |step| format!(".{step}"));
         let address = match (get("MASTER_ADDR"), names[0]) {
             (Some(address), _) => address,
             (None, "SLURM_PROCID") => {
@@ -189,6 +192,24 @@ mod tests {
         // Within a job of Slurm's, torchrun and mpirun are the ones that started it.
         assert_eq!(found(&[&slurm[..], &TORCHRUN].concat()).0, 9);
         assert_eq!(found(&[&slurm[..], &mpi].concat()).0, 1);
+    }
+
+    #[test]
+    fn a_step_of_slurms_tells_jobs_apart_where_it_started_the_ranks() {
+        let job = |variables: &[(&str, &str)], step| {
+            let all = [variables, &[("SLURM_JOB_ID", "4711"), ("SLURM_STEP_ID", step)]].concat();
+            world(&all).unwrap().unwrap().job
+        };
+        let of_srun = [
+            ("SLURM_PROCID", "1"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_NODELIST", "a"),
+        ];
+        assert_eq!(job(&of_srun, "3"), "SLURM_JOB_ID=4711.3");
+        // A torchrun on each machine, by a step of its own; and by a script's own launcher.
+        assert_eq!(job(&TORCHRUN, "0"), job(&TORCHRUN, "1"));
+        assert_eq!(job(&TORCHRUN[..5], "0"), "SLURM_JOB_ID=4711");
     }
 
     #[test]

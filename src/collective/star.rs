@@ -495,7 +495,8 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         }
         let Ok((stream, caller)) = callers.try_recv() else { continue };
         if caller.job != world.job {
-            let _ = write_json(&stream, &Answer::Refused("rank 0 belongs to another job".into()));
+            let why = format!("it belongs to job '{}', {} to job '{}'", world.job, caller.name, caller.job);
+            let _ = write_json(&stream, &Answer::Refused(why));
             continue;
         }
         if let Err(why) = fits(world, &caller, &come, &names) {
