@@ -571,6 +571,22 @@ fn what_differs_between_ranks_is_named() {
     assert!(said.contains("rank 1 differs from rank 0: ema is [0.1] there, [0.05,0.1] here; keep is 7 there, 3 here"));
     let said = with("--data other");
     assert!(said.contains("rank 1 differs from rank 0: data.content is "), "{said}");
+    // Other images to validate on, or none.
+    for (name, theirs) in [("others", Some("other/validation-00000.safetensors")), ("none", None)] {
+        fs::create_dir(place.path(name)).unwrap();
+        for (file, content) in files(&place.path("data")) {
+            fs::write(place.path(name).join(file), content).unwrap();
+        }
+        let shard = place.path(name).join("validation-00000.safetensors");
+        fs::remove_file(&shard).unwrap();
+        // It would know another shard of that name.
+        fs::remove_file(place.path(name).join("summary.json")).unwrap();
+        theirs.map(|theirs| fs::copy(place.path(theirs), &shard).unwrap());
+    }
+    let said = with("--data others");
+    assert!(said.contains("rank 1 differs from rank 0: validation.content is "), "{said}");
+    let said = with("--data none");
+    assert!(said.contains("rank 1 differs from rank 0: validation.images is 0 there, 9 here"), "{said}");
     let said = with("--lr nan");
     assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
 }

@@ -127,7 +127,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let found = device.run(measuring)?;
     bar.finish_and_clear();
     let found = match &args.outdir {
-        None => bytemuck::pod_collect_to_vec(&ranks.met().gather(bytemuck::cast_slice(&found))?.concat()),
+        None => noisy.gathered(&found, ranks.met())?,
         Some(dir) => {
             keep(&losses_of(dir, part), &found, &given).context("--outdir")?;
             match of_all_parts(dir, part.of, &noisy, &given) {

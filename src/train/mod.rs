@@ -222,8 +222,9 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     if settings.batch < size as u64 {
         return Err(TrainError::FewImages { batch: settings.batch, ranks: size });
     }
-    let given = serde_json::to_string(&Given { settings: settings.clone(), execution: execution.clone() });
-    agree(ranks, &given.unwrap_or_default(), Given::differences)?;
+    let validation = data.validation.map(DataIdentity::of);
+    let given = Given { settings: settings.clone(), execution: execution.clone(), validation };
+    agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), Given::differences)?;
     // Rank 0 alone reads and writes: no other needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if rank == 0 {

@@ -400,6 +400,8 @@ fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, 
 pub(super) struct Given {
     pub settings: Settings,
     pub execution: Execution,
+    /// Images that the loss is watched on; none if there are none.
+    pub validation: Option<DataIdentity>,
 }
 
 impl Given {
@@ -426,8 +428,21 @@ impl Given {
         if numbers(&ours.execution) == numbers(&theirs.execution) {
             theirs.execution.computed_on.clone_from(&ours.execution.computed_on);
         }
-        let all =
-            [differing(&ours.settings, &theirs.settings, line), differing(&ours.execution, &theirs.execution, line)];
+        let validation = match [&ours, &theirs].map(|given| given.validation.as_ref()) {
+            [Some(ours), Some(theirs)] => {
+                differing(ours, theirs, |key, ours, theirs| line(&format!("validation.{key}"), ours, theirs))
+            }
+            [ours, theirs] if ours.is_some() != theirs.is_some() => {
+                let images = |data: Option<&DataIdentity>| data.map_or(0, |data| data.images).to_string();
+                line("validation.images", &images(ours), &images(theirs))
+            }
+            _ => String::new(),
+        };
+        let all = [
+            differing(&ours.settings, &theirs.settings, line),
+            validation,
+            differing(&ours.execution, &theirs.execution, line),
+        ];
         all.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }
