@@ -15,6 +15,9 @@ pub struct Memory {
     pub activations: u64,
 }
 
+/// Is told why there are to be fewer images at a time, and how many.
+pub type Halved<'a> = dyn FnMut(&dyn std::fmt::Display, usize) + 'a;
+
 /// Does something with `batch` images at a time, and with half of that as often as the device has no memory for so many;
 /// `batch` is what it was done with then. `halved` is told of each time.
 ///

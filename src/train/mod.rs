@@ -138,9 +138,7 @@ impl TrainError {
     /// Whether fewer images at a time may help.
     fn is_out_of_memory(&self) -> bool {
         match self {
-            Self::Backend(why)
-            | Self::Validation(validation::ValidationError::Backend(why))
-            | Self::Grid(grid::GridError::Sample(SampleError::Backend(why))) => why.is_out_of_memory(),
+            Self::Backend(why) | Self::Validation(validation::ValidationError::Backend(why)) => why.is_out_of_memory(),
             _ => false,
         }
     }
@@ -413,8 +411,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let loss = self.with_average(event, |run, batch| {
-            Ok(validation::loss(run.backend, &run.net, run.settings, data, batch, run.ranks)?)
+        let loss = self.with_average(event, |run, batch, halved| {
+            // Memory runs out before the ranks meet, if it does.
+            let loss = |n| Ok(validation::loss(run.backend, &run.net, run.settings, data, n, run.ranks)?);
+            memory::halving(batch, TrainError::is_out_of_memory, loss, |why, n| halved(why, n))
         })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         if self.files.is_some() {
@@ -423,20 +423,20 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Does something with the first moving average in the place of the weights, with so many images at a time, fewer if
-    /// the device has no memory for them; its time is not counted as training.
+    /// Does something with the first moving average in the place of the weights, with so many images at a time, which it may
+    /// halve where the device has no memory for them, and say so; its time is not counted as training.
     fn with_average<T>(
         &mut self,
         event: &mut dyn FnMut(Event),
-        mut work: impl FnMut(&mut Self, usize) -> Result<T, TrainError>,
+        work: impl FnOnce(&mut Self, &mut usize, &mut memory::Halved) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
         let begun = Instant::now();
         self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
-        let halved = |why: &TrainError, n| {
+        let mut halved = |why: &dyn std::fmt::Display, n: usize| {
             event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
         };
-        let done = memory::halving(&mut batch, TrainError::is_out_of_memory, |n| work(self, n), halved);
+        let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
         self.backend.make_effective(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
@@ -449,8 +449,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written = self.with_average(event, |run, batch| {
-            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks)?)
+        let written = self.with_average(event, |run, batch, halved| {
+            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, (batch, halved), run.ranks)?)
         });
         self.show = Some(show);
         match written {
