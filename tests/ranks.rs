@@ -592,6 +592,31 @@ fn what_differs_between_ranks_is_named() {
 }
 
 #[test]
+fn what_differs_between_ranks_is_named_whatever_they_do() {
+    let place = Place::new();
+    let emoji = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/emoji.safetensors");
+    let sample = format!("sample --model {emoji} --device cpu --steps 2 --seeds 0-3 --batch 2 --outdir out");
+    let eval = format!("eval --model {emoji} --data data --device cpu --images 2");
+    let said = |ours: &str, theirs: &str| {
+        let port = free_port();
+        let ranks = [ours, theirs].into_iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn());
+        let ended = outputs(ranks.map(Result::unwrap).collect());
+        let said: Vec<_> = ended.iter().map(text).collect();
+        ended.iter().for_each(|output| assert_eq!(output.status.code(), Some(1), "{said:?}"));
+        let errors = |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
+        let errors: Vec<_> = said.iter().map(errors).collect();
+        assert_eq!(errors[0], errors[1], "all say the same");
+        errors[0].clone()
+    };
+    let differs = "edm2k: error: rank 1 differs from rank 0:";
+    assert_eq!(said(&sample, &eval), format!("{differs} it was told to eval, rank 0 to sample"));
+    assert_eq!(said(&sample, &sample.replace("0-3", "0-2,4")), format!("{differs} seeds is [0,1,2,4] there, [0,1,2,3] here"));
+    let other = said(&sample, &sample.replace("steps 2", "steps 3"));
+    assert_eq!(other, format!("{differs} parameters.sampler.steps is 3 there, 2 here"));
+    assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+#[test]
 fn what_the_launcher_says_wrongly_is_one_line() {
     let place = Place::new();
     let said = |change: fn(&mut Command) -> &mut Command| {
@@ -629,6 +654,13 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     };
     let expected = place.run(1, &eval(&models[0], "--json"));
     assert_eq!(place.run(3, &eval(&models[0], "--json")), expected);
+
+    let (port, ours) = (free_port(), eval(&models[0], ""));
+    let lines = [&ours, &ours.replace("--images 7", "--images 5")];
+    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+    for output in outputs(ranks.collect()) {
+        assert!(text(&output).contains("rank 1 differs from rank 0: images is 5 there, 7 here"), "{}", text(&output));
+    }
 
     let part = |part: &str, more: &str| {
         let line = eval(&models[0], &format!("--outdir losses --plot losses.svg --part {part} {more}"));

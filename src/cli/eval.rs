@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use edm2k::collective::{Part, agree};
+use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::safetensors::{self, Dtype, SafeError, SafeFile};
@@ -73,7 +73,7 @@ pub struct EvalArgs {
 
 /// Measures, alone or with the ranks that a launcher started.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| eval(&args, ranks))
+    ranks::together("eval", |ranks| eval(&args, ranks))
 }
 
 /// Prints the table to stdout, showing progress on stderr.
@@ -107,10 +107,10 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let identity = DataIdentity::of(&data);
     let largest = identity.largest();
     let given = json!({
-        "model": Identity::of_file(&args.model).context("--model")?.to_string(), "split": args.split.to_string(),
+        "model": Identity::of_file(&args.model).context("--model")?, "split": args.split.to_string(),
         "data": identity, "images": images, "batch": batch, "precision": args.device.math().precision.name(),
     });
-    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    agree_on(ranks.met(), &given)?;
     let noisy = Noisy::by_level(&data, images, batch);
     let own = noisy.of(part);
     let bar = ranks.bar(own.len() as u64, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");

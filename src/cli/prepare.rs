@@ -145,7 +145,7 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
 
 /// Prepares the dataset, alone or with the ranks that a launcher started.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| make(args, ranks))
+    ranks::together("prepare", |ranks| make(args, ranks))
 }
 
 /// Makes its part, showing progress on stderr and the summary on stdout.

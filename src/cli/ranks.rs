@@ -16,9 +16,9 @@ pub struct Ranks {
     met: Box<dyn Collective>,
 }
 
-/// Does work with the ranks that a launcher started, if one did; what this one fails with, the others are told. A rank that
-/// is lost ends this process.
-pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
+/// Does a `command`'s work with the ranks that a launcher started, if one did; what this one fails with, the others are told.
+/// A rank that is lost ends this process.
+pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
     let met: Box<dyn Collective> = match &world {
         None => Box::new(Alone),
@@ -28,7 +28,8 @@ pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow
         })?),
     };
     let mut ranks = Ranks { world, met };
-    let done = work(&mut ranks);
+    let other = |ours: &str, theirs: &str| format!("it was told to {theirs}, rank 0 to {ours}");
+    let done = agree(ranks.met(), command, other).map_err(Into::into).and_then(|()| work(&mut ranks));
     let failed = done.as_ref().err().map(|error| format!("{error:#}"));
     ranks.met.leave(failed.as_deref());
     done

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use edm2k::collective::{Part, agree};
+use edm2k::collective::{Part, agree_on};
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{Preset, preset};
@@ -239,7 +239,7 @@ struct Resolved {
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| {
+    ranks::together("sample", |ranks| {
         let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
         let (own, dir) = (images_of(part, &request), &args.outdir);
         let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
@@ -308,8 +308,11 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    let given = json!([pipeline.parameters(&request), request.seeds, request.per_condition, request.batch, origins]);
-    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    let given = json!({
+        "parameters": pipeline.parameters(&request), "seeds": request.seeds, "per_condition": request.per_condition,
+        "batch": request.batch, "conditions": origins,
+    });
+    agree_on(ranks.met(), &given)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
