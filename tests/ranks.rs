@@ -746,6 +746,31 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 3/3 --overwrite")));
     same("parts");
 
+    // Another model under the same name, on one rank or for one part.
+    let model = Model::load(emoji).unwrap();
+    let mut other = model.weights.clone();
+    other[0].iter_mut().for_each(|weight| *weight *= 1.5);
+    for (dir, weights) in [("a", &model.weights), ("b", &other)] {
+        fs::create_dir(place.path(dir)).unwrap();
+        let path = place.path(dir).join("m.safetensors");
+        save(&path, &model.net.config, &model.meta, &model.table, weights, Stored::F16).unwrap();
+    }
+    let of = |dir: &str, more: &str| sample("mixed", more).replace(emoji, &format!("{dir}/m.safetensors"));
+    let port = free_port();
+    let ranks = ["a", "b"].into_iter().enumerate();
+    let ranks = ranks.map(|(rank, dir)| place.rank(rank, 2, port, &of(dir, "")).spawn().unwrap());
+    for output in outputs(ranks.collect()) {
+        let said = text(&output);
+        assert!(said.contains("rank 1 differs from rank 0: files.model is m.safetensors ("), "{said}");
+    }
+    assert!(!place.path("mixed").exists(), "nothing was begun");
+    succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2")));
+    let said = succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2")));
+    assert!(said.contains("6 are still missing, of part 1/2 (of something else: files.model is m.safetensors ("), "{said}");
+    succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
+    let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
+    assert!(names.iter().eq(expected.keys()), "{names:?}");
+
     for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
         let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();
         assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));

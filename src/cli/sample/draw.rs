@@ -14,6 +14,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
+use edm2k::formats::differences::{differing, there_and_here};
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Image, Kept, OutDir, Pipeline, PipelineError, Request, Step};
 
@@ -73,7 +74,7 @@ pub fn draw(
     mut pipeline: Pipeline,
     request: &Request,
     kept: Kept,
-    part: Part,
+    (part, given): (Part, &Value),
     args: &SampleArgs,
     out: &OutDir,
     ranks: &mut Ranks,
@@ -137,7 +138,7 @@ pub fn draw(
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match joined(request, &about, part, args, out, ranks)? {
+            match joined(request, &about, (part, given), args, out, ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -146,7 +147,7 @@ pub fn draw(
         target
     } else {
         if part.of > 1 {
-            match gathered(request, &about, part, args, out, ranks)? {
+            match gathered(request, &about, (part, given), args, out, ranks)? {
                 Some(all) => pictures = all,
                 None => return Ok(()),
             }
@@ -179,7 +180,7 @@ fn most_of_grid(pictures: &[Picture]) -> usize {
 fn gathered(
     request: &Request,
     common: &Value,
-    part: Part,
+    (part, given): (Part, &Value),
     args: &SampleArgs,
     out: &OutDir,
     ranks: &mut Ranks,
@@ -197,7 +198,7 @@ fn gathered(
         }
         missing
     };
-    let ends = ends(request, part, args, ranks, &mut lacking)?;
+    let ends = ends(request, (part, given), args, out, ranks, &mut lacking)?;
     Ok(ends.then_some(pictures))
 }
 
@@ -205,7 +206,7 @@ fn gathered(
 fn joined(
     request: &Request,
     about: &Value,
-    part: Part,
+    (part, given): (Part, &Value),
     args: &SampleArgs,
     out: &OutDir,
     ranks: &mut Ranks,
@@ -228,16 +229,17 @@ fn joined(
             None => own.collect(),
         }
     };
-    let ends = ends(request, part, args, ranks, &mut lacking)?;
+    let ends = ends(request, (part, given), args, out, ranks, &mut lacking)?;
     Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
 }
 
 /// Whether this process has all parts before it, and is to make of them what one process would make: rank 0, or whichever
-/// finds that no part is `lacking` images. Else it says which do.
+/// finds that no part is `lacking` images, or made them of something else. Else it says which do.
 fn ends(
     request: &Request,
-    part: Part,
+    (part, given): (Part, &Value),
     args: &SampleArgs,
+    out: &OutDir,
     ranks: &mut Ranks,
     lacking: &mut dyn FnMut(Part) -> Vec<usize>,
 ) -> anyhow::Result<bool> {
@@ -245,16 +247,33 @@ fn ends(
     if !ranks.first() {
         return Ok(false);
     }
+    // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
+    let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != given.to_string());
+    let mut lacking = |part: Part| match other(part) {
+        Some(_) => images_of(part, request).collect(),
+        None => lacking(part),
+    };
     let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
     let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
-    let Some(&(first, seed)) = missing.first() else { return Ok(true) };
+    let Some(&(first, seed)) = missing.first() else {
+        out.forget();
+        return Ok(true);
+    };
     let (dir, count) = (args.outdir.display(), missing.len());
     ensure!(
         ranks.size() == 1,
         "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
     );
-    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
+    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
     parts.dedup();
+    let named = |part: &Part| match other(*part) {
+        Some(noted) => {
+            let noted: Value = serde_json::from_str(&noted).unwrap_or_default();
+            format!("{part} (of something else: {})", differing(given, &noted, there_and_here))
+        }
+        None => part.to_string(),
+    };
+    let parts: Vec<_> = parts.iter().map(named).collect();
     let own = images_of(part, request).len();
     out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
     Ok(false)

@@ -1,11 +1,14 @@
 //! `edm2k sample`: images from conditions.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use edm2k::backend::gpu::launch::Precision;
 use edm2k::collective::{Part, agree_on};
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{Preset, preset};
@@ -234,19 +237,25 @@ struct Resolved {
     kept: Kept,
     /// Of all images.
     part: Part,
+    /// What the other parts must have been given too; null if there are none.
+    given: Value,
 }
 
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together("sample", |ranks| {
-        let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
+        let Resolved { pipeline, request, kept, part, given } = resolve(&args, ranks)?;
         let (own, dir) = (images_of(part, &request), &args.outdir);
         let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
-        draw(pipeline, &request, kept, part, &args, &out, ranks)
+        // Ranks have agreed already.
+        if args.part.is_some() && part.of > 1 {
+            out.note(&given).context("--outdir")?;
+        }
+        draw(pipeline, &request, kept, (part, &given), &args, &out, ranks)
     })
 }
 
@@ -307,11 +316,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    let given = json!({
-        "parameters": pipeline.parameters(&request), "seeds": request.seeds, "per_condition": request.per_condition,
-        "batch": request.batch, "conditions": origins,
-    });
+    let given = if part.of > 1 { given(&pipeline, &request)? } else { Value::Null };
     agree_on(ranks.met(), &given)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
@@ -322,7 +327,25 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
-    Ok(Resolved { pipeline, request, kept, part })
+    Ok(Resolved { pipeline, request, kept, part, given })
+}
+
+/// What all parts must have been given alike.
+fn given(pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
+    let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
+    let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    Ok(json!({
+        "files": pipeline.files()?.into_iter().collect::<BTreeMap<_, _>>(),
+        "from": request.from.as_ref().map(|from| Fingerprint::of([bytes(&from.values)])),
+        "parameters": pipeline.parameters(request),
+        "seeds": request.seeds,
+        "per_condition": request.per_condition,
+        "batch": request.batch,
+        "conditions": origins,
+        "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
+        "numbers": pipeline.device().precision().map_or("f32", Precision::name),
+    }))
 }
 
 fn warn(pipeline: &mut Pipeline, option: &str) {
