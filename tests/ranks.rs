@@ -43,7 +43,7 @@ fn world(rank: usize, size: usize, port: u16) -> World {
 }
 
 fn join(world: World, seconds: u64) -> Result<Star, CollectiveError> {
-    Star::join(world, Duration::from_secs(seconds), |_| {})
+    Star::join(world, Duration::from_secs(seconds), None, |_| {})
 }
 
 /// Does `work` on `size` ranks that meet, each in a thread; what it returns on each.
@@ -200,13 +200,36 @@ fn a_rank_that_is_at_other_work_when_one_is_lost_is_told_too() {
     thread::scope(|scope| {
         scope.spawn(move || {
             let tell = move |who: &str| drop(sender.send(who.to_owned()));
-            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), tell).unwrap();
+            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), None, tell).unwrap();
             let who = told.recv_timeout(Duration::from_secs(30)).unwrap();
             assert!(who.starts_with("rank 1 (") && who.ends_with(") has ended"), "{who}");
             drop(ranks);
         });
         scope.spawn(move || drop(join(world(1, 2, port), 20).unwrap()));
     });
+}
+
+#[test]
+fn who_is_at_work_is_waited_for_unless_all_have_as_much_to_do() {
+    for longest in [None, Some(2)] {
+        let port = free_port();
+        thread::scope(|scope| {
+            let rank = |rank, longest: Option<u64>| {
+                let longest = longest.map(Duration::from_secs);
+                Star::join(world(rank, 2, port), Duration::from_secs(20), longest, |_| {}).unwrap()
+            };
+            scope.spawn(move || {
+                let mut slow = rank(1, None);
+                sleep(Duration::from_secs(5));
+                let _ = slow.barrier();
+            });
+            let said = rank(0, longest).barrier().map_err(|why| why.to_string());
+            match longest {
+                None => assert_eq!(said, Ok(())),
+                Some(_) => assert!(said.unwrap_err().ends_with(") has waited 2 s for the other ranks")),
+            }
+        });
+    }
 }
 
 // ---- training -------------------------------------------------------------------------------

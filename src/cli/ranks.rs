@@ -3,7 +3,7 @@
 use anyhow::{bail, ensure};
 use indicatif::ProgressBar;
 
-use edm2k::collective::{Alone, Collective, Part, Star, World, agree, limit};
+use edm2k::collective::{Alone, Collective, LONGEST, Part, Star, World, agree, limit};
 use edm2k::{Device, DeviceName};
 
 use super::DeviceArgs;
@@ -20,9 +20,11 @@ pub struct Ranks {
 /// A rank that is lost ends this process.
 pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
+    // Ranks that train do the same at the same time; of the others one may be hours behind, and gives signs of life.
+    let longest = (command == "train").then_some(LONGEST);
     let met: Box<dyn Collective> = match &world {
         None => Box::new(Alone),
-        Some(world) => Box::new(Star::join(world.clone(), limit()?, |who| {
+        Some(world) => Box::new(Star::join(world.clone(), limit()?, longest, |who| {
             note!("edm2k: error: {who}");
             std::process::exit(1);
         })?),

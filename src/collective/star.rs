@@ -40,8 +40,9 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENT: u32 = 30;
 /// What a rank has to end by itself once another is lost.
 const GRACE: Duration = Duration::from_secs(10);
-/// Longest time that ranks wait for each other. A checkpoint may take minutes; this is for what nobody foresaw.
-const LONGEST: Duration = Duration::from_secs(1800);
+/// Longest time that ranks wait for each other where all have as much to do. A checkpoint may take minutes; this is for what
+/// nobody foresaw.
+pub const LONGEST: Duration = Duration::from_secs(1800);
 /// Values that are summed at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -102,6 +103,8 @@ struct Watch {
     begun: Instant,
     /// Milliseconds after `begun` since when this rank waits for others; 0: it does not.
     waiting: AtomicU64,
+    /// Most time that it waits; none: as long as the others give signs of life.
+    longest: Option<Duration>,
     on_lost: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -113,14 +116,16 @@ pub struct Star {
 }
 
 impl Star {
-    /// Meets the other ranks. `on_lost` is called in a thread of its own, with the name of a rank that is gone, if this one
-    /// does not end by itself: it should end the process.
+    /// Meets the other ranks, up to a `limit`; and waits for them at most `longest` later, or for as long as they are alive.
+    /// `on_lost` is called in a thread of its own, with the name of a rank that is gone, if this one does not end by itself:
+    /// it should end the process.
     ///
     /// # Errors
     /// [`CollectiveError::Address`], [`CollectiveError::Unfit`], [`CollectiveError::Missing`].
     pub fn join(
         world: World,
         limit: Duration,
+        longest: Option<Duration>,
         on_lost: impl Fn(&str) + Send + Sync + 'static,
     ) -> Result<Self, CollectiveError> {
         let (links, watches, names) = if world.rank == 0 { host(&world, limit)? } else { call(&world, limit)? };
@@ -141,6 +146,7 @@ impl Star {
             left: AtomicBool::new(false),
             begun: Instant::now(),
             waiting: AtomicU64::new(0),
+            longest,
             on_lost: Box::new(on_lost),
         });
         for number in 0..watch.peers.len() {
@@ -363,9 +369,10 @@ impl Watch {
                 return self.lost(format!("{name} has been silent for {SILENT} s"));
             }
             let since = self.waiting.load(Ordering::Relaxed);
-            if since > 0 && self.begun.elapsed() > Duration::from_millis(since) + LONGEST {
-                let (own, minutes) = (&self.names[self.rank], LONGEST.as_secs() / 60);
-                return self.lost(format!("{own} has waited {minutes} minutes for the other ranks"));
+            let too_long = self.longest.filter(|longest| self.begun.elapsed() > Duration::from_millis(since) + *longest);
+            if let Some(longest) = too_long.filter(|_| since > 0) {
+                let own = &self.names[self.rank];
+                return self.lost(format!("{own} has waited {} s for the other ranks", longest.as_secs()));
             }
             if last.elapsed() >= BEAT {
                 last = Instant::now();
