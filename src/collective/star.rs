@@ -344,6 +344,7 @@ impl Watch {
         let (other, stream) = &self.peers[number];
         let (mut stream, name) = (stream, &self.names[*other]);
         let (mut said, mut buffer, mut silent, mut last) = (Vec::new(), [0; 4096], 0, Instant::now());
+        let (mut waited, mut looked) = (Waited::default(), Instant::now());
         loop {
             match stream.read(&mut buffer) {
                 Ok(0) => return self.lost(format!("{name} has ended")),
@@ -369,8 +370,8 @@ impl Watch {
                 return self.lost(format!("{name} has been silent for {SILENT} s"));
             }
             let since = self.waiting.load(Ordering::Relaxed);
-            let too_long = self.longest.filter(|longest| self.begun.elapsed() > Duration::from_millis(since) + *longest);
-            if let Some(longest) = too_long.filter(|_| since > 0) {
+            let waited = waited.after(since, std::mem::replace(&mut looked, Instant::now()).elapsed());
+            if let Some(longest) = self.longest.filter(|longest| waited > *longest) {
                 let own = &self.names[self.rank];
                 return self.lost(format!("{own} has waited {} s for the other ranks", longest.as_secs()));
             }
@@ -406,6 +407,23 @@ impl Watch {
             sleep(Duration::from_millis(100));
         }
         (self.on_lost)(&who);
+    }
+}
+
+/// How long a rank has waited, by what passed between one look and the next. Of that no more than two ticks count: a process
+/// that was stopped for a while did not wait.
+#[derive(Default)]
+struct Waited {
+    since: u64,
+    time: Duration,
+}
+
+impl Waited {
+    /// At a look that comes so long after the one before, with [`Watch::waiting`] as it is now.
+    fn after(&mut self, since: u64, passed: Duration) -> Duration {
+        let time = if since > 0 && since == self.since { self.time + passed.min(2 * TICK) } else { Duration::ZERO };
+        *self = Self { since, time };
+        time
     }
 }
 
@@ -605,4 +623,21 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     };
     link.set_read_timeout(None).and_then(|()| link.set_nodelay(true)).map_err(failed)?;
     Ok((vec![link], vec![watch.map_err(failed)?], names))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_was_stopped_did_not_wait() {
+        let (mut waited, second) = (Waited::default(), Duration::from_secs(1));
+        assert_eq!(waited.after(0, second), Duration::ZERO);
+        assert_eq!(waited.after(7, second), Duration::ZERO, "it began between two looks");
+        assert_eq!(waited.after(7, second), second);
+        assert_eq!(waited.after(7, 3600 * second), 3 * second, "stopped for an hour");
+        assert_eq!(waited.after(7, second), 4 * second);
+        assert_eq!(waited.after(9, second), Duration::ZERO, "another wait");
+        assert_eq!(waited.after(0, second), Duration::ZERO);
+    }
 }
