@@ -148,6 +148,29 @@ fn who_does_not_fit_is_named_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(20), "nobody waits for the limit");
 }
 
+/// As a launcher does that starts a rank again.
+#[test]
+fn a_rank_that_ends_while_the_others_come_leaves_its_place() {
+    let place = Place::new();
+    let port = free_port();
+    let rank = |rank, seconds: &str| {
+        let mut command = place.rank(rank, 3, port, &options("run", 10));
+        command.env("EDM2K_RANKS_TIMEOUT", seconds).spawn().unwrap()
+    };
+    let one_ends = |seconds: &str| {
+        let (first, second) = (rank(0, seconds), rank(1, seconds));
+        sleep(Duration::from_millis(1500));
+        signal(&second, "-KILL");
+        outputs(vec![second]);
+        first
+    };
+    let said = text(&outputs(vec![one_ends("3")])[0]);
+    assert!(said.contains("2 of 3 ranks did not come within 3 s: rank 1, rank 2"), "{said}");
+    for output in outputs(vec![one_ends("30"), rank(1, "30"), rank(2, "30")]) {
+        assert!(output.status.success(), "{}", text(&output));
+    }
+}
+
 #[test]
 fn strangers_and_other_jobs_disturb_no_meeting() {
     let port = free_port();

@@ -496,6 +496,12 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     names.resize(world.size, String::new());
     let (sender, callers) = channel::<(TcpStream, Hello)>();
     let result = loop {
+        for (place, name) in come.iter_mut().zip(&mut names[1..]) {
+            // Whoever has ended leaves its place to a process that is started instead.
+            if place.iter().flatten().any(is_gone) {
+                (*place, *name) = ([None, None], String::new());
+            }
+        }
         if come.iter().flatten().all(Option::is_some) {
             break Ok(());
         }
@@ -548,6 +554,13 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         stream.set_read_timeout(None).and_then(|()| stream.set_nodelay(true)).map_err(broken)?;
     }
     Ok((links, watches, names))
+}
+
+/// Whether nobody is at the other end any more; who waits for an answer says nothing.
+fn is_gone(stream: &TcpStream) -> bool {
+    let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let blocking = stream.set_nonblocking(false);
+    blocking.is_err() || !matches!(peeked, Err(why) if why.kind() == ErrorKind::WouldBlock)
 }
 
 /// Why a caller is none of the ranks that are still missing.
