@@ -660,6 +660,16 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
     let other = said(&sample, &sample.replace("steps 2", "steps 3"));
     assert_eq!(other, format!("{differs} parameters.sampler.steps is 3 there, 2 here"));
     assert!(!place.path("out").exists(), "nothing was begun");
+
+    let begun = Instant::now();
+    let (port, line) = (free_port(), options("run", 40));
+    let lines = [&line, &format!("{line} --dry-run")];
+    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+    let ended = outputs(ranks.collect());
+    let said = text(&ended[0]);
+    assert!(said.contains("rank 1 (") && said.contains(") has ended already: was it given another command?"), "{said}");
+    assert!(begun.elapsed() < Duration::from_secs(9), "nobody waits for a rank that has said goodbye");
+    assert!(ended[1].status.success(), "{}", text(&ended[1]));
 }
 
 #[test]

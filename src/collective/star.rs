@@ -87,6 +87,15 @@ enum Call {
     Broadcast = 3,
 }
 
+/// What is known of those who are not there any more.
+#[derive(Default)]
+struct Fate {
+    /// Who was lost first.
+    verdict: Option<String>,
+    /// The ranks that have said goodbye.
+    done: Vec<usize>,
+}
+
 /// What the watching threads share with the rank.
 struct Watch {
     rank: usize,
@@ -95,8 +104,8 @@ struct Watch {
     names: Vec<String>,
     /// The sockets for what is said, to be cut off.
     links: Vec<TcpStream>,
-    /// Who was lost first, and that somebody waits for it.
-    verdict: Mutex<Option<String>>,
+    /// What became of the others, and that somebody waits for it.
+    fate: Mutex<Fate>,
     reached: Condvar,
     /// This rank has said goodbye.
     left: AtomicBool,
@@ -141,7 +150,7 @@ impl Star {
             peers: others.zip(watches).collect(),
             names,
             links: copies.map_err(broken)?,
-            verdict: Mutex::default(),
+            fate: Mutex::default(),
             reached: Condvar::new(),
             left: AtomicBool::new(false),
             begun: Instant::now(),
@@ -158,12 +167,16 @@ impl Star {
 
     /// What to say of a socket that does not work: the watching threads know more.
     fn broken(&self, peer: usize, cause: &io::Error) -> CollectiveError {
-        let verdict = self.watch.verdict.lock().expect("no thread panics with it");
-        let waited = self.watch.reached.wait_timeout_while(verdict, GRACE, |verdict| verdict.is_none());
-        let known = waited.ok().and_then(|(verdict, _)| verdict.clone());
-        CollectiveError::Lost(known.unwrap_or_else(|| {
-            format!("the connection to {} broke: {cause}", self.watch.names[self.watch.peers[peer].0])
-        }))
+        let rank = self.watch.peers[peer].0;
+        let name = &self.watch.names[rank];
+        let fate = self.watch.fate.lock().expect("no thread panics with it");
+        let unknown = |fate: &mut Fate| fate.verdict.is_none() && !fate.done.contains(&rank);
+        let (fate, _) = self.watch.reached.wait_timeout_while(fate, GRACE, unknown).expect("no thread panics with it");
+        CollectiveError::Lost(match &fate.verdict {
+            Some(verdict) => verdict.clone(),
+            None if fate.done.contains(&rank) => format!("{name} has ended already: was it given another command?"),
+            None => format!("the connection to {name} broke: {cause}"),
+        })
     }
 
     /// Sends the beginning of a call, and so many bytes.
@@ -358,7 +371,10 @@ impl Watch {
             }
             while let Some((letter, text)) = first_message(&mut said) {
                 match letter {
-                    b'G' => return,
+                    b'G' => {
+                        self.fate.lock().expect("no thread panics with it").done.push(*other);
+                        return self.reached.notify_all();
+                    }
                     b'F' => return self.lost(text),
                     _ => {}
                 }
@@ -389,11 +405,11 @@ impl Watch {
             return;
         }
         {
-            let mut verdict = self.verdict.lock().expect("no thread panics with it");
-            if verdict.is_some() {
+            let mut fate = self.fate.lock().expect("no thread panics with it");
+            if fate.verdict.is_some() {
                 return;
             }
-            *verdict = Some(who.clone());
+            fate.verdict = Some(who.clone());
             // Before this rank can learn of it, and end: the others would only know that this one has.
             self.tell(b'F', &who);
         }
