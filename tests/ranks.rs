@@ -134,6 +134,17 @@ fn who_does_not_come_is_named_to_all_who_came() {
 }
 
 #[test]
+fn who_says_nothing_at_the_port_is_another_program() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let begun = Instant::now();
+    let said = errors(vec![(0, world(1, 2, port))], 1).remove(0).unwrap();
+    let why = "another program may be there; EDM2K_PORT sets another port on all ranks";
+    assert!(said.starts_with(&format!("rank 0 at 127.0.0.1:{port} said nothing for 1")) && said.ends_with(why), "{said}");
+    assert!(begun.elapsed() < Duration::from_secs(18), "it is not waited for twice");
+}
+
+#[test]
 fn who_does_not_fit_is_named_at_once() {
     let port = free_port();
     let begun = Instant::now();

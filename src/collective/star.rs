@@ -625,13 +625,15 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
             Err(_) => sleep(Duration::from_millis(100)),
         }
     };
+    let silent = |cause: &io::Error| matches!(cause.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
     let failed = |cause: io::Error| match cause.kind() {
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
             CollectiveError::Lost(format!("rank 0 at {address}:{port} ended before all ranks had come"))
         }
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+        _ if silent(&cause) => {
             let seconds = begun.elapsed().as_secs();
-            CollectiveError::Address(format!("rank 0 at {address}:{port} said nothing for {seconds} s"))
+            let what = "another program may be there; EDM2K_PORT sets another port on all ranks";
+            CollectiveError::Address(format!("rank 0 at {address}:{port} said nothing for {seconds} s: {what}"))
         }
         _ => CollectiveError::Address(format!("{address}:{port}: {cause}")),
     };
@@ -642,6 +644,9 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     // Rank 0 may have ended since: then it has said why, to whichever of the two it heard first.
     let answer = read_json(&link).or_else(|cause| {
         let Ok(watch) = &watch else { return Err(cause) };
+        if silent(&cause) {
+            return Err(cause);
+        }
         watch.set_read_timeout(Some(GREETING))?;
         read_json(watch)
     });
