@@ -453,7 +453,7 @@ fn several_ranks_on_cards_compute_what_one_does() {
     fs::write(place.path("config.json"), CONFIG.replace(": 8", ": 16")).unwrap();
     let (libraries, _) = driver::stand_in("driver.cpp", "libcuda.so.1", &[]);
     let (_nccl, nccl) = driver::stand_in("nccl.cpp", "libnccl.so.2", &[]);
-    let train = |out: &str, size: usize, early: bool| {
+    let start = |out: &str, size: usize, early: bool, cards: usize| {
         let intervals = "--grid 0 --validate 0 --snapshot 0 --status 7 --checkpoint 0";
         // Several micro-batches, of which one rank has more than the other.
         let options = format!(
@@ -465,10 +465,17 @@ fn several_ranks_on_cards_compute_what_one_does() {
             let mut command = place.rank(rank, size, port, &options);
             command.env("LD_LIBRARY_PATH", libraries.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
             command.env("EDM2K_NCCL", &nccl).env("TMPDIR", place.dir()).env_remove("EDM2K_NO_GPU");
+            command.env("CUDA_VISIBLE_DEVICES", (rank % cards).to_string());
             early.then(|| command.env("DRIVER_EARLY", "1"));
             command.spawn().unwrap()
         });
-        let ended = outputs(ranks.collect());
+        outputs(ranks.collect())
+    };
+    for output in start("none", 2, false, 1) {
+        assert!(text(&output).contains("rank 0 and rank 1 have the same card, Emulated Card (cuda:0) of "), "{}", text(&output));
+    }
+    let train = |out: &str, size: usize, early: bool| {
+        let ended = start(out, size, early, size);
         ended.iter().for_each(|output| assert!(output.status.success(), "{out}: {}", text(output)));
     };
     train("one", 1, false);
