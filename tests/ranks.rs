@@ -140,7 +140,10 @@ fn who_says_nothing_at_the_port_is_another_program() {
     let begun = Instant::now();
     let said = errors(vec![(0, world(1, 2, port))], 1).remove(0).unwrap();
     let why = "another program may be there; EDM2K_PORT sets another port on all ranks";
-    assert!(said.starts_with(&format!("rank 0 at 127.0.0.1:{port} said nothing for 1")) && said.ends_with(why), "{said}");
+    assert!(
+        said.starts_with(&format!("rank 0 at 127.0.0.1:{port} said nothing for 1")) && said.ends_with(why),
+        "{said}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(18), "it is not waited for twice");
 }
 
@@ -472,7 +475,11 @@ fn several_ranks_on_cards_compute_what_one_does() {
         outputs(ranks.collect())
     };
     for output in start("none", 2, false, 1) {
-        assert!(text(&output).contains("rank 0 and rank 1 have the same card, Emulated Card (cuda:0) of "), "{}", text(&output));
+        assert!(
+            text(&output).contains("rank 0 and rank 1 have the same card, Emulated Card (cuda:0) of "),
+            "{}",
+            text(&output)
+        );
     }
     let train = |out: &str, size: usize, early: bool| {
         let ended = start(out, size, early, size);
@@ -667,14 +674,18 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
         let ended = outputs(ranks.map(Result::unwrap).collect());
         let said: Vec<_> = ended.iter().map(text).collect();
         ended.iter().for_each(|output| assert_eq!(output.status.code(), Some(1), "{said:?}"));
-        let errors = |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
+        let errors =
+            |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
         let errors: Vec<_> = said.iter().map(errors).collect();
         assert_eq!(errors[0], errors[1], "all say the same");
         errors[0].clone()
     };
     let differs = "edm2k: error: rank 1 differs from rank 0:";
     assert_eq!(said(&sample, &eval), format!("{differs} it was told to eval, rank 0 to sample"));
-    assert_eq!(said(&sample, &sample.replace("0-3", "0-2,4")), format!("{differs} seeds is [0,1,2,4] there, [0,1,2,3] here"));
+    assert_eq!(
+        said(&sample, &sample.replace("0-3", "0-2,4")),
+        format!("{differs} seeds is [0,1,2,4] there, [0,1,2,3] here")
+    );
     let other = said(&sample, &sample.replace("steps 2", "steps 3"));
     assert_eq!(other, format!("{differs} parameters.sampler.steps is 3 there, 2 here"));
     assert!(!place.path("out").exists(), "nothing was begun");
@@ -840,7 +851,10 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     assert!(!place.path("mixed").exists(), "nothing was begun");
     succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2")));
     let said = succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2")));
-    assert!(said.contains("6 are still missing, of part 1/2 (of something else: files.model is m.safetensors ("), "{said}");
+    assert!(
+        said.contains("6 are still missing, of part 1/2 (of something else: files.model is m.safetensors ("),
+        "{said}"
+    );
     succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
     let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
     assert!(names.iter().eq(expected.keys()), "{names:?}");
@@ -967,6 +981,23 @@ fn ranks_and_parts_prepare_the_dataset_that_one_process_prepares() {
     let of_all = |said: &str| said.lines().filter(|line| line.starts_with("  ")).map(str::to_owned).collect::<Vec<_>>();
     assert!(of_all(&said) == of_all(&whole) && of_all(&said).len() == 5, "{said}\n{whole}");
     same("ranks");
+
+    // Nothing is made of other records, or with other options.
+    let fewer = fs::read_to_string(place.path("all.jsonl")).unwrap();
+    fs::write(place.path("fewer.jsonl"), fewer.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>())
+        .unwrap();
+    for (change, why) in [
+        (("all.jsonl", "fewer.jsonl"), "metadata is fewer.jsonl ("),
+        (("--size 8x8", "--size 8x8 --background #000000"), "background is [0,0,0] there, [255,255,255] here"),
+    ] {
+        let (port, ours) = (free_port(), prepare("unlike", ""));
+        let lines = [&ours, &ours.replace(change.0, change.1)];
+        let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+        for output in outputs(ranks.collect()) {
+            assert!(text(&output).contains(&format!("rank 1 differs from rank 0: {why}")), "{}", text(&output));
+        }
+        assert!(!place.path("unlike").exists(), "nothing was begun");
+    }
 
     let part = |part: &str| succeed(&mut place.rank(0, 1, 0, &prepare("parts", &format!("--part {part}"))));
     let said = part("3/3");

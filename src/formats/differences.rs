@@ -46,7 +46,9 @@ fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, 
             }
         }
         // Of long lists, where they begin to differ.
-        (Value::Array(ours), Value::Array(theirs)) if a != b && a.to_string().len() + b.to_string().len() > 2 * LIST => {
+        (Value::Array(ours), Value::Array(theirs))
+            if a != b && a.to_string().len() + b.to_string().len() > 2 * LIST =>
+        {
             if ours.len() != theirs.len() {
                 let [ours, theirs] = [ours, theirs].map(|all| format!("{} values", all.len()));
                 return each(key, &ours, &theirs);
