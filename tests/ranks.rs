@@ -772,6 +772,17 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     assert!(again.contains("losses-1-of-3.safetensors exists; give --overwrite"), "{again}");
     assert_eq!(part("1/3", "--json --overwrite"), expected);
     assert!(fs::read_to_string(place.path("losses.svg")).unwrap().starts_with("<svg"));
+    // Parts that end together: one of them prints and draws.
+    for round in 0..8 {
+        let line =
+            |part| eval(&models[0], &format!("--json --outdir round-{round} --plot round-{round}.svg --part {part}"));
+        let ranks = ["1/2", "2/2"].map(|part| place.rank(0, 1, 0, &line(part)).spawn().unwrap());
+        let ended = outputs(ranks.into());
+        ended.iter().for_each(|output| assert!(output.status.success(), "{round}: {}", text(output)));
+        let tables = ended.iter().filter(|output| output.stdout == expected.as_bytes()).count();
+        assert_eq!(tables, 1, "{round}: {ended:?}");
+        assert!(place.path(&format!("round-{round}.svg")).exists());
+    }
     // More parts than batches: some have nothing to do.
     let few = |part: &str| {
         let line = eval(&models[0], &format!("--json --outdir few --part {part}"));
