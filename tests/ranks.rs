@@ -678,6 +678,7 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
             |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
         let errors: Vec<_> = said.iter().map(errors).collect();
         assert_eq!(errors[0], errors[1], "all say the same");
+        assert_eq!(said[1].lines().count(), 1, "one speaks for all: {said:?}");
         errors[0].clone()
     };
     let differs = "edm2k: error: rank 1 differs from rank 0:";
@@ -688,6 +689,9 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
     );
     let other = said(&sample, &sample.replace("steps 2", "steps 3"));
     assert_eq!(other, format!("{differs} parameters.sampler.steps is 3 there, 2 here"));
+    let preset = sample.replace("--steps 2", "--preset edm2-img512-xs-fid");
+    let other = said(&preset, &preset.replace("0-3", "0-2"));
+    assert_eq!(other, format!("{differs} seeds is [0,1,2] there, [0,1,2,3] here"));
     assert!(!place.path("out").exists(), "nothing was begun");
 
     let begun = Instant::now();

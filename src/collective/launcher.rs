@@ -84,7 +84,11 @@ impl World {
                 let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST"));
                 match nodes.as_deref().and_then(first_node) {
                     Some(node) => node,
-                    None => return wrong("MASTER_ADDR is not set, and SLURM_STEP_NODELIST names no machine".into()),
+                    None => {
+                        let list = nodes.unwrap_or_default();
+                        let what = format!("SLURM_STEP_NODELIST is '{list}', expected machines such as a[17-19],b2");
+                        return wrong(format!("{what}; MASTER_ADDR can name that of rank 0"));
+                    }
                 }
             }
             (None, "OMPI_COMM_WORLD_RANK") if get("OMPI_COMM_WORLD_LOCAL_SIZE") == get(names[1]) => "127.0.0.1".into(),
@@ -124,15 +128,20 @@ fn set<'a>(names: &[&'a str], get: &impl Fn(&str) -> Option<String>) -> &'a str 
     names.iter().find(|name| get(name).is_some()).copied().unwrap_or(names[0])
 }
 
-/// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`.
+/// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`, `r0n4` of `r[0-1]n[4-7]`.
 fn first_node(list: &str) -> Option<String> {
-    let end = list.find([',', '[']).unwrap_or(list.len());
-    let (prefix, rest) = list.split_at(end);
-    let Some(inner) = rest.strip_prefix('[') else { return Some(prefix.to_owned()).filter(|name| !name.is_empty()) };
-    let (numbers, behind) = inner.split_once(']')?;
-    let number = numbers.split([',', '-']).next()?;
-    let suffix = behind.split(',').next()?;
-    Some(format!("{prefix}{number}{suffix}")).filter(|name| !name.contains('['))
+    let (mut name, mut rest) = (String::new(), list);
+    while let Some(at) = rest.find([',', '[']) {
+        name += &rest[..at];
+        let Some(inner) = rest[at..].strip_prefix('[') else {
+            rest = "";
+            break;
+        };
+        let (numbers, behind) = inner.split_once(']')?;
+        name += numbers.split([',', '-']).next()?;
+        rest = behind;
+    }
+    Some(name + rest).filter(|name| !name.is_empty() && !name.contains(']'))
 }
 
 #[cfg(test)]
@@ -244,6 +253,13 @@ mod tests {
             ("OMPI_COMM_WORLD_LOCAL_SIZE", "1"),
         ];
         assert!(world(&apart).unwrap_err().contains("MASTER_ADDR is not"), "two machines");
+        let of_srun =
+            [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_LOCALID", "0"), ("SLURM_STEP_ID", "0")];
+        let said = world(&[&of_srun[..], &[("SLURM_STEP_NODELIST", "gpu[1")]].concat()).unwrap_err();
+        assert_eq!(
+            said,
+            "SLURM_STEP_NODELIST is 'gpu[1', expected machines such as a[17-19],b2; MASTER_ADDR can name that of rank 0"
+        );
     }
 
     #[test]
@@ -253,6 +269,9 @@ mod tests {
         assert_eq!(of("a,b").as_deref(), Some("a"));
         assert_eq!(of("gpu[017-018,020],x").as_deref(), Some("gpu017"));
         assert_eq!(of("r[3,5]-ib").as_deref(), Some("r3-ib"));
+        assert_eq!(of("r[0-1]n[0-3]").as_deref(), Some("r0n0"));
+        assert_eq!(of("r[2,4]n[08-11]-ib,x").as_deref(), Some("r2n08-ib"));
+        assert_eq!(of("gpu7],x"), None);
         assert_eq!(of(""), None);
         assert_eq!(of("gpu[1"), None);
     }

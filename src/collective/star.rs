@@ -557,10 +557,15 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         Ok(()) => Answer::Welcome(names.clone()),
         Err(why) => Answer::Refused(why.to_string()),
     };
-    let all = come.iter().filter_map(|[link, _]| link.as_ref());
-    let told = all.map(|link| write_json(link, &answer)).collect::<io::Result<Vec<()>>>();
+    // All are told, though one may have ended since it came.
+    let mut told = Ok(());
+    for ([link, _], name) in come.iter().zip(&names[1..]) {
+        if let Some(Err(cause)) = link.as_ref().map(|link| write_json(link, &answer)) {
+            told = Err(CollectiveError::Lost(format!("{name} has ended ({cause})")));
+        }
+    }
     result?;
-    told.map_err(broken)?;
+    told?;
     let (mut links, mut watches) = (Vec::new(), Vec::new());
     for [link, watch] in come {
         links.extend(link);

@@ -268,7 +268,9 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         sampler.validate()?;
         ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
         let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
-        note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        if ranks.first() {
+            note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        }
     }
     if args.from.is_some() {
         sampler.strength = args.strength.unwrap_or(0.5);
@@ -285,10 +287,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
     let wanted = wanted(args, &mut pipeline)?;
-    warn(&mut pipeline, "");
+    warn(&mut pipeline, ranks, "");
     if let Some(vae) = &args.vae {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
-        warn(&mut pipeline, "--vae ");
+        warn(&mut pipeline, ranks, "--vae ");
     }
     let guided = sampler.guidance != 1.0;
     ensure!(
@@ -312,7 +314,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let size = pipeline.size(&request);
         pipeline.net().config.check_size(size[0], size[1])?;
         request.from = Some(pipeline.beginning(path, size).context("--from")?);
-        warn(&mut pipeline, "--from ");
+        warn(&mut pipeline, ranks, "--from ");
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
@@ -348,8 +350,10 @@ fn given(pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
     }))
 }
 
-fn warn(pipeline: &mut Pipeline, option: &str) {
-    pipeline.warnings().iter().for_each(|warning| note!("warning: {option}{warning}"));
+/// One rank speaks for all, which were given the same.
+fn warn(pipeline: &mut Pipeline, ranks: &Ranks, option: &str) {
+    let warnings = pipeline.warnings();
+    warnings.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {option}{warning}"));
 }
 
 /// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number.
