@@ -318,8 +318,11 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
-    let given = if part.of > 1 { given(&pipeline, &request)? } else { Value::Null };
-    agree_on(ranks.met(), &given)?;
+    let given = if part.of > 1 { given(args, &pipeline, &request)? } else { Value::Null };
+    let mut asked = given.clone();
+    // Parts may see it by another name.
+    asked["outdir"] = args.outdir.display().to_string().into();
+    agree_on(ranks.met(), &asked)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
@@ -333,7 +336,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
 }
 
 /// What all parts must have been given alike.
-fn given(pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
+fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
     let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
     let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
@@ -344,6 +347,7 @@ fn given(pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
         "seeds": request.seeds,
         "per_condition": request.per_condition,
         "batch": request.batch,
+        "save_steps": args.save_steps,
         "conditions": origins,
         "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
         "numbers": pipeline.device().precision().map_or("f32", Precision::name),
