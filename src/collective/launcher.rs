@@ -2,11 +2,12 @@
 //!
 //! | launcher | rank, number of ranks, rank on this machine | address and port of rank 0 |
 //! |---|---|---|
-//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`, the port after `MASTER_PORT`, which torchrun keeps |
-//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
+//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`; the port after `MASTER_PORT`, which torchrun keeps |
+//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR` |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
-//! The first that is there counts. `MASTER_ADDR` and `MASTER_PORT` count everywhere; `EDM2K_PORT` comes before them.
+//! The first that is there counts. Of torchrun's and Open MPI's ranks that are all on one machine, `LOCAL_WORLD_SIZE` and
+//! `OMPI_COMM_WORLD_LOCAL_SIZE` say so, and they meet on loopback. `MASTER_ADDR` and `MASTER_PORT` count everywhere; `EDM2K_PORT` comes before them.
 
 use super::CollectiveError;
 
@@ -47,12 +48,15 @@ impl World {
         // In a batch script, SLURM_PROCID is set too; what srun starts is a step.
         let of_srun = |name: &&str| get(name).is_some() && get("SLURM_STEP_ID").is_some();
         let names = match () {
-            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => {
+                ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+            }
             () if get("OMPI_COMM_WORLD_RANK").is_some() => {
-                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
+                let of = "OMPI_COMM_WORLD_LOCAL_SIZE";
+                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", of]
             }
             () if Some("SLURM_PROCID").filter(of_srun).is_some() => {
-                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
+                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""]
             }
             () => return Ok(None),
         };
@@ -79,6 +83,8 @@ impl World {
         let step = get("SLURM_STEP_ID").filter(|_| names[0] == "SLURM_PROCID");
         let job = job + &step.map_or_else(String::new, |step| format!(".{step}"));
         let address = match (get("MASTER_ADDR"), names[0]) {
+            // All are on this machine: no other needs to reach rank 0.
+            _ if get(names[3]).is_some_and(|here| Some(here) == get(names[1])) => "127.0.0.1".into(),
             (Some(address), _) => address,
             (None, "SLURM_PROCID") => {
                 let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST"));
@@ -91,7 +97,6 @@ impl World {
                     }
                 }
             }
-            (None, "OMPI_COMM_WORLD_RANK") if get("OMPI_COMM_WORLD_LOCAL_SIZE") == get(names[1]) => "127.0.0.1".into(),
             (None, first) => {
                 let what = "expected the name or address of the machine of rank 0";
                 return wrong(format!("{first} is set, but MASTER_ADDR is not, {what}"));
@@ -171,6 +176,8 @@ mod tests {
     fn every_launcher_says_who_a_rank_is() {
         assert_eq!(found(&TORCHRUN), (9, 16, 1, "node0".into(), 29501), "torchrun itself listens at MASTER_PORT");
         assert_eq!(found(&TORCHRUN[..5]), (9, 16, 1, "node0".into(), 29500), "nobody does");
+        let here = |count| [&TORCHRUN[..], &[("LOCAL_WORLD_SIZE", count)]].concat();
+        assert_eq!([found(&here("8")).3, found(&here("16")).3], ["node0", "127.0.0.1"], "all on one machine");
         let chosen = [&TORCHRUN[..], &[("EDM2K_PORT", "7")]].concat();
         assert_eq!(found(&chosen).4, 7);
 
