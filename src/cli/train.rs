@@ -169,7 +169,7 @@ struct Resolved {
 /// Trains, alone or with the ranks that a launcher started, showing progress on stderr.
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let requests = Requests::watch("finishing this step, then saving");
-    match ranks::together(|ranks| train(&args, &requests, ranks))? {
+    match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
         Outcome::Finished => Ok(()),
         Outcome::Stopped => std::process::exit(130),
     }

@@ -39,8 +39,9 @@ use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
-use crate::formats::fingerprint::name;
+use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::formats::{At, FileError};
 pub use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{PictureError, decode, fit, to_model};
@@ -293,6 +294,16 @@ impl Pipeline {
         self.device.check_forward(config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
+    }
+
+    /// The files that were given, by what they are for. Reads them: whoever makes parts of the same knows it by them.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn files(&self) -> Result<Vec<(&'static str, Identity)>, FileError> {
+        let files = [("model", Some(&self.path)), ("gnet", self.guide.as_ref()), ("vae", self.codec.as_ref())];
+        let given = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
+        given.map(|(key, path)| Ok((key, Identity::of_file(path).at(path)?))).collect()
     }
 
     /// Makes all images of a request.

@@ -15,6 +15,9 @@ pub struct Memory {
     pub activations: u64,
 }
 
+/// Is told why there are to be fewer images at a time, and how many.
+pub type Halved<'a> = dyn FnMut(&dyn std::fmt::Display, usize) + 'a;
+
 /// Does `work` with `batch` images at a time. Each time that the device has no memory for so many, it calls `halved`
 /// and tries again with half of them. Afterwards `batch` is the number that worked.
 ///

@@ -14,6 +14,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
+use edm2k::formats::differences::{differing, there_and_here};
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
@@ -71,8 +72,8 @@ fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<
 /// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
 /// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
 pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
-    let Resolved { mut pipeline, request, kept, part } = resolved;
-    let request = &request;
+    let Resolved { mut pipeline, request, kept, part, given } = resolved;
+    let (request, given) = (&request, &given);
     let (own, save_steps) = (images_of(part, request), args.save_steps);
     let count = own.len();
     let mut about = pipeline.parameters(request);
@@ -132,7 +133,7 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match (Parts { request, about: &about, part, out, args }).joined(ranks)? {
+            match (Parts { request, about: &about, part, given, out, args }).joined(ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -141,7 +142,7 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
         target
     } else {
         if part.of > 1 {
-            match (Parts { request, about: &about, part, out, args }).gathered(ranks)? {
+            match (Parts { request, about: &about, part, given, out, args }).gathered(ranks)? {
                 Some(all) => pictures = all,
                 None => return Ok(()),
             }
@@ -177,6 +178,8 @@ struct Parts<'a> {
     /// What all images say of themselves.
     about: &'a Value,
     part: Part,
+    /// What all parts must have been given alike.
+    given: &'a Value,
     out: &'a OutDir,
     args: &'a SampleArgs,
 }
@@ -227,24 +230,42 @@ impl Parts<'_> {
         Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
     }
 
-    /// Whether this process has all parts before it, and is to make of them what one process would make: rank 0, or whichever
-    /// finds that no part is `lacking` images. Else it says which do.
+    /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank 0, or
+    /// whichever part finds that no part is `lacking` images or made them of something else. Otherwise it prints which parts
+    /// are missing.
     fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<usize>) -> anyhow::Result<bool> {
-        let Self { request, part, args, .. } = self;
+        let Self { request, part, given, args, out, .. } = self;
         ranks.met().barrier()?;
         if !ranks.first() {
             return Ok(false);
         }
+        // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
+        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != given.to_string());
+        let mut lacking = |part: Part| match other(part) {
+            Some(_) => images_of(part, request).collect(),
+            None => lacking(part),
+        };
         let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
         let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
-        let Some(&(first, seed)) = missing.first() else { return Ok(true) };
+        let Some(&(first, seed)) = missing.first() else {
+            out.forget();
+            return Ok(true);
+        };
         let (dir, count) = (args.outdir.display(), missing.len());
         ensure!(
             ranks.size() == 1,
             "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
         );
-        let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
+        let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
         parts.dedup();
+        let named = |part: &Part| match other(*part) {
+            Some(noted) => {
+                let noted: Value = serde_json::from_str(&noted).unwrap_or_default();
+                format!("{part} (of something else: {})", differing(given, &noted, there_and_here))
+            }
+            None => part.to_string(),
+        };
+        let parts: Vec<_> = parts.iter().map(named).collect();
         let own = images_of(part, request).len();
         out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
         Ok(false)

@@ -1,11 +1,14 @@
 //! `edm2k sample`: images from conditions.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use edm2k::collective::{Part, agree};
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::collective::{Part, agree_on};
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{Preset, preset};
@@ -244,18 +247,24 @@ struct Resolved {
     kept: Kept,
     /// This process's part of all images.
     part: Part,
+    /// What the other parts must have been given too; null if there are none.
+    given: Value,
 }
 
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| {
+    ranks::together("sample", |ranks| {
         let resolved = resolve(&args, ranks)?;
-        let Resolved { request, kept, part, .. } = &resolved;
+        let Resolved { request, kept, part, given, .. } = &resolved;
         let (own, dir) = (images_of(*part, request), &args.outdir);
         let out = OutDir::claim(dir, args.overwrite, &request.seeds, *part, own, *kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
+        }
+        // Ranks have agreed already.
+        if args.part.is_some() && part.of > 1 {
+            out.note(given).context("--outdir")?;
         }
         draw(resolved, &args, &out, ranks)
     })
@@ -268,7 +277,9 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(preset) = &args.preset {
         ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
         let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
-        note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        if ranks.first() {
+            note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        }
     }
     if args.from.is_some() {
         sampler.strength = args.strength.unwrap_or(0.5);
@@ -285,10 +296,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
     let wanted = wanted(args, &mut pipeline)?;
-    warn(&mut pipeline, "");
+    warn(&mut pipeline, ranks, "");
     if let Some(vae) = &args.vae {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
-        warn(&mut pipeline, "--vae ");
+        warn(&mut pipeline, ranks, "--vae ");
     }
     let guided = sampler.guidance != 1.0;
     ensure!(
@@ -312,13 +323,15 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let size = pipeline.size(&request);
         pipeline.net().config.check_size(size[0], size[1])?;
         request.from = Some(pipeline.beginning(path, size).context("--from")?);
-        warn(&mut pipeline, "--from ");
+        warn(&mut pipeline, ranks, "--from ");
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    let given = json!([pipeline.parameters(&request), request.seeds, request.per_condition, request.batch, origins]);
-    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    let given = if part.of > 1 { given(args, &pipeline, &request)? } else { Value::Null };
+    let mut asked = given.clone();
+    // Parts may see it by another name.
+    asked["outdir"] = args.outdir.display().to_string().into();
+    agree_on(ranks.met(), &asked)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
@@ -329,11 +342,32 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
-    Ok(Resolved { pipeline, request, kept, part })
+    Ok(Resolved { pipeline, request, kept, part, given })
 }
 
-fn warn(pipeline: &mut Pipeline, option: &str) {
-    pipeline.warnings().iter().for_each(|warning| note!("warning: {option}{warning}"));
+/// What all parts must have been given alike.
+fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
+    let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
+    let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    Ok(json!({
+        "files": pipeline.files()?.into_iter().collect::<BTreeMap<_, _>>(),
+        "from": request.from.as_ref().map(|from| Fingerprint::of([bytes(&from.values)])),
+        "parameters": pipeline.parameters(request),
+        "seeds": request.seeds,
+        "per_condition": request.per_condition,
+        "batch": request.batch,
+        "save_steps": args.save_steps,
+        "conditions": origins,
+        "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
+        "numbers": pipeline.device().precision().map_or("f32", Precision::name),
+    }))
+}
+
+/// One rank speaks for all, which were given the same.
+fn warn(pipeline: &mut Pipeline, ranks: &Ranks, option: &str) {
+    let warnings = pipeline.warnings();
+    warnings.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {option}{warning}"));
 }
 
 /// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number.
