@@ -109,6 +109,23 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
+/// Where a product goes: `values[row * rows + column]`.
+pub struct Dst<'a, T> {
+    /// May reach beyond the product.
+    pub values: &'a mut [T],
+    /// Distance between rows.
+    pub rows: usize,
+    /// Whether it is added to what is there.
+    pub accumulate: bool,
+}
+
+impl<'a, T> Dst<'a, T> {
+    /// Instead of what is there, with `rows` values from row to row.
+    pub fn new(values: &'a mut [T], rows: usize) -> Self {
+        Self { values, rows, accumulate: false }
+    }
+}
+
 /// Which threads a matrix product may use.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Threads {
@@ -118,37 +135,13 @@ pub enum Threads {
     All,
 }
 
-/// dst (row-major, m x n) = `beta` * a (m x k) b (k x n), added to what is there if `accumulate`.
-#[allow(clippy::too_many_arguments)]
-pub fn matmul<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    dst: &mut [T],
-    accumulate: bool,
-    a: Mat<T>,
-    b: Mat<T>,
-    beta: T,
-    threads: Threads,
-) {
-    matmul_strided((m, n, k), dst, n, accumulate, a, b, beta, threads);
-}
-
-/// As [`matmul`], with `dst_rows` values from one row of dst to the next.
-#[allow(clippy::too_many_arguments)]
-pub fn matmul_strided<T: Real>(
-    (m, n, k): (usize, usize, usize),
-    dst: &mut [T],
-    dst_rows: usize,
-    accumulate: bool,
-    a: Mat<T>,
-    b: Mat<T>,
-    beta: T,
-    threads: Threads,
-) {
+/// dst (m x n) = `beta` * a (m x k) b (k x n).
+pub fn matmul<T: Real>((m, n, k): (usize, usize, usize), dst: Dst<T>, a: Mat<T>, b: Mat<T>, beta: T, threads: Threads) {
     if m == 0 || n == 0 {
         return;
     }
     let last = |x: &Mat<T>, rows: usize, cols: usize| (rows - 1) * x.rows + (cols - 1) * x.cols;
-    assert!(k > 0 && n <= dst_rows && (m - 1) * dst_rows + n <= dst.len());
+    assert!(k > 0 && n <= dst.rows && (m - 1) * dst.rows + n <= dst.values.len());
     assert!(last(&a, m, k) < a.data.len() && last(&b, k, n) < b.data.len());
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
@@ -160,10 +153,10 @@ pub fn matmul_strided<T: Real>(
             m,
             n,
             k,
-            dst.as_mut_ptr(),
+            dst.values.as_mut_ptr(),
             1,
-            dst_rows as isize,
-            accumulate,
+            dst.rows as isize,
+            dst.accumulate,
             a.data.as_ptr(),
             a.cols as isize,
             a.rows as isize,

@@ -8,7 +8,7 @@ mod common;
 use std::ops::Deref;
 use std::rc::Rc;
 
-use common::{Both, Kernels, Memory, PRECISIONS, assert_same, normals, padded};
+use common::{Both, Kernels, Memory, PRECISIONS, assert_close, normals, padded};
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::codec::{self, ShapeError};
@@ -153,7 +153,7 @@ impl Bench {
         let want = self.cpu.download(&want).unwrap();
         // Sums of f32 on both sides: eps of the mean, which the deviation of 1 makes one of the shift.
         let what = format!("group norm of {shape:?} in {groups}, {}", self.name);
-        assert_same(&what, &found, &want, 2e-6 * f64::from(1.0 + mean.abs()));
+        assert_close(&what, &found, &want, 2e-6 * f64::from(1.0 + mean.abs()));
     }
 
     fn attention(&mut self, [n, h, w, c]: Shape, strength: f32) {
@@ -381,12 +381,12 @@ fn a_whole_decoder() {
         // Recorded, then replayed.
         for _ in 0..2 {
             let got = decoder.image(&mut gpu, size, &latent).unwrap();
-            assert_same(&format!("picture in {precision:?}"), &got, &want, bound);
+            assert_close(&format!("picture in {precision:?}"), &got, &want, bound);
         }
         let got = decoder.decode(&mut gpu, size, &latent).unwrap();
         assert_eq!((got.height(), got.width()), (picture.height(), picture.width()));
         let bytes = |picture: &Picture| picture.rgb().iter().map(|&x| f32::from(x)).collect::<Vec<_>>();
-        assert_same(&format!("bytes in {precision:?}"), &bytes(&got), &bytes(&picture), bound);
+        assert_close(&format!("bytes in {precision:?}"), &bytes(&got), &bytes(&picture), bound);
         // Beyond f16, within bf16.
         let huge = decoder.decode(&mut gpu, size, &[1e30; 24]);
         assert_eq!(matches!(huge, Err(codecs::CodecError::Overflow)), precision == Precision::F16);
@@ -394,7 +394,7 @@ fn a_whole_decoder() {
         // What is larger comes into another workspace.
         let other = decoder.image(&mut gpu, [3, 3], &[latent.clone(), latent[..12].to_vec()].concat()).unwrap();
         assert_eq!(other.len(), 3 * 3 * 64 * 3);
-        assert_same("after another plan", &decoder.image(&mut gpu, size, &latent).unwrap(), &want, bound);
+        assert_close("after another plan", &decoder.image(&mut gpu, size, &latent).unwrap(), &want, bound);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -16,6 +17,9 @@ use edm2k::rng::{Purpose, Stream};
 #[path = "common/command.rs"]
 mod command;
 use command::{printed, refused};
+#[path = "common/place.rs"]
+mod place;
+use place::signal;
 
 /// Scenes of one place, one animal and one colour each, 3 x 4 x 5 of them less some combinations, and things
 /// that only occur in one place.
@@ -295,24 +299,31 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
         };
         let whole = bytes(Vae::train(&rows, &how, |_, _| ()).unwrap());
         let mut first = Learning::new(&rows, &how).unwrap();
-        first.pass(&mut |_| ()).unwrap();
-        first.pass(&mut |_| ()).unwrap();
+        first.pass(&mut |_| ControlFlow::Continue(())).unwrap();
+        first.pass(&mut |_| ControlFlow::Continue(())).unwrap();
         first.save(&progress, None).unwrap();
         let mut second = Learning::load(&progress, &rows, &how, None).unwrap();
         assert_eq!(second.passes(), 2);
         let mut seen = 0;
         while !second.is_done() {
-            second.pass(&mut |rows| seen += rows).unwrap();
+            let mut step = |rows| {
+                seen += rows;
+                ControlFlow::Continue(())
+            };
+            second.pass(&mut step).unwrap();
         }
         assert_eq!(seen, 2 * rows.tags.len());
         assert!(bytes(second.finish().unwrap()) == whole, "{:?}", rows.kind);
+
+        let mut broken = Learning::load(&progress, &rows, &how, None).unwrap();
+        assert!(broken.pass(&mut |_| ControlFlow::Break(())).unwrap().is_none() && broken.passes() == 2);
 
         let good = fs::read(&progress).unwrap();
         let refused = |rows: &Rows, how: &Training, expected: &str| {
             let error = Learning::load(&progress, rows, how, None).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}; expected {expected}");
         };
-        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with the options");
+        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with seed 0, now 1; give the same");
         let mut bad = good.clone();
         *bad.last_mut().unwrap() ^= 1;
         fs::write(&progress, &bad).unwrap();
@@ -362,6 +373,9 @@ fn the_commands_work_together_on_real_tags() {
         assert!((norm - 1.0).abs() < 1e-5, "norm {norm}");
     }
 
+    let images = ["sample", "--model", "c.safetensors", "--outdir", "out"];
+    let said = refused(command::edm2k(dir, &images).assert());
+    assert!(said.contains("a condition model, which --condition-model takes, expected a model of images"), "{said}");
     let unknown = ["sample", "--model", "c.safetensors", "--tags", &format!("{}x", common.tag)];
     let message = refused(edm2k(dir, &unknown));
     assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");
@@ -392,8 +406,24 @@ fn a_training_that_is_killed_goes_on_with_the_same_command() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(progress.exists() && !dir.path().join("c.safetensors").exists(), "it was killed in time");
+    // Who is asked to end leaves what was learnt, and nothing else.
+    let mut child = train("t.safetensors", "2000").spawn().unwrap();
+    while !dir.path().join("t.safetensors.progress").exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    signal(&child, "-TERM");
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(130) && text.contains("of 2000 passes; the same command again"), "{text}");
+    let left = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut left: Vec<String> = left.filter(|name| name.starts_with("t.")).collect();
+    left.sort();
+    assert_eq!(left, ["t.safetensors.progress"]);
     let (code, text) = said(train("c.safetensors", "41"));
-    assert!(code == Some(1) && text.contains("of a training with the options") && text.lines().count() == 1, "{text}");
+    assert!(
+        code == Some(1) && text.contains("of a training with epochs 40, now 41") && text.lines().count() == 1,
+        "{text}"
+    );
     let (code, text) = said(train("c.safetensors", "40"));
     assert!(code == Some(0) && text.contains("going on after "), "{text}");
     let read = |name: &str| fs::read(dir.path().join(name)).unwrap();

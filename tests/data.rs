@@ -843,7 +843,14 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     assert!(matches!(data.header().conditioning, Conditioning::Features { .. }) && data.condition_dim() == 6);
     // Without a file of features, they stay.
     let featured = content(&out);
-    retag(&shop.folder(), &settings, &|_| ()).unwrap();
+    let told = Mutex::new(String::new());
+    let tell = |event: Event| {
+        if let Event::Warning { text } = event {
+            *told.lock().unwrap() += text;
+        }
+    };
+    retag(&shop.folder(), &settings, &tell).unwrap();
+    assert!(told.lock().unwrap().contains("conditions stay features"), "{told:?}");
     for ((_, _, was, image), (id, words, now, kept)) in featured.iter().zip(content(&out)) {
         assert!(*was == now && *image == kept && !words.contains("first"), "{id}");
     }
@@ -1797,7 +1804,7 @@ fn every_fault_of_a_shard_is_an_error_that_says_what_and_where() {
 fn faults_of_the_directory_are_named_too() {
     let dir = tempfile::tempdir().unwrap();
     let open = || Dataset::open(dir.path(), Split::Train).unwrap_err().to_string();
-    assert!(open().contains("vocabulary.json: No such file"), "{}", open());
+    assert!(open().contains("no dataset of edm2k (there is no vocabulary.json in it)"), "{}", open());
     fs::write(dir.path().join("vocabulary.json"), "{}").unwrap();
     assert!(open().contains("vocabulary.json: not a vocabulary"), "{}", open());
     two_tags(dir.path());

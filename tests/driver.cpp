@@ -129,6 +129,11 @@ API cuDeviceGet(int* device, int ordinal) { return *device = 7, ordinal == 0 ? S
 API cuDeviceGetName(char* name, int size, int device) {
     return strncpy(name, "Emulated Card", size), device == 7 ? SUCCESS : INVALID_DEVICE;
 }
+// That of the card which CUDA_VISIBLE_DEVICES leaves.
+API cuDeviceGetUuid_v2(char* uuid, int device) {
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    return memset(uuid, visible ? atoi(visible) + 1 : 1, 16), device == 7 ? SUCCESS : INVALID_DEVICE;
+}
 API cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, SUCCESS; }
 // Its compute capability.
 int card() {

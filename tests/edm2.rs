@@ -174,6 +174,32 @@ fn damage_is_named() {
     assert!(error.contains("entry b.npy: a value of NaN, expected finite numbers"), "{error}");
     assert_eq!(data.check(&mut || ()).unwrap(), 1);
 
+    // What was compressed, by what the directory says of the first entry.
+    write(&path, &images, Some(labels(&names)), false);
+    let mut file = fs::read(&path).unwrap();
+    let place = file.windows(4).rposition(|bytes| bytes == b"PK\x01\x02").unwrap();
+    file[place + 10] = 8;
+    fs::write(&path, &file).unwrap();
+    refuses("it is compressed, expected a stored one: unpack the archive, and pack it by `zip -0 -r`");
+
+    // What an archive is made of, and what has no tags.
+    write(&path, &images, Some(labels(&names)), false);
+    fs::create_dir(dir.path().join("folder")).unwrap();
+    fs::write(dir.path().join("folder/dataset.json"), labels(&names)).unwrap();
+    let error = Dataset::open(&dir.path().join("folder"), Split::Train).unwrap_err().to_string();
+    assert!(error.contains("folder: an unpacked EDM2 dataset: `dataset_tool.py convert` packs it"), "{error}");
+    for (line, expected) in [
+        (
+            "condition train --data d.zip --out c.safetensors",
+            "its conditions are classes, so there is nothing to invent",
+        ),
+        ("condition tags --data d.zip", "d.zip: a zip of EDM2's, whose conditions are classes; it has no tags"),
+        ("condition tags --data folder", "folder: an unpacked EDM2 dataset"),
+    ] {
+        let said = refused_in_one_line(edm2k(dir.path(), &line.split(' ').collect::<Vec<_>>()).assert());
+        assert!(said.contains(expected), "{said}");
+    }
+
     // Every shorter file is refused, and no byte makes a panic.
     write(&path, &images, Some(labels(&names)), true);
     let good = fs::read(&path).unwrap();
@@ -215,6 +241,16 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let said = printed(run(&format!("eval --model {model} --data data.zip --split train --device cpu")));
     assert!(said.contains("9 images of the train split"), "{said}");
 
+    for (file, expected) in [
+        ("--check data.zip", "conditions are classes (3)\n"),
+        ("--check data.zip", "checked        the archive is whole\n"),
+        (model, "conditions are classes (3)\n"),
+        ("run", "conditions of 3 values: classes (3)\n"),
+    ] {
+        let said = printed(run(&format!("info {file}")));
+        assert!(said.contains(expected) && !said.contains("tags"), "{said}");
+    }
+
     let sample = format!("sample --model {model} --steps 2 --device cpu");
     fs::write(at.join("names.txt"), "tench, Tinca tinca\ngoldfish\nshark\n").unwrap();
     run(&format!("{sample} --outdir a --class 2 --class Goldfish --class-names names.txt")).success();
@@ -236,7 +272,18 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let pixels = |name: &str| image::open(at.join(name)).unwrap();
     assert!(pixels("d/000000.png") == pixels("a/000000.png"));
 
+    fs::write(at.join("more.txt"), "tench\ngoldfish\nshark\nray\n").unwrap();
+    for (names, warns) in [("more.txt", true), ("names.txt", false)] {
+        let done = run(&format!("{sample} --outdir w-{names} --class 1 --class-names {names}")).success();
+        let said = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+        assert_eq!(said.contains("more.txt: 4 classes, but the model has 3"), warns, "{said}");
+    }
+    // Away from a class, and away from none.
+    run(&format!("{sample} --outdir n --class 2 --negative Goldfish --class-names names.txt")).success();
+    assert_eq!(condition("n/000000.png")["negative"], json!({"class": 1, "name": "goldfish"}));
+
     for (arguments, expected) in [
+        ("--class 1 --negative 3", "--negative: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class 3", "--class: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
         ("--class shrk --class-names names.txt", "--class: unknown class \"shrk\", did you mean \"shark\"?"),
         ("--class shark", "--class: \"shark\" is no number, and there are no names of classes"),
@@ -249,6 +296,18 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     let presets = format!("sample --model {model} --device cpu --outdir f --preset");
     let said = refused_in_one_line(run(&format!("{presets} edm2-img512-s-guid-fid")));
     assert!(said.contains("there is no --gnet"), "{said}");
+    // What is given goes before what the preset says.
+    let dir = format!("sample --model {model} --device cpu --class 1 --preset edm2-img64-s-fid --outdir");
+    run(&format!("{dir} g --steps 2")).success();
+    run(&format!("{dir} h --steps 2 --guidance 1.5 --solver euler")).success();
+    let sampler = |name: &str| {
+        let text = png::read_text(&at.join(name)).unwrap();
+        let json = &text.iter().find(|(keyword, _)| keyword == "edm2k").unwrap().1;
+        let sampler = serde_json::from_str::<Value>(json).unwrap()["sampler"].clone();
+        [&sampler["solver"], &sampler["steps"], &sampler["guidance"]].map(Value::clone)
+    };
+    assert_eq!(sampler("g/000000.png"), [json!("heun"), json!(2), json!(1.0)]);
+    assert_eq!(sampler("h/000000.png"), [json!("euler"), json!(2), json!(1.5)]);
 }
 
 #[test]

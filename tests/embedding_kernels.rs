@@ -8,7 +8,7 @@
 mod common;
 
 use bytemuck::Zeroable;
-use common::{Bench, Memory, assert_same, in_rows, normals, read};
+use common::{Bench, Memory, assert_close, in_rows, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleLayer, ScaleTable};
 use edm2k::backend::gpu::launch::DevicePtr;
@@ -47,7 +47,7 @@ impl Bench {
     }
 
     fn same32(&self, what: &str, got: &[f32], want: &[f32]) {
-        assert_same(&format!("{what}, {}", self.name), got, want, BOUND);
+        assert_close(&format!("{what}, {}", self.name), got, want, BOUND);
     }
 }
 

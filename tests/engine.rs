@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
+use edm2k::backend::gpu::codec::Loaded;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
 use edm2k::backend::gpu::engine::Gpu;
@@ -17,7 +18,9 @@ use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Normalization, Shape, Slot, TrainingBackend, Values};
-use edm2k::collective::{Alone, Collective, CollectiveError};
+#[cfg(feature = "emulator")]
+use edm2k::collective::CollectiveError;
+use edm2k::collective::{Alone, Collective};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::config::{Preset, preset};
@@ -25,17 +28,31 @@ use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
 use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
 use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status, Training};
-use edm2k::verify::{Bounds, Device, Outcome, verify};
+use edm2k::verify::{Bounds, Outcome, verify};
+use edm2k::{Backends, DeviceError};
+
+/// Backends of a GPU or the emulator, whichever is there.
+struct On(Rc<dyn Runtime>, Precision);
+
+impl Backends for On {
+    type Network = Gpu;
+    type Codec = Gpu<Loaded>;
+
+    fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {
+        Gpu::for_sampling(self.0.clone(), self.1, table)
+    }
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Gpu, DeviceError> {
+        Gpu::for_training(self.0.clone(), self.1, table, averages)
+    }
+    fn codec(&self) -> Result<Gpu<Loaded>, DeviceError> {
+        Gpu::for_codec(self.0.clone(), self.1)
+    }
+}
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     let Some(runtime) = common::runtime() else { return };
-    let device = Device {
-        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), precision, table),
-        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), precision, table, averages),
-        bounds: Bounds::of(precision),
-    };
     let mut failed = Vec::new();
-    let summary = verify(dir, &device, &|| Gpu::for_codec(runtime.clone(), precision), &mut |outcome| {
+    let summary = verify(dir, &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if matches!(outcome, Outcome::Check(check) if !check.ok) {
             failed.push(outcome.to_string());
         }
@@ -106,13 +123,9 @@ fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
     for name in ["ops.safetensors", "precond.json"] {
         std::fs::copy(Path::new("tests/golden").join(name), dir.path().join(name)).unwrap();
     }
-    let device = Device {
-        sampling: &|table: &ParamTable| Gpu::for_sampling(runtime.clone(), Precision::F16, table),
-        training: &|table: &ParamTable, averages| Gpu::for_training(runtime.clone(), Precision::F16, table, averages),
-        bounds: Bounds::of(Precision::F16),
-    };
     let mut skipped = Vec::new();
-    let summary = verify(dir.path(), &device, &|| Gpu::for_codec(runtime.clone(), Precision::F16), &mut |outcome| {
+    let precision = Precision::F16;
+    let summary = verify(dir.path(), &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if let Outcome::Skip { name, why } = outcome {
             skipped.push(format!("{name}: {why}"));
         }
@@ -494,12 +507,14 @@ fn a_replayed_plan_computes_what_its_operations_do_at_once() {
 // ---- ranks --------------------------------------------------------------------------------------
 
 /// One of two ranks that are given the same: a sum is twice a value.
+#[cfg(feature = "emulator")]
 #[derive(Default)]
 struct Twins {
     /// The bytes of what was summed, in their order.
     sums: Vec<std::ops::Range<usize>>,
 }
 
+#[cfg(feature = "emulator")]
 impl Collective for Twins {
     fn rank(&self) -> usize {
         0
@@ -549,10 +564,10 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
     let values = |n: usize, seed| common::normals(n, seed, 0.5);
     let inputs = |b: &mut B, [n, h, w]: [usize; 3]| {
         let (c, dim) = (model.net.config.img_channels, model.net.config.label_dim);
-        let images = [1, 2].map(|seed| b.upload([n, h, w, c], &values(n * h * w * c, seed)));
-        let rest = [([n, 1, 1, 1], vec![0.7; n]), ([n, 1, 1, dim], values(n * dim, 3))];
-        let rest = rest.map(|(shape, values)| b.upload(shape, &values));
-        images.into_iter().chain(rest).collect::<Vec<_>>()
+        let [clean, noisy] = [1, 2].map(|seed| b.upload([n, h, w, c], &values(n * h * w * c, seed)));
+        let sigma = b.upload([n, 1, 1, 1], &vec![0.7; n]);
+        let labels = Some(b.upload([n, 1, 1, dim], &values(n * dim, 3)));
+        train::Inputs { clean, noisy, sigma, keys: None, labels }
     };
     let loaded = || {
         let mut b = make();
@@ -566,7 +581,7 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
         let (mut whole, mut said) = (Vec::new(), Vec::new());
         for (number, &size) in sizes.iter().enumerate() {
             let [own, theirs] = [&mut b, &mut plain].map(|b| inputs(b, size));
-            train::shared_micro_batch(&mut b, &model.net, 0.0, &own, &mut |b, done| {
+            train::shared_micro_batch(&mut b, &model.net, 0.0, own, &mut |b, done| {
                 if number + 1 == sizes.len() {
                     let buckets = b.buckets().whole(done);
                     said.push(buckets);
@@ -574,7 +589,7 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
                 }
             })
             .unwrap();
-            train::micro_batch(&mut plain, &model.net, 0.0, &theirs).unwrap();
+            train::micro_batch(&mut plain, &model.net, 0.0, theirs).unwrap();
         }
         let count = b.buckets().ids().len();
         said.dedup();

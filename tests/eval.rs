@@ -171,7 +171,7 @@ fn what_does_not_fit_is_one_clear_line() {
         ("deep", &[], "tests/data/emoji: an image of 32x32 (width x height), expected both to be multiples of 64"),
         ("junk", &[], "junk: not a whole safetensors file"),
         ("nowhere", &[], "nowhere: No such file"),
-        ("right", &["--data", "demo"], "demo/vocabulary.json: No such file"),
+        ("right", &["--data", "demo"], "demo: no dataset of edm2k (there is no vocabulary.json in it)"),
         ("right", &["--images", "1", "--plot", "Cargo.toml/x.svg"], "Cargo.toml/x.svg: Not a directory"),
     ];
     for (model, options, message) in cases {

@@ -11,7 +11,8 @@ use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::verify::{Bounds, Device, Outcome, Summary, verify};
+use edm2k::verify::{Bounds, Outcome, Summary, verify};
+use edm2k::{Backends, Device, Numbers, Work};
 use serde_json::json;
 
 #[path = "common/command.rs"]
@@ -24,16 +25,22 @@ fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
 
 /// On the CPU, as if its arithmetic allowed for these bounds.
 fn replay_within(dir: &Path, bounds: Bounds) -> (Summary, Vec<Outcome>) {
-    let device: Device<Cpu> = Device {
-        sampling: &|table| Ok(Cpu::for_sampling(table)),
-        training: &|table, averages| Ok(Cpu::for_training(table, averages)),
-        bounds,
-    };
-    let mut outcomes = Vec::new();
-    let summary =
-        verify(dir, &device, &|| Ok(Cpu::<f32, ()>::for_codec()), &mut |outcome| outcomes.push(outcome.clone()))
-            .unwrap();
-    (summary, outcomes)
+    Device::open("cpu").unwrap().run(Replay { dir, bounds })
+}
+
+struct Replay<'a> {
+    dir: &'a Path,
+    bounds: Bounds,
+}
+
+impl Work for Replay<'_> {
+    type Output = (Summary, Vec<Outcome>);
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let mut outcomes = Vec::new();
+        let summary = verify(self.dir, backends, self.bounds, &mut |outcome| outcomes.push(outcome.clone()));
+        (summary.unwrap(), outcomes)
+    }
 }
 
 /// Names of the checks that failed.
@@ -46,7 +53,10 @@ fn failures(outcomes: &[Outcome]) -> Vec<&str> {
 }
 
 fn assert_all_ok(dir: &Path, at_least: usize) {
-    let (summary, outcomes) = replay(dir);
+    assert_ok(dir, &replay(dir), at_least);
+}
+
+fn assert_ok(dir: &Path, (summary, outcomes): &(Summary, Vec<Outcome>), at_least: usize) {
     let failed = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Check(check) if !check.ok));
     let failed: Vec<String> = failed.map(Outcome::to_string).collect();
     assert!(failed.is_empty(), "{}:\n{}", dir.display(), failed.join("\n"));
@@ -70,25 +80,18 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
     if !bf16_is_available() {
         return eprintln!("skipped: this processor has no AVX-512 BF16");
     }
-    let device: Device<Cpu> = Device {
-        sampling: &|table| Ok(Cpu::for_sampling(table).with_bf16(true)),
-        training: &|table, averages| Ok(Cpu::for_training(table, averages).with_bf16(true)),
-        bounds: Bounds::of(Precision::Bf16),
-    };
+    let device = Device::open("cpu").unwrap().with_numbers(Numbers::Bf16).unwrap();
     for (dir, at_least) in [("tests/golden", 900), ("tests/golden_odd", 300)] {
-        let mut failed = Vec::new();
-        let mut worst = 0.0;
-        let mut note = |outcome: &Outcome| match outcome {
-            Outcome::Check(check) if !check.ok => failed.push(outcome.to_string()),
-            Outcome::Check(check) if check.name.ends_with("D_x") => worst = check.error.max(worst),
-            _ => {}
-        };
-        let codec = || Ok(Cpu::<f32, ()>::for_codec().with_bf16(true));
-        let summary = verify(Path::new(dir), &device, &codec, &mut note).unwrap();
-        assert!(failed.is_empty(), "{dir}:\n{}", failed.join("\n"));
-        assert!(summary.ok >= at_least, "only {} checks in {dir}", summary.ok);
+        let dir = Path::new(dir);
+        let replayed = device.run(Replay { dir, bounds: Bounds::of(Precision::Bf16) });
+        assert_ok(dir, &replayed, at_least);
+        let errors = replayed.1.iter().filter_map(|outcome| match outcome {
+            Outcome::Check(check) if check.name.ends_with("D_x") => Some(check.error),
+            _ => None,
+        });
+        let worst = errors.fold(0.0, f64::max);
         // It would be 1e-6 if the products were of f32.
-        assert!(worst > 1e-4, "{dir}: {worst:e}");
+        assert!(worst > 1e-4, "{}: {worst:e}", dir.display());
     }
 }
 

@@ -103,7 +103,7 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
     assert!(refused(&dir.path().join("nowhere")).contains("No such file"));
     let folder = dir.path().join("folder");
     fs::create_dir(&folder).unwrap();
-    assert!(refused(&folder).contains("vocabulary.json: No such file"));
+    assert!(refused(&folder).contains("folder: no dataset of edm2k (there is no vocabulary.json in it)"));
 }
 
 #[test]
@@ -221,12 +221,16 @@ fn a_checkpoint_becomes_the_snapshot_that_its_run_wrote() {
     }
     fs::remove_file(&out).unwrap();
 
+    let said = refused_in_one_line(info(&[run.join("stats.jsonl").to_str().unwrap()]));
+    assert!(said.contains("stats.jsonl: the statistics of a run; give the run's directory"), "{said}");
+
     let refused = |arguments: &[&str], expected: &str| {
         let said = refused_in_one_line(export(arguments, &out));
         assert!(said.contains(expected) && !out.exists(), "{said}; expected {expected}");
     };
     refused(&[&from[..], &["--ema", "0.2"]].concat(), "--ema 0.2: the averages in ");
     refused(&["--from-checkpoint", "demo/emoji.safetensors"], "emoji.safetensors: no checkpoint of a run");
+    refused(&["demo/emoji.safetensors", "--ema", "0.1"], "--ema says which average of a checkpoint to take");
     refused(&[shown], "a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it");
     let mut bytes = fs::read(&checkpoint).unwrap();
     let middle = bytes.len() / 2;
@@ -368,4 +372,39 @@ fn an_onnx_file_is_refused_by_a_build_without_onnx() {
     let path = dir.path().join("tagger.onnx");
     fs::write(&path, b"\x08\x08\x12\x07pytorch").unwrap();
     assert!(refused(&path).contains("built without ONNX"));
+}
+
+/// What is wider is wrapped, and then a line that was copied is no command.
+#[test]
+fn no_example_of_a_help_is_wider_than_a_terminal() {
+    let help = |of: &[&str]| printed(here(&[of, &["--help"]].concat()).assert());
+    let names = |help: &str| -> Vec<String> {
+        let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+        let names = commands.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+        names
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| *name != "help")
+            .map(String::from)
+            .collect()
+    };
+    let mut helps = Vec::new();
+    for name in names(&help(&[])) {
+        let text = help(&[&name]);
+        helps.extend(names(&text).iter().map(|inner| help(&[&name, inner])));
+        helps.push(text);
+    }
+    assert!(helps.len() > 12, "{}", helps.len());
+    let mut seen = 0;
+    for text in &helps {
+        let examples = text.lines().skip_while(|line| *line != "Examples:").skip(1).take_while(|line| !line.is_empty());
+        let mut goes_on = false;
+        for line in examples {
+            let begins = ["  edm2k ", "  torchrun ", "  EDM2K_TOKEN="].iter().any(|start| line.starts_with(start));
+            assert!(line.chars().count() <= 98 && begins != goes_on, "{line}");
+            goes_on = line.ends_with('\\');
+            seen += 1;
+        }
+        assert!(!goes_on);
+    }
+    assert!(seen > 40, "{seen} lines");
 }

@@ -10,7 +10,7 @@
 mod common;
 
 use bytemuck::Zeroable;
-use common::{Bench, Memory, assert_same, normals, read};
+use common::{Bench, Memory, assert_close, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::structs::{self, LossParams, NoiseStream, StepScalars, StepTotals, WeightRow, WeightStep};
@@ -45,7 +45,7 @@ impl Bench {
     }
 
     fn same32(&self, what: &str, got: &[f32], want: &[f32], bound: f64) {
-        assert_same(&format!("{what}, {}", self.name), got, want, bound);
+        assert_close(&format!("{what}, {}", self.name), got, want, bound);
     }
 
     fn same16(&self, what: &str, got: &Memory, want: &[f32]) {

@@ -61,11 +61,11 @@ fn sizes_have_a_plan_each_in_one_workspace() {
 /// Networks that the CPU takes and the kernels do not: a line that says why, no panic.
 #[test]
 fn what_the_kernels_cannot_do_is_said() {
-    let refused = |json: serde_json::Value, emas: usize| {
+    let refused = |json: serde_json::Value, averages: usize| {
         let config = serde_json::from_value(json).unwrap();
         let (net, table) = Precond::new(&config).unwrap();
         let runtime = Rc::new(Imagined::rtx_4090());
-        match Gpu::for_training(runtime, Precision::F16, &table, emas) {
+        match Gpu::for_training(runtime, Precision::F16, &table, averages) {
             Err(why) => why.to_string(),
             Ok(mut gpu) => rehearse(&mut gpu, &net, 0.0, [1, 8, 8]).unwrap_err().to_string(),
         }
@@ -76,14 +76,14 @@ fn what_the_kernels_cannot_do_is_said() {
             "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": head,
         })
     };
-    for (config, emas, words) in [
+    for (config, averages, words) in [
         (network(20, 20, 0), 1, "pixel norm of 20 channels"),
         (network(48, 24, 0), 1, "heads of 24 channels"),
         (network(1792, 64, 0), 1, "1792 noise channels"),
         (network(16, 16, 40_000), 1, "rows of 40000 values"),
         (network(16, 16, 0), 5, "5 moving averages"),
     ] {
-        let found = refused(config, emas);
+        let found = refused(config, averages);
         assert!(found.contains(words), "{found}, expected {words}");
     }
 }

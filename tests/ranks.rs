@@ -43,7 +43,7 @@ fn world(rank: usize, size: usize, port: u16) -> World {
 }
 
 fn join(world: World, seconds: u64) -> Result<Star, CollectiveError> {
-    Star::join(world, Duration::from_secs(seconds), |_| {})
+    Star::join(world, Duration::from_secs(seconds), None, |_| {})
 }
 
 /// Does `work` on `size` ranks that meet, each in a thread; what it returns on each.
@@ -109,6 +109,15 @@ fn ranks_come_in_any_order() {
     assert_eq!(errors(late.collect(), 20), [None, None, None]);
 }
 
+/// Debian's machines have their own name as 127.0.1.1, which no other can call.
+#[cfg(target_os = "linux")]
+#[test]
+fn rank_0_is_reached_from_elsewhere_though_its_name_means_loopback_to_itself() {
+    let port = free_port();
+    let own = World { address: "127.0.1.1".into(), ..world(0, 2, port) };
+    assert_eq!(errors(vec![(0, own), (200, world(1, 2, port))], 5), [None, None]);
+}
+
 #[test]
 fn who_does_not_come_is_named_to_all_who_came() {
     let port = free_port();
@@ -122,6 +131,20 @@ fn who_does_not_come_is_named_to_all_who_came() {
     let nowhere = World { address: "no-such-machine.invalid".into(), ..world(1, 2, port) };
     let nowhere = errors(vec![(0, nowhere)], 1).remove(0).unwrap();
     assert!(nowhere.starts_with("rank 1 found no rank 0 at no-such-machine.invalid:"), "{nowhere}");
+}
+
+#[test]
+fn who_says_nothing_at_the_port_is_another_program() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let begun = Instant::now();
+    let said = errors(vec![(0, world(1, 2, port))], 1).remove(0).unwrap();
+    let why = "another program may be there; EDM2K_PORT sets another port on all ranks";
+    assert!(
+        said.starts_with(&format!("rank 0 at 127.0.0.1:{port} said nothing for 1")) && said.ends_with(why),
+        "{said}"
+    );
+    assert!(begun.elapsed() < Duration::from_secs(18), "it is not waited for twice");
 }
 
 #[test]
@@ -139,6 +162,29 @@ fn who_does_not_fit_is_named_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(20), "nobody waits for the limit");
 }
 
+/// As a launcher does that starts a rank again.
+#[test]
+fn a_rank_that_ends_while_the_others_come_leaves_its_place() {
+    let place = Place::new();
+    let port = free_port();
+    let rank = |rank, seconds: &str| {
+        let mut command = place.rank(rank, 3, port, &options("run", 10));
+        command.env("EDM2K_RANKS_TIMEOUT", seconds).spawn().unwrap()
+    };
+    let one_ends = |seconds: &str| {
+        let (first, second) = (rank(0, seconds), rank(1, seconds));
+        sleep(Duration::from_millis(1500));
+        signal(&second, "-KILL");
+        outputs(vec![second]);
+        first
+    };
+    let said = text(&outputs(vec![one_ends("3")])[0]);
+    assert!(said.contains("2 of 3 ranks did not come within 3 s: rank 1, rank 2"), "{said}");
+    for output in outputs(vec![one_ends("30"), rank(1, "30"), rank(2, "30")]) {
+        assert!(output.status.success(), "{}", text(&output));
+    }
+}
+
 #[test]
 fn strangers_and_other_jobs_disturb_no_meeting() {
     let port = free_port();
@@ -152,7 +198,8 @@ fn strangers_and_other_jobs_disturb_no_meeting() {
         huge.write_all(b"edm2krnk\xff\xff\xff\xff").unwrap();
         let other = World { job: "another".into(), ..world(1, 2, port) };
         let refused = join(other, 20).err().unwrap().to_string();
-        assert_eq!(refused, "rank 0 refuses: rank 0 belongs to another job");
+        assert!(refused.starts_with("rank 0 refuses: it belongs to job 'a test', rank 1 ("), "{refused}");
+        assert!(refused.ends_with(" to job 'another'"), "{refused}");
         met.join().unwrap()
     });
     assert_eq!(said, [None, None]);
@@ -190,13 +237,36 @@ fn a_rank_that_is_at_other_work_when_one_is_lost_is_told_too() {
     thread::scope(|scope| {
         scope.spawn(move || {
             let tell = move |who: &str| drop(sender.send(who.to_owned()));
-            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), tell).unwrap();
+            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), None, tell).unwrap();
             let who = told.recv_timeout(Duration::from_secs(30)).unwrap();
             assert!(who.starts_with("rank 1 (") && who.ends_with(") has ended"), "{who}");
             drop(ranks);
         });
         scope.spawn(move || drop(join(world(1, 2, port), 20).unwrap()));
     });
+}
+
+#[test]
+fn who_is_at_work_is_waited_for_unless_all_have_as_much_to_do() {
+    for longest in [None, Some(2)] {
+        let port = free_port();
+        thread::scope(|scope| {
+            let rank = |rank, longest: Option<u64>| {
+                let longest = longest.map(Duration::from_secs);
+                Star::join(world(rank, 2, port), Duration::from_secs(20), longest, |_| {}).unwrap()
+            };
+            scope.spawn(move || {
+                let mut slow = rank(1, None);
+                sleep(Duration::from_secs(5));
+                let _ = slow.barrier();
+            });
+            let said = rank(0, longest).barrier().map_err(|why| why.to_string());
+            match longest {
+                None => assert_eq!(said, Ok(())),
+                Some(_) => assert!(said.unwrap_err().ends_with(") has waited 2 s for the other ranks")),
+            }
+        });
+    }
 }
 
 // ---- training -------------------------------------------------------------------------------
@@ -386,7 +456,7 @@ fn several_ranks_on_cards_compute_what_one_does() {
     fs::write(place.path("config.json"), CONFIG.replace(": 8", ": 16")).unwrap();
     let (libraries, _) = driver::stand_in("driver.cpp", "libcuda.so.1", &[]);
     let (_nccl, nccl) = driver::stand_in("nccl.cpp", "libnccl.so.2", &[]);
-    let train = |out: &str, size: usize, early: bool| {
+    let start = |out: &str, size: usize, early: bool, cards: usize| {
         let intervals = "--grid 0 --validate 0 --snapshot 0 --status 7 --checkpoint 0";
         // Several micro-batches, of which one rank has more than the other.
         let options = format!(
@@ -398,10 +468,21 @@ fn several_ranks_on_cards_compute_what_one_does() {
             let mut command = place.rank(rank, size, port, &options);
             command.env("LD_LIBRARY_PATH", libraries.path()).env("EMULATOR_LIBRARY", env!("EMULATOR_LIBRARY"));
             command.env("EDM2K_NCCL", &nccl).env("TMPDIR", place.dir()).env_remove("EDM2K_NO_GPU");
+            command.env("CUDA_VISIBLE_DEVICES", (rank % cards).to_string());
             early.then(|| command.env("DRIVER_EARLY", "1"));
             command.spawn().unwrap()
         });
-        let ended = outputs(ranks.collect());
+        outputs(ranks.collect())
+    };
+    for output in start("none", 2, false, 1) {
+        assert!(
+            text(&output).contains("rank 0 and rank 1 have the same card, Emulated Card (cuda:0) of "),
+            "{}",
+            text(&output)
+        );
+    }
+    let train = |out: &str, size: usize, early: bool| {
+        let ended = start(out, size, early, size);
         ended.iter().for_each(|output| assert!(output.status.success(), "{out}: {}", text(output)));
     };
     train("one", 1, false);
@@ -561,8 +642,67 @@ fn what_differs_between_ranks_is_named() {
     assert!(said.contains("rank 1 differs from rank 0: ema is [0.1] there, [0.05,0.1] here; keep is 7 there, 3 here"));
     let said = with("--data other");
     assert!(said.contains("rank 1 differs from rank 0: data.content is "), "{said}");
+    // Other images to validate on, or none.
+    for (name, theirs) in [("others", Some("other/validation-00000.safetensors")), ("none", None)] {
+        fs::create_dir(place.path(name)).unwrap();
+        for (file, content) in files(&place.path("data")) {
+            fs::write(place.path(name).join(file), content).unwrap();
+        }
+        let shard = place.path(name).join("validation-00000.safetensors");
+        fs::remove_file(&shard).unwrap();
+        // It would know another shard of that name.
+        fs::remove_file(place.path(name).join("summary.json")).unwrap();
+        theirs.map(|theirs| fs::copy(place.path(theirs), &shard).unwrap());
+    }
+    let said = with("--data others");
+    assert!(said.contains("rank 1 differs from rank 0: validation.content is "), "{said}");
+    let said = with("--data none");
+    assert!(said.contains("rank 1 differs from rank 0: validation.images is 0 there, 9 here"), "{said}");
     let said = with("--lr nan");
     assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
+}
+
+#[test]
+fn what_differs_between_ranks_is_named_whatever_they_do() {
+    let place = Place::new();
+    let emoji = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/emoji.safetensors");
+    let sample = format!("sample --model {emoji} --device cpu --steps 2 --seeds 0-3 --batch 2 --outdir out");
+    let eval = format!("eval --model {emoji} --data data --device cpu --images 2");
+    let said = |ours: &str, theirs: &str| {
+        let port = free_port();
+        let ranks = [ours, theirs].into_iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn());
+        let ended = outputs(ranks.map(Result::unwrap).collect());
+        let said: Vec<_> = ended.iter().map(text).collect();
+        ended.iter().for_each(|output| assert_eq!(output.status.code(), Some(1), "{said:?}"));
+        let errors =
+            |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
+        let errors: Vec<_> = said.iter().map(errors).collect();
+        assert_eq!(errors[0], errors[1], "all say the same");
+        assert_eq!(said[1].lines().count(), 1, "one speaks for all: {said:?}");
+        errors[0].clone()
+    };
+    let differs = "edm2k: error: rank 1 differs from rank 0:";
+    assert_eq!(said(&sample, &eval), format!("{differs} it was told to eval, rank 0 to sample"));
+    assert_eq!(
+        said(&sample, &sample.replace("0-3", "0-2,4")),
+        format!("{differs} seeds is [0,1,2,4] there, [0,1,2,3] here")
+    );
+    let other = said(&sample, &sample.replace("steps 2", "steps 3"));
+    assert_eq!(other, format!("{differs} parameters.sampler.steps is 3 there, 2 here"));
+    let preset = sample.replace("--steps 2", "--preset edm2-img512-xs-fid");
+    let other = said(&preset, &preset.replace("0-3", "0-2"));
+    assert_eq!(other, format!("{differs} seeds is [0,1,2] there, [0,1,2,3] here"));
+    assert!(!place.path("out").exists(), "nothing was begun");
+
+    let begun = Instant::now();
+    let (port, line) = (free_port(), options("run", 40));
+    let lines = [&line, &format!("{line} --dry-run")];
+    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+    let ended = outputs(ranks.collect());
+    let said = text(&ended[0]);
+    assert!(said.contains("rank 1 (") && said.contains(") has ended already: was it given another command?"), "{said}");
+    assert!(begun.elapsed() < Duration::from_secs(9), "nobody waits for a rank that has said goodbye");
+    assert!(ended[1].status.success(), "{}", text(&ended[1]));
 }
 
 #[test]
@@ -604,6 +744,13 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     let expected = place.run(1, &eval(&models[0], "--json"));
     assert_eq!(place.run(3, &eval(&models[0], "--json")), expected);
 
+    let (port, ours) = (free_port(), eval(&models[0], ""));
+    let lines = [&ours, &ours.replace("--images 7", "--images 5")];
+    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+    for output in outputs(ranks.collect()) {
+        assert!(text(&output).contains("rank 1 differs from rank 0: images is 5 there, 7 here"), "{}", text(&output));
+    }
+
     let part = |part: &str, more: &str| {
         let line = eval(&models[0], &format!("--outdir losses --plot losses.svg --part {part} {more}"));
         succeed(&mut place.rank(0, 1, 0, &line))
@@ -629,6 +776,17 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     assert!(again.contains("losses-1-of-3.safetensors exists; give --overwrite"), "{again}");
     assert_eq!(part("1/3", "--json --overwrite"), expected);
     assert!(fs::read_to_string(place.path("losses.svg")).unwrap().starts_with("<svg"));
+    // Parts that end together: one of them prints and draws.
+    for round in 0..8 {
+        let line =
+            |part| eval(&models[0], &format!("--json --outdir round-{round} --plot round-{round}.svg --part {part}"));
+        let ranks = ["1/2", "2/2"].map(|part| place.rank(0, 1, 0, &line(part)).spawn().unwrap());
+        let ended = outputs(ranks.into());
+        ended.iter().for_each(|output| assert!(output.status.success(), "{round}: {}", text(output)));
+        let tables = ended.iter().filter(|output| output.stdout == expected.as_bytes()).count();
+        assert_eq!(tables, 1, "{round}: {ended:?}");
+        assert!(place.path(&format!("round-{round}.svg")).exists());
+    }
     // More parts than batches: some have nothing to do.
     let few = |part: &str| {
         let line = eval(&models[0], &format!("--json --outdir few --part {part}"));
@@ -687,6 +845,34 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 2/3 --overwrite")));
     succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 3/3 --overwrite")));
     same("parts");
+
+    // Another model under the same name, on one rank or for one part.
+    let model = Model::load(emoji).unwrap();
+    let mut other = model.weights.clone();
+    other[0].iter_mut().for_each(|weight| *weight *= 1.5);
+    for (dir, weights) in [("a", &model.weights), ("b", &other)] {
+        fs::create_dir(place.path(dir)).unwrap();
+        let path = place.path(dir).join("m.safetensors");
+        save(&path, &model.net.config, &model.meta, &model.table, weights, Stored::F16).unwrap();
+    }
+    let of = |dir: &str, more: &str| sample("mixed", more).replace(emoji, &format!("{dir}/m.safetensors"));
+    let port = free_port();
+    let ranks = ["a", "b"].into_iter().enumerate();
+    let ranks = ranks.map(|(rank, dir)| place.rank(rank, 2, port, &of(dir, "")).spawn().unwrap());
+    for output in outputs(ranks.collect()) {
+        let said = text(&output);
+        assert!(said.contains("rank 1 differs from rank 0: files.model is m.safetensors ("), "{said}");
+    }
+    assert!(!place.path("mixed").exists(), "nothing was begun");
+    succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2")));
+    let said = succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2")));
+    assert!(
+        said.contains("6 are still missing, of part 1/2 (of something else: files.model is m.safetensors ("),
+        "{said}"
+    );
+    succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
+    let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
+    assert!(names.iter().eq(expected.keys()), "{names:?}");
 
     for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
         let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();
@@ -810,6 +996,23 @@ fn ranks_and_parts_prepare_the_dataset_that_one_process_prepares() {
     let of_all = |said: &str| said.lines().filter(|line| line.starts_with("  ")).map(str::to_owned).collect::<Vec<_>>();
     assert!(of_all(&said) == of_all(&whole) && of_all(&said).len() == 5, "{said}\n{whole}");
     same("ranks");
+
+    // Nothing is made of other records, or with other options.
+    let fewer = fs::read_to_string(place.path("all.jsonl")).unwrap();
+    fs::write(place.path("fewer.jsonl"), fewer.lines().skip(1).map(|line| format!("{line}\n")).collect::<String>())
+        .unwrap();
+    for (change, why) in [
+        (("all.jsonl", "fewer.jsonl"), "metadata is fewer.jsonl ("),
+        (("--size 8x8", "--size 8x8 --background #000000"), "background is [0,0,0] there, [255,255,255] here"),
+    ] {
+        let (port, ours) = (free_port(), prepare("unlike", ""));
+        let lines = [&ours, &ours.replace(change.0, change.1)];
+        let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+        for output in outputs(ranks.collect()) {
+            assert!(text(&output).contains(&format!("rank 1 differs from rank 0: {why}")), "{}", text(&output));
+        }
+        assert!(!place.path("unlike").exists(), "nothing was begun");
+    }
 
     let part = |part: &str| succeed(&mut place.rank(0, 1, 0, &prepare("parts", &format!("--part {part}"))));
     let said = part("3/3");

@@ -740,6 +740,11 @@ fn prompts_have_weights_negatives_and_seeds() {
     bench.sample("--outdir c --tags heart --seeds 40").success();
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     assert!(pixels("c/000040.png") != pixels("b/000040.png"));
+    fs::write(bench.path("away.txt"), "{\"negative\": \"heart\"}\n").unwrap();
+    bench.sample("--outdir away --prompts away.txt").success();
+    assert_eq!(bench.about("away/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
+    fs::write(bench.path("away.txt"), "cat\n{\"seed\": 7}\n").unwrap();
+    bench.fails("--outdir e --prompts away.txt", "--prompts: away.txt line 2: neither tags nor negative ones");
     bench.sample("--outdir d --negative heart").success();
     assert_eq!(bench.about("d/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
 
@@ -793,6 +798,12 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
     assert!(little < 12.0 && much > 2.0 * little, "mean difference {little:.1} and {much:.1}");
     let about = bench.about("f/000000.png");
     assert_eq!((&about["from"], &about["sampler"]["strength"]), (&json!("drawing.png"), &json!(0.05)));
+    let said = |size: &str| {
+        let done = bench.sample(&format!("--outdir cut{size} --from drawing.png --tags cat --size {size}")).success();
+        String::from_utf8(done.get_output().stderr.clone()).unwrap()
+    };
+    let cut = "warning: --from drawing.png: 60 % of it is cut off to fit it to 16x32";
+    assert!(said("16x32").contains(cut) && !said("16x16").contains("cut off"));
     bench.fails("--outdir e --from drawing.png --strength 2", "strength = 2, expected a number above 0, up to 1");
     bench.fails("--outdir e --strength 0.5", "--from");
     let chunk = |kind: &[u8], data: &[u8]| {
@@ -829,6 +840,15 @@ fn invented_conditions_are_mixed() {
     let mixed = bench.about("c/000000.png")["condition"]["mix"].clone();
     assert_eq!((&mixed[0][1], &mixed[1][0]["invented"]), (&json!(0.6), &json!(1)));
     bench.fails("--outdir d --condition-model c.safetensors --mix random-0", "'random-0', expected SOURCE:WEIGHT");
+    for (mix, expected) in [
+        ("random-70000:1", "'random-70000', expected random-0 to random-65535"),
+        ("data:2", "'data:2' has no weight, expected data:2:WEIGHT"),
+        ("cat:0.5,dog:0.5", "cat: there is no such file; tags are mixed by their weights in --tags"),
+        ("a\\,b:c.png:1", "'c.png' is not an id"),
+    ] {
+        fs::create_dir_all(bench.path("data")).unwrap();
+        bench.fails(&format!("--outdir d --condition-model c.safetensors --mix {mix}"), expected);
+    }
     bench.fails("--outdir d --mix random-0:1", "--mix random-0:1: there is no condition model");
     bench.fails("--outdir d --mix a.png:x", "--mix a.png:x: 'x' is not a weight");
     bench.fails(
@@ -929,13 +949,13 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     let mut cpu = Cpu::<f32, ()>::for_codec();
     let codec = CodecFile::open(bench.path("vae.safetensors")).unwrap();
     let [mean, _] = codec.encoder(&mut cpu).unwrap().encode(&mut cpu, &picture).unwrap().scaled();
-    let planes: Vec<f32> = (0..4).flat_map(|c| mean.iter().skip(c).step_by(4).copied()).collect();
-    let write = |name: &str, shape: &[usize]| {
-        let bytes: Vec<u8> = planes.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let mut planes: Vec<f32> = (0..4).flat_map(|c| mean.iter().skip(c).step_by(4).copied()).collect();
+    let write = |name: &str, values: &[f32], shape: &[usize]| {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         safetensors::write(bench.path(name), &[("x", Dtype::F32, shape, &bytes)], &HashMap::new()).unwrap();
     };
-    write("z.safetensors", &[1, 4, 16, 16]);
-    write("odd.safetensors", &[4, 8, 32]);
+    write("z.safetensors", &planes, &[1, 4, 16, 16]);
+    write("odd.safetensors", &planes, &[4, 8, 32]);
 
     // Latents, with little left to do, are nearly what they were, and noise is not.
     let made = |options: &str, out: &str| {
@@ -962,6 +982,10 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     assert_eq!(bench.about("c/000005.png")["from"], "a.png");
     bench.fails("--outdir f --from a.png", "makes latents, so a picture needs an autoencoder to begin from");
     bench.fails("--outdir f --from odd.safetensors", "odd.safetensors: ");
+    planes[7] = f32::NAN;
+    write("nan.safetensors", &planes, &[1, 4, 16, 16]);
+    let named = "--from: nan.safetensors: tensor x: found NaN at 7, expected finite numbers";
+    bench.fails("--outdir f --from nan.safetensors", named);
     assert!(!bench.path("f").exists());
 }
 

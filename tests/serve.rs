@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use edm2k::model::Config;
+use edm2k::sample::SamplerConfig;
 use edm2k::{Device, Pipeline, Request};
 use serde_json::{Value, json};
 
@@ -883,6 +884,23 @@ impl Document {
         let answer = self.resolve(&self.0["paths"][path][method]["responses"][status.to_string()]);
         self.fits(&answer["content"]["application/json"]["schema"], value, &format!("{method} {path}")).unwrap();
     }
+}
+
+/// The page takes its own from there.
+#[test]
+fn the_document_has_the_defaults_of_sampling() {
+    let (document, usual) = (document(), SamplerConfig::default());
+    let defaults = |properties: &Value| -> serde_json::Map<String, Value> {
+        let all = properties.as_object().unwrap().iter();
+        all.filter_map(|(key, property)| Some((key.clone(), property.get("default")?.clone()))).collect()
+    };
+    let said = defaults(&document.0["components"]["schemas"]["Sampler"]["properties"]);
+    let named: BTreeSet<&str> = said.keys().map(String::as_str).collect();
+    assert_eq!(named, ["guidance", "rho", "sigma_max", "sigma_min", "solver", "steps", "strength"].into());
+    assert_eq!(serde_json::from_value::<SamplerConfig>(said.into()).unwrap(), usual);
+    let body = document.0.pointer("/paths/~1sdapi~1v1~1txt2img/post/requestBody/content/application~1json/schema");
+    let said = defaults(&body.unwrap()["properties"]);
+    assert_eq!((&said["steps"], &said["cfg_scale"]), (&json!(usual.steps), &json!(usual.guidance)));
 }
 
 #[test]

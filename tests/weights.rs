@@ -1,4 +1,4 @@
-//! Weights as people have them: what `torch.save` writes, in both of its forms, autoencoders under their first names, and
+//! Weights as people have them: what `torch.save` writes, in both of its forms, and `pickle.dump`, autoencoders under their first names, and
 //! networks of which only the tensors are known.
 
 use std::collections::BTreeMap;
@@ -15,6 +15,9 @@ mod archive;
 #[path = "common/autoencoder.rs"]
 mod autoencoder;
 use archive::zip;
+#[path = "common/command.rs"]
+mod command;
+use command::{edm2k, here, printed, refused};
 
 /// Opcodes of protocol 2, as `pickle` writes them.
 struct Pickler(Vec<u8>);
@@ -48,13 +51,44 @@ impl Pickler {
     /// A tensor whose storage is kept outside, under a key.
     fn tensor(&mut self, key: &str, shape: &[usize]) {
         self.global("torch._utils", "_rebuild_tensor_v2");
-        self.0.extend(b"((");
+        self.0.push(b'(');
+        self.stored(key, shape.iter().product());
+        self.view(shape);
+    }
+
+    fn stored(&mut self, key: &str, numel: usize) {
+        self.0.push(b'(');
         self.text("storage");
         self.global("torch", "FloatStorage");
         self.text(key);
         self.text("cpu");
-        self.int(shape.iter().product());
+        self.int(numel);
         self.0.extend(b"tQ");
+    }
+
+    /// A name, and a tensor with its storage.
+    fn alone(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+        self.text(name);
+        self.global("torch._utils", "_rebuild_tensor_v2");
+        self.0.push(b'(');
+        self.global("torch.storage", "_load_from_bytes");
+        let alone = storage(values);
+        if self.0[1] == 2 {
+            self.global("_codecs", "encode");
+            self.text(&alone.iter().map(|&byte| char::from(byte)).collect::<String>());
+            self.text("latin1");
+            self.0.extend(b"\x86R");
+        } else {
+            self.0.push(b'B');
+            self.0.extend((alone.len() as u32).to_le_bytes());
+            self.0.extend(alone);
+        }
+        self.0.extend(b"\x85R");
+        self.view(shape);
+    }
+
+    /// The rest of a tensor's arguments, and its call.
+    fn view(&mut self, shape: &[usize]) {
         self.int(0);
         self.ints(shape);
         let strides: Vec<usize> = (0..shape.len()).map(|side| shape[side + 1..].iter().product()).collect();
@@ -106,14 +140,20 @@ fn torch_zip(tensors: &Tensors, within: Option<&str>) -> Vec<u8> {
     zip(&entries.iter().map(|(name, data)| (&name[..], data.clone())).collect::<Vec<_>>(), false)
 }
 
-/// The form of before 2020: five pickles, then the storages.
-fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
+/// The first three pickles of the form of before 2020.
+fn legacy_start() -> Vec<u8> {
     let mut bytes = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.".to_vec();
     let mut machine = Pickler::new();
     machine.0.extend(b"}(");
     machine.text("little_endian");
     machine.0.extend(b"\x88u");
     bytes.extend(machine.end());
+    bytes
+}
+
+/// The form of before 2020: five pickles, then the storages.
+fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
+    let mut bytes = legacy_start();
     bytes.extend(pickled(tensors, None));
     let mut keys = Pickler::new();
     keys.0.extend(b"](");
@@ -128,12 +168,47 @@ fn torch_legacy(tensors: &Tensors) -> Vec<u8> {
     bytes
 }
 
+/// A dictionary as `pickle.dump` writes it, each storage within it as bytes; at protocol 2 these are texts. Tensors of a part
+/// that has a name are in a dictionary of that name.
+fn dumped(protocol: u8, parts: &[(&str, &Tensors)]) -> Vec<u8> {
+    let mut p = Pickler(vec![0x80, protocol]);
+    p.0.extend(b"}(");
+    for (name, tensors) in parts {
+        if !name.is_empty() {
+            p.text(name);
+            p.0.extend(b"}(");
+        }
+        tensors.iter().for_each(|(name, (shape, values))| p.alone(name, shape, values));
+        if !name.is_empty() {
+            p.0.push(b'u');
+        }
+    }
+    p.0.push(b'u');
+    p.end()
+}
+
+/// What `torch.save` makes of a storage alone.
+fn storage(values: &[f32]) -> Vec<u8> {
+    let mut bytes = legacy_start();
+    let mut about = Pickler::new();
+    about.stored("0", values.len());
+    bytes.extend(about.end());
+    let mut keys = Pickler::new();
+    keys.0.push(b']');
+    keys.text("0");
+    keys.0.push(b'a');
+    bytes.extend(keys.end());
+    bytes.extend((values.len() as u64).to_le_bytes());
+    bytes.extend(little(values));
+    bytes
+}
+
 fn prefixed(tensors: &Tensors, prefix: &str) -> Tensors {
     tensors.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect()
 }
 
 #[test]
-fn both_forms_of_torch_save_are_read_and_damage_is_an_error() {
+fn what_torch_and_pickle_write_is_read_and_damage_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("w.pt");
     let tensors: Tensors = BTreeMap::from([
@@ -149,7 +224,9 @@ fn both_forms_of_torch_save_are_read_and_damage_is_an_error() {
         assert_eq!((file.shape("b").unwrap(), file.f32("b").unwrap()), (&[][..], vec![-7.5]));
     };
     let wrapped = torch_zip(&prefixed(&tensors, "module."), Some("state_dict"));
-    for bytes in [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped] {
+    let saved = [torch_zip(&tensors, None), torch_zip(&tensors, Some("ema")), torch_legacy(&tensors), wrapped];
+    let dumps = [2, 3, 5].map(|protocol| dumped(protocol, &[("", &tensors)]));
+    for bytes in saved.into_iter().chain(dumps).chain([dumped(4, &[("ema", &tensors)])]) {
         fs::write(&path, &bytes).unwrap();
         same(&weights::open(&path).unwrap());
         for length in (0..bytes.len()).step_by(7) {
@@ -233,6 +310,11 @@ fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusio
         assert_eq!((opened.network(), opened.factor()), (Network::SdVae, 4));
         assert_eq!(opened.autoencoder().unwrap().unwrap().fingerprint, expected, "the same encoder");
     }
+    // It is called what it is where a model is expected, whatever its names are.
+    for vae in [&path, &ckpt] {
+        let why = Model::load(vae).map(|_| ()).unwrap_err().to_string();
+        assert!(why.contains("an autoencoder, which --vae takes, expected a model of images"), "{why}");
+    }
     renamed.insert("decoder.up.2.block.7.conv1.weight".into(), (vec![1], vec![0.0]));
     fs::write(&ckpt, torch_zip(&renamed, None)).unwrap();
     assert!(CodecFile::open(&ckpt).unwrap_err().to_string().contains("decoder.up_blocks.0.resnets.7.conv1.weight"));
@@ -274,8 +356,90 @@ fn a_bare_state_dict_of_a_network_has_its_config_read_off_its_shapes() {
     // What is none says so, and NVIDIA's snapshots are sent to `import`.
     let other = dir.path().join("other.pt");
     fs::write(&other, torch_zip(&BTreeMap::from([("x".into(), (vec![1], vec![0.0]))]), None)).unwrap();
-    let refused = |path: &Path| ModelFile::open(path).map(|_| ()).unwrap_err().to_string();
-    assert!(refused(&other).contains("so this is not a model file"));
+    let why = |path: &Path| ModelFile::open(path).map(|_| ()).unwrap_err().to_string();
+    assert!(why(&other).contains("so this is not a model file"));
     let snapshot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_style_snapshot_nosrc.pkl");
-    assert!(refused(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", refused(&snapshot));
+    assert!(why(&snapshot).contains("`edm2k import` reads NVIDIA's snapshots"), "{}", why(&snapshot));
+}
+
+#[test]
+fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
+    let dir = tempfile::tempdir().unwrap();
+    for (width, heads) in [(64, 32), (32, 16)] {
+        let config = serde_json::json!({
+            "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": width, "channel_mult": [1],
+            "num_blocks": 1, "channels_per_head": heads,
+        });
+        let config: Config = serde_json::from_value(config).unwrap();
+        let model = Model::init(&config, 1).unwrap();
+        let named = model.table.iter().zip(&model.weights);
+        let tensors = named.map(|((_, spec), x)| (spec.name.clone(), (spec.shape.clone(), x.clone()))).collect();
+        fs::write(dir.path().join("bare.pt"), torch_zip(&tensors, None)).unwrap();
+        let unsaid = "does not say how wide attention heads are";
+        if width == 64 {
+            let said = edm2k(dir.path(), &["sample", "--model", "bare.pt", "--outdir", "out", "--steps", "1"]).assert();
+            let said = String::from_utf8(said.success().get_output().stderr.clone()).unwrap();
+            assert!(said.contains(&format!("warning: bare.pt: it {unsaid}, 64 is assumed")), "{said}");
+            let info = printed(edm2k(dir.path(), &["info", "bare.pt"]).assert());
+            assert!(info.contains(&format!("note           it {unsaid}")), "{info}");
+        } else {
+            let why = refused(edm2k(dir.path(), &["info", "bare.pt"]).assert());
+            assert!(why.contains(&format!("{unsaid}, and as in EDM2 they cannot be: channels_per_head = 64")), "{why}");
+        }
+        let json = format!("{{\"channels_per_head\": {heads}, \"clip_act\": 7}}");
+        fs::write(dir.path().join("net.json"), json).unwrap();
+        let import = ["import", "bare.pt", "--config", "net.json", "--out", "model.safetensors", "--overwrite"];
+        edm2k(dir.path(), &import).assert().success();
+        let read = Model::load(dir.path().join("model.safetensors")).unwrap();
+        assert_eq!((read.net.config.channels_per_head, read.net.config.clip_act), (heads, 7.0));
+        assert!(read.weights == model.weights && read.doubts.is_empty());
+    }
+    // Without a config it is no snapshot, and needs no import.
+    let why = refused(edm2k(dir.path(), &["import", "bare.pt", "--out", "again.safetensors"]).assert());
+    assert!(why.contains("can be given to --model or --vae as it is"), "{why}");
+    fs::write(dir.path().join("dump.pkl"), dumped(4, &[("net", &Tensors::new())])).unwrap();
+    let why = refused(edm2k(dir.path(), &["import", "dump.pkl", "--out", "again.safetensors"]).assert());
+    assert!(why.contains("it has no ema, as snapshots have; weights alone can be given to --model"), "{why}");
+    let again = ["import", "model.safetensors", "--config", "net.json", "--out", "again.safetensors"];
+    let why = refused(edm2k(dir.path(), &again).assert());
+    assert!(why.contains("metadata \"config\": it is there"), "{why}");
+    fs::write(dir.path().join("net.json"), "{\"heads\": 32}").unwrap();
+    let wrong = ["import", "bare.pt", "--config", "net.json", "--out", "again.safetensors"];
+    let why = refused(edm2k(dir.path(), &wrong).assert());
+    assert!(why.contains("--config net.json: ") && why.contains("unknown field `heads`"), "{why}");
+}
+
+#[test]
+fn an_average_of_weights_goes_before_the_weights_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": 64, "channel_mult": [1], "num_blocks": 1,
+    });
+    let config: Config = serde_json::from_value(config).unwrap();
+    let of = |seed: u64| -> (Model, Tensors) {
+        let model = Model::init(&config, seed).unwrap();
+        let named = model.table.iter().zip(&model.weights);
+        let tensors = named.map(|((_, spec), x)| (spec.name.clone(), (spec.shape.clone(), x.clone()))).collect();
+        (model, tensors)
+    };
+    let ((_, raw), (average, ema)) = (of(1), of(2));
+    let path = dir.path().join("both.pt");
+    for (parts, said) in [
+        (vec![("net", &raw), ("ema", &ema)], "'ema', not 'net'"),
+        (vec![("model_ema", &ema), ("model", &raw), ("state_dict", &raw)], "'model_ema', not 'state_dict', 'model'"),
+        (vec![("", &prefixed(&raw, "online.")), ("", &prefixed(&ema, "model_ema."))], "'model_ema.', not 'online.'"),
+    ] {
+        fs::write(&path, dumped(4, &parts)).unwrap();
+        let read = Model::load(&path).unwrap();
+        assert!(read.weights == average.weights, "{said}");
+        assert!(read.doubts[0].contains(&format!("its network is that of {said}")), "{:?}", read.doubts);
+    }
+    // What is called an average and has no tensors is none.
+    fs::write(&path, dumped(4, &[("ema", &Tensors::new()), ("net", &ema)])).unwrap();
+    assert!(Model::load(&path).unwrap().weights == average.weights);
+    let info = printed(here(&["info", path.to_str().unwrap()]).assert());
+    assert!(!info.contains("its network"), "{info}");
+    fs::write(&path, dumped(4, &[("generator", &raw), ("step", &Tensors::new())])).unwrap();
+    let why = weights::open(&path).unwrap_err().to_string();
+    assert!(why.contains("found a dictionary of 'generator', 'step', expected tensors, or some within ema, "), "{why}");
 }

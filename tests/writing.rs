@@ -8,11 +8,14 @@ use std::io::{ErrorKind, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
 #[path = "common/command.rs"]
 mod command;
+#[path = "common/place.rs"]
+mod place;
+use place::Place;
 
 use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically};
 use edm2k::model::file::save;
@@ -157,14 +160,9 @@ fn a_directory_has_one_owner_or_many_who_share() {
 
 // ---- commands -------------------------------------------------------------------------------
 
-fn edm2k(dir: &Path, arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-    command.args(arguments.split_whitespace()).current_dir(dir).stdout(Stdio::null()).stderr(Stdio::null());
-    command
-}
-
-fn output(dir: &Path, arguments: &str) -> Output {
-    edm2k(dir, arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
+/// The command under way, unheard.
+fn start(place: &Place, arguments: &str) -> Child {
+    place.command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 fn said(output: &Output) -> String {
@@ -174,15 +172,15 @@ fn said(output: &Output) -> String {
 }
 
 /// A directory with a small model of 16x16 RGB images.
-fn place() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
+fn place() -> Place {
+    let place = Place::empty();
     let config = r#"{"img_resolution": 16, "img_channels": 3, "label_dim": 0, "model_channels": 8,
         "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}"#;
     let config: Config = serde_json::from_str(config).unwrap();
     let mut model = Model::init(&config, 1).unwrap();
     model.meta.source = "a\nedm2k: all is well\u{1b}[2J".into();
-    save(dir.path().join("m"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
-    dir
+    save(place.path("m"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    place
 }
 
 fn emoji() -> PathBuf {
@@ -192,7 +190,7 @@ fn emoji() -> PathBuf {
 #[test]
 fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
     let place = place();
-    let dir = place.path();
+    let dir = place.dir();
     let data = emoji().display().to_string();
     fs::create_dir(dir.join("folder")).unwrap();
     fs::write(dir.join("keep.svg"), "keep").unwrap();
@@ -214,7 +212,7 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
         ("sample --model m --steps 10000 --outdir m", "m: "),
     ];
     for (arguments, message) in cases {
-        let output = output(dir, arguments);
+        let output = place.command(arguments).output().unwrap();
         let said = said(&output);
         assert!(output.status.code() == Some(1) && said.contains(message), "{arguments}: {said}expected {message}");
     }
@@ -222,14 +220,15 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
     assert!(fs::metadata("/dev/null").unwrap().file_type().is_char_device());
     assert_eq!(names(dir), ["folder", "keep.svg", "m", "pipe"]);
     fs::create_dir_all(dir.join("pictures/000001.png")).unwrap();
-    let output_ = output(dir, "sample --model m --steps 10000 --outdir pictures --overwrite --seeds 0-1");
-    assert!(said(&output_).contains("000001.png is a directory"), "{}", said(&output_));
+    let output =
+        place.command("sample --model m --steps 10000 --outdir pictures --overwrite --seeds 0-1").output().unwrap();
+    assert!(said(&output).contains("000001.png is a directory"), "{}", said(&output));
     assert_eq!(names(&dir.join("pictures")), ["000001.png"]);
     // The dataset's own files as its metadata.
     fs::create_dir(dir.join("d")).unwrap();
     let own = r#"{"id": 1, "file": "a.png", "tags": ["a"]}"#;
     fs::write(dir.join("d/vocabulary.json"), own).unwrap();
-    let output = output(dir, "prepare --images . --metadata d/vocabulary.json --size 8x8 --out d");
+    let output = place.command("prepare --images . --metadata d/vocabulary.json --size 8x8 --out d").output().unwrap();
     assert!(said(&output).contains("expected another file"), "{}", said(&output));
     assert_eq!(fs::read_to_string(dir.join("d/vocabulary.json")).unwrap(), own);
 }
@@ -237,18 +236,21 @@ fn outputs_are_claimed_before_the_work_and_nothing_is_overwritten_unasked() {
 #[test]
 fn seeds_can_be_added_later_or_at_the_same_time() {
     let place = place();
-    let dir = place.path();
+    let dir = place.dir();
     let sample = "sample --model m --steps 2 --device cpu --outdir out --seeds";
     for seeds in ["0-3", "4-7"] {
-        let output = output(dir, &format!("{sample} {seeds}"));
+        let output = place.command(&format!("{sample} {seeds}")).output().unwrap();
         assert!(output.status.success(), "{}", said(&output));
     }
-    assert!(said(&output(dir, &format!("{sample} 7-8"))).contains("000007.png exists; give --overwrite"));
+    assert!(
+        said(&place.command(&format!("{sample} 7-8")).output().unwrap())
+            .contains("000007.png exists; give --overwrite")
+    );
     assert_eq!(
         names(&dir.join("out")).iter().filter(|name| name.starts_with("grid")).collect::<Vec<_>>(),
         ["grid-2.png", "grid.png"]
     );
-    let all: Vec<_> = (1..9).map(|k| edm2k(dir, &format!("{sample} {k}0-{k}2 --overwrite")).spawn().unwrap()).collect();
+    let all: Vec<_> = (1..9).map(|k| start(&place, &format!("{sample} {k}0-{k}2 --overwrite"))).collect();
     for mut child in all {
         assert!(child.wait().unwrap().success());
     }
@@ -260,15 +262,15 @@ fn seeds_can_be_added_later_or_at_the_same_time() {
 #[test]
 fn two_exports_to_one_path_leave_one_whole_file() {
     let place = place();
-    let dir = place.path();
+    let dir = place.dir();
     let mut whole = HashMap::new();
     for dtype in ["f32", "f16"] {
-        assert!(output(dir, &format!("export m --dtype {dtype} --out {dtype}")).status.success());
+        assert!(place.command(&format!("export m --dtype {dtype} --out {dtype}")).output().unwrap().status.success());
         whole.insert(fs::read(dir.join(dtype)).unwrap(), dtype);
     }
     for _ in 0..20 {
-        let both = ["f32", "f16"]
-            .map(|dtype| edm2k(dir, &format!("export m --dtype {dtype} --out both --overwrite")).spawn().unwrap());
+        let both =
+            ["f32", "f16"].map(|dtype| start(&place, &format!("export m --dtype {dtype} --out both --overwrite")));
         let codes = both.map(|mut child| child.wait().unwrap().code().unwrap());
         let found = fs::read(dir.join("both")).ok();
         assert!(found.as_ref().is_none_or(|bytes| whole.contains_key(bytes)), "a torn file");
@@ -281,7 +283,7 @@ fn two_exports_to_one_path_leave_one_whole_file() {
 #[test]
 fn what_cannot_be_printed_stops_no_work() {
     let place = place();
-    let dir = place.path();
+    let dir = place.dir();
     let shell = |arguments: &str, redirection: &str| {
         let script = format!("exec {} {arguments} {redirection}", env!("CARGO_BIN_EXE_edm2k"));
         Command::new("bash").args(["-c", &script]).current_dir(dir).output().unwrap()
@@ -304,8 +306,8 @@ fn what_cannot_be_printed_stops_no_work() {
 #[test]
 fn names_and_texts_of_files_stay_within_their_line() {
     let place = place();
-    let dir = place.path();
-    let told = said(&output(dir, "info m"));
+    let dir = place.dir();
+    let told = said(&place.command("info m").output().unwrap());
     assert!(told.contains("source         a\\nedm2k: all is well\\u001b[2J") && !told.contains('\u{1b}'), "{told}");
     let odd = "no\u{1b}[31m\nsuch";
     for long in [odd.to_owned(), format!("{odd}{}", "x".repeat(3000))] {

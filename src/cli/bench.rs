@@ -20,7 +20,7 @@ use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::stats::peak_mib;
-use edm2k::train::{MicroBatch, micro_batch};
+use edm2k::train::{self, MicroBatch, micro_batch};
 
 use super::say::{self, out};
 
@@ -164,12 +164,20 @@ pub fn load_random<B: TrainingBackend>(b: &mut B, table: &ParamTable, how: Norma
     Ok(b.make_effective(Slot::Weight, how)?)
 }
 
-/// Random inputs of a pass: n images, noise levels and labels.
-pub fn random_inputs(config: &Config, [h, w]: [usize; 2], n: usize) -> [(Shape, Vec<f32>); 3] {
+/// So many images, noise levels and, unless it is unconditional, labels.
+pub fn random_inputs(config: &Config, [h, w]: [usize; 2], n: usize) -> Vec<(Shape, Vec<f32>)> {
     let mut x = vec![0.0; n * h * w * config.img_channels];
     Stream::new(0, Purpose::SampleNoise, 0).normals(&mut x);
     let dim = config.label_dim;
-    [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n]), ([n, 1, 1, dim], vec![0.03; n * dim])]
+    let images = [([n, h, w, config.img_channels], x), ([n, 1, 1, 1], vec![1.0; n])];
+    images.into_iter().chain((dim > 0).then(|| ([n, 1, 1, dim], vec![0.03; n * dim]))).collect()
+}
+
+/// Those as a micro-batch.
+pub fn random_micro_batch<B: TrainingBackend>(b: &mut B, inputs: &[(Shape, Vec<f32>)]) -> train::Inputs<B::Tensor> {
+    let mut upload = |(shape, values): &(Shape, Vec<f32>)| b.upload(*shape, values);
+    let (clean, noisy, sigma) = (upload(&inputs[0]), upload(&inputs[0]), upload(&inputs[1]));
+    train::Inputs { clean, noisy, sigma, keys: None, labels: inputs.get(2).map(upload) }
 }
 
 impl Bench<'_> {
@@ -273,11 +281,10 @@ impl Bench<'_> {
 
     fn forward<B: TrainingBackend>(&mut self, b: &mut B, n: usize, memory: &dyn Fn(&B) -> Option<f64>) -> Result<()> {
         let inputs = random_inputs(&self.net.config, self.size, n);
-        let given = if self.net.config.label_dim > 0 { 3 } else { 2 };
         let macs = self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * n as f64;
         let net = self.net.clone();
         let mut run = || {
-            let inputs: Vec<_> = inputs[..given].iter().map(|(shape, x)| b.upload(*shape, x)).collect();
+            let inputs: Vec<_> = inputs.iter().map(|(shape, x)| b.upload(*shape, x)).collect();
             let made = net.planned(b, &inputs)?;
             b.download(&made)?;
             Ok(())
@@ -296,8 +303,7 @@ impl Bench<'_> {
         memory: &dyn Fn(&B) -> Option<f64>,
     ) -> Result<()> {
         load_random(b, &self.table, Normalization::Train { rounds })?;
-        let [(images, x), (levels, sigma), (dims, labels)] = random_inputs(&self.net.config, self.size, n);
-        let conditional = self.net.config.label_dim > 0;
+        let inputs = random_inputs(&self.net.config, self.size, n);
         let total = (n * rounds) as f64;
         let macs = 3.0 * self.net.macs(&self.table, self.size[0], self.size[1]) as f64 * total;
         let net = self.net.clone();
@@ -306,9 +312,8 @@ impl Bench<'_> {
             step += 1;
             let mut losses = Vec::new();
             for _ in 0..rounds {
-                let mut inputs = vec![b.upload(images, &x), b.upload(images, &x), b.upload(levels, &sigma)];
-                inputs.extend(conditional.then(|| b.upload(dims, &labels)));
-                losses.push(micro_batch(b, &net, 0.0, &inputs)?);
+                let batch = random_micro_batch(b, &inputs);
+                losses.push(micro_batch(b, &net, 0.0, batch)?);
             }
             let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
             b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;

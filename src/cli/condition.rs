@@ -3,21 +3,23 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
 
 use edm2k::condition::vae::{Learning, Training, Vae};
-use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::condition::{Conditioning, MEANING_KEY};
-use edm2k::data::dataset::{Dataset, Split, VOCABULARY_FILE};
+use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::At;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::pipeline::Domain;
 
 use super::say::{self, note, out};
+use super::signals::Requests;
 
 /// Look up tags; train and use a model that invents conditions.
 #[derive(clap::Args)]
@@ -106,13 +108,19 @@ struct SampleArgs {
 pub fn run(args: ConditionArgs) -> anyhow::Result<()> {
     match args.command {
         Command::Tags(args) => tags(&args),
-        Command::Train(args) => train(&args),
+        Command::Train(args) => {
+            let requests = Requests::watch("stopping; what the passes so far have learnt is kept");
+            match train(&args, &requests)? {
+                true => Ok(()),
+                false => std::process::exit(130),
+            }
+        }
         Command::Sample(args) => sample(&args),
     }
 }
 
 fn tags(args: &TagsArgs) -> anyhow::Result<()> {
-    let vocabulary = Vocabulary::load(&args.data.join(VOCABULARY_FILE))?;
+    let vocabulary = Dataset::tags_of(&args.data)?;
     let text = args.text.as_deref().unwrap_or_default();
     let lower = text.to_lowercase();
     let mut found: Vec<_> = vocabulary.tags().iter().filter(|tag| tag.tag.to_lowercase().contains(&lower)).collect();
@@ -134,12 +142,14 @@ fn progress_path(out: &Path) -> PathBuf {
     name.into()
 }
 
-fn train(args: &TrainArgs) -> anyhow::Result<()> {
+fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<bool> {
+    requests.begin();
     let _claim = super::claim(&args.out, args.overwrite, &[])?;
     let data = Dataset::open(&args.data, Split::Train)?;
     let (width, known) = (data.condition_dim(), data.vocabulary().len());
     let tags = data.header().conditioning == Conditioning::Tags;
     let dir = args.data.display();
+    ensure!(!tags || known > 0, "{dir}: its conditions are classes, so there is nothing to invent");
     ensure!(
         !tags || known == width,
         "{dir}: its conditions are {width} wide, expected the {known} tags of the vocabulary"
@@ -162,7 +172,16 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     while !learning.is_done() {
-        let loss = learning.pass(&mut |rows| bar.inc(rows as u64))?;
+        let mut step = |rows| {
+            bar.inc(rows as u64);
+            if requests.stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let Some(loss) = learning.pass(&mut step)? else {
+            bar.finish_and_clear();
+            let (done, of) = (learning.passes(), how.epochs);
+            note!("stopped after {done} of {of} passes; the same command again goes on from there");
+            return Ok(false);
+        };
         learning.save(&place, print)?;
         let (done, text) =
             (learning.passes(), format!("reconstruction {:.2}, KL {:.2} nats", loss.reconstruction, loss.kl));
@@ -177,7 +196,7 @@ fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let kind = if tags { "tag sets" } else { "features and their tags" };
     let seconds = started.elapsed().as_secs_f64();
     out!("learned from {rows} {kind} in {seconds:.0} s: {}", args.out.display());
-    Ok(())
+    Ok(true)
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {

@@ -4,15 +4,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use edm2k::collective::{Part, agree};
+use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::safetensors::{self, Dtype, SafeError, SafeFile};
-use edm2k::formats::write_atomically;
+use edm2k::formats::{DirLock, LockError, write_atomically};
 use edm2k::model::Model;
 use edm2k::pipeline::{Domain, learned_from};
 use edm2k::train::DataIdentity;
@@ -24,6 +26,9 @@ use super::ranks::{self, Ranks};
 use super::say::{note, out};
 use super::train::doubt;
 use super::{DeviceArgs, claim};
+
+/// Longest time that a part waits for another to leave what it has found.
+const TOGETHER: Duration = Duration::from_secs(10);
 
 /// Measure the loss of a model by noise level.
 #[derive(clap::Args)]
@@ -73,7 +78,7 @@ pub struct EvalArgs {
 
 /// Measures, alone or with the ranks that a launcher started.
 pub fn run(args: EvalArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| eval(&args, ranks))
+    ranks::together("eval", |ranks| eval(&args, ranks))
 }
 
 /// Prints the table to stdout, showing progress on stderr.
@@ -91,6 +96,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         plot => plot.map(claimed).transpose()?,
     };
     let model = Model::load(&args.model).context("--model")?;
+    model.doubts.iter().filter(|_| ranks.first()).for_each(|doubt| note!("warning: --model {doubt}"));
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
     let (config, dir) = (&model.net.config, args.data.display());
@@ -107,10 +113,10 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let identity = DataIdentity::of(&data);
     let largest = identity.largest();
     let given = json!({
-        "model": Identity::of_file(&args.model).context("--model")?.to_string(), "split": args.split.to_string(),
+        "model": Identity::of_file(&args.model).context("--model")?, "split": args.split.to_string(),
         "data": identity, "images": images, "batch": batch, "precision": args.device.math().precision.name(),
     });
-    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    agree_on(ranks.met(), &given)?;
     let noisy = Noisy::by_level(&data, images, batch);
     let own = noisy.of(part);
     let bar = ranks.bar(own.len() as u64, "{human_pos} of {human_len} noisy images, {per_sec}, {eta} left");
@@ -127,10 +133,13 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let found = device.run(measuring)?;
     bar.finish_and_clear();
     let found = match &args.outdir {
-        None => bytemuck::pod_collect_to_vec(&ranks.met().gather(bytemuck::cast_slice(&found))?.concat()),
+        None => noisy.gathered(&found, ranks.met())?,
         Some(dir) => {
+            let alone = alone_in(dir)?;
             keep(&losses_of(dir, part), &found, &given).context("--outdir")?;
-            match of_all_parts(dir, part.of, &noisy, &given) {
+            let all = of_all_parts(dir, part.of, &noisy, &given);
+            drop(alone);
+            match all {
                 Ok(all) => all,
                 Err(missing) => {
                     let (own, all, dir) = (found.len(), images * SIGMAS.len(), dir.display());
@@ -168,11 +177,29 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
     }
     if let Some(path) = plot {
-        let _claimed = args.part.map(|_| claimed(path)).transpose()?;
         let svg = draw(&levels).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+        if args.part.is_some() && !args.overwrite && path.symlink_metadata().is_ok() {
+            // Where nothing can be locked, another part may have found all of them too.
+            let made = fs::read(path).is_ok_and(|made| made == svg.as_bytes());
+            ensure!(made, "{} exists; give --overwrite, or another name", path.display());
+            return Ok(());
+        }
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+/// Has parts that end together leave what they have found one after the other, so that the last one alone finds all. None:
+/// somebody else has the directory for long.
+fn alone_in(dir: &Path) -> anyhow::Result<Option<DirLock>> {
+    let begun = Instant::now();
+    loop {
+        match DirLock::exclusive(dir) {
+            Err(LockError::Busy { .. }) if begun.elapsed() < TOGETHER => sleep(Duration::from_millis(20)),
+            Err(LockError::Busy { .. }) => return Ok(None),
+            other => return Ok(Some(other.context("--outdir")?)),
+        }
+    }
 }
 
 /// Where a part leaves what it has found.

@@ -10,7 +10,7 @@ use edm2k::model::file::save;
 use edm2k::model::{Model, Stored};
 use edm2k::train::checkpoint::{self, Checkpoint};
 
-use super::say::out;
+use super::say::{note, out};
 
 /// Write a model's weights for NVIDIA's code, or make a model from a run's checkpoint.
 #[derive(clap::Args)]
@@ -19,7 +19,8 @@ use super::say::out;
 Model files already have the official names, shapes and order, and load in the same way; this one writes
 them in f32 (exact) or f16 (half the size), checked. In NVIDIA's edm2 directory, in Python:
 
-  f = safetensors.safe_open(\"FILE\", \"pt\"); net = training.networks_edm2.Precond(**json.loads(f.metadata()[\"config\"]))
+  f = safetensors.safe_open(\"FILE\", \"pt\")
+  net = training.networks_edm2.Precond(**json.loads(f.metadata()[\"config\"]))
   net.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
 
 A checkpoint holds the weights and all their averages. What is made of one of these is the snapshot that
@@ -27,7 +28,8 @@ A checkpoint holds the weights and all their averages. What is made of one of th
 
 Examples:
   edm2k export runs/mine/snapshot-000200000-0.100.safetensors --out official.safetensors
-  edm2k export --from-checkpoint runs/mine/checkpoint-000204800.safetensors --ema 0.10 --out now.safetensors",
+  edm2k export --from-checkpoint runs/mine/checkpoint-000204800.safetensors --ema 0.10 \\
+      --out now.safetensors",
     group(clap::ArgGroup::new("source").required(true))
 )]
 pub struct ExportArgs {
@@ -38,7 +40,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "FILE", group = "source")]
     from_checkpoint: Option<PathBuf>,
     /// Width of the average to take of a checkpoint, or `none` for the weights themselves [default: the run's first]
-    #[arg(long, value_name = "STD", requires = "from_checkpoint", value_parser = parse_average)]
+    #[arg(long, value_name = "STD", value_parser = parse_average)]
     ema: Option<Average>,
     /// The model, .safetensors
     #[arg(long, value_name = "FILE")]
@@ -70,12 +72,17 @@ fn parse_average(text: &str) -> Result<Average, String> {
 pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     // A model may be replaced by itself in another precision. A checkpoint may not be: it holds more than a model.
     let checkpoint: Vec<&Path> = args.from_checkpoint.iter().map(PathBuf::as_path).collect();
+    ensure!(
+        args.ema.is_none() || args.from_checkpoint.is_some(),
+        "--ema says which average of a checkpoint to take: give --from-checkpoint, not a model, which has one"
+    );
     let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {
         (_, Some(path)) => (of_checkpoint(path, args.ema)?, Stored::F16),
         (Some(path), None) => (Model::load(path)?, Stored::F32),
         (None, None) => bail!("give a model, or --from-checkpoint"),
     };
+    model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let dtype = args.dtype.unwrap_or(usual);
     save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, dtype)?;
     out!("exported {} tensors: {}", model.table.len(), args.out.display());

@@ -39,8 +39,8 @@ number i has seed i and the condition of the split's image i modulo their number
 whole training split.
 
 Examples:
-  edm2k fid --network inception.onnx --model emoji.safetensors --data demo/cache/emoji-32 --split train \\
-      --count 5000 --guidance 1
+  edm2k fid --network inception.onnx --model emoji.safetensors \\
+      --data demo/cache/emoji-32 --split train --count 5000 --guidance 1
   edm2k fid --network inception.onnx --generated out --data demo/cache/emoji-32 --split train")]
 pub struct FidArgs {
     /// ONNX file of the network whose features are compared; see below for what it is given
@@ -92,7 +92,7 @@ enum Source {
 
 /// Prints the distance to stdout, showing progress on stderr.
 pub fn run(args: FidArgs) -> anyhow::Result<()> {
-    let sampler = args.sampler.config()?;
+    let sampler = args.sampler.config(&SamplerConfig::default())?;
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let count = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(count > 1, "{}: {count} image, expected 2 at least", args.data.display());

@@ -1,30 +1,43 @@
-//! `edm2k import`: a snapshot of NVIDIA's EDM2 becomes a model file.
+//! `edm2k import`: a snapshot of NVIDIA's EDM2, or weights alone, become a model file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+use serde_json::{Map, Value};
+
+use edm2k::formats::input;
 use edm2k::model::file::save;
-use edm2k::model::{Config, Snapshot};
+use edm2k::model::{Config, Model, ModelFile, Snapshot};
 
 use super::say::out;
 
-/// Make a model file from one of NVIDIA's network snapshots.
+/// Make a model file from one of NVIDIA's network snapshots, or from a state_dict.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Reads the pickle as data: nothing in it is run. The weights stay as they are, in half precision if they are.
 Images seen and width of the moving average are taken from a file name that ends as NVIDIA's do,
 in thousands of images and relative width: ...-2147483-0.135.pkl.
 
+A state_dict (.safetensors, .pt, .pth, .bin, .pkl) needs no import, but says nothing of the network beside its
+shapes: every command assumes EDM2's attention heads of 64 channels, and says so. --config is a JSON object of
+what is otherwise, such as {\"channels_per_head\": 32}, also label_balance, concat_balance, res_balance,
+attn_balance, clip_act and sigma_data; the model that is made knows it.
+
 Examples:
   edm2k import edm2-img512-xs-2147483-0.135.pkl --out edm2-img512-xs.safetensors
   edm2k import edm2-img512-xs-2147483-0.135.pkl --condition-dim 1024 --out start.safetensors
-  edm2k train --init start.safetensors --data data/mine --outdir runs/mine")]
+  edm2k train --init start.safetensors --data data/mine --outdir runs/mine
+  edm2k import weights.pt --config heads.json --out model.safetensors")]
 pub struct ImportArgs {
-    /// Snapshot, .pkl
+    /// Snapshot, .pkl; or with --config a state_dict
     #[arg(value_name = "SNAPSHOT")]
     snapshot: PathBuf,
     /// The model, .safetensors
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// What the shapes of a state_dict do not tell, as a JSON object of the options that `train --config` takes
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Put a fresh embedding of conditions of this width in the place of the class embedding, for fine-tuning
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     condition_dim: Option<u32>,
@@ -35,8 +48,12 @@ pub struct ImportArgs {
 
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
-    let _claim = super::claim(&args.out, args.overwrite, &[&args.snapshot])?;
-    let Snapshot { mut model, precision } = Snapshot::open(&args.snapshot)?;
+    let inputs: Vec<&Path> = [&args.snapshot].into_iter().chain(&args.config).map(PathBuf::as_path).collect();
+    let _claim = super::claim(&args.out, args.overwrite, &inputs)?;
+    let Snapshot { mut model, precision } = match &args.config {
+        Some(config) => bare(&args.snapshot, config).with_context(|| format!("--config {}", config.display()))?,
+        None => Snapshot::open(&args.snapshot)?,
+    };
     let classes = model.net.config.label_dim;
     if let Some(width) = args.condition_dim {
         // The model is first made one without labels, so that the embedding is a fresh one even if its width stays the
@@ -53,4 +70,12 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let millions = model.table.trained_values() as f64 / 1e6;
     out!("imported a network of {millions:.1} M parameters: {}", args.out.display());
     Ok(())
+}
+
+/// A state_dict, of whose network a config says what its shapes do not tell.
+fn bare(path: &Path, config: &Path) -> anyhow::Result<Snapshot> {
+    let given: Map<String, Value> = serde_json::from_str(&input::text(config)?)?;
+    let file = ModelFile::open_with(path, &given)?;
+    let precision = file.precision();
+    Ok(Snapshot { model: Model::read(file)?, precision })
 }

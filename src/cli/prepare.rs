@@ -7,11 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
+use serde_json::{Value, json};
 
 use edm2k::codec::CodecFile;
-use edm2k::collective::Part;
+use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Event, Folder, Records, Settings, Summary};
+use edm2k::formats::fingerprint::Identity;
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
@@ -36,8 +38,8 @@ Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5
   edm2k prepare --images icons --metadata icons.jsonl --out data --size 32x32 \\
       --background '#ffffff' --vocabulary 1024 --validation-modulus 50
-  edm2k prepare --images photos --metadata photos.jsonl --out data --vae sd-vae-ft-mse.safetensors \\
-      --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
+  edm2k prepare --images photos --metadata photos.jsonl --out data \\
+      --vae sd-vae-ft-mse.safetensors --sizes 512x704,704x512,576x640,640x576 --max-crop 0.1
   edm2k prepare --danbooru danbooru2023 --metadata posts.json --out data --rating g,s \\
       --vae sd-vae-ft-mse.safetensors --features features.safetensors
 
@@ -64,10 +66,12 @@ pub struct PrepareArgs {
     /// Directory of the dataset
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Add the pictures that are new to the dataset that is there
+    /// Add the pictures that are new to the dataset that is there; summary.json then counts all images, and the records
+    /// of this METADATA
     #[arg(long)]
     add: bool,
-    /// Give the images that are there other tags, and conditions
+    /// Give the images that are there other tags, and with --features other conditions; what are features do not become
+    /// tags again
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
@@ -145,7 +149,7 @@ fn parse_colour(text: &str) -> Result<[u8; 3], String> {
 
 /// Prepares the dataset, alone or with the ranks that a launcher started.
 pub fn run(args: PrepareArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| make(args, ranks))
+    ranks::together("prepare", |ranks| make(args, ranks))
 }
 
 /// Makes this process's part; shows progress on stderr and the summary on stdout.
@@ -156,6 +160,9 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         "--add and --retag are done by one process, without a launcher"
     );
     let (records, settings) = wanted(&args, part);
+    if ranks.size() > 1 {
+        agree_on(ranks.met(), &given(&args, &settings)?)?;
+    }
     let progress = Progress::new(ranks);
     let report = |event: Event| progress.report(event);
     let make = if args.add { prepare::add } else { prepare::prepare };
@@ -187,6 +194,35 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let images: usize = summary.splits.iter().map(|(_, counts)| counts.kept).sum();
     out!("{images} images of part {part}: {dir}. Shards of part {lacking} are still missing");
     Ok(())
+}
+
+/// What all ranks must have been given alike, by what is in the files. Where the pictures lie does not matter, and whether all
+/// have the same is not asked: that would take as long as the work.
+fn given(args: &PrepareArgs, settings: &Settings) -> anyhow::Result<Value> {
+    let file = |option: &str, path: Option<&PathBuf>| {
+        path.map(|path| Identity::of_file(path).with_context(|| format!("{option} {}", path.display()))).transpose()
+    };
+    let Settings { sizes, background, max_crop, vocabulary, validation_modulus, shard_size, .. } = settings;
+    let PrepareArgs { danbooru, require, rating, enlarge, tagger_node, source, licence, .. } = args;
+    Ok(json!({
+        "metadata": file("--metadata", Some(&args.metadata))?,
+        "out": args.out.display().to_string(),
+        "sizes": sizes,
+        "background": background,
+        "max-crop": max_crop,
+        "vocabulary": vocabulary,
+        "validation-modulus": validation_modulus,
+        "shard-size": shard_size,
+        "vae": file("--vae", args.vae.as_ref())?,
+        "precision": args.device.precision.map(|numbers| format!("{numbers:?}")),
+        "features": file("--features", args.features.as_ref())?,
+        "feature-ids": file("--feature-ids", args.feature_ids.as_ref())?,
+        "tagger": file("--tagger", args.tagger.as_ref())?,
+        "tagger-node": tagger_node,
+        "danbooru": danbooru.is_some().then(|| json!({"require": require, "rating": rating, "enlarge": enlarge})),
+        "source": source,
+        "licence": licence,
+    }))
 }
 
 /// The records and the settings that the arguments ask for.

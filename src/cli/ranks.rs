@@ -3,7 +3,8 @@
 use anyhow::{bail, ensure};
 use indicatif::ProgressBar;
 
-use edm2k::collective::{Alone, Collective, Part, Star, World, agree, limit};
+use edm2k::collective::{Alone, Collective, LONGEST, Part, Star, World, agree, limit};
+use edm2k::system::host_name;
 use edm2k::{Device, DeviceName};
 
 use super::DeviceArgs;
@@ -16,19 +17,36 @@ pub struct Ranks {
     met: Box<dyn Collective>,
 }
 
-/// Does work together with the ranks that a launcher started, if one did. If this rank fails, the others are told why.
-/// If another rank is lost, this process ends.
-pub fn together<T>(work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
+/// What no other card has, and a name for people; none of what is no card.
+type Card = Option<(String, String)>;
+
+/// Which two ranks have the same card, if there are such.
+fn one_card_twice(cards: &[Card]) -> Option<String> {
+    let (second, (card, first)) = cards.iter().enumerate().find_map(|(second, card)| {
+        let card = card.as_ref()?;
+        let same = |other: &Card| other.as_ref().is_some_and(|other| other.0 == card.0);
+        Some((second, (card, cards[..second].iter().position(same)?)))
+    })?;
+    let what = "start one for each card, or let each see another (CUDA_VISIBLE_DEVICES)";
+    Some(format!("rank {first} and rank {second} have the same card, {}: {what}", card.1))
+}
+
+/// Does a `command`'s work with the ranks that a launcher started, if one did; what this one fails with, the others are told.
+/// A rank that is lost ends this process.
+pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
+    // Ranks that train do the same at the same time; of the others one may be hours behind, and gives signs of life.
+    let longest = (command == "train").then_some(LONGEST);
     let met: Box<dyn Collective> = match &world {
         None => Box::new(Alone),
-        Some(world) => Box::new(Star::join(world.clone(), limit()?, |who| {
+        Some(world) => Box::new(Star::join(world.clone(), limit()?, longest, |who| {
             note!("edm2k: error: {who}");
             std::process::exit(1);
         })?),
     };
     let mut ranks = Ranks { world, met };
-    let done = work(&mut ranks);
+    let other = |ours: &str, theirs: &str| format!("it was told to {theirs}, rank 0 to {ours}");
+    let done = agree(ranks.met(), command, other).map_err(Into::into).and_then(|()| work(&mut ranks));
     let failed = done.as_ref().err().map(|error| format!("{error:#}"));
     ranks.met.leave(failed.as_deref());
     done
@@ -67,11 +85,11 @@ impl Ranks {
         if self.first() { say::bar(length, template) } else { ProgressBar::hidden() }
     }
 
-    /// Opens the device: of several cards the one with this rank's number on its machine.
+    /// Opens the device: of several cards the one with this rank's number on its machine. All ranks do so together.
     ///
     /// # Errors
-    /// As [`DeviceArgs::open`]; there are fewer cards than ranks.
-    pub fn open(&self, args: &DeviceArgs) -> anyhow::Result<Device> {
+    /// As [`DeviceArgs::open`]; there are fewer cards than ranks, two of them have one card, or only some of them cards.
+    pub fn open(&mut self, args: &DeviceArgs) -> anyhow::Result<Device> {
         let Some(World { local, .. }) = self.world else { return args.open() };
         let device = match args.device {
             DeviceName::Auto | DeviceName::Cuda(0) => match Device::cards() {
@@ -84,7 +102,19 @@ impl Ranks {
             },
             other => other,
         };
-        args.open_as(device)
+        let device = args.open_as(device)?;
+        let kind = if device.runtime().is_some() { "a GPU" } else { "the CPU" };
+        agree(self.met(), kind, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
+        let card = device.runtime().and_then(|gpu| {
+            let name = format!("{} of {}", gpu.name(), host_name().unwrap_or_else(|| "one machine".into()));
+            Some((gpu.uuid()?, name))
+        });
+        let said = self.met().gather(&serde_json::to_vec(&card)?)?;
+        let cards = said.iter().map(|card| serde_json::from_slice(card)).collect::<Result<Vec<_>, _>>()?;
+        match one_card_twice(&cards) {
+            Some(twice) => bail!("{twice}"),
+            None => Ok(device),
+        }
     }
 
     /// From here on, gradients are summed between the cards by NCCL. On other devices they are summed by way of rank 0,
@@ -113,5 +143,19 @@ impl Ranks {
             note!("{} ranks on {kind}: gradients go through rank 0, which is for tests; GPUs use NCCL", self.size());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_ranks_on_one_card_are_named() {
+        let card = |uuid: &str| Some((uuid.to_owned(), "a card (cuda:0) of m7".to_owned()));
+        assert_eq!(one_card_twice(&[card("a"), card("b"), None, None]), None);
+        let said = one_card_twice(&[None, card("a"), card("b"), card("a")]).unwrap();
+        let expected = "rank 1 and rank 3 have the same card, a card (cuda:0) of m7: start one for each card, ";
+        assert!(said.starts_with(expected), "{said}");
     }
 }

@@ -18,8 +18,10 @@ unless --listen says otherwise, which needs a --token. Nothing is written to dis
 
 Examples:
   edm2k serve --model demo/emoji.safetensors --condition-model demo/conditions.safetensors
-  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --preview taesd.safetensors
-  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --tagger wd-swinv2-tagger-v3.onnx
+  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
+      --preview taesd.safetensors
+  edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
+      --tagger wd-swinv2-tagger-v3.onnx
   edm2k serve --runs runs --model runs/mine/snapshot-000200000-0.100.safetensors
   EDM2K_TOKEN=$(openssl rand -hex 16) edm2k serve --model emoji.safetensors --listen 0.0.0.0:7860")]
 pub struct ServeArgs {

@@ -39,11 +39,12 @@ Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
 Examples:
   edm2k train --data data/emoji --outdir runs/emoji --config emoji.json \\
       --duration 1M --batch 128 --lr 0.01 --cond-dropout 0.1
-  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs --init edm2-img512-xs.safetensors \\
-      --cond-dropout 0.05 --cond-dropout-from 9M
+  edm2k train --data data/mine --outdir runs/xs --preset 1girl-xs \\
+      --init edm2-img512-xs.safetensors --cond-dropout 0.05 --cond-dropout-from 9M
   edm2k train --data data/mine --outdir runs/fine --init edm2-img512-xs.safetensors \\
       --duration 500k --lr 0.002
-  torchrun --no-python --nproc-per-node 8 edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs
+  torchrun --no-python --nproc-per-node 8 edm2k train --data data/mine --outdir runs/xs \\
+      --preset edm2-img512-xs
   edm2k train --data data/mine --outdir runs/xs --preset edm2-img512-xs --duration 8Mi --dry-run")]
 pub struct TrainArgs {
     /// Dataset made by `edm2k prepare`, or a zip made by EDM2's dataset_tool.py, as it is
@@ -68,7 +69,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
     /// Images at a time; less needs less memory [default: the preset's, or what fits into 1 GiB of
-    /// activations, on a GPU 4 GiB]
+    /// activations, on a GPU 4 GiB; of that a half, a quarter, ..., until it fits into the card's free memory]. Where memory
+    /// runs out all the same, the run goes on with half as many
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
@@ -167,7 +169,7 @@ struct Resolved {
 /// Trains, alone or with the ranks that a launcher started, showing progress on stderr.
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     let requests = Requests::watch("finishing this step, then saving");
-    match ranks::together(|ranks| train(&args, &requests, ranks))? {
+    match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
         Outcome::Finished => Ok(()),
         Outcome::Stopped => std::process::exit(130),
     }
@@ -395,6 +397,7 @@ fn model(
     let mut model = match init {
         None => Model::init(config, args.seed)?,
         Some(old) => {
+            notes.extend(old.doubts.iter().map(|doubt| format!("warning: --init {doubt}")));
             notes.extend(other_meaning(args, &old, data));
             let (model, fresh) = old.adapt(config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
@@ -474,8 +477,8 @@ fn execution(
 /// The resolved configuration as JSON.
 fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Math) -> anyhow::Result<String> {
     let [height, width] = settings.data.largest();
-    let profiles = settings.ema.len();
-    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, profiles);
+    let averages = settings.ema.len();
+    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, averages);
     let gpu = plan_on_gpu(settings, execution.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
     let newest = if execution.outdir.is_dir() { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({

@@ -20,7 +20,7 @@ use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{MicroBatch, micro_batch};
 use edm2k::tuning::{self, Table};
 
-use super::bench::{load_random, random_inputs};
+use super::bench::{load_random, random_inputs, random_micro_batch};
 use super::say::{self, out};
 
 /// Measure which tiles of the convolutions are the fastest on a GPU, for the sizes of one network.
@@ -36,7 +36,7 @@ Another number of parts is another order of sums: pictures change within roundin
 file they are the same, to the bit. Without the file, or with EDM2K_UNTUNED=1, they are those of the guess.
 
 Examples:
-  edm2k tune                                        the sizes of EDM2-XS on 512x704 images (64x88 latents)
+  edm2k tune                                        the sizes of EDM2-XS on latents of 64x88
   edm2k tune --model runs/mine/snapshot-000200000-0.100.safetensors --batch 1,8
   edm2k tune --preset edm2-img512-s --batch-gpu 32  training with 32 images at a time too
   edm2k tune --dry-run                              measure, and write nothing")]
@@ -142,10 +142,9 @@ impl Tuning<'_> {
         batches.sort_unstable();
         batches.dedup();
         for n in batches {
-            let given = if net.config.label_dim > 0 { 3 } else { 2 };
             let inputs = random_inputs(&net.config, self.size, n);
             self.plan(&mut b, &format!("forward, batch {n}"), &Forward, &mut |b| {
-                let inputs: Vec<_> = inputs[..given].iter().map(|(shape, x)| b.upload(*shape, x)).collect();
+                let inputs: Vec<_> = inputs.iter().map(|(shape, x)| b.upload(*shape, x)).collect();
                 net.planned(b, &inputs)?;
                 Ok(())
             })?;
@@ -169,11 +168,10 @@ impl Tuning<'_> {
         let (net, table) = Precond::new(&self.config)?;
         let mut b = Gpu::for_training(self.runtime.clone(), self.args.device.math(), &table, 0)?;
         load_random(&mut b, &table, Normalization::Train { rounds: 1 })?;
-        let [(images, x), (levels, sigma), (dims, labels)] = random_inputs(&net.config, self.size, n);
+        let inputs = random_inputs(&net.config, self.size, n);
         self.plan(&mut b, &format!("training, batch {n}"), &MicroBatch { dropout: 0.0 }, &mut |b| {
-            let mut inputs = vec![b.upload(images, &x), b.upload(images, &x), b.upload(levels, &sigma)];
-            inputs.extend((net.config.label_dim > 0).then(|| b.upload(dims, &labels)));
-            micro_batch(b, &net, 0.0, &inputs)?;
+            let batch = random_micro_batch(b, &inputs);
+            micro_batch(b, &net, 0.0, batch)?;
             Ok(())
         })
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-use edm2k::verify::{self, Bounds, Outcome, Summary, VerifyError, verify};
+use edm2k::verify::{Bounds, Outcome, Summary, VerifyError, verify};
 use edm2k::{Backends, Work};
 
 use super::say::out;
@@ -65,11 +65,6 @@ impl Work for Replay<'_> {
     type Output = Result<Summary, VerifyError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let device = verify::Device {
-            sampling: &|table| backends.sampling(table),
-            training: &|table, averages| backends.training(table, averages),
-            bounds: self.bounds,
-        };
-        verify(self.dir, &device, &|| backends.codec(), self.print)
+        verify(self.dir, backends, self.bounds, self.print)
     }
 }

@@ -473,6 +473,7 @@ fn random(shape: &[usize]) -> Vec<f32> {
 ///
 /// # Errors
 /// [`CodecError::File`]: it cannot be written.
+#[doc(hidden)]
 pub fn write_random(path: impl AsRef<Path>) -> Result<()> {
     let config = sd_vae::Config::published();
     let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
@@ -497,6 +498,7 @@ pub struct Decoder<B: CodecBackend> {
 impl<B: CodecBackend> Decoder<B> {
     /// An SD-VAE of the published size with random weights, for measurements, and the multiply-adds of decoding a
     /// latent of `height` x `width`.
+    #[doc(hidden)]
     pub fn random(b: &mut B, height: usize, width: usize) -> Result<(Self, u64)> {
         let config = sd_vae::Config::published();
         let (net, table) = sd_vae::Decoder::new(&config);

@@ -2,8 +2,8 @@
 //!
 //! | launcher | rank, number of ranks, rank on this machine | address and port of rank 0 |
 //! |---|---|---|
-//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`, the port after `MASTER_PORT`, which torchrun keeps |
-//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
+//! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`; the port after `MASTER_PORT`, which torchrun keeps |
+//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR` |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
 //! The first of these whose variables are set counts. `MASTER_ADDR` and `MASTER_PORT` count under every launcher;
@@ -48,12 +48,15 @@ impl World {
         // A batch script has SLURM_PROCID too. Only what srun starts is a step.
         let of_srun = |name: &&str| get(name).is_some() && get("SLURM_STEP_ID").is_some();
         let names = match () {
-            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => {
+                ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+            }
             () if get("OMPI_COMM_WORLD_RANK").is_some() => {
-                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
+                let of = "OMPI_COMM_WORLD_LOCAL_SIZE";
+                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", of]
             }
             () if Some("SLURM_PROCID").filter(of_srun).is_some() => {
-                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
+                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""]
             }
             () => return Ok(None),
         };
@@ -75,17 +78,25 @@ impl World {
         let local = number(names[2], size as u64 - 1)? as usize;
         let job = ["TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
         let job = job.iter().find_map(|name| Some(format!("{name}={}", get(name)?))).unwrap_or_default();
-        let job = job + &get("SLURM_STEP_ID").map_or_else(String::new, |step| format!(".{step}"));
+        // Under torchrun and mpirun, which may have been started by one step for each machine, it would tell ranks of one
+        // run apart.
+        let step = get("SLURM_STEP_ID").filter(|_| names[0] == "SLURM_PROCID");
+        let job = job + &step.map_or_else(String::new, |step| format!(".{step}"));
         let address = match (get("MASTER_ADDR"), names[0]) {
+            // All are on this machine: no other needs to reach rank 0.
+            _ if get(names[3]).is_some_and(|here| Some(here) == get(names[1])) => "127.0.0.1".into(),
             (Some(address), _) => address,
             (None, "SLURM_PROCID") => {
                 let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST"));
                 match nodes.as_deref().and_then(first_node) {
                     Some(node) => node,
-                    None => return wrong("MASTER_ADDR is not set, and SLURM_STEP_NODELIST names no machine".into()),
+                    None => {
+                        let list = nodes.unwrap_or_default();
+                        let what = format!("SLURM_STEP_NODELIST is '{list}', expected machines such as a[17-19],b2");
+                        return wrong(format!("{what}; MASTER_ADDR can name that of rank 0"));
+                    }
                 }
             }
-            (None, "OMPI_COMM_WORLD_RANK") if get("OMPI_COMM_WORLD_LOCAL_SIZE") == get(names[1]) => "127.0.0.1".into(),
             (None, first) => {
                 let what = "expected the name or address of the machine of rank 0";
                 return wrong(format!("{first} is set, but MASTER_ADDR is not, {what}"));
@@ -122,15 +133,20 @@ fn set<'a>(names: &[&'a str], get: &impl Fn(&str) -> Option<String>) -> &'a str 
     names.iter().find(|name| get(name).is_some()).copied().unwrap_or(names[0])
 }
 
-/// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`.
+/// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`, `r0n4` of `r[0-1]n[4-7]`.
 fn first_node(list: &str) -> Option<String> {
-    let end = list.find([',', '[']).unwrap_or(list.len());
-    let (prefix, rest) = list.split_at(end);
-    let Some(inner) = rest.strip_prefix('[') else { return Some(prefix.to_owned()).filter(|name| !name.is_empty()) };
-    let (numbers, behind) = inner.split_once(']')?;
-    let number = numbers.split([',', '-']).next()?;
-    let suffix = behind.split(',').next()?;
-    Some(format!("{prefix}{number}{suffix}")).filter(|name| !name.contains('['))
+    let (mut name, mut rest) = (String::new(), list);
+    while let Some(at) = rest.find([',', '[']) {
+        name += &rest[..at];
+        let Some(inner) = rest[at..].strip_prefix('[') else {
+            rest = "";
+            break;
+        };
+        let (numbers, behind) = inner.split_once(']')?;
+        name += numbers.split([',', '-']).next()?;
+        rest = behind;
+    }
+    Some(name + rest).filter(|name| !name.is_empty() && !name.contains(']'))
 }
 
 #[cfg(test)]
@@ -160,6 +176,8 @@ mod tests {
     fn every_launcher_says_who_a_rank_is() {
         assert_eq!(found(&TORCHRUN), (9, 16, 1, "node0".into(), 29501), "torchrun itself listens at MASTER_PORT");
         assert_eq!(found(&TORCHRUN[..5]), (9, 16, 1, "node0".into(), 29500), "nobody does");
+        let here = |count| [&TORCHRUN[..], &[("LOCAL_WORLD_SIZE", count)]].concat();
+        assert_eq!([found(&here("8")).3, found(&here("16")).3], ["node0", "127.0.0.1"], "all on one machine");
         let chosen = [&TORCHRUN[..], &[("EDM2K_PORT", "7")]].concat();
         assert_eq!(found(&chosen).4, 7);
 
@@ -190,6 +208,24 @@ mod tests {
         // Within a job of Slurm's, torchrun and mpirun are the ones that started it.
         assert_eq!(found(&[&slurm[..], &TORCHRUN].concat()).0, 9);
         assert_eq!(found(&[&slurm[..], &mpi].concat()).0, 1);
+    }
+
+    #[test]
+    fn a_step_of_slurms_tells_jobs_apart_where_it_started_the_ranks() {
+        let job = |variables: &[(&str, &str)], step| {
+            let all = [variables, &[("SLURM_JOB_ID", "4711"), ("SLURM_STEP_ID", step)]].concat();
+            world(&all).unwrap().unwrap().job
+        };
+        let of_srun = [
+            ("SLURM_PROCID", "1"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_STEP_NODELIST", "a"),
+        ];
+        assert_eq!(job(&of_srun, "3"), "SLURM_JOB_ID=4711.3");
+        // A torchrun on each machine, by a step of its own; and by a script's own launcher.
+        assert_eq!(job(&TORCHRUN, "0"), job(&TORCHRUN, "1"));
+        assert_eq!(job(&TORCHRUN[..5], "0"), "SLURM_JOB_ID=4711");
     }
 
     #[test]
@@ -224,6 +260,13 @@ mod tests {
             ("OMPI_COMM_WORLD_LOCAL_SIZE", "1"),
         ];
         assert!(world(&apart).unwrap_err().contains("MASTER_ADDR is not"), "two machines");
+        let of_srun =
+            [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_LOCALID", "0"), ("SLURM_STEP_ID", "0")];
+        let said = world(&[&of_srun[..], &[("SLURM_STEP_NODELIST", "gpu[1")]].concat()).unwrap_err();
+        assert_eq!(
+            said,
+            "SLURM_STEP_NODELIST is 'gpu[1', expected machines such as a[17-19],b2; MASTER_ADDR can name that of rank 0"
+        );
     }
 
     #[test]
@@ -233,6 +276,9 @@ mod tests {
         assert_eq!(of("a,b").as_deref(), Some("a"));
         assert_eq!(of("gpu[017-018,020],x").as_deref(), Some("gpu017"));
         assert_eq!(of("r[3,5]-ib").as_deref(), Some("r3-ib"));
+        assert_eq!(of("r[0-1]n[0-3]").as_deref(), Some("r0n0"));
+        assert_eq!(of("r[2,4]n[08-11]-ib,x").as_deref(), Some("r2n08-ib"));
+        assert_eq!(of("gpu7],x"), None);
         assert_eq!(of(""), None);
         assert_eq!(of("gpu[1"), None);
     }

@@ -18,7 +18,10 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::backend::{DeviceError, Values};
+use crate::formats::differences::{differing, there_and_here};
 
 pub mod launcher;
 #[cfg(feature = "cuda")]
@@ -28,7 +31,7 @@ pub mod star;
 pub use launcher::World;
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
-pub use star::{Star, limit};
+pub use star::{LONGEST, Star, limit};
 
 /// Why ranks do not work together.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -195,4 +198,15 @@ pub fn agree(
         }
     }
     Ok(())
+}
+
+/// As [`agree`], about JSON: what differs is named field by field.
+///
+/// # Errors
+/// As [`agree`].
+pub fn agree_on(ranks: &mut dyn Collective, given: &Value) -> Result<(), CollectiveError> {
+    agree(ranks, &given.to_string(), |ours, theirs| {
+        let [ours, theirs] = [ours, theirs].map(|text| serde_json::from_str::<Value>(text).unwrap_or_default());
+        differing(&ours, &theirs, there_and_here)
+    })
 }

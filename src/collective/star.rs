@@ -42,9 +42,9 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENT: u32 = 30;
 /// How long a rank may take to end by itself once another is lost.
 const GRACE: Duration = Duration::from_secs(10);
-/// The longest time that ranks wait for each other. A checkpoint may take minutes; this limit is for what nobody
-/// foresaw.
-const LONGEST: Duration = Duration::from_secs(1800);
+/// Longest time that ranks wait for each other where all have as much to do. A checkpoint may take minutes; this is for what
+/// nobody foresaw.
+pub const LONGEST: Duration = Duration::from_secs(1800);
 /// Values that are summed at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -89,6 +89,15 @@ enum Call {
     Broadcast = 3,
 }
 
+/// What is known of those who are not there any more.
+#[derive(Default)]
+struct Fate {
+    /// Who was lost first.
+    verdict: Option<String>,
+    /// The ranks that have said goodbye.
+    done: Vec<usize>,
+}
+
 /// What the watching threads share with the rank.
 struct Watch {
     rank: usize,
@@ -97,14 +106,16 @@ struct Watch {
     names: Vec<String>,
     /// The sockets for messages, which are cut off when a rank is lost.
     links: Vec<TcpStream>,
-    /// Who was lost first, and that somebody waits for it.
-    verdict: Mutex<Option<String>>,
+    /// What became of the others, and that somebody waits for it.
+    fate: Mutex<Fate>,
     reached: Condvar,
     /// This rank has said goodbye.
     left: AtomicBool,
     begun: Instant,
     /// Since when this rank has been waiting for others, in milliseconds after `begun`; 0 if it is not waiting.
     waiting: AtomicU64,
+    /// Most time that it waits; none: as long as the others give signs of life.
+    longest: Option<Duration>,
     on_lost: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -116,14 +127,16 @@ pub struct Star {
 }
 
 impl Star {
-    /// Meets the other ranks. If another rank is lost and this one does not end by itself, `on_lost` is called in a
-    /// thread of its own, with the name of the lost rank. It should end the process.
+    /// Meets the other ranks within `limit`. After that it waits for them for at most `longest` at a time, or for as long
+    /// as they are alive. If another rank is lost and this one does not end by itself, `on_lost` is called in a thread of
+    /// its own, with the name of the lost rank. It should end the process.
     ///
     /// # Errors
     /// [`CollectiveError::Address`], [`CollectiveError::Unfit`], [`CollectiveError::Missing`].
     pub fn join(
         world: World,
         limit: Duration,
+        longest: Option<Duration>,
         on_lost: impl Fn(&str) + Send + Sync + 'static,
     ) -> Result<Self, CollectiveError> {
         let (links, watches, names) = if world.rank == 0 { host(&world, limit)? } else { call(&world, limit)? };
@@ -139,11 +152,12 @@ impl Star {
             peers: others.zip(watches).collect(),
             names,
             links: copies.map_err(broken)?,
-            verdict: Mutex::default(),
+            fate: Mutex::default(),
             reached: Condvar::new(),
             left: AtomicBool::new(false),
             begun: Instant::now(),
             waiting: AtomicU64::new(0),
+            longest,
             on_lost: Box::new(on_lost),
         });
         for number in 0..watch.peers.len() {
@@ -155,12 +169,16 @@ impl Star {
 
     /// The error for a socket that does not work. The watching threads may know the cause better.
     fn broken(&self, peer: usize, cause: &io::Error) -> CollectiveError {
-        let verdict = self.watch.verdict.lock().expect("no thread panics with it");
-        let waited = self.watch.reached.wait_timeout_while(verdict, GRACE, |verdict| verdict.is_none());
-        let known = waited.ok().and_then(|(verdict, _)| verdict.clone());
-        CollectiveError::Lost(known.unwrap_or_else(|| {
-            format!("the connection to {} broke: {cause}", self.watch.names[self.watch.peers[peer].0])
-        }))
+        let rank = self.watch.peers[peer].0;
+        let name = &self.watch.names[rank];
+        let fate = self.watch.fate.lock().expect("no thread panics with it");
+        let unknown = |fate: &mut Fate| fate.verdict.is_none() && !fate.done.contains(&rank);
+        let (fate, _) = self.watch.reached.wait_timeout_while(fate, GRACE, unknown).expect("no thread panics with it");
+        CollectiveError::Lost(match &fate.verdict {
+            Some(verdict) => verdict.clone(),
+            None if fate.done.contains(&rank) => format!("{name} has ended already: was it given another command?"),
+            None => format!("the connection to {name} broke: {cause}"),
+        })
     }
 
     /// Sends the beginning of a call, and so many bytes.
@@ -342,6 +360,7 @@ impl Watch {
         let (other, stream) = &self.peers[number];
         let (mut stream, name) = (stream, &self.names[*other]);
         let (mut said, mut buffer, mut silent, mut last) = (Vec::new(), [0; 4096], 0, Instant::now());
+        let (mut waited, mut looked) = (Waited::default(), Instant::now());
         loop {
             match stream.read(&mut buffer) {
                 Ok(0) => return self.lost(format!("{name} has ended")),
@@ -355,7 +374,10 @@ impl Watch {
             }
             while let Some((letter, text)) = first_message(&mut said) {
                 match letter {
-                    b'G' => return,
+                    b'G' => {
+                        self.fate.lock().expect("no thread panics with it").done.push(*other);
+                        return self.reached.notify_all();
+                    }
                     b'F' => return self.lost(text),
                     _ => {}
                 }
@@ -367,9 +389,10 @@ impl Watch {
                 return self.lost(format!("{name} has been silent for {SILENT} s"));
             }
             let since = self.waiting.load(Ordering::Relaxed);
-            if since > 0 && self.begun.elapsed() > Duration::from_millis(since) + LONGEST {
-                let (own, minutes) = (&self.names[self.rank], LONGEST.as_secs() / 60);
-                return self.lost(format!("{own} has waited {minutes} minutes for the other ranks"));
+            let waited = waited.after(since, std::mem::replace(&mut looked, Instant::now()).elapsed());
+            if let Some(longest) = self.longest.filter(|longest| waited > *longest) {
+                let own = &self.names[self.rank];
+                return self.lost(format!("{own} has waited {} s for the other ranks", longest.as_secs()));
             }
             if last.elapsed() >= BEAT {
                 last = Instant::now();
@@ -385,11 +408,11 @@ impl Watch {
             return;
         }
         {
-            let mut verdict = self.verdict.lock().expect("no thread panics with it");
-            if verdict.is_some() {
+            let mut fate = self.fate.lock().expect("no thread panics with it");
+            if fate.verdict.is_some() {
                 return;
             }
-            *verdict = Some(who.clone());
+            fate.verdict = Some(who.clone());
             // Tell the others before this rank learns of it and ends. Otherwise they would only see that this one is
             // gone.
             self.tell(b'F', &who);
@@ -404,6 +427,23 @@ impl Watch {
             sleep(Duration::from_millis(100));
         }
         (self.on_lost)(&who);
+    }
+}
+
+/// How long a rank has waited, by what passed between one look and the next. Of that no more than two ticks count: a process
+/// that was stopped for a while did not wait.
+#[derive(Default)]
+struct Waited {
+    since: u64,
+    time: Duration,
+}
+
+impl Waited {
+    /// At a look that comes so long after the one before, with [`Watch::waiting`] as it is now.
+    fn after(&mut self, since: u64, passed: Duration) -> Duration {
+        let time = if since > 0 && since == self.since { self.time + passed.min(2 * TICK) } else { Duration::ZERO };
+        *self = Self { since, time };
+        time
     }
 }
 
@@ -449,14 +489,13 @@ fn read_json<T: for<'a> Deserialize<'a>>(mut stream: &TcpStream) -> io::Result<T
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Listens at the address: at the loopback address if all ranks are on this machine, else at all of the machine's
-/// addresses.
+/// Listens on all of the machine's addresses, unless the address can only mean this machine. What a name resolves to does
+/// not tell: to itself, many a machine is 127.0.1.1.
 fn listen(world: &World) -> Result<TcpListener, CollectiveError> {
     let World { address, port, .. } = world;
-    let loopback = (&**address, *port).to_socket_addrs().is_ok_and(|mut all| all.all(|at| at.ip().is_loopback()));
-    let listener = match loopback {
-        true => TcpListener::bind((&**address, *port)),
-        false => TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port))
+    let listener = match &**address {
+        "localhost" | "127.0.0.1" | "::1" => TcpListener::bind((&**address, *port)),
+        _ => TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port))
             .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port))),
     };
     listener.map_err(|cause| {
@@ -477,6 +516,12 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     names.resize(world.size, String::new());
     let (sender, callers) = channel::<(TcpStream, Hello)>();
     let result = loop {
+        for (place, name) in come.iter_mut().zip(&mut names[1..]) {
+            // Whoever has ended leaves its place to a process that is started instead.
+            if place.iter().flatten().any(is_gone) {
+                (*place, *name) = ([None, None], String::new());
+            }
+        }
         if come.iter().flatten().all(Option::is_some) {
             break Ok(());
         }
@@ -501,7 +546,8 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         }
         let Ok((stream, caller)) = callers.try_recv() else { continue };
         if caller.job != world.job {
-            let _ = write_json(&stream, &Answer::Refused("rank 0 belongs to another job".into()));
+            let why = format!("it belongs to job '{}', {} to job '{}'", world.job, caller.name, caller.job);
+            let _ = write_json(&stream, &Answer::Refused(why));
             continue;
         }
         if let Err(why) = fits(world, &caller, &come, &names) {
@@ -515,10 +561,15 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         Ok(()) => Answer::Welcome(names.clone()),
         Err(why) => Answer::Refused(why.to_string()),
     };
-    let all = come.iter().filter_map(|[link, _]| link.as_ref());
-    let told = all.map(|link| write_json(link, &answer)).collect::<io::Result<Vec<()>>>();
+    // All are told, though one may have ended since it came.
+    let mut told = Ok(());
+    for ([link, _], name) in come.iter().zip(&names[1..]) {
+        if let Some(Err(cause)) = link.as_ref().map(|link| write_json(link, &answer)) {
+            told = Err(CollectiveError::Lost(format!("{name} has ended ({cause})")));
+        }
+    }
     result?;
-    told.map_err(broken)?;
+    told?;
     let (mut links, mut watches) = (Vec::new(), Vec::new());
     for [link, watch] in come {
         links.extend(link);
@@ -528,6 +579,13 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         stream.set_read_timeout(None).and_then(|()| stream.set_nodelay(true)).map_err(broken)?;
     }
     Ok((links, watches, names))
+}
+
+/// Whether nobody is at the other end any more; who waits for an answer says nothing.
+fn is_gone(stream: &TcpStream) -> bool {
+    let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let blocking = stream.set_nonblocking(false);
+    blocking.is_err() || !matches!(peeked, Err(why) if why.kind() == ErrorKind::WouldBlock)
 }
 
 /// Why a caller is none of the ranks that are still missing.
@@ -576,13 +634,15 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
             Err(_) => sleep(Duration::from_millis(100)),
         }
     };
+    let silent = |cause: &io::Error| matches!(cause.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
     let failed = |cause: io::Error| match cause.kind() {
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
             CollectiveError::Lost(format!("rank 0 at {address}:{port} ended before all ranks had come"))
         }
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+        _ if silent(&cause) => {
             let seconds = begun.elapsed().as_secs();
-            CollectiveError::Address(format!("rank 0 at {address}:{port} said nothing for {seconds} s"))
+            let what = "another program may be there; EDM2K_PORT sets another port on all ranks";
+            CollectiveError::Address(format!("rank 0 at {address}:{port} said nothing for {seconds} s: {what}"))
         }
         _ => CollectiveError::Address(format!("{address}:{port}: {cause}")),
     };
@@ -593,6 +653,9 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     // Rank 0 may have ended since. Then it has said why, on whichever of the two sockets it heard first.
     let answer = read_json(&link).or_else(|cause| {
         let Ok(watch) = &watch else { return Err(cause) };
+        if silent(&cause) {
+            return Err(cause);
+        }
         watch.set_read_timeout(Some(GREETING))?;
         read_json(watch)
     });
@@ -603,4 +666,21 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     };
     link.set_read_timeout(None).and_then(|()| link.set_nodelay(true)).map_err(failed)?;
     Ok((vec![link], vec![watch.map_err(failed)?], names))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_was_stopped_did_not_wait() {
+        let (mut waited, second) = (Waited::default(), Duration::from_secs(1));
+        assert_eq!(waited.after(0, second), Duration::ZERO);
+        assert_eq!(waited.after(7, second), Duration::ZERO, "it began between two looks");
+        assert_eq!(waited.after(7, second), second);
+        assert_eq!(waited.after(7, 3600 * second), 3 * second, "stopped for an hour");
+        assert_eq!(waited.after(7, second), 4 * second);
+        assert_eq!(waited.after(9, second), Duration::ZERO, "another wait");
+        assert_eq!(waited.after(0, second), Duration::ZERO);
+    }
 }

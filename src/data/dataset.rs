@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::edm2::{Archive, ArchiveError};
+use super::edm2::{Archive, ArchiveError, LABELS};
 use super::pending::{self, View};
 use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, ShardError, check_whole};
 pub use super::shard::{Header, Representation, Split, VOCABULARY_FILE};
@@ -40,6 +40,12 @@ pub enum DatasetError {
     Vocabulary(#[from] VocabularyError),
     #[error(transparent)]
     Io(#[from] FileError),
+    #[error("{}: no dataset of edm2k (there is no {VOCABULARY_FILE} in it)", dir.display())]
+    NoDataset { dir: PathBuf },
+    #[error("{}: an unpacked EDM2 dataset: `dataset_tool.py convert` packs it into a zip, which is read", dir.display())]
+    Unpacked { dir: PathBuf },
+    #[error("{}: a zip of EDM2's, whose conditions are classes; it has no tags", path.display())]
+    NoTags { path: PathBuf },
     #[error("{}: no {split} shards (expected {})", dir.display(), split.shard_name(0))]
     NoShards { dir: PathBuf, split: Split },
     #[error("{}: shard {name} is missing ({found} of {expected} are there)", dir.display())]
@@ -85,7 +91,7 @@ impl Dataset {
     /// A missing, damaged, empty or inconsistent dataset: see [`DatasetError`]; the message
     /// names the file, the tensor, what was found and what was expected.
     pub fn open(dir: &Path, split: Split) -> Result<Self, DatasetError> {
-        if dir.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip")) {
+        if is_zip(dir) {
             if split != Split::Train {
                 return Err(DatasetError::NoSplit { path: dir.into(), split });
             }
@@ -113,7 +119,7 @@ impl Dataset {
 
     fn of_shards(dir: &Path, split: Split) -> Result<Self, DatasetError> {
         let view = View::of(dir);
-        let vocabulary = Vocabulary::load(&view.path(VOCABULARY_FILE))?;
+        let vocabulary = vocabulary_of(dir, &view)?;
         let shards = open_shards(dir, &view, split, &vocabulary)?;
         let (mut first, mut count) = (Vec::new(), 0);
         for shard in &shards {
@@ -149,6 +155,17 @@ impl Dataset {
             }
             None => Err(DatasetError::Empty { dir: dir.into(), split }),
         }
+    }
+
+    /// The tags of the dataset in a directory alone.
+    ///
+    /// # Errors
+    /// [`DatasetError`]: there is none, or it is damaged; a zip has none.
+    pub fn tags_of(dir: &Path) -> Result<Vocabulary, DatasetError> {
+        if is_zip(dir) {
+            return Err(DatasetError::NoTags { path: dir.into() });
+        }
+        vocabulary_of(dir, &View::of(dir))
     }
 
     /// Number of images; at least 1.
@@ -392,8 +409,22 @@ impl vae::Source for Dataset {
     }
 }
 
-/// An error if two shards were made with different vocabularies. Those of one dataset never are: renaming tags changes
-/// the vocabulary's file, which all shards share.
+fn is_zip(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip"))
+}
+
+/// The vocabulary of the dataset in a directory; else an error that says what the directory is.
+fn vocabulary_of(dir: &Path, view: &View) -> Result<Vocabulary, DatasetError> {
+    let path = view.path(VOCABULARY_FILE);
+    let lacks = dir.is_dir() && !path.exists();
+    match lacks {
+        true if dir.join(LABELS).exists() => Err(DatasetError::Unpacked { dir: dir.into() }),
+        true => Err(DatasetError::NoDataset { dir: dir.into() }),
+        false => Ok(Vocabulary::load(&path)?),
+    }
+}
+
+/// An error if two shards were made with other vocabularies, which no dataset's are: whoever renames tags does so for all.
 fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
     match [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags)) {
         [Some(found), Some(expected)] if found != expected => {

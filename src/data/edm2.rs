@@ -19,7 +19,7 @@ use crate::pictures::{decode, to_model};
 use crate::rng::Stream;
 
 /// The entry with the labels.
-const LABELS: &str = "dataset.json";
+pub const LABELS: &str = "dataset.json";
 
 #[derive(Deserialize)]
 struct Labels {

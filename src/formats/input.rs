@@ -76,10 +76,18 @@ pub fn text(path: &Path) -> io::Result<String> {
 pub fn in_one_line(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let (line, column) = (error.line(), error.column());
-    match text.strip_suffix(&format!(" at line {line} column {column}")) {
-        Some(what) => format!("{what} at column {column}"),
-        None => text,
+    let (what, place) = match text.strip_suffix(&format!(" at line {line} column {column}")) {
+        Some(what) => (what, format!(" at column {column}")),
+        None => (&*text, String::new()),
+    };
+    let whole = ["u64", "u32", "u16", "u8", "usize"].map(|kind| (kind, "a whole number that is not negative"));
+    let kinds = whole.into_iter().chain([("i64", "a whole number"), ("f64", "a number"), ("f32", "a number")]);
+    for (kind, plain) in kinds {
+        if let Some(what) = what.strip_suffix(&format!("expected {kind}")) {
+            return format!("{what}expected {plain}{place}");
+        }
     }
+    format!("{what}{place}")
 }
 
 /// Whether a file begins like text, whatever the text says.
@@ -105,13 +113,12 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
             "a web page (HTML); the download gave it in place of the file"
         }
         [b'P', b'K', 3, 4, ..] if has(b"data.pkl") || has(b".pkl") => {
-            "a PyTorch checkpoint (.pt, .ckpt), which is a program; convert it to safetensors"
+            "a PyTorch checkpoint (.pt, .ckpt); a network or an autoencoder of such a form can be given to --model or --vae as it is"
         }
         [b'P', b'K', 3, 4, ..] if has(b".npy") => "a NumPy archive (.npz); save the one array as .npy",
         [b'P', b'K', 3 | 5, 4 | 6, ..] => "a zip archive; unpack it",
         [0x80, 2..=5, ..] => {
-            "a Python pickle (.pkl, .pt, .ckpt); `edm2k import` reads NVIDIA's snapshots, others must be converted to \
-             safetensors"
+            "a Python pickle (.pkl, .pt, .ckpt); `edm2k import` reads NVIDIA's snapshots, and --model and --vae weights alone"
         }
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => "a NumPy array (.npy)",
         [0x1f, 0x8b, ..]
@@ -147,6 +154,18 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_in_json_have_no_words_of_rust() {
+        let said = |text: &str| in_one_line(&serde_json::from_str::<Vec<u64>>(text).unwrap_err());
+        let expected = "expected a whole number that is not negative at column 4";
+        assert_eq!(said("[\"a\"]"), format!("invalid type: string \"a\", {expected}"));
+        assert_eq!(
+            said("[-1]"),
+            "invalid value: integer `-1`, expected a whole number that is not negative at column 3"
+        );
+        assert_eq!(said("[1"), "EOF while parsing a list at column 2");
+    }
 
     #[test]
     fn files_are_called_what_they_are() {

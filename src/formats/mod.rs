@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub mod atomic;
+pub mod differences;
 pub mod fingerprint;
 pub mod input;
 pub mod mapped;

@@ -9,6 +9,7 @@
 //! Cost: text and bytes are slices of the input. An opcode makes one value, one stack entry or one memo entry, and
 //! there are at most [`MAX_OPCODES`]; time is linear in the input.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Index;
@@ -54,8 +55,8 @@ pub enum Value<'a> {
     Float(f64),
     /// A `str`.
     Text(&'a str),
-    /// A `bytes` or `bytearray`, and where it begins, counted as in [`PickleError::offset`].
-    Bytes { offset: usize, bytes: &'a [u8] },
+    /// A `bytes` or `bytearray`, as it lies in the input or as protocol 2 spells it, and where it begins, counted as in [`PickleError::offset`].
+    Bytes { offset: usize, bytes: Cow<'a, [u8]> },
     /// A `list`.
     List(Vec<Id>),
     /// A `tuple`.
@@ -96,6 +97,7 @@ impl<'a> Pickle<'a> {
             stack: Vec::new(),
             marks: Vec::new(),
             memo: HashMap::new(),
+            decoded: 0,
         };
         reader.run()
     }
@@ -197,6 +199,8 @@ struct Reader<'a> {
     /// Heights of the stack where a mark is.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
+    /// Bytes made of texts so far.
+    decoded: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -266,7 +270,10 @@ impl<'a> Reader<'a> {
             }
             b'R' | 0x81 => {
                 let (args, callee) = (self.pop()?, self.pop()?);
-                Value::Call { callee, args, state: None, items: Vec::new() }
+                match self.bytes_of(callee, args)? {
+                    Some(bytes) => bytes,
+                    None => Value::Call { callee, args, state: None, items: Vec::new() },
+                }
             }
             0x92 => {
                 let (keywords, args, callee) = (self.pop()?, self.pop()?, self.pop()?);
@@ -434,7 +441,30 @@ impl<'a> Reader<'a> {
 
     fn bytes(&mut self, length: fn(&mut Self) -> Result<usize>) -> Result<Value<'a>> {
         let length = length(self)?;
-        Ok(Value::Bytes { offset: self.base + self.at, bytes: self.take(length)? })
+        Ok(Value::Bytes { offset: self.base + self.at, bytes: self.take(length)?.into() })
+    }
+
+    /// Protocol 2 has no bytes: Python writes `_codecs.encode(text, 'latin1')`, where each character stands for a byte. None
+    /// for any other call.
+    fn bytes_of(&mut self, callee: Id, args: Id) -> Result<Option<Value<'a>>> {
+        let (Value::Global { module: "_codecs", name: "encode" }, Value::Tuple(args)) =
+            (self.value(callee), self.value(args))
+        else {
+            return Ok(None);
+        };
+        let [text, codec] = args[..] else { return Ok(None) };
+        let (&Value::Text(characters), Value::Text("latin1")) = (self.value(text), self.value(codec)) else {
+            return Ok(None);
+        };
+        // One text could be asked for many times.
+        self.decoded += characters.len();
+        if self.decoded > self.input.len() {
+            return Err(self.error("more bytes made of texts than the input has".into()));
+        }
+        let bytes: Option<Vec<u8>> = characters.chars().map(|c| u8::try_from(c).ok()).collect();
+        let bytes =
+            bytes.ok_or_else(|| self.error("a character that is no byte, in a text that stands for bytes".into()))?;
+        Ok(Some(Value::Bytes { offset: self.values[text.0 as usize].0, bytes: bytes.into() }))
     }
 
     fn value(&self, id: Id) -> &Value<'a> {

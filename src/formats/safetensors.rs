@@ -198,7 +198,11 @@ impl SafeFile {
     ///
     /// # Errors
     /// [`SafeError::Tensor`]: bytes that do not make the shape.
-    pub fn of(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>) -> Result<Self> {
+    pub fn of(
+        path: &Path,
+        tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+        metadata: HashMap<String, String>,
+    ) -> Result<Self> {
         let (mut bytes, mut known) = (Vec::new(), BTreeMap::new());
         for (name, dtype, shape, data) in tensors {
             if byte_length(dtype, &shape) != Some(data.len()) {
@@ -209,7 +213,7 @@ impl SafeFile {
             bytes.extend(data);
             known.insert(name, Info { dtype, shape, data_offsets: (begin, bytes.len()) });
         }
-        let (path, bytes, metadata) = (path.into(), Bytes::Owned(bytes), HashMap::new());
+        let (path, bytes) = (path.into(), Bytes::Owned(bytes));
         Ok(Self { path, bytes, data_start: 0, metadata, tensors: known })
     }
 

@@ -45,12 +45,12 @@ impl<'a> Tensor<'a> {
     /// Reads the tensor or parameter that a value of a pickle describes.
     ///
     /// # Errors
-    /// If the value is none, or reaches beyond its storage, or has more elements than the storage.
-    pub fn read(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
+    /// If it is none, or reaches beyond its storage, or has more elements than that.
+    pub fn read(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
         Self::read_with(pickle, id, storages, &Outside::default())
     }
 
-    fn read_with(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
+    fn read_with(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
         let tensor = match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
             Some(&[tensor, _, _]) => tensor,
             _ => id,
@@ -72,10 +72,10 @@ impl<'a> Tensor<'a> {
         let (offset, shape, strides): (_, Vec<_>, Vec<_>) = (number(offset)?, sides(shape)?, sides(strides)?);
         let (dtype, storage) =
             match (pickle.call_of(storage, &[("torch.storage", "_load_from_bytes")]), &pickle[storage]) {
-                (Some(&[bytes]), _) => match pickle[bytes] {
-                    Value::Bytes { offset, bytes } => match storages.get(&offset) {
+                (Some(&[bytes]), _) => match &pickle[bytes] {
+                    Value::Bytes { offset, bytes } => match storages.get(offset) {
                         Some(&known) => known,
-                        None => *storages.entry(offset).insert_entry(read_storage(bytes, offset)?).get(),
+                        None => *storages.entry(*offset).insert_entry(read_storage(bytes, *offset)?).get(),
                     },
                     _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
                 },
@@ -315,20 +315,45 @@ impl<'a> Outside<'a> {
 /// Name, element type, shape and bytes of a tensor.
 pub type Named = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// The tensors of a dictionary that `torch.save` wrote, or of the one under `state_dict`, `model`, `ema` or `params` in
-/// it. Nothing in the file runs; entries that are no tensors are left out.
+/// Where networks are kept in a dictionary that has more, averages of weights before the weights themselves.
+const WITHIN: [&str; 8] = ["ema", "model_ema", "ema_model", "params_ema", "state_dict", "model", "net", "params"];
+
+/// A dictionary of tensors, read.
+pub struct StateDict {
+    /// Its tensors.
+    pub tensors: Vec<Named>,
+    /// What it is called, and what others the file has, if it was taken out of several.
+    pub taken: Option<(String, Vec<String>)>,
+}
+
+/// The tensors of a dictionary that `torch.save` or `pickle.dump` wrote, or of one in it: the first of `ema`, `model_ema`,
+/// `ema_model`, `params_ema`, `state_dict`, `model`, `net`, `params` that has some. Nothing in the file runs; what is no
+/// tensor is left out.
 ///
 /// # Errors
 /// The file is damaged, or has no tensors.
-pub fn state_dict(bytes: &[u8]) -> Result<Vec<Named>> {
-    let (pickle, outside) = if bytes.starts_with(b"PK") { zipped(bytes)? } else { legacy(bytes)? };
-    let mut entries =
-        dictionary(&pickle, pickle.root()).ok_or_else(|| pickle.unexpected(pickle.root(), "a dictionary"))?;
-    let inner = ["state_dict", "model", "ema", "params"].iter().find_map(|wanted| {
-        let of = |key: Id| matches!(pickle[key], Value::Text(name) if name == *wanted);
-        dictionary(&pickle, entries.iter().find(|(key, _)| of(*key))?.1)
-    });
-    entries = inner.unwrap_or(entries);
+pub fn state_dict(bytes: &[u8]) -> Result<StateDict> {
+    let (pickle, outside) = match bytes {
+        [b'P', b'K', ..] => zipped(bytes)?,
+        _ => match plain(bytes)? {
+            Some(pickle) => (pickle, Outside::default()),
+            None => legacy(bytes)?,
+        },
+    };
+    let outer = dictionary(&pickle, pickle.root()).ok_or_else(|| pickle.unexpected(pickle.root(), "a dictionary"))?;
+    let within = |wanted: &&'static str| {
+        let (_, value) = outer.iter().rfind(|(key, _)| pickle[*key] == Value::Text(wanted))?;
+        let inner = dictionary(&pickle, *value)?;
+        inner.iter().any(|&(_, value)| is_tensor(&pickle, value)).then_some((*wanted, inner))
+    };
+    let mut inner = WITHIN.iter().filter_map(within);
+    let (entries, taken) = match inner.next() {
+        None => (outer, None),
+        Some((name, entries)) => {
+            let others: Vec<String> = inner.map(|(name, _)| name.into()).collect();
+            (entries, (!others.is_empty()).then(|| (name.into(), others)))
+        }
+    };
     let (mut storages, mut tensors, mut total) = (HashMap::new(), Vec::new(), 0usize);
     for &(key, value) in entries {
         let (Value::Text(name), true) = (&pickle[key], is_tensor(&pickle, value)) else { continue };
@@ -341,7 +366,25 @@ pub fn state_dict(bytes: &[u8]) -> Result<Vec<Named>> {
         let data = tensor.bytes();
         tensors.push(((*name).to_owned(), tensor.dtype, tensor.shape, data));
     }
-    if tensors.is_empty() { Err(pickle.unexpected(pickle.root(), "a dictionary of tensors")) } else { Ok(tensors) }
+    if tensors.is_empty() {
+        const SHOWN: usize = 8;
+        let keys =
+            outer.iter().filter_map(|(key, _)| if let Value::Text(key) = pickle[*key] { Some(key) } else { None });
+        let mut keys: Vec<String> = keys.take(SHOWN + 1).map(quoted).collect();
+        if keys.len() > SHOWN {
+            keys[SHOWN] = "...".into();
+        }
+        let what = match keys.join(", ") {
+            none if none.is_empty() => "a dictionary without names".into(),
+            keys => format!("a dictionary of {keys}"),
+        };
+        let expected = WITHIN.join(", ");
+        return Err(PickleError {
+            offset: 0,
+            what: format!("found {what}, expected tensors, or some within {expected}"),
+        });
+    }
+    Ok(StateDict { tensors, taken })
 }
 
 fn is_tensor(pickle: &Pickle, id: Id) -> bool {
@@ -353,6 +396,18 @@ fn dictionary<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [(Id, Id)]> {
         Value::Dict(items) => Some(items),
         Value::Call { items, .. } if pickle.call_of(id, &[("collections", "OrderedDict")]).is_some() => Some(items),
         _ => None,
+    }
+}
+
+/// A pickle alone, which `pickle.dump` writes: its storages are calls within it. None of what `torch.save` writes.
+fn plain(bytes: &[u8]) -> Result<Option<Pickle<'_>>> {
+    let pickle = Pickle::parse(bytes, 0)?;
+    if dictionary(&pickle, pickle.root()).is_none() {
+        return Ok(None);
+    }
+    match bytes.len() - pickle.end() {
+        0 => Ok(Some(pickle)),
+        rest => Err(PickleError { offset: pickle.end(), what: format!("{rest} bytes after the end of the pickle") }),
     }
 }
 

@@ -1,5 +1,5 @@
-//! Files of weights as people have them: safetensors, and what `torch.save` writes (`.pt`, `.pth`, `.ckpt`, `.bin`), of which
-//! nothing runs.
+//! Files of weights as people have them: safetensors, and what `torch.save` and `pickle.dump` write (`.pt`, `.pth`, `.ckpt`,
+//! `.bin`, `.pkl`), of which nothing runs.
 
 use std::path::Path;
 
@@ -8,7 +8,10 @@ use super::safetensors::{Result, SafeError, SafeFile};
 use super::torch;
 use super::{At, input};
 
-/// Opens a file of weights. A `module.` before all names is removed.
+/// Key of the metadata that says which of several dictionaries of a file the tensors are from.
+pub const TAKEN: &str = "taken from";
+
+/// Opens a file of weights; a `module.` before all names is left away.
 ///
 /// The file must not be changed while it is read.
 ///
@@ -22,7 +25,10 @@ pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
             // SAFETY: that nobody changes the file meanwhile is the documented condition.
             let map = unsafe { Mapped::new(&file, path) }.at(path)?;
             let malformed = |why: super::pickle::PickleError| SafeError::Torch { path: path.into(), why: why.into() };
-            SafeFile::of(path, torch::state_dict(&map).map_err(malformed)?)?
+            let torch::StateDict { tensors, taken } = torch::state_dict(&map).map_err(malformed)?;
+            let said =
+                taken.map(|(taken, others)| (TAKEN.to_owned(), format!("'{taken}', not '{}'", others.join("', '"))));
+            SafeFile::of(path, tensors, said.into_iter().collect())?
         }
         _ => SafeFile::open(path)?,
     };

@@ -81,7 +81,9 @@ impl Zip {
     pub fn bytes(&self, entry: &Entry) -> Result<&[u8], ZipError> {
         let wrong = |what: String| ZipError::Entry { path: self.path.clone(), name: entry.name.to_string(), what };
         if !entry.stored {
-            return Err(wrong("it is compressed, expected a stored one".into()));
+            return Err(wrong(
+                "it is compressed, expected a stored one: unpack the archive, and pack it by `zip -0 -r`".into(),
+            ));
         }
         let found = self.archive.get_entry(entry.place).map_err(|error| wrong(error.to_string()))?;
         let (from, to) = found.compressed_data_range();

@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::config::{Config, ConfigError};
 use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
-use crate::codec::Autoencoder;
+use crate::codec::{Autoencoder, CodecFile};
+use crate::condition::vae;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
@@ -151,6 +153,16 @@ pub enum ModelError {
     /// The config does not describe a network, or not one for the image size.
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
+    /// What is assumed of attention heads cannot be.
+    #[error(
+        "{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}; `edm2k import --config` \
+         sets the width",
+        path.display()
+    )]
+    Heads { path: PathBuf, cause: ConfigError },
+    /// It is something else.
+    #[error("{}: {what}, expected a model of images", path.display())]
+    Other { path: PathBuf, what: &'static str },
     /// It holds more than a model.
     #[error("{}: a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it", path.display())]
     Checkpoint { path: PathBuf },
@@ -172,6 +184,8 @@ pub struct Model {
     pub table: ParamTable,
     /// Values of each parameter, by [`ParamId`], in PyTorch's order.
     pub weights: Vec<Vec<f32>>,
+    /// What was assumed where its file leaves it open, for people.
+    pub doubts: Vec<String>,
 }
 
 /// A parameter that [`Model::adapt`] could not take over.
@@ -193,6 +207,8 @@ pub struct ModelFile {
     pub net: Precond,
     /// Names and shapes of its parameters.
     pub table: ParamTable,
+    /// What was assumed where the file leaves it open, for people.
+    pub doubts: Vec<String>,
     file: SafeFile,
 }
 
@@ -202,20 +218,52 @@ impl ModelFile {
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, ModelError> {
+        Self::open_with(path, &Map::new())
+    }
+
+    /// The same of a file without a config, of which some of the config's options are `given`.
+    ///
+    /// # Errors
+    /// As [`ModelFile::open`]; the file has a config.
+    pub fn open_with(path: impl AsRef<Path>, given: &Map<String, Value>) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let mut file = weights::open(path)?;
         let metadata = |key, what: String| ModelError::Metadata { path: path.into(), key, what };
+        let taken = file.metadata().get(weights::TAKEN);
+        let mut doubts: Vec<String> =
+            taken.map(|taken| format!("its network is that of {taken}")).into_iter().collect();
         if file.metadata().contains_key("train") {
             return Err(ModelError::Checkpoint { path: path.into() });
         }
         let config: Config = match file.metadata().get("config") {
+            Some(_) if !given.is_empty() => {
+                return Err(metadata("config", "it is there, so nothing is to be said of the network".into()));
+            }
             Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
-                let missing = || metadata("config", "it is missing, so this is not a model file".into());
+                let missing = || match what_instead(&file) {
+                    Some(what) => ModelError::Other { path: path.into(), what },
+                    None => metadata("config", "it is missing, so this is not a model file".into()),
+                };
                 let bare = !file.metadata().contains_key("edm2k");
-                let prefix = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+                let (prefix, others) = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+                if !others.is_empty() {
+                    doubts.push(format!("its network is that of '{prefix}', not '{}'", others.join("', '")));
+                }
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
-                guess::config(&file)?
+                let config = guess::config(&file, given)?;
+                let config: Config = serde_json::from_value(config).map_err(|e| metadata("config", e.to_string()))?;
+                if !given.contains_key(guess::HEADS) {
+                    doubts.push(format!(
+                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import --config` \
+                         sets another width",
+                        config.channels_per_head
+                    ));
+                    if let Err(cause) = config.validate() {
+                        return Err(ModelError::Heads { path: path.into(), cause });
+                    }
+                }
+                config
             }
         };
         let config_error = |cause| ModelError::Config { path: path.into(), cause };
@@ -238,12 +286,19 @@ impl ModelFile {
         for (_, spec) in table.iter() {
             file.expect_shape(&spec.name, &spec.shape)?;
         }
-        Ok(Self { meta, net, table, file })
+        doubts.iter_mut().for_each(|doubt| *doubt = format!("{}: {doubt}", path.display()));
+        Ok(Self { meta, net, table, doubts, file })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// Smallest precision that holds its weights as they are.
+    pub fn precision(&self) -> Stored {
+        let half = |name| self.file.dtype(name).is_ok_and(|dtype| dtype == Dtype::F16);
+        if self.file.names().all(half) { Stored::F16 } else { Stored::F32 }
     }
 
     /// Reads the values of a parameter, in PyTorch's order.
@@ -264,13 +319,20 @@ impl Model {
     /// # Errors
     /// See [`ModelError`]; the message names the file, the tensor, what was found and what was expected.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ModelError> {
-        let file = ModelFile::open(path)?;
-        // All are read at once. Then the error of the first parameter counts, whichever thread met one first.
+        Self::read(ModelFile::open(path)?)
+    }
+
+    /// Reads the weights of an open model file.
+    ///
+    /// # Errors
+    /// As [`ModelFile::values`].
+    pub fn read(file: ModelFile) -> Result<Self, ModelError> {
+        // All at once, and then the first error, whoever met one first.
         let ids: Vec<ParamId> = file.table.iter().map(|(id, _)| id).collect();
         let weights: Vec<_> = ids.into_par_iter().map(|id| file.values(id)).collect();
         let weights = weights.into_iter().collect::<Result<_, _>>()?;
-        let ModelFile { meta, net, table, .. } = file;
-        Ok(Self { meta, net, table, weights })
+        let ModelFile { meta, net, table, doubts, .. } = file;
+        Ok(Self { meta, net, table, weights, doubts })
     }
 
     /// A network with fresh parameters: weights N(0, 1), gains 0, Fourier frequencies 2 pi N(0, 1) and
@@ -301,7 +363,13 @@ impl Model {
                 values
             })
             .collect();
-        Ok(Self { meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) }, net, table, weights })
+        Ok(Self {
+            meta: ModelMeta { seed: Some(seed), ..ModelMeta::of(config) },
+            net,
+            table,
+            weights,
+            doubts: Vec::new(),
+        })
     }
 
     /// The network of another config with this model's parameters, for fine-tuning. Parameters that this model lacks or
@@ -419,6 +487,15 @@ impl<'a> ModelWriter<'a> {
     /// [`ModelError::File`]; then the path keeps its old content.
     pub fn finish(self) -> Result<(), ModelError> {
         Ok(self.file.finish()?)
+    }
+}
+
+/// What a file that is no model is, with the option that takes it, as far as its tensors and metadata tell.
+fn what_instead(file: &SafeFile) -> Option<&'static str> {
+    match file {
+        _ if vae::is_one(file) => Some("a condition model, which --condition-model takes"),
+        _ if CodecFile::is_one(file) => Some("an autoencoder, which --vae takes"),
+        _ => None,
     }
 }
 

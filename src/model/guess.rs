@@ -1,24 +1,31 @@
 //! The config of a network of which only the tensors are known. Their shapes tell a part of it; the rest is EDM2's
 //! defaults (width of the attention heads, balances, clip, sigma_data).
 
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::config::Config;
+use super::config::default_channels_per_head;
 use crate::formats::safetensors::{SafeError, SafeFile};
 
 /// The official name of a tensor that every network has.
 const KNOWN: &str = "unet.emb_fourier.freqs";
 
-/// The prefix before the official names; none if this is no EDM2 network.
-pub fn prefix(file: &SafeFile) -> Option<String> {
-    file.names().find_map(|name| name.strip_suffix(KNOWN).map(str::to_owned))
+/// What stands before the official names, and before those of other networks in the file, which are not taken; none if this is
+/// no EDM2 network. An average of weights goes before the weights.
+pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
+    let mut all: Vec<String> = file.names().filter_map(|name| Some(name.strip_suffix(KNOWN)?.to_owned())).collect();
+    all.sort_by_key(|prefix| !prefix.split(['.', '_']).any(|word| word == "ema"));
+    let others = all.split_off(all.len().min(1));
+    Some((all.pop()?, others))
 }
 
-/// The config of a network in official names.
+/// The option that says how wide attention heads are, which no tensor's shape tells.
+pub const HEADS: &str = "channels_per_head";
+
+/// The config, in JSON, of a network in official names, with options that are `given` over what is read and assumed.
 ///
 /// # Errors
-/// A tensor is missing, or has a shape that no network gives it. The caller has to check the others.
-pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
+/// A tensor is missing, or has a shape that none has; the caller checks all of them, and the options.
+pub fn config(file: &SafeFile, given: &Map<String, Value>) -> Result<Value, SafeError> {
     let side = |name: &str, at: usize| -> Result<usize, SafeError> {
         let shape = file.shape(name)?;
         shape.get(at).copied().ok_or_else(|| file.unexpected(name, format!("shape {shape:?}"), "more sides"))
@@ -45,7 +52,8 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
     };
     let blocks = (0..64).take_while(|&number| file.contains(&format!("{}.conv_res0.weight", block(first, number))));
     let label = "unet.emb_label.weight";
-    let config = json!({
+    let mut config = json!({
+        HEADS: default_channels_per_head(),
         "img_resolution": first,
         "img_channels": side("unet.out_conv.weight", 0)?,
         "label_dim": if file.contains(label) { side(label, 1)? } else { 0 },
@@ -57,7 +65,8 @@ pub fn config(file: &SafeFile) -> Result<Config, SafeError> {
         "attn_resolutions": levels.iter().filter(attends).collect::<Vec<_>>(),
         "logvar_channels": side("logvar_fourier.freqs", 0)?,
     });
-    serde_json::from_value(config).map_err(|why| file.unexpected(KNOWN, why, "an EDM2 network"))
+    given.iter().for_each(|(option, value)| config[option] = value.clone());
+    Ok(config)
 }
 
 fn gcd(a: usize, b: usize) -> usize {

@@ -100,7 +100,13 @@ impl Snapshot {
         }
         let tree = Tree { path, pickle: &pickle, looked_at: Cell::new(0) };
         let root = tree.entries("the file", pickle.root())?;
-        let ema = tree.need("the file", root, "ema")?;
+        let none = || {
+            tree.error(
+                "the file",
+                "it has no ema, as snapshots have; weights alone can be given to --model as they are",
+            )
+        };
+        let ema = tree.get(root, "ema")?.ok_or_else(none)?;
         let modules = tree.modules(ema)?;
         let config = tree.config(&modules)?;
         let (net, table) = Precond::new(&config).map_err(|e| tree.error("ema._init_kwargs", e))?;
@@ -120,7 +126,7 @@ impl Snapshot {
             Some(("StandardRGBEncoder", _)) => meta.encoder = Encoder::Rgb,
             _ => {}
         }
-        Ok(Self { model: Model { meta, net, table, weights }, precision })
+        Ok(Self { model: Model { meta, net, table, weights, doubts: Vec::new() }, precision })
     }
 }
 

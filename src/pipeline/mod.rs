@@ -16,20 +16,21 @@
 
 mod conditions;
 mod domain;
+mod images;
 mod output;
+mod request;
 mod viewer;
 
-use std::collections::VecDeque;
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 pub use conditions::{Condition, ConditionError};
 pub use domain::{Domain, Mismatch, learned_from};
+pub use images::{Image, Images, Spent, Step};
 pub use output::{Kept, OutDir, OutputError};
+pub use request::{Beginning, NotTwo, Request};
 pub use viewer::Viewer;
 
 use crate::backend::{BackendError, NetworkBackend};
@@ -38,168 +39,16 @@ use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
-use crate::formats::fingerprint::name;
+use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
+use crate::formats::{At, FileError};
 pub use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
-use crate::pictures::{Picture, PictureError, decode, fit, to_model};
+use crate::pictures::{PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program's name and version, as text chunks have them.
 pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
-
-/// What is to be made.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// The images take these in turn; without any they are unconditional.
-    pub conditions: Vec<Condition>,
-    /// Images of each condition before the next one; 0 counts as 1.
-    pub per_condition: usize,
-    /// The seed of each image; there are as many images as seeds.
-    pub seeds: Vec<u64>,
-    /// For each image another seed, and that seed's share of the noise, 0 to 1. If empty, no image has another seed.
-    pub towards: Vec<(u64, f64)>,
-    /// What all images begin from, beside noise; see [`SamplerConfig::strength`].
-    pub from: Option<Beginning>,
-    /// [height, width] of the images, or latents; none: what the model was trained on.
-    pub size: Option<[usize; 2]>,
-    /// How images come out of noise.
-    pub sampler: SamplerConfig,
-    /// Images at a time; 0 counts as 1. It changes speed and memory, not the images.
-    pub batch: usize,
-}
-
-impl Default for Request {
-    /// One unconditional image of seed 0.
-    fn default() -> Self {
-        Self {
-            conditions: Vec::new(),
-            per_condition: 1,
-            seeds: vec![0],
-            towards: Vec::new(),
-            from: None,
-            size: None,
-            sampler: SamplerConfig::default(),
-            batch: 4,
-        }
-    }
-}
-
-impl Request {
-    /// Place of the condition of image number `number`; none if it is unconditional.
-    pub fn condition_of(&self, number: usize) -> Option<usize> {
-        let count = self.conditions.len();
-        (count > 0).then(|| number / self.per_condition.max(1) % count)
-    }
-
-    /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
-    ///
-    /// # Errors
-    /// [`NotTwo`].
-    pub fn interpolated(mut self, count: usize) -> Result<Self, NotTwo> {
-        let (conditions, seeds) = (self.conditions.len(), self.seeds.len());
-        if !matches!((conditions, seeds), (2, 1 | 2) | (0 | 1, 2)) {
-            return Err(NotTwo { conditions, seeds });
-        }
-        let share = |i: usize| i as f64 / (count.max(2) - 1) as f64;
-        if let [a, b] = &self.conditions[..] {
-            self.conditions = (0..count).map(|i| Condition::between(a, b, share(i))).collect();
-        }
-        if let [_, other] = self.seeds[..] {
-            self.towards = (0..count).map(|i| (other, share(i))).collect();
-        }
-        (self.seeds, self.per_condition) = (vec![self.seeds[0]; count], 1);
-        Ok(self)
-    }
-}
-
-/// There are not two things to interpolate between.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{conditions} conditions and {seeds} seeds, expected two of either, or of both, and no others")]
-pub struct NotTwo {
-    /// Conditions given.
-    pub conditions: usize,
-    /// Seeds given.
-    pub seeds: usize,
-}
-
-/// An image that others begin from.
-#[derive(Clone, Debug)]
-pub struct Beginning {
-    /// In model space, [height, width, channels].
-    pub values: Vec<f32>,
-    /// What it is called, for people.
-    pub name: String,
-}
-
-/// One image that was made.
-#[derive(Clone, Debug)]
-pub struct Image {
-    /// Its place among the seeds of the request.
-    pub number: usize,
-    /// Its seed.
-    pub seed: u64,
-    /// What the network made, [height, width, channels]: pixels from -1 to 1, or latents.
-    pub values: Vec<f32>,
-    /// The image as a picture; none for latents without an autoencoder.
-    pub picture: Option<Picture>,
-    /// All parameters that it was made with.
-    pub about: Value,
-}
-
-impl Image {
-    /// The PNG file of the picture, with its parameters in a text chunk: what `edm2k sample` writes.
-    ///
-    /// # Errors
-    /// [`PipelineError::NoPicture`]: latents without an autoencoder have none. [`PipelineError::Png`]: it is too large for one.
-    pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
-        let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
-        picture.png(&text_of(&self.about.to_string())).map_err(PipelineError::Png)
-    }
-}
-
-/// Keywords and texts of the chunks in which a PNG carries what is known of it.
-fn text_of(about: &str) -> [(&str, &str); 2] {
-    [("Software", SOFTWARE), ("edm2k", about)]
-}
-
-/// What [`Images::watched`] is shown after each step of a batch.
-pub struct Step<'a> {
-    /// Place of the batch's first image among the seeds of the request.
-    pub first: usize,
-    /// Images of the batch.
-    pub images: usize,
-    /// Index of the step, from 0.
-    pub index: usize,
-    /// Number of steps.
-    pub of: usize,
-    /// Noise level that the step began at.
-    pub sigma: f64,
-    size: [usize; 2],
-    download: &'a mut dyn FnMut() -> Result<Vec<f32>, BackendError>,
-    viewer: Option<&'a mut Viewer>,
-}
-
-impl Step<'_> {
-    /// The denoised images so far, as the network sees them, [images, height, width, channels].
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn denoised(&mut self) -> Result<Vec<f32>, PipelineError> {
-        Ok((self.download)()?)
-    }
-
-    /// The same as pictures, by the autoencoder for previews if there is one; none without any autoencoder.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn pictures(&mut self) -> Result<Vec<Picture>, PipelineError> {
-        let values = self.denoised()?;
-        let Some(viewer) = &mut self.viewer else { return Ok(Vec::new()) };
-        let pictures = values.chunks(values.len() / self.images).map(|image| viewer.picture(self.size, image));
-        Ok(pictures.collect::<Result<_, _>>()?)
-    }
-}
 
 /// Why there are no images.
 #[derive(Debug, thiserror::Error)]
@@ -271,7 +120,8 @@ impl Pipeline {
     /// # Errors
     /// [`PipelineError::Model`].
     pub fn load(device: &Device, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
-        let model = Model::load(&path)?;
+        let mut model = Model::load(&path)?;
+        let warnings = std::mem::take(&mut model.doubts);
         let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
         Ok(Self {
             device: device.clone(),
@@ -286,7 +136,7 @@ impl Pipeline {
             preview: None,
             inventor: None,
             tagger: None,
-            warnings: Vec::new(),
+            warnings,
         })
     }
 
@@ -296,7 +146,8 @@ impl Pipeline {
     /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions.
     pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let path = path.as_ref();
-        let guide = Model::load(path)?;
+        let mut guide = Model::load(path)?;
+        self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check(path.display(), &self.domain(), self.path.display())?;
         self.guide = Some(path.into());
@@ -351,7 +202,7 @@ impl Pipeline {
             if found.strip_prefix(&[1]).unwrap_or(found) != expected {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
-            let (planar, area) = (file.f32(tensor)?, height * width);
+            let (planar, area) = (file.finite_f32(tensor)?, height * width);
             let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
             return Ok(Beginning { values, name });
         }
@@ -368,6 +219,10 @@ impl Pipeline {
         let factor = codec.as_ref().map_or(1, CodecFile::factor);
         let target = [width, height].map(|side| (side * factor) as u32);
         let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
+        if crop.lost > 0.2 {
+            let (lost, [width, height]) = (100.0 * crop.lost, target);
+            self.warnings.push(format!("{name}: {lost:.0} % of it is cut off to fit it to {width}x{height}"));
+        }
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),
@@ -434,21 +289,21 @@ impl Pipeline {
         let (size, config) = (self.size(request), &self.net.config);
         request.sampler.validate()?;
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
-        let expected = config.label_dim;
-        for (number, Condition { values, away, .. }) in request.conditions.iter().enumerate() {
-            let away = Some(away).filter(|away| !away.is_empty());
-            if let Some(wrong) = [Some(values), away].into_iter().flatten().find(|values| values.len() != expected) {
-                return Err(PipelineError::ConditionWidth { number, found: wrong.len(), expected });
-            }
-        }
-        let (found, expected) = (request.towards.len(), request.seeds.len());
-        if found > 0 && found != expected {
-            return Err(PipelineError::Towards { found, expected });
-        }
+        request.check_counts(config.label_dim)?;
         let images = request.seeds.len().min(request.batch.max(1));
         self.device.check_forward(config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
+    }
+
+    /// The files that were given, by what they are for. Reads them: whoever makes parts of the same knows it by them.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn files(&self) -> Result<Vec<(&'static str, Identity)>, FileError> {
+        let files = [("model", Some(&self.path)), ("gnet", self.guide.as_ref()), ("vae", self.codec.as_ref())];
+        let given = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
+        given.map(|(key, path)| Ok((key, Identity::of_file(path).at(path)?))).collect()
     }
 
     /// Makes all images of a request.
@@ -466,16 +321,8 @@ impl Pipeline {
     pub fn images<'a>(&'a mut self, request: &'a Request) -> Result<Images<'a>, PipelineError> {
         self.check(request)?;
         self.ready()?;
-        Ok(Images {
-            common: self.parameters(request),
-            pipeline: self,
-            request,
-            watch: None,
-            next: 0,
-            end: request.seeds.len(),
-            made: VecDeque::new(),
-            spent: Spent::default(),
-        })
+        let common = self.parameters(request);
+        Ok(Images::new(self, request, common))
     }
 
     /// Parameters that all images of a request have in common. Files are given by their names only: where they lie is
@@ -501,148 +348,7 @@ impl Pipeline {
     }
 }
 
-/// Sees each step, and stops the work by an error.
-type Watch<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
-
-/// Where the time went that images took.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Spent {
-    /// In the network, from noise to images in model space.
-    pub sampling: Duration,
-    /// Making pictures of those.
-    pub decoding: Duration,
-}
-
-/// The images of a request, made as they are asked for.
-pub struct Images<'a> {
-    pipeline: &'a mut Pipeline,
-    request: &'a Request,
-    common: Value,
-    watch: Option<Box<Watch<'a>>>,
-    /// Number of the first image that has not been made.
-    next: usize,
-    /// Number of the first image that is not to be made any more.
-    end: usize,
-    /// Images of the current batch that were made and not yet handed out.
-    made: VecDeque<(usize, Vec<f32>)>,
-    spent: Spent,
-}
-
-impl Request {
-    /// The parameters of image `number`, given [those that all images have](Pipeline::parameters).
-    pub fn about(&self, common: &Value, number: usize) -> Value {
-        let mut about = common.clone();
-        about["seed"] = self.seeds[number].into();
-        if let Some(&(seed, share)) = self.towards.get(number) {
-            about["towards"] = json!({"seed": seed, "share": share});
-        }
-        let condition = self.condition_of(number).map(|row| self.conditions[row].origin.clone());
-        about["condition"] = condition.unwrap_or(Value::Null);
-        about
-    }
-}
-
-impl<'a> Images<'a> {
-    /// Calls `watch` after each step of each batch. It can stop the work by an error, such as
-    /// [`PipelineError::Stopped`]. On a GPU, steps that are watched cost a little more than others.
-    #[must_use]
-    pub fn watched(mut self, watch: impl FnMut(&mut Step) -> Result<(), PipelineError> + 'a) -> Self {
-        self.watch = Some(Box::new(watch));
-        self
-    }
-
-    /// Makes only the images of `range`. They are the same as in the whole request if the range begins where a batch
-    /// does.
-    #[must_use]
-    pub fn only(mut self, range: Range<usize>) -> Self {
-        self.end = range.end.min(self.request.seeds.len());
-        self.next = range.start.min(self.end);
-        self
-    }
-
-    /// Where the time went so far.
-    pub fn spent(&self) -> Spent {
-        self.spent
-    }
-
-    /// Makes the next batch.
-    fn batch(&mut self) -> Result<(), PipelineError> {
-        let began = Instant::now();
-        let (request, first) = (self.request, self.next);
-        let last = self.end.min(first + request.batch.max(1));
-        let pipeline = &mut *self.pipeline;
-        let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
-        let conditions: Vec<&Condition> =
-            (first..last).filter_map(|number| Some(&request.conditions[request.condition_of(number)?])).collect();
-        let labels: Vec<f32> = conditions.iter().flat_map(|condition| &condition.values).copied().collect();
-        let mut away = Vec::new();
-        if conditions.iter().any(|condition| !condition.away.is_empty()) {
-            conditions.iter().for_each(|condition| away.extend(condition.reference(guide)));
-        }
-        let batch = Batch {
-            seeds: &request.seeds[first..last],
-            size,
-            labels: &labels,
-            away: &away,
-            towards: request.towards.get(first..last).unwrap_or_default(),
-            from: request.from.as_ref().map_or(&[], |from| &from.values),
-        };
-        let Some(network) = &mut pipeline.network else { return Ok(()) }; // ready() has put it there
-        let mut viewer = pipeline.preview.as_mut().or(pipeline.viewer.as_mut());
-        let mut failed = None;
-        let config = &request.sampler;
-        let made = match &mut self.watch {
-            None => network.sample(&batch, config, None),
-            Some(watch) => network.sample(
-                &batch,
-                config,
-                Some(&mut |index, sigma, download| {
-                    let (images, of, viewer) = (last - first, config.taken(), viewer.as_deref_mut());
-                    let mut step = Step { first, images, index, of, sigma, size, download, viewer };
-                    watch(&mut step).map_err(|why| {
-                        failed = Some(why);
-                        SampleError::Stopped
-                    })
-                }),
-            ),
-        };
-        if let Some(why) = failed {
-            return Err(why);
-        }
-        let made = made?;
-        self.made.extend((first..last).zip(made.chunks(made.len() / (last - first)).map(<[f32]>::to_vec)));
-        self.next = last;
-        self.spent.sampling += began.elapsed();
-        Ok(())
-    }
-
-    fn image(&mut self, number: usize, values: Vec<f32>) -> Result<Image, PipelineError> {
-        let size = self.pipeline.size(self.request);
-        let began = Instant::now();
-        let picture = self.pipeline.viewer.as_mut().map(|viewer| viewer.picture(size, &values)).transpose()?;
-        self.spent.decoding += began.elapsed();
-        let seed = self.request.seeds[number];
-        Ok(Image { number, seed, values, picture, about: self.request.about(&self.common, number) })
-    }
-}
-
-impl Iterator for Images<'_> {
-    type Item = Result<Image, PipelineError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.made.is_empty()
-            && self.next < self.end
-            && let Err(why) = self.batch()
-        {
-            self.next = self.end;
-            return Some(Err(why));
-        }
-        let (number, values) = self.made.pop_front()?;
-        Some(self.image(number, values))
-    }
-}
-
-/// Called with the index and the noise level of a step. It can download the denoised images.
+/// Sees the index and the noise level of a step, and downloads the denoised images if it wants them.
 type Observer<'a> =
     dyn FnMut(usize, f64, &mut dyn FnMut() -> Result<Vec<f32>, BackendError>) -> Result<(), SampleError> + 'a;
 

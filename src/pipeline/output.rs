@@ -2,16 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Image, text_of};
+use super::Image;
+use super::images::text_of;
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
-use crate::formats::{At, DirLock, FileError, LockError};
+use crate::formats::{At, DirLock, FileError, LockError, input, write_atomically};
 use crate::pictures::png::{PngError, read_text};
 use crate::pictures::{Picture, decode};
 
@@ -103,6 +104,27 @@ impl OutDir {
     /// A warning, if the file system has no locks.
     pub fn warning(&self) -> Option<String> {
         self.lock.warning()
+    }
+
+    /// Leaves for the other parts what this one was given.
+    ///
+    /// # Errors
+    /// [`OutputError::Io`].
+    pub fn note(&self, given: &Value) -> Result<()> {
+        let path = self.dir.join(note_name(self.part));
+        Ok(write_atomically(&path, |out| write!(out, "{given}")).at(path)?)
+    }
+
+    /// What a part was given, if it has left that.
+    pub fn noted(&self, part: Part) -> Option<String> {
+        input::text(&self.dir.join(note_name(part))).ok()
+    }
+
+    /// Removes what the parts have left, all of which are there.
+    pub fn forget(&self) {
+        let all = (0..self.part.of).map(|number| self.dir.join(note_name(Part { number, ..self.part })));
+        // Another process may have removed it already.
+        all.for_each(|path| drop(fs::remove_file(path)));
     }
 
     /// Writes an image's picture, and the pictures of its steps side by side if there are some.
@@ -264,6 +286,10 @@ const LATENTS: &str = "latents.safetensors";
 /// The name of the file of all latents, or of those of one of several parts.
 fn latents_name(part: Part) -> String {
     if part == Part::WHOLE { LATENTS.into() } else { part.file("latents") }
+}
+
+fn note_name(part: Part) -> String {
+    format!("part-{}-of-{}.json", part.number + 1, part.of)
 }
 
 fn picture_name(name: &str) -> String {

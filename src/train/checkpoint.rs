@@ -68,11 +68,11 @@ pub fn is_one(file: &SafeFile) -> bool {
     file.metadata().contains_key(STATE)
 }
 
-/// What is saved: every parameter of each slot, with the name of its tensor.
-fn tensors(table: &ParamTable, profiles: usize) -> Vec<(Slot, ParamId, &[usize], String)> {
+/// What is saved: of each slot every parameter, and the name of its tensor.
+fn tensors(table: &ParamTable, averages: usize) -> Vec<(Slot, ParamId, &[usize], String)> {
     let fixed = [(Slot::Weight, "weight"), (Slot::AdamM, "adam_m"), (Slot::AdamV, "adam_v")];
     let slots = fixed.map(|(slot, name)| (slot, name.to_owned())).into_iter();
-    let slots = slots.chain((0..profiles).map(|i| (Slot::Ema(i), format!("ema{i}"))));
+    let slots = slots.chain((0..averages).map(|i| (Slot::Ema(i), format!("ema{i}"))));
     let of = |(slot, prefix): (Slot, String)| {
         table.iter().map(move |(id, spec)| (slot, id, &*spec.shape, format!("{prefix}.{}", spec.name)))
     };
@@ -236,7 +236,7 @@ impl Checkpoint {
         let saved = tensors(&table, self.state.settings.ema.len()).into_iter().filter(|(of, ..)| *of == slot);
         let values = |name: &str| self.file.f32(name).map_err(|error| damage(self.file.path(), error));
         let weights = saved.map(|(.., name)| values(&name)).collect::<Result<_, _>>()?;
-        Ok(Model { meta, net, table, weights })
+        Ok(Model { meta, net, table, weights, doubts: Vec::new() })
     }
 
     /// Checks every tensor: element type, shape, checksum, and that its values are finite.

@@ -16,6 +16,7 @@ use crate::pictures::png::PngError;
 use crate::rng::{Purpose, Stream};
 use crate::sample::{Batch, SampleError, Sampler, SamplerConfig};
 use crate::train::Settings;
+use crate::train::memory::{Halved, halving};
 
 /// Conditions of a grid, one to a row.
 const ROWS: usize = 6;
@@ -75,20 +76,27 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
     SamplerConfig { guidance, ..usual }
 }
 
-/// Samples with the effective weights of `backend`, at most `batch` images at a time, and writes the grid of the
-/// pictures that `show` makes. Each rank samples its share, and rank 0 writes. Returns whether this rank has written
-/// it. Guidance needs a network that was also trained without conditions; `guided` says whether it was.
-#[allow(clippy::too_many_arguments)] // a run's, taken apart
-pub fn write<B: NetworkBackend>(
-    path: &Path,
-    backend: &mut B,
-    net: &Precond,
-    data: &Dataset,
-    show: &mut Show,
-    guided: bool,
-    batch: usize,
-    ranks: &mut dyn Collective,
-) -> Result<bool, GridError> {
+/// What a grid is sampled with.
+pub struct With<'a, B> {
+    /// Its effective weights.
+    pub backend: &'a mut B,
+    /// The network.
+    pub net: &'a Precond,
+    /// Where the conditions come from.
+    pub data: &'a Dataset,
+    /// Whether it was trained without conditions too, which guidance needs.
+    pub guided: bool,
+    /// Most images at a time; halved where the device has no memory for so many.
+    pub batch: &'a mut usize,
+    /// Is told of that.
+    pub halved: &'a mut Halved<'a>,
+    /// Each samples its share.
+    pub ranks: &'a mut dyn Collective,
+}
+
+/// Samples and writes the grid as `show` has its images; rank 0 writes. Whether this one has written it.
+pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> Result<bool, GridError> {
+    let With { backend, net, data, guided, batch, halved, ranks } = with;
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let config = sampler(guided, &net.config);
@@ -97,7 +105,7 @@ pub fn write<B: NetworkBackend>(
     let chosen: Vec<usize> = (0..rows).map(|row| all[row * all.len() / rows]).collect();
     let jobs: Vec<(usize, u64)> = chosen.iter().flat_map(|&i| (0..SAMPLES as u64).map(move |seed| (i, seed))).collect();
     let own = share(jobs.len() as u64, ranks.rank(), ranks.size());
-    let mut sample = || -> Result<Vec<f32>, SampleError> {
+    let sample = |batch: usize| -> Result<Vec<f32>, SampleError> {
         let mut samples = Vec::new();
         for jobs in jobs[own.start as usize..own.end as usize].chunks(batch.max(1)) {
             let mut labels = vec![0.0; jobs.len() * dim];
@@ -111,10 +119,7 @@ pub fn write<B: NetworkBackend>(
         }
         Ok(samples)
     };
-    let own = sample();
-    // A rank that failed takes part in this too, so that the others do not wait in vain.
-    let all = ranks.gather(bytemuck::cast_slice(own.as_deref().unwrap_or_default()))?;
-    own?;
+    let all = gathered(sample, (batch, halved), ranks)?;
     let lengths = (0..ranks.size()).map(|rank| share(jobs.len() as u64, rank, ranks.size()));
     let lengths = lengths.map(|share| (share.end - share.start) as usize * numel * size_of::<f32>());
     if let Some(rank) = all.iter().zip(lengths).position(|(samples, expected)| samples.len() != expected) {
@@ -136,4 +141,68 @@ pub fn write<B: NetworkBackend>(
     let made_with = json!({"rows": ids, "seeds": [0, SAMPLES - 1], "sampler": config}).to_string();
     Picture::grid(&pictures, 1 + SAMPLES).save(path, &[("edm2k", &made_with)])?;
     Ok(true)
+}
+
+/// What `sample` makes of this rank's share, and the others of theirs, in bytes. A rank that has no memory for so many
+/// images at a time takes fewer before it meets the others: they meet once.
+fn gathered(
+    sample: impl FnMut(usize) -> Result<Vec<f32>, SampleError>,
+    (batch, halved): (&mut usize, &mut Halved),
+    ranks: &mut dyn Collective,
+) -> Result<Vec<Vec<u8>>, GridError> {
+    let out_of_memory = |why: &SampleError| matches!(why, SampleError::Backend(why) if why.is_out_of_memory());
+    let own = halving(batch, out_of_memory, sample, |why, n| halved(why, n));
+    // Whoever fails comes to the meeting all the same, and the others do not wait for nothing.
+    let all = ranks.gather(bytemuck::cast_slice(own.as_deref().unwrap_or_default()))?;
+    own?;
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{BackendError, DeviceError, Values};
+
+    /// A rank that counts its meetings.
+    struct Counting(usize);
+
+    impl Collective for Counting {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn size(&self) -> usize {
+            1
+        }
+        fn all_reduce(&mut self, _: Values) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+        fn broadcast(&mut self, _: Values) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+        fn gather(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+            self.0 += 1;
+            Ok(vec![own.to_vec()])
+        }
+    }
+
+    #[test]
+    fn a_rank_without_memory_takes_fewer_images_before_it_meets_the_others() {
+        let none = || DeviceError::OutOfMemory {
+            device: "a card".into(),
+            asked: 1,
+            purpose: "a test",
+            free: 0,
+            total: 0,
+            advice: "none",
+        };
+        for (room, left, told) in [(8, 8, 0), (3, 2, 2), (0, 1, 3)] {
+            let (mut ranks, mut batch, mut times) = (Counting(0), 8, 0);
+            let sample = |n: usize| if n <= room { Ok(vec![n as f32]) } else { Err(BackendError::from(none()).into()) };
+            let found = gathered(sample, (&mut batch, &mut |_, _| times += 1), &mut ranks);
+            assert_eq!((ranks.0, batch, times), (1, left, told), "room for {room}");
+            let failed = matches!(&found, Err(GridError::Sample(SampleError::Backend(why))) if why.is_out_of_memory());
+            assert_eq!(failed, room == 0);
+            assert!(failed || found.unwrap() == [(left as f32).to_le_bytes()]);
+        }
+    }
 }

@@ -15,6 +15,9 @@ pub struct Memory {
     pub activations: u64,
 }
 
+/// Is told why there are to be fewer images at a time, and how many.
+pub type Halved<'a> = dyn FnMut(&dyn std::fmt::Display, usize) + 'a;
+
 /// Does `work` with `batch` images at a time. Each time that the device has no memory for so many, it calls `halved`
 /// and tries again with half of them. Afterwards `batch` is the number that worked.
 ///
@@ -44,10 +47,10 @@ pub fn estimate(
     height: usize,
     width: usize,
     batch_gpu: u64,
-    profiles: usize,
+    averages: usize,
 ) -> Memory {
     let values: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
-    let parameters = 4 * values as u64 * (5 + profiles as u64);
+    let parameters = 4 * values as u64 * (5 + averages as u64);
     let activations = 4u64.saturating_mul(batch_gpu).saturating_mul(kept_values(config, height, width));
     Memory { parameters, activations }
 }

@@ -65,7 +65,7 @@ pub use checkpoint::{CheckpointError, State};
 pub use schedule::{LearningRate, Schedule};
 pub use settings::{DataIdentity, Execution, SettingError, Settings, check_widths, meta_of};
 pub use stats::{Status, Sums, Validation};
-pub use step::{MicroBatch, micro_batch, rehearse, shared_micro_batch};
+pub use step::{Inputs, MicroBatch, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
 use crate::collective::{agree, share};
@@ -138,9 +138,7 @@ impl TrainError {
     /// Whether it may help to take fewer images at a time.
     fn is_out_of_memory(&self) -> bool {
         match self {
-            Self::Backend(why)
-            | Self::Validation(validation::ValidationError::Backend(why))
-            | Self::Grid(grid::GridError::Sample(SampleError::Backend(why))) => why.is_out_of_memory(),
+            Self::Backend(why) | Self::Validation(validation::ValidationError::Backend(why)) => why.is_out_of_memory(),
             _ => false,
         }
     }
@@ -222,8 +220,9 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     if settings.batch < size as u64 {
         return Err(TrainError::FewImages { batch: settings.batch, ranks: size });
     }
-    let given = serde_json::to_string(&Given { settings: settings.clone(), execution: execution.clone() });
-    agree(ranks, &given.unwrap_or_default(), Given::differences)?;
+    let validation = data.validation.map(DataIdentity::of);
+    let given = Given { settings: settings.clone(), execution: execution.clone(), validation };
+    agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), Given::differences)?;
     // Only rank 0 reads and writes, so no other rank needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if rank == 0 {
@@ -412,8 +411,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Loss on the validation split, with the same noise every time and in every run.
     fn validate(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(data) = self.data.validation else { return Ok(()) };
-        let loss = self.with_average(event, |run, batch| {
-            Ok(validation::loss(run.backend, &run.net, run.settings, data, batch, run.ranks)?)
+        let loss = self.with_average(event, |run, batch, halved| {
+            // Memory runs out before the ranks meet, if it does.
+            let loss = |n| Ok(validation::loss(run.backend, &run.net, run.settings, data, n, run.ranks)?);
+            memory::halving(batch, TrainError::is_out_of_memory, loss, |why, n| halved(why, n))
         })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
         if self.files.is_some() {
@@ -422,20 +423,20 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Does something with the first moving average in the place of the weights, with `batch_aside` images at a time,
-    /// or fewer if the device has no memory for them. Its time is not counted as training.
+    /// Does something with the first moving average in the place of the weights, with `batch_aside` images at a time.
+    /// It may halve that where the device has no memory for so many, and says so. Its time is not counted as training.
     fn with_average<T>(
         &mut self,
         event: &mut dyn FnMut(Event),
-        mut work: impl FnMut(&mut Self, usize) -> Result<T, TrainError>,
+        work: impl FnOnce(&mut Self, &mut usize, &mut memory::Halved) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
         let begun = Instant::now();
         self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
-        let halved = |why: &TrainError, n| {
+        let mut halved = |why: &dyn std::fmt::Display, n: usize| {
             event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
         };
-        let done = memory::halving(&mut batch, TrainError::is_out_of_memory, |n| work(self, n), halved);
+        let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
         self.backend.make_effective(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
         self.last_status.0 += begun.elapsed();
@@ -448,8 +449,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.settings.cond_dropout > 0.0;
-        let written = self.with_average(event, |run, batch| {
-            Ok(grid::write(&path, run.backend, &run.net, data, show, guided, batch, run.ranks)?)
+        let written = self.with_average(event, |run, batch, halved| {
+            let (backend, net, ranks) = (&mut *run.backend, &run.net, &mut *run.ranks);
+            Ok(grid::write(&path, grid::With { backend, net, data, guided, batch, halved, ranks }, show)?)
         });
         self.show = Some(show);
         match written {

@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
-use serde_json::Value;
 
 use super::ema::{MAX_STD, MIN_STD};
 use super::{LearningRate, Schedule, grid, memory};
@@ -12,6 +11,7 @@ use crate::codec::Autoencoder;
 use crate::condition::Conditioning;
 use crate::data::dataset::{Dataset, Header, Representation};
 use crate::device::Device;
+use crate::formats::differences::{differing, there_and_here};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::short;
 use crate::model::{Config, Encoder, ModelMeta};
@@ -359,55 +359,19 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
     }
 }
 
-/// What differs between two values of one type, with a text for each field that differs. A field within another field
-/// is named by both names.
-fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> String) -> String {
-    let [a, b] = [a, b].map(|value| serde_json::to_value(value).unwrap_or_default());
-    let (mut text, mut others) = (String::new(), Vec::new());
-    each_difference("", &a, &b, &mut |key, a, b| {
-        let line = line(key, a, b);
-        // All are named, and as many as a message has room for shown.
-        if text.len() + line.len() < 150 || text.is_empty() {
-            text += &format!("{}{line}", if text.is_empty() { "" } else { "; " });
-        } else {
-            others.push(key.to_owned());
-        }
-    });
-    if others.is_empty() { text } else { format!("{text}; and {}", others.join(", ")) }
-}
-
-fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {
-    let file = |value: &Value| Identity::deserialize(value).ok();
-    let shown = |value: &Value| match value {
-        Value::Null => "not given".into(),
-        Value::String(text) => Fingerprint::deserialize(value).map_or_else(|_| text.clone(), |print| print.to_string()),
-        other => file(other).map_or_else(|| other.to_string(), |file| file.to_string()),
-    };
-    match (a, b) {
-        (Value::Object(fields), Value::Object(others)) if file(a).is_none() => {
-            let (a, b) = (fields, others);
-            for name in a.keys().chain(b.keys().filter(|name| !a.contains_key(*name))) {
-                let [a, b] = [a, b].map(|fields| fields.get(name).unwrap_or(&Value::Null));
-                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-                each_difference(&key, a, b, each);
-            }
-        }
-        (a, b) if a != b => each(key, &shown(a), &shown(b)),
-        _ => {}
-    }
-}
-
-/// What must be the same on every rank.
+/// What every rank must have been given alike.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Given {
     pub settings: Settings,
     pub execution: Execution,
+    /// Images that the loss is watched on; none if there are none.
+    pub validation: Option<DataIdentity>,
 }
 
 impl Given {
     /// How what this rank was given differs from another rank's; both texts are JSON.
     pub fn differences(ours: &str, theirs: &str) -> String {
-        let line = |key: &str, ours: &str, theirs: &str| format!("{key} is {theirs} there, {ours} here");
+        let line = there_and_here;
         let (Ok(ours), Ok(mut theirs)) = (serde_json::from_str::<Self>(ours), serde_json::from_str::<Self>(theirs))
         else {
             return "it is another version".into();
@@ -428,8 +392,21 @@ impl Given {
         if numbers(&ours.execution) == numbers(&theirs.execution) {
             theirs.execution.computed_on.clone_from(&ours.execution.computed_on);
         }
-        let all =
-            [differing(&ours.settings, &theirs.settings, line), differing(&ours.execution, &theirs.execution, line)];
+        let validation = match [&ours, &theirs].map(|given| given.validation.as_ref()) {
+            [Some(ours), Some(theirs)] => {
+                differing(ours, theirs, |key, ours, theirs| line(&format!("validation.{key}"), ours, theirs))
+            }
+            [ours, theirs] if ours.is_some() != theirs.is_some() => {
+                let images = |data: Option<&DataIdentity>| data.map_or(0, |data| data.images).to_string();
+                line("validation.images", &images(ours), &images(theirs))
+            }
+            _ => String::new(),
+        };
+        let all = [
+            differing(&ours.settings, &theirs.settings, line),
+            validation,
+            differing(&ours.execution, &theirs.execution, line),
+        ];
         all.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
     }
 }

@@ -41,14 +41,17 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
                 let mut upload = |[h, w, c]: [usize; 3], values: &[f32]| {
                     b.upload([n, h, w, c], &values[first * h * w * c..][..n * h * w * c])
                 };
-                let mut inputs = vec![upload([h, w, c], &batch.clean), upload([h, w, c], &batch.noisy)];
-                inputs.push(upload([1, 1, 1], &batch.sigma));
-                inputs.extend(batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)));
-                inputs.extend(batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)));
+                let inputs = Inputs {
+                    clean: upload([h, w, c], &batch.clean),
+                    noisy: upload([h, w, c], &batch.noisy),
+                    sigma: upload([1, 1, 1], &batch.sigma),
+                    keys: batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)),
+                    labels: batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)),
+                };
                 let last = seen + first + n == own;
                 let made = match self.ranks.size() {
-                    1 => micro_batch(b, &self.net, s.dropout, &inputs),
-                    _ => shared_micro_batch(b, &self.net, s.dropout, &inputs, &mut |b, whole| {
+                    1 => micro_batch(b, &self.net, s.dropout, inputs),
+                    _ => shared_micro_batch(b, &self.net, s.dropout, inputs, &mut |b, whole| {
                         if last {
                             reduction.go_on(b, self.ranks, whole);
                         }
@@ -200,17 +203,47 @@ struct SharedMicroBatch {
     dropout: f64,
 }
 
-/// Forward and backward pass. `inputs` are clean images, noisy ones, noise levels, the keys of masks if there is
-/// dropout, and labels unless the network is unconditional. Returns the loss of each image. The gradients add up in the
-/// backend.
+/// What a micro-batch is made of.
+pub struct Inputs<T> {
+    /// Clean images [n, h, w, c].
+    pub clean: T,
+    /// clean + sigma * noise [n, h, w, c].
+    pub noisy: T,
+    /// Noise levels [n, 1, 1, 1].
+    pub sigma: T,
+    /// Keys of the masks [n, 1, 1, 2], with dropout.
+    pub keys: Option<T>,
+    /// Conditions [n, 1, 1, label_dim], unless unconditional.
+    pub labels: Option<T>,
+}
+
+impl<T> Inputs<T> {
+    /// As a plan takes them.
+    fn into_vec(self) -> Vec<T> {
+        [self.clean, self.noisy, self.sigma].into_iter().chain(self.keys).chain(self.labels).collect()
+    }
+}
+
+impl<'a, T> Inputs<&'a T> {
+    /// Of what [`Inputs::into_vec`] makes, with dropout or without.
+    fn of(inputs: &'a [T], dropout: bool) -> Self {
+        let [clean, noisy, sigma, rest @ ..] = inputs else {
+            unreachable!("a micro-batch has images and noise levels")
+        };
+        let (keys, labels) = rest.split_at(usize::from(dropout));
+        Self { clean, noisy, sigma, keys: keys.first(), labels: labels.first() }
+    }
+}
+
+/// Forward and backward; the loss of each image. The gradients add up in the backend.
 pub fn micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
     dropout: f64,
-    inputs: &[B::Tensor],
+    inputs: Inputs<B::Tensor>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor]| pass(b, net, dropout, inputs, &mut |_, _| {});
-    Ok(b.planned(&MicroBatch { dropout }, inputs, body)?.swap_remove(0))
+    Ok(b.planned(&MicroBatch { dropout }, &inputs.into_vec(), body)?.swap_remove(0))
 }
 
 /// As [`micro_batch`]; `done` is called when the device has been given everything that adds to the named gradients.
@@ -218,11 +251,11 @@ pub fn shared_micro_batch<B: TrainingBackend>(
     b: &mut B,
     net: &Precond,
     dropout: f64,
-    inputs: &[B::Tensor],
+    inputs: Inputs<B::Tensor>,
     done: &mut Done<B>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor], done: &mut Done<B>| pass(b, net, dropout, inputs, done);
-    Ok(b.planned_pass(&SharedMicroBatch { dropout }, inputs, body, done)?.swap_remove(0))
+    Ok(b.planned_pass(&SharedMicroBatch { dropout }, &inputs.into_vec(), body, done)?.swap_remove(0))
 }
 
 /// The pass that both of these run.
@@ -233,10 +266,9 @@ fn pass<B: TrainingBackend>(
     inputs: &[B::Tensor],
     done: &mut Done<B>,
 ) -> Result<Vec<B::Tensor>, BackendError> {
-    let (images, rest) = inputs.split_at(3);
-    let (keys, labels) = rest.split_at(usize::from(dropout > 0.0));
-    let masks = keys.first().map(|keys| Masks { keys: keys.clone(), rate: dropout });
-    let pass = net.train_forward(b, &images[0], &images[1], &images[2], labels.first(), masks.as_ref());
+    let Inputs { clean, noisy, sigma, keys, labels } = Inputs::of(inputs, dropout > 0.0);
+    let masks = keys.map(|keys| Masks { keys: keys.clone(), rate: dropout });
+    let pass = net.train_forward(b, clean, noisy, sigma, labels, masks.as_ref());
     let per_image = pass.per_image.clone();
     net.backward(b, pass, done);
     Ok(vec![per_image])
@@ -255,10 +287,14 @@ pub fn rehearse<B: TrainingBackend>(
 ) -> Result<(), BackendError> {
     let dim = net.config.label_dim;
     let image = b.upload([n, h, w, net.config.img_channels], &vec![0.0; n * h * w * net.config.img_channels]);
-    let mut inputs = vec![image.clone(), image, b.upload([n, 1, 1, 1], &vec![1.0; n])];
-    inputs.extend((dropout > 0.0).then(|| b.upload([n, 1, 1, 2], &vec![0.0; 2 * n])));
-    inputs.extend((dim > 0).then(|| b.upload([n, 1, 1, dim], &vec![0.0; n * dim])));
-    micro_batch(b, net, dropout, &inputs).map(|_| ())
+    let inputs = Inputs {
+        clean: image.clone(),
+        noisy: image,
+        sigma: b.upload([n, 1, 1, 1], &vec![1.0; n]),
+        keys: (dropout > 0.0).then(|| b.upload([n, 1, 1, 2], &vec![0.0; 2 * n])),
+        labels: (dim > 0).then(|| b.upload([n, 1, 1, dim], &vec![0.0; n * dim])),
+    };
+    micro_batch(b, net, dropout, inputs).map(|_| ())
 }
 
 /// Gives the values of a bucket to a call that all ranks make.

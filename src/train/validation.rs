@@ -59,8 +59,7 @@ pub fn loss<B: NetworkBackend>(
     let noisy = Noisy::new(data, data.len().min(IMAGES), DRAWS, 1, sigma);
     let own = noisy.of(Part { number: ranks.rank(), of: ranks.size() });
     let found = noisy.measure(b, net, own, batch, &mut |_| {})?;
-    let all = ranks.gather(bytemuck::cast_slice(&found))?.concat();
-    let losses = noisy.means(&bytemuck::pod_collect_to_vec(&all));
+    let losses = noisy.means(&noisy.gathered(&found, ranks)?);
     Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
 }
 
@@ -159,8 +158,24 @@ impl<'a> Noisy<'a> {
         Ok(found)
     }
 
-    /// For each time that images were shown, the means over the images. `found` has the results of all parts, one after
-    /// the other.
+    /// What all ranks have found, one after the other, given what this one has of its part.
+    ///
+    /// # Errors
+    /// A rank is lost, or has found another number of losses than its part has.
+    pub fn gathered(&self, found: &[Found], ranks: &mut dyn Collective) -> Result<Vec<Found>, CollectiveError> {
+        let mut all = Vec::with_capacity(self.order.len());
+        for (rank, said) in ranks.gather(bytemuck::cast_slice(found))?.iter().enumerate() {
+            let expected = self.of(Part { number: rank, of: ranks.size() }).len() * size_of::<Found>();
+            if said.len() != expected {
+                let what = format!("rank {rank} sends {} bytes of losses, expected {expected}", said.len());
+                return Err(CollectiveError::Differs(what));
+            }
+            all.extend(bytemuck::pod_collect_to_vec::<u8, Found>(said));
+        }
+        Ok(all)
+    }
+
+    /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
     pub fn means(&self, found: &[Found]) -> Vec<Loss> {
         let mut sums = vec![Loss::default(); self.draws];
         // They are added in one order, whichever process has measured them.

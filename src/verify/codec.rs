@@ -1,13 +1,12 @@
 //! Autoencoders: images to latents and back.
 
 use super::{Array, Golden, Limits, Result, Session, planar};
-use crate::backend::TrainingBackend;
-use crate::backend::codec::CodecBackend;
 use crate::codec::{CodecFile, LATENTS, Moments, TAESD_SCALE};
+use crate::device::Backends;
 
 /// Both directions of the SD-VAE.
-pub(super) fn sd_vae<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
-    replay(s, b, "vae", |moments, out| {
+pub(super) fn sd_vae(s: &mut Session<impl Backends>) -> Result<()> {
+    replay(s, "vae", |moments, out| {
         let std = moments.std();
         vec![
             ("encoder_out", 2 * LATENTS, out),
@@ -18,9 +17,9 @@ pub(super) fn sd_vae<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b:
     })
 }
 
-/// Both directions of TAESD. The directory has its latents in TAESD's own scale.
-pub(super) fn taesd<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: &mut C) -> Result<()> {
-    replay(s, b, "taesd", |moments, _| {
+/// Both directions of TAESD, whose latents the directory has in its own scale.
+pub(super) fn taesd(s: &mut Session<impl Backends>) -> Result<()> {
+    replay(s, "taesd", |moments, _| {
         let latents = moments.mean.iter().map(|x| x * TAESD_SCALE).collect();
         vec![("latents", LATENTS, latents)]
     })
@@ -29,12 +28,8 @@ pub(super) fn taesd<B: TrainingBackend, C: CodecBackend>(s: &mut Session<B>, b: 
 /// Name, channels and values of a result in NHWC order.
 type Results = Vec<(&'static str, usize, Vec<f32>)>;
 
-fn replay<B: TrainingBackend, C: CodecBackend>(
-    s: &mut Session<B>,
-    b: &mut C,
-    stem: &str,
-    results: impl Fn(Moments, Vec<f32>) -> Results,
-) -> Result<()> {
+fn replay(s: &mut Session<impl Backends>, stem: &str, results: impl Fn(Moments, Vec<f32>) -> Results) -> Result<()> {
+    let b = &mut s.backends.codec()?;
     let model = CodecFile::open(s.dir.join(format!("{stem}_model.safetensors")))?;
     let f = &s.open(&format!("{stem}.safetensors"))?;
     s.case(&format!("{stem}/encoder"), |s| {
@@ -79,10 +74,10 @@ fn images(f: &Golden, name: &str, channels: usize) -> Result<Array> {
     }
 }
 
-/// Compares `got` (NHWC) with a tensor of the file. The reference is exact. The rounding errors of `depth` convolutions
-/// in a row add up as independent ones do.
-fn check<B: TrainingBackend>(
-    s: &mut Session<B>,
+/// Compares `got` (NHWC) with a tensor of the file. The reference is exact; the rounding of `depth` convolutions
+/// in a row adds up like independent errors.
+fn check(
+    s: &mut Session<impl Backends>,
     f: &Golden,
     name: &str,
     channels: usize,
@@ -94,7 +89,7 @@ fn check<B: TrainingBackend>(
         return Ok(());
     }
     let expected = images(f, name, channels)?;
-    let Limits { floor, contract } = s.device.bounds.forward;
+    let Limits { floor, contract } = s.bounds.forward;
     let bound = (floor * (depth as f64).sqrt()).min(contract);
     let [n, h, w, c] = expected.nhwc();
     let got = match got.len() == n * h * w * c {

@@ -36,10 +36,10 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::backend::DeviceError;
-use crate::backend::codec::CodecBackend;
 use crate::backend::gpu::launch::Precision;
 use crate::backend::{BackendError, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
 use crate::codec::CodecError;
+use crate::device::Backends;
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::formats::{input, names};
 use crate::model::{Config, ConfigError};
@@ -129,16 +129,6 @@ impl Bounds {
             sampler: limits(1e-2),
         }
     }
-}
-
-/// A kind of device: how to make a backend for a table of parameters, and how exact it is.
-pub struct Device<'a, B> {
-    /// Makes a backend for one network, without gradients.
-    pub sampling: &'a dyn Fn(&ParamTable) -> Result<B, DeviceError>,
-    /// Makes one with gradients, moments and this many moving averages.
-    pub training: &'a dyn Fn(&ParamTable, usize) -> Result<B, DeviceError>,
-    /// Its bounds.
-    pub bounds: Bounds,
 }
 
 /// The element of a tensor that is furthest off.
@@ -239,36 +229,36 @@ type Result<T, E = VerifyError> = std::result::Result<T, E>;
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
-pub fn verify<B: TrainingBackend, C: CodecBackend>(
+pub fn verify<M: Backends>(
     dir: &Path,
-    device: &Device<B>,
-    codec: &dyn Fn() -> Result<C, DeviceError>,
+    backends: &M,
+    bounds: Bounds,
     report: &mut dyn FnMut(&Outcome),
 ) -> Result<Summary> {
     let names = names(dir).map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
     let names: Vec<String> = names.into_iter().collect();
-    let mut s =
-        Session { dir, names: names.clone(), device, report, summary: Summary::default(), tolerances: Value::Null };
+    let (summary, tolerances) = (Summary::default(), Value::Null);
+    let mut s = Session { dir, names: names.clone(), backends, bounds, report, summary, tolerances };
     if names.iter().any(|name| name == "tolerances.json") {
         s.tolerances = s.json("tolerances.json")?;
     } else {
         s.skip("tolerances.json", "absent: the bounds are the floors of the device's precision");
     }
 
-    type Replay<'a, B> = &'a dyn Fn(&mut Session<B>) -> Result<()>;
-    let replays: [(&[&str], Replay<B>); 12] = [
-        (&[OPERATIONS], &ops::operations),
-        (&["ops_blocks.safetensors"], &ops::blocks),
-        (&["tiny_model.safetensors", "tiny_forward.safetensors"], &network::forward),
-        (&["tiny_model.safetensors", "tiny_grads.safetensors"], &network::gradients),
-        (&["tiny_train.json", "tiny_train_init.safetensors"], &network::training),
-        (&["tiny_train.json", "tiny_train_init.safetensors", "tiny_train_accum.safetensors"], &network::accumulation),
-        (&["tiny_model.safetensors", "samplers.safetensors"], &sampling::samplers),
-        (&["precond.json"], &tables::precond),
-        (&["lr_schedule.json"], &tables::learning_rates),
-        (&["vae_model.safetensors", "vae.safetensors"], &|s| codec::sd_vae(s, &mut codec()?)),
-        (&["taesd_model.safetensors", "taesd.safetensors"], &|s| codec::taesd(s, &mut codec()?)),
-        (&["phema.json"], &tables::moving_averages),
+    type Replay<'a, M> = fn(&mut Session<'a, M>) -> Result<()>;
+    let replays: [(&[&str], Replay<M>); 12] = [
+        (&[OPERATIONS], ops::operations),
+        (&["ops_blocks.safetensors"], ops::blocks),
+        (&["tiny_model.safetensors", "tiny_forward.safetensors"], network::forward),
+        (&["tiny_model.safetensors", "tiny_grads.safetensors"], network::gradients),
+        (&["tiny_train.json", "tiny_train_init.safetensors"], network::training),
+        (&["tiny_train.json", "tiny_train_init.safetensors", "tiny_train_accum.safetensors"], network::accumulation),
+        (&["tiny_model.safetensors", "samplers.safetensors"], sampling::samplers),
+        (&["precond.json"], tables::precond),
+        (&["lr_schedule.json"], tables::learning_rates),
+        (&["vae_model.safetensors", "vae.safetensors"], codec::sd_vae),
+        (&["taesd_model.safetensors", "taesd.safetensors"], codec::taesd),
+        (&["phema.json"], tables::moving_averages),
     ];
     let mut known = 0;
     for (needs, replay) in replays {
@@ -298,11 +288,12 @@ pub fn verify<B: TrainingBackend, C: CodecBackend>(
 }
 
 /// A replay under way.
-struct Session<'a, B> {
+struct Session<'a, M> {
     dir: &'a Path,
     /// What the directory holds, sorted.
     names: Vec<String>,
-    device: &'a Device<'a, B>,
+    backends: &'a M,
+    bounds: Bounds,
     report: &'a mut dyn FnMut(&Outcome),
     summary: Summary,
     tolerances: Value,
@@ -317,7 +308,7 @@ enum What {
     Sampler,
 }
 
-impl<B: TrainingBackend> Session<'_, B> {
+impl<M: Backends> Session<'_, M> {
     fn skip(&mut self, name: impl Into<String>, why: impl Into<String>) {
         self.summary.skipped += 1;
         (self.report)(&Outcome::Skip { name: name.into(), why: why.into() });
@@ -376,7 +367,7 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     /// Bound of a tensor of `numel` values, see the module's text.
     fn bound(&self, what: What, file: &str, tensor: &str, numel: usize) -> f64 {
-        let p = &self.device.bounds;
+        let p = &self.bounds;
         let limits = match what {
             What::Forward if file == OPERATIONS => p.operation,
             What::Gradient if file == OPERATIONS => p.operation_gradient,
@@ -402,14 +393,14 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     /// What the official code loses of a tensor at the device's precision, if the directory says so.
     fn official(&self, file: &str, tensor: &str) -> Option<f64> {
-        let precision = self.device.bounds.precision?;
+        let precision = self.bounds.precision?;
         let entry = self.tolerances.get(file)?.get(tensor)?;
         entry.get(precision.name())?.as_f64().filter(|lost| lost.is_finite() && *lost >= 0.0)
     }
 
     /// Bound of Fourier features: rounding the argument of a cosine moves it by eps times the argument.
     fn fourier_bound(&self, argument: f64) -> f64 {
-        let limits = self.device.bounds.forward;
+        let limits = self.bounds.forward;
         (argument * limits.floor / 8.0).max(limits.floor).min(limits.contract)
     }
 
@@ -450,12 +441,12 @@ impl<B: TrainingBackend> Session<'_, B> {
         Ok(())
     }
 
-    /// A backend for training, whose weights are the file's parameters. Their names there are `prefix` and the name in
-    /// the table.
-    fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<B> {
+    /// A backend for training with the file's parameters, named `prefix` + their name in the table, in its
+    /// weights.
+    fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<M::Network> {
         let mut b = match averages {
-            None => (self.device.sampling)(table)?,
-            Some(averages) => (self.device.training)(table, averages)?,
+            None => self.backends.sampling(table)?,
+            Some(averages) => self.backends.training(table, averages)?,
         };
         for (id, spec) in table.iter() {
             let array = f.shaped(&format!("{prefix}{}", spec.name), &spec.shape)?;

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
 use crate::backend::{Embed, Slot, Step, TrainingBackend};
+use crate::device::Backends;
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
 
@@ -14,21 +15,21 @@ use crate::params::{ParamKind, ParamSpec, ParamTable};
 const ROUNDS: usize = 1;
 
 /// The network of a parameter file, on a backend.
-pub(super) fn network<B: TrainingBackend>(
-    s: &Session<B>,
+pub(super) fn network<M: Backends>(
+    s: &Session<M>,
     parameters: &Golden,
     averages: Option<usize>,
-) -> Result<(Precond, ParamTable, B)> {
+) -> Result<(Precond, ParamTable, M::Network)> {
     let config = s.config(parameters, "model")?;
     build(s, parameters, &config, averages)
 }
 
-fn build<B: TrainingBackend>(
-    s: &Session<B>,
+fn build<M: Backends>(
+    s: &Session<M>,
     parameters: &Golden,
     config: &Config,
     averages: Option<usize>,
-) -> Result<(Precond, ParamTable, B)> {
+) -> Result<(Precond, ParamTable, M::Network)> {
     let (net, table) = Precond::new(config).map_err(|e| parameters.config_error(e))?;
     let b = s.load(parameters, "", &table, averages)?;
     Ok((net, table, b))
@@ -59,7 +60,7 @@ pub(super) fn labels(f: &Golden, name: &str, n: usize, net: &Precond) -> Result<
     Ok(Some(f.shaped(name, &[n, net.config.label_dim])?))
 }
 
-pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn forward(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_forward.safetensors")?;
     s.case("tiny_forward", |s| {
@@ -75,7 +76,7 @@ pub(super) fn forward<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
 }
 
 fn forward_set<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     set: &str,
     parameters: &Golden,
@@ -198,15 +199,8 @@ fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) 
 }
 
 impl Losses {
-    /// Compares with the tensors of a file. The scalar loss is an average over a batch of `total` images.
-    fn check<B: TrainingBackend>(
-        &self,
-        s: &mut Session<B>,
-        f: &Golden,
-        suffix: &str,
-        total: usize,
-        what: What,
-    ) -> Result<()> {
+    /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
+    fn check(&self, s: &mut Session<impl Backends>, f: &Golden, suffix: &str, total: usize, what: What) -> Result<()> {
         let elements = format!("loss_elem{suffix}");
         s.check(f, &elements, what, &self.elements)?;
         if !f.has(&elements) {
@@ -239,7 +233,7 @@ impl Losses {
 }
 
 /// The noise levels of the training distribution.
-fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
+fn check_sigma(s: &mut Session<impl Backends>, f: &Golden, prefix: &str, mean: f64, std: f64) -> Result<()> {
     let normal = format!("{prefix}rnd_normal");
     if f.has(&normal) {
         let got: Vec<f64> = f.array(&normal)?.values.iter().map(|x| (x * std + mean).exp()).collect();
@@ -248,10 +242,9 @@ fn check_sigma<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, prefix: &str,
     Ok(())
 }
 
-/// Compares the first rows of a gradient. The directory may say how exact the whole gradient is, but not these rows.
-/// Then the same absolute error is allowed for them as for other rows, which is relatively more if they are smaller
-/// than the average row.
-fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
+/// The first rows of a gradient. Where the directory says how exact the whole is but not these rows, rounding may do
+/// to them what it does to the others: if they are smaller than the average row, then relatively more.
+fn check_rows(s: &mut Session<impl Backends>, f: &Golden, spec: &ParamSpec, got: &[f64]) -> Result<()> {
     let rows = format!("grad_rows.{}", spec.name);
     let norm = format!("gradnorm.{}", spec.name);
     let expected = f.array(&rows)?;
@@ -270,7 +263,7 @@ fn check_rows<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, spec: &ParamSp
     Ok(())
 }
 
-pub(super) fn gradients<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_grads.safetensors")?;
     s.case("tiny_grads", |s| {
@@ -339,7 +332,7 @@ struct TrainingStep {
 }
 
 impl Training {
-    fn read<B: TrainingBackend>(s: &Session<B>) -> Result<Self> {
+    fn read(s: &Session<impl Backends>) -> Result<Self> {
         let training: Self = s.json("tiny_train.json")?;
         let wrong = |what: &str| VerifyError::Json { path: s.dir.join("tiny_train.json"), what: what.into() };
         if training.adam.weight_decay != 0.0 {
@@ -352,12 +345,12 @@ impl Training {
     }
 
     /// The network before training.
-    fn network<B: TrainingBackend>(
+    fn network<M: Backends>(
         &self,
-        s: &Session<B>,
+        s: &Session<M>,
         init: &Golden,
         averages: usize,
-    ) -> Result<(Precond, ParamTable, B)> {
+    ) -> Result<(Precond, ParamTable, M::Network)> {
         let mut config = s.config(init, "train")?;
         config.sigma_data = self.sigma_data.unwrap_or(config.sigma_data);
         build(s, init, &config, Some(averages))
@@ -369,8 +362,8 @@ impl Training {
     }
 }
 
-/// All steps in a row. Each begins with what this device made of the one before.
-pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+/// All steps in a row, each from what this device made of the one before.
+pub(super) fn training(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     s.case("tiny_train", |s| {
@@ -380,105 +373,101 @@ pub(super) fn training<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
             (0..t.ema_stds.len()).try_for_each(|ema| b.write_param(Slot::Ema(ema), id, &values))?;
         }
         b.make_effective(Slot::Weight, normalization(ROUNDS))?;
-        let mut open = Undetermined::default();
-        for (i, step) in t.steps.iter().enumerate() {
-            let name = format!("tiny_train_step{}.safetensors", i + 1);
+        let mut run = Run { t: &t, net, table, b, open: Undetermined::default() };
+        for number in 1..=t.steps.len() {
+            let name = format!("tiny_train_step{number}.safetensors");
             if !s.dir.join(&name).exists() {
                 s.skip(name, "absent, so the steps from here on cannot be taken");
                 break;
             }
             let f = &s.open(&name)?;
-            training_step(s, f, &t, step, i + 1, &net, &table, &mut b, &mut open)?;
+            run.step(s, f, number)?;
             s.skip_rest(f, "not computed");
         }
         Ok(())
     })
 }
 
-#[allow(clippy::too_many_arguments)] // one training run's state, used in one place
-fn training_step<B: TrainingBackend>(
-    s: &mut Session<B>,
-    f: &Golden,
-    t: &Training,
-    step: &TrainingStep,
-    number: usize,
-    net: &Precond,
-    table: &ParamTable,
-    b: &mut B,
-    open: &mut Undetermined,
-) -> Result<()> {
-    let batch = Batch::new(f, "data.", net, b)?;
-    check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
-    let losses = pass(net, b, &batch)?;
-    let images = batch.images.shape[0];
-    losses.check(s, f, "", images, What::Training)?;
-    let sum: f64 = losses.per_image.iter().sum();
-    for (name, expected, got) in [
-        ("loss_scalar", step.loss_scalar, sum / images as f64),
-        ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
-    ] {
-        if let Some(expected) = expected {
-            let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
-            let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
-            s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
-        }
-    }
-    if f.file.names().any(|name| name.starts_with("wnorm.")) {
-        // To see the weights as the forward pass left them, a second backend takes the step at learning rate 0.
-        let mut second = (s.device.training)(table, 0)?;
-        for (id, _) in table.iter() {
-            let values = b.read_param(Slot::Weight, id)?;
-            second.write_param(Slot::Weight, id, &values)?;
-        }
-        still_step(&mut second, ROUNDS, 1.0)?;
-        for (id, spec) in table.iter() {
-            let got = param(&mut second, Slot::Weight, id)?;
-            s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
-        }
-    }
-    b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
-    check_state(s, f, t, table, b, open)
+/// A training run from step to step.
+struct Run<'a, B> {
+    t: &'a Training,
+    net: Precond,
+    table: ParamTable,
+    b: B,
+    open: Undetermined,
 }
 
-/// Compares gradients, weights, moments and averages after a step, as far as the file has them.
-fn check_state<B: TrainingBackend>(
-    s: &mut Session<B>,
-    f: &Golden,
-    t: &Training,
-    table: &ParamTable,
-    b: &mut B,
-    open: &mut Undetermined,
-) -> Result<()> {
-    for (_, spec) in table.iter() {
-        let gradient = format!("grad.{}", spec.name);
-        if f.has(&gradient) {
-            let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
-            open.note(&spec.name, &f.shaped(&gradient, &spec.shape)?, bound);
-        }
-    }
-    let mut slots = vec![
-        ("grad".to_owned(), Slot::Grad, What::Gradient),
-        ("weight".to_owned(), Slot::Weight, What::Training),
-        ("adam_m".to_owned(), Slot::AdamM, What::Training),
-        ("adam_v".to_owned(), Slot::AdamV, What::Training),
-    ];
-    for (ema, std) in t.ema_stds.iter().enumerate() {
-        slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
-    }
-    for (prefix, slot, what) in slots {
-        for (id, spec) in table.iter() {
-            let tensor = format!("{prefix}.{}", spec.name);
-            if !f.has(&tensor) {
-                continue;
-            }
-            let got = param(b, slot, id)?;
-            match slot {
-                Slot::Weight | Slot::Ema(_) => open.check(s, f, &tensor, spec, got)?,
-                _ => s.check(f, &tensor, what, &got)?,
+impl<B: TrainingBackend> Run<'_, B> {
+    fn step(&mut self, s: &mut Session<impl Backends>, f: &Golden, number: usize) -> Result<()> {
+        let Self { t, net, table, b, .. } = &mut *self;
+        let step = &t.steps[number - 1];
+        let batch = Batch::new(f, "data.", net, b)?;
+        check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
+        let losses = pass(net, b, &batch)?;
+        let images = batch.images.shape[0];
+        losses.check(s, f, "", images, What::Training)?;
+        let sum: f64 = losses.per_image.iter().sum();
+        for (name, expected, got) in [
+            ("loss_scalar", step.loss_scalar, sum / images as f64),
+            ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
+        ] {
+            if let Some(expected) = expected {
+                let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
+                let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
+                s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
             }
         }
+        if f.file.names().any(|name| name.starts_with("wnorm.")) {
+            // The weights as the forward pass left them: a second backend takes the step at learning rate 0.
+            let mut second = s.backends.training(table, 0)?;
+            for (id, _) in table.iter() {
+                let values = b.read_param(Slot::Weight, id)?;
+                second.write_param(Slot::Weight, id, &values)?;
+            }
+            still_step(&mut second, ROUNDS, 1.0)?;
+            for (id, spec) in table.iter() {
+                let got = param(&mut second, Slot::Weight, id)?;
+                s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
+            }
+        }
+        b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
+        self.check(s, f)
     }
-    Ok(())
+
+    /// Gradients, weights, moments and averages after a step, those that the file has.
+    fn check(&mut self, s: &mut Session<impl Backends>, f: &Golden) -> Result<()> {
+        let Self { t, table, b, open, .. } = self;
+        for (_, spec) in table.iter() {
+            let gradient = format!("grad.{}", spec.name);
+            if f.has(&gradient) {
+                let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
+                open.note(&spec.name, &f.shaped(&gradient, &spec.shape)?, bound);
+            }
+        }
+        let mut slots = vec![
+            ("grad".to_owned(), Slot::Grad, What::Gradient),
+            ("weight".to_owned(), Slot::Weight, What::Training),
+            ("adam_m".to_owned(), Slot::AdamM, What::Training),
+            ("adam_v".to_owned(), Slot::AdamV, What::Training),
+        ];
+        for (ema, std) in t.ema_stds.iter().enumerate() {
+            slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
+        }
+        for (prefix, slot, what) in slots {
+            for (id, spec) in table.iter() {
+                let tensor = format!("{prefix}.{}", spec.name);
+                if !f.has(&tensor) {
+                    continue;
+                }
+                let got = param(b, slot, id)?;
+                match slot {
+                    Slot::Weight | Slot::Ema(_) => open.check(s, f, &tensor, spec, got)?,
+                    _ => s.check(f, &tensor, what, &got)?,
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Elements whose gradient in some step is too close to zero for its sign to be known: closer than the bound of the
@@ -495,9 +484,9 @@ impl Undetermined {
         self.0.entry(name.to_owned()).or_default().extend(few);
     }
 
-    fn check<B: TrainingBackend>(
+    fn check(
         &self,
-        s: &mut Session<B>,
+        s: &mut Session<impl Backends>,
         f: &Golden,
         tensor: &str,
         spec: &ParamSpec,
@@ -530,7 +519,7 @@ fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
 }
 
 /// One step of several micro-batches.
-pub(super) fn accumulation<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn accumulation(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
     let t = Training::read(s)?;
     let variant = |name: &&String| name.starts_with("tiny_train_accum") && name.ends_with(".safetensors");
@@ -541,7 +530,7 @@ pub(super) fn accumulation<B: TrainingBackend>(s: &mut Session<B>) -> Result<()>
     })
 }
 
-fn accumulated_step<B: TrainingBackend>(s: &mut Session<B>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
+fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
     let rounds = (0..).take_while(|i| f.has(&format!("data{i}.images"))).count();
     let lr = match f.metadata("lr")? {
         Some(lr) => lr,

@@ -10,7 +10,8 @@
 use serde::Deserialize;
 
 use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
-use crate::backend::{EmbLayer, Logvar, LossInput, Operand, Scale, Slot, TrainingBackend};
+use crate::backend::{Backend, EmbLayer, Logvar, LossInput, NetworkBackend, Operand, Scale, Slot, TrainingBackend};
+use crate::device::Backends;
 use crate::model::config;
 use crate::model::unet::{Block, BlockConfig, Flavor, Resample, Tape};
 use crate::params::{ParamId, ParamTable, mp_cat_scales, mp_sum_weights};
@@ -21,13 +22,12 @@ pub(super) const EPS: f64 = 1e-4;
 /// In rows this large, eps vanishes in f32. f16 can still hold the number.
 const LARGE: f64 = 32768.0;
 
-pub(super) fn operations<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn operations<M: Backends>(s: &mut Session<M>) -> Result<()> {
     let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
-    type Replay<'a, B> = fn(&mut Session<'a, B>, &Golden, &str) -> Result<()>;
-    // Each replay with the beginning of its cases' names. Where one beginning contains another, the longer one comes
-    // first.
-    let replays: [(&str, Replay<B>); 15] = [
+    type Replay<'a, M> = fn(&mut Session<'a, M>, &Golden, &str) -> Result<()>;
+    // By what the names of its cases begin with; the longer of two beginnings comes first.
+    let replays: [(&str, Replay<M>); 15] = [
         ("mp_silu", mp_silu),
         ("mp_sum_t", mp_sum),
         ("mp_cat_t", mp_cat),
@@ -66,10 +66,10 @@ fn balance(case: &str) -> Option<f64> {
 }
 
 /// A backend that holds one weight, made effective as for a step of so many micro-batches (0 = evaluation).
-fn with_weight<B: TrainingBackend>(s: &Session<B>, w: &Array, rounds: usize) -> Result<(B, ParamId)> {
+fn with_weight<M: Backends>(s: &Session<M>, w: &Array, rounds: usize) -> Result<(M::Network, ParamId)> {
     let mut table = ParamTable::default();
     let id = push(&mut table, "layer", &w.shape);
-    let mut b = (s.device.training)(&table, 0)?;
+    let mut b = s.backends.training(&table, 0)?;
     b.write_param(Slot::Weight, id, &w.f32())?;
     b.make_effective(Slot::Weight, normalization(rounds))?;
     Ok((b, id))
@@ -84,7 +84,7 @@ fn push(table: &mut ParamTable, name: &str, shape: &[usize]) -> ParamId {
 }
 
 /// A backend with a 1x1 convolution that does nothing.
-fn with_identity<B: TrainingBackend>(s: &Session<B>, channels: usize) -> Result<(B, ParamId)> {
+fn with_identity<M: Backends>(s: &Session<M>, channels: usize) -> Result<(M::Network, ParamId)> {
     let mut w = Array::new(&[channels, channels, 1, 1], vec![0.0; channels * channels]);
     w.values.iter_mut().step_by(channels + 1).for_each(|x| *x = LARGE);
     with_weight(s, &w, 0)
@@ -139,7 +139,7 @@ fn project(w: &Array, g: &Array) -> Array {
     Array::new(&g.shape, out)
 }
 
-fn mp_silu<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_silu(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let (mut b, id) = with_identity(s, x.nhwc()[3])?;
     let tx = x.upload(&mut b);
@@ -163,7 +163,7 @@ fn mp_silu<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Resul
     Ok(())
 }
 
-fn mp_sum<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_sum(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let Some(t) = balance(c) else {
         s.skip(format!("ops/{c}"), "no balance in its name");
         return Ok(());
@@ -183,7 +183,7 @@ fn mp_sum<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result
     s.check(f, &format!("{c}.g_b"), What::Gradient, &download(&mut b, &gb)?)
 }
 
-fn mp_cat<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_cat(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let Some(t) = balance(c) else {
         s.skip(format!("ops/{c}"), "no balance in its name");
         return Ok(());
@@ -210,14 +210,14 @@ fn mp_cat<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result
     Ok(())
 }
 
-/// Fourier features of any c_noise. The noise level that gives it is exp(4 c_noise).
-fn fourier<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+/// Fourier features of any c_noise: the noise level is exp(4 c_noise).
+fn fourier(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (x, freqs) = (f.array(&format!("{c}.x"))?, f.array(&format!("{c}.freqs"))?);
     let phases = f.shaped(&format!("{c}.phases"), &freqs.shape)?;
     let mut table = ParamTable::default();
     let (tf, tp) = table.fourier("fourier".into(), freqs.values.len());
     let weight = table.linear("linear".into(), freqs.values.len(), 1);
-    let mut b = (s.device.sampling)(&table)?;
+    let mut b = s.backends.sampling(&table)?;
     b.write_param(Slot::Weight, tf, &freqs.f32())?;
     b.write_param(Slot::Weight, tp, &phases.f32())?;
     b.write_param(Slot::Weight, weight, &vec![1.0; freqs.values.len()])?;
@@ -239,9 +239,9 @@ pub(super) fn fourier_argument(c_noise: &[f64], freqs: &[f64], phases: &[f64]) -
     freqs.iter().zip(phases).fold(0.0, |a: f64, (f, p)| a.max(f.abs() * x + p.abs()))
 }
 
-fn pixel_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn pixel_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
-    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
+    let mut b = s.backends.training(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.pixel_norm(&tx, false);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
@@ -252,7 +252,7 @@ fn pixel_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Re
 
 /// Large values in further channels make the norm of every pixel the same, so that pixel norm divides by a known
 /// number and its gradient does too.
-fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn resample_down(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     const FURTHER: usize = 8;
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
@@ -272,7 +272,7 @@ fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) ->
         images.flat_map(|image| image[..channels * pixels].iter().map(|v| v * scale)).collect()
     };
     let norm = EPS + LARGE * (FURTHER as f64 / (channels + FURTHER) as f64).sqrt();
-    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
+    let mut b = s.backends.training(&ParamTable::default(), 0)?;
     // The results are as small as 1 / norm; f16 is precise down to 2^-14.
     let tx = widened(&x.scaled(16.0), LARGE).upload(&mut b);
     let y = b.pixel_norm(&tx, true);
@@ -285,10 +285,10 @@ fn resample_down<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) ->
     s.check(f, &format!("{c}.g_x"), What::Gradient, &gx)
 }
 
-fn resample_up<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn resample_up(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
-    let mut b = (s.device.training)(&ParamTable::default(), 0)?;
+    let mut b = s.backends.training(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.upsample(&tx);
     s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
@@ -297,8 +297,8 @@ fn resample_up<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> R
     s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)
 }
 
-/// The stored weight after a step that changes nothing, of one micro-batch and of two.
-fn weight_norm_twice<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+/// The stored weight after a step that moves nothing, of one and of two micro-batches.
+fn weight_norm_twice(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let w = weight(f, &format!("{c}.w"), true)?;
     for (rounds, name) in [(1, "once"), (2, "twice")] {
         let (mut b, id) = with_weight(s, &w, rounds)?;
@@ -308,7 +308,7 @@ fn weight_norm_twice<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str
     Ok(())
 }
 
-fn weight_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn weight_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let name = format!("{c}.w");
     let conv = f.file.shape(&name)?.len() == 4;
     let w = weight(f, &name, conv)?;
@@ -338,7 +338,7 @@ fn weight_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> R
     s.check(f, &format!("{c}.g_w"), What::Gradient, &param(&mut b, Slot::Grad, id)?)
 }
 
-fn conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, true)?;
     let scales = row_scales(&w);
     let (mut b, id) = with_weight(s, &w, 0)?;
@@ -357,7 +357,7 @@ fn conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
 
 /// Compares the weight gradient, as the optimizer sees it, with the projected one of the file.
 fn projected_gradient<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     c: &str,
     mut b: B,
@@ -373,11 +373,11 @@ fn projected_gradient<B: TrainingBackend>(
 }
 
 /// A backend with one `emb_linear` layer.
-fn with_emb_layer<B: TrainingBackend>(s: &Session<B>, w: &Array, gain: f64, rounds: usize) -> Result<(B, EmbLayer)> {
+fn with_emb_layer<M: Backends>(s: &Session<M>, w: &Array, gain: f64, rounds: usize) -> Result<(M::Network, EmbLayer)> {
     let mut table = ParamTable::default();
     let gain_id = table.gain("emb_gain".into());
     let weight = table.linear("emb_linear".into(), w.shape[1], w.shape[0]);
-    let mut b = (s.device.training)(&table, 0)?;
+    let mut b = s.backends.training(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, weight, &w.f32())?;
     b.make_effective(Slot::Weight, normalization(rounds))?;
@@ -385,7 +385,7 @@ fn with_emb_layer<B: TrainingBackend>(s: &Session<B>, w: &Array, gain: f64, roun
 }
 
 /// Linear layers are those of the embedding: emb_gain (W emb) + 1.
-fn linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn linear(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, false)?;
     let scales = row_scales(&w);
     let (mut b, l) = with_emb_layer(s, &w, 1.0, 0)?;
@@ -409,7 +409,7 @@ fn rounds(case: &str) -> usize {
     usize::from(case.contains("_train"))
 }
 
-fn mp_linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn mp_linear(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (w, x, gy) = layer(f, c, false)?;
     let gain = f.shaped(&format!("{c}.gain"), &[])?.values[0];
     let (mut b, l) = with_emb_layer(s, &w, gain, rounds(c))?;
@@ -427,7 +427,7 @@ fn mp_linear<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Res
 
 /// Gradients of weight and gain, and the stored weight of a case in training mode.
 fn after_step<B: TrainingBackend>(
-    s: &mut Session<B>,
+    s: &mut Session<impl Backends>,
     f: &Golden,
     c: &str,
     mut b: B,
@@ -443,17 +443,17 @@ fn after_step<B: TrainingBackend>(
     Ok(())
 }
 
-/// The only convolution with a gain is the network's last, so the gain and its gradient belong to the preconditioning
-/// and the loss. With noisy image 0, logvar 0 and sigma = sigma_data = 1/2, D = c_out gain conv(x), and the clean image
-/// is chosen so that dL/dD = gy / c_out.
-fn mp_conv<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+/// The one convolution with a gain is the network's last: gain and its gradient belong to the
+/// preconditioning and the loss. With noisy image 0, logvar 0 and sigma = sigma_data = 1/2, D = c_out gain
+/// conv(x), and the clean image is chosen so that dL/dD = gy / c_out.
+fn mp_conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     const SIGMA: f64 = 0.5;
     let (w, x, gy) = layer(f, c, true)?;
     let gain = f.shaped(&format!("{c}.gain"), &[])?.values[0];
     let mut table = ParamTable::default();
     let gain_id = table.gain("gain".into());
     let id = push(&mut table, "layer", &w.shape);
-    let mut b = (s.device.training)(&table, 0)?;
+    let mut b = s.backends.training(&table, 0)?;
     b.write_param(Slot::Weight, gain_id, &[gain as f32])?;
     b.write_param(Slot::Weight, id, &w.f32())?;
     b.make_effective(Slot::Weight, normalization(rounds(c)))?;
@@ -504,9 +504,9 @@ fn pack_qkv([n, heads, c, tokens]: [usize; 4], at: impl Fn([usize; 5]) -> f64) -
     out
 }
 
-/// The normalised q, k, v exist only inside attention. So attention of the raw ones is compared with softmax (in f64)
-/// of the file's normalised ones.
-fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+/// The normalised q, k, v exist inside attention only; so attention of the raw ones is compared with softmax
+/// (in f64) of the file's normalised ones.
+fn attn_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let x = f.array(&format!("{c}.x"))?;
     let [n, heads, ch, 3, tokens] = *x.shape else {
         return Err(f.misshapen(&format!("{c}.x"), &x.shape, "[N, heads, c, 3, tokens]"));
@@ -514,7 +514,7 @@ fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Res
     let y = f.shaped(&format!("{c}.y"), &x.shape)?;
     let at =
         |array: &Array, [a, b, c, d, e]: [usize; 5]| array.values[(((a * heads + b) * ch + c) * 3 + d) * tokens + e];
-    let mut b = (s.device.sampling)(&ParamTable::default())?;
+    let mut b = s.backends.sampling(&ParamTable::default())?;
     let qkv = pack_qkv([n, heads, ch, tokens], |index| at(&x, index));
     let qkv = b.upload([n, 1, tokens, heads * ch * 3], &qkv);
     let out = b.attention(&qkv, heads);
@@ -546,7 +546,7 @@ fn attn_norm<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Res
     Ok(())
 }
 
-fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<()> {
+fn attn(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     const BALANCE: f64 = 0.3;
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, channels] = x.nhwc();
@@ -567,7 +567,7 @@ fn attn<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str) -> Result<(
     let mut table = ParamTable::default();
     let qkv_id = push(&mut table, "attn_qkv", &w_qkv.shape);
     let proj_id = push(&mut table, "attn_proj", &w_proj.shape);
-    let mut b = (s.device.training)(&table, 0)?;
+    let mut b = s.backends.training(&table, 0)?;
     b.write_param(Slot::Weight, qkv_id, &w_qkv.f32())?;
     b.write_param(Slot::Weight, proj_id, &w_proj.f32())?;
     b.make_effective(Slot::Weight, normalization(0))?;
@@ -675,7 +675,7 @@ impl BlockSettings {
     }
 }
 
-pub(super) fn blocks<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn blocks(s: &mut Session<impl Backends>) -> Result<()> {
     let f = &s.open("ops_blocks.safetensors")?;
     let settings: serde_json::Map<String, serde_json::Value> =
         f.metadata("config")?.ok_or_else(|| f.wrong("config", "it is missing".into()))?;
@@ -690,7 +690,7 @@ pub(super) fn blocks<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-fn block<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, c: &str, cfg: BlockConfig, rounds: usize) -> Result<()> {
+fn block(s: &mut Session<impl Backends>, f: &Golden, c: &str, cfg: BlockConfig, rounds: usize) -> Result<()> {
     let x = f.images(&format!("{c}.x"))?;
     let [n, h, w, _] = x.nhwc();
     let x = match (cfg.resample, h % 2 + w % 2) {

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use super::network::{images, labels, network};
 use super::{Array, Golden, Result, Session, What, download, normalization};
 use crate::backend::{Slot, TrainingBackend};
+use crate::device::Backends;
 use crate::model::Precond;
 use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, solve};
 
@@ -19,7 +20,7 @@ struct Settings {
     s_churn: f64,
 }
 
-pub(super) fn samplers<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn samplers(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("samplers.safetensors")?;
     s.case("samplers", |s| {
@@ -34,7 +35,13 @@ pub(super) fn samplers<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     Ok(())
 }
 
-fn sampler<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, case: &str, net: &Precond, b: &mut B) -> Result<()> {
+fn sampler<B: TrainingBackend>(
+    s: &mut Session<impl Backends>,
+    f: &Golden,
+    case: &str,
+    net: &Precond,
+    b: &mut B,
+) -> Result<()> {
     let parsed = case.rsplit_once("_g").and_then(|(name, g)| Some((name, g.parse::<f64>().ok()?)));
     let solver = match parsed {
         Some(("heun", _)) => Solver::Heun,
@@ -130,8 +137,8 @@ fn sampler<B: TrainingBackend>(s: &mut Session<B>, f: &Golden, case: &str, net: 
     Ok(())
 }
 
-fn compare_all<B: TrainingBackend>(
-    s: &mut Session<B>,
+fn compare_all(
+    s: &mut Session<impl Backends>,
     f: &Golden,
     name: &str,
     bound: f64,

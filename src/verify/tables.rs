@@ -3,7 +3,8 @@
 use serde::Deserialize;
 
 use super::{Array, Result, Session, What, download, normalization};
-use crate::backend::{Logvar, LossInput, Slot, TrainingBackend};
+use crate::backend::{Backend, Logvar, LossInput, NetworkBackend, Slot, TrainingBackend};
+use crate::device::Backends;
 use crate::params::ParamTable;
 use crate::train::ema::{power_function_beta, std_to_exp};
 use crate::train::posthoc::{correlation, exp_to_std, solve_posthoc};
@@ -25,7 +26,7 @@ struct PrecondRow {
 }
 
 /// Each coefficient as the device applies it, to images of ones and zeros.
-pub(super) fn precond<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn precond(s: &mut Session<impl Backends>) -> Result<()> {
     const FREQ: f32 = 0.25;
     let rows: Vec<PrecondRow> = s.json("precond.json")?;
     let phase = -std::f32::consts::FRAC_PI_2;
@@ -33,7 +34,7 @@ pub(super) fn precond<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
     let gain = table.gain("out_gain".into());
     let (freqs, phases) = table.fourier("fourier".into(), 1);
     let weight = table.linear("linear".into(), 1, 1);
-    let mut b = (s.device.training)(&table, 0)?;
+    let mut b = s.backends.training(&table, 0)?;
     for (id, value) in [(gain, 1.0), (freqs, FREQ), (phases, phase), (weight, 1.0)] {
         b.write_param(Slot::Weight, id, &[value])?;
     }
@@ -94,7 +95,7 @@ struct RateRow {
     lr: f64,
 }
 
-pub(super) fn learning_rates<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn learning_rates(s: &mut Session<impl Backends>) -> Result<()> {
     let rows: Vec<RateRow> = s.json("lr_schedule.json")?;
     let got = |row: &RateRow| {
         let schedule = LearningRate {
@@ -163,7 +164,7 @@ fn pairs(nimg: &[f64], std: &[f64]) -> Vec<(f64, f64)> {
     nimg.iter().copied().zip(std.iter().copied()).collect()
 }
 
-pub(super) fn moving_averages<B: TrainingBackend>(s: &mut Session<B>) -> Result<()> {
+pub(super) fn moving_averages(s: &mut Session<impl Backends>) -> Result<()> {
     let p: Profiles = s.json("phema.json")?;
     let column = |values: Vec<f64>| Array::new(&[values.len()], values);
     for (name, got, expected) in [

@@ -1,16 +1,18 @@
 //! How far numbers are from those that they should be.
 
-/// ||got - want|| / ||want|| <= bound.
+/// ||got - want|| <= bound ||want||.
 pub fn assert_close(what: &str, got: &[f32], want: &[f32], bound: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(g - w)).sum();
-    let error = (difference / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt();
-    let worst = (0..got.len()).max_by(|&a, &b| (got[a] - want[a]).abs().total_cmp(&(got[b] - want[b]).abs())).unwrap();
+    let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
+    let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
+    let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap();
+    let relative = if error == 0.0 { 0.0 } else { (error / size).sqrt() };
+    // NaN, which poison leaves behind, must not pass.
     assert!(
-        error <= bound,
-        "{what}: relative error {error:.1e}, bound {bound:.0e}; worst at {worst}: {}, expected {}",
+        relative <= bound,
+        "{what}: relative error {relative:e}, bound {bound:e}; worst element {worst}: {} instead of {}",
         got[worst],
-        want[worst]
+        want[worst],
     );
 }

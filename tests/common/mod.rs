@@ -1,6 +1,8 @@
 //! What kernels are tested on: the emulator (feature `emulator`), and a GPU where there is one (feature `cuda`).
 #![allow(dead_code)] // each test takes a part
 
+mod close;
+
 use std::rc::Rc;
 
 #[cfg(feature = "cuda")]
@@ -8,9 +10,13 @@ use edm2k::backend::gpu::cuda::Cuda;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{self, Build, Emulator, Order};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
-use edm2k::backend::gpu::runtime::{self, Runtime};
+#[cfg(feature = "cuda")]
+use edm2k::backend::gpu::runtime;
+use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
+
+pub use close::assert_close;
 
 /// The first GPU, or none and the reason printed. EDM2K_NO_GPU=1 leaves it alone.
 #[cfg(feature = "cuda")]
@@ -179,23 +185,6 @@ impl Memory {
     }
 }
 
-/// `got`, from a device, is `want` but for rounding: ||got - want|| <= bound ||want||.
-pub fn assert_same(what: &str, got: &[f32], want: &[f32], bound: f64) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let far = |i: usize| (f64::from(got[i]) - f64::from(want[i])).abs();
-    let error: f64 = (0..got.len()).map(|i| far(i) * far(i)).sum();
-    let size: f64 = want.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-    let worst = (0..got.len()).max_by(|&i, &j| far(i).total_cmp(&far(j))).unwrap_or(0);
-    let relative = if error == 0.0 { 0.0 } else { (error / size).sqrt() };
-    // NaN, which poison leaves behind, must not pass.
-    assert!(
-        relative <= bound,
-        "{what}: relative error {relative:e}, bound {bound:e}; worst element {worst}: {} instead of {}",
-        got[worst],
-        want[worst],
-    );
-}
-
 /// The 16-bit types.
 pub const PRECISIONS: [Precision; 2] = [Precision::F16, Precision::Bf16];
 
@@ -284,7 +273,7 @@ impl Bench {
 
     /// `got`, from the device, is `want` but for rounding to 16 bits.
     pub fn same(&self, what: &str, got: &[f32], want: &[f32]) {
-        assert_same(&format!("{what}, {}", self.name), got, want, self.bound());
+        assert_close(&format!("{what}, {}", self.name), got, want, self.bound());
     }
 
     /// The same of 16-bit values in rows of padded channels; the padding must be zero.

@@ -4,7 +4,7 @@
 //! multiply-adds forward, 5 T^2 c backward (the scores are computed again rather than kept).
 
 use super::tensor::{Pool, Tensor};
-use crate::real::{Mat, NORM_EPS, Real, Threads, matmul, simd};
+use crate::real::{Dst, Mat, NORM_EPS, Real, Threads, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -58,7 +58,14 @@ fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
     let tokens = q.rms.len();
     let mut s = vec![T::zero(); tokens * tokens];
     let scale = T::of(1.0 / (c as f64).sqrt());
-    matmul((tokens, tokens, c), &mut s, false, Mat::new(&q.values, c), Mat::new(&k.values, c).t(), scale, Threads::One);
+    matmul(
+        (tokens, tokens, c),
+        Dst::new(&mut s, tokens),
+        Mat::new(&q.values, c),
+        Mat::new(&k.values, c).t(),
+        scale,
+        Threads::One,
+    );
     s.chunks_exact_mut(tokens).for_each(softmax);
     s
 }
@@ -109,7 +116,7 @@ pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize) -> T
         let [q, k, v] = [0, 1, 2].map(|part| gather(x, width, head, c, part));
         let p = probabilities(&q, &k, c);
         let (p, v) = (Mat::new(&p, tokens), Mat::new(&v.values, c));
-        matmul((tokens, c, tokens), out, false, p, v, T::one(), Threads::One);
+        matmul((tokens, c, tokens), Dst::new(out, c), p, v, T::one(), Threads::One);
     })
 }
 
@@ -125,7 +132,7 @@ pub fn backward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, gra
         let gy = Mat::new(&grad.values()[image * tokens * heads * c + head * c..], heads * c);
         let product = |m, n, k, a, b, beta| {
             let mut out = vec![T::zero(); m * n];
-            matmul((m, n, k), &mut out, false, a, b, beta, Threads::One);
+            matmul((m, n, k), Dst::new(&mut out, n), a, b, beta, Threads::One);
             out
         };
         let (probs, one) = (Mat::new(&p[..], tokens), T::one());

@@ -15,7 +15,7 @@
 
 use rayon::prelude::*;
 
-use crate::real::Threads;
+use crate::real::{Dst, Mat, Threads};
 
 /// Columns that are summed at once.
 const BLOCK: usize = 64;
@@ -74,33 +74,22 @@ pub fn narrow(from: &[f32]) -> Vec<u16> {
     crate::real::simd(|| from.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect())
 }
 
-/// dst [m, cout], rows `dst_rows` apart, = a [m, k], rows `a_rows` apart, times matrix `part` of `b`; added to what is
-/// there if `accumulate`.
+/// dst [m, cout] = a [m, k], whose rows are contiguous, times matrix `part` of `b`.
 ///
 /// # Panics
 /// If the slices are too short, or the processor lacks the instructions.
-#[allow(clippy::too_many_arguments)]
-pub fn product(
-    m: usize,
-    dst: &mut [f32],
-    dst_rows: usize,
-    accumulate: bool,
-    a: &[u16],
-    a_rows: usize,
-    b: &Packed,
-    part: usize,
-    threads: Threads,
-) {
+pub fn product(m: usize, dst: Dst<f32>, a: Mat<u16>, b: &Packed, part: usize, threads: Threads) {
     assert!(is_available(), "AVX-512 BF16");
     let (k, cout) = (b.k, b.cout);
-    assert!(m > 0 && (m - 1) * a_rows + k <= a.len() && cout <= dst_rows && (m - 1) * dst_rows + cout <= dst.len());
-    let to = Target { dst: dst.as_mut_ptr(), rows: dst_rows, accumulate };
+    assert!(a.cols == 1 && m > 0 && (m - 1) * a.rows + k <= a.data.len());
+    assert!(cout <= dst.rows && (m - 1) * dst.rows + cout <= dst.values.len());
+    let to = Target { dst: dst.values.as_mut_ptr(), rows: dst.rows, accumulate: dst.accumulate, a_rows: a.rows };
     let block = |block: usize| {
         let (first, columns) = (block * BLOCK, BLOCK.min(cout - block * BLOCK));
         let b = &b.part(part)[first * k..][..columns.next_multiple_of(LANES) * k];
         for row in (0..m).step_by(ROWS) {
             // SAFETY: the assertions above bound every access; blocks write columns of their own.
-            unsafe { to.block(row, ROWS.min(m - row), first, columns, &a[row * a_rows..], a_rows, b) };
+            unsafe { to.block(row, ROWS.min(m - row), first, columns, &a.data[row * a.rows..], b) };
         }
     };
     match threads {
@@ -116,6 +105,7 @@ struct Target {
     dst: *mut f32,
     rows: usize,
     accumulate: bool,
+    a_rows: usize,
 }
 
 // SAFETY: each thread writes columns that no other one does.
@@ -135,53 +125,36 @@ mod x86 {
         ///
         /// # Safety
         /// The processor has AVX-512 BF16; all rows and columns are within `dst` and `a`.
-        #[allow(clippy::too_many_arguments)]
-        pub unsafe fn block(
-            self,
-            row: usize,
-            rows: usize,
-            first: usize,
-            columns: usize,
-            a: &[u16],
-            a_rows: usize,
-            b: &[u16],
-        ) {
+        pub unsafe fn block(self, row: usize, rows: usize, first: usize, columns: usize, a: &[u16], b: &[u16]) {
             // SAFETY: the caller's promise.
             unsafe {
                 let dst = self.dst.add(row * self.rows + first);
                 match rows {
-                    1 => self.rows::<1>(dst, columns, a, a_rows, b),
-                    2 => self.rows::<2>(dst, columns, a, a_rows, b),
-                    3 => self.rows::<3>(dst, columns, a, a_rows, b),
-                    4 => self.rows::<4>(dst, columns, a, a_rows, b),
-                    5 => self.rows::<5>(dst, columns, a, a_rows, b),
-                    _ => self.rows::<6>(dst, columns, a, a_rows, b),
+                    1 => self.rows::<1>(dst, columns, a, b),
+                    2 => self.rows::<2>(dst, columns, a, b),
+                    3 => self.rows::<3>(dst, columns, a, b),
+                    4 => self.rows::<4>(dst, columns, a, b),
+                    5 => self.rows::<5>(dst, columns, a, b),
+                    _ => self.rows::<6>(dst, columns, a, b),
                 }
             }
         }
 
         #[inline]
-        unsafe fn rows<const R: usize>(self, dst: *mut f32, columns: usize, a: &[u16], a_rows: usize, b: &[u16]) {
+        unsafe fn rows<const R: usize>(self, dst: *mut f32, columns: usize, a: &[u16], b: &[u16]) {
             // SAFETY: the caller's promise.
             unsafe {
                 match columns.div_ceil(LANES) {
-                    1 => self.sum::<R, 1>(dst, columns, a, a_rows, b),
-                    2 => self.sum::<R, 2>(dst, columns, a, a_rows, b),
-                    3 => self.sum::<R, 3>(dst, columns, a, a_rows, b),
-                    _ => self.sum::<R, 4>(dst, columns, a, a_rows, b),
+                    1 => self.sum::<R, 1>(dst, columns, a, b),
+                    2 => self.sum::<R, 2>(dst, columns, a, b),
+                    3 => self.sum::<R, 3>(dst, columns, a, b),
+                    _ => self.sum::<R, 4>(dst, columns, a, b),
                 }
             }
         }
 
         #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-        unsafe fn sum<const R: usize, const C: usize>(
-            self,
-            dst: *mut f32,
-            columns: usize,
-            a: &[u16],
-            a_rows: usize,
-            b: &[u16],
-        ) {
+        unsafe fn sum<const R: usize, const C: usize>(self, dst: *mut f32, columns: usize, a: &[u16], b: &[u16]) {
             let mut sums = [[_mm512_setzero_ps(); C]; R];
             // The last register may be wider than the matrix.
             let mask = |j: usize| ((1u32 << (columns - j * LANES).min(LANES)) - 1) as __mmask16;
@@ -202,7 +175,7 @@ mod x86 {
                         *w = _mm512_loadu_si512(b.as_ptr().add(j * step).cast());
                     }
                     for (i, sums) in sums.iter_mut().enumerate() {
-                        let pair = _mm512_set1_epi32(a.add(i * a_rows).cast::<i32>().read_unaligned());
+                        let pair = _mm512_set1_epi32(a.add(i * self.a_rows).cast::<i32>().read_unaligned());
                         for (sum, &w) in sums.iter_mut().zip(&w) {
                             *sum = _mm512_dpbf16_ps(
                                 *sum,
@@ -226,8 +199,7 @@ mod x86 {
 
 #[cfg(not(target_arch = "x86_64"))]
 impl Target {
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn block(self, _: usize, _: usize, _: usize, _: usize, _: &[u16], _: usize, _: &[u16]) {
+    unsafe fn block(self, _: usize, _: usize, _: usize, _: usize, _: &[u16], _: &[u16]) {
         unreachable!("`product` asks whether the instructions are there")
     }
 }
@@ -256,7 +228,8 @@ mod tests {
             let start = noise(m * dst_rows, 3);
             for (part, accumulate, threads) in [(0, false, Threads::One), (1, true, Threads::All)] {
                 let mut dst = start.clone();
-                product(m, &mut dst, dst_rows, accumulate, &a, a_rows, &b, part, threads);
+                let to = Dst { values: &mut dst, rows: dst_rows, accumulate };
+                product(m, to, Mat::new(&a, a_rows), &b, part, threads);
                 let round = |x: f32| f64::from(half::bf16::from_f32(x));
                 for (i, (&got, &before)) in dst.iter().zip(&start).enumerate() {
                     let (row, column) = (i / dst_rows, i % dst_rows);

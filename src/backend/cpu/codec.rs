@@ -6,7 +6,7 @@ use super::conv::{self, Filter, Rows, Window};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::real::{Mat, Real, Threads, for_rows, matmul, simd};
+use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -161,12 +161,12 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
                 let m = out.len() / c;
                 let mut scores = Tensor::uninit(&self.pool, [1, 1, m, tokens]);
                 let q = Mat::new(&qkv[i * QUERIES * width..], width);
-                matmul((m, tokens, c), scores.values_mut(), false, q, k.t(), scale, Threads::One);
+                matmul((m, tokens, c), Dst::new(scores.values_mut(), tokens), q, k.t(), scale, Threads::One);
                 simd(
                     #[inline(always)]
                     || scores.values_mut().chunks_exact_mut(tokens).for_each(softmax),
                 );
-                matmul((m, c, tokens), out, false, Mat::new(scores.values(), tokens), v, T::one(), Threads::One);
+                matmul((m, c, tokens), Dst::new(out, c), Mat::new(scores.values(), tokens), v, T::one(), Threads::One);
             });
         }
         out

@@ -22,7 +22,7 @@
 use super::bf16::{self, Packed};
 use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
-use crate::real::{Mat, Real, Threads, matmul, matmul_strided, simd};
+use crate::real::{Dst, Mat, Real, Threads, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -232,9 +232,10 @@ pub fn conv<T: Real>(
             let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
             if let Some(((packed, values), y)) = narrow.as_ref().zip(T::as_f32_mut(y)) {
                 for dy in 0..side {
-                    let a = &values[(band.line(py + dy) + px) * c..];
+                    let to = Dst { values: y, rows: scale * cout, accumulate: dy > 0 };
+                    let a = Mat::new(&values[(band.line(py + dy) + px) * c..], stride * c);
                     let part = phase * side + dy;
-                    bf16::product(m, y, scale * cout, dy > 0, a, stride * c, packed, part, threads);
+                    bf16::product(m, to, a, packed, part, threads);
                 }
                 continue;
             }
@@ -243,7 +244,8 @@ pub fn conv<T: Real>(
                 let a = Mat { rows: stride * c, ..Mat::new(a, c) };
                 let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
                 let shape = (m, cout, block.min(k - k0));
-                matmul_strided(shape, y, scale * cout, dy + k0 > 0, a, b, T::one(), threads);
+                let to = Dst { values: y, rows: scale * cout, accumulate: dy + k0 > 0 };
+                matmul(shape, to, a, b, T::one(), threads);
             }
         }
         simd(
@@ -315,8 +317,8 @@ pub fn wgrad<T: Real>(
                 let k = c * window.side;
                 let a = Mat::new(&x.data.values()[dy * x.pitch * x.channels..], c).t();
                 let b = Mat::new(&g.data.values()[skip..], cout);
-                let out = &mut out[dy * k * cout..][..k * cout];
-                matmul((k, cout, m), out, accumulate, a, b, gain, threads);
+                let out = Dst { values: &mut out[dy * k * cout..][..k * cout], rows: cout, accumulate };
+                matmul((k, cout, m), out, a, b, gain, threads);
             }
             accumulate = true;
             first += count;

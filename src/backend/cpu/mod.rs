@@ -14,7 +14,7 @@ mod weights;
 
 use super::*;
 use crate::params::{Buckets, ParamId, ParamTable, mp_sum_weights};
-use crate::real::{Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
+use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
 use crate::rng::dropped;
 use conv::{Filter, Rows, Window};
 use rayon::prelude::*;
@@ -84,9 +84,9 @@ impl<T: Real> Cpu<T> {
         Self::new(table, None)
     }
 
-    /// Holds gradients, Adam's moments and `emas` moving averages too.
-    pub fn for_training(table: &ParamTable, emas: usize) -> Self {
-        Self::new(table, Some(emas))
+    /// Holds gradients, Adam's moments and `averages` moving averages too.
+    pub fn for_training(table: &ParamTable, averages: usize) -> Self {
+        Self::new(table, Some(averages))
     }
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
@@ -125,7 +125,7 @@ impl<T: Real> Cpu<T> {
         // must not depend on its batch.
         let weight = Mat::new(param.effective(), cout);
         y.values_mut().par_chunks_mut(cout).zip(x.values().par_chunks(cin)).for_each(|(y, x)| {
-            matmul((1, cout, cin), y, false, Mat::new(x, cin), weight, T::of(scale), Threads::One);
+            matmul((1, cout, cin), Dst::new(y, cout), Mat::new(x, cin), weight, T::of(scale), Threads::One);
         });
         y
     }
@@ -133,9 +133,10 @@ impl<T: Real> Cpu<T> {
     /// Accumulates `scale` * x^T grad; `grad` has `stride` values from row to row.
     fn linear_wgrad(&mut self, id: ParamId, x: &Tensor<T>, grad: &[T], stride: usize, scale: f64) {
         let (cout, cin, _) = self.params[id].dims();
-        let (out, accumulate) = self.params[id].grad_mut();
+        let (values, accumulate) = self.params[id].grad_mut();
+        let out = Dst { values, rows: cout, accumulate };
         let (a, b) = (Mat::new(x.values(), cin).t(), Mat::new(grad, stride));
-        matmul((cin, cout, x.shape()[0]), out, accumulate, a, b, T::of(scale), Threads::All);
+        matmul((cin, cout, x.shape()[0]), out, a, b, T::of(scale), Threads::All);
     }
 
     /// Fourier features sqrt(2) cos(x f + p) of ln(sigma)/4 (EDM2 eq. 75).

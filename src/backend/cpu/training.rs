@@ -256,7 +256,8 @@ impl<T: Real> TrainingBackend for Cpu<T> {
             self.linear_wgrad(layer.weight, emb, grad, stride, gain.wide());
             let weight = Mat::new(self.params[layer.weight].effective(), layer.channels).t();
             let shape = (n, width, layer.channels);
-            matmul(shape, grad_emb.values_mut(), i > 0, Mat::new(grad, stride), weight, gain, Threads::All);
+            let out = Dst { values: grad_emb.values_mut(), rows: width, accumulate: i > 0 };
+            matmul(shape, out, Mat::new(grad, stride), weight, gain, Threads::All);
         }
         grad_emb
     }

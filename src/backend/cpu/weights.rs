@@ -26,7 +26,7 @@ struct Training<T> {
     stale: bool,
     m: Vec<T>,
     v: Vec<T>,
-    emas: Vec<Vec<T>>,
+    averages: Vec<Vec<T>>,
 }
 
 /// One parameter.
@@ -95,14 +95,14 @@ impl<T: Real> Param<T> {
     /// A parameter of zeros, with room for its gradient, moments and so many averages if `training` says how many.
     pub fn new(spec: &ParamSpec, training: Option<usize>) -> Self {
         let zeros = || vec![T::zero(); spec.numel()];
-        let training = training.map(|emas| {
+        let training = training.map(|averages| {
             let room = |wanted: bool| if wanted { zeros() } else { Vec::new() };
             Training {
                 grad: room(spec.trained()),
                 stale: true,
                 m: room(spec.trained()),
                 v: room(spec.trained()),
-                emas: (0..emas).map(|_| zeros()).collect(),
+                averages: (0..averages).map(|_| zeros()).collect(),
             }
         });
         let weight = if training.is_some() { zeros() } else { Vec::new() };
@@ -143,7 +143,7 @@ impl<T: Real> Param<T> {
             (Slot::Grad, Some(t)) => Ok(&mut t.grad),
             (Slot::AdamM, Some(t)) => Ok(&mut t.m),
             (Slot::AdamV, Some(t)) => Ok(&mut t.v),
-            (Slot::Ema(i), Some(t)) => t.emas.get_mut(i).ok_or(missing),
+            (Slot::Ema(i), Some(t)) => t.averages.get_mut(i).ok_or(missing),
             _ => Err(missing),
         }
     }
@@ -219,7 +219,7 @@ impl<T: Real> Param<T> {
         };
         let from = match source {
             Slot::Weight => &self.weight,
-            Slot::Ema(i) => training.emas.get(i).ok_or(BackendError::NotTraining(source))?,
+            Slot::Ema(i) => training.averages.get(i).ok_or(BackendError::NotTraining(source))?,
             other => return Err(BackendError::NotTraining(other)),
         };
         if self.spec.is_weight() {
@@ -239,7 +239,7 @@ impl<T: Real> Param<T> {
         if !self.spec.trained() {
             return Ok(StepStats::default());
         }
-        let Training { grad, stale, m, v, emas } = training;
+        let Training { grad, stale, m, v, averages } = training;
         if std::mem::replace(stale, true) {
             grad.fill(T::zero());
         }
@@ -317,11 +317,11 @@ impl<T: Real> Param<T> {
                 })
             })
             .collect();
-        for (ema, &beta) in emas.iter_mut().zip(step.ema_betas) {
+        for (average, &beta) in averages.iter_mut().zip(step.ema_betas) {
             let (weight, rest) = (&self.weight, T::of(1.0 - beta));
-            for_rows(ema, cols, |row, ema| {
+            for_rows(average, cols, |row, average| {
                 let w = &weight[row * cols..][..cols];
-                ema.iter_mut().zip(w).for_each(|(e, &w)| *e += (w - *e) * rest);
+                average.iter_mut().zip(w).for_each(|(e, &w)| *e += (w - *e) * rest);
             });
         }
         self.make_effective(Slot::Weight, Normalization::Train { rounds: step.rounds })?;

@@ -57,11 +57,11 @@ const OLDEST_DRIVER: i32 = 12040;
 /// The functions that are called here, and cudarc panics where one is missing; the first four serve to ask for the version.
 /// Tensor maps' are for cards whose drivers have them.
 #[rustfmt::skip]
-const FUNCTIONS: [&str; 44] = [
+const FUNCTIONS: [&str; 45] = [
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuCtxSetCurrent", "cuDeviceGet",
-    "cuDeviceGetAttribute", "cuDeviceGetCount", "cuDeviceGetName", "cuDevicePrimaryCtxRelease_v2",
-    "cuDevicePrimaryCtxRetain", "cuDeviceTotalMem_v2", "cuEventCreate", "cuEventDestroy_v2",
-    "cuEventElapsedTime", "cuEventRecord", "cuEventSynchronize", "cuFuncGetAttribute", "cuFuncGetParamInfo",
+    "cuDeviceGetAttribute", "cuDeviceGetCount", "cuDeviceGetName", "cuDeviceGetUuid_v2",
+    "cuDevicePrimaryCtxRelease_v2", "cuDevicePrimaryCtxRetain", "cuDeviceTotalMem_v2", "cuEventCreate",
+    "cuEventDestroy_v2", "cuEventElapsedTime", "cuEventRecord", "cuEventSynchronize", "cuFuncGetAttribute", "cuFuncGetParamInfo",
     "cuFuncSetAttribute", "cuGraphDestroy", "cuGraphExecDestroy", "cuGraphInstantiateWithFlags",
     "cuGraphLaunch", "cuGraphUpload", "cuLaunchKernelEx", "cuMemAlloc_v2", "cuMemFreeHost", "cuMemFree_v2",
     "cuMemGetInfo_v2", "cuMemHostAlloc", "cuMemcpyDtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2",
@@ -811,6 +811,13 @@ impl Runtime for Cuda {
 
     fn name(&self) -> String {
         self.0.info.label()
+    }
+
+    fn uuid(&self) -> Option<String> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes sixteen bytes; `device` is one.
+        let told = unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.0.device) }.result();
+        told.ok().map(|()| uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
     }
 
     fn free(&self) -> Option<u64> {

@@ -75,6 +75,10 @@ pub trait Runtime {
     fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
     fn name(&self) -> String;
+    /// What no other card has, on any machine; none: it is no card, or its driver does not say.
+    fn uuid(&self) -> Option<String> {
+        None
+    }
     /// Bytes of memory that nobody uses; none if that is unknown.
     fn free(&self) -> Option<u64>;
     /// Memory of any content (0 bytes are allowed).

@@ -8,7 +8,7 @@ use edm2k::data::dataset::{Dataset, DatasetError, Header, Split};
 use edm2k::data::shard::check_whole;
 use edm2k::formats::safetensors::SafeFile;
 
-use super::head;
+use super::{head, made_of};
 use crate::cli::say::out;
 
 /// A split of a dataset, or one shard.
@@ -37,6 +37,9 @@ pub struct DatasetInfo {
     renamed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     checked: Option<Checked>,
+    /// A zip of EDM2's.
+    #[serde(skip)]
+    archive: bool,
 }
 
 /// What `--check` has found to be whole.
@@ -53,7 +56,9 @@ pub struct Checked {
 impl DatasetInfo {
     /// Opens every split that the directory has.
     pub fn open(dir: &Path, check: bool) -> anyhow::Result<Self> {
-        let mut info = Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None };
+        let archive = dir.is_file();
+        let mut info =
+            Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None, archive };
         let mut nothing = None;
         for split in Split::ALL {
             match Dataset::open(dir, split) {
@@ -98,7 +103,7 @@ impl DatasetInfo {
         };
         let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let part = Part { name, images: header.count, header, buckets: Vec::new() };
-        Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked })
+        Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked, archive: false })
     }
 
     pub fn show(&self, json: bool) -> anyhow::Result<()> {
@@ -130,7 +135,9 @@ impl DatasetInfo {
             let size = if sizes.is_empty() { format!("{width} x {height}") } else { format!("{} sizes", sizes.len()) };
             out!("{:15}{size} (width x height), {channels} channels", kind.as_str().unwrap_or_default());
             out!("condition      {condition_dim} values");
-            out!("conditions are {conditioning}");
+            // A shard alone has no vocabulary beside it.
+            let tags = self.kind == "shard" || !self.vocabulary.is_empty();
+            out!("conditions are {}", made_of(conditioning, tags, *condition_dim));
             if let Some(autoencoder) = autoencoder {
                 out!("latents are of {autoencoder}");
             }
@@ -146,7 +153,11 @@ impl DatasetInfo {
         }
         if let Some(Checked { shards, unknown, doubts }) = &self.checked {
             let unknown = if *unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
-            out!("checked        {shards} shards are whole{unknown}");
+            match (shards, self.archive) {
+                (_, true) => out!("checked        the archive is whole"),
+                (1, _) => out!("checked        the shard is whole{unknown}"),
+                _ => out!("checked        {shards} shards are whole{unknown}"),
+            }
             doubts.iter().for_each(|doubt| out!("               {doubt}"));
         }
         Ok(())

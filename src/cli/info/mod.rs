@@ -25,7 +25,7 @@ use edm2k::formats::{At, input, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
-use edm2k::train::checkpoint;
+use edm2k::train::{checkpoint, stats};
 
 use super::say::out;
 use dataset::DatasetInfo;
@@ -76,6 +76,9 @@ struct Network<'a> {
     on_a_gpu: Result<GpuCost, String>,
     #[serde(flatten)]
     meta: Option<&'a ModelMeta>,
+    /// What was assumed where the file leaves it open.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    doubts: Vec<String>,
 }
 
 /// What a forward pass of one image takes on a GPU, by the plan for an RTX 4090. No GPU is needed to know it.
@@ -121,7 +124,7 @@ impl<'a> Network<'a> {
             Some(_) => GpuCost::new(&net, &table, [height, width]).map_err(|why| why.to_string()),
             None => Err(format!("no: an image of {width}x{height} has more elements than the kernels count")),
         };
-        Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta })
+        Ok(Self { kind: "model", config, parameters, height, width, multiply_adds, on_a_gpu, meta, doubts: Vec::new() })
     }
 
     fn show(&self, json: bool) -> anyhow::Result<()> {
@@ -154,8 +157,9 @@ impl<'a> Network<'a> {
             if let Some(autoencoder) = &meta.autoencoder {
                 out!("latents are of {autoencoder}");
             }
-            if matches!(meta.conditioning, Conditioning::Features { .. }) {
-                out!("conditions are {}", meta.conditioning);
+            if self.config.label_dim > 0 {
+                let tags = !meta.vocabulary.is_empty();
+                out!("conditions are {}", made_of(&meta.conditioning, tags, self.config.label_dim));
             }
             if meta.images_seen > 0 {
                 out!("trained on     {} images", meta.images_seen);
@@ -175,8 +179,18 @@ impl<'a> Network<'a> {
                 }
             }
         }
+        self.doubts.iter().for_each(|doubt| out!("note           {doubt}"));
         show_config(self.config);
         Ok(())
+    }
+}
+
+/// What conditions of this width are made of, in words: classes, if they are neither features nor has anything `tags`.
+fn made_of(conditioning: &Conditioning, tags: bool, width: usize) -> String {
+    match conditioning {
+        Conditioning::Tags if !tags && width == 0 => "none".into(),
+        Conditioning::Tags if !tags => format!("classes ({width})"),
+        _ => conditioning.to_string(),
     }
 }
 
@@ -263,6 +277,11 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         unchecked("an ONNX file")?;
         return parts::onnx(path, args.json);
     }
+    ensure!(
+        !ends("jsonl") || stats::latest(path).at(path)?.is_empty(),
+        "{}: the statistics of a run; give the run's directory",
+        path.display()
+    );
     let file = weights::open(path)?;
     if let Some(header) = Header::of(&file)? {
         return DatasetInfo::of_shard(&file, header, args.check)?.show(args.json);
@@ -282,6 +301,8 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
-    let network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    let mut network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    let name = format!("{}: ", path.display());
+    network.doubts = model.doubts.iter().map(|doubt| doubt.replacen(&name, "", 1)).collect();
     network.show(args.json)
 }

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::formats::At;
 use edm2k::train::checkpoint::{self, Checkpoint};
 use edm2k::train::{CheckpointError, Settings, State, stats};
@@ -127,7 +128,9 @@ fn show_state(state: &State) {
     let [height, width, channels] = data.shape;
     let sizes = if data.sizes.is_empty() { String::new() } else { format!("{} sizes, most ", data.sizes.len()) };
     out!("image          {sizes}{width} x {height} (width x height), {channels} channels");
-    out!("data           {} images, conditions of {} values: {}", data.images, data.condition_dim, data.conditioning);
+    let tags = data.vocabulary != Some(Vocabulary::default().fingerprint());
+    let made_of = super::made_of(&data.conditioning, tags, data.condition_dim);
+    out!("data           {} images, conditions of {} values: {made_of}", data.images, data.condition_dim);
     if let Some(content) = data.content {
         out!("               {content} (fingerprint of the training split)");
     }

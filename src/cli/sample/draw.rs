@@ -14,10 +14,11 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
+use edm2k::formats::differences::{differing, there_and_here};
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Image, Kept, OutDir, Pipeline, PipelineError, Request, Step};
+use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
-use super::SampleArgs;
+use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
 use crate::cli::say::{note, out};
 
@@ -68,18 +69,11 @@ fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<
     Ok(pictures)
 }
 
-/// Makes this part's images and writes them. Steps are watched where they are to be kept, and on the CPU, where each
-/// takes so long that people want to see it. Elsewhere they are not, since a device that runs all steps as one plan
-/// cannot show them.
-pub fn draw(
-    mut pipeline: Pipeline,
-    request: &Request,
-    kept: Kept,
-    part: Part,
-    args: &SampleArgs,
-    out: &OutDir,
-    ranks: &mut Ranks,
-) -> anyhow::Result<()> {
+/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
+/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
+pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
+    let Resolved { mut pipeline, request, kept, part, given } = resolved;
+    let (request, given) = (&request, &given);
     let (own, save_steps) = (images_of(part, request), args.save_steps);
     let count = own.len();
     let mut about = pipeline.parameters(request);
@@ -139,7 +133,7 @@ pub fn draw(
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match joined(request, &about, part, args, out, ranks)? {
+            match (Parts { request, about: &about, part, given, out, args }).joined(ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -148,7 +142,7 @@ pub fn draw(
         target
     } else {
         if part.of > 1 {
-            match gathered(request, &about, part, args, out, ranks)? {
+            match (Parts { request, about: &about, part, given, out, args }).gathered(ranks)? {
                 Some(all) => pictures = all,
                 None => return Ok(()),
             }
@@ -177,88 +171,103 @@ fn most_of_grid(pictures: &[Picture]) -> usize {
     most.clamp(1, GRID)
 }
 
-/// The pictures of all parts that the grid is made of, for the process that makes it.
-fn gathered(
-    request: &Request,
-    common: &Value,
+/// One of several parts of a request, and where its images are.
+#[derive(Clone, Copy)]
+struct Parts<'a> {
+    request: &'a Request,
+    /// What all images say of themselves.
+    about: &'a Value,
     part: Part,
-    args: &SampleArgs,
-    out: &OutDir,
-    ranks: &mut Ranks,
-) -> anyhow::Result<Option<Vec<Picture>>> {
-    let mut pictures = Vec::new();
-    let mut lacking = |part: Part| -> Vec<usize> {
-        let mut missing = Vec::new();
-        for image in images_of(part, request) {
-            match out.written(image, &request.about(common, image)) {
-                Some(picture) => pictures.push(picture),
-                None => missing.push(image),
-            }
-            // All are looked for, even if the grid has no room for them.
-            pictures.truncate(most_of_grid(&pictures));
-        }
-        missing
-    };
-    let ends = ends(request, part, args, ranks, &mut lacking)?;
-    Ok(ends.then_some(pictures))
+    /// What all parts must have been given alike.
+    given: &'a Value,
+    out: &'a OutDir,
+    args: &'a SampleArgs,
 }
 
-/// The file of all latents, for the process that makes it.
-fn joined(
-    request: &Request,
-    about: &Value,
-    part: Part,
-    args: &SampleArgs,
-    out: &OutDir,
-    ranks: &mut Ranks,
-) -> anyhow::Result<Option<PathBuf>> {
-    let mut files = Vec::new();
-    // A part that ended at the same moment may have joined all of them, this part's included. Otherwise the file is an
-    // older one.
-    let is_joined = || {
-        let Some(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
-        let own = images_of(part, request);
-        out.latents(part, own.clone(), about).is_none_or(|file| out.holds(&all, own, &file).unwrap_or(false))
-    };
-    let mut lacking = |part: Part| -> Vec<usize> {
-        let own = images_of(part, request);
-        match out.latents(part, own.clone(), about) {
-            Some(file) => {
-                files.push(file);
-                Vec::new()
+impl Parts<'_> {
+    /// The pictures of all parts that the grid is made of, for the process that makes it.
+    fn gathered(self, ranks: &mut Ranks) -> anyhow::Result<Option<Vec<Picture>>> {
+        let Self { request, about, out, .. } = self;
+        let mut pictures = Vec::new();
+        let mut lacking = |part: Part| -> Vec<usize> {
+            let mut missing = Vec::new();
+            for image in images_of(part, request) {
+                match out.written(image, &request.about(about, image)) {
+                    Some(picture) => pictures.push(picture),
+                    None => missing.push(image),
+                }
+                // All are looked for, though the grid has no room for all.
+                pictures.truncate(most_of_grid(&pictures));
             }
-            None if is_joined() => Vec::new(),
-            None => own.collect(),
-        }
-    };
-    let ends = ends(request, part, args, ranks, &mut lacking)?;
-    Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
-}
-
-/// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank 0,
-/// or whichever part finds that no part is `lacking` images. Otherwise it prints which parts are missing.
-fn ends(
-    request: &Request,
-    part: Part,
-    args: &SampleArgs,
-    ranks: &mut Ranks,
-    lacking: &mut dyn FnMut(Part) -> Vec<usize>,
-) -> anyhow::Result<bool> {
-    ranks.met().barrier()?;
-    if !ranks.first() {
-        return Ok(false);
+            missing
+        };
+        let ends = self.ends(ranks, &mut lacking)?;
+        Ok(ends.then_some(pictures))
     }
-    let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
-    let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
-    let Some(&(first, seed)) = missing.first() else { return Ok(true) };
-    let (dir, count) = (args.outdir.display(), missing.len());
-    ensure!(
-        ranks.size() == 1,
-        "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
-    );
-    let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }.to_string()).collect();
-    parts.dedup();
-    let own = images_of(part, request).len();
-    out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
-    Ok(false)
+
+    /// The file of all latents, for the process that makes it.
+    fn joined(self, ranks: &mut Ranks) -> anyhow::Result<Option<PathBuf>> {
+        let Self { request, about, part, out, .. } = self;
+        let mut files = Vec::new();
+        // A part that ended at the same moment may have joined them, this one's too; else the file is an older one.
+        let is_joined = || {
+            let Some(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
+            let own = images_of(part, request);
+            out.latents(part, own.clone(), about).is_none_or(|file| out.holds(&all, own, &file).unwrap_or(false))
+        };
+        let mut lacking = |part: Part| -> Vec<usize> {
+            let own = images_of(part, request);
+            match out.latents(part, own.clone(), about) {
+                Some(file) => {
+                    files.push(file);
+                    Vec::new()
+                }
+                None if is_joined() => Vec::new(),
+                None => own.collect(),
+            }
+        };
+        let ends = self.ends(ranks, &mut lacking)?;
+        Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
+    }
+
+    /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank 0, or
+    /// whichever part finds that no part is `lacking` images or made them of something else. Otherwise it prints which parts
+    /// are missing.
+    fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<usize>) -> anyhow::Result<bool> {
+        let Self { request, part, given, args, out, .. } = self;
+        ranks.met().barrier()?;
+        if !ranks.first() {
+            return Ok(false);
+        }
+        // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
+        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != given.to_string());
+        let mut lacking = |part: Part| match other(part) {
+            Some(_) => images_of(part, request).collect(),
+            None => lacking(part),
+        };
+        let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
+        let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
+        let Some(&(first, seed)) = missing.first() else {
+            out.forget();
+            return Ok(true);
+        };
+        let (dir, count) = (args.outdir.display(), missing.len());
+        ensure!(
+            ranks.size() == 1,
+            "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
+        );
+        let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
+        parts.dedup();
+        let named = |part: &Part| match other(*part) {
+            Some(noted) => {
+                let noted: Value = serde_json::from_str(&noted).unwrap_or_default();
+                format!("{part} (of something else: {})", differing(given, &noted, there_and_here))
+            }
+            None => part.to_string(),
+        };
+        let parts: Vec<_> = parts.iter().map(named).collect();
+        let own = images_of(part, request).len();
+        out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
+        Ok(false)
+    }
 }

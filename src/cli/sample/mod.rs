@@ -1,11 +1,14 @@
 //! `edm2k sample`: images from conditions.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use edm2k::collective::{Part, agree};
+use edm2k::backend::gpu::launch::Precision;
+use edm2k::collective::{Part, agree_on};
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{Preset, preset};
@@ -35,24 +38,30 @@ with a dash follows an equals sign: --tags='-_-'.
 
 Examples:
   edm2k sample --model emoji.safetensors --outdir out --tags 'cat, smiling' --seeds 0-15
-  edm2k sample --model emoji.safetensors --outdir out --tags heart --tags 'flag, star' --per-condition 8
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags heart --tags 'flag, star' --per-condition 8
   edm2k sample --model emoji.safetensors --outdir grid --random-conditions 4 --per-condition 4 \\
       --condition-model conditions.safetensors
   edm2k sample --model emoji.safetensors --outdir out --tags heart --complete \\
       --condition-model conditions.safetensors --solver heun --steps 32 --guidance 2
-  edm2k sample --model emoji.safetensors --outdir out --tags '(red:1.5), heart' --negative 'face, arrow'
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags '(red:1.5), heart' --negative 'face, arrow'
   edm2k sample --model emoji.safetensors --outdir out --prompts prompts.txt --per-condition 4
-  edm2k sample --model emoji.safetensors --outdir out --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
-  edm2k sample --model emoji.safetensors --outdir out --tags 'green, heart' --from drawing.png --strength 0.4
-  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors --preset edm2-img512-s-autog-fid \\
-      --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-63 --class random
-  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --guidance 1.4 \\
-      --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
-  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out --seeds 0-3
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags 'cat' --tags 'dog' --seeds 7 --interpolate 8
+  edm2k sample --model emoji.safetensors --outdir out \\
+      --tags 'green, heart' --from drawing.png --strength 0.4
+  edm2k sample --model edm2-s.safetensors --gnet edm2-xs.safetensors \\
+      --preset edm2-img512-s-autog-fid --vae sd-vae-ft-mse.safetensors --outdir out \\
+      --seeds 0-63 --class random
+  edm2k sample --model edm2-s.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
+      --guidance 1.4 --class 207 --class goldfish --class-names imagenet.txt --per-condition 4
+  edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
+      --outdir out --seeds 0-3
   edm2k sample --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors --outdir out \\
       --like picture.png --tagger wd-swinv2-tagger-v3/model.onnx --per-condition 4")]
 pub struct SampleArgs {
-    /// Model file
+    /// Model file; or weights alone (.safetensors, .ckpt, .pt, .pth, .bin), see `edm2k import`
     #[arg(long, value_name = "FILE")]
     model: PathBuf,
     /// Directory of the images; created if it is missing
@@ -64,7 +73,8 @@ pub struct SampleArgs {
     /// Width and height of the images, or latents [default: what the model was trained on]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
-    /// Autoencoder that makes pictures of latents: an SD-VAE, or a TAESD for quick previews
+    /// Autoencoder that makes pictures of latents: an SD-VAE, or a TAESD for quick previews; .safetensors, .ckpt, .pt, .pth or
+    /// .bin, under the names of diffusers or of LDM, alone or in a whole Stable Diffusion checkpoint
     #[arg(long, value_name = "FILE")]
     vae: Option<PathBuf>,
     /// Images at a time; changes speed and memory, not the images
@@ -84,11 +94,12 @@ pub struct SampleArgs {
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     tags: Vec<String>,
     /// File with a prompt on each line: tags as --tags takes them, or {"tags": "...", "negative": "...", "seed": 7},
-    /// where the last two may be left out. --per-condition images of each have its seed and those that follow
+    /// where tags or negative may be left out, and seed. --per-condition images of each have its seed and those that follow
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     prompts: Option<PathBuf>,
-    /// Tags to guide away from, instead of from no condition; prompts without a negative of their own get it too
-    #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
+    /// Tags, or of a class-conditional model a class, to guide away from, instead of from no condition; prompts without a
+    /// negative of their own get it too
+    #[arg(long, value_name = "TAGS|CLASS", help_heading = "Conditions")]
     negative: Option<String>,
     /// Class of a class-conditional model: its number, a name of --class-names, or "random", which is another one for each
     /// seed and goes alone; repeatable
@@ -104,7 +115,8 @@ pub struct SampleArgs {
     #[arg(long, value_name = "IMAGE", requires = "tagger", help_heading = "Conditions")]
     like: Vec<PathBuf>,
     /// Several conditions in one, such as 'a.png:0.6,b.png:0.4': pictures as --like, DATASET:ID as --row, or random-0,
-    /// random-1, ... as --random-conditions has them, each with its weight; repeatable
+    /// random-1, ... as --random-conditions has them, each with its weight, of which a negative one leads away; a backslash
+    /// before a comma makes it one of a name; repeatable
     #[arg(long, value_name = "SOURCE:WEIGHT,...", help_heading = "Conditions")]
     mix: Vec<String>,
     /// ONNX file of the tagger that made the features the model was trained on
@@ -139,7 +151,8 @@ pub struct SampleArgs {
           value_parser = clap::value_parser!(u16).range(2..))]
     interpolate: Option<u16>,
 
-    /// Begin from a picture, or from latents in .safetensors, instead of from noise alone
+    /// Begin from a picture, or from latents in .safetensors, instead of from noise alone. A picture of another shape is
+    /// cropped about its centre
     #[arg(long, value_name = "IMAGE", help_heading = "Sampler")]
     from: Option<PathBuf>,
     /// How much of it may change: the share of the steps that are taken, above 0, up to 1 [default: 0.5]
@@ -148,9 +161,9 @@ pub struct SampleArgs {
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
-    /// Solver, steps and guidance that EDM2's authors used, such as edm2-img512-s-autog-fid; says which files they are for
-    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler",
-          conflicts_with_all = ["solver", "steps", "guidance"])]
+    /// Solver, steps and guidance that EDM2's authors used, unless they are given too, such as edm2-img512-s-autog-fid; says
+    /// which files they are for
+    #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler")]
     preset: Option<Preset>,
     #[command(flatten)]
     sampler: SamplerArgs,
@@ -163,51 +176,51 @@ pub struct SampleArgs {
 /// How images come out of noise.
 #[derive(clap::Args)]
 pub struct SamplerArgs {
-    /// How the differential equation is solved
-    #[arg(long, value_enum, default_value = "dpmpp_2m", help_heading = "Sampler")]
-    solver: Solver,
-    /// Steps
-    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Sampler")]
-    steps: usize,
-    /// Strength of guidance; 1 = none
-    #[arg(long, value_name = "G", default_value_t = 5.0, help_heading = "Sampler")]
-    guidance: f64,
+    /// How the differential equation is solved [default: dpmpp_2m]
+    #[arg(long, value_enum, help_heading = "Sampler")]
+    solver: Option<Solver>,
+    /// Steps [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Sampler")]
+    steps: Option<usize>,
+    /// Strength of guidance; 1 = none [default: 5]
+    #[arg(long, value_name = "G", help_heading = "Sampler")]
+    guidance: Option<f64>,
     /// Guide only at noise levels above LO and up to HI
     #[arg(long, value_name = "LO,HI", value_parser = parse_interval, help_heading = "Sampler")]
     guidance_interval: Option<(f64, f64)>,
     /// Lowest noise level
-    #[arg(long, value_name = "SIGMA", default_value_t = 0.002, help_heading = "Sampler")]
+    #[arg(long, value_name = "SIGMA", default_value_t = SamplerConfig::default().sigma_min, help_heading = "Sampler")]
     sigma_min: f64,
     /// Highest noise level
-    #[arg(long, value_name = "SIGMA", default_value_t = 80.0, help_heading = "Sampler")]
+    #[arg(long, value_name = "SIGMA", default_value_t = SamplerConfig::default().sigma_max, help_heading = "Sampler")]
     sigma_max: f64,
     /// How much the noise levels crowd at the low end
-    #[arg(long, value_name = "RHO", default_value_t = 7.0, help_heading = "Sampler")]
+    #[arg(long, value_name = "RHO", default_value_t = SamplerConfig::default().rho, help_heading = "Sampler")]
     rho: f64,
     /// Noise added back over all steps; for heun and euler
-    #[arg(long = "S-churn", value_name = "X", default_value_t = 0.0, help_heading = "Sampler")]
+    #[arg(long = "S-churn", value_name = "X", default_value_t = Churn::NONE.s_churn, help_heading = "Sampler")]
     s_churn: f64,
     /// Noise level below which none is added
-    #[arg(long = "S-min", value_name = "SIGMA", default_value_t = 0.0, help_heading = "Sampler")]
+    #[arg(long = "S-min", value_name = "SIGMA", default_value_t = Churn::NONE.s_min, help_heading = "Sampler")]
     s_min: f64,
     /// Noise level above which none is added
-    #[arg(long = "S-max", value_name = "SIGMA", default_value_t = f64::INFINITY, help_heading = "Sampler")]
+    #[arg(long = "S-max", value_name = "SIGMA", default_value_t = Churn::NONE.s_max, help_heading = "Sampler")]
     s_max: f64,
     /// Standard deviation of the added noise
-    #[arg(long = "S-noise", value_name = "X", default_value_t = 1.0, help_heading = "Sampler")]
+    #[arg(long = "S-noise", value_name = "X", default_value_t = Churn::NONE.s_noise, help_heading = "Sampler")]
     s_noise: f64,
 }
 
 impl SamplerArgs {
-    /// The settings, checked.
-    pub fn config(&self) -> anyhow::Result<SamplerConfig> {
+    /// The settings, checked; solver, steps and guidance are those of `usual` where they are not given.
+    pub fn config(&self, usual: &SamplerConfig) -> anyhow::Result<SamplerConfig> {
         let config = SamplerConfig {
-            solver: self.solver,
-            steps: self.steps,
+            solver: self.solver.unwrap_or(usual.solver),
+            steps: self.steps.unwrap_or(usual.steps),
             sigma_min: self.sigma_min,
             sigma_max: self.sigma_max,
             rho: self.rho,
-            guidance: self.guidance,
+            guidance: self.guidance.unwrap_or(usual.guidance),
             guidance_interval: self.guidance_interval,
             churn: Churn { s_churn: self.s_churn, s_min: self.s_min, s_max: self.s_max, s_noise: self.s_noise },
             ..SamplerConfig::default()
@@ -234,32 +247,39 @@ struct Resolved {
     kept: Kept,
     /// This process's part of all images.
     part: Part,
+    /// What the other parts must have been given too; null if there are none.
+    given: Value,
 }
 
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
 /// stdout.
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
-    ranks::together(|ranks| {
-        let Resolved { pipeline, request, kept, part } = resolve(&args, ranks)?;
-        let (own, dir) = (images_of(part, &request), &args.outdir);
-        let out = OutDir::claim(dir, args.overwrite, &request.seeds, part, own, kept).context("--outdir")?;
+    ranks::together("sample", |ranks| {
+        let resolved = resolve(&args, ranks)?;
+        let Resolved { request, kept, part, given, .. } = &resolved;
+        let (own, dir) = (images_of(*part, request), &args.outdir);
+        let out = OutDir::claim(dir, args.overwrite, &request.seeds, *part, own, *kept).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
-        draw(pipeline, &request, kept, part, &args, &out, ranks)
+        // Ranks have agreed already.
+        if args.part.is_some() && part.of > 1 {
+            out.note(given).context("--outdir")?;
+        }
+        draw(resolved, &args, &out, ranks)
     })
 }
 
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
-    let mut sampler = args.sampler.config()?;
+    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, Preset::config);
+    let mut sampler = args.sampler.config(&usual)?;
     if let Some(preset) = &args.preset {
-        let SamplerConfig { solver, steps, guidance, .. } = preset.config();
-        sampler = SamplerConfig { solver, steps, guidance, ..sampler };
-        sampler.validate()?;
         ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
         let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
-        note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        if ranks.first() {
+            note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
+        }
     }
     if args.from.is_some() {
         sampler.strength = args.strength.unwrap_or(0.5);
@@ -276,10 +296,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
     let wanted = wanted(args, &mut pipeline)?;
-    warn(&mut pipeline, "");
+    warn(&mut pipeline, ranks, "");
     if let Some(vae) = &args.vae {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
-        warn(&mut pipeline, "--vae ");
+        warn(&mut pipeline, ranks, "--vae ");
     }
     let guided = sampler.guidance != 1.0;
     ensure!(
@@ -303,13 +323,15 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let size = pipeline.size(&request);
         pipeline.net().config.check_size(size[0], size[1])?;
         request.from = Some(pipeline.beginning(path, size).context("--from")?);
-        warn(&mut pipeline, "--from ");
+        warn(&mut pipeline, ranks, "--from ");
     }
     pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    let given = json!([pipeline.parameters(&request), request.seeds, request.per_condition, request.batch, origins]);
-    agree(ranks.met(), &given.to_string(), |ours, theirs| format!("it was given {theirs}, rank 0 {ours}"))?;
+    let given = if part.of > 1 { given(args, &pipeline, &request)? } else { Value::Null };
+    let mut asked = given.clone();
+    // Parts may see it by another name.
+    asked["outdir"] = args.outdir.display().to_string().into();
+    agree_on(ranks.met(), &asked)?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
@@ -320,11 +342,32 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
-    Ok(Resolved { pipeline, request, kept, part })
+    Ok(Resolved { pipeline, request, kept, part, given })
 }
 
-fn warn(pipeline: &mut Pipeline, option: &str) {
-    pipeline.warnings().iter().for_each(|warning| note!("warning: {option}{warning}"));
+/// What all parts must have been given alike.
+fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
+    let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
+    let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    Ok(json!({
+        "files": pipeline.files()?.into_iter().collect::<BTreeMap<_, _>>(),
+        "from": request.from.as_ref().map(|from| Fingerprint::of([bytes(&from.values)])),
+        "parameters": pipeline.parameters(request),
+        "seeds": request.seeds,
+        "per_condition": request.per_condition,
+        "batch": request.batch,
+        "save_steps": args.save_steps,
+        "conditions": origins,
+        "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
+        "numbers": pipeline.device().precision().map_or("f32", Precision::name),
+    }))
+}
+
+/// One rank speaks for all, which were given the same.
+fn warn(pipeline: &mut Pipeline, ranks: &Ranks, option: &str) {
+    let warnings = pipeline.warnings();
+    warnings.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {option}{warning}"));
 }
 
 /// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number.

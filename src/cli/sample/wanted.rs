@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
 
+use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
+use crate::cli::say::note;
 
 /// The value of --class that stands for a random one.
 const ANY: &str = "random";
@@ -18,7 +20,7 @@ const ANY: &str = "random";
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Prompt {
-    tags: String,
+    tags: Option<String>,
     negative: Option<String>,
     seed: Option<u64>,
 }
@@ -29,11 +31,12 @@ fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
     let read = |(number, line): (usize, &str)| {
         let name = format!("{} line {number}", path.display());
         if !line.starts_with('{') {
-            return Ok((name, Prompt { tags: line.into(), negative: None, seed: None }));
+            return Ok((name, Prompt { tags: Some(line.into()), negative: None, seed: None }));
         }
         let prompt: Prompt =
             serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
         let most = i64::MAX as u64 - u64::from(u16::MAX);
+        ensure!(prompt.tags.is_some() || prompt.negative.is_some(), "{name}: neither tags nor negative ones");
         ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
         Ok((name, prompt))
     };
@@ -53,15 +56,19 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     }
     for (name, prompt) in args.prompts.as_deref().map(prompts).transpose().context("--prompts")?.unwrap_or_default() {
         let made = || -> anyhow::Result<Condition> {
-            let condition = of_tags(pipeline, &prompt.tags)?;
+            let condition = match &prompt.tags {
+                Some(tags) => of_tags(pipeline, tags)?,
+                None => pipeline.none()?,
+            };
             let negative = prompt.negative.as_deref().map(|text| pipeline.tags(text, seed)).transpose()?;
             Ok(negative.iter().fold(condition, Condition::away_from))
         };
         all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
     }
+    let names = names(args, pipeline).context("--class-names")?;
     let mut others = Vec::new();
     if !args.class.is_empty() {
-        others.extend(classes(args, pipeline).context("--class")?);
+        others.extend(classes(args, &names, pipeline).context("--class")?);
     }
     for path in &args.like {
         others.push(pipeline.like(path).context("--like")?);
@@ -83,7 +90,12 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
     all.extend(others.into_iter().map(|condition| (condition, None)));
     if let Some(text) = &args.negative {
-        let negative = pipeline.tags(text, seed).context("--negative")?;
+        let classes = pipeline.meta().vocabulary.is_empty() && pipeline.meta().conditioning == Conditioning::Tags;
+        let negative = match classes {
+            true => class(text, &names, pipeline),
+            false => pipeline.tags(text, seed).map_err(anyhow::Error::from),
+        };
+        let negative = negative.context("--negative")?;
         if all.is_empty() {
             all.push((pipeline.none().context("--negative")?, None));
         }
@@ -94,21 +106,36 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     Ok(all)
 }
 
+/// The names of --class-names; those of another number of classes than the model has are taken with a warning.
+fn names(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Classes> {
+    let Some(path) = &args.class_names else { return Ok(Classes::default()) };
+    let (names, classes) = (Classes::load(path)?, pipeline.net().config.label_dim);
+    if names.len() != classes {
+        note!("warning: --class-names {}: {} classes, but the model has {classes}", path.display(), names.len());
+    }
+    Ok(names)
+}
+
+/// The condition of a class by its number or name.
+fn class(text: &str, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Condition> {
+    Ok(named(pipeline.class(names.find(text)?)?, names))
+}
+
+/// The condition of a class, with its name if it has one.
+fn named(condition: Condition, names: &Classes) -> Condition {
+    let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+    name.map_or(condition.clone(), |name| condition.named("name", name))
+}
+
 /// The conditions of --class.
-fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
-    let names = args.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default();
-    let condition = |condition: Condition| {
-        let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
-        name.map_or(condition.clone(), |name| condition.named("name", name))
-    };
+fn classes(args: &SampleArgs, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
     if args.class.iter().any(|class| class == ANY) {
         let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
         ensure!(alone, "\"{ANY}\" goes alone");
         let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
-        return seeds.into_iter().map(|seed| Ok(condition(pipeline.any_class(seed)?))).collect();
+        return seeds.into_iter().map(|seed| Ok(named(pipeline.any_class(seed)?, names))).collect();
     }
-    let of = |text: &String| Ok(condition(pipeline.class(names.find(text)?)?));
-    args.class.iter().map(of).collect()
+    args.class.iter().map(|text| class(text, names, pipeline)).collect()
 }
 
 fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
@@ -120,17 +147,57 @@ fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
 /// The condition of a --mix.
 fn mix(text: &str, seed: u64, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {
     let mut parts = Vec::new();
-    for part in text.split(',').map(str::trim) {
+    for part in parts_of(text) {
+        let part = part.trim();
         let (source, weight) = part.rsplit_once(':').with_context(|| format!("'{part}', expected SOURCE:WEIGHT"))?;
         let weight: f64 = weight.parse().ok().with_context(|| format!("'{weight}' is not a weight"))?;
         ensure!(weight.is_finite(), "'{weight}' is not a weight");
-        let number = source.strip_prefix("random-").and_then(|number| number.parse::<u16>().ok());
-        let condition = match number {
-            Some(number) => pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into()),
-            None if Path::new(source).is_file() || !source.contains(':') => pipeline.like(source)?,
-            None => row(source, pipeline)?,
+        let (path, number) = (Path::new(source), source.strip_prefix("random-"));
+        let dataset = path.is_dir() || source.ends_with(".zip");
+        let condition = match number.filter(|number| number.bytes().all(|byte| byte.is_ascii_digit())) {
+            Some(number) => {
+                let wrong = || format!("'{source}', expected random-0 to random-{}", u16::MAX);
+                let number: u16 = number.parse().ok().with_context(wrong)?;
+                pipeline.invent(usize::from(number) + 1, seed)?.swap_remove(number.into())
+            }
+            None if dataset => bail!("'{part}' has no weight, expected {part}:WEIGHT"),
+            None if path.is_file() => pipeline.like(source)?,
+            None if source.contains(':') => row(source, pipeline)?,
+            None => bail!("{source}: there is no such file; tags are mixed by their weights in --tags"),
         };
         parts.push((condition, weight));
     }
     Ok(Condition::mix(&parts)?)
+}
+
+/// The parts between commas; a backslash before a comma makes it one of a name.
+fn parts_of(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text;
+    while let Some(at) = rest.find(',') {
+        let (before, after) = (&rest[..at], &rest[at + 1..]);
+        let last = parts.last_mut().expect("there is one at least");
+        match before.strip_suffix('\\') {
+            Some(before) => *last += &format!("{before},"),
+            None => {
+                *last += before;
+                parts.push(String::new());
+            }
+        }
+        rest = after;
+    }
+    *parts.last_mut().expect("there is one at least") += rest;
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts_of;
+
+    #[test]
+    fn a_comma_with_a_backslash_is_one_of_a_name() {
+        assert_eq!(parts_of("a.png:1,b.png:2"), ["a.png:1", "b.png:2"]);
+        assert_eq!(parts_of(r"C:\dir\a\,b\,c.png:1, d:7:-0.5"), [r"C:\dir\a,b,c.png:1", " d:7:-0.5"]);
+        assert_eq!(parts_of(""), [""]);
+    }
 }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{ConditionKind, Header, Vae};
 use crate::condition::vocabulary::Vocabulary;
-use crate::real::{Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
+use crate::real::{Dst, Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
 
 /// The loss of a batch: means over its rows, in nats.
@@ -93,7 +93,8 @@ impl<T: Real> Vae<T> {
         let (weight, bias) = self.params[at..layer.end()].split_at(rows * columns);
         let mut y: Vec<T> = std::iter::repeat_n(bias, n).flatten().copied().collect();
         let weight = Mat::new(weight, columns).t();
-        matmul((n, rows, columns), &mut y, true, Mat::new(x, columns), weight, T::one(), Threads::All);
+        let out = Dst { values: &mut y, rows, accumulate: true };
+        matmul((n, rows, columns), out, Mat::new(x, columns), weight, T::one(), Threads::All);
         y
     }
 
@@ -103,12 +104,12 @@ impl<T: Real> Vae<T> {
         let n = x.len() / columns;
         let (weight, bias) = grad[at..layer.end()].split_at_mut(rows * columns);
         let (a, b) = (Mat::new(gy, rows).t(), Mat::new(x, columns));
-        matmul((rows, columns, n), weight, false, a, b, T::one(), Threads::All);
+        matmul((rows, columns, n), Dst::new(weight, columns), a, b, T::one(), Threads::All);
         bias.fill(T::zero());
         gy.chunks(rows).for_each(|row| bias.iter_mut().zip(row).for_each(|(b, &g)| *b += g));
         let mut gx = vec![T::zero(); n * columns];
         let weight = Mat::new(&self.params[at..], columns);
-        matmul((n, columns, rows), &mut gx, false, Mat::new(gy, rows), weight, T::one(), Threads::All);
+        matmul((n, columns, rows), Dst::new(&mut gx, columns), Mat::new(gy, rows), weight, T::one(), Threads::All);
         gx
     }
 

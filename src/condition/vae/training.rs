@@ -1,6 +1,8 @@
 //! Training of a condition model. It goes over the rows pass by pass and reads them one at a time, so that they need
 //! not be in memory.
 
+use std::ops::ControlFlow;
+
 use half::f16;
 use serde::{Deserialize, Serialize};
 
@@ -162,7 +164,7 @@ impl<'a, S: Source> Learning<'a, S> {
     ///
     /// # Panics
     /// If a tag is not in the vocabulary.
-    pub fn pass(&mut self, progress: &mut dyn FnMut(usize)) -> Result<Loss, VaeError> {
+    pub fn pass(&mut self, progress: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Option<Loss>, VaeError> {
         let Self { source, how, vae, adam, passes: epoch } = self;
         let count = source.count();
         let batch_size = how.batch.min(count);
@@ -182,10 +184,12 @@ impl<'a, S: Source> Learning<'a, S> {
             let share = chunk.len() as f64 / count as f64;
             sum.reconstruction += share * loss.reconstruction;
             sum.kl += share * loss.kl;
-            progress(chunk.len());
+            if progress(chunk.len()).is_break() {
+                return Ok(None);
+            }
         }
         *epoch += 1;
-        Ok(sum)
+        Ok(Some(sum))
     }
 
     /// The model, with the codes of some rows.
@@ -222,7 +226,7 @@ impl Vae {
     ) -> Result<Self, VaeError> {
         let mut learning = Learning::new(source, how)?;
         while !learning.is_done() {
-            let loss = learning.pass(&mut |_| ())?;
+            let loss = learning.pass(&mut |_| ControlFlow::Continue(()))?.unwrap_or_default();
             progress(learning.passes() - 1, loss);
         }
         learning.finish()

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::f16;
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 
 use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, is_made, made_with};
 use super::records::{Record, Records};
@@ -18,6 +19,7 @@ use super::settings::Settings;
 use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
+use crate::condition::vocabulary::Vocabulary;
 use crate::data::dataset::Split;
 use crate::data::shard::{
     Drop, Dropped, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
@@ -98,8 +100,8 @@ pub fn add(
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
     let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
-    make(&agenda, &existing, &path, settings.part, &renderer, codec.as_mut(), &mut tally, report)?;
-    // Shards without a picture are not kept: they would be looked through at every call.
+    make(&agenda, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
+    // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
         let summary = tally.finish(&listing, settings, skipped, agenda.vocabulary, &path(SUMMARY_FILE))?;
         pending.commit()?;
@@ -203,15 +205,15 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
     compare(&there, &listing.records, &places, advice, report, |_, _, _| {})?;
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
-    let by_id: HashMap<i64, &Record> = listing.records.iter().map(|record| (record.id, record)).collect();
     let vocabulary = count_tags(&listing, settings)?;
-    let places = listing.places(&vocabulary);
-    let old = there.shards().next().map(|(.., shard)| shard.header.clone());
-    let keeps = matches!(conditions, Conditions::Tags)
-        .then_some(old)
-        .flatten()
-        .filter(|header| header.conditioning != Conditioning::Tags);
-    let (dim, conditioning) = match &keeps {
+    let old = there.shards().next().map(|(.., shard)| &shard.header);
+    let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && header.conditioning != Conditioning::Tags);
+    if let Some(Header { conditioning, .. }) = kept {
+        let text =
+            format!("conditions stay {conditioning}: another dataset, without features, is how they become tags");
+        report(Event::Warning { text: &text });
+    }
+    let (dim, conditioning) = match kept {
         Some(header) => (header.condition_dim, header.conditioning.clone()),
         None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
     };
@@ -220,47 +222,79 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         return Err(PrepareError::Setting { what: "the number of distinct tags on training images", found, expected });
     }
 
+    let tagged = Tagged {
+        records: listing.records.iter().map(|record| (record.id, record)).collect(),
+        places: listing.places(&vocabulary),
+        vocabulary: &vocabulary,
+        conditions: &conditions,
+        keeps: kept.is_some(),
+        dim,
+        conditioning,
+        made_with: &now,
+    };
     pending.begin(|_| false)?;
-    report(Event::Start(by_id.len()));
+    report(Event::Start(tagged.records.len()));
     for (split, number, shard) in there.shards() {
-        let mut rows = Rows::default();
-        for (i, id) in shard.ids.iter().enumerate() {
-            let record = by_id[id];
-            let tags = record.places(&places);
-            let condition = match &conditions {
-                _ if keeps.is_some() => {
-                    shard.condition(i).as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect()
-                }
-                Conditions::Known(features) => feature(features.get(*id).unwrap_or_default()).unwrap_or_default(),
-                _ => vocabulary.multi_hot(&tags),
-            };
-            let (image, shape, flip, repeats) = (shard.image(i), shard.shapes[i], record.flip, record.repeats);
-            rows.push(&Row { id: *id, image, shape, condition: &condition, tags: &tags, flip, repeats });
-        }
-        let mut notes = Notes::read(&shard.file)?;
-        for key in ["records", "vocabulary", "features", "tagger"] {
-            match now.get(key) {
-                Some(value) => notes.settings.insert(key.into(), value.clone()),
-                // Features that stay keep their note of what made them.
-                None if keeps.is_some() => None,
-                None => notes.settings.remove(key),
-            };
-        }
-        let (conditioning, vocabulary_print) = (conditioning.clone(), Some(VocabularyPrint::of(&vocabulary)));
-        let header = Header { condition_dim: dim, conditioning, vocabulary: vocabulary_print, ..shard.header.clone() };
-        let name = split.shard_name(number);
-        rows.write(&pending.path(&name), &header, &notes)?;
-        // The new file gets the date of the old one, as it holds the same pictures.
-        let about = fs::metadata(shard.file.path()).and_then(|about| about.modified()).at(shard.file.path())?;
-        date(&pending.path(&name), about)?;
-        let images = shard.ids.len();
+        let (name, images) = (split.shard_name(number), shard.ids.len());
+        let path = pending.path(&name);
+        let notes = tagged.write(shard, &path)?;
         report(Event::Done(images));
         report(Event::Shard { name: &name, images, kept: false });
-        tally.count(split, &Shard::open(&pending.path(&name), &vocabulary)?, &notes);
+        tally.count(split, &Shard::open(&path, &vocabulary)?, &notes);
     }
     vocabulary.save(&pending.path(VOCABULARY_FILE))?;
     let skipped = listing.records.len() - ids().count();
     let summary = tally.finish(&listing, settings, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
     pending.commit()?;
     Ok(summary)
+}
+
+/// What all shards are given instead of their tags and conditions.
+struct Tagged<'a> {
+    records: HashMap<i64, &'a Record>,
+    /// Where the listing's tags are in the vocabulary.
+    places: Vec<Option<u32>>,
+    vocabulary: &'a Vocabulary,
+    conditions: &'a Conditions,
+    /// Whether the shards keep the features that they have.
+    keeps: bool,
+    dim: usize,
+    conditioning: Conditioning,
+    made_with: &'a Map<String, Value>,
+}
+
+impl Tagged<'_> {
+    /// Writes a shard anew; its notes.
+    fn write(&self, shard: &Shard, path: &Path) -> Result<Notes, PrepareError> {
+        let mut rows = Rows::default();
+        for (i, &id) in shard.ids.iter().enumerate() {
+            let record = self.records[&id];
+            let tags = record.places(&self.places);
+            let condition = match self.conditions {
+                _ if self.keeps => {
+                    shard.condition(i).as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect()
+                }
+                Conditions::Known(features) => feature(features.get(id).unwrap_or_default()).unwrap_or_default(),
+                _ => self.vocabulary.multi_hot(&tags),
+            };
+            let (image, shape, flip, repeats) = (shard.image(i), shard.shapes[i], record.flip, record.repeats);
+            rows.push(&Row { id, image, shape, condition: &condition, tags: &tags, flip, repeats });
+        }
+        let mut notes = Notes::read(&shard.file)?;
+        for key in ["records", "vocabulary", "features", "tagger"] {
+            match self.made_with.get(key) {
+                Some(value) => notes.settings.insert(key.into(), value.clone()),
+                // Features that stay are still what they were made of.
+                None if self.keeps => None,
+                None => notes.settings.remove(key),
+            };
+        }
+        let (conditioning, vocabulary) = (self.conditioning.clone(), Some(VocabularyPrint::of(self.vocabulary)));
+        let header = Header { condition_dim: self.dim, conditioning, vocabulary, ..shard.header.clone() };
+        rows.write(path, &header, &notes)?;
+        // It is as old as its pictures.
+        let about = fs::metadata(shard.file.path()).and_then(|about| about.modified()).at(shard.file.path())?;
+        date(path, about)?;
+        Ok(notes)
+    }
 }

@@ -124,7 +124,7 @@ pub fn prepare(
         // The summary may say of a shard what is not true of the one that is made now.
         gone(fs::remove_file(&summary)).at(&summary)?;
     }
-    make(&agenda, &existing, &|name| out.join(name), part, &renderer, codec.as_mut(), &mut tally, report)?;
+    make(&agenda, &existing, &|name| out.join(name), &renderer, codec.as_mut(), &mut tally, report)?;
     let (mut lacking, mut others) = (BTreeSet::new(), Vec::new());
     for (at, job) in agenda.jobs.iter().enumerate().filter(|(at, _)| at % part.of != part.number) {
         let opened = Shard::open(&out.join(&job.name), &agenda.vocabulary);
@@ -257,18 +257,17 @@ fn rendering<'a>(
 }
 
 /// Makes the shards of a part that do not exist, and counts all of the part.
-#[allow(clippy::too_many_arguments)] // all that a preparation has by then
 fn make(
     agenda: &Agenda,
     existing: &[bool],
     path: &dyn Fn(&str) -> PathBuf,
-    part: Part,
     renderer: &Renderer,
     mut codec: Option<&mut Codec>,
     tally: &mut Tally,
     report: Report,
 ) -> Result<(), PrepareError> {
-    let jobs = || agenda.jobs.iter().zip(existing).skip(part.number).step_by(part.of);
+    let Part { number, of } = renderer.settings.part;
+    let jobs = || agenda.jobs.iter().zip(existing).skip(number).step_by(of);
     report(Event::Start(jobs().map(|(job, _)| job.members.len()).sum()));
     for (job, &kept) in jobs() {
         let path = path(&job.name);

@@ -71,13 +71,14 @@ export async function start() {
     if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) cancel();
   });
   dropping();
-  defaults();
+  await defaults();
   await choose(models[0]?.name);
 }
 
-/** What `edm2k sample` does when it is told nothing. */
-function defaults() {
-  apply({ solver: "dpmpp_2m", steps: 16, guidance: 5, sigma_min: 0.002, sigma_max: 80, rho: 7 });
+/** What `edm2k sample` does when it is told nothing, as the API's description has it. */
+async function defaults() {
+  const { properties } = (await json("/api/v1/openapi.json")).components.schemas.Sampler;
+  apply(Object.fromEntries(Object.entries(properties).map(([key, property]) => [key, property.default])));
 }
 
 function apply(sampler) {

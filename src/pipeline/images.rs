@@ -1,0 +1,213 @@
+//! The images of a request, made as they are asked for: [`Images`].
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::{Condition, Pipeline, PipelineError, Request, SOFTWARE, Viewer};
+use crate::backend::BackendError;
+use crate::pictures::Picture;
+use crate::sample::{Batch, SampleError};
+
+/// One image that was made.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its place among the seeds of the request.
+    pub number: usize,
+    /// Its seed.
+    pub seed: u64,
+    /// What the network made, [height, width, channels]: pixels from -1 to 1, or latents.
+    pub values: Vec<f32>,
+    /// As a picture; none of latents without an autoencoder.
+    pub picture: Option<Picture>,
+    /// All parameters that it was made with.
+    pub about: Value,
+}
+
+impl Image {
+    /// The PNG file of the picture, with its parameters in a text chunk: what `edm2k sample` writes.
+    ///
+    /// # Errors
+    /// [`PipelineError::NoPicture`]: latents without an autoencoder have none. [`PipelineError::Png`]: it is too large for one.
+    pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
+        let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
+        picture.png(&text_of(&self.about.to_string())).map_err(PipelineError::Png)
+    }
+}
+
+/// Keywords and texts of the chunks that a PNG carries, of what is known of it.
+pub(super) fn text_of(about: &str) -> [(&str, &str); 2] {
+    [("Software", SOFTWARE), ("edm2k", about)]
+}
+
+/// What [`Images::watched`] is shown after each step of a batch.
+pub struct Step<'a> {
+    /// Place of the batch's first image among the seeds of the request.
+    pub first: usize,
+    /// Images of the batch.
+    pub images: usize,
+    /// Index of the step, from 0.
+    pub index: usize,
+    /// Number of steps.
+    pub of: usize,
+    /// Noise level that the step began at.
+    pub sigma: f64,
+    size: [usize; 2],
+    download: &'a mut dyn FnMut() -> Result<Vec<f32>, BackendError>,
+    viewer: Option<&'a mut Viewer>,
+}
+
+impl Step<'_> {
+    /// What the network takes the images for so far, [images, height, width, channels].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn denoised(&mut self) -> Result<Vec<f32>, PipelineError> {
+        Ok((self.download)()?)
+    }
+
+    /// The same as pictures, by the autoencoder for previews if there is one; none without any autoencoder.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn pictures(&mut self) -> Result<Vec<Picture>, PipelineError> {
+        let values = self.denoised()?;
+        let Some(viewer) = &mut self.viewer else { return Ok(Vec::new()) };
+        let pictures = values.chunks(values.len() / self.images).map(|image| viewer.picture(self.size, image));
+        Ok(pictures.collect::<Result<_, _>>()?)
+    }
+}
+
+/// Sees each step, and stops the work by an error.
+type Watch<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
+
+/// Where the time went that images took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Spent {
+    /// In the network, from noise to images in model space.
+    pub sampling: Duration,
+    /// Making pictures of those.
+    pub decoding: Duration,
+}
+
+/// The images of a request, made as they are asked for.
+pub struct Images<'a> {
+    pipeline: &'a mut Pipeline,
+    request: &'a Request,
+    common: Value,
+    watch: Option<Box<Watch<'a>>>,
+    /// Number of the first image that has not been made.
+    next: usize,
+    /// Number of the first image that is not to be made any more.
+    end: usize,
+    /// Images of the current batch that were made and not yet handed out.
+    made: VecDeque<(usize, Vec<f32>)>,
+    spent: Spent,
+}
+
+impl<'a> Images<'a> {
+    /// Of a request that was checked, on a pipeline that is ready; `common` is what all images say of themselves.
+    pub(super) fn new(pipeline: &'a mut Pipeline, request: &'a Request, common: Value) -> Self {
+        let (made, spent) = (VecDeque::new(), Spent::default());
+        Self { pipeline, request, common, watch: None, next: 0, end: request.seeds.len(), made, spent }
+    }
+
+    /// Has `watch` see each step of each batch; by an error, such as [`PipelineError::Stopped`], it stops the work. On
+    /// a GPU, steps that are watched cost a little more than those that nobody sees.
+    #[must_use]
+    pub fn watched(mut self, watch: impl FnMut(&mut Step) -> Result<(), PipelineError> + 'a) -> Self {
+        self.watch = Some(Box::new(watch));
+        self
+    }
+
+    /// Makes only images `range`. They are those of the whole request if the range begins at a batch.
+    #[must_use]
+    pub fn only(mut self, range: Range<usize>) -> Self {
+        self.end = range.end.min(self.request.seeds.len());
+        self.next = range.start.min(self.end);
+        self
+    }
+
+    /// Where the time went so far.
+    pub fn spent(&self) -> Spent {
+        self.spent
+    }
+
+    /// Makes the next batch.
+    fn batch(&mut self) -> Result<(), PipelineError> {
+        let began = Instant::now();
+        let (request, first) = (self.request, self.next);
+        let last = self.end.min(first + request.batch.max(1));
+        let pipeline = &mut *self.pipeline;
+        let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
+        let conditions: Vec<&Condition> =
+            (first..last).filter_map(|number| Some(&request.conditions[request.condition_of(number)?])).collect();
+        let labels: Vec<f32> = conditions.iter().flat_map(|condition| &condition.values).copied().collect();
+        let mut away = Vec::new();
+        if conditions.iter().any(|condition| !condition.away.is_empty()) {
+            conditions.iter().for_each(|condition| away.extend(condition.reference(guide)));
+        }
+        let batch = Batch {
+            seeds: &request.seeds[first..last],
+            size,
+            labels: &labels,
+            away: &away,
+            towards: request.towards.get(first..last).unwrap_or_default(),
+            from: request.from.as_ref().map_or(&[], |from| &from.values),
+        };
+        let Some(network) = &mut pipeline.network else { return Ok(()) }; // ready() has put it there
+        let mut viewer = pipeline.preview.as_mut().or(pipeline.viewer.as_mut());
+        let mut failed = None;
+        let config = &request.sampler;
+        let made = match &mut self.watch {
+            None => network.sample(&batch, config, None),
+            Some(watch) => network.sample(
+                &batch,
+                config,
+                Some(&mut |index, sigma, download| {
+                    let (images, of, viewer) = (last - first, config.taken(), viewer.as_deref_mut());
+                    let mut step = Step { first, images, index, of, sigma, size, download, viewer };
+                    watch(&mut step).map_err(|why| {
+                        failed = Some(why);
+                        SampleError::Stopped
+                    })
+                }),
+            ),
+        };
+        if let Some(why) = failed {
+            return Err(why);
+        }
+        let made = made?;
+        self.made.extend((first..last).zip(made.chunks(made.len() / (last - first)).map(<[f32]>::to_vec)));
+        self.next = last;
+        self.spent.sampling += began.elapsed();
+        Ok(())
+    }
+
+    fn image(&mut self, number: usize, values: Vec<f32>) -> Result<Image, PipelineError> {
+        let size = self.pipeline.size(self.request);
+        let began = Instant::now();
+        let picture = self.pipeline.viewer.as_mut().map(|viewer| viewer.picture(size, &values)).transpose()?;
+        self.spent.decoding += began.elapsed();
+        let seed = self.request.seeds[number];
+        Ok(Image { number, seed, values, picture, about: self.request.about(&self.common, number) })
+    }
+}
+
+impl Iterator for Images<'_> {
+    type Item = Result<Image, PipelineError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.made.is_empty()
+            && self.next < self.end
+            && let Err(why) = self.batch()
+        {
+            self.next = self.end;
+            return Some(Err(why));
+        }
+        let (number, values) = self.made.pop_front()?;
+        Some(self.image(number, values))
+    }
+}

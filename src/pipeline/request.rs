@@ -1,0 +1,118 @@
+//! What is to be made: [`Request`].
+
+use serde_json::{Value, json};
+
+use super::{Condition, PipelineError};
+use crate::sample::SamplerConfig;
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The images take these in turn; without any they are unconditional.
+    pub conditions: Vec<Condition>,
+    /// Images of each condition before the next one; 0 counts as 1.
+    pub per_condition: usize,
+    /// One image for each.
+    pub seeds: Vec<u64>,
+    /// Of each image another seed, and the share of its noise, 0 to 1; empty: none.
+    pub towards: Vec<(u64, f64)>,
+    /// What all images begin from, beside noise; see [`SamplerConfig::strength`].
+    pub from: Option<Beginning>,
+    /// [height, width] of the images, or latents; none: what the model was trained on.
+    pub size: Option<[usize; 2]>,
+    /// How images come out of noise.
+    pub sampler: SamplerConfig,
+    /// Images at a time, 0 counts as 1: changes speed and memory, not the images.
+    pub batch: usize,
+}
+
+impl Default for Request {
+    /// One unconditional image of seed 0.
+    fn default() -> Self {
+        Self {
+            conditions: Vec::new(),
+            per_condition: 1,
+            seeds: vec![0],
+            towards: Vec::new(),
+            from: None,
+            size: None,
+            sampler: SamplerConfig::default(),
+            batch: 4,
+        }
+    }
+}
+
+impl Request {
+    /// Place of the condition of image number `number`; none if it is unconditional.
+    pub fn condition_of(&self, number: usize) -> Option<usize> {
+        let count = self.conditions.len();
+        (count > 0).then(|| number / self.per_condition.max(1) % count)
+    }
+
+    /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
+    ///
+    /// # Errors
+    /// [`NotTwo`].
+    pub fn interpolated(mut self, count: usize) -> Result<Self, NotTwo> {
+        let (conditions, seeds) = (self.conditions.len(), self.seeds.len());
+        if !matches!((conditions, seeds), (2, 1 | 2) | (0 | 1, 2)) {
+            return Err(NotTwo { conditions, seeds });
+        }
+        let share = |i: usize| i as f64 / (count.max(2) - 1) as f64;
+        if let [a, b] = &self.conditions[..] {
+            self.conditions = (0..count).map(|i| Condition::between(a, b, share(i))).collect();
+        }
+        if let [_, other] = self.seeds[..] {
+            self.towards = (0..count).map(|i| (other, share(i))).collect();
+        }
+        (self.seeds, self.per_condition) = (vec![self.seeds[0]; count], 1);
+        Ok(self)
+    }
+
+    /// What image `number` says of itself, given [what all say](Pipeline::parameters).
+    pub fn about(&self, common: &Value, number: usize) -> Value {
+        let mut about = common.clone();
+        about["seed"] = self.seeds[number].into();
+        if let Some(&(seed, share)) = self.towards.get(number) {
+            about["towards"] = json!({"seed": seed, "share": share});
+        }
+        let condition = self.condition_of(number).map(|row| self.conditions[row].origin.clone());
+        about["condition"] = condition.unwrap_or(Value::Null);
+        about
+    }
+
+    /// Checks that conditions have the network's width, and that there are as many other seeds as images.
+    pub(super) fn check_counts(&self, label_dim: usize) -> Result<(), PipelineError> {
+        let expected = label_dim;
+        for (number, Condition { values, away, .. }) in self.conditions.iter().enumerate() {
+            let away = Some(away).filter(|away| !away.is_empty());
+            if let Some(wrong) = [Some(values), away].into_iter().flatten().find(|values| values.len() != expected) {
+                return Err(PipelineError::ConditionWidth { number, found: wrong.len(), expected });
+            }
+        }
+        let (found, expected) = (self.towards.len(), self.seeds.len());
+        if found > 0 && found != expected {
+            return Err(PipelineError::Towards { found, expected });
+        }
+        Ok(())
+    }
+}
+
+/// There are not two things to interpolate between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{conditions} conditions and {seeds} seeds, expected two of either, or of both, and no others")]
+pub struct NotTwo {
+    /// Conditions given.
+    pub conditions: usize,
+    /// Seeds given.
+    pub seeds: usize,
+}
+
+/// An image that others begin from.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    /// In model space, [height, width, channels].
+    pub values: Vec<f32>,
+    /// What it is called, for people.
+    pub name: String,
+}
