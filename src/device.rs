@@ -6,8 +6,7 @@ use std::str::FromStr;
 
 use crate::backend::codec::CodecBackend;
 use crate::backend::cpu::{Cpu, bf16_is_available};
-use crate::backend::gpu::codec::Loaded;
-use crate::backend::gpu::engine::Gpu;
+use crate::backend::gpu::engine::{Gpu, Loaded};
 use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
 use crate::backend::{BackendError, DeviceError, TrainingBackend};

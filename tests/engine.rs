@@ -10,10 +10,9 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::codec::Loaded;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
-use edm2k::backend::gpu::engine::Gpu;
+use edm2k::backend::gpu::engine::{Gpu, Loaded};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 use edm2k::backend::gpu::tiles::Card;

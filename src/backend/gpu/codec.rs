@@ -1,24 +1,20 @@
-//! The codecs' operations on the GPU: launches of `kernels/codec.cu`, which explains them, and
-//! [`CodecBackend`] for a [`Gpu`] that owns no network.
+//! Launches of `kernels/codec.cu`, which explains them, and of the codecs' convolutions on Hopper.
 //!
 //! Everything is 16 bits wide and summed in f32. What exceeds 65504 in f16 becomes infinite, the next group norm
 //! makes NaN of it, and [`crate::codec::Decoder::decode`] reports it; bf16 has the range of f32. The SD-VAEs of
 //! Stable Diffusion 1 and 2 are commonly run in f16; that of SDXL is known to overflow.
 
 use super::conv_hopper::{self, Images, Pixels};
-use super::engine::{Gpu, Work};
 use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision, int};
-use super::runtime::{PARAMETERS, Runtime};
 use super::structs::{CodecAttention, CodecBytes, CodecConv, CodecNorm, CodecNormalise};
 use super::tables::codec::{ATTENTION, BYTES_PIXELS, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
-use super::tensor::{Buffer, Format, Tensor, padded};
+use super::tensor::padded;
 use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
-use crate::backend::{BackendError, DeviceError, Shape};
+use crate::backend::Shape;
+use crate::backend::codec::{Before, Reach};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use std::rc::Rc;
 
 /// Threads of all kernels but the convolutions.
 const THREADS: u32 = 256;
@@ -82,12 +78,18 @@ impl Window {
 }
 
 /// Shape of a convolution's result.
-fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
+pub(super) fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
     match reach {
         Reach::Point | Reach::Same => [n, h, w, cout],
         Reach::Double => [n, 2 * h, 2 * w, cout],
         Reach::Down | Reach::Halve => [n, h / 2, w / 2, cout],
     }
+}
+
+/// Products that a value of the result sums.
+pub(super) fn summands(reach: Reach, cin: usize) -> usize {
+    let Window { side, .. } = Window::of(reach);
+    side * side * cin
 }
 
 /// A weight `[cout, cin, side, side]` as the kernel reads it, `[phases][cout][taps][cin]` with padded channels, in 16 bits.
@@ -328,137 +330,6 @@ pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: 
         CodecBytes { x, words: to, strange: to.offset(4 * words), pixels: int(pixels), scale, shift, padding: 0 };
     let kernel = precision.pick(["codec_bytes_f16", "codec_bytes_bf16"]);
     Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), THREADS, &params)
-}
-
-/// A convolution's weight and bias on the device.
-pub struct Conv {
-    reach: Reach,
-    cin: usize,
-    cout: usize,
-    /// `[phases][cout][taps][cin]`, 16 bits.
-    weight: Tensor,
-    /// `[cout]`, padded.
-    bias: Tensor,
-}
-
-/// What a device knows of the autoencoders that it loaded: the bytes of their weights. The weights themselves are in
-/// [`Conv`]s.
-#[derive(Default)]
-pub struct Loaded {
-    bytes: usize,
-}
-
-impl Gpu<Loaded> {
-    /// A device for codecs, which has no network's parameters.
-    pub fn for_codec(runtime: Rc<dyn Runtime>, math: impl Into<Math>) -> Result<Self, DeviceError> {
-        Self::new(runtime, math.into(), Loaded::default())
-    }
-
-    /// Bytes of device memory for the weights that were loaded.
-    pub fn param_bytes(&self) -> usize {
-        self.params.bytes
-    }
-
-    /// Weights of a codec.
-    fn load(&mut self, bytes: &[u8]) -> Buffer {
-        self.params.bytes += bytes.len();
-        self.own_values(bytes, PARAMETERS)
-    }
-
-    /// What a convolution reads: its input through `before`.
-    fn normalised(&mut self, x: &Tensor, before: Before<Tensor>) -> Tensor {
-        let affine = match before {
-            Before::Affine(affine) | Before::AffineSilu(affine) => affine.ptr(),
-            Before::Nothing | Before::SoftClip => DevicePtr::NULL,
-        };
-        let before = match before {
-            Before::Nothing => return x.clone(),
-            Before::Affine(_) => Before::Affine(&affine),
-            Before::AffineSilu(_) => Before::AffineSilu(&affine),
-            Before::SoftClip => Before::SoftClip,
-        };
-        let y = self.unset(x.shape(), Format::Half);
-        let launch = normalise(self.precision, x.shape(), x.ptr(), before, y.ptr());
-        self.go_if(Work::new("codec_normalise", x.shape()).with([x, &y]), launch);
-        y
-    }
-}
-
-impl CodecBackend for Gpu<Loaded> {
-    type Conv = Conv;
-
-    fn load_conv(&mut self, reach: Reach, cin: usize, weight: &[f32], bias: Option<&[f32]>) -> Conv {
-        let cout = weight.len() / (cin * reach.side() * reach.side());
-        let bits = pack(self.precision, reach, cin, weight);
-        let buffer = self.load(bytemuck::cast_slice(&bits));
-        let weight = Tensor::new([1, 1, 1, bits.len()], Format::Half, None, buffer);
-        let mut values = bias.map_or(vec![0.0; cout], <[f32]>::to_vec);
-        values.resize(padded(cout), 0.0);
-        let buffer = self.load(bytemuck::cast_slice(&values));
-        let bias = Tensor::new([1, 1, 1, values.len()], Format::F32, None, buffer);
-        Conv { reach, cin, cout, weight, bias }
-    }
-
-    fn convolve(&mut self, conv: &Conv, x: &Tensor, before: Before<Tensor>, after: After<Tensor>) -> Tensor {
-        let Conv { reach, cin, cout, weight, bias } = conv;
-        let x = self.half(x);
-        let shape = result(*reach, x.shape(), *cout);
-        assert_eq!(x.shape()[3], *cin, "channels of a convolution's input");
-        let x = self.normalised(&x, before);
-        let residual = after.residual.map(|residual| self.half(&residual));
-        assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
-        self.keep(&[weight, bias]);
-        let from = residual.as_ref().map(Tensor::ptr);
-        let (math, by, side) = (self.math, self.chooser.clone(), Window::of(*reach).side);
-        let work = Work::new("codec_conv", shape).sums(side * side * cin).with([&x, weight]).with(&residual);
-        let work = work.of(question(math, by.card, *reach, x.shape(), *cout));
-        let (y, held) = self.sum_into(residual, shape);
-        let at = (weight.ptr(), bias.ptr());
-        let launches = convolve(math, by, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr());
-        self.go_if(work.with([&y]), launches);
-        drop(held);
-        y
-    }
-
-    fn group_norm(&mut self, x: &Tensor, affine: &Tensor, groups: usize, eps: f64) -> Tensor {
-        let (x, [n, _, _, c]) = (self.half(x), x.shape());
-        let scales = self.unset([n, 1, 2, c], Format::F32);
-        let scratch = self.scratch(group_norm_scratch(x.shape()));
-        self.keep(&[affine]);
-        let (from, to) = (affine.ptr(), scales.ptr());
-        let launches = group_norm(self.precision, x.shape(), groups, eps, x.ptr(), from, to, scratch.ptr());
-        self.go_if(Work::new("codec_group_norm", x.shape()).with([&x]), launches);
-        scales
-    }
-
-    fn self_attention(&mut self, qkv: &Tensor) -> Tensor {
-        let (qkv, [n, h, w, c]) = (self.half(qkv), qkv.shape());
-        let out = self.unset([n, h, w, c / 3], Format::Half);
-        let launch = self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr());
-        let work = Work::new("codec_attention", out.shape()).sums(2 * h * w);
-        self.go_if(work.with([&qkv, &out]), launch.map(|launch| [launch]));
-        out
-    }
-
-    fn download_rgb(&mut self, x: &Tensor, stretch: [f32; 2]) -> Result<(Vec<u8>, bool), BackendError> {
-        let (x, [n, h, w, c]) = (self.half(x), x.shape());
-        assert_eq!(c, 3, "channels of a picture");
-        let pixels = n * h * w;
-        let [words, blocks] = bytes_words(pixels);
-        let out = self.scratch(4 * (words + blocks));
-        let launch = bytes(self.precision, pixels, x.ptr(), stretch, out.ptr());
-        self.go(Work::new("codec_bytes", x.shape()).with([&x, &out]), [launch]);
-        self.check()?;
-        let (memory, first) = out.memory().expect("nothing is downloaded while a plan is made");
-        let mut rgb = vec![0; 4 * (words + blocks)];
-        memory.read(first, &mut rgb)?;
-        let finite = rgb[4 * words..].iter().all(|&x| x == 0);
-        rgb.truncate(3 * pixels);
-        Ok((rgb, finite))
-    }
-
-    /// Does nothing: a plan's tensors share one place, and outside of plans memory is freed with the last handle.
-    fn trim(&mut self) {}
 }
 
 #[cfg(test)]

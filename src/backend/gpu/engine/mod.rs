@@ -2,8 +2,9 @@
 //!
 //! Outside of [`Backend::planned`] an operation runs when it is called and a tensor has memory of its own.
 //! Within it, operations are recorded (`plan`). Here are what both have in common and the formats of tensors; the network's
-//! operations are in `network` and `training`, on top of `conv`, the autoencoders' in [`codec`](super::codec).
+//! operations are in `network` and `training`, on top of `conv`, the autoencoders' in `codec`.
 
+mod codec;
 mod conv;
 mod network;
 mod plan;
@@ -26,6 +27,7 @@ use crate::params::{Buckets, ParamId, ParamTable, Whole};
 use half::{bf16, f16};
 use plan::{Plan, Recording};
 
+pub use codec::Loaded;
 pub use plan::Cost;
 pub use timing::{Timing, Trial, median};
 
@@ -73,7 +75,7 @@ impl Work {
     }
 }
 
-/// Computes on a [`Runtime`]: a network, with its [`Params`], or an autoencoder, `Gpu<`[`Loaded`](super::codec::Loaded)`>`.
+/// Computes on a [`Runtime`]: a network, with its [`Params`], or an autoencoder, `Gpu<`[`Loaded`]`>`.
 pub struct Gpu<P = Params> {
     pub(super) runtime: Rc<dyn Runtime>,
     pub(super) math: Math,
