@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 
-use super::tiles::Card;
 use crate::backend::DeviceError;
 pub use crate::backend::memory::DevicePtr;
 use bytemuck::NoUninit;
@@ -35,6 +34,32 @@ impl Precision {
     /// As it stands in the names of kernels.
     pub fn name(self) -> &'static str {
         self.pick(["f16", "bf16"])
+    }
+}
+
+/// What kernels and their tiles are chosen by, besides shapes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Card {
+    /// Multiprocessors.
+    pub sms: usize,
+    /// Compute capability: 89 is 8.9.
+    pub capability: u32,
+    /// Whether its tensor cores take twice the time for f32 sums: GeForce's do, those of other cards of the same compute
+    /// capability (RTX 6000, L40S) do not.
+    pub halves_f32_sums: bool,
+    /// Bytes of shared memory of a multiprocessor.
+    pub shared: usize,
+}
+
+impl Card {
+    /// A card of this compute capability: a GeForce if there are any.
+    pub const fn new(sms: usize, capability: u32) -> Self {
+        let shared = match capability {
+            80 | 87 => 164 << 10,
+            90..=119 => 228 << 10,
+            _ => 100 << 10,
+        };
+        Self { sms, capability, halves_f32_sums: matches!(capability, 86 | 89 | 120), shared }
     }
 }
 

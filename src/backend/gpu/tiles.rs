@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
+pub use super::launch::Card;
 use super::launch::{ConvLoop, Math};
 use super::tables::{self, tiles as lines};
 
@@ -201,32 +202,6 @@ impl FromStr for Kernels {
 /// The steps of the whole sum for inputs of so many taps and channels.
 pub fn steps_of(inputs: &[(usize, usize)]) -> usize {
     inputs.iter().map(|(taps, c)| (taps * c).div_ceil(STEP)).sum()
-}
-
-/// What a choice depends on besides the shape.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Card {
-    /// Multiprocessors.
-    pub sms: usize,
-    /// Compute capability: 89 is 8.9.
-    pub capability: u32,
-    /// Whether its tensor cores take twice the time for f32 sums: GeForce's do, those of other cards of the same compute
-    /// capability (RTX 6000, L40S) do not.
-    pub halves_f32_sums: bool,
-    /// Bytes of shared memory of a multiprocessor.
-    pub shared: usize,
-}
-
-impl Card {
-    /// A card of this compute capability: a GeForce if there are any.
-    pub const fn new(sms: usize, capability: u32) -> Self {
-        let shared = match capability {
-            80 | 87 => 164 << 10,
-            90..=119 => 228 << 10,
-            _ => 100 << 10,
-        };
-        Self { sms, capability, halves_f32_sums: matches!(capability, 86 | 89 | 120), shared }
-    }
 }
 
 /// A product of `m x n` values, in tiles that do not cross groups of rows.
