@@ -220,7 +220,7 @@ __device__ __forceinline__ void codec_scales(const CodecNorm& p) {
 }
 
 #define PLAIN(name, T, Params)                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) name(Params p) { begin_kernel(); T(p); } \
+    extern "C" __global__ void __launch_bounds__(NORM_THREADS) name(Params p) { begin_kernel(); T(p); } \
     KERNEL_EXPORT(name);
 PLAIN(codec_normalise_f16, codec_normalise<__half>, CodecNormalise)
 PLAIN(codec_normalise_bf16, codec_normalise<__nv_bfloat16>, CodecNormalise)

@@ -8,6 +8,7 @@ use super::conv_hopper::{self, Images, Pixels};
 use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision, int};
 use super::structs::{CodecAttention, CodecBytes, CodecConv, CodecNorm, CodecNormalise};
 use super::tables::codec::{ATTENTION, BYTES_PIXELS, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
+use super::tables::codec::{ATTENTION_THREADS, BYTES_THREADS, NORM_THREADS};
 use super::tensor::padded;
 use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
 use crate::backend::Shape;
@@ -16,8 +17,6 @@ use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// Threads of all kernels but the convolutions.
-const THREADS: u32 = 256;
 /// Chunks of an image's statistics, at most: several blocks for each multiprocessor of any card.
 const CHUNKS: usize = 1024;
 /// Pixels of a chunk, at least.
@@ -236,7 +235,7 @@ pub fn normalise(
         padding: 0,
     };
     let kernel = precision.pick(["codec_normalise_f16", "codec_normalise_bf16"]);
-    Ok(Some(Launch::over(kernel, n * image, THREADS, &params)))
+    Ok(Some(Launch::over(kernel, n * image, NORM_THREADS as u32, &params)))
 }
 
 /// Pixels of a chunk, and chunks of an image.
@@ -288,8 +287,8 @@ pub fn group_norm(
     let sums = precision.pick(["codec_sums_f16", "codec_sums_bf16"]);
     let grid = [chunks, vectors.div_ceil(NORM_VECTORS), n].map(|x| int(x) as u32);
     Ok([
-        Launch::new(sums, grid, THREADS, 0, &params),
-        Launch::new("codec_scales_f32", [groups as u32, n as u32, 1], THREADS, 0, &params),
+        Launch::new(sums, grid, NORM_THREADS as u32, 0, &params),
+        Launch::new("codec_scales_f32", [groups as u32, n as u32, 1], NORM_THREADS as u32, 0, &params),
     ])
 }
 
@@ -312,14 +311,14 @@ pub fn self_attention(
     let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);
     let grid = [(h * w).div_ceil(QUERIES) as u32, n as u32, 1];
     let kernel = format!("codec_attention_{}_c{width}", precision.name());
-    Ok(Launch::new(kernel, grid, THREADS, shared as u32, &params))
+    Ok(Launch::new(kernel, grid, ATTENTION_THREADS as u32, shared as u32, &params))
 }
 
 /// 32-bit words that [`bytes`] writes for so many pixels: those of the bytes, and one of each block, which says whether
 /// all was finite.
 pub fn bytes_words(pixels: usize) -> [usize; 2] {
     let threads = pixels.div_ceil(BYTES_PIXELS);
-    [3 * threads, threads.div_ceil(THREADS as usize)]
+    [3 * threads, threads.div_ceil(BYTES_THREADS)]
 }
 
 /// x [pixels, 3] in 8 bits: trunc(255 clamp(scale x + shift, 0, 1)). Behind that a word of each block says whether it
@@ -329,7 +328,7 @@ pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: 
     let params =
         CodecBytes { x, words: to, strange: to.offset(4 * words), pixels: int(pixels), scale, shift, padding: 0 };
     let kernel = precision.pick(["codec_bytes_f16", "codec_bytes_bf16"]);
-    Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), THREADS, &params)
+    Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), BYTES_THREADS as u32, &params)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::sync::LazyLock;
 
 pub use super::launch::Card;
 use super::launch::{ConvLoop, Math};
+use super::tables::conv_hopper::{GROUP, GROUP_WARPS, OUT_COLUMNS};
 use super::tables::{self, tiles as lines};
 
 /// One instance of a product kernel: what a block computes and what it takes.
@@ -75,8 +76,9 @@ static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, together, speed]: &[usize; 5]| Tile {
         m,
         n,
-        threads: 384,
-        shared: (hopper_shared(stages, m, n) + 2 * (64 * 72 + 4 * n) * size_of::<f32>()) as u32,
+        threads: 3 * GROUP as u32,
+        shared: (hopper_shared(stages, m, n) + 2 * (64 * (OUT_COLUMNS + 8) + GROUP_WARPS * n) * size_of::<f32>())
+            as u32,
         speed: speed as f64 / 100.0,
         blocks: [1; 2],
         together: together == 1,
@@ -88,7 +90,7 @@ static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, blocks, speed]: &[usize; 5]| Tile {
         m,
         n,
-        threads: 288,
+        threads: 2 * GROUP as u32 + 32,
         shared: hopper_shared(stages, m, n) as u32,
         speed: speed as f64 / 100.0,
         blocks: [blocks; 2],
