@@ -134,6 +134,7 @@ pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 
 /// The same of several counters.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // four arrays are indexed alike
 fn philox<const N: usize>(mut c: [[u32; N]; 4], mut k: [u32; 2]) -> [[u32; N]; 4] {
     for round in 0..10 {
         if round > 0 {

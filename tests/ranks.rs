@@ -674,8 +674,7 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
         let ended = outputs(ranks.map(Result::unwrap).collect());
         let said: Vec<_> = ended.iter().map(text).collect();
         ended.iter().for_each(|output| assert_eq!(output.status.code(), Some(1), "{said:?}"));
-        let errors =
-            |said: &String| said.lines().filter(|line| line.contains("error: ")).next_back().unwrap().to_owned();
+        let errors = |said: &String| said.lines().rfind(|line| line.contains("error: ")).unwrap().to_owned();
         let errors: Vec<_> = said.iter().map(errors).collect();
         assert_eq!(errors[0], errors[1], "all say the same");
         assert_eq!(said[1].lines().count(), 1, "one speaks for all: {said:?}");

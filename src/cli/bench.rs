@@ -29,7 +29,7 @@ Examples:
   edm2k bench                                    EDM2-XS on 512x704 images (64x88 latents)
   edm2k bench --preset edm2-img512-s --size 64x64 --repeats 9
   edm2k bench --device cuda --kernels --json > bench.json
-  edm2k bench --picture                          one picture: from the start of the process, and the next
+  edm2k bench --picture                          one picture: the first, and those after it
   edm2k bench --picture --model demo/emoji.safetensors
 
 Times are medians of repeated runs after one that warms up. Multiply-adds are what EDM2 calls

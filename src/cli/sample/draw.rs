@@ -240,7 +240,8 @@ impl Parts<'_> {
             return Ok(false);
         }
         // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
-        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != given.to_string());
+        let own = given.to_string();
+        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != own);
         let mut lacking = |part: Part| match other(part) {
             Some(_) => images_of(part, request).collect(),
             None => lacking(part),
@@ -266,8 +267,8 @@ impl Parts<'_> {
             None => part.to_string(),
         };
         let parts: Vec<_> = parts.iter().map(named).collect();
-        let own = images_of(part, request).len();
-        out!("{own} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
+        let made = images_of(part, request).len();
+        out!("{made} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
         Ok(false)
     }
 }
