@@ -268,7 +268,11 @@ impl Parts<'_> {
         };
         let parts: Vec<_> = parts.iter().map(named).collect();
         let made = images_of(part, request).len();
-        out!("{made} images of {}: {dir}. {count} are still missing, of part {}", request.seeds.len(), parts.join(", "));
+        out!(
+            "{made} images of {}: {dir}. {count} are still missing, of part {}",
+            request.seeds.len(),
+            parts.join(", ")
+        );
         Ok(false)
     }
 }
