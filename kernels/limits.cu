@@ -23,15 +23,23 @@ __device__ __forceinline__ void mma_rate(const Rate& p) {
     }
     float sum = 0.0f;
     if constexpr (F16_SUMS) {
-        uint32_t d[1][CHAINS][2] = {};
-        for (int round = 0; round < p.rounds; round++) mma_tile_f16<false>(d, a, b);
+        // Sums of 64 products, as in the convolutions: larger ones would soon be too large to change.
+        float all[4 * CHAINS] = {};
+        for (int round = 0; round < p.rounds; round += 4) {
+            uint32_t d[1][CHAINS][2];
+            mma_tile_f16<true>(d, a, b);
 #pragma unroll
-        for (int i = 0; i < CHAINS; i += 2) {
-            float x[8];
-            unpack8<T>(make_uint4(d[0][i][0], d[0][i][1], d[0][i + 1][0], d[0][i + 1][1]), x);
+            for (int i = 1; i < 4; i++) mma_tile_f16<false>(d, a, b);
 #pragma unroll
-            for (int j = 0; j < 8; j++) sum += x[j] * x[j];
+            for (int i = 0; i < CHAINS; i += 2) {
+                float x[8];
+                unpack8<T>(make_uint4(d[0][i][0], d[0][i][1], d[0][i + 1][0], d[0][i + 1][1]), x);
+#pragma unroll
+                for (int j = 0; j < 8; j++) all[4 * i + j] += x[j];
+            }
         }
+#pragma unroll
+        for (int i = 0; i < 4 * CHAINS; i++) sum += all[i] * all[i];
     } else {
         float d[1][CHAINS][4] = {};
         for (int round = 0; round < p.rounds; round++) mma_tile<T>(d, a, b);

@@ -262,8 +262,9 @@ fn who_keeps_pace_is_one_call_behind_the_device() {
         gpu.pace().unwrap();
     }
     unsafe { gpu.run(&wild(&*memory)).unwrap() };
-    // Nobody has waited for the fault yet; a fast device may have told of it.
+    // A fast device may have told of the fault. That of the emulator does nothing before somebody waits.
     let early = gpu.pace();
+    assert!(early.is_ok() || gpu.info().name != "Emulated Card");
     assert!(early.is_err() || gpu.pace().is_err());
 }
 
@@ -353,7 +354,9 @@ fn cards_of_all_generations_load_their_kernels_with_the_emulators_driver() {
     let test = ["memory_keeps_what_was_written_at_any_offset_and_size"];
     for card in ["80", "86", "89", "90", "100", "120"] {
         let (said, passed) = with_driver(&test, &[("DRIVER_CARD", card)]);
-        assert!(passed && said.contains("1 passed") && !said.contains("skipped"), "{card}: {said}");
+        // Where one generation was compiled for, older cards have no code.
+        let too_old = said.contains("this edm2k was compiled for");
+        assert!(passed && said.contains("1 passed") && (too_old || !said.contains("skipped")), "{card}: {said}");
     }
 }
 

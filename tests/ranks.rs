@@ -696,11 +696,13 @@ fn what_differs_between_ranks_is_named_whatever_they_do() {
     assert_eq!(other, format!("{differs} seeds is [0,1,2] there, [0,1,2,3] here"));
     assert!(!place.path("out").exists(), "nothing was begun");
 
-    let begun = Instant::now();
     let (port, line) = (free_port(), options("run", 40));
     let lines = [&line, &format!("{line} --dry-run")];
-    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
-    let ended = outputs(ranks.collect());
+    let mut ranks: Vec<_> =
+        lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap()).collect();
+    ranks[1].wait().unwrap();
+    let begun = Instant::now();
+    let ended = outputs(ranks);
     let said = text(&ended[0]);
     assert!(said.contains("rank 1 (") && said.contains(") has ended already: was it given another command?"), "{said}");
     assert!(begun.elapsed() < Duration::from_secs(9), "nobody waits for a rank that has said goodbye");

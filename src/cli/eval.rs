@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
+use edm2k::backend::gpu::launch::Precision;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Identity;
@@ -25,7 +26,7 @@ use edm2k::{Backends, Work};
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
 use super::train::doubt;
-use super::{DeviceArgs, claim};
+use super::{DeviceArgs, claim, may_be_written};
 
 /// Longest time that a part waits for another to leave what it has found.
 const TOGETHER: Duration = Duration::from_secs(10);
@@ -86,9 +87,10 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let part = ranks.part(args.part)?;
     let plot = args.plot.as_ref().filter(|_| ranks.first());
     let claimed = |path: &PathBuf| claim(path, args.overwrite, &[&args.model, &args.data]);
-    // Of several parts the last to end draws, and claims the file when it knows that it is the last.
+    // Of several parts the last to end draws. Nobody knows yet which that is, so none claims the file.
     let _plot = match plot {
         Some(path) if args.part.is_some() => {
+            may_be_written(path, &[&args.model, &args.data])?;
             let free = args.overwrite || path.symlink_metadata().is_err();
             ensure!(free, "{} exists; give --overwrite, or another name", path.display());
             None
@@ -110,11 +112,13 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
+    let device = ranks.open(&args.device)?;
     let identity = DataIdentity::of(&data);
     let largest = identity.largest();
     let given = json!({
         "model": Identity::of_file(&args.model).context("--model")?, "split": args.split.to_string(),
-        "data": identity, "images": images, "batch": batch, "precision": args.device.math().precision.name(),
+        "data": identity, "images": images, "batch": batch,
+        "numbers": device.precision().map_or("f32", Precision::name),
     });
     agree_on(ranks.met(), &given)?;
     let noisy = Noisy::by_level(&data, images, batch);
@@ -127,7 +131,6 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let device = ranks.open(&args.device)?;
     device.check_forward(config, largest, images.min(batch), 1)?;
     let measuring = Measuring { model: &model, noisy: &noisy, own, batch, progress: &mut |n| bar.inc(n) };
     let found = device.run(measuring)?;

@@ -9,7 +9,7 @@ use edm2k::formats::input;
 use edm2k::model::file::save;
 use edm2k::model::{Config, Model, ModelFile, Snapshot};
 
-use super::say::out;
+use super::say::{note, out};
 
 /// Make a model file from one of NVIDIA's network snapshots, or from a state_dict.
 #[derive(clap::Args)]
@@ -54,6 +54,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
         Some(config) => bare(&args.snapshot, config).with_context(|| format!("--config {}", config.display()))?,
         None => Snapshot::open(&args.snapshot)?,
     };
+    model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let classes = model.net.config.label_dim;
     if let Some(width) = args.condition_dim {
         // The model is first made one without labels, so that the embedding is a fresh one even if its width stays the

@@ -86,6 +86,17 @@ impl DeviceArgs {
 /// # Errors
 /// It exists and `overwrite` was not given, or it cannot be written; it is one of the `inputs`, which would be lost.
 pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
+    may_be_written(path, inputs)?;
+    match Claim::new(path, overwrite) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+            bail!("{} exists; give --overwrite, or another name", path.display())
+        }
+        other => other.with_context(|| path.display().to_string()),
+    }
+}
+
+/// Refuses a path that cannot be that of a file to be written, or is one of the inputs.
+pub fn may_be_written(path: &Path, inputs: &[&Path]) -> anyhow::Result<()> {
     let text = path.as_os_str().to_string_lossy();
     if text.ends_with(std::path::is_separator) || text.ends_with("/.") || path.file_name().is_none() {
         bail!("{}: the name of a directory, expected that of a file", path.display());
@@ -98,12 +109,7 @@ pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<C
     if let Some(input) = inputs.iter().find(|input| place.is_some() && input.canonicalize().ok() == place) {
         bail!("{}: what is to be written would replace {}, which is read", path.display(), input.display());
     }
-    match Claim::new(path, overwrite) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            bail!("{} exists; give --overwrite, or another name", path.display())
-        }
-        other => other.with_context(|| path.display().to_string()),
-    }
+    Ok(())
 }
 
 /// Parses a size given as width x height, e.g. `64x88`; returns [height, width].

@@ -21,7 +21,7 @@ use edm2k::train::{MicroBatch, micro_batch};
 use edm2k::tuning::{self, Table};
 
 use super::bench::{load_random, random_inputs, random_micro_batch};
-use super::say::{self, out};
+use super::say::{self, note, out};
 
 /// Measure which tiles of the convolutions are the fastest on a GPU, for the sizes of one network.
 #[derive(Args)]
@@ -85,6 +85,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     let (name, config, size) = match &args.model {
         Some(path) => {
             let model = Model::load(path).context("--model")?;
+            model.doubts.iter().for_each(|doubt| note!("warning: --model {doubt}"));
             (path.display().to_string(), model.net.config, [model.meta.height, model.meta.width])
         }
         None => {

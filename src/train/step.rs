@@ -218,8 +218,9 @@ pub struct Inputs<T> {
 }
 
 impl<T> Inputs<T> {
-    /// As a plan takes them.
-    fn into_vec(self) -> Vec<T> {
+    /// As a plan takes them, with dropout or without.
+    fn into_vec(self, dropout: f64) -> Vec<T> {
+        assert_eq!(self.keys.is_some(), dropout > 0.0, "keys are for dropout");
         [self.clean, self.noisy, self.sigma].into_iter().chain(self.keys).chain(self.labels).collect()
     }
 }
@@ -243,7 +244,7 @@ pub fn micro_batch<B: TrainingBackend>(
     inputs: Inputs<B::Tensor>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor]| pass(b, net, dropout, inputs, &mut |_, _| {});
-    Ok(b.planned(&MicroBatch { dropout }, &inputs.into_vec(), body)?.swap_remove(0))
+    Ok(b.planned(&MicroBatch { dropout }, &inputs.into_vec(dropout), body)?.swap_remove(0))
 }
 
 /// As [`micro_batch`]; `done` is called when the device has been given everything that adds to the named gradients.
@@ -255,7 +256,7 @@ pub fn shared_micro_batch<B: TrainingBackend>(
     done: &mut Done<B>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor], done: &mut Done<B>| pass(b, net, dropout, inputs, done);
-    Ok(b.planned_pass(&SharedMicroBatch { dropout }, &inputs.into_vec(), body, done)?.swap_remove(0))
+    Ok(b.planned_pass(&SharedMicroBatch { dropout }, &inputs.into_vec(dropout), body, done)?.swap_remove(0))
 }
 
 /// The pass that both of these run.

@@ -224,8 +224,8 @@ pub enum VerifyError {
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
-/// Replays a directory on a device; `report` is called with each outcome as it comes. `codec` makes the backend that
-/// runs the autoencoders.
+/// Replays a directory on the device that `backends` makes backends of, within `bounds`. `report` is called with each outcome
+/// as it comes.
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the summary.

@@ -102,11 +102,12 @@ pub struct CardInfo {
 }
 
 impl CardInfo {
-    /// What tiles are chosen for. That f32 sums halve the rate of its products is a property of what is sold for games: cards
-    /// of the same chips for work have other names.
+    /// What tiles are chosen for. That f32 sums halve the rate of its products is a property of what is sold for games. Of the
+    /// cards of the same chips for work, two have it by their data sheets.
     fn card(&self) -> Card {
         let usual = Card::new(self.sms, self.capability.0 * 10 + self.capability.1);
-        let halves_f32_sums = usual.halves_f32_sums && self.name.contains("GeForce");
+        let halves = self.name.contains("GeForce") || ["NVIDIA L40", "NVIDIA A10G"].contains(&&*self.name);
+        let halves_f32_sums = usual.halves_f32_sums && halves;
         Card { halves_f32_sums, shared: self.shared_of_sm as usize, ..usual }
     }
 
@@ -1014,9 +1015,12 @@ mod tests {
     #[test]
     fn sums_are_in_two_levels_on_cards_that_halve_the_rate_of_f32() {
         let halves = |name: &str, capability| CardInfo { name: name.into(), ..card(capability) }.card().halves_f32_sums;
-        for (name, capability) in
-            [("GeForce RTX 3090", (8, 6)), ("GeForce RTX 4060 Ti", (8, 9)), ("GeForce RTX 5090", (12, 0))]
-        {
+        for (name, capability) in [
+            ("GeForce RTX 3090", (8, 6)),
+            ("GeForce RTX 4060 Ti", (8, 9)),
+            ("GeForce RTX 5090", (12, 0)),
+            ("L40", (8, 9)),
+        ] {
             assert!(halves(&format!("NVIDIA {name}"), capability), "{name}");
         }
         for (name, capability) in

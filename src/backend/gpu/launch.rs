@@ -44,7 +44,7 @@ pub struct Card {
     pub sms: usize,
     /// Compute capability: 89 is 8.9.
     pub capability: u32,
-    /// Whether its tensor cores take twice the time for f32 sums: GeForce's do, those of other cards of the same compute
+    /// Whether its tensor cores take twice the time for f32 sums: GeForce's do, those of most other cards of the same compute
     /// capability (RTX 6000, L40S) do not.
     pub halves_f32_sums: bool,
     /// Bytes of shared memory of a multiprocessor.

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use super::net::Linear;
 use super::training::Adam;
 use super::{ConditionKind, Header, Learning, Source, Training, Vae};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::formats::differences::differing;
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 
@@ -30,8 +30,8 @@ pub enum VaeError {
     Vocabulary { path: PathBuf, cause: VocabularyError },
     #[error("{}: damaged: {what}; remove it, and the training begins anew", path.display())]
     Damaged { path: PathBuf, what: String },
-    #[error("{}: of a training with {what} {then}, now {now}; give the same, or remove it to begin anew", path.display())]
-    OtherTraining { path: PathBuf, what: String, then: String, now: String },
+    #[error("{}: of a training with {what}; give the same, or remove it to begin anew", path.display())]
+    OtherTraining { path: PathBuf, what: String },
     #[error("all {0} features are the same, so there is nothing to learn: are they of the right output of the tagger?")]
     Alike(usize),
     #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
@@ -179,17 +179,17 @@ impl<'a, S: Source> Learning<'a, S> {
         let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
         let then: Progress = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
         let mut now = Self::new(source, how)?;
-        let other = |what: &str, then: String, now: String| {
-            Err(VaeError::OtherTraining { path: path.into(), what: what.into(), then, now })
-        };
-        if let Some((what, then, now)) = differing(&then.how, how) {
-            return other(&what, then, now);
+        let differs = |key: &str, then: &str, now: &str| format!("{key} {then}, now {now}");
+        let other = |what: String| Err(VaeError::OtherTraining { path: path.into(), what });
+        let what = differing(&then.how, how, differs);
+        if !what.is_empty() {
+            return other(what);
         }
         let shown = |rows: usize, data: Option<Fingerprint>| {
             format!("{rows} conditions{}", data.map_or(String::new(), |data| format!(" ({data})")))
         };
         if then.rows != source.count() || differ(&then.data, &data) || then.header != now.vae.header {
-            return other("the data", shown(then.rows, then.data), shown(source.count(), data));
+            return other(differs("the data", &shown(then.rows, then.data), &shown(source.count(), data)));
         }
         let mut tensors = Vec::new();
         for name in STATE {
@@ -208,18 +208,6 @@ impl<'a, S: Source> Learning<'a, S> {
         now.passes = then.passes;
         Ok(now)
     }
-}
-
-/// The first option in which two trainings differ, and its values.
-fn differing(then: &Training, now: &Training) -> Option<(String, String, String)> {
-    let fields = |how: &Training| match serde_json::to_value(how) {
-        Ok(Value::Object(fields)) => fields,
-        _ => Map::new(),
-    };
-    let (then, now) = (fields(then), fields(now));
-    let (name, value) = then.iter().find(|(name, value)| now.get(*name) != Some(value))?;
-    let other = now.get(name).map(ToString::to_string);
-    Some((name.clone(), value.to_string(), other.unwrap_or_default()))
 }
 
 fn read_tensor(file: &SafeFile, name: &str, shape: &[usize]) -> Result<Vec<f32>, SafeError> {

@@ -14,8 +14,9 @@
 use super::super::runtime::Graph;
 use super::*;
 
-/// Most plans that are kept: those that were used last. A server is asked for ever other numbers of steps, and each is one.
-const MOST_PLANS: usize = 32;
+/// Most plans that are kept besides those of training: the ones that were used last. A server is asked for ever other numbers
+/// of steps, and each is one.
+const MOST_PLANS: usize = 64;
 
 /// What a plan costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -104,8 +105,9 @@ impl<P> Gpu<P> {
             Some(place) => self.plans.remove(place),
             None => self.record(key, inputs, body)?,
         };
-        if self.plans.len() == MOST_PLANS {
-            self.plans.remove(0);
+        let others: Vec<usize> = (0..self.plans.len()).filter(|&place| !self.plans[place].accumulates).collect();
+        if others.len() >= MOST_PLANS {
+            self.plans.remove(others[0]);
         }
         self.plans.push(plan);
         Ok(self.replay_last(inputs, done).map_err(BackendError::from)?)
