@@ -3,11 +3,12 @@
 //! | launcher | rank, number of ranks, rank on this machine | address and port of rank 0 |
 //! |---|---|---|
 //! | torchrun | `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | `MASTER_ADDR`; the port after `MASTER_PORT`, which torchrun keeps |
-//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR` |
+//! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
-//! The first of these whose variables are set counts. `MASTER_ADDR` and `MASTER_PORT` count under every launcher;
-//! `EDM2K_PORT` is looked at before them.
+//! The first of these whose variables are set counts. Where torchrun or Open MPI say that all ranks are on this machine
+//! (`LOCAL_WORLD_SIZE`, `OMPI_COMM_WORLD_LOCAL_SIZE`), they meet at 127.0.0.1, whatever `MASTER_ADDR` is. Otherwise
+//! `MASTER_ADDR` counts under every launcher. So does `MASTER_PORT`, and `EDM2K_PORT` is looked at before it.
 
 use super::CollectiveError;
 

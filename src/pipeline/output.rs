@@ -40,7 +40,8 @@ type Result<T, E = OutputError> = std::result::Result<T, E>;
 
 /// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
 /// `000007-steps.png` for its steps, and `grid.png` for all. Latents are in `latents.safetensors`, for which each part
-/// leaves a file such as `latents-2-of-3.safetensors`. Other processes may add their seeds meanwhile.
+/// leaves a file such as `latents-2-of-3.safetensors`. A part also leaves what it was given, in `part-2-of-3.json`, until all
+/// are there. Other processes may add their seeds meanwhile.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
