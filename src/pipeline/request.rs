@@ -69,7 +69,7 @@ impl Request {
         Ok(self)
     }
 
-    /// What image `number` says of itself, given [what all say](Pipeline::parameters).
+    /// What image `number` says of itself, given [what all say](super::Pipeline::parameters).
     pub fn about(&self, common: &Value, number: usize) -> Value {
         let mut about = common.clone();
         about["seed"] = self.seeds[number].into();

@@ -21,7 +21,7 @@ pub struct Conv {
 }
 
 /// What a device knows of the autoencoders that it loaded: the bytes of their weights. The weights themselves are in
-/// [`Conv`]s.
+/// `Conv`s.
 #[derive(Default)]
 pub struct Loaded {
     bytes: usize,
