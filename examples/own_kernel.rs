@@ -1,7 +1,7 @@
 //! A kernel of your own, compiled, run and checked without a GPU; then the same kernel with a mistake.
 //!
 //! ```sh
-//! cargo run --release --features emulator --example own_kernel
+//! cargo run --release --no-default-features --features emulator --example own_kernel
 //! ```
 
 use std::error::Error;

@@ -116,12 +116,13 @@ fn find_nvcc() -> Result<PathBuf, String> {
         return Ok(nvcc.into());
     }
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
-    let mut places: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("bin/nvcc")).collect();
-    places.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|dir| dir.join("nvcc")));
+    let mut bins: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("bin")).collect();
+    bins.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
     for python in fs::read_dir("target/nvcc/lib").into_iter().flatten().flatten() {
-        places.push(python.path().join("site-packages/nvidia/cu13/bin/nvcc"));
+        bins.push(python.path().join("site-packages/nvidia/cu13/bin"));
     }
-    places.into_iter().find(|place| place.is_file()).ok_or_else(|| {
+    let mut places = bins.into_iter().map(|bin| bin.join("nvcc").with_extension(env::consts::EXE_EXTENSION));
+    places.find(|place| place.is_file()).ok_or_else(|| {
         "the feature `cuda` needs NVIDIA's compiler, and none was found (NVCC, CUDA_HOME, CUDA_PATH, PATH, \
          target/nvcc): run scripts/install-nvcc, or build for the CPU alone, with \
          --no-default-features --features cli"
