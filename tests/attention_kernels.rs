@@ -9,10 +9,12 @@
 
 mod common;
 
+use bytemuck::Zeroable;
 use common::{Bench, Kernels, PRECISIONS, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::attention::{Attention, AttentionError, row_of};
 use edm2k::backend::gpu::launch::{DevicePtr, Precision};
+use edm2k::backend::gpu::structs::AttentionParams;
 use edm2k::backend::{Backend, NetworkBackend, TrainingBackend};
 use edm2k::params::ParamTable;
 
@@ -71,7 +73,13 @@ impl Bench {
         let grad_qkv = self.kernels.alloc(2 * qkv.len());
         let scratch = self.kernels.alloc(attention.scratch_bytes());
         self.run_clean([&attention.forward(x.ptr(), out.ptr())]);
-        self.run_clean(&attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()));
+        self.run_clean(&attention.backward(AttentionParams {
+            qkv: x.ptr(),
+            grad_out: g.ptr(),
+            out: grad_qkv.ptr(),
+            sums: scratch.ptr(),
+            ..Zeroable::zeroed()
+        }));
 
         self.same(&format!("out of {what}"), &self.widen(&read(&out)), &cpu.download(&twin_out).unwrap());
         let got = self.widen(&read(&grad_qkv));
@@ -138,7 +146,7 @@ fn every_kernel_and_token_counts_around_its_tiles() {
             let none = DevicePtr::NULL;
             let name = |part: &&str| format!("attention_{}_{}_c{}", part, device.precision.name(), s.c);
             assert_eq!(attention.forward(none, none).kernel, name(forward), "{} tokens", s.width);
-            assert_eq!(attention.backward(none, none, none, none)[0].kernel, name(grad_q), "{} tokens", s.width);
+            assert_eq!(attention.backward(Zeroable::zeroed())[0].kernel, name(grad_q), "{} tokens", s.width);
             device.check(s);
         }
     }
@@ -208,7 +216,13 @@ fn the_same_bits_in_every_run() {
         let run = |kernels: Kernels| {
             let device = Bench::new(kernels, Precision::F16);
             let grad_qkv = device.kernels.alloc(2 * 77 * 96);
-            device.run_clean(&attention.backward(x.ptr(), g.ptr(), grad_qkv.ptr(), scratch.ptr()));
+            device.run_clean(&attention.backward(AttentionParams {
+                qkv: x.ptr(),
+                grad_out: g.ptr(),
+                out: grad_qkv.ptr(),
+                sums: scratch.ptr(),
+                ..Zeroable::zeroed()
+            }));
             read::<u16>(&grad_qkv)
         };
         assert_eq!(run(device.kernels.clone()), run(device.kernels.otherwise()));

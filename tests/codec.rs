@@ -242,9 +242,9 @@ fn convolutions_of_every_reach_match_their_definition() {
                 continue;
             }
             let (cin, cout, side) = (3, 5, reach.side());
-            let weight = normals(cout * cin * side * side, 1);
-            let bias = normals(cout, 2);
-            let x = normals(n * h * w * cin, 3);
+            let weight = normals(cout * cin * side * side, 1, 1.0);
+            let bias = normals(cout, 2, 1.0);
+            let x = normals(n * h * w * cin, 3, 1.0);
             let mut b = Cpu::<f64, ()>::for_codec();
             let conv = b.load_conv(reach, cin, &weight, Some(&bias));
             let t = b.upload([n, h, w, cin], &x);
@@ -270,7 +270,7 @@ fn convolutions_of_every_reach_match_their_definition() {
 fn a_large_mean_does_not_spoil_the_group_norm() {
     // Mean 1000, deviation 1: the difference of squares would lose all digits in f32.
     let (h, w, c) = (40, 24, 64);
-    let x: Vec<f32> = normals(h * w * c, 5).iter().map(|x| 1000.0 + x).collect();
+    let x: Vec<f32> = normals(h * w * c, 5, 1.0).iter().map(|x| 1000.0 + x).collect();
     let mut b = Cpu::<f32, ()>::for_codec();
     let t = b.upload([1, h, w, c], &x);
     let one = b.upload([1, 1, 2, c], &[vec![1.0; c], vec![0.0; c]].concat());
@@ -298,10 +298,10 @@ fn check_sd_vae(channels: &[usize], layers: usize, [h, w]: [usize; 2]) {
     assert_eq!(codec.factor(), factor);
     let what = format!("{channels:?} at {w}x{h}");
     let naive = Naive(&file);
-    let z = normals(h * w * 4, 11);
+    let z = normals(h * w * 4, 11, 1.0);
     let want = naive.sd_decode(channels.len(), layers, &Image::from_nhwc(4, h, w, &z)).nhwc();
     let (ih, iw) = (h * factor, w * factor);
-    let pixels: Vec<f32> = normals(ih * iw * 3, 12).iter().map(|x| (0.5 + 0.2 * x).clamp(0.0, 1.0)).collect();
+    let pixels: Vec<f32> = normals(ih * iw * 3, 12, 1.0).iter().map(|x| (0.5 + 0.2 * x).clamp(0.0, 1.0)).collect();
     let moments = naive.sd_encode(channels.len(), layers, &Image::from_nhwc(3, ih, iw, &pixels)).nhwc();
     let half = |from: usize| moments.chunks(8).flat_map(|p| p[from..from + 4].to_vec()).collect::<Vec<_>>();
 
@@ -334,10 +334,10 @@ fn a_taesd_matches_its_definition() {
     write(&path, &file);
     let codec = CodecFile::open(&path).unwrap();
     let (h, w) = (5, 7);
-    let z = normals(h * w * 4, 11);
+    let z = normals(h * w * 4, 11, 1.0);
     let scaled = Image::from_nhwc(4, h, w, &z).map(|x| x * f64::from(TAESD_SCALE));
     let want = Naive(&file).tiny_decode(&scaled).nhwc();
-    let pixels: Vec<f32> = normals(64 * h * w * 3, 12).iter().map(|x| (0.5 + 0.2 * x).clamp(0.0, 1.0)).collect();
+    let pixels: Vec<f32> = normals(64 * h * w * 3, 12, 1.0).iter().map(|x| (0.5 + 0.2 * x).clamp(0.0, 1.0)).collect();
     let latents = Naive(&file).tiny_encode(&Image::from_nhwc(3, 8 * h, 8 * w, &pixels));
     let latents = latents.map(|x| x / f64::from(TAESD_SCALE)).nhwc();
 
@@ -394,7 +394,7 @@ fn both_namings_of_the_attention_are_the_same_network() {
     assert!(SafeFile::open(&old).unwrap().contains("decoder.mid_block.attentions.0.proj_attn.bias"));
     let b = &mut Cpu::<f32, ()>::for_codec();
     let pixels = vec![0.25; 8 * 6 * 3];
-    let z = normals(4 * 3 * 4, 1);
+    let z = normals(4 * 3 * 4, 1, 1.0);
     let [new, old] = [new, old].map(|path| {
         let codec = CodecFile::open(path).unwrap();
         let image = codec.decoder(b).unwrap().image(b, [4, 3], &z).unwrap();
@@ -467,7 +467,7 @@ fn pictures_and_latents_follow_edm2() {
     assert!(std.iter().skip(1).step_by(4).all(|&x| x == 10f32.exp()), "the largest is 20");
 
     let (means, stds) = ([5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]);
-    let noise = normals(moments.mean.len(), 3);
+    let noise = normals(moments.mean.len(), 3, 1.0);
     let [mean, deviation] = moments.scaled();
     for i in 0..noise.len() {
         let raw = f64::from(moments.mean[i]) + f64::from(std[i]) * f64::from(noise[i]);
@@ -476,7 +476,7 @@ fn pictures_and_latents_follow_edm2() {
         assert!((latent - want).abs() <= 1e-6 * want.abs().max(1.0), "{i}: {latent} {want}");
     }
 
-    let latent = normals(5 * 4 * 4, 4);
+    let latent = normals(5 * 4 * 4, 4, 1.0);
     let picture = decoder.decode(b, [5, 4], &latent).unwrap();
     assert_eq!((picture.height(), picture.width()), (10, 8));
     let raw: Vec<f32> =

@@ -8,6 +8,7 @@ mod common;
 use std::ops::Deref;
 use std::rc::Rc;
 
+use bytemuck::Zeroable;
 use common::{Both, Kernels, Memory, PRECISIONS, assert_close, normals, padded};
 use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
 use edm2k::backend::cpu::Cpu;
@@ -15,6 +16,7 @@ use edm2k::backend::gpu::codec::{self, ShapeError};
 use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{ConvLoop, DevicePtr, Math, Precision};
 use edm2k::backend::gpu::runtime::Imagined;
+use edm2k::backend::gpu::structs::{CodecConv, CodecNorm};
 use edm2k::backend::gpu::tiles::{Card, Chooser, Tuned};
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::{self as codecs, Decoder};
@@ -89,20 +91,28 @@ impl Bench {
             let tr = add.then(|| self.cpu.upload(out, &residual.values));
             let want = self.cpu.convolve(&conv, &tx, Before::Nothing, After { residual: tr, relu });
             let want = self.cpu.download(&want).unwrap();
-            let at = (packed.ptr(), on_device.ptr());
-            let (from, what) = (x.memory.ptr(), format!("{reach:?} of {shape:?} to {cout}, {after}"));
+            let what = format!("{reach:?} of {shape:?} to {cout}, {after}");
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
                 let math = Math { conv_loop: Some(conv_loop), ..self.precision.into() };
-                let run = |residual: Option<DevicePtr>, y: DevicePtr| {
-                    let launches = codec::convolve(math, &self.by, reach, shape, cout, from, at, residual, relu, y);
+                let run = |residual: DevicePtr, y: &Memory| {
+                    let memory = CodecConv {
+                        x: x.memory.ptr(),
+                        weight: packed.ptr(),
+                        bias: on_device.ptr(),
+                        residual,
+                        y: y.ptr(),
+                        relu: relu.into(),
+                        ..Zeroable::zeroed()
+                    };
+                    let launches = codec::convolve(math, &self.by, reach, shape, cout, memory);
                     self.run_loops(&launches.unwrap());
                 };
                 let y = self.room(out);
-                run(add.then(|| residual.memory.ptr()), y.ptr());
+                run(if add { residual.memory.ptr() } else { DevicePtr::NULL }, &y);
                 self.same_in_rows(&format!("{what}, {conv_loop:?}"), &y, &want, cout);
                 if add {
                     let residual = self.both(&values, cout);
-                    run(Some(residual.memory.ptr()), residual.memory.ptr());
+                    run(residual.memory.ptr(), &residual.memory);
                     self.same_in_rows(&format!("{what}, {conv_loop:?}, in place"), &residual.memory, &want, cout);
                 }
             }
@@ -143,9 +153,15 @@ impl Bench {
         let (on_device, scales) = (self.upload(&affine), self.kernels.alloc(n * 2 * c * 4));
         let scratch = self.kernels.alloc(codec::group_norm_scratch(shape));
         let eps = 1e-6;
-        let (from, at, to, room) = (x.memory.ptr(), on_device.ptr(), scales.ptr(), scratch.ptr());
+        let memory = CodecNorm {
+            x: x.memory.ptr(),
+            affine: on_device.ptr(),
+            sums: scratch.ptr(),
+            scales: scales.ptr(),
+            ..Zeroable::zeroed()
+        };
         // Sums of one channel, by a thread each, may meet banks twice.
-        self.run(&codec::group_norm(self.precision, shape, groups, eps, from, at, to, room).unwrap());
+        self.run(&codec::group_norm(self.precision, shape, groups, eps, memory).unwrap());
         let mut found = vec![0.0f32; n * 2 * c];
         scales.download(0, &mut found);
         let (tx, ta) = (self.cpu.upload(shape, &x.values), self.cpu.upload([1, 1, 2, c], &affine));
@@ -334,8 +350,14 @@ fn the_same_bits_in_every_run() {
         let at = bench.upload(&affine);
         let run = |device: &Kernels| {
             let (scales, scratch) = (device.alloc(128 * 4), device.alloc(codec::group_norm_scratch(shape)));
-            let (from, at, to, room) = (x.memory.ptr(), at.ptr(), scales.ptr(), scratch.ptr());
-            for launch in codec::group_norm(Precision::F16, shape, 32, 1e-6, from, at, to, room).unwrap() {
+            let memory = CodecNorm {
+                x: x.memory.ptr(),
+                affine: at.ptr(),
+                sums: scratch.ptr(),
+                scales: scales.ptr(),
+                ..Zeroable::zeroed()
+            };
+            for launch in codec::group_norm(Precision::F16, shape, 32, 1e-6, memory).unwrap() {
                 // SAFETY: every address is of memory as large as the call's documentation says.
                 unsafe { device.run(&launch) };
             }
@@ -353,13 +375,12 @@ fn what_no_kernel_takes_is_refused() {
     let attention = |c| codec::self_attention(p, [1, 2, 2, c], null, null).unwrap_err().to_string();
     assert_eq!(attention(12), "self-attention of 12 channels, expected a multiple of 8 up to 512");
     assert_eq!(codec::self_attention(p, [1, 2, 2, 520], null, null).unwrap_err(), ShapeError::Width(520));
-    let conv = |reach, shape| {
-        codec::convolve(p.into(), Card::new(1, 90), reach, shape, 8, null, (null, null), None, false, null).unwrap_err()
-    };
+    let conv =
+        |reach, shape| codec::convolve(p.into(), Card::new(1, 90), reach, shape, 8, Zeroable::zeroed()).unwrap_err();
     assert_eq!(conv(Reach::Down, [1, 3, 4, 8]), ShapeError::Odd([1, 3, 4, 8]));
     assert_eq!(conv(Reach::Double, [1, 20000, 4, 8]), ShapeError::Shape([1, 40000, 8, 8]));
     assert_eq!(conv(Reach::Same, [1, 0, 4, 8]), ShapeError::Shape([1, 0, 4, 8]));
-    let norm = codec::group_norm(p, [1, 2, 2, 30], 32, 1e-6, null, null, null, null).unwrap_err();
+    let norm = codec::group_norm(p, [1, 2, 2, 30], 32, 1e-6, Zeroable::zeroed()).unwrap_err();
     assert_eq!(norm.to_string(), "a group norm of 30 channels in 32 groups");
 }
 

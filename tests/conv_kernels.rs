@@ -8,12 +8,14 @@ mod common;
 use std::ops::Deref;
 use std::rc::Rc;
 
+use bytemuck::Zeroable;
 use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{
-    self, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, MainPath, Scales, Through, Wgrad,
+    ARRIVED_BYTES, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, MainPath, Scales, Through, Wgrad,
 };
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
+use edm2k::backend::gpu::structs::{ConvDgrad, ConvFprop, ConvWgrad};
 use edm2k::backend::gpu::tiles::{Card, Chooser, Question, Tuned};
 use edm2k::backend::{Backend, NetworkBackend, Operand, OperandGrad, Scale, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable, mp_sum_weights};
@@ -64,7 +66,7 @@ impl Bench {
     fn new(kernels: Kernels, math: Math, card: Card) -> Self {
         let name = format!("{} {math:?}", kernels.name);
         let on = common::Bench { kernels, precision: math.precision, name };
-        let arrived = on.upload(&[0u32; conv::ARRIVED_BYTES / 4]);
+        let arrived = on.upload(&[0u32; ARRIVED_BYTES / 4]);
         Self { on, math, by: card.into(), random: Random(0x9e37_79b9_7f4a_7c15), arrived }
     }
 
@@ -80,10 +82,6 @@ impl Bench {
 
     fn go(&self, launches: Result<Vec<Launch>, ConvError>) {
         self.run_loops(&launches.unwrap());
-    }
-
-    fn memory(&self, scratch: &Memory) -> conv::Memory {
-        conv::Memory { scratch: at(scratch), arrived: at(&self.arrived) }
     }
 }
 
@@ -174,9 +172,15 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let skip_cpu = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
     let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
     let inputs = (x.at(), (case.cb != 0).then(|| skip.at()));
+    let memory = ConvFprop {
+        weight: at(&weight),
+        y: at(&y),
+        partial: at(&scratch),
+        arrived: at(&bench.arrived),
+        ..Zeroable::zeroed()
+    };
     let go = |bench: &Bench, epilogue, act| {
-        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), act, bench.memory(&scratch));
-        bench.go(launch.map(|launch| vec![launch]));
+        bench.go(fprop.launch(inputs, epilogue, act, memory).map(|launch| vec![launch]));
     };
 
     // Nothing after it; and mp_silu of a multiple of it beside.
@@ -235,7 +239,14 @@ fn check_onto(bench: &mut Bench, case: Case) {
         let epilogue = Epilogue::MpSum { main: path, wa: wa as f32, wb: wb as f32, clip: Some(1.5) };
         let inputs = on_device(&case, &x, &skip);
         let act = Some((at(&extra), 0.875));
-        let launch = fprop.launch(inputs, at(&weight), epilogue, at(&y), act, bench.memory(&scratch));
+        let memory = ConvFprop {
+            weight: at(&weight),
+            y: at(&y),
+            partial: at(&scratch),
+            arrived: at(&bench.arrived),
+            ..Zeroable::zeroed()
+        };
+        let launch = fprop.launch(inputs, epilogue, act, memory);
         bench.go(launch.map(|launch| vec![launch]));
 
         let upload = |cpu: &mut Cpu<f32>, case: &Case, x: &Both, skip: &Both| {
@@ -272,19 +283,23 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
 
     let dgrad = Dgrad::new(case.shape(), false, bench.math, &bench.by).unwrap();
     let scratch = bench.room(dgrad.scratch_bytes());
+    let plain = ConvDgrad {
+        grad: grad.at(),
+        turned: at(&weight),
+        gx: at(&gx),
+        gskip: at(&gskip),
+        partial: at(&scratch),
+        arrived: at(&bench.arrived),
+        gain: 0.8,
+        ..Zeroable::zeroed()
+    };
     for (silu, accumulate) in [(false, false), (true, true)] {
         let through = if silu { Through::Silu } else { Through::Linear };
-        let acc = accumulate.then(|| ([accs[0].at(), accs[1].at()], 0.625));
-        bench.go(dgrad.launches(
-            grad.at(),
-            at(&weight),
-            0.8,
-            inputs,
-            through,
-            acc,
-            (at(&gx), at(&gskip)),
-            bench.memory(&scratch),
-        ));
+        let memory = match accumulate {
+            true => ConvDgrad { acc_x: accs[0].at(), acc_skip: accs[1].at(), acc_factor: 0.625, ..plain },
+            false => plain,
+        };
+        bench.go(dgrad.launches(inputs, through, memory));
         let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu };
         let acc = accumulate.then(|| {
             let skip = (cb != 0).then(|| cpu.upload(case.tensor(cb), &accs[1].values));
@@ -307,8 +322,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let (on_device, grads) = (bench.upload(&scales), bench.upload(&vec![0.0; scales.len()]));
     let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
-    let (to, memory) = ((at(&gx), at(&gskip)), bench.memory(&scratch));
-    bench.go(dgrad.launches(grad.at(), at(&weight), 0.8, inputs, through, None, to, memory));
+    bench.go(dgrad.launches(inputs, through, ConvDgrad { partial: at(&scratch), ..plain }));
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let mut grads_cpu = cpu.zero_scales_grad(&all);
     let scale = Scale { all: &all, offset: 16 };
@@ -334,7 +348,8 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
         let x = bench.random(case.pixels() * ca, ca, 1.0);
         let skip = bench.random(case.pixels() * case.cb.max(1), case.cb.max(1), 1.0);
         let grad = bench.random(case.pixels() * cout, cout, 1.0);
-        bench.go(wgrad.launches(case.inputs(&x, &skip), grad.at(), gain, at(&dw), at(&scratch)));
+        let memory = ConvWgrad { grad: grad.at(), dw: at(&dw), partial: at(&scratch), gain, ..Zeroable::zeroed() };
+        bench.go(wgrad.launches(case.inputs(&x, &skip), memory));
         let x_cpu = cpu.upload(case.tensor(ca), &x.values);
         let skip_cpu = (case.cb != 0).then(|| cpu.upload(case.tensor(case.cb), &skip.values));
         let operand = Operand { x: &x_cpu, x_scale: a, skip: skip_cpu.as_ref().map(|s| (s, b)), silu: false };
@@ -537,11 +552,10 @@ fn what_the_kernels_cannot_do_is_refused() {
     }
     let two = Fprop::new(ConvShape { cb: 8, ..good }, Precision::F16.into(), card).unwrap();
     let none = DevicePtr::NULL;
-    let memory = conv::Memory { scratch: none, arrived: none };
-    let error = two.launch((none, None), none, Epilogue::Gain(1.0), none, None, memory).unwrap_err();
+    let error = two.launch((none, None), Epilogue::Gain(1.0), None, Zeroable::zeroed()).unwrap_err();
     assert!(error.what.contains("a second input"), "{error}");
     let refused =
-        |conv: &Fprop, epilogue| conv.launch((none, None), none, epilogue, none, None, memory).unwrap_err().what;
+        |conv: &Fprop, epilogue| conv.launch((none, None), epilogue, None, Zeroable::zeroed()).unwrap_err().what;
     let onto = |wa| {
         let main = MainPath::Conv { inputs: (none, None), weight: none };
         Epilogue::MpSum { main, wa, wb: 1.0, clip: None }

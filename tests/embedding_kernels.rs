@@ -12,9 +12,8 @@ use common::{Bench, Memory, assert_close, in_rows, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::embedding::{self, EmbedLayers, LabelLayer, ScaleLayer, ScaleTable};
 use edm2k::backend::gpu::launch::DevicePtr;
-use edm2k::backend::gpu::structs::EmbScalesBackward;
-use edm2k::backend::gpu::weights::Effective;
-use edm2k::backend::{Backend, EmbLayer, Embed, Embedding, NetworkBackend, Normalization, Slot, TrainingBackend};
+use edm2k::backend::gpu::structs::{EmbScales, EmbScalesBackward, EmbedBackward, EmbedParams};
+use edm2k::backend::{Backend, EmbLayer, Embed, NetworkBackend, Normalization, Slot, TrainingBackend};
 use edm2k::params::{ParamId, ParamTable};
 
 /// Sums of up to 1000 values in f32.
@@ -117,30 +116,33 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let labels = host_labels.as_ref().map(|labels| d.upload(labels));
     let labels_ptr = labels.as_ref().map_or(DevicePtr::NULL, Memory::ptr);
     let layers = EmbedLayers {
-        freqs: freqs.ptr(),
-        phases: phases.ptr(),
-        noise: noise_weight.ptr(),
-        label: label_weight.as_ref().zip(label).map(|(weight, channels)| LabelLayer {
-            weight: weight.ptr(),
-            channels,
-            balance: 0.3,
-        }),
         noise_channels: noise,
+        label: label.map(|channels| LabelLayer { channels, balance: 0.3 }),
         emb_channels: emb,
     };
-    let of =
-        |[features, pre, emb]: [&Memory; 3]| Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
     let out = [n * noise, n * emb, n * emb].map(|values| d.empty(values));
-    let run = |to: [&Memory; 3]| {
-        d.run_clean([&embedding::embed(d.precision, n, &layers, sigma.ptr(), (labels_ptr, n), &of(to))])
+    let run = |labels: DevicePtr, rows: usize, [features, pre, emb]: &[Memory; 3]| {
+        let memory = EmbedParams {
+            sigma: sigma.ptr(),
+            freqs: freqs.ptr(),
+            phases: phases.ptr(),
+            noise: noise_weight.ptr(),
+            label: label_weight.as_ref().map_or(DevicePtr::NULL, Memory::ptr),
+            labels,
+            features: features.ptr(),
+            pre: pre.ptr(),
+            emb: emb.ptr(),
+            ..Zeroable::zeroed()
+        };
+        d.run_clean([&embedding::embed(d.precision, n, &layers, rows, memory)])
     };
-    run(out.each_ref());
+    run(labels_ptr, n, &out);
     let want = [&twin.features, &twin.pre, &twin.emb].map(|t| cpu.download(t).unwrap());
     d.same32(&what("Fourier features"), &read(&out[0]), &want[0]);
     d.same32(&what("pre"), &read(&out[1]), &want[1]);
     d.same32(&what("emb"), &read(&out[2]), &want[2]);
     let again = out.each_ref().map(|m| d.empty(m.bytes() / 4));
-    run(again.each_ref());
+    run(labels_ptr, n, &again);
     for (once, twice) in out.iter().zip(&again) {
         assert_eq!(bits(&read(once)), bits(&read(twice)), "{}", what("a second run"));
     }
@@ -151,9 +153,7 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
         let [few, all] = [d.upload(half), d.upload(&half.repeat(2))];
         let [in_turn, one_by_one] = [(&few, n / 2), (&all, n)].map(|(labels, rows)| {
             let to = out.each_ref().map(|m| d.empty(m.bytes() / 4));
-            let labels = (labels.ptr(), rows);
-            let launch = embedding::embed(d.precision, n, &layers, sigma.ptr(), labels, &of(to.each_ref()));
-            d.run_clean([&launch]);
+            run(labels.ptr(), rows, &to);
             bits(&read(&to[1]))
         });
         assert_eq!(in_turn, one_by_one, "{}", what("labels in turn"));
@@ -173,9 +173,16 @@ fn check_embedding(d: &Bench, case: Case, with_labels: bool) {
     let start = [noise, label.unwrap_or(0)].map(|cin| normals(emb * cin, 6, 3.0));
     let begin = || [in_rows(&start[0], noise), in_rows(&start[1], label.unwrap_or(8))].map(|values| d.upload(&values));
     let run = |to: &[Memory; 2], times| {
-        let e = of(e.each_ref());
-        let [noise, label] = to.each_ref().map(Memory::ptr);
-        let launch = embedding::embed_backward(n, &layers, &e, labels_ptr, grad.ptr(), noise, label);
+        let memory = EmbedBackward {
+            grad_emb: grad.ptr(),
+            pre: e[1].ptr(),
+            features: e[0].ptr(),
+            labels: labels_ptr,
+            grad_noise: to[0].ptr(),
+            grad_label: to[1].ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launch = embedding::embed_backward(n, &layers, memory);
         (0..times).for_each(|_| d.run_clean([&launch]));
     };
     let sums = begin();
@@ -260,7 +267,6 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
     assert_eq!(scales.channels(), channels);
     let [weights, tiles] = [d.upload(&weights), d.upload(scales.tiles())];
     let exact = d.upload(&exact);
-    let effective = Effective { weights: weights.ptr(), exact: exact.ptr() };
     let (emb_values, grad_values) = (normals(n * emb, 7, 1.0), normals(n * channels, 8, 1.0));
     let (twin_emb, twin_grad) =
         (cpu.upload([n, 1, 1, emb], &emb_values), cpu.upload([n, 1, 1, channels], &grad_values));
@@ -268,8 +274,15 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
 
     let forward = || {
         let out = d.empty(n * channels);
-        let (emb, to) = (emb_memory.ptr(), out.ptr());
-        d.run_clean([&embedding::emb_scales(d.precision, n, &scales, tiles.ptr(), effective, emb, to)]);
+        let memory = EmbScales {
+            tiles: tiles.ptr(),
+            weights: weights.ptr(),
+            exact: exact.ptr(),
+            emb: emb_memory.ptr(),
+            out: out.ptr(),
+            ..Zeroable::zeroed()
+        };
+        d.run_clean([&embedding::emb_scales(d.precision, n, &scales, memory)]);
         read(&out)
     };
     let got = forward();
@@ -284,8 +297,8 @@ fn check_scales(d: &Bench, n: usize, emb: usize, layers: &[(usize, f32)]) {
         let scratch = d.kernels.alloc(scales.scratch(n));
         let memory = EmbScalesBackward {
             tiles: tiles.ptr(),
-            weights: effective.weights,
-            exact: effective.exact,
+            weights: weights.ptr(),
+            exact: exact.ptr(),
             emb: emb_memory.ptr(),
             grad: grad.ptr(),
             grads: arena.ptr(),

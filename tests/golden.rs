@@ -10,7 +10,6 @@ use edm2k::backend::{Backend, NetworkBackend, Normalization, Slot, Step, Trainin
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamKind, ParamTable};
-use edm2k::rng::{Purpose, Stream};
 use edm2k::verify::{Bounds, Outcome, Summary, verify};
 use edm2k::{Backends, Device, Numbers, Work};
 use serde_json::json;
@@ -18,6 +17,9 @@ use serde_json::json;
 #[path = "common/command.rs"]
 mod command;
 use command::{here, printed, refused};
+#[path = "common/normals.rs"]
+mod normals;
+use normals::normals;
 
 fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
     replay_within(dir, Bounds::F32)
@@ -119,12 +121,6 @@ fn write(dir: &Path, name: &str, config: &Config, tensors: &Tensors) {
     safetensors::write(dir.join(name), &out, &metadata).unwrap();
 }
 
-fn normals(image: u64, len: usize) -> Vec<f32> {
-    let mut out = vec![0.0; len];
-    Stream::new(11, Purpose::TrainNoise, image).normals(&mut out);
-    out
-}
-
 /// [n, c, h, w] to [n, h, w, c], or back with h * w and c exchanged.
 fn transpose(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let image = |x: &[f32]| {
@@ -163,10 +159,8 @@ impl<'a> Maker<'a> {
             .iter()
             .map(|(id, spec)| match spec.kind {
                 ParamKind::Gain => vec![0.4 + 0.05 * id.0 as f32 / table.len() as f32],
-                ParamKind::Weight { .. } => normals(100 + id.0 as u64, spec.numel()).iter().map(|x| 0.8 * x).collect(),
-                ParamKind::Freqs | ParamKind::Phases => {
-                    normals(100 + id.0 as u64, spec.numel()).iter().map(|x| 4.0 * x).collect()
-                }
+                ParamKind::Weight { .. } => normals(spec.numel(), 100 + id.0 as u64, 0.8),
+                ParamKind::Freqs | ParamKind::Phases => normals(spec.numel(), 100 + id.0 as u64, 4.0),
             })
             .collect();
         Self { dir, config, net, table, weights }
@@ -210,7 +204,7 @@ impl<'a> Maker<'a> {
 
     fn forward(&self) {
         let shape = vec![N, 3, HEIGHT, WIDTH];
-        let x = normals(1, N * 3 * HEIGHT * WIDTH);
+        let x = normals(N * 3 * HEIGHT * WIDTH, 1, 1.0);
         let mut b = self.backend(Normalization::Eval);
         let tx = b.upload([N, HEIGHT, WIDTH, 3], &transpose(&x, 3, HEIGHT * WIDTH));
         let sigma = b.upload([N, 1, 1, 1], &Self::sigmas());
@@ -239,7 +233,7 @@ impl<'a> Maker<'a> {
     fn step(&self, prefix: &str) -> (Cpu<f64>, Tensors) {
         let shape = vec![N, 3, HEIGHT, WIDTH];
         let len = 3 * HEIGHT * WIDTH;
-        let (clean, noise) = (normals(2, N * len), normals(3, N * len));
+        let (clean, noise) = (normals(N * len, 2, 1.0), normals(N * len, 3, 1.0));
         let noisy = clean.iter().zip(&noise).enumerate().map(|(i, (x, n))| x + Self::sigmas()[i / len] * n);
         let noisy: Vec<f32> = noisy.collect();
         let mut b = self.backend(Normalization::Train { rounds: 1 });

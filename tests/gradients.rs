@@ -10,7 +10,11 @@ use edm2k::backend::cpu::{Cpu, Tensor};
 use edm2k::backend::*;
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamId, ParamKind, ParamTable, mp_sum_weights};
-use edm2k::rng::{Purpose, Stream, mask_key};
+use edm2k::rng::mask_key;
+
+#[path = "common/normals.rs"]
+mod normals;
+use normals::normals;
 
 type B = Cpu<f64>;
 type T = Tensor<f64>;
@@ -19,10 +23,8 @@ const H: f64 = 1e-4;
 const BOUND: f64 = 1e-7;
 
 /// Random numbers, different for each seed.
-fn normals(seed: u64, len: usize) -> Vec<f64> {
-    let mut out = vec![0.0; len];
-    Stream::new(5, Purpose::TrainNoise, seed).normals(&mut out);
-    out.into_iter().map(f64::from).collect()
+fn random(len: usize, seed: u64) -> Vec<f64> {
+    normals(len, seed, 1.0).into_iter().map(f64::from).collect()
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -33,7 +35,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 fn check(name: &str, x: &[f64], grad: &[f64], mut loss: impl FnMut(&[f64]) -> f64) {
     assert_eq!(x.len(), grad.len(), "{name}: gradient of another size");
     for direction in 0..3 {
-        let d = normals(1000 + direction, x.len());
+        let d = random(x.len(), 1000 + direction);
         let mut at = |h: f64| loss(&x.iter().zip(&d).map(|(x, d)| x + h * d).collect::<Vec<_>>());
         let mut slope = |h: f64| (at(h) - at(-h)) / (2.0 * h);
         let numeric = (4.0 * slope(H) - slope(2.0 * H)) / 3.0;
@@ -55,7 +57,7 @@ struct Net {
 impl Net {
     fn new(table: &ParamTable) -> Self {
         let ids: Vec<_> = table.iter().map(|(id, _)| id).collect();
-        let values: Vec<_> = table.iter().map(|(id, spec)| normals(100 + id.0 as u64, spec.numel())).collect();
+        let values: Vec<_> = table.iter().map(|(id, spec)| random(spec.numel(), 100 + id.0 as u64)).collect();
         let mut net = Self { b: Cpu::for_training(table, 0), ids, values };
         for i in 0..net.ids.len() {
             let values = net.values[i].clone();
@@ -78,7 +80,7 @@ impl Net {
     }
 
     fn tensor(&self, seed: u64, shape: Shape) -> T {
-        self.b.tensor(shape, &normals(seed, shape.iter().product()))
+        self.b.tensor(shape, &random(shape.iter().product(), seed))
     }
 
     /// Gradients with respect to the stored weights, by an optimizer step that moves nothing.

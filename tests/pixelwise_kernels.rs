@@ -13,8 +13,11 @@ use bytemuck::Zeroable;
 use common::{Bench, Memory, assert_close, normals, read};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
-use edm2k::backend::gpu::structs::{self, LossParams, NoiseStream, StepScalars, StepTotals, WeightRow, WeightStep};
-use edm2k::backend::gpu::weights::{Effective, RowTable, Turned};
+use edm2k::backend::gpu::structs::{
+    self, Dropout, Elementwise, LogvarBackward, LossParams, Noise, NoiseStream, PixelNorm, PixelNormBackward,
+    PrecondInput, PrecondOutput, StepScalars, StepTotals, Upsample, WeightEffective, WeightRow, WeightStep, WeightTurn,
+};
+use edm2k::backend::gpu::weights::{RowTable, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{
     Backend, Logvar, LossInput, Masks, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
@@ -80,11 +83,13 @@ fn pixel_norm_and_its_gradient() {
             let twin = cpu.pixel_norm(&twin_x, down);
             let want = cpu.download(&twin).unwrap();
             let (y, y_silu) = (d.empty(shape), d.empty(shape));
-            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), y.ptr(), y_silu.ptr())]);
+            let memory = PixelNorm { x: x.ptr(), y: y.ptr(), silu: y_silu.ptr(), ..Zeroable::zeroed() };
+            d.run([&pixelwise::pixel_norm(d.precision, shape, down, memory)]);
             d.same16(&what, &y, &want);
             d.same16(&format!("mp_silu of {what}"), &y_silu, &silu(&want));
             let alone = d.empty(shape);
-            d.run([&pixelwise::pixel_norm(d.precision, shape, down, x.ptr(), alone.ptr(), DevicePtr::NULL)]);
+            let memory = PixelNorm { y: alone.ptr(), silu: DevicePtr::NULL, ..memory };
+            d.run([&pixelwise::pixel_norm(d.precision, shape, down, memory)]);
             assert_eq!(read::<u16>(&alone), read::<u16>(&y), "{what} without mp_silu");
 
             let (grad, g_values) = d.random(shape, 2, 1.0);
@@ -92,26 +97,23 @@ fn pixel_norm_and_its_gradient() {
             let (twin_g, twin_acc) = (cpu.upload(shape, &g_values), cpu.upload(large, &acc_values));
             for accumulate in [false, true] {
                 let out = if accumulate { acc.clone() } else { d.empty(large) };
-                let from = if accumulate { acc.ptr() } else { DevicePtr::NULL };
+                let memory = PixelNormBackward {
+                    x: x.ptr(),
+                    grad: grad.ptr(),
+                    acc: if accumulate { acc.ptr() } else { DevicePtr::NULL },
+                    out: out.ptr(),
+                    ..Zeroable::zeroed()
+                };
                 let twin = cpu.pixel_norm_backward(&twin_x, &twin_g, down, accumulate.then(|| twin_acc.clone()));
-                let launch =
-                    pixelwise::pixel_norm_backward(d.precision, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
-                d.run([&launch]);
+                d.run([&pixelwise::pixel_norm_backward(d.precision, shape, down, memory)]);
                 d.same16(&format!("gradient of {what}, acc {accumulate}"), &out, &cpu.download(&twin).unwrap());
             }
         }
         // A pixel of zeros has no direction: its gradient is the plain scaling by 1 / eps, as in the twin.
         let shape = [1, 1, 1, 8];
         let (x, grad, out) = (d.upload(&[0u16; 8]), d.random(shape, 4, 1e-3), d.empty(shape));
-        d.run([&pixelwise::pixel_norm_backward(
-            d.precision,
-            shape,
-            false,
-            x.ptr(),
-            grad.0.ptr(),
-            DevicePtr::NULL,
-            out.ptr(),
-        )]);
+        let memory = PixelNormBackward { x: x.ptr(), grad: grad.0.ptr(), out: out.ptr(), ..Zeroable::zeroed() };
+        d.run([&pixelwise::pixel_norm_backward(d.precision, shape, false, memory)]);
         let (zero, g) = (cpu.upload(shape, &[0.0; 8]), cpu.upload(shape, &grad.1));
         let twin = cpu.pixel_norm_backward(&zero, &g, false, None);
         d.same16("gradient at a pixel of zeros", &out, &cpu.download(&twin).unwrap());
@@ -126,14 +128,16 @@ fn upsampling_and_its_gradient() {
             let large = doubled(shape, true);
             let (x, x_values) = d.random(shape, 5, 1.0);
             let (y, y_silu) = (d.empty(large), d.empty(large));
-            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), y.ptr(), y_silu.ptr())]);
+            let memory = Upsample { from: x.ptr(), y: y.ptr(), silu: y_silu.ptr(), ..Zeroable::zeroed() };
+            d.run([&pixelwise::upsample(d.precision, shape, memory)]);
             let twin_x = cpu.upload(shape, &x_values);
             let twin = cpu.upsample(&twin_x);
             let want = cpu.download(&twin).unwrap();
             d.same32(&format!("upsample {shape:?}, a copy"), &d.read16(&y), &want, 0.0);
             d.same16(&format!("mp_silu of upsample {shape:?}"), &y_silu, &silu(&want));
             let alone = d.empty(large);
-            d.run([&pixelwise::upsample(d.precision, shape, x.ptr(), alone.ptr(), DevicePtr::NULL)]);
+            let memory = Upsample { y: alone.ptr(), silu: DevicePtr::NULL, ..memory };
+            d.run([&pixelwise::upsample(d.precision, shape, memory)]);
             assert_eq!(read::<u16>(&alone), read::<u16>(&y), "upsample {shape:?} without mp_silu");
 
             let (grad, g_values) = d.random(large, 6, 1.0);
@@ -164,7 +168,8 @@ fn activation_clip_and_combinations() {
             let twin = cpu.clip_backward(twin_g, &twin_y, 1.5);
             let want = cpu.download(&twin).unwrap();
             let y = d.upload(&clipped);
-            d.run([&pixelwise::clip_backward(d.precision, shape, grad.ptr(), y.ptr(), 1.5, grad.ptr())]);
+            let memory = Elementwise { a: y.ptr(), b: grad.ptr(), out: grad.ptr(), ..Zeroable::zeroed() };
+            d.run([&pixelwise::clip_backward(d.precision, shape, 1.5, memory)]);
             d.same32(&format!("gradient of clip {shape:?}, in place"), &d.read16(&grad), &want, 0.0);
 
             // Dropout, of images with keys of their own.
@@ -173,8 +178,17 @@ fn activation_clip_and_combinations() {
             let there = cpu.upload(shape, &x_values);
             let twin = cpu.dropout(&there, &masks, 5, masks.gain());
             let want = cpu.download(&twin).unwrap();
-            let rate = (masks.threshold(), 5, masks.gain());
-            d.run([&pixelwise::dropout(d.precision, shape, x.ptr(), d.upload(&keys).ptr(), rate, out.ptr())]);
+            let on_device = d.upload(&keys);
+            let memory = Dropout {
+                x: x.ptr(),
+                out: out.ptr(),
+                keys: on_device.ptr(),
+                layer: 5,
+                threshold: masks.threshold(),
+                factor: masks.gain() as f32,
+                ..Zeroable::zeroed()
+            };
+            d.run([&pixelwise::dropout(d.precision, shape, memory)]);
             d.same16(&format!("dropout {shape:?}"), &out, &want);
             let zeros = |values: &[f32]| values.iter().map(|&x| x == 0.0).collect::<Vec<_>>();
             assert_eq!(zeros(&d.read16(&out)), zeros(&want), "what is dropped of {shape:?}");
@@ -373,7 +387,8 @@ fn turned_weights() {
             first += cout * cin * taps;
         }
         let (from, to, table) = (d.upload(&effective), d.zeros(2 * values), d.upload(&tiles));
-        d.run(&[weights::turn(table.ptr(), tiles.len(), from.ptr(), to.ptr())]);
+        let memory = WeightTurn { tiles: table.ptr(), effective: from.ptr(), turned: to.ptr() };
+        d.run(&[weights::turn(tiles.len(), memory)]);
         assert!(read::<u16>(&to) == want, "{}: turned weights", d.name);
     });
 }
@@ -494,8 +509,14 @@ fn effective_weights_of_weights_and_averages() {
             let stored = layout.arena(&mut cpu, slot);
             let source = d.upload(&stored);
             let (effective, exact) = (d.zeros(2 * layout.values), d.zeros(4 * layout.exact_values));
-            let to = Effective { weights: effective.ptr(), exact: exact.ptr() };
-            d.run(&weights::make_effective(d.precision, &all, rows.ptr(), source.ptr(), how, to));
+            let memory = WeightEffective {
+                rows: rows.ptr(),
+                source: source.ptr(),
+                effective: effective.ptr(),
+                exact: exact.ptr(),
+                ..Zeroable::zeroed()
+            };
+            d.run(&weights::make_effective(d.precision, &all, how, memory));
             let (want, want_exact) = layout.effective(&stored, rounds);
             d.same16(&format!("effective weights of {slot:?}"), &effective, &want);
             d.same32("gains and buffers", &read(&exact), &want_exact, 0.0);
@@ -536,9 +557,8 @@ fn noise_has_the_bits_of_the_cpu() {
             let [streams, sigma, clean] = [d.upload(&streams), d.upload(&sigmas), d.upload(&clean)];
             for (clean, sigma, want) in [(clean.ptr(), sigma.ptr(), noisy), (DevicePtr::NULL, DevicePtr::NULL, noise)] {
                 let out = d.upload(&vec![f32::NAN; images * values]);
-                let (purpose, step) = (Purpose::Churn, 0xab_cdef);
-                let launch = precond::add_noise(images, values, purpose, step, streams.ptr(), clean, sigma, out.ptr());
-                d.run([&launch]);
+                let memory = Noise { clean, sigma, streams: streams.ptr(), noisy: out.ptr(), ..Zeroable::zeroed() };
+                d.run([&precond::add_noise(images, values, Purpose::Churn, 0xab_cdef, memory)]);
                 let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&read(&out)), bits(&want), "{images} images of {values}, {}", d.name);
             }
@@ -587,7 +607,8 @@ fn preconditioning_and_loss() {
                 let twin_x = cpu.upload([images, h, w, c], some);
                 let same = cpu.upload(shape, &some.repeat(n / images));
                 let out = d.empty([n, h, w, (c + 1).next_multiple_of(8)]);
-                d.run([&precond::precond_input(d.precision, shape, images, x.ptr(), sigma.ptr(), 0.5, out.ptr())]);
+                let memory = PrecondInput { x: x.ptr(), sigma: sigma.ptr(), out: out.ptr(), ..Zeroable::zeroed() };
+                d.run([&precond::precond_input(d.precision, shape, images, 0.5, memory)]);
                 let twin = cpu.precond_input(&twin_x, &twin_sigma, 0.5);
                 let want = cpu.download(&twin).unwrap();
                 let twin = cpu.precond_input(&same, &twin_sigma, 0.5);
@@ -597,17 +618,15 @@ fn preconditioning_and_loss() {
                 assert!(padding(&got, c + 1), "the padding of precond_input is zero");
 
                 let out = d.upload(&vec![f32::NAN; values]);
-                d.run([&precond::precond_output(
-                    d.precision,
-                    shape,
-                    images,
-                    x.ptr(),
-                    raw_memory.ptr(),
-                    sigma.ptr(),
-                    gain.ptr(),
-                    0.5,
-                    out.ptr(),
-                )]);
+                let memory = PrecondOutput {
+                    x: x.ptr(),
+                    raw: raw_memory.ptr(),
+                    sigma: sigma.ptr(),
+                    gain: gain.ptr(),
+                    out: out.ptr(),
+                    ..Zeroable::zeroed()
+                };
+                d.run([&precond::precond_output(d.precision, shape, images, 0.5, memory)]);
                 let twin = cpu.precond_output(&twin_x, &twin_raw, &twin_sigma, gain_id, 0.5);
                 let want = cpu.download(&twin).unwrap();
                 let twin = cpu.precond_output(&same, &twin_raw, &twin_sigma, gain_id, 0.5);
@@ -680,17 +699,16 @@ fn logvar_and_its_gradient() {
             let sigmas: Vec<f32> = (0..n).map(|i| 0.002 * 1.3f32.powi(i as i32)).collect();
             let sigma = d.upload(&sigmas);
             let (features, logvar) = (d.zeros(4 * 136 * n), d.zeros(4 * n));
-            let params = structs::Logvar {
+            let memory = structs::Logvar {
                 sigma: sigma.ptr(),
                 freqs: f.ptr(),
                 phases: p.ptr(),
                 weight: w.ptr(),
                 features: features.ptr(),
                 logvar: logvar.ptr(),
-                channels: 136,
-                padding: 0,
+                ..Zeroable::zeroed()
             };
-            d.run([&precond::logvar(d.precision, n, &params)]);
+            d.run([&precond::logvar(d.precision, n, 136, memory)]);
             let twin_sigma = cpu.upload([n, 1, 1, 1], &sigmas);
             let (twin_features, twin_logvar) = cpu.logvar(&layer, &twin_sigma);
             d.same32("Fourier features", &read(&features), &cpu.download(&twin_features).unwrap(), F32);
@@ -700,8 +718,13 @@ fn logvar_and_its_gradient() {
             let grads = normals(n, 96, 1.0);
             let start = accumulated(&mut cpu, weight);
             let (grad, out) = (d.upload(&grads), d.upload(&start));
-            let (features, grad) = (features.ptr(), grad.ptr());
-            d.run([&precond::logvar_backward(n, 136, features, grad, out.ptr())]);
+            let memory = LogvarBackward {
+                features: features.ptr(),
+                grad: grad.ptr(),
+                grad_weight: out.ptr(),
+                ..Zeroable::zeroed()
+            };
+            d.run([&precond::logvar_backward(n, 136, memory)]);
             let twin_grad = cpu.upload([n, 1, 1, 1], &grads);
             cpu.logvar_backward(&layer, &twin_features, &twin_grad);
             d.same32("gradient of the logvar layer", &read(&out), &accumulated(&mut cpu, weight), F32);

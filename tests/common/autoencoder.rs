@@ -1,33 +1,29 @@
 //! Small autoencoders with random weights, under the names of their files.
 #![allow(dead_code)] // each test takes a part
 
+mod normals;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use edm2k::formats::safetensors::{self, Dtype};
-use edm2k::rng::{Purpose, Stream};
+pub use normals::normals;
 
 /// Shape and values by name.
 pub type File = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
-
-pub fn normals(len: usize, key: u64) -> Vec<f32> {
-    let mut values = vec![0.0; len];
-    Stream::new(7, Purpose::Init, key).normals(&mut values);
-    values
-}
 
 /// Adds a layer with weights that keep magnitudes, and a bias or norm that is not nothing.
 fn layer(file: &mut File, name: &str, shape: &[usize], bias: bool) {
     let key = file.len() as u64;
     let fan_in: usize = shape[1..].iter().product();
-    let weight = normals(shape.iter().product(), key).into_iter();
+    let weight = normals(shape.iter().product(), key, 1.0).into_iter();
     let weight = match shape.len() {
         1 => weight.map(|x| 1.0 + 0.3 * x).collect(),
         _ => weight.map(|x| x / (fan_in as f32).sqrt()).collect(),
     };
     file.insert(format!("{name}.weight"), (shape.to_vec(), weight));
     if bias {
-        let values = normals(shape[0], key + 1000).into_iter().map(|x| 0.3 * x).collect();
+        let values = normals(shape[0], key + 1000, 0.3);
         file.insert(format!("{name}.bias"), (vec![shape[0]], values));
     }
 }

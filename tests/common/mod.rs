@@ -1,7 +1,8 @@
 //! What kernels are tested on: the emulator (feature `emulator`), and a GPU where there is one (feature `cuda`).
-#![allow(dead_code)] // each test takes a part
+#![allow(dead_code, unused_imports)] // each test takes a part
 
 mod close;
+mod normals;
 
 use std::rc::Rc;
 
@@ -13,10 +14,10 @@ use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 #[cfg(feature = "cuda")]
 use edm2k::backend::gpu::runtime;
 use edm2k::backend::gpu::runtime::Runtime;
-use edm2k::rng::{Purpose, Stream};
 use half::{bf16, f16};
 
 pub use close::assert_close;
+pub use normals::normals;
 
 /// The first GPU, or none and the reason printed. EDM2K_NO_GPU=1 leaves it alone.
 #[cfg(feature = "cuda")]
@@ -297,13 +298,6 @@ pub fn padded(channels: usize) -> usize {
 pub fn in_rows<T: bytemuck::Zeroable + Copy>(values: &[T], channels: usize) -> Vec<T> {
     let row = |row: &[T]| [row, &vec![T::zeroed(); padded(channels) - channels]].concat();
     values.chunks(channels).flat_map(row).collect()
-}
-
-pub fn normals(n: usize, seed: u64, size: f32) -> Vec<f32> {
-    let mut values = vec![0.0; n];
-    Stream::new(seed, Purpose::Init, 0).normals(&mut values);
-    values.iter_mut().for_each(|x| *x *= size);
-    values
 }
 
 pub fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {

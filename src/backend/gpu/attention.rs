@@ -2,9 +2,10 @@
 //!
 //! Channels of `qkv` are in the kernels' order: all of q, then k, then v, each by head (see [`row_of`]).
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision, int};
 use super::structs::AttentionParams;
 use super::tables::attention::{FORWARD, GRAD_KV, GRAD_Q, QUERIES, RESIDENT, SPLIT};
+use bytemuck::Zeroable;
 
 /// Instances of a kernel: channels of a head, warps of a block, blocks of a multiprocessor.
 type Instances = [[usize; 3]];
@@ -83,7 +84,7 @@ impl Attention {
 
     /// Writes `out` [images, tokens, heads * head_size] from `qkv` [images, tokens, 3 * heads * head_size].
     pub fn forward(&self, qkv: DevicePtr, out: DevicePtr) -> Launch {
-        let params = self.params(qkv, DevicePtr::NULL, out, DevicePtr::NULL);
+        let params = AttentionParams { qkv, out, ..Zeroable::zeroed() };
         let warp_rows = if self.head_size == 128 { 16 } else { 32 };
         if self.images * self.heads * self.tokens.div_ceil(6 * warp_rows) < FEW_BLOCKS {
             let warps = self.warps(&SPLIT, warp_rows);
@@ -96,23 +97,18 @@ impl Attention {
         self.launch(&format!("forward_{warps}"), warps, rows, self.stages(2, rows * self.row()), params)
     }
 
-    /// Writes `grad_qkv`, of the shape of `qkv`, from `grad` of the shape of the result; `scratch` has
+    /// Writes `out`, the gradient of `qkv` and of its shape, from `grad_out` of the shape of the result; `sums` has
     /// [`Attention::scratch_bytes`]. The launches run in this order.
-    pub fn backward(&self, qkv: DevicePtr, grad: DevicePtr, grad_qkv: DevicePtr, scratch: DevicePtr) -> [Launch; 2] {
-        let params = self.params(qkv, grad, grad_qkv, scratch);
+    pub fn backward(&self, memory: AttentionParams) -> [Launch; 2] {
         let [q_warps, kv_warps] = [self.warps(&GRAD_Q, 16), self.warps(&GRAD_KV, 16)];
         let [q_rows, kv_rows] = [16 * q_warps, 16 * kv_warps];
         let shared = self.stages(RESIDENT, 2 * q_rows * self.row());
         let stage = 2 * QUERIES * self.row() + QUERIES * 8;
         let kv_shared = stage + stage.max(2 * kv_rows * self.row());
         [
-            self.launch(&format!("grad_q_{q_warps}"), q_warps, q_rows, shared, params),
-            self.launch("grad_kv", kv_warps, kv_rows, kv_shared, params),
+            self.launch(&format!("grad_q_{q_warps}"), q_warps, q_rows, shared, memory),
+            self.launch("grad_kv", kv_warps, kv_rows, kv_shared, memory),
         ]
-    }
-
-    fn params(&self, qkv: DevicePtr, grad_out: DevicePtr, out: DevicePtr, sums: DevicePtr) -> AttentionParams {
-        AttentionParams { qkv, grad_out, out, sums, tokens: self.tokens as i32, heads: self.heads as i32 }
     }
 
     /// Bytes of a token's q.
@@ -129,10 +125,10 @@ impl Attention {
     }
 
     /// A launch of blocks of `rows` tokens.
-    fn launch(&self, kernel: &str, warps: usize, rows: usize, shared: usize, params: AttentionParams) -> Launch {
+    fn launch(&self, kernel: &str, warps: usize, rows: usize, shared: usize, memory: AttentionParams) -> Launch {
         let kernel = format!("attention_{kernel}_{}_c{}", self.precision.name(), self.head_size);
-        let grid = [self.tokens.div_ceil(rows) as u32, self.heads as u32, self.images as u32];
-        Launch::new(kernel, grid, warps as u32 * 32, shared as u32, &params)
+        let params = AttentionParams { tokens: int(self.tokens), heads: int(self.heads), ..memory };
+        Launch::new(kernel, [self.tokens.div_ceil(rows), self.heads, self.images], warps * 32, shared, &params)
     }
 }
 

@@ -129,24 +129,19 @@ pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cou
     Question { kernels: Kernels::new(Kind::Codec, math, card, &[cin], columns), taps, product }
 }
 
-/// y = residual + bias + conv of x [n, h, w, cin], and at least 0 if so asked. `weight` is from [`pack`], `bias` is f32
-/// with padded channels; `residual` has the shape of the result and may be `y`. Where x, weight and bias are padded
+/// y = residual + bias + conv of x [n, h, w, cin], and at least 0 if `memory` says `relu`. `weight` is from [`pack`], `bias` is
+/// f32 with padded channels; `residual` has the shape of the result and may be `y`. Where x, weight and bias are padded
 /// with zeros, so is y.
 ///
 /// # Errors
 /// A shape beyond the kernels' limits.
-#[allow(clippy::too_many_arguments, reason = "the operation has them")]
 pub fn convolve(
     math: Math,
     by: impl Into<Chooser>,
     reach: Reach,
     shape: Shape,
     cout: usize,
-    x: DevicePtr,
-    (weight, bias): (DevicePtr, DevicePtr),
-    residual: Option<DevicePtr>,
-    relu: bool,
-    y: DevicePtr,
+    memory: CodecConv,
 ) -> Result<Vec<Launch>, ShapeError> {
     let Window { side, stride, before, phases } = Window::of(reach);
     let [n, h, w, cin] = shape;
@@ -163,11 +158,6 @@ pub fn convolve(
     let choice = by.choose(&question);
     let (kernel, tile) = (question.kernels.instance(choice.tile), choice.tile);
     let params = CodecConv {
-        x,
-        weight,
-        bias,
-        residual: residual.unwrap_or_default(),
-        y,
         pixels: int(pixels),
         height: int(h),
         width: int(w),
@@ -179,23 +169,21 @@ pub fn convolve(
         stride: int(stride),
         before: int(before),
         phases: int(phases),
-        relu: relu.into(),
-        phase: 0,
-        padding: 0,
+        ..memory
     };
     let precision = math.precision;
     if !question.kernels.hopper {
-        let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases].map(|x| int(x) as u32);
+        let grid = [pixels.div_ceil(tile.m), cout.div_ceil(tile.n), phases];
         return Ok(vec![Launch::new(kernel, grid, tile.threads, tile.shared, &params)]);
     }
     let launch = |phase: usize| {
         let product = Pixels {
             precision,
-            x: Images { at: x, n, h, w, channels: cin },
+            x: Images { at: memory.x, n, h, w, channels: cin },
             skip: None,
             main: None,
             window: conv_hopper::Window { side, up: before - phase / 2, left: before - phase % 2 },
-            weight: weight.offset(phase * cout * side * side * cin * 2),
+            weight: memory.weight.offset(phase * cout * side * side * cin * 2),
             columns: cout,
             tiles_m: pixels.div_ceil(tile.m),
         };
@@ -235,7 +223,7 @@ pub fn normalise(
         padding: 0,
     };
     let kernel = precision.pick(["codec_normalise_f16", "codec_normalise_bf16"]);
-    Ok(Some(Launch::over(kernel, n * image, NORM_THREADS as u32, &params)))
+    Ok(Some(Launch::over(kernel, n * image, NORM_THREADS, &params)))
 }
 
 /// Pixels of a chunk, and chunks of an image.
@@ -249,20 +237,17 @@ pub fn group_norm_scratch([n, h, w, c]: Shape) -> usize {
     n * chunks(h * w).1 * 2 * padded(c) * 4
 }
 
-/// Scale and shift f32 [n, 1, 2, c] of the group norm of x, given weight and bias f32 [1, 1, 2, c].
+/// `scales`, which are scale and shift f32 [n, 1, 2, c], of the group norm of x, given weight and bias in `affine`, f32
+/// [1, 1, 2, c]. `sums` is of [`group_norm_scratch`] bytes.
 ///
 /// # Errors
 /// As [`convolve`], or groups that do not divide the channels.
-#[allow(clippy::too_many_arguments, reason = "the operation has them")]
 pub fn group_norm(
     precision: Precision,
     shape: Shape,
     groups: usize,
     eps: f64,
-    x: DevicePtr,
-    affine: DevicePtr,
-    scales: DevicePtr,
-    scratch: DevicePtr,
+    memory: CodecNorm,
 ) -> Result<[Launch; 2], ShapeError> {
     check(shape)?;
     let [n, h, w, channels] = shape;
@@ -271,10 +256,6 @@ pub fn group_norm(
     }
     let ((chunk, chunks), vectors) = (chunks(h * w), padded(channels) / 8);
     let params = CodecNorm {
-        x,
-        affine,
-        sums: scratch,
-        scales,
         pixels: int(h * w),
         chunk: int(chunk),
         chunks: int(chunks),
@@ -282,13 +263,13 @@ pub fn group_norm(
         channels: int(channels),
         groups: int(groups),
         eps: eps as f32,
-        padding: 0,
+        ..memory
     };
     let sums = precision.pick(["codec_sums_f16", "codec_sums_bf16"]);
-    let grid = [chunks, vectors.div_ceil(NORM_VECTORS), n].map(|x| int(x) as u32);
+    let grid = [chunks, vectors.div_ceil(NORM_VECTORS), n];
     Ok([
-        Launch::new(sums, grid, NORM_THREADS as u32, 0, &params),
-        Launch::new("codec_scales_f32", [groups as u32, n as u32, 1], NORM_THREADS as u32, 0, &params),
+        Launch::new(sums, grid, NORM_THREADS, 0, &params),
+        Launch::new("codec_scales_f32", [groups, n, 1], NORM_THREADS, 0, &params),
     ])
 }
 
@@ -309,9 +290,9 @@ pub fn self_attention(
     let scale = (std::f64::consts::LOG2_E / (c as f64).sqrt()) as f32;
     let params = CodecAttention { qkv, out, tokens: int(h * w), channels: int(c), scale, padding: 0 };
     let shared = (QUERIES + KEYS) * width * 2 + (KEYS * width * 2).max(SCORES);
-    let grid = [(h * w).div_ceil(QUERIES) as u32, n as u32, 1];
+    let grid = [(h * w).div_ceil(QUERIES), n, 1];
     let kernel = format!("codec_attention_{}_c{width}", precision.name());
-    Ok(Launch::new(kernel, grid, ATTENTION_THREADS as u32, shared as u32, &params))
+    Ok(Launch::new(kernel, grid, ATTENTION_THREADS, shared, &params))
 }
 
 /// 32-bit words that [`bytes`] writes for so many pixels: those of the bytes, and one of each block, which says whether
@@ -328,7 +309,7 @@ pub fn bytes(precision: Precision, pixels: usize, x: DevicePtr, [scale, shift]: 
     let params =
         CodecBytes { x, words: to, strange: to.offset(4 * words), pixels: int(pixels), scale, shift, padding: 0 };
     let kernel = precision.pick(["codec_bytes_f16", "codec_bytes_bf16"]);
-    Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), BYTES_THREADS as u32, &params)
+    Launch::over(kernel, pixels.div_ceil(BYTES_PIXELS), BYTES_THREADS, &params)
 }
 
 #[cfg(test)]

@@ -204,6 +204,11 @@ impl Kernel {
         self.choice.splits > 1 && !self.question.kernels.in_clusters()
     }
 
+    /// Where the parts go, if there are several.
+    fn parts(&self, scratch: DevicePtr) -> DevicePtr {
+        if self.in_parts() { scratch } else { DevicePtr::NULL }
+    }
+
     /// Bytes of the f32 sums of all parts, if there are several.
     fn partial_bytes(&self, values: usize) -> usize {
         if self.in_parts() { self.choice.splits * values * 4 } else { 0 }
@@ -212,14 +217,13 @@ impl Kernel {
     /// A launch of the loop for every card.
     fn launch(&self, grid: [usize; 2], params: &impl NoUninit) -> Launch {
         let Choice { tile, splits, .. } = self.choice;
-        let grid = [int(grid[0]) as u32, int(grid[1]) as u32, int(splits) as u32];
-        Launch::new(self.name(), grid, tile.threads, tile.shared, params)
+        Launch::new(self.name(), [grid[0], grid[1], splits], tile.threads, tile.shared, params)
     }
 }
 
 /// A launch of a second pass, which adds up the parts of a weight's gradient, or the tiles' sums.
-fn pass(kernel: String, grid: [usize; 2], threads: u32, params: &impl NoUninit) -> Launch {
-    Launch::new(kernel, [int(grid[0]) as u32, int(grid[1]) as u32, 1], threads, 0, params)
+fn pass(kernel: &'static str, grid: [usize; 2], threads: usize, params: &impl NoUninit) -> Launch {
+    Launch::new(kernel, [grid[0], grid[1], 1], threads, 0, params)
 }
 
 /// A forward convolution (`conv`, `conv_scale_silu`, `conv_mp_sum`, `convs_mp_sum` of [`crate::backend::NetworkBackend`]).
@@ -275,15 +279,14 @@ impl Fprop {
 
     /// Writes y [n, h, w, cout]; and where `act` is given, mp_silu(factor * y) to its address. x [n, h, w, ca] and skip
     /// [n, h, w, cb] are what the convolution multiplies. Where the operand goes through `mp_silu`, pass the activated
-    /// tensors. Where it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`.
+    /// tensors. Where it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`. Beside that and y,
+    /// `memory` has `partial` of [`Fprop::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`].
     pub fn launch(
         &self,
         (x, skip): (DevicePtr, Option<DevicePtr>),
-        weight: DevicePtr,
         epilogue: Epilogue,
-        y: DevicePtr,
         act: Option<(DevicePtr, f32)>,
-        memory: Memory,
+        memory: ConvFprop,
     ) -> Result<Launch, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
@@ -317,17 +320,14 @@ impl Fprop {
         let params = ConvFprop {
             x,
             skip,
-            weight,
             main_x: main_x.at,
             main_skip: main_skip.at,
             main_weight: main.map_or(DevicePtr::NULL, |main| main.weight),
             scale: scale.all,
             residual,
-            y,
             pre: pre.unwrap_or(DevicePtr::NULL),
             act: act.map_or(DevicePtr::NULL, |a| a.0),
-            partial: if self.kernel.in_parts() { memory.scratch } else { DevicePtr::NULL },
-            arrived: memory.arrived,
+            partial: self.kernel.parts(memory.partial),
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -349,11 +349,12 @@ impl Fprop {
             to_main,
             clip: clip.unwrap_or(f32::INFINITY),
             act_scale: act.map_or(1.0, |a| a.1),
-            padding: 0,
+            ..memory
         };
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
         Ok(if self.kernel.hopper() {
-            let product = self.kernel.pixels(shape, [x, skip], [shape.ca, shape.cb], weight, shape.cout, tiles_m);
+            let channels = [shape.ca, shape.cb];
+            let product = self.kernel.pixels(shape, [x, skip], channels, memory.weight, shape.cout, tiles_m);
             let product = Pixels { main, ..product };
             conv_hopper::pixels(self.kernel.name(), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
@@ -362,17 +363,8 @@ impl Fprop {
     }
 }
 
-/// Memory that a convolution works in.
-#[derive(Clone, Copy, Debug)]
-pub struct Memory {
-    /// As many bytes as the convolution asks for, of any content.
-    pub scratch: DevicePtr,
-    /// [`ARRIVED_BYTES`] of zeros, which the kernel leaves as zeros. So one such buffer serves all convolutions that
-    /// run one after the other.
-    pub arrived: DevicePtr,
-}
-
-/// Bytes of a counter for each tile whose sum may come in parts.
+/// Bytes of `arrived`: a counter for each tile whose sum may come in parts. They are zeros, and the kernel leaves them as
+/// zeros. So one such buffer serves all convolutions that run one after the other.
 pub const ARRIVED_BYTES: usize = tiles::MAX_SPLIT_TILES * 4;
 
 /// Through what the gradient of a convolution's input goes on.
@@ -441,21 +433,11 @@ impl Dgrad {
     }
 
     /// Writes gx [n, h, w, ca] and gskip [n, h, w, cb]: the gradients of `gain` times the convolution, from grad
-    /// [n, h, w, cout], plus `acc.1` times tensors of the same shapes (which may be gx and gskip). `turned`
+    /// [n, h, w, cout], plus `acc_factor` times acc_x and acc_skip of the same shapes (which may be gx and gskip). `turned`
     /// `[ca + cb][taps][cout]` is the weight transposed, with its taps in reverse. Where the scales of the inputs are
-    /// in it, those of `inputs` must be 1. With [`Through::Linear`] the tensors of `inputs` are not read.
-    #[allow(clippy::too_many_arguments, reason = "the operation has them, as in the Backend trait")]
-    pub fn launches(
-        &self,
-        grad: DevicePtr,
-        turned: DevicePtr,
-        gain: f32,
-        inputs: Inputs,
-        through: Through,
-        acc: Option<([DevicePtr; 2], f32)>,
-        (gx, gskip): (DevicePtr, DevicePtr),
-        memory: Memory,
-    ) -> Result<Vec<Launch>, ConvError> {
+    /// in it, those of `inputs` must be 1. With [`Through::Linear`] the tensors of `inputs` are not read. `memory` has
+    /// these, gain and acc_factor, `partial` of [`Dgrad::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`].
+    pub fn launches(&self, inputs: Inputs, through: Through, memory: ConvDgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let (scale, scale_grad) = match through {
@@ -470,19 +452,12 @@ impl Dgrad {
         let tiles_m = self.tiles_per_group();
         let partial = self.kernel.partial_bytes(shape.pixels() * shape.cin());
         let params = ConvDgrad {
-            grad,
-            turned,
             x: if linear { DevicePtr::NULL } else { inputs.x },
             skip: if linear { DevicePtr::NULL } else { skip },
-            acc_x: acc.map_or(DevicePtr::NULL, |a| a.0[0]),
-            acc_skip: acc.map_or(DevicePtr::NULL, |a| a.0[1]),
             scale: scale.map_or(DevicePtr::NULL, |s| s.all),
-            gx,
-            gskip,
             scale_grad,
-            sums: if self.scaled { memory.scratch.offset(partial) } else { DevicePtr::NULL },
-            partial: if self.kernel.in_parts() { memory.scratch } else { DevicePtr::NULL },
-            arrived: memory.arrived,
+            sums: if self.scaled { memory.partial.offset(partial) } else { DevicePtr::NULL },
+            partial: self.kernel.parts(memory.partial),
             tiles: PixelTiles {
                 height: int(shape.h),
                 width: int(shape.w),
@@ -499,20 +474,19 @@ impl Dgrad {
             splits: int(splits),
             x_scale: inputs.x_scale,
             skip_scale,
-            gain,
-            acc_factor: acc.map_or(0.0, |a| a.1),
+            ..memory
         };
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
         let mut launches = vec![if self.kernel.hopper() {
-            let product =
-                self.kernel.pixels(shape, [grad, DevicePtr::NULL], [shape.cout, 0], turned, shape.cin(), grid[0]);
+            let read = [memory.grad, DevicePtr::NULL];
+            let product = self.kernel.pixels(shape, read, [shape.cout, 0], memory.turned, shape.cin(), grid[0]);
             conv_hopper::pixels(self.kernel.name(), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
             self.kernel.launch(grid, &params)
         }];
         if self.scaled {
             let grid = [shape.ca.div_ceil(128), shape.n];
-            launches.push(pass("conv_dgrad_scale_sums".into(), grid, 128, &params));
+            launches.push(pass("conv_dgrad_scale_sums", grid, 128, &params));
         }
         Ok(launches)
     }
@@ -556,23 +530,15 @@ impl Wgrad {
     }
 
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
-    /// convolution multiplied, as in [`Fprop::launch`], with their factors.
-    pub fn launches(
-        &self,
-        inputs: Inputs,
-        grad: DevicePtr,
-        gain: f32,
-        dw: DevicePtr,
-        scratch: DevicePtr,
-    ) -> Result<Vec<Launch>, ConvError> {
+    /// convolution multiplied, as in [`Fprop::launch`], with their factors. `memory` has gain too, and `partial` of
+    /// [`Wgrad::scratch_bytes`].
+    pub fn launches(&self, inputs: Inputs, memory: ConvWgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let params = ConvWgrad {
             x: inputs.x,
             skip,
-            grad,
-            dw,
-            partial: if self.kernel.in_parts() { scratch } else { DevicePtr::NULL },
+            partial: self.kernel.parts(memory.partial),
             height: int(shape.h),
             width: int(shape.w),
             pixels: int(shape.pixels()),
@@ -584,20 +550,20 @@ impl Wgrad {
             splits: int(splits),
             x_scale: inputs.x_scale,
             skip_scale,
-            gain,
+            ..memory
         };
         let grid = [shape.cout.div_ceil(tile.m), (shape.taps * shape.cin()).div_ceil(tile.n)];
         let mut launches = vec![if self.kernel.hopper() {
             let images = |at, channels| shape.images(at, channels);
             let skip = (shape.cb > 0).then(|| images(skip, shape.cb));
-            let tensors = (images(inputs.x, shape.ca), skip, images(grad, shape.cout));
+            let tensors = (images(inputs.x, shape.ca), skip, images(memory.grad, shape.cout));
             let Kernel { precision, choice, .. } = &self.kernel;
             conv_hopper::weights(self.kernel.name(), *precision, tensors, shape.taps, choice, &params)
         } else {
             self.kernel.launch(grid, &params)
         }];
         if splits > 1 {
-            launches.push(pass("conv_wgrad_reduce".into(), [(self.values() / 8).div_ceil(256), 1], 256, &params));
+            launches.push(pass("conv_wgrad_reduce", [(self.values() / 8).div_ceil(256), 1], 256, &params));
         }
         Ok(launches)
     }

@@ -69,20 +69,20 @@ fn images(precision: Precision, x: &Images, window: Window, pixels: usize) -> Te
     let Images { at, n, h, w, channels } = *x;
     let row = 2 * channels as u64;
     if window.side == 1 {
-        let (size, tile) = ([channels as u32, (n * h * w) as u32], [STEP as u32, pixels as u32]);
+        let (size, tile) = ([channels, n * h * w].map(int), [STEP, pixels].map(int));
         return TensorMapSpec::Tiled { at, precision, size, stride: row, tile };
     }
-    let corner = [-(window.left as i32), -(window.up as i32)];
+    let corner = [window.left, window.up].map(|x| -int::<i32>(x));
     TensorMapSpec::Im2col {
         at,
         precision,
-        size: [channels, w, h, n].map(|size| size as u32),
+        size: [channels, w, h, n].map(int),
         strides: [row, row * w as u64, row * (w * h) as u64],
         lower: corner,
         // The corners lie so that as many pixels are visited as the image has.
         upper: corner,
-        channels: STEP as u32,
-        pixels: pixels as u32,
+        channels: int(STEP),
+        pixels: int(pixels),
     }
 }
 
@@ -122,9 +122,9 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
     let weight = |at, row: usize| TensorMapSpec::Tiled {
         at,
         precision: p.precision,
-        size: [row as u32, p.columns as u32],
+        size: [row, p.columns].map(int),
         stride: 2 * row as u64,
-        tile: [STEP as u32, tile.n as u32],
+        tile: [STEP, tile.n].map(int),
     };
     let of = |x: &Images, window| images(p.precision, x, window, tile.m);
     let mut maps = vec![
@@ -140,8 +140,8 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
     }
     // Without parts a block takes many tiles in turn; with them a cluster takes one.
     let blocks = if splits > 1 { tiles } else { tiles.min(card.sms.max(1)) };
-    Launch::with_maps(kernel, [blocks as u32, 1, 1], tile.threads, tile.shared, behind(&params, conv), maps)
-        .in_clusters_of(splits as u32)
+    Launch::with_maps(kernel, [blocks, 1, 1], tile.threads, tile.shared, behind(&params, conv), maps)
+        .in_clusters_of(splits)
 }
 
 /// A launch of the gradient of a weight, from pixels of `x`, `skip` and `grad`.
@@ -160,7 +160,7 @@ pub(super) fn weights<P: NoUninit>(
         vec![(offset_of!(HopperWgrad, grad), of(&grad, Window::same(1))), (offset_of!(HopperWgrad, x), of(&x, window))];
     maps.extend(skip.map(|skip| (offset_of!(HopperWgrad, skip), of(&skip, window))));
     let columns = taps * (x.channels + skip.map_or(0, |skip| skip.channels));
-    let grid = [grad.channels.div_ceil(tile.m), columns.div_ceil(tile.n), splits].map(|blocks| blocks as u32);
+    let grid = [grad.channels.div_ceil(tile.m), columns.div_ceil(tile.n), splits];
     let params = behind(&[TensorMap::zeroed(); 3], conv);
     Launch::with_maps(kernel, grid, tile.threads, tile.shared, params, maps)
 }

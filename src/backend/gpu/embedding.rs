@@ -4,11 +4,9 @@
 //! Per-image vectors are f32 `[n, channels]` without padding. Effective weights are 16 bits and their
 //! gradients f32, rows padded by zeros to a multiple of 8 values, as in [`weights`](super::weights).
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision, int};
 use super::structs::{EmbScales, EmbScalesBackward, EmbedBackward, EmbedParams, ScaleTile};
 use super::tables::embedding::{CHUNK, EMBED_ROWS, EMBED_WARPS, IMAGES, TILE};
-use super::weights::Effective;
-use crate::backend::Embedding;
 use crate::params::mp_sum_weights;
 
 /// The most Fourier features that fit: a block reads the weight once for several images, whose features may take 48 KB.
@@ -16,19 +14,13 @@ pub const MAX_FEATURES: usize = (48 << 10) / 4 / IMAGES;
 
 // ---- embed ------------------------------------------------------------------------------------------
 
-/// The embedding's parameters on the device.
+/// The sizes of the embedding's layers.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedLayers {
-    /// Frequencies `[noise_channels]`, f32.
-    pub freqs: DevicePtr,
-    /// Phases `[noise_channels]`, f32.
-    pub phases: DevicePtr,
-    /// Effective weight [emb_channels, noise_channels].
-    pub noise: DevicePtr,
-    /// That of the labels, unless unconditional.
-    pub label: Option<LabelLayer>,
     /// Fourier features, at most [`MAX_FEATURES`].
     pub noise_channels: usize,
+    /// The label's layer, unless unconditional.
+    pub label: Option<LabelLayer>,
     /// Channels of the embedding.
     pub emb_channels: usize,
 }
@@ -36,8 +28,6 @@ pub struct EmbedLayers {
 /// The label's layer.
 #[derive(Clone, Copy, Debug)]
 pub struct LabelLayer {
-    /// Effective weight [emb_channels, channels].
-    pub weight: DevicePtr,
     /// Values of a label.
     pub channels: usize,
     /// Weight of the label in the `mp_sum`.
@@ -53,78 +43,45 @@ impl EmbedLayers {
     }
 }
 
-/// Writes `to` from the noise levels `sigma` `[n]` and `labels` [rows, channels]. Where there are fewer rows than noise
-/// levels, they are taken in turn. Labels of [`DevicePtr::NULL`] are zeros.
-pub fn embed(
-    p: Precision,
-    n: usize,
-    layers: &EmbedLayers,
-    sigma: DevicePtr,
-    (labels, label_rows): (DevicePtr, usize),
-    to: &Embedding<DevicePtr>,
-) -> Launch {
+/// Writes `features`, `pre` and `emb` from the noise levels `sigma` `[n]` and `labels` [label_rows, channels]. Where there
+/// are fewer rows than noise levels, they are taken in turn. Labels of [`DevicePtr::NULL`] are zeros.
+pub fn embed(p: Precision, n: usize, layers: &EmbedLayers, label_rows: usize, memory: EmbedParams) -> Launch {
     let shared = layers.noise_channels.next_multiple_of(4) * IMAGES * 4;
     assert!(layers.noise_channels <= MAX_FEATURES, "{} noise channels", layers.noise_channels);
     let (noise_factor, label_factor) = layers.factors();
-    let (label, labels, label_channels) = match layers.label {
-        Some(label) => (label.weight, labels, label.channels),
-        None => (DevicePtr::NULL, DevicePtr::NULL, 0),
-    };
     let params = EmbedParams {
-        sigma,
-        freqs: layers.freqs,
-        phases: layers.phases,
-        noise: layers.noise,
-        label,
-        labels,
-        features: to.features,
-        pre: to.pre,
-        emb: to.emb,
-        images: n as i32,
-        noise_channels: layers.noise_channels as i32,
-        label_channels: label_channels as i32,
-        emb_channels: layers.emb_channels as i32,
+        labels: layers.label.map_or(DevicePtr::NULL, |_| memory.labels),
+        images: int(n),
+        noise_channels: int(layers.noise_channels),
+        label_channels: int(layers.label.map_or(0, |label| label.channels)),
+        emb_channels: int(layers.emb_channels),
         noise_factor,
         label_factor,
-        label_rows: label_rows.max(1) as i32,
-        padding: 0,
+        label_rows: int(label_rows.max(1)),
+        ..memory
     };
-    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS * EMBED_WARPS) as u32, n.div_ceil(IMAGES) as u32, 1];
-    Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared as u32, &params)
+    let grid = [layers.emb_channels.div_ceil(EMBED_ROWS * EMBED_WARPS), n.div_ceil(IMAGES), 1];
+    Launch::new(p.pick(["embed_f16", "embed_bf16"]), grid, 128, shared, &params)
 }
 
 /// Adds the gradients of the layers' weights to `grad_noise` and, unless `labels` is null, to
 /// `grad_label`, from what [`embed`] wrote, its `labels`, and the gradient of its `emb`.
-pub fn embed_backward(
-    n: usize,
-    layers: &EmbedLayers,
-    e: &Embedding<DevicePtr>,
-    labels: DevicePtr,
-    grad_emb: DevicePtr,
-    grad_noise: DevicePtr,
-    grad_label: DevicePtr,
-) -> Launch {
+pub fn embed_backward(n: usize, layers: &EmbedLayers, memory: EmbedBackward) -> Launch {
     let (noise_factor, label_factor) = layers.factors();
-    let label_channels = layers.label.filter(|_| labels != DevicePtr::NULL).map_or(0, |label| label.channels);
+    let label_channels = layers.label.filter(|_| memory.labels != DevicePtr::NULL).map_or(0, |label| label.channels);
     let noise_chunks = layers.noise_channels.div_ceil(CHUNK);
     let params = EmbedBackward {
-        grad_emb,
-        pre: e.pre,
-        features: e.features,
-        labels,
-        grad_noise,
-        grad_label,
-        images: n as i32,
-        noise_channels: layers.noise_channels as i32,
-        label_channels: label_channels as i32,
-        emb_channels: layers.emb_channels as i32,
+        images: int(n),
+        noise_channels: int(layers.noise_channels),
+        label_channels: int(label_channels),
+        emb_channels: int(layers.emb_channels),
         noise_factor,
         label_factor,
-        noise_chunks: noise_chunks as i32,
-        padding: 0,
+        noise_chunks: int(noise_chunks),
+        ..memory
     };
     let chunks = noise_chunks + label_channels.div_ceil(CHUNK);
-    Launch::new("embed_backward", [layers.emb_channels.div_ceil(TILE) as u32, chunks as u32, 1], 128, 0, &params)
+    Launch::new("embed_backward", [layers.emb_channels.div_ceil(TILE), chunks, 1], 128, 0, &params)
 }
 
 // ---- emb_scales -------------------------------------------------------------------------------------
@@ -161,13 +118,13 @@ impl ScaleTable {
         let tiles = layers.iter().flat_map(|layer| {
             assert!(layer.weight.is_multiple_of(8) && layer.grad.is_multiple_of(8), "an unaligned layer: {layer:?}");
             (0..layer.channels).step_by(TILE).map(move |row| ScaleTile {
-                weight: (layer.weight + row * stride) as i64,
-                grad: (layer.grad + row * stride) as i64,
-                gain: layer.gain as i64,
-                gain_grad: layer.gain_grad as i64,
-                channel: (layer.offset + row) as i32,
-                rows: TILE.min(layer.channels - row) as i32,
-                layer_tiles: if row == 0 { layer.channels.div_ceil(TILE) as i32 } else { 0 },
+                weight: int(layer.weight + row * stride),
+                grad: int(layer.grad + row * stride),
+                gain: int(layer.gain),
+                gain_grad: int(layer.gain_grad),
+                channel: int(layer.offset + row),
+                rows: int(TILE.min(layer.channels - row)),
+                layer_tiles: if row == 0 { int(layer.channels.div_ceil(TILE)) } else { 0 },
                 padding: 0,
             })
         });
@@ -205,51 +162,34 @@ impl ScaleTable {
 }
 
 /// `out` [n, all channels] = gain (W emb) + 1 of all layers; `emb` is [n, emb_channels].
-pub fn emb_scales(
-    p: Precision,
-    n: usize,
-    table: &ScaleTable,
-    tiles: DevicePtr,
-    effective: Effective,
-    emb: DevicePtr,
-    out: DevicePtr,
-) -> Launch {
-    let params = EmbScales {
-        tiles,
-        weights: effective.weights,
-        exact: effective.exact,
-        emb,
-        out,
-        images: n as i32,
-        emb_channels: table.emb_channels as i32,
-        channels: table.channels as i32,
-        padding: 0,
-    };
-    let grid = [table.tiles.len() as u32, n.div_ceil(IMAGES) as u32, 1];
+pub fn emb_scales(p: Precision, n: usize, table: &ScaleTable, memory: EmbScales) -> Launch {
+    let params =
+        EmbScales { images: int(n), emb_channels: int(table.emb_channels), channels: int(table.channels), ..memory };
+    let grid = [table.tiles.len(), n.div_ceil(IMAGES), 1];
     Launch::new(p.pick(["emb_scales_f16", "emb_scales_bf16"]), grid, 256, 0, &params)
 }
 
-/// Gradients of all layers and gains, and of the embedding. `memory` has the addresses; its `gain_sums` is that of
-/// [`ScaleTable::scratch`] bytes. The sizes, and the addresses within the scratch memory, are filled in here.
+/// Gradients of all layers and gains, and of the embedding. `gain_sums` is of [`ScaleTable::scratch`] bytes, of which a part
+/// becomes `partial`.
 pub fn emb_scales_backward(p: Precision, n: usize, table: &ScaleTable, memory: EmbScalesBackward) -> [Launch; 3] {
     let (count, chunks, splits) = (table.tiles.len(), table.chunks(), table.splits(n));
     let vectors = table.emb_channels.div_ceil(4);
     let params = EmbScalesBackward {
         partial: memory.gain_sums.offset(table.gain_sums()),
-        images: n as i32,
-        emb_channels: table.emb_channels as i32,
-        channels: table.channels as i32,
-        count: count as i32,
-        chunks: chunks as i32,
-        vectors: vectors as i32,
-        splits: splits as i32,
+        images: int(n),
+        emb_channels: int(table.emb_channels),
+        channels: int(table.channels),
+        count: int(count),
+        chunks: int(chunks),
+        vectors: int(vectors),
+        splits: int(splits),
         ..memory
     };
     let wgrad = p.pick(["emb_scales_wgrad_f16", "emb_scales_wgrad_bf16"]);
     let dgrad = p.pick(["emb_scales_dgrad_f16", "emb_scales_dgrad_bf16"]);
     [
-        Launch::new(wgrad, [count as u32, chunks as u32, 1], 128, 0, &params),
-        Launch::new(dgrad, [splits as u32, chunks as u32, n.div_ceil(IMAGES) as u32], 128, 0, &params),
+        Launch::new(wgrad, [count, chunks, 1], 128, 0, &params),
+        Launch::new(dgrad, [splits, chunks, n.div_ceil(IMAGES)], 128, 0, &params),
         Launch::over("emb_scales_reduce", count.max(n * vectors), 128, &params),
     ]
 }

@@ -1,5 +1,8 @@
 //! Kernel launches as values: what the typed functions beside this file make, a plan records, and a
 //! device runs. A kernel takes one argument, the params struct of its family.
+//!
+//! A function that needs more than two addresses takes them in that struct, by their names. It calls the struct `memory`, and
+//! fills in the sizes, for which its callers leave zeros.
 
 use std::borrow::Cow;
 
@@ -7,12 +10,12 @@ use crate::backend::DeviceError;
 pub use crate::backend::memory::DevicePtr;
 use bytemuck::NoUninit;
 
-/// A size as kernels take it.
+/// A size as kernels and the driver take it.
 ///
 /// # Panics
-/// If 32 bits do not hold it; shapes are checked before.
-pub(super) fn int(x: usize) -> i32 {
-    i32::try_from(x).expect("checked against the kernels' limits")
+/// If the type does not hold it; shapes are checked before.
+pub(super) fn int<T: TryFrom<usize>>(x: usize) -> T {
+    T::try_from(x).ok().expect("checked against the kernels' limits")
 }
 
 /// The 16-bit type of activations and effective weights.
@@ -167,9 +170,9 @@ impl Launch {
     /// A launch whose kernel takes `params`.
     pub fn new<P: NoUninit>(
         kernel: impl Into<Cow<'static, str>>,
-        grid: [u32; 3],
-        block: u32,
-        shared: u32,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
         params: &P,
     ) -> Self {
         Self::with_maps(kernel, grid, block, shared, bytemuck::bytes_of(params).into(), vec![])
@@ -178,24 +181,25 @@ impl Launch {
     /// A launch whose params struct has tensor maps in it: at each of these offsets.
     pub fn with_maps(
         kernel: impl Into<Cow<'static, str>>,
-        grid: [u32; 3],
-        block: u32,
-        shared: u32,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
         params: Vec<u8>,
         maps: Vec<(usize, TensorMapSpec)>,
     ) -> Self {
+        let (grid, block, shared) = (grid.map(int), int(block), int(shared));
         Self { kernel: kernel.into(), grid, block, shared, cluster: 1, params: params.into(), maps }
     }
 
     /// The same launch in clusters of `blocks` blocks along x, at most 8, of which the grid's are a multiple. Cards older
     /// than compute capability 9.0 refuse more than 1.
-    pub fn in_clusters_of(self, blocks: u32) -> Self {
-        Self { cluster: blocks, ..self }
+    pub fn in_clusters_of(self, blocks: usize) -> Self {
+        Self { cluster: int(blocks), ..self }
     }
 
     /// One thread for each of `items`, in blocks of `block`.
-    pub fn over<P: NoUninit>(kernel: &'static str, items: usize, block: u32, params: &P) -> Self {
-        Self::new(kernel, [items.div_ceil(block as usize) as u32, 1, 1], block, 0, params)
+    pub fn over<P: NoUninit>(kernel: &'static str, items: usize, block: usize, params: &P) -> Self {
+        Self::new(kernel, [items.div_ceil(block), 1, 1], block, 0, params)
     }
 
     /// Bytes of the params struct.

@@ -1,6 +1,6 @@
 //! What a card can do at most, measured: multiply-adds of its tensor cores, and bytes of its memory.
 
-use super::launch::{ConvLoop, Launch, Math};
+use super::launch::{ConvLoop, Launch, Math, int};
 use super::runtime::Runtime;
 use super::structs::{CopyRate, Rate};
 use super::tables::limits::{CHAINS, COPIES};
@@ -16,13 +16,13 @@ pub struct Limits {
     pub bytes_per_s: f64,
 }
 
-const THREADS: u32 = 256;
+const THREADS: usize = 256;
 /// Blocks of mma.sync for each multiprocessor: enough to hide the latency of every instruction.
-const BLOCKS: u32 = 4;
-const MMA_ROUNDS: i32 = 4096;
-const WGMMA_ROUNDS: i32 = 1024;
+const BLOCKS: usize = 4;
+const MMA_ROUNDS: usize = 4096;
+const WGMMA_ROUNDS: usize = 1024;
 /// Shared memory of a block of wgmma: operands of 128 and 256 rows of 128 bytes, aligned to 1024.
-const WGMMA_SHARED: u32 = 1024 + (128 + 256) * 128;
+const WGMMA_SHARED: usize = 1024 + (128 + 256) * 128;
 /// More than any cache holds.
 const COPY_BYTES: usize = 512 << 20;
 
@@ -38,20 +38,20 @@ pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limi
     };
     let (products, macs) = match math.conv_loop(card) {
         ConvLoop::Mma => {
-            let blocks = BLOCKS * card.sms as u32;
-            let params = Rate { out: from, rounds: MMA_ROUNDS, padding: 0 };
+            let blocks = BLOCKS * card.sms;
+            let params = Rate { out: from, rounds: int(MMA_ROUNDS), padding: 0 };
             let kernel = format!("mma_rate_{}", math.name(card));
-            let macs = u64::from(blocks * THREADS / 32) * MMA_ROUNDS as u64 * CHAINS as u64 * 16 * 8 * 16;
+            let macs = blocks * THREADS / 32 * MMA_ROUNDS * CHAINS * 16 * 8 * 16;
             (Launch::new(kernel, [blocks, 1, 1], THREADS, 0, &params), macs)
         }
         ConvLoop::Wgmma => {
-            let params = Rate { out: from, rounds: WGMMA_ROUNDS, padding: 0 };
+            let params = Rate { out: from, rounds: int(WGMMA_ROUNDS), padding: 0 };
             let kernel = format!("wgmma_rate_{}", math.precision.name());
-            let macs = card.sms as u64 * WGMMA_ROUNDS as u64 * 128 * 256 * 64;
-            (Launch::new(kernel, [card.sms as u32, 1, 1], THREADS, WGMMA_SHARED, &params), macs)
+            let macs = card.sms * WGMMA_ROUNDS * 128 * 256 * 64;
+            (Launch::new(kernel, [card.sms, 1, 1], THREADS, WGMMA_SHARED, &params), macs)
         }
     };
-    let blocks = COPY_BYTES / (THREADS as usize * COPIES * 16);
-    let copy = Launch::new("copy_rate", [blocks as u32, 1, 1], THREADS, 0, &CopyRate { from, to });
+    let blocks = COPY_BYTES / (THREADS * COPIES * 16);
+    let copy = Launch::new("copy_rate", [blocks, 1, 1], THREADS, 0, &CopyRate { from, to });
     Ok(Limits { macs_per_s: macs as f64 / best(products)?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
 }

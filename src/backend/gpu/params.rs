@@ -14,13 +14,14 @@ use rayon::prelude::*;
 
 use super::attention;
 use super::embedding::{ScaleLayer, ScaleTable};
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision, int};
 use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
-use super::structs::{StepScalars, StepTotals, TurnTile, WeightRow, WeightStep};
+use super::structs::{StepScalars, StepTotals, TurnTile, WeightEffective, WeightRow, WeightStep, WeightTurn};
 use super::tensor::padded;
-use super::weights::{self, Effective, RowTable, Turned};
+use super::weights::{self, RowTable, Turned};
 use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
 use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable};
+use bytemuck::Zeroable;
 
 /// The fewest values that a thread reorders at a time.
 const SHARE: usize = 1 << 15;
@@ -154,12 +155,12 @@ fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> + use<> {
     let (length, fan_in) = (p.stride(), if p.weight { p.taps * p.cin } else { 0 });
     let effective = if p.weight { p.first } else { p.exact };
     (0..p.rows).map(move |row| WeightRow {
-        first: (p.first + row * length) as i64,
-        effective: (effective + row * length) as i64,
-        length: length as i32,
-        fan_in: fan_in as i32,
-        cin: padded(p.cin) as i32,
-        split: if p.split == p.cin { padded(p.cin) } else { p.split } as i32,
+        first: int(p.first + row * length),
+        effective: int(effective + row * length),
+        length: int(length),
+        fan_in: int(fan_in),
+        cin: int(padded(p.cin)),
+        split: int(if p.split == p.cin { padded(p.cin) } else { p.split }),
         scales: p.scales,
     })
 }
@@ -308,7 +309,8 @@ impl Params {
     /// The launch that writes the turned copies, if there are any.
     fn turning(&self) -> Option<Launch> {
         let TurnedWeights { memory, tiles, count, .. } = self.turned.as_ref().filter(|turned| turned.count > 0)?;
-        Some(weights::turn(tiles.ptr(), *count, self.effective.ptr(), memory.ptr()))
+        let memory = WeightTurn { tiles: tiles.ptr(), effective: self.effective.ptr(), turned: memory.ptr() };
+        Some(weights::turn(*count, memory))
     }
 
     fn turn(&self, runtime: &dyn Runtime) -> Result<(), DeviceError> {
@@ -329,9 +331,14 @@ impl Params {
         self.all_grads().offset(self.first(id) * 4)
     }
 
-    /// The arenas of effective values.
-    pub fn all_effective(&self) -> Effective {
-        Effective { weights: self.effective.ptr(), exact: self.exact.ptr() }
+    /// The arena of effective weights.
+    pub fn all_effective(&self) -> DevicePtr {
+        self.effective.ptr()
+    }
+
+    /// The arena of gains and buffers.
+    pub fn all_exact(&self) -> DevicePtr {
+        self.exact.ptr()
     }
 
     /// The arena of gradients, in which a parameter begins at [`Params::first`].
@@ -399,10 +406,14 @@ impl Params {
         slot: Slot,
         how: Normalization,
     ) -> Result<(), BackendError> {
-        let source = self.arena(slot)?.ptr();
-        let to = self.all_effective();
-        let rows = self.all_rows_memory.ptr();
-        for launch in weights::make_effective(self.precision, &self.all_rows, rows, source, how, to) {
+        let memory = WeightEffective {
+            rows: self.all_rows_memory.ptr(),
+            source: self.arena(slot)?.ptr(),
+            effective: self.effective.ptr(),
+            exact: self.exact.ptr(),
+            ..Zeroable::zeroed()
+        };
+        for launch in weights::make_effective(self.precision, &self.all_rows, how, memory) {
             // SAFETY: the arenas have the rows of the table.
             unsafe { runtime.run(&launch.into())? };
         }
@@ -459,8 +470,8 @@ impl Params {
                 effective: self.effective.ptr(),
                 exact: self.exact.ptr(),
                 stats: t.stats.ptr(),
-                ema_count: t.emas.len() as i32,
-                rounds: step.rounds as i32,
+                ema_count: int(t.emas.len()),
+                rounds: int(step.rounds),
             };
             let mut launches = weights::step(self.precision, &t.rows, memory, t.totals.ptr());
             launches.extend(turning);

@@ -3,15 +3,15 @@
 //! Shapes are `[n, height, width, channels]` with channels a multiple of 8; casts take any number. Optional
 //! pointers are [`DevicePtr::NULL`] where not there.
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision, int};
 use super::structs::{Cast, Combine, Dropout, Elementwise, PixelNorm, PixelNormBackward, Upsample};
 use crate::backend::Shape;
 
 pub use super::tables::pixelwise::MAX_TERMS;
 
-use bytemuck::NoUninit;
+use bytemuck::{NoUninit, Zeroable};
 
-const BLOCK: u32 = 256;
+const BLOCK: usize = 256;
 
 /// 16-byte vectors of a pixel; the padding of the last stays zero in all of these operations.
 fn vectors(channels: usize) -> usize {
@@ -34,105 +34,73 @@ fn over<P: NoUninit>(precision: Precision, kernels: [&'static str; 2], threads: 
 
 /// Pixel norm: y and, unless null, `silu` = mp_silu(y), both of shape `out`. If `down`, x has twice that height and
 /// width.
-pub fn pixel_norm(p: Precision, out: Shape, down: bool, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
+pub fn pixel_norm(p: Precision, out: Shape, down: bool, memory: PixelNorm) -> Launch {
     let [n, h, w, c] = out;
     assert!(c.is_multiple_of(8), "the norm of {c} channels, expected a multiple of 8");
     let (pixels, vectors) = (n * h * w, vectors(c));
     let lanes = lanes(vectors);
     let params = PixelNorm {
-        x,
-        y,
-        silu,
-        pixels: pixels as i32,
-        width: w as i32,
-        vectors: vectors as i32,
-        lanes: lanes as i32,
+        pixels: int(pixels),
+        width: int(w),
+        vectors: int(vectors),
+        lanes: int(lanes),
         down: down.into(),
-        padding: 0,
+        ..memory
     };
     over(p, ["pixel_norm_f16", "pixel_norm_bf16"], pixels * lanes, &params)
 }
 
-/// Gradient of [`pixel_norm`] with respect to x, plus `acc` unless null: `result`, of the shape of x, may
-/// be `acc`. `grad` has shape `out`.
-#[allow(clippy::too_many_arguments)]
-pub fn pixel_norm_backward(
-    p: Precision,
-    out: Shape,
-    down: bool,
-    x: DevicePtr,
-    grad: DevicePtr,
-    acc: DevicePtr,
-    result: DevicePtr,
-) -> Launch {
-    let [n, h, w, c] = out;
+/// Gradient of [`pixel_norm`] with respect to x, plus `acc` unless null: the result, of the shape of x, may be `acc`.
+/// `grad` has `shape`.
+pub fn pixel_norm_backward(p: Precision, shape: Shape, down: bool, memory: PixelNormBackward) -> Launch {
+    let [n, h, w, c] = shape;
     assert!(c.is_multiple_of(8), "the norm of {c} channels, expected a multiple of 8");
     let (pixels, vectors) = (n * h * w, vectors(c));
     let lanes = lanes(vectors);
     let params = PixelNormBackward {
-        x,
-        grad,
-        acc,
-        out: result,
-        pixels: pixels as i32,
-        width: w as i32,
-        vectors: vectors as i32,
-        lanes: lanes as i32,
+        pixels: int(pixels),
+        width: int(w),
+        vectors: int(vectors),
+        lanes: int(lanes),
         down: down.into(),
-        padding: 0,
+        ..memory
     };
     over(p, ["pixel_norm_backward_f16", "pixel_norm_backward_bf16"], pixels * lanes, &params)
 }
 
-/// x of shape `small` upsampled by 2: y and, unless null, `silu` = mp_silu(y).
-pub fn upsample(p: Precision, small: Shape, x: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Launch {
-    over(p, ["upsample_f16", "upsample_bf16"], count(small), &upsampling(small, x, y, silu))
+/// `from` of shape `small` upsampled by 2: y and, unless null, `silu` = mp_silu(y).
+pub fn upsample(p: Precision, small: Shape, memory: Upsample) -> Launch {
+    over(p, ["upsample_f16", "upsample_bf16"], count(small), &upsampling(small, memory))
 }
 
-/// Gradient of [`upsample`] with respect to x, `out` of shape `small`.
+/// Gradient of [`upsample`] with respect to `from`: `out` of shape `small`.
 pub fn upsample_backward(p: Precision, small: Shape, grad: DevicePtr, out: DevicePtr) -> Launch {
-    let params = upsampling(small, grad, out, DevicePtr::NULL);
+    let params = upsampling(small, Upsample { from: grad, y: out, ..Zeroable::zeroed() });
     over(p, ["upsample_backward_f16", "upsample_backward_bf16"], count(small), &params)
 }
 
-fn upsampling(small: Shape, from: DevicePtr, y: DevicePtr, silu: DevicePtr) -> Upsample {
-    let vectors = vectors(small[3]) as i32;
-    Upsample { from, y, silu, count: count(small) as i32, width: small[2] as i32, vectors, padding: 0 }
+fn upsampling(small: Shape, memory: Upsample) -> Upsample {
+    Upsample { count: int(count(small)), width: int(small[2]), vectors: int(vectors(small[3])), ..memory }
 }
 
 /// `out` = mp_silu(scale x).
 pub fn activate(p: Precision, shape: Shape, x: DevicePtr, scale: f64, out: DevicePtr) -> Launch {
-    let params = Elementwise { a: x, b: DevicePtr::NULL, out, count: count(shape) as i32, by: scale as f32 };
+    let params = Elementwise { a: x, b: DevicePtr::NULL, out, count: int(count(shape)), by: scale as f32 };
     over(p, ["activate_f16", "activate_bf16"], count(shape), &params)
 }
 
-/// `out` = grad where |clipped| < clip, else 0; `out` may be `grad`.
-pub fn clip_backward(
-    p: Precision,
-    shape: Shape,
-    grad: DevicePtr,
-    clipped: DevicePtr,
-    clip: f64,
-    out: DevicePtr,
-) -> Launch {
-    let params = Elementwise { a: clipped, b: grad, out, count: count(shape) as i32, by: clip as f32 };
+/// `out` = b where |a| < clip, else 0: a is what was clipped, b is its gradient, and `out` may be `b`.
+pub fn clip_backward(p: Precision, shape: Shape, clip: f64, memory: Elementwise) -> Launch {
+    let params = Elementwise { count: int(count(shape)), by: clip as f32, ..memory };
     over(p, ["clip_backward_f16", "clip_backward_bf16"], count(shape), &params)
 }
 
-/// `out` = x, zero where [`rng::dropped`](crate::rng::dropped) says so for this threshold and layer, and times a factor
-/// elsewhere. `keys` are f32 [n, 2].
-pub fn dropout(
-    p: Precision,
-    shape: Shape,
-    x: DevicePtr,
-    keys: DevicePtr,
-    (threshold, layer, factor): (u32, u32, f64),
-    out: DevicePtr,
-) -> Launch {
+/// `out` = x, zero where [`rng::dropped`](crate::rng::dropped) says so, and times a factor elsewhere. `memory` also has
+/// threshold, layer and factor.
+pub fn dropout(p: Precision, shape: Shape, memory: Dropout) -> Launch {
     let (count, [n, ..]) = (count(shape), shape);
-    let (count, image) = (count as i32, (count / n.max(1)) as i32);
-    let params = Dropout { x, out, keys, count, image, layer, threshold, factor: factor as f32, padding: 0 };
-    over(p, ["dropout_f16", "dropout_bf16"], count as usize, &params)
+    let params = Dropout { count: int(count), image: int(count / n.max(1)), ..memory };
+    over(p, ["dropout_f16", "dropout_bf16"], count, &params)
 }
 
 /// `out` = the sum of factor times tensor, at most [`MAX_TERMS`], of activations.
@@ -152,7 +120,7 @@ fn combination(values: usize, from: &[(DevicePtr, f64)], out: DevicePtr) -> Comb
     for (i, &(term, factor)) in from.iter().enumerate() {
         (terms[i], factors[i]) = (term, factor as f32);
     }
-    Combine { terms, out, factors, count: from.len() as i32, padding: 0, values: values as i64 }
+    Combine { terms, out, factors, count: int(from.len()), padding: 0, values: int(values) }
 }
 
 /// `to`, 16 bits [pixels, channels padded by zeros to a multiple of 8], = `from`, f32 [pixels, channels].
@@ -173,7 +141,7 @@ fn cast(
     from: DevicePtr,
     to: DevicePtr,
 ) -> Launch {
-    let (vectors, channels) = (channels.div_ceil(8), channels as i32);
-    let params = Cast { from, to, count: (pixels * vectors) as i32, vectors: vectors as i32, channels, padding: 0 };
-    over(p, kernels, pixels * vectors, &params)
+    let vectors = vectors(channels);
+    let (count, channels) = (pixels * vectors, int(channels));
+    over(p, kernels, count, &Cast { from, to, count: int(count), vectors: int(vectors), channels, padding: 0 })
 }

@@ -3,13 +3,13 @@
 //! Images are f32 `[n, height, width, channels]`; what the U-Net reads and writes is 16 bits, with the
 //! channels padded to a multiple of 8.
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{Launch, Precision, int};
 use super::structs::{Logvar, LogvarBackward, LossParams, Noise, NoiseStream, PrecondInput, PrecondOutput};
 use super::tables::precond::LOSS_PIXELS;
 use crate::backend::Shape;
 use crate::rng::{Purpose, Stream};
 
-const BLOCK: u32 = 256;
+const BLOCK: usize = 256;
 
 impl From<Stream> for NoiseStream {
     fn from(s: Stream) -> Self {
@@ -20,77 +20,41 @@ impl From<Stream> for NoiseStream {
 /// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`] for each of the
 /// `streams` ([`NoiseStream`]s). With `clean` and `sigma` null it is the noise itself. (Training draws its noise on the
 /// host, ahead of the device.)
-#[allow(clippy::too_many_arguments)]
-pub fn add_noise(
-    images: usize,
-    values: usize,
-    purpose: Purpose,
-    step: u32,
-    streams: DevicePtr,
-    clean: DevicePtr,
-    sigma: DevicePtr,
-    noisy: DevicePtr,
-) -> Launch {
+pub fn add_noise(images: usize, values: usize, purpose: Purpose, step: u32, memory: Noise) -> Launch {
     let tag = ((purpose as u32) << 24) | (step & 0xff_ffff);
-    let (n, each) = (images as i32, values as i32);
-    let params = Noise { clean, sigma, streams, noisy, images: n, values: each, tag, padding: 0 };
+    let params = Noise { images: int(images), values: int(values), tag, ..memory };
     Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
 }
 
 /// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x, but with as many images
 /// as there are noise levels; the `x_images` images of x are taken in turn.
-pub fn precond_input(
-    p: Precision,
-    shape: Shape,
-    x_images: usize,
-    x: DevicePtr,
-    sigma: DevicePtr,
-    sigma_data: f64,
-    out: DevicePtr,
-) -> Launch {
+pub fn precond_input(p: Precision, shape: Shape, x_images: usize, sigma_data: f64, memory: PrecondInput) -> Launch {
     let [n, h, w, c] = shape;
     let vectors = (c + 1).div_ceil(8);
     let params = PrecondInput {
-        x,
-        sigma,
-        out,
-        pixels: (n * h * w) as i32,
-        per_image: (h * w) as i32,
-        channels: c as i32,
-        vectors: vectors as i32,
+        pixels: int(n * h * w),
+        per_image: int(h * w),
+        channels: int(c),
+        vectors: int(vectors),
         sigma_data: sigma_data as f32,
-        x_pixels: (x_images * h * w) as i32,
+        x_pixels: int(x_images * h * w),
+        ..memory
     };
     Launch::over(p.pick(["precond_input_f16", "precond_input_bf16"]), n * h * w * vectors, BLOCK, &params)
 }
 
 /// `out` = D(x; sigma), f32, from the U-Net's `raw` output (channels padded to a multiple of 8) and the
 /// f32 scalar `gain`. `shape` and `x_images` as in [`precond_input`].
-#[allow(clippy::too_many_arguments)]
-pub fn precond_output(
-    p: Precision,
-    shape: Shape,
-    x_images: usize,
-    x: DevicePtr,
-    raw: DevicePtr,
-    sigma: DevicePtr,
-    gain: DevicePtr,
-    sigma_data: f64,
-    out: DevicePtr,
-) -> Launch {
+pub fn precond_output(p: Precision, shape: Shape, x_images: usize, sigma_data: f64, memory: PrecondOutput) -> Launch {
     let [n, h, w, c] = shape;
     let params = PrecondOutput {
-        x,
-        raw,
-        sigma,
-        gain,
-        out,
-        pixels: (n * h * w) as i32,
-        per_image: (h * w) as i32,
-        channels: c as i32,
-        vectors: c.div_ceil(8) as i32,
+        pixels: int(n * h * w),
+        per_image: int(h * w),
+        channels: int(c),
+        vectors: int(c.div_ceil(8)),
         sigma_data: sigma_data as f32,
-        x_pixels: (x_images * h * w) as i32,
+        x_pixels: int(x_images * h * w),
+        ..memory
     };
     Launch::over(p.pick(["precond_output_f16", "precond_output_bf16"]), n * h * w, BLOCK, &params)
 }
@@ -100,39 +64,33 @@ pub fn loss_scratch([n, h, w, _]: Shape) -> usize {
     n * (h * w).div_ceil(LOSS_PIXELS) * 8
 }
 
-/// EDM2's loss of images of `shape`, and the gradients that start the backward pass. `memory` has the addresses, `partial`
-/// that of [`loss_scratch`] bytes; sizes are filled in here.
+/// EDM2's loss of images of `shape`, and the gradients that start the backward pass. `partial` is of [`loss_scratch`] bytes.
 pub fn loss(p: Precision, shape: Shape, sigma_data: f64, memory: LossParams) -> [Launch; 2] {
     let [n, h, w, c] = shape;
     let chunks = (h * w).div_ceil(LOSS_PIXELS);
     let params = LossParams {
-        images: n as i32,
-        pixels: (h * w) as i32,
-        channels: c as i32,
-        vectors: c.div_ceil(8) as i32,
-        chunks: chunks as i32,
+        images: int(n),
+        pixels: int(h * w),
+        channels: int(c),
+        vectors: int(c.div_ceil(8)),
+        chunks: int(chunks),
         sigma_data: sigma_data as f32,
         ..memory
     };
     [
-        Launch::new(p.pick(["loss_f16", "loss_bf16"]), [(n * chunks) as u32, 1, 1], BLOCK, 0, &params),
+        Launch::new(p.pick(["loss_f16", "loss_bf16"]), [n * chunks, 1, 1], BLOCK, 0, &params),
         Launch::new("loss_reduce", [1, 1, 1], BLOCK, 0, &params),
     ]
 }
 
 /// Fourier features [n, channels] and logvar `[n]` of `n` noise levels.
-pub fn logvar(p: Precision, n: usize, params: &Logvar) -> Launch {
-    Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n as u32, 1, 1], 32, 0, params)
+pub fn logvar(p: Precision, n: usize, channels: usize, memory: Logvar) -> Launch {
+    let params = Logvar { channels: int(channels), ..memory };
+    Launch::new(p.pick(["logvar_f16", "logvar_bf16"]), [n, 1, 1], 32, 0, &params)
 }
 
 /// Adds the gradient of the logvar layer's weight to `grad_weight` `[channels]`, f32, from that of logvar `[n]`.
-pub fn logvar_backward(
-    n: usize,
-    channels: usize,
-    features: DevicePtr,
-    grad: DevicePtr,
-    grad_weight: DevicePtr,
-) -> Launch {
-    let params = LogvarBackward { features, grad, grad_weight, images: n as i32, channels: channels as i32 };
+pub fn logvar_backward(n: usize, channels: usize, memory: LogvarBackward) -> Launch {
+    let params = LogvarBackward { images: int(n), channels: int(channels), ..memory };
     Launch::over("logvar_backward", channels, BLOCK, &params)
 }

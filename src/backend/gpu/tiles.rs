@@ -22,9 +22,9 @@ pub struct Tile {
     /// Columns of the result (channels; in wgrad taps and input channels).
     pub n: usize,
     /// Threads of a block.
-    pub threads: u32,
+    pub threads: usize,
     /// Dynamic shared memory.
-    pub shared: u32,
+    pub shared: usize,
     /// Speed of its inner loop relative to the largest tile.
     pub speed: f64,
     /// Blocks for which a multiprocessor has the registers, with sums in f32 and with sums in two levels.
@@ -48,8 +48,8 @@ fn tiles(lines: &[[usize; 8]]) -> Vec<Tile> {
     let tile = |&[m, n, stages, warps_m, warps_n, blocks, blocks_f16x2, speed]: &[usize; 8]| Tile {
         m,
         n,
-        threads: (32 * warps_m * warps_n) as u32,
-        shared: (stages * (m + n) * STEP * 2) as u32,
+        threads: 32 * warps_m * warps_n,
+        shared: stages * (m + n) * STEP * 2,
         speed: speed as f64 / 100.0,
         blocks: [blocks, blocks_f16x2],
         together: false,
@@ -76,9 +76,8 @@ static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, together, speed]: &[usize; 5]| Tile {
         m,
         n,
-        threads: 3 * GROUP as u32,
-        shared: (hopper_shared(stages, m, n) + 2 * (64 * (OUT_COLUMNS + 8) + GROUP_WARPS * n) * size_of::<f32>())
-            as u32,
+        threads: 3 * GROUP,
+        shared: hopper_shared(stages, m, n) + 2 * (64 * (OUT_COLUMNS + 8) + GROUP_WARPS * n) * size_of::<f32>(),
         speed: speed as f64 / 100.0,
         blocks: [1; 2],
         together: together == 1,
@@ -90,8 +89,8 @@ static HOPPER_GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, blocks, speed]: &[usize; 5]| Tile {
         m,
         n,
-        threads: 2 * GROUP as u32 + 32,
-        shared: hopper_shared(stages, m, n) as u32,
+        threads: 2 * GROUP + 32,
+        shared: hopper_shared(stages, m, n),
         speed: speed as f64 / 100.0,
         blocks: [blocks; 2],
         together: false,
@@ -155,7 +154,7 @@ impl Kernels {
     /// Blocks with this tile that a multiprocessor holds at a time. Each takes 1 KB of shared memory more than it asks for.
     fn blocks(self, tile: &Tile, card: Card) -> usize {
         let registers = tile.blocks[usize::from(self.math == "f16x2")];
-        registers.min(card.shared / (tile.shared as usize + 1024)).max(1)
+        registers.min(card.shared / (tile.shared + 1024)).max(1)
     }
 
     /// Their tiles.

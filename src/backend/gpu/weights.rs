@@ -5,7 +5,7 @@
 //! weights are a 16-bit arena with rows of the same length. Gains and buffers are rows of exact values,
 //! whose effective copy is f32.
 
-use super::launch::{DevicePtr, Launch, Precision};
+use super::launch::{DevicePtr, Launch, Precision, int};
 use super::structs::{ReduceStats, StepScalars, TurnTile, WeightEffective, WeightRow, WeightStep, WeightTurn};
 use super::tables::weights::ROWS;
 use crate::backend::{Normalization, Step};
@@ -40,14 +40,14 @@ impl Turned {
     pub fn tiles(&self) -> impl Iterator<Item = TurnTile> {
         let Self { from, to, cout, cin, taps } = *self;
         let tile = move |tap, co, c| TurnTile {
-            from: from as i64,
-            to: to as i64,
-            cout: cout as i32,
-            cin: cin as i32,
-            taps: taps as i32,
-            tap: tap as i32,
-            co: co as i32,
-            c: c as i32,
+            from: int(from),
+            to: int(to),
+            cout: int(cout),
+            cin: int(cin),
+            taps: int(taps),
+            tap: int(tap),
+            co: int(co),
+            c: int(c),
         };
         (0..taps).flat_map(move |tap| {
             (0..cout).step_by(64).flat_map(move |co| (0..cin).step_by(64).map(move |c| tile(tap, co, c)))
@@ -55,9 +55,9 @@ impl Turned {
     }
 }
 
-/// `turned[c][taps - 1 - t][co] = effective[co][t][c]`, for `count` tiles, which lie at `tiles`.
-pub fn turn(tiles: DevicePtr, count: usize, effective: DevicePtr, turned: DevicePtr) -> Launch {
-    Launch::new("weight_turn", [count as u32, 1, 1], 256, 0, &WeightTurn { tiles, effective, turned })
+/// `turned[c][taps - 1 - t][co] = effective[co][t][c]`, for `count` tiles.
+pub fn turn(count: usize, memory: WeightTurn) -> Launch {
+    Launch::new("weight_turn", [count, 1, 1], 256, 0, &memory)
 }
 
 impl StepScalars {
@@ -101,72 +101,53 @@ impl RowTable {
         &self.rows
     }
 
-    /// (first row, rows, threads, vectors of a thread) of each launch.
-    fn launches(&self) -> impl Iterator<Item = (usize, usize, u32, usize)> {
+    /// First row, rows, threads, vectors of a thread: of each launch.
+    fn launches(&self) -> impl Iterator<Item = [usize; 4]> {
         let mut first = 0;
         self.rows.chunk_by(|a, b| block(a.length) == block(b.length)).map(move |rows| {
             let at = first;
             first += rows.len();
             let (vectors, threads) = block(rows[0].length);
-            (at, rows.len(), threads, vectors)
+            [at, rows.len(), threads, vectors]
         })
     }
 }
 
 /// Vectors of a thread, and threads, for a row of this length.
-fn block(length: i32) -> (usize, u32) {
+fn block(length: i32) -> (usize, usize) {
     let length = length as usize;
     let [vectors, _] = ROWS.into_iter().find(|&line| length <= capacity(line)).expect("`RowTable::new` checks lengths");
-    (vectors, length.div_ceil(4 * vectors).next_multiple_of(32) as u32)
+    (vectors, length.div_ceil(4 * vectors).next_multiple_of(32))
 }
 
-/// Where the effective weights go.
-#[derive(Clone, Copy, Debug)]
-pub struct Effective {
-    /// 16-bit effective weights.
-    pub weights: DevicePtr,
-    /// f32 gains and buffers.
-    pub exact: DevicePtr,
-}
-
-/// One optimizer step over all rows of `table`; it also makes the effective weights of the next step. `memory` has the
-/// addresses of the rows, of one [`StepScalars`], of the arenas, and in `stats` of 8 bytes of scratch for each row; it
-/// also has the counts, with `rounds` as in [`Normalization::Train`]. `totals` receives one
-/// [`StepTotals`](super::structs::StepTotals).
+/// One optimizer step over all rows of `table`; it also makes the effective weights of the next step. `scalars` is one
+/// [`StepScalars`], `stats` 8 bytes of scratch for each row. `memory` also has the counts, with `rounds` as in
+/// [`Normalization::Train`]. `totals` receives one [`StepTotals`](super::structs::StepTotals).
 pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePtr) -> Vec<Launch> {
-    let launch = |(first, rows, threads, vectors): (usize, usize, u32, usize)| {
+    let launch = |[first, rows, threads, vectors]: [usize; 4]| {
         let kernel = format!("weight_step_{vectors}_{}", p.name());
         let params = WeightStep {
             rows: memory.rows.offset(first * size_of::<WeightRow>()),
             stats: memory.stats.offset(first * 8),
             ..memory
         };
-        Launch::new(kernel, [rows as u32, 1, 1], threads, 0, &params)
+        Launch::new(kernel, [rows, 1, 1], threads, 0, &params)
     };
-    let params = ReduceStats { rows: memory.stats, totals, count: table.rows.len() as i32, padding: 0 };
+    let params = ReduceStats { rows: memory.stats, totals, count: int(table.rows.len()), padding: 0 };
     let reduce = Launch::new("weight_stats", [1, 1, 1], 1024, 0, &params);
     table.launches().map(launch).chain([reduce]).collect()
 }
 
-/// Effective weights from `source`, an arena of stored weights or of an average. `rows` is the address of
-/// `table`'s rows.
-pub fn make_effective(
-    p: Precision,
-    table: &RowTable,
-    rows: DevicePtr,
-    source: DevicePtr,
-    how: Normalization,
-    to: Effective,
-) -> Vec<Launch> {
+/// Effective weights from `source`, an arena of stored weights or of an average.
+pub fn make_effective(p: Precision, table: &RowTable, how: Normalization, memory: WeightEffective) -> Vec<Launch> {
     let rounds = match how {
         Normalization::Eval => 1,
-        Normalization::Train { rounds } => rounds as i32 + 1,
+        Normalization::Train { rounds } => int(rounds + 1),
     };
-    let launch = |(first, count, threads, vectors): (usize, usize, u32, usize)| {
+    let launch = |[first, count, threads, vectors]: [usize; 4]| {
         let kernel = format!("weight_effective_{vectors}_{}", p.name());
-        let rows = rows.offset(first * size_of::<WeightRow>());
-        let params = WeightEffective { rows, source, effective: to.weights, exact: to.exact, rounds, padding: 0 };
-        Launch::new(kernel, [count as u32, 1, 1], threads, 0, &params)
+        let rows = memory.rows.offset(first * size_of::<WeightRow>());
+        Launch::new(kernel, [count, 1, 1], threads, 0, &WeightEffective { rows, rounds, ..memory })
     };
     table.launches().map(launch).collect()
 }

@@ -5,6 +5,7 @@ use super::super::codec::{
     summands,
 };
 use super::super::runtime::PARAMETERS;
+use super::super::structs::{CodecConv, CodecNorm};
 use super::super::tensor::padded;
 use super::*;
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
@@ -87,14 +88,21 @@ impl CodecBackend for Gpu<Loaded> {
         let residual = after.residual.map(|residual| self.half(&residual));
         assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
         self.keep(&[weight, bias]);
-        let from = residual.as_ref().map(Tensor::ptr);
+        let from = DevicePtr::of(residual.as_ref());
         let (math, by) = (self.math, self.chooser.clone());
         let work = Work::new("codec_conv", shape).sums(summands(*reach, *cin)).with([&x, weight]).with(&residual);
         let work = work.of(question(math, by.card, *reach, x.shape(), *cout));
         let (y, held) = self.sum_into(residual, shape);
-        let at = (weight.ptr(), bias.ptr());
-        let launches = convolve(math, by, *reach, x.shape(), *cout, x.ptr(), at, from, after.relu, y.ptr());
-        self.go_if(work.with([&y]), launches);
+        let memory = CodecConv {
+            x: x.ptr(),
+            weight: weight.ptr(),
+            bias: bias.ptr(),
+            residual: from,
+            y: y.ptr(),
+            relu: after.relu.into(),
+            ..Zeroable::zeroed()
+        };
+        self.go_if(work.with([&y]), convolve(math, by, *reach, x.shape(), *cout, memory));
         drop(held);
         y
     }
@@ -104,8 +112,14 @@ impl CodecBackend for Gpu<Loaded> {
         let scales = self.unset([n, 1, 2, c], Format::F32);
         let scratch = self.scratch(group_norm_scratch(x.shape()));
         self.keep(&[affine]);
-        let (from, to) = (affine.ptr(), scales.ptr());
-        let launches = group_norm(self.precision, x.shape(), groups, eps, x.ptr(), from, to, scratch.ptr());
+        let memory = CodecNorm {
+            x: x.ptr(),
+            affine: affine.ptr(),
+            sums: scratch.ptr(),
+            scales: scales.ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launches = group_norm(self.precision, x.shape(), groups, eps, memory);
         self.go_if(Work::new("codec_group_norm", x.shape()).with([&x]), launches);
         scales
     }

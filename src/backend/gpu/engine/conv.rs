@@ -1,6 +1,7 @@
 //! What all convolutions of the network have in common.
 
-use super::super::conv::{self, ConvShape, Epilogue, Fprop, Inputs, MainPath, Scales};
+use super::super::conv::{ConvShape, Epilogue, Fprop, Inputs, MainPath, Scales};
+use super::super::structs::ConvFprop;
 use super::*;
 
 impl Gpu {
@@ -59,13 +60,6 @@ impl Gpu {
         (inputs, held)
     }
 
-    /// What a convolution works in; the scratch memory is free for others when dropped.
-    pub(super) fn conv_memory(&mut self, bytes: usize) -> (Tensor, conv::Memory) {
-        let scratch = self.scratch(bytes);
-        let memory = conv::Memory { scratch: scratch.ptr(), arrived: self.arrived.ptr() };
-        (scratch, memory)
-    }
-
     /// Runs a forward convolution into `y`; `also` are the other tensors that it reads or writes.
     pub(super) fn fprop<'a>(
         &mut self,
@@ -117,11 +111,18 @@ impl Gpu {
         (y, active): (&Tensor, Option<(Tensor, f64)>),
         work: Work,
     ) {
-        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
+        let scratch = self.scratch(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
         let inputs = (a.ptr(), skip.map(Tensor::ptr));
         let work = work.of(conv.question());
-        let launch = conv.launch(inputs, self.params.effective(w), epilogue, y.ptr(), act, memory);
+        let memory = ConvFprop {
+            weight: self.params.effective(w),
+            y: y.ptr(),
+            partial: scratch.ptr(),
+            arrived: self.arrived.ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launch = conv.launch(inputs, epilogue, act, memory);
         self.go_if(work.with([y]).with(active.as_ref().map(|(t, _)| t)), launch.map(|launch| [launch]));
         if let Some((t, factor)) = active {
             y.set_active(factor, t);

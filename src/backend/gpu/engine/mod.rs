@@ -24,6 +24,7 @@ use super::tensor::{Buffer, Format, Tensor, Workspace, bytes_of, padded};
 use super::tiles::{Chooser, Question};
 use crate::backend::*;
 use crate::params::{Buckets, ParamId, ParamTable, Whole};
+use bytemuck::Zeroable;
 use half::{bf16, f16};
 use plan::{Plan, Recording};
 
@@ -85,7 +86,7 @@ pub struct Gpu<P = Params> {
     recording: Option<Recording>,
     plans: Vec<Plan>,
     workspace: Option<Rc<dyn Memory>>,
-    /// See [`conv::Memory`](super::conv::Memory).
+    /// See [`ARRIVED_BYTES`].
     arrived: Rc<dyn Memory>,
     /// The command that clears the gradients of a finished step; it runs before anything is added to them again.
     stale: Option<Command>,

@@ -4,26 +4,15 @@ use super::super::attention::Attention;
 use super::super::conv::{Epilogue, MainPath};
 use super::super::embedding::{self, EmbedLayers, LabelLayer, ScaleTable};
 use super::super::precond;
-use super::super::structs;
+use super::super::structs::{self, Dropout, EmbScales, EmbedParams, PixelNorm, PrecondInput, PrecondOutput, Upsample};
 use super::*;
 use crate::params::mp_sum_weights;
 
 impl Gpu {
     pub(super) fn embed_layers(&self, p: &Embed) -> EmbedLayers {
         let [emb_channels, noise_channels, _] = self.params.dims(p.noise);
-        let label = p.label.map(|w| LabelLayer {
-            weight: self.params.effective(w),
-            channels: self.params.dims(w)[1],
-            balance: p.label_balance,
-        });
-        EmbedLayers {
-            freqs: self.params.exact(p.freqs),
-            phases: self.params.exact(p.phases),
-            noise: self.params.effective(p.noise),
-            label,
-            noise_channels,
-            emb_channels,
-        }
+        let label = p.label.map(|w| LabelLayer { channels: self.params.dims(w)[1], balance: p.label_balance });
+        EmbedLayers { noise_channels, label, emb_channels }
     }
 
     /// Bytes of the effective weights of the embedding.
@@ -86,7 +75,8 @@ impl NetworkBackend for Gpu {
         let (x, [images, h, w, c], n) = (self.float(x), x.shape(), sigma.shape()[0]);
         let (p, shape) = (self.precision, [n, h, w, c]);
         let out = self.unset([n, h, w, c + 1], Format::Half);
-        let launch = precond::precond_input(p, shape, images, x.ptr(), sigma.ptr(), sigma_data, out.ptr());
+        let memory = PrecondInput { x: x.ptr(), sigma: sigma.ptr(), out: out.ptr(), ..Zeroable::zeroed() };
+        let launch = precond::precond_input(p, shape, images, sigma_data, memory);
         self.go(Work::new("precond_input", out.shape()).with([&x, &out]), [launch]);
         out
     }
@@ -101,10 +91,15 @@ impl NetworkBackend for Gpu {
     ) -> Tensor {
         let (x, raw) = (self.float(x), self.half(raw));
         let out = self.unset(raw.shape(), Format::F32);
-        let gain = self.params.exact(out_gain);
-        let (p, shape, images) = (self.precision, raw.shape(), x.shape()[0]);
-        let launch =
-            precond::precond_output(p, shape, images, x.ptr(), raw.ptr(), sigma.ptr(), gain, sigma_data, out.ptr());
+        let memory = PrecondOutput {
+            x: x.ptr(),
+            raw: raw.ptr(),
+            sigma: sigma.ptr(),
+            gain: self.params.exact(out_gain),
+            out: out.ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launch = precond::precond_output(self.precision, raw.shape(), x.shape()[0], sigma_data, memory);
         self.go(Work::new("precond_output", out.shape()).with([&x, &raw, &out]), [launch]);
         out
     }
@@ -119,9 +114,20 @@ impl NetworkBackend for Gpu {
         let features = vector(layers.noise_channels);
         let [pre, emb] = [0; 2].map(|_| vector(layers.emb_channels));
         if self.failed.is_none() {
-            let to = Embedding { features: features.ptr(), pre: pre.ptr(), emb: emb.ptr() };
-            let labels = (DevicePtr::of(labels), labels.map_or(0, |labels| labels.shape()[0]));
-            let launch = embedding::embed(self.precision, n, &layers, sigma.ptr(), labels, &to);
+            let memory = EmbedParams {
+                sigma: sigma.ptr(),
+                freqs: self.params.exact(p.freqs),
+                phases: self.params.exact(p.phases),
+                noise: self.params.effective(p.noise),
+                label: p.label.map(|w| self.params.effective(w)).unwrap_or_default(),
+                labels: DevicePtr::of(labels),
+                features: features.ptr(),
+                pre: pre.ptr(),
+                emb: emb.ptr(),
+                ..Zeroable::zeroed()
+            };
+            let label_rows = labels.map_or(0, |labels| labels.shape()[0]);
+            let launch = embedding::embed(self.precision, n, &layers, label_rows, memory);
             self.go(Work::new("embed", emb.shape()).bytes(self.embed_bytes(p)), [launch]);
         }
         Embedding { features, pre, emb }
@@ -131,8 +137,15 @@ impl NetworkBackend for Gpu {
         let n = emb.shape()[0];
         let out = self.unset([n, 1, 1, layers.iter().map(|layer| layer.channels).sum()], Format::F32);
         let Some((table, tiles)) = self.scale_table(layers) else { return out };
-        let effective = self.params.all_effective();
-        let launch = embedding::emb_scales(self.precision, n, &table, tiles, effective, emb.ptr(), out.ptr());
+        let memory = EmbScales {
+            tiles,
+            weights: self.params.all_effective(),
+            exact: self.params.all_exact(),
+            emb: emb.ptr(),
+            out: out.ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launch = embedding::emb_scales(self.precision, n, &table, memory);
         let weights = layers.iter().map(|layer| self.params.effective_bytes(layer.weight)).sum();
         let work = Work::new("emb_scales", out.shape()).sums(emb.shape()[3]);
         self.go(work.bytes(weights).with([&out]), [launch]);
@@ -143,17 +156,16 @@ impl NetworkBackend for Gpu {
         let (n, channels) = (sigma.shape()[0], self.params.dims(p.weight)[1]);
         let features = self.unset([n, 1, 1, channels], Format::F32);
         let logvar = self.unset([n, 1, 1, 1], Format::F32);
-        let params = structs::Logvar {
+        let memory = structs::Logvar {
             sigma: sigma.ptr(),
             freqs: self.params.exact(p.freqs),
             phases: self.params.exact(p.phases),
             weight: self.params.effective(p.weight),
             features: features.ptr(),
             logvar: logvar.ptr(),
-            channels: channels as i32,
-            padding: 0,
+            ..Zeroable::zeroed()
         };
-        let launch = precond::logvar(self.precision, n, &params);
+        let launch = precond::logvar(self.precision, n, channels, memory);
         self.go(Work::new("logvar", logvar.shape()).with([&features]), [launch]);
         (features, logvar)
     }
@@ -166,14 +178,24 @@ impl NetworkBackend for Gpu {
         }
         let name = if down { "pixel_norm_down" } else { "pixel_norm" };
         let p = self.precision;
-        self.with_active((name, shape), &x, |y, silu| pixelwise::pixel_norm(p, shape, down, x.ptr(), y, silu))
+        self.with_active((name, shape), &x, |y, silu| {
+            pixelwise::pixel_norm(p, shape, down, PixelNorm { x: x.ptr(), y, silu, ..Zeroable::zeroed() })
+        })
     }
 
     fn dropout(&mut self, x: &Tensor, masks: &Masks<Tensor>, layer: u32, factor: f64) -> Tensor {
         let (x, shape) = (self.half(x), x.shape());
         let out = self.unset(shape, Format::Half);
-        let rate = (masks.threshold(), layer, factor);
-        let launch = pixelwise::dropout(self.precision, shape, x.ptr(), masks.keys.ptr(), rate, out.ptr());
+        let memory = Dropout {
+            x: x.ptr(),
+            out: out.ptr(),
+            keys: masks.keys.ptr(),
+            layer,
+            threshold: masks.threshold(),
+            factor: factor as f32,
+            ..Zeroable::zeroed()
+        };
+        let launch = pixelwise::dropout(self.precision, shape, memory);
         self.go(Work::new("dropout", shape).with([&x, &masks.keys, &out]), [launch]);
         out
     }
@@ -181,7 +203,9 @@ impl NetworkBackend for Gpu {
     fn upsample(&mut self, x: &Tensor) -> Tensor {
         let (x, [n, h, w, c]) = (self.half(x), x.shape());
         let (p, shape) = (self.precision, [n, 2 * h, 2 * w, c]);
-        self.with_active(("upsample", shape), &x, |y, silu| pixelwise::upsample(p, x.shape(), x.ptr(), y, silu))
+        self.with_active(("upsample", shape), &x, |y, silu| {
+            pixelwise::upsample(p, x.shape(), Upsample { from: x.ptr(), y, silu, ..Zeroable::zeroed() })
+        })
     }
 
     fn conv(&mut self, w: ParamId, x: Operand<Tensor>) -> Tensor {

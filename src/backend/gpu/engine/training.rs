@@ -4,9 +4,11 @@ use super::super::attention::Attention;
 use super::super::conv::{Dgrad, Inputs, Through, Wgrad};
 use super::super::embedding;
 use super::super::precond;
-use super::super::structs::{EmbScalesBackward, LossParams};
+use super::super::structs::{
+    AttentionParams, ConvDgrad, ConvWgrad, Elementwise, EmbScalesBackward, EmbedBackward, LogvarBackward, LossParams,
+    PixelNormBackward,
+};
 use super::*;
-use bytemuck::Zeroable;
 
 impl TrainingBackend for Gpu {
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError> {
@@ -84,8 +86,13 @@ impl TrainingBackend for Gpu {
     fn logvar_backward(&mut self, p: &Logvar, features: &Tensor, grad: &Tensor) {
         self.accumulating();
         let [n, _, _, channels] = features.shape();
-        let to = self.params.grad(p.weight);
-        let launch = precond::logvar_backward(n, channels, features.ptr(), grad.ptr(), to);
+        let memory = LogvarBackward {
+            features: features.ptr(),
+            grad: grad.ptr(),
+            grad_weight: self.params.grad(p.weight),
+            ..Zeroable::zeroed()
+        };
+        let launch = precond::logvar_backward(n, channels, memory);
         self.go(Work::new("logvar_backward", features.shape()).with([features]), [launch]);
     }
 
@@ -96,7 +103,14 @@ impl TrainingBackend for Gpu {
         let grad = self.as_output_of(w, grad);
         let Some(conv) = self.fits(Wgrad::new(shape, self.math, &self.chooser)) else { return };
         let scratch = self.scratch(conv.scratch_bytes());
-        let launches = conv.launches(inputs, grad.ptr(), gain as f32, self.params.grad(w), scratch.ptr());
+        let memory = ConvWgrad {
+            grad: grad.ptr(),
+            dw: self.params.grad(w),
+            partial: scratch.ptr(),
+            gain: gain as f32,
+            ..Zeroable::zeroed()
+        };
+        let launches = conv.launches(inputs, memory);
         let [rows, cin, taps] = self.params.dims(w);
         let name = if taps == 9 { "conv3x3_wgrad" } else { "conv1x1_wgrad" };
         let work = Work::new(name, [1, rows, taps, cin]).sums(shape.pixels()).bytes(4 * self.params.effective_bytes(w));
@@ -124,10 +138,10 @@ impl TrainingBackend for Gpu {
             skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)),
         };
         let through = if x.silu { Through::Silu } else { Through::Linear };
-        let factor = acc.as_ref().map(|(_, factor)| *factor as f32);
+        let acc_factor = acc.as_ref().map_or(0.0, |(_, factor)| *factor as f32);
         let (acc_x, acc_skip) = acc.map_or((None, None), |(acc, _)| (Some(self.half(&acc.x)), acc.skip));
         let acc_skip = acc_skip.map(|t| self.half(&t));
-        let acc_ptrs = [&acc_x, &acc_skip].map(|t| DevicePtr::of(t.as_ref()));
+        let [from_x, from_skip] = [&acc_x, &acc_skip].map(|t| DevicePtr::of(t.as_ref()));
         let [rows, cin, taps] = self.params.dims(w);
         let name = if taps == 9 { "conv3x3_dgrad" } else { "conv1x1_dgrad" };
         let [n, h, width, _] = a.shape();
@@ -144,11 +158,21 @@ impl TrainingBackend for Gpu {
         let Some(conv) = self.fits(Dgrad::new(shape, false, self.math, &self.chooser)) else {
             return OperandGrad { x: gx, skip: gskip };
         };
-        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
-        let to = (gx.ptr(), DevicePtr::of(gskip.as_ref()));
-        let (turned, gain) = (self.turned(w), gain as f32);
-        let acc = factor.map(|factor| (acc_ptrs, factor));
-        let launches = conv.launches(grad.ptr(), turned, gain, inputs, through, acc, to, memory);
+        let scratch = self.scratch(conv.scratch_bytes());
+        let memory = ConvDgrad {
+            grad: grad.ptr(),
+            turned: self.turned(w),
+            acc_x: from_x,
+            acc_skip: from_skip,
+            gx: gx.ptr(),
+            gskip: DevicePtr::of(gskip.as_ref()),
+            partial: scratch.ptr(),
+            arrived: self.arrived.ptr(),
+            gain: gain as f32,
+            acc_factor,
+            ..Zeroable::zeroed()
+        };
+        let launches = conv.launches(inputs, through, memory);
         let work = work.of(conv.question()).with([&gx]).with(&gskip);
         self.go_if(if x.silu { work.with([&gx]).with(&gskip) } else { work }, launches);
         drop((held_x, held_skip));
@@ -169,12 +193,20 @@ impl TrainingBackend for Gpu {
         let (grad, pre) = (self.as_output_of(w, grad), self.half(pre));
         let gx = self.unset(pre.shape(), Format::Half);
         let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, &self.chooser)) else { return gx };
-        let (_scratch, memory) = self.conv_memory(conv.scratch_bytes());
+        let scratch = self.scratch(conv.scratch_bytes());
         let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
             Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
-        let (turned, to) = (self.turned(w), (gx.ptr(), DevicePtr::NULL));
-        let launches = conv.launches(grad.ptr(), turned, gain as f32, inputs, through, None, to, memory);
+        let memory = ConvDgrad {
+            grad: grad.ptr(),
+            turned: self.turned(w),
+            gx: gx.ptr(),
+            partial: scratch.ptr(),
+            arrived: self.arrived.ptr(),
+            gain: gain as f32,
+            ..Zeroable::zeroed()
+        };
+        let launches = conv.launches(inputs, through, memory);
         let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout).of(conv.question());
         self.go_if(work.bytes(self.params.effective_bytes(w)).with([&grad, &pre, &gx]), launches);
         gx
@@ -186,7 +218,8 @@ impl TrainingBackend for Gpu {
         let y = self.half(out);
         let (from, shape) = (half.ptr(), half.shape());
         let (to, held) = self.sum_into(Some(half), shape);
-        let launch = pixelwise::clip_backward(self.precision, shape, from, y.ptr(), clip, to.ptr());
+        let memory = Elementwise { a: y.ptr(), b: from, out: to.ptr(), ..Zeroable::zeroed() };
+        let launch = pixelwise::clip_backward(self.precision, shape, clip, memory);
         self.go(Work::new("clip_backward", shape).with([&to, &to, &y]), [launch]);
         drop(held);
         to
@@ -202,8 +235,9 @@ impl TrainingBackend for Gpu {
         if !self.normable(x.shape()[3]) {
             return out;
         }
-        let (p, shape) = (self.precision, grad.shape());
-        let launch = pixelwise::pixel_norm_backward(p, shape, down, x.ptr(), grad.ptr(), from, out.ptr());
+        let memory =
+            PixelNormBackward { x: x.ptr(), grad: grad.ptr(), acc: from, out: out.ptr(), ..Zeroable::zeroed() };
+        let launch = pixelwise::pixel_norm_backward(self.precision, grad.shape(), down, memory);
         self.go(work, [launch]);
         drop(held);
         out
@@ -223,7 +257,14 @@ impl TrainingBackend for Gpu {
         let out = self.unset(qkv.shape(), Format::Qkv { heads });
         let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
         let scratch = self.scratch(attention.map_or(0, |attention| attention.scratch_bytes()));
-        let launches = attention.map(|a| a.backward(ordered.ptr(), grad.ptr(), out.ptr(), scratch.ptr()));
+        let memory = AttentionParams {
+            qkv: ordered.ptr(),
+            grad_out: grad.ptr(),
+            out: out.ptr(),
+            sums: scratch.ptr(),
+            ..Zeroable::zeroed()
+        };
+        let launches = attention.map(|attention| attention.backward(memory));
         let work = Work::new("attention_backward", grad.shape()).sums(7 * h * w);
         self.go_if(work.with([&ordered, &grad, &out]), launches);
         out
@@ -242,11 +283,10 @@ impl TrainingBackend for Gpu {
         let grad_emb = self.unset(emb.shape(), Format::F32);
         let Some((table, tiles)) = self.scale_table(layers) else { return grad_emb };
         let scratch = self.scratch(table.scratch(n));
-        let effective = self.params.all_effective();
         let memory = EmbScalesBackward {
             tiles,
-            weights: effective.weights,
-            exact: effective.exact,
+            weights: self.params.all_effective(),
+            exact: self.params.all_exact(),
             emb: emb.ptr(),
             grad: grad_scales.ptr(),
             grads: self.params.all_grads(),
@@ -265,10 +305,16 @@ impl TrainingBackend for Gpu {
         self.accumulating();
         let layers = self.embed_layers(p);
         let n = grad_emb.shape()[0];
-        let e = Embedding { features: e.features.ptr(), pre: e.pre.ptr(), emb: e.emb.ptr() };
-        let [noise, label] = [Some(p.noise), p.label].map(|w| w.map(|w| self.params.grad(w)).unwrap_or_default());
-        let labels = DevicePtr::of(labels.filter(|_| p.label.is_some()));
-        let launch = embedding::embed_backward(n, &layers, &e, labels, grad_emb.ptr(), noise, label);
+        let memory = EmbedBackward {
+            grad_emb: grad_emb.ptr(),
+            pre: e.pre.ptr(),
+            features: e.features.ptr(),
+            labels: DevicePtr::of(labels),
+            grad_noise: self.params.grad(p.noise),
+            grad_label: p.label.map(|w| self.params.grad(w)).unwrap_or_default(),
+            ..Zeroable::zeroed()
+        };
+        let launch = embedding::embed_backward(n, &layers, memory);
         self.go(Work::new("embed_backward", grad_emb.shape()).bytes(4 * self.embed_bytes(p)), [launch]);
     }
 
