@@ -98,7 +98,7 @@ impl fmt::Display for DeviceName {
 pub struct Device {
     runtime: Option<Rc<dyn Runtime>>,
     math: Math,
-    /// Whether the CPU multiplies in bf16; none: nobody said.
+    /// Whether the CPU multiplies in bf16; `None` if that was not chosen.
     bf16: Option<bool>,
     fallback: Option<DeviceError>,
     /// Why choices of tiles that somebody measured are not used.
@@ -109,7 +109,8 @@ impl Device {
     /// Opens a device: `auto` (the first GPU that can be used), `cpu`, `cuda`, `cuda:N`, or `emulated`.
     ///
     /// # Errors
-    /// [`DeviceError`]: the name is none, the device is not there, or this program was built without what it needs.
+    /// [`DeviceError`]: `name` names no device, the device is not there, or this program was built without what it
+    /// needs.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Absent(wrong.to_string()))?;
         Self::named(name)
@@ -138,7 +139,7 @@ impl Device {
         }
     }
 
-    /// How many GPUs of NVIDIA's this process may use.
+    /// How many of NVIDIA's GPUs this process may use.
     pub fn cards() -> usize {
         #[cfg(feature = "cuda")]
         return crate::backend::gpu::cuda::devices().map_or(0, |cards| cards.len());
@@ -206,7 +207,7 @@ impl Device {
         self.untuned.as_deref()
     }
 
-    /// Runs what is written for any backend on this device's.
+    /// Runs code for any backend on this device's.
     pub fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
             None => work.run(&OnCpu { bf16: self.precision().is_some() }),
@@ -274,7 +275,7 @@ pub trait Backends {
     }
 }
 
-/// What is written for any backend. A closure cannot be; so its captures are the fields of a type with this trait.
+/// Code for any backend. A closure cannot be generic, so its captures are the fields of a type with this trait.
 pub trait Work {
     /// What comes of it.
     type Output;

@@ -1,4 +1,4 @@
-//! The Fréchet distance between two sets of features, each taken for a normal distribution: FID, where the features
+//! The Fréchet distance between two sets of features, each taken as a normal distribution: FID, where the features
 //! are Inception's (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", 2017, eq. 6).
 //!
 //! ```text
@@ -6,8 +6,8 @@
 //! ```
 //!
 //! with means m and covariances S (divided by n - 1). The trace of the root is the sum of the roots of the eigenvalues
-//! of S1 S2. S1^(1/2) S2 S1^(1/2) has the same eigenvalues and is symmetric, so they are computed of that, all in f64.
-//! Rounding may make eigenvalues of degenerate covariances a little negative: these count as 0.
+//! of S1 S2. S1^(1/2) S2 S1^(1/2) has the same eigenvalues and is symmetric, so they are computed from that, all in
+//! f64. Rounding may make eigenvalues of degenerate covariances a little negative: these count as 0.
 //!
 //! Cost, of D features: D^2 multiply-adds for each image, about 10 D^3 for the distance on one core, 8 D^2 bytes for
 //! each set and a few times that for the distance. For D = 2048 the distance takes 13 s and 0.3 GB.
@@ -29,7 +29,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// The moments of no features yet; each will have D values.
+    /// Mean and covariance of no features yet; each will have D values.
     pub fn new(width: usize) -> Self {
         Self {
             count: 0,

@@ -1,5 +1,5 @@
-//! The memory of this machine, which is asked for before it is filled. So a size in a file or an option for which no
-//! machine has room becomes an error of one line, not an abort.
+//! Whether this machine has the memory for something, asked before that memory is filled. So a size in a file or an
+//! option for which no machine has room becomes an error of one line, not an abort.
 
 use crate::system;
 

@@ -103,7 +103,7 @@ impl Stream {
         normal_pair(r[0], r[1]).0
     }
 
-    /// The stream's first number of 0 to `count`.
+    /// The stream's first whole number below `count`.
     pub fn below(&self, count: usize) -> usize {
         // The bias of a scaled word is below 2^-32 * count.
         ((u64::from(self.block(0)[0]) * count as u64) >> 32) as usize

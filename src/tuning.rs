@@ -1,7 +1,7 @@
-//! Tables of tiles that were measured: what is in them, where they lie, and for which cards they count.
+//! Tables of tiles that were measured: what is in them, where they lie, and to which cards they apply.
 //!
-//! A table is of one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache,
-//! under a name that belongs to these. Where there is none, one of the tables in `kernels/tuned.json` is used, if
+//! A table is for one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache,
+//! under a name made from these. Where there is none, one of the tables in `kernels/tuned.json` is used, if
 //! somebody has measured these kernels on such a card. Otherwise the model of [`Question::cheapest`] chooses.
 
 use std::io;
@@ -49,7 +49,7 @@ impl Choice {
 /// The choices with which a card was measured to be the fastest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
-    /// The card, driver and kernels that it is of.
+    /// The card, driver and kernels that it is for.
     pub origin: Origin,
     /// When it was measured last, `YYYY-MM-DD`.
     date: String,
@@ -94,7 +94,7 @@ fn quartiles(seconds: &[f64]) -> (f64, f64) {
     (sorted[sorted.len() / 4], sorted[sorted.len() - 1 - sorted.len() / 4])
 }
 
-/// The least gain for which it is worth to round differently.
+/// The least gain that is worth rounding differently for.
 const LEAST_GAIN: f64 = 0.02;
 
 /// Whether times are less than the model's by more than the noise: three quarters of them must be below three quarters
@@ -122,8 +122,8 @@ impl Table {
         self.choices.is_empty()
     }
 
-    /// Takes in what was found out about a product, in the place of what was known of it. Returns whether another
-    /// choice than the model's is faster.
+    /// Takes in what was found out about a product, in place of what was known of it. Returns whether a choice other
+    /// than the model's is faster.
     pub fn take(&mut self, trial: &Trial) -> bool {
         self.date = today();
         let Question { kernels, taps, product: Product { groups, rows, columns, steps } } = trial.question;

@@ -406,7 +406,7 @@ fn a_training_that_is_killed_goes_on_with_the_same_command() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(progress.exists() && !dir.path().join("c.safetensors").exists(), "it was killed in time");
-    // Who is asked to end leaves what was learnt, and nothing else.
+    // Who is asked to end leaves what was learned, and nothing else.
     let mut child = train("t.safetensors", "2000").spawn().unwrap();
     while !dir.path().join("t.safetensors.progress").exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_millis(1));

@@ -105,6 +105,12 @@ fn the_mistakes_that_the_text_warns_of_are_caught() {
     let text = std::fs::read_to_string(source()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let race = "with no barrier between";
+    // What the page quotes of the emulator, each on one line.
+    let page = std::fs::read_to_string(source().with_extension("md")).unwrap();
+    let page = page.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut quotes: Vec<&str> =
+        page.split('`').filter(|text| text.contains(race) || text.contains("writing: no")).collect();
+    assert_eq!(quotes.len(), 2, "{quotes:?}");
     for (number, (step, right, wrong, said)) in [
         (0, "pixel >= p.pixels", "pixel > p.pixels", "out of bounds: write of 2 bytes"),
         (1, "            __syncthreads();  // all have written what all will read\n", "", "that nobody has written"),
@@ -122,7 +128,11 @@ fn the_mistakes_that_the_text_warns_of_are_caught() {
         let device = Emulator::compile(&path, Build::Checked).unwrap();
         let error = run(&device, STEPS[step]).err().map_or("nothing was noticed".into(), |e| e.to_string());
         assert!(error.contains(said) && error.contains("mistake-"), "{wrong}: {error}");
+        let error = error.replace(&path.display().to_string(), "first-kernel.cu");
+        let error = error.replace(&format!("mistake-{number}.cu"), "first-kernel.cu");
+        quotes.retain(|quote| !error.contains(quote));
     }
+    assert!(quotes.is_empty(), "the page quotes what the emulator does not say: {quotes:?}");
 }
 
 /// The page shows what is in the file.

@@ -126,8 +126,8 @@ pub trait Backend: Sized {
     /// Waits for the device and copies a tensor to the host.
     fn download(&mut self, t: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
 
-    /// Waits until the device has done what it had been given when this was called the last time. Who calls it after each
-    /// step sees the device's pace, and one step of work is under way meanwhile.
+    /// Waits until the device has done what it had been given when this was called the last time. A caller that does so
+    /// after each step keeps the device's pace, with one step of work always under way.
     fn pace(&mut self) -> Result<(), BackendError> {
         Ok(())
     }

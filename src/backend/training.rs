@@ -61,7 +61,7 @@ pub enum Normalization {
     /// Training: the stored weight undergoes forced normalisation once for each micro-batch of the
     /// step, and the effective weight is the normalised stored one (EDM2, section 2.3).
     Train {
-        /// Micro-batches of the step; more than one matters only by the eps of the normalisation.
+        /// Micro-batches of the step; more than one matters only through the eps of the normalisation.
         rounds: usize,
     },
 }

@@ -32,7 +32,7 @@ Examples:
       --data data/emoji --out cats.safetensors
   edm2k sample --model emoji.safetensors --conditions cats.safetensors --outdir cats
 
-`train` reads conditions as it needs them, and keeps what it has learnt beside --out after each pass: the same
+`train` reads conditions as it needs them, and keeps what it has learned beside --out after each pass: the same
 command again goes on from there. It needs less than 1 GB for a million conditions.
 
 The names of tags are those of the dataset's vocabulary.json, where they may be changed before `train`.")]
@@ -109,7 +109,7 @@ pub fn run(args: ConditionArgs) -> anyhow::Result<()> {
     match args.command {
         Command::Tags(args) => tags(&args),
         Command::Train(args) => {
-            let requests = Requests::watch("stopping; what the passes so far have learnt is kept");
+            let requests = Requests::watch("stopping; what the passes so far have learned is kept");
             match train(&args, &requests)? {
                 true => Ok(()),
                 false => std::process::exit(130),

@@ -192,8 +192,8 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Has parts that end together leave what they have found one after the other, so that the last one alone finds all. None:
-/// somebody else has the directory for long.
+/// Has parts that end together leave what they have found one after the other, so that only the last one finds all.
+/// `None` if somebody else keeps the directory for long.
 fn alone_in(dir: &Path) -> anyhow::Result<Option<DirLock>> {
     let begun = Instant::now();
     loop {

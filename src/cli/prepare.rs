@@ -196,8 +196,8 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What all ranks must have been given alike, by what is in the files. Where the pictures lie does not matter, and whether all
-/// have the same is not asked: that would take as long as the work.
+/// What all ranks must have been given alike, by what is in the files. Where the pictures lie does not matter. Whether
+/// all ranks have the same pictures is not checked: that would take as long as the work.
 fn given(args: &PrepareArgs, settings: &Settings) -> anyhow::Result<Value> {
     let file = |option: &str, path: Option<&PathBuf>| {
         path.map(|path| Identity::of_file(path).with_context(|| format!("{option} {}", path.display()))).transpose()

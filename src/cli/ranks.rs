@@ -17,7 +17,7 @@ pub struct Ranks {
     met: Box<dyn Collective>,
 }
 
-/// What no other card has, and a name for people; none of what is no card.
+/// An identifier that no other card has, and a name for people; `None` for what is no card.
 type Card = Option<(String, String)>;
 
 /// Which two ranks have the same card, if there are such.
@@ -31,8 +31,8 @@ fn one_card_twice(cards: &[Card]) -> Option<String> {
     Some(format!("rank {first} and rank {second} have the same card, {}: {what}", card.1))
 }
 
-/// Does a `command`'s work with the ranks that a launcher started, if one did; what this one fails with, the others are told.
-/// A rank that is lost ends this process.
+/// Does a `command`'s work with the ranks that a launcher started, if one did. If this one fails, the others are told
+/// why. A rank that is lost ends this process.
 pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
     // Ranks that train do the same at the same time; of the others one may be hours behind, and gives signs of life.

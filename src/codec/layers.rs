@@ -217,7 +217,7 @@ impl<B: CodecBackend> Weights<B> {
     }
 }
 
-/// How many numbered names `{before}{i}{after}` a file has, from 0 without a hole.
+/// How many numbered names `{before}{i}{after}` a file has, from 0 without a gap.
 pub fn count(file: &SafeFile, before: &str, after: &str) -> usize {
     let numbers: Range<usize> = 0..file.names().count();
     numbers.take_while(|i| file.contains(&format!("{before}{i}{after}"))).count()

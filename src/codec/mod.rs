@@ -90,7 +90,7 @@ pub enum CodecError {
 
 type Result<T, E = CodecError> = std::result::Result<T, E>;
 
-/// What latents are of: stored with them and with the models that learn from them.
+/// Which autoencoder made some latents; stored with them and with the models that learn from them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Autoencoder {
     /// Its kind.
@@ -336,7 +336,7 @@ impl CodecFile {
         let (path, Some(made_by)) = (self.file.path(), made_by) else { return Ok(None) };
         if self.network() != made_by.network {
             let (path, network) = (path.display(), self.network());
-            return Ok(Some(format!("{path} ({network}) only approximates {made_by}, whose the latents of {of} are")));
+            return Ok(Some(format!("{path} ({network}) only approximates {made_by}, which made the latents of {of}")));
         }
         match self.autoencoder()? {
             Some(found) if found != *made_by => {

@@ -88,7 +88,7 @@ fn renamed(name: &str, levels: usize) -> Option<String> {
 /// How the linear layers of the attention are called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Naming {
-    /// `query`, `key`, `value`, `proj_attn`: files of the days of Stable Diffusion 1.
+    /// `query`, `key`, `value`, `proj_attn`: files from the days of Stable Diffusion 1.
     Old,
     /// `to_q`, `to_k`, `to_v`, `to_out.0`.
     New,

@@ -37,7 +37,7 @@ impl World {
     /// What the environment of this process says; none where no launcher started it, or only this one process.
     ///
     /// # Errors
-    /// [`CollectiveError::Environment`]: a variable is missing, or no number, or says what cannot be.
+    /// [`CollectiveError::Environment`]: a variable is missing, is not a number, or is impossible.
     pub fn of_environment() -> Result<Option<Self>, CollectiveError> {
         // A value that is not UTF-8 is no number and no name.
         Self::of(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))

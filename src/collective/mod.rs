@@ -37,10 +37,10 @@ pub use star::{LONGEST, Star, limit};
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum CollectiveError {
-    /// The launcher says something that cannot be.
+    /// The launcher says something impossible.
     #[error("{0}")]
     Environment(String),
-    /// Nobody is at the address, or it cannot be listened at.
+    /// Nobody answers at the address, or it cannot be listened on.
     #[error("{0}")]
     Address(String),
     /// Processes that came are not ranks of this run.

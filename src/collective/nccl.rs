@@ -6,7 +6,7 @@
 //!
 //! Its calls go to a stream of their own. A sum of gradients waits for what the device was given before. It runs beside
 //! what the device is given after that, which is the rest of the backward pass. The optimizer's step waits for all
-//! sums. While NCCL waits for whatever it may be, the ranks watch each other.
+//! sums. Whatever NCCL is waiting for, the ranks go on watching each other.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};

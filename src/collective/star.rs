@@ -42,8 +42,8 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENT: u32 = 30;
 /// How long a rank may take to end by itself once another is lost.
 const GRACE: Duration = Duration::from_secs(10);
-/// Longest time that ranks wait for each other where all have as much to do. A checkpoint may take minutes; this is for what
-/// nobody foresaw.
+/// Longest time that ranks wait for each other where all have the same amount to do. A checkpoint may take minutes;
+/// this is for what nobody foresaw.
 pub const LONGEST: Duration = Duration::from_secs(1800);
 /// Values that are summed at a time.
 const CHUNK: usize = 1 << 16;
@@ -439,7 +439,7 @@ struct Waited {
 }
 
 impl Waited {
-    /// At a look that comes so long after the one before, with [`Watch::waiting`] as it is now.
+    /// How long it has waited at a look that comes `passed` after the one before; `since` is [`Watch::waiting`] now.
     fn after(&mut self, since: u64, passed: Duration) -> Duration {
         let time = if since > 0 && since == self.since { self.time + passed.min(2 * TICK) } else { Duration::ZERO };
         *self = Self { since, time };
@@ -581,7 +581,7 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
     Ok((links, watches, names))
 }
 
-/// Whether nobody is at the other end any more; who waits for an answer says nothing.
+/// Whether nobody is at the other end any more; a caller that waits for an answer sends nothing.
 fn is_gone(stream: &TcpStream) -> bool {
     let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
     let blocking = stream.set_nonblocking(false);

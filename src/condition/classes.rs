@@ -23,7 +23,7 @@ pub enum ClassError {
 #[derive(Clone, Debug, Default)]
 pub struct Classes {
     lines: Vec<String>,
-    /// The classes of each name, in small letters.
+    /// The classes of each name, in lower case.
     named: HashMap<String, Vec<usize>>,
 }
 

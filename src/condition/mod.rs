@@ -37,11 +37,11 @@ pub enum Conditioning {
     Tags,
     /// Features of a network, divided by their norm ([`unit_norm`]).
     Features {
-        /// Name of the file that made them; empty if nobody said.
+        /// Name of the file that made them; empty if unknown.
         source: String,
-        /// Name of the tensor in it; empty if nobody said.
+        /// Name of the tensor in it; empty if unknown.
         node: String,
-        /// Fingerprint of that file's content; none if nobody said.
+        /// Fingerprint of that file's content; `None` if unknown.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         fingerprint: Option<Fingerprint>,
     },
@@ -89,18 +89,18 @@ impl fmt::Display for Conditioning {
 /// Key of a [`Meaning`] in the metadata of a file of conditions.
 pub const MEANING_KEY: &str = "meaning";
 
-/// What the places of a condition mean. A dataset, a model and a condition model that are used together must agree in
+/// What the places of a condition mean. A dataset, a model and a condition model that are used together must agree on
 /// it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meaning {
-    /// What it is made of; none if nobody said.
+    /// What it is made of; `None` if unknown.
     pub conditioning: Option<Conditioning>,
-    /// The tags in order; empty for features, or if nobody said.
+    /// The tags in order; empty for features, or if unknown.
     pub tags: Vec<String>,
 }
 
 impl Meaning {
-    /// Checks that what is called `name` here is not known to mean something else than `other` does.
+    /// Checks that what is called `name` here is not known to differ in meaning from `other`.
     ///
     /// # Errors
     /// How they differ.

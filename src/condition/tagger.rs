@@ -50,7 +50,7 @@ impl Tagger {
         fingerprint::name(self.network.path())
     }
 
-    /// What conditions that are made of these features consist of.
+    /// The [`Conditioning`] of conditions that are these features.
     pub fn conditioning(&self) -> Conditioning {
         Conditioning::Features {
             source: self.source(),

@@ -189,7 +189,7 @@ impl Dataset {
         [height, width, self.header.channels]
     }
 
-    /// Height and width of each size that images of the split do have.
+    /// Height and width of the sizes that occur in this split.
     pub fn sizes(&self) -> Vec<[usize; 2]> {
         self.buckets().into_iter().filter(|(_, images)| *images > 0).map(|(size, _)| size).collect()
     }
@@ -424,7 +424,8 @@ fn vocabulary_of(dir: &Path, view: &View) -> Result<Vocabulary, DatasetError> {
     }
 }
 
-/// An error if two shards were made with other vocabularies, which no dataset's are: whoever renames tags does so for all.
+/// An error if two shards were made with different vocabularies. Those of one dataset never are: whoever renames tags
+/// does so for all shards.
 fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), DatasetError> {
     match [header, &first.header].map(|header| header.vocabulary.map(|print| print.tags)) {
         [Some(found), Some(expected)] if found != expected => {
@@ -436,7 +437,7 @@ fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
     }
 }
 
-/// An error if two shards are of one call (they know of equally many shards) but not of the same records.
+/// An error if two shards were made by one call (they know of equally many shards) but not from the same records.
 fn check_together(shard: &Shard, before: &Shard) -> Result<(), DatasetError> {
     let of_one_call = shard.header.shards == before.header.shards;
     let records = |shard: &Shard| Notes::settings(&shard.file)?.get("records")?.as_str().map(str::to_owned);
@@ -449,7 +450,7 @@ fn check_together(shard: &Shard, before: &Shard) -> Result<(), DatasetError> {
     }
 }
 
-/// An error if a shard's header is known to say something else than the first one's.
+/// An error if a shard's header is known to differ from the first one's.
 fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
     let (header, ours) = (&shard.header, &first.header);
     check_tags(shard.file.path(), header, first)?;

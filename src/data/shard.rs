@@ -70,8 +70,8 @@ impl Split {
         format!("{self}-{number:05}.safetensors")
     }
 
-    /// The number of the split's shard of this name; none if no shard of it is called so. What only begins like one, as
-    /// `train-old.safetensors` does, is somebody's own.
+    /// The number of the split's shard of this name; `None` if no shard of it is called so. What only begins like one,
+    /// as `train-old.safetensors` does, is somebody's own.
     pub fn shard_number(self, name: &str) -> Option<usize> {
         let digits = name.strip_prefix(&format!("{self}-"))?.strip_suffix(".safetensors")?;
         let number = digits.parse::<u32>().ok()? as usize;
@@ -142,10 +142,10 @@ pub struct Header {
     /// What the conditions are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
-    /// The autoencoder that made the latents; none for pixels, or if nobody said.
+    /// The autoencoder that made the latents; `None` for pixels, or if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Fingerprints of the vocabulary that the tags are places in; none if nobody said.
+    /// Fingerprints of the vocabulary that the tags are places in; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vocabulary: Option<VocabularyPrint>,
     /// Images in this shard.

@@ -94,7 +94,7 @@ impl Hasher {
 pub struct Identity {
     /// Name of the file, without where it lies.
     pub name: String,
-    /// Fingerprint of its bytes; none if nobody noted it.
+    /// Fingerprint of its bytes; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
 }

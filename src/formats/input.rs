@@ -1,4 +1,4 @@
-//! Input files. All are opened in the same way. If one is something else than was expected, the error says what it is.
+//! Input files. All are opened in the same way. If one is not what was expected, the error says what it is.
 //!
 //! Only regular files are read: a pipe that nobody writes to would never end, nor would `/dev/zero`.
 

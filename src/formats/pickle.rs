@@ -55,7 +55,8 @@ pub enum Value<'a> {
     Float(f64),
     /// A `str`.
     Text(&'a str),
-    /// A `bytes` or `bytearray`, as it lies in the input or as protocol 2 spells it, and where it begins, counted as in [`PickleError::offset`].
+    /// A `bytes` or `bytearray`, as it lies in the input or as protocol 2 spells it, and where it begins, counted as in
+    /// [`PickleError::offset`].
     Bytes { offset: usize, bytes: Cow<'a, [u8]> },
     /// A `list`.
     List(Vec<Id>),

@@ -399,7 +399,7 @@ fn dictionary<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [(Id, Id)]> {
     }
 }
 
-/// A pickle alone, which `pickle.dump` writes: its storages are calls within it. None of what `torch.save` writes.
+/// A pickle alone, which `pickle.dump` writes: its storages are calls within it. `None` for what `torch.save` writes.
 fn plain(bytes: &[u8]) -> Result<Option<Pickle<'_>>> {
     let pickle = Pickle::parse(bytes, 0)?;
     if dictionary(&pickle, pickle.root()).is_none() {

@@ -11,7 +11,7 @@ use super::{At, input};
 /// Key of the metadata that says which of several dictionaries of a file the tensors are from.
 pub const TAKEN: &str = "taken from";
 
-/// Opens a file of weights; a `module.` before all names is left away.
+/// Opens a file of weights; a `module.` before all names is left out.
 ///
 /// The file must not be changed while it is read.
 ///

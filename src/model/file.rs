@@ -74,10 +74,10 @@ pub struct ModelMeta {
     /// What conditions are made of.
     #[serde(default)]
     pub conditioning: Conditioning,
-    /// The autoencoder that made the latents; none for pixels, or if nobody said.
+    /// The autoencoder that made the latents; `None` for pixels, or if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Fingerprint of the training split that it learned from last; none if nobody said.
+    /// Fingerprint of the training split that it learned from last; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Fingerprint>,
     /// Images seen in training.
@@ -89,10 +89,10 @@ pub struct ModelMeta {
     /// Seed of the training run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// For a moving average: fingerprint of the options of its training run; none if nobody said.
+    /// For a moving average: fingerprint of the options of its training run; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<Fingerprint>,
-    /// Fingerprint of the weights that its training began from; none if it began from fresh ones, or if nobody said.
+    /// Fingerprint of the weights that its training began from; `None` if it began from fresh ones, or if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub began_from: Option<Fingerprint>,
     /// Where the training images are from.
@@ -295,7 +295,7 @@ impl ModelFile {
         self.file.path()
     }
 
-    /// Smallest precision that holds its weights as they are.
+    /// The smaller type that holds its weights as they are.
     pub fn precision(&self) -> Stored {
         let half = |name| self.file.dtype(name).is_ok_and(|dtype| dtype == Dtype::F16);
         if self.file.names().all(half) { Stored::F16 } else { Stored::F32 }

@@ -9,8 +9,8 @@ use crate::formats::safetensors::{SafeError, SafeFile};
 /// The official name of a tensor that every network has.
 const KNOWN: &str = "unet.emb_fourier.freqs";
 
-/// What stands before the official names, and before those of other networks in the file, which are not taken; none if this is
-/// no EDM2 network. An average of weights goes before the weights.
+/// What stands before the official names of the network that is taken, and before those of the file's other networks;
+/// `None` if there is no EDM2 network. An average of weights is taken rather than the weights.
 pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
     let mut all: Vec<String> = file.names().filter_map(|name| Some(name.strip_suffix(KNOWN)?.to_owned())).collect();
     all.sort_by_key(|prefix| !prefix.split(['.', '_']).any(|word| word == "ema"));
@@ -24,7 +24,7 @@ pub const HEADS: &str = "channels_per_head";
 /// The config, in JSON, of a network in official names, with options that are `given` over what is read and assumed.
 ///
 /// # Errors
-/// A tensor is missing, or has a shape that none has; the caller checks all of them, and the options.
+/// A tensor is missing, or has too few sides; the caller checks all of them, and the options.
 pub fn config(file: &SafeFile, given: &Map<String, Value>) -> Result<Value, SafeError> {
     let side = |name: &str, at: usize| -> Result<usize, SafeError> {
         let shape = file.shape(name)?;

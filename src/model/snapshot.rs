@@ -46,7 +46,7 @@ const MAX_LOOKED_AT: usize = 1 << 24;
 /// Options of the official network that are ignored here.
 const IGNORED: [&str; 3] = ["use_fp16", "dropout", "resample_filter"];
 
-/// Why a file is no snapshot that can be used.
+/// Why a file is not a snapshot that can be used.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum SnapshotError {
@@ -66,7 +66,7 @@ type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 pub struct Snapshot {
     /// The network with its weights.
     pub model: Model,
-    /// The smallest precision that holds its weights without a change.
+    /// The smaller type that holds its weights unchanged.
     pub precision: Stored,
 }
 

@@ -115,7 +115,7 @@ pub struct About {
 pub struct Port {
     /// Name of the tensor.
     pub name: String,
-    /// Its element type, in small letters.
+    /// Its element type, in lower case.
     pub kind: String,
     /// Its sides: numbers, names where the file leaves them open, `?` where it says nothing.
     pub shape: Vec<String>,
@@ -191,7 +191,7 @@ impl Network {
     /// [`OnnxError::Run`]; [`OnnxError::NotFinite`].
     ///
     /// # Panics
-    /// If `image` has not H * W * 3 values.
+    /// If `image` does not have H * W * 3 values.
     pub fn features(&self, image: &[f32], name: &str) -> Result<Vec<f32>, OnnxError> {
         let [height, width] = self.size;
         assert_eq!(image.len(), height * width * 3, "values of an image of {width}x{height}");

@@ -1,4 +1,4 @@
-//! Bicubic resizing, with the same bytes as Pillow's, as feature networks were trained with that.
+//! Bicubic resizing, to the same bytes as Pillow's, since feature networks were trained with that.
 //!
 //! The kernel is Keys' with a = -0.5. It is widened by the factor of reduction, so that every pixel of the source
 //! counts. Weights are in fixed point with 22 bits. Rows come first, then columns, each rounded to 8 bits (newer

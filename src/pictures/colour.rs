@@ -8,7 +8,7 @@ use moxcms::{
     MatrixCoefficients, ProfileText, ToneReprCurve, TransferCharacteristics, TransformOptions,
 };
 
-/// By how many of 256 levels a profile must move a colour to count as another one than sRGB. There are many profiles of
+/// By how many of 256 levels a profile must move a colour to count as different from sRGB. There are many profiles of
 /// sRGB that differ in their rounding.
 const NOTICEABLE: u8 = 2;
 

@@ -68,7 +68,7 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, PictureError> {
     decode(&input::read(path, MAX_BYTES)?, background)
 }
 
-/// Width and height that an image file's head says, in pixels; nothing is decoded.
+/// Width and height in pixels, as an image file's head says; nothing is decoded.
 ///
 /// # Errors
 /// The file is of no known kind, or its head is damaged.

@@ -26,8 +26,7 @@ pub struct Condition {
     pub values: Vec<f32>,
     /// Where it is from, for people. The text chunk of a picture has it.
     pub origin: Value,
-    /// What guidance leads away from, `[label_dim]`. If it is empty, that is no condition; or where another network
-    /// guides, what that network makes of this same condition.
+    /// What guidance leads away from, `[label_dim]`. Empty: no condition, or, with a guiding network, this same one.
     pub away: Vec<f32>,
 }
 

@@ -37,7 +37,7 @@ impl Image {
     }
 }
 
-/// Keywords and texts of the chunks that a PNG carries, of what is known of it.
+/// The text chunks of a PNG, as (keyword, text).
 pub(super) fn text_of(about: &str) -> [(&str, &str); 2] {
     [("Software", SOFTWARE), ("edm2k", about)]
 }

@@ -296,7 +296,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// The files that were given, by what they are for. Reads them: whoever makes parts of the same knows it by them.
+    /// The files that were given, by what they are for. Reads them: processes that make parts of one request compare
+    /// them.
     ///
     /// # Errors
     /// One cannot be read.

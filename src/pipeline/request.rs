@@ -14,7 +14,7 @@ pub struct Request {
     pub per_condition: usize,
     /// One image for each.
     pub seeds: Vec<u64>,
-    /// Of each image another seed, and the share of its noise, 0 to 1; empty: none.
+    /// For each image a second seed and the share of its noise, 0 to 1. Empty: no second seeds.
     pub towards: Vec<(u64, f64)>,
     /// What all images begin from, beside noise; see [`SamplerConfig::strength`].
     pub from: Option<Beginning>,

@@ -116,8 +116,8 @@ pub struct SamplerConfig {
     /// Of `heun` and `euler`.
     #[serde(skip_serializing_if = "is_none")]
     pub churn: Churn,
-    /// Share of the steps that are taken, the last ones: less than 1 leaves of a given image what is larger than the
-    /// noise at which they begin.
+    /// Share of the steps that are taken, the last ones. Below 1, a given image keeps what is larger than the noise of
+    /// the first step taken.
     #[serde(skip_serializing_if = "is_whole")]
     pub strength: f64,
 }
@@ -149,7 +149,7 @@ impl SamplerConfig {
             true => Ok(()),
             false => Err(SampleError::Setting { name, found, expected: expected.into() }),
         };
-        // Devices compute in f32, so what is next to 0 there or next to infinity is none of these numbers.
+        // Devices compute in f32, which would round numbers beyond these to 0 or infinity.
         let number = |ok: bool, name, value: f64, expected: &str| check(ok, name, short(value), expected);
         check((1..=10_000).contains(&self.steps), "steps", self.steps.to_string(), "1 to 10000")?;
         let (sigma_min, sigma_max) = (self.sigma_min, self.sigma_max);
@@ -328,8 +328,9 @@ pub struct Sampler<'a, B: NetworkBackend> {
 }
 
 impl<B: NetworkBackend> Sampler<'_, B> {
-    /// Samples one batch. `observe` is called after each step, when the one before it is done. Without it, another network and
-    /// churn, the whole batch is one plan of the device; else each evaluation is. Returns [seeds, height, width, channels] in model space.
+    /// Samples one batch. `observe` is called after each step, when the one before it is done. The whole batch is one
+    /// plan of the device if there is no `observe`, no other network and no churn; otherwise each evaluation is one.
+    /// Returns [seeds, height, width, channels] in model space.
     ///
     /// # Errors
     /// [`SampleError`]; settings and shapes are checked before anything is computed.
@@ -436,13 +437,13 @@ struct Evaluation;
 #[derive(Clone, Debug, PartialEq)]
 struct Ahead(Vec<f64>, usize);
 
-/// The scales of so many images are made at a time.
+/// How many images' scales are made at a time.
 const AHEAD: usize = 256;
 
 /// What a network takes from noise levels and conditions. Both are known before the first step, so the scales of many levels
 /// are one product.
 struct Scales<T> {
-    /// The conditions that a network is given; of none, nothing.
+    /// The conditions that a network is given, if any.
     labels: Option<T>,
     /// Images at each level.
     images: usize,

@@ -199,7 +199,7 @@ impl Server {
     }
 }
 
-/// What is there to be used with a model.
+/// What there is to be used with a model.
 struct Shelf {
     /// Pixels for each value of latents.
     factor: Option<usize>,

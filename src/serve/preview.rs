@@ -23,7 +23,7 @@ const MAX_PNG: usize = 1 << 16;
 /// The JPEG's quality.
 const QUALITY: u8 = 80;
 
-/// The map.
+/// The map from latents to colours.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Rows: the latent's channels and 1; columns: red, green, blue from 0 to 255.

@@ -242,7 +242,7 @@ impl Job {
     }
 }
 
-/// Images of one job, or of several of one shape and setting, for the device.
+/// What the device is given at a time: images of one job, or of several of one shape and setting.
 pub struct Batch {
     /// Each image: its job, and which of the job's it is.
     pub images: Vec<(Arc<Job>, usize)>,

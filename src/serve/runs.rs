@@ -1,4 +1,4 @@
-//! Training runs, to look at: a directory of run directories, or one of them. Nothing is written. No path is made of
+//! Training runs, to look at: a directory of run directories, or one of them. Nothing is written. No path is made from
 //! what a request says; names are looked up among those that are there.
 
 use std::fs;

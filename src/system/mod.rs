@@ -110,12 +110,13 @@ pub fn host_name() -> Option<String> {
 /// The library that NVIDIA's driver brings.
 pub const CUDA_DRIVER: &str = side::CUDA_DRIVER;
 
-/// Tries to load a library and returns why that fails; none if it does not fail, or is not there. The library is not used.
+/// Tries to load a library and returns why that fails; `None` if it does not fail, or there is no such library. The
+/// library is not used.
 pub fn why_not_loaded(library: &str) -> Option<String> {
     side::why_not_loaded(library)
 }
 
-/// Whether this machine has a card of NVIDIA's, with or without a driver.
+/// Whether this machine has an NVIDIA card, with or without a driver.
 pub fn has_nvidia_hardware() -> bool {
     side::has_nvidia_hardware()
 }

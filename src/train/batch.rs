@@ -25,7 +25,7 @@ pub struct Batch {
     pub sigma: Vec<f32>,
     /// Conditions [n, label_dim], zero rows where dropped; none for an unconditional network.
     pub labels: Option<Vec<f32>>,
-    /// Keys of the masks of dropout [n, 2]; none without.
+    /// Keys of the masks of dropout [n, 2]; `None` without dropout.
     pub keys: Option<Vec<f32>>,
 }
 

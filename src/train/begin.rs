@@ -1,4 +1,4 @@
-//! How a run begins: from what its directory has of it, or anew, and on all ranks in the same way.
+//! How a run begins: from what its directory holds of it, or anew, and on all ranks in the same way.
 
 use std::fs;
 use std::io::{self, Write};

@@ -23,7 +23,7 @@ const ROWS: usize = 6;
 /// Samples of each condition.
 const SAMPLES: usize = 4;
 
-/// Grids may take one part in so many of a run's time.
+/// At most one part in this many of a run's time goes to grids.
 pub const SHARE: u64 = 100;
 
 /// Makes a picture of an image [height, width, channels] in model space.
@@ -94,7 +94,7 @@ pub struct With<'a, B> {
     pub ranks: &'a mut dyn Collective,
 }
 
-/// Samples and writes the grid as `show` has its images; rank 0 writes. Whether this one has written it.
+/// Samples and writes the grid as `show` has its images; rank 0 writes. Returns whether this rank wrote the file.
 pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> Result<bool, GridError> {
     let With { backend, net, data, guided, batch, halved, ranks } = with;
     let [h, w, c] = data.shape();

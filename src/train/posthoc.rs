@@ -234,7 +234,8 @@ impl Reconstruction {
     }
 }
 
-/// In what two snapshots differ that those of one run have in common: names of entries of config and metadata.
+/// What differs between two snapshots although those of one run have it in common: names of entries of config and
+/// metadata.
 fn differences(a: &ModelFile, b: &ModelFile) -> String {
     let entries = |file: &ModelFile| {
         let mut meta = ModelMeta { images_seen: 0, ema_std: None, ..file.meta.clone() };

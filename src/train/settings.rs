@@ -214,13 +214,13 @@ pub struct DataIdentity {
     pub kind: Representation,
     /// What the conditions are made of.
     pub conditioning: Conditioning,
-    /// The autoencoder that made the latents; none for pixels, or if nobody said.
+    /// The autoencoder that made the latents; `None` for pixels, or if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoencoder: Option<Autoencoder>,
-    /// Fingerprint of the tags; none if nobody said.
+    /// Fingerprint of the tags; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vocabulary: Option<Fingerprint>,
-    /// Fingerprint of all images and conditions; none if nobody said.
+    /// Fingerprint of all images and conditions; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub content: Option<Fingerprint>,
 }

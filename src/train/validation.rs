@@ -1,4 +1,4 @@
-//! The loss on images that are not learnt from: while training at random noise levels, in `edm2k eval` level by level.
+//! The loss on images that are not learned from: while training at random noise levels, in `edm2k eval` level by level.
 //!
 //! Noise depends on an image's place in the dataset and the level's number only, so two networks are compared on the
 //! same noisy images. Ranks, or other processes, share them, and add up the results of all in a fixed order. Cost: a

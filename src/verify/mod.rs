@@ -147,8 +147,8 @@ pub struct Worst {
 pub struct Check {
     /// File (without ending) and tensor.
     pub name: String,
-    /// |got - expected| / |expected|; absolute where everything expected is 0; infinite where something is no
-    /// number.
+    /// |got - expected| / |expected|; absolute where everything expected is 0; infinite where something is not
+    /// a number.
     pub error: f64,
     /// Largest error that is ok.
     pub bound: f64,
@@ -224,11 +224,11 @@ pub enum VerifyError {
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
-/// Replays a directory on the device that `backends` makes backends of, within `bounds`. `report` is called with each outcome
-/// as it comes.
+/// Replays a directory on the device that `backends` makes backends of, within `bounds`. `report` is called with each
+/// finding as it comes.
 ///
 /// # Errors
-/// See [`VerifyError`]. A failed check is no error: it is counted in the summary.
+/// See [`VerifyError`]. A failed check is no error: it is counted in the totals.
 pub fn verify<M: Backends>(
     dir: &Path,
     backends: &M,

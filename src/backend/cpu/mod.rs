@@ -1,5 +1,5 @@
 //! The CPU backend: plain Rust in f32 or f64. Every CUDA kernel is compared with it, and machines without a GPU compute
-//! by it.
+//! with it.
 //!
 //! Each operation composes the paper's formulas plainly. What makes it fast is in `conv` (implicit matrix products) and
 //! in `tensor` (memory that is reused).

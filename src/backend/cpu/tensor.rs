@@ -33,7 +33,7 @@ impl<T: Real> Drop for Buffer<T> {
     }
 }
 
-/// Bytes from which on a buffer is asked for in large pages.
+/// Buffers of at least so many bytes are asked for in large pages.
 const HUGE: usize = 4 << 20;
 
 /// Values in NHWC order. Clones share the memory.

@@ -29,7 +29,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Of a kernel's two instances: [f16, bf16].
+    /// The one of a kernel's two instances, [f16, bf16].
     pub fn pick(self, kernels: [&'static str; 2]) -> &'static str {
         kernels[self as usize]
     }
@@ -40,7 +40,7 @@ impl Precision {
     }
 }
 
-/// What kernels and their tiles are chosen by, besides shapes.
+/// What kernels and their tiles are chosen by, besides shapes: the properties of a card.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Card {
     /// Multiprocessors.

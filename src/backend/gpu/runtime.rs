@@ -47,7 +47,8 @@ pub trait Graph {
     fn run(&self) -> Result<(), DeviceError>;
 }
 
-/// Under what times were measured. They say nothing of another card, and little of another driver or other kernels.
+/// Card, driver and kernels with which times were measured. Times say nothing about another card, and little about
+/// another driver or other kernels.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Origin {
     /// The card's name, and how many multiprocessors it has.
@@ -69,13 +70,13 @@ impl Origin {
 pub trait Runtime {
     /// The properties for which tiles are chosen.
     fn card(&self) -> Card;
-    /// Under what times on it are measured.
+    /// Card, driver and kernels with which times on it are measured.
     fn origin(&self) -> Origin;
     /// Choices of tiles that were measured on it. Where there are none, a model chooses.
     fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
     fn name(&self) -> String;
-    /// What no other card has, on any machine; none: it is no card, or its driver does not say.
+    /// An identifier that no other card has, on any machine; `None` if it is no card, or its driver does not say.
     fn uuid(&self) -> Option<String> {
         None
     }

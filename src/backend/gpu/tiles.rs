@@ -1,5 +1,5 @@
 //! The tiles of the convolution kernels, and which of them a shape gets: the one that was measured to be the fastest on
-//! the card ([`Tuned`]), or where nobody has measured, the one that a model of the costs says is.
+//! the card ([`Tuned`]), or, where nobody has measured, the one that a model of the costs takes for the fastest.
 //!
 //! The list is `kernels/tiles.cuh`, from which the kernels are instantiated too.
 
@@ -29,7 +29,7 @@ pub struct Tile {
     pub speed: f64,
     /// Blocks for which a multiprocessor has the registers, with sums in f32 and with sums in two levels.
     pub blocks: [usize; 2],
-    /// Of Hopper's tiles of pixels: whether both groups of threads work on it, or take tiles in turn.
+    /// Of Hopper's tiles of pixels: whether both warp groups work on it, or take tiles in turn.
     pub together: bool,
 }
 
@@ -64,13 +64,13 @@ static FLAT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::FLAT));
 /// Tiles of `conv_wgrad_*`.
 static GRADIENT: LazyLock<Vec<Tile>> = LazyLock::new(|| tiles(&lines::GRADIENT));
 
-/// Bytes of dynamic shared memory of a Hopper kernel's pipeline (`Pipeline` of `kernels/conv_hopper.cu`): stages with two barriers
-/// each, two more barriers, and what rounding up to 1024 loses.
+/// Bytes of dynamic shared memory of a Hopper kernel's pipeline (`Pipeline` of `kernels/conv_hopper.cu`): stages with
+/// two barriers each, two more barriers, and what rounding up to 1024 loses.
 fn hopper_shared(stages: usize, m: usize, n: usize) -> usize {
     1024 + stages * ((m + n) * STEP * 2 + 16) + 16
 }
 
-/// Tiles of `hopper_fprop_*` and its sisters, of their lines: three groups of threads, of which two have 64 rows of 72 floats
+/// Tiles of `hopper_fprop_*` and its sisters, of their lines: three warp groups, of which two have 64 rows of 72 floats
 /// for the epilogue, and four rows of sums.
 static HOPPER: LazyLock<Vec<Tile>> = LazyLock::new(|| {
     let tile = |&[m, n, stages, together, speed]: &[usize; 5]| Tile {
@@ -115,9 +115,9 @@ pub struct Kernels {
     pub kind: Kind,
     /// By Hopper's loop.
     pub hopper: bool,
-    /// For channels that are no multiples of [`STEP`].
+    /// For channels that are not multiples of [`STEP`].
     pub flat: bool,
-    /// Their numbers, as in their names.
+    /// Their number types, as in their names.
     math: &'static str,
 }
 
@@ -256,8 +256,8 @@ const MAX_CLUSTER: usize = 8;
 /// Most tiles whose sums are in parts: as many counters as there are, and enough for any card.
 pub const MAX_SPLIT_TILES: usize = 1 << 14;
 
-// The numbers of the models below, as the speeds of the tiles. Those of Hopper's loop follow what an H200 took (docs/performance.md);
-// the others are estimates, of no card.
+// The numbers of the models below. Those of Hopper's loop follow what an H200 took (docs/performance.md). The others
+// are estimates that no card has confirmed, like the speeds of the tiles.
 
 /// Speed of a block that is alone on a multiprocessor which could hold more, as a share of the full one.
 const ALONE: f64 = 0.65;
@@ -267,7 +267,7 @@ const PARTIAL_STEPS: f64 = 3.0;
 const REDUCED_STEPS: f64 = 20.0;
 /// Cycles of a step of one value on Hopper's tensor cores.
 const HOPPER_STEP: f64 = 1.0 / 32.0;
-/// Cycles in which a warp takes four rows of 64 values out of its sums, and what is done with them.
+/// Cycles in which a warp takes four rows of 64 values out of its sums and does with them what follows.
 const HOPPER_ROWS: f64 = 600.0;
 /// Cycles in which the blocks of a cluster add up their sums: once, for each block, and for each value of each block.
 const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.1];
@@ -368,7 +368,7 @@ impl Question {
     }
 }
 
-/// Why a table of choices is none of these kernels.
+/// Why a choice does not belong to these kernels.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there are {0}")]
 pub struct Unfit(String);

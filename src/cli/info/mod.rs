@@ -54,7 +54,8 @@ pub struct InfoArgs {
     /// Image or latent that the multiply-adds are counted for [default: what the model was made for]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]
     size: Option<[usize; 2]>,
-    /// Read all of a dataset, a shard, a checkpoint or a run's checkpoints and compare it with the checksums that it was written with
+    /// Read all of a dataset, a shard, a checkpoint or a run's checkpoints and compare it with the checksums that it
+    /// was written with
     #[arg(long, requires = "path")]
     check: bool,
     /// One JSON object instead of text

@@ -230,9 +230,9 @@ impl Parts<'_> {
         Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
     }
 
-    /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank 0, or
-    /// whichever part finds that no part is `lacking` images or made them of something else. Otherwise it prints which parts
-    /// are missing.
+    /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank
+    /// 0, or whichever part finds that no part is `lacking` images or made them of something else. Otherwise it prints
+    /// which parts are missing.
     fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<usize>) -> anyhow::Result<bool> {
         let Self { request, part, given, args, out, .. } = self;
         ranks.met().barrier()?;

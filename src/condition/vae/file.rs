@@ -131,7 +131,7 @@ struct Progress {
     how: Training,
     header: Header,
     rows: usize,
-    /// Fingerprint of the rows; none if nobody said.
+    /// Fingerprint of the rows; `None` if unknown.
     data: Option<Fingerprint>,
     passes: usize,
     steps: i32,

@@ -72,7 +72,7 @@ pub struct Header {
     pub hidden: usize,
     /// The V tags that can be asked for. With [`ConditionKind::Tags`], V = D.
     pub vocabulary: Vec<Tag>,
-    /// What made the conditions; none if nobody said.
+    /// What made the conditions; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conditioning: Option<Conditioning>,
 }

@@ -22,7 +22,7 @@ pub trait Source: Sync {
     fn kind(&self) -> ConditionKind;
     /// The tags.
     fn vocabulary(&self) -> &Vocabulary;
-    /// What made them; none if nobody said.
+    /// What made them; `None` if unknown.
     fn conditioning(&self) -> Option<Conditioning>;
     /// How many there are.
     fn count(&self) -> usize;
@@ -44,7 +44,7 @@ pub struct Rows {
     pub tags: Vec<Vec<u32>>,
     /// [`ConditionKind::Features`]: the rows, [N, D]. [`ConditionKind::Tags`]: empty, as the tags say it all.
     pub dense: Vec<f32>,
-    /// What made them; none if nobody said.
+    /// What made them; `None` if unknown.
     pub conditioning: Option<Conditioning>,
 }
 

@@ -113,8 +113,8 @@ pub fn add(
     }
 }
 
-/// The ids of a shard's records, including those that were dropped, each with what its file was. None if the records
-/// are others by now. `places` has the place of every record in its listing.
+/// The ids of a shard's records, including those that were dropped, each with what its file was. `None` if the
+/// records have changed since. `places` has the place of every record in its listing.
 fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Option<Vec<(i64, &'a Fingerprint)>> {
     let dropped = notes.dropped.iter().map(|dropped| dropped.id);
     let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
@@ -132,7 +132,7 @@ fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(
     notes.dropped.iter().map(refusal).collect()
 }
 
-/// Calls `each` with every shard. It is an error, with `advice`, if a picture in one of them is another by now; the
+/// Calls `each` with every shard. It is an error, with `advice`, if a picture in one of them has changed since; the
 /// picture's file may be gone.
 fn compare<'a>(
     there: &'a There,
@@ -158,7 +158,7 @@ fn compare<'a>(
     Ok(())
 }
 
-/// An error if a new shard's conditions would mean something else than those that are there.
+/// An error if a new shard's conditions would not mean the same as those that are there.
 fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
     let old = &there.header;
     if old.condition_dim == new.condition_dim && !old.conditioning.differs(&new.conditioning) {
@@ -264,7 +264,7 @@ struct Tagged<'a> {
 }
 
 impl Tagged<'_> {
-    /// Writes a shard anew; its notes.
+    /// Writes a shard anew, and returns its notes.
     fn write(&self, shard: &Shard, path: &Path) -> Result<Notes, PrepareError> {
         let mut rows = Rows::default();
         for (i, &id) in shard.ids.iter().enumerate() {

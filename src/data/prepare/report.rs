@@ -140,7 +140,7 @@ pub struct Bucket {
 /// What was made; in JSON as `summary.json` has it.
 #[derive(Debug)]
 pub struct Summary {
-    /// Lines of the metadata, when adding of that of the new pictures.
+    /// Records in the metadata; when adding, in that of the new pictures.
     pub records: usize,
     /// Of these, those that were passed over: when adding, pictures that are there already; when retagging, those that are
     /// not there.

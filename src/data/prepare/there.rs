@@ -18,7 +18,7 @@ impl There {
     /// Opens all splits.
     ///
     /// # Errors
-    /// There is none `to` change in that way, or it is damaged.
+    /// There is no dataset, or it is damaged. `to` is what the message says it is needed for.
     pub fn open(dir: &Path, to: &'static str) -> Result<Self, PrepareError> {
         let view = View::of(dir);
         let path = view.path(VOCABULARY_FILE);

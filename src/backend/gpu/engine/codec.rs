@@ -1,4 +1,4 @@
-//! What autoencoders are computed by, as launches. A device that does so owns no network.
+//! The operations of autoencoders, as launches. A device that runs them owns no network.
 
 use super::super::codec::{
     bytes, bytes_words, convolve, group_norm, group_norm_scratch, normalise, pack, question, result, self_attention,

@@ -340,7 +340,7 @@ impl<P> Gpu<P> {
     }
 
     /// q, k and v in the kernels' order for so many heads, or in the official order for 0. This goes by way of the
-    /// host, since the network never asks for another order than it made.
+    /// host, since the network never asks for an order other than the one it made.
     fn reordered(&mut self, x: &Tensor, heads: usize) -> Tensor {
         let format = if heads > 0 { Format::Qkv { heads } } else { Format::Half };
         if x.format() == format {

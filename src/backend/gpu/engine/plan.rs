@@ -14,8 +14,8 @@
 use super::super::runtime::Graph;
 use super::*;
 
-/// Most plans that are kept besides those of training: the ones that were used last. A server is asked for ever other numbers
-/// of steps, and each is one.
+/// Most plans that are kept besides those of training: the ones that were used last. Each number of steps is a plan,
+/// and a server is asked for ever new ones.
 const MOST_PLANS: usize = 64;
 
 /// What a plan costs.
