@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use serde_json::{Value, json};
 
 use edm2k::backend::gpu::launch::Precision;
@@ -26,7 +26,7 @@ use edm2k::{Backends, Work};
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
 use super::train::doubt;
-use super::{DeviceArgs, claim, may_be_written};
+use super::{DeviceArgs, claim, exists, may_be_written};
 
 /// Longest time that a part waits for another to leave what it has found.
 const TOGETHER: Duration = Duration::from_secs(10);
@@ -91,8 +91,9 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let _plot = match plot {
         Some(path) if args.part.is_some() => {
             may_be_written(path, &[&args.model, &args.data])?;
-            let free = args.overwrite || path.symlink_metadata().is_err();
-            ensure!(free, "{} exists; give --overwrite, or another name", path.display());
+            if !args.overwrite && path.symlink_metadata().is_ok() {
+                return Err(exists(path));
+            }
             None
         }
         plot => plot.map(claimed).transpose()?,
@@ -184,8 +185,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         if args.part.is_some() && !args.overwrite && path.symlink_metadata().is_ok() {
             // Where nothing can be locked, another part may have found all of them too.
             let made = fs::read(path).is_ok_and(|made| made == svg.as_bytes());
-            ensure!(made, "{} exists; give --overwrite, or another name", path.display());
-            return Ok(());
+            return if made { Ok(()) } else { Err(exists(path)) };
         }
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }

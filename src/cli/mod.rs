@@ -23,7 +23,7 @@ pub mod verify;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::formats::Claim;
@@ -88,11 +88,14 @@ impl DeviceArgs {
 pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
     may_be_written(path, inputs)?;
     match Claim::new(path, overwrite) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            bail!("{} exists; give --overwrite, or another name", path.display())
-        }
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(exists(path)),
         other => other.with_context(|| path.display().to_string()),
     }
+}
+
+/// Says of an output that it is there already.
+pub fn exists(path: &Path) -> anyhow::Error {
+    anyhow!("{} exists; give --overwrite, or another name", path.display())
 }
 
 /// Refuses a path that cannot be that of a file to be written, or is one of the inputs.
