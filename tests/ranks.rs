@@ -767,8 +767,12 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     let other = eval(&models[1], "--outdir losses --part 1/3 --overwrite");
     assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("Still missing: part 2/3, 3/3 ("));
     let said = part("2/3", "");
-    let why = "part 1/3 (losses/losses-1-of-3.safetensors is of other options, data or another model)";
+    let why = "part 1/3 (losses/losses-1-of-3.safetensors is of something else: model is ";
     assert!(said.contains(why), "{said}");
+    let fewer = eval(&models[0], "--outdir losses --part 1/3 --overwrite").replace("--images 7", "--images 5");
+    succeed(&mut place.rank(0, 1, 0, &fewer));
+    let said = part("2/3", "--overwrite");
+    assert!(said.contains("is of something else: images is 5 there, 7 here)"), "{said}");
     fs::write(place.path("losses/losses-1-of-3.safetensors"), "damaged").unwrap();
     assert!(part("2/3", "--overwrite").contains("part 1/3 (losses/losses-1-of-3.safetensors: "));
     let fails = |line: &str| {

@@ -55,7 +55,7 @@ impl DeviceArgs {
         Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
-    /// Opens the device; with `auto`, says on stderr which GPU was taken, or why none of those that there seem to be.
+    /// Opens the device; with `auto`, says on stderr which GPU was taken, and why not one before it, or none.
     ///
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
@@ -66,11 +66,11 @@ impl DeviceArgs {
     /// The same of the device `name` instead of the one that was asked for.
     pub fn open_as(&self, name: DeviceName) -> anyhow::Result<Device> {
         let device = Device::named(name).with_context(|| format!("--device {name}"))?;
-        match (device.runtime(), device.fallback()) {
-            (Some(gpu), _) if self.device == DeviceName::Auto => note!("computing on {}", gpu.name()),
-            (_, Some(why)) => note!("warning: computing on the CPU: {why}"),
-            _ => {}
+        let on = device.runtime().map_or_else(|| "the CPU".into(), |gpu| gpu.name());
+        if self.device == DeviceName::Auto && device.runtime().is_some() {
+            note!("computing on {on}");
         }
+        device.passed_over().iter().for_each(|why| note!("warning: computing on {on}: {why}"));
         device.untuned().iter().for_each(|why| note!("warning: {why}"));
         let device = device.with_math(self.math());
         match self.precision {

@@ -14,7 +14,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
-use edm2k::formats::differences::{differing, there_and_here};
+use edm2k::formats::differences::differing_texts;
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
@@ -241,7 +241,8 @@ impl Parts<'_> {
         }
         // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
         let own = given.to_string();
-        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != own);
+        let differs = |noted: String| Some(differing_texts(&own, &noted)).filter(|differs| !differs.is_empty());
+        let other = |part: Part| out.noted(part).filter(|_| args.part.is_some()).and_then(differs);
         let mut lacking = |part: Part| match other(part) {
             Some(_) => images_of(part, request).collect(),
             None => lacking(part),
@@ -260,10 +261,7 @@ impl Parts<'_> {
         let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
         parts.dedup();
         let named = |part: &Part| match other(*part) {
-            Some(noted) => {
-                let noted: Value = serde_json::from_str(&noted).unwrap_or_default();
-                format!("{part} (of something else: {})", differing(given, &noted, there_and_here))
-            }
+            Some(differs) => format!("{part} (of something else: {differs})"),
             None => part.to_string(),
         };
         let parts: Vec<_> = parts.iter().map(named).collect();
