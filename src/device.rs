@@ -367,7 +367,9 @@ fn first_of<T>(
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Opened, DeviceError> {
-    Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
+    Err(DeviceError::Absent(
+        "this edm2k was built without CUDA (cargo feature `cuda`); the device cpu needs none".into(),
+    ))
 }
 
 #[cfg(feature = "emulator")]
@@ -410,8 +412,7 @@ mod tests {
         assert_ne!(numbers(&game, f32), numbers(&game, f16x2));
         // What was asked for, and what is taken unasked, is the same.
         assert_eq!(numbers(&game, f16x2), numbers(&game, Math::default()));
-        let [mma, wgmma] =
-            [ConvLoop::Mma, ConvLoop::Wgmma].map(|way| Math { conv_loop: Some(way), ..Math::default() });
+        let [mma, wgmma] = [ConvLoop::Mma, ConvLoop::Wgmma].map(|way| Math { conv_loop: Some(way), ..Math::default() });
         assert_ne!(numbers(&hopper, mma), numbers(&hopper, wgmma));
     }
 }

@@ -662,7 +662,7 @@ fn what_differs_between_ranks_is_named() {
     let said = with("--data none");
     assert!(said.contains("rank 1 differs from rank 0: validation.images is 0 there, 9 here"), "{said}");
     let said = with("--lr nan");
-    assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
+    assert!(said.contains("rank 1 (") && said.contains("failed: lr is NaN, expected a positive number"), "{said}");
 }
 
 #[test]
@@ -881,6 +881,19 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
     let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
     assert!(names.iter().eq(expected.keys()), "{names:?}");
+    // The same once all are there. A part that is made again of the same files changes nothing.
+    let before = files(&place.path("mixed"));
+    assert!(succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2 --overwrite"))).contains("11 images of 32x32"));
+    assert!(files(&place.path("mixed")) == before);
+    let why =
+        "5 are still missing, of part 2/2 (of something else: files.model is perhaps another there, m.safetensors (";
+    for _ in 0..2 {
+        let said = succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2 --overwrite")));
+        assert!(said.contains(why), "{said}");
+    }
+    let said = succeed(&mut place.rank(0, 1, 0, &of("a", "--part 2/2 --overwrite")));
+    assert!(said.contains("11 images of 32x32"), "{said}");
+    assert!(files(&place.path("mixed")).keys().eq(expected.keys()));
 
     for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
         let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+pub mod advice;
 pub mod bench;
 pub mod condition;
 pub mod ema;

@@ -8,6 +8,7 @@ use edm2k::system::host_name;
 use edm2k::{Device, DeviceError, DeviceName};
 
 use super::DeviceArgs;
+use super::advice::in_one_line;
 use super::say::{self, note};
 
 /// This process among those that a launcher started with it, and how it reaches them.
@@ -56,7 +57,7 @@ pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Resul
     let mut ranks = Ranks { world, met };
     let other = |ours: &str, theirs: &str| format!("it was told to {theirs}, rank 0 to {ours}");
     let done = agree(ranks.met(), command, other).map_err(Into::into).and_then(|()| work(&mut ranks));
-    let failed = done.as_ref().err().map(|error| format!("{error:#}"));
+    let failed = done.as_ref().err().map(in_one_line);
     ranks.met.leave(failed.as_deref());
     done
 }

@@ -675,14 +675,14 @@ impl Device {
             return Ok(at);
         }
         // SAFETY: memory of any content.
-        self.with_memory(|| unsafe { result::malloc_sync(bytes) }, bytes, purpose)
+        self.with_memory(|| unsafe { result::malloc_sync(bytes) }, Some(bytes), purpose)
     }
 
-    /// What takes so much of the device's memory; where that does not suffice, again without what is kept.
+    /// What takes device memory, `bytes` if that is known; where it does not suffice, again without what is kept.
     fn with_memory<T>(
         &self,
         take: impl Fn() -> Result<T, DriverError>,
-        bytes: usize,
+        bytes: Option<usize>,
         purpose: &'static str,
     ) -> Result<T, DeviceError> {
         let mut got = take();
@@ -695,7 +695,7 @@ impl Device {
             return self.require(got);
         }
         let (free, total) = self.require(result::mem_get_info())?;
-        let (asked, free, total) = (bytes as u64, free as u64, total as u64);
+        let (asked, free, total) = (bytes.map(|bytes| bytes as u64), free as u64, total as u64);
         Err(DeviceError::OutOfMemory {
             device: self.info.label(),
             asked,
@@ -884,14 +884,14 @@ impl Runtime for Cuda {
             }
             let captured = device.require(captured)?;
             let ready = || result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
-            let ready = device.with_memory(ready, 1, GRAPH);
+            let ready = device.with_memory(ready, None, GRAPH);
             let _ = result::graph::destroy(captured);
             ready?
         };
         let last_kernel = launches().next_back().map(|launch| launch.kernel.to_string()).unwrap_or_default();
         let recorded = Recorded { device: device.clone(), graph, last_kernel };
         // SAFETY: a live graph and stream.
-        device.with_memory(|| unsafe { result::graph::upload(graph, device.commands) }, 1, GRAPH)?;
+        device.with_memory(|| unsafe { result::graph::upload(graph, device.commands) }, None, GRAPH)?;
         Ok(Box::new(recorded))
     }
 

@@ -58,10 +58,22 @@ impl Steps {
     }
 }
 
-/// Writes images and the pictures of their steps; returns the first pictures, for a grid.
-fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<Vec<Picture>> {
+/// Writes images and the pictures of their steps; returns the first pictures, for a grid. Of one of several parts, `given` is
+/// what it was given.
+fn write(
+    made: Receiver<(Image, Vec<Picture>)>,
+    out: &OutDir,
+    mut given: Option<&Value>,
+) -> anyhow::Result<Vec<Picture>> {
     let mut pictures: Vec<Picture> = Vec::new();
     for (image, steps) in made {
+        // What the other parts have there may be of the same other files. They are to be made anew too.
+        if let Some(mut others) = given.filter(|_| out.has_another(&image)).cloned() {
+            let files = others["files"].as_object_mut();
+            files.into_iter().flatten().for_each(|(_, file)| *file = "perhaps another".into());
+            out.note_others(&others)?;
+            given = None;
+        }
         out.save(&image, &steps)?;
         pictures.extend(image.picture);
         pictures.truncate(most_of_grid(&pictures));
@@ -98,7 +110,8 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
     let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
-        let writer = scope.spawn(move || write(made, out));
+        let noted = Some(given).filter(|_| args.part.is_some() && part.of > 1);
+        let writer = scope.spawn(move || write(made, out, noted));
         for image in images {
             let image = image?;
             let done = image.number + 1 - own.start;
