@@ -313,7 +313,7 @@ fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusio
     // It is called what it is where a model is expected, whatever its names are.
     for vae in [&path, &ckpt] {
         let why = Model::load(vae).map(|_| ()).unwrap_err().to_string();
-        assert!(why.contains("an autoencoder, which --vae takes, expected a model of images"), "{why}");
+        assert!(why.contains("an autoencoder, expected a model of images"), "{why}");
     }
     renamed.insert("decoder.up.2.block.7.conv1.weight".into(), (vec![1], vec![0.0]));
     fs::write(&ckpt, torch_zip(&renamed, None)).unwrap();
@@ -413,7 +413,7 @@ fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
         ("{\"heads\": 32}", "of the network in bare.pt: unknown field `heads`"),
         ("{\"clip_act\": \"x\"}", "of the network in bare.pt: invalid type"),
         ("{\"channels_per_head\": 0}", "of the network in bare.pt: "),
-        ("[", "EOF while parsing"),
+        ("[", "invalid type: sequence, expected a map"),
     ] {
         let why = why("bare.pt", config);
         assert!(why.contains(&format!("error: --config net.json: {what}")), "{why}");
