@@ -100,7 +100,8 @@ pub struct Device {
     math: Math,
     /// Whether the CPU multiplies in bf16; `None` if that was not chosen.
     bf16: Option<bool>,
-    fallback: Option<DeviceError>,
+    /// Why `auto` took no GPU, or not the first.
+    passed_over: Vec<DeviceError>,
     /// Why choices of tiles that somebody measured are not used.
     untuned: Option<String>,
 }
@@ -122,7 +123,7 @@ impl Device {
             runtime,
             math: Math::default(),
             bf16: None,
-            fallback: None,
+            passed_over: Vec::new(),
             untuned: None,
         };
         let on_cuda = |(gpu, untuned): Opened| Self { untuned, ..on(Some(gpu)) };
@@ -131,10 +132,10 @@ impl Device {
             DeviceName::Cuda(ordinal) => Ok(on_cuda(cuda(ordinal)?)),
             DeviceName::Emulated => Ok(on(Some(emulated()?))),
             DeviceName::Auto => match any_cuda() {
-                Ok(gpu) => Ok(on_cuda(gpu)),
+                Ok((gpu, passed_over)) => Ok(Self { passed_over, ..on_cuda(gpu) }),
                 // On a machine that never had a GPU, nobody wonders.
                 Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None)),
-                Err(why) => Ok(Self { fallback: Some(why), ..on(None) }),
+                Err(why) => Ok(Self { passed_over: vec![why], ..on(None) }),
             },
         }
     }
@@ -192,14 +193,23 @@ impl Device {
         self.math
     }
 
+    /// The types that it computes in, and the loop of convolutions, for people: what all ranks and parts must have alike.
+    pub fn numbers(&self) -> String {
+        match &self.runtime {
+            None => self.precision().map_or("f32", Precision::name).into(),
+            Some(gpu) => self.math.describe(gpu.card()),
+        }
+    }
+
     /// What runs kernels; none: the CPU computes without them.
     pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
         self.runtime.as_ref()
     }
 
-    /// Why `auto` took the CPU on a machine that seems to have a GPU.
-    pub fn fallback(&self) -> Option<&DeviceError> {
-        self.fallback.as_ref()
+    /// Why `auto` took the CPU on a machine that seems to have a GPU; or of each GPU before the one that it took, what is wrong
+    /// with it.
+    pub fn passed_over(&self) -> &[DeviceError] {
+        &self.passed_over
     }
 
     /// Why tiles that `edm2k tune` measured are not used, if there are such.
@@ -244,10 +254,10 @@ impl fmt::Display for Device {
     /// Device and numbers, for people: what a run notes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.runtime {
-            None => write!(f, "the CPU, {}", self.precision().map_or("f32", Precision::name)),
+            None => write!(f, "the CPU, {}", self.numbers()),
             Some(gpu) => {
                 let tuned = if gpu.tuned().is_some() { ", tuned" } else { "" };
-                write!(f, "{}, {}{tuned}", gpu.name(), self.math.describe(gpu.card()))
+                write!(f, "{}, {}{tuned}", gpu.name(), self.numbers())
             }
         }
     }
@@ -336,14 +346,31 @@ fn cuda(ordinal: usize) -> Result<Opened, DeviceError> {
     Ok((Rc::new(gpu), untuned.map(|why| why.to_string())))
 }
 
-/// The first card that can be used; of none what is wrong with the first.
-fn any_cuda() -> Result<Opened, DeviceError> {
-    cuda(0).or_else(|why| (1..Device::cards()).find_map(|ordinal| cuda(ordinal).ok()).ok_or(why))
+/// The first card that can be used, and what is wrong with those before it; of none what is wrong with the first.
+fn any_cuda() -> Result<(Opened, Vec<DeviceError>), DeviceError> {
+    first_of(Device::cards(), cuda)
+}
+
+fn first_of<T>(
+    cards: usize,
+    open: impl Fn(usize) -> Result<T, DeviceError>,
+) -> Result<(T, Vec<DeviceError>), DeviceError> {
+    let mut passed_over = Vec::new();
+    // Where no card is known, the first says why.
+    for ordinal in 0..cards.max(1) {
+        match open(ordinal) {
+            Ok(card) => return Ok((card, passed_over)),
+            Err(why) => passed_over.push(why),
+        }
+    }
+    Err(passed_over.swap_remove(0))
 }
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Opened, DeviceError> {
-    Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
+    Err(DeviceError::Absent(
+        "this edm2k was built without CUDA (cargo feature `cuda`); the device cpu needs none".into(),
+    ))
 }
 
 #[cfg(feature = "emulator")]
@@ -356,4 +383,37 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 #[cfg(not(feature = "emulator"))]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
     Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::gpu::launch::{Accum, ConvLoop};
+    use crate::backend::gpu::runtime::Imagined;
+    use crate::backend::gpu::tiles::Card;
+
+    #[test]
+    fn cards_that_are_passed_over_are_told() {
+        let broken = |ordinal: usize| DeviceError::Unavailable(format!("card {ordinal} is broken"));
+        let open = |good: usize| move |n: usize| if n == good { Ok(n) } else { Err(broken(n)) };
+        assert_eq!(first_of(3, open(0)), Ok((0, vec![])));
+        assert_eq!(first_of(3, open(2)), Ok((2, vec![broken(0), broken(1)])));
+        assert_eq!(first_of(3, open(3)), Err(broken(0)));
+        assert_eq!(first_of(0, open(3)), Err(broken(0)));
+    }
+
+    #[test]
+    fn numbers_tell_sums_and_loops_apart() {
+        let cpu = Device::open("cpu").unwrap();
+        assert_eq!(cpu.numbers(), "f32");
+        let on = |card| Device { runtime: Some(Rc::new(Imagined::new(card))), ..cpu.clone() };
+        let (game, hopper) = (on(Card::new(128, 89)), on(Card::new(132, 90)));
+        let numbers = |device: &Device, math: Math| device.clone().with_math(math).numbers();
+        let [f32, f16x2] = [Accum::F32, Accum::F16x2].map(|accum| Math { accum: Some(accum), ..Math::default() });
+        assert_ne!(numbers(&game, f32), numbers(&game, f16x2));
+        // What was asked for, and what is taken unasked, is the same.
+        assert_eq!(numbers(&game, f16x2), numbers(&game, Math::default()));
+        let [mma, wgmma] = [ConvLoop::Mma, ConvLoop::Wgmma].map(|way| Math { conv_loop: Some(way), ..Math::default() });
+        assert_ne!(numbers(&hopper, mma), numbers(&hopper, wgmma));
+    }
 }

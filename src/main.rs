@@ -67,8 +67,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         (Err(error), _) => {
-            let causes: Vec<_> = error.chain().map(ToString::to_string).collect();
-            note!("edm2k: error: {}", causes.join(": "));
+            note!("edm2k: error: {}", cli::advice::in_one_line(&error));
             ExitCode::FAILURE
         }
     }

@@ -586,7 +586,10 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     let (before, old) = (files(&out), content(&out));
     let print = shop.open(Split::Train).fingerprint().unwrap();
     let error = prepare(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
-    assert!(error.contains("made before with records 41 (") && error.contains("--add adds"), "{error}");
+    assert!(
+        error.contains("made before with records 41 (") && error.contains("add the pictures that are new"),
+        "{error}"
+    );
 
     // A smaller shard, another source: only what makes pictures and conditions must be the same.
     let settings = Settings { shard_size: 3, licence: "CC BY".into(), ..shop.settings() };
@@ -616,7 +619,7 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     assert_eq!((again.skipped, again.dropped), (45, drops(&[(Drop::Unreadable, 2)])));
     // A shard that was added and is gone is missed.
     let error = prepare(&gallery_of(&shop), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
-    assert!(error.contains(": added later; --add goes on with that"), "{error}");
+    assert!(error.contains(": pictures were added later; adding goes on with that"), "{error}");
 }
 
 /// The metadata of the first preparation.
@@ -891,7 +894,7 @@ fn a_dataset_of_other_pictures_is_neither_added_to_nor_retagged() {
         let tries =
             [add(&shop.folder(), &shop.settings(), None, &|_| ()), retag(&shop.folder(), &shop.settings(), &|_| ())];
         let advice =
-            ["; give it an id of its own", "; if only its file was written anew, give --images an empty folder"];
+            ["; give it an id of its own", "; if only its file was written anew, an empty folder of images will do"];
         for (error, advice) in tries.map(|tried| tried.unwrap_err().to_string()).into_iter().zip(advice) {
             assert!(error.contains(": made when ") && error.contains(advice), "{what}: {error}");
         }
@@ -1322,7 +1325,7 @@ fn a_call_that_keeps_nothing_does_not_stand_in_the_way_of_the_right_one() {
     fs::create_dir(&empty).unwrap();
     let (folder, settings) = (Folder { images: empty, ..shop.folder() }, Settings { shard_size: 2, ..shop.settings() });
     fails_of(folder, settings, "none of the 6 images could be kept (6 unreadable)");
-    fails(shop.settings(), "(6 of too different a shape (a larger --max-crop keeps more))");
+    fails(shop.settings(), "(6 of too different a shape (a larger max_crop keeps more))");
     let right = Settings { max_crop: 0.5, ..shop.settings() };
     assert_eq!(counts(&prepare(&shop.folder(), &right, None, &|_| ()).unwrap(), Split::Train).kept, 6);
     // What has been accepted is kept.

@@ -677,7 +677,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     }
     assert!((found_two[0].grad_norm / all[0].grad_norm - 1.0).abs() < 1e-3, "{:?} {:?}", found_two[0], all[0]);
     let said: Vec<_> = notes.iter().filter(|note| note.contains("out of device memory")).collect();
-    assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with --batch-gpu 4")), "{said:?}");
+    assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with 4 images at a time")), "{said:?}");
 }
 
 #[cfg(feature = "emulator")]
@@ -699,7 +699,7 @@ fn too_little_memory_is_an_error_that_says_what_to_lower() {
         sampler.run(&batch, &SamplerConfig { steps: 1, ..SamplerConfig::default() }, None)
     };
     let error = sample(64).unwrap_err().to_string();
-    assert!(error.contains("activations") && error.contains("--batch"), "{error}");
+    assert!(error.contains("activations") && error.contains("fewer images at a time"), "{error}");
     // The device is still of use.
     assert!(sample(1).is_ok());
 }

@@ -148,7 +148,7 @@ fn files_of_another_kind_are_called_what_they_are() {
     let zip = b"PK\x03\x04\x14\0\0\0archive/data.pkl";
     for (name, bytes, expected) in [
         ("m.ckpt", &zip[..], "not a file of weights: a damaged zip"),
-        ("m.pkl", b"\x80\x02}q\0.........", "`edm2k import` reads NVIDIA's snapshots"),
+        ("m.pkl", b"\x80\x02}q\0.........", "an import reads NVIDIA's snapshots"),
         ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "not a file of weights"),
         ("m.json", b"{\"a\":1}", "it is text in JSON"),
         ("m.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0", "it is a video (MP4 or QuickTime)"),
@@ -231,7 +231,10 @@ fn a_checkpoint_becomes_the_snapshot_that_its_run_wrote() {
     refused(&[&from[..], &["--ema", "0.2"]].concat(), "--ema 0.2: the averages in ");
     refused(&["--from-checkpoint", "demo/emoji.safetensors"], "emoji.safetensors: no checkpoint of a run");
     refused(&["demo/emoji.safetensors", "--ema", "0.1"], "--ema says which average of a checkpoint to take");
-    refused(&[shown], "a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it");
+    refused(
+        &[shown],
+        "a checkpoint of a run, expected a model of images; `edm2k export --from-checkpoint` makes a model of it",
+    );
     let mut bytes = fs::read(&checkpoint).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

@@ -662,7 +662,7 @@ fn what_differs_between_ranks_is_named() {
     let said = with("--data none");
     assert!(said.contains("rank 1 differs from rank 0: validation.images is 0 there, 9 here"), "{said}");
     let said = with("--lr nan");
-    assert!(said.contains("rank 1 (") && said.contains("failed: --lr is NaN, expected a positive number"), "{said}");
+    assert!(said.contains("rank 1 (") && said.contains("failed: lr is NaN, expected a positive number"), "{said}");
 }
 
 #[test]
@@ -767,8 +767,12 @@ fn ranks_and_parts_evaluate_as_one_process_does() {
     let other = eval(&models[1], "--outdir losses --part 1/3 --overwrite");
     assert!(succeed(&mut place.rank(0, 1, 0, &other)).contains("Still missing: part 2/3, 3/3 ("));
     let said = part("2/3", "");
-    let why = "part 1/3 (losses/losses-1-of-3.safetensors is of other options, data or another model)";
+    let why = "part 1/3 (losses/losses-1-of-3.safetensors is of something else: model is ";
     assert!(said.contains(why), "{said}");
+    let fewer = eval(&models[0], "--outdir losses --part 1/3 --overwrite").replace("--images 7", "--images 5");
+    succeed(&mut place.rank(0, 1, 0, &fewer));
+    let said = part("2/3", "--overwrite");
+    assert!(said.contains("is of something else: images is 5 there, 7 here)"), "{said}");
     fs::write(place.path("losses/losses-1-of-3.safetensors"), "damaged").unwrap();
     assert!(part("2/3", "--overwrite").contains("part 1/3 (losses/losses-1-of-3.safetensors: "));
     let fails = |line: &str| {
@@ -877,6 +881,19 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
     let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
     assert!(names.iter().eq(expected.keys()), "{names:?}");
+    // The same once all are there. A part that is made again of the same files changes nothing.
+    let before = files(&place.path("mixed"));
+    assert!(succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2 --overwrite"))).contains("11 images of 32x32"));
+    assert!(files(&place.path("mixed")) == before);
+    let why =
+        "5 are still missing, of part 2/2 (of something else: files.model is perhaps another there, m.safetensors (";
+    for _ in 0..2 {
+        let said = succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2 --overwrite")));
+        assert!(said.contains(why), "{said}");
+    }
+    let said = succeed(&mut place.rank(0, 1, 0, &of("a", "--part 2/2 --overwrite")));
+    assert!(said.contains("11 images of 32x32"), "{said}");
+    assert!(files(&place.path("mixed")).keys().eq(expected.keys()));
 
     for (wrong, why) in [("0/3", "is not a part"), ("4/3", "is not a part"), ("2", "is not a part")] {
         let output = place.rank(0, 1, 0, &sample("wrong", &format!("--part {wrong}"))).output().unwrap();

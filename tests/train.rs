@@ -884,7 +884,7 @@ fn a_run_that_diverges_stops_with_advice_and_keeps_its_last_good_checkpoint() {
     for checkpoint in [8, 0] {
         let options = format!("--duration 64 --batch 8 --lr 1e38 --rampup 0 --checkpoint {checkpoint} --grid 0");
         let said = fail(&mut place.train("ruined", &options));
-        assert!(said.contains("the run has diverged after") && said.contains("lower --lr (it was 1e38)"), "{said}");
+        assert!(said.contains("the run has diverged after") && said.contains("lower lr (it was 1e38)"), "{said}");
         assert!(checkpoints(&place.path("ruined")).is_empty(), "{said}");
     }
     // The first step of a ramp moves nothing: that checkpoint is good.
@@ -968,7 +968,8 @@ fn averages_of_nearly_the_same_width_have_files_of_their_own() {
         assert_eq!(model.meta.ema_std, Some(std));
     }
     assert!(
-        fail(&mut place.train("twice", &format!("{options} --ema 0.1,0.05,0.1"))).contains("--ema 0.1 is given twice")
+        fail(&mut place.train("twice", &format!("{options} --ema 0.1,0.05,0.1")))
+            .contains("error: ema 0.1 is given twice")
     );
 }
 
@@ -1000,12 +1001,12 @@ fn settings_that_cannot_be_computed_are_refused() {
     let good = Settings { batch: 8, duration: 16, ..settings(&data) };
     assert!(good.validate().is_ok());
     for (bad, batch_gpu, message) in [
-        (Settings { lr: f64::NAN, ..good.clone() }, 3, "--lr is NaN, expected a positive number"),
-        (Settings { batch: 0, ..good.clone() }, 3, "--batch is 0, expected a positive number"),
-        (Settings { p_mean: f64::NAN, ..good.clone() }, 3, "--p-mean NaN and --p-std "),
-        (Settings { cond_dropout: -0.1, ..good.clone() }, 3, "--cond-dropout is -0.1, expected 0 to 1"),
-        (Settings { duration: 7, ..good.clone() }, 3, "--batch is 8, more than the whole run"),
-        (good, 0, "--batch-gpu is 0, expected a positive number"),
+        (Settings { lr: f64::NAN, ..good.clone() }, 3, "lr is NaN, expected a positive number"),
+        (Settings { batch: 0, ..good.clone() }, 3, "batch is 0, expected a positive number"),
+        (Settings { p_mean: f64::NAN, ..good.clone() }, 3, "p_mean NaN and p_std "),
+        (Settings { cond_dropout: -0.1, ..good.clone() }, 3, "cond_dropout is -0.1, expected 0 to 1"),
+        (Settings { duration: 7, ..good.clone() }, 3, "batch is 8, more than the whole run"),
+        (good, 0, "batch_gpu is 0, expected a positive number"),
     ] {
         let device = Device::open("cpu").unwrap();
         let execution = Execution { batch_gpu, ..Execution::new(place.path("refused"), &bad, &device) };
@@ -1217,21 +1218,25 @@ fn bad_input_is_one_clear_line() {
     fs::write(place.path("file"), "").unwrap();
     let cases = [
         ("run", "--duration 1x", "'1x' is not a number of images"),
-        ("run", "--duration 0", "--duration is 0"),
-        ("run", "--duration 8 --batch 0", "--batch is 0"),
-        ("run", "--duration 8 --batch 16", "--batch is 16, more than the whole run"),
-        ("run", "--duration 8 --lr NaN", "--lr is NaN"),
-        ("run", "--duration 8 --lr 1e39", "--lr is 1e39"),
-        ("run", "--duration 8 --lr 1e-46", "--lr is 1e-46, expected a number that f32 can hold, 1.2e-38 to 3.4e38"),
-        ("run", "--duration 8 --p-std 1e-300", "--p-std is 1e-300, expected a number that f32 can hold"),
-        ("run", "--duration 8 --decay inf", "--decay is inf"),
-        ("run", "--duration 8 --decay 1e-300", "--decay is 1e-300, expected 0 or a number from 1e-6"),
-        ("run", "--duration 8 --p-mean inf", "--p-mean inf"),
-        ("run", "--duration 8 --p-std 20", "--p-std 20"),
+        ("run", "--duration 0", "error: duration is 0"),
+        ("run", "--duration 8 --batch 0", "batch is 0"),
+        ("run", "--duration 8 --batch 16", "error: batch is 16, more than the whole run"),
+        ("run", "--duration 8 --lr NaN", "lr is NaN"),
+        ("run", "--duration 8 --lr 1e39", "error: lr is 1e39"),
+        (
+            "run",
+            "--duration 8 --lr 1e-46",
+            "error: lr is 1e-46, expected a number that f32 can hold, 1.2e-38 to 3.4e38",
+        ),
+        ("run", "--duration 8 --p-std 1e-300", "error: p_std is 1e-300, expected a number that f32 can hold"),
+        ("run", "--duration 8 --decay inf", "error: decay is inf"),
+        ("run", "--duration 8 --decay 1e-300", "error: decay is 1e-300, expected 0 or a number from 1e-6"),
+        ("run", "--duration 8 --p-mean inf", "error: p_mean inf"),
+        ("run", "--duration 8 --p-std 20", "and p_std 20"),
         ("run", "--duration 8 --p-std 1e30", "make noise levels up to e^7e30, expected at most e^80"),
-        ("run", "--duration 8 --ema 0.5", "--ema is 0.5"),
-        ("run", "--duration 8 --ema 0.05,1e-300", "--ema is 1e-300, expected 1e-6 to 0.2887"),
-        ("run", "--duration 8 --cond-dropout 2", "--cond-dropout is 2"),
+        ("run", "--duration 8 --ema 0.5", "error: ema is 0.5"),
+        ("run", "--duration 8 --ema 0.05,1e-300", "error: ema is 1e-300, expected 1e-6 to 0.2887"),
+        ("run", "--duration 8 --cond-dropout 2", "error: cond_dropout is 2"),
         ("run", "--duration 8 --preset edm2", "preset 'edm2' is unknown, expected one of edm2-img512-xxs"),
         ("run", "--duration 8 --init nowhere.safetensors", "nowhere.safetensors: No such file"),
         ("file/run", "--duration 8 --batch 8", "file/run: Not a directory"),
@@ -1343,7 +1348,10 @@ fn a_run_does_not_go_on_with_a_dataset_that_has_grown() {
     let said = fail(&mut train_on(&place, "one", "run", "--duration 16"));
     let then = &state(&place.newest("run"))["settings"]["data"]["content"];
     let expected = format!("made with 8 images ({:.12}), and the dataset has grown to 9 (", then.as_str().unwrap());
-    assert!(said.contains(&expected) && said.contains("begin another --outdir"), "{said}\nexpected {expected}");
+    assert!(
+        said.contains(&expected) && said.contains("begin another, from a snapshot of this one; --init takes one"),
+        "{said}\nexpected {expected}"
+    );
     assert!(fs::read(place.newest("run")).unwrap() == before);
     succeed(&mut train_on(&place, "one", "new", "--duration 16 --init run/snapshot-000000008-0.050.safetensors"));
 }

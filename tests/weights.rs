@@ -313,7 +313,7 @@ fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusio
     // It is called what it is where a model is expected, whatever its names are.
     for vae in [&path, &ckpt] {
         let why = Model::load(vae).map(|_| ()).unwrap_err().to_string();
-        assert!(why.contains("an autoencoder, which --vae takes, expected a model of images"), "{why}");
+        assert!(why.contains("an autoencoder, expected a model of images"), "{why}");
     }
     renamed.insert("decoder.up.2.block.7.conv1.weight".into(), (vec![1], vec![0.0]));
     fs::write(&ckpt, torch_zip(&renamed, None)).unwrap();
@@ -396,17 +396,33 @@ fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
     }
     // Without a config it is no snapshot, and needs no import.
     let why = refused(edm2k(dir.path(), &["import", "bare.pt", "--out", "again.safetensors"]).assert());
-    assert!(why.contains("can be given to --model or --vae as it is"), "{why}");
+    assert!(why.contains("is read as it is where one is expected"), "{why}");
     fs::write(dir.path().join("dump.pkl"), dumped(4, &[("net", &Tensors::new())])).unwrap();
     let why = refused(edm2k(dir.path(), &["import", "dump.pkl", "--out", "again.safetensors"]).assert());
-    assert!(why.contains("it has no ema, as snapshots have; weights alone can be given to --model"), "{why}");
+    assert!(why.contains("it has no ema, as snapshots have; weights alone are read as a model as they are"), "{why}");
     let again = ["import", "model.safetensors", "--config", "net.json", "--out", "again.safetensors"];
     let why = refused(edm2k(dir.path(), &again).assert());
     assert!(why.contains("metadata \"config\": it is there"), "{why}");
-    fs::write(dir.path().join("net.json"), "{\"heads\": 32}").unwrap();
-    let wrong = ["import", "bare.pt", "--config", "net.json", "--out", "again.safetensors"];
-    let why = refused(edm2k(dir.path(), &wrong).assert());
-    assert!(why.contains("--config net.json: ") && why.contains("unknown field `heads`"), "{why}");
+    // The file that is at fault is named.
+    let why = |file: &str, config: &str| {
+        fs::write(dir.path().join("net.json"), config).unwrap();
+        let wrong = ["import", file, "--config", "net.json", "--out", "again.safetensors"];
+        refused(edm2k(dir.path(), &wrong).assert())
+    };
+    for (config, what) in [
+        ("{\"heads\": 32}", "of the network in bare.pt: unknown field `heads`"),
+        ("{\"clip_act\": \"x\"}", "of the network in bare.pt: invalid type"),
+        ("{\"channels_per_head\": 0}", "of the network in bare.pt: "),
+        ("[", "invalid type: sequence, expected a map"),
+    ] {
+        let why = why("bare.pt", config);
+        assert!(why.contains(&format!("error: --config net.json: {what}")), "{why}");
+    }
+    let missing = why("missing.pt", "{}");
+    assert!(missing.contains("error: missing.pt: "), "{missing}");
+    fs::write(dir.path().join("damaged.pt"), "x").unwrap();
+    let damaged = why("damaged.pt", "{}");
+    assert!(damaged.contains("error: damaged.pt: "), "{damaged}");
 }
 
 #[test]

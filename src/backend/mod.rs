@@ -53,12 +53,20 @@ pub type Shape = [usize; 4];
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum DeviceError {
-    /// Device memory does not suffice; sizes are in bytes.
+    /// Device memory does not suffice; sizes are in bytes. How much was asked for is none where the driver does not say it.
     #[error(
-        "out of device memory: {asked} MiB asked for {purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
-        asked = asked.div_ceil(1 << 20), free = free >> 20, total = total >> 20
+        "out of device memory: {}{purpose}, {free} MiB of {total} MiB free on {device}; {advice}",
+        asked.map_or("no room for ".into(), |asked| format!("{} MiB asked for ", asked.div_ceil(1 << 20))),
+        free = free >> 20, total = total >> 20
     )]
-    OutOfMemory { device: String, asked: u64, purpose: &'static str, free: u64, total: u64, advice: &'static str },
+    OutOfMemory {
+        device: String,
+        asked: Option<u64>,
+        purpose: &'static str,
+        free: u64,
+        total: u64,
+        advice: &'static str,
+    },
     /// There is no such device.
     #[error("{0}")]
     Absent(String),
@@ -154,4 +162,21 @@ pub trait Backend: Sized {
     fn linear_combination(&mut self, terms: &[(&Self::Tensor, f64)]) -> Self::Tensor;
     /// Splits n images into `parts` tensors of n / `parts`, in order.
     fn split(&mut self, x: &Self::Tensor, parts: usize) -> Vec<Self::Tensor>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_that_nobody_knows_is_not_told() {
+        let lacks = |asked, purpose| {
+            let (device, advice) = ("a card".into(), "take less");
+            DeviceError::OutOfMemory { device, asked, purpose, free: 3 << 20, total: 9 << 20, advice }.to_string()
+        };
+        let rest = "3 MiB of 9 MiB free on a card; take less";
+        let known = lacks(Some(5 << 20), "activations");
+        assert_eq!(known, format!("out of device memory: 5 MiB asked for activations, {rest}"));
+        assert_eq!(lacks(None, "a graph"), format!("out of device memory: no room for a graph, {rest}"));
+    }
 }

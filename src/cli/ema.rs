@@ -43,7 +43,7 @@ pub struct EmaArgs {
 
 /// Writes the files, showing progress on stderr and what was written on stdout.
 pub fn run(args: EmaArgs) -> anyhow::Result<()> {
-    check_widths("std", &args.std)?;
+    check_widths("--std", &args.std)?;
     let mut snapshots = Vec::new();
     for path in &args.snapshots {
         match path.is_dir() {

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use serde_json::{Value, json};
 
-use edm2k::backend::gpu::launch::Precision;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
+use edm2k::formats::differences::differing_texts;
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use edm2k::formats::{DirLock, LockError, write_atomically};
@@ -26,7 +26,7 @@ use edm2k::{Backends, Work};
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
 use super::train::doubt;
-use super::{DeviceArgs, claim, may_be_written};
+use super::{DeviceArgs, claim, exists, may_be_written};
 
 /// Longest time that a part waits for another to leave what it has found.
 const TOGETHER: Duration = Duration::from_secs(10);
@@ -91,8 +91,9 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let _plot = match plot {
         Some(path) if args.part.is_some() => {
             may_be_written(path, &[&args.model, &args.data])?;
-            let free = args.overwrite || path.symlink_metadata().is_err();
-            ensure!(free, "{} exists; give --overwrite, or another name", path.display());
+            if !args.overwrite && path.symlink_metadata().is_ok() {
+                return Err(exists(path));
+            }
             None
         }
         plot => plot.map(claimed).transpose()?,
@@ -118,7 +119,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let given = json!({
         "model": Identity::of_file(&args.model).context("--model")?, "split": args.split.to_string(),
         "data": identity, "images": images, "batch": batch,
-        "numbers": device.precision().map_or("f32", Precision::name),
+        "numbers": device.numbers(),
     });
     agree_on(ranks.met(), &given)?;
     let noisy = Noisy::by_level(&data, images, batch);
@@ -184,8 +185,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         if args.part.is_some() && !args.overwrite && path.symlink_metadata().is_ok() {
             // Where nothing can be locked, another part may have found all of them too.
             let made = fs::read(path).is_ok_and(|made| made == svg.as_bytes());
-            ensure!(made, "{} exists; give --overwrite, or another name", path.display());
-            return Ok(());
+            return if made { Ok(()) } else { Err(exists(path)) };
         }
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }
@@ -223,13 +223,18 @@ fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<V
     for number in 0..of {
         let part = Part { number, of };
         let path = losses_of(dir, part);
-        let of_these = |file: SafeFile| -> Result<Option<Vec<f64>>, SafeError> {
-            let same = file.metadata().get("edm2k") == Some(&given.to_string());
-            Ok(Some(file.f64("losses")?).filter(|found| same && found.len() == 3 * noisy.of(part).len()))
+        let of_these = |file: SafeFile| -> Result<Result<Vec<f64>, String>, SafeError> {
+            let noted = file.metadata().get("edm2k").map_or("", String::as_str);
+            let (found, expected) = (file.f64("losses")?, 3 * noisy.of(part).len());
+            Ok(match differing_texts(&given.to_string(), noted) {
+                differs if !differs.is_empty() => Err(format!("of something else: {differs}")),
+                _ if found.len() != expected => Err(format!("of {} values, expected {expected}", found.len())),
+                _ => Ok(found),
+            })
         };
         match SafeFile::open(&path).and_then(of_these) {
-            Ok(Some(found)) => all.extend_from_slice(found.as_chunks().0),
-            Ok(None) => missing.push(format!("{part} ({} is of other options, data or another model)", path.display())),
+            Ok(Ok(found)) => all.extend_from_slice(found.as_chunks().0),
+            Ok(Err(differs)) => missing.push(format!("{part} ({} is {differs})", path.display())),
             Err(_) if !path.exists() => missing.push(part.to_string()),
             Err(why) => missing.push(format!("{part} ({why})")),
         }

@@ -192,7 +192,8 @@ impl References<'_> {
             return Ok((Source::Files(files), count));
         }
         let model = args.model.as_ref().context("--model is missing")?;
-        let pipeline = Pipeline::load(device, model).context("--model")?;
+        let mut pipeline = Pipeline::load(device, model).context("--model")?;
+        pipeline.warnings().iter().for_each(|warning| note!("warning: --model {warning}"));
         let dir = args.data.display();
         Domain::of_dataset(&self.data).check(&dir, &pipeline.domain(), model.display())?;
         let count = args.count as usize;

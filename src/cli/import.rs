@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use edm2k::formats::input;
 use edm2k::model::file::save;
-use edm2k::model::{Config, Model, ModelFile, Snapshot};
+use edm2k::model::{Config, Model, ModelError, ModelFile, Snapshot};
 
 use super::say::{note, out};
 
@@ -51,7 +51,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let inputs: Vec<&Path> = [&args.snapshot].into_iter().chain(&args.config).map(PathBuf::as_path).collect();
     let _claim = super::claim(&args.out, args.overwrite, &inputs)?;
     let Snapshot { mut model, precision } = match &args.config {
-        Some(config) => bare(&args.snapshot, config).with_context(|| format!("--config {}", config.display()))?,
+        Some(config) => bare(&args.snapshot, config)?,
         None => Snapshot::open(&args.snapshot)?,
     };
     model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
@@ -75,8 +75,13 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
 
 /// A state_dict, of whose network a config says what its shapes do not tell.
 fn bare(path: &Path, config: &Path) -> anyhow::Result<Snapshot> {
-    let given: Map<String, Value> = serde_json::from_str(&input::text(config)?)?;
-    let file = ModelFile::open_with(path, &given)?;
+    let of_config = || format!("--config {}", config.display());
+    let text = input::text(config).with_context(of_config)?;
+    let given: Map<String, Value> = serde_json::from_str(&text).with_context(of_config)?;
+    let file = ModelFile::open_with(path, &given).map_err(|why| match why {
+        ModelError::Given { .. } => anyhow::Error::from(why).context(of_config()),
+        why => why.into(),
+    })?;
     let precision = file.precision();
     Ok(Snapshot { model: Model::read(file)?, precision })
 }

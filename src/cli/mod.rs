@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and what they share.
 
+pub mod advice;
 pub mod bench;
 pub mod condition;
 pub mod ema;
@@ -23,7 +24,7 @@ pub mod verify;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::formats::Claim;
@@ -55,7 +56,7 @@ impl DeviceArgs {
         Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
-    /// Opens the device; with `auto`, says on stderr which GPU was taken, or why none of those that there seem to be.
+    /// Opens the device; with `auto`, says on stderr which GPU was taken, and why not one before it, or none.
     ///
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
@@ -66,11 +67,11 @@ impl DeviceArgs {
     /// The same of the device `name` instead of the one that was asked for.
     pub fn open_as(&self, name: DeviceName) -> anyhow::Result<Device> {
         let device = Device::named(name).with_context(|| format!("--device {name}"))?;
-        match (device.runtime(), device.fallback()) {
-            (Some(gpu), _) if self.device == DeviceName::Auto => note!("computing on {}", gpu.name()),
-            (_, Some(why)) => note!("warning: computing on the CPU: {why}"),
-            _ => {}
+        let on = device.runtime().map_or_else(|| "the CPU".into(), |gpu| gpu.name());
+        if self.device == DeviceName::Auto && device.runtime().is_some() {
+            note!("computing on {on}");
         }
+        device.passed_over().iter().for_each(|why| note!("warning: computing on {on}: {why}"));
         device.untuned().iter().for_each(|why| note!("warning: {why}"));
         let device = device.with_math(self.math());
         match self.precision {
@@ -88,11 +89,14 @@ impl DeviceArgs {
 pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
     may_be_written(path, inputs)?;
     match Claim::new(path, overwrite) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-            bail!("{} exists; give --overwrite, or another name", path.display())
-        }
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(exists(path)),
         other => other.with_context(|| path.display().to_string()),
     }
+}
+
+/// Says of an output that it is there already.
+pub fn exists(path: &Path) -> anyhow::Error {
+    anyhow!("{} exists; give --overwrite, or another name", path.display())
 }
 
 /// Refuses a path that cannot be that of a file to be written, or is one of the inputs.

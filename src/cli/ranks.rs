@@ -5,9 +5,10 @@ use indicatif::ProgressBar;
 
 use edm2k::collective::{Alone, Collective, LONGEST, Part, Star, World, agree, limit};
 use edm2k::system::host_name;
-use edm2k::{Device, DeviceName};
+use edm2k::{Device, DeviceError, DeviceName};
 
 use super::DeviceArgs;
+use super::advice::in_one_line;
 use super::say::{self, note};
 
 /// This process among those that a launcher started with it, and how it reaches them.
@@ -19,6 +20,15 @@ pub struct Ranks {
 
 /// An identifier that no other card has, and a name for people; `None` for what is no card.
 type Card = Option<(String, String)>;
+
+/// The kind of a device, by which ranks decide how they sum: only beside NVIDIA's is there a queue for NCCL.
+fn kind(device: &Device) -> Result<&'static str, DeviceError> {
+    Ok(match device.runtime().map(|runtime| runtime.beside()).transpose()? {
+        Some(Some(_)) => "a GPU",
+        Some(None) => "the emulator",
+        None => "the CPU",
+    })
+}
 
 /// Which two ranks have the same card, if there are such.
 fn one_card_twice(cards: &[Card]) -> Option<String> {
@@ -47,7 +57,7 @@ pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Resul
     let mut ranks = Ranks { world, met };
     let other = |ours: &str, theirs: &str| format!("it was told to {theirs}, rank 0 to {ours}");
     let done = agree(ranks.met(), command, other).map_err(Into::into).and_then(|()| work(&mut ranks));
-    let failed = done.as_ref().err().map(|error| format!("{error:#}"));
+    let failed = done.as_ref().err().map(in_one_line);
     ranks.met.leave(failed.as_deref());
     done
 }
@@ -88,7 +98,8 @@ impl Ranks {
     /// Opens the device: of several cards the one with this rank's number on its machine. All ranks do so together.
     ///
     /// # Errors
-    /// As [`DeviceArgs::open`]; there are fewer cards than ranks, two of them have one card, or only some of them cards.
+    /// As [`DeviceArgs::open`]; there are fewer cards than ranks, two of them have one card, or they have different kinds of
+    /// devices.
     pub fn open(&mut self, args: &DeviceArgs) -> anyhow::Result<Device> {
         let Some(World { local, .. }) = self.world else { return args.open() };
         let device = match args.device {
@@ -103,8 +114,7 @@ impl Ranks {
             other => other,
         };
         let device = args.open_as(device)?;
-        let kind = if device.runtime().is_some() { "a GPU" } else { "the CPU" };
-        agree(self.met(), kind, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
+        agree(self.met(), kind(&device)?, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
         let card = device.runtime().and_then(|gpu| {
             let name = format!("{} of {}", gpu.name(), host_name().unwrap_or_else(|| "one machine".into()));
             Some((gpu.uuid()?, name))
@@ -118,29 +128,23 @@ impl Ranks {
     }
 
     /// From here on, gradients are summed between the cards by NCCL. On other devices they are summed by way of rank 0,
-    /// which is for tests.
+    /// which is for tests. That all ranks have one kind of device, [`open`](Self::open) has seen to.
     ///
     /// # Errors
-    /// There is no NCCL, or ranks have different kinds of devices.
+    /// There is no NCCL.
     pub fn connect(&mut self, device: &Device) -> anyhow::Result<()> {
         if self.size() == 1 {
             return Ok(());
         }
-        let beside = device.runtime().map(|runtime| runtime.beside()).transpose()?.flatten();
-        let kind = match (device.runtime(), &beside) {
-            (Some(_), Some(_)) => "a GPU of NVIDIA's",
-            (Some(_), None) => "the emulator",
-            (None, _) => "the CPU",
-        };
-        agree(self.met(), kind, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
         #[cfg(feature = "cuda")]
-        if let Some(beside) = beside {
+        if let Some(beside) = device.runtime().map(|runtime| runtime.beside()).transpose()?.flatten() {
             let met = std::mem::replace(&mut self.met, Box::new(Alone));
             self.met = Box::new(edm2k::collective::Nccl::new(met, beside)?);
             return Ok(());
         }
         if self.first() {
-            note!("{} ranks on {kind}: gradients go through rank 0, which is for tests; GPUs use NCCL", self.size());
+            let (ranks, kind) = (self.size(), kind(device)?);
+            note!("{ranks} ranks on {kind}: gradients go through rank 0, which is for tests; GPUs use NCCL");
         }
         Ok(())
     }

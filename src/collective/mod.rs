@@ -21,7 +21,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::backend::{DeviceError, Values};
-use crate::formats::differences::{differing, there_and_here};
+use crate::formats::differences::differing_texts;
 
 pub mod launcher;
 #[cfg(feature = "cuda")]
@@ -205,8 +205,5 @@ pub fn agree(
 /// # Errors
 /// As [`agree`].
 pub fn agree_on(ranks: &mut dyn Collective, given: &Value) -> Result<(), CollectiveError> {
-    agree(ranks, &given.to_string(), |ours, theirs| {
-        let [ours, theirs] = [ours, theirs].map(|text| serde_json::from_str::<Value>(text).unwrap_or_default());
-        differing(&ours, &theirs, there_and_here)
-    })
+    agree(ranks, &given.to_string(), differing_texts)
 }

@@ -116,8 +116,9 @@ impl Pending {
     pub fn none(dir: &Path) -> Result<Self, FileError> {
         let pending = Self { dir: dir.into(), folder: dir.join(FOLDER) };
         if pending.folder.join(MARKER).exists() {
-            let cause =
-                io::Error::other("a killed process began to move it into place: prepare without --part ends that");
+            let cause = io::Error::other(
+                "a killed process began to move it into place: preparing in one process, of all parts, ends that",
+            );
             return Err(FileError { path: pending.folder, cause });
         }
         Ok(pending)

@@ -29,6 +29,12 @@ pub fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> 
     if others.is_empty() { text } else { format!("{text}; and {}", others.join(", ")) }
 }
 
+/// As [`differing`], of two texts in JSON: what somebody else has, and what is here.
+pub fn differing_texts(ours: &str, theirs: &str) -> String {
+    let [ours, theirs] = [ours, theirs].map(|text| serde_json::from_str::<Value>(text).unwrap_or_default());
+    differing(&ours, &theirs, there_and_here)
+}
+
 fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {
     let file = |value: &Value| Identity::deserialize(value).ok();
     let shown = |value: &Value| match value {

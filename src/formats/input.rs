@@ -113,12 +113,12 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
             "a web page (HTML); the download gave it in place of the file"
         }
         [b'P', b'K', 3, 4, ..] if has(b"data.pkl") || has(b".pkl") => {
-            "a PyTorch checkpoint (.pt, .ckpt); a network or an autoencoder of such a form can be given to --model or --vae as it is"
+            "a PyTorch checkpoint (.pt, .ckpt); a network or an autoencoder of such a form is read as it is where one is expected"
         }
         [b'P', b'K', 3, 4, ..] if has(b".npy") => "a NumPy archive (.npz); save the one array as .npy",
         [b'P', b'K', 3 | 5, 4 | 6, ..] => "a zip archive; unpack it",
         [0x80, 2..=5, ..] => {
-            "a Python pickle (.pkl, .pt, .ckpt); `edm2k import` reads NVIDIA's snapshots, and --model and --vae weights alone"
+            "a Python pickle (.pkl, .pt, .ckpt); an import reads NVIDIA's snapshots, and weights alone need none"
         }
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => "a NumPy array (.npy)",
         [0x1f, 0x8b, ..]

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::f32::consts::TAU;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -154,17 +155,16 @@ pub enum ModelError {
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
     /// What is assumed of attention heads cannot be.
-    #[error(
-        "{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}; `edm2k import --config` \
-         sets the width",
-        path.display()
-    )]
+    #[error("{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}", path.display())]
     Heads { path: PathBuf, cause: ConfigError },
+    /// Options that were given do not go with each other, or with what the file's shapes tell.
+    #[error("of the network in {}: {what}", path.display())]
+    Given { path: PathBuf, what: String },
     /// It is something else.
     #[error("{}: {what}, expected a model of images", path.display())]
-    Other { path: PathBuf, what: &'static str },
+    Other { path: PathBuf, what: Instead },
     /// It holds more than a model.
-    #[error("{}: a checkpoint of a run; `edm2k export --from-checkpoint` makes a model of it", path.display())]
+    #[error("{}: a checkpoint of a run, expected a model of images", path.display())]
     Checkpoint { path: PathBuf },
     /// A tensor that the network of the config does not have.
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
@@ -172,6 +172,23 @@ pub enum ModelError {
     /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
     #[error("{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers", path.display())]
     NotFinite { path: PathBuf, name: String, at: usize, value: f32, dtype: Dtype },
+}
+
+/// What a file that is no model of images may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the names say it
+pub enum Instead {
+    ConditionModel,
+    Autoencoder,
+}
+
+impl fmt::Display for Instead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ConditionModel => "a condition model",
+            Self::Autoencoder => "an autoencoder",
+        })
+    }
 }
 
 /// A network with its parameters on the host.
@@ -224,7 +241,7 @@ impl ModelFile {
     /// The same of a file without a config, of which some of the config's options are `given`.
     ///
     /// # Errors
-    /// As [`ModelFile::open`]; the file has a config.
+    /// As [`ModelFile::open`]; the file has a config; [`ModelError::Given`].
     pub fn open_with(path: impl AsRef<Path>, given: &Map<String, Value>) -> Result<Self, ModelError> {
         let path = path.as_ref();
         let mut file = weights::open(path)?;
@@ -252,16 +269,22 @@ impl ModelFile {
                 }
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
                 let config = guess::config(&file, given)?;
-                let config: Config = serde_json::from_value(config).map_err(|e| metadata("config", e.to_string()))?;
-                if !given.contains_key(guess::HEADS) {
+                let wrong = |what| ModelError::Given { path: path.into(), what };
+                let config: Config = serde_json::from_value(config).map_err(|e| wrong(e.to_string()))?;
+                let assumed = !given.contains_key(guess::HEADS);
+                let of_heads =
+                    |cause: &ConfigError| matches!(cause, ConfigError::Field { field, .. } if *field == guess::HEADS);
+                config.validate().map_err(|cause| match cause {
+                    cause if assumed && of_heads(&cause) => ModelError::Heads { path: path.into(), cause },
+                    cause if given.is_empty() => ModelError::Config { path: path.into(), cause },
+                    cause => wrong(cause.to_string()),
+                })?;
+                if assumed {
                     doubts.push(format!(
-                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import --config` \
+                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; an import with a config \
                          sets another width",
                         config.channels_per_head
                     ));
-                    if let Err(cause) = config.validate() {
-                        return Err(ModelError::Heads { path: path.into(), cause });
-                    }
                 }
                 config
             }
@@ -490,11 +513,11 @@ impl<'a> ModelWriter<'a> {
     }
 }
 
-/// What a file that is no model is, with the option that takes it, as far as its tensors and metadata tell.
-fn what_instead(file: &SafeFile) -> Option<&'static str> {
+/// What a file that is no model is, as far as its tensors and metadata tell.
+fn what_instead(file: &SafeFile) -> Option<Instead> {
     match file {
-        _ if vae::is_one(file) => Some("a condition model, which --condition-model takes"),
-        _ if CodecFile::is_one(file) => Some("an autoencoder, which --vae takes"),
+        _ if vae::is_one(file) => Some(Instead::ConditionModel),
+        _ if CodecFile::is_one(file) => Some(Instead::Autoencoder),
         _ => None,
     }
 }

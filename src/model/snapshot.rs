@@ -101,10 +101,7 @@ impl Snapshot {
         let tree = Tree { path, pickle: &pickle, looked_at: Cell::new(0) };
         let root = tree.entries("the file", pickle.root())?;
         let none = || {
-            tree.error(
-                "the file",
-                "it has no ema, as snapshots have; weights alone can be given to --model as they are",
-            )
+            tree.error("the file", "it has no ema, as snapshots have; weights alone are read as a model as they are")
         };
         let ema = tree.get(root, "ema")?.ok_or_else(none)?;
         let modules = tree.modules(ema)?;

@@ -141,7 +141,7 @@ pub enum ConditionError {
     OtherTagger { model: PathBuf, made_of: Box<Conditioning>, found: Box<Conditioning> },
     #[error("{}: its conditions are {made_of}, not classes", model.display())]
     NotClasses { model: PathBuf, made_of: Box<Conditioning> },
-    #[error("{}: its conditions are tags, not classes; --tags takes their names", model.display())]
+    #[error("{}: its conditions are tags, not classes", model.display())]
     ClassOfTags { model: PathBuf },
     #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
     Class { model: PathBuf, class: usize, classes: usize },

@@ -1,7 +1,7 @@
 //! The directory that images are written to.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -22,11 +22,11 @@ use crate::pictures::{Picture, decode};
 pub enum OutputError {
     #[error(transparent)]
     Lock(#[from] LockError),
-    #[error("{} exists; give --overwrite, or another --outdir", path.display())]
+    #[error("{} exists", path.display())]
     Exists { path: PathBuf },
-    #[error("{} is a directory, expected a picture or nothing there; remove it, or give another --outdir", path.display())]
+    #[error("{} is a directory, expected a picture or nothing there; remove it, or take another directory", path.display())]
     Directory { path: PathBuf },
-    #[error("{}: somebody else has made it meanwhile; give --overwrite to replace it", path.display())]
+    #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
     #[error(transparent)]
     Io(#[from] FileError),
@@ -114,6 +114,28 @@ impl OutDir {
     pub fn note(&self, given: &Value) -> Result<()> {
         let path = self.dir.join(note_name(self.part));
         Ok(write_atomically(&path, |out| write!(out, "{given}")).at(path)?)
+    }
+
+    /// Whether the directory has another picture with the same parameters. So something that they do not tell was another,
+    /// such as a model of the same name.
+    pub fn has_another(&self, image: &Image) -> bool {
+        let there = self.written(image.number, &image.about);
+        there.is_some_and(|there| image.picture.as_ref().is_some_and(|picture| picture.rgb() != there.rgb()))
+    }
+
+    /// Leaves a note for each of the other parts that has left none.
+    ///
+    /// # Errors
+    /// [`OutputError::Io`].
+    pub fn note_others(&self, given: &Value) -> Result<()> {
+        for number in (0..self.part.of).filter(|&number| number != self.part.number) {
+            let path = self.dir.join(note_name(Part { number, ..self.part }));
+            match File::create_new(&path).and_then(|mut file| write!(file, "{given}")) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                other => other.at(path)?,
+            }
+        }
+        Ok(())
     }
 
     /// What a part was given, if it has left that.

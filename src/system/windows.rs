@@ -165,16 +165,24 @@ pub const CUDA_DRIVER: &str = "nvcuda.dll";
 pub fn why_not_loaded(library: &str) -> Option<String> {
     let name = wide(library);
     // SAFETY: a text that ends with 0; a library runs its own start and no more.
-    unsafe {
-        let library = LoadLibraryW(name.as_ptr());
-        if library.is_null() {
-            let why = io::Error::last_os_error();
-            let missing = why.raw_os_error() == Some(ERROR_MOD_NOT_FOUND as i32);
-            return (!missing).then(|| why.to_string());
-        }
-        FreeLibrary(library);
+    let loaded = unsafe { LoadLibraryW(name.as_ptr()) };
+    if !loaded.is_null() {
+        // SAFETY: loaded above.
+        unsafe { FreeLibrary(loaded) };
+        return None;
     }
-    None
+    let why = io::Error::last_os_error();
+    if why.raw_os_error() != Some(ERROR_MOD_NOT_FOUND as i32) {
+        return Some(why.to_string());
+    }
+    // The same error says that the library is there, and one that it needs is not.
+    in_system(library).then(|| format!("{library} is there, but a library that it needs is not"))
+}
+
+/// Whether the system's directory has a library, which is where drivers put theirs.
+fn in_system(library: &str) -> bool {
+    let root = std::env::var_os("SystemRoot").map(PathBuf::from);
+    root.is_some_and(|root| root.join("System32").join(library).exists())
 }
 
 /// Looks at the devices that have ever been plugged in. A card's key begins with its maker's number.

@@ -189,7 +189,7 @@ mod tests {
     fn a_rank_without_memory_takes_fewer_images_before_it_meets_the_others() {
         let none = || DeviceError::OutOfMemory {
             device: "a card".into(),
-            asked: 1,
+            asked: Some(1),
             purpose: "a test",
             free: 0,
             total: 0,

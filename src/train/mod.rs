@@ -103,12 +103,12 @@ pub enum TrainError {
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// The run that is to be resumed had other settings.
-    #[error("{} was made with other options: {differences}. Give the same, or another --outdir", path.display())]
+    #[error("{} was made with other options: {differences}. Give the same, or take another directory", path.display())]
     Settings { path: PathBuf, differences: String },
     /// The dataset has more images than when the run began.
     #[error(
         "{}: made with {then} images ({then_print}), and the dataset has grown to {now} ({now_print}). A run keeps to its \
-         images: begin another --outdir, with --init and a snapshot of this run", path.display()
+         images: begin another, from a snapshot of this one", path.display()
     )]
     Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
     #[error(transparent)]
@@ -122,14 +122,14 @@ pub enum TrainError {
     FewImages { batch: u64, ranks: usize },
     /// There are checkpoints, but none is whole.
     #[error(
-        "no whole checkpoint is left in {} ({first}{}). --restart would set aside what is there, and begin anew",
+        "no whole checkpoint is left in {} ({first}{})",
         dir.display(), if *more > 0 { format!("; {more} more are damaged") } else { String::new() }
     )]
     AllDamaged { dir: PathBuf, first: CheckpointError, more: usize },
     /// The run has diverged: going on would only make meaningless numbers.
     #[error(
-        "the run has diverged after {nimg} images: {what}. Begin in another --outdir with a lower --lr (it was {lr:e}) \
-         or a longer --rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
+        "the run has diverged after {nimg} images: {what}. Begin in another directory with a lower lr (it was {lr:e}) \
+         or a longer rampup{}", last.as_ref().map_or(String::new(), |last| format!("; the last good checkpoint is {}", last.display()))
     )]
     Diverged { nimg: u64, what: String, lr: f64, last: Option<PathBuf> },
 }

@@ -93,7 +93,7 @@ impl Settings {
         positive("duration", self.duration as f64)?;
         positive("batch", self.batch as f64)?;
         positive("lr", self.lr)?;
-        positive("p-std", self.p_std)?;
+        positive("p_std", self.p_std)?;
         // Noise levels are f32, and no draw is more than seven standard deviations away.
         let farthest = self.p_mean.abs() + 7.0 * self.p_std;
         if farthest.is_nan() || farthest > 80.0 {
@@ -103,7 +103,7 @@ impl Settings {
         let some = self.decay == 0.0 || (1e-6..f64::INFINITY).contains(&self.decay);
         check(some, "decay", self.decay, "0 or a number from 1e-6")?;
         check((0.0..=0.95).contains(&self.dropout), "dropout", self.dropout, "0 to 0.95")?;
-        check((0.0..=1.0).contains(&self.cond_dropout), "cond-dropout", self.cond_dropout, "0 to 1")?;
+        check((0.0..=1.0).contains(&self.cond_dropout), "cond_dropout", self.cond_dropout, "0 to 1")?;
         check_widths("ema", &self.ema)?;
         let Self { batch, duration, .. } = *self;
         if batch > duration { Err(SettingError::Short { batch, duration }) } else { Ok(()) }
@@ -149,48 +149,48 @@ impl Settings {
             other.duration = self.duration;
         }
         let why =
-            |key: &str| if key == "duration" { ", which decides the learning rates of --schedule linear" } else { "" };
+            |key: &str| if key == "duration" { ", which decides the learning rates of a linear schedule" } else { "" };
         differing(self, &other, |key, then, now| format!("{key} was {then}, now {now}{}", why(key)))
     }
 }
 
-/// A setting with which nothing can be computed, under its name on the command line.
+/// A setting with which nothing can be computed, under its name in [`Settings`] or [`Execution`], or as the caller calls it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum SettingError {
-    #[error("--{option} is {}, expected {expected}", short(*.found))]
-    Range { option: &'static str, found: f64, expected: String },
-    #[error("--{option} {found} is given twice")]
-    Twice { option: &'static str, found: f64 },
+    #[error("{setting} is {}, expected {expected}", short(*.found))]
+    Range { setting: &'static str, found: f64, expected: String },
+    #[error("{setting} {found} is given twice")]
+    Twice { setting: &'static str, found: f64 },
     #[error(
-        "--p-mean {} and --p-std {} make noise levels up to e^{}, expected at most e^80",
+        "p_mean {} and p_std {} make noise levels up to e^{}, expected at most e^80",
         short(*.p_mean), short(*.p_std), short(.farthest.round())
     )]
     Noise { p_mean: f64, p_std: f64, farthest: f64 },
-    #[error("--batch is {batch}, more than the whole run: --duration is {duration} images")]
+    #[error("batch is {batch}, more than the whole run: duration is {duration} images")]
     Short { batch: u64, duration: u64 },
 }
 
-fn check(holds: bool, option: &'static str, found: f64, expected: &str) -> Result<(), SettingError> {
-    if holds { Ok(()) } else { Err(SettingError::Range { option, found, expected: expected.into() }) }
+fn check(holds: bool, setting: &'static str, found: f64, expected: &str) -> Result<(), SettingError> {
+    if holds { Ok(()) } else { Err(SettingError::Range { setting, found, expected: expected.into() }) }
 }
 
-fn positive(option: &'static str, x: f64) -> Result<(), SettingError> {
-    check(x > 0.0 && x.is_finite(), option, x, "a positive number")?;
+fn positive(setting: &'static str, x: f64) -> Result<(), SettingError> {
+    check(x > 0.0 && x.is_finite(), setting, x, "a positive number")?;
     // Devices compute in f32.
-    check((x as f32).is_normal(), option, x, "a number that f32 can hold, 1.2e-38 to 3.4e38")
+    check((x as f32).is_normal(), setting, x, "a number that f32 can hold, 1.2e-38 to 3.4e38")
 }
 
-/// Checks the widths of averages that an option gives.
+/// Checks the widths of averages that a `setting` gives.
 ///
 /// # Errors
 /// A width is too small or too large, or is given twice.
-pub fn check_widths(option: &'static str, stds: &[f64]) -> Result<(), SettingError> {
+pub fn check_widths(setting: &'static str, stds: &[f64]) -> Result<(), SettingError> {
     let expected = format!("{} to {MAX_STD:.4}", short(MIN_STD));
     for (k, &found) in stds.iter().enumerate() {
-        check((MIN_STD..=MAX_STD).contains(&found), option, found, &expected)?;
+        check((MIN_STD..=MAX_STD).contains(&found), setting, found, &expected)?;
         if stds[..k].contains(&found) {
-            return Err(SettingError::Twice { option, found });
+            return Err(SettingError::Twice { setting, found });
         }
     }
     Ok(())
@@ -332,7 +332,7 @@ impl Execution {
     /// # Errors
     /// The number of images at a time is 0.
     pub fn validate(&self) -> Result<(), SettingError> {
-        positive("batch-gpu", self.batch_gpu as f64)
+        positive("batch_gpu", self.batch_gpu as f64)
     }
 }
 

@@ -204,7 +204,7 @@ impl Params {
     ) -> Result<Self, DeviceError> {
         if emas.is_some_and(|emas| emas > weights::MAX_EMAS) {
             let (found, most) = (emas.unwrap_or(0), weights::MAX_EMAS);
-            return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU (--ema)")));
+            return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU")));
         }
         let (mut values, mut exact) = (0, 0);
         let mut places: Vec<Place> = table.iter().map(|(_, spec)| place(spec)).collect();

@@ -128,17 +128,17 @@ pub trait Beside {
     fn lead(&self) -> Result<(), DeviceError>;
 }
 
-/// Which option to lower when memory for a purpose does not suffice.
+/// What needs less when memory for a purpose does not suffice.
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(super) fn advice(purpose: &str) -> &'static str {
     match purpose {
-        PARAMETERS => "take a smaller network, or fewer averages (--ema)",
-        _ => "lower --batch-gpu (train) or --batch (sample)",
+        PARAMETERS => "a smaller network, or fewer averages, need less",
+        _ => "fewer images at a time need less",
     }
 }
 
 /// The purpose of memory for weights, gradients, moments and averages.
-pub(super) const PARAMETERS: &str = "parameters";
+pub const PARAMETERS: &str = "parameters";
 
 /// A device that is not there: it gives out addresses and computes nothing.
 pub struct Imagined {

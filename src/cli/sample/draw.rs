@@ -14,7 +14,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
-use edm2k::formats::differences::{differing, there_and_here};
+use edm2k::formats::differences::differing_texts;
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
@@ -58,10 +58,22 @@ impl Steps {
     }
 }
 
-/// Writes images and the pictures of their steps; returns the first pictures, for a grid.
-fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<Vec<Picture>> {
+/// Writes images and the pictures of their steps; returns the first pictures, for a grid. Of one of several parts, `given` is
+/// what it was given.
+fn write(
+    made: Receiver<(Image, Vec<Picture>)>,
+    out: &OutDir,
+    mut given: Option<&Value>,
+) -> anyhow::Result<Vec<Picture>> {
     let mut pictures: Vec<Picture> = Vec::new();
     for (image, steps) in made {
+        // What the other parts have there may be of the same other files. They are to be made anew too.
+        if let Some(mut others) = given.filter(|_| out.has_another(&image)).cloned() {
+            let files = others["files"].as_object_mut();
+            files.into_iter().flatten().for_each(|(_, file)| *file = "perhaps another".into());
+            out.note_others(&others)?;
+            given = None;
+        }
         out.save(&image, &steps)?;
         pictures.extend(image.picture);
         pictures.truncate(most_of_grid(&pictures));
@@ -98,7 +110,8 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
     let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
-        let writer = scope.spawn(move || write(made, out));
+        let noted = Some(given).filter(|_| args.part.is_some() && part.of > 1);
+        let writer = scope.spawn(move || write(made, out, noted));
         for image in images {
             let image = image?;
             let done = image.number + 1 - own.start;
@@ -241,7 +254,8 @@ impl Parts<'_> {
         }
         // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
         let own = given.to_string();
-        let other = |part: Part| out.noted(part).filter(|noted| args.part.is_some() && *noted != own);
+        let differs = |noted: String| Some(differing_texts(&own, &noted)).filter(|differs| !differs.is_empty());
+        let other = |part: Part| out.noted(part).filter(|_| args.part.is_some()).and_then(differs);
         let mut lacking = |part: Part| match other(part) {
             Some(_) => images_of(part, request).collect(),
             None => lacking(part),
@@ -260,10 +274,7 @@ impl Parts<'_> {
         let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
         parts.dedup();
         let named = |part: &Part| match other(*part) {
-            Some(noted) => {
-                let noted: Value = serde_json::from_str(&noted).unwrap_or_default();
-                format!("{part} (of something else: {})", differing(given, &noted, there_and_here))
-            }
+            Some(differs) => format!("{part} (of something else: {differs})"),
             None => part.to_string(),
         };
         let parts: Vec<_> = parts.iter().map(named).collect();

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-use edm2k::backend::gpu::launch::Precision;
 use edm2k::collective::{Part, agree_on};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
@@ -360,7 +359,7 @@ fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::R
         "save_steps": args.save_steps,
         "conditions": origins,
         "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
-        "numbers": pipeline.device().precision().map_or("f32", Precision::name),
+        "numbers": pipeline.device().numbers(),
     }))
 }
 

@@ -201,7 +201,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     for (.., shard) in there.shards() {
         check_some_settings(&shard.file, &now, &counts)?;
     }
-    let advice = "if only its file was written anew, give --images an empty folder: no picture is needed";
+    let advice = "if only its file was written anew, an empty folder of images will do: no picture is needed";
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
     compare(&there, &listing.records, &places, advice, report, |_, _, _| {})?;
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };

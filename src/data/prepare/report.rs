@@ -46,11 +46,11 @@ pub enum PrepareError {
     )]
     OtherPicture { path: PathBuf, file: String, advice: &'static str },
     #[error(
-        "{}: made before with records {found}, now {now}; --add adds pictures that are new, --retag changes tags and \
+        "{}: made before with records {found}, now {now}; add the pictures that are new, or change tags and \
          conditions; or remove the dataset, or choose another directory", path.display()
     )]
     OtherRecords { path: PathBuf, found: String, now: String },
-    #[error("{}: added later; --add goes on with that", path.display())]
+    #[error("{}: pictures were added later; adding goes on with that", path.display())]
     Added { path: PathBuf },
     #[error("{}: no dataset is there, expected one to {to}", dir.display())]
     NoDataset { dir: PathBuf, to: &'static str },
@@ -63,7 +63,7 @@ pub enum PrepareError {
         path.display()
     )]
     DamagedVocabulary { path: PathBuf, what: String },
-    #[error("{0}; a smaller --shard-size needs less")]
+    #[error("{0}; smaller shards need less")]
     Memory(#[from] TooLarge),
     #[error(transparent)]
     Lock(#[from] LockError),

@@ -261,14 +261,14 @@ impl Recorded {
             }
             let captured = device.require(captured)?;
             let ready = || result::graph::instantiate(captured, sys::CUgraphInstantiate_flags(0));
-            let ready = device.with_memory(ready, 1, GRAPH);
+            let ready = device.with_memory(ready, None, GRAPH);
             let _ = result::graph::destroy(captured);
             ready?
         };
         let last_kernel = launches().next_back().map(|launch| launch.kernel.to_string()).unwrap_or_default();
         let recorded = Self { device: device.clone(), graph, last_kernel };
         // SAFETY: a live graph and stream.
-        device.with_memory(|| unsafe { result::graph::upload(graph, device.commands) }, 1, GRAPH)?;
+        device.with_memory(|| unsafe { result::graph::upload(graph, device.commands) }, None, GRAPH)?;
         Ok(recorded)
     }
 }

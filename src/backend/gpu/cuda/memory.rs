@@ -58,14 +58,14 @@ impl Device {
             return Ok(at);
         }
         // SAFETY: memory of any content.
-        self.with_memory(|| unsafe { result::malloc_sync(bytes) }, bytes, purpose)
+        self.with_memory(|| unsafe { result::malloc_sync(bytes) }, Some(bytes), purpose)
     }
 
-    /// What takes so much of the device's memory; where that does not suffice, again without what is kept.
+    /// What takes device memory, `bytes` if that is known; where it does not suffice, again without what is kept.
     pub(super) fn with_memory<T>(
         &self,
         take: impl Fn() -> Result<T, DriverError>,
-        bytes: usize,
+        bytes: Option<usize>,
         purpose: &'static str,
     ) -> Result<T, DeviceError> {
         let mut got = take();
@@ -78,7 +78,7 @@ impl Device {
             return self.require(got);
         }
         let (free, total) = self.require(result::mem_get_info())?;
-        let (asked, free, total) = (bytes as u64, free as u64, total as u64);
+        let (asked, free, total) = (bytes.map(|bytes| bytes as u64), free as u64, total as u64);
         Err(DeviceError::OutOfMemory {
             device: self.info.label(),
             asked,

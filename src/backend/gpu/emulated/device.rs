@@ -123,7 +123,8 @@ impl Runtime for Emulated {
         let (used, asked) = (self.used.get(), bytes as u64);
         if used + asked > self.limit {
             let (device, free, total) = (self.name(), self.limit - used, self.limit);
-            return Err(DeviceError::OutOfMemory { device, asked, purpose, free, total, advice: advice(purpose) });
+            let (asked, advice) = (Some(asked), advice(purpose));
+            return Err(DeviceError::OutOfMemory { device, asked, purpose, free, total, advice });
         }
         let allocation = self.emulator.alloc(bytes).map_err(failed)?;
         self.used.set(used + asked);

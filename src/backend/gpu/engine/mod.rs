@@ -133,7 +133,7 @@ impl<P> Gpu<P> {
         if math.conv_loop == Some(ConvLoop::Wgmma) && card.capability != 90 {
             let (name, found) = (runtime.name(), card.capability);
             let what =
-                format!("{name}: compute capability {}.{}, wgmma (--conv-loop) needs 9.0", found / 10, found % 10);
+                format!("{name}: compute capability {}.{}, convolutions by wgmma need 9.0", found / 10, found % 10);
             return Err(DeviceError::Unavailable(what));
         }
         let arrived = runtime.allocate(ARRIVED_BYTES, "counters")?;

@@ -1,0 +1,119 @@
+//! Errors in one line, with the options that help: the library knows none of them.
+
+use std::error::Error;
+use std::iter::successors;
+
+use edm2k::DeviceError;
+use edm2k::backend::BackendError;
+use edm2k::backend::gpu::runtime::PARAMETERS;
+use edm2k::codec::CodecError;
+use edm2k::data::prepare::PrepareError;
+use edm2k::model::ModelError;
+use edm2k::model::file::Instead;
+use edm2k::pipeline::{ConditionError, OutputError, PipelineError};
+use edm2k::sample::SampleError;
+use edm2k::train::TrainError;
+use edm2k::train::validation::ValidationError;
+
+/// An error and its causes, but those that it quotes itself, and what to do about it.
+pub fn in_one_line(error: &anyhow::Error) -> String {
+    let (mut line, mut advised) = (String::new(), None);
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            line += &format!("{}{text}", if line.is_empty() { "" } else { ": " });
+        }
+        advised = advised.or_else(|| successors(Some(cause), |cause| within(*cause)).find_map(advice));
+    }
+    match advised {
+        Some(advice) => format!("{line}; {advice}"),
+        None => line,
+    }
+}
+
+fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    if let Some(OutputError::Exists { .. } | OutputError::Meanwhile { .. }) = error.downcast_ref() {
+        return Some("give --overwrite, or another --outdir");
+    }
+    if let Some(DeviceError::OutOfMemory { purpose, .. }) = error.downcast_ref() {
+        return (*purpose != PARAMETERS).then_some("--batch sets how many, in training --batch-gpu");
+    }
+    if let Some(ConditionError::ClassOfTags { .. }) = error.downcast_ref() {
+        return Some("--tags takes their names");
+    }
+    match error.downcast_ref() {
+        Some(ModelError::Checkpoint { .. }) => return Some("`edm2k export --from-checkpoint` makes a model of it"),
+        Some(ModelError::Heads { .. }) => return Some("`edm2k import --config` sets the width"),
+        Some(ModelError::Other { what: Instead::ConditionModel, .. }) => return Some("--condition-model takes it"),
+        Some(ModelError::Other { what: Instead::Autoencoder, .. }) => return Some("--vae takes it"),
+        _ => {}
+    }
+    match error.downcast_ref() {
+        Some(TrainError::AllDamaged { .. }) => return Some("--restart sets aside what is there, and begins anew"),
+        Some(TrainError::Grown { .. }) => return Some("--init takes one, with another --outdir"),
+        _ => {}
+    }
+    match error.downcast_ref()? {
+        PrepareError::OtherRecords { .. } => Some("--add does the one, --retag the other"),
+        PrepareError::Added { .. } => Some("--add goes on with that"),
+        _ => None,
+    }
+}
+
+/// The error that another one stands for, which is then none of its causes.
+fn within<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
+    match error.downcast_ref() {
+        Some(TrainError::Model(error)) => return Some(error),
+        Some(TrainError::Backend(error) | TrainError::Validation(ValidationError::Backend(error))) => {
+            return Some(error);
+        }
+        _ => {}
+    }
+    match error.downcast_ref() {
+        Some(PipelineError::Model(error)) => return Some(error),
+        Some(PipelineError::Condition(error)) => return Some(error),
+        Some(PipelineError::Codec(error)) => return Some(error),
+        Some(PipelineError::Sample(error)) => return Some(error),
+        Some(PipelineError::Backend(error)) => return Some(error),
+        _ => {}
+    }
+    match (error.downcast_ref(), error.downcast_ref(), error.downcast_ref(), error.downcast_ref()) {
+        (Some(SampleError::Backend(error)), ..)
+        | (_, Some(CodecError::Backend(error)), ..)
+        | (_, _, Some(ValidationError::Backend(error)), _) => Some(error),
+        (.., Some(BackendError::Device(error))) => Some(error),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+    use edm2k::memory::TooLarge;
+
+    #[test]
+    fn errors_within_others_have_their_advice() {
+        let lacks = |purpose| {
+            let (device, advice) = ("a card".into(), "take less");
+            let lacks = DeviceError::OutOfMemory { device, asked: None, purpose, free: 0, total: 0, advice };
+            let sampling = PipelineError::from(SampleError::from(BackendError::from(lacks)));
+            in_one_line(&anyhow::Error::from(sampling).context("--model"))
+        };
+        let (activations, parameters) = (lacks("activations"), lacks(PARAMETERS));
+        assert!(activations.starts_with("--model: out of device memory: "), "{activations}");
+        assert!(activations.ends_with("; take less; --batch sets how many, in training --batch-gpu"), "{activations}");
+        assert!(parameters.ends_with("; take less"), "{parameters}");
+        let path = "run/checkpoint.safetensors".into();
+        let checkpoint = Err::<(), _>(TrainError::from(ModelError::Checkpoint { path })).context("--init");
+        let said = in_one_line(&checkpoint.unwrap_err());
+        let expected = "--init: run/checkpoint.safetensors: a checkpoint of a run, expected a model of images; \
+                        `edm2k export --from-checkpoint` makes a model of it";
+        assert_eq!(said, expected);
+        assert_eq!(in_one_line(&anyhow::anyhow!("wrong").context("file")), "file: wrong");
+        // It quotes its cause.
+        let memory =
+            PrepareError::Memory(TooLarge { what: "a shard".into(), needed: 2, there: 1, whose: "this machine has" });
+        assert_eq!(in_one_line(&memory.into()).matches("a shard").count(), 1);
+    }
+}
