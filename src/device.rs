@@ -190,6 +190,7 @@ impl Device {
     }
 
     /// What runs kernels; none: the CPU computes without them.
+    #[doc(hidden)]
     pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
         self.runtime.as_ref()
     }
@@ -200,6 +201,7 @@ impl Device {
     }
 
     /// Why tiles that `edm2k tune` measured are not used, if there are such.
+    #[doc(hidden)]
     pub fn untuned(&self) -> Option<&str> {
         self.untuned.as_deref()
     }

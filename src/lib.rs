@@ -87,4 +87,8 @@ pub mod verify;
 
 pub use backend::DeviceError;
 pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
+pub use formats::fingerprint::{Fingerprint, Identity};
+pub use formats::safetensors::SafeError;
+pub use formats::{FileError, LockError};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};
+pub use serde_json;

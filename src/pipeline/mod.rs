@@ -27,8 +27,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 pub use conditions::{Condition, ConditionError};
-pub use domain::{Domain, Mismatch, learned_from};
-pub use images::{Image, Images, Spent, Step};
+#[doc(hidden)]
+pub use domain::learned_from;
+pub use domain::{Domain, Mismatch};
+#[doc(hidden)]
+pub use images::Spent;
+pub use images::{Image, Images, Step};
+#[doc(hidden)]
 pub use output::{Kept, OutDir, OutputError};
 pub use request::{Beginning, NotTwo, Request};
 pub use viewer::Viewer;
@@ -49,7 +54,7 @@ use crate::pictures::{PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program's name and version, as text chunks have them.
-pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
+pub(crate) const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 
 /// Why there are no images.
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +138,7 @@ impl Pipeline {
             weights: vec![model],
             network: None,
             codec: None,
-            viewer: pixels.then_some(Viewer::Pixels),
+            viewer: pixels.then_some(Viewer::PIXELS),
             preview: None,
             inventor: None,
             tagger: None,
