@@ -9,9 +9,7 @@ use crate::backend::cpu::{Cpu, bf16_is_available};
 use crate::backend::gpu::engine::{Gpu, Loaded};
 use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
-use crate::backend::{BackendError, DeviceError, TrainingBackend};
-use crate::memory::{self, TooLarge};
-use crate::model::{Config, Model};
+use crate::backend::{DeviceError, NetworkBackend, TrainingBackend};
 use crate::params::ParamTable;
 use crate::system;
 
@@ -202,6 +200,7 @@ impl Device {
     }
 
     /// What runs kernels; none: the CPU computes without them.
+    #[doc(hidden)]
     pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
         self.runtime.as_ref()
     }
@@ -213,6 +212,7 @@ impl Device {
     }
 
     /// Why tiles that `edm2k tune` measured are not used, if there are such.
+    #[doc(hidden)]
     pub fn untuned(&self) -> Option<&str> {
         self.untuned.as_deref()
     }
@@ -223,24 +223,6 @@ impl Device {
             None => work.run(&OnCpu { bf16: self.precision().is_some() }),
             Some(runtime) => work.run(&OnGpu { runtime: runtime.clone(), math: self.math }),
         }
-    }
-
-    /// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::copies`]), that this
-    /// machine has no room for; a GPU knows its own memory.
-    ///
-    /// [`SamplerConfig::copies`]: crate::sample::SamplerConfig::copies
-    pub fn check_forward(
-        &self,
-        config: &Config,
-        [height, width]: [usize; 2],
-        images: usize,
-        times: usize,
-    ) -> Result<(), TooLarge> {
-        let needed = match self.runtime {
-            None => config.forward_bytes(images * times, height, width),
-            Some(_) => 8 * images as u128 * (height * width * config.img_channels) as u128,
-        };
-        memory::check(format!("a batch of {images} images of {width}x{height}"), needed)
     }
 }
 
@@ -265,24 +247,19 @@ impl fmt::Display for Device {
 
 /// Makes the backends of one device.
 pub trait Backends {
-    /// Those of networks.
-    type Network: TrainingBackend + 'static;
+    /// Those that run networks.
+    type Sampling: NetworkBackend + 'static;
+    /// Those that train them.
+    type Training: TrainingBackend + 'static;
     /// Those of codecs.
     type Codec: CodecBackend + 'static;
 
     /// One that holds the parameters of a network, to run it.
-    fn sampling(&self, table: &ParamTable) -> Result<Self::Network, DeviceError>;
+    fn sampling(&self, table: &ParamTable) -> Result<Self::Sampling, DeviceError>;
     /// One that also holds gradients, moments, and `averages` moving averages.
-    fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Network, DeviceError>;
+    fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Training, DeviceError>;
     /// One that holds no network, to run codecs.
     fn codec(&self) -> Result<Self::Codec, DeviceError>;
-
-    /// One that holds a model's weights, ready to run it.
-    fn loaded(&self, model: &Model) -> Result<Self::Network, BackendError> {
-        let mut backend = self.sampling(&model.table)?;
-        model.load_into(&mut backend)?;
-        Ok(backend)
-    }
 }
 
 /// Code for any backend. A closure cannot be generic, so its captures are the fields of a type with this trait.
@@ -298,7 +275,8 @@ struct OnCpu {
 }
 
 impl Backends for OnCpu {
-    type Network = Cpu<f32>;
+    type Sampling = Cpu<f32>;
+    type Training = Cpu<f32>;
     type Codec = Cpu<f32, ()>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Cpu<f32>, DeviceError> {
@@ -318,7 +296,8 @@ struct OnGpu {
 }
 
 impl Backends for OnGpu {
-    type Network = Gpu;
+    type Sampling = Gpu;
+    type Training = Gpu;
     type Codec = Gpu<Loaded>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {

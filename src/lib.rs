@@ -24,6 +24,33 @@
 //! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
 //! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked.
 
+//! # What it does to your process
+//!
+//! It handles no signal, sets no panic hook, changes no environment variable, prints nothing and ends no process; the
+//! program `edm2k` does. So:
+//!
+//! * Models and datasets are mapped into memory. If such a file is truncated meanwhile, or its disk fails, reading it
+//!   raises SIGBUS (Windows: an in-page error), which kills a process that does not handle it.
+//! * A panic inside tract, which reads ONNX files, is caught and becomes an error. The panic hook sees it before, and a
+//!   process that aborts on panics ends there.
+//! * Heavy work on the CPU is done in the global pool of [rayon](https://docs.rs/rayon), which may be in use already.
+//! * With `cuda`, opening a device loads NVIDIA's driver into the process. Training on several cards loads NCCL.
+//! * On an NVIDIA GPU, measured choices of tiles are read from the user's cache (`~/.cache/edm2k`, macOS:
+//!   `~/Library/Caches/edm2k`, Windows: `%LOCALAPPDATA%\edm2k`). Only `edm2k tune` writes there.
+//!
+//! Environment variables that are read:
+//!
+//! | variable | when | what it does |
+//! |---|---|---|
+//! | `EDM2K_UNTUNED` | a CUDA device is opened | `1`: tiles are guessed, whatever was measured |
+//! | `EDM2K_OVERLAP` | a CUDA device is opened | `1`, `0`: launches of all plans may overlap, or of none |
+//! | `XDG_CACHE_HOME`, `HOME`, `LOCALAPPDATA` | a CUDA device is opened | where the user's cache is |
+//! | `EDM2K_NCCL`, `VIRTUAL_ENV`, `CONDA_PREFIX` | several cards train | where NCCL's library is |
+//!
+//! Those of launchers (`RANK`, `SLURM_PROCID`, `EDM2K_PORT` and their like), `EDM2K_RANKS_TIMEOUT` and `EDM2K_TOKEN` are
+//! read by the program alone. Libraries below read their own: the CUDA driver `CUDA_VISIBLE_DEVICES`, rayon
+//! `RAYON_NUM_THREADS`.
+
 pub mod backend;
 pub mod codec;
 #[doc(hidden)]
@@ -60,4 +87,8 @@ pub mod verify;
 
 pub use backend::DeviceError;
 pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
+pub use formats::fingerprint::{Fingerprint, Identity};
+pub use formats::safetensors::SafeError;
+pub use formats::{FileError, LockError};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};
+pub use serde_json;

@@ -37,6 +37,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    edm2k::formats::mapped::end_on_lost_page();
+    #[cfg(feature = "onnx")]
+    edm2k::onnx::hush_panics();
     let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) => return refuse(&error),

@@ -34,7 +34,8 @@ use edm2k::{Backends, DeviceError};
 struct On(Rc<dyn Runtime>, Precision);
 
 impl Backends for On {
-    type Network = Gpu;
+    type Sampling = Gpu;
+    type Training = Gpu;
     type Codec = Gpu<Loaded>;
 
     fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {

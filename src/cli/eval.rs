@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde_json::{Value, json};
 
+use edm2k::backend::BackendError;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::differences::differing_texts;
@@ -17,7 +18,7 @@ use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 use edm2k::formats::{DirLock, LockError, write_atomically};
 use edm2k::model::Model;
-use edm2k::pipeline::{Domain, learned_from};
+use edm2k::pipeline::{Domain, check_forward, learned_from};
 use edm2k::train::DataIdentity;
 use edm2k::train::stats::{PlotError, plot};
 use edm2k::train::validation::{Found, Loss, Noisy, SIGMAS, ValidationError};
@@ -132,7 +133,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
         None => None,
     };
-    device.check_forward(config, largest, images.min(batch), 1)?;
+    check_forward(&device, config, largest, images.min(batch), 1)?;
     let measuring = Measuring { model: &model, noisy: &noisy, own, batch, progress: &mut |n| bar.inc(n) };
     let found = device.run(measuring)?;
     bar.finish_and_clear();
@@ -255,7 +256,8 @@ impl Work for Measuring<'_> {
     type Output = Result<Vec<Found>, ValidationError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut backend = backends.loaded(self.model)?;
+        let mut backend = backends.sampling(&self.model.table).map_err(BackendError::from)?;
+        self.model.load_into(&mut backend)?;
         self.noisy.measure(&mut backend, &self.model.net, self.own, self.batch, self.progress)
     }
 }

@@ -47,6 +47,7 @@ use crate::pictures::Picture;
 use crate::rng::{Purpose, Stream};
 use layers::{Layers, Weights, check};
 
+#[doc(hidden)]
 pub use layers::CodecPlan;
 
 pub use sd_vae::LATENTS;
@@ -448,7 +449,7 @@ impl<B: CodecBackend> Encoder<B> {
     }
 
     /// Convolutions of the network.
-    pub fn depth(&self) -> usize {
+    pub(crate) fn depth(&self) -> usize {
         self.depth
     }
 }
@@ -573,11 +574,12 @@ impl<B: CodecBackend> Decoder<B> {
     }
 
     /// Convolutions of the network.
-    pub fn depth(&self) -> usize {
+    pub(crate) fn depth(&self) -> usize {
         self.depth
     }
 
     /// The key of its plan on a device.
+    #[doc(hidden)]
     pub fn plan(&self) -> CodecPlan {
         self.weights.plan
     }

@@ -1,21 +1,26 @@
 //! Files mapped into memory.
 //!
-//! Reading a mapped file that was truncated meanwhile, or whose disk fails, raises a signal, since a mapping has no
-//! other way to report an error. So the first mapping installs a handler. It looks up which file it was, prints that,
-//! and ends the process with status 1. At any moment what a command writes is either whole or not there, so nothing
-//! that had been saved is lost.
+//! Reading a mapped file that was truncated meanwhile, or whose disk fails, raises a signal (SIGBUS), since a mapping has
+//! no other way to report an error. A process that does nothing about it is killed. The program installs a handler by
+//! [`end_on_lost_page`]; the library leaves the signals of its process alone. At any moment what a command writes is either
+//! whole or not there, so nothing that had been saved is lost.
 
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
 use std::ptr::null_mut;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, Once};
 
 use memmap2::Mmap;
 
 use crate::system;
+
+/// From now on, when a mapped file can no longer be read, this process prints which one it is, and ends with status 1.
+pub fn end_on_lost_page() {
+    system::on_lost_page(whose);
+}
 
 /// A file's bytes, read-only.
 pub struct Mapped {
@@ -34,8 +39,6 @@ impl Mapped {
     pub unsafe fn new(file: &File, path: &Path) -> io::Result<Self> {
         // SAFETY: the caller's promise.
         let map = unsafe { Mmap::map(file) }?;
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| system::on_lost_page(whose));
         let what = "it can no longer be read: it was truncated while in use, or its disk fails";
         let message = format!("edm2k: error: {}: {what}\n", path.display().to_string().escape_debug());
         let entry = enlist(map.as_ptr() as usize, map.len(), message);

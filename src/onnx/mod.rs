@@ -9,8 +9,9 @@
 //! many threads. The weights are read whole, and opening needs about three times the file's size.
 //!
 //! An ONNX file is trusted as little as any other. tract panics on some graphs that make no sense. Such a panic is
-//! caught here, is not printed, and becomes an [`OnnxError`]. A graph of more than [`MAX_NODES`], or with a tensor of
-//! more than [`MAX_ELEMENTS`], or with a window or a shape that large, is refused before tract sees it.
+//! caught here and becomes an [`OnnxError`]. Before that, Rust's panic hook prints it; the program has it not printed
+//! (`hush_panics`). A graph of more than [`MAX_NODES`], or with a tensor of more than [`MAX_ELEMENTS`], or with a window or
+//! a shape that large, is refused before tract sees it.
 
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,8 @@ use crate::formats::fingerprint::Fingerprint;
 
 #[cfg(feature = "onnx")]
 mod tract;
+#[cfg(feature = "onnx")]
+pub use tract::hush_panics;
 
 /// Most elements of a tensor inside a network: 2^28, 1 GiB in f32.
 pub const MAX_ELEMENTS: usize = 1 << 28;

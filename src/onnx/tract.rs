@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::{self, Read};
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
@@ -388,21 +388,22 @@ fn check_sizes(shapes: impl Iterator<Item = TVec<TDim>>) -> Result<(), String> {
 }
 
 thread_local! {
-    /// Whether panics of this thread are expected, and so are not printed.
+    /// Whether panics of this thread are expected.
     static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on, panics that [`guarded`] catches are not printed.
+pub fn hush_panics() {
+    let before = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if !QUIET.get() {
+            before(info);
+        }
+    }));
 }
 
 /// Calls tract. Its error, or its panic, becomes one line.
 fn guarded<T>(call: impl FnOnce() -> TractResult<T>) -> Result<T, String> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                before(info);
-            }
-        }));
-    });
     let before = QUIET.replace(true);
     // Whatever a panic leaves half done is dropped with the closure.
     let result = panic::catch_unwind(AssertUnwindSafe(call));

@@ -131,6 +131,7 @@ impl<'a> Images<'a> {
     }
 
     /// Where the time went so far.
+    #[doc(hidden)]
     pub fn spent(&self) -> Spent {
         self.spent
     }

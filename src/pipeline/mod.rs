@@ -27,8 +27,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 pub use conditions::{Condition, ConditionError};
-pub use domain::{Domain, Mismatch, learned_from};
-pub use images::{Image, Images, Spent, Step};
+#[doc(hidden)]
+pub use domain::learned_from;
+pub use domain::{Domain, Mismatch};
+#[doc(hidden)]
+pub use images::Spent;
+pub use images::{Image, Images, Step};
+#[doc(hidden)]
 pub use output::{Kept, OutDir, OutputError};
 pub use request::{Beginning, NotTwo, Request};
 pub use viewer::Viewer;
@@ -42,13 +47,14 @@ use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::formats::{At, FileError};
+use crate::memory;
 pub use crate::memory::TooLarge;
-use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
+use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program's name and version, as text chunks have them.
-pub const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
+pub(crate) const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 
 /// Why there are no images.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +138,7 @@ impl Pipeline {
             weights: vec![model],
             network: None,
             codec: None,
-            viewer: pixels.then_some(Viewer::Pixels),
+            viewer: pixels.then_some(Viewer::PIXELS),
             preview: None,
             inventor: None,
             tagger: None,
@@ -291,7 +297,7 @@ impl Pipeline {
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
         request.check_counts(config.label_dim)?;
         let images = request.seeds.len().min(request.batch.max(1));
-        self.device.check_forward(config, size, images, request.sampler.copies(self.guide.is_none()))?;
+        check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
     }
@@ -349,6 +355,26 @@ impl Pipeline {
     }
 }
 
+/// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::copies`]), that this
+/// machine has no room for; a GPU knows its own memory.
+///
+/// # Errors
+/// [`TooLarge`].
+#[doc(hidden)]
+pub fn check_forward(
+    device: &Device,
+    config: &Config,
+    [height, width]: [usize; 2],
+    images: usize,
+    times: usize,
+) -> Result<(), TooLarge> {
+    let needed = match device.runtime() {
+        None => config.forward_bytes(images * times, height, width),
+        Some(_) => 8 * images as u128 * (height * width * config.img_channels) as u128,
+    };
+    memory::check(format!("a batch of {images} images of {width}x{height}"), needed)
+}
+
 /// Sees the index and the noise level of a step, and downloads the denoised images if it wants them.
 type Observer<'a> =
     dyn FnMut(usize, f64, &mut dyn FnMut() -> Result<Vec<f32>, BackendError>) -> Result<(), SampleError> + 'a;
@@ -401,8 +427,12 @@ impl Work for Placing<'_> {
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let [model, guide @ ..] = self.0 else { unreachable!("a pipeline has a model") };
-        let backend = backends.loaded(model)?;
-        let guide = guide.last().map(|guide| Ok::<_, BackendError>((backends.loaded(guide)?, guide.net.clone())));
-        Ok(Box::new(Loaded { backend, net: model.net.clone(), guide: guide.transpose()? }))
+        let loaded = |model: &Model| -> Result<_, BackendError> {
+            let mut backend = backends.sampling(&model.table)?;
+            model.load_into(&mut backend)?;
+            Ok((backend, model.net.clone()))
+        };
+        let (backend, net) = loaded(model)?;
+        Ok(Box::new(Loaded { backend, net, guide: guide.last().map(loaded).transpose()? }))
     }
 }

@@ -11,15 +11,13 @@ use crate::memory::{self, TooLarge};
 use crate::pictures::Picture;
 
 /// Makes pictures of images in model space.
-pub enum Viewer {
-    /// Of images that are pixels.
-    Pixels,
-    /// Of images that are latents, by an autoencoder on a device.
-    Latents(Box<Latents>),
+pub struct Viewer {
+    /// What decodes latents; none: the images are pixels.
+    decoder: Option<Decoder>,
 }
 
 /// An autoencoder's decoder on a device.
-pub struct Latents {
+struct Decoder {
     file: CodecFile,
     decode: Box<Decode>,
 }
@@ -27,6 +25,9 @@ pub struct Latents {
 type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
 
 impl Viewer {
+    /// Of images that are pixels.
+    pub(super) const PIXELS: Self = Self { decoder: None };
+
     /// Opens an SD-VAE's or TAESD's file, for the latents of what messages call `of`. If it is known, `made_by` is the
     /// autoencoder that made them. Also returns a warning if the file is of another kind, which only stands in for that
     /// one.
@@ -42,7 +43,7 @@ impl Viewer {
         let file = CodecFile::open(path)?;
         let warning = file.check_latents(of, made_by)?;
         let decode = device.run(Decoding(&file))?;
-        Ok((Self::Latents(Latents { file, decode }.into()), warning))
+        Ok((Self { decoder: Some(Decoder { file, decode }) }, warning))
     }
 
     /// A viewer for the images of a dataset that messages call `of`, in all its sizes. None if they are latents and
@@ -59,7 +60,7 @@ impl Viewer {
     ) -> Result<(Option<Self>, Option<String>), PipelineError> {
         let header = data.header();
         let (viewer, warning) = match (header.kind, vae) {
-            (Representation::Images, None) => ((header.channels == 3).then_some(Self::Pixels), None),
+            (Representation::Images, None) => ((header.channels == 3).then_some(Self::PIXELS), None),
             (Representation::Images, Some(_)) => return Err(PipelineError::Pixels(of.into())),
             (Representation::Latents, None) => (None, None),
             (Representation::Latents, Some(path)) => {
@@ -76,13 +77,8 @@ impl Viewer {
     /// # Errors
     /// [`TooLarge`].
     pub fn check(&self, size: [usize; 2]) -> Result<(), TooLarge> {
-        match self {
-            Self::Pixels => Ok(()),
-            Self::Latents(latents) => {
-                let needed = latents.file.decoder_bytes(size);
-                memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed)
-            }
-        }
+        let Some(decoder) = &self.decoder else { return Ok(()) };
+        memory::check(format!("decoding latents of {}x{}", size[1], size[0]), decoder.file.decoder_bytes(size))
     }
 
     /// The picture of an image [height, width, channels].
@@ -93,9 +89,9 @@ impl Viewer {
     /// # Panics
     /// If there are not as many values.
     pub fn picture(&mut self, size: [usize; 2], image: &[f32]) -> Result<Picture, CodecError> {
-        match self {
-            Self::Pixels => Ok(Picture::from_model(size[0], size[1], image)),
-            Self::Latents(latents) => (latents.decode)(size, image),
+        match &mut self.decoder {
+            None => Ok(Picture::from_model(size[0], size[1], image)),
+            Some(decoder) => (decoder.decode)(size, image),
         }
     }
 }

@@ -62,9 +62,13 @@ pub mod validation;
 
 pub use crate::collective::{Alone, Collective, CollectiveError};
 pub use checkpoint::{CheckpointError, State};
+pub use grid::{GridError, Show};
 pub use schedule::{LearningRate, Schedule};
-pub use settings::{DataIdentity, Execution, SettingError, Settings, check_widths, meta_of};
+#[doc(hidden)]
+pub use settings::check_widths;
+pub use settings::{DataIdentity, Execution, SettingError, Settings, meta_of};
 pub use stats::{Status, Sums, Validation};
+#[doc(hidden)]
 pub use step::{Inputs, MicroBatch, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};

@@ -37,7 +37,7 @@ use serde_json::Value;
 
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::Precision;
-use crate::backend::{BackendError, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
+use crate::backend::{BackendError, NetworkBackend, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
 use crate::codec::CodecError;
 use crate::device::Backends;
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -441,16 +441,11 @@ impl<M: Backends> Session<'_, M> {
         Ok(())
     }
 
-    /// A backend for training with the file's parameters, named `prefix` + their name in the table, in its
-    /// weights.
-    fn load(&self, f: &Golden, prefix: &str, table: &ParamTable, averages: Option<usize>) -> Result<M::Network> {
-        let mut b = match averages {
-            None => self.backends.sampling(table)?,
-            Some(averages) => self.backends.training(table, averages)?,
-        };
+    /// The backend with the file's parameters in its weights. There they are named `prefix` + their name in the table.
+    fn load<B: NetworkBackend>(&self, f: &Golden, prefix: &str, table: &ParamTable, mut b: B) -> Result<B> {
         for (id, spec) in table.iter() {
             let array = f.shaped(&format!("{prefix}{}", spec.name), &spec.shape)?;
-            b.write_param(Slot::Weight, id, &array.f32())?;
+            b.load_param(id, &array.f32())?;
         }
         Ok(b)
     }
@@ -590,7 +585,7 @@ impl Array {
         values
     }
 
-    fn upload<B: TrainingBackend>(&self, b: &mut B) -> B::Tensor {
+    fn upload<B: NetworkBackend>(&self, b: &mut B) -> B::Tensor {
         b.upload(self.nhwc(), &self.nhwc_values())
     }
 
@@ -607,7 +602,7 @@ impl Array {
 }
 
 /// Copies an activation to the host, in PyTorch's layout.
-fn download<B: TrainingBackend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
+fn download<B: NetworkBackend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
     Ok(planar(&b.download(t)?, b.shape(t)))
 }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
-use crate::backend::{Embed, Slot, Step, TrainingBackend};
+use crate::backend::{Embed, NetworkBackend, Slot, Step, TrainingBackend};
 use crate::device::Backends;
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
@@ -14,24 +14,24 @@ use crate::params::{ParamKind, ParamSpec, ParamTable};
 /// Weights are normalised once in a training step, unless gradients are accumulated.
 const ROUNDS: usize = 1;
 
-/// The network of a parameter file, on a backend.
-pub(super) fn network<M: Backends>(
-    s: &Session<M>,
-    parameters: &Golden,
-    averages: Option<usize>,
-) -> Result<(Precond, ParamTable, M::Network)> {
+/// The network of a parameter file, ready to be evaluated.
+pub(super) fn network<M: Backends>(s: &Session<M>, parameters: &Golden) -> Result<(Precond, ParamTable, M::Sampling)> {
     let config = s.config(parameters, "model")?;
-    build(s, parameters, &config, averages)
+    let (net, table) = Precond::new(&config).map_err(|e| parameters.config_error(e))?;
+    let mut b = s.load(parameters, "", &table, s.backends.sampling(&table)?)?;
+    b.normalize()?;
+    Ok((net, table, b))
 }
 
-fn build<M: Backends>(
+/// The same to be trained.
+fn trainable<M: Backends>(
     s: &Session<M>,
     parameters: &Golden,
     config: &Config,
-    averages: Option<usize>,
-) -> Result<(Precond, ParamTable, M::Network)> {
+    averages: usize,
+) -> Result<(Precond, ParamTable, M::Training)> {
     let (net, table) = Precond::new(config).map_err(|e| parameters.config_error(e))?;
-    let b = s.load(parameters, "", &table, averages)?;
+    let b = s.load(parameters, "", &table, s.backends.training(&table, averages)?)?;
     Ok((net, table, b))
 }
 
@@ -64,8 +64,7 @@ pub(super) fn forward(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_forward.safetensors")?;
     s.case("tiny_forward", |s| {
-        let (net, table, mut b) = network(s, &parameters, None)?;
-        b.make_effective(Slot::Weight, normalization(0))?;
+        let (net, table, mut b) = network(s, &parameters)?;
         for set in f.cases() {
             s.case(&format!("tiny_forward/{set}"), |s| forward_set(s, f, &set, &parameters, &net, &table, &mut b))?;
         }
@@ -75,7 +74,7 @@ pub(super) fn forward(s: &mut Session<impl Backends>) -> Result<()> {
     Ok(())
 }
 
-fn forward_set<B: TrainingBackend>(
+fn forward_set<B: NetworkBackend>(
     s: &mut Session<impl Backends>,
     f: &Golden,
     set: &str,
@@ -267,7 +266,8 @@ pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("tiny_grads.safetensors")?;
     s.case("tiny_grads", |s| {
-        let (net, table, mut b) = network(s, &parameters, Some(0))?;
+        let config = s.config(&parameters, "model")?;
+        let (net, table, mut b) = trainable(s, &parameters, &config, 0)?;
         b.make_effective(Slot::Weight, normalization(ROUNDS))?;
         let batch = Batch::new(f, "", &net, &mut b)?;
         check_sigma(s, f, "", -0.4, 1.0)?;
@@ -350,10 +350,10 @@ impl Training {
         s: &Session<M>,
         init: &Golden,
         averages: usize,
-    ) -> Result<(Precond, ParamTable, M::Network)> {
+    ) -> Result<(Precond, ParamTable, M::Training)> {
         let mut config = s.config(init, "train")?;
         config.sigma_data = self.sigma_data.unwrap_or(config.sigma_data);
-        build(s, init, &config, Some(averages))
+        trainable(s, init, &config, averages)
     }
 
     fn step<'a>(&'a self, lr: f64, number: usize, images: usize, rounds: usize, ema_betas: &'a [f64]) -> Step<'a> {

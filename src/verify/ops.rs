@@ -66,7 +66,7 @@ fn balance(case: &str) -> Option<f64> {
 }
 
 /// A backend that holds one weight, made effective as for a step of so many micro-batches (0 = evaluation).
-fn with_weight<M: Backends>(s: &Session<M>, w: &Array, rounds: usize) -> Result<(M::Network, ParamId)> {
+fn with_weight<M: Backends>(s: &Session<M>, w: &Array, rounds: usize) -> Result<(M::Training, ParamId)> {
     let mut table = ParamTable::default();
     let id = push(&mut table, "layer", &w.shape);
     let mut b = s.backends.training(&table, 0)?;
@@ -84,7 +84,7 @@ fn push(table: &mut ParamTable, name: &str, shape: &[usize]) -> ParamId {
 }
 
 /// A backend with a 1x1 convolution that does nothing.
-fn with_identity<M: Backends>(s: &Session<M>, channels: usize) -> Result<(M::Network, ParamId)> {
+fn with_identity<M: Backends>(s: &Session<M>, channels: usize) -> Result<(M::Training, ParamId)> {
     let mut w = Array::new(&[channels, channels, 1, 1], vec![0.0; channels * channels]);
     w.values.iter_mut().step_by(channels + 1).for_each(|x| *x = LARGE);
     with_weight(s, &w, 0)
@@ -218,10 +218,10 @@ fn fourier(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (tf, tp) = table.fourier("fourier".into(), freqs.values.len());
     let weight = table.linear("linear".into(), freqs.values.len(), 1);
     let mut b = s.backends.sampling(&table)?;
-    b.write_param(Slot::Weight, tf, &freqs.f32())?;
-    b.write_param(Slot::Weight, tp, &phases.f32())?;
-    b.write_param(Slot::Weight, weight, &vec![1.0; freqs.values.len()])?;
-    b.make_effective(Slot::Weight, normalization(0))?;
+    b.load_param(tf, &freqs.f32())?;
+    b.load_param(tp, &phases.f32())?;
+    b.load_param(weight, &vec![1.0; freqs.values.len()])?;
+    b.normalize()?;
     let sigma: Vec<f32> = x.values.iter().map(|x| (4.0 * x).exp() as f32).collect();
     let sigma = b.upload([sigma.len(), 1, 1, 1], &sigma);
     let (features, _) = b.logvar(&Logvar { freqs: tf, phases: tp, weight }, &sigma);
@@ -373,7 +373,7 @@ fn projected_gradient<B: TrainingBackend>(
 }
 
 /// A backend with one `emb_linear` layer.
-fn with_emb_layer<M: Backends>(s: &Session<M>, w: &Array, gain: f64, rounds: usize) -> Result<(M::Network, EmbLayer)> {
+fn with_emb_layer<M: Backends>(s: &Session<M>, w: &Array, gain: f64, rounds: usize) -> Result<(M::Training, EmbLayer)> {
     let mut table = ParamTable::default();
     let gain_id = table.gain("emb_gain".into());
     let weight = table.linear("emb_linear".into(), w.shape[1], w.shape[0]);
@@ -702,7 +702,7 @@ fn block(s: &mut Session<impl Backends>, f: &Golden, c: &str, cfg: BlockConfig, 
     let emb = f.shaped(&format!("{c}.emb"), &[n, cfg.cemb])?;
     let mut table = ParamTable::default();
     let block = Block::new(&mut table, "", c, cfg, &mut 0);
-    let mut b = s.load(f, &format!("{c}.param."), &table, Some(0))?;
+    let mut b = s.load(f, &format!("{c}.param."), &table, s.backends.training(&table, 0)?)?;
     b.make_effective(Slot::Weight, normalization(rounds))?;
 
     let (tx, temb) = (x.upload(&mut b), emb.upload(&mut b));

@@ -3,8 +3,8 @@
 use serde::Deserialize;
 
 use super::network::{images, labels, network};
-use super::{Array, Golden, Result, Session, What, download, normalization};
-use crate::backend::{Slot, TrainingBackend};
+use super::{Array, Golden, Result, Session, What, download};
+use crate::backend::NetworkBackend;
 use crate::device::Backends;
 use crate::model::Precond;
 use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, solve};
@@ -24,8 +24,7 @@ pub(super) fn samplers(s: &mut Session<impl Backends>) -> Result<()> {
     let parameters = s.open("tiny_model.safetensors")?;
     let f = &s.open("samplers.safetensors")?;
     s.case("samplers", |s| {
-        let (net, _, mut b) = network(s, &parameters, None)?;
-        b.make_effective(Slot::Weight, normalization(0))?;
+        let (net, _, mut b) = network(s, &parameters)?;
         for case in f.cases() {
             s.case(&format!("samplers/{case}"), |s| sampler(s, f, &case, &net, &mut b))?;
         }
@@ -35,7 +34,7 @@ pub(super) fn samplers(s: &mut Session<impl Backends>) -> Result<()> {
     Ok(())
 }
 
-fn sampler<B: TrainingBackend>(
+fn sampler<B: NetworkBackend>(
     s: &mut Session<impl Backends>,
     f: &Golden,
     case: &str,
@@ -165,7 +164,7 @@ struct Recorded<T> {
     guided: Vec<Guided<T>>,
 }
 
-impl<B: TrainingBackend> Denoise<B> for Recorded<B::Tensor> {
+impl<B: NetworkBackend> Denoise<B> for Recorded<B::Tensor> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let call = self.seen.len();
         self.seen.push(x.clone());
@@ -191,7 +190,7 @@ struct Live<'a, T> {
     n: usize,
 }
 
-impl<B: TrainingBackend> Denoise<B> for Live<'_, B::Tensor> {
+impl<B: NetworkBackend> Denoise<B> for Live<'_, B::Tensor> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let sigma = b.upload([self.n, 1, 1, 1], &vec![sigma as f32; self.n]);
         let d = self.net.denoise(b, x, &sigma, self.labels.as_ref());

@@ -45,5 +45,8 @@ const HAS_HOPPER: bool = cuda::HAS_HOPPER;
 #[cfg(not(feature = "cuda"))]
 const HAS_HOPPER: bool = true;
 
-pub use launch::{DevicePtr, Launch, Math, Precision};
+pub use launch::{Accum, ConvLoop, Math, Precision};
+#[doc(hidden)]
+pub use launch::{DevicePtr, Launch};
+#[doc(hidden)]
 pub use runtime::Runtime;

@@ -69,8 +69,9 @@ use serde_json::Value;
 pub use danbooru::Danbooru;
 pub use folder::Folder;
 pub use grow::{add, retag};
-pub use records::{Listing, Place, Record, Records, Tags, read_lines};
-pub use render::{Codec, Encode, encoder};
+pub use records::{Listing, Place, Record, Records, Tags};
+pub use render::Codec;
+pub(crate) use render::encoder;
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 
