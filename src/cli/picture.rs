@@ -71,8 +71,7 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
 
     let mut values = vec![0.0; pipeline.net().config.label_dim];
     Stream::new(0, Purpose::Condition, 0).normals(&mut values);
-    let conditions =
-        if values.is_empty() { vec![] } else { vec![Condition { values, away: Vec::new(), origin: Value::Null }] };
+    let conditions = if values.is_empty() { vec![] } else { vec![Condition::new(values, [])] };
     let seeds = (0..=u64::from(args.repeats)).collect();
     let request = Request { conditions, seeds, size: args.size, batch: 1, ..Request::default() };
     let dir = tempfile::tempdir().context("a directory for the pictures")?;

@@ -83,6 +83,8 @@ pub enum PipelineError {
     #[error(transparent)]
     Sample(#[from] SampleError),
     #[error(transparent)]
+    NotTwo(#[from] NotTwo),
+    #[error(transparent)]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
     NoPicture,
@@ -289,8 +291,8 @@ impl Pipeline {
         let (size, config) = (self.size(request), &self.net.config);
         request.sampler.validate()?;
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
-        request.check_counts(config.label_dim)?;
-        let images = request.seeds.len().min(request.batch.max(1));
+        request.check_counts(config.label_dim, size[0] * size[1] * config.img_channels)?;
+        let images = request.seeds.len().min(request.batch);
         self.device.check_forward(config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())
