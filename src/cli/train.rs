@@ -24,7 +24,7 @@ use edm2k::model::config::{Preset, Recipe, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
-use edm2k::train::grid::{self, Show};
+use edm2k::train::grid::Show;
 use edm2k::train::{
     DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
@@ -455,7 +455,7 @@ fn execution(
     let with_pictures = |path| {
         let [height, width, _] = settings.data.shape;
         let picture = CodecFile::open(path)?.decoder_macs([height, width])?;
-        Ok::<_, CodecError>(grid::SHARE.saturating_mul(grid::cost(settings, picture)))
+        Ok::<_, CodecError>(settings.grid_interval(picture))
     };
     let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| device.runtime().is_some());
