@@ -7,10 +7,10 @@ use std::rc::Rc;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use super::DeviceArgs;
 use super::ranks::{self, Ranks};
 use super::say::{above, note, results};
 use super::signals::Requests;
+use super::{DeviceArgs, Ended};
 use edm2k::Device;
 use edm2k::backend::BackendError;
 use edm2k::backend::gpu::engine::Gpu;
@@ -167,12 +167,12 @@ struct Resolved {
 }
 
 /// Trains, alone or with the ranks that a launcher started, showing progress on stderr.
-pub fn run(args: TrainArgs) -> anyhow::Result<()> {
+pub fn run(args: TrainArgs) -> anyhow::Result<Ended> {
     let requests = Requests::watch("finishing this step, then saving");
-    match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
-        Outcome::Finished => Ok(()),
-        Outcome::Stopped => std::process::exit(130),
-    }
+    Ok(match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
+        Outcome::Finished => Ended::Done,
+        Outcome::Stopped => Ended::Stopped,
+    })
 }
 
 fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Result<Outcome> {
