@@ -61,3 +61,5 @@ pub mod verify;
 pub use backend::DeviceError;
 pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};
+#[doc(hidden)]
+pub use real::median;

@@ -6,14 +6,13 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use edm2k::backend::gpu::engine::median;
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::file::{Stored, save};
 use edm2k::model::{Encoder, Model, ModelMeta};
 use edm2k::pipeline::{Condition, Request};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::{Device, Pipeline};
+use edm2k::{Device, Pipeline, median};
 use serde_json::{Value, json};
 
 use super::bench::BenchArgs;

@@ -41,7 +41,7 @@ use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::{At, FileError};
+use crate::formats::{At, FileError, transposed};
 pub use crate::memory::TooLarge;
 use crate::model::{Encoder, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{PictureError, decode, fit, to_model};
@@ -204,8 +204,7 @@ impl Pipeline {
             if found.strip_prefix(&[1]).unwrap_or(found) != expected {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
-            let (planar, area) = (file.finite_f32(tensor)?, height * width);
-            let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
+            let values = transposed(&file.finite_f32(tensor)?, height * width).collect();
             return Ok(Beginning { values, name });
         }
         let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };

@@ -12,7 +12,7 @@ use super::Image;
 use super::images::text_of;
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
-use crate::formats::{At, DirLock, FileError, LockError, input, write_atomically};
+use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
 use crate::pictures::png::{PngError, read_text};
 use crate::pictures::{Picture, decode};
 
@@ -166,6 +166,9 @@ impl OutDir {
     ///
     /// # Errors
     /// [`OutputError::Png`].
+    ///
+    /// # Panics
+    /// If `columns` is 0.
     pub fn save_grid(&self, pictures: &[Picture], columns: usize, about: &Value) -> Result<PathBuf> {
         let name = |number| match number {
             1 => self.dir.join("grid.png"),
@@ -223,6 +226,9 @@ impl OutDir {
     ///
     /// # Errors
     /// [`OutputError::Latents`].
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
     pub fn holds(&self, all: &SafeFile, own: Range<usize>, part: &SafeFile) -> Result<bool> {
         for name in ["latents", "steps"] {
             let [all, known] = [all, part].map(|file| if file.contains(name) { file.bytes(name) } else { Ok(&[][..]) });
