@@ -91,4 +91,6 @@ pub use formats::fingerprint::{Fingerprint, Identity};
 pub use formats::safetensors::SafeError;
 pub use formats::{FileError, LockError};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};
+#[doc(hidden)]
+pub use real::median;
 pub use serde_json;

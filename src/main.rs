@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod cli;
 
+use cli::Ended;
 use cli::say::{self, note};
 
 /// Train and sample EDM2 diffusion models.
@@ -44,10 +45,28 @@ fn main() -> ExitCode {
         Ok(cli) => cli.command,
         Err(error) => return refuse(&error),
     };
-    let result = match command {
+    let result = run(command);
+    let printed = say::printed();
+    match (result, printed) {
+        (Ok(Ended::Done), Ok(())) => ExitCode::SUCCESS,
+        (Ok(Ended::Stopped), Ok(())) => ExitCode::from(130),
+        (Ok(ended), Err(why)) => {
+            let what = if ended == Ended::Done { "all was done" } else { "it was stopped" };
+            note!("edm2k: error: {what}, but the results could not be printed: {why}");
+            ExitCode::FAILURE
+        }
+        (Err(error), _) => {
+            note!("edm2k: error: {}", cli::advice::in_one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<Ended> {
+    match command {
         Command::Bench(args) if args.picture => cli::picture::run(&args),
         Command::Bench(args) => cli::bench::run(args),
-        Command::Condition(args) => cli::condition::run(args),
+        Command::Condition(args) => return cli::condition::run(args),
         Command::Ema(args) => cli::ema::run(args),
         Command::Eval(args) => cli::eval::run(*args),
         Command::Export(args) => cli::export::run(args),
@@ -58,22 +77,11 @@ fn main() -> ExitCode {
         Command::Sample(args) => cli::sample::run(*args),
         #[cfg(feature = "serve")]
         Command::Serve(args) => cli::serve::run(*args),
-        Command::Train(args) => cli::train::run(*args),
+        Command::Train(args) => return cli::train::run(*args),
         Command::Tune(args) => cli::tune::run(&args),
         Command::Verify(args) => cli::verify::run(args),
-    };
-    let printed = say::printed();
-    match (result, printed) {
-        (Ok(()), Ok(())) => ExitCode::SUCCESS,
-        (Ok(()), Err(why)) => {
-            note!("edm2k: error: all was done, but the results could not be printed: {why}");
-            ExitCode::FAILURE
-        }
-        (Err(error), _) => {
-            note!("edm2k: error: {}", cli::advice::in_one_line(&error));
-            ExitCode::FAILURE
-        }
-    }
+    }?;
+    Ok(Ended::Done)
 }
 
 /// Says what is wrong with the arguments, or what was asked about them: help, version.

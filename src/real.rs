@@ -189,6 +189,16 @@ pub fn mp_silu_grad<T: Real>(x: T) -> T {
 /// eps of every normalisation, added to the root mean square (EDM2, eq. 30 and 66).
 pub const NORM_EPS: f64 = 1e-4;
 
+/// The median of some numbers, such as times.
+///
+/// # Panics
+/// If there are none.
+pub fn median(numbers: &[f64]) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

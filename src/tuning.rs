@@ -11,11 +11,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::backend::gpu::engine::{Trial, median};
+use crate::backend::gpu::engine::Trial;
 use crate::backend::gpu::runtime::Origin;
 use crate::backend::gpu::tiles::{Product, Question, Tuned, Unfit};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, FileError, input, names, write_atomically};
+use crate::real::median;
 use crate::system;
 
 /// The tables that come with the program.

@@ -83,11 +83,36 @@ fn handed_on() -> BTreeMap<String, String> {
     all.into_iter().map(|path| (path[path.len() - 1].clone(), path[0].clone())).collect()
 }
 
+/// The names that a directory's mod.rs has from elsewhere, each with the path that it is from: whoever imports one of
+/// them from there imports the file that defines it.
+fn names_of(mod_rs: &Path, known: &BTreeSet<Vec<String>>) -> BTreeMap<String, Vec<String>> {
+    let own = module(mod_rs);
+    let full = |path: Vec<String>| {
+        let above = match path[0].as_str() {
+            "crate" => &[][..],
+            "super" => &own[..own.len() - 1],
+            _ if known.contains(&[&own[..], &path[..1]].concat()) => &[&own[..], &path[..1]].concat(),
+            // Of another crate.
+            _ => return None,
+        };
+        Some([above, &path[1..]].concat())
+    };
+    let all = paths_after(&program(mod_rs), "use ").into_iter().filter_map(full);
+    all.map(|path| (path[path.len() - 1].clone(), path)).collect()
+}
+
 /// Every file's module with the modules that it names, as deep as files go.
 fn imports() -> Graph {
     let mut files = Vec::new();
     sources(&root().join("src"), &mut files);
     let known: BTreeSet<Vec<String>> = files.iter().map(|file| module(file)).collect();
+    let of_mods = files.iter().filter(|file| file.ends_with("mod.rs"));
+    let names: BTreeMap<_, _> = of_mods.map(|file| (module(file), names_of(file, &known))).collect();
+    // Where a path leads to by a name that a mod.rs has from elsewhere; none if it has no such name.
+    let led_on = |path: &Vec<String>| {
+        let end = (1..path.len()).rev().find(|&end| known.contains(&path[..end]))?;
+        Some([names.get(&path[..end])?.get(&path[end])?, &path[end + 1..]].concat())
+    };
     let handed_on = handed_on();
     let mut graph = Graph::new();
     for file in &files {
@@ -101,6 +126,11 @@ fn imports() -> Graph {
             let above = &own[..own.len().saturating_sub(ups)];
             // Of `super::super::x`, `super::` once finds `super`, which is no module.
             named.extend(paths_after(&text, &start).into_iter().map(|path| [above, &path[..]].concat()));
+        }
+        let mut at = 0;
+        while at < named.len() {
+            named.extend(led_on(&named[at]).filter(|further| !named.contains(further)));
+            at += 1;
         }
         let own_name = own.join("::");
         let targets = graph.entry(own_name.clone()).or_default();
@@ -182,6 +212,42 @@ fn no_two_files_import_each_other_in_a_circle() {
     let circles: BTreeSet<Vec<String>> =
         imports.keys().map(with).filter(|circle: &Vec<_>| !circle.is_empty()).collect();
     assert!(circles.is_empty(), "files that import each other in a circle: {circles:#?}");
+}
+
+/// What the tree says of each module of src/, in lower case; words of a name are joined by `_` there as in a file's name.
+fn tree() -> BTreeMap<String, String> {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let tree = page.split("\nsrc/\n").nth(1).expect("src/ in the tree of ARCHITECTURE.md");
+    let lines = tree.lines().take_while(|line| line.starts_with("  "));
+    let (mut said, mut at) = (BTreeMap::<String, String>::new(), String::new());
+    for line in lines {
+        if !line.starts_with("   ") {
+            let names = line.trim_start().split("  ").next().unwrap();
+            at = names.rsplit(", ").next().unwrap().trim_end_matches(['/']).trim_end_matches(".rs").to_owned();
+        }
+        *said.entry(at.clone()).or_default() += &line.to_lowercase().replace('-', "_");
+    }
+    said
+}
+
+#[test]
+fn every_file_is_named_in_the_tree() {
+    let mut files = Vec::new();
+    sources(&root().join("src"), &mut files);
+    let (tree, commands) = (tree(), program(&root().join("src/main.rs")).to_lowercase());
+    let words = |text: &str| -> BTreeSet<String> {
+        text.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_owned).collect()
+    };
+    let named = |file: &PathBuf| {
+        let path = module(file);
+        let (room, name) = (&path[0], &path[path.len() - 1]);
+        let said = tree.get(room).map(|said| words(said)).unwrap_or_default();
+        // The command line has a file for each subcommand.
+        said.contains(name) || room == "cli" && words(&commands).contains(name)
+    };
+    let unnamed: Vec<_> = files.iter().filter(|file| !["lib", "main"].contains(&&*module(file).join("::"))).collect();
+    let unnamed: Vec<_> = unnamed.into_iter().filter(|file| !named(file)).collect();
+    assert!(unnamed.is_empty(), "the tree of ARCHITECTURE.md should name {unnamed:#?}");
 }
 
 #[test]

@@ -286,6 +286,22 @@ fn features_that_are_all_alike_are_refused() {
 }
 
 #[test]
+fn a_training_that_makes_no_sense_is_refused() {
+    let usual = Training::default;
+    let cases = [
+        ("latent = 0, expected 1 to 65536", Training { latent: 0, ..usual() }),
+        ("hidden = 65537, expected 1 to 65536", Training { hidden: 65537, ..usual() }),
+        ("epochs = 0, expected 1 at least", Training { epochs: 0, ..usual() }),
+        ("batch = 0, expected 1 at least", Training { batch: 0, ..usual() }),
+        ("lr = 0, expected a positive number", Training { lr: 0.0, ..usual() }),
+        ("kl_weight = NaN, expected a number from 0", Training { kl_weight: f64::NAN, ..usual() }),
+    ];
+    for (expected, how) in cases {
+        assert_eq!(Learning::new(&scenes(), &how).err().unwrap().to_string(), expected);
+    }
+}
+
+#[test]
 fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));

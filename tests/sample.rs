@@ -19,7 +19,7 @@ use edm2k::model::file::{Encoder, Model, Stored, save};
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
-use edm2k::pipeline::{Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
+use edm2k::pipeline::{Beginning, Condition, ConditionError, Image, Pipeline, PipelineError, Request, Step as Seen};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::{Batch, Churn, Denoise, Guided, SampleError, Sampler, SamplerConfig, Solver, solve};
 
@@ -426,8 +426,7 @@ fn another_network_guides() {
 #[test]
 fn settings_and_shapes_are_checked_before_anything_runs() {
     let (model, mut b) = tiny();
-    let mut message = |labels: &[f32], size, config: SamplerConfig| -> String {
-        let batch = Batch { labels, seeds: &[1, 2], size, ..Batch::default() };
+    let mut refused = |batch: Batch, config: SamplerConfig| -> String {
         let error = Sampler { backend: &mut b, net: &model.net, gnet: None }.run(
             &batch,
             &config,
@@ -435,7 +434,15 @@ fn settings_and_shapes_are_checked_before_anything_runs() {
         );
         error.unwrap_err().to_string()
     };
+    let size = [12, 20];
+    assert!(refused(Batch { size, ..Batch::default() }, SHORT).starts_with("seeds = none"));
+    let away = Batch { size, seeds: &[1], away: &[1.0; 5], ..Batch::default() };
+    assert!(refused(away, SHORT).starts_with("labels = none"));
+    let mut message = |labels: &[f32], size, config: SamplerConfig| {
+        refused(Batch { labels, seeds: &[1, 2], size, ..Batch::default() }, config)
+    };
     let config = SHORT;
+    assert_eq!(SamplerConfig { steps: 0, ..SHORT }.sigmas(), [0.0]);
     assert!(message(&[], [12, 21], config.clone()).contains("21x12"));
     assert!(message(&[0.0; 9], [12, 20], config.clone()).contains("9 values, expected 2 images times the network's 5"));
     let cases = [
@@ -616,7 +623,7 @@ fn a_pipeline_tells_what_is_wrong_apart() {
     assert!(matches!(pipeline.tags(" ,", 0), Err(ConditionError::NoTag { .. })));
     assert!(matches!(pipeline.complete("cat", 0), Err(ConditionError::NoConditionModel)));
     assert!(matches!(pipeline.like_picture(&Picture::new(1, 1, vec![0; 3]), "x"), Err(ConditionError::NoTagger)));
-    let wide = Condition::new(vec![0.0; 6], Value::Null);
+    let wide = Condition::new(vec![0.0; 6], []);
     let wide = Request { conditions: vec![wide], ..Request::default() };
     assert!(matches!(
         pipeline.generate(&wide),
@@ -626,6 +633,24 @@ fn a_pipeline_tells_what_is_wrong_apart() {
     assert!(matches!(pipeline.generate(&odd), Err(PipelineError::Sample(SampleError::Size(_)))));
     let large = Request { size: Some([1 << 16, 1 << 16]), ..Request::default() };
     assert!(matches!(pipeline.generate(&large), Err(PipelineError::Memory(_))));
+    let refused = |request: Request, expected: &str| {
+        let error = pipeline.check(&request).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}; expected {expected}");
+    };
+    refused(Request { per_condition: 0, ..Request::default() }, "per_condition = 0, expected 1 at least");
+    refused(Request { batch: 0, ..Request::default() }, "batch = 0, expected 1 at least");
+    for share in [-0.5, 1.5, f64::NAN] {
+        let request = Request { towards: vec![(1, share)], ..Request::default() };
+        refused(request, &format!("towards = {share}, expected a share of 0 to 1"));
+    }
+    let from = Some(Beginning { values: vec![0.0; 3], name: "x".into() });
+    refused(Request { from, ..Request::default() }, "the image to begin from has 3 values, expected 768");
+    let [a, b] = [2, 3].map(|width| Condition::new(vec![1.0; width], []));
+    let widths = "are 3 wide, those of the first are 2 wide";
+    assert!(Condition::between(&a, &b, 0.5).unwrap_err().to_string().contains(widths));
+    assert!(Condition::mix(&[(a.clone(), 1.0), (b.clone(), 1.0)]).unwrap_err().to_string().contains(widths));
+    let row = Request { conditions: vec![a, b], ..Request::default() }.interpolated(3);
+    assert!(row.unwrap_err().to_string().contains(widths));
     assert!(matches!(pipeline.with_codec("none"), Err(PipelineError::NoLatents { .. })));
 }
 

@@ -41,6 +41,32 @@ struct Object {
 }
 
 impl Object {
+    /// That of a source, in the directory `kept`.
+    fn of(source: &Path, kept: &Path, common: &[String], checked: bool) -> Self {
+        let is_kernel = source.extension().is_some_and(|e| e == "cu");
+        let name = source.file_stem().unwrap_or_default().to_string_lossy();
+        let kind = if is_kernel { "cu" } else { "cpp" };
+        let object = kept.join(format!("{name}.{kind}{}.o", if checked { ".checked" } else { "" }));
+        let mut arguments = common.to_vec();
+        if checked {
+            arguments.push("-DSIMT_CHECKED".into());
+        }
+        if !is_kernel {
+            arguments.push("-Isimt/include".into());
+        } else {
+            arguments.extend(KERNEL_FLAGS.iter().map(|f| f.to_string()));
+            let extra = if checked { CHECKED_KERNEL_FLAGS } else { &[] };
+            arguments.extend(extra.iter().map(|f| f.to_string()));
+        }
+        arguments.extend(["-MMD", "-MF"].map(String::from));
+        arguments.push(object.with_extension("d").display().to_string());
+        arguments.push("-c".into());
+        arguments.push(source.display().to_string());
+        arguments.push("-o".into());
+        arguments.push(object.display().to_string());
+        Self { source: source.into(), object, arguments }
+    }
+
     /// Digest of how it is compiled and of every file of ours that went into it last time.
     fn fingerprint(&self) -> Option<String> {
         let rule = fs::read_to_string(self.object.with_extension("d")).ok()?;
@@ -84,6 +110,27 @@ fn sources(directory: &str, extension: &str) -> Vec<PathBuf> {
     found
 }
 
+/// Compiles several at a time, as many as cargo lets this build have jobs.
+fn compile(mut stale: Vec<&Object>, compiler: &str) -> Result<(), String> {
+    // The largest sources come first, so that no job is left alone at the end.
+    stale.sort_by_key(|o| fs::metadata(&o.source).map_or(0, |m| m.len()));
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let (queue, errors) = (Mutex::new(stale), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(object) = queue.lock().ok().and_then(|mut q| q.pop()) {
+                    if let (Err(e), Ok(mut errors)) = (object.compile(compiler), errors.lock()) {
+                        errors.push(e);
+                    }
+                }
+            });
+        }
+    });
+    let errors = errors.into_inner().unwrap_or_default();
+    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n\n")) }
+}
+
 /// Builds both libraries and gives the crate their paths as `EMULATOR_LIBRARY` and `EMULATOR_LIBRARY_CHECKED`. `structs` is
 /// the file that asserts the layout of the structs that host and device share.
 pub fn build(structs: &Path) -> Result<(), String> {
@@ -117,54 +164,10 @@ pub fn build(structs: &Path) -> Result<(), String> {
     runtime.retain(|path| path.file_stem().is_some_and(|name| name != "simt-check"));
     let mut libraries = Vec::new();
     for checked in [false, true] {
-        let mut objects = Vec::new();
-        for source in kernels.iter().chain(&runtime) {
-            let is_kernel = source.extension().is_some_and(|e| e == "cu");
-            let name = source.file_stem().unwrap_or_default().to_string_lossy();
-            let kind = if is_kernel { "cu" } else { "cpp" };
-            let object = kept.join(format!("{name}.{kind}{}.o", if checked { ".checked" } else { "" }));
-            let mut arguments = common.clone();
-            if checked {
-                arguments.push("-DSIMT_CHECKED".into());
-            }
-            if !is_kernel {
-                arguments.push("-Isimt/include".into());
-            } else {
-                arguments.extend(KERNEL_FLAGS.iter().map(|f| f.to_string()));
-                let extra = if checked { CHECKED_KERNEL_FLAGS } else { &[] };
-                arguments.extend(extra.iter().map(|f| f.to_string()));
-            }
-            arguments.extend(["-MMD", "-MF"].map(String::from));
-            arguments.push(object.with_extension("d").display().to_string());
-            arguments.push("-c".into());
-            arguments.push(source.display().to_string());
-            arguments.push("-o".into());
-            arguments.push(object.display().to_string());
-            objects.push(Object { source: source.clone(), object, arguments });
-        }
-        libraries.push((if checked { "_checked" } else { "" }, objects));
+        let objects = kernels.iter().chain(&runtime).map(|source| Object::of(source, &kept, &common, checked));
+        libraries.push((if checked { "_checked" } else { "" }, objects.collect::<Vec<_>>()));
     }
-
-    // The largest sources come first, so that no job is left alone at the end.
-    let mut stale: Vec<&Object> = libraries.iter().flat_map(|l| &l.1).filter(|o| o.is_stale()).collect();
-    stale.sort_by_key(|o| fs::metadata(&o.source).map_or(0, |m| m.len()));
-    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let (queue, errors) = (Mutex::new(stale), Mutex::new(Vec::new()));
-    thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(|| {
-                while let Some(object) = queue.lock().ok().and_then(|mut q| q.pop()) {
-                    if let (Err(e), Ok(mut errors)) = (object.compile(&compiler), errors.lock()) {
-                        errors.push(e);
-                    }
-                }
-            });
-        }
-    });
-    let errors = errors.into_inner().unwrap_or_default();
-    if !errors.is_empty() {
-        return Err(errors.join("\n\n"));
-    }
+    compile(libraries.iter().flat_map(|l| &l.1).filter(|o| o.is_stale()).collect(), &compiler)?;
 
     for (suffix, objects) in &libraries {
         let library = out.join(format!("libemulator{suffix}.so"));

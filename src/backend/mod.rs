@@ -159,6 +159,9 @@ pub trait Backend: Sized {
     }
 
     /// The sum of factor times tensor over `terms`, all of one shape. Solver updates and guidance are made of it.
+    ///
+    /// # Panics
+    /// If there are no terms.
     fn linear_combination(&mut self, terms: &[(&Self::Tensor, f64)]) -> Self::Tensor;
     /// Splits n images into `parts` tensors of n / `parts`, in order.
     fn split(&mut self, x: &Self::Tensor, parts: usize) -> Vec<Self::Tensor>;

@@ -18,6 +18,7 @@ use edm2k::formats::At;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::pipeline::Domain;
 
+use super::Ended;
 use super::say::{self, note, out};
 use super::signals::Requests;
 
@@ -105,18 +106,16 @@ struct SampleArgs {
 }
 
 /// Runs the subcommand; progress on stderr, results on stdout.
-pub fn run(args: ConditionArgs) -> anyhow::Result<()> {
+pub fn run(args: ConditionArgs) -> anyhow::Result<Ended> {
     match args.command {
-        Command::Tags(args) => tags(&args),
+        Command::Tags(args) => tags(&args)?,
         Command::Train(args) => {
             let requests = Requests::watch("stopping; what the passes so far have learned is kept");
-            match train(&args, &requests)? {
-                true => Ok(()),
-                false => std::process::exit(130),
-            }
+            return train(&args, &requests);
         }
-        Command::Sample(args) => sample(&args),
+        Command::Sample(args) => sample(&args)?,
     }
+    Ok(Ended::Done)
 }
 
 fn tags(args: &TagsArgs) -> anyhow::Result<()> {
@@ -142,7 +141,7 @@ fn progress_path(out: &Path) -> PathBuf {
     name.into()
 }
 
-fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<bool> {
+fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<Ended> {
     requests.begin();
     let _claim = super::claim(&args.out, args.overwrite, &[])?;
     let data = Dataset::open(&args.data, Split::Train)?;
@@ -180,7 +179,7 @@ fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<bool> {
             bar.finish_and_clear();
             let (done, of) = (learning.passes(), how.epochs);
             note!("stopped after {done} of {of} passes; the same command again goes on from there");
-            return Ok(false);
+            return Ok(Ended::Stopped);
         };
         learning.save(&place, print)?;
         let (done, text) =
@@ -196,7 +195,7 @@ fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<bool> {
     let kind = if tags { "tag sets" } else { "features and their tags" };
     let seconds = started.elapsed().as_secs_f64();
     out!("learned from {rows} {kind} in {seconds:.0} s: {}", args.out.display());
-    Ok(true)
+    Ok(Ended::Done)
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {

@@ -32,6 +32,15 @@ use edm2k::{Device, DeviceName, Numbers};
 
 use say::note;
 
+/// How a subcommand ended that did not fail.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All was done.
+    Done,
+    /// It was told to stop, and has saved what the same command goes on from.
+    Stopped,
+}
+
 /// Where a network computes.
 #[derive(clap::Args)]
 pub struct DeviceArgs {

@@ -6,14 +6,13 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use edm2k::backend::gpu::engine::median;
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::file::{Stored, save};
 use edm2k::model::{Encoder, Model, ModelMeta};
 use edm2k::pipeline::{Condition, Request};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::{Device, Pipeline};
+use edm2k::{Device, Pipeline, median};
 use serde_json::{Value, json};
 
 use super::bench::BenchArgs;
@@ -71,8 +70,7 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
 
     let mut values = vec![0.0; pipeline.net().config.label_dim];
     Stream::new(0, Purpose::Condition, 0).normals(&mut values);
-    let conditions =
-        if values.is_empty() { vec![] } else { vec![Condition { values, away: Vec::new(), origin: Value::Null }] };
+    let conditions = if values.is_empty() { vec![] } else { vec![Condition::new(values, [])] };
     let seeds = (0..=u64::from(args.repeats)).collect();
     let request = Request { conditions, seeds, size: args.size, batch: 1, ..Request::default() };
     let dir = tempfile::tempdir().context("a directory for the pictures")?;

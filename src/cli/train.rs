@@ -7,10 +7,10 @@ use std::rc::Rc;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use super::DeviceArgs;
 use super::ranks::{self, Ranks};
 use super::say::{above, note, results};
 use super::signals::Requests;
+use super::{DeviceArgs, Ended};
 use edm2k::Device;
 use edm2k::backend::BackendError;
 use edm2k::backend::gpu::engine::Gpu;
@@ -24,7 +24,7 @@ use edm2k::model::config::{Preset, Recipe, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
-use edm2k::train::grid::{self, Show};
+use edm2k::train::grid::Show;
 use edm2k::train::{
     DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
@@ -167,12 +167,12 @@ struct Resolved {
 }
 
 /// Trains, alone or with the ranks that a launcher started, showing progress on stderr.
-pub fn run(args: TrainArgs) -> anyhow::Result<()> {
+pub fn run(args: TrainArgs) -> anyhow::Result<Ended> {
     let requests = Requests::watch("finishing this step, then saving");
-    match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
-        Outcome::Finished => Ok(()),
-        Outcome::Stopped => std::process::exit(130),
-    }
+    Ok(match ranks::together("train", |ranks| train(&args, &requests, ranks))? {
+        Outcome::Finished => Ended::Done,
+        Outcome::Stopped => Ended::Stopped,
+    })
 }
 
 fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Result<Outcome> {
@@ -455,7 +455,7 @@ fn execution(
     let with_pictures = |path| {
         let [height, width, _] = settings.data.shape;
         let picture = CodecFile::open(path)?.decoder_macs([height, width])?;
-        Ok::<_, CodecError>(grid::SHARE.saturating_mul(grid::cost(settings, picture)))
+        Ok::<_, CodecError>(settings.grid_interval(picture))
     };
     let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| device.runtime().is_some());

@@ -7,12 +7,13 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use edm2k::backend::gpu::engine::{Gpu, Trial, median};
+use edm2k::backend::gpu::engine::{Gpu, Trial};
 use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::gpu::tiles::{Choice, Product, Question};
 use edm2k::backend::{Backend, Normalization, PlanKey};
 use edm2k::codec::{Decoder, LATENTS};
 use edm2k::formats::{At, Claim};
+use edm2k::median;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
 use edm2k::model::{Config, Model, Precond};

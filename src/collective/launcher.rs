@@ -45,93 +45,127 @@ impl World {
 
     /// The same for any environment, which `get` looks up.
     pub fn of(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, CollectiveError> {
-        let wrong = |what: String| Err(CollectiveError::Environment(what));
-        // A batch script has SLURM_PROCID too. Only what srun starts is a step.
-        let of_srun = |name: &&str| get(name).is_some() && get("SLURM_STEP_ID").is_some();
-        let names = match () {
-            () if get("RANK").is_some() || get("WORLD_SIZE").is_some() => {
-                ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-            }
-            () if get("OMPI_COMM_WORLD_RANK").is_some() => {
-                let of = "OMPI_COMM_WORLD_LOCAL_SIZE";
-                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", of]
-            }
-            () if Some("SLURM_PROCID").filter(of_srun).is_some() => {
-                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""]
-            }
-            () => return Ok(None),
-        };
+        let Some(launcher) = Launcher::of(&get) else { return Ok(None) };
+        let names = launcher.variables();
         let number = |name: &str, most: u64| {
             let Some(text) = get(name) else {
-                return Err(CollectiveError::Environment(format!("{} is set, but {name} is not", set(&names, &get))));
+                let first = names.iter().find(|name| get(name).is_some()).unwrap_or(&names[0]);
+                return wrong(format!("{first} is set, but {name} is not"));
             };
             let found = text.parse::<u64>().ok().filter(|&found| found <= most);
-            found.ok_or_else(|| CollectiveError::Environment(format!("{name} is '{text}', expected 0 to {most}")))
+            found.map_or_else(|| wrong(format!("{name} is '{text}', expected 0 to {most}")), Ok)
         };
-        let size = number(names[1], 1 << 16)? as usize;
+        let [rank, size_name, local, _] = names;
+        let size = number(size_name, 1 << 16)? as usize;
         if size == 0 {
-            return wrong(format!("{} is 0, expected 1 or more", names[1]));
+            return wrong(format!("{size_name} is 0, expected 1 or more"));
         }
-        let rank = number(names[0], size as u64 - 1)? as usize;
+        let rank = number(rank, size as u64 - 1)? as usize;
         if size == 1 {
             return Ok(None);
         }
-        let local = number(names[2], size as u64 - 1)? as usize;
-        let job = ["TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
-        let job = job.iter().find_map(|name| Some(format!("{name}={}", get(name)?))).unwrap_or_default();
-        // Under torchrun and mpirun, which may have been started by one step for each machine, it would tell ranks of one
-        // run apart.
-        let step = get("SLURM_STEP_ID").filter(|_| names[0] == "SLURM_PROCID");
-        let job = job + &step.map_or_else(String::new, |step| format!(".{step}"));
-        let address = match (get("MASTER_ADDR"), names[0]) {
-            // All are on this machine: no other needs to reach rank 0.
-            _ if get(names[3]).is_some_and(|here| Some(here) == get(names[1])) => "127.0.0.1".into(),
-            (Some(address), _) => address,
-            (None, "SLURM_PROCID") => {
-                let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST"));
-                match nodes.as_deref().and_then(first_node) {
-                    Some(node) => node,
-                    None => {
-                        let list = nodes.unwrap_or_default();
-                        let what = format!("SLURM_STEP_NODELIST is '{list}', expected machines such as a[17-19],b2");
-                        return wrong(format!("{what}; MASTER_ADDR can name that of rank 0"));
-                    }
-                }
-            }
-            (None, first) => {
-                let what = "expected the name or address of the machine of rank 0";
-                return wrong(format!("{first} is set, but MASTER_ADDR is not, {what}"));
-            }
-        };
-        let port = |name: &str| match get(name).map(|text| (text.parse::<u16>(), text)) {
-            None => Ok(None),
-            Some((Ok(port), _)) if port > 0 => Ok(Some(port)),
-            Some((_, text)) => Err(CollectiveError::Environment(format!("{name} is '{text}', expected 1 to 65535"))),
-        };
-        let port = match (port("EDM2K_PORT")?, port("MASTER_PORT")?) {
-            (Some(port), _) => port,
-            // torchrun's own agent listens there, and says so by one of these.
-            (None, Some(port))
-                if get("TORCHELASTIC_RUN_ID").or_else(|| get("TORCHELASTIC_USE_AGENT_STORE")).is_some() =>
-            {
-                port.checked_add(1).unwrap_or(port - 1)
-            }
-            (None, Some(port)) => port,
-            (None, None) if names[0] == "RANK" => {
-                return wrong(
-                    "RANK is set, but MASTER_PORT is not, expected a free port of the machine of rank 0".into(),
-                );
-            }
-            // The port follows from the job's name, so other jobs on the machine get other ports.
-            (None, None) => (FIRST_PORT + u64::from(crc32fast::hash(job.as_bytes())) % PORTS) as u16,
-        };
+        let local = number(local, size as u64 - 1)? as usize;
+        let job = launcher.job(&get);
+        let (address, port) = (launcher.address(&get)?, launcher.port(&get, &job)?);
         Ok(Some(Self { rank, size, local, address, port, job }))
     }
 }
 
-/// The first of some variables that is set.
-fn set<'a>(names: &[&'a str], get: &impl Fn(&str) -> Option<String>) -> &'a str {
-    names.iter().find(|name| get(name).is_some()).copied().unwrap_or(names[0])
+fn wrong<T>(what: String) -> Result<T, CollectiveError> {
+    Err(CollectiveError::Environment(what))
+}
+
+/// Looks up a variable.
+type Get<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Launcher {
+    Torchrun,
+    OpenMpi,
+    Slurm,
+}
+
+impl Launcher {
+    /// The one that started this process.
+    fn of(get: Get) -> Option<Self> {
+        let set = |name: &str| get(name).is_some();
+        match () {
+            () if set("RANK") || set("WORLD_SIZE") => Some(Self::Torchrun),
+            () if set("OMPI_COMM_WORLD_RANK") => Some(Self::OpenMpi),
+            // A batch script has SLURM_PROCID too. Only what srun starts is a step.
+            () if set("SLURM_PROCID") && set("SLURM_STEP_ID") => Some(Self::Slurm),
+            () => None,
+        }
+    }
+
+    /// Where it says the rank, the number of ranks, and the same on this machine; it need not say the last.
+    fn variables(self) -> [&'static str; 4] {
+        match self {
+            Self::Torchrun => ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
+            Self::OpenMpi => [
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+            ],
+            Self::Slurm => ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""],
+        }
+    }
+
+    /// What tells a run from others.
+    fn job(self, get: Get) -> String {
+        let job = ["TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
+        let job = job.iter().find_map(|name| Some(format!("{name}={}", get(name)?))).unwrap_or_default();
+        // Under torchrun and mpirun, which may have been started by one step for each machine, it would tell ranks of one
+        // run apart.
+        let step = get("SLURM_STEP_ID").filter(|_| self == Self::Slurm);
+        job + &step.map_or_else(String::new, |step| format!(".{step}"))
+    }
+
+    /// Name or address of the machine of rank 0.
+    fn address(self, get: Get) -> Result<String, CollectiveError> {
+        let [rank, size, _, here] = self.variables();
+        match (get("MASTER_ADDR"), self) {
+            // All are on this machine: no other needs to reach rank 0.
+            _ if get(here).is_some_and(|here| Some(here) == get(size)) => Ok("127.0.0.1".into()),
+            (Some(address), _) => Ok(address),
+            (None, Self::Slurm) => {
+                let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_JOB_NODELIST")).unwrap_or_default();
+                first_node(&nodes).map_or_else(
+                    || {
+                        let what = "expected machines such as a[17-19],b2; MASTER_ADDR can name that of rank 0";
+                        wrong(format!("SLURM_STEP_NODELIST is '{nodes}', {what}"))
+                    },
+                    Ok,
+                )
+            }
+            (None, _) => {
+                let what = "expected the name or address of the machine of rank 0";
+                wrong(format!("{rank} is set, but MASTER_ADDR is not, {what}"))
+            }
+        }
+    }
+
+    /// Where rank 0 listens.
+    fn port(self, get: Get, job: &str) -> Result<u16, CollectiveError> {
+        let port = |name: &str| match get(name).map(|text| (text.parse::<u16>(), text)) {
+            None => Ok(None),
+            Some((Ok(port), _)) if port > 0 => Ok(Some(port)),
+            Some((_, text)) => wrong(format!("{name} is '{text}', expected 1 to 65535")),
+        };
+        // torchrun's own agent listens at MASTER_PORT, and says so by one of these.
+        let agent = || get("TORCHELASTIC_RUN_ID").or_else(|| get("TORCHELASTIC_USE_AGENT_STORE")).is_some();
+        match (port("EDM2K_PORT")?, port("MASTER_PORT")?) {
+            (Some(port), _) => Ok(port),
+            (None, Some(port)) if agent() => Ok(port.checked_add(1).unwrap_or(port - 1)),
+            (None, Some(port)) => Ok(port),
+            (None, None) if self == Self::Torchrun => {
+                wrong("RANK is set, but MASTER_PORT is not, expected a free port of the machine of rank 0".into())
+            }
+            // The port follows from the job's name, so other jobs on the machine get other ports.
+            (None, None) => Ok((FIRST_PORT + u64::from(crc32fast::hash(job.as_bytes())) % PORTS) as u16),
+        }
+    }
 }
 
 /// The first machine of a list as Slurm writes it: `a17` of `a[17-19,23],b2`, `r0n4` of `r[0-1]n[4-7]`.

@@ -57,6 +57,11 @@ pub fn short(x: f64) -> String {
     if in_full { x.to_string() } else { format!("{x:e}") }
 }
 
+/// The values of [rows, columns] as [columns, rows]: [H, W, C] as [C, H, W] by its channels, and back by its pixels.
+pub fn transposed<T: Copy>(values: &[T], columns: usize) -> impl Iterator<Item = T> {
+    (0..columns).flat_map(move |column| values.iter().skip(column).step_by(columns).copied())
+}
+
 /// A name for something that is set aside: `path` with an ending such that no file has that name yet.
 pub(crate) fn free_name(path: &Path, ending: &str) -> PathBuf {
     let name = |number: u32| {

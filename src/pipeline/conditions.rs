@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Domain, Mismatch, Pipeline, learned_from};
 use crate::condition::prompt::Prompt;
@@ -25,21 +25,23 @@ pub struct Condition {
     /// The vector that the network is given, `[label_dim]`.
     pub values: Vec<f32>,
     /// Where it is from, for people. The text chunk of a picture has it.
-    pub origin: Value,
-    /// What guidance leads away from, `[label_dim]`. Empty: no condition, or, with a guiding network, this same one.
+    pub origin: Map<String, Value>,
+    /// What guidance leads away from, `[label_dim]`. If it is empty, that is no condition; or where another network
+    /// guides, what that network makes of this same condition.
     pub away: Vec<f32>,
 }
 
 impl Condition {
     /// A condition by its values, `[label_dim]`. Zeros mean no condition.
-    pub fn new(values: Vec<f32>, origin: Value) -> Self {
+    pub fn new<'a>(values: Vec<f32>, origin: impl IntoIterator<Item = (&'a str, Value)>) -> Self {
+        let origin = origin.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         Self { values, origin, away: Vec::new() }
     }
 
     /// The same condition, with one more entry in its origin.
     #[must_use]
     pub fn named(mut self, key: &str, value: impl Into<Value>) -> Self {
-        self.origin[key] = value.into();
+        self.origin.insert(key.into(), value.into());
         self
     }
 
@@ -47,8 +49,7 @@ impl Condition {
     #[must_use]
     pub fn away_from(mut self, other: &Self) -> Self {
         self.away.clone_from(&other.values);
-        self.origin["negative"] = other.origin.clone();
-        self
+        self.named("negative", other.origin.clone())
     }
 
     /// What guidance leads this image away from, when another image of its batch has a negative prompt.
@@ -64,32 +65,29 @@ impl Condition {
     /// from what the first condition names.
     ///
     /// # Errors
-    /// [`ConditionError::Nothing`] if the sum is zero.
-    ///
-    /// # Panics
-    /// If they are not equally wide.
+    /// [`ConditionError::Nothing`] if the sum is zero; [`ConditionError::Mismatch`] if they are not equally wide.
     pub fn mix(parts: &[(Self, f64)]) -> Result<Self> {
-        let mut values = vec![0.0; parts.first().map_or(0, |(part, _)| part.values.len())];
+        let Some((first, _)) = parts.first() else { return Err(ConditionError::Nothing) };
+        let mut values = vec![0.0; first.values.len()];
         for (part, weight) in parts {
-            assert_eq!(part.values.len(), values.len(), "conditions of one model");
+            part.as_wide_as(first)?;
             values.iter_mut().zip(&part.values).for_each(|(sum, x)| *sum += *weight as f32 * x);
         }
-        let origin = json!({"mix": parts.iter().map(|(part, w)| json!([part.origin, w])).collect::<Vec<_>>()});
         if !unit_norm(&mut values) {
             return Err(ConditionError::Nothing);
         }
-        let away = parts.first().map_or_else(Vec::new, |(first, _)| first.away.clone());
-        Ok(Self { values, origin, away })
+        let mix = parts.iter().map(|(part, weight)| json!([part.origin, weight])).collect();
+        Ok(Self { away: first.away.clone(), ..Self::new(values, [("mix", mix)]) })
     }
 
     /// The condition at a share of the way from one to another, along the great circle between them. Where one of them
     /// is zero, or both are the same, the way is a straight line. Guidance leads away from what the first condition
     /// names.
     ///
-    /// # Panics
-    /// If they are not equally wide.
-    pub fn between(from: &Self, to: &Self, share: f64) -> Self {
-        assert_eq!(from.values.len(), to.values.len(), "conditions of one model");
+    /// # Errors
+    /// [`ConditionError::Mismatch`] if they are not equally wide.
+    pub fn between(from: &Self, to: &Self, share: f64) -> Result<Self> {
+        to.as_wide_as(from)?;
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let norms = (dot(&from.values, &from.values) * dot(&to.values, &to.values)).sqrt();
         let angle = (dot(&from.values, &to.values) / norms.max(f64::MIN_POSITIVE)).clamp(-1.0, 1.0).acos();
@@ -99,8 +97,15 @@ impl Condition {
         };
         let sum = |(x, y): (&f32, &f32)| (a * f64::from(*x) + b * f64::from(*y)) as f32;
         let values = from.values.iter().zip(&to.values).map(sum).collect();
-        let origin = json!({"from": from.origin, "to": to.origin, "share": share});
-        Self { values, origin, away: from.away.clone() }
+        let origin = [("from", json!(from.origin)), ("to", json!(to.origin)), ("share", share.into())];
+        Ok(Self { away: from.away.clone(), ..Self::new(values, origin) })
+    }
+
+    /// Conditions of one model are equally wide.
+    fn as_wide_as(&self, first: &Self) -> Result<(), Mismatch> {
+        let (found, expected) = (self.values.len(), first.values.len());
+        let (name, other) = ("one of several".into(), "the first".into());
+        if found == expected { Ok(()) } else { Err(Mismatch::Width { name, other, found, expected }) }
     }
 
     /// The condition of image `i` of a split of the dataset in `dir`. It is not checked whether it suits a model.
@@ -110,8 +115,9 @@ impl Condition {
     pub fn of_image(data: &Dataset, i: usize, dir: &Path, split: Split) -> Self {
         let mut values = vec![0.0; data.condition_dim()];
         data.condition(i, &mut values);
-        let (dir, split, tags) = (dir.display(), split.to_string(), data.vocabulary().words(data.tags(i)));
-        let origin = json!({"dataset": dir.to_string(), "id": data.id(i), "split": split, "tags": tags});
+        let (dir, split, tags) = (dir.display().to_string(), split.to_string(), data.vocabulary().words(data.tags(i)));
+        let origin =
+            [("dataset", dir.into()), ("id", data.id(i).into()), ("split", split.into()), ("tags", tags.into())];
         Self::new(values, origin)
     }
 }
@@ -255,7 +261,7 @@ impl Pipeline {
             return self.complete(text, seed);
         }
         let tags = some_tags(&vocabulary, text)?;
-        Ok(Condition::new(vocabulary.condition(&tags), json!({"tags": vocabulary.text(&tags)})))
+        Ok(Condition::new(vocabulary.condition(&tags), [("tags", vocabulary.text(&tags).into())]))
     }
 
     /// A plausible condition that has some tags, separated by commas, and perhaps others: the condition model invents
@@ -269,7 +275,8 @@ impl Pipeline {
         let vocabulary = vae.vocabulary();
         let tags = some_tags(vocabulary, text)?;
         let invented = vae.invent(&tags, 1, seed);
-        let origin = json!({"asked": vocabulary.text(&tags), "tags": vocabulary.text(&invented.tags[0])});
+        let origin =
+            [("asked", &tags), ("tags", &invented.tags[0])].map(|(key, tags)| (key, vocabulary.text(tags).into()));
         Ok(Condition::new(invented.conditions, origin).named("condition_model", name(path)))
     }
 
@@ -284,7 +291,7 @@ impl Pipeline {
         let rows = invented.conditions.chunks(width).zip(&invented.tags).enumerate();
         let condition = |(index, (values, tags)): (usize, (&[f32], &Prompt))| {
             let words = vae.vocabulary().text(tags);
-            let origin = json!({"invented": index, "condition_seed": seed, "tags": words});
+            let origin = [("invented", index.into()), ("condition_seed", seed.into()), ("tags", words.into())];
             Condition::new(values.to_vec(), origin).named("condition_model", name(path))
         };
         Ok(rows.map(condition).collect())
@@ -316,7 +323,8 @@ impl Pipeline {
             return Err(ConditionError::ZeroFeatures { name: shown.into() });
         }
         let network = tagger.network();
-        let origin = json!({"like": shown, "tagger": name(network.path()), "node": network.node()});
+        let (tagger, node) = (name(network.path()), network.node());
+        let origin = [("like", shown.into()), ("tagger", tagger.into()), ("node", node.into())];
         Ok(Condition::new(values, origin))
     }
 
@@ -360,7 +368,7 @@ impl Pipeline {
         }
         let mut values = vec![0.0; classes];
         *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;
-        Ok(Condition::new(values, json!({"class": class})))
+        Ok(Condition::new(values, [("class", class.into())]))
     }
 
     /// The condition of a class that is drawn by `seed`.
@@ -376,7 +384,7 @@ impl Pipeline {
     /// # Errors
     /// [`ConditionError::Unconditional`].
     pub fn none(&self) -> Result<Condition> {
-        Ok(Condition::new(vec![0.0; self.width()?], json!({})))
+        Ok(Condition::new(vec![0.0; self.width()?], []))
     }
 
     /// The conditions [N, D] of a file: `.npy`, or `.safetensors` with one tensor or one that is named "conditions" or
@@ -402,7 +410,7 @@ impl Pipeline {
             if features && !unit_norm(values) {
                 return wrong(row, "is zero, which is no feature");
             }
-            let origin = json!({"file": path.display().to_string(), "row": row});
+            let origin = [("file", path.display().to_string().into()), ("row", row.into())];
             conditions.push(Condition::new(values.to_vec(), origin));
         }
         Ok(conditions)

@@ -140,7 +140,7 @@ impl<'a> Images<'a> {
     fn batch(&mut self) -> Result<(), PipelineError> {
         let began = Instant::now();
         let (request, first) = (self.request, self.next);
-        let last = self.end.min(first + request.batch.max(1));
+        let last = self.end.min(first + request.batch);
         let pipeline = &mut *self.pipeline;
         let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
         let conditions: Vec<&Condition> =

@@ -46,7 +46,7 @@ use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::{At, FileError};
+use crate::formats::{At, FileError, transposed};
 use crate::memory;
 pub use crate::memory::TooLarge;
 use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precond};
@@ -88,6 +88,8 @@ pub enum PipelineError {
     Codec(#[from] CodecError),
     #[error(transparent)]
     Sample(#[from] SampleError),
+    #[error(transparent)]
+    NotTwo(#[from] NotTwo),
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
@@ -208,8 +210,7 @@ impl Pipeline {
             if found.strip_prefix(&[1]).unwrap_or(found) != expected {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
-            let (planar, area) = (file.finite_f32(tensor)?, height * width);
-            let values = (0..planar.len()).map(|i| planar[i % channels * area + i / channels]).collect();
+            let values = transposed(&file.finite_f32(tensor)?, height * width).collect();
             return Ok(Beginning { values, name });
         }
         let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
@@ -295,8 +296,8 @@ impl Pipeline {
         let (size, config) = (self.size(request), &self.net.config);
         request.sampler.validate()?;
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
-        request.check_counts(config.label_dim)?;
-        let images = request.seeds.len().min(request.batch.max(1));
+        request.check_counts(config.label_dim, size[0] * size[1] * config.img_channels)?;
+        let images = request.seeds.len().min(request.batch);
         check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;
         Ok(())

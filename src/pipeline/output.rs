@@ -12,7 +12,7 @@ use super::Image;
 use super::images::text_of;
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
-use crate::formats::{At, DirLock, FileError, LockError, input, write_atomically};
+use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
 use crate::pictures::png::{PngError, read_text};
 use crate::pictures::{Picture, decode};
 
@@ -71,6 +71,9 @@ impl OutDir {
     ///
     /// # Errors
     /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
     pub fn claim(
         dir: &Path,
         overwrite: bool,
@@ -172,6 +175,9 @@ impl OutDir {
 
     /// The picture of image `number`, if some process has written it with the parameters `about`. A file with other
     /// parameters is another picture.
+    ///
+    /// # Panics
+    /// If there is no such image.
     pub fn written(&self, number: usize, about: &Value) -> Option<Picture> {
         let path = self.dir.join(picture_name(&self.names[number]));
         says(&path, about).then(|| decode::open(&path, [255; 3]).ok().map(|image| image.picture))?
@@ -182,6 +188,9 @@ impl OutDir {
     ///
     /// # Errors
     /// [`OutputError::Png`].
+    ///
+    /// # Panics
+    /// If `columns` is 0.
     pub fn save_grid(&self, pictures: &[Picture], columns: usize, about: &Value) -> Result<PathBuf> {
         let name = |number| match number {
             1 => self.dir.join("grid.png"),
@@ -206,9 +215,7 @@ impl OutDir {
         about: &Value,
     ) -> Result<PathBuf> {
         let (n, area) = (images.len(), height * width);
-        let planar = |image: &[f32]| -> Vec<u8> {
-            (0..area * channels).flat_map(|i| image[i % area * channels + i / area].to_le_bytes()).collect()
-        };
+        let planar = |image: &[f32]| -> Vec<u8> { transposed(image, channels).flat_map(f32::to_le_bytes).collect() };
         let latents: Vec<u8> = images.iter().flat_map(|image| planar(&image.values)).collect();
         let seeds: Vec<u8> = images.iter().flat_map(|image| image.seed.to_le_bytes()).collect();
         let shape = [n, channels, height, width];
@@ -227,6 +234,9 @@ impl OutDir {
 
     /// The file of the latents of a part, whose images are `own`, if some process has written it with the parameters
     /// `about`.
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
     pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Option<SafeFile> {
         let file = SafeFile::open(self.dir.join(latents_name(part))).ok()?;
         let says = file.metadata().get("edm2k") == Some(&about.to_string());
@@ -238,6 +248,9 @@ impl OutDir {
     ///
     /// # Errors
     /// [`OutputError::Latents`].
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
     pub fn holds(&self, all: &SafeFile, own: Range<usize>, part: &SafeFile) -> Result<bool> {
         for name in ["latents", "steps"] {
             let [all, known] = [all, part].map(|file| if file.contains(name) { file.bytes(name) } else { Ok(&[][..]) });

@@ -3,14 +3,15 @@
 use serde_json::{Value, json};
 
 use super::{Condition, PipelineError};
-use crate::sample::SamplerConfig;
+use crate::formats::short;
+use crate::sample::{SampleError, SamplerConfig};
 
 /// What is to be made.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The images take these in turn; without any they are unconditional.
     pub conditions: Vec<Condition>,
-    /// Images of each condition before the next one; 0 counts as 1.
+    /// Images of each condition before the next one, 1 at least.
     pub per_condition: usize,
     /// One image for each.
     pub seeds: Vec<u64>,
@@ -22,7 +23,7 @@ pub struct Request {
     pub size: Option<[usize; 2]>,
     /// How images come out of noise.
     pub sampler: SamplerConfig,
-    /// Images at a time, 0 counts as 1: changes speed and memory, not the images.
+    /// Images at a time, 1 at least: changes speed and memory, not the images.
     pub batch: usize,
 }
 
@@ -45,22 +46,21 @@ impl Default for Request {
 impl Request {
     /// Place of the condition of image number `number`; none if it is unconditional.
     pub fn condition_of(&self, number: usize) -> Option<usize> {
-        let count = self.conditions.len();
-        (count > 0).then(|| number / self.per_condition.max(1) % count)
+        number.checked_div(self.per_condition)?.checked_rem(self.conditions.len())
     }
 
     /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
     ///
     /// # Errors
-    /// [`NotTwo`].
-    pub fn interpolated(mut self, count: usize) -> Result<Self, NotTwo> {
+    /// [`PipelineError::NotTwo`]; or [`PipelineError::Condition`] if the conditions are not equally wide.
+    pub fn interpolated(mut self, count: usize) -> Result<Self, PipelineError> {
         let (conditions, seeds) = (self.conditions.len(), self.seeds.len());
         if !matches!((conditions, seeds), (2, 1 | 2) | (0 | 1, 2)) {
-            return Err(NotTwo { conditions, seeds });
+            return Err(NotTwo { conditions, seeds }.into());
         }
         let share = |i: usize| i as f64 / (count.max(2) - 1) as f64;
         if let [a, b] = &self.conditions[..] {
-            self.conditions = (0..count).map(|i| Condition::between(a, b, share(i))).collect();
+            self.conditions = (0..count).map(|i| Condition::between(a, b, share(i))).collect::<Result<_, _>>()?;
         }
         if let [_, other] = self.seeds[..] {
             self.towards = (0..count).map(|i| (other, share(i))).collect();
@@ -70,6 +70,9 @@ impl Request {
     }
 
     /// What image `number` says of itself, given [what all say](super::Pipeline::parameters).
+    ///
+    /// # Panics
+    /// If there is no such image, or `common` is no object.
     pub fn about(&self, common: &Value, number: usize) -> Value {
         let mut about = common.clone();
         about["seed"] = self.seeds[number].into();
@@ -77,12 +80,19 @@ impl Request {
             about["towards"] = json!({"seed": seed, "share": share});
         }
         let condition = self.condition_of(number).map(|row| self.conditions[row].origin.clone());
-        about["condition"] = condition.unwrap_or(Value::Null);
+        about["condition"] = condition.into();
         about
     }
 
-    /// Checks that conditions have the network's width, and that there are as many other seeds as images.
-    pub(super) fn check_counts(&self, label_dim: usize) -> Result<(), PipelineError> {
+    /// Checks that conditions have the network's width, what they begin from as many values, and that there are as many
+    /// other seeds as images.
+    pub(super) fn check_counts(&self, label_dim: usize, values: usize) -> Result<(), PipelineError> {
+        let setting = |name, found, expected: &str| SampleError::Setting { name, found, expected: expected.into() };
+        for (name, count) in [("per_condition", self.per_condition), ("batch", self.batch)] {
+            if count == 0 {
+                return Err(setting(name, count.to_string(), "1 at least").into());
+            }
+        }
         let expected = label_dim;
         for (number, Condition { values, away, .. }) in self.conditions.iter().enumerate() {
             let away = Some(away).filter(|away| !away.is_empty());
@@ -94,7 +104,15 @@ impl Request {
         if found > 0 && found != expected {
             return Err(PipelineError::Towards { found, expected });
         }
-        Ok(())
+        if let Some((_, share)) = self.towards.iter().find(|(_, share)| !(0.0..=1.0).contains(share)) {
+            return Err(setting("towards", short(*share), "a share of 0 to 1").into());
+        }
+        match &self.from {
+            Some(from) if from.values.len() != values => {
+                Err(SampleError::From { found: from.values.len(), expected: values }.into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -176,7 +176,7 @@ impl SamplerConfig {
 
     /// Steps that are taken: at [`strength`](Self::strength) 1 all.
     pub fn taken(&self) -> usize {
-        ((self.steps as f64 * self.strength).round() as usize).clamp(1, self.steps.max(1))
+        ((self.steps as f64 * self.strength).round() as usize).max(1).min(self.steps)
     }
 
     /// The noise levels of the steps that are taken, descending, and the final 0 (EDM, eq. 5): [`taken`](Self::taken) + 1
@@ -289,7 +289,8 @@ pub struct Batch<'a> {
     pub size: [usize; 2],
     /// Conditions, [n, label_dim]; else the images are unconditional.
     pub labels: &'a [f32],
-    /// Conditions to guide away from, [n, label_dim]; else none, or, where another network guides, `labels`.
+    /// Conditions to guide away from, [n, label_dim]; else none, or, where another network guides, `labels`. A network
+    /// that guides itself needs `labels` too.
     pub away: &'a [f32],
     /// Another seed for each image, whose noise takes this share of it, 0 to 1: on the way from one to the other the noise
     /// stays normal.
@@ -385,6 +386,14 @@ impl<B: NetworkBackend> Sampler<'_, B> {
         let (ours, images, [height, width]) = (&self.net.config, batch.seeds.len(), batch.size);
         config.validate()?;
         ours.check_size(height, width)?;
+        let nothing =
+            |name, expected: &str| SampleError::Setting { name, found: "none".into(), expected: expected.into() };
+        if images == 0 {
+            return Err(nothing("seeds", "one for each image"));
+        }
+        if self.gnet.is_none() && batch.labels.is_empty() && !batch.away.is_empty() {
+            return Err(nothing("labels", "some, as there are others to guide away from"));
+        }
         for labels in [batch.labels, batch.away] {
             if !labels.is_empty() && labels.len() != images * ours.label_dim {
                 return Err(SampleError::Conditions { found: labels.len(), images, width: ours.label_dim });

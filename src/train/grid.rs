@@ -15,7 +15,6 @@ use crate::pictures::Picture;
 use crate::pictures::png::PngError;
 use crate::rng::{Purpose, Stream};
 use crate::sample::{Batch, SampleError, Sampler, SamplerConfig};
-use crate::train::Settings;
 use crate::train::memory::{Halved, halving};
 
 /// Conditions of a grid, one to a row.
@@ -56,13 +55,12 @@ pub enum GridError {
 }
 
 /// How many training images take as long as a grid, counted in multiply-adds. A training image costs three forward
-/// passes. `picture` are the multiply-adds of making a picture of an image.
-pub fn cost(settings: &Settings, picture: u64) -> u64 {
+/// passes. `guided` is as in [`With`]; `picture` are the multiply-adds of making a picture of an image of this size.
+pub fn cost(config: &Config, [height, width]: [usize; 2], guided: bool, picture: u64) -> u64 {
     // A config that describes no network draws nothing.
-    let Ok((net, table)) = Precond::new(&settings.config) else { return 0 };
-    let [height, width, _] = settings.data.shape;
+    let Ok((net, table)) = Precond::new(config) else { return 0 };
     let pass = u128::from(net.macs(&table, height, width));
-    let sampler = sampler(settings.cond_dropout > 0.0, &settings.config);
+    let sampler = sampler(guided, config);
     let passes = sampler.steps * if sampler.guidance == 1.0 { 1 } else { 2 };
     let samples = (ROWS * SAMPLES * passes) as u128 * pass;
     let pictures = (ROWS * (1 + SAMPLES)) as u128 * u128::from(picture);

@@ -254,14 +254,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
         if state.nimg < settings.duration {
             write_options(dir, settings).at(dir)?;
         }
-        let stats_path = dir.join(stats::FILE);
-        let (stats, foreign) = StatsFile::open(&stats_path, state.nimg).at(&stats_path)?;
-        if let Some(aside) = foreign {
-            let text = format!("{} had more than statistics: set aside as {}", stats_path.display(), aside.display());
-            event(Event::Note(text));
-        }
-        let events = execution.tensorboard.then(|| Events::create(dir, state.nimg)).transpose().at(dir)?;
-        files = Some(Files { stats, events });
+        files = Some(Files::open(execution, state.nimg, event)?);
     }
     let batch_gpu = execution.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
@@ -308,6 +301,21 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
 struct Files {
     stats: StatsFile,
     events: Option<Events>,
+}
+
+impl Files {
+    /// Opens those of a run after so many images.
+    fn open(execution: &Execution, nimg: u64, event: &mut dyn FnMut(Event)) -> Result<Self, TrainError> {
+        let dir = execution.outdir.as_path();
+        let path = dir.join(stats::FILE);
+        let (stats, foreign) = StatsFile::open(&path, nimg).at(&path)?;
+        if let Some(aside) = foreign {
+            let text = format!("{} had more than statistics: set aside as {}", path.display(), aside.display());
+            event(Event::Note(text));
+        }
+        let events = execution.tensorboard.then(|| Events::create(dir, nimg)).transpose().at(dir)?;
+        Ok(Self { stats, events })
+    }
 }
 
 struct Run<'a, 's, B: TrainingBackend> {

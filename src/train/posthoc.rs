@@ -76,6 +76,9 @@ pub fn solve_posthoc(inputs: &[Profile], outputs: &[Profile]) -> Option<Vec<f64>
 
 /// How far sum x_i p_i is from the wanted profile p, for each of the `outputs`: the L2 norm of the difference,
 /// relative to that of p. `x` are coefficients as from [`solve_posthoc`].
+///
+/// # Panics
+/// If there are not as many coefficients as inputs times outputs.
 pub fn mismatch(inputs: &[Profile], outputs: &[Profile], x: &[f64]) -> Vec<f64> {
     let (n, m) = (inputs.len(), outputs.len());
     let a = correlation(inputs, inputs);
@@ -221,7 +224,7 @@ impl Reconstruction {
         let mut outputs = paths.iter().zip(&self.stds).map(create).collect::<Result<Vec<_>, _>>()?;
         for (id, spec) in table.iter() {
             let mut sums = vec![vec![0.0; spec.numel()]; outputs.len()];
-            for (file, coefficients) in self.snapshots.iter().zip(self.coefficients.chunks(outputs.len())) {
+            for (file, coefficients) in self.snapshots.iter().zip(self.coefficients.chunks(outputs.len().max(1))) {
                 let values = file.values(id)?;
                 for (sum, &x) in sums.iter_mut().zip(coefficients) {
                     sum.iter_mut().zip(&values).for_each(|(sum, value)| *sum += x as f32 * value);

@@ -121,6 +121,14 @@ impl Settings {
         }
     }
 
+    /// The interval at which sample grids take a hundredth of the run's time, where making a picture of an image takes so
+    /// many multiply-adds.
+    pub fn grid_interval(&self, picture: u64) -> u64 {
+        let [height, width, _] = self.data.shape;
+        let cost = grid::cost(&self.config, [height, width], self.cond_dropout > 0.0, picture);
+        grid::SHARE.saturating_mul(cost)
+    }
+
     /// A fingerprint of the options, which tells this run's snapshots from another's. It leaves out what a model file
     /// has an entry for (network, data, start) and what may change (the length).
     pub(super) fn fingerprint(&self) -> Fingerprint {
@@ -307,7 +315,7 @@ pub struct Execution {
 impl Execution {
     /// What suits the length of a run: 10 snapshots, 50 checkpoints and grids, 100 validations, 500 lines of
     /// statistics. There are fewer grids if all but the one at the end would take more than a hundredth of the time
-    /// (see [`grid::cost`]). Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
+    /// (see [`Settings::grid_interval`]). Micro-batches are as large as 1 GiB of activations allows, on a GPU 4 GiB.
     pub fn new(outdir: impl Into<PathBuf>, settings: &Settings, device: &Device) -> Self {
         let every = |times: u64| (settings.duration / times).max(1);
         let ([height, width], on_gpu) = (settings.data.largest(), device.runtime().is_some());
@@ -316,7 +324,7 @@ impl Execution {
             batch_gpu: memory::default_batch_gpu(&settings.config, height, width, settings.batch, on_gpu),
             status: every(500),
             validate: every(100),
-            grid: every(50).max(grid::SHARE.saturating_mul(grid::cost(settings, 0))),
+            grid: every(50).max(settings.grid_interval(0)),
             tensorboard: false,
             snapshot: every(10),
             checkpoint: every(50),

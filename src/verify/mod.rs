@@ -41,7 +41,7 @@ use crate::backend::{BackendError, NetworkBackend, Normalization, Shape, Slot, S
 use crate::codec::CodecError;
 use crate::device::Backends;
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::{input, names};
+use crate::formats::{input, names, transposed};
 use crate::model::{Config, ConfigError};
 use crate::params::{ParamId, ParamTable};
 use crate::sample::SampleError;
@@ -607,14 +607,9 @@ fn download<B: NetworkBackend>(b: &mut B, t: &B::Tensor) -> Result<Vec<f64>> {
 }
 
 /// NHWC values of this shape in PyTorch's layout.
-fn planar(values: &[f32], [n, h, w, c]: Shape) -> Vec<f64> {
-    let mut out = Vec::with_capacity(values.len());
-    for image in 0..n {
-        for channel in 0..c {
-            out.extend((0..h * w).map(|pixel| f64::from(values[(image * h * w + pixel) * c + channel])));
-        }
-    }
-    out
+fn planar(values: &[f32], [_, h, w, c]: Shape) -> Vec<f64> {
+    let images = values.chunks((h * w * c).max(1));
+    images.flat_map(|image| transposed(image, c)).map(f64::from).collect()
 }
 
 fn param<B: TrainingBackend>(b: &mut B, slot: Slot, id: ParamId) -> Result<Vec<f64>> {

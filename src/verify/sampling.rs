@@ -34,30 +34,25 @@ pub(super) fn samplers(s: &mut Session<impl Backends>) -> Result<()> {
     Ok(())
 }
 
-fn sampler<B: NetworkBackend>(
-    s: &mut Session<impl Backends>,
-    f: &Golden,
-    case: &str,
-    net: &Precond,
-    b: &mut B,
-) -> Result<()> {
+/// How a case was sampled; none if it is skipped.
+fn config(s: &mut Session<impl Backends>, f: &Golden, case: &str) -> Result<Option<SamplerConfig>> {
     let parsed = case.rsplit_once("_g").and_then(|(name, g)| Some((name, g.parse::<f64>().ok()?)));
     let solver = match parsed {
         Some(("heun", _)) => Solver::Heun,
         Some(("dpmpp2m", _)) => Solver::Dpmpp2m,
         _ => {
             s.skip(format!("samplers/{case}"), "a solver that is not known");
-            return Ok(());
+            return Ok(None);
         }
     };
     let (key, guidance) = parsed.unwrap_or_default();
     let Some(settings) = f.metadata::<Settings>(key)? else {
         s.skip(format!("samplers/{case}"), format!("metadata \"{key}\" is absent"));
-        return Ok(());
+        return Ok(None);
     };
     if settings.s_churn != 0.0 {
         s.skip(format!("samplers/{case}"), "its churn needs the reference's random numbers");
-        return Ok(());
+        return Ok(None);
     }
     let Settings { num_steps: steps, sigma_min, sigma_max, rho, .. } = settings;
     let config = SamplerConfig {
@@ -72,6 +67,18 @@ fn sampler<B: NetworkBackend>(
         strength: 1.0,
     };
     config.validate().map_err(|e| f.wrong(key, e.to_string()))?;
+    Ok(Some(config))
+}
+
+fn sampler<B: NetworkBackend>(
+    s: &mut Session<impl Backends>,
+    f: &Golden,
+    case: &str,
+    net: &Precond,
+    b: &mut B,
+) -> Result<()> {
+    let Some(config) = config(s, f, case)? else { return Ok(()) };
+    let SamplerConfig { solver, steps, guidance, .. } = config;
     let levels = if solver == Solver::Heun { "t_steps" } else { "sigmas" };
     s.check(f, &format!("{case}.{levels}"), What::Sampler, &config.sigmas())?;
 

@@ -18,6 +18,7 @@ use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// State that only training needs.
 struct Training<T> {
@@ -243,46 +244,12 @@ impl<T: Real> Param<T> {
         if std::mem::replace(stale, true) {
             grad.fill(T::zero());
         }
-        let rows = grad.len() / cols;
-
-        // First zero what is not finite. Then each column gets the factor of its forced normalisation, and its gradient
-        // is projected: with x the forced weight and u = x / (eps + r) / sqrt(K), dL/dx = a g - b x.
-        let bad = std::sync::atomic::AtomicU64::new(0);
-        let scale = T::of(step.grad_scale);
-        for_rows(grad, cols, |_, row| {
-            let mut count = 0;
-            for g in row.iter_mut() {
-                *g *= scale;
-                if !g.is_finite() {
-                    *g = T::zero();
-                    count += 1;
-                }
-            }
-            if count > 0 {
-                bad.fetch_add(count, std::sync::atomic::Ordering::Relaxed);
-            }
-        });
-        let mut forced = vec![T::one(); cols];
-        let mut a = vec![T::one(); cols];
-        let mut b = vec![T::zero(); cols];
-        if is_weight {
-            let (w, g) = (&self.weight, &*grad);
-            let [squares, dots]: [Vec<T>; 2] = column_sums(rows, cols, |row, [squares, dots]| {
-                let (w, g) = (&w[row * cols..][..cols], &g[row * cols..][..cols]);
-                for i in 0..cols {
-                    squares[i] += w[i] * w[i];
-                    dots[i] += w[i] * g[i];
-                }
-            });
-            let count = T::of(rows as f64);
-            for i in 0..cols {
-                let (factor, r) = normalized((squares[i] / count).sqrt(), step.rounds);
-                let d = T::of(NORM_EPS) + r;
-                forced[i] = factor;
-                a[i] = T::one() / (d * count.sqrt());
-                b[i] = if r > T::zero() { a[i] * factor * dots[i] / (count * r * d) } else { T::zero() };
-            }
-        }
+        let nonfinite = scale_finite(grad, cols, T::of(step.grad_scale));
+        // Each column gets the factor of its forced normalisation, and its gradient is projected.
+        let [forced, a, b] = match is_weight {
+            true => projection(&self.weight, grad, cols, step.rounds),
+            false => [T::one(), T::one(), T::zero()].map(|x| vec![x; cols]),
+        };
 
         // Adam (PyTorch's form) and the moving averages.
         let (beta1, beta2) = (T::of(step.betas.0), T::of(step.betas.1));
@@ -325,8 +292,51 @@ impl<T: Real> Param<T> {
             });
         }
         self.make_effective(Slot::Weight, Normalization::Train { rounds: step.rounds })?;
-        Ok(StepStats { grad_norm: norms.iter().sum(), nonfinite: bad.into_inner() })
+        Ok(StepStats { grad_norm: norms.iter().sum(), nonfinite })
     }
+}
+
+/// Scales a gradient, and makes zero of what is not finite; returns how many values that were.
+fn scale_finite<T: Real>(grad: &mut [T], cols: usize, scale: T) -> u64 {
+    let bad = AtomicU64::new(0);
+    for_rows(grad, cols, |_, row| {
+        let mut count = 0;
+        for g in row.iter_mut() {
+            *g *= scale;
+            if !g.is_finite() {
+                *g = T::zero();
+                count += 1;
+            }
+        }
+        if count > 0 {
+            bad.fetch_add(count, Ordering::Relaxed);
+        }
+    });
+    bad.into_inner()
+}
+
+/// The factor of each column's forced normalisation, and a and b of its gradient's projection: with x the forced weight and
+/// u = x / (eps + r) / sqrt(K), dL/dx = a g - b x.
+fn projection<T: Real>(w: &[T], g: &[T], cols: usize, rounds: usize) -> [Vec<T>; 3] {
+    let rows = g.len() / cols;
+    let [squares, dots]: [Vec<T>; 2] = column_sums(rows, cols, |row, [squares, dots]| {
+        let (w, g) = (&w[row * cols..][..cols], &g[row * cols..][..cols]);
+        for i in 0..cols {
+            squares[i] += w[i] * w[i];
+            dots[i] += w[i] * g[i];
+        }
+    });
+    let count = T::of(rows as f64);
+    let [mut forced, mut a, mut b] = [(); 3].map(|()| Vec::with_capacity(cols));
+    for (square, dot) in squares.into_iter().zip(dots) {
+        let (factor, r) = normalized((square / count).sqrt(), rounds);
+        let d = T::of(NORM_EPS) + r;
+        let along = T::one() / (d * count.sqrt());
+        forced.push(factor);
+        a.push(along);
+        b.push(if r > T::zero() { along * factor * dot / (count * r * d) } else { T::zero() });
+    }
+    [forced, a, b]
 }
 
 /// Factor of each column from stored to effective weight.

@@ -25,7 +25,7 @@ use crate::cli::say::{note, out};
 /// Numbers of the images of a part. A part is made of whole batches, so that each image shares its batch with the same
 /// images as in one process.
 pub fn images_of(part: Part, request: &Request) -> Range<usize> {
-    let (count, batch) = (request.seeds.len(), request.batch.max(1));
+    let (count, batch) = (request.seeds.len(), request.batch);
     let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
     (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
 }
@@ -81,16 +81,25 @@ fn write(
     Ok(pictures)
 }
 
-/// Makes this part's images and writes them. A device that runs all steps as one plan cannot show them: so steps are
-/// watched where they are kept, and on the CPU, where each takes so long that people want to see it.
-pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
-    let Resolved { mut pipeline, request, kept, part, given } = resolved;
-    let (request, given) = (&request, &given);
-    let (own, save_steps) = (images_of(part, request), args.save_steps);
+/// What came of a part's images, beside their files.
+struct Made {
+    /// The first pictures, for a grid.
+    pictures: Vec<Picture>,
+    /// Latents, if there are no pictures.
+    latents: Vec<Image>,
+    /// Those of their steps.
+    latent_steps: Vec<f32>,
+    seconds: f64,
+    /// Steps a second.
+    rate: f64,
+}
+
+/// Makes this part's images, and writes their pictures. A device that runs all steps as one plan cannot show them: so steps
+/// are watched where they are kept, and on the CPU, where each takes so long that people want to see it.
+fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks) -> anyhow::Result<Made> {
+    let Resolved { pipeline, request, kept, part, .. } = resolved;
+    let (own, save_steps) = (images_of(*part, request), args.save_steps);
     let count = own.len();
-    let mut about = pipeline.parameters(request);
-    let [height, width] = pipeline.size(request);
-    let shape = [height, width, pipeline.net().config.img_channels];
     let watched = save_steps || pipeline.device().runtime().is_none();
     let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
     let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
@@ -102,12 +111,11 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
     if watched {
         images = images.watched(|step| {
             bar.inc(1);
-            if save_steps { steps.borrow_mut().keep(step, kept == Kept::Steps) } else { Ok(()) }
+            if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
         });
     }
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
-    let mut pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
+    let pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
         let noted = Some(given).filter(|_| args.part.is_some() && part.of > 1);
@@ -115,7 +123,7 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
         for image in images {
             let image = image?;
             let done = image.number + 1 - own.start;
-            if kept == Kept::Latents {
+            if *kept == Kept::Latents {
                 latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
                 latents.push(image);
             } else {
@@ -140,13 +148,24 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let rate = bar.length().unwrap_or(0) as f64 / seconds;
-    let target = if kept == Kept::Latents {
+    Ok(Made { pictures, latents, latent_steps, seconds, rate })
+}
+
+/// Makes this part's images and writes them, and what is made of those of all parts: a grid, or the file of all latents.
+pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
+    let Made { mut pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
+    let Resolved { pipeline, request, kept, part, given } = &resolved;
+    let mut about = pipeline.parameters(request);
+    let [height, width] = pipeline.size(request);
+    let shape = [height, width, pipeline.net().config.img_channels];
+    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    let target = if *kept == Kept::Latents {
         about["per_condition"] = request.per_condition.into();
         about["conditions"] = json!(origins);
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match (Parts { request, about: &about, part, given, out, args }).joined(ranks)? {
+            match (Parts { request, about: &about, part: *part, given, out, args }).joined(ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -155,7 +174,7 @@ pub fn draw(resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ran
         target
     } else {
         if part.of > 1 {
-            match (Parts { request, about: &about, part, given, out, args }).gathered(ranks)? {
+            match (Parts { request, about: &about, part: *part, given, out, args }).gathered(ranks)? {
                 Some(all) => pictures = all,
                 None => return Ok(()),
             }

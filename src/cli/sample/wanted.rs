@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
+use serde_json::Value;
 
 use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
@@ -123,7 +124,7 @@ fn class(text: &str, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Con
 
 /// The condition of a class, with its name if it has one.
 fn named(condition: Condition, names: &Classes) -> Condition {
-    let name = condition.origin["class"].as_u64().and_then(|class| names.name(class as usize));
+    let name = condition.origin.get("class").and_then(Value::as_u64).and_then(|class| names.name(class as usize));
     name.map_or(condition.clone(), |name| condition.named("name", name))
 }
 

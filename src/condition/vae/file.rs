@@ -2,41 +2,18 @@
 //! training that is under way, in f32.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use half::f16;
 use serde::{Deserialize, Serialize};
 
 use super::net::Linear;
 use super::training::Adam;
-use super::{ConditionKind, Header, Learning, Source, Training, Vae};
-use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use super::{ConditionKind, HEADER_KEY, Header, Learning, Source, Training, Vae, VaeError};
+use crate::condition::vocabulary::Vocabulary;
 use crate::formats::differences::differing;
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
-
-/// Key of the [`Header`] in the file's metadata.
-const HEADER_KEY: &str = "condition_model";
-
-/// What can be wrong with a condition model.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-pub enum VaeError {
-    #[error(transparent)]
-    File(#[from] SafeError),
-    #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
-    Header { path: PathBuf, what: String },
-    #[error("{}: its vocabulary: {cause}", path.display())]
-    Vocabulary { path: PathBuf, cause: VocabularyError },
-    #[error("{}: damaged: {what}; remove it, and the training begins anew", path.display())]
-    Damaged { path: PathBuf, what: String },
-    #[error("{}: of a training with {what}; give the same, or remove it to begin anew", path.display())]
-    OtherTraining { path: PathBuf, what: String },
-    #[error("all {0} features are the same, so there is nothing to learn: are they of the right output of the tagger?")]
-    Alike(usize),
-    #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
-    Diverged(usize),
-}
 
 /// Whether a file is a condition model, whole or not.
 pub fn is_one(file: &SafeFile) -> bool {

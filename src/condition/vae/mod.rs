@@ -35,14 +35,18 @@ mod inventing;
 mod net;
 mod training;
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::prompt::Prompt;
-use super::vocabulary::{Tag, Vocabulary};
+use super::vocabulary::{Tag, Vocabulary, VocabularyError};
 use super::{Conditioning, Meaning};
+use crate::formats::safetensors::SafeError;
+use crate::formats::short;
 use crate::real::Real;
 
-pub use file::{VaeError, is_one};
+pub use file::is_one;
 pub use inventing::Invented;
 pub use net::Loss;
 pub use training::{Learning, Rows, Source, Training};
@@ -75,6 +79,32 @@ pub struct Header {
     /// What made the conditions; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conditioning: Option<Conditioning>,
+}
+
+/// Key of the [`Header`] in the file's metadata.
+const HEADER_KEY: &str = "condition_model";
+
+/// What can be wrong with a condition model.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum VaeError {
+    #[error(transparent)]
+    File(#[from] SafeError),
+    #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
+    Header { path: PathBuf, what: String },
+    #[error("{}: its vocabulary: {cause}", path.display())]
+    Vocabulary { path: PathBuf, cause: VocabularyError },
+    #[error("{}: damaged: {what}; remove it, and the training begins anew", path.display())]
+    Damaged { path: PathBuf, what: String },
+    #[error("{}: of a training with {what}; give the same, or remove it to begin anew", path.display())]
+    OtherTraining { path: PathBuf, what: String },
+    #[error("all {0} features are the same, so there is nothing to learn: are they of the right output of the tagger?")]
+    Alike(usize),
+    #[error("training diverged in epoch {0}: the loss or a weight is not finite, or not in f16")]
+    Diverged(usize),
+    /// A training that makes no sense.
+    #[error("{name} = {}, expected {expected}", short(*.found))]
+    Setting { name: &'static str, found: f64, expected: &'static str },
 }
 
 /// The autoencoder.

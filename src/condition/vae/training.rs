@@ -1,7 +1,7 @@
 //! Training of a condition model. It goes over the rows pass by pass and reads them one at a time, so that they need
 //! not be in memory.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -106,6 +106,25 @@ impl Default for Training {
     }
 }
 
+impl Training {
+    /// Checks every field.
+    ///
+    /// # Errors
+    /// [`VaeError::Setting`] naming the first that makes no sense.
+    pub fn validate(&self) -> Result<(), VaeError> {
+        let check = |name, found: f64, range: RangeInclusive<f64>, expected| match range.contains(&found) {
+            true => Ok(()),
+            false => Err(VaeError::Setting { name, found, expected }),
+        };
+        check("latent", self.latent as f64, 1.0..=65536.0, "1 to 65536")?;
+        check("hidden", self.hidden as f64, 1.0..=65536.0, "1 to 65536")?;
+        check("epochs", self.epochs as f64, 1.0..=f64::MAX, "1 at least")?;
+        check("batch", self.batch as f64, 1.0..=f64::MAX, "1 at least")?;
+        check("lr", self.lr, f64::MIN_POSITIVE..=f64::MAX, "a positive number")?;
+        check("kl_weight", self.kl_weight, 0.0..=f64::MAX, "a number from 0")
+    }
+}
+
 /// A training that is under way. Between two passes it can be [saved](Self::save), and [resumed](Self::load) to the same
 /// bits: order and noise are functions of the seed, the pass and the row.
 pub struct Learning<'a, S> {
@@ -120,11 +139,12 @@ impl<'a, S: Source> Learning<'a, S> {
     /// Begins to learn. Features are read once, for their means.
     ///
     /// # Errors
-    /// [`VaeError::Alike`].
+    /// [`VaeError::Setting`], [`VaeError::Alike`].
     ///
     /// # Panics
     /// If there are no rows.
     pub fn new(source: &'a S, how: &Training) -> Result<Self, VaeError> {
+        how.validate()?;
         let (count, width) = (source.count(), source.width());
         assert!(count > 0 && width > 0, "conditions to learn from");
         let vocabulary = source.vocabulary();
@@ -215,7 +235,7 @@ impl Vae {
     /// Makes all passes, and calls `progress(epoch, loss)` after each.
     ///
     /// # Errors
-    /// [`VaeError::Diverged`].
+    /// As [`Learning`].
     ///
     /// # Panics
     /// As [`Learning`].

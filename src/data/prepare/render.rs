@@ -20,6 +20,7 @@ use crate::data::features::Features;
 use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
+use crate::formats::transposed;
 use crate::pictures::decode::{Image, decode};
 use crate::pictures::{Picture, PictureError, fit};
 
@@ -184,7 +185,7 @@ impl Renderer<'_> {
                 pictures.push(print);
                 let made = match (ready, &mut codec) {
                     (Err(refusal), _) => Err(refusal),
-                    (Ok(ready), None) => Ok((planes(ready.picture.rgb(), 3).collect(), ready)),
+                    (Ok(ready), None) => Ok((transposed(ready.picture.rgb(), 3).collect(), ready)),
                     (Ok(ready), Some(codec)) => latents(codec, &ready.picture)?.map(|latents| (latents, ready)),
                 };
                 report(Event::Done(1));
@@ -238,15 +239,10 @@ impl Renderer<'_> {
     }
 }
 
-/// [H, W, C] as [C, H, W].
-fn planes<T: Copy>(values: &[T], channels: usize) -> impl Iterator<Item = T> {
-    (0..channels).flat_map(move |c| values.iter().skip(c).step_by(channels).copied())
-}
-
 /// Mean and standard deviation of a picture's latents, [2C, h, w] in f16.
 fn latents(codec: &mut Codec, picture: &Picture) -> Result<Result<Vec<u8>, Refusal>, CodecError> {
     let moments = (codec.encode)(picture)?;
-    let halves: Vec<f16> = moments.iter().flat_map(|values| planes(values, LATENTS)).map(f16::from_f32).collect();
+    let halves: Vec<f16> = moments.iter().flat_map(|values| transposed(values, LATENTS)).map(f16::from_f32).collect();
     Ok(match halves.iter().all(|x| x.is_finite()) {
         true => Ok(halves.iter().flat_map(|x| x.to_le_bytes()).collect()),
         false => Err((Drop::Unreadable, "the codec makes numbers of it that are not finite in f16".into())),

@@ -30,7 +30,7 @@ use plan::{Plan, Recording};
 
 pub use codec::Loaded;
 pub use plan::Cost;
-pub use timing::{Timing, Trial, median};
+pub use timing::{Timing, Trial};
 
 /// One operation of a plan: what it is, and the least work that it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

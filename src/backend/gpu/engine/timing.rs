@@ -3,6 +3,7 @@
 use super::super::runtime::Graph;
 use super::super::tiles::{Choice, Tuned};
 use super::*;
+use crate::real::median;
 
 /// More than the second-level cache of any card.
 const FLUSH_BYTES: usize = 256 << 20;
@@ -34,16 +35,6 @@ pub struct Trial {
 
 /// The model's choices and the fastest are timed in turns, so often each.
 const TURNS: usize = 2;
-
-/// The median of some times.
-///
-/// # Panics
-/// If there are none.
-pub fn median(seconds: &[f64]) -> f64 {
-    let mut sorted = seconds.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
 
 impl<P> Gpu<P> {
     /// Times the last plan made of `key`: the whole, and each kind of operation by itself, as often as asked, each time
