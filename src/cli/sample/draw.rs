@@ -97,7 +97,7 @@ struct Made {
 /// Makes this part's images, and writes their pictures. A device that runs all steps as one plan cannot show them: so steps
 /// are watched where they are kept, and on the CPU, where each takes so long that people want to see it.
 fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks) -> anyhow::Result<Made> {
-    let Resolved { pipeline, request, kept, part, .. } = resolved;
+    let Resolved { pipeline, request, kept, part, given } = resolved;
     let (own, save_steps) = (images_of(*part, request), args.save_steps);
     let count = own.len();
     let watched = save_steps || pipeline.device().runtime().is_none();
@@ -118,7 +118,7 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     let pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
-        let noted = Some(given).filter(|_| args.part.is_some() && part.of > 1);
+        let noted = Some(&*given).filter(|_| args.part.is_some() && part.of > 1);
         let writer = scope.spawn(move || write(made, out, noted));
         for image in images {
             let image = image?;
