@@ -546,6 +546,78 @@ fn a_run_goes_on_with_other_numbers_of_ranks() {
     assert_near(&place.path("one"), &place.path("some"));
 }
 
+#[test]
+fn snapshots_are_shared_out_where_all_ranks_see_the_directory() {
+    let (place, elsewhere) = (Place::new(), Place::empty());
+    let options = |out: &str, duration| {
+        let options = options(out, duration).replace("--checkpoint 40", "--checkpoint 20");
+        let found = |name: &str| place.path(name).display().to_string();
+        options
+            .replace("--data data", &format!("--data {}", found("data")))
+            .replace("config.json", &found("config.json"))
+    };
+    // A limit on the size of files fails a write in the middle, as a full disk does. Rank 1 cannot write a thing.
+    let limited = |out: &str, there: &Place| {
+        let (port, options) = (free_port(), options(out, 120));
+        let rank = there.rank(1, 2, port, &options);
+        let mut second = Command::new("bash");
+        second.args(["-c", "trap '' XFSZ; ulimit -f 0; exec \"$@\"", "bash", env!("CARGO_BIN_EXE_edm2k")]);
+        second.args(rank.get_args()).envs(rank.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        second.current_dir(there.dir()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        outputs(vec![place.rank(0, 2, port, &options).spawn().unwrap(), second.spawn().unwrap()])
+    };
+    let snapshots = |out: &str| {
+        let mut files = files(&place.path(out));
+        files.retain(|name, _| name.starts_with("snapshot-"));
+        files
+    };
+
+    // Rank 0 writes all if rank 1's directory is another one, though it has the same name and the same files.
+    place.run(2, &options("apart", 40));
+    let copy = elsewhere.path("apart");
+    fs::create_dir(&copy).unwrap();
+    let before = files(&place.path("apart"));
+    before.iter().for_each(|(name, content)| fs::write(copy.join(name), content).unwrap());
+    let ended = limited("apart", &elsewhere);
+    ended.iter().for_each(|output| assert!(output.status.success(), "{}", text(output)));
+    assert_eq!(text(&ended[1]), "", "one rank speaks for all");
+    assert!(files(&copy) == before, "rank 1 wrote");
+    let expected = snapshots("apart");
+    let of = |nimg: u64| ["0.050", "0.100"].map(|std| format!("snapshot-{nimg:09}-{std}.safetensors"));
+    assert!(expected.keys().eq(&[of(40), of(60), of(120)].concat()), "{:?}", expected.keys());
+    of(120).iter().for_each(|name| assert!(text(&ended[0]).contains(&format!("wrote apart/{name}"))));
+
+    // Where they share one, the second average is rank 1's, and without it there is no checkpoint.
+    place.run(2, &options("shared", 40));
+    let ended = limited("shared", &place);
+    let [own, others] = of(60);
+    for (rank, output) in ended.iter().enumerate() {
+        let said = text(output);
+        let errors: Vec<_> = said.lines().filter(|line| line.starts_with("edm2k: error: ")).collect();
+        assert!(output.status.code() == Some(1) && errors.len() == 1, "{said}");
+        assert!(rank == 1 || errors[0].contains("rank 1 ("), "{said}");
+        assert!(errors[0].contains(&format!("shared/{others}: File too large")), "{said}");
+    }
+    let found = snapshots("shared");
+    assert!(found.len() == 3 && found[&own] == expected[&own], "{:?}", found.keys());
+    assert!(place.newest("shared").ends_with("checkpoint-000000040.safetensors"));
+    assert!(files(&place.path("shared")).keys().all(|name| !name.ends_with(".tmp")), "half a file is left");
+
+    // What rank 1's copy of the data says of itself is not what its snapshots say.
+    let prepare =
+        "prepare --vocabulary 16 --validation-modulus 5 --metadata meta.jsonl --sizes 8x8 --images pictures-data";
+    succeed(&mut place.command(&format!("{prepare} --source elsewhere --out copied")));
+    let (port, ours) = (free_port(), options("shared", 120));
+    let lines = [&ours, &ours.replace("/data ", "/copied ")];
+    let ranks = lines.iter().enumerate().map(|(rank, line)| place.rank(rank, 2, port, line).spawn().unwrap());
+    let ended = outputs(ranks.collect());
+    ended.iter().for_each(|output| assert!(output.status.success(), "{}", text(output)));
+    let said = text(&ended[0]);
+    of(120).iter().for_each(|name| assert!(said.contains(&format!("wrote shared/{name}")), "{said}"));
+    assert!(snapshots("shared") == expected, "other files than rank 0 writes alone");
+    assert_same_tensors(&place.newest("apart"), &place.newest("shared"));
+}
+
 const ENDLESS: &str = "train --data data --config config.json --outdir run --batch 8 --device cpu --grid 0 --validate 0 \
                        --checkpoint 0 --snapshot 0 --status 800 --duration 10M";
 

@@ -39,6 +39,11 @@ impl AtomicFile {
         Ok(Self { path: path.into(), temporary, writer, committed: false })
     }
 
+    /// Where it lies until then.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
     /// Where the content goes.
     pub fn writer(&mut self) -> &mut BufWriter<File> {
         &mut self.writer

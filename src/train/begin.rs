@@ -6,11 +6,11 @@ use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::step::with_values;
-use super::{CheckpointError, Event, Execution, Settings, State, TrainError, stats};
+use super::{CheckpointError, Event, Execution, ModelMeta, Settings, State, TrainError, stats};
 use crate::backend::{Slot, TrainingBackend};
 use crate::collective::{Collective, CollectiveError};
 use crate::data::dataset::Dataset;
-use crate::formats::{At, free_name, input, names, write_atomically};
+use crate::formats::{At, AtomicFile, free_name, input, names, write_atomically};
 
 /// Name of the file of a run's [`Settings`].
 const OPTIONS_FILE: &str = "training_options.json";
@@ -132,18 +132,19 @@ pub(super) fn newest<B: TrainingBackend>(
     }
 }
 
-/// Has all ranks begin where rank 0 does, with its state and the values that its device holds.
+/// Has all ranks begin where rank 0 does, with its state, what it says of its models, and the values that its device holds.
 pub(super) fn begin_together<B: TrainingBackend>(
     backend: &mut B,
     ranks: &mut dyn Collective,
     state: Option<State>,
-) -> Result<State, TrainError> {
+    meta: ModelMeta,
+) -> Result<(State, ModelMeta), TrainError> {
     let state = match state {
-        Some(state) if ranks.size() == 1 => return Ok(state),
+        Some(state) if ranks.size() == 1 => return Ok((state, meta)),
         state => state,
     };
-    let text = state.map(|state| serde_json::to_string(&state).unwrap_or_default()).unwrap_or_default();
-    let state: State = serde_json::from_slice(&ranks.gather(text.as_bytes())?[0])
+    let text = state.map(|state| serde_json::to_string(&(state, meta)).unwrap_or_default()).unwrap_or_default();
+    let (state, meta): (State, ModelMeta) = serde_json::from_slice(&ranks.gather(text.as_bytes())?[0])
         .map_err(|cause| CollectiveError::Differs(format!("what rank 0 begins with: {cause}")))?;
     let averages = (0..state.settings.ema.len()).map(Slot::Ema);
     for slot in [Slot::Weight, Slot::AdamM, Slot::AdamV].into_iter().chain(averages) {
@@ -152,5 +153,19 @@ pub(super) fn begin_together<B: TrainingBackend>(
         }
     }
     ranks.barrier()?;
-    Ok(state)
+    Ok((state, meta))
+}
+
+/// How many ranks write in the run's directory: all, if each of them can write where rank 0 does; else rank 0 alone.
+pub(super) fn writers(dir: &Path, ranks: &mut dyn Collective) -> Result<usize, CollectiveError> {
+    if ranks.size() == 1 {
+        return Ok(1);
+    }
+    // No other file has its name. So another machine's directory is not taken for this one, whatever it holds.
+    let own = AtomicFile::create(&dir.join("ranks")).ok();
+    let name = own.as_ref().and_then(|file| file.temporary().file_name()).unwrap_or_default();
+    let all = ranks.gather(name.as_encoded_bytes())?;
+    let seen = own.is_some() && dir.join(&*String::from_utf8_lossy(&all[0])).is_file();
+    let all = ranks.gather(&[u8::from(seen)])?;
+    Ok(if all.iter().all(|said| *said == [1]) { ranks.size() } else { 1 })
 }

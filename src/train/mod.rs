@@ -11,8 +11,8 @@
 //!
 //! On several ranks ([`Collective`]) each takes its share of every step's images, the gradients are summed once a step,
 //! and every rank takes the same optimizer step with them. Since all that is random is a function of an image's number,
-//! such a run computes what one rank does, but for the rounding of sums. Rank 0 reads and writes; validation and grids
-//! are shared.
+//! such a run computes what one rank does, but for the rounding of sums. Validation and grids are shared; rank 0 reads and
+//! writes. Where all ranks see the output directory, they share the writing of snapshots too.
 //!
 //! A run is [`Settings`], which decide what it computes, and an [`Execution`], which decides what it does beside; see
 //! [`Training`] and `examples/train.rs`.
@@ -77,12 +77,11 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::device::{Backends, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
-use crate::model::file::save;
+use crate::model::file::ModelWriter;
 use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
-use crate::params::ParamId;
 use crate::sample::SampleError;
 use batch::Batch;
-use begin::{begin_anew, begin_together, newest, set_aside, write_options};
+use begin::{begin_anew, begin_together, newest, set_aside, write_options, writers};
 use events::Events;
 use order::Order;
 use settings::Given;
@@ -154,7 +153,7 @@ pub enum Event<'a> {
     Step(u64),
     /// A status interval is over.
     Status(&'a Status),
-    /// A file was written to its end.
+    /// A file was written to its end. Rank 0 reports those of all ranks.
     Saved(&'a Path),
     /// Something else worth a line.
     Note(String),
@@ -227,7 +226,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let validation = data.validation.map(DataIdentity::of);
     let given = Given { settings: settings.clone(), execution: execution.clone(), validation };
     agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), Given::differences)?;
-    // Only rank 0 reads and writes, so no other rank needs to see its directory.
+    // Rank 0 alone reads, so no other rank needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if rank == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
@@ -246,7 +245,8 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
             }
         });
     }
-    let state = begin_together(backend, ranks, state)?;
+    let (state, meta) = begin_together(backend, ranks, state, model.meta)?;
+    let writers = writers(dir, ranks)?;
     let settings = &state.settings.clone();
     let mut files = None;
     if rank == 0 {
@@ -272,7 +272,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
         let mut run = Run {
             backend,
             net: model.net,
-            meta: model.meta,
+            meta,
             settings,
             execution,
             batches,
@@ -282,6 +282,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
             state,
             started: Instant::now(),
             files,
+            writers,
             show,
             batch_gpu,
             rounds: 0,
@@ -297,7 +298,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     })
 }
 
-/// What rank 0 writes besides models.
+/// What rank 0 alone writes besides checkpoints.
 struct Files {
     stats: StatsFile,
     events: Option<Events>,
@@ -333,6 +334,8 @@ struct Run<'a, 's, B: TrainingBackend> {
     last_status: (Instant, u64),
     /// What only rank 0 has.
     files: Option<Files>,
+    /// How many ranks write snapshots.
+    writers: usize,
     show: Option<&'a mut grid::Show<'s>>,
     /// Images at a time: the execution's, until the device has no memory for them.
     batch_gpu: usize,
@@ -372,7 +375,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             if due(self.execution.grid) {
                 self.grid(event)?;
             }
-            if due(self.execution.snapshot) && writes {
+            if due(self.execution.snapshot) {
                 self.snapshot(event)?;
             }
             let regular = due(self.execution.checkpoint) || done;
@@ -484,27 +487,42 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
-    /// Writes a model file for each moving average.
+    /// Writes a model file for each moving average. All ranks have the same averages, so any of them can write any.
     fn snapshot(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        for (i, &std) in self.settings.ema.iter().enumerate() {
-            let table = self.backend.table().clone();
-            let weights = (0..table.len())
-                .map(|id| self.backend.read_param(Slot::Ema(i), ParamId(id)))
-                .collect::<Result<Vec<_>, _>>()?;
-            let options = Some(self.settings.fingerprint());
-            let (images_seen, began_from) = (self.state.nimg, self.settings.began_from());
-            let meta = ModelMeta { images_seen, ema_std: Some(std), options, began_from, ..self.meta.clone() };
-            let name = format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
-            let path = self.execution.outdir.join(name);
-            match save(&path, &self.settings.config, &meta, &table, &weights, Stored::F16) {
-                Err(ModelError::NotFinite { name, value, .. }) => {
+        let name = |&std: &f64| format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
+        let paths: Vec<_> = self.settings.ema.iter().map(|std| self.execution.outdir.join(name(std))).collect();
+        let (rank, writers) = (self.ranks.rank(), self.writers);
+        for (i, path) in paths.iter().enumerate().filter(|(i, _)| i % writers == rank) {
+            match self.write_average(i, path) {
+                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }
                 other => other?,
             }
-            event(Event::Saved(&path));
+        }
+        // A checkpoint that follows promises that all of them are there.
+        self.ranks.barrier()?;
+        if self.files.is_some() {
+            paths.iter().for_each(|path| event(Event::Saved(path)));
         }
         Ok(())
+    }
+
+    /// Writes a moving average parameter by parameter. Ranks of one machine share its memory, and may write at once.
+    fn write_average(&mut self, i: usize, path: &Path) -> Result<(), TrainError> {
+        let meta = ModelMeta {
+            images_seen: self.state.nimg,
+            ema_std: Some(self.settings.ema[i]),
+            options: Some(self.settings.fingerprint()),
+            began_from: self.settings.began_from(),
+            ..self.meta.clone()
+        };
+        let table = self.backend.table().clone();
+        let mut file = ModelWriter::create(path, &self.settings.config, &meta, &table, Stored::F16)?;
+        for (id, _) in table.iter() {
+            file.write(&self.backend.read_param(Slot::Ema(i), id)?)?;
+        }
+        Ok(file.finish()?)
     }
 
     /// Writes a checkpoint, unless the run has diverged, and tidies up.
