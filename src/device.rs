@@ -109,7 +109,7 @@ impl Device {
     /// # Errors
     /// [`DeviceError`]: the name is none, the device is not there, or this program was built without what it needs.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
-        let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Absent(wrong.to_string()))?;
+        let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Unknown(wrong.to_string()))?;
         Self::named(name)
     }
 
@@ -130,7 +130,11 @@ impl Device {
             DeviceName::Auto => match any_cuda() {
                 Ok(gpu) => Ok(on_cuda(gpu)),
                 // On a machine that never had a GPU, nobody wonders.
-                Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None)),
+                Err(DeviceError::NotBuilt(_) | DeviceError::NoDriver { .. } | DeviceError::Absent(_))
+                    if !system::has_nvidia_hardware() =>
+                {
+                    Ok(on(None))
+                }
                 Err(why) => Ok(Self { fallback: Some(why), ..on(None) }),
             },
         }
@@ -321,7 +325,7 @@ fn any_cuda() -> Result<Opened, DeviceError> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Opened, DeviceError> {
-    Err(DeviceError::Absent("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
+    Err(DeviceError::NotBuilt("this edm2k was built without CUDA (cargo feature `cuda`); use --device cpu".into()))
 }
 
 #[cfg(feature = "emulator")]
@@ -333,5 +337,5 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(not(feature = "emulator"))]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
-    Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
+    Err(DeviceError::NotBuilt("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
 }

@@ -157,6 +157,7 @@ impl Settings {
 /// A setting with which nothing can be computed, under its name on the command line.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum SettingError {
     #[error("--{option} is {}, expected {expected}", short(*.found))]
     Range { option: &'static str, found: f64, expected: String },

@@ -154,7 +154,7 @@ fn start_driver() -> Result<(), DeviceError> {
     if !unsafe { sys::is_culib_present() } {
         return match system::why_not_loaded(system::CUDA_DRIVER) {
             Some(why) => unavailable(format!("the NVIDIA driver does not load: {why}")),
-            None => Err(DeviceError::Absent(format!("no NVIDIA driver found ({})", system::CUDA_DRIVER))),
+            None => Err(DeviceError::NoDriver { library: system::CUDA_DRIVER }),
         };
     }
     // SAFETY: it loads, as was seen above.
@@ -218,7 +218,7 @@ fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), DriverError> {
 /// The GPUs of this machine, in the driver's order, of any age.
 ///
 /// # Errors
-/// There is no driver, or it does not start, or it finds none: `Unavailable`.
+/// `NoDriver`; `Absent`: the driver finds none; `Unavailable`: it does not start.
 pub fn devices() -> Result<Vec<CardInfo>, DeviceError> {
     start_driver()?;
     let count = result::device::get_count();
@@ -580,14 +580,15 @@ impl Cuda {
     /// Opens the device that the driver counts as `ordinal`.
     ///
     /// # Errors
-    /// `Unavailable`: no driver, no such device, too old a card, or none that this program has code for.
+    /// `NoDriver`; `Absent`: no such device; `Unavailable`: the driver does not work, the card is too old, or this program
+    /// has no code for it.
     /// `OutOfMemory`, `Failed`: as the device says.
     pub fn new(ordinal: usize) -> Result<Self, DeviceError> {
         let cards = devices()?;
         let Some(info) = cards.get(ordinal) else {
             let there = cards.len().saturating_sub(1);
             let what = format!("there is no device cuda:{ordinal}; the last one is cuda:{there}");
-            return Err(DeviceError::Unavailable(what));
+            return Err(DeviceError::Absent(what));
         };
         info.check(ARCHS)?;
         let unavailable = |e| DeviceError::Unavailable(format!("{}: {}", info.label(), describe(e)));

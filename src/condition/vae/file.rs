@@ -21,6 +21,7 @@ const HEADER_KEY: &str = "condition_model";
 /// What can be wrong with a condition model.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum VaeError {
     #[error(transparent)]
     File(#[from] SafeError),
@@ -39,6 +40,7 @@ pub enum VaeError {
 }
 
 /// Whether a file is a condition model, whole or not.
+#[doc(hidden)]
 pub fn is_one(file: &SafeFile) -> bool {
     file.metadata().contains_key(HEADER_KEY)
 }

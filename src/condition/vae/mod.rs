@@ -89,6 +89,8 @@ pub struct Vae<T: Real = f32> {
     std: Vec<f32>,
 }
 
+debug!(Vae<T> { header } [T: Real]);
+
 impl<T: Real> Vae<T> {
     /// A model whose parameters are still to be filled in.
     fn new(header: Header, vocabulary: Vocabulary) -> Self {
