@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Event::Status(s) => println!("{} images, loss {:.4}, {:.1} images/s", s.nimg, s.loss, s.images_per_s),
         Event::Saved(path) => println!("wrote {}", path.display()),
         Event::Note(text) => println!("{text}"),
-        Event::Step(_) => {}
+        _ => {}
     };
     // Set by somebody else, such as a signal's handler, it ends the run after the step at hand, with a checkpoint.
     let stop = AtomicBool::new(false);

@@ -111,7 +111,7 @@ impl Device {
     /// [`DeviceError`]: `name` names no device, the device is not there, or this program was built without what it
     /// needs.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
-        let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Absent(wrong.to_string()))?;
+        let name: DeviceName = name.parse().map_err(|wrong: NoDevice| DeviceError::Unknown(wrong.to_string()))?;
         Self::named(name)
     }
 
@@ -132,7 +132,11 @@ impl Device {
             DeviceName::Auto => match any_cuda() {
                 Ok((gpu, passed_over)) => Ok(Self { passed_over, ..on_cuda(gpu) }),
                 // On a machine that never had a GPU, nobody wonders.
-                Err(DeviceError::Absent(_)) if !system::has_nvidia_hardware() => Ok(on(None)),
+                Err(DeviceError::NotBuilt(_) | DeviceError::NoDriver { .. } | DeviceError::Absent(_))
+                    if !system::has_nvidia_hardware() =>
+                {
+                    Ok(on(None))
+                }
                 Err(why) => Ok(Self { passed_over: vec![why], ..on(None) }),
             },
         }
@@ -347,7 +351,7 @@ fn first_of<T>(
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Opened, DeviceError> {
-    Err(DeviceError::Absent(
+    Err(DeviceError::NotBuilt(
         "this edm2k was built without CUDA (cargo feature `cuda`); the device cpu needs none".into(),
     ))
 }
@@ -361,7 +365,7 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 
 #[cfg(not(feature = "emulator"))]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
-    Err(DeviceError::Absent("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
+    Err(DeviceError::NotBuilt("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
 }
 
 #[cfg(test)]

@@ -51,21 +51,36 @@
 //! read by the program alone. Libraries below read their own: the CUDA driver `CUDA_VISIBLE_DEVICES`, rayon
 //! `RAYON_NUM_THREADS`.
 
+/// Gives a type a `Debug` that says some of its fields. The others are large, or have no words.
+macro_rules! debug {
+    ($type:ty { $($field:ident),* } $([$($generics:tt)*])?) => {
+        impl $(<$($generics)*>)? std::fmt::Debug for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($type))$(.field(stringify!($field), &self.$field))*.finish_non_exhaustive()
+            }
+        }
+    };
+}
+
 pub mod backend;
 pub mod codec;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod collective;
 pub mod condition;
 pub mod data;
 mod device;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod formats;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod frechet;
 #[doc(hidden)]
 pub mod memory;
 pub mod model;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod onnx;
 #[doc(hidden)]
 pub mod params;
@@ -88,9 +103,13 @@ pub mod verify;
 pub use backend::DeviceError;
 pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
 pub use formats::fingerprint::{Fingerprint, Identity};
+pub use formats::npy::NpyError;
+pub use formats::pickle::PickleError;
 pub use formats::safetensors::SafeError;
+pub use formats::tar::TarError;
 pub use formats::{FileError, LockError};
 pub use pipeline::{Condition, Image, Pipeline, PipelineError, Request};
 #[doc(hidden)]
 pub use real::median;
+// Values of JSON are in the signatures of conditions and images.
 pub use serde_json;

@@ -57,7 +57,8 @@ fn without_a_gpu_one_line_says_what_is_missing() {
             );
         }
         Err(error) => {
-            assert!(matches!(error, DeviceError::Absent(_) | DeviceError::Unavailable(_)), "{error:?}");
+            use DeviceError as E;
+            assert!(matches!(error, E::NoDriver { .. } | E::Absent(_) | E::Unavailable(_)), "{error:?}");
             assert!(error.to_string().contains("NVIDIA") && !error.to_string().contains('\n'), "{error}");
             assert_eq!(Cuda::new(0).err(), Some(error));
         }

@@ -63,7 +63,7 @@ fn parse(bytes: &[u8]) -> Result<Snapshot, String> {
 
 /// The message of the error that must be.
 fn refusal(bytes: &[u8]) -> String {
-    parse(bytes).err().expect("it was taken")
+    parse(bytes).expect_err("it was taken")
 }
 
 /// A pickle taken apart into its opcodes with their arguments, without frames, to be changed.

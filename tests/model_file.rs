@@ -150,7 +150,7 @@ fn damage_is_named() {
     for (message, damage) in cases {
         save(&path, &config, &meta(&config), &model.table, &model.weights, Stored::F32).unwrap();
         tamper(&path, damage);
-        let error = Model::load(&path).err().expect(message).to_string();
+        let error = Model::load(&path).expect_err(message).to_string();
         assert!(error.contains(message) && error.contains("model.safetensors"), "{error}\nexpected {message}");
     }
 }

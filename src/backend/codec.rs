@@ -28,6 +28,7 @@ impl Reach {
 }
 
 /// What happens to the input of a convolution as it is read. The zeros around the image stay zeros.
+#[derive(Debug)]
 pub enum Before<'a, T> {
     /// Nothing.
     Nothing,
@@ -48,6 +49,7 @@ impl<T> Clone for Before<'_, T> {
 impl<T> Copy for Before<'_, T> {}
 
 /// What happens to the result of a convolution and its bias: residual + y, then max(0, y).
+#[derive(Debug)]
 pub struct After<T> {
     /// What is added to y. The result may be written over it.
     pub residual: Option<T>,

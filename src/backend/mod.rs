@@ -10,6 +10,8 @@
 //!  └ CodecBackend    ordinary convolutions               the autoencoders; it owns no network
 //! ```
 //!
+//! The traits are for calling, not for implementing outside of this crate: they gain operations whenever networks do.
+//!
 //! [`cpu::Cpu`] implements each operation by plain composition in f32 (or f64), which can be read beside the paper.
 //! Every kernel is compared with it. The kernels are in [`gpu`].
 //!
@@ -37,12 +39,14 @@ use std::fmt::Debug;
 
 pub mod codec;
 pub mod cpu;
+#[allow(missing_debug_implementations)]
 pub mod gpu;
 #[doc(hidden)]
 pub mod memory;
 mod network;
 mod training;
 
+pub use memory::{DevicePtr, Memory};
 pub use network::{EmbLayer, Embed, Embedding, Logvar, Masks, NetworkBackend, Operand, OperandGrad, Scale};
 pub use training::{Done, Loss, LossInput, Normalization, Pass, Slot, Step, StepStats, TrainingBackend, Values};
 
@@ -52,6 +56,7 @@ pub type Shape = [usize; 4];
 /// Why a device did not do what was asked.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum DeviceError {
     /// Device memory does not suffice; sizes are in bytes. How much was asked for is none where the driver does not say it.
     #[error(
@@ -67,10 +72,19 @@ pub enum DeviceError {
         total: u64,
         advice: &'static str,
     },
-    /// There is no such device.
+    /// The text names no device.
+    #[error("{0}")]
+    Unknown(String),
+    /// This build has no code for it.
+    #[error("{0}")]
+    NotBuilt(String),
+    /// NVIDIA's driver is not installed.
+    #[error("no NVIDIA driver found ({library})")]
+    NoDriver { library: &'static str },
+    /// There is no such card.
     #[error("{0}")]
     Absent(String),
-    /// This build has no code for it, or it cannot do what is asked.
+    /// It is there, but its driver does not work, or it cannot do what is asked.
     #[error("{0}")]
     Unavailable(String),
     /// A kernel did something wrong, or the device was lost.
@@ -81,6 +95,7 @@ pub enum DeviceError {
 /// Why an operation could not be done.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum BackendError {
     /// A parameter was given the wrong number of values.
     #[error("parameter {name}: {found} values, expected {expected}")]

@@ -11,6 +11,7 @@ use crate::params::{ParamId, ParamTable};
 /// Input of a convolution: one tensor, or the `mp_cat` of two, optionally through `mp_silu`.
 ///
 /// The concatenation (x first, skip second; each times its scale, eq. 103) is never materialised.
+#[derive(Debug)]
 pub struct Operand<'a, T> {
     /// First (or only) input, [n, h, w, ca].
     pub x: &'a T,
@@ -43,7 +44,7 @@ impl<'a, T> Operand<'a, T> {
 }
 
 /// Gradients with respect to the inputs of an [`Operand`].
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct OperandGrad<T> {
     /// With respect to `Operand::x`.
     pub x: T,
@@ -53,6 +54,7 @@ pub struct OperandGrad<T> {
 
 /// The per-channel scales of one block: channels `offset..offset + channels` of what
 /// [`NetworkBackend::emb_scales`] returned.
+#[derive(Debug)]
 pub struct Scale<'a, T> {
     /// `[n, 1, 1, all channels]`.
     pub all: &'a T,
@@ -97,7 +99,7 @@ pub struct Embed {
 }
 
 /// What [`NetworkBackend::embed`] returns.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Embedding<T> {
     /// Fourier features [n, 1, 1, noise_channels].
     pub features: T,

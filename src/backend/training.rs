@@ -3,6 +3,8 @@
 //! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1).
 //! The factor 1/batch comes in as [`Step::grad_scale`].
 
+use std::fmt;
+
 use super::memory::Memory;
 use super::{
     Backend, BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, PlanKey, Scale,
@@ -11,6 +13,7 @@ use crate::params::{Buckets, ParamId, Whole};
 use std::ops::Range;
 
 /// Inputs of the training loss.
+#[derive(Debug)]
 pub struct LossInput<'a, T> {
     /// Clean images [n, h, w, c].
     pub clean: &'a T,
@@ -29,6 +32,7 @@ pub struct LossInput<'a, T> {
 }
 
 /// Loss of each image, and the gradients that start the backward pass.
+#[derive(Debug)]
 pub struct Loss<T> {
     /// Sum over the image's elements of weight/exp(logvar) * (D - clean)^2 + logvar, [n, 1, 1, 1].
     pub per_image: T,
@@ -101,6 +105,15 @@ pub enum Values<'a> {
     Host(&'a mut [f32]),
     /// In device memory, at this range of its bytes.
     Device(&'a dyn Memory, Range<usize>),
+}
+
+impl fmt::Debug for Values<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(values) => write!(f, "Host({} values)", values.len()),
+            Self::Device(_, bytes) => write!(f, "Device({bytes:?})"),
+        }
+    }
 }
 
 /// Called with the gradients that are complete.

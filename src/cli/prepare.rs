@@ -313,6 +313,7 @@ impl Progress {
                     if kept { "was there".to_owned() } else { format!("{:.1} a second", images as f64 / seconds) };
                 say(format!("{name}: {images} images ({how})"));
             }
+            _ => {}
         }
     }
 }

@@ -239,6 +239,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
                 note!("{} of {} images, {text}, {left} left", s.nimg, settings.duration);
             }
         }
+        _ => {}
     };
     let splits = Splits { train: &data, validation: validation.as_ref() };
     requests.begin();

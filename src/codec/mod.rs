@@ -64,6 +64,7 @@ pub const TAESD_SCALE: f32 = 0.18215;
 /// What can go wrong with a codec.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum CodecError {
     #[error(transparent)]
     File(#[from] SafeError),
@@ -203,6 +204,7 @@ impl CodecFile {
     }
 
     /// Whether a file has tensors that only autoencoders have; `open` says whether it is whole.
+    #[doc(hidden)]
     pub fn is_one(file: &SafeFile) -> bool {
         const MARKS: [&str; 6] = [
             "encoder.conv_in.weight",
@@ -405,6 +407,8 @@ pub struct Encoder<B: CodecBackend> {
     depth: usize,
 }
 
+debug!(Encoder<B> { factor, depth } [B: CodecBackend]);
+
 impl<B: CodecBackend> Encoder<B> {
     /// Latents of a picture, before EDM2's scaling.
     ///
@@ -495,6 +499,8 @@ pub struct Decoder<B: CodecBackend> {
     factor: usize,
     depth: usize,
 }
+
+debug!(Decoder<B> { factor, depth } [B: CodecBackend]);
 
 impl<B: CodecBackend> Decoder<B> {
     /// An SD-VAE of the published size with random weights, for measurements, and the multiply-adds of decoding a

@@ -36,6 +36,7 @@ pub use star::{LONGEST, Star, limit};
 /// Why ranks do not work together.
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum CollectiveError {
     /// The launcher says something impossible.
     #[error("{0}")]
@@ -99,6 +100,7 @@ pub trait Collective {
 }
 
 /// One rank, and no other.
+#[derive(Debug)]
 pub struct Alone;
 
 impl Collective for Alone {

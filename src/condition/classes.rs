@@ -10,6 +10,7 @@ use crate::formats::{At, input};
 /// Why a text names no class.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ClassError {
     #[error("\"{name}\" is the name of several classes: {}", classes.iter().map(usize::to_string).collect::<Vec<_>>().join(", "))]
     Several { name: String, classes: Vec<usize> },

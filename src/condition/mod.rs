@@ -140,6 +140,7 @@ impl Meaning {
 /// How the conditions of what is called `name` differ from those of `other`.
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum OtherMeaning {
     #[error("{name}: its conditions are {found}, those of {other} are {expected}")]
     Conditioning { name: String, other: String, found: Box<Conditioning>, expected: Box<Conditioning> },

@@ -23,6 +23,8 @@ pub struct Tagger {
     network: Network,
 }
 
+debug!(Tagger {});
+
 impl Tagger {
     /// What is behind a transparent picture.
     pub const BACKGROUND: [u8; 3] = [255; 3];
@@ -41,7 +43,7 @@ impl Tagger {
     }
 
     /// The tagger's network.
-    pub fn network(&self) -> &Network {
+    pub(crate) fn network(&self) -> &Network {
         &self.network
     }
 

@@ -34,6 +34,7 @@ pub struct Tag {
 /// What can be wrong with a vocabulary or with tags looked up in it.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum VocabularyError {
     #[error("unknown tag \"{}\"{}", beginning(tag), suggest(nearest))]
     Unknown { tag: String, nearest: Vec<String> },
@@ -74,6 +75,7 @@ fn suggest(nearest: &[String]) -> String {
 /// Why a text cannot be a tag. Commas separate tags on the command line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum NoTag {
     #[error("it is empty")]
     Empty,

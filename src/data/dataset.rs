@@ -17,10 +17,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::edm2::{Archive, ArchiveError, LABELS};
+pub use super::edm2::ArchiveError;
+use super::edm2::{Archive, LABELS};
 use super::pending::{self, View};
-use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, ShardError, check_whole};
-pub use super::shard::{Header, Representation, Split, VOCABULARY_FILE};
+use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, check_whole};
+pub use super::shard::{Header, Representation, ShardError, Split, VOCABULARY_FILE};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -33,6 +34,7 @@ use crate::rng::Stream;
 /// What can be wrong with a dataset.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum DatasetError {
     #[error(transparent)]
     Shard(#[from] ShardError),

@@ -32,6 +32,7 @@ const CLASSES: usize = 1 << 20;
 /// Why an archive is no dataset.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ArchiveError {
     #[error(transparent)]
     Zip(#[from] ZipError),

@@ -21,6 +21,7 @@ pub const CONDITIONING_KEY: &str = "conditioning";
 /// What can be wrong with such a file.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum FeatureError {
     #[error(transparent)]
     File(#[from] SafeError),

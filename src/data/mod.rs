@@ -14,6 +14,7 @@
 
 pub mod dataset;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod edm2;
 pub mod features;
 mod pending;

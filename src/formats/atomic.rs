@@ -127,6 +127,7 @@ const LOCK_FILE: &str = ".edm2k.lock";
 /// Why a directory cannot be written in.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum LockError {
     #[error(transparent)]
     Io(#[from] FileError),

@@ -15,6 +15,7 @@ const MAX_BYTES: u64 = 1 << 34;
 /// What can be wrong with such a file.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum NpyError {
     #[error(transparent)]
     Io(#[from] FileError),

@@ -43,6 +43,7 @@ const METADATA: &str = "__metadata__";
 /// What can be wrong with a safetensors file, or with a request to it.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum SafeError {
     #[error(transparent)]
     Io(#[from] FileError),

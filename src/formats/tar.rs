@@ -36,6 +36,7 @@ pub struct Member {
 /// Why an archive cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum TarError {
     #[error(transparent)]
     Io(#[from] FileError),

@@ -94,6 +94,7 @@ fn default_logvar_channels() -> usize {
 /// Why a [`Config`] does not describe a network.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ConfigError {
     /// A field is out of range.
     #[error("{field} = {found}, expected {expected}")]

@@ -145,6 +145,7 @@ impl ModelMeta {
 /// What can be wrong with a model file.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ModelError {
     #[error(transparent)]
     File(#[from] SafeError),
@@ -205,6 +206,8 @@ pub struct Model {
     pub doubts: Vec<String>,
 }
 
+debug!(Model { meta });
+
 /// A parameter that [`Model::adapt`] could not take over.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reinitialised {
@@ -228,6 +231,8 @@ pub struct ModelFile {
     pub doubts: Vec<String>,
     file: SafeFile,
 }
+
+debug!(ModelFile { meta });
 
 impl ModelFile {
     /// Opens a model file and checks its metadata and the shapes of its tensors.
@@ -455,6 +460,8 @@ pub struct ModelWriter<'a> {
     names: Box<dyn Iterator<Item = &'a str> + 'a>,
     precision: Stored,
 }
+
+debug!(ModelWriter<'_> { path });
 
 impl<'a> ModelWriter<'a> {
     /// Begins a file of the network of `config`, whose parameters `table` lists.

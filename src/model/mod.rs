@@ -22,4 +22,4 @@ pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, St
 pub use precond::Precond;
 pub use snapshot::{Snapshot, SnapshotError};
 
-pub use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable};
+pub use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable, Whole};

@@ -37,6 +37,8 @@ pub struct TrainPass<T> {
     tape: Tape<T>,
 }
 
+debug!(TrainPass<T> {} [T]);
+
 impl Precond {
     /// The network of a valid config, and the table of its parameters.
     pub fn new(config: &Config) -> Result<(Self, ParamTable), ConfigError> {

@@ -49,6 +49,7 @@ const IGNORED: [&str; 3] = ["use_fp16", "dropout", "resample_filter"];
 /// Why a file is not a snapshot that can be used.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum SnapshotError {
     #[error(transparent)]
     Io(#[from] FileError),
@@ -63,6 +64,7 @@ pub enum SnapshotError {
 type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 
 /// A snapshot, read.
+#[derive(Debug)]
 pub struct Snapshot {
     /// The network with its weights.
     pub model: Model,

@@ -90,6 +90,8 @@ pub struct Tape<T> {
     ends: Option<Ends<T>>,
 }
 
+debug!(Tape<T> {} [T]);
+
 impl<T> Tape<T> {
     /// An empty tape, for a pass in which these activations are dropped.
     pub fn new(masks: Option<Masks<T>>) -> Self {
@@ -113,6 +115,8 @@ pub struct BlockTape<T> {
     res: T,
     attn: Option<AttnTape<T>>,
 }
+
+debug!(BlockTape<T> {} [T]);
 
 struct AttnTape<T> {
     qkv: T,

@@ -38,6 +38,7 @@ const MAX_SIDE: usize = 4096;
 /// What can go wrong with a network.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum OnnxError {
     #[error("{}: this edm2k was built without ONNX (cargo feature `onnx`)", path.display())]
     NotBuilt { path: PathBuf },

@@ -23,6 +23,7 @@ use std::io;
 /// Why a file is no picture.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum PictureError {
     #[error(transparent)]
     Io(#[from] io::Error),

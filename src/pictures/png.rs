@@ -12,6 +12,7 @@ use crate::formats::{At, FileError, input, write_atomically};
 /// What can go wrong with a PNG file.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum PngError {
     #[error(transparent)]
     Io(#[from] FileError),

@@ -125,6 +125,7 @@ impl Condition {
 /// Why there is no condition.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ConditionError {
     #[error("{}: the model is unconditional, so it takes no condition", model.display())]
     Unconditional { model: PathBuf },

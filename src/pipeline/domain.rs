@@ -29,6 +29,7 @@ pub struct Domain {
 /// Two things that do not belong together: how the one called `name` differs from `other`.
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum Mismatch {
     #[error("{name}: its images are {found}, those of {other} are {expected}")]
     Images { name: String, other: String, found: &'static str, expected: &'static str },

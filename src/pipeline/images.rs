@@ -59,6 +59,8 @@ pub struct Step<'a> {
     viewer: Option<&'a mut Viewer>,
 }
 
+debug!(Step<'_> { first, images, index, of, sigma });
+
 impl Step<'_> {
     /// What the network takes the images for so far, [images, height, width, channels].
     ///
@@ -106,6 +108,8 @@ pub struct Images<'a> {
     made: VecDeque<(usize, Vec<f32>)>,
     spent: Spent,
 }
+
+debug!(Images<'_> { next, end });
 
 impl<'a> Images<'a> {
     /// Of a request that was checked, on a pipeline that is ready; `common` is what all images say of themselves.

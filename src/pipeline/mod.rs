@@ -59,6 +59,7 @@ pub(crate) const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 /// Why there are no images.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum PipelineError {
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -121,6 +122,8 @@ pub struct Pipeline {
     tagger: Option<Tagger>,
     warnings: Vec<String>,
 }
+
+debug!(Pipeline { path, device });
 
 impl Pipeline {
     /// Opens a model file.

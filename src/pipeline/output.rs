@@ -19,6 +19,7 @@ use crate::pictures::{Picture, decode};
 /// Why images cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum OutputError {
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -53,6 +54,8 @@ pub struct OutDir {
     /// Which of them this process makes.
     part: Part,
 }
+
+debug!(OutDir { dir });
 
 /// What is written of each image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

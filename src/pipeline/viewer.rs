@@ -16,6 +16,8 @@ pub struct Viewer {
     decoder: Option<Decoder>,
 }
 
+debug!(Viewer {});
+
 /// An autoencoder's decoder on a device.
 struct Decoder {
     file: CodecFile,

@@ -212,6 +212,7 @@ impl SamplerConfig {
 /// Why no images could be sampled.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum SampleError {
     /// A setting makes no sense.
     #[error("{name} = {found}, expected {expected}")]
@@ -327,6 +328,8 @@ pub struct Sampler<'a, B: NetworkBackend> {
     /// Autoguidance: device and network of the reference. `None`: the network itself.
     pub gnet: Option<(&'a mut B, &'a Precond)>,
 }
+
+debug!(Sampler<'_, B> { net } [B: NetworkBackend]);
 
 impl<B: NetworkBackend> Sampler<'_, B> {
     /// Samples one batch. `observe` is called after each step, when the one before it is done. The whole batch is one

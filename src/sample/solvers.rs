@@ -9,7 +9,7 @@ use super::{Churn, SampleError, SamplerConfig, Solver};
 use crate::backend::Backend;
 
 /// A denoised image D = ref + g (D_cond - ref), kept as its two parts.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Guided<T> {
     d: T,
     weight: f64,
@@ -41,6 +41,7 @@ impl<T> Guided<T> {
 }
 
 /// What a solver shows after a step.
+#[derive(Debug)]
 pub struct Step<'a, T> {
     /// Index of the step, from 0.
     pub index: usize,

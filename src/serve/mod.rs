@@ -141,6 +141,7 @@ pub struct Options {
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ServeError {
     #[error(transparent)]
     Unsafe(#[from] Unsafe),

@@ -42,6 +42,7 @@ pub struct State {
 /// Why a checkpoint could not be written or read.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum CheckpointError {
     #[error(transparent)]
     Io(#[from] FileError),
@@ -64,6 +65,7 @@ const CHECKSUMS: &str = "checksums";
 const STATE: &str = "train";
 
 /// Whether a file is a checkpoint, whole or not.
+#[doc(hidden)]
 pub fn is_one(file: &SafeFile) -> bool {
     file.metadata().contains_key(STATE)
 }
@@ -182,6 +184,8 @@ pub struct Checkpoint {
     file: SafeFile,
     checksums: Vec<i64>,
 }
+
+debug!(Checkpoint { state });
 
 impl Checkpoint {
     /// Opens a checkpoint and checks its metadata.

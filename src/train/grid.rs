@@ -30,6 +30,7 @@ pub type Show<'a> = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>
 
 /// Why there is no grid.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum GridError {
     /// Sampling failed.
     #[error(transparent)]

@@ -40,22 +40,27 @@ use std::time::Instant;
 use serde::Serialize;
 
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod batch;
 mod begin;
 pub mod checkpoint;
 pub mod ema;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod events;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod grid;
 #[doc(hidden)]
 pub mod memory;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod order;
 pub mod posthoc;
 pub mod schedule;
 mod settings;
 #[doc(hidden)]
+#[allow(missing_debug_implementations)]
 pub mod stats;
 mod step;
 pub mod validation;
@@ -90,6 +95,7 @@ use stats::StatsFile;
 /// Why training could not begin or go on.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum TrainError {
     #[error(transparent)]
     Io(#[from] FileError),
@@ -148,6 +154,8 @@ impl TrainError {
 }
 
 /// What a run reports while it goes.
+#[derive(Debug)]
+#[non_exhaustive]
 pub enum Event<'a> {
     /// A step is done; so many images have been seen.
     Step(u64),
@@ -169,7 +177,7 @@ pub enum Outcome {
 }
 
 /// The images of a run.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Splits<'a> {
     /// The images to learn from.
     pub train: &'a Dataset,
@@ -196,6 +204,8 @@ pub struct Training<'a> {
     /// The ranks that train together; [`Alone`] if there is only this one.
     pub ranks: &'a mut dyn Collective,
 }
+
+debug!(Training<'_> { settings, execution });
 
 impl Work for Training<'_> {
     type Output = Result<Outcome, TrainError>;

@@ -102,6 +102,7 @@ const MAX_MISMATCH: f64 = 0.5;
 /// Why an average cannot be reconstructed.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum PosthocError {
     #[error("{}: no usable {what} in its metadata, so it is no snapshot of a moving average", path.display())]
     NoAverage { path: PathBuf, what: &'static str },
@@ -130,6 +131,8 @@ pub struct Reconstruction {
     coefficients: Vec<f64>,
     mismatch: Vec<f64>,
 }
+
+debug!(Reconstruction { at, stds });
 
 impl Reconstruction {
     /// Finds how to combine the snapshots of a run to averages of relative standard deviations `stds`, each in

@@ -165,6 +165,7 @@ impl Settings {
 /// A setting with which nothing can be computed, under its name in [`Settings`] or [`Execution`], or as the caller calls it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum SettingError {
     #[error("{setting} is {}, expected {expected}", short(*.found))]
     Range { setting: &'static str, found: f64, expected: String },

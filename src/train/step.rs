@@ -204,6 +204,7 @@ struct SharedMicroBatch {
 }
 
 /// What a micro-batch is made of.
+#[derive(Debug)]
 pub struct Inputs<T> {
     /// Clean images [n, h, w, c].
     pub clean: T,

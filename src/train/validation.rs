@@ -20,6 +20,7 @@ const DRAWS: usize = 4;
 /// Why there is no loss.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ValidationError {
     #[error(transparent)]
     Data(#[from] DatasetError),
@@ -81,6 +82,8 @@ pub struct Noisy<'a> {
     /// How many images of a size are kept together in one part, if there are so many.
     together: usize,
 }
+
+debug!(Noisy<'_> { draws });
 
 impl<'a> Noisy<'a> {
     fn new(data: &'a Dataset, images: usize, draws: usize, together: usize, sigma: impl Fn(u64) -> f32 + 'a) -> Self {

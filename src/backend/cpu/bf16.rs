@@ -42,6 +42,8 @@ pub struct Packed {
     cout: usize,
 }
 
+debug!(Packed { k, cout });
+
 impl Packed {
     /// Packs matrices of `k` rows, an even number, and `cout` columns.
     pub fn new(weight: &[f32], k: usize, cout: usize) -> Self {

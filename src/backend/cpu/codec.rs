@@ -18,6 +18,8 @@ pub struct Conv<T> {
     bias: Vec<T>,
 }
 
+debug!(Conv<T> { window } [T]);
+
 impl<T: Real> Cpu<T, ()> {
     /// A device for codecs, which has no network's parameters.
     pub fn for_codec() -> Self {

@@ -35,12 +35,16 @@ pub struct Cpu<T: Real = f32, P = Params<T>> {
     bf16: bool,
 }
 
+debug!(Cpu<T, P> { bf16 } [T: Real, P]);
+
 /// A network's parameters.
 pub struct Params<T: Real> {
     table: ParamTable,
     buckets: Buckets,
     all: Vec<Param<T>>,
 }
+
+debug!(Params<T> { table } [T: Real]);
 
 impl<T: Real> Index<ParamId> for Params<T> {
     type Output = Param<T>;

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex};
 #[derive(Default)]
 pub struct Pool<T>(Mutex<HashMap<usize, Vec<Vec<T>>>>);
 
+debug!(Pool<T> {} [T]);
+
 impl<T> Pool<T> {
     /// Gives the freed buffers back to the system.
     pub fn clear(&self) {
@@ -42,6 +44,8 @@ pub struct Tensor<T: Real> {
     shape: Shape,
     buffer: Arc<Buffer<T>>,
 }
+
+debug!(Tensor<T> { shape } [T: Real]);
 
 impl<T: Real> Tensor<T> {
     /// A tensor with arbitrary values. Whoever asks for it must write all of them.

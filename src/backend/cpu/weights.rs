@@ -44,6 +44,8 @@ pub struct Param<T> {
     training: Option<Training<T>>,
 }
 
+debug!(Param<T> { spec } [T]);
+
 /// Rows of the matrix whose sum is made before it is added to other sums. It is fixed, so that the bits do not depend
 /// on the number of threads.
 const SUM_ROWS: usize = 32;

@@ -236,7 +236,7 @@ fn gpus() -> Result<Vec<String>, DeviceError> {
 /// A build without CUDA names none.
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> Result<Vec<String>, DeviceError> {
-    Err(DeviceError::Unavailable("this edm2k was built without CUDA (cargo feature `cuda`)".into()))
+    Err(DeviceError::NotBuilt("this edm2k was built without CUDA (cargo feature `cuda`)".into()))
 }
 
 /// Prints to stdout.

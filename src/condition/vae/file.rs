@@ -16,6 +16,7 @@ use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 
 /// Whether a file is a condition model, whole or not.
+#[doc(hidden)]
 pub fn is_one(file: &SafeFile) -> bool {
     file.metadata().contains_key(HEADER_KEY)
 }

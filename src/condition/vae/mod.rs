@@ -87,6 +87,7 @@ const HEADER_KEY: &str = "condition_model";
 /// What can be wrong with a condition model.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum VaeError {
     #[error(transparent)]
     File(#[from] SafeError),
@@ -118,6 +119,8 @@ pub struct Vae<T: Real = f32> {
     mean: Vec<f32>,
     std: Vec<f32>,
 }
+
+debug!(Vae<T> { header } [T: Real]);
 
 impl<T: Real> Vae<T> {
     /// A model whose parameters are still to be filled in.

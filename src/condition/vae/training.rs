@@ -48,6 +48,8 @@ pub struct Rows {
     pub conditioning: Option<Conditioning>,
 }
 
+debug!(Rows { kind });
+
 impl Source for Rows {
     fn kind(&self) -> ConditionKind {
         self.kind
@@ -134,6 +136,8 @@ pub struct Learning<'a, S> {
     pub(super) adam: Adam,
     pub(super) passes: usize,
 }
+
+debug!(Learning<'_, S> { how, passes } [S]);
 
 impl<'a, S: Source> Learning<'a, S> {
     /// Begins to learn. Features are read once, for their means.

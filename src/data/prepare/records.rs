@@ -41,7 +41,7 @@ pub trait Records: Sync {
 }
 
 /// The records of a source.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Listing {
     /// How many there were at first.
     pub read: usize,
@@ -63,6 +63,7 @@ impl Listing {
 }
 
 /// An image and what is known of it.
+#[derive(Debug)]
 pub struct Record {
     /// Its number; decides its split.
     pub id: i64,
@@ -150,7 +151,7 @@ impl Place {
 }
 
 /// Tags by number, so that the text of a tag that a million images have is kept once.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Tags {
     names: Vec<String>,
     numbers: HashMap<String, u32>,

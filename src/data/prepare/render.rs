@@ -36,6 +36,8 @@ pub struct Codec {
     encode: Box<Encode>,
 }
 
+debug!(Codec { autoencoder, factor });
+
 /// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
 pub type Encode = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>;
 

@@ -22,6 +22,7 @@ use crate::onnx::OnnxError;
 /// What stops the preparation.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum PrepareError {
     #[error(transparent)]
     Io(#[from] FileError),
@@ -93,6 +94,7 @@ pub type Report<'a> = &'a (dyn Fn(Event) + Sync);
 /// What happens meanwhile, for a progress display.
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs)] // the variants say it
+#[non_exhaustive]
 pub enum Event<'a> {
     /// `done` of `total` of the input has been looked through; `what` says what kind of input that is.
     Reading { what: &'static str, done: u64, total: u64 },

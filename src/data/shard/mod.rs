@@ -229,6 +229,7 @@ impl VocabularyPrint {
 /// What can be wrong with a shard.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
 pub enum ShardError {
     #[error(transparent)]
     File(#[from] SafeError),

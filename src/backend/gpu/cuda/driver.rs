@@ -99,7 +99,7 @@ fn start_driver() -> Result<(), DeviceError> {
     if !unsafe { sys::is_culib_present() } {
         return match system::why_not_loaded(system::CUDA_DRIVER) {
             Some(why) => unavailable(format!("the NVIDIA driver does not load: {why}")),
-            None => Err(DeviceError::Absent(format!("no NVIDIA driver found ({})", system::CUDA_DRIVER))),
+            None => Err(DeviceError::NoDriver { library: system::CUDA_DRIVER }),
         };
     }
     // SAFETY: it loads, as was seen above.
@@ -163,7 +163,7 @@ pub(super) fn card_info(ordinal: usize) -> Result<(sys::CUdevice, CardInfo), Dri
 /// The GPUs of this machine, in the driver's order, of any age.
 ///
 /// # Errors
-/// There is no driver, or it does not start, or it finds none: `Unavailable`.
+/// `NoDriver`; `Absent`: the driver finds none; `Unavailable`: it does not start.
 pub fn devices() -> Result<Vec<CardInfo>, DeviceError> {
     start_driver()?;
     let count = result::device::get_count();

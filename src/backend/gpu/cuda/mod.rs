@@ -160,14 +160,15 @@ impl Cuda {
     /// Opens the device that the driver counts as `ordinal`.
     ///
     /// # Errors
-    /// `Unavailable`: no driver, no such device, too old a card, or none that this program has code for.
+    /// `NoDriver`; `Absent`: no such device; `Unavailable`: the driver does not work, the card is too old, or this program
+    /// has no code for it.
     /// `OutOfMemory`, `Failed`: as the device says.
     pub fn new(ordinal: usize) -> Result<Self, DeviceError> {
         let cards = devices()?;
         let Some(info) = cards.get(ordinal) else {
             let there = cards.len().saturating_sub(1);
             let what = format!("there is no device cuda:{ordinal}; the last one is cuda:{there}");
-            return Err(DeviceError::Unavailable(what));
+            return Err(DeviceError::Absent(what));
         };
         info.check(ARCHS)?;
         let unavailable = |e| DeviceError::Unavailable(format!("{}: {}", info.label(), describe(e)));
