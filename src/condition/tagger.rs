@@ -43,7 +43,8 @@ impl Tagger {
     }
 
     /// The tagger's network.
-    pub(crate) fn network(&self) -> &Network {
+    #[doc(hidden)]
+    pub fn network(&self) -> &Network {
         &self.network
     }
 
