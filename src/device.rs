@@ -116,6 +116,9 @@ impl Device {
     }
 
     /// As [`Device::open`].
+    ///
+    /// # Errors
+    /// As there, but that a name always is one.
     pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
         let on = |runtime: Option<Rc<dyn Runtime>>| Self {
             runtime,
@@ -259,10 +262,19 @@ pub trait Backends {
     type Codec: CodecBackend + 'static;
 
     /// One that holds the parameters of a network, to run it.
+    ///
+    /// # Errors
+    /// The weights do not fit into the device's memory, or the kernels do not take the network.
     fn sampling(&self, table: &ParamTable) -> Result<Self::Sampling, DeviceError>;
     /// One that also holds gradients, moments, and `averages` moving averages.
+    ///
+    /// # Errors
+    /// As [`Backends::sampling`]; or there are more averages than the kernels take.
     fn training(&self, table: &ParamTable, averages: usize) -> Result<Self::Training, DeviceError>;
     /// One that holds no network, to run codecs.
+    ///
+    /// # Errors
+    /// A GPU cannot be used.
     fn codec(&self) -> Result<Self::Codec, DeviceError>;
 }
 

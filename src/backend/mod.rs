@@ -147,10 +147,16 @@ pub trait Backend: Sized {
     /// Copies host values (in NHWC order) to the device.
     fn upload(&mut self, shape: Shape, values: &[f32]) -> Self::Tensor;
     /// Waits for the device and copies a tensor to the host.
+    ///
+    /// # Errors
+    /// What went wrong on the device since the last call that returned a `Result`.
     fn download(&mut self, t: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
 
     /// Waits until the device has done what it had been given when this was called the last time. A caller that does so
     /// after each step keeps the device's pace, with one step of work always under way.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
     fn pace(&mut self) -> Result<(), BackendError> {
         Ok(())
     }

@@ -147,9 +147,15 @@ pub trait NetworkBackend: Backend {
     /// The parameters that this backend holds.
     fn table(&self) -> &ParamTable;
     /// Sets a stored parameter, values in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`BackendError::ParamSize`], or the device's.
     fn load_param(&mut self, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
     /// Makes the effective weights from the stored ones. To be called before the first forward pass and after every
     /// change of a parameter.
+    ///
+    /// # Errors
+    /// The device's.
     fn normalize(&mut self) -> Result<(), BackendError>;
 
     /// `[c_in * x, 1]`: the preconditioned input with the channel of ones, [n, h, w, c + 1], for noise levels

@@ -126,14 +126,23 @@ pub type Pass<'a, B, E> =
 /// A device that trains a network.
 pub trait TrainingBackend: NetworkBackend {
     /// Sets one slot of a parameter, values in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`BackendError::ParamSize`], [`BackendError::NotTraining`], or the device's.
     fn write_param(&mut self, slot: Slot, id: ParamId, values: &[f32]) -> Result<(), BackendError>;
     /// Reads one slot of a parameter, values in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`BackendError::NotTraining`], or the device's.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
     /// The portions in which [`exchange`](Self::exchange) gives out the values of a slot.
     fn buckets(&self) -> &Buckets;
     /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, one part after the other.
     /// `exchange` may replace them: by the sum of the gradients over several devices, or by the weights of another
     /// device. Call [`make_effective`](Self::make_effective) after a change of the weights.
+    ///
+    /// # Errors
+    /// [`BackendError::NotTraining`], or the device's.
     fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
     /// As [`Backend::planned`], for a pass that says which gradients are complete. `done` is called with them, at least
     /// where another bucket is complete. At that moment the device has been given everything that adds to them, and
@@ -153,6 +162,9 @@ pub trait TrainingBackend: NetworkBackend {
     }
     /// Makes the effective weights from a slot ([`Slot::Weight`] or [`Slot::Ema`]). To be called
     /// before the first forward pass and after every change of that slot.
+    ///
+    /// # Errors
+    /// [`BackendError::NotTraining`], or the device's.
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError>;
 
     /// EDM2's loss (eq. 14, 15) with its gradients; the gradient of `out_gain` is accumulated.
@@ -217,5 +229,8 @@ pub trait TrainingBackend: NetworkBackend {
     /// One pass over all parameters. It zeroes gradients that are not finite, projects them through the weight
     /// normalisation, and updates the weights by Adam and the moving averages. It clears the gradients and makes the
     /// effective weights of the next step (as [`Normalization::Train`] with the same rounds).
+    ///
+    /// # Errors
+    /// [`BackendError::NotTraining`], or the device's.
     fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError>;
 }

@@ -1,5 +1,15 @@
 //! Names of the classes of a class-conditional model: a text file with a line for each, such as `tench, Tinca tinca`.
 //! The names between commas all name that class.
+//!
+//! ```
+//! use edm2k::condition::classes::Classes;
+//!
+//! let classes = Classes::new(["tench, Tinca tinca", "goldfish, Carassius auratus"]);
+//! assert_eq!(classes.find("Goldfish"), Ok(1));
+//! assert_eq!(classes.name(0), Some("tench, Tinca tinca"));
+//! let unknown = classes.find("goldfisch").unwrap_err().to_string();
+//! assert_eq!(unknown, "unknown class \"goldfisch\", did you mean \"goldfish\"?");
+//! ```
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -30,6 +40,9 @@ pub struct Classes {
 
 impl Classes {
     /// Reads a file of names.
+    ///
+    /// # Errors
+    /// [`VocabularyError::Io`]: the file cannot be read, or is no text.
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
         let text = input::text(path).at(path)?;
         Ok(Self::new(text.lines()))

@@ -31,6 +31,10 @@ impl Tagger {
 
     /// Opens a tagger's ONNX file. `node` names the tensor of the features; without it, it is the classifier's input,
     /// found by the names that the taggers of SmilingWolf have.
+    ///
+    /// # Errors
+    /// The file is no ONNX file, or has an operator that is not supported; it has no such node, or no classifier; its
+    /// images are not square; or this crate was built without the feature `onnx`.
     pub fn open(path: &Path, node: Option<&str>) -> Result<Self, OnnxError> {
         let network = Network::open(path, node.map_or(Wanted::Pooled, Wanted::Named), None)?;
         match network.size() {

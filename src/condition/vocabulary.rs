@@ -7,6 +7,17 @@
 //!
 //! On disk: a JSON list of `{"tag", "count"}`, most frequent first; the place in the list
 //! is the index in the vector.
+//!
+//! ```
+//! use edm2k::condition::vocabulary::Vocabulary;
+//!
+//! let vocabulary = Vocabulary::most_frequent([["cat", "face"], ["cat", "red"]], 1024)?;
+//! assert_eq!((vocabulary.tag(0), vocabulary.get("red"), vocabulary.len()), (Some("cat"), Some(2), 3));
+//! // The condition of two tags: 1/sqrt(2) at each of them.
+//! let condition = vocabulary.multi_hot(&[vocabulary.index("cat")?, vocabulary.index("red")?]);
+//! assert_eq!(condition, [0.5f32.sqrt(), 0.0, 0.5f32.sqrt()]);
+//! # Ok::<(), edm2k::condition::vocabulary::VocabularyError>(())
+//! ```
 
 use std::borrow::Cow;
 use std::collections::HashMap;

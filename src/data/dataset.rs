@@ -8,6 +8,16 @@
 //! Images may be of several sizes ([`Dataset::buckets`]), wherever they stand in the shards.
 //!
 //! Opening a split costs one pass over its conditions. Reading an image touches its own bytes only.
+//!
+//! ```
+//! use edm2k::data::dataset::{Dataset, Split};
+//!
+//! let data = Dataset::open("tests/data/emoji".as_ref(), Split::Train)?;
+//! let [height, width, channels] = data.shape();
+//! assert_eq!((height, width, channels, data.condition_dim()), (32, 32, 3, data.vocabulary().len()));
+//! assert_eq!(data.find(data.id(5)), Some(5));
+//! # Ok::<(), edm2k::data::dataset::DatasetError>(())
+//! ```
 
 use std::cmp::Reverse;
 use std::collections::HashSet;

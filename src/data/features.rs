@@ -5,6 +5,23 @@
 //! * `.npy`: features [N, D], and their ids `[N]` in a second `.npy` of whole numbers.
 //!
 //! A safetensors file is mapped, so that only what is asked for is read; a `.npy` is read whole.
+//!
+//! ```
+//! use edm2k::data::features::Features;
+//!
+//! # use edm2k::formats::safetensors::{Dtype, write};
+//! # let path = std::env::temp_dir().join(format!("edm2k-features-{}.safetensors", std::process::id()));
+//! # let ids = [7i64, 9].map(i64::to_le_bytes).concat();
+//! # let values = [0.5f32, 0.25].map(f32::to_le_bytes).concat();
+//! # let tensors = [("ids", Dtype::I64, &[2][..], &ids[..]), ("features", Dtype::F32, &[2, 1], &values)];
+//! # write(&path, &tensors, &Default::default())?;
+//! let features = Features::open(&path, None)?; // of images 7 and 9, one value wide
+//! assert_eq!((features.width(), features.get(9)), (1, Some(vec![0.25])));
+//! assert!(!features.contains(8));
+//! # drop(features);
+//! # std::fs::remove_file(path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -2,6 +2,18 @@
 //!
 //! Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 //! Models" (EDM2), appendix A, table 6 and figure 21.
+//!
+//! ```
+//! use edm2k::model::config::{Config, preset};
+//!
+//! let xs = preset("edm2-img512-xs")?;
+//! assert_eq!((xs.config.model_channels, xs.lr), (128, 0.0120));
+//! let own = Config { num_blocks: 2, ..Config::new(32, 3, 10, 64) };
+//! own.validate()?;
+//! let refused = own.check_size(30, 32).unwrap_err(); // four levels halve it three times
+//! assert!(refused.to_string().contains("30"), "{refused}");
+//! # Ok::<(), edm2k::model::ConfigError>(())
+//! ```
 
 use serde::{Deserialize, Serialize};
 
@@ -158,6 +170,9 @@ impl Config {
     }
 
     /// Checks every field, so that a config from a file can be trusted afterwards.
+    ///
+    /// # Errors
+    /// [`ConfigError::Field`] names the first one with which there is no network, or none that a device can compute.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let range = |field, value: usize, low: usize, high: usize| {
             if (low..=high).contains(&value) {
@@ -228,6 +243,9 @@ impl Config {
     }
 
     /// Checks that every level halves `height` x `width` (pixels of the image or latent) exactly.
+    ///
+    /// # Errors
+    /// [`ConfigError::Size`]: it does not; [`ConfigError::Large`]: a side is longer than [`MAX_SIDE`].
     pub fn check_size(&self, height: usize, width: usize) -> Result<(), ConfigError> {
         if height.max(width) > MAX_SIDE {
             return Err(ConfigError::Large { width, height });
@@ -327,6 +345,9 @@ pub fn presets() -> Vec<Preset> {
 }
 
 /// The preset of this name.
+///
+/// # Errors
+/// [`ConfigError::Preset`] names those that there are.
 pub fn preset(name: &str) -> Result<Preset, ConfigError> {
     let all = presets();
     let names = all.iter().map(|p| p.name).collect::<Vec<_>>().join(", ");

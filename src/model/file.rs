@@ -423,12 +423,18 @@ impl Model {
     }
 
     /// Copies the parameters into a backend that was made for this table, ready to be sampled with.
+    ///
+    /// # Errors
+    /// The backend was made for a table with other sizes, or its device fails.
     pub fn load_into<B: NetworkBackend>(&self, backend: &mut B) -> Result<(), BackendError> {
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.load_param(id, values))?;
         backend.normalize()
     }
 
     /// Copies the parameters into a slot of a backend that was made for this table.
+    ///
+    /// # Errors
+    /// As [`Model::load_into`]; or the backend does not hold the slot.
     pub fn upload<B: TrainingBackend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.write_param(slot, id, values))
     }

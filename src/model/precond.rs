@@ -1,5 +1,19 @@
 //! Preconditioning (EDM, Karras et al. 2022, table 1), the learned uncertainty and the training loss
 //! (EDM2, section 2.1 and eq. 14-15) around the [`UNet`].
+//!
+//! ```
+//! use edm2k::backend::{Backend, NetworkBackend, cpu::Cpu};
+//! use edm2k::model::Model;
+//!
+//! let model = Model::load("demo/emoji.safetensors")?;
+//! let mut cpu = Cpu::<f32>::for_sampling(&model.table);
+//! model.load_into(&mut cpu)?;
+//! let noisy = cpu.upload([1, 32, 32, 3], &[2.0; 32 * 32 * 3]);
+//! let sigma = cpu.upload([1, 1, 1, 1], &[2.0]);
+//! let denoised = model.net.denoise(&mut cpu, &noisy, &sigma, None);
+//! assert_eq!(cpu.shape(&denoised), [1, 32, 32, 3]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use super::config::{Config, ConfigError};
 use super::unet::{Tape, UNet};
@@ -41,6 +55,9 @@ debug!(TrainPass<T> {} [T]);
 
 impl Precond {
     /// The network of a valid config, and the table of its parameters.
+    ///
+    /// # Errors
+    /// What [`Config::validate`] says.
     pub fn new(config: &Config) -> Result<(Self, ParamTable), ConfigError> {
         config.validate()?;
         let mut table = ParamTable::default();
@@ -126,6 +143,9 @@ impl Precond {
     }
 
     /// As [`Precond::denoise`], as a plan. `inputs` are images, noise levels and perhaps labels.
+    ///
+    /// # Errors
+    /// The device's: it has no memory for the plan, for one.
     pub fn planned<B: NetworkBackend>(&self, b: &mut B, inputs: &[B::Tensor]) -> Result<B::Tensor, BackendError> {
         let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![self.denoise(b, &t[0], &t[1], t.get(2))]);
         Ok(b.planned::<BackendError>(&Forward, inputs, body)?.swap_remove(0))

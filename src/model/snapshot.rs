@@ -77,6 +77,9 @@ impl Snapshot {
     /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
     ///
     /// The file must not be changed while it is read.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]: the file cannot be read, is no pickle, or holds no EDM2 network.
     pub fn open(path: &Path) -> Result<Self> {
         let file = input::open(path).at(path)?;
         // SAFETY: that nobody changes the file meanwhile is the documented condition.
@@ -90,6 +93,9 @@ impl Snapshot {
     }
 
     /// Reads a snapshot from memory; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// As [`Snapshot::open`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |cause| SnapshotError::Pickle { path: path.into(), cause };
         if let Some(kind) = input::kind(bytes).filter(|kind| !kind.contains("pickle")) {

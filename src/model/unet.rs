@@ -3,6 +3,19 @@
 //! Shapes: x [n, h, w, c] with c = image channels + 1 (the channel of ones comes last), emb
 //! [n, 1, 1, emb_channels]. The backward pass is written by hand beside each forward pass;
 //! what it needs is kept on a tape of one entry per block.
+//!
+//! ```
+//! use edm2k::model::config::preset;
+//! use edm2k::model::unet::UNet;
+//! use edm2k::model::{ConfigError, ParamTable};
+//!
+//! // Which parameters it has, and what a forward pass of 64x64 latents costs.
+//! let mut table = ParamTable::default();
+//! let unet = UNet::new(&mut table, "unet.", &preset("edm2-img512-xs")?.config);
+//! assert!(table.find("unet.enc.64x64_conv.weight").is_some());
+//! assert_eq!(unet.macs(&table, 64, 64) / 1_000_000_000, 44); // billions of multiply-adds
+//! # Ok::<(), ConfigError>(())
+//! ```
 
 use serde::Deserialize;
 

@@ -5,6 +5,18 @@
 //! 2. convert to sRGB by its colour profile, or what a PNG says in its place, if that does anything;
 //! 3. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
 //!    hidden colours can appear.
+//!
+//! ```
+//! use edm2k::pictures::Picture;
+//! use edm2k::pictures::decode::{decode, size};
+//!
+//! let png = Picture::new(1, 2, vec![10, 20, 30, 40, 50, 60]).png(&[])?;
+//! assert_eq!(size(&png)?, [2, 1]);
+//! let image = decode(&png, [255; 3])?; // white behind what is transparent
+//! assert_eq!(image.picture.rgb(), [10, 20, 30, 40, 50, 60]);
+//! assert!(decode(b"GIF8", [255; 3]).is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::io::Cursor;
 use std::path::Path;

@@ -2,6 +2,18 @@
 //!
 //! 1. crop to the target's shape, about the centre;
 //! 2. resize by a Lanczos3 filter in linear light (16 bits a channel), back to 8-bit sRGB.
+//!
+//! ```
+//! use edm2k::pictures::Picture;
+//! use edm2k::pictures::fit::{choose, fit};
+//!
+//! let wide = Picture::new(60, 90, vec![200; 60 * 90 * 3]);
+//! let targets = [[32, 32], [48, 32]]; // width and height
+//! let (best, crop) = choose([90, 60], &targets);
+//! assert_eq!((best, crop.lost), (1, 0.0));
+//! assert_eq!(fit(wide, crop, targets[best])?, Picture::new(32, 48, vec![200; 32 * 48 * 3]));
+//! # Ok::<(), edm2k::pictures::PictureError>(())
+//! ```
 
 use resize::px::RGB;
 

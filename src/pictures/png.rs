@@ -2,6 +2,17 @@
 //!
 //! Text is stored as iTXt (UTF-8, so any prompt survives) before the pixels; `exiftool`,
 //! ImageMagick's `identify -verbose` and Python's PIL show it.
+//!
+//! ```
+//! use edm2k::pictures::Picture;
+//! use edm2k::pictures::png::read_text;
+//!
+//! # let path = std::env::temp_dir().join(format!("edm2k-{}.png", std::process::id()));
+//! Picture::new(1, 1, vec![255; 3]).save(&path, &[("seed", "7")])?;
+//! assert_eq!(read_text(&path)?, [("seed".to_owned(), "7".to_owned())]);
+//! # std::fs::remove_file(path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -4,6 +4,15 @@
 //! smaller one that was trained for less long. `fid` or `dino` is the metric by which the network is the best. All take
 //! 32 steps of Heun's method. The files are `NAME-IMAGES-EMA.pkl`: thousands of images seen, and the length of the
 //! average, which `edm2k ema` makes of a run's snapshots.
+//!
+//! ```
+//! use edm2k::sample::presets::preset;
+//!
+//! let preset = preset("edm2-img512-s-autog-fid")?;
+//! assert_eq!((preset.net, preset.guide), ("edm2-img512-s-2147483-0.070", Some(("edm2-img512-xs-0134217-0.125", 2.1))));
+//! assert_eq!((preset.config().steps, preset.config().guidance), (32, 2.1));
+//! # Ok::<(), edm2k::sample::presets::UnknownPreset>(())
+//! ```
 
 use super::{SamplerConfig, Solver};
 

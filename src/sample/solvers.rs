@@ -58,10 +58,16 @@ pub struct Step<'a, T> {
 /// What a solver needs.
 pub trait Denoise<B: Backend> {
     /// D(x; sigma) of the noisy images x [n, h, w, c].
+    ///
+    /// # Errors
+    /// The device's, or whatever else keeps the denoiser from its work.
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, sigma: f64) -> Result<Guided<B::Tensor>, SampleError>;
     /// Unit normal noise for the churn of a step, [n, h, w, c].
     fn noise(&mut self, b: &mut B, step: usize) -> B::Tensor;
     /// Called after each step.
+    ///
+    /// # Errors
+    /// An error stops the solver, which returns it.
     fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
         let _ = (b, step);
         Ok(())
@@ -70,6 +76,9 @@ pub trait Denoise<B: Backend> {
 
 /// Turns noisy images [n, h, w, c] at the first noise level of a valid `config` into images, by the config's solver.
 /// Guidance is left to the denoiser.
+///
+/// # Errors
+/// Those of the denoiser.
 pub fn solve<B: Backend>(
     b: &mut B,
     denoiser: &mut impl Denoise<B>,

@@ -189,6 +189,10 @@ debug!(Checkpoint { state });
 
 impl Checkpoint {
     /// Opens a checkpoint and checks its metadata.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`]: it cannot be read now; [`CheckpointError::Damaged`]: it is not whole, or no checkpoint;
+    /// [`CheckpointError::State`]: another version wrote it.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = SafeFile::open(path).map_err(|error| match (error, instead(path)) {
             (SafeError::Io(_), Some(what)) => CheckpointError::Damaged { path: path.into(), what: what.into() },
@@ -268,6 +272,9 @@ impl Checkpoint {
     }
 
     /// Loads every tensor of a checkpoint that was [checked](Self::check).
+    ///
+    /// # Errors
+    /// The file can no longer be read, or the device fails.
     pub fn load<B: TrainingBackend>(&self, backend: &mut B) -> Result<(), CheckpointError> {
         let table = backend.table().clone();
         for (slot, id, _, name) in tensors(&table, self.state.settings.ema.len()) {

@@ -3,6 +3,15 @@
 //! The average at time t weighs the past as tau^gamma; its width is given as the relative standard
 //! deviation sigma_rel of that profile, which gamma follows from (eq. 123):
 //! sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+//!
+//! ```
+//! use edm2k::train::ema::{MAX_STD, name_of, power_function_beta, std_to_exp};
+//!
+//! assert!((std_to_exp(0.05) - 16.97).abs() < 0.01);
+//! assert!(std_to_exp(MAX_STD).abs() < 1e-6); // a plain average
+//! assert_eq!(power_function_beta(0.05, 2048, 2048), 0.0); // the first step takes over the weights
+//! assert_eq!(name_of(0.05), "0.050");
+//! ```
 
 /// Widest profile: gamma = 0, a plain average over all of training.
 pub const MAX_STD: f64 = 0.288_675_134_594_812_9; // 1 / sqrt(12)

@@ -137,6 +137,10 @@ debug!(Reconstruction { at, stds });
 impl Reconstruction {
     /// Finds how to combine the snapshots of a run to averages of relative standard deviations `stds`, each in
     /// (0, [`MAX_STD`]], that end at `at` images (none = the last snapshot). Later ones are not used.
+    ///
+    /// # Errors
+    /// [`PosthocError`]: the snapshots are too few, too much alike, or of several runs; none is at `at`; or no combination
+    /// of them comes near one of the averages.
     pub fn new(mut snapshots: Vec<ModelFile>, stds: &[f64], at: Option<u64>) -> Result<Self, PosthocError> {
         for file in &snapshots {
             let what = match (file.meta.ema_std, file.meta.images_seen) {

@@ -3,6 +3,16 @@
 //! `edm2` (EDM2, eq. 67, with a linear ramp-up): lr = ref / sqrt(max(t / t_ref, 1)) * min(t / t_rampup, 1)
 //! with t the images seen before the step, t_ref = decay * batch. `linear`: lr falls from ref to zero at the
 //! end of training, with the same ramp-up.
+//!
+//! ```
+//! use edm2k::train::{LearningRate, Schedule};
+//!
+//! let (schedule, batch) = (Schedule::Edm2, 2048.0);
+//! let lr = LearningRate { schedule, reference: 0.01, decay: 100.0, rampup: 1e5, batch, duration: 1e6 };
+//! assert_eq!(lr.at(50_000), 0.005); // halfway up
+//! assert_eq!(lr.at(200_000), 0.01);
+//! assert_eq!(lr.at(4 * 100 * 2048), 0.005); // four times as many images as where it begins to fall
+//! ```
 
 use serde::{Deserialize, Serialize};
 

@@ -47,6 +47,9 @@ pub struct Loss {
 
 /// Mean loss of the effective weights, which are the same on all ranks, on the first images of a split, each at a few noise
 /// levels, drawn as in training.
+///
+/// # Errors
+/// An image cannot be read, the device fails, or another rank is gone.
 pub fn loss<B: NetworkBackend>(
     b: &mut B,
     net: &Precond,

@@ -100,11 +100,17 @@ impl<T: Real> Cpu<T> {
     }
 
     /// Sets a slot of a parameter in full precision, values in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`BackendError::ParamSize`], [`BackendError::NotTraining`].
     pub fn set_param(&mut self, slot: Slot, id: ParamId, values: &[T]) -> Result<(), BackendError> {
         self.params[id].write(slot, values)
     }
 
     /// Reads a slot of a parameter in full precision, in PyTorch's order.
+    ///
+    /// # Errors
+    /// [`BackendError::NotTraining`].
     pub fn param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<T>, BackendError> {
         self.params[id].read(slot)
     }

@@ -29,6 +29,18 @@
 //! Memory: (D + V) 2Z + (Z + V) H + H D values (of features H (D + V), as the tags' logits come on top), 0.7 M for
 //! 1,024 tags; in training four times as much, and a few bytes a row: rows are read when they are needed. Cost of a
 //! training row: six multiply-adds for each value.
+//!
+//! ```
+//! use edm2k::condition::vae::Vae;
+//!
+//! let vae = Vae::load("demo/conditions.safetensors")?;
+//! let cat = vae.vocabulary().parse("cat, face")?;
+//! let invented = vae.invent(&cat, 2, 0); // two conditions, by seed 0
+//! assert_eq!(invented.conditions.len(), 2 * vae.header().width);
+//! let asked = cat.places();
+//! assert!(invented.tags.iter().all(|tags| asked.iter().all(|tag| tags.places().contains(tag))));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod file;
 mod inventing;
