@@ -31,7 +31,7 @@ pub(in crate::data) struct Notes {
 }
 
 impl Notes {
-    /// The settings that a shard was made with; none if [`prepare`](super::prepare) did not make it.
+    /// The settings that a shard was made with; none if [`prepare`](mod@crate::data::prepare) did not make it.
     pub fn settings(file: &SafeFile) -> Option<Map<String, Value>> {
         serde_json::from_str(file.metadata().get(SETTINGS)?).ok()
     }
