@@ -7,21 +7,21 @@
 use std::error::Error;
 use std::path::Path;
 
-use edm2k::backend::gpu::emulated::{Arg, Build, Emulator, Order};
+use edm2k::backend::gpu::emulated::{Arg, Build, Emulator, ThreadOrder};
 
 const ROWS: usize = 5;
 const WIDTH: usize = 1000;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/own_kernel.cu");
-    for order in [Order::Forward, Order::Reversed, Order::Random(1)] {
+    for order in [ThreadOrder::Forward, ThreadOrder::Reversed, ThreadOrder::Random(1)] {
         println!("{order:?}: sums of rows {:?}", row_sums(&source, order)?);
     }
 
     let text = std::fs::read_to_string(&source)?;
     let forgetful = std::env::temp_dir().join("own_kernel_without_barrier.cu");
     std::fs::write(&forgetful, text.replace("__syncthreads();", ""))?;
-    match row_sums(&forgetful, Order::Forward) {
+    match row_sums(&forgetful, ThreadOrder::Forward) {
         Ok(sums) => return Err(format!("a missing barrier was not noticed: {sums:?}").into()),
         Err(error) => println!("without its barrier: {error}"),
     }
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Row i is WIDTH times the number i.
-fn row_sums(source: &Path, order: Order) -> Result<Vec<f32>, Box<dyn Error>> {
+fn row_sums(source: &Path, order: ThreadOrder) -> Result<Vec<f32>, Box<dyn Error>> {
     // The checked build sees every access to memory.
     let device = Emulator::compile(source, Build::Checked)?.with_order(order);
     let rows: Vec<f32> = (0..ROWS * WIDTH).map(|i| (i / WIDTH) as f32).collect();

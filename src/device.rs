@@ -206,7 +206,7 @@ impl Device {
         }
     }
 
-    /// What runs kernels; none: the CPU computes without them.
+    /// What runs kernels; `None` for the CPU, which computes without them.
     #[doc(hidden)]
     pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
         self.runtime.as_ref()
@@ -341,7 +341,7 @@ fn cuda(ordinal: usize) -> Result<Opened, DeviceError> {
     Ok((Rc::new(gpu), untuned.map(|why| why.to_string())))
 }
 
-/// The first card that can be used, and what is wrong with those before it; of none what is wrong with the first.
+/// The first card that can be used, with the errors of those before it, or else the first card's error.
 fn any_cuda() -> Result<(Opened, Vec<DeviceError>), DeviceError> {
     first_of(Device::cards(), cuda)
 }

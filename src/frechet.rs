@@ -19,7 +19,7 @@ use nalgebra::{DMatrix, DVector};
 const BLOCK: usize = 64;
 
 /// Mean and covariance of features, without keeping the features.
-pub struct Moments {
+pub struct FeatureStatistics {
     count: usize,
     /// The first features. Sums are of the differences to them, which loses fewer digits.
     shift: DVector<f64>,
@@ -28,7 +28,7 @@ pub struct Moments {
     waiting: Vec<f64>,    // fewer than BLOCK features
 }
 
-impl Moments {
+impl FeatureStatistics {
     /// Mean and covariance of no features yet; each will have D values.
     pub fn new(width: usize) -> Self {
         Self {
@@ -89,7 +89,7 @@ impl Moments {
 ///
 /// # Panics
 /// If they differ in width, or one of them has fewer than 2 features.
-pub fn distance(one: Moments, other: Moments) -> f64 {
+pub fn distance(one: FeatureStatistics, other: FeatureStatistics) -> f64 {
     let ((m1, s1), (m2, s2)) = (one.gaussian(), other.gaussian());
     between(&m1, s1, &m2, s2)
 }
@@ -197,7 +197,7 @@ mod tests {
     fn moments_are_those_of_the_features() {
         let (width, count) = (3, 2 * BLOCK + 5);
         let values: Vec<f32> = normals(7, width * count).iter().map(|&x| (x + 1000.0) as f32).collect();
-        let mut moments = Moments::new(width);
+        let mut moments = FeatureStatistics::new(width);
         values.chunks(width).for_each(|row| moments.add(row));
         assert_eq!(moments.count(), count);
         let (mean, covariance) = moments.gaussian();
@@ -217,7 +217,7 @@ mod tests {
     fn samples_come_close_to_the_distance_of_what_they_are_drawn_from() {
         let (width, count) = (4, 200_000);
         let (scale, shift) = ([2.0, 1.0, 0.5, 0.0], [1.0, 0.0, -1.0, 0.25]);
-        let (mut one, mut other) = (Moments::new(width), Moments::new(width));
+        let (mut one, mut other) = (FeatureStatistics::new(width), FeatureStatistics::new(width));
         for (row, more) in normals(1, width * count).chunks(width).zip(normals(2, width * count).chunks(width)) {
             one.add(&row.iter().map(|&x| x as f32).collect::<Vec<_>>());
             let scaled = more.iter().zip(scale).zip(shift).map(|((x, scale), shift)| (x * scale + shift) as f32);

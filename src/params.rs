@@ -180,31 +180,31 @@ pub enum Whole {
 /// their gradients. Convolutions come from the end of the table. The last portion has the first convolutions and all
 /// other parameters, whose gradients depend on what all blocks leave behind.
 #[derive(Clone, Debug)]
-pub struct Buckets(Vec<Vec<ParamId>>);
+pub struct Portions(Vec<Vec<ParamId>>);
 
-impl Buckets {
-    /// The most values of a bucket that has more than one parameter, but for the last bucket: 32 MiB. Between eight
+impl Portions {
+    /// The most values of a portion that has more than one parameter, but for the last portion: 32 MiB. Between eight
     /// cards such a sum takes 0.2 ms over NVLink and 2 ms over PCIe, many times what it takes to begin one.
     const LARGEST: usize = 8 << 20;
-    /// The fewest buckets, if there are as many convolutions. So a small network has little left to sum after its pass
+    /// The fewest portions, if there are as many convolutions. So a small network has little left to sum after its pass
     /// too.
     const FEWEST: usize = 16;
 
-    /// The buckets of a table.
+    /// The portions of a table.
     pub fn of(table: &ParamTable) -> Self {
         let most = Self::LARGEST.min(table.iter().map(|(_, spec)| spec.numel()).sum::<usize>() / Self::FEWEST);
         let (convs, others): (Vec<_>, Vec<_>) = table.iter().partition(|(_, spec)| spec.is_conv());
-        let (mut all, mut bucket, mut values) = (Vec::new(), Vec::new(), 0);
+        let (mut all, mut portion, mut values) = (Vec::new(), Vec::new(), 0);
         for (id, spec) in convs.into_iter().rev() {
-            if values + spec.numel() > most && !bucket.is_empty() {
-                all.push(std::mem::take(&mut bucket));
+            if values + spec.numel() > most && !portion.is_empty() {
+                all.push(std::mem::take(&mut portion));
                 values = 0;
             }
-            bucket.push(id);
+            portion.push(id);
             values += spec.numel();
         }
-        bucket.extend(others.iter().map(|(id, _)| *id));
-        all.push(bucket);
+        portion.extend(others.iter().map(|(id, _)| *id));
+        all.push(portion);
         Self(all)
     }
 
@@ -213,11 +213,11 @@ impl Buckets {
         &self.0
     }
 
-    /// How many buckets are complete; these are the first ones.
+    /// How many portions are complete; these are the first ones.
     pub fn whole(&self, whole: Whole) -> usize {
         let last = self.0.len() - 1;
         match whole {
-            Whole::ConvsFrom(first) => self.0[..last].partition_point(|bucket| bucket.iter().all(|id| *id >= first)),
+            Whole::ConvsFrom(first) => self.0[..last].partition_point(|portion| portion.iter().all(|id| *id >= first)),
             Whole::All => self.0.len(),
         }
     }

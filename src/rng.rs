@@ -27,7 +27,7 @@ pub enum Purpose {
     /// Noise level of a training image.
     TrainSigma = 4,
     /// Condition dropout of a training image.
-    Dropout = 5,
+    ConditionDropout = 5,
     /// Horizontal mirroring of a training image.
     Flip = 6,
     /// Order of the training images in an epoch.

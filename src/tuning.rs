@@ -1,7 +1,7 @@
 //! Tables of tiles that were measured: what is in them, where they lie, and to which cards they apply.
 //!
-//! A table is for one card, one driver and one set of kernels ([`Origin`]). `edm2k tune` writes it to the user's cache,
-//! under a name made from these. Where there is none, one of the tables in `kernels/tuned.json` is used, if
+//! A table is for one card, one driver and one set of kernels ([`MeasuredOn`]). `edm2k tune` writes it to the user's
+//! cache, under a name made from these. Where there is none, one of the tables in `kernels/tuned.json` is used, if
 //! somebody has measured these kernels on such a card. Otherwise the model of [`Question::cheapest`] chooses.
 
 use std::io;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::backend::gpu::engine::Trial;
-use crate::backend::gpu::runtime::Origin;
+use crate::backend::gpu::runtime::MeasuredOn;
 use crate::backend::gpu::tiles::{Product, Question, Tuned, Unfit};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, FileError, input, names, write_atomically};
@@ -25,7 +25,7 @@ const SHIPPED: &str = include_str!("../kernels/tuned.json");
 /// A choice that was measured to be faster than the model's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Choice {
+struct WrittenChoice {
     kernels: String,
     taps: usize,
     groups: usize,
@@ -40,7 +40,7 @@ struct Choice {
     model_seconds: f64,
 }
 
-impl Choice {
+impl WrittenChoice {
     fn question(&self) -> Result<Question, Unfit> {
         let Self { taps, groups, rows, columns, steps, .. } = *self;
         Ok(Question { kernels: self.kernels.parse()?, taps, product: Product { groups, rows, columns, steps } })
@@ -51,10 +51,10 @@ impl Choice {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table {
     /// The card, driver and kernels that it is for.
-    pub origin: Origin,
+    pub origin: MeasuredOn,
     /// When it was measured last, `YYYY-MM-DD`.
     date: String,
-    choices: Vec<Choice>,
+    choices: Vec<WrittenChoice>,
 }
 
 /// A table as it is written to a file.
@@ -68,7 +68,7 @@ struct Written {
     /// Fingerprint of all the rest. Without it, a digit that changed by accident would become a choice that nobody has
     /// measured.
     fingerprint: Fingerprint,
-    choices: Vec<Choice>,
+    choices: Vec<WrittenChoice>,
 }
 
 /// Why a table is not used.
@@ -109,7 +109,7 @@ pub fn beats(model: &[f64], other: &[f64]) -> bool {
 
 impl Table {
     /// A table in which nothing has been measured yet.
-    pub fn new(origin: Origin) -> Self {
+    pub fn new(origin: MeasuredOn) -> Self {
         Self { origin, date: today(), choices: Vec::new() }
     }
 
@@ -128,14 +128,14 @@ impl Table {
     pub fn take(&mut self, trial: &Trial) -> bool {
         self.date = today();
         let Question { kernels, taps, product: Product { groups, rows, columns, steps } } = trial.question;
-        let same = |known: &Choice| known.question().is_ok_and(|question| question == trial.question);
+        let same = |known: &WrittenChoice| known.question().is_ok_and(|question| question == trial.question);
         self.choices.retain(|known| !same(known));
         let ((model, before), (choice, after)) = (&trial.model, &trial.fastest);
         if choice == model || !beats(before, after) {
             return false;
         }
         let nanoseconds = |seconds: &[f64]| (median(seconds) / trial.count as f64 * 1e9).round() / 1e9;
-        self.choices.push(Choice {
+        self.choices.push(WrittenChoice {
             kernels: kernels.to_string(),
             taps,
             groups,
@@ -161,7 +161,7 @@ impl Table {
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        let Origin { card, driver, kernels } = &self.origin;
+        let MeasuredOn { card, driver, kernels } = &self.origin;
         let choices = self.choices.iter().map(|choice| json!(choice).to_string());
         Fingerprint::of([card, driver, kernels, &self.date].into_iter().cloned().chain(choices))
     }
@@ -169,7 +169,7 @@ impl Table {
     /// The table in a file, if the file is as it was written.
     fn of(written: Written) -> Result<Self, String> {
         let Written { card, driver, kernels, date, fingerprint, choices } = written;
-        let table = Self { origin: Origin { card, driver, kernels }, date, choices };
+        let table = Self { origin: MeasuredOn { card, driver, kernels }, date, choices };
         if table.fingerprint() != fingerprint {
             return Err(format!("its fingerprint is {}, expected {fingerprint}", table.fingerprint()));
         }
@@ -196,7 +196,7 @@ impl Table {
     /// # Errors
     /// The system's.
     pub fn write(&self, path: &Path) -> Result<(), FileError> {
-        let Origin { card, driver, kernels } = &self.origin;
+        let MeasuredOn { card, driver, kernels } = &self.origin;
         let head = json!({
             "card": card, "driver": driver, "kernels": kernels, "date": self.date, "fingerprint": self.fingerprint(),
         });
@@ -215,7 +215,7 @@ fn slug(text: &str) -> String {
 }
 
 /// The file in a directory that a table of this origin is written to.
-pub fn path_in(dir: &Path, Origin { card, driver, kernels }: &Origin) -> PathBuf {
+pub fn path_in(dir: &Path, MeasuredOn { card, driver, kernels }: &MeasuredOn) -> PathBuf {
     dir.join(format!("tiles-{}-{}-{}.json", slug(card), slug(driver), slug(kernels)))
 }
 
@@ -225,7 +225,7 @@ pub fn directory() -> Option<PathBuf> {
 }
 
 /// This user's table, in `dir`.
-fn own(dir: &Path, origin: &Origin) -> Result<Option<Tuned>, TuningError> {
+fn own(dir: &Path, origin: &MeasuredOn) -> Result<Option<Tuned>, TuningError> {
     let path = path_in(dir, origin);
     let Some(table) = Table::read(&path)? else {
         // A table of the same card shows that it was tuned with another driver or other kernels.
@@ -235,7 +235,8 @@ fn own(dir: &Path, origin: &Origin) -> Result<Option<Tuned>, TuningError> {
         return old.map_or(Ok(None), |name| Err(TuningError::Old { path: dir.join(name) }));
     };
     if table.origin != *origin {
-        let words = |Origin { card, driver, kernels }: &Origin| format!("{card}, driver {driver}, kernels {kernels}");
+        let words =
+            |MeasuredOn { card, driver, kernels }: &MeasuredOn| format!("{card}, driver {driver}, kernels {kernels}");
         return Err(TuningError::Foreign { path, found: words(&table.origin), ours: words(origin) });
     }
     table.tuned().map(Some).map_err(|unfit| TuningError::Damaged { path, what: unfit.to_string() })
@@ -267,25 +268,25 @@ fn shipped(text: &str) -> Result<Vec<Table>, String> {
 
 /// The table that comes with the program for these kernels on such a card. Its driver does not matter, nor for which
 /// other cards the kernels were compiled.
-fn shipped_for(text: &str, origin: &Origin) -> Option<Tuned> {
-    fn compiled(of: &Origin) -> &str {
+fn shipped_for(text: &str, origin: &MeasuredOn) -> Option<Tuned> {
+    fn compiled(of: &MeasuredOn) -> &str {
         of.kernels.split(" for ").next().unwrap_or_default()
     }
-    let alike = |of: &Origin| of.card == origin.card && compiled(of) == compiled(origin);
+    let alike = |of: &MeasuredOn| of.card == origin.card && compiled(of) == compiled(origin);
     let tables = shipped(text).expect("a test reads them");
     tables.iter().find(|table| alike(&table.origin))?.tuned().ok()
 }
 
 /// The choices for a device: this user's, or else those that come with the program. Also returns why this user's are
 /// not used, if there are some. With EDM2K_UNTUNED=1 there are none, and the model chooses.
-pub fn of(origin: &Origin) -> (Option<Tuned>, Option<TuningError>) {
+pub fn of(origin: &MeasuredOn) -> (Option<Tuned>, Option<TuningError>) {
     match std::env::var_os("EDM2K_UNTUNED").is_some_and(|value| value == "1") {
         true => (None, None),
         false => found(directory().as_deref(), SHIPPED, origin),
     }
 }
 
-fn found(dir: Option<&Path>, with_the_program: &str, origin: &Origin) -> (Option<Tuned>, Option<TuningError>) {
+fn found(dir: Option<&Path>, with_the_program: &str, origin: &MeasuredOn) -> (Option<Tuned>, Option<TuningError>) {
     match dir.map_or(Ok(None), |dir| own(dir, origin)) {
         Ok(Some(tuned)) => (Some(tuned), None),
         other => (shipped_for(with_the_program, origin), other.err()),
@@ -327,9 +328,9 @@ mod tests {
 
     const CARD: Card = Card::new(24, 89);
 
-    fn origin(driver: &str) -> Origin {
+    fn origin(driver: &str) -> MeasuredOn {
         let [card, kernels] = ["A card of tests, 24 multiprocessors", "0123456789abcdef, CUDA 1.2"].map(String::from);
-        Origin { card, driver: driver.into(), kernels }
+        MeasuredOn { card, driver: driver.into(), kernels }
     }
 
     /// A product of the odd size `n`, and what is tried for it.
@@ -427,13 +428,13 @@ mod tests {
     fn choices_that_the_kernels_do_not_have_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("table.json");
-        let refused = |change: &dyn Fn(&mut Choice)| {
+        let refused = |change: &dyn Fn(&mut WrittenChoice)| {
             let mut table = table(&[3]);
             change(&mut table.choices[0]);
             table.write(&path).unwrap();
             Table::read(&path).unwrap_err().to_string()
         };
-        type Change = fn(&mut Choice);
+        type Change = fn(&mut WrittenChoice);
         let cases: [(Change, &str); 10] = [
             (|choice| choice.tile = "96x96".into(), "no kernels conv_fprop_f16x2_96x96"),
             (|choice| choice.tile = "flat_64x64".into(), "no kernels conv_fprop_f16x2_flat_64x64"),
@@ -455,7 +456,7 @@ mod tests {
     #[test]
     fn another_driver_kernels_or_card_are_said_once_each() {
         let dir = tempfile::tempdir().unwrap();
-        let look = |origin: &Origin| {
+        let look = |origin: &MeasuredOn| {
             let (tuned, doubt) = found(Some(dir.path()), SHIPPED, origin);
             (tuned.is_some(), doubt.map(|why| why.to_string()).unwrap_or_default())
         };
@@ -465,10 +466,10 @@ mod tests {
         assert_eq!(look(&origin("1.2.3")), (true, String::new()));
         let (used, said) = look(&origin("1.2.4"));
         assert!(!used && said.contains("another driver or other kernels") && said.contains("edm2k tune"), "{said}");
-        let (used, said) = look(&Origin { kernels: "f".into(), ..origin("1.2.3") });
+        let (used, said) = look(&MeasuredOn { kernels: "f".into(), ..origin("1.2.3") });
         assert!(!used && said.contains("another driver or other kernels"), "{said}");
         // The table is of another card, and nobody has measured this one.
-        let other = Origin { card: "A card of tests, 25 multiprocessors".into(), ..origin("1.2.3") };
+        let other = MeasuredOn { card: "A card of tests, 25 multiprocessors".into(), ..origin("1.2.3") };
         assert_eq!(look(&other), (false, String::new()));
         // Here a table was copied under the name of another.
         fs::copy(&path, path_in(dir.path(), &other)).unwrap();
@@ -490,15 +491,15 @@ mod tests {
     fn a_shipped_table_serves_where_nobody_tuned() {
         let dir = tempfile::tempdir().unwrap();
         let text = with_the_program(&table(&[1]));
-        let look = |origin: &Origin| found(Some(dir.path()), &text, origin).0.map(|tuned| chosen(tuned, 1));
+        let look = |origin: &MeasuredOn| found(Some(dir.path()), &text, origin).0.map(|tuned| chosen(tuned, 1));
         assert_eq!(look(&origin("1.2.3")), Some(trial(1).fastest.0));
         assert_eq!(look(&origin("9.9")), Some(trial(1).fastest.0), "whichever the driver");
-        let compiled = |kernels: String| Origin { kernels, ..origin("1.2.3") };
+        let compiled = |kernels: String| MeasuredOn { kernels, ..origin("1.2.3") };
         let more = compiled(format!("{} for 80 90", origin("1.2.3").kernels));
         assert_eq!(look(&more), Some(trial(1).fastest.0), "for whichever other cards they were compiled");
         assert_eq!(look(&compiled(format!("{}1 for 90", origin("1.2.3").kernels))), None, "another compiler");
-        assert_eq!(look(&Origin { kernels: "f".into(), ..origin("1.2.3") }), None);
-        assert_eq!(look(&Origin { card: "f".into(), ..origin("1.2.3") }), None);
+        assert_eq!(look(&MeasuredOn { kernels: "f".into(), ..origin("1.2.3") }), None);
+        assert_eq!(look(&MeasuredOn { card: "f".into(), ..origin("1.2.3") }), None);
         // The user's own table says that the model is right for this size.
         Table::new(origin("1.2.3")).write(&path_in(dir.path(), &origin("1.2.3"))).unwrap();
         assert_eq!(look(&origin("1.2.3")), Some(question(1).cheapest(CARD)));

@@ -9,7 +9,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, TAESD_SCALE};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::Config;
-use edm2k::model::file::{Encoder, Model, Stored, save};
+use edm2k::model::file::{ImageSpace, Model, Stored, save};
 use edm2k::pictures::{Picture, png::read_text};
 use serde_json::json;
 
@@ -555,7 +555,7 @@ fn damaged_files_are_refused_by_file_and_tensor() {
 
 // ---- the command line ---------------------------------------------------------------------------------------
 
-fn tiny_model(path: &Path, channels: usize, encoder: Encoder) {
+fn tiny_model(path: &Path, channels: usize, encoder: ImageSpace) {
     let config = json!({
         "img_resolution": 8, "img_channels": channels, "label_dim": 0, "model_channels": 16, "channel_mult": [1, 1],
         "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 16,
@@ -603,8 +603,8 @@ fn an_overflow_of_f16_is_reported() {
 fn sample_decodes_latents_to_pictures() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    tiny_model(&at("latent"), 4, Encoder::SdVae);
-    tiny_model(&at("rgb"), 3, Encoder::Rgb);
+    tiny_model(&at("latent"), 4, ImageSpace::SdVae);
+    tiny_model(&at("rgb"), 3, ImageSpace::Rgb);
     write(&at("vae"), &sd_vae(&[32, 32, 32, 32], 1));
     write(&at("tiny"), &taesd(8));
     for vae in ["vae", "tiny"] {
@@ -673,7 +673,7 @@ fn latents_are_decoded_by_what_made_them() {
     write(&at("encoder"), &change("encoder.conv_in.bias"));
     write(&at("tiny"), &taesd(8));
     let made_by = CodecFile::open(at("vae")).unwrap().autoencoder().unwrap();
-    tiny_model(&at("latent"), 4, Encoder::SdVae);
+    tiny_model(&at("latent"), 4, ImageSpace::SdVae);
     let mut model = Model::load(at("latent")).unwrap();
     model.meta.autoencoder = made_by;
     save(at("latent"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();

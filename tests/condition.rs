@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use edm2k::condition::prompt::Prompt;
 use edm2k::condition::unit_norm;
-use edm2k::condition::vae::{ConditionKind, Learning, Rows, Training, Vae};
+use edm2k::condition::vae::{ConditionKind, Learning, LearningSettings, Rows, Vae};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
@@ -47,7 +47,7 @@ fn scenes() -> Rows {
 
 static SCENES: LazyLock<(Rows, Vae)> = LazyLock::new(|| {
     let rows = scenes();
-    let how = Training { latent: 8, hidden: 64, epochs: 150, batch: 32, ..Training::default() };
+    let how = LearningSettings { latent: 8, hidden: 64, epochs: 150, batch: 32, ..LearningSettings::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     (rows, vae)
 });
@@ -134,7 +134,7 @@ fn dense_conditions_keep_mean_spread_and_correlations() {
     assert!(dense.chunks_mut(6).all(unit_norm));
     let (vocabulary, tags) = (Vocabulary::default(), vec![vec![]; count as usize]);
     let rows = Rows { kind: ConditionKind::Features, vocabulary, tags, dense, conditioning: None };
-    let how = Training { latent: 4, hidden: 32, epochs: 40, ..Training::default() };
+    let how = LearningSettings { latent: 4, hidden: 32, epochs: 40, ..LearningSettings::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let invented = vae.invent(&Prompt::default(), 1000, 3).conditions;
     for row in invented.chunks(6) {
@@ -191,7 +191,7 @@ fn features_invented_for_tags_are_like_those_of_images_that_have_them() {
     let tagged = scenes();
     let dense = features(&tagged, width);
     let rows = Rows { kind: ConditionKind::Features, dense, ..tagged };
-    let how = Training { latent: 8, hidden: 64, epochs: 80, batch: 32, ..Training::default() };
+    let how = LearningSettings { latent: 8, hidden: 64, epochs: 80, batch: 32, ..LearningSettings::default() };
     let vae = Vae::train(&rows, &how, |_, _| {}).unwrap();
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
     // Mean feature of the images that have all of some tags.
@@ -278,7 +278,8 @@ fn a_file_gives_back_the_model_and_a_bad_one_says_what_is_wrong() {
 fn features_that_are_all_alike_are_refused() {
     let tagged = scenes();
     let mut rows = Rows { kind: ConditionKind::Features, dense: [0.6, 0.8].repeat(tagged.tags.len()), ..tagged };
-    let train = |rows: &Rows| Vae::train(rows, &Training { epochs: 1, ..Training::default() }, |_, _| ());
+    let train =
+        |rows: &Rows| Vae::train(rows, &LearningSettings { epochs: 1, ..LearningSettings::default() }, |_, _| ());
     let said = train(&rows).err().unwrap().to_string();
     assert!(said.contains("features are the same, so there is nothing to learn"), "{said}");
     rows.dense[0] = 0.5;
@@ -287,14 +288,14 @@ fn features_that_are_all_alike_are_refused() {
 
 #[test]
 fn a_training_that_makes_no_sense_is_refused() {
-    let usual = Training::default;
+    let usual = LearningSettings::default;
     let cases = [
-        ("latent = 0, expected 1 to 65536", Training { latent: 0, ..usual() }),
-        ("hidden = 65537, expected 1 to 65536", Training { hidden: 65537, ..usual() }),
-        ("epochs = 0, expected 1 at least", Training { epochs: 0, ..usual() }),
-        ("batch = 0, expected 1 at least", Training { batch: 0, ..usual() }),
-        ("lr = 0, expected a positive number", Training { lr: 0.0, ..usual() }),
-        ("kl_weight = NaN, expected a number from 0", Training { kl_weight: f64::NAN, ..usual() }),
+        ("latent = 0, expected 1 to 65536", LearningSettings { latent: 0, ..usual() }),
+        ("hidden = 65537, expected 1 to 65536", LearningSettings { hidden: 65537, ..usual() }),
+        ("epochs = 0, expected 1 at least", LearningSettings { epochs: 0, ..usual() }),
+        ("batch = 0, expected 1 at least", LearningSettings { batch: 0, ..usual() }),
+        ("lr = 0, expected a positive number", LearningSettings { lr: 0.0, ..usual() }),
+        ("kl_weight = NaN, expected a number from 0", LearningSettings { kl_weight: f64::NAN, ..usual() }),
     ];
     for (expected, how) in cases {
         assert_eq!(Learning::new(&scenes(), &how).err().unwrap().to_string(), expected);
@@ -308,7 +309,7 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let tagged = scenes();
     let dense = features(&tagged, 12);
     for rows in [scenes(), Rows { kind: ConditionKind::Features, dense, ..tagged }] {
-        let how = Training { latent: 4, hidden: 8, epochs: 4, batch: 32, ..Training::default() };
+        let how = LearningSettings { latent: 4, hidden: 8, epochs: 4, batch: 32, ..LearningSettings::default() };
         let bytes = |vae: Vae| {
             vae.save(&path).unwrap();
             fs::read(&path).unwrap()
@@ -335,11 +336,11 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
         assert!(broken.pass(&mut |_| ControlFlow::Break(())).unwrap().is_none() && broken.passes() == 2);
 
         let good = fs::read(&progress).unwrap();
-        let refused = |rows: &Rows, how: &Training, expected: &str| {
+        let refused = |rows: &Rows, how: &LearningSettings, expected: &str| {
             let error = Learning::load(&progress, rows, how, None).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}; expected {expected}");
         };
-        refused(&rows, &Training { seed: 1, ..how.clone() }, "of a training with seed 0, now 1; give the same");
+        refused(&rows, &LearningSettings { seed: 1, ..how.clone() }, "of a training with seed 0, now 1; give the same");
         let mut bad = good.clone();
         *bad.last_mut().unwrap() ^= 1;
         fs::write(&progress, &bad).unwrap();

@@ -12,7 +12,7 @@ use bytemuck::Zeroable;
 use common::{Both, Kernels, Memory, padded};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::conv::{
-    ARRIVED_BYTES, ConvError, ConvShape, Dgrad, Epilogue, Fprop, Inputs, MainPath, Scales, Through, Wgrad,
+    ARRIVED_BYTES, BlockScales, ConvError, ConvInputs, ConvShape, Dgrad, Epilogue, Fprop, MainPath, Through, Wgrad,
 };
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, DevicePtr, Launch, Math, Precision};
 use edm2k::backend::gpu::structs::{ConvDgrad, ConvFprop, ConvWgrad};
@@ -122,9 +122,9 @@ impl Case {
         if self.cb == 0 { (1.0, 1.0) } else { CAT }
     }
     /// Addresses of the inputs, and the factors that gradients get.
-    fn inputs(&self, x: &Both, skip: &Both) -> Inputs {
+    fn inputs(&self, x: &Both, skip: &Both) -> ConvInputs {
         let (a, b) = self.scales();
-        Inputs { x: x.at(), x_scale: a as f32, skip: (self.cb != 0).then(|| (skip.at(), b as f32)) }
+        ConvInputs { x: x.at(), x_scale: a as f32, skip: (self.cb != 0).then(|| (skip.at(), b as f32)) }
     }
 }
 
@@ -194,7 +194,7 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let stride = padded(cout) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
     let on_device = bench.upload(&scales);
-    let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
+    let scale = BlockScales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let (expected, pre) = cpu.conv_scale_silu(id, operand, Scale { all: &all, offset: 16 }, true);
@@ -320,7 +320,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
     let stride = padded(ca) + 24;
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
     let (on_device, grads) = (bench.upload(&scales), bench.upload(&vec![0.0; scales.len()]));
-    let scale = Scales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
+    let scale = BlockScales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
     let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(at(&grads).0 + 16 * 4) };
     bench.go(dgrad.launches(inputs, through, ConvDgrad { partial: at(&scratch), ..plain }));
     let all = cpu.upload([case.n, 1, 1, stride], &scales);

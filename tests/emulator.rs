@@ -8,17 +8,17 @@ mod hopper;
 use std::sync::Once;
 use std::time::Duration;
 
-use edm2k::backend::gpu::emulated::{Arg, Build, Counters, Emulator, EmulatorError, Memory, Order};
+use edm2k::backend::gpu::emulated::{Arg, Build, Counters, EmulatedMemory, Emulator, EmulatorError, ThreadOrder};
 use edm2k::backend::gpu::launch::DevicePtr;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-const ORDERS: [Order; 3] = [Order::Forward, Order::Reversed, Order::Random(7)];
+const ORDERS: [ThreadOrder; 3] = [ThreadOrder::Forward, ThreadOrder::Reversed, ThreadOrder::Random(7)];
 const BUILDS: [Build; 2] = [Build::Normal, Build::Checked];
 
 /// Loads a device; one OS thread, so that errors and counts are the same in every run. Ends the
 /// process if the tests hang: a barrier that waits for ever must fail them.
-fn device(build: Build, order: Order) -> Emulator {
+fn device(build: Build, order: ThreadOrder) -> Emulator {
     static WATCHDOG: Once = Once::new();
     WATCHDOG.call_once(|| {
         std::thread::spawn(|| {
@@ -49,13 +49,13 @@ impl Random {
     }
 }
 
-fn filled<T: bytemuck::NoUninit>(device: &Emulator, values: &[T]) -> Memory {
+fn filled<T: bytemuck::NoUninit>(device: &Emulator, values: &[T]) -> EmulatedMemory {
     let memory = device.alloc(size_of_val(values)).unwrap();
     memory.upload(0, values).unwrap();
     memory
 }
 
-fn read<T: bytemuck::Pod>(memory: &Memory) -> Vec<T> {
+fn read<T: bytemuck::Pod>(memory: &EmulatedMemory) -> Vec<T> {
     let mut values = vec![T::zeroed(); memory.bytes() / size_of::<T>()];
     memory.download(0, &mut values).unwrap();
     values
@@ -119,7 +119,7 @@ fn run_plant(d: &Emulator, kernel: &str) -> (Result<Counters, EmulatorError>, bo
         scratch.upload(0, &[0f32]).unwrap();
     }
     let ticket = filled(d, &[0i32]);
-    let [out_at, input_at, scratch_at, ticket_at] = [&out, &x, &scratch, &ticket].map(Memory::ptr);
+    let [out_at, input_at, scratch_at, ticket_at] = [&out, &x, &scratch, &ticket].map(EmulatedMemory::ptr);
     let plant = Plant {
         out: out_at,
         input: input_at,
@@ -267,7 +267,7 @@ fn barriers_do_not_wait_for_threads_that_have_left() {
 #[test]
 fn what_was_freed_hides_no_overrun_of_what_came_after() {
     for build in BUILDS {
-        let d = device(build, Order::Forward);
+        let d = device(build, ThreadOrder::Forward);
         drop(d.alloc(1 << 24).unwrap());
         let mut kept = Vec::new();
         for _ in 0..32 {
@@ -282,7 +282,7 @@ fn what_was_freed_hides_no_overrun_of_what_came_after() {
 fn a_report_names_the_helper_and_who_calls_it() {
     let source = std::fs::read_to_string("kernels/emulator/selftest.cu").unwrap();
     let line = |text: &str| 1 + source.lines().position(|l| l.starts_with(text)).unwrap();
-    let error = run_plant(&device(Build::Checked, Order::Forward), "null_pointer_bug").0.unwrap_err().to_string();
+    let error = run_plant(&device(Build::Checked, ThreadOrder::Forward), "null_pointer_bug").0.unwrap_err().to_string();
     let caller = format!(", called at kernels/emulator/selftest.cu:{}: ", line("PLANT(null_pointer)"));
     assert!(error.contains(&caller), "{error}");
 }
@@ -304,7 +304,7 @@ fn simt_check_runs_other_peoples_kernels_unchanged() {
 
 #[test]
 fn the_checked_build_refuses_host_memory() {
-    let d = device(Build::Checked, Order::Forward);
+    let d = device(Build::Checked, ThreadOrder::Forward);
     let (out, host) = (d.alloc(1024).unwrap(), vec![1f32; 256]);
     let input: DevicePtr = bytemuck::cast(host.as_ptr() as u64);
     let plant =
@@ -316,7 +316,7 @@ fn the_checked_build_refuses_host_memory() {
 #[test]
 fn launches_are_refused_that_a_device_would_refuse() {
     for build in BUILDS {
-        let d = device(build, Order::Forward);
+        let d = device(build, ThreadOrder::Forward);
         let x = filled(&d, &[0u8; 64]);
         let args = [x.arg(), x.arg(), Arg::of(&8i32)];
         let refused = |kernel, grid: [u32; 3], block: [u32; 3], shared, args: &[Arg], words: &str| {
@@ -357,7 +357,7 @@ fn launches_are_refused_that_a_device_would_refuse() {
 fn blocks_on_several_os_threads_give_the_same_result() {
     let halves = Random(1).halves(64 * 1000);
     let results = [1, 2, 5].map(|threads| {
-        let d = device(Build::Normal, Order::Random(3)).with_threads(threads);
+        let d = device(Build::Normal, ThreadOrder::Random(3)).with_threads(threads);
         let (x, y, n) = (filled(&d, &halves), d.alloc(2 * halves.len()).unwrap(), 1000i32);
         for _ in 0..20 {
             launch(&d, "softmax", 64, 128, 0, &[x.arg(), y.arg(), Arg::of(&n)]).unwrap();
@@ -371,7 +371,7 @@ fn blocks_on_several_os_threads_give_the_same_result() {
 
 #[test]
 fn every_half_and_bf16_widens_exactly() {
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     let (h, b) = (d.alloc(4 << 16).unwrap(), d.alloc(4 << 16).unwrap());
     launch(&d, "probe_widen", 256, 256, 0, &[h.arg(), b.arg()]).unwrap();
     for (i, (h, b)) in read::<f32>(&h).into_iter().zip(read::<f32>(&b)).enumerate() {
@@ -463,12 +463,12 @@ fn half_arithmetic_is_correctly_rounded() {
             return h;
         }
     };
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     for _ in 0..8 {
         let [x, y, z]: [Vec<f16>; 3] = std::array::from_fn(|_| (0..n).map(&mut finite).collect());
         let inputs = [&x, &y, &z].map(|v| filled(&d, v));
-        let outputs: [Memory; 4] = std::array::from_fn(|_| d.alloc(2 * n).unwrap());
-        let args: Vec<Arg> = inputs.iter().chain(&outputs).map(Memory::arg).collect();
+        let outputs: [EmulatedMemory; 4] = std::array::from_fn(|_| d.alloc(2 * n).unwrap());
+        let args: Vec<Arg> = inputs.iter().chain(&outputs).map(EmulatedMemory::arg).collect();
         launch(&d, "probe_half_math", 256, 256, 0, &args).unwrap();
         let [fma, sum, product, copy] = outputs.map(|m| read::<f16>(&m));
         for i in 0..n {
@@ -497,7 +497,7 @@ fn half_arithmetic_is_correctly_rounded() {
 fn operators_of_halves_round_after_each_operation() {
     let n = 1 << 16;
     let mut random = Random(5);
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     for _ in 0..4 {
         let mut finite = |_: usize| loop {
             let h = f16::from_bits(random.bits() as u16);
@@ -507,7 +507,7 @@ fn operators_of_halves_round_after_each_operation() {
         };
         let [x, y, z]: [Vec<f16>; 3] = std::array::from_fn(|_| (0..n).map(&mut finite).collect());
         let (inputs, out) = ([&x, &y, &z].map(|v| filled(&d, v)), d.alloc(5 * 2 * n).unwrap());
-        let args: Vec<Arg> = inputs.iter().chain([&out]).map(Memory::arg).collect();
+        let args: Vec<Arg> = inputs.iter().chain([&out]).map(EmulatedMemory::arg).collect();
         launch(&d, "probe_operators_f16", 256, 256, 0, &args).unwrap();
         let got: Vec<f16> = read(&out);
         // Halves are multiples of 2^-24; a quotient is what a double says, and a last bit that says "not exactly".
@@ -535,9 +535,9 @@ fn operators_of_bf16_round_after_each_operation() {
     // Exponents near 0: then a double holds sums, differences and products exactly.
     let mut near_one = |_: usize| bf16::from_bits((random.bits() as u16 & 0x87ff) | 0x3c00);
     let [x, y, z]: [Vec<bf16>; 3] = std::array::from_fn(|_| (0..n).map(&mut near_one).collect());
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     let (inputs, out) = ([&x, &y, &z].map(|v| filled(&d, v)), d.alloc(5 * 2 * n).unwrap());
-    let args: Vec<Arg> = inputs.iter().chain([&out]).map(Memory::arg).collect();
+    let args: Vec<Arg> = inputs.iter().chain([&out]).map(EmulatedMemory::arg).collect();
     launch(&d, "probe_operators_bf16", 256, 256, 0, &args).unwrap();
     let got: Vec<bf16> = read(&out);
     let nearest = |x: f64| {
@@ -559,7 +559,7 @@ fn operators_of_bf16_round_after_each_operation() {
 /// addend's sign decides.
 #[test]
 fn bf16_fma_sees_the_smallest_addend() {
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     let (ulp, tiny) = (2f32.powi(-7), 2f32.powi(-100));
     let addends = [tiny, 0.0, -tiny].map(bf16::from_f32);
     let (x, y) = (filled(&d, &[bf16::from_f32(1.0 + ulp); 3]), filled(&d, &[bf16::from_f32(1.5); 3]));
@@ -597,7 +597,7 @@ fn mma_is_the_product_of_its_fragments() {
             let error = (f64::from(got[worst]) - expected[worst]).abs();
             assert!(error <= bound, "{name}: element {worst} is {}, expected {}", got[worst], expected[worst]);
         };
-        let launch_on = |kernel: &str, a: &Memory, b: &Memory, c: &Memory| {
+        let launch_on = |kernel: &str, a: &EmulatedMemory, b: &EmulatedMemory, c: &EmulatedMemory| {
             launch(&d, kernel, 1, 32, 0, &[a.arg(), b.arg(), c.arg()]).unwrap();
         };
         let to_f32 = |v: &[f16]| v.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
@@ -727,7 +727,7 @@ fn gemm_with_mma_ldmatrix_and_cp_async_is_right_on_odd_sizes_without_bank_confli
             let mut random = Random(6);
             let (a, b) = (random.halves(m * k), random.halves(n * k));
             let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
-            let run = |kernel: &str, a: Memory, b: Memory| {
+            let run = |kernel: &str, a: EmulatedMemory, b: EmulatedMemory| {
                 let c = d.alloc(2 * m * n).unwrap();
                 let sizes = [m, n, k].map(|s| s as i32);
                 let args = [a.arg(), b.arg(), c.arg(), Arg::of(&sizes[0]), Arg::of(&sizes[1]), Arg::of(&sizes[2])];

@@ -23,11 +23,11 @@ use edm2k::collective::{Alone, Collective};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, TensorOut};
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::{Config, Encoder, Model, ModelMeta, Precond};
+use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
-use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, Step};
+use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, SolverStep};
 use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status, Training};
-use edm2k::verify::{Bounds, Outcome, verify};
+use edm2k::verify::{Bounds, Finding, verify};
 use edm2k::{Backends, DeviceError};
 
 /// Backends of a GPU or the emulator, whichever is there.
@@ -53,7 +53,7 @@ fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     let Some(runtime) = common::runtime() else { return };
     let mut failed = Vec::new();
     let summary = verify(dir, &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
-        if matches!(outcome, Outcome::Check(check) if !check.ok) {
+        if matches!(outcome, Finding::Check(check) if !check.ok) {
             failed.push(outcome.to_string());
         }
     });
@@ -126,7 +126,7 @@ fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
     let mut skipped = Vec::new();
     let precision = Precision::F16;
     let summary = verify(dir.path(), &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
-        if let Outcome::Skip { name, why } = outcome {
+        if let Finding::Skip { name, why } = outcome {
             skipped.push(format!("{name}: {why}"));
         }
     });
@@ -188,7 +188,7 @@ fn run_telling<B: TrainingBackend>(
 ) -> Vec<Status> {
     let data = emoji();
     let mut model = Model::init(&settings.config, settings.seed).unwrap();
-    model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
+    model.meta = ModelMeta { height: 32, width: 32, encoder: ImageSpace::Rgb, ..model.meta };
     let execution = Execution {
         outdir: outdir.into(),
         batch_gpu,
@@ -288,7 +288,7 @@ fn the_launches_of_every_plan_wait_for_each_other() {
     let config: Config = serde_json::from_value(json).unwrap();
     let settings = Settings { config, dropout: 0.2, ..settings(&data, 1, 1) };
     let mut model = Model::init(&settings.config, 3).unwrap();
-    model.meta = ModelMeta { height: 32, width: 32, encoder: Encoder::Rgb, ..model.meta };
+    model.meta = ModelMeta { height: 32, width: 32, encoder: ImageSpace::Rgb, ..model.meta };
     let dir = tempfile::tempdir().unwrap();
     for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
         let math = Math { precision: Precision::F16, accum: Some(Accum::F32), conv_loop: Some(conv_loop) };
@@ -402,7 +402,7 @@ fn step_by_step_is_what_one_plan_computes() {
     let mut sampler = Sampler { backend: &mut device, net: &model.net, gnet: None };
     let whole = sampler.run(&batch, &config, None).unwrap();
     let mut steps = 0;
-    let mut count = |_: &mut Gpu, _: Step<_>| {
+    let mut count = |_: &mut Gpu, _: SolverStep<_>| {
         steps += 1;
         Ok(())
     };
@@ -543,8 +543,8 @@ impl Collective for Twins {
     }
 }
 
-/// The bits of a bucket's gradients, and where they lie if that is in device memory.
-fn gradients<B: TrainingBackend>(b: &mut B, bucket: usize) -> (Vec<u32>, Option<std::ops::Range<usize>>) {
+/// The bits of a portion's gradients, and where they lie if that is in device memory.
+fn gradients<B: TrainingBackend>(b: &mut B, portion: usize) -> (Vec<u32>, Option<std::ops::Range<usize>>) {
     let (mut bits, mut place) = (Vec::new(), None);
     let mut keep = |values: Values| match values {
         Values::Host(values) => bits.extend(values.iter().map(|x| x.to_bits())),
@@ -554,7 +554,7 @@ fn gradients<B: TrainingBackend>(b: &mut B, bucket: usize) -> (Vec<u32>, Option<
             place = Some(bytes);
         }
     };
-    b.exchange(Slot::Grad, bucket, &mut keep).unwrap();
+    b.exchange(Slot::Grad, portion, &mut keep).unwrap();
     (bits, place)
 }
 
@@ -583,27 +583,27 @@ fn gradients_said_to_be_whole_are<B: TrainingBackend>(make: impl Fn() -> B, mode
             let [own, theirs] = [&mut b, &mut plain].map(|b| inputs(b, size));
             train::shared_micro_batch(&mut b, &model.net, 0.0, own, &mut |b, done| {
                 if number + 1 == sizes.len() {
-                    let buckets = b.buckets().whole(done);
-                    said.push(buckets);
-                    (whole.len()..buckets).for_each(|bucket| whole.push(gradients(b, bucket)));
+                    let portions = b.portions().whole(done);
+                    said.push(portions);
+                    (whole.len()..portions).for_each(|portion| whole.push(gradients(b, portion)));
                 }
             })
             .unwrap();
             train::micro_batch(&mut plain, &model.net, 0.0, theirs).unwrap();
         }
-        let count = b.buckets().ids().len();
+        let count = b.portions().ids().len();
         said.dedup();
         // Most of them before the pass is over, and the last one when it is.
         assert!(
             count >= 12 && said.len() > 6 && said[said.len() - 2] < count && whole.len() == count,
             "{said:?} of {count}"
         );
-        let found: Vec<_> = (0..count).map(|bucket| gradients(&mut b, bucket)).collect();
-        let late: Vec<_> = (0..count).filter(|&bucket| found[bucket] != whole[bucket]).collect();
-        assert!(late.is_empty(), "something was added to buckets {late:?} of {count} when they had been called whole");
+        let found: Vec<_> = (0..count).map(|portion| gradients(&mut b, portion)).collect();
+        let late: Vec<_> = (0..count).filter(|&portion| found[portion] != whole[portion]).collect();
+        assert!(late.is_empty(), "something was added to portions {late:?} of {count} when they had been called whole");
         assert!(found.iter().all(|(bits, _)| bits.iter().any(|&bits| f32::from_bits(bits) != 0.0)));
         // The same bits as in one piece, and all of them.
-        assert!((0..count).all(|bucket| gradients(&mut plain, bucket) == found[bucket]));
+        assert!((0..count).all(|portion| gradients(&mut plain, portion) == found[portion]));
         let values = found.iter().map(|(bits, _)| bits.len()).sum::<usize>();
         let places: Option<Vec<_>> = found.into_iter().map(|(_, place)| place).collect();
         match places {
@@ -652,8 +652,8 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
         Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
     };
     let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);
-    // The same as one of two ranks with half of 16 images, whose sums come once for each bucket, when the last images have
-    // been taken, for which at first there is no room.
+    // The same as one of two ranks with half of 16 images, whose sums come once for each portion, when the last images
+    // have been taken, for which at first there is no room.
     let two = Settings { batch: 16, duration: 16, ..settings.clone() };
     let mut twins = [Twins::default(), Twins::default()];
     let [all, less] = &mut twins;

@@ -7,7 +7,7 @@ use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, Encoder, Model, Stored, file::save};
+use edm2k::model::{Config, ImageSpace, Model, Stored, file::save};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::validation::{self, SIGMAS};
 use edm2k::train::{DataIdentity, Schedule, Settings};
@@ -152,7 +152,7 @@ fn what_does_not_fit_is_one_clear_line() {
     };
     made("right", &|_| {});
     made("words", &|model| model.meta.vocabulary[1] = "face of a cat".into());
-    made("latents", &|model| model.meta.encoder = Encoder::SdVae);
+    made("latents", &|model| model.meta.encoder = ImageSpace::SdVae);
     let config = |change: &dyn Fn(&mut Config)| {
         let mut config = model().net.config;
         change(&mut config);

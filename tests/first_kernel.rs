@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use bytemuck::{Pod, Zeroable};
-use edm2k::backend::gpu::emulated::{Arg, Build, Counters, Emulator, EmulatorError, Order};
+use edm2k::backend::gpu::emulated::{Arg, Build, Counters, Emulator, EmulatorError, ThreadOrder};
 use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::rng::{Purpose, Stream};
 use half::f16;
@@ -90,7 +90,7 @@ fn every_step_computes_the_same_convolution() {
     for build in [Build::Normal, Build::Checked] {
         let device = Emulator::compile(&source(), build).unwrap();
         assert_eq!(device.kernels().len(), STEPS.len());
-        for order in [Order::Forward, Order::Reversed, Order::Random(1)] {
+        for order in [ThreadOrder::Forward, ThreadOrder::Reversed, ThreadOrder::Random(1)] {
             for step in STEPS {
                 let counters = run(&device.clone().with_order(order), step).unwrap();
                 // The text says that no step's shared memory has bank conflicts.

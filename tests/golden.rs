@@ -6,11 +6,11 @@ use std::path::Path;
 
 use edm2k::backend::cpu::{Cpu, bf16_is_available};
 use edm2k::backend::gpu::launch::Precision;
-use edm2k::backend::{Backend, NetworkBackend, Normalization, Slot, Step, TrainingBackend};
+use edm2k::backend::{Backend, NetworkBackend, Normalization, OptimizerStep, Slot, TrainingBackend};
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamKind, ParamTable};
-use edm2k::verify::{Bounds, Outcome, Summary, verify};
+use edm2k::verify::{Bounds, Finding, Totals, verify};
 use edm2k::{Backends, Device, Numbers, Work};
 use serde_json::json;
 
@@ -21,12 +21,12 @@ use command::{here, printed, refused};
 mod normals;
 use normals::normals;
 
-fn replay(dir: &Path) -> (Summary, Vec<Outcome>) {
+fn replay(dir: &Path) -> (Totals, Vec<Finding>) {
     replay_within(dir, Bounds::F32)
 }
 
 /// On the CPU, as if its arithmetic allowed for these bounds.
-fn replay_within(dir: &Path, bounds: Bounds) -> (Summary, Vec<Outcome>) {
+fn replay_within(dir: &Path, bounds: Bounds) -> (Totals, Vec<Finding>) {
     Device::open("cpu").unwrap().run(Replay { dir, bounds })
 }
 
@@ -36,7 +36,7 @@ struct Replay<'a> {
 }
 
 impl Work for Replay<'_> {
-    type Output = (Summary, Vec<Outcome>);
+    type Output = (Totals, Vec<Finding>);
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let mut outcomes = Vec::new();
@@ -46,9 +46,9 @@ impl Work for Replay<'_> {
 }
 
 /// Names of the checks that failed.
-fn failures(outcomes: &[Outcome]) -> Vec<&str> {
+fn failures(outcomes: &[Finding]) -> Vec<&str> {
     let failed = outcomes.iter().filter_map(|outcome| match outcome {
-        Outcome::Check(check) if !check.ok => Some(check.name.as_str()),
+        Finding::Check(check) if !check.ok => Some(check.name.as_str()),
         _ => None,
     });
     failed.collect()
@@ -58,9 +58,9 @@ fn assert_all_ok(dir: &Path, at_least: usize) {
     assert_ok(dir, &replay(dir), at_least);
 }
 
-fn assert_ok(dir: &Path, (summary, outcomes): &(Summary, Vec<Outcome>), at_least: usize) {
-    let failed = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Check(check) if !check.ok));
-    let failed: Vec<String> = failed.map(Outcome::to_string).collect();
+fn assert_ok(dir: &Path, (summary, outcomes): &(Totals, Vec<Finding>), at_least: usize) {
+    let failed = outcomes.iter().filter(|outcome| matches!(outcome, Finding::Check(check) if !check.ok));
+    let failed: Vec<String> = failed.map(Finding::to_string).collect();
     assert!(failed.is_empty(), "{}:\n{}", dir.display(), failed.join("\n"));
     assert!(summary.ok >= at_least, "only {} checks in {}", summary.ok, dir.display());
 }
@@ -88,7 +88,7 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
         let replayed = device.run(Replay { dir, bounds: Bounds::of(Precision::Bf16) });
         assert_ok(dir, &replayed, at_least);
         let errors = replayed.1.iter().filter_map(|outcome| match outcome {
-            Outcome::Check(check) if check.name.ends_with("D_x") => Some(check.error),
+            Finding::Check(check) if check.name.ends_with("D_x") => Some(check.error),
             _ => None,
         });
         let worst = errors.fold(0.0, f64::max);
@@ -262,7 +262,7 @@ impl<'a> Maker<'a> {
     }
 
     fn training(&self) {
-        let step = Step {
+        let step = OptimizerStep {
             lr: 0.01,
             betas: (0.9, 0.99),
             eps: 1e-8,
@@ -342,8 +342,8 @@ fn another_network_is_replayed_and_a_wrong_number_is_found() {
     maker.write("tiny_grads.safetensors", &tensors);
     let (summary, outcomes) = replay(dir.path());
     assert_eq!(summary.failed, 1);
-    let failed = outcomes.iter().find(|outcome| matches!(outcome, Outcome::Check(check) if !check.ok)).unwrap();
-    let Outcome::Check(check) = failed else { unreachable!() };
+    let failed = outcomes.iter().find(|outcome| matches!(outcome, Finding::Check(check) if !check.ok)).unwrap();
+    let Finding::Check(check) = failed else { unreachable!() };
     assert_eq!(check.name, format!("tiny_grads/{name}"));
     assert_eq!(check.worst.as_ref().unwrap().index, [0, 1, 2, 2]);
     let out = verify().code(1);

@@ -108,7 +108,8 @@ impl Net {
 
 fn step(b: &mut B, rounds: usize) {
     let betas = (0.9, 0.99);
-    b.optimizer_step(&Step { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale: 1.0, rounds, ema_betas: &[] }).unwrap();
+    b.optimizer_step(&OptimizerStep { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale: 1.0, rounds, ema_betas: &[] })
+        .unwrap();
 }
 
 fn reshaped(b: &B, like: &T, values: &[f64]) -> T {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use edm2k::formats::pickle::{Id, MAX_OPCODES, Pickle, Value};
 use edm2k::formats::safetensors::{Dtype, SafeFile};
-use edm2k::model::{Config, Encoder, Model, Snapshot, Stored};
+use edm2k::model::{Config, ImageSpace, Model, OfficialSnapshot, Stored};
 use half::{bf16, f16};
 use predicates::str::contains;
 
@@ -57,8 +57,8 @@ fn measured<T>(run: impl FnOnce() -> T) -> (T, usize, Duration) {
 
 const GOLDEN: &str = "tests/golden/official_style_snapshot_nosrc.pkl";
 
-fn parse(bytes: &[u8]) -> Result<Snapshot, String> {
-    Snapshot::parse(Path::new("x.pkl"), bytes).map_err(|e| e.to_string())
+fn parse(bytes: &[u8]) -> Result<OfficialSnapshot, String> {
+    OfficialSnapshot::parse(Path::new("x.pkl"), bytes).map_err(|e| e.to_string())
 }
 
 /// The message of the error that must be.
@@ -217,10 +217,10 @@ fn the_official_snapshots_give_every_tensor_and_the_config() {
                 continue;
             }
             snapshots += 1;
-            let Snapshot { model, precision } = Snapshot::open(&path).unwrap();
+            let OfficialSnapshot { model, stored } = OfficialSnapshot::open(&path).unwrap();
             assert_eq!(model.net.config, config);
-            assert_eq!(precision, Stored::F16);
-            assert_eq!(model.meta.encoder, Encoder::SdVae);
+            assert_eq!(stored, Stored::F16);
+            assert_eq!(model.meta.encoder, ImageSpace::SdVae);
             assert_eq!([model.meta.height, model.meta.width], [config.img_resolution; 2]);
             assert_eq!((model.meta.images_seen, model.meta.ema_std), (0, None));
             assert_eq!(expected.names().count(), model.table.len());
@@ -283,7 +283,7 @@ fn another_condition_has_a_fresh_embedding_and_the_rest_stays() {
         here(&["import", GOLDEN, "--condition-dim", width, "--out"]).arg(&out).assert().success();
         Model::load(out).unwrap()
     };
-    let snapshot = Snapshot::open(Path::new(GOLDEN)).unwrap().model;
+    let snapshot = OfficialSnapshot::open(Path::new(GOLDEN)).unwrap().model;
     const LABEL: &str = "unet.emb_label.weight";
     for (width, text) in [(24, "24"), (16, "16")] {
         let model = import(text);
@@ -310,7 +310,7 @@ fn storages_of_every_kind_are_read() {
     let halves: Vec<u8> = numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
     let brains: Vec<u8> = numbers.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
     let singles: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
-    for (kind, data, precision) in [
+    for (kind, data, stored) in [
         ("HalfStorage", &halves, Stored::F16),
         ("BFloat16Storage", &brains, Stored::F32),
         ("FloatStorage", &singles, Stored::F32),
@@ -320,7 +320,7 @@ fn storages_of_every_kind_are_read() {
             let round = |x: f32| if kind == "BFloat16Storage" { bf16::from_f32(x).to_f32() } else { x };
             let expected: Vec<f32> = numbers.iter().map(|&x| round(x)).collect();
             assert_eq!(values(&read.model, NOISE), expected, "{kind}");
-            assert_eq!(read.precision, precision, "{kind}");
+            assert_eq!(read.stored, stored, "{kind}");
         }
     }
 
@@ -494,7 +494,7 @@ fn nothing_that_a_pickle_names_is_run() {
 
     // Where it is not needed it means nothing.
     import(ops.clone().with_value("vae_name", &call)).success();
-    let expected = Snapshot::open(Path::new(GOLDEN)).unwrap().model;
+    let expected = OfficialSnapshot::open(Path::new(GOLDEN)).unwrap().model;
     let model = Model::load(&out).unwrap();
     assert!(model.weights == expected.weights && model.net.config == expected.net.config);
     assert!(!proof.exists());
@@ -522,7 +522,7 @@ fn files_that_are_no_pickles_are_refused_in_one_line() {
     }
     for (path, message) in [(dir.path().join("absent.pkl"), "No such file"), (dir.path().into(), "not a regular file")]
     {
-        let error = Snapshot::open(&path).err().unwrap().to_string();
+        let error = OfficialSnapshot::open(&path).err().unwrap().to_string();
         assert!(error.contains(message), "{error}");
     }
 }
@@ -628,7 +628,7 @@ fn a_snapshot_that_python_wrote_anew_at_protocol_2_is_the_same() {
     assert!(at > 0, "no storage found");
     old.extend(&bytes[at..]);
     let (new, expected) = (parse(&old).unwrap(), parse(&bytes).unwrap());
-    assert!(new.model.weights == expected.model.weights && new.precision == expected.precision);
+    assert!(new.model.weights == expected.model.weights && new.stored == expected.stored);
     // A text that many calls make bytes of takes no more than the file has.
     let many = [
         &b"\x80\x02X\x00\x10\x00\x00"[..],

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::file::save;
-use edm2k::model::{Config, Encoder, Model, ModelMeta, Stored};
+use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Stored};
 use edm2k::params::ParamKind;
 
 fn tiny(label_dim: usize) -> Config {
@@ -113,7 +113,7 @@ fn a_file_of_another_program_is_taken_to_be_square() {
         metadata.remove("edm2k");
     });
     let read = Model::load(&path).unwrap();
-    assert_eq!((read.meta.height, read.meta.width, read.meta.encoder), (8, 8, Encoder::SdVae));
+    assert_eq!((read.meta.height, read.meta.width, read.meta.encoder), (8, 8, ImageSpace::SdVae));
 }
 
 #[test]

@@ -19,7 +19,7 @@ use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Model, Stored, file::save};
-use edm2k::onnx::{Network, Wanted};
+use edm2k::onnx::{FeatureTensor, OnnxNetwork};
 use edm2k::pictures::{Picture, bicubic::resize, png};
 use edm2k::rng::{Purpose, Stream};
 use nalgebra::{DMatrix, DVector};
@@ -130,7 +130,7 @@ fn features_are_those_of_a_direct_computation() {
     }
     // The output is another tensor.
     let path = dir.path().join("tagger.onnx");
-    let network = Network::open(&path, Wanted::Output, None).unwrap();
+    let network = OnnxNetwork::open(&path, FeatureTensor::Output, None).unwrap();
     assert_eq!((network.node(), network.width()), ("output", 5));
 }
 
@@ -195,20 +195,20 @@ fn a_size_that_is_left_open_is_the_callers() {
     graph.inputs = vec![value_info("input", FLOAT, &dims)];
     graph.outputs = vec![value_info(POOLED, FLOAT, &[])];
     let path = write(&dir, "network.onnx", &graph.file());
-    let network = Network::open(&path, Wanted::Output, Some([9, 9])).unwrap();
+    let network = OnnxNetwork::open(&path, FeatureTensor::Output, Some([9, 9])).unwrap();
     let values: Vec<f32> = picture(9, 9).rgb().iter().map(|&x| f32::from(x)).collect();
     let found = network.features(&values, "picture").unwrap();
     for (&found, expected) in found.iter().zip(small.features(&values)) {
         assert!((f64::from(found) - expected).abs() < 2e-6, "{found}, expected {expected}");
     }
-    assert_eq!(Network::open(&path, Wanted::Output, Some([4, 6])).unwrap().size(), [4, 6]);
-    let why = Network::open(&path, Wanted::Output, None).err().unwrap().to_string();
+    assert_eq!(OnnxNetwork::open(&path, FeatureTensor::Output, Some([4, 6])).unwrap().size(), [4, 6]);
+    let why = OnnxNetwork::open(&path, FeatureTensor::Output, None).err().unwrap().to_string();
     assert!(why.contains("the input input is [?, 3, ?, ?], which leaves the size open"), "{why}");
 }
 
 /// What opening says about a file; one line that names it.
-fn refusal(path: &Path, wanted: Wanted) -> String {
-    let why = Network::open(path, wanted, None).err().expect("the file is refused").to_string();
+fn refusal(path: &Path, wanted: FeatureTensor) -> String {
+    let why = OnnxNetwork::open(path, wanted, None).err().expect("the file is refused").to_string();
     assert!(why.lines().count() == 1 && why.len() < 600 && why.starts_with(path.to_str().unwrap()), "{why}");
     why
 }
@@ -225,42 +225,42 @@ fn bad_files_are_refused_in_a_line() {
     let input = |kind, dims: &[Dim]| value_info("input", kind, dims);
     let side = || Dim::Fixed(9);
     let file = good.file();
-    let cases: Vec<(&str, Vec<u8>, Wanted, &str)> = vec![
-        ("empty", vec![], Wanted::Pooled, "not an ONNX file: it is empty"),
-        ("page", b"<!doctype html><html>".into(), Wanted::Pooled, "not an ONNX file"),
-        ("pointer", b"version https://git-lfs.github.com/spec/v1\n".into(), Wanted::Pooled, "not an ONNX file"),
-        ("no-graph", vec![0x08, 0x08], Wanted::Pooled, "not an ONNX file: it has no graph"),
-        ("cut", file[..file.len() / 2].into(), Wanted::Pooled, "a damaged ONNX file"),
+    let cases: Vec<(&str, Vec<u8>, FeatureTensor, &str)> = vec![
+        ("empty", vec![], FeatureTensor::Pooled, "not an ONNX file: it is empty"),
+        ("page", b"<!doctype html><html>".into(), FeatureTensor::Pooled, "not an ONNX file"),
+        ("pointer", b"version https://git-lfs.github.com/spec/v1\n".into(), FeatureTensor::Pooled, "not an ONNX file"),
+        ("no-graph", vec![0x08, 0x08], FeatureTensor::Pooled, "not an ONNX file: it has no graph"),
+        ("cut", file[..file.len() / 2].into(), FeatureTensor::Pooled, "a damaged ONNX file"),
         (
             "typo",
             file.clone(),
-            Wanted::Named("/core_model/pool/Flaten_output"),
+            FeatureTensor::Named("/core_model/pool/Flaten_output"),
             "no node makes a tensor /core_model/pool/Flaten_output; names near it: /core_model/pool/Flatten_output_0",
         ),
-        ("input-asked", file.clone(), Wanted::Named("input"), "no node makes a tensor input"),
-        ("spatial", file.clone(), Wanted::Named("relu"), "the tensor relu is [1, 6, 5, 5], expected a vector"),
+        ("input-asked", file.clone(), FeatureTensor::Named("input"), "no node makes a tensor input"),
+        ("spatial", file.clone(), FeatureTensor::Named("relu"), "the tensor relu is [1, 6, 5, 5], expected a vector"),
         (
             "two-outputs",
             changed(&|graph| graph.outputs.push(value_info(POOLED, FLOAT, &[]))),
-            Wanted::Output,
+            FeatureTensor::Output,
             "2 outputs, so the tensor of the features must be named; they are output, /core_model/pool/Flatten_output_0",
         ),
         (
             "grey",
             changed(&|graph| graph.inputs = vec![input(FLOAT, &[Dim::Open("N"), side(), side(), Dim::Fixed(1)])]),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the input input is [?, 9, 9, 1], expected one input of images",
         ),
         (
             "bytes",
             changed(&|graph| graph.inputs = vec![input(UINT8, &[Dim::Open("N"), side(), side(), Dim::Fixed(3)])]),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the input input is uint8, expected",
         ),
         (
             "batch",
             changed(&|graph| graph.inputs = vec![input(FLOAT, &[Dim::Fixed(2), side(), side(), Dim::Fixed(3)])]),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the input input is [2, 9, 9, 3], expected",
         ),
         (
@@ -268,7 +268,7 @@ fn bad_files_are_refused_in_a_line() {
             changed(&|graph| {
                 graph.inputs = vec![input(FLOAT, &[Dim::Fixed(1), Dim::Open("H"), Dim::Open("W"), Dim::Fixed(3)])]
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "leaves the size open",
         ),
         (
@@ -276,7 +276,7 @@ fn bad_files_are_refused_in_a_line() {
             changed(&|graph| {
                 graph.inputs = vec![input(FLOAT, &[Dim::Fixed(1), Dim::Fixed(1 << 40), side(), Dim::Fixed(3)])]
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "larger than 4096",
         ),
         (
@@ -284,32 +284,37 @@ fn bad_files_are_refused_in_a_line() {
             changed(&|graph| {
                 graph.nodes.push(node("c", "Relu", &["core_model.stem.bias"], "constant"));
             }),
-            Wanted::Named("constant"),
+            FeatureTensor::Named("constant"),
             "the features depend on no input",
         ),
         (
             "untyped",
             changed(&|graph| graph.inputs = vec![Message::default().bytes(1, "input")]),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the input input has no type",
         ),
-        ("undeclared", changed(&|graph| graph.inputs.clear()), Wanted::Pooled, "the features depend on no input"),
+        (
+            "undeclared",
+            changed(&|graph| graph.inputs.clear()),
+            FeatureTensor::Pooled,
+            "the features depend on no input",
+        ),
         (
             "dangling",
             changed(&|graph| drop(graph.weights.remove(1))),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "a damaged ONNX file: nothing makes the tensors core_model.stem.bias",
         ),
         (
             "operator",
             changed(&|graph| graph.nodes[2] = node("/stem/Odd", "Oddity", &["conv"], "relu")),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the operator Oddity (node /stem/Odd) is not supported",
         ),
         (
             "circle",
             changed(&|graph| graph.nodes[2] = node("/Circle", "Add", &["conv", POOLED], "relu")),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the network cannot be run",
         ),
         (
@@ -317,13 +322,13 @@ fn bad_files_are_refused_in_a_line() {
             changed(&|graph| {
                 graph.nodes[0] = node("/T", "Transpose", &["input"], "nchw").message(5, ints("perm", &[3, 3, 1, 2]));
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "a damaged ONNX file: node /T: its perm is no permutation",
         ),
         (
             "shapes",
             changed(&|graph| graph.weights[1] = tensor("core_model.stem.bias", &[5], &[0.0; 5])),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "the network cannot be run",
         ),
         (
@@ -332,7 +337,7 @@ fn bad_files_are_refused_in_a_line() {
                 graph.nodes[2] = node("/Pad", "Conv", &["nchw", "core_model.stem.weight"], "relu")
                     .message(5, ints("pads", &[20_000, 20_000, 20_000, 20_000]));
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "node /Pad: pads [20000, 20000, 20000, 20000], larger than any image",
         ),
         (
@@ -341,7 +346,7 @@ fn bad_files_are_refused_in_a_line() {
                 graph.nodes[2] =
                     node("/Pool", "MaxPool", &["conv"], "relu").message(5, ints("kernel_shape", &[i64::MAX, 2]));
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "node /Pool: kernel_shape [9223372036854775807, 2], larger than any image",
         ),
         (
@@ -353,7 +358,7 @@ fn bad_files_are_refused_in_a_line() {
                 }
                 graph.nodes[30_002] = node("/Last", "Relu", &["r29999"], "relu");
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             " nodes, expected 20000 at most",
         ),
         (
@@ -363,7 +368,7 @@ fn bad_files_are_refused_in_a_line() {
                 graph.nodes[2] = node("/Expand", "ConstantOfShape", &["sides"], "much");
                 graph.nodes.insert(3, node("/Sum", "Add", &["much", "conv"], "relu"));
             }),
-            Wanted::Pooled,
+            FeatureTensor::Pooled,
             "node /Expand: ConstantOfShape [1048576, 1048576, 1048576], larger than any image",
         ),
     ];
@@ -372,8 +377,8 @@ fn bad_files_are_refused_in_a_line() {
         assert!(why.contains(expected), "{name}: {why}\nexpected {expected}");
         println!("{why}");
     }
-    refusal(&dir.path().join("missing"), Wanted::Pooled);
-    refusal(dir.path(), Wanted::Pooled);
+    refusal(&dir.path().join("missing"), FeatureTensor::Pooled);
+    refusal(dir.path(), FeatureTensor::Pooled);
     // Taggers look at squares.
     let flat = changed(&|graph| {
         graph.inputs = vec![input(FLOAT, &[Dim::Fixed(1), Dim::Fixed(4), side(), Dim::Fixed(3)])];
@@ -832,8 +837,8 @@ proptest! {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = write(&dir, "tagger.onnx", &bytes);
-        for wanted in [Wanted::Pooled, Wanted::Output] {
-            match Network::open(&path, wanted, Some([4, 4])) {
+        for wanted in [FeatureTensor::Pooled, FeatureTensor::Output] {
+            match OnnxNetwork::open(&path, wanted, Some([4, 4])) {
                 Err(why) => prop_assert!(why.to_string().lines().count() == 1, "{}", why),
                 Ok(network) => {
                     let [height, width] = network.size();

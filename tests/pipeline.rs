@@ -9,7 +9,7 @@ use std::path::Path;
 use assert_cmd::assert::OutputAssertExt as _;
 use edm2k::condition::Conditioning;
 use edm2k::data::dataset::{Representation, Split};
-use edm2k::model::{Encoder, Model};
+use edm2k::model::{ImageSpace, Model};
 use edm2k::pictures::png::read_text;
 use image::ImageReader;
 use serde_json::Value;
@@ -86,7 +86,7 @@ fn pipeline(device: &'static str) {
         assert_eq!((source.as_str(), node.as_str()), ("tagger.onnx", onnx::POOLED));
         assert_eq!(
             data.header().autoencoder.as_ref().map(|made_by| made_by.network),
-            Some(edm2k::codec::Network::SdVae)
+            Some(edm2k::codec::AutoencoderKind::SdVae)
         );
         let remainder = match split {
             Split::Validation => 0..1,
@@ -118,7 +118,7 @@ fn pipeline(device: &'static str) {
     let grid = ImageReader::open(place.path("run/grid-000000040.png")).unwrap().into_dimensions().unwrap();
     assert!(grid.0 >= 5 * 64 && grid.1 >= 88 && grid.1.div_ceil(88) >= 1, "{grid:?}");
     let model = Model::load(place.path("run").join(&snapshots[9].0)).unwrap();
-    assert_eq!((model.meta.encoder, model.meta.height, model.meta.width), (Encoder::SdVae, 22, 16));
+    assert_eq!((model.meta.encoder, model.meta.height, model.meta.width), (ImageSpace::SdVae, 22, 16));
     assert_eq!((model.meta.images_seen, model.meta.source.as_str()), (40, "miniature"));
     assert!(matches!(&model.meta.conditioning, Conditioning::Features { source, .. } if source == "tagger.onnx"));
 

@@ -20,7 +20,8 @@ use edm2k::backend::gpu::structs::{
 use edm2k::backend::gpu::weights::{RowTable, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};
 use edm2k::backend::{
-    Backend, Logvar, LossInput, Masks, NetworkBackend, Normalization, Operand, Shape, Slot, Step, TrainingBackend,
+    Backend, Logvar, LossInput, Masks, NetworkBackend, Normalization, Operand, OptimizerStep, Shape, Slot,
+    TrainingBackend,
 };
 use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
 use edm2k::rng::{Purpose, Stream, mask_key};
@@ -459,7 +460,7 @@ fn three_optimizer_steps() {
             let accumulated = layout.arena(&mut cpu, Slot::Grad);
             grad.upload(0, &accumulated);
 
-            let step = Step {
+            let step = OptimizerStep {
                 lr: 0.01,
                 betas: (0.9, 0.99),
                 eps: 1e-8,

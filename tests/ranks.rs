@@ -23,7 +23,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Slot, TrainingBackend, Values};
 use edm2k::collective::{Collective, CollectiveError, Star, World};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, Encoder, Model, ModelMeta, Stored, file::save};
+use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Stored, file::save};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
@@ -982,7 +982,7 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
 fn ranks_and_parts_make_the_latents_that_one_process_makes() {
     let place = Place::empty();
     let model = Model::init(&latents(), 3).unwrap();
-    let meta = ModelMeta { height: 8, width: 16, encoder: Encoder::SdVae, ..model.meta };
+    let meta = ModelMeta { height: 8, width: 16, encoder: ImageSpace::SdVae, ..model.meta };
     let path = place.path("model.safetensors");
     save(&path, &model.net.config, &meta, &model.table, &model.weights, Stored::F32).unwrap();
     let mut other = Model::init(&latents(), 4).unwrap();

@@ -10,12 +10,12 @@ use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Backend, Shape};
 use edm2k::codec::CodecFile;
-use edm2k::condition::vae::{ConditionKind, Rows, Training, Vae};
+use edm2k::condition::vae::{ConditionKind, LearningSettings, Rows, Vae};
 use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::file::{Encoder, Model, Stored, save};
+use edm2k::model::file::{ImageSpace, Model, Stored, save};
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
@@ -855,7 +855,7 @@ fn invented_conditions_are_mixed() {
         dense: Vec::new(),
         conditioning: None,
     };
-    let how = Training { epochs: 1, ..Training::default() };
+    let how = LearningSettings { epochs: 1, ..LearningSettings::default() };
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("c.safetensors")).unwrap();
     bench.sample("--outdir a --condition-model c.safetensors --mix random-2:1 --seeds 5").success();
     bench.sample("--outdir b --condition-model c.safetensors --random-conditions 3 --seeds 3-5").success();
@@ -932,7 +932,7 @@ fn mistakes_are_one_clear_line() {
         dense: Vec::new(),
         conditioning: None,
     };
-    let how = Training { epochs: 1, ..Training::default() };
+    let how = LearningSettings { epochs: 1, ..LearningSettings::default() };
     Vae::train(&rows, &how, |_, _| {}).unwrap().save(bench.path("other.safetensors")).unwrap();
     let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\"; ";
     bench.fails("--outdir o --random-conditions 3 --condition-model other.safetensors", message);
@@ -966,7 +966,7 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     let bench = Bench::new();
     let config = Config { img_channels: 4, ..tiny().0.net.config };
     let mut model = Model::init(&config, 1).unwrap();
-    model.meta.encoder = Encoder::SdVae;
+    model.meta.encoder = ImageSpace::SdVae;
     save(bench.path("m.safetensors"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
     autoencoder::write(&bench.path("vae.safetensors"), &autoencoder::sd_vae(&[32, 32], 1));
     let picture = Picture::new(32, 32, (0..32 * 32 * 3).map(|i| (i * 7 % 256) as u8).collect());

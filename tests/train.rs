@@ -27,7 +27,7 @@ use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Stored};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::batch::Batch;
+use edm2k::train::batch::HostBatch;
 use edm2k::train::order::Order;
 use edm2k::train::{
     DataIdentity, Event, Execution, LearningRate, Outcome, Schedule, Settings, Splits, TrainError, Training, ema, train,
@@ -241,9 +241,9 @@ fn settings(data: &Dataset) -> Settings {
 }
 
 /// The images of these numbers at once.
-fn batch(data: &Dataset, s: &Settings, numbers: Range<u64>) -> Batch {
+fn batch(data: &Dataset, s: &Settings, numbers: Range<u64>) -> HostBatch {
     let shown = Order::new(data, s).micro_batches(numbers, u64::MAX);
-    Batch::of(data, s, &shown[0]).unwrap()
+    HostBatch::of(data, s, &shown[0]).unwrap()
 }
 
 #[test]
@@ -257,8 +257,8 @@ fn batches_do_not_depend_on_how_they_are_cut() {
         let whole = batch(&data, &s, 30..50);
         let mut cut = Order::new(&data, &s);
         cut.micro_batches(900..901, 1);
-        let parts =
-            [30..33, 33..49, 49..50].map(|numbers| Batch::of(&data, &s, &cut.micro_batches(numbers, 20)[0]).unwrap());
+        let parts = [30..33, 33..49, 49..50]
+            .map(|numbers| HostBatch::of(&data, &s, &cut.micro_batches(numbers, 20)[0]).unwrap());
         assert_eq!(whole.clean, parts.iter().flat_map(|p| p.clean.clone()).collect::<Vec<_>>());
         assert_eq!(whole.noisy, parts.iter().flat_map(|p| p.noisy.clone()).collect::<Vec<_>>());
         assert_eq!(whole.sigma, parts.iter().flat_map(|p| p.sigma.clone()).collect::<Vec<_>>());

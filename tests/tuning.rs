@@ -10,12 +10,12 @@ use std::rc::Rc;
 
 use edm2k::backend::gpu::engine::{Gpu, Trial};
 use edm2k::backend::gpu::launch::{Launch, Precision, TensorMap, TensorMapSpec};
-use edm2k::backend::gpu::runtime::{Command, Graph, Imagined, Memory, Origin, Runtime};
+use edm2k::backend::gpu::runtime::{Command, Graph, Imagined, MeasuredOn, Memory, Runtime};
 use edm2k::backend::gpu::tiles::{Card, Choice, Question, Tuned};
 use edm2k::backend::{BackendError, DeviceError};
 use edm2k::model::Precond;
 use edm2k::params::ParamTable;
-use edm2k::train::{MicroBatch, rehearse};
+use edm2k::train::{MicroBatchPlan, rehearse};
 use edm2k::tuning::Table;
 
 /// Seconds of a launch, by how many times were asked for before.
@@ -57,7 +57,7 @@ impl Runtime for Watched {
     fn card(&self) -> Card {
         self.device.card()
     }
-    fn origin(&self) -> Origin {
+    fn origin(&self) -> MeasuredOn {
         self.device.origin()
     }
     fn tuned(&self) -> Option<Rc<Tuned>> {
@@ -100,7 +100,7 @@ fn network() -> (Precond, ParamTable) {
     Precond::new(&serde_json::from_value(config).unwrap()).unwrap()
 }
 
-const KEY: MicroBatch = MicroBatch { dropout: 0.0 };
+const KEY: MicroBatchPlan = MicroBatchPlan { dropout: 0.0 };
 
 /// A micro-batch of three images.
 fn train(gpu: &mut Gpu, net: &Precond) -> Result<(), BackendError> {

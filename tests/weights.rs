@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use edm2k::codec::{CodecFile, Network};
+use edm2k::codec::{AutoencoderKind, CodecFile};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::formats::weights;
 use edm2k::model::{Config, Model, ModelFile};
@@ -307,7 +307,7 @@ fn an_autoencoder_is_known_by_its_first_names_in_a_checkpoint_of_stable_diffusio
     {
         fs::write(&ckpt, bytes).unwrap();
         let opened = CodecFile::open(&ckpt).unwrap();
-        assert_eq!((opened.network(), opened.factor()), (Network::SdVae, 4));
+        assert_eq!((opened.network(), opened.factor()), (AutoencoderKind::SdVae, 4));
         assert_eq!(opened.autoencoder().unwrap().unwrap().fingerprint, expected, "the same encoder");
     }
     // It is called what it is where a model is expected, whatever its names are.

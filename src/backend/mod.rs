@@ -48,7 +48,9 @@ mod training;
 
 pub use memory::{DevicePtr, Memory};
 pub use network::{EmbLayer, Embed, Embedding, Logvar, Masks, NetworkBackend, Operand, OperandGrad, Scale};
-pub use training::{Done, Loss, LossInput, Normalization, Pass, Slot, Step, StepStats, TrainingBackend, Values};
+pub use training::{
+    Done, Loss, LossInput, Normalization, OptimizerStep, Pass, Slot, StepStats, TrainingBackend, Values,
+};
 
 /// `[n, height, width, channels]`.
 pub type Shape = [usize; 4];

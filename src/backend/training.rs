@@ -1,7 +1,7 @@
 //! What learning adds: loss, backward pass, optimizer.
 //!
 //! Gradients of activations and weights are those of the *sum* of the loss over all elements, so that they stay O(1).
-//! The factor 1/batch comes in as [`Step::grad_scale`].
+//! The factor 1/batch comes in as [`OptimizerStep::grad_scale`].
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use super::memory::Memory;
 use super::{
     Backend, BackendError, EmbLayer, Embed, Embedding, Logvar, NetworkBackend, Operand, OperandGrad, PlanKey, Scale,
 };
-use crate::params::{Buckets, ParamId, Whole};
+use crate::params::{ParamId, Portions, Whole};
 use std::ops::Range;
 
 /// Inputs of the training loss.
@@ -72,7 +72,7 @@ pub enum Normalization {
 
 /// Settings of one optimizer step.
 #[derive(Clone, Debug)]
-pub struct Step<'a> {
+pub struct OptimizerStep<'a> {
     /// Learning rate.
     pub lr: f64,
     /// Adam's decay rates of the two moments.
@@ -136,16 +136,16 @@ pub trait TrainingBackend: NetworkBackend {
     /// [`BackendError::NotTraining`], or the device's.
     fn read_param(&mut self, slot: Slot, id: ParamId) -> Result<Vec<f32>, BackendError>;
     /// The portions in which [`exchange`](Self::exchange) gives out the values of a slot.
-    fn buckets(&self) -> &Buckets;
-    /// Gives the values of one of [`buckets`](Self::buckets) in a slot to `exchange`, one part after the other.
+    fn portions(&self) -> &Portions;
+    /// Gives the values of one of [`portions`](Self::portions) in a slot to `exchange`, one part after the other.
     /// `exchange` may replace them: by the sum of the gradients over several devices, or by the weights of another
     /// device. Call [`make_effective`](Self::make_effective) after a change of the weights.
     ///
     /// # Errors
     /// [`BackendError::NotTraining`], or the device's.
-    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
+    fn exchange(&mut self, slot: Slot, portion: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError>;
     /// As [`Backend::planned`], for a pass that says which gradients are complete. `done` is called with them, at least
-    /// where another bucket is complete. At that moment the device has been given everything that adds to them, and
+    /// where another portion is complete. At that moment the device has been given everything that adds to them, and
     /// nothing of what follows.
     ///
     /// # Errors
@@ -232,5 +232,5 @@ pub trait TrainingBackend: NetworkBackend {
     ///
     /// # Errors
     /// [`BackendError::NotTraining`], or the device's.
-    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError>;
+    fn optimizer_step(&mut self, step: &OptimizerStep) -> Result<StepStats, BackendError>;
 }

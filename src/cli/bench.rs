@@ -8,11 +8,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use edm2k::backend::codec::CodecBackend;
 use edm2k::backend::cpu::Cpu;
-use edm2k::backend::gpu::engine::{Cost, Gpu, Work};
+use edm2k::backend::gpu::engine::{Cost, Gpu, Operation};
 use edm2k::backend::gpu::launch::ConvLoop;
-use edm2k::backend::gpu::limits::{self, Limits};
+use edm2k::backend::gpu::limits::{self, Peaks};
 use edm2k::backend::gpu::runtime::Runtime;
-use edm2k::backend::{Normalization, PlanKey, Shape, Slot, Step, TrainingBackend};
+use edm2k::backend::{Normalization, OptimizerStep, PlanKey, Shape, Slot, TrainingBackend};
 use edm2k::codec::{CodecPlan, Decoder, LATENTS};
 use edm2k::median;
 use edm2k::model::config::{Preset, preset};
@@ -21,7 +21,7 @@ use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::stats::peak_mib;
-use edm2k::train::{self, MicroBatch, micro_batch};
+use edm2k::train::{self, MicroBatchPlan, micro_batch};
 
 use super::say::{self, out};
 
@@ -80,7 +80,7 @@ pub struct BenchArgs {
 
 /// One measured figure.
 #[derive(serde::Serialize)]
-struct Row {
+struct Figure {
     what: String,
     median_s: f64,
     fastest_s: f64,
@@ -112,9 +112,9 @@ struct Bench<'a> {
     net: Precond,
     table: ParamTable,
     size: [usize; 2],
-    rows: Vec<Row>,
+    rows: Vec<Figure>,
     kernels: Vec<KernelRow>,
-    limits: Option<Limits>,
+    limits: Option<Peaks>,
 }
 
 /// Runs the subcommand.
@@ -245,7 +245,7 @@ impl Bench<'_> {
         let mut b = Gpu::for_training(runtime, math, &self.table, 0)?;
         self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
         if self.args.kernels {
-            self.time_kernels(&mut b, "training", &MicroBatch { dropout: 0.0 })?;
+            self.time_kernels(&mut b, "training", &MicroBatchPlan { dropout: 0.0 })?;
         }
         Ok(())
     }
@@ -265,7 +265,7 @@ impl Bench<'_> {
         let fastest_s = times.iter().copied().fold(f64::INFINITY, f64::min);
         let median_s = median(&times);
         let (gmac_per_s, images_per_s) = (macs / median_s * 1e-9, images / median_s);
-        let row = Row { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib };
+        let row = Figure { what, median_s, fastest_s, gmac_per_s, images_per_s, memory_mib };
         if !self.args.json {
             let memory = row.memory_mib.map_or("unknown".into(), |m| format!("{m:.0} MiB"));
             out!(
@@ -317,7 +317,7 @@ impl Bench<'_> {
                 losses.push(micro_batch(b, &net, 0.0, batch)?);
             }
             let (betas, grad_scale) = ((0.9, 0.99), 1.0 / total);
-            b.optimizer_step(&Step { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;
+            b.optimizer_step(&OptimizerStep { lr: 1e-3, betas, eps: 1e-8, step, grad_scale, rounds, ema_betas: &[] })?;
             losses.iter().try_for_each(|loss| b.download(loss).map(|_| ()))?;
             Ok(())
         };
@@ -332,7 +332,7 @@ impl Bench<'_> {
         let Some(limits) = self.limits else { return Ok(()) };
         let timing = b.time(key, self.args.repeats as usize)?;
         let whole = median(&timing.whole);
-        let row = |(work, count, seconds): (Work, usize, Vec<f64>)| {
+        let row = |(work, count, seconds): (Operation, usize, Vec<f64>)| {
             let median_s = median(&seconds);
             let (macs, bytes) = (work.macs() as f64, work.bytes as f64);
             let floor = (macs / limits.macs_per_s).max(bytes / limits.bytes_per_s);

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use edm2k::condition::vae::{Learning, Training, Vae};
+use edm2k::condition::vae::{Learning, LearningSettings, Vae};
 use edm2k::condition::{Conditioning, MEANING_KEY};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::At;
@@ -153,7 +153,7 @@ fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<Ended> {
         !tags || known == width,
         "{dir}: its conditions are {width} wide, expected the {known} tags of the vocabulary"
     );
-    let how = Training { epochs: args.epochs.into(), seed: args.seed, ..Training::default() };
+    let how = LearningSettings { epochs: args.epochs.into(), seed: args.seed, ..LearningSettings::default() };
     let (place, print) = (progress_path(&args.out), data.fingerprint());
     // This also removes what a killed training left half written.
     let _kept = super::claim(&place, true, &[])?;

@@ -21,7 +21,7 @@ use edm2k::model::Model;
 use edm2k::pipeline::{Domain, check_forward, learned_from};
 use edm2k::train::DataIdentity;
 use edm2k::train::stats::{PlotError, plot};
-use edm2k::train::validation::{Found, Loss, Noisy, SIGMAS, ValidationError};
+use edm2k::train::validation::{Found, LevelLoss, Noisy, SIGMAS, ValidationError};
 use edm2k::{Backends, Work};
 
 use super::ranks::{self, Ranks};
@@ -166,8 +166,8 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let levels = noisy.means(&found);
 
     if args.json {
-        let level = |(sigma, level): (&f64, &Loss)| {
-            let Loss { loss, error, logvar } = level;
+        let level = |(sigma, level): (&f64, &LevelLoss)| {
+            let LevelLoss { loss, error, logvar } = level;
             json!({"sigma": sigma, "loss": loss, "error": error, "logvar": logvar})
         };
         let levels: Vec<_> = SIGMAS.iter().zip(&levels).map(level).collect();
@@ -177,7 +177,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     } else {
         out!("{images} images of the {} split", args.split);
         out!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
-        for (sigma, Loss { loss, error, logvar }) in SIGMAS.iter().zip(&levels) {
+        for (sigma, LevelLoss { loss, error, logvar }) in SIGMAS.iter().zip(&levels) {
             out!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
         }
     }
@@ -263,8 +263,8 @@ impl Work for Measuring<'_> {
 }
 
 /// Loss and error over the noise level, which is drawn logarithmically.
-fn draw(levels: &[Loss]) -> Result<String, PlotError> {
-    let curve = |value: fn(&Loss) -> f64| -> Vec<(f64, f64)> {
+fn draw(levels: &[LevelLoss]) -> Result<String, PlotError> {
+    let curve = |value: fn(&LevelLoss) -> f64| -> Vec<(f64, f64)> {
         let points = SIGMAS.iter().zip(levels).map(|(sigma, level)| (sigma.log10(), value(level)));
         points.filter(|point| point.1.is_finite()).collect()
     };

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use edm2k::Device;
 use edm2k::data::dataset::{Dataset, Representation, Split};
-use edm2k::frechet::{Moments, distance};
-use edm2k::onnx::{Network, Wanted};
+use edm2k::frechet::{FeatureStatistics, distance};
+use edm2k::onnx::{FeatureTensor, OnnxNetwork};
 use edm2k::pictures::bicubic::resize;
 use edm2k::pictures::{Picture, decode};
 use edm2k::pipeline::{Condition, Domain, OutDir, Pipeline, Request, Viewer};
@@ -101,8 +101,9 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let (source, count) = references.source(&device)?;
     let mut viewer = viewer(&args, &references.data, &device)?;
     let first = references.picture(0, &mut viewer)?;
-    let wanted = args.network_node.as_deref().map_or(Wanted::Output, Wanted::Named);
-    let network = Network::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
+    let wanted = args.network_node.as_deref().map_or(FeatureTensor::Output, FeatureTensor::Named);
+    let network =
+        OnnxNetwork::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
     let features = network.width();
     if references.count.min(count) <= features {
         note!(
@@ -206,9 +207,9 @@ impl References<'_> {
     }
 
     /// The features of the dataset's images.
-    fn moments(&self, look: &Look, viewer: &mut Viewer) -> anyhow::Result<Moments> {
+    fn moments(&self, look: &Look, viewer: &mut Viewer) -> anyhow::Result<FeatureStatistics> {
         look.bar.set_message("dataset:");
-        let mut moments = Moments::new(look.network.width());
+        let mut moments = FeatureStatistics::new(look.network.width());
         for first in (0..self.count).step_by(CHUNK) {
             let chunk: Vec<usize> = (first..self.count.min(first + CHUNK)).collect();
             let pictures = chunk.iter().map(|&i| self.picture(i, viewer)).collect::<Result<Vec<_>, _>>()?;
@@ -224,9 +225,9 @@ impl References<'_> {
         count: usize,
         look: &Look,
         viewer: &mut Viewer,
-    ) -> anyhow::Result<Moments> {
+    ) -> anyhow::Result<FeatureStatistics> {
         look.bar.set_message("sampling:");
-        let mut moments = Moments::new(look.network.width());
+        let mut moments = FeatureStatistics::new(look.network.width());
         let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
         (0..count).for_each(|number| by_size.entry(self.size(number % self.count)).or_default().push(number));
         for (size, all) in &by_size {
@@ -242,9 +243,9 @@ impl References<'_> {
 }
 
 /// The features of pictures that are there.
-fn of_files(files: &[PathBuf], look: &Look) -> anyhow::Result<Moments> {
+fn of_files(files: &[PathBuf], look: &Look) -> anyhow::Result<FeatureStatistics> {
     look.bar.set_message("generated:");
-    let mut moments = Moments::new(look.network.width());
+    let mut moments = FeatureStatistics::new(look.network.width());
     for (number, chunk) in files.chunks(CHUNK).enumerate() {
         let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
         let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
@@ -271,13 +272,19 @@ fn open(file: &Path) -> anyhow::Result<Picture> {
 
 /// The network whose features are compared, and the progress bar.
 struct Look<'a> {
-    network: &'a Network,
+    network: &'a OnnxNetwork,
     bar: &'a ProgressBar,
 }
 
 impl Look<'_> {
     /// Adds the features of pictures: RGB from 0 to 255. Errors name them by `numbers` and `what`.
-    fn at(&self, moments: &mut Moments, pictures: &[Picture], numbers: &[usize], what: &str) -> anyhow::Result<()> {
+    fn at(
+        &self,
+        moments: &mut FeatureStatistics,
+        pictures: &[Picture],
+        numbers: &[usize],
+        what: &str,
+    ) -> anyhow::Result<()> {
         let features = |(i, picture): (usize, &Picture)| {
             let picture = resize(picture, self.network.size());
             let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x)).collect();

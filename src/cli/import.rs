@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use edm2k::formats::input;
 use edm2k::model::file::save;
-use edm2k::model::{Config, Model, ModelError, ModelFile, Snapshot};
+use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot};
 
 use super::say::{note, out};
 
@@ -50,9 +50,9 @@ pub struct ImportArgs {
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let inputs: Vec<&Path> = [&args.snapshot].into_iter().chain(&args.config).map(PathBuf::as_path).collect();
     let _claim = super::claim(&args.out, args.overwrite, &inputs)?;
-    let Snapshot { mut model, precision } = match &args.config {
+    let OfficialSnapshot { mut model, stored } = match &args.config {
         Some(config) => bare(&args.snapshot, config)?,
-        None => Snapshot::open(&args.snapshot)?,
+        None => OfficialSnapshot::open(&args.snapshot)?,
     };
     model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let classes = model.net.config.label_dim;
@@ -67,14 +67,14 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
         model.meta = meta;
         out!("unet.emb_label.weight is fresh: conditions of {width} values instead of {classes}");
     }
-    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, precision)?;
+    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, stored)?;
     let millions = model.table.trained_values() as f64 / 1e6;
     out!("imported a network of {millions:.1} M parameters: {}", args.out.display());
     Ok(())
 }
 
 /// A state_dict, of whose network a config says what its shapes do not tell.
-fn bare(path: &Path, config: &Path) -> anyhow::Result<Snapshot> {
+fn bare(path: &Path, config: &Path) -> anyhow::Result<OfficialSnapshot> {
     let of_config = || format!("--config {}", config.display());
     let text = input::text(config).with_context(of_config)?;
     let given: Map<String, Value> = serde_json::from_str(&text).with_context(of_config)?;
@@ -82,6 +82,6 @@ fn bare(path: &Path, config: &Path) -> anyhow::Result<Snapshot> {
         ModelError::Given { .. } => anyhow::Error::from(why).context(of_config()),
         why => why.into(),
     })?;
-    let precision = file.precision();
-    Ok(Snapshot { model: Model::read(file)?, precision })
+    let stored = file.stored();
+    Ok(OfficialSnapshot { model: Model::read(file)?, stored })
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::file::{Stored, save};
-use edm2k::model::{Encoder, Model, ModelMeta};
+use edm2k::model::{ImageSpace, Model, ModelMeta};
 use edm2k::pipeline::{Condition, Request};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::{Device, Pipeline, median};
@@ -32,7 +32,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let latents = config.img_channels == LATENTS;
         let mut meta = ModelMeta::of(&config);
         [meta.height, meta.width] = size;
-        meta.encoder = if latents { Encoder::SdVae } else { Encoder::Rgb };
+        meta.encoder = if latents { ImageSpace::SdVae } else { ImageSpace::Rgb };
         let model = Model::init(&config, 0)?;
         save(&path, &config, &meta, &model.table, &model.weights, Stored::F16)?;
         command.arg("--model").arg(path);
@@ -48,12 +48,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 /// Seconds of the parts of something, in order.
-type Parts = Vec<(&'static str, f64)>;
+type Timings = Vec<(&'static str, f64)>;
 
 fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
     let mut last = Instant::now();
-    let mut parts: Parts = vec![("start of the process", started.elapsed()?.as_secs_f64())];
-    let mut passed = |parts: &mut Parts, what| {
+    let mut parts: Timings = vec![("start of the process", started.elapsed()?.as_secs_f64())];
+    let mut passed = |parts: &mut Timings, what| {
         parts.push((what, last.elapsed().as_secs_f64()));
         last = Instant::now();
     };
@@ -74,7 +74,7 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
     let seeds = (0..=u64::from(args.repeats)).collect();
     let request = Request { conditions, seeds, size: args.size, batch: 1, ..Request::default() };
     let dir = tempfile::tempdir().context("a directory for the pictures")?;
-    let mut pictures: Vec<Parts> = Vec::new();
+    let mut pictures: Vec<Timings> = Vec::new();
     let mut images = pipeline.images(&request)?;
     let mut before = images.spent();
     while let Some(image) = images.next().transpose()? {
@@ -93,12 +93,12 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
     }
     drop(images);
     parts.extend(pictures.remove(0));
-    let whole = |parts: &Parts| parts.iter().map(|(_, seconds)| seconds).sum::<f64>();
+    let whole = |parts: &Timings| parts.iter().map(|(_, seconds)| seconds).sum::<f64>();
     let after: Vec<f64> = pictures.iter().map(whole).collect();
     let fastest = after.iter().copied().fold(f64::INFINITY, f64::min);
     let seconds = |i: usize| pictures.iter().map(|picture| picture[i].1).collect::<Vec<_>>();
     let part = |i: usize| (pictures[0][i].0, median(&seconds(i)));
-    let of_after: Parts = (0..3).map(part).collect();
+    let of_after: Timings = (0..3).map(part).collect();
     report(
         args,
         &device,
@@ -110,12 +110,12 @@ fn draw(args: &BenchArgs, started: SystemTime) -> Result<()> {
 }
 
 /// Of the first picture and of those after it: the median, the fastest, and the parts.
-fn report(args: &BenchArgs, device: &Device, pipeline: &Pipeline, request: &Request, found: [(f64, f64, Parts); 2]) {
+fn report(args: &BenchArgs, device: &Device, pipeline: &Pipeline, request: &Request, found: [(f64, f64, Timings); 2]) {
     let [height, width] = pipeline.size(request);
     let model = args.model.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
     let names = ["first picture, from the start of the process", "each picture after it"];
     if args.json {
-        let row = |(what, (median_s, fastest_s, parts)): (&str, (f64, f64, Parts))| {
+        let row = |(what, (median_s, fastest_s, parts)): (&str, (f64, f64, Timings))| {
             let parts: serde_json::Map<_, _> = parts.into_iter().map(|(part, s)| (part.into(), s.into())).collect();
             json!({"what": what, "median_s": median_s, "fastest_s": fastest_s, "parts": parts})
         };

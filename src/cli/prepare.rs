@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use edm2k::codec::CodecFile;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{self, Bucket, Codec, Danbooru, Event, Folder, Records, Settings, Summary};
+use edm2k::data::prepare::{self, Bucket, Danbooru, Event, Folder, LatentEncoder, Records, Settings, Summary};
 use edm2k::formats::fingerprint::Identity;
 
 use super::DeviceArgs;
@@ -171,7 +171,7 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         None => make(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let codec = Codec::open(&ranks.open(&args.device)?, &file).context("--vae")?;
+            let codec = LatentEncoder::open(&ranks.open(&args.device)?, &file).context("--vae")?;
             make(&*records, &settings, Some(codec), &report)
         }
     };

@@ -19,7 +19,7 @@ pub struct Ranks {
 }
 
 /// An identifier that no other card has, and a name for people; `None` for what is no card.
-type Card = Option<(String, String)>;
+type CardName = Option<(String, String)>;
 
 /// The kind of a device, by which ranks decide how they sum: only beside NVIDIA's is there a queue for NCCL.
 fn kind(device: &Device) -> Result<&'static str, DeviceError> {
@@ -31,10 +31,10 @@ fn kind(device: &Device) -> Result<&'static str, DeviceError> {
 }
 
 /// Which two ranks have the same card, if there are such.
-fn one_card_twice(cards: &[Card]) -> Option<String> {
+fn one_card_twice(cards: &[CardName]) -> Option<String> {
     let (second, (card, first)) = cards.iter().enumerate().find_map(|(second, card)| {
         let card = card.as_ref()?;
-        let same = |other: &Card| other.as_ref().is_some_and(|other| other.0 == card.0);
+        let same = |other: &CardName| other.as_ref().is_some_and(|other| other.0 == card.0);
         Some((second, (card, cards[..second].iter().position(same)?)))
     })?;
     let what = "start one for each card, or let each see another (CUDA_VISIBLE_DEVICES)";

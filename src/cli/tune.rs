@@ -18,7 +18,7 @@ use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
 use edm2k::model::{Config, Model, Precond};
 use edm2k::rng::{Purpose, Stream};
-use edm2k::train::{MicroBatch, micro_batch};
+use edm2k::train::{MicroBatchPlan, micro_batch};
 use edm2k::tuning::{self, Table};
 
 use super::bench::{load_random, random_inputs, random_micro_batch};
@@ -171,7 +171,7 @@ impl Tuning<'_> {
         let mut b = Gpu::for_training(self.runtime.clone(), self.args.device.math(), &table, 0)?;
         load_random(&mut b, &table, Normalization::Train { rounds: 1 })?;
         let inputs = random_inputs(&net.config, self.size, n);
-        self.plan(&mut b, &format!("training, batch {n}"), &MicroBatch { dropout: 0.0 }, &mut |b| {
+        self.plan(&mut b, &format!("training, batch {n}"), &MicroBatchPlan { dropout: 0.0 }, &mut |b| {
             let batch = random_micro_batch(b, &inputs);
             micro_batch(b, &net, 0.0, batch)?;
             Ok(())

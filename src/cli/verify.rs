@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-use edm2k::verify::{Bounds, Outcome, Summary, VerifyError, verify};
+use edm2k::verify::{Bounds, Finding, Totals, VerifyError, verify};
 use edm2k::{Backends, Work};
 
 use super::say::out;
@@ -32,7 +32,7 @@ pub struct VerifyArgs {
 
 /// Replays the directory; results go to stdout.
 pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
-    let mut print = |outcome: &Outcome| match args.json {
+    let mut print = |outcome: &Finding| match args.json {
         true => out!("{}", serde_json::json!(outcome)),
         false => out!("{outcome}"),
     };
@@ -40,7 +40,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
     let bounds = device.precision().map_or(Bounds::F32, Bounds::of);
     let summary = device.run(Replay { dir: &args.dir, bounds, print: &mut print });
     let summary = summary.context("cannot replay the directory")?;
-    let Summary { ok, failed, skipped } = summary;
+    let Totals { ok, failed, skipped } = summary;
     match args.json {
         true => {
             out!("{}", serde_json::json!({ "kind": "summary", "ok": ok, "failed": failed, "skipped": skipped }))
@@ -58,11 +58,11 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
 struct Replay<'a> {
     dir: &'a Path,
     bounds: Bounds,
-    print: &'a mut dyn FnMut(&Outcome),
+    print: &'a mut dyn FnMut(&Finding),
 }
 
 impl Work for Replay<'_> {
-    type Output = Result<Summary, VerifyError>;
+    type Output = Result<Totals, VerifyError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         verify(self.dir, backends, self.bounds, self.print)

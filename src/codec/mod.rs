@@ -18,10 +18,10 @@
 //! half that is needed. Images pass one at a time, because activations need more memory than weights.
 //!
 //! ```
-//! use edm2k::codec::{CodecError, CodecFile, Moments};
+//! use edm2k::codec::{CodecError, CodecFile, LatentDistribution};
 //!
 //! // What an SD-VAE's encoder says of a pixel; EDM2's networks see it in another scale.
-//! let [mean, std] = Moments { mean: vec![5.81, 3.25, 0.12, -2.15], logvar: vec![0.0; 4] }.scaled();
+//! let [mean, std] = LatentDistribution { mean: vec![5.81, 3.25, 0.12, -2.15], logvar: vec![0.0; 4] }.scaled();
 //! assert!(mean.iter().all(|x| x.abs() < 1e-6) && (std[0] - 0.5 / 4.17).abs() < 1e-6);
 //! assert!(matches!(CodecFile::open("demo/emoji.safetensors"), Err(CodecError::Unknown { .. })));
 //! ```
@@ -96,7 +96,7 @@ type Result<T, E = CodecError> = std::result::Result<T, E>;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Autoencoder {
     /// Its kind.
-    pub network: Network,
+    pub network: AutoencoderKind,
     /// Name of its file, for people.
     pub name: String,
     /// Fingerprint of the weights of its encoder, rounded to f16, as they alone decide what latents are. So a file in
@@ -108,7 +108,7 @@ pub struct Autoencoder {
 /// A kind of autoencoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Network {
+pub enum AutoencoderKind {
     /// That of Stable Diffusion.
     SdVae,
     /// The small autoencoder that can stand in for it.
@@ -127,7 +127,7 @@ impl fmt::Display for Autoencoder {
     }
 }
 
-impl fmt::Display for Network {
+impl fmt::Display for AutoencoderKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::SdVae => "the SD-VAE",
@@ -145,7 +145,7 @@ pub struct CodecFile {
 
 #[derive(Debug)]
 enum Architecture {
-    SdVae(sd_vae::Config),
+    SdVae(sd_vae::SdVaeConfig),
     /// Its channels, the prefix of the names in each half that is there, and the number of the decoder's first layer.
     Taesd {
         channels: usize,
@@ -166,7 +166,7 @@ impl CodecFile {
         let file = sd_vae::known_names(weights::open(path)?);
         let has = |name: &str| file.contains(name);
         let architecture = if has("decoder.conv_in.weight") || has("encoder.conv_in.weight") {
-            let config = sd_vae::Config::of(&file)?;
+            let config = sd_vae::SdVaeConfig::of(&file)?;
             let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
             check(&file, &tables.each_ref(), &config.describe())?;
             Architecture::SdVae(config)
@@ -303,10 +303,10 @@ impl CodecFile {
     }
 
     /// Its kind.
-    pub fn network(&self) -> Network {
+    pub fn network(&self) -> AutoencoderKind {
         match self.architecture {
-            Architecture::SdVae(_) => Network::SdVae,
-            Architecture::Taesd { .. } => Network::Taesd,
+            Architecture::SdVae(_) => AutoencoderKind::SdVae,
+            Architecture::Taesd { .. } => AutoencoderKind::Taesd,
         }
     }
 
@@ -376,14 +376,14 @@ impl DecoderNet {
 
 /// The distribution of an image's latents before EDM2's scaling, [h, w, 4] each.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Moments {
+pub struct LatentDistribution {
     /// Mean.
     pub mean: Vec<f32>,
     /// Logarithm of the variance, within [-30, 20]; minus infinity where there is none (TAESD).
     pub logvar: Vec<f32>,
 }
 
-impl Moments {
+impl LatentDistribution {
     /// Mean and standard deviation in the scale of EDM2's networks; a latent is mean + std * noise.
     pub fn scaled(&self) -> [Vec<f32>; 2] {
         let scaled = |values: &[f32], shift: bool| -> Vec<f32> {
@@ -414,7 +414,7 @@ impl<B: CodecBackend> Encoder<B> {
     ///
     /// # Errors
     /// [`CodecError::Size`], or the device's error.
-    pub fn encode(&self, b: &mut B, picture: &Picture) -> Result<Moments> {
+    pub fn encode(&self, b: &mut B, picture: &Picture) -> Result<LatentDistribution> {
         let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x) / 255.0).collect();
         Ok(self.moments(b, [picture.height(), picture.width()], &values)?.0)
     }
@@ -427,7 +427,12 @@ impl<B: CodecBackend> Encoder<B> {
     ///
     /// # Panics
     /// If the values are not h * w * 3.
-    pub fn moments(&self, b: &mut B, [height, width]: [usize; 2], values: &[f32]) -> Result<(Moments, Vec<f32>)> {
+    pub fn moments(
+        &self,
+        b: &mut B,
+        [height, width]: [usize; 2],
+        values: &[f32],
+    ) -> Result<(LatentDistribution, Vec<f32>)> {
         let factor = self.factor;
         let fits = |side: usize| side > 0 && side.is_multiple_of(factor);
         if !fits(height) || !fits(width) {
@@ -443,11 +448,11 @@ impl<B: CodecBackend> Encoder<B> {
             [out, moments] => {
                 let (mean, logvar) = halves(&b.download(moments)?);
                 let logvar = logvar.into_iter().map(|x| x.clamp(-30.0, 20.0)).collect();
-                Ok((Moments { mean, logvar }, b.download(out)?))
+                Ok((LatentDistribution { mean, logvar }, b.download(out)?))
             }
             latents => {
                 let mean: Vec<f32> = b.download(&latents[0])?.iter().map(|x| x / TAESD_SCALE).collect();
-                Ok((Moments { logvar: vec![f32::NEG_INFINITY; mean.len()], mean }, Vec::new()))
+                Ok((LatentDistribution { logvar: vec![f32::NEG_INFINITY; mean.len()], mean }, Vec::new()))
             }
         }
     }
@@ -480,7 +485,7 @@ fn random(shape: &[usize]) -> Vec<f32> {
 /// [`CodecError::File`]: it cannot be written.
 #[doc(hidden)]
 pub fn write_random(path: impl AsRef<Path>) -> Result<()> {
-    let config = sd_vae::Config::published();
+    let config = sd_vae::SdVaeConfig::published();
     let tables = [sd_vae::Encoder::new(&config).1, sd_vae::Decoder::new(&config).1];
     let tensors: Vec<(String, Vec<usize>)> = tables.iter().flat_map(Layers::tensors).collect();
     let infos: Vec<_> = tensors.iter().map(|(name, shape)| (name.as_str(), Dtype::F16, shape.as_slice())).collect();
@@ -507,7 +512,7 @@ impl<B: CodecBackend> Decoder<B> {
     /// latent of `height` x `width`.
     #[doc(hidden)]
     pub fn random(b: &mut B, height: usize, width: usize) -> Result<(Self, u64)> {
-        let config = sd_vae::Config::published();
+        let config = sd_vae::SdVaeConfig::published();
         let (net, table) = sd_vae::Decoder::new(&config);
         let shapes: HashMap<_, _> = table.tensors().into_iter().collect();
         let weights = table.load(b, &mut |name| Ok(random(&shapes[name])))?;

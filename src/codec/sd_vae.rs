@@ -96,7 +96,7 @@ pub enum Naming {
 
 /// What differs between two SD-VAEs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Config {
+pub struct SdVaeConfig {
     /// `block_out_channels`: width of each level, from the image on; multiples of 32.
     pub channels: Vec<usize>,
     /// `layers_per_block`: resnets of a level of the encoder; the decoder has one more.
@@ -105,7 +105,7 @@ pub struct Config {
     pub naming: Naming,
 }
 
-impl Config {
+impl SdVaeConfig {
     /// The config of stabilityai/sd-vae-ft-mse and of all autoencoders of Stable Diffusion 1 and 2.
     pub fn published() -> Self {
         Self { channels: vec![128, 256, 512, 512], layers: 2, naming: Naming::New }
@@ -253,7 +253,7 @@ pub struct Encoder {
 
 impl Encoder {
     /// The encoder of a config, and its layers.
-    pub fn new(config: &Config) -> (Self, Layers) {
+    pub fn new(config: &SdVaeConfig) -> (Self, Layers) {
         let mut t = Layers::default();
         let mut width = config.channels[0];
         let conv_in = t.conv("encoder.conv_in", PIXELS, width, Reach::Same);
@@ -303,7 +303,7 @@ pub struct Decoder {
 
 impl Decoder {
     /// The decoder of a config, and its layers.
-    pub fn new(config: &Config) -> (Self, Layers) {
+    pub fn new(config: &SdVaeConfig) -> (Self, Layers) {
         let mut t = Layers::default();
         let post_quant = t.conv("post_quant_conv", LATENTS, LATENTS, Reach::Point);
         let mut width = config.channels[config.channels.len() - 1];

@@ -73,7 +73,7 @@ struct Hello {
 
 /// The answer to a call, once all ranks have come.
 #[derive(Serialize, Deserialize)]
-enum Answer {
+enum Reply {
     /// The names of all.
     Welcome(Vec<String>),
     /// Why there will be no meeting.
@@ -547,19 +547,19 @@ fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         let Ok((stream, caller)) = callers.try_recv() else { continue };
         if caller.job != world.job {
             let why = format!("it belongs to job '{}', {} to job '{}'", world.job, caller.name, caller.job);
-            let _ = write_json(&stream, &Answer::Refused(why));
+            let _ = write_json(&stream, &Reply::Refused(why));
             continue;
         }
         if let Err(why) = fits(world, &caller, &come, &names) {
-            let _ = write_json(&stream, &Answer::Refused(why.clone()));
+            let _ = write_json(&stream, &Reply::Refused(why.clone()));
             break Err(CollectiveError::Unfit(why));
         }
         names[caller.rank] = caller.name;
         come[caller.rank - 1][usize::from(caller.watch)] = Some(stream);
     };
     let answer = match &result {
-        Ok(()) => Answer::Welcome(names.clone()),
-        Err(why) => Answer::Refused(why.to_string()),
+        Ok(()) => Reply::Welcome(names.clone()),
+        Err(why) => Reply::Refused(why.to_string()),
     };
     // All are told, though one may have ended since it came.
     let mut told = Ok(());
@@ -660,9 +660,9 @@ fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
         read_json(watch)
     });
     let names = match answer.map_err(failed)? {
-        Answer::Welcome(names) if names.len() == world.size => names,
-        Answer::Welcome(_) => return Err(CollectiveError::Unfit("rank 0 names others than all ranks".into())),
-        Answer::Refused(why) => return Err(CollectiveError::Unfit(format!("rank 0 refuses: {why}"))),
+        Reply::Welcome(names) if names.len() == world.size => names,
+        Reply::Welcome(_) => return Err(CollectiveError::Unfit("rank 0 names others than all ranks".into())),
+        Reply::Refused(why) => return Err(CollectiveError::Unfit(format!("rank 0 refuses: {why}"))),
     };
     link.set_read_timeout(None).and_then(|()| link.set_nodelay(true)).map_err(failed)?;
     Ok((vec![link], vec![watch.map_err(failed)?], names))

@@ -14,13 +14,13 @@ use std::path::Path;
 use super::Conditioning;
 use crate::formats::fingerprint;
 pub use crate::onnx::OnnxError;
-use crate::onnx::{Network, Wanted};
+use crate::onnx::{FeatureTensor, OnnxNetwork};
 use crate::pictures::Picture;
 use crate::pictures::bicubic::within;
 
 /// A tagger, ready to look at pictures.
 pub struct Tagger {
-    network: Network,
+    network: OnnxNetwork,
 }
 
 debug!(Tagger {});
@@ -36,7 +36,7 @@ impl Tagger {
     /// The file is no ONNX file, or has an operator that is not supported; it has no such node, or no classifier; its
     /// images are not square; or this crate was built without the feature `onnx`.
     pub fn open(path: &Path, node: Option<&str>) -> Result<Self, OnnxError> {
-        let network = Network::open(path, node.map_or(Wanted::Pooled, Wanted::Named), None)?;
+        let network = OnnxNetwork::open(path, node.map_or(FeatureTensor::Pooled, FeatureTensor::Named), None)?;
         match network.size() {
             [height, width] if height == width => Ok(Self { network }),
             [height, width] => {
@@ -48,7 +48,7 @@ impl Tagger {
 
     /// The tagger's network.
     #[doc(hidden)]
-    pub fn network(&self) -> &Network {
+    pub fn network(&self) -> &OnnxNetwork {
         &self.network
     }
 

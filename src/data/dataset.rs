@@ -29,7 +29,7 @@ use serde_json::json;
 
 pub use super::edm2::ArchiveError;
 use super::edm2::{Archive, LABELS};
-use super::pending::{self, View};
+use super::pending::{self, PendingView};
 use super::shard::{Contents, Notes, SUMMARY_FILE, Shard, check_whole};
 pub use super::shard::{Header, Representation, ShardError, Split, VOCABULARY_FILE};
 use crate::condition::vae;
@@ -130,7 +130,7 @@ impl Dataset {
     }
 
     fn of_shards(dir: &Path, split: Split) -> Result<Self, DatasetError> {
-        let view = View::of(dir);
+        let view = PendingView::of(dir);
         let vocabulary = vocabulary_of(dir, &view)?;
         let shards = open_shards(dir, &view, split, &vocabulary)?;
         let (mut first, mut count) = (Vec::new(), 0);
@@ -177,7 +177,7 @@ impl Dataset {
         if is_zip(dir) {
             return Err(DatasetError::NoTags { path: dir.into() });
         }
-        vocabulary_of(dir, &View::of(dir))
+        vocabulary_of(dir, &PendingView::of(dir))
     }
 
     /// Number of images; at least 1.
@@ -388,7 +388,7 @@ impl Dataset {
 }
 
 /// A condition model learns from a dataset's conditions. Only those that are asked for are read.
-impl vae::Source for Dataset {
+impl vae::ConditionSource for Dataset {
     fn kind(&self) -> vae::ConditionKind {
         match self.header.conditioning {
             Conditioning::Tags => vae::ConditionKind::Tags,
@@ -426,7 +426,7 @@ fn is_zip(path: &Path) -> bool {
 }
 
 /// The vocabulary of the dataset in a directory; else an error that says what the directory is.
-fn vocabulary_of(dir: &Path, view: &View) -> Result<Vocabulary, DatasetError> {
+fn vocabulary_of(dir: &Path, view: &PendingView) -> Result<Vocabulary, DatasetError> {
     let path = view.path(VOCABULARY_FILE);
     let lacks = dir.is_dir() && !path.exists();
     match lacks {
@@ -491,7 +491,7 @@ fn check_same(shard: &Shard, first: &Shard) -> Result<(), DatasetError> {
 /// See [`DatasetError`].
 pub(super) fn open_shards(
     dir: &Path,
-    view: &View,
+    view: &PendingView,
     split: Split,
     vocabulary: &Vocabulary,
 ) -> Result<Vec<Shard>, DatasetError> {
@@ -529,7 +529,7 @@ fn of_contents(shards: &[Fingerprint]) -> Fingerprint {
 }
 
 /// The numbers of the shards of a split that are there, ascending.
-fn find_shards(view: &View, split: Split) -> Result<Vec<usize>, DatasetError> {
+fn find_shards(view: &PendingView, split: Split) -> Result<Vec<usize>, DatasetError> {
     let mut numbers: Vec<_> = view.names()?.iter().filter_map(|name| split.shard_number(name)).collect();
     numbers.sort_unstable();
     Ok(numbers)

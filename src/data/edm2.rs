@@ -14,7 +14,7 @@ use crate::codec::{LATENTS, scale_and_shift};
 use crate::condition::Conditioning;
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::npy;
-use crate::formats::zip::{Entry, Zip, ZipError};
+use crate::formats::zip::{Zip, ZipEntry, ZipError};
 use crate::pictures::{decode, to_model};
 use crate::rng::Stream;
 
@@ -83,8 +83,8 @@ impl Archive {
             return Err(ArchiveError::Classes { path: path.into(), found: condition_dim });
         }
         let [height, width, channels] = match pixels(&zip, entry(first))? {
-            Pixels::Picture(picture) => [picture.height(), picture.width(), 3],
-            Pixels::Latents { shape: [height, width], .. } => [height, width, LATENTS],
+            EntryContent::Picture(picture) => [picture.height(), picture.width(), 3],
+            EntryContent::Latents { shape: [height, width], .. } => [height, width, LATENTS],
         };
         let header = Header {
             kind: if channels == LATENTS { Representation::Latents } else { Representation::Images },
@@ -128,12 +128,12 @@ impl Archive {
             Err(entry_error(&self.zip, entry, format!("{found}, but the archive's first is of {width}x{height}")))
         };
         match (pixels(&self.zip, entry)?, self.header.kind) {
-            (Pixels::Picture(picture), Representation::Images)
+            (EntryContent::Picture(picture), Representation::Images)
                 if [picture.height(), picture.width()] == [height, width] =>
             {
                 out.iter_mut().zip(picture.rgb()).for_each(|(x, &pixel)| *x = to_model(pixel));
             }
-            (Pixels::Latents { shape, moments }, Representation::Latents) if shape == [height, width] => {
+            (EntryContent::Latents { shape, moments }, Representation::Latents) if shape == [height, width] => {
                 noise.normals(out);
                 let (mean, std) = moments.split_at(out.len());
                 for (at, (mean, std)) in mean.iter().zip(std).enumerate() {
@@ -143,10 +143,10 @@ impl Archive {
                     *x = mean * scale + shift + std * scale * *x;
                 }
             }
-            (Pixels::Picture(picture), _) => {
+            (EntryContent::Picture(picture), _) => {
                 return other(format!("a picture of {}x{}", picture.width(), picture.height()));
             }
-            (Pixels::Latents { shape: [h, w], .. }, _) => return other(format!("latents of {w}x{h}")),
+            (EntryContent::Latents { shape: [h, w], .. }, _) => return other(format!("latents of {w}x{h}")),
         }
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Archive {
 }
 
 /// The content of an entry.
-enum Pixels {
+enum EntryContent {
     Picture(crate::pictures::Picture),
     /// [height, width]; means and standard deviations, [8, height, width].
     Latents {
@@ -170,15 +170,17 @@ enum Pixels {
     },
 }
 
-fn entry_error(zip: &Zip, entry: &Entry, what: String) -> ArchiveError {
+fn entry_error(zip: &Zip, entry: &ZipEntry, what: String) -> ArchiveError {
     ZipError::Entry { path: zip.path().into(), name: entry.name.to_string(), what }.into()
 }
 
-fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, ArchiveError> {
+fn pixels(zip: &Zip, entry: &ZipEntry) -> Result<EntryContent, ArchiveError> {
     let bytes = zip.bytes(entry)?;
     let wrong = |what: String| entry_error(zip, entry, what);
     if !entry.name.to_lowercase().ends_with(".npy") {
-        return Ok(Pixels::Picture(decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?.picture));
+        return Ok(EntryContent::Picture(
+            decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?.picture,
+        ));
     }
     let (shape, moments) = npy::floats(bytes).map_err(wrong)?;
     if let Some(value) = moments.iter().find(|x| !x.is_finite()) {
@@ -186,7 +188,7 @@ fn pixels(zip: &Zip, entry: &Entry) -> Result<Pixels, ArchiveError> {
     }
     match shape[..] {
         [planes, height, width] if planes == 2 * LATENTS && height > 0 && width > 0 => {
-            Ok(Pixels::Latents { shape: [height, width], moments })
+            Ok(EntryContent::Latents { shape: [height, width], moments })
         }
         _ => Err(wrong(format!("an array of shape {shape:?}, expected [{}, height, width]", 2 * LATENTS))),
     }

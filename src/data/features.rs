@@ -63,13 +63,13 @@ pub enum FeatureError {
 pub struct Features {
     rows: HashMap<i64, usize>,
     width: usize,
-    values: Values,
+    values: FeatureValues,
     conditioning: Conditioning,
     identity: Identity,
 }
 
 #[derive(Debug)]
-enum Values {
+enum FeatureValues {
     Mapped(SafeFile),
     Read(Vec<f32>),
 }
@@ -88,7 +88,7 @@ impl Features {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
             let (shape, values) = npy::read(path)?;
             let (ids_shape, ids) = npy::read_i64(ids_path)?;
-            (shape, ids_shape, ids, Values::Read(values), anonymous)
+            (shape, ids_shape, ids, FeatureValues::Read(values), anonymous)
         } else {
             if let Some(ids) = ids_path {
                 return Err(FeatureError::TwoIds { path: path.into(), ids: ids.into() });
@@ -108,7 +108,7 @@ impl Features {
                 return Err(FeatureError::Conditioning { path: path.into(), what });
             }
             let (ids_shape, ids) = (file.shape("ids")?.to_vec(), file.i64("ids")?);
-            (file.shape("features")?.to_vec(), ids_shape, ids, Values::Mapped(file), conditioning)
+            (file.shape("features")?.to_vec(), ids_shape, ids, FeatureValues::Mapped(file), conditioning)
         };
         let [count, width @ 1..=0x10_0000] = shape[..] else {
             return shape_error(path, "features", &shape, "[N, D]".into());
@@ -156,8 +156,8 @@ impl Features {
     pub fn get(&self, id: i64) -> Option<Vec<f32>> {
         let row = *self.rows.get(&id)?;
         Some(match &self.values {
-            Values::Read(values) => values[row * self.width..][..self.width].to_vec(),
-            Values::Mapped(file) => {
+            FeatureValues::Read(values) => values[row * self.width..][..self.width].to_vec(),
+            FeatureValues::Mapped(file) => {
                 // Name and size were checked when the file was opened.
                 let bytes = file.bytes("features").unwrap_or_default();
                 let row = &bytes[row * (bytes.len() / self.rows.len())..][..bytes.len() / self.rows.len()];

@@ -21,12 +21,12 @@ const FOLDER: &str = "pending";
 const MARKER: &str = "ready";
 
 /// A dataset's folder, with what is pending in it if that is in force.
-pub(super) struct View {
+pub(super) struct PendingView {
     dir: PathBuf,
     pending: Option<PathBuf>,
 }
 
-impl View {
+impl PendingView {
     pub fn of(dir: &Path) -> Self {
         let pending = dir.join(FOLDER);
         Self { dir: dir.into(), pending: pending.join(MARKER).exists().then_some(pending) }

@@ -151,7 +151,7 @@ impl SafeFile {
             )));
         }
         let (header, data) = rest.split_at(header_length as usize);
-        let Header { metadata, tensors } =
+        let SafeHeader { metadata, tensors } =
             serde_json::from_slice(header).map_err(|error| malformed(format!("its header: {error}")))?;
         for (name, info) in &tensors {
             let wrong = |what: String| SafeError::Tensor { path: path.clone(), name: name.clone(), what };
@@ -427,21 +427,21 @@ fn byte_length(dtype: Dtype, shape: &[usize]) -> Option<usize> {
 /// The header. It is read straight into what is kept of it, so that a hostile one costs little more than its own size.
 /// A repeated key is an error: a plain map would keep the last one, and two readers could disagree on the content.
 #[derive(Default)]
-struct Header {
+struct SafeHeader {
     metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Info>,
 }
 
-impl<'de> Deserialize<'de> for Header {
+impl<'de> Deserialize<'de> for SafeHeader {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Entries;
         impl<'de> Visitor<'de> for Entries {
-            type Value = Header;
+            type Value = SafeHeader;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object of tensors")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
-                let mut header = Header::default();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<SafeHeader, A::Error> {
+                let mut header = SafeHeader::default();
                 let mut about = false;
                 while let Some(name) = map.next_key::<String>()? {
                     let twice = match &*name {

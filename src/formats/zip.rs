@@ -24,11 +24,11 @@ pub enum ZipError {
 pub struct Zip {
     path: PathBuf,
     archive: ZipSliceArchive<Mapped>,
-    entries: Vec<Entry>,
+    entries: Vec<ZipEntry>,
 }
 
 /// What the directory says of an entry.
-pub struct Entry {
+pub struct ZipEntry {
     /// Its name, folders separated by slashes.
     pub name: Box<str>,
     checksum: u32,
@@ -49,7 +49,7 @@ impl Zip {
         let archive = ZipArchive::from_slice(map).map_err(malformed)?;
         let (mut entries, mut list) = (Vec::new(), archive.entries());
         while let Some(entry) = list.next_entry().map_err(malformed)? {
-            entries.push(Entry {
+            entries.push(ZipEntry {
                 name: String::from_utf8_lossy(entry.file_path().as_ref()).into_owned().into_boxed_str(),
                 checksum: entry.crc32(),
                 stored: entry.compression_method() == CompressionMethod::STORE,
@@ -65,7 +65,7 @@ impl Zip {
     }
 
     /// Its entries, in the order of the directory.
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[ZipEntry] {
         &self.entries
     }
 
@@ -78,7 +78,7 @@ impl Zip {
     ///
     /// # Errors
     /// [`ZipError::Entry`]: it is compressed, or damaged.
-    pub fn bytes(&self, entry: &Entry) -> Result<&[u8], ZipError> {
+    pub fn bytes(&self, entry: &ZipEntry) -> Result<&[u8], ZipError> {
         let wrong = |what: String| ZipError::Entry { path: self.path.clone(), name: entry.name.to_string(), what };
         if !entry.stored {
             return Err(wrong(

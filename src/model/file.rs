@@ -33,7 +33,7 @@ use crate::rng::{Purpose, Stream};
 /// What the network's images are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Encoder {
+pub enum ImageSpace {
     /// Pixels as x / 127.5 - 1.
     #[default]
     Rgb,
@@ -68,7 +68,7 @@ pub struct ModelMeta {
     /// Width of these images or latents.
     pub width: usize,
     /// Whether they are pixels or latents.
-    pub encoder: Encoder,
+    pub encoder: ImageSpace,
     /// Tags of the condition's channels, in order; empty if conditions are not made of tags.
     #[serde(default)]
     pub vocabulary: Vec<String>,
@@ -110,7 +110,7 @@ impl ModelMeta {
         Self {
             height: config.img_resolution,
             width: config.img_resolution,
-            encoder: if config.img_channels == 4 { Encoder::SdVae } else { Encoder::Rgb },
+            encoder: if config.img_channels == 4 { ImageSpace::SdVae } else { ImageSpace::Rgb },
             ..Self::default()
         }
     }
@@ -155,7 +155,7 @@ pub enum ModelError {
     /// The config does not describe a network, or not one for the image size.
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
-    /// What is assumed of attention heads cannot be.
+    /// What is assumed about attention heads is impossible.
     #[error("{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}", path.display())]
     Heads { path: PathBuf, cause: ConfigError },
     /// Options that were given do not go with each other, or with what the file's shapes tell.
@@ -324,7 +324,7 @@ impl ModelFile {
     }
 
     /// The smaller type that holds its weights as they are.
-    pub fn precision(&self) -> Stored {
+    pub fn stored(&self) -> Stored {
         let half = |name| self.file.dtype(name).is_ok_and(|dtype| dtype == Dtype::F16);
         if self.file.names().all(half) { Stored::F16 } else { Stored::F32 }
     }
@@ -451,9 +451,9 @@ pub fn save(
     meta: &ModelMeta,
     table: &ParamTable,
     weights: &[Vec<f32>],
-    precision: Stored,
+    stored: Stored,
 ) -> Result<(), ModelError> {
-    let mut writer = ModelWriter::create(path, config, meta, table, precision)?;
+    let mut writer = ModelWriter::create(path, config, meta, table, stored)?;
     weights.iter().try_for_each(|values| writer.write(values))?;
     writer.finish()
 }
@@ -464,7 +464,7 @@ pub struct ModelWriter<'a> {
     path: PathBuf,
     file: safetensors::Writer,
     names: Box<dyn Iterator<Item = &'a str> + 'a>,
-    precision: Stored,
+    stored: Stored,
 }
 
 debug!(ModelWriter<'_> { path });
@@ -479,7 +479,7 @@ impl<'a> ModelWriter<'a> {
         config: &Config,
         meta: &ModelMeta,
         table: &'a ParamTable,
-        precision: Stored,
+        stored: Stored,
     ) -> Result<Self, ModelError> {
         let path = path.as_ref().to_path_buf();
         let json = |key, value: serde_json::Result<String>| {
@@ -489,11 +489,11 @@ impl<'a> ModelWriter<'a> {
             ("config".to_owned(), json("config", serde_json::to_string(config))?),
             ("edm2k".to_owned(), json("edm2k", serde_json::to_string(meta))?),
         ]);
-        let dtype = precision.dtype();
+        let dtype = stored.dtype();
         let tensors: Vec<_> =
             table.iter().map(|(_, spec)| (spec.name.as_str(), dtype, spec.shape.as_slice())).collect();
         let file = safetensors::Writer::create(&path, &tensors, &metadata)?;
-        Ok(Self { path, file, names: Box::new(table.iter().map(|(_, spec)| spec.name.as_str())), precision })
+        Ok(Self { path, file, names: Box::new(table.iter().map(|(_, spec)| spec.name.as_str())), stored })
     }
 
     /// Writes the values of the next parameter, in PyTorch's order.
@@ -502,7 +502,7 @@ impl<'a> ModelWriter<'a> {
     /// [`ModelError::NotFinite`] for one that the element type cannot hold, [`ModelError::File`].
     pub fn write(&mut self, values: &[f32]) -> Result<(), ModelError> {
         let name = self.names.next().unwrap_or_default();
-        let bytes: Vec<u8> = match self.precision {
+        let bytes: Vec<u8> = match self.stored {
             Stored::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
                 let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
@@ -526,7 +526,7 @@ impl<'a> ModelWriter<'a> {
     }
 }
 
-/// What a file that is no model is, as far as its tensors and metadata tell.
+/// What a file is that is not a model, as far as its tensors and metadata tell.
 fn what_instead(file: &SafeFile) -> Option<Instead> {
     match file {
         _ if vae::is_one(file) => Some(Instead::ConditionModel),

@@ -18,8 +18,8 @@ pub mod snapshot;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
-pub use file::{Encoder, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
+pub use file::{ImageSpace, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
 pub use precond::Precond;
-pub use snapshot::{Snapshot, SnapshotError};
+pub use snapshot::{OfficialSnapshot, SnapshotError};
 
-pub use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable, Whole};
+pub use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable, Portions, Whole};

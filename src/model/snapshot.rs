@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value as Json};
 
 use super::config::Config;
-use super::file::{Encoder, Model, ModelMeta, Stored};
+use super::file::{ImageSpace, Model, ModelMeta, Stored};
 use super::precond::Precond;
 use crate::formats::mapped::Mapped;
 use crate::formats::pickle::{Id, Pickle, PickleError, Value, quoted};
@@ -65,14 +65,14 @@ type Result<T, E = SnapshotError> = std::result::Result<T, E>;
 
 /// A snapshot, read.
 #[derive(Debug)]
-pub struct Snapshot {
+pub struct OfficialSnapshot {
     /// The network with its weights.
     pub model: Model,
     /// The smaller type that holds its weights unchanged.
-    pub precision: Stored,
+    pub stored: Stored,
 }
 
-impl Snapshot {
+impl OfficialSnapshot {
     /// Reads a snapshot. Images seen and width of the moving average are taken from the file's name if
     /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
     ///
@@ -95,7 +95,7 @@ impl Snapshot {
     /// Reads a snapshot from memory; `path` is what errors call it.
     ///
     /// # Errors
-    /// As [`Snapshot::open`].
+    /// As [`OfficialSnapshot::open`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let damaged = |cause| SnapshotError::Pickle { path: path.into(), cause };
         if let Some(kind) = input::kind(bytes).filter(|kind| !kind.contains("pickle")) {
@@ -122,16 +122,16 @@ impl Snapshot {
             return Err(tree.error("ema._init_kwargs", what));
         }
         tree.check_blocks(&modules, &config, &table)?;
-        let (weights, precision) = tree.weights(&modules, &table)?;
+        let (weights, stored) = tree.weights(&modules, &table)?;
         let mut meta = ModelMeta::of(&config);
         // Only the encoder's class matters, and it may be one that is not known here.
         let encoder = tree.get(root, "encoder")?.and_then(|id| tree.object("encoder", id).ok());
         match encoder {
-            Some(("StabilityVAEEncoder", _)) => meta.encoder = Encoder::SdVae,
-            Some(("StandardRGBEncoder", _)) => meta.encoder = Encoder::Rgb,
+            Some(("StabilityVAEEncoder", _)) => meta.encoder = ImageSpace::SdVae,
+            Some(("StandardRGBEncoder", _)) => meta.encoder = ImageSpace::Rgb,
             _ => {}
         }
-        Ok(Self { model: Model { meta, net, table, weights, doubts: Vec::new() }, precision })
+        Ok(Self { model: Model { meta, net, table, weights, doubts: Vec::new() }, stored })
     }
 }
 
@@ -147,14 +147,14 @@ fn trained(stem: &str) -> Option<(u64, f64)> {
 }
 
 /// Keys and values of a dictionary.
-type Entries<'p> = &'p [(Id, Id)];
+type DictEntries<'p> = &'p [(Id, Id)];
 
 /// A module of the network.
 struct Module<'a, 'p> {
     /// Its place, `ema` or `ema.` and its official name.
     at: String,
     class: &'a str,
-    state: Entries<'p>,
+    state: DictEntries<'p>,
 }
 
 /// What the pickle made, and how much of it has been looked at.
@@ -174,7 +174,7 @@ impl<'a, 'p> Tree<'a, 'p> {
     }
 
     /// Counts look-ups, which a hostile file could make slow by having many in one large dictionary.
-    fn look_at(&self, entries: Entries<'p>) -> Result<Entries<'p>> {
+    fn look_at(&self, entries: DictEntries<'p>) -> Result<DictEntries<'p>> {
         self.looked_at.set(self.looked_at.get() + entries.len());
         match self.looked_at.get() > MAX_LOOKED_AT {
             true => Err(self.error("ema", format!("more than {MAX_LOOKED_AT} entries to look through"))),
@@ -183,7 +183,7 @@ impl<'a, 'p> Tree<'a, 'p> {
     }
 
     /// What a dictionary of any kind holds.
-    fn entries(&self, at: &str, id: Id) -> Result<Entries<'p>> {
+    fn entries(&self, at: &str, id: Id) -> Result<DictEntries<'p>> {
         const DICTIONARIES: [(&str, &str); 2] = [("collections", "OrderedDict"), ("dnnlib.util", "EasyDict")];
         match &self.pickle[id] {
             Value::Dict(items) => self.look_at(items),
@@ -192,12 +192,12 @@ impl<'a, 'p> Tree<'a, 'p> {
         }
     }
 
-    fn get(&self, entries: Entries<'p>, key: &str) -> Result<Option<Id>> {
+    fn get(&self, entries: DictEntries<'p>, key: &str) -> Result<Option<Id>> {
         let found = self.look_at(entries)?.iter().rfind(|&&(k, _)| self.pickle[k] == Value::Text(key));
         Ok(found.map(|&(_, value)| value))
     }
 
-    fn need(&self, at: &str, entries: Entries<'p>, key: &str) -> Result<Id> {
+    fn need(&self, at: &str, entries: DictEntries<'p>, key: &str) -> Result<Id> {
         self.get(entries, key)?.ok_or_else(|| self.error(at, format!("it has no {key}")))
     }
 
@@ -210,7 +210,7 @@ impl<'a, 'p> Tree<'a, 'p> {
     }
 
     /// Class and state of a persistent object.
-    fn object(&self, at: &str, id: Id) -> Result<(&'a str, Entries<'p>)> {
+    fn object(&self, at: &str, id: Id) -> Result<(&'a str, DictEntries<'p>)> {
         let object = [("torch_utils.persistence", "_reconstruct_persistent_obj")];
         let Some(&[meta]) = self.pickle.call_of(id, &object) else {
             return Err(self.unexpected(at, id, "an object of torch_utils.persistence"));
@@ -361,7 +361,7 @@ impl<'a, 'p> Tree<'a, 'p> {
     fn weights(&self, modules: &[Module<'a, 'p>], table: &ParamTable) -> Result<(Vec<Vec<f32>>, Stored)> {
         let by_name: HashMap<&str, _> = table.iter().map(|(id, spec)| (spec.name.as_str(), id)).collect();
         let mut weights: Vec<Option<Vec<f32>>> = vec![None; table.len()];
-        let mut precision = Stored::F16;
+        let mut stored = Stored::F16;
         let mut storages = Storages::new();
         for module in modules {
             for kind in ["_parameters", "_buffers"] {
@@ -384,7 +384,7 @@ impl<'a, 'p> Tree<'a, 'p> {
                         return Err(self.error(&at, format!("found {} at {place}, expected numbers", values[place])));
                     }
                     if tensor.dtype != Dtype::F16 {
-                        precision = Stored::F32;
+                        stored = Stored::F32;
                     }
                     if weights[id.0].replace(values).is_some() {
                         return Err(self.error(&at, "it is there twice"));
@@ -396,6 +396,6 @@ impl<'a, 'p> Tree<'a, 'p> {
         let weights = found.map(|(values, (_, spec))| {
             values.ok_or_else(|| self.error(&format!("ema.{}", spec.name), "the tensor is missing"))
         });
-        Ok((weights.collect::<Result<_>>()?, precision))
+        Ok((weights.collect::<Result<_>>()?, stored))
     }
 }

@@ -84,7 +84,7 @@ fn listed(before: &str, names: &[String]) -> String {
 
 /// Which tensor has the features.
 #[derive(Clone, Copy, Debug)]
-pub enum Wanted<'a> {
+pub enum FeatureTensor<'a> {
     /// The tensor of this name.
     Named(&'a str),
     /// What the classifier of a WD tagger is given. The nodes' names tell which tensor that is.
@@ -106,11 +106,11 @@ pub struct About {
     pub nodes: usize,
     /// Values of all its weights.
     pub values: u64,
-    /// The tensor that [`Wanted::Pooled`] is, if it is a WD tagger.
+    /// The tensor that [`FeatureTensor::Pooled`] is, if it is a WD tagger.
     pub features: Option<String>,
     /// Operators that cannot be run here, sorted.
     pub unsupported: Vec<String>,
-    /// As [`Network::fingerprint`].
+    /// As [`OnnxNetwork::fingerprint`].
     pub fingerprint: Fingerprint,
 }
 
@@ -146,7 +146,7 @@ enum Layout {
 }
 
 /// A network that makes a vector of an image.
-pub struct Network {
+pub struct OnnxNetwork {
     path: PathBuf,
     node: String,
     layout: Layout,
@@ -156,10 +156,10 @@ pub struct Network {
     runnable: tract::Runnable,
 }
 
-impl Network {
+impl OnnxNetwork {
     /// Opens a file and prepares to compute a tensor for images of the network's height and width; where the file
     /// leaves these open, for images of `size` = [height, width].
-    pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Self, OnnxError> {
+    pub fn open(path: &Path, wanted: FeatureTensor, size: Option<[usize; 2]>) -> Result<Self, OnnxError> {
         tract::open(path, wanted, size)
     }
 
@@ -188,7 +188,7 @@ impl Network {
         &self.path
     }
 
-    /// The features of an image [H, W, 3], of [`Network::size`], with values as the network wants them. `name` says
+    /// The features of an image [H, W, 3], of [`OnnxNetwork::size`], with values as the network wants them. `name` says
     /// which image it is, in errors.
     ///
     /// # Errors
@@ -217,7 +217,7 @@ impl Network {
 /// A build without tract opens no network.
 #[cfg(not(feature = "onnx"))]
 mod tract {
-    use super::{About, Network, OnnxError, Path, Wanted};
+    use super::{About, FeatureTensor, OnnxError, OnnxNetwork, Path};
 
     pub enum Runnable {}
 
@@ -227,7 +227,7 @@ mod tract {
         }
     }
 
-    pub fn open(path: &Path, _: Wanted, _: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+    pub fn open(path: &Path, _: FeatureTensor, _: Option<[usize; 2]>) -> Result<OnnxNetwork, OnnxError> {
         Err(OnnxError::NotBuilt { path: path.into() })
     }
 

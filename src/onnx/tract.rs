@@ -18,7 +18,7 @@ use tract_onnx::tract_hir::internal::DimLike;
 use crate::formats::fingerprint::{Fingerprint, Hasher};
 use crate::formats::{At, FileError, input};
 
-use super::{About, Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, Network, OnnxError, Port, Wanted};
+use super::{About, FeatureTensor, Layout, MAX_ELEMENTS, MAX_NODES, MAX_SIDE, OnnxError, OnnxNetwork, Port};
 
 /// A graph of fixed shapes, ready to run from any thread.
 pub struct Runnable(Arc<TypedRunnableModel>);
@@ -73,8 +73,8 @@ fn port(info: &ValueInfoProto) -> Port {
     }
 }
 
-/// Opens a file: see [`Network::open`].
-pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Network, OnnxError> {
+/// Opens a file: see [`OnnxNetwork::open`].
+pub fn open(path: &Path, wanted: FeatureTensor, size: Option<[usize; 2]>) -> Result<OnnxNetwork, OnnxError> {
     let (mut model, mut graph) = read_graph(path)?;
     let fingerprint = fingerprint(path, &graph)?;
     let node = choose(&graph, wanted, path)?;
@@ -126,7 +126,7 @@ pub fn open(path: &Path, wanted: Wanted, size: Option<[usize; 2]>) -> Result<Net
         return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
     }
     let runnable = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
-    Ok(Network { path: path.into(), node, layout, size, width, fingerprint, runnable: Runnable(runnable) })
+    Ok(OnnxNetwork { path: path.into(), node, layout, size, width, fingerprint, runnable: Runnable(runnable) })
 }
 
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {
@@ -176,7 +176,7 @@ fn fingerprint(path: &Path, graph: &GraphProto) -> Result<Fingerprint, OnnxError
 }
 
 /// The name of the tensor that is wanted, which a node makes.
-fn choose(graph: &GraphProto, wanted: Wanted, path: &Path) -> Result<String, OnnxError> {
+fn choose(graph: &GraphProto, wanted: FeatureTensor, path: &Path) -> Result<String, OnnxError> {
     let made: HashSet<&str> = graph.node.iter().flat_map(|node| &node.output).map(String::as_str).collect();
     let missing = |name: &str| {
         let score = |known: &&str| strsim::jaro_winkler(known, name);
@@ -186,15 +186,15 @@ fn choose(graph: &GraphProto, wanted: Wanted, path: &Path) -> Result<String, Onn
         OnnxError::Missing { path: path.into(), name: printable(name), near: near.into_iter().map(printable).collect() }
     };
     let name = match wanted {
-        Wanted::Named(name) => name,
-        Wanted::Output => match &graph.output[..] {
+        FeatureTensor::Named(name) => name,
+        FeatureTensor::Output => match &graph.output[..] {
             [one] => &one.name,
             several => {
                 let names: Vec<_> = several.iter().map(|output| printable(&output.name)).take(5).collect();
                 return Err(OnnxError::Outputs { path: path.into(), found: several.len(), names });
             }
         },
-        Wanted::Pooled => pooled(graph).ok_or_else(|| OnnxError::NoClassifier {
+        FeatureTensor::Pooled => pooled(graph).ok_or_else(|| OnnxError::NoClassifier {
             path: path.into(),
             candidates: {
                 let products = graph.node.iter().rev().filter(|node| is_product(node));

@@ -41,7 +41,7 @@ pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
 
 /// A decoded image.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub struct Decoded {
     /// Its pixels.
     pub picture: Picture,
     /// The name of its colour space, if that could not be converted; then its colours were taken for sRGB.
@@ -76,7 +76,7 @@ impl Drop for Share {
 ///
 /// # Errors
 /// The file cannot be read, or is no image.
-pub fn open(path: &Path, background: [u8; 3]) -> Result<Image, PictureError> {
+pub fn open(path: &Path, background: [u8; 3]) -> Result<Decoded, PictureError> {
     decode(&input::read(path, MAX_BYTES)?, background)
 }
 
@@ -93,7 +93,7 @@ pub fn size(bytes: &[u8]) -> Result<[u32; 2], PictureError> {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> {
+pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Decoded, PictureError> {
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     if reader.format().is_none() {
         return Err(PictureError::Kind(input::kind(bytes).unwrap_or("no image of a known kind")));
@@ -150,7 +150,7 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Image, PictureError> 
         let unapplied = space.and_then(|space| to_srgb(&space, &mut rgb, Layout::Rgb, grey));
         (rgb, unapplied)
     };
-    Ok(Image { picture: Picture::new(height, width, rgb), unapplied })
+    Ok(Decoded { picture: Picture::new(height, width, rgb), unapplied })
 }
 
 #[cfg(test)]

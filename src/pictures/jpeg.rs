@@ -32,7 +32,7 @@ type Codes = Vec<Code>;
 type Tables<'a> = (&'a [Code], &'a [Code]);
 
 /// A component in a scan: its place, and the numbers of its two tables.
-type Member = (usize, usize, usize);
+type ScanComponent = (usize, usize, usize);
 
 /// A component of the image.
 #[derive(Default)]
@@ -174,7 +174,7 @@ impl Frame {
     }
 
     /// Components of a scan with the numbers of their tables; first and last coefficient, and bits before and after.
-    fn scan_header(&self, header: &[u8]) -> Option<(Vec<Member>, [u8; 3])> {
+    fn scan_header(&self, header: &[u8]) -> Option<(Vec<ScanComponent>, [u8; 3])> {
         let (&count, rest) = header.split_first()?;
         let (chosen, &[start, end, bits]) = rest.split_at_checked(2 * usize::from(count))? else { return None };
         let mut members = Vec::new();

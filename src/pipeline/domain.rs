@@ -9,13 +9,13 @@ use crate::condition::vae::Vae;
 use crate::condition::{Conditioning, Meaning, OtherMeaning};
 use crate::data::dataset::{Dataset, Representation, Split};
 use crate::formats::fingerprint::differ;
-use crate::model::{Config, Encoder, ModelMeta};
+use crate::model::{Config, ImageSpace, ModelMeta};
 
 /// What something works on, as far as that is known.
 #[derive(Clone, Debug, Default)]
 pub struct Domain {
     /// Pixels or latents.
-    pub encoder: Option<Encoder>,
+    pub encoder: Option<ImageSpace>,
     /// Channels of the images; 0 if it has none.
     pub channels: usize,
     /// Width of the conditions; 0 if it takes none.
@@ -59,7 +59,7 @@ impl Domain {
     pub fn of_dataset(data: &Dataset) -> Self {
         let header = data.header();
         Self {
-            encoder: Some(if header.kind == Representation::Images { Encoder::Rgb } else { Encoder::SdVae }),
+            encoder: Some(if header.kind == Representation::Images { ImageSpace::Rgb } else { ImageSpace::SdVae }),
             channels: header.channels,
             width: header.condition_dim,
             meaning: data.meaning(),
@@ -108,7 +108,8 @@ impl Domain {
         let names = || (name.to_string(), other_name.to_string());
         let mut all = Vec::new();
         if differ(&self.encoder, &other.encoder) {
-            let word = |encoder: Option<Encoder>| if encoder == Some(Encoder::Rgb) { "pixels" } else { "latents" };
+            let word =
+                |encoder: Option<ImageSpace>| if encoder == Some(ImageSpace::Rgb) { "pixels" } else { "latents" };
             let ((name, other), found, expected) = (names(), word(self.encoder), word(other.encoder));
             all.push(Mismatch::Images { name, other, found, expected });
         }

@@ -83,7 +83,7 @@ impl Step<'_> {
 }
 
 /// Sees each step, and stops the work by an error.
-type Watch<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
+type Watcher<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
 
 /// Where the time went that images took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -99,7 +99,7 @@ pub struct Images<'a> {
     pipeline: &'a mut Pipeline,
     request: &'a Request,
     common: Value,
-    watch: Option<Box<Watch<'a>>>,
+    watch: Option<Box<Watcher<'a>>>,
     /// Number of the first image that has not been made.
     next: usize,
     /// Number of the first image that is not to be made any more.

@@ -49,7 +49,7 @@ use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::formats::{At, FileError, transposed};
 use crate::memory;
 pub use crate::memory::TooLarge;
-use crate::model::{Config, Encoder, Model, ModelError, ModelMeta, Precond};
+use crate::model::{Config, ImageSpace, Model, ModelError, ModelMeta, Precond};
 use crate::pictures::{PictureError, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
@@ -114,7 +114,7 @@ pub struct Pipeline {
     guide: Option<PathBuf>,
     /// The model, and the network that guides it, until they are on the device.
     weights: Vec<Model>,
-    network: Option<Box<dyn Network>>,
+    network: Option<Box<dyn PlacedNetwork>>,
     codec: Option<PathBuf>,
     viewer: Option<Viewer>,
     preview: Option<Viewer>,
@@ -133,7 +133,7 @@ impl Pipeline {
     pub fn load(device: &Device, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let mut model = Model::load(&path)?;
         let warnings = std::mem::take(&mut model.doubts);
-        let pixels = model.meta.encoder == Encoder::Rgb && model.net.config.img_channels == 3;
+        let pixels = model.meta.encoder == ImageSpace::Rgb && model.net.config.img_channels == 3;
         Ok(Self {
             device: device.clone(),
             path: path.as_ref().into(),
@@ -187,7 +187,7 @@ impl Pipeline {
     }
 
     fn viewer_of(&mut self, path: &Path) -> Result<Viewer, PipelineError> {
-        if self.meta.encoder != Encoder::SdVae || self.net.config.img_channels != LATENTS {
+        if self.meta.encoder != ImageSpace::SdVae || self.net.config.img_channels != LATENTS {
             return Err(PipelineError::NoLatents { model: self.path.clone() });
         }
         let of = self.path.display().to_string();
@@ -222,9 +222,9 @@ impl Pipeline {
             self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
         }
         let codec = match (self.meta.encoder, &self.codec) {
-            (Encoder::Rgb, _) => None,
-            (Encoder::SdVae, Some(path)) => Some(CodecFile::open(path)?),
-            (Encoder::SdVae, None) => return Err(PipelineError::NoCodec { model: self.path.clone() }),
+            (ImageSpace::Rgb, _) => None,
+            (ImageSpace::SdVae, Some(path)) => Some(CodecFile::open(path)?),
+            (ImageSpace::SdVae, None) => return Err(PipelineError::NoCodec { model: self.path.clone() }),
         };
         let factor = codec.as_ref().map_or(1, CodecFile::factor);
         let target = [width, height].map(|side| (side * factor) as u32);
@@ -359,8 +359,8 @@ impl Pipeline {
     }
 }
 
-/// Refuses a forward pass of `images` images of [height, width], each so many times ([`SamplerConfig::copies`]), that this
-/// machine has no room for; a GPU knows its own memory.
+/// Fails if main memory cannot hold a forward pass of `images` images of [height, width], each computed `times` times
+/// ([`SamplerConfig::copies`]). A GPU checks its own memory.
 ///
 /// # Errors
 /// [`TooLarge`].
@@ -384,7 +384,7 @@ type Observer<'a> =
     dyn FnMut(usize, f64, &mut dyn FnMut() -> Result<Vec<f32>, BackendError>) -> Result<(), SampleError> + 'a;
 
 /// A network on whichever device.
-trait Network {
+trait PlacedNetwork {
     /// See [`Sampler::run`].
     fn sample(
         &mut self,
@@ -395,13 +395,13 @@ trait Network {
 }
 
 /// A network and what guides it.
-struct Loaded<B: NetworkBackend> {
+struct Placed<B: NetworkBackend> {
     backend: B,
     net: Precond,
     guide: Option<(B, Precond)>,
 }
 
-impl<B: NetworkBackend> Network for Loaded<B> {
+impl<B: NetworkBackend> PlacedNetwork for Placed<B> {
     fn sample(
         &mut self,
         batch: &Batch,
@@ -411,7 +411,7 @@ impl<B: NetworkBackend> Network for Loaded<B> {
         let gnet = self.guide.as_mut().map(|(backend, net)| (backend, &*net));
         let mut sampler = Sampler { backend: &mut self.backend, net: &self.net, gnet };
         let Some(observer) = observer else { return sampler.run(batch, config, None) };
-        let mut observe = |b: &mut B, step: sample::Step<B::Tensor>| {
+        let mut observe = |b: &mut B, step: sample::SolverStep<B::Tensor>| {
             let mut download = || {
                 let denoised = step.denoised.tensor(b);
                 b.download(&denoised)
@@ -427,7 +427,7 @@ impl<B: NetworkBackend> Network for Loaded<B> {
 struct Placing<'a>(&'a [Model]);
 
 impl Work for Placing<'_> {
-    type Output = Result<Box<dyn Network>, BackendError>;
+    type Output = Result<Box<dyn PlacedNetwork>, BackendError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let [model, guide @ ..] = self.0 else { unreachable!("a pipeline has a model") };
@@ -437,6 +437,6 @@ impl Work for Placing<'_> {
             Ok((backend, model.net.clone()))
         };
         let (backend, net) = loaded(model)?;
-        Ok(Box::new(Loaded { backend, net, guide: guide.last().map(loaded).transpose()? }))
+        Ok(Box::new(Placed { backend, net, guide: guide.last().map(loaded).transpose()? }))
     }
 }

@@ -38,7 +38,7 @@ use crate::model::{ConfigError, Precond};
 use crate::rng::{Purpose, Stream};
 
 use solvers::levels;
-pub use solvers::{Denoise, Guided, Step, solve};
+pub use solvers::{Denoise, Guided, SolverStep, solve};
 
 /// How the differential equation is solved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -279,7 +279,7 @@ pub fn parse_seeds(list: &str) -> Result<Vec<u64>, WrongSeeds> {
 
 /// Sees each step of a batch, may download what it wants of it, and stops the work by an error, such as
 /// [`SampleError::Stopped`].
-pub type Observe<'a, B> = dyn FnMut(&mut B, Step<<B as Backend>::Tensor>) -> Result<(), SampleError> + 'a;
+pub type Observe<'a, B> = dyn FnMut(&mut B, SolverStep<<B as Backend>::Tensor>) -> Result<(), SampleError> + 'a;
 
 /// The images of one batch. What is empty is not given.
 #[derive(Clone, Copy, Debug, Default)]
@@ -540,7 +540,7 @@ impl<B: NetworkBackend> Denoise<B> for Guidance<'_, '_, B> {
         b.upload(self.shape, &self.batch.noise(self.shape, Purpose::Churn, step as u32))
     }
 
-    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
+    fn after(&mut self, b: &mut B, step: SolverStep<B::Tensor>) -> Result<(), SampleError> {
         let Some(observe) = &mut self.observe else { return Ok(()) };
         // A device is given all steps in no time: whoever watches is to see them as they are done.
         b.pace()?;

@@ -18,7 +18,7 @@ use super::{SamplerConfig, Solver};
 
 /// One of these presets.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Preset {
+pub struct SamplingPreset {
     /// Its name.
     pub name: &'static str,
     /// The network's file, without `.pkl`.
@@ -27,7 +27,7 @@ pub struct Preset {
     pub guide: Option<(&'static str, f64)>,
 }
 
-impl Preset {
+impl SamplingPreset {
     /// How it samples.
     pub fn config(&self) -> SamplerConfig {
         let guidance = self.guide.map_or(1.0, |(_, guidance)| guidance);
@@ -44,20 +44,20 @@ pub struct UnknownPreset(String);
 ///
 /// # Errors
 /// [`UnknownPreset`]; the message names those that there are.
-pub fn preset(name: &str) -> Result<Preset, UnknownPreset> {
+pub fn preset(name: &str) -> Result<SamplingPreset, UnknownPreset> {
     PRESETS.into_iter().find(|preset| preset.name == name).ok_or_else(|| UnknownPreset(name.into()))
 }
 
-const fn alone(name: &'static str, net: &'static str) -> Preset {
-    Preset { name, net, guide: None }
+const fn alone(name: &'static str, net: &'static str) -> SamplingPreset {
+    SamplingPreset { name, net, guide: None }
 }
 
-const fn guided(name: &'static str, net: &'static str, by: &'static str, guidance: f64) -> Preset {
-    Preset { name, net, guide: Some((by, guidance)) }
+const fn guided(name: &'static str, net: &'static str, by: &'static str, guidance: f64) -> SamplingPreset {
+    SamplingPreset { name, net, guide: Some((by, guidance)) }
 }
 
 /// All of them.
-pub const PRESETS: [Preset; 36] = [
+pub const PRESETS: [SamplingPreset; 36] = [
     alone("edm2-img512-xs-fid", "edm2-img512-xs-2147483-0.135"),
     alone("edm2-img512-xs-dino", "edm2-img512-xs-2147483-0.200"),
     alone("edm2-img512-s-fid", "edm2-img512-s-2147483-0.130"),

@@ -42,7 +42,7 @@ impl<T> Guided<T> {
 
 /// What a solver shows after a step.
 #[derive(Debug)]
-pub struct Step<'a, T> {
+pub struct SolverStep<'a, T> {
     /// Index of the step, from 0.
     pub index: usize,
     /// Number of steps.
@@ -68,7 +68,7 @@ pub trait Denoise<B: Backend> {
     ///
     /// # Errors
     /// An error stops the solver, which returns it.
-    fn after(&mut self, b: &mut B, step: Step<B::Tensor>) -> Result<(), SampleError> {
+    fn after(&mut self, b: &mut B, step: SolverStep<B::Tensor>) -> Result<(), SampleError> {
         let _ = (b, step);
         Ok(())
     }
@@ -140,7 +140,7 @@ fn dpmpp_2m<B: Backend>(
             }
             b.linear_combination(&terms)
         };
-        denoiser.after(b, Step { index, of, sigma, x: &x, denoised: &denoised })?;
+        denoiser.after(b, SolverStep { index, of, sigma, x: &x, denoised: &denoised })?;
         last = Some((denoised, h));
     }
     Ok(x)
@@ -183,7 +183,7 @@ fn edm<B: Backend>(
             arrived = b.linear_combination(&terms);
         }
         x = arrived;
-        denoiser.after(b, Step { index, of, sigma, x: &x, denoised: &denoised })?;
+        denoiser.after(b, SolverStep { index, of, sigma, x: &x, denoised: &denoised })?;
     }
     Ok(x)
 }

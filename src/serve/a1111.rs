@@ -18,8 +18,8 @@ use serde_json::{Map, Value, json};
 
 use super::Server;
 use super::api::{Input, finished};
-use super::queue::{Stage, View};
-use super::request::{MAX_IMAGES, Offer, Refusal, Wanted};
+use super::queue::{JobView, Stage};
+use super::request::{MAX_IMAGES, Offer, Refusal, RequestBody};
 use crate::sample::{SamplerConfig, Solver};
 
 type App = State<Arc<Server>>;
@@ -58,7 +58,7 @@ struct TextToImage {
     n_iter: usize,
     sampler_name: Option<String>,
     sampler_index: Option<String>,
-    override_settings: Settings,
+    override_settings: WebUiOptions,
     send_images: bool,
     #[serde(flatten)]
     others: Map<String, Value>,
@@ -79,7 +79,7 @@ impl Default for TextToImage {
             n_iter: 1,
             sampler_name: None,
             sampler_index: None,
-            override_settings: Settings::default(),
+            override_settings: WebUiOptions::default(),
             send_images: true,
             others: Map::new(),
         }
@@ -88,7 +88,7 @@ impl Default for TextToImage {
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Settings {
+struct WebUiOptions {
     sd_model_checkpoint: Option<String>,
 }
 
@@ -133,7 +133,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let last = first.saturating_add(images as u64 - 1);
     let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(offer.factor));
     let has_tags = asked.prompt.split(',').any(|tag| !tag.trim().is_empty());
-    let wanted = Wanted {
+    let wanted = RequestBody {
         model: Some(offer.name.clone()),
         tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
         negative: asked.negative_prompt.clone(),
@@ -146,11 +146,11 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
             guidance: asked.cfg_scale,
             ..SamplerConfig::default()
         },
-        ..Wanted::default()
+        ..RequestBody::default()
     };
     let sampler = wanted.sampler.clone();
     let job = app.submit(wanted).await?;
-    let View { mut pictures, .. } = finished(&job).await?;
+    let JobView { mut pictures, .. } = finished(&job).await?;
     pictures.sort_by_key(|made| made.index);
     let [height, width] = job.request.size.map(|side| side * offer.factor);
     let ignored: Vec<&String> =
@@ -271,7 +271,7 @@ async fn options(State(app): App) -> Result<Json<Value>, Refusal> {
 }
 
 /// Chooses the model; every other option stays what it is.
-async fn set_options(State(app): App, Input(settings): Input<Settings>) -> Result<Json<Value>, Refusal> {
+async fn set_options(State(app): App, Input(settings): Input<WebUiOptions>) -> Result<Json<Value>, Refusal> {
     if let Some(name) = settings.sd_model_checkpoint {
         app.chosen.store(chosen(&app, Some(&name))?.0, Ordering::Relaxed);
     }

@@ -19,8 +19,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::queue::{Job, Stage, View};
-use super::request::{MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, Request, Tags, Wanted};
+use super::queue::{Job, JobView, Stage};
+use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 
@@ -116,11 +116,14 @@ async fn read(body: Body, most: usize) -> Result<Vec<u8>, Refusal> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Session {
+struct SessionBody {
     token: String,
 }
 
-async fn session(State(app): App, Input(Session { token }): Input<Session, MAX_SESSION>) -> Result<Response, Refusal> {
+async fn session(
+    State(app): App,
+    Input(SessionBody { token }): Input<SessionBody, MAX_SESSION>,
+) -> Result<Response, Refusal> {
     if !app.guard.knows(&token) {
         return Err(Refusal::Token);
     }
@@ -234,7 +237,7 @@ pub fn picture_url(job: u64, index: usize) -> String {
 }
 
 /// A job as an answer, with the addresses of its pictures; if `whole`, with the pictures too.
-fn shown(view: &View, whole: bool) -> Value {
+fn shown(view: &JobView, whole: bool) -> Value {
     let mut json = serde_json::to_value(view).unwrap_or_default();
     for (picture, made) in json["pictures"].as_array_mut().into_iter().flatten().zip(&view.pictures) {
         picture["url"] = picture_url(view.id, made.index).into();
@@ -248,7 +251,7 @@ fn shown(view: &View, whole: bool) -> Value {
 async fn generate(
     State(app): App,
     Query(Wait { wait }): Query<Wait>,
-    Input(wanted): Input<Wanted>,
+    Input(wanted): Input<RequestBody>,
 ) -> Result<Response, Refusal> {
     let job = app.submit(wanted).await?;
     if wait {
@@ -262,7 +265,7 @@ async fn generate(
 ///
 /// # Errors
 /// It failed, or was cancelled.
-pub async fn finished(job: &Job) -> Result<View, Refusal> {
+pub async fn finished(job: &Job) -> Result<JobView, Refusal> {
     let mut watcher = job.watch();
     let view = watcher.wait_for(|view| view.stage.is_final()).await.map(|view| view.clone());
     let view = view.map_err(|error| Refusal::Failed(error.to_string()))?;
@@ -385,10 +388,10 @@ impl Server {
     ///
     /// # Errors
     /// [`Refusal`].
-    pub async fn submit(self: &Arc<Self>, wanted: Wanted) -> Result<Arc<Job>, Refusal> {
+    pub async fn submit(self: &Arc<Self>, wanted: RequestBody) -> Result<Arc<Job>, Refusal> {
         let offer = self.offer(wanted.model.clone()).await?;
         // Checking decodes what was uploaded, which takes time.
-        let request = tokio::task::spawn_blocking(|| Request::new(wanted, offer));
+        let request = tokio::task::spawn_blocking(|| CheckedRequest::new(wanted, offer));
         let request = request.await.map_err(|error| Refusal::Failed(error.to_string()))??;
         self.queue.submit(request)
     }

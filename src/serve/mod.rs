@@ -6,7 +6,7 @@
 //! ```text
 //! page, clients -> guard -> api, a1111 -> request (checked) -> queue -> paint: Pipeline on the device
 //!                                  ^                             |
-//!                                  +------ View of each job -----+
+//!                                  +---- JobView of each job ----+
 //! ```
 //!
 //! A server listens on loopback unless it has a token (`guard`); what it takes on is bounded (`request`, `queue`),
@@ -72,11 +72,11 @@ use crate::codec::{CodecError, CodecFile};
 use crate::condition::Conditioning;
 use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
-use crate::model::{Encoder, ModelError, ModelFile};
+use crate::model::{ImageSpace, ModelError, ModelFile};
 use crate::pipeline::{Domain, PipelineError};
 
 use guard::{Guard, Unsafe};
-use queue::{Limits, Queue};
+use queue::{Capacity, Queue};
 use request::{Offer, Refusal, Tags};
 use runs::Runs;
 
@@ -224,9 +224,9 @@ impl Shelf {
         let (config, meta) = (file.net.config.clone(), file.meta.clone());
         let (model, channels) = (path.to_owned(), config.img_channels);
         let factor = match (meta.encoder, self.factor) {
-            (Encoder::Rgb, _) if channels == 3 => 1,
-            (Encoder::SdVae, None) => return Err(ServeError::NoCodec { model }),
-            (Encoder::SdVae, Some(factor)) if channels == crate::codec::LATENTS => factor,
+            (ImageSpace::Rgb, _) if channels == 3 => 1,
+            (ImageSpace::SdVae, None) => return Err(ServeError::NoCodec { model }),
+            (ImageSpace::SdVae, Some(factor)) if channels == crate::codec::LATENTS => factor,
             _ => return Err(ServeError::NoPicture { model, channels }),
         };
         let domain = Domain::of_model(&config, &meta);
@@ -275,7 +275,7 @@ impl Shelf {
         };
         let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
         used(&files.condition_model, &|offer| offer.invents).map_err(unused(mismatch))?;
-        let latents = |offer: &Offer| offer.meta.encoder == Encoder::SdVae;
+        let latents = |offer: &Offer| offer.meta.encoder == ImageSpace::SdVae;
         used(&files.vae, &latents).map_err(unused(None))?;
         used(&files.preview, &latents).map_err(unused(None))?;
         used(&files.tagger, &|offer| offer.like).map_err(unused(None))?;
@@ -317,7 +317,7 @@ pub fn serve(
         offers,
         shelf,
         snapshots: Mutex::default(),
-        queue: Queue::new(Limits::default(), last.unwrap_or(0)),
+        queue: Queue::new(Capacity::default(), last.unwrap_or(0)),
         guard,
         runs,
         chosen: AtomicUsize::new(0),

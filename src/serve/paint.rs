@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::preview::{Linear, data_url};
-use super::queue::{Batch, Job, Made, Preview};
-use super::request::{Offer, Request};
+use super::preview::{ColourMap, data_url};
+use super::queue::{Job, Made, Preview, Turn};
+use super::request::{CheckedRequest, Offer};
 use super::{Files, ServeError, Server};
 use crate::Device;
 use crate::condition::tagger::Tagger;
-use crate::model::Encoder;
+use crate::model::ImageSpace;
 use crate::pictures::{Picture, decode};
 use crate::pipeline::{self, Condition, Pipeline, PipelineError, Step, Viewer};
 
@@ -28,7 +28,7 @@ pub struct Painter {
     /// Those that were given, and the last snapshot of a run.
     loaded: Vec<(Arc<Offer>, Pipeline)>,
     guest: Option<(Arc<Offer>, Pipeline)>,
-    linear: Option<Linear>,
+    linear: Option<ColourMap>,
     /// Of the jobs of the last batch.
     conditions: HashMap<u64, Vec<Condition>>,
     outdir: Option<PathBuf>,
@@ -43,7 +43,7 @@ fn open(device: &Device, files: &Files, offer: &Offer) -> Result<Pipeline, Pipel
     if let Some(path) = files.tagger.as_ref().filter(|_| offer.like) {
         pipeline = pipeline.with_tagger(path, files.tagger_node.as_deref())?;
     }
-    if offer.meta.encoder == Encoder::SdVae {
+    if offer.meta.encoder == ImageSpace::SdVae {
         if let Some(path) = &files.vae {
             pipeline = pipeline.with_codec(path)?;
         }
@@ -76,9 +76,9 @@ impl Painter {
         }
         let linear = match &files.vae {
             Some(vae) if files.preview.is_none() => {
-                let (size, tiles) = Linear::tiles();
+                let (size, tiles) = ColourMap::tiles();
                 let (mut viewer, _) = Viewer::open(&device, vae, "previews", None).map_err(PipelineError::from)?;
-                Linear::fit(&viewer.picture(size, &tiles).map_err(PipelineError::from)?)
+                ColourMap::fit(&viewer.picture(size, &tiles).map_err(PipelineError::from)?)
             }
             _ => None,
         };
@@ -96,9 +96,9 @@ impl Painter {
     }
 
     /// Makes the pictures of a batch.
-    fn paint(&mut self, server: &Server, batch: &Batch, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
+    fn paint(&mut self, server: &Server, batch: &Turn, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
         let Some((first, _)) = batch.images.first() else { return Ok(()) };
-        let Request { model: offer, size, sampler, .. } = &first.request;
+        let CheckedRequest { model: offer, size, sampler, .. } = &first.request;
         let place = self.loaded.iter().position(|(known, _)| Arc::ptr_eq(known, offer));
         if place.is_none() && !self.guest.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, offer)) {
             // First, as there may be room for one only.
@@ -141,7 +141,8 @@ impl Painter {
             ..pipeline::Request::default()
         };
 
-        let (started, linear) = (Instant::now(), self.linear.as_ref().filter(|_| offer.meta.encoder == Encoder::SdVae));
+        let (started, linear) =
+            (Instant::now(), self.linear.as_ref().filter(|_| offer.meta.encoder == ImageSpace::SdVae));
         let mut spent = Duration::ZERO;
         let watch = |step: &mut Step| {
             if images.iter().all(|(job, _)| job.is_cancelled()) {
@@ -177,7 +178,7 @@ impl Painter {
 }
 
 /// The conditions of a request, in the order of `edm2k sample`.
-fn conditions(pipeline: &mut Pipeline, request: &Request) -> Result<Vec<Condition>, PipelineError> {
+fn conditions(pipeline: &mut Pipeline, request: &CheckedRequest) -> Result<Vec<Condition>, PipelineError> {
     let mut all = Vec::new();
     let seed = request.condition_seed;
     for text in &request.tags {
@@ -203,7 +204,7 @@ fn conditions(pipeline: &mut Pipeline, request: &Request) -> Result<Vec<Conditio
 }
 
 /// What the images look like at a step.
-fn shown(step: &mut Step, size: [usize; 2], linear: Option<&Linear>) -> Result<Vec<Picture>, PipelineError> {
+fn shown(step: &mut Step, size: [usize; 2], linear: Option<&ColourMap>) -> Result<Vec<Picture>, PipelineError> {
     let Some(linear) = linear else { return step.pictures() };
     let values = step.denoised()?;
     Ok(values.chunks(values.len() / step.images).map(|latent| linear.picture(size, latent)).collect())

@@ -25,12 +25,12 @@ const QUALITY: u8 = 80;
 
 /// The map from latents to colours.
 #[derive(Clone, Debug)]
-pub struct Linear {
+pub struct ColourMap {
     /// Rows: the latent's channels and 1; columns: red, green, blue from 0 to 255.
     map: SMatrix<f64, { LATENTS + 1 }, 3>,
 }
 
-impl Linear {
+impl ColourMap {
     /// The latent that a decoder is to be shown: [height, width] and values.
     pub fn tiles() -> ([usize; 2], Vec<f32>) {
         let mut colours = vec![0.0; TILES * TILES * LATENTS];
@@ -41,7 +41,7 @@ impl Linear {
         ([side, side], values.map(|x| FINAL_STD * x).collect())
     }
 
-    /// The map that best fits what a decoder makes of [`Linear::tiles`]; none if the picture has another size.
+    /// The map that best fits what a decoder makes of [`ColourMap::tiles`]; none if the picture has another size.
     pub fn fit(picture: &Picture) -> Option<Self> {
         let ([side, _], latents) = Self::tiles();
         let factor = picture.width() / side;
@@ -107,14 +107,14 @@ mod tests {
 
     #[test]
     fn the_map_finds_what_a_decoder_does_to_colours() {
-        let (size, tiles) = Linear::tiles();
-        let map = Linear::fit(&decode(size, &tiles)).unwrap();
+        let (size, tiles) = ColourMap::tiles();
+        let map = ColourMap::fit(&decode(size, &tiles)).unwrap();
         let latent = [0.5, -1.0, 0.25, 0.75];
         let shown = map.picture([1, 1], &latent);
         // Decoded colours are cut to whole numbers: half a level in the mean, and one of the rounding.
         for (got, want) in shown.rgb().iter().zip([132.5, 70.0, 150.0]) {
             assert!((f64::from(*got) - want).abs() < 2.0, "{:?}", shown.rgb());
         }
-        assert!(Linear::fit(&Picture::new(8, 8, vec![0; 192])).is_none());
+        assert!(ColourMap::fit(&Picture::new(8, 8, vec![0; 192])).is_none());
     }
 }

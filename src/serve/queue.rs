@@ -1,10 +1,10 @@
 //! Requests in the order that they came, for the one thread that owns the device.
 //!
-//! A job's state is a [`View`] in a channel that keeps only the last one. So a slow watcher may miss previews but never
-//! the end, and costs no memory. Jobs of one shape and setting fill a batch together ([`Queue::next`]). An image
+//! A job's state is a [`JobView`] in a channel that keeps only the last one. So a slow watcher may miss previews but
+//! never the end, and costs no memory. Jobs of one shape and setting fill a batch together ([`Queue::next`]). An image
 //! depends on its own request only, so its neighbours in the batch do not change it. Everything is bounded: the jobs
-//! that wait, the bytes that were uploaded, and what is kept of jobs that are done ([`Limits::kept`],
-//! [`Limits::kept_bytes`]).
+//! that wait, the bytes that were uploaded, and what is kept of jobs that are done ([`Capacity::kept`],
+//! [`Capacity::kept_bytes`]).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,11 +16,11 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::request::{Refusal, Request};
+use super::request::{CheckedRequest, Refusal};
 
 /// What a server takes on.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct Capacity {
     /// Jobs that wait or run.
     pub jobs: usize,
     /// Bytes of all their uploads together.
@@ -35,7 +35,7 @@ pub struct Limits {
     pub unasked: Duration,
 }
 
-impl Default for Limits {
+impl Default for Capacity {
     fn default() -> Self {
         Self {
             jobs: 256,
@@ -96,7 +96,7 @@ pub struct Preview {
 
 /// What is known of a job.
 #[derive(Clone, Debug, Serialize)]
-pub struct View {
+pub struct JobView {
     /// Number of the job.
     pub id: u64,
     /// Where it stands.
@@ -128,20 +128,20 @@ pub struct Job {
     /// Its number.
     pub id: u64,
     /// What is wanted.
-    pub request: Request,
+    pub request: CheckedRequest,
     /// Images that were given to the device.
     given: AtomicUsize,
     cancelled: AtomicBool,
     watched: AtomicBool,
     previewed: AtomicBool,
     seen: Mutex<Instant>,
-    view: watch::Sender<View>,
+    view: watch::Sender<JobView>,
 }
 
 impl Job {
-    fn new(id: u64, request: Request) -> Self {
+    fn new(id: u64, request: CheckedRequest) -> Self {
         let of = request.seeds.len() * request.sampler.taken();
-        let view = View {
+        let view = JobView {
             id,
             stage: Stage::Queued,
             ahead: 0,
@@ -166,19 +166,19 @@ impl Job {
     }
 
     /// What is known of the job now. Asking counts as waiting for it.
-    pub fn view(&self) -> watch::Ref<'_, View> {
+    pub fn view(&self) -> watch::Ref<'_, JobView> {
         *lock(&self.seen) = Instant::now();
         self.peek()
     }
 
     /// What is known of the job now, for somebody who is not waiting for it. While the result is held, the job's state
     /// cannot change.
-    pub fn peek(&self) -> watch::Ref<'_, View> {
+    pub fn peek(&self) -> watch::Ref<'_, JobView> {
         self.view.borrow()
     }
 
     /// Watches it. A job whose watchers have all gone is cancelled.
-    pub fn watch(&self) -> watch::Receiver<View> {
+    pub fn watch(&self) -> watch::Receiver<JobView> {
         self.watched.store(true, Ordering::Relaxed);
         *lock(&self.seen) = Instant::now();
         self.view.subscribe()
@@ -204,7 +204,7 @@ impl Job {
     }
 
     /// Changes what is known, unless the job has ended.
-    pub fn update(&self, change: impl FnOnce(&mut View)) {
+    pub fn update(&self, change: impl FnOnce(&mut JobView)) {
         self.view.send_if_modified(|view| {
             let goes_on = !view.stage.is_final();
             if goes_on {
@@ -231,7 +231,7 @@ impl Job {
     }
 
     /// Whether all who wanted it have gone.
-    fn is_abandoned(&self, limits: &Limits) -> bool {
+    fn is_abandoned(&self, limits: &Capacity) -> bool {
         let mut seen = lock(&self.seen);
         if self.is_watched() {
             *seen = Instant::now();
@@ -243,12 +243,12 @@ impl Job {
 }
 
 /// What the device is given at a time: images of one job, or of several of one shape and setting.
-pub struct Batch {
+pub struct Turn {
     /// Each image: its job, and which of the job's it is.
     pub images: Vec<(Arc<Job>, usize)>,
 }
 
-impl Batch {
+impl Turn {
     /// The jobs, each once.
     pub fn jobs(&self) -> impl Iterator<Item = &Arc<Job>> {
         self.images.chunk_by(|a, b| a.0.id == b.0.id).map(|part| &part[0].0)
@@ -256,7 +256,7 @@ impl Batch {
 }
 
 #[derive(Default)]
-struct State {
+struct QueueState {
     last: u64,
     /// The open jobs in order. Those at the front may have images on the device already.
     open: VecDeque<Arc<Job>>,
@@ -266,8 +266,8 @@ struct State {
 
 /// The queue.
 pub struct Queue {
-    limits: Limits,
-    state: Mutex<State>,
+    limits: Capacity,
+    state: Mutex<QueueState>,
     changed: Condvar,
 }
 
@@ -278,20 +278,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Queue {
     /// An empty queue, whose jobs get numbers after `last`.
-    pub fn new(limits: Limits, last: u64) -> Self {
-        Self { limits, state: Mutex::new(State { last, ..State::default() }), changed: Condvar::new() }
+    pub fn new(limits: Capacity, last: u64) -> Self {
+        Self { limits, state: Mutex::new(QueueState { last, ..QueueState::default() }), changed: Condvar::new() }
     }
 
     /// Takes a request.
     ///
     /// # Errors
     /// [`Refusal::Full`], [`Refusal::Stopping`].
-    pub fn submit(&self, request: Request) -> Result<Arc<Job>, Refusal> {
+    pub fn submit(&self, request: CheckedRequest) -> Result<Arc<Job>, Refusal> {
         let mut state = lock(&self.state);
         if state.closed {
             return Err(Refusal::Stopping);
         }
-        let uploads = |request: &Request| request.like.iter().map(Bytes::len).sum::<usize>();
+        let uploads = |request: &CheckedRequest| request.like.iter().map(Bytes::len).sum::<usize>();
         let uploaded: usize = state.open.iter().map(|job| uploads(&job.request)).sum();
         if state.open.len() >= self.limits.jobs || uploaded + uploads(&request) > self.limits.uploads {
             return Err(Refusal::Full(state.open.len()));
@@ -318,7 +318,7 @@ impl Queue {
 
     /// Waits for work, and takes up to `most` images of the first job, and of others of its shape and setting if it has
     /// fewer. None if the queue is closed.
-    pub fn next(&self, most: usize) -> Option<Batch> {
+    pub fn next(&self, most: usize) -> Option<Turn> {
         let mut state = lock(&self.state);
         loop {
             if state.closed {
@@ -339,7 +339,7 @@ impl Queue {
                 }
             }
             if !images.is_empty() {
-                let batch = Batch { images };
+                let batch = Turn { images };
                 batch.jobs().for_each(|job| job.update(|view| view.stage = Stage::Running));
                 return Some(batch);
             }
@@ -393,7 +393,7 @@ impl Queue {
 
     /// Puts away the jobs that have ended, forgets the oldest of those, and tells the others how many are ahead of
     /// them.
-    fn settle(&self, state: &mut State) {
+    fn settle(&self, state: &mut QueueState) {
         let (over, open): (VecDeque<_>, _) = state.open.drain(..).partition(|job| job.is_over());
         state.open = open;
         state.over.extend(over);

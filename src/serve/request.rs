@@ -129,7 +129,7 @@ impl Offer {
 /// The body of a request for pictures. What is left out has the default of `edm2k sample`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Wanted {
+pub struct RequestBody {
     /// Name of the model; the first one if it is left out.
     pub model: Option<String>,
     /// Tags of each condition, as `--tags` takes them.
@@ -158,7 +158,7 @@ pub struct Wanted {
 
 /// A request that can be done.
 #[derive(Clone, Debug)]
-pub struct Request {
+pub struct CheckedRequest {
     /// The model.
     pub model: Arc<Offer>,
     /// Tags of conditions.
@@ -187,13 +187,13 @@ fn ensure(ok: bool, message: impl FnOnce() -> String) -> Result<(), Refusal> {
     if ok { Ok(()) } else { Err(Refusal::Invalid(message())) }
 }
 
-impl Request {
+impl CheckedRequest {
     /// Checks everything that can be checked without computing.
     ///
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
-    pub fn new(wanted: Wanted, model: Arc<Offer>) -> Result<Self, Refusal> {
-        let Wanted { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
+    pub fn new(wanted: RequestBody, model: Arc<Offer>) -> Result<Self, Refusal> {
+        let RequestBody { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
         let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
         let name = &model.name;

@@ -12,7 +12,7 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::rng::{Purpose, Stream, mask_key};
 
 /// Images with noise and labels on the host, NHWC.
-pub struct Batch {
+pub struct HostBatch {
     /// Number of images.
     pub n: usize,
     /// Height, width and channels of each.
@@ -68,7 +68,7 @@ impl Showing {
     }
 }
 
-impl Batch {
+impl HostBatch {
     /// Makes a batch of images of a run, which are of one size.
     ///
     /// # Errors
@@ -79,8 +79,8 @@ impl Batch {
     pub fn of(data: &Dataset, s: &Settings, shown: &[Shown]) -> Result<Self, DatasetError> {
         let showing = |&Shown { number, image }: &Shown| {
             let stream = |purpose| Stream::new(s.seed, purpose, number);
-            let dropped =
-                number >= s.cond_dropout_from && f64::from(stream(Purpose::Dropout).uniform()) < s.cond_dropout;
+            let dropped = number >= s.cond_dropout_from
+                && f64::from(stream(Purpose::ConditionDropout).uniform()) < s.cond_dropout;
             Showing {
                 image,
                 latent: stream(Purpose::Latent),

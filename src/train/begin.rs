@@ -148,8 +148,8 @@ pub(super) fn begin_together<B: TrainingBackend>(
         .map_err(|cause| CollectiveError::Differs(format!("what rank 0 begins with: {cause}")))?;
     let averages = (0..state.settings.ema.len()).map(Slot::Ema);
     for slot in [Slot::Weight, Slot::AdamM, Slot::AdamV].into_iter().chain(averages) {
-        for bucket in 0..backend.buckets().ids().len() {
-            with_values(backend, slot, bucket, |values| ranks.broadcast(values))?;
+        for portion in 0..backend.portions().ids().len() {
+            with_values(backend, slot, portion, |values| ranks.broadcast(values))?;
         }
     }
     ranks.barrier()?;

@@ -8,7 +8,7 @@ use crate::params::ParamTable;
 
 /// Bytes by purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Memory {
+pub struct MemoryEstimate {
     /// Weights, effective weights, gradients, Adam's two moments, moving averages; f32.
     pub parameters: u64,
     /// Kept activations of a micro-batch; f32.
@@ -48,11 +48,11 @@ pub fn estimate(
     width: usize,
     batch_gpu: u64,
     averages: usize,
-) -> Memory {
+) -> MemoryEstimate {
     let values: usize = table.iter().map(|(_, spec)| spec.numel()).sum();
     let parameters = 4 * values as u64 * (5 + averages as u64);
     let activations = 4u64.saturating_mul(batch_gpu).saturating_mul(kept_values(config, height, width));
-    Memory { parameters, activations }
+    MemoryEstimate { parameters, activations }
 }
 
 /// Values that are kept for the backward pass of one image. A block keeps its residual branch before and after mp_silu

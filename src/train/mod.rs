@@ -74,7 +74,7 @@ pub use settings::check_widths;
 pub use settings::{DataIdentity, Execution, SettingError, Settings, meta_of};
 pub use stats::{Status, Sums, Validation};
 #[doc(hidden)]
-pub use step::{Inputs, MicroBatch, micro_batch, rehearse, shared_micro_batch};
+pub use step::{Inputs, MicroBatchPlan, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
 use crate::collective::{agree, share};
@@ -85,7 +85,7 @@ use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::ModelWriter;
 use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
 use crate::sample::SampleError;
-use batch::Batch;
+use batch::HostBatch;
 use begin::{begin_anew, begin_together, newest, set_aside, write_options, writers};
 use events::Events;
 use order::Order;
@@ -264,7 +264,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
         if state.nimg < settings.duration {
             write_options(dir, settings).at(dir)?;
         }
-        files = Some(Files::open(execution, state.nimg, event)?);
+        files = Some(RunFiles::open(execution, state.nimg, event)?);
     }
     let batch_gpu = execution.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
@@ -277,7 +277,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
                 .step_by(settings.batch as usize)
                 .flat_map(|first| order.micro_batches(first + own.start..first + own.end, execution.batch_gpu));
             // This thread ends when nobody waits for batches any more.
-            micro_batches.find(|shown| sender.send(Batch::of(data.train, settings, shown)).is_err());
+            micro_batches.find(|shown| sender.send(HostBatch::of(data.train, settings, shown)).is_err());
         });
         let mut run = Run {
             backend,
@@ -309,12 +309,12 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
 }
 
 /// What rank 0 alone writes besides checkpoints.
-struct Files {
+struct RunFiles {
     stats: StatsFile,
     events: Option<Events>,
 }
 
-impl Files {
+impl RunFiles {
     /// Opens those of a run after so many images.
     fn open(execution: &Execution, nimg: u64, event: &mut dyn FnMut(Event)) -> Result<Self, TrainError> {
         let dir = execution.outdir.as_path();
@@ -335,7 +335,7 @@ struct Run<'a, 's, B: TrainingBackend> {
     meta: ModelMeta,
     settings: &'a Settings,
     execution: &'a Execution,
-    batches: Receiver<Result<Batch, DatasetError>>,
+    batches: Receiver<Result<HostBatch, DatasetError>>,
     data: Splits<'a>,
     state: State,
     before: f64,
@@ -343,7 +343,7 @@ struct Run<'a, 's, B: TrainingBackend> {
     /// When the last status line was written, and after how many images.
     last_status: (Instant, u64),
     /// What only rank 0 has.
-    files: Option<Files>,
+    files: Option<RunFiles>,
     /// How many ranks write snapshots.
     writers: usize,
     show: Option<&'a mut grid::Show<'s>>,
@@ -405,7 +405,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
-        let Some(Files { stats, events }) = &mut self.files else { return Ok(()) };
+        let Some(RunFiles { stats, events }) = &mut self.files else { return Ok(()) };
         let path = self.execution.outdir.join(stats::FILE);
         stats.write(line).at(path)?;
         let Some(events) = events else { return Ok(()) };

@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::formats::differences::{differing, there_and_here};
 use crate::formats::fingerprint::{Fingerprint, Identity, settle};
 use crate::formats::short;
-use crate::model::{Config, Encoder, ModelMeta};
+use crate::model::{Config, ImageSpace, ModelMeta};
 
 /// Everything that decides what a run computes; a run may only be resumed with the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -356,7 +356,7 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
     ModelMeta {
         height: header.height,
         width: header.width,
-        encoder: if header.kind == Representation::Latents { Encoder::SdVae } else { Encoder::Rgb },
+        encoder: if header.kind == Representation::Latents { ImageSpace::SdVae } else { ImageSpace::Rgb },
         vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
         conditioning: header.conditioning.clone(),
         autoencoder: header.autoencoder.clone(),

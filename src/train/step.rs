@@ -1,15 +1,15 @@
 //! One optimizer step of a run, on all its ranks: micro-batches, the sum of their gradients, Adam. After it the ranks
 //! exchange what they have found.
 //!
-//! Gradients are summed in [`Buckets`](crate::params::Buckets). The backward pass of a rank's last micro-batch says
-//! when a bucket's gradients are complete. Then its sum begins, beside the rest of the pass. So the ranks sum the same
-//! buckets in the same order, however many micro-batches each of them has. On a CPU, where ranks are for tests, the
+//! Gradients are summed in [`Portions`](crate::params::Portions). The backward pass of a rank's last micro-batch says
+//! when a portion's gradients are complete. Then its sum begins, beside the rest of the pass. So the ranks sum the same
+//! portions in the same order, however many micro-batches each of them has. On a CPU, where ranks are for tests, the
 //! pass waits.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Event, Run, TrainError, ema};
-use crate::backend::{BackendError, Done, Masks, Slot, Step, TrainingBackend, Values};
+use crate::backend::{BackendError, Done, Masks, OptimizerStep, Slot, TrainingBackend, Values};
 use crate::collective::{Collective, CollectiveError, share};
 use crate::model::Precond;
 use crate::params::Whole;
@@ -72,7 +72,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             self.ranks.summed()?;
         }
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
-        let stats = self.backend.optimizer_step(&Step {
+        let stats = self.backend.optimizer_step(&OptimizerStep {
             lr,
             betas: BETAS,
             eps: EPS,
@@ -131,21 +131,21 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
 /// The sum of a step's gradients over all ranks.
 struct Reduction {
-    /// How many buckets have been given to it in this step, each once.
-    buckets: usize,
+    /// How many portions have been given to it in this step, each once.
+    portions: usize,
     done: Result<(), TrainError>,
 }
 
 impl Reduction {
     fn new() -> Self {
-        Self { buckets: 0, done: Ok(()) }
+        Self { portions: 0, done: Ok(()) }
     }
 
-    /// Begins the sums of the buckets that have become complete.
+    /// Begins the sums of the portions that have become complete.
     fn go_on<B: TrainingBackend>(&mut self, backend: &mut B, ranks: &mut dyn Collective, whole: Whole) {
-        while self.done.is_ok() && self.buckets < backend.buckets().whole(whole) {
-            self.done = with_values(backend, Slot::Grad, self.buckets, |values| ranks.all_reduce(values));
-            self.buckets += 1;
+        while self.done.is_ok() && self.portions < backend.portions().whole(whole) {
+            self.done = with_values(backend, Slot::Grad, self.portions, |values| ranks.all_reduce(values));
+            self.portions += 1;
         }
     }
 }
@@ -192,14 +192,14 @@ impl Said {
 
 /// The plan of a micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MicroBatch {
+pub struct MicroBatchPlan {
     /// See [`Settings::dropout`](super::Settings::dropout).
     pub dropout: f64,
 }
 
 /// The plan of a micro-batch whose gradients are summed over ranks while it goes on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct SharedMicroBatch {
+struct SharedMicroBatchPlan {
     dropout: f64,
 }
 
@@ -245,7 +245,7 @@ pub fn micro_batch<B: TrainingBackend>(
     inputs: Inputs<B::Tensor>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor]| pass(b, net, dropout, inputs, &mut |_, _| {});
-    Ok(b.planned(&MicroBatch { dropout }, &inputs.into_vec(dropout), body)?.swap_remove(0))
+    Ok(b.planned(&MicroBatchPlan { dropout }, &inputs.into_vec(dropout), body)?.swap_remove(0))
 }
 
 /// As [`micro_batch`]; `done` is called when the device has been given everything that adds to the named gradients.
@@ -257,7 +257,7 @@ pub fn shared_micro_batch<B: TrainingBackend>(
     done: &mut Done<B>,
 ) -> Result<B::Tensor, BackendError> {
     let body = &mut |b: &mut B, inputs: &[B::Tensor], done: &mut Done<B>| pass(b, net, dropout, inputs, done);
-    Ok(b.planned_pass(&SharedMicroBatch { dropout }, &inputs.into_vec(dropout), body, done)?.swap_remove(0))
+    Ok(b.planned_pass(&SharedMicroBatchPlan { dropout }, &inputs.into_vec(dropout), body, done)?.swap_remove(0))
 }
 
 /// The pass that both of these run.
@@ -299,15 +299,15 @@ pub fn rehearse<B: TrainingBackend>(
     micro_batch(b, net, dropout, inputs).map(|_| ())
 }
 
-/// Gives the values of a bucket to a call that all ranks make.
+/// Gives the values of a portion to a call that all ranks make.
 pub(super) fn with_values<B: TrainingBackend>(
     backend: &mut B,
     slot: Slot,
-    bucket: usize,
+    portion: usize,
     mut call: impl FnMut(Values) -> Result<(), CollectiveError>,
 ) -> Result<(), TrainError> {
     let mut done = Ok(());
-    backend.exchange(slot, bucket, &mut |values| {
+    backend.exchange(slot, portion, &mut |values| {
         if done.is_ok() {
             done = call(values);
         }

@@ -5,7 +5,7 @@
 //! forward pass for each image and level.
 
 use super::Settings;
-use super::batch::{self, Batch, Showing};
+use super::batch::{self, HostBatch, Showing};
 use crate::backend::{BackendError, NetworkBackend};
 use crate::collective::{Collective, CollectiveError, Part, share};
 use crate::data::dataset::{Dataset, DatasetError};
@@ -35,7 +35,7 @@ pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 
 /// Means over images and their elements, at one noise level.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Loss {
+pub struct LevelLoss {
     /// What training minimises: `error` / exp(`logvar`) + `logvar` (EDM2, eq. 14).
     pub loss: f64,
     /// Squared error of the denoised image, times (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: 1 for a network
@@ -142,8 +142,8 @@ impl<'a> Noisy<'a> {
                 conditioned: true,
             };
             let showings: Vec<_> = all.iter().map(showing).collect();
-            let Batch { n, shape: shape @ [h, w, c], clean, noisy, sigma, labels, .. } =
-                Batch::showing(data, dim, &showings)?;
+            let HostBatch { n, shape: shape @ [h, w, c], clean, noisy, sigma, labels, .. } =
+                HostBatch::showing(data, dim, &showings)?;
             let numel = shape.iter().product();
             let mut inputs = vec![b.upload([n, h, w, c], &noisy), b.upload([n, 1, 1, 1], &sigma)];
             inputs.extend(labels.map(|labels| b.upload([n, 1, 1, dim], &labels)));
@@ -182,8 +182,8 @@ impl<'a> Noisy<'a> {
     }
 
     /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
-    pub fn means(&self, found: &[Found]) -> Vec<Loss> {
-        let mut sums = vec![Loss::default(); self.draws];
+    pub fn means(&self, found: &[Found]) -> Vec<LevelLoss> {
+        let mut sums = vec![LevelLoss::default(); self.draws];
         // They are added in one order, whichever process has measured them.
         for (k, [loss, error, logvar]) in self.order.iter().zip(found) {
             let sum = &mut sums[k % self.draws];
@@ -192,6 +192,6 @@ impl<'a> Noisy<'a> {
             sum.logvar += logvar;
         }
         let mean = |sum: f64| sum / (self.order.len() / self.draws) as f64;
-        sums.iter().map(|s| Loss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()
+        sums.iter().map(|s| LevelLoss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()
     }
 }

@@ -1,7 +1,7 @@
 //! Autoencoders: images to latents and back.
 
-use super::{Array, Golden, Limits, Result, Session, planar};
-use crate::codec::{CodecFile, LATENTS, Moments, TAESD_SCALE};
+use super::{Array, BoundRange, Golden, Result, Session, planar};
+use crate::codec::{CodecFile, LATENTS, LatentDistribution, TAESD_SCALE};
 use crate::device::Backends;
 
 /// Both directions of the SD-VAE.
@@ -28,7 +28,11 @@ pub(super) fn taesd(s: &mut Session<impl Backends>) -> Result<()> {
 /// Name, channels and values of a result in NHWC order.
 type Results = Vec<(&'static str, usize, Vec<f32>)>;
 
-fn replay(s: &mut Session<impl Backends>, stem: &str, results: impl Fn(Moments, Vec<f32>) -> Results) -> Result<()> {
+fn replay(
+    s: &mut Session<impl Backends>,
+    stem: &str,
+    results: impl Fn(LatentDistribution, Vec<f32>) -> Results,
+) -> Result<()> {
     let b = &mut s.backends.codec()?;
     let model = CodecFile::open(s.dir.join(format!("{stem}_model.safetensors")))?;
     let f = &s.open(&format!("{stem}.safetensors"))?;
@@ -89,7 +93,7 @@ fn check(
         return Ok(());
     }
     let expected = images(f, name, channels)?;
-    let Limits { floor, contract } = s.bounds.forward;
+    let BoundRange { floor, contract } = s.bounds.forward;
     let bound = (floor * (depth as f64).sqrt()).min(contract);
     let [n, h, w, c] = expected.nhwc();
     let got = match got.len() == n * h * w * c {

@@ -37,7 +37,9 @@ use serde_json::Value;
 
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::Precision;
-use crate::backend::{BackendError, NetworkBackend, Normalization, Shape, Slot, Step, StepStats, TrainingBackend};
+use crate::backend::{
+    BackendError, NetworkBackend, Normalization, OptimizerStep, Shape, Slot, StepStats, TrainingBackend,
+};
 use crate::codec::CodecError;
 use crate::device::Backends;
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -66,7 +68,7 @@ const OPERATIONS: &str = "ops.safetensors";
 
 /// Smallest and largest bound for one quantity: what rounding alone may cause, and the contract.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct BoundRange {
     /// Bound where the reference is exact (computed in float64).
     pub floor: f64,
     /// Bound that nothing exceeds.
@@ -79,17 +81,17 @@ pub struct Bounds {
     /// Precision of the official runs that the device is compared with; none if the device computes in float32.
     pub precision: Option<Precision>,
     /// Results of single operations.
-    pub operation: Limits,
+    pub operation: BoundRange,
     /// Gradients of single operations.
-    pub operation_gradient: Limits,
+    pub operation_gradient: BoundRange,
     /// Results of blocks and networks.
-    pub forward: Limits,
+    pub forward: BoundRange,
     /// Gradients of blocks and networks.
-    pub gradient: Limits,
+    pub gradient: BoundRange,
     /// Losses, weights, moments and averages of training steps.
-    pub training: Limits,
+    pub training: BoundRange,
     /// Sampler trajectories, given the denoiser.
-    pub sampler: Limits,
+    pub sampler: BoundRange,
 }
 
 impl Bounds {
@@ -100,12 +102,12 @@ impl Bounds {
         let eps = f32::EPSILON as f64;
         Self {
             precision: None,
-            operation: Limits { floor: 16.0 * eps, contract: 1e-5 },
-            operation_gradient: Limits { floor: 64.0 * eps, contract: 1e-4 },
-            forward: Limits { floor: 16.0 * eps, contract: 1e-5 },
-            gradient: Limits { floor: 64.0 * eps, contract: 1e-4 },
-            training: Limits { floor: 16.0 * eps, contract: 1e-4 },
-            sampler: Limits { floor: 16.0 * eps, contract: 1e-5 },
+            operation: BoundRange { floor: 16.0 * eps, contract: 1e-5 },
+            operation_gradient: BoundRange { floor: 64.0 * eps, contract: 1e-4 },
+            forward: BoundRange { floor: 16.0 * eps, contract: 1e-5 },
+            gradient: BoundRange { floor: 64.0 * eps, contract: 1e-4 },
+            training: BoundRange { floor: 16.0 * eps, contract: 1e-4 },
+            sampler: BoundRange { floor: 16.0 * eps, contract: 1e-5 },
         }
     };
 
@@ -118,7 +120,7 @@ impl Bounds {
             Precision::F16 => 1.0,
             Precision::Bf16 => 8.0,
         };
-        let limits = |bound: f64| Limits { floor: bound * scale, contract: bound * scale };
+        let limits = |bound: f64| BoundRange { floor: bound * scale, contract: bound * scale };
         Self {
             precision: Some(precision),
             operation: limits(2e-3),
@@ -161,7 +163,7 @@ pub struct Check {
 /// What became of one thing that a directory may hold.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
-pub enum Outcome {
+pub enum Finding {
     /// It was compared.
     Check(Check),
     /// It was not compared.
@@ -169,7 +171,7 @@ pub enum Outcome {
     Skip { name: String, why: String },
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for Finding {
     fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
         let check = match self {
             Self::Check(check) => check,
@@ -188,7 +190,7 @@ impl fmt::Display for Outcome {
 
 /// Totals of a replay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Summary {
+pub struct Totals {
     /// Checks within their bounds.
     pub ok: usize,
     /// Checks beyond them.
@@ -233,11 +235,11 @@ pub fn verify<M: Backends>(
     dir: &Path,
     backends: &M,
     bounds: Bounds,
-    report: &mut dyn FnMut(&Outcome),
-) -> Result<Summary> {
+    report: &mut dyn FnMut(&Finding),
+) -> Result<Totals> {
     let names = names(dir).map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
     let names: Vec<String> = names.into_iter().collect();
-    let (summary, tolerances) = (Summary::default(), Value::Null);
+    let (summary, tolerances) = (Totals::default(), Value::Null);
     let mut s = Session { dir, names: names.clone(), backends, bounds, report, summary, tolerances };
     if names.iter().any(|name| name == "tolerances.json") {
         s.tolerances = s.json("tolerances.json")?;
@@ -294,8 +296,8 @@ struct Session<'a, M> {
     names: Vec<String>,
     backends: &'a M,
     bounds: Bounds,
-    report: &'a mut dyn FnMut(&Outcome),
-    summary: Summary,
+    report: &'a mut dyn FnMut(&Finding),
+    summary: Totals,
     tolerances: Value,
 }
 
@@ -311,7 +313,7 @@ enum What {
 impl<M: Backends> Session<'_, M> {
     fn skip(&mut self, name: impl Into<String>, why: impl Into<String>) {
         self.summary.skipped += 1;
-        (self.report)(&Outcome::Skip { name: name.into(), why: why.into() });
+        (self.report)(&Finding::Skip { name: name.into(), why: why.into() });
     }
 
     /// Runs one case. It is skipped if it needs a tensor that the file lacks, or a network that the device does not
@@ -411,7 +413,7 @@ impl<M: Backends> Session<'_, M> {
             true => self.summary.ok += 1,
             false => self.summary.failed += 1,
         }
-        (self.report)(&Outcome::Check(check));
+        (self.report)(&Finding::Check(check));
     }
 
     /// Compares with a tensor of a file, if the file has it; the bound is that of `what`.
@@ -624,5 +626,5 @@ fn normalization(rounds: usize) -> Normalization {
 /// An optimizer step that leaves the weights as the forward pass saw them. It is taken to make the gradients readable.
 fn still_step<B: TrainingBackend>(b: &mut B, rounds: usize, grad_scale: f64) -> Result<StepStats> {
     let betas = (0.9, 0.99);
-    Ok(b.optimizer_step(&Step { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale, rounds, ema_betas: &[] })?)
+    Ok(b.optimizer_step(&OptimizerStep { lr: 0.0, betas, eps: 1e-8, step: 1, grad_scale, rounds, ema_betas: &[] })?)
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::ops::{EPS, fourier_argument};
 use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
-use crate::backend::{Embed, NetworkBackend, Slot, Step, TrainingBackend};
+use crate::backend::{Embed, NetworkBackend, OptimizerStep, Slot, TrainingBackend};
 use crate::device::Backends;
 use crate::model::{Config, Precond};
 use crate::params::{ParamKind, ParamSpec, ParamTable};
@@ -141,7 +141,7 @@ fn forward_set<B: NetworkBackend>(
 }
 
 /// Inputs of a training pass, the tensors of a file whose names begin with `prefix`.
-struct Batch<T> {
+struct PassInputs<T> {
     clean: T,
     noisy: T,
     sigma: T,
@@ -151,7 +151,7 @@ struct Batch<T> {
     sigmas: Array,
 }
 
-impl<T> Batch<T> {
+impl<T> PassInputs<T> {
     fn new<B: TrainingBackend<Tensor = T>>(f: &Golden, prefix: &str, net: &Precond, b: &mut B) -> Result<Self> {
         let clean = images(f, &format!("{prefix}images"), net)?;
         let noise = f.shaped(&format!("{prefix}noise_unit"), &clean.shape)?;
@@ -179,7 +179,7 @@ struct Losses {
 }
 
 /// Forward and backward; the gradients are left in the backend.
-fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &Batch<B::Tensor>) -> Result<Losses> {
+fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &PassInputs<B::Tensor>) -> Result<Losses> {
     let pass = net.train_forward(b, &batch.clean, &batch.noisy, &batch.sigma, batch.labels.as_ref(), None);
     let d = b.precond_output(&batch.noisy, &pass.raw, &batch.sigma, net.out_gain(), net.config.sigma_data);
     let denoised = download(b, &d)?;
@@ -269,7 +269,7 @@ pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
         let config = s.config(&parameters, "model")?;
         let (net, table, mut b) = trainable(s, &parameters, &config, 0)?;
         b.make_effective(Slot::Weight, normalization(ROUNDS))?;
-        let batch = Batch::new(f, "", &net, &mut b)?;
+        let batch = PassInputs::new(f, "", &net, &mut b)?;
         check_sigma(s, f, "", -0.4, 1.0)?;
         let losses = pass(&net, &mut b, &batch)?;
         let n = batch.images.shape[0];
@@ -300,8 +300,8 @@ pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
 
 /// `tiny_train.json`.
 #[derive(Deserialize)]
-struct Training {
-    adam: Adam,
+struct TrainingCase {
+    adam: AdamSettings,
     #[serde(rename = "P_mean")]
     p_mean: f64,
     #[serde(rename = "P_std")]
@@ -315,7 +315,7 @@ struct Training {
 }
 
 #[derive(Deserialize)]
-struct Adam {
+struct AdamSettings {
     betas: (f64, f64),
     eps: f64,
     #[serde(default)]
@@ -331,7 +331,7 @@ struct TrainingStep {
     loss_mean: Option<f64>,
 }
 
-impl Training {
+impl TrainingCase {
     fn read(s: &Session<impl Backends>) -> Result<Self> {
         let training: Self = s.json("tiny_train.json")?;
         let wrong = |what: &str| VerifyError::Json { path: s.dir.join("tiny_train.json"), what: what.into() };
@@ -356,16 +356,23 @@ impl Training {
         trainable(s, init, &config, averages)
     }
 
-    fn step<'a>(&'a self, lr: f64, number: usize, images: usize, rounds: usize, ema_betas: &'a [f64]) -> Step<'a> {
-        let Adam { betas, eps, .. } = self.adam;
-        Step { lr, betas, eps, step: number as u64, grad_scale: 1.0 / images as f64, rounds, ema_betas }
+    fn step<'a>(
+        &'a self,
+        lr: f64,
+        number: usize,
+        images: usize,
+        rounds: usize,
+        ema_betas: &'a [f64],
+    ) -> OptimizerStep<'a> {
+        let AdamSettings { betas, eps, .. } = self.adam;
+        OptimizerStep { lr, betas, eps, step: number as u64, grad_scale: 1.0 / images as f64, rounds, ema_betas }
     }
 }
 
 /// All steps in a row, each from what this device made of the one before.
 pub(super) fn training(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
-    let t = Training::read(s)?;
+    let t = TrainingCase::read(s)?;
     s.case("tiny_train", |s| {
         let (net, table, mut b) = t.network(s, &init, t.ema_stds.len())?;
         for (id, _) in table.iter() {
@@ -390,7 +397,7 @@ pub(super) fn training(s: &mut Session<impl Backends>) -> Result<()> {
 
 /// A training run from step to step.
 struct Run<'a, B> {
-    t: &'a Training,
+    t: &'a TrainingCase,
     net: Precond,
     table: ParamTable,
     b: B,
@@ -401,7 +408,7 @@ impl<B: TrainingBackend> Run<'_, B> {
     fn step(&mut self, s: &mut Session<impl Backends>, f: &Golden, number: usize) -> Result<()> {
         let Self { t, net, table, b, .. } = &mut *self;
         let step = &t.steps[number - 1];
-        let batch = Batch::new(f, "data.", net, b)?;
+        let batch = PassInputs::new(f, "data.", net, b)?;
         check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
         let losses = pass(net, b, &batch)?;
         let images = batch.images.shape[0];
@@ -521,7 +528,7 @@ fn renormalization(init: &Golden, spec: &ParamSpec) -> Result<f64> {
 /// One step of several micro-batches.
 pub(super) fn accumulation(s: &mut Session<impl Backends>) -> Result<()> {
     let init = s.open("tiny_train_init.safetensors")?;
-    let t = Training::read(s)?;
+    let t = TrainingCase::read(s)?;
     let variant = |name: &&String| name.starts_with("tiny_train_accum") && name.ends_with(".safetensors");
     let files: Vec<_> = s.names.iter().filter(variant).cloned().collect();
     files.iter().try_for_each(|name| {
@@ -530,7 +537,7 @@ pub(super) fn accumulation(s: &mut Session<impl Backends>) -> Result<()> {
     })
 }
 
-fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &Training, f: &Golden) -> Result<()> {
+fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &TrainingCase, f: &Golden) -> Result<()> {
     let rounds = (0..).take_while(|i| f.has(&format!("data{i}.images"))).count();
     let lr = match f.metadata("lr")? {
         Some(lr) => lr,
@@ -543,7 +550,8 @@ fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &Training,
     s.case(&f.stem, |s| {
         let (net, table, mut b) = t.network(s, init, 0)?;
         b.make_effective(Slot::Weight, normalization(rounds))?;
-        let batches: Result<Vec<_>> = (0..rounds).map(|i| Batch::new(f, &format!("data{i}."), &net, &mut b)).collect();
+        let batches: Result<Vec<_>> =
+            (0..rounds).map(|i| PassInputs::new(f, &format!("data{i}."), &net, &mut b)).collect();
         let batches = batches?;
         let total = batches.iter().map(|batch| batch.images.shape[0]).sum();
         for (i, batch) in batches.iter().enumerate() {

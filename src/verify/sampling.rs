@@ -11,7 +11,7 @@ use crate::sample::{Churn, Denoise, Guided, SampleError, SamplerConfig, Solver, 
 
 /// Settings in the metadata, under the name of the solver.
 #[derive(Deserialize)]
-struct Settings {
+struct SamplerCase {
     num_steps: usize,
     sigma_min: f64,
     sigma_max: f64,
@@ -46,7 +46,7 @@ fn config(s: &mut Session<impl Backends>, f: &Golden, case: &str) -> Result<Opti
         }
     };
     let (key, guidance) = parsed.unwrap_or_default();
-    let Some(settings) = f.metadata::<Settings>(key)? else {
+    let Some(settings) = f.metadata::<SamplerCase>(key)? else {
         s.skip(format!("samplers/{case}"), format!("metadata \"{key}\" is absent"));
         return Ok(None);
     };
@@ -54,7 +54,7 @@ fn config(s: &mut Session<impl Backends>, f: &Golden, case: &str) -> Result<Opti
         s.skip(format!("samplers/{case}"), "its churn needs the reference's random numbers");
         return Ok(None);
     }
-    let Settings { num_steps: steps, sigma_min, sigma_max, rho, .. } = settings;
+    let SamplerCase { num_steps: steps, sigma_min, sigma_max, rho, .. } = settings;
     let config = SamplerConfig {
         solver,
         steps,
@@ -105,7 +105,7 @@ fn sampler<B: NetworkBackend>(
         let found = format!("{} and {} evaluations", conditional.len(), unconditional.len());
         return Err(f.file.unexpected(&format!("{case}.D_cond"), found, format!("{calls} for {steps} steps")).into());
     }
-    let mut recorded = Recorded { conditional, unconditional, guidance, seen: vec![], guided: vec![] };
+    let mut recorded = RecordedCalls { conditional, unconditional, guidance, seen: vec![], guided: vec![] };
     let x = solve(b, &mut recorded, &config, &start)?;
     recorded.seen.push(x);
     let (mut points, mut corrections) = (vec![], vec![]);
@@ -163,7 +163,7 @@ fn compare_all(
 }
 
 /// Returns the denoised images of the file in the order of the calls, and remembers the inputs.
-struct Recorded<T> {
+struct RecordedCalls<T> {
     conditional: Vec<Array>,
     unconditional: Vec<Array>,
     guidance: f64,
@@ -171,7 +171,7 @@ struct Recorded<T> {
     guided: Vec<Guided<T>>,
 }
 
-impl<B: NetworkBackend> Denoise<B> for Recorded<B::Tensor> {
+impl<B: NetworkBackend> Denoise<B> for RecordedCalls<B::Tensor> {
     fn denoise(&mut self, b: &mut B, x: &B::Tensor, _: f64) -> Result<Guided<B::Tensor>, SampleError> {
         let call = self.seen.len();
         self.seen.push(x.clone());

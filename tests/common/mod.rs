@@ -9,7 +9,7 @@ use std::rc::Rc;
 #[cfg(feature = "cuda")]
 use edm2k::backend::gpu::cuda::Cuda;
 #[cfg(feature = "emulator")]
-use edm2k::backend::gpu::emulated::{self, Build, Emulator, Order};
+use edm2k::backend::gpu::emulated::{self, Build, Emulator, ThreadOrder};
 use edm2k::backend::gpu::launch::{DevicePtr, Launch, Precision};
 #[cfg(feature = "cuda")]
 use edm2k::backend::gpu::runtime;
@@ -63,7 +63,7 @@ enum Device {
 #[derive(Clone)]
 pub enum Memory {
     #[cfg(feature = "emulator")]
-    Emulated(emulated::Memory),
+    Emulated(emulated::EmulatedMemory),
     #[cfg(feature = "cuda")]
     Gpu(Rc<dyn runtime::Memory>),
 }
@@ -74,7 +74,7 @@ pub fn every_order() -> Vec<Kernels> {
     let mut all = Vec::new();
     #[cfg(feature = "emulator")]
     for build in [Build::Normal, Build::Checked] {
-        for order in [Order::Forward, Order::Reversed, Order::Random(7)] {
+        for order in [ThreadOrder::Forward, ThreadOrder::Reversed, ThreadOrder::Random(7)] {
             let emulator = Emulator::new(build).unwrap().with_order(order).with_threads(1);
             let (name, checked) = (format!("{build:?} {order:?}"), build == Build::Checked);
             all.push(Kernels { name, checked, device: Device::Emulated(emulator) });
@@ -105,7 +105,7 @@ impl Kernels {
     pub fn otherwise(&self) -> Self {
         let device = match &self.device {
             #[cfg(feature = "emulator")]
-            Device::Emulated(e) => Device::Emulated(e.clone().with_threads(3).with_order(Order::Random(5))),
+            Device::Emulated(e) => Device::Emulated(e.clone().with_threads(3).with_order(ThreadOrder::Random(5))),
             #[cfg(feature = "cuda")]
             Device::Gpu(gpu) => Device::Gpu(gpu.clone()),
         };

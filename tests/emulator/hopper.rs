@@ -13,13 +13,13 @@ fn map(d: &Emulator, spec: TensorMapSpec) -> TensorMap {
 }
 
 /// Of a dense matrix.
-fn matrix(at: &Memory, precision: Precision, columns: usize, rows: usize, tile_rows: usize) -> TensorMapSpec {
+fn matrix(at: &EmulatedMemory, precision: Precision, columns: usize, rows: usize, tile_rows: usize) -> TensorMapSpec {
     let size = [columns as u32, rows as u32];
     TensorMapSpec::Tiled { at: at.ptr(), precision, size, stride: 2 * columns as u64, tile: [64, tile_rows as u32] }
 }
 
 /// Of dense images, [channels, width, height, images].
-fn images(at: &Memory, size: [usize; 4], lower: i32, upper: i32, pixels: usize) -> TensorMapSpec {
+fn images(at: &EmulatedMemory, size: [usize; 4], lower: i32, upper: i32, pixels: usize) -> TensorMapSpec {
     let [c, w, h, _] = size.map(|s| s as u64);
     TensorMapSpec::Im2col {
         at: at.ptr(),
@@ -148,7 +148,7 @@ fn im2col_copies_walk_over_rows_and_images() {
 
 #[test]
 fn tensor_maps_are_refused_that_the_driver_would_refuse() {
-    let d = device(Build::Normal, Order::Forward);
+    let d = device(Build::Normal, ThreadOrder::Forward);
     let x = d.alloc(1 << 16).unwrap();
     let devices: [&dyn Runtime; 2] = [&Emulated::new(d.clone(), 0), &Imagined::new(Card::new(1, 90))];
     for device in devices {
@@ -405,7 +405,7 @@ fn a_missing_proxy_fence_is_caught_and_with_it_stored_operands_are_right() {
 #[test]
 fn only_kernels_for_hopper_have_its_instructions_and_227_kb() {
     for build in BUILDS {
-        let d = device(build, Order::Forward);
+        let d = device(build, ThreadOrder::Forward);
         let error = launch(&d, "hopper_on_ampere", 1, 32, 0, &[Arg::of(&0i32)]).unwrap_err().to_string();
         assert!(error.contains("not exported by KERNEL_EXPORT_HOPPER"), "{error}");
         d.allow_shared("pipeline_ok", 227 << 10).unwrap();

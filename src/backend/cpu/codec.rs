@@ -2,7 +2,7 @@
 
 use super::attention::softmax;
 use super::bf16::Packed;
-use super::conv::{self, Filter, Rows, Window};
+use super::conv::{self, Filter, ImageRows, Window};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
 use crate::backend::codec::{After, Before, CodecBackend, Reach};
@@ -96,7 +96,7 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
                 || read(x, before, row, dst),
             )
         };
-        let rows = Rows { shape: x.shape(), read: &read };
+        let rows = ImageRows { shape: x.shape(), read: &read };
         let filter = Filter { packed: packed.as_ref(), ..Filter::new(weight, cout, *window) };
         conv::conv(&self.pool, rows, filter, out.values_mut(), |_, y, out| {
             for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {

@@ -31,7 +31,7 @@ const BAND_PIXELS: usize = 1024;
 
 /// Where the values of image row `row` (counted over the whole batch) come from: `read(row, dst)` writes
 /// w * channels values.
-pub struct Rows<'a, T> {
+pub struct ImageRows<'a, T> {
     /// Shape of the image that is read.
     pub shape: Shape,
     /// Writes one row.
@@ -144,7 +144,7 @@ impl<T: Real> Band<T> {
         line % stride * self.odd + line / stride * self.pitch
     }
 
-    fn new(pool: &Arc<Pool<T>>, rows: &Rows<T>, window: Window, first: usize, count: usize) -> Self {
+    fn new(pool: &Arc<Pool<T>>, rows: &ImageRows<T>, window: Window, first: usize, count: usize) -> Self {
         let [n, height, w, channels] = rows.shape;
         let Window { side, stride, scale, before, gap } = window;
         let (data, pitch) = (Tensor::uninit(pool, [0; 4]), w + gap);
@@ -204,7 +204,7 @@ const MAX_SUM: usize = 512;
 /// width * cout values and `out` is that row's share of `out`.
 pub fn conv<T: Real>(
     pool: &Arc<Pool<T>>,
-    rows: Rows<T>,
+    rows: ImageRows<T>,
     filter: Filter<T>,
     out: &mut [T],
     done: impl Fn(usize, &[T], &mut [T]) + Sync,
@@ -287,8 +287,8 @@ const PARTIAL_BYTES: usize = 16 << 20;
 /// the number of threads.
 pub fn wgrad<T: Real>(
     pool: &Arc<Pool<T>>,
-    rows: Rows<T>,
-    grad: Rows<T>,
+    rows: ImageRows<T>,
+    grad: ImageRows<T>,
     taps: usize,
     gain: T,
     out: &mut [T],
@@ -383,7 +383,7 @@ mod tests {
                 let run = |first: usize, n: usize, narrow: bool| {
                     let rows =
                         |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
-                    let rows = Rows { shape: [n, h, w, c], read: &rows };
+                    let rows = ImageRows { shape: [n, h, w, c], read: &rows };
                     let mut out = vec![0.0; n * h * w * cout];
                     let mut filter = Filter::new(&weight, cout, Window::of_taps(taps));
                     let packed = filter.pack().filter(|_| narrow);

@@ -13,10 +13,10 @@ mod training;
 mod weights;
 
 use super::*;
-use crate::params::{Buckets, ParamId, ParamTable, mp_sum_weights};
+use crate::params::{ParamId, ParamTable, Portions, mp_sum_weights};
 use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
 use crate::rng::dropped;
-use conv::{Filter, Rows, Window};
+use conv::{Filter, ImageRows, Window};
 use rayon::prelude::*;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
@@ -40,7 +40,7 @@ debug!(Cpu<T, P> { bf16 } [T: Real, P]);
 /// A network's parameters.
 pub struct Params<T: Real> {
     table: ParamTable,
-    buckets: Buckets,
+    portions: Portions,
     all: Vec<Param<T>>,
 }
 
@@ -95,7 +95,7 @@ impl<T: Real> Cpu<T> {
 
     fn new(table: &ParamTable, training: Option<usize>) -> Self {
         let all = table.iter().map(|(_, spec)| Param::new(spec, training)).collect();
-        let params = Params { table: table.clone(), buckets: Buckets::of(table), all };
+        let params = Params { table: table.clone(), portions: Portions::of(table), all };
         Self { params, pool: Arc::default(), bf16: false }
     }
 
@@ -167,7 +167,7 @@ impl<T: Real> Cpu<T> {
         let param = &self.params[id];
         let (cout, _, taps) = param.dims();
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
-        let rows = Rows { shape: operand_shape(&x), read: &read };
+        let rows = ImageRows { shape: operand_shape(&x), read: &read };
         let packed = self.bf16.then(|| param.packed()).flatten();
         let filter = Filter { packed, ..Filter::new(param.effective(), cout, Window::of_taps(taps)) };
         conv::conv(&self.pool, rows, filter, out, done);
@@ -179,7 +179,7 @@ impl<T: Real> Cpu<T> {
         let (cout, cin, taps) = param.dims();
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
         let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
-        let rows = Rows { shape: grad.shape(), read: &read };
+        let rows = ImageRows { shape: grad.shape(), read: &read };
         let filter = Filter::new(weight.values(), cin, Window::of_taps(taps));
         conv::conv(&self.pool, rows, filter, out, done);
     }

@@ -13,13 +13,13 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         Ok(self.param(slot, id)?.into_iter().map(|v| v.wide() as f32).collect())
     }
 
-    fn buckets(&self) -> &Buckets {
-        &self.params.buckets
+    fn portions(&self) -> &Portions {
+        &self.params.portions
     }
 
-    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
-        let Params { buckets, all, .. } = &mut self.params;
-        buckets.ids()[bucket].iter().try_for_each(|id| all[id.0].exchange(slot, exchange))
+    fn exchange(&mut self, slot: Slot, portion: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        let Params { portions, all, .. } = &mut self.params;
+        portions.ids()[portion].iter().try_for_each(|id| all[id.0].exchange(slot, exchange))
     }
 
     fn make_effective(&mut self, source: Slot, how: Normalization) -> Result<(), BackendError> {
@@ -75,8 +75,8 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         let taps = self.params[w].dims().2;
         let read_x = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let read_grad = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
-        let rows = Rows { shape: operand_shape(&x), read: &read_x };
-        let grads = Rows { shape: grad.shape(), read: &read_grad };
+        let rows = ImageRows { shape: operand_shape(&x), read: &read_x };
+        let grads = ImageRows { shape: grad.shape(), read: &read_grad };
         let (out, accumulate) = self.params[w].grad_mut();
         conv::wgrad(&self.pool, rows, grads, taps, T::of(gain), out, accumulate);
     }
@@ -286,7 +286,7 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         }
     }
 
-    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+    fn optimizer_step(&mut self, step: &OptimizerStep) -> Result<StepStats, BackendError> {
         let mut total = StepStats::default();
         for param in &mut self.params.all {
             let stats = param.step(step)?;

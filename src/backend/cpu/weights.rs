@@ -13,7 +13,7 @@
 
 use super::bf16::Packed;
 use super::conv::{Filter, Window};
-use crate::backend::{BackendError, Normalization, Slot, Step, StepStats, Values};
+use crate::backend::{BackendError, Normalization, OptimizerStep, Slot, StepStats, Values};
 use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
 use rayon::prelude::*;
@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// State that only training needs.
-struct Training<T> {
+struct OptimizerState<T> {
     grad: Vec<T>,
     /// Whether the gradient belongs to a finished step, so that the next one overwrites it.
     stale: bool,
@@ -41,7 +41,7 @@ pub struct Param<T> {
     raw: bool,
     /// The effective values for products in bfloat16, made for the first of those.
     packed: OnceLock<Option<Packed>>,
-    training: Option<Training<T>>,
+    training: Option<OptimizerState<T>>,
 }
 
 debug!(Param<T> { spec } [T]);
@@ -100,7 +100,7 @@ impl<T: Real> Param<T> {
         let zeros = || vec![T::zero(); spec.numel()];
         let training = training.map(|averages| {
             let room = |wanted: bool| if wanted { zeros() } else { Vec::new() };
-            Training {
+            OptimizerState {
                 grad: room(spec.trained()),
                 stale: true,
                 m: room(spec.trained()),
@@ -234,7 +234,7 @@ impl<T: Real> Param<T> {
     }
 
     /// See [`crate::backend::TrainingBackend::optimizer_step`]; returns the squared norm of the gradient.
-    pub fn step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+    pub fn step(&mut self, step: &OptimizerStep) -> Result<StepStats, BackendError> {
         self.packed.take();
         let is_weight = self.spec.is_weight();
         let cols = if is_weight { self.dims().0 } else { 1 };
@@ -242,7 +242,7 @@ impl<T: Real> Param<T> {
         if !self.spec.trained() {
             return Ok(StepStats::default());
         }
-        let Training { grad, stale, m, v, averages } = training;
+        let OptimizerState { grad, stale, m, v, averages } = training;
         if std::mem::replace(stale, true) {
             grad.fill(T::zero());
         }

@@ -4,7 +4,7 @@
 //! makes NaN of it, and [`crate::codec::Decoder::decode`] reports it; bf16 has the range of f32. The SD-VAEs of
 //! Stable Diffusion 1 and 2 are commonly run in f16; that of SDXL is known to overflow.
 
-use super::conv_hopper::{self, Images, Pixels};
+use super::conv_hopper::{self, ImagesAt, PixelProduct};
 use super::launch::{ConvLoop, DevicePtr, Launch, Math, Precision, int};
 use super::structs::{CodecAttention, CodecBytes, CodecConv, CodecNorm, CodecNormalise};
 use super::tables::codec::{ATTENTION, BYTES_PIXELS, KEYS, NORM_VECTORS, QUERIES, SCORE_ROW};
@@ -177,9 +177,9 @@ pub fn convolve(
         return Ok(vec![Launch::new(kernel, grid, tile.threads, tile.shared, &params)]);
     }
     let launch = |phase: usize| {
-        let product = Pixels {
+        let product = PixelProduct {
             precision,
-            x: Images { at: memory.x, n, h, w, channels: cin },
+            x: ImagesAt { at: memory.x, n, h, w, channels: cin },
             skip: None,
             main: None,
             window: conv_hopper::Window { side, up: before - phase / 2, left: before - phase % 2 },

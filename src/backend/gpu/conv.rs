@@ -5,7 +5,7 @@
 //! card and tell how much scratch memory they want; `launches` then turns addresses into [`Launch`]es,
 //! plain data that any runtime executes in order. Nothing is looked up or allocated while launching.
 
-use super::conv_hopper::{self, Images, Pixels, Window};
+use super::conv_hopper::{self, ImagesAt, PixelProduct, Window};
 use super::launch::{DevicePtr, Launch, Math, Precision, int};
 use super::structs::{ConvDgrad, ConvFprop, ConvWgrad, PixelTiles};
 use super::tiles::{self, Card, Choice, Chooser, Kernels, Kind, Product, Question};
@@ -42,8 +42,8 @@ impl ConvShape {
     }
 
     /// A tensor of so many channels.
-    fn images(&self, at: DevicePtr, channels: usize) -> Images {
-        Images { at, n: self.n, h: self.h, w: self.w, channels }
+    fn images(&self, at: DevicePtr, channels: usize) -> ImagesAt {
+        ImagesAt { at, n: self.n, h: self.h, w: self.w, channels }
     }
 
     fn check(&self) -> Result<(), ConvError> {
@@ -80,7 +80,7 @@ pub struct ConvError {
 
 /// The two inputs, and the factors that their gradients are multiplied by: the scales of `mp_cat`, or 1.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs {
+pub struct ConvInputs {
     /// [n, h, w, ca].
     pub x: DevicePtr,
     /// Factor of `x`.
@@ -89,7 +89,7 @@ pub struct Inputs {
     pub skip: Option<(DevicePtr, f32)>,
 }
 
-impl Inputs {
+impl ConvInputs {
     fn check(&self, shape: &ConvShape) -> Result<(DevicePtr, f32), ConvError> {
         Ok((second(shape, self.skip.map(|s| s.0))?, self.skip.map_or(1.0, |s| s.1)))
     }
@@ -105,7 +105,7 @@ fn second(shape: &ConvShape, skip: Option<DevicePtr>) -> Result<DevicePtr, ConvE
 
 /// The embedding's scales of one block.
 #[derive(Clone, Copy, Debug)]
-pub struct Scales {
+pub struct BlockScales {
     /// First channel of the block in the first image, f32.
     pub all: DevicePtr,
     /// f32 values from one image to the next.
@@ -119,7 +119,7 @@ pub enum Epilogue {
     /// y = gain * conv.
     Gain(f32),
     /// y = mp_silu(conv * scale); and `pre` = conv, if it is wanted.
-    ScaleSilu { scale: Scales, pre: Option<DevicePtr> },
+    ScaleSilu { scale: BlockScales, pre: Option<DevicePtr> },
     /// y = wa * main + wb * conv, within +-clip.
     MpSum { main: MainPath, wa: f32, wb: f32, clip: Option<f32> },
 }
@@ -140,14 +140,14 @@ pub enum MainPath {
 
 /// A product's kernel: which it is, its tile, and in how many parts it sums.
 #[derive(Clone, Debug)]
-struct Kernel {
+struct ProductKernel {
     question: Question,
     choice: Choice,
     precision: Precision,
     card: Card,
 }
 
-impl Kernel {
+impl ProductKernel {
     /// The kernel for a convolution's product, with so many taps and so many channels of each tensor.
     fn of_pixels(
         kind: Kind,
@@ -186,8 +186,8 @@ impl Kernel {
         weight: DevicePtr,
         columns: usize,
         tiles_m: usize,
-    ) -> Pixels {
-        Pixels {
+    ) -> PixelProduct {
+        PixelProduct {
             precision: self.precision,
             x: shape.images(x, ca),
             skip: (cb > 0).then(|| shape.images(skip, cb)),
@@ -232,7 +232,7 @@ pub struct Fprop {
     shape: ConvShape,
     /// The shape of the main path's convolution, if the main path is one.
     main: Option<ConvShape>,
-    kernel: Kernel,
+    kernel: ProductKernel,
 }
 
 impl Fprop {
@@ -259,7 +259,7 @@ impl Fprop {
             inputs.extend([(of.taps, of.ca), (of.taps, of.cb)]);
         }
         let product = [shape.pixels(), shape.cout];
-        Ok(Self { shape, main, kernel: Kernel::of_pixels(Kind::Fprop, math, by, &inputs, 1, product) })
+        Ok(Self { shape, main, kernel: ProductKernel::of_pixels(Kind::Fprop, math, by, &inputs, 1, product) })
     }
 
     /// The name of the instance chosen.
@@ -290,7 +290,8 @@ impl Fprop {
     ) -> Result<Launch, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let skip = second(shape, skip)?;
-        let (mut scale, mut pre, mut residual) = (Scales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
+        let (mut scale, mut pre, mut residual) =
+            (BlockScales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
         let (mut wa, mut gain, mut to_main, mut clip, mut main) = (0.0, 1.0, 1.0, None, None);
         match epilogue {
             Epilogue::Gain(given) => gain = given,
@@ -314,7 +315,7 @@ impl Fprop {
             }
             _ => return wrong("planned with a convolution of the main path and called without, or the reverse"),
         };
-        let null = Images { at: DevicePtr::NULL, channels: 0, ..shape.images(x, 0) };
+        let null = ImagesAt { at: DevicePtr::NULL, channels: 0, ..shape.images(x, 0) };
         let (main_x, main_skip) = main.map_or((null, null), |main| (main.x, main.skip));
         let tiles_m = shape.pixels().div_ceil(tile.m);
         let params = ConvFprop {
@@ -355,7 +356,7 @@ impl Fprop {
         Ok(if self.kernel.hopper() {
             let channels = [shape.ca, shape.cb];
             let product = self.kernel.pixels(shape, [x, skip], channels, memory.weight, shape.cout, tiles_m);
-            let product = Pixels { main, ..product };
+            let product = PixelProduct { main, ..product };
             conv_hopper::pixels(self.kernel.name(), &product, &self.kernel.choice, self.kernel.card, &params)
         } else {
             self.kernel.launch(grid, &params)
@@ -378,7 +379,7 @@ pub enum Through {
     /// too, with the same stride.
     ScaleSilu {
         /// The scales.
-        scale: Scales,
+        scale: BlockScales,
         /// Where their gradient goes: first channel of the block in the first image, f32.
         scale_grad: DevicePtr,
     },
@@ -388,7 +389,7 @@ pub enum Through {
 #[derive(Clone, Debug)]
 pub struct Dgrad {
     shape: ConvShape,
-    kernel: Kernel,
+    kernel: ProductKernel,
     scaled: bool,
 }
 
@@ -401,7 +402,7 @@ impl Dgrad {
         }
         let groups = if scaled { shape.n } else { 1 };
         let product = [shape.pixels() / groups, shape.cin()];
-        let kernel = Kernel::of_pixels(Kind::Dgrad, math, by, &[(shape.taps, shape.cout)], groups, product);
+        let kernel = ProductKernel::of_pixels(Kind::Dgrad, math, by, &[(shape.taps, shape.cout)], groups, product);
         Ok(Self { shape, kernel, scaled })
     }
 
@@ -437,7 +438,7 @@ impl Dgrad {
     /// `[ca + cb][taps][cout]` is the weight transposed, with its taps in reverse. Where the scales of the inputs are
     /// in it, those of `inputs` must be 1. With [`Through::Linear`] the tensors of `inputs` are not read. `memory` has
     /// these, gain and acc_factor, `partial` of [`Dgrad::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`].
-    pub fn launches(&self, inputs: Inputs, through: Through, memory: ConvDgrad) -> Result<Vec<Launch>, ConvError> {
+    pub fn launches(&self, inputs: ConvInputs, through: Through, memory: ConvDgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let (scale, scale_grad) = match through {
@@ -496,7 +497,7 @@ impl Dgrad {
 #[derive(Clone, Debug)]
 pub struct Wgrad {
     shape: ConvShape,
-    kernel: Kernel,
+    kernel: ProductKernel,
 }
 
 impl Wgrad {
@@ -507,7 +508,7 @@ impl Wgrad {
         let product = Product { groups: 1, rows: shape.cout, columns: shape.taps * shape.cin(), steps };
         let by = by.into();
         let kernels = Kernels::new(Kind::Wgrad, math, by.card, &[shape.ca, shape.cb], shape.cout);
-        Ok(Self { shape, kernel: Kernel::new(math, &by, Question { kernels, taps: shape.taps, product }) })
+        Ok(Self { shape, kernel: ProductKernel::new(math, &by, Question { kernels, taps: shape.taps, product }) })
     }
 
     /// The name of the instance chosen.
@@ -532,7 +533,7 @@ impl Wgrad {
     /// dw `[cout][taps][ca + cb]` f32 += gain * inputs (*) grad [n, h, w, cout]. The inputs are what the
     /// convolution multiplied, as in [`Fprop::launch`], with their factors. `memory` has gain too, and `partial` of
     /// [`Wgrad::scratch_bytes`].
-    pub fn launches(&self, inputs: Inputs, memory: ConvWgrad) -> Result<Vec<Launch>, ConvError> {
+    pub fn launches(&self, inputs: ConvInputs, memory: ConvWgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
         let params = ConvWgrad {
@@ -557,7 +558,7 @@ impl Wgrad {
             let images = |at, channels| shape.images(at, channels);
             let skip = (shape.cb > 0).then(|| images(skip, shape.cb));
             let tensors = (images(inputs.x, shape.ca), skip, images(memory.grad, shape.cout));
-            let Kernel { precision, choice, .. } = &self.kernel;
+            let ProductKernel { precision, choice, .. } = &self.kernel;
             conv_hopper::weights(self.kernel.name(), *precision, tensors, shape.taps, choice, &params)
         } else {
             self.kernel.launch(grid, &params)

@@ -29,7 +29,7 @@ impl Window {
 
 /// Images [n, h, w, channels] at an address.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Images {
+pub(super) struct ImagesAt {
     pub at: DevicePtr,
     pub n: usize,
     pub h: usize,
@@ -40,9 +40,9 @@ pub(super) struct Images {
 /// A convolution of one tap whose products are further steps of the same sum.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Onto {
-    pub x: Images,
+    pub x: ImagesAt,
     /// Has no channels if there is no second input.
-    pub skip: Images,
+    pub skip: ImagesAt,
     /// `[columns][ca + cb]`.
     pub weight: DevicePtr,
     /// Factor of the sums before it.
@@ -51,10 +51,10 @@ pub(super) struct Onto {
 
 /// A product of pixels by channels.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pixels {
+pub(super) struct PixelProduct {
     pub precision: Precision,
-    pub x: Images,
-    pub skip: Option<Images>,
+    pub x: ImagesAt,
+    pub skip: Option<ImagesAt>,
     pub main: Option<Onto>,
     pub window: Window,
     /// `[columns][taps][ca + cb]`.
@@ -65,8 +65,8 @@ pub(super) struct Pixels {
 }
 
 /// The tensor map by which a copy brings 64 channels of the neighbours of `pixels` pixels.
-fn images(precision: Precision, x: &Images, window: Window, pixels: usize) -> TensorMapSpec {
-    let Images { at, n, h, w, channels } = *x;
+fn images(precision: Precision, x: &ImagesAt, window: Window, pixels: usize) -> TensorMapSpec {
+    let ImagesAt { at, n, h, w, channels } = *x;
     let row = 2 * channels as u64;
     if window.side == 1 {
         let (size, tile) = ([channels, n * h * w].map(int), [STEP, pixels].map(int));
@@ -94,7 +94,7 @@ fn behind<A: NoUninit, P: NoUninit>(copies: &A, conv: &P) -> Vec<u8> {
 }
 
 /// A launch of a kernel of pixels by channels; `conv` is the other loop's params struct.
-pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, card: Card, conv: &P) -> Launch {
+pub(super) fn pixels<P: NoUninit>(kernel: String, p: &PixelProduct, choice: &Choice, card: Card, conv: &P) -> Launch {
     let Choice { tile, splits, steps_per_split } = *choice;
     let taps = p.window.side * p.window.side;
     let (ca, cb) = (p.x.channels, p.skip.map_or(0, |skip| skip.channels));
@@ -126,7 +126,7 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
         stride: 2 * row as u64,
         tile: [STEP, tile.n].map(int),
     };
-    let of = |x: &Images, window| images(p.precision, x, window, tile.m);
+    let of = |x: &ImagesAt, window| images(p.precision, x, window, tile.m);
     let mut maps = vec![
         (offset_of!(HopperPixels, x), of(&p.x, p.window)),
         (offset_of!(HopperPixels, weight), weight(p.weight, taps * (ca + cb))),
@@ -148,14 +148,14 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &Pixels, choice: &Choice, c
 pub(super) fn weights<P: NoUninit>(
     kernel: String,
     precision: Precision,
-    (x, skip, grad): (Images, Option<Images>, Images),
+    (x, skip, grad): (ImagesAt, Option<ImagesAt>, ImagesAt),
     taps: usize,
     choice: &Choice,
     conv: &P,
 ) -> Launch {
     let Choice { tile, splits, .. } = *choice;
     let window = Window::same(taps);
-    let of = |x: &Images, window| images(precision, x, window, STEP);
+    let of = |x: &ImagesAt, window| images(precision, x, window, STEP);
     let mut maps =
         vec![(offset_of!(HopperWgrad, grad), of(&grad, Window::same(1))), (offset_of!(HopperWgrad, x), of(&x, window))];
     maps.extend(skip.map(|skip| (offset_of!(HopperWgrad, skip), of(&skip, window))));

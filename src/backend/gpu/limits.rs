@@ -8,7 +8,7 @@ use crate::backend::DeviceError;
 
 /// The most that a card reached.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub struct Limits {
+pub struct Peaks {
     /// Multiply-adds a second with sums of the type that convolutions have: of mma.sync.m16n8k16 (`kernels/limits.cu`), or where
     /// they are computed by wgmma, of wgmma.m64n256k16 (`kernels/limits_hopper.cu`).
     pub macs_per_s: f64,
@@ -27,7 +27,7 @@ const WGMMA_SHARED: usize = 1024 + (128 + 256) * 128;
 const COPY_BYTES: usize = 512 << 20;
 
 /// Measures both, the best of `repeats`.
-pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limits, DeviceError> {
+pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Peaks, DeviceError> {
     let memory = runtime.allocate(2 * COPY_BYTES, "measuring the memory")?;
     let (from, to) = (memory.ptr(), memory.ptr().offset(COPY_BYTES));
     let card = runtime.card();
@@ -53,5 +53,5 @@ pub fn measure(runtime: &dyn Runtime, math: Math, repeats: usize) -> Result<Limi
     };
     let blocks = COPY_BYTES / (THREADS * COPIES * 16);
     let copy = Launch::new("copy_rate", [blocks, 1, 1], THREADS, 0, &CopyRate { from, to });
-    Ok(Limits { macs_per_s: macs as f64 / best(products)?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
+    Ok(Peaks { macs_per_s: macs as f64 / best(products)?, bytes_per_s: 2.0 * COPY_BYTES as f64 / best(copy)? })
 }

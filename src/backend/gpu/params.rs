@@ -5,7 +5,7 @@
 //! what is normalised and what the convolutions read; after the last row there is room up to a multiple of 8
 //! rows, which stays zero. Rows of a qkv layer are in the order of [`attention::row_of`].
 //!
-//! Convolutions come last in an arena, in the table's order: so each of the [`Buckets`] is one range of it.
+//! Convolutions come last in an arena, in the table's order: so each of the [`Portions`] is one range of it.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -19,8 +19,8 @@ use super::runtime::{Command, Graph, Memory, PARAMETERS, Runtime};
 use super::structs::{StepScalars, StepTotals, TurnTile, WeightEffective, WeightRow, WeightStep, WeightTurn};
 use super::tensor::padded;
 use super::weights::{self, RowTable, Turned};
-use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, Slot, Step, StepStats, Values};
-use crate::params::{Buckets, ParamId, ParamKind, ParamSpec, ParamTable};
+use crate::backend::{BackendError, DeviceError, EmbLayer, Normalization, OptimizerStep, Slot, StepStats, Values};
+use crate::params::{ParamId, ParamKind, ParamSpec, ParamTable, Portions};
 use bytemuck::Zeroable;
 
 /// The fewest values that a thread reorders at a time.
@@ -28,7 +28,7 @@ const SHARE: usize = 1 << 15;
 
 /// Where one parameter lies.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct ParamPlace {
     /// Its first value in the f32 arenas and, for weights, among the effective ones.
     first: usize,
     /// Its first value among the exact ones, for gains and buffers.
@@ -43,7 +43,7 @@ struct Place {
     scales: [f32; 2],
 }
 
-impl Place {
+impl ParamPlace {
     /// Values from one row to the next.
     fn stride(&self) -> usize {
         if self.weight { self.taps * padded(self.cin) } else { padded(self.cin) }
@@ -89,7 +89,7 @@ impl Place {
 }
 
 /// What only training needs.
-struct Training {
+struct OptimizerState {
     grad: Rc<dyn Memory>,
     m: Rc<dyn Memory>,
     v: Rc<dyn Memory>,
@@ -118,8 +118,8 @@ type TwoSided<T> = (Rc<T>, Rc<dyn Memory>);
 /// Every parameter of a network, and its training state.
 pub struct Params {
     table: ParamTable,
-    buckets: Buckets,
-    places: Vec<Place>,
+    portions: Portions,
+    places: Vec<ParamPlace>,
     precision: Precision,
     /// Values of each f32 arena.
     values: usize,
@@ -129,28 +129,28 @@ pub struct Params {
     all_rows: RowTable,
     all_rows_memory: Rc<dyn Memory>,
     turned: Option<TurnedWeights>,
-    training: Option<Training>,
+    training: Option<OptimizerState>,
     /// The tables of `emb_linear` layers, by the layers' weights.
     scale_tables: HashMap<Vec<ParamId>, TwoSided<ScaleTable>>,
 }
 
 /// The place of a parameter; where it begins is filled in later.
-fn place(spec: &ParamSpec) -> Place {
+fn place(spec: &ParamSpec) -> ParamPlace {
     let (first, exact) = (0, 0);
     match spec.kind {
         ParamKind::Weight { cout, cin, taps } => {
             let split = spec.cat.map_or(cin, |cat| cat.split);
             let scales = spec.cat.map_or([1.0; 2], |cat| [cat.scales.0 as f32, cat.scales.1 as f32]);
-            Place { first, exact, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }
+            ParamPlace { first, exact, rows: cout, taps, cin, heads: spec.heads, weight: true, split, scales }
         }
         _ => {
             let cin = spec.numel();
-            Place { first, exact, rows: 1, taps: 1, cin, heads: 0, weight: false, split: cin, scales: [1.0; 2] }
+            ParamPlace { first, exact, rows: 1, taps: 1, cin, heads: 0, weight: false, split: cin, scales: [1.0; 2] }
         }
     }
 }
 
-fn rows_of(p: &Place) -> impl Iterator<Item = WeightRow> + use<> {
+fn rows_of(p: &ParamPlace) -> impl Iterator<Item = WeightRow> + use<> {
     let p = *p;
     let (length, fan_in) = (p.stride(), if p.weight { p.taps * p.cin } else { 0 });
     let effective = if p.weight { p.first } else { p.exact };
@@ -180,7 +180,11 @@ fn uploaded<T: bytemuck::NoUninit>(runtime: &dyn Runtime, values: &[T]) -> Resul
 }
 
 /// Memory for the copies, and the table that the kernel reads.
-fn turned_weights(runtime: &dyn Runtime, table: &ParamTable, places: &[Place]) -> Result<TurnedWeights, DeviceError> {
+fn turned_weights(
+    runtime: &dyn Runtime,
+    table: &ParamTable,
+    places: &[ParamPlace],
+) -> Result<TurnedWeights, DeviceError> {
     let (mut values, mut first, mut tiles) = (0, Vec::new(), Vec::<TurnTile>::new());
     for ((_, spec), p) in table.iter().zip(places) {
         first.push(values);
@@ -207,7 +211,7 @@ impl Params {
             return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU")));
         }
         let (mut values, mut exact) = (0, 0);
-        let mut places: Vec<Place> = table.iter().map(|(_, spec)| place(spec)).collect();
+        let mut places: Vec<ParamPlace> = table.iter().map(|(_, spec)| place(spec)).collect();
         for convs in [false, true] {
             for ((_, spec), p) in table.iter().zip(&mut places).filter(|((_, spec), _)| spec.is_conv() == convs) {
                 if p.stride() > weights::MAX_ROW {
@@ -226,7 +230,7 @@ impl Params {
                 let trained = table.iter().zip(&places).filter(|((_, spec), _)| spec.trained());
                 let rows = RowTable::new(trained.flat_map(|(_, p)| rows_of(p)).collect());
                 let arena = || filled(runtime, values * 4);
-                Some(Training {
+                Some(OptimizerState {
                     grad: arena()?,
                     m: arena()?,
                     v: arena()?,
@@ -243,7 +247,7 @@ impl Params {
         let turned = training.is_some().then(|| turned_weights(runtime, table, &places)).transpose()?;
         Ok(Self {
             table: table.clone(),
-            buckets: Buckets::of(table),
+            portions: Portions::of(table),
             precision,
             values,
             weight: filled(runtime, values * 4)?,
@@ -264,8 +268,8 @@ impl Params {
     }
 
     /// The ranges of the arenas that [`Params::exchange`] gives out at a time.
-    pub fn buckets(&self) -> &Buckets {
-        &self.buckets
+    pub fn portions(&self) -> &Portions {
+        &self.portions
     }
 
     /// Bytes of device memory.
@@ -391,11 +395,11 @@ impl Params {
     }
 
     /// See [`crate::backend::TrainingBackend::exchange`].
-    pub fn exchange(&self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
-        let first = |bucket: &Vec<ParamId>| bucket.iter().map(|&id| self.first(id)).min().unwrap_or(self.values);
-        let buckets = self.buckets.ids();
-        let end = bucket.checked_sub(1).map_or(self.values, |before| first(&buckets[before]));
-        exchange(Values::Device(&**self.arena(slot)?, 4 * first(&buckets[bucket])..4 * end));
+    pub fn exchange(&self, slot: Slot, portion: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+        let first = |portion: &Vec<ParamId>| portion.iter().map(|&id| self.first(id)).min().unwrap_or(self.values);
+        let portions = self.portions.ids();
+        let end = portion.checked_sub(1).map_or(self.values, |before| first(&portions[before]));
+        exchange(Values::Device(&**self.arena(slot)?, 4 * first(&portions[portion])..4 * end));
         Ok(())
     }
 
@@ -452,7 +456,7 @@ impl Params {
     }
 
     /// See [`crate::backend::TrainingBackend::optimizer_step`].
-    pub fn step(&mut self, runtime: &dyn Runtime, step: &Step) -> Result<StepStats, BackendError> {
+    pub fn step(&mut self, runtime: &dyn Runtime, step: &OptimizerStep) -> Result<StepStats, BackendError> {
         let turning = self.turning();
         let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
         t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
@@ -497,7 +501,7 @@ mod tests {
         for (rows, cin, taps, heads, weight) in
             [(10, 13, 9, 0, true), (7, 24, 1, 0, true), (2 * 3 * 5, 11, 1, 2, true), (1, 19, 1, 0, false)]
         {
-            let p = Place { first: 0, exact: 0, rows, taps, cin, heads, weight, split: cin, scales: [1.0; 2] };
+            let p = ParamPlace { first: 0, exact: 0, rows, taps, cin, heads, weight, split: cin, scales: [1.0; 2] };
             let values: Vec<f32> = (0..rows * cin * taps).map(|i| i as f32 + 0.5).collect();
             let mut want = vec![0.0; rows * p.stride()];
             for (i, &value) in values.iter().enumerate() {

@@ -50,7 +50,7 @@ pub trait Graph {
 /// Card, driver and kernels with which times were measured. Times say nothing about another card, and little about
 /// another driver or other kernels.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Origin {
+pub struct MeasuredOn {
     /// The card's name, and how many multiprocessors it has.
     pub card: String,
     /// The driver's version.
@@ -59,7 +59,7 @@ pub struct Origin {
     pub kernels: String,
 }
 
-impl Origin {
+impl MeasuredOn {
     pub(super) fn new(name: &str, card: Card, driver: String, compiled: &str) -> Self {
         let card = format!("{name}, {} multiprocessors", card.sms);
         Self { card, driver, kernels: format!("{TILED}, {compiled}") }
@@ -71,7 +71,7 @@ pub trait Runtime {
     /// The properties for which tiles are chosen.
     fn card(&self) -> Card;
     /// Card, driver and kernels with which times on it are measured.
-    fn origin(&self) -> Origin;
+    fn origin(&self) -> MeasuredOn;
     /// Choices of tiles that were measured on it. Where there are none, a model chooses.
     fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
@@ -199,8 +199,8 @@ impl Runtime for Imagined {
         self.card
     }
 
-    fn origin(&self) -> Origin {
-        Origin::new("an imagined device", self.card, "none".into(), "not compiled")
+    fn origin(&self) -> MeasuredOn {
+        MeasuredOn::new("an imagined device", self.card, "none".into(), "not compiled")
     }
 
     fn tuned(&self) -> Option<Rc<Tuned>> {

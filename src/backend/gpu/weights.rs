@@ -8,7 +8,7 @@
 use super::launch::{DevicePtr, Launch, Precision, int};
 use super::structs::{ReduceStats, StepScalars, TurnTile, WeightEffective, WeightRow, WeightStep, WeightTurn};
 use super::tables::weights::ROWS;
-use crate::backend::{Normalization, Step};
+use crate::backend::{Normalization, OptimizerStep};
 
 pub use super::tables::weights::MAX_EMAS;
 
@@ -62,7 +62,7 @@ pub fn turn(count: usize, memory: WeightTurn) -> Launch {
 
 impl StepScalars {
     /// The scalars of `step`. A network has at most [`MAX_EMAS`] averages.
-    pub fn new(step: &Step) -> Self {
+    pub fn new(step: &OptimizerStep) -> Self {
         let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
         let mut ema_rest = [0.0; MAX_EMAS];
         ema_rest.iter_mut().zip(step.ema_betas).for_each(|(rest, beta)| *rest = (1.0 - beta) as f32);

@@ -13,7 +13,7 @@ use crate::cli::say::out;
 
 /// A split of a dataset, or one shard.
 #[derive(Serialize)]
-pub struct Part {
+pub struct SplitReport {
     name: String,
     images: usize,
     header: Header,
@@ -31,7 +31,7 @@ struct Bucket {
 #[derive(Serialize)]
 pub struct DatasetInfo {
     kind: &'static str,
-    parts: Vec<Part>,
+    parts: Vec<SplitReport>,
     vocabulary: Vec<String>,
     /// Whether tags have other names in the vocabulary's file than when the shards were made.
     renamed: bool,
@@ -81,7 +81,7 @@ impl DatasetInfo {
                         0 => Vec::new(),
                         _ => data.buckets().into_iter().map(named).collect(),
                     };
-                    info.parts.push(Part { name: split.to_string(), images: data.len(), header, buckets });
+                    info.parts.push(SplitReport { name: split.to_string(), images: data.len(), header, buckets });
                 }
                 Err(
                     e @ (DatasetError::NoShards { .. } | DatasetError::NoSplit { .. } | DatasetError::Empty { .. }),
@@ -102,7 +102,7 @@ impl DatasetInfo {
             false => None,
         };
         let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let part = Part { name, images: header.count, header, buckets: Vec::new() };
+        let part = SplitReport { name, images: header.count, header, buckets: Vec::new() };
         Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked, archive: false })
     }
 
@@ -111,13 +111,13 @@ impl DatasetInfo {
             out!("{}", serde_json::to_value(self)?);
             return Ok(());
         }
-        for Part { name, images, buckets, .. } in &self.parts {
+        for SplitReport { name, images, buckets, .. } in &self.parts {
             out!("{name:15}{images} images");
             for Bucket { size, images } in buckets {
                 out!("{:15}{images:>8} of {size}", "");
             }
         }
-        if let Some(Part { header, .. }) = self.parts.first() {
+        if let Some(SplitReport { header, .. }) = self.parts.first() {
             let Header {
                 kind,
                 sizes,

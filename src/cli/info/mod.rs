@@ -65,7 +65,7 @@ pub struct InfoArgs {
 
 /// A network's size and cost.
 #[derive(Serialize)]
-struct Network<'a> {
+struct NetworkReport<'a> {
     kind: &'static str,
     config: &'a Config,
     /// Trained values.
@@ -114,7 +114,7 @@ impl GpuCost {
     }
 }
 
-impl<'a> Network<'a> {
+impl<'a> NetworkReport<'a> {
     fn new(config: &'a Config, meta: Option<&'a ModelMeta>, [height, width]: [usize; 2]) -> anyhow::Result<Self> {
         config.check_size(height, width)?;
         let (net, table) = Precond::new(config)?;
@@ -243,7 +243,7 @@ fn gpus() -> Result<Vec<String>, DeviceError> {
 pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     if let Some(name) = &args.preset {
         let preset = preset(name)?;
-        let network = Network::new(&preset.config, None, args.size.unwrap_or(preset.size))?;
+        let network = NetworkReport::new(&preset.config, None, args.size.unwrap_or(preset.size))?;
         return network.show(args.json);
     }
     let Some(path) = &args.path else {
@@ -302,7 +302,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);
-    let mut network = Network::new(&model.net.config, Some(&model.meta), size)?;
+    let mut network = NetworkReport::new(&model.net.config, Some(&model.meta), size)?;
     let name = format!("{}: ", path.display());
     network.doubts = model.doubts.iter().map(|doubt| doubt.replacen(&name, "", 1)).collect();
     network.show(args.json)

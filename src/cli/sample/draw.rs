@@ -165,7 +165,7 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match (Parts { request, about: &about, part: *part, given, out, args }).joined(ranks)? {
+            match (RequestPart { request, about: &about, part: *part, given, out, args }).joined(ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -174,7 +174,7 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
         target
     } else {
         if part.of > 1 {
-            match (Parts { request, about: &about, part: *part, given, out, args }).gathered(ranks)? {
+            match (RequestPart { request, about: &about, part: *part, given, out, args }).gathered(ranks)? {
                 Some(all) => pictures = all,
                 None => return Ok(()),
             }
@@ -205,7 +205,7 @@ fn most_of_grid(pictures: &[Picture]) -> usize {
 
 /// One of several parts of a request, and where its images are.
 #[derive(Clone, Copy)]
-struct Parts<'a> {
+struct RequestPart<'a> {
     request: &'a Request,
     /// What all images say of themselves.
     about: &'a Value,
@@ -216,7 +216,7 @@ struct Parts<'a> {
     args: &'a SampleArgs,
 }
 
-impl Parts<'_> {
+impl RequestPart<'_> {
     /// The pictures of all parts that the grid is made of, for the process that makes it.
     fn gathered(self, ranks: &mut Ranks) -> anyhow::Result<Option<Vec<Picture>>> {
         let Self { request, about, out, .. } = self;

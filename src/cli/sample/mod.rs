@@ -10,7 +10,7 @@ use edm2k::collective::{Part, agree_on};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
-use edm2k::sample::presets::{Preset, preset};
+use edm2k::sample::presets::{SamplingPreset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
 use super::DeviceArgs;
@@ -163,7 +163,7 @@ pub struct SampleArgs {
     /// Solver, steps and guidance that EDM2's authors used, unless they are given too, such as edm2-img512-s-autog-fid; says
     /// which files they are for
     #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler")]
-    preset: Option<Preset>,
+    preset: Option<SamplingPreset>,
     #[command(flatten)]
     sampler: SamplerArgs,
 
@@ -271,7 +271,7 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
 
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
-    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, Preset::config);
+    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, SamplingPreset::config);
     let mut sampler = args.sampler.config(&usual)?;
     if let Some(preset) = &args.preset {
         ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);

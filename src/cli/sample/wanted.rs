@@ -20,21 +20,21 @@ const ANY: &str = "random";
 /// A line of --prompts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Prompt {
+struct PromptLine {
     tags: Option<String>,
     negative: Option<String>,
     seed: Option<u64>,
 }
 
 /// The lines of a file of prompts that are not empty, each with the name that messages give it.
-fn prompts(path: &Path) -> anyhow::Result<Vec<(String, Prompt)>> {
+fn prompts(path: &Path) -> anyhow::Result<Vec<(String, PromptLine)>> {
     let text = input::text(path).with_context(|| path.display().to_string())?;
     let read = |(number, line): (usize, &str)| {
         let name = format!("{} line {number}", path.display());
         if !line.starts_with('{') {
-            return Ok((name, Prompt { tags: Some(line.into()), negative: None, seed: None }));
+            return Ok((name, PromptLine { tags: Some(line.into()), negative: None, seed: None }));
         }
-        let prompt: Prompt =
+        let prompt: PromptLine =
             serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
         let most = i64::MAX as u64 - u64::from(u16::MAX);
         ensure!(prompt.tags.is_some() || prompt.negative.is_some(), "{name}: neither tags nor negative ones");

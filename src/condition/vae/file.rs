@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::net::Linear;
 use super::training::Adam;
-use super::{ConditionKind, HEADER_KEY, Header, Learning, Source, Training, Vae, VaeError};
+use super::{ConditionKind, ConditionSource, HEADER_KEY, Learning, LearningSettings, Vae, VaeError, VaeHeader};
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::differences::differing;
 use crate::formats::fingerprint::{Fingerprint, differ};
@@ -32,7 +32,7 @@ impl Vae {
         let wrong = |what: String| VaeError::Header { path: path.into(), what };
         let text = file.metadata().get(HEADER_KEY);
         let text = text.ok_or_else(|| wrong("it is missing, so this is not a condition model".into()))?;
-        let header: Header = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        let header: VaeHeader = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
         let v = header.vocabulary.len();
         for (what, size) in [("width", header.width), ("latent", header.latent), ("hidden", header.hidden)] {
             if !(1..=1 << 16).contains(&size) {
@@ -100,14 +100,14 @@ impl Vae {
     }
 }
 
-/// Key of [`Progress`] in the metadata of a training under way.
+/// Key of [`LearningState`] in the metadata of a training under way.
 const PROGRESS_KEY: &str = "condition_training";
 
 /// What the file of a training under way says of it.
 #[derive(Serialize, Deserialize)]
-struct Progress {
-    how: Training,
-    header: Header,
+struct LearningState {
+    how: LearningSettings,
+    header: VaeHeader,
     rows: usize,
     /// Fingerprint of the rows; `None` if unknown.
     data: Option<Fingerprint>,
@@ -120,7 +120,7 @@ struct Progress {
 /// Parameters, and Adam's moments of them.
 const STATE: [&str; 3] = ["params", "adam_m", "adam_v"];
 
-impl<'a, S: Source> Learning<'a, S> {
+impl<'a, S: ConditionSource> Learning<'a, S> {
     /// Saves the training, atomically. `data` is the fingerprint of its rows.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl<'a, S: Source> Learning<'a, S> {
     pub fn save(&self, path: &Path, data: Option<Fingerprint>) -> Result<(), VaeError> {
         let values = [&self.vae.params, &self.adam.m, &self.adam.v];
         let bytes = values.map(|values| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
-        let progress = Progress {
+        let progress = LearningState {
             how: self.how.clone(),
             header: self.vae.header.clone(),
             rows: self.source.count(),
@@ -149,13 +149,18 @@ impl<'a, S: Source> Learning<'a, S> {
     ///
     /// # Errors
     /// [`VaeError::OtherTraining`] says what differs; [`VaeError::Damaged`].
-    pub fn load(path: &Path, source: &'a S, how: &Training, data: Option<Fingerprint>) -> Result<Self, VaeError> {
+    pub fn load(
+        path: &Path,
+        source: &'a S,
+        how: &LearningSettings,
+        data: Option<Fingerprint>,
+    ) -> Result<Self, VaeError> {
         // The file is named once.
         let name = format!("{}: ", path.display());
         let damaged = |what: String| VaeError::Damaged { path: path.into(), what: what.replacen(&name, "", 1) };
         let file = SafeFile::open(path).map_err(|why| damaged(why.to_string()))?;
         let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
-        let then: Progress = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
+        let then: LearningState = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
         let mut now = Self::new(source, how)?;
         let differs = |key: &str, then: &str, now: &str| format!("{key} {then}, now {now}");
         let other = |what: String| Err(VaeError::OtherTraining { path: path.into(), what });

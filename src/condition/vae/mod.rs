@@ -60,8 +60,8 @@ use crate::real::Real;
 
 pub use file::is_one;
 pub use inventing::Invented;
-pub use net::Loss;
-pub use training::{Learning, Rows, Source, Training};
+pub use net::VaeLoss;
+pub use training::{ConditionSource, Learning, LearningSettings, Rows};
 
 /// What a condition is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ pub enum ConditionKind {
 /// Sizes of the layers, and what they work on; the JSON in the file's metadata.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Header {
+pub struct VaeHeader {
     /// What a condition is made of.
     pub kind: ConditionKind,
     /// D: width of a condition.
@@ -93,7 +93,7 @@ pub struct Header {
     pub conditioning: Option<Conditioning>,
 }
 
-/// Key of the [`Header`] in the file's metadata.
+/// Key of the [`VaeHeader`] in the file's metadata.
 const HEADER_KEY: &str = "condition_model";
 
 /// What can be wrong with a condition model.
@@ -122,7 +122,7 @@ pub enum VaeError {
 
 /// The autoencoder.
 pub struct Vae<T: Real = f32> {
-    header: Header,
+    header: VaeHeader,
     vocabulary: Vocabulary,
     params: Vec<T>,
     /// Codes (mean, logvar) of some training rows, [K, 2 Z]. They show which regions of the latent space are inhabited.
@@ -136,18 +136,18 @@ debug!(Vae<T> { header } [T: Real]);
 
 impl<T: Real> Vae<T> {
     /// A model whose parameters are still to be filled in.
-    fn new(header: Header, vocabulary: Vocabulary) -> Self {
+    fn new(header: VaeHeader, vocabulary: Vocabulary) -> Self {
         Self { header, vocabulary, params: Vec::new(), anchors: Vec::new(), mean: Vec::new(), std: Vec::new() }
     }
 
     /// What the model works on.
-    pub fn header(&self) -> &Header {
+    pub fn header(&self) -> &VaeHeader {
         &self.header
     }
 
     /// What the conditions that it invents mean.
     pub fn meaning(&self) -> Meaning {
-        let Header { kind, conditioning, vocabulary, .. } = &self.header;
+        let VaeHeader { kind, conditioning, vocabulary, .. } = &self.header;
         let unsaid = || match kind {
             ConditionKind::Tags => Conditioning::Tags,
             ConditionKind::Features => {

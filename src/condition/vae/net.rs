@@ -2,14 +2,14 @@
 
 use rayon::prelude::*;
 
-use super::{ConditionKind, Header, Vae};
+use super::{ConditionKind, Vae, VaeHeader};
 use crate::condition::vocabulary::Vocabulary;
 use crate::real::{Dst, Mat, Real, Threads, matmul, mp_silu, mp_silu_grad};
 use crate::rng::{Purpose, Stream};
 
 /// The loss of a batch: means over its rows, in nats.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Loss {
+pub struct VaeLoss {
     /// -ln p(x | out).
     pub reconstruction: f64,
     /// KL divergence of z from N(0, 1).
@@ -37,7 +37,7 @@ impl Linear {
 }
 
 /// One batch in the layout of the layers.
-pub(super) struct Batch<T> {
+pub(super) struct RowBatch<T> {
     pub n: usize,
     /// [n, D + V]: normalised conditions, then given tags.
     pub input: Vec<T>,
@@ -49,7 +49,7 @@ pub(super) struct Batch<T> {
 
 impl<T: Real> Vae<T> {
     /// A network with fresh parameters: weights N(0, 1/fan_in), biases 0.
-    pub(super) fn init(header: Header, vocabulary: Vocabulary, seed: u64) -> Self {
+    pub(super) fn init(header: VaeHeader, vocabulary: Vocabulary, seed: u64) -> Self {
         let mut vae = Self::new(header, vocabulary);
         let layers = vae.layers();
         let mut values = vec![0.0; layers[2].end()];
@@ -137,7 +137,7 @@ impl<T: Real> Vae<T> {
     }
 
     /// Loss of a batch, and the gradient of reconstruction + kl_weight * kl.
-    pub(super) fn loss(&self, batch: &Batch<T>, kl_weight: f64, grad: &mut [T]) -> Loss {
+    pub(super) fn loss(&self, batch: &RowBatch<T>, kl_weight: f64, grad: &mut [T]) -> VaeLoss {
         let (d, v, z, _) = self.sizes();
         let [encoder, hidden, output] = self.layers();
         let n = batch.n;
@@ -203,7 +203,7 @@ impl<T: Real> Vae<T> {
             );
         }
         self.linear_backward(encoder, &batch.input, &g_code, grad);
-        Loss { reconstruction, kl: kl / n as f64 }
+        VaeLoss { reconstruction, kl: kl / n as f64 }
     }
 }
 
@@ -225,14 +225,14 @@ mod tests {
             let v = if kind == ConditionKind::Tags { d } else { 2 };
             let tags = (0..v).map(|i| Tag { tag: format!("tag {i}"), count: 1 }).collect::<Vec<_>>();
             let vocabulary = Vocabulary::new(tags.clone()).unwrap();
-            let header = Header { kind, width: d, latent: z, hidden: h, vocabulary: tags, conditioning: None };
+            let header = VaeHeader { kind, width: d, latent: z, hidden: h, vocabulary: tags, conditioning: None };
             let mut vae = Vae::<f64>::init(header, vocabulary, 2);
             let biased = numbers(0, vae.params.len());
             vae.params.iter_mut().zip(&biased).for_each(|(p, x)| *p += 0.1 * x); // no bias stays 0
             let (outputs, features) = vae.outputs();
             let of = |(i, x): (usize, f64)| if i % outputs < features { x } else { f64::from(x > 0.0) };
             let target = numbers(1, n * outputs).into_iter().enumerate().map(of).collect();
-            let batch = Batch { n, input: numbers(2, n * (d + v)), target, eps: numbers(3, n * z) };
+            let batch = RowBatch { n, input: numbers(2, n * (d + v)), target, eps: numbers(3, n * z) };
             let mut grad = vec![0.0; vae.params.len()];
             vae.loss(&batch, 0.7, &mut grad);
             let mut scratch = grad.clone();

@@ -6,8 +6,8 @@ use std::ops::{ControlFlow, RangeInclusive};
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use super::net::{Batch, Loss};
-use super::{ConditionKind, Header, Vae, VaeError, tag_input};
+use super::net::{RowBatch, VaeLoss};
+use super::{ConditionKind, Vae, VaeError, VaeHeader, tag_input};
 use crate::condition::Conditioning;
 use crate::condition::prompt::Prompt;
 use crate::condition::vocabulary::Vocabulary;
@@ -17,7 +17,7 @@ use crate::rng::{Purpose, Stream};
 const ANCHORS: usize = 256;
 
 /// Conditions to learn from, wherever they lie. They are asked for one row at a time.
-pub trait Source: Sync {
+pub trait ConditionSource: Sync {
     /// What they are.
     fn kind(&self) -> ConditionKind;
     /// The tags.
@@ -50,7 +50,7 @@ pub struct Rows {
 
 debug!(Rows { kind });
 
-impl Source for Rows {
+impl ConditionSource for Rows {
     fn kind(&self) -> ConditionKind {
         self.kind
     }
@@ -85,7 +85,7 @@ impl Source for Rows {
 
 /// How to learn.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Training {
+pub struct LearningSettings {
     /// Z.
     pub latent: usize,
     /// H.
@@ -102,13 +102,13 @@ pub struct Training {
     pub seed: u64,
 }
 
-impl Default for Training {
+impl Default for LearningSettings {
     fn default() -> Self {
         Self { latent: 32, hidden: 256, epochs: 60, batch: 64, lr: 2e-3, kl_weight: 0.1, seed: 0 }
     }
 }
 
-impl Training {
+impl LearningSettings {
     /// Checks every field.
     ///
     /// # Errors
@@ -131,7 +131,7 @@ impl Training {
 /// bits: order and noise are functions of the seed, the pass and the row.
 pub struct Learning<'a, S> {
     pub(super) source: &'a S,
-    pub(super) how: Training,
+    pub(super) how: LearningSettings,
     pub(super) vae: Vae,
     pub(super) adam: Adam,
     pub(super) passes: usize,
@@ -139,7 +139,7 @@ pub struct Learning<'a, S> {
 
 debug!(Learning<'_, S> { how, passes } [S]);
 
-impl<'a, S: Source> Learning<'a, S> {
+impl<'a, S: ConditionSource> Learning<'a, S> {
     /// Begins to learn. Features are read once, for their means.
     ///
     /// # Errors
@@ -147,12 +147,12 @@ impl<'a, S: Source> Learning<'a, S> {
     ///
     /// # Panics
     /// If there are no rows.
-    pub fn new(source: &'a S, how: &Training) -> Result<Self, VaeError> {
+    pub fn new(source: &'a S, how: &LearningSettings) -> Result<Self, VaeError> {
         how.validate()?;
         let (count, width) = (source.count(), source.width());
         assert!(count > 0 && width > 0, "conditions to learn from");
         let vocabulary = source.vocabulary();
-        let header = Header {
+        let header = VaeHeader {
             kind: source.kind(),
             width,
             latent: how.latent,
@@ -188,7 +188,7 @@ impl<'a, S: Source> Learning<'a, S> {
     ///
     /// # Panics
     /// If a tag is not in the vocabulary.
-    pub fn pass(&mut self, progress: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Option<Loss>, VaeError> {
+    pub fn pass(&mut self, progress: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Option<VaeLoss>, VaeError> {
         let Self { source, how, vae, adam, passes: epoch } = self;
         let count = source.count();
         let batch_size = how.batch.min(count);
@@ -196,7 +196,7 @@ impl<'a, S: Source> Learning<'a, S> {
         let steps = how.epochs * in_a_pass;
         let order = shuffled(count, how.seed, *epoch as u32);
         let mut grad = vec![0.0; vae.params.len()];
-        let mut sum = Loss::default();
+        let mut sum = VaeLoss::default();
         for (number, chunk) in order.chunks(batch_size).enumerate() {
             let batch = vae.batch(*source, chunk, how.seed, Some(*epoch as u32));
             let done = (*epoch * in_a_pass + number) as f64 / steps as f64;
@@ -244,9 +244,9 @@ impl Vae {
     /// # Panics
     /// As [`Learning`].
     pub fn train(
-        source: &impl Source,
-        how: &Training,
-        mut progress: impl FnMut(usize, Loss),
+        source: &impl ConditionSource,
+        how: &LearningSettings,
+        mut progress: impl FnMut(usize, VaeLoss),
     ) -> Result<Self, VaeError> {
         let mut learning = Learning::new(source, how)?;
         while !learning.is_done() {
@@ -257,13 +257,13 @@ impl Vae {
     }
 
     /// A batch of some rows, with the tags and the noise that an epoch gives them; without an epoch they have no tags.
-    fn batch(&self, rows: &impl Source, chunk: &[usize], seed: u64, epoch: Option<u32>) -> Batch<f32> {
+    fn batch(&self, rows: &impl ConditionSource, chunk: &[usize], seed: u64, epoch: Option<u32>) -> RowBatch<f32> {
         let (d, v, z, _) = self.sizes();
         let columns = d + v;
         let (outputs, features) = self.outputs();
         let n = chunk.len();
         let (input, target) = (vec![0.0; n * columns], vec![0.0; n * outputs]);
-        let mut batch = Batch { n, input, target, eps: vec![0.0; n * z] };
+        let mut batch = RowBatch { n, input, target, eps: vec![0.0; n * z] };
         for (i, &row) in chunk.iter().enumerate() {
             let stream = Stream { seed, purpose: Purpose::Condition, step: epoch.unwrap_or(0), image: row as u64 };
             stream.normals(&mut batch.eps[i * z..][..z]);
@@ -282,7 +282,7 @@ impl Vae {
                 }
             }
             if epoch.is_some() {
-                let stream = Stream { purpose: Purpose::Dropout, ..stream };
+                let stream = Stream { purpose: Purpose::ConditionDropout, ..stream };
                 tag_input(&Prompt::of(&some_of(tags, &stream)), v, given);
             }
         }
@@ -313,7 +313,7 @@ fn shuffled(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
 const LEAST_STD: f32 = 1e-6;
 
 /// Mean and standard deviation of each feature.
-fn moments(source: &impl Source) -> (Vec<f32>, Vec<f32>) {
+fn moments(source: &impl ConditionSource) -> (Vec<f32>, Vec<f32>) {
     let (width, n) = (source.width(), source.count() as f64);
     let (mut sum, mut squares) = (vec![0.0f64; width], vec![0.0f64; width]);
     let mut values = vec![0.0; width];

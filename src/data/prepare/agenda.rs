@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::records::{Listing, Record};
-use super::render::{CHUNK, Codec, Conditions, print};
+use super::render::{CHUNK, Conditions, LatentEncoder, print};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use super::there::There;
@@ -33,7 +33,7 @@ const SLACK: Duration = Duration::from_secs(2);
 const LOOKED_AT: usize = 4;
 
 /// A shard to be made.
-pub(super) struct Job<'a> {
+pub(super) struct PlannedShard<'a> {
     pub split: Split,
     pub name: String,
     pub members: Vec<&'a Record>,
@@ -45,7 +45,7 @@ pub(super) struct Job<'a> {
 pub(super) struct Agenda<'a> {
     /// The vocabulary, counted on the training images.
     pub vocabulary: Vocabulary,
-    pub jobs: Vec<Job<'a>>,
+    pub jobs: Vec<PlannedShard<'a>>,
     /// The settings that shards depend on, by name.
     pub made_with: Map<String, Value>,
 }
@@ -56,7 +56,7 @@ impl<'a> Agenda<'a> {
         listing: &'a Listing,
         settings: &Settings,
         enlarge: Option<bool>,
-        codec: Option<&Codec>,
+        codec: Option<&LatentEncoder>,
         conditions: &Conditions,
         there: Option<&There>,
     ) -> Result<Self, PrepareError> {
@@ -110,7 +110,7 @@ impl<'a> Agenda<'a> {
             let parts = members.chunks(settings.shard_size).enumerate();
             jobs.extend(parts.map(|(number, members)| {
                 let (name, members) = (split.shard_name(first + number), members.to_vec());
-                Job { split, name, members, header: header.clone() }
+                PlannedShard { split, name, members, header: header.clone() }
             }));
         }
         let made_with = made_with(Some(listing), settings, enlarge, codec, conditions);
@@ -151,7 +151,7 @@ impl<'a> Agenda<'a> {
         let own = |at: usize| at % part.of == part.number;
         let total = files.iter().enumerate().filter(|(at, file)| own(*at) && file.is_some()).count() as u64;
         let mut done = 0;
-        let whole = |(at, (job, file)): (usize, (&Job, Option<SafeFile>))| {
+        let whole = |(at, (job, file)): (usize, (&PlannedShard, Option<SafeFile>))| {
             let Some(file) = file else { return Ok(false) };
             if !own(at) {
                 return Ok(true);
@@ -185,7 +185,7 @@ impl<'a> Agenda<'a> {
 }
 
 /// Whether a pending shard, which is not part of the dataset yet, is what this job would make.
-pub(super) fn is_made(job: &Job, path: &Path, made_with: &Map<String, Value>) -> Result<bool, PrepareError> {
+pub(super) fn is_made(job: &PlannedShard, path: &Path, made_with: &Map<String, Value>) -> Result<bool, PrepareError> {
     let Ok(file) = SafeFile::open(path) else { return Ok(false) };
     if Notes::settings(&file).as_ref() != Some(made_with) || check_whole(&file).is_err() {
         return Ok(false);
@@ -210,7 +210,7 @@ pub(super) fn made_with(
     listing: Option<&Listing>,
     settings: &Settings,
     enlarge: Option<bool>,
-    codec: Option<&Codec>,
+    codec: Option<&LatentEncoder>,
     conditions: &Conditions,
 ) -> Map<String, Value> {
     let [r, g, b] = settings.background;
@@ -314,7 +314,7 @@ pub(super) fn check_some_settings(
 }
 
 /// Calls [`check_pictures`] for a shard that this job would make.
-fn check_job(job: &Job, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
+fn check_job(job: &PlannedShard, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
     let pairs: Vec<_> = job.members.iter().copied().zip(&notes.pictures).collect();
     let now = |record: &Record| Ok(Some(print(&record.read()?)));
     check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use super::records::{Listing, Place, Record, Records, read_lines};
+use super::records::{Listing, Location, Record, Records, read_lines};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
@@ -172,7 +172,7 @@ fn find_files<T: Sync>(
     notes: &Path,
     wanted: &HashMap<i64, T>,
     report: Report,
-) -> Result<HashMap<i64, (String, Place)>, PrepareError> {
+) -> Result<HashMap<i64, (String, Location)>, PrepareError> {
     let mut paths = Vec::new();
     list(dir, &mut HashSet::new(), &mut paths)?;
     paths.sort_unstable();
@@ -183,13 +183,13 @@ fn find_files<T: Sync>(
     }
 
     let (done, known) = (AtomicU64::new(0), AtomicU64::new(0));
-    let in_tar = |path: PathBuf| -> Result<Vec<(i64, String, Place)>, PrepareError> {
+    let in_tar = |path: PathBuf| -> Result<Vec<(i64, String, Location)>, PrepareError> {
         let tar: Arc<Path> = path.into();
         let mut found = Vec::new();
         let noted = tar::index_noted(&tar, notes, &mut |tar::Member { name, offset, size }| {
             if let Some(id) = id_of(&name).filter(|id| wanted.contains_key(id)) {
                 let name = name.rsplit('/').next().unwrap_or_default().to_owned();
-                found.push((id, name, Place::Member { tar: tar.clone(), offset, size }));
+                found.push((id, name, Location::Member { tar: tar.clone(), offset, size }));
             }
         })?;
         let known = known.fetch_add(noted.into(), Ordering::Relaxed) + u64::from(noted);
@@ -202,7 +202,7 @@ fn find_files<T: Sync>(
     let in_tars: Vec<_> = in_tars.into_iter().collect::<Result<_, _>>()?; // of several damaged ones, the first
     let as_files = files.into_iter().filter_map(|path| {
         let name = path.file_name()?.to_str()?.to_owned();
-        Some((id_of(&name).filter(|id| wanted.contains_key(id))?, name, Place::File(path)))
+        Some((id_of(&name).filter(|id| wanted.contains_key(id))?, name, Location::File(path)))
     });
     let mut found = HashMap::new();
     for (id, name, place) in in_tars.into_iter().flatten().chain(as_files) {

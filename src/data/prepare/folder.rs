@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::records::{Listing, Place, Record, Records, read_lines};
+use super::records::{Listing, Location, Record, Records, read_lines};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
@@ -65,7 +65,7 @@ impl Records for Folder {
             if !ids.insert(id) {
                 return Err(format!("id {id} occurs twice"));
             }
-            let (place, tags) = (Place::File(self.images.join(&file)), listing.tags.numbers(tags));
+            let (place, tags) = (Location::File(self.images.join(&file)), listing.tags.numbers(tags));
             listing.records.push(Record { id, file, place, tags, flip, repeats });
             Ok(())
         })?;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, is_made, made_with};
 use super::records::{Record, Records};
-use super::render::{Codec, Conditions, feature, print};
+use super::render::{Conditions, LatentEncoder, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::Settings;
 use super::there::There;
@@ -22,7 +22,7 @@ use crate::condition::Conditioning;
 use crate::condition::vocabulary::Vocabulary;
 use crate::data::dataset::Split;
 use crate::data::shard::{
-    Drop, Dropped, Drops, Header, Notes, Row, Rows, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint,
+    Drop, Dropped, Drops, Header, Notes, SUMMARY_FILE, Shard, ShardImage, ShardImages, VOCABULARY_FILE, VocabularyPrint,
 };
 use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
@@ -35,7 +35,7 @@ use crate::formats::fingerprint::Fingerprint;
 pub fn add(
     records: &dyn Records,
     settings: &Settings,
-    mut codec: Option<Codec>,
+    mut codec: Option<LatentEncoder>,
     report: Report,
 ) -> Result<Summary, PrepareError> {
     let out = &settings.out;
@@ -266,7 +266,7 @@ struct Tagged<'a> {
 impl Tagged<'_> {
     /// Writes a shard anew, and returns its notes.
     fn write(&self, shard: &Shard, path: &Path) -> Result<Notes, PrepareError> {
-        let mut rows = Rows::default();
+        let mut rows = ShardImages::default();
         for (i, &id) in shard.ids.iter().enumerate() {
             let record = self.records[&id];
             let tags = record.places(&self.places);
@@ -278,7 +278,7 @@ impl Tagged<'_> {
                 _ => self.vocabulary.multi_hot(&tags),
             };
             let (image, shape, flip, repeats) = (shard.image(i), shard.shapes[i], record.flip, record.repeats);
-            rows.push(&Row { id, image, shape, condition: &condition, tags: &tags, flip, repeats });
+            rows.push(&ShardImage { id, image, shape, condition: &condition, tags: &tags, flip, repeats });
         }
         let mut notes = Notes::read(&shard.file)?;
         for key in ["records", "vocabulary", "features", "tagger"] {

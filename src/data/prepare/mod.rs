@@ -69,8 +69,8 @@ use serde_json::Value;
 pub use danbooru::Danbooru;
 pub use folder::Folder;
 pub use grow::{add, retag};
-pub use records::{Listing, Place, Record, Records, Tags};
-pub use render::Codec;
+pub use records::{Listing, Location, Record, Records, TagTable};
+pub use render::LatentEncoder;
 pub(crate) use render::encoder;
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
@@ -95,7 +95,7 @@ use render::{Conditions, Renderer};
 pub fn prepare(
     records: &dyn Records,
     settings: &Settings,
-    mut codec: Option<Codec>,
+    mut codec: Option<LatentEncoder>,
     report: Report,
 ) -> Result<Summary, PrepareError> {
     let out = &settings.out;
@@ -158,7 +158,7 @@ fn gone(done: io::Result<()>) -> io::Result<()> {
 fn owned(
     records: &dyn Records,
     settings: &Settings,
-    codec: Option<&Codec>,
+    codec: Option<&LatentEncoder>,
     report: Report,
 ) -> Result<(DirLock, Pending), PrepareError> {
     settings.check(codec.map_or(1, |codec| codec.factor))?;
@@ -263,7 +263,7 @@ fn make(
     existing: &[bool],
     path: &dyn Fn(&str) -> PathBuf,
     renderer: &Renderer,
-    mut codec: Option<&mut Codec>,
+    mut codec: Option<&mut LatentEncoder>,
     tally: &mut Tally,
     report: Report,
 ) -> Result<(), PrepareError> {

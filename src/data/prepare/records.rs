@@ -48,7 +48,7 @@ pub struct Listing {
     /// Those that were not dropped.
     pub records: Vec<Record>,
     /// Their tags.
-    pub tags: Tags,
+    pub tags: TagTable,
     /// The others.
     pub dropped: Drops,
     /// Distinct tags that cannot be tags here.
@@ -70,7 +70,7 @@ pub struct Record {
     /// Name of its file, for people.
     pub file: String,
     /// Where it is.
-    pub place: Place,
+    pub place: Location,
     /// Numbers of its tags in [`Listing::tags`], in the order of their names.
     pub tags: Box<[u32]>,
     /// Whether mirroring leaves its meaning.
@@ -95,7 +95,7 @@ impl Record {
 
 /// Where an image's bytes are.
 #[derive(Clone, Debug)]
-pub enum Place {
+pub enum Location {
     /// All of a file.
     File(PathBuf),
     /// `size` bytes in an archive, from `offset` on.
@@ -103,7 +103,7 @@ pub enum Place {
     Member { tar: Arc<Path>, offset: u64, size: u64 },
 }
 
-impl Place {
+impl Location {
     /// Number of bytes; 0 for a file that is not there.
     pub(super) fn length(&self) -> u64 {
         match self {
@@ -152,12 +152,12 @@ impl Place {
 
 /// Tags by number, so that the text of a tag that a million images have is kept once.
 #[derive(Debug, Default)]
-pub struct Tags {
+pub struct TagTable {
     names: Vec<String>,
     numbers: HashMap<String, u32>,
 }
 
-impl Tags {
+impl TagTable {
     /// Numbers of a picture's tags, in the order of their names, each once.
     pub fn numbers(&mut self, mut tags: Vec<String>) -> Box<[u32]> {
         tags.sort_unstable();

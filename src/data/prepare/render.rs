@@ -17,18 +17,18 @@ use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::condition::{Conditioning, unit_norm};
 use crate::data::features::Features;
-use crate::data::shard::{Drop, Dropped, Notes, Row, Rows, Unapplied};
+use crate::data::shard::{Drop, Dropped, Notes, ShardImage, ShardImages, Unapplied};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::transposed;
-use crate::pictures::decode::{Image, decode};
+use crate::pictures::decode::{Decoded, decode};
 use crate::pictures::{Picture, PictureError, fit};
 
 /// Images that are decoded at a time.
 pub(super) const CHUNK: usize = 64;
 
 /// Makes latents of pictures, on whichever device.
-pub struct Codec {
+pub struct LatentEncoder {
     /// What its latents are of.
     pub(super) autoencoder: Autoencoder,
     /// Pixels for a latent, in each direction.
@@ -36,12 +36,12 @@ pub struct Codec {
     encode: Box<Encode>,
 }
 
-debug!(Codec { autoencoder, factor });
+debug!(LatentEncoder { autoencoder, factor });
 
 /// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
 pub type Encode = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>;
 
-impl Codec {
+impl LatentEncoder {
     /// An autoencoder on a device.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Codec {
 /// An autoencoder's encoder, on a device.
 ///
 /// # Errors
-/// As [`Codec::open`].
+/// As [`LatentEncoder::open`].
 pub fn encoder(device: &Device, file: &CodecFile) -> Result<Box<Encode>, CodecError> {
     struct Encoding<'a>(&'a CodecFile);
     impl Work for Encoding<'_> {
@@ -122,7 +122,7 @@ struct Ready {
     shape: u8,
     /// Whether it was smaller before.
     enlarged: bool,
-    /// See [`Image`].
+    /// See [`Decoded`].
     unapplied: Option<String>,
     /// Places of its tags in the vocabulary, ascending.
     tags: Vec<u32>,
@@ -130,7 +130,7 @@ struct Ready {
 }
 
 /// A feature as a condition.
-pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
+pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, LeftOut> {
     match unit_norm(&mut feature) {
         true => Ok(feature),
         false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
@@ -138,7 +138,7 @@ pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, Refusal> {
 }
 
 /// Why an image is left out, and that in words.
-type Refusal = (Drop, String);
+type LeftOut = (Drop, String);
 
 /// The fingerprint of a picture's file; for an unreadable file, that of no bytes.
 pub(super) fn print(file: &Result<Vec<u8>, String>) -> Fingerprint {
@@ -163,10 +163,10 @@ impl Renderer<'_> {
     pub fn render(
         &self,
         members: &[&Record],
-        mut codec: Option<&mut Codec>,
+        mut codec: Option<&mut LatentEncoder>,
         report: Report,
-    ) -> Result<(Rows, Notes), PrepareError> {
-        let mut rows = Rows::default();
+    ) -> Result<(ShardImages, Notes), PrepareError> {
+        let mut rows = ShardImages::default();
         let (mut dropped, mut unapplied, mut enlarged) = (Vec::new(), Vec::new(), 0);
         let mut pictures = Vec::with_capacity(members.len());
         thread::scope(|scope| -> Result<(), PrepareError> {
@@ -197,7 +197,7 @@ impl Renderer<'_> {
                         let &&Record { id, flip, repeats, .. } = record;
                         let (image, condition, tags): (&Vec<u8>, _, _) = (&image, &ready.condition, &ready.tags);
                         let shape = ready.shape;
-                        rows.push(&Row { id, image, shape, condition, tags, flip, repeats });
+                        rows.push(&ShardImage { id, image, shape, condition, tags, flip, repeats });
                         enlarged += usize::from(ready.enlarged);
                         unapplied.extend(ready.unapplied.map(|profile| Unapplied { file: file(), profile }));
                     }
@@ -209,10 +209,10 @@ impl Renderer<'_> {
         Ok((rows, Notes { settings: self.made_with.clone(), pictures, dropped, unapplied, enlarged }))
     }
 
-    fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, Refusal> {
+    fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, LeftOut> {
         let Settings { sizes, background, max_crop, .. } = self.settings;
         let unreadable = |why: PictureError| (Drop::Unreadable, why.to_string());
-        let Image { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
+        let Decoded { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
         let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
         let (shape, crop) = fit::choose([width, height], sizes);
         let size = sizes[shape];
@@ -242,7 +242,7 @@ impl Renderer<'_> {
 }
 
 /// Mean and standard deviation of a picture's latents, [2C, h, w] in f16.
-fn latents(codec: &mut Codec, picture: &Picture) -> Result<Result<Vec<u8>, Refusal>, CodecError> {
+fn latents(codec: &mut LatentEncoder, picture: &Picture) -> Result<Result<Vec<u8>, LeftOut>, CodecError> {
     let moments = (codec.encode)(picture)?;
     let halves: Vec<f16> = moments.iter().flat_map(|values| transposed(values, LATENTS)).map(f16::from_f32).collect();
     Ok(match halves.iter().all(|x| x.is_finite()) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::report::PrepareError;
 use crate::condition::vocabulary::Vocabulary;
 use crate::data::dataset::{DatasetError, Split, open_shards};
-use crate::data::pending::View;
+use crate::data::pending::PendingView;
 use crate::data::shard::{Shard, VOCABULARY_FILE};
 
 /// A dataset that is there.
@@ -20,7 +20,7 @@ impl There {
     /// # Errors
     /// There is no dataset, or it is damaged. `to` is what the message says it is needed for.
     pub fn open(dir: &Path, to: &'static str) -> Result<Self, PrepareError> {
-        let view = View::of(dir);
+        let view = PendingView::of(dir);
         let path = view.path(VOCABULARY_FILE);
         let none = || PrepareError::NoDataset { dir: dir.into(), to };
         if !path.exists() {

@@ -45,7 +45,7 @@ pub(super) use checksums::{Contents, content, holds_nothing};
 pub use notes::{Drop, Drops};
 pub(super) use notes::{Dropped, Notes, Unapplied};
 pub(super) use read::Shard;
-pub(super) use write::{Row, Rows};
+pub(super) use write::{ShardImage, ShardImages};
 
 /// Name of the vocabulary's file, beside the shards.
 pub const VOCABULARY_FILE: &str = "vocabulary.json";

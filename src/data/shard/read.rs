@@ -96,7 +96,7 @@ impl Shard {
         &self.tag_indices[self.tag_offsets[i]..self.tag_offsets[i + 1]]
     }
 
-    /// [`Row::image`](super::Row::image) of image `i`.
+    /// [`Row::image`](super::ShardImage::image) of image `i`.
     pub fn image(&self, i: usize) -> &[u8] {
         let name = &self.pixels[usize::from(self.shapes[i])];
         self.row(name, self.rows[i] as usize)

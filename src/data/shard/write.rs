@@ -13,7 +13,7 @@ use super::{CHECKSUMS, HEADER, Header};
 use crate::formats::safetensors::{self, Dtype, SafeError, TensorOut};
 
 /// What a shard will hold for one image.
-pub(in crate::data) struct Row<'a> {
+pub(in crate::data) struct ShardImage<'a> {
     pub id: i64,
     /// Pixels `[C, H, W]` in u8, or moments of latents [2C, H, W] in f16.
     pub image: &'a [u8],
@@ -29,7 +29,7 @@ pub(in crate::data) struct Row<'a> {
 
 /// The images of a shard that is being made.
 #[derive(Default)]
-pub(in crate::data) struct Rows {
+pub(in crate::data) struct ShardImages {
     /// The bytes of the images of each size.
     images: Vec<Vec<u8>>,
     shapes: Vec<u8>,
@@ -41,9 +41,9 @@ pub(in crate::data) struct Rows {
     tag_indices: Vec<u8>,
 }
 
-impl Rows {
+impl ShardImages {
     /// Adds an image.
-    pub fn push(&mut self, row: &Row) {
+    pub fn push(&mut self, row: &ShardImage) {
         let shape = usize::from(row.shape);
         self.images.resize_with(self.images.len().max(shape + 1), Vec::new);
         self.images[shape].extend(row.image);

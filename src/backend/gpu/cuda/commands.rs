@@ -6,7 +6,7 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::driver::describe;
-use super::{Device, HAS_HOPPER};
+use super::{CudaDevice, HAS_HOPPER};
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::{Launch, Precision, TensorMap, TensorMapSpec};
 use crate::backend::gpu::runtime::{Beside, Command, Graph, behind_launches};
@@ -14,7 +14,7 @@ use crate::backend::gpu::runtime::{Beside, Command, Graph, behind_launches};
 use sys::CUfunction_attribute as FunctionAttribute;
 use sys::CUlaunchAttributeID as AttributeId;
 
-/// A purpose of memory; how much it takes, the driver does not say.
+/// A purpose of memory. The driver does not say how much it takes.
 const GRAPH: &str = "a graph";
 
 /// What is said where a kernel is in none of the files.
@@ -29,7 +29,7 @@ fn no_kernel(name: &str) -> String {
 
 /// A kernel ready to be launched.
 #[derive(Clone, Copy)]
-pub(super) struct Kernel {
+pub(super) struct LoadedKernel {
     function: sys::CUfunction,
     /// Bytes of its params struct.
     params: usize,
@@ -37,9 +37,9 @@ pub(super) struct Kernel {
     waits: bool,
 }
 
-impl Device {
+impl CudaDevice {
     /// The kernel of a launch, looked up once.
-    fn kernel(&self, launch: &Launch) -> Result<Kernel, DeviceError> {
+    fn kernel(&self, launch: &Launch) -> Result<LoadedKernel, DeviceError> {
         let known = self.kernels.borrow().get(&*launch.kernel).copied();
         let kernel = match known {
             Some(kernel) => kernel,
@@ -64,7 +64,7 @@ impl Device {
     }
 
     /// Loads a kernel's code, which must not happen during a capture, and lets it use all shared memory.
-    fn load(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<Kernel, DriverError> {
+    fn load(&self, function: sys::CUfunction, dynamic_shared: bool) -> Result<LoadedKernel, DriverError> {
         let (mut at, mut params) = (0, 0);
         // SAFETY: a live function, attributes that exist; each writes or reads one integer.
         let compiled_for = unsafe {
@@ -80,7 +80,7 @@ impl Device {
             }
             result::function::get_function_attribute(function, FunctionAttribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?
         };
-        Ok(Kernel { function, params, waits: compiled_for >= 90 })
+        Ok(LoadedKernel { function, params, waits: compiled_for >= 90 })
     }
 
     /// See [`Runtime::tensor_map`](super::Runtime::tensor_map).
@@ -227,7 +227,7 @@ impl Device {
 }
 
 pub(super) struct Recorded {
-    device: Rc<Device>,
+    device: Rc<CudaDevice>,
     graph: sys::CUgraphExec,
     last_kernel: String,
 }
@@ -237,7 +237,11 @@ impl Recorded {
     ///
     /// # Safety
     /// As there.
-    pub(super) unsafe fn new(device: &Rc<Device>, commands: &[Command], overlap: bool) -> Result<Self, DeviceError> {
+    pub(super) unsafe fn new(
+        device: &Rc<CudaDevice>,
+        commands: &[Command],
+        overlap: bool,
+    ) -> Result<Self, DeviceError> {
         device.bind()?;
         let launches = || commands.iter().filter_map(|c| if let Command::Launch(l) = c { Some(l) } else { None });
         // All that may load code or allocate comes before the capture.
@@ -292,13 +296,13 @@ impl Drop for Recorded {
 
 /// A stream beside that of commands.
 pub(super) struct Side {
-    device: Rc<Device>,
+    device: Rc<CudaDevice>,
     stream: sys::CUstream,
     event: sys::CUevent,
 }
 
 impl Side {
-    pub(super) fn new(device: &Rc<Device>) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Rc<CudaDevice>) -> Result<Self, DeviceError> {
         device.bind()?;
         let mut made = Self { device: device.clone(), stream: std::ptr::null_mut(), event: std::ptr::null_mut() };
         made.stream = device.require(result::stream::create(result::stream::StreamKind::NonBlocking))?;
@@ -349,7 +353,7 @@ impl Drop for Side {
     }
 }
 
-/// Events that know the time.
+/// Events that record the time.
 struct Timers(Vec<sys::CUevent>);
 
 impl Timers {

@@ -12,8 +12,8 @@ use sys::CUdevice_attribute as Attribute;
 
 /// The first driver version with all functions called here, as the driver counts: CUDA 12.4.
 const OLDEST_DRIVER: i32 = 12040;
-/// The functions that are called here, and cudarc panics where one is missing; the first four serve to ask for the version.
-/// Tensor maps' are for cards whose drivers have them.
+/// The functions that are called here; cudarc panics where one is missing. The first four serve to ask for the version.
+/// Those for tensor maps are not listed: cards that need them have drivers with them.
 #[rustfmt::skip]
 const FUNCTIONS: [&str; 45] = [
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuCtxSetCurrent", "cuDeviceGet",
@@ -47,8 +47,8 @@ pub struct CardInfo {
 }
 
 impl CardInfo {
-    /// What tiles are chosen for. That f32 sums halve the rate of its products is a property of what is sold for games. Of the
-    /// cards of the same chips for work, two have it by their data sheets.
+    /// What tiles are chosen for. Cards that are sold for games multiply at half the rate with f32 sums. Of the
+    /// workstation and server cards with the same chips, two do so too, according to their data sheets.
     pub(super) fn card(&self) -> Card {
         let usual = Card::new(self.sms, self.capability.0 * 10 + self.capability.1);
         let halves = self.name.contains("GeForce") || ["NVIDIA L40", "NVIDIA A10G"].contains(&&*self.name);

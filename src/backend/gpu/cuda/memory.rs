@@ -15,7 +15,7 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 use rayon::prelude::*;
 
-use super::Device;
+use super::CudaDevice;
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::DevicePtr;
 use crate::backend::gpu::runtime::{Memory, advice};
@@ -39,7 +39,7 @@ pub(super) struct InFlight {
     pub(super) left: sys::CUevent,
 }
 
-/// The way of data to the device.
+/// The path of data to the device.
 pub(super) struct Ring {
     pub(super) pinned: *mut u8,
     pub(super) device: sys::CUdeviceptr,
@@ -50,7 +50,7 @@ pub(super) struct Ring {
     pub(super) events: Vec<sys::CUevent>,
 }
 
-impl Device {
+impl CudaDevice {
     /// Device memory of at least 1 byte.
     pub(super) fn allocate(&self, bytes: usize, purpose: &'static str) -> Result<sys::CUdeviceptr, DeviceError> {
         self.bind()?;
@@ -61,7 +61,8 @@ impl Device {
         self.with_memory(|| unsafe { result::malloc_sync(bytes) }, Some(bytes), purpose)
     }
 
-    /// What takes device memory, `bytes` if that is known; where it does not suffice, again without what is kept.
+    /// Calls `take`, which takes device memory, `bytes` if that is known. Where that does not suffice, it frees what is
+    /// kept and tries again.
     pub(super) fn with_memory<T>(
         &self,
         take: impl Fn() -> Result<T, DriverError>,
@@ -144,7 +145,7 @@ impl Device {
 }
 
 pub(super) struct Allocation {
-    device: Rc<Device>,
+    device: Rc<CudaDevice>,
     at: sys::CUdeviceptr,
     bytes: usize,
     /// What was allocated.
@@ -152,7 +153,7 @@ pub(super) struct Allocation {
 }
 
 impl Allocation {
-    pub(super) fn new(device: &Rc<Device>, bytes: usize, purpose: &'static str) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Rc<CudaDevice>, bytes: usize, purpose: &'static str) -> Result<Self, DeviceError> {
         let room = bytes.max(1).next_multiple_of(ALIGNMENT);
         Ok(Self { device: device.clone(), at: device.allocate(room, purpose)?, bytes, room })
     }

@@ -17,11 +17,11 @@ use std::rc::Rc;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::launch::{TensorMap, TensorMapSpec};
-use super::runtime::{Beside, Command, Graph, Memory, Origin, Runtime};
+use super::runtime::{Beside, Command, Graph, MeasuredOn, Memory, Runtime};
 use super::tiles::{Card, Tuned};
 use crate::backend::DeviceError;
 use crate::system;
-use commands::{Kernel, Recorded, Side};
+use commands::{LoadedKernel, Recorded, Side};
 use driver::{card_info, describe, driver_version, in_words};
 use memory::{Allocation, DOWNLOAD, RING, Ring};
 
@@ -50,16 +50,17 @@ pub(super) const HAS_HOPPER: bool = {
 
 /// What all clones of a [`Cuda`], its memory and its graphs share. Dropped last, so everything it holds is
 /// unused by then.
-struct Device {
+struct CudaDevice {
     info: CardInfo,
     device: sys::CUdevice,
     context: sys::CUcontext,
     commands: sys::CUstream,
     uploads: sys::CUstream,
     modules: Vec<sys::CUmodule>,
-    /// Whether the launches of all graphs, or of none, may overlap (EDM2K_OVERLAP); otherwise of those for which it is asked.
+    /// Whether the launches of all graphs, or of none, may overlap (EDM2K_OVERLAP); `None`: those of the graphs for
+    /// which that is asked.
     overlap: Option<bool>,
-    kernels: RefCell<HashMap<String, Kernel>>,
+    kernels: RefCell<HashMap<String, LoadedKernel>>,
     /// For messages: the device tells of a fault later.
     last_kernel: RefCell<String>,
     ring: RefCell<Ring>,
@@ -72,7 +73,7 @@ struct Device {
     kept: RefCell<HashMap<usize, Vec<sys::CUdeviceptr>>>,
 }
 
-impl Device {
+impl CudaDevice {
     fn failed(&self, error: DriverError) -> DeviceError {
         let last = self.last_kernel.borrow();
         let after = if last.is_empty() { String::new() } else { format!("; the last kernel launched was {last}") };
@@ -87,7 +88,7 @@ impl Device {
         done.map_err(|e| self.failed(e))
     }
 
-    /// Makes the device the one of this thread.
+    /// Makes this thread use the device.
     fn bind(&self) -> Result<(), DeviceError> {
         // SAFETY: the context lives as long as `self`.
         self.require(unsafe { result::ctx::set_current(self.context) })
@@ -119,7 +120,7 @@ impl Device {
     }
 }
 
-impl Drop for Device {
+impl Drop for CudaDevice {
     fn drop(&mut self) {
         // Errors were reported by what caused them; a lost device refuses everything here.
         let _ = self.wait();
@@ -154,7 +155,7 @@ impl Drop for Device {
 
 /// A GPU, and the choices of tiles that were measured on it. Clones are the same one.
 #[derive(Clone)]
-pub struct Cuda(Rc<Device>, Option<Rc<Tuned>>);
+pub struct Cuda(Rc<CudaDevice>, Option<Rc<Tuned>>);
 
 impl Cuda {
     /// Opens the device that the driver counts as `ordinal`.
@@ -173,10 +174,10 @@ impl Cuda {
         info.check(ARCHS)?;
         let unavailable = |e| DeviceError::Unavailable(format!("{}: {}", info.label(), describe(e)));
         let (device, info) = card_info(ordinal).map_err(unavailable)?;
-        // SAFETY: `device` is one; released when `Device` is dropped.
+        // SAFETY: `device` is one; released when `CudaDevice` is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(unavailable)?;
-        // From here on what is made belongs to `Device`, whose drop takes it back.
-        let mut made = Device {
+        // From here on what is made belongs to `CudaDevice`, whose drop takes it back.
+        let mut made = CudaDevice {
             info,
             device,
             context,
@@ -235,11 +236,11 @@ impl Runtime for Cuda {
         self.0.info.card()
     }
 
-    fn origin(&self) -> Origin {
+    fn origin(&self) -> MeasuredOn {
         let archs: Vec<_> = ARCHS.iter().map(u32::to_string).collect();
         let compiled = format!("CUDA {COMPILER} for {}", archs.join(" "));
         let driver = system::nvidia_driver().unwrap_or_else(|| format!("for CUDA {}", in_words(driver_version())));
-        Origin::new(&self.0.info.name, self.card(), driver, &compiled)
+        MeasuredOn::new(&self.0.info.name, self.card(), driver, &compiled)
     }
 
     fn tuned(&self) -> Option<Rc<Tuned>> {

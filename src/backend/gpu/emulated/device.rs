@@ -3,10 +3,10 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use super::{Emulator, EmulatorError, Memory as Allocation, tensor_map};
+use super::{EmulatedMemory, Emulator, EmulatorError, tensor_map};
 use crate::backend::DeviceError;
 use crate::backend::gpu::launch::{DevicePtr, TensorMap, TensorMapSpec};
-use crate::backend::gpu::runtime::{Command, Graph, Memory, Origin, Runtime, advice, behind_launches};
+use crate::backend::gpu::runtime::{Command, Graph, MeasuredOn, Memory, Runtime, advice, behind_launches};
 use crate::backend::gpu::tiles::{Card, Tuned};
 
 /// The emulator as a device.
@@ -57,7 +57,7 @@ impl Emulated {
 }
 
 struct Room {
-    allocation: Allocation,
+    allocation: EmulatedMemory,
     used: Rc<Cell<u64>>,
 }
 
@@ -103,8 +103,8 @@ impl Runtime for Emulated {
         Card::new(4, 90)
     }
 
-    fn origin(&self) -> Origin {
-        Origin::new("the emulator", self.card(), "none".into(), "for the CPU")
+    fn origin(&self) -> MeasuredOn {
+        MeasuredOn::new("the emulator", self.card(), "none".into(), "for the CPU")
     }
 
     fn tuned(&self) -> Option<Rc<Tuned>> {

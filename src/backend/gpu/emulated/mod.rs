@@ -38,7 +38,7 @@ pub enum Build {
 
 /// In which order blocks, and the threads that can go on, are run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Order {
+pub enum ThreadOrder {
     /// Thread 0 first, as far as it gets.
     #[default]
     Forward,
@@ -110,7 +110,7 @@ struct Api {
     free: unsafe extern "C" fn(*mut c_void) -> c_int,
     launch: unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, u32, u32, *mut *mut c_void) -> c_int,
     /// Settings now in force; held during launches and copies, which must not overlap.
-    settings: Mutex<Option<Settings>>,
+    settings: Mutex<Option<LaunchSettings>>,
 }
 
 impl Api {
@@ -148,7 +148,7 @@ impl Api {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Settings>> {
+    fn lock(&self) -> MutexGuard<'_, Option<LaunchSettings>> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -174,7 +174,7 @@ fn c_name(name: &str) -> Result<CString> {
 #[derive(Clone)]
 pub struct Emulator {
     api: &'static Api,
-    settings: Settings,
+    settings: LaunchSettings,
     beside: bool,
     cluster: u32,
     /// Whether a launch asks for its shared memory by itself.
@@ -183,8 +183,8 @@ pub struct Emulator {
 
 /// How launches run.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Settings {
-    order: Order,
+struct LaunchSettings {
+    order: ThreadOrder,
     threads: usize,
     strict_exits: bool,
 }
@@ -197,7 +197,7 @@ impl Emulator {
 
     fn on(api: &'static Api) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let settings = Settings { order: Order::Forward, threads, strict_exits: false };
+        let settings = LaunchSettings { order: ThreadOrder::Forward, threads, strict_exits: false };
         Self { api, settings, beside: false, cluster: 1, asks: false }
     }
 
@@ -246,20 +246,20 @@ impl Emulator {
     }
 
     /// The same device with another thread order.
-    pub fn with_order(self, order: Order) -> Self {
-        Self { settings: Settings { order, ..self.settings }, ..self }
+    pub fn with_order(self, order: ThreadOrder) -> Self {
+        Self { settings: LaunchSettings { order, ..self.settings }, ..self }
     }
 
     /// The same device with blocks spread over so many OS threads. With more than one, the results of kernels whose
     /// blocks meet in atomics depend on the order of blocks.
     pub fn with_threads(self, threads: usize) -> Self {
-        Self { settings: Settings { threads: threads.clamp(1, 1024), ..self.settings }, ..self }
+        Self { settings: LaunchSettings { threads: threads.clamp(1, 1024), ..self.settings }, ..self }
     }
 
     /// The same device; if `strict`, a barrier or a warp that is short of a thread because it has left the kernel is an
     /// error. CUDA does not wait for such threads on cards since Volta.
     pub fn with_strict_exits(self, strict: bool) -> Self {
-        Self { settings: Settings { strict_exits: strict, ..self.settings }, ..self }
+        Self { settings: LaunchSettings { strict_exits: strict, ..self.settings }, ..self }
     }
 
     /// The same device; if `beside`, its launches may begin while the ones before them still run: it is a fault if a kernel
@@ -300,13 +300,13 @@ impl Emulator {
     }
 
     /// Device memory, aligned to 256 bytes and filled with NaN (0xff), between guard pages.
-    pub fn alloc(&self, bytes: usize) -> Result<Memory> {
+    pub fn alloc(&self, bytes: usize) -> Result<EmulatedMemory> {
         // SAFETY: any size is allowed.
         let start = unsafe { (self.api.malloc)(bytes) };
         if start.is_null() {
             return Err(EmulatorError::Refused(self.api.message()));
         }
-        Ok(Memory(Arc::new(Allocation { api: self.api, start: start as u64, bytes })))
+        Ok(EmulatedMemory(Arc::new(Allocation { api: self.api, start: start as u64, bytes })))
     }
 
     /// Runs a kernel to its end on `grid` blocks of `block` threads with `shared` bytes of dynamic
@@ -314,7 +314,7 @@ impl Emulator {
     ///
     /// # Safety
     ///
-    /// Pointers among the arguments must point into live [`Memory`] of this build, and the kernel
+    /// Pointers among the arguments must point into live [`EmulatedMemory`] of this build, and the kernel
     /// must stay within it. The checked build refuses everything else; the normal build stops at
     /// unmapped pages only.
     pub unsafe fn launch(
@@ -334,11 +334,11 @@ impl Emulator {
         let mut pointers: Vec<*mut c_void> = args.iter().map(|a| a.0.as_ptr().cast_mut().cast()).collect();
         let mut settings = self.api.lock();
         if *settings != Some(self.settings) {
-            let Settings { order, threads, strict_exits } = self.settings;
+            let LaunchSettings { order, threads, strict_exits } = self.settings;
             let (order, seed) = match order {
-                Order::Forward => (0, 0),
-                Order::Reversed => (1, 0),
-                Order::Random(seed) => (2, seed),
+                ThreadOrder::Forward => (0, 0),
+                ThreadOrder::Reversed => (1, 0),
+                ThreadOrder::Random(seed) => (2, seed),
             };
             let values =
                 [(c"order", order), (c"seed", seed), (c"threads", threads as u64), (c"strict", strict_exits.into())];
@@ -442,9 +442,9 @@ impl Drop for Allocation {
 
 /// Device memory; freed when the last clone is dropped.
 #[derive(Clone)]
-pub struct Memory(Arc<Allocation>);
+pub struct EmulatedMemory(Arc<Allocation>);
 
-impl Memory {
+impl EmulatedMemory {
     /// Its address.
     pub fn ptr(&self) -> DevicePtr {
         DevicePtr(self.0.start)

@@ -59,7 +59,7 @@ impl Gpu<Loaded> {
         };
         let y = self.unset(x.shape(), Format::Half);
         let launch = normalise(self.precision, x.shape(), x.ptr(), before, y.ptr());
-        self.go_if(Work::new("codec_normalise", x.shape()).with([x, &y]), launch);
+        self.go_if(Operation::new("codec_normalise", x.shape()).with([x, &y]), launch);
         y
     }
 }
@@ -90,7 +90,7 @@ impl CodecBackend for Gpu<Loaded> {
         self.keep(&[weight, bias]);
         let from = DevicePtr::of(residual.as_ref());
         let (math, by) = (self.math, self.chooser.clone());
-        let work = Work::new("codec_conv", shape).sums(summands(*reach, *cin)).with([&x, weight]).with(&residual);
+        let work = Operation::new("codec_conv", shape).sums(summands(*reach, *cin)).with([&x, weight]).with(&residual);
         let work = work.of(question(math, by.card, *reach, x.shape(), *cout));
         let (y, held) = self.sum_into(residual, shape);
         let memory = CodecConv {
@@ -120,7 +120,7 @@ impl CodecBackend for Gpu<Loaded> {
             ..Zeroable::zeroed()
         };
         let launches = group_norm(self.precision, x.shape(), groups, eps, memory);
-        self.go_if(Work::new("codec_group_norm", x.shape()).with([&x]), launches);
+        self.go_if(Operation::new("codec_group_norm", x.shape()).with([&x]), launches);
         scales
     }
 
@@ -128,7 +128,7 @@ impl CodecBackend for Gpu<Loaded> {
         let (qkv, [n, h, w, c]) = (self.half(qkv), qkv.shape());
         let out = self.unset([n, h, w, c / 3], Format::Half);
         let launch = self_attention(self.precision, out.shape(), qkv.ptr(), out.ptr());
-        let work = Work::new("codec_attention", out.shape()).sums(2 * h * w);
+        let work = Operation::new("codec_attention", out.shape()).sums(2 * h * w);
         self.go_if(work.with([&qkv, &out]), launch.map(|launch| [launch]));
         out
     }
@@ -140,7 +140,7 @@ impl CodecBackend for Gpu<Loaded> {
         let [words, blocks] = bytes_words(pixels);
         let out = self.scratch(4 * (words + blocks));
         let launch = bytes(self.precision, pixels, x.ptr(), stretch, out.ptr());
-        self.go(Work::new("codec_bytes", x.shape()).with([&x, &out]), [launch]);
+        self.go(Operation::new("codec_bytes", x.shape()).with([&x, &out]), [launch]);
         self.check()?;
         let (memory, first) = out.memory().expect("nothing is downloaded while a plan is made");
         let mut rgb = vec![0; 4 * (words + blocks)];

@@ -1,6 +1,6 @@
 //! What all convolutions of the network have in common.
 
-use super::super::conv::{ConvShape, Epilogue, Fprop, Inputs, MainPath, Scales};
+use super::super::conv::{BlockScales, ConvInputs, ConvShape, Epilogue, Fprop, MainPath};
 use super::super::structs::ConvFprop;
 use super::*;
 
@@ -48,14 +48,14 @@ impl Gpu {
     }
 
     /// What a convolution reads, and the tensors that hold it.
-    pub(super) fn inputs(&mut self, x: &Operand<Tensor>) -> (Inputs, Vec<Tensor>) {
+    pub(super) fn inputs(&mut self, x: &Operand<Tensor>) -> (ConvInputs, Vec<Tensor>) {
         let mut part = |x: &Tensor, scale: f64, silu: bool| {
             let half = self.half(x);
             if silu { (self.active(&half, scale), 1.0) } else { (half, scale as f32) }
         };
         let (a, x_scale) = part(x.x, x.x_scale, x.silu);
         let skip = x.skip.map(|(skip, scale)| part(skip, scale, x.silu));
-        let inputs = Inputs { x: a.ptr(), x_scale, skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)) };
+        let inputs = ConvInputs { x: a.ptr(), x_scale, skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)) };
         let held = std::iter::once(a).chain(skip.map(|(skip, _)| skip)).collect();
         (inputs, held)
     }
@@ -96,10 +96,10 @@ impl Gpu {
     }
 
     /// What convolutions into one result cost, without what they read and write. The first has `taps` taps.
-    fn work_of(&self, taps: usize, weights: &[ParamId], y: &Tensor) -> Work {
+    fn work_of(&self, taps: usize, weights: &[ParamId], y: &Tensor) -> Operation {
         let name = if taps == 9 { "conv3x3_fprop" } else { "conv1x1_fprop" };
         let sums = weights.iter().map(|&w| self.params.dims(w)).map(|[_, cin, taps]| cin * taps).sum();
-        Work::new(name, y.shape()).sums(sums).bytes(weights.iter().map(|&w| self.params.effective_bytes(w)).sum())
+        Operation::new(name, y.shape()).sums(sums).bytes(weights.iter().map(|&w| self.params.effective_bytes(w)).sum())
     }
 
     fn launch_fprop(
@@ -109,7 +109,7 @@ impl Gpu {
         w: ParamId,
         epilogue: Epilogue,
         (y, active): (&Tensor, Option<(Tensor, f64)>),
-        work: Work,
+        work: Operation,
     ) {
         let scratch = self.scratch(conv.scratch_bytes());
         let act = active.as_ref().map(|(t, factor)| (t.ptr(), *factor as f32));
@@ -140,8 +140,8 @@ impl Gpu {
         [n, h, width, self.params.dims(w)[0]]
     }
 
-    pub(super) fn scales(&self, scale: &Scale<Tensor>) -> Scales {
-        Scales { all: scale.all.ptr().offset(scale.offset * 4), stride: scale.all.shape()[3] }
+    pub(super) fn scales(&self, scale: &Scale<Tensor>) -> BlockScales {
+        BlockScales { all: scale.all.ptr().offset(scale.offset * 4), stride: scale.all.shape()[3] }
     }
 
     /// A gradient or an activation, brought into the order that the output channels of this weight have.

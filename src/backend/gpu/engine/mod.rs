@@ -23,7 +23,7 @@ use super::runtime::{Command, Imagined, Memory, Runtime};
 use super::tensor::{Buffer, Format, Tensor, Workspace, bytes_of, padded};
 use super::tiles::{Chooser, Question};
 use crate::backend::*;
-use crate::params::{Buckets, ParamId, ParamTable, Whole};
+use crate::params::{ParamId, ParamTable, Portions, Whole};
 use bytemuck::Zeroable;
 use half::{bf16, f16};
 use plan::{Plan, Recording};
@@ -34,7 +34,7 @@ pub use timing::{Timing, Trial};
 
 /// One operation of a plan: what it is, and the least work that it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Work {
+pub struct Operation {
     /// Its name.
     pub name: &'static str,
     /// Shape of its result.
@@ -47,7 +47,7 @@ pub struct Work {
     pub product: Option<Question>,
 }
 
-impl Work {
+impl Operation {
     pub(super) fn new(name: &'static str, shape: Shape) -> Self {
         Self { name, shape, sums: 0, bytes: 0, product: None }
     }
@@ -182,7 +182,7 @@ impl<P> Gpu<P> {
     }
 
     /// Runs or records the commands of one operation.
-    pub(super) fn go<C: Into<Command>>(&mut self, work: Work, commands: impl IntoIterator<Item = C>) {
+    pub(super) fn go<C: Into<Command>>(&mut self, work: Operation, commands: impl IntoIterator<Item = C>) {
         let commands: Vec<Command> = commands.into_iter().map(C::into).collect();
         match &mut self.recording {
             Some(r) => r.operations.push((work, commands)),
@@ -202,7 +202,7 @@ impl<P> Gpu<P> {
     /// As [`Gpu::go`], for launches that a shape may forbid.
     pub(super) fn go_if<C: Into<Command>, E: std::fmt::Display>(
         &mut self,
-        work: Work,
+        work: Operation,
         commands: Result<impl IntoIterator<Item = C>, E>,
     ) {
         if let Some(commands) = self.fits(commands) {
@@ -292,7 +292,7 @@ impl<P> Gpu<P> {
             return made;
         }
         let out = self.unset(x.shape(), Format::Half);
-        let work = Work::new("mp_silu", x.shape()).with([x, &out]);
+        let work = Operation::new("mp_silu", x.shape()).with([x, &out]);
         self.go(work, [pixelwise::activate(self.precision, x.shape(), x.ptr(), scale, out.ptr())]);
         x.set_active(scale, out.clone());
         if let (Some(r), Some(number)) = (&mut self.recording, x.number()) {
@@ -318,7 +318,7 @@ impl<P> Gpu<P> {
             Format::F32 => {
                 let out = self.unset(x.shape(), Format::Half);
                 let [n, h, w, c] = x.shape();
-                let work = Work::new("narrow", x.shape()).with([x, &out]);
+                let work = Operation::new("narrow", x.shape()).with([x, &out]);
                 self.go(work, [pixelwise::narrow(self.precision, n * h * w, c, x.ptr(), out.ptr())]);
                 out
             }
@@ -334,7 +334,7 @@ impl<P> Gpu<P> {
         let half = self.half(x);
         let out = self.unset(x.shape(), Format::F32);
         let [n, h, w, c] = x.shape();
-        let work = Work::new("widen", x.shape()).with([x, &out]);
+        let work = Operation::new("widen", x.shape()).with([x, &out]);
         self.go(work, [pixelwise::widen(self.precision, n * h * w, c, half.ptr(), out.ptr())]);
         out
     }
@@ -443,7 +443,7 @@ impl<P> Backend for Gpu<P> {
             true => pixelwise::combine_f32(shape.iter().product(), &from, out.ptr()),
             false => pixelwise::combine(self.precision, shape, &from, out.ptr()),
         };
-        self.go(Work::new("linear_combination", shape).with(&held).with([&out]), [launch]);
+        self.go(Operation::new("linear_combination", shape).with(&held).with([&out]), [launch]);
         out
     }
 
@@ -455,7 +455,7 @@ impl<P> Backend for Gpu<P> {
         let out: Vec<_> = (0..parts).map(|_| self.unset([n / parts, h, w, c], x.format())).collect();
         let bytes = x.bytes() / parts;
         let copy = |(i, to): (usize, &Tensor)| Command::Copy { from: x.ptr().offset(i * bytes), to: to.ptr(), bytes };
-        self.go(Work::new("split", x.shape()).bytes(2 * x.bytes()), out.iter().enumerate().map(copy));
+        self.go(Operation::new("split", x.shape()).bytes(2 * x.bytes()), out.iter().enumerate().map(copy));
         out
     }
 }

@@ -44,7 +44,7 @@ impl Gpu {
     ) -> Tensor {
         let (y, active) = self.activation(shape, Format::Half);
         let active = active.filter(|(_, factor)| *factor == 1.0).map(|(t, _)| t);
-        let work = Work::new(name, shape).with([x, &y]).with(&active);
+        let work = Operation::new(name, shape).with([x, &y]).with(&active);
         self.go(work, [launch(y.ptr(), DevicePtr::of(active.as_ref()))]);
         if let Some(active) = active {
             y.set_active(1.0, active);
@@ -77,7 +77,7 @@ impl NetworkBackend for Gpu {
         let out = self.unset([n, h, w, c + 1], Format::Half);
         let memory = PrecondInput { x: x.ptr(), sigma: sigma.ptr(), out: out.ptr(), ..Zeroable::zeroed() };
         let launch = precond::precond_input(p, shape, images, sigma_data, memory);
-        self.go(Work::new("precond_input", out.shape()).with([&x, &out]), [launch]);
+        self.go(Operation::new("precond_input", out.shape()).with([&x, &out]), [launch]);
         out
     }
 
@@ -100,7 +100,7 @@ impl NetworkBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launch = precond::precond_output(self.precision, raw.shape(), x.shape()[0], sigma_data, memory);
-        self.go(Work::new("precond_output", out.shape()).with([&x, &raw, &out]), [launch]);
+        self.go(Operation::new("precond_output", out.shape()).with([&x, &raw, &out]), [launch]);
         out
     }
 
@@ -128,7 +128,7 @@ impl NetworkBackend for Gpu {
             };
             let label_rows = labels.map_or(0, |labels| labels.shape()[0]);
             let launch = embedding::embed(self.precision, n, &layers, label_rows, memory);
-            self.go(Work::new("embed", emb.shape()).bytes(self.embed_bytes(p)), [launch]);
+            self.go(Operation::new("embed", emb.shape()).bytes(self.embed_bytes(p)), [launch]);
         }
         Embedding { features, pre, emb }
     }
@@ -147,7 +147,7 @@ impl NetworkBackend for Gpu {
         };
         let launch = embedding::emb_scales(self.precision, n, &table, memory);
         let weights = layers.iter().map(|layer| self.params.effective_bytes(layer.weight)).sum();
-        let work = Work::new("emb_scales", out.shape()).sums(emb.shape()[3]);
+        let work = Operation::new("emb_scales", out.shape()).sums(emb.shape()[3]);
         self.go(work.bytes(weights).with([&out]), [launch]);
         out
     }
@@ -166,7 +166,7 @@ impl NetworkBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launch = precond::logvar(self.precision, n, channels, memory);
-        self.go(Work::new("logvar", logvar.shape()).with([&features]), [launch]);
+        self.go(Operation::new("logvar", logvar.shape()).with([&features]), [launch]);
         (features, logvar)
     }
 
@@ -196,7 +196,7 @@ impl NetworkBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launch = pixelwise::dropout(self.precision, shape, memory);
-        self.go(Work::new("dropout", shape).with([&x, &masks.keys, &out]), [launch]);
+        self.go(Operation::new("dropout", shape).with([&x, &masks.keys, &out]), [launch]);
         out
     }
 
@@ -265,7 +265,7 @@ impl NetworkBackend for Gpu {
         let out = self.unset([n, h, w, c / 3], Format::Half);
         let attention = Attention::new(n, h * w, heads, c / 3 / heads, self.precision);
         let launch = attention.map(|attention| [attention.forward(qkv.ptr(), out.ptr())]);
-        self.go_if(Work::new("attention", out.shape()).sums(2 * h * w).with([&qkv, &out]), launch);
+        self.go_if(Operation::new("attention", out.shape()).sums(2 * h * w).with([&qkv, &out]), launch);
         out
     }
 }

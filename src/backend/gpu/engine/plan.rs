@@ -23,7 +23,7 @@ const MOST_PLANS: usize = 64;
 pub struct Cost {
     /// Kernel launches.
     pub launches: usize,
-    /// Sum of what each [`Work`] reads and writes.
+    /// Sum of what each [`Operation`] reads and writes.
     pub bytes: usize,
     /// Bytes of the workspace.
     pub workspace: usize,
@@ -32,7 +32,7 @@ pub struct Cost {
 /// Operations under way to becoming a plan.
 pub(super) struct Recording {
     pub workspace: Rc<Workspace>,
-    pub operations: Vec<(Work, Vec<Command>)>,
+    pub operations: Vec<(Operation, Vec<Command>)>,
     /// Tensors made so far.
     pub numbers: usize,
     /// The factors of the activations that were asked for, by the tensor's number.
@@ -47,7 +47,7 @@ pub(super) struct Recording {
 }
 
 /// Commands of a plan that follow each other, and the gradients that are complete after them.
-pub(super) struct Part {
+pub(super) struct Segment {
     graph: Box<dyn Graph>,
     done: Option<Whole>,
 }
@@ -58,8 +58,8 @@ pub(super) struct Plan {
     /// Where the results lie in the workspace, until its next use.
     outputs: Vec<(DevicePtr, Shape, Format)>,
     _constants: Vec<Tensor>,
-    parts: Vec<Part>,
-    pub operations: Vec<(Work, Vec<Command>)>,
+    parts: Vec<Segment>,
+    pub operations: Vec<(Operation, Vec<Command>)>,
     cost: Cost,
     accumulates: bool,
 }
@@ -174,7 +174,7 @@ impl<P> Gpu<P> {
         let (recording, inputs, made) = self.trace(base, known, inputs, body)?;
         let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
         let Recording { operations, accumulates, constants, done, .. } = recording;
-        let commands = |operations: &[(Work, Vec<Command>)]| -> Vec<Command> {
+        let commands = |operations: &[(Operation, Vec<Command>)]| -> Vec<Command> {
             operations.iter().flat_map(|(_, commands)| commands).cloned().collect()
         };
         let cost = Cost {
@@ -194,7 +194,7 @@ impl<P> Gpu<P> {
             // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
             // workspace, the parameters or memory that the plan keeps.
             let graph = unsafe { self.runtime.record(commands, overlap) }.map_err(BackendError::from)?;
-            parts.push(Part { graph, done });
+            parts.push(Segment { graph, done });
         }
         Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, parts, operations, cost, accumulates })
     }

@@ -16,7 +16,7 @@ pub struct Timing {
     /// Of the whole plan.
     pub whole: Vec<f64>,
     /// Each kind of operation, how often it occurs, and the seconds of one.
-    pub kinds: Vec<(Work, usize, Vec<f64>)>,
+    pub kinds: Vec<(Operation, usize, Vec<f64>)>,
 }
 
 /// What was found out about the tiles of a product. Seconds are the sum over all operations of the plan that have this
@@ -61,9 +61,9 @@ impl<P> Gpu<P> {
         key: &dyn PlanKey,
         flush: &Flush,
         repeats: usize,
-        wanted: impl Fn(&Work) -> bool,
-    ) -> Result<Vec<(Work, usize, Vec<f64>)>, DeviceError> {
-        let mut kinds: Vec<(Work, usize, &Vec<Command>)> = Vec::new();
+        wanted: impl Fn(&Operation) -> bool,
+    ) -> Result<Vec<(Operation, usize, Vec<f64>)>, DeviceError> {
+        let mut kinds: Vec<(Operation, usize, &Vec<Command>)> = Vec::new();
         for (work, commands) in self.plan(key).into_iter().flat_map(|plan| &plan.operations) {
             match kinds.iter_mut().find(|(known, ..)| known == work) {
                 Some((_, count, _)) => *count += 1,
@@ -71,7 +71,7 @@ impl<P> Gpu<P> {
                 None => {}
             }
         }
-        let time = |(work, count, commands): (Work, usize, &Vec<Command>)| {
+        let time = |(work, count, commands): (Operation, usize, &Vec<Command>)| {
             // SAFETY: as when the plan was recorded.
             let graph = unsafe { self.runtime.record(commands.clone(), false)? };
             Ok((work, count, self.runtime.time(&*graph, &*flush.graph, repeats)?))
@@ -132,7 +132,7 @@ impl<P> Gpu<P> {
             let tuned: Rc<Tuned> = Rc::new(choices.into_iter().collect());
             gpu.choose_by(Some(tuned.clone()));
             make(gpu)?;
-            let wanted = |work: &Work| work.product.is_some_and(|question| tuned.has(&question));
+            let wanted = |work: &Operation| work.product.is_some_and(|question| tuned.has(&question));
             let kinds = gpu.time_kinds(key, &flush, repeats, wanted).map_err(BackendError::from)?;
             let mut sums: HashMap<Question, Vec<f64>> = HashMap::new();
             for (work, count, seconds) in kinds {

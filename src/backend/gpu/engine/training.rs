@@ -1,7 +1,7 @@
 //! What learning adds, as launches.
 
 use super::super::attention::Attention;
-use super::super::conv::{Dgrad, Inputs, Through, Wgrad};
+use super::super::conv::{ConvInputs, Dgrad, Through, Wgrad};
 use super::super::embedding;
 use super::super::precond;
 use super::super::structs::{
@@ -19,16 +19,16 @@ impl TrainingBackend for Gpu {
         self.params.read(slot, id)
     }
 
-    fn buckets(&self) -> &Buckets {
-        self.params.buckets()
+    fn portions(&self) -> &Portions {
+        self.params.portions()
     }
 
-    fn exchange(&mut self, slot: Slot, bucket: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
+    fn exchange(&mut self, slot: Slot, portion: usize, exchange: &mut dyn FnMut(Values)) -> Result<(), BackendError> {
         if slot == Slot::Grad {
             self.accumulating();
         }
         self.check()?;
-        self.params.exchange(slot, bucket, exchange)
+        self.params.exchange(slot, portion, exchange)
     }
 
     fn planned_pass<E: From<BackendError>>(
@@ -38,12 +38,12 @@ impl TrainingBackend for Gpu {
         pass: &mut Pass<Self, E>,
         done: &mut Done<Self>,
     ) -> Result<Vec<Tensor>, E> {
-        // A graph ends where another bucket is complete, and nowhere else.
+        // A graph ends where another portion is complete, and nowhere else.
         let mut cut = |b: &mut Self, inputs: &[Tensor], done: &mut Done<Self>| {
-            let mut buckets = 0;
+            let mut portions = 0;
             pass(b, inputs, &mut |b, whole| {
-                let now = b.params.buckets().whole(whole);
-                if std::mem::replace(&mut buckets, now) < now {
+                let now = b.params.portions().whole(whole);
+                if std::mem::replace(&mut portions, now) < now {
                     done(b, whole);
                 }
             })
@@ -78,7 +78,7 @@ impl TrainingBackend for Gpu {
             grad_gain: self.params.grad(i.out_gain),
             ..Zeroable::zeroed()
         };
-        let work = Work::new("loss", shape).with([&clean, &noisy, &raw, &grad_raw]);
+        let work = Operation::new("loss", shape).with([&clean, &noisy, &raw, &grad_raw]);
         self.go(work, precond::loss(self.precision, shape, i.sigma_data, memory));
         Loss { per_image, grad_raw, grad_logvar }
     }
@@ -93,7 +93,7 @@ impl TrainingBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launch = precond::logvar_backward(n, channels, memory);
-        self.go(Work::new("logvar_backward", features.shape()).with([features]), [launch]);
+        self.go(Operation::new("logvar_backward", features.shape()).with([features]), [launch]);
     }
 
     fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor>, grad: &Tensor, gain: f64) {
@@ -113,7 +113,8 @@ impl TrainingBackend for Gpu {
         let launches = conv.launches(inputs, memory);
         let [rows, cin, taps] = self.params.dims(w);
         let name = if taps == 9 { "conv3x3_wgrad" } else { "conv1x1_wgrad" };
-        let work = Work::new(name, [1, rows, taps, cin]).sums(shape.pixels()).bytes(4 * self.params.effective_bytes(w));
+        let work =
+            Operation::new(name, [1, rows, taps, cin]).sums(shape.pixels()).bytes(4 * self.params.effective_bytes(w));
         let work = work.of(conv.question());
         self.go_if(work.with(&held).with([&grad]), launches);
     }
@@ -132,7 +133,7 @@ impl TrainingBackend for Gpu {
         let a = self.half(x.x);
         let (x_scale, skip_scale) = self.factors(w, &x);
         let skip = x.skip.map(|(skip, _)| (self.half(skip), skip_scale as f32));
-        let inputs = Inputs {
+        let inputs = ConvInputs {
             x: a.ptr(),
             x_scale: x_scale as f32,
             skip: skip.as_ref().map(|(skip, scale)| (skip.ptr(), *scale)),
@@ -145,7 +146,7 @@ impl TrainingBackend for Gpu {
         let [rows, cin, taps] = self.params.dims(w);
         let name = if taps == 9 { "conv3x3_dgrad" } else { "conv1x1_dgrad" };
         let [n, h, width, _] = a.shape();
-        let work = Work::new(name, [n, h, width, cin]).sums(taps * rows).bytes(self.params.effective_bytes(w));
+        let work = Operation::new(name, [n, h, width, cin]).sums(taps * rows).bytes(self.params.effective_bytes(w));
         let work = work.with([&grad]).with(&acc_x).with(&acc_skip);
         let (gx, held_x) = self.sum_into(acc_x, a.shape());
         let (gskip, held_skip) = match &skip {
@@ -194,7 +195,7 @@ impl TrainingBackend for Gpu {
         let gx = self.unset(pre.shape(), Format::Half);
         let Some(conv) = self.fits(Dgrad::new(shape, true, self.math, &self.chooser)) else { return gx };
         let scratch = self.scratch(conv.scratch_bytes());
-        let inputs = Inputs { x: pre.ptr(), x_scale: 1.0, skip: None };
+        let inputs = ConvInputs { x: pre.ptr(), x_scale: 1.0, skip: None };
         let through =
             Through::ScaleSilu { scale: self.scales(&scale), scale_grad: grad_scales.ptr().offset(scale.offset * 4) };
         let memory = ConvDgrad {
@@ -207,7 +208,8 @@ impl TrainingBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launches = conv.launches(inputs, through, memory);
-        let work = Work::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout).of(conv.question());
+        let work =
+            Operation::new("conv3x3_dgrad_scale_silu", gx.shape()).sums(shape.taps * shape.cout).of(conv.question());
         self.go_if(work.bytes(self.params.effective_bytes(w)).with([&grad, &pre, &gx]), launches);
         gx
     }
@@ -220,7 +222,7 @@ impl TrainingBackend for Gpu {
         let (to, held) = self.sum_into(Some(half), shape);
         let memory = Elementwise { a: y.ptr(), b: from, out: to.ptr(), ..Zeroable::zeroed() };
         let launch = pixelwise::clip_backward(self.precision, shape, clip, memory);
-        self.go(Work::new("clip_backward", shape).with([&to, &to, &y]), [launch]);
+        self.go(Operation::new("clip_backward", shape).with([&to, &to, &y]), [launch]);
         drop(held);
         to
     }
@@ -229,7 +231,7 @@ impl TrainingBackend for Gpu {
         let (x, grad) = (self.half(x), self.half(grad));
         let acc = acc.map(|acc| self.half(&acc));
         let name = if down { "pixel_norm_down_backward" } else { "pixel_norm_backward" };
-        let work = Work::new(name, x.shape()).with([&x, &x, &grad]).with(&acc);
+        let work = Operation::new(name, x.shape()).with([&x, &x, &grad]).with(&acc);
         let from = DevicePtr::of(acc.as_ref());
         let (out, held) = self.sum_into(acc, x.shape());
         if !self.normable(x.shape()[3]) {
@@ -247,7 +249,7 @@ impl TrainingBackend for Gpu {
         let (grad, [n, h, w, c]) = (self.half(grad), grad.shape());
         let out = self.unset([n, h / 2, w / 2, c], Format::Half);
         let launch = pixelwise::upsample_backward(self.precision, out.shape(), grad.ptr(), out.ptr());
-        self.go(Work::new("upsample_backward", out.shape()).with([&grad, &out]), [launch]);
+        self.go(Operation::new("upsample_backward", out.shape()).with([&grad, &out]), [launch]);
         out
     }
 
@@ -265,14 +267,14 @@ impl TrainingBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launches = attention.map(|attention| attention.backward(memory));
-        let work = Work::new("attention_backward", grad.shape()).sums(7 * h * w);
+        let work = Operation::new("attention_backward", grad.shape()).sums(7 * h * w);
         self.go_if(work.with([&ordered, &grad, &out]), launches);
         out
     }
 
     fn zero_scales_grad(&mut self, scales: &Tensor) -> Tensor {
         let zeros = self.unset(scales.shape(), Format::F32);
-        let work = Work::new("zero", zeros.shape()).with([&zeros]);
+        let work = Operation::new("zero", zeros.shape()).with([&zeros]);
         self.go(work, [Command::Zero { at: zeros.ptr(), bytes: zeros.bytes() }]);
         zeros
     }
@@ -297,7 +299,10 @@ impl TrainingBackend for Gpu {
         // Effective weights once, their gradients read and written.
         let bytes = layers.iter().map(|layer| 5 * self.params.effective_bytes(layer.weight)).sum();
         let launches = embedding::emb_scales_backward(self.precision, n, &table, memory);
-        self.go(Work::new("emb_scales_backward", grad_scales.shape()).bytes(bytes).sums(2 * emb.shape()[3]), launches);
+        self.go(
+            Operation::new("emb_scales_backward", grad_scales.shape()).bytes(bytes).sums(2 * emb.shape()[3]),
+            launches,
+        );
         grad_emb
     }
 
@@ -315,10 +320,10 @@ impl TrainingBackend for Gpu {
             ..Zeroable::zeroed()
         };
         let launch = embedding::embed_backward(n, &layers, memory);
-        self.go(Work::new("embed_backward", grad_emb.shape()).bytes(4 * self.embed_bytes(p)), [launch]);
+        self.go(Operation::new("embed_backward", grad_emb.shape()).bytes(4 * self.embed_bytes(p)), [launch]);
     }
 
-    fn optimizer_step(&mut self, step: &Step) -> Result<StepStats, BackendError> {
+    fn optimizer_step(&mut self, step: &OptimizerStep) -> Result<StepStats, BackendError> {
         self.accumulating();
         self.check()?;
         let stats = self.params.step(&*self.runtime, step)?;
