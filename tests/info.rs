@@ -148,7 +148,7 @@ fn files_of_another_kind_are_called_what_they_are() {
     let zip = b"PK\x03\x04\x14\0\0\0archive/data.pkl";
     for (name, bytes, expected) in [
         ("m.ckpt", &zip[..], "not a file of weights: a damaged zip"),
-        ("m.pkl", b"\x80\x02}q\0.........", "an import reads NVIDIA's snapshots"),
+        ("m.pkl", b"\x80\x02}q\0.........", "`edm2k import` reads NVIDIA's snapshots"),
         ("m.npz", b"PK\x03\x04\x14\0\0\0arr_0.npy", "not a file of weights"),
         ("m.json", b"{\"a\":1}", "it is text in JSON"),
         ("m.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0", "it is a video (MP4 or QuickTime)"),

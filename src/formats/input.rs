@@ -118,7 +118,7 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
         [b'P', b'K', 3, 4, ..] if has(b".npy") => "a NumPy archive (.npz); save the one array as .npy",
         [b'P', b'K', 3 | 5, 4 | 6, ..] => "a zip archive; unpack it",
         [0x80, 2..=5, ..] => {
-            "a Python pickle (.pkl, .pt, .ckpt); an import reads NVIDIA's snapshots, and weights alone need none"
+            "a Python pickle (.pkl, .pt, .ckpt); `edm2k import` reads NVIDIA's snapshots, and weights alone need none"
         }
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => "a NumPy array (.npy)",
         [0x1f, 0x8b, ..]

@@ -286,7 +286,7 @@ impl ModelFile {
                 })?;
                 if assumed {
                     doubts.push(format!(
-                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; an import with a config \
+                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import` with a config \
                          sets another width",
                         config.channels_per_head
                     ));
