@@ -22,8 +22,9 @@
 //! Examples that read `demo/` and `tests/` run in a checkout only, since the published crate has neither.
 //!
 //! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
-//! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked.
-
+//! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked. A program that draws on
+//! GPUs needs `edm2k = { version = "0.1", default-features = false, features = ["cuda"] }`.
+//!
 //! # What it does to your process
 //!
 //! It handles no signal, sets no panic hook, changes no environment variable, prints nothing and ends no process; the

@@ -392,7 +392,7 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// From now on, panics that [`guarded`] catches are not printed.
+/// From now on, panics that become errors of networks are not printed.
 pub fn hush_panics() {
     let before = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
