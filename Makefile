@@ -27,7 +27,7 @@ DEMO_TAGS := \
 	--tags 'superhero, woman, wheelchair, motorized, dark skin tone, $(PEOPLE)'
 
 .DEFAULT_GOAL := help
-.PHONY: help nvcc demo page test test-kernels test-page test-tensorboard test-taggers test-wheel quick hooks hard lint bench bundle package wheel verify demo-data demo-train
+.PHONY: help nvcc demo page test test-kernels test-page test-tensorboard test-taggers test-wheel test-wine quick hooks hard lint bench bundle package wheel verify demo-data demo-train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,6 +74,12 @@ test-tensorboard: $(EDM2K) ## have TensorBoard's own reader read a run's event f
 	@[ -x target/tensorboard/bin/python ] || { python3 -m venv target/tensorboard && \
 		target/tensorboard/bin/pip -q install tensorboard 'setuptools<81'; }
 	@target/tensorboard/bin/python scripts/test-tensorboard $(EDM2K)
+
+test-wine: $(EDM2K) ## try the program for Windows under Wine (Debian's wine64 and mingw-w64, installed if they are missing)
+	@command -v x86_64-w64-mingw32-gcc >/dev/null && ls /usr/lib/wine/wine64 >/dev/null 2>&1 || { $(SUDO) apt-get -qq update && \
+		$(SUDO) apt-get -qq install --no-install-recommends wine64 gcc-mingw-w64-x86-64 >/dev/null; }
+	@rustup target add x86_64-pc-windows-gnu 2>/dev/null
+	@scripts/test-wine $(EDM2K)
 
 TAGGERS := target/taggers
 test-taggers: FEATURES += --features onnx
