@@ -38,6 +38,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // The library leaves signals and the panic hook to its programs.
     edm2k::formats::mapped::end_on_lost_page();
     #[cfg(feature = "onnx")]
     edm2k::onnx::hush_panics();
