@@ -363,9 +363,7 @@ fn first_of<T>(
 
 #[cfg(not(feature = "cuda"))]
 fn cuda(_: usize) -> Result<Opened, DeviceError> {
-    Err(DeviceError::NotBuilt(
-        "this edm2k was built without CUDA (cargo feature `cuda`); the device cpu needs none".into(),
-    ))
+    Err(DeviceError::NotBuilt("this edm2k was built without CUDA (cargo feature `cuda`)".into()))
 }
 
 #[cfg(feature = "emulator")]

@@ -48,9 +48,9 @@
 //! | `XDG_CACHE_HOME`, `HOME`, `LOCALAPPDATA` | a CUDA device is opened | where the user's cache is |
 //! | `EDM2K_NCCL`, `VIRTUAL_ENV`, `CONDA_PREFIX` | several cards train | where NCCL's library is |
 //!
-//! Those of launchers (`RANK`, `SLURM_PROCID`, `EDM2K_PORT` and their like), `EDM2K_RANKS_TIMEOUT` and `EDM2K_TOKEN` are
-//! read by the program alone. On Windows, `SystemRoot` and `COMPUTERNAME` are read for messages. Libraries below read their own: the CUDA driver `CUDA_VISIBLE_DEVICES`, rayon
-//! `RAYON_NUM_THREADS`.
+//! Those of launchers (`RANK`, `SLURM_PROCID`, `EDM2K_PORT` and their like), `EDM2K_RANKS_TIMEOUT` and `EDM2K_TOKEN`
+//! are read by the program alone. On Windows, `SystemRoot` and `COMPUTERNAME` are read for messages. Libraries below
+//! read their own: the CUDA driver `CUDA_VISIBLE_DEVICES`, rayon `RAYON_NUM_THREADS`.
 
 /// Gives a type a `Debug` that says some of its fields. The others are large, or have no words.
 macro_rules! debug {

@@ -7,11 +7,13 @@ use edm2k::DeviceError;
 use edm2k::backend::BackendError;
 use edm2k::backend::gpu::runtime::PARAMETERS;
 use edm2k::codec::CodecError;
-use edm2k::data::prepare::PrepareError;
+use edm2k::data::prepare::{Drop, PrepareError};
 use edm2k::model::ModelError;
 use edm2k::model::file::Instead;
 use edm2k::pipeline::{ConditionError, OutputError, PipelineError};
 use edm2k::sample::SampleError;
+#[cfg(feature = "serve")]
+use edm2k::serve::ServeError;
 use edm2k::train::TrainError;
 use edm2k::train::validation::ValidationError;
 
@@ -35,8 +37,15 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     if let Some(OutputError::Exists { .. } | OutputError::Meanwhile { .. }) = error.downcast_ref() {
         return Some("give --overwrite, or another --outdir");
     }
-    if let Some(DeviceError::OutOfMemory { purpose, .. }) = error.downcast_ref() {
-        return (*purpose != PARAMETERS).then_some("--batch sets how many, in training --batch-gpu");
+    if let Some(OutputError::Directory { .. }) = error.downcast_ref() {
+        return Some("--outdir names another");
+    }
+    match error.downcast_ref() {
+        Some(DeviceError::OutOfMemory { purpose, .. }) => {
+            return (*purpose != PARAMETERS).then_some("--batch sets how many, in training --batch-gpu");
+        }
+        Some(DeviceError::NotBuilt(_)) => return Some("--device cpu always is there"),
+        _ => {}
     }
     if let Some(ConditionError::ClassOfTags { .. }) = error.downcast_ref() {
         return Some("--tags takes their names");
@@ -51,11 +60,17 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref() {
         Some(TrainError::AllDamaged { .. }) => return Some("--restart sets aside what is there, and begins anew"),
         Some(TrainError::Grown { .. }) => return Some("--init takes one, with another --outdir"),
+        Some(TrainError::Settings { .. }) => return Some("--outdir names another"),
+        Some(TrainError::Diverged { .. }) => return Some("--outdir, --lr and --rampup set these"),
         _ => {}
     }
     match error.downcast_ref()? {
-        PrepareError::OtherRecords { .. } => Some("--add does the one, --retag the other"),
-        PrepareError::Added { .. } => Some("--add goes on with that"),
+        PrepareError::OtherRecords { .. } => Some("--add adds, --retag changes tags and conditions"),
+        PrepareError::Added { .. } => Some("--add does that"),
+        PrepareError::NothingKept { dropped, .. } if dropped.0.contains_key(&Drop::Cropped) => {
+            Some("a larger --max-crop keeps more")
+        }
+        PrepareError::Memory(_) => Some("--shard-size sets how large they are"),
         _ => None,
     }
 }
@@ -75,6 +90,13 @@ fn within<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'stat
         Some(PipelineError::Codec(error)) => return Some(error),
         Some(PipelineError::Sample(error)) => return Some(error),
         Some(PipelineError::Backend(error)) => return Some(error),
+        _ => {}
+    }
+    #[cfg(feature = "serve")]
+    match error.downcast_ref() {
+        Some(ServeError::Model(error)) => return Some(error),
+        Some(ServeError::Codec(error)) => return Some(error),
+        Some(ServeError::Pipeline(error)) => return Some(error),
         _ => {}
     }
     match (error.downcast_ref(), error.downcast_ref(), error.downcast_ref(), error.downcast_ref()) {
@@ -110,6 +132,11 @@ mod tests {
         let expected = "--init: run/checkpoint.safetensors: a checkpoint of a run, expected a model of images; \
                         `edm2k export --from-checkpoint` makes a model of it";
         assert_eq!(said, expected);
+        #[cfg(feature = "serve")]
+        {
+            let serving = ServeError::from(ModelError::Checkpoint { path: "run/checkpoint.safetensors".into() });
+            assert!(expected.ends_with(&in_one_line(&serving.into())));
+        }
         assert_eq!(in_one_line(&anyhow::anyhow!("wrong").context("file")), "file: wrong");
         // It quotes its cause.
         let memory =

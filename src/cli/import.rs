@@ -6,6 +6,7 @@ use anyhow::Context;
 use serde_json::{Map, Value};
 
 use edm2k::formats::input;
+use edm2k::formats::safetensors::SafeError;
 use edm2k::model::file::save;
 use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot};
 
@@ -78,9 +79,15 @@ fn bare(path: &Path, config: &Path) -> anyhow::Result<OfficialSnapshot> {
     let of_config = || format!("--config {}", config.display());
     let text = input::text(config).with_context(of_config)?;
     let given: Map<String, Value> = serde_json::from_str(&text).with_context(of_config)?;
+    // What is wrong with the file itself is no fault of the config.
     let file = ModelFile::open_with(path, &given).map_err(|why| match why {
-        ModelError::Given { .. } => anyhow::Error::from(why).context(of_config()),
-        why => why.into(),
+        ModelError::File(
+            SafeError::Io(_) | SafeError::Malformed { .. } | SafeError::Torch { .. } | SafeError::Tensor { .. },
+        )
+        | ModelError::Other { .. }
+        | ModelError::Checkpoint { .. }
+        | ModelError::Heads { .. } => anyhow::Error::from(why),
+        why => anyhow::Error::from(why).context(of_config()),
     })?;
     let stored = file.stored();
     Ok(OfficialSnapshot { model: Model::read(file)?, stored })

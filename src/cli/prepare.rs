@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use edm2k::codec::CodecFile;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{self, Bucket, Danbooru, Event, Folder, LatentEncoder, Records, Settings, Summary};
+use edm2k::data::prepare::{self, Bucket, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary};
 use edm2k::formats::fingerprint::Identity;
 
 use super::DeviceArgs;
@@ -347,7 +347,8 @@ fn shown(settings: &Settings, summary: &Summary, skipped: &str) -> String {
     }
     for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
         let head = if number == 0 { "dropped" } else { "" };
-        lines.push(format!("  {head:10} {count:>8} {drop}"));
+        let advice = if *drop == Drop::Cropped { " (a larger --max-crop keeps more)" } else { "" };
+        lines.push(format!("  {head:10} {count:>8} {drop}{advice}"));
     }
     if summary.unusable_tags > 0 {
         lines.push(format!(

@@ -31,8 +31,10 @@ pub fn differing<T: Serialize>(a: &T, b: &T, line: impl Fn(&str, &str, &str) -> 
 
 /// As [`differing`], of two texts in JSON: what somebody else has, and what is here.
 pub fn differing_texts(ours: &str, theirs: &str) -> String {
-    let [ours, theirs] = [ours, theirs].map(|text| serde_json::from_str::<Value>(text).unwrap_or_default());
-    differing(&ours, &theirs, there_and_here)
+    match [ours, theirs].map(serde_json::from_str::<Value>) {
+        [Ok(ours), Ok(theirs)] => differing(&ours, &theirs, there_and_here),
+        _ => "what was given there is not known".into(),
+    }
 }
 
 fn each_difference(key: &str, a: &Value, b: &Value, each: &mut impl FnMut(&str, &str, &str)) {

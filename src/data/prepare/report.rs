@@ -51,7 +51,7 @@ pub enum PrepareError {
          conditions; or remove the dataset, or choose another directory", path.display()
     )]
     OtherRecords { path: PathBuf, found: String, now: String },
-    #[error("{}: pictures were added later; adding goes on with that", path.display())]
+    #[error("{}: pictures were added later; go on adding", path.display())]
     Added { path: PathBuf },
     #[error("{}: no dataset is there, expected one to {to}", dir.display())]
     NoDataset { dir: PathBuf, to: &'static str },

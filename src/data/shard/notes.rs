@@ -119,7 +119,7 @@ impl fmt::Display for Drop {
             Drop::Deleted => "deleted",
             Drop::Banned => "banned",
             Drop::OtherRating => "of another rating",
-            Drop::Cropped => "of too different a shape (a larger max_crop keeps more)",
+            Drop::Cropped => "of too different a shape",
             Drop::Small => "too small",
             Drop::Repeated => "listed before",
             Drop::NoFile => "without a file",
