@@ -111,6 +111,7 @@ fn the_mistakes_that_the_text_warns_of_are_caught() {
     let mut quotes: Vec<&str> =
         page.split('`').filter(|text| text.contains(race) || text.contains("writing: no")).collect();
     assert_eq!(quotes.len(), 2, "{quotes:?}");
+    let mut errors = Vec::new();
     for (number, (step, right, wrong, said)) in [
         (0, "pixel >= p.pixels", "pixel > p.pixels", "out of bounds: write of 2 bytes"),
         (1, "            __syncthreads();  // all have written what all will read\n", "", "that nobody has written"),
@@ -131,8 +132,9 @@ fn the_mistakes_that_the_text_warns_of_are_caught() {
         let error = error.replace(&path.display().to_string(), "first-kernel.cu");
         let error = error.replace(&format!("mistake-{number}.cu"), "first-kernel.cu");
         quotes.retain(|quote| !error.contains(quote));
+        errors.push(error);
     }
-    assert!(quotes.is_empty(), "the page quotes what the emulator does not say: {quotes:?}");
+    assert!(quotes.is_empty(), "the page quotes {quotes:?}, and the emulator says {errors:#?}");
 }
 
 /// The page shows what is in the file.
