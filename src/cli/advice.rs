@@ -61,7 +61,6 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
         Some(TrainError::AllDamaged { .. }) => return Some("--restart sets aside what is there, and begins anew"),
         Some(TrainError::Grown { .. }) => return Some("--init takes one, with another --outdir"),
         Some(TrainError::Settings { .. }) => return Some("--outdir names another"),
-        Some(TrainError::Diverged { .. }) => return Some("--outdir, --lr and --rampup set these"),
         _ => {}
     }
     match error.downcast_ref()? {
