@@ -53,8 +53,7 @@ test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU i
 
 test-kernels: nvcc ## run the CUDA kernels' tests
 	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
-		--test conv_kernels --test attention_kernels --test pixelwise_kernels --test embedding_kernels --test codec_kernels \
-		--test emulator --test engine --test cuda --test first_kernel --test kernel_report
+		--test kernels --test emulator --test kernel_report
 
 quick: ## the inner loop, without kernels: formatting, the library's unit tests, types of the program
 	@$(CARGO) fmt --all --check
@@ -68,7 +67,7 @@ SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 test-page: nvcc ## draw on the page in a real browser (Debian's chromium, installed if it is missing); screenshots in target/page
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get -qq update && \
 		$(SUDO) apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
-	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) --test page -- --ignored
+	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) --test program -- --ignored page::
 
 test-tensorboard: $(EDM2K) ## have TensorBoard's own reader read a run's event files (from PyPI, in target/tensorboard)
 	@[ -x target/tensorboard/bin/python ] || { python3 -m venv target/tensorboard && \

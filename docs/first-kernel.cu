@@ -1,5 +1,5 @@
 // One convolution four times, each time nearer to how conv.cuh does it. docs/first-kernel.md walks through this file;
-// tests/first_kernel.rs runs each step on the emulator.
+// tests/emulator/first_kernel.rs runs each step on the emulator.
 //
 //     y[pixel][o] = sum over the nine taps and the channels c of x[pixel under the tap][c] * w[o][tap][c]
 //

@@ -65,26 +65,26 @@ run() {
     say "$verdict" "$name, $((SECONDS - begun)) s: $last"
 }
 
-# gpu NAME SECONDS THREADS FILTER: from the program of tests.
-gpu() {
+# tested NAME SECONDS THREADS FILTER: from the program of tests.
+tested() {
     local name=$1 most=$2 threads=$3
     shift 3
-    run "$name" "$most" bin/gpu --test-threads="$threads" --nocapture "$@"
+    run "$name" "$most" bin/kernels --test-threads="$threads" --nocapture "$@"
 }
 
 tests() {
     # Each line is one after the other, the lines side by side: none waits long for the longest, the engine.
-    gpu engine 145 1 engine:: &
-    gpu conv 90 2 conv_kernels:: &
-    { gpu attention 60 2 attention_kernels::; gpu codec 60 2 codec_kernels::; } &
+    tested engine 145 1 engine:: &
+    tested conv 90 2 conv:: &
+    { tested attention 60 2 attention::; tested codec 60 2 codec::; } &
     {
-        gpu cuda 60 1 cuda::
+        tested cuda 60 1 cuda::
         # On cards of 9.0 and newer: all launches of a graph begin while the one before them ends, or none.
-        EDM2K_OVERLAP=1 gpu cuda-overlap 60 1 cuda::
+        EDM2K_OVERLAP=1 tested cuda-overlap 60 1 cuda::
         EDM2K_OVERLAP=1 run verify-overlap 60 bin/edm2k verify tests/golden --device cuda
         EDM2K_OVERLAP=0 run verify-in-turn 60 bin/edm2k verify tests/golden --device cuda
     } &
-    { gpu pixelwise 60 2 pixelwise_kernels::; gpu embedding 60 2 embedding_kernels::; } &
+    { tested pixelwise 60 2 pixelwise::; tested embedding 60 2 embedding::; } &
     {
         run verify-f16 60 bin/edm2k verify tests/golden --device cuda
         run verify-bf16 60 bin/edm2k verify tests/golden --device cuda --precision bf16
@@ -124,10 +124,10 @@ sanitize() {
         return
     fi
     # A kernel is looked for in one module after the other: refusals of the driver are no errors here.
-    local check=(--report-api-errors no --error-exitcode 9 --print-limit 5 bin/gpu --test-threads=1 --nocapture)
+    local check=(--report-api-errors no --error-exitcode 9 --print-limit 5 bin/kernels --test-threads=1 --nocapture)
     for kernels in conv attention pixelwise embedding codec; do
         for tool in memcheck racecheck initcheck synccheck; do
-            run "$tool-$kernels" 40 "$sanitizer" --tool "$tool" "${check[@]}" "${kernels}_kernels::"
+            run "$tool-$kernels" 40 "$sanitizer" --tool "$tool" "${check[@]}" "$kernels::"
         done
     done
     run memcheck-graph 60 "$sanitizer" --tool memcheck "${check[@]}" \
@@ -135,7 +135,7 @@ sanitize() {
 }
 
 nvidia-smi > "$logs/nvidia-smi.txt" 2>&1
-bin/gpu --nocapture cuda::a_graph_runs_as_often > "$logs/gpu.txt" 2>&1
+bin/kernels --nocapture cuda::a_graph_runs_as_often > "$logs/gpu.txt" 2>&1
 if why=$(grep -m 1 -o 'skipped on a GPU.*' "$logs/gpu.txt"); then
     say "FAIL" "there is no GPU to check: ${why#skipped on a GPU: }"
     exit 1

@@ -1,5 +1,6 @@
 // A libcuda.so.1 whose device is the kernels' emulator: as much of the driver as src/backend/gpu/cuda
-// calls. So its files are tested on machines without a GPU (tests/cuda.rs); with nccl.cpp, several of them (tests/ranks.rs).
+// calls. So its files are tested on machines without a GPU (tests/kernels/cuda.rs); with nccl.cpp, several of them
+// (tests/program/ranks.rs).
 //
 // It is as unfriendly as a driver may be. Nothing runs before somebody waits for it, and then only what that
 // takes: a copy from pinned memory reads what is there at the last moment. With DRIVER_EARLY set, copies to

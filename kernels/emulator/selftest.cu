@@ -3,7 +3,7 @@
 //
 //   1. Planted bugs: NAME_bug commits one error that a check must find, and NAME_ok is the same
 //      code without it. All compute out[i] = 2 in[i], so that a bug that corrupts data shows.
-//   2. Probes of ptx.cuh, which tests/emulator.rs compares with plain loops.
+//   2. Probes of ptx.cuh, which tests/emulator/main.rs compares with plain loops.
 //   3. Two real kernels: a softmax, and a GEMM with mma, ldmatrix and a cp.async pipeline.
 #include "../ptx.cuh"
 

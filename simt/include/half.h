@@ -4,7 +4,7 @@
 // Conversions to 16 bits round to nearest even; every NaN becomes 0x7fff, as in cvt.rn, but for poison.
 // Arithmetic is done in f32 and rounded once: for + - * that is correctly rounded, since
 // f32 carries more than twice the bits (24 >= 2 * 11 + 2); fma needs round-to-odd first.
-// tests/emulator.rs proves the conversions over all 65,536 halves, and over all floats that rounding can tell apart.
+// tests/emulator/main.rs proves the conversions over all 65,536 halves, and over all floats that rounding can tell apart.
 #pragma once
 #include <cmath>
 #include <cstdint>

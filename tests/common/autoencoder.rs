@@ -1,13 +1,10 @@
 //! Small autoencoders with random weights, under the names of their files.
-#![allow(dead_code)] // each test takes a part
-
-mod normals;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use super::normals::normals;
 use edm2k::formats::safetensors::{self, Dtype};
-pub use normals::normals;
 
 /// Shape and values by name.
 pub type File = BTreeMap<String, (Vec<usize>, Vec<f32>)>;

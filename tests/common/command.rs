@@ -1,8 +1,6 @@
 //! The command as tests call it, and what it says.
-#![allow(dead_code)] // each test takes a part
 
 use std::path::Path;
-use std::process::{self, Output};
 
 use assert_cmd::Command;
 use assert_cmd::assert::Assert;
@@ -34,16 +32,4 @@ pub fn refused_in_one_line(done: Assert) -> String {
     let said = refused(done.code(1).stdout(""));
     assert!(said.starts_with("edm2k: error: ") && said.lines().count() == 1, "{said}");
     said
-}
-
-/// All that a finished process said.
-pub fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-/// Runs to the end; what it said.
-pub fn succeed(command: &mut process::Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", text(&output));
-    text(&output)
 }

@@ -1,6 +1,5 @@
 //! A miniature of danbooru2023: posts as JSON lines, and their files in tar shards or a folder, of the emoji in
 //! tests/data.
-#![allow(dead_code)] // each test takes a part
 
 use std::fs::{self, File};
 use std::io::Cursor;

@@ -1,5 +1,4 @@
 //! Libraries that stand for NVIDIA's where there is no card, compiled when they are needed.
-#![allow(dead_code)] // each test takes a part
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -1,10 +1,10 @@
-//! A directory of a test's own, and what is found in such a one.
-#![allow(dead_code)] // each test takes a part
+//! A directory of a test's own, processes in it, and what is found in such a one.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Output};
 
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
@@ -12,12 +12,13 @@ use edm2k::train::checkpoint;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The directory; it ends with the test, which adds what it needs in it.
-pub struct Place(TempDir);
+/// The directory; it ends with the test. A module that gives it methods of its own names itself as `Of`, so that other
+/// modules may have methods of the same names.
+pub struct Place<Of = ()>(TempDir, PhantomData<Of>);
 
-impl Place {
+impl<Of> Place<Of> {
     pub fn empty() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(tempfile::tempdir().unwrap(), PhantomData)
     }
 
     pub fn dir(&self) -> &Path {
@@ -85,4 +86,16 @@ pub fn distance(a: &Path, b: &Path, slots: &[&str], least: f64) -> (f64, String)
 /// Sends a signal, such as `-TERM`.
 pub fn signal(child: &Child, signal: &str) {
     assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// All that a finished process said.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Runs to the end; what it said.
+pub fn succeed(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}\n{}", text(&output));
+    text(&output)
 }

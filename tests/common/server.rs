@@ -1,5 +1,4 @@
 //! A running `edm2k serve`, and a client of HTTP that sends exactly what it is told to.
-#![allow(dead_code)] // each test takes a part
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -46,7 +45,6 @@ pub fn write(config: &Config, path: &Path, seed: u64, change: impl FnOnce(&mut M
 pub struct Server {
     child: Child,
     pub address: String,
-    said: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
@@ -62,7 +60,7 @@ impl Server {
         loop {
             let found = said.lock().unwrap().iter().find_map(|line| Some(line.split_once("http://")?.1.to_owned()));
             if let Some(address) = found {
-                return Self { child, address, said };
+                return Self { child, address };
             }
             if let Some(status) = child.try_wait().unwrap() {
                 panic!("{arguments:?}: it ended with {status}: {:?}", said.lock().unwrap());
@@ -70,11 +68,6 @@ impl Server {
             assert!(started.elapsed() < Duration::from_secs(60), "it does not listen: {:?}", said.lock().unwrap());
             std::thread::sleep(Duration::from_millis(10));
         }
-    }
-
-    /// What it has written to stderr.
-    pub fn said(&self) -> Vec<String> {
-        self.said.lock().unwrap().clone()
     }
 
     /// The number of the process.
