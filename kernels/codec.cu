@@ -61,16 +61,11 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
                                     window, first, min(Tile::BM, p.pixels - first)};
     for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        prefetch<T>(p, first + row, phase, blockIdx.y * Tile::BN + column);
+        CodecChannels<T>(p, first, phase, blockIdx.y * Tile::BN + column).prefetch(row);
     });
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin));
-    emit<Tile>(
-        acc, smem,
-        [&](int row, int column) { return fetch<T>(p, first + row, phase, blockIdx.y * Tile::BN + column); },
-        [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, first + row, phase, blockIdx.y * Tile::BN + column, v, residual);
-        });
+    emit<Tile>(acc, smem, CodecChannels<T>(p, first, phase, blockIdx.y * Tile::BN + own_column<Tile>()));
 }
 
 #define CONV(name, T, flat, blocks, ...)                                                                         \

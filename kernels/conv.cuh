@@ -180,16 +180,22 @@ struct TilePixels {
 
 // Which images the tile's pixels are of. It is made after the product, whose loop needs the registers.
 struct TileImages {
-    int first_image, before, per_image;  // the first one's image, the pixels of it before the tile, and of an image
+    int first_image, before;  // the first pixel's image, and the pixels of it before the tile
+    uint32_t of_half_pixel;   // 2^31 / pixels of an image, rounded up
+    int second;               // the first row of the second image, if images are large
     TileImages() = default;
-    __device__ __forceinline__ TileImages(const PixelTiles& t, int first) : per_image(t.height * t.width) {
-        first_image = first / per_image, before = first - first_image * per_image;
+    __device__ __forceinline__ TileImages(const PixelTiles& t, int first) {
+        const int pixels = t.height * t.width;
+        first_image = first / pixels, before = first - first_image * pixels;
+        const bool large = pixels >= 1 << 14;
+        of_half_pixel = large ? 0 : ((1u << 31) - 1) / pixels + 1, second = large ? pixels - before : INT_MAX;
     }
-    // The image of a row. A tile has few images, and a division for each row would take as long as mp_silu.
+    // The image of a row: floor((before + row + 1/2) / pixels), without a division or a branch, since these would take as
+    // long as mp_silu. It is exact: n + 1/2 keeps a distance of 1/2 pixels from whole images, and the error of the
+    // quotient, (2 n + 1) / 2^32 at most, is less as long as n pixels < 2^30. Tiles have at most 256 rows; so of large
+    // images they meet two at most.
     __device__ __forceinline__ int image(int row) const {
-        int image = first_image;
-        for (int at = before + row; at >= per_image; at -= per_image) image++;
-        return image;
+        return first_image + int(__umulhi(2 * (before + row) + 1, of_half_pixel)) + (row >= second);
     }
 };
 
@@ -339,31 +345,40 @@ constexpr int OUT_ROW = COLUMNS + 8;
 //     ...
 //     row 7          28     29     30     31        Then lane l reads the eight floats of chunk c = l % 8 in row l / 8, in
 //     row 8 to 15    the same again                 two loads of four. Eight lanes read at once, and chunks c and c + 4 begin
-//                                                   in one bank; so half of them read their upper four first:
+//                                                   in one bank; so those from 4 on have their two halves exchanged:
 //
 //     chunk       0      1      2      3      4      5      6      7
-//     1st load    0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
-//     2nd load    4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
+//     lower half  0-3    8-11   16-19  24-27  4-7    12-15  20-23  28-31      (banks, in row 0)
+//     upper half  4-7    12-15  20-23  28-31  0-3    8-11   16-19  24-27
+//
+// Narrower parts have them exchanged in every other row. So the values come in their order, without moves.
+template <int COLUMNS>
+__device__ __forceinline__ int out_at(int row, int column) {
+    return row * OUT_ROW<COLUMNS> + (column ^ (COLUMNS >= 64 ? column / 32 % 2 : row % 2) * 4);
+}
 
 // Which of a warp's 16 rows of COLUMNS belong to this lane: 8 columns in each of PASSES rows, always the same columns.
 template <int COLUMNS>
 struct OutRows {
-    static constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, PASSES = 16 / ROWS;
+    static constexpr int CHUNKS = COLUMNS / 8, ROWS = 32 / CHUNKS, PASSES = 16 / ROWS;  // ROWS are even, see out_at
     static __device__ __forceinline__ int row(int pass) { return threadIdx.x % 32 / CHUNKS + pass * ROWS; }
     static __device__ __forceinline__ int column() { return threadIdx.x % CHUNKS * 8; }
 };
 
-// Writes a warp's 16 rows of COLUMNS (16, 32 or 64) to `out`, 16 rows of OUT_ROW floats that are the warp's own. The warp
-// holds them as fragments of accumulators, four for each 8 columns.
+// Writes a warp's 16 rows of COLUMNS to `out`, 16 rows of OUT_ROW floats that are the warp's own. The warp holds them as
+// fragments of accumulators, four for each 8 columns.
 template <int COLUMNS>
 __device__ __forceinline__ void stage_rows(const float (&acc)[COLUMNS / 8][4], float* out) {
-    const int lane = threadIdx.x % 32;
+    // Two addresses serve all of them, since 8 columns more are 8 floats more.
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    float* const even = out + out_at<COLUMNS>(row, column);
+    float* const odd = out + out_at<COLUMNS>(row, column + 32) - 32;  // from 64 columns on
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            *reinterpret_cast<float2*>(out + (lane / 4 + half * 8) * OUT_ROW<COLUMNS> + j * 8 + lane % 4 * 2) =
-                make_float2(acc[j][half * 2], acc[j][half * 2 + 1]);
+            store8_shared((COLUMNS >= 64 && j / 4 % 2 ? odd : even) + half * 8 * OUT_ROW<COLUMNS> + j * 8,
+                          make_float2(acc[j][half * 2], acc[j][half * 2 + 1]));
 }
 
 __device__ __forceinline__ void floats8(const uint4& a, const uint4& b, float (&v)[8]) {
@@ -382,69 +397,72 @@ __device__ __forceinline__ void for_lines(F&& f) {
     for (int i = threadIdx.x % THREADS; i < ROWS * LINES; i += THREADS) f(i / LINES, i % LINES * 64);
 }
 
-// Calls sink(row, column, v, fetch(row, column)) for the rows that `stage` puts in `out`; v are the values of columns
-// column .. column + 8. What several rows need is asked for before the first of them is taken: the memory is a thousand
-// cycles away, and the stores of one row would hold up the loads of the next. At most BYTES bytes are fetched at once,
-// since they take registers.
-template <int COLUMNS, int BYTES, class Stage, class Fetch, class Sink>
-__device__ __forceinline__ void emit_rows(float* out, Stage&& stage, Fetch&& fetch, Sink&& sink) {
+// Gives the rows that `stage` puts in `out`, from row `first` of the tile on, to `columns`, which stands for 8 columns:
+//     fetch(row)    what it needs of a row
+//     finish(rows)  calls rows(take) with the take(row, v, fetched) that finishes 8 values of a row. There may be several, and
+//                   each has a loop of its own, so that no row has to ask.
+// What several rows need is asked for before the first of them is taken: the memory is a thousand cycles away, and the
+// stores of one row would hold up the loads of the next. At most BYTES bytes are fetched at once, since they take registers.
+template <int COLUMNS, int BYTES, class Stage, class Columns>
+__device__ __forceinline__ void emit_rows(float* out, int first, Stage&& stage, Columns&& columns) {
     using Rows = OutRows<COLUMNS>;
-    using Fetched = decltype(fetch(0, 0));
+    using Fetched = decltype(columns.fetch(0));
     constexpr int AT_ONCE = Rows::PASSES * sizeof(Fetched) <= BYTES ? Rows::PASSES : Rows::PASSES / 2;
     Fetched fetched[AT_ONCE];
-    const int column = Rows::column();
     auto fetch_from = [&](int pass) {
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) fetched[i] = fetch(Rows::row(pass + i), column);
+        for (int i = 0; i < AT_ONCE; i++) fetched[i] = columns.fetch(first + Rows::row(pass + i));
     };
     fetch_from(0);
     stage();
     __syncwarp();
-    // Where there are registers for it, on Hopper or if nothing is fetched, two rows go at a time: the instructions of one
-    // fill the waits of the other.
+    const float* const low = out + out_at<COLUMNS>(Rows::row(0), Rows::column());
+    const float* const high = out + out_at<COLUMNS>(Rows::row(0), Rows::column() + 4);
+    columns.finish([&](auto&& take) {
+        // Where there are registers for it, on Hopper or if nothing is fetched, two rows go at a time: the instructions of
+        // one fill the waits of the other.
 #pragma unroll(BYTES > 64 || sizeof(Fetched) == sizeof(Nothing) ? 2 : 1)
-    for (int pass = 0; pass < Rows::PASSES; pass++) {
-        const int row = Rows::row(pass);
-        if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
-        // Half of the lanes read their upper four floats first, so that 8 lanes meet no bank twice.
-        const int upper = COLUMNS == 64 ? column / 32 : row % 2;
-        const float* from = out + row * OUT_ROW<COLUMNS> + column;
-        const uint4 p = load16(from + upper * 4), q = load16(from + 4 - upper * 4);
-        const uint4 low = upper ? q : p, high = upper ? p : q;
-        float v[8];
-        floats8(low, high, v);
-        sink(row, column, v, fetched[0]);
-        // Registers cannot be indexed, so what was fetched for the next row moves to the front.
+        for (int pass = 0; pass < Rows::PASSES; pass++) {
+            if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
+            const int at = pass * Rows::ROWS * OUT_ROW<COLUMNS>;
+            float v[8];
+            floats8(load16(low + at), load16(high + at), v);
+            take(first + Rows::row(pass), v, fetched[0]);
+            // Registers cannot be indexed, so what was fetched for the next row moves to the front.
 #pragma unroll
-        for (int i = 1; i < AT_ONCE; i++) fetched[i - 1] = fetched[i];
-    }
+            for (int i = 1; i < AT_ONCE; i++) fetched[i - 1] = fetched[i];
+        }
+    });
     __syncwarp();
 }
 
-// The same for a block's tile. There is one copy of the epilogue's code, not one for each 16 rows. Code comes from memory
-// too, and with a small product that was most of the time.
-template <class Tile, class Fetch, class Sink>
-__device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Fetch&& fetch, Sink&& sink) {
+// The same for a block's tile. There is one copy of the code, not one for each 16 rows. Code comes from memory too, and with
+// a small product that was most of the time.
+template <class Tile, class Columns>
+__device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Columns&& columns) {
     float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * OUT_ROW<Tile::WN>;
     __syncthreads();  // all have left the pipeline's last stage
 #pragma unroll 1
     for (int part = 0; part < Tile::WM / 16; part++) {
-        const int m = Tile::warp_m() + part * 16, n = Tile::warp_n();
         auto stage = [&] {
 #pragma unroll
             for (int i = 0; i < Tile::WM / 16; i++)  // registers have no index
                 if (i == part) stage_rows<Tile::WN>(acc[i], out);
         };
-        emit_rows<Tile::WN, 64>(
-            out, stage, [&](int row, int column) { return fetch(m + row, n + column); },
-            [&](int row, int column, float (&v)[8], auto& fetched) { sink(m + row, n + column, v, fetched); });
+        emit_rows<Tile::WN, 64>(out, Tile::warp_m() + part * 16, stage, columns);
     }
 }
+// The first of the 8 columns of a block's tile that this thread finishes.
+template <class Tile>
+__device__ __forceinline__ int own_column() { return Tile::warp_n() + OutRows<Tile::WN>::column(); }
 
 __device__ __forceinline__ void load8(const float* from, float (&v)[8]) { floats8(load16(from), load16(from + 4), v); }
-__device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
-    store16(to, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
-    store16(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])));
+__device__ __forceinline__ uint4 words(const float* v) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ __forceinline__ void store8(float* to, const float (&v)[8]) { store16(to, words(v)), store16(to + 4, words(v + 4)); }
+__device__ __forceinline__ void store8_shared(float* to, const float (&v)[8]) {
+    store16_shared(to, words(v)), store16_shared(to + 4, words(v + 4));
 }
 
 // Whether this is the last of `count` blocks that each store a part of the same sums. If so, it sees what all of them have
@@ -463,30 +481,19 @@ __device__ __forceinline__ bool comes_last(unsigned* arrived, int count, void* f
     return true;
 }
 
-// The embedding's scales of 8 channels, kept for the image that was asked for last.
-struct ImageScales {
-    int image = -1;
-    float s[8];
-    __device__ __forceinline__ void of(const float* scale, int stride, int wanted, int channel) {
-        if (wanted == image) return;
-        image = wanted;
-        load8(scale + size_t(image) * stride + channel, s);
-    }
-};
-
-// As emit_rows, for sums in parts: the sum over `splits` parts of partial[split stride + place(row, column)], in their
-// order. The parts of all rows are fetched at a time. `place` is negative where there is nothing.
-template <int COLUMNS, class Place, class Fetch, class Sink>
-__device__ __forceinline__ void sum_rows(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
+// As emit_rows, for sums in parts: the sum over `splits` parts of partial[split stride + columns.index(row)], in their
+// order. The parts of all rows are fetched at a time.
+template <int COLUMNS, class Columns>
+__device__ __forceinline__ void sum_rows(const float* partial, size_t stride, int splits, int first, Columns&& columns) {
     using Rows = OutRows<COLUMNS>;
-    decltype(fetch(0, 0)) fetched[Rows::PASSES];
-    const int column = Rows::column();
+    decltype(columns.fetch(0)) fetched[Rows::PASSES];
     int at[Rows::PASSES];
     float v[Rows::PASSES][8] = {};
 #pragma unroll
     for (int pass = 0; pass < Rows::PASSES; pass++) {
-        fetched[pass] = fetch(Rows::row(pass), column);
-        at[pass] = place(Rows::row(pass), column);
+        const int row = first + Rows::row(pass);
+        fetched[pass] = columns.fetch(row);
+        at[pass] = columns.inside(row) ? columns.index(row) : -1;
     }
 #pragma unroll 2
     for (int s = 0; s < splits; s++) {
@@ -499,27 +506,24 @@ __device__ __forceinline__ void sum_rows(const float* partial, size_t stride, in
 #pragma unroll
             for (int e = 0; e < 8; e++) v[pass][e] += u[pass][e];
     }
+    columns.finish([&](auto&& take) {
 #pragma unroll 1
-    for (int pass = 0; pass < Rows::PASSES; pass++) {
-        if (at[0] >= 0) sink(Rows::row(pass), column, v[0], fetched[0]);
+        for (int pass = 0; pass < Rows::PASSES; pass++) {
+            take(first + Rows::row(pass), v[0], fetched[0]);
 #pragma unroll
-        for (int i = 1; i < Rows::PASSES; i++) {
-            fetched[i - 1] = fetched[i], at[i - 1] = at[i];
+            for (int i = 1; i < Rows::PASSES; i++) {
+                fetched[i - 1] = fetched[i];
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[i - 1][e] = v[i][e];
+                for (int e = 0; e < 8; e++) v[i - 1][e] = v[i][e];
+            }
         }
-    }
+    });
 }
 
 // The same for a block's tile.
-template <class Tile, class Place, class Fetch, class Sink>
-__device__ __forceinline__ void sum(const float* partial, size_t stride, int splits, Place&& place, Fetch&& fetch, Sink&& sink) {
+template <class Tile, class Columns>
+__device__ __forceinline__ void sum(const float* partial, size_t stride, int splits, Columns&& columns) {
 #pragma unroll 1
-    for (int part = 0; part < Tile::WM / 16; part++) {
-        const int m = Tile::warp_m() + part * 16, n = Tile::warp_n();
-        sum_rows<Tile::WN>(
-            partial, stride, splits, [&](int row, int column) { return place(m + row, n + column); },
-            [&](int row, int column) { return fetch(m + row, n + column); },
-            [&](int row, int column, float (&v)[8], auto& fetched) { sink(m + row, n + column, v, fetched); });
-    }
+    for (int part = 0; part < Tile::WM / 16; part++)
+        sum_rows<Tile::WN>(partial, stride, splits, Tile::warp_m() + part * 16, columns);
 }

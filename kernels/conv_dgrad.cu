@@ -34,7 +34,7 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
         for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
     __syncthreads();
     if (threadIdx.x % 32 < CHUNKS)
-        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
+        store8_shared(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
     __syncthreads();
     const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x;
     if (threadIdx.x >= Tile::BN || channel >= cin) return;
@@ -44,10 +44,13 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
     p.sums[size_t(blockIdx.x) * cin + channel] = sum;
 }
 
-// The block's place in the result.
-template <class T, class Tile>
-__device__ __forceinline__ ConvTile<T, ConvDgrad, Tile::BM> tile_of_block(const ConvDgrad& p) {
-    return {p, int(blockIdx.x), int(blockIdx.y) * Tile::BN};
+// Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
+template <class Tile>
+__device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvDgrad& p) { return {p.tiles, int(blockIdx.x)}; }
+template <class Channels, class Tile>
+__device__ __forceinline__ TileColumns<Channels, Tile::BM> own_columns(const ConvDgrad& p) {
+    const auto tile = tile_of_block<Tile>(p);
+    return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
 }
 
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
@@ -55,51 +58,34 @@ template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    const auto tile = tile_of_block<T, Tile>(p);
-    const TileImages images(p.tiles, tile.first);
-    float sums[8] = {};
-    sum<Tile>(
-        p.partial, size_t(p.pixels) * columns_of(p), p.splits,
-        [&](int row, int column) { return tile.inside(row, column) ? tile.index(row, column) : -1; },
-        [&](int row, int column) { return tile.fetch(row, column); },
-        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-            ImageScales scales;  // for this row alone: registers are short here
-            finish<T>(p, tile.first + row, images.image(row), tile.channel + column, v, fetched, scales, sums);
-        });
-    if (p.scale) add_up<Tile>(p, smem, sums);
+    const size_t stride = size_t(p.pixels) * (p.ca + p.cb);
+    if (!p.scale) return sum<Tile>(p.partial, stride, p.splits, own_columns<DgradChannels<T>, Tile>(p));
+    auto columns = own_columns<ScaledDgradChannels<T>, Tile>(p);
+    sum<Tile>(p.partial, stride, p.splits, columns);
+    add_up<Tile>(p, smem, columns.channels.sums);
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const auto tile = tile_of_block<T, Tile>(p);
+    const auto tile = tile_of_block<Tile>(p);
     const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
-                                    p.cout, 0, columns_of(p), same_window(p.tiles.height, p.tiles.width, p.taps),
+                                    p.cout, 0, p.ca + p.cb, same_window(p.tiles.height, p.tiles.width, p.taps),
                                     tile.first, tile.count};
     const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
-    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        tile.prefetch(row, column);
-    });
+    prefetch_tile<DgradChannels<T>, Tile>(p, tile);
 
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
 
-    const TileImages images(p.tiles, tile.first);
-    float sums[8] = {};
-    emit<Tile>(
-        acc, smem, [&](int row, int column) { return p.partial ? DgradFetched{} : tile.fetch(row, column); },
-        [&](int row, int column, float (&v)[8], const DgradFetched& fetched) {
-            if (!tile.inside(row, column)) return;
-            const int pixel = tile.first + row, channel = tile.channel + column;
-            if (p.partial)
-                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * columns_of(p) + channel, v);
-            ImageScales scales;  // as above
-            finish<T>(p, pixel, images.image(row), channel, v, fetched, scales, sums);
-        });
-    if (p.partial)
-        add_parts<T, Tile>(p, smem);
-    else if (p.scale)
-        add_up<Tile>(p, smem, sums);
+    if (p.partial) {
+        emit<Tile>(acc, smem, part_columns<Tile>(p, tile, p.ca + p.cb));
+        return add_parts<T, Tile>(p, smem);
+    }
+    if (!p.scale) return emit<Tile>(acc, smem, own_columns<DgradChannels<T>, Tile>(p));
+    auto columns = own_columns<ScaledDgradChannels<T>, Tile>(p);
+    emit<Tile>(acc, smem, columns);
+    add_up<Tile>(p, smem, columns.channels.sums);
 }
 
 // scale_grad from sums: one thread a channel, blockIdx.y the image.

@@ -3,6 +3,16 @@
 #pragma once
 #include "conv.cuh"
 
+// The channels from `channel` on, in a tensor of T: of its first pixel, or of any.
+template <class T, class Tensor>
+__device__ __forceinline__ auto channels_from(Tensor* tensor, int channel) {
+    return static_cast<std::conditional_t<std::is_const_v<Tensor>, const T, T>*>(tensor) + channel;
+}
+template <class T, class Tensor>
+__device__ __forceinline__ Tensor* channels_at(Tensor* tensor, int pixel, int channels, int channel) {
+    return wide_at(channels_from<T>(tensor, channel), pixel, channels * int(sizeof(T)));
+}
+
 // ---- conv_fprop ---------------------------------------------------------------------------------
 
 struct ConvFprop {
@@ -21,39 +31,57 @@ struct ConvFprop {
     int padding;
 };
 
-// The epilogue for 8 channels of a pixel. `residual` is fetched before, and its line is prefetched. `scales` serves all
-// pixels of these channels.
+// The epilogue of 8 channels, see emit_rows.
 template <class T>
-__device__ __forceinline__ uint4 fetch(const ConvFprop& p, int pixel, int channel) {
-    if (!p.residual) return {};
-    return load16(static_cast<const T*>(p.residual) + size_t(pixel) * p.cout + channel);
-}
-template <class T>
-__device__ __forceinline__ void prefetch(const ConvFprop& p, int pixel, int channel) {
-    if (p.residual) prefetch_line(static_cast<const T*>(p.residual) + size_t(pixel) * p.cout + channel);
-}
-template <class T>
-__device__ __forceinline__ void finish(const ConvFprop& p, int pixel, int image, int channel, float (&v)[8],
-                                       const uint4& residual, ImageScales& scales) {
-    const size_t at = size_t(pixel) * p.cout + channel;
-    if (p.scale) {
-        if (p.pre) store16(static_cast<T*>(p.pre) + at, pack8<T>(v));
-        scales.of(p.scale, p.scale_stride, image, channel);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * scales.s[e]);
-    } else {
-        float r[8];
-        unpack8<T>(residual, r);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = clipped(p.wa * r[e] + p.gain * v[e], p.clip);
+struct FpropChannels {
+    using Params = ConvFprop;
+    using Fetched = uint4;  // the residual
+    const ConvFprop& p;
+    int channel;
+    __device__ __forceinline__ FpropChannels(const ConvFprop& p, int channel) : p(p), channel(channel) {}
+    static __device__ __forceinline__ int all(const ConvFprop& p) { return p.cout; }
+    // Where they lie in a tensor.
+    template <class Tensor>
+    __device__ __forceinline__ Tensor* at(Tensor* tensor, int pixel) const { return channels_at<T>(tensor, pixel, p.cout, channel); }
+    __device__ __forceinline__ Fetched fetch(int pixel, bool inside) const {
+        return load16_if(inside && p.residual, at(p.residual, pixel));
     }
-    store16(static_cast<T*>(p.y) + at, pack8<T>(v));
-    if (p.act) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * p.act_scale);
-        store16(static_cast<T*>(p.act) + at, pack8<T>(v));
+    __device__ __forceinline__ void prefetch(int pixel) const {
+        if (p.residual) prefetch_line(at(p.residual, pixel));
     }
-}
+    template <class Tile, class Rows>
+    __device__ __forceinline__ void finish(const Tile& tile, Rows&& rows) {
+        auto sum = [&](float (&v)[8], const uint4& residual) {
+            float r[8];
+            unpack8<T>(residual, r);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] = clipped(p.wa * r[e] + p.gain * v[e], p.clip);
+        };
+        if (p.scale)
+            rows([&](int row, float (&v)[8], const uint4&) {
+                float scale[8];
+                load8(p.scale + size_t(tile.image_inside(row)) * p.scale_stride + channel, scale);
+                const int pixel = tile.pixel(row);
+                store16_if(p.pre && tile.inside(row), at(p.pre, pixel), pack8<T>(v));
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * scale[e]);
+                store16_if(tile.inside(row), at(p.y, pixel), pack8<T>(v));
+            });
+        else if (p.act)
+            rows([&](int row, float (&v)[8], const uint4& residual) {
+                sum(v, residual);
+                store16_if(tile.inside(row), at(p.y, tile.pixel(row)), pack8<T>(v));
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * p.act_scale);
+                store16_if(tile.inside(row), at(p.act, tile.pixel(row)), pack8<T>(v));
+            });
+        else
+            rows([&](int row, float (&v)[8], const uint4& residual) {
+                sum(v, residual);
+                store16_if(tile.inside(row), at(p.y, tile.pixel(row)), pack8<T>(v));
+            });
+    }
+};
 
 // ---- conv_dgrad ---------------------------------------------------------------------------------
 
@@ -72,90 +100,151 @@ struct ConvDgrad {
     float x_scale, skip_scale, gain, acc_factor;
 };
 
-// What is fetched before the epilogue: 8 values of the input, and of the gradient to which the result is added; zeros where
-// there is none.
-struct DgradFetched {
-    uint4 x = {}, acc = {};
-};
-// Where 8 channels of a pixel lie in the tensor to which they belong.
-__device__ __forceinline__ size_t place(const ConvDgrad& p, int pixel, int channel) {
-    return channel >= p.ca ? size_t(pixel) * p.cb + (channel - p.ca) : size_t(pixel) * p.ca + channel;
-}
+// The epilogue of 8 channels, see emit_rows. They all belong to x, or all to skip.
 template <class T>
-__device__ __forceinline__ DgradFetched fetch(const ConvDgrad& p, int pixel, int channel) {
-    const bool second = channel >= p.ca;
-    const size_t at = place(p, pixel, channel);
-    const T* x = static_cast<const T*>(second ? p.skip : p.x);
-    const T* acc = static_cast<const T*>(second ? p.acc_skip : p.acc_x);
-    return {x ? load16(x + at) : uint4{}, acc ? load16(acc + at) : uint4{}};
-}
-template <class T>
-__device__ __forceinline__ void prefetch(const ConvDgrad& p, int pixel, int channel) {
-    const bool second = channel >= p.ca;
-    const size_t at = place(p, pixel, channel);
-    if (second ? p.skip : p.x) prefetch_line(static_cast<const T*>(second ? p.skip : p.x) + at);
-    if (second ? p.acc_skip : p.acc_x) prefetch_line(static_cast<const T*>(second ? p.acc_skip : p.acc_x) + at);
-}
-// The epilogue for 8 channels of a pixel; adds gu x to `sums`.
-template <class T>
-__device__ __forceinline__ void finish(const ConvDgrad& p, int pixel, int image, int channel, float (&v)[8],
-                                       const DgradFetched& fetched, ImageScales& scales, float (&sums)[8]) {
-    const bool second = channel >= p.ca;
-    const float input_scale = second ? p.skip_scale : p.x_scale;
+struct DgradChannels {
+    using Params = ConvDgrad;
+    // Of the input, and of the gradient to which the result is added; zeros where there is none.
+    struct Fetched {
+        uint4 x, acc;
+    };
+    const ConvDgrad& p;
+    int channel, row_bytes;  // of the tensor to which they belong
+    const void *x, *acc;     // it, and what is added; null where there is none
+    void* gx;
+    float input_scale;
+    __device__ __forceinline__ DgradChannels(const ConvDgrad& p, int column) : p(p) {
+        const bool second = column >= p.ca;
+        channel = second ? column - p.ca : column, row_bytes = (second ? p.cb : p.ca) * int(sizeof(T));
+        x = second ? p.skip : p.x, acc = second ? p.acc_skip : p.acc_x, gx = second ? p.gskip : p.gx;
+        input_scale = second ? p.skip_scale : p.x_scale;
+    }
+    static __device__ __forceinline__ int all(const ConvDgrad& p) { return p.ca + p.cb; }
+    template <class Tensor>
+    __device__ __forceinline__ Tensor* at(Tensor* tensor, int pixel) const {
+        return wide_at(channels_from<T>(tensor, channel), pixel, row_bytes);
+    }
+    __device__ __forceinline__ Fetched fetch(int pixel, bool inside) const {
+        return {load16_if(inside && x, at(x, pixel)), load16_if(inside && acc, at(acc, pixel))};
+    }
+    __device__ __forceinline__ void prefetch(int pixel) const {
+        if (x) prefetch_line(at(x, pixel));
+        if (acc) prefetch_line(at(acc, pixel));
+    }
+    template <class Tile, class Rows>
+    __device__ __forceinline__ void finish(const Tile& tile, Rows&& rows) {
+        auto add_and_store = [&](int row, float (&v)[8], const Fetched& fetched) {
+            float a[8];
+            unpack8<T>(fetched.acc, a);
 #pragma unroll
-    for (int e = 0; e < 8; e++) v[e] *= p.gain * input_scale;
-    if (second ? p.skip : p.x) {
-        float in[8];
-        unpack8<T>(fetched.x, in);
-        if (p.scale) {
-            scales.of(p.scale, p.scale_stride, image, channel);
+            for (int e = 0; e < 8; e++) v[e] = fmaf(a[e], p.acc_factor, v[e]);
+            store16_if(tile.inside(row), at(gx, tile.pixel(row)), pack8<T>(v));
+        };
+        const float factor = p.gain * input_scale;
+        if (x)
+            rows([&](int row, float (&v)[8], const Fetched& fetched) {
+                float in[8];
+                unpack8<T>(fetched.x, in);
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] *= factor * (1.0f / SILU_MAGNITUDE) * silu_grad(in[e] * input_scale);
+                add_and_store(row, v, fetched);
+            });
+        else
+            rows([&](int row, float (&v)[8], const Fetched& fetched) {
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] *= factor;
+                add_and_store(row, v, fetched);
+            });
+    }
+};
+
+// The same where the input was scaled by the embedding: it is the only one, and nothing is added.
+template <class T>
+struct ScaledDgradChannels {
+    using Params = ConvDgrad;
+    using Fetched = uint4;  // of the input
+    const ConvDgrad& p;
+    int channel;
+    float sums[8] = {};     // of gu x
+    __device__ __forceinline__ ScaledDgradChannels(const ConvDgrad& p, int channel) : p(p), channel(channel) {}
+    static __device__ __forceinline__ int all(const ConvDgrad& p) { return p.ca; }
+    __device__ __forceinline__ Fetched fetch(int pixel, bool inside) const {
+        return load16_if(inside, channels_at<T>(p.x, pixel, p.ca, channel));
+    }
+    template <class Tile, class Rows>
+    __device__ __forceinline__ void finish(const Tile& tile, Rows&& rows) {
+        float scale[8];  // tiles do not cross images
+        load8(p.scale + size_t(tile.first_image) * p.scale_stride + channel, scale);
+        const float factor = p.gain * (1.0f / SILU_MAGNITUDE);
+        rows([&](int row, float (&v)[8], const uint4& x) {
+            float in[8];  // 0 in rows that are not inside
+            unpack8<T>(x, in);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                const float gu = v[e] * mp_silu_grad(in[e] * scales.s[e]);
-                sums[e] += gu * in[e], v[e] = gu * scales.s[e];
+                const float gu = v[e] * factor * silu_grad(in[e] * scale[e]);
+                sums[e] = fmaf(gu, in[e], sums[e]), v[e] = gu * scale[e];
             }
-        } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++) v[e] *= mp_silu_grad(in[e] * input_scale);
-        }
+            store16_if(tile.inside(row), channels_at<T>(p.gx, tile.pixel(row), p.ca, channel), pack8<T>(v));
+        });
     }
-    float a[8];
-    unpack8<T>(fetched.acc, a);
-#pragma unroll
-    for (int e = 0; e < 8; e++) v[e] += a[e] * p.acc_factor;
-    store16(static_cast<T*>(second ? p.gskip : p.gx) + place(p, pixel, channel), pack8<T>(v));
-}
+};
 
 // ---- a tile of either ---------------------------------------------------------------------------
 
-__device__ __forceinline__ int columns_of(const ConvFprop& p) { return p.cout; }
-__device__ __forceinline__ int columns_of(const ConvDgrad& p) { return p.ca + p.cb; }
-
-// A tile of M pixels of the result, from `channel` on; rows and columns are counted from its first value.
-template <class T, class P, int M>
-struct ConvTile : TilePixels<M> {
-    using Fetched = decltype(::fetch<T>(*static_cast<const P*>(nullptr), 0, 0));
-    const P& p;
-    int channel;
-    __device__ __forceinline__ explicit ConvTile(const P& p) : p(p) {}
-    __device__ __forceinline__ ConvTile(const P& p, int m, int n) : p(p) { at(m, n); }
-    __device__ __forceinline__ void at(int m, int n) {
-        static_cast<TilePixels<M>&>(*this) = TilePixels<M>(p.tiles, m), channel = n;
+// 8 columns of a tile of M pixels of the result: rows are counted from its first pixel.
+template <class Channels, int M>
+struct TileColumns : TilePixels<M>, TileImages {
+    int column;  // the first of the 8 in the result
+    Channels channels;
+    __device__ __forceinline__ TileColumns(const typename Channels::Params& p, const TilePixels<M>& tile, const TileImages& images,
+                                           int column)
+        : TilePixels<M>(tile), TileImages(images), column(column), channels(p, column) {
+        if (column >= Channels::all(p)) this->count = 0;
     }
-    __device__ __forceinline__ bool inside(int row, int column) const {
-        return row < this->count && channel + column < columns_of(p);
+    __device__ __forceinline__ bool inside(int row) const { return row < this->count; }
+    __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
+    // Where a row lies in the result, if nothing divides its columns.
+    __device__ __forceinline__ int index(int row) const {
+        return pixel(row) * Channels::all(channels.p) + column;
     }
-    // Where a value lies in the result, if nothing divides its columns.
-    __device__ __forceinline__ int index(int row, int column) const {
-        return (this->first + row) * columns_of(p) + channel + column;
+    // The image of a row, or of the last one that is inside.
+    __device__ __forceinline__ int image_inside(int row) const { return image(min(row, this->count - 1)); }
+    __device__ __forceinline__ typename Channels::Fetched fetch(int row) const {
+        return channels.fetch(pixel(row), inside(row));
     }
-    __device__ __forceinline__ Fetched fetch(int row, int column) const {
-        return inside(row, column) ? ::fetch<T>(p, this->first + row, channel + column) : Fetched{};
-    }
-    __device__ __forceinline__ void prefetch(int row, int column) const {
-        if (inside(row, column)) ::prefetch<T>(p, this->first + row, channel + column);
+    template <class Rows>
+    __device__ __forceinline__ void finish(Rows&& rows) {
+        if (this->count > 0) channels.finish(*this, rows);
     }
 };
+
+// 8 columns of a block's tile that is a part of a sum, of blockIdx.z.
+struct PartColumns {
+    int count, columns;  // rows that are inside; columns of the result
+    float* to;           // of the first row
+    __device__ __forceinline__ Nothing fetch(int) const { return {}; }
+    template <class Rows>
+    __device__ __forceinline__ void finish(Rows&& rows) {
+        rows([&](int row, float (&v)[8], Nothing) {
+            if (row < count) store8(to + size_t(row) * columns, v);
+        });
+    }
+};
+template <class Tile, class P>
+__device__ __forceinline__ PartColumns part_columns(const P& p, const TilePixels<Tile::BM>& tile, int columns) {
+    const int column = blockIdx.y * Tile::BN + own_column<Tile>();
+    return {column < columns ? tile.count : 0, columns,
+            p.partial + (size_t(blockIdx.z) * p.pixels + tile.first) * columns + column};
+}
+
+// Prefetches what the epilogue of a block's tile fetches.
+template <class Channels, class Tile>
+__device__ __forceinline__ void prefetch_tile(const typename Channels::Params& p, const TilePixels<Tile::BM>& tile) {
+    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
+        column += blockIdx.y * Tile::BN;
+        if (row < tile.count && column < Channels::all(p)) Channels(p, column).prefetch(tile.first + row);
+    });
+}
 
 // ---- conv_wgrad ---------------------------------------------------------------------------------
 
@@ -167,22 +256,40 @@ struct ConvWgrad {
     float x_scale, skip_scale, gain;
 };
 
-// The epilogue for 8 weights of a row: adds them to dw, or stores them as a part of the sum.
-__device__ __forceinline__ void finish(const ConvWgrad& p, int co, int n, int split, float (&v)[8]) {
-    const int cin = p.ca + p.cb, columns = p.taps * cin;
-    if (co >= p.cout || n >= columns) return;
-    const float factor = p.gain * (n % cin >= p.ca ? p.skip_scale : p.x_scale);
-    float* const to = (p.partial ? p.partial + size_t(split) * p.cout * columns : p.dw) + (co * columns + n);
-#pragma unroll
-    for (int e = 0; e < 8; e++) v[e] *= factor;
-    if (!p.partial) {
-        float sum[8];
-        load8(to, sum);
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[e] += sum[e];
+// The epilogue of 8 columns of a tile of weights, whose rows begin at `co`, see emit_rows: adds them to dw, or stores them as
+// a part of the sum.
+struct WgradColumns {
+    const ConvWgrad& p;
+    int rows_n;    // that are inside
+    int columns;   // of all weights
+    float factor;
+    float* to;     // of the first row
+    __device__ __forceinline__ WgradColumns(const ConvWgrad& p, int co, int n, int split) : p(p) {
+        const int cin = p.ca + p.cb;
+        columns = p.taps * cin, rows_n = n < columns ? p.cout - co : 0;
+        factor = p.gain * (n % cin >= p.ca ? p.skip_scale : p.x_scale);
+        to = (p.partial ? p.partial + size_t(split) * p.cout * columns : p.dw) + (co * columns + n);
     }
-    store8(to, v);
-}
+    __device__ __forceinline__ Nothing fetch(int) const { return {}; }
+    template <class Rows>
+    __device__ __forceinline__ void finish(Rows&& rows) {
+        if (p.partial)
+            rows([&](int row, float (&v)[8], Nothing) {
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] *= factor;
+                if (row < rows_n) store8(to + row * columns, v);
+            });
+        else
+            rows([&](int row, float (&v)[8], Nothing) {
+                if (row >= rows_n) return;
+                float sum[8];
+                load8(to + row * columns, sum);
+#pragma unroll
+                for (int e = 0; e < 8; e++) v[e] = sum[e] + v[e] * factor;
+                store8(to + row * columns, v);
+            });
+    }
+};
 
 // ---- codec_conv ---------------------------------------------------------------------------------
 
@@ -202,34 +309,39 @@ struct CodecConv {
     int padding;
 };
 
-// Where 8 channels of a pixel lie; in an enlarged image, those of one of its four places.
-__device__ __forceinline__ size_t place(const CodecConv& p, int pixel, int phase, int channel) {
-    if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
-        pixel = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
-    return size_t(pixel) * p.cout + channel;
-}
-// The epilogue for 8 channels of a pixel; `residual` is fetched before.
+// The epilogue of 8 channels of a tile of pixels, see emit_rows.
 template <class T>
-__device__ __forceinline__ uint4 fetch(const CodecConv& p, int pixel, int phase, int channel) {
-    if (!p.residual || pixel >= p.pixels || channel >= p.cout) return {};
-    return load16(static_cast<const T*>(p.residual) + place(p, pixel, phase, channel));
-}
-template <class T>
-__device__ __forceinline__ void prefetch(const CodecConv& p, int pixel, int phase, int channel) {
-    if (p.residual && pixel < p.pixels && channel < p.cout)
-        prefetch_line(static_cast<const T*>(p.residual) + place(p, pixel, phase, channel));
-}
-template <class T>
-__device__ __forceinline__ void finish(const CodecConv& p, int pixel, int phase, int channel, float (&v)[8],
-                                       const uint4& residual) {
-    if (pixel >= p.pixels || channel >= p.cout) return;
-    float bias[8], r[8];
-    load8(p.bias + channel, bias);
-    unpack8<T>(residual, r);
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        const float sum = r[e] + (v[e] + bias[e]);
-        v[e] = p.relu && sum < 0.0f ? 0.0f : sum;  // NaN passes
+struct CodecChannels {
+    const CodecConv& p;
+    int first, phase, channel;  // the tile's first pixel; which of the four places of a pixel of an enlarged image
+    __device__ __forceinline__ CodecChannels(const CodecConv& p, int first, int phase, int channel)
+        : p(p), first(first), phase(phase), channel(channel) {}
+    __device__ __forceinline__ bool inside(int row) const { return first + row < p.pixels && channel < p.cout; }
+    template <class Tensor>
+    __device__ __forceinline__ Tensor* at(Tensor* tensor, int row) const {
+        int pixel = first + row;
+        if (p.phases == 4)  // pixel = image rows + y, and twice that is the enlarged image's
+            pixel = (pixel / p.columns * 2 + phase / 2) * 2 * p.columns + pixel % p.columns * 2 + phase % 2;
+        return channels_at<T>(tensor, pixel, p.cout, channel);
     }
-    store16(static_cast<T*>(p.y) + place(p, pixel, phase, channel), pack8<T>(v));
-}
+    __device__ __forceinline__ uint4 fetch(int row) const {
+        return load16_if(p.residual && inside(row), at(p.residual, row));
+    }
+    __device__ __forceinline__ void prefetch(int row) const {
+        if (p.residual && inside(row)) prefetch_line(at(p.residual, row));
+    }
+    template <class Rows>
+    __device__ __forceinline__ void finish(Rows&& rows) {
+        if (channel >= p.cout) return;
+        float bias[8];
+        load8(p.bias + channel, bias);
+        const float least = p.relu ? 0.0f : -INFINITY;
+        rows([&](int row, float (&v)[8], const uint4& residual) {
+            float r[8];
+            unpack8<T>(residual, r);
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[e] = at_least(r[e] + (v[e] + bias[e]), least);
+            store16_if(inside(row), at(p.y, row), pack8<T>(v));
+        });
+    }
+};

@@ -31,10 +31,13 @@
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
 
-// The block's place in the result.
+// Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
+template <class Tile>
+__device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvFprop& p) { return {p.tiles, int(blockIdx.x)}; }
 template <class T, class Tile>
-__device__ __forceinline__ ConvTile<T, ConvFprop, Tile::BM> tile_of_block(const ConvFprop& p) {
-    return {p, int(blockIdx.x), int(blockIdx.y) * Tile::BN};
+__device__ __forceinline__ TileColumns<FpropChannels<T>, Tile::BM> own_columns(const ConvFprop& p) {
+    const auto tile = tile_of_block<Tile>(p);
+    return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
 }
 
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
@@ -42,22 +45,13 @@ template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    const auto tile = tile_of_block<T, Tile>(p);
-    const TileImages images(p.tiles, tile.first);
-    ImageScales scales;
-    sum<Tile>(
-        p.partial, size_t(p.pixels) * p.cout, p.splits,
-        [&](int row, int column) { return tile.inside(row, column) ? tile.index(row, column) : -1; },
-        [&](int row, int column) { return tile.fetch(row, column); },
-        [&](int row, int column, float (&v)[8], const uint4& residual) {
-            finish<T>(p, tile.first + row, images.image(row), tile.channel + column, v, residual, scales);
-        });
+    sum<Tile>(p.partial, size_t(p.pixels) * p.cout, p.splits, own_columns<T, Tile>(p));
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     extern __shared__ __align__(128) unsigned char smem[];
-    const auto tile = tile_of_block<T, Tile>(p);
+    const auto tile = tile_of_block<Tile>(p);
     auto product = [&](const void* x, const void* skip, const void* weight, int ca, int cb, int taps) {
         return ConvProduct<T>{static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb,
                               p.cout, same_window(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
@@ -65,9 +59,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     const ConvProduct<T> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
     const int steps = own.steps(p.ca) + own.steps(p.cb);
     int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
-    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        tile.prefetch(row, column);
-    });
+    prefetch_tile<FpropChannels<T>, Tile>(p, tile);
 
     typename Tile::Accumulators acc = {};
     if (first < steps) multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, own, first, min(last, steps));
@@ -81,18 +73,9 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
-    const TileImages images(p.tiles, tile.first);
-    emit<Tile>(
-        acc, smem, [&](int row, int column) { return p.partial ? uint4{} : tile.fetch(row, column); },
-        [&](int row, int column, float (&v)[8], const uint4& residual) {
-            if (!tile.inside(row, column)) return;
-            const int pixel = tile.first + row, channel = tile.channel + column;
-            if (p.partial)
-                return store8(p.partial + (size_t(blockIdx.z) * p.pixels + pixel) * p.cout + channel, v);
-            ImageScales scales;  // for this row alone: registers are short here
-            finish<T>(p, pixel, images.image(row), channel, v, residual, scales);
-        });
-    if (p.partial) add_parts<T, Tile>(p, smem);
+    if (!p.partial) return emit<Tile>(acc, smem, own_columns<T, Tile>(p));
+    emit<Tile>(acc, smem, part_columns<Tile>(p, tile, p.cout));
+    add_parts<T, Tile>(p, smem);
 }
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \

@@ -115,22 +115,7 @@ __device__ __forceinline__ void consume(float (&acc)[TILES][N / 2], Pipe& pipe, 
     if (lane == 0) mbarrier_arrive(previous);
 }
 
-// Runs through a group's TILES tiles of 64 x N in pieces of a warp's 16 rows by OUT_COLUMNS, and calls f(row, column,
-// piece) for each, where `piece` counts them. `begin()` is called before the pieces of some columns, and `end(part)` after
-// them. There is one copy of f's code for all, see emit.
-template <int TILES, int N, class Begin, class F, class End>
-__device__ __forceinline__ void for_parts(Begin&& begin, F&& f, End&& end) {
-    const int warp = threadIdx.x / 32 % GROUP_WARPS;
-#pragma unroll 1
-    for (int part = 0; part < N / OUT_COLUMNS; part++) {
-        begin();
-#pragma unroll 1
-        for (int i = 0; i < TILES; i++) f(i * 64 + warp * 16, part * OUT_COLUMNS, i * (N / OUT_COLUMNS) + part);
-        end(part);
-    }
-}
-
-// Puts a warp's 16 rows by OUT_COLUMNS of piece `at`, see for_parts, into `out`.
+// Puts a warp's 16 rows by OUT_COLUMNS of piece `at`, see emit_group, into `out`.
 template <int TILES, int N>
 __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int at, float* out) {
 #pragma unroll
@@ -144,53 +129,57 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
     }
 }
 
-// Gives a group's tiles, whose rows begin at `first`, to `work`. Its fetch and take are as emit_rows' fetch and sink, its
-// begin and end as those of for_parts. `out` is the group's own, `sums` the warp's.
-template <int TILES, int N, class Work>
-__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Work&& work) {
-    float* const rows = out + threadIdx.x / 32 % GROUP_WARPS * 16 * OUT_ROW<OUT_COLUMNS>;
-    for_parts<TILES, N>(
-        [&] { work.begin(); },
-        [&](int m, int n, int at) {
-            m += first;
-            emit_rows<OUT_COLUMNS, 128>(
-                rows, [&] { stage_part<TILES, N>(acc, at, rows); },
-                [&](int row, int column) { return work.fetch(m + row, n + column); },
-                [&](int row, int column, float (&v)[8], auto& fetched) { work.take(m + row, n + column, v, fetched); });
-        },
-        [&](int part) { work.end(part, sums); });
+// Gives a group's TILES tiles of 64 x N, whose rows begin at `first`, to `epilogue`, in pieces of a warp's 16 rows by OUT_COLUMNS.
+// `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, part, sums)` is called when all rows of
+// OUT_COLUMNS have been finished. `out` is the group's own, `sums` the warp's. There is one copy of the code, see emit.
+template <int TILES, int N, class Epilogue>
+__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Epilogue&& epilogue) {
+    constexpr int PARTS = N / OUT_COLUMNS;
+    const int warp = threadIdx.x / 32 % GROUP_WARPS;
+    float* const rows = out + warp * 16 * OUT_ROW<OUT_COLUMNS>;
+#pragma unroll 1
+    for (int part = 0; part < PARTS; part++) {
+        auto columns = epilogue.columns(part * OUT_COLUMNS + OutRows<OUT_COLUMNS>::column());
+#pragma unroll 1
+        for (int i = 0; i < TILES; i++)
+            emit_rows<OUT_COLUMNS, 128>(rows, first + i * 64 + warp * 16,
+                                        [&] { stage_part<TILES, N>(acc, i * PARTS + part, rows); }, columns);
+        epilogue.end(columns, part, sums);
+    }
 }
 
 // Adds up the parts that the blocks of a cluster have of a tile of M x N, this block's own in `out`, and gives its share of
-// the rows to `work`. All 8 warps of both groups call it.
-template <int M, int N, class Work>
-__device__ __forceinline__ void emit_cluster(const float* out, float* sums, Work&& work) {
+// the rows to `epilogue`. All 8 warps of both groups call it.
+template <int M, int N, class Epilogue>
+__device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epilogue&& epilogue) {
     constexpr int PARTS = N / OUT_COLUMNS;  // a warp takes four rows of one of them at a time
     const int blocks = cluster_size(), lane = threadIdx.x % 32;
     const int worker = cluster_rank() * 2 * GROUP_WARPS + threadIdx.x / 32 - GROUP_WARPS;
     const int part = worker % PARTS, column = part * OUT_COLUMNS + lane % 8 * 8;  // the same each time
     static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
-    work.clear(sums);
-    work.begin();
+    epilogue.clear(sums);
+    auto columns = epilogue.columns(column);
     __syncwarp();  // a warp arrives as one
     cluster_arrive();
     cluster_wait();
+    columns.finish([&](auto&& take) {
 #pragma unroll 1
-    for (int at = worker; at < M / 4 * PARTS; at += blocks * 2 * GROUP_WARPS) {
-        const int row = at / PARTS * 4 + lane / 8;
-        const smem_addr from = smem_address(out + row * OUT_ROW<N> + column);
-        const auto fetched = work.fetch(row, column);
-        float v[8] = {};
+        for (int at = worker; at < M / 4 * PARTS; at += blocks * 2 * GROUP_WARPS) {
+            const int row = at / PARTS * 4 + lane / 8;
+            const smem_addr low = smem_address(out + out_at<N>(row, column)), high = smem_address(out + out_at<N>(row, column + 4));
+            const auto fetched = columns.fetch(row);
+            float v[8] = {};
 #pragma unroll 4
-        for (int block = 0; block < blocks; block++) {
-            float u[8];
-            floats8(load16_of(from, block), load16_of(from + 16, block), u);
+            for (int block = 0; block < blocks; block++) {
+                float u[8];
+                floats8(load16_of(low, block), load16_of(high, block), u);
 #pragma unroll
-            for (int e = 0; e < 8; e++) v[e] += u[e];
+                for (int e = 0; e < 8; e++) v[e] += u[e];
+            }
+            take(row, v, fetched);
         }
-        work.take(row, column, v, fetched);
-    }
-    work.end(part, sums);
+    });
+    epilogue.end(columns, part, sums);
     __syncwarp();
     cluster_arrive();
     cluster_wait();  // the others have read this block's
@@ -208,7 +197,8 @@ struct HopperPixels {
     int side;               // taps of a row
     int up, left;           // where tap 0 lies from the pixel
     int pixels_n;           // tiles along n
-    int tiles, steps_per_split, steps;  // all tiles with their splits; steps of the whole sum
+    int tiles, splits;      // all tiles with their splits, and these of one
+    int steps_per_split, steps;  // of the whole sum
     int own_steps;          // before those of the main path
     float to_main;          // what the sums are multiplied by before those
 };
@@ -268,9 +258,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     extern __shared__ __align__(128) unsigned char smem[];
     Pipe pipe(rounded_to_1024(smem), 2, TOGETHER ? 2 * GROUP_WARPS : GROUP_WARPS);
     begin_kernel();  // its barriers are ready by then
-    // A tile's part of the sum.
-    const int splits = (p.steps + p.steps_per_split - 1) / p.steps_per_split;
-    auto first_step = [&](int t) { return t % splits * p.steps_per_split; };
+    auto first_step = [&](int t) { return t % p.splits * p.steps_per_split; };  // of a tile's part of the sum
     auto steps_of = [&](int t) { return min(p.steps_per_split, p.steps - first_step(t)); };
 
     // It is the same in all lanes, which the shuffle tells the compiler.
@@ -280,9 +268,9 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
         const int warp = threadIdx.x / 32;
         if (threadIdx.x % 32 != 0 || warp > 1) return;
         for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
-            const int tile = t / splits, n = tile % p.pixels_n * N, pixel = work.pixel(tile / p.pixels_n);
-            const int image = pixel / (work.rows * work.columns);
-            const int row = pixel / work.columns % work.rows - p.up, column = pixel % work.columns - p.left;
+            const int tile = t / p.splits, n = tile % p.pixels_n * N, pixel = work.pixel(tile / p.pixels_n);
+            const int image = pixel / (work.height * work.width);
+            const int row = pixel / work.width % work.height - p.up, column = pixel % work.width - p.left;
             StepWalk walk(p, first_step(t));
             for (int left = steps_of(t); left > 0; left--) {
                 const smem_addr full = pipe.begin(warp == 0 ? A_BYTES : N * ROW_BYTES), stage = pipe.at();
@@ -309,7 +297,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             pipe.skip(steps_of(t));
             continue;
         }
-        const int tile = t / splits;
+        const int tile = t / p.splits;
         work.at(tile / p.pixels_n, tile % p.pixels_n * N);
         for_lines<GROUP_M, N, GROUP>([&](int row, int column) { work.prefetch(first + row, column); });
         float acc[TILES][N / 2] = {};
@@ -325,7 +313,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             scale_sums(acc, p.to_main);
             if (last) break;
         }
-        if (splits > 1) {
+        if (p.splits > 1) {
             // All who read a stage have left it: a warp waits for its own products only.
             named_barrier(TOGETHER ? 3 : group, TOGETHER ? 2 * GROUP : GROUP);
 #pragma unroll
@@ -333,41 +321,52 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
                 stage_rows<N>(reinterpret_cast<const float(&)[N / 8][4]>(acc[i]),
                               reinterpret_cast<float*>(stages) + (first + i * 64 + warp % GROUP_WARPS * 16) * OUT_ROW<N>);
         } else {
-            emit_group<TILES, N>(acc, first, out, sums + warp * N, work);
-            const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, threads = TOGETHER ? 2 * GROUP : GROUP;
-            work.over(sums, from, TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS, TOGETHER ? 3 : group, threads, work.m);
+            work.with_epilogue([&](auto&& epilogue) {
+                emit_group<TILES, N>(acc, first, out, sums + warp * N, epilogue);
+                const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, threads = TOGETHER ? 2 * GROUP : GROUP;
+                epilogue.over(sums, from, TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS, TOGETHER ? 3 : group, threads, work.m);
+            });
         }
     }
-    if (splits > 1) {  // one tile a block
-        const int tile = blockIdx.x / splits;
+    if (p.splits > 1) {  // one tile a block
+        const int tile = blockIdx.x / p.splits;
         work.at(tile / p.pixels_n, tile % p.pixels_n * N);
-        emit_cluster<M, N>(reinterpret_cast<const float*>(stages), sums + warp * N, work);
-        work.over(sums, 0, 2 * GROUP_WARPS, 3, 2 * GROUP, work.m * splits + cluster_rank());
+        work.with_epilogue([&](auto&& epilogue) {
+            emit_cluster<M, N>(reinterpret_cast<const float*>(stages), sums + warp * N, epilogue);
+            epilogue.over(sums, 0, 2 * GROUP_WARPS, 3, 2 * GROUP, work.m * p.splits + cluster_rank());
+        });
     }
 }
 
 // For an epilogue without sums.
 struct NoSums {
     __device__ __forceinline__ void clear(float*) {}
-    __device__ __forceinline__ void end(int, float*) {}
+    template <class Columns>
+    __device__ __forceinline__ void end(const Columns&, int, float*) {}
     __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
-// Where the current tile of a network's convolution lies.
-template <class T, class P, int M>
-struct HopperTile : ConvTile<T, P, M>, TileImages, NoSums {
-    int rows, columns;
-    int m;
-    ImageScales scales;
-    __device__ __forceinline__ explicit HopperTile(const P& p)
-        : ConvTile<T, P, M>(p), rows(p.tiles.height), columns(p.tiles.width) {}
-    __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(this->p.tiles, m).first; }
+// Where the current tile of a network's convolution lies, and its epilogue.
+template <class Channels, int M>
+struct HopperTile : NoSums {
+    using Params = typename Channels::Params;
+    const Params& p;
+    int height, width;
+    int m, channel;
+    TilePixels<M> tile;
+    TileImages images;
+    __device__ __forceinline__ explicit HopperTile(const Params& p) : p(p), height(p.tiles.height), width(p.tiles.width) {}
+    __device__ __forceinline__ int pixel(int m) const { return TilePixels<M>(p.tiles, m).first; }
     __device__ __forceinline__ void at(int m_, int n) {
-        ConvTile<T, P, M>::at(m_, n);
-        static_cast<TileImages&>(*this) = TileImages(this->p.tiles, this->first);
-        m = m_;
+        m = m_, channel = n, tile = TilePixels<M>(p.tiles, m), images = TileImages(p.tiles, tile.first);
     }
-    __device__ __forceinline__ void begin() { scales.image = -1; }
+    __device__ __forceinline__ void prefetch(int row, int column) const {
+        column += channel;
+        if (row < tile.count && column < Channels::all(p)) Channels(p, column).prefetch(tile.first + row);
+    }
+    __device__ __forceinline__ TileColumns<Channels, M> columns(int column) const { return {p, tile, images, channel + column}; }
+    template <class F>
+    __device__ __forceinline__ void with_epilogue(F&& f) { f(*this); }
 };
 
 struct HopperFprop {
@@ -376,57 +375,54 @@ struct HopperFprop {
 };
 
 template <class T, int M>
-struct FpropWork : HopperTile<T, ConvFprop, M> {
-    using HopperTile<T, ConvFprop, M>::HopperTile;
-    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
-        if (!this->inside(row, column)) return;
-        finish<T>(this->p, this->first + row, this->image(row), this->channel + column, v, residual, this->scales);
-    }
-};
+using FpropWork = HopperTile<FpropChannels<T>, M>;
 
 struct HopperDgrad {
     HopperPixels pixels;
     ConvDgrad conv;
 };
 
+// The epilogue of dgrad's tiles of M x N where the input was scaled by the embedding.
 template <class T, int M, int N>
-struct DgradWork : HopperTile<T, ConvDgrad, M> {
-    float sums[8];  // of gu x, of this thread's channels in a part
-    using HopperTile<T, ConvDgrad, M>::HopperTile;
-    __device__ __forceinline__ void begin() {
-        this->scales.image = -1;
-#pragma unroll
-        for (int e = 0; e < 8; e++) sums[e] = 0.0f;
-    }
-    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const DgradFetched& fetched) {
-        if (!this->inside(row, column)) return;
-        finish<T>(this->p, this->first + row, this->image(row), this->channel + column, v, fetched, this->scales, sums);
-    }
+struct ScaledDgradEpilogue {
+    const HopperTile<DgradChannels<T>, M>& work;
+    using Columns = TileColumns<ScaledDgradChannels<T>, M>;
+    __device__ __forceinline__ Columns columns(int column) const { return {work.p, work.tile, work.images, work.channel + column}; }
     __device__ __forceinline__ void clear(float* of_warp) {
-        if (this->p.scale)
-            for (int i = threadIdx.x % 32; i < N; i += 32) of_warp[i] = 0.0f;
+        for (int i = threadIdx.x % 32; i < N; i += 32) of_warp[i] = 0.0f;
         __syncwarp();
     }
     // Sums over the lanes with the same channels; below, over the warps in their order.
-    __device__ __forceinline__ void end(int part, float* of_warp) {
-        if (!this->p.scale) return;
+    __device__ __forceinline__ void end(Columns& columns, int part, float* of_warp) {
+        float(&sums)[8] = columns.channels.sums;
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int e = 0; e < 8; e++)
 #pragma unroll
             for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-        if (lane < 8) store8(of_warp + part * OUT_COLUMNS + lane * 8, sums);
+        if (lane < 8) store8_shared(of_warp + part * OUT_COLUMNS + lane * 8, sums);
     }
     __device__ __forceinline__ void over(const float* of_warps, int first, int last, int barrier, int threads, int row) {
-        if (!this->p.scale) return;
-        const int cin = columns_of(this->p);
+        const ConvDgrad& p = work.p;
         named_barrier(barrier, threads);
-        for (int column = threadIdx.x % threads; column < N && this->channel + column < cin; column += threads) {
+        for (int column = threadIdx.x % threads; column < N && work.channel + column < p.ca; column += threads) {
             float sum = 0;
             for (int w = first; w < last; w++) sum += of_warps[w * N + column];
-            this->p.sums[size_t(row) * cin + this->channel + column] = sum;
+            p.sums[size_t(row) * p.ca + work.channel + column] = sum;
         }
         named_barrier(barrier, threads);  // before the next tile's
+    }
+};
+
+template <class T, int M, int N>
+struct DgradWork : HopperTile<DgradChannels<T>, M> {
+    using HopperTile<DgradChannels<T>, M>::HopperTile;
+    template <class F>
+    __device__ __forceinline__ void with_epilogue(F&& f) {
+        if (this->p.scale)
+            f(ScaledDgradEpilogue<T, M, N>{*this});
+        else
+            f(*this);
     }
 };
 
@@ -438,21 +434,15 @@ struct HopperCodec {
 template <class T, int M>
 struct CodecWork : NoSums {
     const CodecConv& p;
-    int rows, columns;
-    int m, first, channel;
-    __device__ __forceinline__ explicit CodecWork(const CodecConv& p) : p(p), rows(p.rows), columns(p.columns) {}
+    int height, width;
+    int m, channel;
+    __device__ __forceinline__ explicit CodecWork(const CodecConv& p) : p(p), height(p.rows), width(p.columns) {}
     __device__ __forceinline__ int pixel(int m) const { return m * M; }
-    __device__ __forceinline__ void at(int m_, int n) { m = m_, first = m * M, channel = n; }
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ uint4 fetch(int row, int column) const {
-        return ::fetch<T>(p, first + row, p.phase, channel + column);
-    }
-    __device__ __forceinline__ void prefetch(int row, int column) const {
-        ::prefetch<T>(p, first + row, p.phase, channel + column);
-    }
-    __device__ __forceinline__ void take(int row, int column, float (&v)[8], const uint4& residual) {
-        finish<T>(p, first + row, p.phase, channel + column, v, residual);
-    }
+    __device__ __forceinline__ void at(int m_, int n) { m = m_, channel = n; }
+    __device__ __forceinline__ CodecChannels<T> columns(int column) const { return {p, m * M, p.phase, channel + column}; }
+    __device__ __forceinline__ void prefetch(int row, int column) const { columns(column).prefetch(row); }
+    template <class F>
+    __device__ __forceinline__ void with_epilogue(F&& f) { f(*this); }
 };
 
 // ---- weights ------------------------------------------------------------------------------------------
@@ -463,15 +453,12 @@ struct HopperWgrad {
     ConvWgrad conv;
 };
 
-struct WgradWork {
+struct WgradWork : NoSums {
     const ConvWgrad& p;
     int co, n, split;  // of the tile's first value
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ Nothing fetch(int, int) const { return {}; }
-    __device__ __forceinline__ void take(int row, int column, float (&v)[8], Nothing) {
-        finish(p, co + row, n + column, split, v);
-    }
-    __device__ __forceinline__ void end(int, float*) {}
+    __device__ __forceinline__ explicit WgradWork(const ConvWgrad& p)
+        : p(p), co(blockIdx.x * 128), n(blockIdx.y * 128), split(blockIdx.z) {}
+    __device__ __forceinline__ WgradColumns columns(int column) const { return {p, co, n + column, split}; }
 };
 
 // 128 output channels by 128 columns a block.
@@ -527,8 +514,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the epilogue takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
-    emit_group<1, 128>(acc, group * 64, out, nullptr,
-                       WgradWork{p, int(blockIdx.x * 128), int(blockIdx.y * 128), int(blockIdx.z)});
+    emit_group<1, 128>(acc, group * 64, out, nullptr, WgradWork(p));
 }
 
 // ---- instances ------------------------------------------------------------------------------------

@@ -78,11 +78,7 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
     WgradLoad<T, Tile> load(p, first);
     multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load);
 
-    emit<Tile>(
-        acc, smem, [](int, int) { return Nothing{}; },
-        [&](int row, int column, float (&v)[8], Nothing) {
-            finish(p, blockIdx.x * Tile::BM + row, blockIdx.y * Tile::BN + column, blockIdx.z, v);
-        });
+    emit<Tile>(acc, smem, WgradColumns(p, blockIdx.x * Tile::BM, blockIdx.y * Tile::BN + own_column<Tile>(), blockIdx.z));
 }
 
 // Sum of partial[split][at .. at + 8] over the parts, in their order.

@@ -449,6 +449,9 @@ impl Dgrad {
             let what = "planned with scales and called without, or the reverse";
             return Err(ConvError { shape: *shape, what });
         }
+        if self.scaled && (shape.cb > 0 || memory.acc_x != DevicePtr::NULL) {
+            return Err(ConvError { shape: *shape, what: "a scaled input is the only one, and nothing is added to its gradient" });
+        }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group();
         let partial = self.kernel.partial_bytes(shape.pixels() * shape.cin());

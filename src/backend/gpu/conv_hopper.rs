@@ -113,6 +113,7 @@ pub(super) fn pixels<P: NoUninit>(kernel: String, p: &PixelProduct, choice: &Cho
         left: int(p.window.left),
         pixels_n: int(tiles_n),
         tiles: int(tiles),
+        splits: int(splits),
         steps_per_split: int(steps_per_split),
         steps: int(own_steps + (main_ca + main_cb) / STEP),
         own_steps: int(own_steps),
