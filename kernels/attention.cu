@@ -164,7 +164,7 @@ __device__ __forceinline__ void normalise(unsigned char* tile, float gain, int t
         for (int i = 0; i < 2; i++) {
 #pragma unroll
             for (int e = 0; e < 8; e++) x[i][e] *= factor;
-            store16_shared(places[i], pack8<T>(x[i]));
+            store16(places[i], pack8<T>(x[i]));
         }
         if (rms) {
             if (thread % (C / 16) == 0) rms[row] = r;
@@ -470,7 +470,7 @@ __device__ void attention_forward_split(const AttentionParams& p) {
 #pragma unroll
             for (int j = 0; j < H::kWide; j++) {
                 const float* v = acc[h][m][j];
-                store16_shared(place(b.warp, (h * M + m) * H::kWide + j), make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
+                store16(place(b.warp, (h * M + m) * H::kWide + j), make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
             }
 #pragma unroll
     for (int m = 0; m < M; m++)

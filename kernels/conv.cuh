@@ -52,6 +52,19 @@ struct Tile {
     static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % WARPS_N * WN; }
 };
 
+// Blocks of a multiprocessor for which the registers must suffice, for the launch bounds: those of tiles.cuh, or as many as
+// find shared memory on cards of compute capability 12.0, which have 100 KB. (86 and 89 have as little, but share their code
+// with 80.)
+template <class Tile>
+constexpr int blocks_at_once(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    const int fit = 100 * 1024 / (Tile::STAGES * Tile::STAGE_BYTES + 1024);
+    return blocks < fit ? blocks : fit;
+#else
+    return blocks;
+#endif
+}
+
 // ---- the main loop ------------------------------------------------------------------------------
 
 // A row in shared memory is 8 chunks of 16 bytes, and fills all 32 banks. Chunk c of row r lies at place c ^ (r & 7):
@@ -419,9 +432,9 @@ __device__ __forceinline__ void emit_rows(float* out, int first, Stage&& stage, 
     const float* const low = out + out_at<COLUMNS>(Rows::row(0), Rows::column());
     const float* const high = out + out_at<COLUMNS>(Rows::row(0), Rows::column() + 4);
     columns.finish([&](auto&& take) {
-        // Where there are registers for it, on Hopper or if nothing is fetched, two rows go at a time: the instructions of
-        // one fill the waits of the other.
-#pragma unroll(BYTES > 64 || sizeof(Fetched) == sizeof(Nothing) ? 2 : 1)
+        // On Hopper, where there are registers for it, two rows go at a time: the instructions of one fill the waits of the
+        // other.
+#pragma unroll(BYTES > 64 ? 2 : 1)
         for (int pass = 0; pass < Rows::PASSES; pass++) {
             if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
             const int at = pass * Rows::ROWS * OUT_ROW<COLUMNS>;
@@ -457,12 +470,9 @@ template <class Tile>
 __device__ __forceinline__ int own_column() { return Tile::warp_n() + OutRows<Tile::WN>::column(); }
 
 __device__ __forceinline__ void load8(const float* from, float (&v)[8]) { floats8(load16(from), load16(from + 4), v); }
-__device__ __forceinline__ uint4 words(const float* v) {
-    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
-}
-__device__ __forceinline__ void store8(float* to, const float (&v)[8]) { store16(to, words(v)), store16(to + 4, words(v + 4)); }
-__device__ __forceinline__ void store8_shared(float* to, const float (&v)[8]) {
-    store16_shared(to, words(v)), store16_shared(to + 4, words(v + 4));
+__device__ __forceinline__ void store8(float* to, const float (&v)[8]) {
+    store16(to, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
+    store16(to + 4, make_uint4(__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])));
 }
 
 // Whether this is the last of `count` blocks that each store a part of the same sums. If so, it sees what all of them have

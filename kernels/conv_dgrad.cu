@@ -34,7 +34,7 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
         for (int by = CHUNKS; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
     __syncthreads();
     if (threadIdx.x % 32 < CHUNKS)
-        store8_shared(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
+        store8(of_warps + Tile::warp_m() / Tile::WM * Tile::BN + Tile::warp_n() + threadIdx.x % 32 * 8, sums);
     __syncthreads();
     const int cin = p.ca + p.cb, channel = blockIdx.y * Tile::BN + threadIdx.x;
     if (threadIdx.x >= Tile::BN || channel >= cin) return;
@@ -47,8 +47,8 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
 // Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
 template <class Tile>
 __device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvDgrad& p) { return {p.tiles, int(blockIdx.x)}; }
-template <class Channels, class Tile>
-__device__ __forceinline__ TileColumns<Channels, Tile::BM> own_columns(const ConvDgrad& p) {
+template <class Channels, class Tile, bool MAY_BE_PART>
+__device__ __forceinline__ TileColumns<Channels, Tile::BM, MAY_BE_PART> own_columns(const ConvDgrad& p) {
     const auto tile = tile_of_block<Tile>(p);
     return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
 }
@@ -59,8 +59,8 @@ __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
     const size_t stride = size_t(p.pixels) * (p.ca + p.cb);
-    if (!p.scale) return sum<Tile>(p.partial, stride, p.splits, own_columns<DgradChannels<T>, Tile>(p));
-    auto columns = own_columns<ScaledDgradChannels<T>, Tile>(p);
+    if (!p.scale) return sum<Tile>(p.partial, stride, p.splits, own_columns<DgradChannels<T>, Tile, false>(p));
+    auto columns = own_columns<ScaledDgradChannels<T>, Tile, false>(p);
     sum<Tile>(p.partial, stride, p.splits, columns);
     add_up<Tile>(p, smem, columns.channels.sums);
 }
@@ -78,14 +78,13 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
 
-    if (p.partial) {
-        emit<Tile>(acc, smem, part_columns<Tile>(p, tile, p.ca + p.cb));
-        return add_parts<T, Tile>(p, smem);
+    if (p.scale && !p.partial) {
+        auto columns = own_columns<ScaledDgradChannels<T>, Tile, false>(p);
+        emit<Tile>(acc, smem, columns);
+        return add_up<Tile>(p, smem, columns.channels.sums);
     }
-    if (!p.scale) return emit<Tile>(acc, smem, own_columns<DgradChannels<T>, Tile>(p));
-    auto columns = own_columns<ScaledDgradChannels<T>, Tile>(p);
-    emit<Tile>(acc, smem, columns);
-    add_up<Tile>(p, smem, columns.channels.sums);
+    emit<Tile>(acc, smem, own_columns<DgradChannels<T>, Tile, true>(p));
+    if (p.partial) add_parts<T, Tile>(p, smem);
 }
 
 // scale_grad from sums: one thread a channel, blockIdx.y the image.
@@ -102,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(128) conv_dgrad_scale_sums(const __
 KERNEL_EXPORT(conv_dgrad_scale_sums);
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ ConvDgrad p) {                                  \
         begin_kernel();                                                              \
         conv_dgrad<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \

@@ -51,7 +51,7 @@ struct FpropChannels {
     }
     template <class Tile, class Rows>
     __device__ __forceinline__ void finish(const Tile& tile, Rows&& rows) {
-        auto sum = [&](float (&v)[8], const uint4& residual) {
+        auto add_residual = [&](float (&v)[8], const uint4& residual) {
             float r[8];
             unpack8<T>(residual, r);
 #pragma unroll
@@ -69,7 +69,7 @@ struct FpropChannels {
             });
         else if (p.act)
             rows([&](int row, float (&v)[8], const uint4& residual) {
-                sum(v, residual);
+                add_residual(v, residual);
                 store16_if(tile.inside(row), at(p.y, tile.pixel(row)), pack8<T>(v));
 #pragma unroll
                 for (int e = 0; e < 8; e++) v[e] = mp_silu(v[e] * p.act_scale);
@@ -77,7 +77,7 @@ struct FpropChannels {
             });
         else
             rows([&](int row, float (&v)[8], const uint4& residual) {
-                sum(v, residual);
+                add_residual(v, residual);
                 store16_if(tile.inside(row), at(p.y, tile.pixel(row)), pack8<T>(v));
             });
     }
@@ -177,11 +177,13 @@ struct ScaledDgradChannels {
         load8(p.scale + size_t(tile.first_image) * p.scale_stride + channel, scale);
         const float factor = p.gain * (1.0f / SILU_MAGNITUDE);
         rows([&](int row, float (&v)[8], const uint4& x) {
-            float in[8];  // 0 in rows that are not inside
+            float in[8], slope[8];  // 0 in rows that are not inside
             unpack8<T>(x, in);
 #pragma unroll
+            for (int e = 0; e < 8; e++) slope[e] = silu_grad(in[e] * scale[e]);
+#pragma unroll
             for (int e = 0; e < 8; e++) {
-                const float gu = v[e] * factor * silu_grad(in[e] * scale[e]);
+                const float gu = v[e] * factor * slope[e];
                 sums[e] = fmaf(gu, in[e], sums[e]), v[e] = gu * scale[e];
             }
             store16_if(tile.inside(row), channels_at<T>(p.gx, tile.pixel(row), p.ca, channel), pack8<T>(v));
@@ -191,51 +193,38 @@ struct ScaledDgradChannels {
 
 // ---- a tile of either ---------------------------------------------------------------------------
 
-// 8 columns of a tile of M pixels of the result: rows are counted from its first pixel.
-template <class Channels, int M>
+// 8 columns of a tile of M pixels of the result: rows are counted from its first pixel. MAY_BE_PART: if there is p.partial,
+// the sums are a part, of blockIdx.z, and go there.
+template <class Channels, int M, bool MAY_BE_PART = false>
 struct TileColumns : TilePixels<M>, TileImages {
+    using Params = typename Channels::Params;
+    using Fetched = typename Channels::Fetched;
     int column;  // the first of the 8 in the result
     Channels channels;
-    __device__ __forceinline__ TileColumns(const typename Channels::Params& p, const TilePixels<M>& tile, const TileImages& images,
-                                           int column)
+    __device__ __forceinline__ TileColumns(const Params& p, const TilePixels<M>& tile, const TileImages& images, int column)
         : TilePixels<M>(tile), TileImages(images), column(column), channels(p, column) {
         if (column >= Channels::all(p)) this->count = 0;
     }
     __device__ __forceinline__ bool inside(int row) const { return row < this->count; }
     __device__ __forceinline__ int pixel(int row) const { return this->first + row; }
-    // Where a row lies in the result, if nothing divides its columns.
-    __device__ __forceinline__ int index(int row) const {
-        return pixel(row) * Channels::all(channels.p) + column;
-    }
+    // Where a row lies in a part.
+    __device__ __forceinline__ int index(int row) const { return pixel(row) * Channels::all(channels.p) + column; }
     // The image of a row, or of the last one that is inside.
     __device__ __forceinline__ int image_inside(int row) const { return image(min(row, this->count - 1)); }
-    __device__ __forceinline__ typename Channels::Fetched fetch(int row) const {
-        return channels.fetch(pixel(row), inside(row));
-    }
+    __device__ __forceinline__ bool is_part() const { return MAY_BE_PART && channels.p.partial; }
+    __device__ __forceinline__ Fetched fetch(int row) const { return channels.fetch(pixel(row), inside(row) && !is_part()); }
     template <class Rows>
     __device__ __forceinline__ void finish(Rows&& rows) {
-        if (this->count > 0) channels.finish(*this, rows);
+        const Params& p = channels.p;
+        if (this->count <= 0) return;
+        if (is_part())
+            rows([&](int row, float (&v)[8], const Fetched&) {
+                if (inside(row)) store8(p.partial + size_t(blockIdx.z) * p.pixels * Channels::all(p) + index(row), v);
+            });
+        else
+            channels.finish(*this, rows);
     }
 };
-
-// 8 columns of a block's tile that is a part of a sum, of blockIdx.z.
-struct PartColumns {
-    int count, columns;  // rows that are inside; columns of the result
-    float* to;           // of the first row
-    __device__ __forceinline__ Nothing fetch(int) const { return {}; }
-    template <class Rows>
-    __device__ __forceinline__ void finish(Rows&& rows) {
-        rows([&](int row, float (&v)[8], Nothing) {
-            if (row < count) store8(to + size_t(row) * columns, v);
-        });
-    }
-};
-template <class Tile, class P>
-__device__ __forceinline__ PartColumns part_columns(const P& p, const TilePixels<Tile::BM>& tile, int columns) {
-    const int column = blockIdx.y * Tile::BN + own_column<Tile>();
-    return {column < columns ? tile.count : 0, columns,
-            p.partial + (size_t(blockIdx.z) * p.pixels + tile.first) * columns + column};
-}
 
 // Prefetches what the epilogue of a block's tile fetches.
 template <class Channels, class Tile>

@@ -34,8 +34,8 @@
 // Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
 template <class Tile>
 __device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvFprop& p) { return {p.tiles, int(blockIdx.x)}; }
-template <class T, class Tile>
-__device__ __forceinline__ TileColumns<FpropChannels<T>, Tile::BM> own_columns(const ConvFprop& p) {
+template <class T, class Tile, bool MAY_BE_PART>
+__device__ __forceinline__ TileColumns<FpropChannels<T>, Tile::BM, MAY_BE_PART> own_columns(const ConvFprop& p) {
     const auto tile = tile_of_block<Tile>(p);
     return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
 }
@@ -45,7 +45,7 @@ template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    sum<Tile>(p.partial, size_t(p.pixels) * p.cout, p.splits, own_columns<T, Tile>(p));
+    sum<Tile>(p.partial, size_t(p.pixels) * p.cout, p.splits, own_columns<T, Tile, false>(p));
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
@@ -73,13 +73,12 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
-    if (!p.partial) return emit<Tile>(acc, smem, own_columns<T, Tile>(p));
-    emit<Tile>(acc, smem, part_columns<Tile>(p, tile, p.cout));
-    add_parts<T, Tile>(p, smem);
+    emit<Tile>(acc, smem, own_columns<T, Tile, true>(p));
+    if (p.partial) add_parts<T, Tile>(p, smem);
 }
 
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ ConvFprop p) {                                  \
         begin_kernel();                                                              \
         conv_fprop<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \

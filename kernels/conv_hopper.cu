@@ -26,7 +26,9 @@
 // cycle); its 128 (m + n) bytes come from the L2 cache at 64 bytes a cycle, and wgmma reads 128 (m + n m / 64) from shared
 // memory at 128. 128 x 128: 512 cycles, 512 and 384. 64 x 128: 256, 384 and 192. 128 x 256: 1024, 768 and 640. On an H200 a
 // step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, the
-// epilogue is the bound: 16 bytes a thread, 4 rows of a warp at a time, some 600 cycles each.
+// epilogue is the bound. Of 4 rows of a warp, 16 bytes a thread, its 16 functions of mp_silu or its derivative take 128 cycles,
+// and all instructions up to 150; no other warp of that quarter has an epilogue at the time, so the rows must fill each
+// other's waits.
 #include "conv_finish.cuh"
 #include "hopper.cuh"
 
@@ -132,7 +134,7 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
 // Gives a group's TILES tiles of 64 x N, whose rows begin at `first`, to `epilogue`, in pieces of a warp's 16 rows by OUT_COLUMNS.
 // `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, part, sums)` is called when all rows of
 // OUT_COLUMNS have been finished. `out` is the group's own, `sums` the warp's. There is one copy of the code, see emit.
-template <int TILES, int N, class Epilogue>
+template <int TILES, int N, int BYTES, class Epilogue>
 __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Epilogue&& epilogue) {
     constexpr int PARTS = N / OUT_COLUMNS;
     const int warp = threadIdx.x / 32 % GROUP_WARPS;
@@ -142,7 +144,7 @@ __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int
         auto columns = epilogue.columns(part * OUT_COLUMNS + OutRows<OUT_COLUMNS>::column());
 #pragma unroll 1
         for (int i = 0; i < TILES; i++)
-            emit_rows<OUT_COLUMNS, 128>(rows, first + i * 64 + warp * 16,
+            emit_rows<OUT_COLUMNS, BYTES>(rows, first + i * 64 + warp * 16,
                                         [&] { stage_part<TILES, N>(acc, i * PARTS + part, rows); }, columns);
         epilogue.end(columns, part, sums);
     }
@@ -322,7 +324,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
                               reinterpret_cast<float*>(stages) + (first + i * 64 + warp % GROUP_WARPS * 16) * OUT_ROW<N>);
         } else {
             work.with_epilogue([&](auto&& epilogue) {
-                emit_group<TILES, N>(acc, first, out, sums + warp * N, epilogue);
+                emit_group<TILES, N, 128>(acc, first, out, sums + warp * N, epilogue);
                 const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, threads = TOGETHER ? 2 * GROUP : GROUP;
                 epilogue.over(sums, from, TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS, TOGETHER ? 3 : group, threads, work.m);
             });
@@ -400,7 +402,7 @@ struct ScaledDgradEpilogue {
         for (int e = 0; e < 8; e++)
 #pragma unroll
             for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-        if (lane < 8) store8_shared(of_warp + part * OUT_COLUMNS + lane * 8, sums);
+        if (lane < 8) store8(of_warp + part * OUT_COLUMNS + lane * 8, sums);
     }
     __device__ __forceinline__ void over(const float* of_warps, int first, int last, int barrier, int threads, int row) {
         const ConvDgrad& p = work.p;
@@ -514,7 +516,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the epilogue takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
-    emit_group<1, 128>(acc, group * 64, out, nullptr, WgradWork(p));
+    emit_group<1, 128, 64>(acc, group * 64, out, nullptr, WgradWork(p));
 }
 
 // ---- instances ------------------------------------------------------------------------------------

@@ -89,16 +89,17 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits) {
     return make_float2(to_float(pair.x), to_float(pair.y));
 }
 
-// 16 bytes of memory, aligned to 16: reads of either space, stores to global memory, or to shared memory. The emulator uses a vector register: a
-// copy of the struct may be split in parts, which its count of bank conflicts would see.
+// 16 bytes of global or shared memory, aligned to 16. store16_if and load16_if, which gives zeros if not `wanted`, are of
+// global memory and no branches, so that what surrounds them stays one sequence to the compiler: the instructions of one row
+// can then fill the waits of another.
 #ifdef SIMT_EMULATOR
+// A vector register: a copy of the struct may be split in parts, which the count of bank conflicts would see.
 inline uint4 load16(const void* p) { return simt::bit_cast<uint4>(*static_cast<const simt::Vector16*>(p)); }
 inline void store16(void* p, uint4 v) { *static_cast<simt::Vector16*>(p) = simt::bit_cast<simt::Vector16>(v); }
 inline uint4 load16_if(bool wanted, const void* p) { return wanted ? load16(p) : uint4{}; }
 inline void store16_if(bool wanted, void* p, uint4 v) {
     if (wanted) store16(p, v);
 }
-inline void store16_shared(void* p, uint4 v) { store16(p, v); }
 inline void store8_shared(void* p, float2 v) { *static_cast<float2*>(p) = v; }
 template <class T>
 inline T* wide_at(T* p, int a, int b) { return (T*)((const char*)p + int64_t(a) * b); }
@@ -109,37 +110,31 @@ inline float at_least(float x, float least) { return x < least ? least : x; }
 inline float clipped(float x, float limit) { return x > limit ? limit : at_least(x, -limit); }
 #else
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
-// Stores are written as instructions: the compiler takes uint4 and float2 for several values, and may write one at a time.
-__device__ __forceinline__ void store16(void* p, uint4 v) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+__device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+// This and store16_if are written as instructions, since the compiler takes float2 and uint4 for several values: it wrote the
+// gradients of inputs 4 bytes at a time.
+__device__ __forceinline__ void store8_shared(void* p, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(smem_address(p)), "f"(v.x), "f"(v.y) : "memory");
 }
-// The same if `wanted`, without a branch, so that what surrounds it stays one sequence to the compiler.
+__device__ __forceinline__ uint4 load16_if(bool wanted, const void* p) {
+    uint4 v;
+    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;\n"
+                 "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+                 "@wanted ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+                 : "l"(__cvta_generic_to_global(p)), "r"(int(wanted)) : "memory");
+    return v;
+}
 __device__ __forceinline__ void store16_if(bool wanted, void* p, uint4 v) {
     asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0; @wanted st.global.v4.b32 [%0], {%1, %2, %3, %4}; }"
                  :: "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(wanted)) : "memory");
 }
-// Zeros if not `wanted`.
-__device__ __forceinline__ uint4 load16_if(bool wanted, const void* p) {
-    uint4 v;
-    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-                 "@wanted ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(__cvta_generic_to_global(p)), "r"(int(wanted)) : "memory");
-    return v;
-}
-// p + a b bytes, in one instruction even where b is widened before a loop.
+// p + a b bytes. The compiler widens what does not change before a loop, and then multiplies by five instructions.
 template <class T>
 __device__ __forceinline__ T* wide_at(T* p, int a, int b) {
     int64_t bytes;
     asm("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(a), "r"(b));
     return (T*)((const char*)p + bytes);
-}
-__device__ __forceinline__ void store16_shared(void* p, uint4 v) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(smem_address(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ void store8_shared(void* p, float2 v) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(smem_address(p)), "f"(v.x), "f"(v.y) : "memory");
 }
 // Brings the 128 bytes around p, in global memory, into the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }

@@ -5,7 +5,7 @@ use indicatif::ProgressBar;
 
 use edm2k::collective::{Alone, Collective, LONGEST, Part, Star, World, agree, limit};
 use edm2k::system::host_name;
-use edm2k::{Device, DeviceError, DeviceName};
+use edm2k::{Device, DeviceName};
 
 use super::DeviceArgs;
 use super::advice::in_one_line;
@@ -22,12 +22,12 @@ pub struct Ranks {
 type CardName = Option<(String, String)>;
 
 /// The kind of a device, by which ranks decide how they sum: only beside NVIDIA's is there a queue for NCCL.
-fn kind(device: &Device) -> Result<&'static str, DeviceError> {
-    Ok(match device.runtime().map(|runtime| runtime.beside()).transpose()? {
-        Some(Some(_)) => "a GPU",
-        Some(None) => "the emulator",
+fn kind(device: &Device) -> &'static str {
+    match device.runtime() {
+        Some(runtime) if runtime.is_card() => "a GPU",
+        Some(_) => "the emulator",
         None => "the CPU",
-    })
+    }
 }
 
 /// Which two ranks have the same card, if there are such.
@@ -114,7 +114,7 @@ impl Ranks {
             other => other,
         };
         let device = args.open_as(device)?;
-        agree(self.met(), kind(&device)?, |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
+        agree(self.met(), kind(&device), |ours, theirs| format!("it computes on {theirs}, rank 0 on {ours}"))?;
         let card = device.runtime().and_then(|gpu| {
             let name = format!("{} of {}", gpu.name(), host_name().unwrap_or_else(|| "one machine".into()));
             Some((gpu.uuid()?, name))
@@ -143,7 +143,7 @@ impl Ranks {
             return Ok(());
         }
         if self.first() {
-            let (ranks, kind) = (self.size(), kind(device)?);
+            let (ranks, kind) = (self.size(), kind(device));
             note!("{ranks} ranks on {kind}: gradients go through rank 0, which is for tests; GPUs use NCCL");
         }
         Ok(())

@@ -449,8 +449,8 @@ impl Dgrad {
             let what = "planned with scales and called without, or the reverse";
             return Err(ConvError { shape: *shape, what });
         }
-        if self.scaled && (shape.cb > 0 || memory.acc_x != DevicePtr::NULL) {
-            return Err(ConvError { shape: *shape, what: "a scaled input is the only one, and nothing is added to its gradient" });
+        if self.scaled && memory.acc_x != DevicePtr::NULL {
+            return Err(ConvError { shape: *shape, what: "nothing is added to the gradient of a scaled input" });
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group();

@@ -76,6 +76,10 @@ pub trait Runtime {
     fn tuned(&self) -> Option<Rc<Tuned>>;
     /// Its name, for people.
     fn name(&self) -> String;
+    /// Whether it is a card: only these have queues [`beside`](Self::beside) theirs.
+    fn is_card(&self) -> bool {
+        false
+    }
     /// An identifier that no other card has, on any machine; `None` if it is no card, or its driver does not say.
     fn uuid(&self) -> Option<String> {
         None

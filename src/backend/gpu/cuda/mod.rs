@@ -251,6 +251,10 @@ impl Runtime for Cuda {
         self.0.info.label()
     }
 
+    fn is_card(&self) -> bool {
+        true
+    }
+
     fn uuid(&self) -> Option<String> {
         let mut uuid = sys::CUuuid { bytes: [0; 16] };
         // SAFETY: writes sixteen bytes; `device` is one.
