@@ -69,7 +69,7 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
 }
 
 #define CONV(name, T, flat, blocks, ...)                                                                         \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks))                             \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ CodecConv p) { begin_kernel(); codec_conv<T, Tile<__VA_ARGS__>, flat>(p); } \
     KERNEL_EXPORT(name);
 #define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \

@@ -38,6 +38,10 @@ constexpr int BK = 64;             // summands of a step
 constexpr int ROW_BYTES = BK * 2;  // of a row in shared memory: all 32 banks
 constexpr int CHUNKS = BK / 8;     // copies of a row
 
+// Floats of a row in the epilogue's shared memory, such that 8 rows of float2 meet no bank twice.
+template <int COLUMNS>
+constexpr int OUT_ROW = COLUMNS + 8;
+
 template <int BM_, int BN_, int STAGES_, int WARPS_M_, int WARPS_N_>
 struct Tile {
     static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_;
@@ -45,7 +49,7 @@ struct Tile {
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // a warp's part
     static constexpr int A_BYTES = BM * ROW_BYTES, STAGE_BYTES = A_BYTES + BN * ROW_BYTES;
     static_assert(WM % 16 == 0 && WN % 16 == 0 && WM <= 64 && WN <= 64, "a warp's part is made of 16 x 16 fragments");
-    static_assert(WARPS_M * WARPS_N * 16 * (WN + 8) * 4 <= STAGES * STAGE_BYTES, "the epilogue fits the pipeline's memory");
+    static_assert(WARPS_M * WARPS_N * 16 * OUT_ROW<WN> * 4 <= STAGES * STAGE_BYTES, "the epilogue fits the pipeline's memory");
 
     using Accumulators = float[WM / 16][WN / 8][4];
     static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / WARPS_N * WM; }
@@ -191,7 +195,7 @@ struct TilePixels {
     }
 };
 
-// Which images the tile's pixels are of. It is made after the product, whose loop needs the registers.
+// Which images the tile's pixels are of. The loop for every card makes it after the product, which needs the registers.
 struct TileImages {
     int first_image, before;  // the first pixel's image, and the pixels of it before the tile
     uint32_t of_half_pixel;   // 2^31 / pixels of an image, rounded up
@@ -345,10 +349,6 @@ __device__ __forceinline__ void scale_sums(Sums (&sums)[N], float factor) {
 
 // ---- the epilogue -------------------------------------------------------------------------------
 
-// Floats of a row in the epilogue's shared memory, such that 8 rows of float2 meet no bank twice.
-template <int COLUMNS>
-constexpr int OUT_ROW = COLUMNS + 8;
-
 // What a warp holds of 16 rows by the 8 columns j, two values in each lane, and how it lies in `out`, in rows of COLUMNS +
 // 8 floats:
 //
@@ -416,7 +416,8 @@ __device__ __forceinline__ void for_lines(F&& f) {
 //                   each has a loop of its own, so that no row has to ask.
 // What several rows need is asked for before the first of them is taken: the memory is a thousand cycles away, and the
 // stores of one row would hold up the loads of the next. At most BYTES bytes are fetched at once, since they take registers.
-template <int COLUMNS, int BYTES, class Stage, class Columns>
+// ROWS at a time are finished where there are registers for it: the instructions of one fill the waits of the other.
+template <int COLUMNS, int BYTES, int ROWS, class Stage, class Columns>
 __device__ __forceinline__ void emit_rows(float* out, int first, Stage&& stage, Columns&& columns) {
     using Rows = OutRows<COLUMNS>;
     using Fetched = decltype(columns.fetch(0));
@@ -432,9 +433,7 @@ __device__ __forceinline__ void emit_rows(float* out, int first, Stage&& stage, 
     const float* const low = out + out_at<COLUMNS>(Rows::row(0), Rows::column());
     const float* const high = out + out_at<COLUMNS>(Rows::row(0), Rows::column() + 4);
     columns.finish([&](auto&& take) {
-        // On Hopper, where there are registers for it, two rows go at a time: the instructions of one fill the waits of the
-        // other.
-#pragma unroll(BYTES > 64 ? 2 : 1)
+#pragma unroll(ROWS)
         for (int pass = 0; pass < Rows::PASSES; pass++) {
             if (pass > 0 && pass % AT_ONCE == 0) fetch_from(pass);
             const int at = pass * Rows::ROWS * OUT_ROW<COLUMNS>;
@@ -449,8 +448,8 @@ __device__ __forceinline__ void emit_rows(float* out, int first, Stage&& stage, 
     __syncwarp();
 }
 
-// The same for a block's tile. There is one copy of the code, not one for each 16 rows. Code comes from memory too, and with
-// a small product that was most of the time.
+// The same for a block's tile. There is one copy of the code for all, not one for each 16 rows. Code comes from memory too,
+// and with a small product that was most of the time.
 template <class Tile, class Columns>
 __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, unsigned char* smem, Columns&& columns) {
     float* const out = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * 16 * OUT_ROW<Tile::WN>;
@@ -462,7 +461,7 @@ __device__ __forceinline__ void emit(const typename Tile::Accumulators& acc, uns
             for (int i = 0; i < Tile::WM / 16; i++)  // registers have no index
                 if (i == part) stage_rows<Tile::WN>(acc[i], out);
         };
-        emit_rows<Tile::WN, 64>(out, Tile::warp_m() + part * 16, stage, columns);
+        emit_rows<Tile::WN, 64, 1>(out, Tile::warp_m() + part * 16, stage, columns);
     }
 }
 // The first of the 8 columns of a block's tile that this thread finishes.

@@ -42,7 +42,9 @@ struct FpropChannels {
     static __device__ __forceinline__ int all(const ConvFprop& p) { return p.cout; }
     // Where they lie in a tensor.
     template <class Tensor>
-    __device__ __forceinline__ Tensor* at(Tensor* tensor, int pixel) const { return channels_at<T>(tensor, pixel, p.cout, channel); }
+    __device__ __forceinline__ Tensor* at(Tensor* tensor, int pixel) const {
+        return channels_at<T>(tensor, pixel, p.cout, channel);
+    }
     __device__ __forceinline__ Fetched fetch(int pixel, bool inside) const {
         return load16_if(inside && p.residual, at(p.residual, pixel));
     }
@@ -177,7 +179,9 @@ struct ScaledDgradChannels {
         load8(p.scale + size_t(tile.first_image) * p.scale_stride + channel, scale);
         const float factor = p.gain * (1.0f / SILU_MAGNITUDE);
         rows([&](int row, float (&v)[8], const uint4& x) {
-            float in[8], slope[8];  // 0 in rows that are not inside
+            // In rows that are not inside it is 0, so that these add nothing to the sums, if their gradients are finite. If
+            // not, all gradients of the embedding are lost in this step anyway: they are sums over the images.
+            float in[8], slope[8];
             unpack8<T>(x, in);
 #pragma unroll
             for (int e = 0; e < 8; e++) slope[e] = silu_grad(in[e] * scale[e]);

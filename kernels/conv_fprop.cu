@@ -13,7 +13,7 @@
 //     y <- clip(gain (main + to_main y))          the same, where the main path is a 1x1 convolution: gain is then mp_sum's wa,
 //                                                 and to_main its wb / wa
 //
-// and optionally act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
+// and optionally, but after the modulation, act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
 // never applied on the way in.
 //
 // The main path's products are further steps of k, after the others. So they are neither rounded to 16 bits nor written and

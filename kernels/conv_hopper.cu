@@ -26,9 +26,9 @@
 // cycle); its 128 (m + n) bytes come from the L2 cache at 64 bytes a cycle, and wgmma reads 128 (m + n m / 64) from shared
 // memory at 128. 128 x 128: 512 cycles, 512 and 384. 64 x 128: 256, 384 and 192. 128 x 256: 1024, 768 and 640. On an H200 a
 // step of 128 x 128 took some 570, of 64 x 128 385, of 64 x 64 330 (docs/performance.md). Where a sum is short, the
-// epilogue is the bound. Of 4 rows of a warp, 16 bytes a thread, its 16 functions of mp_silu or its derivative take 128 cycles,
-// and all instructions up to 150; no other warp of that quarter has an epilogue at the time, so the rows must fill each
-// other's waits.
+// epilogue is the bound. Of 16 bytes of each thread, the 16 functions in mp_silu or its derivative take a warp 128 cycles, and
+// all instructions about as many. Where groups take turns, one warp of each quarter has an epilogue at a time, so rows must
+// fill each other's waits.
 #include "conv_finish.cuh"
 #include "hopper.cuh"
 
@@ -131,11 +131,13 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
     }
 }
 
-// Gives a group's TILES tiles of 64 x N, whose rows begin at `first`, to `epilogue`, in pieces of a warp's 16 rows by OUT_COLUMNS.
-// `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, part, sums)` is called when all rows of
-// OUT_COLUMNS have been finished. `out` is the group's own, `sums` the warp's. There is one copy of the code, see emit.
-template <int TILES, int N, int BYTES, class Epilogue>
-__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums, Epilogue&& epilogue) {
+// Gives a group's TILES tiles of 64 x N, whose rows begin at `first`, to `epilogue`, in pieces of a warp's 16 rows by
+// OUT_COLUMNS. `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, part, sums)` is called when
+// all rows of OUT_COLUMNS have been finished. `out` is the group's own, `sums` the warp's. There is one copy of the code for
+// all pieces, see emit. BYTES and ROWS are those of emit_rows.
+template <int TILES, int N, int BYTES, int ROWS, class Epilogue>
+__device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int first, float* out, float* sums,
+                                           Epilogue&& epilogue) {
     constexpr int PARTS = N / OUT_COLUMNS;
     const int warp = threadIdx.x / 32 % GROUP_WARPS;
     float* const rows = out + warp * 16 * OUT_ROW<OUT_COLUMNS>;
@@ -144,7 +146,7 @@ __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int
         auto columns = epilogue.columns(part * OUT_COLUMNS + OutRows<OUT_COLUMNS>::column());
 #pragma unroll 1
         for (int i = 0; i < TILES; i++)
-            emit_rows<OUT_COLUMNS, BYTES>(rows, first + i * 64 + warp * 16,
+            emit_rows<OUT_COLUMNS, BYTES, ROWS>(rows, first + i * 64 + warp * 16,
                                         [&] { stage_part<TILES, N>(acc, i * PARTS + part, rows); }, columns);
         epilogue.end(columns, part, sums);
     }
@@ -168,7 +170,8 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epil
 #pragma unroll 1
         for (int at = worker; at < M / 4 * PARTS; at += blocks * 2 * GROUP_WARPS) {
             const int row = at / PARTS * 4 + lane / 8;
-            const smem_addr low = smem_address(out + out_at<N>(row, column)), high = smem_address(out + out_at<N>(row, column + 4));
+            const smem_addr low = smem_address(out + out_at<N>(row, column));
+            const smem_addr high = smem_address(out + out_at<N>(row, column + 4));
             const auto fetched = columns.fetch(row);
             float v[8] = {};
 #pragma unroll 4
@@ -250,8 +253,9 @@ struct StepWalk {
 };
 
 // Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
-//     pixel(m) -> first pixel, in the order of the images;  at(m, n) before a tile; see emit_group; over(...) after it, with what
-//     the warps first .. last left in `sums`, a row of N each, for a row of the kernel's sums: by so many threads, which meet at a barrier
+//     pixel(m) -> first pixel, in the order of the images;  at(m, n) before a tile;  with_epilogue(f) calls f with what
+//     emit_group and emit_cluster take; its over(...) comes after the tile, with what the warps first .. last left in `sums`, a
+//     row of N each, for a row of the kernel's sums: by so many threads, which meet at a barrier
 template <class T, int M, int N, int STAGES, bool TOGETHER, class Work>
 __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work) {
     constexpr int GROUP_M = TOGETHER ? M / 2 : M, TILES = GROUP_M / 64, A_BYTES = M * ROW_BYTES;
@@ -324,9 +328,9 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
                               reinterpret_cast<float*>(stages) + (first + i * 64 + warp % GROUP_WARPS * 16) * OUT_ROW<N>);
         } else {
             work.with_epilogue([&](auto&& epilogue) {
-                emit_group<TILES, N, 128>(acc, first, out, sums + warp * N, epilogue);
-                const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, threads = TOGETHER ? 2 * GROUP : GROUP;
-                epilogue.over(sums, from, TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS, TOGETHER ? 3 : group, threads, work.m);
+                emit_group<TILES, N, 128, 2>(acc, first, out, sums + warp * N, epilogue);
+                const int from = TOGETHER ? 0 : (group - 1) * GROUP_WARPS, to = TOGETHER ? 2 * GROUP_WARPS : from + GROUP_WARPS;
+                epilogue.over(sums, from, to, TOGETHER ? 3 : group, (to - from) * 32, work.m);
             });
         }
     }
@@ -516,7 +520,7 @@ __device__ __forceinline__ void hopper_wgrad(const HopperWgrad& h) {
     consume<T, 128, true>(acc, pipe, group * BLOCK, 0, A_BYTES, steps, [] {});
     named_barrier(1, 2 * GROUP);  // the epilogue takes the place of the stages
     float* const out = reinterpret_cast<float*>(smem + (pipe.first - smem_address(smem)) + group * OUT_BYTES);
-    emit_group<1, 128, 64>(acc, group * 64, out, nullptr, WgradWork(p));
+    emit_group<1, 128, 64, 1>(acc, group * 64, out, nullptr, WgradWork(p));
 }
 
 // ---- instances ------------------------------------------------------------------------------------

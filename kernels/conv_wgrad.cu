@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_wgrad_reduce(const __grid
 KERNEL_EXPORT(conv_wgrad_reduce);
 
 #define INSTANCE(name, T, f16_sums, blocks, ...)                                                                     \
-    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks))                                 \
+    extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ ConvWgrad p) { begin_kernel(); conv_wgrad<T, Tile<__VA_ARGS__>, f16_sums>(p); } \
     KERNEL_EXPORT(name);
 #define PIXELS(...)

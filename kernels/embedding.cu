@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(128) embed_backward(EmbedBackward p
         const int c = blockIdx.x * TILE + row;
         if (c >= p.emb_channels) return 0.0f;
         const size_t at = size_t(image) * p.emb_channels + c;
-        return p.grad_emb[at] * silu_grad(p.pre[at]) / SILU_MAGNITUDE;
+        return p.grad_emb[at] * silu_grad(p.pre[at]) * (1.0f / SILU_MAGNITUDE);
     };
     float sums[GRAD_ROWS][4] = {};
     outer_products(sums, staged, gradient, noise ? p.features : p.labels, p.images, channels, k);

@@ -193,10 +193,12 @@ fn check_fprop(bench: &mut Bench, case: Case) {
     let scales: Vec<f32> = (0..case.n * stride).map(|_| 1.0 + 0.5 * bench.random.float()).collect();
     let on_device = bench.upload(&scales);
     let scale = BlockScales { all: DevicePtr(at(&on_device).0 + 16 * 4), stride };
-    go(bench, Epilogue::ScaleSilu { scale, pre: Some(at(&extra)) }, None);
     let all = cpu.upload([case.n, 1, 1, stride], &scales);
     let (expected, pre) = cpu.conv_scale_silu(id, operand, Scale { all: &all, offset: 16 }, true);
-    bench.same_in_rows(&format!("conv_scale_silu {case:?}"), &y, expected.values(), cout);
+    for wanted in [None, Some(at(&extra))] {
+        go(bench, Epilogue::ScaleSilu { scale, pre: wanted }, None);
+        bench.same_in_rows(&format!("conv_scale_silu {case:?}"), &y, expected.values(), cout);
+    }
     bench.same_in_rows(&format!("its input {case:?}"), &extra, pre.unwrap().values(), cout);
 
     // mp_sum, clipped where it matters.
@@ -291,7 +293,7 @@ fn check_dgrad(bench: &mut Bench, case: Case) {
         gain: 0.8,
         ..Zeroable::zeroed()
     };
-    for (silu, accumulate) in [(false, false), (true, true)] {
+    for (silu, accumulate) in [(false, false), (true, true), (false, true), (true, false)] {
         let through = if silu { Through::Silu } else { Through::Linear };
         let memory = match accumulate {
             true => ConvDgrad { acc_x: accs[0].at(), acc_skip: accs[1].at(), acc_factor: 0.625, ..plain },
@@ -372,6 +374,7 @@ fn check_wgrad(bench: &mut Bench, case: Case) {
 const CASES: &[Case] = &[
     case(1, 1, 1, 8, 0, 8, 9),
     case(3, 1, 1, 136, 0, 8, 1),
+    case(150, 1, 1, 16, 0, 24, 1),
     case(3, 7, 5, 24, 16, 40, 9),
     case(1, 7, 5, 136, 8, 72, 1),
     case(2, 6, 5, 24, 56, 80, 1),
@@ -420,6 +423,15 @@ fn for_all(check: fn(&mut Bench, Case)) {
 #[test]
 fn forward_is_the_twins() {
     for_all(check_fprop);
+}
+
+/// Images of more than 2^14 pixels are told apart in another way than smaller ones.
+#[test]
+fn rows_of_a_tile_are_of_the_right_one_of_two_large_images() {
+    for device in testbed::once() {
+        let mut bench = Bench::new(device, Precision::F16.into(), card_of(40));
+        check_fprop(&mut bench, case(2, 129, 129, 8, 0, 8, 1));
+    }
 }
 
 #[test]
@@ -548,6 +560,20 @@ fn what_the_kernels_cannot_do_is_refused() {
         let error = Fprop::new(bad, Precision::F16.into(), card).unwrap_err();
         assert_eq!(error.shape, bad, "{error}");
     }
+    let scaled = Dgrad::new(good, true, Precision::F16.into(), card).unwrap();
+    let scale = BlockScales { all: DevicePtr(16), stride: 8 };
+    let through = Through::ScaleSilu { scale, scale_grad: DevicePtr(16) };
+    let memory = ConvDgrad { acc_x: DevicePtr(16), ..Zeroable::zeroed() };
+    for (x_scale, memory) in [(1.0, memory), (0.5, Zeroable::zeroed())] {
+        let inputs = ConvInputs { x: DevicePtr(16), x_scale, skip: None };
+        let error = scaled.launches(inputs, through, memory).unwrap_err();
+        assert!(error.what.contains("no other factor"), "{error}");
+    }
+    let modulated = Fprop::new(good, Precision::F16.into(), card).unwrap();
+    let act = Some((DevicePtr(16), 1.0));
+    let epilogue = Epilogue::ScaleSilu { scale, pre: None };
+    let error = modulated.launch((DevicePtr(16), None), epilogue, act, Zeroable::zeroed()).unwrap_err();
+    assert!(error.what.contains("no other beside it"), "{error}");
     let two = Fprop::new(ConvShape { cb: 8, ..good }, Precision::F16.into(), card).unwrap();
     let none = DevicePtr::NULL;
     let error = two.launch((none, None), Epilogue::Gain(1.0), None, Zeroable::zeroed()).unwrap_err();

@@ -304,6 +304,9 @@ impl Fprop {
             }
         }
         let wrong = |what| Err(ConvError { shape: *shape, what });
+        if act.is_some() && scale.all != DevicePtr::NULL {
+            return wrong("a result scaled by the embedding is an activation, and has no other beside it");
+        }
         let main = match (self.main, main) {
             (None, None) => None,
             (Some(_), Some(_)) if !to_main.is_finite() => {
@@ -449,8 +452,9 @@ impl Dgrad {
             let what = "planned with scales and called without, or the reverse";
             return Err(ConvError { shape: *shape, what });
         }
-        if self.scaled && memory.acc_x != DevicePtr::NULL {
-            return Err(ConvError { shape: *shape, what: "nothing is added to the gradient of a scaled input" });
+        if self.scaled && (inputs.x_scale != 1.0 || memory.acc_x != DevicePtr::NULL) {
+            let what = "an input scaled by the embedding has no other factor, and nothing is added to its gradient";
+            return Err(ConvError { shape: *shape, what });
         }
         let linear = matches!(through, Through::Linear);
         let tiles_m = self.tiles_per_group();
