@@ -46,7 +46,7 @@
 //
 // FLOOR   of an SD-VAE's decode to 512x704, on a card of 165 TFLOP/s and 1 TB/s: 1.5 T multiply-adds, 18 ms. Bytes, read
 // and written once: 7.6 GB, 7.6 ms, of which the pass above is 2.5 and the statistics 1.3. (By the plan, which
-// has 130 launches; tests/codec_kernels.rs prints it.)
+// has 130 launches; tests/kernels/codec.rs prints it.)
 #include "conv_finish.cuh"
 
 // ---- 1. convolution -----------------------------------------------------------------------------
