@@ -44,15 +44,6 @@ __device__ __forceinline__ void add_up(const ConvDgrad& p, unsigned char* smem, 
     p.sums[size_t(blockIdx.x) * cin + channel] = sum;
 }
 
-// Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
-template <class Tile>
-__device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvDgrad& p) { return {p.tiles, int(blockIdx.x)}; }
-template <class Channels, class Tile, bool MAY_BE_PART>
-__device__ __forceinline__ TileColumns<Channels, Tile::BM, MAY_BE_PART> own_columns(const ConvDgrad& p) {
-    const auto tile = tile_of_block<Tile>(p);
-    return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
-}
-
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvDgrad& p, unsigned char* smem) {

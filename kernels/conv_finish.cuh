@@ -230,6 +230,15 @@ struct TileColumns : TilePixels<M>, TileImages {
     }
 };
 
+// Where a block's tile lies in the result, and the 8 columns of it that this thread finishes.
+template <class Tile, class P>
+__device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const P& p) { return {p.tiles, int(blockIdx.x)}; }
+template <class Channels, class Tile, bool MAY_BE_PART>
+__device__ __forceinline__ TileColumns<Channels, Tile::BM, MAY_BE_PART> own_columns(const typename Channels::Params& p) {
+    const auto tile = tile_of_block<Tile>(p);
+    return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
+}
+
 // Prefetches what the epilogue of a block's tile fetches.
 template <class Channels, class Tile>
 __device__ __forceinline__ void prefetch_tile(const typename Channels::Params& p, const TilePixels<Tile::BM>& tile) {

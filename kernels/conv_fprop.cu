@@ -13,8 +13,8 @@
 //     y <- clip(gain (main + to_main y))          the same, where the main path is a 1x1 convolution: gain is then mp_sum's wa,
 //                                                 and to_main its wb / wa
 //
-// and optionally, but after the modulation, act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu is
-// never applied on the way in.
+// and optionally, except after the modulation, act = mp_silu(act_scale y) beside it, which the next convolution reads: mp_silu
+// is never applied on the way in.
 //
 // The main path's products are further steps of k, after the others. So they are neither rounded to 16 bits nor written and
 // read, and need no launch of their own. In the other order the 3x3 loop would issue 0.5 more instructions for each HMMA.
@@ -31,21 +31,12 @@
 // pixel comes 9 ceil(cout / BN) times from L2.
 #include "conv_finish.cuh"
 
-// Where the block's tile lies in the result, and the 8 columns of it that this thread finishes.
-template <class Tile>
-__device__ __forceinline__ TilePixels<Tile::BM> tile_of_block(const ConvFprop& p) { return {p.tiles, int(blockIdx.x)}; }
-template <class T, class Tile, bool MAY_BE_PART>
-__device__ __forceinline__ TileColumns<FpropChannels<T>, Tile::BM, MAY_BE_PART> own_columns(const ConvFprop& p) {
-    const auto tile = tile_of_block<Tile>(p);
-    return {p, tile, TileImages(p.tiles, tile.first), int(blockIdx.y) * Tile::BN + own_column<Tile>()};
-}
-
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
 template <class T, class Tile>
 __device__ __attribute__((noinline)) void add_parts(const ConvFprop& p, unsigned char* smem) {
     unsigned* const arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (!comes_last(arrived, p.splits, smem)) return;
-    sum<Tile>(p.partial, size_t(p.pixels) * p.cout, p.splits, own_columns<T, Tile, false>(p));
+    sum<Tile>(p.partial, size_t(p.pixels) * p.cout, p.splits, own_columns<FpropChannels<T>, Tile, false>(p));
 }
 
 template <class T, class Tile, bool F16_SUMS, bool FLAT>
@@ -73,7 +64,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
         }
     }
 
-    emit<Tile>(acc, smem, own_columns<T, Tile, true>(p));
+    emit<Tile>(acc, smem, own_columns<FpropChannels<T>, Tile, true>(p));
     if (p.partial) add_parts<T, Tile>(p, smem);
 }
 
