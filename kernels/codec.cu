@@ -60,17 +60,19 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     const T* weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
     const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
                                     window, first, min(Tile::BM, p.pixels - first)};
-    for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
-        CodecChannels<T>(p, first, phase, blockIdx.y * Tile::BN + column).prefetch(row);
-    });
     typename Tile::Accumulators acc = {};
-    multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin));
+    multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin), [&] {
+        begin_kernel();
+        for_lines<Tile::BM, Tile::BN, Tile::THREADS>([&](int row, int column) {
+            CodecChannels<T>(p, first, phase, blockIdx.y * Tile::BN + column).prefetch(row);
+        });
+    });
     emit<Tile>(acc, smem, CodecChannels<T>(p, first, phase, blockIdx.y * Tile::BN + own_column<Tile>()));
 }
 
 #define CONV(name, T, flat, blocks, ...)                                                                         \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
-        name(const __grid_constant__ CodecConv p) { begin_kernel(); codec_conv<T, Tile<__VA_ARGS__>, flat>(p); } \
+        name(const __grid_constant__ CodecConv p) { codec_conv<T, Tile<__VA_ARGS__>, flat>(p); }                 \
     KERNEL_EXPORT(name);
 #define PIXELS(m, n, stages, wm, wn, blocks, blocks_f16x2, speed)                               \
     CONV(codec_conv_f16_##m##x##n, __half, false, blocks, m, n, stages, wm, wn)                 \

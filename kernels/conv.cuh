@@ -111,16 +111,18 @@ struct KRows {
     }
 };
 
-// acc += A B over `steps` steps. `load(stage)` issues the copies of the next step into a stage, A first, B behind it.
-template <class T, class Tile, bool F16_SUMS, class A, class B, class Load>
-__device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, smem_addr shared, int steps, Load& load) {
+// acc += A B over `steps` steps. `load(stage)` issues the copies of the next step into a stage, A first, B behind it;
+// `load_first(stage)` does so for the first STAGES - 1 of them.
+template <class T, class Tile, bool F16_SUMS, class A, class B, class LoadFirst, class Load>
+__device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, smem_addr shared, int steps, LoadFirst&& load_first,
+                                         Load&& load) {
     static_assert(!F16_SUMS || is_half<T>, "sums in f16 are of f16 products");
     constexpr int M = Tile::WM / 16, N = Tile::WN / 16, END = Tile::STAGES * Tile::STAGE_BYTES;
     const A a(Tile::warp_m());
     const B b(Tile::warp_n());
 
     for (int s = 0; s < Tile::STAGES - 1; s++) {
-        if (s < steps) load(shared + s * Tile::STAGE_BYTES);
+        if (s < steps) load_first(shared + s * Tile::STAGE_BYTES);
         cp_async_commit();
     }
     int reading = 0, writing = END - Tile::STAGE_BYTES;
@@ -298,18 +300,18 @@ struct ConvLoad {
             tap = 1, column = delta = 0, k = p.ca;
         }
     }
-    __device__ __forceinline__ void copy(const ConvProduct<T>& p, smem_addr stage) {
-        const smem_addr a = stage + to;
-        const bool there = !FLAT || tap >> p.window.taps() == 0;  // else beyond the last tap: the last step's rest
+    // Else it is beyond the last tap: the last step's rest.
+    __device__ __forceinline__ bool there(const ConvProduct<T>& p) const { return !FLAT || tap >> p.window.taps() == 0; }
+    __device__ __forceinline__ void copy_pixels(const ConvProduct<T>& p, smem_addr stage) const {
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const bool valid = there && (inside[i] & tap);
-            cp_async(a + i * STRIDE * ROW_BYTES, src + (offset[i] + delta), valid);
-        }
+        for (int i = 0; i < ROWS; i++)
+            cp_async(stage + to + i * STRIDE * ROW_BYTES, src + (offset[i] + delta), there(p) && (inside[i] & tap));
+    }
+    __device__ __forceinline__ void copy_weights(const ConvProduct<T>& p, smem_addr stage) const {
         if (Tile::BN < STRIDE && threadIdx.x / CHUNKS >= Tile::BN) return;
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++)
-            cp_async(a + Tile::A_BYTES + j * STRIDE * ROW_BYTES, weight + (row_of[j] + k), there);
+            cp_async(stage + to + Tile::A_BYTES + j * STRIDE * ROW_BYTES, weight + (row_of[j] + k), there(p));
     }
     // The channels of the next tap in a row follow those of this tap in memory.
     __device__ __forceinline__ void advance(const ConvProduct<T>& p) {
@@ -330,13 +332,20 @@ struct ConvLoad {
     }
 };
 
-// acc += the product's steps first .. last.
-template <class T, class Tile, bool F16_SUMS, bool FLAT>
+// acc += the product's steps first .. last. `begin` is called when the first weights are under way and no pixels are: a kernel
+// waits there for the launch before it, which does not write weights.
+template <class T, class Tile, bool F16_SUMS, bool FLAT, class Begin>
 __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsigned char* smem, const ConvProduct<T>& p,
-                                         int first, int last) {
-    ConvLoad<T, Tile, FLAT> at(p, first);
-    auto load = [&](smem_addr stage) { at.copy(p, stage), at.advance(p); };
-    multiply<T, Tile, F16_SUMS, KMajor<false>, KMajor<true>>(acc, smem_address(smem), last - first, load);
+                                         int first, int last, Begin&& begin) {
+    const smem_addr shared = smem_address(smem);
+    ConvLoad<T, Tile, FLAT> at(p, first), ahead = at;
+#pragma unroll
+    for (int s = 0; s < Tile::STAGES - 1; s++)
+        if (s < last - first) ahead.copy_weights(p, shared + s * Tile::STAGE_BYTES), ahead.advance(p);
+    begin();
+    multiply<T, Tile, F16_SUMS, KMajor<false>, KMajor<true>>(
+        acc, shared, last - first, [&](smem_addr stage) { at.copy_pixels(p, stage), at.advance(p); },
+        [&](smem_addr stage) { at.copy_pixels(p, stage), at.copy_weights(p, stage), at.advance(p); });
 }
 
 // Multiplies sums in an array of any rank.

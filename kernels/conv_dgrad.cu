@@ -64,10 +64,9 @@ __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
                                     p.cout, 0, p.ca + p.cb, same_window(p.tiles.height, p.tiles.width, p.taps),
                                     tile.first, tile.count};
     const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
-    prefetch_tile<DgradChannels<T>, Tile>(p, tile);
-
     typename Tile::Accumulators acc = {};
-    multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last);
+    multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last,
+                                      [&] { begin_kernel(), prefetch_tile<DgradChannels<T>, Tile>(p, tile); });
 
     if (p.scale && !p.partial) {
         auto columns = own_columns<ScaledDgradChannels<T>, Tile, false>(p);
@@ -94,7 +93,6 @@ KERNEL_EXPORT(conv_dgrad_scale_sums);
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ ConvDgrad p) {                                  \
-        begin_kernel();                                                              \
         conv_dgrad<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \
     }                                                                                \
     KERNEL_EXPORT(name);

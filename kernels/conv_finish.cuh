@@ -203,10 +203,10 @@ template <class Channels, int M, bool MAY_BE_PART = false>
 struct TileColumns : TilePixels<M>, TileImages {
     using Params = typename Channels::Params;
     using Fetched = typename Channels::Fetched;
-    int column;  // the first of the 8 in the result
+    int column;  // the first of the 8 in the result, or beyond its last
     Channels channels;
     __device__ __forceinline__ TileColumns(const Params& p, const TilePixels<M>& tile, const TileImages& images, int column)
-        : TilePixels<M>(tile), TileImages(images), column(column), channels(p, column) {
+        : TilePixels<M>(tile), TileImages(images), column(column), channels(p, min(column, Channels::all(p) - 8)) {
         if (column >= Channels::all(p)) this->count = 0;
     }
     __device__ __forceinline__ bool inside(int row) const { return row < this->count; }
@@ -214,7 +214,7 @@ struct TileColumns : TilePixels<M>, TileImages {
     // Where a row lies in a part.
     __device__ __forceinline__ int index(int row) const { return pixel(row) * Channels::all(channels.p) + column; }
     // The image of a row, or of the last one that is inside.
-    __device__ __forceinline__ int image_inside(int row) const { return image(min(row, this->count - 1)); }
+    __device__ __forceinline__ int image_inside(int row) const { return image(min(row, max(this->count - 1, 0))); }
     __device__ __forceinline__ bool is_part() const { return MAY_BE_PART && channels.p.partial; }
     __device__ __forceinline__ Fetched fetch(int row) const { return channels.fetch(pixel(row), inside(row) && !is_part()); }
     template <class Rows>
@@ -226,8 +226,11 @@ struct TileColumns : TilePixels<M>, TileImages {
                 if (inside(row)) store8(p.partial + size_t(blockIdx.z) * p.pixels * Channels::all(p) + index(row), v);
             });
         else
-            channels.finish(*this, rows);
+            finish_together(rows);
     }
+    // The lanes of a warp stay together, also those whose columns are beyond the last.
+    template <class Rows>
+    __device__ __forceinline__ void finish_together(Rows&& rows) { channels.finish(*this, rows); }
 };
 
 // Where a block's tile lies in the result, and the 8 columns of it that this thread finishes.

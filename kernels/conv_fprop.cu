@@ -50,17 +50,20 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     const ConvProduct<T> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
     const int steps = own.steps(p.ca) + own.steps(p.cb);
     int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
-    prefetch_tile<FpropChannels<T>, Tile>(p, tile);
+    auto begin = [&] { begin_kernel(), prefetch_tile<FpropChannels<T>, Tile>(p, tile); };
 
     typename Tile::Accumulators acc = {};
-    if (first < steps) multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, own, first, min(last, steps));
+    if (first < steps)
+        multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, own, first, min(last, steps), begin);
+    else
+        begin();
     if (p.main_weight) {
         const ConvProduct<T> main = product(p.main_x, p.main_skip, p.main_weight, p.main_ca, p.main_cb, 1);
         first = max(first - steps, 0), last = min(last - steps, main.steps(p.main_ca) + main.steps(p.main_cb));
         scale_sums(acc, p.to_main);
         if (first < last) {
             __syncthreads();  // all have left the pipeline's last stage
-            multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, main, first, last);
+            multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, main, first, last, [] {});
         }
     }
 
@@ -71,7 +74,6 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
 #define INSTANCE(name, T, f16_sums, flat, blocks, ...)                               \
     extern "C" __global__ void __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks_at_once<Tile<__VA_ARGS__>>(blocks)) \
         name(const __grid_constant__ ConvFprop p) {                                  \
-        begin_kernel();                                                              \
         conv_fprop<T, Tile<__VA_ARGS__>, f16_sums, flat>(p);                         \
     }                                                                                \
     KERNEL_EXPORT(name);

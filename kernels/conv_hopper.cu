@@ -14,7 +14,7 @@
 //                 phases by their parity only, for those of one round before: so it waits for its turn.
 //       TOGETHER  each half the rows of a larger tile, which reads less of the L2 cache and of shared memory for a product.
 //     SPLITS: the steps of a tile's sum are shared by a cluster of up to 8 blocks, a tile and cluster. Each leaves its sums in
-//     its shared memory, and each takes its share of the rows: adds what all have of them, in the order of the blocks, and goes on.
+//     its shared memory, and each takes its share of the rows: adds what all have of them, its own first, and goes on.
 // WEIGHTS (wgrad): D[output channel][(tap, channel)], k = pixel; both operands lie as rows of k ("MN-major").
 //     A  64 pixels by 128 output channels of grad, two boxes; B 64 pixels by 128 columns, two im2col copies, each of one tap.
 //     The two groups share a tile, 64 rows each; two blocks a multiprocessor overlap. Pixels are split to fill the card.
@@ -132,7 +132,7 @@ __device__ __forceinline__ void stage_part(const float (&acc)[TILES][N / 2], int
 }
 
 // Gives a group's TILES tiles of 64 x N, whose rows begin at `first`, to `epilogue`, in pieces of a warp's 16 rows by
-// OUT_COLUMNS. `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, part, sums)` is called when
+// OUT_COLUMNS. `columns(column)` are its 8 columns from there on, see emit_rows, and `end(columns, sums)` is called when
 // all rows of OUT_COLUMNS have been finished. `out` is the group's own, `sums` the warp's. There is one copy of the code for
 // all pieces, see emit. BYTES and ROWS are those of emit_rows.
 template <int TILES, int N, int BYTES, int ROWS, class Epilogue>
@@ -148,43 +148,70 @@ __device__ __forceinline__ void emit_group(const float (&acc)[TILES][N / 2], int
         for (int i = 0; i < TILES; i++)
             emit_rows<OUT_COLUMNS, BYTES, ROWS>(rows, first + i * 64 + warp * 16,
                                         [&] { stage_part<TILES, N>(acc, i * PARTS + part, rows); }, columns);
-        epilogue.end(columns, part, sums);
+        epilogue.end(columns, sums);
     }
 }
 
+constexpr int MAX_CLUSTER = 8;  // blocks
+
 // Adds up the parts that the blocks of a cluster have of a tile of M x N, this block's own in `out`, and gives its share of
 // the rows to `epilogue`. All 8 warps of both groups call it.
+//
+// Shared memory of other blocks is slow, so all parts of a row are under way at once. A block begins with its own part and
+// goes on with those of the blocks after it: did all begin with the first, they would wait for that one's multiprocessor.
+// Eight lanes read 128 bytes in one piece, columns 0 to 31 of a row's 64 and then 32 to 63. So a lane has four columns of
+// chunk lane / 2, and four of chunk 4 + lane / 2; and since from column 32 on halves of chunks are exchanged (out_at), one
+// exchange between neighbours gives even lanes the first chunk and odd ones the second.
 template <int M, int N, class Epilogue>
 __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epilogue&& epilogue) {
     constexpr int PARTS = N / OUT_COLUMNS;  // a warp takes four rows of one of them at a time
-    const int blocks = cluster_size(), lane = threadIdx.x % 32;
-    const int worker = cluster_rank() * 2 * GROUP_WARPS + threadIdx.x / 32 - GROUP_WARPS;
-    const int part = worker % PARTS, column = part * OUT_COLUMNS + lane % 8 * 8;  // the same each time
+    const int blocks = cluster_size(), rank = cluster_rank(), lane = threadIdx.x % 32, odd = lane % 2;
+    const int workers = blocks * 2 * GROUP_WARPS, worker = rank * 2 * GROUP_WARPS + threadIdx.x / 32 - GROUP_WARPS;
+    const int first = worker % PARTS * OUT_COLUMNS;  // the same each time
     static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
+    auto row_of = [&](int at) { return at / PARTS * 4 + lane / 8; };
+    // What does not need the others comes before they are waited for.
     epilogue.clear(sums);
-    auto columns = epilogue.columns(column);
+    auto columns = epilogue.columns(first + (odd * 4 + lane % 8 / 2) * 8);
+    auto fetched = columns.fetch(row_of(worker));
+    int from[MAX_CLUSTER];
+#pragma unroll
+    for (int i = 0; i < MAX_CLUSTER; i++) from[i] = rank + i < blocks ? rank + i : rank + i - blocks;
+    keep(from);
     __syncwarp();  // a warp arrives as one
     cluster_arrive();
     cluster_wait();
-    columns.finish([&](auto&& take) {
+    // Lane 0 has the first of a warp's columns.
+    if (__shfl_sync(0xffffffffu, columns.count, 0) > 0) columns.finish_together([&](auto&& take) {
 #pragma unroll 1
-        for (int at = worker; at < M / 4 * PARTS; at += blocks * 2 * GROUP_WARPS) {
-            const int row = at / PARTS * 4 + lane / 8;
-            const smem_addr low = smem_address(out + out_at<N>(row, column));
-            const smem_addr high = smem_address(out + out_at<N>(row, column + 4));
-            const auto fetched = columns.fetch(row);
-            float v[8] = {};
-#pragma unroll 4
-            for (int block = 0; block < blocks; block++) {
-                float u[8];
-                floats8(load16_of(low, block), load16_of(high, block), u);
+        for (int at = worker; at < M / 4 * PARTS; at += workers) {
+            const int row = row_of(at);
+            const float* const values = out + (row * OUT_ROW<N> + first + lane % 8 * 4);
+            uint4 parts[MAX_CLUSTER][2];
 #pragma unroll
-                for (int e = 0; e < 8; e++) v[e] += u[e];
+            for (int i = 0; i < MAX_CLUSTER; i++)
+                if (i == 0 || i < blocks) parts[i][0] = load16_of<0>(values, from[i]), parts[i][1] = load16_of<128>(values, from[i]);
+            float sum[8];
+            floats8(parts[0][0], parts[0][1], sum);
+#pragma unroll
+            for (int i = 1; i < MAX_CLUSTER; i++)
+                if (i < blocks) {
+                    float u[8];
+                    floats8(parts[i][0], parts[i][1], u);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) sum[e] += u[e];
+                }
+            float v[8];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                v[e] = odd ? sum[4 + e] : sum[e];
+                v[4 + e] = __shfl_xor_sync(0xffffffffu, odd ? sum[e] : sum[4 + e], 1);
             }
             take(row, v, fetched);
+            fetched = columns.fetch(row_of(at + workers));
         }
     });
-    epilogue.end(columns, part, sums);
+    epilogue.end(columns, sums);
     __syncwarp();
     cluster_arrive();
     cluster_wait();  // the others have read this block's
@@ -207,6 +234,14 @@ struct HopperPixels {
     int own_steps;          // before those of the main path
     float to_main;          // what the sums are multiplied by before those
 };
+
+// A copy waits for its map.
+__device__ __forceinline__ void prefetch_maps(const HopperPixels& p) {
+    tma_prefetch(p.weight), tma_prefetch(p.x);
+    if (p.cb) tma_prefetch(p.skip);
+    if (p.main_ca) tma_prefetch(p.main_weight), tma_prefetch(p.main_x);
+    if (p.main_cb) tma_prefetch(p.main_skip);
+}
 
 // Where a step of 64 summands lies: first all taps of x, then those of skip, then the channels of main_x and of main_skip.
 // It is counted on from step to step and not divided anew, as a producer has no longer than a step's products take: from
@@ -253,6 +288,7 @@ struct StepWalk {
 };
 
 // Runs through the block's tiles. `Work` says where a row of tiles begins, and takes the results:
+//     SPLITS      whether sums may be in parts
 //     pixel(m) -> first pixel, in the order of the images;  at(m, n) before a tile;  with_epilogue(f) calls f with what
 //     emit_group and emit_cluster take; its over(...) comes after the tile, with what the warps first .. last left in `sums`, a
 //     row of N each, for a row of the kernel's sums: by so many threads, which meet at a barrier
@@ -262,8 +298,8 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
     using Pipe = Pipeline<STAGES, A_BYTES + N * ROW_BYTES>;
     static_assert(M * OUT_ROW<N> * 4 <= STAGES * (A_BYTES + N * ROW_BYTES), "a tile's sums fit the pipeline's memory");
     extern __shared__ __align__(128) unsigned char smem[];
+    if (threadIdx.x == 32) prefetch_maps(p);  // while another thread makes the barriers
     Pipe pipe(rounded_to_1024(smem), 2, TOGETHER ? 2 * GROUP_WARPS : GROUP_WARPS);
-    begin_kernel();  // its barriers are ready by then
     auto first_step = [&](int t) { return t % p.splits * p.steps_per_split; };  // of a tile's part of the sum
     auto steps_of = [&](int t) { return min(p.steps_per_split, p.steps - first_step(t)); };
 
@@ -273,12 +309,15 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
         registers_release<40>();
         const int warp = threadIdx.x / 32;
         if (threadIdx.x % 32 != 0 || warp > 1) return;
+        // The first stages of weights are fetched while the launch before this one ends, as no kernel of a plan writes weights.
+        int before_wait = warp == 0 ? 0 : STAGES;
         for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
             const int tile = t / p.splits, n = tile % p.pixels_n * N, pixel = work.pixel(tile / p.pixels_n);
             const int image = pixel / (work.height * work.width);
             const int row = pixel / work.width % work.height - p.up, column = pixel % work.width - p.left;
             StepWalk walk(p, first_step(t));
             for (int left = steps_of(t); left > 0; left--) {
+                if (before_wait-- == 0) begin_kernel();
                 const smem_addr full = pipe.begin(warp == 0 ? A_BYTES : N * ROW_BYTES), stage = pipe.at();
                 if (warp == 1)
                     tma_load_2d(stage + A_BYTES, *walk.weights(), full, walk.k, n);
@@ -292,6 +331,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
         return;
     }
     registers_take<232>();
+    begin_kernel();
     const int warp = threadIdx.x / 32 - GROUP_WARPS;  // of both groups
     unsigned char* const stages = smem + (pipe.first - smem_address(smem));
     float* const out = reinterpret_cast<float*>(stages + Pipe::BYTES + (group - 1) * OUT_BYTES);
@@ -319,7 +359,7 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             scale_sums(acc, p.to_main);
             if (last) break;
         }
-        if (p.splits > 1) {
+        if (std::decay_t<Work>::SPLITS && p.splits > 1) {
             // All who read a stage have left it: a warp waits for its own products only.
             named_barrier(TOGETHER ? 3 : group, TOGETHER ? 2 * GROUP : GROUP);
 #pragma unroll
@@ -334,8 +374,9 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
             });
         }
     }
-    if (p.splits > 1) {  // one tile a block
-        const int tile = blockIdx.x / p.splits;
+    if constexpr (std::decay_t<Work>::SPLITS) {
+        if (p.splits == 1) return;
+        const int tile = blockIdx.x / p.splits;  // one a block
         work.at(tile / p.pixels_n, tile % p.pixels_n * N);
         work.with_epilogue([&](auto&& epilogue) {
             emit_cluster<M, N>(reinterpret_cast<const float*>(stages), sums + warp * N, epilogue);
@@ -348,13 +389,14 @@ __device__ __forceinline__ void hopper_pixels(const HopperPixels& p, Work&& work
 struct NoSums {
     __device__ __forceinline__ void clear(float*) {}
     template <class Columns>
-    __device__ __forceinline__ void end(const Columns&, int, float*) {}
+    __device__ __forceinline__ void end(const Columns&, float*) {}
     __device__ __forceinline__ void over(const float*, int, int, int, int, int) {}
 };
 
 // Where the current tile of a network's convolution lies, and its epilogue.
 template <class Channels, int M>
 struct HopperTile : NoSums {
+    static constexpr bool SPLITS = true;
     using Params = typename Channels::Params;
     const Params& p;
     int height, width;
@@ -399,14 +441,14 @@ struct ScaledDgradEpilogue {
         __syncwarp();
     }
     // Sums over the lanes with the same channels; below, over the warps in their order.
-    __device__ __forceinline__ void end(Columns& columns, int part, float* of_warp) {
+    __device__ __forceinline__ void end(Columns& columns, float* of_warp) {
         float(&sums)[8] = columns.channels.sums;
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int e = 0; e < 8; e++)
 #pragma unroll
             for (int by = 8; by < 32; by *= 2) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], by);
-        if (lane < 8) store8(of_warp + part * OUT_COLUMNS + lane * 8, sums);
+        if (lane < 8) store8(of_warp + (columns.column - work.channel), sums);
     }
     __device__ __forceinline__ void over(const float* of_warps, int first, int last, int barrier, int threads, int row) {
         const ConvDgrad& p = work.p;
@@ -439,6 +481,7 @@ struct HopperCodec {
 
 template <class T, int M>
 struct CodecWork : NoSums {
+    static constexpr bool SPLITS = false;
     const CodecConv& p;
     int height, width;
     int m, channel;

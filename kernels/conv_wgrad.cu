@@ -76,7 +76,7 @@ __device__ __forceinline__ void conv_wgrad(const ConvWgrad& p) {
 
     typename Tile::Accumulators acc = {};
     WgradLoad<T, Tile> load(p, first);
-    multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load);
+    multiply<T, Tile, F16_SUMS, KRows<false>, KRows<true>>(acc, smem_address(smem), last - first, load, load);
 
     emit<Tile>(acc, smem, WgradColumns(p, blockIdx.x * Tile::BM, blockIdx.y * Tile::BN + own_column<Tile>(), blockIdx.z));
 }

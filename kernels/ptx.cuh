@@ -34,9 +34,9 @@
 #define KERNEL_EXPORT(kernel) static_assert(true, "")
 #endif
 
-// Every kernel calls this first, before it touches global memory. On sm_90 and newer a launch of a plan may begin while the
-// one before it ends (programmatic dependent launch). Here it waits until that one is over and its writes are there. Only
-// then may the next one begin, so that at most two are under way.
+// Every kernel calls this before it touches global memory that a kernel writes. (Weights no kernel of a plan writes.) On sm_90
+// and newer a launch of a plan may begin while the one before it ends (programmatic dependent launch). Here it waits until
+// that one is over and its writes are there. Only then may the next one begin, so that at most two are under way.
 __device__ __forceinline__ void begin_kernel() {
 #ifdef SIMT_EMULATOR
     simt::wait_for_launches(), simt::let_next_launch_begin();
@@ -183,8 +183,9 @@ inline unsigned cluster_rank() { return simt::cluster_rank(); }
 inline unsigned cluster_size() { return simt::cluster_size(); }
 inline void cluster_arrive(SIMT_WHERE) { simt::cluster_arrive(at); }
 inline void cluster_wait(SIMT_WHERE) { simt::cluster_wait(at); }
-inline uint4 load16_of(smem_addr address, unsigned rank, SIMT_WHERE) {
-    return simt::bit_cast<uint4>(simt::cluster_load16(address, rank, at));
+template <int OFFSET>
+inline uint4 load16_of(const void* p, unsigned rank, SIMT_WHERE) {
+    return simt::bit_cast<uint4>(simt::cluster_load16(smem_address(p) + OFFSET, rank, at));
 }
 
 #elif __CUDA_ARCH__ >= 900
@@ -202,16 +203,15 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Reads 16 bytes, aligned to 16, of the shared memory of the block with this rank, at the address that they would have in
-// this block.
-__device__ __forceinline__ uint4 load16_of(smem_addr address, unsigned rank) {
+// Reads 16 bytes, aligned to 16, of the shared memory of the block with this rank, OFFSET bytes behind where p points to in
+// this block's. The address is a generic one: with one of shared memory, each load would read a special register.
+template <int OFFSET>
+__device__ __forceinline__ uint4 load16_of(const void* p, unsigned rank) {
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
     uint4 v;
-    asm volatile(
-        "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n"
-        "}" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "r"(rank) : "memory");
+    asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(there), "n"(OFFSET) : "memory");
     return v;
 }
 

@@ -475,7 +475,7 @@ PLANT(ldmatrix_bank_conflicts);
 __device__ __forceinline__ float for_the_one_before(const Plant& p) { return p.in[(cluster_rank() + 3) % 4 * 64 + threadIdx.x]; }
 __device__ __forceinline__ float of_the_next(const float* s, unsigned rank, SIMT_WHERE) {
     float values[4];
-    const uint4 bits = load16_of(smem_address(s + threadIdx.x / 4 * 4), rank, at);
+    const uint4 bits = load16_of<0>(s + threadIdx.x / 4 * 4, rank, at);
     memcpy(values, &bits, 16);
     return values[threadIdx.x % 4];
 }

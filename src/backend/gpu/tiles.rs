@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 pub use super::launch::Card;
 use super::launch::{ConvLoop, Math};
-use super::tables::conv_hopper::{GROUP, GROUP_WARPS, OUT_COLUMNS};
+use super::tables::conv_hopper::{GROUP, GROUP_WARPS, MAX_CLUSTER, OUT_COLUMNS};
 use super::tables::{self, tiles as lines};
 
 /// One instance of a product kernel: what a block computes and what it takes.
@@ -251,8 +251,6 @@ pub struct Choice {
 const MIN_STEPS: usize = 4;
 /// Most parts of a sum.
 const MAX_SPLITS: usize = 32;
-/// Most parts of a sum that a cluster of blocks adds up.
-const MAX_CLUSTER: usize = 8;
 /// Most tiles whose sums are in parts: as many counters as there are, and enough for any card.
 pub const MAX_SPLIT_TILES: usize = 1 << 14;
 
@@ -269,8 +267,10 @@ const REDUCED_STEPS: f64 = 20.0;
 const HOPPER_STEP: f64 = 1.0 / 32.0;
 /// Cycles in which a warp takes four rows of 64 values out of its sums and does with them what follows.
 const HOPPER_ROWS: f64 = 600.0;
-/// Cycles in which the blocks of a cluster add up their sums: once, for each block, and for each value of each block.
-const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.1];
+/// Cycles in which the blocks of a cluster add up their sums: once, for each block, and for each value of a tile. The last is
+/// a projection: 20 bytes a cycle come from other multiprocessors. (Measured was 0.1 for each value of each block, when all
+/// blocks read the same one's at a time.)
+const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.2];
 /// Clusters of 1, 2, ... blocks, each alone on its multiprocessor, that run at a time, for each multiprocessor. A cluster does
 /// not cross the card's groups of them (GPCs), which are of unequal sizes.
 const HOPPER_CLUSTERS: [f64; MAX_CLUSTER] = [1.0, 0.5, 0.3, 0.2, 0.16, 0.13, 0.11, 0.1];
@@ -338,7 +338,7 @@ impl Question {
             (1, false) => product.max((product + out) / 2.0) * (waves - 1.0) + product + out,
             (splits, _) => {
                 let [once, block, value] = HOPPER_ADD;
-                let add = once + splits as f64 * (block + value * values);
+                let add = once + splits as f64 * block + value * values;
                 waves * (product + add + out / (2 * splits) as f64)
             }
         }
